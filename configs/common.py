@@ -1,0 +1,121 @@
+"""Every field there is, with its default. A config starts from `get_config()` and sets what differs.
+
+Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training examples.
+Rules are tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`: the
+first regex that matches the whole path decides, and every path must be decided.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=0,  # initialisation, data order, augmentation, dropout
+            # ---- the network: all of it goes to create_model, so a config may add any field of its family
+            model=dict(
+                name="lenet5",
+                num_classes=0,  # 0: as many as the data set has
+                dtype="float32",  # what computes: float32 or bfloat16; parameters and loss are float32 always
+            ),
+            # ---- images and labels
+            data=dict(
+                name="digits",  # digits, any TFDS name, or folder
+                dir="",  # TFDS data_dir, folder of archive files, or image folder; "": TFDS's default
+                source="auto",  # auto, tfds, archive, folder: auto looks into dir
+                labels="",  # which one where a data set has several: cifar100 has fine (default) and coarse
+                image_size=32,  # height and width that the network sees
+                channels=0,  # 0: the data set's own; 1 or 3 converts
+                validation=0.1,  # taken from train where there is no such split: a fraction, a count, or 0 for none
+                split_seed=0,  # of that split, and of an image folder's
+                batch_size=64,  # over all devices and processes
+                eval_batch_size=256,
+                in_memory="auto",  # auto: when the decoded images take less than memory_limit; yes; no
+                memory_limit=4.0,  # GiB
+                threads=8,  # decoding threads of the streaming loader
+                workers=0,  # its worker processes; a saved position fits the same number only
+                skip_damaged=False,  # skip and count images that cannot be decoded; else stop
+                mock=0,  # > 0: so many random images in place of the data set's own (smoke runs)
+                augment=dict(
+                    pad_crop=0,  # pixels of padding on each side before a random crop; 0: off
+                    flip=False,  # left-right, half of the time
+                    rotate=0.0,  # degrees, uniform in +-rotate
+                    scale=0.0,  # relative, uniform in 1 +- scale
+                    random_resized_crop=(),  # (smallest, largest) share of the area; (): off
+                    cutout=0,  # side of the square set to the mean; 0: off
+                    normalize=True,  # subtract the data set's mean, divide by its standard deviation
+                ),
+            ),
+            # ---- per batch, inside the step
+            mix=dict(
+                label_smoothing=0.0,
+                mixup=0.0,  # alpha of the Beta distribution; 0: off
+            ),
+            # ---- the optimizer
+            optimizer=dict(
+                name="sgd",  # sgd, adam, adamw, rmsprop (TensorFlow's), lamb
+                momentum=0.9,  # sgd, rmsprop
+                nesterov=False,  # sgd
+                b1=0.9,  # adam, adamw, lamb
+                b2=0.999,
+                eps=1e-8,  # adam, adamw, lamb, rmsprop
+                decay_rate=0.9,  # rmsprop: of the running mean of squares
+                # () none, (1e-4,) every parameter, or rules (regex, number). Added to the gradient by
+                # sgd, adam and rmsprop (L2); decoupled from it in adamw and lamb.
+                weight_decay=(),
+                trainable=(),  # rules (regex, bool); (): all
+                lr_mult=(),  # rules (regex, number): factors on the learning rate; (): all 1
+                clip_norm=0.0,  # global norm of the gradient; 0: off
+            ),
+            # ---- the learning rate
+            schedule=dict(
+                name="cosine",  # constant, steps, cosine, exponential, one_cycle, plateau
+                learning_rate=0.1,  # the highest
+                warmup="0 steps",  # linear, from 0, before the schedule proper
+                boundaries=(),  # steps: durations from the start of training
+                factor=0.1,  # steps, plateau: what the rate is multiplied by
+                every="1 epochs",  # exponential: how often
+                rate=0.97,  # exponential: by how much
+                end=0.0,  # cosine, exponential: the lowest rate
+                pct_start=0.3,  # one_cycle: share of the run that rises
+                div_factor=25.0,  # one_cycle: highest over initial rate
+                final_div_factor=1e4,  # one_cycle: initial over last rate
+                patience=5,  # plateau: validations without a better error
+                min_delta=1e-4,  # plateau: what counts as better, relative
+            ),
+            # ---- the run
+            train=dict(
+                duration="40 epochs",
+                parallel="shard_map",  # shard_map (under jit) or pmap
+                sync_batchnorm=False,  # statistics over all devices, or each device alone
+                accumulate=1,  # batches are cut into this many pieces whose gradients are averaged
+                ema=0.0,  # decay of the averaged weights and statistics, evaluated then; 0: off
+                ema_warmup=True,  # the decay starts as (1 + step) / (10 + step)
+                # Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of the head's name, weight);
+                # a weight is a number or corners ((duration, number), ...) joined by straight lines.
+                aux_weight=(0.3,),
+                max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
+                deterministic=False,  # GPU: XLA's deterministic kernels
+                eval_every="1 epochs",  # on the validation split, where there is one
+                early_stopping=0,  # stop after so many validations without a better one; 0: off
+            ),
+            # ---- checkpoints
+            checkpoint=dict(
+                every="5 epochs",
+                keep_latest=2,
+                keep_best=1,  # by validation accuracy; without that split best is latest
+            ),
+            # ---- start from other weights
+            graft=dict(
+                source="",  # RUN, RUN@best, RUN@1200 or an Orbax checkpoint's path; "": none
+                # (regex over this network's paths, path in the source or None for fresh), ...
+                rules=((r"(.*)", r"\1"),),
+            ),
+            # ---- what is written down
+            log=dict(
+                every="20 steps",
+                tensorboard=True,
+                wandb="",  # a project's name; "": off
+            ),
+        )
+    )

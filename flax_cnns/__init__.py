@@ -1,0 +1,25 @@
+"""Convolutional networks in JAX and Flax linen. This is the whole public face; each name loads when it is first used."""
+
+import importlib
+
+_WHERE = {
+    "create_model": "flax_cnns.registry",
+    "list_models": "flax_cnns.registry",
+    "model_info": "flax_cnns.registry",
+    "init_variables": "flax_cnns.registry",
+    "graft": "flax_cnns.checkpoint.graft",
+    "FRESH": "flax_cnns.checkpoint.graft",
+    "run": "flax_cnns.experiment",
+}
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    # Late, so that `import flax_cnns` is quick and a launcher can set the environment before JAX is imported.
+    if name not in _WHERE:
+        raise AttributeError(f"module 'flax_cnns' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__():
+    return __all__

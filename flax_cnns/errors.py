@@ -1,0 +1,22 @@
+"""What a tired person reads at midnight: what was expected, what came, the near miss, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something that the user can mend. Scripts print its message as one line and exit with 2."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """`"; did you mean 'resnet50', 'resnet18'?"`, or the sorted names where nothing is near."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(str(name), known, n=most, cutoff=0.55)
+    if near:
+        return "; did you mean " + ", ".join(repr(n) for n in near) + "?"
+    if not known:
+        return ""
+    shown = ", ".join(known[:12]) + (f", … ({len(known)} in all)" if len(known) > 12 else "")
+    return f"; known: {shown}"

@@ -1,0 +1,16 @@
+"""The words that the signatures use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Dtype = Any
+ModuleDef = Callable[..., Any]  # a linen module class or a partial of one
+PyTree = Any
+Batch = dict[
+    str, Any
+]  # {"image": u8 or f32 [N H W C], "label": i32 [N], "mask": f32 [N] in evaluation}
