@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
                 deterministic=False,  # GPU: XLA's deterministic kernels
                 eval_every="1 epochs",  # on the validation split, where there is one
+                test_on="latest",  # which checkpoint the test split sees at the end: latest or best
                 early_stopping=0,  # stop after so many validations without a better one; 0: off
             ),
             # ---- checkpoints

@@ -1,0 +1,31 @@
+"""Trains a network.
+
+python -m experiments.train --workdir=runs/digits
+python -m experiments.train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
+python -m experiments.train --workdir=runs/y --config.optimizer.momentum=0.95 --config.seed=1
+
+The same command again goes on where the run stopped, to the bit.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import script
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(script.CONFIGS / "digits_lenet5.py"), "A file of configs/, or file.py:mode."
+)
+
+
+def train(argv: list[str]) -> None:
+    from flax_cnns import run  # after the flags: JAX is not started for a mistyped one
+
+    del argv
+    run(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    script.main(train)

@@ -1,0 +1,261 @@
+"""What every config field may hold, checked before JAX starts.
+
+`FIELDS` names the same fields as `configs/common.py`, which has their defaults and meanings; a test
+holds the two together. Names that only a registry knows (models, data sets) are checked by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax_cnns.errors import UserError, did_you_mean
+
+_DURATION = re.compile(r"\s*\d+(\.\d+)?\s*(epoch|step)s?\s*")
+Check = Callable[[Any], str | None]  # None, or what was expected
+
+
+def number(low: float = 0.0, high: float = float("inf"), *, above: bool = False) -> Check:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fine = fine and low <= value <= high and not (above and value == low)
+        return None if fine else f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+
+    return check
+
+
+def integer(low: int = 0) -> Check:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return None if fine else f"a whole number of at least {low}"
+
+    return check
+
+
+def one_of(*names: str) -> Check:
+    def check(value: Any) -> str | None:
+        known = ", ".join(names)
+        return None if value in names else f"one of {known}{_near(value, names)}"
+
+    return check
+
+
+def _near(value: Any, names: tuple[str, ...]) -> str:
+    hint = did_you_mean(str(value), names)
+    return hint if "did you mean" in hint else ""
+
+
+def flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "True or False"
+
+
+def text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "a text"
+
+
+def word(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "a name"
+
+
+def duration(value: Any) -> str | None:
+    fine = isinstance(value, str) and _DURATION.fullmatch(value)
+    return None if fine else "a duration such as '20 epochs' or '500 steps'"
+
+
+def durations(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(duration(v) is None for v in value)
+    return None if fine else "durations such as ('30 epochs', '60 epochs')"
+
+
+def shares(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    fine = fine and all(isinstance(v, (int, float)) and 0 < v <= 1 for v in value)
+    fine = fine and list(value) == sorted(value)
+    return None if fine else "() or (smallest, largest) share of the area, within 0 to 1"
+
+
+def rules(of: Check, what: str, *, single: bool = False) -> Check:
+    """Pairs (regex, value); with `single` also one value alone, for every path."""
+
+    def check(value: Any) -> str | None:
+        expected = f"rules ((regex, {what}), …)" + (f" or ({what},)" if single else "")
+        if not isinstance(value, (tuple, list)):
+            return expected
+        if single and len(value) == 1 and of(value[0]) is None:
+            return None
+        for rule in value:
+            if not isinstance(rule, (tuple, list)) or len(rule) != 2 or of(rule[1]) is not None:
+                return expected
+            try:
+                re.compile(rule[0])
+            except (re.error, TypeError) as error:
+                return f"{expected}; {rule[0]!r} is no regular expression ({error})"
+        return None
+
+    return check
+
+
+def weight(value: Any) -> str | None:
+    """A number, or corners ((duration, number), …)."""
+    if number(float("-inf"))(value) is None:
+        return None
+    fine = isinstance(value, (tuple, list)) and len(value) > 0
+    fine = fine and all(
+        isinstance(c, (tuple, list)) and len(c) == 2 and duration(c[0]) is None for c in value
+    )
+    return None if fine else "a number"
+
+
+def source_path(value: Any) -> str | None:
+    return None if value is None or isinstance(value, str) else "a path or None"
+
+
+FIELDS: dict[str, Check] = {
+    "seed": integer(),
+    "model.name": word,
+    "model.num_classes": integer(),
+    "model.dtype": one_of("float32", "bfloat16", "float16"),
+    "data.name": word,
+    "data.dir": text,
+    "data.source": one_of("auto", "tfds", "archive", "folder"),
+    "data.labels": text,
+    "data.image_size": integer(1),
+    "data.channels": integer(),
+    "data.validation": number(),
+    "data.split_seed": integer(),
+    "data.batch_size": integer(1),
+    "data.eval_batch_size": integer(1),
+    "data.in_memory": one_of("auto", "yes", "no"),
+    "data.memory_limit": number(),
+    "data.threads": integer(),
+    "data.workers": integer(),
+    "data.skip_damaged": flag,
+    "data.mock": integer(),
+    "data.augment.pad_crop": integer(),
+    "data.augment.flip": flag,
+    "data.augment.rotate": number(0, 180),
+    "data.augment.scale": number(0, 0.99),
+    "data.augment.random_resized_crop": shares,
+    "data.augment.cutout": integer(),
+    "data.augment.normalize": flag,
+    "mix.label_smoothing": number(0, 1),
+    "mix.mixup": number(),
+    "optimizer.name": one_of("sgd", "adam", "adamw", "rmsprop", "lamb"),
+    "optimizer.momentum": number(0, 1),
+    "optimizer.nesterov": flag,
+    "optimizer.b1": number(0, 1),
+    "optimizer.b2": number(0, 1),
+    "optimizer.eps": number(),
+    "optimizer.decay_rate": number(0, 1),
+    "optimizer.weight_decay": rules(number(), "number", single=True),
+    "optimizer.trainable": rules(flag, "True or False"),
+    "optimizer.lr_mult": rules(number(), "number", single=True),
+    "optimizer.clip_norm": number(),
+    "schedule.name": one_of("constant", "steps", "cosine", "exponential", "one_cycle", "plateau"),
+    "schedule.learning_rate": number(above=True),
+    "schedule.warmup": duration,
+    "schedule.boundaries": durations,
+    "schedule.factor": number(0, 1),
+    "schedule.every": duration,
+    "schedule.rate": number(0, 1),
+    "schedule.end": number(),
+    "schedule.pct_start": number(0, 1),
+    "schedule.div_factor": number(above=True),
+    "schedule.final_div_factor": number(above=True),
+    "schedule.patience": integer(1),
+    "schedule.min_delta": number(0, 1),
+    "train.duration": duration,
+    "train.parallel": one_of("shard_map", "pmap"),
+    "train.sync_batchnorm": flag,
+    "train.accumulate": integer(1),
+    "train.ema": number(0, 1),
+    "train.ema_warmup": flag,
+    "train.aux_weight": rules(weight, "number", single=True),
+    "train.max_bad_steps": integer(),
+    "train.deterministic": flag,
+    "train.eval_every": duration,
+    "train.early_stopping": integer(),
+    "train.test_on": one_of("latest", "best"),
+    "checkpoint.every": duration,
+    "checkpoint.keep_latest": integer(1),
+    "checkpoint.keep_best": integer(),
+    "graft.source": text,
+    "graft.rules": rules(source_path, "path in the source or None"),
+    "log.every": duration,
+    "log.tensorboard": flag,
+    "log.wandb": text,
+}
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict or mapping -> nested dicts and lists as JSON has them (tuples become lists)."""
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    try:
+        return json.loads(json.dumps(config))
+    except TypeError as error:
+        raise UserError(f"config: every value is a number, text, tuple or dict: {error}") from None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"name": "x"}}` -> `{"model.name": "x"}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def fingerprint(config: Any) -> str:
+    """A hash that two hosts with the same config share."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which two plain configs differ, as `"seed: 0 there, 1 here"`."""
+    here, there, missing = flatten(ours), flatten(theirs), object()
+
+    def say(value: Any) -> str:
+        return "absent" if value is missing else repr(value)
+
+    return [
+        f"{name}: {say(there.get(name, missing))} there, {say(here.get(name, missing))} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name, missing) != there.get(name, missing)
+    ]
+
+
+def validate(config: Any) -> None:
+    """Raises `UserError` for an unknown or missing field, a value of the wrong kind, or fields that
+    do not go together. Fields under `model` beyond the common ones are the network's to check."""
+    flat = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
+    for name in flat:
+        if name not in FIELDS and not name.startswith("model."):
+            raise UserError(f"config: unknown field {name!r}{did_you_mean(name, FIELDS)}")
+    for name, check in FIELDS.items():
+        if name not in flat:
+            raise UserError(f"config: the field {name!r} is missing; start from configs/common.py")
+        if expected := check(flat[name]):
+            raise UserError(f"config.{name}: expected {expected}, got {flat[name]!r}")
+    _together(flat)
+
+
+def _together(flat: Mapping[str, Any]) -> None:
+    size, pieces = flat["data.batch_size"], flat["train.accumulate"]
+    if size % pieces:
+        raise UserError(
+            f"config.train.accumulate: a batch of {size} does not divide into {pieces} pieces"
+        )
+    if flat["data.channels"] not in (0, 1, 3):
+        raise UserError(
+            "config.data.channels: expected 0 (the data set's own), 1 or 3, "
+            f"got {flat['data.channels']}"
+        )
+    if flat["schedule.name"] == "steps" and not flat["schedule.boundaries"]:
+        raise UserError("config.schedule.boundaries: 'steps' needs some, such as ('30 epochs',)")
+    if flat["data.augment.cutout"] > 2 * flat["data.image_size"]:
+        raise UserError(
+            "config.data.augment.cutout: the square is larger than the image twice over"
+        )

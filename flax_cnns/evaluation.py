@@ -1,0 +1,50 @@
+"""Exact evaluation: every example counted once, on any number of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_cnns.train import metrics
+from flax_cnns.train.loop import Interrupted
+from flax_cnns.types import PyTree
+
+
+def evaluate(
+    eval_step: Callable[[PyTree, Any, Any], dict[str, Any]],
+    variables: PyTree,
+    batches: Iterable[Any],
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """The sums of `eval_step(variables, batch, None)` over `batches`, in float64.
+
+    Raises `Interrupted` when `should_stop()` says so between two batches.
+    """
+    total: dict[str, Any] = {}
+    for batch in batches:
+        if should_stop():
+            raise Interrupted
+        sums = jax.device_get(eval_step(variables, batch, jax.random.key(0)))
+        for name, value in sums.items():
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+    return total
+
+
+def summarize(total: dict[str, Any]) -> dict[str, float]:
+    """Sums -> {"loss", "accuracy", "top5"}."""
+    return metrics.compute({name: v for name, v in total.items() if np.ndim(v) == 0})
+
+
+def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Counts [K K], rows true -> "count", "recall" (accuracy within the class), "precision", each [K].
+
+    NaN where nothing is of the class, or nothing was predicted to be.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    hits, true, guessed = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"count": true, "recall": hits / true, "precision": hits / guessed}

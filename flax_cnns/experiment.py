@@ -1,0 +1,559 @@
+"""`run(config, workdir)`: config -> objects -> loop. The one place where all parts meet.
+
+workdir/config.json        the resolved config; a resume under another one is refused
+workdir/checkpoints/STEP/  state, host counters, CRC manifest
+workdir/metrics.jsonl      every logged number, once: the truth; tensorboard/ says it again
+workdir/summary.json       the final numbers; its presence means that the run is complete
+workdir/curves.png         learning curves
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from flax_cnns import config as configs
+from flax_cnns import launch, pytree, registry
+from flax_cnns.analysis import curves
+from flax_cnns.checkpoint.graft import graft
+from flax_cnns.checkpoint.lock import lock
+from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.data import augment, datasets, mix, pipeline
+from flax_cnns.errors import UserError
+from flax_cnns.evaluation import evaluate, summarize
+from flax_cnns.train import loop, optimizers, parallel, schedules, steps
+from flax_cnns.train.progress import Progress
+from flax_cnns.train.state import TrainState
+from flax_cnns.train.writer import Writer
+from flax_cnns.types import Array, PyTree
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command again goes on
+
+
+class Preempted(SystemExit):
+    """The run saved and left because of SIGTERM or SIGUSR1; the process exits with 75."""
+
+    def __init__(self, step: int):
+        super().__init__(EXIT_PREEMPTED)
+        self.step = step
+
+
+# ---------------------------------------------------------------------------- the parts of a run
+
+
+class Parts(NamedTuple):
+    """What a config means: everything that training and evaluation need, nothing trained yet."""
+
+    config: Any
+    model: Any
+    dataset: datasets.Dataset
+    mesh: Any
+    eval_step: Callable[[PyTree, Any, Any], dict[str, Array]]
+
+    @property
+    def mode(self) -> str:
+        return self.config.train.parallel
+
+    def shard(self, batch: dict[str, Any]) -> Any:
+        return parallel.shard_batch(batch, self.mesh, self.mode)
+
+    def evaluate(
+        self,
+        variables: PyTree,
+        split: str,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """Sums over a split, every example once."""
+        batches = pipeline.eval_batches(
+            self.dataset,
+            split,
+            self.config.data,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with contextlib.closing(loop.prefetch(map(self.shard, batches))) as sharded:
+            return evaluate(self.eval_step, variables, sharded, should_stop=should_stop)
+
+    def fresh_variables(self) -> PyTree:
+        """Initialised on one device from the seed alone: equal for any number of devices."""
+        height, width, channels = self.dataset.image_shape
+        shape = (1, height, width, channels)
+        return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
+
+
+def model_fields(config: Any) -> dict[str, Any]:
+    """`config.model` as `create_model` takes it; num_classes only where it is said."""
+    fields = {k: v for k, v in config.model.items() if k != "num_classes" or v}
+    if config.train.sync_batchnorm:
+        fields["axis_name"] = "batch"
+    return fields
+
+
+def assemble(config: Any, *, confusion: bool = False) -> Parts:
+    """Loads the data and builds network, mesh and evaluation step. Raises `UserError`."""
+    registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
+    mesh = parallel.make_mesh()
+    parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
+    parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
+    dataset = datasets.load(config.data)
+    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
+    if fields["num_classes"] < dataset.num_classes:
+        raise UserError(
+            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
+            f"which has {dataset.num_classes}; 0 takes the data set's"
+        )
+    model = registry.create_model(**fields, input_size=dataset.image_shape)
+    eval_step = steps.make_eval_step(
+        model.apply,
+        normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
+        num_classes=fields["num_classes"],
+        confusion=confusion,
+    )
+    eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
+    return Parts(config, model, dataset, mesh, eval_step)
+
+
+def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedules.Schedule]]:
+    """`config.train.aux_weight` as rules (regex of the head's name, schedule of the step)."""
+
+    def schedule(weight: Any) -> schedules.Schedule:
+        if isinstance(weight, (int, float)):
+            return schedules.constant(float(weight))
+        what = "train.aux_weight"
+        points = [(schedules.steps(at, steps_per_epoch, what=what), w) for at, w in weight]
+        return schedules.corners(points)
+
+    spec = tuple(config.train.aux_weight) or (0.0,)
+    if len(spec) == 1 and isinstance(spec[0], (int, float)):
+        spec = ((".*", spec[0]),)
+    return [(pattern, schedule(weight)) for pattern, weight in spec]
+
+
+def make_train_step(
+    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    config, dataset = parts.config, parts.dataset
+    step = steps.make_train_step(
+        parts.model.apply,
+        optimizer,
+        augment=augment.make_augment(
+            config.data.augment,
+            image_shape=dataset.image_shape,
+            mean=dataset.mean,
+            std=dataset.std,
+        ),
+        mix=mix.make_mix(config.mix, parts.model.num_classes),
+        aux_weights=aux_weights(config, steps_per_epoch),
+        ema_decay=config.train.ema,
+        ema_warmup=config.train.ema_warmup,
+        accumulate=config.train.accumulate,
+    )
+    return parallel.parallelize(step, parts.mesh, mode=config.train.parallel)
+
+
+# ---------------------------------------------------------------------------- the run directory
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """All of it or nothing: written beside and moved into place."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def read_config(workdir: str | os.PathLike) -> Any:
+    """The config of a run directory. Raises `UserError` where there is none."""
+    from ml_collections import ConfigDict
+
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises `UserError` where `workdir` holds another experiment, or things that are no run."""
+    if (workdir / "config.json").is_file():
+        there = json.loads((workdir / "config.json").read_text())
+        if fields := configs.difference(config, there):
+            raise UserError(
+                f"{workdir} holds a run with another config ({'; '.join(fields)}); "
+                "take another --workdir, or the same config to go on"
+            )
+    elif others := sorted(p.name for p in workdir.iterdir() if p.name != ".lock"):
+        raise UserError(
+            f"{workdir} is not empty and holds no run ({', '.join(others[:5])}); "
+            "take another --workdir"
+        )
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[None]:
+    """Makes and locks the run directory; leaves nothing behind where the run never began."""
+    if not primary:
+        yield
+        return
+    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".lock"
+        probe.touch()
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write to the --workdir {workdir}: {why}") from None
+    with lock(workdir):
+        try:
+            yield
+        finally:
+            if made and not (workdir / "config.json").exists():
+                (workdir / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    for path in made:
+                        path.rmdir()
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+class _Signals:
+    """SIGTERM and SIGUSR1 ask the run to save and leave. With several processes JAX's own service
+    sees the SIGTERM of any of them and picks a step at which all stop."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        several = jax.process_count() > 1
+        # A Python handler for SIGTERM would switch JAX's service off; SIGUSR1 is passed on to it.
+        handlers = {signal.SIGUSR1: self._pass_on if several else self._ask}
+        if not several:
+            handlers[signal.SIGTERM] = self._ask
+        self._old = {number: signal.signal(number, h) for number, h in handlers.items()}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked.set()
+
+    def _pass_on(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def should_stop(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked.is_set()
+
+    def asked_now(self) -> bool:
+        """For between two batches of an evaluation, where several processes cannot agree."""
+        return jax.process_count() == 1 and self.asked.is_set()
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Trains what `config` (configs/common.py) describes and returns what it writes to
+    `workdir/summary.json`.
+
+    Started again with the same config it goes on from the newest intact checkpoint, to the bit.
+    Raises `UserError` for what the user can mend, and `Preempted` (SystemExit 75) after SIGTERM or
+    SIGUSR1, once everything is saved.
+    """
+    began = time.perf_counter()
+    configs.validate(config)
+    if config.train.deterministic:
+        flag = "--xla_gpu_deterministic_ops=true"  # read when the backend starts
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    launch.initialize()
+    resolved = configs.plain(config)
+    launch.check_same_config(json.dumps(resolved, sort_keys=True))
+    workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
+    with open_workdir(workdir, primary=primary), _Signals() as signals:
+        if primary:
+            check_workdir(workdir, resolved)
+        if (workdir / "summary.json").is_file():
+            summary = json.loads((workdir / "summary.json").read_text())
+            if primary:
+                print(f"{workdir} is complete; remove it to run again")
+                print_summary(summary)
+            return summary
+        parts = assemble(config)
+        if primary:
+            write_json(workdir / "config.json", resolved)
+        return _Run(parts, workdir, signals, began).go()
+
+
+class _Run:
+    def __init__(self, parts: Parts, workdir: pathlib.Path, signals: _Signals, began: float):
+        self.parts, self.workdir, self.signals, self.began = parts, workdir, signals, began
+        self.config, self.primary = parts.config, jax.process_index() == 0
+        self.validates = "validation" in parts.dataset.splits
+        config = self.config
+        train_split = parts.dataset.splits["train"]
+        self.steps_per_epoch = len(train_split) / config.data.batch_size
+
+        def count(duration: str, field: str) -> int:
+            return schedules.steps(duration, self.steps_per_epoch, what=field)
+
+        self.total = count(config.train.duration, "train.duration")
+        if self.total < 1:
+            raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
+        self.every = loop.Every(
+            log=count(config.log.every, "log.every"),
+            evaluate=max(count(config.train.eval_every, "train.eval_every"), 1),
+            save=max(count(config.checkpoint.every, "checkpoint.every"), 1),
+        )
+        if not self.validates and (
+            config.schedule.name == "plateau" or config.train.early_stopping
+        ):
+            raise UserError(
+                f"data.validation: {parts.dataset.name} has no validation split, and the plateau "
+                "schedule and early stopping look at nothing else; set data.validation=0.1"
+            )
+
+    # -- state
+
+    def _optimizer(self, params: PyTree) -> optimizers.Optimizer:
+        schedule = schedules.make(
+            self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
+        )
+        return optimizers.make(self.config.optimizer, params, schedule)
+
+    def _fresh_state(self) -> TrainState:
+        variables = self.parts.fresh_variables()
+        if self.config.graft.source:
+            variables, report = graft(self.config.graft.source, variables, self.config.graft.rules)
+            if self.primary:
+                print(report)
+                write_json(self.workdir / "graft.json", report.as_dict())
+        # After grafting, so that the optimizer and the average start from the grafted weights.
+        optimizer = self._optimizer(variables["params"])
+        opt_state = optimizer.init(variables["params"])
+        state = TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
+        return parallel.replicate(state, self.parts.mesh)
+
+    def _target(self) -> TrainState:
+        """Shapes and shardings of the state, without a number in it."""
+
+        def make() -> TrainState:
+            variables = jax.eval_shape(self.parts.fresh_variables)
+            optimizer = self._optimizer(variables["params"])
+
+            def create(variables: PyTree) -> TrainState:
+                opt_state = optimizer.init(variables["params"])
+                return TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
+
+            return jax.eval_shape(create, variables)
+
+        sharding = jax.sharding.NamedSharding(self.parts.mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make()
+        )
+
+    # -- the run
+
+    def go(self) -> dict[str, Any]:
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(
+                Checkpoints(
+                    self.workdir / "checkpoints",
+                    keep_latest=config.checkpoint.keep_latest,
+                    keep_best=config.checkpoint.keep_best,
+                )
+            )
+            self.checkpoints = checkpoints
+            state, host, start = self._start()
+            self.writer = Writer(
+                self.workdir,
+                resume_step=start or None,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+                config=configs.plain(config),
+                primary=self.primary,
+            )
+            stack.callback(self.writer.close)
+            self.progress = Progress(self.total, start, primary=self.primary)
+            stack.callback(self.progress.close)
+            if start:
+                self.progress.print(f"resumed at step {start} of {self.total}")
+            outcome = self._train(state, host, start)
+            if outcome.preempted:
+                checkpoints.close()
+                self.progress.print(
+                    f"saved at step {outcome.step} of {self.total}; the same command goes on"
+                )
+                raise Preempted(outcome.step)
+            checkpoints.wait()
+            found = self._test(outcome)
+            self.progress.close()
+        return self._finish(outcome, host, found)
+
+    def _start(self) -> tuple[TrainState, loop.Host, int]:
+        self.position = None
+        if self.checkpoints.latest_step() is not None:
+            restored = self.checkpoints.restore(self._target())
+            if restored is not None:
+                state, saved, step = restored
+                self.position = saved.pop("position")
+                return state, loop.Host(**saved), step
+        return self._fresh_state(), loop.Host(), 0
+
+    def _batches(self, start: int) -> Iterator[tuple[Any, dict]]:
+        batches = pipeline.train_batches(
+            self.parts.dataset,
+            self.config.data,
+            seed=self.config.seed,
+            start_step=start,
+            position=self.position,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in batches:
+            yield self.parts.shard(batch), batches.position()
+
+    def _write(self, step: int, record: dict[str, float]) -> None:
+        self.writer.write(step, record)
+        self.progress.update(step, record)
+
+    def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
+        self.checkpoints.save(step, state, host=host, metrics=found)
+
+    def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
+        parts, config = self.parts, self.config
+        optimizer = self._optimizer(state.params)
+        train_step = make_train_step(parts, optimizer, self.steps_per_epoch)
+        on_validation = None
+        if config.schedule.name == "plateau":
+
+            @jax.jit
+            def observe(opt_state: PyTree, error: Array) -> PyTree:
+                return optimizers.observe(
+                    opt_state,
+                    error,
+                    patience=config.schedule.patience,
+                    factor=config.schedule.factor,
+                    min_delta=config.schedule.min_delta,
+                )
+
+            def on_validation(state: TrainState, error: float) -> TrainState:
+                return state.replace(opt_state=observe(state.opt_state, error))
+
+        def validate(state: TrainState) -> dict[str, float]:
+            asked = self.signals.asked_now
+            return summarize(parts.evaluate(state.variables, "validation", asked))
+
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the one of init
+        with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
+            return loop.train(
+                state,
+                train_step=train_step,
+                batches=batches,
+                key=parallel.replicate(key, parts.mesh),
+                start=start,
+                stop=self.total,
+                every=self.every,
+                host=host,
+                batch_size=config.data.batch_size,
+                evaluate=validate if self.validates else None,
+                on_validation=on_validation,
+                save=self._save,
+                write=self._write,
+                tick=lambda step: self.progress.update(step, {}),
+                should_stop=self.signals.should_stop,
+                max_bad_steps=config.train.max_bad_steps,
+                early_stopping=config.train.early_stopping,
+                began=self.began,
+            )
+
+    def _test(self, outcome: loop.Outcome) -> dict[str, float]:
+        if "test" not in self.parts.dataset.splits:
+            return {}
+        state, step = outcome.state, outcome.step
+        if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
+            state, _, step = self.checkpoints.restore(self._target(), self.checkpoints.best_step())
+        sums = self.parts.evaluate(state.variables, "test")
+        found = {f"test/{name}": value for name, value in summarize(sums).items()}
+        self._write(outcome.step, found)
+        return found | {"test/step": step, "test/examples": int(sums["count"])}
+
+    def _finish(
+        self, outcome: loop.Outcome, host: loop.Host, found: dict[str, float]
+    ) -> dict[str, Any]:
+        parts, config = self.parts, self.config
+        device = jax.devices()[0]
+        summary = {
+            "model": config.model.name,
+            "params": pytree.count(outcome.state.params),
+            "dataset": parts.dataset.name,
+            "seed": config.seed,
+            "step": outcome.step,
+            "epochs": outcome.step / self.steps_per_epoch,
+            **found,
+            "validation/best_accuracy": host.best,
+            "stopped_early": host.stopped,
+            "bad_steps": host.bad_steps,
+            "seconds": host.seconds,
+            "seconds_to_first_step": outcome.seconds_to_first_step,
+            "images_per_second": outcome.images_per_second,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "device": f"{device.platform} {device.device_kind}",
+            "versions": {
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "flax": __import__("flax").__version__,
+            },
+        }
+        if self.primary:
+            title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
+            curves.draw_curves(
+                self.workdir / "metrics.jsonl", self.workdir / "curves.png", title=title
+            )
+            write_json(self.workdir / "summary.json", summary)
+            print_summary(summary)
+            print(f"written to {self.workdir}: summary.json, metrics.jsonl, curves.png")
+        return summary
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The closing table."""
+    table = Table(title=f"{summary['model']} on {summary['dataset']}", show_header=False)
+
+    def row(name: str, key: str, form: str) -> None:
+        if summary.get(key) is not None:
+            table.add_row(name, form.format(summary[key]))
+
+    row("parameters", "params", "{:,}")
+    row("steps", "step", "{:,}")
+    row("epochs", "epochs", "{:.1f}")
+    row("best validation accuracy", "validation/best_accuracy", "{:.2%}")
+    row("test loss", "test/loss", "{:.4f}")
+    row("test accuracy", "test/accuracy", "{:.2%}")
+    row("test top-5 accuracy", "test/top5", "{:.2%}")
+    row("test examples", "test/examples", "{:,}")
+    row("time to the first step", "seconds_to_first_step", "{:.1f} s")
+    row("training speed", "images_per_second", "{:,.0f} images/s")
+    row("training time", "seconds", "{:.1f} s")
+    Console().print(table)

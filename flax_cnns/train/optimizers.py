@@ -1,0 +1,149 @@
+"""Optimizers: Optax, over the trainable leaves only, with rules (regex, value) for what differs.
+
+The learning rate is a function of `state.step`, which the step hands over, and is multiplied by a
+scale in the optimizer's state when the schedule is "plateau".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.train.schedules import Schedule
+from flax_cnns.types import Array, PyTree
+
+NAMES = ("sgd", "adam", "adamw", "rmsprop", "lamb")
+
+
+class Optimizer(NamedTuple):
+    tx: optax.GradientTransformationExtraArgs  # over the trainable leaves; update(..., step=)
+    trainable: PyTree  # bools in the shape of params
+    learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
+
+    def init(self, params: PyTree) -> PyTree:
+        """The optimizer's state for `params`: frozen leaves take no memory."""
+        return self.tx.init(pytree.partition(params, self.trainable)[0])
+
+
+class PlateauState(NamedTuple):
+    """ "Divide by ten when the validation error plateaus", as arrays that the checkpoint keeps."""
+
+    best: Array  # f32, the lowest error seen
+    wait: Array  # i32, validations since
+    scale: Array  # f32, on the learning rate
+
+
+def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    def init(params: PyTree) -> PlateauState:
+        del params
+        return PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
+
+    def update(updates, state, params=None, *, step, **_):
+        del params
+        rate = -schedule(step) * state.scale
+        return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _plateau_states(opt_state: PyTree) -> list[PlateauState]:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PlateauState))
+    return [leaf for leaf in leaves if isinstance(leaf, PlateauState)]
+
+
+def observe(
+    opt_state: PyTree, error: float, *, patience: int, factor: float, min_delta: float
+) -> PyTree:
+    """The state after a validation error: after `patience` of them that were not better than the
+    best by the share `min_delta`, the learning rate is multiplied by `factor`."""
+
+    def step(state: PlateauState) -> PlateauState:
+        better = error < state.best * (1.0 - min_delta)
+        wait = jnp.where(better, 0, state.wait + 1)
+        fall = wait >= patience
+        return PlateauState(
+            jnp.where(better, error, state.best).astype(jnp.float32),
+            jnp.where(fall, 0, wait).astype(jnp.int32),
+            jnp.where(fall, state.scale * factor, state.scale).astype(jnp.float32),
+        )
+
+    return jax.tree.map(
+        lambda x: step(x) if isinstance(x, PlateauState) else x,
+        opt_state,
+        is_leaf=lambda x: isinstance(x, PlateauState),
+    )
+
+
+def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
+    """`()`, `(number,)` or rules (regex, value) -> a tree of values in the shape of `params`.
+
+    The regexes see `"params/" + path`. Raises `UserError` for a rule that decides nothing.
+    """
+    if isinstance(spec, (int, float)):
+        spec = (spec,)
+    if not spec:
+        return jax.tree.map(lambda _: default, params)
+    if len(spec) == 1 and isinstance(spec[0], (int, float)):
+        return jax.tree.map(lambda _: spec[0], params)
+    return pytree.mask(spec, params, what=what, prefix="params/")
+
+
+def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
+    """The optimizer that `config.optimizer` describes, for the parameters `params`.
+
+    rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
+    squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
+    """
+    trainable = per_parameter(config.trainable, params, what="optimizer.trainable", default=True)
+    if bad := {type(v).__name__ for v in jax.tree.leaves(trainable)} - {"bool"}:
+        raise UserError(f"optimizer.trainable: values are True or False, got {sorted(bad)}")
+    if not any(jax.tree.leaves(trainable)):
+        raise UserError("optimizer.trainable: every parameter is frozen; let one rule say True")
+
+    def over_trainable(spec: tuple, field: str, default: float) -> PyTree:
+        tree = per_parameter(spec, params, what=f"optimizer.{field}", default=default)
+        return pytree.partition(tree, trainable)[0]
+
+    decay = over_trainable(config.weight_decay, "weight_decay", 0.0)
+    factors = over_trainable(config.lr_mult, "lr_mult", 1.0)
+    add_decay = optax.stateless(
+        lambda updates, p: jax.tree.map(lambda u, w, d: u + d * w if d else u, updates, p, decay)
+    )
+    scale_parts = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, f: u * f if f != 1 else u, updates, factors)
+    )
+    rate = _scale_by_rate(schedule)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    momentum = (
+        optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+    )
+    match config.name:
+        case "sgd":
+            chain = [add_decay, momentum, scale_parts, rate]
+        case "adam":
+            chain = [add_decay, adam, scale_parts, rate]
+        case "adamw":
+            chain = [adam, add_decay, scale_parts, rate]
+        case "lamb":
+            chain = [adam, add_decay, optax.scale_by_trust_ratio(), scale_parts, rate]
+        case "rmsprop":
+            rms = optax.scale_by_rms(
+                config.decay_rate, config.eps, initial_scale=1.0, eps_in_sqrt=True
+            )
+            chain = [add_decay, rms, scale_parts, rate, momentum]
+        case other:
+            raise UserError(f"optimizer.name: unknown {other!r}{did_you_mean(other, NAMES)}")
+    if config.clip_norm:
+        chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
+
+    def learning_rate(step: Array, opt_state: PyTree) -> Array:
+        (plateau,) = _plateau_states(opt_state)
+        return schedule(step) * plateau.scale
+
+    return Optimizer(optax.with_extra_args_support(optax.chain(*chain)), trainable, learning_rate)

@@ -1,0 +1,91 @@
+"""One step on all devices: `parallelize` maps it, `shard_batch` and `replicate` feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_cnns.errors import UserError
+from flax_cnns.types import Batch, PyTree
+
+MODES = ("shard_map", "pmap")
+
+
+def make_mesh(devices: list[Any] | None = None, *, axis_name: str = "batch") -> Mesh:
+    """One axis over all devices of all processes, each process's own devices side by side."""
+    devices = jax.devices() if devices is None else devices
+    # A process feeds one contiguous slice of the global batch, so its devices must be neighbours.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), (axis_name,))
+
+
+def local_devices(mesh: Mesh) -> list[Any]:
+    return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+
+
+def parallelize(
+    step: Callable,
+    mesh: Mesh,
+    *,
+    axis_name: str = "batch",
+    mode: str = "shard_map",
+    donate: bool = True,
+) -> Callable:
+    """`step(state, batch, key)` on all devices: state and key equal everywhere, the batch split.
+
+    Takes what `shard_batch(batch, mesh, mode)` made ([N ...], or for pmap [devices N/devices ...])
+    and a state that `replicate(state, mesh)` made. Evaluation: `donate=False`.
+    """
+    donated = (0,) if donate else ()
+    if mode == "pmap":
+        mapped = jax.pmap(
+            step,
+            axis_name,
+            in_axes=(None, 0, None),
+            out_axes=None,
+            devices=list(mesh.devices.flat),
+            donate_argnums=donated,
+        )
+        if jax.process_count() == 1:
+            return mapped
+        # Out of a pmap over several processes come host-local arrays, and those cannot be donated
+        # to the next call nor saved: give them their global form again (no copy is made).
+        return lambda state, batch, key: replicate(mapped(state, batch, key), mesh)
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(axis_name), P()), out_specs=P(), check_vma=False
+    )  # check_vma=False is pmap's own setting: the step does its own pmean
+    return jax.jit(step, donate_argnums=donated)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The same values on every device, as global arrays without a device axis."""
+    sharding = NamedSharding(mesh, P())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return multihost_utils.host_local_array_to_global_array(tree, mesh, P())
+
+
+def check_batch(size: int, mesh: Mesh, *, what: str) -> None:
+    """Raises `UserError` unless a batch of `size` examples divides over the devices of the mesh."""
+    devices = mesh.devices.size
+    if size % devices:
+        near = [max(size // devices, 1) * devices, -(-size // devices) * devices]
+        raise UserError(
+            f"{what}: {size} examples do not divide over {devices} devices; "
+            f"take {' or '.join(str(n) for n in sorted(set(near)))}"
+        )
+
+
+def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map") -> Batch:
+    """This process's rows [n ...] -> the global batch [N ...], or for pmap [devices n/devices ...]."""
+    if mode == "pmap":
+        mine = len(local_devices(mesh))
+        return {k: v.reshape(mine, v.shape[0] // mine, *v.shape[1:]) for k, v in batch.items()}
+    sharding = NamedSharding(mesh, P(mesh.axis_names[0]))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,195 @@
+"""The training and the evaluation step, written as if there were one device.
+
+Both run inside `parallel.parallelize`, which names the mapped axis. Random streams: every one is
+`fold_in` of the run's key with a stream's constant and the step, so nothing is stored.
+
+- augment: then with the image's place in the global batch, so that device counts agree;
+- mix, shared: the same on every device, for what concerns the batch or a whole branch;
+- dropout: then with the device, different on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError
+from flax_cnns.train import losses, metrics
+from flax_cnns.train.optimizers import Optimizer
+from flax_cnns.train.schedules import Schedule
+from flax_cnns.train.state import TrainState
+from flax_cnns.types import Array, Batch, PyTree
+
+_AUGMENT, _MIX, _SHARED, _DROPOUT = range(4)
+
+
+def stream(key: Array, constant: int, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, constant), step)
+
+
+def aux_loss(
+    aux_logits: PyTree, labels: Array, weights: list[tuple[str, Schedule]], step: Array
+) -> Array:
+    """The weighted sum of the mean losses of all heads sown into `aux_logits`, by head name."""
+    # sow keeps a tuple of everything sown under a name: "head1/0" is the first of head1.
+    heads = {path.rpartition("/")[0]: logits for path, logits in pytree.flatten(aux_logits).items()}
+    if not heads:
+        return jnp.zeros(())
+    chosen = pytree.match(weights, heads, what="train.aux_weight")
+    return sum(
+        chosen[name](step) * jnp.mean(losses.cross_entropy(logits, labels))
+        for name, logits in heads.items()
+    )
+
+
+def make_train_step(
+    apply_fn: Callable,
+    optimizer: Optimizer,
+    *,
+    augment: Callable[[Array, Array], Array],
+    mix: Callable[[Array, Array, Array], tuple[Array, Array]],
+    aux_weights: list[tuple[str, Schedule]] = (),
+    ema_decay: float = 0.0,
+    ema_warmup: bool = True,
+    accumulate: int = 1,
+    axis_name: str = "batch",
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
+    """`step(state, batch, key) -> (state, sums)`.
+
+    batch: {"image" u8 [n H W C], "label" i32 [n]}, n examples a device; key: the run's, always the
+    same. `augment(images, keys)` takes a key an image; `mix(images, labels, key)` gives soft labels
+    [n K]. Sums are of the whole global batch: loss, correct, count (metrics.py), "bad" (1 when the
+    gradient, the loss or the statistics were not finite: then nothing but `step` changes), "norm"
+    and "rate". `accumulate` cuts each device's examples into that many pieces, one after another.
+
+    Raises `UserError` while tracing where the pieces do not divide.
+    """
+
+    def pieces(x: Array) -> Array:
+        if x.shape[0] % accumulate:
+            raise UserError(
+                f"train.accumulate: {x.shape[0]} examples a device do not divide into {accumulate} pieces"
+            )
+        return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+
+    def train_step(state: TrainState, batch: Batch, key: Array):
+        device, n = lax.axis_index(axis_name), batch["label"].shape[0]
+        places = device * n + jnp.arange(n)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, state.step), places)
+        images = augment(batch["image"], keys)
+        images, labels = mix(images, batch["label"], stream(key, _MIX, state.step))
+        shared = stream(key, _SHARED, state.step)
+        dropout = jax.random.fold_in(stream(key, _DROPOUT, state.step), device)
+        trainable, frozen = pytree.partition(state.params, optimizer.trainable)
+
+        def loss_fn(trainable, batch_stats, images, labels, index):
+            variables = {"params": pytree.merge(trainable, frozen), "batch_stats": batch_stats}
+            logits, updates = apply_fn(
+                variables,
+                images,
+                train=True,
+                mutable=["batch_stats", "aux_logits"],
+                rngs={
+                    "shared": jax.random.fold_in(shared, index),
+                    "dropout": jax.random.fold_in(dropout, index),
+                },
+            )
+            each = losses.cross_entropy(logits, labels)
+            total = jnp.mean(each) + aux_loss(
+                updates.get("aux_logits", {}), labels, aux_weights, state.step
+            )
+            sums = metrics.sums(each, logits, jnp.argmax(labels, -1))
+            return total, (updates.get("batch_stats", batch_stats), sums)
+
+        def one(carry, piece):
+            batch_stats, grads = carry
+            piece_grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(
+                trainable, batch_stats, *piece
+            )
+            return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
+
+        if accumulate == 1:
+            grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(
+                trainable, state.batch_stats, images, labels, 0
+            )
+        else:
+            # Unrolled on CPU, where XLA's convolutions inside a loop are 15 to 38 times slower.
+            (batch_stats, grads), sums = lax.scan(
+                one,
+                (state.batch_stats, jax.tree.map(jnp.zeros_like, trainable)),
+                (pieces(images), pieces(labels), jnp.arange(accumulate)),
+                unroll=accumulate if jax.default_backend() == "cpu" else 1,
+            )
+            grads = jax.tree.map(lambda g: g / accumulate, grads)
+            sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+
+        # With local statistics the variances are averaged: what each device normalised by.
+        grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
+        sums = lax.psum(sums, axis_name)
+        norm = optax.global_norm(grads)
+        # The loss alone would not show it: on CPU a NaN image was seen to give a finite one.
+        watched = [norm, sums["loss"], *jax.tree.leaves(batch_stats)]
+        ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in watched]))
+
+        updates, opt_state = optimizer.tx.update(grads, state.opt_state, trainable, step=state.step)
+        trainable = optax.apply_updates(trainable, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = jnp.float32(ema_decay)
+            if ema_warmup:
+                decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+            # Frozen leaves are left out: their average is themselves, to the bit.
+            old, still = pytree.partition(ema["params"], optimizer.trainable)
+            average = lambda old, new: decay * old + (1.0 - decay) * new  # noqa: E731
+            ema = {
+                "params": pytree.merge(jax.tree.map(average, old, trainable), still),
+                "batch_stats": jax.tree.map(average, ema["batch_stats"], batch_stats),
+            }
+        new = state.replace(
+            params=pytree.merge(trainable, frozen),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, state)
+        sums = {name: jnp.where(ok, value, 0.0) for name, value in sums.items()}
+        sums["bad"] = jnp.where(ok, 0.0, 1.0)
+        sums["norm"] = jnp.where(ok, norm, 0.0)
+        sums["rate"] = optimizer.learning_rate(state.step, state.opt_state)
+        return new.replace(step=state.step + 1), sums
+
+    return train_step
+
+
+def make_eval_step(
+    apply_fn: Callable,
+    *,
+    normalize: Callable[[Array], Array],
+    num_classes: int,
+    confusion: bool = False,
+    axis_name: str = "batch",
+) -> Callable[[PyTree, Batch, Any], dict[str, Array]]:
+    """`step(variables, batch, key) -> sums` over the global batch; the key is not used.
+
+    batch: {"image" u8 [n H W C], "label" i32 [n], "mask" f32 [n]}; rows with mask 0 count nowhere.
+    With `confusion`, beside metrics.py's sums: "confusion" f32 [K K], rows true, columns predicted.
+    """
+
+    def eval_step(variables: PyTree, batch: Batch, key: Any = None):
+        del key
+        labels, mask = batch["label"], batch["mask"]
+        logits = apply_fn(variables, normalize(batch["image"]), train=False)
+        each = losses.cross_entropy(logits, jax.nn.one_hot(labels, num_classes))
+        sums = metrics.sums(each, logits, labels, mask)
+        if confusion:
+            empty = jnp.zeros((num_classes, num_classes), jnp.float32)
+            sums["confusion"] = empty.at[labels, jnp.argmax(logits, -1)].add(mask)
+        return lax.psum(sums, axis_name)
+
+    return eval_step
