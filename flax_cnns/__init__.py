@@ -1,4 +1,4 @@
-"""Convolutional networks in JAX and Flax linen. This is the whole public face; each name loads when it is first used."""
+"""Convolutional networks in JAX and Flax linen: the public face; a name loads when first used."""
 
 import importlib
 
@@ -11,11 +11,12 @@ _WHERE = {
     "FRESH": "flax_cnns.checkpoint.graft",
     "run": "flax_cnns.experiment",
 }
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str):
-    # Late, so that `import flax_cnns` is quick and a launcher can set the environment before JAX is imported.
+    # Late, so that `import flax_cnns` is quick and a launcher can set the environment before JAX is
+    # imported.
     if name not in _WHERE:
         raise AttributeError(f"module 'flax_cnns' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,4 +1,4 @@
-"""What a tired person reads at midnight: what was expected, what came, the near miss, what to do."""
+"""What a tired person reads at midnight: what was expected, what came, the near miss, the cure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`, and the one idiom for choosing among the leaves.
+"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`, and the one idiom for choosing leaves.
 
-The idiom is a sequence of rules `(regex, value)`. A rule decides a path when its regex matches the whole path; the first
-such rule wins; every path must be decided. It serves freezing, learning rates, weight decay and grafting alike.
+The idiom is a sequence of rules `(regex, value)`. A rule decides a path when its regex matches the
+whole path; the first such rule wins; every path must be decided. It serves freezing, learning
+rates, weight decay and grafting alike.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Rules = Sequence[tuple[str, Any]]
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a/b": 1}`, in the tree's own order. Takes any pytree; `None` leaves vanish."""
+    """`{"a": {"b": 1}}` -> `{"a/b": 1}`, in the tree's own order.
+
+    Takes any pytree; `None` leaves vanish.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -47,7 +51,7 @@ def nearest(pattern: str, paths: Iterable[str]) -> str | None:
 
 
 def compile_rules(rules: Rules, *, what: str) -> list[tuple[re.Pattern, Any]]:
-    """Compiles the regexes. Raises `UserError` for a rule that is no pair or no regular expression."""
+    """Compiles the regexes. Raises `UserError` for a rule that is no pair or no regex."""
     compiled = []
     for rule in rules:
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
@@ -65,8 +69,9 @@ def decide(
 ) -> dict[str, tuple[int, Any, re.Match]]:
     """For each path the rule that decides it: `{path: (index of the rule, its value, the match)}`.
 
-    `what` opens the error messages ("optimizer.trainable"). Raises `UserError` where a path is decided by no rule, or a rule
-    decides no path (a mistyped name); a closing catch-all `.*` may be left with nothing to decide.
+    `what` opens the error messages ("optimizer.trainable"). Raises `UserError` where a path is
+    decided by no rule, or a rule decides no path (a mistyped name); a closing catch-all `.*` may be
+    left with nothing to decide.
     """
     paths, compiled = list(paths), compile_rules(rules, what=what)
     decided: dict[str, tuple[int, Any, re.Match]] = {}
@@ -116,7 +121,7 @@ def partition(tree: PyTree, keep: PyTree) -> tuple[dict, dict]:
 
 
 def merge(*trees: PyTree) -> dict:
-    """Puts together what `partition` split, in sorted order (the order in which JAX flattens dicts)."""
+    """Puts together what `partition` split, sorted as JAX flattens dicts."""
     flat: dict[str, Any] = {}
     for tree in trees:
         flat.update(flatten(tree))

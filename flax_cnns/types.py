@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,6 +11,14 @@ Array = jax.Array
 Dtype = Any
 ModuleDef = Callable[..., Any]  # a linen module class or a partial of one
 PyTree = Any
-Batch = dict[
-    str, Any
-]  # {"image": u8 or f32 [N H W C], "label": i32 [N], "mask": f32 [N] in evaluation}
+# {"image": u8 or f32 [N H W C], "label": i32 [N], "mask": f32 [N] in evaluation}
+Batch = dict[str, Any]
+
+
+class Paper(NamedTuple):
+    """Where a family of networks comes from."""
+
+    title: str
+    authors: str
+    year: int
+    url: str

@@ -1,4 +1,4 @@
-"""Four fake CPU devices for every test, and one compilation cache for the whole session, subprocesses included."""
+"""Four fake CPU devices for every test; one compilation cache for it and its subprocesses."""
 
 import os
 import tempfile

@@ -1,0 +1,31 @@
+"""First values of the kernels, by the name of the paper that proposed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax.nn.initializers import variance_scaling
+
+from flax_cnns.errors import UserError, did_you_mean
+
+# He et al. 2015, https://arxiv.org/abs/1502.01852, equation 14: N(0, 2 / fan_out), not truncated,
+# with fan_out = k * k * output channels. The paper allows either fan; its authors' ResNet code and
+# torchvision take this one.
+he = variance_scaling(2.0, "fan_out", "normal")
+
+# LeCun et al. 1998, "Efficient BackProp", equation 16: standard deviation 1 / sqrt(fan_in).
+lecun = variance_scaling(1.0, "fan_in", "normal")
+
+INITIALIZERS = {"he": he, "lecun": lecun}
+
+
+def initializer(init: str | Callable) -> Callable:
+    """`"he"` -> the function (key, shape, dtype) -> kernel; a function stays what it is.
+
+    Raises `UserError` for an unknown name.
+    """
+    if callable(init):
+        return init
+    if init not in INITIALIZERS:
+        raise UserError(f"unknown kernel_init {init!r}{did_you_mean(init, INITIALIZERS)}")
+    return INITIALIZERS[init]

@@ -1,0 +1,141 @@
+"""Networks by name: every family's table `VARIANTS` in one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models import cifar_resnet, lenet, resnet
+
+FAMILIES = (lenet, cifar_resnet, resnet)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ModelInfo(NamedTuple):
+    """What `model_info` says about a network."""
+
+    name: str
+    family: str  # the file of flax_cnns.models
+    paper: Any  # a flax_cnns.types.Paper: title, authors, year, url
+    input_size: tuple[int, int, int]  # (H, W, C)
+    num_classes: int
+    params: int  # trainable numbers, without running statistics
+
+
+def merge(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType]]:
+    """`{name: (variant, its family)}` of all families; a name in two of them raises ValueError."""
+    table: dict[str, tuple[partial, ModuleType]] = {}
+    for family in families:
+        for name, variant in family.VARIANTS.items():
+            if name in table:
+                raise ValueError(f"{name!r} is in {table[name][1].__name__} and {family.__name__}")
+            table[name] = (variant, family)
+    return table
+
+
+_MODELS = merge(FAMILIES)
+
+
+def _find(name: str) -> tuple[partial, ModuleType]:
+    if name not in _MODELS:
+        raise UserError(f"unknown model {name!r}{did_you_mean(name, _MODELS)}")
+    return _MODELS[name]
+
+
+def _dtype(field: str, value: Any) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        raise UserError(f"unknown {field} {value!r}{did_you_mean(str(value), DTYPES)}")
+    return dtype
+
+
+def _checked(name: str, field: str, value: Any) -> Any:
+    """The value of a field as the module wants it; raises `UserError` where it makes no sense."""
+    if isinstance(value, list):  # from a config's JSON; a module's fields must be hashable
+        value = tuple(value)
+    if field in ("dtype", "param_dtype"):
+        return _dtype(field, value)
+    if field == "num_classes" and value is not None and (type(value) is not int or value < 1):
+        raise UserError(f"{name}: num_classes is a positive number or None, got {value!r}")
+    if field == "input_size" and (
+        not isinstance(value, tuple)
+        or len(value) != 3
+        or any(type(n) is not int or n < 1 for n in value)
+    ):
+        raise UserError(f"{name}: input_size is (height, width, channels), got {value!r}")
+    return value
+
+
+def create_model(name: str, **fields: Any) -> nn.Module:
+    """The network `name` with some of its fields set: `create_model("resnet50", num_classes=10)`.
+
+    `dtype` and `param_dtype` may be texts ("bfloat16"). `num_classes=None` gives pooled features
+    [N C]. Raises `UserError` for an unknown name, field or dtype, or for senseless values.
+    """
+    variant, _ = _find(name)
+    known = {field.name for field in dataclasses.fields(variant.func)} - {"name", "parent"}
+    for field in fields:
+        if field not in known:
+            raise UserError(
+                f"{name} has no field {field!r}{did_you_mean(field, known)}"
+                f" (it takes {', '.join(sorted(known))})"
+            )
+    return variant(**{field: _checked(name, field, value) for field, value in fields.items()})
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that match a shell pattern, sorted: `list_models("*resnet5*")`."""
+    return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
+
+
+@cache
+def model_info(name: str) -> ModelInfo:
+    """Family, paper, input size, classes and parameter count; computes shapes only.
+
+    Raises `UserError` for an unknown name.
+    """
+    model, (_, family) = create_model(name), _find(name)
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    return ModelInfo(
+        name=name,
+        family=family.__name__.rpartition(".")[2],
+        paper=family.PAPER,
+        input_size=model.input_size,
+        num_classes=model.num_classes,
+        params=sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
+    )
+
+
+def init_variables(
+    model: nn.Module, key: jax.Array, images_shape: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """`{"params": ..., "batch_stats": ...}` and nothing else; batch_stats may be {}.
+
+    `images_shape` is [N H W C], by default one image of `model.input_size`. The values are those of
+    `model.init(key, images)` up to float32 rounding. Raises `UserError` where the network cannot
+    take such images.
+    """
+    shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        variables = model.init(key, jnp.zeros(shape), train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    if isinstance(key, jax.core.Tracer):  # inside the caller's own jit or eval_shape
+        return init(key)
+    # Compiling the random numbers of all kernels is what takes time on a CPU: ten times less at
+    # this level, for a function that runs once.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init).lower(key).compile(compiler_options=options)(key)
