@@ -1,0 +1,187 @@
+"""Augmentation per image, on the device: uint8 images in, normalised float32 out, shapes static.
+
+Every image has its own key, so what happens to it depends neither on its place in the local array nor on the number of
+devices. The geometric operations (crop, flip, rotation, scale) are composed into one map from output to input pixels and the
+image is read once, bilinearly: cheaper than one pass each, and nothing is blurred twice. What comes from outside is black.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array
+
+
+def make_normalize(
+    config: Any, *, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Array], Array]:
+    """`normalize(images u8 [... C]) -> f32 [... C]`: (x/255 - mean) / std, or x/255 where `config.normalize` is False."""
+    mean = jnp.asarray(mean if config.normalize else 0.0, jnp.float32)
+    std = jnp.asarray(std if config.normalize else 1.0, jnp.float32)
+
+    def normalize(images: Array) -> Array:
+        return (images.astype(jnp.float32) - 255 * mean) / (255 * std)
+
+    return normalize
+
+
+def make_augment(
+    config: Any,
+    *,
+    image_shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    cropped: bool = False,
+) -> Callable[[Array, Array], Array]:
+    """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit.
+
+    `config` is `config.data.augment`; `cropped` says that the loader has done the random resized crop already, as it does
+    for streamed images. With everything off this is `make_normalize` exactly.
+    Raises UserError for values that make no sense.
+    """
+    height, width, _ = image_shape
+    _check(config, height, width)
+    normalize = make_normalize(config, mean=mean, std=std)
+    resized_crop = tuple(config.random_resized_crop) if not cropped else ()
+    moved = config.flip or config.pad_crop or config.rotate or config.scale
+
+    def augment_one(image: Array, key: Array) -> Array:
+        keys = dict(zip(("resize", "move", "cutout"), jax.random.split(key, 3)))
+        if resized_crop:
+            image = random_resized_crop(keys["resize"], image, resized_crop)
+        if config.rotate or config.scale:
+            image = _affine(keys["move"], image, config)
+        elif moved:
+            image = _flip_and_crop(keys["move"], image, config)
+        image = normalize(image)
+        if config.cutout:
+            image = cutout(keys["cutout"], image, config.cutout)
+        return image
+
+    def augment(images: Array, keys: Array) -> Array:
+        if not (resized_crop or moved or config.cutout):
+            return normalize(images)
+        return jax.vmap(augment_one)(images, keys)
+
+    return augment
+
+
+def _check(config: Any, height: int, width: int) -> None:
+    share = tuple(config.random_resized_crop)
+    if share and not (len(share) == 2 and 0 < share[0] <= share[1] <= 1):
+        raise UserError(
+            f"data.augment.random_resized_crop is (smallest, largest) share of the area, within 0..1; got {share}"
+        )
+    for name in ("pad_crop", "cutout", "rotate", "scale"):
+        if config[name] < 0:
+            raise UserError(f"data.augment.{name} must not be negative; got {config[name]}")
+    if config.scale >= 1:
+        raise UserError(f"data.augment.scale is relative: 0.1 means 0.9 to 1.1; got {config.scale}")
+    for name in ("pad_crop", "cutout"):
+        if config[name] >= min(height, width):
+            raise UserError(
+                f"data.augment.{name}={config[name]} is as large as the image ({height}x{width})"
+            )
+
+
+def _draw_flip_and_shift(key: Array, config: Any) -> tuple[Array, Array, Array]:
+    """A coin, and a shift in pixels [2], uniform over the whole pixels of +-pad_crop."""
+    key_flip, key_shift, key_rest = jax.random.split(key, 3)
+    flip = jax.random.bernoulli(key_flip) if config.flip else jnp.array(False)
+    pad = config.pad_crop
+    return flip, jax.random.randint(key_shift, (2,), -pad, pad + 1), key_rest
+
+
+def _flip_and_crop(key: Array, image: Array, config: Any) -> Array:
+    """Whole pixels only: [H W C] -> [H W C], values untouched."""
+    flip, shift, _ = _draw_flip_and_shift(key, config)
+    if config.flip:
+        image = jnp.where(flip, image[:, ::-1], image)
+    if pad := config.pad_crop:
+        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        image = jax.lax.dynamic_slice(padded, (*(shift + pad), 0), image.shape)
+    return image
+
+
+def _affine(key: Array, image: Array, config: Any) -> Array:
+    """Flip, rotate, scale and shift in one bilinear reading: [H W C] -> [H W C] f32."""
+    height, width, _ = image.shape
+    flip, shift, key = _draw_flip_and_shift(key, config)
+    angle, stretch = jax.random.uniform(key, (2,), minval=-1.0)
+    angle = angle * (math.pi / 180 * config.rotate)
+    zoom = 1 + stretch * config.scale
+    # From the output pixel back to the input's, about the centre.
+    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")  # [H W]
+    y = (y + shift[0] - (height - 1) / 2) / zoom
+    x = (x + shift[1] - (width - 1) / 2) / zoom
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    y, x = cos * y - sin * x, sin * y + cos * x
+    x = jnp.where(flip, -x, x)
+    return bilinear(image, y + (height - 1) / 2, x + (width - 1) / 2)
+
+
+def bilinear(image: Array, y: Array, x: Array) -> Array:
+    """`image` [H W C] read at the points `y`, `x` [h w] (pixels, the first one's centre at 0): f32 [h w C]; outside is 0."""
+    height, width, channels = image.shape
+    # Two black pixels on each side, so that a point outside reads black without a mask for each of the four corners.
+    padded = jnp.pad(image, ((2, 2), (2, 2), (0, 0))).reshape(-1, channels)
+    y = jnp.clip(y + 2, 0, height + 2)
+    x = jnp.clip(x + 2, 0, width + 2)
+    top, left = jnp.floor(y), jnp.floor(x)
+    dy, dx = (y - top)[..., None], (x - left)[..., None]
+    corner = top.astype(jnp.int32) * (width + 4) + left.astype(jnp.int32)
+
+    def pixel(offset: int) -> Array:
+        return jnp.take(padded, corner + offset, axis=0, mode="clip").astype(jnp.float32)
+
+    above = pixel(0) * (1 - dx) + pixel(1) * dx
+    below = pixel(width + 4) * (1 - dx) + pixel(width + 5) * dx
+    return above * (1 - dy) + below * dy
+
+
+def random_resized_crop(
+    key: Array,
+    image: Array,
+    share: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Array:
+    """A box of a random share of the area and a random ratio of sides, resized to the whole: [H W C] -> f32 [H W C].
+
+    Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as torchvision does it: ten tries, the first box
+    that fits; the whole image where none does.
+    """
+    height, width, _ = image.shape
+    key_area, key_ratio, key_place = jax.random.split(key, 3)
+    area = jax.random.uniform(key_area, (10,), minval=share[0], maxval=share[1]) * height * width
+    log_ratio = jax.random.uniform(
+        key_ratio, (10,), minval=math.log(ratio[0]), maxval=math.log(ratio[1])
+    )
+    h, w = jnp.sqrt(area * jnp.exp(-log_ratio)), jnp.sqrt(area * jnp.exp(log_ratio))
+    fits = (h <= height) & (w <= width)
+    first = jnp.argmax(fits)
+    whole = jnp.array([height, width], jnp.float32)
+    box = jnp.where(fits[first], jnp.stack([h[first], w[first]]), whole)
+    corner = jax.random.uniform(key_place, (2,)) * (whole - box)
+    zoom = whole / box
+    return jax.image.scale_and_translate(
+        image.astype(jnp.float32), image.shape, (0, 1), zoom, -corner * zoom, "linear"
+    )
+
+
+def cutout(key: Array, image: Array, side: int) -> Array:
+    """A square of `side` pixels set to 0, which is the mean once the image is normalised: [H W C] -> [H W C].
+
+    Its centre is uniform over the image, so that part of it may lie outside (https://arxiv.org/abs/1708.04552).
+    """
+    height, width, _ = image.shape
+    centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
+    low = centre - side // 2
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)
+    inside = (y >= low[0]) & (y < low[0] + side) & (x >= low[1]) & (x < low[1] + side)
+    return jnp.where(inside[..., None], 0.0, image)
