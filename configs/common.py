@@ -1,8 +1,9 @@
-"""Every field there is, with its default. A config starts from `get_config()` and sets what differs.
+"""Every field there is, with its default. A config starts from `get_config()`, sets what differs.
 
-Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training examples.
-Rules are tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`: the
-first regex that matches the whole path decides, and every path must be decided.
+Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training
+examples. Rules are tuples of `(regex, value)` over paths such as
+`"params/stage1/block1/conv1/kernel"`: the first regex that matches the whole path decides, and
+every path must be decided.
 """
 
 from ml_collections import ConfigDict
@@ -12,25 +13,26 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             seed=0,  # initialisation, data order, augmentation, dropout
-            # ---- the network: all of it goes to create_model, so a config may add any field of its family
+            # ---- the network: all of it goes to create_model; a config may add its family's fields
             model=dict(
                 name="lenet5",
                 num_classes=0,  # 0: as many as the data set has
-                dtype="float32",  # what computes: float32 or bfloat16; parameters and loss are float32 always
+                dtype="float32",  # what computes, or bfloat16; parameters and loss stay float32
             ),
             # ---- images and labels
             data=dict(
                 name="digits",  # digits, any TFDS name, or folder
-                dir="",  # TFDS data_dir, folder of archive files, or image folder; "": TFDS's default
+                dir="",  # TFDS data_dir, folder of archives or of images; "": TFDS's default
                 source="auto",  # auto, tfds, archive, folder: auto looks into dir
-                labels="",  # which one where a data set has several: cifar100 has fine (default) and coarse
+                labels="",  # where there are several kinds: cifar100 has fine (default) and coarse
                 image_size=32,  # height and width that the network sees
                 channels=0,  # 0: the data set's own; 1 or 3 converts
-                validation=0.1,  # taken from train where there is no such split: a fraction, a count, or 0 for none
+                # Taken from train where there is no such split: a fraction, a count, or 0 for none.
+                validation=0.1,
                 split_seed=0,  # of that split, and of an image folder's
                 batch_size=64,  # over all devices and processes
                 eval_batch_size=256,
-                in_memory="auto",  # auto: when the decoded images take less than memory_limit; yes; no
+                in_memory="auto",  # yes, no, auto: when they take less than memory_limit
                 memory_limit=4.0,  # GiB
                 threads=8,  # decoding threads of the streaming loader
                 workers=0,  # its worker processes; a saved position fits the same number only
@@ -43,7 +45,7 @@ def get_config() -> ConfigDict:
                     scale=0.0,  # relative, uniform in 1 +- scale
                     random_resized_crop=(),  # (smallest, largest) share of the area; (): off
                     cutout=0,  # side of the square set to the mean; 0: off
-                    normalize=True,  # subtract the data set's mean, divide by its standard deviation
+                    normalize=True,  # by the data set's mean and standard deviation
                 ),
             ),
             # ---- per batch, inside the step
@@ -60,8 +62,8 @@ def get_config() -> ConfigDict:
                 b2=0.999,
                 eps=1e-8,  # adam, adamw, lamb, rmsprop
                 decay_rate=0.9,  # rmsprop: of the running mean of squares
-                # () none, (1e-4,) every parameter, or rules (regex, number). Added to the gradient by
-                # sgd, adam and rmsprop (L2); decoupled from it in adamw and lamb.
+                # () none, (1e-4,) every parameter, or rules (regex, number). Added to the gradient
+                # by sgd, adam and rmsprop (L2); decoupled from it in adamw and lamb.
                 weight_decay=(),
                 trainable=(),  # rules (regex, bool); (): all
                 lr_mult=(),  # rules (regex, number): factors on the learning rate; (): all 1
@@ -91,8 +93,9 @@ def get_config() -> ConfigDict:
                 accumulate=1,  # batches are cut into this many pieces whose gradients are averaged
                 ema=0.0,  # decay of the averaged weights and statistics, evaluated then; 0: off
                 ema_warmup=True,  # the decay starts as (1 + step) / (10 + step)
-                # Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of the head's name, weight);
-                # a weight is a number or corners ((duration, number), ...) joined by straight lines.
+                # Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of its name,
+                # weight); a weight is a number, or corners ((duration, number), ...) and the
+                # straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
                 deterministic=False,  # GPU: XLA's deterministic kernels

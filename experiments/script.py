@@ -26,7 +26,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # An override of a field that is not there, or of another type, comes from the flags' parser.
+        # A mistyped override, or one of another type, is raised by the flags' parser.
         frames = traceback.extract_tb(error.__traceback__)
         if any("config_flags" in frame.filename for frame in frames):
             said = str(error.args[0] if error.args else error).replace("\n", " ")

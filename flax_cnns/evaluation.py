@@ -40,7 +40,7 @@ def summarize(total: dict[str, Any]) -> dict[str, float]:
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Counts [K K], rows true -> "count", "recall" (accuracy within the class), "precision", each [K].
+    """Counts [K K], rows true -> "count", "recall" (accuracy in the class), "precision", each [K].
 
     NaN where nothing is of the class, or nothing was predicted to be.
     """

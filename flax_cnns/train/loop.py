@@ -116,10 +116,10 @@ def train(
 ) -> Outcome:
     """From step `start` to `stop`, or until `should_stop(step)` says so (asked once a step).
 
-    `batches` yields (batch on the devices, position of the data after it); `save(step, state, host,
-    metrics)` gets a JSON-able host; `evaluate(state)` gives {"loss", "accuracy", ...} of the validation
-    split; `on_validation(state, error)` may change the state (the plateau schedule); `began` is the
-    `time.perf_counter()` from which the time to the first step counts.
+    `batches` yields (batch on the devices, position of the data after it); `save(step, state,
+    host, metrics)` gets a JSON-able host; `evaluate(state)` gives {"loss", "accuracy", ...} of the
+    validation split; `on_validation(state, error)` may change the state (the plateau schedule);
+    `began` is the `time.perf_counter()` from which the time to the first step counts.
 
     Metrics are fetched one step late, so that the device never waits for Python. Raises `UserError`
     after `max_bad_steps` steps in a row whose gradients were not finite.
@@ -127,8 +127,7 @@ def train(
     late: collections.deque = collections.deque()
     outcome = Outcome(state, start)
     position: dict = {}
-    clock, stepping, counted = time.perf_counter(), 0.0, 0
-    pace_from, pace_steps, pace_seconds = clock, 0, 0.0
+    counted, pace_from, pace_steps, pace_seconds = 0, time.perf_counter(), 0, 0.0
 
     def absorb(step: int, sums: dict[str, Array]) -> None:
         values = jax.device_get(sums)
@@ -139,8 +138,8 @@ def train(
         host.bad_in_a_row = host.bad_in_a_row + 1 if bad else 0
         if max_bad_steps and host.bad_in_a_row >= max_bad_steps:
             raise UserError(
-                f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not finite; "
-                f"nothing of them was kept. Lower schedule.learning_rate ({rate:g} now), warm up "
+                f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
+                f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} now), warm up "
                 "longer, or clip with optimizer.clip_norm; the last checkpoint is sound"
             )
 

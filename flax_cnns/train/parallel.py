@@ -83,7 +83,7 @@ def check_batch(size: int, mesh: Mesh, *, what: str) -> None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map") -> Batch:
-    """This process's rows [n ...] -> the global batch [N ...], or for pmap [devices n/devices ...]."""
+    """This process's rows [n ...] -> the global batch [N ...]; for pmap [devices n/devices ...]."""
     if mode == "pmap":
         mine = len(local_devices(mesh))
         return {k: v.reshape(mine, v.shape[0] // mine, *v.shape[1:]) for k, v in batch.items()}

@@ -30,13 +30,13 @@ def constant(rate: float) -> Schedule:
 
 
 def piecewise(rate: float, boundaries: list[int], factor: float) -> Schedule:
-    """`rate`, multiplied by `factor` at each boundary (the step at the boundary has the new one)."""
+    """`rate`, times `factor` from each boundary on (the step at it included)."""
     edges = jnp.asarray(sorted(boundaries), jnp.int32)
     return lambda step: rate * jnp.float32(factor) ** jnp.sum(step >= edges)
 
 
 def cosine(rate: float, total: int, end: float = 0.0) -> Schedule:
-    """end + (rate - end) (1 + cos(pi t / T)) / 2: Loshchilov & Hutter 2016, equation 5, no restart."""
+    """end + (rate - end) (1 + cos(pi t / T)) / 2: Loshchilov & Hutter 2016, eq. 5, no restart."""
 
     def schedule(step: Array) -> Array:
         share = jnp.clip(step / max(total, 1), 0.0, 1.0)

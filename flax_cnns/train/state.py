@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from flax_cnns.types import Array, PyTree
 

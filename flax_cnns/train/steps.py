@@ -74,7 +74,8 @@ def make_train_step(
     def pieces(x: Array) -> Array:
         if x.shape[0] % accumulate:
             raise UserError(
-                f"train.accumulate: {x.shape[0]} examples a device do not divide into {accumulate} pieces"
+                f"train.accumulate: {x.shape[0]} examples a device do not divide "
+                f"into {accumulate} pieces"
             )
         return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
 

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.common import get_config
+from flax_cnns.errors import UserError
+from flax_cnns.train import optimizers, schedules
+
+PARAMS = {
+    "stem": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])},
+    "head": {"kernel": jnp.array([3.0]), "bias": jnp.array([-1.0])},
+}
+GRADS = jax.tree.map(lambda w: 0.1 * w + 0.3, PARAMS)
+
+
+def make(rate=0.1, **fields):
+    config = get_config().optimizer
+    config.momentum = 0.9
+    config.update(fields)
+    return optimizers.make(config, PARAMS, schedules.constant(rate))
+
+
+def run(optimizer, steps=3):
+    from flax_cnns import pytree
+
+    params, frozen = pytree.partition(PARAMS, optimizer.trainable)
+    grads, _ = pytree.partition(GRADS, optimizer.trainable)
+    state = optimizer.init(PARAMS)
+    for step in range(steps):
+        updates, state = optimizer.tx.update(grads, state, params, step=jnp.int32(step))
+        params = jax.tree.map(jnp.add, params, updates)
+    return pytree.merge(params, frozen), state
+
+
+def by_hand(update, w, g, steps=3):
+    """`update(memory, w, g) -> (memory, w)`, from memory None."""
+    memory = None
+    for _ in range(steps):
+        memory, w = update(memory, w, g)
+    return w
+
+
+def sgd(memory, w, g, *, decay=0.0, nesterov=False):
+    g = g + decay * w
+    memory = g if memory is None else 0.9 * memory + g
+    return memory, w - 0.1 * (g + 0.9 * memory if nesterov else memory)
+
+
+def test_sgd_with_momentum_nesterov_and_l2():
+    for nesterov in (False, True):
+        found, _ = run(make(nesterov=nesterov, weight_decay=(0.01,)))
+        expected = by_hand(lambda m, w, g: sgd(m, w, g, decay=0.01, nesterov=nesterov), 3.0, 0.6)  # noqa: B023
+        np.testing.assert_allclose(found["head"]["kernel"], [expected], rtol=1e-5)
+
+
+def test_rmsprop_is_tensorflows():
+    """Mean of squares from 1, epsilon in the root, the rate inside the momentum."""
+
+    def tensorflow(memory, w, g):
+        ms, mom = memory or (1.0, 0.0)
+        ms = 0.8 * ms + 0.2 * g * g
+        mom = 0.9 * mom + 0.1 * g / np.sqrt(ms + 0.01)
+        return (ms, mom), w - mom
+
+    found, _ = run(make(name="rmsprop", decay_rate=0.8, eps=0.01))
+    np.testing.assert_allclose(found["head"]["kernel"], [by_hand(tensorflow, 3.0, 0.6)], rtol=1e-5)
+
+
+def test_adamw_decouples_what_adam_couples():
+    """With a huge epsilon Adam's step is nearly nothing, and only a decoupled decay is left."""
+    decoupled, _ = run(make(name="adamw", weight_decay=(0.5,), eps=1e8), steps=1)
+    coupled, _ = run(make(name="adam", weight_decay=(0.5,), eps=1e8), steps=1)
+    np.testing.assert_allclose(decoupled["head"]["kernel"], [3.0 * (1 - 0.1 * 0.5)], rtol=1e-5)
+    np.testing.assert_allclose(coupled["head"]["kernel"], [3.0], rtol=1e-5)
+
+
+def test_lamb_moves_each_layer_by_its_own_norm():
+    found, _ = run(make(name="lamb"), steps=1)
+    for layer in ("stem", "head"):
+        before, after = PARAMS[layer]["kernel"], found[layer]["kernel"]
+        moved = np.linalg.norm(after - before)
+        np.testing.assert_allclose(moved, 0.1 * np.linalg.norm(before), rtol=1e-4)
+
+
+def test_rules_choose_decay_and_rate():
+    found, _ = run(
+        make(
+            weight_decay=((r".*/kernel", 0.1), (".*", 0.0)),
+            lr_mult=((r"params/stem/.*", 0.0), (".*", 2.0)),
+        ),
+        steps=1,
+    )
+    np.testing.assert_array_equal(found["stem"]["kernel"], PARAMS["stem"]["kernel"])
+    np.testing.assert_allclose(found["head"]["kernel"], [3.0 - 0.2 * (0.6 + 0.3)], rtol=1e-6)
+    np.testing.assert_allclose(found["head"]["bias"], [-1.0 - 0.2 * 0.2], rtol=1e-6)
+
+
+def test_frozen_parameters_take_no_memory_and_do_not_move():
+    optimizer = make(trainable=((r"params/head/.*", True), (".*", False)), weight_decay=(0.1,))
+    found, state = run(optimizer)
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(found["stem"][name], PARAMS["stem"][name])
+        assert not np.array_equal(found["head"][name], PARAMS["head"][name])
+    momentum = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert len(momentum) == 2
+
+
+def test_clipping_bounds_the_global_norm():
+    found, _ = run(make(clip_norm=0.01, momentum=0.0), steps=1)
+    moved = jax.tree.map(lambda a, b: a - b, found, PARAMS)
+    norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(moved)))
+    np.testing.assert_allclose(norm, 0.1 * 0.01, rtol=1e-4)
+
+
+def test_plateau_divides_after_patience_validations_without_a_better_one():
+    optimizer = make()
+    state = optimizer.init(PARAMS)
+    rates = []
+    for error in [0.5, 0.4, 0.4, 0.45, 0.41, 0.3, 0.29]:
+        state = optimizers.observe(state, error, patience=2, factor=0.1, min_delta=1e-3)
+        rates.append(float(optimizer.learning_rate(jnp.int32(0), state)))
+    # Two without a better one after 0.4: a fall; one more at 0.41, then better again.
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01], rtol=1e-5)
+    assert np.isclose(float(optimizers._plateau_states(state)[0].best), 0.29)
+
+
+def test_a_nan_error_is_not_better():
+    state = make().init(PARAMS)
+    for _ in range(2):
+        state = optimizers.observe(state, float("nan"), patience=2, factor=0.1, min_delta=0.0)
+    (plateau,) = optimizers._plateau_states(state)
+    assert not np.isfinite(plateau.best)
+    assert np.isclose(plateau.scale, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (dict(name="sdg"), "did you mean 'sgd'"),
+        (dict(trainable=((".*", False),)), "every parameter is frozen"),
+        (dict(trainable=((".*", 1.0),)), "True or False"),
+        (dict(trainable=((r"params/haed/.*", True), (".*", False))), "params/head/"),
+        (dict(lr_mult=((r"params/head/.*", 1.0),)), "no rule decides params/stem"),
+    ],
+)
+def test_misuse(fields, said):
+    with pytest.raises(UserError, match=said):
+        make(**fields)

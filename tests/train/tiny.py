@@ -1,0 +1,109 @@
+"""A network of one convolution, with BatchNorm, dropout and an auxiliary head: compiles in a blink."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.common import get_config
+from flax_cnns.data.augment import make_augment, make_normalize
+from flax_cnns.data.mix import make_mix
+from flax_cnns.train import optimizers, parallel, schedules, steps
+from flax_cnns.train.state import TrainState
+
+SHAPE, CLASSES = (8, 8, 1), 7
+
+
+class Tiny(nn.Module):
+    axis_name: str | None = None
+    dropout: float = 0.0
+    aux: bool = False
+
+    @nn.compact
+    def __call__(self, images, *, train: bool = False):
+        x = nn.Conv(4, (3, 3), name="conv")(images)
+        x = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm"
+        )(x)
+        x = nn.relu(x).mean((1, 2))
+        if self.aux:
+            aux = nn.Dense(CLASSES, name="aux_head")(x)
+            if train:
+                self.sow("aux_logits", "head1", aux)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+def examples(n: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, n).astype(np.int32)
+    images = rng.integers(0, 40, (n, *SHAPE)).astype(np.uint8) + (30 * labels).astype(np.uint8)[
+        :, None, None, None
+    ]
+    return {"image": images, "label": labels}
+
+
+def config(**changes) -> ConfigDict:
+    """configs/common.py with `{"optimizer.name": "adam"}` changed."""
+    config = get_config()
+    config.schedule.name = "constant"
+    with config.unlocked():
+        for path, value in changes.items():
+            config.update_from_flattened_dict({path: value})
+    return config
+
+
+def setup(
+    config: ConfigDict,
+    *,
+    devices: int = 1,
+    mode: str = "shard_map",
+    model: nn.Module | None = None,
+    augment=None,
+):
+    """(state, train_step, eval_step, mesh): as the run wires them, over the first devices."""
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    sync = "batch" if config.train.sync_batchnorm else None
+    model = Tiny(axis_name=sync) if model is None else model
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    variables = {k: variables[k] for k in ("params", "batch_stats")}
+    schedule = schedules.make(config.schedule, total_steps=100, steps_per_epoch=10.0)
+    optimizer = optimizers.make(config.optimizer, variables["params"], schedule)
+    opt_state = optimizer.init(variables["params"])
+    state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
+    stats = dict(mean=(0.5,), std=(0.25,))
+    step = steps.make_train_step(
+        model.apply,
+        optimizer,
+        augment=augment or make_augment(config.data.augment, image_shape=SHAPE, **stats),
+        mix=make_mix(config.mix, CLASSES),
+        aux_weights=[(".*", schedules.constant(0.3))],
+        ema_decay=config.train.ema,
+        ema_warmup=config.train.ema_warmup,
+        accumulate=config.train.accumulate,
+    )
+    evaluation = steps.make_eval_step(
+        model.apply,
+        normalize=make_normalize(config.data.augment, **stats),
+        num_classes=CLASSES,
+        confusion=True,
+    )
+    return (
+        parallel.replicate(state, mesh),
+        parallel.parallelize(step, mesh, mode=mode),
+        parallel.parallelize(evaluation, mesh, mode=mode, donate=False),
+        mesh,
+    )
+
+
+def train(config: ConfigDict, n: int = 3, batch: int = 8, **kwargs):
+    """The state and the last sums after n steps on fixed batches."""
+    state, step, _, mesh = setup(config, **kwargs)
+    key = parallel.replicate(jax.random.key(5), mesh)
+    for i in range(n):
+        data = parallel.shard_batch(examples(batch, i), mesh, kwargs.get("mode", "shard_map"))
+        state, sums = step(state, data, key)
+    return jax.device_get(state), jax.device_get(sums)
