@@ -40,9 +40,10 @@ class Tiny(nn.Module):
 def examples(n: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, n).astype(np.int32)
-    images = rng.integers(0, 40, (n, *SHAPE)).astype(np.uint8) + (30 * labels).astype(np.uint8)[
-        :, None, None, None
-    ]
+    images = (
+        rng.integers(0, 40, (n, *SHAPE)).astype(np.uint8)
+        + (30 * labels).astype(np.uint8)[:, None, None, None]
+    )
     return {"image": images, "label": labels}
 
 

@@ -1,0 +1,28 @@
+"""Exact metrics of a run: loss, accuracy, per class, and the confusion matrix as table and picture.
+
+python -m experiments.evaluate --workdir=runs/digits
+python -m experiments.evaluate --workdir=runs/digits --split=validation --checkpoint=best
+
+Writes evaluation_SPLIT_STEP.json and .png into the run's directory. STEP is latest, best or a number.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments import script
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+
+
+def evaluate(argv: list[str]) -> None:
+    from flax_cnns.experiment import evaluate_run
+
+    del argv
+    evaluate_run(_WORKDIR.value, split=_SPLIT.value, checkpoint=_CHECKPOINT.value)
+
+
+if __name__ == "__main__":
+    script.main(evaluate)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+
+from configs.common import get_config
+from flax_cnns import config as configs
+from flax_cnns.errors import UserError
+
+
+def test_the_checks_and_the_defaults_name_the_same_fields():
+    assert sorted(configs.FIELDS) == sorted(configs.flatten(get_config().to_dict()))
+
+
+def test_the_defaults_are_valid():
+    configs.validate(get_config())
+
+
+def changed(path, value):
+    config = get_config().to_dict()
+    *parents, name = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("optimizer.nam", "sgd", "unknown field 'optimizer.nam'; did you mean 'optimizer.name'"),
+        ("optimizer.name", "sdg", "one of sgd, adam.*did you mean 'sgd'"),
+        ("data.batch_size", 0, "a whole number of at least 1, got 0"),
+        ("data.batch_size", 12.5, "a whole number"),
+        ("data.validation", -0.1, "a number from 0"),
+        ("data.channels", 2, "0 .*1 or 3, got 2"),
+        ("data.augment.flip", 1, "True or False, got 1"),
+        ("data.augment.random_resized_crop", (1.0, 0.1), "smallest, largest"),
+        ("schedule.learning_rate", 0.0, "a number above 0"),
+        ("schedule.warmup", 5, "a duration such as '20 epochs'"),
+        ("schedule.boundaries", ("30",), "durations such as"),
+        ("optimizer.trainable", ((".*",),), "rules"),
+        ("optimizer.trainable", (("(", True),), "is no regular expression"),
+        ("optimizer.weight_decay", ("a", 1), "rules"),
+        ("graft.rules", (("a", 1),), "path in the source or None"),
+        ("train.accumulate", 3, "a batch of 64 does not divide into 3 pieces"),
+        ("schedule.name", "steps", "'steps' needs some"),
+        ("model.dtype", "float31", "did you mean 'float32'"),
+    ],
+)
+def test_a_wrong_field_says_what_was_expected(path, value, said):
+    with pytest.raises(UserError, match=said) as error:
+        configs.validate(changed(path, value))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_field():
+    config = get_config().to_dict()
+    del config["train"]["ema"]
+    with pytest.raises(UserError, match=r"'train\.ema' is missing"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(), (0.3,), (("head1", 0.3), (".*", (("0 epochs", 1.0), ("100 epochs", 0.0))))],
+)
+def test_auxiliary_weights(weights):
+    configs.validate(changed("train.aux_weight", weights))
+
+
+def test_differences_are_named():
+    ours, theirs = configs.plain(get_config()), configs.plain(get_config())
+    assert configs.difference(ours, theirs) == []
+    assert configs.fingerprint(ours) == configs.fingerprint(get_config())
+    theirs["seed"] = 3
+    theirs["model"]["width"] = 8
+    found = configs.difference(ours, theirs)
+    assert found == ["model.width: 8 there, absent here", "seed: 3 there, 0 here"]

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError
+from flax_cnns.evaluation import evaluate, per_class, summarize
+from flax_cnns.train import losses, metrics, parallel
+from tests.train import tiny
+
+AUGMENT = {
+    "data.augment.pad_crop": 1,
+    "data.augment.flip": True,
+    "data.augment.rotate": 10.0,
+    "mix.mixup": 0.4,
+    "mix.label_smoothing": 0.1,
+    "train.ema": 0.9,
+}
+
+
+def variables(state):
+    return {"params": state.params, "batch_stats": state.batch_stats, "ema": state.ema}
+
+
+def distance(a, b):
+    return max(float(np.max(np.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Three steps of a synchronised, augmented run on one device."""
+    return tiny.train(tiny.config(**AUGMENT, **{"train.sync_batchnorm": True}))
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_four_devices_equal_one(one_device, mode):
+    config = tiny.config(**AUGMENT, **{"train.sync_batchnorm": True})
+    state, sums = tiny.train(config, devices=4, mode=mode)
+    assert distance(variables(state), variables(one_device[0])) < 1e-5
+    np.testing.assert_allclose(sums["loss"], one_device[1]["loss"], rtol=1e-5)
+    assert sums["count"] == 8
+
+
+def test_local_batchnorm_differs_and_averages_what_each_device_saw(one_device):
+    config = tiny.config(**AUGMENT)
+    state, _ = tiny.train(config, devices=4)
+    assert distance(state.params, one_device[0].params) > 1e-5
+    # Means are linear, so after one step their average over devices is the mean of the whole batch.
+    one, _ = tiny.train(config, n=1)
+    four, _ = tiny.train(config, n=1, devices=4)
+    np.testing.assert_allclose(
+        four.batch_stats["norm"]["mean"], one.batch_stats["norm"]["mean"], atol=1e-6
+    )
+    assert np.all(four.batch_stats["norm"]["var"] <= one.batch_stats["norm"]["var"] + 1e-7)
+
+
+class Plain(nn.Module):
+    """No BatchNorm and no dropout: gradients of pieces average to the gradient of the whole."""
+
+    @nn.compact
+    def __call__(self, images, *, train: bool = False):
+        return nn.Dense(tiny.CLASSES, name="head")(images.reshape(images.shape[0], -1))
+
+
+def plain_setup(config, **kwargs):
+    class WithStats:
+        def init(self, key, images):
+            return {"params": Plain().init(key, images)["params"], "batch_stats": {}}
+
+        apply = staticmethod(Plain().apply)
+
+    return tiny.setup(config, model=WithStats(), **kwargs)
+
+
+def test_accumulation_equals_the_whole_batch():
+    found = []
+    for pieces in (1, 2, 4):
+        state, step, _, mesh = plain_setup(tiny.config(**{"train.accumulate": pieces}))
+        data = parallel.shard_batch(tiny.examples(8), mesh)
+        state, sums = step(state, data, jax.random.key(0))
+        found.append((jax.device_get(state.params), float(sums["loss"]), float(sums["count"])))
+    for params, loss, count in found[1:]:
+        assert distance(params, found[0][0]) < 1e-6
+        np.testing.assert_allclose(loss, found[0][1], rtol=1e-6)
+        assert count == 8
+
+
+def test_pieces_that_do_not_divide():
+    state, step, _, mesh = plain_setup(tiny.config(**{"train.accumulate": 3}))
+    with pytest.raises(UserError, match="8 examples a device do not divide into 3 pieces"):
+        step(state, parallel.shard_batch(tiny.examples(8), mesh), jax.random.key(0))
+
+
+def test_only_trainable_leaves_are_differentiated_and_moved():
+    frozen = tiny.config(
+        **{
+            "optimizer.trainable": ((r"params/head/.*", True), (".*", False)),
+            "optimizer.weight_decay": (0.1,),
+            "train.ema": 0.5,
+        }
+    )
+    before, *_ = tiny.setup(frozen)
+    before = jax.device_get(before)  # the state is donated
+    after, _ = tiny.train(frozen)
+    for name in ("conv", "norm"):
+        chex.assert_trees_all_equal(after.params[name], before.params[name])
+        chex.assert_trees_all_equal(after.ema["params"][name], before.params[name])
+    assert distance(after.params["head"], before.params["head"]) > 1e-4
+    assert distance(after.ema["params"]["head"], before.params["head"]) > 1e-5
+
+
+def test_freezing_costs_no_backward_pass():
+    """The traced step has one convolution with everything below the head frozen, not three."""
+
+    def convolutions(config):
+        state, step, _, mesh = tiny.setup(config)
+        data = parallel.shard_batch(tiny.examples(8), mesh)
+        jaxpr = jax.make_jaxpr(step)(state, data, jax.random.key(0))
+        return str(jaxpr).count("conv_general_dilated[")
+
+    trainable = ((r"params/head/.*", True), (".*", False))
+    assert convolutions(tiny.config(**{"optimizer.trainable": trainable})) == 1
+    assert convolutions(tiny.config()) > 1
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_is_the_recursion_over_params_and_statistics(warmup):
+    config = tiny.config(**{"train.ema": 0.75, "train.ema_warmup": warmup})
+    state, step, _, mesh = tiny.setup(config)
+    average = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    for i in range(3):
+        state, _ = step(state, parallel.shard_batch(tiny.examples(8, i), mesh), jax.random.key(5))
+        now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        decay = min(0.75, (1 + i) / (10 + i)) if warmup else 0.75
+        average = jax.tree.map(lambda a, n: decay * a + (1 - decay) * n, average, now)  # noqa: B023
+    assert distance(jax.device_get(state.ema), average) < 1e-6
+    assert state.variables is state.ema
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_change_nothing_but_the_step(value):
+    def poison(images, keys):
+        images = images.astype(jnp.float32)
+        return jnp.where(images[:1, :1, :1, :1] > 250, value, 1.0) * images / 255
+
+    config = tiny.config(**{"train.ema": 0.9, "optimizer.name": "adam"})
+    state, step, _, mesh = tiny.setup(config, augment=poison)
+    before = jax.device_get(state)
+    bad = tiny.examples(8)
+    bad["image"][0] = 255
+    state, sums = step(state, parallel.shard_batch(bad, mesh), jax.random.key(0))
+    assert sums["bad"] == 1
+    assert sums["count"] == 0
+    assert np.isfinite(sums["loss"])
+    after = jax.device_get(state)
+    assert after.step == 1
+    chex.assert_trees_all_equal(after.replace(step=before.step), before)
+    state, sums = step(state, parallel.shard_batch(tiny.examples(8), mesh), jax.random.key(0))
+    assert sums["bad"] == 0
+    assert distance(jax.device_get(state.params), before.params) > 0
+
+
+def test_auxiliary_heads_are_weighed_by_name():
+    labels = jax.nn.one_hot(jnp.array([1, 2]), 3)
+    heads = {"a": (jnp.ones((2, 3)),), "b": (jnp.eye(3)[:2] * 5,)}
+    weights = [("a", lambda step: 0.3), ("b", lambda step: 0.1 * step)]
+    found = aux(heads, labels, weights, 4)
+    one = [float(losses.cross_entropy(heads[n][0], labels).mean()) for n in "ab"]
+    np.testing.assert_allclose(found, 0.3 * one[0] + 0.4 * one[1], rtol=1e-6)
+    with pytest.raises(UserError, match=r"train\.aux_weight: no rule decides b"):
+        aux(heads, labels, weights[:1], 4)
+
+
+def aux(heads, labels, weights, step):
+    from flax_cnns.train.steps import aux_loss
+
+    return float(aux_loss(heads, labels, weights, step))
+
+
+def test_an_auxiliary_head_learns_in_training():
+    config = tiny.config()
+    before, *_ = tiny.setup(config, model=tiny.Tiny(aux=True))
+    before = jax.device_get(before.params["aux_head"])
+    after, _ = tiny.train(config, model=tiny.Tiny(aux=True))
+    assert distance(after.params["aux_head"], before) > 1e-4
+
+
+def test_dropout_differs_by_device_and_step_and_shared_does_not():
+    class Noise(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train: bool = False):
+            w = nn.Dense(tiny.CLASSES, name="head")(images.reshape(images.shape[0], -1))
+            if train:
+                # Smuggled out through the statistics, which the step averages over devices.
+                for name in ("dropout", "shared"):
+                    value = jax.random.uniform(self.make_rng(name))
+                    mean = self.variable("batch_stats", name, jnp.zeros, ())
+                    square = self.variable("batch_stats", name + "2", jnp.zeros, ())
+                    mean.value, square.value = value, value**2
+            return w
+
+    class Model:
+        def init(self, key, images):
+            names = ("dropout", "dropout2", "shared", "shared2")
+            return {
+                "params": Noise().init(key, images)["params"],
+                "batch_stats": {n: jnp.zeros(()) for n in names},
+            }
+
+        apply = staticmethod(Noise().apply)
+
+    state, step, _, mesh = tiny.setup(tiny.config(), model=Model(), devices=4)
+    seen = []
+    for i in range(2):
+        data = parallel.shard_batch(tiny.examples(8, i), mesh)
+        state, _ = step(state, data, jax.random.key(0))
+        s = jax.device_get(state.batch_stats)
+        spread = {n: s[n + "2"] - s[n] ** 2 for n in ("dropout", "shared")}
+        assert spread["dropout"] > 1e-4
+        assert abs(spread["shared"]) < 1e-6
+        seen.append((float(s["dropout"]), float(s["shared"])))
+    assert seen[0][0] != seen[1][0]
+    assert seen[0][1] != seen[1][1]
+
+
+@pytest.mark.parametrize(("devices", "mode"), [(1, "shard_map"), (4, "shard_map"), (4, "pmap")])
+def test_evaluation_counts_every_example_once(devices, mode):
+    state, _, evaluation, mesh = tiny.setup(tiny.config(), devices=devices, mode=mode)
+    data = tiny.examples(13)
+    padded = {
+        "image": np.concatenate([data["image"], np.zeros((3, *tiny.SHAPE), np.uint8)]),
+        "label": np.concatenate([data["label"], np.zeros(3, np.int32)]),
+        "mask": np.array([1.0] * 13 + [0.0] * 3, np.float32),
+    }
+    halves = [{k: v[i : i + 8] for k, v in padded.items()} for i in (0, 8)]
+    batches = (parallel.shard_batch(half, mesh, mode) for half in halves)
+    total = evaluate(evaluation, state.variables, batches)
+    normal = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
+    logits = np.asarray(tiny.Tiny().apply(jax.device_get(state.variables), normal))
+    found = summarize(total)
+    guess = logits.argmax(-1)
+    top5 = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
+    assert total["count"] == 13
+    np.testing.assert_allclose(found["accuracy"], np.mean(guess == data["label"]))
+    np.testing.assert_allclose(found["top5"], np.mean((top5 == data["label"][:, None]).any(-1)))
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, data["label"]).mean()
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    assert total["confusion"].sum() == 13
+    counts = per_class(total["confusion"])
+    np.testing.assert_array_equal(
+        counts["count"], np.bincount(data["label"], minlength=tiny.CLASSES)
+    )
+
+
+def test_a_nan_in_a_masked_row_counts_nowhere():
+    each = jnp.array([1.0, jnp.nan])
+    total = metrics.sums(each, jnp.eye(2), jnp.array([0, 1]), jnp.array([1.0, 0.0]))
+    assert metrics.compute(total) == {"loss": 1.0, "accuracy": 1.0}
+
+
+def test_a_step_is_traced_once():
+    chex.clear_trace_counter()
+    config = tiny.config(**AUGMENT)
+    model = tiny.Tiny()
+
+    def apply(variables, images, **kwargs):
+        return model.apply(variables, images, **kwargs)
+
+    class Counted:
+        init = staticmethod(model.init)
+
+    Counted.apply = staticmethod(chex.assert_max_traces(apply, n=1))
+    tiny.train(config, n=4, model=Counted())
+
+
+def test_partition_keeps_the_state_tree():
+    state, _ = tiny.train(tiny.config(), n=1)
+    before, *_ = tiny.setup(tiny.config())
+    assert list(pytree.flatten(state)) == list(pytree.flatten(before))
+    with pytest.raises(UserError, match=r"10 examples do not divide over 4 devices; take 8 or 12"):
+        parallel.check_batch(10, parallel.make_mesh(), what="data.batch_size")
