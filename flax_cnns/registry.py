@@ -88,10 +88,10 @@ def create_model(name: str, **fields: Any) -> nn.Module:
     known = {field.name for field in dataclasses.fields(variant.func)} - {"name", "parent"}
     for field in fields:
         if field not in known:
-            raise UserError(
-                f"{name} has no field {field!r}{did_you_mean(field, known)}"
-                f" (it takes {', '.join(sorted(known))})"
-            )
+            near = did_you_mean(field, known)
+            takes = f"it takes {', '.join(sorted(known))}"
+            hint = f"{near} ({takes})" if near.startswith("; did you mean") else f"; {takes}"
+            raise UserError(f"{name} has no field {field!r}{hint}")
     return variant(**{field: _checked(name, field, value) for field, value in fields.items()})
 
 

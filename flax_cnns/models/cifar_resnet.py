@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.errors import UserError
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -64,7 +65,8 @@ class Stage(nn.Module):
 class CifarResNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`.
+    Any H and W. Raises `UserError` where C is not that of `input_size`, or for widths that option A
+    cannot serve.
     """
 
     depths: Sequence[int]  # blocks per stage; the first stage keeps the size, the others halve it
@@ -81,6 +83,11 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
+        if len(self.depths) != len(self.widths) or list(self.widths) != sorted(self.widths):
+            raise UserError(
+                f"expected a depth and a width for each stage, no stage narrower than the one "
+                f"before, got depths {tuple(self.depths)} and widths {tuple(self.widths)}"
+            )
         conv = partial(
             layers.Conv,
             use_bias=False,

@@ -1,0 +1,28 @@
+"""Each initialiser has its paper's standard deviation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns.errors import UserError
+from flax_cnns.layers import initializer
+
+
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [("he", np.sqrt(2 / (3 * 3 * 128))), ("lecun", np.sqrt(1 / (3 * 3 * 64)))],
+)
+def test_standard_deviation_of_a_kernel(name, std):
+    kernel = initializer(name)(jax.random.key(0), (3, 3, 64, 128), jnp.float32)
+    assert np.std(kernel) == pytest.approx(std, rel=0.02)
+    # Not truncated at two standard deviations: 0.27 % of a normal distribution is beyond three.
+    assert np.mean(np.abs(kernel) > 3 * std) == pytest.approx(0.0027, rel=0.2)
+
+
+def test_takes_a_function_or_a_known_name():
+    assert initializer(max) is max
+    with pytest.raises(UserError, match="unknown kernel_init 'hee'; did you mean 'he'"):
+        initializer("hee")

@@ -1,0 +1,56 @@
+"""Normalisation: closed forms, what the statistics remember, and their precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns.errors import UserError
+from flax_cnns.layers import make_norm
+
+X = np.random.RandomState(0).randn(8, 4, 4, 32).astype(np.float32) * 3 + 1
+
+
+def test_batch_norm_in_training_normalises_the_batch_and_moves_the_statistics_by_a_tenth():
+    norm = make_norm("batch", train=True)()
+    variables = norm.init(jax.random.key(0), X)
+    y, moved = norm.apply(variables, X, mutable=["batch_stats"])
+    mean, var = X.mean((0, 1, 2)), X.var((0, 1, 2))
+    np.testing.assert_allclose(y, (X - mean) / np.sqrt(var + 1e-5), atol=1e-5)
+    # new = 0.9 old + 0.1 batch, from mean 0 and variance 1
+    np.testing.assert_allclose(moved["batch_stats"]["mean"], 0.1 * mean, atol=1e-6)
+    np.testing.assert_allclose(moved["batch_stats"]["var"], 0.9 + 0.1 * var, atol=1e-5)
+
+
+def test_batch_norm_in_evaluation_uses_the_statistics():
+    norm = make_norm("batch", train=False)()
+    variables = norm.init(jax.random.key(0), X)
+    mean, var = np.arange(32.0), np.arange(1.0, 33.0)
+    variables["batch_stats"] = {"mean": mean, "var": var}
+    y = norm.apply(variables, X)
+    np.testing.assert_allclose(y, (X - mean) / np.sqrt(var + 1e-5), atol=1e-5)
+
+
+def test_statistics_stay_float32_under_bfloat16():
+    norm = make_norm("batch", train=True, dtype=jnp.bfloat16)()
+    variables = norm.init(jax.random.key(0), X)
+    y, moved = norm.apply(variables, X, mutable=["batch_stats"])
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, moved))} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(moved["batch_stats"]["mean"], 0.1 * X.mean((0, 1, 2)), atol=1e-5)
+
+
+def test_group_norm_normalises_sixteen_channels_of_each_image_and_keeps_nothing():
+    norm = make_norm("group", train=True, axis_name="batch")()
+    variables = norm.init(jax.random.key(0), X)
+    assert set(variables) == {"params"}
+    groups = np.asarray(norm.apply(variables, X)).reshape(8, 4, 4, 2, 16)
+    np.testing.assert_allclose(groups.mean((1, 2, 4)), 0, atol=1e-5)
+    np.testing.assert_allclose(groups.var((1, 2, 4)), 1, atol=1e-4)
+
+
+def test_unknown_norm_names_the_near_miss():
+    with pytest.raises(UserError, match="unknown norm 'bach'; did you mean 'batch'"):
+        make_norm("bach", train=True)

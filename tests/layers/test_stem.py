@@ -1,0 +1,39 @@
+"""The first layers' shapes, and what they say of images that do not fit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flax_cnns.errors import UserError
+from flax_cnns.layers import CifarStem, Conv, ImageNetStem, check_images, make_norm
+
+
+@pytest.mark.parametrize(
+    ("stem", "size", "expected"),
+    [
+        (CifarStem, 32, 32),
+        (ImageNetStem, 224, 56),
+        (ImageNetStem, 33, 9),  # rounded up twice: 17, 9
+        (ImageNetStem, 1, 1),
+    ],
+)
+def test_output_shape(stem, size, expected):
+    module = stem(16, partial(Conv, use_bias=False), make_norm("batch", train=False))
+    images = jnp.zeros((2, size, size, 3))
+    y, variables = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), images))
+    assert y.shape == (2, expected, expected, 16)
+    assert set(variables["params"]) == {"conv", "norm"}
+
+
+def test_images_that_do_not_fit():
+    check_images(jnp.zeros((1, 40, 50, 3)), (32, 32, 3), smallest=32)
+    with pytest.raises(UserError, match=r"images \[N H W C\], got the shape \(32, 32, 3\)"):
+        check_images(jnp.zeros((32, 32, 3)), (32, 32, 3))
+    with pytest.raises(UserError, match=r"expected images of 3 channels, got 1 .*\(28, 30, 1\)"):
+        check_images(jnp.zeros((1, 28, 30, 1)), (32, 32, 3))
+    with pytest.raises(UserError, match="31x40 are too small: the smallest is 32x32"):
+        check_images(jnp.zeros((1, 31, 40, 3)), (32, 32, 3), smallest=32)

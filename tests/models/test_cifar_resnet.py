@@ -1,0 +1,177 @@
+"""The CIFAR ResNets: counts by hand, shapes, option A in closed form, synchronised statistics."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError
+from flax_cnns.registry import create_model, init_variables, list_models, model_info
+
+TINY = dict(depths=(1, 1, 1), widths=(4, 6, 8), input_size=(8, 8, 3))
+IMAGES = np.random.RandomState(0).randn(8, 8, 8, 3).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init_variables(create_model("cifar_resnet20", **TINY), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("layers", "published"), [(20, 0.27e6), (32, 0.46e6), (44, 0.66e6), (56, 0.85e6), (110, 1.7e6)]
+)
+def test_count_by_hand(layers, published):
+    """Section 4.2: a 3x3 on 16 channels, 6n 3x3 on 16, 32, 64, a norm behind each, the head."""
+    n = (layers - 2) // 6
+    convs = 3 * 3 * (3 * 16 + 2 * n * 16 * 16)
+    convs += 3 * 3 * (16 * 32 + (2 * n - 1) * 32 * 32)
+    convs += 3 * 3 * (32 * 64 + (2 * n - 1) * 64 * 64)
+    norms = 2 * (16 + 2 * n * (16 + 32 + 64))
+    head = 64 * 10 + 10
+    count = model_info(f"cifar_resnet{layers}").params
+    assert count == convs + norms + head
+    assert count == pytest.approx(published, rel=0.02)  # table 6, rounded
+
+
+def test_exact_counts():
+    assert {name: model_info(name).params for name in list_models("cifar_resnet*")} == {
+        "cifar_resnet20": 269_722,
+        "cifar_resnet32": 464_154,
+        "cifar_resnet44": 658_586,
+        "cifar_resnet56": 853_018,
+        "cifar_resnet110": 1_727_962,
+    }
+
+
+@pytest.mark.parametrize("size", [32, 29])
+def test_output_shape_of_each_stage(size):
+    model = create_model("cifar_resnet20")
+
+    def run():
+        images = jnp.zeros((2, size, size, 3))
+        variables = model.init(jax.random.key(0), images)
+        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
+
+    logits, state = jax.eval_shape(run)
+    seen = state["intermediates"]
+    half, quarter = -(-size // 2), -(-size // 4)
+    for name, expected in {
+        "stem": (2, size, size, 16),
+        "stage1": (2, size, size, 16),
+        "stage2": (2, half, half, 32),
+        "stage3": (2, quarter, quarter, 64),
+    }.items():
+        assert seen[name]["__call__"][0].shape == expected
+    assert seen["stage2"]["block3"]["conv1"]["__call__"][0].shape == (2, half, half, 32)
+    assert logits.shape == (2, 10)
+
+
+def test_paths(variables):
+    flat = pytree.flatten(variables)
+    assert flat["params/stage2/block1/conv1/kernel"].shape == (3, 3, 4, 6)
+    assert flat["params/stage3/block1/norm2/scale"].shape == (8,)
+    assert flat["params/stem/conv/kernel"].shape == (3, 3, 3, 4)
+    assert flat["batch_stats/stem/norm/mean"].shape == (4,)
+    assert flat["params/head/kernel"].shape == (8, 10)
+
+
+def test_option_a_takes_every_second_pixel_and_adds_zeros():
+    """With every branch at zero only the shortcuts are left: a closed form."""
+    model = create_model("cifar_resnet20", **TINY, zero_init=True, num_classes=None)
+    variables = init_variables(model, jax.random.key(0))
+    features, state = jax.jit(
+        lambda v: model.apply(
+            v, IMAGES, capture_intermediates=lambda m, _: m.name == "stem", mutable="intermediates"
+        )
+    )(variables)
+    stem = np.asarray(state["intermediates"]["stem"]["__call__"][0])
+    assert features.shape == (8, 8)
+    np.testing.assert_allclose(features[:, :4], stem[:, ::4, ::4].mean((1, 2)), atol=1e-6)
+    np.testing.assert_array_equal(features[:, 4:], 0)
+
+
+def test_training_moves_every_statistic_and_evaluation_none(variables):
+    model = create_model("cifar_resnet20", **TINY)
+
+    @jax.jit
+    def both(variables):
+        _, trained = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+        _, evaluated = model.apply(variables, IMAGES, train=False, mutable=["batch_stats"])
+        return trained["batch_stats"], evaluated["batch_stats"]
+
+    trained, evaluated = (pytree.flatten(tree) for tree in both(variables))
+    for path, before in pytree.flatten(variables["batch_stats"]).items():
+        assert (trained[path] != before).all(), path
+        np.testing.assert_array_equal(evaluated[path], before)
+
+
+def test_synchronised_statistics_are_those_of_the_whole_batch(variables):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def step(axis_name):
+        model = create_model("cifar_resnet20", **TINY, axis_name=axis_name)
+
+        def run(images):
+            return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+        return run
+
+    def on_four(axis_name):
+        run = step(axis_name)
+
+        def averaged(images):
+            logits, state = run(images)
+            return logits, jax.lax.pmean(state["batch_stats"], "batch")
+
+        specs = dict(in_specs=P("batch"), out_specs=(P("batch"), P()), check_vma=False)
+        return jax.jit(jax.shard_map(averaged, mesh=mesh, **specs))(IMAGES)
+
+    logits, state = jax.jit(step(None))(IMAGES)
+    sync_logits, sync_state = on_four("batch")
+    np.testing.assert_allclose(sync_logits, logits, atol=2e-5)
+    for path, leaf in pytree.flatten(state["batch_stats"]).items():
+        np.testing.assert_allclose(pytree.flatten(sync_state)[path], leaf, atol=1e-6, err_msg=path)
+    local_logits, _ = on_four(None)  # each device by its own two images: something else
+    assert np.abs(local_logits - logits).max() > 0.01
+
+
+def test_axis_name_does_not_touch_initialisation(variables):
+    model = create_model("cifar_resnet20", **TINY, axis_name="batch")
+    jax.tree.map(np.testing.assert_array_equal, init_variables(model, jax.random.key(0)), variables)
+
+
+def test_bfloat16_computes_and_leaves_logits_and_parameters_in_float32(variables):
+    model = create_model("cifar_resnet20", **TINY, dtype="bfloat16")
+
+    def run(key):
+        fresh = model.init(key, IMAGES)
+        return fresh, model.apply(
+            fresh,
+            IMAGES,
+            train=True,
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=True,
+        )
+
+    fresh, (logits, state) = jax.eval_shape(run, jax.random.key(0))
+    assert logits.dtype == jnp.float32
+    assert state["intermediates"]["stage2"]["__call__"][0].dtype == jnp.bfloat16
+    kept = jax.tree.leaves((fresh, state["batch_stats"]))
+    assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
+
+
+def test_group_norm_keeps_no_statistics():
+    model = create_model("cifar_resnet20", norm="group")
+    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    assert shapes["batch_stats"] == {}
+
+
+@pytest.mark.parametrize("widths", [(4, 6), (8, 4, 8)])
+def test_widths_that_option_a_cannot_serve(widths):
+    model = create_model("cifar_resnet20", widths=widths)
+    with pytest.raises(UserError, match="a depth and a width for each stage"):
+        init_variables(model, jax.random.key(0))

@@ -1,0 +1,145 @@
+"""Networks by name: near misses, merged tables, and fast initialisation with the right values."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_cnns
+from flax_cnns import registry
+from flax_cnns.errors import UserError
+from flax_cnns.registry import create_model, init_variables, list_models, model_info
+
+
+def test_the_public_face_is_the_registry():
+    assert flax_cnns.create_model is create_model
+    assert flax_cnns.list_models is list_models
+    with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
+        _ = flax_cnns.create_modle
+
+
+def test_list_models_by_pattern():
+    assert list_models("lenet*") == ["lenet5"]
+    assert "resnet50" in list_models() == sorted(list_models())
+    assert list_models("nothing*") == []
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_says_who_it_is(name):
+    info = model_info(name)
+    assert info.name == name
+    assert name in __import__(f"flax_cnns.models.{info.family}", fromlist=["x"]).VARIANTS
+    assert info.paper.title
+    assert info.paper.authors
+    assert 1980 < info.paper.year < 2100
+    assert info.paper.url.startswith("http")
+    assert len(info.input_size) == 3
+    assert info.num_classes >= 10
+    model = create_model(name)
+    assert model.input_size == info.input_size
+    assert {"num_classes", "input_size", "dtype", "param_dtype", "axis_name"} <= set(vars(model))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_initialises_from_one_key_and_has_features(name):
+    model = create_model(name, num_classes=None)
+    images = jnp.zeros((2, *model.input_size))
+    features, variables = jax.eval_shape(
+        lambda key: model.init_with_output(key, images), jax.random.key(0)
+    )
+    assert len(features.shape) == 2
+    assert features.shape[0] == 2
+    assert features.dtype == jnp.float32
+    assert "head" not in variables["params"]
+
+
+def test_unknown_names_get_the_near_miss():
+    with pytest.raises(UserError, match=r"unknown model 'resnet5'; did you mean .*'resnet50'"):
+        create_model("resnet5")
+    with pytest.raises(UserError, match="unknown model 'lenet'; did you mean 'lenet5'"):
+        model_info("lenet")
+    with pytest.raises(
+        UserError, match=r"no field 'num_clases'; did you mean 'num_classes'\? \(it takes axis_name"
+    ):
+        create_model("resnet18", num_clases=10)
+    with pytest.raises(UserError, match="lenet5 has no field 'depth_of_field'; it takes axis_name"):
+        create_model("lenet5", depth_of_field=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(dtype="bfloat61"), "unknown dtype 'bfloat61'; did you mean 'bfloat16'"),
+        (dict(dtype="int8"), "unknown dtype 'int8'"),
+        (dict(param_dtype=3.0), "unknown param_dtype 3.0"),
+        (dict(num_classes=0), "num_classes is a positive number or None, got 0"),
+        (dict(num_classes=10.0), "num_classes is a positive number or None, got 10.0"),
+        (dict(input_size=(32, 32)), r"input_size is \(height, width, channels\), got \(32, 32\)"),
+        (dict(input_size=32), r"input_size is \(height, width, channels\), got 32"),
+    ],
+)
+def test_senseless_values(fields, message):
+    with pytest.raises(UserError, match=message):
+        create_model("resnet18", **fields)
+
+
+def test_fields_may_come_from_json():
+    model = create_model("cifar_resnet20", depths=[1, 1, 1], input_size=[8, 8, 3], dtype="bfloat16")
+    assert model.depths == (1, 1, 1)
+    assert model.input_size == (8, 8, 3)
+    assert model.dtype == jnp.bfloat16 == create_model("lenet5", dtype=jnp.bfloat16).dtype
+    hash(model)
+
+
+def test_a_name_in_two_families_is_refused():
+    one = SimpleNamespace(__name__="one", VARIANTS={"net": partial(nn.Dense)})
+    two = SimpleNamespace(__name__="two", VARIANTS={"net": partial(nn.Dense)})
+    with pytest.raises(ValueError, match="'net' is in one and two"):
+        registry.merge([one, two])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("lenet5", {}),
+        ("cifar_resnet20", dict(depths=(1, 1, 1), widths=(4, 4, 8), input_size=(8, 8, 3))),
+    ],
+)
+def test_init_variables_gives_the_values_of_init(name, fields):
+    model = create_model(name, **fields)
+    expected = model.init(jax.random.key(3), jnp.zeros((1, *model.input_size)))
+    ours = init_variables(model, jax.random.key(3))
+    assert set(ours) == {"params", "batch_stats"}
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, {"batch_stats": {}, **expected}, ours)
+
+
+class Sower(nn.Module):
+    """What a network may do in its calls that is no part of its state."""
+
+    input_size: tuple[int, int, int] = (4, 4, 1)
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        x = nn.Dense(2, name="head")(images.mean((1, 2)))
+        self.sow("aux_logits", "aux", x)
+        self.sow("intermediates", "x", x)
+        return x
+
+
+def test_init_variables_leaves_out_what_is_sown():
+    variables = init_variables(Sower(), jax.random.key(0), (2, 4, 4, 5))
+    assert set(variables) == {"params", "batch_stats"}
+    assert variables["params"]["head"]["kernel"].shape == (5, 2)
+
+
+def test_init_variables_under_eval_shape():
+    model = create_model("resnet152")
+    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    assert shapes["params"]["head"]["kernel"].shape == (2048, 1000)
