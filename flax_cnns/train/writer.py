@@ -1,0 +1,227 @@
+"""What a run writes down: `metrics.jsonl` (the truth), TensorBoard event files, optionally wandb.
+
+A record is one JSON object on one line, the metrics of one event (a training window, a validation,
+the test):
+
+    {"step": 120, "time": 1767225600.0, "train/loss": 0.4321, "train/accuracy": 0.91}
+
+A value that is not finite (NaN or an infinity) is written as `null`, because JSON has no name for
+it; `read_jsonl` gives it back as `nan`. Every record is one write to the file, so that a killed
+process leaves at most one torn line, the last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax_cnns.errors import UserError
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, oldest first, `nan` for `null`, without a torn last line.
+
+    Raises `UserError` where the file cannot be read or an earlier line is no record.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            record["step"], record["time"]
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
+        except (ValueError, TypeError, KeyError):  # no JSON, no object, no record
+            if number == len(lines):  # nothing follows the last newline but a torn line
+                break
+            raise UserError(
+                f"{path}, line {number}: expected a record with step and time, "
+                f"came {line[:40]!r}; delete that line to go on"
+            ) from None
+    return records
+
+
+class Writer:
+    """Logs one run, from its start or after a resume. A context manager; `close` otherwise.
+
+    Args:
+      workdir: gets `metrics.jsonl` and `tensorboard/`; made if it isn't there.
+      resume_step: None for a fresh run, which replaces any older log. Else the step of the
+        checkpoint that the run goes on from: records of later steps are dropped (in TensorBoard:
+        purged), since these steps come again. What the log already holds of `resume_step` itself
+        is not written a second time.
+      tensorboard: write event files, with the names of the JSONL.
+      wandb: a project's name, or "" for off. The run's id is kept in `workdir/wandb_id` and used
+        again on resume.
+      config: what wandb is told of the run; a dict or ConfigDict.
+      primary: whether this process writes; the others only find out whether wandb is there.
+
+    Raises `UserError` where wandb is asked for and not installed, or the files cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+        primary: bool = True,
+    ):
+        self._file = self._events = self._wandb = None
+        self._logged: set[tuple[int, frozenset[str]]] = set()
+        wandb_module = _import_wandb() if wandb else None  # all processes stop here, or none
+        if not primary:
+            return
+        workdir = Path(workdir)
+        self._path = workdir / "metrics.jsonl"
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._open_jsonl(resume_step)
+            self._open_tensorboard(workdir / "tensorboard", resume_step, tensorboard)
+            if wandb_module is not None:
+                self._open_wandb(wandb_module, workdir, resume_step, wandb, config)
+        except OSError as error:
+            self.close()
+            raise _cannot_write(error, workdir) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one record, through to the operating system; values are what `float` takes.
+
+        Raises `UserError` where the disk is full or the file has gone.
+        """
+        if self._file is None or not metrics or (step, frozenset(metrics)) in self._logged:
+            return
+        step, now = int(step), time.time()
+        values = {name: float(value) for name, value in metrics.items()}
+        record = {"step": step, "time": now}
+        record |= {name: v if math.isfinite(v) else None for name, v in values.items()}
+        try:
+            line = json.dumps(record, allow_nan=False).encode() + b"\n"
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            if self._events is not None:
+                self._events.write_event(_scalars(step, now, values))
+                self._events.flush()
+        except OSError as error:
+            raise _cannot_write(error, self._path) from error
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Ends the log; again does nothing."""
+        file, events, run = self._file, self._events, self._wandb
+        self._file = self._events = self._wandb = None
+        if file is not None:
+            file.close()
+        if events is not None:
+            events.close()
+        if run is not None:
+            run.finish()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_jsonl(self, resume_step: int | None) -> None:
+        kept = []
+        if resume_step is not None and self._path.exists():
+            for record in read_jsonl(self._path):
+                if record["step"] > resume_step:
+                    continue
+                names = frozenset(record) - {"step", "time"}
+                if record["step"] == resume_step:
+                    self._logged.add((resume_step, names))
+                finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+                kept.append(json.dumps(finite) + "\n")
+        new = self._path.with_name(self._path.name + ".new")
+        new.write_text("".join(kept))
+        os.replace(new, self._path)  # whole or not at all
+        # Unbuffered: one record is one write, and there even if the process is killed right after.
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+
+    def _open_tensorboard(self, directory: Path, resume_step: int | None, wanted: bool) -> None:
+        if resume_step is None and directory.exists():
+            shutil.rmtree(directory)
+        if not wanted:
+            return
+        # The writer without a thread: SummaryWriter's loses what is queued when the process is
+        # killed, and blocks training for ever once its thread has died of a full disk.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(exist_ok=True)
+        # TensorBoard reads the files in the order of their names, which begin with the second they
+        # were opened in; the number keeps order where a run is resumed within a second.
+        number = sum(1 for _ in directory.iterdir())
+        self._events = EventsWriter(str(directory / "events"), f".{number:04d}")
+        if resume_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(
+                Event(step=resume_step + 1, wall_time=time.time(), session_log=start)
+            )
+        self._events.flush()
+
+    def _open_wandb(
+        self,
+        wandb: Any,
+        workdir: Path,
+        resume_step: int | None,
+        project: str,
+        config: Mapping[str, Any] | None,
+    ) -> None:
+        kept = workdir / "wandb_id"
+        if resume_step is None or not kept.exists():
+            kept.write_text(uuid.uuid4().hex[:12])
+        plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+        # wandb itself leaves out steps below its newest, where a resumed run logs the same again.
+        self._wandb = wandb.init(
+            project=project,
+            id=kept.read_text().strip(),
+            resume="allow",
+            dir=str(workdir),
+            name=workdir.name,
+            config=plain,
+        )
+
+
+def _scalars(step: int, now: float, values: Mapping[str, float]) -> Any:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+    return Event(step=step, wall_time=now, summary=summary)
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "log.wandb is set, but wandb is not installed: "
+            'pip install "flax_cnns[wandb]", or set log.wandb to ""'
+        ) from None
+    return wandb
+
+
+def _cannot_write(error: OSError, path: Path) -> UserError:
+    where = error.filename or path
+    return UserError(f"cannot write the log {where}: {error.strerror or error}")
