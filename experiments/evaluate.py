@@ -3,7 +3,7 @@
 python -m experiments.evaluate --workdir=runs/digits
 python -m experiments.evaluate --workdir=runs/digits --split=validation --checkpoint=best
 
-Writes evaluation_SPLIT_STEP.json and .png into the run's directory. STEP is latest, best or a number.
+Writes evaluation_SPLIT_STEP.json and .png into the directory of the run.
 """
 
 from __future__ import annotations

@@ -1,54 +1,35 @@
-"""`run(config, workdir)`: config -> objects -> loop. The one place where all parts meet.
-
-workdir/config.json        the resolved config; a resume under another one is refused
-workdir/checkpoints/STEP/  state, host counters, CRC manifest
-workdir/metrics.jsonl      every logged number, once: the truth; tensorboard/ says it again
-workdir/summary.json       the final numbers; its presence means that the run is complete
-workdir/curves.png         learning curves
-"""
+"""`run(config, workdir)`: config -> objects -> loop. The one place where all parts meet."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from flax_cnns import config as configs
-from flax_cnns import launch, pytree, registry
+from flax_cnns import launch, pytree, registry, report
+from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import curves
+from flax_cnns.checkpoint import manager
 from flax_cnns.checkpoint.graft import graft
-from flax_cnns.checkpoint.lock import lock
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import augment, datasets, mix, pipeline
-from flax_cnns.errors import UserError
-from flax_cnns.evaluation import evaluate, summarize
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.evaluation import evaluate, per_class, summarize
+from flax_cnns.preemption import Preempted, Signals
 from flax_cnns.train import loop, optimizers, parallel, schedules, steps
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer
 from flax_cnns.types import Array, PyTree
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command again goes on
-
-
-class Preempted(SystemExit):
-    """The run saved and left because of SIGTERM or SIGUSR1; the process exits with 75."""
-
-    def __init__(self, step: int):
-        super().__init__(EXIT_PREEMPTED)
-        self.step = step
-
 
 # ---------------------------------------------------------------------------- the parts of a run
 
@@ -163,111 +144,6 @@ def make_train_step(
     return parallel.parallelize(step, parts.mesh, mode=config.train.parallel)
 
 
-# ---------------------------------------------------------------------------- the run directory
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """All of it or nothing: written beside and moved into place."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
-
-
-def read_config(workdir: str | os.PathLike) -> Any:
-    """The config of a run directory. Raises `UserError` where there is none."""
-    from ml_collections import ConfigDict
-
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
-    return ConfigDict(json.loads(path.read_text()))
-
-
-def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises `UserError` where `workdir` holds another experiment, or things that are no run."""
-    if (workdir / "config.json").is_file():
-        there = json.loads((workdir / "config.json").read_text())
-        if fields := configs.difference(config, there):
-            raise UserError(
-                f"{workdir} holds a run with another config ({'; '.join(fields)}); "
-                "take another --workdir, or the same config to go on"
-            )
-    elif others := sorted(p.name for p in workdir.iterdir() if p.name != ".lock"):
-        raise UserError(
-            f"{workdir} is not empty and holds no run ({', '.join(others[:5])}); "
-            "take another --workdir"
-        )
-
-
-@contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[None]:
-    """Makes and locks the run directory; leaves nothing behind where the run never began."""
-    if not primary:
-        yield
-        return
-    made = [p for p in (workdir, *workdir.parents) if not p.exists()]
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".lock"
-        probe.touch()
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write to the --workdir {workdir}: {why}") from None
-    with lock(workdir):
-        try:
-            yield
-        finally:
-            if made and not (workdir / "config.json").exists():
-                (workdir / ".lock").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    for path in made:
-                        path.rmdir()
-
-
-# ---------------------------------------------------------------------------- signals
-
-
-class _Signals:
-    """SIGTERM and SIGUSR1 ask the run to save and leave. With several processes JAX's own service
-    sees the SIGTERM of any of them and picks a step at which all stop."""
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        several = jax.process_count() > 1
-        # A Python handler for SIGTERM would switch JAX's service off; SIGUSR1 is passed on to it.
-        handlers = {signal.SIGUSR1: self._pass_on if several else self._ask}
-        if not several:
-            handlers[signal.SIGTERM] = self._ask
-        self._old = {number: signal.signal(number, h) for number, h in handlers.items()}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked.set()
-
-    def _pass_on(self, *_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def should_stop(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.asked.is_set()
-
-    def asked_now(self) -> bool:
-        """For between two batches of an evaluation, where several processes cannot agree."""
-        return jax.process_count() == 1 and self.asked.is_set()
-
-
 # ---------------------------------------------------------------------------- the run
 
 
@@ -289,23 +165,23 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     resolved = configs.plain(config)
     launch.check_same_config(json.dumps(resolved, sort_keys=True))
     workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
-    with open_workdir(workdir, primary=primary), _Signals() as signals:
+    with workdirs.open_workdir(workdir, primary=primary), Signals() as signals:
         if primary:
-            check_workdir(workdir, resolved)
+            workdirs.check_workdir(workdir, resolved)
         if (workdir / "summary.json").is_file():
             summary = json.loads((workdir / "summary.json").read_text())
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
-                print_summary(summary)
+                report.print_summary(summary)
             return summary
         parts = assemble(config)
         if primary:
-            write_json(workdir / "config.json", resolved)
+            workdirs.write_json(workdir / "config.json", resolved)
         return _Run(parts, workdir, signals, began).go()
 
 
 class _Run:
-    def __init__(self, parts: Parts, workdir: pathlib.Path, signals: _Signals, began: float):
+    def __init__(self, parts: Parts, workdir: pathlib.Path, signals: Signals, began: float):
         self.parts, self.workdir, self.signals, self.began = parts, workdir, signals, began
         self.config, self.primary = parts.config, jax.process_index() == 0
         self.validates = "validation" in parts.dataset.splits
@@ -343,10 +219,10 @@ class _Run:
     def _fresh_state(self) -> TrainState:
         variables = self.parts.fresh_variables()
         if self.config.graft.source:
-            variables, report = graft(self.config.graft.source, variables, self.config.graft.rules)
+            variables, grafted = graft(self.config.graft.source, variables, self.config.graft.rules)
             if self.primary:
-                print(report)
-                write_json(self.workdir / "graft.json", report.as_dict())
+                print(grafted)
+                workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())
         # After grafting, so that the optimizer and the average start from the grafted weights.
         optimizer = self._optimizer(variables["params"])
         opt_state = optimizer.init(variables["params"])
@@ -401,9 +277,8 @@ class _Run:
             outcome = self._train(state, host, start)
             if outcome.preempted:
                 checkpoints.close()
-                self.progress.print(
-                    f"saved at step {outcome.step} of {self.total}; the same command goes on"
-                )
+                said = f"saved at step {outcome.step} of {self.total}; the same command goes on"
+                self.progress.print(said)
                 raise Preempted(outcome.step)
             checkpoints.wait()
             found = self._test(outcome)
@@ -531,29 +406,76 @@ class _Run:
             curves.draw_curves(
                 self.workdir / "metrics.jsonl", self.workdir / "curves.png", title=title
             )
-            write_json(self.workdir / "summary.json", summary)
-            print_summary(summary)
+            workdirs.write_json(self.workdir / "summary.json", summary)
+            report.print_summary(summary)
             print(f"written to {self.workdir}: summary.json, metrics.jsonl, curves.png")
         return summary
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """The closing table."""
-    table = Table(title=f"{summary['model']} on {summary['dataset']}", show_header=False)
+# ---------------------------------------------------------------------------- a finished run
 
-    def row(name: str, key: str, form: str) -> None:
-        if summary.get(key) is not None:
-            table.add_row(name, form.format(summary[key]))
 
-    row("parameters", "params", "{:,}")
-    row("steps", "step", "{:,}")
-    row("epochs", "epochs", "{:.1f}")
-    row("best validation accuracy", "validation/best_accuracy", "{:.2%}")
-    row("test loss", "test/loss", "{:.4f}")
-    row("test accuracy", "test/accuracy", "{:.2%}")
-    row("test top-5 accuracy", "test/top5", "{:.2%}")
-    row("test examples", "test/examples", "{:,}")
-    row("time to the first step", "seconds_to_first_step", "{:.1f} s")
-    row("training speed", "images_per_second", "{:,.0f} images/s")
-    row("training time", "seconds", "{:.1f} s")
-    Console().print(table)
+def load_variables(
+    parts: Parts, workdir: str | os.PathLike, checkpoint: str = "latest"
+) -> tuple[PyTree, int]:
+    """(variables, step) of a run as it evaluates them: its averaged weights where it has some.
+
+    `checkpoint`: latest, best or a step. Only what is asked for is read. Raises `UserError`.
+    """
+    source = f"{workdir}@{checkpoint}"
+    sharding = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(parts.fresh_variables),
+    )
+    if parts.config.train.ema > 0:
+        variables = manager.read_tree(source, {"ema": target})["ema"]
+    else:
+        variables = manager.read_tree(source, target)
+    return variables, int(manager.resolve(source).parent.name)
+
+
+def evaluate_run(
+    workdir: str | os.PathLike, *, split: str = "test", checkpoint: str = "latest"
+) -> dict[str, Any]:
+    """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
+    into its directory. Returns the content of the former.
+
+    Raises `UserError` where there is no such run, split or checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    config = workdirs.read_config(workdir)
+    configs.validate(config)
+    parts = assemble(config, confusion=True)
+    dataset = parts.dataset
+    if split not in dataset.splits:
+        raise UserError(
+            f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
+        )
+    variables, step = load_variables(parts, workdir, checkpoint)
+    sums = parts.evaluate(variables, split)
+    confusion = sums["confusion"]
+    classes = per_class(confusion)
+    found = {
+        "split": split,
+        "step": step,
+        "examples": int(sums["count"]),
+        **summarize(sums),
+        "classes": [
+            {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
+            for name, n, r, p in zip(
+                dataset.class_names, classes["count"], classes["recall"], classes["precision"]
+            )
+        ],
+        "confusion": confusion.astype(int).tolist(),
+    }
+    name = f"evaluation_{split}_{step}"
+    workdirs.write_json(workdir / f"{name}.json", found)
+    plots.draw_confusion(confusion, dataset.class_names, workdir / f"{name}.png")
+    report.print_evaluation(found)
+    print(f"written to {workdir}: {name}.json, {name}.png")
+    return found
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""A network of one convolution, with BatchNorm, dropout and an auxiliary head: compiles in a blink."""
+"""A network of one convolution, with BatchNorm, dropout, an auxiliary head: compiles in a blink."""
 
 from __future__ import annotations
 

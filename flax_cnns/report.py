@@ -1,0 +1,63 @@
+"""The tables that a run and an evaluation close with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The closing table."""
+    table = Table(title=f"{summary['model']} on {summary['dataset']}", show_header=False)
+
+    def row(name: str, key: str, form: str) -> None:
+        if summary.get(key) is not None:
+            table.add_row(name, form.format(summary[key]))
+
+    row("parameters", "params", "{:,}")
+    row("steps", "step", "{:,}")
+    row("epochs", "epochs", "{:.1f}")
+    row("best validation accuracy", "validation/best_accuracy", "{:.2%}")
+    row("test loss", "test/loss", "{:.4f}")
+    row("test accuracy", "test/accuracy", "{:.2%}")
+    row("test top-5 accuracy", "test/top5", "{:.2%}")
+    row("test examples", "test/examples", "{:,}")
+    row("time to the first step", "seconds_to_first_step", "{:.1f} s")
+    row("training speed", "images_per_second", "{:,.0f} images/s")
+    row("training time", "seconds", "{:.1f} s")
+    Console().print(table)
+
+
+def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
+    """Accuracy per class with what each is most often taken for; the `most` worst classes."""
+    console, counts = Console(), found["confusion"]
+    names = [c["class"] for c in found["classes"]]
+    title = f"{found['split']}, step {found['step']}: {found['examples']} examples"
+    table = Table(title=title)
+    for column in ("class", "examples", "accuracy", "precision", "most often taken for"):
+        table.add_column(column, justify="left" if column.startswith(("c", "m")) else "right")
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2%}"
+
+    rows = list(enumerate(found["classes"]))
+    if len(rows) > most:
+        rows = sorted(rows, key=lambda row: (row[1]["accuracy"] is None, row[1]["accuracy"]))[:most]
+    for i, c in rows:
+        wrong = [(n, j) for j, n in enumerate(counts[i]) if j != i and n]
+        taken = ", ".join(f"{names[j]} ({n})" for n, j in sorted(wrong, reverse=True)[:3])
+        table.add_row(
+            c["class"], str(c["examples"]), percent(c["accuracy"]), percent(c["precision"]), taken
+        )
+    console.print(table)
+    if len(counts) <= 20:
+        matrix = Table(title="confusion: rows true, columns predicted")
+        for column in ("", *names):
+            matrix.add_column(column, justify="right")
+        for name, row in zip(names, counts):
+            matrix.add_row(name, *(str(n) if n else "·" for n in row))
+        console.print(matrix)
+    top5 = f"   top-5 {found['top5']:.2%}" if "top5" in found else ""
+    console.print(f"loss {found['loss']:.4f}   accuracy {found['accuracy']:.2%}{top5}")
