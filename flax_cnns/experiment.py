@@ -165,7 +165,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     resolved = configs.plain(config)
     launch.check_same_config(json.dumps(resolved, sort_keys=True))
     workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
-    with workdirs.open_workdir(workdir, primary=primary), Signals() as signals:
+    with workdirs.open_workdir(workdir, primary=primary) as opened, Signals() as signals:
         if primary:
             workdirs.check_workdir(workdir, resolved)
         if (workdir / "summary.json").is_file():
@@ -177,12 +177,20 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         parts = assemble(config)
         if primary:
             workdirs.write_json(workdir / "config.json", resolved)
-        return _Run(parts, workdir, signals, began).go()
+        return _Run(parts, workdir, opened, signals, began).go()
 
 
 class _Run:
-    def __init__(self, parts: Parts, workdir: pathlib.Path, signals: Signals, began: float):
-        self.parts, self.workdir, self.signals, self.began = parts, workdir, signals, began
+    def __init__(
+        self,
+        parts: Parts,
+        workdir: pathlib.Path,
+        opened: workdirs.Opened,
+        signals: Signals,
+        began: float,
+    ):
+        self.parts, self.workdir, self.opened = parts, workdir, opened
+        self.signals, self.began = signals, began
         self.config, self.primary = parts.config, jax.process_index() == 0
         self.validates = "validation" in parts.dataset.splits
         config = self.config
@@ -312,6 +320,10 @@ class _Run:
         self.writer.write(step, record)
         self.progress.update(step, record)
 
+    def _tick(self, step: int) -> None:
+        self.opened.begun = True
+        self.progress.update(step, {})
+
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
         self.checkpoints.save(step, state, host=host, metrics=found)
 
@@ -355,7 +367,7 @@ class _Run:
                 on_validation=on_validation,
                 save=self._save,
                 write=self._write,
-                tick=lambda step: self.progress.update(step, {}),
+                tick=self._tick,
                 should_stop=self.signals.should_stop,
                 max_bad_steps=config.train.max_bad_steps,
                 early_stopping=config.train.early_stopping,

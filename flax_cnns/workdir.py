@@ -13,11 +13,13 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 from flax_cnns import config as configs
 from flax_cnns.checkpoint.lock import lock
+from flax_cnns.checkpoint.manager import steps
 from flax_cnns.errors import UserError
 
 
@@ -42,7 +44,8 @@ def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises `UserError` where `workdir` holds another experiment, or things that are no run."""
     if (workdir / "config.json").is_file():
         there = json.loads((workdir / "config.json").read_text())
-        if fields := configs.difference(config, there):
+        begun = steps(workdir) or (workdir / "metrics.jsonl").is_file()
+        if begun and (fields := configs.difference(config, there)):
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(fields)}); "
                 "take another --workdir, or the same config to go on"
@@ -54,19 +57,31 @@ def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         )
 
 
+class Opened:
+    """A run directory that this process may write into; `begun` once a step was taken."""
+
+    begun = False
+
+
 @contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[None]:
-    """Makes and locks the run directory; leaves nothing behind where the run never began."""
+def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[Opened]:
+    """Makes and locks the run directory; a mistake before the first step leaves nothing behind.
+
+    With several processes the primary one does it for all. Raises `UserError` where the directory
+    is in use or cannot be written.
+    """
+    opened = Opened()
     if not primary:
-        yield
+        yield opened
         return
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     with lock(workdir):
         try:
-            yield
-        finally:
-            if made and not (workdir / "config.json").exists():
-                (workdir / ".lock").unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    for path in made:
+            yield opened
+        except BaseException:
+            if made and not opened.begun:
+                shutil.rmtree(workdir, ignore_errors=True)
+                with contextlib.suppress(OSError):  # not empty: another run began beside us
+                    for path in made[1:]:
                         path.rmdir()
+            raise

@@ -134,12 +134,12 @@ def make_train_step(
         grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
         sums = lax.psum(sums, axis_name)
         norm = optax.global_norm(grads)
-        # The loss alone would not show it: on CPU a NaN image was seen to give a finite one.
-        watched = [norm, sums["loss"], *jax.tree.leaves(batch_stats)]
-        ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in watched]))
-
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, trainable, step=state.step)
         trainable = optax.apply_updates(trainable, updates)
+        # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
+        # new parameters are watched too: a huge rate overflows with gradients that are finite.
+        watched = [norm, sums["loss"], *jax.tree.leaves((batch_stats, trainable))]
+        ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in watched]))
         ema = state.ema
         if ema is not None:
             decay = jnp.float32(ema_decay)

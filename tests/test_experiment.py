@@ -1,0 +1,247 @@
+"""Whole runs: LeNet-5 for a dozen steps on the real digits, over four devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from configs.common import get_config
+from flax_cnns import run
+from flax_cnns.checkpoint import lock, manager
+from flax_cnns.errors import UserError
+from flax_cnns.experiment import evaluate_run
+from flax_cnns.preemption import Preempted
+from flax_cnns.train.progress import Progress
+
+TIMES = ("time", "images_per_second")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The prepared data set, once for all tests."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture
+def config(digits):
+    config = get_config()
+    config.data.dir = digits
+    config.data.batch_size = 16
+    config.data.augment.update(dict(pad_crop=2, rotate=10.0, scale=0.1))
+    config.mix.label_smoothing = 0.1
+    config.optimizer.name = "adam"
+    config.schedule.learning_rate = 2e-3
+    config.train.duration = "12 steps"
+    config.train.eval_every = "5 steps"
+    config.train.ema = 0.9
+    config.checkpoint.every = "5 steps"
+    config.log.every = "3 steps"
+    config.log.tensorboard = False
+    return config
+
+
+def arrays(workdir, which="latest"):
+    path = f"{workdir}@{which}"
+    return manager.read_leaves(path, list(manager.read_metadata(path)))
+
+
+def records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def finished(digits, tmp_path_factory):
+    """(workdir, summary) of the run that the others are held against, never interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, run(config.__wrapped__(digits), workdir)
+
+
+def test_a_run_writes_what_it_returns(finished, config, capsys):
+    workdir, summary = finished
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    for name in ("config.json", "metrics.jsonl", "curves.png"):
+        assert (workdir / name).stat().st_size > 0
+    assert summary["params"] == 61706
+    assert summary["step"] == 12
+    assert summary["test/examples"] == 360
+    assert 0 < summary["test/accuracy"] < 1
+    assert summary["test/top5"] > summary["test/accuracy"]
+    logged = records(workdir)
+    assert [r["step"] for r in logged if "train/loss" in r] == [3, 6, 9, 12]
+    assert [r["step"] for r in logged if "validation/loss" in r] == [5, 10, 12]
+    assert sum("test/loss" in r for r in logged) == 1
+    assert manager.steps(workdir)[-1] == 12
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert run(config, workdir) == summary
+    assert "is complete" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("step", "number"), [(4, signal.SIGTERM), (5, signal.SIGUSR1), (12, signal.SIGTERM)]
+)
+def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
+    finished, config, tmp_path, monkeypatch, step, number
+):
+    """Step 4 lies in the middle of a logging window; at step 5 a validation and a save are due,
+    and 12 is the last."""
+    workdir, tick = tmp_path / "run", Progress.update
+
+    def update(self, at, metrics):
+        if at == step and not metrics:
+            os.kill(os.getpid(), number)
+        return tick(self, at, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", update)
+        with pytest.raises(Preempted) as left:
+            run(config, workdir)
+        assert left.value.code == 75
+        assert manager.latest_step(workdir) == step
+        assert not (workdir / "summary.json").exists()
+    summary = run(config, workdir)
+    chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
+    assert records(workdir) == records(finished[0])
+    for name in ("test/loss", "test/accuracy", "validation/best_accuracy"):
+        assert summary[name] == finished[1][name]
+    assert manager.best_step(workdir) == manager.best_step(finished[0])
+
+
+def test_a_damaged_newest_step_is_passed_over_and_made_again(
+    finished, config, tmp_path, monkeypatch, capfd
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: step == 11)
+        with pytest.raises(Preempted):
+            run(config, workdir)
+    data = max((workdir / "checkpoints/11/state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    data.write_bytes(raw)
+    run(config, workdir)
+    assert "skipping checkpoint 11" in capfd.readouterr().err
+    assert (workdir / "checkpoints.damaged/11").is_dir()
+    chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
+    assert records(workdir) == records(finished[0])
+
+
+def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
+    workdir, summary = finished
+    found = evaluate_run(workdir)
+    assert found["accuracy"] == summary["test/accuracy"]
+    np.testing.assert_allclose(found["loss"], summary["test/loss"], rtol=1e-6)
+    counts = np.array(found["confusion"])
+    assert counts.sum() == found["examples"] == 360
+    assert np.trace(counts) == round(found["accuracy"] * 360)
+    assert [c["examples"] for c in found["classes"]] == counts.sum(1).tolist()
+    assert (workdir / "evaluation_test_12.png").stat().st_size > 10_000
+    assert "most often taken for" in capsys.readouterr().out
+    best = evaluate_run(workdir, split="validation", checkpoint="best")
+    assert best["accuracy"] == summary["validation/best_accuracy"]
+    with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):
+        evaluate_run(workdir, split="tset")
+    with pytest.raises(UserError, match=r"it has best, latest, .*12"):
+        evaluate_run(workdir, checkpoint="7000")
+
+
+def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
+    config.train.early_stopping = 2
+    config.train.test_on = "best"
+    config.train.eval_every = "1 steps"
+    config.train.duration = "200 steps"
+    config.train.ema = 0.0
+    config.schedule.name = "plateau"
+    config.schedule.learning_rate = 1e-9  # nothing gets better
+    config.schedule.patience = 1
+    summary = run(config, tmp_path / "run")
+    assert summary["stopped_early"]
+    assert summary["step"] < 50
+    assert summary["test/step"] == manager.best_step(tmp_path / "run")
+    rates = [r["learning_rate"] for r in records(tmp_path / "run") if "learning_rate" in r]
+    assert rates[-1] < 1e-9
+    # Started again, a run that stopped early stays stopped.
+    (tmp_path / "run/summary.json").unlink()
+    assert run(config, tmp_path / "run")["step"] == summary["step"]
+
+
+def test_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(config, tmp_path):
+    config.optimizer.name = "sgd"
+    config.schedule.learning_rate = 1e38
+    config.schedule.warmup = "0 steps"
+    config.train.max_bad_steps = 3
+    config.train.duration = "40 steps"
+    config.checkpoint.every = "1 steps"
+    with pytest.raises(UserError, match=r"3 steps in a row were not finite.*learning_rate"):
+        run(config, tmp_path / "run")
+    for name, value in arrays(tmp_path / "run").items():
+        if not name.startswith("opt_state/") or "/trace/" in name:
+            assert np.all(np.isfinite(value)), name
+
+
+def test_graft_starts_from_a_run(finished, config, tmp_path):
+    config.graft.source = str(finished[0])
+    config.graft.rules = ((r"params/head/.*", None), (r"(.*)", r"ema/\1"))
+    config.optimizer.trainable = ((r"params/head/.*", True), (r".*", False))
+    config.train.duration = "2 steps"
+    run(config, tmp_path / "run")
+    source, found = arrays(finished[0], "best"), arrays(tmp_path / "run")
+    kept = [path for path in source if path.startswith("ema/") and "/head/" not in path]
+    assert kept
+    for path in kept:
+        np.testing.assert_array_equal(found[path.removeprefix("ema/")], source[path])
+    report = json.loads((tmp_path / "run/graft.json").read_text())
+    assert any("head" in path for path in report["fresh"])
+
+
+def fails(config, workdir, said):
+    with pytest.raises(UserError, match=said) as error:
+        run(config, workdir)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_under_another_config_names_the_fields(finished, config):
+    config.seed = 7
+    config.data.augment.rotate = 3.0
+    said = r"data\.augment\.rotate: 10\.0 there, 3\.0 here; seed: 0 there, 7 here"
+    fails(config, finished[0], said)
+
+
+def test_a_directory_in_use_or_of_something_else(config, tmp_path):
+    with lock.lock(tmp_path / "a"):
+        fails(config, tmp_path / "a", rf"in use by pid {os.getpid()} on host")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").touch()
+    fails(config, tmp_path / "b", r"is not empty and holds no run \(thesis\.tex\)")
+    (tmp_path / "file").touch()
+    fails(config, tmp_path / "file" / "run", "cannot write")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("model.name", "lenet6", "unknown model 'lenet6'; did you mean 'lenet5'"),
+        ("data.name", "digitz", "digits"),
+        ("data.batch_size", 18, "18 examples do not divide over 4 devices; take 16 or 20"),
+        ("model.num_classes", 5, "5 classes are too few for digits, which has 10"),
+        ("data.image_size", 8, "28|32|smallest"),
+        ("schedule.name", "sine", "did you mean 'cosine'"),
+        ("optimizer.trainable", ((r"params/haed/.*", True), (".*", False)), "params/head"),
+        ("graft.source", "nowhere/run", "nowhere/run"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(config, tmp_path, path, value, said):
+    config.update_from_flattened_dict({path: value})
+    fails(config, tmp_path / "new" / "run", said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_runs_on_four_devices():
+    assert jax.device_count() == 4
