@@ -1,0 +1,1 @@
+"""Saving, resuming and surgical loading. Only `manager` touches Orbax."""
