@@ -1,8 +1,9 @@
 """Augmentation per image, on the device: uint8 images in, normalised float32 out, shapes static.
 
-Every image has its own key, so what happens to it depends neither on its place in the local array nor on the number of
-devices. The geometric operations (crop, flip, rotation, scale) are composed into one map from output to input pixels and the
-image is read once, bilinearly: cheaper than one pass each, and nothing is blurred twice. What comes from outside is black.
+Every image has its own key, so what happens to it depends neither on its place in the local array
+nor on the number of devices. The geometric operations (crop, flip, rotation, scale) are composed
+into one map from output to input pixels and the image is read once, bilinearly: cheaper than one
+pass each, and nothing is blurred twice. What comes from outside is black.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from flax_cnns.types import Array
 def make_normalize(
     config: Any, *, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Array], Array]:
-    """`normalize(images u8 [... C]) -> f32 [... C]`: (x/255 - mean) / std, or x/255 where `config.normalize` is False."""
+    """`normalize(images u8 [... C]) -> f32 [... C]`: (x/255 - mean) / std, or x/255 where
+    `config.normalize` is False."""
     mean = jnp.asarray(mean if config.normalize else 0.0, jnp.float32)
     std = jnp.asarray(std if config.normalize else 1.0, jnp.float32)
 
@@ -41,9 +43,9 @@ def make_augment(
 ) -> Callable[[Array, Array], Array]:
     """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit.
 
-    `config` is `config.data.augment`; `cropped` says that the loader has done the random resized crop already, as it does
-    for streamed images. With everything off this is `make_normalize` exactly.
-    Raises UserError for values that make no sense.
+    `config` is `config.data.augment`; `cropped` says that the loader has done the random resized
+    crop already, as it does for streamed images. With everything off this is `make_normalize`
+    exactly. Raises UserError for values that make no sense.
     """
     height, width, _ = image_shape
     _check(config, height, width)
@@ -76,7 +78,8 @@ def _check(config: Any, height: int, width: int) -> None:
     share = tuple(config.random_resized_crop)
     if share and not (len(share) == 2 and 0 < share[0] <= share[1] <= 1):
         raise UserError(
-            f"data.augment.random_resized_crop is (smallest, largest) share of the area, within 0..1; got {share}"
+            "data.augment.random_resized_crop is (smallest, largest) share of the area, "
+            f"within 0..1; got {share}"
         )
     for name in ("pad_crop", "cutout", "rotate", "scale"):
         if config[name] < 0:
@@ -127,9 +130,11 @@ def _affine(key: Array, image: Array, config: Any) -> Array:
 
 
 def bilinear(image: Array, y: Array, x: Array) -> Array:
-    """`image` [H W C] read at the points `y`, `x` [h w] (pixels, the first one's centre at 0): f32 [h w C]; outside is 0."""
+    """`image` [H W C] read at the points `y`, `x` [h w] (pixels, the first one's centre at 0): f32
+    [h w C]; outside is 0."""
     height, width, channels = image.shape
-    # Two black pixels on each side, so that a point outside reads black without a mask for each of the four corners.
+    # Two black pixels on each side, so that a point outside reads black without a mask for each of
+    # the four corners.
     padded = jnp.pad(image, ((2, 2), (2, 2), (0, 0))).reshape(-1, channels)
     y = jnp.clip(y + 2, 0, height + 2)
     x = jnp.clip(x + 2, 0, width + 2)
@@ -151,10 +156,11 @@ def random_resized_crop(
     share: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Array:
-    """A box of a random share of the area and a random ratio of sides, resized to the whole: [H W C] -> f32 [H W C].
+    """A box of a random share of the area and a random ratio of sides, resized to the whole: [H W
+    C] -> f32 [H W C].
 
-    Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as torchvision does it: ten tries, the first box
-    that fits; the whole image where none does.
+    Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as torchvision does it:
+    ten tries, the first box that fits; the whole image where none does.
     """
     height, width, _ = image.shape
     key_area, key_ratio, key_place = jax.random.split(key, 3)
@@ -175,9 +181,11 @@ def random_resized_crop(
 
 
 def cutout(key: Array, image: Array, side: int) -> Array:
-    """A square of `side` pixels set to 0, which is the mean once the image is normalised: [H W C] -> [H W C].
+    """A square of `side` pixels set to 0, which is the mean once the image is normalised: [H W C]
+    -> [H W C].
 
-    Its centre is uniform over the image, so that part of it may lie outside (https://arxiv.org/abs/1708.04552).
+    Its centre is uniform over the image, so that part of it may lie outside
+    (https://arxiv.org/abs/1708.04552).
     """
     height, width, _ = image.shape
     centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))

@@ -1,8 +1,10 @@
-"""The embedded default: scikit-learn's handwritten digits as a TFDS data set, made in seconds without network or TensorFlow.
+"""The embedded default: scikit-learn's handwritten digits as a TFDS data set, made in seconds
+without network or TensorFlow.
 
-1797 images of 8x8 pixels with values 0 to 16 (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI,
-1998, https://doi.org/10.24432/C50P49, CC BY 4.0; the copy that scikit-learn ships is the original's test part). The split
-is ours, stratified and fixed: 1077 to train, 360 to validate, 360 to test.
+1797 images of 8x8 pixels with values 0 to 16 (E. Alpaydin and C. Kaynak, Optical Recognition of
+Handwritten Digits, UCI, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0; the copy that
+scikit-learn ships is the original's test part). The split is ours, stratified and fixed: 1077 to
+train, 360 to validate, 360 to test.
 
 This module imports tensorflow_datasets: import it where it is used, not at the top.
 """
@@ -40,7 +42,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        # Here and not above: once the data set is prepared, scikit-learn (a second to import) isn't needed.
+        # Here and not above: once the data set is prepared, scikit-learn (a second to import) isn't
+        # needed.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

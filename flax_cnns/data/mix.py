@@ -13,13 +13,15 @@ from flax_cnns.types import Array
 
 
 def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
-    """`mix(images [n H W C], labels i32 [n], key) -> (images, soft labels f32 [n K])`; `config` is `config.mix`.
+    """`mix(images [n H W C], labels i32 [n], key) -> (images, soft labels f32 [n K])`; `config` is
+    `config.mix`.
 
-    Label smoothing gives the right class 1 - s + s/K and every other s/K (https://arxiv.org/abs/1512.00567, section 7).
-    Mixup (https://arxiv.org/abs/1710.09412) draws one weight for the batch, from Beta(alpha, alpha), and pairs neighbours, i
-    with i ^ 1, not a random permutation: the batch is in random order anyway, and neighbours stay on one device, so that with
-    the same `key` everywhere the number of devices doesn't matter. All off: one-hot labels, images untouched.
-    Raises UserError at trace time where mixup meets an odd batch.
+    Label smoothing gives the right class 1 - s + s/K and every other s/K
+    (https://arxiv.org/abs/1512.00567, section 7). Mixup (https://arxiv.org/abs/1710.09412) draws
+    one weight for the batch, from Beta(alpha, alpha), and pairs neighbours, i with i ^ 1, not a
+    random permutation: the batch is in random order anyway, and neighbours stay on one device, so
+    that with the same `key` everywhere the number of devices doesn't matter. All off: one-hot
+    labels, images untouched. Raises UserError at trace time where mixup meets an odd batch.
     """
     smoothing, alpha = config.label_smoothing, config.mixup
     if not 0 <= smoothing < 1:
@@ -34,7 +36,8 @@ def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], t
         if alpha:
             if len(labels) % 2:
                 raise UserError(
-                    f"mixup pairs neighbours, so that each device needs an even number of images; got {len(labels)}"
+                    "mixup pairs neighbours, so that each device needs an even number of "
+                    f"images; got {len(labels)}"
                 )
             weight = jax.random.beta(key, alpha, alpha)
             images = _blend(images, weight)

@@ -1,0 +1,347 @@
+"""What a data set is, and where it comes from: digits, TFDS, official archives, a folder of images,
+or noise.
+
+Whatever the source, the splits get their roles here: `train`; `test`, looked at once, at the end;
+`validation`, by which everything else is chosen. Where a data set has no labelled test split its
+validation split serves as test (ImageNet); where it has neither, a fifth of train does, seeded and
+stratified. Where no validation split is left it is taken from train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flax_cnns.data import images as img
+from flax_cnns.errors import UserError
+
+TEST_SHARE = 0.2  # of the training images, where a data set has no test split
+EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
+
+
+class Known(NamedTuple):
+    """What is published about a data set; mean and std per channel in 0..1, of the training
+    images."""
+
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+
+
+_DIGITS = tuple("0123456789")
+_CLOTHES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+_CIFAR10 = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+_IMAGENET = Known(1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+KNOWN = {
+    "digits": Known(10, (0.3054,), (0.3758,), _DIGITS),  # tests/data/test_datasets.py computes them
+    "mnist": Known(10, (0.1307,), (0.3081,), _DIGITS),
+    "fashion_mnist": Known(10, (0.2860,), (0.3530,), _CLOTHES),
+    "cifar10": Known(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10),
+    "cifar100": Known(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn_cropped": Known(10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), _DIGITS),
+    "imagenet2012": _IMAGENET,
+    "imagenet2012_subset": _IMAGENET,
+}
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Either arrays in memory or a source that decodes."""
+
+    labels: np.ndarray | None  # i32 [N]; None for a streamed TFDS split
+    images: np.ndarray | None = None  # u8 [N H W C]
+    source: img.Source | None = None
+
+    def __len__(self) -> int:
+        return len(self.source if self.images is None else self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # H, W, C as the network sees it
+    mean: tuple[float, ...]  # per channel, in 0..1
+    std: tuple[float, ...]
+    normalized_by: str  # where mean and std come from: published, training images, ImageNet
+    splits: dict[str, Split]  # train, test, and validation if there is one
+    eval_share: float = 1.0  # of the shorter side that evaluation sees
+    # Images left out because they could not be decoded; it grows while a split is streamed (by
+    # threads: worker processes keep theirs to themselves).
+    damaged: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def in_memory(self) -> bool:
+        """False: images are decoded as they come, and the loader does the random resized crop."""
+        return self.splits["train"].images is not None
+
+
+class Raw(NamedTuple):
+    """What a reader found, before roles, sizes and memory."""
+
+    sources: dict[str, img.Source]  # by the data set's own split names
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int | None, int | None, int]  # None: they vary
+
+
+def load(config: Any) -> Dataset:
+    """The data set that `config` (`config.data` of configs/common.py) describes.
+
+    Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
+    split that cannot be made.
+    """
+    _check(config)
+    if config.mock > 0:
+        return _mock(config)
+    raw = _read(config)
+    sources = _roles(raw, config)
+    own = raw.image_shape[2]
+    size, channels = config.image_size, config.channels or own
+    varies = None in raw.image_shape
+    crops = bool(config.augment.random_resized_crop)
+    share = EVAL_SHARE if varies and crops else 1.0
+    in_memory = _fits(config, sum(map(len, sources.values())) * size * size * channels)
+    if in_memory and varies and crops and config.in_memory == "auto":
+        # Crops of what has been shrunk to image_size already would be enlarged and dull.
+        in_memory = False
+
+    splits, damaged = {}, []
+    for role, source in sources.items():
+        if not in_memory:
+            splits[role] = Split(labels=source.labels, source=source)
+            continue
+        images, labels, skipped = img.read_all(
+            source,
+            size,
+            channels,
+            share=1.0 if role == "train" else share,
+            threads=config.threads if varies else 1,
+            skip_damaged=config.skip_damaged,
+        )
+        splits[role] = Split(labels=labels, images=images)
+        damaged += skipped
+    if "validation" not in splits and config.validation:
+        splits = _take(splits, "validation", config.validation, config.split_seed)
+    if not len(splits["train"]):
+        raise UserError(f"{config.name}: no training images are left")
+
+    mean, std, normalized_by = _statistics(config.name, own, channels, splits["train"])
+    return Dataset(
+        name=config.name,
+        num_classes=raw.num_classes,
+        class_names=raw.class_names,
+        image_shape=(size, size, channels),
+        mean=mean,
+        std=std,
+        normalized_by=normalized_by,
+        splits=splits,
+        eval_share=share,
+        damaged=damaged,
+    )
+
+
+def _check(config: Any) -> None:
+    for name, allowed in {
+        "source": ("auto", "tfds", "archive", "folder"),
+        "in_memory": ("auto", "yes", "no"),
+        "channels": (0, 1, 3),
+    }.items():
+        if config[name] not in allowed:
+            raise UserError(f"data.{name} is one of {allowed}; got {config[name]!r}")
+    if config.image_size < 1:
+        raise UserError(f"data.image_size is in pixels, at least 1; got {config.image_size}")
+    if config.validation < 0 or (config.validation >= 1 and config.validation % 1):
+        raise UserError(
+            f"data.validation is a fraction below 1, a count, or 0; got {config.validation}"
+        )
+
+
+def _read(config: Any) -> Raw:
+    """Chooses the reader by `source` and by what lies in `dir`."""
+    # Late imports: TFDS takes half a second, and a folder of images needs none of it.
+    from flax_cnns.data import archives, folder
+
+    source, name, directory = config.source, config.name, config.dir
+    if source == "auto":
+        if name == "digits":
+            source = "tfds"
+        elif name == "folder":
+            source = "folder"
+        elif directory and archives.find(name, directory):
+            source = "archive"
+        elif (
+            directory
+            and not (Path(directory) / name.split("/")[0].split(":")[0]).is_dir()
+            and folder.looks_like(directory)
+        ):
+            source = "folder"
+        else:
+            source = "tfds"
+    if source == "folder":
+        return folder.read(directory, name)
+    if source == "archive":
+        return archives.read(name, directory, config.labels)
+    from flax_cnns.data import tfds_reader
+
+    return tfds_reader.read(name, directory, config.labels)
+
+
+def _roles(raw: Raw, config: Any) -> dict[str, img.Source]:
+    """The data set's own splits, by role."""
+    own = dict(raw.sources)
+    if "train" not in own:
+        raise UserError(f"{config.name} has no train split; it has: {', '.join(sorted(own))}")
+    roles = {"train": own["train"]}
+    if "test" in own:
+        roles["test"] = own["test"]
+        if "validation" in own:
+            roles["validation"] = own["validation"]
+    elif "validation" in own:
+        roles["test"] = own["validation"]
+    else:
+        train = own["train"]
+        keep, test = split_rows(train.labels, len(train), TEST_SHARE, config.split_seed)
+        roles = {
+            "train": img.Subset(train, keep, f"without test, seed {config.split_seed}"),
+            "test": img.Subset(train, test, f"test, seed {config.split_seed}"),
+        }
+    return roles
+
+
+def _fits(config: Any, size: int) -> bool:
+    """Whether so many bytes of images go to memory."""
+    if config.in_memory == "auto":
+        return size < config.memory_limit * 2**30
+    return config.in_memory == "yes"
+
+
+def _take(splits: dict[str, Split], role: str, amount: float, seed: int) -> dict[str, Split]:
+    """Gives `role` its share of train."""
+    train = splits["train"]
+    keep, taken = split_rows(train.labels, len(train), amount, seed)
+
+    def rows(which: np.ndarray, name: str) -> Split:
+        if train.images is None:
+            source = img.Subset(train.source, which, f"{name}, seed {seed}")
+            return Split(labels=source.labels, source=source)
+        return Split(labels=train.labels[which], images=train.images[which])
+
+    return {**splits, "train": rows(keep, f"without {role}"), role: rows(taken, role)}
+
+
+def split_rows(
+    labels: np.ndarray | None, total: int, amount: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that stay, rows that are taken), both sorted; `amount` is a fraction below 1 or a
+    count.
+
+    Stratified: each class gives its share, to within one example, and a class of one example stays
+    whole. Where `labels` is None (a streamed TFDS split, whose labels would take reading every
+    image) the rows are random. Raises UserError if nothing would be left to train on.
+    """
+    count = round(amount * total) if amount < 1 else int(amount)
+    if not 0 < count < total:
+        raise UserError(
+            f"data.validation={amount} takes {count} of {total} training images; "
+            "at least one must be taken, and one must stay"
+        )
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(total)
+    if labels is not None:
+        # The k-th of a class's n examples stands at (k + 1/2) / n: the lowest `count` take from all
+        # classes alike.
+        mine = labels[shuffled]
+        order = np.argsort(mine, kind="stable")
+        _, starts, sizes = np.unique(mine[order], return_index=True, return_counts=True)
+        place = np.empty(total)
+        rank = np.arange(total) - np.repeat(starts, sizes)
+        place[order] = (rank + 0.5) / np.repeat(sizes, sizes)
+        shuffled = shuffled[np.argsort(place, kind="stable")]
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def _statistics(
+    name: str, own: int, channels: int, train: Split
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and std per channel in 0..1, and where they come from."""
+    known, by = KNOWN.get(name), "published"
+    if known is None or (own == 3 and channels == 1):
+        # The spread of the grey image doesn't follow from those of the colours, which go together.
+        if train.images is not None:
+            mean, std = moments(train.images)
+            return mean, std, "training images"
+        if known is None:
+            known, by = _IMAGENET, "ImageNet"
+    mean, std = np.array(known.mean), np.array(known.std)
+    if channels == 1 and len(mean) == 3:
+        mean, std = _LUMA @ mean[:, None], _LUMA @ std[:, None]
+    mean, std = np.broadcast_to(mean, channels), np.broadcast_to(std, channels)
+    return tuple(map(float, mean)), tuple(map(float, std)), by
+
+
+def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel of u8 [N H W C], in 0..1, exactly, by counting the 256 values."""
+    values = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(images.shape[-1]):
+        share = np.zeros(256)
+        for start in range(0, len(images), 4096):  # bincount makes int64 of what it counts
+            part = images[start : start + 4096, ..., channel]
+            share += np.bincount(part.ravel(), minlength=256)
+        share /= share.sum()
+        mean.append(float(share @ values))
+        # A constant channel is left at 0, not divided by 0.
+        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)) or 1.0)
+    return tuple(mean), tuple(std)
+
+
+def _mock(config: Any) -> Dataset:
+    """Random images of the data set's own classes and channels: nothing is read or downloaded."""
+    num_classes, class_names, own = _facts(config)
+    size, channels = config.image_size, config.channels or own
+    rng = np.random.default_rng(config.split_seed)
+    counts = {"train": config.mock, "test": max(1, config.mock // 5)}
+    if config.validation:
+        counts["validation"] = counts["test"]
+    splits = {}
+    for role, count in counts.items():
+        images = rng.integers(0, 256, (count, size, size, channels), np.uint8)
+        labels = rng.permutation(np.arange(count, dtype=np.int32) % num_classes)
+        if _fits(config, images.nbytes):
+            splits[role] = Split(labels=labels, images=images)
+        else:
+            source = img.ArraySource(images, labels, f"mock {config.name} {role}")
+            splits[role] = Split(labels=labels, source=source)
+    return Dataset(
+        name=config.name,
+        num_classes=num_classes,
+        class_names=class_names,
+        image_shape=(size, size, channels),
+        mean=(0.5,) * channels,
+        std=(0.2887,) * channels,  # 1/sqrt(12): uniform
+        normalized_by="uniform noise",
+        splits=splits,
+    )
+
+
+def _facts(config: Any) -> tuple[int, tuple[str, ...], int]:
+    """Classes, their names and channels of a data set that need not be there."""
+    if config.name == "folder":
+        return 10, _DIGITS, 3
+    from flax_cnns.data import tfds_reader
+
+    return tfds_reader.facts(config.name, config.dir, config.labels)

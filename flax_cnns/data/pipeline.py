@@ -1,0 +1,295 @@
+"""Examples -> batches of this process, in an order that is a function of the seed and step alone.
+
+What is in memory is gathered by NumPy, a hundred thousand small images a second, and augmented on
+the device. What isn't is decoded and cropped by Grain's threads or worker processes. Both hand out
+the same examples in the same order, so that a run may move from one to the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from flax_cnns.data import images as img
+from flax_cnns.data.datasets import Dataset
+from flax_cnns.errors import UserError
+from flax_cnns.types import Batch
+
+_ENDLESS = 2**60  # examples: what Grain is told, as it wants a length
+
+
+def train_batches(
+    dataset: Dataset,
+    config: Any,
+    *,
+    seed: int,
+    start_step: int = 0,
+    position: dict | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainBatches:
+    """This process's slice of every global batch: {"image": u8 [n H W C], "label": i32 [n]},
+    without end.
+
+    `config` is `config.data`; n = batch_size / process_count, rows process_index*n to
+    (process_index+1)*n. It begins with batch `start_step`, or where `position` says. A batch may be
+    larger than the training set: it then spans several epochs. Raises UserError if the batch
+    doesn't divide over the processes, and, while iterating, DamagedImage.
+    """
+    step = start_step if position is None else int(position["step"])
+    train, batch_size = dataset.splits["train"], config.batch_size
+    n = _local_size("batch_size", batch_size, process_count)
+    first = process_index * n
+    if train.images is not None:
+        batches = _gather_batches(train.images, train.labels, seed, step, batch_size, first, n)
+    else:
+        stream = TrainStream(
+            train.source,
+            dataset.image_shape,
+            tuple(config.augment.random_resized_crop),
+            seed,
+            step * batch_size,
+            batch_size,
+            first,
+            n,
+            dataset.damaged if config.skip_damaged else None,
+        )
+        batches = iter(_through_grain(stream, n, config))
+    return TrainBatches(batches, step, len(train) / batch_size)
+
+
+class TrainBatches(Iterator[Batch]):
+    """The training batches and their position.
+
+    Batch number s is positions s*B to (s+1)*B of the epochs' permutations put end to end; nothing
+    is dropped. The stream doesn't depend on processes, threads or workers, so that the step is the
+    whole position, and Grain's own state, which fits one number of workers only, isn't needed.
+    """
+
+    def __init__(self, batches: Iterator[Batch], step: int, steps_per_epoch: float):
+        self._batches = batches
+        self.step = step  # the number of the next batch
+        self.steps_per_epoch = steps_per_epoch
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.step += 1
+        return batch
+
+    def position(self) -> dict[str, int]:
+        """The position after the last batch handed out, for `train_batches(position=...)`."""
+        return {"step": self.step}
+
+
+def eval_batches(
+    dataset: Dataset,
+    split: str,
+    config: Any,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalBatches:
+    """Every example of `split` once, in order: {"image", "label", "mask" f32 [n]}, n =
+    eval_batch_size / process_count.
+
+    The last batches are filled up with black images of mask 0, so that every process has the same
+    number of batches; so is what cannot be decoded, where `config.skip_damaged`. Raises UserError.
+    """
+    if split not in dataset.splits:
+        known = ", ".join(sorted(dataset.splits))
+        raise UserError(f"{dataset.name} has no {split!r} split here; it has: {known}")
+    part, batch_size = dataset.splits[split], config.eval_batch_size
+    n = _local_size("eval_batch_size", batch_size, process_count)
+    number = -(-len(part) // batch_size)
+    first = process_index * n
+    if part.images is not None:
+        make = functools.partial(
+            _eval_in_memory, part.images, part.labels, number, batch_size, first, n
+        )
+    else:
+        stream = EvalStream(
+            part.source,
+            dataset.image_shape,
+            dataset.eval_share,
+            number,
+            batch_size,
+            first,
+            n,
+            dataset.damaged if config.skip_damaged else None,
+        )
+        make = functools.partial(_through_grain, stream, n, config)
+    return EvalBatches(make, number)
+
+
+class EvalBatches(Iterable[Batch]):
+    """May be iterated again and again; `len` is the number of batches."""
+
+    def __init__(self, make: Callable[[], Iterable[Batch]], number: int):
+        self._make, self._number = make, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._make())
+
+
+def _local_size(name: str, batch_size: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"data.{name} must be a positive multiple of the number of processes, "
+            f"{process_count}; got {batch_size}"
+        )
+    return batch_size // process_count
+
+
+# ---- the order
+
+
+@functools.lru_cache(maxsize=3)
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of `size` examples in an epoch, the same on every machine."""
+    stream = np.random.SeedSequence([seed, epoch])
+    return np.random.Generator(np.random.Philox(stream)).permutation(size)
+
+
+def row_at(position: int, seed: int, size: int) -> int:
+    """The example at a position of the endless stream."""
+    epoch, place = divmod(position, size)
+    return int(permutation(seed, epoch, size)[place])
+
+
+# ---- in memory
+
+
+def _gather_batches(
+    images: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+    step: int,
+    batch_size: int,
+    first: int,
+    n: int,
+) -> Iterator[Batch]:
+    while True:
+        start = step * batch_size + first
+        rows = [row_at(start + i, seed, len(images)) for i in range(n)]
+        yield {"image": images[rows], "label": labels[rows]}
+        step += 1
+
+
+def _eval_in_memory(
+    images: np.ndarray, labels: np.ndarray, number: int, batch_size: int, first: int, n: int
+) -> Iterator[Batch]:
+    for b in range(number):
+        rows = b * batch_size + first + np.arange(n)
+        mask = rows < len(images)
+        rows = np.where(mask, rows, 0)
+        yield {
+            "image": images[rows] * mask[:, None, None, None],  # u8 * bool stays u8
+            "label": labels[rows] * mask,
+            "mask": mask.astype(np.float32),
+        }
+
+
+# ---- through Grain
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStream:
+    """One process's training examples, decoded and cropped, as Grain's random-access source."""
+
+    source: img.Source
+    image_shape: tuple[int, int, int]
+    crop: tuple[float, float] | tuple[()]
+    seed: int
+    start: int  # position of the first global batch
+    batch_size: int
+    first: int  # this process's rows of each global batch
+    n: int
+    damaged: list[str] | None  # where to note what is skipped; None: don't skip
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, i: int) -> Batch:
+        batch, row = divmod(int(i), self.n)
+        position = self.start + batch * self.batch_size + self.first + row
+        size, _, channels = self.image_shape
+        example = row_at(position, self.seed, len(self.source))
+        for _ in range(len(self.source)):
+            # Keyed by the place in the global stream, as on the device. The 1 keeps it apart from
+            # the permutations.
+            rng = np.random.Generator(
+                np.random.Philox(np.random.SeedSequence([self.seed, position, 1]))
+            )
+            try:
+                image, label = img.read(
+                    self.source, example, size, channels, crop=self.crop, rng=rng
+                )
+                return {"image": image, "label": np.int32(label)}
+            except img.DamagedImage as error:
+                if self.damaged is None:
+                    raise
+                _note(self.damaged, error)
+                example = (example + 1) % len(self.source)  # the next one takes its place
+        raise UserError(f"none of the {len(self.source)} training images can be decoded")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalStream:
+    """One process's examples of a split, in order, filled up to whole batches."""
+
+    source: img.Source
+    image_shape: tuple[int, int, int]
+    share: float
+    number: int
+    batch_size: int
+    first: int
+    n: int
+    damaged: list[str] | None
+
+    def __len__(self) -> int:
+        return self.number * self.n
+
+    def __getitem__(self, i: int) -> Batch:
+        batch, row = divmod(int(i), self.n)
+        example = batch * self.batch_size + self.first + row
+        size, _, channels = self.image_shape
+        if example < len(self.source):
+            try:
+                image, label = img.read(self.source, example, size, channels, share=self.share)
+                return {"image": image, "label": np.int32(label), "mask": np.float32(1)}
+            except img.DamagedImage as error:
+                if self.damaged is None:
+                    raise
+                _note(self.damaged, error)
+        black = np.zeros(self.image_shape, np.uint8)
+        return {"image": black, "label": np.int32(0), "mask": np.float32(0)}
+
+
+def _note(damaged: list[str], error: img.DamagedImage) -> None:
+    if error.where not in damaged:
+        damaged.append(error.where)
+
+
+def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Iterable[Batch]:
+    import grain  # a second to import, for streamed data only
+
+    examples = grain.MapDataset.source(stream)
+    threads = max(1, config.threads)
+    if not config.workers:
+        # Examples are decoded side by side, so that the first batch is there soon.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * n + threads)
+        return examples.to_iter_dataset(options).batch(n)
+    # Whole batches go round the workers: they come out in the same order as without workers.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return (
+        examples.batch(n)
+        .to_iter_dataset(options)
+        .mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+    )

@@ -1,0 +1,216 @@
+"""Data sets through TFDS: what is prepared is read (array_record, no TensorFlow), what isn't is
+prepared if that is possible.
+
+This module imports tensorflow_datasets (half a second): import it where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import io
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import tensorflow_datasets as tfds
+
+from flax_cnns.data import digits  # noqa: F401  registers the builder
+from flax_cnns.data import images as img
+from flax_cnns.data.datasets import Raw
+from flax_cnns.errors import UserError, did_you_mean
+
+SECONDS = 4.0  # to reach the host that a data set is downloaded from
+
+# The user's word -> TFDS's key, where they differ; "" is the default.
+LABELS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
+
+
+def read(name: str, directory: str, labels: str) -> Raw:
+    """The data set `name`, prepared first if need be. Raises UserError."""
+    builder = _builder(name, directory)
+    label_key = _label_key(builder, labels)
+    image_key = _image_key(builder)
+    if not _is_prepared(builder):
+        _prepare(builder, name, directory)
+        builder = _builder(name, directory)
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"{builder.data_dir} is prepared as {builder.info.file_format.value}, which cannot be "
+            "read without TensorFlow; prepare it as array_record in another data.dir: "
+            + _command(name, "DIR")
+        )
+    sources = {}
+    for split in builder.info.splits:
+        try:
+            records = builder.as_data_source(
+                split=split, decoders={image_key: tfds.decode.SkipDecoding()}
+            )
+            # TFDS marks the labels of a test split that nobody has published by -1: such a split is
+            # of no use.
+            hidden = len(records) == 0 or int(records[0][label_key]) < 0
+        except (OSError, ValueError, RuntimeError, KeyError, IndexError) as why:
+            raise UserError(
+                f"cannot read {builder.data_dir}: {_line(why)}; "
+                "delete the folder to prepare it anew"
+            ) from why
+        if not hidden:
+            sources[split] = img.TfdsSource(records, image_key, label_key, f"{name} {split}")
+    return Raw(sources, *_classes(builder, label_key), _shape(builder, image_key))
+
+
+def facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...], int]:
+    """Classes, class names and channels of a data set that need not be prepared."""
+    builder = _builder(name, directory)
+    return *_classes(builder, _label_key(builder, labels)), _shape(builder, _image_key(builder))[2]
+
+
+def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
+    base = name.split("/")[0].split(":")[0]
+    known = tfds.list_builders(with_community_datasets=False)
+    path = Path(directory or tfds.core.constants.get_default_data_dir()).expanduser()
+    if base not in known and not (path / base).is_dir():
+        raise UserError(f"unknown data set {name!r}{did_you_mean(base, [*known, 'folder'])}")
+    try:
+        with _quiet():
+            builder = tfds.builder(name, data_dir=path)
+            if not _is_prepared(builder):
+                builder = tfds.builder(name, data_dir=path, file_format="array_record")
+            return builder
+    except (
+        Exception
+    ) as why:  # TFDS has a dozen kinds, of unknown configs, versions and damaged metadata
+        raise UserError(f"TFDS has no {name!r} in {path}: {_line(why)}") from why
+
+
+def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    # builder.is_prepared() says the same, but warns where the answer is no.
+    return (Path(builder.data_dir) / "dataset_info.json").exists()
+
+
+def _image_key(builder: tfds.core.DatasetBuilder) -> str:
+    features = builder.info.features
+    for key in ("image", *features):
+        if key in features and isinstance(features[key], tfds.features.Image):
+            return key
+    raise UserError(
+        f"{builder.name} holds no single image per example; it has: {', '.join(features)}"
+    )
+
+
+def _label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
+    features = builder.info.features
+    keys = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
+    if not keys:
+        raise UserError(f"{builder.name} has no class labels; it has: {', '.join(features)}")
+    names = LABELS.get(builder.name, {key: key for key in keys})
+    if not wanted:
+        return "label" if "label" in keys else keys[0]
+    if wanted in names:
+        return names[wanted]
+    raise UserError(f"{builder.name} has no labels {wanted!r}{did_you_mean(wanted, names)}")
+
+
+def _classes(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int, tuple[str, ...]]:
+    feature = builder.info.features[key]
+    return feature.num_classes, tuple(feature.names)
+
+
+def _shape(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int | None, int | None, int]:
+    height, width, channels = builder.info.features[key].shape
+    return height, width, 1 if channels == 1 else 3
+
+
+def _command(name: str, directory: str) -> str:
+    return (
+        "python -m tensorflow_datasets.scripts.cli.main build "
+        f"{name} --file_format=array_record --data_dir={directory}"
+    )
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, name: str, directory: str) -> None:
+    path = Path(builder.data_dir)
+    stock = builder.name != "digits"
+    if stock:
+        instead = (
+            "prepare it where there is a network "
+            f"(pip install 'flax_cnns[prepare]'; {_command(name, 'DIR')}) and set data.dir=DIR, "
+            "or put the official archives of MNIST or CIFAR into a folder and set data.dir to it, "
+            "or try data.name=digits or data.mock=1000"
+        )
+        host = _download_host(builder)
+        if not _reachable(host):
+            raise UserError(
+                f"{name} is not prepared in {path} and {host} cannot be reached; {instead}"
+            )
+        if importlib.util.find_spec("tensorflow") is None:
+            raise UserError(
+                f"{name} is not prepared in {path}, and preparing it needs TensorFlow: "
+                "pip install 'flax_cnns[prepare]'; reading it needs none"
+            )
+    root = Path(builder.data_dir).parents[0]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / ".lock"):
+            # Another process may have been first. TFDS writes into a folder of another name and
+            # renames it, so that a process killed half-way leaves nothing that looks prepared.
+            if not _is_prepared(builder):
+                with contextlib.nullcontext() if stock else _quiet():
+                    builder.download_and_prepare(file_format="array_record")
+    except OSError as why:
+        raise UserError(f"cannot prepare {name} in {path}: {why}; choose another data.dir") from why
+    except Exception as why:  # of downloads, checksums, missing manual files, missing packages
+        raise UserError(f"TFDS cannot prepare {name} in {path}: {_line(why)}") from why
+
+
+def _download_host(builder: tfds.core.DatasetBuilder) -> str:
+    urls = [url for url in builder.url_infos or () if "://" in url]
+    # With a proxy it is the proxy that must be reached.
+    proxy = urllib.request.getproxies().get("https") or urllib.request.getproxies().get("http")
+    return urlparse(proxy or (urls or ["https://storage.googleapis.com"])[0]).netloc.split("@")[-1]
+
+
+def _reachable(host: str) -> bool:
+    """Whether `host` or `host:port` answers within SECONDS. A resolver can hang for minutes: it is
+    left behind, in a thread."""
+    name, _, port = host.partition(":")
+    answers = []
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((name, int(port or 443)), timeout=SECONDS).close()
+            answers.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return bool(answers)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the kernel opens the lock of one that dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's progress bars and its lines of "Unknown size"."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.enable_progress_bar()
+
+
+def _line(why: Exception) -> str:
+    """The first line of an error, for errors that are pages."""
+    text = " ".join(str(why).split()) or type(why).__name__
+    return text if len(text) < 300 else text[:300] + " …"
