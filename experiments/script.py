@@ -7,9 +7,10 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app
+from absl import app, flags
 
-from flax_cnns.errors import UserError
+from flax_cnns.config import FIELDS
+from flax_cnns.errors import UserError, did_you_mean
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -21,24 +22,40 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     said in one line; 75 saved after a signal, run the same command again.
     """
     try:
-        app.run(function)
+        app.run(function, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # A mistyped override, or one of another type, is raised by the flags' parser.
-        frames = traceback.extract_tb(error.__traceback__)
-        if any("config_flags" in frame.filename for frame in frames):
-            said = str(error.args[0] if error.args else error).replace("\n", " ")
-            print(f"error: config: {said}", file=sys.stderr)
-            sys.exit(2)
-        _unexpected(error)
+    except KeyboardInterrupt:
+        print(
+            "error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        sys.exit(130)
     except Exception as error:
-        _unexpected(error)
+        first = (str(error).strip().splitlines() or [""])[0]
+        print(f"error: {type(error).__name__}: {first}", file=sys.stderr)
+        traceback.print_exception(error)
+        sys.exit(1)
 
 
-def _unexpected(error: BaseException) -> None:
-    first = str(error).strip().splitlines()
-    print(f"error: {type(error).__name__}: {first[0] if first else ''}", file=sys.stderr)
-    traceback.print_exception(error)
-    sys.exit(1)
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with its mistakes as one line each."""
+    for argument in argv:
+        field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
+        of_config = argument.startswith("--config.") and not field.startswith("model.")
+        if of_config and equals and field not in FIELDS:
+            raise UserError(f"config: unknown field {field!r}{did_you_mean(field, FIELDS)}")
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            flags.FLAGS[
+                "config"
+            ].value.keys()  # the file is read now, so that its mistakes end here
+        return rest
+    except FileNotFoundError as error:
+        raise UserError(f"--config: there is no file {error.filename}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        lines = str(error.args[0] if error.args else error).strip().splitlines()
+        # ml_collections puts a config file's traceback into the message; its last line says it.
+        said = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)
+        raise UserError(f"{said} (--help lists the flags)") from None

@@ -1,0 +1,112 @@
+"""The scripts as their users start them: exit codes, one line for a mistake, kill -9."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import pytest
+
+from flax_cnns import run
+from flax_cnns.checkpoint import manager
+from tests.test_experiment import arrays, config, digits, records  # noqa: F401 (fixtures)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def start(script, *flags, **kwargs):
+    command = [sys.executable, "-m", f"experiments.{script}", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, **pipes, **kwargs)
+
+
+def finish(script, *flags):
+    """(exit code, output, errors)."""
+    process = start(script, *flags)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def overrides(config):  # noqa: F811
+    """The flags that make configs/common.py into `config`."""
+    from configs.common import get_config
+    from flax_cnns.config import flatten
+
+    default, wanted = flatten(get_config().to_dict()), flatten(config.to_dict())
+    changed = {k: v for k, v in wanted.items() if v != default[k]}
+    return ["--config=configs/common.py", *(f"--config.{k}={v}" for k, v in changed.items())]
+
+
+def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path):  # noqa: F811
+    config.train.duration = "300 steps"
+    config.train.eval_every = "40 steps"
+    config.checkpoint.every = "20 steps"
+    config.log.every = "15 steps"
+    flags = [f"--workdir={tmp_path / 'cut'}", *overrides(config)]
+    process = start("train", *flags)
+    deadline = time.time() + 120
+    while (manager.latest_step(tmp_path / "cut") or 0) < 60 and time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut/summary.json").exists()
+    code, out, err = finish("train", *flags)
+    assert code == 0, err
+    assert "resumed at step" in out
+    run(config, tmp_path / "whole")
+    chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+    code, out, err = finish("evaluate", f"--workdir={tmp_path / 'cut'}", "--checkpoint=best")
+    assert code == 0, err
+    assert "most often taken for" in out
+
+
+def test_a_signal_exits_with_75(config, tmp_path):  # noqa: F811
+    config.train.duration = "100000 steps"
+    process = start("train", f"--workdir={tmp_path / 'run'}", *overrides(config))
+    deadline = time.time() + 120
+    while not manager.steps(tmp_path / "run") and time.time() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "the same command goes on" in out
+    assert manager.latest_step(tmp_path / "run") % 1 == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.optimizer.nam=adam"], "Did you mean"),
+        (["--config.seed=zero"], "seed"),
+        (["--config.optimizer.name=adan"], "did you mean 'adam'"),
+        (["--config.model.name=resnet"], "unknown model 'resnet'"),
+        (["--config=configs/nowhere.py"], "nowhere.py"),
+        (["--config.data.name=cifar11"], "did you mean 'cifar10"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, said):
+    if not flags[0].startswith("--config="):
+        flags = ["--config=configs/common.py", *flags]
+    code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert said in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_workdir_is_said(tmp_path):
+    code, _, err = finish("train")
+    assert code != 0
+    assert "--workdir" in err
+    code, _, err = finish("evaluate", f"--workdir={tmp_path}")
+    assert code == 2
+    assert "no run here" in err
