@@ -52,8 +52,9 @@ def _parse(argv: list[str]) -> list[str]:
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
         return rest
-    except FileNotFoundError as error:
-        raise UserError(f"--config: there is no file {error.filename}") from None
+    except FileNotFoundError:
+        named = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+        raise UserError(f"--config: there is no file {' '.join(named)}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         # ml_collections puts a config file's traceback into the message; its last line says it.

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -292,6 +293,8 @@ class Checkpoints:
         self.metric, self._sign = metric, 1 if mode == "max" else -1
         self._report = report or (lambda line: print(line, file=sys.stderr))
         self._manager: _Manager | None = None
+        self._replaced = self.directory.with_name(f"{self.directory.name}.replaced")
+        self._put_back()
         for step in steps(self.directory):  # Orbax stumbles over damaged metrics as it starts
             file, problem = self.directory / str(step) / "metrics" / "metrics", ""
             try:
@@ -330,9 +333,9 @@ class Checkpoints:
         """Copies the state to the host and returns; the files are written in the background.
 
         `state`: any pytree of replicated global arrays (or NumPy). `host`: JSON-able. `metrics`:
-        without a finite number under the constructor's `metric` the step is never the best. The
-        same state saved again at the newest step does nothing. Raises `UserError` where the disk is
-        full or not writable, now or about the save before.
+        without a finite number under the constructor's `metric` the step is never the best. Saving
+        the newest step again replaces it, and kill -9 at any moment leaves one of the two. Raises
+        `UserError` where the disk is full or not writable, now or about the save before.
         """
         leaves = flatten(state)
         for leaf in leaves.values():
@@ -342,14 +345,12 @@ class Checkpoints:
                 leaf.addressable_data(0).copy_to_host_async()  # all of them at once
         arrays = {path: to_host(leaf) for path, leaf in leaves.items()}
         manifest = make_manifest(arrays)
-        if step in self._manager.all_steps():
+        if (latest := self._manager.latest_step()) is not None and step < latest:
+            raise RuntimeError(f"{self.directory} has step {latest}, which is after {step}")
+        again = step == latest
+        if again:
             self.wait()
-            if self._holds(step, manifest):
-                return
-        if (latest := self._manager.latest_step()) is not None and step <= latest:
-            raise RuntimeError(
-                f"{self.directory} has step {step} with another state, or step {latest} after it"
-            )
+            self._set_aside(step)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         value = metrics.get(self.metric, math.nan)
         scored = {**metrics, "score": self._sign * value} if math.isfinite(value) else None
@@ -366,6 +367,9 @@ class Checkpoints:
                 metrics=scored,
                 force=True,  # when to save is the caller's decision
             )
+        if again:
+            self.wait()
+            self._put_back()
 
     def restore(
         self, target: PyTree, step: int | None = None
@@ -441,14 +445,28 @@ class Checkpoints:
                 raise
             self._report(str(problem))  # and what was under way goes on being raised
 
-    def _holds(self, step: int, manifest: Manifest) -> bool:
-        """Whether a step is there, intact, with just these leaves; if damaged it is moved aside."""
-        path, same, problem = self.directory / str(step) / "state", False, ""
-        try:
-            same = _manifest_of(path) == manifest and bool(read_leaves(path, manifest))
-        except DamagedError as error:
-            problem = str(error)
-        return not self._skip_damaged(step, problem) and same
+    def _set_aside(self, step: int) -> None:
+        """Puts a step that is saved again where `_put_back` finds it, should this process die."""
+        if jax.process_index() == 0:
+            with _writing(self._replaced):
+                self._replaced.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(self._replaced / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+    def _put_back(self) -> None:
+        """Ends what `_set_aside` began: the new step counts if it is whole, the old one if not."""
+        if jax.process_index() == 0 and self._replaced.is_dir():
+            with _writing(self._replaced):
+                for old in self._replaced.iterdir():
+                    if (self.directory / old.name).exists():
+                        shutil.rmtree(old)
+                    else:
+                        old.rename(self.directory / old.name)
+                self._replaced.rmdir()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("put back")
 
     def _skip_damaged(self, step: int, problem: str) -> bool:
         """Whether some process has a problem with the step, which is then moved aside."""

@@ -4,6 +4,7 @@ import subprocess
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,21 +183,28 @@ def test_without_validation_the_best_is_the_latest(tmp_path):
         assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3], 3)
 
 
-def test_saving_a_step_again(run, capsys):
-    state = make_state(3)
+def test_the_newest_step_saved_again_is_replaced(run):
     with Checkpoints(run / "checkpoints") as checkpoints:
-        before = (run / "checkpoints/3/_CHECKPOINT_METADATA").read_bytes()
-        checkpoints.save(3, state, host={})
-        checkpoints.wait()
-        assert (run / "checkpoints/3/_CHECKPOINT_METADATA").read_bytes() == before
-        with pytest.raises(RuntimeError, match="step 3 with another state"):
-            checkpoints.save(3, make_state(4), host={})
-        with pytest.raises(RuntimeError, match="step 3 after it"):
+        checkpoints.save(3, make_state(4), host={"again": 1}, metrics={"validation/accuracy": 1.0})
+        state, host, step = checkpoints.restore(make_state(0))
+        assert (host, step, checkpoints.best_step()) == ({"again": 1}, 3, 3)
+        chex.assert_trees_all_equal(state, make_state(4))
+        with pytest.raises(RuntimeError, match="has step 3, which is after 2"):
             checkpoints.save(2, make_state(4), host={})
-        flip_a_bit(run / "checkpoints/3")
-        checkpoints.save(3, state, host={"again": 1})
-        assert checkpoints.restore(state)[1:] == ({"again": 1}, 3)
-    assert "skipping checkpoint 3" in capsys.readouterr().err
+    assert not (run / "checkpoints.replaced").exists()
+
+
+@pytest.mark.parametrize("new_is_whole", [False, True])
+def test_a_process_that_died_while_it_replaced_a_step_leaves_one_of_the_two(run, new_is_whole):
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        old = checkpoints.restore(make_state(0))[0]
+        checkpoints._set_aside(3)
+        if new_is_whole:
+            checkpoints.save(3, make_state(4), host={})
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        found = checkpoints.restore(make_state(0))[0]
+    chex.assert_trees_all_equal(found, make_state(4) if new_is_whole else old)
+    assert not (run / "checkpoints.replaced").exists()
 
 
 def truncate(step_directory):
