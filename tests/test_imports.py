@@ -27,6 +27,10 @@ MAY_IMPORT = {
     "evaluation": {"train", "data", "types"},
     "launch": set(),
     "config": set(),
+    # What experiment is put together from; nobody else needs them.
+    "workdir": {"config", "checkpoint"},
+    "preemption": set(),
+    "report": set(),
     "ablation": {"experiment", "analysis", "registry"},
     "search": {"experiment", "analysis", "registry"},
 }
