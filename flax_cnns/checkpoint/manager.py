@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -40,6 +41,8 @@ from flax_cnns.types import PyTree
 # Orbax logs the traceback of every error up to five times before it raises it; what matters is
 # raised.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+# Likewise the reads that were under way when the first one failed.
+logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
 

@@ -1,0 +1,302 @@
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_cnns import FRESH, graft
+from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.errors import UserError
+from flax_cnns.pytree import flatten
+
+ALL = (r"(.*)", r"\1")
+NEW_HEAD = (r"params/head/.*", FRESH)
+
+
+def network(seed: int, classes: int = 3, stem: str = "conv", stages: int = 2) -> dict:
+    """The tree of a small network with batch normalisation."""
+    rng = np.random.default_rng(seed)
+    leaf = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    parts = {"stem": {stem: (3, 3, 1, 4)}}
+    parts |= {f"stage{i + 1}": {"conv": (3, 3, 4, 4)} for i in range(stages)}
+    params = {
+        name: {**{k: {"kernel": leaf(*v)} for k, v in convs.items()}, "norm": {"scale": leaf(4)}}
+        for name, convs in parts.items()
+    }
+    params["head"] = {"kernel": leaf(4, classes), "bias": leaf(classes)}
+    stats = {name: {"norm": {"mean": leaf(4), "var": leaf(4)}} for name in parts}
+    return {"params": params, "batch_stats": stats}
+
+
+SOURCE, AVERAGED, OLDER = network(1), network(2), network(3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        for step, variables, accuracy in ((10, OLDER, 0.5), (20, SOURCE, 0.9), (30, OLDER, 0.8)):
+            # A large optimizer state, which no graft has business to read.
+            state = {**variables, "ema": AVERAGED, "step": np.int32(step)}
+            state["opt_state"] = ({"mu": np.random.default_rng(step).normal(size=1 << 17)}, ())
+            found = {"validation/accuracy": accuracy}
+            checkpoints.save(step, state, host={}, metrics=found)
+    return run
+
+
+def taken(variables, source, paths):
+    """Whether just these leaves equal the source's."""
+    ours, theirs = flatten(variables), flatten(source)
+    same = {p for p in ours if p in theirs and np.array_equal(ours[p], theirs[p])}
+    return same == set(paths)
+
+
+def misuse(source, rules, target=None):
+    with pytest.raises(UserError) as raised:
+        graft(source, network(0, classes=5) if target is None else target, rules)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- what it is for
+
+
+def test_a_head_of_other_classes(run):
+    target = network(0, classes=5)
+    variables, report = graft(f"{run}@20", target, [NEW_HEAD, ALL])
+    body = [p for p in flatten(target) if "head" not in p]
+    assert taken(variables, SOURCE, body)
+    assert taken(variables, target, ["params/head/kernel", "params/head/bias"])
+    assert jax.tree.structure(variables) == jax.tree.structure(target)
+    assert str(report) == "grafted 12, fresh 2, left behind 2: head/…"
+    saved = json.loads(json.dumps(report.as_dict()))
+    assert saved["source"] == f"{run}@20"
+    assert saved["grafted"]["params/stem/conv/kernel"] == "params/stem/conv/kernel"
+    assert saved["fresh"] == ["params/head/bias", "params/head/kernel"]
+
+
+def test_a_renamed_layer_and_a_fresh_stage(run):
+    target = network(0, classes=5, stem="conv_rgb")
+    rules = [
+        NEW_HEAD,
+        (r"(params|batch_stats)/stage2/.*", FRESH),
+        (r"(.*)/stem/conv_rgb/(.*)", r"\1/stem/conv/\2"),
+        ALL,
+    ]
+    variables, report = graft(run, target, rules)
+    kernel = variables["params"]["stem"]["conv_rgb"]["kernel"]
+    assert np.array_equal(kernel, SOURCE["params"]["stem"]["conv"]["kernel"])
+    assert report.grafted["params/stem/conv_rgb/kernel"] == "params/stem/conv/kernel"
+    assert str(report) == "grafted 8, fresh 6, left behind 6: stage2/…, head/…"
+
+
+def test_averaged_weights(run):
+    target = network(0)
+    variables, report = graft(run, target, [(r"(.*)", r"ema/\1")])
+    assert taken(variables, AVERAGED, flatten(target))
+    assert str(report) == "grafted 14, fresh 0, left behind 0"
+    _, report = graft(run, network(0, classes=5), [NEW_HEAD, (r"(.*)", r"ema/\1")])
+    assert report.left_behind == ("ema/params/head/bias", "ema/params/head/kernel")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "expected"),
+    [
+        ("", SOURCE),
+        ("@best", SOURCE),
+        ("@latest", OLDER),
+        ("@30", OLDER),
+        ("/checkpoints/20", SOURCE),
+    ],
+)
+def test_which_checkpoint_of_a_run(run, suffix, expected):
+    variables, _ = graft(f"{run}{suffix}", network(0), [ALL])
+    assert taken(variables, expected, flatten(expected))
+
+
+def test_a_relative_path(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    variables, _ = graft("digits@latest", network(0), [ALL])
+    assert taken(variables, OLDER, flatten(OLDER))
+
+
+def test_a_tree_of_arrays():
+    source = {**SOURCE, "ema": AVERAGED}
+    variables, report = graft(source, network(0), [ALL])
+    assert taken(variables, SOURCE, flatten(SOURCE))
+    assert str(report) == "grafted 14, fresh 0, left behind 0"
+    assert report.source == "the given tree"
+
+
+def test_checkpoints_made_elsewhere(tmp_path):
+    layers = [{"w": np.ones((3, 3, 1, 4), np.float32)}, {"w": np.full((4, 3), 2, np.float32)}]
+    ocp.PyTreeCheckpointer().save(tmp_path / "bare", {"model": {"layers": layers}})
+    with ocp.CheckpointManager(tmp_path / "managed") as theirs:
+        theirs.save(5, args=ocp.args.StandardSave({"model": {"layers": layers}}))
+    rules = [
+        (r"params/stem/conv/kernel", "model/layers/0/w"),
+        (r"params/head/kernel", "model/layers/1/w"),
+        (r".*", FRESH),
+    ]
+    for source in (tmp_path / "bare", tmp_path / "managed", f"{tmp_path}/managed@5"):
+        variables, report = graft(source, network(0), rules)
+        assert (variables["params"]["stem"]["conv"]["kernel"] == 1).all()
+        assert (variables["params"]["head"]["kernel"] == 2).all()
+        assert str(report) == "grafted 2, fresh 12, left behind 0" + (
+            "\nnote: stem/norm, stage1/conv, stage1/norm, stage2/conv, stage2/norm fresh, with"
+            " loaded layers above: it makes little sense to load a layer when a layer below was skipped"
+        )
+
+
+def test_statistics_kept_elsewhere_in_a_foreign_tree():
+    layer = {"scale": np.ones(4), "mean": np.zeros(4)}
+    source = {
+        "weights": {"bn": {"scale": layer["scale"]}},
+        "state": {"bn": {"mean": layer["mean"]}},
+    }
+    target = {
+        "params": {"norm": {"scale": jnp.zeros(4)}},
+        "batch_stats": {"norm": {"mean": jnp.ones(4)}},
+    }
+    rules = [(r"params/norm/(.*)", r"weights/bn/\1"), (r"batch_stats/norm/(.*)", r"state/bn/\1")]
+    variables, _ = graft(source, target, rules)
+    assert (variables["batch_stats"]["norm"]["mean"] == 0).all()
+    assert "params come from elsewhere, batch_stats from nowhere" in misuse(
+        source, [rules[0], (r".*", FRESH)], target
+    )
+
+
+def test_the_target_keeps_its_dtypes_and_shardings(run):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network(0, classes=5))
+    target = jax.device_put(target, NamedSharding(mesh, P()))
+    variables, _ = graft(run, target, [NEW_HEAD, ALL])
+    for leaf in jax.tree.leaves(variables):
+        assert leaf.dtype == jnp.bfloat16
+        assert leaf.sharding == NamedSharding(mesh, P())
+    kernel = SOURCE["params"]["stem"]["conv"]["kernel"].astype(jnp.bfloat16)
+    assert np.array_equal(variables["params"]["stem"]["conv"]["kernel"], kernel)
+
+
+def test_only_the_wanted_leaves_are_read(run, monkeypatch):
+    asked = []
+    read = manager.read_leaves
+    monkeypatch.setattr(
+        manager, "read_leaves", lambda path, paths: asked.append(set(paths)) or read(path, paths)
+    )
+
+    def bytes_read():
+        found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return sum(value["value"] for metric in found for value in metric["values"])
+
+    before = bytes_read()
+    graft(run, network(0), [(r"params/head/.*", r"ema/\g<0>"), (r".*", FRESH)])
+    assert asked == [{"ema/params/head/kernel", "ema/params/head/bias"}]
+    assert 0 < bytes_read() - before < 100_000  # the checkpoint has a megabyte
+
+
+def test_a_layer_loaded_above_one_that_was_not(run):
+    target = network(0)
+    _, report = graft(run, target, [(r"params/stem/conv/kernel", FRESH), ALL])
+    assert report.skipped_below == ("stem/conv",)
+    assert str(report).splitlines() == [
+        "grafted 13, fresh 1, left behind 1: stem/…",
+        "note: stem/conv fresh, with loaded layers above: it makes little sense to load a layer when"
+        " a layer below was skipped",
+    ]
+    # The last stage and the head are above everything that was loaded, ten above two.
+    target = network(0, classes=5, stages=10)
+    rules = [NEW_HEAD, (r".*/stage([3-9]|10)/.*", FRESH), ALL]
+    assert graft(run, target, rules)[1].skipped_below == ()
+
+
+# ---- misuse
+
+
+def test_a_leaf_that_no_rule_decides(run):
+    text = misuse(
+        run, [(r"params/(stem|stage1)/(.*)", r"params/\1/\2"), (r"batch_stats/(.*)", FRESH)]
+    )
+    assert text == (
+        "graft: no rule decides params/head/bias, params/head/kernel, params/stage2/conv/kernel,"
+        " params/stage2/norm/scale; close the rules with ('.*', value)"
+    )
+
+
+def test_a_rule_that_decides_nothing(run):
+    text = misuse(run, [(r"params/haed/.*", FRESH), ALL])
+    assert "the rule 'params/haed/.*' decides nothing; the nearest path is 'params/head/" in text
+
+
+def test_a_path_that_the_checkpoint_lacks(run):
+    text = misuse(run, [NEW_HEAD, (r"params/stem/(.*)", r"params/stme/\1"), ALL])
+    assert "takes params/stem/conv/kernel from 'params/stme/conv/kernel', which " in text
+    assert "lacks (2 such paths); the nearest there is 'params/stem/conv/kernel'" in text
+
+
+def test_shapes_that_differ(run):
+    text = misuse(run, [ALL])
+    assert text.startswith(
+        "graft: params/head/bias is [5] here and [3] there, params/head/kernel is [4, 5] here and"
+        " [4, 3] there in "
+    )
+    assert "nothing is padded or cut" in text
+    assert "('params/head/.*', None)" in text
+
+
+def test_kinds_of_numbers_that_differ():
+    source = jax.tree.map(lambda x: x.astype(jnp.int32), SOURCE)
+    assert "float32 here and int32 there" in misuse(source, [ALL], network(0))
+
+
+def test_nothing_grafted_at_all(run):
+    assert "leave all 14 leaves fresh" in misuse(run, [(r".*", FRESH)])
+
+
+def test_a_layer_parted(run):
+    text = misuse(run, [NEW_HEAD, (r"batch_stats/stage2/.*", FRESH), ALL])
+    assert "of the layer stage2/norm are parted: params come from stage2/norm, batch_stats" in text
+    assert (
+        "from nowhere (fresh); let one rule decide both: '(params|batch_stats)/stage2/norm/.*'"
+        in text
+    )
+    text = misuse(run, [NEW_HEAD, (r"params/stem/norm/.*", FRESH), ALL])
+    assert "params come from nowhere (fresh), batch_stats from stem/norm" in text
+    # Averaged weights beside the plain statistics, and the statistics of another layer.
+    text = misuse(run, [NEW_HEAD, (r"params/(.*)", r"ema/params/\1"), ALL])
+    assert "params come from ema/stage1/norm, batch_stats from stage1/norm" in text
+    text = misuse(run, [NEW_HEAD, (r"batch_stats/stage1/(.*)", r"batch_stats/stage2/\1"), ALL])
+    assert "batch_stats from stage2/norm" in text
+
+
+def test_a_run_or_step_that_is_not_there(run):
+    assert "has no checkpoint '25'; it has best, latest, 20, 30" in misuse(f"{run}@25", [ALL])
+    assert "did you mean 'digits'?" in misuse(run.parent / "digit", [ALL])
+
+
+def test_rules_that_are_none(run):
+    assert "'(' is no regular expression" in misuse(run, [("(", FRESH), ALL])
+    assert "rule 2 gives '\\\\2', which is no path" in misuse(run, [NEW_HEAD, (r"(.*)", r"\2")])
+    assert "rule 1 gives 5, which is no path" in misuse(run, [(r"(.*)", 5)])
+    assert "a rule is a pair" in misuse(run, ["params"])
+
+
+def test_a_damaged_checkpoint(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    manifest = copy / "checkpoints/20/manifest/metadata"
+    content = json.loads(manifest.read_text())
+    content["leaves"]["params/stem/conv/kernel"]["crc32"] ^= 1
+    manifest.write_text(json.dumps(content))
+    text = misuse(copy, [NEW_HEAD, ALL])
+    assert "checkpoints/20/state is damaged: params/stem/conv/kernel has the CRC32" in text
+    graft(f"{copy}@latest", network(0), [ALL])
+    for file in copy.glob("checkpoints/30/state/**/d/*"):
+        file.write_bytes(b"")
+    assert "damaged" in misuse(f"{copy}@30", [NEW_HEAD, ALL])
