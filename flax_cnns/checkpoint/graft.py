@@ -177,8 +177,8 @@ def _check_not_parted(chosen: Mapping[str, str], wanted: Collection[str]) -> Non
             continue
         raise UserError(
             f"graft: params and batch_stats of the layer {layer} are parted: params come from"
-            f" {_name_origins(params)}, batch_stats from {_name_origins(stats)}; let one rule decide"
-            f" both: {f'(params|batch_stats)/{layer}/.*'!r}"
+            f" {_name_origins(params)}, batch_stats from {_name_origins(stats)};"
+            f" let one rule decide both: {f'(params|batch_stats)/{layer}/.*'!r}"
         )
 
 

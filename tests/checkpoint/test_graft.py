@@ -151,7 +151,8 @@ def test_checkpoints_made_elsewhere(tmp_path):
         assert (variables["params"]["head"]["kernel"] == 2).all()
         assert str(report) == "grafted 2, fresh 12, left behind 0" + (
             "\nnote: stem/norm, stage1/conv, stage1/norm, stage2/conv, stage2/norm fresh, with"
-            " loaded layers above: it makes little sense to load a layer when a layer below was skipped"
+            " loaded layers above: it makes little sense to load a layer when a layer below was"
+            " skipped"
         )
 
 
@@ -208,8 +209,8 @@ def test_a_layer_loaded_above_one_that_was_not(run):
     assert report.skipped_below == ("stem/conv",)
     assert str(report).splitlines() == [
         "grafted 13, fresh 1, left behind 1: stem/…",
-        "note: stem/conv fresh, with loaded layers above: it makes little sense to load a layer when"
-        " a layer below was skipped",
+        "note: stem/conv fresh, with loaded layers above: it makes little sense to load a layer"
+        " when a layer below was skipped",
     ]
     # The last stage and the head are above everything that was loaded, ten above two.
     target = network(0, classes=5, stages=10)
