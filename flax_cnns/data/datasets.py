@@ -10,7 +10,6 @@ stratified. Where no validation split is left it is taken from train.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,12 +182,6 @@ def _read(config: Any) -> Raw:
             source = "folder"
         elif directory and archives.find(name, directory):
             source = "archive"
-        elif (
-            directory
-            and not (Path(directory) / name.split("/")[0].split(":")[0]).is_dir()
-            and folder.looks_like(directory)
-        ):
-            source = "folder"
         else:
             source = "tfds"
     if source == "folder":
@@ -256,7 +249,7 @@ def split_rows(
     count = round(amount * total) if amount < 1 else int(amount)
     if not 0 < count < total:
         raise UserError(
-            f"data.validation={amount} takes {count} of {total} training images; "
+            f"data.validation={amount:g} takes {count} of {total} training images; "
             "at least one must be taken, and one must stay"
         )
     rng = np.random.default_rng(seed)

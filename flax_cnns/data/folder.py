@@ -17,13 +17,6 @@ SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(
 )
 
 
-def looks_like(directory: str) -> bool:
-    """Whether some folder in `directory`, or in its train folder, holds an image."""
-    root = Path(directory).expanduser()
-    root = root / "train" if (root / "train").is_dir() else root
-    return root.is_dir() and any(_images(folder, first=True) for folder in _folders(root))
-
-
 def read(directory: str, name: str) -> Raw:
     """Paths and labels; nothing is decoded yet. Classes are the folders of train, sorted.
 
@@ -63,11 +56,9 @@ def _folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images(folder: Path, *, first: bool = False) -> list[str]:
-    found = []
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in SUFFIXES and path.is_file() and path.name[0] != ".":
-            found.append(str(path))
-            if first:
-                break
-    return sorted(found)
+def _images(folder: Path) -> list[str]:
+    return sorted(
+        str(path)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.name[0] != "."
+    )

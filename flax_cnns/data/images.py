@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import struct
@@ -46,6 +47,9 @@ class Source(Protocol):
     def where(self, i: int) -> str:
         """What to call example `i` in an error message."""
 
+    def fetch(self, rows: np.ndarray) -> Source:
+        """The same source with these rows at hand, where reading many at once is quicker."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
@@ -62,6 +66,9 @@ class ArraySource:
 
     def where(self, i: int) -> str:
         return f"{self.name}, image {i}"
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return self
 
     def __repr__(self) -> str:
         return f"ArraySource({self.name}, {len(self)})"
@@ -81,6 +88,9 @@ class FileSource:
 
     def where(self, i: int) -> str:
         return self.paths[i]
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return self
 
     def __repr__(self) -> str:
         return f"FileSource({self.name}, {len(self)})"
@@ -108,6 +118,11 @@ class TfdsSource:
     def where(self, i: int) -> str:
         return f"{self.name}, example {i}"
 
+    def fetch(self, rows: np.ndarray) -> Source:
+        rows = [int(row) for row in rows]  # six times as quick as one by one
+        records = dict(zip(rows, self.records.__getitems__(rows)))
+        return dataclasses.replace(self, records=records)
+
     def __repr__(self) -> str:
         return f"TfdsSource({self.name}, {self.label_key}, {len(self)})"
 
@@ -132,6 +147,9 @@ class Subset:
 
     def where(self, i: int) -> str:
         return self.source.where(self.rows[i])
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return dataclasses.replace(self, source=self.source.fetch(self.rows[rows]))
 
     def __repr__(self) -> str:
         return f"Subset({self.source!r}, {self.name}, {len(self)})"
@@ -226,21 +244,19 @@ def read_all(
     labels = np.full(len(source), -1, np.int32)
     damaged = {}
 
-    def fill(i: int) -> None:
+    def fill(part: Source, i: int) -> None:
         try:
-            images[i], labels[i] = read(source, i, size, channels, share=share)
+            images[i], labels[i] = read(part, i, size, channels, share=share)
         except DamagedImage as error:
             if not skip_damaged:
                 raise
             damaged[i] = error.where
 
-    if isinstance(source, ArraySource) or threads < 2:
-        # Small images: passing work to threads takes longer than the work.
-        for i in range(len(source)):
-            fill(i)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(fill, range(len(source)), chunksize=8):
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
+            part = source.fetch(rows)
+            # With small images, passing work to threads takes longer than the work.
+            for _ in (pool.map if threads > 1 else map)(functools.partial(fill, part), rows):
                 pass
     if damaged:
         whole = np.setdiff1d(np.arange(len(source)), list(damaged))

@@ -84,6 +84,10 @@ class TrainBatches(Iterator[Batch]):
         """The position after the last batch handed out, for `train_batches(position=...)`."""
         return {"step": self.step}
 
+    def close(self) -> None:
+        """Stops threads and worker processes; not needed for data in memory."""
+        self._batches.close()
+
 
 def eval_batches(
     dataset: Dataset,
@@ -286,6 +290,10 @@ def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Ite
         # Examples are decoded side by side, so that the first batch is there soon.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * n + threads)
         return examples.to_iter_dataset(options).batch(n)
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags; a program without absl.app has parsed none
     # Whole batches go round the workers: they come out in the same order as without workers.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return (

@@ -19,9 +19,12 @@ from urllib.parse import urlparse
 
 import tensorflow_datasets as tfds
 
-from flax_cnns.data import digits  # noqa: F401  registers the builder
+from flax_cnns.data import (
+    archives,
+    digits,  # noqa: F401  registers the builder
+)
 from flax_cnns.data import images as img
-from flax_cnns.data.datasets import Raw
+from flax_cnns.data.datasets import KNOWN, Raw
 from flax_cnns.errors import UserError, did_you_mean
 
 SECONDS = 4.0  # to reach the host that a data set is downloaded from
@@ -36,13 +39,13 @@ def read(name: str, directory: str, labels: str) -> Raw:
     label_key = _label_key(builder, labels)
     image_key = _image_key(builder)
     if not _is_prepared(builder):
-        _prepare(builder, name, directory)
+        _prepare(builder, name)
         builder = _builder(name, directory)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"{builder.data_dir} is prepared as {builder.info.file_format.value}, which cannot be "
             "read without TensorFlow; prepare it as array_record in another data.dir: "
-            + _command(name, "DIR")
+            + _command(name)
         )
     sources = {}
     for split in builder.info.splits:
@@ -74,7 +77,10 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     known = tfds.list_builders(with_community_datasets=False)
     path = Path(directory or tfds.core.constants.get_default_data_dir()).expanduser()
     if base not in known and not (path / base).is_dir():
-        raise UserError(f"unknown data set {name!r}{did_you_mean(base, [*known, 'folder'])}")
+        raise UserError(
+            f"unknown data set {name!r} (a folder of images is data.name=folder data.dir=...)"
+            + did_you_mean(base, [*known, "folder"])
+        )
     try:
         with _quiet():
             builder = tfds.builder(name, data_dir=path)
@@ -117,7 +123,10 @@ def _label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
 
 def _classes(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int, tuple[str, ...]]:
     feature = builder.info.features[key]
-    return feature.num_classes, tuple(feature.names)
+    known = KNOWN.get(builder.name)
+    # Some builders know their names only once they are prepared, or never (svhn).
+    names = known.class_names if known and known.class_names else feature.names
+    return feature.num_classes, tuple(names)
 
 
 def _shape(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int | None, int | None, int]:
@@ -125,39 +134,36 @@ def _shape(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int | None, int
     return height, width, 1 if channels == 1 else 3
 
 
-def _command(name: str, directory: str) -> str:
+def _command(name: str) -> str:
+    # Not TFDS's own command line: that needs Apache Beam as well.
     return (
-        "python -m tensorflow_datasets.scripts.cli.main build "
-        f"{name} --file_format=array_record --data_dir={directory}"
+        "pip install 'flax_cnns[prepare]' && python -c \"import tensorflow_datasets as tfds; "
+        f"tfds.builder('{name}', data_dir='DIR', file_format='array_record')"
+        '.download_and_prepare()"'
     )
 
 
-def _prepare(builder: tfds.core.DatasetBuilder, name: str, directory: str) -> None:
+def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     path = Path(builder.data_dir)
     stock = builder.name != "digits"
     if stock:
-        instead = (
-            "prepare it where there is a network "
-            f"(pip install 'flax_cnns[prepare]'; {_command(name, 'DIR')}) and set data.dir=DIR, "
-            "or put the official archives of MNIST or CIFAR into a folder and set data.dir to it, "
-            "or try data.name=digits or data.mock=1000"
-        )
         host = _download_host(builder)
         if not _reachable(host):
             raise UserError(
-                f"{name} is not prepared in {path} and {host} cannot be reached; {instead}"
+                f"{name} is not prepared in {path} and {host} cannot be reached: prepare it where "
+                f"there is a network ({_command(name)}){_archives(builder.name)} and set "
+                "data.dir=DIR, or try data.name=digits or data.mock=1000"
             )
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(
-                f"{name} is not prepared in {path}, and preparing it needs TensorFlow: "
-                "pip install 'flax_cnns[prepare]'; reading it needs none"
+                f"{name} is not prepared in {path}, and to prepare it, not to read it, TFDS needs "
+                "TensorFlow: pip install 'flax_cnns[prepare]'"
             )
-    root = Path(builder.data_dir).parents[0]
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / ".lock"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent / ".lock"):
             # Another process may have been first. TFDS writes into a folder of another name and
-            # renames it, so that a process killed half-way leaves nothing that looks prepared.
+            # renames it: a process killed half-way leaves nothing that looks prepared.
             if not _is_prepared(builder):
                 with contextlib.nullcontext() if stock else _quiet():
                     builder.download_and_prepare(file_format="array_record")
@@ -165,6 +171,15 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, directory: str) -> No
         raise UserError(f"cannot prepare {name} in {path}: {why}; choose another data.dir") from why
     except Exception as why:  # of downloads, checksums, missing manual files, missing packages
         raise UserError(f"TFDS cannot prepare {name} in {path}: {_line(why)}") from why
+
+
+def _archives(name: str) -> str:
+    """What else the user may put into data.dir."""
+    if name in archives.CIFAR:
+        return f", or put {archives.CIFAR[name]} into DIR,"
+    if "mnist" in name:
+        return ", or put train-images-idx3-ubyte.gz and its three companions into DIR,"
+    return ""
 
 
 def _download_host(builder: tfds.core.DatasetBuilder) -> str:
