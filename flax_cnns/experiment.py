@@ -134,6 +134,7 @@ def make_train_step(
             image_shape=dataset.image_shape,
             mean=dataset.mean,
             std=dataset.std,
+            cropped=not dataset.in_memory,  # by the loader
         ),
         mix=mix.make_mix(config.mix, parts.model.num_classes),
         aux_weights=aux_weights(config, steps_per_epoch),
@@ -313,8 +314,9 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        for batch in batches:
-            yield self.parts.shard(batch), batches.position()
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield self.parts.shard(batch), batches.position()
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
@@ -401,6 +403,7 @@ class _Run:
             "validation/best_accuracy": host.best,
             "stopped_early": host.stopped,
             "bad_steps": host.bad_steps,
+            "damaged_images": sorted(parts.dataset.damaged),
             "seconds": host.seconds,
             "seconds_to_first_step": outcome.seconds_to_first_step,
             "images_per_second": outcome.images_per_second,

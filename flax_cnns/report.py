@@ -27,7 +27,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     row("time to the first step", "seconds_to_first_step", "{:.1f} s")
     row("training speed", "images_per_second", "{:,.0f} images/s")
     row("training time", "seconds", "{:.1f} s")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if damaged := summary["damaged_images"]:
+        shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
+        console.print(f"left out {len(damaged)} images that cannot be decoded: {shown}")
 
 
 def print_evaluation(found: dict[str, Any], most: int = 30) -> None:

@@ -9,6 +9,7 @@ import signal
 import chex
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.common import get_config
 from flax_cnns import run
@@ -130,6 +131,42 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(
     assert (workdir / "checkpoints.damaged/11").is_dir()
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """root/class/*.png: two classes of 24 pictures of other sizes."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (tmp_path / "photographs" / name).mkdir(parents=True)
+        for i in range(24):
+            size = (40 + i, 50 - i // 2)
+            pixels = rng.integers(100 * label, 100 * label + 120, size).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photographs" / name / f"{i}.png")
+    return tmp_path / "photographs"
+
+
+def test_a_streamed_folder_resumes_to_the_bit_and_counts_what_it_skips(
+    config, photographs, tmp_path, monkeypatch
+):
+    whole = (photographs / "light/3.png").read_bytes()
+    (photographs / "light/3.png").write_bytes(whole[: len(whole) // 2])
+    config.data.update(
+        dict(name="folder", dir=str(photographs), in_memory="no", channels=1, threads=2)
+    )
+    config.data.augment.random_resized_crop = (0.5, 1.0)
+    fails(config, tmp_path / "refused", r"light/3\.png")
+    assert not (tmp_path / "refused").exists()
+    config.data.skip_damaged = True
+    summary = run(config, tmp_path / "whole")
+    assert [name[-11:] for name in summary["damaged_images"]] == ["light/3.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: step == 7)
+        with pytest.raises(Preempted):
+            run(config, tmp_path / "cut")
+    run(config, tmp_path / "cut")
+    chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
 
 
 def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):

@@ -77,6 +77,9 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
             put((end, None))
         except BaseException as error:
             put((end, error))
+        finally:
+            if hasattr(iterator, "close"):  # its own threads and worker processes
+                iterator.close()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
