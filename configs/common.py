@@ -123,3 +123,9 @@ def get_config() -> ConfigDict:
             ),
         )
     )
+
+
+def check_mode(mode: str, *modes: str) -> None:
+    """Raises ValueError for `--config=file.py:mode` with a mode that the file does not have."""
+    if mode and mode not in modes:
+        raise ValueError(f"unknown mode {mode!r} of this config; it has {', '.join(modes)}")
