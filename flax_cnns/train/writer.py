@@ -120,6 +120,7 @@ class Writer:
                 self._events.write_event(_scalars(step, now, values))
                 self._events.flush()
         except OSError as error:
+            self._events = None  # closing it would write the same again, and fail again
             raise _cannot_write(error, self._path) from error
         if self._wandb is not None:
             self._wandb.log(values, step=step)

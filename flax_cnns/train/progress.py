@@ -1,0 +1,159 @@
+"""How a run shows itself: a bar where there is a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+from rich import progress as bars
+from rich.console import Console
+from rich.text import Text
+
+
+class Progress:
+    """Shows steps, time left, images/s, loss and accuracy. A context manager; `close` otherwise.
+
+    On a terminal a few lines at the bottom, redrawn in place:
+
+        step 120/680 18 % ━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━ 0:00:09 ETA 0:00:41
+        train       loss 0.4321  accuracy 0.9100  2 310 images/s
+        validation  loss 0.3012  accuracy 0.9310
+
+    Elsewhere, in a file or a pipe, one line for every event:
+
+        step 120/680  18 %  loss 0.4321  accuracy 0.9100  2 310 images/s  ETA 0:00:41
+        step 120/680  18 %  validation loss 0.3012  accuracy 0.9310  ETA 0:00:41
+
+    Args:
+      total_steps: of the whole run.
+      start: the step that this session starts from; 0, or the checkpoint's.
+      primary: whether this process shows anything.
+      file: where to; standard output where None.
+
+    The time left is measured from the end of this session's first step: compiling does not count.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start: int = 0,
+        *,
+        primary: bool = True,
+        file: TextIO | None = None,
+    ):
+        self._total, self._step, self._primary = total_steps, start, primary
+        self._file = file if file is not None else sys.stdout
+        self._since: tuple[int, float] | None = None  # (step, clock) after the first step
+        self._bar = None
+        if primary and self._file.isatty() and os.environ.get("TERM") != "dumb":
+            self._bar = _Bar(self._file)
+            self._task = self._bar.add_task("", total=total_steps, completed=start, eta="")
+            self._bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """To be called after every step, and with the metrics of every record that is logged."""
+        if not self._primary:
+            return
+        self._step = step
+        if self._since is None:
+            self._since = (step, time.perf_counter())
+        if self._bar is not None:
+            self._bar.compiling = False
+            self._bar.newest |= _describe(metrics or {})
+            self._bar.update(self._task, completed=step, eta=self._eta())
+        elif metrics:
+            parts = [f"step {step}/{self._total}  {_percent(step, self._total)}"]
+            for split, text in _describe(metrics).items():
+                parts.append(text if split == "train" else f"{split} {text}")
+            print("  ".join(filter(None, [*parts, self._eta()])), file=self._file, flush=True)
+
+    def print(self, text: str) -> None:
+        """A line of its own; on a terminal above the bar."""
+        if not self._primary:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and gives the terminal back; again does nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _eta(self) -> str:
+        first, clock = self._since
+        left = self._total - self._step
+        if self._step == first or left <= 0:
+            return ""
+        pace = (time.perf_counter() - clock) / (self._step - first)
+        return f"ETA {_duration(left * pace)}"
+
+
+class _Bar(bars.Progress):
+    """rich's bar, with the newest metrics of each split on a line below it."""
+
+    def __init__(self, file: TextIO):
+        self.compiling = True
+        self.newest: dict[str, str] = {}
+        super().__init__(
+            _Column(lambda task: f"step {task.completed:.0f}/{task.total:.0f}"),
+            _Column(lambda task: _percent(task.completed, task.total)),
+            bars.BarColumn(bar_width=None),
+            _Column(lambda task: _duration(task.elapsed or 0)),
+            _Column(lambda task: task.fields["eta"]),
+            console=Console(file=file, force_terminal=True),
+            refresh_per_second=4,
+            expand=True,
+        )
+
+    def get_renderables(self) -> Iterable[Any]:
+        yield self.make_tasks_table(self.tasks)
+        if self.compiling:
+            yield Text("compiling the first step")
+        for split, text in self.newest.items():
+            yield Text(f"{split:<10}  {text}", no_wrap=True)
+
+
+class _Column(bars.ProgressColumn):
+    def __init__(self, text):
+        super().__init__()
+        self._text = text
+
+    def render(self, task: bars.Task) -> Text:
+        return Text(self._text(task), no_wrap=True)
+
+
+def _describe(metrics: Mapping[str, float]) -> dict[str, str]:
+    """`{"validation": "loss 0.3012  accuracy 0.9310"}`: the splits that the metrics speak of."""
+    found = {}
+    for split in ("train", "validation", "test"):
+        parts = [
+            f"{name} {metrics[f'{split}/{name}']:.4f}"
+            for name in ("loss", "accuracy")
+            if f"{split}/{name}" in metrics
+        ]
+        if split == "train" and "images_per_second" in metrics:
+            parts.append(f"{metrics['images_per_second']:,.0f} images/s".replace(",", " "))
+        if parts:
+            found[split] = "  ".join(parts)
+    return found
+
+
+def _percent(step: float, total: float) -> str:
+    return f"{100 * step / total if total else 100:.0f} %"
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
