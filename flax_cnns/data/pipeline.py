@@ -293,7 +293,7 @@ def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Ite
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads flags; a program without absl.app has parsed none
+        flags.FLAGS.mark_as_parsed()  # Grain reads some; without absl.app none are parsed
     # Whole batches go round the workers: they come out in the same order as without workers.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return (

@@ -1,0 +1,205 @@
+"""Official archives, made small: IDX and CIFAR's pickles, and what is refused."""
+
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+
+from flax_cnns.data import archives, datasets
+from flax_cnns.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+# ---- IDX
+
+
+def idx(array):
+    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    return head + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path, config):
+    """A folder with the four files; its images and labels."""
+    config.name, config.dir, config.image_size = "fashion_mnist", str(tmp_path), 28
+    arrays = {}
+    for split, n in dict(train=40, test=10).items():
+        images, labels = (
+            RNG.integers(0, 256, (n, 28, 28), np.uint8),
+            np.arange(n, dtype=np.uint8) % 10,
+        )
+        for stem, array in zip(archives.IDX[split], (images, labels)):
+            (tmp_path / f"{stem}.gz").write_bytes(gzip.compress(idx(array)))
+        arrays[split] = images, labels
+    return arrays
+
+
+def test_idx(mnist, config):
+    dataset = datasets.load(config)
+    assert dataset.image_shape == (28, 28, 1)
+    assert dataset.class_names[:2] == ("T-shirt/top", "Trouser")
+    assert (dataset.mean, dataset.normalized_by) == ((0.2860,), "published")
+    images, labels = mnist["test"]
+    np.testing.assert_array_equal(dataset.splits["test"].images[..., 0], images)
+    np.testing.assert_array_equal(dataset.splits["test"].labels, labels)
+    assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=36, validation=4, test=10)
+
+
+def test_idx_need_not_be_gzipped_nor_known(mnist, config, tmp_path):
+    for file in tmp_path.glob("*.gz"):
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+        file.unlink()
+    config.name = "runes"
+    assert datasets.load(config).class_names == tuple("0123456789")
+
+
+def test_idx_damage_is_named(mnist, config, tmp_path):
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = file.read_bytes()
+    for damage, why in {
+        whole[:1000]: "is damaged",  # truncated
+        b"<html>not found</html>": "is damaged",
+        gzip.compress(gzip.decompress(whole)[:-5]): "declares 31360 bytes and holds 31355",
+        gzip.compress(idx(np.zeros(40, np.uint8))): "no IDX file of bytes in 3 dimensions",
+        gzip.compress(idx(np.zeros((39, 28, 28), np.uint8))): "39 images, but .* 40 labels",
+    }.items():
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=f"train-images-idx3-ubyte.gz.*{why}"):
+            datasets.load(config)
+
+
+def test_idx_files_missing_and_labels_out_of_range(mnist, config, tmp_path):
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx(np.full(10, 11, np.uint8))))
+    with pytest.raises(UserError, match=r"t10k-labels.*holds label 11; fashion_mnist has 10"):
+        datasets.load(config)
+    labels.unlink()
+    with pytest.raises(UserError, match=r"holds no t10k-labels-idx1-ubyte\.gz"):
+        datasets.load(config)
+
+
+# ---- CIFAR
+
+
+def python2_pickle(value):
+    """What cPickle of Python 2 wrote in CIFAR's files: byte strings, and arrays by numpy.core."""
+    return pickle.dumps(value, protocol=2).replace(b"numpy._core", b"numpy.core")
+
+
+def cifar(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, value in members.items():
+            data = value if isinstance(value, bytes) else python2_pickle(value)
+            info = tarfile.TarInfo(f"cifar-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def rows(n):
+    return RNG.integers(0, 256, (n, 3072), np.uint8)
+
+
+@pytest.fixture
+def cifar10(tmp_path, config):
+    config.name, config.dir = "cifar10", str(tmp_path)
+    members = {
+        name: {"data": rows(10), "labels": list(range(10))}
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    }
+    members["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)]}
+    members["readme.html"] = b"<html>"
+    cifar(tmp_path / "cifar-10-python.tar.gz", members)
+    return members
+
+
+def test_cifar10(cifar10, config):
+    dataset = datasets.load(config)
+    assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=45, validation=5, test=10)
+    assert dataset.class_names[3] == "class 3"
+    # Channels come one after the other in the file, rows first.
+    image = dataset.splits["test"].images[4]
+    np.testing.assert_array_equal(image[5, 6], cifar10["test_batch"]["data"][4][5 * 32 + 6 :: 1024])
+
+
+@pytest.mark.parametrize(("labels", "classes"), [("", 100), ("fine", 100), ("coarse", 20)])
+def test_cifar100(tmp_path, config, labels, classes):
+    config.name, config.dir, config.labels, config.validation = "cifar100", str(tmp_path), labels, 0
+    fine, coarse = list(range(100)), [i % 20 for i in range(100)]
+    part = {"data": rows(100), "fine_labels": fine, "coarse_labels": coarse}
+    names = {
+        "fine_label_names": [f"fine {i}" for i in range(100)],
+        "coarse_label_names": [f"coarse {i}" for i in range(20)],
+    }
+    cifar(tmp_path / "cifar-100-python.tar.gz", {"train": part, "test": part, "meta": names})
+    dataset = datasets.load(config)
+    assert dataset.num_classes == classes
+    assert dataset.class_names[19] == f"{labels or 'fine'} 19"
+    np.testing.assert_array_equal(
+        dataset.splits["train"].labels, coarse if labels == "coarse" else fine
+    )
+    config.labels = "corse"
+    with pytest.raises(UserError, match="did you mean 'coarse'"):
+        datasets.load(config)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_code_in_a_pickle_is_refused_and_not_run(cifar10, config, tmp_path, protocol):
+    trace = tmp_path / "trace"
+    cifar10["test_batch"] = pickle.dumps({"data": Evil(trace)}, protocol=protocol)
+    cifar(tmp_path / "cifar-10-python.tar.gz", cifar10)
+    with pytest.raises(
+        UserError, match=r"test_batch is refused: it asks for (_?io|builtins)\.open"
+    ):
+        datasets.load(config)
+    assert not trace.exists()
+
+
+def test_a_codec_cannot_be_smuggled_in():
+    # _codecs.encode is admitted by name, but is latin1 whatever it is asked for.
+    pickled = b"(dVdata\nc_codecs\nencode\n(Vabc\nVrot13\ntRs."
+    assert archives._unpickle(pickled, "x") == {"data": b"abc"}
+
+
+def test_cifar_damage_is_named(cifar10, config, tmp_path):
+    file = tmp_path / "cifar-10-python.tar.gz"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # in gzip's checksum, behind all that tar looks at
+    for damage in (whole[: len(whole) // 2], whole[:-4], bytes(flipped), b"<html>"):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is damaged"):
+            datasets.load(config)
+
+    for change, why in {
+        "test_batch": ({"labels": [0]}, "lacks|'data'"),
+        "batches.meta": ({"label_names": ["only one"]}, "don't agree"),
+        "data_batch_3": ({"data": rows(9), "labels": list(range(10))}, "don't agree"),
+        "data_batch_4": (["a", "list"], "no CIFAR file: a list"),
+    }.items():
+        value, message = why
+        cifar(file, {**cifar10, change: value})
+        with pytest.raises(UserError, match=message):
+            datasets.load(config)
+
+    cifar(file, {k: v for k, v in cifar10.items() if k != "data_batch_2"})
+    with pytest.raises(UserError, match="it lacks data_batch_2"):
+        datasets.load(config)
+
+
+def test_no_archive_where_one_was_promised(config, tmp_path):
+    config.name, config.dir, config.source = "cifar10", str(tmp_path), "archive"
+    with pytest.raises(UserError, match=r"there is no .*cifar-10-python\.tar\.gz"):
+        datasets.load(config)

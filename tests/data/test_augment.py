@@ -1,0 +1,173 @@
+"""What augmentation does to an image, and on what it depends."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.common import get_config
+from flax_cnns.data import augment
+from flax_cnns.errors import UserError
+
+SHAPE = (12, 10, 3)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, *SHAPE), np.uint8)
+KEYS = jax.random.split(jax.random.key(0), len(IMAGES))
+ALL = dict(pad_crop=2, flip=True, rotate=20.0, scale=0.2, random_resized_crop=(0.2, 1.0), cutout=4)
+
+
+def make(cropped=False, **fields):
+    config = get_config().data.augment
+    with config.unlocked():
+        config.update(fields)
+    return augment.make_augment(config, image_shape=SHAPE, mean=MEAN, std=STD, cropped=cropped)
+
+
+def plain(**fields):
+    """Without normalisation, in 0..255: what was done to the pixels."""
+    function = jax.jit(make(normalize=False, **fields))
+    return lambda images=IMAGES, keys=KEYS: np.asarray(function(images, keys) * 255)
+
+
+def test_all_off_is_normalisation_exactly():
+    normalize = augment.make_normalize(get_config().data.augment, mean=MEAN, std=STD)
+    np.testing.assert_array_equal(make()(IMAGES, KEYS), normalize(IMAGES))
+    np.testing.assert_allclose(normalize(IMAGES), (IMAGES / 255 - MEAN) / STD, atol=1e-5)
+    np.testing.assert_allclose(plain()(), IMAGES, atol=1e-4)
+
+
+def test_pad_crop_moves_by_whole_pixels_and_leaves_black():
+    moved = np.round(plain(pad_crop=2)()).astype(np.uint8)
+    padded = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    shifts = set()
+    for image, big in zip(moved, padded):
+        at = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.array_equal(image, big[y : y + 12, x : x + 10])
+        ]
+        assert len(at) == 1
+        shifts.add(at[0])
+    assert len(shifts) > 8  # of 25, for 16 images
+
+
+def test_flip_is_left_right_half_of_the_time():
+    keys = jax.random.split(jax.random.key(1), 400)
+    images = np.repeat(IMAGES[:1], 400, axis=0)
+    flipped = np.round(plain(flip=True)(images, keys))
+    is_same = (flipped == IMAGES[0]).all((1, 2, 3))
+    is_mirror = (flipped == IMAGES[0][:, ::-1]).all((1, 2, 3))
+    assert (is_same ^ is_mirror).all()
+    assert 150 < is_mirror.sum() < 250
+
+
+def test_the_affine_map_without_rotation_and_scale_is_the_crop():
+    exact = plain(pad_crop=2, flip=True)()
+    # So small an angle that bilinear reading gives the pixels back.
+    affine = plain(pad_crop=2, flip=True, rotate=1e-6)()
+    mirrored = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    assert exact.shape == affine.shape
+    for image, big in zip(affine, mirrored):
+        # Flipped about the image's own centre and then moved.
+        both = (big, big[:, ::-1])
+        assert any(
+            np.abs(image - b[y : y + 12, x : x + 10]).max() < 0.1
+            for b in both
+            for y in range(5)
+            for x in range(5)
+        )
+
+
+def test_rotation_and_scale_agree_with_scipy():
+    from scipy.ndimage import map_coordinates
+
+    image = IMAGES[0].astype(np.float32)
+    rng = np.random.default_rng(0)
+    y, x = rng.uniform(-3, 14, (2, 30, 30)).astype(np.float32)
+    ours = augment.bilinear(jnp.asarray(IMAGES[0]), y, x)
+    theirs = np.stack(
+        [
+            map_coordinates(image[..., c], [y, x], order=1, mode="grid-constant", cval=0)
+            for c in range(3)
+        ],
+        axis=-1,
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-2)
+
+
+def test_rotation_turns_and_scale_zooms():
+    disc = np.zeros((1, *SHAPE), np.uint8)
+    disc[0, 4:8, 3:7] = 255  # a square about the centre
+    keys = jax.random.split(jax.random.key(2), 64)
+    images = np.repeat(disc, 64, axis=0)
+    zoomed = plain(scale=0.5)(images, keys)[..., 0].sum((1, 2)) / (16 * 255)
+    assert 0.2 < zoomed.min() < 0.5  # (1/2)^2 of the area at the least
+    assert 1.7 < zoomed.max() < 2.6  # (3/2)^2 at the most
+    turned = plain(rotate=90.0)(images, keys)[..., 0]
+    np.testing.assert_allclose(turned.sum((1, 2)) / (16 * 255), 1, atol=0.05)  # none is lost
+    assert turned.std(0).max() > 20  # and it does turn
+
+
+def test_random_resized_crop_of_everything_is_the_image_and_of_a_part_a_part():
+    # Ratios other than 1 don't fit once the area is 12 x 10 itself: the whole image is left.
+    np.testing.assert_allclose(plain(random_resized_crop=(1.0, 1.0))(), IMAGES, atol=0.05)
+    ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None] * 20, SHAPE)
+    images = np.broadcast_to(ramp, (64, *SHAPE))
+    out = plain(random_resized_crop=(0.25, 0.5))(images, jax.random.split(jax.random.key(3), 64))
+    height = (out[:, -2] - out[:, 1]).mean((1, 2)) / (
+        180 / 12 * 12
+    )  # share of the ramp that is seen
+    assert 0.3 < height.min() < height.max() < 0.95
+    assert out[:, 6].mean((1, 2)).std() > 10  # in different places
+
+
+def test_cutout_sets_a_square_to_the_mean():
+    normalized = np.asarray(make()(IMAGES, KEYS))
+    cut = np.asarray(make(cutout=4)(IMAGES, KEYS))
+    hole = (cut != normalized).any(-1)
+    assert (cut[hole] == 0).all()
+    sizes = hole.sum((1, 2))
+    assert sizes.max() == 16
+    assert (sizes >= 4).all()  # its centre is inside
+
+
+def test_an_image_depends_on_its_own_key_not_on_its_place():
+    function = jax.jit(make(**ALL))
+    out = function(IMAGES, KEYS)
+    order = np.random.default_rng(0).permutation(len(IMAGES))
+    np.testing.assert_allclose(function(IMAGES[order], KEYS[order]), out[order], atol=1e-5)
+    halves = [function(IMAGES[i : i + 8], KEYS[i : i + 8]) for i in (0, 8)]  # as on two devices
+    np.testing.assert_allclose(np.concatenate(halves), out, atol=1e-5)
+    twice = function(np.repeat(IMAGES[:1], 16, 0), KEYS)
+    assert len(np.unique(np.asarray(twice).reshape(16, -1), axis=0)) == 16
+
+
+def test_shapes_are_static():
+    chex.clear_trace_counter()
+    function = jax.jit(chex.assert_max_traces(make(**ALL), n=1))
+    for epoch in range(3):
+        out = function(IMAGES, jax.random.split(jax.random.key(epoch), 16))
+        assert out.shape == IMAGES.shape
+        assert out.dtype == jnp.float32
+
+
+def test_what_the_loader_has_cropped_is_not_cropped_again():
+    out = make(cropped=True, random_resized_crop=(0.1, 0.2))(IMAGES, KEYS)
+    np.testing.assert_array_equal(out, make()(IMAGES, KEYS))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("pad_crop", 10, r"pad_crop=10 is as large as the image \(12x10\)"),
+        ("cutout", -1, "must not be negative"),
+        ("scale", 1.5, "0.1 means 0.9 to 1.1"),
+        ("random_resized_crop", (0.5,), "smallest, largest"),
+        ("random_resized_crop", (0.5, 0.2), "smallest, largest"),
+    ],
+)
+def test_values_that_make_no_sense(field, value, message):
+    with pytest.raises(UserError, match=message):
+        make(**{field: value})

@@ -1,0 +1,170 @@
+"""Roles of splits, stratification, statistics, noise, and the errors of the config."""
+
+import numpy as np
+import pytest
+
+from flax_cnns.data import datasets
+from flax_cnns.data import images as img
+from flax_cnns.errors import UserError
+
+
+def test_split_rows_gives_each_class_its_share():
+    labels = np.repeat([0, 1, 2, 3], [600, 300, 99, 1])
+    keep, taken = datasets.split_rows(labels, 1000, 0.1, seed=0)
+    assert sorted([*keep, *taken]) == list(range(1000))
+    counts = np.bincount(labels[taken], minlength=4)
+    np.testing.assert_allclose(counts, [60, 30, 10, 0], atol=1)
+    assert counts.sum() == 100
+    assert counts[3] == 0  # the only one of its class stays to be learned
+
+    same = datasets.split_rows(labels, 1000, 100, seed=0)[1]  # a count
+    np.testing.assert_array_equal(taken, same)
+    assert not np.array_equal(taken, datasets.split_rows(labels, 1000, 100, seed=1)[1])
+
+
+def test_split_rows_without_labels_is_random_and_exact():
+    keep, taken = datasets.split_rows(None, 100, 0.2, seed=0)
+    assert len(taken) == 20
+    assert sorted([*keep, *taken]) == list(range(100))
+
+
+@pytest.mark.parametrize("amount", [100, 1000, 0.001])
+def test_a_validation_split_that_cannot_be_made(amount):
+    with pytest.raises(UserError, match="at least one"):
+        datasets.split_rows(np.zeros(100, int), 100, amount, seed=0)
+
+
+def raw(shape=(8, 8, 3), **sizes):
+    rng = np.random.default_rng(0)
+    return datasets.Raw(
+        {
+            name: img.ArraySource(
+                rng.integers(0, 256, (n, 8, 8, 3), np.uint8), np.arange(n, dtype=np.int32) % 2, name
+            )
+            for name, n in sizes.items()
+        },
+        2,
+        ("a", "b"),
+        shape,
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"train": 50, "test": 10}, {"train": 45, "validation": 5, "test": 10}),
+        (
+            {"train": 50, "validation": 20, "test": 10},
+            {"train": 50, "validation": 20, "test": 10},
+        ),
+        ({"train": 50, "validation": 20}, {"train": 45, "validation": 5, "test": 20}),
+        ({"train": 50}, {"train": 36, "validation": 4, "test": 10}),
+    ],
+)
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
+def test_roles(monkeypatch, config, own, expected, in_memory):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(**own))
+    config.name, config.in_memory = "own", in_memory
+    dataset = datasets.load(config)
+    assert {name: len(split) for name, split in dataset.splits.items()} == expected
+    assert dataset.in_memory == (in_memory == "yes")
+    assert dataset.image_shape == (32, 32, 3)
+
+
+def test_no_validation_and_no_train(monkeypatch, config):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=50, test=10))
+    config.name, config.validation = "own", 0
+    assert set(datasets.load(config).splits) == {"train", "test"}
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(test=10))
+    with pytest.raises(UserError, match="no train split; it has: test"):
+        datasets.load(config)
+
+
+def test_memory_limit_and_random_crops_decide_what_streams(monkeypatch, config):
+    config.name, config.image_size = "own", 16
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=50, test=10))
+    assert datasets.load(config).in_memory
+    config.memory_limit = 60 * 16 * 16 * 3 / 2**30
+    assert not datasets.load(config).in_memory
+
+    config.memory_limit = 1.0
+    config.augment.random_resized_crop = (0.2, 1.0)
+    assert datasets.load(config).in_memory
+    # Photographs of all sizes: a crop of a shrunk copy would be enlarged.
+    monkeypatch.setattr(datasets, "_read", lambda config: raw((None, None, 3), train=50, test=10))
+    dataset = datasets.load(config)
+    assert not dataset.in_memory
+    assert dataset.eval_share == 0.875
+
+
+def test_statistics_of_an_unknown_data_set(monkeypatch, config):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=50, test=10))
+    config.name, config.validation, config.image_size = "own", 0, 8
+    dataset = datasets.load(config)
+    pixels = dataset.splits["train"].images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(dataset.mean, pixels.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(dataset.std, pixels.std(0), rtol=1e-9)
+    assert dataset.normalized_by == "training images"
+    config.in_memory = "no"
+    assert datasets.load(config).normalized_by == "ImageNet"
+
+
+def test_channels(config):
+    config.image_size, config.channels = 8, 3
+    colour = datasets.load(config)
+    assert colour.image_shape == (8, 8, 3)
+    assert len(colour.mean) == len(colour.std) == 3
+    images = colour.splits["test"].images
+    np.testing.assert_array_equal(images[..., 0], images[..., 2])
+
+
+def test_grey_is_luma(monkeypatch, config):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=50, test=10))
+    config.name, config.image_size, config.channels = "own", 8, 1
+    grey = datasets.load(config).splits["test"].images
+    colour = raw(train=50, test=10).sources["test"].images
+    np.testing.assert_allclose(grey[..., 0], colour @ [0.299, 0.587, 0.114], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "classes", "channels"),
+    [
+        ("imagenet2012", "", 1000, 3),
+        ("cifar10", "", 10, 3),
+        ("cifar100", "coarse", 20, 3),
+        ("cifar100", "fine", 100, 3),
+        ("fashion_mnist", "", 10, 1),
+        ("digits", "", 10, 1),
+        ("folder", "", 10, 3),
+    ],
+)
+def test_noise_in_place_of_any_data_set(config, tmp_path, name, labels, classes, channels):
+    config.name, config.labels, config.mock, config.dir = name, labels, 20, str(tmp_path / "none")
+    dataset = datasets.load(config)
+    assert dataset.num_classes == len(dataset.class_names) == classes
+    assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=20, validation=4, test=4)
+    train = dataset.splits["train"]
+    assert train.images.shape == (20, 32, 32, channels)
+    assert train.images.dtype == np.uint8
+    assert train.labels.max() < classes
+    np.testing.assert_array_equal(train.images, datasets.load(config).splits["train"].images)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("source", "tdfs", "data.source is one of"),
+        ("in_memory", "maybe", "data.in_memory is one of"),
+        ("channels", 2, "data.channels is one of"),
+        ("validation", 1.5, "a fraction below 1, a count, or 0; got 1.5"),
+        ("validation", -1.0, "a fraction below 1, a count, or 0"),
+        ("image_size", 0, "data.image_size"),
+        ("name", "cifra10", "did you mean 'cifar10'"),
+        ("labels", "lable", "digits has no labels 'lable'; did you mean 'label'"),
+    ],
+)
+def test_values_that_make_no_sense(config, field, value, message):
+    config[field] = value
+    with pytest.raises(UserError, match=message):
+        datasets.load(config)

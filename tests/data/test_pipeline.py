@@ -1,0 +1,174 @@
+"""The order of examples: a function of the seed and the step, in memory as through Grain."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flax_cnns.data import datasets, pipeline
+from flax_cnns.errors import UserError
+
+
+@pytest.fixture
+def config(config):
+    """Fifty random images of 8x8: 40 to train, 10 to test, no epoch a whole number of batches."""
+    config.mock, config.image_size, config.validation = 40, 8, 0
+    config.batch_size, config.eval_batch_size = 12, 4
+    return config
+
+
+@pytest.fixture(params=["yes", "no"])
+def both(request, config):
+    """The config for data in memory, then for data through Grain."""
+    config.in_memory = request.param
+    return config
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for one, other in zip(a, b):
+        assert set(one) == set(other)
+        for key in one:
+            assert one[key].dtype == other[key].dtype
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def numbers(config, batches):
+    """Which training images the batches hold."""
+    images = datasets.load(config).splits["train"].images
+    rows = {image.tobytes(): i for i, image in enumerate(images)}
+    return [rows[image.tobytes()] for batch in batches for image in batch["image"]]
+
+
+def test_nothing_is_dropped_and_every_epoch_has_its_own_order(both):
+    dataset = datasets.load(both)
+    batches = pipeline.train_batches(dataset, both, seed=0)
+    assert batches.steps_per_epoch == 40 / 12
+    got = take(batches, 10)  # three epochs
+    both.in_memory = "yes"
+    order = np.reshape(numbers(both, got), (3, 40))
+    for epoch in order:
+        assert sorted(epoch) == list(range(40))
+    assert not np.array_equal(order[0], order[1])
+    assert got[0]["image"].shape == (12, 8, 8, 1)
+    assert got[0]["image"].dtype == np.uint8
+    assert got[0]["label"].dtype == np.int32
+
+
+def test_the_seed_decides(both):
+    dataset = datasets.load(both)
+    first, again, other = (
+        take(pipeline.train_batches(dataset, both, seed=seed), 2) for seed in (0, 0, 1)
+    )
+    same(first, again)
+    assert not np.array_equal(first[0]["image"], other[0]["image"])
+
+
+def test_resumed_it_goes_on_to_the_bit(both):
+    both.augment.random_resized_crop = (0.2, 1.0)  # done by the loader when streaming
+    dataset = datasets.load(both)
+    whole = take(pipeline.train_batches(dataset, both, seed=3), 9)
+
+    batches = pipeline.train_batches(dataset, both, seed=3)
+    take(batches, 4)
+    position = json.loads(json.dumps(batches.position()))
+    same(whole[4:], take(pipeline.train_batches(dataset, both, seed=3, position=position), 5))
+    same(whole[4:], take(pipeline.train_batches(dataset, both, seed=3, start_step=4), 5))
+
+
+def test_in_memory_and_streamed_are_the_same(config):
+    held = datasets.load(config)
+    config.in_memory = "no"
+    streamed = datasets.load(config)
+    assert held.in_memory
+    assert not streamed.in_memory
+    same(*(take(pipeline.train_batches(d, config, seed=0), 5) for d in (held, streamed)))
+    same(*(list(pipeline.eval_batches(d, "test", config)) for d in (held, streamed)))
+
+
+def test_worker_processes_change_nothing(config):
+    config.in_memory = "no"
+    dataset = datasets.load(config)
+    without = take(pipeline.train_batches(dataset, config, seed=0), 5)
+    config.workers = 2
+    # From another step: a position fits any number of workers.
+    batches = pipeline.train_batches(dataset, config, seed=0, start_step=2)
+    same(without[2:], take(batches, 3))
+    batches.close()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_each_batch(both, processes):
+    dataset = datasets.load(both)
+    alone = take(pipeline.train_batches(dataset, both, seed=0), 4)
+    together = [
+        take(
+            pipeline.train_batches(dataset, both, seed=0, process_index=i, process_count=processes),
+            4,
+        )
+        for i in range(processes)
+    ]
+    joined = [{k: np.concatenate([b[k] for b in step]) for k in step[0]} for step in zip(*together)]
+    same(alone, joined)
+
+
+def test_a_batch_may_be_larger_than_the_training_set(config):
+    config.batch_size = 100
+    dataset = datasets.load(config)
+    order = numbers(config, take(pipeline.train_batches(dataset, config, seed=0), 2))
+    assert np.bincount(order).tolist() == [5] * 40
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("size", [4, 12])
+def test_evaluation_sees_every_example_once(both, processes, size):
+    both.eval_batch_size, both.mock = size, 45  # 9 to test
+    dataset = datasets.load(both)
+    parts = [
+        pipeline.eval_batches(dataset, "test", both, process_index=i, process_count=processes)
+        for i in range(processes)
+    ]
+    batches = [list(part) for part in parts]
+    assert {len(b) for b in batches} == {len(parts[0])} == {-(-9 // size)}
+    joined = [{k: np.concatenate([b[k] for b in step]) for k in step[0]} for step in zip(*batches)]
+    kept = np.concatenate([b["label"][b["mask"] == 1] for b in joined])
+    both.in_memory = "yes"
+    np.testing.assert_array_equal(kept, datasets.load(both).splits["test"].labels)
+    for batch in joined:
+        assert batch["mask"].dtype == np.float32
+        assert not batch["image"][batch["mask"] == 0].any()
+    same(batches[0], list(parts[0]))  # again, for the next evaluation
+
+
+def test_streamed_crops_are_random_and_belong_to_their_place(config):
+    config.in_memory, config.batch_size = "no", 40
+    dataset = datasets.load(config)
+    plain = take(pipeline.train_batches(dataset, config, seed=0), 1)[0]
+    config.augment.random_resized_crop = (0.1, 0.5)
+    dataset = datasets.load(config)
+    epochs = take(pipeline.train_batches(dataset, config, seed=0), 2)
+    assert not np.array_equal(plain["image"], epochs[0]["image"])
+    np.testing.assert_array_equal(plain["label"], epochs[0]["label"])
+    config.threads = 7
+    same(epochs, take(pipeline.train_batches(dataset, config, seed=0), 2))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size"])
+def test_batches_that_do_not_divide(config, name):
+    config[name] = 7
+    dataset = datasets.load(config)
+    make = {
+        "batch_size": lambda: pipeline.train_batches(dataset, config, seed=0, process_count=2),
+        "eval_batch_size": lambda: pipeline.eval_batches(dataset, "test", config, process_count=2),
+    }
+    with pytest.raises(UserError, match=rf"data\.{name} must be a positive multiple .* 2; got 7"):
+        make[name]()
+
+
+def test_a_split_that_is_not_there(config):
+    with pytest.raises(UserError, match="no 'validation' split here; it has: test, train"):
+        pipeline.eval_batches(datasets.load(config), "validation", config)
