@@ -1,0 +1,64 @@
+"""The confusion matrix as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from flax_cnns.analysis.curves import save_png
+
+ANNOTATED = 20  # classes, up to which the counts are written into the cells
+NAMED = 60  # classes, up to which every class is named
+
+
+def draw_confusion(
+    matrix: np.ndarray, class_names: Sequence[str], png: str | os.PathLike, title: str = ""
+) -> None:
+    """Draws `matrix` [true class, predicted class] of counts; the colour is the share of its row.
+
+    Up to 20 classes the counts stand in the cells (none for a zero), up to 60 every class is named.
+    Raises `ValueError` where matrix and names don't agree, `UserError` where it cannot be written.
+    """
+    matrix = np.asarray(matrix).astype(np.int64)
+    classes = len(class_names)
+    if matrix.shape != (classes, classes):
+        raise ValueError(f"expected a matrix of {classes} x {classes} classes, came {matrix.shape}")
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares = matrix / np.maximum(totals, 1)
+    size = float(np.clip(0.48 * classes, 4.5, 11.0))
+    figure = Figure(figsize=(size + 1.6, size + 0.8), layout="constrained")
+    axes = figure.subplots()
+    # The square root lifts the few mistakes of a good network out of the white.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.set_ticks(
+        [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1],
+        labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"],
+    )
+    bar.set_label("share of the true class")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    correct, count = np.trace(matrix), matrix.sum()
+    axes.set_title(title or f"{correct} of {count} right ({100 * correct / max(count, 1):.2f} %)")
+    if classes <= NAMED:
+        small = 9 if classes <= ANNOTATED else 6
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=small)
+        axes.set_yticks(range(classes), class_names, fontsize=small)
+        if all(len(name) <= 2 for name in class_names):
+            axes.tick_params(axis="x", rotation=0)
+    if classes <= ANNOTATED:
+        for row, column in np.argwhere(matrix):
+            axes.text(
+                column,
+                row,
+                str(matrix[row, column]),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if shares[row, column] > 0.35 else "black",
+            )
+    save_png(figure, png)
