@@ -153,6 +153,11 @@ def load(config: Any) -> Dataset:
     )
 
 
+def base_name(name: str) -> str:
+    """TFDS's name without config and version: imagenet2012_subset/10pct:5.0.0."""
+    return name.split("/")[0].split(":")[0]
+
+
 def _check(config: Any) -> None:
     for name, allowed in {
         "source": ("auto", "tfds", "archive", "folder"),
@@ -271,7 +276,7 @@ def _statistics(
     name: str, own: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and std per channel in 0..1, and where they come from."""
-    known, by = KNOWN.get(name), "published"
+    known, by = KNOWN.get(base_name(name)), "published"
     if known is None or (own == 3 and channels == 1):
         # The spread of the grey image doesn't follow from those of the colours, which go together.
         if train.images is not None:

@@ -18,13 +18,14 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from flax_cnns.data import (
     archives,
     digits,  # noqa: F401  registers the builder
 )
 from flax_cnns.data import images as img
-from flax_cnns.data.datasets import KNOWN, Raw
+from flax_cnns.data.datasets import KNOWN, Raw, base_name
 from flax_cnns.errors import UserError, did_you_mean
 
 SECONDS = 4.0  # to reach the host that a data set is downloaded from
@@ -73,7 +74,7 @@ def facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...],
 
 
 def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
-    base = name.split("/")[0].split(":")[0]
+    base = base_name(name)
     known = tfds.list_builders(with_community_datasets=False)
     path = Path(directory or tfds.core.constants.get_default_data_dir()).expanduser()
     if base not in known and not (path / base).is_dir():
@@ -216,13 +217,16 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's progress bars and its lines of "Unknown size"."""
+    """Without TFDS's progress bars, its lines of "Unknown size" and its log of what it loads."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         tfds.enable_progress_bar()
+        logging.set_verbosity(verbosity)
 
 
 def _line(why: Exception) -> str:
