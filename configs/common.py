@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
             ),
             # ---- images and labels
             data=dict(
-                name="digits",  # digits, any TFDS name, or folder
+                name="digits",  # digits, any TFDS name, or folder (of images, in dir)
                 dir="",  # TFDS data_dir, folder of archives or of images; "": TFDS's default
-                source="auto",  # auto, tfds, archive, folder: auto looks into dir
+                source="auto",  # tfds, archive, folder; auto: archives if dir has them, else TFDS
                 labels="",  # where there are several kinds: cifar100 has fine (default) and coarse
                 image_size=32,  # height and width that the network sees
                 channels=0,  # 0: the data set's own; 1 or 3 converts
@@ -32,10 +32,12 @@ def get_config() -> ConfigDict:
                 split_seed=0,  # of that split, and of an image folder's
                 batch_size=64,  # over all devices and processes
                 eval_batch_size=256,
-                in_memory="auto",  # yes, no, auto: when they take less than memory_limit
+                # yes, no, or auto: when they take less than memory_limit and are not photographs
+                # that random_resized_crop cuts out of their full size.
+                in_memory="auto",
                 memory_limit=4.0,  # GiB
                 threads=8,  # decoding threads of the streaming loader
-                workers=0,  # its worker processes; a saved position fits the same number only
+                workers=0,  # its worker processes
                 skip_damaged=False,  # skip and count images that cannot be decoded; else stop
                 mock=0,  # > 0: so many random images in place of the data set's own (smoke runs)
                 augment=dict(

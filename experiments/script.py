@@ -7,8 +7,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
+from flax_cnns import launch
 from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError, did_you_mean
 
@@ -24,18 +25,25 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     try:
         app.run(function, flags_parser=_parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _say(error)
+        _leave(2)
     except KeyboardInterrupt:
-        print(
-            "error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
-        sys.exit(130)
+        _say("interrupted; the same command goes on from the last checkpoint")
+        _leave(130)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        print(f"error: {type(error).__name__}: {first}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {first}")
         traceback.print_exception(error)
-        sys.exit(1)
+        _leave(1)
+
+
+def _say(what: object) -> None:
+    print(f"error: {what}", file=sys.stderr)
+
+
+def _leave(code: int) -> None:
+    launch.leave(code)  # with several processes: at once, for the others wait for this one
+    sys.exit(code)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -47,6 +55,8 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"config: unknown field {field!r}{did_you_mean(field, FIELDS)}")
     try:
         rest = flags.FLAGS(argv)
+        if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
+            logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
         if "config" in flags.FLAGS:
             flags.FLAGS[
                 "config"

@@ -17,6 +17,7 @@ import jax
 from flax_cnns import config as configs
 from flax_cnns import launch, pytree, registry, report
 from flax_cnns import workdir as workdirs
+from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
 from flax_cnns.checkpoint import manager
 from flax_cnns.checkpoint.graft import graft
@@ -403,6 +404,7 @@ class _Run:
             "validation/best_accuracy": host.best,
             "stopped_early": host.stopped,
             "bad_steps": host.bad_steps,
+            "normalized_by": parts.dataset.normalized_by,
             "damaged_images": sorted(parts.dataset.damaged),
             "seconds": host.seconds,
             "seconds_to_first_step": outcome.seconds_to_first_step,
@@ -486,7 +488,7 @@ def evaluate_run(
     }
     name = f"evaluation_{split}_{step}"
     workdirs.write_json(workdir / f"{name}.json", found)
-    plots.draw_confusion(confusion, dataset.class_names, workdir / f"{name}.png")
+    confusion_plot.draw_confusion(confusion, dataset.class_names, workdir / f"{name}.png")
     report.print_evaluation(found)
     print(f"written to {workdir}: {name}.json, {name}.png")
     return found

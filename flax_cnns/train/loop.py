@@ -142,8 +142,8 @@ def train(
         if max_bad_steps and host.bad_in_a_row >= max_bad_steps:
             raise UserError(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
-                f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} now), warm up "
-                "longer, or clip with optimizer.clip_norm; the last checkpoint is sound"
+                f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
+                "now), warm up longer, or clip with optimizer.clip_norm; the last checkpoint is sound"
             )
 
     def log(step: int, pace: float | None) -> None:
