@@ -143,7 +143,7 @@ def train(
             raise UserError(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
                 f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
-                "now), warm up longer, or clip with optimizer.clip_norm; the last checkpoint is sound"
+                "now), warm up longer, or set optimizer.clip_norm; the last checkpoint is sound"
             )
 
     def log(step: int, pace: float | None) -> None:
