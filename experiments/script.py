@@ -62,9 +62,14 @@ def _parse(argv: list[str]) -> list[str]:
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
         return rest
-    except FileNotFoundError:
-        named = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
-        raise UserError(f"--config: there is no file {' '.join(named)}") from None
+    except OSError as error:
+        named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+        file = named.partition(":")[0]
+        if not pathlib.Path(file).is_file():
+            files = [f"configs/{path.name}" for path in CONFIGS.glob("*_*.py")]
+            near = did_you_mean(file, [path for path in files if "__" not in path])
+            raise UserError(f"--config: there is no file {file!r}{near}") from None
+        raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         # ml_collections puts a config file's traceback into the message; its last line says it.

@@ -84,7 +84,7 @@ def test_a_signal_exits_with_75(config, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--config.optimizer.nam=adam"], "Did you mean"),
+        (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
         (["--config.seed=zero"], "seed"),
         (["--config.optimizer.name=adan"], "did you mean 'adam'"),
         (["--config.model.name=resnet"], "unknown model 'resnet'"),
