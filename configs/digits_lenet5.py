@@ -6,7 +6,8 @@
 LeCun et al. 1998 report 0.95 % test error on MNIST; these are other digits: 8x8 pixels, 1077 to
 learn from, 360 to validate and 360 to test on, split once and for all (seed 0). Small movements of
 the images are what lifts LeNet-5 here.
-Ours: RESULT
+Ours: 99.63 % test accuracy, standard deviation 0.42 over seeds 0, 1, 2 (99.17, 100, 99.72); 25 s
+each on two CPU cores, compiling included (jax 0.10.2; --config.seed=0, 1, 2).
 """
 
 from __future__ import annotations
