@@ -285,33 +285,34 @@ class _Run:
             if start:
                 self.progress.print(f"resumed at step {start} of {self.total}")
             outcome = self._train(state, host, start)
-            if outcome.preempted:
-                checkpoints.close()
-                said = f"saved at step {outcome.step} of {self.total}; the same command goes on"
-                self.progress.print(said)
-                raise Preempted(outcome.step)
             checkpoints.wait()
+            if outcome.preempted:
+                raise self._preempted(outcome)
             found = self._test(outcome)
             self.progress.close()
         return self._finish(outcome, host, found)
 
+    def _preempted(self, outcome: loop.Outcome) -> Preempted:
+        self.progress.print(
+            f"saved at step {outcome.step} of {self.total}; the same command goes on"
+        )
+        return Preempted(outcome.step)
+
     def _start(self) -> tuple[TrainState, loop.Host, int]:
-        self.position = None
         if self.checkpoints.latest_step() is not None:
             restored = self.checkpoints.restore(self._target())
             if restored is not None:
                 state, saved, step = restored
-                self.position = saved.pop("position")
                 return state, loop.Host(**saved), step
         return self._fresh_state(), loop.Host(), 0
 
-    def _batches(self, start: int) -> Iterator[tuple[Any, dict]]:
+    def _batches(self, start: int, position: dict | None) -> Iterator[tuple[Any, dict]]:
         batches = pipeline.train_batches(
             self.parts.dataset,
             self.config.data,
             seed=self.config.seed,
             start_step=start,
-            position=self.position,
+            position=position,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -355,7 +356,7 @@ class _Run:
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
         key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the one of init
-        with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
+        with contextlib.closing(loop.prefetch(self._batches(start, host.position))) as batches:
             return loop.train(
                 state,
                 train_step=train_step,
@@ -383,7 +384,10 @@ class _Run:
         state, step = outcome.state, outcome.step
         if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
             state, _, step = self.checkpoints.restore(self._target(), self.checkpoints.best_step())
-        sums = self.parts.evaluate(state.variables, "test")
+        try:
+            sums = self.parts.evaluate(state.variables, "test", self.signals.asked_now)
+        except loop.Interrupted:
+            raise self._preempted(outcome) from None
         found = {f"test/{name}": value for name, value in summarize(sums).items()}
         self._write(outcome.step, found)
         return found | {"test/step": step, "test/examples": int(sums["count"])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import chex
@@ -15,7 +16,7 @@ from configs.common import get_config
 from flax_cnns import run
 from flax_cnns.checkpoint import lock, manager
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import evaluate_run
+from flax_cnns.experiment import Parts, evaluate_run
 from flax_cnns.preemption import Preempted
 from flax_cnns.train.progress import Progress
 
@@ -112,6 +113,40 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
     for name in ("test/loss", "test/accuracy", "validation/best_accuracy"):
         assert summary[name] == finished[1][name]
     assert manager.best_step(workdir) == manager.best_step(finished[0])
+
+
+def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
+    finished, config, tmp_path, monkeypatch
+):
+    """Stopped with the validation of step 5 due; stopped again right after it was made up for."""
+    workdir = tmp_path / "run"
+    for asked, step in [(True, 5), (False, 6)]:
+        with monkeypatch.context() as patch:
+            stop = lambda self, at, step=step: at == step  # noqa: E731
+            patch.setattr("flax_cnns.preemption.Signals.should_stop", stop)
+            patch.setattr("flax_cnns.preemption.Signals.asked_now", lambda self, a=asked: a)
+            with pytest.raises(Preempted):
+                run(config, workdir)
+    shutil.rmtree(workdir / "checkpoints/6")  # as if killed before it was saved
+    run(config, workdir)
+    chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
+    assert records(workdir) == records(finished[0])
+
+
+def test_a_signal_during_the_test_leaves_and_the_same_command_makes_up_for_it(
+    finished, config, tmp_path, monkeypatch
+):
+    wanted, evaluate = [True], Parts.evaluate
+
+    def interrupted(self, variables, split, should_stop=None):
+        return evaluate(self, variables, split, lambda: split == "test" and wanted[0])
+
+    monkeypatch.setattr(Parts, "evaluate", interrupted)
+    with pytest.raises(Preempted):
+        run(config, tmp_path / "run")
+    wanted[0] = False
+    run(config, tmp_path / "run")
+    assert records(tmp_path / "run") == records(finished[0])
 
 
 def test_a_damaged_newest_step_is_passed_over_and_made_again(

@@ -35,6 +35,7 @@ class Host:
     due: bool = False  # the validation of this step is still to be made
     stopped: bool = False  # early
     seconds: float = 0.0  # of training, over all sessions
+    position: dict | None = None  # of the data, after the last batch that was used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,6 @@ def train(
     """
     late: collections.deque = collections.deque()
     outcome = Outcome(state, start)
-    position: dict = {}
     counted, pace_from, pace_steps, pace_seconds = 0, time.perf_counter(), 0, 0.0
 
     def absorb(step: int, sums: dict[str, Array]) -> None:
@@ -175,7 +175,7 @@ def train(
     def keep(step: int, state: PyTree, found: dict[str, float]) -> None:
         host.seconds += time.perf_counter() - keep.since
         keep.since = time.perf_counter()
-        save(step, state, dataclasses.asdict(host) | {"position": position}, found)
+        save(step, state, dataclasses.asdict(host), found)
 
     keep.since = time.perf_counter()
 
@@ -199,7 +199,7 @@ def train(
     if host.due:  # the last session was stopped during this step's validation
         state, going = after(step, state, saving=False, validating=True)
     while going and step < stop:
-        batch, position = next(batches)
+        batch, host.position = next(batches)
         state, sums = train_step(state, batch, key)
         step += 1
         late.append((step, {**sums, "steps": 1.0}))
