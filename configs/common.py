@@ -1,9 +1,9 @@
 """Every field there is, with its default. A config starts from `get_config()`, sets what differs.
 
 Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training
-examples. Rules are tuples of `(regex, value)` over paths such as
-`"params/stage1/block1/conv1/kernel"`: the first regex that matches the whole path decides, and
-every path must be decided.
+examples. Every `"0 steps"` is never, but the last step always logs, validates and saves. Rules are
+tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`: the first regex
+that matches the whole path decides, and every path must be decided.
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from flax_cnns import launch
 from flax_cnns.config import FIELDS
@@ -46,8 +47,21 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
+def define_config(default: str) -> flags.FlagHolder:
+    """The flag --config, which is `configs/<default>.py` where it is not given."""
+    # No default for ml_collections, which would apply overrides, and fail, while it defines it.
+    _DEFAULT.append(str(CONFIGS / f"{default}.py"))
+    text = f"A file of configs/, or file.py:mode; configs/{default}.py where it is not given."
+    return config_flags.DEFINE_config_file("config", None, text)
+
+
+_DEFAULT: list[str] = []
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
+    if _DEFAULT and not any(argument.startswith("--config=") for argument in argv):
+        argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
         of_config = argument.startswith("--config.") and not field.startswith("model.")
@@ -61,6 +75,8 @@ def _parse(argv: list[str]) -> list[str]:
             flags.FLAGS[
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --")
         return rest
     except OSError as error:
         named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
@@ -74,4 +90,7 @@ def _parse(argv: list[str]) -> list[str]:
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         # ml_collections puts a config file's traceback into the message; its last line says it.
         said = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)
+        said = said.removeprefix("ValueError: ")
+        if isinstance(error, (AttributeError, KeyError)):
+            said = f"config: unknown field {said.strip(chr(34))}; a config file may add such"
         raise UserError(f"{said} (--help lists the flags)") from None

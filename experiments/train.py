@@ -10,14 +10,11 @@ The same command again goes on where the run stopped, to the bit.
 from __future__ import annotations
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import script
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(script.CONFIGS / "digits_lenet5.py"), "A file of configs/, or file.py:mode."
-)
+_CONFIG = script.define_config("digits_lenet5")
 
 
 def train(argv: list[str]) -> None:

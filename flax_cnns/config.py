@@ -29,8 +29,9 @@ def number(low: float = 0.0, high: float = float("inf"), *, above: bool = False)
 
 def integer(low: int = 0) -> Check:
     def check(value: Any) -> str | None:
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= low
-        return None if fine else f"a whole number of at least {low}"
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            return f"a whole number of at least {low}"
+        return None if value < 2**31 else "a whole number below 2**31"
 
     return check
 

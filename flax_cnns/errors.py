@@ -13,7 +13,8 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'resnet50', 'resnet18'?"`, or the sorted names where nothing is near."""
     known = sorted(set(known))
-    near = difflib.get_close_matches(str(name), known, n=most, cutoff=0.55)
+    holding = [other for other in known if str(name) and str(name) in other]
+    near = holding[:most] or difflib.get_close_matches(str(name), known, n=most, cutoff=0.55)
     if near:
         return "; did you mean " + ", ".join(repr(n) for n in near) + "?"
     if not known:

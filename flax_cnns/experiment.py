@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
 from flax_cnns import launch, pytree, registry, report
@@ -158,7 +159,10 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     SIGUSR1, once everything is saved.
     """
     began = time.perf_counter()
+    config = ConfigDict(config) if isinstance(config, dict) else config
     configs.validate(config)
+    if not os.fspath(workdir):
+        raise UserError("--workdir: expected the name of a directory, got nothing")
     if config.train.deterministic:
         flag = "--xla_gpu_deterministic_ops=true"  # read when the backend starts
         if flag not in os.environ.get("XLA_FLAGS", ""):
@@ -171,7 +175,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         if primary:
             workdirs.check_workdir(workdir, resolved)
         if (workdir / "summary.json").is_file():
-            summary = json.loads((workdir / "summary.json").read_text())
+            summary = workdirs.read_json(workdir / "summary.json")
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
                 report.print_summary(summary)
@@ -207,8 +211,8 @@ class _Run:
             raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
         self.every = loop.Every(
             log=count(config.log.every, "log.every"),
-            evaluate=max(count(config.train.eval_every, "train.eval_every"), 1),
-            save=max(count(config.checkpoint.every, "checkpoint.every"), 1),
+            evaluate=count(config.train.eval_every, "train.eval_every"),
+            save=count(config.checkpoint.every, "checkpoint.every"),
         )
         if not self.validates and (
             config.schedule.name == "plateau" or config.train.early_stopping

@@ -24,10 +24,23 @@ from flax_cnns.errors import UserError
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """All of it or nothing: written beside and moved into place."""
+    """All of it or nothing: written beside and moved into place. Raises `UserError`."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    try:
+        beside.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Raises `UserError` where the file is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); put it right or remove the run") from None
 
 
 def read_config(workdir: str | os.PathLike) -> Any:
@@ -37,20 +50,22 @@ def read_config(workdir: str | os.PathLike) -> Any:
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(read_json(path))
 
 
 def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises `UserError` where `workdir` holds another experiment, or things that are no run."""
     if (workdir / "config.json").is_file():
-        there = json.loads((workdir / "config.json").read_text())
+        there = read_json(workdir / "config.json")
         begun = steps(workdir) or (workdir / "metrics.jsonl").is_file()
         if begun and (fields := configs.difference(config, there)):
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(fields)}); "
                 "take another --workdir, or the same config to go on"
             )
-    elif others := sorted(p.name for p in workdir.iterdir() if p.name != ".lock"):
+    elif others := sorted(
+        p.name for p in workdir.iterdir() if p.name != ".lock" and p.suffix != ".tmp"
+    ):
         raise UserError(
             f"{workdir} is not empty and holds no run ({', '.join(others[:5])}); "
             "take another --workdir"
@@ -75,6 +90,7 @@ def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[Opened]:
         yield opened
         return
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
+    locked_before = (workdir / ".lock").exists()
     with lock(workdir):
         try:
             yield opened
@@ -84,4 +100,6 @@ def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[Opened]:
                 with contextlib.suppress(OSError):  # not empty: another run began beside us
                     for path in made[1:]:
                         path.rmdir()
+            elif not locked_before and not (workdir / "config.json").exists():
+                (workdir / ".lock").unlink(missing_ok=True)
             raise

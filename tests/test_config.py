@@ -32,6 +32,7 @@ def changed(path, value):
         ("optimizer.name", "sdg", "one of sgd, adam.*did you mean 'sgd'"),
         ("data.batch_size", 0, "a whole number of at least 1, got 0"),
         ("data.batch_size", 12.5, "a whole number"),
+        ("seed", 10**20, r"below 2\*\*31"),
         ("data.validation", -0.1, "a number from 0"),
         ("data.channels", 2, "0 .*1 or 3, got 2"),
         ("data.augment.flip", 1, "True or False, got 1"),

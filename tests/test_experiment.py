@@ -115,6 +115,41 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
     assert manager.best_step(workdir) == manager.best_step(finished[0])
 
 
+def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):
+    """Its outcome changes the optimizer's state, and must be saved although it is no new best."""
+    config.schedule.name, config.schedule.patience = "plateau", 1
+    config.schedule.learning_rate = 1e-9
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: False)
+        evaluate = Parts.evaluate
+        patch.setattr(
+            Parts,
+            "evaluate",
+            lambda self, v, split, stop: evaluate(
+                self, v, split, lambda: len(records(tmp_path / "cut")) > 5
+            ),
+        )
+        with pytest.raises(Preempted):
+            run(config, tmp_path / "cut")
+    assert manager.latest_step(tmp_path / "cut") == 12
+    run(config, tmp_path / "cut")
+    chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    assert manager.steps(tmp_path / "cut") == manager.steps(tmp_path / "whole")
+
+
+def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_text('{"seed": ')
+    fails(config, tmp_path / "a", r"config\.json is damaged")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json.tmp").touch()  # what a full disk or kill -9 left
+    config.train.duration = "1 steps"
+    assert run(config.to_dict(), tmp_path / "b")["step"] == 1
+    fails(config, "", "--workdir: expected the name of a directory")
+
+
 def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
     finished, config, tmp_path, monkeypatch
 ):

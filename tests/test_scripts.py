@@ -86,6 +86,9 @@ def test_a_signal_exits_with_75(config, tmp_path):  # noqa: F811
     [
         (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
         (["--config.seed=zero"], "seed"),
+        (["--config.model.widht=3"], "unknown field 'widht'"),
+        (["config.seed=3"], "unexpected argument 'config.seed=3'; flags begin with --"),
+        (["--config=configs/digits_lenet5.py:smok"], "it has smoke"),
         (["--config.optimizer.name=adan"], "did you mean 'adam'"),
         (["--config.model.name=resnet"], "unknown model 'resnet'"),
         (["--config=configs/nowhere.py"], "nowhere.py"),
@@ -93,8 +96,6 @@ def test_a_signal_exits_with_75(config, tmp_path):  # noqa: F811
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, said):
-    if not flags[0].startswith("--config="):
-        flags = ["--config=configs/common.py", *flags]
     code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
     assert code == 2, err
     assert err.count("\n") == 1, err

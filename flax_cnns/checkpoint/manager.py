@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,24 @@ from flax_cnns.types import PyTree
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
 # Likewise the reads that were under way when the first one failed.
 logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
+
+
+def _drop_late_callbacks() -> None:
+    """Where one array of a checkpoint cannot be read or written, Orbax closes its event loop, and
+    TensorStore's threads report the closed loop for every other array, a traceback each. What
+    matters is raised; these are dropped, and all else goes where it went."""
+    before = sys.unraisablehook
+    if getattr(before, "drops_late_callbacks", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    hook.drops_late_callbacks = True
+    sys.unraisablehook = hook
+
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -142,7 +161,8 @@ def read_metadata(source: str | os.PathLike) -> Metadata:
     path = resolve(source)
     stored = {name: shape_and_dtype(leaf) for name, leaf in flatten(_metadata_tree(path)).items()}
     if (manifest := _manifest_of(path)) is not None:
-        written = {k: (tuple(v["shape"]), v["dtype"]) for k, v in manifest.items()}
+        with _damage(path):
+            written = {k: (tuple(v["shape"]), v["dtype"]) for k, v in manifest.items()}
         if written != {name: (shape, dtype.name) for name, (shape, dtype) in stored.items()}:
             raise DamagedError(f"{path} is damaged: its leaves are not those of its manifest")
     return stored
@@ -156,6 +176,7 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
     there is one). A path that is not there is a KeyError.
     """
     path, wanted = resolve(source), set(paths)
+    _drop_late_callbacks()
     tree = _metadata_tree(path)
     if missing := wanted - flatten(tree).keys():
         raise KeyError(f"{path} has no {sorted(missing)}")
@@ -234,6 +255,18 @@ def _manifest_of(path: Path) -> Manifest | None:
         return {k: dict(v, crc32=int(v["crc32"])) for k, v in manifest["leaves"].items()}
 
 
+def _crc_of_json(value: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _read_host(step: Path) -> dict:
+    """The host JSON of a step; raises `DamagedError` where it is not what was written."""
+    host = _read_json(step / "host" / "metadata")
+    if _crc_of_json(host) != _read_json(step / "manifest" / "metadata").get("host_crc32"):
+        raise DamagedError(f"{step / 'host'} is damaged: its CRC32 is not that of the manifest")
+    return host
+
+
 def _read_json(file: Path) -> dict:
     with _damage(file):
         value = json.loads(file.read_text())
@@ -295,6 +328,7 @@ class Checkpoints:
         self.directory = Path(os.path.abspath(directory))
         self.metric, self._sign = metric, 1 if mode == "max" else -1
         self._report = report or (lambda line: print(line, file=sys.stderr))
+        _drop_late_callbacks()
         self._manager: _Manager | None = None
         self._replaced = self.directory.with_name(f"{self.directory.name}.replaced")
         self._put_back()
@@ -365,7 +399,9 @@ class Checkpoints:
                         jax.tree.unflatten(jax.tree.structure(state), list(arrays.values()))
                     ),
                     host=ocp.args.JsonSave(dict(host)),
-                    manifest=ocp.args.JsonSave({"format": 1, "leaves": manifest}),
+                    manifest=ocp.args.JsonSave(
+                        {"format": 1, "leaves": manifest, "host_crc32": _crc_of_json(host)}
+                    ),
                 ),
                 metrics=scored,
                 force=True,  # when to save is the caller's decision
@@ -398,7 +434,7 @@ class Checkpoints:
                 if not (path / "state" / "_METADATA").is_file():
                     raise DamagedError(f"{path} is damaged: its arrays are missing")
                 state = read_tree(path / "state", target, exact=True)
-                host = _read_json(path / "host" / "metadata")
+                host = _read_host(path)
             except DamagedError as error:
                 if step is not None:
                     raise

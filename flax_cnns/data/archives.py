@@ -145,7 +145,7 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
             while tar.fileobj.read(2**20):  # to the end, where gzip's checksum is
                 pass
     except FileNotFoundError as why:
-        raise UserError(f"there is no {file}") from why
+        raise UserError(f"there is no {file}; data.dir names the folder that holds it") from why
     except _DAMAGE as why:
         raise UserError(f"{file} is damaged: {why}; get it again") from why
     return found

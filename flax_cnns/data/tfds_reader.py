@@ -91,6 +91,11 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     except (
         Exception
     ) as why:  # TFDS has a dozen kinds, of unknown configs, versions and damaged metadata
+        if (path / base).is_dir():
+            raise UserError(
+                f"what {path / base} holds cannot be read ({_line(why)}); "
+                "remove it to have it prepared again"
+            ) from why
         raise UserError(f"TFDS has no {name!r} in {path}: {_line(why)}") from why
 
 

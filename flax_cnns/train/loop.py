@@ -143,7 +143,7 @@ def train(
             raise UserError(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
                 f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
-                "now), warm up longer, or set optimizer.clip_norm; the last checkpoint is sound"
+                "now), warm up longer, or set optimizer.clip_norm; what is saved is sound"
             )
 
     def log(step: int, pace: float | None) -> None:
@@ -197,7 +197,8 @@ def train(
     step = start
     going = not host.stopped
     if host.due:  # the last session was stopped during this step's validation
-        state, going = after(step, state, saving=False, validating=True)
+        saving = step == stop or bool(every.save and step % every.save == 0)
+        state, going = after(step, state, saving, validating=True)
     while going and step < stop:
         batch, host.position = next(batches)
         state, sums = train_step(state, batch, key)

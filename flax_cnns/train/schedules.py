@@ -17,12 +17,16 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 
 
 def steps(duration: str, steps_per_epoch: float, *, what: str = "duration") -> int:
-    """`"20 epochs"` or `"500 steps"` -> steps, rounded to the nearest. Raises `UserError`."""
+    """`"20 epochs"` or `"500 steps"` -> steps, rounded to the nearest; 0 only for `"0 ..."`.
+
+    Raises `UserError`.
+    """
     match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
     if match is None:
         raise UserError(f"{what}: expected '20 epochs' or '500 steps', got {duration!r}")
     number, unit = match.groups()
-    return round(float(number) * (steps_per_epoch if unit == "epoch" else 1))
+    count = float(number) * (steps_per_epoch if unit == "epoch" else 1)
+    return max(round(count), 1) if count else 0
 
 
 def constant(rate: float) -> Schedule:

@@ -95,6 +95,7 @@ class Writer:
             if wandb_module is not None:
                 self._open_wandb(wandb_module, workdir, resume_step, wandb, config)
         except OSError as error:
+            self._events = None  # closing it would write again
             self.close()
             raise _cannot_write(error, workdir) from error
         except BaseException:

@@ -219,6 +219,16 @@ def change_manifest(step_directory):
     file.write_text(json.dumps(content))
 
 
+def change_host(step_directory):
+    file = step_directory / "host/metadata"
+    file.write_text(file.read_text().replace("3", "4"))
+
+
+def change_manifest_key(step_directory):
+    file = step_directory / "manifest/metadata"
+    file.write_text(file.read_text().replace("dtype", "dtypf", 1))
+
+
 DAMAGES = {
     "a flipped bit": (flip_a_bit, "CRC32"),
     "truncation": (truncate, "damaged"),
@@ -228,6 +238,8 @@ DAMAGES = {
     "no manifest": (lambda d: shutil.rmtree(d / "manifest"), "FileNotFoundError"),
     "broken manifest": (lambda d: (d / "manifest/metadata").write_text('{"l'), "JSON"),
     "another manifest": (change_manifest, "not those of its manifest"),
+    "a flipped bit in the manifest": (change_manifest_key, "KeyError"),
+    "a flipped bit in the host data": (change_host, "its CRC32"),
     "no host data": (lambda d: (d / "host/metadata").unlink(), "FileNotFoundError"),
     "broken metrics": (lambda d: (d / "metrics/metrics").write_text("{"), "JSON"),
     "metrics of another kind": (lambda d: (d / "metrics/metrics").write_text("{}"), "no score"),
