@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
             optimizer=dict(
                 name="sgd",  # sgd, adam, adamw, rmsprop (TensorFlow's), lamb
                 momentum=0.9,  # sgd, rmsprop
-                nesterov=False,  # sgd
+                nesterov=False,  # sgd only
                 b1=0.9,  # adam, adamw, lamb
                 b2=0.999,
                 eps=1e-8,  # adam, adamw, lamb, rmsprop
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
             schedule=dict(
                 name="cosine",  # constant, steps, cosine, exponential, one_cycle, plateau
                 learning_rate=0.1,  # the highest
-                warmup="0 steps",  # linear, from 0, before the schedule proper
+                warmup="0 steps",  # linear, before the schedule proper
                 boundaries=(),  # steps: durations from the start of training
                 factor=0.1,  # steps, plateau: what the rate is multiplied by
                 every="1 epochs",  # exponential: how often
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
                 # straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
-                deterministic=False,  # GPU: XLA's deterministic kernels
+                deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
                 test_on="latest",  # which checkpoint the test split sees at the end: latest or best
                 early_stopping=0,  # stop after so many validations without a better one; 0: off

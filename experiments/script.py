@@ -60,7 +60,8 @@ _DEFAULT: list[str] = []
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
-    if _DEFAULT and not any(argument.startswith("--config=") for argument in argv):
+    given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
+    if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")

@@ -105,7 +105,11 @@ def weight(value: Any) -> str | None:
         return None
     fine = isinstance(value, (tuple, list)) and len(value) > 0
     fine = fine and all(
-        isinstance(c, (tuple, list)) and len(c) == 2 and duration(c[0]) is None for c in value
+        isinstance(c, (tuple, list))
+        and len(c) == 2
+        and duration(c[0]) is None
+        and number(float("-inf"))(c[1]) is None
+        for c in value
     )
     return None if fine else "a number"
 
@@ -254,6 +258,10 @@ def _together(flat: Mapping[str, Any]) -> None:
             "config.data.channels: expected 0 (the data set's own), 1 or 3, "
             f"got {flat['data.channels']}"
         )
+    if flat["optimizer.nesterov"] and flat["optimizer.name"] != "sgd":
+        raise UserError(f"config.optimizer.nesterov: only sgd has it, not {flat['optimizer.name']}")
+    if flat["schedule.name"] == "exponential" and not float(flat["schedule.every"].split()[0]):
+        raise UserError("config.schedule.every: exponential needs some, such as '2 epochs'")
     if flat["schedule.name"] == "steps" and not flat["schedule.boundaries"]:
         raise UserError("config.schedule.boundaries: 'steps' needs some, such as ('30 epochs',)")
     if flat["data.augment.cutout"] > 2 * flat["data.image_size"]:

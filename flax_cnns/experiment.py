@@ -78,6 +78,10 @@ class Parts(NamedTuple):
 
 def model_fields(config: Any) -> dict[str, Any]:
     """`config.model` as `create_model` takes it; num_classes only where it is said."""
+    if "input_size" in config.model:
+        raise UserError(
+            "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
+        )
     fields = {k: v for k, v in config.model.items() if k != "num_classes" or v}
     if config.train.sync_batchnorm:
         fields["axis_name"] = "batch"
@@ -119,7 +123,8 @@ def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedule
         return schedules.corners(points)
 
     spec = tuple(config.train.aux_weight) or (0.0,)
-    if len(spec) == 1 and isinstance(spec[0], (int, float)):
+    is_rule = not isinstance(spec[0], (int, float)) and isinstance(spec[0][0], str)
+    if not is_rule:  # one weight for every head
         spec = ((".*", spec[0]),)
     return [(pattern, schedule(weight)) for pattern, weight in spec]
 
@@ -150,6 +155,15 @@ def make_train_step(
 # ---------------------------------------------------------------------------- the run
 
 
+def _start_jax(config: Any) -> None:
+    """Before JAX's first operation: its flags, and the other processes."""
+    if config.train.deterministic:
+        flag = "--xla_gpu_deterministic_ops=true"
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    launch.initialize()
+
+
 def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains what `config` (configs/common.py) describes and returns what it writes to
     `workdir/summary.json`.
@@ -163,18 +177,25 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     configs.validate(config)
     if not os.fspath(workdir):
         raise UserError("--workdir: expected the name of a directory, got nothing")
-    if config.train.deterministic:
-        flag = "--xla_gpu_deterministic_ops=true"  # read when the backend starts
-        if flag not in os.environ.get("XLA_FLAGS", ""):
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    launch.initialize()
+    _start_jax(config)
     resolved = configs.plain(config)
-    launch.check_same_config(json.dumps(resolved, sort_keys=True))
+    launch.check_same(
+        json.dumps(resolved, sort_keys=True),
+        what="the config",
+        cure="start all with the same command and code",
+    )
     workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
     with workdirs.open_workdir(workdir, primary=primary) as opened, Signals() as signals:
         if primary:
             workdirs.check_workdir(workdir, resolved)
-        if (workdir / "summary.json").is_file():
+        # Each process looks for itself, and one that saw another state would wait for ever.
+        complete = (workdir / "summary.json").is_file()
+        launch.check_same(
+            f"{complete} {manager.steps(workdir)}",
+            what="what the run directory holds",
+            cure=f"{workdir} must be one directory that all of them see",
+        )
+        if complete:
             summary = workdirs.read_json(workdir / "summary.json")
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
@@ -471,6 +492,7 @@ def evaluate_run(
     workdir = pathlib.Path(workdir)
     config = workdirs.read_config(workdir)
     configs.validate(config)
+    _start_jax(config)
     parts = assemble(config, confusion=True)
     dataset = parts.dataset
     if split not in dataset.splits:
@@ -481,6 +503,8 @@ def evaluate_run(
     sums = parts.evaluate(variables, split)
     confusion = sums["confusion"]
     classes = per_class(confusion)
+    # A head may be wider than the data set.
+    names = [*dataset.class_names, *map(str, range(dataset.num_classes, len(confusion)))]
     found = {
         "split": split,
         "step": step,
@@ -489,14 +513,16 @@ def evaluate_run(
         "classes": [
             {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
             for name, n, r, p in zip(
-                dataset.class_names, classes["count"], classes["recall"], classes["precision"]
+                names, classes["count"], classes["recall"], classes["precision"]
             )
         ],
         "confusion": confusion.astype(int).tolist(),
     }
+    if jax.process_index() > 0:
+        return found
     name = f"evaluation_{split}_{step}"
     workdirs.write_json(workdir / f"{name}.json", found)
-    confusion_plot.draw_confusion(confusion, dataset.class_names, workdir / f"{name}.png")
+    confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
     report.print_evaluation(found)
     print(f"written to {workdir}: {name}.json, {name}.png")
     return found

@@ -152,10 +152,10 @@ def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Any) 
     leave(130 if kind is KeyboardInterrupt else 1)
 
 
-def check_same_config(config_json: str) -> None:
-    """Raises `UserError`, on every process, where the processes were not given the same config.
+def check_same(text: str, *, what: str, cure: str) -> None:
+    """Raises `UserError`, on every process, where the processes hold different texts.
 
-    `config_json`: the resolved config in a form that equal configs share (sorted keys).
+    `what` the text is about ("the config") and the `cure` go into the message.
     """
     import jax
     import numpy as np
@@ -164,13 +164,13 @@ def check_same_config(config_json: str) -> None:
         return
     from jax.experimental import multihost_utils
 
-    digest = np.frombuffer(hashlib.sha256(config_json.encode()).digest(), np.uint32)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
     digests = multihost_utils.process_allgather(digest)
     others = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
     if others:
         raise UserError(
-            f"the hosts disagree about the config: process {', '.join(map(str, others))} of"
-            f" {len(digests)} has another than process 0; start all with the same command and code"
+            f"the hosts disagree about {what}: process {', '.join(map(str, others))} of"
+            f" {len(digests)} has another than process 0; {cure}"
         )
 
 

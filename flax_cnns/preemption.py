@@ -1,4 +1,7 @@
-"""SIGTERM and SIGUSR1: save within a step, leave with 75."""
+"""SIGTERM and SIGUSR1: save within a step, leave with 75.
+
+Several processes agree on a step to stop at; an evaluation that is under way they finish.
+"""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from configs.common import get_config
-from flax_cnns import run
+from flax_cnns import config as configs
+from flax_cnns import pytree, run
 from flax_cnns.checkpoint import lock, manager
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import Parts, evaluate_run
+from flax_cnns.experiment import Parts, aux_weights, evaluate_run
 from flax_cnns.preemption import Preempted
 from flax_cnns.train.progress import Progress
 
@@ -258,6 +259,34 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
         evaluate_run(workdir, checkpoint="7000")
 
 
+def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
+    config.model.num_classes = 12
+    config.train.duration = "1 steps"
+    run(config, tmp_path / "run")
+    found = evaluate_run(tmp_path / "run")
+    assert [c["class"] for c in found["classes"]][8:] == ["8", "9", "10", "11"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ((), {"a": (0, 0), "b": (0, 0)}),
+        ((0.3,), {"a": (0.3, 0.3), "b": (0.3, 0.3)}),
+        ((("a", 0.5), (".*", 0.1)), {"a": (0.5, 0.5), "b": (0.1, 0.1)}),
+        (((("0 epochs", 1.0), ("10 epochs", 0.0)),), {"a": (1.0, 0.5), "b": (1.0, 0.5)}),
+        ((("a", (("0 steps", 1.0), ("100 steps", 0.0))), ("b", 1)), {"a": (1, 0.5), "b": (1, 1)}),
+    ],
+)
+def test_auxiliary_weights_by_head_and_step(config, spec, expected):
+    config.train.aux_weight = spec
+    configs.validate(config)
+    rules = aux_weights(config, steps_per_epoch=10.0)
+    chosen = pytree.match(rules, ["a", "b"], what="aux")
+    for name, weights in expected.items():
+        found = [float(chosen[name](step)) for step in (0, 50)]
+        np.testing.assert_allclose(found, weights, rtol=1e-6)
+
+
 def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
     config.train.early_stopping = 2
     config.train.test_on = "best"
@@ -334,13 +363,14 @@ def test_a_directory_in_use_or_of_something_else(config, tmp_path):
     ("path", "value", "said"),
     [
         ("model.name", "lenet6", "unknown model 'lenet6'; did you mean 'lenet5'"),
-        ("data.name", "digitz", "digits"),
+        ("data.name", "digitz", "unknown data set 'digitz'.*did you mean 'digits'"),
         ("data.batch_size", 18, "18 examples do not divide over 4 devices; take 16 or 20"),
         ("model.num_classes", 5, "5 classes are too few for digits, which has 10"),
-        ("data.image_size", 8, "28|32|smallest"),
+        ("data.image_size", 8, r"8x8.*smallest|smallest.*32"),
         ("schedule.name", "sine", "did you mean 'cosine'"),
         ("optimizer.trainable", ((r"params/haed/.*", True), (".*", False)), "params/head"),
-        ("graft.source", "nowhere/run", "nowhere/run"),
+        ("graft.source", "nowhere/run", "no checkpoint or run 'nowhere/run'"),
+        ("optimizer.nesterov", True, "only sgd has it, not adam"),
     ],
 )
 def test_mistakes_leave_nothing_behind(config, tmp_path, path, value, said):

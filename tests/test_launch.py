@@ -107,7 +107,7 @@ def test_alone_nothing_happens(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     launch.initialize()
     launch.initialize("127.0.0.1:1", 1, 0)
-    launch.check_same_config("{}")
+    launch.check_same("{}", what="the config", cure="mend it")
     launch.leave(3)
     assert not jax.distributed.is_initialized()
     assert sys.excepthook is not launch._leave_at_once
@@ -139,9 +139,9 @@ def test_two_processes_add_up_and_compare_their_configs():
             total = float(jax.jit(add)(x).addressable_data(0)[0])
             say = lambda *words: print(*words, file=sys.stderr)  # gloo writes into stdout's lines
             say("result", jax.process_index(), jax.process_count(), n, total)
-            launch.check_same_config("same")
+            launch.check_same("same", what="the config", cure="mend it")
             try:
-                launch.check_same_config(f"seed {jax.process_index()}")
+                launch.check_same(f"seed {jax.process_index()}", what="the config", cure="mend it")
             except ValueError as error:
                 say(error)
             sys.exit(75)
@@ -154,7 +154,7 @@ def test_two_processes_add_up_and_compare_their_configs():
         assert f"[{index}] result {index} 2 4 10.0\n" in err
         assert (
             f"[{index}] the hosts disagree about the config: process 1 of 2 has another than"
-            " process 0; start all with the same command and code\n"
+            " process 0; mend it\n"
         ) in err
     assert "failed" not in err
 

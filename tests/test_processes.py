@@ -62,6 +62,22 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):  # no
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
 
 
+def test_processes_that_see_other_directories_say_so(config, tmp_path):  # noqa: F811
+    """As when the run directory lies on each host's own disk, and only one holds the run."""
+    config.train.duration = "1 steps"
+    run(config, tmp_path / "0")
+    code = (
+        "import os, sys; from experiments import train, script;"
+        "rank = os.environ['FLAX_CNNS_PROCESS_ID'];"
+        "sys.argv = [a.replace('RANK', rank) for a in sys.argv]; script.main(train.train)"
+    )
+    command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
+    command += [sys.executable, "-c", code, f"--workdir={tmp_path / 'RANK'}", *overrides(config)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2, found.stderr
+    assert "the hosts disagree about what the run directory holds" in found.stderr
+
+
 def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):  # noqa: F811
     config.model.name = "lenet6"
     process = launch(tmp_path / "run", config)

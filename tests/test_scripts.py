@@ -78,7 +78,14 @@ def test_a_signal_exits_with_75(config, tmp_path):  # noqa: F811
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "the same command goes on" in out
-    assert manager.latest_step(tmp_path / "run") % 1 == 0
+    assert manager.latest_step(tmp_path / "run") >= 5
+
+
+def test_the_config_may_be_named_after_a_space(tmp_path):
+    flags = ["--config", "configs/digits_lenet5.py:smoke", "--config.model.name=lenet6"]
+    code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
+    assert code == 2
+    assert "unknown model 'lenet6'" in err
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ _CIFAR10 = (
 _IMAGENET = Known(1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 KNOWN = {
-    "digits": Known(10, (0.3054,), (0.3758,), _DIGITS),  # tests/data/test_datasets.py computes them
+    "digits": Known(10, (0.3054,), (0.3758,), _DIGITS),  # tests/data/test_digits.py computes them
     "mnist": Known(10, (0.1307,), (0.3081,), _DIGITS),
     "fashion_mnist": Known(10, (0.2860,), (0.3530,), _CLOTHES),
     "cifar10": Known(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10),
@@ -78,8 +78,7 @@ class Dataset:
     normalized_by: str  # where mean and std come from: published, training images, ImageNet
     splits: dict[str, Split]  # train, test, and validation if there is one
     eval_share: float = 1.0  # of the shorter side that evaluation sees
-    # Images left out because they could not be decoded; it grows while a split is streamed (by
-    # threads: worker processes keep theirs to themselves).
+    # Images left out because they could not be decoded; it grows while a split is streamed.
     damaged: list[str] = dataclasses.field(default_factory=list)
 
     @property

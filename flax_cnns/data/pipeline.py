@@ -56,9 +56,9 @@ def train_batches(
             batch_size,
             first,
             n,
-            dataset.damaged if config.skip_damaged else None,
+            config.skip_damaged,
         )
-        batches = iter(_through_grain(stream, n, config))
+        batches = _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
     return TrainBatches(batches, step, len(train) / batch_size)
 
 
@@ -123,9 +123,12 @@ def eval_batches(
             batch_size,
             first,
             n,
-            dataset.damaged if config.skip_damaged else None,
+            config.skip_damaged,
         )
-        make = functools.partial(_through_grain, stream, n, config)
+
+        def make() -> Iterator[Batch]:
+            return _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
+
     return EvalBatches(make, number)
 
 
@@ -215,7 +218,7 @@ class TrainStream:
     batch_size: int
     first: int  # this process's rows of each global batch
     n: int
-    damaged: list[str] | None  # where to note what is skipped; None: don't skip
+    skip_damaged: bool
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -224,7 +227,7 @@ class TrainStream:
         batch, row = divmod(int(i), self.n)
         position = self.start + batch * self.batch_size + self.first + row
         size, _, channels = self.image_shape
-        example = row_at(position, self.seed, len(self.source))
+        example, skipped = row_at(position, self.seed, len(self.source)), -1
         for _ in range(len(self.source)):
             # Keyed by the place in the global stream, as on the device. The 1 keeps it apart from
             # the permutations.
@@ -235,11 +238,11 @@ class TrainStream:
                 image, label = img.read(
                     self.source, example, size, channels, crop=self.crop, rng=rng
                 )
-                return {"image": image, "label": np.int32(label)}
-            except img.DamagedImage as error:
-                if self.damaged is None:
+                return {"image": image, "label": np.int32(label), "skipped": skipped}
+            except img.DamagedImage:
+                if not self.skip_damaged:
                     raise
-                _note(self.damaged, error)
+                skipped = example
                 example = (example + 1) % len(self.source)  # the next one takes its place
         raise UserError(f"none of the {len(self.source)} training images can be decoded")
 
@@ -255,7 +258,7 @@ class EvalStream:
     batch_size: int
     first: int
     n: int
-    damaged: list[str] | None
+    skip_damaged: bool
 
     def __len__(self) -> int:
         return self.number * self.n
@@ -264,21 +267,38 @@ class EvalStream:
         batch, row = divmod(int(i), self.n)
         example = batch * self.batch_size + self.first + row
         size, _, channels = self.image_shape
+        skipped = -1
         if example < len(self.source):
             try:
                 image, label = img.read(self.source, example, size, channels, share=self.share)
-                return {"image": image, "label": np.int32(label), "mask": np.float32(1)}
-            except img.DamagedImage as error:
-                if self.damaged is None:
+                seen = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
+                return seen | {"skipped": skipped}
+            except img.DamagedImage:
+                if not self.skip_damaged:
                     raise
-                _note(self.damaged, error)
+                skipped = example
         black = np.zeros(self.image_shape, np.uint8)
-        return {"image": black, "label": np.int32(0), "mask": np.float32(0)}
+        unseen = {"image": black, "label": np.int32(0), "mask": np.float32(0)}
+        return unseen | {"skipped": skipped}
 
 
-def _note(damaged: list[str], error: img.DamagedImage) -> None:
-    if error.where not in damaged:
-        damaged.append(error.where)
+def _note_skipped(
+    batches: Iterable[Batch], stream: TrainStream | EvalStream, damaged: list[str]
+) -> Iterator[Batch]:
+    """The batches without "skipped", whose examples (-1: none) are named in `damaged`.
+
+    It travels with the batches because worker processes keep what they note to themselves.
+    """
+    batches = iter(batches)
+    try:
+        for batch in batches:
+            batch = dict(batch)
+            for example in batch.pop("skipped"):
+                if example >= 0 and (name := stream.source.where(int(example))) not in damaged:
+                    damaged.append(name)
+            yield batch
+    finally:
+        batches.close()
 
 
 def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Iterable[Batch]:

@@ -143,7 +143,7 @@ def train(
             raise UserError(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
                 f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
-                "now), warm up longer, or set optimizer.clip_norm; what is saved is sound"
+                "now), warm up longer, or set optimizer.clip_norm, in another --workdir"
             )
 
     def log(step: int, pace: float | None) -> None:
@@ -190,6 +190,8 @@ def train(
                 keep(step, state, {})
                 outcome.preempted = True
                 return state, False
+        if host.stopped and host.window:
+            log(step, None)
         if saving:
             keep(step, state, found)
         return state, not host.stopped

@@ -120,7 +120,7 @@ def make_train_step(
                 trainable, state.batch_stats, images, labels, 0
             )
         else:
-            # Unrolled on CPU, where XLA's convolutions inside a loop are 15 to 38 times slower.
+            # Unrolled on CPU, where XLA's convolutions are many times slower inside a loop.
             (batch_stats, grads), sums = lax.scan(
                 one,
                 (state.batch_stats, jax.tree.map(jnp.zeros_like, trainable)),
@@ -138,7 +138,7 @@ def make_train_step(
         trainable = optax.apply_updates(trainable, updates)
         # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
         # new parameters are watched too: a huge rate overflows with gradients that are finite.
-        # (One sum of squares: a flag for each leaf made XLA's CPU compiler ten times slower.)
+        # (One sum of squares: with a flag for each leaf XLA's CPU compiler took six times as long.)
         ok = jnp.isfinite(norm + sums["loss"] + optax.global_norm((batch_stats, trainable)))
         ema = state.ema
         if ema is not None:

@@ -85,6 +85,18 @@ def test_lamb_moves_each_layer_by_its_own_norm():
         np.testing.assert_allclose(moved, 0.1 * np.linalg.norm(before), rtol=1e-4)
 
 
+def test_lamb_is_the_papers_algorithm():
+    """https://arxiv.org/abs/1904.00962, algorithm 2, with the decay inside the trust ratio."""
+    w, g = np.array([1.0, -2.0]), np.array([0.4, 0.1])
+    m = v = np.zeros(2)
+    for t in range(1, 4):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        r = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + 0.3 * w
+        w = w - 0.1 * np.linalg.norm(w) / np.linalg.norm(r) * r
+    found, _ = run(make(name="lamb", weight_decay=(0.3,)))
+    np.testing.assert_allclose(found["stem"]["kernel"], w, rtol=1e-5)
+
+
 def test_rules_choose_decay_and_rate():
     found, _ = run(
         make(
