@@ -130,15 +130,19 @@ def test_streamed_a_truncated_image_is_named(folder, config, workers):
     batches.close()
 
 
-def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, workers):
     fill(folder / "train", 2)
     fill(folder / "test", 1)
     truncate(folder / "train" / "green" / "00.jpg")
     truncate(folder / "test" / "red" / "00.jpg")
-    config.in_memory, config.validation, config.batch_size = "no", 0, 6
+    config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 6, workers
     config.skip_damaged = True
     dataset = datasets.load(config)
-    batch = next(pipeline.train_batches(dataset, config, seed=0))
+    batches = pipeline.train_batches(dataset, config, seed=0)
+    batch = next(batches)
+    batches.close()
+    assert list(batch) == ["image", "label"]
     # An epoch: the next image, green's other one, took the place.
     assert np.bincount(batch["label"]).tolist() == [2, 2, 2]
     (test,) = pipeline.eval_batches(dataset, "test", config)
