@@ -6,7 +6,6 @@ holds the two together. Names that only a registry knows (models, data sets) are
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -211,11 +210,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{name}"
         flat.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
     return flat
-
-
-def fingerprint(config: Any) -> str:
-    """A hash that two hosts with the same config share."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
 
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

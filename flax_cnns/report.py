@@ -20,7 +20,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     row("steps", "step", "{:,}")
     row("epochs", "epochs", "{:.1f}")
     row("best validation accuracy", "validation/best_accuracy", "{:.2%}")
-    row("test loss", "test/loss", "{:.4f}")
+    row("test loss", "test/loss", "{:.4g}")
     row("test accuracy", "test/accuracy", "{:.2%}")
     row("test top-5 accuracy", "test/top5", "{:.2%}")
     row("test examples", "test/examples", "{:,}")

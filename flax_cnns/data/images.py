@@ -17,8 +17,15 @@ from PIL import Image
 
 from flax_cnns.errors import UserError
 
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-_DAMAGE = (*_DAMAGE, Image.DecompressionBombError)
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class DamagedImage(UserError):

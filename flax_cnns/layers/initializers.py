@@ -1,4 +1,7 @@
-"""First values of the kernels, by the name of the paper that proposed them."""
+"""First values of the kernels, by the name of the paper that proposed them.
+
+Networks call the field `kernel_init`: `init` is a method of every linen module.
+"""
 
 from __future__ import annotations
 

@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 from flax_cnns.errors import UserError
 from flax_cnns.types import Batch, PyTree
 
-MODES = ("shard_map", "pmap")
-
 
 def make_mesh(devices: list[Any] | None = None, *, axis_name: str = "batch") -> Mesh:
     """One axis over all devices of all processes, each process's own devices side by side."""
