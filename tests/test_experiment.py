@@ -86,6 +86,15 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path):
+    config.log.every = "1 steps"
+    run(config, tmp_path / "run")
+    for name in ("train/loss", "train/accuracy", "norm/grads"):
+        each = [r[name] for r in records(tmp_path / "run") if name in r]
+        threes = [r[name] for r in records(finished[0]) if name in r]
+        np.testing.assert_allclose(threes, np.reshape(each, (4, 3)).mean(1), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("step", "number"), [(4, signal.SIGTERM), (5, signal.SIGUSR1), (12, signal.SIGTERM)]
 )

@@ -138,7 +138,7 @@ def make_train_step(
         trainable = optax.apply_updates(trainable, updates)
         # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
         # new parameters are watched too: a huge rate overflows with gradients that are finite.
-        # (One sum of squares: with a flag for each leaf XLA's CPU compiler took six times as long.)
+        # (One sum of squares: a flag for each leaf makes XLA's CPU compiler very slow.)
         ok = jnp.isfinite(norm + sums["loss"] + optax.global_norm((batch_stats, trainable)))
         ema = state.ema
         if ema is not None:
