@@ -10,21 +10,32 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from flax_cnns import launch
+from flax_cnns import compilation_cache, launch
 from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError, did_you_mean
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "",
+    "The folder in which compiled programs are kept for later runs, or off. Where it is not given"
+    " JAX_COMPILATION_CACHE_DIR, else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache.",
+)
 
 
 def main(function: Callable[[list[str]], int | None]) -> None:
-    """Runs `function(argv)` after absl has read the flags.
+    """Runs `function(argv)` after absl has read the flags, with JAX's compilation cache on.
 
     Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something that the user can mend,
     said in one line; 75 saved after a signal, run the same command again.
     """
+
+    def start(argv: list[str]) -> int | None:
+        compilation_cache.enable(_CACHE.value)
+        return function(argv)
+
     try:
-        app.run(function, flags_parser=_parse)
+        app.run(start, flags_parser=_parse)
     except UserError as error:
         _say(error)
         _leave(2)

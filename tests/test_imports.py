@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     "pytree": {"types"},
-    "layers": {"types"},
+    "layers": {"types", "pytree"},
     "models": {"layers", "types"},
     "registry": {"models"},
     "train": {"types", "pytree"},
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "evaluation": {"train", "data", "types"},
     "launch": set(),
     "config": set(),
+    "compilation_cache": set(),
     # What experiment is put together from; nobody else needs them.
     "workdir": {"config", "checkpoint"},
     "preemption": set(),
