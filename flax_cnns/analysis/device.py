@@ -1,0 +1,121 @@
+"""What ran it: versions and device for the record, its peak speed, the memory that was used."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_cnns.analysis.timing import compare
+
+
+class Peak(NamedTuple):
+    flops: float  # a second
+    source: str
+
+
+# Dense TFLOP/s of one JAX device: (bfloat16, what XLA makes of float32 unless told otherwise: TF32
+# on NVIDIA's tensor cores from Ampere on, one bfloat16 pass on TPUs).
+_NVIDIA, _CLOUD = "NVIDIA's datasheet, dense", "Google Cloud's documentation"
+PEAKS = {
+    "Tesla V100-SXM2-16GB": (None, 15.7, _NVIDIA),
+    "Tesla V100-SXM2-32GB": (None, 15.7, _NVIDIA),
+    "Tesla T4": (None, 8.1, _NVIDIA),
+    "NVIDIA A10": (125.0, 62.5, _NVIDIA),
+    "NVIDIA A100-SXM4-40GB": (312.0, 156.0, _NVIDIA),
+    "NVIDIA A100-SXM4-80GB": (312.0, 156.0, _NVIDIA),
+    "NVIDIA A100-PCIE-40GB": (312.0, 156.0, _NVIDIA),
+    "NVIDIA A100 80GB PCIe": (312.0, 156.0, _NVIDIA),
+    "NVIDIA L4": (121.0, 60.0, _NVIDIA),
+    "NVIDIA L40S": (362.0, 183.0, _NVIDIA),
+    "NVIDIA H100 PCIe": (756.0, 378.0, _NVIDIA),
+    "NVIDIA H100 NVL": (835.0, 417.5, _NVIDIA),
+    "NVIDIA H100 80GB HBM3": (989.0, 494.5, _NVIDIA),
+    "NVIDIA H200": (989.0, 494.5, _NVIDIA),
+    "NVIDIA GeForce RTX 3090": (71.0, 35.6, "NVIDIA's GA102 whitepaper, float32 sums"),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6, "NVIDIA's Ada whitepaper, float32 sums"),
+    "TPU v2": (22.5, 22.5, f"{_CLOUD}: 45 a chip, two devices"),
+    "TPU v3": (61.5, 61.5, f"{_CLOUD}: 123 a chip, two devices"),
+    "TPU v4": (275.0, 275.0, _CLOUD),
+    "TPU v5 lite": (197.0, 197.0, _CLOUD),
+    "TPU v5": (459.0, 459.0, _CLOUD),
+    "TPU v6 lite": (918.0, 918.0, _CLOUD),
+}
+
+
+def peak(device: Any, dtype: str = "float32") -> Peak | None:
+    """The FLOP/s that `device` is said to reach in `dtype`; None where nobody said.
+
+    A CPU's is measured: the best of five products of 2048x2048 float32 matrices on all its cores.
+    """
+    if device.platform == "cpu":
+        size = 2048
+        a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+        product = jax.jit(jnp.matmul)
+        found = compare({"matmul": lambda: product(a, a)}, rounds=5)
+        return Peak(
+            2 * size**3 / min(found.seconds["matmul"]), "a float32 matmul of 2048, measured"
+        )
+    bfloat16, float32, source = PEAKS.get(device.device_kind, (None, None, ""))
+    tera = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
+    return None if tera is None else Peak(1e12 * tera, source)
+
+
+def program_memory(compiled: Any) -> int | None:
+    """Bytes that a compiled program holds while it runs, arguments and results included, as the
+    compiler planned it on each device; None where it doesn't say."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    return (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes  # donated arguments become results
+        + plan.temp_size_in_bytes
+    )
+
+
+def peak_memory(device: Any) -> int | None:
+    """The most bytes that were in use on `device` since the process began; None on a CPU."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def environment() -> dict[str, Any]:
+    """For the record: versions, device, cores, the variables that change what is measured."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "timm")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    watched = ("XLA_", "JAX_", "OMP_", "MKL_", "TORCH_", "CUDA_VISIBLE_DEVICES")
+    return {
+        "versions": versions,
+        "platform": jax.devices()[0].platform,
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "system": platform.platform(),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(watched)},
+    }
+
+
+def _cores() -> int | None:
+    """That this process may use, not that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
