@@ -58,7 +58,8 @@ class Parts(NamedTuple):
         split: str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Sums over a split, every example once."""
+        """Sums over a split, every example once; the variables named or stacked."""
+        variables = self.for_steps(variables)
         batches = pipeline.eval_batches(
             self.dataset,
             split,
@@ -69,8 +70,14 @@ class Parts(NamedTuple):
         with contextlib.closing(loop.prefetch(map(self.shard, batches))) as sharded:
             return evaluate(self.eval_step, variables, sharded, should_stop=should_stop)
 
+    def for_steps(self, variables: PyTree) -> PyTree:
+        """As training and evaluation steps take them: stacked for a network that scans. All others
+        (checkpoints, grafting, whoever asks for variables) have every block under its name."""
+        scans = getattr(self.model, "scan", False)
+        return pytree.stack_blocks(variables) if scans else variables
+
     def fresh_variables(self) -> PyTree:
-        """Initialised on one device from the seed alone: equal for any number of devices."""
+        """Named, initialised on one device from the seed alone: equal for any number of devices."""
         height, width, channels = self.dataset.image_shape
         shape = (1, height, width, channels)
         return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
@@ -259,6 +266,7 @@ class _Run:
                 print(grafted)
                 workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())
         # After grafting, so that the optimizer and the average start from the grafted weights.
+        variables = self.parts.for_steps(variables)
         optimizer = self._optimizer(variables["params"])
         opt_state = optimizer.init(variables["params"])
         state = TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
@@ -268,7 +276,7 @@ class _Run:
         """Shapes and shardings of the state, without a number in it."""
 
         def make() -> TrainState:
-            variables = jax.eval_shape(self.parts.fresh_variables)
+            variables = self.parts.for_steps(jax.eval_shape(self.parts.fresh_variables))
             optimizer = self._optimizer(variables["params"])
 
             def create(variables: PyTree) -> TrainState:
@@ -331,22 +339,23 @@ class _Run:
                 return state, loop.Host(**saved), step
         return self._fresh_state(), loop.Host(), 0
 
-    def _batches(self, start: int, position: dict | None) -> Iterator[tuple[Any, dict]]:
+    def _batches(self, start: int) -> Iterator[Any]:
         batches = pipeline.train_batches(
             self.parts.dataset,
             self.config.data,
             seed=self.config.seed,
             start_step=start,
-            position=position,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
         with contextlib.closing(batches):
             for batch in batches:
-                yield self.parts.shard(batch), batches.position()
+                yield self.parts.shard(batch)
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
+        if "time/first_step" in record:
+            self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
 
     def _tick(self, step: int) -> None:
@@ -381,7 +390,7 @@ class _Run:
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
         key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the one of init
-        with contextlib.closing(loop.prefetch(self._batches(start, host.position))) as batches:
+        with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
             return loop.train(
                 state,
                 train_step=train_step,
@@ -465,6 +474,7 @@ def load_variables(
     parts: Parts, workdir: str | os.PathLike, checkpoint: str = "latest"
 ) -> tuple[PyTree, int]:
     """(variables, step) of a run as it evaluates them: its averaged weights where it has some.
+    Every block has its name, whether the run scans or not.
 
     `checkpoint`: latest, best or a step. Only what is asked for is read. Raises `UserError`.
     """

@@ -2,6 +2,8 @@
 
 On disk: `<run>/checkpoints/<step>/` with the items `state` (the arrays), `host` (JSON: data
 position, counters), `manifest` (JSON: shape, dtype and CRC32 of every leaf) and `metrics` (JSON).
+Stacks of blocks (`pytree.stack_blocks`) are written block by block, under their names, and read
+back from there: a checkpoint does not show whether its run had `model.scan`.
 What Orbax does not do and this does: notice flipped bits, pass over a damaged step, keep NaN from
 being the best, refuse a checkpoint of another network before it is read.
 """
@@ -36,7 +38,7 @@ from flax_cnns.checkpoint.manifest import (
     to_host,
 )
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.pytree import flatten
+from flax_cnns.pytree import flatten, members, unstack_blocks
 from flax_cnns.types import PyTree
 
 # Orbax logs the traceback of every error up to five times before it raises it; what matters is
@@ -209,15 +211,24 @@ def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False)
     """Reads a tree like `target` (arrays or `ShapeDtypeStruct`s, which give the shardings) from
     `resolve(source)`.
 
-    Only the target's leaves are read; with `exact` the checkpoint must hold no others. Raises
-    `UserError` where names, shapes or dtypes differ (looked at before anything is read),
-    `DamagedError` for a damaged checkpoint.
+    Only the target's leaves are read; with `exact` the checkpoint must hold no others. The target
+    may have stacks of blocks. Raises `UserError` where names, shapes or dtypes differ (looked at
+    before anything is read), `DamagedError` for a damaged checkpoint.
     """
     path = resolve(source)
-    wanted, stored = flatten(target), read_metadata(path)
-    _check_same(path, {k: shape_and_dtype(v) for k, v in wanted.items()}, stored, exact=exact)
+    wanted: Metadata = {}
+    for name, like in flatten(target).items():
+        shape, dtype = shape_and_dtype(like)
+        names = members(name)
+        wanted |= dict.fromkeys(names, (shape if names == [name] else shape[1:], dtype))
+    _check_same(path, wanted, read_metadata(path), exact=exact)
     leaves = read_leaves(path, wanted)
-    placed = [place(leaves[name], like) for name, like in wanted.items()]
+
+    def whole(name: str) -> np.ndarray:
+        names = members(name)
+        return leaves[name] if names == [name] else np.stack([leaves[n] for n in names])
+
+    placed = [place(whole(name), like) for name, like in flatten(target).items()]
     return jax.tree.unflatten(jax.tree.structure(target), placed)
 
 
@@ -380,8 +391,9 @@ class Checkpoints:
                 leaf.dtype, jax.dtypes.prng_key
             ):
                 leaf.addressable_data(0).copy_to_host_async()  # all of them at once
-        arrays = {path: to_host(leaf) for path, leaf in leaves.items()}
-        manifest = make_manifest(arrays)
+        arrays = [to_host(leaf) for leaf in leaves.values()]
+        named = unstack_blocks(jax.tree.unflatten(jax.tree.structure(state), arrays))
+        manifest = make_manifest(flatten(named))
         if (latest := self._manager.latest_step()) is not None and step < latest:
             raise RuntimeError(f"{self.directory} has step {latest}, which is after {step}")
         again = step == latest
@@ -395,9 +407,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(
-                        jax.tree.unflatten(jax.tree.structure(state), list(arrays.values()))
-                    ),
+                    state=ocp.args.PyTreeSave(named),
                     host=ocp.args.JsonSave(dict(host)),
                     manifest=ocp.args.JsonSave(
                         {"format": 1, "leaves": manifest, "host_crc32": _crc_of_json(host)}

@@ -48,20 +48,6 @@ class Block(nn.Module):
         return nn.relu(shortcut_a(x, self.width, self.stride) + y)
 
 
-class Stage(nn.Module):
-    """`depth` blocks, the first with the stride: [N H W C] -> [N H/stride W/stride width]."""
-
-    depth: int
-    stride: int
-    block: ModuleDef
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.depth):
-            x = self.block(stride=self.stride if i == 0 else 1, name=f"block{i + 1}")(x)
-        return x
-
-
 class CifarResNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
 
@@ -79,6 +65,8 @@ class CifarResNet(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -103,9 +91,11 @@ class CifarResNet(nn.Module):
             param_dtype=self.param_dtype,
         )
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
-            block = partial(Block, width, conv, norm, zero_init=self.zero_init)
-            x = Stage(depth, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
+            block = partial(Block, width, norm=norm, zero_init=self.zero_init)
+            stride = 1 if i == 0 else 2
+            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x)
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         if self.num_classes is None:
             return x

@@ -72,20 +72,6 @@ class Bottleneck(nn.Module):
         return nn.relu(project(x, 4 * self.width, self.stride, self.conv, self.norm) + y)
 
 
-class Stage(nn.Module):
-    """`depth` blocks, the first with the stride."""
-
-    depth: int
-    stride: int
-    block: ModuleDef
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        for i in range(self.depth):
-            x = self.block(stride=self.stride if i == 0 else 1, name=f"block{i + 1}")(x)
-        return x
-
-
 class ResNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
 
@@ -106,6 +92,8 @@ class ResNet(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -125,9 +113,11 @@ class ResNet(nn.Module):
             param_dtype=self.param_dtype,
         )
         x = layers.ImageNetStem(self.width, conv, norm, name="stem")(images)  # H/4
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
-            block = partial(self.block, self.width * 2**i, conv, norm, zero_init=self.zero_init)
-            x = Stage(depth, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
+            block = partial(self.block, self.width * 2**i, norm=norm, zero_init=self.zero_init)
+            stride = 1 if i == 0 else 2
+            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x)
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         if self.num_classes is None:
             return x

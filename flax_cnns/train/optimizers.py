@@ -7,10 +7,12 @@ scale in the optimizer's state when the schedule is "plateau".
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flax_cnns import pytree
@@ -52,6 +54,18 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _scale_by_trust_ratio() -> optax.GradientTransformation:
+    """LAMB's, by the norms of each layer, of the layers in a stack too."""
+    scale = optax.scale_by_trust_ratio()
+
+    def one(path: tuple, update: Array, weight: Array) -> Array:
+        ratio = lambda u, w: scale.update(u, optax.EmptyState(), w)[0]  # noqa: E731
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return (jax.vmap(ratio) if len(pytree.members(name)) > 1 else ratio)(update, weight)
+
+    return optax.stateless(partial(jax.tree_util.tree_map_with_path, one))
+
+
 def _plateau_states(opt_state: PyTree) -> list[PlateauState]:
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, PlateauState))
     return [leaf for leaf in leaves if isinstance(leaf, PlateauState)]
@@ -83,7 +97,9 @@ def observe(
 def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
     """`()`, `(number,)` or rules (regex, value) -> a tree of values in the shape of `params`.
 
-    The regexes see `"params/" + path`. Raises `UserError` for a rule that decides nothing.
+    The regexes see `"params/" + path`; in a stack of blocks that of each block, and where the
+    values differ they are an array along the stack (`pytree.mask`). Raises `UserError` for a rule
+    that decides nothing.
     """
     if isinstance(spec, (int, float)):
         spec = (spec,)
@@ -101,6 +117,12 @@ def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
     squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
     """
     trainable = per_parameter(config.trainable, params, what="optimizer.trainable", default=True)
+    for path, value in pytree.flatten(trainable).items():
+        if isinstance(value, np.ndarray):
+            raise UserError(
+                f"optimizer.trainable: the rules freeze some blocks of the stack {path!r} and train"
+                " others; let them agree, or set model.scan=False"
+            )
     if bad := {type(v).__name__ for v in jax.tree.leaves(trainable)} - {"bool"}:
         raise UserError(f"optimizer.trainable: values are True or False, got {sorted(bad)}")
     if not any(jax.tree.leaves(trainable)):
@@ -113,10 +135,14 @@ def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
     decay = over_trainable(config.weight_decay, "weight_decay", 0.0)
     factors = over_trainable(config.lr_mult, "lr_mult", 1.0)
     add_decay = optax.stateless(
-        lambda updates, p: jax.tree.map(lambda u, w, d: u + d * w if d else u, updates, p, decay)
+        lambda updates, p: jax.tree.map(
+            lambda u, w, d: u + jnp.asarray(d, w.dtype) * w if np.any(d) else u, updates, p, decay
+        )
     )
     scale_parts = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, f: u * f if f != 1 else u, updates, factors)
+        lambda updates, _: jax.tree.map(
+            lambda u, f: u * jnp.asarray(f, u.dtype) if np.any(f != 1) else u, updates, factors
+        )
     )
     rate = _scale_by_rate(schedule)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
@@ -131,7 +157,7 @@ def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
         case "adamw":
             chain = [adam, add_decay, scale_parts, rate]
         case "lamb":
-            chain = [adam, add_decay, optax.scale_by_trust_ratio(), scale_parts, rate]
+            chain = [adam, add_decay, _scale_by_trust_ratio(), scale_parts, rate]
         case "rmsprop":
             rms = optax.scale_by_rms(
                 config.decay_rate, config.eps, initial_scale=1.0, eps_in_sqrt=True

@@ -1,0 +1,78 @@
+"""A stage: blocks in a row, unrolled, or as one compiled block that runs over all of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from flax_cnns.errors import UserError
+from flax_cnns.pytree import stack_blocks, unstack_blocks
+from flax_cnns.types import Array, ModuleDef, PyTree
+
+
+class Stage(nn.Module):
+    """`depth` blocks, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
+
+    Whatever changes from block to block is an argument of the call: `stage(x, rates, keys)` calls
+    `block(x, rates[i], keys[i])`, where each is an array (or a tree of them) with `depth` in front,
+    or None. What is the same for all blocks, `train` included, is in the partial. Random keys are
+    among the former: `jax.random.split(self.make_rng("dropout"), depth)`, made by the network and
+    used as `nn.Dropout(rate)(x, rng=key)`; `make_rng` inside a block raises under `scan`, since its
+    numbers would depend on the block's name.
+
+    `scan`: block2 to the last, which must be alike, run under `nn.scan`: compilation does not grow
+    with depth, the results are the same. Variables may be stacked (`pytree.stack_blocks`), as in a
+    run, or named; those are stacked in passing, which costs a copy and a little compilation for
+    each. Initialisation, and features by name (a mutable "intermediates"), are always unrolled;
+    for features the variables must be named, or `UserError` says so.
+
+    `remat`: the backward pass computes the inside of a block again in place of keeping it.
+    """
+
+    block: ModuleDef  # without conv, stride and name
+    conv: ModuleDef
+    depth: int
+    stride: int = 1
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, *each: PyTree) -> Array:
+        def run(block: nn.Module, x: Array, own: PyTree) -> Array:
+            return block(x, *own)
+
+        if self.remat:
+            run = nn.remat(run)
+        own = [jax.tree.map(lambda a, i=i: a[i], each) for i in range(self.depth)]
+        x = run(self.block(conv=self.conv, stride=self.stride, name="block1"), x, own[0])
+        name = f"block2-{self.depth}"
+        stacked = self.has_variable("params", name)
+        unrolled = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if stacked and unrolled:
+            raise UserError(
+                f"{name} is a stack, and features are had by name: "
+                "apply the network to pytree.unstack_blocks(variables)"
+            )
+        if unrolled or self.depth < 3 or not (self.scan or stacked):
+            for i in range(1, self.depth):
+                x = run(self.block(conv=self.conv, name=f"block{i + 1}"), x, own[i])
+            return x
+
+        def scanned(stage: Stage, x: Array, each: PyTree) -> Array:
+            # Inside a loop XLA's own convolutions are slow on a CPU.
+            block = stage.block(conv=partial(stage.conv, control_flow=True), name=name)
+            x, _ = nn.scan(
+                lambda block, x, own: (run(block, x, own), None),
+                variable_axes={"params": 0, "batch_stats": 0},
+                length=stage.depth - 1,
+            )(block, x, each)
+            return x
+
+        if not stacked:
+            as_stack: Any = partial(nn.map_variables, trans_in_fn=stack_blocks)
+            scanned = as_stack(scanned, "params")
+            scanned = as_stack(scanned, "batch_stats", trans_out_fn=unstack_blocks, mutable=True)
+        return scanned(self, x, jax.tree.map(lambda a: a[1:], each))
