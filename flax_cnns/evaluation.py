@@ -22,15 +22,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """The sums of `eval_step(variables, batch, None)` over `batches`, in float64.
 
-    Raises `Interrupted` when `should_stop()` says so between two batches.
+    They are fetched while the next batch is computed: added on the device, in float32, the losses
+    of many batches would be rounded. Raises `Interrupted` when `should_stop()` says so between two
+    batches.
     """
     total: dict[str, Any] = {}
+
+    def add(sums: dict[str, Any]) -> None:
+        for name, value in jax.device_get(sums).items():
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+
+    late: dict[str, Any] = {}
     for batch in batches:
         if should_stop():
             raise Interrupted
-        sums = jax.device_get(eval_step(variables, batch, jax.random.key(0)))
-        for name, value in sums.items():
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+        sums = eval_step(variables, batch, None)
+        add(late)
+        late = sums
+    add(late)
     return total
 
 

@@ -84,12 +84,13 @@ class Parts(NamedTuple):
 
 
 def model_fields(config: Any) -> dict[str, Any]:
-    """`config.model` as `create_model` takes it; num_classes only where it is said."""
+    """`config.model` as `create_model` takes it; what not all networks have, only where it is set."""
     if "input_size" in config.model:
         raise UserError(
             "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
         )
-    fields = {k: v for k, v in config.model.items() if k != "num_classes" or v}
+    optional = ("num_classes", "scan", "remat")
+    fields = {name: v for name, v in config.model.items() if v or name not in optional}
     if config.train.sync_batchnorm:
         fields["axis_name"] = "batch"
     return fields

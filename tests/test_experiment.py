@@ -21,7 +21,7 @@ from flax_cnns.experiment import Parts, aux_weights, evaluate_run
 from flax_cnns.preemption import Preempted
 from flax_cnns.train.progress import Progress
 
-TIMES = ("time", "images_per_second")
+TIMES = ("time", "images_per_second", "time/first_step")
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,8 @@ def arrays(workdir, which="latest"):
 
 def records(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [record for record in found if set(record) != {"step"}]
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +81,9 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert [r["step"] for r in logged if "validation/loss" in r] == [5, 10, 12]
     assert sum("test/loss" in r for r in logged) == 1
     assert manager.steps(workdir)[-1] == 12
+    raw = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    first = [(r["step"], r["time/first_step"]) for r in raw if "time/first_step" in r]
+    assert first == [(1, summary["seconds_to_first_step"])]
     before = (workdir / "metrics.jsonl").read_bytes()
     assert run(config, workdir) == summary
     assert "is complete" in capsys.readouterr().out

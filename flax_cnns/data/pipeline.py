@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -28,65 +28,36 @@ def train_batches(
     *,
     seed: int,
     start_step: int = 0,
-    position: dict | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> TrainBatches:
-    """This process's slice of every global batch: {"image": u8 [n H W C], "label": i32 [n]},
-    without end.
+) -> Generator[Batch]:
+    """This process's slice of every global batch from batch `start_step` on: {"image": u8 [n H W
+    C], "label": i32 [n]}, without end. To be closed, which stops threads and worker processes.
 
     `config` is `config.data`; n = batch_size / process_count, rows process_index*n to
-    (process_index+1)*n. It begins with batch `start_step`, or where `position` says. A batch may be
-    larger than the training set: it then spans several epochs. Raises UserError if the batch
-    doesn't divide over the processes, and, while iterating, DamagedImage.
+    (process_index+1)*n. Batch number s is positions s*B to (s+1)*B of the epochs' permutations put
+    end to end; nothing is dropped, and a batch may be larger than the training set. The stream
+    depends on neither processes nor threads nor workers, so that the step is the whole position,
+    and Grain's own state, which fits one number of workers only, isn't needed. Raises UserError if
+    the batch doesn't divide over the processes, and, while iterating, DamagedImage.
     """
-    step = start_step if position is None else int(position["step"])
     train, batch_size = dataset.splits["train"], config.batch_size
     n = _local_size("batch_size", batch_size, process_count)
     first = process_index * n
     if train.images is not None:
-        batches = _gather_batches(train.images, train.labels, seed, step, batch_size, first, n)
-    else:
-        stream = TrainStream(
-            train.source,
-            dataset.image_shape,
-            tuple(config.augment.random_resized_crop),
-            seed,
-            step * batch_size,
-            batch_size,
-            first,
-            n,
-            config.skip_damaged,
-        )
-        batches = _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
-    return TrainBatches(batches, step, len(train) / batch_size)
-
-
-class TrainBatches(Iterator[Batch]):
-    """The training batches and their position.
-
-    Batch number s is positions s*B to (s+1)*B of the epochs' permutations put end to end; nothing
-    is dropped. The stream doesn't depend on processes, threads or workers, so that the step is the
-    whole position, and Grain's own state, which fits one number of workers only, isn't needed.
-    """
-
-    def __init__(self, batches: Iterator[Batch], step: int, steps_per_epoch: float):
-        self._batches = batches
-        self.step = step  # the number of the next batch
-        self.steps_per_epoch = steps_per_epoch
-
-    def __next__(self) -> Batch:
-        batch = next(self._batches)
-        self.step += 1
-        return batch
-
-    def position(self) -> dict[str, int]:
-        """The position after the last batch handed out, for `train_batches(position=...)`."""
-        return {"step": self.step}
-
-    def close(self) -> None:
-        """Stops threads and worker processes; not needed for data in memory."""
-        self._batches.close()
+        return _gather_batches(train.images, train.labels, seed, start_step, batch_size, first, n)
+    stream = TrainStream(
+        train.source,
+        dataset.image_shape,
+        tuple(config.augment.random_resized_crop),
+        seed,
+        start_step * batch_size,
+        batch_size,
+        first,
+        n,
+        config.skip_damaged,
+    )
+    return _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
 
 
 def eval_batches(
@@ -96,7 +67,7 @@ def eval_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
-) -> EvalBatches:
+) -> Generator[Batch]:
     """Every example of `split` once, in order: {"image", "label", "mask" f32 [n]}, n =
     eval_batch_size / process_count.
 
@@ -111,38 +82,18 @@ def eval_batches(
     number = -(-len(part) // batch_size)
     first = process_index * n
     if part.images is not None:
-        make = functools.partial(
-            _eval_in_memory, part.images, part.labels, number, batch_size, first, n
-        )
-    else:
-        stream = EvalStream(
-            part.source,
-            dataset.image_shape,
-            dataset.eval_share,
-            number,
-            batch_size,
-            first,
-            n,
-            config.skip_damaged,
-        )
-
-        def make() -> Iterator[Batch]:
-            return _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
-
-    return EvalBatches(make, number)
-
-
-class EvalBatches(Iterable[Batch]):
-    """May be iterated again and again; `len` is the number of batches."""
-
-    def __init__(self, make: Callable[[], Iterable[Batch]], number: int):
-        self._make, self._number = make, number
-
-    def __len__(self) -> int:
-        return self._number
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._make())
+        return _eval_in_memory(part.images, part.labels, number, batch_size, first, n)
+    stream = EvalStream(
+        part.source,
+        dataset.image_shape,
+        dataset.eval_share,
+        number,
+        batch_size,
+        first,
+        n,
+        config.skip_damaged,
+    )
+    return _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
 
 
 def _local_size(name: str, batch_size: int, process_count: int) -> int:
@@ -181,7 +132,7 @@ def _gather_batches(
     batch_size: int,
     first: int,
     n: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     while True:
         start = step * batch_size + first
         rows = [row_at(start + i, seed, len(images)) for i in range(n)]
@@ -191,7 +142,7 @@ def _gather_batches(
 
 def _eval_in_memory(
     images: np.ndarray, labels: np.ndarray, number: int, batch_size: int, first: int, n: int
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     for b in range(number):
         rows = b * batch_size + first + np.arange(n)
         mask = rows < len(images)
@@ -284,7 +235,7 @@ class EvalStream:
 
 def _note_skipped(
     batches: Iterable[Batch], stream: TrainStream | EvalStream, damaged: list[str]
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches without "skipped", whose examples (-1: none) are named in `damaged`.
 
     It travels with the batches because worker processes keep what they note to themselves.

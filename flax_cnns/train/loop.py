@@ -35,7 +35,6 @@ class Host:
     due: bool = False  # the validation of this step is still to be made
     stopped: bool = False  # early
     seconds: float = 0.0  # of training, over all sessions
-    position: dict | None = None  # of the data, after the last batch that was used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +53,29 @@ class Outcome:
     preempted: bool = False
     seconds_to_first_step: float | None = None
     images_per_second: float | None = None  # compiling, evaluating and saving left out
+
+
+class _Pace:
+    """Images a second; what lies between `lap` and `restart` does not count."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size, self.steps, self.seconds = batch_size, 0, 0.0
+        self.restart()
+
+    def restart(self, steps: int = 0) -> None:
+        self.since, self.new = time.perf_counter(), steps
+
+    def lap(self) -> float | None:
+        """The pace since the last lap; None where no step was counted."""
+        new, seconds = self.new, time.perf_counter() - self.since
+        self.restart()
+        if new <= 0:
+            return None
+        self.steps, self.seconds = self.steps + new, self.seconds + seconds
+        return new * self.batch_size / seconds
+
+    def mean(self) -> float | None:
+        return self.steps * self.batch_size / self.seconds if self.steps else None
 
 
 def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
@@ -101,7 +123,7 @@ def train(
     state: PyTree,
     *,
     train_step: Callable[[PyTree, Any, Array], tuple[PyTree, dict[str, Array]]],
-    batches: Iterator[tuple[Any, dict]],
+    batches: Iterator[Any],
     key: Array,
     start: int,
     stop: int,
@@ -120,20 +142,23 @@ def train(
 ) -> Outcome:
     """From step `start` to `stop`, or until `should_stop(step)` says so (asked once a step).
 
-    `batches` yields (batch on the devices, position of the data after it); `save(step, state,
-    host, metrics)` gets a JSON-able host; `evaluate(state)` gives {"loss", "accuracy", ...} of the
-    validation split; `on_validation(state, error)` may change the state (the plateau schedule);
-    `began` is the `time.perf_counter()` from which the time to the first step counts.
+    `batches` are on the devices; `save(step, state, host, metrics)` gets a JSON-able host;
+    `evaluate(state)` gives {"loss", "accuracy", ...} of the validation split; `on_validation(state,
+    error)` may change the state (the plateau schedule); `began` is the `time.perf_counter()` from
+    which the time to the first step counts.
 
-    Metrics are fetched one step late, so that the device never waits for Python. Raises `UserError`
+    Metrics are fetched, and logged, while the next step runs, so that the device never waits for
+    Python; only before a validation or a save are they all fetched at once. Raises `UserError`
     after `max_bad_steps` steps in a row whose gradients were not finite.
     """
-    late: collections.deque = collections.deque()
-    outcome = Outcome(state, start)
-    counted, pace_from, pace_steps, pace_seconds = 0, time.perf_counter(), 0, 0.0
+    late: collections.deque[tuple[int, dict[str, Array], bool]] = collections.deque()
+    outcome, pace = Outcome(state, start), _Pace(batch_size)
 
-    def absorb(step: int, sums: dict[str, Array]) -> None:
+    def absorb() -> None:
+        """Waits for the oldest step whose metrics were not fetched; logs the window it ends."""
+        step, sums, logging = late.popleft()
         values = jax.device_get(sums)
+        pace.new += 1
         rate = float(values.pop("rate"))
         host.window = metrics.add(host.window, values) | {"rate": rate}
         bad = int(values["bad"])
@@ -145,16 +170,18 @@ def train(
                 f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
                 "now), warm up longer, or set optimizer.clip_norm, in another --workdir"
             )
+        if logging:
+            log(step)
 
-    def log(step: int, pace: float | None) -> None:
+    def log(step: int) -> None:
         window, host.window = host.window, {}
         record = metrics.compute(window, "train/")
         good = window["steps"] - window["bad"] if "steps" in window else 0.0
         record["norm/grads"] = window["norm"] / good if good else float("nan")
         record["learning_rate"] = window["rate"]
         record["bad_steps"] = window["bad"]
-        if pace is not None:
-            record["images_per_second"] = pace
+        if (images_per_second := pace.lap()) is not None:
+            record["images_per_second"] = images_per_second
         write(step, record)
 
     def validate(step: int, state: PyTree) -> tuple[PyTree, dict[str, float], bool]:
@@ -191,7 +218,7 @@ def train(
                 outcome.preempted = True
                 return state, False
         if host.stopped and host.window:
-            log(step, None)
+            log(step)
         if saving:
             keep(step, state, found)
         return state, not host.stopped
@@ -202,31 +229,27 @@ def train(
         saving = step == stop or bool(every.save and step % every.save == 0)
         state, going = after(step, state, saving, validating=True)
     while going and step < stop:
-        batch, host.position = next(batches)
-        state, sums = train_step(state, batch, key)
+        state, sums = train_step(state, next(batches), key)
         step += 1
-        late.append((step, {**sums, "steps": 1.0}))
+        last = step == stop
+        logging = last or bool(every.log and step % every.log == 0)
+        late.append((step, {**sums, "steps": 1.0}, logging))
         if outcome.seconds_to_first_step is None:
             jax.block_until_ready(sums)
             outcome.seconds_to_first_step = time.perf_counter() - began
-            pace_from, counted = time.perf_counter(), -1  # compiling does not count
-        counted += 1
+            write(step, {"time/first_step": outcome.seconds_to_first_step})
+            pace.restart(-1)  # compiling does not count
         tick(step)
         if len(late) > 1:
-            absorb(*late.popleft())
-        last = step == stop
+            absorb()
         stopping = should_stop(step)
-        logging = last or (every.log and step % every.log == 0)
         validating = last or (every.evaluate and step % every.evaluate == 0)
         saving = last or bool(every.save and step % every.save == 0)
-        if not (logging or validating or saving or stopping):
+        if not (validating or saving or stopping):
             continue
         while late:
-            absorb(*late.popleft())
-        elapsed = time.perf_counter() - pace_from
-        pace_steps, pace_seconds = pace_steps + counted, pace_seconds + elapsed
-        if logging:
-            log(step, counted * batch_size / elapsed if counted > 0 else None)
+            absorb()
+        pace.lap()
         if stopping and not last:
             # The events of this step must not be lost: the next session starts with them.
             host.due = bool(validating and evaluate is not None)
@@ -234,8 +257,7 @@ def train(
             outcome.preempted = True
             break
         state, going = after(step, state, saving, validating)
-        pace_from, counted = time.perf_counter(), 0
+        pace.restart()
     outcome.state, outcome.step = state, step
-    if pace_steps > 0:
-        outcome.images_per_second = pace_steps * batch_size / pace_seconds
+    outcome.images_per_second = pace.mean()
     return outcome

@@ -55,19 +55,21 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """To be called after every step, and with the metrics of every record that is logged."""
+        """To be called after every step, and with the metrics of every record that is logged, which
+        may be of the step before."""
         if not self._primary:
             return
-        self._step = step
+        self._step = max(self._step, step)
         if self._since is None:
             self._since = (step, time.perf_counter())
+        described = _describe(metrics or {})
         if self._bar is not None:
             self._bar.compiling = False
-            self._bar.newest |= _describe(metrics or {})
-            self._bar.update(self._task, completed=step, eta=self._eta())
-        elif metrics:
+            self._bar.newest |= described
+            self._bar.update(self._task, completed=self._step, eta=self._eta())
+        elif described:
             parts = [f"step {step}/{self._total}  {_percent(step, self._total)}"]
-            for split, text in _describe(metrics).items():
+            for split, text in described.items():
                 parts.append(text if split == "train" else f"{split} {text}")
             print("  ".join(filter(None, [*parts, self._eta()])), file=self._file, flush=True)
 

@@ -1,7 +1,5 @@
 """The order of examples: a function of the seed and the step, in memory as through Grain."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -47,7 +45,6 @@ def numbers(config, batches):
 def test_nothing_is_dropped_and_every_epoch_has_its_own_order(both):
     dataset = datasets.load(both)
     batches = pipeline.train_batches(dataset, both, seed=0)
-    assert batches.steps_per_epoch == 40 / 12
     got = take(batches, 10)  # three epochs
     both.in_memory = "yes"
     order = np.reshape(numbers(both, got), (3, 40))
@@ -72,11 +69,6 @@ def test_resumed_it_goes_on_to_the_bit(both):
     both.augment.random_resized_crop = (0.2, 1.0)  # done by the loader when streaming
     dataset = datasets.load(both)
     whole = take(pipeline.train_batches(dataset, both, seed=3), 9)
-
-    batches = pipeline.train_batches(dataset, both, seed=3)
-    take(batches, 4)
-    position = json.loads(json.dumps(batches.position()))
-    same(whole[4:], take(pipeline.train_batches(dataset, both, seed=3, position=position), 5))
     same(whole[4:], take(pipeline.train_batches(dataset, both, seed=3, start_step=4), 5))
 
 
@@ -95,7 +87,7 @@ def test_worker_processes_change_nothing(config):
     dataset = datasets.load(config)
     without = take(pipeline.train_batches(dataset, config, seed=0), 5)
     config.workers = 2
-    # From another step: a position fits any number of workers.
+    # From another step: it fits any number of workers.
     batches = pipeline.train_batches(dataset, config, seed=0, start_step=2)
     same(without[2:], take(batches, 3))
     batches.close()
@@ -128,12 +120,11 @@ def test_a_batch_may_be_larger_than_the_training_set(config):
 def test_evaluation_sees_every_example_once(both, processes, size):
     both.eval_batch_size, both.mock = size, 45  # 9 to test
     dataset = datasets.load(both)
-    parts = [
-        pipeline.eval_batches(dataset, "test", both, process_index=i, process_count=processes)
+    batches = [
+        list(pipeline.eval_batches(dataset, "test", both, process_index=i, process_count=processes))
         for i in range(processes)
     ]
-    batches = [list(part) for part in parts]
-    assert {len(b) for b in batches} == {len(parts[0])} == {-(-9 // size)}
+    assert {len(b) for b in batches} == {-(-9 // size)}
     joined = [{k: np.concatenate([b[k] for b in step]) for k in step[0]} for step in zip(*batches)]
     kept = np.concatenate([b["label"][b["mask"] == 1] for b in joined])
     both.in_memory = "yes"
@@ -141,7 +132,6 @@ def test_evaluation_sees_every_example_once(both, processes, size):
     for batch in joined:
         assert batch["mask"].dtype == np.float32
         assert not batch["image"][batch["mask"] == 0].any()
-    same(batches[0], list(parts[0]))  # again, for the next evaluation
 
 
 def test_streamed_crops_are_random_and_belong_to_their_place(config):

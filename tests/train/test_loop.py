@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
 import pytest
 
+from flax_cnns.errors import UserError
+from flax_cnns.train import loop
 from flax_cnns.train.loop import prefetch
 
 
@@ -46,3 +49,118 @@ def test_prefetch_leaves_no_thread_behind():
     next(ahead)
     ahead.close()
     assert threading.active_count() == before
+
+
+class Device:
+    """A training step whose metrics remember when they were fetched: in `events`, in order, are
+    +step for a step that was sent off and -step for metrics that were waited for."""
+
+    def __init__(self, monkeypatch):
+        self.events = []
+        monkeypatch.setattr(loop.jax, "device_get", self.fetch)
+        monkeypatch.setattr(loop.jax, "block_until_ready", lambda sums: None)
+
+    def step(self, state, batch, key):
+        self.events.append(state + 1)
+        sums = dict(loss=0.0, correct=0.0, bad=0.0, norm=0.0, rate=0.1)
+        return state + 1, {"number": state + 1, "count": 2.0} | sums
+
+    def fetch(self, sums):
+        self.events.append(-sums["number"])
+        return dict(sums)
+
+    def evaluate(self, state):
+        self.events.append("validation")
+        return {"loss": 0.0, "accuracy": 0.5}
+
+    def train(self, *, stop, log=0, validate=0, save_every=0, **changes):
+        """(outcome, what was written)"""
+        written, host = [], changes.pop("host", loop.Host())
+        arguments = dict(
+            train_step=self.step,
+            batches=itertools.repeat("batch"),
+            key=None,
+            start=0,
+            stop=stop,
+            every=loop.Every(log, validate, save_every),
+            host=host,
+            batch_size=2,
+            evaluate=self.evaluate,
+            on_validation=None,
+            save=lambda step, state, host, metrics: self.events.append(f"save {step}"),
+            write=lambda step, record: written.append((step, record)),
+            tick=lambda step: None,
+            should_stop=lambda step: False,
+            max_bad_steps=0,
+            early_stopping=0,
+            began=time.perf_counter(),
+        )
+        return loop.train(0, **arguments | changes), written
+
+
+def test_metrics_are_waited_for_while_the_next_step_runs(monkeypatch):
+    device = Device(monkeypatch)
+    _, written = device.train(stop=6, log=2, save_every=4)
+    ends = ["validation", "save 6"]
+    assert device.events == [1, 2, -1, 3, -2, 4, -3, -4, "save 4", 5, 6, -5, -6, *ends]
+    assert [step for step, record in written if "train/loss" in record] == [2, 4, 6]
+
+
+def test_the_time_to_the_first_step_is_written_at_once(monkeypatch):
+    began = time.perf_counter() - 100
+    outcome, written = Device(monkeypatch).train(stop=3, began=began)
+    assert written[0] == (1, {"time/first_step": outcome.seconds_to_first_step})
+    assert 100 < outcome.seconds_to_first_step < 110
+    assert sum("time/first_step" in record for _, record in written) == 1
+
+
+def test_images_per_second_leave_out_compiling_validations_and_saves(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    device = Device(monkeypatch)
+
+    fetch, ready = device.fetch, [0.0]
+
+    def step(state, batch, key):  # sent off at once, done a second after the one before
+        ready.append(max(clock[0], ready[-1]) + 1.0)
+        return device.step(state, batch, key)
+
+    def wait(sums):
+        clock[0] = max(clock[0], ready[sums["number"]])
+        return fetch(sums)
+
+    def first(sums):
+        clock[0] += 100.0
+
+    def validate(state):
+        clock[0] += 50.0
+        return {"loss": 0.0, "accuracy": 0.5}
+
+    monkeypatch.setattr(loop.jax, "device_get", wait)
+    monkeypatch.setattr(loop.jax, "block_until_ready", first)
+    found, written = device.train(stop=8, log=3, validate=4, train_step=step, evaluate=validate)
+    logged = [(s, r.get("images_per_second")) for s, r in written if "train/loss" in r]
+    assert logged == [(3, 2.0), (6, 2.0), (8, 2.0)]  # two images, a second
+    assert found.images_per_second == 2.0
+
+
+def test_a_step_that_logs_and_stops_is_saved_whole(monkeypatch):
+    device, host = Device(monkeypatch), loop.Host()
+    outcome, written = device.train(
+        stop=9, log=2, validate=4, host=host, should_stop=lambda step: step == 4
+    )
+    assert (outcome.preempted, outcome.step, host.due, host.window) == (True, 4, True, {})
+    assert device.events[-3:] == [-3, -4, "save 4"]
+    assert [step for step, record in written if "train/loss" in record] == [2, 4]
+
+
+def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
+    device = Device(monkeypatch)
+
+    def step(state, batch, key):
+        state, sums = device.step(state, batch, key)
+        return state, sums | {"bad": 1.0}
+
+    with pytest.raises(UserError, match="step 3: the gradients of 3 steps in a row"):
+        device.train(stop=9, train_step=step, max_bad_steps=3)
+    assert max(device.events) == 4  # one more was on its way
