@@ -81,9 +81,15 @@ def check_batch(size: int, mesh: Mesh, *, what: str) -> None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map") -> Batch:
-    """This process's rows [n ...] -> the global batch [N ...]; for pmap [devices n/devices ...]."""
+    """This process's rows [n ...] -> the global batch [N ...]; for pmap [devices n/devices ...].
+
+    The copies to the devices are under way when it returns.
+    """
+    axis = P(mesh.axis_names[0])
     if mode == "pmap":
-        mine = len(local_devices(mesh))
-        return {k: v.reshape(mine, v.shape[0] // mine, *v.shape[1:]) for k, v in batch.items()}
-    sharding = NamedSharding(mesh, P(mesh.axis_names[0]))
+        mine = np.asarray(local_devices(mesh))
+        sharding = NamedSharding(Mesh(mine, mesh.axis_names), axis)
+        pieces = {k: v.reshape(mine.size, -1, *v.shape[1:]) for k, v in batch.items()}
+        return jax.device_put(pieces, sharding)
+    sharding = NamedSharding(mesh, axis)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

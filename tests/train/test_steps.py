@@ -8,10 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import create_model, init_variables, pytree
+from flax_cnns.data.augment import make_augment
+from flax_cnns.data.mix import make_mix
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation import evaluate, per_class, summarize
-from flax_cnns.train import losses, metrics, parallel
+from flax_cnns.train import losses, metrics, optimizers, parallel, schedules, steps
+from flax_cnns.train.state import TrainState
 from tests.train import tiny
 
 AUGMENT = {
@@ -285,3 +288,60 @@ def test_partition_keeps_the_state_tree():
     assert list(pytree.flatten(state)) == list(pytree.flatten(before))
     with pytest.raises(UserError, match=r"10 examples do not divide over 4 devices; take 8 or 12"):
         parallel.check_batch(10, parallel.make_mesh(), what="data.batch_size")
+
+
+def equations(jaxpr):
+    """All of a jaxpr's, those of its inner ones too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_bfloat16_computes_and_float32_keeps():
+    """Of a ResNet-20 that is traced only: convolutions in bfloat16; the head, the loss, every sum,
+    what goes between devices and what is kept in float32."""
+    shape, classes = (32, 32, 3), 11  # 11 occurs at the head alone
+    model = create_model("cifar_resnet20", num_classes=classes, dtype="bfloat16")
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (1, *shape)))
+    config = tiny.config(**{"train.ema": 0.9})
+    schedule = schedules.make(config.schedule, total_steps=9, steps_per_epoch=1.0)
+    optimizer = optimizers.make(config.optimizer, variables["params"], schedule)
+    state = jax.eval_shape(
+        lambda v: TrainState.create(v, optimizer.init(v["params"]), ema=True), variables
+    )
+    step = steps.make_train_step(
+        model.apply,
+        optimizer,
+        augment=make_augment(config.data.augment, image_shape=shape, mean=(0.5,), std=(0.2,)),
+        mix=make_mix(config.mix, classes),
+        ema_decay=0.9,
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, *shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((4,), np.int32),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trace = jax.make_jaxpr(step, axis_env=[("batch", 1)], return_shape=True)
+    jaxpr, (new, sums) = trace(state, batch, key)
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+    kept = jax.tree.leaves((new.params, new.batch_stats, new.ema, new.opt_state, sums))
+    assert {str(leaf.dtype) for leaf in kept} <= {"float32", "int32"}
+    products, totals = [], []
+    for equation in equations(jaxpr.jaxpr):
+        inputs = [v.aval for v in equation.invars]
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            head = any(classes in x.shape for x in inputs)
+            products.append((head, {str(x.dtype) for x in inputs}))
+        elif equation.primitive.name.startswith(("reduce_sum", "psum")):
+            totals += [str(x.dtype) for x in inputs]
+    assert [dtypes for head, dtypes in products if head] == [{"float32"}] * 3
+    convolutions = [dtypes for head, dtypes in products if not head]
+    assert len(convolutions) >= 3 * 19 - 1
+    assert all(dtypes == {"bfloat16"} for dtypes in convolutions)
+    assert totals
+    assert set(totals) <= {"float32", "int32"}
