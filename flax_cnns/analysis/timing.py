@@ -62,6 +62,7 @@ def compare(
     rounds: int = 5,
     warmup: int = 1,
     at_least: float = 0.0,
+    settle: float = 0.03,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Times each candidate once a round, in their order, after `warmup` calls of each.
@@ -69,7 +70,10 @@ def compare(
     A candidate returns the arrays that must be ready, or a function that waits for them (PyTorch's
     `torch.cuda.synchronize`). What takes less than `at_least` seconds is called so many times a
     round, waited for at the end: short times would measure the clock, and on an accelerator how
-    long it takes to ask. Raises `UserError` for no candidate, or no round.
+    long it takes to ask. Between candidates there is a pause of `settle` seconds: the threads of
+    PyTorch's OpenMP go on spinning for some milliseconds, on the next candidate's account.
+
+    Raises `UserError` for no candidate, or no round.
     """
     if not candidates or rounds < 1 or warmup < 0:
         raise UserError(
@@ -94,6 +98,7 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
+            time.sleep(settle if len(candidates) > 1 else 0)
             seconds[name].append(once(candidate, calls[name]))
     return Comparison(seconds, calls)
 
@@ -104,3 +109,8 @@ def wait(result: Any) -> None:
         result()
     else:
         jax.block_until_ready(result)
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Of ratios: the mean to which 2 and 1/2 together are 1."""
+    return statistics.geometric_mean(values)

@@ -1,0 +1,164 @@
+"""Measures: steps, convolutions, the input pipeline, and all of it against stock Flax and PyTorch.
+
+python -m experiments.benchmark step --model=resnet18,resnet50 --batch=32 --size=64
+python -m experiments.benchmark conv --stage='resnext*'
+python -m experiments.benchmark vs-torch --model=resnet18 --batch=32 --size=64
+python -m experiments.benchmark pipeline --config=configs/digits_lenet5.py
+python -m experiments.benchmark cond
+python -m experiments.benchmark compile --model=cifar_resnet110
+
+What is compared runs in turn, A B A B; a time is the median of its rounds, a ratio the median of
+the rounds' ratios with the smallest and the largest. Every command prints a table and writes JSON
+with each round, the versions and the device, and a bar chart beside it. PyTorch is an extra:
+pip install -e ".[bench]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+# Before JAX starts: it would take three quarters of a GPU's memory, and PyTorch needs some.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+
+from experiments.benchmarks import convolutions, inputs, torch_side, training
+from experiments.benchmarks.report import Report
+from flax_cnns import compilation_cache
+from flax_cnns.errors import UserError
+
+
+class Command(NamedTuple):
+    title: str
+    columns: tuple[str, ...]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Report], None]
+    at_least: float = 0.2  # seconds a round
+
+
+COMMANDS = {
+    "step": Command(
+        "Training and inference", training.STEP_COLUMNS, training.add_step, training.step
+    ),
+    "conv": Command(
+        "Convolutions", convolutions.COLUMNS, convolutions.add_conv, convolutions.conv, 0.05
+    ),
+    "pipeline": Command("Input pipeline", inputs.COLUMNS, inputs.add_pipeline, inputs.pipeline),
+    "vs-torch": Command(
+        "Training step against PyTorch",
+        torch_side.COLUMNS,
+        torch_side.add_vs_torch,
+        torch_side.vs_torch,
+    ),
+    "cond": Command(
+        "Skipped branches against masked ones",
+        convolutions.COND_COLUMNS,
+        convolutions.add_cond,
+        convolutions.cond,
+    ),
+    "compile": Command(
+        "Compilation of the training step",
+        training.COMPILE_COLUMNS,
+        training.add_compile,
+        training.compile,
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        text = (command.run.__doc__ or "").split("\n\n")[0]
+        sub = commands.add_parser(
+            name,
+            help=command.title,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.add_arguments(sub)
+        sub.add_argument("--rounds", type=int, default=5, help="what the median is of")
+        sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
+        sub.add_argument(
+            "--at-least",
+            type=float,
+            default=command.at_least,
+            help="seconds a round; what is shorter is called several times",
+        )
+        sub.add_argument("--device", default="", help="cpu, gpu or tpu; JAX's choice if not given")
+        sub.add_argument(
+            "--out",
+            default=None,
+            help="the JSON file, with the picture beside it; none: write nothing; "
+            "runs/benchmarks/COMMAND-TIME.json if not given",
+        )
+        sub.add_argument(
+            "--compilation-cache",
+            default="",
+            help="its folder, or off; step and compile, which time compilation, use none",
+        )
+    return top
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 done; 2 something that the user can mend, said in one line; 130 interrupted,
+    with what was measured so far written."""
+    try:
+        args = parser().parse_args(argv)
+        command = COMMANDS[args.command]
+        _choose_device(args.device)
+        if getattr(args, "dtype", ""):  # vs-torch chooses by the device
+            training.check_dtype(args.dtype)
+        compilation_cache.enable(args.compilation_cache)
+        report = Report(command.title, command.columns, _out(args))
+        try:
+            command.run(args, report)
+        except KeyboardInterrupt:
+            report.close(interrupted=True)
+            print("error: interrupted", file=sys.stderr)
+            return 130
+        except BaseException:
+            report.close(interrupted=True)
+            raise
+        report.close()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _choose_device(platform: str) -> None:
+    if platform == "cpu":  # the others are JAX's choice anyway, where they are there
+        jax.config.update("jax_platforms", "cpu")
+    kind = jax.devices()[0].platform
+    if platform and kind != platform:
+        raise UserError(f"--device={platform}: JAX finds no such device here; it has {kind}")
+
+
+def _out(args: argparse.Namespace) -> Path | None:
+    if args.out == "none":
+        return None
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path(args.out or f"runs/benchmarks/{args.command}-{now}.json")
+    if path.suffix != ".json":
+        raise UserError(f"--out names a .json file (the picture lies beside it); got {args.out!r}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""The input pipeline alone, images a second: `pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.report import Bars, Report
+from flax_cnns.analysis.timing import compare
+from flax_cnns.errors import UserError, did_you_mean
+
+COLUMNS = ("source", "images", "batch", "images/s", "slowest to fastest round")
+SOURCES = ("config", "folder")
+
+
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        default="configs/digits_lenet5.py",
+        help="a config file, or file.py:mode, whose data is read",
+    )
+    parser.add_argument(
+        "--source",
+        default=",".join(SOURCES),
+        help="config: the config's own data; folder: JPEGs of noise, made for this, decoded and "
+        "cropped at random to --size",
+    )
+    parser.add_argument("--mock", type=int, default=0, help="so many images of noise in its place")
+    parser.add_argument("--batch", type=int, default=0, help="0: the config's")
+    parser.add_argument("--batches", type=int, default=20, help="a round")
+    parser.add_argument("--size", type=int, default=224, help="of the folder's images as decoded")
+    parser.add_argument("--jpegs", type=int, default=256, help="in the folder, 500x375 each")
+    parser.add_argument("--threads", type=int, default=0, help="that decode; 0: the config's")
+    parser.add_argument("--workers", type=int, default=-1, help="processes; -1: the config's")
+
+
+def pipeline(args: argparse.Namespace, report: Report) -> None:
+    """Training batches as the host hands them out, before any device sees them."""
+    from flax_cnns.data import datasets  # Grain and TFDS, for this command only
+    from flax_cnns.data import pipeline as pipelines
+
+    sources = args.source.split(",")
+    for source in sources:
+        if source not in SOURCES:
+            raise UserError(f"--source: unknown {source!r}{did_you_mean(source, SOURCES)}")
+    with contextlib.ExitStack() as stack:
+        for source in sources:
+            config = _data_config(args)
+            if source == "folder":
+                root = stack.enter_context(tempfile.TemporaryDirectory())
+                write_jpegs(Path(root), args.jpegs)
+                config.update(name="folder", source="folder", dir=root, mock=0)
+                config.update(in_memory="no", image_size=args.size, validation=0.0)
+                config.augment.random_resized_crop = (0.08, 1.0)
+            report.say(f"{source}: reading")
+            dataset = datasets.load(config)
+            batches = stack.enter_context(
+                contextlib.closing(pipelines.train_batches(dataset, config, seed=0))
+            )
+
+            def some(batches: Any = batches) -> Any:
+                for _ in itertools.islice(batches, args.batches):
+                    pass
+
+            found = compare(
+                {source: some}, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
+            )
+            images = args.batches * config.batch_size
+            speeds = [images / seconds for seconds in found.seconds[source]]
+            speed = images / found.median(source)
+            kept = "in memory" if dataset.in_memory else "decoded"
+            name = f"{dataset.name}, {kept}, {dataset.image_shape[0]}x{dataset.image_shape[1]}"
+            row = {
+                "source": name,
+                "examples": len(dataset.splits["train"]),
+                "image_shape": list(dataset.image_shape),
+                "in_memory": dataset.in_memory,
+                "batch": config.batch_size,
+                "threads": config.threads,
+                "workers": config.workers,
+                "images_per_second": speed,
+                **found.as_dict()[source],
+            }
+            report.add(
+                row,
+                (
+                    name,
+                    f"{row['examples']:,}",
+                    str(config.batch_size),
+                    f"{speed:,.0f}",
+                    f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                ),
+            )
+    report.bars = Bars(
+        [row["source"] for row in report.rows],
+        {"": [row["images_per_second"] for row in report.rows]},
+        "images a second",
+    )
+
+
+def _data_config(args: argparse.Namespace) -> Any:
+    """`config.data` with the command's flags. Raises `UserError` where there is no such config."""
+    file, _, mode = args.config.partition(":")
+    if not Path(file).is_file():
+        known = [str(path) for path in Path("configs").glob("*_*.py")]
+        raise UserError(f"--config: there is no file {file!r}{did_you_mean(file, known)}")
+    spec = importlib.util.spec_from_file_location("benchmark_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        data = module.get_config(*([mode] if mode else [])).data
+    except ValueError as error:  # a mode that the file does not have
+        raise UserError(f"--config: {error}") from None
+    if args.batch:
+        data.batch_size = args.batch
+    if args.mock:
+        data.mock = args.mock
+    if args.threads:
+        data.threads = args.threads
+    if args.workers >= 0:
+        data.workers = args.workers
+    return data
+
+
+def write_jpegs(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
+    """`root/class/n.jpg`: smooth noise with grain, ten classes."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = rng.integers(0, 256, (24, 32, 3), np.uint8)
+        image = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), np.int16)
+        grain = rng.integers(-12, 13, image.shape, np.int16)
+        folder = root / f"class{i % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.clip(image + grain, 0, 255).astype(np.uint8))
+        image.save(folder / f"{i}.jpg", quality=90)

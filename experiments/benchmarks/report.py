@@ -1,0 +1,158 @@
+"""What every benchmark hands out: lines as it goes, a table, JSON, a bar chart."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from flax_cnns.analysis.device import environment
+from flax_cnns.errors import UserError
+
+
+class Bars(NamedTuple):
+    """One chart: for each label a bar of each series."""
+
+    labels: list[str]
+    series: dict[str, list[float | None]]  # name -> value of each label; None: no bar
+    axis: str  # what the values are
+    reference: float | None = None  # a line, such as 1 for ratios; the axis is then logarithmic
+
+
+class Report:
+    """Filled case by case, so that an interrupted benchmark keeps what it has."""
+
+    def __init__(self, title: str, columns: tuple[str, ...], out: Path | None) -> None:
+        self.title, self.columns, self.out = title, columns, out
+        self.rows: list[dict[str, Any]] = []  # everything, for JSON
+        self.summary: list[str] = []
+        self.bars: Bars | None = None
+        self._cells: list[tuple[str, ...]] = []
+        if out is not None:  # now, rather than after an hour's measuring
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a"):
+                    pass
+            except OSError as error:
+                raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
+            self._new = not out.stat().st_size
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def add(self, row: dict[str, Any], cells: tuple[str, ...]) -> None:
+        """A case that is done: all of it for JSON, and the table's cells."""
+        self.rows.append(row)
+        self._cells.append(cells)
+        told = (f"{column} {cell}" for column, cell in zip(self.columns[1:], cells[1:]) if cell)
+        self.say(f"{cells[0]}: {', '.join(told)}")
+
+    def close(self, *, interrupted: bool = False) -> None:
+        """Prints the table; writes JSON and picture."""
+        if not self.rows:
+            if self.out is not None and self._new:
+                self.out.unlink()
+            return
+        table = Table(title=self.title)
+        used = [i for i in range(len(self.columns)) if any(cells[i] for cells in self._cells)]
+        for i in used:
+            table.add_column(self.columns[i], justify="left" if i == 0 else "right")
+        for cells in self._cells:
+            table.add_row(*(cells[i] for i in used))
+        # As wide as it needs where nobody watches: a log wraps no lines.
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+        for line in self.summary:
+            self.say(line)
+        if self.out is None:
+            return
+        content = {
+            "title": self.title,
+            "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "interrupted": interrupted,
+            "environment": environment(),
+            "summary": self.summary,
+            "rows": self.rows,
+        }
+        new = self.out.with_name(self.out.name + ".new")
+        new.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(new, self.out)
+        written = [str(self.out)]
+        if self.bars is not None:
+            picture = self.out.with_suffix(".png")
+            try:
+                draw(self.bars, self.title, picture)
+                written.append(str(picture))
+            except ModuleNotFoundError as error:  # a GPU machine may have JAX and little else
+                self.say(f"no picture: {error.name} is not installed")
+        self.say(f"written: {', '.join(written)}")
+
+
+def draw(bars: Bars, title: str, png: Path) -> None:
+    """Horizontal bars, the first label on top."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    from flax_cnns.analysis.curves import save_png
+
+    # Okabe and Ito's colours, told apart by all kinds of colour vision.
+    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+    series = {name: values for name, values in bars.series.items() if any(values)}
+    height = 0.8 / max(len(series), 1)
+    rows = len(bars.labels)
+    figure = Figure(figsize=(8.5, 1.6 + rows * max(0.22, 0.2 * len(series))), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(series.items()):
+        places = [row - 0.4 + (i + 0.5) * height for row in range(rows)]
+        shown = [(place, value) for place, value in zip(places, values) if value]
+        style = dict(height=height, color=colours[i % len(colours)], label=name)
+        # Ratios grow from their reference, to the left where they are smaller.
+        start = bars.reference or 0.0
+        lengths = [value - start for _, value in shown]
+        drawn = axes.barh([place for place, _ in shown], lengths, left=start, **style)
+        axes.bar_label(drawn, [number(value) for _, value in shown], padding=3, fontsize=7)
+    if bars.reference is not None:
+        axes.set_xscale("log")
+        axes.axvline(bars.reference, color="black", linewidth=1)
+        values = [v / bars.reference for vs in series.values() for v in vs if v]
+        low, high = min([0.8, *values]), max([1.25, *values])
+        room = (high / low) ** 0.1
+        axes.set_xlim(bars.reference * low / room, bars.reference * high * room)
+        ticks = (1, 2, 5) if high / low > 3 else (0.6, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
+        axes.xaxis.set_major_locator(LogLocator(subs=ticks))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.12, y=0.01)
+    axes.set_yticks(range(rows), bars.labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(bars.axis)
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
+    save_png(figure, png)
+
+
+def number(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.4g} ms" if seconds < 10 else f"{seconds:,.1f} s"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def gigabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e9:.2f} GB"

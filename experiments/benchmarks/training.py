@@ -1,0 +1,284 @@
+"""The project's own training and evaluation step, timed: `step` and `compile`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number, percent
+from flax_cnns import pytree
+from flax_cnns.analysis import device
+from flax_cnns.analysis.cost import cost
+from flax_cnns.analysis.timing import compare
+from flax_cnns.data.augment import make_normalize
+from flax_cnns.data.mix import make_mix
+from flax_cnns.errors import UserError
+from flax_cnns.registry import create_model, init_variables
+from flax_cnns.train import optimizers, parallel, schedules, steps
+from flax_cnns.train.state import TrainState
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each channel in 0..1
+RATE, MOMENTUM = 1e-3, 0.9
+SGD = SimpleNamespace(  # config.optimizer of configs/common.py, without ml_collections
+    name="sgd",
+    momentum=MOMENTUM,
+    nesterov=False,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    decay_rate=0.9,
+    weight_decay=(),
+    trainable=(),
+    lr_mult=(),
+    clip_norm=0.0,
+)
+
+
+def make(name: str, args: argparse.Namespace, **fields: Any) -> nn.Module:
+    """A registered network for the command's flags. Raises `UserError`."""
+    fields["dtype"] = args.dtype
+    if args.size:
+        channels = create_model(name).input_size[-1]
+        fields["input_size"] = (args.size, args.size, channels)
+    return create_model(name, **fields)
+
+
+def examples(batch: int, shape: tuple[int, ...], classes: int) -> dict[str, np.ndarray]:
+    """Noise: {"image" u8 [N H W C], "label" i32 [N]}."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, *shape), np.uint8)
+    return {"image": images, "label": rng.integers(0, classes, batch).astype(np.int32)}
+
+
+class Trainee:
+    """A network and its state on all devices; steps that are compiled when first asked for."""
+
+    def __init__(
+        self, model: nn.Module, batch: int, *, mode: str = "shard_map", devices: list | None = None
+    ) -> None:
+        self.model, self.mode = model, mode
+        self.mesh = parallel.make_mesh(devices)
+        parallel.check_batch(batch, self.mesh, what="--batch")
+        shape, classes = model.input_size, model.num_classes
+        began = time.perf_counter()
+        variables = init_variables(model, jax.random.key(0), (1, *shape))
+        jax.block_until_ready(variables)
+        self.init_seconds = time.perf_counter() - began
+        if getattr(model, "scan", False):
+            variables = pytree.stack_blocks(variables)  # as a run does
+        optimizer = optimizers.make(SGD, variables["params"], schedules.constant(RATE))
+        state = TrainState.create(variables, optimizer.init(variables["params"]))
+        self.state = parallel.replicate(state, self.mesh)
+        self.key = parallel.replicate(jax.random.key(1), self.mesh)
+        batch = examples(batch, shape, classes)
+        self.batch = parallel.shard_batch(batch, self.mesh, mode)
+        mask = np.ones(len(batch["label"]), np.float32)
+        self.masked = parallel.shard_batch(batch | {"mask": mask}, self.mesh, mode)
+        channels = shape[-1]
+        normalize = make_normalize(
+            SimpleNamespace(normalize=True), mean=MEAN[:channels], std=STD[:channels]
+        )
+        step = steps.make_train_step(
+            model.apply,
+            optimizer,
+            augment=lambda images, keys: normalize(images),
+            mix=make_mix(SimpleNamespace(label_smoothing=0.0, mixup=0.0), classes),
+            aux_weights=[(".*", schedules.constant(0.3))],
+        )
+        self._step = parallel.parallelize(step, self.mesh, mode=mode)
+        evaluation = steps.make_eval_step(model.apply, normalize=normalize, num_classes=classes)
+        self._eval = parallel.parallelize(evaluation, self.mesh, mode=mode, donate=False)
+
+    def compile(self) -> tuple[Any, float, float]:
+        """(the training step compiled, seconds to trace it, seconds to compile it)."""
+        began = time.perf_counter()
+        lowered = self._step.lower(self.state, self.batch, self.key)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+        return compiled, traced - began, time.perf_counter() - traced
+
+    def training(self, step: Callable | None = None) -> Callable[[], Any]:
+        """A function that takes one step further and returns what to wait for."""
+        step = step or self._step
+
+        def train() -> Any:
+            self.state, sums = step(self.state, self.batch, self.key)
+            return self.state, sums
+
+        return train
+
+    def inference(self) -> Callable[[], Any]:
+        variables = jax.tree.map(lambda x: x.copy(), self.state.variables)  # the state is donated
+        return lambda: self._eval(variables, self.masked, None)
+
+
+class Speed(NamedTuple):
+    """Of a step over a batch."""
+
+    seconds: float
+    images_per_second: float
+    mfu: float | None  # counted FLOPs over what the device is said to do at its best
+
+    @classmethod
+    def of(cls, seconds: float, batch: int, flops: int, peak: float | None) -> Speed:
+        return cls(seconds, batch / seconds, None if peak is None else flops / seconds / peak)
+
+
+# ---------------------------------------------------------------------------- step
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet18", help="names of networks, by commas")
+    parser.add_argument("--batch", type=int, default=32, help="images a step, over all devices")
+    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
+    parser.add_argument("--dtype", default="float32", help="what computes: float32 or bfloat16")
+    parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
+    parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
+    parser.add_argument("--remat", action="store_true", help="blocks computed again in backward")
+
+
+def step(args: argparse.Namespace, report: Report) -> None:
+    """Training and inference of each network. Compilation is timed, so no cache is used."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    asked = {name: True for name in ("scan", "remat") if getattr(args, name)}
+    models = {name: make(name, args, **asked) for name in args.model.split(",")}
+    device0 = jax.devices()[0]
+    best = device.peak(device0, args.dtype)
+    # The cores of a CPU are shared by however many devices are made of them.
+    count = 1 if device0.platform == "cpu" else jax.device_count()
+    total = best and best.flops * count
+    if best is None:
+        report.summary.append(
+            f"no MFU: the table of flax_cnns/analysis/device.py has no {args.dtype} peak of "
+            f"{device0.device_kind!r}"
+        )
+    else:
+        report.summary.append(
+            f"MFU of {total / 1e12:.4g} TFLOP/s ({best.source}); a training step counts as three "
+            "forward passes, a MAC as two FLOPs"
+        )
+    for name, model in models.items():
+        report.say(f"{name}: compiling")
+        row = step_row(model, args, total)
+        row = {"model": name, **row}
+        train, infer = row["training"], row["inference"]
+        report.add(
+            row,
+            (
+                name,
+                f"{args.batch} x {model.input_size[0]}",
+                milliseconds(train["seconds"]),
+                number(train["images_per_second"]),
+                percent(train["mfu"]),
+                milliseconds(infer["seconds"]),
+                number(infer["images_per_second"]),
+                percent(infer["mfu"]),
+                gigabytes(row["peak_memory"] or row["program_memory"]),
+                f"{row['init_seconds']:.1f} s",
+                f"{row['trace_seconds']:.1f} + {row['compile_seconds']:.1f} s",
+                f"{row['seconds_to_first_step']:.1f} s",
+            ),
+        )
+        report.bars = Bars(
+            [row["model"] for row in report.rows],
+            {
+                kind: [row[kind]["images_per_second"] for row in report.rows]
+                for kind in ("training", "inference")
+            },
+            "images a second",
+        )
+
+
+STEP_COLUMNS = (
+    *("model", "batch", "training", "images/s", "MFU", "inference", "images/s", "MFU"),
+    *("memory", "init", "trace + compile", "first step after"),
+)
+
+
+def step_row(model: nn.Module, args: argparse.Namespace, peak: float | None) -> dict[str, Any]:
+    before = device.peak_memory(jax.devices()[0])
+    began = time.perf_counter()
+    trainee = Trainee(model, args.batch, mode=args.mode)
+    compiled, trace_seconds, compile_seconds = trainee.compile()
+    train = trainee.training(compiled)
+    jax.block_until_ready(train())
+    first = time.perf_counter() - began
+    timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
+    found = compare({"training": train}, **timing)
+    after = device.peak_memory(jax.devices()[0])
+    found_inference = compare({"inference": trainee.inference()}, **timing)
+    counted = cost(model, (args.batch, *model.input_size))
+    flops = 2 * counted.macs
+    training = Speed.of(found.median("training"), args.batch, 3 * flops, peak)
+    inference = Speed.of(found_inference.median("inference"), args.batch, flops, peak)
+    return {
+        "batch": args.batch,
+        "input_size": list(model.input_size),
+        "dtype": args.dtype,
+        "mode": args.mode,
+        "scan": args.scan,
+        "remat": args.remat,
+        "params": counted.params,
+        "macs_per_image": counted.macs // args.batch,
+        "peak_flops": peak,
+        "training": training._asdict() | found.as_dict()["training"],
+        "inference": inference._asdict() | found_inference.as_dict()["inference"],
+        # A device tells the most since the process began: this network's only if it is a new high.
+        "peak_memory": after if after is not None and after > before else None,
+        "program_memory": device.program_memory(compiled),  # of the training step, a device
+        "init_seconds": trainee.init_seconds,
+        "trace_seconds": trace_seconds,
+        "compile_seconds": compile_seconds,
+        "seconds_to_first_step": first,
+    }
+
+
+# ---------------------------------------------------------------------------- compile
+
+COMPILE_COLUMNS = ("model", "scan", "trace", "compile", "together", "init")
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="cifar_resnet110", help="names of networks, by commas")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
+    parser.add_argument("--dtype", default="float32", help="what computes: float32 or bfloat16")
+    parser.add_argument("--scan", default="both", choices=("both", "on", "off"))
+
+
+def compile(args: argparse.Namespace, report: Report) -> None:
+    """Seconds to trace and compile the training step, without a compilation cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    scans = {"both": (False, True), "on": (True,), "off": (False,)}[args.scan]
+    names = args.model.split(",")
+    for name in names:
+        make(name, args, scan=True)  # a mistyped name, a family that has no scan
+    for name in names:
+        for scan in scans:
+            report.say(f"{name}, scan={scan}: compiling")
+            jax.clear_caches()
+            trainee = Trainee(make(name, args, scan=scan), args.batch)
+            _, traced, compiled = trainee.compile()
+            seconds = (traced, compiled, traced + compiled, trainee.init_seconds)
+            keys = ("trace_seconds", "compile_seconds", "seconds", "init_seconds")
+            row = {"model": name, "scan": scan, "batch": args.batch, **dict(zip(keys, seconds))}
+            cells = (name, "on" if scan else "off", *(f"{value:.1f} s" for value in seconds))
+            report.add(row, cells)
+    labels = [f"{row['model']}{', scan' if row['scan'] else ''}" for row in report.rows]
+    report.bars = Bars(
+        labels,
+        {"trace + compile": [row["seconds"] for row in report.rows]},
+        "seconds to trace and compile the training step",
+    )
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype is float32 or bfloat16; got {dtype!r}")
