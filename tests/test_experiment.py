@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -215,6 +218,26 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(
     assert (workdir / "checkpoints.damaged/11").is_dir()
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
+
+
+def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, caplog):
+    """Over validations, saves, the end of an epoch in the middle of a batch, the test, a resume."""
+    config.data.batch_size = 360  # of 1293
+    config.train.duration = "7 steps"
+    config.train.eval_every = "3 steps"
+
+    def compiled(step):
+        stop = lambda self, at: at == step  # noqa: E731
+        monkeypatch.setattr("flax_cnns.preemption.Signals.should_stop", stop)
+        caplog.clear()
+        with jax.log_compiles(), contextlib.suppress(Preempted):
+            run(config, tmp_path / "run")
+        found = re.findall(r"Compiling jit\((\w+_step)\)", caplog.text)
+        return sorted(found)
+
+    assert compiled(4) == ["eval_step", "train_step"]
+    assert compiled(None) == ["eval_step", "train_step"]
+    assert manager.latest_step(tmp_path / "run") == 7
 
 
 @pytest.fixture
