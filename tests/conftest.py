@@ -1,7 +1,10 @@
-"""Four fake CPU devices for every test; one compilation cache for it and its subprocesses."""
+"""Four fake CPU devices for every test, one compilation cache for it and its subprocesses; the
+digits, prepared once; a run that many tests look at."""
 
 import os
 import tempfile
+
+import pytest
 
 # Before the first import of JAX.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,3 +14,27 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="flax_cnns_test_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A TFDS data_dir in which the first test to load the digits prepares them."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture
+def config(digits_dir):
+    """A dozen steps of LeNet-5 on the digits, for a test to change."""
+    from tests.runs import make_config  # JAX is imported after the environment is set
+
+    return make_config(digits_dir)
+
+
+@pytest.fixture(scope="session")
+def finished(digits_dir, tmp_path_factory):
+    """(workdir, summary) of the run that the others are held against, never interrupted."""
+    from flax_cnns import run
+    from tests.runs import make_config
+
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, run(make_config(digits_dir), workdir)

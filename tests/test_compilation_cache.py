@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 
 from flax_cnns.compilation_cache import default_folder, prune
+from tests.runs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys
 from flax_cnns import compilation_cache

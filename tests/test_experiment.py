@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.common import get_config
 from flax_cnns import config as configs
 from flax_cnns import pytree, run
 from flax_cnns.checkpoint import lock, manager
@@ -23,50 +22,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.experiment import Parts, aux_weights, evaluate_run
 from flax_cnns.preemption import Preempted
 from flax_cnns.train.progress import Progress
-
-TIMES = ("time", "images_per_second", "time/first_step")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The prepared data set, once for all tests."""
-    return str(tmp_path_factory.mktemp("tfds"))
-
-
-@pytest.fixture
-def config(digits):
-    config = get_config()
-    config.data.dir = digits
-    config.data.batch_size = 16
-    config.data.augment.update(dict(pad_crop=2, rotate=10.0, scale=0.1))
-    config.mix.label_smoothing = 0.1
-    config.optimizer.name = "adam"
-    config.schedule.learning_rate = 2e-3
-    config.train.duration = "12 steps"
-    config.train.eval_every = "5 steps"
-    config.train.ema = 0.9
-    config.checkpoint.every = "5 steps"
-    config.log.every = "3 steps"
-    config.log.tensorboard = False
-    return config
-
-
-def arrays(workdir, which="latest"):
-    path = f"{workdir}@{which}"
-    return manager.read_leaves(path, list(manager.read_metadata(path)))
-
-
-def records(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    return [record for record in found if set(record) != {"step"}]
-
-
-@pytest.fixture(scope="session")
-def finished(digits, tmp_path_factory):
-    """(workdir, summary) of the run that the others are held against, never interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, run(config.__wrapped__(digits), workdir)
+from tests.runs import arrays, records
 
 
 def test_a_run_writes_what_it_returns(finished, config, capsys):
@@ -370,6 +326,58 @@ def test_graft_starts_from_a_run(finished, config, tmp_path):
         np.testing.assert_array_equal(found[path.removeprefix("ema/")], source[path])
     report = json.loads((tmp_path / "run/graft.json").read_text())
     assert any("head" in path for path in report["fresh"])
+
+
+@pytest.fixture
+def scanning(config):
+    """A residual network whose first two stages have repeats, with rules that part a stack."""
+    config.model.update(dict(name="cifar_resnet20", scan=True))
+    with config.unlocked():
+        config.model.update(dict(depths=(3, 4, 2), widths=(4, 6, 8)))
+    config.data.image_size = 8
+    config.optimizer.name = "sgd"
+    config.optimizer.weight_decay = ((r"params/stage1/block2/.*", 0.1), (r".*", 1e-3))
+    return config
+
+
+def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypatch):
+    """Its numbers and, name by name, its checkpoints; it resumes to the bit; each grafts the
+    other's weights, and evaluates them."""
+    config, scan, plain, cut = scanning, *(tmp_path / name for name in ("scan", "plain", "cut"))
+    summary = run(config, scan)
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: step == 7)
+        with pytest.raises(Preempted):
+            run(config, cut)
+    run(config, cut)
+    chex.assert_trees_all_equal(arrays(cut), arrays(scan))
+    assert records(cut) == records(scan)
+    config.model.scan = False
+    expected = run(config, plain)
+    assert summary["params"] == expected["params"]
+    assert manager.read_metadata(f"{scan}@12") == manager.read_metadata(f"{plain}@12")
+    np.testing.assert_allclose(
+        [r["train/loss"] for r in records(scan) if "train/loss" in r],
+        [r["train/loss"] for r in records(plain) if "train/loss" in r],
+        rtol=1e-4,
+    )
+    chex.assert_trees_all_close(arrays(scan), arrays(plain), rtol=1e-3, atol=1e-4)
+    assert evaluate_run(scan)["loss"] == pytest.approx(expected["test/loss"], rel=1e-3)
+    config.train.duration = "1 steps"
+    config.schedule.learning_rate = 1e-30  # the average keeps to where it starts from
+    for scans, source in [(False, scan), (True, plain)]:
+        config.model.scan, config.graft.source = scans, f"{source}@12"
+        run(config, tmp_path / f"from_{source.name}")
+        found, there = arrays(tmp_path / f"from_{source.name}"), arrays(source)
+        for path in (path for path in found if path.startswith("params/")):
+            np.testing.assert_array_equal(found[path], there[path], err_msg=path)
+
+
+def test_a_scan_that_cannot_be(scanning, tmp_path):
+    scanning.optimizer.trainable = ((r"params/stage1/block2/.*", False), (r".*", True))
+    fails(scanning, tmp_path / "run", r"stack 'stage1/block2-3/conv1/kernel'.*model\.scan=False")
+    scanning.model.name = "lenet5"
+    fails(scanning, tmp_path / "run", "lenet5 has no field '(depths|scan)'")
 
 
 def fails(config, workdir, said):

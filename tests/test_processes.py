@@ -11,11 +11,10 @@ import pytest
 
 from flax_cnns import run
 from flax_cnns.checkpoint import manager
-from tests.test_experiment import arrays, config, digits, records  # noqa: F401 (fixtures)
-from tests.test_scripts import ROOT, overrides
+from tests.runs import ROOT, arrays, overrides, records
 
 
-def launch(workdir, config):  # noqa: F811
+def launch(workdir, config):
     command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
     command += [sys.executable, "-m", "experiments.train", f"--workdir={workdir}"]
     return subprocess.Popen(
@@ -28,7 +27,7 @@ def launch(workdir, config):  # noqa: F811
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):  # noqa: F811
+def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     config.train.parallel = mode
     config.train.duration = "60 steps"
     config.train.eval_every = "20 steps"
@@ -62,7 +61,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):  # no
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
 
 
-def test_processes_that_see_other_directories_say_so(config, tmp_path):  # noqa: F811
+def test_processes_that_see_other_directories_say_so(config, tmp_path):
     """As when the run directory lies on each host's own disk, and only one holds the run."""
     config.train.duration = "1 steps"
     run(config, tmp_path / "0")
@@ -78,7 +77,7 @@ def test_processes_that_see_other_directories_say_so(config, tmp_path):  # noqa:
     assert "the hosts disagree about what the run directory holds" in found.stderr
 
 
-def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):  # noqa: F811
+def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):
     config.model.name = "lenet6"
     process = launch(tmp_path / "run", config)
     said = process.communicate(timeout=60)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import signal
 import subprocess
 import sys
@@ -13,9 +12,7 @@ import pytest
 
 from flax_cnns import run
 from flax_cnns.checkpoint import manager
-from tests.test_experiment import arrays, config, digits, records  # noqa: F401 (fixtures)
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.runs import ROOT, arrays, overrides, records
 
 
 def start(script, *flags, **kwargs):
@@ -31,17 +28,7 @@ def finish(script, *flags):
     return process.returncode, out, err
 
 
-def overrides(config):  # noqa: F811
-    """The flags that make configs/common.py into `config`."""
-    from configs.common import get_config
-    from flax_cnns.config import flatten
-
-    default, wanted = flatten(get_config().to_dict()), flatten(config.to_dict())
-    changed = {k: v for k, v in wanted.items() if v != default[k]}
-    return ["--config=configs/common.py", *(f"--config.{k}={v}" for k, v in changed.items())]
-
-
-def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path):  # noqa: F811
+def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path):
     config.train.duration = "300 steps"
     config.train.eval_every = "40 steps"
     config.checkpoint.every = "20 steps"
@@ -67,7 +54,7 @@ def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path
     assert "most often taken for" in out
 
 
-def test_a_signal_exits_with_75(config, tmp_path):  # noqa: F811
+def test_a_signal_exits_with_75(config, tmp_path):
     config.train.duration = "100000 steps"
     process = start("train", f"--workdir={tmp_path / 'run'}", *overrides(config))
     deadline = time.time() + 120

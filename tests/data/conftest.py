@@ -1,14 +1,8 @@
-"""A config of the data alone, and the prepared digits, made once."""
+"""A config of the data alone."""
 
 import pytest
 
 from configs.common import get_config
-
-
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """A TFDS data_dir in which the first test to load the digits prepares them."""
-    return str(tmp_path_factory.mktemp("tfds"))
 
 
 @pytest.fixture
