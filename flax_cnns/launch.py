@@ -222,7 +222,8 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
     """Runs `count` processes of a command to their end, each line of output preceded by "[1] ".
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to all. When one fails, the others have a few seconds
-    before they are killed. Returns the exit code of the first that failed (128 + n for signal n),
+    before they are killed; its "error: ..." is said again at the end, below what they had to say.
+    Returns the exit code of the first that failed (128 + n for signal n),
     else 75 where one has it, else 0.
     """
     with socket.socket() as free:
@@ -231,9 +232,12 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
     children: list[subprocess.Popen] = []
     writing = threading.Lock()
     threads = []
+    errors: dict[int, str] = {}  # of each process the first
 
     def copy(index: int, pipe: TextIO, out: TextIO) -> None:
         for line in pipe:
+            if line.startswith("error: "):
+                errors.setdefault(index, line.rstrip())
             with writing:
                 print(
                     f"[{index}] {line}",
@@ -268,7 +272,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
             for pipe, out in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
                 threads.append(threading.Thread(target=copy, args=(index, pipe, out), daemon=True))
                 threads[-1].start()
-        return _wait(children, send, writing)
+        code, first = _wait(children, send, writing)
     finally:
         send(signal.SIGKILL)
         for child in children:
@@ -277,10 +281,17 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
             thread.join(timeout=1)  # a grandchild may hold the pipe
         for number, handler in before.items():
             signal.signal(number, handler)
+    if count > 1 and first in errors:
+        print(f"[launch] process {first}: {errors[first]}", file=sys.stderr, flush=True)
+    return code
 
 
-def _wait(children: Sequence[subprocess.Popen], send: Any, writing: threading.Lock) -> int:
-    running, preempted, failed, deadline = dict(enumerate(children)), False, 0, float("inf")
+def _wait(
+    children: Sequence[subprocess.Popen], send: Any, writing: threading.Lock
+) -> tuple[int, int | None]:
+    """(exit code, which process failed first)."""
+    running, preempted, deadline = dict(enumerate(children)), False, float("inf")
+    failed, first = 0, None
     while running:
         time.sleep(0.02)
         for index, child in list(running.items()):
@@ -290,7 +301,7 @@ def _wait(children: Sequence[subprocess.Popen], send: Any, writing: threading.Lo
             del running[index]
             preempted |= code == PREEMPTED
             if code not in (0, PREEMPTED) and not failed:
-                failed = code if code > 0 else 128 - code
+                failed, first = code if code > 0 else 128 - code, index
                 deadline = time.monotonic() + GRACE
                 how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
                 with writing:
@@ -300,7 +311,7 @@ def _wait(children: Sequence[subprocess.Popen], send: Any, writing: threading.Lo
                     )
         if time.monotonic() > deadline:
             send(signal.SIGKILL)
-    return failed or (PREEMPTED if preempted else 0)
+    return failed or (PREEMPTED if preempted else 0), first
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch,
             while not mark.exists():
                 time.sleep(0.01)
             print("no newline", end="")
-            sys.exit("what went wrong")
+            sys.exit("error: what went wrong\\nand where")
         if index == 0:
             print("still here")
             mark.touch()
@@ -186,8 +186,9 @@ def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch,
     code, out, err = in_this_process(script, capsys, count=3)
     assert code == 1
     assert sorted(out) == ["[0] still here", "[1] no newline"]
-    assert "[1] what went wrong\n" in err
+    assert "[1] error: what went wrong\n[1] and where\n" in err
     assert "[launch] process 1 failed first, with exit code 1\n" in err
+    assert err.endswith("\n[launch] process 1: error: what went wrong\n")
     assert 0.5 < time.monotonic() - began < 20
 
 
