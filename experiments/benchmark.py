@@ -28,7 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from experiments.benchmarks import convolutions, inputs, torch_side, training
+from experiments.benchmarks import convolutions, flags, inputs, torch_side, training
 from experiments.benchmarks.report import Report
 from flax_cnns import compilation_cache
 from flax_cnns.errors import UserError
@@ -90,9 +90,10 @@ def parser() -> argparse.ArgumentParser:
             help=command.title,
             description=text,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
         command.add_arguments(sub)
-        sub.add_argument("--rounds", type=int, default=5, help="what the median is of")
+        sub.add_argument("--rounds", type=flags.positive, default=5, help="what the median is of")
         sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
         sub.add_argument(
             "--at-least",
@@ -122,10 +123,8 @@ def main(argv: list[str]) -> int:
         args = parser().parse_args(argv)
         command = COMMANDS[args.command]
         _choose_device(args.device)
-        if getattr(args, "dtype", ""):  # vs-torch chooses by the device
-            training.check_dtype(args.dtype)
         compilation_cache.enable(args.compilation_cache)
-        report = Report(command.title, command.columns, _out(args))
+        report = Report(command.title, command.columns, _out(args), vars(args))
         try:
             command.run(args, report)
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import torch_side
+from experiments.benchmarks import flags, torch_side
 from experiments.benchmarks.report import Bars, Report, milliseconds
 from flax_cnns import layers
 from flax_cnns.analysis.timing import Comparison, compare, geometric_mean
@@ -133,7 +133,7 @@ COLUMNS = (
 
 def add_conv(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", default="*", help="names of shapes, by commas; * and ? match")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--dtype", type=flags.dtype, default="float32", help="or bfloat16")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
 
 
@@ -268,10 +268,12 @@ COND_COLUMNS = ("branches", "skipped under nn.cond", "computed and masked", "rat
 
 
 def add_cond(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=16, help="height and width of the maps")
-    parser.add_argument("--channels", type=int, default=128)
-    parser.add_argument("--branches", type=int, default=12)
+    parser.add_argument("--batch", type=flags.positive, default=32)
+    parser.add_argument(
+        "--size", type=flags.positive, default=16, help="height and width of the maps"
+    )
+    parser.add_argument("--channels", type=flags.positive, default=128)
+    parser.add_argument("--branches", type=flags.positive, default=12)
 
 
 class Branches(nn.Module):

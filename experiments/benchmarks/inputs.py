@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.flags import positive
 from experiments.benchmarks.report import Bars, Report
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
@@ -34,9 +35,9 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mock", type=int, default=0, help="so many images of noise in its place")
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
-    parser.add_argument("--batches", type=int, default=20, help="a round")
+    parser.add_argument("--batches", type=positive, default=20, help="a round")
     parser.add_argument("--size", type=int, default=224, help="of the folder's images as decoded")
-    parser.add_argument("--jpegs", type=int, default=256, help="in the folder, 500x375 each")
+    parser.add_argument("--jpegs", type=positive, default=256, help="in the folder, 500x375 each")
     parser.add_argument("--threads", type=int, default=0, help="that decode; 0: the config's")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1: the config's")
 

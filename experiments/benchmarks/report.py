@@ -29,8 +29,14 @@ class Bars(NamedTuple):
 class Report:
     """Filled case by case, so that an interrupted benchmark keeps what it has."""
 
-    def __init__(self, title: str, columns: tuple[str, ...], out: Path | None) -> None:
-        self.title, self.columns, self.out = title, columns, out
+    def __init__(
+        self,
+        title: str,
+        columns: tuple[str, ...],
+        out: Path | None,
+        flags: dict[str, Any] | None = None,
+    ) -> None:
+        self.title, self.columns, self.out, self.flags = title, columns, out, flags
         self.rows: list[dict[str, Any]] = []  # everything, for JSON
         self.summary: list[str] = []
         self.bars: Bars | None = None
@@ -76,6 +82,7 @@ class Report:
             "title": self.title,
             "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "flags": self.flags,
             "interrupted": interrupted,
             "environment": environment(),
             "summary": self.summary,

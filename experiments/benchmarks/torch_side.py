@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from experiments.benchmarks import training
 from experiments.benchmarks.blocks import BLOCKS
+from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, milliseconds
 from flax_cnns import pytree
 from flax_cnns.analysis.timing import compare
@@ -61,6 +63,7 @@ def waiter(torch: Any, device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
+@functools.cache  # what it declares can be declared once
 def import_torchvision() -> Any:
     """torchvision, beside a CPU build of torch too, where its compiled operators do not load.
 
@@ -144,9 +147,10 @@ def add_vs_torch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block", default="", help=f"networks built for this comparison: {', '.join(BLOCKS)}"
     )
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", default="", help="bfloat16 (AMP) on a GPU, float32 on a CPU")
+    text = "bfloat16 (AMP) or float32; if not given, the former on a GPU, the latter on a CPU"
+    parser.add_argument("--dtype", type=dtype, help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile, beside eager")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile: max-autotune")
 
@@ -160,7 +164,6 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
     torch = need_torch()
     device = device_of(torch)
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    training.check_dtype(args.dtype)
     models = _models(args)
     for name, model in models.items():
         report.say(f"{name}: compiling")

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number, percent
 from flax_cnns import pytree
 from flax_cnns.analysis import device
@@ -19,7 +20,6 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.timing import compare
 from flax_cnns.data.augment import make_normalize
 from flax_cnns.data.mix import make_mix
-from flax_cnns.errors import UserError
 from flax_cnns.registry import create_model, init_variables
 from flax_cnns.train import optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
@@ -136,9 +136,11 @@ class Speed(NamedTuple):
 
 def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18", help="names of networks, by commas")
-    parser.add_argument("--batch", type=int, default=32, help="images a step, over all devices")
+    parser.add_argument(
+        "--batch", type=positive, default=32, help="images a step, over all devices"
+    )
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", default="float32", help="what computes: float32 or bfloat16")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
     parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
     parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
     parser.add_argument("--remat", action="store_true", help="blocks computed again in backward")
@@ -247,9 +249,9 @@ COMPILE_COLUMNS = ("model", "scan", "trace", "compile", "together", "init")
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="cifar_resnet110", help="names of networks, by commas")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", default="float32", help="what computes: float32 or bfloat16")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
     parser.add_argument("--scan", default="both", choices=("both", "on", "off"))
 
 
@@ -277,8 +279,3 @@ def compile(args: argparse.Namespace, report: Report) -> None:
         {"trace + compile": [row["seconds"] for row in report.rows]},
         "seconds to trace and compile the training step",
     )
-
-
-def check_dtype(dtype: str) -> None:
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is float32 or bfloat16; got {dtype!r}")

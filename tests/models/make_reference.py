@@ -12,23 +12,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from experiments.benchmarks.torch_side import import_torchvision
 from flax_cnns import pytree
 from flax_cnns.registry import create_model, init_variables
 from tests.models import reference_case as case
-
-
-def import_torchvision():
-    """torchvision beside a CPU build of torch, where its compiled operators do not load."""
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
-    # The declarations go when the library object does.
-    torchvision.declared_operators = library
-    return torchvision
 
 
 def carry(variables: dict, model) -> None:

@@ -1,0 +1,19 @@
+"""Values of the benchmark's flags, for argparse, which puts the flag's name before the message."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+
+DTYPES = ("float32", "bfloat16")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise ArgumentTypeError(f"expected {' or '.join(DTYPES)}, got {text!r}")
+    return text

@@ -1,0 +1,250 @@
+"""The benchmark program on tiny cases: tables, JSON, pictures, one-line mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from experiments.benchmarks import blocks, convolutions, torch_side, training
+from flax_cnns.analysis import device
+from flax_cnns.analysis.cost import cost
+
+ROOT = Path(__file__).resolve().parent.parent
+has_torch = importlib.util.find_spec("torchvision") is not None
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """`run(arguments ...)` -> (exit code, output, errors, what the JSON holds)."""
+    monkeypatch.setattr(device, "peak", lambda device, dtype: device_peak)
+    device_peak = device.Peak(1e9, "a test")
+
+    def run(*arguments, quick=True):
+        out = tmp_path / "out.json"
+        quick = ["--rounds=2", "--at-least=0", "--compilation-cache=off"] if quick else []
+        kept = {
+            name: getattr(jax.config, name)
+            for name in ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+        }
+        try:
+            code = benchmark.main([*arguments, *quick, f"--out={out}"])
+        finally:
+            for name, value in kept.items():
+                jax.config.update(name, value)
+        said = capsys.readouterr()
+        return code, said.out, said.err, json.loads(out.read_text()) if out.exists() else None
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_step(run, tmp_path, mode):
+    code, out, _, found = run("step", "--model=lenet5", "--batch=4", f"--mode={mode}")
+    assert code == 0
+    (row,) = found["rows"]
+    assert row["params"] == 61_706
+    assert row["macs_per_image"] == 416_520
+    training, inference = row["training"], row["inference"]
+    assert len(training["rounds"]) == len(inference["rounds"]) == 2
+    # A MAC is two FLOPs and training three forward passes; the CPU's peak is that of all devices.
+    assert training["mfu"] * training["seconds"] * 1e9 == pytest.approx(3 * 2 * 4 * 416_520)
+    assert inference["mfu"] * inference["seconds"] * 1e9 == pytest.approx(2 * 4 * 416_520)
+    assert training["images_per_second"] * training["seconds"] == pytest.approx(4)
+    assert row["program_memory"] > 2 * 4 * 61_706  # parameters and momentum
+    together = row["init_seconds"] + row["trace_seconds"] + row["compile_seconds"]
+    assert 0 < together < row["seconds_to_first_step"]
+    assert found["environment"]["versions"]["jax"] == jax.__version__
+    assert found["environment"]["device_kind"]
+    assert found["flags"]["batch"] == 4
+    assert found["date"]
+    assert not found["interrupted"]
+    assert "lenet5" in out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_conv(run):
+    code, out, _, found = run("conv", "--stage=lenet-c3", "--no-torch")
+    assert code == 0
+    assert [row["pass"] for row in found["rows"]] == ["forward", "gradient"]
+    for row in found["rows"]:
+        assert set(row["seconds"]) == {"ours", "nn.Conv"}
+        assert len(row["runs"]) in (1, 3)  # three where the first was slower than 1.05
+        assert row["ratios"]["nn.Conv"]["low"] <= row["ratios"]["nn.Conv"]["median"]
+    assert len(found["summary"]) == 2
+    assert "geometric mean" in out
+
+
+def test_the_shapes():
+    shapes = convolutions.SHAPES
+    assert len(shapes) >= 40
+    assert len({shape.name for shape in shapes}) == len(shapes)
+    named = {shape.name: shape for shape in shapes}
+    assert named["resnext"][1:] == (16, 28, 128, 128, 32, 3, 1)
+    assert named["depthwise"][1:] == (16, 56, 144, 144, 144, 3, 1)
+    assert named["stem7-224"].macs == 8 * 112 * 112 * 49 * 3 * 64
+    assert named["stem4-224"].out_size == 56
+    assert named["depthwise5-14-down"].out_size == 7
+
+
+def test_slower_shapes_are_measured_again_and_the_middle_counts(run, monkeypatch):
+    ratios = iter([(2.0, 1.0), (3.0, 3.0), (1.2, 1.0), (1.0, 1.0)])  # ours, nn.Conv
+
+    def compare(candidates, **_):
+        ours, stock = next(ratios)
+        return convolutions.Comparison(
+            {"ours": [ours], "nn.Conv": [stock]}, dict.fromkeys(candidates, 1)
+        )
+
+    monkeypatch.setattr(convolutions, "compare", compare)
+    _, _, _, found = run("conv", "--stage=lenet-c3", "--no-torch")
+    forward, gradient = found["rows"]
+    assert len(forward["runs"]) == 3
+    assert forward["ratios"]["nn.Conv"]["median"] == 1.2  # of 2, 1 and 1.2: slower in two of three
+    assert len(gradient["runs"]) == 1
+
+
+def test_cond(run):
+    code, _, _, found = run("cond", "--batch=2", "--size=4", "--channels=3", "--branches=2")
+    assert code == 0
+    (row,) = found["rows"]
+    assert len(row["skipped"]["rounds"]) == len(row["masked"]["rounds"]) == 2
+
+
+def test_skipped_and_masked_branches_compute_the_same():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    gates = np.float32([1, 0, 1])
+    masked = convolutions.Branches(3, skip=False)
+    variables = masked.init(jax.random.key(1), x, gates)
+    skipped = convolutions.Branches(3, skip=True)
+    difference = skipped.apply(variables, x, gates) - masked.apply(variables, x, gates)
+    assert abs(difference).max() < 1e-5
+    assert abs(masked.apply(variables, x, gates) - x).max() > 1e-2
+
+
+def test_compile(run):
+    code, _, _, found = run("compile", "--model=cifar_resnet20", "--batch=4", "--size=8")
+    assert code == 0
+    assert [row["scan"] for row in found["rows"]] == [False, True]
+    for row in found["rows"]:
+        assert row["seconds"] == row["trace_seconds"] + row["compile_seconds"] > 0
+
+
+def test_pipeline(run):
+    flags = ["--mock=20", "--batches=2", "--batch=4", "--jpegs=20", "--size=16"]
+    code, _, _, found = run("pipeline", *flags)
+    assert code == 0
+    mock, folder = found["rows"]
+    assert mock["in_memory"]
+    assert not folder["in_memory"]
+    assert folder["image_shape"] == [16, 16, 3]
+    for row in (mock, folder):
+        assert row["images_per_second"] == pytest.approx(2 * 4 / row["median"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stpe"], "step"),
+        (["step", "--model=lenet6"], "did you mean 'lenet5'"),
+        (["step", "--model=lenet5", "--batch=6"], "4 or 8"),  # four devices
+        (["step", "--model=lenet5", "--batch=0"], "--batch"),
+        (["step", "--model=lenet5", "--dtype=float8"], "float32 or bfloat16"),
+        (["step", "--model=lenet5", "--scan"], "'scan'"),
+        (["step", "--batch=x"], "a whole number from 1 on, got 'x'"),
+        (["step", "--modle=lenet5"], "--modle"),
+        (["step", "--device=tpu"], "it has cpu"),
+        (["conv", "--stage=resnxt"], "there are resnext, depthwise"),
+        (["vs-torch", "--block=mobilenet_v3"], "mobilenet_v2" if has_torch else "[bench]"),
+        (["pipeline", "--source=disk"], "--source"),
+        (["pipeline", "--config=configs/digit_lenet5.py"], "configs/digits_lenet5.py"),
+        (["pipeline", "--config=configs/digits_lenet5.py:smok"], "smoke"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments, said):
+    code, _, err, found = run(*arguments, quick=False)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert found is None
+
+
+def test_an_out_that_cannot_be_written_is_said_at_once(capsys):
+    assert benchmark.main(["step", "--out=/proc/nowhere/x.json"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert benchmark.main(["step", "--out=x.txt"]) == 2
+    assert ".json" in capsys.readouterr().err
+
+
+def test_without_pytorch_one_line_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(torch_side, "find_torch", lambda: None)
+    code, _, err, found = run("vs-torch", "--model=resnet18")
+    assert (code, err.count("\n"), found) == (2, 1, None)
+    assert "[bench]" in err
+
+
+def test_an_interruption_keeps_what_was_measured(run, monkeypatch):
+    original = convolutions.jax_conv
+
+    def interrupted(kind, shape, dtype, passes):
+        if passes == "gradient":
+            raise KeyboardInterrupt
+        return original(kind, shape, dtype, passes)
+
+    monkeypatch.setattr(convolutions, "jax_conv", interrupted)
+    code, _, err, found = run("conv", "--stage=lenet-c3", "--no-torch")
+    assert (code, err) == (130, "error: interrupted\n")
+    assert found["interrupted"]
+    assert [row["pass"] for row in found["rows"]] == ["forward"]
+
+
+def test_the_optimizer_has_the_fields_of_a_config():
+    get_config = pytest.importorskip("configs.common", exc_type=ImportError).get_config
+    assert vars(training.SGD).keys() == get_config().optimizer.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "gmacs"),
+    # https://docs.pytorch.org/vision/stable/models.html
+    [("resnext50_32x4d", 25_028_904, 4.23), ("mobilenet_v2", 3_504_872, 0.30)],
+)
+def test_the_blocks_are_torchvisions_networks(name, params, gmacs):
+    found = cost(blocks.BLOCKS[name](input_size=(224, 224, 3)))
+    assert found.params == params
+    assert round(found.macs / 1e9, 2) == gmacs
+
+
+def test_it_starts_where_only_jax_and_flax_are():
+    """A machine with a GPU may have neither Grain nor TFDS nor ml_collections."""
+    absent = ("grain", "tensorflow_datasets", "ml_collections", "tensorboardX", "sklearn", "torch")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "from experiments.benchmark import main\n"
+        "sys.exit(main(['cond', '--batch=1', '--size=2', '--channels=1', '--branches=1', "
+        "'--rounds=1', '--at-least=0', '--compilation-cache=off', '--out=none']))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "written" not in done.stdout
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(not has_torch, reason="torchvision is not installed")
+def test_against_pytorch(run):
+    code, _, err, found = run("vs-torch", "--model=resnet18", "--batch=2", "--size=32")
+    assert code == 0, err
+    (row,) = found["rows"]
+    assert row["params"] == 11_689_512
+    assert len(row["ours"]["rounds"]) == len(row["torch"]["rounds"]) == 2
+    code, _, err, found = run("conv", "--stage=lenet-c3,groups2-alexnet")
+    assert code == 0, err
+    assert all("torch" in row["seconds"] for row in found["rows"])
