@@ -113,6 +113,12 @@ def weight(value: Any) -> str | None:
     return None if fine else "a number"
 
 
+def compute_dtype(value: Any) -> str | None:
+    if value == "float16":  # its gradients vanish below 6e-8
+        return "bfloat16 or float32 (training in float16 needs a scaled loss, and ours is not)"
+    return one_of("float32", "bfloat16")(value)
+
+
 def source_path(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else "a path or None"
 
@@ -121,7 +127,9 @@ FIELDS: dict[str, Check] = {
     "seed": integer(),
     "model.name": word,
     "model.num_classes": integer(),
-    "model.dtype": one_of("float32", "bfloat16", "float16"),
+    "model.dtype": compute_dtype,
+    "model.scan": flag,
+    "model.remat": flag,
     "data.name": word,
     "data.dir": text,
     "data.source": one_of("auto", "tfds", "archive", "folder"),

@@ -18,6 +18,7 @@ from flax_cnns.models import cifar_resnet, lenet, resnet
 
 FAMILIES = (lenet, cifar_resnet, resnet)
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_LEAVES = 1000  # that are initialised by one program: more of them compile for minutes
 
 
 class ModelInfo(NamedTuple):
@@ -129,13 +130,18 @@ def init_variables(
     """
     shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
 
-    def init(key: jax.Array) -> dict[str, Any]:
-        variables = model.init(key, jnp.zeros(shape), train=False)
+    def kept(variables: dict[str, Any]) -> dict[str, Any]:
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return kept(model.init(key, jnp.zeros(shape), train=False))
 
     if isinstance(key, jax.core.Tracer):  # inside the caller's own jit or eval_shape
         return init(key)
+    traced = jax.jit(init).trace(key)
+    if len(jax.tree.leaves(traced.out_info)) > MOST_LEAVES:  # one program for each shape
+        return kept(model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32), train=False))
     # Compiling the random numbers of all kernels is what takes time on a CPU: ten times less at
     # this level, for a function that runs once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init).lower(key).compile(compiler_options=options)(key)
+    return traced.lower().compile(compiler_options=options)(key)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flax_cnns import pytree
@@ -133,3 +136,74 @@ def test_a_closing_catch_all_may_have_nothing_left(catch_all):
 def test_nearest():
     assert pytree.nearest(r"(params/)?stage1/blok1/kernel", PATHS) == "stage1/block1/kernel"
     assert pytree.nearest("x", []) is None
+
+
+def block(i, width=2):
+    return {"conv1": {"kernel": np.full((3, width), i, np.float32)}, "scale": np.float32(i)}
+
+
+STAGES = {
+    "stage1": {f"block{i}": block(i) for i in range(1, 13)},
+    "stage2": {f"block{i}": block(i) for i in range(1, 3)},  # only one repeat
+    "stage3": {f"block{i}": block(i, width=i) for i in range(1, 4)},  # repeats not alike
+    "stage4": {f"block{i}": block(i) for i in range(2, 5)},  # block1 is frozen, say
+    "head": {"kernel": np.zeros((2, 5))},
+}
+
+
+def test_stacks_say_what_they_hold():
+    stacked = pytree.flatten(pytree.stack_blocks(STAGES))
+    assert {path.rpartition("/conv1")[0] for path in stacked if "conv1" in path} == {
+        *("stage1/block1", "stage1/block2-12"),
+        *("stage2/block1", "stage2/block2"),
+        *("stage3/block1", "stage3/block2", "stage3/block3"),
+        "stage4/block2-4",
+    }
+    kernel = stacked["stage1/block2-12/conv1/kernel"]
+    assert isinstance(kernel, np.ndarray)
+    assert kernel.shape == (11, 3, 2)
+    np.testing.assert_array_equal(kernel[:, 0, 0], np.arange(2, 13))  # by number, not by text
+    named = [name for path in stacked for name in pytree.members(path)]
+    assert sorted(named) == sorted(pytree.flatten(STAGES))
+    same(pytree.stack_blocks(pytree.stack_blocks(STAGES)), pytree.stack_blocks(STAGES))
+
+
+class State(NamedTuple):
+    params: dict
+    opt_state: tuple
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, lambda x: jnp.asarray(x, jnp.bfloat16)])
+def test_stacking_and_back_is_lossless_in_any_tree(kind):
+    params = jax.tree.map(kind, STAGES)
+    tree = State(params, optax.adam(0.1).init(params))
+    stacked = pytree.stack_blocks(tree)
+    assert "block2-12" in stacked.opt_state[0].mu["stage1"]
+    same(pytree.unstack_blocks(stacked), tree)
+    jax.tree.map(lambda a, b: a.dtype == b.dtype or 1 / 0, pytree.unstack_blocks(stacked), tree)
+    same(pytree.unstack_blocks(tree), tree)
+
+
+def test_stacking_shapes_keeps_dtypes_and_shardings():
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), STAGES
+    )
+    stacked = pytree.stack_blocks(shapes)
+    assert stacked["stage1"]["block2-12"]["scale"] == jax.ShapeDtypeStruct(
+        (11,), np.float32, sharding=sharding
+    )
+    assert pytree.unstack_blocks(stacked) == shapes
+
+
+def test_rules_see_the_blocks_of_a_stack():
+    stacked = pytree.stack_blocks(STAGES)
+    rules = [(r"params/stage1/block(3|11)/.*", 1), (r".*/stage4/.*", 2), (r".*", 0)]
+    values = pytree.mask(rules, stacked, what="test", prefix="params/")
+    kernel = values["stage1"]["block2-12"]["conv1"]["kernel"]
+    assert kernel.shape == (11, 1, 1)
+    assert kernel.ravel().tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert values["stage1"]["block2-12"]["scale"].shape == (11,)
+    assert values["stage4"]["block2-4"] == {"conv1": {"kernel": 2}, "scale": 2}
+    with pytest.raises(UserError, match=r"'stage1/block2-12/\.\*' decides nothing"):
+        pytree.mask([(r"stage1/block2-12/.*", 1), (".*", 0)], stacked, what="test")

@@ -104,14 +104,15 @@ def test_a_name_in_two_families_is_refused():
         registry.merge([one, two])
 
 
+_SMALL = dict(depths=(1, 1, 1), widths=(4, 4, 8), input_size=(8, 8, 3))
+
+
 @pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("lenet5", {}),
-        ("cifar_resnet20", dict(depths=(1, 1, 1), widths=(4, 4, 8), input_size=(8, 8, 3))),
-    ],
+    ("name", "fields", "most"),
+    [("lenet5", {}, 1000), ("cifar_resnet20", _SMALL, 1000), ("cifar_resnet20", _SMALL, 0)],
 )
-def test_init_variables_gives_the_values_of_init(name, fields):
+def test_init_variables_gives_the_values_of_init(name, fields, most, monkeypatch):
+    monkeypatch.setattr(registry, "MOST_LEAVES", most)
     model = create_model(name, **fields)
     expected = model.init(jax.random.key(3), jnp.zeros((1, *model.input_size)))
     ours = init_variables(model, jax.random.key(3))

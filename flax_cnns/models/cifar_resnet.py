@@ -109,4 +109,5 @@ VARIANTS = {  # 6n + 2 layers, n blocks a stage
     "cifar_resnet44": partial(CifarResNet, depths=(7, 7, 7)),
     "cifar_resnet56": partial(CifarResNet, depths=(9, 9, 9)),
     "cifar_resnet110": partial(CifarResNet, depths=(18, 18, 18)),
+    "cifar_resnet1202": partial(CifarResNet, depths=(200, 200, 200)),
 }

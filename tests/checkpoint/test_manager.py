@@ -25,7 +25,7 @@ from flax_cnns.checkpoint.manager import (
     resolve,
 )
 from flax_cnns.errors import UserError
-from flax_cnns.pytree import flatten
+from flax_cnns.pytree import flatten, stack_blocks
 
 
 class State(struct.PyTreeNode):
@@ -77,6 +77,33 @@ def assert_same(one: Any, other: Any) -> None:
 
 def accuracy(value: float) -> dict[str, float]:
     return {"validation/accuracy": value, "validation/loss": 1.0}
+
+
+def test_stacks_are_written_and_read_block_by_block(tmp_path):
+    """A run that scans goes on without, and the other way round, to the bit."""
+    state = make_state()
+    for i in range(1, 5):
+        state.params[f"block{i}"] = {"kernel": jnp.arange(6.0).reshape(2, 3) + i}
+    state = state.replace(opt_state=optax.sgd(0.1, 0.9).init(state.params))
+    stacked = stack_blocks(state)
+    assert "block2-4" in stacked.params
+    with Checkpoints(tmp_path / "named") as one, Checkpoints(tmp_path / "stacked") as other:
+        one.save(1, state, host={})
+        other.save(1, stacked, host={})
+        one.wait(), other.wait()
+        assert read_metadata(one.directory) == read_metadata(other.directory)
+        manifests = [c.directory / "1/manifest/metadata" for c in (one, other)]
+        assert manifests[0].read_text() == manifests[1].read_text()
+        for target in (state, stacked):
+            for checkpoints in (one, other):
+                assert_same(checkpoints.restore(target)[0], target)
+        target = jax.tree.map(partial(shape_on, mesh_of(4)), stacked)
+        kernel = other.restore(target)[0].params["block2-4"]["kernel"]
+        assert kernel.sharding == mesh_of(4)
+        shorter = stacked.params | {"block2-3": stacked.params["block2-4"]}
+        del shorter["block2-4"]
+        with pytest.raises(UserError, match=r"params/block4/kernel is only there"):
+            other.restore(stacked.replace(params=shorter))
 
 
 def data_file(step_directory):

@@ -22,7 +22,8 @@ def variables():
 
 
 @pytest.mark.parametrize(
-    ("layers", "published"), [(20, 0.27e6), (32, 0.46e6), (44, 0.66e6), (56, 0.85e6), (110, 1.7e6)]
+    ("layers", "published"),
+    [(20, 0.27e6), (32, 0.46e6), (44, 0.66e6), (56, 0.85e6), (110, 1.7e6), (1202, 19.4e6)],
 )
 def test_count_by_hand(layers, published):
     """Section 4.2: a 3x3 on 16 channels, 6n 3x3 on 16, 32, 64, a norm behind each, the head."""
@@ -44,6 +45,7 @@ def test_exact_counts():
         "cifar_resnet44": 658_586,
         "cifar_resnet56": 853_018,
         "cifar_resnet110": 1_727_962,
+        "cifar_resnet1202": 19_421_274,
     }
 
 

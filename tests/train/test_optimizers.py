@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.common import get_config
+from flax_cnns import pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import optimizers, schedules
 
@@ -16,19 +19,18 @@ PARAMS = {
 GRADS = jax.tree.map(lambda w: 0.1 * w + 0.3, PARAMS)
 
 
-def make(rate=0.1, **fields):
+def make(rate=0.1, params=PARAMS, **fields):
     config = get_config().optimizer
     config.momentum = 0.9
     config.update(fields)
-    return optimizers.make(config, PARAMS, schedules.constant(rate))
+    return optimizers.make(config, params, schedules.constant(rate))
 
 
-def run(optimizer, steps=3):
-    from flax_cnns import pytree
-
-    params, frozen = pytree.partition(PARAMS, optimizer.trainable)
-    grads, _ = pytree.partition(GRADS, optimizer.trainable)
-    state = optimizer.init(PARAMS)
+def run(optimizer, steps=3, params=PARAMS, grads=GRADS):
+    whole = params
+    params, frozen = pytree.partition(params, optimizer.trainable)
+    grads, _ = pytree.partition(grads, optimizer.trainable)
+    state = optimizer.init(whole)
     for step in range(steps):
         updates, state = optimizer.tx.update(grads, state, params, step=jnp.int32(step))
         params = jax.tree.map(jnp.add, params, updates)
@@ -161,3 +163,41 @@ def test_a_nan_error_is_not_better():
 def test_misuse(fields, said):
     with pytest.raises(UserError, match=said):
         make(**fields)
+
+
+BLOCKS = {
+    "stage1": {f"block{i}": {"kernel": jnp.array([0.5, -float(i)])} for i in range(1, 5)},
+    "head": {"kernel": jnp.array([3.0])},
+}
+BLOCK_GRADS = jax.tree.map(lambda w: jnp.cos(3 * w), BLOCKS)
+
+
+@pytest.mark.parametrize("name", optimizers.NAMES)
+def test_a_stack_moves_as_its_blocks_would(name):
+    """Rules by the blocks' own names; LAMB by each block's own norm."""
+    fields = dict(
+        name=name,
+        weight_decay=((r"params/stage1/block[23]/kernel", 0.3), (r".*", 0.01)),
+        lr_mult=((r"params/stage1/block4/.*", 0.0), (r".*/block1/.*", 3.0), (r".*", 1.0)),
+        trainable=((r"params/head/.*", False), (r".*", True)),
+        clip_norm=1.0,
+    )
+    expected = run(make(params=BLOCKS, **fields), params=BLOCKS, grads=BLOCK_GRADS)
+    stacked, grads = pytree.stack_blocks(BLOCKS), pytree.stack_blocks(BLOCK_GRADS)
+    found = run(make(params=stacked, **fields), params=stacked, grads=grads)
+    assert found[0]["stage1"]["block2-4"]["kernel"].shape == (3, 2)
+    found = pytree.unstack_blocks(found)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    close = partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, found, expected)
+    assert np.array_equal(
+        found[0]["stage1"]["block4"]["kernel"], BLOCKS["stage1"]["block4"]["kernel"]
+    )
+
+
+def test_a_stack_is_frozen_whole_or_not_at_all():
+    stacked = pytree.stack_blocks(BLOCKS)
+    optimizer = make(params=stacked, trainable=((r".*/stage1/.*", False), (r".*", True)))
+    assert optimizer.trainable["stage1"]["block2-4"]["kernel"] is False
+    with pytest.raises(UserError, match=r"'stage1/block2-4/kernel'.*model\.scan=False"):
+        make(params=stacked, trainable=((r".*/block[12]/.*", False), (r".*", True)))
