@@ -1,7 +1,7 @@
 """Checkpoints through Orbax's `CheckpointManager`; the only module that knows Orbax.
 
-On disk: `<run>/checkpoints/<step>/` with the items `state` (the arrays), `host` (JSON: data
-position, counters), `manifest` (JSON: shape, dtype and CRC32 of every leaf) and `metrics` (JSON).
+On disk: `<run>/checkpoints/<step>/` with the items `state` (the arrays), `host` (JSON:
+counters), `manifest` (JSON: shape, dtype and CRC32 of every leaf) and `metrics` (JSON).
 Stacks of blocks (`pytree.stack_blocks`) are written block by block, under their names, and read
 back from there: a checkpoint does not show whether its run had `model.scan`.
 What Orbax does not do and this does: notice flipped bits, pass over a damaged step, keep NaN from
@@ -66,6 +66,9 @@ def _drop_late_callbacks() -> None:
 
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+
+BEST_BY = "validation/accuracy"
 
 
 class DamagedError(UserError):
@@ -315,10 +318,10 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of one run, in `directory` (`<run>/checkpoints`), saved in the background.
 
-    Keeps the newest `keep_latest` steps and the `keep_best` best by `metric`, where "max" or "min"
-    (`mode`) is good. Every process of a run makes one and calls the same methods with the same
-    arguments; the caller holds the run's lock. A context manager: leaving it waits for the last
-    save, and raises what that raised. `report` gets one line for each damaged checkpoint.
+    Keeps the newest `keep_latest` steps and the `keep_best` best by validation accuracy. Every
+    process of a run makes one and calls the same methods with the same arguments; the caller holds
+    the run's lock. A context manager: leaving it waits for the last save, and raises what that
+    raised. `report` gets one line for each damaged checkpoint.
     """
 
     def __init__(
@@ -327,17 +330,14 @@ class Checkpoints:
         *,
         keep_latest: int = 2,
         keep_best: int = 1,
-        metric: str = "validation/accuracy",
-        mode: str = "max",
         report: Callable[[str], None] | None = None,
     ):
-        if keep_latest < 1 or keep_best < 0 or mode not in ("max", "min"):
+        if keep_latest < 1 or keep_best < 0:
             raise UserError(
-                "checkpoints: keep_latest is at least 1, keep_best at least 0, mode max or min;"
-                f" got {keep_latest}, {keep_best}, {mode!r}"
+                "checkpoints: keep_latest is at least 1 and keep_best at least 0;"
+                f" got {keep_latest} and {keep_best}"
             )
         self.directory = Path(os.path.abspath(directory))
-        self.metric, self._sign = metric, 1 if mode == "max" else -1
         self._report = report or (lambda line: print(line, file=sys.stderr))
         _drop_late_callbacks()
         self._manager: _Manager | None = None
@@ -381,7 +381,7 @@ class Checkpoints:
         """Copies the state to the host and returns; the files are written in the background.
 
         `state`: any pytree of replicated global arrays (or NumPy). `host`: JSON-able. `metrics`:
-        without a finite number under the constructor's `metric` the step is never the best. Saving
+        without a finite number under `BEST_BY` the step is never the best. Saving
         the newest step again replaces it, and kill -9 at any moment leaves one of the two. Raises
         `UserError` where the disk is full or not writable, now or about the save before.
         """
@@ -401,8 +401,8 @@ class Checkpoints:
             self.wait()
             self._set_aside(step)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        value = metrics.get(self.metric, math.nan)
-        scored = {**metrics, "score": self._sign * value} if math.isfinite(value) else None
+        value = metrics.get(BEST_BY, math.nan)
+        scored = {**metrics, "score": value} if math.isfinite(value) else None
         with _writing(self.directory):
             self._manager.save(
                 step,
@@ -438,18 +438,18 @@ class Checkpoints:
                 f" it has {', '.join(map(str, known)) or 'none'}"
             )
         for candidate in [step] if step is not None else known[::-1]:
-            path = self.directory / str(candidate)
-            problem = ""
+            path, problem = self.directory / str(candidate), None
             try:
                 if not (path / "state" / "_METADATA").is_file():
                     raise DamagedError(f"{path} is damaged: its arrays are missing")
                 state = read_tree(path / "state", target, exact=True)
                 host = _read_host(path)
-            except DamagedError as error:
-                if step is not None:
-                    raise
-                problem = str(error)
-            if not self._skip_damaged(candidate, problem):
+            except UserError as error:
+                problem = error
+            mendable = problem is None or (step is None and isinstance(problem, DamagedError))
+            if _anywhere(not mendable):
+                raise problem or UserError(f"another process cannot read {path}")
+            if not self._skip_damaged(candidate, str(problem or "")):
                 return state, host, candidate
         if known:
             self._report(f"no intact checkpoint is left in {self.directory}: starting at step 0")
@@ -519,11 +519,9 @@ class Checkpoints:
 
     def _skip_damaged(self, step: int, problem: str) -> bool:
         """Whether some process has a problem with the step, which is then moved aside."""
-        several = jax.process_count() > 1
-        if several and multihost_utils.process_allgather(np.array(bool(problem))).any():
-            problem = problem or "another process cannot read it"
-        if not problem:
+        if not _anywhere(bool(problem)):
             return False
+        problem = problem or "another process cannot read it"
         if jax.process_index() == 0:
             aside = self.directory.parent / f"{self.directory.name}.damaged"
             with _writing(aside):
@@ -533,11 +531,18 @@ class Checkpoints:
                     name, n = f"{step}.{n + 1}", n + 1
                 (self.directory / str(step)).rename(aside / name)
             self._report(f"skipping checkpoint {step}, moved to {aside / name}: {problem}")
-        if several:
+        if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"moved checkpoint {step} aside")
         if self._manager is not None:
             self._manager.reload()
         return True
+
+
+def _anywhere(holds: bool) -> bool:
+    """Whether it holds on some process: what one raises alone, the others wait for."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.array(holds)).any())
 
 
 _CANNOT_WRITE = (

@@ -124,9 +124,7 @@ def saved(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "saved"
     with Checkpoints(run / "checkpoints") as checkpoints:
         for step, value in ((1, 0.9), (2, 0.5), (3, 0.7)):
-            checkpoints.save(
-                step, make_state(step), host={"position": {"step": step}}, metrics=accuracy(value)
-            )
+            checkpoints.save(step, make_state(step), host={"best": step}, metrics=accuracy(value))
     return run
 
 
@@ -141,7 +139,7 @@ def test_bit_exact_between_device_counts(tmp_path):
         assert checkpoints.restore(state) is None
         assert checkpoints.steps() == []
         assert checkpoints.latest_step() is checkpoints.best_step() is None
-        host = {"position": {"step": 7}, "best": 0.25}
+        host = {"window": {"loss": 7.0}, "best": 0.25}
         checkpoints.save(7, state, host=host, metrics=None)
         for step, devices in ((7, 4), (8, 1)):
             target = jax.tree.map(partial(shape_on, mesh_of(devices)), state)
@@ -191,15 +189,6 @@ def test_the_latest_and_the_best_are_kept_and_nan_is_never_the_best(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps() == [3, 8]
         assert checkpoints.best_step() == 8
-
-
-def test_lower_may_be_better(tmp_path):
-    with Checkpoints(tmp_path, keep_latest=1, metric="validation/loss", mode="min") as checkpoints:
-        for step, loss in ((1, 0.5), (2, 0.1), (3, 0.3)):
-            checkpoints.save(step, {"w": np.ones(2)}, host={}, metrics={"validation/loss": loss})
-        checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3], 2)
-    assert manager.best_step(tmp_path) == 2  # which a stranger sees without knowing the metric
 
 
 def test_without_validation_the_best_is_the_latest(tmp_path):
@@ -282,7 +271,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_taken(run, damage):
     with Checkpoints(run / "checkpoints", report=lines.append) as checkpoints:
         state, host, step = checkpoints.restore(make_state())
         assert step == 2
-        assert host == {"position": {"step": 2}}
+        assert host == {"best": 2}
         assert_same(state, make_state(2))
         assert len(lines) == 1
         assert "\n" not in lines[0]
@@ -489,5 +478,5 @@ def test_leaving_waits_and_does_not_hide_what_was_raised(tmp_path):
 def test_settings_are_checked(tmp_path):
     with pytest.raises(UserError, match="keep_latest is at least 1"):
         Checkpoints(tmp_path, keep_latest=0)
-    with pytest.raises(UserError, match="mode max or min"):
-        Checkpoints(tmp_path, mode="highest")
+    with pytest.raises(UserError, match="got 2 and -1"):
+        Checkpoints(tmp_path, keep_best=-1)

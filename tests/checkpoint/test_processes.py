@@ -41,6 +41,10 @@ with Checkpoints(sys.argv[1]) as checkpoints:
             raise manager.DamagedError("bad eye")
         return read(path, paths)
     manager.read_leaves = read_with_one_bad_eye
+    try:
+        checkpoints.restore(state(0), 3)
+    except manager.UserError as error:
+        print("raised", error, file=sys.stderr)
     restored, host, step = checkpoints.restore(state(0))
     assert (step, host, value(restored)) == (2, {"step": 2}, 2)
     assert restored["params"]["w"].sharding == NamedSharding(mesh, P())
@@ -61,6 +65,8 @@ def test_save_restore_and_damage_between_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "[0] done 2\n" in done.stderr
     assert "[1] done 2\n" in done.stderr
+    assert "[1] raised bad eye\n" in done.stderr
+    assert f"[0] raised another process cannot read {tmp_path}/checkpoints/3\n" in done.stderr
     moved = f"[0] skipping checkpoint 3, moved to {tmp_path}/checkpoints.damaged/3: another process"
     assert moved in done.stderr
     # And this process alone goes on from there.
