@@ -9,10 +9,11 @@ the products inside attention do not.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,12 +30,15 @@ class LayerCost(NamedTuple):
     path: str  # stage1/block1/conv1; "" is the network itself
     kind: str  # the module's class
     output_shape: Shape | None  # of one call; None: not run, or several outputs
-    params: int  # its own, of all the repeats that `nn.scan` stacks
+    params: int  # its own; of all repeats where `nn.scan` stacks them under one name
     macs: int  # of all its calls
 
 
 class Cost(NamedTuple):
-    """A row for each module that has parameters of its own, in the order in which they run."""
+    """A row for each module that has parameters of its own, in the order in which they run.
+
+    The blocks that a network with `scan=True` stacks have a row each, as without it.
+    """
 
     layers: tuple[LayerCost, ...]
     params: int
@@ -85,24 +89,40 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
     macs: dict[str, int] = defaultdict(int)
     for call_number, times in _runs(program.jaxpr, boundary.sizes):
         path, each = boundary.macs[call_number]
-        macs[path] += times * each
+        for name in (names := pytree.members(path)):
+            macs[name] += times * each // len(names)
     params: dict[str, int] = defaultdict(int)
     for path, leaf in pytree.flatten(nn.meta.unbox(variables.get("params", {}))).items():
-        params[path.rpartition("/")[0]] += math.prod(leaf.shape)
+        for name in (names := pytree.members(path)):
+            params[name.rpartition("/")[0]] += math.prod(leaf.shape) // len(names)
     # A module may share its scope with another, or hold plain parameters: then the path's outermost
     # module gives the row its kind, or its own counted layer does.
-    ran = [path for path in boundary.outputs if path in params or path in macs]
+    ran = {name: path for name, path in _named(boundary.outputs) if name in params or name in macs}
     rows = tuple(
         LayerCost(
-            path,
-            boundary.kinds.get(path) or kinds.get(path, ""),
-            boundary.outputs.get(path),
-            params[path],
-            macs[path],
+            name,
+            boundary.kinds.get(ran.get(name)) or kinds.get(name, ""),
+            boundary.outputs.get(ran.get(name)),
+            params[name],
+            macs[name],
         )
-        for path in [*ran, *(path for path in list(params) if path not in boundary.outputs)]
+        for name in [*ran, *(name for name in list(params) if name not in ran)]
     )
     return Cost(rows, sum(row.params for row in rows), sum(row.macs for row in rows))
+
+
+def _named(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name, path) of each; a stack's `block2-4/conv` becomes block2/conv ..., block by block."""
+
+    def stack(path: str) -> str:
+        parts = path.split("/")
+        inside = (i for i, part in enumerate(parts, 1) if len(pytree.members(part)) > 1)
+        return "/".join(parts[: next(inside, None)])
+
+    for _, group in itertools.groupby(paths, stack):
+        together = list(group)
+        for names in zip(*map(pytree.members, together)):
+            yield from zip(names, together)
 
 
 # ---- MACs of one call, by the shapes of kernel, input and output

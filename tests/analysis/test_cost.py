@@ -157,6 +157,12 @@ def test_a_layer_counts_as_often_as_it_runs(how, runs, copies):
     assert found.layers[0].output_shape == (1, 8, 8, 4)
 
 
+def test_a_stacked_network_has_the_rows_of_the_unrolled_one():
+    stacked, unrolled = (cost(create_model("cifar_resnet20", scan=scan)) for scan in (True, False))
+    assert str(stacked) == str(unrolled)
+    assert stacked == unrolled
+
+
 def test_share_scope_counts_each_parameter_once():
     class Lora(nn.Module):
         def setup(self):
