@@ -47,6 +47,7 @@ def changed(path, value):
         ("train.accumulate", 3, "a batch of 64 does not divide into 3 pieces"),
         ("schedule.name", "steps", "'steps' needs some"),
         ("model.dtype", "float31", "did you mean 'float32'"),
+        ("model.dtype", "float16", r"expected bfloat16 or float32 \(.*\), got 'float16'"),
     ],
 )
 def test_a_wrong_field_says_what_was_expected(path, value, said):
