@@ -84,11 +84,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
-        text = (command.run.__doc__ or "").split("\n\n")[0]
         sub = commands.add_parser(
             name,
             help=command.title,
-            description=text,
+            description=command.run.__doc__,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
@@ -131,8 +130,10 @@ def main(argv: list[str]) -> int:
             report.close(interrupted=True)
             print("error: interrupted", file=sys.stderr)
             return 130
-        except BaseException:
+        except Exception as error:
             report.close(interrupted=True)
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise UserError("the device is out of memory; take a smaller --batch") from error
             raise
         report.close()
     except UserError as error:

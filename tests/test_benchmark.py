@@ -210,6 +210,16 @@ def test_an_interruption_keeps_what_was_measured(run, monkeypatch):
     assert [row["pass"] for row in found["rows"]] == ["forward"]
 
 
+def test_out_of_memory_is_one_line(run, monkeypatch):
+    def compile(self):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(training.Trainee, "compile", compile)
+    code, _, err, found = run("step", "--model=lenet5", "--batch=4")
+    assert (code, found) == (2, None)
+    assert err == "error: the device is out of memory; take a smaller --batch\n"
+
+
 def test_the_optimizer_has_the_fields_of_a_config():
     get_config = pytest.importorskip("configs.common", exc_type=ImportError).get_config
     assert vars(training.SGD).keys() == get_config().optimizer.to_dict().keys()

@@ -114,7 +114,12 @@ def _data_config(args: argparse.Namespace) -> Any:
         raise UserError(f"--config: there is no file {file!r}{did_you_mean(file, known)}")
     spec = importlib.util.spec_from_file_location("benchmark_config", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--config: {file} needs {error.name}, which is not installed: pip install -e ."
+        ) from None
     try:
         data = module.get_config(*([mode] if mode else [])).data
     except ValueError as error:  # a mode that the file does not have

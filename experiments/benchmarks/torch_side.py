@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from experiments.benchmarks.report import Bars, Report, milliseconds
 from flax_cnns import pytree
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.registry import init_variables
 
 if TYPE_CHECKING:
     from experiments.benchmarks.convolutions import Shape
@@ -166,16 +168,17 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     models = _models(args)
     for name, model in models.items():
-        report.say(f"{name}: compiling")
-        trainee = training.Trainee(model, args.batch, devices=jax.devices()[:1])
         theirs = network(name, model.num_classes)
-        ours_count = pytree.count(trainee.state.params)
+        shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+        ours_count = pytree.count(shapes["params"])
         their_count = sum(parameter.numel() for parameter in theirs.parameters())
         if ours_count != their_count:
             raise UserError(
                 f"{name} has {ours_count:,} parameters here and {their_count:,} in PyTorch: they "
                 "are not the same network"
             )
+        report.say(f"{name}: compiling")
+        trainee = training.Trainee(model, args.batch, devices=jax.devices()[:1])
         batch = training.examples(args.batch, model.input_size, model.num_classes)
         candidates = {
             "ours": trainee.training(),
