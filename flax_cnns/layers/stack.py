@@ -23,13 +23,17 @@ class Stage(nn.Module):
     used as `nn.Dropout(rate)(x, rng=key)`; `make_rng` inside a block raises under `scan`, since its
     numbers would depend on the block's name.
 
-    `scan`: block2 to the last, which must be alike, run under `nn.scan`: compilation does not grow
-    with depth, the results are the same. Variables may be stacked (`pytree.stack_blocks`), as in a
-    run, or named; those are stacked in passing, which costs a copy and a little compilation for
-    each. Initialisation, and features by name (a mutable "intermediates"), are always unrolled;
-    for features the variables must be named, or `UserError` says so.
+    `scan`: block2 to the last, which must be alike, run under `nn.scan`: what is compiled does not
+    grow with depth, the results are the same. Variables may be stacked (`pytree.stack_blocks`), as
+    in a run, or named; those are stacked in passing, at a price for each leaf: the gradient of
+    ResNet-1202 compiles in 6 s stacked and in 31 s named (2 CPU cores). Initialisation, and
+    features by name (a mutable "intermediates"), are always unrolled; for features the variables
+    must be named, or `UserError` says so.
 
-    `remat`: the backward pass computes the inside of a block again in place of keeping it.
+    `remat`: the backward pass computes the inside of a block again in place of keeping it. On a CPU
+    only together with `scan` does the compiler let it save memory, ResNet-110 on 32 images 0.14
+    in place of 0.47 GB:
+    python -m experiments.benchmark step --model=cifar_resnet110 --scan --remat
     """
 
     block: ModuleDef  # without conv, stride and name
