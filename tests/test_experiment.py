@@ -333,10 +333,10 @@ def scanning(config):
     """A residual network with one stage of repeats, and rules that part the stack."""
     config.model.update(dict(name="cifar_resnet20", scan=True))
     with config.unlocked():
-        config.model.update(dict(depths=(1, 3), widths=(4, 6)))
+        config.model.update(dict(depths=(3,), widths=(4,)))
     config.data.image_size = 8
     config.optimizer.name = "sgd"
-    config.optimizer.weight_decay = ((r"params/stage2/block2/.*", 0.1), (r".*", 1e-3))
+    config.optimizer.weight_decay = ((r"params/stage1/block2/.*", 0.1), (r".*", 1e-3))
     return config
 
 
@@ -365,13 +365,13 @@ def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypat
     config.model.scan, config.graft.source = True, f"{plain}@12"
     run(config, tmp_path / "grafted")
     report = json.loads((tmp_path / "grafted/graft.json").read_text())
-    assert "params/stage2/block3/conv1/kernel" in report["grafted"]
+    assert "params/stage1/block3/conv1/kernel" in report["grafted"]
     assert not report["fresh"]
 
 
 def test_a_scan_that_cannot_be(scanning, tmp_path):
-    scanning.optimizer.trainable = ((r"params/stage2/block2/.*", False), (r".*", True))
-    fails(scanning, tmp_path / "run", r"stack 'stage2/block2-3/conv1/kernel'.*model\.scan=False")
+    scanning.optimizer.trainable = ((r"params/stage1/block2/.*", False), (r".*", True))
+    fails(scanning, tmp_path / "run", r"stack 'stage1/block2-3/conv1/kernel'.*model\.scan=False")
     scanning.model.name = "lenet5"
     fails(scanning, tmp_path / "run", "lenet5 has no field '(depths|scan)'")
 
