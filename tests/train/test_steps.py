@@ -334,7 +334,7 @@ def test_bfloat16_computes_and_float32_keeps():
     products, totals = [], []
     for equation in equations(jaxpr.jaxpr):
         inputs = [v.aval for v in equation.invars]
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+        if equation.primitive.name.startswith(("conv_", "conv2d", "dot_")):
             head = any(classes in x.shape for x in inputs)
             products.append((head, {str(x.dtype) for x in inputs}))
         elif equation.primitive.name.startswith(("reduce_sum", "psum")):
