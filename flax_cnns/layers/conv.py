@@ -36,8 +36,11 @@ class Conv(nn.Conv):
     control_flow: bool = False
 
     def __post_init__(self):
-        if self.conv_general_dilated is None and self.conv_general_dilated_cls is None:
-            self.conv_general_dilated = partial(_as_lax, control_flow=self.control_flow)
+        # Functions, and not partials: modules with equal fields must be equal. A copy of a module
+        # comes with the function of the original.
+        if self.conv_general_dilated in (None, _as_lax, _as_lax_in_control_flow):
+            ours = _as_lax_in_control_flow if self.control_flow else _as_lax
+            self.conv_general_dilated = ours
         super().__post_init__()
 
 
@@ -107,11 +110,14 @@ def _as_lax(
         preferred_element_type=preferred_element_type,
     )
     out = jax.eval_shape(library, x, kernel)  # which checks the shapes too
+    dilation = tuple(int(d) for d in rhs_dilation or (1, 1))
     plain = (
         x.ndim == 4
         and dimension_numbers in (None, _LAYOUT, _numbers(x, kernel))
         and not any(n != 1 for n in lhs_dilation or ())
         and batch_group_count == 1
+        and len(dilation) == 2
+        and min(window_strides) > 0
         and preferred_element_type in (None, x.dtype)
         and jnp.issubdtype(x.dtype, jnp.floating)
         and min(x.size, kernel.size, out.size) > 0
@@ -119,7 +125,6 @@ def _as_lax(
     )
     if not plain:
         return library(x, kernel)
-    dilation = tuple(int(d) for d in rhs_dilation or (1, 1))
     if isinstance(padding, str):
         spread = [(k - 1) * d + 1 for k, d in zip(kernel.shape, dilation)]
         padding = lax.padtype_to_pads(x.shape[1:3], spread, window_strides, padding)
@@ -135,6 +140,10 @@ def _as_lax(
     )
     precision = tuple(precision) if isinstance(precision, list) else precision
     return _forward.bind(*_aligned(x, kernel), window=window, precision=precision)
+
+
+def _as_lax_in_control_flow(*args: Any, **kwargs: Any) -> Array:
+    return _as_lax(*args, **kwargs, control_flow=True)
 
 
 def _numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
