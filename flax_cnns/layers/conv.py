@@ -120,7 +120,8 @@ def _as_lax(
         and min(window_strides) > 0
         and preferred_element_type in (None, x.dtype)
         and jnp.issubdtype(x.dtype, jnp.floating)
-        and min(x.size, kernel.size, out.size) > 0
+        and not any(0 in v.shape for v in (x, kernel, out))
+        and all(isinstance(n, int) for n in x.shape[1:])  # the batch's may be symbolic
         and not (_is_sharded(x) or _is_sharded(kernel))
     )
     if not plain:
