@@ -30,7 +30,7 @@ import jax
 
 from experiments.benchmarks import convolutions, flags, inputs, torch_side, training
 from experiments.benchmarks.report import Report
-from flax_cnns import compilation_cache
+from flax_cnns import compilation_cache, launch
 from flax_cnns.errors import UserError
 
 
@@ -112,6 +112,13 @@ def parser() -> argparse.ArgumentParser:
             default="",
             help="its folder, or off; step and compile, which time compilation, use none",
         )
+        sub.add_argument(
+            "--memory",
+            choices=("keep", "system"),
+            default="keep",
+            help="keep: freed memory stays with the process, for all that is compared, as in a "
+            "run; system: as the C library does by itself",
+        )
     return top
 
 
@@ -121,6 +128,8 @@ def main(argv: list[str]) -> int:
     try:
         args = parser().parse_args(argv)
         command = COMMANDS[args.command]
+        if args.memory == "keep":
+            launch.keep_memory()
         _choose_device(args.device)
         compilation_cache.enable(args.compilation_cache)
         report = Report(command.title, command.columns, _out(args), vars(args))

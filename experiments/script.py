@@ -31,6 +31,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     """
 
     def start(argv: list[str]) -> int | None:
+        launch.keep_memory()
         compilation_cache.enable(_CACHE.value)
         return function(argv)
 

@@ -34,7 +34,7 @@ def forward_way(channels: int, features: int, w: Window) -> str:
             return "depthwise"
         if channels == features <= 4 * w.groups:
             return "rotated"
-        return "batched" if w.control_flow or places < 16 else "blocks"
+        return "batched" if w.control_flow or places <= 36 else "blocks"
     if w.kernel == (1, 1):
         return "pointwise"
     if _square(w) and min(channels, features) >= 64 and places >= 16:
@@ -48,7 +48,7 @@ def kernel_grad_way(channels: int, features: int, w: Window) -> str:
     if w.groups > 1:
         if channels == w.groups:
             return "depthwise"
-        return "batched" if w.control_flow or places < 64 else "blocks"
+        return "batched" if w.control_flow or places <= 36 else "blocks"
     if w.kernel == (1, 1):
         return "pointwise"
     least = min(channels, features)
@@ -447,13 +447,14 @@ def blocks(x: Array, kernel: Array, w: Window) -> Array:
     together = _together(x.shape[-1] // w.groups, w.groups)
     kernel, pieces = _widen(kernel, w.groups, together), w.groups // together
     inner, parts = w._replace(groups=1), zip(_cut(x, pieces), _cut(kernel, pieces))
-    return jnp.concatenate([forward(a, k, inner) for a, k in parts], -1)
+    return jnp.concatenate([library(a, k, inner) for a, k in parts], -1)
 
 
 def blocks_kernel_grad(x: Array, dy: Array, w: Window) -> Array:
     together = _together(x.shape[-1] // w.groups, w.groups)
     pieces, inner = w.groups // together, w._replace(groups=1)
-    grads = [kernel_grad(a, b, inner) for a, b in zip(_cut(x, pieces), _cut(dy, pieces))]
+    parts = zip(_cut(x, pieces), _cut(dy, pieces))
+    grads = [library_kernel_grad(a, b, inner) for a, b in parts]
     return _narrow(jnp.concatenate(grads, -1), w.groups, together)
 
 
