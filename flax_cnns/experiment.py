@@ -84,7 +84,7 @@ class Parts(NamedTuple):
 
 
 def model_fields(config: Any) -> dict[str, Any]:
-    """`config.model` as `create_model` takes it; what not all networks have, only where it is set."""
+    """`config.model` as `create_model` takes it; fields that some networks lack only where set."""
     if "input_size" in config.model:
         raise UserError(
             "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
