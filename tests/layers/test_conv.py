@@ -20,6 +20,9 @@ from flax_cnns.layers import Conv, cpu_conv
 from flax_cnns.layers.conv import conv2d
 from flax_cnns.layers.window import Window
 
+# Most of the time here is the compiler's. The longest test and those on devices let it optimise.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 class Case(NamedTuple):
     """A convolution; `channels` and `features` are those of one group."""
@@ -100,7 +103,7 @@ def exact(case, operands):
     """All three products by the library in float64, and the error allowed to each."""
     with jax.enable_x64(True):
         operands = [jnp.asarray(v, jnp.float64) for v in operands]
-        results = jax.device_get(jax.jit(products(case.library))(*operands))
+        results = jax.device_get(quick_jit(products(case.library))(*operands))
     assert results["y"].dtype == np.float64
     places = np.prod(results["y"].shape[:3])
     return results, {"y": 1e-5, "dx": 1e-5, "dkernel": 3e-5 if places > 1e5 else 1e-5}
@@ -190,7 +193,7 @@ def fits(case):
         return False
 
 
-CASES = [*CHOSEN, *random_cases(14)]
+CASES = [*CHOSEN, *random_cases(8)]
 
 
 def test_equals_the_library_in_float64_in_every_way(monkeypatch):
@@ -259,7 +262,7 @@ def test_each_way_that_may_serve_a_shape_is_right(case):
             "dkernel": {n: f(x, dy, window) for n, f in cpu_conv.KERNEL_GRAD.items() if n in names},
         }
 
-    for product, results in jax.device_get(jax.jit(ways)(*operands)).items():
+    for product, results in jax.device_get(quick_jit(ways)(*operands)).items():
         for name, result in results.items():
             reference = references["y" if product == "turned" else product]
             assert error(result, reference) < 1e-5, (product, name)
@@ -279,8 +282,8 @@ kinds = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_float32_rounded(case, dtype):
     operands = [jnp.asarray(v, dtype) for v in case.operands()]
-    results = jax.jit(products(case.ours))(*operands)
-    wide = jax.jit(products(case.library))(*(v.astype(jnp.float32) for v in operands))
+    results = quick_jit(products(case.ours))(*operands)
+    wide = quick_jit(products(case.library))(*(v.astype(jnp.float32) for v in operands))
     for name, result in results.items():
         assert result.dtype == dtype
         np.testing.assert_allclose(
@@ -294,7 +297,7 @@ def test_float64_stays_float64(case):
     references, _ = exact(case, operands)
     with jax.enable_x64(True):
         operands = [jnp.asarray(v, jnp.float64) for v in operands]
-        same(jax.jit(products(case.ours))(*operands), references, 1e-13)
+        same(quick_jit(products(case.ours))(*operands), references, 1e-13)
 
 
 def test_computing_in_bfloat16_leaves_float32_parameters_and_their_gradients():
@@ -319,7 +322,7 @@ def test_higher_derivatives_are_those_of_the_library(case):
         loss = lambda x, kernel: jnp.sin(convolve(x, kernel)).sum()  # noqa: E731
         grad = jax.grad(loss, (0, 1))
         squares = lambda *v: sum((g**2).sum() for g in grad(*v))  # noqa: E731
-        return jax.jit(
+        return quick_jit(
             lambda *v: {
                 "jvp": jax.jvp(convolve, v, tangents),
                 "reverse over reverse": jax.grad(squares, (0, 1))(*v),
@@ -360,7 +363,7 @@ def test_vmap(case):
             ]
         return function(*operands)
 
-    everything = lambda f: jax.jit(lambda: {name: mapped(f, name) for name in MAPPED})()  # noqa: E731
+    everything = lambda f: quick_jit(lambda: {name: mapped(f, name) for name in MAPPED})()  # noqa: E731
     same(everything(case.ours), everything(case.library))
 
 
@@ -370,7 +373,7 @@ def test_gradients_of_each_example(case):
 
     def each(convolve):
         loss = lambda k, x: jnp.sin(convolve(x[None], k)).sum()  # noqa: E731
-        return jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(kernel, x)
+        return quick_jit(jax.vmap(jax.grad(loss), (None, 0)))(kernel, x)
 
     same(each(case.ours), each(case.library))
 
@@ -406,7 +409,7 @@ def test_under_remat_cond_and_scan(control_flow):
 
     def run(model):
         loss = lambda p, x, kept: jnp.sin(model.apply(p, x, kept)).sum()  # noqa: E731
-        step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        step = quick_jit(jax.value_and_grad(loss, (0, 1)))
         return [step(params, x, kept) for kept in (True, False)]
 
     same(run(ours), run(theirs))
@@ -566,8 +569,8 @@ SHAPES = {"one dimension": (2, 7, 4), "three dimensions": (1, 3, 4, 5, 4)}
 def test_has_the_parameters_and_results_of_flax(name):
     x = np.random.RandomState(0).randn(*SHAPES.get(name, SHAPE)).astype(np.float32)
     fields = {"features": 6, "kernel_size": (3, 3), **FIELDS[name]}
-    theirs, params = nn.Conv(**fields).init_with_output(jax.random.key(0), x)
-    ours, own = Conv(**fields).init_with_output(jax.random.key(0), x)
+    run = lambda conv: conv(**fields).init_with_output(jax.random.key(0), x)  # noqa: E731
+    (ours, own), (theirs, params) = quick_jit(lambda: (run(Conv), run(nn.Conv)))()
     assert jax.tree.structure(own) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, own, params)
     half = ours.dtype.itemsize == 2  # summed in half precision by the library
@@ -575,7 +578,7 @@ def test_has_the_parameters_and_results_of_flax(name):
     assert ours.dtype == theirs.dtype
 
 
-@pytest.mark.parametrize("shape", [(6, 5, 4), (2, 1, 3, 6, 5, 4), (0, 6, 5, 4), (2, 0, 6, 5, 4)])
+@pytest.mark.parametrize("shape", [(6, 5, 4), (2, 1, 3, 6, 5, 4), (2, 0, 6, 5, 4)])
 def test_batches_of_any_rank(shape):
     x = np.random.RandomState(0).randn(*shape).astype(np.float32)
     conv = Conv(3, (3, 3), strides=2)
