@@ -8,7 +8,10 @@ three products of a convolution, each in several ways that XLA turns into matmul
     input_grad(dy, kernel) -> dx    the transpose of forward in x
     kernel_grad(x, dy) -> dkernel   the transpose of forward in the kernel
 
-`forward_way` and `kernel_grad_way` choose; they hold the measured thresholds.
+`forward_way`, `kernel_grad_way` and `input_grad_way` choose. Their thresholds were measured on two
+AVX-512 cores, jax 0.10.2 and 0.12.0.1, so that no shape of the sweep is slower than XLA's own:
+
+    python -m experiments.benchmark conv
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ from flax_cnns.types import Array
 # ---------------------------------------------------------------------------- the choice
 
 
-def forward_way(channels: int, features: int, w: Window) -> str:
+LEAST_WORK = 1e8  # multiplications that make Winograd worth its while
+
+
+def forward_way(images: int, channels: int, features: int, w: Window) -> str:
     """The name of the fastest way known for `forward`, by shapes alone."""
     places = w.out_size[0] * w.out_size[1]
     if w.groups > 1:
@@ -37,12 +43,12 @@ def forward_way(channels: int, features: int, w: Window) -> str:
         return "batched" if w.control_flow or places <= 36 else "blocks"
     if w.kernel == (1, 1):
         return "pointwise"
-    if _square(w) and min(channels, features) >= 64 and places >= 16:
+    if _pays(images, channels, features, w) and min(channels, features) >= 64:
         return "winograd"
     return "shifted" if w.control_flow or places < 64 else "library"
 
 
-def kernel_grad_way(channels: int, features: int, w: Window) -> str:
+def kernel_grad_way(images: int, channels: int, features: int, w: Window) -> str:
     """The name of the fastest way known for `kernel_grad`, by shapes alone."""
     places = w.out_size[0] * w.out_size[1]
     if w.groups > 1:
@@ -52,8 +58,7 @@ def kernel_grad_way(channels: int, features: int, w: Window) -> str:
     if w.kernel == (1, 1):
         return "pointwise"
     least = min(channels, features)
-    small = w.control_flow or places <= 1024 or least >= 128
-    if _square(w) and least >= 32 and places >= 16 and small:
+    if _pays(images, channels, features, w) and (least >= 128 or (least >= 32 and places <= 1024)):
         return "winograd"
     return "shifted" if w.control_flow or places < 64 else "library"
 
@@ -66,20 +71,27 @@ def input_grad_way(w: Window) -> str:
     return "library" if strided and dense else "phases"
 
 
-def _square(w: Window) -> bool:
-    return w.kernel == (3, 3) and w.strides == w.dilation == (1, 1)
+def _pays(images: int, channels: int, features: int, w: Window) -> bool:
+    """Whether Winograd's many small operations cost less than they save."""
+    square = w.kernel == (3, 3) and w.strides == w.dilation == (1, 1)
+    places = w.out_size[0] * w.out_size[1]
+    return square and places >= 16 and 9 * images * places * channels * features >= LEAST_WORK
+
+
+def _images(x: Array) -> int:
+    return x.shape[0] if isinstance(x.shape[0], int) else 1  # exported for any number
 
 
 def forward(x: Array, kernel: Array, w: Window, turned: bool = False) -> Array:
     """`turned` (without groups only): the kernel is [kh kw O C], its taps in reverse, as the
     gradient needs it. Turning the arrays themselves round would cost more than the product."""
     features = kernel.shape[2] if turned else kernel.shape[3]
-    way = FORWARD[forward_way(x.shape[-1], features, w)]
+    way = FORWARD[forward_way(_images(x), x.shape[-1], features, w)]
     return way(x, kernel, w) if w.groups > 1 else way(x, kernel, w, turned)
 
 
 def kernel_grad(x: Array, dy: Array, w: Window) -> Array:
-    return KERNEL_GRAD[kernel_grad_way(x.shape[-1], dy.shape[-1], w)](x, dy, w)
+    return KERNEL_GRAD[kernel_grad_way(_images(x), x.shape[-1], dy.shape[-1], w)](x, dy, w)
 
 
 def input_grad(dy: Array, kernel: Array, w: Window) -> Array:
