@@ -137,6 +137,8 @@ CHOSEN = [
     Case((2, 9, 9), 5, 4, (2, 5), dilation=(2, 1)),
     Case((2, 9, 9), 8, 8, (1, 1)),
     Case((2, 8, 7), 8, 6, (1, 1), (2, 3), padding=1),  # outputs that see padding alone
+    Case((2, 9, 11), 3, 5, (4, 2), (4, 2), padding=0),  # patches, with pixels left over
+    Case((2, 9, 8), 3, 5, (4, 3), (4, 3), padding=0),  # patches, with a rest
     Case((3, 1, 1), 16, 8),  # tiny maps: most taps see padding alone
     Case((3, 2, 2), 8, 16, strides=(2, 2), padding=1),
     Case((2, 3, 3), 8, 8),
@@ -224,16 +226,20 @@ def test_equals_the_library_in_float64_in_every_way(monkeypatch):
 # By name, whatever the choice is today. A way that is missing here fails the test below.
 DENSE = Case((2, 7, 6), 5, 4, padding=((1, 0), (2, 1)))
 POINTWISE = Case((2, 5, 4), 3, 6, (1, 1), (2, 1), padding=1)
+PATCHES = Case((2, 7, 6), 3, 4, (3, 2), (3, 2), padding=0)
 STRIDED = Case((2, 7, 8), 3, 4, (3, 4), (2, 3), padding=((1, 2), (-1, 2)), dilation=(2, 1))
 GROUPED = Case((2, 6, 5), 3, 3, strides=(2, 1), padding=1, groups=4)
 WIDENING = Case((2, 5, 6), 4, 6, (2, 3), padding=1, dilation=(1, 2), groups=3)
 DEPTHWISE = Case((2, 6, 7), 1, 1, (5, 3), (2, 2), groups=6)
 MULTIPLIED = Case((2, 6, 5), 1, 2, groups=5, padding=((0, 3), (1, -1)))
 TINY = Case((2, 1, 2), 4, 3)
+PATCHES = Case((2, 7, 6), 3, 4, (3, 2), (3, 2), padding=0)
 NAMED = {
     DENSE: {"library", "shifted", "winograd"},
     TINY: {"library", "shifted", "winograd"},
+    PATCHES: {"library", "shifted", "patches"},
     POINTWISE: {"library", "shifted", "pointwise"},
+    PATCHES: {"library", "shifted", "patches"},
     STRIDED: {"library", "shifted"},
     GROUPED: {"library", "batched", "blocks", "rotated"},
     WIDENING: {"library", "batched", "blocks"},
@@ -243,13 +249,13 @@ NAMED = {
 
 
 def test_every_way_is_tested_by_name():
-    named = set().union(*NAMED.values())
-    assert named >= {*cpu_conv.FORWARD, *cpu_conv.KERNEL_GRAD}
+    named = {"phases"}.union(*NAMED.values())
+    assert named >= {*cpu_conv.FORWARD, *cpu_conv.KERNEL_GRAD, *cpu_conv.INPUT_GRAD}
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda c: f"{c.size[1]}x{c.size[2]}-{c.groups}")
 def test_each_way_that_may_serve_a_shape_is_right(case):
-    window, names = case.window(), NAMED[case]
+    window, names = case.window(), {"phases", *NAMED[case]}
     operands = case.operands()
     references, _ = exact(case, operands)
 
@@ -259,7 +265,7 @@ def test_each_way_that_may_serve_a_shape_is_right(case):
         return {
             "y": {n: f(x, kernel, window) for n, f in cpu_conv.FORWARD.items() if n in names},
             "turned": {n: f(x, mirror, window, True) for n, f in turned.items() if n in names},
-            "dx": {n: f(dy, kernel, window) for n, f in cpu_conv.INPUT_GRAD.items()},
+            "dx": {n: f(dy, kernel, window) for n, f in cpu_conv.INPUT_GRAD.items() if n in names},
             "dkernel": {n: f(x, dy, window) for n, f in cpu_conv.KERNEL_GRAD.items() if n in names},
         }
 
