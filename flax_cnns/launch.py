@@ -43,11 +43,12 @@ def keep_memory() -> bool:
     """Lets the C library keep the memory that this process frees, until it ends.
 
     XLA takes the scratch memory of a training step anew for every step on a CPU, hundreds of MB
-    that the system hands out page by page: the step of MobileNet v2 (batch 16, 96 pixels) took 173
-    ms and touched 64,000 new pages; with this 109 ms and none. Before JAX's first operation. False
-    where the C library has no such settings (not glibc) or one was set by the environment.
+    that the system hands out page by page: with the system's own way a step of MobileNet v2 (16
+    images of 96 pixels, 2 cores) took 143 ms, with this 91 ms. To be called before JAX's first
+    operation. False where the C library is not glibc, or its settings come by the environment.
 
-    python -m experiments.benchmark step --block=mobilenet_v2 --batch=16 --size=96 --memory=system
+    python -m experiments.benchmark vs-torch --block=mobilenet_v2 --batch=16 --size=96 --rounds=9
+    and the same with --memory=system
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return False

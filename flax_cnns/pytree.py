@@ -159,7 +159,7 @@ def members(path: str) -> list[str]:
     "stage1/block3/kernel", "stage1/block4/kernel"]`. Any other path -> itself alone."""
 
     def names(part: str) -> list[str]:
-        if not (found := _STACK.fullmatch(part)):
+        if not (found := _STACK.fullmatch(part)) or int(found[2]) > int(found[3]):
             return [part]
         return [f"{found[1]}{i}" for i in range(int(found[2]), int(found[3]) + 1)]
 
@@ -167,7 +167,8 @@ def members(path: str) -> list[str]:
 
 
 def stack_blocks(tree: PyTree) -> PyTree:
-    """The tree with `block2` ... `blockN` of every stage as one `block2-N`, N in front of shapes.
+    """The tree with `block2` ... `blockN` of every stage as one `block2-N`, its
+    N - 1 blocks along a new first axis.
 
     Only where there are two at least, alike in names, shapes and dtypes. `block1`, which may have a
     stride, is left alone, and so is what is stacked already. Takes any pytree (a whole `TrainState`

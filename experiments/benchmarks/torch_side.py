@@ -96,7 +96,6 @@ def network(name: str, classes: int) -> Any:
     """torchvision's network of that name, else timm's. Raises `UserError` where neither has it."""
     models = import_torchvision().models
     if name in models.list_models(module=models):
-        # Inception and GoogLeNet draw their initial weights for minutes unless told not to.
         return models.get_model(name, weights=None, num_classes=classes)
     known = set(models.list_models(module=models))
     if importlib.util.find_spec("timm") is not None:

@@ -261,12 +261,12 @@ def compile(args: argparse.Namespace, report: Report) -> None:
     scans = {"both": (False, True), "on": (True,), "off": (False,)}[args.scan]
     names = args.model.split(",")
     for name in names:
-        make(name, args, scan=True)  # a mistyped name, a family that has no scan
+        make(name, args, **({} if scans == (False,) else {"scan": True}))  # mistyped, no scan
     for name in names:
         for scan in scans:
             report.say(f"{name}, scan={scan}: compiling")
             jax.clear_caches()
-            trainee = Trainee(make(name, args, scan=scan), args.batch)
+            trainee = Trainee(make(name, args, **({"scan": True} if scan else {})), args.batch)
             _, traced, compiled = trainee.compile()
             seconds = (traced, compiled, traced + compiled, trainee.init_seconds)
             keys = ("trace_seconds", "compile_seconds", "seconds", "init_seconds")

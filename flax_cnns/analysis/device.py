@@ -100,9 +100,7 @@ def environment() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": _cores(),
         "system": platform.platform(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(watched)},
     }

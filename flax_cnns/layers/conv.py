@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from flax_cnns.layers import cpu_conv
+from flax_cnns.layers import cpu_conv, library_conv
 from flax_cnns.layers.window import Window
 from flax_cnns.types import Array
 
@@ -30,7 +31,8 @@ class Conv(nn.Conv):
 
     `padding=1` pads both sides as PyTorch does; `"SAME"` is TensorFlow's and differs at stride 2.
     `control_flow=True` says that it runs inside `nn.scan`, `nn.cond` or a loop, where XLA's own
-    convolution is many times slower on a CPU, and no lowering can see that it is there.
+    convolution is many times slower on a CPU, and no lowering can see that it is there. Policies
+    of `jax.checkpoint` that go by JAX's own primitives (`checkpoint_dots`) do not save its output.
     """
 
     control_flow: bool = False
@@ -62,7 +64,7 @@ def conv2d(
     runs inside a scan, a cond or a loop. `precision` serves GPU and TPU. Raises what
     `lax.conv_general_dilated` raises for shapes that do not fit (TypeError, ValueError).
     """
-    pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)  # noqa: E731
+    pair = lambda v: (v, v) if isinstance(v, Integral) else tuple(v)  # noqa: E731
     if not isinstance(padding, str):
         padding = [pair(p) for p in pair(padding)]
     return _as_lax(
@@ -120,9 +122,10 @@ def _as_lax(
         and min(window_strides) > 0
         and preferred_element_type in (None, x.dtype)
         and jnp.issubdtype(x.dtype, jnp.floating)
+        and x.dtype.itemsize > 1
         and not any(0 in v.shape for v in (x, kernel, out))
         and all(isinstance(n, int) for n in x.shape[1:])  # the batch's may be symbolic
-        and not (_is_sharded(x) or _is_sharded(kernel))
+        and not (is_sharded(x) or is_sharded(kernel))
     )
     if not plain:
         return library(x, kernel)
@@ -151,7 +154,7 @@ def _numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
     return lax.conv_dimension_numbers(x.shape, kernel.shape, _LAYOUT)
 
 
-def _is_sharded(x: Array) -> bool:
+def is_sharded(x: Array) -> bool:
     """By a mesh with explicit axes: shardings that are types, which JAX's own functions obey."""
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
@@ -167,32 +170,7 @@ def _aligned(x: Array, kernel: Array) -> tuple[Array, Array]:
     )
 
 
-# ---------------------------------------------------------------------------- the library's
-
-
-def _library(x: Array, kernel: Array, *, window: Window, precision: Any) -> Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window.strides,
-        window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=_LAYOUT,
-        feature_group_count=window.groups,
-        precision=precision,
-    )
-
-
-def _library_input_grad(dy: Array, kernel: Array, *, window: Window, precision: Any) -> Array:
-    x = jax.ShapeDtypeStruct(_input_shape(dy, kernel, window), dy.dtype)
-    forward = partial(_library, kernel=kernel, window=window, precision=precision)
-    return jax.linear_transpose(forward, x)(dy)[0]
-
-
-def _library_kernel_grad(x: Array, dy: Array, *, window: Window, precision: Any) -> Array:
-    kernel = jax.ShapeDtypeStruct(_kernel_shape(x, dy, window), x.dtype)
-    forward = partial(_library, x, window=window, precision=precision)
-    return jax.linear_transpose(forward, kernel)(dy)[0]
+# ---------------------------------------------------------------------------- the primitives
 
 
 def _output_shape(x: Any, kernel: Any, window: Window) -> tuple[int, ...]:
@@ -207,12 +185,15 @@ def _kernel_shape(x: Any, dy: Any, window: Window) -> tuple[int, ...]:
     return (*window.kernel, x.shape[-1] // window.groups, dy.shape[-1])
 
 
-# ---------------------------------------------------------------------------- the primitives
-
-
 def _primitive(name: str, shape: Callable, library: Callable, cpu: Callable) -> Primitive:
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("window", "precision")))
+    compiled = jax.jit(primitive.bind, static_argnames=("window", "precision"))
+
+    def impl(a, b, **fields):
+        with jax.disable_jit(False):  # else the primitive would call itself
+            return compiled(a, b, **fields)
+
+    primitive.def_impl(impl)
 
     def abstract(a, b, *, window, precision):
         del precision
@@ -224,18 +205,21 @@ def _primitive(name: str, shape: Callable, library: Callable, cpu: Callable) -> 
         wide = jnp.promote_types(a.dtype, jnp.float32)
         return cpu(a.astype(wide), b.astype(wide), window).astype(a.dtype)
 
+    def anywhere(a, b, *, window, precision):
+        return library(a, b, window, precision)
+
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(library, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(anywhere, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), "cpu")
     return primitive
 
 
-_forward = _primitive("conv2d", _output_shape, _library, cpu_conv.forward)
+_forward = _primitive("conv2d", _output_shape, library_conv.forward, cpu_conv.forward)
 _input_grad = _primitive(
-    "conv2d_input_grad", _input_shape, _library_input_grad, cpu_conv.input_grad
+    "conv2d_input_grad", _input_shape, library_conv.input_grad, cpu_conv.input_grad
 )
 _kernel_grad = _primitive(
-    "conv2d_kernel_grad", _kernel_shape, _library_kernel_grad, cpu_conv.kernel_grad
+    "conv2d_kernel_grad", _kernel_shape, library_conv.kernel_grad, cpu_conv.kernel_grad
 )
 
 # (what comes back, the two operands): the transpose of each product in either operand.
@@ -264,6 +248,10 @@ def _batcher(primitive: Primitive, images: tuple[bool, bool], image_out: bool) -
 
     def rule(operands, axes, *, window, precision):
         size = next(v.shape[a] for v, a in zip(operands, axes) if a is not None)
+        if size == 0:
+            one = [v if a is None else _without(v, a) for v, a in zip(operands, axes)]
+            out = jax.eval_shape(partial(primitive.bind, window=window, precision=precision), *one)
+            return jnp.zeros((0, *out.shape), out.dtype), 0
         shared = image_out and all(a is None or i for a, i in zip(axes, images))
         if not shared:
             axes, operands = zip(*(_mapped(v, a, size) for v, a in zip(operands, axes)))
@@ -284,6 +272,10 @@ def _mapped(v: Array, axis: int | None, size: int) -> tuple[int, Array]:
     if axis is not None:
         return axis, v
     return 0, jnp.broadcast_to(v, (size, *v.shape))
+
+
+def _without(v: Array, axis: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(v.shape[:axis] + v.shape[axis + 1 :], v.dtype)
 
 
 def _fold(v: Array, axis: int, place: int) -> Array:

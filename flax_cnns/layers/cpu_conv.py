@@ -19,63 +19,63 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_cnns.layers import library_conv
 from flax_cnns.layers.window import Window
 from flax_cnns.types import Array
 
 # ---------------------------------------------------------------------------- the choice
 
 
-LEAST_WORK = 1e8  # multiplications that make Winograd worth its while
+LEAST_WORK = 1e8  # multiplications that make Winograd's many small operations worth their while
+MOST_MEMORY = 2**29  # bytes of Winograd's tiles
 
 
 def forward_way(images: int, channels: int, features: int, w: Window) -> str:
     """The name of the fastest way known for `forward`, by shapes alone."""
-    places = w.out_size[0] * w.out_size[1]
-    if w.groups > 1:
-        if channels == w.groups:
-            return "depthwise"
-        if channels == features <= 4 * w.groups:
-            return "rotated"
-        return "batched" if w.control_flow or places <= 36 else "blocks"
-    if w.kernel == (1, 1):
-        return "pointwise"
-    if _pays(images, channels, features, w) and min(channels, features) >= 64:
-        return "winograd"
-    return "shifted" if w.control_flow or places < 64 else "library"
+    if w.groups > 1 and channels == features <= 4 * w.groups and channels > w.groups:
+        return "rotated"
+    return _way(images, channels, features, w, narrowest=64)
 
 
 def kernel_grad_way(images: int, channels: int, features: int, w: Window) -> str:
     """The name of the fastest way known for `kernel_grad`, by shapes alone."""
-    places = w.out_size[0] * w.out_size[1]
+    return _way(images, channels, features, w, narrowest=32 if _places(w) <= 1024 else 128)
+
+
+def _way(images: int, channels: int, features: int, w: Window, narrowest: int) -> str:
+    places, least = _places(w), min(channels, features)
+    if channels == w.groups > 1:  # a tap is an array to XLA: hundreds of them compile for long
+        return "depthwise" if w.kernel[0] * w.kernel[1] <= 100 else "library"
     if w.groups > 1:
-        if channels == w.groups:
-            return "depthwise"
-        return "batched" if w.control_flow or places <= 36 else "blocks"
+        together = _together(channels // w.groups, w.groups)
+        few = w.groups // together <= 16  # each block is a convolution to compile
+        return "blocks" if few and places > 36 and not w.control_flow else "batched"
     if w.kernel == (1, 1):
         return "pointwise"
-    least = min(channels, features)
-    if _pays(images, channels, features, w) and (least >= 128 or (least >= 32 and places <= 1024)):
-        return "winograd"
-    return "shifted" if w.control_flow or places < 64 else "library"
-
-
-def input_grad_way(w: Window) -> str:
-    """ "library", or "phases": as forward convolutions of the gradient."""
-    places = w.out_size[0] * w.out_size[1]
-    strided = w.strides != (1, 1)
-    dense = w.groups == 1 and w.kernel != (1, 1) and places >= 64 and not w.control_flow
-    return "library" if strided and dense else "phases"
-
-
-def _pays(images: int, channels: int, features: int, w: Window) -> bool:
-    """Whether Winograd's many small operations cost less than they save."""
+    if w.kernel == w.strides and w.dilation == (1, 1) and not any(map(any, w.padding)):
+        return "patches"
     square = w.kernel == (3, 3) and w.strides == w.dilation == (1, 1)
-    places = w.out_size[0] * w.out_size[1]
-    return square and places >= 16 and 9 * images * places * channels * features >= LEAST_WORK
+    enough = 9 * images * places * channels * features >= LEAST_WORK
+    room = 16 * images * places * (channels + features) <= MOST_MEMORY
+    if square and places >= 16 and least >= narrowest and enough and room:
+        return "winograd"
+    return "shifted" if w.control_flow or (places < 64 and least >= 32) else "library"
+
+
+def input_grad_way(channels: int, features: int, w: Window) -> str:
+    """ "library", or "phases": as forward convolutions of the gradient."""
+    if w.control_flow or w.groups > 1 or w.strides == (1, 1) or w.kernel == (1, 1):
+        return "phases"
+    if w.kernel == w.strides and w.dilation == (1, 1) and not any(map(any, w.padding)):
+        return "patches"
+    return "phases" if _places(w) < 64 and min(channels, features) >= 32 else "library"
+
+
+def _places(w: Window) -> int:
+    return w.out_size[0] * w.out_size[1]
 
 
 def _images(x: Array) -> int:
@@ -95,7 +95,7 @@ def kernel_grad(x: Array, dy: Array, w: Window) -> Array:
 
 
 def input_grad(dy: Array, kernel: Array, w: Window) -> Array:
-    return INPUT_GRAD[input_grad_way(w)](dy, kernel, w)
+    return INPUT_GRAD[input_grad_way(kernel.shape[2], kernel.shape[3], w)](dy, kernel, w)
 
 
 def phases(dy: Array, kernel: Array, w: Window) -> Array:
@@ -221,30 +221,9 @@ def _turn(kernel: Array, groups: int) -> Array:
 
 def library(x: Array, kernel: Array, w: Window, turned: bool = False) -> Array:
     """XLA's own."""
-    crops = tuple((min(a, 0), min(b, 0)) for a, b in w.padding)
-    return lax.conv_general_dilated(
-        _pad(x, crops),
-        kernel[::-1, ::-1] if turned else kernel,
-        w.strides,
-        [(max(a, 0), max(b, 0)) for a, b in w.padding],
-        rhs_dilation=w.dilation,
-        dimension_numbers=("NHWC", "HWOI" if turned else "HWIO", "NHWC"),
-        feature_group_count=w.groups,
-    )
-
-
-def library_input_grad(dy: Array, kernel: Array, w: Window) -> Array:
-    shape = (dy.shape[0], *w.in_size, kernel.shape[2] * w.groups)
-    x = jax.ShapeDtypeStruct(shape, dy.dtype)
-    (grad,) = jax.linear_transpose(lambda x: library(x, kernel, w), x)(dy)
-    return grad
-
-
-def library_kernel_grad(x: Array, dy: Array, w: Window) -> Array:
-    shape = (*w.kernel, x.shape[-1] // w.groups, dy.shape[-1])
-    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-    (grad,) = jax.linear_transpose(lambda k: library(x, k, w), kernel)(dy)
-    return grad
+    if turned:
+        kernel = kernel[::-1, ::-1].swapaxes(2, 3)
+    return library_conv.forward(x, kernel, w)
 
 
 # ---------------------------------------------------------------------------- matmuls
@@ -258,6 +237,32 @@ def _product(x: Array, kernel: Array, turned: bool) -> Array:
 def pointwise(x: Array, kernel: Array, w: Window, turned: bool = False) -> Array:
     """A 1x1 kernel is one matmul over every (strided) place."""
     return _product(_taps(_pad(x, w.padding), w)[0], kernel[0, 0], turned)
+
+
+def patches(x: Array, kernel: Array, w: Window, turned: bool = False) -> Array:
+    """The kernel's size is its stride: each pixel is in one place's patch, and one matmul does."""
+    kernel = kernel[::-1, ::-1].swapaxes(2, 3) if turned else kernel
+    return _product(_cut_out(x, w), kernel.reshape(-1, kernel.shape[-1]), False)
+
+
+def patches_kernel_grad(x: Array, dy: Array, w: Window) -> Array:
+    taps = _rows(_cut_out(x, w)).T @ _rows(dy)
+    return taps.reshape(*w.kernel, x.shape[-1], dy.shape[-1])
+
+
+def patches_input_grad(dy: Array, kernel: Array, w: Window) -> Array:
+    (kh, kw), (height, width), channels = w.kernel, w.out_size, kernel.shape[2]
+    pixels = _product(dy, kernel.reshape(-1, kernel.shape[-1]), True)
+    pixels = pixels.reshape(-1, height, width, kh, kw, channels).transpose(0, 1, 3, 2, 4, 5)
+    pixels = pixels.reshape(-1, height * kh, width * kw, channels)
+    return _pad(pixels, ((0, w.in_size[0] - height * kh), (0, w.in_size[1] - width * kw)))
+
+
+def _cut_out(x: Array, w: Window) -> Array:
+    """[N H W C] -> [N H' W' kh*kw*C] where the kernel's size is its stride, without padding."""
+    (kh, kw), (height, width) = w.kernel, w.out_size
+    x = x[:, : height * kh, : width * kw].reshape(x.shape[0], height, kh, width, kw, x.shape[-1])
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], height, width, -1)
 
 
 def pointwise_kernel_grad(x: Array, dy: Array, w: Window) -> Array:
@@ -360,7 +365,10 @@ _A = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T: 4 products -> 2 outputs
 
 
 def winograd(x: Array, kernel: Array, w: Window, turned: bool = False) -> Array:
-    """3x3 at stride 1: 2.25 times fewer multiplications, as 16 matmuls."""
+    """3x3 at stride 1: 2.25 times fewer multiplications, as 16 matmuls.
+
+    An infinite pixel may give NaN where XLA's own gives infinity: tiles are differences of pixels.
+    """
     order = (2, 1, 0) if turned else (0, 1, 2)
     kernels = _fence(_transform(_G, _G, [[kernel[i, j] for j in order] for i in order]))
     products = [
@@ -466,13 +474,16 @@ def blocks_kernel_grad(x: Array, dy: Array, w: Window) -> Array:
     together = _together(x.shape[-1] // w.groups, w.groups)
     pieces, inner = w.groups // together, w._replace(groups=1)
     parts = zip(_cut(x, pieces), _cut(dy, pieces))
-    grads = [library_kernel_grad(a, b, inner) for a, b in parts]
+    grads = [library_conv.kernel_grad(a, b, inner) for a, b in parts]
     return _narrow(jnp.concatenate(grads, -1), w.groups, together)
 
 
 def _together(size: int, groups: int) -> int:
-    """How many groups of `size` channels make a block of about 32 channels."""
-    return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * size <= 32))
+    """How many groups of `size` channels make a block: 32 channels, up to 128 where that leaves no
+    more than 16 blocks."""
+    fitting = [n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * size <= 128)]
+    few = [n for n in fitting if groups // n <= 16] or fitting[-1:]
+    return max([n for n in fitting if n * size <= 32 and n >= few[0]], default=few[0])
 
 
 def _cut(x: Array, pieces: int) -> list[Array]:
@@ -520,6 +531,7 @@ def _correlate(taps: list[Array], dy: Array) -> Array:
 FORWARD = {
     "library": library,
     "pointwise": pointwise,
+    "patches": patches,
     "shifted": shifted,
     "winograd": winograd,
     "depthwise": depthwise,
@@ -527,10 +539,15 @@ FORWARD = {
     "batched": batched,
     "blocks": blocks,
 }
-INPUT_GRAD = {"library": library_input_grad, "phases": phases}
+INPUT_GRAD = {
+    "library": library_conv.input_grad,
+    "patches": patches_input_grad,
+    "phases": phases,
+}
 KERNEL_GRAD = {
-    "library": library_kernel_grad,
+    "library": library_conv.kernel_grad,
     "pointwise": pointwise_kernel_grad,
+    "patches": patches_kernel_grad,
     "shifted": shifted_kernel_grad,
     "winograd": winograd_kernel_grad,
     "depthwise": depthwise_kernel_grad,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_cnns.layers.conv import is_sharded
 from flax_cnns.types import Array
 
 
@@ -22,11 +23,12 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
         nn.max_pool, window_shape=(window, window), strides=(stride, stride), padding=pads
     )
     out = jax.eval_shape(library, x)
-    if 0 in out.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+    plain = x.ndim == 4 and 0 not in out.shape and not is_sharded(x)
+    if not plain or not jnp.issubdtype(x.dtype, jnp.floating):
         return library(x)
 
     def compared(x: Array) -> Array:
-        # On a CPU the gradient of XLA's pooling takes longer than the convolution before it.
+        # XLA's own has a slow gradient on a CPU, several times this one's.
         best, *taps = _taps(x, window, stride, padding, out.shape[1:3])
         for tap in taps:
             best = jnp.where((tap > best) | jnp.isnan(tap), tap, best)

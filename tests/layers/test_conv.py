@@ -239,7 +239,6 @@ NAMED = {
     TINY: {"library", "shifted", "winograd"},
     PATCHES: {"library", "shifted", "patches"},
     POINTWISE: {"library", "shifted", "pointwise"},
-    PATCHES: {"library", "shifted", "patches"},
     STRIDED: {"library", "shifted"},
     GROUPED: {"library", "batched", "blocks", "rotated"},
     WIDENING: {"library", "batched", "blocks"},
@@ -656,3 +655,42 @@ def test_integers_and_complex_numbers_are_the_libraries():
     for dtype in (jnp.int32, jnp.complex64):
         x, kernel = jnp.ones(SHAPE, dtype), jnp.ones((3, 3, 4, 6), dtype)
         same(conv2d(x, kernel), Case(SHAPE[:3], 4, 6).library(x, kernel))
+
+
+# ---------------------------------------------------------------------------- found in review
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_varying_gradients_of_the_library_s_way(strides):
+    """check_vma=True, and shapes that go to the library on a CPU too: nothing is summed twice."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    x = jax.random.normal(jax.random.key(0), (2, 20, 20, 8))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
+    grads = jax.grad(lambda x, k: jnp.sum(conv2d(x, k, strides=strides) ** 2), (0, 1))
+    specs = (P("batch"), P())
+    mapped = jax.shard_map(grads, mesh=mesh, in_specs=specs, out_specs=specs)
+    for ours, expected in zip(jax.jit(mapped)(x, kernel), jax.jit(grads)(x, kernel)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_without_jit_and_without_examples():
+    x, kernel = jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 4))
+    with jax.disable_jit():
+        y, grads = jax.value_and_grad(lambda k: conv2d(x, k).sum())(kernel)
+    assert y == conv2d(x, kernel).sum()
+    assert grads.shape == kernel.shape
+    assert jax.vmap(conv2d, (0, None))(jnp.ones((0, *x.shape)), kernel).shape == (0, 2, 5, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "strides", "groups"),
+    [
+        ((8, 224, 224, 3), (32, 32, 3, 768), 32, 1),  # ViT's patches
+        ((8, 14, 14, 1024), (3, 3, 16, 1024), 1, 64),  # ResNeXt-101 64x4d
+        ((1, 32, 32, 64), (31, 31, 1, 64), 1, 64),  # RepLKNet
+    ],
+)
+def test_what_is_compiled_stays_small(images, kernel, strides, groups):
+    f = jax.grad(lambda x, k: conv2d(x, k, strides=strides, groups=groups).sum(), (0, 1))
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (images, kernel)]
+    assert len(jax.jit(f).lower(*shapes).as_text().splitlines()) < 1500
