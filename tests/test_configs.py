@@ -11,6 +11,7 @@ import pytest
 from configs import common
 from flax_cnns import config as configs
 from flax_cnns import create_model
+from flax_cnns.experiment import model_fields
 
 FILES = sorted(p.stem for p in pathlib.Path(common.__file__).parent.glob("*_*.py"))
 FILES = [name for name in FILES if not name.startswith("__")]
@@ -36,7 +37,7 @@ def test_every_mode_is_valid_and_its_network_exists(name):
         config.lock()
         configs.validate(config)
         assert json.loads(json.dumps(configs.plain(config))) == configs.plain(config)
-        create_model(**{k: v for k, v in config.model.items() if k != "num_classes"})
+        create_model(**model_fields(config))
         command = f"--config=configs/{name}.py" + (f":{mode}" if mode not in ("", "paper") else "")
         assert command in module.__doc__
     with pytest.raises(ValueError, match=r"unknown mode 'smok' of this config; it has .*smoke"):

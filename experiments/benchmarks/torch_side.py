@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import unittest.mock
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.benchmarks.report import Bars, Report, milliseconds
 from flax_cnns import pytree
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers import conv
 from flax_cnns.registry import init_variables
 
 if TYPE_CHECKING:
@@ -140,7 +142,8 @@ def convolution(torch: Any, shape: Shape, dtype: str, passes: str) -> Callable[[
 
 # ---------------------------------------------------------------------------- vs-torch
 
-COLUMNS = ("network", "batch", "ours", "torch", "ours / torch", "compiled", "ours / compiled")
+OTHERS = ("torch", "compiled", "nn.Conv")
+COLUMNS = ("network", "batch", "ours", *(c for name in OTHERS for c in (name, f"ours / {name}")))
 
 
 def add_vs_torch(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +157,7 @@ def add_vs_torch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=dtype, help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile, beside eager")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile: max-autotune")
+    parser.add_argument("--stock", action="store_true", help="our network on nn.Conv, beside it")
 
 
 def vs_torch(args: argparse.Namespace, report: Report) -> None:
@@ -186,6 +190,10 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
         if args.compile:
             compiled = torch.compile(network(name, model.num_classes), mode=args.compile_mode)
             candidates["compiled"] = _torch_step(torch, compiled, batch, device, args.dtype)
+        if args.stock:  # what nn.Conv calls, in the place of ours, while the step is traced
+            with unittest.mock.patch.object(conv, "_as_lax", jax.lax.conv_general_dilated):
+                stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])
+                candidates["nn.Conv"] = stock.training(stock.compile()[0])
         found = compare(candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
         others = [other for other in candidates if other != "ours"]
         ratios = {other: found.ratio("ours", other) for other in others}
@@ -202,7 +210,7 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
             **found.as_dict(),
         }
         cells = [name, f"{args.batch} x {model.input_size[0]}", milliseconds(found.median("ours"))]
-        for other in ("torch", "compiled"):
+        for other in OTHERS:
             present = other in ratios
             cells += (
                 [milliseconds(found.median(other)), str(ratios[other])] if present else ["", ""]
@@ -216,7 +224,7 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
             ]
             for name, label in (
                 *(("ours", "flax_cnns"), ("torch", "PyTorch eager")),
-                ("compiled", "torch.compile"),
+                *(("compiled", "torch.compile"), ("nn.Conv", "flax_cnns on nn.Conv")),
             )
         },
         f"training, images a second, {args.dtype} on {device}",
