@@ -9,7 +9,7 @@ three products of a convolution, each in several ways that XLA turns into matmul
     kernel_grad(x, dy) -> dkernel   the transpose of forward in the kernel
 
 `forward_way`, `kernel_grad_way` and `input_grad_way` choose. Their thresholds were measured on two
-AVX-512 cores, jax 0.10.2 and 0.12.0.1, so that no shape of the sweep is slower than XLA's own:
+AVX-512 cores, against XLA's own for every shape of the benchmark's sweep:
 
     python -m experiments.benchmark conv
 """
