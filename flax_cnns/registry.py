@@ -18,7 +18,7 @@ from flax_cnns.models import cifar_resnet, lenet, resnet
 
 FAMILIES = (lenet, cifar_resnet, resnet)
 DTYPES = ("float32", "bfloat16", "float16")
-MOST_LEAVES = 1000  # that are initialised by one program: more of them compile for minutes
+MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
 
 
 class ModelInfo(NamedTuple):

@@ -25,8 +25,8 @@ class Stage(nn.Module):
 
     `scan`: block2 to the last, which must be alike, run under `nn.scan`: what is compiled does not
     grow with depth, the results are the same. Variables may be stacked (`pytree.stack_blocks`), as
-    in a run, or named; those are stacked in passing, at a price for each leaf: the gradient of
-    ResNet-1202 compiles in 6 s stacked and in 31 s named (2 CPU cores). Initialisation, and
+    in a run, or named; those are stacked in passing, which takes
+    compile time for each leaf. Initialisation, and
     features by name (a mutable "intermediates"), are always unrolled; for features the variables
     must be named, or `UserError` says so. Of what a block sows, only batch_stats outlive the scan:
     a family with auxiliary heads inside its blocks must not offer it.
