@@ -30,6 +30,7 @@ class ModelInfo(NamedTuple):
     input_size: tuple[int, int, int]  # (H, W, C)
     num_classes: int
     params: int  # trainable numbers, without running statistics
+    sources: tuple[str, ...]  # whose tensors `weights.convert` takes: torchvision, timm, keras
 
 
 def merge(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType]]:
@@ -83,9 +84,12 @@ def create_model(name: str, **fields: Any) -> nn.Module:
     """The network `name` with some of its fields set: `create_model("resnet50", num_classes=10)`.
 
     `dtype` and `param_dtype` may be texts ("bfloat16"). `num_classes=None` gives pooled features
-    [N C]. Raises `UserError` for an unknown name, field or dtype, or for senseless values.
+    [N C]. `init` is another name of `kernel_init`: "paper" for the paper's own first values.
+    Raises `UserError` for an unknown name, field or dtype, or for senseless values.
     """
     variant, _ = _find(name)
+    if "init" in fields:  # no field of the module's: it would hide its method `init`
+        fields["kernel_init"] = fields.pop("init")
     known = {field.name for field in dataclasses.fields(variant.func)} - {"name", "parent"}
     for field in fields:
         if field not in known:
@@ -116,6 +120,7 @@ def model_info(name: str) -> ModelInfo:
         input_size=model.input_size,
         num_classes=model.num_classes,
         params=sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
+        sources=getattr(family, "SOURCES", {}).get(name, ()),
     )
 
 

@@ -1,9 +1,9 @@
 """The parts that networks share. A layer knows no network."""
 
 from flax_cnns.layers.conv import Conv
-from flax_cnns.layers.initializers import initializer
-from flax_cnns.layers.norm import make_norm
-from flax_cnns.layers.pool import avg_pool, global_avg_pool, max_pool
+from flax_cnns.layers.initializers import gaussian, he, initializer
+from flax_cnns.layers.norm import local_response_norm, make_norm
+from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 from flax_cnns.layers.stack import Stage
 from flax_cnns.layers.stem import CifarStem, ImageNetStem, check_images
 
@@ -12,10 +12,14 @@ __all__ = [
     "Conv",
     "ImageNetStem",
     "Stage",
+    "adaptive_avg_pool",
     "avg_pool",
     "check_images",
+    "gaussian",
     "global_avg_pool",
+    "he",
     "initializer",
+    "local_response_norm",
     "make_norm",
     "max_pool",
 ]

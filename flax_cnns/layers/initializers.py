@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 from jax.nn.initializers import variance_scaling
 
 from flax_cnns.errors import UserError, did_you_mean
@@ -19,16 +20,23 @@ he = variance_scaling(2.0, "fan_out", "normal")
 # LeCun et al. 1998, "Efficient BackProp", equation 16: standard deviation 1 / sqrt(fan_in).
 lecun = variance_scaling(1.0, "fan_in", "normal")
 
-INITIALIZERS = {"he": he, "lecun": lecun}
+# Glorot & Bengio 2010, equation 16: uniform with variance 2 / (fan_in + fan_out). Keras's default.
+xavier = variance_scaling(1.0, "fan_avg", "uniform")
+
+INITIALIZERS = {"he": he, "lecun": lecun, "xavier": xavier}
+
+# `gaussian(0.01)`: N(0, 0.01^2), what most papers before Xavier and He used.
+gaussian = jax.nn.initializers.normal
 
 
-def initializer(init: str | Callable) -> Callable:
+def initializer(init: str | Callable, paper: Callable | None = None) -> Callable:
     """`"he"` -> the function (key, shape, dtype) -> kernel; a function stays what it is.
 
-    Raises `UserError` for an unknown name.
+    `paper` is what `"paper"` means for a network. Raises `UserError` for an unknown name.
     """
     if callable(init):
         return init
-    if init not in INITIALIZERS:
-        raise UserError(f"unknown kernel_init {init!r}{did_you_mean(init, INITIALIZERS)}")
-    return INITIALIZERS[init]
+    known = INITIALIZERS if paper is None else INITIALIZERS | {"paper": paper}
+    if init not in known:
+        raise UserError(f"unknown kernel_init {init!r}{did_you_mean(init, known)}")
+    return known[init]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.types import Dtype, ModuleDef
+from flax_cnns.types import Array, Dtype, ModuleDef
 
-NORMS = ("batch", "group")
+NORMS = ("batch", "group", "none")
 
 
 def make_norm(
@@ -31,6 +32,7 @@ def make_norm(
     variance is the biased one, where PyTorch keeps the unbiased. Statistics are float32 whatever
     `dtype` is.
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
+    `"none"`: nothing, called alike.
 
     Raises `UserError` for an unknown name.
     """
@@ -53,4 +55,31 @@ def make_norm(
             dtype=dtype,
             param_dtype=param_dtype,
         )
+    if norm == "none":
+        return NoNorm
     raise UserError(f"unknown norm {norm!r}{did_you_mean(norm, NORMS)}")
+
+
+class NoNorm(nn.Module):
+    """What stands in a norm's place: x -> x, without parameters."""
+
+    scale_init: Callable | None = None
+
+    def __call__(self, x: Array) -> Array:
+        return x
+
+
+def local_response_norm(
+    x: Array, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
+) -> Array:
+    """x / (k + alpha * sum of x^2 over `size` neighbouring channels)^beta: [... C] -> [... C].
+
+    Krizhevsky et al. 2012, section 3.3, with their constants; a sum, cut at the first and the last
+    channel. Caffe and PyTorch divide alpha by `size`: pass alpha / size for theirs. Computed in
+    float32.
+    """
+    square = jnp.square(x.astype(jnp.float32))
+    before = size // 2
+    padded = jnp.pad(square, [(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)])
+    total = sum(padded[..., i : i + x.shape[-1]] for i in range(size))
+    return (x * (k + alpha * total) ** -beta).astype(x.dtype)

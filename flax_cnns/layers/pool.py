@@ -7,21 +7,42 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_cnns.layers.conv import is_sharded
 from flax_cnns.types import Array
 
 
-def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
+def _out_size(n: int, window: int, stride: int, padding: int, ceil: bool) -> int:
+    """PyTorch's: with `ceil` a last window that is partly outside counts, if it starts inside."""
+    reach = n + 2 * padding - window
+    if not ceil:
+        return reach // stride + 1
+    size = -(-reach // stride) + 1
+    return size - 1 if (size - 1) * stride >= n + padding else size
+
+
+def _geometry(
+    x: Array, window: int, stride: int, padding: int, ceil: bool
+) -> tuple[tuple[int, int], dict[str, tuple]]:
+    """([H' W'], the arguments of flax's pooling that give it)."""
+    size = tuple(_out_size(n, window, stride, padding, ceil) for n in x.shape[-3:-1])
+    pads = tuple(
+        (padding, max((m - 1) * stride + window - n - padding, 0))
+        for m, n in zip(size, x.shape[-3:-1])
+    )
+    return size, dict(window_shape=(window, window), strides=(stride, stride), padding=pads)
+
+
+def max_pool(x: Array, window: int, stride: int, padding: int = 0, ceil: bool = False) -> Array:
     """[N H W C] -> [N H' W' C], H' = floor((H + 2 padding - window) / stride) + 1, as PyTorch.
 
-    Where several pixels of a window are the largest, the first has the gradient.
+    `ceil` rounds up instead, as Caffe always does. Where several pixels of a window are the
+    largest, the first has the gradient.
     """
-    pads = ((padding, padding),) * 2
-    library = partial(
-        nn.max_pool, window_shape=(window, window), strides=(stride, stride), padding=pads
-    )
+    size, args = _geometry(x, window, stride, padding, ceil)
+    library = partial(nn.max_pool, **args)
     out = jax.eval_shape(library, x)
     plain = x.ndim == 4 and 0 not in out.shape and not is_sharded(x)
     if not plain or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -29,7 +50,7 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
 
     def compared(x: Array) -> Array:
         # XLA's own has a slow gradient on a CPU, several times this one's.
-        best, *taps = _taps(x, window, stride, padding, out.shape[1:3])
+        best, *taps = _taps(x, window, stride, padding, size)
         for tap in taps:
             best = jnp.where((tap > best) | jnp.isnan(tap), tap, best)
         return best
@@ -56,9 +77,49 @@ def _taps(x: Array, window: int, stride: int, padding: int, size: tuple[int, int
     return taps
 
 
-def avg_pool(x: Array, window: int, stride: int) -> Array:
-    """[N H W C] -> [N H' W' C], H' = floor((H - window) / stride) + 1."""
-    return nn.avg_pool(x, (window, window), (stride, stride))
+def avg_pool(
+    x: Array,
+    window: int,
+    stride: int,
+    padding: int = 0,
+    ceil: bool = False,
+    count_padding: bool = True,
+) -> Array:
+    """[N H W C] -> [N H' W' C], sizes as `max_pool`'s, means as PyTorch's.
+
+    The padding counts as zeros, or with `count_padding=False` (Keras's "same") not at all; what
+    `ceil` adds beyond it never counts.
+    """
+    size, args = _geometry(x, window, stride, padding, ceil)
+    counts = []
+    for m, n in zip(size, x.shape[-3:-1]):
+        first, last = (-padding, n + padding) if count_padding else (0, n)
+        begin = np.arange(m) * stride - padding
+        counts.append(np.minimum(begin + window, last) - np.maximum(begin, first))
+    counts = np.outer(*counts)[..., None]
+    if (counts == window**2).all():
+        return nn.avg_pool(x, **args)
+    return nn.pool(x, 0.0, lax.add, **args) / jnp.asarray(counts, x.dtype)
+
+
+def adaptive_avg_pool(x: Array, size: int) -> Array:
+    """[N H W C] -> [N size size C], PyTorch's AdaptiveAvgPool2d; x itself where it has that size.
+
+    Cell i is the mean of the pixels from floor(i H / size) to ceil((i + 1) H / size), likewise
+    along W; so smaller maps are stretched.
+    """
+    if x.shape[-3:-1] == (size, size):
+        return x
+
+    def means(n: int) -> Array:  # [size n]
+        begin = np.arange(size) * n // size
+        end = -(-(np.arange(size) + 1) * n // size)
+        inside = (np.arange(n) >= begin[:, None]) & (np.arange(n) < end[:, None])
+        return jnp.asarray(inside / inside.sum(1, keepdims=True), x.dtype)
+
+    rows, columns = (means(n) for n in x.shape[-3:-1])
+    # As exact as sums are on every device, where products may be rounded to bfloat16.
+    return jnp.einsum("nhwc,ih,jw->nijc", x, rows, columns, precision=lax.Precision.HIGHEST)
 
 
 def global_avg_pool(x: Array) -> Array:

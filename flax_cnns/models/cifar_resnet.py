@@ -81,7 +81,7 @@ class CifarResNet(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init),
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
         )
         norm = layers.make_norm(
             self.norm,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.layers import initializer
+from flax_cnns.layers import gaussian, initializer
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,14 @@ def test_takes_a_function_or_a_known_name():
     assert initializer(max) is max
     with pytest.raises(UserError, match="unknown kernel_init 'hee'; did you mean 'he'"):
         initializer("hee")
+
+
+def test_xavier_is_uniform_and_paper_is_what_the_network_says():
+    kernel = initializer("xavier")(jax.random.key(0), (3, 3, 64, 128), jnp.float32)
+    bound = np.sqrt(6 / (3 * 3 * (64 + 128)))  # equation 16
+    assert 0.999 * bound < np.abs(kernel).max() <= bound
+    assert np.std(kernel) == pytest.approx(bound / np.sqrt(3), rel=0.01)
+    kernel = initializer("paper", paper=gaussian(0.01))(jax.random.key(0), (5, 5, 64, 64))
+    assert np.std(kernel) == pytest.approx(0.01, rel=0.02)
+    with pytest.raises(UserError, match="unknown kernel_init 'paper'"):
+        initializer("paper")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.layers import make_norm
+from flax_cnns.layers import local_response_norm, make_norm
 
 X = np.random.RandomState(0).randn(8, 4, 4, 32).astype(np.float32) * 3 + 1
 
@@ -54,3 +54,29 @@ def test_group_norm_normalises_sixteen_channels_of_each_image_and_keeps_nothing(
 def test_unknown_norm_names_the_near_miss():
     with pytest.raises(UserError, match="unknown norm 'bach'; did you mean 'batch'"):
         make_norm("bach", train=True)
+
+
+def test_no_norm_is_called_alike_and_has_nothing():
+    norm = make_norm("none", train=True, axis_name="batch")(name=None, scale_init=max)
+    y, variables = norm.init_with_output(jax.random.key(0), X)
+    np.testing.assert_array_equal(y, X)
+    assert variables == {}
+
+
+@pytest.mark.parametrize("size", [5, 4])
+def test_local_response_norm_is_the_papers_sum_over_neighbouring_channels(size):
+    y = local_response_norm(X, size, alpha=0.1, beta=0.75, k=2.0)
+    for channel in (0, 1, 15, 31):
+        near = X[..., max(channel - size // 2, 0) : channel + (size - 1) // 2 + 1]
+        expected = X[..., channel] / (2.0 + 0.1 * (near**2).sum(-1)) ** 0.75
+        np.testing.assert_allclose(y[..., channel], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("size", [5, 4])
+def test_local_response_norm_is_pytorchs_with_alpha_by_size(size):
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.LocalResponseNorm(size, alpha=0.1, beta=0.75, k=1.0)
+    expected = theirs(torch.from_numpy(X.transpose(0, 3, 1, 2).copy())).numpy()
+    ours = local_response_norm(X, size, alpha=0.1 / size, beta=0.75, k=1.0)
+    np.testing.assert_allclose(ours, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns.layers import avg_pool, global_avg_pool, max_pool
+from flax_cnns.layers import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 
 # Nearly all of the time here is the compiler's.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -158,3 +158,68 @@ def test_global_avg_pool_adds_in_float32():
     y = global_avg_pool(x)  # bfloat16 has 8 bits: the sum of 1025 would come out as 1024
     assert y.dtype == jnp.float32
     assert y[0, 0] == 1025 / 1024
+
+
+def windows(n, window, stride, padding, ceil):
+    """(begin, end) of each along one axis, padding included: PyTorch's rule, window by window."""
+    begin, reached = -padding, False
+    while begin + window <= n + padding or (ceil and begin < n and not reached):
+        yield begin, min(begin + window, n + padding)
+        reached = begin + window == n + padding
+        begin += stride
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"), [(2, 2, 0), (3, 2, 0), (3, 2, 1), (2, 3, 0), (3, 1, 1)]
+)
+def test_pools_are_their_definition_window_by_window(window, stride, padding, ceil):
+    x = np.random.RandomState(0).randn(1, 8, 6, 2).astype(np.float32)
+    rows, columns = (list(windows(n, window, stride, padding, ceil)) for n in (8, 6))
+    shape = (len(rows), len(columns), 2)
+    largest, means, inner_means = np.empty(shape), np.empty(shape), np.empty(shape)
+    for i, (top, bottom) in enumerate(rows):
+        for j, (left, right) in enumerate(columns):
+            seen = x[0, max(top, 0) : bottom, max(left, 0) : right]
+            largest[i, j] = seen.max((0, 1))
+            means[i, j] = seen.sum((0, 1)) / ((bottom - top) * (right - left))
+            inner_means[i, j] = seen.mean((0, 1))
+    given = (window, stride, padding, ceil)
+    np.testing.assert_array_equal(max_pool(x, *given)[0], largest.astype(np.float32))
+    np.testing.assert_allclose(avg_pool(x, *given)[0], means, atol=1e-6)
+    np.testing.assert_allclose(avg_pool(x, *given, count_padding=False)[0], inner_means, atol=1e-6)
+
+
+def test_ceil_mode_has_a_gradient_where_the_last_window_is_cut():
+    x = np.random.RandomState(0).randn(2, 6, 6, 3).astype(np.float32)
+    grad = quick_jit(jax.grad(lambda x: max_pool(x, 3, 2, ceil=True).sum()))(x)
+    assert max_pool(x, 3, 2, ceil=True).shape == (2, 3, 3, 3)
+    assert np.asarray(grad).sum() == 2 * 3 * 3 * 3  # each window gives one
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 21), (9, 10), (3, 1)])
+def test_adaptive_avg_pool_is_its_definition(size):
+    x = np.random.RandomState(0).randn(2, *size, 3).astype(np.float32)
+    expected = np.empty((2, 7, 7, 3))
+    for i in range(7):
+        for j in range(7):
+            rows = slice(i * size[0] // 7, -(-(i + 1) * size[0] // 7))
+            columns = slice(j * size[1] // 7, -(-(j + 1) * size[1] // 7))
+            expected[:, i, j] = x[:, rows, columns].mean((1, 2))
+    np.testing.assert_allclose(adaptive_avg_pool(x, 7), expected, atol=1e-6)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("size", [5, 6, 7, 8, 9])
+def test_pools_are_pytorchs(size, padding):
+    torch = pytest.importorskip("torch")
+    x = np.random.RandomState(0).randn(2, size, size + 1, 3).astype(np.float32)
+    t = torch.from_numpy(x.transpose(0, 3, 1, 2))
+    pools, f = torch.nn.functional, dict(padding=padding, ceil_mode=True)
+    for ours, theirs in [
+        (max_pool(x, 3, 2, padding, ceil=True), pools.max_pool2d(t, 3, 2, **f)),
+        (avg_pool(x, 3, 2, padding, ceil=True), pools.avg_pool2d(t, 3, 2, **f)),
+        (adaptive_avg_pool(x, 4), pools.adaptive_avg_pool2d(t, 4)),
+    ]:
+        np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-6)
