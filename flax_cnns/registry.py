@@ -14,9 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.models import cifar_resnet, inception_v4, lenet, resnet
+from flax_cnns.models import (
+    cifar_resnet,
+    deck_cnn,
+    inception_v4,
+    lenet,
+    resnet,
+    simpnet,
+    squeezenet,
+    vgg,
+)
 
-FAMILIES = (lenet, cifar_resnet, resnet, inception_v4)
+FAMILIES = (lenet, cifar_resnet, resnet, inception_v4, simpnet, vgg, squeezenet, deck_cnn)
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
 

@@ -1,0 +1,70 @@
+"""The small CIFAR-100 classifier of the lectures: three convolutions, two poolings, a dense layer.
+
+The lecture gives the layers with Keras's defaults, which are `kernel_init="paper"`: glorot_uniform
+kernels and zero biases. ReLU follows each convolution; the softmax is the loss's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, Paper
+
+PAPER = Paper(
+    title="Image Classification and Network Architectures (lecture)",
+    authors="HSLU",
+    year=2020,  # that of the newest network which it names; it bears no date
+    url="",
+)
+
+SMALLEST = 18  # conv3's window needs 3x3 maps
+
+
+class DeckCNN(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 512] if it is None.
+
+    H and W are at least 18; the last maps of other images than 32x32 are averaged to 4x4. It
+    normalises nothing and has no dropout: `train` and `axis_name` change nothing. Raises
+    `UserError` where the images are too small or have other channels than `input_size`.
+    """
+
+    num_classes: int | None = 100
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        keras = layers.initializer("xavier")
+        conv = partial(
+            layers.Conv,
+            32,
+            (3, 3),
+            padding="VALID",
+            kernel_init=layers.initializer(self.kernel_init, paper=keras),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        x = nn.relu(conv(name="conv1")(images))  # [N 30 30 32]
+        x = layers.max_pool(x, 2, 2)  # [N 15 15 32]
+        x = nn.relu(conv(name="conv2")(x))  # [N 13 13 32]
+        x = layers.max_pool(x, 2, 2)  # [N 6 6 32]
+        x = nn.relu(conv(name="conv3")(x))  # [N 4 4 32]
+        x = layers.adaptive_avg_pool(x, 4).astype(jnp.float32)
+        x = x.reshape(x.shape[0], -1)  # [N 512]
+        if self.num_classes is None:
+            return x
+        init = keras if self.kernel_init == "paper" else layers.initializer("lecun")
+        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
+        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+
+
+VARIANTS = {"deck003_cifar100_example": partial(DeckCNN)}

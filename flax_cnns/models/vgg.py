@@ -1,0 +1,146 @@
+"""VGG, the configurations A to E of table 1, with and without BatchNorm, and with a CIFAR head.
+
+The paper has neither BatchNorm nor CIFAR. With BatchNorm the convolutions keep their biases, as in
+torchvision, though the norm's shift makes them idle: 8,448 parameters more than vgg16. The CIFAR
+rows are the layout of github.com/kuangliu/pytorch-cifar: the same five stages bring 32x32 down to
+1x1, and one dense layer stands in place of three, without dropout; 14.7 M in place of 138.4 M.
+
+For images other than 224x224 the last maps are averaged to 7x7, as torchvision does, where the
+paper slides the dense layers over larger maps as convolutions and averages the scores.
+
+`kernel_init="paper"` is N(0, 0.01^2) with zero biases. Section 3.1 of the paper says "10^-2
+variance"; that of He et al. (https://arxiv.org/abs/1502.01852), which compares with B, takes 10^-2
+for the standard deviation, and so do we. B to E did not learn from it: the paper started them from
+a trained A, its first four convolutions and its dense layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Very Deep Convolutional Networks for Large-Scale Image Recognition",
+    authors="Simonyan, Zisserman",
+    year=2014,
+    url="https://arxiv.org/abs/1409.1556",
+)
+
+SMALLEST = 32  # halved five times
+
+
+class Stage(nn.Module):
+    """Convolutions with ReLU, then a 2x2 max pooling: [N H W C] -> [N H/2 W/2 width]."""
+
+    width: int
+    windows: Sequence[int]  # of each convolution: 3, or 1 in C
+    conv: ModuleDef
+    norm: ModuleDef
+    lrn: bool = False  # local response normalisation before the pooling
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, window in enumerate(self.windows, 1):
+            conv = self.conv(self.width, (window, window), padding=window // 2, name=f"conv{i}")
+            x = nn.relu(self.norm(name=f"norm{i}")(conv(x)))
+        if self.lrn:
+            x = layers.local_response_norm(x)  # section 2.1: with AlexNet's constants
+        return layers.max_pool(x, 2, 2)
+
+
+class VGG(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes].
+
+    If it is None, what the head would see: f32 [N 4096] of fc7, [N 512] with a CIFAR head. H and W
+    are at least 32. Raises `UserError` where the images are too small or have other channels than
+    `input_size`.
+    """
+
+    windows: Sequence[Sequence[int]]  # of the convolutions of each stage
+    widths: Sequence[int] = (64, 128, 256, 512, 512)  # of the stages
+    pool: int = 7  # side of the maps that the dense layers see
+    hidden: Sequence[int] = (4096, 4096)  # fc6 and fc7
+    lrn: bool = False  # after the first convolution: A-LRN
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    norm: str = "none"
+    dropout: float = 0.5  # of the outputs of fc6 and of fc7
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        paper = layers.gaussian(0.01)
+        init = layers.initializer(self.kernel_init, paper=paper)
+        given = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(layers.Conv, kernel_init=init, **given)
+        norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **given)
+        x = images
+        for i, (width, windows) in enumerate(zip(self.widths, self.windows)):  # H/2, ..., H/32
+            lrn = self.lrn and i == 0
+            x = Stage(width, windows, conv, norm, lrn, name=f"stage{i + 1}")(x)
+        x = layers.adaptive_avg_pool(x, self.pool)
+        x = x.reshape(x.shape[0], -1)  # [N H W C] -> [N H*W*C]
+        for i, width in enumerate(self.hidden):
+            x = nn.relu(nn.Dense(width, kernel_init=init, **given, name=f"fc{i + 6}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i + 6}")(x)
+        x = x.astype(jnp.float32)
+        if self.num_classes is None:
+            return x
+        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
+        init = paper if self.kernel_init == "paper" else layers.initializer("lecun")
+        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
+        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+
+
+_A = ((3,), (3,), (3, 3), (3, 3), (3, 3))  # table 1
+_B = ((3, 3),) * 5
+_C = ((3, 3), (3, 3), (3, 3, 1), (3, 3, 1), (3, 3, 1))
+_D = ((3, 3), (3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
+_E = ((3, 3), (3, 3), (3, 3, 3, 3), (3, 3, 3, 3), (3, 3, 3, 3))
+
+_VGG_BN = partial(VGG, norm="batch")
+_CIFAR = partial(VGG, pool=1, hidden=(), num_classes=10, input_size=(32, 32, 3))
+_CIFAR_BN = partial(_CIFAR, norm="batch")
+
+VARIANTS = {
+    "vgg11": partial(VGG, windows=_A),
+    "vgg11_lrn": partial(VGG, windows=_A, lrn=True),
+    "vgg13": partial(VGG, windows=_B),
+    "vgg16_c": partial(VGG, windows=_C),
+    "vgg16": partial(VGG, windows=_D),
+    "vgg19": partial(VGG, windows=_E),
+    "vgg11_bn": partial(_VGG_BN, windows=_A),
+    "vgg13_bn": partial(_VGG_BN, windows=_B),
+    "vgg16_c_bn": partial(_VGG_BN, windows=_C),
+    "vgg16_bn": partial(_VGG_BN, windows=_D),
+    "vgg19_bn": partial(_VGG_BN, windows=_E),
+    "cifar_vgg11": partial(_CIFAR, windows=_A),
+    "cifar_vgg13": partial(_CIFAR, windows=_B),
+    "cifar_vgg16": partial(_CIFAR, windows=_D),
+    "cifar_vgg19": partial(_CIFAR, windows=_E),
+    "cifar_vgg11_bn": partial(_CIFAR_BN, windows=_A),
+    "cifar_vgg13_bn": partial(_CIFAR_BN, windows=_B),
+    "cifar_vgg16_bn": partial(_CIFAR_BN, windows=_D),
+    "cifar_vgg19_bn": partial(_CIFAR_BN, windows=_E),
+}
+
+SOURCES = {
+    "vgg11": ("torchvision",),
+    "vgg13": ("torchvision",),
+    "vgg16": ("torchvision", "keras"),
+    "vgg19": ("torchvision", "keras"),
+    "vgg11_bn": ("torchvision",),
+    "vgg13_bn": ("torchvision",),
+    "vgg16_bn": ("torchvision",),
+    "vgg19_bn": ("torchvision",),
+}
