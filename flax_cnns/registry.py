@@ -17,6 +17,8 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import (
     cifar_resnet,
     deck_cnn,
+    googlenet,
+    inception_v3,
     inception_v4,
     lenet,
     resnet,
@@ -25,7 +27,18 @@ from flax_cnns.models import (
     vgg,
 )
 
-FAMILIES = (lenet, cifar_resnet, resnet, inception_v4, simpnet, vgg, squeezenet, deck_cnn)
+FAMILIES = (
+    lenet,
+    cifar_resnet,
+    resnet,
+    googlenet,
+    inception_v3,
+    inception_v4,
+    simpnet,
+    vgg,
+    squeezenet,
+    deck_cnn,
+)
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
 

@@ -1,0 +1,37 @@
+"""GoogLeNet: torchvision's branches 1 to 4 are table 1's columns."""
+
+from __future__ import annotations
+
+from flax_cnns.models.googlenet import GoogLeNet
+from flax_cnns.weights import rules
+
+BRANCHES = {
+    "branch1": "conv1x1",
+    "branch2.0": "reduce3x3",
+    "branch2.1": "conv3x3",
+    "branch3.0": "reduce5x5",
+    "branch3.1": "conv5x5",
+    "branch4.1": "pool_proj",
+}
+LEAVES = {"conv": "conv", "bn": "norm"}
+STEM = {"conv1": "conv1", "conv2": "conv2_reduce", "conv3": "conv2"}
+
+
+def torchvision(model: GoogLeNet) -> rules.Rules:
+    heads = [
+        (r"(aux\d)\.conv\.(conv|bn)", lambda m: f"{m[1]}/conv/{LEAVES[m[2]]}"),
+        (r"(aux\d)\.fc1", r"\1/fc", rules.flattened(128)),
+        (r"(aux\d)\.fc2", r"\1/head"),
+    ]
+    return [
+        (r"(conv\d)\.(conv|bn)", lambda m: f"{STEM[m[1]]}/{LEAVES[m[2]]}"),
+        (
+            r"inception(\d\w)\.(branch\d(?:\.\d)?)\.(conv|bn)",
+            lambda m: f"mixed{m[1]}/{BRANCHES[m[2]]}/{LEAVES[m[3]]}",
+        ),
+        *(heads if model.aux else [(r"aux\d\..*", rules.UNUSED)]),
+        (r"fc", "head"),
+    ]
+
+
+TABLES = {"torchvision": torchvision}
