@@ -4,6 +4,7 @@ from flax_cnns.layers.conv import Conv
 from flax_cnns.layers.initializers import gaussian, he, initializer
 from flax_cnns.layers.norm import local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
+from flax_cnns.layers.saf import SAFPool
 from flax_cnns.layers.stack import Stage
 from flax_cnns.layers.stem import CifarStem, ImageNetStem, check_images
 
@@ -11,6 +12,7 @@ __all__ = [
     "CifarStem",
     "Conv",
     "ImageNetStem",
+    "SAFPool",
     "Stage",
     "adaptive_avg_pool",
     "avg_pool",
