@@ -132,3 +132,4 @@ VARIANTS = {  # table 1
     "resnet101": partial(ResNet, depths=(3, 4, 23, 3)),
     "resnet152": partial(ResNet, depths=(3, 8, 36, 3)),
 }
+SOURCES = {name: ("torchvision",) for name in VARIANTS}

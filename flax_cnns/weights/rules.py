@@ -1,0 +1,152 @@
+"""Rules that carry another library's tensors into our trees: names, leaves, layouts.
+
+A rule is `(regex over the source's module, our module)`, or with a third part that says how its
+kernels are laid out. The first regex that matches the whole name decides. Our module is a path that
+may use the regex's groups, a function of the match, or `UNUSED`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError, did_you_mean
+
+UNUSED = None  # a rule that leaves tensors out, and says so
+
+Path = str | Callable[[re.Match], str] | None
+Layout = Callable[[np.ndarray], np.ndarray]
+Rules = Iterable[tuple[str, Path] | tuple[str, Path, Layout]]
+
+# The source's leaf -> ours: the first of them that our module has.
+_TORCH_LEAVES = {
+    "weight": ("params/{}/kernel", "params/{}/scale"),
+    "bias": ("params/{}/bias",),
+    "running_mean": ("batch_stats/{}/mean",),
+    "running_var": ("batch_stats/{}/var",),
+    "num_batches_tracked": UNUSED,
+}
+_KERAS_LEAVES = {
+    "kernel": ("params/{}/kernel",),
+    "bias": ("params/{}/bias",),
+    "gamma": ("params/{}/scale",),
+    "beta": ("params/{}/bias",),
+    "moving_mean": ("batch_stats/{}/mean",),
+    "moving_variance": ("batch_stats/{}/var",),
+}
+
+
+def flattened(channels: int) -> Layout:
+    """Of a PyTorch dense layer behind flattened maps [C H W]: ours are flattened as [H W C]."""
+
+    def layout(kernel: np.ndarray) -> np.ndarray:  # [out C*H*W] -> [H*W*C out]
+        out = kernel.reshape(len(kernel), channels, -1).transpose(2, 1, 0)
+        return out.reshape(-1, len(kernel))
+
+    return layout
+
+
+def _torch_layout(kernel: np.ndarray) -> np.ndarray:
+    """[out in kh kw] -> [kh kw in out], [out in] -> [in out]."""
+    return kernel.transpose((2, 3, 1, 0) if kernel.ndim == 4 else (1, 0))
+
+
+def _keras_layout(kernel: np.ndarray) -> np.ndarray:
+    return kernel
+
+
+def renumber(names: Iterable[str]) -> dict[str, str]:
+    """Keras's names -> the same with automatic numbers from 0 in the order of creation.
+
+    A second network of a session has `conv2d_94` where the first had `conv2d`: -> `conv2d_0`.
+    """
+    kinds = "conv2d|depthwise_conv2d|separable_conv2d|dense|batch_normalization|layer_normalization"
+    automatic = {}
+    for name in names:
+        module, _, leaf = name.rpartition("/")
+        if match := re.fullmatch(rf"({kinds})(?:_(\d+))?", module):
+            automatic[name] = (match[1], int(match[2] or 0), leaf)
+    numbers = defaultdict(set)
+    for kind, number, _ in automatic.values():
+        numbers[kind].add(number)
+    order = {kind: {n: i for i, n in enumerate(sorted(found))} for kind, found in numbers.items()}
+    new = {name: f"{k}_{order[k][n]}/{leaf}" for name, (k, n, leaf) in automatic.items()}
+    return {name: new.get(name, name) for name in names}
+
+
+_STYLES = {  # source: (what is between module and leaf, leaves, layout of kernels)
+    "torchvision": (".", _TORCH_LEAVES, _torch_layout),
+    "timm": (".", _TORCH_LEAVES, _torch_layout),
+    "keras": ("/", _KERAS_LEAVES, _keras_layout),
+}
+
+
+def apply(
+    rules: Rules, tensors: Mapping[str, Any], source: str, paths: Iterable[str], what: str
+) -> dict[str, np.ndarray]:
+    """{our path: array in our layout} of all tensors that are used; `paths` are all of ours.
+
+    Raises `UserError`, beginning with `what`, where no rule knows a tensor, where it has no place,
+    or where two have the same one.
+    """
+    paths, rules = set(paths), list(rules)
+    dot, leaves, default = _STYLES[source]
+    names = renumber(tensors) if source == "keras" else {name: name for name in tensors}
+    found: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    strangers = []
+    for original, name in names.items():
+        module, _, leaf = name.rpartition(dot)
+        matches = ((re.fullmatch(rule[0], module), rule) for rule in rules)
+        match, rule = next(((m, r) for m, r in matches if m), (None, None))
+        if rule is None or leaf not in leaves:
+            strangers.append(original)
+            continue
+        if rule[1] is UNUSED or leaves[leaf] is UNUSED:
+            continue
+        ours = rule[1](match) if callable(rule[1]) else match.expand(rule[1])
+        places = [place.format(ours) for place in leaves[leaf]]
+        place = next((place for place in places if place in paths), None)
+        if place is None:
+            near = did_you_mean(places[0], paths)
+            raise UserError(
+                f"{what}: {original!r} belongs at {places[0]!r}, which is not there{near}"
+            )
+        if place in found:
+            raise UserError(f"{what}: {origin[place]!r} and {original!r} both belong at {place!r}")
+        array = np.asarray(tensors[original])
+        layout = rule[2] if len(rule) > 2 else default
+        found[place], origin[place] = (layout(array) if array.ndim > 1 else array), original
+    if strangers:
+        raise UserError(f"{what}: {some(strangers)} of the tensors given have no place in it")
+    return found
+
+
+def fit(found: Mapping[str, np.ndarray], shapes: Mapping[str, Any], what: str) -> pytree.PyTree:
+    """The tree of what was found, of the shapes and dtypes expected.
+
+    Raises `UserError` where something is missing or has another shape.
+    """
+    if missing := sorted(set(shapes) - set(found)):
+        raise UserError(f"{what}: no tensor was given for {some(missing)}")
+    wrong = [
+        f"{path} {tuple(array.shape)} in place of {tuple(shapes[path].shape)}"
+        for path, array in found.items()
+        if array.shape != shapes[path].shape
+    ]
+    if wrong:
+        raise UserError(f"{what}: wrong shapes: {some(wrong)}")
+    tree = pytree.unflatten(
+        {path: np.ascontiguousarray(array, shapes[path].dtype) for path, array in found.items()}
+    )
+    return {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}
+
+
+def some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

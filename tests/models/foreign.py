@@ -1,0 +1,180 @@
+"""The other libraries' networks, under weights by a rule: what they compute, in our terms.
+
+A rule on names and shapes gives every tensor, so that whoever has the rule has the weights, on
+either side of a comparison and without the library. `build` needs the library; the rest does not.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def redraw(name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
+    """f32 of `shape`: scales and variances from 0.5 to 1.5, kernels scaled by their fan-in, biases
+    and means of standard deviation 0.1; nothing zero, nothing constant."""
+    # RandomState: NumPy froze its stream for good, where default_rng's may change.
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    leaf = name.replace("/", ".").rpartition(".")[2]
+    scales = ("gamma", "moving_variance", "running_var")
+    if leaf in scales or (leaf == "weight" and len(shape) == 1):
+        return random.uniform(0.5, 1.5, shape).astype(np.float32)
+    if len(shape) > 1:
+        fan_in = np.prod(shape[:-1] if source == "keras" else shape[1:])
+        return (np.sqrt(2 / fan_in) * random.standard_normal(shape)).astype(np.float32)
+    return (0.1 * random.standard_normal(shape)).astype(np.float32)
+
+
+def images(n: int, size: int, channels: int = 3) -> np.ndarray:
+    """f32 [n size size channels], each another: noise on waves of another length and strength."""
+    random = np.random.RandomState(zlib.crc32(b"images"))
+    place = np.arange(size) / size
+    out = []
+    for i in range(n):
+        wave = np.sin(2 * np.pi * (i + 1) * (place[:, None] + (i % 2) * place[None, :]))
+        colour = random.standard_normal(channels)
+        noise = random.standard_normal((size, size, channels))
+        out.append((0.5 + i / n) * (wave[..., None] * colour + noise))
+    return np.stack(out).astype(np.float32)
+
+
+class Live(NamedTuple):
+    """Another library's network with its redrawn tensors."""
+
+    model: Any
+    tensors: dict[str, np.ndarray]  # in the library's order, under its names
+
+
+# Names of ours that are another one there, and how it is built.
+TIMM = {"inception_v3_noaux": "inception_v3"}
+KERAS = {
+    "vgg16": "VGG16",
+    "vgg19": "VGG19",
+    "keras_inception_v3": "InceptionV3",
+    "keras_inception_resnet_v2": "InceptionResNetV2",
+}
+TORCHVISION = {
+    "googlenet_tv_aux": "googlenet",
+    "inception_v3_noaux": "inception_v3",
+}
+
+
+def build(name: str, source: str) -> Any:
+    """The published network whose tensors `convert(name, ..., source)` takes, untrained."""
+    if source == "keras":
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+        import keras
+
+        return getattr(keras.applications, KERAS[name])(weights=None, classifier_activation=None)
+    if source == "timm":
+        torchvision()  # timm imports it, and it needs help
+        import timm
+
+        return timm.create_model(TIMM.get(name, name), pretrained=False)
+    theirs = TORCHVISION.get(name, name)
+    slow = dict(init_weights=False) if theirs in ("googlenet", "inception_v3") else {}
+    return getattr(torchvision().models, theirs)(weights=None, **slow)
+
+
+def torchvision() -> Any:
+    from experiments.benchmarks.torch_side import import_torchvision
+
+    return import_torchvision()
+
+
+def load(model: Any, source: str) -> Live:
+    """`model` with every tensor redrawn."""
+    if source == "keras":
+        tensors = {w.path: redraw(w.path, tuple(w.shape), source) for w in model.weights}
+        for weight in model.weights:
+            weight.assign(tensors[weight.path])
+        return Live(model, tensors)
+    import torch
+
+    tensors = {}
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            tensors[key] = redraw(key, tuple(value.shape), source)
+        else:
+            tensors[key] = value.numpy()
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()})
+    return Live(model, tensors)
+
+
+def _torch_images(x: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def logits(live: Live, x: np.ndarray, source: str) -> np.ndarray:
+    """In evaluation, [N K] of images [N H W C]."""
+    if source == "keras":
+        return np.asarray(live.model(x, training=False))
+    import torch
+
+    with torch.no_grad():
+        return live.model.eval()(_torch_images(x)).numpy()
+
+
+def train_step(live: Live, x: np.ndarray, labels: np.ndarray, aux_weight: float) -> dict[str, Any]:
+    """Of a PyTorch network without its dropout: loss, gradients and statistics after one forward.
+
+    "tensors" has, under the network's own names, the gradient of each parameter, and of each
+    statistic the value afterwards, variances as Flax keeps them (biased); zeros where the loss does
+    not reach a parameter.
+    """
+    import torch
+    from torch.nn import functional
+
+    model = live.model.train()
+    seen = {}  # numbers behind each statistic: PyTorch keeps n / (n - 1) times the variance
+
+    def note(norm, args, output):
+        seen[norm] = args[0].numel() // args[0].shape[1]
+
+    handles = []
+    for module in model.modules():
+        if "Dropout" in type(module).__name__:
+            module.p = 0.0
+        if isinstance(module, torch.nn.BatchNorm2d):
+            handles.append(module.register_forward_hook(note))
+    out = model(_torch_images(x))
+    targets = torch.from_numpy(labels)
+    out, *aux = out if isinstance(out, tuple) else (out,)
+    loss = functional.cross_entropy(out, targets)
+    for head in aux:
+        if head is not None:
+            loss = loss + aux_weight * functional.cross_entropy(head, targets)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    result = {}
+    for name, value in model.named_parameters():
+        result[name] = (torch.zeros_like(value) if value.grad is None else value.grad).numpy()
+    for name, value in model.named_buffers():
+        value = value.numpy()
+        if name.endswith("running_var"):
+            norm = model.get_submodule(name.rpartition(".")[0])
+            keep, n = 1 - norm.momentum, seen[norm]
+            value = keep * live.tensors[name] + (value - keep * live.tensors[name]) * (n - 1) / n
+        result[name] = value
+    order = {name: result[name] for name in live.tensors}
+    return {"loss": float(loss.detach()), "tensors": order}
+
+
+class Case(NamedTuple):
+    """A comparison that is recorded: small, and made of the blocks of its family."""
+
+    name: str  # ours
+    source: str
+    fields: Mapping[str, Any]  # ours: what makes it short
+    size: int
+    build: Callable[[], Any] | None = None  # theirs, as short; None: the published one
+    train: bool = False  # one training step too
+    n: int = 4
+    channels: int = 3

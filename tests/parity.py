@@ -1,0 +1,186 @@
+"""Every network that another library has, beside it: same weights, same images, same logits?
+
+    python -m tests.parity --all               # every pair, one at a time; goes on where it stopped
+    python -m tests.parity resnet50 vgg16      # some networks, from every source
+    python -m tests.parity --all --again       # from the start
+    pip install torch==2.13.0 keras==3.15 && pip install --no-deps torchvision==0.28.0 timm==1.0.31
+
+Every tensor of the other network is redrawn and carried over by `flax_cnns.weights.convert`; then
+four images, evaluation, float32. Difference: the largest of all logits, in units of their standard
+deviation over the images (root mean square over the classes); at most 1e-4 passes. Control: the
+same after one of the tensors was drawn anew, which must not pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flax_cnns import create_model, list_models, model_info
+from flax_cnns.weights import convert
+from tests.models import foreign
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 1e-4
+
+
+class Result(NamedTuple):
+    name: str
+    source: str
+    params: int
+    size: int
+    spread: float  # of the logits over the images: of a constant output it is zero
+    scale: float  # root mean square of the logits
+    difference: float  # the largest, over `spread`
+    control: float  # the same with one tensor drawn anew
+    redrawn: str  # which one
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        alive = self.spread > 1e-3 * self.scale
+        return alive and self.difference <= LIMIT < self.control
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(network, source) of everything that has an independent implementation."""
+    return [(name, source) for name in list_models() for source in model_info(name).sources]
+
+
+def spread(logits: np.ndarray) -> float:
+    """Standard deviation of [N K] over the images, root mean square over the classes."""
+    return float(np.sqrt(np.mean(np.var(logits, axis=0))))
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / spread(theirs))
+
+
+def disturb(tensors: Mapping[str, np.ndarray], name: str, source: str) -> dict[str, np.ndarray]:
+    """The same with another draw of one of them."""
+    return {**tensors, name: foreign.redraw(f"again.{name}", tensors[name].shape, source)}
+
+
+def compare(
+    name: str,
+    source: str,
+    live: foreign.Live,
+    size: int,
+    *,
+    n: int = 4,
+    **fields: Any,
+) -> Result:
+    """Our `name` with fields beside the other library's network."""
+    began = time.perf_counter()
+    info, x = model_info(name), foreign.images(n, size, create_model(name).input_size[-1])
+    theirs = foreign.logits(live, x, source)
+    variables = convert(name, live.tensors, source, **fields)
+    model = create_model(name, **{"num_classes": theirs.shape[-1]} | fields)
+    apply = jax.jit(model.apply)
+    ours = np.asarray(apply(variables, x))
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    used = used_tensors(name, source, live.tensors, fields)
+    victim = used[zlib.crc32(name.encode()) % len(used)]
+    wrong = np.asarray(
+        apply(convert(name, disturb(live.tensors, victim, source), source, **fields), x)
+    )
+    return Result(
+        name=name,
+        source=source,
+        params=info.params,
+        size=size,
+        spread=spread(theirs),
+        scale=float(np.sqrt(np.mean(theirs**2))),
+        difference=difference(ours, theirs),
+        control=difference(wrong, theirs),
+        redrawn=victim,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def used_tensors(
+    name: str, source: str, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]
+) -> list[str]:
+    """The tensors that evaluation sees: whatever goes elsewhere than to an auxiliary head."""
+    marks = {key: np.full(np.shape(a), i, np.float32) for i, (key, a) in enumerate(tensors.items())}
+    variables = convert(name, marks, source, **fields)
+    for collection in variables.values():
+        for module in [module for module in collection if module.startswith("aux")]:
+            del collection[module]
+    keys = list(marks)
+    return [keys[int(leaf.flat[0])] for leaf in jax.tree.leaves(variables)]
+
+
+def code() -> str:
+    """What the results depend on: they are taken again when it changes."""
+    digest = hashlib.sha256()
+    for folder in ("models", "layers", "weights"):
+        for path in sorted((ROOT / "flax_cnns" / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    digest.update((Path(__file__).parent / "models/foreign.py").read_bytes())
+    return digest.hexdigest()
+
+
+def table(results: list[Result]) -> str:
+    rows = [("network", "source", "parameters", "size", "max |difference| / std", "control", "")]
+    for r in results:
+        verdict = "" if r.passed else "FAILS"
+        numbers = f"{r.difference:.1e}", f"{r.control:.1e}"
+        rows.append((r.name, r.source, f"{r.params:,}", str(r.size), *numbers, verdict))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = "<<>>>><"
+    return "\n".join(
+        "  ".join(f"{cell:{a}{w}}" for a, cell, w in zip(align, row, widths)).rstrip()
+        for row in rows
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", help="networks of ours")
+    parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--again", action="store_true", help="forget what is known")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs/parity.json")
+    args = parser.parse_args(argv)
+    chosen = [pair for pair in pairs() if args.all or pair[0] in args.names]
+    if unknown := sorted(set(args.names) - {name for name, _ in pairs()}):
+        parser.error(f"nothing to compare with for {', '.join(unknown)}")
+    if not chosen:
+        parser.error("expected names of networks, or --all")
+    version, known = code(), {}
+    if args.results.is_file() and not args.again:
+        saved = json.loads(args.results.read_text())
+        if saved["code"] == version:
+            known = {tuple(r[:2]): Result(*r) for r in saved["results"]}
+    missing = [pair for pair in chosen if pair not in known]
+    for i, (name, source) in enumerate(missing, 1):
+        print(f"{i}/{len(missing)} {name} from {source} ...", file=sys.stderr, flush=True)
+        size = create_model(name).input_size[0]
+        live = foreign.load(foreign.build(name, source), source)
+        known[name, source] = compare(name, source, live, size)
+        del live
+        jax.clear_caches()
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.results.with_suffix(".partial")
+        partial.write_text(json.dumps({"code": version, "results": list(known.values())}))
+        partial.replace(args.results)
+    results = [known[pair] for pair in chosen]
+    print(table(results))
+    failed = [r for r in results if not r.passed]
+    print(f"{len(results) - len(failed)} of {len(results)} pass (limit {LIMIT:g})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
