@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import (
+    alexnet,
     cifar_resnet,
     deck_cnn,
     googlenet,
@@ -25,10 +26,13 @@ from flax_cnns.models import (
     simpnet,
     squeezenet,
     vgg,
+    zfnet,
 )
 
 FAMILIES = (
     lenet,
+    alexnet,
+    zfnet,
     cifar_resnet,
     resnet,
     googlenet,

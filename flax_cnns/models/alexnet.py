@@ -1,0 +1,191 @@
+"""AlexNet: of 2012 for two GPUs, as one tower, and the layout of 2014 that torchvision has.
+
+The paper's images of 224 give maps of 55 only if padded by three pixels in all; as the authors' own
+code, we take 227. The grouped convolutions are what two GPUs compute that exchange maps only in
+front of conv3, fc6, fc7 and the head. Equation 3.3 sums over neighbours among *all* maps of a
+layer, so we normalise over the border between the two halves, as Caffe does; two GPUs that do not
+speak there could not, and the four maps at the border would differ.
+
+`alexnet_single_tower` is the network of the lectures: no groups, which costs 1.4 million parameters
+and 57 % more multiplications, and normalisation behind the pooling in place of before it (Caffe's
+CaffeNet has that order too).
+
+`alexnet` is torchvision's, after the network of one tower in "One weird trick for parallelizing
+convolutional neural networks" (Krizhevsky 2014, https://arxiv.org/abs/1404.5997): fewer maps, no
+response normalisation, and dropout on what fc6 and fc7 take in; in 2012 it is on what they give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="ImageNet Classification with Deep Convolutional Neural Networks",
+    authors="Krizhevsky, Sutskever, Hinton",
+    year=2012,
+    url="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
+)
+
+SMALLEST = 67  # what leaves one pixel behind the third pooling
+SMALLEST_PADDED = 63  # the same where conv1 pads
+
+
+class ConvReLU(nn.Module):
+    """A convolution and ReLU: [N H W C] -> [N H' W' width]."""
+
+    width: int
+    window: int
+    conv: ModuleDef
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = self.conv(
+            self.width,
+            (self.window, self.window),
+            strides=self.stride,
+            padding=self.padding,
+            feature_group_count=self.groups,
+            bias_init=self.bias_init,
+            name="conv",
+        )
+        return nn.relu(conv(x))
+
+
+class MaxPool(nn.Module):
+    """3x3/2, so that windows overlap; a module, that its maps can be had by name."""
+
+    ceil: bool = False  # also windows that begin inside and end outside
+
+    def __call__(self, x: Array) -> Array:
+        return layers.max_pool(x, 3, 2, ceil=self.ceil)
+
+
+class ResponseNorm(nn.Module):
+    """Section 3.3, over five neighbouring maps: [N H W C] -> [N H W C]."""
+
+    def __call__(self, x: Array) -> Array:
+        return layers.local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
+
+
+def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, Callable]:
+    """Called inside `net`: its convolution, its fully connected layer, its head (which is the
+    identity without classes), and the initialiser of those biases that in the paper start from
+    `bias`, hidden fully connected layers' among them."""
+    paper = net.kernel_init == "paper"
+    kernel_init = layers.initializer(net.kernel_init, paper=layers.gaussian(0.01))
+    bias_init = nn.initializers.constant(bias if paper else 0.0)
+    given = dict(dtype=net.dtype, param_dtype=net.param_dtype, kernel_init=kernel_init)
+
+    def head(x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        if net.num_classes is None:
+            return x
+        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
+        init = kernel_init if paper else layers.initializer("lecun")
+        last = partial(nn.Dense, dtype=jnp.float32, param_dtype=net.param_dtype, kernel_init=init)
+        return last(net.num_classes, name="head")(x)
+
+    conv = partial(ConvReLU, conv=partial(layers.Conv, **given))
+    return conv, partial(nn.Dense, bias_init=bias_init, **given), head, bias_init
+
+
+class AlexNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; the 4096 of fc7, f32, if it is None.
+
+    H and W are at least 67; where the last maps are not 6x6, fc6 takes means of them that are
+    (adaptive pooling, an addition of ours). `kernel_init="paper"` is section 5: N(0, 0.01^2), and
+    biases of 1 in conv2, conv4, conv5, fc6 and fc7. Raises `UserError` where images are too small
+    or have other channels than `input_size`.
+    """
+
+    groups: int = 2  # GPUs, of which each has its part of the maps of conv2, conv4 and conv5
+    pool_first: bool = False  # pooling before normalisation
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (227, 227, 3)
+    dropout: float = 0.5
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # there is nothing to synchronise
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        conv, dense, head, ones = parts(self, bias=1)
+        split = partial(conv, groups=self.groups, bias_init=ones)
+        drop = partial(nn.Dropout, self.dropout, deterministic=not train)
+
+        def shrink(x: Array, i: int) -> Array:
+            norm, pool = ResponseNorm(name=f"norm{i}"), MaxPool(name=f"pool{i}")
+            return norm(pool(x)) if self.pool_first else pool(norm(x))
+
+        # In comments the shapes for 227x227.
+        x = conv(96, 11, stride=4, name="conv1")(images)  # [N 55 55 96]
+        x = shrink(x, 1)  # [N 27 27 96]
+        x = split(256, 5, padding=2, name="conv2")(x)  # [N 27 27 256]
+        x = shrink(x, 2)  # [N 13 13 256]
+        x = conv(384, 3, padding=1, name="conv3")(x)  # [N 13 13 384]
+        x = split(384, 3, padding=1, name="conv4")(x)  # [N 13 13 384]
+        x = split(256, 3, padding=1, name="conv5")(x)  # [N 13 13 256]
+        x = MaxPool(name="pool5")(x)  # [N 6 6 256]
+        x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 9216]
+        x = drop(name="dropout6")(nn.relu(dense(4096, name="fc6")(x)))
+        x = drop(name="dropout7")(nn.relu(dense(4096, name="fc7")(x)))
+        return head(x)
+
+
+class OneWeirdTrick(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; the 4096 of fc7, f32, if it is None.
+
+    H and W are at least 63; fc6 takes means of 6x6 of whatever the last maps are, as torchvision.
+    `kernel_init="paper"` is that of 2012: the paper of 2014 does not say. Raises `UserError` where
+    images are too small or have other channels than `input_size`.
+    """
+
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    dropout: float = 0.5
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # there is nothing to synchronise
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST_PADDED)
+        conv, dense, head, ones = parts(self, bias=1)
+        drop = partial(nn.Dropout, self.dropout, deterministic=not train)
+        # In comments the shapes for 224x224.
+        x = conv(64, 11, stride=4, padding=2, name="conv1")(images)  # [N 55 55 64]
+        x = MaxPool(name="pool1")(x)  # [N 27 27 64]
+        x = conv(192, 5, padding=2, bias_init=ones, name="conv2")(x)  # [N 27 27 192]
+        x = MaxPool(name="pool2")(x)  # [N 13 13 192]
+        x = conv(384, 3, padding=1, name="conv3")(x)  # [N 13 13 384]
+        x = conv(256, 3, padding=1, bias_init=ones, name="conv4")(x)  # [N 13 13 256]
+        x = conv(256, 3, padding=1, bias_init=ones, name="conv5")(x)  # [N 13 13 256]
+        x = MaxPool(name="pool5")(x)  # [N 6 6 256]
+        x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 9216]
+        x = nn.relu(dense(4096, name="fc6")(drop(name="dropout6")(x)))
+        x = nn.relu(dense(4096, name="fc7")(drop(name="dropout7")(x)))
+        return head(x)
+
+
+VARIANTS = {
+    "alexnet_2gpu": partial(AlexNet),
+    "alexnet_single_tower": partial(AlexNet, groups=1, pool_first=True),
+    "alexnet": partial(OneWeirdTrick),
+}
+
+SOURCES = {"alexnet": ("torchvision",)}

@@ -1,0 +1,79 @@
+"""ZFNet: AlexNet with a first layer of 7x7/2 in place of 11x11/4, and no groups. Figure 3.
+
+The figure's sizes (224, 110, 55, 26, 13, 6) need a padding of 1 in conv1, none in conv2, 1 in the
+3x3, and pooling whose last window may reach over the edge (110 -> 55, 26 -> 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+
+from flax_cnns import layers
+from flax_cnns.models.alexnet import MaxPool, ResponseNorm, parts
+from flax_cnns.types import Array, Dtype, Paper
+
+PAPER = Paper(
+    title="Visualizing and Understanding Convolutional Networks",
+    authors="Zeiler, Fergus",
+    year=2013,
+    url="https://arxiv.org/abs/1311.2901",
+)
+
+SMALLEST = 47  # what leaves one pixel behind the third pooling
+
+
+class ZFNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; the 4096 of fc7, f32, if it is None.
+
+    The maps are "contrast normalized across feature maps" behind the first two poolings; the paper
+    gives no constants, so these are AlexNet's. Its training scales filters down whose root mean
+    square is above 0.1; that is no part of the network and not done here.
+
+    `kernel_init="paper"`: section 3 has "all weights initialized to 10^-2 and biases to 0". As a
+    constant that could not learn, for all units of a layer would stay equal: read as N(0, 0.01^2),
+    as in AlexNet.
+
+    H and W are at least 47; where the last maps are not 6x6, fc6 takes means of them that are
+    (adaptive pooling, an addition of ours). Raises `UserError` where images are too small or have
+    other channels than `input_size`.
+    """
+
+    widths: tuple[int, int, int] = (384, 384, 256)  # of conv3, conv4 and conv5
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    dropout: float = 0.5
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # there is nothing to synchronise
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        conv, dense, head, _ = parts(self, bias=0)
+        drop = partial(nn.Dropout, self.dropout, deterministic=not train)
+        # In comments the shapes for 224x224.
+        x = conv(96, 7, stride=2, padding=1, name="conv1")(images)  # [N 110 110 96]
+        x = MaxPool(ceil=True, name="pool1")(x)  # [N 55 55 96]
+        x = ResponseNorm(name="norm1")(x)
+        x = conv(256, 5, stride=2, name="conv2")(x)  # [N 26 26 256]
+        x = MaxPool(ceil=True, name="pool2")(x)  # [N 13 13 256]
+        x = ResponseNorm(name="norm2")(x)
+        for i, width in enumerate(self.widths, 3):
+            x = conv(width, 3, padding=1, name=f"conv{i}")(x)  # [N 13 13 width]
+        x = MaxPool(ceil=True, name="pool5")(x)  # [N 6 6 C]
+        x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 36 C]
+        x = drop(name="dropout6")(nn.relu(dense(4096, name="fc6")(x)))
+        x = drop(name="dropout7")(nn.relu(dense(4096, name="fc7")(x)))
+        return head(x)
+
+
+VARIANTS = {
+    "zfnet_fig3": partial(ZFNet),
+    "zfnet_big": partial(ZFNet, widths=(512, 1024, 512)),  # table 2, last but one row
+}

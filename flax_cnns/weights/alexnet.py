@@ -1,0 +1,17 @@
+"""AlexNet: torchvision numbers its layers, `features.3` and `classifier.1`; ours have names."""
+
+from __future__ import annotations
+
+from flax_cnns.weights.rules import flattened
+
+TORCHVISION = [
+    (r"features\.0", "conv1/conv"),
+    (r"features\.3", "conv2/conv"),
+    (r"features\.6", "conv3/conv"),
+    (r"features\.8", "conv4/conv"),
+    (r"features\.10", "conv5/conv"),
+    (r"classifier\.1", "fc6", flattened(256)),
+    (r"classifier\.4", "fc7"),
+    (r"classifier\.6", "head"),
+]
+TABLES = {"torchvision": TORCHVISION}
