@@ -1,0 +1,117 @@
+"""Deeply-Supervised Nets: the CIFAR network that the authors released (github.com/s9xie/DSN).
+
+It is Network in Network's CIFAR network with max pooling throughout and without ReLU on the maps of
+the classes, and with a companion classifier on each of its three convolutions: a dense layer that
+sees all of their maps, flattened, before ReLU. Companions act in training only. Each adds its loss,
+weighted by alpha_m: `config.train.aux_weight` for the heads `aux1`, `aux2` and `aux3`.
+
+966,986 parameters classify: the "about 1 M" of the tables. The companions have 2,580,510 more, most
+of them in `aux1` (192 maps of 32x32, ten classes), so that there are 3,547,496 in training; this
+number depends on the size of the images that the network is initialised with.
+
+What the paper leaves open, and what we take:
+    - Which layers have companions, and what these see. The release has them on the convolutions
+      conv1, conv2, conv3 and not on the 1x1 convolutions; so have we.
+    - The loss. The paper has squared hinge (an SVM) and softmax, for output and companions alike;
+      the release takes squared hinge for CIFAR-10 and softmax for CIFAR-100 and SVHN. Our training
+      takes softmax.
+    - alpha_m, which decays as 0.1 (1 - t/N) with the epoch t. N may be all epochs or those with
+      companions; configs/cifar10_dsn.py takes the latter. The release does not decay its losses:
+      it removes the companions after 50,000 of 200,000 steps, and until then lets them themselves
+      learn 1000 times slower than the rest.
+    - gamma, the loss below which a companion adds nothing: it has no published value; ours is 0.
+
+`kernel_init="paper"` is the release's: N(0, 0.05^2), companions uniform with variance 1 / fan_in
+(Caffe's "xavier"); biases start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Deeply-Supervised Nets",
+    authors="Lee, Xie, Gallagher, Zhang, Tu",
+    year=2014,
+    url="https://arxiv.org/abs/1409.5185",
+)
+
+SMALLEST = 4  # two poolings that round up bring 4 pixels down to 2 and 1, and 3 to none
+
+# Of each part: the window and width of its convolution, the widths of the 1x1 convolutions on it.
+PARTS = ((5, 192, (160, 96)), (5, 192, (192, 192)), (3, 192, (192,)))
+
+
+class MlpConv(nn.Module):
+    """ReLU of a convolution's maps, then 1x1 convolutions with ReLU: [N H W C] -> [N H W width]."""
+
+    widths: Sequence[int]
+    conv: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.relu(x)
+        for i, width in enumerate(self.widths, 1):
+            x = nn.relu(self.conv(width, (1, 1), name=f"cccp{i}")(x))
+        return x
+
+
+class DSN(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N 192] if None.
+
+    In training the companions' logits, f32 [N num_classes] each, are sown into `aux_logits`;
+    without classes there are none. H and W are at least 4; a network trains on images of the size
+    that it was initialised with, and classifies any. It normalises nothing: `axis_name` changes
+    nothing. Raises `UserError` where the images are too small or have other channels than
+    `input_size`.
+    """
+
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    dropout: float = 0.5  # after each of the two poolings
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        is_paper = self.kernel_init == "paper"
+        gaussian = layers.gaussian(0.05)
+        init = layers.initializer(self.kernel_init, paper=gaussian)
+        conv = partial(layers.Conv, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(conv, kernel_init=init)
+        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
+        head = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
+        lecun = layers.initializer("lecun")
+        init = nn.initializers.lecun_uniform() if is_paper else lecun
+        companion = partial(nn.Dense, self.num_classes, kernel_init=init, **head)
+
+        x = images
+        for i, (window, width, widths) in enumerate(PARTS, 1):  # sides of 32x32 images: 32, 16, 8
+            x = conv(width, (window, window), padding=window // 2, name=f"conv{i}")(x)
+            if self.num_classes is not None and (train or self.is_initializing()):
+                maps = x.reshape(x.shape[0], -1)  # [N H W C] -> [N H*W*C]
+                logits = companion(name=f"aux{i}")(maps.astype(jnp.float32))
+                if train:
+                    self.sow("aux_logits", f"aux{i}", logits)
+            x = MlpConv(widths, conv, name=f"mlpconv{i}")(x)
+            if i < len(PARTS):
+                x = layers.max_pool(x, 3, 2, ceil=True)
+                x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
+        if self.num_classes is None:
+            return layers.global_avg_pool(x)  # [N H W 192] -> [N 192]
+        head = partial(layers.Conv, kernel_init=gaussian if is_paper else lecun, **head)
+        x = head(self.num_classes, (1, 1), name="head")(x)
+        return layers.global_avg_pool(x)  # [N H W num_classes] -> [N num_classes]
+
+
+VARIANTS = {"dsn": partial(DSN)}

@@ -1,0 +1,132 @@
+"""Network in Network: the CIFAR and ImageNet networks that the first author released for Caffe.
+
+The paper gives no widths; the released files do: CIFAR-10's (gist mavenlin/e56253735ef32c3c296d,
+about 1 M parameters) and ImageNet's (gist mavenlin/d802a5849de39225bcc6). They say what the paper
+does not: all pooling is 3x3 with stride 2 and rounds sizes up, as Caffe does; the second one of the
+CIFAR networks averages, where the paper's figure 2 has max pooling throughout; ReLU also follows
+the last 1x1 convolution, whose maps, one for each class, are averaged to the logits. No CIFAR-100
+file was released: ours is CIFAR-10's with 100 classes.
+
+The last 1x1 convolution of the last mlpconv is named `head`, so that it can be learnt again.
+`kernel_init="paper"` is the released files': N(0, 0.05^2), but on ImageNet N(0, 0.01^2) in conv1,
+conv3 and the head; biases start at zero. The first author's older cuda-convnet files start smaller,
+at 0.001 and 0.01; the paper names no numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Network In Network",
+    authors="Lin, Chen, Yan",
+    year=2013,
+    url="https://arxiv.org/abs/1312.4400",
+)
+
+
+class Row(NamedTuple):
+    """An mlpconv, and what follows it: a pooling (not after the last), dropout."""
+
+    window: int
+    widths: Sequence[int]  # of the convolution and of the 1x1 convolutions
+    stride: int = 1
+    padding: int = 0
+    std: float = 0.05  # of the released first values of the convolution
+    pool: Callable | None = layers.max_pool
+    drop: bool = True
+
+
+class MlpConv(nn.Module):
+    """A convolution, then 1x1 convolutions, each with ReLU: [N H W C] -> [N H' W' widths[-1]]."""
+
+    row: Row
+    conv: ModuleDef
+    kernel_init: str | Callable
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        row = self.row
+        window = (row.window, row.window)
+        init = layers.initializer(self.kernel_init, paper=layers.gaussian(row.std))
+        conv = partial(self.conv, strides=row.stride, padding=row.padding, kernel_init=init)
+        x = nn.relu(conv(row.widths[0], window, name="conv")(x))
+        init = layers.initializer(self.kernel_init, paper=layers.gaussian(0.05))
+        for i, width in enumerate(row.widths[1:], 1):
+            x = nn.relu(self.conv(width, (1, 1), kernel_init=init, name=f"cccp{i}")(x))
+        return x
+
+
+class NIN(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N C] if it is None.
+
+    The features are those of the last mlpconv without its last convolution, which is the head: 192
+    (CIFAR) or 1024 channels. H and W are at least `smallest`: 4 (CIFAR) or 39. It normalises
+    nothing: `axis_name` changes nothing. Raises `UserError` where the images are too small or have
+    other channels than `input_size`.
+    """
+
+    rows: Sequence[Row]
+    smallest: int = 4  # the least that the poolings leave something of
+    head_std: float = 0.05
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    dropout: float = 0.5  # after those poolings whose row says so
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, self.smallest)
+        conv = partial(layers.Conv, dtype=self.dtype, param_dtype=self.param_dtype)
+        x = images
+        for i, row in enumerate(self.rows, 1):  # CIFAR: 32, 16, 8; ImageNet: 54, 27, 13, 6
+            x = MlpConv(row, conv, self.kernel_init, name=f"mlpconv{i}")(x)
+            if row.pool:
+                x = row.pool(x, 3, 2, ceil=True)
+            if row.drop:
+                x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
+        if self.num_classes is None:
+            return layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
+        paper = self.kernel_init == "paper"
+        init = layers.gaussian(self.head_std) if paper else layers.initializer("lecun")
+        head = partial(layers.Conv, kernel_init=init, param_dtype=self.param_dtype)
+        x = head(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
+        return layers.global_avg_pool(nn.relu(x))  # [N H W num_classes] -> [N num_classes]
+
+
+_CIFAR = (
+    Row(5, (192, 160, 96), padding=2),
+    Row(5, (192, 192, 192), padding=2, pool=layers.avg_pool),
+    Row(3, (192, 192), padding=1, pool=None, drop=False),
+)
+_IMAGENET = (
+    Row(11, (96, 96, 96), stride=4, std=0.01, drop=False),
+    Row(5, (256, 256, 256), padding=2, drop=False),
+    Row(3, (384, 384, 384), padding=1, std=0.01),
+    Row(3, (1024, 1024), padding=1, pool=None, drop=False),
+)
+
+VARIANTS = {
+    "nin_cifar10": partial(NIN, rows=_CIFAR),
+    "nin_cifar100": partial(NIN, rows=_CIFAR, num_classes=100),
+    "nin_imagenet": partial(
+        NIN,
+        rows=_IMAGENET,
+        smallest=39,
+        head_std=0.01,
+        num_classes=1000,
+        input_size=(224, 224, 3),
+    ),
+}
