@@ -16,12 +16,16 @@ import jax.numpy as jnp
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import (
     alexnet,
+    all_cnn,
     cifar_resnet,
     deck_cnn,
+    dsn,
     googlenet,
+    highway,
     inception_v3,
     inception_v4,
     lenet,
+    nin,
     resnet,
     simpnet,
     squeezenet,
@@ -42,6 +46,10 @@ FAMILIES = (
     vgg,
     squeezenet,
     deck_cnn,
+    nin,
+    all_cnn,
+    dsn,
+    highway,
 )
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
