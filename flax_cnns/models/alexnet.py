@@ -2,7 +2,7 @@
 
 The paper's images of 224 give maps of 55 only if padded by three pixels in all; as the authors' own
 code, we take 227. The grouped convolutions are what two GPUs compute that exchange maps only in
-front of conv3, fc6, fc7 and the head. Equation 3.3 sums over neighbours among *all* maps of a
+front of conv3, fc6, fc7 and the head. Section 3.3 sums over neighbours among *all* maps of a
 layer, so we normalise over the border between the two halves, as Caffe does; two GPUs that do not
 speak there could not, and the four maps at the border would differ.
 
@@ -102,7 +102,7 @@ def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, 
 
 
 class AlexNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; the 4096 of fc7, f32, if it is None.
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; fc7's f32 [N hidden] if it is None.
 
     H and W are at least 67; where the last maps are not 6x6, fc6 takes means of them that are
     (adaptive pooling, an addition of ours). `kernel_init="paper"` is section 5: N(0, 0.01^2), and
@@ -114,6 +114,7 @@ class AlexNet(nn.Module):
     pool_first: bool = False  # pooling before normalisation
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (227, 227, 3)
+    hidden: int = 4096  # units of fc6 and of fc7
     dropout: float = 0.5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
@@ -141,13 +142,13 @@ class AlexNet(nn.Module):
         x = split(256, 3, padding=1, name="conv5")(x)  # [N 13 13 256]
         x = MaxPool(name="pool5")(x)  # [N 6 6 256]
         x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 9216]
-        x = drop(name="dropout6")(nn.relu(dense(4096, name="fc6")(x)))
-        x = drop(name="dropout7")(nn.relu(dense(4096, name="fc7")(x)))
+        x = drop(name="dropout6")(nn.relu(dense(self.hidden, name="fc6")(x)))
+        x = drop(name="dropout7")(nn.relu(dense(self.hidden, name="fc7")(x)))
         return head(x)
 
 
 class OneWeirdTrick(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; the 4096 of fc7, f32, if it is None.
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; fc7's f32 [N hidden] if it is None.
 
     H and W are at least 63; fc6 takes means of 6x6 of whatever the last maps are, as torchvision.
     `kernel_init="paper"` is that of 2012: the paper of 2014 does not say. Raises `UserError` where
@@ -156,6 +157,7 @@ class OneWeirdTrick(nn.Module):
 
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
+    hidden: int = 4096  # units of fc6 and of fc7
     dropout: float = 0.5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
@@ -177,8 +179,8 @@ class OneWeirdTrick(nn.Module):
         x = conv(256, 3, padding=1, bias_init=ones, name="conv5")(x)  # [N 13 13 256]
         x = MaxPool(name="pool5")(x)  # [N 6 6 256]
         x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 9216]
-        x = nn.relu(dense(4096, name="fc6")(drop(name="dropout6")(x)))
-        x = nn.relu(dense(4096, name="fc7")(drop(name="dropout7")(x)))
+        x = nn.relu(dense(self.hidden, name="fc6")(drop(name="dropout6")(x)))
+        x = nn.relu(dense(self.hidden, name="fc7")(drop(name="dropout7")(x)))
         return head(x)
 
 

@@ -28,15 +28,14 @@ SMALLEST = 47  # what leaves one pixel behind the third pooling
 
 
 class ZFNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; the 4096 of fc7, f32, if it is None.
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; fc7's f32 [N hidden] if it is None.
 
     The maps are "contrast normalized across feature maps" behind the first two poolings; the paper
     gives no constants, so these are AlexNet's. Its training scales filters down whose root mean
     square is above 0.1; that is no part of the network and not done here.
 
-    `kernel_init="paper"`: section 3 has "all weights initialized to 10^-2 and biases to 0". As a
-    constant that could not learn, for all units of a layer would stay equal: read as N(0, 0.01^2),
-    as in AlexNet.
+    `kernel_init="paper"`: section 3 starts all weights from 10^-2 and biases from 0. Read as
+    N(0, 0.01^2), AlexNet's: from a constant all units of a layer would stay equal for ever.
 
     H and W are at least 47; where the last maps are not 6x6, fc6 takes means of them that are
     (adaptive pooling, an addition of ours). Raises `UserError` where images are too small or have
@@ -46,6 +45,7 @@ class ZFNet(nn.Module):
     widths: tuple[int, int, int] = (384, 384, 256)  # of conv3, conv4 and conv5
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
+    hidden: int = 4096  # units of fc6 and of fc7
     dropout: float = 0.5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
@@ -68,8 +68,8 @@ class ZFNet(nn.Module):
             x = conv(width, 3, padding=1, name=f"conv{i}")(x)  # [N 13 13 width]
         x = MaxPool(ceil=True, name="pool5")(x)  # [N 6 6 C]
         x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 36 C]
-        x = drop(name="dropout6")(nn.relu(dense(4096, name="fc6")(x)))
-        x = drop(name="dropout7")(nn.relu(dense(4096, name="fc7")(x)))
+        x = drop(name="dropout6")(nn.relu(dense(self.hidden, name="fc6")(x)))
+        x = drop(name="dropout7")(nn.relu(dense(self.hidden, name="fc7")(x)))
         return head(x)
 
 
