@@ -163,7 +163,7 @@ class InceptionV4(nn.Module):
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (299, 299, 3)
     dropout: float = 0.2  # figure 9 writes what it keeps: 0.8
-    norm: str = "batch"
+    norm: str = "batch"  # "none" comes with biases
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -176,7 +176,7 @@ class InceptionV4(nn.Module):
         layers.check_images(images, self.input_size, SMALLEST)
         conv = partial(
             layers.Conv,
-            use_bias=False,
+            use_bias=self.norm == "none",
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=layers.initializer(self.kernel_init, paper=he_normal()),
@@ -281,9 +281,9 @@ class InceptionResNetV2(nn.Module):
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (299, 299, 3)
     dropout: float = 0.2  # figure 15 writes what it keeps: 0.8
-    norm: str = "batch"
-    norm_scale: bool = True  # False: a norm has a bias only
-    norm_momentum: float = 0.9
+    norm: str = "batch"  # "none" comes with biases
+    scale: bool = True  # BatchNorm's gamma
+    momentum: float = 0.9  # of BatchNorm's statistics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -296,7 +296,7 @@ class InceptionResNetV2(nn.Module):
         layers.check_images(images, self.input_size, SMALLEST)
         conv = partial(
             layers.Conv,
-            use_bias=False,
+            use_bias=self.norm == "none",
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=layers.initializer(self.kernel_init, paper=layers.initializer("xavier")),
@@ -307,10 +307,10 @@ class InceptionResNetV2(nn.Module):
             axis_name=self.axis_name,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            momentum=self.norm_momentum,
+            momentum=self.momentum,
             epsilon=1e-3,
         )
-        if not self.norm_scale:
+        if not self.scale and self.norm != "none":
             norm = partial(norm, use_scale=False)
         stage = partial(layers.Stage, conv=conv, scan=self.scan, remat=self.remat)
         a, b, c = (partial(block, norm=norm) for block in (ResidualA, ResidualB, ResidualC))
@@ -334,7 +334,7 @@ class InceptionResNetV2(nn.Module):
 VARIANTS = {
     "inception_v4": partial(InceptionV4),
     "inception_resnet_v2": partial(InceptionResNetV2),
-    "keras_inception_resnet_v2": partial(InceptionResNetV2, norm_scale=False, norm_momentum=0.99),
+    "keras_inception_resnet_v2": partial(InceptionResNetV2, scale=False, momentum=0.99),
 }
 
 SOURCES = {
