@@ -1,0 +1,158 @@
+"""Network in Network: counts by hand, the released files' shapes, costs and first values."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns import pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.errors import UserError
+from flax_cnns.models import nin
+from flax_cnns.registry import create_model, init_variables, model_info
+
+# The released files: window, input and output channels of every convolution, all with biases, and
+# the side of its output for the released input.
+CIFAR = [
+    *((5, 3, 192, 32), (1, 192, 160, 32), (1, 160, 96, 32)),
+    *((5, 96, 192, 16), (1, 192, 192, 16), (1, 192, 192, 16)),
+    *((3, 192, 192, 8), (1, 192, 192, 8)),
+]
+TABLES = {
+    "nin_cifar10": [*CIFAR, (1, 192, 10, 8)],
+    "nin_cifar100": [*CIFAR, (1, 192, 100, 8)],
+    "nin_imagenet": [
+        *((11, 3, 96, 54), (1, 96, 96, 54), (1, 96, 96, 54)),
+        *((5, 96, 256, 27), (1, 256, 256, 27), (1, 256, 256, 27)),
+        *((3, 256, 384, 13), (1, 384, 384, 13), (1, 384, 384, 13)),
+        *((3, 384, 1024, 6), (1, 1024, 1024, 6), (1, 1024, 1000, 6)),
+    ],
+}
+COUNTS = {"nin_cifar10": 966_986, "nin_cifar100": 984_356, "nin_imagenet": 7_595_176}
+TINY = dict(
+    rows=(
+        nin.Row(3, (8, 6), padding=1),
+        nin.Row(3, (8, 8), padding=1, pool=None, drop=False),
+    ),
+    num_classes=3,
+    input_size=(8, 8, 3),
+)
+
+
+def test_every_variant_is_counted():
+    assert set(TABLES) == set(COUNTS) == set(nin.VARIANTS)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_count_and_cost_of_every_layer_by_hand(name):
+    expected = [
+        ((1, side, side, out), window**2 * width * out + out, side**2 * window**2 * width * out)
+        for window, width, out, side in TABLES[name]
+    ]
+    whole = cost(create_model(name))
+    assert [(row.output_shape, row.params, row.macs) for row in whole.layers] == expected
+    assert model_info(name).params == sum(params for _, params, _ in expected) == COUNTS[name]
+    if name == "nin_cifar10":
+        assert round(whole.macs / 1e9, 4) == 0.2225
+
+
+def captured(name, size, **fields):
+    model = create_model(name, **fields)
+
+    def run():
+        images = jnp.zeros((2, size, size, 3))
+        variables = model.init(jax.random.key(0), images)
+        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
+
+    out, state = jax.eval_shape(run)
+    flat = pytree.flatten(state["intermediates"])
+    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stages"),
+    [
+        ("nin_cifar10", 32, [(32, 96), (16, 192), (8, 192)]),
+        ("nin_cifar10", 29, [(29, 96), (14, 192), (7, 192)]),
+        ("nin_imagenet", 224, [(54, 96), (27, 256), (13, 384), (6, 1024)]),
+    ],
+)
+def test_output_shape_of_each_stage(name, size, stages):
+    logits, shapes = captured(name, size)
+    for i, (side, width) in enumerate(stages, 1):
+        assert shapes[f"mlpconv{i}"] == (2, side, side, width)
+    assert logits.shape == (2, model_info(name).num_classes)
+
+
+@pytest.mark.parametrize(("name", "smallest"), [("nin_cifar10", 4), ("nin_imagenet", 39)])
+def test_smallest_images(name, smallest):
+    _, shapes = captured(name, smallest)
+    assert shapes["head"][1:3] == (1, 1)
+    with pytest.raises(UserError, match=f"the smallest is {smallest}x{smallest}"):
+        captured(name, smallest - 1)
+
+
+@pytest.mark.parametrize(("name", "width"), [("nin_cifar100", 192), ("nin_imagenet", 1024)])
+def test_without_classes_it_gives_pooled_features(name, width):
+    features, shapes = captured(name, 64, num_classes=None)
+    assert features.shape == (2, width)
+    assert features.dtype == jnp.float32
+    assert "head" not in shapes
+
+
+def test_second_pooling_of_cifar_averages():
+    pools = [row.pool for row in create_model("nin_cifar10").rows]
+    assert [pool and pool.__name__ for pool in pools] == ["max_pool", "avg_pool", None]
+    pools = [row.pool for row in create_model("nin_imagenet").rows]
+    assert [pool and pool.__name__ for pool in pools] == ["max_pool"] * 3 + [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("nin_cifar10", {"dropout1", "dropout2"}), ("nin_imagenet", {"dropout3"})]
+)
+def test_dropout_is_where_the_files_have_it(name, where):
+    _, shapes = captured(name, 64)
+    assert {path for path in shapes if path.startswith("dropout")} == where
+    assert create_model(name).dropout == 0.5
+
+
+def test_training_is_random_and_evaluation_is_not():
+    model = create_model("nin_cifar10", **TINY)
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    variables = init_variables(model, jax.random.key(0))
+
+    def logits(seed, train):
+        rngs = {"dropout": jax.random.key(seed)}
+        return np.asarray(model.apply(variables, images, train=train, rngs=rngs))
+
+    np.testing.assert_array_equal(logits(0, False), logits(1, False))
+    assert (logits(0, True) != logits(1, True)).any()
+    assert (logits(0, False) >= 0).all()  # ReLU before the mean
+
+
+def test_papers_first_values():
+    fields = dict(num_classes=200, input_size=(64, 64, 3), init="paper")
+    params = init_variables(create_model("nin_imagenet", **fields), jax.random.key(0))["params"]
+    for path, leaf in pytree.flatten(params).items():
+        if path.endswith("bias"):
+            assert not leaf.any()
+            continue
+        narrow = path in ("mlpconv1/conv/kernel", "mlpconv3/conv/kernel", "head/kernel")
+        std = 0.01 if narrow else 0.05
+        assert np.std(leaf) == pytest.approx(std, rel=0.05), path
+        assert np.abs(leaf).max() > 3 * std, path  # not cut off
+
+
+def test_bfloat16_leaves_logits_and_parameters_in_float32():
+    model = create_model("nin_cifar10", dtype="bfloat16")
+
+    def run(key):
+        images = jnp.zeros((2, 32, 32, 3))
+        variables = model.init(key, images)
+        return variables, model.apply(variables, images)
+
+    variables, logits = jax.eval_shape(run, jax.random.key(0))
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
