@@ -1,0 +1,235 @@
+"""SqueezeNet: counts out of the paper's table, its shapes, the fire module, bypass, dropout."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns import layers, pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.errors import UserError
+from flax_cnns.models import squeezenet
+from flax_cnns.registry import create_model, init_variables, model_info
+
+# Table 1, column "# parameter before pruning", with biases, and the factors of each sum:
+# squeeze in * s + s, expand1x1 s * e + e, expand3x3 9 * s * e + e.
+TABLE_1 = {
+    "conv1": (14_208, 7 * 7 * 3 * 96 + 96),
+    "fire2": (11_920, 96 * 16 + 16 + 16 * 64 + 64 + 9 * 16 * 64 + 64),
+    "fire3": (12_432, 128 * 16 + 16 + 16 * 64 + 64 + 9 * 16 * 64 + 64),
+    "fire4": (45_344, 128 * 32 + 32 + 32 * 128 + 128 + 9 * 32 * 128 + 128),
+    "fire5": (49_440, 256 * 32 + 32 + 32 * 128 + 128 + 9 * 32 * 128 + 128),
+    "fire6": (104_880, 256 * 48 + 48 + 48 * 192 + 192 + 9 * 48 * 192 + 192),
+    "fire7": (111_024, 384 * 48 + 48 + 48 * 192 + 192 + 9 * 48 * 192 + 192),
+    "fire8": (188_992, 384 * 64 + 64 + 64 * 256 + 256 + 9 * 64 * 256 + 256),
+    "fire9": (197_184, 512 * 64 + 64 + 64 * 256 + 256 + 9 * 64 * 256 + 256),
+    "head": (513_000, 512 * 1000 + 1000),
+}
+# 1.1 has a conv1 of 64 channels and 3x3, which fire2 sees.
+SMALLER = (14_208 - (3 * 3 * 3 * 64 + 64)) + (96 - 64) * 16
+TEN_CLASSES = 513_000 - (512 * 10 + 10)
+COUNTS = {
+    "squeezenet1_0": 1_248_424,  # torchvision 0.28.0, meta["num_params"], and table 1
+    "squeezenet1_0_bypass": 1_248_424,  # section 6: the bypass has no parameters
+    "squeezenet1_1": 1_235_496,  # torchvision 0.28.0
+    "squeezenet1_1_c10": 1_248_424 - SMALLER - TEN_CLASSES,
+    "cifar_squeezenet1_1": 727_626,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_count(name):
+    assert model_info(name).params == COUNTS[name]
+
+
+def test_counts_by_hand():
+    assert set(COUNTS) == set(squeezenet.VARIANTS)
+    assert all(published == by_hand for published, by_hand in TABLE_1.values())
+    assert sum(published for published, _ in TABLE_1.values()) == COUNTS["squeezenet1_0"]
+    assert COUNTS["squeezenet1_1"] == 1_248_424 - SMALLER
+    assert COUNTS["squeezenet1_1_c10"] == 727_626
+
+
+def test_the_tables_parameters_of_each_row():
+    rows = {name: 0 for name in TABLE_1}
+    for layer in cost(create_model("squeezenet1_0")).layers:
+        rows[layer.path.partition("/")[0]] += layer.params
+    assert rows == {name: published for name, (published, _) in TABLE_1.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs"),  # torchvision 0.28.0, meta["_ops"]
+    [("squeezenet1_0", 0.819), ("squeezenet1_0_bypass", 0.819), ("squeezenet1_1", 0.349)],
+)
+def test_published_macs(name, gmacs):
+    assert cost(create_model(name)).macs / 1e9 == pytest.approx(gmacs, abs=5e-4)
+
+
+def captured(name, height, width, **fields):
+    model = create_model(name, **fields)
+
+    def run():
+        images = jnp.zeros((2, height, width, 3))
+        variables = model.init(jax.random.key(0), images)
+        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
+
+    out, state = jax.eval_shape(run)
+    flat = pytree.flatten(state["intermediates"])
+    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "sides"),  # of conv1, fire2 to fire9
+    [
+        ("squeezenet1_0_bypass", 227, (111, 55, 55, 55, 27, 27, 27, 27, 13)),  # table 1
+        ("squeezenet1_0", 224, (109, 54, 54, 54, 27, 27, 27, 27, 13)),
+        ("squeezenet1_1", 227, (113, 56, 56, 28, 28, 14, 14, 14, 14)),
+        ("squeezenet1_1_c10", 32, (15, 7, 7, 3, 3, 1, 1, 1, 1)),
+        ("cifar_squeezenet1_1", 32, (32, 16, 16, 8, 8, 4, 4, 4, 4)),
+    ],
+)
+def test_output_shape_of_each_module(name, size, sides):
+    logits, shapes = captured(name, size, size)
+    classes = model_info(name).num_classes
+    widths = (128, 128, 256, 256, 384, 384, 512, 512)
+    assert shapes["conv1"][:3] == (2, sides[0], sides[0])
+    for i, (side, width) in enumerate(zip(sides[1:], widths), 2):
+        assert shapes[f"fire{i}"] == (2, side, side, width)
+    assert shapes["head"] == (2, sides[-1], sides[-1], classes)
+    assert logits.shape == (2, classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest"), [("squeezenet1_0", 21), ("squeezenet1_1", 17), ("cifar_squeezenet1_1", 8)]
+)
+def test_the_smallest_image(name, smallest):
+    _, shapes = captured(name, smallest, smallest + 40)
+    assert shapes["fire9"][1] == 1
+    with pytest.raises(UserError, match=f"the smallest is {smallest}x{smallest}"):
+        captured(name, smallest - 1, smallest + 40)
+    with pytest.raises(UserError, match="expected images of 3 channels, got 1"):
+        jax.eval_shape(
+            lambda: create_model(name).init(jax.random.key(0), jnp.zeros((1, 64, 64, 1)))
+        )
+
+
+def test_without_classes_it_gives_pooled_fire9():
+    features, shapes = captured("squeezenet1_1", 64, 64, num_classes=None)
+    assert features.shape == (2, 512)
+    assert features.dtype == jnp.float32
+    assert "head" not in shapes
+
+
+def fire(**fields):
+    """(module, variables, input, output), no channel of the output 0 everywhere."""
+    conv = partial(layers.Conv, bias_init=nn.initializers.normal())
+    module = squeezenet.Fire(4, 3, conv, layers.make_norm("none", train=False), **fields)
+    x = np.random.RandomState(0).randn(2, 5, 4, 6).astype(np.float32)
+    y, variables = module.init_with_output(jax.random.key(0), x)
+    return module, variables, x, np.asarray(y)
+
+
+def test_a_fire_module_is_its_definition():
+    _, variables, x, y = fire()
+    p = jax.tree.map(np.asarray, variables["params"])
+    s = np.maximum(x @ p["squeeze"]["kernel"][0, 0] + p["squeeze"]["bias"], 0)
+    small = s @ p["expand1x1"]["kernel"][0, 0] + p["expand1x1"]["bias"]
+    around = np.pad(s, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(around, (3, 3), axis=(1, 2))
+    large = np.einsum("nhwcij,ijco->nhwo", windows, p["expand3x3"]["kernel"])
+    expected = np.concatenate([small, large + p["expand3x3"]["bias"]], axis=-1)
+    np.testing.assert_allclose(y, np.maximum(expected, 0), atol=1e-5)
+
+
+def test_the_bypass_adds_the_input():
+    _, _, x, plain = fire()
+    np.testing.assert_allclose(fire(bypass=True)[3], x + plain, atol=1e-6)
+    assert create_model("squeezenet1_0_bypass").bypass == (3, 5, 7, 9)  # figure 2
+    assert create_model("squeezenet1_0").bypass == ()
+
+
+@pytest.fixture(scope="module")
+def variables():
+    model = create_model("squeezenet1_0_bypass", num_classes=3)
+    return init_variables(model, jax.random.key(0), (1, 32, 32, 3))
+
+
+# Nearly all of the time here is the compiler's.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+IMAGES = np.random.RandomState(0).randn(2, 32, 32, 3).astype(np.float32)
+
+
+def test_fires_3_5_7_9_are_bypassed_and_half_of_fire9_is_dropped_in_training_only(variables):
+    model = create_model("squeezenet1_0_bypass", num_classes=3)
+    assert model.dropout == create_model("squeezenet1_1").dropout == 0.5
+
+    @quick_jit
+    def run(variables, key):
+        rngs = {"dropout": key}
+        logits, state = model.apply(
+            variables, IMAGES, train=True, rngs=rngs, capture_intermediates=True, mutable=True
+        )
+        return logits, state["intermediates"], model.apply(variables, IMAGES)
+
+    logits, seen, evaluated = run(variables, jax.random.key(0))
+    outputs = {i: np.asarray(seen[f"fire{i}"]["__call__"][0]) for i in range(2, 10)}
+    for i in (3, 5, 7, 9):
+        pair = [seen[f"fire{i}"][f"expand{k}x{k}"]["__call__"][0] for k in (1, 3)]
+        before = outputs[i - 1]
+        if i in (5, 9):  # a pooling comes between
+            before = layers.max_pool(before, 3, 2, ceil=True)
+        added = outputs[i] - np.maximum(np.concatenate(pair, axis=-1), 0)
+        np.testing.assert_allclose(added, before, atol=1e-4)
+    before, after = outputs[9], np.asarray(seen["dropout9"]["__call__"][0])
+    assert 0.4 < (after[before > 0] != 0).mean() < 0.6
+    np.testing.assert_allclose(after[after != 0], 2 * before[after != 0], rtol=1e-6)
+    assert np.abs(logits - run(variables, jax.random.key(1))[0]).max() > 1e-4
+    # In evaluation nothing is dropped: logits are means over all places of what ReLU leaves.
+    head = jax.tree.map(np.asarray, variables["params"]["head"])
+    maps = np.maximum(before @ head["kernel"][0, 0] + head["bias"], 0)
+    np.testing.assert_allclose(evaluated, maps.mean((1, 2)), atol=1e-4)
+
+
+def test_the_papers_initialisation():
+    fields = dict(num_classes=50, init="paper")
+    model = create_model("squeezenet1_1", **fields)
+    params = init_variables(model, jax.random.key(0), (1, 32, 32, 3))["params"]
+    for path, leaf in pytree.flatten(params).items():
+        if path.endswith("bias"):
+            assert not np.any(leaf), path
+        elif path == "head/kernel":
+            assert np.std(leaf) == pytest.approx(0.01, rel=0.05)
+            assert np.abs(leaf).max() > 0.03
+        else:  # Caffe's "xavier": uniform up to sqrt(3 / fan_in)
+            bound = np.sqrt(3 / np.prod(leaf.shape[:-1]))
+            assert 0.98 * bound < np.abs(leaf).max() <= bound, path
+            assert np.std(leaf) == pytest.approx(bound / np.sqrt(3), rel=0.06), path
+
+
+def test_batch_norm_where_it_is_asked_for():
+    model = create_model("squeezenet1_1_c10", norm="batch")
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    # Scale and shift of conv1's 64 channels, and of 16 + 128, 32 + 256, 48 + 384, 64 + 512 twice.
+    extra = 2 * (64 + 2 * (144 + 288 + 432 + 576))
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == 727_626 + extra == 733_514
+    )
+    assert shapes["batch_stats"]["fire2"]["expand3x3_norm"]["mean"].shape == (64,)
+
+
+def test_bfloat16_leaves_logits_and_parameters_in_float32():
+    model = create_model("squeezenet1_1", dtype="bfloat16")
+
+    def run(key):
+        images = jnp.zeros((2, 32, 32, 3))
+        variables = model.init(key, images)
+        return variables, model.apply(variables, images)
+
+    variables, logits = jax.eval_shape(run, jax.random.key(0))
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
