@@ -1,0 +1,158 @@
+"""Inception-ResNet-v2, figures 15 to 20 of Inception-v4's paper, as Google released it.
+
+The release, TensorFlow's slim network, which timm and Keras took over, differs from the paper:
+another stem (Inception-v3's, and `mixed_5b`: 320 maps in place of 384), twice the blocks (10, 20,
+10 in place of 5, 10, 5), a last block that is neither scaled nor activated, and a 1x1 to 1536 maps
+before the pooling. The widths drawn in the paper cannot be built: figure 7 gives 1152 maps where
+figure 17 adds 1154, figure 18 makes 2144 of 1152 and figure 19 adds 2048; the release has 320, 1088
+and 2080. Its auxiliary head, for training only, is not in the paper and not here. Its BatchNorm has
+no scale: `keras_inception_resnet_v2`, whereas timm's network has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.models import inception_v4
+from flax_cnns.models.inception_v4 import SMALLEST, Branch, Convs, Mixed, beside
+from flax_cnns.types import Array, Dtype, ModuleDef
+
+PAPER = inception_v4.PAPER
+
+
+class Stem(nn.Module):
+    """Inception-v3's, in place of figure 3: [N 299 299 3] -> [N 35 35 192]."""
+
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        branch = partial(Branch, conv=self.conv, norm=self.norm)
+        x = branch(((32, 3, 2), (32, 3, 1), (64, 3)), name="entry")(x)  # [N 147 147 64]
+        x = layers.max_pool(x, 3, 2)  # [N 73 73 64]
+        x = branch(((80, 1), (192, 3, 1)), name="middle")(x)  # [N 71 71 192]
+        return layers.max_pool(x, 3, 2)
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + scale * linear(branches beside each other)): [N H W C] -> the same shape.
+
+    Figure 20 and section 3.3: without the scaling, wide networks died early in training. `linear`
+    is a 1x1 with a bias and no norm.
+    """
+
+    branches: Sequence[Convs]
+    scale: float
+    conv: ModuleDef
+    norm: ModuleDef
+    relu: bool = True
+    stride: int = 1  # `layers.Stage` says so
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        branch = partial(Branch, conv=self.conv, norm=self.norm)
+        ys = [branch(convs, name=f"branch{i}")(x) for i, convs in enumerate(self.branches, 1)]
+        linear = self.conv(x.shape[-1], (1, 1), padding="VALID", use_bias=True, name="linear")
+        x = x + self.scale * linear(beside(*ys))
+        return nn.relu(x) if self.relu else x
+
+
+Mixed5b = partial(  # [N 35 35 192] -> [N 35 35 320]
+    Mixed,
+    (((96, 1),), ((48, 1), (64, 5)), ((64, 1), (96, 3), (96, 3))),
+    pooled=((64, 1),),
+)
+ResidualA = partial(  # figure 16: [N 35 35 320]
+    ResidualBlock, (((32, 1),), ((32, 1), (32, 3)), ((32, 1), (48, 3), (64, 3))), scale=0.17
+)
+ReductionA = partial(  # figure 7 and table 1: [N 35 35 320] -> [N 17 17 1088]
+    Mixed, (((384, 3, 2),), ((256, 1), (256, 3), (384, 3, 2))), stride=2
+)
+ResidualB = partial(  # figure 17: [N 17 17 1088]
+    ResidualBlock, (((192, 1),), ((128, 1), (160, (1, 7)), (192, (7, 1)))), scale=0.1
+)
+ReductionB = partial(  # figure 18: [N 17 17 1088] -> [N 8 8 2080]
+    Mixed,
+    (((256, 1), (384, 3, 2)), ((256, 1), (288, 3, 2)), ((256, 1), (288, 3), (320, 3, 2))),
+    stride=2,
+)
+ResidualC = partial(  # figure 19: [N 8 8 2080]
+    ResidualBlock, (((192, 1),), ((192, 1), (224, (1, 3)), (256, (3, 1)))), scale=0.2
+)
+
+
+class InceptionResNetV2(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N 1536] if it is None.
+
+    H and W are at least 75. Raises `UserError` where they are smaller, or where C is not that of
+    `input_size`. The paper gives no first values: `kernel_init="paper"` is the release's, Xavier's.
+    """
+
+    depths: Sequence[int] = (10, 20, 9)  # blocks A, B and C, without the last C
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (299, 299, 3)
+    dropout: float = 0.2  # figure 15 writes what it keeps: 0.8
+    norm: str = "batch"  # "none" comes with biases
+    scale: bool = True  # BatchNorm's gamma
+    momentum: float = 0.9  # of BatchNorm's statistics
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        conv = partial(
+            layers.Conv,
+            use_bias=self.norm == "none",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.initializer("xavier")),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            momentum=self.momentum,
+            epsilon=1e-3,
+        )
+        if not self.scale and self.norm != "none":
+            norm = partial(norm, use_scale=False)
+        stage = partial(layers.Stage, conv=conv, scan=self.scan, remat=self.remat)
+        a, b, c = (partial(block, norm=norm) for block in (ResidualA, ResidualB, ResidualC))
+        x = Stem(conv, norm, name="stem")(images)  # [N 35 35 192]
+        x = Mixed5b(conv=conv, norm=norm, name="mixed_5b")(x)  # [N 35 35 320]
+        x = stage(a, depth=self.depths[0], name="inception_resnet_a")(x)
+        x = ReductionA(conv=conv, norm=norm, name="reduction_a")(x)  # [N 17 17 1088]
+        x = stage(b, depth=self.depths[1], name="inception_resnet_b")(x)
+        x = ReductionB(conv=conv, norm=norm, name="reduction_b")(x)  # [N 8 8 2080]
+        x = stage(c, depth=self.depths[2], name="inception_resnet_c")(x)
+        x = c(conv=conv, scale=1.0, relu=False, name="last_c")(x)
+        x = Branch(((1536, 1),), conv, norm, name="conv_7b")(x)  # [N 8 8 1536]
+        x = layers.global_avg_pool(x)
+        if self.num_classes is None:
+            return x
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("xavier"), name="head")(x)
+
+
+VARIANTS = {
+    "inception_resnet_v2": partial(InceptionResNetV2),
+    "keras_inception_resnet_v2": partial(InceptionResNetV2, scale=False, momentum=0.99),
+}
+SOURCES = {
+    "inception_resnet_v2": ("timm",),
+    "keras_inception_resnet_v2": ("keras",),
+}
