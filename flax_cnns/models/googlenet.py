@@ -18,7 +18,7 @@ it with the paper's 5x5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -124,19 +124,19 @@ class Aux(nn.Module):
 
 
 # From 3a on, table 1's columns: #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj.
-TABLE = {
-    "mixed3a": (64, 96, 128, 16, 32, 32),
-    "mixed3b": (128, 128, 192, 32, 96, 64),
-    "pool3": None,  # max pooling
-    "mixed4a": (192, 96, 208, 16, 48, 64),
-    "mixed4b": (160, 112, 224, 24, 64, 64),
-    "mixed4c": (128, 128, 256, 24, 64, 64),
-    "mixed4d": (112, 144, 288, 32, 64, 64),
-    "mixed4e": (256, 160, 320, 32, 128, 128),
-    "pool4": None,
-    "mixed5a": (256, 160, 320, 32, 128, 128),
-    "mixed5b": (384, 192, 384, 48, 128, 128),
-}
+TABLE = (
+    ("mixed3a", (64, 96, 128, 16, 32, 32)),
+    ("mixed3b", (128, 128, 192, 32, 96, 64)),
+    ("pool3", None),  # max pooling
+    ("mixed4a", (192, 96, 208, 16, 48, 64)),
+    ("mixed4b", (160, 112, 224, 24, 64, 64)),
+    ("mixed4c", (128, 128, 256, 24, 64, 64)),
+    ("mixed4d", (112, 144, 288, 32, 64, 64)),
+    ("mixed4e", (256, 160, 320, 32, 128, 128)),
+    ("pool4", None),
+    ("mixed5a", (256, 160, 320, 32, 128, 128)),
+    ("mixed5b", (384, 192, 384, 48, 128, 128)),
+)
 AUX = {"mixed4a": "aux1", "mixed4d": "aux2"}  # the heads, and what they see
 
 
@@ -151,6 +151,7 @@ class GoogLeNet(nn.Module):
 
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
+    table: Sequence[tuple[str, Sequence[int] | None]] = TABLE
     norm: str = "batch"  # "none" comes with biases
     response_norm: bool = False
     window5: int = 5  # of the 5x5 branch
@@ -197,7 +198,7 @@ class GoogLeNet(nn.Module):
         x = unit(64, (1, 1), name="conv2_reduce")(x)
         x = unit(192, (3, 3), name="conv2")(x)
         x = pool(response_norm(x))  # H/8
-        for name, widths in TABLE.items():  # H/8, H/16, H/32
+        for name, widths in self.table:  # H/8, H/16, H/32
             if widths is None:
                 x = pool(x, window=self.pool4 if name == "pool4" else 3)
                 continue

@@ -15,8 +15,9 @@ in the head's last two layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from string import ascii_lowercase
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -161,6 +162,8 @@ class InceptionV3(nn.Module):
 
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (299, 299, 3)
+    pool_projs: Sequence[int] = (32, 64, 64)  # of the 35x35 blocks
+    widths: Sequence[int] = (128, 160, 160, 192)  # of the 17x17 blocks
     norm: str = "batch"  # "none" comes with biases
     scale: bool = True  # BatchNorm's gamma
     momentum: float = 0.9  # of BatchNorm's statistics
@@ -211,11 +214,11 @@ class InceptionV3(nn.Module):
         x = unit(80, (1, 1), name="conv3b")(x)
         x = unit(192, (3, 3), padding="VALID", name="conv4a")(x)  # [N 71 71 192]
         x = layers.max_pool(x, 3, 2)  # [N 35 35 192]
-        for name, width in zip(("mixed5b", "mixed5c", "mixed5d"), (32, 64, 64)):
-            x = BlockA(width, unit, mean, name=name)(x)  # [N 35 35 288] in the end
+        for letter, width in zip(ascii_lowercase[1:], self.pool_projs):
+            x = BlockA(width, unit, mean, name=f"mixed5{letter}")(x)  # [N 35 35 288] in the end
         x = BlockB(unit, name="mixed6a")(x)  # [N 17 17 768]
-        for name, width in zip(("mixed6b", "mixed6c", "mixed6d", "mixed6e"), (128, 160, 160, 192)):
-            x = BlockC(width, unit, mean, name=name)(x)
+        for letter, width in zip(ascii_lowercase[1:], self.widths):
+            x = BlockC(width, unit, mean, name=f"mixed6{letter}")(x)
         if self.aux and self.num_classes is not None and (train or self.is_initializing()):
             Aux(self.num_classes, unit_of, dense_of, name="aux1")(x, train)
         x = BlockD(unit, name="mixed7a")(x)  # [N 8 8 1280]
