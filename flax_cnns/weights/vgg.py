@@ -18,7 +18,7 @@ def torchvision(model: VGG) -> list[tuple]:
         number += 1  # the pooling
     return [
         *rules,
-        (r"classifier\.0", "fc6", flattened(512)),
+        (r"classifier\.0", "fc6", flattened(model.widths[-1])),
         (r"classifier\.3", "fc7"),
         (r"classifier\.6", "head"),
     ]
