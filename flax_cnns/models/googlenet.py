@@ -106,6 +106,7 @@ class Aux(nn.Module):
     num_classes: int
     unit: ModuleDef
     dense: ModuleDef
+    head: ModuleDef
     adaptive: bool
     dropout: float
 
@@ -118,7 +119,7 @@ class Aux(nn.Module):
         x = x.reshape(len(x), -1)  # [N 2048]
         x = nn.relu(self.dense(1024, name="fc")(x))
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        x = self.dense(self.num_classes, dtype=jnp.float32, bias_init=zeros, name="head")(x)
+        x = self.head(self.num_classes, name="head")(x)
         if train:
             self.sow("aux_logits", "logits", x)
 
@@ -170,13 +171,21 @@ class GoogLeNet(nn.Module):
         # Where each max pooling of 3x3 sees two pixels at least.
         layers.check_images(images, self.input_size, 31 if self.pool4 == 3 else 15)
         if self.norm == "group":
-            raise UserError('GoogLeNet has widths of 24, which 16 does not divide: norm="batch"')
-        init = dict(
-            kernel_init=layers.initializer(self.kernel_init, paper=caffe_xavier),
-            bias_init=constant(0.2) if self.kernel_init == "paper" else zeros,
+            raise UserError(
+                'expected norm="batch" or "none", got "group": its 16 channels do not divide the '
+                "widths of 24"
+            )
+        is_paper = self.kernel_init == "paper"
+        given = dict(
             param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=caffe_xavier),
+            bias_init=constant(0.2) if is_paper else zeros,
         )
-        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype, **init)
+        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype, **given)
+        dense = partial(nn.Dense, dtype=self.dtype, **given)
+        # He's 2 / fan_out would start a few classes with logits far from zero.
+        init = caffe_xavier if is_paper else layers.initializer("lecun")
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype, kernel_init=init)
         norm = layers.make_norm(
             self.norm,
             train=train,
@@ -186,8 +195,7 @@ class GoogLeNet(nn.Module):
             epsilon=1e-3,
         )
         unit = partial(ConvUnit, conv=conv, norm=norm)
-        dense = partial(nn.Dense, dtype=self.dtype, **init)
-        head = partial(Aux, self.num_classes, unit, dense, self.adaptive, self.aux_dropout)
+        aux = partial(Aux, self.num_classes, unit, dense, head, self.adaptive, self.aux_dropout)
         response_norm = partial(layers.local_response_norm, size=5, alpha=1e-4 / 5, beta=0.75, k=1)
         if not self.response_norm:
             response_norm = lambda x: x  # noqa: E731
@@ -205,12 +213,12 @@ class GoogLeNet(nn.Module):
             x = Inception(*widths, unit, self.window5, name=name)(x)
             has_head = self.aux and self.num_classes is not None and name in AUX
             if has_head and (train or self.is_initializing()):
-                head(name=AUX[name])(x, train)
+                aux(name=AUX[name])(x, train)
         x = layers.global_avg_pool(x)  # [N 1024]
         if self.num_classes is None:
             return x
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        return dense(self.num_classes, dtype=jnp.float32, bias_init=zeros, name="head")(x)
+        return head(self.num_classes, name="head")(x)
 
 
 _2014 = partial(GoogLeNet, norm="none", response_norm=True)

@@ -137,9 +137,8 @@ class Aux(nn.Module):
     an adaptive mean of 5x5 (PyTorch's network takes images of 299x299 or more in training).
     """
 
-    num_classes: int
-    unit: Callable  # kernel_init -> a ConvUnit
-    dense: Callable  # kernel_init -> a Dense of float32
+    unit: Callable  # deviation of the first values -> a ConvUnit
+    head: Callable  # likewise -> the dense layer
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> None:
@@ -148,7 +147,7 @@ class Aux(nn.Module):
         x = self.unit(0.1)(128, (1, 1), name="conv1")(x)
         x = self.unit(0.01)(768, (5, 5), padding="VALID", name="conv2")(x)
         x = layers.global_avg_pool(x)  # [N 768]
-        x = self.dense(0.001)(self.num_classes, name="head")(x)
+        x = self.head(0.001)()(x)
         if train:
             self.sow("aux_logits", "logits", x)
 
@@ -187,20 +186,21 @@ class InceptionV3(nn.Module):
             momentum=self.momentum,
             epsilon=1e-3,
         )
-        if not self.scale:
+        if not self.scale and self.norm != "none":
             norm = partial(norm, use_scale=False)
-
-        def given(std: float) -> dict:
-            init = layers.initializer(self.kernel_init, paper=truncated_normal(std))
-            return dict(kernel_init=init, param_dtype=self.param_dtype)
+        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype)
 
         def unit_of(std: float) -> ModuleDef:
-            bias = self.norm == "none"
-            conv = partial(layers.Conv, use_bias=bias, dtype=self.dtype, **given(std))
-            return partial(ConvUnit, conv=conv, norm=norm)
+            init = layers.initializer(self.kernel_init, paper=truncated_normal(std))
+            given = dict(param_dtype=self.param_dtype, kernel_init=init)
+            return partial(ConvUnit, conv=partial(conv, **given), norm=norm)
 
-        def dense_of(std: float) -> ModuleDef:
-            return partial(nn.Dense, dtype=jnp.float32, **given(std))
+        def head_of(std: float) -> ModuleDef:
+            # He's 2 / fan_out would start a few classes with logits far from zero.
+            is_paper = self.kernel_init == "paper"
+            init = truncated_normal(std) if is_paper else layers.initializer("lecun")
+            given = dict(param_dtype=self.param_dtype, kernel_init=init)
+            return partial(nn.Dense, self.num_classes, dtype=jnp.float32, name="head", **given)
 
         unit = unit_of(0.1)
         mean = partial(
@@ -220,7 +220,7 @@ class InceptionV3(nn.Module):
         for letter, width in zip(ascii_lowercase[1:], self.widths):
             x = BlockC(width, unit, mean, name=f"mixed6{letter}")(x)
         if self.aux and self.num_classes is not None and (train or self.is_initializing()):
-            Aux(self.num_classes, unit_of, dense_of, name="aux1")(x, train)
+            Aux(unit_of, head_of, name="aux1")(x, train)
         x = BlockD(unit, name="mixed7a")(x)  # [N 8 8 1280]
         x = BlockE(unit, mean, name="mixed7b")(x)  # [N 8 8 2048]
         x = BlockE(unit, mean, name="mixed7c")(x)
@@ -228,7 +228,7 @@ class InceptionV3(nn.Module):
         if self.num_classes is None:
             return x
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        return dense_of(0.1)(self.num_classes, name="head")(x)
+        return head_of(0.1)()(x)
 
 
 VARIANTS = {
