@@ -19,7 +19,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from flax_cnns import create_model, list_models, model_info
+from flax_cnns.errors import UserError
 from flax_cnns.weights import convert
 from tests.models import foreign
 
@@ -52,9 +53,9 @@ class Result(NamedTuple):
         return alive and self.difference <= LIMIT < self.control
 
 
-def pairs() -> list[tuple[str, str]]:
-    """(network, source) of everything that has an independent implementation."""
-    return [(name, source) for name in list_models() for source in model_info(name).sources]
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(network, source) of those that have an independent implementation."""
+    return [(name, source) for name in names for source in model_info(name).sources]
 
 
 def spread(logits: np.ndarray) -> float:
@@ -127,7 +128,8 @@ def code() -> str:
     for folder in ("models", "layers", "weights"):
         for path in sorted((ROOT / "flax_cnns" / folder).glob("*.py")):
             digest.update(path.read_bytes())
-    digest.update((Path(__file__).parent / "models/foreign.py").read_bytes())
+    for path in (Path(__file__), Path(__file__).parent / "models/foreign.py"):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -153,11 +155,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="forget what is known")
     parser.add_argument("--results", type=Path, default=ROOT / "runs/parity.json")
     args = parser.parse_args(argv)
-    chosen = [pair for pair in pairs() if args.all or pair[0] in args.names]
-    if unknown := sorted(set(args.names) - {name for name, _ in pairs()}):
-        parser.error(f"nothing to compare with for {', '.join(unknown)}")
-    if not chosen:
+    if not args.names and not args.all:
         parser.error("expected names of networks, or --all")
+    try:
+        chosen = pairs(list_models() if args.all else args.names)
+    except UserError as e:
+        parser.error(str(e))
+    if alone := sorted(set(args.names) - {name for name, _ in chosen}):
+        parser.error(f"no other library has {', '.join(alone)}")
     version, known = code(), {}
     if args.results.is_file() and not args.again:
         saved = json.loads(args.results.read_text())

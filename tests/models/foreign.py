@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ def redraw(name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
     # RandomState: NumPy froze its stream for good, where default_rng's may change.
     random = np.random.RandomState(zlib.crc32(name.encode()))
     leaf = name.replace("/", ".").rpartition(".")[2]
-    scales = ("gamma", "moving_variance", "running_var")
+    scales = ("scale", "var", "gamma", "moving_variance", "running_var")  # ours, Keras's, torch's
     if leaf in scales or (leaf == "weight" and len(shape) == 1):
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
     if len(shape) > 1:
@@ -165,16 +164,3 @@ def train_step(live: Live, x: np.ndarray, labels: np.ndarray, aux_weight: float)
         result[name] = value
     order = {name: result[name] for name in live.tensors}
     return {"loss": float(loss.detach()), "tensors": order}
-
-
-class Case(NamedTuple):
-    """A comparison that is recorded: small, and made of the blocks of its family."""
-
-    name: str  # ours
-    source: str
-    fields: Mapping[str, Any]  # ours: what makes it short
-    size: int
-    build: Callable[[], Any] | None = None  # theirs, as short; None: the published one
-    train: bool = False  # one training step too
-    n: int = 4
-    channels: int = 3

@@ -1,0 +1,99 @@
+"""Our networks compute what other libraries' do: recorded (always), and live where installed."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from flax_cnns import pytree, registry
+from flax_cnns.registry import create_model, init_variables
+from flax_cnns.weights import convert, rules
+from flax_cnns.weights import resnet as resnet_rules
+from tests.models import cases, foreign
+
+WITH_SOURCE = sorted(
+    family.__name__.rpartition(".")[2]
+    for family in registry.FAMILIES
+    if getattr(family, "SOURCES", {})
+)
+
+
+def test_every_family_with_an_independent_implementation_has_a_case():
+    assert sorted(cases.CASES) == WITH_SOURCE
+
+
+@pytest.mark.parametrize("family", cases.CASES)
+def test_recorded(family):
+    case = cases.CASES[family]
+    tensors, wanted = cases.load(cases.FOLDER / f"{family}.npz", case.source)
+    got, apply = cases.ours(case, tensors)
+    cases.check(got, wanted)
+    # The same comparison, with one tensor of each kind drawn anew, fails.
+    variables = convert(case.name, tensors, case.source, **case.fields)
+    last = {}
+    for path in pytree.flatten(variables):
+        if not path.startswith("params/aux"):
+            last[path.rpartition("/")[2]] = path  # deep in the network, where nothing can hide it
+    for path in last.values():
+        flat = pytree.flatten(variables)
+        flat[path] = foreign.redraw(f"again.{path}", flat[path].shape, "keras")
+        wrong = np.asarray(apply(pytree.unflatten(flat)))
+        with pytest.raises(AssertionError):
+            cases.check(cases.Outputs(wrong), cases.Outputs(wanted.logits))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", cases.CASES)
+def test_live(family):
+    case = cases.CASES[family]
+    pytest.importorskip("keras" if case.source == "keras" else "torch")
+    tensors, wanted = cases.theirs(case)
+    recorded, outputs = cases.load(cases.FOLDER / f"{family}.npz", case.source)
+    assert {n: a.shape for n, a in tensors.items()} == {n: a.shape for n, a in recorded.items()}
+    np.testing.assert_allclose(outputs.logits, wanted.logits, rtol=1e-3)
+    cases.check(cases.ours(case, tensors)[0], wanted)
+
+
+@pytest.mark.oracle
+def test_cifar_resnet20_out_of_torchvisions_blocks():
+    """torchvision has no CIFAR ResNet: its basic block, with option A, makes one."""
+    pytest.importorskip("torch")
+    from torch import nn
+    from torch.nn import functional
+
+    block = foreign.torchvision().models.resnet.BasicBlock
+
+    class OptionA(nn.Module):
+        def forward(self, x):
+            return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, x.shape[1]))
+
+    class CifarResNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+            self.layer1, self.layer2, self.layer3 = (
+                nn.Sequential(
+                    block(width if stride == 1 else width // 2, width, stride, downsample),
+                    block(width, width),
+                    block(width, width),
+                )
+                for width, stride, downsample in [
+                    (16, 1, None),
+                    (32, 2, OptionA()),
+                    (64, 2, OptionA()),
+                ]
+            )
+            self.fc = nn.Linear(64, 10)
+
+        def forward(self, x):
+            x = functional.relu(self.bn1(self.conv1(x)))
+            return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+    live, x = foreign.load(CifarResNet(), "torchvision"), foreign.images(4, 30)
+    model = create_model("cifar_resnet20")
+    shapes = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
+    given = (resnet_rules.TORCHVISION, live.tensors, "torchvision", shapes, "cifar_resnet20")
+    variables = rules.fit(rules.apply(*given), shapes, "cifar_resnet20")
+    got = np.asarray(jax.jit(model.apply)(variables, x))
+    cases.check(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))

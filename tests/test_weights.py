@@ -1,0 +1,104 @@
+"""Rules and layouts of foreign weights, and what convert refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError
+from flax_cnns.registry import list_models, model_info
+from flax_cnns.weights import convert, rules
+from tests.models import cases
+
+
+@pytest.fixture(scope="module")
+def case():
+    return cases.CASES["squeezenet"]
+
+
+@pytest.fixture(scope="module")
+def tensors(case):
+    return cases.load(cases.FOLDER / "squeezenet.npz", case.source)[0]
+
+
+def test_convolutions_go_from_oihw_to_hwio_and_the_head_has_as_many_classes(tensors):
+    flat = pytree.flatten(convert("squeezenet1_1", tensors, "torchvision"))
+    for ours, theirs in [("conv1", "features.0"), ("fire2/expand3x3", "features.3.expand3x3")]:
+        expected = tensors[f"{theirs}.weight"].transpose(2, 3, 1, 0)
+        np.testing.assert_array_equal(flat[f"params/{ours}/kernel"], expected)
+        np.testing.assert_array_equal(flat[f"params/{ours}/bias"], tensors[f"{theirs}.bias"])
+    assert flat["params/head/kernel"].shape == (1, 1, 512, 10)
+    assert all(leaf.flags.c_contiguous and leaf.dtype == np.float32 for leaf in flat.values())
+
+
+def test_a_dense_layer_behind_flattened_maps():
+    maps = np.random.RandomState(0).randn(2, 3, 4, 5)  # [N H W C]
+    kernel = np.random.RandomState(1).randn(7, 5 * 3 * 4)  # of a layer that sees [C H W]
+    theirs = maps.transpose(0, 3, 1, 2).reshape(2, -1) @ kernel.T
+    ours = maps.reshape(2, -1) @ rules.flattened(5)(kernel)
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_keras_counts_on_from_network_to_network():
+    names = ["conv2d_94/kernel", "block1_conv1/bias", "conv2d_96/bias", "batch_normalization/beta"]
+    names += ["conv2d_95/kernel", "batch_normalization_1/beta"]
+    assert rules.renumber(names) == {
+        "conv2d_94/kernel": "conv2d_0/kernel",
+        "block1_conv1/bias": "block1_conv1/bias",
+        "conv2d_96/bias": "conv2d_2/bias",
+        "batch_normalization/beta": "batch_normalization_0/beta",
+        "conv2d_95/kernel": "conv2d_1/kernel",
+        "batch_normalization_1/beta": "batch_normalization_1/beta",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"extra.weight": np.zeros(3)}, "extra.weight of the tensors given have no"),
+        (lambda t: t | {"features.0.beta": np.zeros(3)}, "features.0.beta of the tensors given"),
+        (lambda t: t | {"features.0.running_var": np.ones(64)}, "belongs at 'batch_stats/conv1/va"),
+        (lambda t: {k: v for k, v in t.items() if k != "features.0.bias"}, "for params/conv1/bias"),
+        (
+            lambda t: t | {"features.0.bias": np.zeros(3)},
+            r"wrong shapes: params/conv1/bias \(3,\) in place of \(64,\)",
+        ),
+        (lambda t: {}, "no tensor was given for params/conv1/bias, .* and 47 more"),
+    ],
+)
+def test_tensors_that_do_not_fit(tensors, change, message):
+    with pytest.raises(UserError, match=f"squeezenet1_1 from torchvision: .*{message}"):
+        convert("squeezenet1_1", change(tensors), "torchvision")
+
+
+def test_two_tensors_of_one_place():
+    table, given = [(r"a|b", "head")], {"a.bias": np.zeros(1), "b.bias": np.zeros(1)}
+    with pytest.raises(
+        UserError, match=r"'a\.bias' and 'b.bias' both belong at 'params/head/bias'"
+    ):
+        rules.apply(table, given, "timm", ["params/head/bias"], "net")
+
+
+def test_unused_tensors_are_named_so():
+    table = [(r"aux\..*", rules.UNUSED), (r"fc", "head")]
+    given = {"aux.fc.weight": np.zeros((2, 2)), "fc.bias": np.ones(1), "fc.num_batches_tracked": 0}
+    found = rules.apply(table, given, "timm", ["params/head/bias"], "net")
+    assert list(found) == ["params/head/bias"]
+
+
+def test_unknown_sources():
+    with pytest.raises(
+        UserError, match=r"vgg16 from timm: expected tensors of torchvision or keras"
+    ):
+        convert("vgg16", {}, "timm")
+    with pytest.raises(UserError, match=r"lenet5 from keras: .* no independent counterpart"):
+        convert("lenet5", {}, "keras")
+    with pytest.raises(UserError, match="unknown model 'vgg61'; did you mean"):
+        convert("vgg61", {}, "keras")
+
+
+def test_sources_are_said_of_networks_that_exist():
+    for name in list_models():
+        assert set(model_info(name).sources) <= {"torchvision", "timm", "keras"}
+    assert model_info("resnet50").sources == ("torchvision",)
