@@ -63,14 +63,26 @@ class MlpConv(nn.Module):
         return x
 
 
+class Companion(nn.Module):
+    """All maps to one classifier: [N H W C] -> logits f32 [N num_classes], sown in training."""
+
+    head: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> None:
+        x = x.reshape(x.shape[0], -1).astype(jnp.float32)  # [N H W C] -> [N H*W*C]
+        x = self.head(name="head")(x)
+        if train:
+            self.sow("aux_logits", "logits", x)
+
+
 class DSN(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N 192] if None.
 
-    In training the companions' logits, f32 [N num_classes] each, are sown into `aux_logits`;
-    without classes there are none. H and W are at least 4; a network trains on images of the size
-    that it was initialised with, and classifies any. It normalises nothing: `axis_name` changes
-    nothing. Raises `UserError` where the images are too small or have other channels than
-    `input_size`.
+    In training the companions, if there are classes, sow `aux_logits` aux1/logits, aux2/logits and
+    aux3/logits. H and W are at least 4; a network trains on images of the size that it was
+    initialised with, and classifies any. It normalises nothing: `axis_name` changes nothing. Raises
+    `UserError` where the images are too small or have other channels than `input_size`.
     """
 
     num_classes: int | None = 10
@@ -84,32 +96,28 @@ class DSN(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
-        is_paper = self.kernel_init == "paper"
-        gaussian = layers.gaussian(0.05)
-        init = layers.initializer(self.kernel_init, paper=gaussian)
-        conv = partial(layers.Conv, dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = partial(conv, kernel_init=init)
+        paper, lecun = layers.gaussian(0.05), layers.initializer("lecun")
+        init = layers.initializer(self.kernel_init, paper=paper)
         # He's variance, 2 / fan_out, would start few classes with logits far from zero.
-        head = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
-        lecun = layers.initializer("lecun")
-        init = nn.initializers.lecun_uniform() if is_paper else lecun
-        companion = partial(nn.Dense, self.num_classes, kernel_init=init, **head)
-
+        head_init, companion_init = lecun, lecun
+        if self.kernel_init == "paper":
+            head_init, companion_init = paper, nn.initializers.lecun_uniform()
+        given = dict(param_dtype=self.param_dtype)
+        conv = partial(layers.Conv, kernel_init=init, dtype=self.dtype, **given)
+        given["dtype"] = jnp.float32
+        companion = partial(nn.Dense, self.num_classes, kernel_init=companion_init, **given)
         x = images
         for i, (window, width, widths) in enumerate(PARTS, 1):  # sides of 32x32 images: 32, 16, 8
             x = conv(width, (window, window), padding=window // 2, name=f"conv{i}")(x)
             if self.num_classes is not None and (train or self.is_initializing()):
-                maps = x.reshape(x.shape[0], -1)  # [N H W C] -> [N H*W*C]
-                logits = companion(name=f"aux{i}")(maps.astype(jnp.float32))
-                if train:
-                    self.sow("aux_logits", f"aux{i}", logits)
+                Companion(companion, name=f"aux{i}")(x, train)
             x = MlpConv(widths, conv, name=f"mlpconv{i}")(x)
             if i < len(PARTS):
                 x = layers.max_pool(x, 3, 2, ceil=True)
                 x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         if self.num_classes is None:
             return layers.global_avg_pool(x)  # [N H W 192] -> [N 192]
-        head = partial(layers.Conv, kernel_init=gaussian if is_paper else lecun, **head)
+        head = partial(layers.Conv, kernel_init=head_init, **given)
         x = head(self.num_classes, (1, 1), name="head")(x)
         return layers.global_avg_pool(x)  # [N H W num_classes] -> [N num_classes]
 

@@ -1,0 +1,168 @@
+"""Deeply-Supervised Nets: counts by hand, companions and when they act, first values."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cifar10_dsn
+from flax_cnns import pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.errors import UserError
+from flax_cnns.experiment import aux_weights
+from flax_cnns.registry import create_model, init_variables, model_info
+
+# The release: name, window, input and output channels, and the side of the output for 32x32.
+CONVS = [
+    ("conv1", 5, 3, 192, 32),
+    ("mlpconv1/cccp1", 1, 192, 160, 32),
+    ("mlpconv1/cccp2", 1, 160, 96, 32),
+    ("conv2", 5, 96, 192, 16),
+    ("mlpconv2/cccp1", 1, 192, 192, 16),
+    ("mlpconv2/cccp2", 1, 192, 192, 16),
+    ("conv3", 3, 192, 192, 8),
+    ("mlpconv3/cccp1", 1, 192, 192, 8),
+    ("head", 1, 192, 10, 8),
+]
+COMPANIONS = {"aux1": 32 * 32 * 192, "aux2": 16 * 16 * 192, "aux3": 8 * 8 * 192}  # what they see
+
+
+def test_count_and_cost_of_every_layer_by_hand():
+    expected = {
+        name: ((1, side, side, out), window**2 * n * out + out, side**2 * window**2 * n * out)
+        for name, window, n, out, side in CONVS
+    }
+    rows = cost(create_model("dsn")).layers
+    main = {row.path: (row.output_shape, row.params, row.macs) for row in rows[: len(CONVS)]}
+    assert main == expected
+    assert sum(params for _, params, _ in main.values()) == 966_986  # "about 1 M"
+    companions = {row.path: row.params for row in rows[len(CONVS) :]}
+    assert companions == {f"{name}/head": seen * 10 + 10 for name, seen in COMPANIONS.items()}
+    assert model_info("dsn").params == 966_986 + sum(companions.values()) == 3_547_496
+
+
+def run(size, train=False, **fields):
+    """Shapes of the logits and of what is captured and sown."""
+    model = create_model("dsn", **fields)
+
+    def run():
+        images = jnp.zeros((2, size, size, 3))
+        variables = model.init(jax.random.key(0), images)
+        return model.apply(
+            variables,
+            images,
+            train=train,
+            rngs={"dropout": jax.random.key(1)},
+            capture_intermediates=True,
+            mutable=["intermediates", "aux_logits"],
+        )
+
+    out, state = jax.eval_shape(run)
+    flat = pytree.flatten(state["intermediates"])
+    shapes = {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+    sown = {path: leaf.shape for path, leaf in pytree.flatten(state.get("aux_logits", {})).items()}
+    return out, shapes, sown
+
+
+def test_output_shape_of_each_stage():
+    logits, shapes, _ = run(32)
+    assert logits.shape == (2, 10)
+    for i, (side, width) in enumerate(((32, 96), (16, 192), (8, 192)), 1):
+        assert shapes[f"conv{i}"] == (2, side, side, 192)
+        assert shapes[f"mlpconv{i}"] == (2, side, side, width)
+
+
+def test_companions_are_sown_in_training_only():
+    _, shapes, sown = run(32, train=False)
+    assert sown == {}
+    assert not any(path.startswith("aux") for path in shapes)
+    _, _, sown = run(32, train=True, num_classes=7)
+    assert sown == {f"aux{i}/logits/0": (2, 7) for i in (1, 2, 3)}
+
+
+def test_without_classes_it_gives_pooled_features_and_has_no_companions():
+    features, shapes, sown = run(32, train=True, num_classes=None)
+    assert features.shape == (2, 192)
+    assert sown == {}
+    assert not {"head", "aux1", "aux2", "aux3"} & set(shapes)
+
+
+def test_smallest_images():
+    _, shapes, _ = run(4)
+    assert shapes["head"] == (2, 1, 1, 10)
+    with pytest.raises(UserError, match="the smallest is 4x4"):
+        run(3)
+
+
+def test_it_classifies_images_of_another_size_than_it_learnt_from():
+    model = create_model("dsn")
+    variables = jax.eval_shape(
+        lambda: init_variables(model, jax.random.key(0), images_shape=(1, 8, 8, 3))
+    )
+    logits = jax.eval_shape(model.apply, variables, jnp.zeros((2, 13, 13, 3)))
+    assert logits.shape == (2, 10)
+
+
+def test_companions_are_linear_in_the_convolutions_and_dropout_is_random():
+    model = create_model("dsn", input_size=(4, 4, 3))
+    variables = init_variables(model, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+
+    def logits(seed, train):
+        rngs = {"dropout": jax.random.key(seed)}
+        keep = ["aux_logits", "intermediates"]
+        return model.apply(
+            variables, images, train=train, rngs=rngs, mutable=keep, capture_intermediates=True
+        )
+
+    (out, state), (other, _) = logits(0, True), logits(1, True)
+    for i in (1, 2, 3):
+        maps = np.asarray(state["intermediates"][f"conv{i}"]["__call__"][0]).reshape(2, -1)
+        assert (maps < 0).any()  # before ReLU
+        companion = variables["params"][f"aux{i}"]["head"]
+        expected = maps @ companion["kernel"] + companion["bias"]
+        np.testing.assert_allclose(state["aux_logits"][f"aux{i}"]["logits"][0], expected, atol=1e-4)
+    assert (out != other).any()
+    out, other = logits(0, False)[0], logits(1, False)[0]
+    np.testing.assert_array_equal(out, other)
+    assert (out < 0).any()  # no ReLU on the maps of the classes
+    assert create_model("dsn").dropout == 0.5
+
+
+def test_weight_of_the_companions_falls_as_in_the_paper():
+    ((pattern, weight),) = aux_weights(cifar10_dsn.get_config(), steps_per_epoch=500.0)
+    assert pattern == ".*"
+    for step in (0, 12_500, 25_000, 50_000):
+        assert weight(step) == pytest.approx(0.1 * (1 - step / 50_000))
+    assert weight(150_000) == 0
+
+
+def test_papers_first_values():
+    model = create_model("dsn", init="paper", input_size=(8, 8, 3), num_classes=20)
+    params = init_variables(model, jax.random.key(0))["params"]
+    for path, leaf in pytree.flatten(params).items():
+        if path.endswith("bias"):
+            assert not leaf.any()
+        elif path.startswith("aux"):  # uniform, variance 1 / fan_in
+            bound = np.sqrt(3 / leaf.shape[0])
+            assert np.abs(leaf).max() == pytest.approx(bound, rel=0.01), path
+            assert np.std(leaf) == pytest.approx(bound / np.sqrt(3), rel=0.05), path
+        else:
+            assert np.std(leaf) == pytest.approx(0.05, rel=0.05), path
+
+
+def test_bfloat16_leaves_all_logits_in_float32():
+    logits, _, _ = run(8, train=True, dtype="bfloat16")
+    assert logits.dtype == jnp.float32
+    model = create_model("dsn", dtype="bfloat16")
+
+    def sown():
+        images = jnp.zeros((2, 8, 8, 3))
+        variables = model.init(jax.random.key(0), images)
+        rngs = {"dropout": jax.random.key(1)}
+        return model.apply(variables, images, train=True, rngs=rngs, mutable="aux_logits")[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(sown))
+    assert [leaf.dtype for leaf in leaves] == [jnp.dtype("float32")] * 3
