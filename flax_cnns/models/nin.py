@@ -1,11 +1,12 @@
 """Network in Network: the CIFAR and ImageNet networks that the first author released for Caffe.
 
 The paper gives no widths; the released files do: CIFAR-10's (gist mavenlin/e56253735ef32c3c296d,
-about 1 M parameters) and ImageNet's (gist mavenlin/d802a5849de39225bcc6). They say what the paper
-does not: all pooling is 3x3 with stride 2 and rounds sizes up, as Caffe does; the second one of the
-CIFAR networks averages, where the paper's figure 2 has max pooling throughout; ReLU also follows
-the last 1x1 convolution, whose maps, one for each class, are averaged to the logits. No CIFAR-100
-file was released: ours is CIFAR-10's with 100 classes.
+about 1 M parameters) and ImageNet's (gist mavenlin/d802a5849de39225bcc6). `nin_cifar100` is
+CIFAR-10's with 100 classes. They say what the paper does not: all pooling is 3x3 with stride 2 and
+rounds sizes up, as Caffe does, and ReLU also follows the last 1x1 convolution, whose maps, one for
+each class, are averaged to the logits. And they differ from its section 4.1: the second pooling of
+the CIFAR network averages, where the paper has max pooling; the ImageNet network drops before its
+last mlpconv only, where the paper drops between all of them.
 
 The last 1x1 convolution of the last mlpconv is named `head`, so that it can be learnt again.
 `kernel_init="paper"` is the released files': N(0, 0.05^2), but on ImageNet N(0, 0.01^2) in conv1,
