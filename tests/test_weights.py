@@ -74,9 +74,7 @@ def test_tensors_that_do_not_fit(tensors, change, message):
 
 def test_two_tensors_of_one_place():
     table, given = [(r"a|b", "head")], {"a.bias": np.zeros(1), "b.bias": np.zeros(1)}
-    with pytest.raises(
-        UserError, match=r"'a\.bias' and 'b.bias' both belong at 'params/head/bias'"
-    ):
+    with pytest.raises(UserError, match="both belong at 'params/head/bias'"):
         rules.apply(table, given, "timm", ["params/head/bias"], "net")
 
 
