@@ -6,6 +6,7 @@ python -m experiments.benchmark vs-torch --model=resnet18 --batch=32 --size=64
 python -m experiments.benchmark pipeline --config=configs/digits_lenet5.py
 python -m experiments.benchmark cond
 python -m experiments.benchmark compile --model=cifar_resnet110
+python -m experiments.benchmark learn --models=lenet5
 
 What is compared runs in turn, A B A B; a time is the median of its rounds, a ratio the median of
 the rounds' ratios with the smallest and the largest. Every command prints a table and writes JSON
@@ -28,7 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from experiments.benchmarks import convolutions, flags, inputs, torch_side, training
+from experiments.benchmarks import convolutions, flags, inputs, learning, torch_side, training
 from experiments.benchmarks.report import Report
 from flax_cnns import compilation_cache, launch
 from flax_cnns.errors import UserError
@@ -38,8 +39,8 @@ class Command(NamedTuple):
     title: str
     columns: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, Report], None]
-    at_least: float = 0.2  # seconds a round
+    run: Callable[[argparse.Namespace, Report], int | None]  # an exit code; None: 0
+    at_least: float | None = 0.2  # seconds a round; None: nothing is timed in rounds
 
 
 COMMANDS = {
@@ -68,6 +69,9 @@ COMMANDS = {
         training.add_compile,
         training.compile,
     ),
+    "learn": Command(
+        "Learning of the digits", learning.COLUMNS, learning.add_learn, learning.learn, None
+    ),
 }
 
 
@@ -92,14 +96,17 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_arguments(sub)
-        sub.add_argument("--rounds", type=flags.positive, default=5, help="what the median is of")
-        sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
-        sub.add_argument(
-            "--at-least",
-            type=float,
-            default=command.at_least,
-            help="seconds a round; what is shorter is called several times",
-        )
+        if command.at_least is not None:
+            sub.add_argument(
+                "--rounds", type=flags.positive, default=5, help="what the median is of"
+            )
+            sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
+            sub.add_argument(
+                "--at-least",
+                type=float,
+                default=command.at_least,
+                help="seconds a round; what is shorter is called several times",
+            )
         sub.add_argument("--device", default="", help="cpu, gpu or tpu; JAX's choice if not given")
         sub.add_argument(
             "--out",
@@ -123,8 +130,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 done; 2 something that the user can mend, said in one line; 130 interrupted,
-    with what was measured so far written."""
+    """Exit codes: 0 done; 1 a network did not learn; 2 something that the user can mend, said in
+    one line; 130 interrupted, with what was measured so far written."""
     try:
         args = parser().parse_args(argv)
         command = COMMANDS[args.command]
@@ -134,7 +141,7 @@ def main(argv: list[str]) -> int:
         compilation_cache.enable(args.compilation_cache)
         report = Report(command.title, command.columns, _out(args), vars(args))
         try:
-            command.run(args, report)
+            code = command.run(args, report)
         except KeyboardInterrupt:
             report.close(interrupted=True)
             print("error: interrupted", file=sys.stderr)
@@ -148,7 +155,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _choose_device(platform: str) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import blocks, convolutions, torch_side, training
+from experiments.benchmarks import blocks, convolutions, learning, torch_side, training
 from flax_cnns.analysis import device
 from flax_cnns.analysis.cost import cost
 from flax_cnns.models.cifar_resnet import CifarResNet
+from flax_cnns.registry import FAMILIES, model_info
 
 ROOT = Path(__file__).resolve().parent.parent
 has_torch = importlib.util.find_spec("torchvision") is not None
@@ -141,6 +142,34 @@ def test_compile(run, monkeypatch):
         assert row["seconds"] == row["trace_seconds"] + row["compile_seconds"] > 0
 
 
+def test_learn(run):
+    pytest.importorskip("configs.common", exc_type=ImportError)
+    code, out, _, found = run("learn", "--models=lenet5", "--steps=60", quick=False)
+    (row,) = found["rows"]
+    assert (code, row["learned"], row["params"]) == (0, True, 61_706)
+    assert len(row["losses"]) == row["steps"] == 60
+    assert row["last_loss"] == pytest.approx(np.mean(row["losses"][-5:])) < row["first_loss"] / 2
+    assert row["accuracy"] > 0.8
+    assert row["deterministic"]
+    assert row["statistics_moved"] is None  # it has none
+    assert "lenet5" in out
+
+
+def test_learn_says_what_did_not(run, monkeypatch):
+    pytest.importorskip("configs.common", exc_type=ImportError)
+    case = learning.Case(8, 6, 1e-9, dict(depths=(1,), widths=(2,)))  # a rate that moves nothing
+    monkeypatch.setitem(learning.CASES, "cifar_resnet20", case)
+    code, out, _, found = run("learn", "--models=cifar_resnet20", quick=False)
+    (row,) = found["rows"]
+    assert (code, row["learned"], row["statistics_moved"]) == (1, False, True)
+    assert "those that did not learn: cifar_resnet20" in out
+
+
+def test_every_family_learns_by_a_network_that_is_registered():
+    families = {model_info(name).family for name in learning.CASES}
+    assert families == {module.__name__.rpartition(".")[2] for module in FAMILIES}
+
+
 def test_pipeline(run):
     flags = ["--mock=20", "--batches=2", "--batch=4", "--jpegs=20", "--size=16"]
     code, _, _, found = run("pipeline", *flags)
@@ -165,6 +194,7 @@ def test_pipeline(run):
         (["step", "--batch=x"], "a whole number from 1 on, got 'x'"),
         (["step", "--modle=lenet5"], "--modle"),
         (["step", "--device=tpu"], "it has cpu"),
+        (["learn", "--models=lenet6"], "did you mean 'lenet5'"),
         (["conv", "--stage=resnxt"], "there are resnext, depthwise"),
         (["vs-torch", "--block=mobilenet_v3"], "mobilenet_v2" if has_torch else "[bench]"),
         (["pipeline", "--source=disk"], "--source"),

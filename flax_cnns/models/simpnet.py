@@ -110,7 +110,7 @@ class SimpNet(nn.Module):
             self.num_classes,
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=caffe_xavier),
+            kernel_init=caffe_xavier,  # He's, by the fan out, would start with logits of tens
             name="head",
         )(x)
 

@@ -1,0 +1,181 @@
+"""Whether networks learn: a few dozen of a run's own steps on scikit-learn's digits: `learn`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.benchmarks.flags import positive
+from experiments.benchmarks.report import Bars, Report
+from flax_cnns import pytree
+from flax_cnns.errors import UserError, did_you_mean
+
+
+class Case(NamedTuple):
+    """How a network is trained here: Adam, its rate falling to 0 by a cosine."""
+
+    size: int  # of the images, one channel, enlarged from 8x8
+    steps: int
+    rate: float = 1e-3  # at the start
+    fields: dict[str, Any] = {}  # noqa: RUF012 - narrower or shallower, to take a minute
+
+
+CASES = {  # a variant of each family
+    "lenet5": Case(32, 200, 2e-3),
+    "lenet5_original": Case(32, 200, 2e-3),
+    "alexnet_2gpu": Case(67, 80, 3e-4, dict(hidden=256)),
+    "zfnet_fig3": Case(64, 80, 3e-4, dict(hidden=256)),
+    "vgg11_bn": Case(32, 60, fields=dict(widths=(16, 32, 64, 128, 128), hidden=(256, 256))),
+    "nin_cifar10": Case(16, 300, 3e-4),
+    "all_cnn_c": Case(16, 200, 3e-4),
+    "dsn": Case(16, 300, 3e-4),
+    "highway_19": Case(16, 200, 1e-3),
+    "simpnet_slim_300k": Case(16, 100, fields=dict(momentum=0.9)),
+    "googlenet_tv_aux": Case(64, 40),
+    "inception_v3": Case(75, 40, fields=dict(pool_projs=(32,), widths=(128,))),
+    "inception_v4": Case(75, 40, fields=dict(depths=(1, 1, 1))),
+    "inception_resnet_v2": Case(75, 40, fields=dict(depths=(1, 1, 1))),
+    "squeezenet1_1_c10": Case(64, 150, 3e-4),
+    "deck003_cifar100_example": Case(32, 150),
+    "cifar_resnet20": Case(16, 80),
+    "resnet18": Case(64, 60, fields=dict(width=16)),
+}
+WINDOW = 5  # steps that a loss is the mean of
+DOWN = 0.5  # what the last loss may be of the first, and of a guess's, log 10
+
+COLUMNS = (
+    *("network", "fields", "parameters", "image", "steps", "first loss", "last loss"),
+    *("validation accuracy", "statistics moved", "evaluations equal", "seconds"),
+)
+
+
+def add_learn(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", default=",".join(CASES), help="some of them, by commas")
+    parser.add_argument("--batch", type=positive, default=32, help="images a step")
+    parser.add_argument("--steps", type=int, default=0, help="in place of each network's own")
+    parser.add_argument("--size", type=int, default=0, help="in place of each network's own")
+    parser.add_argument("--rate", type=float, default=0, help="in place of each network's own")
+    parser.add_argument("--seed", type=int, default=0, help="of first values, order and dropout")
+
+
+def learn(args: argparse.Namespace, report: Report) -> int:
+    """Trains each network on the digits with the step that a run takes, and says what became of it:
+    its loss (means over the first and the last steps), its accuracy on the validation images,
+    whether every running statistic is another than at the start, whether two evaluations agree to
+    the bit. Exit code 1 where the loss did not fall to half of the first one and of a guess's, or
+    one of these is not so."""
+    names = args.models.split(",")
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"--models: unknown {name!r}{did_you_mean(name, CASES)}")
+    failed = []
+    for name in names:
+        report.say(f"{name}: compiling")
+        row = learn_one(name, CASES[name], args)
+        moved = row["statistics_moved"]
+        report.add(
+            row,
+            (
+                name,
+                ", ".join(f"{field}={value}" for field, value in row["fields"].items()),
+                f"{row['params']:,}",
+                "x".join(map(str, row["input_size"])),
+                str(row["steps"]),
+                f"{row['first_loss']:.3f}",
+                f"{row['last_loss']:.3f}",
+                f"{row['accuracy']:.1%}",
+                "none" if moved is None else "all" if moved else "NO",
+                "yes" if row["deterministic"] else "NO",
+                f"{row['seconds']:.0f}",
+            ),
+        )
+        if not row["learned"]:
+            failed.append(name)
+        jax.clear_caches()
+    report.summary.append(
+        f"losses are means over {WINDOW} steps; those that did not learn: {', '.join(failed) or 0}"
+    )
+    report.bars = Bars(
+        [row["model"] for row in report.rows],
+        {
+            "first": [row["first_loss"] for row in report.rows],
+            "last": [row["last_loss"] for row in report.rows],
+        },
+        "loss of the first and of the last steps",
+    )
+    return int(bool(failed))
+
+
+def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    from configs import common  # what a run needs, for this command only
+    from flax_cnns import experiment
+    from flax_cnns.data import pipeline
+    from flax_cnns.evaluation import summarize
+    from flax_cnns.train import optimizers, parallel, schedules
+    from flax_cnns.train.state import TrainState
+
+    began = time.perf_counter()
+    given = {field: getattr(args, field) for field in ("steps", "size", "rate")}
+    case = case._replace(**{field: value for field, value in given.items() if value})
+    steps = case.steps
+    config = common.get_config()
+    config.seed = args.seed
+    config.model.update(name=name, **case.fields)
+    config.data.update(name="digits", image_size=case.size, channels=1, batch_size=args.batch)
+    config.data.eval_batch_size = 120  # of 360
+    config.optimizer.name = "adam"
+    config.schedule.learning_rate = case.rate
+
+    parts = experiment.assemble(config)
+    epoch = len(parts.dataset.splits["train"]) / args.batch
+    variables = parts.fresh_variables()
+    schedule = schedules.make(config.schedule, total_steps=steps, steps_per_epoch=epoch)
+    optimizer = optimizers.make(config.optimizer, variables["params"], schedule)
+    state = TrainState.create(variables, optimizer.init(variables["params"]))
+    state = parallel.replicate(state, parts.mesh)
+    key = parallel.replicate(jax.random.fold_in(jax.random.key(args.seed), 1), parts.mesh)
+    step = experiment.make_train_step(parts, optimizer, epoch)
+    start = jax.device_get(state.batch_stats)  # the state is donated
+
+    sums = []
+    batches = pipeline.train_batches(parts.dataset, config.data, seed=args.seed)
+    with contextlib.closing(batches):
+        for batch in itertools.islice(batches, steps):
+            state, found = step(state, parts.shard(batch), key)
+            sums.append(jax.device_get(found))
+    losses = [float(found["loss"] / found["count"]) for found in sums]
+    first, last = np.mean(losses[:WINDOW]), np.mean(losses[-WINDOW:])
+
+    evaluations = [parts.evaluate(state.variables, "validation") for _ in range(2)]
+    deterministic = evaluations[0] == evaluations[1]
+    before, after = pytree.flatten(start), pytree.flatten(jax.device_get(state.batch_stats))
+    moved = all((before[path] != after[path]).any() for path in before) if before else None
+    down = last < DOWN * min(first, np.log(parts.dataset.num_classes))
+    bad = int(sum(found["bad"] for found in sums))
+    return {
+        "model": name,
+        "fields": case.fields,
+        "params": pytree.count(variables["params"]),
+        "input_size": list(parts.dataset.image_shape),
+        "batch": args.batch,
+        "steps": steps,
+        "rate": case.rate,
+        "seed": args.seed,
+        "losses": losses,
+        "first_loss": float(first),
+        "last_loss": float(last),
+        "bad_steps": bad,
+        "accuracy": summarize(evaluations[0])["accuracy"],
+        "validation_loss": summarize(evaluations[0])["loss"],
+        "statistics": len(before),
+        "statistics_moved": moved,
+        "deterministic": deterministic,
+        "learned": bool(down and moved is not False and deterministic and not bad),
+        "seconds": time.perf_counter() - began,
+    }
