@@ -15,7 +15,7 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers.pool import max_pool
 from flax_cnns.types import Array
 
-CHOICES = ("random", "strongest")
+CHOICES = ("strongest", "random")
 
 
 class SAFPool(nn.Module):
@@ -24,20 +24,20 @@ class SAFPool(nn.Module):
     In training the share `rate` of the pooled responses is turned off, in evaluation none. Which
     ones the paper does not put in a formula; there are two readings:
 
-    - `choose="random"`, what its authors' published networks do (max pooling, then Caffe's
-      dropout): every pooled response, each the strongest of its window, independently with
-      probability `rate`, by the rng stream "dropout"; the others are multiplied by 1 / (1 - rate).
     - `choose="strongest"`, the name taken at its word: of each image's pooled responses, all places
       and channels together, the round(rate * count) largest; nothing random. Responses equal to the
       last of them go with it. The others stay as they are: the paper names no scaling, and what
       keeps the mean under a random choice does not here.
+    - `choose="random"`, what its authors' published networks do (max pooling, then Caffe's
+      dropout): every pooled response, each the strongest of its window, independently with
+      probability `rate`, by the rng stream "dropout"; the others are multiplied by 1 / (1 - rate).
 
     Raises `UserError` where rate is not in [0, 1) or `choose` is unknown.
     """
 
     rate: float = 0.0
     window: int | None = 2
-    choose: str = "random"
+    choose: str = "strongest"
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:

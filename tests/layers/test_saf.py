@@ -24,7 +24,7 @@ def test_evaluation_is_max_pooling(choose, window):
 
 def test_random_turns_off_a_share_and_scales_the_others():
     pooled = np.asarray(max_pool(IMAGES, 2, 2))
-    pool = SAFPool(0.25, 2)
+    pool = SAFPool(0.25, 2, "random")
     out = np.asarray(pool.apply({}, IMAGES, True, rngs=KEY))
     off = out == 0
     assert 0.15 < off.mean() < 0.35  # of 480: the deviation is 0.02
