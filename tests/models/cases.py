@@ -104,7 +104,7 @@ CASES = {  # family: case
     "vgg": Case(
         "vgg11_bn",
         "torchvision",
-        32,
+        64,
         dict(widths=(8, 16, 24, 32, 32), hidden=(64, 64)),
         _vgg11_bn,
         train=True,
