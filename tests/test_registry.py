@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -58,6 +60,12 @@ def test_every_model_initialises_from_one_key_and_has_features(name):
     assert features.shape[0] == 2
     assert features.dtype == jnp.float32
     assert "head" not in variables["params"]
+
+
+def test_the_readme_names_every_network_with_its_parameters():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    said = {name: int(n.replace(",", "")) for name, n in re.findall(r"`(\w+)` ([\d,]+\d)\b", text)}
+    assert said == {name: model_info(name).params for name in list_models()}
 
 
 def test_unknown_names_get_the_near_miss():

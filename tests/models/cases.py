@@ -100,7 +100,7 @@ def _vgg11_bn() -> Any:
 _SHORT = dict(aux_logits=True, init_weights=False)
 _REPEATED = ("mixed4b", "mixed4c", "mixed5a")
 CASES = {  # family: case
-    "alexnet": Case("alexnet", "torchvision", 63, dict(hidden=64), _alexnet),
+    "alexnet": Case("alexnet", "torchvision", 127, dict(hidden=64), _alexnet),
     "vgg": Case(
         "vgg11_bn",
         "torchvision",
