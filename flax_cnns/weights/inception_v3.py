@@ -8,7 +8,7 @@ from flax_cnns.weights import rules
 LEAVES = {"conv": "conv", "bn": "norm"}
 
 
-def torch(model: InceptionV3) -> rules.Rules:
+def _torch(model: InceptionV3) -> rules.Rules:
     heads = [
         (r"AuxLogits\.conv0\.(conv|bn)", lambda m: f"aux1/conv1/{LEAVES[m[1]]}"),
         (r"AuxLogits\.conv1\.(conv|bn)", lambda m: f"aux1/conv2/{LEAVES[m[1]]}"),
@@ -36,9 +36,9 @@ KERAS_ORDER = [
     *(f"mixed{block}/branch{name}" for block, names in _BLOCKS.items() for name in names),
 ]
 KERAS = [
-    (r"conv2d_(\d+)", lambda m: f"{KERAS_ORDER[int(m[1])]}/conv"),
-    (r"batch_normalization_(\d+)", lambda m: f"{KERAS_ORDER[int(m[1])]}/norm"),
+    *((f"conv2d_{i}", f"{name}/conv") for i, name in enumerate(KERAS_ORDER)),
+    *((f"batch_normalization_{i}", f"{name}/norm") for i, name in enumerate(KERAS_ORDER)),
     (r"predictions", "head"),
 ]
 
-TABLES = {"torchvision": torch, "timm": torch, "keras": KERAS}
+TABLES = {"torchvision": _torch, "timm": _torch, "keras": KERAS}
