@@ -54,7 +54,7 @@ def double(tensors):
 
 
 def agree(ours, theirs):
-    """Whether float32 logits [N K] differ by no more than a fraction of their spread over images."""
+    """Whether float32 logits [N K] differ by at most LIMIT of their spread over the images."""
     assert ours.dtype == np.float32
     assert ours.shape == theirs.shape
     assert spread(theirs) > 1e-3 * np.sqrt(np.mean(theirs**2))
