@@ -1,0 +1,12 @@
+"""The lectures' classifier of CIFAR-100, layer by layer: 3x3 without padding, 2x2 max pooling."""
+
+from tests.models.straight.numpy_layers import conv, dense, flatten, max_pool, relu
+
+
+def deck003_cifar100_example(p, x):
+    x = relu(conv(x, p["params/conv1/kernel"], p["params/conv1/bias"]))  # 30x30x32
+    x = max_pool(x, 2, 2)  # 15x15
+    x = relu(conv(x, p["params/conv2/kernel"], p["params/conv2/bias"]))  # 13x13
+    x = max_pool(x, 2, 2)  # 6x6
+    x = relu(conv(x, p["params/conv3/kernel"], p["params/conv3/bias"]))  # 4x4
+    return dense(flatten(x), p["params/head/kernel"], p["params/head/bias"])

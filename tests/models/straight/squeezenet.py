@@ -1,0 +1,56 @@
+"""SqueezeNet, layer by layer: Iandola et al. 2016, table 1 and figure 2 (simple bypass in its
+middle), and the authors' version 1.1, whose prototxt pools behind conv1, fire3 and fire5.
+
+Of their releases: poolings 3x3 with stride 2 that round up, ReLU behind conv10 too. Version 1.0 of
+them pads conv10, and table 1, whose conv10 is 13x13 as fire9 is, does not.
+"""
+
+import numpy as np
+
+from tests.models.straight.numpy_layers import conv, global_avg_pool, max_pool, relu
+
+
+def layer(p, name, x, **geometry):
+    return relu(conv(x, p[f"params/{name}/kernel"], p[f"params/{name}/bias"], **geometry))
+
+
+def fire(p, name, x):
+    """Figure 1: the 3x3 keep the size; 1x1 first, then 3x3."""
+    x = layer(p, f"{name}/squeeze", x)
+    return np.concatenate(
+        [layer(p, f"{name}/expand1x1", x), layer(p, f"{name}/expand3x3", x, padding=1)], axis=3
+    )
+
+
+def squeezenet1_0_bypass(p, x):
+    """Bypass around fire3, fire5, fire7 and fire9, which have as many maps as they see."""
+    x = layer(p, "conv1", x, stride=2)
+    x = max_pool(x, 3, 2, ceil=True)
+    x = fire(p, "fire2", x)
+    x = x + fire(p, "fire3", x)
+    x = fire(p, "fire4", x)
+    x = max_pool(x, 3, 2, ceil=True)
+    x = x + fire(p, "fire5", x)
+    x = fire(p, "fire6", x)
+    x = x + fire(p, "fire7", x)
+    x = fire(p, "fire8", x)
+    x = max_pool(x, 3, 2, ceil=True)
+    x = x + fire(p, "fire9", x)
+    return global_avg_pool(layer(p, "head", x))
+
+
+def cifar_squeezenet1_1(p, x):
+    """Version 1.1 with stride 1 and padding 1 in conv1: 32x32, 16x16, 8x8, 4x4."""
+    x = layer(p, "conv1", x, padding=1)
+    x = max_pool(x, 3, 2, ceil=True)
+    x = fire(p, "fire2", x)
+    x = fire(p, "fire3", x)
+    x = max_pool(x, 3, 2, ceil=True)
+    x = fire(p, "fire4", x)
+    x = fire(p, "fire5", x)
+    x = max_pool(x, 3, 2, ceil=True)
+    x = fire(p, "fire6", x)
+    x = fire(p, "fire7", x)
+    x = fire(p, "fire8", x)
+    x = fire(p, "fire9", x)
+    return global_avg_pool(layer(p, "head", x))
