@@ -39,7 +39,8 @@ CASES = {  # a variant of each family
     "lenet5_original": Case(32, 200, 2e-3),
     "alexnet_2gpu": Case(67, 200, 3e-4, dict(hidden=256)),
     "zfnet_fig3": Case(64, 200, 3e-4, dict(hidden=256)),
-    "vgg11_bn": Case(32, 150, fields=dict(widths=(16, 32, 64, 128, 128), hidden=(256, 256))),
+    # pool=1: the last maps are 1x1, of which fc6 would see 49 copies.
+    "vgg11_bn": Case(32, 150, 1e-3, dict(widths=(16, 32, 64, 128, 128), pool=1, hidden=(256, 256))),
     "nin_cifar10": Case(16, 300, 3e-4),
     "all_cnn_c": Case(16, 200, 3e-4),
     "dsn": Case(16, 300, 3e-4),
