@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
                 name="lenet5",
                 num_classes=0,  # 0: as many as the data set has
                 dtype="float32",  # what computes, or bfloat16; parameters and loss stay float32
+                init="",  # first values: paper, he, lecun, xavier; "": the network's default
                 scan=False,  # repeats of a block as a loop: deep networks compile in seconds
                 remat=False,  # compute each block again in the backward pass: less memory
             ),

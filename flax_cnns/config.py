@@ -128,6 +128,7 @@ FIELDS: dict[str, Check] = {
     "model.name": word,
     "model.num_classes": integer(),
     "model.dtype": compute_dtype,
+    "model.init": text,
     "model.scan": flag,
     "model.remat": flag,
     "data.name": word,

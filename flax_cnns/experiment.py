@@ -89,7 +89,7 @@ def model_fields(config: Any) -> dict[str, Any]:
         raise UserError(
             "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
         )
-    optional = ("num_classes", "scan", "remat")
+    optional = ("num_classes", "init", "scan", "remat")
     fields = {name: v for name, v in config.model.items() if v or name not in optional}
     if config.train.sync_batchnorm:
         fields["axis_name"] = "batch"

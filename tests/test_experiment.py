@@ -19,8 +19,9 @@ from flax_cnns import config as configs
 from flax_cnns import pytree, run
 from flax_cnns.checkpoint import lock, manager
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import Parts, aux_weights, evaluate_run
+from flax_cnns.experiment import Parts, aux_weights, evaluate_run, model_fields
 from flax_cnns.preemption import Preempted
+from flax_cnns.registry import create_model
 from flax_cnns.train.progress import Progress
 from tests.runs import arrays, records
 
@@ -257,6 +258,13 @@ def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
     run(config, tmp_path / "run")
     found = evaluate_run(tmp_path / "run")
     assert [c["class"] for c in found["classes"]][8:] == ["8", "9", "10", "11"]
+
+
+def test_first_values_are_the_papers_where_the_config_says_so(config):
+    assert "init" not in model_fields(config)  # the network's default
+    config.model.init = "paper"
+    model = create_model(**model_fields(config))
+    assert model.kernel_init == "paper"
 
 
 @pytest.mark.parametrize(
