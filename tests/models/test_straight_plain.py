@@ -1,6 +1,7 @@
 """The plain families, GoogLeNet and SqueezeNet beside second forward passes in NumPy, written from
 the papers (and, where they are silent, from what Caffe and torchvision released) alone."""
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from flax_cnns import create_model, pytree
 from flax_cnns.models.lenet import rbf_codes
 from tests.models import foreign
 from tests.models.straight import alexnet, deck_cnn, googlenet, lenet, squeezenet, vgg, zfnet
+from tests.models.straight.numpy_layers import local_response_norm
 from tests.parity import LIMIT, difference, disturb, spread
 
 
@@ -22,13 +24,12 @@ class Case(NamedTuple):
     straight: Callable
     size: int  # of the images: small, but last maps are not 1x1 (LeNet's are, in the paper)
     fields: Mapping[str, Any] = {}
-    strength: float = (
-        1.0  # of the images: response normalisation does next to nothing to small ones
-    )
+    strength: float = 1.0  # of the images: response normalisation hardly changes weak ones
 
 
 NARROW = {"hidden": 32, "num_classes": 10}
-SHORT = {"hidden": (32, 32), "num_classes": 10}
+WIDTHS = {"widths": (16, 24, 32, 40, 48)}
+SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
 
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
@@ -37,14 +38,14 @@ CASES = [
     Case("alexnet_2gpu", alexnet.alexnet_2gpu, 227, NARROW, 30),
     Case("alexnet_single_tower", alexnet.alexnet_single_tower, 227, NARROW, 30),
     Case("zfnet_fig3", zfnet.zfnet, 224, NARROW, 30),
-    Case("zfnet_big", zfnet.zfnet, 96, NARROW, 30),
+    Case("zfnet_big", zfnet.zfnet, 112, NARROW, 30),
     Case("vgg11_lrn", vgg.vgg11_lrn, 64, SHORT, 30),
     Case("vgg16_c", vgg.vgg16_c, 64, SHORT),
     Case("vgg16_c_bn", vgg.vgg16_c_bn, 64, SHORT),
-    Case("cifar_vgg11_bn", vgg.cifar_vgg11_bn, 64),
+    Case("cifar_vgg11_bn", vgg.cifar_vgg11_bn, 64, WIDTHS),
     Case("googlenet_2014", googlenet.googlenet_2014, 64, {"num_classes": 10}, 30),
     Case("googlenet_bn_5x5", googlenet.googlenet_bn_5x5, 80, {"num_classes": 10}),
-    Case("squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 64, {"num_classes": 10}),
+    Case("squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 69, {"num_classes": 10}),
     Case("cifar_squeezenet1_1", squeezenet.cifar_squeezenet1_1, 32),
     Case("deck003_cifar100_example", deck_cnn.deck003_cifar100_example, 32),
 ]
@@ -82,3 +83,19 @@ def test_logits(case):
     victim = list(tensors)[zlib.crc32(case.name.encode()) % len(tensors)]
     wrong = apply(pytree.unflatten(disturb(tensors, victim, "keras")), images)
     assert difference(np.asarray(wrong), theirs) > LIMIT
+
+
+NORMALISED = [case for case in CASES if case.strength > 1]
+
+
+@pytest.mark.parametrize("case", NORMALISED, ids=[case.name for case in NORMALISED])
+def test_response_normalisation_is_seen(case, monkeypatch):
+    """The comparison would tell Caffe's alpha, which it divides by the 5 maps, from the paper's."""
+    _, tensors, images = redrawn(case)
+    right = in_numpy(case, tensors, images)
+    monkeypatch.setattr(
+        sys.modules[case.straight.__module__],
+        "local_response_norm",
+        lambda x, alpha, **constants: local_response_norm(x, alpha=alpha / 5, **constants),
+    )
+    assert difference(in_numpy(case, tensors, images), right) > 1000 * LIMIT
