@@ -42,7 +42,7 @@ CASES = {  # a variant of each family
     # pool=1: the last maps are 1x1, of which fc6 would see 49 copies.
     "vgg11_bn": Case(32, 150, 1e-3, dict(widths=(16, 32, 64, 128, 128), pool=1, hidden=(256, 256))),
     "nin_cifar10": Case(16, 300, 3e-4),
-    "all_cnn_c": Case(16, 200, 3e-4),
+    "all_cnn_c": Case(16, 300, 3e-4),
     "dsn": Case(16, 300, 3e-4),
     "highway_19": Case(16, 250, 1e-3),
     "simpnet_slim_300k": Case(16, 100, fields=dict(momentum=0.9)),
