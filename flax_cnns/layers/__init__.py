@@ -1,7 +1,13 @@
 """The parts that networks share. A layer knows no network."""
 
 from flax_cnns.layers.conv import Conv
-from flax_cnns.layers.initializers import gaussian, he, initializer
+from flax_cnns.layers.initializers import (
+    caffe_xavier,
+    gaussian,
+    he,
+    head_initializer,
+    initializer,
+)
 from flax_cnns.layers.norm import local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 from flax_cnns.layers.saf import SAFPool
@@ -16,10 +22,12 @@ __all__ = [
     "Stage",
     "adaptive_avg_pool",
     "avg_pool",
+    "caffe_xavier",
     "check_images",
     "gaussian",
     "global_avg_pool",
     "he",
+    "head_initializer",
     "initializer",
     "local_response_norm",
     "make_norm",

@@ -23,6 +23,9 @@ lecun = variance_scaling(1.0, "fan_in", "normal")
 # Glorot & Bengio 2010, equation 16: uniform with variance 2 / (fan_in + fan_out). Keras's default.
 xavier = variance_scaling(1.0, "fan_avg", "uniform")
 
+# Caffe's filler of that name: uniform with variance 1 / fan_in. What many released files ask for.
+caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
+
 INITIALIZERS = {"he": he, "lecun": lecun, "xavier": xavier}
 
 # `gaussian(0.01)`: N(0, 0.01^2), what most papers before Xavier and He used.
@@ -40,3 +43,11 @@ def initializer(init: str | Callable, paper: Callable | None = None) -> Callable
     if init not in known:
         raise UserError(f"unknown kernel_init {init!r}{did_you_mean(init, known)}")
     return known[init]
+
+
+def head_initializer(init: str | Callable, paper: Callable) -> Callable:
+    """Of the layer that gives the classes: `paper` where `init` is "paper", else "lecun".
+
+    He's variance, 2 / fan_out, would start few classes with logits far from zero.
+    """
+    return paper if init == "paper" else lecun

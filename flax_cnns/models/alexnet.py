@@ -83,17 +83,16 @@ def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, 
     """Called inside `net`: its convolution, its fully connected layer, its head (which is the
     identity without classes), and the initialiser of those biases that in the paper start from
     `bias`, hidden fully connected layers' among them."""
-    paper = net.kernel_init == "paper"
-    kernel_init = layers.initializer(net.kernel_init, paper=layers.gaussian(0.01))
-    bias_init = nn.initializers.constant(bias if paper else 0.0)
+    paper = layers.gaussian(0.01)
+    kernel_init = layers.initializer(net.kernel_init, paper=paper)
+    bias_init = nn.initializers.constant(bias if net.kernel_init == "paper" else 0.0)
     given = dict(dtype=net.dtype, param_dtype=net.param_dtype, kernel_init=kernel_init)
 
     def head(x: Array) -> Array:
         x = x.astype(jnp.float32)
         if net.num_classes is None:
             return x
-        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
-        init = kernel_init if paper else layers.initializer("lecun")
+        init = layers.head_initializer(net.kernel_init, paper=paper)
         last = partial(nn.Dense, dtype=jnp.float32, param_dtype=net.param_dtype, kernel_init=init)
         return last(net.num_classes, name="head")(x)
 

@@ -62,7 +62,7 @@ class DeckCNN(nn.Module):
         x = x.reshape(x.shape[0], -1)  # [N 512]
         if self.num_classes is None:
             return x
-        init = keras if self.kernel_init == "paper" else layers.initializer("lecun")
+        init = layers.head_initializer(self.kernel_init, paper=keras)
         head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
         return head(self.num_classes, dtype=jnp.float32, name="head")(x)
 

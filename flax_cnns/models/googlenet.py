@@ -23,7 +23,7 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.nn.initializers import constant, variance_scaling, zeros
+from jax.nn.initializers import constant
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
@@ -35,9 +35,6 @@ PAPER = Paper(
     year=2014,
     url="https://arxiv.org/abs/1409.4842",
 )
-
-# Caffe's "xavier": uniform with variance 1 / fan_in.
-caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
 
 
 class ConvUnit(nn.Module):
@@ -175,16 +172,14 @@ class GoogLeNet(nn.Module):
                 'expected norm="batch" or "none", got "group": its 16 channels do not divide the '
                 "widths of 24"
             )
-        is_paper = self.kernel_init == "paper"
         given = dict(
             param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=caffe_xavier),
-            bias_init=constant(0.2) if is_paper else zeros,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.caffe_xavier),
+            bias_init=constant(0.2 if self.kernel_init == "paper" else 0.0),
         )
         conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype, **given)
         dense = partial(nn.Dense, dtype=self.dtype, **given)
-        # He's 2 / fan_out would start a few classes with logits far from zero.
-        init = caffe_xavier if is_paper else layers.initializer("lecun")
+        init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
         head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype, kernel_init=init)
         norm = layers.make_norm(
             self.norm,

@@ -111,9 +111,7 @@ class HighwayNet(nn.Module):
         x = drop(name="dropout_head")(x)
         if self.num_classes is None:
             return x
-        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
-        is_paper = self.kernel_init == "paper"
-        init = layers.gaussian(0.05) if is_paper else layers.initializer("lecun")
+        init = layers.head_initializer(self.kernel_init, paper=layers.gaussian(0.05))
         head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
         return head(self.num_classes, dtype=jnp.float32, name="head")(x)
 

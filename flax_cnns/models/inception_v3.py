@@ -196,9 +196,7 @@ class InceptionV3(nn.Module):
             return partial(ConvUnit, conv=partial(conv, **given), norm=norm)
 
         def head_of(std: float) -> ModuleDef:
-            # He's 2 / fan_out would start a few classes with logits far from zero.
-            is_paper = self.kernel_init == "paper"
-            init = truncated_normal(std) if is_paper else layers.initializer("lecun")
+            init = layers.head_initializer(self.kernel_init, paper=truncated_normal(std))
             given = dict(param_dtype=self.param_dtype, kernel_init=init)
             return partial(nn.Dense, self.num_classes, dtype=jnp.float32, name="head", **given)
 

@@ -20,7 +20,6 @@ from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
@@ -32,9 +31,6 @@ PAPER = Paper(
     year=2018,
     url="https://arxiv.org/abs/1802.06205",
 )
-
-# Caffe's xavier: uniform, variance 1 / fan_in.
-caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
 
 
 class Unit(nn.Module):
@@ -90,7 +86,7 @@ class SimpNet(nn.Module):
         for i, group in enumerate(self.widths):  # H, H/2, H/4
             for place, width in enumerate(group, 1):
                 number += 1
-                paper = layers.gaussian(0.01) if number in self.gaussian else caffe_xavier
+                paper = layers.gaussian(0.01) if number in self.gaussian else layers.caffe_xavier
                 conv = partial(
                     layers.Conv,
                     dtype=self.dtype,
@@ -110,7 +106,7 @@ class SimpNet(nn.Module):
             self.num_classes,
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
-            kernel_init=caffe_xavier,  # He's, by the fan out, would start with logits of tens
+            kernel_init=layers.caffe_xavier,
             name="head",
         )(x)
 

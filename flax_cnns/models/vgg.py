@@ -96,8 +96,7 @@ class VGG(nn.Module):
         x = x.astype(jnp.float32)
         if self.num_classes is None:
             return x
-        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
-        init = paper if self.kernel_init == "paper" else layers.initializer("lecun")
+        init = layers.head_initializer(self.kernel_init, paper=paper)
         head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
         return head(self.num_classes, dtype=jnp.float32, name="head")(x)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.layers import gaussian, initializer
+from flax_cnns.layers import caffe_xavier, gaussian, head_initializer, initializer
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,16 @@ def test_xavier_is_uniform_and_paper_is_what_the_network_says():
     assert np.std(kernel) == pytest.approx(0.01, rel=0.02)
     with pytest.raises(UserError, match="unknown kernel_init 'paper'"):
         initializer("paper")
+
+
+def test_caffes_xavier_is_uniform_by_the_fan_in():
+    kernel = caffe_xavier(jax.random.key(0), (3, 3, 64, 128))
+    bound = np.sqrt(3 / (3 * 3 * 64))
+    assert 0.999 * bound < np.abs(kernel).max() <= bound
+    assert np.std(kernel) == pytest.approx(bound / np.sqrt(3), rel=0.01)
+
+
+def test_a_head_starts_as_the_paper_says_or_by_its_fan_in():
+    assert head_initializer("paper", paper=max) is max
+    for init in ("he", "xavier", min):
+        assert head_initializer(init, paper=max) is initializer("lecun")
