@@ -3,7 +3,7 @@
 It is Network in Network's CIFAR network with max pooling throughout and without ReLU on the maps of
 the classes, and with a companion classifier on each of its three convolutions: a dense layer that
 sees all of their maps, flattened, before ReLU. Companions act in training only. Each adds its loss,
-weighted by alpha_m: `config.train.aux_weight` for the heads `aux1`, `aux2` and `aux3`.
+weighted by alpha_m: `config.train.aux_weight` for the heads aux1/logits, aux2/logits, aux3/logits.
 
 966,986 parameters classify: the "about 1 M" of the tables. The companions have 2,580,510 more, most
 of them in `aux1` (192 maps of 32x32, ten classes), so that there are 3,547,496 in training; this
@@ -96,12 +96,10 @@ class DSN(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
-        paper, lecun = layers.gaussian(0.05), layers.initializer("lecun")
+        paper = layers.gaussian(0.05)
         init = layers.initializer(self.kernel_init, paper=paper)
-        # He's variance, 2 / fan_out, would start few classes with logits far from zero.
-        head_init, companion_init = lecun, lecun
-        if self.kernel_init == "paper":
-            head_init, companion_init = paper, nn.initializers.lecun_uniform()
+        head_init = layers.head_initializer(self.kernel_init, paper=paper)
+        companion_init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
         given = dict(param_dtype=self.param_dtype)
         conv = partial(layers.Conv, kernel_init=init, dtype=self.dtype, **given)
         given["dtype"] = jnp.float32

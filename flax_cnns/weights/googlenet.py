@@ -1,4 +1,8 @@
-"""GoogLeNet: torchvision's branches 1 to 4 are table 1's columns."""
+"""GoogLeNet: torchvision's branches 1 to 4 are table 1's columns.
+
+torchvision's published weights are for images scaled to (x - 0.5) / 0.5 in every channel, x from 0
+to 1, whatever its transforms did (its `transform_input`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Inception v3: our names are torchvision's and timm's in lower case; Keras counts its layers."""
+"""Inception v3: our names are torchvision's and timm's in lower case; Keras counts its layers.
+
+torchvision's published weights are for images scaled to (x - 0.5) / 0.5 in every channel, x from 0
+to 1, whatever its transforms did (its `transform_input`); so are Keras's.
+"""
 
 from __future__ import annotations
 
