@@ -48,9 +48,6 @@ def simpnet(p, x, layer=_evaluation, rates=(0, 0, 0)):
     return dense(x, p["params/head/kernel"], p["params/head/bias"])
 
 
-simpnet_5m = simpnet_slim_300k = simpnet
-
-
 def simpnet_training(p, x, rates):
     """In training, with SAF pooling of these rates and no other dropout."""
     return simpnet(p, x, _training, rates)

@@ -1,0 +1,104 @@
+"""The networks that are compared with a second forward pass in NumPy, and how."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flax_cnns import create_model, init_variables, pytree
+from flax_cnns.models.lenet import rbf_codes
+from tests.models import foreign
+from tests.models.straight import (
+    alexnet,
+    all_cnn,
+    deck_cnn,
+    dsn,
+    googlenet,
+    highway,
+    lenet,
+    nin,
+    simpnet,
+    squeezenet,
+    vgg,
+    zfnet,
+)
+
+
+class Case(NamedTuple):
+    name: str
+    straight: Callable
+    size: int  # of the images: small, but last maps are not 1x1 (LeNet's are, in the paper)
+    fields: Mapping[str, Any] = {}
+    strength: float = 1.0  # of the images: response normalisation hardly changes weak ones
+
+
+NARROW = {"hidden": 32, "num_classes": 10}
+WIDTHS = {"widths": (16, 24, 32, 40, 48)}
+SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
+
+# 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
+# of 3x3 with stride 2 round up, rounding down would give other sizes.
+CASES = [
+    Case("lenet5_original", lenet.lenet5_original, 32),
+    Case("alexnet_2gpu", alexnet.alexnet_2gpu, 227, NARROW, 30),
+    Case("alexnet_single_tower", alexnet.alexnet_single_tower, 227, NARROW, 30),
+    Case("zfnet_fig3", zfnet.zfnet, 224, NARROW, 30),
+    Case("zfnet_big", zfnet.zfnet, 112, NARROW, 30),
+    Case("vgg11_lrn", vgg.vgg11_lrn, 64, SHORT, 30),
+    Case("vgg16_c", vgg.vgg16_c, 64, SHORT),
+    Case("vgg16_c_bn", vgg.vgg16_c_bn, 64, SHORT),
+    Case("cifar_vgg11_bn", vgg.cifar_vgg11_bn, 64, WIDTHS),
+    Case("googlenet_2014", googlenet.googlenet_2014, 64, {"num_classes": 10}, 30),
+    Case("googlenet_bn_5x5", googlenet.googlenet_bn_5x5, 80, {"num_classes": 10}),
+    Case("squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 69, {"num_classes": 10}),
+    Case("cifar_squeezenet1_1", squeezenet.cifar_squeezenet1_1, 32),
+    Case("deck003_cifar100_example", deck_cnn.deck003_cifar100_example, 32),
+    # Sizes that keep maps above 1x1.
+    Case("nin_cifar10", nin.nin_cifar10, 20),
+    Case("nin_imagenet", nin.nin_imagenet, 71),
+    Case("all_cnn_a", all_cnn.all_cnn_a, 20),
+    Case("all_cnn_b", all_cnn.all_cnn_b, 20),
+    Case("all_cnn_c", all_cnn.all_cnn_c, 20),
+    Case("dsn", dsn.dsn, 20),
+    Case("highway_19", highway.highway_19, 12),
+    Case("highway_32", highway.highway_32, 12),
+    Case("simpnet_5m", simpnet.simpnet, 12),
+    Case("simpnet_slim_300k", simpnet.simpnet, 12),
+]
+
+# Rows that differ from one of those in numbers or training alone: `tests.parity --all` has them.
+MORE = [
+    Case("nin_cifar100", nin.nin_cifar10, 20),
+    Case("all_cnn_c_c100", all_cnn.all_cnn_c, 20),
+    Case("simpnet_9m", simpnet.simpnet, 12),
+    Case("simpnet_slim_600k", simpnet.simpnet, 12),
+    Case("googlenet_2014_aux", googlenet.googlenet_2014, 64, {}, 30),
+    Case("googlenet_bn_5x5_aux", googlenet.googlenet_bn_5x5, 80),
+]
+
+
+def redrawn(case: Case) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
+    """(model, {path: array}, images [4 H W C]): no tensor zero, none constant.
+
+    Biases of transform gates lie about -2, where the authors start them: about 0, thirty layers
+    pass so little on that the logits hardly vary over the images.
+    """
+    channels = create_model(case.name).input_size[-1]
+    model = create_model(case.name, input_size=(case.size, case.size, channels), **case.fields)
+    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    leaves = pytree.flatten(shapes).items()
+    tensors = {path: foreign.redraw(path, leaf.shape, "keras") for path, leaf in leaves}
+    for path in tensors:
+        if path.endswith("gate/bias"):
+            tensors[path] -= 2
+    return model, tensors, case.strength * foreign.images(4, case.size, channels)
+
+
+def in_numpy(
+    straight: Callable, tensors: Mapping[str, np.ndarray], images: np.ndarray, **given: Any
+) -> Any:
+    """f64; LeNet-5's bitmaps are constants of the network, not tensors."""
+    tensors = {**tensors, "codes": rbf_codes(10)}
+    tensors = {path: np.asarray(value, np.float64) for path, value in tensors.items()}
+    return straight(tensors, images.astype(np.float64), **given)
