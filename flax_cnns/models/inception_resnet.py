@@ -6,7 +6,8 @@ another stem (Inception-v3's, and `mixed_5b`: 320 maps in place of 384), twice t
 before the pooling. The widths drawn in the paper cannot be built: figure 7 gives 1152 maps where
 figure 17 adds 1154, figure 18 makes 2144 of 1152 and figure 19 adds 2048; the release has 320, 1088
 and 2080. Its auxiliary head, for training only, is not in the paper and not here. Its BatchNorm has
-no scale: `keras_inception_resnet_v2`, whereas timm's network has one.
+no scale, whereas timm's and ours have one. `keras_inception_resnet_v2` is Keras's: no scale,
+momentum 0.99, no dropout.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ class InceptionResNetV2(nn.Module):
 
 VARIANTS = {
     "inception_resnet_v2": partial(InceptionResNetV2),
-    "keras_inception_resnet_v2": partial(InceptionResNetV2, scale=False, momentum=0.99),
+    "keras_inception_resnet_v2": partial(
+        InceptionResNetV2, scale=False, momentum=0.99, dropout=0.0
+    ),
 }
 SOURCES = {
     "inception_resnet_v2": ("timm",),

@@ -151,9 +151,13 @@ def test_bfloat16_leaves_logits_and_parameters_in_float32(name, norm):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_what_norms_and_dropout_are_told(train):
-    """Dropout of a fifth before the head, in training only; epsilon 1e-3, Keras's momentum."""
-    model, images = create_model(NAMES[1], depths=(1, 1, 1)), jnp.zeros((2, 75, 75, 3))
+@pytest.mark.parametrize(
+    ("name", "rate", "momentum", "scale"),
+    [(NAMES[0], 0.2, 0.9, True), (NAMES[1], 0.0, 0.99, False)],
+)
+def test_what_norms_and_dropout_are_told(name, rate, momentum, scale, train):
+    """Dropout of a fifth before the head, in training only, none in Keras; epsilon 1e-3."""
+    model, images = create_model(name, depths=(1, 1, 1)), jnp.zeros((2, 75, 75, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     dropouts, norms = [], set()
 
@@ -171,8 +175,8 @@ def test_what_norms_and_dropout_are_told(train):
 
     with nn.intercept_methods(look):
         jax.eval_shape(apply, shapes, jax.random.key(0))
-    assert dropouts == [(0.2, not train, (2, 1536))]
-    assert norms == {(1e-3, 0.99, False)}
+    assert dropouts == [(rate, not train, (2, 1536))]
+    assert norms == {(1e-3, momentum, scale)}
 
 
 def test_first_values():
