@@ -99,8 +99,8 @@ def get_config() -> ConfigDict:
                 ema=0.0,  # decay of the averaged weights and statistics, evaluated then; 0: off
                 ema_warmup=True,  # the decay starts as (1 + step) / (10 + step)
                 # Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of its name,
-                # weight); a weight is a number, or corners ((duration, number), ...) and the
-                # straight lines between them.
+                # weight) such as ((r"aux1", 0.3), (r".*", 0.0)); a weight is a number, or corners
+                # ((duration, number), ...) and the straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts

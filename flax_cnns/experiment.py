@@ -20,6 +20,7 @@ from flax_cnns import launch, pytree, registry, report
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
+from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import manager
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.checkpoint.manager import Checkpoints
@@ -262,7 +263,11 @@ class _Run:
     def _fresh_state(self) -> TrainState:
         variables = self.parts.fresh_variables()
         if self.config.graft.source:
-            variables, grafted = graft(self.config.graft.source, variables, self.config.graft.rules)
+            shape = (1, *self.parts.dataset.image_shape)
+            order = [layer.path for layer in cost(self.parts.model, shape).layers]
+            variables, grafted = graft(
+                self.config.graft.source, variables, self.config.graft.rules, order
+            )
             if self.primary:
                 print(grafted)
                 workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 import zlib
@@ -163,18 +164,20 @@ def used_tensors(
     return [keys[int(leaf.flat[0])] for leaf in jax.tree.leaves(variables)]
 
 
-def code() -> str:
-    """What the results depend on: they are taken again when it changes."""
+def code(name: str, source: str) -> str:
+    """What a pair's result depends on: it is taken again when any of these files changes."""
+    package, tests = ROOT / "flax_cnns", Path(__file__).parent
+    files, families = {Path(__file__), tests / "models/foreign.py"}, [model_info(name).family]
+    files |= {*(package / "layers").glob("*.py"), *(package / "weights").glob("__init__.py")}
+    for family in families:  # grows by the families that it imports
+        path = package / f"models/{family}.py"
+        files |= {path, package / f"weights/{family}.py"}
+        found = re.findall(r"from flax_cnns\.models(?:\.| import )(\w+)", path.read_text())
+        families += [other for other in found if other not in families]
+    if source == "NumPy":
+        files |= {*(tests / "models/straight").glob("*.py")}
     digest = hashlib.sha256()
-    for folder in ("models", "layers", "weights"):
-        for path in sorted((ROOT / "flax_cnns" / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    tests = Path(__file__).parent
-    for path in (
-        Path(__file__),
-        tests / "models/foreign.py",
-        *sorted(tests.rglob("straight/*.py")),
-    ):
+    for path in sorted(path for path in files if path.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -212,27 +215,27 @@ def main(argv: list[str] | None = None) -> int:
     compared = {name for name, _ in chosen}
     if alone := sorted(set(args.names) - compared):
         parser.error(f"there is nothing to compare with for {', '.join(alone)}")
-    version, known = code(), {}
+    saved = {}  # {"resnet18 torchvision": [code, *result]}
     if args.results.is_file() and not args.again:
         saved = json.loads(args.results.read_text())
-        if saved["code"] == version:
-            known = {tuple(r[:2]): Result(*r) for r in saved["results"]}
-    missing = [pair for pair in chosen if pair not in known]
+    versions = {pair: code(*pair) for pair in chosen}
+    missing = [p for p in chosen if saved.get(" ".join(p), [None])[0] != versions[p]]
     for i, (name, source) in enumerate(missing, 1):
         print(f"{i}/{len(missing)} {name} from {source} ...", file=sys.stderr, flush=True)
         if source == "NumPy":
-            known[name, source] = compare_numpy(NUMPY[name])
+            result = compare_numpy(NUMPY[name])
         else:
             size = create_model(name).input_size[0]
             live = foreign.load(foreign.build(name, source), source)
-            known[name, source] = compare(name, source, live, size)
+            result = compare(name, source, live, size)
             del live
         jax.clear_caches()
         args.results.parent.mkdir(parents=True, exist_ok=True)
         partial = args.results.with_suffix(".partial")
-        partial.write_text(json.dumps({"code": version, "results": list(known.values())}))
+        saved[f"{name} {source}"] = [versions[name, source], *result]
+        partial.write_text(json.dumps(saved, indent=1))
         partial.replace(args.results)
-    results = [known[pair] for pair in chosen]
+    results = [Result(*saved[" ".join(pair)][1:]) for pair in chosen]
     print(table(results))
     failed = [r for r in results if not r.passed]
     print(f"{len(results) - len(failed)} of {len(results)} pass (limit {LIMIT:g})")

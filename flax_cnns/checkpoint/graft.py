@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,10 @@ class Report:
 
 
 def graft(
-    source: str | os.PathLike | PyTree, target: PyTree, rules: pytree.Rules
+    source: str | os.PathLike | PyTree,
+    target: PyTree,
+    rules: pytree.Rules,
+    order: Sequence[str] = (),
 ) -> tuple[PyTree, Report]:
     r"""`(variables, report)`: the target with the leaves that the rules take from the source.
 
@@ -70,7 +73,9 @@ def graft(
     checkpoint, or a tree of arrays. `target`: `{"params": ..., "batch_stats": ...}`; its dtypes and
     shardings are kept. `rules`: pairs (regex over the target's paths, path in the source with \1
     for groups, or FRESH); the first that matches a whole path decides. In a run's checkpoint the
-    averaged weights are a tree of their own: `(r"(.*)", r"ema/\1")`.
+    averaged weights are a tree of their own: `(r"(.*)", r"ema/\1")`. `order`: the layers as images
+    pass them, `[layer.path for layer in analysis.cost.cost(model).layers]`, by which the report
+    tells what lies below what; without it the names' numbers have to do.
 
     Only the leaves that are used are read. Raises `UserError` where a leaf is decided by no rule, a
     rule decides nothing or names what the source lacks, shapes differ (nothing is padded or cut), a
@@ -105,7 +110,7 @@ def graft(
         grafted=chosen,
         fresh=tuple(path for path in wanted if path not in chosen),
         left_behind=_left_behind(set(chosen.values()), stored),
-        skipped_below=_skipped_below(chosen, wanted),
+        skipped_below=_skipped_below(chosen, wanted, order),
     )
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
 
@@ -213,23 +218,32 @@ def _left_behind(used: Collection[str], stored: Collection[str]) -> tuple[str, .
     return tuple(path for path in stored if counts(path) and path not in used)
 
 
-def _skipped_below(chosen: Collection[str], wanted: Collection[str]) -> tuple[str, ...]:
-    """The fresh layers that lie below a grafted one, the lowest first."""
-    loaded = [_depth(_layer(path)[1]) for path in chosen]
-    fresh = {_layer(path)[1] for path in wanted if path not in chosen}
-    below = (layer for layer in fresh if _depth(layer) < max(loaded))
-    return tuple(sorted(below, key=_depth))
+def _skipped_below(
+    chosen: Collection[str], wanted: Collection[str], order: Sequence[str]
+) -> tuple[str, ...]:
+    """The fresh layers that lie below a grafted one, the lowest first. Auxiliary heads stand beside
+    the way of the images, and count as neither."""
+    places = {layer: place for place, layer in enumerate(order)}
+
+    def depth(layer: str) -> tuple:
+        return places.get(layer, len(places)), _depth(layer)
+
+    layers = {path: _layer(path)[1] for path in wanted}
+    layers = {path: layer for path, layer in layers.items() if not layer.startswith("aux")}
+    highest = max((depth(layers[path]) for path in chosen if path in layers), default=())
+    fresh = {layer for path, layer in layers.items() if path not in chosen}
+    return tuple(sorted((layer for layer in fresh if depth(layer) < highest), key=depth))
 
 
 def _depth(layer: str) -> tuple:
-    """Sorts layers as images pass them, by our names: the stem, then by number, then the heads.
+    """Sorts layers as images pass them, by our names: the stem, then by number, then the head.
 
     JAX sorts the names of every tree that it touches, so the order of creation is not to be had.
     """
 
     def rank(name: str) -> tuple:
         numbers = [int(n) for n in re.findall(r"\d+", name)] or [1 << 30]
-        place = 0 if name.startswith("stem") else 2 if name.startswith(("head", "aux")) else 1
+        place = 0 if name.startswith("stem") else 2 if name.startswith("head") else 1
         return place, numbers, name
 
     return tuple(rank(name) for name in layer.split("/"))

@@ -3,7 +3,7 @@
 It is Network in Network's CIFAR network with max pooling throughout and without ReLU on the maps of
 the classes, and with a companion classifier on each of its three convolutions: a dense layer that
 sees all of their maps, flattened, before ReLU. Companions act in training only. Each adds its loss,
-weighted by alpha_m: `config.train.aux_weight` for the heads aux1/logits, aux2/logits, aux3/logits.
+weighted by alpha_m: `config.train.aux_weight` for the heads `aux1`, `aux2` and `aux3`.
 
 966,986 parameters classify: the "about 1 M" of the tables. The companions have 2,580,510 more, most
 of them in `aux1` (192 maps of 32x32, ten classes), so that there are 3,547,496 in training; this

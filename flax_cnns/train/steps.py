@@ -37,8 +37,11 @@ def aux_loss(
     aux_logits: PyTree, labels: Array, weights: list[tuple[str, Schedule]], step: Array
 ) -> Array:
     """The weighted sum of the mean losses of all heads sown into `aux_logits`, by head name."""
-    # sow keeps a tuple of everything sown under a name: "head1/0" is the first of head1.
-    heads = {path.rpartition("/")[0]: logits for path, logits in pytree.flatten(aux_logits).items()}
+    # A head `aux1` sows its "logits", and sow keeps a tuple of all that is sown under a name.
+    heads = {
+        path.rpartition("/")[0].removesuffix("/logits"): logits
+        for path, logits in pytree.flatten(aux_logits).items()
+    }
     if not heads:
         return jnp.zeros(())
     chosen = pytree.match(weights, heads, what="train.aux_weight")

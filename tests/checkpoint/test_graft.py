@@ -218,6 +218,24 @@ def test_a_layer_loaded_above_one_that_was_not(run):
     assert graft(run, target, rules)[1].skipped_below == ()
 
 
+def test_what_lies_below_by_the_order_in_which_images_pass():
+    """Names do not say that reduction_a lies below inception_b, and aux1 beside the head."""
+    order = ["stem/conv", "inception_a/conv", "reduction_a/conv", "inception_b/conv", "head"]
+    layer = lambda: {"kernel": np.ones(2)}  # noqa: E731
+    params = {name.split("/")[0]: {"conv": layer()} for name in order[:-1]}
+    tree = {"params": params | {"head": layer(), "aux1": {"head": layer()}}}
+
+    def below(fresh, order):
+        return graft(tree, tree, [(rf"params/{fresh}/.*", FRESH), ALL], order)[1].skipped_below
+
+    assert below("(reduction_a|head)", order) == ("reduction_a/conv",)
+    assert below("(reduction_a|head)", ()) == ()  # all that the names say
+    for order_of_cost in (order, [*order, "aux1/head"]):
+        assert below("head", order_of_cost) == below("aux1", order_of_cost) == ()
+    only_stem = [(r"params/stem/.*", r"\g<0>"), (r".*", FRESH)]
+    assert graft(tree, tree, only_stem, order)[1].skipped_below == ()
+
+
 # ---- misuse
 
 
