@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import pytree, registry
 from flax_cnns.errors import UserError
-from flax_cnns.registry import list_models, model_info
+from flax_cnns.registry import model_info
 from flax_cnns.weights import convert, rules
 from tests.models import cases
 
@@ -54,6 +57,54 @@ def test_keras_counts_on_from_network_to_network():
 
 
 @pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("vgg16", {"block3_conv2/kernel": "stage3/conv2/kernel", "fc1/bias": "fc6/bias"}),
+        (
+            "keras_inception_v3",
+            {
+                "conv2d_3/kernel": "conv3b/conv/kernel",
+                "batch_normalization_11/beta": "mixed5b/branch_pool/norm/bias",
+                "conv2d_93/kernel": "mixed7c/branch_pool/conv/kernel",
+            },
+        ),
+        (
+            "keras_inception_resnet_v2",
+            {
+                "conv2d_0/kernel": "stem/entry/conv1/kernel",
+                "block35_1_conv/kernel": "inception_resnet_a/block1/linear/kernel",
+                "conv_7b/kernel": "conv_7b/conv1/kernel",
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 94])
+def test_every_tensor_of_keras_has_its_place(name, pairs, first):
+    """Whatever number its automatic names begin with; each tensor is marked by its own number."""
+    with np.load(cases.FOLDER / f"{name}.npz") as kept:
+        shapes = json.loads(str(kept["shapes"]))
+    numbers = rules.renumber(shapes)
+
+    def moved(original):  # `conv2d_5/kernel` of a network made after others
+        renumbered = numbers[original]
+        if renumbered == original and not renumbered.startswith(("conv2d_", "batch_norm")):
+            return original
+        kind, number, leaf = re.fullmatch(r"(\w+)_(\d+)/(\w+)", renumbered).groups()
+        return f"{kind}_{int(number) + first}/{leaf}" if int(number) + first else f"{kind}/{leaf}"
+
+    tensors = {
+        moved(key): np.broadcast_to(np.float32(i), shape)
+        for i, (key, shape) in enumerate(shapes.items())
+    }
+    flat = pytree.flatten(convert(name, tensors, "keras"))
+    marks = {path: int(leaf.flat[0]) for path, leaf in flat.items()}
+    assert sorted(marks.values()) == list(range(len(shapes)))
+    order = [numbers[key] for key in shapes]
+    for theirs, ours in pairs.items():
+        assert order[marks[f"params/{ours}"]] == theirs
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t | {"extra.weight": np.zeros(3)}, "extra.weight of the tensors given have no"),
@@ -97,6 +148,9 @@ def test_unknown_sources():
 
 
 def test_sources_are_said_of_networks_that_exist():
-    for name in list_models():
-        assert set(model_info(name).sources) <= {"torchvision", "timm", "keras"}
+    for family in registry.FAMILIES:
+        for name, sources in getattr(family, "SOURCES", {}).items():
+            assert name in family.VARIANTS
+            assert set(sources) <= {"torchvision", "timm", "keras"}
     assert model_info("resnet50").sources == ("torchvision",)
+    assert model_info("lenet5").sources == ()

@@ -148,6 +148,10 @@ CASES = {  # family: case
 }
 
 
+# Keras's networks cannot be shortened: their names and shapes are recorded, and nothing else.
+KERAS = ("vgg16", "keras_inception_v3", "keras_inception_resnet_v2")
+
+
 class Outputs(NamedTuple):
     """What both sides compute. Leaves are in the order of our sorted paths."""
 

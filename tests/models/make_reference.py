@@ -1,20 +1,27 @@
-"""Writes reference/FAMILY.npz, what other libraries' networks compute: see cases.py.
+"""Writes reference/*.npz, what other libraries' networks compute: see cases.py.
 
-python -m tests.models.make_reference [FAMILY ...]
+python -m tests.models.make_reference [FAMILY or network of Keras ...]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 
-from tests.models import cases
+import numpy as np
+
+from tests.models import cases, foreign
 
 
-def main(families: list[str]) -> None:
+def main(wanted: list[str]) -> None:
     cases.FOLDER.mkdir(exist_ok=True)
-    for family in families or cases.CASES:
-        path = cases.FOLDER / f"{family}.npz"
-        cases.save(path, *cases.theirs(cases.CASES[family]))
+    for name in wanted or [*cases.CASES, *cases.KERAS]:
+        path = cases.FOLDER / f"{name}.npz"
+        if name in cases.KERAS:
+            weights = foreign.build(name, "keras").weights
+            np.savez_compressed(path, shapes=json.dumps({w.path: tuple(w.shape) for w in weights}))
+        else:
+            cases.save(path, *cases.theirs(cases.CASES[name]))
         print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 
