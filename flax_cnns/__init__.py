@@ -11,12 +11,15 @@ _WHERE = {
     "FRESH": "flax_cnns.checkpoint.graft",
     "run": "flax_cnns.experiment",
 }
-__all__ = sorted(_WHERE)
+_MODULES = ("launch", "layers", "models", "weights")  # by their name, without a further import
+__all__ = sorted([*_WHERE, *_MODULES])
 
 
 def __getattr__(name: str):
     # Late, so that `import flax_cnns` is quick and a launcher can set the environment before JAX is
     # imported.
+    if name in _MODULES:
+        return importlib.import_module(f"flax_cnns.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'flax_cnns' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

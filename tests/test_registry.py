@@ -22,6 +22,8 @@ from flax_cnns.registry import create_model, init_variables, list_models, model_
 def test_the_public_face_is_the_registry():
     assert flax_cnns.create_model is create_model
     assert flax_cnns.list_models is list_models
+    assert flax_cnns.weights.convert.__module__ == "flax_cnns.weights"
+    assert all(hasattr(flax_cnns, name) for name in flax_cnns.__all__)
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         _ = flax_cnns.create_modle
 
