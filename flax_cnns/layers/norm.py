@@ -23,6 +23,7 @@ def make_norm(
     param_dtype: Dtype = jnp.float32,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
+    scale: bool = True,
 ) -> ModuleDef:
     """The network's normalisation as a module that lacks only its name (and `scale_init`, at will).
 
@@ -33,6 +34,7 @@ def make_norm(
     `dtype` is.
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
     `"none"`: nothing, called alike.
+    `scale=False` leaves out gamma, the trainable scale.
 
     Raises `UserError` for an unknown name.
     """
@@ -43,6 +45,7 @@ def make_norm(
             axis_name=axis_name,
             momentum=momentum,
             epsilon=epsilon,
+            use_scale=scale,
             dtype=dtype,
             param_dtype=param_dtype,
         )
@@ -52,6 +55,7 @@ def make_norm(
             num_groups=None,
             group_size=16,
             epsilon=epsilon,
+            use_scale=scale,
             dtype=dtype,
             param_dtype=param_dtype,
         )

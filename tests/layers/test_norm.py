@@ -51,6 +51,17 @@ def test_group_norm_normalises_sixteen_channels_of_each_image_and_keeps_nothing(
     np.testing.assert_allclose(groups.var((1, 2, 4)), 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_without_scale_there_is_no_gamma(kind):
+    norm = make_norm(kind, train=True, scale=False)()
+    y, variables = norm.init_with_output(jax.random.key(0), X)
+    assert set(variables["params"]) == {"bias"}
+    np.testing.assert_array_equal(
+        y, make_norm(kind, train=True)().init_with_output(jax.random.key(0), X)[0]
+    )
+    assert make_norm("none", train=True, scale=False)().init(jax.random.key(0), X) == {}
+
+
 def test_unknown_norm_names_the_near_miss():
     with pytest.raises(UserError, match="unknown norm 'bach'; did you mean 'batch'"):
         make_norm("bach", train=True)
