@@ -13,11 +13,15 @@ from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, 
 from flax_cnns.layers.saf import SAFPool
 from flax_cnns.layers.stack import Stage
 from flax_cnns.layers.stem import CifarStem, ImageNetStem, check_images
+from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 
 __all__ = [
+    "AvgPool",
     "CifarStem",
     "Conv",
+    "ConvUnit",
     "ImageNetStem",
+    "MaxPool",
     "SAFPool",
     "Stage",
     "adaptive_avg_pool",

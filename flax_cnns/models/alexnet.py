@@ -38,40 +38,6 @@ SMALLEST = 67  # what leaves one pixel behind the third pooling
 SMALLEST_PADDED = 63  # the same where conv1 pads
 
 
-class ConvReLU(nn.Module):
-    """A convolution and ReLU: [N H W C] -> [N H' W' width]."""
-
-    width: int
-    window: int
-    conv: ModuleDef
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-    bias_init: Callable = nn.initializers.zeros
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        conv = self.conv(
-            self.width,
-            (self.window, self.window),
-            strides=self.stride,
-            padding=self.padding,
-            feature_group_count=self.groups,
-            bias_init=self.bias_init,
-            name="conv",
-        )
-        return nn.relu(conv(x))
-
-
-class MaxPool(nn.Module):
-    """3x3/2, so that windows overlap; a module, that its maps can be had by name."""
-
-    ceil: bool = False  # also windows that begin inside and end outside
-
-    def __call__(self, x: Array) -> Array:
-        return layers.max_pool(x, 3, 2, ceil=self.ceil)
-
-
 class ResponseNorm(nn.Module):
     """Section 3.3, over five neighbouring maps: [N H W C] -> [N H W C]."""
 
@@ -96,8 +62,8 @@ def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, 
         last = partial(nn.Dense, dtype=jnp.float32, param_dtype=net.param_dtype, kernel_init=init)
         return last(net.num_classes, name="head")(x)
 
-    conv = partial(ConvReLU, conv=partial(layers.Conv, **given))
-    return conv, partial(nn.Dense, bias_init=bias_init, **given), head, bias_init
+    dense = partial(nn.Dense, bias_init=bias_init, **given)
+    return partial(layers.Conv, **given), dense, head, bias_init
 
 
 class AlexNet(nn.Module):
@@ -124,22 +90,24 @@ class AlexNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
         conv, dense, head, ones = parts(self, bias=1)
-        split = partial(conv, groups=self.groups, bias_init=ones)
+        unit = partial(layers.ConvUnit, conv=conv)
+        split = partial(unit, conv=partial(conv, feature_group_count=self.groups, bias_init=ones))
+        pool = partial(layers.MaxPool, 3, 2)  # section 3.4: windows overlap
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
 
         def shrink(x: Array, i: int) -> Array:
-            norm, pool = ResponseNorm(name=f"norm{i}"), MaxPool(name=f"pool{i}")
-            return norm(pool(x)) if self.pool_first else pool(norm(x))
+            norm, down = ResponseNorm(name=f"norm{i}"), pool(name=f"pool{i}")
+            return norm(down(x)) if self.pool_first else down(norm(x))
 
         # In comments the shapes for 227x227.
-        x = conv(96, 11, stride=4, name="conv1")(images)  # [N 55 55 96]
+        x = unit(96, (11, 11), stride=4, padding=0, name="conv1")(images)  # [N 55 55 96]
         x = shrink(x, 1)  # [N 27 27 96]
-        x = split(256, 5, padding=2, name="conv2")(x)  # [N 27 27 256]
+        x = split(256, (5, 5), name="conv2")(x)  # [N 27 27 256]
         x = shrink(x, 2)  # [N 13 13 256]
-        x = conv(384, 3, padding=1, name="conv3")(x)  # [N 13 13 384]
-        x = split(384, 3, padding=1, name="conv4")(x)  # [N 13 13 384]
-        x = split(256, 3, padding=1, name="conv5")(x)  # [N 13 13 256]
-        x = MaxPool(name="pool5")(x)  # [N 6 6 256]
+        x = unit(384, (3, 3), name="conv3")(x)  # [N 13 13 384]
+        x = split(384, (3, 3), name="conv4")(x)  # [N 13 13 384]
+        x = split(256, (3, 3), name="conv5")(x)  # [N 13 13 256]
+        x = pool(name="pool5")(x)  # [N 6 6 256]
         x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 9216]
         x = drop(name="dropout6")(nn.relu(dense(self.hidden, name="fc6")(x)))
         x = drop(name="dropout7")(nn.relu(dense(self.hidden, name="fc7")(x)))
@@ -167,16 +135,19 @@ class OneWeirdTrick(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST_PADDED)
         conv, dense, head, ones = parts(self, bias=1)
+        unit = partial(layers.ConvUnit, conv=conv)
+        biased = partial(unit, conv=partial(conv, bias_init=ones))
+        pool = partial(layers.MaxPool, 3, 2)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
         # In comments the shapes for 224x224.
-        x = conv(64, 11, stride=4, padding=2, name="conv1")(images)  # [N 55 55 64]
-        x = MaxPool(name="pool1")(x)  # [N 27 27 64]
-        x = conv(192, 5, padding=2, bias_init=ones, name="conv2")(x)  # [N 27 27 192]
-        x = MaxPool(name="pool2")(x)  # [N 13 13 192]
-        x = conv(384, 3, padding=1, name="conv3")(x)  # [N 13 13 384]
-        x = conv(256, 3, padding=1, bias_init=ones, name="conv4")(x)  # [N 13 13 256]
-        x = conv(256, 3, padding=1, bias_init=ones, name="conv5")(x)  # [N 13 13 256]
-        x = MaxPool(name="pool5")(x)  # [N 6 6 256]
+        x = unit(64, (11, 11), stride=4, padding=2, name="conv1")(images)  # [N 55 55 64]
+        x = pool(name="pool1")(x)  # [N 27 27 64]
+        x = biased(192, (5, 5), name="conv2")(x)  # [N 27 27 192]
+        x = pool(name="pool2")(x)  # [N 13 13 192]
+        x = unit(384, (3, 3), name="conv3")(x)  # [N 13 13 384]
+        x = biased(256, (3, 3), name="conv4")(x)  # [N 13 13 256]
+        x = biased(256, (3, 3), name="conv5")(x)  # [N 13 13 256]
+        x = pool(name="pool5")(x)  # [N 6 6 256]
         x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 9216]
         x = nn.relu(dense(self.hidden, name="fc6")(drop(name="dropout6")(x)))
         x = nn.relu(dense(self.hidden, name="fc7")(drop(name="dropout7")(x)))

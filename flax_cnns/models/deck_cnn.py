@@ -46,18 +46,16 @@ class DeckCNN(nn.Module):
         keras = layers.initializer("xavier")
         conv = partial(
             layers.Conv,
-            32,
-            (3, 3),
-            padding="VALID",
             kernel_init=layers.initializer(self.kernel_init, paper=keras),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        x = nn.relu(conv(name="conv1")(images))  # [N 30 30 32]
-        x = layers.max_pool(x, 2, 2)  # [N 15 15 32]
-        x = nn.relu(conv(name="conv2")(x))  # [N 13 13 32]
-        x = layers.max_pool(x, 2, 2)  # [N 6 6 32]
-        x = nn.relu(conv(name="conv3")(x))  # [N 4 4 32]
+        unit = partial(layers.ConvUnit, 32, (3, 3), conv, padding="VALID")
+        x = unit(name="conv1")(images)  # [N 30 30 32]
+        x = layers.MaxPool(2, 2, name="pool1")(x)  # [N 15 15 32]
+        x = unit(name="conv2")(x)  # [N 13 13 32]
+        x = layers.MaxPool(2, 2, name="pool2")(x)  # [N 6 6 32]
+        x = unit(name="conv3")(x)  # [N 4 4 32]
         x = layers.adaptive_avg_pool(x, 4).astype(jnp.float32)
         x = x.reshape(x.shape[0], -1)  # [N 512]
         if self.num_classes is None:

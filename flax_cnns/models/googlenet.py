@@ -37,24 +37,8 @@ PAPER = Paper(
 )
 
 
-class ConvUnit(nn.Module):
-    """Convolution, norm, ReLU: [N H W C] -> [N H' W' width]."""
-
-    width: int
-    window: tuple[int, int]
-    conv: ModuleDef
-    norm: ModuleDef
-    stride: int = 1
-    padding: str | int = "SAME"
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        conv = partial(self.conv, strides=self.stride, padding=self.padding)
-        return nn.relu(self.norm(name="norm")(conv(self.width, self.window, name="conv")(x)))
-
-
 class NaiveInception(nn.Module):
-    """Figure 2a: [N H W C] -> [N H W width1 + width3 + width5 + C], by `unit` a ConvUnit."""
+    """Figure 2a: [N H W C] -> [N H W width1 + width3 + width5 + C], by `unit` a layers.ConvUnit."""
 
     width1: int
     width3: int
@@ -189,30 +173,30 @@ class GoogLeNet(nn.Module):
             param_dtype=self.param_dtype,
             epsilon=1e-3,
         )
-        unit = partial(ConvUnit, conv=conv, norm=norm)
+        unit = partial(layers.ConvUnit, conv=conv, norm=norm)
         aux = partial(Aux, self.num_classes, unit, dense, head, self.adaptive, self.aux_dropout)
         response_norm = partial(layers.local_response_norm, size=5, alpha=1e-4 / 5, beta=0.75, k=1)
         if not self.response_norm:
             response_norm = lambda x: x  # noqa: E731
-        pool = partial(layers.max_pool, window=3, stride=2, ceil=True)
+        pool = partial(layers.MaxPool, window=3, stride=2, ceil=True)
 
         x = unit(64, (7, 7), stride=2, padding=3, name="conv1")(images)  # H/2
-        x = response_norm(pool(x))  # H/4
+        x = response_norm(pool(name="pool1")(x))  # H/4
         x = unit(64, (1, 1), name="conv2_reduce")(x)
         x = unit(192, (3, 3), name="conv2")(x)
-        x = pool(response_norm(x))  # H/8
+        x = pool(name="pool2")(response_norm(x))  # H/8
         for name, widths in self.table:  # H/8, H/16, H/32
             if widths is None:
-                x = pool(x, window=self.pool4 if name == "pool4" else 3)
+                x = pool(window=self.pool4 if name == "pool4" else 3, name=name)(x)
                 continue
             x = Inception(*widths, unit, self.window5, name=name)(x)
             has_head = self.aux and self.num_classes is not None and name in AUX
             if has_head and (train or self.is_initializing()):
                 aux(name=AUX[name])(x, train)
         x = layers.global_avg_pool(x)  # [N 1024]
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         if self.num_classes is None:
             return x
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         return head(self.num_classes, name="head")(x)
 
 

@@ -104,9 +104,10 @@ class HighwayNet(nn.Module):
         x = drop(name="dropout0")(images)
         for i, (width, windows) in enumerate(zip(self.widths, self.windows), 1):
             if i > 1:  # sides of a 32x32 image: 32, 16, 8
-                x = drop(name=f"dropout{i - 1}")(layers.max_pool(x, 2, 2, ceil=True))
+                x = layers.MaxPool(2, 2, ceil=True, name=f"pool{i - 1}")(x)
+                x = drop(name=f"dropout{i - 1}")(x)
             x = Stage(width, windows, self.gate_bias, conv, name=f"stage{i}")(x)
-        x = nn.relu(conv(self.last, (1, 1), name="last")(x))
+        x = layers.ConvUnit(self.last, (1, 1), conv, name="last")(x)
         x = layers.global_avg_pool(x)  # [N H W 100] -> [N 100]
         x = drop(name="dropout_head")(x)
         if self.num_classes is None:

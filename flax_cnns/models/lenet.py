@@ -49,7 +49,8 @@ class LeNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 84] if it is None.
 
     H and W are at least 32; larger images give C5 maps of more than 1x1, of which the mean is
-    taken. It normalises nothing and has no dropout: `train` and `axis_name` change nothing. Raises
+    taken. What c1, c3, c5 and f6 give by name is before tanh, s2 and s4 come after it. It
+    normalises nothing and has no dropout: `train` and `axis_name` change nothing. Raises
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 
@@ -68,9 +69,9 @@ class LeNet(nn.Module):
         conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", dtype=self.dtype, **given)
         # In comments the shapes for 32x32.
         x = jnp.tanh(conv(6, name="c1")(images))  # [N 28 28 6]
-        x = layers.avg_pool(x, 2, 2)  # S2: [N 14 14 6]
+        x = layers.AvgPool(2, 2, name="s2")(x)  # [N 14 14 6]
         x = jnp.tanh(conv(16, name="c3")(x))  # [N 10 10 16]
-        x = layers.avg_pool(x, 2, 2)  # S4: [N 5 5 16]
+        x = layers.AvgPool(2, 2, name="s4")(x)  # [N 5 5 16]
         x = jnp.tanh(conv(120, name="c5")(x))  # [N 1 1 120]
         x = jnp.mean(x, axis=(1, 2))  # [N 120]
         x = jnp.tanh(nn.Dense(84, dtype=self.dtype, name="f6", **given)(x))  # [N 84]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_cnns import layers
-from flax_cnns.models.alexnet import MaxPool, ResponseNorm, parts
+from flax_cnns.models.alexnet import ResponseNorm, parts
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -56,17 +56,19 @@ class ZFNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
         conv, dense, head, _ = parts(self, bias=0)
+        unit = partial(layers.ConvUnit, conv=conv)
+        pool = partial(layers.MaxPool, 3, 2, ceil=True)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
         # In comments the shapes for 224x224.
-        x = conv(96, 7, stride=2, padding=1, name="conv1")(images)  # [N 110 110 96]
-        x = MaxPool(ceil=True, name="pool1")(x)  # [N 55 55 96]
+        x = unit(96, (7, 7), stride=2, padding=1, name="conv1")(images)  # [N 110 110 96]
+        x = pool(name="pool1")(x)  # [N 55 55 96]
         x = ResponseNorm(name="norm1")(x)
-        x = conv(256, 5, stride=2, name="conv2")(x)  # [N 26 26 256]
-        x = MaxPool(ceil=True, name="pool2")(x)  # [N 13 13 256]
+        x = unit(256, (5, 5), stride=2, padding=0, name="conv2")(x)  # [N 26 26 256]
+        x = pool(name="pool2")(x)  # [N 13 13 256]
         x = ResponseNorm(name="norm2")(x)
         for i, width in enumerate(self.widths, 3):
-            x = conv(width, 3, padding=1, name=f"conv{i}")(x)  # [N 13 13 width]
-        x = MaxPool(ceil=True, name="pool5")(x)  # [N 6 6 C]
+            x = unit(width, (3, 3), name=f"conv{i}")(x)  # [N 13 13 width]
+        x = pool(name="pool5")(x)  # [N 6 6 C]
         x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 36 C]
         x = drop(name="dropout6")(nn.relu(dense(self.hidden, name="fc6")(x)))
         x = drop(name="dropout7")(nn.relu(dense(self.hidden, name="fc7")(x)))

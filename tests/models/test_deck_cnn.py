@@ -25,9 +25,9 @@ def test_the_published_summary():
         (layer.path, layer.output_shape, layer.params) for layer in cost(create_model(NAME)).layers
     ]
     assert rows == [
-        ("conv1", (1, 30, 30, 32), 896),
-        ("conv2", (1, 13, 13, 32), 9_248),
-        ("conv3", (1, 4, 4, 32), 9_248),
+        ("conv1/conv", (1, 30, 30, 32), 896),
+        ("conv2/conv", (1, 13, 13, 32), 9_248),
+        ("conv3/conv", (1, 4, 4, 32), 9_248),
         ("head", (1, 100), 51_300),
     ]
     by_hand = (9 * 3 * 32 + 32, 9 * 32 * 32 + 32, 9 * 32 * 32 + 32, 4 * 4 * 32 * 100 + 100)
@@ -41,8 +41,8 @@ def test_forward_is_the_definition(variables):
 
     def conv(x, name):
         windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
-        y = np.einsum("nhwcij,ijco->nhwo", windows, params[name]["kernel"])
-        return np.maximum(y + params[name]["bias"], 0)
+        y = np.einsum("nhwcij,ijco->nhwo", windows, params[name]["conv"]["kernel"])
+        return np.maximum(y + params[name]["conv"]["bias"], 0)
 
     def pool(x):
         n, h, w, c = x.shape
@@ -53,7 +53,16 @@ def test_forward_is_the_definition(variables):
     features = create_model(NAME, num_classes=None).apply(variables, images)
     np.testing.assert_allclose(features, x, atol=1e-5)
     expected = x @ params["head"]["kernel"] + params["head"]["bias"]
-    np.testing.assert_allclose(create_model(NAME).apply(variables, images), expected, atol=1e-5)
+    logits, state = create_model(NAME).apply(
+        variables, images, capture_intermediates=True, mutable="intermediates"
+    )
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    seen = state["intermediates"]
+    seen = {name: seen[name]["__call__"][0] for name in ("conv1", "pool1", "pool2", "conv3")}
+    np.testing.assert_allclose(seen["conv1"], conv(images, "conv1"), atol=1e-5)
+    np.testing.assert_allclose(seen["pool1"], pool(conv(images, "conv1")), atol=1e-5)
+    np.testing.assert_allclose(seen["conv3"].reshape(3, 512), x, atol=1e-5)
+    assert seen["pool2"].shape == (3, 6, 6, 32)
 
 
 def test_the_papers_initialisation_is_kerass(variables):

@@ -93,8 +93,11 @@ def captured(name, size, train=False, **fields):
 def test_table_1s_output_sizes(name):
     logits, shapes, _ = captured(name, 224)
     assert shapes["conv1"] == (2, 112, 112, 64)
-    assert shapes["conv2_reduce"] == (2, 56, 56, 64)  # behind the first max pooling
+    assert shapes["pool1"] == shapes["conv2_reduce"] == (2, 56, 56, 64)
     assert shapes["conv2"] == (2, 56, 56, 192)
+    assert shapes["pool2"] == (2, 28, 28, 192)
+    assert shapes["pool3"] == (2, 14, 14, 480)
+    assert shapes["pool4"] == (2, 7, 7, 832)
     for stage, (side, depth, *_) in TABLE1.items():
         assert shapes[stage] == (2, side, side, depth)
     assert shapes["dropout"] == (2, 1024)
@@ -130,7 +133,7 @@ def test_the_modules_operations():
     """The worked example of Stanford's CS231n, 28x28x256; its slide says 358M for the second, whose
     six products add up to 271M."""
     unit = partial(
-        googlenet.ConvUnit,
+        layers.ConvUnit,
         conv=partial(layers.Conv, use_bias=False),
         norm=layers.make_norm("none", train=False),
     )
@@ -150,7 +153,7 @@ def test_the_modules_operations():
 
 
 def test_the_naive_module_hands_the_maximum_on():
-    unit = partial(googlenet.ConvUnit, conv=layers.Conv, norm=layers.make_norm("none", train=False))
+    unit = partial(layers.ConvUnit, conv=layers.Conv)
     x = jax.random.normal(jax.random.key(0), (1, 6, 6, 2))
     out, _ = googlenet.NaiveInception(1, 1, 1, unit).init_with_output(jax.random.key(1), x)
     np.testing.assert_array_equal(out[..., 3:], layers.max_pool(x, 3, 1, padding=1))
@@ -201,7 +204,8 @@ def test_without_classes_it_gives_pooled_features():
     features, shapes, heads = captured("googlenet_2014_aux", 64, train=True, num_classes=None)
     assert features.shape == (2, 1024)
     assert not heads
-    assert not {"head", "dropout", "aux1/fc"} & set(shapes)
+    assert shapes["dropout"] == (2, 1024)  # what the head would see
+    assert not {"head", "aux1/fc"} & set(shapes)
 
 
 @pytest.mark.parametrize(("name", "rate"), [("googlenet_2014_aux", 0.4), ("googlenet_tv_aux", 0.2)])

@@ -61,7 +61,7 @@ def test_count_and_shape_of_every_layer_of_the_release():
         "stage1/conv": 896,
         "stage2/conv": 23_120,
         "stage3/conv": 92_288,
-        "last": 12_900,
+        "last/conv": 12_900,
         "head": 1_010,
     }
 
@@ -87,6 +87,8 @@ def test_output_shape_of_each_stage(name, widths, size, sides):
     logits, shapes = captured(name, size)
     for i, (side, width) in enumerate(zip(sides, widths), 1):
         assert shapes[f"stage{i}"] == (2, side, side, width)
+    assert shapes["pool1"] == (2, sides[1], sides[1], widths[0])
+    assert shapes["pool2"] == (2, sides[2], sides[2], widths[1])
     assert shapes["last"] == (2, sides[-1], sides[-1], 100)
     assert logits.shape == (2, 10)
 
@@ -108,11 +110,12 @@ def variables_and_layer(**fields):
     variables = init_variables(model, jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
     _, state = model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-    return variables, state["intermediates"]["stage2"]
+    return variables, state["intermediates"]
 
 
 def test_a_highway_layer_is_its_equation():
     variables, seen = variables_and_layer()
+    seen = seen["stage2"]
     layer, params = seen["highway1"], variables["params"]["stage2"]["highway1"]
     x = np.maximum(seen["conv"]["__call__"][0], 0)
     (y,) = layer["__call__"]
@@ -125,12 +128,19 @@ def test_a_highway_layer_is_its_equation():
 
 
 def test_closed_gates_carry_and_open_gates_transform():
-    _, seen = variables_and_layer(gate_bias=-50.0)
+    seen = variables_and_layer(gate_bias=-50.0)[1]["stage2"]
     x = np.maximum(seen["conv"]["__call__"][0], 0)
     np.testing.assert_allclose(seen["highway1"]["__call__"][0], x, atol=1e-6)
-    _, seen = variables_and_layer(gate_bias=50.0)
+    seen = variables_and_layer(gate_bias=50.0)[1]["stage2"]
     h = np.maximum(seen["highway1"]["conv"]["__call__"][0], 0)
     np.testing.assert_allclose(seen["highway1"]["__call__"][0], h, atol=1e-6)
+
+
+def test_last_by_its_name_is_behind_relu():
+    _, seen = variables_and_layer()
+    (sums,), (maps,) = seen["last"]["conv"]["__call__"], seen["last"]["__call__"]
+    assert np.min(sums) < 0
+    np.testing.assert_array_equal(maps, np.maximum(sums, 0))
 
 
 def test_dropout_is_where_the_release_has_it():

@@ -61,6 +61,17 @@ def test_forward_is_the_definition(variables):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_s2_and_s4_by_name_are_means_behind_tanh(variables):
+    images = np.random.RandomState(0).randn(3, 32, 32, 1).astype(np.float32)
+    capture = dict(capture_intermediates=True, mutable="intermediates")
+    _, state = create_model("lenet5").apply(variables, images, **capture)
+    seen = state["intermediates"]
+    for before, after, shape in (("c1", "s2", (14, 14, 6)), ("c3", "s4", (5, 5, 16))):
+        maps = np.tanh(seen[before]["__call__"][0])
+        means = maps.reshape(3, shape[0], 2, shape[1], 2, shape[2]).mean((2, 4))
+        np.testing.assert_allclose(seen[after]["__call__"][0], means, atol=1e-6)
+
+
 def test_sizes_and_channels(variables):
     model = create_model("lenet5")
     larger = jax.eval_shape(lambda: model.apply(variables, jnp.zeros((2, 45, 64, 1))))

@@ -46,7 +46,7 @@ def highway_19(p, x):
     x = _highway(p, "stage3/highway3", x, padding=1)  # conv15
     x = _highway(p, "stage3/highway4", x, padding=1)  # conv16
     x = _highway(p, "stage3/highway5", x, padding=1)  # conv17
-    x = relu(_conv(p, "last", x, padding=0))  # conv18: 1x1, 100
+    x = relu(_conv(p, "last/conv", x, padding=0))  # conv18: 1x1, 100
     x = global_avg_pool(x)  # AVE over the whole map (8x8)
     return dense(x, p["params/head/kernel"], p["params/head/bias"])
 
@@ -84,6 +84,6 @@ def highway_32(p, x):
     x = _highway(p, "stage3/highway7", x, padding=0)
     x = _highway(p, "stage3/highway8", x, padding=1)
     x = _highway(p, "stage3/highway9", x, padding=0)
-    x = relu(_conv(p, "last", x, padding=0))  # 1x1, 100
+    x = relu(_conv(p, "last/conv", x, padding=0))  # 1x1, 100
     x = global_avg_pool(x)
     return dense(x, p["params/head/kernel"], p["params/head/bias"])

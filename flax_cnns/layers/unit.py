@@ -1,0 +1,48 @@
+"""Rows of a network's table as modules, so that what a row gives can be had by the row's name."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from flax_cnns.layers.norm import NoNorm
+from flax_cnns.layers.pool import avg_pool, max_pool
+from flax_cnns.types import Array, ModuleDef
+
+
+class ConvUnit(nn.Module):
+    """Convolution, norm, ReLU: [N H W C] -> [N H' W' width]."""
+
+    width: int
+    window: tuple[int, int]
+    conv: ModuleDef
+    norm: ModuleDef = NoNorm
+    stride: int = 1
+    padding: str | int = "SAME"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = self.conv(
+            self.width, self.window, strides=self.stride, padding=self.padding, name="conv"
+        )
+        return nn.relu(self.norm(name="norm")(conv(x)))
+
+
+class MaxPool(nn.Module):
+    """`max_pool` under a name."""
+
+    window: int
+    stride: int
+    ceil: bool = False
+
+    def __call__(self, x: Array) -> Array:
+        return max_pool(x, self.window, self.stride, ceil=self.ceil)
+
+
+class AvgPool(nn.Module):
+    """`avg_pool` under a name."""
+
+    window: int
+    stride: int
+
+    def __call__(self, x: Array) -> Array:
+        return avg_pool(x, self.window, self.stride)
