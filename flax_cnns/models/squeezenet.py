@@ -9,14 +9,13 @@ border then averages in nothing but biases; torchvision does not, and neither do
 Version 1.1 is not in the paper: a smaller conv1 and earlier pooling, 2.3 times fewer MACs.
 
 `squeezenet1_1_c10` is 1.1 as it stands with ten classes: its last four modules see 1x1 maps of a
-CIFAR image. `cifar_squeezenet1_1` has as many parameters, 727,626, and a conv1 with stride 1 and
-padding 1 in place of 2 and 0, so that they see 4x4. Hasanpour et al. 2018
-(https://arxiv.org/abs/1802.06205) trained 1.1 on CIFAR-10 with stride 1 in conv1 and in the first
-pooling, both unpadded (maps of 30, 28, 14, 7: github.com/Coderx7/SimpNet, SimpNetV2/Experiments/
-SqueezeNet_v1.1_tests); ours computes at a third of the places. "Optimized" in their table is with
-BatchNorm, here `norm="batch"`, but not in fire2's squeeze and fire4's expand1x1. The 768K of that
-table is unverified: their own list has 727,626 parameters, or 733,226 with its BatchNorm (ours
-733,514); with 100 classes it is 773,796, and 1.0 with ten classes has 740,554.
+CIFAR image. `cifar_squeezenet1_1` is what Hasanpour et al. 2018 (https://arxiv.org/abs/1802.06205)
+trained on CIFAR-10: 1.1 with stride 1 in conv1 and in the first pooling, so that those modules see
+7x7 (github.com/Coderx7/SimpNet, SimpNetV2/Experiments/SqueezeNet_v1.1_tests). "Optimized" in their
+table is with BatchNorm, here `norm="batch"`, but not in fire2's squeeze and fire4's expand1x1. The
+768K of that table is unverified: their own list has 727,626 parameters, as both of ours have, or
+733,226 with its BatchNorm (ours 733,514); with 100 classes it is 773,796, and 1.0 with ten classes
+has 740,554.
 """
 
 from __future__ import annotations
@@ -46,19 +45,15 @@ class Fire(nn.Module):
 
     squeeze: int
     expand: int
-    conv: ModuleDef
-    norm: ModuleDef
+    unit: ModuleDef  # a layers.ConvUnit
     bypass: bool = False  # adds the input, which must have as many channels as the output
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def conv(x: Array, width: int, window: int, name: str) -> Array:
-            x = self.conv(width, (window, window), padding=window // 2, name=name)(x)
-            return nn.relu(self.norm(name=f"{name}_norm")(x))
-
-        y = conv(x, self.squeeze, 1, "squeeze")
-        pair = [conv(y, self.expand, 1, "expand1x1"), conv(y, self.expand, 3, "expand3x3")]
-        y = jnp.concatenate(pair, axis=-1)
+        y = self.unit(self.squeeze, (1, 1), name="squeeze")(x)
+        one = self.unit(self.expand, (1, 1), name="expand1x1")(y)
+        three = self.unit(self.expand, (3, 3), name="expand3x3")(y)
+        y = jnp.concatenate([one, three], axis=-1)
         return x + y if self.bypass else y
 
 
@@ -71,6 +66,7 @@ class SqueezeNet(nn.Module):
 
     conv1: tuple[int, int, int, int]  # width, window, stride, padding
     pool_after: Sequence[int]  # the numbers of the fire modules before a pooling
+    pool1_stride: int = 2  # of the pooling behind conv1
     bypass: Sequence[int] = ()  # the numbers of the fire modules with a bypass
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
@@ -84,20 +80,23 @@ class SqueezeNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         width, window, stride, padding = self.conv1
-        # Three poolings that round up bring 8 pixels down to 4, 2 and 1, and fewer to none.
-        layers.check_images(images, self.input_size, 7 * stride + window - 2 * padding)
+        # The last two poolings, which round up, bring 4 pixels down to 2 and 1, and fewer to none.
+        # The first makes 4 of 2 * stride + 4.
+        smallest = (2 * self.pool1_stride + 3) * stride + window - 2 * padding
+        layers.check_images(images, self.input_size, smallest)
         given = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = layers.initializer(self.kernel_init, paper=layers.caffe_xavier)
         conv = partial(layers.Conv, kernel_init=init, **given)
         norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **given)
-        stem = partial(conv, width, (window, window), strides=stride, padding=padding)
+        unit = partial(layers.ConvUnit, conv=conv, norm=norm)
         # In comments the sides for 227x227: of 1.0, of 1.1.
-        x = nn.relu(norm(name="norm1")(stem(name="conv1")(images)))  # 111, 113
-        x = layers.max_pool(x, 3, 2, ceil=True)  # 55, 56
+        conv1 = unit(width, (window, window), stride=stride, padding=padding, name="conv1")
+        x = conv1(images)  # 111, 113
+        x = layers.MaxPool(3, self.pool1_stride, ceil=True, name="pool1")(x)  # 55, 56
         for i, (squeeze, expand) in enumerate(FIRES, 2):
-            x = Fire(squeeze, expand, conv, norm, i in self.bypass, name=f"fire{i}")(x)
+            x = Fire(squeeze, expand, unit, i in self.bypass, name=f"fire{i}")(x)
             if i in self.pool_after:
-                x = layers.max_pool(x, 3, 2, ceil=True)  # 27 and 13, 28 and 14
+                x = layers.MaxPool(3, 2, ceil=True, name=f"pool{i}")(x)  # 27 and 13, 28 and 14
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout9")(x)
         if self.num_classes is None:
             return layers.global_avg_pool(x)  # [N H W 512] -> [N 512]
@@ -116,7 +115,7 @@ VARIANTS = {
     "squeezenet1_0_bypass": partial(_1_0, bypass=(3, 5, 7, 9)),
     "squeezenet1_1": partial(_1_1, conv1=(64, 3, 2, 0)),
     "squeezenet1_1_c10": partial(_1_1, conv1=(64, 3, 2, 0), **_C10),
-    "cifar_squeezenet1_1": partial(_1_1, conv1=(64, 3, 1, 1), **_C10),
+    "cifar_squeezenet1_1": partial(_1_1, conv1=(64, 3, 1, 0), pool1_stride=1, **_C10),
 }
 
 SOURCES = {"squeezenet1_0": ("torchvision",), "squeezenet1_1": ("torchvision",)}

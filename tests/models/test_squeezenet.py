@@ -84,22 +84,27 @@ def captured(name, height, width, **fields):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "sides"),  # of conv1, fire2 to fire9
+    ("name", "size", "pools", "sides"),  # of conv1, fire2 to fire9
     [
-        ("squeezenet1_0_bypass", 227, (111, 55, 55, 55, 27, 27, 27, 27, 13)),  # table 1
-        ("squeezenet1_0", 224, (109, 54, 54, 54, 27, 27, 27, 27, 13)),
-        ("squeezenet1_1", 227, (113, 56, 56, 28, 28, 14, 14, 14, 14)),
-        ("squeezenet1_1_c10", 32, (15, 7, 7, 3, 3, 1, 1, 1, 1)),
-        ("cifar_squeezenet1_1", 32, (32, 16, 16, 8, 8, 4, 4, 4, 4)),
+        ("squeezenet1_0_bypass", 227, (4, 8), (111, 55, 55, 55, 27, 27, 27, 27, 13)),  # table 1
+        ("squeezenet1_0", 224, (4, 8), (109, 54, 54, 54, 27, 27, 27, 27, 13)),
+        ("squeezenet1_1", 227, (3, 5), (113, 56, 56, 28, 28, 14, 14, 14, 14)),
+        ("squeezenet1_1_c10", 32, (3, 5), (15, 7, 7, 3, 3, 1, 1, 1, 1)),
+        # Coderx7/SimpNet, SqueezeNet_v1.1_tests
+        ("cifar_squeezenet1_1", 32, (3, 5), (30, 28, 28, 14, 14, 7, 7, 7, 7)),
     ],
 )
-def test_output_shape_of_each_module(name, size, sides):
+def test_output_shape_of_each_module(name, size, pools, sides):
     logits, shapes = captured(name, size, size)
     classes = model_info(name).num_classes
     widths = (128, 128, 256, 256, 384, 384, 512, 512)
     assert shapes["conv1"][:3] == (2, sides[0], sides[0])
     for i, (side, width) in enumerate(zip(sides[1:], widths), 2):
         assert shapes[f"fire{i}"] == (2, side, side, width)
+        assert (f"pool{i}" in shapes) == (i in pools)
+    assert shapes["pool1"][1:3] == sides[1:2] * 2
+    for i in pools:
+        assert shapes[f"pool{i}"][1:3] == sides[i : i + 1] * 2
     assert shapes["head"] == (2, sides[-1], sides[-1], classes)
     assert logits.shape == (2, classes)
 
@@ -128,7 +133,7 @@ def test_without_classes_it_gives_pooled_fire9():
 def fire(**fields):
     """(module, variables, input, output), no channel of the output 0 everywhere."""
     conv = partial(layers.Conv, bias_init=nn.initializers.normal())
-    module = squeezenet.Fire(4, 3, conv, layers.make_norm("none", train=False), **fields)
+    module = squeezenet.Fire(4, 3, partial(layers.ConvUnit, conv=conv), **fields)
     x = np.random.RandomState(0).randn(2, 5, 4, 6).astype(np.float32)
     y, variables = module.init_with_output(jax.random.key(0), x)
     return module, variables, x, np.asarray(y)
@@ -136,7 +141,7 @@ def fire(**fields):
 
 def test_a_fire_module_is_its_definition():
     _, variables, x, y = fire()
-    p = jax.tree.map(np.asarray, variables["params"])
+    p = {name: jax.tree.map(np.asarray, unit["conv"]) for name, unit in variables["params"].items()}
     s = np.maximum(x @ p["squeeze"]["kernel"][0, 0] + p["squeeze"]["bias"], 0)
     small = s @ p["expand1x1"]["kernel"][0, 0] + p["expand1x1"]["bias"]
     around = np.pad(s, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -177,13 +182,14 @@ def test_fires_3_5_7_9_are_bypassed_and_half_of_fire9_is_dropped_in_training_onl
         return logits, state["intermediates"], model.apply(variables, IMAGES)
 
     logits, seen, evaluated = run(variables, jax.random.key(0))
+    assert np.min(seen["conv1"]["__call__"][0]) == 0  # its maps are behind ReLU
     outputs = {i: np.asarray(seen[f"fire{i}"]["__call__"][0]) for i in range(2, 10)}
     for i in (3, 5, 7, 9):
         pair = [seen[f"fire{i}"][f"expand{k}x{k}"]["__call__"][0] for k in (1, 3)]
         before = outputs[i - 1]
         if i in (5, 9):  # a pooling comes between
             before = layers.max_pool(before, 3, 2, ceil=True)
-        added = outputs[i] - np.maximum(np.concatenate(pair, axis=-1), 0)
+        added = outputs[i] - np.concatenate(pair, axis=-1)
         np.testing.assert_allclose(added, before, atol=1e-4)
     before, after = outputs[9], np.asarray(seen["dropout9"]["__call__"][0])
     assert 0.4 < (after[before > 0] != 0).mean() < 0.6
@@ -219,7 +225,7 @@ def test_batch_norm_where_it_is_asked_for():
     assert (
         sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == 727_626 + extra == 733_514
     )
-    assert shapes["batch_stats"]["fire2"]["expand3x3_norm"]["mean"].shape == (64,)
+    assert shapes["batch_stats"]["fire2"]["expand3x3"]["norm"]["mean"].shape == (64,)
 
 
 def test_bfloat16_leaves_logits_and_parameters_in_float32():

@@ -52,7 +52,7 @@ CASES = [
     Case("googlenet_2014", googlenet.googlenet_2014, 64, {"num_classes": 10}, 30),
     Case("googlenet_bn_5x5", googlenet.googlenet_bn_5x5, 80, {"num_classes": 10}),
     Case("squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 69, {"num_classes": 10}),
-    Case("cifar_squeezenet1_1", squeezenet.cifar_squeezenet1_1, 32),
+    Case("cifar_squeezenet1_1", squeezenet.cifar_squeezenet1_1, 20),
     Case("deck003_cifar100_example", deck_cnn.deck003_cifar100_example, 32),
     # Sizes that keep maps above 1x1.
     Case("nin_cifar10", nin.nin_cifar10, 20),
@@ -72,6 +72,7 @@ MORE = [
     Case("nin_cifar100", nin.nin_cifar10, 20),
     Case("all_cnn_c_c100", all_cnn.all_cnn_c, 20),
     Case("simpnet_9m", simpnet.simpnet, 12),
+    Case("squeezenet1_1_c10", squeezenet.squeezenet1_1, 33),
     Case("simpnet_slim_600k", simpnet.simpnet, 12),
     Case("googlenet_2014_aux", googlenet.googlenet_2014, 64, {}, 30),
     Case("googlenet_bn_5x5_aux", googlenet.googlenet_bn_5x5, 80),

@@ -11,7 +11,12 @@ from tests.models.straight.numpy_layers import conv, global_avg_pool, max_pool, 
 
 
 def layer(p, name, x, **geometry):
-    return relu(conv(x, p[f"params/{name}/kernel"], p[f"params/{name}/bias"], **geometry))
+    return relu(conv(x, p[f"params/{name}/conv/kernel"], p[f"params/{name}/conv/bias"], **geometry))
+
+
+def classify(p, x):
+    """Conv10, ReLU, and the mean of each class's map."""
+    return global_avg_pool(relu(conv(x, p["params/head/kernel"], p["params/head/bias"])))
 
 
 def fire(p, name, x):
@@ -36,13 +41,22 @@ def squeezenet1_0_bypass(p, x):
     x = fire(p, "fire8", x)
     x = max_pool(x, 3, 2, ceil=True)
     x = x + fire(p, "fire9", x)
-    return global_avg_pool(layer(p, "head", x))
+    return classify(p, x)
+
+
+def squeezenet1_1(p, x):
+    x = layer(p, "conv1", x, stride=2)
+    return behind_pool1_of_1_1(p, max_pool(x, 3, 2, ceil=True))
 
 
 def cifar_squeezenet1_1(p, x):
-    """Version 1.1 with stride 1 and padding 1 in conv1: 32x32, 16x16, 8x8, 4x4."""
-    x = layer(p, "conv1", x, padding=1)
-    x = max_pool(x, 3, 2, ceil=True)
+    """The prototxt of Coderx7/SimpNet, SqueezeNet_v1.1_tests: version 1.1, but stride 1 in conv1
+    and pool1: maps of 30x30, 28x28, 14x14, 7x7."""
+    x = layer(p, "conv1", x)
+    return behind_pool1_of_1_1(p, max_pool(x, 3, 1, ceil=True))
+
+
+def behind_pool1_of_1_1(p, x):
     x = fire(p, "fire2", x)
     x = fire(p, "fire3", x)
     x = max_pool(x, 3, 2, ceil=True)
@@ -53,4 +67,4 @@ def cifar_squeezenet1_1(p, x):
     x = fire(p, "fire7", x)
     x = fire(p, "fire8", x)
     x = fire(p, "fire9", x)
-    return global_avg_pool(layer(p, "head", x))
+    return classify(p, x)
