@@ -119,9 +119,10 @@ def _checked(name: str, field: str, value: Any) -> Any:
 def create_model(name: str, **fields: Any) -> nn.Module:
     """The network `name` with some of its fields set: `create_model("resnet50", num_classes=10)`.
 
-    `dtype` and `param_dtype` may be texts ("bfloat16"). `num_classes=None` gives pooled features
-    [N C]. `init` is another name of `kernel_init`: "paper" for the paper's own first values.
-    Raises `UserError` for an unknown name, field or dtype, or for senseless values.
+    `dtype` and `param_dtype` may be texts ("bfloat16"). `num_classes=None` gives what the head
+    would see: pooled features f32 [N C], in training behind the last dropout. `init` is another
+    name of `kernel_init`: "paper" for the paper's own first values. Raises `UserError` for an
+    unknown name, field or dtype, or for senseless values.
     """
     variant, _ = _find(name)
     if "init" in fields:  # no field of the module's: it would hide its method `init`

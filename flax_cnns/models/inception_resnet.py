@@ -112,12 +112,13 @@ class InceptionResNetV2(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
+        xavier = layers.initializer("xavier")
         conv = partial(
             layers.Conv,
             use_bias=self.norm == "none",
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.initializer("xavier")),
+            kernel_init=layers.initializer(self.kernel_init, paper=xavier),
         )
         norm = layers.make_norm(
             self.norm,
@@ -127,9 +128,8 @@ class InceptionResNetV2(nn.Module):
             param_dtype=self.param_dtype,
             momentum=self.momentum,
             epsilon=1e-3,
+            scale=self.scale,
         )
-        if not self.scale and self.norm != "none":
-            norm = partial(norm, use_scale=False)
         stage = partial(layers.Stage, conv=conv, scan=self.scan, remat=self.remat)
         a, b, c = (partial(block, norm=norm) for block in (ResidualA, ResidualB, ResidualC))
         x = Stem(conv, norm, name="stem")(images)  # [N 35 35 192]
@@ -142,11 +142,12 @@ class InceptionResNetV2(nn.Module):
         x = c(conv=conv, scale=1.0, relu=False, name="last_c")(x)
         x = Branch(((1536, 1),), conv, norm, name="conv_7b")(x)  # [N 8 8 1536]
         x = layers.global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         if self.num_classes is None:
             return x
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("xavier"), name="head")(x)
+        init = layers.head_initializer(self.kernel_init, paper=xavier)
+        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
+        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
 
 
 VARIANTS = {

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 
 from flax_cnns import layers
-from flax_cnns.models.googlenet import ConvUnit
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -41,7 +40,7 @@ class BlockA(nn.Module):
     """Figure 5: [N H W C] -> [N H W 224 + pool_proj]."""
 
     pool_proj: int
-    unit: ModuleDef  # a ConvUnit
+    unit: ModuleDef  # a layers.ConvUnit
     mean: Callable  # 3x3 pooling that keeps the size
 
     @nn.compact
@@ -137,17 +136,18 @@ class Aux(nn.Module):
     an adaptive mean of 5x5 (PyTorch's network takes images of 299x299 or more in training).
     """
 
-    unit: Callable  # deviation of the first values -> a ConvUnit
-    head: Callable  # likewise -> the dense layer
+    unit: ModuleDef
+    last: ModuleDef  # a unit that the paper starts smaller
+    head: ModuleDef  # the dense layer
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> None:
         large = min(x.shape[1:3]) >= 17
         x = layers.avg_pool(x, 5, 3) if large else layers.adaptive_avg_pool(x, 5)
-        x = self.unit(0.1)(128, (1, 1), name="conv1")(x)
-        x = self.unit(0.01)(768, (5, 5), padding="VALID", name="conv2")(x)
+        x = self.unit(128, (1, 1), name="conv1")(x)
+        x = self.last(768, (5, 5), padding="VALID", name="conv2")(x)
         x = layers.global_avg_pool(x)  # [N 768]
-        x = self.head(0.001)()(x)
+        x = self.head(name="head")(x)
         if train:
             self.sow("aux_logits", "logits", x)
 
@@ -185,20 +185,18 @@ class InceptionV3(nn.Module):
             param_dtype=self.param_dtype,
             momentum=self.momentum,
             epsilon=1e-3,
+            scale=self.scale,
         )
-        if not self.scale and self.norm != "none":
-            norm = partial(norm, use_scale=False)
-        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype)
+        given = dict(param_dtype=self.param_dtype)
+        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype, **given)
+        dense = partial(nn.Dense, self.num_classes, dtype=jnp.float32, **given)
 
         def unit_of(std: float) -> ModuleDef:
             init = layers.initializer(self.kernel_init, paper=truncated_normal(std))
-            given = dict(param_dtype=self.param_dtype, kernel_init=init)
-            return partial(ConvUnit, conv=partial(conv, **given), norm=norm)
+            return partial(layers.ConvUnit, conv=partial(conv, kernel_init=init), norm=norm)
 
-        def head_of(std: float) -> ModuleDef:
-            init = layers.head_initializer(self.kernel_init, paper=truncated_normal(std))
-            given = dict(param_dtype=self.param_dtype, kernel_init=init)
-            return partial(nn.Dense, self.num_classes, dtype=jnp.float32, name="head", **given)
+        def head_init(std: float) -> Callable:
+            return layers.head_initializer(self.kernel_init, paper=truncated_normal(std))
 
         unit = unit_of(0.1)
         mean = partial(
@@ -208,25 +206,26 @@ class InceptionV3(nn.Module):
         x = unit(32, (3, 3), stride=2, padding="VALID", name="conv1a")(images)  # [N 149 149 32]
         x = unit(32, (3, 3), padding="VALID", name="conv2a")(x)  # [N 147 147 32]
         x = unit(64, (3, 3), name="conv2b")(x)  # [N 147 147 64]
-        x = layers.max_pool(x, 3, 2)  # [N 73 73 64]
+        x = layers.MaxPool(3, 2, name="pool1")(x)  # [N 73 73 64]
         x = unit(80, (1, 1), name="conv3b")(x)
         x = unit(192, (3, 3), padding="VALID", name="conv4a")(x)  # [N 71 71 192]
-        x = layers.max_pool(x, 3, 2)  # [N 35 35 192]
+        x = layers.MaxPool(3, 2, name="pool2")(x)  # [N 35 35 192]
         for letter, width in zip(ascii_lowercase[1:], self.pool_projs):
             x = BlockA(width, unit, mean, name=f"mixed5{letter}")(x)  # [N 35 35 288] in the end
         x = BlockB(unit, name="mixed6a")(x)  # [N 17 17 768]
         for letter, width in zip(ascii_lowercase[1:], self.widths):
             x = BlockC(width, unit, mean, name=f"mixed6{letter}")(x)
         if self.aux and self.num_classes is not None and (train or self.is_initializing()):
-            Aux(unit_of, head_of, name="aux1")(x, train)
+            head = partial(dense, kernel_init=head_init(0.001))
+            Aux(unit, unit_of(0.01), head, name="aux1")(x, train)
         x = BlockD(unit, name="mixed7a")(x)  # [N 8 8 1280]
         x = BlockE(unit, mean, name="mixed7b")(x)  # [N 8 8 2048]
         x = BlockE(unit, mean, name="mixed7c")(x)
         x = layers.global_avg_pool(x)  # [N 2048]
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         if self.num_classes is None:
             return x
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        return head_of(0.1)()(x)
+        return dense(kernel_init=head_init(0.1), name="head")(x)
 
 
 VARIANTS = {

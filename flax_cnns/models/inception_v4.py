@@ -149,7 +149,7 @@ class InceptionV4(nn.Module):
 
     H and W are at least 75. Raises `UserError` where they are smaller, or where C is not that of
     `input_size`. The paper gives no first values: `kernel_init="paper"` is the release's, a normal
-    of variance 2 / fan_in, cut at two deviations.
+    of variance 2 / fan_in, cut at two deviations, and Xavier's in the head.
     """
 
     depths: Sequence[int] = (4, 7, 3)  # blocks A, B and C
@@ -167,6 +167,7 @@ class InceptionV4(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
+        xavier = layers.initializer("xavier")
         conv = partial(
             layers.Conv,
             use_bias=self.norm == "none",
@@ -191,11 +192,12 @@ class InceptionV4(nn.Module):
         x = ReductionB(conv=conv, norm=norm, name="reduction_b")(x)  # [N 8 8 1536]
         x = stage(c, depth=self.depths[2], name="inception_c")(x)
         x = layers.global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
         if self.num_classes is None:
             return x
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("xavier"), name="head")(x)
+        init = layers.head_initializer(self.kernel_init, paper=xavier)
+        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
+        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
 
 
 VARIANTS = {"inception_v4": partial(InceptionV4)}

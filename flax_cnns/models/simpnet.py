@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
-from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
     title="Towards Principled Design of Deep Convolutional Networks: Introducing SimpNet",
@@ -31,19 +31,6 @@ PAPER = Paper(
     year=2018,
     url="https://arxiv.org/abs/1802.06205",
 )
-
-
-class Unit(nn.Module):
-    """3x3, norm, ReLU: [N H W C] -> [N H W width]."""
-
-    width: int
-    conv: ModuleDef
-    norm: ModuleDef
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = self.conv(self.width, (3, 3), padding=1, name="conv")(x)
-        return nn.relu(self.norm(name="norm")(x))
 
 
 class SimpNet(nn.Module):
@@ -93,7 +80,7 @@ class SimpNet(nn.Module):
                     param_dtype=self.param_dtype,
                     kernel_init=layers.initializer(self.kernel_init, paper=paper),
                 )
-                x = Unit(width, conv, norm, name=f"conv{number}")(x)
+                x = layers.ConvUnit(width, (3, 3), conv, norm, name=f"conv{number}")(x)
                 if place < len(group):  # else the pooling drops
                     drop = nn.Dropout(dropout[i], name=f"dropout{number}")
                     x = drop(x, deterministic=not train)
@@ -102,13 +89,9 @@ class SimpNet(nn.Module):
         x = x.astype(jnp.float32)  # [N C]
         if self.num_classes is None:
             return x
-        return nn.Dense(
-            self.num_classes,
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.caffe_xavier,
-            name="head",
-        )(x)
+        init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
+        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
+        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
 
     def _rates(self, field: str) -> Sequence[float]:
         """The field as one rate for each group of `widths`."""

@@ -118,8 +118,10 @@ def test_table_1s_sizes():
         "conv1a": (149, 32),
         "conv2a": (147, 32),
         "conv2b": (147, 64),
-        "conv3b": (73, 80),  # behind a max pooling
-        "conv4a": (71, 192),  # a pooling of it has the table's 35x35x192
+        "pool1": (73, 64),
+        "conv3b": (73, 80),
+        "conv4a": (71, 192),
+        "pool2": (35, 192),
         "mixed5b": (35, 256),
         "mixed5c": (35, 288),
         "mixed5d": (35, 288),
@@ -159,7 +161,8 @@ def test_without_classes_it_gives_pooled_features():
     features, shapes, heads = captured("inception_v3", 75, train=True, num_classes=None)
     assert features.shape == (2, 2048)
     assert not heads
-    assert not {"head", "dropout", "aux1/conv1"} & set(shapes)
+    assert shapes["dropout"] == (2, 2048)  # what the head would see
+    assert not {"head", "aux1/conv1"} & set(shapes)
 
 
 @pytest.mark.parametrize(("name", "rate"), [("inception_v3", 0.5), ("keras_inception_v3", 0.0)])

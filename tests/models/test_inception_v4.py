@@ -142,7 +142,8 @@ def test_too_small(shape):
 def test_without_classes_it_gives_pooled_features():
     features, shapes = captured(75, num_classes=None)
     assert features.shape == (2, 1536)
-    assert not {"head", "dropout"} & set(shapes)
+    assert shapes["dropout"] == (2, 1536)  # what the head would see
+    assert "head" not in shapes
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
@@ -194,6 +195,9 @@ def test_first_values():
     assert np.abs(paper).max() <= 2 * std / 0.8796  # cut, then scaled to that deviation
     he = first_values(path)
     np.testing.assert_allclose(he.std(), np.sqrt(2 / (9 * 224)), rtol=0.01)
+    for init, std in (("paper", np.sqrt(2 / (1536 + 1000))), ("he", 1536**-0.5)):
+        head = first_values("head/kernel", init=init)
+        np.testing.assert_allclose(head.std(), std, rtol=0.01)
 
 
 def test_the_mean_leaves_the_padding_out():

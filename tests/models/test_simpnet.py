@@ -208,6 +208,8 @@ def test_first_values_of_the_published_networks():
             bound = np.sqrt(3 / (9 * i))
             assert 0.99 < np.abs(kernel).max() / bound < 1 + 1e-6
             assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
+    head = np.asarray(params["head"]["kernel"])
+    assert 0.99 < np.abs(head).max() / np.sqrt(3 / 432) < 1 + 1e-6  # uniform as well
     slim = create_model("simpnet_slim_300k", init="paper")
     slim = init_variables(slim, jax.random.key(0))["params"]
     assert np.asarray(slim["conv3"]["conv"]["kernel"]).std() == pytest.approx(
