@@ -8,10 +8,10 @@ rows are the layout of github.com/kuangliu/pytorch-cifar: the same five stages b
 For images other than 224x224 the last maps are averaged to 7x7, as torchvision does, where the
 paper slides the dense layers over larger maps as convolutions and averages the scores.
 
-`kernel_init="paper"` is N(0, 0.01^2) with zero biases. Section 3.1 says "10^-2 variance", with
-which the logits of A start in the millions; He et al. (https://arxiv.org/abs/1502.01852, section
-2.2) read it as the standard deviation, and so do we. Only A learned from it: the paper started the
-deeper ones with the first four convolutions and the dense layers of a trained A.
+`kernel_init="paper"` is N(0, 0.01^2) with zero biases. Section 3.1 says "10^-2 variance"; He
+et al. (https://arxiv.org/abs/1502.01852, section 2.2) read it as the standard deviation, and so do
+we. Only A learned from it: the paper started the deeper ones with the first four convolutions and
+the dense layers of a trained A.
 """
 
 from __future__ import annotations
