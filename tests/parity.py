@@ -168,7 +168,8 @@ def code(name: str, source: str) -> str:
     """What a pair's result depends on: it is taken again when any of these files changes."""
     package, tests = ROOT / "flax_cnns", Path(__file__).parent
     files, families = {Path(__file__), tests / "models/foreign.py"}, [model_info(name).family]
-    files |= {*(package / "layers").glob("*.py"), *(package / "weights").glob("__init__.py")}
+    files |= {*(package / "layers").glob("*.py")}
+    files |= {package / "weights/__init__.py", package / "weights/rules.py"}
     for family in families:  # grows by the families that it imports
         path = package / f"models/{family}.py"
         files |= {path, package / f"weights/{family}.py"}
@@ -226,7 +227,10 @@ def main(argv: list[str] | None = None) -> int:
             result = compare_numpy(NUMPY[name])
         else:
             size = create_model(name).input_size[0]
-            live = foreign.load(foreign.build(name, source), source)
+            try:
+                live = foreign.load(foreign.build(name, source), source)
+            except (UserError, ImportError) as e:
+                parser.error(f"{source} cannot be had: {e}; --help says what to install")
             result = compare(name, source, live, size)
             del live
         jax.clear_caches()

@@ -5,6 +5,7 @@ python -m tests.models.make_reference [FAMILY or network of Keras ...]
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -13,9 +14,15 @@ import numpy as np
 from tests.models import cases, foreign
 
 
-def main(wanted: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
+    known = [*cases.CASES, *cases.KERAS]
+    parser = argparse.ArgumentParser(prog="python -m tests.models.make_reference")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(known)}; all if not given")
+    wanted = parser.parse_args(argv).names
+    if strangers := sorted(set(wanted) - set(known)):
+        parser.error(f"unknown: {', '.join(strangers)}; known: {', '.join(known)}")
     cases.FOLDER.mkdir(exist_ok=True)
-    for name in wanted or [*cases.CASES, *cases.KERAS]:
+    for name in wanted or known:
         path = cases.FOLDER / f"{name}.npz"
         if name in cases.KERAS:
             weights = foreign.build(name, "keras").weights
@@ -26,4 +33,4 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from flax_cnns import pytree, registry
+from flax_cnns.errors import UserError
 from flax_cnns.registry import create_model, init_variables
 from flax_cnns.weights import convert, rules
 from flax_cnns.weights import resnet as resnet_rules
-from tests.models import cases, foreign
+from tests import parity
+from tests.models import cases, foreign, make_reference
 
 WITH_SOURCE = sorted(
     family.__name__.rpartition(".")[2]
@@ -97,3 +99,20 @@ def test_cifar_resnet20_out_of_torchvisions_blocks():
     variables = rules.fit(rules.apply(*given), shapes, "cifar_resnet20")
     got = np.asarray(jax.jit(model.apply)(variables, x))
     cases.check(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))
+
+
+@pytest.mark.parametrize("error", [UserError("no torch"), ModuleNotFoundError("no torch")])
+def test_a_library_that_is_not_installed_is_one_line(error, monkeypatch, tmp_path, capsys):
+    def build(name, source):
+        raise error
+
+    monkeypatch.setattr(foreign, "build", build)
+    with pytest.raises(SystemExit, match="2"):
+        parity.main(["alexnet", "--results", str(tmp_path / "parity.json")])
+    assert "torchvision cannot be had: no torch; --help says" in capsys.readouterr().err
+
+
+def test_make_reference_names_what_it_knows(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_reference.main(["vgg11"])
+    assert "unknown: vgg11; known: " in capsys.readouterr().err
