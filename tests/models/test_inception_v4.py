@@ -175,29 +175,29 @@ def test_dropout_of_a_fifth_before_the_head_in_training_only(train):
     assert seen == [(0.2, True, (2, 1536)), (0.2, not train, (2, 1536))]
 
 
-def first_values(path, **fields):
-    """One leaf of the parameters; what makes the others is never compiled."""
+def first_values(*paths, **fields):
+    """Some leaves of the parameters; what makes the others is never compiled."""
     model = create_model("inception_v4", **fields)
 
     @jax.jit
-    def leaf(key):
-        return pytree.flatten(model.init(key, jnp.zeros((1, 75, 75, 3)))["params"])[path]
+    def leaves(key):
+        flat = pytree.flatten(model.init(key, jnp.zeros((1, 75, 75, 3)))["params"])
+        return [flat[path] for path in paths]
 
-    return np.asarray(leaf(jax.random.key(0)))
+    return map(np.asarray, leaves(jax.random.key(0)))
 
 
 def test_first_values():
-    path = "reduction_a/branch2/conv2/kernel"  # 3x3, 192 to 224
-    paper = first_values(path, init="paper")
+    paths = "reduction_a/branch2/conv2/kernel", "head/kernel"  # 3x3, 192 to 224
+    paper, head = first_values(*paths, init="paper")
     assert paper.shape == (3, 3, 192, 224)
     std = np.sqrt(2 / (9 * 192))
     np.testing.assert_allclose(paper.std(), std, rtol=0.01)
     assert np.abs(paper).max() <= 2 * std / 0.8796  # cut, then scaled to that deviation
-    he = first_values(path)
+    np.testing.assert_allclose(head.std(), np.sqrt(2 / (1536 + 1000)), rtol=0.01)
+    he, head = first_values(*paths)
     np.testing.assert_allclose(he.std(), np.sqrt(2 / (9 * 224)), rtol=0.01)
-    for init, std in (("paper", np.sqrt(2 / (1536 + 1000))), ("he", 1536**-0.5)):
-        head = first_values("head/kernel", init=init)
-        np.testing.assert_allclose(head.std(), std, rtol=0.01)
+    np.testing.assert_allclose(head.std(), 1536**-0.5, rtol=0.01)
 
 
 def test_the_mean_leaves_the_padding_out():
