@@ -27,12 +27,39 @@ def tensors(case):
 
 def test_convolutions_go_from_oihw_to_hwio_and_the_head_has_as_many_classes(tensors):
     flat = pytree.flatten(convert("squeezenet1_1", tensors, "torchvision"))
-    for ours, theirs in [("conv1", "features.0"), ("fire2/expand3x3", "features.3.expand3x3")]:
+    for ours, theirs in [
+        ("conv1/conv", "features.0"),
+        ("fire2/expand3x3/conv", "features.3.expand3x3"),
+    ]:
         expected = tensors[f"{theirs}.weight"].transpose(2, 3, 1, 0)
         np.testing.assert_array_equal(flat[f"params/{ours}/kernel"], expected)
         np.testing.assert_array_equal(flat[f"params/{ours}/bias"], tensors[f"{theirs}.bias"])
     assert flat["params/head/kernel"].shape == (1, 1, 512, 10)
     assert all(leaf.flags.c_contiguous and leaf.dtype == np.float32 for leaf in flat.values())
+
+
+def test_without_classes_the_head_is_left_out(tensors):
+    variables = convert("squeezenet1_1", tensors, "torchvision", num_classes=None)
+    assert "head" not in variables["params"]
+    assert len(variables["params"]) == 9
+
+
+@pytest.mark.oracle
+def test_tensors_of_pytorch_that_need_a_gradient_or_are_bfloat16(tensors):
+    torch = pytest.importorskip("torch")
+    live = {k: torch.nn.Parameter(torch.from_numpy(v).bfloat16()) for k, v in tensors.items()}
+    flat = pytree.flatten(convert("squeezenet1_1", live, "torchvision"))
+    expected = pytree.flatten(convert("squeezenet1_1", tensors, "torchvision"))
+    for path, leaf in flat.items():
+        np.testing.assert_allclose(leaf, expected[path], rtol=0.01, err_msg=path)
+
+
+def test_a_dense_layer_of_other_maps():
+    given = {"fc.weight": np.zeros((7, 61))}
+    with pytest.raises(UserError, match=r"wrong shapes: 'fc.weight' is \(7, 61\), which is none"):
+        rules.apply(
+            [("fc", "fc6", rules.flattened(5))], given, "timm", ["params/fc6/kernel"], "net"
+        )
 
 
 def test_a_dense_layer_behind_flattened_maps():
@@ -107,15 +134,27 @@ def test_every_tensor_of_keras_has_its_place(name, pairs, first):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t | {"extra.weight": np.zeros(3)}, "extra.weight of the tensors given have no"),
-        (lambda t: t | {"features.0.beta": np.zeros(3)}, "features.0.beta of the tensors given"),
-        (lambda t: t | {"features.0.running_var": np.ones(64)}, "belongs at 'batch_stats/conv1/va"),
-        (lambda t: {k: v for k, v in t.items() if k != "features.0.bias"}, "for params/conv1/bias"),
+        (lambda t: t | {"extra.weight": np.zeros(3)}, "no place for extra.weight"),
+        (lambda t: t | {"features.0.beta": np.zeros(3)}, "no place for features.0.beta"),
+        (
+            lambda t: t | {"features.0.running_var": np.ones(64)},
+            "belongs at 'batch_stats/conv1/conv/",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if k != "features.0.bias"},
+            "for params/conv1/conv/bias",
+        ),
         (
             lambda t: t | {"features.0.bias": np.zeros(3)},
-            r"wrong shapes: params/conv1/bias \(3,\) in place of \(64,\)",
+            r"wrong shapes: params/conv1/conv/bias \(3,\) in place of \(64,\)",
         ),
-        (lambda t: {}, "no tensor was given for params/conv1/bias, .* and 47 more"),
+        (
+            lambda t: t | {"features.0.weight": np.zeros((64, 3, 3))},
+            r"wrong shapes: params/conv1/conv/kernel \(64, 3, 3\) in place of \(3, 3, 3, 64\)",
+        ),
+        (lambda t: {f"module.{k}": v for k, v in t.items()}, "; take 'module.', which Data"),
+        (lambda t: list(t), r"mapping of names to arrays \(model.state_dict\(\)\), got list"),
+        (lambda t: {}, "no tensor was given for params/conv1/conv/bias, .* and 47 more"),
     ],
 )
 def test_tensors_that_do_not_fit(tensors, change, message):
@@ -141,7 +180,7 @@ def test_unknown_sources():
         UserError, match=r"vgg16 from timm: expected tensors of torchvision or keras"
     ):
         convert("vgg16", {}, "timm")
-    with pytest.raises(UserError, match=r"lenet5 from keras: .* no independent counterpart"):
+    with pytest.raises(UserError, match="lenet5 from keras: no other library has"):
         convert("lenet5", {}, "keras")
     with pytest.raises(UserError, match="unknown model 'vgg61'; did you mean"):
         convert("vgg61", {}, "keras")

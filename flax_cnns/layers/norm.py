@@ -12,6 +12,7 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, Dtype, ModuleDef
 
 NORMS = ("batch", "group", "none")
+_GROUP = 16  # channels
 
 
 def make_norm(
@@ -36,7 +37,7 @@ def make_norm(
     `"none"`: nothing, called alike.
     `scale=False` leaves out gamma, the trainable scale.
 
-    Raises `UserError` for an unknown name.
+    Raises `UserError` for an unknown name, and when called for channels that 16 does not divide.
     """
     if norm == "batch":
         return partial(
@@ -51,9 +52,9 @@ def make_norm(
         )
     if norm == "group":
         return partial(
-            nn.GroupNorm,
+            GroupNorm,
             num_groups=None,
-            group_size=16,
+            group_size=_GROUP,
             epsilon=epsilon,
             use_scale=scale,
             dtype=dtype,
@@ -62,6 +63,18 @@ def make_norm(
     if norm == "none":
         return NoNorm
     raise UserError(f"unknown norm {norm!r}{did_you_mean(norm, NORMS)}")
+
+
+class GroupNorm(nn.GroupNorm):
+    """Raises `UserError` where the channels are not whole groups."""
+
+    def __call__(self, x: Array) -> Array:
+        if x.shape[-1] % self.group_size:
+            raise UserError(
+                f'expected norm="batch" or "none", got "group": its {self.group_size} channels do '
+                f"not divide the {x.shape[-1]} of {'/'.join(self.path)}"
+            )
+        return super().__call__(x)
 
 
 class NoNorm(nn.Module):

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax.nn.initializers import constant
 
 from flax_cnns import layers
-from flax_cnns.errors import UserError
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -151,11 +150,6 @@ class GoogLeNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         # Where each max pooling of 3x3 sees two pixels at least.
         layers.check_images(images, self.input_size, 31 if self.pool4 == 3 else 15)
-        if self.norm == "group":
-            raise UserError(
-                'expected norm="batch" or "none", got "group": its 16 channels do not divide the '
-                "widths of 24"
-            )
         given = dict(
             param_dtype=self.param_dtype,
             kernel_init=layers.initializer(self.kernel_init, paper=layers.caffe_xavier),

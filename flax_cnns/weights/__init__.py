@@ -23,8 +23,8 @@ def convert(
     `tensors` maps the source's names to arrays in its own order: a state dict (`source` is
     "torchvision" or "timm"), or `{w.path: w.numpy() for w in model.weights}` ("keras", whatever
     number its automatic names begin with). `model_info(model_name).sources` lists what a network
-    takes. The head has as many classes as the tensors; `fields` are further ones of the network.
-    Arrays are copies in NumPy, laid out as ours.
+    takes. The head has as many classes as the tensors, or is left out with `num_classes=None`;
+    `fields` are the network's. Arrays are copies in NumPy, laid out as ours.
 
     Raises `UserError` for an unknown name or source, for a tensor that is not used (unless the
     rules name it so), and for one that is missing or of another shape.
@@ -32,12 +32,20 @@ def convert(
     info = model_info(model_name)
     what = f"{model_name} from {source}"
     if source not in info.sources:
-        known = " or ".join(info.sources) or "no other library: it has no independent counterpart"
-        raise UserError(f"{what}: expected tensors of {known}")
+        if not info.sources:
+            raise UserError(f"{what}: no other library has this network")
+        raise UserError(f"{what}: expected tensors of {' or '.join(info.sources)}")
     table = importlib.import_module(f"flax_cnns.weights.{info.family}").TABLES[source]
     model = create_model(model_name, **fields)
     paths = pytree.flatten(_shapes(model))
-    found = _rules.apply(table(model) if callable(table) else table, tensors, source, paths, what)
+    found = _rules.apply(
+        table(model) if callable(table) else table,
+        tensors,
+        source,
+        paths,
+        what,
+        headless=model.num_classes is None,
+    )
     kernel = found.get("params/head/kernel")
     if "num_classes" not in fields and kernel is not None:
         model = create_model(model_name, **fields, num_classes=int(kernel.shape[-1]))

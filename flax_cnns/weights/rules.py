@@ -53,7 +53,16 @@ def flattened(channels: int) -> Layout:
 
 def _torch_layout(kernel: np.ndarray) -> np.ndarray:
     """[out in kh kw] -> [kh kw in out], [out in] -> [in out]."""
-    return kernel.transpose((2, 3, 1, 0) if kernel.ndim == 4 else (1, 0))
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}
+    return kernel.transpose(axes[kernel.ndim]) if kernel.ndim in axes else kernel
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Of NumPy, JAX, Keras or PyTorch, a parameter or bfloat16 included."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return np.asarray(tensor)
 
 
 def _keras_layout(kernel: np.ndarray) -> np.ndarray:
@@ -86,14 +95,32 @@ _STYLES = {  # source: (what is between module and leaf, leaves, layout of kerne
 }
 
 
+_HOW = {
+    "torchvision": "model.state_dict()",
+    "timm": "model.state_dict()",
+    "keras": "{w.path: w.numpy() for w in model.weights}",
+}
+
+
 def apply(
-    rules: Rules, tensors: Mapping[str, Any], source: str, paths: Iterable[str], what: str
+    rules: Rules,
+    tensors: Mapping[str, Any],
+    source: str,
+    paths: Iterable[str],
+    what: str,
+    *,
+    headless: bool = False,
 ) -> dict[str, np.ndarray]:
     """{our path: array in our layout} of all tensors that are used; `paths` are all of ours.
 
-    Raises `UserError`, beginning with `what`, where no rule knows a tensor, where it has no place,
-    or where two have the same one.
+    `headless`: those of heads are left out. Raises `UserError`, beginning with `what`, where no
+    rule knows a tensor, where it has no place, or where two have the same one.
     """
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise UserError(
+            f"{what}: expected a mapping of names to arrays ({_HOW[source]}), "
+            f"got {type(tensors).__name__}"
+        )
     paths, rules = set(paths), list(rules)
     dot, leaves, default = _STYLES[source]
     names = renumber(tensors) if source == "keras" else {name: name for name in tensors}
@@ -110,6 +137,8 @@ def apply(
         if rule[1] is UNUSED or leaves[leaf] is UNUSED:
             continue
         ours = rule[1](match) if callable(rule[1]) else match.expand(rule[1])
+        if headless and ours.startswith(("head", "aux")):
+            continue
         places = [place.format(ours) for place in leaves[leaf]]
         place = next((place for place in places if place in paths), None)
         if place is None:
@@ -119,11 +148,22 @@ def apply(
             )
         if place in found:
             raise UserError(f"{what}: {origin[place]!r} and {original!r} both belong at {place!r}")
-        array = np.asarray(tensors[original])
+        array = _array(tensors[original])
         layout = rule[2] if len(rule) > 2 else default
-        found[place], origin[place] = (layout(array) if array.ndim > 1 else array), original
+        try:
+            found[place] = layout(array) if array.ndim > 1 else array
+        except ValueError:
+            raise UserError(
+                f"{what}: wrong shapes: {original!r} is {array.shape}, which is none for {place!r}"
+            ) from None
+        origin[place] = original
     if strangers:
-        raise UserError(f"{what}: {some(strangers)} of the tensors given have no place in it")
+        hint = ""
+        if all(name.startswith("module.") for name in tensors):
+            hint = "; take 'module.', which DataParallel puts before all names, away"
+        elif source == "keras" and not any("/" in name for name in tensors):
+            hint = f"; expected {_HOW[source]}"
+        raise UserError(f"{what}: no place for {some(strangers)}{hint}")
     return found
 
 

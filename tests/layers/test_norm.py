@@ -51,6 +51,11 @@ def test_group_norm_normalises_sixteen_channels_of_each_image_and_keeps_nothing(
     np.testing.assert_allclose(groups.var((1, 2, 4)), 1, atol=1e-4)
 
 
+def test_group_norm_of_channels_that_are_no_whole_groups():
+    with pytest.raises(UserError, match='expected norm="batch" or "none", got "group": its 16'):
+        make_norm("group", train=True)().init(jax.random.key(0), X[..., :24])
+
+
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_without_scale_there_is_no_gamma(kind):
     norm = make_norm(kind, train=True, scale=False)()

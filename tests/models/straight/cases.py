@@ -1,6 +1,7 @@
 """The networks that are compared with a second forward pass in NumPy, and how."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
 CASES = [
+    Case("lenet5", lenet.lenet5, 32),
     Case("lenet5_original", lenet.lenet5_original, 32),
     Case("alexnet_2gpu", alexnet.alexnet_2gpu, 227, NARROW, 30),
     Case("alexnet_single_tower", alexnet.alexnet_single_tower, 227, NARROW, 30),
@@ -74,6 +76,17 @@ MORE = [
     Case("simpnet_9m", simpnet.simpnet, 12),
     Case("squeezenet1_1_c10", squeezenet.squeezenet1_1, 33),
     Case("simpnet_slim_600k", simpnet.simpnet, 12),
+    *(
+        Case(name, partial(vgg.cifar_vgg, depths=depths), 64, WIDTHS)
+        for column, depths in {
+            "vgg11": (1, 1, 2, 2, 2),  # A
+            "vgg13": (2, 2, 2, 2, 2),  # B
+            "vgg16": (2, 2, 3, 3, 3),  # D
+            "vgg19": (2, 2, 4, 4, 4),  # E
+        }.items()
+        for name in (f"cifar_{column}", f"cifar_{column}_bn")
+        if name != "cifar_vgg11_bn"
+    ),
     Case("googlenet_2014_aux", googlenet.googlenet_2014, 64, {}, 30),
     Case("googlenet_bn_5x5_aux", googlenet.googlenet_bn_5x5, 80),
 ]

@@ -21,6 +21,19 @@ def subsample(p, name, x):
     return squash(p[f"params/{name}/coefficient"] * total + p[f"params/{name}/bias"])
 
 
+def lenet5(p, x):
+    """The layout of the lectures: every map sees all, plain means, tanh, a linear output."""
+
+    def mean(x):
+        return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+    x = mean(np.tanh(conv(x, p["params/c1/kernel"], p["params/c1/bias"])))  # 6@28x28, 6@14x14
+    x = mean(np.tanh(conv(x, p["params/c3/kernel"], p["params/c3/bias"])))  # 16@10x10, 16@5x5
+    x = np.tanh(conv(x, p["params/c5/kernel"], p["params/c5/bias"]))  # 120@1x1
+    x = np.tanh(dense(flatten(x), p["params/f6/kernel"], p["params/f6/bias"]))
+    return dense(x, p["params/head/kernel"], p["params/head/bias"])
+
+
 def lenet5_original(p, x):
     """`p` has the bitmaps of the output too: "codes" [10 84], +1 and -1."""
     x = squash(conv(x, p["params/c1/sums/kernel"], p["params/c1/sums/bias"]))  # C1 6@28x28

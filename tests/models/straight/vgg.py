@@ -117,3 +117,15 @@ def cifar_vgg11_bn(p, x):
     x = relu(bn(p, "stage5/norm2", conv3(p, "stage5/conv2", x)))
     x = max_pool(x, 2, 2)
     return dense(x.mean(axis=(1, 2)), p["params/head/kernel"], p["params/head/bias"])
+
+
+def cifar_vgg(p, x, depths):
+    """Any column: `depths` are its convolutions in each stage; BatchNorm where `p` has it."""
+    for i, depth in enumerate(depths, 1):
+        for j in range(1, depth + 1):
+            x = conv3(p, f"stage{i}/conv{j}", x)
+            if f"params/stage{i}/norm{j}/scale" in p:
+                x = bn(p, f"stage{i}/norm{j}", x)
+            x = relu(x)
+        x = max_pool(x, 2, 2)
+    return dense(x.mean(axis=(1, 2)), p["params/head/kernel"], p["params/head/bias"])
