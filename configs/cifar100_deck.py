@@ -21,7 +21,7 @@ def get_config(mode: str = "") -> ConfigDict:
     common.check_mode(mode, "smoke")
     config = common.get_config()
     config.model.name = "deck003_cifar100_example"
-    config.model.kernel_init = "paper"
+    config.model.init = "paper"
     config.data.name = "cifar100"
     config.data.batch_size = 32
     config.optimizer.name = "adam"
