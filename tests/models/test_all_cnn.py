@@ -12,6 +12,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import all_cnn
 from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
 
 # Window, input and output channels, and the side of the output for 32x32; all have biases.
 LAST = [(3, 192, 192, 6), (1, 192, 192, 6)]
@@ -91,19 +92,6 @@ def test_padded_everywhere_it_averages_over_8x8():
     assert round(whole.macs / 1e9, 4) == 0.2812
     assert whole.params == COUNTS["all_cnn_c"]
     assert cost(model, (1, 1, 1, 3)).layers[-1].output_shape == (1, 1, 1, 10)
-
-
-def captured(name, size, **fields):
-    model = create_model(name, **fields)
-
-    def run():
-        images = jnp.zeros((2, size, size, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
 
 
 @pytest.mark.parametrize("form", all_cnn.FORMS)

@@ -13,6 +13,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import highway
 from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
 
 # The paper's table 2: layers, parameters in millions. The stages: width, window of every layer (of
 # the 19 layers from the released file, of the 32 ours), side of the maps of a 32x32 image.
@@ -64,19 +65,6 @@ def test_count_and_shape_of_every_layer_of_the_release():
         "last/conv": 12_900,
         "head": 1_010,
     }
-
-
-def captured(name, size, **fields):
-    model = create_model(name, **fields)
-
-    def run():
-        images = jnp.zeros((2, size, size, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import inception_resnet
 from flax_cnns.registry import create_model, model_info
 from tests.models import foreign
+from tests.models.captured import captured as captured_of
 
 NAMES = ("inception_resnet_v2", "keras_inception_resnet_v2")
 
@@ -95,17 +96,7 @@ def test_cost_of_each_part(name, per_norm, published):
     assert sum(macs for _, macs in expected.values()) == pytest.approx(13.18e9, rel=3e-3)
 
 
-def captured(size, **fields):
-    model = create_model("inception_resnet_v2", **fields)
-
-    def run():
-        images = jnp.zeros((2, size, size, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+captured = partial(captured_of, "inception_resnet_v2")
 
 
 @pytest.mark.parametrize(

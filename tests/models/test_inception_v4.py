@@ -16,6 +16,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import inception_v4
 from flax_cnns.registry import create_model, model_info
 from tests.models import foreign
+from tests.models.captured import captured as captured_of
 
 # Figures 3 to 8: (height, width, in, out) of each convolution and the side of its output.
 STEM = {
@@ -93,17 +94,7 @@ def test_cost_of_each_part():
     assert measured == expected | {"head": (HEAD + 1000, HEAD)}
 
 
-def captured(size, **fields):
-    model = create_model("inception_v4", **fields)
-
-    def run():
-        images = jnp.zeros((2, size, size, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+captured = partial(captured_of, "inception_v4")
 
 
 @pytest.mark.parametrize(

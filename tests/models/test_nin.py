@@ -12,6 +12,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import nin
 from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
 
 # The released files: window, input and output channels of every convolution, all with biases, and
 # the side of its output for the released input.
@@ -56,19 +57,6 @@ def test_count_and_cost_of_every_layer_by_hand(name):
     assert model_info(name).params == sum(params for _, params, _ in expected) == COUNTS[name]
     if name == "nin_cifar10":
         assert round(whole.macs / 1e9, 4) == 0.2225
-
-
-def captured(name, size, **fields):
-    model = create_model(name, **fields)
-
-    def run():
-        images = jnp.zeros((2, size, size, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from flax_cnns import pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import resnet
 from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
 
 # torchvision 0.28.0, ResNet*_Weights.IMAGENET1K_V1.meta["num_params"]
 PUBLISHED = {
@@ -29,19 +30,6 @@ def test_published_count(name):
 
 def test_every_variant_is_counted():
     assert set(PUBLISHED) == set(resnet.VARIANTS)
-
-
-def captured(name, size, **fields):
-    model = create_model(name, **fields)
-
-    def run():
-        images = jnp.zeros((2, size, size, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
 
 
 @pytest.mark.parametrize(("name", "expansion"), [("resnet18", 1), ("resnet50", 4)])

@@ -14,6 +14,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import vgg
 from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
 
 # Table 1 as (window, in, out) of each convolution.
 A = [
@@ -124,19 +125,6 @@ def test_each_layer_of_d():
 )
 def test_published_macs(name, gmacs):
     assert cost(create_model(name)).macs / 1e9 == pytest.approx(gmacs, abs=5e-4)
-
-
-def captured(name, height, width, **fields):
-    model = create_model(name, **fields)
-
-    def run():
-        images = jnp.zeros((2, height, width, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
 
 
 @pytest.mark.parametrize("name", ["vgg11_lrn", "vgg16_c", "vgg19_bn"])
