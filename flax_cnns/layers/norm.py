@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, Dtype, ModuleDef
 
-NORMS = ("batch", "group", "none")
+NORMS = ("batch", "group", "layer", "none")
 _GROUP = 16  # channels
 
 
@@ -34,6 +34,8 @@ def make_norm(
     variance is the biased one, where PyTorch keeps the unbiased. Statistics are float32 whatever
     `dtype` is.
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
+    `"layer"`: Ba, Kiros & Hinton 2016 as Wu & He 2018 take it for maps (their equation 4): mean and
+    variance over H, W and C of each image, that is one group; gamma and beta per channel.
     `"none"`: nothing, called alike.
     `scale=False` leaves out gamma, the trainable scale.
 
@@ -60,6 +62,15 @@ def make_norm(
             dtype=dtype,
             param_dtype=param_dtype,
         )
+    if norm == "layer":
+        return partial(
+            nn.GroupNorm,
+            num_groups=1,
+            epsilon=epsilon,
+            use_scale=scale,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
     if norm == "none":
         return NoNorm
     raise UserError(f"unknown norm {norm!r}{did_you_mean(norm, NORMS)}")
@@ -71,7 +82,7 @@ class GroupNorm(nn.GroupNorm):
     def __call__(self, x: Array) -> Array:
         if x.shape[-1] % self.group_size:
             raise UserError(
-                f'expected norm="batch" or "none", got "group": its {self.group_size} channels do '
+                f'expected norm="batch", "layer" or "none", got "group": its {self.group_size} channels do '
                 f"not divide the {x.shape[-1]} of {'/'.join(self.path)}"
             )
         return super().__call__(x)

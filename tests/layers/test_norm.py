@@ -52,11 +52,32 @@ def test_group_norm_normalises_sixteen_channels_of_each_image_and_keeps_nothing(
 
 
 def test_group_norm_of_channels_that_are_no_whole_groups():
-    with pytest.raises(UserError, match='expected norm="batch" or "none", got "group": its 16'):
+    with pytest.raises(
+        UserError, match='expected norm="batch", "layer" or "none", got "group": its 16'
+    ):
         make_norm("group", train=True)().init(jax.random.key(0), X[..., :24])
 
 
-@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_layer_norm_of_maps_is_over_height_width_and_channels_of_each_image():
+    norm = make_norm("layer", train=True, axis_name="batch")()
+    x = X[..., :24]  # any width
+    variables = norm.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (24,), "bias": (24,)}}
+    gamma, beta = np.arange(24.0), np.arange(24.0)[::-1]
+    y = norm.apply({"params": {"scale": gamma, "bias": beta}}, x)
+    mean, var = (f((1, 2, 3), keepdims=True) for f in (x.mean, x.var))
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * gamma + beta, atol=1e-4)
+
+
+def test_layer_norm_of_bfloat16_maps_has_float32_statistics_and_parameters():
+    norm = make_norm("layer", train=True, dtype=jnp.bfloat16)()
+    y, variables = norm.init_with_output(jax.random.key(0), X + 1000)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(np.asarray(y, np.float32).std((1, 2, 3)), 1, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group", "layer"])
 def test_without_scale_there_is_no_gamma(kind):
     norm = make_norm(kind, train=True, scale=False)()
     y, variables = norm.init_with_output(jax.random.key(0), X)
