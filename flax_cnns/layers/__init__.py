@@ -1,6 +1,7 @@
 """The parts that networks share. A layer knows no network."""
 
 from flax_cnns.layers.conv import Conv
+from flax_cnns.layers.drop_path import Drop, drop_rates, make_drops, make_key, pick, residual, skips
 from flax_cnns.layers.initializers import (
     caffe_xavier,
     gaussian,
@@ -20,6 +21,7 @@ __all__ = [
     "CifarStem",
     "Conv",
     "ConvUnit",
+    "Drop",
     "ImageNetStem",
     "MaxPool",
     "SAFPool",
@@ -28,12 +30,18 @@ __all__ = [
     "avg_pool",
     "caffe_xavier",
     "check_images",
+    "drop_rates",
     "gaussian",
     "global_avg_pool",
     "he",
     "head_initializer",
     "initializer",
     "local_response_norm",
+    "make_drops",
+    "make_key",
     "make_norm",
     "max_pool",
+    "pick",
+    "residual",
+    "skips",
 ]
