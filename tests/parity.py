@@ -83,9 +83,11 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / spread(theirs))
 
 
-def disturb(tensors: Mapping[str, np.ndarray], name: str, source: str) -> dict[str, np.ndarray]:
+def disturb(
+    tensors: Mapping[str, np.ndarray], name: str, source: str, gain: float = 2.0
+) -> dict[str, np.ndarray]:
     """The same with another draw of one of them."""
-    return {**tensors, name: foreign.redraw(f"again.{name}", tensors[name].shape, source)}
+    return {**tensors, name: foreign.redraw(f"again.{name}", tensors[name].shape, source, gain)}
 
 
 def compare(
@@ -106,11 +108,9 @@ def compare(
     apply = jax.jit(model.apply)
     ours = np.asarray(apply(variables, x))
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    # A kernel: beside the outputs of deep residual networks of random weights a bias is nothing.
     used = used_tensors(name, source, live.tensors, fields)
-    kernels = [key for key in used if live.tensors[key].ndim > 1]
-    victim = kernels[zlib.crc32(name.encode()) % len(kernels)]
-    tensors = disturb(live.tensors, victim, source)
+    victim = used[zlib.crc32(name.encode()) % len(used)]
+    tensors = disturb(live.tensors, victim, source, foreign.gain(name))
     wrong = np.asarray(apply(convert(name, tensors, source, **fields), x))
     return Result(
         name=name,
@@ -137,7 +137,9 @@ def compare_numpy(case: Case) -> Result:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     used = [path for path in tensors if "/aux" not in path]
     victim = used[zlib.crc32(case.name.encode()) % len(used)]
-    wrong = np.asarray(apply(pytree.unflatten(disturb(tensors, victim, "keras")), x))
+    wrong = np.asarray(
+        apply(pytree.unflatten(disturb(tensors, victim, "keras", foreign.gain(case.name))), x)
+    )
     return Result(
         name=case.name,
         source="NumPy",
@@ -229,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             size = create_model(name).input_size[0]
             try:
-                live = foreign.load(foreign.build(name, source), source)
+                live = foreign.load(foreign.build(name, source), source, foreign.gain(name))
             except (UserError, ImportError) as e:
                 parser.error(f"{source} cannot be had: {e}; --help says what to install")
             result = compare(name, source, live, size)

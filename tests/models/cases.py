@@ -177,7 +177,8 @@ def _batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def theirs(case: Case) -> tuple[dict[str, np.ndarray], Outputs]:
     """The tensors and what the live network makes of them."""
     model = foreign.build(case.name, case.source) if case.build is None else case.build()
-    live, (x, labels) = foreign.load(model, case.source), _batch(case)
+    live = foreign.load(model, case.source, foreign.gain(case.name))
+    x, labels = _batch(case)
     logits = foreign.logits(live, x, case.source)
     if not case.train:
         return live.tensors, Outputs(logits)
@@ -240,9 +241,11 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], outputs: Outputs) -> Non
     np.savez_compressed(path, shapes=json.dumps(shapes), logits=outputs.logits, **step)
 
 
-def load(path: Path, source: str) -> tuple[dict[str, np.ndarray], Outputs]:
+def load(path: Path, source: str, gain: float = 2.0) -> tuple[dict[str, np.ndarray], Outputs]:
     with np.load(path) as kept:
         shapes = json.loads(str(kept["shapes"]))
         step = (float(kept["loss"]), kept["leaves"]) if "loss" in kept else ()
         outputs = Outputs(kept["logits"], *step)
-    return {n: foreign.redraw(n, tuple(shape), source) for n, shape in shapes.items()}, outputs
+    return {
+        n: foreign.redraw(n, tuple(shape), source, gain) for n, shape in shapes.items()
+    }, outputs

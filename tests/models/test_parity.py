@@ -28,7 +28,9 @@ def test_every_family_with_an_independent_implementation_has_a_case():
 @pytest.mark.parametrize("family", cases.CASES)
 def test_recorded(family):
     case = cases.CASES[family]
-    tensors, wanted = cases.load(cases.FOLDER / f"{family}.npz", case.source)
+    tensors, wanted = cases.load(
+        cases.FOLDER / f"{family}.npz", case.source, foreign.gain(case.name)
+    )
     got, apply = cases.ours(case, tensors)
     cases.check(got, wanted)
     # The same comparison, with one tensor of each kind drawn anew, fails.
@@ -39,7 +41,9 @@ def test_recorded(family):
             last[path.rpartition("/")[2]] = path  # deep in the network, where nothing can hide it
     for path in last.values():
         flat = pytree.flatten(variables)
-        flat[path] = foreign.redraw(f"again.{path}", flat[path].shape, "keras")
+        flat[path] = foreign.redraw(
+            f"again.{path}", flat[path].shape, "keras", foreign.gain(case.name)
+        )
         wrong = np.asarray(apply(pytree.unflatten(flat)))
         with pytest.raises(AssertionError):
             cases.check(cases.Outputs(wrong), cases.Outputs(wanted.logits))
@@ -51,7 +55,9 @@ def test_live(family):
     case = cases.CASES[family]
     pytest.importorskip("keras" if case.source == "keras" else "torch")
     tensors, wanted = cases.theirs(case)
-    recorded, outputs = cases.load(cases.FOLDER / f"{family}.npz", case.source)
+    recorded, outputs = cases.load(
+        cases.FOLDER / f"{family}.npz", case.source, foreign.gain(case.name)
+    )
     assert {n: a.shape for n, a in tensors.items()} == {n: a.shape for n, a in recorded.items()}
     np.testing.assert_allclose(outputs.logits, wanted.logits, rtol=1e-3)
     cases.check(cases.ours(case, tensors)[0], wanted)

@@ -102,7 +102,10 @@ def redrawn(case: Case) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
     model = create_model(case.name, input_size=(case.size, case.size, channels), **case.fields)
     shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
     leaves = pytree.flatten(shapes).items()
-    tensors = {path: foreign.redraw(path, leaf.shape, "keras") for path, leaf in leaves}
+    tensors = {
+        path: foreign.redraw(path, leaf.shape, "keras", foreign.gain(case.name))
+        for path, leaf in leaves
+    }
     for path in tensors:
         if path.endswith("gate/bias"):
             tensors[path] -= 2
