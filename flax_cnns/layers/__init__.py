@@ -12,8 +12,9 @@ from flax_cnns.layers.initializers import (
 from flax_cnns.layers.norm import local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 from flax_cnns.layers.saf import SAFPool
+from flax_cnns.layers.squeeze_excite import SqueezeExcite
 from flax_cnns.layers.stack import Stage
-from flax_cnns.layers.stem import CifarStem, ImageNetStem, check_images
+from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem, check_images
 from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "CifarStem",
     "Conv",
     "ConvUnit",
+    "DeepStem",
     "Drop",
     "ImageNetStem",
     "MaxPool",
     "SAFPool",
+    "SqueezeExcite",
     "Stage",
     "adaptive_avg_pool",
     "avg_pool",

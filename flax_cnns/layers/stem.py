@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 
@@ -37,12 +38,45 @@ class ImageNetStem(nn.Module):
     width: int
     conv: ModuleDef
     norm: ModuleDef
+    ceil: bool = False  # Caffe's pool: no padding, and its halving rounds down
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        pool = _stem_pool(x, self.ceil)
         x = self.conv(self.width, (7, 7), strides=2, padding=3, name="conv")(x)
-        x = nn.relu(self.norm(name="norm")(x))
-        return max_pool(x, 3, 2, padding=1)
+        return pool(nn.relu(self.norm(name="norm")(x)))
+
+
+class DeepStem(nn.Module):
+    """Three 3x3, the first with stride 2, in the place of the 7x7; then ImageNetStem's pool.
+
+    He et al. 2018, https://arxiv.org/abs/1812.01187, figure 2b: width/2, width/2 and width
+    channels, each behind a norm and a ReLU. [N H W C] -> [N H/4 W/4 width], rounded up.
+    """
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    ceil: bool = False  # Caffe's pool, as in ImageNetStem
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        pool = _stem_pool(x, self.ceil)
+        for i, width in enumerate((self.width // 2, self.width // 2, self.width), 1):
+            x = self.conv(width, (3, 3), strides=2 if i == 1 else 1, padding=1, name=f"conv{i}")(x)
+            x = nn.relu(self.norm(name=f"norm{i}")(x))
+        return pool(x)
+
+
+def _stem_pool(images: Array, ceil: bool) -> Callable[[Array], Array]:
+    """The 3x3/2 max pool behind a convolution of stride 2.
+
+    Raises `UserError` where Caffe's would have no window on these images.
+    """
+    if not ceil:
+        return partial(max_pool, window=3, stride=2, padding=1)
+    check_images(images, images.shape[1:], smallest=3)
+    return partial(max_pool, window=3, stride=2, ceil=True)
 
 
 class CifarStem(nn.Module):

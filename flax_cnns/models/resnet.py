@@ -1,8 +1,12 @@
-"""ResNet for ImageNet, table 1, in the form called v1.5: torchvision's.
+"""ResNet for ImageNet and its relatives: v1, v1.5, -D, plain, with each kind of shortcut.
 
-The paper strides on the first 1x1 of a bottleneck; v1.5 strides on its 3x3, which costs 4.1 in
-place of 3.8 GMACs (ResNet-50) and gains about half a percent. ResNet-18 and 34 are the paper's,
-with option B: projections where the shape changes.
+`resnet50` is table 1 of the paper in the form called v1.5, torchvision's: the paper strides on the
+first 1x1 of a bottleneck (`resnet50_v1`), v1.5 on its 3x3, which costs 4.1 in place of 3.9 GMACs
+and gains about half a percent. Shortcuts are option B (projections where the shape changes); the
+paper's own table 2 has ResNet-18 and 34 with option A, `resnet34_optA`. ResNet-200 is He et al.
+2016's, https://arxiv.org/abs/1603.05027, there with pre-activation; here it is the same stages of
+this file's block, as timm has it. ResNet-D: He et al. 2018, https://arxiv.org/abs/1812.01187. Keras
+has v1 with biases in front of its BatchNorms, `keras_resnet50`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -22,33 +27,84 @@ PAPER = Paper(
     year=2015,
     url="https://arxiv.org/abs/1512.03385",
 )
+# What the branch of a block is added to. x itself where its shape stays (but for C), else:
+SHORTCUTS = {
+    "A": "every stride-th pixel, zeros behind the channels that there are: no parameters",
+    "B": "a 1x1 projection",
+    "C": "a 1x1 projection, in all blocks",
+    "D": "a 1x1 projection, of means of 2x2 where the stride is 2 (ResNet-D, figure 2c)",
+    "3x3": "a projection, 3x3 where the stride is 2 (SENet-154)",
+    "none": "nothing: the plain networks",
+}
 
 
-def project(x: Array, width: int, stride: int, conv: ModuleDef, norm: ModuleDef) -> Array:
-    """Option B, called inside a block: x itself where the shape stays, else its 1x1 projection."""
-    if x.shape[-1] == width and stride == 1:
+def shortcut(
+    option: str, x: Array, width: int, stride: int, conv: ModuleDef, norm: ModuleDef
+) -> Array:
+    """Called inside a block: [N H W C] -> [N H/stride W/stride width] by one of `SHORTCUTS`.
+
+    Raises `UserError` for an unknown option, and where A would have to drop channels.
+    """
+    if option not in SHORTCUTS:
+        raise UserError(f"unknown shortcut {option!r}{did_you_mean(option, SHORTCUTS)}")
+    if x.shape[-1] == width and stride == 1 and option != "C":
         return x
-    x = conv(width, (1, 1), strides=stride, padding=0, name="projection")(x)
+    if option == "A":
+        if (more := width - x.shape[-1]) < 0:
+            raise UserError(f"shortcut A only adds channels: {x.shape[-1]} are more than {width}")
+        return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, more)))
+    if option == "D" and stride > 1:
+        x = layers.avg_pool(x, stride, stride, ceil=True)
+        stride = 1
+    k = 3 if option == "3x3" and stride > 1 else 1
+    x = conv(width, (k, k), strides=stride, padding=k // 2, name="projection")(x)
     return norm(name="projection_norm")(x)
 
 
+def add(
+    block: nn.Module, branch: Callable, x: Array, width: int, drop: layers.Drop | None
+) -> Array:
+    """The sum of a block's shortcut and its branch, or without shortcut the branch alone."""
+    if block.shortcut == "none":
+        return branch(block, x)
+    first = shortcut(block.shortcut, x, width, block.stride, block.conv, block.norm)
+    return layers.residual(first, branch, block, x, drop)
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
+    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up.
+
+    Raises `UserError` for groups: two 3x3 with groups would be one wide block (ResNeXt, section
+    3.3); and for a `base_width`.
+    """
 
     width: int
     conv: ModuleDef
     norm: ModuleDef
     stride: int = 1
+    shortcut: str = "B"
+    attention: ModuleDef | None = None
     zero_init: bool = False
+    groups: int = 1
+    base_width: int = 64
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+        if (self.groups, self.base_width) != (1, 64):
+            raise UserError(
+                f"groups and base_width are a bottleneck's: got {self.groups} and "
+                f"{self.base_width} for blocks of two 3x3; take those of resnet50"
+            )
         last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
-        y = self.conv(self.width, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
-        y = self.norm(name="norm2", scale_init=last)(y)
-        return nn.relu(project(x, self.width, self.stride, self.conv, self.norm) + y)
+
+        def branch(self, x: Array) -> Array:
+            y = self.conv(self.width, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
+            y = nn.relu(self.norm(name="norm1")(y))
+            y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
+            y = self.norm(name="norm2", scale_init=last)(y)
+            return y if self.attention is None else self.attention(name="se")(y)
+
+        return nn.relu(add(self, branch, x, self.width, drop))
 
 
 class Bottleneck(nn.Module):
@@ -58,37 +114,64 @@ class Bottleneck(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     stride: int = 1
+    shortcut: str = "B"
+    attention: ModuleDef | None = None
     zero_init: bool = False
+    groups: int = 1  # ResNeXt's cardinality
+    base_width: int = 64  # channels per group where width is 64
+    stride_first: bool = False  # on the 1x1, as the paper; else on the 3x3
+    first_reduction: int = 1  # conv1 is that much narrower than conv2 (SENet-154: 2)
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
         last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
-        y = self.conv(self.width, (1, 1), padding=0, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.width, (3, 3), strides=self.stride, padding=1, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(4 * self.width, (1, 1), padding=0, name="conv3")(y)
-        y = self.norm(name="norm3", scale_init=last)(y)
-        return nn.relu(project(x, 4 * self.width, self.stride, self.conv, self.norm) + y)
+
+        def branch(self, x: Array) -> Array:
+            inner = self.width * self.base_width // 64 * self.groups
+            first, second = (self.stride, 1) if self.stride_first else (1, self.stride)
+            narrow = inner // self.first_reduction
+            y = self.conv(narrow, (1, 1), strides=first, padding=0, name="conv1")(x)
+            y = nn.relu(self.norm(name="norm1")(y))
+            grouped = partial(self.conv, feature_group_count=self.groups)
+            y = grouped(inner, (3, 3), strides=second, padding=1, name="conv2")(y)
+            y = nn.relu(self.norm(name="norm2")(y))
+            y = self.conv(4 * self.width, (1, 1), padding=0, name="conv3")(y)
+            y = self.norm(name="norm3", scale_init=last)(y)
+            return y if self.attention is None else self.attention(name="se")(y)
+
+        return nn.relu(add(self, branch, x, 4 * self.width, drop))
 
 
 class ResNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
 
-    Any H and W; sizes round up at each of the five halvings. Raises `UserError` where C is not that
-    of `input_size`.
+    Any H and W; sizes round up at each halving, five on ImageNet's stems. Raises `UserError` where
+    C is not that of `input_size`, or where fields do not go together.
     """
 
     depths: Sequence[int]  # blocks per stage; the first stage keeps the size, the others halve it
     block: ModuleDef = Bottleneck
-    width: int = 64  # of the stem and the first stage; doubled from stage to stage
+    width: int = 64  # of the first stage; doubled from stage to stage
+    groups: int = 1  # of a bottleneck's 3x3: ResNeXt's cardinality
+    base_width: int = 64  # channels per group where width is 64: 128 is twice as wide inside
+    shortcut: str = "B"  # one of SHORTCUTS
+    attention: ModuleDef | None = None  # behind each branch: layers.SqueezeExcite
+    stem: ModuleDef = layers.ImageNetStem
+    stem_width: int | None = None  # None: width
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
     norm: str = "batch"
+    momentum: float = 0.9  # of the running statistics
+    epsilon: float = 1e-5
+    conv_bias: bool = False
     kernel_init: str | Callable = "he"
     # The last norm of each branch starts at 0, so that a block starts as the identity (Goyal et al.
     # 2017, section 5.1). Off, as in torchvision.
     zero_init: bool = False
+    dropout: float = 0.0  # of the pooled features
+    drop_path: float = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
@@ -98,38 +181,87 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
+        if self.shortcut == "none" and self.drop_path:
+            raise UserError("drop_path needs a shortcut: without, nothing is left of a block")
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
+        conv = partial(layers.Conv, use_bias=self.conv_bias, kernel_init=kernel_init, **types)
         norm = layers.make_norm(
             self.norm,
             train=train,
             axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            **types,
         )
-        x = layers.ImageNetStem(self.width, conv, norm, name="stem")(images)  # H/4
+        attention = self.attention and partial(self.attention, kernel_init=kernel_init, **types)
+        x = self.stem(self.stem_width or self.width, conv, norm, name="stem")(images)  # H/4
+        drops = layers.make_drops(self, self.depths, train)
+        conv = partial(conv, control_flow=layers.skips(self, train))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
-            block = partial(self.block, self.width * 2**i, norm=norm, zero_init=self.zero_init)
+            block = partial(
+                self.block,
+                self.width * 2**i,
+                norm=norm,
+                shortcut=self.shortcut,
+                attention=attention,
+                zero_init=self.zero_init,
+                groups=self.groups,
+                base_width=self.base_width,
+            )
             stride = 1 if i == 0 else 2
-            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x)
+            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         if self.num_classes is None:
             return x
         head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
         return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
 
 
-VARIANTS = {  # table 1
-    "resnet18": partial(ResNet, depths=(2, 2, 2, 2), block=BasicBlock),
-    "resnet34": partial(ResNet, depths=(3, 4, 6, 3), block=BasicBlock),
-    "resnet50": partial(ResNet, depths=(3, 4, 6, 3)),
-    "resnet101": partial(ResNet, depths=(3, 4, 23, 3)),
-    "resnet152": partial(ResNet, depths=(3, 8, 36, 3)),
+DEPTHS = {  # table 1; 200 in https://arxiv.org/abs/1603.05027
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
 }
-SOURCES = {name: ("torchvision",) for name in VARIANTS}
+BottleneckV1 = partial(Bottleneck, stride_first=True)
+_18 = partial(ResNet, depths=DEPTHS[18], block=BasicBlock)
+_34 = partial(ResNet, depths=DEPTHS[34], block=BasicBlock)
+_50, _101, _152, _200 = (partial(ResNet, depths=DEPTHS[n]) for n in (50, 101, 152, 200))
+_KERAS = dict(block=BottleneckV1, conv_bias=True, momentum=0.99, epsilon=1.001e-5)
+_D = dict(stem=layers.DeepStem, shortcut="D")
+VARIANTS = {
+    "resnet18": _18,
+    "resnet34": _34,
+    "resnet50": _50,
+    "resnet101": _101,
+    "resnet152": _152,
+    "resnet200": _200,
+    "resnet50_v1": partial(_50, block=BottleneckV1),
+    "resnet101_v1": partial(_101, block=BottleneckV1),
+    "resnet152_v1": partial(_152, block=BottleneckV1),
+    "resnet200_v1": partial(_200, block=BottleneckV1),
+    "keras_resnet50": partial(_50, **_KERAS),
+    "keras_resnet101": partial(_101, **_KERAS),
+    "keras_resnet152": partial(_152, **_KERAS),
+    "plain18": partial(_18, shortcut="none"),
+    "plain34": partial(_34, shortcut="none"),
+    "resnet34_optA": partial(_34, shortcut="A"),  # table 3
+    "resnet34_optC": partial(_34, shortcut="C"),
+    "resnet18d": partial(_18, **_D),
+    "resnet34d": partial(_34, **_D),
+    "resnet50d": partial(_50, **_D),
+    "resnet101d": partial(_101, **_D),
+    "resnet152d": partial(_152, **_D),
+    "resnet200d": partial(_200, **_D),
+}
+SOURCES = (
+    {f"resnet{n}": ("torchvision",) for n in (18, 34, 50, 101, 152)}
+    | {f"resnet{n}d": ("timm",) for n in DEPTHS}
+    | {"resnet200": ("timm",)}
+    | {f"keras_resnet{n}": ("keras",) for n in (50, 101, 152)}
+)

@@ -1,0 +1,45 @@
+"""Squeeze-and-excitation: channels weighed by what the whole image says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns.layers.initializers import he
+from flax_cnns.layers.pool import global_avg_pool
+from flax_cnns.types import Array, Dtype
+
+
+class SqueezeExcite(nn.Module):
+    """x times a gate in (0, 1) for each image and channel: [N H W C] -> [N H W C].
+
+    Hu et al. 2017, https://arxiv.org/abs/1709.01507, equations 2 to 4: means over the image, a
+    dense layer to C / reduction (`reduce`), ReLU, a dense layer back to C (`expand`), sigmoid.
+    Both have biases, as in the authors' networks.
+    """
+
+    reduction: int = 16  # r
+    divisor: int = 1  # C / r is rounded to a multiple of it, not 0: 8 in timm's SEModule
+    kernel_init: Callable = he
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels, d = x.shape[-1], self.divisor
+        inner = max(d, int(channels / self.reduction + d / 2) // d * d)
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                features,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        gate = dense(inner, "reduce")(global_avg_pool(x))  # [N H W C] -> [N C] -> [N C/r]
+        gate = nn.sigmoid(dense(channels, "expand")(nn.relu(gate)))
+        return x * gate[:, None, None].astype(x.dtype)
