@@ -18,6 +18,7 @@ from flax_cnns import model_info
 # ReLUs as large as it was; where branches are added up, each block would double it, and nobody
 # would see a bias behind fifty blocks.
 GAIN = {
+    "cifar_preact": 1.0,
     "cifar_resnet": 1.0,
     "preact_resnet": 1.0,
     "pyramidnet": 1.0,
@@ -70,12 +71,20 @@ class Live(NamedTuple):
 
 
 # Names of ours that are another one there, and how it is built.
-TIMM = {"inception_v3_noaux": "inception_v3"}
+TIMM = {
+    "inception_v3_noaux": "inception_v3",
+    "preact_resnet50": "resnetv2_50",
+    "preact_resnet101": "resnetv2_101",
+    "preact_resnet152": "resnetv2_152",
+}
 KERAS = {
     "vgg16": "VGG16",
     "vgg19": "VGG19",
     "keras_inception_v3": "InceptionV3",
     "keras_inception_resnet_v2": "InceptionResNetV2",
+    "keras_resnet50v2": "ResNet50V2",
+    "keras_resnet101v2": "ResNet101V2",
+    "keras_resnet152v2": "ResNet152V2",
 }
 TORCHVISION = {
     "googlenet_tv_aux": "googlenet",

@@ -1,0 +1,208 @@
+"""Pre-activation ResNets for ImageNet: norm and ReLU before each convolution, bare sums.
+
+The unit is the paper's "full pre-activation", figure 4 (e); all five orders are in cifar_preact.py.
+As in section 4's text the first block of a stage activates before it splits, so that its projection
+sees what its branch sees, and norm and ReLU follow the last sum; the stem has neither. We stride on
+the 3x3 as timm does, where the paper's ResNets stride on the first 1x1: 4.1 in place of 3.8 GMACs
+(50 layers). `resnetv2_*` are timm's names of the same networks.
+
+`keras_*` are Keras's: the last block of a stage strides (its shortcut takes every second pixel), so
+that each stage works on larger maps in all but its last block, here and there with a bias, and the
+stem's pooling sees zeros around the maps, which without a ReLU before it can be the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Identity Mappings in Deep Residual Networks",
+    authors="He, Zhang, Ren, Sun",
+    year=2016,
+    url="https://arxiv.org/abs/1603.05027",
+)
+
+
+class Stem(nn.Module):
+    """7x7/2, 3x3/2 max pool: [N H W C] -> [N H/4 W/4 width], rounded up."""
+
+    width: int
+    conv: ModuleDef
+    bias: bool
+    pad_zeros: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = self.conv(self.width, (7, 7), strides=2, padding=3, use_bias=self.bias, name="conv")
+        x = conv(x)
+        if self.pad_zeros:
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return layers.max_pool(x, 3, 2, padding=0 if self.pad_zeros else 1)
+
+
+class Bottleneck(nn.Module):
+    """1x1 narrows, 3x3 looks around, 1x1 widens: [N H W C] -> [N H/stride W/stride 4*width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    bias: bool = False  # of what is added up
+
+    @nn.compact
+    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+        projects = x.shape[-1] != 4 * self.width
+        shortcut = x
+        if projects:
+            x = nn.relu(self.norm(name="norm1")(x))  # for both ways
+            projection = self.conv(
+                4 * self.width,
+                (1, 1),
+                strides=self.stride,
+                padding=0,
+                use_bias=self.bias,
+                name="projection",
+            )
+            shortcut = projection(x)
+        elif self.stride > 1:
+            shortcut = layers.max_pool(x, 1, self.stride)
+
+        def branch(block: Bottleneck, x: Array) -> Array:
+            y = x if projects else nn.relu(block.norm(name="norm1")(x))
+            y = block.conv(block.width, (1, 1), padding=0, name="conv1")(y)
+            y = nn.relu(block.norm(name="norm2")(y))
+            y = block.conv(block.width, (3, 3), strides=block.stride, padding=1, name="conv2")(y)
+            y = nn.relu(block.norm(name="norm3")(y))
+            last = block.conv(4 * block.width, (1, 1), padding=0, use_bias=block.bias, name="conv3")
+            return last(y)
+
+        return layers.residual(shortcut, branch, self, x, drop)
+
+
+class LateStage(nn.Module):
+    """`layers.Stage`, unrolled, whose last block has the stride in place of the first."""
+
+    block: ModuleDef
+    conv: ModuleDef
+    depth: int
+    stride: int = 1
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, drops: layers.Drop | None = None) -> Array:
+        def run(block: nn.Module, x: Array, drop: layers.Drop | None) -> Array:
+            return block(x, drop)
+
+        if self.remat:
+            run = nn.remat(run)
+        for i in range(self.depth):
+            stride = self.stride if i == self.depth - 1 else 1
+            block = self.block(conv=self.conv, stride=stride, name=f"block{i + 1}")
+            x = run(block, x, layers.pick(drops, i))
+        return x
+
+
+class PreActResNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W; sizes round up at each of the five halvings. Raises `UserError` where C is not that
+    of `input_size`, and for `scan` with `late_stride`.
+    """
+
+    depths: Sequence[int]  # blocks per stage
+    width: int = 64  # of the stem and the first stage; doubled from stage to stage
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    bias: bool = False  # in the stem, in each projection and at the end of each branch
+    late_stride: bool = False  # in the last block of stages 1 to 3, not the first of 2 to 4
+    pad_zeros: bool = False  # around what the stem pools, where else nothing is larger than it
+    momentum: float = 0.9  # of the running statistics, in Flax's sense
+    epsilon: float = 1e-5
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    drop_path: float = 0.0  # of the last block: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        if self.scan and self.late_stride:
+            raise UserError(
+                "expected scan=False, got True: with late_stride a stage ends in a block unlike "
+                "the others; remat=True saves its memory, and resnetv2_50 can be scanned"
+            )
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+        )
+        x = Stem(self.width, conv, self.bias, self.pad_zeros, name="stem")(images)  # H/4
+        conv = partial(conv, control_flow=layers.skips(self, train))
+        drops = layers.make_drops(self, self.depths, train)
+        stage = partial(LateStage if self.late_stride else layers.Stage, remat=self.remat)
+        if self.scan:
+            stage = partial(stage, scan=True)
+        strides = [2] * (len(self.depths) - 1)
+        strides = [*strides, 1] if self.late_stride else [1, *strides]
+        for i, (depth, stride) in enumerate(zip(self.depths, strides)):
+            block = partial(Bottleneck, self.width * 2**i, norm=norm, bias=self.bias)
+            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
+        x = nn.relu(norm(name="norm")(x))
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+_50, _101, _152, _200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 24, 36, 3)
+_Keras = partial(
+    PreActResNet,
+    bias=True,
+    late_stride=True,
+    pad_zeros=True,
+    momentum=0.99,
+    epsilon=1.001e-5,
+)
+VARIANTS = {
+    "preact_resnet50": partial(PreActResNet, depths=_50),
+    "preact_resnet101": partial(PreActResNet, depths=_101),
+    "preact_resnet152": partial(PreActResNet, depths=_152),
+    "preact_resnet200": partial(PreActResNet, depths=_200),
+    "resnetv2_50": partial(PreActResNet, depths=_50),
+    "resnetv2_101": partial(PreActResNet, depths=_101),
+    "resnetv2_152": partial(PreActResNet, depths=_152),
+    "keras_resnet50v2": partial(_Keras, depths=_50),
+    "keras_resnet101v2": partial(_Keras, depths=_101),
+    "keras_resnet152v2": partial(_Keras, depths=_152),
+}
+_TIMM = ("preact_resnet50", "preact_resnet101", "preact_resnet152")
+_TIMM += ("resnetv2_50", "resnetv2_101", "resnetv2_152")
+SOURCES = {name: ("timm",) for name in _TIMM} | {
+    name: ("keras",) for name in VARIANTS if name.startswith("keras_")
+}
