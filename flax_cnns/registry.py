@@ -17,6 +17,7 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import (
     alexnet,
     all_cnn,
+    cifar_preact,
     cifar_resnet,
     deck_cnn,
     dsn,
@@ -32,6 +33,7 @@ from flax_cnns.models import (
     simpnet,
     squeezenet,
     vgg,
+    wide_resnet,
     zfnet,
 )
 
@@ -42,6 +44,8 @@ FAMILIES = (
     cifar_resnet,
     resnet,
     preact_resnet,
+    cifar_preact,
+    wide_resnet,
     googlenet,
     inception_v3,
     inception_v4,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.resnet import DEPTHS
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -180,7 +181,6 @@ class PreActResNet(nn.Module):
         return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
 
 
-_50, _101, _152, _200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 24, 36, 3)
 _Keras = partial(
     PreActResNet,
     bias=True,
@@ -190,16 +190,16 @@ _Keras = partial(
     epsilon=1.001e-5,
 )
 VARIANTS = {
-    "preact_resnet50": partial(PreActResNet, depths=_50),
-    "preact_resnet101": partial(PreActResNet, depths=_101),
-    "preact_resnet152": partial(PreActResNet, depths=_152),
-    "preact_resnet200": partial(PreActResNet, depths=_200),
-    "resnetv2_50": partial(PreActResNet, depths=_50),
-    "resnetv2_101": partial(PreActResNet, depths=_101),
-    "resnetv2_152": partial(PreActResNet, depths=_152),
-    "keras_resnet50v2": partial(_Keras, depths=_50),
-    "keras_resnet101v2": partial(_Keras, depths=_101),
-    "keras_resnet152v2": partial(_Keras, depths=_152),
+    "preact_resnet50": partial(PreActResNet, depths=DEPTHS[50]),
+    "preact_resnet101": partial(PreActResNet, depths=DEPTHS[101]),
+    "preact_resnet152": partial(PreActResNet, depths=DEPTHS[152]),
+    "preact_resnet200": partial(PreActResNet, depths=DEPTHS[200]),
+    "resnetv2_50": partial(PreActResNet, depths=DEPTHS[50]),
+    "resnetv2_101": partial(PreActResNet, depths=DEPTHS[101]),
+    "resnetv2_152": partial(PreActResNet, depths=DEPTHS[152]),
+    "keras_resnet50v2": partial(_Keras, depths=DEPTHS[50]),
+    "keras_resnet101v2": partial(_Keras, depths=DEPTHS[101]),
+    "keras_resnet152v2": partial(_Keras, depths=DEPTHS[152]),
 }
 _TIMM = ("preact_resnet50", "preact_resnet101", "preact_resnet152")
 _TIMM += ("resnetv2_50", "resnetv2_101", "resnetv2_152")

@@ -1,0 +1,194 @@
+"""ResNets for CIFAR whose units have norm and ReLU in one of five orders, figure 4 and table 2.
+
+"full_preact" is the paper's proposal: 110 layers of basic units, 164 and 1001 of bottlenecks. As in
+section 4 its first unit activates right behind the first convolution, before the ways part, and
+norm and ReLU follow the last unit. As in the authors' code (resnet-1k-layers) the first unit of
+every stage activates before it splits, the first convolution of a unit has the stride, and where
+the shape changes the shortcut is a projection.
+
+Where the paper is silent: the projection has a norm in the orders whose branch ends in one, and in
+these only do counts differ (ResNet-110 by 192, 164 by 896). "relu_only_preact" has the rest of the
+first convolution's unit, the norm, in the stem, and a ReLU behind the last unit.
+The paper takes its 110 layers from He et al. 2015, where zeros stand in place of projections: that
+is `shortcut="A"`, 1,727,962 parameters; with the two projections of the released code (written for
+bottlenecks) they are 1,730,522. The printed 10.2 M of 1001 layers are 10.33 M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers.norm import NoNorm
+from flax_cnns.models.resnet import shortcut
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Identity Mappings in Deep Residual Networks",
+    authors="He, Zhang, Ren, Sun",
+    year=2016,
+    url="https://arxiv.org/abs/1603.05027",
+)
+
+
+class Order(NamedTuple):
+    """Where norm and ReLU stand, apart from those between two convolutions of a unit."""
+
+    stem: str  # between the first convolution of the network and the first unit
+    before: str  # at the start of a branch, and behind the last unit of the network
+    last: str  # at the end of a branch
+    after: str  # behind the sum
+
+
+ORDERS = {  # figure 4
+    "original": Order("norm relu", "", "norm", "relu"),
+    "bn_after_add": Order("norm relu", "", "", "norm relu"),
+    "relu_before_add": Order("norm relu", "", "norm relu", ""),
+    "relu_only_preact": Order("norm", "relu", "norm", ""),
+    "full_preact": Order("", "norm relu", "", ""),
+}
+
+
+def activate(what: str, x: Array, norm: ModuleDef, name: str) -> Array:
+    """ "norm", "relu", "norm relu" or nothing."""
+    if "norm" in what:
+        x = norm(name=name)(x)
+    return nn.relu(x) if "relu" in what else x
+
+
+class Stem(nn.Module):
+    """3x3 and what the order puts behind it: [N H W C] -> [N H W width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    order: Order
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = self.conv(self.width, (3, 3), padding=1, name="conv")(x)
+        return activate(self.order.stem, x, self.norm, "norm")
+
+
+class Unit(nn.Module):
+    """Convolutions of these windows, the last of width * expansion:
+    [N H W C] -> [N H/stride W/stride width*expansion], rounded up."""
+
+    width: int
+    windows: Sequence[int]
+    expansion: int
+    order: Order
+    conv: ModuleDef
+    norm: ModuleDef
+    shortcut: str = "B"
+    stride: int | None = None  # the first unit of a stage, and it alone, is given one
+
+    @nn.compact
+    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+        order, count, wide = self.order, len(self.windows), self.expansion * self.width
+        first, stride = self.stride is not None, self.stride or 1
+        if first:
+            x = activate(order.before, x, self.norm, "norm1")  # for both ways
+        norm = self.norm if "norm" in order.last else NoNorm
+        ours = shortcut(self.shortcut, x, wide, stride, self.conv, norm)
+        # Norms count in the order of their use: in front of the convolutions, or behind them.
+        number = 1 + ("norm" in order.before)
+
+        def branch(unit: Unit, x: Array) -> Array:
+            y = x if first else activate(order.before, x, unit.norm, "norm1")
+            for i, window in enumerate(unit.windows):
+                if i:
+                    y = activate("norm relu", y, unit.norm, f"norm{i - 1 + number}")
+                width, strides = (wide if i == count - 1 else unit.width), (1 if i else stride)
+                conv = unit.conv(
+                    width,
+                    (window, window),
+                    strides=strides,
+                    padding=window // 2,
+                    name=f"conv{i + 1}",
+                )
+                y = conv(y)
+            return activate(order.last, y, unit.norm, f"norm{count}")
+
+        y = layers.residual(ours, branch, self, x, drop)
+        return activate(order.after, y, self.norm, f"norm{count}")
+
+
+class CifarPreAct(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W. Raises `UserError` where C is not that of `input_size`, and for unknown orders and
+    shortcuts.
+    """
+
+    depths: Sequence[int]  # units per stage; the first stage keeps the size, the others halve it
+    windows: Sequence[int] = (3, 3)  # of a unit's convolutions
+    expansion: int = 1  # of a unit's last width; its other convolutions have `widths`
+    widths: Sequence[int] = (16, 32, 64)
+    order: str = "full_preact"  # ORDERS
+    shortcut: str = "B"  # one of resnet.SHORTCUTS but for "none"
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    drop_path: float = 0.0  # of the last unit: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    scan: bool = False  # the repeats of a stage as one unit under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each unit again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        if self.order not in ORDERS:
+            raise UserError(f"unknown order {self.order!r}{did_you_mean(self.order, ORDERS)}")
+        if self.shortcut == "none":
+            raise UserError('expected shortcut="B" or "A", got "none": a plain net has no sums')
+        order = ORDERS[self.order]
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        x = Stem(self.widths[0], conv, norm, order, name="stem")(images)
+        conv = partial(conv, control_flow=layers.skips(self, train))
+        drops = layers.make_drops(self, self.depths, train)
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            unit = partial(
+                Unit, width, self.windows, self.expansion, order, norm=norm, shortcut=self.shortcut
+            )
+            stride = 1 if i == 0 else 2
+            x = stage(unit, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
+        x = activate(order.before, x, norm, "norm")
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+_BOTTLENECK = dict(windows=(1, 3, 1), expansion=4)
+VARIANTS = {  # tables 2 and 4: 6n + 2 layers of basic units, 9n + 2 of bottlenecks
+    "cifar_preact110": partial(CifarPreAct, depths=(18, 18, 18)),
+    "cifar_preact164": partial(CifarPreAct, depths=(18, 18, 18), **_BOTTLENECK),
+    "cifar_preact1001": partial(CifarPreAct, depths=(111, 111, 111), **_BOTTLENECK),
+}

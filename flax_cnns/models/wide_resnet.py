@@ -1,0 +1,149 @@
+"""Wide residual networks: few pre-activation blocks of two 3x3, k times as wide as a ResNet's.
+
+WRN-d-k for CIFAR is the released code's: d = 6n + 4 counts the stem, the 6n convolutions of the
+blocks and three projections (of widths 16 to 16k, to 32k, to 64k; k = 1 needs but two). A block
+whose width changes activates before it splits. `dropout` (0.3 in the paper) stands between the two
+convolutions, behind norm and ReLU.
+`wide_resnet50_2` and `wide_resnet101_2` for ImageNet are torchvision's: ResNets whose 3x3 are twice
+as wide, with the activation behind the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError
+from flax_cnns.models.resnet import DEPTHS, ResNet
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Wide Residual Networks",
+    authors="Zagoruyko, Komodakis",
+    year=2016,
+    url="https://arxiv.org/abs/1605.07146",
+)
+
+
+class Block(nn.Module):
+    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: Array, drop: layers.Drop | None = None, key: jax.Array | None = None
+    ) -> Array:
+        """`key`: of the dropout; None: evaluation."""
+        projects = x.shape[-1] != self.width
+        shortcut = x
+        if projects:
+            x = nn.relu(self.norm(name="norm1")(x))  # for both ways
+            shortcut = self.conv(
+                self.width, (1, 1), strides=self.stride, padding=0, name="projection"
+            )(x)
+
+        def branch(block: Block, x: Array) -> Array:
+            y = x if projects else nn.relu(block.norm(name="norm1")(x))
+            y = block.conv(block.width, (3, 3), strides=block.stride, padding=1, name="conv1")(y)
+            y = nn.relu(block.norm(name="norm2")(y))
+            if key is not None:
+                y = nn.Dropout(block.dropout, deterministic=False, name="dropout")(y, rng=key)
+            return block.conv(block.width, (3, 3), padding=1, name="conv2")(y)
+
+        return layers.residual(shortcut, branch, self, x, drop)
+
+
+class WideResNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W. Raises `UserError` where C is not that of `input_size`, for a depth that is not
+    6n + 4, or where training with dropout lacks the stream "dropout".
+    """
+
+    depth: int  # d
+    width_mult: int  # k
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    dropout: float = 0.0  # rate, between the two convolutions of a block; the paper's is 0.3
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    drop_path: float = 0.0  # of the last block: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        n, rest = divmod(self.depth - 4, 6)
+        if rest or n < 1:
+            below = max(10, self.depth - rest)
+            near = f"{below} or {below + 6}" if self.depth > 10 else "10"
+            raise UserError(
+                f"expected a depth of 6n + 4, n blocks in each of three stages, "
+                f"got {self.depth}; near it is {near}"
+            )
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        x = conv(16, (3, 3), padding=1, name="stem")(images)
+        conv = partial(conv, control_flow=layers.skips(self, train))
+        drops = layers.make_drops(self, (n, n, n), train)
+        keys = [None] * 3
+        if self.dropout and train and not self.is_initializing():
+            keys = jax.random.split(layers.make_key(self, "dropout"), (3, n))
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        for i in range(3):
+            block = partial(Block, 16 * self.width_mult * 2**i, norm=norm, dropout=self.dropout)
+            stride = 1 if i == 0 else 2
+            x = stage(block, conv, n, stride, name=f"stage{i + 1}")(x, drops[i], keys[i])
+        x = nn.relu(norm(name="norm")(x))
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+VARIANTS = {  # tables 4 and 5, WRN-d-k; table 8
+    "wrn_16_4": partial(WideResNet, 16, 4),
+    "wrn_16_8": partial(WideResNet, 16, 8),
+    "wrn_16_10": partial(WideResNet, 16, 10),
+    "wrn_22_8": partial(WideResNet, 22, 8),
+    "wrn_22_10": partial(WideResNet, 22, 10),
+    "wrn_28_10": partial(WideResNet, 28, 10),
+    "wrn_28_12": partial(WideResNet, 28, 12),
+    "wrn_40_1": partial(WideResNet, 40, 1),
+    "wrn_40_2": partial(WideResNet, 40, 2),
+    "wrn_40_4": partial(WideResNet, 40, 4),
+    "wrn_40_8": partial(WideResNet, 40, 8),
+    "wrn_28_10_c100": partial(WideResNet, 28, 10, num_classes=100),
+    "wide_resnet50_2": partial(ResNet, depths=DEPTHS[50], base_width=128),
+    "wide_resnet101_2": partial(ResNet, depths=DEPTHS[101], base_width=128),
+}
+SOURCES = {name: ("torchvision",) for name in ("wide_resnet50_2", "wide_resnet101_2")}
