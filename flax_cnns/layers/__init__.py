@@ -2,6 +2,7 @@
 
 from flax_cnns.layers.conv import Conv
 from flax_cnns.layers.drop_path import Drop, drop_rates, make_drops, make_key, pick, residual, skips
+from flax_cnns.layers.fixup import fixup
 from flax_cnns.layers.initializers import (
     caffe_xavier,
     gaussian,
@@ -34,6 +35,7 @@ __all__ = [
     "caffe_xavier",
     "check_images",
     "drop_rates",
+    "fixup",
     "gaussian",
     "global_avg_pool",
     "he",

@@ -1,7 +1,12 @@
-"""The ResNets for CIFAR-10, section 4.2: 6n + 2 layers, widths 16, 32, 64, no weight in a shortcut.
+"""The ResNets for CIFAR-10, section 4.2: 6n + 2 layers of widths 16, 32, 64, of ResNet-18's block.
 
-The paper's "option A" leaves open where the zeros of the wider shortcut go: ours are behind the
-channels that there are. Where maps shrink the shortcut takes every second pixel ("stride of 2").
+The paper's are option A, no weight in a shortcut, which leaves open where the zeros of the wider
+one go: ours are behind the channels that there are. Where maps shrink the shortcut takes every
+second pixel ("stride of 2"). Beside them: the paper's plain networks; option B; CIFAR-100, which is
+He et al. 2016's; stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with
+p_L = 0.5; and by `norm="fixup"` Zhang et al. 2019's without normalisation,
+https://arxiv.org/abs/1901.09321, section 4.1 (their code has no scalar before the first
+convolution, as the rule asks and we have, and averages 1x1 with stride 2, which is option A).
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
-from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+from flax_cnns.models.resnet import BasicBlock
+from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
     title="Deep Residual Learning for Image Recognition",
@@ -24,44 +30,24 @@ PAPER = Paper(
 )
 
 
-def shortcut_a(x: Array, width: int, stride: int) -> Array:
-    """Option A: [N H W C] -> [N H/stride W/stride width], every stride-th pixel, zeros behind C."""
-    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
-
-
-class Block(nn.Module):
-    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
-
-    width: int
-    conv: ModuleDef
-    norm: ModuleDef
-    stride: int = 1
-    zero_init: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
-        y = self.conv(self.width, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
-        y = self.norm(name="norm2", scale_init=last)(y)
-        return nn.relu(shortcut_a(x, self.width, self.stride) + y)
-
-
 class CifarResNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`, or for widths that option A
-    cannot serve.
+    Any H and W. Raises `UserError` where C is not that of `input_size`, or where fields do not go
+    together.
     """
 
     depths: Sequence[int]  # blocks per stage; the first stage keeps the size, the others halve it
-    widths: Sequence[int] = (16, 32, 64)  # never narrower than the one before: option A only adds
+    widths: Sequence[int] = (16, 32, 64)
+    shortcut: str = "A"  # one of models.resnet.SHORTCUTS
     num_classes: int | None = 10
     input_size: tuple[int, int, int] = (32, 32, 3)
-    norm: str = "batch"
+    norm: str = "batch"  # or any of layers.make_norm's, or "fixup"
     kernel_init: str | Callable = "he"
     zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
+    drop_path: float = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
@@ -71,43 +57,56 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        if len(self.depths) != len(self.widths) or list(self.widths) != sorted(self.widths):
+        if len(self.depths) != len(self.widths):
             raise UserError(
-                f"expected a depth and a width for each stage, no stage narrower than the one "
-                f"before, got depths {tuple(self.depths)} and widths {tuple(self.widths)}"
+                f"expected a depth and a width for each stage, got depths {tuple(self.depths)} "
+                f"and widths {tuple(self.widths)}"
             )
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
+        if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
+            given = "drop_path" if self.drop_path else 'norm="fixup"'
+            raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        init = layers.initializer(self.kernel_init, paper=layers.he)
+        conv = partial(layers.Conv, use_bias=False, kernel_init=init, **types)
+        head = partial(
+            nn.Dense,
+            kernel_init=layers.initializer("lecun"),
+            dtype=jnp.float32,
             param_dtype=self.param_dtype,
         )
+        if self.norm == "fixup":
+            conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=2)
+        else:
+            norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **types)
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)
+        drops = layers.make_drops(self, self.depths, train)
+        conv = partial(conv, control_flow=layers.skips(self, train))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        given = dict(norm=norm, shortcut=self.shortcut, zero_init=self.zero_init)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
-            block = partial(Block, width, norm=norm, zero_init=self.zero_init)
+            block = partial(BasicBlock, width, **given)
             stride = 1 if i == 0 else 2
-            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x)
+            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return x if self.num_classes is None else head(self.num_classes, name="head")(x)
 
 
-VARIANTS = {  # 6n + 2 layers, n blocks a stage
-    "cifar_resnet20": partial(CifarResNet, depths=(3, 3, 3)),
-    "cifar_resnet32": partial(CifarResNet, depths=(5, 5, 5)),
-    "cifar_resnet44": partial(CifarResNet, depths=(7, 7, 7)),
-    "cifar_resnet56": partial(CifarResNet, depths=(9, 9, 9)),
-    "cifar_resnet110": partial(CifarResNet, depths=(18, 18, 18)),
-    "cifar_resnet1202": partial(CifarResNet, depths=(200, 200, 200)),
+_20, _32, _44, _56, _110, _1202 = (  # 6n + 2 layers, n blocks a stage
+    partial(CifarResNet, depths=(n, n, n)) for n in (3, 5, 7, 9, 18, 200)
+)
+VARIANTS = {
+    "cifar_resnet20": _20,
+    "cifar_resnet32": _32,
+    "cifar_resnet44": _44,
+    "cifar_resnet56": _56,
+    "cifar_resnet110": _110,
+    "cifar_resnet1202": _1202,
+    "cifar_plain20": partial(_20, shortcut="none"),
+    "cifar_plain32": partial(_32, shortcut="none"),
+    "cifar_plain44": partial(_44, shortcut="none"),
+    "cifar_plain56": partial(_56, shortcut="none"),
+    "cifar_resnet110_optB": partial(_110, shortcut="B"),
+    "cifar_resnet110_c100": partial(_110, num_classes=100),
+    "cifar_resnet110_sd": partial(_110, drop_path=0.5),
+    "cifar_resnet1202_sd": partial(_1202, drop_path=0.5),
 }
