@@ -6,6 +6,7 @@ python -m experiments.benchmark vs-torch --model=resnet18 --batch=32 --size=64
 python -m experiments.benchmark pipeline --config=configs/digits_lenet5.py
 python -m experiments.benchmark cond
 python -m experiments.benchmark compile --model=cifar_resnet110
+python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark learn --models=lenet5
 
 What is compared runs in turn, A B A B; a time is the median of its rounds, a ratio the median of
@@ -68,6 +69,12 @@ COMMANDS = {
         training.COMPILE_COLUMNS,
         training.add_compile,
         training.compile,
+    ),
+    "drop-path": Command(
+        "Training step against the rate of stochastic depth",
+        training.DROP_COLUMNS,
+        training.add_drop_path,
+        training.drop_path,
     ),
     "learn": Command(
         "Learning of the digits", learning.COLUMNS, learning.add_learn, learning.learn, None
