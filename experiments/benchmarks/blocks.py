@@ -1,7 +1,4 @@
-"""ResNeXt-50 and MobileNet v2 as PyTorch's torchvision has them, of our layers, for `vs-torch`.
-
-For timing until their families are in the registry.
-"""
+"""MobileNet v2 as torchvision has it, for `vs-torch`: until its family is in the registry."""
 
 from __future__ import annotations
 
@@ -11,35 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
-from flax_cnns.models.resnet import ResNet, project
-from flax_cnns.types import Array, Dtype, ModuleDef
-
-
-class GroupedBottleneck(nn.Module):
-    """ResNeXt's, table 1 of https://arxiv.org/abs/1611.05431: 32 groups of 4 channels at width 64.
-
-    [N H W C] -> [N H/stride W/stride 4*width].
-    """
-
-    width: int
-    conv: ModuleDef
-    norm: ModuleDef
-    stride: int = 1
-    zero_init: bool = False
-    groups: int = 32
-    base_width: int = 4
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inner = self.width * self.base_width // 64 * self.groups
-        y = self.conv(inner, (1, 1), padding=0, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        grouped = partial(self.conv, strides=self.stride, padding=1)
-        y = grouped(inner, (3, 3), feature_group_count=self.groups, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(4 * self.width, (1, 1), padding=0, name="conv3")(y)
-        y = self.norm(name="norm3")(y)
-        return nn.relu(project(x, 4 * self.width, self.stride, self.conv, self.norm) + y)
+from flax_cnns.types import Array, Dtype
 
 
 class MobileNetV2(nn.Module):
@@ -84,7 +53,4 @@ class MobileNetV2(nn.Module):
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)
 
 
-BLOCKS = {
-    "resnext50_32x4d": partial(ResNet, depths=(3, 4, 6, 3), block=GroupedBottleneck),
-    "mobilenet_v2": MobileNetV2,
-}
+BLOCKS = {"mobilenet_v2": MobileNetV2}
