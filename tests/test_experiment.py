@@ -338,10 +338,11 @@ def test_graft_starts_from_a_run(finished, config, tmp_path):
 
 @pytest.fixture
 def scanning(config):
-    """A residual network with one stage of repeats, and rules that part the stack."""
+    """A residual network with one stage of repeats, branches that are dropped at random, and rules
+    that part the stack."""
     config.model.update(dict(name="cifar_resnet20", scan=True))
     with config.unlocked():
-        config.model.update(dict(depths=(3,), widths=(4,)))
+        config.model.update(dict(depths=(3,), widths=(4,), drop_path=0.5))
     config.data.image_size = 8
     config.optimizer.name = "sgd"
     config.optimizer.weight_decay = ((r"params/stage1/block2/.*", 0.1), (r".*", 1e-3))
@@ -349,7 +350,7 @@ def scanning(config):
 
 
 def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypatch):
-    """Its numbers and, name by name, its checkpoints; it resumes to the bit."""
+    """Its numbers and, name by name, its checkpoints; it resumes to the bit, and drops the same."""
     config, scan, plain, cut = scanning, *(tmp_path / name for name in ("scan", "plain", "cut"))
     summary = run(config, scan)
     with monkeypatch.context() as patch:
