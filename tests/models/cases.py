@@ -90,11 +90,56 @@ def _alexnet() -> Any:
     return _narrow(foreign.torchvision().models.alexnet(), 256 * 6 * 6)
 
 
+def _densenet() -> Any:
+    return foreign.torchvision().models.DenseNet(
+        growth_rate=8, block_config=(2, 3, 2, 2), num_init_features=16, num_classes=10
+    )
+
+
 def _vgg11_bn() -> Any:
     vgg = foreign.torchvision().models.vgg
     layers = [8, "M", 16, "M", 24, 24, "M", 32, 32, "M", 32, 32, "M"]
     features = vgg.make_layers(layers, batch_norm=True)
     return _narrow(vgg.VGG(features, init_weights=False), 32 * 7 * 7)
+
+
+def _two_stages(model: Any, head: str) -> Any:
+    """A ResNet of bottlenecks up to its second stage."""
+    from torch import nn
+
+    setattr(model, head, nn.Linear(512, 10))
+    return _identity(model, "layer3", "layer4")
+
+
+def _resnext() -> Any:
+    resnet = foreign.torchvision().models.resnet
+    groups = dict(groups=32, width_per_group=4)
+    return _two_stages(resnet.ResNet(resnet.Bottleneck, (2, 2, 1, 1), **groups), "fc")
+
+
+def _wide_resnet() -> Any:
+    resnet = foreign.torchvision().models.resnet
+    return _two_stages(resnet.ResNet(resnet.Bottleneck, (2, 2, 1, 1), width_per_group=128), "fc")
+
+
+def _preact_resnet() -> Any:
+    """Narrow and short."""
+    foreign.torchvision()
+    from timm.layers import BatchNormAct2d, create_conv2d
+    from timm.models.resnetv2 import ResNetV2
+
+    layers = dict(conv_layer=create_conv2d, norm_layer=BatchNormAct2d)
+    return ResNetV2((1, 2), channels=(64, 128), stem_chs=16, num_classes=10, **layers)
+
+
+def _senet() -> Any:
+    foreign.torchvision()
+    from timm.models import senet
+
+    projection = dict(downsample_kernel_size=3, downsample_padding=1)
+    stem = dict(inplanes=128, input_3x3=True)
+    model = senet.SENet(senet.SEBottleneck, (1, 2, 1, 1), 64, 16, drop_rate=0, **projection, **stem)
+    return _two_stages(model, "last_linear")
 
 
 _SHORT = dict(aux_logits=True, init_weights=False)
@@ -110,6 +155,14 @@ CASES = {  # family: case
         train=True,
     ),
     "squeezenet": Case("squeezenet1_1", "torchvision", 33, build=_torchvision("squeezenet1_1")),
+    "densenet": Case(
+        "densenet121",
+        "torchvision",
+        64,
+        dict(depths=(2, 3, 2, 2), growth_rate=8),
+        _densenet,
+        train=True,
+    ),
     "googlenet": Case(
         "googlenet_tv_aux",
         "torchvision",
@@ -144,12 +197,29 @@ CASES = {  # family: case
             *(f"repeat_2.{i}" for i in range(1, 9)),
         ),
     ),
+    "resnext": Case(
+        "resnext50_32x4d", "torchvision", 48, dict(depths=(2, 2)), _resnext, train=True
+    ),
+    "preact_resnet": Case(
+        "resnetv2_50", "timm", 64, dict(depths=(1, 2), width=16), _preact_resnet, train=True
+    ),
+    "wide_resnet": Case(
+        "wide_resnet50_2", "torchvision", 48, dict(depths=(2, 2)), _wide_resnet, train=True
+    ),
+    "senet": Case("legacy_senet154", "timm", 48, dict(depths=(1, 2)), _senet, train=True),
     "resnet": Case("resnet18", "torchvision", 64, build=_torchvision("resnet18"), train=True),
 }
 
 
 # Keras's networks cannot be shortened: their names and shapes are recorded, and nothing else.
-KERAS = ("vgg16", "keras_inception_v3", "keras_inception_resnet_v2")
+KERAS = (
+    "vgg16",
+    "keras_resnet50",
+    "keras_resnet50v2",
+    "keras_densenet121",
+    "keras_inception_v3",
+    "keras_inception_resnet_v2",
+)
 
 
 class Outputs(NamedTuple):
