@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_cnns import model_info
+from flax_cnns.models import senet
 
 # Of kernels: their variance times their fan-in, by the family of ours. 2 keeps what passes through
 # ReLUs as large as it was; where branches are added up, each block would double it, and nobody
@@ -73,6 +74,7 @@ class Live(NamedTuple):
 # Names of ours that are another one there, and how it is built.
 TIMM = {
     "inception_v3_noaux": "inception_v3",
+    **senet.ALIASES,
     "preact_resnet50": "resnetv2_50",
     "preact_resnet101": "resnetv2_101",
     "preact_resnet152": "resnetv2_152",
@@ -82,6 +84,7 @@ KERAS = {
     "vgg19": "VGG19",
     "keras_inception_v3": "InceptionV3",
     "keras_inception_resnet_v2": "InceptionResNetV2",
+    **{f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
     "keras_resnet50v2": "ResNet50V2",
     "keras_resnet101v2": "ResNet101V2",
     "keras_resnet152v2": "ResNet152V2",
