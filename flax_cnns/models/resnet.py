@@ -160,7 +160,7 @@ class ResNet(nn.Module):
     stem_width: int | None = None  # None: width
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
-    norm: str = "batch"
+    norm: str = "batch"  # or any of layers.make_norm's, or "fixup": layers/fixup.py
     momentum: float = 0.9  # of the running statistics
     epsilon: float = 1e-5
     conv_bias: bool = False
@@ -181,19 +181,32 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        if self.shortcut == "none" and self.drop_path:
-            raise UserError("drop_path needs a shortcut: without, nothing is left of a block")
+        if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
+            given = "drop_path" if self.drop_path else 'norm="fixup"'
+            raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
         conv = partial(layers.Conv, use_bias=self.conv_bias, kernel_init=kernel_init, **types)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
+        head = partial(
+            nn.Dense,
+            kernel_init=layers.initializer("lecun"),
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
         )
+        if self.norm == "fixup":
+            if self.stem is not layers.ImageNetStem:
+                raise UserError('norm="fixup" goes with the stem of a single convolution')
+            length = 2 if self.block is BasicBlock else 3  # of a branch
+            conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=length)
+        else:
+            norm = layers.make_norm(
+                self.norm,
+                train=train,
+                axis_name=self.axis_name,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                **types,
+            )
         attention = self.attention and partial(self.attention, kernel_init=kernel_init, **types)
         x = self.stem(self.stem_width or self.width, conv, norm, name="stem")(images)  # H/4
         drops = layers.make_drops(self, self.depths, train)
@@ -214,10 +227,7 @@ class ResNet(nn.Module):
             x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return x if self.num_classes is None else head(self.num_classes, name="head")(x)
 
 
 DEPTHS = {  # table 1; 200 in https://arxiv.org/abs/1603.05027

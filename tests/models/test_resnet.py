@@ -84,3 +84,43 @@ def test_zero_init_starts_every_branch_at_zero_and_nothing_else():
 def test_wrong_channels():
     with pytest.raises(UserError, match="expected images of 3 channels, got 4"):
         init_variables(create_model("resnet18"), jax.random.key(0), (1, 64, 64, 4))
+
+
+def test_fixup_is_resnet_50_without_normalisation():
+    """Zhang et al. 2019, section 4.2: scalars of rule 3 by hand, logits of zero at the start."""
+    fields = dict(depths=(1, 2), width=8, num_classes=5, input_size=(32, 32, 3))
+    fixed = create_model("resnet50", **fields, norm="fixup")
+    variables = init_variables(fixed, jax.random.key(0))
+    assert variables["batch_stats"] == {}
+    flat = pytree.flatten(variables["params"])
+    kernels = {path for path in flat if path.endswith("kernel")}
+    bare = create_model("resnet50", **fields, norm="none")
+    shapes = jax.eval_shape(lambda: init_variables(bare, jax.random.key(0)))
+    assert {path: leaf.shape for path, leaf in flat.items() if leaf.ndim} == {
+        path: leaf.shape for path, leaf in pytree.flatten(shapes["params"]).items()
+    }
+    branches, projections = 3, 2
+    scalars = [path for path in flat if flat[path].ndim == 0]
+    # stem 2; a branch: before 3 convolutions, 2 ReLUs, at its end, and the multiplier; the head.
+    assert len(scalars) == 2 + 7 * branches + projections + 1
+    for path in kernels:
+        last = path.endswith(("conv3/kernel", "head/kernel"))
+        assert bool((flat[path] == 0).all()) is last, path
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    np.testing.assert_array_equal(jax.jit(fixed.apply)(variables, images), 0)
+    inside = float(jnp.std(flat["stage2/block2/conv2/kernel"]))
+    he = float(np.sqrt(2 / (9 * 16)))
+    assert inside == pytest.approx(branches**-0.25 * he, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("plain18", dict(norm="fixup"), "needs a shortcut"),
+        ("plain18", dict(drop_path=0.5), "needs a shortcut"),
+        ("resnet50d", dict(norm="fixup"), "single convolution"),
+    ],
+)
+def test_fields_that_do_not_go_together(name, fields, said):
+    with pytest.raises(UserError, match=said):
+        jax.eval_shape(lambda: init_variables(create_model(name, **fields), jax.random.key(0)))
