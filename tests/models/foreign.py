@@ -82,6 +82,7 @@ TIMM = {
 KERAS = {
     "vgg16": "VGG16",
     "vgg19": "VGG19",
+    **{f"keras_densenet{n}": f"DenseNet{n}" for n in (121, 169, 201)},
     "keras_inception_v3": "InceptionV3",
     "keras_inception_resnet_v2": "InceptionResNetV2",
     **{f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
