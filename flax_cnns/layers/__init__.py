@@ -13,6 +13,7 @@ from flax_cnns.layers.initializers import (
 from flax_cnns.layers.norm import local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 from flax_cnns.layers.saf import SAFPool
+from flax_cnns.layers.shake import make_shake_drops, make_shakes, shake_drop, shake_shake
 from flax_cnns.layers.squeeze_excite import SqueezeExcite
 from flax_cnns.layers.stack import Stage
 from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem, check_images
@@ -45,8 +46,12 @@ __all__ = [
     "make_drops",
     "make_key",
     "make_norm",
+    "make_shake_drops",
+    "make_shakes",
     "max_pool",
     "pick",
     "residual",
+    "shake_drop",
+    "shake_shake",
     "skips",
 ]
