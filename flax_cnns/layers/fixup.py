@@ -28,8 +28,8 @@ def fixup(conv: partial, dense: partial, branches: int, depth: int) -> tuple[Mod
     Rule 2: the others of a branch start with their `kernel_init` times L^(-1 / (2m - 2)), L
     branches of m convolutions; the stem and projections with `kernel_init`.
     Rule 3: a scalar, 0 at first, is added before each convolution, the classifier and each ReLU,
-    and each branch is multiplied by a scalar, 1 at first. The paper trains these scalars with a
-    tenth of the learning rate: rules for "lr_mult".
+    and each branch is multiplied by a scalar, 1 at first. The authors train these scalars with
+    a tenth of the learning rate: rules for `optimizer.lr_mult`.
 
     Raises `UserError` for branches of a single convolution, which rule 2 does not know.
     """
@@ -45,7 +45,7 @@ def fixup(conv: partial, dense: partial, branches: int, depth: int) -> tuple[Mod
 def _shift(module: nn.Module, x: Array, name: str) -> Array:
     """x + a scalar of the module's."""
     bias = module.param(name, nn.initializers.zeros, (), module.param_dtype)
-    return x + bias.astype(x.dtype)
+    return x + jnp.asarray(bias, x.dtype)
 
 
 class FixupConv(Conv):
@@ -94,5 +94,6 @@ class FixupScalars(nn.Module):
         if self.name == "projection_norm":
             return x
         if self.name == f"norm{self.depth}":
-            x = x * self.param("scale", nn.initializers.ones, (), self.param_dtype).astype(x.dtype)
+            scale = self.param("scale", nn.initializers.ones, (), self.param_dtype)
+            x = x * jnp.asarray(scale, x.dtype)
         return _shift(self, x, "bias")

@@ -5,8 +5,9 @@ one go: ours are behind the channels that there are. Where maps shrink the short
 second pixel ("stride of 2"). Beside them: the paper's plain networks; option B; CIFAR-100, which is
 He et al. 2016's; stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with
 p_L = 0.5; and by `norm="fixup"` Zhang et al. 2019's without normalisation,
-https://arxiv.org/abs/1901.09321, section 4.1 (their code has no scalar before the first
-convolution, as the rule asks and we have, and averages 1x1 with stride 2, which is option A).
+https://arxiv.org/abs/1901.09321, section 4.1. Their code has no scalar in front of the first
+convolution, where the rule and we have one, and adds that of a block to a shortcut that changes
+shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets: counts by hand, shapes, option A in closed form, synchronised statistics."""
+"""The CIFAR ResNets: counts by hand, shapes, shortcuts and stochastic depth in closed form."""
 
 from __future__ import annotations
 
@@ -38,10 +38,26 @@ def test_count_by_hand(layers, published):
     count = model_info(f"cifar_resnet{layers}").params
     assert count == convs + norms + head
     assert count == pytest.approx(published, rel=0.02)  # table 6, rounded
+    if layers == 110:
+        projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # 1x1 with norms, where widths change
+        assert model_info("cifar_resnet110_optB").params == count + projections
+        assert model_info("cifar_resnet110_c100").params == count + 90 * (64 + 1)
 
 
 def test_exact_counts():
-    assert {name: model_info(name).params for name in list_models("cifar_resnet*")} == {
+    """reference_params.csv; plain networks and stochastic depth have what their ResNets have."""
+    names = list_models("cifar_resnet*") + list_models("cifar_plain*")
+    names.remove("cifar_resnet1202_sd")  # hundreds of layers traced for nothing:
+    twin = create_model("cifar_resnet1202", drop_path=0.5)
+    assert create_model("cifar_resnet1202_sd") == twin
+    assert {name: model_info(name).params for name in names} == {
+        "cifar_plain20": 269_722,
+        "cifar_plain32": 464_154,
+        "cifar_plain44": 658_586,
+        "cifar_plain56": 853_018,
+        "cifar_resnet110_c100": 1_733_812,
+        "cifar_resnet110_optB": 1_730_714,
+        "cifar_resnet110_sd": 1_727_962,
         "cifar_resnet20": 269_722,
         "cifar_resnet32": 464_154,
         "cifar_resnet44": 658_586,
@@ -206,8 +222,87 @@ def test_group_norm_keeps_no_statistics():
     assert shapes["batch_stats"] == {}
 
 
-@pytest.mark.parametrize("widths", [(4, 6), (8, 4, 8)])
-def test_widths_that_option_a_cannot_serve(widths):
-    model = create_model("cifar_resnet20", widths=widths)
-    with pytest.raises(UserError, match="a depth and a width for each stage"):
+def test_options_b_and_c_project_where_the_shape_changes_and_everywhere():
+    projections = {}
+    for option in "ABC":
+        model = create_model("cifar_resnet20", **TINY | dict(depths=(2, 2, 2)), shortcut=option)
+        shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+        found = [path for path in pytree.flatten(shapes) if path.endswith("projection/kernel")]
+        projections[option] = [path.split("/")[1:3] for path in found]
+    wider = [["stage2", "block1"], ["stage3", "block1"]]
+    every = [[f"stage{i}", f"block{j}"] for i in (1, 2, 3) for j in (1, 2)]
+    assert projections == {"A": [], "B": wider, "C": every}
+
+
+def test_a_plain_network_has_no_shortcut():
+    """With every branch at zero nothing is left."""
+    model = create_model("cifar_plain20", **TINY, zero_init=True, num_classes=None)
+    variables = init_variables(model, jax.random.key(0))
+    np.testing.assert_array_equal(jax.jit(model.apply)(variables, IMAGES), 0)
+
+
+def test_evaluation_counts_each_branch_by_its_survival(variables):
+    """p_l = 1 - l/L (1 - p_L): what the last norm of a branch gives is linear in its scale and its
+    bias, so that they may be multiplied in its place."""
+    model = create_model("cifar_resnet20", **TINY, drop_path=0.5)
+    fresh = init_variables(model, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, fresh, variables)
+    rng, flat = np.random.RandomState(1), pytree.flatten(variables)
+    for path in flat:
+        if path.endswith(("norm2/scale", "norm2/bias")):
+            flat[path] = rng.uniform(0.5, 1.5, flat[path].shape).astype(np.float32)
+    given = pytree.unflatten(flat)
+    for i, survival in enumerate((5 / 6, 4 / 6, 3 / 6), 1):
+        for name in ("scale", "bias"):
+            path = f"params/stage{i}/block1/norm2/{name}"
+            flat[path] = survival * flat[path]
+    full = create_model("cifar_resnet20", **TINY)
+    expected = jax.jit(full.apply)(pytree.unflatten(flat), IMAGES)
+    found = jax.jit(model.apply)(given, IMAGES)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(found - jax.jit(full.apply)(given, IMAGES)).max() > 0.01
+
+
+def test_a_scanned_step_with_dropped_branches_is_the_unrolled_one():
+    """Loss, gradients and statistics, for a key by which some branches stay and some do not."""
+    fields = dict(TINY, depths=(4,), widths=(4,), drop_path=0.8)
+    rngs = {"shared": jax.random.key(1)}
+
+    def step(variables, **more):
+        model = create_model("cifar_resnet20", **fields, **more)
+
+        def loss_fn(params):
+            given = {**variables, "params": params}
+            logits, new = model.apply(given, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)
+            return jnp.sum(logits**2), new["batch_stats"]
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+
+    variables = init_variables(create_model("cifar_resnet20", **fields), jax.random.key(0))
+    stacked = pytree.stack_blocks(variables)
+    (loss, stats), grads = jax.jit(step)(variables)
+    (scan_loss, scan_stats), scan_grads = jax.jit(partial(step, scan=True, remat=True))(stacked)
+    np.testing.assert_allclose(scan_loss, loss, rtol=1e-4)
+    for expected, found in ((stats, scan_stats), (grads, scan_grads)):
+        found = pytree.flatten(pytree.unstack_blocks(found))
+        for path, leaf in pytree.flatten(expected).items():
+            np.testing.assert_allclose(found[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
+    moved = [np.any(stats["stage1"][f"block{i}"]["norm1"]["mean"]) for i in (1, 2, 3, 4)]
+    assert any(moved)
+    assert not all(moved)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("cifar_resnet20", dict(widths=(4, 6)), "a depth and a width for each stage"),
+        ("cifar_resnet20", dict(widths=(8, 4, 8)), "shortcut A only adds channels: 8 are more"),
+        ("cifar_resnet20", dict(shortcut="E"), "unknown shortcut 'E'"),
+        ("cifar_plain20", dict(drop_path=0.5), "drop_path needs a shortcut"),
+        ("cifar_resnet20", dict(drop_path=1.0), "rate of dropping, 0 to below 1, got 1.0"),
+    ],
+)
+def test_fields_that_do_not_go_together(name, fields, message):
+    model = create_model(name, **TINY | fields)
+    with pytest.raises(UserError, match=message):
         init_variables(model, jax.random.key(0))
