@@ -3,6 +3,7 @@
 from flax_cnns.layers.conv import Conv
 from flax_cnns.layers.drop_path import Drop, drop_rates, make_drops, make_key, pick, residual, skips
 from flax_cnns.layers.fixup import fixup
+from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
 from flax_cnns.layers.initializers import (
     caffe_xavier,
     gaussian,
@@ -22,6 +23,7 @@ from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 __all__ = [
     "AvgPool",
     "CifarStem",
+    "ColumnDrop",
     "Conv",
     "ConvUnit",
     "DeepStem",
@@ -32,9 +34,11 @@ __all__ = [
     "SqueezeExcite",
     "Stage",
     "adaptive_avg_pool",
+    "at_least_one",
     "avg_pool",
     "caffe_xavier",
     "check_images",
+    "draw_columns",
     "drop_rates",
     "fixup",
     "gaussian",
@@ -42,6 +46,7 @@ __all__ = [
     "he",
     "head_initializer",
     "initializer",
+    "join",
     "local_response_norm",
     "make_drops",
     "make_key",

@@ -1,0 +1,199 @@
+"""FractalNet for CIFAR and ImageNet: f_1(z) = conv(z), f_C+1(z) = join(f_C(f_C(z)), conv(z)).
+
+A block is f_C: C columns, of which the first has one convolution and the last 2^(C-1). Joins that
+follow one another are one join, the mean over all columns that end there (figure 1, right). As in
+the experiments, and in the authors' generator for Caffe (github.com/gustavla/fractalnet), the
+columns are pooled before the last join of a block (figure 1 pools after it), dropout is between a
+convolution and its norm, and poolings round sizes up.
+
+Where we differ: the generator's convolutions have biases, and its norms neither scale nor shift;
+ours are those of the paper that it cites, with scale and shift and hence no biases. Caffe's running
+statistics move by a thousandth; ours by a tenth.
+
+Parameters. With the paper's widths (64, 128, 256, 512, 512) and three columns every block has three
+convolutions from the width before and four of its own: 33,724,618 with ten classes, where other
+papers' tables say 38.6 M. Biases, 100 classes, four columns (76.1 M) or a last block of 1024 maps
+(69.1 M) do not give that. The widths (16, 32, 64, 128, 128) of the ultra-deep networks give what
+the paper says of them, 2.1, 4.8, 10.2 and 21.1 M for three to six columns, `fractalnet_narrow*`.
+Table 1's network of 40 layers (22.9 M) is not here: its columns are 128, 64, 32 and 16 wide at the
+start, joined by projections, with a "mix" of 1x1 and 3x3 that the paper does not give; the obvious
+mixes give 16 to 130 M.
+
+`fractalnet_34` is ResNet-34's first and last layers around four blocks of four columns. That the
+fourth block does not pool, so that the last layer is ResNet-34's mean over 7x7, is our reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="FractalNet: Ultra-Deep Neural Networks without Residuals",
+    authors="Larsson, Maire, Shakhnarovich",
+    year=2017,
+    url="https://arxiv.org/abs/1605.07648",
+)
+
+
+class Unit(nn.Module):
+    """3x3, dropout, norm, ReLU: [N H W C] -> [N H W width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    drop: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = self.conv(self.width, (3, 3), padding=1, name="conv")(x)
+        return nn.relu(self.norm(name="norm")(self.drop(name="dropout")(x)))
+
+
+class Block(nn.Module):
+    """f_C: [N H W C'] -> [N H/2 W/2 width], rounded up; without `pool`, [N H W width].
+
+    Unit i of a column, from 1, is `column<c>_unit<i>`. Given a sample for the whole batch, a unit
+    from which no kept path leads to the last join is not computed; its statistics stay. Given one
+    an image, all are computed, and statistics are those of all images.
+    """
+
+    columns: int
+    column: int | None  # this one alone: a plain network
+    pool: bool
+    unit: ModuleDef  # without name
+
+    @nn.compact
+    def __call__(self, x: Array, drop: layers.ColumnDrop | None, number: int) -> Array:
+        pool = partial(layers.max_pool, window=2, stride=2, ceil=True) if self.pool else lambda y: y
+
+        def unit(column: int, i: int, x: Array, needed: Array | None = None) -> Array:
+            module = self.unit(name=f"column{column}_unit{i}")
+            if needed is None:
+                return module(x)
+            nothing = jnp.zeros((*x.shape[:-1], module.width), x.dtype)
+            return nn.cond(needed, lambda m, x: m(x), lambda m, x: nothing, module, x)
+
+        def keep(column: int, i: int) -> Array | None:
+            return drop and drop.keep(column, self.columns, number, column, i)
+
+        def paths(column: int, i: int, x: Array, needed: Array | None) -> list[Array]:
+            """What the columns from this one on bring to their i-th join, if that is `needed`."""
+            first = unit(column, i, x, None if needed is None else needed[0])
+            if column == self.columns:
+                return [first]
+            kept, rest = keep(column + 1, 2 * i - 1), None if needed is None else needed[1:]
+            half = None if needed is None else kept & rest.any()
+            x = layers.join(paths(column + 1, 2 * i - 1, x, half), kept)
+            return [first, *paths(column + 1, 2 * i, x, rest)]
+
+        if self.column is not None:
+            for i in range(1, 2 ** (self.column - 1) + 1):
+                x = unit(self.column, i, x)
+            return pool(x)
+        kept = keep(1, 1)
+        whole = drop is not None and drop.column.ndim == 0
+        return layers.join([pool(y) for y in paths(1, 1, x, kept if whole else None)], kept)
+
+
+class FractalNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W. `column` is one column of every block alone, the plain network that the paper
+    extracts: it takes the whole network's variables, or has its own alone.
+
+    Raises `UserError` where C is not that of `input_size`, for a column that there is not, for
+    rates that do not fit.
+    """
+
+    widths: Sequence[int]  # of the blocks
+    columns: int
+    column: int | None = None  # 1, the shallowest, to `columns`
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    stem: ModuleDef | None = None  # before the first block
+    last_pool: bool = True  # of the last block
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
+    dropout: Sequence[float] = ()  # of each block's units
+    drop_path: float = 0.0  # of a join's inputs, where sampling is local: layers.draw_columns
+    drop_path_global: float = 0.5  # the part of samples that are global
+    drop_path_mode: str = "batch"  # one sample a step; "sample": one an image
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        if self.column is not None and not 1 <= self.column <= self.columns:
+            raise UserError(f"expected a column from 1 to {self.columns}, got {self.column}")
+        rates = self.dropout or (0.0,) * len(self.widths)
+        if len(rates) != len(self.widths):
+            raise UserError(
+                f"expected a rate of dropout for each of {len(self.widths)} blocks or none at all, "
+                f"got {tuple(rates)}"
+            )
+        train_all = train and self.column is None
+        drop = layers.draw_columns(self, self.columns, len(images), train_all)
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.caffe_xavier),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        x = images.astype(self.dtype)
+        if self.stem is not None:
+            x = self.stem(conv=conv, norm=norm, name="stem")(x)
+        for i, (width, rate) in enumerate(zip(self.widths, rates), 1):
+            unit = partial(
+                Unit,
+                width,
+                conv=partial(conv, control_flow=layers.skips(self, train_all)),
+                norm=norm,
+                drop=partial(nn.Dropout, rate, deterministic=not train),
+            )
+            pool = self.last_pool or i < len(self.widths)
+            block = Block(self.columns, self.column, pool, unit, name=f"block{i}")
+            x = block(x, drop, i)
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]; the paper's maps are 1x1 here
+        if self.num_classes is None:
+            return x
+        init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
+        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
+        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+
+
+_CIFAR = partial(FractalNet, widths=(64, 128, 256, 512, 512), columns=3)
+_NARROW = partial(FractalNet, widths=(16, 32, 64, 128, 128), num_classes=100)
+_REGULARIZED = dict(drop_path=0.15, dropout=(0.0, 0.1, 0.2, 0.3, 0.4))  # section 4.1
+
+VARIANTS = {  # layers of the deepest column
+    "fractalnet_20": _CIFAR,
+    "fractalnet_20_droppath": partial(_CIFAR, **_REGULARIZED),
+    **{f"fractalnet_narrow{5 * 2 ** (c - 1)}": partial(_NARROW, columns=c) for c in (3, 4, 5, 6)},
+    "fractalnet_34": partial(
+        FractalNet,
+        widths=(128, 256, 512, 1024),
+        columns=4,
+        num_classes=1000,
+        input_size=(224, 224, 3),
+        stem=partial(layers.ImageNetStem, 64),
+        last_pool=False,
+    ),
+}
