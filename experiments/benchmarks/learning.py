@@ -52,7 +52,9 @@ CASES = {  # a variant of each family
     "inception_resnet_v2": Case(75, 80, fields=dict(depths=(1, 1, 1))),
     "squeezenet1_1_c10": Case(64, 150, 3e-4),
     "deck003_cifar100_example": Case(32, 150),
+    "fractalnet_20_droppath": Case(16, 150, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))),
     "cifar_resnet20": Case(16, 100),
+    "rir_18": Case(16, 100),
     "resnet18": Case(64, 80, fields=dict(width=16)),
 }
 WINDOW = 5  # steps that a loss is the mean of

@@ -1,0 +1,141 @@
+"""ResNet in ResNet (RiR) for CIFAR: two streams, one with shortcuts, in blocks with a shortcut.
+
+A generalised residual unit (equation 1, figure 1b) has a residual stream r and a transient stream
+t, and four convolutions within and between them. Stacked they are the "ResNet Init" networks; two
+of them in the place of the two convolutions of He et al.'s block are a block of RiR (figure 1d).
+
+Reconstructed, counts unverified: what we know of the 18 wide layers is what networks that others
+released have in common (pytorchcv's, nutszebra's and weiaicunzai's): a 3x3 convolution for each
+stream, 16 units, of which 4, 6 and 6 have 48, 96 and 192 channels a stream, a 1x1 convolution of
+both streams to the classes, and the mean of its maps. They differ, and so we chose, in
+- shortcuts: ours take every stride-th pixel and add zeros, which leaves 9,469,940 parameters;
+  pytorchcv's two 1x1 projections (23,040) make it 9,492,980;
+- the outer shortcut: ours joins the residual streams alone, behind the unit's ReLU (nutszebra);
+  the others have none, which is `resnet_init_18_wide` here;
+- the stride: on a stage's first unit, on its second in one;
+- the head: BatchNorm behind it, without ReLU (pytorchcv).
+ResNet Init proper adds the identity to a kernel's first values, where we have a shortcut: the same
+network, but that weight decay does not pull at the identity. `rir_18` is as many layers with 8, 16
+and 32 channels a stream, 16, 32 and 64 in all as in He et al.'s networks; that is our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError
+from flax_cnns.models.resnet import shortcut
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Resnet in Resnet: Generalizing Residual Architectures",
+    authors="Targ, Almeida, Lyman",
+    year=2016,
+    url="https://arxiv.org/abs/1603.08029",
+)
+Streams = tuple[Array, Array]  # residual and transient, [N H W C] both
+
+
+class Unit(nn.Module):
+    """Equation 1: r' = s(W_rr * r + W_tr * t + shortcut(r)), t' = s(W_rt * r + W_tt * t).
+
+    s is norm and ReLU, each W a 3x3. [N H W C] -> [N H/stride W/stride width], rounded up.
+    """
+
+    width: int  # of each stream
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        r, t = streams
+        conv = partial(self.conv, self.width, (3, 3), strides=self.stride, padding=1)
+        kept = shortcut("A", r, self.width, self.stride, self.conv, self.norm)
+        to_r = conv(name="r_to_r")(r) + conv(name="t_to_r")(t) + kept
+        to_t = conv(name="r_to_t")(r) + conv(name="t_to_t")(t)
+        return nn.relu(self.norm(name="norm_r")(to_r)), nn.relu(self.norm(name="norm_t")(to_t))
+
+
+class Block(nn.Module):
+    """Two units, and around them the residual stream's own shortcut, if `nested`."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    nested: bool = True
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        unit = partial(Unit, self.width, self.conv, self.norm)
+        r, t = unit(name="unit2")(unit(stride=self.stride, name="unit1")(streams))
+        if self.nested:
+            r += shortcut("A", streams[0], self.width, self.stride, self.conv, self.norm)
+        return r, t
+
+
+class ResNetInResNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    The features are those of both streams: 384 channels in `rir_18_wide`. Any H and W. Raises
+    `UserError` where C is not that of `input_size`, for depths and widths that do not go together,
+    and for `norm="group"`, which the classes' norm does not fit.
+    """
+
+    depths: Sequence[int] = (2, 3, 3)  # blocks per stage, of two units
+    widths: Sequence[int] = (48, 96, 192)  # of each stream
+    nested: bool = True  # RiR; without the outer shortcuts ResNet Init
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        if len(self.depths) != len(self.widths):
+            raise UserError(
+                f"expected a depth and a width for each stage, got depths {tuple(self.depths)} "
+                f"and widths {tuple(self.widths)}"
+            )
+        make = partial(layers.Conv, use_bias=False, param_dtype=self.param_dtype)
+        init = layers.initializer(self.kernel_init, paper=layers.he)
+        conv = partial(make, kernel_init=init, dtype=self.dtype)
+        make_norm = partial(
+            layers.make_norm,
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            param_dtype=self.param_dtype,
+        )
+        norm = make_norm(dtype=self.dtype)
+        stem = partial(layers.CifarStem, self.widths[0], conv, norm)
+        x = stem(name="stem_r")(images), stem(name="stem_t")(images)
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
+            block = partial(Block, width, norm=norm, nested=self.nested)
+            x = stage(block, conv, depth, stride=1 if i == 0 else 2, name=f"stage{i + 1}")(x)
+        x = jnp.concatenate(x, axis=-1)
+        if self.num_classes is None:
+            return layers.global_avg_pool(x)
+        head = partial(make, kernel_init=layers.initializer("lecun"), dtype=jnp.float32)
+        x = head(self.num_classes, (1, 1), name="head")(x)
+        return layers.global_avg_pool(make_norm()(name="head_norm")(x))  # [N H W C] -> [N C]
+
+
+VARIANTS = {
+    "rir_18": partial(ResNetInResNet, widths=(8, 16, 32)),
+    "rir_18_wide": partial(ResNetInResNet),
+    "resnet_init_18_wide": partial(ResNetInResNet, nested=False),
+}
