@@ -47,6 +47,10 @@ UNVERIFIED = {
     "all_cnn_c": "the paper says 1.4 M",
     "squeezenet1_1_c10": "the decks say 768 K",
     "cifar_squeezenet1_1": "the decks say 768 K",
+    "sparsenet_bc_100_32_64_128": "the authors say 16.72 M with 100 classes",
+    "sparse_densenet": "no count is published",
+    "sparse_densenet_bc": "no count is published",
+    "sparse_densenet_abc": "no count is published",
 }
 
 

@@ -56,6 +56,9 @@ CASES = {  # a variant of each family
     "cifar_resnet20": Case(16, 100),
     "rir_18": Case(16, 100),
     "resnet18": Case(64, 80, fields=dict(width=16)),
+    "densenet_bc_100_12": Case(16, 120, 5e-3, dict(depth=22)),
+    "sparsenet_40_24": Case(16, 120, 5e-3, dict(depth=16, growth_rate=12)),
+    "sparse_densenet_abc": Case(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
 }
 WINDOW = 5  # steps that a loss is the mean of
 DOWN = 0.5  # what the last loss may be of the first, and of a guess's, log 10

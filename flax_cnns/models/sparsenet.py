@@ -2,8 +2,9 @@
 
 As DenseNet does by `densenet.all_before`, side by side (`sparsenet_40_24`: 40 layers, growth rate
 24; `_bc_` as there; three growth rates where each block has its own), or added up as in a ResNet
-(`sparsenet_sum_164`). A block gives what its next layer would take. For ImageNet, `sparsenet121` and its like are DenseNet's rows with these links; we found
-no table of the paper's for them, but pytorchcv has the same, to the parameter.
+(`sparsenet_sum_164`). A block gives what its next layer would take. For ImageNet `sparsenet121` and
+its like are DenseNet's rows with these links: we found no list of the paper's for them; pytorchcv
+has the same, to the parameter.
 
 The counts that the paper's authors publish for CIFAR are those of 100 classes and stems of 2k
 channels, with and without BC, their DenseNets' included: 0.76, 2.52, 5.65, 7.22; 1.46 and 4.38 M.
