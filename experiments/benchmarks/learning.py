@@ -52,10 +52,15 @@ CASES = {  # a variant of each family
     "inception_resnet_v2": Case(75, 80, fields=dict(depths=(1, 1, 1))),
     "squeezenet1_1_c10": Case(64, 150, 3e-4),
     "deck003_cifar100_example": Case(32, 150),
-    "fractalnet_20_droppath": Case(16, 150, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))),
+    "fractalnet_20_droppath": Case(
+        16, 150, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))
+    ),
     "cifar_resnet20": Case(16, 100),
     "rir_18": Case(16, 100),
     "resnet18": Case(64, 80, fields=dict(width=16)),
+    "resnetv2_50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
+    "cifar_preact110": Case(16, 100, fields=dict(depths=(3, 3, 3))),
+    "wrn_16_4": Case(16, 100, fields=dict(width_mult=2, dropout=0.3)),
     "densenet_bc_100_12": Case(16, 120, 5e-3, dict(depth=22)),
     "sparsenet_40_24": Case(16, 120, 5e-3, dict(depth=16, growth_rate=12)),
     "sparse_densenet_abc": Case(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
