@@ -2,6 +2,7 @@
 silent, from what their authors, Caffe and torchvision released) alone."""
 
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from flax_cnns import pytree
 from flax_cnns.layers import SAFPool
 from tests.models import foreign
-from tests.models.straight import dsn, simpnet
-from tests.models.straight.cases import CASES, Case, in_numpy, redrawn
+from tests.models.straight import dsn, preact_resnet, simpnet
+from tests.models.straight.cases import CASES, DEPTHS, SHALLOW, Case, in_numpy, redrawn
 from tests.models.straight.numpy_layers import local_response_norm
 from tests.parity import LIMIT, compare_numpy, difference, disturb, spread
 
@@ -36,6 +37,14 @@ def test_response_normalisation_is_seen(case, monkeypatch):
         lambda x, alpha, **constants: local_response_norm(x, alpha=alpha / 5, **constants),
     )
     assert difference(in_numpy(case.straight, tensors, images), right) > 1000 * LIMIT
+
+
+@pytest.mark.parametrize("order", preact_resnet.ORDERS, ids=lambda order: order.__name__)
+def test_orders_of_figure_4(order):
+    straight = partial(preact_resnet.cifar_preact, depths=DEPTHS, order=order)
+    fields = {"order": order.__name__} | SHALLOW
+    result = compare_numpy(Case("cifar_preact110", straight, 13, fields))
+    assert result.passed, result
 
 
 def jit(function):

@@ -13,15 +13,21 @@ from tests.models import foreign
 from tests.models.straight import (
     alexnet,
     all_cnn,
+    cifar_resnet,
     deck_cnn,
     dsn,
+    fractalnet,
     googlenet,
     highway,
     lenet,
     nin,
+    preact_resnet,
+    resnet,
+    resnext,
     simpnet,
     squeezenet,
     vgg,
+    wide_resnet,
     zfnet,
 )
 
@@ -37,6 +43,13 @@ class Case(NamedTuple):
 NARROW = {"hidden": 32, "num_classes": 10}
 WIDTHS = {"widths": (16, 24, 32, 40, 48)}
 SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
+
+# Of residual networks: first blocks with stride 1 and with stride 2, and one that is not a first.
+DEPTHS = (2, 1, 2)
+SHALLOW = {"depths": DEPTHS, "widths": (8, 12, 16)}
+DEPTHS_IMAGENET = (1, 2, 1, 1)
+SHALLOW_IMAGENET = {"depths": DEPTHS_IMAGENET, "width": 8, "num_classes": 10}
+GROUPS = {"depths": DEPTHS, "width": 8, "base_width": 32, "groups": 4}
 
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
@@ -67,6 +80,19 @@ CASES = [
     Case("highway_32", highway.highway_32, 12),
     Case("simpnet_5m", simpnet.simpnet, 12),
     Case("simpnet_slim_300k", simpnet.simpnet, 12),
+    # Odd sizes: what stride 2 leaves out.
+    Case("cifar_resnet20", partial(cifar_resnet.option_a, depths=DEPTHS), 13, SHALLOW),
+    Case("cifar_resnet110_optB", partial(cifar_resnet.option_b, depths=DEPTHS), 13, SHALLOW),
+    Case("cifar_resnet110_sd", partial(cifar_resnet.halved, depths=DEPTHS), 13, SHALLOW),
+    Case("cifar_plain20", partial(cifar_resnet.plain, depths=DEPTHS), 13, SHALLOW),
+    Case("resnet50_v1", partial(resnet.v1, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
+    Case("resnet34_optA", partial(resnet.option_a, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
+    Case("resnet34_optC", partial(resnet.option_c, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
+    Case("plain18", partial(resnet.plain, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
+    Case("resnext29_8x64d", partial(resnext.cifar, depths=DEPTHS, cardinality=4), 13, GROUPS),
+    Case("wrn_16_4", partial(wide_resnet.wide_resnet, depth=16), 12, {"width_mult": 1}),
+    Case("cifar_preact164", partial(preact_resnet.full, depths=DEPTHS), 13, SHALLOW),
+    Case("fractalnet_20", partial(fractalnet.fractalnet, blocks=3), 20, {"widths": (8, 12, 16)}),
 ]
 
 # Rows that differ from one of those in numbers or training alone: `tests.parity --all` has them.
@@ -89,6 +115,15 @@ MORE = [
     ),
     Case("googlenet_2014_aux", googlenet.googlenet_2014, 64, {}, 30),
     Case("googlenet_bn_5x5_aux", googlenet.googlenet_bn_5x5, 80),
+    # Whole.
+    Case("cifar_resnet56", partial(cifar_resnet.option_a, depths=(9, 9, 9)), 13),
+    Case("cifar_resnet110", partial(cifar_resnet.option_a, depths=(18, 18, 18)), 13),
+    Case("cifar_preact110", partial(preact_resnet.full, depths=(18, 18, 18)), 13),
+    Case("wrn_40_1", partial(wide_resnet.wide_resnet, depth=40), 13),
+    Case("wrn_28_10", partial(wide_resnet.wide_resnet, depth=28), 9),
+    Case("resnext29_16x64d", partial(resnext.cifar, depths=(3, 3, 3), cardinality=16), 9),
+    Case("resnet101_v1", partial(resnet.v1, depths=(3, 4, 23, 3)), 65),
+    Case("plain34", partial(resnet.plain, depths=(3, 4, 6, 3)), 65),
 ]
 
 
