@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.layers import CifarStem, Conv, ImageNetStem, check_images, make_norm
+from flax_cnns.layers import CifarStem, Conv, DeepStem, ImageNetStem, check_images, make_norm
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,30 @@ def test_output_shape(stem, size, expected):
     y, variables = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), images))
     assert y.shape == (2, expected, expected, 16)
     assert set(variables["params"]) == {"conv", "norm"}
+
+
+@pytest.mark.parametrize(
+    ("ceil", "size", "expected"),
+    # Caffe's pool of 112, 57 and 2: no padding, rounded up.
+    [(False, 224, 56), (True, 224, 56), (False, 113, 29), (True, 113, 28), (True, 3, 1)],
+)
+@pytest.mark.parametrize("stem", [ImageNetStem, DeepStem])
+def test_pool_of_the_stem(stem, ceil, size, expected):
+    module = stem(16, partial(Conv, use_bias=False), make_norm("batch", train=False), ceil=ceil)
+    images = jnp.zeros((2, size, size, 3))
+    y, _ = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), images))
+    assert y.shape == (2, expected, expected, 16)
+    if ceil:
+        with pytest.raises(UserError, match="2x2 are too small: the smallest is 3x3"):
+            module.init(jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
+
+
+def test_deep_stem_is_as_wide_as_it_says():
+    module = DeepStem(64, partial(Conv, use_bias=False), make_norm("batch", train=False))
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    kernels = [tree["params"][f"conv{i}"]["kernel"].shape for i in (1, 2, 3)]
+    assert kernels == [(3, 3, 3, 32), (3, 3, 32, 32), (3, 3, 32, 64)]
+    assert tree["params"]["norm3"]["scale"].shape == (64,)
 
 
 def test_images_that_do_not_fit():

@@ -1,25 +1,61 @@
-"""ResNet for ImageNet: published counts, table 1's shapes, where v1.5 strides."""
+"""ResNet for ImageNet: published counts and MACs, table 1's shapes, and what each field does."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import layers, pytree
+from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import resnet
 from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.types import ModuleDef
 from tests.models.captured import captured
 
-# torchvision 0.28.0, ResNet*_Weights.IMAGENET1K_V1.meta["num_params"]
 PUBLISHED = {
+    # torchvision 0.28.0, ResNet*_Weights.IMAGENET1K_V1.meta["num_params"]; v1 has the same.
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
+    **dict.fromkeys(("resnet50", "resnet50_v1"), 25_557_032),
+    **dict.fromkeys(("resnet101", "resnet101_v1"), 44_549_160),
+    **dict.fromkeys(("resnet152", "resnet152_v1"), 60_192_808),
+    # timm 1.0.31, built without weights.
+    **dict.fromkeys(("resnet200", "resnet200_v1"), 64_673_832),
+    "resnet18d": 11_708_744,
+    "resnet34d": 21_816_904,
+    "resnet50d": 25_576_264,
+    "resnet101d": 44_568_392,
+    "resnet152d": 60_212_040,
+    "resnet200d": 64_693_064,
+    # Keras's model.summary(): trainable.
+    "keras_resnet50": 25_583_592,
+    "keras_resnet101": 44_601_832,
+    "keras_resnet152": 60_268_520,
+}
+
+
+def of_table_1(depths: tuple[int, ...], projected: str) -> int:
+    """Parameters of two 3x3 a block; `projected`: no shortcut ("none") or "all" of them."""
+    count, before = 49 * 3 * 64 + 2 * 64, 64
+    for depth, width in zip(depths, (64, 128, 256, 512)):
+        for _ in range(depth):
+            count += 9 * before * width + 9 * width * width + 2 * 2 * width
+            count += (before * width + 2 * width) * (projected == "all")
+            before = width
+    return count + 512 * 1000 + 1000
+
+
+DERIVED = {  # the paper's shortcut A has no parameters
+    "plain18": of_table_1((2, 2, 2, 2), "none"),
+    "plain34": of_table_1((3, 4, 6, 3), "none"),
+    "resnet34_optA": of_table_1((3, 4, 6, 3), "none"),
+    "resnet34_optC": of_table_1((3, 4, 6, 3), "all"),
 }
 
 
@@ -28,8 +64,27 @@ def test_published_count(name):
     assert model_info(name).params == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", DERIVED)
+def test_derived_count(name):
+    assert model_info(name).params == DERIVED[name]
+
+
 def test_every_variant_is_counted():
-    assert set(PUBLISHED) == set(resnet.VARIANTS)
+    assert set(PUBLISHED) | set(DERIVED) == set(resnet.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs", "tolerance"),
+    [
+        # torchvision 0.28.0, the weights' meta["_ops"]
+        *(("resnet18", 1.814, 5e-4), ("resnet50", 4.089, 5e-4), ("resnet101", 7.801, 5e-4)),
+        # Table 1; our 3.86, 7.57 and 11.28 are 3.8, 7.6 and 11.3 there.
+        *(("plain34", 3.6, 0.02), ("resnet50_v1", 3.8, 0.02), ("resnet101_v1", 7.6, 0.02)),
+        *(("resnet152_v1", 11.3, 0.02), ("resnet50d", 4.35, 0.01)),  # timm's table, with norms
+    ],
+)
+def test_published_macs(name, gmacs, tolerance):
+    assert cost(create_model(name)).macs / 1e9 == pytest.approx(gmacs, rel=tolerance)
 
 
 @pytest.mark.parametrize(("name", "expansion"), [("resnet18", 1), ("resnet50", 4)])
@@ -50,6 +105,141 @@ def test_a_bottleneck_strides_on_its_3x3():
     assert shapes["stage2/block1/conv2"] == (2, 28, 28, 128)
     assert shapes["stage2/block1/projection"] == (2, 28, 28, 512)
     assert "stage2/block2/projection" not in shapes
+
+
+def test_v1_strides_on_the_first_1x1():
+    _, shapes = captured("resnet50_v1", 224)
+    assert shapes["stage2/block1/conv1"] == (2, 28, 28, 128)
+    _, shapes = captured("keras_resnet50", 224)
+    assert shapes["stage2/block1/conv1"] == (2, 28, 28, 128)
+
+
+def test_resnet_d_has_a_deep_stem_and_projects_means():
+    """Of odd maps too: a mean at the border is of the pixels that there are."""
+    _, shapes = captured("resnet50d", 100)
+    assert [shapes[f"stem/conv{i}"] for i in (1, 2, 3)] == [(2, 50, 50, n) for n in (32, 32, 64)]
+    assert [shapes[f"stage{i}"][1] for i in (1, 2, 3, 4)] == [25, 13, 7, 4]
+    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+    kept = partial(layers.Conv, kernel_init=nn.initializers.ones)
+    y, _ = InBlock("D", 1, 2, kept).init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(y[0, :, :, 0], [[2.0, 3.5], [6.5, 8.0]])
+
+
+class InBlock(nn.Module):
+    option: str
+    width: int
+    stride: int
+    conv: ModuleDef = layers.Conv
+
+    @nn.compact
+    def __call__(self, x):
+        norm = layers.make_norm("none", train=False)
+        return resnet.shortcut(self.option, x, self.width, self.stride, self.conv, norm)
+
+
+def test_shortcut_a_skips_pixels_and_adds_zeros():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 3, 2))
+    y, variables = InBlock("A", 5, 2).init_with_output(jax.random.key(0), x)
+    assert not variables
+    expected = np.zeros((1, 2, 2, 5))
+    for i in range(2):
+        for j in range(2):
+            expected[0, i, j, :2] = x[0, 2 * i, 2 * j]
+    np.testing.assert_array_equal(y, expected)
+    with pytest.raises(UserError, match="2 are more than 1"):
+        InBlock("A", 1, 1).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(
+    ("option", "first", "projections"),  # kernels: the first block's, all of them of 2 + 2 blocks
+    [
+        *(("B", (1, 1), 1), ("C", (1, 1), 4), ("D", (1, 1), 1), ("3x3", (3, 3), 1)),
+        *(("A", None, 0), ("none", None, 0)),
+    ],
+)
+def test_projections(option, first, projections):
+    model = create_model("resnet18", depths=(2, 2), shortcut=option)
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    kernels = {
+        path: leaf.shape[:2]
+        for path, leaf in pytree.flatten(shapes["params"]).items()
+        if path.endswith("projection/kernel")
+    }
+    assert len(kernels) == projections
+    assert kernels.get("stage2/block1/projection/kernel") == first
+
+
+def test_groups_and_base_width_are_those_of_a_bottleneck():
+    fields = dict(depths=(1,), groups=4, base_width=32)
+    _, shapes = captured("resnet50", 32, **fields)
+    assert shapes["stage1/block1/conv2"][-1] == 64 * 32 // 64 * 4
+    with pytest.raises(UserError, match="a bottleneck's: got 4 and 32"):
+        captured("resnet18", 32, **fields)
+
+
+TINY = dict(depths=(1, 2), width=4, num_classes=3, input_size=(16, 16, 3))
+NO_OPTIMIZATION = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(variables of TINY, images)."""
+    variables = init_variables(create_model("resnet18", **TINY), jax.random.key(0))
+    return variables, jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+
+
+def test_stochastic_depth_scales_branches_and_changes_no_name(tiny):
+    """Three blocks, linear: in evaluation their branches count 5/6, 2/3 and 1/2 times."""
+    variables, images = tiny
+    model = create_model("resnet18", **TINY, drop_path=0.5)
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+    flat = pytree.flatten(variables)
+    rates = {"stage1/block1": 5 / 6, "stage2/block1": 2 / 3, "stage2/block2": 1 / 2}
+    for block, stay in rates.items():  # the last norm of the branch is linear
+        for leaf in ("scale", "bias"):
+            path = f"params/{block}/norm2/{leaf}"
+            flat[path] = flat[path] * stay
+    run = lambda model, v: jax.jit(model.apply, compiler_options=NO_OPTIMIZATION)(v, images)  # noqa: E731
+    plain = create_model("resnet18", **TINY)
+    np.testing.assert_allclose(
+        run(model, variables), run(plain, pytree.unflatten(flat)), rtol=1e-4, atol=1e-5
+    )
+    sample = create_model("resnet18", **TINY, drop_path=0.5, drop_path_mode="sample")
+    np.testing.assert_array_equal(run(sample, variables), run(plain, variables))
+
+
+@pytest.mark.parametrize(("mode", "stream"), [("batch", "shared"), ("sample", "dropout")])
+def test_stochastic_depth_needs_its_stream(tiny, mode, stream):
+    variables, images = tiny
+    model = create_model("resnet18", **TINY, drop_path=0.5, drop_path_mode=mode)
+
+    def train(**rngs):
+        return model.apply(variables, images, train=True, mutable="batch_stats", rngs=rngs)
+
+    with pytest.raises(UserError, match=stream):
+        jax.eval_shape(train)
+    logits, _ = jax.eval_shape(lambda key: train(**{stream: key}), jax.random.key(0))
+    assert logits.shape == (4, 3)
+
+
+def test_momentum_is_the_source_s(tiny):
+    """After one step from 0, Keras's 0.99 leaves a tenth of what PyTorch's 0.9 leaves."""
+    variables, images = tiny
+
+    def mean(model):
+        _, state = jax.jit(
+            lambda v: model.apply(v, images, train=True, mutable="batch_stats"),
+            compiler_options=NO_OPTIMIZATION,
+        )(variables)
+        return state["batch_stats"]["stem"]["norm"]["mean"]
+
+    keras = create_model("keras_resnet50")
+    assert (keras.epsilon, create_model("resnet50").epsilon) == (1.001e-5, 1e-5)
+    slow = create_model("resnet18", **TINY, momentum=keras.momentum)
+    np.testing.assert_allclose(
+        10 * mean(slow), mean(create_model("resnet18", **TINY)), rtol=1e-3, atol=1e-7
+    )
 
 
 def test_without_classes_it_gives_pooled_features():
@@ -119,6 +309,7 @@ def test_fixup_is_resnet_50_without_normalisation():
         ("plain18", dict(norm="fixup"), "needs a shortcut"),
         ("plain18", dict(drop_path=0.5), "needs a shortcut"),
         ("resnet50d", dict(norm="fixup"), "single convolution"),
+        ("resnet18", dict(shortcut="E"), "unknown shortcut 'E'"),
     ],
 )
 def test_fields_that_do_not_go_together(name, fields, said):

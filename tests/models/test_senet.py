@@ -1,0 +1,127 @@
+"""SENets: published counts and MACs, where the squeeze sits, Caffe's conventions and timm's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns import create_model, init_variables, layers, model_info, pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.errors import UserError
+from flax_cnns.models import senet
+from tests.models.captured import captured
+
+PUBLISHED = {  # timm 1.0.31, built without weights
+    "legacy_seresnet18": 11_778_592,
+    "legacy_seresnet34": 21_958_868,
+    "legacy_seresnet50": 28_088_024,
+    "legacy_seresnet101": 49_326_872,
+    "legacy_seresnet152": 66_821_848,
+    "legacy_seresnext50_32x4d": 27_559_896,
+    "legacy_seresnext101_32x4d": 48_955_416,
+    "legacy_senet154": 115_088_984,
+    "seresnet18": 11_779_624,
+    "seresnet34": 21_960_416,
+    "seresnet50": 28_088_024,
+    "seresnet101": 49_326_872,
+    "seresnet152": 66_821_848,
+    "seresnext50_32x4d": 27_559_896,
+    "seresnext101_32x4d": 48_955_416,
+    "senet154": 115_088_984,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_count(name):
+    assert model_info(name).params == PUBLISHED[name]
+
+
+def test_every_variant_is_counted_and_names_of_the_paper_are_the_authors_networks():
+    assert set(PUBLISHED) | set(senet.ALIASES) == set(senet.VARIANTS)
+    for alias, name in senet.ALIASES.items():
+        assert create_model(alias) == create_model(name)
+    assert senet.ALIASES["se_resnext50_32x4d"] == "legacy_seresnext50_32x4d"
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs"),
+    # Table 2 of the paper, whose numbers are a little larger than ours.
+    [
+        ("se_resnet50", 3.87),
+        ("se_resnext50_32x4d", 4.25),
+        ("legacy_senet154", 20.77),  # timm's table
+    ],
+)
+def test_published_macs(name, gmacs):
+    assert cost(create_model(name)).macs / 1e9 == pytest.approx(gmacs, rel=0.005)
+
+
+def test_the_squeeze_is_the_last_of_a_branch():
+    _, shapes = captured("seresnet50", 224)
+    for i, (side, width) in enumerate(((56, 256), (28, 512), (14, 1024), (7, 2048)), 1):
+        assert shapes[f"stage{i}/block1/se/reduce"] == (2, width // 16)
+        assert shapes[f"stage{i}/block1/se/expand"] == (2, width)
+        assert shapes[f"stage{i}/block1/se"] == (2, side, side, width)
+
+
+def test_caffe_s_conventions_and_timm_s():
+    _, caffe = captured("legacy_seresnet50", 113)
+    _, timm = captured("seresnet50", 113)
+    assert (caffe["stem/conv"][1], timm["stem/conv"][1]) == (57, 57)
+    assert (caffe["stem"][1], timm["stem"][1]) == (28, 29)  # the pool
+    assert caffe["stage2/block1/conv1"] == (2, 14, 14, 128)
+    assert timm["stage2/block1/conv1"] == (2, 29, 29, 128)
+    _, caffe = captured("legacy_seresnet18", 224)
+    _, timm = captured("seresnet18", 224)
+    assert caffe["stage1/block1/se/reduce"] == (2, 4)
+    assert timm["stage1/block1/se/reduce"] == (2, 8)
+    with pytest.raises(UserError, match="2x2 are too small: the smallest is 3x3"):
+        captured("legacy_seresnet18", 2)
+
+
+def test_senet_154():
+    """Appendix: deep stem, halved first 1x1, 3x3 projections but in the first stage, dropout."""
+    logits, shapes = captured("legacy_senet154", 224)
+    assert [shapes[f"stem/conv{i}"][-1] for i in (1, 2, 3)] == [64, 64, 128]
+    for i, (side, out) in enumerate(((56, 256), (28, 512), (14, 1024), (7, 2048)), 1):
+        assert shapes[f"stage{i}/block2/conv1"][-1] == out // 2
+        assert shapes[f"stage{i}/block2/conv2"] == (2, side, side, out)
+        assert shapes[f"stage{i}/block2"] == (2, side, side, out)
+    assert logits.shape == (2, 1000)
+    model = create_model("legacy_senet154", depths=(1, 1), num_classes=2)
+    tree = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["params"]
+    assert tree["stage1"]["block1"]["projection"]["kernel"].shape == (1, 1, 128, 256)
+    assert tree["stage2"]["block1"]["projection"]["kernel"].shape == (3, 3, 256, 512)
+    assert tree["stage2"]["block1"]["conv2"]["kernel"].shape == (3, 3, 256 // 64, 512)
+    assert (create_model("legacy_senet154").dropout, create_model("senet154").dropout) == (0.2, 0)
+
+
+def test_the_legacy_basic_block_squeezes_behind_a_relu():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3, 16))
+    module = senet.RectifiedSqueezeExcite(4)
+    variables = module.init(jax.random.key(1), x)
+    expected = layers.SqueezeExcite(4).apply(variables, np.maximum(x, 0))
+    np.testing.assert_array_equal(module.apply(variables, x), expected)
+
+
+def test_any_resnet_takes_the_squeeze():
+    model = create_model("resnet18", depths=(1,), attention=layers.SqueezeExcite)
+    paths = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
+    assert {path.rpartition("se/")[2] for path in paths if "/se/" in path} == {
+        *("reduce/kernel", "reduce/bias", "expand/kernel", "expand/bias")
+    }
+
+
+def test_bfloat16_leaves_logits_in_float32():
+    model = create_model("seresnet18", depths=(1, 1), dtype=jnp.bfloat16)
+
+    def run(key):
+        images = jnp.zeros((2, 32, 32, 3))
+        variables = model.init(key, images)
+        return variables, model.apply(variables, images)
+
+    variables, logits = jax.eval_shape(run, jax.random.key(0))
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
