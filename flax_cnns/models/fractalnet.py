@@ -121,6 +121,7 @@ class FractalNet(nn.Module):
     stem: ModuleDef | None = None  # before the first block
     last_pool: bool = True  # of the last block
     norm: str = "batch"
+    momentum: float = 0.9  # of BatchNorm's statistics; of any unit, the steps that computed it
     kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
     dropout: Sequence[float] = ()  # of each block's units
     drop_path: float = 0.0  # of a join's inputs, where sampling is local: layers.draw_columns
@@ -156,6 +157,7 @@ class FractalNet(nn.Module):
             axis_name=self.axis_name,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            momentum=self.momentum,
         )
         x = images.astype(self.dtype)
         if self.stem is not None:
