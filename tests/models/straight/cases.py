@@ -120,10 +120,7 @@ MORE = [
     Case("cifar_resnet110", partial(cifar_resnet.option_a, depths=(18, 18, 18)), 13),
     Case("cifar_preact110", partial(preact_resnet.full, depths=(18, 18, 18)), 13),
     Case("wrn_40_1", partial(wide_resnet.wide_resnet, depth=40), 13),
-    Case("wrn_28_10", partial(wide_resnet.wide_resnet, depth=28), 9),
-    Case("resnext29_16x64d", partial(resnext.cifar, depths=(3, 3, 3), cardinality=16), 9),
     Case("resnet101_v1", partial(resnet.v1, depths=(3, 4, 23, 3)), 65),
-    Case("plain34", partial(resnet.plain, depths=(3, 4, 6, 3)), 65),
 ]
 
 
