@@ -116,8 +116,8 @@ def shake_shake(x1: Array, x2: Array, shake: Shake | None) -> Array:
 
 @flax.struct.dataclass
 class ShakeDrop:
-    """How blocks disturb their branch; `rate` and `keys` have an axis of blocks until `pick` takes
-    one of them."""
+    """How blocks disturb their branch; `rate` and `keys` have an axis of blocks until `Stage` or
+    `pick` takes one of them."""
 
     rate: Array  # f32: of b = 0, disturbing
     keys: tuple[Array, Array] | None  # of b, of alpha and beta; None: evaluation
@@ -126,8 +126,10 @@ class ShakeDrop:
     level: str = flax.struct.field(pytree_node=False, default="image")
 
 
-def make_shake_drops(network: nn.Module, depth: int, train: bool) -> ShakeDrop | None:
-    """The `ShakeDrop` of `depth` blocks in a row, by the network's fields; None where it is off.
+def make_shake_drops(
+    network: nn.Module, depths: Sequence[int], train: bool
+) -> list[ShakeDrop | None]:
+    """A `ShakeDrop` for each stage of `depths` blocks, by the network's fields; None where off.
 
     `shake_drop` is the last block's rate 1 - p_L, and p_l = 1 - l/L (1 - p_L), l = 1 ... L.
     `shake_drop_alpha` and `shake_drop_beta` are the ranges that the gates are drawn from; (0, 0)
@@ -148,13 +150,17 @@ def make_shake_drops(network: nn.Module, depth: int, train: bool) -> ShakeDrop |
             f"shake_drop is the last block's rate, 0 to below 1, got {network.shake_drop}"
         )
     if not network.shake_drop:
-        return None
-    keys = None
+        return [None] * len(depths)
+    keys, total, ends = None, sum(depths), np.cumsum(depths)
     if train and not network.is_initializing():
         streams = ("shared", _stream(network.shake_drop_level))
-        keys = tuple(jax.random.split(make_key(network, stream), depth) for stream in streams)
-    rates = jnp.asarray(drop_rates(network.shake_drop, depth, "linear"))
-    return ShakeDrop(rates, keys, **ranges, level=network.shake_drop_level)
+        keys = tuple(jax.random.split(make_key(network, stream), total) for stream in streams)
+    rates = jnp.asarray(drop_rates(network.shake_drop, total, "linear"))
+    all_blocks = ShakeDrop(rates, keys, **ranges, level=network.shake_drop_level)
+    return [
+        jax.tree.map(lambda a, i=end - depth, j=end: a[i:j], all_blocks)
+        for depth, end in zip(depths, ends)
+    ]
 
 
 def shake_drop(x: Array, drop: ShakeDrop | None) -> Array:

@@ -85,8 +85,10 @@ class CifarStem(nn.Module):
     width: int
     conv: ModuleDef
     norm: ModuleDef
+    relu: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = self.conv(self.width, (3, 3), padding=1, name="conv")(x)
-        return nn.relu(self.norm(name="norm")(x))
+        x = self.norm(name="norm")(x)
+        return nn.relu(x) if self.relu else x

@@ -245,7 +245,7 @@ class Dropped(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        drops = layers.make_shake_drops(self, 4, train)
+        (drops,) = layers.make_shake_drops(self, (4,), train)
         for i in range(4):
             x = x + layers.shake_drop(x, layers.pick(drops, i))
         return x
@@ -331,7 +331,7 @@ def test_whether_shake_drop_disturbs_is_decided_for_all_devices():
             "dropout": jax.random.fold_in(number, jax.lax.axis_index("batch")),
         }
         undisturbed = []
-        drops = layers.make_shake_drops(model.bind({}, rngs=rngs), 4, train=True)
+        (drops,) = layers.make_shake_drops(model.bind({}, rngs=rngs), (4,), train=True)
         for i in range(4):
             x = layers.shake_drop(batch["image"], layers.pick(drops, i))
             undisturbed.append((x == batch["image"]).all((1, 2, 3)))

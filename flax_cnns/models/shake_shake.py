@@ -1,0 +1,138 @@
+"""Shake-Shake networks for CIFAR-10, section 2.1: two residual branches under random gates.
+
+26 layers: a 3x3, three stages of four blocks with two convolutions in depth, the head. "2x32d" is
+two branches of 32 channels in the first stage. Each stage starts with another width, so each has a
+shortcut of the paper's two flows: 1x1 convolutions of every second pixel, and of every second pixel
+of the maps moved by one pixel right and down. The paper is silent on the ReLU in front of them,
+which the author's released code has, as has ours. Others (google-research/sam) move the maps left
+and up instead, and leave that ReLU out; counts are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.layers.shake import Shake
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Shake-Shake regularization",
+    authors="Gastaldi",
+    year=2017,
+    url="https://arxiv.org/abs/1705.07485",
+)
+
+
+class Branch(nn.Module):
+    """ReLU, 3x3, norm, twice: [N H W C] -> [N H/stride W/stride width], rounded up."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        conv = partial(self.conv, self.width, (3, 3), padding=1)
+        x = self.norm(name="norm1")(conv(strides=self.stride, name="conv1")(nn.relu(x)))
+        return self.norm(name="norm2", scale_init=last)(conv(name="conv2")(nn.relu(x)))
+
+
+class Block(nn.Module):
+    """The shortcut and the mix of two branches: [N H W C] -> [N H/stride W/stride width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, shake: Shake | None = None) -> Array:
+        branch = partial(
+            Branch, self.width, self.conv, self.norm, self.stride, zero_init=self.zero_init
+        )
+        y1, y2 = branch(name="branch1")(x), branch(name="branch2")(x)
+        return self.shortcut(x) + layers.shake_shake(y1, y2, shake)
+
+    def shortcut(self, x: Array) -> Array:
+        """x itself where the shape stays, else ReLU, two flows side by side, a norm."""
+        if x.shape[-1] == self.width and self.stride == 1:
+            return x
+        x = nn.relu(x)
+        moved = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))[:, :-1, :-1]  # right and down
+        conv = partial(self.conv, kernel_size=(1, 1), strides=self.stride, padding=0)
+        flows = (
+            conv(self.width - self.width // 2, name="projection1")(x),
+            conv(self.width // 2, name="projection2")(moved),
+        )
+        return self.norm(name="projection_norm")(jnp.concatenate(flows, axis=-1))
+
+
+class ShakeShake(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W. In training `apply` needs the stream "dropout", or "shared" for level "batch".
+    Raises `UserError` where C is not that of `input_size`, or for names that table 1 does not have.
+    """
+
+    width: int  # of the first stage; doubled from stage to stage
+    depths: Sequence[int] = (4, 4, 4)  # blocks per stage; the first keeps the size, others halve it
+    forward: str = "shake"  # or "even": layers.make_shakes
+    backward: str = "shake"  # or "even", or "keep": the forward pass's
+    level: str = "image"  # or "batch": what shares a number
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last norm of each branch starts at 0
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        shakes = layers.make_shakes(self, self.depths, train)
+        x = layers.CifarStem(16, conv, norm, relu=False, name="stem")(images)
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        for i, (depth, shake) in enumerate(zip(self.depths, shakes)):
+            block = partial(Block, self.width * 2**i, norm=norm, zero_init=self.zero_init)
+            stride = 1 if i == 0 else 2
+            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, shake)
+        x = layers.global_avg_pool(nn.relu(x))  # [N H W C] -> [N C]
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+VARIANTS = {  # table 1, and the 2x112d of later work (Cubuk et al. 2018, AutoAugment)
+    "shakeshake_26_2x32d": partial(ShakeShake, width=32),
+    "shakeshake_26_2x64d": partial(ShakeShake, width=64),
+    "shakeshake_26_2x96d": partial(ShakeShake, width=96),
+    "shakeshake_26_2x112d": partial(ShakeShake, width=112),
+}
