@@ -58,6 +58,8 @@ CASES = {  # a variant of each family
     "cifar_resnet20": Case(16, 100),
     "rir_18": Case(16, 100),
     "resnet18": Case(64, 80, fields=dict(width=16)),
+    "resnext29_8x64d": Case(16, 80, fields=dict(depths=(1, 1, 1), width=16)),
+    "seresnet50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
     "resnetv2_50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
     "cifar_preact110": Case(16, 100, fields=dict(depths=(3, 3, 3))),
     "wrn_16_4": Case(16, 100, fields=dict(width_mult=2, dropout=0.3)),
