@@ -1,0 +1,221 @@
+"""PyramidNets for CIFAR: every unit is wider than the one before, by alpha / N of N units.
+
+The additive networks of section 2.2 with the units of figure 6d: no ReLU in front of a unit's first
+convolution, a norm behind its last one; the shortcut has no weights, zeros behind its channels and
+means of 2x2 where maps shrink. Unit k of N is floor(16 + alpha k / N) channels wide, equation 2 in
+exact numbers, so that the last has 16 + alpha, as table 4 prints. (In floating point, one addition
+after the other, some sums fall short of a whole number and lose a channel: 110 layers with alpha 48
+would end in 63, and have 1,732,856 parameters in place of 1,739,730.) The authors' released code,
+and most work since, rounds to the nearest: `rounding="nearest"`. For alpha 270 both are the same
+28,485,477 parameters, where the paper prints 28.3M and we found no reading that gives it.
+
+ShakeDrop (Yamada et al. 2018, https://arxiv.org/abs/1802.02375) stands behind the last norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper, PyTree
+
+PAPER = Paper(
+    title="Deep Pyramidal Residual Networks",
+    authors="Han, Kim, Kim",
+    year=2017,
+    url="https://arxiv.org/abs/1610.02915",
+)
+ROUNDINGS = {"down": math.floor, "nearest": lambda width: math.floor(width + 0.5)}
+
+
+def shortcut(x: Array, width: int, stride: int) -> Array:
+    """[N H W C] -> [N H/stride W/stride width]: means of 2x2 at stride 2, zeros behind C.
+
+    Sizes are rounded up: at an odd edge the mean is of what there is.
+    """
+    if stride == 2:
+        x = layers.avg_pool(x, 2, 2, ceil=True)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
+
+    convs, expansion = 2, 1
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, drop: PyTree = None, shake_drop: PyTree = None) -> Array:
+        last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+
+        def branch(block: BasicBlock, x: Array) -> Array:
+            conv = partial(block.conv, block.width, (3, 3), padding=1)
+            x = conv(strides=block.stride, name="conv1")(block.norm(name="norm1")(x))
+            x = conv(name="conv2")(nn.relu(block.norm(name="norm2")(x)))
+            return layers.shake_drop(block.norm(name="norm3", scale_init=last)(x), shake_drop)
+
+        return layers.residual(shortcut(x, self.width, self.stride), branch, self, x, drop)
+
+
+class Bottleneck(nn.Module):
+    """1x1 narrows, 3x3 looks around, 1x1 widens: [N H W C] -> [N H/stride W/stride 4*width]."""
+
+    convs, expansion = 3, 4
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, drop: PyTree = None, shake_drop: PyTree = None) -> Array:
+        last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+
+        def branch(block: Bottleneck, x: Array) -> Array:
+            x = block.norm(name="norm1")(x)
+            x = block.conv(block.width, (1, 1), padding=0, name="conv1")(x)
+            x = nn.relu(block.norm(name="norm2")(x))
+            x = block.conv(block.width, (3, 3), strides=block.stride, padding=1, name="conv2")(x)
+            x = nn.relu(block.norm(name="norm3")(x))
+            x = block.conv(4 * block.width, (1, 1), padding=0, name="conv3")(x)
+            return layers.shake_drop(block.norm(name="norm4", scale_init=last)(x), shake_drop)
+
+        return layers.residual(shortcut(x, 4 * self.width, self.stride), branch, self, x, drop)
+
+
+class Stage(nn.Module):
+    """Blocks of these widths, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
+
+    As `layers.Stage`, for blocks that are not alike, which `nn.scan` could not run over.
+    """
+
+    block: ModuleDef  # without width, stride and name
+    widths: Sequence[int]
+    stride: int = 1
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, *each: PyTree) -> Array:
+        def run(block: nn.Module, x: Array, own: PyTree) -> Array:
+            return block(x, *own)
+
+        if self.remat:
+            run = nn.remat(run)
+        for i, width in enumerate(self.widths):
+            stride = self.stride if i == 0 else 1
+            block = self.block(width, stride=stride, name=f"block{i + 1}")
+            x = run(block, x, [layers.pick(drops, i) for drops in each])
+        return x
+
+
+class PyramidNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W. Raises `UserError` where C is not that of `input_size`, for a depth that is not
+    three equal stages of whole blocks, or a pyramid that narrows.
+    """
+
+    depth: int  # in convolutions along the branches, with the stem and the head
+    alpha: float  # by how many channels the last block is wider than the stem
+    block: ModuleDef = BasicBlock
+    rounding: str = "down"  # of widths; or "nearest", the released code's
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    drop_path: float = 0.0  # stochastic depth's rate in the last block: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    shake_drop: float = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
+    shake_drop_level: str = "image"  # or "batch", "channel", "pixel"
+    shake_drop_alpha: tuple[float, float] = (-1.0, 1.0)
+    shake_drop_beta: tuple[float, float] = (0.0, 1.0)
+    norm: str = "batch"
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    def widths(self) -> list[list[int]]:
+        """Channels inside the blocks of the three stages."""
+        convs = 3 * self.block.convs  # that a block in each stage adds
+        depth, rest = divmod(self.depth - 2, convs)
+        if rest or depth < 1:
+            near = (convs * n + 2 for n in (max(depth, 1), max(depth, 1) + 1))
+            raise UserError(
+                f"expected a depth of {convs}n + 2 for {self.block.__name__}, got {self.depth}; "
+                f"the next are {' and '.join(map(str, near))}"
+            )
+        if self.alpha < 0:
+            raise UserError(f"alpha is what widths grow by, 0 at least, got {self.alpha}")
+        if self.rounding not in ROUNDINGS:
+            raise UserError(
+                f"unknown rounding {self.rounding!r}{did_you_mean(self.rounding, ROUNDINGS)}"
+            )
+        # Products, since sums of alpha / N collect errors that make 63 of 64.
+        total = 3 * depth
+        widths = [
+            ROUNDINGS[self.rounding](16 + self.alpha * k / total) for k in range(1, total + 1)
+        ]
+        return [widths[i : i + depth] for i in range(0, total, depth)]
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        widths = self.widths()
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+            control_flow=layers.skips(self, train),
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        depths = [len(stage) for stage in widths]
+        drops = layers.make_drops(self, depths, train)
+        shake_drops = layers.make_shake_drops(self, depths, train)
+        stem_conv = partial(conv, control_flow=False)
+        x = layers.CifarStem(16, stem_conv, norm, relu=False, name="stem")(images)
+        block = partial(self.block, conv=conv, norm=norm, zero_init=self.zero_init)
+        for i in range(3):
+            stride = 1 if i == 0 else 2
+            stage = Stage(block, widths[i], stride, remat=self.remat, name=f"stage{i + 1}")
+            x = stage(x, drops[i], shake_drops[i])
+        x = nn.relu(norm(name="norm")(x))
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+_110_a270 = partial(PyramidNet, depth=110, alpha=270)
+_272_a200 = partial(PyramidNet, depth=272, alpha=200, block=Bottleneck)
+VARIANTS = {  # table 4; ShakeDrop as in its paper, p_L = 0.5
+    "pyramidnet_110_a48": partial(PyramidNet, depth=110, alpha=48),
+    "pyramidnet_110_a84": partial(PyramidNet, depth=110, alpha=84),
+    "pyramidnet_110_a270": _110_a270,
+    "pyramidnet_110_a270_shakedrop": partial(_110_a270, shake_drop=0.5),
+    "pyramidnet_272_a200": _272_a200,
+    "pyramidnet_272_a200_rounded": partial(_272_a200, rounding="nearest"),
+    "pyramidnet_272_a200_shakedrop": partial(_272_a200, shake_drop=0.5),
+}
