@@ -53,7 +53,7 @@ CASES = {  # a variant of each family
     "squeezenet1_1_c10": Case(64, 150, 3e-4),
     "deck003_cifar100_example": Case(32, 150),
     "fractalnet_20_droppath": Case(
-        16, 150, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))
+        16, 300, 4e-3, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))
     ),
     "cifar_resnet20": Case(16, 100),
     "shakeshake_26_2x32d": Case(16, 100, fields=dict(depths=(2, 2, 2), width=16)),

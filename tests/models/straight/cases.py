@@ -15,6 +15,7 @@ from tests.models.straight import (
     all_cnn,
     cifar_resnet,
     deck_cnn,
+    densenet,
     dsn,
     fractalnet,
     googlenet,
@@ -22,8 +23,10 @@ from tests.models.straight import (
     lenet,
     nin,
     preact_resnet,
+    pyramidnet,
     resnet,
     resnext,
+    shake_shake,
     simpnet,
     squeezenet,
     vgg,
@@ -50,6 +53,8 @@ SHALLOW = {"depths": DEPTHS, "widths": (8, 12, 16)}
 DEPTHS_IMAGENET = (1, 2, 1, 1)
 SHALLOW_IMAGENET = {"depths": DEPTHS_IMAGENET, "width": 8, "num_classes": 10}
 GROUPS = {"depths": DEPTHS, "width": 8, "base_width": 32, "groups": 4}
+PYRAMID = {"depth": 14, "alpha": 10}  # 5/3 of a channel a block, rounded down
+PYRAMID_272 = {"depth": 20, "alpha": 10}
 
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
@@ -92,6 +97,36 @@ CASES = [
     Case("resnext29_8x64d", partial(resnext.cifar, depths=DEPTHS, cardinality=4), 13, GROUPS),
     Case("wrn_16_4", partial(wide_resnet.wide_resnet, depth=16), 12, {"width_mult": 1}),
     Case("cifar_preact164", partial(preact_resnet.full, depths=DEPTHS), 13, SHALLOW),
+    Case(
+        "shakeshake_26_2x32d",
+        partial(shake_shake.shake_shake, depths=DEPTHS),
+        13,
+        {"depths": DEPTHS, "width": 8},
+    ),
+    Case(
+        "pyramidnet_110_a48",
+        partial(pyramidnet.pyramidnet, residual=pyramidnet.basic, depth=2),
+        12,
+        PYRAMID,
+    ),
+    Case(
+        "pyramidnet_110_a270_shakedrop",
+        partial(pyramidnet.pyramidnet, residual=pyramidnet.basic, depth=2, last_survival=0.5),
+        12,
+        PYRAMID,
+    ),
+    Case(
+        "densenet_40_12",
+        partial(densenet.densenet, layer=densenet.plain, depth=2),
+        13,
+        {"depth": 10, "growth_rate": 6},
+    ),
+    Case(  # 25 and 27 maps to halve
+        "densenet_bc_100_12",
+        partial(densenet.densenet, layer=densenet.bottleneck, depth=3),
+        13,
+        {"depth": 22, "growth_rate": 5},
+    ),
     Case("fractalnet_20", partial(fractalnet.fractalnet, blocks=3), 20, {"widths": (8, 12, 16)}),
 ]
 
@@ -121,6 +156,32 @@ MORE = [
     Case("cifar_preact110", partial(preact_resnet.full, depths=(18, 18, 18)), 13),
     Case("wrn_40_1", partial(wide_resnet.wide_resnet, depth=40), 13),
     Case("resnet101_v1", partial(resnet.v1, depths=(3, 4, 23, 3)), 65),
+    Case("densenet_bc_100_12", partial(densenet.densenet, layer=densenet.bottleneck, depth=16), 13),
+    *(
+        Case(f"shakeshake_26_2x{width}d", partial(shake_shake.shake_shake, depths=(4, 4, 4)), 9)
+        for width in (32, 64)
+    ),
+    Case(
+        "pyramidnet_110_a84",
+        partial(pyramidnet.pyramidnet, residual=pyramidnet.basic, depth=5),
+        12,
+        {"depth": 32},
+    ),
+    *(
+        Case(
+            name,
+            partial(
+                pyramidnet.pyramidnet, residual=pyramidnet.bottleneck, depth=2, last_survival=last
+            ),
+            12,
+            PYRAMID_272,
+        )
+        for name, last in {
+            "pyramidnet_272_a200": 1,
+            "pyramidnet_272_a200_rounded": 1,
+            "pyramidnet_272_a200_shakedrop": 0.5,
+        }.items()
+    ),
 ]
 
 
