@@ -57,6 +57,7 @@ CASES = {  # a variant of each family
     ),
     "cifar_resnet20": Case(16, 100),
     "shakeshake_26_2x32d": Case(16, 100, fields=dict(depths=(2, 2, 2), width=16)),
+    "pyramidnet_110_a270_shakedrop": Case(16, 200, fields=dict(depth=20, alpha=48)),
     "rir_18": Case(16, 100),
     "resnet18": Case(64, 80, fields=dict(width=16)),
     "resnext29_8x64d": Case(16, 80, fields=dict(depths=(1, 1, 1), width=16)),
