@@ -4,10 +4,10 @@ The paper's are option A, no weight in a shortcut, which leaves open where the z
 one go: ours are behind the channels that there are. Where maps shrink the shortcut takes every
 second pixel ("stride of 2"). Beside them: the paper's plain networks; option B; CIFAR-100, which is
 He et al. 2016's; stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with
-p_L = 0.5; and by `norm="fixup"` Zhang et al. 2019's without normalisation,
-https://arxiv.org/abs/1901.09321, section 4.1. Their code has no scalar in front of the first
-convolution, where the rule and we have one, and adds that of a block to a shortcut that changes
-shape.
+p_L = 0.5, and with their shortcut, which takes means of 2x2; and by `norm="fixup"` Zhang et al.
+2019's without normalisation, https://arxiv.org/abs/1901.09321, section 4.1. Their code has no
+scalar in front of the first convolution, where the rule and we have one, and adds that of a block
+to a shortcut that changes shape.
 """
 
 from __future__ import annotations
@@ -108,6 +108,6 @@ VARIANTS = {
     "cifar_plain56": partial(_56, shortcut="none"),
     "cifar_resnet110_optB": partial(_110, shortcut="B"),
     "cifar_resnet110_c100": partial(_110, num_classes=100),
-    "cifar_resnet110_sd": partial(_110, drop_path=0.5),
-    "cifar_resnet1202_sd": partial(_1202, drop_path=0.5),
+    "cifar_resnet110_sd": partial(_110, shortcut="A-mean", drop_path=0.5),
+    "cifar_resnet1202_sd": partial(_1202, shortcut="A-mean", drop_path=0.5),
 }

@@ -30,6 +30,7 @@ PAPER = Paper(
 # What the branch of a block is added to. x itself where its shape stays (but for C), else:
 SHORTCUTS = {
     "A": "every stride-th pixel, zeros behind the channels that there are: no parameters",
+    "A-mean": "means of 2x2 where the stride is 2, zeros behind (Huang et al. 2016)",
     "B": "a 1x1 projection",
     "C": "a 1x1 projection, in all blocks",
     "D": "a 1x1 projection, of means of 2x2 where the stride is 2 (ResNet-D, figure 2c)",
@@ -49,13 +50,12 @@ def shortcut(
         raise UserError(f"unknown shortcut {option!r}{did_you_mean(option, SHORTCUTS)}")
     if x.shape[-1] == width and stride == 1 and option != "C":
         return x
-    if option == "A":
+    if option in ("D", "A-mean") and stride > 1:
+        x, stride = layers.avg_pool(x, stride, stride, ceil=True), 1
+    if option in ("A", "A-mean"):
         if (more := width - x.shape[-1]) < 0:
             raise UserError(f"shortcut A only adds channels: {x.shape[-1]} are more than {width}")
         return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, more)))
-    if option == "D" and stride > 1:
-        x = layers.avg_pool(x, stride, stride, ceil=True)
-        stride = 1
     k = 3 if option == "3x3" and stride > 1 else 1
     x = conv(width, (k, k), strides=stride, padding=k // 2, name="projection")(x)
     return norm(name="projection_norm")(x)

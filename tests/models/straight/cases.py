@@ -88,7 +88,7 @@ CASES = [
     # Odd sizes: what stride 2 leaves out.
     Case("cifar_resnet20", partial(cifar_resnet.option_a, depths=DEPTHS), 13, SHALLOW),
     Case("cifar_resnet110_optB", partial(cifar_resnet.option_b, depths=DEPTHS), 13, SHALLOW),
-    Case("cifar_resnet110_sd", partial(cifar_resnet.halved, depths=DEPTHS), 13, SHALLOW),
+    Case("cifar_resnet110_sd", partial(cifar_resnet.halved, depths=DEPTHS), 16, SHALLOW),
     Case("cifar_plain20", partial(cifar_resnet.plain, depths=DEPTHS), 13, SHALLOW),
     Case("resnet50_v1", partial(resnet.v1, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
     Case("resnet34_optA", partial(resnet.option_a, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),

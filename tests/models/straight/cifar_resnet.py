@@ -2,8 +2,8 @@
 blocks of two 3x3 each, the first block of stages 2 and 3 with stride 2, the mean, 10 classes.
 
 Stochastic depth in evaluation (Huang et al. 2016, equation 5): branch l of L is added times its
-survival probability p_l = 1 - l/L (1 - p_L), p_L = 0.5. The shortcuts are He et al.'s; Huang et al.
-took means of 2x2 where these take every other pixel.
+survival probability p_l = 1 - l/L (1 - p_L), p_L = 0.5, and shortcuts take means of 2x2 where
+He et al.'s take every other pixel.
 """
 
 from functools import partial
@@ -37,6 +37,13 @@ def zero_padded(x, channels):
 def shortcut_a(p, block, x, channels, stride):
     """Section 3.3: no parameters, every other pixel."""
     return zero_padded(x[:, ::stride, ::stride], channels)
+
+
+def shortcut_of_means(p, block, x, channels, stride):
+    """Huang et al., "Implementation details"; even sizes."""
+    n, height, width, old = x.shape
+    means = x.reshape(n, height // stride, stride, width // stride, stride, old).mean((2, 4))
+    return zero_padded(means, channels)
 
 
 def shortcut_b(p, block, x, channels, stride):
@@ -81,4 +88,4 @@ def cifar_resnet(p, x, depths, shortcut, last_survival=1.0):
 option_a = partial(cifar_resnet, shortcut=shortcut_a)
 option_b = partial(cifar_resnet, shortcut=shortcut_b)
 plain = partial(cifar_resnet, shortcut=no_shortcut)
-halved = partial(cifar_resnet, shortcut=shortcut_a, last_survival=0.5)
+halved = partial(cifar_resnet, shortcut=shortcut_of_means, last_survival=0.5)
