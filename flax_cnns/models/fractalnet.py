@@ -11,13 +11,13 @@ ours are those of the paper that it cites, with scale and shift and hence no bia
 statistics move by a thousandth; ours by a tenth.
 
 Parameters. With the paper's widths (64, 128, 256, 512, 512) and three columns every block has three
-convolutions from the width before and four of its own: 33,724,618 with ten classes, where other
-papers' tables say 38.6 M. Biases, 100 classes, four columns (76.1 M) or a last block of 1024 maps
-(69.1 M) do not give that. The widths (16, 32, 64, 128, 128) of the ultra-deep networks give what
-the paper says of them, 2.1, 4.8, 10.2 and 21.1 M for three to six columns, `fractalnet_narrow*`.
-Table 1's network of 40 layers (22.9 M) is not here: its columns are 128, 64, 32 and 16 wide at the
-start, joined by projections, with a "mix" of 1x1 and 3x3 that the paper does not give; the obvious
-mixes give 16 to 130 M.
+convolutions from the width before and four of its own: 33,724,618 with ten classes, where table 1
+says 38.6 M. Biases, 100 classes, four columns (76.1 M) or a last block of 1024 maps (69.1 M) do not
+give that. The widths (16, 32, 64, 128, 128) of the ultra-deep networks give what the paper says of
+them, 2.1, 4.8, 10.2 and 21.1 M for three to six columns: `fractalnet_narrow*`. Table 1's network of
+40 layers (22.9 M) is not here: its columns are 128, 64, 32 and 16 wide at the start and joined by
+projections, with "a mix" of 1x1 and 3x3 that the paper does not give; no mix that we tried, halves
+of a layer's filters or layers in turn, comes to it.
 
 `fractalnet_34` is ResNet-34's first and last layers around four blocks of four columns. That the
 fourth block does not pool, so that the last layer is ResNet-34's mean over 7x7, is our reading.
