@@ -1,16 +1,16 @@
-"""Four fake CPU devices for every test, one compilation cache for it and its subprocesses; the
-digits, prepared once; a run that many tests look at."""
+"""Four fake CPU devices for every test, one compilation cache for all workers and their
+subprocesses; the digits, prepared once a worker; a run that many tests look at."""
 
 import os
 import tempfile
 
 import pytest
 
-# Before the first import of JAX.
+# Before the first import of JAX; the workers of pytest-xdist inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-).strip()
+FLAG = "--xla_force_host_platform_device_count=4"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="flax_cnns_test_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

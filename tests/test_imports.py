@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "train": {"types", "pytree"},
     "checkpoint": {"types", "pytree"},
     "data": {"types"},
-    "weights": {"registry", "models", "pytree", "types"},
+    "weights": {"registry", "models", "layers", "pytree", "types"},
     "analysis": {"types", "pytree"},
     "evaluation": {"train", "data", "types"},
     "launch": set(),
