@@ -81,6 +81,12 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, source) for name in sources for source in sources[name]]
 
 
+def every_network() -> list[str]:
+    """`list_models()`, without the second names of a network."""
+    first = {create_model(name): name for name in reversed(list_models())}
+    return sorted(first.values())
+
+
 def spread(logits: np.ndarray) -> float:
     """Standard deviation of [N K] over the images, root mean square over the classes."""
     return float(np.sqrt(np.mean(np.var(logits, axis=0))))
@@ -220,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.names and not args.all:
         parser.error("expected names of networks, or --all")
     try:
-        chosen = pairs(list_models() if args.all else args.names)
+        chosen = pairs(every_network() if args.all else args.names)
     except UserError as e:
         parser.error(str(e))
     compared = {name for name, _ in chosen}
