@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_cnns import create_model, init_variables, pytree
 from flax_cnns.models.lenet import rbf_codes
+from flax_cnns.models.sparse_densenet import farthest_and_nearest
 from tests.models import foreign
 from tests.models.straight import (
     alexnet,
@@ -25,9 +26,12 @@ from tests.models.straight import (
     preact_resnet,
     pyramidnet,
     resnet,
+    resnet_in_resnet,
     resnext,
     shake_shake,
     simpnet,
+    sparse_densenet,
+    sparsenet,
     squeezenet,
     vgg,
     wide_resnet,
@@ -55,6 +59,9 @@ SHALLOW_IMAGENET = {"depths": DEPTHS_IMAGENET, "width": 8, "num_classes": 10}
 GROUPS = {"depths": DEPTHS, "width": 8, "base_width": 32, "groups": 4}
 PYRAMID = {"depth": 14, "alpha": 10}  # 5/3 of a channel a block, rounded down
 PYRAMID_272 = {"depth": 20, "alpha": 10}
+SPARSE = (8, 2, 3)  # layer 8 sees what its block was given, eight before it
+PLAIN, BC = {"layer": densenet.plain}, {"layer": densenet.bottleneck}
+PATH = {"links": partial(farthest_and_nearest, path=4), "growth_rate": 5, "stem_width": 7}
 
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
@@ -128,6 +135,55 @@ CASES = [
         {"depth": 22, "growth_rate": 5},
     ),
     Case("fractalnet_20", partial(fractalnet.fractalnet, blocks=3), 20, {"widths": (8, 12, 16)}),
+    Case("rir_18_wide", partial(resnet_in_resnet.rir, depths=DEPTHS), 13, SHALLOW),
+    Case("resnet_init_18_wide", partial(resnet_in_resnet.resnet_init, depths=DEPTHS), 13, SHALLOW),
+    Case(
+        "sparsenet_100_16_32_64",
+        partial(sparsenet.cifar, **PLAIN, depths=SPARSE),
+        13,
+        {"depth": None, "depths": SPARSE, "growth_rate": (4, 5, 6), "stem_width": 7},
+    ),
+    Case(
+        "sparsenet_bc_100_24",
+        partial(sparsenet.cifar, **BC, depths=(4, 4, 4)),
+        13,
+        {"depth": 28, "growth_rate": 5},
+    ),
+    Case(
+        "sparsenet121",
+        partial(sparsenet.imagenet, **BC, depths=(2, 5, 1, 2)),
+        69,
+        {"depths": (2, 5, 1, 2), "growth_rate": 5, "num_classes": 10},
+    ),
+    Case(
+        "sparsenet_sum_164",
+        partial(sparsenet.summed, depth=4),
+        13,
+        {"depth": 38, "widths": (4, 5, 6)},
+    ),
+    Case(
+        "sparse_densenet",
+        partial(sparse_densenet.sparse_densenet, **PLAIN, depths=(12, 2, 3), path=10),
+        13,
+        {"depths": (12, 2, 3), "growth_rate": 5, "stem_width": 7},
+    ),
+    Case(
+        "sparse_densenet_bc",
+        partial(sparse_densenet.sparse_densenet, **BC, depths=(6, 2, 4), path=4),
+        13,
+        {"depths": (6, 2, 4)} | PATH,
+    ),
+    Case(
+        "sparse_densenet_abc",
+        partial(
+            sparse_densenet.sparse_densenet,
+            layer=sparse_densenet.attended,
+            depths=(6, 1, 2),
+            path=4,
+        ),
+        13,
+        {"depths": (6, 1, 2)} | PATH,
+    ),
 ]
 
 # Rows that differ from one of those in numbers or training alone: `tests.parity --all` has them.

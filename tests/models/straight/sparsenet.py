@@ -1,0 +1,71 @@
+"""SparseNet (Zhu, Deng, Maire, Deng, Mori, Tan 2018): layer i takes i - 1, i - 2, i - 4, i - 8 ...
+of its block, 0 being what the block was given, and a block gives what its next layer would take.
+
+Side by side in DenseNet's layers and transitions, the older maps before the newer; or added up, in
+the bottlenecks of He et al. 2016 with full pre-activation, where a projection makes a stage's 0. Of
+the sums nothing is released and two things are as `flax_cnns` has them, not as He et al. released
+theirs: the projection sees its input bare (theirs behind the first normalisation and ReLU), and the
+3x3 has the stride (theirs in the first 1x1).
+"""
+
+import numpy as np
+
+from tests.models.straight.cifar_resnet import bias_free, classify, norm
+from tests.models.straight.densenet import transition
+from tests.models.straight.numpy_layers import max_pool, relu
+
+
+def linked(maps):
+    """Of 0 ... i - 1, what layer i takes."""
+    i = len(maps)
+    return [maps[i - offset] for offset in (32, 16, 8, 4, 2, 1) if offset <= i]
+
+
+def block(p, path, x, layer, depth):
+    maps = [x]
+    for i in range(1, depth + 1):
+        maps.append(layer(p, f"{path}/layer{i}", np.concatenate(linked(maps), axis=3)))
+    return np.concatenate(linked(maps), axis=3)
+
+
+def blocks(p, x, layer, depths):
+    for i, depth in enumerate(depths, 1):
+        if i > 1:
+            x = transition(p, f"transition{i - 1}", x)
+        x = block(p, f"block{i}", x, layer, depth)
+    return classify(p, relu(norm(p, "norm", x)))
+
+
+def cifar(p, x, layer, depths):
+    return blocks(p, bias_free(p, "stem/conv", x, padding=1), layer, depths)
+
+
+def imagenet(p, x, layer, depths):
+    x = relu(norm(p, "stem/norm", bias_free(p, "stem/conv", x, stride=2, padding=3)))
+    return blocks(p, max_pool(x, 3, 2, padding=1), layer, depths)
+
+
+def bottleneck(p, path, y, stride):
+    """Of what is already normalised and behind ReLU."""
+    y = bias_free(p, f"{path}/conv1", y)  # 1x1
+    y = relu(norm(p, f"{path}/norm2", y))
+    y = bias_free(p, f"{path}/conv2", y, stride=stride, padding=1)
+    y = relu(norm(p, f"{path}/norm3", y))
+    return bias_free(p, f"{path}/conv3", y)  # 1x1
+
+
+def summed(p, x, depth):
+    """Three stages of `depth` bottlenecks."""
+    x = bias_free(p, "stem/conv", x, padding=1)
+    for stage in (1, 2, 3):
+        stride = 1 if stage == 1 else 2
+        y = relu(norm(p, f"stage{stage}/block1/norm1", x))
+        maps = [
+            bias_free(p, f"stage{stage}/projection", x, stride=stride),
+            bottleneck(p, f"stage{stage}/block1", y, stride),
+        ]
+        for i in range(2, depth + 1):
+            y = relu(norm(p, f"stage{stage}/block{i}/norm1", np.sum(linked(maps), axis=0)))
+            maps.append(bottleneck(p, f"stage{stage}/block{i}", y, 1))
+        x = np.sum(linked(maps), axis=0)
+    return classify(p, relu(norm(p, "norm", x)))
