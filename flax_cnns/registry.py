@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -123,10 +125,41 @@ def _dtype(field: str, value: Any) -> jnp.dtype:
     return dtype
 
 
-def _checked(name: str, field: str, value: Any) -> Any:
+# What a field's annotation asks for, and whether a value is that.
+_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number", lambda v: isinstance(v, Integral)),
+    "float": ("a number", lambda v: isinstance(v, Real)),
+    "bool": ("True or False", lambda v: isinstance(v, bool)),
+    "str": ("a text", lambda v: isinstance(v, str)),
+}
+_RATES = ("dropout", "drop_path", "shake_drop")  # at the end of a field's name
+_MAY_BE_ZERO = ("stem_cells", "last_padding")
+
+
+def _check_number(name: str, field: str, value: Any, annotation: str) -> None:
+    """Raises `UserError` where a number, a flag or a text is none, or none that makes sense."""
+    several = re.fullmatch(r"Sequence\[(int|float)\]|tuple\[(int), \.\.\.\]", annotation)
+    kind = several[1] or several[2] if several else annotation
+    if kind not in _NUMBERS:
+        return
+    what, fits = _NUMBERS[kind]
+    values = value if isinstance(value, tuple) else (value,)
+    fine = isinstance(value, tuple) == bool(several)
+    fine &= all(fits(v) and (kind == "bool" or not isinstance(v, bool)) for v in values)
+    if field.endswith(_RATES):
+        what, fine = f"{what} from 0 to below 1", fine and all(0 <= v < 1 for v in values)
+    elif kind == "int" and field not in _MAY_BE_ZERO:
+        what, fine = f"{what} above 0", fine and all(v > 0 for v in values)
+    if not fine:
+        expected = f"a sequence, each {what}" if several else what
+        raise UserError(f"{name}: {field} is {expected}, got {value!r}")
+
+
+def _checked(name: str, field: str, value: Any, annotation: str) -> Any:
     """The value of a field as the module wants it; raises `UserError` where it makes no sense."""
     if isinstance(value, list):  # from a config's JSON; a module's fields must be hashable
         value = tuple(value)
+    _check_number(name, field, value, annotation)
     if field in ("dtype", "param_dtype"):
         return _dtype(field, value)
     if field == "num_classes" and value is not None and (type(value) is not int or value < 1):
@@ -151,14 +184,15 @@ def create_model(name: str, **fields: Any) -> nn.Module:
     variant, _ = _find(name)
     if "init" in fields:  # no field of the module's: it would hide its method `init`
         fields["kernel_init"] = fields.pop("init")
-    known = {field.name for field in dataclasses.fields(variant.func)} - {"name", "parent"}
+    known = {field.name: str(field.type) for field in dataclasses.fields(variant.func)}
+    del known["name"], known["parent"]
     for field in fields:
         if field not in known:
             near = did_you_mean(field, known)
             takes = f"it takes {', '.join(sorted(known))}"
             hint = f"{near} ({takes})" if near.startswith("; did you mean") else f"; {takes}"
             raise UserError(f"{name} has no field {field!r}{hint}")
-    return variant(**{field: _checked(name, field, value) for field, value in fields.items()})
+    return variant(**{f: _checked(name, f, value, known[f]) for f, value in fields.items()})
 
 
 def list_models(pattern: str = "*") -> list[str]:

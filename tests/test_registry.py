@@ -78,6 +78,28 @@ def test_the_readme_names_every_network_with_its_parameters():
     assert said == {name: model_info(name).params for name in list_models()}
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("wrn_16_4", dict(dropout=1.5), "dropout is a number from 0 to below 1, got 1.5"),
+        ("cifar_resnet20", dict(drop_path="0.5"), "drop_path is a number from 0 to below 1"),
+        ("fractalnet_20", dict(dropout=0.5), "dropout is a sequence, each a number from 0 to"),
+        ("fractalnet_20", dict(columns=0), "columns is a whole number above 0, got 0"),
+        ("cifar_resnet20", dict(depths=(0, 1)), "depths is a sequence, each a whole number above"),
+        ("wrn_16_4", dict(width_mult=0.5), "width_mult is a whole number above 0, got 0.5"),
+        ("resnet50", dict(scan=1), "scan is True or False, got 1"),
+        ("resnet50", dict(norm=None), "norm is a text, got None"),
+        ("densenet121", dict(compression=2.0), "compression is above 0 and at most 1, got 2.0"),
+        ("resnext50_32x4d", dict(width=8), "32 groups do not divide the 0 channels"),
+        ("legacy_senet154", dict(width=16), "64 groups do not divide the 32 channels"),
+        ("cifar_preact110", dict(depths=(1, 1)), "expected a depth and a width for each stage"),
+    ],
+)
+def test_fields_that_make_no_sense(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(lambda: init_variables(create_model(name, **fields), jax.random.key(0)))
+
+
 def test_unknown_names_get_the_near_miss():
     with pytest.raises(UserError, match=r"unknown model 'resnet5'; did you mean .*'resnet50'"):
         create_model("resnet5")

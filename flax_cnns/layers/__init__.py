@@ -17,7 +17,7 @@ from flax_cnns.layers.saf import SAFPool
 from flax_cnns.layers.shake import make_shake_drops, make_shakes, shake_drop, shake_shake
 from flax_cnns.layers.squeeze_excite import SqueezeExcite
 from flax_cnns.layers.stack import Stage
-from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem, check_images
+from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem, check_images, check_stages
 from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "avg_pool",
     "caffe_xavier",
     "check_images",
+    "check_stages",
     "draw_columns",
     "drop_rates",
     "fixup",

@@ -60,7 +60,8 @@ def make_drops(network: nn.Module, depths: Sequence[int], train: bool) -> list[D
 
     `drop_path_mode="batch"` is stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382):
     one decision a block and step, out of the stream "shared", which is the same on all devices,
-    since a step is as slow as its slowest device. A dropped branch is not computed, its statistics
+    since a step is as slow as its slowest device, and for all pieces of a step that accumulates
+    gradients. A dropped branch is not computed, its statistics
     stay, and in evaluation each branch counts p_l times.
     "sample" is timm's and torchvision's: one decision an image, out of "dropout"; branches that
     stay count 1 / p_l times, and evaluation is left alone.

@@ -67,7 +67,8 @@ def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> 
             f"the part of global samples, 0 to 1, got {network.drop_path} and "
             f"{network.drop_path_global}"
         )
-    if not network.drop_path or not train or network.is_initializing():
+    drops = network.drop_path or network.drop_path_global
+    if not drops or not train or network.is_initializing():
         return None
     key = make_key(network, {"batch": "shared", "sample": "dropout"}[mode])
     key, which, coin = jax.random.split(key, 3)

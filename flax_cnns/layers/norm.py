@@ -36,7 +36,8 @@ def make_norm(
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
     `"layer"`: Ba, Kiros & Hinton 2016 as Wu & He 2018 take it for maps (their equation 4): mean and
     variance over H, W and C of each image, that is one group; gamma and beta per channel.
-    `"none"`: nothing, called alike.
+    `"none"`: nothing, called alike. Convolutions in front of norms have no biases, and so neither
+    a shift nor a scale is learned in its place: `layers.fixup` is how networks do without.
     `scale=False` leaves out gamma, the trainable scale.
 
     Raises `UserError` for an unknown name, and when called for channels that 16 does not divide.

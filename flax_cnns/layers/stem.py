@@ -32,6 +32,15 @@ def check_images(images: Array, input_size: Sequence[int], smallest: int = 1) ->
         )
 
 
+def check_stages(depths: Sequence[int], widths: Sequence[int]) -> None:
+    """Raises `UserError` unless there are as many of the ones as of the others."""
+    if len(depths) != len(widths):
+        raise UserError(
+            f"expected a depth and a width for each stage, got depths {tuple(depths)} "
+            f"and widths {tuple(widths)}"
+        )
+
+
 class ImageNetStem(nn.Module):
     """7x7/2, norm, ReLU, 3x3/2 max pool: [N H W C] -> [N H/4 W/4 width], rounded up."""
 

@@ -149,6 +149,7 @@ class CifarPreAct(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
+        layers.check_stages(self.depths, self.widths)
         if self.order not in ORDERS:
             raise UserError(f"unknown order {self.order!r}{did_you_mean(self.order, ORDERS)}")
         if self.shortcut == "none":
@@ -172,7 +173,7 @@ class CifarPreAct(nn.Module):
         conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, self.depths, train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
-        for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+        for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
             unit = partial(
                 Unit, width, self.windows, self.expansion, order, norm=norm, shortcut=self.shortcut
             )

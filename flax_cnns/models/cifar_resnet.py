@@ -58,11 +58,7 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        if len(self.depths) != len(self.widths):
-            raise UserError(
-                f"expected a depth and a width for each stage, got depths {tuple(self.depths)} "
-                f"and widths {tuple(self.widths)}"
-            )
+        layers.check_stages(self.depths, self.widths)
         if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
             given = "drop_path" if self.drop_path else 'norm="fixup"'
             raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")

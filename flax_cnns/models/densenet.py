@@ -122,7 +122,7 @@ class DenseNet(nn.Module):
     the backward pass joins and normalises the maps again, which every layer would keep otherwise,
     memory that grows with the square of a block's depth. By the shapes of what `jax.vjp` keeps,
     densenet_40_12 on eight images: 48 in place of 310 MB. On a CPU the compiler undoes it inside
-    one program, which takes 220 MB either way.
+    one program.
     """
 
     depths: Sequence[int] | None = None  # layers (bottlenecks count once) of each block
@@ -153,6 +153,8 @@ class DenseNet(nn.Module):
         if self.stem is not FirstConv:
             smallest = 4 * smallest - 3
         layers.check_images(images, self.input_size, smallest)
+        if not 0 < self.compression <= 1:
+            raise UserError(f"compression is above 0 and at most 1, got {self.compression}")
         conv = partial(
             layers.Conv,
             use_bias=False,

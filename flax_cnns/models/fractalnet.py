@@ -125,7 +125,7 @@ class FractalNet(nn.Module):
     kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
     dropout: Sequence[float] = ()  # of each block's units
     drop_path: float = 0.0  # of a join's inputs, where sampling is local: layers.draw_columns
-    drop_path_global: float = 0.5  # the part of samples that are global
+    drop_path_global: float = 0.0  # the part of samples that are global
     drop_path_mode: str = "batch"  # one sample a step; "sample": one an image
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -166,7 +166,7 @@ class FractalNet(nn.Module):
             unit = partial(
                 Unit,
                 width,
-                conv=partial(conv, control_flow=layers.skips(self, train_all)),
+                conv=partial(conv, control_flow=drop is not None and drop.column.ndim == 0),
                 norm=norm,
                 drop=partial(nn.Dropout, rate, deterministic=not train),
             )
@@ -183,7 +183,9 @@ class FractalNet(nn.Module):
 
 _CIFAR = partial(FractalNet, widths=(64, 128, 256, 512, 512), columns=3)
 _NARROW = partial(FractalNet, widths=(16, 32, 64, 128, 128), num_classes=100)
-_REGULARIZED = dict(drop_path=0.15, dropout=(0.0, 0.1, 0.2, 0.3, 0.4))  # section 4.1
+_REGULARIZED = dict(  # section 4.1
+    drop_path=0.15, drop_path_global=0.5, dropout=(0.0, 0.1, 0.2, 0.3, 0.4)
+)
 
 VARIANTS = {  # layers of the deepest column
     "fractalnet_20": _CIFAR,

@@ -1,9 +1,10 @@
 """Pre-activation ResNets for ImageNet: norm and ReLU before each convolution, bare sums.
 
-The unit is the paper's "full pre-activation", figure 4 (e); all five orders are in cifar_preact.py.
+The unit is the paper's "full pre-activation", figure 4 (e), which is all that it tries on ImageNet;
+the five orders that it compares, on CIFAR, are in cifar_preact.py.
 As in section 4's text the first block of a stage activates before it splits, so that its projection
 sees what its branch sees, and norm and ReLU follow the last sum; the stem has neither. We stride on
-the 3x3 as timm does, where the paper's ResNets stride on the first 1x1: 4.1 in place of 3.8 GMACs
+the 3x3 as timm does, where the paper's ResNets stride on the first 1x1: 4.1 in place of 3.9 GMACs
 (50 layers). `resnetv2_*` are timm's names of the same networks.
 
 `keras_*` are Keras's: the last block of a stage strides (its shortcut takes every second pixel), so

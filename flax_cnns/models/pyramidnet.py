@@ -5,7 +5,8 @@ convolution, a norm behind its last one; the shortcut has no weights, zeros behi
 means of 2x2 where maps shrink. Unit k of N is floor(16 + alpha k / N) channels wide, equation 2 in
 exact numbers, so that the last has 16 + alpha, as table 4 prints. (In floating point, one addition
 after the other, some sums fall short of a whole number and lose a channel: 110 layers with alpha 48
-would end in 63, and have 1,732,856 parameters in place of 1,739,730.) The authors' released code,
+would end in 63, and have 1,732,856 parameters in place of 1,739,730; 272 layers with alpha 200
+26,046,428 in place of 26,049,562.) The authors' released code,
 and most work since, rounds to the nearest: `rounding="nearest"`. For alpha 270 both are the same
 28,485,477 parameters, where the paper prints 28.3M and we found no reading that gives it.
 

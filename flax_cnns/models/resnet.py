@@ -2,10 +2,10 @@
 
 `resnet50` is table 1 of the paper in the form called v1.5, torchvision's: the paper strides on the
 first 1x1 of a bottleneck (`resnet50_v1`), v1.5 on its 3x3, which costs 4.1 in place of 3.9 GMACs
-and gains about half a percent. Shortcuts are option B (projections where the shape changes); the
-paper's own table 2 has ResNet-18 and 34 with option A, `resnet34_optA`. ResNet-200 is He et al.
-2016's, https://arxiv.org/abs/1603.05027, there with pre-activation; here it is the same stages of
-this file's block, as timm has it. ResNet-D: He et al. 2018, https://arxiv.org/abs/1812.01187. Keras
+(`analysis.cost.cost`). Shortcuts are option B (projections where the shape changes); the paper's
+own table 2 has ResNet-18 and 34 with option A, `resnet34_optA`. ResNet-200 is He et al. 2016's,
+https://arxiv.org/abs/1603.05027, there with pre-activation; here it is the same stages of this
+file's block, as timm has it. ResNet-D: He et al. 2018, https://arxiv.org/abs/1812.01187. Keras
 has v1 with biases in front of its BatchNorms, `keras_resnet50`.
 """
 
@@ -87,6 +87,7 @@ class BasicBlock(nn.Module):
     zero_init: bool = False
     groups: int = 1
     base_width: int = 64
+    convs = 2  # of a branch
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
@@ -121,6 +122,7 @@ class Bottleneck(nn.Module):
     base_width: int = 64  # channels per group where width is 64
     stride_first: bool = False  # on the 1x1, as the paper; else on the 3x3
     first_reduction: int = 1  # conv1 is that much narrower than conv2 (SENet-154: 2)
+    convs = 3
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
@@ -130,6 +132,11 @@ class Bottleneck(nn.Module):
             inner = self.width * self.base_width // 64 * self.groups
             first, second = (self.stride, 1) if self.stride_first else (1, self.stride)
             narrow = inner // self.first_reduction
+            if not narrow or narrow % self.groups:
+                raise UserError(
+                    f"{self.groups} groups do not divide the {narrow} channels inside a block of "
+                    f"width {self.width}; take a larger width or base_width, or fewer groups"
+                )
             y = self.conv(narrow, (1, 1), strides=first, padding=0, name="conv1")(x)
             y = nn.relu(self.norm(name="norm1")(y))
             grouped = partial(self.conv, feature_group_count=self.groups)
@@ -196,7 +203,7 @@ class ResNet(nn.Module):
         if self.norm == "fixup":
             if self.stem is not layers.ImageNetStem:
                 raise UserError('norm="fixup" goes with the stem of a single convolution')
-            length = 2 if self.block is BasicBlock else 3  # of a branch
+            length = getattr(self.block, "func", self.block).convs
             conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=length)
         else:
             norm = layers.make_norm(

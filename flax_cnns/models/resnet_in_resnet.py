@@ -28,7 +28,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
-from flax_cnns.errors import UserError
 from flax_cnns.models.resnet import shortcut
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -104,11 +103,7 @@ class ResNetInResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        if len(self.depths) != len(self.widths):
-            raise UserError(
-                f"expected a depth and a width for each stage, got depths {tuple(self.depths)} "
-                f"and widths {tuple(self.widths)}"
-            )
+        layers.check_stages(self.depths, self.widths)
         make = partial(layers.Conv, use_bias=False, param_dtype=self.param_dtype)
         init = layers.initializer(self.kernel_init, paper=layers.he)
         conv = partial(make, kernel_init=init, dtype=self.dtype)

@@ -99,10 +99,8 @@ def make_train_step(
                 images,
                 train=True,
                 mutable=["batch_stats", "aux_logits"],
-                rngs={
-                    "shared": jax.random.fold_in(shared, index),
-                    "dropout": jax.random.fold_in(dropout, index),
-                },
+                # Decisions about a whole batch are one a step, whatever pieces it comes in.
+                rngs={"shared": shared, "dropout": jax.random.fold_in(dropout, index)},
             )
             each = losses.cross_entropy(logits, labels)
             total = jnp.mean(each) + aux_loss(

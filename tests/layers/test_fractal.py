@@ -122,7 +122,12 @@ def test_the_expectation_of_a_join_is_the_plain_mean(drop_path_global):
 
 def test_nothing_is_drawn_where_nothing_is_dropped():
     assert Network().apply({}, 2, train=False) is None
-    assert Network(drop_path=0.0).apply({}, 2) is None
+    assert Network(drop_path=0.0, drop_path_global=0.0).apply({}, 2) is None
+
+
+def test_global_samples_need_no_local_ones():
+    columns = jax.vmap(lambda key: draw(key, drop_path=0.0, drop_path_global=1.0).column)
+    assert set(np.unique(columns(keys_of(50)))) == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
