@@ -11,6 +11,13 @@ from flax_cnns.layers.initializers import (
     head_initializer,
     initializer,
 )
+from flax_cnns.layers.mbconv import (
+    MBConv,
+    SeparableConv,
+    pad,
+    round_depth,
+    round_width,
+)
 from flax_cnns.layers.norm import local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 from flax_cnns.layers.saf import SAFPool
@@ -29,8 +36,10 @@ __all__ = [
     "DeepStem",
     "Drop",
     "ImageNetStem",
+    "MBConv",
     "MaxPool",
     "SAFPool",
+    "SeparableConv",
     "SqueezeExcite",
     "Stage",
     "adaptive_avg_pool",
@@ -54,8 +63,11 @@ __all__ = [
     "make_shake_drops",
     "make_shakes",
     "max_pool",
+    "pad",
     "pick",
     "residual",
+    "round_depth",
+    "round_width",
     "shake_drop",
     "shake_shake",
     "skips",
