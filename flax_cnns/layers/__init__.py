@@ -1,7 +1,17 @@
 """The parts that networks share. A layer knows no network."""
 
+from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.conv import Conv
-from flax_cnns.layers.drop_path import Drop, drop_rates, make_drops, make_key, pick, residual, skips
+from flax_cnns.layers.drop_path import (
+    Drop,
+    drop_rates,
+    fork,
+    make_drops,
+    make_key,
+    pick,
+    residual,
+    skips,
+)
 from flax_cnns.layers.fixup import fixup
 from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
 from flax_cnns.layers.initializers import (
@@ -38,6 +48,7 @@ __all__ = [
     "ImageNetStem",
     "MBConv",
     "MaxPool",
+    "MultiHeadAttention",
     "SAFPool",
     "SeparableConv",
     "SqueezeExcite",
@@ -50,6 +61,7 @@ __all__ = [
     "draw_columns",
     "drop_rates",
     "fixup",
+    "fork",
     "gaussian",
     "global_avg_pool",
     "he",
