@@ -33,6 +33,8 @@ _TORCH_LEAVES = {
 }
 _KERAS_LEAVES = {
     "kernel": ("params/{}/kernel",),
+    "depthwise_kernel": ("params/{}/depthwise/kernel",),  # SeparableConv2D's
+    "pointwise_kernel": ("params/{}/pointwise/kernel",),
     "bias": ("params/{}/bias",),
     "gamma": ("params/{}/scale",),
     "beta": ("params/{}/bias",),
@@ -63,6 +65,16 @@ def _array(tensor: Any) -> np.ndarray:
         tensor = tensor.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor
     return np.asarray(tensor)
+
+
+def keras_depthwise(kernel: np.ndarray) -> np.ndarray:
+    """Keras's depthwise layers: [kh kw in depth_multiplier] -> [kh kw 1 in*depth_multiplier]."""
+    return kernel.reshape(*kernel.shape[:2], 1, -1)
+
+
+def keras_dense(kernel: np.ndarray) -> np.ndarray:
+    """Keras's 1x1 convolutions that stand for dense layers: [1 1 in out] -> [in out]."""
+    return kernel[0, 0]
 
 
 def _keras_layout(kernel: np.ndarray) -> np.ndarray:
@@ -131,10 +143,12 @@ def apply(
         module, _, leaf = name.rpartition(dot)
         matches = ((re.fullmatch(rule[0], module), rule) for rule in rules)
         match, rule = next(((m, r) for m, r in matches if m), (None, None))
+        if rule is not None and rule[1] is UNUSED:
+            continue
         if rule is None or leaf not in leaves:
             strangers.append(original)
             continue
-        if rule[1] is UNUSED or leaves[leaf] is UNUSED:
+        if leaves[leaf] is UNUSED:
             continue
         ours = rule[1](match) if callable(rule[1]) else match.expand(rule[1])
         if headless and ours.startswith(("head", "aux")):
@@ -150,6 +164,7 @@ def apply(
             raise UserError(f"{what}: {origin[place]!r} and {original!r} both belong at {place!r}")
         array = _array(tensors[original])
         layout = rule[2] if len(rule) > 2 else default
+        layout = keras_depthwise if leaf == "depthwise_kernel" else layout
         try:
             found[place] = layout(array) if array.ndim > 1 else array
         except ValueError:

@@ -21,6 +21,7 @@ from flax_cnns.models import senet
 GAIN = {
     "cifar_preact": 1.0,
     "cifar_resnet": 1.0,
+    "efficientnet": 2.0,
     "preact_resnet": 1.0,
     "pyramidnet": 1.0,
     "resnet": 1.0,
@@ -47,6 +48,8 @@ def redraw(name: str, shape: tuple[int, ...], source: str, gain: float = 2.0) ->
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
     if len(shape) > 1:
         fan_in = np.prod(shape[:-1] if source == "keras" else shape[1:])
+        if source == "keras" and len(shape) == 4 and shape[-1] == 1:  # depthwise: [kh kw in 1]
+            fan_in = shape[0] * shape[1]
         return (np.sqrt(gain / fan_in) * random.standard_normal(shape)).astype(np.float32)
     return (0.1 * random.standard_normal(shape)).astype(np.float32)
 
@@ -86,6 +89,7 @@ KERAS = {
     "keras_inception_v3": "InceptionV3",
     "keras_inception_resnet_v2": "InceptionResNetV2",
     **{f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
+    **{f"keras_efficientnetb{n}": f"EfficientNetB{n}" for n in range(8)},
     "keras_resnet50v2": "ResNet50V2",
     "keras_resnet101v2": "ResNet101V2",
     "keras_resnet152v2": "ResNet152V2",
@@ -102,7 +106,11 @@ def build(name: str, source: str) -> Any:
         os.environ.setdefault("KERAS_BACKEND", "jax")
         import keras
 
-        return getattr(keras.applications, KERAS[name])(weights=None, classifier_activation=None)
+        build = getattr(keras.applications, KERAS[name])
+        model = build(weights=None, classifier_activation=None)
+        if model_info(name).family == "efficientnet":  # without what scales the images
+            model = keras.Model(model.get_layer("stem_conv_pad").input, model.output)
+        return model
     if source == "timm":
         torchvision()  # timm imports it, and it needs help
         import timm
