@@ -21,6 +21,7 @@ from flax_cnns.models import senet
 GAIN = {
     "cifar_preact": 1.0,
     "cifar_resnet": 1.0,
+    "convnext": 1.0,
     "efficientnet": 2.0,
     "preact_resnet": 1.0,
     "pyramidnet": 1.0,
@@ -29,6 +30,7 @@ GAIN = {
     "resnext": 1.0,
     "senet": 1.0,
     "shake_shake": 1.0,
+    "vit": 1.0,
     "wide_resnet": 1.0,
 }
 
@@ -81,10 +83,19 @@ TIMM = {
     "preact_resnet50": "resnetv2_50",
     "preact_resnet101": "resnetv2_101",
     "preact_resnet152": "resnetv2_152",
+    "vit_tiny16": "vit_tiny_patch16_224",
+    "vit_small16": "vit_small_patch16_224",
 }
 KERAS = {
     "vgg16": "VGG16",
     "vgg19": "VGG19",
+    **{
+        f"convnext_{size}": f"ConvNeXt{there}"
+        for size, there in [
+            *(("tiny", "Tiny"), ("small", "Small"), ("base", "Base"), ("large", "Large")),
+            ("xlarge", "XLarge"),
+        ]
+    },
     **{f"keras_densenet{n}": f"DenseNet{n}" for n in (121, 169, 201)},
     "keras_inception_v3": "InceptionV3",
     "keras_inception_resnet_v2": "InceptionResNetV2",
