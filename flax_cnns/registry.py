@@ -19,6 +19,7 @@ from flax_cnns.models import (
     all_cnn,
     cifar_preact,
     cifar_resnet,
+    convnext,
     deck_cnn,
     densenet,
     dsn,
@@ -30,6 +31,9 @@ from flax_cnns.models import (
     inception_v3,
     inception_v4,
     lenet,
+    mobilenet_v1,
+    mobilenet_v2,
+    mobilenet_v3,
     nin,
     preact_resnet,
     pyramidnet,
@@ -43,7 +47,9 @@ from flax_cnns.models import (
     sparsenet,
     squeezenet,
     vgg,
+    vit,
     wide_resnet,
+    xception,
     zfnet,
 )
 
@@ -73,11 +79,17 @@ FAMILIES = (
     simpnet,
     vgg,
     squeezenet,
+    xception,
+    mobilenet_v1,
+    mobilenet_v2,
+    mobilenet_v3,
     deck_cnn,
     nin,
     all_cnn,
     dsn,
     highway,
+    convnext,
+    vit,
 )
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
