@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_cnns import model_info
-from flax_cnns.models import senet
+from flax_cnns.models import mobilenet_v2, senet
 
 # Of kernels: their variance times their fan-in, by the family of ours. 2 keeps what passes through
 # ReLUs as large as it was; where branches are added up, each block would double it, and nobody
@@ -23,6 +23,8 @@ GAIN = {
     "cifar_resnet": 1.0,
     "convnext": 1.0,
     "efficientnet": 2.0,
+    "mobilenet_v2": 1.5,
+    "mobilenet_v3": 1.5,
     "preact_resnet": 1.0,
     "pyramidnet": 1.0,
     "resnet": 1.0,
@@ -32,6 +34,7 @@ GAIN = {
     "shake_shake": 1.0,
     "vit": 1.0,
     "wide_resnet": 1.0,
+    "xception": 1.5,
 }
 
 
@@ -80,6 +83,9 @@ class Live(NamedTuple):
 TIMM = {
     "inception_v3_noaux": "inception_v3",
     **senet.ALIASES,
+    **mobilenet_v2.ALIASES,
+    "mobilenet_v1_100": "mobilenetv1_100",
+    "xception": "legacy_xception",
     "preact_resnet50": "resnetv2_50",
     "preact_resnet101": "resnetv2_101",
     "preact_resnet152": "resnetv2_152",
@@ -101,6 +107,11 @@ KERAS = {
     "keras_inception_resnet_v2": "InceptionResNetV2",
     **{f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
     **{f"keras_efficientnetb{n}": f"EfficientNetB{n}" for n in range(8)},
+    "keras_mobilenet": "MobileNet",
+    "keras_mobilenetv2": "MobileNetV2",
+    "keras_mobilenetv3large": "MobileNetV3Large",
+    "keras_mobilenetv3small": "MobileNetV3Small",
+    "keras_xception": "Xception",
     "keras_resnet50v2": "ResNet50V2",
     "keras_resnet101v2": "ResNet101V2",
     "keras_resnet152v2": "ResNet152V2",
@@ -117,9 +128,10 @@ def build(name: str, source: str) -> Any:
         os.environ.setdefault("KERAS_BACKEND", "jax")
         import keras
 
-        build = getattr(keras.applications, KERAS[name])
-        model = build(weights=None, classifier_activation=None)
-        if model_info(name).family == "efficientnet":  # without what scales the images
+        build, family = getattr(keras.applications, KERAS[name]), model_info(name).family
+        raw = {"include_preprocessing": False} if family in ("convnext", "mobilenet_v3") else {}
+        model = build(weights=None, classifier_activation=None, **raw)
+        if family == "efficientnet":
             model = keras.Model(model.get_layer("stem_conv_pad").input, model.output)
         return model
     if source == "timm":
