@@ -23,8 +23,10 @@ GAIN = {
     "cifar_resnet": 1.0,
     "convnext": 1.0,
     "efficientnet": 2.0,
-    "mobilenet_v2": 1.5,
-    "mobilenet_v3": 1.5,
+    "mobilenet_v2": 1.0,
+    "mobilenet_v3": 1.65,
+    "nasnet": 1.0,
+    "pnasnet": 1.0,
     "preact_resnet": 1.0,
     "pyramidnet": 1.0,
     "resnet": 1.0,
@@ -34,7 +36,7 @@ GAIN = {
     "shake_shake": 1.0,
     "vit": 1.0,
     "wide_resnet": 1.0,
-    "xception": 1.5,
+    "xception": 1.0,
 }
 
 
@@ -111,6 +113,8 @@ KERAS = {
     "keras_mobilenetv2": "MobileNetV2",
     "keras_mobilenetv3large": "MobileNetV3Large",
     "keras_mobilenetv3small": "MobileNetV3Small",
+    "keras_nasnetlarge": "NASNetLarge",
+    "keras_nasnetmobile": "NASNetMobile",
     "keras_xception": "Xception",
     "keras_resnet50v2": "ResNet50V2",
     "keras_resnet101v2": "ResNet101V2",
