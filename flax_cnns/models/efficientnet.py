@@ -104,12 +104,14 @@ def first_values(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.floa
 class EfficientNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
 
-    Any H and W; sizes round up at each of the five halvings. Widths are rounded to multiples of 8
-    (`layers.round_width`), depths up. Raises `UserError` where C is not that of `input_size`.
+    Any H and W; sizes round up at each halving, of which there are five. Widths are rounded to
+    multiples of 8 (`layers.round_width`), depths up. Raises `UserError` where C is not that of
+    `input_size`, or `strides` are not as many as stem and stages.
     """
 
     width_mult: float = 1.0
     depth_mult: float = 1.0
+    strides: tuple[int, ...] = (2, *(row.stride for row in B0))  # of stem and stages
     fixed_ends: bool = False  # Lite: widths of stem and top stay, depths of first and last stage
     activation: Callable = nn.silu
     se: ModuleDef | None = layers.SqueezeExcite  # to a fourth of a block's own input; None: Lite
@@ -135,6 +137,11 @@ class EfficientNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         depths, widths, (stem_width, top_width) = self.scaled()
+        if len(self.strides) != len(B0) + 1:
+            raise UserError(
+                f"expected {len(B0) + 1} strides, of stem and stages, got {self.strides}"
+            )
+        first, *strides = self.strides
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         kernel_init = layers.initializer(self.kernel_init, paper=first_values)
         conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
@@ -148,12 +155,12 @@ class EfficientNet(nn.Module):
         )
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
         sides = layers.pad(self.padding, 3)
-        x = unit(stem_width, (3, 3), stride=2, padding=sides, name="stem")(images)  # H/2
+        x = unit(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
         drops = layers.make_drops(self, depths, train)
         conv = partial(conv, control_flow=layers.skips(self, train))
         se = {} if self.se is None else dict(activation=self.activation, kernel_init=kernel_init)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
-        for i, row in enumerate(B0):  # H/2, H/4, H/8, H/16, H/16, H/32, H/32
+        for i, row in enumerate(B0):  # from H/2: H/2, H/4, H/8, H/16, H/16, H/32, H/32
             block = partial(
                 layers.MBConv,
                 widths[i],
@@ -165,7 +172,7 @@ class EfficientNet(nn.Module):
                 padding=self.padding,
                 zero_init=self.zero_init,
             )
-            x = stage(block, conv, depths[i], row.stride, name=f"stage{i + 1}")(x, drops[i])
+            x = stage(block, conv, depths[i], strides[i], name=f"stage{i + 1}")(x, drops[i])
         x = unit(top_width, (1, 1), name="top")(x)
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
