@@ -74,7 +74,12 @@ def make_norm(
         )
     if norm == "channel":
         return partial(
-            nn.LayerNorm, epsilon=epsilon, use_scale=scale, dtype=dtype, param_dtype=param_dtype
+            nn.LayerNorm,
+            epsilon=epsilon,
+            use_scale=scale,
+            use_fast_variance=False,  # tokens may have means far from zero
+            dtype=dtype,
+            param_dtype=param_dtype,
         )
     if norm == "none":
         return NoNorm

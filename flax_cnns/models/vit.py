@@ -107,7 +107,7 @@ class ViT(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         rows, columns = _grid(self.input_size, self.patch)
-        if images.shape[1:3] != self.input_size[:2]:
+        if images.shape[1:3] != tuple(self.input_size[:2]):
             (h, w), (height, width) = images.shape[1:3], self.input_size[:2]
             raise UserError(
                 f"expected images of {height}x{width}, whose positions are learnt, got {h}x{w}; "
@@ -149,7 +149,7 @@ class ViT(nn.Module):
             Block,
             self.heads,
             partial(nn.Dense, kernel_init=kernel_init, **types),
-            partial(nn.LayerNorm, epsilon=self.epsilon, **types),
+            layers.make_norm("channel", train=train, epsilon=self.epsilon, **types),
             expansion=self.expansion,
             dropout=self.dropout,
         )
@@ -157,12 +157,13 @@ class ViT(nn.Module):
             block, None, self.depth, scan=self.scan, remat=self.remat, name="encoder"
         )
         x = encoder(x, drops, keys)[:, 0].astype(jnp.float32)  # [N T C] -> [N C]
-        head = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
-        x = nn.LayerNorm(epsilon=self.epsilon, name="norm", **head)(x)  # equation 4
+        types = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
+        norm = layers.make_norm("channel", train=train, epsilon=self.epsilon, **types)
+        x = norm(name="norm")(x)  # equation 4
         if self.num_classes is None:
             return x
         init = layers.head_initializer(self.kernel_init, paper=nn.initializers.zeros)
-        return nn.Dense(self.num_classes, kernel_init=init, name="head", **head)(x)
+        return nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
 
 
 def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:

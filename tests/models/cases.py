@@ -142,6 +142,19 @@ def _senet() -> Any:
     return _two_stages(model, "last_linear")
 
 
+def _convnext() -> Any:
+    """Two narrow stages."""
+    convnext = foreign.torchvision().models.convnext
+    stages = [convnext.CNBlockConfig(16, 32, 2), convnext.CNBlockConfig(32, None, 1)]
+    return convnext.ConvNeXt(stages, num_classes=10)
+
+
+def _vit() -> Any:
+    """Two narrow blocks."""
+    vit = foreign.torchvision().models.VisionTransformer
+    return vit(32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192, num_classes=10)
+
+
 _SHORT = dict(aux_logits=True, init_weights=False)
 _REPEATED = ("mixed4b", "mixed4c", "mixed5a")
 CASES = {  # family: case
@@ -207,6 +220,17 @@ CASES = {  # family: case
         "wide_resnet50_2", "torchvision", 48, dict(depths=(2, 2)), _wide_resnet, train=True
     ),
     "senet": Case("legacy_senet154", "timm", 48, dict(depths=(1, 2)), _senet, train=True),
+    "convnext": Case(
+        "convnext_tiny", "torchvision", 36, dict(depths=(2, 1), width=16), _convnext, train=True
+    ),
+    "vit": Case(
+        "vit_b_16",
+        "torchvision",
+        32,
+        dict(patch=8, depth=2, width=48, heads=3, input_size=(32, 32, 3)),
+        _vit,
+        train=True,
+    ),
     "resnet": Case("resnet18", "torchvision", 64, build=_torchvision("resnet18"), train=True),
 }
 
@@ -214,6 +238,7 @@ CASES = {  # family: case
 # Keras's networks cannot be shortened: their names and shapes are recorded, and nothing else.
 KERAS = (
     "vgg16",
+    "convnext_tiny",
     "keras_resnet50",
     "keras_resnet50v2",
     "keras_densenet121",
