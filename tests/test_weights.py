@@ -103,6 +103,17 @@ def test_keras_counts_on_from_network_to_network():
                 "conv_7b/kernel": "conv_7b/conv1/kernel",
             },
         ),
+        (
+            "convnext_tiny",
+            {
+                "convnext_tiny_stage_2_block_8_pointwise_conv_2/kernel": (
+                    "stage3/block9/project/kernel"
+                ),
+                "convnext_tiny_stage_0_block_1_layer_scale/variable_1": (
+                    "stage1/block2/layer_scale"
+                ),
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("first", [0, 94])
