@@ -2,9 +2,11 @@
 
 Table 2 of the paper. The rule for `width_mult` is the released code's, which everybody follows:
 widths are rounded to multiples of 8 and never by more than 10 % down (`layers.round_width`), and
-the last convolution keeps its 1280 channels below 1 (the paper, section 4). GluonCV's networks,
-some tables' source, differ: they expand in the first block too, cut widths off, and have no bias in
-the classes, 3,504,960 in place of 3,504,872 parameters.
+the last convolution keeps its 1280 channels below 1 (the paper, section 4). Of parameters the paper
+has 3.4 million, and 6.9 million at 1.4; the authors' own table of the released networks 3.47 and
+6.06, as many as there are here without the scales and shifts of the norms, 3.50 and 6.11 with them.
+GluonCV's networks, some tables' source, differ: they expand in the first block too, cut widths off,
+and have no bias in the classes, 3,504,960 in place of 3,504,872 parameters.
 
 `mobilenet_v2` is torchvision's; timm's `mobilenetv2_100` computes the same without its dropout.
 The other widths are timm's, under its names and under torchvision's. `keras_mobilenetv2` has
