@@ -55,6 +55,10 @@ CASES = {  # a variant of each family
     "fractalnet_20_droppath": Case(
         16, 300, 4e-3, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))
     ),
+    "convnext_tiny": Case(32, 150, fields=dict(depths=(1, 1, 2), width=24, drop_path=0.1)),
+    "vit_b_16": Case(
+        16, 400, fields=dict(patch=4, width=96, depth=3, heads=3, dropout=0.1, drop_path=0.1)
+    ),
     "cifar_resnet20": Case(16, 100),
     "shakeshake_26_2x32d": Case(16, 100, fields=dict(depths=(2, 2, 2), width=16)),
     "pyramidnet_110_a270_shakedrop": Case(16, 200, fields=dict(depth=20, alpha=48)),
