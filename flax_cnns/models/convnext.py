@@ -1,10 +1,10 @@
 """ConvNeXt: a ResNet with what transformers do otherwise, one block of 7x7 depthwise and two 1x1.
 
 Tiny to XL are section 3's, atto to nano timm's smaller ones, of the same arithmetic: GELU is exact,
-LayerNorm over channels with epsilon 1e-6, at the end behind the pooling. XL has the paper's 22k
-network's widths (table 12) with 1000 classes. The kernels start as torchvision's and the authors',
-N(0, 0.02^2) with biases of 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1,
-0.4, 0.5 and 0.5 (table 5); here it is 0 until asked for, and each image decides for itself.
+LayerNorm is over channels with epsilon 1e-6, the last one behind the pooling. XL, which the paper
+trains on ImageNet-22K first, has 1000 classes here. Kernels start as torchvision's, N(0, 0.02^2),
+biases at 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1, 0.4, 0.5 and 0.5
+(table 5); here it is 0 until asked for, and each image decides for itself.
 """
 
 from __future__ import annotations
