@@ -7,6 +7,7 @@ either side of a comparison and without the library. `build` needs the library; 
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from typing import Any, NamedTuple
 
@@ -18,12 +19,29 @@ from flax_cnns.models import mobilenet_v2, senet
 # Of kernels: their variance times their fan-in, by the family of ours. 2 keeps what passes through
 # ReLUs as large as it was; where branches are added up, each block would double it, and nobody
 # would see a bias behind fifty blocks.
+# Where one number does not serve, (pattern, number) by the names of kernels, theirs and ours: what
+# blocks with shortcuts add up grows, and what passes those without fades.
+_MBCONV = (
+    (
+        r"features\.\d\.[1-9]\d*\.block\.[23]\.0\.weight"
+        r"|blocks\.\d\.[1-9]\d*\.conv_pwl\.weight|blocks\.0\.[1-9]\d*\.conv_pw\.weight"
+        r"|block\d[b-z]_project_conv/kernel|block([2-9]|\d\d)/project/kernel",
+        0.1,
+    ),
+    (
+        r"features\.\d\.0\.block\.[23]\.0\.weight"
+        r"|blocks\.\d\.0\.conv_pwl\.weight|blocks\.0\.0\.conv_pw\.weight"
+        r"|block\da_project_conv/kernel|block1/project/kernel",
+        2.5,
+    ),
+    ("", 2.0),
+)
 GAIN = {
     "cifar_preact": 1.0,
     "cifar_resnet": 1.0,
     "convnext": 1.0,
-    "efficientnet": 2.0,
-    "mobilenet_v2": 1.0,
+    "efficientnet": _MBCONV,
+    "mobilenet_v2": 1.5,
     "mobilenet_v3": 1.65,
     "nasnet": 1.0,
     "pnasnet": 1.0,
@@ -40,11 +58,14 @@ GAIN = {
 }
 
 
-def gain(model_name: str) -> float:
+Gain = float | tuple[tuple[str, float], ...]
+
+
+def gain(model_name: str) -> Gain:
     return GAIN.get(model_info(model_name).family, 2.0)
 
 
-def redraw(name: str, shape: tuple[int, ...], source: str, gain: float = 2.0) -> np.ndarray:
+def redraw(name: str, shape: tuple[int, ...], source: str, gain: Gain = 2.0) -> np.ndarray:
     """f32 of `shape`: scales and variances from 0.5 to 1.5, kernels of variance gain / fan-in,
     biases and means of standard deviation 0.1; nothing zero, nothing constant."""
     # RandomState: NumPy froze its stream for good, where default_rng's may change.
@@ -57,6 +78,8 @@ def redraw(name: str, shape: tuple[int, ...], source: str, gain: float = 2.0) ->
         fan_in = np.prod(shape[:-1] if source == "keras" else shape[1:])
         if source == "keras" and len(shape) == 4 and shape[-1] == 1:  # depthwise: [kh kw in 1]
             fan_in = shape[0] * shape[1]
+        if not isinstance(gain, float):
+            gain = next(g for pattern, g in gain if re.search(pattern, name))
         return (np.sqrt(gain / fan_in) * random.standard_normal(shape)).astype(np.float32)
     return (0.1 * random.standard_normal(shape)).astype(np.float32)
 
@@ -154,7 +177,7 @@ def torchvision() -> Any:
     return import_torchvision()
 
 
-def load(model: Any, source: str, gain: float = 2.0) -> Live:
+def load(model: Any, source: str, gain: Gain = 2.0) -> Live:
     """`model` with every tensor redrawn."""
     if source == "keras":
         tensors = {w.path: redraw(w.path, tuple(w.shape), source, gain) for w in model.weights}
