@@ -2,8 +2,9 @@
 
 Factors as `flax_cnns.models.efficientnet.compound_scale` gives them; widths are rounded to
 multiples of 8 and depths up, as EfficientNet's are. The paper does not say how it rounds, nor
-which ResNet-50 it takes: of v1.5, its four times deeper one has 16.2 GMACs in its table and 16.0
-here, the one for 448 pixels 16.4 and 16.4, and the twice wider one 14.7 and 16.1.
+which ResNet-50 it takes. With v1.5, four times the depth make 14.6 GMACs here and 16.2 in table 3,
+twice the width 16.1 and 14.7: it seems that the table has these two the wrong way round. MobileNet
+v1 at d 1.4, w 1.2 and r 1.3 (291 pixels) makes 2.47, in the table 2.3, since 1.4 blocks are two.
 """
 
 from __future__ import annotations
