@@ -28,6 +28,7 @@ PAPER = Paper(
     year=2017,
     url="https://arxiv.org/abs/1704.04861",
 )
+STEM, WIDTHS = 32, (64, 128, 256, 512, 1024)  # of the first layer and of the stages
 
 
 class Block(layers.SeparableConv):
@@ -52,7 +53,7 @@ class MobileNetV1(nn.Module):
     """
 
     width_mult: float = 1.0  # alpha: widths are rounded by layers.round_width
-    depths: Sequence[int] = (1, 2, 2, 6, 2)  # of 64, 128, 256, 512, 1024; all but the first halve
+    depths: Sequence[int] = (1, 2, 2, 6, 2)  # of the stages; all but the first halve
     depth_multiplier: int = 1  # maps that a depthwise convolution makes of each channel
     activation: Callable = nn.relu6
     padding: str = "torch"  # or "same", TensorFlow's: layers.pad
@@ -84,7 +85,7 @@ class MobileNetV1(nn.Module):
             **types,
         )
         like = dict(norm=norm, activation=self.activation)
-        first, *widths = (layers.round_width(n * self.width_mult) for n in (32, *WIDTHS))
+        first, *widths = (layers.round_width(n * self.width_mult) for n in (STEM, *WIDTHS))
         stem = partial(layers.ConvUnit, first, (3, 3), conv, stride=2, **like)
         x = stem(padding=layers.pad(self.padding, 3), name="stem")(images)  # H/2
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
@@ -100,7 +101,6 @@ class MobileNetV1(nn.Module):
         return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
 
 
-WIDTHS = (64, 128, 256, 512, 1024)  # of the stages
 VARIANTS = {  # table 6
     "mobilenet_v1_100": partial(MobileNetV1),
     "mobilenet_v1_075": partial(MobileNetV1, width_mult=0.75),
