@@ -8,7 +8,7 @@ twice; a 1x1 squeezes both inputs of a cell to its width; the cell behind a redu
 older input by two shifted 1x1 (`FactorizedReduction`).
 
 - `nasnet_a_*` are slim's networks, with the auxiliary head behind the second stage, whose loss
-  slim weighs by 0.4 (`config.train.aux_weights`). The paper's counts are without it.
+  slim weighs by 0.4 (`config.train.aux_weight`). The paper's counts are without it.
 - `nasnetalarge` is timm's and `keras_*` are Keras's, without it. They pad their poolings of stride
   2 with zeros that count: `zero_pools`.
 - ScheduledDropPath drops each operation of a cell, image by image, at a rate that grows with the
@@ -16,7 +16,9 @@ older input by two shifted 1x1 (`FactorizedReduction`).
   over the steps is left out: from the first step on the rate is what slim ends with, 0.4 on CIFAR,
   0.3 for the large network, 0 for the mobile one.
 
-Cells B and C are not here.
+7 @ 2304 has 32,590,954 parameters so, where table 1 says 27.6 M; 6 @ 2304 would have 28.2 M. The
+same sum gives the table's 3.3 M for 6 @ 768, and both counts for ImageNet to the last digit. Cells
+B and C are not here.
 """
 
 from __future__ import annotations
@@ -299,10 +301,11 @@ class CellStage(nn.Module):
 class Aux(nn.Module):
     """slim's auxiliary head: [N H W C] -> logits f32 [N num_classes], sown in training.
 
-    Its second convolution spans all that the 5x5/3 mean leaves, so that in training images have the
-    size of initialisation. Maps smaller than 5x5 are averaged to one pixel.
+    Its second convolution spans all that a 5x5/3 mean leaves of the maps, `side` by `side` for the
+    published images; maps of other sizes have an adaptive mean of that size.
     """
 
+    side: int
     conv: ModuleDef
     norm: ModuleDef
     head: ModuleDef  # the dense layer
@@ -310,11 +313,11 @@ class Aux(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> None:
         x = nn.relu(x)
-        large = min(x.shape[1:3]) >= 5
-        x = layers.avg_pool(x, 5, 3) if large else layers.adaptive_avg_pool(x, 1)
+        published = all((n - 5) // 3 + 1 == self.side for n in x.shape[1:3])
+        x = layers.avg_pool(x, 5, 3) if published else layers.adaptive_avg_pool(x, self.side)
         x = self.conv(128, (1, 1), padding=0, name="conv1")(x)
         x = nn.relu(self.norm(name="norm1")(x))
-        x = self.conv(768, x.shape[1:3], padding="VALID", name="conv2")(x)
+        x = self.conv(768, (self.side, self.side), padding=0, name="conv2")(x)
         x = nn.relu(self.norm(name="norm2")(x))
         x = self.head(name="head")(layers.global_avg_pool(x))  # of one pixel
         if train:
@@ -339,7 +342,7 @@ class NASNet(nn.Module):
     skip_reduction: bool = False
     padding: str = "same"  # TensorFlow's; "torch": the same on both sides
     zero_pools: Sequence[str] = ()  # of "max" and "mean": those of stride 2 take padding for zeros
-    aux: bool = False
+    aux: int | None = None  # an auxiliary head of this `side`
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
     norm: str = "batch"
@@ -405,9 +408,9 @@ class NASNet(nn.Module):
                 name=f"stage{i + 1}",
             )
             x, p = stage(x, p, drops[i + 1])
-            wanted = self.aux and self.num_classes is not None and i == len(self.depths) - 2
+            wanted = self.aux and self.num_classes and i == len(self.depths) - 2
             if wanted and (train or self.is_initializing()):
-                Aux(conv, norm, head, name="aux1")(x, train)
+                Aux(self.aux, conv, norm, head, name="aux1")(x, train)
         x = layers.global_avg_pool(nn.relu(x))  # [N H W P] -> [N P]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return x if self.num_classes is None else head(name="head")(x)
@@ -419,15 +422,15 @@ def _n_at_p(n: int, p: int, **fields: object) -> partial:
 
 def _cifar(n: int, p: int) -> partial:  # slim's stem is three times as wide as the first cells
     fields = dict(momentum=0.9, epsilon=1e-5, input_size=(32, 32, 3), num_classes=10)
-    return _n_at_p(n, p, stem_width=p // 8, stem_cells=0, aux=True, drop_path=0.4, **fields)
+    return _n_at_p(n, p, stem_width=p // 8, stem_cells=0, aux=4, drop_path=0.4, **fields)
 
 
 _MOBILE = _n_at_p(4, 1056, stem_width=32)
 _LARGE = _n_at_p(6, 4032, stem_width=96, skip_reduction=True, input_size=(331, 331, 3))
 _KERAS = dict(zero_pools=("max", "mean"))
 VARIANTS = {
-    "nasnet_a_mobile": partial(_MOBILE, aux=True, dropout=0.5),
-    "nasnet_a_large": partial(_LARGE, aux=True, dropout=0.5, drop_path=0.3),
+    "nasnet_a_mobile": partial(_MOBILE, aux=4, dropout=0.5),
+    "nasnet_a_large": partial(_LARGE, aux=6, dropout=0.5, drop_path=0.3),
     "nasnetalarge": partial(_LARGE, zero_pools=("mean",), momentum=0.9),
     "keras_nasnetmobile": partial(_MOBILE, **_KERAS),
     "keras_nasnetlarge": partial(_LARGE, **_KERAS),

@@ -7,7 +7,7 @@ second and of the third stage stride, and all five rows in the output.
 
 `pnasnet5large` is timm's network, `pnasnet5_large` slim's training of it: drop-path up to 0.4
 (NASNet's, without the growth over the steps), dropout 0.5, the auxiliary head, whose loss slim
-weighs by 0.4 (`config.train.aux_weights`), and its slower running statistics.
+weighs by 0.4 (`config.train.aux_weight`), and its slower running statistics.
 """
 
 from __future__ import annotations
@@ -46,6 +46,6 @@ _LARGE = partial(
 )
 VARIANTS = {
     "pnasnet5large": partial(_LARGE, momentum=0.9),
-    "pnasnet5_large": partial(_LARGE, aux=True, dropout=0.5, drop_path=0.4),
+    "pnasnet5_large": partial(_LARGE, aux=6, dropout=0.5, drop_path=0.4),
 }
 SOURCES = {"pnasnet5large": ("timm",)}
