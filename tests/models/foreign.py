@@ -41,7 +41,7 @@ GAIN = {
     "cifar_resnet": 1.0,
     "convnext": 1.0,
     "efficientnet": _MBCONV,
-    "mobilenet_v2": 1.5,
+    "mobilenet_v2": 1.0,
     "mobilenet_v3": 1.65,
     "nasnet": 1.0,
     "pnasnet": 1.0,
