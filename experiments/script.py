@@ -70,8 +70,22 @@ def define_config(default: str) -> flags.FlagHolder:
 _DEFAULT: list[str] = []
 
 
+def define_commands(*names: str) -> None:
+    """The script's first argument is one of these."""
+    _COMMANDS.extend(names)
+
+
+_COMMANDS: list[str] = []
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
+    if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
+        command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
+        if command not in _COMMANDS:
+            hint = did_you_mean(command, _COMMANDS)
+            raise UserError(f"expected {' or '.join(_COMMANDS)} first, got {command!r}{hint}")
+        argv = [argv[0], *argv[2:]]
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]

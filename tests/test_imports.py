@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "preemption": set(),
     "report": set(),
     "ablation": {"experiment", "analysis", "registry"},
-    "search": {"experiment", "analysis", "registry"},
+    "search": {"experiment", "analysis", "registry", "data", "workdir"},
 }
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ablation", "search"}
 # The public face names modules as texts and imports them late.

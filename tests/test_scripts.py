@@ -98,6 +98,18 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_search_says_what_it_can_search(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    for args, said in (
+        (["scalin", workdir], "got 'scalin'; did you mean 'scaling'"),
+        ([workdir], "expected scaling first, got ''"),
+        (["scaling", workdir, "--step=7", "--config.data.name=cifar11"], "did you mean 'cifar10"),
+    ):
+        code, _, err = finish("search", *args)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert said in err
+
+
 def test_a_missing_workdir_is_said(tmp_path):
     code, _, err = finish("train")
     assert code != 0

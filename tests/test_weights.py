@@ -88,6 +88,14 @@ def test_keras_counts_on_from_network_to_network():
     [
         ("vgg16", {"block3_conv2/kernel": "stage3/conv2/kernel", "fc1/bias": "fc6/bias"}),
         (
+            "keras_efficientnetb0",
+            {
+                "block1a_dwconv/kernel": "stage1/block1/depthwise/kernel",
+                "block6d_se_reduce/bias": "stage6/block4/se/reduce/bias",
+                "block2b_project_bn/gamma": "stage2/block2/project_norm/scale",
+            },
+        ),
+        (
             "keras_inception_v3",
             {
                 "conv2d_3/kernel": "conv3b/conv/kernel",
@@ -101,6 +109,17 @@ def test_keras_counts_on_from_network_to_network():
                 "conv2d_0/kernel": "stem/entry/conv1/kernel",
                 "block35_1_conv/kernel": "inception_resnet_a/block1/linear/kernel",
                 "conv_7b/kernel": "conv_7b/conv1/kernel",
+            },
+        ),
+        (
+            "convnext_tiny",
+            {
+                "convnext_tiny_stage_2_block_8_pointwise_conv_2/kernel": (
+                    "stage3/block9/project/kernel"
+                ),
+                "convnext_tiny_stage_0_block_1_layer_scale/variable_1": (
+                    "stage1/block2/layer_scale"
+                ),
             },
         ),
     ],

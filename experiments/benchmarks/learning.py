@@ -15,6 +15,7 @@ from experiments.benchmarks.flags import positive
 from experiments.benchmarks.report import Bars, Report
 from flax_cnns import pytree
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models import nas
 
 
 class Case(NamedTuple):
@@ -55,6 +56,10 @@ CASES = {  # a variant of each family
     "fractalnet_20_droppath": Case(
         16, 300, 4e-3, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))
     ),
+    "convnext_tiny": Case(32, 150, fields=dict(depths=(1, 1, 2), width=24, drop_path=0.1)),
+    "vit_b_16": Case(
+        16, 400, fields=dict(patch=4, width=96, depth=3, heads=3, dropout=0.1, drop_path=0.1)
+    ),
     "cifar_resnet20": Case(16, 100),
     "shakeshake_26_2x32d": Case(16, 100, fields=dict(depths=(2, 2, 2), width=16)),
     "pyramidnet_110_a270_shakedrop": Case(16, 200, fields=dict(depth=20, alpha=48)),
@@ -67,6 +72,19 @@ CASES = {  # a variant of each family
     "wrn_16_4": Case(16, 100, fields=dict(width_mult=2, dropout=0.3)),
     "densenet_bc_100_12": Case(16, 120, 5e-3, dict(depth=22)),
     "sparsenet_40_24": Case(16, 120, 5e-3, dict(depth=16, growth_rate=12)),
+    "xception": Case(
+        32, 100, fields=dict(stem=(8, 16), entry=(16, 32, 64), depth=2, exit=(64, 96), top=(128,))
+    ),
+    "mobilenet_v1_025": Case(32, 100, 2e-3, dict(depths=(1, 1, 1, 3, 1))),
+    "mobilenet_v2_025": Case(
+        32, 100, 2e-3, dict(table=((1, 16, 1, 1), (6, 24, 2, 2), (6, 64, 2, 2), (6, 160, 1, 2)))
+    ),
+    "mobilenet_v3_small": Case(32, 100, 2e-3, dict(width_mult=0.5, hidden=128, momentum=0.9)),
+    "nas_v1": Case(16, 100, fields=dict(table=nas.FIGURE_7[:6])),
+    "nasnet_a_6_768": Case(
+        16, 100, fields=dict(depths=(1, 1, 1), width=8, stem_width=24, drop_path=0.1)
+    ),
+    "pnasnet5large": Case(48, 100, fields=dict(depths=(1, 0), width=16, stem_width=16)),
     "sparse_densenet_abc": Case(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
 }
 WINDOW = 5  # steps that a loss is the mean of

@@ -2,8 +2,9 @@
 
 Counted at the boundary of the modules, from the shapes of kernels and outputs, as the papers count:
 not from what our convolution is lowered to, nor from what a compiler makes of it. A multiply and
-its add are one MAC, two FLOPs. Convolutions and dense layers count; norms, activations, pooling and
-the products inside attention do not.
+its add are one MAC, two FLOPs. Convolutions and dense layers count, and modules that say so by a
+method `macs`, called with what the module is called with: the two products inside attention. Norms,
+activations and pooling do not.
 """
 
 from __future__ import annotations
@@ -176,12 +177,16 @@ class _Boundary:
         finally:
             self._inside.pop()
         self.outputs[path] = getattr(y, "shape", None)
-        if not isinstance(module, _COUNTED):
+        if hasattr(module, "macs"):
+            macs = module.macs(*args, **kwargs)
+        elif isinstance(module, _COUNTED):
+            x = (*args, *kwargs.values())[0]
+            kernel = nn.meta.unbox(module.variables["params"])["kernel"]
+            macs = _macs(module, kernel.shape, x.shape, y.shape)
+        else:
             return y
         self.kinds[path] = kind
-        x = (*args, *kwargs.values())[0]
-        kernel = nn.meta.unbox(module.variables["params"])["kernel"]
-        self.macs.append((path, _macs(module, kernel.shape, x.shape, y.shape)))
+        self.macs.append((path, macs))
         self.sizes.append(y.size)
         return checkpoint_name(y, f"flax_cnns.cost {len(self.macs) - 1}")
 

@@ -1,7 +1,17 @@
 """The parts that networks share. A layer knows no network."""
 
+from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.conv import Conv
-from flax_cnns.layers.drop_path import Drop, drop_rates, make_drops, make_key, pick, residual, skips
+from flax_cnns.layers.drop_path import (
+    Drop,
+    drop_rates,
+    fork,
+    make_drops,
+    make_key,
+    pick,
+    residual,
+    skips,
+)
 from flax_cnns.layers.fixup import fixup
 from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
 from flax_cnns.layers.initializers import (
@@ -10,6 +20,13 @@ from flax_cnns.layers.initializers import (
     he,
     head_initializer,
     initializer,
+)
+from flax_cnns.layers.mbconv import (
+    MBConv,
+    SeparableConv,
+    pad,
+    round_depth,
+    round_width,
 )
 from flax_cnns.layers.norm import local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
@@ -29,8 +46,11 @@ __all__ = [
     "DeepStem",
     "Drop",
     "ImageNetStem",
+    "MBConv",
     "MaxPool",
+    "MultiHeadAttention",
     "SAFPool",
+    "SeparableConv",
     "SqueezeExcite",
     "Stage",
     "adaptive_avg_pool",
@@ -42,6 +62,7 @@ __all__ = [
     "draw_columns",
     "drop_rates",
     "fixup",
+    "fork",
     "gaussian",
     "global_avg_pool",
     "he",
@@ -55,8 +76,11 @@ __all__ = [
     "make_shake_drops",
     "make_shakes",
     "max_pool",
+    "pad",
     "pick",
     "residual",
+    "round_depth",
+    "round_width",
     "shake_drop",
     "shake_shake",
     "skips",

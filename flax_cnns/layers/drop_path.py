@@ -91,6 +91,13 @@ def pick(drop: Drop | None, i: int) -> Drop | None:
     return jax.tree.map(lambda a: a[i], drop)
 
 
+def fork(drop: Drop | None, n: int) -> list[Drop | None]:
+    """For the `n` branches of one block: the same rate, a decision each."""
+    if drop is None or drop.key is None:
+        return [drop] * n
+    return [drop.replace(key=key) for key in jax.random.split(drop.key, n)]
+
+
 def skips(network: nn.Module, train: bool) -> bool:
     """Whether branches run inside `nn.cond`, where convolutions need `control_flow=True`."""
     whole = network.drop_path_mode == "batch" and not network.is_initializing()
@@ -117,7 +124,7 @@ def residual(
         return shortcut + (stay * y if drop.mode == "batch" else y)
     if drop.mode == "sample":
         y = branch(block, x)
-        stays = jax.random.bernoulli(drop.key, 1 - drop.rate, (len(y), 1, 1, 1))
+        stays = jax.random.bernoulli(drop.key, 1 - drop.rate, (len(y), *[1] * (y.ndim - 1)))
         return shortcut + jnp.where(stays, y / stay, 0)
     return nn.cond(
         jax.random.bernoulli(drop.key, 1 - drop.rate),

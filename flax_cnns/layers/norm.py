@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, Dtype, ModuleDef
 
-NORMS = ("batch", "group", "layer", "none")
+NORMS = ("batch", "group", "layer", "channel", "none")
 _GROUP = 16  # channels
 
 
@@ -36,6 +36,7 @@ def make_norm(
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
     `"layer"`: Ba, Kiros & Hinton 2016 as Wu & He 2018 take it for maps (their equation 4): mean and
     variance over H, W and C of each image, that is one group; gamma and beta per channel.
+    `"channel"`: over C alone, at each pixel or token: ConvNeXt's and the transformers'.
     `"none"`: nothing, called alike. Convolutions in front of norms have no biases, and so neither
     a shift nor a scale is learned in its place: `layers.fixup` is how networks do without.
     `scale=False` leaves out gamma, the trainable scale.
@@ -69,6 +70,15 @@ def make_norm(
             num_groups=1,
             epsilon=epsilon,
             use_scale=scale,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+    if norm == "channel":
+        return partial(
+            nn.LayerNorm,
+            epsilon=epsilon,
+            use_scale=scale,
+            use_fast_variance=False,  # tokens may have means far from zero
             dtype=dtype,
             param_dtype=param_dtype,
         )

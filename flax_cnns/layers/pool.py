@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -24,22 +25,30 @@ def _out_size(n: int, window: int, stride: int, padding: int, ceil: bool) -> int
 
 
 def _geometry(
-    x: Array, window: int, stride: int, padding: int, ceil: bool
+    x: Array, window: int, stride: int, padding: int | str, ceil: bool
 ) -> tuple[tuple[int, int], dict[str, tuple]]:
     """([H' W'], the arguments of flax's pooling that give it)."""
-    size = tuple(_out_size(n, window, stride, padding, ceil) for n in x.shape[-3:-1])
+    sides = x.shape[-3:-1]
+    if padding == "SAME":
+        size = tuple(-(-n // stride) for n in sides)
+        before = [max((m - 1) * stride + window - n, 0) // 2 for m, n in zip(size, sides)]
+    else:
+        size = tuple(_out_size(n, window, stride, padding, ceil) for n in sides)
+        before = [padding, padding]
     pads = tuple(
-        (padding, max((m - 1) * stride + window - n - padding, 0))
-        for m, n in zip(size, x.shape[-3:-1])
+        (p, max((m - 1) * stride + window - n - p, 0)) for m, n, p in zip(size, sides, before)
     )
     return size, dict(window_shape=(window, window), strides=(stride, stride), padding=pads)
 
 
-def max_pool(x: Array, window: int, stride: int, padding: int = 0, ceil: bool = False) -> Array:
+def max_pool(
+    x: Array, window: int, stride: int, padding: int | str = 0, ceil: bool = False
+) -> Array:
     """[N H W C] -> [N H' W' C], H' = floor((H + 2 padding - window) / stride) + 1, as PyTorch.
 
-    `ceil` rounds up instead, as Caffe always does. Where several pixels of a window are the
-    largest, the first has the gradient.
+    `ceil` rounds up instead, as Caffe always does. `padding="SAME"` is TensorFlow's: H / stride
+    rounded up, with no more padding than that needs, and of an odd number the larger part behind.
+    Where several pixels of a window are the largest, the first has the gradient.
     """
     size, args = _geometry(x, window, stride, padding, ceil)
     library = partial(nn.max_pool, **args)
@@ -50,7 +59,8 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0, ceil: bool = 
 
     def compared(x: Array) -> Array:
         # XLA's own has a slow gradient on a CPU, several times this one's.
-        best, *taps = _taps(x, window, stride, padding, size)
+        first = [before for before, _ in args["padding"]]
+        best, *taps = _taps(x, window, stride, first, size)
         for tap in taps:
             best = jnp.where((tap > best) | jnp.isnan(tap), tap, best)
         return best
@@ -58,13 +68,15 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0, ceil: bool = 
     return lax.platform_dependent(x, cpu=compared, default=library)
 
 
-def _taps(x: Array, window: int, stride: int, padding: int, size: tuple[int, int]) -> list[Array]:
+def _taps(
+    x: Array, window: int, stride: int, before: Sequence[int], size: tuple[int, int]
+) -> list[Array]:
     """What each place of a window sees: window * window arrays [N H' W' C], -inf in the padding.
 
     Strides are taken by splitting, whose gradient joins; that of a strided slice is slower.
     """
     cells = [n + (window - 1) // stride for n in size]
-    pads = [(padding, c * stride - n - padding, 0) for c, n in zip(cells, x.shape[1:3])]
+    pads = [(p, c * stride - n - p, 0) for p, c, n in zip(before, cells, x.shape[1:3])]
     x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
     x = x.reshape(x.shape[0], cells[0], stride, cells[1], stride, x.shape[-1])
     phases = [jnp.split(rows, stride, axis=4) for rows in jnp.split(x, stride, axis=2)]
@@ -81,20 +93,21 @@ def avg_pool(
     x: Array,
     window: int,
     stride: int,
-    padding: int = 0,
+    padding: int | str = 0,
     ceil: bool = False,
     count_padding: bool = True,
 ) -> Array:
     """[N H W C] -> [N H' W' C], sizes as `max_pool`'s, means as PyTorch's.
 
-    The padding counts as zeros, or with `count_padding=False` (Keras's "same") not at all; what
-    `ceil` adds beyond it never counts.
+    The padding counts as zeros, or with `count_padding=False` not at all, as it never does with
+    `padding="SAME"`, TensorFlow's; what `ceil` adds beyond it never counts.
     """
     size, args = _geometry(x, window, stride, padding, ceil)
     counts = []
-    for m, n in zip(size, x.shape[-3:-1]):
-        first, last = (-padding, n + padding) if count_padding else (0, n)
-        begin = np.arange(m) * stride - padding
+    for m, n, (before, _) in zip(size, x.shape[-3:-1], args["padding"]):
+        counted = before if count_padding and padding != "SAME" else 0
+        first, last = -counted, n + counted
+        begin = np.arange(m) * stride - before
         counts.append(np.minimum(begin + window, last) - np.maximum(begin, first))
     counts = np.outer(*counts)[..., None]
     if (counts == window**2).all():

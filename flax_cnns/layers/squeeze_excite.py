@@ -22,6 +22,9 @@ class SqueezeExcite(nn.Module):
 
     reduction: int = 16  # r
     divisor: int = 1  # C / r is rounded to a multiple of it, not 0: 8 in timm's SEModule
+    inner: int | None = None  # that many channels in place of C / r
+    activation: Callable = nn.relu
+    gate: Callable = nn.sigmoid  # MobileNetV3: nn.hard_sigmoid
     kernel_init: Callable = he
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -29,7 +32,7 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels, d = x.shape[-1], self.divisor
-        inner = max(d, int(channels / self.reduction + d / 2) // d * d)
+        inner = self.inner or max(d, int(channels / self.reduction + d / 2) // d * d)
 
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(
@@ -41,5 +44,5 @@ class SqueezeExcite(nn.Module):
             )
 
         gate = dense(inner, "reduce")(global_avg_pool(x))  # [N H W C] -> [N C] -> [N C/r]
-        gate = nn.sigmoid(dense(channels, "expand")(nn.relu(gate)))
+        gate = self.gate(dense(channels, "expand")(self.activation(gate)))
         return x * gate[:, None, None].astype(x.dtype)

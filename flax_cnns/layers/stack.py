@@ -16,6 +16,8 @@ from flax_cnns.types import Array, ModuleDef, PyTree
 class Stage(nn.Module):
     """`depth` blocks, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
 
+    Blocks of a transformer have neither convolution nor stride: [N T C] -> [N T C], `conv` None.
+
     Whatever changes from block to block is an argument of the call: `stage(x, rates, keys)` calls
     `block(x, rates[i], keys[i])`, where each is an array (or a tree of them) with `depth` in front,
     or None. What is the same for all blocks, `train` included, is in the partial. Random keys are
@@ -38,7 +40,7 @@ class Stage(nn.Module):
     """
 
     block: ModuleDef  # without conv, stride and name
-    conv: ModuleDef
+    conv: ModuleDef | None
     depth: int
     stride: int = 1
     scan: bool = False
@@ -52,7 +54,9 @@ class Stage(nn.Module):
         if self.remat:
             run = nn.remat(run)
         own = [jax.tree.map(lambda a, i=i: a[i], each) for i in range(self.depth)]
-        x = run(self.block(conv=self.conv, stride=self.stride, name="block1"), x, own[0])
+        conv = {} if self.conv is None else {"conv": self.conv}
+        stride = {} if self.stride == 1 else {"stride": self.stride}
+        x = run(self.block(**conv, **stride, name="block1"), x, own[0])
         name = f"block2-{self.depth}"
         stacked = self.has_variable("params", name)
         unrolled = self.is_initializing() or self.is_mutable_collection("intermediates")
@@ -63,12 +67,13 @@ class Stage(nn.Module):
             )
         if unrolled or self.depth < 3 or not (self.scan or stacked):
             for i in range(1, self.depth):
-                x = run(self.block(conv=self.conv, name=f"block{i + 1}"), x, own[i])
+                x = run(self.block(**conv, name=f"block{i + 1}"), x, own[i])
             return x
 
         def scanned(stage: Stage, x: Array, each: PyTree) -> Array:
             # Inside a loop XLA's own convolutions are slow on a CPU.
-            block = stage.block(conv=partial(stage.conv, control_flow=True), name=name)
+            conv = {} if stage.conv is None else {"conv": partial(stage.conv, control_flow=True)}
+            block = stage.block(**conv, name=name)
             x, _ = nn.scan(
                 lambda block, x, own: (run(block, x, own), None),
                 variable_axes={"params": 0, "batch_stats": 0},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 
 from flax_cnns.layers.norm import NoNorm
@@ -10,7 +12,7 @@ from flax_cnns.types import Array, ModuleDef
 
 
 class ConvUnit(nn.Module):
-    """Convolution, norm, ReLU: [N H W C] -> [N H' W' width]."""
+    """Convolution, norm, activation: [N H W C] -> [N H' W' width]."""
 
     width: int
     window: tuple[int, int]
@@ -18,13 +20,14 @@ class ConvUnit(nn.Module):
     norm: ModuleDef = NoNorm
     stride: int = 1
     padding: str | int = "SAME"
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         conv = self.conv(
             self.width, self.window, strides=self.stride, padding=self.padding, name="conv"
         )
-        return nn.relu(self.norm(name="norm")(conv(x)))
+        return self.activation(self.norm(name="norm")(conv(x)))
 
 
 class MaxPool(nn.Module):

@@ -2,7 +2,9 @@
 
 A rule is `(regex over the source's module, our module)`, or with a third part that says how its
 kernels are laid out. The first regex that matches the whole name decides. Our module is a path that
-may use the regex's groups, a function of the match, or `UNUSED`.
+may use the regex's groups, a function of the match, or `UNUSED`. For what is no layer's kernel,
+scale, bias or statistic (`class_token`), the regex is over the tensor's whole name, and the path is
+that of our leaf.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ _TORCH_LEAVES = {
 }
 _KERAS_LEAVES = {
     "kernel": ("params/{}/kernel",),
+    "depthwise_kernel": ("params/{}/depthwise/kernel",),  # SeparableConv2D's
+    "pointwise_kernel": ("params/{}/pointwise/kernel",),
     "bias": ("params/{}/bias",),
     "gamma": ("params/{}/scale",),
     "beta": ("params/{}/bias",),
@@ -63,6 +67,16 @@ def _array(tensor: Any) -> np.ndarray:
         tensor = tensor.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor
     return np.asarray(tensor)
+
+
+def keras_depthwise(kernel: np.ndarray) -> np.ndarray:
+    """Keras's depthwise layers: [kh kw in depth_multiplier] -> [kh kw 1 in*depth_multiplier]."""
+    return kernel.reshape(*kernel.shape[:2], 1, -1)
+
+
+def keras_dense(kernel: np.ndarray) -> np.ndarray:
+    """Keras's 1x1 convolutions that stand for dense layers: [1 1 in out] -> [in out]."""
+    return kernel[0, 0]
 
 
 def _keras_layout(kernel: np.ndarray) -> np.ndarray:
@@ -129,17 +143,21 @@ def apply(
     strangers = []
     for original, name in names.items():
         module, _, leaf = name.rpartition(dot)
-        matches = ((re.fullmatch(rule[0], module), rule) for rule in rules)
-        match, rule = next(((m, r) for m, r in matches if m), (None, None))
-        if rule is None or leaf not in leaves:
+        match, rule = _first(rules, module)
+        if rule is not None and rule[1] is UNUSED:
+            continue
+        templates = leaves.get(leaf, ("params/{}",))
+        if leaf not in leaves:  # a parameter of no layer: the rule has its whole name
+            match, rule = _first(rules, name)
+        if rule is None:
             strangers.append(original)
             continue
-        if rule[1] is UNUSED or leaves[leaf] is UNUSED:
+        if templates is UNUSED:
             continue
         ours = rule[1](match) if callable(rule[1]) else match.expand(rule[1])
         if headless and ours.startswith(("head", "aux")):
             continue
-        places = [place.format(ours) for place in leaves[leaf]]
+        places = [place.format(ours) for place in templates]
         place = next((place for place in places if place in paths), None)
         if place is None:
             near = did_you_mean(places[0], paths)
@@ -150,6 +168,7 @@ def apply(
             raise UserError(f"{what}: {origin[place]!r} and {original!r} both belong at {place!r}")
         array = _array(tensors[original])
         layout = rule[2] if len(rule) > 2 else default
+        layout = keras_depthwise if leaf == "depthwise_kernel" else layout
         try:
             found[place] = layout(array) if array.ndim > 1 else array
         except ValueError:
@@ -165,6 +184,12 @@ def apply(
             hint = f"; expected {_HOW[source]}"
         raise UserError(f"{what}: no place for {some(strangers)}{hint}")
     return found
+
+
+def _first(rules: list, name: str) -> tuple[re.Match, tuple] | tuple[None, None]:
+    """The first rule that matches the whole name, and how."""
+    matches = ((re.fullmatch(rule[0], name), rule) for rule in rules)
+    return next(((match, rule) for match, rule in matches if match), (None, None))
 
 
 def fit(found: Mapping[str, np.ndarray], shapes: Mapping[str, Any], what: str) -> pytree.PyTree:

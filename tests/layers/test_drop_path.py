@@ -277,3 +277,18 @@ def test_senseless_fields(fields, message):
 def test_a_stream_that_is_missing(variables, mode, stream):
     with pytest.raises(UserError, match=rf'rngs=\{{"{stream}": key\}}'):
         Network(drop_path_mode=mode).apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+
+
+def test_branches_of_one_block_decide_apart_at_one_rate():
+    drop = Drop(jnp.float32(0.5), jax.random.key(0), "sample")
+    shape = (1000, 1, 1)  # images, tokens, channels
+
+    def kept(drop):
+        return layers.residual(jnp.zeros(shape), lambda block, x: x, None, jnp.ones(shape), drop)
+
+    first, second = (np.asarray(kept(each)).ravel() for each in layers.fork(drop, 2))
+    assert set(first) == set(second) == {0.0, 2.0}
+    assert 400 < (first == second).sum() < 600
+    assert layers.fork(None, 2) == [None, None]
+    evaluation = drop.replace(key=None)
+    assert layers.fork(evaluation, 2) == [evaluation, evaluation]

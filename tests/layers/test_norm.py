@@ -77,7 +77,18 @@ def test_layer_norm_of_bfloat16_maps_has_float32_statistics_and_parameters():
     np.testing.assert_allclose(np.asarray(y, np.float32).std((1, 2, 3)), 1, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["batch", "group", "layer"])
+def test_channel_norm_is_over_the_channels_of_each_pixel():
+    norm = make_norm("channel", train=True, axis_name="batch", epsilon=1e-6)()
+    x = X + 1000  # a mean that would drown the variance of a difference of squares
+    variables = norm.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (32,), "bias": (32,)}}
+    y = norm.apply(variables, x)
+    mean, std = x.mean(-1, keepdims=True), x.std(-1, keepdims=True)
+    np.testing.assert_allclose(y, (x - mean) / std, atol=1e-3)
+    np.testing.assert_allclose(norm.apply(variables, x[0, 0]), y[0, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group", "layer", "channel"])
 def test_without_scale_there_is_no_gamma(kind):
     norm = make_norm(kind, train=True, scale=False)()
     y, variables = norm.init_with_output(jax.random.key(0), X)

@@ -18,7 +18,8 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 
 def library(x, window, stride, padding=0):
-    return nn.max_pool(x, (window,) * 2, (stride,) * 2, ((padding,) * 2,) * 2)
+    pads = padding if padding == "SAME" else ((padding,) * 2,) * 2
+    return nn.max_pool(x, (window,) * 2, (stride,) * 2, pads)
 
 
 def images(*shape, dtype=np.float32):
@@ -59,6 +60,8 @@ def test_max_pool_never_sees_its_padding():
         (3, 2, 1),
         (3, 3, 0),
         (5, 2, 2),
+        (2, 1, "SAME"),
+        (3, 2, "SAME"),
     ],
 )
 def test_max_pool_is_flax_ties_included(window, stride, padding):
@@ -151,6 +154,12 @@ def test_accelerators_run_flax_and_nothing_else(platform):
 def test_avg_pool_drops_what_fills_no_window():
     x = jnp.arange(25.0).reshape(1, 5, 5, 1)
     np.testing.assert_array_equal(avg_pool(x, 2, 2)[0, :, :, 0], [[3, 5], [13, 15]])
+
+
+def test_avg_pool_with_tensorflows_padding_is_flax_without_counting_it():
+    x = np.random.RandomState(0).randn(2, 7, 6, 3).astype(np.float32)  # one in front, none in front
+    theirs = nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
+    np.testing.assert_allclose(avg_pool(x, 3, 2, padding="SAME"), theirs, atol=1e-6)
 
 
 def test_global_avg_pool_adds_in_float32():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,3 +37,17 @@ def test_the_width_between(channels, fields, hidden):
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     assert variables["params"]["reduce"]["kernel"].shape == (channels, hidden)
     assert variables["params"]["reduce"]["kernel"].dtype == jnp.float32
+
+
+def test_given_width_activation_and_gate():
+    """MobileNetV3's: hard sigmoid, 0 below -3 and 1 above 3."""
+    x = jnp.ones((1, 1, 1, 4))
+    module = SqueezeExcite(inner=3, activation=nn.silu, gate=nn.hard_sigmoid)
+    params = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(0), x)["params"])
+    assert params["reduce"]["kernel"].shape == (4, 3)
+    params["reduce"]["bias"] = jnp.asarray([-2.0, 0.0, 0.0])
+    params["expand"]["kernel"] = jnp.zeros((3, 4)).at[0].set(1.0)
+    params["expand"]["bias"] = jnp.asarray([-9.0, 9.0, 0.0, 1.5])
+    silu = -2 / (1 + np.exp(2.0))
+    expected = [0, 1, (silu + 3) / 6, (silu + 4.5) / 6]
+    np.testing.assert_allclose(module.apply({"params": params}, x)[0, 0, 0], expected, rtol=1e-5)

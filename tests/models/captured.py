@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -23,3 +24,26 @@ def captured(name: str, height: int, width: int | None = None, /, **fields: Any)
     out, state = jax.eval_shape(run)
     flat = pytree.flatten(state["intermediates"])
     return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+
+
+def called(name: str, size: int, /, train: bool = False, **fields: Any) -> dict[str, nn.Module]:
+    """{path: the module that was called there, with its fields} for two images."""
+    model, found = create_model(name, **fields), {}
+
+    def note(call, args, kwargs, context):
+        if context.method_name == "__call__":
+            found["/".join(context.module.path)] = context.module
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        images = jax.ShapeDtypeStruct((2, size, size, model.input_size[-1]), jnp.float32)
+        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+        rngs = dict.fromkeys(("params", "dropout", "shared"), key)
+        jax.eval_shape(lambda rngs, images: model.init(rngs, images, train=train), rngs, images)
+    return found
+
+
+def starting_at_zero(modules: dict[str, nn.Module]) -> set[str]:
+    """Paths of the BatchNorms among `called`'s whose scales start at 0."""
+    norms = {path: m for path, m in modules.items() if isinstance(m, nn.BatchNorm)}
+    return {path for path, norm in norms.items() if norm.scale_init is nn.initializers.zeros}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns import create_model, pytree
-from flax_cnns.models import googlenet
+from flax_cnns.models import googlenet, mobilenet_v2, mobilenet_v3
 from flax_cnns.weights import convert
 from tests.models import foreign
 
@@ -142,6 +142,124 @@ def _senet() -> Any:
     return _two_stages(model, "last_linear")
 
 
+def _convnext() -> Any:
+    """Two narrow stages."""
+    convnext = foreign.torchvision().models.convnext
+    stages = [convnext.CNBlockConfig(16, 32, 2), convnext.CNBlockConfig(32, None, 1)]
+    return convnext.ConvNeXt(stages, num_classes=10)
+
+
+def _vit() -> Any:
+    """Two narrow blocks."""
+    vit = foreign.torchvision().models.VisionTransformer
+    return vit(32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192, num_classes=10)
+
+
+def _mobilenet_v1() -> Any:
+    """Narrow, the longest stage short."""
+    foreign.torchvision()
+    from timm.models.efficientnet import _gen_mobilenet_v1
+
+    model = _gen_mobilenet_v1("mobilenetv1_100", 0.25, num_classes=10)
+    return _identity(model, *(f"blocks.3.{i}" for i in range(2, 6)))
+
+
+_V2 = (mobilenet_v2.Row(1, 16, 1, 1), mobilenet_v2.Row(6, 24, 2, 2), mobilenet_v2.Row(6, 96, 2, 2))
+_V3 = mobilenet_v3.SMALL[:5]
+
+
+def _mobilenet_v2() -> Any:
+    return foreign.torchvision().models.MobileNetV2(
+        num_classes=10, width_mult=0.5, inverted_residual_setting=[list(row) for row in _V2]
+    )
+
+
+def _mobilenet_v3() -> Any:
+    theirs = foreign.torchvision().models.mobilenetv3
+    entering = [mobilenet_v3.STEM, *(row.width for row in _V3)]
+    rows = []
+    for row, width in zip(_V3, entering):
+        name = "HS" if row.activation is mobilenet_v3.HS else "RE"
+        given = (width, row.kernel, row.inner, row.width, row.se, name, row.stride, 1, 1.0)
+        rows.append(theirs.InvertedResidualConfig(*given))
+    return theirs.MobileNetV3(rows, last_channel=64, num_classes=10)
+
+
+def _xception() -> Any:
+    """One block in the middle, and all that follows the stem narrow."""
+    foreign.torchvision()
+    from timm.models.xception import Block, SeparableConv2d, Xception
+    from torch import nn
+
+    model = Xception(num_classes=10)
+    model.block1 = Block(64, 24, 2, 2, start_with_relu=False)
+    model.block2, model.block3 = Block(24, 32, 2, 2), Block(32, 48, 2, 2)
+    model.block4 = Block(48, 48, 3, 1)
+    model.block5 = Block(48, 64, 2, 2, grow_first=False)
+    model.conv3, model.bn3 = SeparableConv2d(64, 72, 3, 1, 1), nn.BatchNorm2d(72)
+    model.conv4, model.bn4 = SeparableConv2d(72, 80, 3, 1, 1), nn.BatchNorm2d(80)
+    model.fc = nn.Linear(80, 10)
+    return _identity(model, *(f"block{i}" for i in range(6, 13)))
+
+
+def _nasnet() -> Any:
+    """Two stages of two cells, narrow."""
+    foreign.torchvision()
+    from timm.models.nasnet import NASNetALarge
+    from torch import nn
+    from torch.nn import functional
+
+    model = NASNetALarge(num_classes=10, stem_size=8, num_features=24 * 8)
+    kept = [getattr(model, f"cell_{i}") for i in (0, 1, 6, 7)]
+    for i in range(18):
+        delattr(model, f"cell_{i}")
+    for i, cell in enumerate(kept):
+        setattr(model, f"cell_{i}", cell)
+    del model.reduction_cell_1
+    model.last_linear = nn.Linear(12 * 8, 10)
+
+    def features(x):
+        first = model.conv0(x)
+        p = model.cell_stem_0(first)
+        x = model.cell_stem_1(first, p)
+        for i, cell in enumerate(kept):
+            if i == 2:
+                x = model.reduction_cell_0(x, p)
+            x, p = cell(x, p), x
+        return functional.relu(x)
+
+    model.forward_features = features
+    return model
+
+
+def _pnasnet() -> Any:
+    """The stem and two cells."""
+    from torch import nn
+    from torch.nn import functional
+
+    model = _timm("pnasnet5large")()
+    for i in range(2, 12):
+        delattr(model, f"cell_{i}")
+    model.last_linear = nn.Linear(1080, 10)
+
+    def features(x):
+        first = model.conv_0(x)
+        second = model.cell_stem_0(first)
+        third = model.cell_stem_1(first, second)
+        last = model.cell_0(second, third)
+        return functional.relu(model.cell_1(third, last))
+
+    model.forward_features = features
+    return model
+
+
+def _efficientnet() -> Any:
+    """A fourth as wide, half as deep; no branch is dropped."""
+    theirs = foreign.torchvision().models.efficientnet
+    rows, _ = theirs._efficientnet_conf("efficientnet_b0", width_mult=0.25, depth_mult=0.5)
+    return theirs.EfficientNet(rows, dropout=0.2, stochastic_depth_prob=0.0, num_classes=10)
+
+
 _SHORT = dict(aux_logits=True, init_weights=False)
 _REPEATED = ("mixed4b", "mixed4c", "mixed5a")
 CASES = {  # family: case
@@ -197,6 +315,14 @@ CASES = {  # family: case
             *(f"repeat_2.{i}" for i in range(1, 9)),
         ),
     ),
+    "efficientnet": Case(
+        "efficientnet_b0",
+        "torchvision",
+        64,
+        dict(width_mult=0.25, depth_mult=0.5, drop_path=0.0),
+        _efficientnet,
+        train=True,
+    ),
     "resnext": Case(
         "resnext50_32x4d", "torchvision", 48, dict(depths=(2, 2)), _resnext, train=True
     ),
@@ -207,6 +333,51 @@ CASES = {  # family: case
         "wide_resnet50_2", "torchvision", 48, dict(depths=(2, 2)), _wide_resnet, train=True
     ),
     "senet": Case("legacy_senet154", "timm", 48, dict(depths=(1, 2)), _senet, train=True),
+    "convnext": Case(
+        "convnext_tiny", "torchvision", 36, dict(depths=(2, 1), width=16), _convnext, train=True
+    ),
+    "vit": Case(
+        "vit_b_16",
+        "torchvision",
+        32,
+        dict(patch=8, depth=2, width=48, heads=3, input_size=(32, 32, 3)),
+        _vit,
+        train=True,
+    ),
+    "mobilenet_v1": Case(
+        "mobilenet_v1_100",
+        "timm",
+        64,
+        dict(width_mult=0.25, depths=(1, 2, 2, 2, 2)),
+        _mobilenet_v1,
+        train=True,
+    ),
+    "mobilenet_v2": Case(
+        "mobilenet_v2",
+        "torchvision",
+        48,
+        dict(width_mult=0.5, table=_V2),
+        _mobilenet_v2,
+        train=True,
+    ),
+    "mobilenet_v3": Case(
+        "mobilenet_v3_small",
+        "torchvision",
+        48,
+        dict(table=_V3, hidden=64),
+        _mobilenet_v3,
+        train=True,
+    ),
+    "xception": Case(
+        "xception",
+        "timm",
+        80,
+        dict(entry=(24, 32, 48), depth=1, exit=(48, 64), top=(72, 80)),
+        _xception,
+        train=True,
+    ),
+    "nasnet": Case("nasnetalarge", "timm", 64, dict(depths=(2, 2), width=8, stem_width=8), _nasnet),
+    "pnasnet": Case("pnasnet5large", "timm", 64, dict(depths=(2,)), _pnasnet),
     "resnet": Case("resnet18", "torchvision", 64, build=_torchvision("resnet18"), train=True),
 }
 
@@ -214,11 +385,18 @@ CASES = {  # family: case
 # Keras's networks cannot be shortened: their names and shapes are recorded, and nothing else.
 KERAS = (
     "vgg16",
+    "convnext_tiny",
     "keras_resnet50",
     "keras_resnet50v2",
     "keras_densenet121",
+    "keras_efficientnetb0",
     "keras_inception_v3",
     "keras_inception_resnet_v2",
+    "keras_mobilenet",
+    "keras_mobilenetv2",
+    "keras_mobilenetv3small",
+    "keras_nasnetmobile",
+    "keras_xception",
 )
 
 

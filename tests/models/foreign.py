@@ -7,20 +7,44 @@ either side of a comparison and without the library. `build` needs the library; 
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_cnns import model_info
-from flax_cnns.models import senet
+from flax_cnns.models import mobilenet_v2, senet
 
 # Of kernels: their variance times their fan-in, by the family of ours. 2 keeps what passes through
 # ReLUs as large as it was; where branches are added up, each block would double it, and nobody
 # would see a bias behind fifty blocks.
+# Where one number does not serve, (pattern, number) by the names of kernels, theirs and ours: what
+# blocks with shortcuts add up grows, and what passes those without fades.
+_MBCONV = (
+    (
+        r"features\.\d\.[1-9]\d*\.block\.[23]\.0\.weight"
+        r"|blocks\.\d\.[1-9]\d*\.conv_pwl\.weight|blocks\.0\.[1-9]\d*\.conv_pw\.weight"
+        r"|block\d[b-z]_project_conv/kernel|block([2-9]|\d\d)/project/kernel",
+        0.1,
+    ),
+    (
+        r"features\.\d\.0\.block\.[23]\.0\.weight"
+        r"|blocks\.\d\.0\.conv_pwl\.weight|blocks\.0\.0\.conv_pw\.weight"
+        r"|block\da_project_conv/kernel|block1/project/kernel",
+        2.5,
+    ),
+    ("", 2.0),
+)
 GAIN = {
     "cifar_preact": 1.0,
     "cifar_resnet": 1.0,
+    "convnext": 1.0,
+    "efficientnet": _MBCONV,
+    "mobilenet_v2": 1.0,
+    "mobilenet_v3": 1.65,
+    "nasnet": 1.0,
+    "pnasnet": 1.0,
     "preact_resnet": 1.0,
     "pyramidnet": 1.0,
     "resnet": 1.0,
@@ -28,15 +52,20 @@ GAIN = {
     "resnext": 1.0,
     "senet": 1.0,
     "shake_shake": 1.0,
+    "vit": 1.0,
     "wide_resnet": 1.0,
+    "xception": 1.0,
 }
 
 
-def gain(model_name: str) -> float:
+Gain = float | tuple[tuple[str, float], ...]
+
+
+def gain(model_name: str) -> Gain:
     return GAIN.get(model_info(model_name).family, 2.0)
 
 
-def redraw(name: str, shape: tuple[int, ...], source: str, gain: float = 2.0) -> np.ndarray:
+def redraw(name: str, shape: tuple[int, ...], source: str, gain: Gain = 2.0) -> np.ndarray:
     """f32 of `shape`: scales and variances from 0.5 to 1.5, kernels of variance gain / fan-in,
     biases and means of standard deviation 0.1; nothing zero, nothing constant."""
     # RandomState: NumPy froze its stream for good, where default_rng's may change.
@@ -47,6 +76,10 @@ def redraw(name: str, shape: tuple[int, ...], source: str, gain: float = 2.0) ->
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
     if len(shape) > 1:
         fan_in = np.prod(shape[:-1] if source == "keras" else shape[1:])
+        if source == "keras" and len(shape) == 4 and shape[-1] == 1:  # depthwise: [kh kw in 1]
+            fan_in = shape[0] * shape[1]
+        if not isinstance(gain, float):
+            gain = next(g for pattern, g in gain if re.search(pattern, name))
         return (np.sqrt(gain / fan_in) * random.standard_normal(shape)).astype(np.float32)
     return (0.1 * random.standard_normal(shape)).astype(np.float32)
 
@@ -75,17 +108,37 @@ class Live(NamedTuple):
 TIMM = {
     "inception_v3_noaux": "inception_v3",
     **senet.ALIASES,
+    **mobilenet_v2.ALIASES,
+    "mobilenet_v1_100": "mobilenetv1_100",
+    "xception": "legacy_xception",
     "preact_resnet50": "resnetv2_50",
     "preact_resnet101": "resnetv2_101",
     "preact_resnet152": "resnetv2_152",
+    "vit_tiny16": "vit_tiny_patch16_224",
+    "vit_small16": "vit_small_patch16_224",
 }
 KERAS = {
     "vgg16": "VGG16",
     "vgg19": "VGG19",
+    **{
+        f"convnext_{size}": f"ConvNeXt{there}"
+        for size, there in [
+            *(("tiny", "Tiny"), ("small", "Small"), ("base", "Base"), ("large", "Large")),
+            ("xlarge", "XLarge"),
+        ]
+    },
     **{f"keras_densenet{n}": f"DenseNet{n}" for n in (121, 169, 201)},
     "keras_inception_v3": "InceptionV3",
     "keras_inception_resnet_v2": "InceptionResNetV2",
     **{f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
+    **{f"keras_efficientnetb{n}": f"EfficientNetB{n}" for n in range(8)},
+    "keras_mobilenet": "MobileNet",
+    "keras_mobilenetv2": "MobileNetV2",
+    "keras_mobilenetv3large": "MobileNetV3Large",
+    "keras_mobilenetv3small": "MobileNetV3Small",
+    "keras_nasnetlarge": "NASNetLarge",
+    "keras_nasnetmobile": "NASNetMobile",
+    "keras_xception": "Xception",
     "keras_resnet50v2": "ResNet50V2",
     "keras_resnet101v2": "ResNet101V2",
     "keras_resnet152v2": "ResNet152V2",
@@ -102,7 +155,12 @@ def build(name: str, source: str) -> Any:
         os.environ.setdefault("KERAS_BACKEND", "jax")
         import keras
 
-        return getattr(keras.applications, KERAS[name])(weights=None, classifier_activation=None)
+        build, family = getattr(keras.applications, KERAS[name]), model_info(name).family
+        raw = {"include_preprocessing": False} if family in ("convnext", "mobilenet_v3") else {}
+        model = build(weights=None, classifier_activation=None, **raw)
+        if family == "efficientnet":
+            model = keras.Model(model.get_layer("stem_conv_pad").input, model.output)
+        return model
     if source == "timm":
         torchvision()  # timm imports it, and it needs help
         import timm
@@ -119,7 +177,7 @@ def torchvision() -> Any:
     return import_torchvision()
 
 
-def load(model: Any, source: str, gain: float = 2.0) -> Live:
+def load(model: Any, source: str, gain: Gain = 2.0) -> Live:
     """`model` with every tensor redrawn."""
     if source == "keras":
         tensors = {w.path: redraw(w.path, tuple(w.shape), source, gain) for w in model.weights}

@@ -1,0 +1,46 @@
+"""The base network of a compound-scaling search: EfficientNet-B0's table, half as wide and deep.
+
+  python -m experiments.search scaling --workdir=runs/scaling --config=configs/scaling_small.py
+  python -m experiments.search scaling --workdir=runs/fashion \
+      --config=configs/scaling_small.py:fashion_mnist --config.data.dir=FOLDER
+  python -m experiments.train --workdir=runs/smoke --config=configs/scaling_small.py:smoke
+
+For images of 16 pixels and more the strides are 1 but for two. The digits are 8x8 by themselves: of
+more pixels they have no more to show. Fashion-MNIST has 28x28; a search trains on 10,000 of its
+images; FOLDER holds the four .gz files (Debian's package dataset-fashion-mnist puts them under
+/usr/share/datasets/fashion-mnist). What was found is in experiments/results.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    common.check_mode(mode, "fashion_mnist", "smoke")
+    config = common.get_config()
+    config.model.name = "efficientnet_b0"
+    config.model.width_mult = 0.5
+    config.model.depth_mult = 0.5
+    config.model.strides = (1, 1, 2, 1, 2, 1, 1, 1)
+    config.model.dropout = 0.0
+    config.model.drop_path = 0.0
+    config.data.image_size = 16
+    config.optimizer.name = "adam"
+    config.schedule.learning_rate = 2e-3
+    config.schedule.warmup = "50 steps"
+    config.train.duration = "400 steps"
+    config.train.eval_every = "0 steps"  # at the end alone
+    config.checkpoint.every = "0 steps"
+    config.log.every = "50 steps"
+    config.log.tensorboard = False
+    if mode == "fashion_mnist":
+        config.data.name = "fashion_mnist"
+        config.data.validation = 50_000
+        config.data.augment.flip = True
+    if mode == "smoke":
+        config.train.duration = "10 steps"
+        config.log.every = "5 steps"
+    return config

@@ -1,0 +1,45 @@
+r"""Searches. `scaling` is EfficientNet's: how much deeper, wider and finer a network should become.
+
+python -m experiments.search scaling --workdir=runs/scaling
+python -m experiments.search scaling --workdir=runs/s \
+    --config=configs/scaling_small.py:fashion_mnist
+
+The same command again repeats no run that is complete.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from experiments import script
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of all its runs.", required=True)
+_BUDGET = flags.DEFINE_float("budget", 2.0, "What alpha * beta^2 * gamma^2 is, within 10 %.")
+_STEP = flags.DEFINE_float("step", 0.1, "Of the grid over alpha, beta and gamma.")
+_PHI = flags.DEFINE_float("phi", 2.0, "Networks of budget^phi times the MACs are compared.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Of each of these.", lower_bound=1)
+_CONFIG = script.define_config("scaling_small")
+script.define_commands("scaling")
+
+
+def search(argv: list[str]) -> None:
+    from rich.console import Console
+
+    from flax_cnns.search import scaling
+
+    del argv
+    folder = pathlib.Path(_WORKDIR.value)
+    flags_given = dict(budget=_BUDGET.value, step=_STEP.value, phi=_PHI.value, seeds=_SEEDS.value)
+    result = scaling.search(_CONFIG.value, folder, **flags_given)
+    Console(width=120).print(scaling.table(result))
+    alpha, beta, gamma = result.winner
+    print(f"winner of the grid: alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}")
+    scaling.save(result, folder / "scaling.json", flags_given)
+    scaling.draw(result, folder / "scaling.png")
+    print(f"written to {folder}: scaling.json, scaling.png")
+
+
+if __name__ == "__main__":
+    script.main(search)

@@ -1,0 +1,170 @@
+"""ConvNeXt: a ResNet with what transformers do otherwise, one block of 7x7 depthwise and two 1x1.
+
+Tiny to XL are section 3's, atto to nano timm's smaller ones, of the same arithmetic: GELU is exact,
+LayerNorm is over channels with epsilon 1e-6, the last one behind the pooling. XL, which the paper
+trains on ImageNet-22K first, has 1000 classes here. Kernels start as torchvision's, N(0, 0.02^2),
+biases at 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1, 0.4, 0.5 and 0.5
+(table 5); here it is 0 until asked for, and each image decides for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="A ConvNet for the 2020s",
+    authors="Liu, Mao, Wu, Feichtenhofer, Darrell, Xie",
+    year=2022,
+    url="https://arxiv.org/abs/2201.03545",
+)
+
+
+class Stem(nn.Module):
+    """4x4/4 and a norm: [N H W C] -> [N H/4 W/4 width], rounded down."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = self.conv(self.width, (4, 4), strides=4, padding=0, name="conv")(x)
+        return self.norm(name="norm")(x)
+
+
+class Downsample(nn.Module):
+    """A norm and 2x2/2: [N H W C] -> [N H/2 W/2 width], rounded down."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = self.norm(name="norm")(x)
+        return self.conv(self.width, (2, 2), strides=2, padding=0, name="conv")(x)
+
+
+class Block(nn.Module):
+    """Figure 4: depthwise 7x7, norm, 1x1 widens, GELU, 1x1 narrows: [N H W C] -> [N H W C]."""
+
+    conv: ModuleDef
+    norm: ModuleDef
+    expansion: int = 4
+    layer_scale: float | None = 1e-6  # the first value of each channel's factor; None: no factors
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+        def branch(block: Block, x: Array) -> Array:
+            width = x.shape[-1]
+            depthwise = partial(block.conv, feature_group_count=width, name="depthwise")
+            y = block.norm(name="norm")(depthwise(width, (7, 7), padding=3)(x))
+            y = block.conv(block.expansion * width, (1, 1), padding=0, name="expand")(y)
+            y = nn.gelu(y, approximate=False)
+            y = block.conv(width, (1, 1), padding=0, name="project")(y)
+            if block.layer_scale is None:
+                return y
+            init = nn.initializers.constant(block.layer_scale)
+            return y * block.param("layer_scale", init, (width,), block.param_dtype).astype(y.dtype)
+
+        return layers.residual(x, branch, self, x, drop)
+
+
+class ConvNeXt(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; None: normed, pooled features [N C].
+
+    H and W are at least 32 with four stages, and rounded down at each halving. Raises `UserError`
+    where images are smaller, or have other channels than `input_size`.
+    """
+
+    depths: Sequence[int]  # blocks per stage
+    width: int  # of the first stage; doubled from stage to stage
+    expansion: int = 4  # of a block
+    layer_scale: float | None = 1e-6  # first value, section A.1; None: no factors
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    norm: str = "channel"  # or any of layers.make_norm's
+    epsilon: float = 1e-6
+    kernel_init: str | Callable = "paper"
+    drop_path: float = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path_mode: str = "sample"
+    drop_path_schedule: str = "convnext"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm, where norm is "batch"
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        smallest = 4 * 2 ** (len(self.depths) - 1)
+        layers.check_images(images, self.input_size, smallest)
+        kernel_init = layers.initializer(self.kernel_init, paper=layers.gaussian(0.02))
+        conv = partial(
+            layers.Conv, kernel_init=kernel_init, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        make_norm = partial(
+            layers.make_norm,
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            epsilon=self.epsilon,
+            param_dtype=self.param_dtype,
+        )
+        norm = make_norm(dtype=self.dtype)
+        x = Stem(self.width, conv, norm, name="stem")(images)  # H/4
+        drops = layers.make_drops(self, self.depths, train)
+        block = partial(
+            Block,
+            norm=norm,
+            expansion=self.expansion,
+            layer_scale=self.layer_scale,
+            param_dtype=self.param_dtype,
+        )
+        inside = partial(conv, control_flow=layers.skips(self, train))
+        stage = partial(layers.Stage, block, inside, scan=self.scan, remat=self.remat)
+        for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
+            if i > 0:
+                x = Downsample(self.width * 2**i, conv, norm, name=f"downsample{i}")(x)
+            x = stage(depth, name=f"stage{i + 1}")(x, drops[i])
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        x = make_norm(dtype=jnp.float32)(name="norm")(x)
+        if self.num_classes is None:
+            return x
+        head = nn.Dense(
+            self.num_classes,
+            kernel_init=layers.head_initializer(self.kernel_init, paper=layers.gaussian(0.02)),
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            name="head",
+        )
+        return head(x)
+
+
+VARIANTS = {
+    "convnext_atto": partial(ConvNeXt, depths=(2, 2, 6, 2), width=40),
+    "convnext_femto": partial(ConvNeXt, depths=(2, 2, 6, 2), width=48),
+    "convnext_pico": partial(ConvNeXt, depths=(2, 2, 6, 2), width=64),
+    "convnext_nano": partial(ConvNeXt, depths=(2, 2, 8, 2), width=80),
+    "convnext_tiny": partial(ConvNeXt, depths=(3, 3, 9, 3), width=96),
+    "convnext_small": partial(ConvNeXt, depths=(3, 3, 27, 3), width=96),
+    "convnext_base": partial(ConvNeXt, depths=(3, 3, 27, 3), width=128),
+    "convnext_large": partial(ConvNeXt, depths=(3, 3, 27, 3), width=192),
+    "convnext_xlarge": partial(ConvNeXt, depths=(3, 3, 27, 3), width=256),
+}
+SOURCES = (
+    {f"convnext_{size}": ("timm",) for size in ("atto", "femto", "pico", "nano")}
+    | {
+        f"convnext_{size}": ("torchvision", "timm", "keras")
+        for size in ("tiny", "small", "base", "large")
+    }
+    | {"convnext_xlarge": ("timm", "keras")}
+)

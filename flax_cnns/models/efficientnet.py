@@ -1,0 +1,288 @@
+"""EfficientNet B0 to B8, L2 and Lite0 to Lite4: one searched network, scaled three ways at once.
+
+Everything is computed from `B0`, table 1 of the paper, by two factors. `efficientnet` builds any
+point, with `compound_scale` those of the paper's formula, equation 3, from alpha 1.2 (depth), beta
+1.1 (width) and gamma 1.15 (resolution), the result of its grid search at phi = 1. The released
+networks do not follow it: they come from a table by hand (`POINTS`; Tan & Le's code), which
+deepens less than the formula as networks grow. At the phi that is nearest by resolution:
+
+    network   phi   formula: width, depth, resolution   table: width, depth, resolution
+    B1        0.5   1.05    1.10    240                 1.0     1.1     240
+    B2        1     1.10    1.20    258                 1.1     1.2     260
+    B3        2     1.21    1.44    296                 1.2     1.4     300
+    B4        3.8   1.44    2.00    381                 1.4     1.8     380
+    B5        5     1.61    2.49    451                 1.6     2.2     456
+    B6        6     1.77    2.99    518                 1.8     2.6     528
+    B7        7     1.95    3.58    596                 2.0     3.1     600
+
+B8 (https://arxiv.org/abs/1911.09665) and L2 (https://arxiv.org/abs/1911.04252) are points of later
+papers. Lite is the same authors' for integer arithmetic: ReLU6, no squeeze-and-excitation, a stem
+and a head that stay, a first and a last stage that are not deepened.
+
+Plain names are torchvision's (B2 for 288 pixels, where the table has 260) and timm's: symmetric
+padding, and but for torchvision's B5 to B7 PyTorch's own BatchNorm. `tf_` and `keras_` are the
+released arithmetic: TensorFlow's padding, epsilon 1e-3, momentum 0.99. `tf_efficientnet_lite3` and
+`4` are for 280 and 300 pixels, as released; timm has 300 and 380. Keras's networks begin with
+layers that take images from 0 to 255, with its ImageNet weights to (x / 255 - mean) / std; ours are
+what follows them, and expect that done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+    authors="Tan, Le",
+    year=2019,
+    url="https://arxiv.org/abs/1905.11946",
+)
+
+
+class Row(NamedTuple):
+    """A stage of table 1."""
+
+    expansion: int
+    kernel: int
+    stride: int  # of the first block
+    width: int
+    depth: int
+
+
+B0 = (
+    Row(1, 3, 1, 16, 1),
+    Row(6, 3, 2, 24, 2),
+    Row(6, 5, 2, 40, 2),
+    Row(6, 3, 2, 80, 3),
+    Row(6, 5, 1, 112, 3),
+    Row(6, 5, 2, 192, 4),
+    Row(6, 3, 1, 320, 1),
+)
+STEM, TOP = 32, 1280  # widths in front of the stages and behind them
+
+
+class Scale(NamedTuple):
+    """Factors on B0's widths, depths and resolution."""
+
+    width_mult: float
+    depth_mult: float
+    resolution_mult: float
+
+
+def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15) -> Scale:
+    """Equation 3: depth alpha^phi, width beta^phi, resolution gamma^phi.
+
+    The constraint is alpha * beta^2 * gamma^2 ~ 2 (here 1.92), since operations grow as depth,
+    width^2 and resolution^2 do: then they grow about 2^phi times. Any phi, 0.5 or -1 as well.
+    Raises `UserError` where alpha, beta or gamma is below 1.
+    """
+    if min(alpha, beta, gamma) < 1:
+        raise UserError(
+            f"alpha, beta and gamma are 1 or more, got {alpha}, {beta} and {gamma}; "
+            f"a smaller network has a negative phi"
+        )
+    return Scale(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
+
+
+def first_values(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    """The released code's: N(0, 2 / fan_out), a depthwise kernel's fan being its window alone."""
+    fan_out = np.prod(shape[:-2]) * (shape[-1] if shape[-2] > 1 else 1)
+    return np.sqrt(2 / fan_out).astype(np.float32) * jax.random.normal(key, shape, dtype)
+
+
+class EfficientNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W; sizes round up at each halving, of which there are five. Widths are rounded to
+    multiples of 8 (`layers.round_width`), depths up. Raises `UserError` where C is not that of
+    `input_size`, or `strides` are not as many as stem and stages.
+    """
+
+    width_mult: float = 1.0
+    depth_mult: float = 1.0
+    strides: tuple[int, ...] = (2, *(row.stride for row in B0))  # of stem and stages
+    fixed_ends: bool = False  # Lite: widths of stem and top stay, depths of first and last stage
+    activation: Callable = nn.silu
+    se: ModuleDef | None = layers.SqueezeExcite  # to a fourth of a block's own input; None: Lite
+    padding: str = "torch"  # or "same": layers.pad
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    norm: str = "batch"  # or any of layers.make_norm's
+    momentum: float = 0.9  # of the running statistics
+    epsilon: float = 1e-5
+    kernel_init: str | Callable = "he"  # "paper": `first_values`
+    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
+    dropout: float = 0.2  # of the pooled features
+    drop_path: float = 0.2  # the last block's rate of dropping, nearly: layers.make_drops
+    drop_path_mode: str = "sample"
+    drop_path_schedule: str = "efficientnet"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        depths, widths, (stem_width, top_width) = self.scaled()
+        if len(self.strides) != len(B0) + 1:
+            raise UserError(
+                f"expected {len(B0) + 1} strides, of stem and stages, got {self.strides}"
+            )
+        first, *strides = self.strides
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        kernel_init = layers.initializer(self.kernel_init, paper=first_values)
+        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            **types,
+        )
+        unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
+        sides = layers.pad(self.padding, 3)
+        x = unit(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
+        drops = layers.make_drops(self, depths, train)
+        conv = partial(conv, control_flow=layers.skips(self, train))
+        se = {} if self.se is None else dict(activation=self.activation, kernel_init=kernel_init)
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        for i, row in enumerate(B0):  # from H/2: H/2, H/4, H/8, H/16, H/16, H/32, H/32
+            block = partial(
+                layers.MBConv,
+                widths[i],
+                norm=norm,
+                expansion=row.expansion,
+                kernel=row.kernel,
+                activation=self.activation,
+                se=self.se and partial(self.se, **se, **types),
+                padding=self.padding,
+                zero_init=self.zero_init,
+            )
+            x = stage(block, conv, depths[i], strides[i], name=f"stage{i + 1}")(x, drops[i])
+        x = unit(top_width, (1, 1), name="top")(x)
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if self.num_classes is None:
+            return x
+        head = nn.Dense(
+            self.num_classes,
+            kernel_init=layers.initializer("lecun"),
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            name="head",
+        )
+        return head(x)
+
+    def scaled(self) -> tuple[list[int], list[int], list[int]]:
+        """B0's (depths, widths) of the stages, and widths of stem and top, by the two factors."""
+        at_ends = 1.0 if self.fixed_ends else self.width_mult
+        last = len(B0) - 1
+        depths = [
+            row.depth
+            if self.fixed_ends and i in (0, last)
+            else layers.round_depth(row.depth * self.depth_mult)
+            for i, row in enumerate(B0)
+        ]
+        widths = [layers.round_width(row.width * self.width_mult) for row in B0]
+        return depths, widths, [layers.round_width(width * at_ends) for width in (STEM, TOP)]
+
+
+def efficientnet(
+    *, width_mult: float, depth_mult: float, resolution: int, **fields: Any
+) -> EfficientNet:
+    """Any point: B0 with these factors, for images of `resolution` pixels a side.
+
+    scale = compound_scale(3)
+    efficientnet(width_mult=scale.width_mult, depth_mult=scale.depth_mult,
+                 resolution=round(224 * scale.resolution_mult), num_classes=10)
+    """
+    size = (resolution, resolution, 3)
+    return EfficientNet(width_mult, depth_mult, **{"input_size": size} | fields)
+
+
+class Point(NamedTuple):
+    """A row of the released code's table."""
+
+    width_mult: float
+    depth_mult: float
+    resolution: int
+    dropout: float
+
+
+POINTS = {
+    "b0": Point(1.0, 1.0, 224, 0.2),
+    "b1": Point(1.0, 1.1, 240, 0.2),
+    "b2": Point(1.1, 1.2, 260, 0.3),
+    "b3": Point(1.2, 1.4, 300, 0.3),
+    "b4": Point(1.4, 1.8, 380, 0.4),
+    "b5": Point(1.6, 2.2, 456, 0.4),
+    "b6": Point(1.8, 2.6, 528, 0.5),
+    "b7": Point(2.0, 3.1, 600, 0.5),
+    "b8": Point(2.2, 3.6, 672, 0.5),
+    "l2": Point(4.3, 5.3, 800, 0.5),
+    "lite0": Point(1.0, 1.0, 224, 0.2),
+    "lite1": Point(1.0, 1.1, 240, 0.2),
+    "lite2": Point(1.1, 1.2, 260, 0.3),
+    "lite3": Point(1.2, 1.4, 280, 0.3),
+    "lite4": Point(1.4, 1.8, 300, 0.3),
+}
+_TF = dict(padding="same", momentum=0.99, epsilon=1e-3, kernel_init="paper")
+_TV_LARGE = dict(momentum=0.99, epsilon=1e-3)  # torchvision's from B5
+
+
+def _at(name: str, resolution: int | None = None, **fields: Any) -> partial:
+    point = POINTS[name]
+    size = resolution or point.resolution
+    if name.startswith("lite"):
+        fields |= dict(fixed_ends=True, activation=nn.relu6, se=None)
+    return partial(
+        EfficientNet,
+        width_mult=point.width_mult,
+        depth_mult=point.depth_mult,
+        input_size=(size, size, 3),
+        dropout=point.dropout,
+        **fields,
+    )
+
+
+VARIANTS = {
+    "efficientnet_b0": _at("b0"),
+    "efficientnet_b1": _at("b1"),
+    "efficientnet_b2": _at("b2", 288),
+    "efficientnet_b3": _at("b3"),
+    "efficientnet_b4": _at("b4"),
+    "efficientnet_b5": _at("b5", **_TV_LARGE),
+    "efficientnet_b6": _at("b6", **_TV_LARGE),
+    "efficientnet_b7": _at("b7", **_TV_LARGE),
+    "efficientnet_b8": _at("b8"),
+    "efficientnet_l2": _at("l2"),
+    "efficientnet_lite0": _at("lite0"),
+    "efficientnet_lite1": _at("lite1"),
+    "efficientnet_lite2": _at("lite2"),
+    "efficientnet_lite3": _at("lite3", 300),
+    "efficientnet_lite4": _at("lite4", 380),
+    "tf_efficientnet_b0": _at("b0", **_TF),
+    **{f"tf_efficientnet_lite{i}": _at(f"lite{i}", **_TF) for i in range(5)},
+    **{f"keras_efficientnetb{i}": _at(f"b{i}", **_TF) for i in range(8)},
+}
+SOURCES = (
+    {f"efficientnet_b{i}": ("torchvision",) for i in range(8)}
+    | {f"efficientnet_{size}": ("timm",) for size in ("b8", "l2")}
+    | {f"{tf}efficientnet_lite{i}": ("timm",) for tf in ("", "tf_") for i in range(5)}
+    | {"tf_efficientnet_b0": ("timm",)}
+    | {f"keras_efficientnetb{i}": ("keras",) for i in range(8)}
+)

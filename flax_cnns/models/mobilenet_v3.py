@@ -1,0 +1,179 @@
+"""MobileNet v3, large and small: inverted residuals found by search, some with gates per channel.
+
+Tables 1 and 2 of the paper. Everywhere the gates are squeeze-and-excitation to a fourth of the
+inner channels, rounded to a multiple of 8, with ReLU and a hard sigmoid. Table 2 marks one behind
+the small network's last convolution as well, which no code has, nor its count of parameters: 2.5
+million is what there is without it. Behind the pooling there is a layer more than the classes.
+
+`mobilenet_v3_*` are torchvision's, with the paper's momentum 0.99 and epsilon 1e-3;
+`mobilenetv3_*_100` timm's, with PyTorch's 0.9 and 1e-5, and without dropout; `keras_*` have
+TensorFlow's padding, momentum 0.999 and epsilon 1e-3. Keras's own first layer brings pixels from
+0 ... 255 to -1 ... 1: ours want that done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, Paper
+
+PAPER = Paper(
+    title="Searching for MobileNetV3",
+    authors="Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Pang, Vasudevan, Le, Adam",
+    year=2019,
+    url="https://arxiv.org/abs/1905.02244",
+)
+
+
+class Row(NamedTuple):
+    """A block of the tables."""
+
+    kernel: int
+    inner: int  # "exp size": channels between the two 1x1
+    width: int
+    se: bool
+    activation: Callable
+    stride: int
+
+
+RE, HS = nn.relu, nn.hard_swish
+LARGE = (  # table 1
+    Row(3, 16, 16, False, RE, 1),
+    Row(3, 64, 24, False, RE, 2),
+    Row(3, 72, 24, False, RE, 1),
+    Row(5, 72, 40, True, RE, 2),
+    Row(5, 120, 40, True, RE, 1),
+    Row(5, 120, 40, True, RE, 1),
+    Row(3, 240, 80, False, HS, 2),
+    Row(3, 200, 80, False, HS, 1),
+    Row(3, 184, 80, False, HS, 1),
+    Row(3, 184, 80, False, HS, 1),
+    Row(3, 480, 112, True, HS, 1),
+    Row(3, 672, 112, True, HS, 1),
+    Row(5, 672, 160, True, HS, 2),
+    Row(5, 960, 160, True, HS, 1),
+    Row(5, 960, 160, True, HS, 1),
+)
+SMALL = (  # table 2
+    Row(3, 16, 16, True, RE, 2),
+    Row(3, 72, 24, False, RE, 2),
+    Row(3, 88, 24, False, RE, 1),
+    Row(5, 96, 40, True, HS, 2),
+    Row(5, 240, 40, True, HS, 1),
+    Row(5, 240, 40, True, HS, 1),
+    Row(5, 120, 48, True, HS, 1),
+    Row(5, 144, 48, True, HS, 1),
+    Row(5, 288, 96, True, HS, 2),
+    Row(5, 576, 96, True, HS, 1),
+    Row(5, 576, 96, True, HS, 1),
+)
+STEM = 16  # width in front of the blocks
+
+
+class MobileNetV3(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; what the head would see if it is None.
+
+    That is [N hidden], in training behind the dropout. Any H and W; sizes round up at each of the
+    five halvings. Raises `UserError` where C is not that of `input_size`.
+    """
+
+    table: Sequence[Row]
+    hidden: int  # behind the pooling
+    width_mult: float = 1.0  # of all of these, rounded by layers.round_width
+    padding: str = "torch"  # or "same", TensorFlow's: layers.pad
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    norm: str = "batch"
+    momentum: float = 0.99  # of the running statistics
+    epsilon: float = 1e-3
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
+    dropout: float = 0.2  # in front of the classes
+    drop_path: float = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
+    drop_path_mode: str = "sample"
+    drop_path_schedule: str = "efficientnet"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
+        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            **types,
+        )
+        wide = lambda n: layers.round_width(n * self.width_mult)  # noqa: E731
+        unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=HS)
+        sides = layers.pad(self.padding, 3)
+        x = unit(wide(STEM), (3, 3), stride=2, padding=sides, name="stem")(images)  # H/2
+
+        def run(block: nn.Module, x: Array, drop: layers.Drop | None) -> Array:
+            return block(x, drop)
+
+        run = nn.remat(run) if self.remat else run
+        drops = layers.make_drops(self, [len(self.table)], train)[0]
+        conv = partial(conv, control_flow=layers.skips(self, train))
+        se = partial(layers.SqueezeExcite, gate=nn.hard_sigmoid, kernel_init=kernel_init, **types)
+        inner = 0
+        for i, row in enumerate(self.table):
+            row, inner = Row(*row), wide(row[1])
+            block = layers.MBConv(
+                wide(row.width),
+                conv,
+                norm,
+                stride=row.stride,
+                inner=inner,
+                kernel=row.kernel,
+                activation=row.activation,
+                se=se if row.se else None,
+                squeeze=layers.round_width(inner / 4),
+                padding=self.padding,
+                zero_init=self.zero_init,
+                name=f"block{i + 1}",
+            )
+            x = run(block, x, layers.pick(drops, i))
+        x = unit(inner, (1, 1), name="top")(x)  # as wide as the last block is inside
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        dense = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        x = HS(dense(wide(self.hidden), kernel_init=kernel_init, name="hidden_layer")(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if self.num_classes is None:
+            return x
+        return dense(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+_LARGE = partial(MobileNetV3, table=LARGE, hidden=1280)
+_SMALL = partial(MobileNetV3, table=SMALL, hidden=1024)
+_TIMM: dict[str, Any] = dict(momentum=0.9, epsilon=1e-5, dropout=0.0)
+_KERAS: dict[str, Any] = dict(padding="same", momentum=0.999)
+VARIANTS = {
+    "mobilenet_v3_large": _LARGE,
+    "mobilenet_v3_small": _SMALL,
+    "mobilenetv3_large_100": partial(_LARGE, **_TIMM),
+    "mobilenetv3_small_100": partial(_SMALL, **_TIMM),
+    "keras_mobilenetv3large": partial(_LARGE, **_KERAS),
+    "keras_mobilenetv3small": partial(_SMALL, **_KERAS),
+}
+SOURCES = {
+    "mobilenet_v3_large": ("torchvision",),
+    "mobilenet_v3_small": ("torchvision",),
+    "mobilenetv3_large_100": ("timm",),
+    "mobilenetv3_small_100": ("timm",),
+    "keras_mobilenetv3large": ("keras",),
+    "keras_mobilenetv3small": ("keras",),
+}

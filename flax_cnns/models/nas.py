@@ -1,0 +1,108 @@
+"""The network of 15 layers that the first neural architecture search found (v1), for CIFAR-10.
+
+Figure 7 of the paper's appendix, without strides or poolings: for each layer height and width of
+the filters, their number, and which layers it takes, side by side. The boxes are printed; the lines
+between them are read off the drawing, as others have read them, and come to 4,201,630 parameters,
+where the paper says 4.2 M. `nas_v1_dense` (every layer takes all before it) and `nas_v1_no_skips`
+are section 4.1's perturbations of it.
+
+The paper says neither what is between a convolution and the next (here BatchNorm and ReLU, as in
+ResNet) nor what is in front of the softmax (here the mean of the maps and a dense layer: a dense
+layer on all pixels would alone have half a million numbers).
+
+v2 (strides predicted, 20 layers, 2.5 M), v3 (with max poolings, 39 layers, 7.1 M) and its wider
+form (37.4 M) are not here: the paper prints no layer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, Paper
+
+PAPER = Paper(
+    title="Neural Architecture Search with Reinforcement Learning",
+    authors="Zoph, Le",
+    year=2016,
+    url="https://arxiv.org/abs/1611.01578",
+)
+
+
+class Layer(NamedTuple):
+    window: tuple[int, int]  # height, width
+    width: int
+    sources: Sequence[int]  # layers from 1, whose maps it takes; 0: the images
+
+
+FIGURE_7 = (
+    Layer((3, 3), 36, (0,)),
+    Layer((3, 3), 48, (1,)),
+    Layer((3, 3), 36, (1, 2)),
+    Layer((5, 5), 36, (1, 2, 3)),
+    Layer((3, 7), 48, (3, 4)),
+    Layer((7, 7), 48, (2, 3, 4, 5)),
+    Layer((7, 7), 48, (2, 3, 4, 5, 6)),
+    Layer((7, 3), 36, (1, 6, 7)),
+    Layer((7, 1), 36, (1, 5, 6, 8)),
+    Layer((7, 7), 36, (1, 3, 4, 5, 6, 7, 8, 9)),
+    Layer((5, 7), 36, (1, 2, 5, 6, 7, 8, 9, 10)),
+    Layer((7, 7), 48, (1, 2, 3, 4, 6, 11)),
+    Layer((7, 5), 48, (1, 3, 6, 7, 8, 9, 10, 11, 12)),
+    Layer((7, 5), 48, (3, 7, 12, 13)),
+    Layer((7, 5), 48, (6, 7, 11, 12, 13, 14)),
+)
+
+
+class NAS(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N 48] if it is None.
+
+    Any H and W. Raises `UserError` where C is not that of `input_size`.
+    """
+
+    table: Sequence[Layer] = FIGURE_7
+    num_classes: int | None = 10
+    input_size: tuple[int, int, int] = (32, 32, 3)
+    norm: str = "batch"  # "none" comes with biases
+    kernel_init: str | Callable = "he"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(
+            layers.Conv,
+            use_bias=self.norm == "none",
+            kernel_init=layers.initializer(self.kernel_init),
+            **types,
+        )
+        norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **types)
+        unit = partial(layers.ConvUnit, conv=conv, norm=norm)
+        maps = [images]  # all [N H W .]
+        for i, (window, width, sources) in enumerate(self.table, 1):
+            x = jnp.concatenate([maps[j] for j in sources], axis=-1)
+            maps.append(unit(width, window, name=f"conv{i}")(x))
+        x = layers.global_avg_pool(maps[-1])  # [N H W C] -> [N C]
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, kernel_init=layers.initializer("lecun"), dtype=jnp.float32)
+        return head(self.num_classes, param_dtype=self.param_dtype, name="head")(x)
+
+
+def _rewired(sources: Callable[[int], Sequence[int]]) -> tuple[Layer, ...]:
+    return tuple(row._replace(sources=tuple(sources(i))) for i, row in enumerate(FIGURE_7, 1))
+
+
+VARIANTS = {
+    "nas_v1": partial(NAS),
+    "nas_v1_dense": partial(NAS, table=_rewired(lambda i: range(min(i - 1, 1), i))),
+    "nas_v1_no_skips": partial(NAS, table=_rewired(lambda i: [i - 1])),
+}

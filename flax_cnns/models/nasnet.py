@@ -1,0 +1,444 @@
+"""NASNet-A: two searched cells, stacked by hand as "N @ P", and PNASNet's interpreter of cells.
+
+A cell is data: rows (operation, input, operation, input) whose two results are added, and what
+stands side by side in its output. N cells are in each of three stages, P channels in the last maps.
+The paper draws the cells (figure 4) and leaves the rest to its authors' release, TensorFlow's slim
+network, which is followed here: ReLU, convolution, norm in that order; each separable convolution
+twice; a 1x1 squeezes both inputs of a cell to its width; the cell behind a reduction halves the
+older input by two shifted 1x1 (`FactorizedReduction`).
+
+- `nasnet_a_*` are slim's networks, with the auxiliary head behind the second stage, whose loss
+  slim weighs by 0.4 (`config.train.aux_weight`). The paper's counts are without it.
+- `nasnetalarge` is timm's and `keras_*` are Keras's, without it. They pad their poolings of stride
+  2 with zeros that count: `zero_pools`.
+- ScheduledDropPath drops each operation of a cell, image by image, at a rate that grows with the
+  cell's place, up to `drop_path` in the last cell, and over the training steps from 0. The growth
+  over the steps is left out: from the first step on the rate is what slim ends with, 0.4 on CIFAR,
+  0.3 for the large network, 0 for the mobile one.
+
+7 @ 2304 has 32,590,954 parameters so, where table 1 says 27.6 M; 6 @ 2304 would have 28.2 M. The
+same sum gives the table's 3.3 M for 6 @ 768, and both counts for ImageNet to the last digit. Cells
+B and C are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import variance_scaling
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Learning Transferable Architectures for Scalable Image Recognition",
+    authors="Zoph, Vasudevan, Shlens, Le",
+    year=2017,
+    url="https://arxiv.org/abs/1707.07012",
+)
+
+
+def slim(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
+    """slim's first values, `kernel_init="paper"`: normal, cut at two deviations, of variance
+    2 / fan-out, which for a depthwise kernel [k k 1 C] is k * k."""
+    fan = "fan_in" if len(shape) == 4 and shape[2] == 1 else "fan_out"
+    return variance_scaling(2.0, fan, "truncated_normal")(key, shape, dtype)
+
+
+class Recipe(NamedTuple):
+    """A cell. Inputs are "x", the last cell's output, "p", the one's before, and rows from "1"."""
+
+    rows: Sequence[tuple[str, str, str, str]]  # OPERATIONS and their inputs, left and right
+    output: Sequence[str]
+
+
+# Figure 4. The output of the normal cell has "p" although rows use it.
+NORMAL = Recipe(
+    rows=(
+        ("separable5", "x", "separable3", "p"),
+        ("separable5", "p", "separable3", "p"),
+        ("mean3", "x", "identity", "p"),
+        ("mean3", "p", "mean3", "p"),
+        ("separable3", "x", "identity", "x"),
+    ),
+    output=("p", "1", "2", "3", "4", "5"),
+)
+REDUCTION = Recipe(
+    rows=(
+        ("separable5", "x", "separable7", "p"),
+        ("max3", "x", "separable7", "p"),
+        ("mean3", "x", "separable5", "p"),
+        ("identity", "2", "mean3", "1"),
+        ("separable3", "1", "max3", "x"),
+    ),
+    output=("2", "3", "4", "5"),
+)
+
+
+class Edges(NamedTuple):
+    """What is around the maps."""
+
+    padding: str  # of convolutions and poolings: layers.pad
+    zero_pools: Sequence[str]  # "max", "mean": those of stride 2 take the padding for zeros
+
+
+class Separable(nn.Module):
+    """ReLU, depthwise, 1x1, norm, twice: [N H W C] -> [N H/stride W/stride width]."""
+
+    width: int
+    kernel: int
+    conv: ModuleDef
+    norm: ModuleDef
+    edges: Edges
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        unit = partial(layers.SeparableConv, self.width, self.conv, self.kernel)
+        unit = partial(unit, padding=self.edges.padding)
+        x = unit(stride=self.stride, name="conv1")(nn.relu(x))
+        x = nn.relu(self.norm(name="norm1")(x))
+        return self.norm(name="norm2")(unit(name="conv2")(x))
+
+
+class Pool(nn.Module):
+    """3x3; where C is not `width`, a 1x1 and a norm: [N H W C] -> [N H/stride W/stride width]."""
+
+    width: int
+    kind: str  # "max" or "mean"
+    conv: ModuleDef
+    norm: ModuleDef
+    edges: Edges
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        padding = layers.pad(self.edges.padding, 3)
+        if self.stride > 1 and self.kind in self.edges.zero_pools:
+            pads = [(1, 1)] * 2
+            if padding == "SAME":
+                pads = lax.padtype_to_pads(x.shape[1:3], (3, 3), [self.stride] * 2, padding)
+            x, padding = jnp.pad(x, ((0, 0), *pads, (0, 0))), 0
+        if self.kind == "max":
+            y = layers.max_pool(x, 3, self.stride, padding)
+        else:
+            y = layers.avg_pool(x, 3, self.stride, padding, count_padding=False)
+        if x.shape[-1] == self.width:
+            return y
+        return self.norm(name="norm")(self.conv(self.width, (1, 1), padding=0, name="conv")(y))
+
+
+class Squeeze(nn.Module):
+    """ReLU, 1x1, norm: [N H W C] -> [N H W width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = self.conv(self.width, (1, 1), padding=0, name="conv")
+        return self.norm(name="norm")(conv(nn.relu(x)))
+
+
+class Identity(nn.Module):
+    """x itself; as `Squeeze` where the shape changes: [N H W C] -> [N H/stride W/stride width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+    edges: Edges
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.stride == 1 and x.shape[-1] == self.width:
+            return x
+        conv = self.conv(self.width, (1, 1), strides=self.stride, padding=0, name="conv")
+        return self.norm(name="norm")(conv(nn.relu(x)))
+
+
+class FactorizedReduction(nn.Module):
+    """[N H W C] -> [N H/2 W/2 width]: even rows and columns beside odd ones, each by a 1x1."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x, half = nn.relu(x), self.width // 2
+        odd = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]
+        even = self.conv(half, (1, 1), padding=0, name="conv1")(x[:, ::2, ::2])
+        odd = self.conv(self.width - half, (1, 1), padding=0, name="conv2")(odd[:, ::2, ::2])
+        return self.norm(name="norm")(jnp.concatenate([even, odd], axis=-1))
+
+
+OPERATIONS = {
+    "identity": Identity,
+    **{f"separable{k}": partial(Separable, kernel=k) for k in (3, 5, 7)},
+    "max3": partial(Pool, kind="max"),
+    "mean3": partial(Pool, kind="mean"),
+}
+
+
+class Cell(nn.Module):
+    """`recipe` on the outputs of the last two cells, x [N H W C] and p: [N H/stride W/stride C'].
+
+    C' is `width` for each part of the output. p is squeezed, or halved where it is larger than x;
+    a first cell, which has none, takes x as it is for p. Only operations on x and p stride. All
+    but identities are dropped, each for itself, as `drop` says. Raises `UserError` for an unknown
+    operation.
+    """
+
+    width: int
+    recipe: Recipe
+    conv: ModuleDef
+    norm: ModuleDef
+    edges: Edges
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, p: Array | None, drop: layers.Drop | None = None) -> Array:
+        given = dict(conv=self.conv, norm=self.norm)
+        states = {"x": Squeeze(self.width, **given, name="squeeze")(x)}
+        if p is None:
+            states["p"] = x
+        else:
+            match = Squeeze if p.shape[1:3] == x.shape[1:3] else FactorizedReduction
+            states["p"] = match(self.width, **given, name="squeeze_previous")(p)
+        size = [-(-n // self.stride) for n in x.shape[1:3]]
+        zero = jnp.zeros((len(x), *size, self.width), states["x"].dtype)
+        for i, row in enumerate(self.recipe.rows, 1):
+            sides = {"left": row[:2], "right": row[2:]}
+            total = zero
+            for side, (operation, source) in sides.items():
+                if operation not in OPERATIONS:
+                    hint = did_you_mean(operation, OPERATIONS)
+                    raise UserError(f"unknown operation {operation!r} of a cell{hint}")
+                module = partial(
+                    OPERATIONS[operation],
+                    self.width,
+                    stride=self.stride if source in ("x", "p") else 1,
+                    edges=self.edges,
+                    name=f"block{i}_{side}",
+                    **given,
+                )
+                drops = operation != "identity" and drop is not None
+                own = _own(drop, 2 * i + (side == "right")) if drops else None
+                branch = lambda _, x, module=module: module()(x)  # noqa: E731
+                total = layers.residual(total, branch, self, states[source], own)
+            states[str(i)] = total
+        parts = [states[name] for name in self.recipe.output]
+        if parts[0].shape[-1] != self.width:  # a first cell's p
+            first = self.conv(self.width, (1, 1), padding=0, name="project")(parts[0])
+            parts[0] = self.norm(name="project_norm")(first)
+        return jnp.concatenate(parts, axis=-1)
+
+
+def _own(drop: layers.Drop, i: int) -> layers.Drop:
+    """The cell's rate, and a key for its i-th operation alone."""
+    return drop.replace(key=None if drop.key is None else jax.random.fold_in(drop.key, i))
+
+
+class Stem(nn.Module):
+    """A 3x3, and on ImageNet reduction cells: [N H W C] -> the outputs of the last two.
+
+    Without cells the 3x3 keeps the size; with n of them it comes to H/2^(n + 1).
+    """
+
+    width: int  # of the 3x3
+    widths: Sequence[int]  # of the cells
+    conv: ModuleDef
+    norm: ModuleDef
+    cell: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array, drop: layers.Drop | None) -> tuple[Array, Array | None]:
+        first = dict(strides=2, padding="VALID") if self.widths else dict(padding=1)
+        x, p = self.conv(self.width, (3, 3), **first, name="conv")(x), None
+        x = self.norm(name="norm")(x)
+        for i, width in enumerate(self.widths):
+            cell = self.cell(width, name=f"reduction{i + 1}")
+            x, p = cell(x, p, layers.pick(drop, i)), x
+        return x, p
+
+
+class CellStage(nn.Module):
+    """A reduction cell in all stages but the first, and `depth` normal ones.
+
+    Takes and gives the outputs of the last two cells, [N H W C] and the older one; the newer comes
+    to H/2 where there is a reduction.
+    """
+
+    depth: int
+    width: int
+    normal: ModuleDef
+    reduction: ModuleDef | None
+    skip_reduction: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Array, p: Array | None, drop: layers.Drop | None
+    ) -> tuple[Array, Array | None]:
+        before = 0
+        if self.reduction is not None:
+            y = self.reduction(self.width, name="reduction")(x, p, layers.pick(drop, 0))
+            x, p, before = y, p if self.skip_reduction else x, 1
+        for i in range(self.depth):
+            cell = self.normal(self.width, name=f"normal{i + 1}")
+            x, p = cell(x, p, layers.pick(drop, before + i)), x
+        return x, p
+
+
+class Aux(nn.Module):
+    """slim's auxiliary head: [N H W C] -> logits f32 [N num_classes], sown in training.
+
+    Its second convolution spans all that a 5x5/3 mean leaves of the maps, `side` by `side` for the
+    published images; maps of other sizes have an adaptive mean of that size.
+    """
+
+    side: int
+    conv: ModuleDef
+    norm: ModuleDef
+    head: ModuleDef  # the dense layer
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> None:
+        x = nn.relu(x)
+        published = all((n - 5) // 3 + 1 == self.side for n in x.shape[1:3])
+        x = layers.avg_pool(x, 5, 3) if published else layers.adaptive_avg_pool(x, self.side)
+        x = self.conv(128, (1, 1), padding=0, name="conv1")(x)
+        x = nn.relu(self.norm(name="norm1")(x))
+        x = self.conv(768, (self.side, self.side), padding=0, name="conv2")(x)
+        x = nn.relu(self.norm(name="norm2")(x))
+        x = self.head(name="head")(layers.global_avg_pool(x))  # of one pixel
+        if train:
+            self.sow("aux_logits", "logits", x)
+
+
+class NASNet(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N P] if it is None.
+
+    H and W are at least 19 with cells in the stem, else 3. In training the auxiliary head, if there
+    is one, sows `aux_logits` aux1/logits. Raises `UserError` where the images are too small or have
+    other channels than `input_size`, for unknown operations, and for fields that are none.
+    """
+
+    width: int  # of the first stage's cells, doubled from stage to stage: P / 24 for NASNet-A
+    stem_width: int  # of the first convolution
+    depths: Sequence[int]  # normal cells in each stage
+    normal: Recipe = NORMAL
+    reduction: Recipe = REDUCTION
+    stem_cells: int = 2  # reductions in the stem, of half the width, a quarter ...; CIFAR: 0
+    # The normal cell behind a reduction has the reduction's p for its own, in place of its x.
+    skip_reduction: bool = False
+    padding: str = "same"  # TensorFlow's; "torch": the same on both sides
+    zero_pools: Sequence[str] = ()  # of "max" and "mean": those of stride 2 take padding for zeros
+    aux: int | None = None  # an auxiliary head of this `side`
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    norm: str = "batch"
+    momentum: float = 0.9997  # of the running statistics
+    epsilon: float = 1e-3
+    kernel_init: str | Callable = "he"
+    dropout: float = 0.0  # of the pooled features
+    drop_path: float = 0.0  # of operations in the last cell: layers.make_drops
+    drop_path_mode: str = "sample"
+    drop_path_schedule: str = "linear"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    remat: bool = False  # compute the inside of each cell again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        # So that p is larger than x behind each reduction, by which a cell knows it.
+        layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(
+            layers.Conv,
+            use_bias=False,
+            kernel_init=layers.initializer(self.kernel_init, paper=slim),
+            **types,
+        )
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            **types,
+        )
+        head = partial(
+            nn.Dense,
+            self.num_classes,
+            kernel_init=layers.head_initializer(self.kernel_init, paper=slim),
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+        )
+        cells = [n + (i > 0) for i, n in enumerate(self.depths)]
+        drops = layers.make_drops(self, (self.stem_cells, *cells), train)
+        cell = partial(
+            nn.remat(Cell) if self.remat else Cell,
+            conv=partial(conv, control_flow=layers.skips(self, train)),
+            norm=norm,
+            edges=Edges(self.padding, self.zero_pools),
+        )
+        normal = partial(cell, recipe=self.normal)
+        reduction = partial(cell, recipe=self.reduction, stride=2)
+        # In comments the sizes for 331x331 and 224x224.
+        widths = [self.width // 2**i for i in range(self.stem_cells, 0, -1)]
+        stem = Stem(self.stem_width, widths, conv, norm, reduction, name="stem")
+        x, p = stem(images, drops[0])  # 42, 28
+        for i, depth in enumerate(self.depths):  # 42, 21, 11 or 28, 14, 7
+            stage = CellStage(
+                depth,
+                self.width * 2**i,
+                normal,
+                reduction if i else None,
+                self.skip_reduction,
+                name=f"stage{i + 1}",
+            )
+            x, p = stage(x, p, drops[i + 1])
+            wanted = self.aux and self.num_classes and i == len(self.depths) - 2
+            if wanted and (train or self.is_initializing()):
+                Aux(self.aux, conv, norm, head, name="aux1")(x, train)
+        x = layers.global_avg_pool(nn.relu(x))  # [N H W P] -> [N P]
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x if self.num_classes is None else head(name="head")(x)
+
+
+def _n_at_p(n: int, p: int, **fields: object) -> partial:
+    return partial(NASNet, depths=(n, n, n), width=p // 24, **fields)
+
+
+def _cifar(n: int, p: int) -> partial:  # slim's stem is three times as wide as the first cells
+    fields = dict(momentum=0.9, epsilon=1e-5, input_size=(32, 32, 3), num_classes=10)
+    return _n_at_p(n, p, stem_width=p // 8, stem_cells=0, aux=4, drop_path=0.4, **fields)
+
+
+_MOBILE = _n_at_p(4, 1056, stem_width=32)
+_LARGE = _n_at_p(6, 4032, stem_width=96, skip_reduction=True, input_size=(331, 331, 3))
+_KERAS = dict(zero_pools=("max", "mean"))
+VARIANTS = {
+    "nasnet_a_mobile": partial(_MOBILE, aux=4, dropout=0.5),
+    "nasnet_a_large": partial(_LARGE, aux=6, dropout=0.5, drop_path=0.3),
+    "nasnetalarge": partial(_LARGE, zero_pools=("mean",), momentum=0.9),
+    "keras_nasnetmobile": partial(_MOBILE, **_KERAS),
+    "keras_nasnetlarge": partial(_LARGE, **_KERAS),
+    "nasnet_a_6_768": _cifar(6, 768),
+    "nasnet_a_7_2304": _cifar(7, 2304),
+}
+SOURCES = {
+    "nasnetalarge": ("timm",),
+    "keras_nasnetmobile": ("keras",),
+    "keras_nasnetlarge": ("keras",),
+}

@@ -1,0 +1,240 @@
+"""Vision Transformer: patches as tokens, blocks of attention and of two dense layers in a row.
+
+B and L are table 1's, Ti and S those of https://arxiv.org/abs/2012.12877 and
+https://arxiv.org/abs/2106.10270; /16 and /32 are patches of that side. GELU is exact, as in
+torchvision and timm, where the authors' released code has its approximation by a tanh. Kernels
+start as torchvision's: Glorot's, the patches LeCun's, the classes 0 (section 3.2). Biases start at
+0, where its dense pairs' have a standard deviation of 1e-6. The hidden layer that pre-training has
+in front of its classes is left out, as in both libraries.
+
+The position embeddings are one for each patch of `input_size`: images have exactly that size. For
+others, `resize_positions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+    authors=(
+        "Dosovitskiy, Beyer, Kolesnikov, Weissenborn, Zhai, Unterthiner, Dehghani, Minderer, "
+        "Heigold, Gelly, Uszkoreit, Houlsby"
+    ),
+    year=2020,
+    url="https://arxiv.org/abs/2010.11929",
+)
+RESIZES = {"bicubic": "cubic", "bilinear": "linear"}
+
+
+class Block(nn.Module):
+    """Equations 2 and 3: attention, then two dense layers, each behind a norm and added up.
+
+    [N T C] -> [N T C].
+    """
+
+    heads: int
+    dense: ModuleDef
+    norm: ModuleDef
+    expansion: int = 4
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: Array, drop: layers.Drop | None = None, key: jax.Array | None = None
+    ) -> Array:
+        """`key`: of the dropout; None: evaluation."""
+        keys = None if key is None else jax.random.split(key, 3)
+
+        def dropped(i: int, x: Array) -> Array:
+            if keys is None:
+                return x
+            dropout = nn.Dropout(self.dropout, deterministic=False, name=f"dropout{i + 1}")
+            return dropout(x, rng=keys[i])
+
+        def attend(block: Block, x: Array) -> Array:
+            y = block.norm(name="norm1")(x)
+            y = layers.MultiHeadAttention(block.heads, block.dense, name="attention")(y)
+            return dropped(0, y)
+
+        def think(block: Block, x: Array) -> Array:
+            y = block.norm(name="norm2")(x)
+            y = block.dense(block.expansion * x.shape[-1], name="expand")(y)
+            y = dropped(1, nn.gelu(y, approximate=False))
+            return dropped(2, block.dense(x.shape[-1], name="project")(y))
+
+        first, second = layers.fork(drop, 2)
+        x = layers.residual(x, attend, self, x, first)
+        return layers.residual(x, think, self, x, second)
+
+
+class ViT(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; None: the normed class token [N width].
+
+    Raises `UserError` where images are not of `input_size`, or where that is not whole patches.
+    """
+
+    patch: int  # the side of a patch
+    width: int  # of a token
+    depth: int  # blocks
+    heads: int
+    expansion: int = 4  # of the two dense layers
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (224, 224, 3)
+    epsilon: float = 1e-6
+    kernel_init: str | Callable = "paper"
+    dropout: float = 0.0  # behind each dense layer but qkv, and behind the positions: section B.1
+    drop_path: float = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path_mode: str = "sample"
+    drop_path_schedule: str = "convnext"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # nothing here looks at other images
+    scan: bool = False  # all blocks but the first as one under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each block again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size)
+        rows, columns = _grid(self.input_size, self.patch)
+        if images.shape[1:3] != tuple(self.input_size[:2]):
+            (h, w), (height, width) = images.shape[1:3], self.input_size[:2]
+            raise UserError(
+                f"expected images of {height}x{width}, whose positions are learnt, got {h}x{w}; "
+                f"create_model(..., input_size=({h}, {w}, {images.shape[-1]})) takes them, "
+                "with trained positions from flax_cnns.models.vit.resize_positions"
+            )
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        glorot, lecun = map(layers.initializer, ("xavier", "lecun"))
+        kernel_init = layers.initializer(self.kernel_init, paper=glorot)
+        patches = layers.Conv(
+            self.width,
+            (self.patch, self.patch),
+            strides=self.patch,
+            padding=0,
+            kernel_init=layers.initializer(self.kernel_init, paper=lecun),
+            name="patches",
+            **types,
+        )
+        x = patches(images).reshape(len(images), rows * columns, self.width)
+        token = self.param(
+            "class_token", nn.initializers.zeros, (1, 1, self.width), self.param_dtype
+        )
+        token = jnp.broadcast_to(token, (len(x), 1, self.width))
+        x = jnp.concatenate([token.astype(x.dtype), x], axis=1)  # [N T C], T = 1 + rows * columns
+        positions = self.param(
+            "position_embedding",
+            layers.gaussian(0.02),
+            (1, 1 + rows * columns, self.width),
+            self.param_dtype,
+        )
+        x = x + positions.astype(x.dtype)
+
+        drops = layers.make_drops(self, [self.depth], train)[0]
+        keys = None
+        if self.dropout and train and not self.is_initializing():
+            keys = jax.random.split(layers.make_key(self, "dropout"), self.depth)
+        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
+        block = partial(
+            Block,
+            self.heads,
+            partial(nn.Dense, kernel_init=kernel_init, **types),
+            layers.make_norm("channel", train=train, epsilon=self.epsilon, **types),
+            expansion=self.expansion,
+            dropout=self.dropout,
+        )
+        encoder = layers.Stage(
+            block, None, self.depth, scan=self.scan, remat=self.remat, name="encoder"
+        )
+        x = encoder(x, drops, keys)[:, 0].astype(jnp.float32)  # [N T C] -> [N C]
+        types = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
+        norm = layers.make_norm("channel", train=train, epsilon=self.epsilon, **types)
+        x = norm(name="norm")(x)  # equation 4
+        if self.num_classes is None:
+            return x
+        init = layers.head_initializer(self.kernel_init, paper=nn.initializers.zeros)
+        return nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
+
+
+def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:
+    """Patches along H and W; raises `UserError` where they are not whole."""
+    height, width = size[:2]
+    if height % patch or width % patch or not height or not width:
+        raise UserError(
+            f"expected an input_size of whole patches, multiples of {patch}, got {height}x{width}"
+        )
+    return height // patch, width // patch
+
+
+def resize_positions(
+    params: dict[str, Any],
+    old: Sequence[int],
+    new: Sequence[int],
+    method: str = "bicubic",
+) -> dict[str, Any]:
+    """`params` of a ViT for images of the size `old`, (H, W) in pixels, -> for those of `new`.
+
+    The grid of the positions is interpolated, by `method` "bicubic" or "bilinear", with
+    antialiasing where it shrinks; the class token's own and all else stay. For fine-tuning at
+    another resolution (section 3.2):
+
+    params = resize_positions(params, (224, 224), (384, 384))
+    model = create_model("vit_b_16", input_size=(384, 384, 3))
+
+    Raises `UserError` for an unknown method, for sizes that are not whole patches, and where
+    `params` are not those for `old`.
+    """
+    if method not in RESIZES:
+        raise UserError(f"unknown method {method!r}{did_you_mean(method, RESIZES)}")
+    positions, patch = params["position_embedding"], params["patches"]["kernel"].shape[0]
+    before, after = _grid(old, patch), _grid(new, patch)
+    _, tokens, width = positions.shape
+    if tokens != 1 + before[0] * before[1]:
+        raise UserError(
+            f"expected positions of {before[0]}x{before[1]} patches of {patch}x{patch} and the "
+            f"class token, got {tokens}: params are not those for {old[0]}x{old[1]}"
+        )
+    grid = positions[:, 1:].reshape(1, *before, width)
+    grid = jax.image.resize(grid, (1, *after, width), RESIZES[method])
+    positions = jnp.concatenate([positions[:, :1], grid.reshape(1, -1, width)], axis=1)
+    return {**params, "position_embedding": positions}
+
+
+_TI = partial(ViT, width=192, depth=12, heads=3)
+_S = partial(ViT, width=384, depth=12, heads=6)
+_B = partial(ViT, width=768, depth=12, heads=12)
+_L = partial(ViT, width=1024, depth=24, heads=16)
+VARIANTS = {
+    "vit_tiny_patch16_224": partial(_TI, patch=16),
+    "vit_small_patch16_224": partial(_S, patch=16),
+    "vit_small_patch32_224": partial(_S, patch=32),
+    "vit_b_16": partial(_B, patch=16),
+    "vit_b_32": partial(_B, patch=32),
+    "vit_l_16": partial(_L, patch=16),
+    "vit_l_32": partial(_L, patch=32),
+}
+# timm's names, and short ones: `vit_base_patch16_224` is `vit_b_16`.
+ALIASES = {
+    "vit_tiny16": "vit_tiny_patch16_224",
+    "vit_small16": "vit_small_patch16_224",
+    "vit_base_patch16_224": "vit_b_16",
+    "vit_base_patch32_224": "vit_b_32",
+    "vit_large_patch16_224": "vit_l_16",
+    "vit_large_patch32_224": "vit_l_32",
+}
+SOURCES = {
+    name: ("torchvision",) if name.startswith(("vit_b_", "vit_l_")) else ("timm",)
+    for name in VARIANTS
+}
+VARIANTS |= {alias: VARIANTS[name] for alias, name in ALIASES.items()}
+SOURCES |= {alias: ("timm",) for alias in ALIASES}

@@ -1,0 +1,161 @@
+"""Xception: Inception's idea to its end, separable convolutions only, with shortcuts around them.
+
+Figure 5 of the paper: entry flow, a middle flow of eight equal blocks, exit flow. Each separable
+convolution is a 3x3 per channel and a 1x1 over them with nothing between, since the paper found
+that activations there hurt (figure 10), then a norm. Shortcuts are before the ReLU that a block
+begins with; only the first block begins without one.
+
+The figure gives no padding. `keras_xception` is the author's code: two first convolutions without,
+TensorFlow's in the pools, epsilon 1e-3, momentum 0.99. `xception` and `legacy_xception`, timm's old
+and new names, pad pools by one on all sides, which at 74x74, the first even size of those behind
+299, sees other windows; with PyTorch's BatchNorm, and the paper's dropout of 0.5 (section 4.3),
+which Keras and timm leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns import layers
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+
+PAPER = Paper(
+    title="Xception: Deep Learning with Depthwise Separable Convolutions",
+    authors="Chollet",
+    year=2016,
+    url="https://arxiv.org/abs/1610.02357",
+)
+
+
+class Stem(nn.Module):
+    """3x3/2, norm, ReLU, 3x3, norm, ReLU, none padded: [N H W C] -> [N H/2 W/2 C'], less 2."""
+
+    widths: Sequence[int]
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i, width in enumerate(self.widths, 1):
+            stride = 2 if i == 1 else 1
+            x = self.conv(width, (3, 3), strides=stride, padding=0, name=f"conv{i}")(x)
+            x = nn.relu(self.norm(name=f"norm{i}")(x))
+        return x
+
+
+class Block(nn.Module):
+    """ReLU, separable 3x3, norm, as often as there are widths; at stride 2 a 3x3 max pool.
+
+    [N H W C] -> [N H/stride W/stride C'], rounded up. What is added is the input, or where its
+    shape changes a 1x1 projection of it.
+    """
+
+    widths: Sequence[int]
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+    padding: str = "torch"
+    begins_with_relu: bool = True
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y, width, convs = x, self.widths[-1], len(self.widths)
+        for i, n in enumerate(self.widths, 1):
+            y = nn.relu(y) if i > 1 or self.begins_with_relu else y
+            y = layers.SeparableConv(n, self.conv, name=f"conv{i}")(y)
+            zero = self.zero_init and i == convs
+            scale_init = nn.initializers.zeros if zero else nn.initializers.ones
+            y = self.norm(name=f"norm{i}", scale_init=scale_init)(y)
+        if self.stride > 1:
+            y = layers.max_pool(y, 3, self.stride, layers.pad(self.padding, 3))
+        if self.stride > 1 or x.shape[-1] != width:
+            x = self.conv(width, (1, 1), strides=self.stride, padding=0, name="projection")(x)
+            x = self.norm(name="projection_norm")(x)
+        return x + y
+
+
+class SeparableUnit(nn.Module):
+    """Separable 3x3, norm, ReLU: [N H W C] -> [N H W width]."""
+
+    width: int
+    conv: ModuleDef
+    norm: ModuleDef
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = layers.SeparableConv(self.width, self.conv, name="conv")(x)
+        return nn.relu(self.norm(name="norm")(x))
+
+
+class Xception(nn.Module):
+    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+
+    Any H and W from 7; behind the stem sizes round up. Raises `UserError` for smaller images, and
+    where C is not that of `input_size`.
+    """
+
+    stem: Sequence[int] = (32, 64)  # widths
+    entry: Sequence[int] = (128, 256, 728)  # of the blocks, each with two convolutions and stride 2
+    depth: int = 8  # blocks of the middle flow, as wide as the last one
+    exit: Sequence[int] = (728, 1024)  # of the convolutions in the last block, of stride 2
+    top: Sequence[int] = (1536, 2048)  # of those behind it
+    padding: str = "torch"  # of the pools; or "same", TensorFlow's
+    num_classes: int | None = 1000
+    input_size: tuple[int, int, int] = (299, 299, 3)
+    dropout: float = 0.5  # of the pooled features
+    norm: str = "batch"
+    momentum: float = 0.9  # of the running statistics
+    epsilon: float = 1e-5
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last norm of each branch starts at 0
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    scan: bool = False  # the middle flow as one block under nn.scan: layers.Stage
+    remat: bool = False  # compute the inside of each of its blocks again in the backward pass
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        layers.check_images(images, self.input_size, SMALLEST)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
+        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
+        norm = layers.make_norm(
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            **types,
+        )
+        x = Stem(self.stem, conv, norm, name="stem")(images)  # H/2
+        block = partial(Block, norm=norm, padding=self.padding, zero_init=self.zero_init)
+        for i, n in enumerate(self.entry, 1):  # H/4, H/8, H/16
+            first = dict(begins_with_relu=False) if i == 1 else {}
+            x = block((n, n), conv, stride=2, **first, name=f"entry{i}")(x)
+        same = partial(block, (self.entry[-1],) * 3)
+        stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
+        x = stage(same, conv, self.depth, name="middle")(x)
+        x = block(self.exit, conv, stride=2, name="exit")(x)  # H/32
+        for i, n in enumerate(self.top, 1):
+            x = SeparableUnit(n, conv, norm, name=f"top{i}")(x)
+        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if self.num_classes is None:
+            return x
+        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
+        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+
+
+SMALLEST = 7  # of which the stem leaves one pixel
+VARIANTS = {
+    "xception": partial(Xception),
+    "legacy_xception": partial(Xception),
+    "keras_xception": partial(Xception, padding="same", dropout=0.0, momentum=0.99, epsilon=1e-3),
+}
+SOURCES = {"xception": ("timm",), "legacy_xception": ("timm",), "keras_xception": ("keras",)}

@@ -1,0 +1,78 @@
+"""MobileNet v3: torchvision numbers the parts of a block, timm and Keras name them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from flax_cnns.models.mobilenet_v3 import STEM, MobileNetV3
+from flax_cnns.weights.resnet import dense
+from flax_cnns.weights.rules import keras_dense, keras_depthwise
+
+
+def _expands(model: MobileNetV3) -> list[bool]:
+    """Of each block, whether it is wider inside than what enters it."""
+    entering = [STEM, *(row.width for row in model.table)]
+    return [row.inner != width for row, width in zip(model.table, entering)]
+
+
+def torchvision(model: MobileNetV3) -> list[tuple]:
+    rules = [(r"classifier\.0", "hidden_layer"), (r"classifier\.3", "head")]
+    for number, place in [(0, "stem"), (len(model.table) + 1, "top")]:
+        rules.append((rf"features\.{number}\.0", f"{place}/conv"))
+        rules.append((rf"features\.{number}\.1", f"{place}/norm"))
+    for number, (row, expands) in enumerate(zip(model.table, _expands(model)), 1):
+        parts = ["expand"] * expands + ["depthwise"] + ["se"] * row.se + ["project"]
+        for i, part in enumerate(parts):
+            theirs, ours = rf"features\.{number}\.block\.{i}", f"block{number}/{part}"
+            if part == "se":
+                rules.append((rf"{theirs}\.fc1", f"{ours}/reduce", dense))
+                rules.append((rf"{theirs}\.fc2", f"{ours}/expand", dense))
+            else:
+                rules.append((rf"{theirs}\.0", ours))
+                rules.append((rf"{theirs}\.1", f"{ours}_norm"))
+    return rules
+
+
+def timm(model: MobileNetV3) -> list[tuple]:
+    """Blocks of one width are a stage, the last convolution another."""
+    stages = [len(list(rows)) for _, rows in groupby(row.width for row in model.table)]
+    places = [(i, j) for i, depth in enumerate(stages) for j in range(depth)]
+    rules = [
+        ("conv_stem", "stem/conv"),
+        ("bn1", "stem/norm"),
+        (rf"blocks\.{len(stages)}\.0\.conv", "top/conv"),
+        (rf"blocks\.{len(stages)}\.0\.bn1", "top/norm"),
+        ("conv_head", "hidden_layer", dense),
+        ("classifier", "head"),
+    ]
+    for number, ((i, j), expands) in enumerate(zip(places, _expands(model)), 1):
+        theirs, ours = rf"blocks\.{i}\.{j}", f"block{number}"
+        parts = ["expand"] * expands + ["depthwise", "project"]
+        convs = ["conv_pw"] * expands + ["conv_dw", "conv_pwl" if expands else "conv_pw"]
+        for k, (part, conv) in enumerate(zip(parts, convs), 1):
+            rules.append((rf"{theirs}\.{conv}", f"{ours}/{part}"))
+            rules.append((rf"{theirs}\.bn{k}", f"{ours}/{part}_norm"))
+        rules.append((rf"{theirs}\.se\.conv_(reduce|expand)", rf"{ours}/se/\1", dense))
+    return rules
+
+
+def keras(model: MobileNetV3) -> list[tuple]:
+    rules = [
+        ("conv", "stem/conv"),
+        ("conv_bn", "stem/norm"),
+        ("conv_1", "top/conv"),
+        ("conv_1_bn", "top/norm"),
+        ("conv_2", "hidden_layer", keras_dense),
+        ("logits", "head", keras_dense),
+    ]
+    for i in range(len(model.table)):
+        theirs, ours = f"expanded_conv_{i}" if i else "expanded_conv", f"block{i + 1}"
+        rules.append((f"{theirs}_depthwise", f"{ours}/depthwise", keras_depthwise))
+        rules.append((f"{theirs}_(expand|project)", rf"{ours}/\1"))
+        rules.append((f"{theirs}_(expand|depthwise|project)_bn", rf"{ours}/\1_norm"))
+        rules.append((f"{theirs}_squeeze_excite_conv", f"{ours}/se/reduce", keras_dense))
+        rules.append((f"{theirs}_squeeze_excite_conv_1", f"{ours}/se/expand", keras_dense))
+    return rules
+
+
+TABLES = {"torchvision": torchvision, "timm": timm, "keras": keras}

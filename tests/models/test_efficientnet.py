@@ -1,0 +1,275 @@
+"""EfficientNet: published counts and MACs, table 1's shapes, the scaling, and each field."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns import pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.errors import UserError
+from flax_cnns.models import efficientnet
+from flax_cnns.models.efficientnet import compound_scale
+from flax_cnns.models.scaling import mobilenet, resnet
+from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
+
+# torchvision 0.28.0, EfficientNet_B*_Weights.IMAGENET1K_V1.meta["num_params"]; B0, B1 and B7 of
+# Keras's model.summary(), B2 to B6 of https://github.com/google-research/sam's tests.
+B = (
+    *(5_288_548, 7_794_184, 9_109_994, 12_233_232),
+    *(19_341_616, 30_389_784, 43_040_704, 66_347_960),
+)
+# timm 1.0.31, built without weights; tf_ are the same networks with another padding.
+LITE = (4_652_008, 5_416_680, 6_092_072, 8_197_096, 13_006_568)
+COUNTS = {
+    **{f"efficientnet_b{i}": n for i, n in enumerate(B)},
+    **{f"keras_efficientnetb{i}": n for i, n in enumerate(B)},
+    **{f"efficientnet_lite{i}": n for i, n in enumerate(LITE)},
+    **{f"tf_efficientnet_lite{i}": n for i, n in enumerate(LITE)},
+    "tf_efficientnet_b0": B[0],
+}
+
+
+def by_hand(stem: int, widths: tuple, depths: tuple, top: int) -> int:
+    """Parameters of table 1's network with these widths and depths."""
+    count, before = 27 * stem + 2 * stem, stem
+    for i, (width, depth) in enumerate(zip(widths, depths)):
+        kernel = (3, 3, 5, 3, 5, 5, 3)[i]
+        for _ in range(depth):
+            inner, squeeze = before * (1 if i == 0 else 6), before // 4
+            if i:
+                count += before * inner + 2 * inner
+            count += kernel**2 * inner + 2 * inner
+            count += inner * squeeze + squeeze + squeeze * inner + inner
+            count += inner * width + 2 * width
+            before = width
+    return count + before * top + 2 * top + top * 1000 + 1000
+
+
+DERIVED = {  # factors 2.2 and 3.6, 4.3 and 5.3, rounded by hand; timm says 87.41 M and 480.31 M
+    "efficientnet_b8": by_hand(
+        72, (32, 56, 88, 176, 248, 424, 704), (4, 8, 8, 11, 11, 15, 4), 2816
+    ),
+    "efficientnet_l2": by_hand(
+        136, (72, 104, 176, 344, 480, 824, 1376), (6, 11, 11, 16, 16, 22, 6), 5504
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_count(name):
+    assert model_info(name).params == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("efficientnet_b8", 87.41), ("efficientnet_l2", 480.31)]
+)
+def test_derived_count(name, millions):
+    params = model_info(name).params
+    assert params == DERIVED[name]
+    assert params / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_every_variant_is_counted():
+    assert set(COUNTS) | set(DERIVED) == set(efficientnet.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs", "tolerance"),
+    [
+        # torchvision 0.28.0, the weights' meta["_ops"]
+        *(("efficientnet_b0", 0.386, 2e-3), ("efficientnet_b1", 0.687, 2e-3)),
+        *(("efficientnet_b2", 1.088, 2e-3), ("efficientnet_b4", 4.394, 2e-3)),
+        ("keras_efficientnetb0", 0.39, 0.02),  # table 2
+    ],
+)
+def test_published_macs(name, gmacs, tolerance):
+    assert cost(create_model(name)).macs / 1e9 == pytest.approx(gmacs, rel=tolerance)
+
+
+@pytest.mark.parametrize("padding", ["torch", "same"])
+@pytest.mark.parametrize(
+    ("size", "sides"), [(224, (112, 56, 28, 14, 14, 7, 7)), (65, (33, 17, 9, 5, 5, 3, 3))]
+)
+def test_output_shape_of_each_stage(padding, size, sides):
+    """Table 1."""
+    logits, shapes = captured("efficientnet_b0", size, padding=padding)
+    assert shapes["stem"] == (2, sides[0], sides[0], 32)
+    for i, (side, width) in enumerate(zip(sides, (16, 24, 40, 80, 112, 192, 320))):
+        assert shapes[f"stage{i + 1}"] == (2, side, side, width)
+    assert shapes["top"] == (2, sides[-1], sides[-1], 1280)
+    assert logits.shape == (2, 1000)
+
+
+def test_squeeze_is_a_fourth_of_what_enters_the_block():
+    _, shapes = captured("efficientnet_b0", 64)
+    assert shapes["stage3/block1/se/reduce"] == (2, 24 // 4)
+    assert shapes["stage3/block2/se/reduce"] == (2, 40 // 4)
+    assert shapes["stage3/block2/se/expand"] == (2, 240)
+
+
+def test_lite_has_fixed_ends_and_no_squeeze():
+    """Lite4: factors 1.4 and 1.8 on all but stem, top, and the depths of both ends."""
+    model = create_model("efficientnet_lite4")
+    assert model.scaled() == ([1, 4, 4, 6, 6, 8, 1], [24, 32, 56, 112, 160, 272, 448], [32, 1280])
+    _, shapes = captured("efficientnet_lite4", 64)
+    assert not [path for path in shapes if "/se" in path]
+    assert shapes["stem"] == (2, 32, 32, 32)
+
+
+# ------------------------------------------------------------------------- scaling
+
+
+def test_compound_scale_is_equation_3():
+    one = compound_scale(1)
+    assert one == (1.1, 1.2, 1.15)
+    assert one._fields == ("width_mult", "depth_mult", "resolution_mult")
+    assert compound_scale(0) == (1, 1, 1)
+    np.testing.assert_allclose(compound_scale(3), (1.331, 1.728, 1.520875))
+    other = compound_scale(2, alpha=1.3, beta=1.0, gamma=1.25)
+    np.testing.assert_allclose(other, (1.0, 1.69, 1.5625))
+    np.testing.assert_allclose(1.2 * 1.1**2 * 1.15**2, 2, rtol=0.05)  # the constraint
+    with pytest.raises(UserError, match="negative phi"):
+        compound_scale(1, beta=0.9)
+
+
+def test_operations_double_with_phi():
+    """Nearly, by 1.92; from B0 to phi = 1 by more, since every stage then gains a block."""
+
+    def macs(phi):
+        scale = compound_scale(phi)
+        resolution = round(224 * scale.resolution_mult)
+        return cost(
+            efficientnet.efficientnet(
+                width_mult=scale.width_mult, depth_mult=scale.depth_mult, resolution=resolution
+            )
+        ).macs
+
+    assert macs(2) / macs(1) == pytest.approx(1.92, rel=0.06)
+
+
+def test_the_table_by_hand_is_where_it_says():
+    """The module's table: formula and released networks."""
+    rows = [line.split() for line in efficientnet.__doc__.splitlines() if line[:5] == "    B"]
+    assert [row[0] for row in rows] == [f"B{i}" for i in range(1, 8)]
+    for name, phi, *numbers in rows:
+        *formula, w, d, r = map(float, numbers)
+        scale = compound_scale(float(phi))
+        np.testing.assert_allclose(formula[:2], scale[:2], atol=0.006)
+        assert formula[2] == round(224 * scale.resolution_mult)
+        assert efficientnet.POINTS[name.lower()][:3] == (w, d, r)
+
+
+def test_any_point():
+    model = efficientnet.efficientnet(width_mult=2.0, depth_mult=3.1, resolution=600)
+    b7 = create_model("efficientnet_b7")
+    assert model.input_size == (600, 600, 3)
+    assert model.scaled() == b7.scaled()
+    small = efficientnet.efficientnet(
+        width_mult=0.5, depth_mult=0.5, resolution=32, num_classes=3, dropout=0.5
+    )
+    assert (small.num_classes, small.dropout) == (3, 0.5)
+    assert small.scaled() == ([1, 1, 1, 2, 2, 2, 1], [8, 16, 24, 40, 56, 96, 160], [16, 640])
+
+
+@pytest.mark.parametrize(
+    ("build", "factors", "gmacs"),
+    [  # table 3, where the two rows with 14.7 and 16.2 are each other's
+        *((mobilenet, (1, 1, 224), 0.6), (mobilenet, (2, 1, 224), 2.2)),
+        *((mobilenet, (1, 1, 448), 2.2), (mobilenet, (1.2, 1.4, 291), 2.3)),
+        *((resnet, (1, 1, 224), 4.1), (resnet, (1, 1, 448), 16.4)),
+        *((resnet, (1, 4, 224), 14.7), (resnet, (2, 1, 224), 16.2)),
+    ],
+)
+def test_table_3_scales_mobilenet_and_resnet(build, factors, gmacs):
+    width_mult, depth_mult, resolution = factors
+    model = build(width_mult=width_mult, depth_mult=depth_mult, resolution=resolution)
+    assert model.input_size == (resolution, resolution, 3)
+    assert cost(model).macs / 1e9 == pytest.approx(gmacs, rel=0.08)  # 1.4 blocks are 2
+
+
+# ------------------------------------------------------------------------- fields
+
+
+def test_epsilon_and_momentum_are_the_source_s():
+    def of(name):
+        model = create_model(name)
+        return model.momentum, model.epsilon, model.padding
+
+    assert of("efficientnet_b4") == (0.9, 1e-5, "torch")
+    assert of("efficientnet_b5") == (0.99, 1e-3, "torch")
+    assert of("tf_efficientnet_lite0") == of("keras_efficientnetb4") == (0.99, 1e-3, "same")
+
+
+SMALL = dict(width_mult=0.25, depth_mult=0.5, num_classes=3, input_size=(32, 32, 3))
+
+
+def test_stochastic_depth_changes_no_name_and_needs_its_stream():
+    images = jnp.zeros((2, 32, 32, 3))
+    model, still = (create_model("efficientnet_b0", **SMALL, drop_path=p) for p in (0.2, 0.0))
+    assert create_model("efficientnet_b0").drop_path == 0.2
+    shapes = [jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, still)]
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
+
+    def train(variables, **rngs):
+        fields = dict(train=True, mutable="batch_stats", rngs=rngs)
+        return model.clone(dropout=0.0).apply(variables, images, **fields)
+
+    with pytest.raises(UserError, match="dropout"):
+        jax.eval_shape(train, shapes[0])
+    logits, _ = jax.eval_shape(lambda v, key: train(v, dropout=key), shapes[0], jax.random.key(0))
+    assert logits.shape == (2, 3)
+
+
+def test_first_values_are_the_released_code_s():
+    """A depthwise kernel's variance goes by its window, 2 / 9; by "he" it goes by C too."""
+    kernel = efficientnet.first_values(jax.random.key(0), (3, 3, 1, 4096))
+    assert float(jnp.var(kernel)) == pytest.approx(2 / 9, rel=0.05)
+    kernel = efficientnet.first_values(jax.random.key(0), (1, 1, 64, 512))
+    assert float(jnp.var(kernel)) == pytest.approx(2 / 512, rel=0.05)
+    assert create_model("tf_efficientnet_b0").kernel_init == "paper"
+
+
+def test_zero_init_is_only_where_a_shortcut_is():
+    model = create_model("efficientnet_b0", **SMALL, zero_init=True, init=nn.initializers.zeros)
+    flat = pytree.flatten(init_variables(model, jax.random.key(0))["params"])
+    zero = {path for path in flat if path.endswith("scale") and not flat[path].any()}
+    # Widths 8, 8, 16, 24, 32, 48, 80 behind a stem of 8: the first stage adds its input too.
+    blocks = ("stage1/block1", "stage4/block2", "stage5/block2", "stage6/block2")
+    assert zero == {f"{block}/project_norm/scale" for block in blocks}
+
+
+def test_without_classes_it_gives_pooled_features():
+    features, shapes = captured("efficientnet_b0", 64, num_classes=None)
+    assert (features.shape, features.dtype) == ((2, 1280), jnp.float32)
+    assert "head" not in shapes
+
+
+def test_bfloat16_leaves_logits_and_parameters_in_float32():
+    model = create_model("efficientnet_b0", **SMALL, dtype=jnp.bfloat16)
+
+    def run(key):
+        images = jnp.zeros((2, 64, 64, 3))
+        variables = model.init(key, images)
+        return variables, model.apply(variables, images)
+
+    variables, logits = jax.eval_shape(run, jax.random.key(0))
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (dict(padding="valid"), "unknown padding 'valid'"),
+        (dict(drop_path_schedule="cosine"), "unknown drop_path_schedule"),
+        (dict(input_size=(32, 32, 1)), "expected images of 1 channels, got 3"),
+    ],
+)
+def test_errors(fields, said):
+    with pytest.raises(UserError, match=said):
+        captured("efficientnet_b0", 32, **fields)

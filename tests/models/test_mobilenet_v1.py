@@ -1,0 +1,181 @@
+"""MobileNet v1: counts out of the paper's table, its shapes and MACs, and what each field does."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns import layers, pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.errors import UserError
+from flax_cnns.models import mobilenet_v1
+from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import called, captured
+
+# Table 1: the channels that each pair of a depthwise and a 1x1 convolution takes and gives.
+TABLE_1 = [
+    *((32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)),
+    *([(512, 512)] * 5),
+    *((512, 1024), (1024, 1024)),
+]
+
+
+def of_table_1(percent: int) -> int:
+    """Parameters with alpha = percent / 100, a scale and a shift for each channel of each norm."""
+    part = lambda n: n * percent // 100  # noqa: E731
+    count = 27 * part(32) + 2 * part(32) + part(1024) * 1000 + 1000
+    for taken, given in TABLE_1:
+        count += 9 * part(taken) + 2 * part(taken) + part(taken) * part(given) + 2 * part(given)
+    return count
+
+
+COUNTS = {  # reference_params.csv; timm 1.0.31 for 125; Keras's model.summary(), trainable
+    "mobilenet_v1_100": 4_231_976,
+    "mobilenet_v1_075": 2_585_560,
+    "mobilenet_v1_050": 1_331_592,
+    "mobilenet_v1_025": 470_072,
+    "mobilenetv1_100": 4_231_976,
+    "mobilenetv1_125": 6_270_840,
+    "keras_mobilenet": 4_231_976,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_count(name):
+    assert model_info(name).params == COUNTS[name]
+
+
+def test_counts_by_hand():
+    assert set(COUNTS) == set(mobilenet_v1.VARIANTS)
+    for percent in (25, 50, 75, 100):
+        assert COUNTS[f"mobilenet_v1_{percent:03}"] == of_table_1(percent)
+    assert COUNTS["mobilenetv1_125"] == of_table_1(125)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "millions"),
+    [
+        # Table 6, and table 7 for smaller images; parts of a million are cut off there.
+        *(("mobilenet_v1_100", 224, 569), ("mobilenet_v1_075", 224, 325)),
+        *(("mobilenet_v1_050", 224, 149), ("mobilenet_v1_025", 224, 41)),
+        *(("mobilenet_v1_100", 192, 418), ("mobilenet_v1_100", 160, 290)),
+        ("mobilenet_v1_100", 128, 186),
+    ],
+)
+def test_published_macs(name, size, millions):
+    model = create_model(name, input_size=(size, size, 3))
+    assert cost(model).macs / 1e6 == pytest.approx(millions, abs=0.7)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1_100", "keras_mobilenet"])
+@pytest.mark.parametrize(
+    ("size", "sides"), [(224, (112, 112, 56, 28, 14, 7)), (97, (49, 49, 25, 13, 7, 4))]
+)
+def test_output_shape_of_each_stage(name, size, sides):
+    logits, shapes = captured(name, size)
+    assert shapes["stem"] == (2, sides[0], sides[0], 32)
+    for i, (side, width) in enumerate(zip(sides[1:], (64, 128, 256, 512, 1024)), 1):
+        assert shapes[f"stage{i}"] == (2, side, side, width)
+    assert shapes["stage4/block1/depthwise"] == (2, sides[4], sides[4], 256)
+    assert shapes["stage4/block6"] == (2, sides[4], sides[4], 512)
+    assert logits.shape == (2, 1000)
+    assert captured(name, 1)[1]["stage5"] == (2, 1, 1, 1024)
+
+
+def test_a_block_is_its_definition():
+    """Figure 3; each channel gives two with depth_multiplier=2."""
+    norm = layers.make_norm("none", train=False)
+    block = mobilenet_v1.Block(3, layers.Conv, norm=norm, activation=nn.relu, depth_multiplier=2)
+    x = np.random.RandomState(0).randn(2, 4, 5, 2).astype(np.float32)
+    y, variables = block.init_with_output(jax.random.key(0), x)
+    depthwise = np.asarray(variables["params"]["depthwise"]["kernel"])[:, :, 0]  # [3 3 4]
+    pointwise = np.asarray(variables["params"]["pointwise"]["kernel"])[0, 0]
+    around = np.pad(np.repeat(x, 2, axis=-1), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(around, (3, 3), axis=(1, 2))
+    inner = np.maximum(np.einsum("nhwcij,ijc->nhwc", windows, depthwise), 0)
+    np.testing.assert_allclose(y, np.maximum(inner @ pointwise, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "padding", "momentum", "epsilon", "dropout"),
+    [("mobilenetv1_100", 1, 0.9, 1e-5, 0.0), ("keras_mobilenet", "SAME", 0.99, 1e-3, 1e-3)],
+)
+def test_arithmetic_of_each_source(name, padding, momentum, epsilon, dropout):
+    modules = called(name, 32)
+    convs = [m for m in modules.values() if isinstance(m, nn.Conv) and m.kernel_size == (3, 3)]
+    norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm)]
+    assert (len(convs), len(norms)) == (14, 27)
+    assert {m.padding for m in convs} == {padding}
+    assert {(m.momentum, m.epsilon) for m in norms} == {(momentum, epsilon)}
+    assert {m.rate for m in modules.values() if isinstance(m, nn.Dropout)} == {dropout}
+
+
+TINY = dict(width_mult=0.25, depths=(1, 1, 1, 4, 1), num_classes=3, input_size=(32, 32, 3))
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def test_scan_remat_and_activation():
+    """The first two change nothing, and the third what it says."""
+    images = 9 * jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    plain = create_model("mobilenet_v1_100", **TINY)
+    variables = init_variables(plain, jax.random.key(0))
+
+    def run(**fields):
+        model = plain.clone(**fields)
+        apply = quick_jit(lambda v: model.apply(v, images, train=True, mutable="batch_stats"))
+        return apply(variables)
+
+    expected = run()
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=2e-4), run(scan=True, remat=True), expected
+    )
+    unbounded = plain.clone(activation=nn.relu)
+    evaluate = quick_jit(
+        lambda v: [
+            model.apply(v, images, capture_intermediates=True)[1]["intermediates"]["stem"]
+            for model in (plain, unbounded)
+        ]
+    )
+    bounded, free = (np.asarray(stem["__call__"][0]) for stem in evaluate(variables))
+    assert bounded.max() == 6 < free.max()
+    np.testing.assert_allclose(np.minimum(free, 6), bounded, rtol=1e-6)
+
+
+def test_without_classes_it_gives_pooled_features():
+    features, shapes = captured("mobilenet_v1_050", 64, num_classes=None)
+    assert features.shape == (2, 512)
+    assert features.dtype == jnp.float32
+    assert "head" not in shapes
+
+
+def test_bfloat16_leaves_logits_and_parameters_in_float32():
+    logits, _ = captured("mobilenet_v1_025", 32, dtype="bfloat16")
+    assert logits.dtype == jnp.float32
+    modules = called("mobilenet_v1_025", 32, dtype="bfloat16", param_dtype="float32")
+    assert modules["stage1/block1/depthwise"].dtype == jnp.bfloat16
+    assert modules["stage1/block1/depthwise_norm"].axis_name is None
+    synchronised = called("mobilenet_v1_025", 32, axis_name="batch")
+    assert synchronised["stage1/block1/depthwise_norm"].axis_name == "batch"
+
+
+def test_norm_is_a_field():
+    model = create_model("mobilenet_v1_100", norm="none")
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    assert not shapes["batch_stats"]
+    assert all(p.endswith(("kernel", "head/bias")) for p in pytree.flatten(shapes["params"]))
+
+
+def test_errors():
+    with pytest.raises(UserError, match="expected images of 3 channels, got 1"):
+        jax.eval_shape(
+            lambda: create_model("mobilenet_v1_025").init(
+                jax.random.key(0), jnp.zeros((1, 32, 32, 1))
+            )
+        )
+    with pytest.raises(UserError, match="unknown padding 'tensorflow'"):
+        captured("mobilenet_v1_025", 32, padding="tensorflow")

@@ -1,0 +1,91 @@
+"""The 2016 search's network of 15 layers: figure 7 by hand, published counts, errors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flax_cnns import pytree
+from flax_cnns.errors import UserError
+from flax_cnns.models import nas
+from flax_cnns.registry import create_model, init_variables, model_info
+from tests.models.captured import captured
+
+# Figure 7, from the image upwards: height, width and number of the filters.
+BOXES = [
+    *((3, 3, 36), (3, 3, 48), (3, 3, 36), (5, 5, 36), (3, 7, 48), (7, 7, 48), (7, 7, 48)),
+    *((7, 3, 36), (7, 1, 36), (7, 7, 36), (5, 7, 36), (7, 7, 48), (7, 5, 48), (7, 5, 48)),
+    (7, 5, 48),
+]
+# Channels that enter each, by the lines of the figure.
+ENTER = [3, 36, 84, 120, 72, 168, 216, 132, 168, 324, 336, 240, 360, 180, 276]
+WIDTHS = [n for _, _, n in BOXES]
+
+
+def count(enter: list[int]) -> int:
+    layers = sum(h * w * c * n + 2 * n for (h, w, n), c in zip(BOXES, enter))
+    return layers + 48 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("name", "enter", "params"),
+    [
+        ("nas_v1", ENTER, 4_201_630),
+        ("nas_v1_no_skips", [3, *WIDTHS[:-1]], 809_134),
+        ("nas_v1_dense", [3, *(sum(WIDTHS[:i]) for i in range(1, 15))], 6_630_910),
+    ],
+)
+def test_count_by_hand(name, enter, params):
+    assert model_info(name).params == count(enter) == params
+
+
+def test_table_1():
+    assert count(ENTER) == pytest.approx(4.2e6, rel=0.001)
+    assert set(nas.VARIANTS) == {"nas_v1", "nas_v1_no_skips", "nas_v1_dense"}
+
+
+def test_every_layer_keeps_the_size():
+    logits, shapes = captured("nas_v1", 32)
+    for i, width in enumerate(WIDTHS, 1):
+        assert shapes[f"conv{i}"] == (2, 32, 32, width)
+    assert logits.shape == (2, 10)
+    features, shapes = captured("nas_v1", 5, 7, num_classes=None)
+    assert (features.shape, shapes["conv15"]) == ((2, 48), (2, 5, 7, 48))
+
+
+def test_no_layer_is_left_out():
+    """Section 3.3 has those that no other takes in front of the softmax: there are none."""
+    taken = {source for row in nas.FIGURE_7 for source in row.sources}
+    assert taken == set(range(15))
+
+
+def test_bfloat16_leaves_logits_and_parameters_in_float32():
+    model = create_model("nas_v1", dtype="bfloat16")
+
+    def run(key):
+        variables = model.init(key, jnp.zeros((2, 8, 8, 3)))
+        return variables, model.apply(
+            variables, jnp.zeros((2, 8, 8, 3)), train=True, mutable="batch_stats"
+        )
+
+    variables, out = jax.eval_shape(run, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, out))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("norm", "leaves"), [("none", {"kernel", "bias"}), ("layer", None)])
+def test_norms(norm, leaves):
+    model = create_model("nas_v1", norm=norm)
+    shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    assert not shapes["batch_stats"]
+    found = {path.rpartition("/")[2] for path in pytree.flatten(shapes["params"])}
+    assert found == (leaves or {"kernel", "bias", "scale"})
+
+
+def test_errors():
+    with pytest.raises(UserError, match="expected images of 3 channels, got 1"):
+        jax.eval_shape(
+            lambda: create_model("nas_v1").init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        )
