@@ -122,6 +122,36 @@ def test_keras_counts_on_from_network_to_network():
                 ),
             },
         ),
+        (
+            "keras_xception",
+            {
+                "block13_sepconv2/depthwise_kernel": "exit/conv2/depthwise/kernel",
+                "block14_sepconv1/pointwise_kernel": "top1/conv/pointwise/kernel",
+                "conv2d_3/kernel": "exit/projection/kernel",
+                "batch_normalization_0/beta": "entry1/projection_norm/bias",
+            },
+        ),
+        (
+            "keras_mobilenet",
+            {
+                "conv_dw_7/kernel": "stage4/block2/depthwise/kernel",
+                "conv_preds/kernel": "head/kernel",
+            },
+        ),
+        (
+            "keras_mobilenetv2",
+            {
+                "block_12_project_BN/gamma": "stage5/block3/project_norm/scale",
+                "expanded_conv_depthwise/kernel": "stage1/block1/depthwise/kernel",
+            },
+        ),
+        (
+            "keras_mobilenetv3small",
+            {
+                "expanded_conv_10_squeeze_excite_conv_1/bias": "block11/se/expand/bias",
+                "conv_2/kernel": "hidden_layer/kernel",
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("first", [0, 94])
