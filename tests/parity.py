@@ -35,6 +35,7 @@ from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1e-4
+LARGEST = 331  # pixels: EfficientNets for larger images are compared on these
 
 NUMPY = {case.name: case for case in CASES + MORE}
 
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         if source == "NumPy":
             result = compare_numpy(NUMPY[name])
         else:
-            size = create_model(name).input_size[0]
+            size = min(create_model(name).input_size[0], LARGEST)
             try:
                 live = foreign.load(foreign.build(name, source), source, foreign.gain(name))
             except (UserError, ImportError) as e:
