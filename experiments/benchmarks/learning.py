@@ -65,6 +65,9 @@ CASES = {  # a variant of each family
     "pyramidnet_110_a270_shakedrop": Case(16, 200, fields=dict(depth=20, alpha=48)),
     "rir_18": Case(16, 100),
     "resnet18": Case(64, 80, fields=dict(width=16)),
+    "efficientnet_b0": Case(
+        16, 150, 2e-3, dict(width_mult=0.5, depth_mult=0.5, strides=(1, 1, 2, 1, 2, 1, 1, 1))
+    ),
     "resnext29_8x64d": Case(16, 80, fields=dict(depths=(1, 1, 1), width=16)),
     "seresnet50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
     "resnetv2_50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import training
-from experiments.benchmarks.blocks import BLOCKS
 from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, milliseconds
 from flax_cnns import pytree
@@ -147,10 +146,7 @@ COLUMNS = ("network", "batch", "ours", *(c for name in OTHERS for c in (name, f"
 
 
 def add_vs_torch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="", help="names of registered networks, by commas")
-    parser.add_argument(
-        "--block", default="", help=f"networks built for this comparison: {', '.join(BLOCKS)}"
-    )
+    parser.add_argument("--model", default="resnet18", help="registered networks, by commas")
     parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
     text = "bfloat16 (AMP) or float32; if not given, the former on a GPU, the latter on a CPU"
@@ -169,8 +165,8 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
     torch = need_torch()
     device = device_of(torch)
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    models = _models(args)
-    for name, model in models.items():
+    for name in args.model.split(","):
+        model = training.make(name, args)
         theirs = network(name, model.num_classes)
         shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
         ours_count = pytree.count(shapes["params"])
@@ -229,24 +225,6 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
         },
         f"training, images a second, {args.dtype} on {device}",
     )
-
-
-def _models(args: argparse.Namespace) -> dict[str, Any]:
-    if not args.model and not args.block:
-        args.model = "resnet18"
-    models = {}
-    for name in filter(None, args.model.split(",")):
-        try:
-            models[name] = training.make(name, args)
-        except UserError as error:
-            hint = f"; --block={name} builds it for this comparison" if name in BLOCKS else ""
-            raise UserError(f"{error}{hint}") from None
-    for name in filter(None, args.block.split(",")):
-        if name not in BLOCKS:
-            raise UserError(f"--block: unknown {name!r}{did_you_mean(name, BLOCKS)}")
-        size = args.size or 224
-        models[name] = BLOCKS[name](input_size=(size, size, 3), dtype=args.dtype)
-    return models
 
 
 def _torch_step(
