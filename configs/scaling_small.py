@@ -5,7 +5,7 @@
       --config=configs/scaling_small.py:fashion_mnist --config.data.dir=FOLDER
   python -m experiments.train --workdir=runs/smoke --config=configs/scaling_small.py:smoke
 
-For images of 16 pixels and more the strides are 1 but for two. The digits are 8x8 by themselves: of
+For images of 14 pixels and more the strides are 1 but for two. The digits are 8x8 by themselves: of
 more pixels they have no more to show. Fashion-MNIST has 28x28; a search trains on 10,000 of its
 images; FOLDER holds the four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist). What was found is in experiments/results.
@@ -37,6 +37,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.log.every = "50 steps"
     config.log.tensorboard = False
     if mode == "fashion_mnist":
+        config.data.image_size = 14  # twice as many are those that there are
         config.data.name = "fashion_mnist"
         config.data.validation = 50_000
         config.data.augment.flip = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -152,12 +153,21 @@ _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bool": ("True or False", lambda v: isinstance(v, bool)),
     "str": ("a text", lambda v: isinstance(v, str)),
 }
-_RATES = ("dropout", "drop_path", "shake_drop")  # at the end of a field's name
-_MAY_BE_ZERO = ("stem_cells", "last_padding")
+_NUMBERS["Callable"] = _NUMBERS["ModuleDef"] = ("a function or a module", callable)
+_RATES = ("dropout", "drop_path", "shake_drop", "momentum")  # at the end of a field's name
+_ABOVE_ZERO = ("_mult", "epsilon")
 
 
-def _check_number(name: str, field: str, value: Any, annotation: str) -> None:
-    """Raises `UserError` where a number, a flag or a text is none, or none that makes sense."""
+def _check_field(
+    name: str, field: str, value: Any, annotation: str, may_be_zero: Sequence[str]
+) -> None:
+    """Raises `UserError` where a field of a plain kind has no such value, or a senseless one.
+
+    `may_be_zero`: whole numbers that count something which may be absent.
+    """
+    annotation, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
+    if optional and value is None:
+        return
     several = re.fullmatch(r"Sequence\[(int|float)\]|tuple\[(int), \.\.\.\]", annotation)
     kind = several[1] or several[2] if several else annotation
     if kind not in _NUMBERS:
@@ -168,18 +178,22 @@ def _check_number(name: str, field: str, value: Any, annotation: str) -> None:
     fine &= all(fits(v) and (kind == "bool" or not isinstance(v, bool)) for v in values)
     if field.endswith(_RATES):
         what, fine = f"{what} from 0 to below 1", fine and all(0 <= v < 1 for v in values)
-    elif kind == "int" and field not in _MAY_BE_ZERO:
-        what, fine = f"{what} above 0", fine and all(v > 0 for v in values)
+    elif kind == "int" and field in may_be_zero:
+        what, fine = f"{what} from 0", fine and all(v >= 0 for v in values)
+    elif kind == "int" or field.endswith(_ABOVE_ZERO):
+        what, fine = f"{what} above 0", fine and all(0 < v < math.inf for v in values)
+    elif kind == "float":
+        fine = fine and all(map(math.isfinite, values))
     if not fine:
         expected = f"a sequence, each {what}" if several else what
         raise UserError(f"{name}: {field} is {expected}, got {value!r}")
 
 
-def _checked(name: str, field: str, value: Any, annotation: str) -> Any:
+def _checked(name: str, field: str, value: Any, annotation: str, may_be_zero: Sequence[str]) -> Any:
     """The value of a field as the module wants it; raises `UserError` where it makes no sense."""
     if isinstance(value, list):  # from a config's JSON; a module's fields must be hashable
         value = tuple(value)
-    _check_number(name, field, value, annotation)
+    _check_field(name, field, value, annotation, may_be_zero)
     if field in ("dtype", "param_dtype"):
         return _dtype(field, value)
     if field == "num_classes" and value is not None and (type(value) is not int or value < 1):
@@ -212,7 +226,8 @@ def create_model(name: str, **fields: Any) -> nn.Module:
             takes = f"it takes {', '.join(sorted(known))}"
             hint = f"{near} ({takes})" if near.startswith("; did you mean") else f"; {takes}"
             raise UserError(f"{name} has no field {field!r}{hint}")
-    return variant(**{f: _checked(name, f, value, known[f]) for f, value in fields.items()})
+    zero = getattr(variant.func, "may_be_zero", ())
+    return variant(**{f: _checked(name, f, v, known[f], zero) for f, v in fields.items()})
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -16,6 +16,7 @@ from flax_cnns.layers.fixup import fixup
 from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
 from flax_cnns.layers.initializers import (
     caffe_xavier,
+    fan_out_or_window,
     gaussian,
     he,
     head_initializer,
@@ -61,6 +62,7 @@ __all__ = [
     "check_stages",
     "draw_columns",
     "drop_rates",
+    "fan_out_or_window",
     "fixup",
     "fork",
     "gaussian",

@@ -5,12 +5,14 @@ Networks call the field `kernel_init`: `init` is a method of every linen module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import Dtype
 
 # He et al. 2015, https://arxiv.org/abs/1502.01852, equation 14: N(0, 2 / fan_out), not truncated,
 # with fan_out = k * k * output channels. The paper allows either fan; its authors' ResNet code and
@@ -25,6 +27,22 @@ xavier = variance_scaling(1.0, "fan_avg", "uniform")
 
 # Caffe's filler of that name: uniform with variance 1 / fan_in. What many released files ask for.
 caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
+
+
+def fan_out_or_window(distribution: str) -> Callable:
+    """Variance 2 / fan_out, and 2 / k^2 for a depthwise kernel [k k 1 C], whose fan-out TensorFlow
+    counts so: the released EfficientNet's ("normal") and slim's ("truncated_normal").
+
+    The first kernel for images of one channel looks like a depthwise one: give it `he`.
+    """
+    window = variance_scaling(2.0, "fan_in", distribution)
+    fan_out = variance_scaling(2.0, "fan_out", distribution)
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
+        return (window if shape[-2] == 1 else fan_out)(key, shape, dtype)
+
+    return init
+
 
 INITIALIZERS = {"he": he, "lecun": lecun, "xavier": xavier}
 

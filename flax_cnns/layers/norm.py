@@ -93,8 +93,9 @@ class GroupNorm(nn.GroupNorm):
     def __call__(self, x: Array) -> Array:
         if x.shape[-1] % self.group_size:
             raise UserError(
-                f'expected norm="batch", "layer" or "none", got "group": its {self.group_size} '
-                f"channels do not divide the {x.shape[-1]} of {'/'.join(self.path)}"
+                f'expected norm="batch", "layer", "channel" or "none", got "group": its '
+                f"{self.group_size} channels do not divide the {x.shape[-1]} of "
+                f"{'/'.join(self.path)}"
             )
         return super().__call__(x)
 

@@ -93,6 +93,7 @@ class AllCNN(nn.Module):
     windows: Sequence[int]  # of the convolutions of each of the two stages
     form: str = "all"
     widths: Sequence[int] = (96, 192, 192)  # of the two stages and of what follows them
+    may_be_zero = ("last_padding",)
     last_padding: int = 0  # of the 3x3 convolution after the second stage
     num_classes: int | None = 10
     input_size: tuple[int, int, int] = (32, 32, 3)

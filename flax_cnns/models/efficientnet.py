@@ -31,12 +31,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
@@ -95,10 +95,9 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
     return Scale(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
 
-def first_values(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
-    """The released code's: N(0, 2 / fan_out), a depthwise kernel's fan being its window alone."""
-    fan_out = np.prod(shape[:-2]) * (shape[-1] if shape[-2] > 1 else 1)
-    return np.sqrt(2 / fan_out).astype(np.float32) * jax.random.normal(key, shape, dtype)
+# `kernel_init="paper"`: the released code's.
+first_values = layers.fan_out_or_window("normal")
+head_values = variance_scaling(1 / 3, "fan_out", "uniform")  # within 1 / sqrt(classes)
 
 
 class EfficientNet(nn.Module):
@@ -118,7 +117,7 @@ class EfficientNet(nn.Module):
     padding: str = "torch"  # or "same": layers.pad
     num_classes: int | None = 1000
     input_size: tuple[int, int, int] = (224, 224, 3)
-    norm: str = "batch"  # or any of layers.make_norm's
+    norm: str = "batch"  # or of layers.make_norm's those that its widths allow: not "group"
     momentum: float = 0.9  # of the running statistics
     epsilon: float = 1e-5
     kernel_init: str | Callable = "he"  # "paper": `first_values`
@@ -155,7 +154,9 @@ class EfficientNet(nn.Module):
         )
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
         sides = layers.pad(self.padding, 3)
-        x = unit(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
+        stem_init = layers.initializer(self.kernel_init, paper=layers.he)
+        stem = partial(unit, conv=partial(conv, kernel_init=stem_init))
+        x = stem(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
         drops = layers.make_drops(self, depths, train)
         conv = partial(conv, control_flow=layers.skips(self, train))
         se = {} if self.se is None else dict(activation=self.activation, kernel_init=kernel_init)
@@ -180,7 +181,7 @@ class EfficientNet(nn.Module):
             return x
         head = nn.Dense(
             self.num_classes,
-            kernel_init=layers.initializer("lecun"),
+            kernel_init=layers.head_initializer(self.kernel_init, paper=head_values),
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
             name="head",
@@ -204,12 +205,14 @@ class EfficientNet(nn.Module):
 def efficientnet(
     *, width_mult: float, depth_mult: float, resolution: int, **fields: Any
 ) -> EfficientNet:
-    """Any point: B0 with these factors, for images of `resolution` pixels a side.
+    """Any point: B0 with these factors, for images of `resolution` pixels a side, a whole number.
 
     scale = compound_scale(3)
     efficientnet(width_mult=scale.width_mult, depth_mult=scale.depth_mult,
                  resolution=round(224 * scale.resolution_mult), num_classes=10)
     """
+    if not isinstance(resolution, Integral):
+        raise UserError(f"resolution is a whole number of pixels, got {resolution}; round it")
     size = (resolution, resolution, 3)
     return EfficientNet(width_mult, depth_mult, **{"input_size": size} | fields)
 
@@ -275,14 +278,13 @@ VARIANTS = {
     "efficientnet_lite2": _at("lite2"),
     "efficientnet_lite3": _at("lite3", 300),
     "efficientnet_lite4": _at("lite4", 380),
-    "tf_efficientnet_b0": _at("b0", **_TF),
-    **{f"tf_efficientnet_lite{i}": _at(f"lite{i}", **_TF) for i in range(5)},
+    **{f"tf_efficientnet_{name}": _at(name, **_TF) for name in POINTS},
     **{f"keras_efficientnetb{i}": _at(f"b{i}", **_TF) for i in range(8)},
 }
 SOURCES = (
     {f"efficientnet_b{i}": ("torchvision",) for i in range(8)}
     | {f"efficientnet_{size}": ("timm",) for size in ("b8", "l2")}
     | {f"{tf}efficientnet_lite{i}": ("timm",) for tf in ("", "tf_") for i in range(5)}
-    | {"tf_efficientnet_b0": ("timm",)}
+    | {f"tf_efficientnet_{size}": ("timm",) for size in (*(f"b{i}" for i in range(9)), "l2")}
     | {f"keras_efficientnetb{i}": ("keras",) for i in range(8)}
 )

@@ -85,6 +85,7 @@ class MobileNetV1(nn.Module):
             **types,
         )
         like = dict(norm=norm, activation=self.activation)
+        layers.check_stages(self.depths, WIDTHS)
         first, *widths = (layers.round_width(n * self.width_mult) for n in (STEM, *WIDTHS))
         stem = partial(layers.ConvUnit, first, (3, 3), conv, stride=2, **like)
         x = stem(padding=layers.pad(self.padding, 3), name="stem")(images)  # H/2

@@ -45,11 +45,8 @@ PAPER = Paper(
 )
 
 
-def slim(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
-    """slim's first values, `kernel_init="paper"`: normal, cut at two deviations, of variance
-    2 / fan-out, which for a depthwise kernel [k k 1 C] is k * k."""
-    fan = "fan_in" if len(shape) == 4 and shape[2] == 1 else "fan_out"
-    return variance_scaling(2.0, fan, "truncated_normal")(key, shape, dtype)
+_CUT = "truncated_normal"  # at two deviations
+slim = layers.fan_out_or_window(_CUT)  # `kernel_init="paper"`
 
 
 class Recipe(NamedTuple):
@@ -337,6 +334,7 @@ class NASNet(nn.Module):
     depths: Sequence[int]  # normal cells in each stage
     normal: Recipe = NORMAL
     reduction: Recipe = REDUCTION
+    may_be_zero = ("stem_cells", "depths")  # a stage without normal cells has its reduction
     stem_cells: int = 2  # reductions in the stem, of half the width, a quarter ...; CIFAR: 0
     # The normal cell behind a reduction has the reduction's p for its own, in place of its x.
     skip_reduction: bool = False
@@ -360,6 +358,8 @@ class NASNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
+        if wrong := set(self.zero_pools) - {"max", "mean"}:
+            raise UserError(f"zero_pools are among 'max' and 'mean', got {sorted(wrong)}")
         # So that p is larger than x behind each reduction, by which a cell knows it.
         layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -396,7 +396,9 @@ class NASNet(nn.Module):
         reduction = partial(cell, recipe=self.reduction, stride=2)
         # In comments the sizes for 331x331 and 224x224.
         widths = [self.width // 2**i for i in range(self.stem_cells, 0, -1)]
-        stem = Stem(self.stem_width, widths, conv, norm, reduction, name="stem")
+        first = layers.initializer(self.kernel_init, paper=variance_scaling(2.0, "fan_out", _CUT))
+        first = partial(conv, kernel_init=first)
+        stem = Stem(self.stem_width, widths, first, norm, reduction, name="stem")
         x, p = stem(images, drops[0])  # 42, 28
         for i, depth in enumerate(self.depths):  # 42, 21, 11 or 28, 14, 7
             stage = CellStage(

@@ -3,8 +3,9 @@
 B and L are table 1's, Ti and S those of https://arxiv.org/abs/2012.12877 and
 https://arxiv.org/abs/2106.10270; /16 and /32 are patches of that side. GELU is exact, as in
 torchvision and timm, where the authors' released code has its approximation by a tanh. Kernels
-start as torchvision's: Glorot's, the patches LeCun's, the classes 0 (section 3.2). Biases start at
-0, where its dense pairs' have a standard deviation of 1e-6. The hidden layer that pre-training has
+start as torchvision's: Glorot's, the patches LeCun's, the classes 0 (section 3.2); but attention's
+last layer, which PyTorch starts smaller, is Glorot's here, and biases start at 0, where its dense
+pairs' have a standard deviation of 1e-6. The hidden layer that pre-training has
 in front of its classes is left out, as in both libraries.
 
 The position embeddings are one for each patch of `input_size`: images have exactly that size. For
@@ -194,6 +195,8 @@ def resize_positions(
     Raises `UserError` for an unknown method, for sizes that are not whole patches, and where
     `params` are not those for `old`.
     """
+    if "position_embedding" not in params:
+        raise UserError(f'expected a ViT\'s variables["params"], got a tree of {sorted(params)}')
     if method not in RESIZES:
         raise UserError(f"unknown method {method!r}{did_you_mean(method, RESIZES)}")
     positions, patch = params["position_embedding"], params["patches"]["kernel"].shape[0]

@@ -3,7 +3,8 @@
 First a grid over alpha (depth), beta (width) and gamma (resolution) with alpha * beta^2 * gamma^2
 close to a budget, each point trained once; the best on the validation split wins. Widths and depths
 are rounded, so that the formula is far off for small networks: only points count whose MACs, as
-counted, are close to the budget too, and of points that are one network the first. Then, as in the
+counted, are close to the budget too, and of points that are one network the first (with few blocks
+a stage many alphas are: the smallest stands for them). Then, as in the
 paper's table 7, the network scaled in one way alone, by depth, width or resolution, and in all
 three by the winner, to the same number of MACs, as near as the rounding lets it. Those are trained
 anew with other seeds than the grid's, and told by the test split, since the winner was chosen by
@@ -16,6 +17,7 @@ the search repeats none that is complete.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import time
@@ -40,27 +42,32 @@ TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
 COUNTED = 0.15  # of the MACs from budget times the base's, relative
 
 
-class Scale(NamedTuple):
-    """Factors on the base network's width, depth and resolution."""
+class Factors(NamedTuple):
+    """On the base network's width, depth and resolution."""
 
-    width: float = 1.0
-    depth: float = 1.0
-    resolution: float = 1.0
+    width_mult: float = 1.0
+    depth_mult: float = 1.0
+    resolution_mult: float = 1.0
 
 
 class Trial(NamedTuple):
     """A network to train: the base, scaled."""
 
     kind: str  # base, grid, depth, width, resolution, compound
-    scale: Scale
+    scale: Factors
     resolution: int  # pixels
     params: int
     macs: int  # of one image
 
+    @property
+    def network(self) -> tuple[int, int, int]:
+        """Equal for equal networks: rounding makes one of many factors."""
+        return self.resolution, self.params, self.macs
+
     def config(self, base: ConfigDict, seed: int) -> ConfigDict:
         config = ConfigDict(base.to_dict())
-        config.model.width_mult = base.model.get("width_mult", 1.0) * self.scale.width
-        config.model.depth_mult = base.model.get("depth_mult", 1.0) * self.scale.depth
+        config.model.width_mult = base.model.get("width_mult", 1.0) * self.scale.width_mult
+        config.model.depth_mult = base.model.get("depth_mult", 1.0) * self.scale.depth_mult
         config.data.image_size = self.resolution
         config.seed = seed
         return config
@@ -109,9 +116,9 @@ class Planner:
         self.depth = self.fields.pop("depth_mult", 1.0)
         self._counted: dict[tuple, tuple[int, int]] = {}
 
-    def trial(self, kind: str, scale: Scale) -> Trial:
-        size = round(self.size * scale.resolution)
-        key = (self.width * scale.width, self.depth * scale.depth, size)
+    def trial(self, kind: str, scale: Factors) -> Trial:
+        size = round(self.size * scale.resolution_mult)
+        key = (self.width * scale.width_mult, self.depth * scale.depth_mult, size)
         if key not in self._counted:
             width, depth, _ = key
             shape = (size, size, self.channels)
@@ -130,10 +137,10 @@ class Planner:
                 f"none of the grid's {len(points)} networks has {macs:.3g} MACs within "
                 f"{COUNTED:.0%}; take a smaller --step"
             )
-        unique = {(t.resolution, t.params, t.macs): t for t in reversed(near)}
+        unique = {trial.network: trial for trial in reversed(near)}
         return list(reversed(unique.values()))
 
-    def at_macs(self, kind: str, macs: float, scale: Callable[[float], Scale]) -> Trial:
+    def at_macs(self, kind: str, macs: float, scale: Callable[[float], Factors]) -> Trial:
         """Of the trials `scale(x)`, x from 0 on, the one whose MACs, which grow by steps, are
         nearest. Raises `UserError` where they do not reach so many."""
         low, high = 0.0, 1.0
@@ -152,9 +159,9 @@ class Planner:
         )
 
 
-def compound(winner: tuple[float, float, float], phi: float) -> Scale:
+def compound(winner: tuple[float, float, float], phi: float) -> Factors:
     alpha, beta, gamma = winner
-    return Scale(width=beta**phi, depth=alpha**phi, resolution=gamma**phi)
+    return Factors(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
 
 def search(
@@ -173,26 +180,33 @@ def search(
     `data.image_size` is the base resolution. Raises `UserError` as a run does.
     """
     folder = pathlib.Path(folder)
+    if not 0 < phi < math.inf:
+        raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")
     planner = Planner(config)
-    base = planner.trial("base", Scale())
+    base = planner.trial("base", Factors())
     say("counting the grid's networks")
     trials = planner.near(base.macs * budget, grid(budget, step))
     say(f"{len(trials)} points of the grid, then 5 networks with {seeds} seeds each")
     runner = _Runner(config, folder, len(trials) + 5 * seeds, say)
     tried = [Found(t, [runner.accuracy(t, config.seed, "validation")]) for t in trials]
-    best = max(tried, key=lambda found: found.accuracy[0]).trial.scale  # the first of equal ones
-    winner = best.depth, best.width, best.resolution
+    # Of equal ones the cheapest, then the first.
+    best = max(tried, key=lambda found: (found.accuracy[0], -found.trial.macs)).trial.scale
+    winner = best.depth_mult, best.width_mult, best.resolution_mult
     macs = base.macs * budget**phi
     trials = [
         base,
-        planner.at_macs("depth", macs, lambda x: Scale(depth=1 + x)),
-        planner.at_macs("width", macs, lambda x: Scale(width=1 + x)),
-        planner.at_macs("resolution", macs, lambda x: Scale(resolution=1 + x)),
+        planner.at_macs("depth", macs, lambda x: Factors(depth_mult=1 + x)),
+        planner.at_macs("width", macs, lambda x: Factors(width_mult=1 + x)),
+        planner.at_macs("resolution", macs, lambda x: Factors(resolution_mult=1 + x)),
         planner.at_macs("compound", macs, lambda x: compound(winner, x)),
     ]
     others = range(config.seed + 1, config.seed + 1 + seeds)
-    told = [Found(t, [runner.accuracy(t, seed, "test") for seed in others]) for t in trials]
-    return Result(told[0], tried, winner, told[1:])
+    told: dict[tuple, list[float]] = {}  # a winner of one way alone is that network: trained once
+    for trial in trials:
+        if trial.network not in told:
+            told[trial.network] = [runner.accuracy(trial, seed, "test") for seed in others]
+    found = [Found(trial, told[trial.network]) for trial in trials]
+    return Result(found[0], tried, winner, found[1:])
 
 
 # ---------------------------------------------------------------------------- what it found
@@ -201,15 +215,22 @@ def search(
 def table(result: Result) -> Table:
     """The grid, best first, and below it the networks of equal MACs."""
     out = Table(title="compound scaling: depth, width and resolution are factors on the base's")
-    for column in ("network", "depth", "width", "resolution", "parameters", "MACs", "accuracy"):
+    columns = ("network", "depth", "width", "resolution", "parameters", "MACs", "of the base's")
+    for column in (*columns, "accuracy"):
         out.add_column(column, justify="left" if column == "network" else "right")
 
     def add(name: str, found: Found) -> None:
         trial, s = found.trial, found.trial.scale
         mean, accuracies = np.mean(found.accuracy), found.accuracy
-        spread = f" sd {np.std(accuracies, ddof=1):.2%}" if len(accuracies) > 1 else ""
-        factors = (f"{s.depth:.2f}", f"{s.width:.2f}", f"{s.resolution:.2f} ({trial.resolution})")
+        n = len(accuracies)
+        spread = f" sd {np.std(accuracies, ddof=1):.2%}, n={n}" if n > 1 else ", n=1"
+        factors = (
+            f"{s.depth_mult:.2f}",
+            f"{s.width_mult:.2f}",
+            f"{s.resolution_mult:.2f} ({trial.resolution})",
+        )
         counts = (f"{trial.params:,}", f"{trial.macs / 1e6:.2f} M")
+        counts += (f"{trial.macs / result.base.trial.macs:.2f}",)
         out.add_row(name, *factors, *counts, f"{mean:.2%}{spread}")
 
     for found in sorted(result.grid, key=lambda found: -found.accuracy[0]):
@@ -267,7 +288,7 @@ def save(result: Result, path: pathlib.Path, flags: dict[str, float]) -> None:
 
 def _point(found: Found) -> tuple[float, float, float]:
     s = found.trial.scale
-    return s.depth, s.width, s.resolution
+    return s.depth_mult, s.width_mult, s.resolution_mult
 
 
 class _Runner:
@@ -278,7 +299,7 @@ class _Runner:
     def accuracy(self, trial: Trial, seed: int, split: str) -> float:
         """Of the finished run on `split`; what the run itself prints is in its output.txt."""
         s = trial.scale
-        name = f"{trial.kind}-d{s.depth:.3f}-w{s.width:.3f}-r{trial.resolution}-{seed}"
+        name = f"{trial.kind}-d{s.depth_mult:.3f}-w{s.width_mult:.3f}-r{trial.resolution}-{seed}"
         workdir, began = self.folder / name, time.perf_counter()
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import efficientnet
 from flax_cnns.models.efficientnet import compound_scale
-from flax_cnns.models.scaling import mobilenet, resnet
+from flax_cnns.models.scaling import mobilenet_v1, mobilenet_v2, resnet
 from flax_cnns.registry import create_model, init_variables, model_info
 from tests.models.captured import captured
 
@@ -179,8 +179,10 @@ def test_any_point():
 @pytest.mark.parametrize(
     ("build", "factors", "gmacs"),
     [  # table 3, where the two rows with 14.7 and 16.2 are each other's
-        *((mobilenet, (1, 1, 224), 0.6), (mobilenet, (2, 1, 224), 2.2)),
-        *((mobilenet, (1, 1, 448), 2.2), (mobilenet, (1.2, 1.4, 291), 2.3)),
+        *((mobilenet_v1, (1, 1, 224), 0.6), (mobilenet_v1, (2, 1, 224), 2.2)),
+        *((mobilenet_v1, (1, 1, 448), 2.2), (mobilenet_v1, (1.2, 1.4, 291), 2.3)),
+        *((mobilenet_v2, (1, 1, 224), 0.3), (mobilenet_v2, (1, 4, 224), 1.2)),
+        *((mobilenet_v2, (2, 1, 224), 1.1), (mobilenet_v2, (1, 1, 448), 1.2)),
         *((resnet, (1, 1, 224), 4.1), (resnet, (1, 1, 448), 16.4)),
         *((resnet, (1, 4, 224), 14.7), (resnet, (2, 1, 224), 16.2)),
     ],

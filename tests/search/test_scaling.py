@@ -61,10 +61,10 @@ def test_the_grid_keeps_the_constraint():
 
 def test_plans_count_the_network_that_the_config_builds(config):
     planner = scaling.Planner(config)
-    base = planner.trial("base", scaling.Scale())
-    trial = planner.at_macs("width", 2 * base.macs, lambda x: scaling.Scale(width=1 + x))
+    base = planner.trial("base", scaling.Factors())
+    trial = planner.at_macs("width", 2 * base.macs, lambda x: scaling.Factors(width_mult=1 + x))
     assert trial.macs == pytest.approx(2 * base.macs, rel=0.1)
-    assert trial.scale.depth == trial.scale.resolution == 1
+    assert trial.scale.depth_mult == trial.scale.resolution_mult == 1
     built = trial.config(config, 3)
     configs.validate(built)
     assert (built.seed, built.data.image_size) == (3, 16)
@@ -74,11 +74,11 @@ def test_plans_count_the_network_that_the_config_builds(config):
     points = [(2.0, 1.0, 1.0), (2.01, 1.0, 1.0), (1.0, 1.0, 1.4), (1.0, 1.0, 3.0)]
     near = planner.near(2 * base.macs, points)
     # The second is the first, and the last is far off.
-    assert [(t.scale.depth, t.scale.resolution) for t in near] == [(2.0, 1.0), (1.0, 1.4)]
+    assert [(t.scale.depth_mult, t.scale.resolution_mult) for t in near] == [(2.0, 1.0), (1.0, 1.4)]
     with pytest.raises(UserError, match="none of the grid's 1 networks"):
         planner.near(2 * base.macs, [(1.0, 1.0, 3.0)])
     with pytest.raises(UserError, match="does not reach"):
-        planner.at_macs("nothing", 2 * base.macs, lambda x: scaling.Scale())
+        planner.at_macs("nothing", 2 * base.macs, lambda x: scaling.Factors())
 
 
 def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, monkeypatch):
@@ -111,6 +111,8 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
     for found in result.scaled:
         assert found.trial.macs == pytest.approx(2 * result.base.trial.macs, rel=0.25)
         assert np.ptp(found.accuracy) == pytest.approx(0.01)
+    with pytest.raises(UserError, match="phi is above 0, got -1"):
+        scaling.search(config, tmp_path / "none", phi=-1.0)
     log = next((tmp_path / "all").glob("base*.txt"))
     assert log.read_text() == "what a run prints\n"
 
@@ -140,4 +142,4 @@ def test_a_network_that_cannot_be_scaled(digits_dir):
     config.data.dir = digits_dir
     config.model = ConfigDict({"name": "cifar_resnet20", "num_classes": 0, "dtype": "float32"})
     with pytest.raises(UserError, match="cifar_resnet20 has no field 'width_mult'"):
-        scaling.Planner(config).trial("base", scaling.Scale())
+        scaling.Planner(config).trial("base", scaling.Factors())
