@@ -21,7 +21,10 @@ from tests.models.straight import (
     googlenet,
     highway,
     lenet,
+    nas,
+    nasnet,
     nin,
+    pnasnet,
     preact_resnet,
     pyramidnet,
     resnet,
@@ -55,6 +58,7 @@ SHALLOW_IMAGENET = {"depths": DEPTHS_IMAGENET, "width": 8, "num_classes": 10}
 GROUPS = {"depths": DEPTHS, "width": 8, "base_width": 32, "groups": 4}
 PYRAMID = {"depth": 14, "alpha": 10}  # 5/3 of a channel a block, rounded down
 PYRAMID_272 = {"depth": 20, "alpha": 10}
+CELLS = {"width": 8, "stem_width": 7, "num_classes": 10}
 
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
@@ -115,6 +119,10 @@ CASES = [
         12,
         PYRAMID,
     ),
+    Case("nas_v1", nas.v1, 9),
+    # 14 and 7 pixels; 34, 17 and 9: zeros on both sides of what strides, and on one.
+    Case("nasnet_a_6_768", partial(nasnet.cifar, depths=(1, 2)), 14, {"depths": (1, 2)} | CELLS),
+    Case("nasnet_a_mobile", partial(nasnet.imagenet, depths=(1,)), 69, {"depths": (1,)} | CELLS),
     Case(
         "densenet_40_12",
         partial(densenet.densenet, layer=densenet.plain, depth=2),
@@ -130,7 +138,8 @@ CASES = [
     Case("fractalnet_20", partial(fractalnet.fractalnet, blocks=3), 20, {"widths": (8, 12, 16)}),
 ]
 
-# Rows that differ from one of those in numbers or training alone: `tests.parity --all` has them.
+# Rows that differ from one of those, or from one that another library has, in numbers or training
+# alone: `tests.parity --all` has them.
 MORE = [
     Case("nin_cifar100", nin.nin_cifar10, 20),
     Case("all_cnn_c_c100", all_cnn.all_cnn_c, 20),
@@ -150,7 +159,19 @@ MORE = [
     ),
     Case("googlenet_2014_aux", googlenet.googlenet_2014, 64, {}, 30),
     Case("googlenet_bn_5x5_aux", googlenet.googlenet_bn_5x5, 80),
+    Case("nas_v1_dense", nas.dense, 9),
+    Case("nas_v1_no_skips", nas.no_skips, 9),
+    Case(
+        "nasnet_a_large",
+        partial(nasnet.imagenet, depths=(2, 1), skip_reduction=True),
+        69,
+        {"depths": (2, 1)} | CELLS,
+    ),
+    Case("pnasnet5_large", partial(pnasnet.pnasnet, depths=(1, 1)), 37, {"depths": (1, 1)} | CELLS),
     # Whole.
+    Case("nasnet_a_6_768", partial(nasnet.cifar, depths=(6, 6, 6)), 14),
+    Case("nasnet_a_mobile", partial(nasnet.imagenet, depths=(4, 4, 4)), 69),
+    Case("nasnet_a_7_2304", partial(nasnet.cifar, depths=(7, 7, 7)), 14),
     Case("cifar_resnet56", partial(cifar_resnet.option_a, depths=(9, 9, 9)), 13),
     Case("cifar_resnet110", partial(cifar_resnet.option_a, depths=(18, 18, 18)), 13),
     Case("cifar_preact110", partial(preact_resnet.full, depths=(18, 18, 18)), 13),
