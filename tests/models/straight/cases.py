@@ -49,6 +49,7 @@ class Case(NamedTuple):
 NARROW = {"hidden": 32, "num_classes": 10}
 WIDTHS = {"widths": (16, 24, 32, 40, 48)}
 SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
+CELLS = {"width": 8, "stem_width": 7, "num_classes": 10}
 
 # Of residual networks: first blocks with stride 1 and with stride 2, and one that is not a first.
 DEPTHS = (2, 1, 2)
@@ -58,7 +59,6 @@ SHALLOW_IMAGENET = {"depths": DEPTHS_IMAGENET, "width": 8, "num_classes": 10}
 GROUPS = {"depths": DEPTHS, "width": 8, "base_width": 32, "groups": 4}
 PYRAMID = {"depth": 14, "alpha": 10}  # 5/3 of a channel a block, rounded down
 PYRAMID_272 = {"depth": 20, "alpha": 10}
-CELLS = {"width": 8, "stem_width": 7, "num_classes": 10}
 
 # 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
 # of 3x3 with stride 2 round up, rounding down would give other sizes.
