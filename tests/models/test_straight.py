@@ -11,7 +11,7 @@ import pytest
 from flax_cnns import pytree
 from flax_cnns.layers import SAFPool
 from tests.models import foreign
-from tests.models.straight import dsn, preact_resnet, simpnet
+from tests.models.straight import dsn, nasnet, preact_resnet, simpnet
 from tests.models.straight.cases import CASES, DEPTHS, SHALLOW, Case, in_numpy, redrawn
 from tests.models.straight.numpy_layers import local_response_norm
 from tests.parity import LIMIT, compare_numpy, difference, disturb, spread
@@ -72,6 +72,19 @@ def test_dsn_companions():
     assert all(agree(right[head], theirs[head]) for head in theirs)
     wrong = ours(disturb(tensors, "params/conv2/bias", "keras"))
     assert [agree(wrong[head], theirs[head]) for head in theirs] == [True, False, False]
+
+
+def test_nasnet_auxiliary_head():
+    depths = (1, 1, 1)
+    fields = {"depths": depths, "width": 4, "aux": 2, "drop_path": 0.0}
+    model, tensors, images = redrawn(Case("nasnet_a_6_768", nasnet.cifar_auxiliary, 20, fields))
+    straight = partial(nasnet.cifar_auxiliary, depths=depths)
+    mutable = ["aux_logits", "batch_stats"]
+    apply = jit(lambda tree, x: model.apply(tree, x, train=True, mutable=mutable)[1]["aux_logits"])
+    ours = apply(pytree.unflatten(tensors), images)["aux1"]["logits"][0]
+    assert agree(ours, in_numpy(straight, tensors, images))
+    wrong = disturb(tensors, "params/stage2/normal1/squeeze/conv/kernel", "keras")
+    assert not agree(ours, in_numpy(straight, wrong, images))
 
 
 def test_simpnet_in_training():

@@ -22,7 +22,10 @@ from tests.models.straight import (
     googlenet,
     highway,
     lenet,
+    nas,
+    nasnet,
     nin,
+    pnasnet,
     preact_resnet,
     pyramidnet,
     resnet,
@@ -50,6 +53,7 @@ class Case(NamedTuple):
 NARROW = {"hidden": 32, "num_classes": 10}
 WIDTHS = {"widths": (16, 24, 32, 40, 48)}
 SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
+CELLS = {"width": 8, "stem_width": 7, "num_classes": 10}
 
 # Of residual networks: first blocks with stride 1 and with stride 2, and one that is not a first.
 DEPTHS = (2, 1, 2)
@@ -122,6 +126,10 @@ CASES = [
         12,
         PYRAMID,
     ),
+    Case("nas_v1", nas.v1, 9),
+    # 14 and 7 pixels; 34, 17 and 9: zeros on both sides of what strides, and on one.
+    Case("nasnet_a_6_768", partial(nasnet.cifar, depths=(1, 2)), 14, {"depths": (1, 2)} | CELLS),
+    Case("nasnet_a_mobile", partial(nasnet.imagenet, depths=(1,)), 69, {"depths": (1,)} | CELLS),
     Case(
         "densenet_40_12",
         partial(densenet.densenet, layer=densenet.plain, depth=2),
@@ -186,7 +194,8 @@ CASES = [
     ),
 ]
 
-# Rows that differ from one of those in numbers or training alone: `tests.parity --all` has them.
+# Rows that differ from one of those, or from one that another library has, in numbers or training
+# alone: `tests.parity --all` has them.
 MORE = [
     Case("nin_cifar100", nin.nin_cifar10, 20),
     Case("all_cnn_c_c100", all_cnn.all_cnn_c, 20),
@@ -206,7 +215,19 @@ MORE = [
     ),
     Case("googlenet_2014_aux", googlenet.googlenet_2014, 64, {}, 30),
     Case("googlenet_bn_5x5_aux", googlenet.googlenet_bn_5x5, 80),
+    Case("nas_v1_dense", nas.dense, 9),
+    Case("nas_v1_no_skips", nas.no_skips, 9),
+    Case(
+        "nasnet_a_large",
+        partial(nasnet.imagenet, depths=(2, 1), skip_reduction=True),
+        69,
+        {"depths": (2, 1)} | CELLS,
+    ),
+    Case("pnasnet5_large", partial(pnasnet.pnasnet, depths=(1, 1)), 37, {"depths": (1, 1)} | CELLS),
     # Whole.
+    Case("nasnet_a_6_768", partial(nasnet.cifar, depths=(6, 6, 6)), 14),
+    Case("nasnet_a_mobile", partial(nasnet.imagenet, depths=(4, 4, 4)), 69),
+    Case("nasnet_a_7_2304", partial(nasnet.cifar, depths=(7, 7, 7)), 14),
     Case("cifar_resnet56", partial(cifar_resnet.option_a, depths=(9, 9, 9)), 13),
     Case("cifar_resnet110", partial(cifar_resnet.option_a, depths=(18, 18, 18)), 13),
     Case("cifar_preact110", partial(preact_resnet.full, depths=(18, 18, 18)), 13),
