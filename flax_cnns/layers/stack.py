@@ -16,7 +16,7 @@ from flax_cnns.types import Array, ModuleDef, PyTree
 class Stage(nn.Module):
     """`depth` blocks, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
 
-    Blocks of a transformer have neither convolution nor stride: [N T C] -> [N T C], `conv` None.
+    Blocks of a transformer have neither convolution nor stride: [N T C] -> [N T C], both None.
 
     Whatever changes from block to block is an argument of the call: `stage(x, rates, keys)` calls
     `block(x, rates[i], keys[i])`, where each is an array (or a tree of them) with `depth` in front,
@@ -42,7 +42,7 @@ class Stage(nn.Module):
     block: ModuleDef  # without conv, stride and name
     conv: ModuleDef | None
     depth: int
-    stride: int = 1
+    stride: int | None = 1  # None: the blocks have no such field
     scan: bool = False
     remat: bool = False
 
@@ -55,7 +55,7 @@ class Stage(nn.Module):
             run = nn.remat(run)
         own = [jax.tree.map(lambda a, i=i: a[i], each) for i in range(self.depth)]
         conv = {} if self.conv is None else {"conv": self.conv}
-        stride = {} if self.stride == 1 else {"stride": self.stride}
+        stride = {} if self.stride is None else {"stride": self.stride}
         x = run(self.block(**conv, **stride, name="block1"), x, own[0])
         name = f"block2-{self.depth}"
         stacked = self.has_variable("params", name)

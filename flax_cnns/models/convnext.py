@@ -134,7 +134,7 @@ class ConvNeXt(nn.Module):
         for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
             if i > 0:
                 x = Downsample(self.width * 2**i, conv, norm, name=f"downsample{i}")(x)
-            x = stage(depth, name=f"stage{i + 1}")(x, drops[i])
+            x = stage(depth, None, name=f"stage{i + 1}")(x, drops[i])
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         x = make_norm(dtype=jnp.float32)(name="norm")(x)
         if self.num_classes is None:

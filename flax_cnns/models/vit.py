@@ -155,7 +155,7 @@ class ViT(nn.Module):
             dropout=self.dropout,
         )
         encoder = layers.Stage(
-            block, None, self.depth, scan=self.scan, remat=self.remat, name="encoder"
+            block, None, self.depth, None, scan=self.scan, remat=self.remat, name="encoder"
         )
         x = encoder(x, drops, keys)[:, 0].astype(jnp.float32)  # [N T C] -> [N C]
         types = dict(dtype=jnp.float32, param_dtype=self.param_dtype)

