@@ -36,7 +36,7 @@ class LayerCost(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A row for each module that has parameters of its own, in the order in which they run.
+    """A row for each module that has parameters or MACs of its own, in the order in which they run.
 
     The blocks that a network with `scan=True` stacks have a row each, as without it.
     """

@@ -6,9 +6,10 @@ between them are read off the drawing, as others have read them, and come to 4,2
 where the paper says 4.2 M. `nas_v1_dense` (every layer takes all before it) and `nas_v1_no_skips`
 are section 4.1's perturbations of it.
 
-The paper says neither what is between a convolution and the next (here BatchNorm and ReLU, as in
-ResNet) nor what is in front of the softmax (here the mean of the maps and a dense layer: a dense
-layer on all pixels would alone have half a million numbers).
+Of two public transcriptions the other has layer 15 take layer 2 where ours has 6, which changes no
+count. Section 4.1 names ReLU and BatchNorm and not their order (here as in ResNet), nor what is in
+front of the softmax (here the mean of the maps and a dense layer: a dense layer on all pixels would
+alone have half a million numbers).
 
 v2 (strides predicted, 20 layers, 2.5 M), v3 (with max poolings, 39 layers, 7.1 M) and its wider
 form (37.4 M) are not here: the paper prints no layer of them.

@@ -5,10 +5,11 @@ stands side by side in its output. N cells are in each of three stages, P channe
 The paper draws the cells (figure 4) and leaves the rest to its authors' release, TensorFlow's slim
 network, which is followed here: ReLU, convolution, norm in that order; each separable convolution
 twice; a 1x1 squeezes both inputs of a cell to its width; the cell behind a reduction halves the
-older input by two shifted 1x1 (`FactorizedReduction`).
+older input by two shifted 1x1 (`FactorizedReduction`). Where slim leaves an older input of the
+cell's width and size as it is, which happens in none of these networks, here it is squeezed too.
 
-- `nasnet_a_*` are slim's networks, with the auxiliary head behind the second stage, whose loss
-  slim weighs by 0.4 (`config.train.aux_weight`). The paper's counts are without it.
+- `nasnet_a_*` are slim's networks, with the auxiliary head behind the last stage but one, whose
+  loss slim weighs by 0.4 (`config.train.aux_weight`). The paper's counts are without it.
 - `nasnetalarge` is timm's and `keras_*` are Keras's, without it. They pad their poolings of stride
   2 with zeros that count: `zero_pools`.
 - ScheduledDropPath drops each operation of a cell, image by image, at a rate that grows with the
