@@ -193,7 +193,6 @@ def _checked(name: str, field: str, value: Any, annotation: str, may_be_zero: Se
     """The value of a field as the module wants it; raises `UserError` where it makes no sense."""
     if isinstance(value, list):  # from a config's JSON; a module's fields must be hashable
         value = tuple(value)
-    _check_field(name, field, value, annotation, may_be_zero)
     if field in ("dtype", "param_dtype"):
         return _dtype(field, value)
     if field == "num_classes" and value is not None and (type(value) is not int or value < 1):
@@ -204,6 +203,7 @@ def _checked(name: str, field: str, value: Any, annotation: str, may_be_zero: Se
         or any(type(n) is not int or n < 1 for n in value)
     ):
         raise UserError(f"{name}: input_size is (height, width, channels), got {value!r}")
+    _check_field(name, field, value, annotation, may_be_zero)
     return value
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import flax_cnns
+from experiments.benchmarks import learning
 from flax_cnns import registry
 from flax_cnns.errors import UserError
 from flax_cnns.registry import create_model, init_variables, list_models, model_info
@@ -89,6 +90,14 @@ def test_the_readme_names_every_network_with_its_parameters():
         ("wrn_16_4", dict(width_mult=0.5), "width_mult is a whole number above 0, got 0.5"),
         ("resnet50", dict(scan=1), "scan is True or False, got 1"),
         ("resnet50", dict(norm=None), "norm is a text, got None"),
+        ("mobilenet_v2", dict(width_mult=0), "width_mult is a number above 0, got 0"),
+        ("mobilenet_v2", dict(momentum=2.0), "momentum is a number from 0 to below 1, got 2.0"),
+        ("efficientnet_b0", dict(epsilon=float("nan")), "epsilon is a number above 0, got nan"),
+        ("efficientnet_b0", dict(activation="relu"), "activation is a function or a module"),
+        ("mobilenet_v1_100", dict(depths=(1, 2)), "expected a depth and a width for each stage"),
+        ("nasnet_a_mobile", dict(aux=-1), "aux is a whole number above 0, got -1"),
+        ("nasnet_a_mobile", dict(stem_cells=-1), "stem_cells is a whole number from 0, got -1"),
+        ("nasnet_a_mobile", dict(zero_pools=("mx",)), "zero_pools are among 'max' and 'mean'"),
         ("densenet121", dict(compression=2.0), "compression is above 0 and at most 1, got 2.0"),
         ("resnext50_32x4d", dict(width=8), "32 groups do not divide the 0 channels"),
         ("legacy_senet154", dict(width=16), "64 groups do not divide the 32 channels"),
@@ -98,6 +107,18 @@ def test_the_readme_names_every_network_with_its_parameters():
 def test_fields_that_make_no_sense(name, fields, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: init_variables(create_model(name, **fields), jax.random.key(0)))
+
+
+def test_what_may_be_absent():
+    model = create_model("pnasnet5large", depths=(1, 0), width=16, stem_width=16)
+    assert model.depths == (1, 0)
+    assert create_model("all_cnn_c", last_padding=0).last_padding == 0
+    assert create_model("vgg16", num_classes=None).num_classes is None
+
+
+def test_every_learning_case_is_a_network_of_ours():
+    for name, case in learning.CASES.items():
+        create_model(name, **case.fields)
 
 
 def test_unknown_names_get_the_near_miss():
