@@ -26,7 +26,7 @@ _MBCONV = (
         r"features\.\d\.[1-9]\d*\.block\.[23]\.0\.weight"
         r"|blocks\.\d\.[1-9]\d*\.conv_pwl\.weight|blocks\.0\.[1-9]\d*\.conv_pw\.weight"
         r"|block\d[b-z]_project_conv/kernel|block([2-9]|\d\d)/project/kernel",
-        0.1,
+        0.03,
     ),
     (
         r"features\.\d\.0\.block\.[23]\.0\.weight"
@@ -41,7 +41,7 @@ GAIN = {
     "cifar_resnet": 1.0,
     "convnext": 1.0,
     "efficientnet": _MBCONV,
-    "mobilenet_v2": 1.0,
+    "mobilenet_v2": 1.3,
     "mobilenet_v3": 1.65,
     "nasnet": 1.0,
     "pnasnet": 1.0,
