@@ -88,9 +88,12 @@ def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, source) for name in sources for source in sources[name]]
 
 
-def every_network() -> list[str]:
-    """`list_models()`, without the second names of a network."""
-    first = {create_model(name): name for name in reversed(list_models())}
+def every_pair() -> list[tuple[str, str]]:
+    """The pairs of `list_models()`; of a network with several names each source once."""
+    first = {
+        (create_model(name), source): (name, source)
+        for name, source in reversed(pairs(list_models()))
+    }
     return sorted(first.values())
 
 
@@ -233,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.names and not args.all:
         parser.error("expected names of networks, or --all")
     try:
-        chosen = pairs(every_network() if args.all else args.names)
+        chosen = every_pair() if args.all else pairs(args.names)
     except UserError as e:
         parser.error(str(e))
     compared = {name for name, _ in chosen}
