@@ -254,11 +254,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             size = min(create_model(name).input_size[0], LARGEST)
             try:
-                live = foreign.load(foreign.build(name, source), source, foreign.gain(name))
+                theirs = foreign.build(name, source, size)
+                live = foreign.load(theirs, source, foreign.gain(name))
             except (UserError, ImportError) as e:
                 parser.error(f"{source} cannot be had: {e}; --help says what to install")
             result = compare(name, source, live, size)
-            del live
+            del live, theirs
         jax.clear_caches()
         args.results.parent.mkdir(parents=True, exist_ok=True)
         partial = args.results.with_suffix(".partial")

@@ -34,15 +34,26 @@ def round_width(width: float, divisor: int = 8) -> int:
     """The nearest multiple of `divisor` (half of it goes up), or the next where that would be
     less than 90 % of `width`: 42.0 -> 40, 10.0 -> 16.
 
-    So in the released code of MobileNetV2, https://arxiv.org/abs/1801.04381, and since.
+    So in the released code of MobileNetV2, https://arxiv.org/abs/1801.04381, and since. Raises
+    `UserError` where the width is not above 0.
     """
+    _check_above_zero("width", width)
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * width else rounded
 
 
 def round_depth(depth: float) -> int:
-    """Blocks of a stage, rounded up (EfficientNet's released code): 2.2 -> 3."""
+    """Blocks of a stage, rounded up (EfficientNet's released code): 2.2 -> 3. Raises `UserError`
+    where the depth is not above 0."""
+    _check_above_zero("depth", depth)
     return math.ceil(depth)
+
+
+def _check_above_zero(what: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UserError(
+            f"expected a {what} above 0, got {value:g}; is {what}_mult, a factor above 0, right?"
+        )
 
 
 def _depthwise(

@@ -89,6 +89,14 @@ def test_rounding_as_published():
     assert layers.round_depth(2) == 2
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_factor_that_is_not_above_zero_is_named(factor):
+    with pytest.raises(UserError, match="a width above 0, got .* is width_mult, a factor above 0"):
+        layers.round_width(32 * factor)
+    with pytest.raises(UserError, match="a depth above 0, got .* is depth_mult, a factor above 0"):
+        layers.round_depth(2 * factor)
+
+
 @pytest.mark.parametrize(("width", "stride", "added"), [(4, 1, True), (4, 2, False), (8, 1, False)])
 def test_input_is_added_where_the_shape_stays(x, width, stride, added):
     block = layers.MBConv(width, conv, norm, stride, zero_init=True)

@@ -149,15 +149,19 @@ TORCHVISION = {
 }
 
 
-def build(name: str, source: str) -> Any:
-    """The published network whose tensors `convert(name, ..., source)` takes, untrained."""
+def build(name: str, source: str, size: int | None = None) -> Any:
+    """The published network whose tensors `convert(name, ..., source)` takes, untrained.
+
+    `size`: of the images in pixels, which Keras wants to know; by default the network's own.
+    """
     if source == "keras":
         os.environ.setdefault("KERAS_BACKEND", "jax")
         import keras
 
         build, family = getattr(keras.applications, KERAS[name]), model_info(name).family
         raw = {"include_preprocessing": False} if family in ("convnext", "mobilenet_v3") else {}
-        model = build(weights=None, classifier_activation=None, **raw)
+        shape = {} if size is None else {"input_shape": (size, size, 3)}
+        model = build(weights=None, classifier_activation=None, **shape, **raw)
         if family == "efficientnet":
             model = keras.Model(model.get_layer("stem_conv_pad").input, model.output)
         return model
