@@ -78,6 +78,24 @@ def define_commands(*names: str) -> None:
 _COMMANDS: list[str] = []
 
 
+def define_arguments(what: str, most: int | None = None) -> None:
+    """The script takes arguments beside its flags, in any order: one at least and `most` at most;
+    `what` says in messages what they are."""
+    flags.FLAGS.set_gnu_getopt()
+    _ARGUMENTS.append((what, most))
+
+
+_ARGUMENTS: list[tuple[str, int | None]] = []
+
+
+def _check_arguments(given: list[str]) -> None:
+    what, most = _ARGUMENTS[0] if _ARGUMENTS else ("", 0)
+    if what and not given:
+        raise UserError(f"expected {what}, got none")
+    if most is not None and len(given) > most:
+        raise UserError(f"unexpected argument {given[most]!r}; flags begin with --")
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
     if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
@@ -102,8 +120,7 @@ def _parse(argv: list[str]) -> list[str]:
             flags.FLAGS[
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --")
+        _check_arguments(rest[1:])
         return rest
     except OSError as error:
         named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
