@@ -71,7 +71,13 @@ def get_config() -> ConfigDict:
                 # by sgd, adam and rmsprop (L2); decoupled from it in adamw and lamb.
                 weight_decay=(),
                 trainable=(),  # rules (regex, bool); (): all
+                # BatchNorm: rules (regex over paths such as "stage1/block1/norm1", mode). train: by
+                # the batch, and the running statistics move; frozen_stats: by those, which stay;
+                # frozen: scale and bias stay too. (): frozen where `trainable` freezes the layer's
+                # parameters, train elsewhere.
+                bn=(),
                 lr_mult=(),  # rules (regex, number): factors on the learning rate; (): all 1
+                layer_decay=0.0,  # such a factor from each layer to the one below it; 0: off
                 clip_norm=0.0,  # global norm of the gradient; 0: off
             ),
             # ---- the learning rate
@@ -103,6 +109,9 @@ def get_config() -> ConfigDict:
                 # ((duration, number), ...) and the straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
+                # Before each validation BatchNorm's running statistics are computed anew, from so
+                # many batches of training images; 0: off.
+                precise_bn=0,
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
                 test_on="latest",  # which checkpoint the test split sees at the end: latest or best

@@ -165,7 +165,11 @@ FIELDS: dict[str, Check] = {
     "optimizer.decay_rate": number(0, 1),
     "optimizer.weight_decay": rules(number(), "number", single=True),
     "optimizer.trainable": rules(flag, "True or False"),
+    "optimizer.bn": rules(
+        one_of("train", "frozen_stats", "frozen"), "train, frozen_stats or frozen"
+    ),
     "optimizer.lr_mult": rules(number(), "number", single=True),
+    "optimizer.layer_decay": number(0, 1),
     "optimizer.clip_norm": number(),
     "schedule.name": one_of("constant", "steps", "cosine", "exponential", "one_cycle", "plateau"),
     "schedule.learning_rate": number(above=True),
@@ -188,6 +192,7 @@ FIELDS: dict[str, Check] = {
     "train.ema_warmup": flag,
     "train.aux_weight": rules(weight, "number", single=True),
     "train.max_bad_steps": integer(),
+    "train.precise_bn": integer(),
     "train.deterministic": flag,
     "train.eval_every": duration,
     "train.early_stopping": integer(),

@@ -43,6 +43,8 @@ def changed(path, value):
         ("optimizer.trainable", ((".*",),), "rules"),
         ("optimizer.trainable", (("(", True),), "is no regular expression"),
         ("optimizer.weight_decay", ("a", 1), "rules"),
+        ("optimizer.bn", ((".*", "freeze"),), "train, frozen_stats or frozen"),
+        ("optimizer.layer_decay", 1.5, "a number from 0 to 1"),
         ("graft.rules", (("a", 1),), "path in the source or None"),
         ("train.accumulate", 3, "a batch of 64 does not divide into 3 pieces"),
         ("schedule.name", "steps", "'steps' needs some"),

@@ -37,7 +37,9 @@ SGD = SimpleNamespace(  # config.optimizer of configs/common.py, without ml_coll
     decay_rate=0.9,
     weight_decay=(),
     trainable=(),
+    bn=(),
     lr_mult=(),
+    layer_decay=0.0,
     clip_norm=0.0,
 )
 
