@@ -28,11 +28,13 @@ def get_config() -> ConfigDict:
                 dir="",  # TFDS data_dir, folder of archives or of images; "": TFDS's default
                 source="auto",  # tfds, archive, folder; auto: archives if dir has them, else TFDS
                 labels="",  # where there are several kinds: cifar100 has fine (default) and coarse
+                classes=(),  # only these, by number or name, labelled 0, 1, ... in this order
                 image_size=32,  # height and width that the network sees
                 channels=0,  # 0: the data set's own; 1 or 3 converts
                 # Taken from train where there is no such split: a fraction, a count, or 0 for none.
                 validation=0.1,
-                split_seed=0,  # of that split, and of an image folder's
+                fraction=1.0,  # of the training examples, each class alike; no other split changes
+                split_seed=0,  # of these, and of an image folder's test split
                 batch_size=64,  # over all devices and processes
                 eval_batch_size=256,
                 # yes, no, or auto: when they take less than memory_limit and are not photographs

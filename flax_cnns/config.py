@@ -119,6 +119,13 @@ def compute_dtype(value: Any) -> str | None:
     return one_of("float32", "bfloat16")(value)
 
 
+def class_list(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(
+        isinstance(v, (int, str)) and not isinstance(v, bool) for v in value
+    )
+    return None if fine else "numbers or names of classes such as (0, 3, 'Bag'), () for all"
+
+
 def source_path(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else "a path or None"
 
@@ -135,9 +142,11 @@ FIELDS: dict[str, Check] = {
     "data.dir": text,
     "data.source": one_of("auto", "tfds", "archive", "folder"),
     "data.labels": text,
+    "data.classes": class_list,
     "data.image_size": integer(1),
     "data.channels": integer(),
     "data.validation": number(),
+    "data.fraction": number(0, 1, above=True),
     "data.split_seed": integer(),
     "data.batch_size": integer(1),
     "data.eval_batch_size": integer(1),

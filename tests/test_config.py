@@ -35,6 +35,8 @@ def changed(path, value):
         ("seed", 10**20, r"below 2\*\*31"),
         ("data.validation", -0.1, "a number from 0"),
         ("data.channels", 2, "0 .*1 or 3, got 2"),
+        ("data.fraction", 0.0, "a number above 0 to 1, got 0"),
+        ("data.classes", (0, 1.5), "numbers or names of classes"),
         ("data.augment.flip", 1, "True or False, got 1"),
         ("data.augment.random_resized_crop", (1.0, 0.1), "smallest, largest"),
         ("schedule.learning_rate", 0.0, "a number above 0"),

@@ -162,6 +162,49 @@ class Subset:
         return f"Subset({self.source!r}, {self.name}, {len(self)})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """Another source under labels of our own."""
+
+    source: Source
+    labels: np.ndarray  # i32 [N]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        return self.source.open(i)[0], self.labels[i]
+
+    def where(self, i: int) -> str:
+        return self.source.where(i)
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return dataclasses.replace(self, source=self.source.fetch(rows))
+
+    def __repr__(self) -> str:
+        return f"Relabelled({self.source!r}, {self.name}, {len(self)})"
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """i32 [N]; reads every example, without decoding it, where the source does not know them.
+
+    Raises DamagedImage.
+    """
+    if source.labels is not None:
+        return source.labels
+    labels = np.empty(len(source), np.int32)
+    for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
+        part = source.fetch(rows)
+        for i in rows:
+            try:
+                image, labels[i] = part.open(i)
+                image.close()
+            except _DAMAGE as why:
+                raise DamagedImage(source.where(i), why) from why
+    return labels
+
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom in the image's own pixels
 
 
