@@ -1,0 +1,239 @@
+"""Linear classifiers on a network's fixed features: "bottom features can be precomputed".
+
+The features of all splits are computed once, without augmentation, pooled to [N C], and kept in a
+file; each classifier then trains on them with the config's own optimizer, schedule, number of steps
+and order of examples. On the network's last features that is, but for rounding, what a run computes
+in which all but the classifier is frozen and nothing is augmented; it passes each image once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from flax_cnns import config as configs
+from flax_cnns import pytree
+from flax_cnns import workdir as workdirs
+from flax_cnns.analysis.cost import cost
+from flax_cnns.checkpoint.graft import graft
+from flax_cnns.data import augment, mix, pipeline
+from flax_cnns.errors import UserError
+from flax_cnns.experiment import Parts, assemble
+from flax_cnns.train import losses, optimizers, schedules
+from flax_cnns.types import Array, PyTree
+
+LAST = "pre_logits"  # what the network gives without its classifier
+Features = dict[str, dict[str, np.ndarray]]  # split -> {"labels": i32 [N], layer: f32 [N C]}
+
+
+def probe(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    layers: Sequence[str],
+    *,
+    every_layer: Sequence[str] = (),
+    cache: str | os.PathLike,
+) -> dict[str, Any]:
+    """Trains a linear classifier on each of `layers` (module paths such as "stage2", or `LAST`) and
+    returns what it writes to `workdir/summary.json`; a directory that is complete is only read.
+
+    `config` is that of a run in which `optimizer.trainable` leaves the classifier alone. The
+    accuracy is that of the layer with the best validation accuracy (without that split: the last).
+    `every_layer`: those to be kept in the file `cache`, for other calls. Raises `UserError`.
+    """
+    workdir, cache = pathlib.Path(workdir).absolute(), pathlib.Path(cache)
+    resolved = configs.plain(config) | {"probe": list(layers)}
+    with workdirs.open_workdir(workdir, primary=True) as opened:
+        workdirs.check_workdir(workdir, resolved)
+        if (workdir / "summary.json").is_file():
+            return workdirs.read_json(workdir / "summary.json")
+        parts = assemble(config)
+        workdirs.write_json(workdir / "config.json", resolved)
+        shape = (1, *parts.dataset.image_shape)
+        order = [layer.path for layer in cost(parts.model, shape).layers]
+        variables = parts.fresh_variables()
+        if config.graft.source:
+            variables, report = graft(config.graft.source, variables, config.graft.rules, order)
+            print(report)
+        wanted = list(dict.fromkeys([*every_layer, *layers]))
+        found, passing = cached_features(parts, variables, wanted, cache)
+        opened.begun = True
+        tried = {layer: _classify(parts, variables["params"], layer, found) for layer in layers}
+        best = max(tried, key=lambda name: tried[name].get("validation/accuracy", 0.0))
+        chosen = tried[best if "validation" in found else layers[-1]]
+        summary = {
+            "model": config.model.name,
+            "dataset": parts.dataset.name,
+            "seed": config.seed,
+            "validation/best_accuracy": chosen.get("validation/accuracy"),
+            "test/accuracy": chosen["test/accuracy"],
+            "layers": tried,
+            # Without compiling.
+            "features_seconds": passing,
+            "training_seconds": sum(layer["seconds"] for layer in tried.values()),
+        }
+        with (workdir / "metrics.jsonl").open("w") as log:
+            for layer, numbers in tried.items():
+                log.write(json.dumps({"layer": layer} | numbers) + "\n")
+        workdirs.write_json(workdir / "summary.json", summary)
+        return summary
+
+
+# ---------------------------------------------------------------------------- features
+
+
+def cached_features(
+    parts: Parts, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
+) -> tuple[Features, float]:
+    """The features of every split, and the seconds that computing them took: read from `cache`
+    where it holds those of this config, else computed and kept there."""
+    config = configs.plain(parts.config)
+    key = json.dumps([config[part] for part in ("seed", "model", "data", "graft")] + list(layers))
+    if cache.is_file():
+        with np.load(cache) as kept:
+            if str(kept["key"]) == key:
+                flat = {name: kept[name] for name in kept.files if "/" in name}
+                found: Features = {}
+                for name, array in flat.items():
+                    split, layer = name.split("/", 1)
+                    found.setdefault(split, {})[layer] = array
+                return found, float(kept["seconds"])
+    found, seconds = features(parts, variables, layers)
+    flat = {f"{split}/{n}": array for split, of in found.items() for n, array in of.items()}
+    beside = cache.with_suffix(".tmp.npz")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(beside, key=np.str_(key), seconds=seconds, **flat)
+    os.replace(beside, cache)
+    return found, seconds
+
+
+def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Features, float]:
+    """Each image of each split through the network once, in evaluation mode; (features, seconds),
+    these without compiling. Whatever stands between examples and channels is averaged."""
+    model, dataset = parts.model.clone(num_classes=None), parts.dataset
+    normalize = augment.make_normalize(
+        parts.config.data.augment, mean=dataset.mean, std=dataset.std
+    )
+    variables = parts.for_steps(variables)
+
+    @jax.jit
+    def forward(variables: PyTree, images: Array) -> dict[str, Array]:
+        pre_logits, state = model.apply(
+            variables,
+            normalize(images),
+            train=False,
+            capture_intermediates=lambda module, _: "/".join(module.path) in layers,
+            mutable=["intermediates"],
+        )
+        captured = pytree.flatten(state.get("intermediates", {}))
+        maps = {path.removesuffix("/__call__/0"): x for path, x in captured.items()}
+        return {
+            layer: x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32).mean(1)
+            for layer, x in {**maps, LAST: pre_logits}.items()
+            if layer in layers
+        }
+
+    def batches(split: str) -> Any:
+        return pipeline.eval_batches(dataset, split, parts.config.data)
+
+    first = next(batches("test"))["image"]
+    jax.block_until_ready(forward(variables, first))  # compiled now
+    began, found = time.perf_counter(), {}
+    for split in dataset.splits:
+        rows: dict[str, list] = {}
+        for batch in batches(split):
+            there = batch["mask"] > 0
+            computed = jax.device_get(forward(variables, batch["image"]))
+            for name, array in (computed | {"labels": batch["label"]}).items():
+                rows.setdefault(name, []).append(array[there])
+        found[split] = {name: np.concatenate(arrays) for name, arrays in rows.items()}
+    if missing := set(layers) - set(found["train"]):
+        raise UserError(f"{parts.config.model.name} has no layer {sorted(missing)[0]!r}")
+    return found, time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------- the classifier
+
+
+def _classify(parts: Parts, params: PyTree, layer: str, found: Features) -> dict[str, float]:
+    """{"validation/accuracy", "test/accuracy", "seconds"} of the classifier on a layer."""
+    config = parts.config
+    per_epoch = len(found["train"]["labels"]) / config.data.batch_size
+    total = schedules.steps(config.train.duration, per_epoch, what="train.duration")
+    schedule = schedules.make(config.schedule, total_steps=total, steps_per_epoch=per_epoch)
+    optimizer = optimizers.make(config.optimizer, params, schedule)
+    head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
+    soften = mix.make_mix(
+        ConfigDict(config.mix.to_dict() | {"mixup": 0.0}), parts.model.num_classes
+    )
+    size = config.data.batch_size
+    places = range(total * size)
+    order = [pipeline.row_at(i, config.seed, len(found["train"]["labels"])) for i in places]
+    order = jnp.asarray(order).reshape(total, size)
+
+    def train(head: PyTree, x: Array, labels: Array, order: Array) -> PyTree:
+        def step(carry: tuple, inputs: tuple) -> tuple:
+            (head, opt_state), (i, rows) = carry, inputs
+
+            def loss(head: PyTree) -> Array:
+                _, soft = soften(x[rows], labels[rows], jax.random.key(0))
+                return jnp.mean(losses.cross_entropy(_logits(head, x[rows]), soft))
+
+            grads = jax.grad(loss)(head)
+            updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i)
+            return (optax.apply_updates(head, updates), opt_state), None
+
+        carry = head, optimizer.tx.init(head)
+        return jax.lax.scan(step, carry, (jnp.arange(total), order))[0][0]
+
+    mean = std = 0.0
+    if layer != LAST:
+        # Each layer has another scale, and the rate was chosen for the last.
+        mean, std = (f(found["train"][layer], axis=0) for f in (np.mean, np.std))
+
+    def scaled(split: str) -> np.ndarray:
+        return found[split][layer] if layer == LAST else (found[split][layer] - mean) / (std + 1e-6)
+
+    inputs = head, scaled("train"), found["train"]["labels"], order
+    compiled = jax.jit(train).lower(*inputs).compile()
+    began = time.perf_counter()
+    head = jax.block_until_ready(compiled(*inputs))
+    accuracies = {"seconds": time.perf_counter() - began}
+    for split in found.keys() - {"train"}:
+        right = np.argmax(_logits(head, scaled(split)), -1) == found[split]["labels"]
+        accuracies[f"{split}/accuracy"] = float(np.mean(right))
+    return accuracies
+
+
+def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
+    """The network's fresh classifier; on another layer than its own one of zeros."""
+    flat = pytree.flatten(head)
+    kernels = [path for path in flat if path.endswith("/kernel") and flat[path].ndim == 2]
+    if len(kernels) != 1 or len(flat) > 2:
+        raise UserError(
+            "a linear classifier on features: expected one dense layer alone to be trainable, got"
+            f" {', '.join(flat)}"
+        )
+    if layer == LAST:
+        return head
+    flat = {path: jnp.zeros_like(leaf) for path, leaf in flat.items()}
+    flat[kernels[0]] = jnp.zeros((x.shape[-1], flat[kernels[0]].shape[-1]), jnp.float32)
+    return pytree.unflatten(flat)
+
+
+def _logits(head: PyTree, x: Array) -> Array:
+    """f32 [N C] -> [N K]."""
+    flat = pytree.flatten(head)
+    kernel = next(leaf for path, leaf in flat.items() if path.endswith("/kernel"))
+    bias = next((leaf for path, leaf in flat.items() if path.endswith("/bias")), 0.0)
+    return x @ kernel + bias
