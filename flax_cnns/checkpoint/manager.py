@@ -173,20 +173,29 @@ def read_metadata(source: str | os.PathLike) -> Metadata:
     return stored
 
 
+def has_checksums(source: str | os.PathLike) -> bool:
+    """Whether reading what `resolve(source)` holds notices a flipped bit: where it has our manifest
+    of CRCs. Orbax's own formats do not.
+    """
+    return _manifest_of(resolve(source)) is not None
+
+
 def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, np.ndarray]:
     """Reads these leaves, and only these, of what `resolve(source)` holds as host arrays.
 
-    Look at `read_metadata` first: a small file can declare arrays of any size. Raises
-    `DamagedError` where a leaf cannot be read, or its CRC32 is not that of the manifest (where
-    there is one). A path that is not there is a KeyError.
+    Raises `DamagedError` where a leaf cannot be read, its CRC32 is not that of the manifest (where
+    there is one), or the arrays are declared so large that the files cannot hold them. A path that
+    is not there is a KeyError.
     """
     path, wanted = resolve(source), set(paths)
     _drop_late_callbacks()
     tree = _metadata_tree(path)
-    if missing := wanted - flatten(tree).keys():
+    leaves = flatten(tree)
+    if missing := wanted - leaves.keys():
         raise KeyError(f"{path} has no {sorted(missing)}")
     if not wanted:
         return {}
+    _check_plausible(path, {name: shape_and_dtype(leaves[name]) for name in wanted})
 
     def choose(key_path: tuple, _: Any) -> Any:
         name = jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -208,6 +217,27 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
                 f" {entry['crc32']:08x} was written"
             )
     return leaves
+
+
+def bytes_of(leaves: Metadata) -> int:
+    """The bytes of arrays of these shapes and dtypes in memory."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves.values())
+
+
+def bytes_on_disk(source: str | os.PathLike) -> int:
+    """The bytes of the files of what `resolve(source)` holds."""
+    return sum(file.stat().st_size for file in resolve(source).rglob("*") if file.is_file())
+
+
+def _check_plausible(path: Path, leaves: Metadata) -> None:
+    """A file of a kilobyte can declare arrays of any size, which reading would allocate. Arrays
+    that are all zeros take no room on disk, hence the margin."""
+    declared = bytes_of(leaves)
+    if declared > 1 << 30 and declared > 1000 * (held := bytes_on_disk(path)):
+        raise DamagedError(
+            f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes: that is a"
+            " damaged or a hostile checkpoint, and it is not read"
+        )
 
 
 def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False) -> PyTree:
