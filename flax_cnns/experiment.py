@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -254,26 +255,36 @@ class _Run:
 
     # -- state
 
-    def _optimizer(self, params: PyTree) -> optimizers.Optimizer:
+    @functools.cached_property
+    def _order(self) -> list[str]:
+        """The paths of the network's layers, as images pass them."""
+        shape = (1, *self.parts.dataset.image_shape)
+        return [layer.path for layer in cost(self.parts.model, shape).layers]
+
+    def _optimizer(self, variables: PyTree) -> optimizers.Optimizer:
         schedule = schedules.make(
             self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
         )
-        return optimizers.make(self.config.optimizer, params, schedule)
+        return optimizers.make(
+            self.config.optimizer,
+            variables["params"],
+            schedule,
+            batch_stats=variables.get("batch_stats"),
+            order=self._order if self.config.optimizer.layer_decay else (),
+        )
 
     def _fresh_state(self) -> TrainState:
         variables = self.parts.fresh_variables()
         if self.config.graft.source:
-            shape = (1, *self.parts.dataset.image_shape)
-            order = [layer.path for layer in cost(self.parts.model, shape).layers]
             variables, grafted = graft(
-                self.config.graft.source, variables, self.config.graft.rules, order
+                self.config.graft.source, variables, self.config.graft.rules, self._order
             )
             if self.primary:
                 print(grafted)
                 workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())
         # After grafting, so that the optimizer and the average start from the grafted weights.
         variables = self.parts.for_steps(variables)
-        optimizer = self._optimizer(variables["params"])
+        optimizer = self._optimizer(variables)
         opt_state = optimizer.init(variables["params"])
         state = TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
         return parallel.replicate(state, self.parts.mesh)
@@ -283,7 +294,7 @@ class _Run:
 
         def make() -> TrainState:
             variables = self.parts.for_steps(jax.eval_shape(self.parts.fresh_variables))
-            optimizer = self._optimizer(variables["params"])
+            optimizer = self._optimizer(variables)
 
             def create(variables: PyTree) -> TrainState:
                 opt_state = optimizer.init(variables["params"])
@@ -373,7 +384,7 @@ class _Run:
 
     def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
-        optimizer = self._optimizer(state.params)
+        optimizer = self._optimizer(state.variables)
         train_step = make_train_step(parts, optimizer, self.steps_per_epoch)
         on_validation = None
         if config.schedule.name == "plateau":
