@@ -98,6 +98,17 @@ def model_fields(config: Any) -> dict[str, Any]:
     return fields
 
 
+def make_model(config: Any, dataset: datasets.Dataset) -> Any:
+    """The network of a run: as many classes as the data set has, unless the config says more."""
+    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
+    if fields["num_classes"] < dataset.num_classes:
+        raise UserError(
+            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
+            f"which has {dataset.num_classes}; 0 takes the data set's"
+        )
+    return registry.create_model(**fields, input_size=dataset.image_shape)
+
+
 def assemble(config: Any, *, confusion: bool = False) -> Parts:
     """Loads the data and builds network, mesh and evaluation step. Raises `UserError`."""
     registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
@@ -105,17 +116,11 @@ def assemble(config: Any, *, confusion: bool = False) -> Parts:
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
     dataset = datasets.load(config.data)
-    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
-    if fields["num_classes"] < dataset.num_classes:
-        raise UserError(
-            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
-            f"which has {dataset.num_classes}; 0 takes the data set's"
-        )
-    model = registry.create_model(**fields, input_size=dataset.image_shape)
+    model = make_model(config, dataset)
     eval_step = steps.make_eval_step(
         model.apply,
         normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
-        num_classes=fields["num_classes"],
+        num_classes=model.num_classes,
         confusion=confusion,
     )
     eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
@@ -214,6 +219,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         parts = assemble(config)
         if primary:
             workdirs.write_json(workdir / "config.json", resolved)
+            workdirs.write_json(workdir / "dataset.json", parts.dataset.as_dict())
         return _Run(parts, workdir, opened, signals, began).go()
 
 
@@ -487,6 +493,11 @@ class _Run:
 # ---------------------------------------------------------------------------- a finished run
 
 
+def head_names(dataset: datasets.Dataset, width: int) -> list[str]:
+    """The classes in words; a head may be wider than the data set."""
+    return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
+
+
 def load_variables(
     parts: Parts, workdir: str | os.PathLike, checkpoint: str = "latest"
 ) -> tuple[PyTree, int]:
@@ -530,8 +541,7 @@ def evaluate_run(
     sums = parts.evaluate(variables, split)
     confusion = sums["confusion"]
     classes = per_class(confusion)
-    # A head may be wider than the data set.
-    names = [*dataset.class_names, *map(str, range(dataset.num_classes, len(confusion)))]
+    names = head_names(dataset, len(confusion))
     found = {
         "split": split,
         "step": step,

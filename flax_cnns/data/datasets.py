@@ -87,6 +87,17 @@ class Dataset:
         """False: images are decoded as they come, and the loader does the random resized crop."""
         return self.splits["train"].images is not None
 
+    def as_dict(self) -> dict[str, Any]:
+        """What it is, without its images, as JSON has it."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("splits", "damaged"))
+        return {name: getattr(self, name) for name in fields}
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Dataset:
+        """Of `as_dict`, perhaps by way of JSON: a data set of no splits."""
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return cls(**plain, splits={})
+
 
 class Raw(NamedTuple):
     """What a reader found, before roles, sizes and memory."""
