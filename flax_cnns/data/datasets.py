@@ -223,9 +223,10 @@ def _choose_classes(raw: Raw, config: Any) -> Raw:
 
     def choose(source: img.Source) -> img.Source:
         labels = new[img.read_labels(source)]
-        rows = np.flatnonzero(labels >= 0)
-        part = img.Subset(source, rows, f"classes {chosen}")
-        return img.Relabelled(part, labels[rows], f"classes {chosen}")
+        rows, name = np.flatnonzero(labels >= 0), f"classes {chosen}"
+        if isinstance(source, img.ArraySource):  # arrays stay arrays: nothing is decoded
+            return img.ArraySource(source.images[rows], labels[rows], f"{source.name}, {name}")
+        return img.Relabelled(img.Subset(source, rows, name), labels[rows], name)
 
     return raw._replace(
         sources={name: choose(source) for name, source in raw.sources.items()},
