@@ -126,6 +126,8 @@ def resolve(source: str | os.PathLike) -> Path:
         parent = path.parent
         near = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
         raise UserError(f"there is no checkpoint or run {text!r}{did_you_mean(path.name, near)}")
+    if unfinished := [name for name in path.parts if ".orbax-checkpoint-tmp" in name]:
+        raise UserError(f"{text} is no whole checkpoint: saving {unfinished[0]} was never finished")
     if known := steps(path):
         named = {"": best_step, "best": best_step, "latest": latest_step}
         step = named[which](path) if which in named else int(which) if which.isdigit() else which
