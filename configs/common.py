@@ -52,8 +52,12 @@ def get_config() -> ConfigDict:
                     scale=0.0,  # relative, uniform in 1 +- scale
                     random_resized_crop=(),  # (smallest, largest) share of the area; (): off
                     cutout=0,  # side of the square set to the mean; 0: off
-                    normalize=True,  # by the data set's mean and standard deviation
+                    normalize=True,  # by mean and standard deviation
                 ),
+                # Per channel, of images in 0..1; (): the data set's own. A network that starts from
+                # published weights wants those that these were trained with.
+                mean=(),
+                std=(),
             ),
             # ---- per batch, inside the step
             mix=dict(

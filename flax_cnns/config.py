@@ -126,6 +126,14 @@ def class_list(value: Any) -> str | None:
     return None if fine else "numbers or names of classes such as (0, 3, 'Bag'), () for all"
 
 
+def per_channel(low: float) -> Check:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, (tuple, list)) and all(number(low)(v) is None for v in value)
+        return None if fine else "a number per channel such as (0.485, 0.456, 0.406), or ()"
+
+    return check
+
+
 def source_path(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else "a path or None"
 
@@ -163,6 +171,8 @@ FIELDS: dict[str, Check] = {
     "data.augment.random_resized_crop": shares,
     "data.augment.cutout": integer(),
     "data.augment.normalize": flag,
+    "data.mean": per_channel(0.0),
+    "data.std": per_channel(1e-6),
     "mix.label_smoothing": number(0, 1),
     "mix.mixup": number(),
     "optimizer.name": one_of("sgd", "adam", "adamw", "rmsprop", "lamb"),
@@ -270,6 +280,8 @@ def _together(flat: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.train.accumulate: a batch of {size} does not divide into {pieces} pieces"
         )
+    if bool(flat["data.mean"]) != bool(flat["data.std"]):
+        raise UserError("config.data.mean and config.data.std: set both, or neither")
     if flat["data.channels"] not in (0, 1, 3):
         raise UserError(
             "config.data.channels: expected 0 (the data set's own), 1 or 3, "

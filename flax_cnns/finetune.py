@@ -227,7 +227,7 @@ class Result(NamedTuple):
 
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` where `config` is not as configs/finetune/*.py make it."""
-    wanted = {"source", "pretrain", "targets", "strategy"}
+    wanted = {"source", "targets", "strategy"} | (set() if config.get("source") else {"pretrain"})
     for name in wanted - set(config):
         raise UserError(f"config: {name!r} is missing; start from configs/finetune")
     if not config.targets:
@@ -282,15 +282,16 @@ def compare(
         say("training the source")
         summary = _train(Phase("pretrain", config.pretrain), pathlib.Path(source))
         say(f"source: {summary['test/accuracy']:.2%} of its own test split")
-    total = len(config.targets) * len(fractions) * seeds * len(chosen)
+    targets = sorted(config.targets, key=lambda name: (name != "similar", name))
+    total = len(targets) * len(fractions) * seeds * len(chosen)
     runner, records = _Runner(folder, total, say), []
-    for target in config.targets:
+    for target in targets:
         task = make_task(config.targets[target], source, config.strategy)
         for fraction in fractions:
             for seed in range(seeds):
                 records += runner.cell(target, task, fraction, seed, chosen)
                 jax.clear_caches()  # dozens of programs, none of which comes again
-    return Result(source, tuple(config.targets), fractions, chosen, seeds, records)
+    return Result(source, tuple(targets), fractions, chosen, seeds, records)
 
 
 def choose(names: Sequence[str]) -> tuple[str, ...]:
@@ -333,13 +334,13 @@ class _Runner:
             seconds += _training_seconds(summary, phase.config)
             previous = f"{workdir}@latest"
         self.done += 1
+        at = f"{self.done}/{self.total} {target}, {fraction:g} of the examples, seed {seed}, {name}"
+        said = f"{at}: {summary['test/accuracy']:.2%} test"
         if new:
             self.seconds.append(time.perf_counter() - began)
-        left = sum(self.seconds) / max(len(self.seconds), 1) * (self.total - self.done) / 60
-        self.say(
-            f"{self.done}/{self.total} {target}, {fraction:g} of the examples, seed {seed}, {name}:"
-            f" {summary['test/accuracy']:.2%} test, about {left:.0f} min left"
-        )
+            left = np.mean(self.seconds) * (self.total - self.done) / 60
+            said += f", about {left:.0f} min left"
+        self.say(said)
         return Record(
             target=target,
             fraction=fraction,

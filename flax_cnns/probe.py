@@ -45,7 +45,8 @@ def probe(
     cache: str | os.PathLike,
 ) -> dict[str, Any]:
     """Trains a linear classifier on each of `layers` (module paths such as "stage2", or `LAST`) and
-    returns what it writes to `workdir/summary.json`; a directory that is complete is only read.
+    returns what it writes to `workdir/summary.json`, beside `classifiers.npz` with kernels and
+    biases by layer; a directory that is complete is only read.
 
     `config` is that of a run in which `optimizer.trainable` leaves the classifier alone. The
     accuracy is that of the layer with the best validation accuracy (without that split: the last).
@@ -68,7 +69,11 @@ def probe(
         wanted = list(dict.fromkeys([*every_layer, *layers]))
         found, passing = cached_features(parts, variables, wanted, cache)
         opened.begun = True
-        tried = {layer: _classify(parts, variables["params"], layer, found) for layer in layers}
+        tried, heads = {}, {}
+        for layer in layers:
+            head, tried[layer] = _classify(parts, variables["params"], layer, found)
+            heads |= {f"{layer}/{name}": array for name, array in head.items()}
+        np.savez(workdir / "classifiers.npz", **heads)
         best = max(tried, key=lambda name: tried[name].get("validation/accuracy", 0.0))
         chosen = tried[best if "validation" in found else layers[-1]]
         summary = {
@@ -165,8 +170,11 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
 # ---------------------------------------------------------------------------- the classifier
 
 
-def _classify(parts: Parts, params: PyTree, layer: str, found: Features) -> dict[str, float]:
-    """{"validation/accuracy", "test/accuracy", "seconds"} of the classifier on a layer."""
+def _classify(
+    parts: Parts, params: PyTree, layer: str, found: Features
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The classifier on a layer, {"kernel" [C K], "bias" [K]} of the features as they are, and
+    {"validation/accuracy", "test/accuracy", "seconds"}."""
     config = parts.config
     per_epoch = len(found["train"]["labels"]) / config.data.batch_size
     total = schedules.steps(config.train.duration, per_epoch, what="train.duration")
@@ -187,7 +195,8 @@ def _classify(parts: Parts, params: PyTree, layer: str, found: Features) -> dict
 
             def loss(head: PyTree) -> Array:
                 _, soft = soften(x[rows], labels[rows], jax.random.key(0))
-                return jnp.mean(losses.cross_entropy(_logits(head, x[rows]), soft))
+                kernel, bias = _kernel_and_bias(head)
+                return jnp.mean(losses.cross_entropy(x[rows] @ kernel + bias, soft))
 
             grads = jax.grad(loss)(head)
             updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i)
@@ -196,23 +205,23 @@ def _classify(parts: Parts, params: PyTree, layer: str, found: Features) -> dict
         carry = head, optimizer.tx.init(head)
         return jax.lax.scan(step, carry, (jnp.arange(total), order))[0][0]
 
-    mean = std = 0.0
+    x, labels = found["train"][layer], found["train"]["labels"]
+    mean, std = 0.0, 1.0
     if layer != LAST:
         # Each layer has another scale, and the rate was chosen for the last.
-        mean, std = (f(found["train"][layer], axis=0) for f in (np.mean, np.std))
-
-    def scaled(split: str) -> np.ndarray:
-        return found[split][layer] if layer == LAST else (found[split][layer] - mean) / (std + 1e-6)
-
-    inputs = head, scaled("train"), found["train"]["labels"], order
+        mean, std = x.mean(0), x.std(0) + 1e-6
+    inputs = head, (x - mean) / std, labels, order
     compiled = jax.jit(train).lower(*inputs).compile()
     began = time.perf_counter()
     head = jax.block_until_ready(compiled(*inputs))
-    accuracies = {"seconds": time.perf_counter() - began}
+    numbers = {"seconds": time.perf_counter() - began}
+    kernel, bias = map(np.asarray, _kernel_and_bias(head))
+    kernel = kernel / np.reshape(std, (-1, 1))
+    bias = bias - mean @ kernel if layer != LAST else bias
     for split in found.keys() - {"train"}:
-        right = np.argmax(_logits(head, scaled(split)), -1) == found[split]["labels"]
-        accuracies[f"{split}/accuracy"] = float(np.mean(right))
-    return accuracies
+        guessed = np.argmax(found[split][layer] @ kernel + bias, -1)
+        numbers[f"{split}/accuracy"] = float(np.mean(guessed == found[split]["labels"]))
+    return {"kernel": kernel, "bias": bias}, numbers
 
 
 def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
@@ -231,9 +240,7 @@ def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     return pytree.unflatten(flat)
 
 
-def _logits(head: PyTree, x: Array) -> Array:
-    """f32 [N C] -> [N K]."""
+def _kernel_and_bias(head: PyTree) -> tuple[Array, Array | float]:
     flat = pytree.flatten(head)
     kernel = next(leaf for path, leaf in flat.items() if path.endswith("/kernel"))
-    bias = next((leaf for path, leaf in flat.items() if path.endswith("/bias")), 0.0)
-    return x @ kernel + bias
+    return kernel, next((leaf for path, leaf in flat.items() if path.endswith("/bias")), 0.0)

@@ -37,6 +37,8 @@ def changed(path, value):
         ("data.channels", 2, "0 .*1 or 3, got 2"),
         ("data.fraction", 0.0, "a number above 0 to 1, got 0"),
         ("data.classes", (0, 1.5), "numbers or names of classes"),
+        ("data.mean", (0.5,), "set both, or neither"),
+        ("data.std", (0.0,), "a number per channel"),
         ("data.augment.flip", 1, "True or False, got 1"),
         ("data.augment.random_resized_crop", (1.0, 0.1), "smallest, largest"),
         ("schedule.learning_rate", 0.0, "a number above 0"),

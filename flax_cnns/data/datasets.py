@@ -151,7 +151,7 @@ def load(config: Any) -> Dataset:
     if not len(splits["train"]):
         raise UserError(f"{config.name}: no training images are left")
 
-    mean, std, normalized_by = _statistics(config.name, own, channels, splits["train"])
+    mean, std, normalized_by = _statistics(config, own, channels, splits["train"])
     return Dataset(
         name=config.name,
         num_classes=raw.num_classes,
@@ -343,10 +343,18 @@ def split_rows(
 
 
 def _statistics(
-    name: str, own: int, channels: int, train: Split
+    config: Any, own: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and std per channel in 0..1, and where they come from."""
-    known, by = KNOWN.get(base_name(name)), "published"
+    if config.mean:
+        if {len(config.mean), len(config.std)} - {1, channels}:
+            raise UserError(
+                f"data.mean and data.std: expected 1 or {channels} numbers each, got "
+                f"{tuple(config.mean)} and {tuple(config.std)}"
+            )
+        mean, std = (np.broadcast_to(given, channels) for given in (config.mean, config.std))
+        return tuple(map(float, mean)), tuple(map(float, std)), "config"
+    known, by = KNOWN.get(base_name(config.name)), "published"
     if known is None or (own == 3 and channels == 1):
         # The spread of the grey image doesn't follow from those of the colours, which go together.
         if train.images is not None:

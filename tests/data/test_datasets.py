@@ -189,6 +189,18 @@ def test_statistics_of_an_unknown_data_set(monkeypatch, config):
     assert datasets.load(config).normalized_by == "ImageNet"
 
 
+def test_statistics_of_the_config(config):
+    config.image_size, config.mean, config.std = 8, (0.25,), (0.5,)
+    dataset = datasets.load(config)
+    assert (dataset.mean, dataset.std, dataset.normalized_by) == ((0.25,), (0.5,), "config")
+    config.mean = (0.1, 0.2, 0.3)
+    with pytest.raises(UserError, match="expected 1 or 1 numbers each"):
+        datasets.load(config)
+    config.channels = 3
+    dataset = datasets.load(config)
+    assert (dataset.mean, dataset.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+
+
 def test_channels(config):
     config.image_size, config.channels = 8, 3
     colour = datasets.load(config)
