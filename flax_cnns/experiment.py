@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.preemption import Preempted, Signals
-from flax_cnns.train import loop, optimizers, parallel, schedules, steps
+from flax_cnns.train import loop, optimizers, parallel, precise_bn, schedules, steps
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer
@@ -144,21 +145,28 @@ def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedule
     return [(pattern, schedule(weight)) for pattern, weight in spec]
 
 
-def make_train_step(
-    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
-) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-    config, dataset = parts.config, parts.dataset
-    step = steps.make_train_step(
-        parts.model.apply,
-        optimizer,
-        augment=augment.make_augment(
-            config.data.augment,
+def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
+    dataset = parts.dataset
+    return {
+        "augment": augment.make_augment(
+            parts.config.data.augment,
             image_shape=dataset.image_shape,
             mean=dataset.mean,
             std=dataset.std,
             cropped=not dataset.in_memory,  # by the loader
         ),
-        mix=mix.make_mix(config.mix, parts.model.num_classes),
+        "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
+    }
+
+
+def make_train_step(
+    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    config = parts.config
+    step = steps.make_train_step(
+        parts.model.apply,
+        optimizer,
+        **_augment_and_mix(parts),
         aux_weights=aux_weights(config, steps_per_epoch),
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
@@ -408,17 +416,42 @@ class _Run:
             def on_validation(state: TrainState, error: float) -> TrainState:
                 return state.replace(opt_state=observe(state.opt_state, error))
 
+        key = parallel.replicate(  # not the one of init
+            jax.random.fold_in(jax.random.key(config.seed), 1), parts.mesh
+        )
+        refresh = None
+        if config.train.precise_bn and "train" in optimizer.norms.values():
+            moments_step = parallel.parallelize(
+                precise_bn.make_moments_step(
+                    parts.model.apply, optimizer.norms, **_augment_and_mix(parts)
+                ),
+                parts.mesh,
+                mode=parts.mode,
+                donate=False,
+            )
+
+            def refresh(state: TrainState) -> TrainState:
+                # The first batches of the run, so that validations can be compared.
+                with contextlib.closing(self._batches(0)) as stream:
+                    stats = precise_bn.estimate(
+                        moments_step,
+                        state.variables,
+                        itertools.islice(stream, config.train.precise_bn),
+                        key,
+                        should_stop=self.signals.asked_now,
+                    )
+                return state.with_statistics(parallel.replicate(stats, parts.mesh))
+
         def validate(state: TrainState) -> dict[str, float]:
             asked = self.signals.asked_now
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the one of init
         with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
             return loop.train(
                 state,
                 train_step=train_step,
                 batches=batches,
-                key=parallel.replicate(key, parts.mesh),
+                key=key,
                 start=start,
                 stop=self.total,
                 every=self.every,
@@ -433,6 +466,7 @@ class _Run:
                 max_bad_steps=config.train.max_bad_steps,
                 early_stopping=config.train.early_stopping,
                 began=self.began,
+                refresh=refresh,
             )
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:

@@ -113,9 +113,8 @@ def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> Py
     return pytree.mask(spec, params, what=what, prefix="params/")
 
 
-# Layers that stand one behind another inside a part of a network: the blocks of a stage, the layers
-# of a dense block. Branches and the parts of a block do not.
-_LAYER = re.compile(r"(stage\d+/[a-z]+\d+|[^/]+/(?:block|layer)\d+|[^/]+)/.*|[^/]*")
+# Layers that stand one behind another inside a part of a network; branches do not.
+_LAYER = re.compile(r"([^/]+/(?:block|layer|normal|highway)\d+|[^/]*)(?:/.*)?")
 
 
 def layer_decay(order: Sequence[str], decay: float) -> list[tuple[str, float]]:
@@ -126,11 +125,11 @@ def layer_decay(order: Sequence[str], decay: float) -> list[tuple[str, float]]:
     as images pass them, `[layer.path for layer in analysis.cost.cost(model).layers]`. Auxiliary
     heads learn as the head does.
     """
-    paths = dict.fromkeys(_LAYER.fullmatch(path)[1] or path for path in order)
+    paths = dict.fromkeys(_LAYER.fullmatch(path)[1] for path in order)
     heads = [path for path in paths if path.startswith(("head", "aux"))]
     layers = [path for path in paths if path not in heads]
-    factors = dict.fromkeys(heads, 1.0)
-    factors |= {path: decay**below for below, path in enumerate(reversed(layers), 1)}
+    factors = {path: decay ** (len(layers) - i) for i, path in enumerate(layers)}
+    factors |= dict.fromkeys(heads, 1.0)
     # What stands deeper in the tree first: "stage1/block1" before what else there is in "stage1".
     deepest = sorted(factors, key=lambda path: -path.count("/"))
     return [

@@ -28,9 +28,25 @@ from flax_cnns.types import Array, Batch, PyTree
 
 _AUGMENT, _MIX, _SHARED, _DROPOUT = range(4)
 
+Augment = Callable[[Array, Array], Array]  # images, a key an image -> images
+Mix = Callable[[Array, Array, Array], tuple[Array, Array]]  # images, labels, key -> images, soft
+
 
 def stream(key: Array, constant: int, step: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, constant), step)
+
+
+def prepare(
+    batch: Batch, key: Array, step: Array, augment: Augment, mix: Mix, axis_name: str
+) -> tuple[Array, Array, dict[str, Array]]:
+    """(images f32 [n H W C], soft labels [n K], the network's keys) of a device in a step."""
+    device, n = lax.axis_index(axis_name), batch["label"].shape[0]
+    places = device * n + jnp.arange(n)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
+    images = augment(batch["image"], keys)
+    images, labels = mix(images, batch["label"], stream(key, _MIX, step))
+    dropout = jax.random.fold_in(stream(key, _DROPOUT, step), device)
+    return images, labels, {"shared": stream(key, _SHARED, step), "dropout": dropout}
 
 
 def aux_loss(
@@ -55,8 +71,8 @@ def make_train_step(
     apply_fn: Callable,
     optimizer: Optimizer,
     *,
-    augment: Callable[[Array, Array], Array],
-    mix: Callable[[Array, Array, Array], tuple[Array, Array]],
+    augment: Augment,
+    mix: Mix,
     aux_weights: list[tuple[str, Schedule]] = (),
     ema_decay: float = 0.0,
     ema_warmup: bool = True,
@@ -83,13 +99,7 @@ def make_train_step(
         return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
 
     def train_step(state: TrainState, batch: Batch, key: Array):
-        device, n = lax.axis_index(axis_name), batch["label"].shape[0]
-        places = device * n + jnp.arange(n)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, state.step), places)
-        images = augment(batch["image"], keys)
-        images, labels = mix(images, batch["label"], stream(key, _MIX, state.step))
-        shared = stream(key, _SHARED, state.step)
-        dropout = jax.random.fold_in(stream(key, _DROPOUT, state.step), device)
+        images, labels, rngs = prepare(batch, key, state.step, augment, mix, axis_name)
         trainable, frozen = pytree.partition(state.params, optimizer.trainable)
         moves = batchnorm.has_mode(state.batch_stats, optimizer.norms, "train")
 
@@ -102,7 +112,7 @@ def make_train_step(
                     train=True,
                     mutable=["batch_stats", "aux_logits"],
                     # Decisions about a whole batch are one a step, whatever pieces it comes in.
-                    rngs={"shared": shared, "dropout": jax.random.fold_in(dropout, index)},
+                    rngs=rngs | {"dropout": jax.random.fold_in(rngs["dropout"], index)},
                 )
             each = losses.cross_entropy(logits, labels)
             total = jnp.mean(each) + aux_loss(
