@@ -115,8 +115,8 @@ def get_config() -> ConfigDict:
                 # ((duration, number), ...) and the straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
-                # Before each validation BatchNorm's running statistics are computed anew, from so
-                # many batches of training images; 0: off.
+                # Before each validation, and at the end, BatchNorm's running statistics are computed
+                # anew from so many batches of training images, and saved; 0: off.
                 precise_bn=0,
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
@@ -131,7 +131,9 @@ def get_config() -> ConfigDict:
             ),
             # ---- start from other weights
             graft=dict(
-                source="",  # RUN, RUN@best, RUN@1200 or an Orbax checkpoint's path; "": none
+                # RUN, RUN@best, RUN@1200, an Orbax checkpoint's path, or other libraries' weights:
+                # torchvision:resnet50, timm:resnet50d=/path/file.safetensors; "": none
+                source="",
                 # (regex over this network's paths, path in the source or None for fresh), ...
                 rules=((r"(.*)", r"\1"),),
             ),

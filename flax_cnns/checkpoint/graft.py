@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_cnns import pytree
 from flax_cnns.checkpoint.manifest import place, shape_and_dtype
@@ -61,7 +62,7 @@ def graft(
     Of a checkpoint only the leaves that are used are read. Raises `UserError` where a leaf is
     decided by no rule, a rule decides nothing or names what the source lacks, shapes differ
     (nothing is padded or cut), a layer's params and batch_stats are parted, nothing at all is
-    grafted, or the source is damaged.
+    grafted, or the source is damaged or has numbers that are not finite.
     """
     wanted = pytree.flatten(target)
     decided = pytree.decide(rules, wanted, what="graft")  # before anything is fetched or read
@@ -75,6 +76,7 @@ def graft(
             f" {found.name}, or set no source"
         )
     arrays = found.read(set(chosen.values()))
+    _check_finite(chosen, wanted, arrays, found)
     leaves = [
         place(arrays[chosen[path]], like) if path in chosen else like
         for path, like in wanted.items()
@@ -89,7 +91,7 @@ def _report(
     shapes = {path: list(wanted[path].shape) for path in by_depth(wanted, order)}
     there = {path: list(leaf.shape) for path, leaf in source.leaves.items()}
     fresh = tuple(path for path in wanted if path not in chosen)
-    notes = []
+    notes = [source.note] if source.note else []
     if not source.checksums:
         notes.append("the source has no checksums: a flipped bit in it would not be noticed")
     averaged = any(path.startswith("ema/") for path in source.leaves)
@@ -157,6 +159,24 @@ def _check_shapes(chosen: Mapping[str, str], wanted: Mapping[str, Any], source: 
             f"graft: {shorten(problems, 3)} in {source.name}; nothing is padded or cut:"
             f" make such layers fresh with a rule before the others, ({layer + '/.*'!r}, None)"
         )
+
+
+def _check_finite(
+    chosen: Mapping[str, str],
+    wanted: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    source: Source,
+) -> None:
+    """In the target's dtypes, where large numbers may overflow."""
+    for path, there in chosen.items():
+        dtype = shape_and_dtype(wanted[path])[1]
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(arrays[there], dtype)).all()
+        if not finite:
+            raise UserError(
+                f"graft: {there} of {source.name} has numbers that are not finite as {dtype}:"
+                " take another checkpoint, or make the layer fresh"
+            )
 
 
 def _check_not_parted(chosen: Mapping[str, str], wanted: Collection[str]) -> None:

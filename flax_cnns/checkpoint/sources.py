@@ -27,6 +27,7 @@ class Source(NamedTuple):
     leaves: dict[str, jax.ShapeDtypeStruct]  # all there are, by path
     read: Callable[[Collection[str]], dict[str, np.ndarray]]  # only these, as host arrays
     checksums: bool  # whether reading notices a flipped bit; a tree in memory has none to notice
+    note: str = ""  # what one should know who trains on with it
 
 
 def open_source(source: str | os.PathLike | PyTree) -> Source:
@@ -46,9 +47,16 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
                 f"{name!r} is no source: expected a run, an Orbax checkpoint's path, or"
                 f" LIBRARY:MODEL{did_you_mean(library, LIBRARIES)}"
             )
-        from flax_cnns.weights import load_weights  # late: most sources are checkpoints
+        from flax_cnns import weights  # late: most sources are checkpoints
 
-        return _of_tree(load_weights(model, library, path), name)
+        tree = weights.load_weights(model, library, path)
+        seen = weights.preprocessing(model, library)
+        mean, std = ([round(x / seen.scale / 255, 4) for x in xs] for xs in (seen.mean, seen.std))
+        note = (
+            f"{library}'s {model} was trained on {seen.channels} images of {seen.size} pixels with"
+            f" data.mean={tuple(mean)}, data.std={tuple(std)}"
+        )
+        return _of_tree(tree, name)._replace(note=note)
     if Path(name).is_file():
         raise UserError(
             f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"

@@ -306,7 +306,10 @@ def test_a_file_of_another_library(squeezenet):
     np.testing.assert_array_equal(kernel, tensors["features.0.weight"].transpose(2, 3, 1, 0))
     assert not variables["params"]["head"]["kernel"].any()
     assert report.summary == "grafted 50, fresh 2, left behind 2: head/…"
-    assert report.notes == ()
+    assert report.notes == (
+        "torchvision's squeezenet1_1 was trained on RGB images of 224 pixels with"
+        " data.mean=(0.485, 0.456, 0.406), data.std=(0.229, 0.224, 0.225)",
+    )
     shown = "│ head  │      2 │   1,539 │ fresh: [1, 1, 512, 3] here, [1, 1, 512, 10] there │"
     assert shown in str(report)
 
@@ -374,6 +377,17 @@ def test_shapes_that_differ(run):
 def test_kinds_of_numbers_that_differ():
     source = jax.tree.map(lambda x: x.astype(jnp.int32), SOURCE)
     assert "float32 here and int32 there" in misuse(source, [ALL], network(0))
+
+
+def test_numbers_that_are_not_finite():
+    source = jax.tree.map(np.array, SOURCE)
+    source["params"]["stem"]["conv"]["kernel"][0, 0] = 1e5
+    assert graft(source, network(0), [ALL])
+    target = jax.tree.map(lambda x: x.astype(jnp.float16), network(0))
+    text = misuse(source, [ALL], target)
+    assert "params/stem/conv/kernel of the given tree has numbers that are not finite as" in text
+    source["params"]["stem"]["conv"]["kernel"][0, 0] = np.nan
+    assert "not finite as float32" in misuse(source, [ALL], network(0))
 
 
 def test_nothing_grafted_at_all(run):
