@@ -96,7 +96,7 @@ def test_the_parts_of_a_network_and_its_classifier(task):
 @pytest.mark.parametrize(
     ("model", "first", "last", "classifier"),
     [
-        ("lenet5", "c1", "f6", {"output"}),
+        ("lenet5", "c1", "f6", {"head"}),
         ("mobilenet_v2", "stem", "top", {"head"}),
     ],
 )
