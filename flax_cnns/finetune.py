@@ -170,8 +170,8 @@ def _any(layers: Sequence[str]) -> str:
 
 
 def _scaled(duration: str, share: float) -> str:
-    number, unit = duration.split()
-    return f"{float(number) * share:.6g} {unit}"
+    number, unit = re.fullmatch(r"\s*([\d.]+)\s*(\w+)\s*", duration).groups()
+    return f"{round(float(number) * share, 4)} {unit}" if share != 1 else duration
 
 
 def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
@@ -190,7 +190,7 @@ def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
     ran = [layer.path for layer in cost(model, shape).layers]
     owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
     order = list(dict.fromkeys(path.split("/")[0] for path in ran))
-    own = tuple(name for name in order if name in owners)
+    own = tuple(name for name in order if name in owners and not name.startswith("aux"))
     examples = len(parts.dataset.splits["train"])
     return Task(config, source, own, tuple(sorted(classifier)), examples, knobs)
 
@@ -466,15 +466,15 @@ _STYLES = {
     "head_then_all": dict(color="#E69F00", marker="<"),
     "gradual": dict(color="#009E73", marker=">"),
     "layer_decay": dict(color="#CC79A7", marker="X"),
-    "upper_only": dict(color="#666666", marker="2", linestyle=":"),
-    "lower_only": dict(color="#999999", marker="1", linestyle=":"),
+    "upper_only": dict(color="#666666", marker="x", linestyle=":"),
+    "lower_only": dict(color="#999999", marker="+", linestyle=":"),
 }
 
 
 def draw(result: Result, png: pathlib.Path) -> None:
     """Test accuracy against the number of training images, a panel for each target."""
     number = len(result.targets)
-    figure = Figure(figsize=(1.8 + 4.4 * number, 4.2), layout="constrained")
+    figure = Figure(figsize=(1.8 + 4.4 * number, 5), layout="constrained")
     panels = figure.subplots(1, number, sharey=True, squeeze=False)[0]
     for panel, target in zip(panels, result.targets):
         for i, strategy in enumerate(result.strategies):
