@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
                 # Before each validation, and at the end, BatchNorm's running statistics are computed
-                # anew from so many batches of training images, and saved; 0: off.
+                # from so many batches of training images, and saved; 0: off.
                 precise_bn=0,
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one

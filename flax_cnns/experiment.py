@@ -396,6 +396,29 @@ class _Run:
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
         self.checkpoints.save(step, state, host=host, metrics=found)
 
+    def _precise_bn(
+        self, optimizer: optimizers.Optimizer, key: Array
+    ) -> Callable[[TrainState], TrainState] | None:
+        """What computes the running statistics anew before a validation, if anything does."""
+        parts, n = self.parts, self.config.train.precise_bn
+        if not n or "train" not in optimizer.norms.values():
+            return None
+        step = precise_bn.make_moments_step(
+            parts.model.apply, optimizer.norms, **_augment_and_mix(parts)
+        )
+        step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
+
+        def refresh(state: TrainState) -> TrainState:
+            # The first batches of the run: what is validated differs by its weights alone.
+            with contextlib.closing(self._batches(0)) as stream:
+                batches = itertools.islice(stream, n)
+                stats = precise_bn.estimate(
+                    step, state.variables, batches, key, should_stop=self.signals.asked_now
+                )
+            return state.with_statistics(parallel.replicate(stats, parts.mesh))
+
+        return refresh
+
     def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
         optimizer = self._optimizer(state.variables)
@@ -419,28 +442,6 @@ class _Run:
         key = parallel.replicate(  # not the one of init
             jax.random.fold_in(jax.random.key(config.seed), 1), parts.mesh
         )
-        refresh = None
-        if config.train.precise_bn and "train" in optimizer.norms.values():
-            moments_step = parallel.parallelize(
-                precise_bn.make_moments_step(
-                    parts.model.apply, optimizer.norms, **_augment_and_mix(parts)
-                ),
-                parts.mesh,
-                mode=parts.mode,
-                donate=False,
-            )
-
-            def refresh(state: TrainState) -> TrainState:
-                # The first batches of the run, so that validations can be compared.
-                with contextlib.closing(self._batches(0)) as stream:
-                    stats = precise_bn.estimate(
-                        moments_step,
-                        state.variables,
-                        itertools.islice(stream, config.train.precise_bn),
-                        key,
-                        should_stop=self.signals.asked_now,
-                    )
-                return state.with_statistics(parallel.replicate(stats, parts.mesh))
 
         def validate(state: TrainState) -> dict[str, float]:
             asked = self.signals.asked_now
@@ -466,7 +467,7 @@ class _Run:
                 max_bad_steps=config.train.max_bad_steps,
                 early_stopping=config.train.early_stopping,
                 began=self.began,
-                refresh=refresh,
+                refresh=self._precise_bn(optimizer, key),
             )
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:

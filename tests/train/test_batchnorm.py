@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -136,6 +138,7 @@ def test_rules_that_say_too_much_or_too_little(rules, words):
 LAST = ((r"params/(head|stage2)/.*", True), (r".*", False))
 
 
+@functools.cache
 def residual_network(depths, **fields):
     """(model, variables named); its statistics are those of some run, so that it matters whether
     they are used."""
