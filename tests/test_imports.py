@@ -37,6 +37,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ablation", "search"}
 MAY_IMPORT["probe"] = {"experiment"} | MAY_IMPORT["experiment"]
+MAY_IMPORT["prediction"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["finetune"] = {"probe"} | MAY_IMPORT["probe"]
 # The public face names modules as texts and imports them late.
 FILES = sorted(set((ROOT / "flax_cnns").rglob("*.py")) - {ROOT / "flax_cnns/__init__.py"})

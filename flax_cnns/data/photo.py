@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ def opened(photo: Photo) -> Iterator[Image.Image]:
     except DAMAGE as why:
         reason = f"{why.strerror}" if getattr(why, "strerror", None) else str(why)
         raise UserError(f"cannot read the photo {path}: {reason}") from why
+
+
+def check(photos: Iterable[Photo]) -> None:
+    """Raises `UserError` for the first that is no image, before anything slow is done for it."""
+    for photo in photos:
+        with opened(photo):
+            pass
 
 
 def _of_array(photo: np.ndarray) -> Any:
