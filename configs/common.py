@@ -115,8 +115,8 @@ def get_config() -> ConfigDict:
                 # ((duration, number), ...) and the straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
-                # Before each validation, and at the end, BatchNorm's running statistics are computed
-                # from so many batches of training images, and saved; 0: off.
+                # Before each validation, and at the end, BatchNorm's running statistics are
+                # computed from so many batches of training images, and kept; 0: off.
                 precise_bn=0,
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
