@@ -89,7 +89,7 @@ def _package(name: str, path: Path) -> Any:
     try:
         return __import__(name)
     except ImportError:
-        raise UserError(f"reading {path} takes {name}: pip install 'flax_cnns[weights]'") from None
+        raise UserError(f"reading {path} takes {name}: pip install -e '.[weights]'") from None
 
 
 # ---- safetensors
