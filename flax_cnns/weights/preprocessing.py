@@ -230,8 +230,9 @@ _KERAS = _spread(
         "keras_mobilenetv3large keras_mobilenetv3small keras_nasnetmobile": _keras(224),
         "keras_inception_v3 keras_inception_resnet_v2 keras_xception": _keras(299),
         "keras_nasnetlarge": _keras(331),
-        "convnext_tiny convnext_small convnext_base convnext_large "
-        "convnext_xlarge": _keras(224, IMAGENET, "bicubic"),
+        "convnext_tiny convnext_small convnext_base convnext_large convnext_xlarge": _keras(
+            224, IMAGENET, "bicubic"
+        ),
     }
 ) | {
     f"keras_efficientnetb{i}": Preprocessing(size, size + 32, "bicubic", crop_first=True)
