@@ -219,7 +219,9 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
 
 def test_a_classifier_that_is_no_dense_layer():
     head = {"conv10": {"kernel": np.zeros((1, 1, 4, 5)), "bias": np.zeros(5)}}
-    with pytest.raises(UserError, match="expected one dense layer .*, got conv10/bias, conv10/ker"):
+    with pytest.raises(
+        UserError, match=r"expected one dense layer .*, got conv10/bias, conv10/ker"
+    ):
         probe._head(head, probe.LAST, np.zeros((3, 4)))
 
 
