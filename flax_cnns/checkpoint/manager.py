@@ -339,6 +339,30 @@ def _damage(path: Path):
 # ---- writing
 
 
+def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]) -> Path:
+    """Writes a tree of host arrays as a checkpoint of no run, which `resolve(folder)` finds.
+
+    It has a manifest as a run's has, and `about` (JSON-able) as `about.json`. The folder, which is
+    returned, appears when it is whole. Raises `UserError` where it exists already or cannot be
+    written.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a folder that does not")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    with _writing(folder.parent):
+        try:
+            (partial / "manifest").mkdir(parents=True)
+            ocp.PyTreeCheckpointer().save(partial / "state", tree)
+            manifest = {"format": 1, "leaves": make_manifest(flatten(tree))}
+            (partial / "manifest" / "metadata").write_text(json.dumps(manifest))
+            (partial / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         # Orbax asks JAX's preemption service from its own thread, about a step that lies behind,
