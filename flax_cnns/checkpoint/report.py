@@ -20,8 +20,8 @@ MOST_ROWS = 40  # of a table; the rest is in graft.json
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of every leaf, by path. `print(report)` gives the table, `report.summary` its
-    last line."""
+    """What became of every leaf, by path. `print(report)` gives the table, `report.summary` the
+    line below it."""
 
     source: str  # as it was asked for
     folder: str  # of the checkpoint's arrays; "" for other sources
@@ -45,23 +45,24 @@ class Report:
         file = io.StringIO()
         Console(file=file, width=100).print(self._table())
         lines = [line.rstrip() for line in file.getvalue().splitlines()]
+        step = pathlib.PurePath(self.folder).parent.name
+        title = f"grafted from {self.source}{f', step {step}' if step.isdigit() else ''}"
         notes = list(self.notes)
         if self.skipped_below:
             notes.append(
                 f"{shorten(self.skipped_below)} fresh, with loaded layers above: it makes little"
                 " sense to load a layer when a layer below was skipped"
             )
-        return "\n".join([*lines, self.summary, *(f"note: {note}" for note in notes)])
+        return "\n".join([title, *lines, self.summary, *(f"note: {note}" for note in notes)])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, to be kept with the run."""
-        return dataclasses.asdict(self)
+        found = dataclasses.asdict(self)
+        del found["shapes"]  # the network says them
+        return found
 
     def _table(self) -> Table:
-        step = pathlib.PurePath(self.folder).parent.name
-        of_step = f", step {step}" if step.isdigit() else ""
-        title = Text(f"grafted from {self.source}{of_step}")
-        table = Table(title=title, title_justify="left")
+        table = Table()
         table.add_column("part")
         table.add_column("leaves", justify="right")
         table.add_column("numbers", justify="right")
