@@ -79,10 +79,11 @@ def _matching(found: Source, pattern: str) -> dict[str, Any]:
 
 def _about(found: Source) -> Iterator[str]:
     """Where it lies, and what is known of its step and its neighbours."""
+    yield found.name if found.folder is None else str(found.folder)
+    if found.note:
+        yield found.note
     if found.folder is None:
-        yield found.name
         return
-    yield str(found.folder)
     step, run = found.folder.parent.name, found.folder.parent.parent
     if step.isdigit() and int(step) in (known := manager.steps(run)):
         metrics = manager.read_metrics(run, int(step))

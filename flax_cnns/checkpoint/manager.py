@@ -182,6 +182,12 @@ def has_checksums(source: str | os.PathLike) -> bool:
     return _manifest_of(resolve(source)) is not None
 
 
+def read_about(source: str | os.PathLike) -> dict[str, Any]:
+    """What `write_tree` was told about `resolve(source)`; {} for other checkpoints."""
+    file = resolve(source).parent / "about.json"
+    return _read_json(file) if file.is_file() else {}
+
+
 def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, np.ndarray]:
     """Reads these leaves, and only these, of what `resolve(source)` holds as host arrays.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,12 +50,7 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
         from flax_cnns import weights  # late: most sources are checkpoints
 
         tree = weights.load_weights(model, library, path)
-        seen = weights.preprocessing(model, library)
-        mean, std = ([round(x / seen.scale / 255, 4) for x in xs] for xs in (seen.mean, seen.std))
-        note = (
-            f"{library}'s {model} was trained on {seen.channels} images of {seen.size} pixels with"
-            f" data.mean={tuple(mean)}, data.std={tuple(std)}"
-        )
+        note = _trained_on(model, library, weights.preprocessing(model, library)._asdict())
         return _of_tree(tree, name)._replace(note=note)
     if Path(name).is_file():
         raise UserError(
@@ -64,12 +59,25 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
         )
     folder = manager.resolve(source)
     leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in manager.read_metadata(folder).items()}
+    about = manager.read_about(folder)
+    converted = {"model", "source", "preprocessing"} <= about.keys()
     return Source(
         name,
         folder,
         leaves,
         lambda paths: manager.read_leaves(folder, paths),
         manager.has_checksums(folder),
+        _trained_on(about["model"], about["source"], about["preprocessing"]) if converted else "",
+    )
+
+
+def _trained_on(model: str, library: str, seen: Mapping[str, Any]) -> str:
+    mean, std = (
+        tuple(round(x / seen["scale"] / 255, 4) for x in seen[name]) for name in ("mean", "std")
+    )
+    return (
+        f"{library}'s {model} was trained on {seen['channels']} images of {seen['size']} pixels"
+        f" with data.mean={mean}, data.std={std}"
     )
 
 

@@ -11,6 +11,7 @@ from flax_cnns.checkpoint import manager
 from flax_cnns.checkpoint.listing import print_listing
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
+from flax_cnns.weights import preprocessing
 from tests.checkpoint.test_graft import make_bomb
 from tests.checkpoint.test_manager import flip_a_bit
 
@@ -102,6 +103,19 @@ def test_a_checkpoint_made_elsewhere(tmp_path):
     assert lines[-1] == "CRC32s: none, a flipped bit would not be noticed"
     lines = listing(tmp_path / "theirs", verify=True)
     assert lines[-1] == "read; CRC32s: none, a flipped bit would not be noticed"
+
+
+def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):
+    seen = preprocessing("tf_efficientnet_lite0", "efficientnet_lite")._asdict()
+    about = dict(model="lite", source="somebody", preprocessing=seen)
+    manager.write_tree(tmp_path / "theirs", {"params": {"head": HEAD}}, about)
+    lines = listing(tmp_path / "theirs", verify=True)
+    assert lines[:2] == [
+        f"{tmp_path}/theirs/state",
+        "somebody's lite was trained on RGB images of 224 pixels with"
+        " data.mean=(0.498, 0.498, 0.498), data.std=(0.502, 0.502, 0.502)",
+    ]
+    assert lines[-1] == "read, and equal to their CRC32s"
 
 
 def test_a_tree_in_memory():
