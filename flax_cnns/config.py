@@ -293,6 +293,12 @@ def _together(flat: Mapping[str, Any]) -> None:
         raise UserError("config.schedule.every: exponential needs some, such as '2 epochs'")
     if flat["schedule.name"] == "steps" and not flat["schedule.boundaries"]:
         raise UserError("config.schedule.boundaries: 'steps' needs some, such as ('30 epochs',)")
+    everything = [[r"(.*)", r"\1"]]
+    if not flat["graft.source"] and [list(rule) for rule in flat["graft.rules"]] != everything:
+        raise UserError(
+            "config.graft.rules: there is nothing to take from; set config.graft.source, or leave"
+            " the rules as they are"
+        )
     if flat["data.augment.cutout"] > 2 * flat["data.image_size"]:
         raise UserError(
             "config.data.augment.cutout: the square is larger than the image twice over"

@@ -50,6 +50,7 @@ def changed(path, value):
         ("optimizer.bn", ((".*", "freeze"),), "train, frozen_stats or frozen"),
         ("optimizer.layer_decay", 1.5, "a number from 0 to 1"),
         ("graft.rules", (("a", 1),), "path in the source or None"),
+        ("graft.rules", (("a", None),), "set config.graft.source"),
         ("train.accumulate", 3, "a batch of 64 does not divide into 3 pieces"),
         ("schedule.name", "steps", "'steps' needs some"),
         ("model.dtype", "float31", "did you mean 'float32'"),
