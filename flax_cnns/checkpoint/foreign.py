@@ -1,4 +1,4 @@
-"""Other libraries' weights as a checkpoint of ours: for `graft`, `experiments.inspect` and Orbax."""
+"""Other libraries' weights as a checkpoint of ours, for `graft` and `experiments.inspect`."""
 
 from __future__ import annotations
 
