@@ -13,8 +13,6 @@ file; without one they are downloaded once.
 
 from __future__ import annotations
 
-import os
-
 from absl import flags
 
 from experiments import script
@@ -41,10 +39,8 @@ def predict(argv: list[str]) -> None:
     photo.check(photos)
     from flax_cnns import prediction, report
 
-    if os.path.isfile(os.path.join(_WORKDIR.value, "about.json")):
-        predictor = prediction.from_converted(_WORKDIR.value)
-    elif _WORKDIR.value:
-        predictor = prediction.from_run(_WORKDIR.value, _CHECKPOINT.value)
+    if _WORKDIR.value:
+        predictor = prediction.from_folder(_WORKDIR.value, _CHECKPOINT.value)
     else:
         source, _, file = _WEIGHTS.value.partition("=")
         predictor = prediction.from_weights(_MODEL.value, source, file or None)

@@ -71,6 +71,13 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     )
 
 
+def from_folder(folder: str | os.PathLike, checkpoint: str = "latest") -> Predictor:
+    """Of a run, or of what `experiments.convert` wrote. Raises `UserError`."""
+    if (pathlib.Path(folder) / "about.json").is_file():
+        return from_converted(folder)
+    return from_run(folder, checkpoint)
+
+
 def from_converted(folder: str | os.PathLike) -> Predictor:
     """The network that `experiments.convert` wrote into a folder. Raises `UserError`."""
     folder = pathlib.Path(folder)

@@ -38,7 +38,7 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
     images = (test.images[:8] / np.float32(255) - mean) / std
     logits = np.asarray(parts.model.apply(variables, images))
     monkeypatch.setattr(datasets, "load", lambda _: pytest.fail("the data set was loaded"))
-    found = prediction.predict(prediction.from_run(finished[0]), files, most=10)
+    found = prediction.predict(prediction.from_folder(finished[0]), files, most=10)
     for row, guesses in zip(logits, found):
         shares = np.exp(row) / np.exp(row).sum()
         assert [name for name, _ in guesses] == [str(k) for k in np.argsort(-shares)]
@@ -71,7 +71,7 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
     for predictor in (
         prediction.from_weights(*given, tmp_path / "mine.npz"),
-        prediction.from_converted(tmp_path / "converted"),
+        prediction.from_folder(tmp_path / "converted"),
     ):
         assert predictor.title == "squeezenet1_1, torchvision's weights"
         assert predictor.class_names == tuple("0123456789")
