@@ -131,6 +131,7 @@ def test_a_small_file_that_declares_huge_arrays_is_listed_and_not_read(tmp_path)
 
 
 def test_mistakes(run):
+    assert "matches no whole path" in misuse(run, pattern="params/head")
     assert "the nearest is 'params/head/" in misuse(run, pattern="params/haed/.*")
     assert "'(' is no regular expression" in misuse(run, pattern="(")
     assert "--depth: expected 0 (everything) or more, got -1" in misuse(run, depth=-1)
