@@ -392,7 +392,8 @@ def tables(result: Result) -> list[Table]:
     """One for each target, and the lectures' two by two where there are two targets or more."""
     found = []
     for target in result.targets:
-        table = Table(title=f"{target}: test accuracy in %, mean and sd of n={result.seeds} seeds")
+        spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
+        table = Table(title=f"{target}: test accuracy in %{spread}")
         table.add_column("strategy")
         for fraction in result.fractions:
             images = result.at(target, fraction, result.strategies[0])[0].images

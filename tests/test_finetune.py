@@ -283,7 +283,7 @@ def test_tables_picture_and_file(ran, tmp_path):
     for table in finetune.tables(result):
         console.print(table)
     text = console.export_text()
-    assert "similar: test accuracy in %, mean and sd of n=2 seeds" in text
+    assert "similar: test accuracy in %, mean ± sd, n=2" in text
     assert "38.5 ± 0.7" in text  # scratch, 0.2: 38 and 39
     assert "80.5 ± 0.7" in text  # loaded, 1
     assert "linear 48.5 ± 0.7" in text  # best by validation: the first of equals
