@@ -63,7 +63,7 @@ def _reader(path: Path, head: bytes) -> Any:
         return _read_zip
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return _read_hdf5
-    if head.startswith(b"\x80\x02"):
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):  # pickle's protocols
         return _read_stream
     if head[8:9] == b"{":  # behind the length of a header in JSON
         return _read_safetensors
@@ -184,6 +184,7 @@ class _TensorsOnly(pickle.Unpickler):
 
     ALLOWED = {  # noqa: RUF012
         ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor"): _tensor,  # of before 0.4
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("torch", "Size"): tuple,

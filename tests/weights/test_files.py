@@ -128,6 +128,13 @@ def test_what_pytorch_saved(tmp_path, write, around, prefix):
     assert found["number"].shape == ()
 
 
+def test_a_tensor_of_the_first_versions(tmp_path):
+    storage = Storage("FloatStorage", "0", 6)
+    tree = {"a": Called("torch._utils _rebuild_tensor", storage, 1, (2, 2), (3, 1))}
+    found = files.read(torch_stream(tmp_path / "x.pth", tree, {"0": A.tobytes()}))
+    np.testing.assert_array_equal(found["a"], A[:, 1:])
+
+
 def test_numbers_of_a_big_endian_machine(tmp_path):
     tree, _ = tensors()
     swapped = {"0": A.byteswap().tobytes(), "1": HALF.byteswap().tobytes()}

@@ -138,3 +138,15 @@ def test_every_tensor_of_the_lite_networks_has_its_place(name):
         marks[path] = i
     found = pytree.flatten(convert(name, tensors, "efficientnet_lite"))
     assert {path: int(leaf.flat[0]) for path, leaf in found.items()} == marks
+
+
+def test_names_of_mobilenet_v3_as_keras_published_them():
+    """`Conv/BatchNorm`, which files.read makes `Conv_bn`, where Keras 3 has `conv_bn`."""
+    name = "keras_mobilenetv3small"
+    with np.load(cases.FOLDER / f"{name}.npz") as kept:
+        shapes = json.loads(str(kept["shapes"]))
+    new = {key: np.full(shape, i, np.float32) for i, (key, shape) in enumerate(shapes.items())}
+    capital = lambda key: re.sub(r"(^|excite_)(conv|logits)", lambda m: m[1] + m[2].title(), key)  # noqa: E731
+    old = {capital(key): array for key, array in new.items()}
+    assert {"Conv_bn/gamma", "Logits/kernel", "expanded_conv_squeeze_excite_Conv_1/bias"} < set(old)
+    chex.assert_trees_all_equal(convert(name, old, "keras"), convert(name, new, "keras"))
