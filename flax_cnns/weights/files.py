@@ -1,9 +1,10 @@
-"""Files of other libraries' tensors as `{name: array}`, by NumPy alone: nothing in them is run.
+"""Files of other libraries' tensors as `{name: array}`, without their libraries: nothing in them is run.
 
 What a file is shows in its first bytes, whatever it is called: safetensors; PyTorch's `.pth`, the
 zip of today and the stream of before 1.6; NumPy's `.npz`; Keras's `.h5`, `.weights.h5` and
 `.keras`. PyTorch's are pickles, which may hold any code: here an unpickler reads them that knows
-tensors and ordered dicts and refuses everything else.
+tensors and ordered dicts and refuses everything else. Keras's are read by HDF5's own library, which
+a damaged file can keep busy forever.
 """
 
 from __future__ import annotations

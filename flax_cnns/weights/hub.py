@@ -140,7 +140,9 @@ def _from_hugging_face(repo: str, what: str) -> Path:
     # Its cache calls each file by the SHA-256 that the Hub published, and links to it.
     digest = file.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", digest) and not _matches(file, digest):
-        raise UserError(f"{what}: {file} is damaged: its SHA-256 is another; delete it, try again")
+        raise UserError(
+            f"{what}: {file.resolve()} is damaged: its SHA-256 is another; delete it and try again"
+        )
     return file
 
 
