@@ -1,4 +1,4 @@
-"""Files of other libraries' tensors as `{name: array}`, without their libraries: nothing in them is run.
+"""Files of other libraries' tensors as `{name: array}`; nothing that is in them is run.
 
 What a file is shows in its first bytes, whatever it is called: safetensors; PyTorch's `.pth`, the
 zip of today and the stream of before 1.6; NumPy's `.npz`; Keras's `.h5`, `.weights.h5` and
