@@ -476,7 +476,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
     """Test accuracy against the number of training images, a panel for each target."""
     number = len(result.targets)
     figure = Figure(figsize=(1.8 + 4.4 * number, 5), layout="constrained")
-    panels = figure.subplots(1, number, sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, number, squeeze=False)[0]
     for panel, target in zip(panels, result.targets):
         for i, strategy in enumerate(result.strategies):
             cells = [result.at(target, fraction, strategy) for fraction in result.fractions]

@@ -100,8 +100,8 @@ def probe(
 def cached_features(
     parts: Parts, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
 ) -> tuple[Features, float]:
-    """The features of every split, and the seconds that computing them took: read from `cache`
-    where it holds those of this config, else computed and kept there."""
+    """What `features` gives: read from `cache` where it holds those of this config, else computed
+    and kept there."""
     config = configs.plain(parts.config)
     key = json.dumps([config[part] for part in ("seed", "model", "data", "graft")] + list(layers))
     if cache.is_file():
@@ -123,8 +123,9 @@ def cached_features(
 
 
 def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Features, float]:
-    """Each image of each split through the network once, in evaluation mode; (features, seconds),
-    these without compiling. Whatever stands between examples and channels is averaged."""
+    """Each image of each split through the network once, in evaluation mode. Whatever stands
+    between examples and channels is averaged. Beside them the seconds that the training images
+    took, without compiling: the others any strategy must pass to be evaluated."""
     model, dataset = parts.model.clone(num_classes=None), parts.dataset
     normalize = augment.make_normalize(
         parts.config.data.augment, mean=dataset.mean, std=dataset.std
@@ -153,8 +154,9 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
 
     first = next(batches("test"))["image"]
     jax.block_until_ready(forward(variables, first))  # compiled now
-    began, found = time.perf_counter(), {}
+    found, seconds = {}, {}
     for split in dataset.splits:
+        began = time.perf_counter()
         rows: dict[str, list] = {}
         for batch in batches(split):
             there = batch["mask"] > 0
@@ -162,9 +164,10 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
             for name, array in (computed | {"labels": batch["label"]}).items():
                 rows.setdefault(name, []).append(array[there])
         found[split] = {name: np.concatenate(arrays) for name, arrays in rows.items()}
+        seconds[split] = time.perf_counter() - began
     if missing := set(layers) - set(found["train"]):
         raise UserError(f"{parts.config.model.name} has no layer {sorted(missing)[0]!r}")
-    return found, time.perf_counter() - began
+    return found, seconds["train"]
 
 
 # ---------------------------------------------------------------------------- the classifier
