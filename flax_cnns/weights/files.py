@@ -3,7 +3,7 @@
 What a file is shows in its first bytes, whatever it is called: safetensors; PyTorch's `.pth`, the
 zip of today and the stream of before 1.6; NumPy's `.npz`; Keras's `.h5`, `.weights.h5` and
 `.keras`. PyTorch's are pickles, which may hold any code: here an unpickler reads them that knows
-tensors and ordered dicts and refuses everything else. Keras's are read by HDF5's own library, which
+tensors and dicts and refuses everything else. Keras's are read by HDF5's own library, which
 a damaged file can keep busy forever.
 """
 
@@ -180,8 +180,12 @@ def _parameter(data: _Tensor, *_: Any) -> _Tensor:
     return data
 
 
+class _Flags:
+    """What a training script kept of its command line: nothing of it is used."""
+
+
 class _TensorsOnly(pickle.Unpickler):
-    """Of PyTorch's pickles: knows tensors and ordered dicts, and refuses all else."""
+    """Of PyTorch's pickles: knows tensors and dicts, and refuses all else."""
 
     ALLOWED = {  # noqa: RUF012
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -189,7 +193,10 @@ class _TensorsOnly(pickle.Unpickler):
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("torch", "Size"): tuple,
-        **{("torch", name): np.dtype(dtype) for name, dtype in _STORAGES.items()},
+        # Beside the weights in the checkpoints of torchvision's own training script.
+        ("argparse", "Namespace"): _Flags,
+        ("collections", "Counter"): dict,
+        **{("torch", name): name for name in _STORAGES},
     }
 
     def __init__(self, data: bytes):
@@ -202,10 +209,10 @@ class _TensorsOnly(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
     def persistent_load(self, reference: Any) -> _Storage:
-        kind, dtype, key, _, size, *view = reference
-        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
+        kind, name, key, _, size, *view = reference
+        if kind != "storage" or name not in _STORAGES or any(view):
             raise ValueError(f"an unknown storage {reference!r}")
-        storage = _Storage(str(key), dtype, size)
+        storage = _Storage(str(key), np.dtype(_STORAGES[name]), size)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"two storages called {key!r}")
         return storage

@@ -118,6 +118,8 @@ def test_what_pytorch_saved(tmp_path, write, around, prefix):
     tree = collections.OrderedDict({prefix + name: tensor for name, tensor in tree.items()})
     if around:
         tree = {"epoch": 3, around: tree, "optimizer": {"param_groups": [{"lr": 0.1}]}}
+        tree["args"] = Called("argparse Namespace")
+        tree["lr_scheduler"] = {"milestones": Called("collections Counter", {30: 1})}
     found = files.read(write(tmp_path / "x.pth", tree, storages))
     assert list(found) == ["a.weight", "a.bias", "half", "number"]
     np.testing.assert_array_equal(found["a.weight"], A.T)
