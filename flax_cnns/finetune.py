@@ -264,29 +264,32 @@ def compare(
 ) -> Result:
     """Every strategy on every target with every fraction of its training examples, `seeds` times.
 
-    Each seed draws initialisation, order, the examples of the fraction, and the validation split;
-    all strategies of a seed see the same. The source must not have seen the test examples. Started
-    again with the same config it repeats no run that is complete. Raises `UserError`.
+    Each seed draws initialisation, order, the examples of the fraction, and the validation split,
+    and the test split of a data set that has none; all strategies of a seed see the same. The
+    source must not have seen the test examples. Started again with the same config it repeats no
+    run that is complete. Raises `UserError`.
     """
     validate(config)
     chosen = choose(strategies)
     fractions = tuple(sorted(set(fractions)))
     if not fractions or seeds < 1:
         raise UserError("expected one fraction and one seed at least")
+    if not 0 < fractions[0] <= fractions[-1] <= 1:
+        raise UserError(f"--fractions: expected numbers above 0 to 1, got {list(fractions)}")
     if jax.process_count() > 1:
         raise UserError("fine-tuning by strategies runs in one process; start it without others")
     folder = pathlib.Path(folder)
-    source = config.source
-    if not source:
-        source = f"{folder}/pretrain"
+    source = config.source or f"{folder}/pretrain"
+    targets = sorted(config.targets, key=lambda name: (name != "similar", name))
+    # Before the source is trained: a mistake in a target is told at once.
+    tasks = {name: make_task(config.targets[name], source, config.strategy) for name in targets}
+    if not config.source:
         say("training the source")
         summary = _train(Phase("pretrain", config.pretrain), pathlib.Path(source))
         say(f"source: {summary['test/accuracy']:.2%} of its own test split")
-    targets = sorted(config.targets, key=lambda name: (name != "similar", name))
     total = len(targets) * len(fractions) * seeds * len(chosen)
     runner, records = _Runner(folder, total, say), []
-    for target in targets:
-        task = make_task(config.targets[target], source, config.strategy)
+    for target, task in tasks.items():
         for fraction in fractions:
             for seed in range(seeds):
                 records += runner.cell(target, task, fraction, seed, chosen)

@@ -8,6 +8,7 @@ in which all but the classifier is frozen and nothing is augmented; it passes ea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -71,7 +72,7 @@ def probe(
         opened.begun = True
         tried, heads = {}, {}
         for layer in layers:
-            head, tried[layer] = _classify(parts, variables["params"], layer, found)
+            head, tried[layer] = _classify(parts, variables, layer, found)
             heads |= {f"{layer}/{name}": array for name, array in head.items()}
         np.savez(workdir / "classifiers.npz", **heads)
         best = max(tried, key=lambda name: tried[name].get("validation/accuracy", 0.0))
@@ -100,10 +101,10 @@ def probe(
 def cached_features(
     parts: Parts, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
 ) -> tuple[Features, float]:
-    """What `features` gives: read from `cache` where it holds those of this config, else computed
-    and kept there."""
+    """What `features` gives: read from `cache` where it holds those of this config, these weights
+    and these examples, else computed and kept there."""
     config = configs.plain(parts.config)
-    key = json.dumps([config[part] for part in ("seed", "model", "data", "graft")] + list(layers))
+    key = json.dumps([config["model"], config["data"], list(layers), _digest(parts, variables)])
     if cache.is_file():
         with np.load(cache) as kept:
             if str(kept["key"]) == key:
@@ -120,6 +121,24 @@ def cached_features(
     np.savez(beside, key=np.str_(key), seconds=seconds, **flat)
     os.replace(beside, cache)
     return found, seconds
+
+
+def _digest(parts: Parts, variables: PyTree) -> str:
+    """Of the weights, and of the examples of all splits: of those that are streamed, where they
+    are. A folder or a run may hold others today under the name that the config knows."""
+    digest = hashlib.sha256()
+    for path, leaf in pytree.flatten(jax.device_get(variables)).items():
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(leaf))
+    for role, split in parts.dataset.splits.items():
+        digest.update(f"{role} {len(split)}".encode())
+        if split.labels is not None:
+            digest.update(np.ascontiguousarray(split.labels))
+        if split.images is not None:
+            digest.update(np.ascontiguousarray(split.images))
+        else:
+            digest.update("\n".join(map(split.source.where, range(len(split)))).encode())
+    return digest.hexdigest()
 
 
 def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Features, float]:
@@ -174,7 +193,7 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
 
 
 def _classify(
-    parts: Parts, params: PyTree, layer: str, found: Features
+    parts: Parts, variables: PyTree, layer: str, found: Features
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The classifier on a layer, {"kernel" [C K], "bias" [K]} of the features as they are, and
     {"validation/accuracy", "test/accuracy", "seconds"}."""
@@ -182,7 +201,8 @@ def _classify(
     per_epoch = len(found["train"]["labels"]) / config.data.batch_size
     total = schedules.steps(config.train.duration, per_epoch, what="train.duration")
     schedule = schedules.make(config.schedule, total_steps=total, steps_per_epoch=per_epoch)
-    optimizer = optimizers.make(config.optimizer, params, schedule)
+    params, batch_stats = variables["params"], variables.get("batch_stats")
+    optimizer = optimizers.make(config.optimizer, params, schedule, batch_stats=batch_stats)
     head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
     soften = mix.make_mix(
         ConfigDict(config.mix.to_dict() | {"mixup": 0.0}), parts.model.num_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -32,6 +33,8 @@ def make_config(digits_dir, steps=20):
         one.data.augment.pad_crop = 0
         one.train.duration = f"{steps} steps"
         one.schedule.warmup = "0 steps"
+    # What it would be without these rules, for runs and for classifiers on features.
+    config.targets.similar.optimizer.bn = ((r"stem/.*", "frozen"), (r".*", "frozen"))
     return config
 
 
@@ -217,6 +220,27 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
         finetune.compare(changed, folder, strategies=names, seeds=1)
 
 
+def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path):
+    """Under the same config: the source was trained again, the folder holds other images."""
+    parts, cache = assemble(task.config), tmp_path / "features.npz"
+    variables = parts.fresh_variables()
+
+    def computed(parts, variables):
+        found, seconds = probe.cached_features(parts, variables, [probe.LAST], cache)
+        assert probe.cached_features(parts, variables, [probe.LAST], cache)[1] == seconds
+        return found["test"][probe.LAST]
+
+    first = computed(parts, variables)
+    stem = {"conv": {"kernel": 2 * variables["params"]["stem"]["conv"]["kernel"]}}
+    stem = variables["params"]["stem"] | stem
+    others = variables | {"params": variables["params"] | {"stem": stem}}
+    assert np.abs(computed(parts, others) - first).max() > 1e-3
+    splits = dict(parts.dataset.splits)
+    splits["test"] = dataclasses.replace(splits["test"], images=255 - splits["test"].images)
+    dataset = dataclasses.replace(parts.dataset, splits=splits)
+    assert np.abs(computed(parts._replace(dataset=dataset), variables) - first).max() > 1e-3
+
+
 def test_a_classifier_that_is_no_dense_layer():
     head = {"conv10": {"kernel": np.zeros((1, 1, 4, 5)), "bias": np.zeros(5)}}
     with pytest.raises(
@@ -337,6 +361,22 @@ def test_a_config_that_makes_no_sense(tmp_path, change, said):
     with pytest.raises(UserError, match=said):
         finetune.compare(config, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "fractions", "said"),
+    [
+        ((), (0.1, 0.0), r"--fractions: expected numbers above 0 to 1, got \[0.0, 0.1\]"),
+        ((), (1.5,), "--fractions: expected numbers above 0 to 1"),
+        ((5, 99), (1.0,), "data.classes: digits has no class 99"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(ran, tmp_path, classes, fractions, said):
+    config = two_targets()
+    config.source, config.targets.similar.data.classes = "", classes
+    with pytest.raises(UserError, match=said):
+        finetune.compare(config, tmp_path, fractions=fractions, say=lambda line: None)
+    assert not ran
 
 
 def test_mistakes_are_one_line(tmp_path):
