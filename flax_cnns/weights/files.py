@@ -3,8 +3,8 @@
 What a file is shows in its first bytes, whatever it is called: safetensors; PyTorch's `.pth`, the
 zip of today and the stream of before 1.6; NumPy's `.npz`; Keras's `.h5`, `.weights.h5` and
 `.keras`. PyTorch's are pickles, which may hold any code: here an unpickler reads them that knows
-tensors and dicts and refuses everything else. Keras's are read by HDF5's own library, which
-a damaged file can keep busy forever.
+tensors and dicts and refuses everything else. Keras's are read by HDF5's own library. A file that
+was made to can still keep either busy forever, or crash it; it cannot make them run anything.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import pickle
 import pickletools
 import re
+import types
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,18 +171,15 @@ class _Tensor(NamedTuple):
 
 
 def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-    whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
-    if not isinstance(storage, _Storage) or not whole or len(shape) != len(strides):
+    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *strides))
+    known = isinstance(storage, _Storage) and len(shape) == len(strides) <= 64  # NumPy's limit
+    if not known or not whole:
         raise ValueError("a tensor without a sensible shape")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _parameter(data: _Tensor, *_: Any) -> _Tensor:
     return data
-
-
-class _Flags:
-    """What a training script kept of its command line: nothing of it is used."""
 
 
 class _TensorsOnly(pickle.Unpickler):
@@ -193,8 +191,8 @@ class _TensorsOnly(pickle.Unpickler):
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("torch", "Size"): tuple,
-        # Beside the weights in the checkpoints of torchvision's own training script.
-        ("argparse", "Namespace"): _Flags,
+        # Beside the weights in the checkpoints of torchvision's own training script; unused.
+        ("argparse", "Namespace"): collections.OrderedDict,
         ("collections", "Counter"): dict,
         **{("torch", name): name for name in _STORAGES},
     }
@@ -206,13 +204,20 @@ class _TensorsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise _CodeError(f"{module}.{name}")
-        return self.ALLOWED[module, name]
+        found = self.ALLOWED[module, name]
+        if isinstance(found, types.FunctionType):  # a pickle may set attributes of what it is given
+            return lambda *arguments: found(*arguments)
+        return found
 
     def persistent_load(self, reference: Any) -> _Storage:
         kind, name, key, _, size, *view = reference
+        # None of it is printed: a few bytes may be lists of lists of lists, which fill all memory
+        # as a text.
         if kind != "storage" or name not in _STORAGES or any(view):
-            raise ValueError(f"an unknown storage {reference!r}")
-        storage = _Storage(str(key), np.dtype(_STORAGES[name]), size)
+            raise ValueError("an unknown kind of storage")
+        if type(key) is not str or type(size) is not int:
+            raise ValueError("a storage without a sensible size")
+        storage = _Storage(key, np.dtype(_STORAGES[name]), size)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"two storages called {key!r}")
         return storage
@@ -273,12 +278,16 @@ def _state_dict(tree: Any, path: Path) -> dict[str, _Tensor]:
         if isinstance(tree, Mapping) and isinstance(tree.get(inner), Mapping):
             tree = tree[inner]
             break
-    if not isinstance(tree, Mapping) or not all(isinstance(t, _Tensor) for t in tree.values()):
-        held = ", ".join(map(str, list(tree)[:5])) if isinstance(tree, Mapping) else repr(tree)[:60]
+    if not isinstance(tree, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in tree.items()
+    ):
+        held = f"a {type(tree).__name__.lstrip('_')}"
+        if isinstance(tree, Mapping):
+            held = ", ".join([n[:60] for n in tree if isinstance(n, str)][:5]) or "no names"
         raise UserError(
             f"{path} holds {held}; expected tensors by name, or such under 'state_dict' or 'model'"
         )
-    return {str(name): tensor for name, tensor in tree.items()}
+    return dict(tree)
 
 
 def _views(tensors: Mapping[str, _Tensor], data: Mapping[str, Any], order: str) -> Tensors:

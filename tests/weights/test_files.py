@@ -169,6 +169,8 @@ def test_code_is_never_run(tmp_path, monkeypatch, write, name):
         (lambda s: Tensor(s, -1, (2,), (1,)), "sensible shape"),
         (lambda s: Tensor(s, 0, (2,), (-1,)), "sensible shape"),
         (lambda s: Tensor("0", 0, (2,), (1,)), "sensible shape"),
+        (lambda s: Tensor(s, 0, (1,) * 65, (1,) * 65), "sensible shape"),
+        (lambda s: Tensor(s, 0, (1 << 63,), (0,)), "sensible shape"),
     ],
 )
 def test_a_tensor_that_leaves_its_storage(tmp_path, write, tensor, said):
@@ -190,6 +192,46 @@ def test_a_pickle_that_asks_for_all_memory(tmp_path):
         archive.writestr("x/data.pkl", bomb)
     with pytest.raises(UserError, match="absurd number of entries"):
         files.read(tmp_path / "x.pth")
+
+
+def laughs(levels: int) -> bytes:
+    """A pickle of ten tuples of ten tuples ...: 10**levels as a text, in some 30 a level."""
+    opcodes = b")q\0"
+    for level in range(levels):
+        opcodes += b"0(" + (b"h" + bytes([level])) * 10 + b"tq" + bytes([level + 1])
+    return opcodes
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b".",
+        b"Q.",
+        b"0(X\7\0\0\0storageX\x0c\0\0\0FloatStorageX\1\0\0\0aNh\x0ctQ.",
+    ],
+    ids=["tree", "reference", "size"],
+)
+def test_what_a_pickle_holds_is_not_written_out(tmp_path, end):
+    """All memory would not do."""
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\2" + laughs(12) + end)
+    with pytest.raises(UserError, match=r"holds a tuple; expected|is damaged") as said:
+        files.read(tmp_path / "x.pth")
+    assert len(str(said.value)) < 500
+
+
+def test_a_pickle_changes_nothing_for_later_ones(tmp_path):
+    """It may set attributes of whatever it was given, such as a function's defaults."""
+    for name in sorted(" ".join(name) for name in files._TensorsOnly.ALLOWED):
+        module, name = name.encode().split()
+        with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+            given = b"c" + module + b"\n" + name + b"\n"
+            changed = given + b"N}X\x0c\0\0\0__defaults__K\7\x85s\x86b."
+            archive.writestr("x/data.pkl", b"\x80\2" + changed)
+        with pytest.raises(UserError):
+            files.read(tmp_path / "x.pth")
+    for found in files._TensorsOnly.ALLOWED.values():
+        assert getattr(found, "__defaults__", None) is None
 
 
 def test_what_is_no_state_dict(tmp_path):
