@@ -62,13 +62,10 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     """
     row = weights.preprocessing(model_name, source)
     variables = weights.load_weights(model_name, source, path)
-    if "head" not in variables["params"]:
-        raise UserError(f"{model_name} from {source}: these weights have no classifier")
-    classes = variables["params"]["head"]["kernel"].shape[-1]
-    model = registry.create_model(model_name, num_classes=classes)
-    return _of_row(
-        f"{model_name}, {source}'s weights", row._replace(num_classes=classes), model, variables
-    )
+    head = variables["params"].get("head")
+    row = row._replace(num_classes=0 if head is None else head["kernel"].shape[-1])
+    model = _with_classifier(model_name, source, row)
+    return _of_row(f"{model_name}, {source}'s weights", row, model, variables)
 
 
 def from_folder(folder: str | os.PathLike, checkpoint: str = "latest") -> Predictor:
@@ -83,10 +80,16 @@ def from_converted(folder: str | os.PathLike) -> Predictor:
     folder = pathlib.Path(folder)
     about = workdirs.read_json(folder / "about.json")
     row = weights.Preprocessing.from_dict(about["preprocessing"])
-    model = registry.create_model(about["model"], num_classes=row.num_classes)
+    model = _with_classifier(about["model"], about["source"], row)
     shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
     variables = manager.read_tree(folder, shapes)
     return _of_row(f"{about['model']}, {about['source']}'s weights", row, model, variables)
+
+
+def _with_classifier(model_name: str, source: str, row: weights.Preprocessing) -> nn.Module:
+    if not row.num_classes:
+        raise UserError(f"{model_name} from {source}: these weights have no classifier")
+    return registry.create_model(model_name, num_classes=row.num_classes)
 
 
 def _of_row(

@@ -12,6 +12,7 @@ from PIL import Image
 from flax_cnns import prediction
 from flax_cnns.checkpoint import foreign
 from flax_cnns.data import datasets
+from flax_cnns.errors import UserError
 from flax_cnns.weights import convert, preprocessing
 from flax_cnns.workdir import read_config
 from tests.models import cases
@@ -82,6 +83,26 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
     (guesses,) = prediction.predict(predictor, [photo], most=20)
     assert len(guesses) == 10
     assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
+
+
+def test_weights_without_a_classifier_name_nothing(tmp_path):
+    """As timm published its vit_large_patch32_224: they can be converted, to start from."""
+    case = cases.CASES["squeezenet"]
+    tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
+    body = {name: array for name, array in tensors.items() if not name.startswith("classifier")}
+    np.savez(tmp_path / "body.npz", **body)
+    given = ("squeezenet1_1", "torchvision")
+    about = foreign.convert(*given, tmp_path / "converted", tmp_path / "body.npz")
+    assert about["preprocessing"]["num_classes"] == 0
+    assert about["leaves"] == len(body)
+    said = "squeezenet1_1 from torchvision: these weights have no classifier"
+    with pytest.raises(UserError, match=said):
+        prediction.from_weights(*given, tmp_path / "body.npz")
+    with pytest.raises(UserError, match=said):
+        prediction.from_folder(tmp_path / "converted")
+    body["classifier.1.bias"] = tensors["classifier.1.bias"]
+    with pytest.raises(UserError, match="no tensor was given for params/head/kernel"):
+        convert("squeezenet1_1", body, "torchvision")
 
 
 def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):

@@ -30,8 +30,7 @@ def convert(
     file = Path(path).expanduser() if path else hub.fetch(model_name, source)
     tree = weights.load_weights(model_name, source, file)
     head = pytree.flatten(tree).get("params/head/kernel")
-    if head is not None:  # a file's own classes
-        seen = seen._replace(num_classes=int(head.shape[-1]))
+    seen = seen._replace(num_classes=0 if head is None else int(head.shape[-1]))  # the file's own
     with open(file, "rb") as data:
         sha256 = hashlib.file_digest(data, "sha256").hexdigest()
     about = {

@@ -26,8 +26,8 @@ def load_weights(
     `source`, whose names and layout the tensors have, is one of `model_info(model_name).sources`:
     "torchvision", "timm", "keras" or "efficientnet_lite". `path` is a file that `files.read` can
     read; where it is left out, the source's published ImageNet weights are downloaded once
-    (`hub.fetch`). The head has the file's own classes, or is left out with `num_classes=None`;
-    `fields` are the network's. Arrays are NumPy's.
+    (`hub.fetch`). The head has the file's own classes, and is left out where the file has none or
+    with `num_classes=None`; `fields` are the network's. Arrays are NumPy's.
 
     Raises `UserError` for an unknown name or source, for a file that is missing, damaged, refused
     or of another network, and where a download fails.
@@ -52,8 +52,9 @@ def convert(
     `tensors` maps the source's names to arrays in its own order: a state dict (`source` is
     "torchvision", "timm" or "efficientnet_lite"), or `{w.path: w.numpy() for w in model.weights}`
     ("keras", whatever number its automatic names begin with). `model_info(model_name).sources`
-    lists what a network takes. The head has as many classes as the tensors, or is left out with
-    `num_classes=None`; `fields` are the network's. Arrays are copies in NumPy, laid out as ours.
+    lists what a network takes. The head has as many classes as the tensors, and is left out where
+    they have none or with `num_classes=None`; `fields` are the network's. Arrays are copies in
+    NumPy, laid out as ours.
 
     Raises `UserError` for an unknown name or source, for a tensor that is not used (unless the
     rules name it so), and for one that is missing or of another shape.
@@ -71,10 +72,13 @@ def convert(
         what,
         headless=model.num_classes is None,
     )
-    kernel = found.get("params/head/kernel")
-    if "num_classes" not in fields and kernel is not None:
-        model = create_model(model_name, **fields, num_classes=int(kernel.shape[-1]))
-        paths = pytree.flatten(_shapes(model))
+    if "num_classes" not in fields:
+        kernel = found.get("params/head/kernel")
+        if kernel is not None:
+            fields["num_classes"] = int(kernel.shape[-1])
+        elif found and not any(path.startswith(("params/head/", "params/aux")) for path in found):
+            fields["num_classes"] = None  # a network that was saved without its head
+        paths = pytree.flatten(_shapes(create_model(model_name, **fields)))
     return _rules.fit(found, paths, what)
 
 
