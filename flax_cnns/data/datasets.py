@@ -221,17 +221,24 @@ def _choose_classes(raw: Raw, config: Any) -> Raw:
     new = np.full(raw.num_classes, -1, np.int32)
     new[chosen] = np.arange(len(chosen))
 
-    def choose(source: img.Source) -> img.Source:
+    class_names = tuple(raw.class_names[i] for i in chosen)
+
+    def choose(role: str, source: img.Source) -> img.Source:
         labels = new[img.read_labels(source)]
         rows, name = np.flatnonzero(labels >= 0), f"classes {chosen}"
+        if not len(rows):
+            raise UserError(
+                f"data.classes: the {role} split of {config.name} has no image of "
+                f"{', '.join(class_names)}"
+            )
         if isinstance(source, img.ArraySource):  # arrays stay arrays: nothing is decoded
             return img.ArraySource(source.images[rows], labels[rows], f"{source.name}, {name}")
         return img.Relabelled(img.Subset(source, rows, name), labels[rows], name)
 
     return raw._replace(
-        sources={name: choose(source) for name, source in raw.sources.items()},
+        sources={role: choose(role, source) for role, source in raw.sources.items()},
         num_classes=len(chosen),
-        class_names=tuple(raw.class_names[i] for i in chosen),
+        class_names=class_names,
     )
 
 

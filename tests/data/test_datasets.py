@@ -119,6 +119,19 @@ def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory
             assert image[0, 0, 0] == (50, 4, 9)[label]  # as the images of those classes are filled
 
 
+def test_classes_that_a_split_lacks(monkeypatch, config):
+    """Accuracy over no image at all would be no number."""
+    of = lambda *labels: img.ArraySource(  # noqa: E731
+        np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels, np.int32), "some"
+    )
+    sources = {"train": of(0, 1, 2, 1, 2), "test": of(0, 0)}
+    names = ("cat", "dog", "frog")
+    monkeypatch.setattr(datasets, "_read", lambda c: datasets.Raw(sources, 3, names, (8, 8, 1)))
+    config.name, config.image_size, config.classes = "own", 8, ("dog", "frog")
+    with pytest.raises(UserError, match=r"data.classes: the test split of own .* dog, frog"):
+        datasets.load(config)
+
+
 def test_classes_of_a_source_that_does_not_know_its_labels(config):
     config.image_size = 8
     whole = datasets.load(config)
