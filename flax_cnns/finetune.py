@@ -392,7 +392,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def tables(result: Result) -> list[Table]:
-    """One for each target, and the lectures' two by two where there are two targets or more."""
+    """One for each target, and the lectures' two by two where validation chose the best."""
     found = []
     for target in result.targets:
         spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
@@ -408,7 +408,7 @@ def tables(result: Result) -> list[Table]:
             row = [_mean([r.test for r in cell]) for cell in cells]
             table.add_row(strategy, *row, f"{seconds:.1f}")
         found.append(table)
-    return [*found, _two_by_two(result)]
+    return [*found, _two_by_two(result)] if _validated(result) else found
 
 
 def _two_by_two(result: Result) -> Table:
@@ -433,11 +433,15 @@ def _two_by_two(result: Result) -> Table:
     return table
 
 
+def _validated(result: Result) -> bool:
+    return all(record.validation is not None for record in result.records)
+
+
 def best_strategy(result: Result, target: str, fraction: float) -> str:
-    """By the mean validation accuracy; of equal ones, and without that split, the first."""
+    """By the mean validation accuracy; of equal ones the first."""
 
     def accuracy(strategy: str) -> float:
-        return np.mean([r.validation or 0.0 for r in result.at(target, fraction, strategy)])
+        return np.mean([r.validation for r in result.at(target, fraction, strategy)])
 
     return max(result.strategies, key=accuracy)
 
@@ -518,7 +522,7 @@ def save(result: Result, path: pathlib.Path, command: dict[str, Any]) -> None:
     """Everything as JSON."""
     best = {
         target: {f"{f:g}": best_strategy(result, target, f) for f in result.fractions}
-        for target in result.targets
+        for target in (result.targets if _validated(result) else ())
     }
     content = {
         "command": command,

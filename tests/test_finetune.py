@@ -322,6 +322,18 @@ def test_tables_picture_and_file(ran, tmp_path):
     assert len(saved["records"]) == 2 * 2 * 2 * len(finetune.STRATEGIES)
 
 
+def test_without_a_validation_split_no_strategy_is_called_the_best(ran, tmp_path):
+    given = dict(strategies=["scratch", "linear"], fractions=(1,), seeds=1)
+    result = finetune.compare(two_targets(), tmp_path, **given, say=lambda line: None)
+    assert len(finetune.tables(result)) == 3
+    records = [record._replace(validation=None) for record in result.records]
+    result = result._replace(records=records)
+    titles = [table.title for table in finetune.tables(result)]
+    assert titles == ["similar: test accuracy in %", "dissimilar: test accuracy in %"]
+    finetune.save(result, tmp_path / "finetune.json", {})
+    assert json.loads((tmp_path / "finetune.json").read_text())["best_by_validation"] == {}
+
+
 # ---------------------------------------------------------------------------- configs and mistakes
 
 
