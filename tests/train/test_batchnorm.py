@@ -142,6 +142,13 @@ def test_rules_that_say_too_much_or_too_little(rules, words):
         batchnorm.layer_modes(rules, TRAINABLE, STATS)
 
 
+def test_rules_for_a_network_without_batchnorm():
+    with pytest.raises(
+        UserError, match=r"optimizer.bn: .* 'stem/.*' decides nothing; there are no"
+    ):
+        batchnorm.layer_modes((("stem/.*", "frozen"), (".*", "train")), TRAINABLE, {})
+
+
 # ---- a network with stages, scanned, rematerialised, in pieces
 
 LAST = ((r"params/(head|stage2)/.*", True), (r".*", False))
