@@ -358,7 +358,10 @@ def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _writing(folder.parent):
         try:
-            (partial / "manifest").mkdir(parents=True)
+            try:
+                (partial / "manifest").mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
             ocp.PyTreeCheckpointer().save(partial / "state", tree)
             manifest = {"format": 1, "leaves": make_manifest(flatten(tree))}
             (partial / "manifest" / "metadata").write_text(json.dumps(manifest))

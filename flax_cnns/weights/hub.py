@@ -65,10 +65,8 @@ def download(url: str, digest: str, what: str) -> Path:
     `digest`: the first digits of its SHA-256, or its MD5, or "" where none is published.
     """
     target = cache() / url.rpartition("/")[2]
-    if target.is_file():
-        if _matches(target, digest):
-            return target
-        target.unlink()  # damaged since
+    if target.is_file() and _matches(target, digest):
+        return target
     _check_reachable(url, what)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:

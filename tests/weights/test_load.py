@@ -77,6 +77,8 @@ def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path):
     with pytest.raises(UserError, match="out exists already; name a folder that does not"):
         foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match=r"cannot make the folder .*: Not a directory"):
+        foreign.convert("squeezenet1_1", "torchvision", file / "out", file)
 
 
 def test_a_flipped_bit_of_such_a_checkpoint_is_noticed(file, tmp_path):
