@@ -16,8 +16,8 @@ def host_of(url: str) -> str:
     plain = urlparse(url)
     host = plain.netloc
     if not urllib.request.proxy_bypass(host):
-        proxies = urllib.request.getproxies()
-        host = urlparse(proxies.get(plain.scheme) or url).netloc
+        proxy = urllib.request.getproxies().get(plain.scheme, "")  # with http:// before it or not
+        host = proxy.rpartition("://")[2].partition("/")[0] or host
     return host.split("@")[-1]
 
 

@@ -106,8 +106,9 @@ def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
     assert time.monotonic() - began < 5
 
 
-def test_a_proxy_is_what_must_be_reached(monkeypatch):
-    monkeypatch.setenv("https_proxy", "http://me:word@proxy.example:3128")
+@pytest.mark.parametrize("proxy", ["http://me:word@{}", "http://{}/", "{}"])
+def test_a_proxy_is_what_must_be_reached(monkeypatch, proxy):
+    monkeypatch.setenv("https_proxy", proxy.format("proxy.example:3128"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert network.host_of("https://huggingface.co/timm") == "proxy.example:3128"
     assert network.host_of("http://127.0.0.1:80/x") == "127.0.0.1:80"
