@@ -72,12 +72,15 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
 
 
 def _trained_on(model: str, library: str, seen: Mapping[str, Any]) -> str:
+    swapped = seen["channels"] == "BGR"
     mean, std = (
-        tuple(round(x / seen["scale"] / 255, 4) for x in seen[name]) for name in ("mean", "std")
+        tuple(round(x / seen["scale"] / 255, 4) for x in seen[name][:: -1 if swapped else 1])
+        for name in ("mean", "std")  # as a run has them: RGB
     )
     return (
         f"{library}'s {model} was trained on {seen['channels']} images of {seen['size']} pixels"
         f" with data.mean={mean}, data.std={std}"
+        f"{'; a run gives it RGB, which its first layer has to unlearn' if swapped else ''}"
     )
 
 

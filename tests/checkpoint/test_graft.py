@@ -17,6 +17,7 @@ from flax_cnns.checkpoint import manager, sources
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import flatten
+from flax_cnns.weights import preprocessing
 from tests.checkpoint.test_manager import data_file
 from tests.models import cases
 
@@ -312,6 +313,16 @@ def test_a_file_of_another_library(squeezenet):
     )
     shown = "│ head  │      2 │   1,539 │ fresh: [1, 1, 512, 3] here, [1, 1, 512, 10] there │"
     assert shown in str(report)
+
+
+def test_a_network_of_bgr_images_is_told_by_the_means_of_rgb():
+    """What data.mean takes, and what no field of a run can change."""
+    seen = preprocessing("vgg16", "keras")._asdict()
+    assert sources._trained_on("vgg16", "keras", seen) == (
+        "keras's vgg16 was trained on BGR images of 224 pixels with data.mean=(0.485, 0.458,"
+        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB, which its first layer"
+        " has to unlearn"
+    )
 
 
 def test_another_library_misspelt(squeezenet):
