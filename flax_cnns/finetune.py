@@ -72,7 +72,9 @@ class Task(NamedTuple):
             named = [f"(params|batch_stats)/{_any(of)}/.*" for of in (self.classifier, fresh) if of]
             config.graft.rules = (*((regex, None) for regex in named), (r"(.*)", r"\1"))
         if train != self.parts:
-            learning = f"params/{_any((*self.classifier, *train))}/.*"
+            # Classifiers on features know no auxiliary heads.
+            heads = [name for name in self.classifier if not (layers and name.startswith("aux"))]
+            learning = f"params/{_any((*heads, *train))}/.*"
             config.optimizer.trainable = ((learning, True), (".*", False))
         config.schedule.learning_rate *= rate
         for section, field in (("train", "duration"), ("schedule", "warmup")):

@@ -145,11 +145,13 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
     """Each image of each split through the network once, in evaluation mode. Whatever stands
     between examples and channels is averaged. Beside them the seconds that the training images
     took, without compiling: the others any strategy must pass to be evaluated."""
-    model, dataset = parts.model.clone(num_classes=None), parts.dataset
+    dataset = parts.dataset
+    # Every block by its name: inside a stack nothing can be captured.
+    named = {"scan": False} if hasattr(parts.model, "scan") else {}
+    model = parts.model.clone(num_classes=None, **named)
     normalize = augment.make_normalize(
         parts.config.data.augment, mean=dataset.mean, std=dataset.std
     )
-    variables = parts.for_steps(variables)
 
     @jax.jit
     def forward(variables: PyTree, images: Array) -> dict[str, Array]:
@@ -253,8 +255,8 @@ def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     kernels = [path for path in flat if path.endswith("/kernel") and flat[path].ndim == 2]
     if len(kernels) != 1 or len(flat) > 2:
         raise UserError(
-            "a linear classifier on features: expected one dense layer alone to be trainable, got"
-            f" {', '.join(flat)}"
+            "a linear classifier on features: expected one dense layer (no convolution) alone to be"
+            f" trainable, got {', '.join(flat)}"
         )
     if layer == LAST:
         return head

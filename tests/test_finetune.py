@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 
+import chex
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -239,6 +240,29 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path)
     splits["test"] = dataclasses.replace(splits["test"], images=255 - splits["test"].images)
     dataset = dataclasses.replace(parts.dataset, splits=splits)
     assert np.abs(computed(parts._replace(dataset=dataset), variables) - first).max() > 1e-3
+
+
+def test_features_of_a_network_that_scans_are_those_of_its_blocks():
+    given = dict(depths=(3,), widths=(4,))
+    found = []
+    for more in ({}, dict(scan=True, remat=True)):
+        parts = assemble(make_task(**given, **more).config)
+        features, _ = probe.features(parts, parts.fresh_variables(), ["stage1", probe.LAST])
+        found.append(features["test"])
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
+    assert np.abs(found[0]["stage1"]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["features", "linear_stages"])
+def test_classifiers_on_features_leave_auxiliary_heads_alone(name):
+    task = make_task("googlenet_2014_aux")
+    assert {layer.split("/")[0] for layer in task.classifier} > {"head"}
+    (phase,) = finetune.STRATEGIES[name](task)
+    params = [path for path in leaves(task) if path.startswith("params/")]
+    learns = pytree.match(phase.config.optimizer.trainable, params, what="trainable")
+    assert {path for path in params if learns[path]} == {"params/head/kernel", "params/head/bias"}
+    fresh = pytree.match(phase.config.graft.rules, params, what="graft")
+    assert tops(path for path in params if fresh[path] is None) > {"head"}
 
 
 def test_a_classifier_that_is_no_dense_layer():
