@@ -286,6 +286,11 @@ def compare(
     # Before the source is trained: a mistake in a target is told at once.
     tasks = {name: make_task(config.targets[name], source, config.strategy) for name in targets}
     if not config.source:
+        if not (folder / "pretrain/summary.json").is_file() and any(folder.glob("*/*/seed*")):
+            raise UserError(
+                f"{folder} holds runs that started from a source that is gone (pretrain); remove"
+                " them, or take another --workdir"
+            )
         say("training the source")
         summary = _train(Phase("pretrain", config.pretrain), pathlib.Path(source))
         say(f"source: {summary['test/accuracy']:.2%} of its own test split")

@@ -399,6 +399,15 @@ def test_a_config_that_makes_no_sense(tmp_path, change, said):
     assert not (tmp_path / "none").exists()
 
 
+def test_results_of_a_source_that_is_gone_are_not_mixed_with_others(ran, tmp_path):
+    config = two_targets()
+    config.source = ""
+    (tmp_path / "similar/1/seed0/linear").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"from a source that is gone .*; remove them, or take"):
+        finetune.compare(config, tmp_path, seeds=1, say=lambda line: None)
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("classes", "fractions", "said"),
     [
