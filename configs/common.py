@@ -28,11 +28,13 @@ def get_config() -> ConfigDict:
                 dir="",  # TFDS data_dir, folder of archives or of images; "": TFDS's default
                 source="auto",  # tfds, archive, folder; auto: archives if dir has them, else TFDS
                 labels="",  # where there are several kinds: cifar100 has fine (default) and coarse
+                classes=(),  # only these, by number or name, labelled 0, 1, ... in this order
                 image_size=32,  # height and width that the network sees
                 channels=0,  # 0: the data set's own; 1 or 3 converts
                 # Taken from train where there is no such split: a fraction, a count, or 0 for none.
                 validation=0.1,
-                split_seed=0,  # of that split, and of an image folder's
+                fraction=1.0,  # of the training examples, each class alike; no other split changes
+                split_seed=0,  # of these, and of an image folder's test split
                 batch_size=64,  # over all devices and processes
                 eval_batch_size=256,
                 # yes, no, or auto: when they take less than memory_limit and are not photographs
@@ -50,8 +52,12 @@ def get_config() -> ConfigDict:
                     scale=0.0,  # relative, uniform in 1 +- scale
                     random_resized_crop=(),  # (smallest, largest) share of the area; (): off
                     cutout=0,  # side of the square set to the mean; 0: off
-                    normalize=True,  # by the data set's mean and standard deviation
+                    normalize=True,  # by mean and standard deviation
                 ),
+                # Per channel, of images in 0..1; (): the data set's own. A network that starts from
+                # published weights wants those that these were trained with.
+                mean=(),
+                std=(),
             ),
             # ---- per batch, inside the step
             mix=dict(
@@ -71,7 +77,13 @@ def get_config() -> ConfigDict:
                 # by sgd, adam and rmsprop (L2); decoupled from it in adamw and lamb.
                 weight_decay=(),
                 trainable=(),  # rules (regex, bool); (): all
+                # BatchNorm: rules (regex over paths such as "stage1/block1/norm1", mode). train: by
+                # the batch, and the running statistics move; frozen_stats: by those, which stay;
+                # frozen: scale and bias stay too. (): frozen where `trainable` freezes the layer's
+                # parameters, train elsewhere.
+                bn=(),
                 lr_mult=(),  # rules (regex, number): factors on the learning rate; (): all 1
+                layer_decay=0.0,  # such a factor from each layer to the one below it; 0: off
                 clip_norm=0.0,  # global norm of the gradient; 0: off
             ),
             # ---- the learning rate
@@ -103,6 +115,9 @@ def get_config() -> ConfigDict:
                 # ((duration, number), ...) and the straight lines between them.
                 aux_weight=(0.3,),
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
+                # Before each validation, and at the end, BatchNorm's running statistics are
+                # computed from so many batches of training images, and kept; 0: off.
+                precise_bn=0,
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
                 test_on="latest",  # which checkpoint the test split sees at the end: latest or best
@@ -116,7 +131,9 @@ def get_config() -> ConfigDict:
             ),
             # ---- start from other weights
             graft=dict(
-                source="",  # RUN, RUN@best, RUN@1200 or an Orbax checkpoint's path; "": none
+                # RUN, RUN@best, RUN@1200, an Orbax checkpoint's path, or other libraries' weights:
+                # torchvision:resnet50, timm:resnet50d=/path/file.safetensors; "": none
+                source="",
                 # (regex over this network's paths, path in the source or None for fresh), ...
                 rules=((r"(.*)", r"\1"),),
             ),

@@ -6,6 +6,7 @@ python -m experiments.benchmark vs-torch --model=resnet18 --batch=32 --size=64
 python -m experiments.benchmark pipeline --config=configs/digits_lenet5.py
 python -m experiments.benchmark cond
 python -m experiments.benchmark compile --model=cifar_resnet110
+python -m experiments.benchmark frozen --model=resnet18 --size=64
 python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark learn --models=lenet5
 
@@ -69,6 +70,12 @@ COMMANDS = {
         training.COMPILE_COLUMNS,
         training.add_compile,
         training.compile,
+    ),
+    "frozen": Command(
+        "Training step with the lower layers frozen",
+        training.FROZEN_COLUMNS,
+        training.add_frozen,
+        training.frozen,
     ),
     "drop-path": Command(
         "Training step against the rate of stochastic depth",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -59,15 +60,18 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
-def define_config(default: str) -> flags.FlagHolder:
-    """The flag --config, which is `configs/<default>.py` where it is not given."""
+def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
+    """The flag --config, which is `configs/<default>.py` where it is not given. `runs`: a regex of
+    the fields that hold the configs of whole runs, where the config is none itself."""
     # No default for ml_collections, which would apply overrides, and fail, while it defines it.
     _DEFAULT.append(str(CONFIGS / f"{default}.py"))
+    _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
     text = f"A file of configs/, or file.py:mode; configs/{default}.py where it is not given."
     return config_flags.DEFINE_config_file("config", None, text)
 
 
 _DEFAULT: list[str] = []
+_RUNS: list[re.Pattern] = []
 
 
 def define_commands(*names: str) -> None:
@@ -76,6 +80,24 @@ def define_commands(*names: str) -> None:
 
 
 _COMMANDS: list[str] = []
+
+
+def define_arguments(what: str, most: int | None = None) -> None:
+    """The script takes arguments beside its flags, in any order: one at least and `most` at most;
+    `what` says in messages what they are."""
+    flags.FLAGS.set_gnu_getopt()
+    _ARGUMENTS.append((what, most))
+
+
+_ARGUMENTS: list[tuple[str, int | None]] = []
+
+
+def _check_arguments(given: list[str]) -> None:
+    what, most = _ARGUMENTS[0] if _ARGUMENTS else ("", 0)
+    if what and not given:
+        raise UserError(f"expected {what}, got none")
+    if most is not None and len(given) > most:
+        raise UserError(f"unexpected argument {given[most]!r}; flags begin with --")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -91,8 +113,9 @@ def _parse(argv: list[str]) -> list[str]:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
-        of_config = argument.startswith("--config.") and not field.startswith("model.")
-        if of_config and equals and field not in FIELDS:
+        run = _RUNS[0].match(field) if _RUNS and argument.startswith("--config.") else None
+        field = field[run.end() :] if run else ""
+        if equals and field and not field.startswith("model.") and field not in FIELDS:
             raise UserError(f"config: unknown field {field!r}{did_you_mean(field, FIELDS)}")
     try:
         rest = flags.FLAGS(argv)
@@ -102,14 +125,14 @@ def _parse(argv: list[str]) -> list[str]:
             flags.FLAGS[
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --")
+        _check_arguments(rest[1:])
         return rest
     except OSError as error:
         named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
         file = named.partition(":")[0]
         if not pathlib.Path(file).is_file():
             files = [f"configs/{path.name}" for path in CONFIGS.glob("*_*.py")]
+            files += [f"configs/finetune/{path.name}" for path in CONFIGS.glob("finetune/*.py")]
             near = did_you_mean(file, [path for path in files if "__" not in path])
             raise UserError(f"--config: there is no file {file!r}{near}") from None
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None

@@ -9,6 +9,7 @@ _WHERE = {
     "init_variables": "flax_cnns.registry",
     "graft": "flax_cnns.checkpoint.graft",
     "FRESH": "flax_cnns.checkpoint.graft",
+    "load_weights": "flax_cnns.weights",
     "run": "flax_cnns.experiment",
 }
 _MODULES = ("launch", "layers", "models", "weights")  # by their name, without a further import

@@ -119,6 +119,21 @@ def compute_dtype(value: Any) -> str | None:
     return one_of("float32", "bfloat16")(value)
 
 
+def class_list(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(
+        isinstance(v, (int, str)) and not isinstance(v, bool) for v in value
+    )
+    return None if fine else "numbers or names of classes such as (0, 3, 'Bag'), () for all"
+
+
+def per_channel(low: float) -> Check:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, (tuple, list)) and all(number(low)(v) is None for v in value)
+        return None if fine else "a number per channel such as (0.485, 0.456, 0.406), or ()"
+
+    return check
+
+
 def source_path(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else "a path or None"
 
@@ -135,9 +150,11 @@ FIELDS: dict[str, Check] = {
     "data.dir": text,
     "data.source": one_of("auto", "tfds", "archive", "folder"),
     "data.labels": text,
+    "data.classes": class_list,
     "data.image_size": integer(1),
     "data.channels": integer(),
     "data.validation": number(),
+    "data.fraction": number(0, 1, above=True),
     "data.split_seed": integer(),
     "data.batch_size": integer(1),
     "data.eval_batch_size": integer(1),
@@ -154,6 +171,8 @@ FIELDS: dict[str, Check] = {
     "data.augment.random_resized_crop": shares,
     "data.augment.cutout": integer(),
     "data.augment.normalize": flag,
+    "data.mean": per_channel(0.0),
+    "data.std": per_channel(1e-6),
     "mix.label_smoothing": number(0, 1),
     "mix.mixup": number(),
     "optimizer.name": one_of("sgd", "adam", "adamw", "rmsprop", "lamb"),
@@ -165,7 +184,11 @@ FIELDS: dict[str, Check] = {
     "optimizer.decay_rate": number(0, 1),
     "optimizer.weight_decay": rules(number(), "number", single=True),
     "optimizer.trainable": rules(flag, "True or False"),
+    "optimizer.bn": rules(
+        one_of("train", "frozen_stats", "frozen"), "train, frozen_stats or frozen"
+    ),
     "optimizer.lr_mult": rules(number(), "number", single=True),
+    "optimizer.layer_decay": number(0, 1),
     "optimizer.clip_norm": number(),
     "schedule.name": one_of("constant", "steps", "cosine", "exponential", "one_cycle", "plateau"),
     "schedule.learning_rate": number(above=True),
@@ -188,6 +211,7 @@ FIELDS: dict[str, Check] = {
     "train.ema_warmup": flag,
     "train.aux_weight": rules(weight, "number", single=True),
     "train.max_bad_steps": integer(),
+    "train.precise_bn": integer(),
     "train.deterministic": flag,
     "train.eval_every": duration,
     "train.early_stopping": integer(),
@@ -256,6 +280,8 @@ def _together(flat: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.train.accumulate: a batch of {size} does not divide into {pieces} pieces"
         )
+    if bool(flat["data.mean"]) != bool(flat["data.std"]):
+        raise UserError("config.data.mean and config.data.std: set both, or neither")
     if flat["data.channels"] not in (0, 1, 3):
         raise UserError(
             "config.data.channels: expected 0 (the data set's own), 1 or 3, "
@@ -267,6 +293,12 @@ def _together(flat: Mapping[str, Any]) -> None:
         raise UserError("config.schedule.every: exponential needs some, such as '2 epochs'")
     if flat["schedule.name"] == "steps" and not flat["schedule.boundaries"]:
         raise UserError("config.schedule.boundaries: 'steps' needs some, such as ('30 epochs',)")
+    everything = [[r"(.*)", r"\1"]]
+    if not flat["graft.source"] and [list(rule) for rule in flat["graft.rules"]] != everything:
+        raise UserError(
+            "config.graft.rules: there is nothing to take from; set config.graft.source, or leave"
+            " the rules as they are"
+        )
     if flat["data.augment.cutout"] > 2 * flat["data.image_size"]:
         raise UserError(
             "config.data.augment.cutout: the square is larger than the image twice over"

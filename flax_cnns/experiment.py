@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -28,7 +30,7 @@ from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.preemption import Preempted, Signals
-from flax_cnns.train import loop, optimizers, parallel, schedules, steps
+from flax_cnns.train import loop, optimizers, parallel, precise_bn, schedules, steps
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer
@@ -97,6 +99,17 @@ def model_fields(config: Any) -> dict[str, Any]:
     return fields
 
 
+def make_model(config: Any, dataset: datasets.Dataset) -> Any:
+    """The network of a run: as many classes as the data set has, unless the config says more."""
+    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
+    if fields["num_classes"] < dataset.num_classes:
+        raise UserError(
+            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
+            f"which has {dataset.num_classes}; 0 takes the data set's"
+        )
+    return registry.create_model(**fields, input_size=dataset.image_shape)
+
+
 def assemble(config: Any, *, confusion: bool = False) -> Parts:
     """Loads the data and builds network, mesh and evaluation step. Raises `UserError`."""
     registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
@@ -104,17 +117,11 @@ def assemble(config: Any, *, confusion: bool = False) -> Parts:
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
     dataset = datasets.load(config.data)
-    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
-    if fields["num_classes"] < dataset.num_classes:
-        raise UserError(
-            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
-            f"which has {dataset.num_classes}; 0 takes the data set's"
-        )
-    model = registry.create_model(**fields, input_size=dataset.image_shape)
+    model = make_model(config, dataset)
     eval_step = steps.make_eval_step(
         model.apply,
         normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
-        num_classes=fields["num_classes"],
+        num_classes=model.num_classes,
         confusion=confusion,
     )
     eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
@@ -138,21 +145,28 @@ def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedule
     return [(pattern, schedule(weight)) for pattern, weight in spec]
 
 
-def make_train_step(
-    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
-) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-    config, dataset = parts.config, parts.dataset
-    step = steps.make_train_step(
-        parts.model.apply,
-        optimizer,
-        augment=augment.make_augment(
-            config.data.augment,
+def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
+    dataset = parts.dataset
+    return {
+        "augment": augment.make_augment(
+            parts.config.data.augment,
             image_shape=dataset.image_shape,
             mean=dataset.mean,
             std=dataset.std,
             cropped=not dataset.in_memory,  # by the loader
         ),
-        mix=mix.make_mix(config.mix, parts.model.num_classes),
+        "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
+    }
+
+
+def make_train_step(
+    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    config = parts.config
+    step = steps.make_train_step(
+        parts.model.apply,
+        optimizer,
+        **_augment_and_mix(parts),
         aux_weights=aux_weights(config, steps_per_epoch),
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
@@ -213,6 +227,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         parts = assemble(config)
         if primary:
             workdirs.write_json(workdir / "config.json", resolved)
+            workdirs.write_json(workdir / "dataset.json", parts.dataset.as_dict())
         return _Run(parts, workdir, opened, signals, began).go()
 
 
@@ -254,26 +269,36 @@ class _Run:
 
     # -- state
 
-    def _optimizer(self, params: PyTree) -> optimizers.Optimizer:
+    @functools.cached_property
+    def _order(self) -> list[str]:
+        """The paths of the network's layers, as images pass them."""
+        shape = (1, *self.parts.dataset.image_shape)
+        return [layer.path for layer in cost(self.parts.model, shape).layers]
+
+    def _optimizer(self, variables: PyTree) -> optimizers.Optimizer:
         schedule = schedules.make(
             self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
         )
-        return optimizers.make(self.config.optimizer, params, schedule)
+        return optimizers.make(
+            self.config.optimizer,
+            variables["params"],
+            schedule,
+            batch_stats=variables.get("batch_stats"),
+            order=self._order if self.config.optimizer.layer_decay else (),
+        )
 
     def _fresh_state(self) -> TrainState:
         variables = self.parts.fresh_variables()
         if self.config.graft.source:
-            shape = (1, *self.parts.dataset.image_shape)
-            order = [layer.path for layer in cost(self.parts.model, shape).layers]
             variables, grafted = graft(
-                self.config.graft.source, variables, self.config.graft.rules, order
+                self.config.graft.source, variables, self.config.graft.rules, self._order
             )
             if self.primary:
                 print(grafted)
                 workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())
         # After grafting, so that the optimizer and the average start from the grafted weights.
         variables = self.parts.for_steps(variables)
-        optimizer = self._optimizer(variables["params"])
+        optimizer = self._optimizer(variables)
         opt_state = optimizer.init(variables["params"])
         state = TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
         return parallel.replicate(state, self.parts.mesh)
@@ -283,7 +308,7 @@ class _Run:
 
         def make() -> TrainState:
             variables = self.parts.for_steps(jax.eval_shape(self.parts.fresh_variables))
-            optimizer = self._optimizer(variables["params"])
+            optimizer = self._optimizer(variables)
 
             def create(variables: PyTree) -> TrainState:
                 opt_state = optimizer.init(variables["params"])
@@ -371,9 +396,32 @@ class _Run:
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
         self.checkpoints.save(step, state, host=host, metrics=found)
 
+    def _precise_bn(
+        self, optimizer: optimizers.Optimizer, key: Array
+    ) -> Callable[[TrainState], TrainState] | None:
+        """What computes the running statistics anew before a validation, if anything does."""
+        parts, n = self.parts, self.config.train.precise_bn
+        if not n or "train" not in optimizer.norms.values():
+            return None
+        step = precise_bn.make_moments_step(
+            parts.model.apply, optimizer.norms, **_augment_and_mix(parts)
+        )
+        step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
+
+        def refresh(state: TrainState) -> TrainState:
+            # The first batches of the run: what is validated differs by its weights alone.
+            with contextlib.closing(self._batches(0)) as stream:
+                batches = itertools.islice(stream, n)
+                stats = precise_bn.estimate(
+                    step, state.variables, batches, key, should_stop=self.signals.asked_now
+                )
+            return state.with_statistics(parallel.replicate(stats, parts.mesh))
+
+        return refresh
+
     def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
-        optimizer = self._optimizer(state.params)
+        optimizer = self._optimizer(state.variables)
         train_step = make_train_step(parts, optimizer, self.steps_per_epoch)
         on_validation = None
         if config.schedule.name == "plateau":
@@ -391,17 +439,20 @@ class _Run:
             def on_validation(state: TrainState, error: float) -> TrainState:
                 return state.replace(opt_state=observe(state.opt_state, error))
 
+        key = parallel.replicate(  # not the one of init
+            jax.random.fold_in(jax.random.key(config.seed), 1), parts.mesh
+        )
+
         def validate(state: TrainState) -> dict[str, float]:
             asked = self.signals.asked_now
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the one of init
         with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
             return loop.train(
                 state,
                 train_step=train_step,
                 batches=batches,
-                key=parallel.replicate(key, parts.mesh),
+                key=key,
                 start=start,
                 stop=self.total,
                 every=self.every,
@@ -416,6 +467,7 @@ class _Run:
                 max_bad_steps=config.train.max_bad_steps,
                 early_stopping=config.train.early_stopping,
                 began=self.began,
+                refresh=self._precise_bn(optimizer, key),
             )
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:
@@ -476,6 +528,11 @@ class _Run:
 # ---------------------------------------------------------------------------- a finished run
 
 
+def head_names(dataset: datasets.Dataset, width: int) -> list[str]:
+    """The classes in words; a head may be wider than the data set."""
+    return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
+
+
 def load_variables(
     parts: Parts, workdir: str | os.PathLike, checkpoint: str = "latest"
 ) -> tuple[PyTree, int]:
@@ -519,8 +576,7 @@ def evaluate_run(
     sums = parts.evaluate(variables, split)
     confusion = sums["confusion"]
     classes = per_class(confusion)
-    # A head may be wider than the data set.
-    names = [*dataset.class_names, *map(str, range(dataset.num_classes, len(confusion)))]
+    names = head_names(dataset, len(confusion))
     found = {
         "split": split,
         "step": step,

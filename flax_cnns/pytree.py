@@ -88,11 +88,11 @@ def decide(
         last_catch_all = index == len(compiled) - 1 and pattern.pattern in (".*", "(.*)")
         if index not in used and not last_catch_all:
             shadowed = [path for path in paths if pattern.fullmatch(path)]
-            why = (
-                f"earlier rules decide all that it matches ({shadowed[0]} ...)"
-                if shadowed
-                else f"the nearest path is {nearest(pattern.pattern, paths)!r}"
-            )
+            why = f"the nearest path is {nearest(pattern.pattern, paths)!r}"
+            if not paths:
+                why = "there are no paths to decide"
+            if shadowed:
+                why = f"earlier rules decide all that it matches ({shadowed[0]} ...)"
             raise UserError(f"{what}: the rule {pattern.pattern!r} decides nothing; {why}")
     if undecided := [path for path in paths if path not in decided]:
         shown = ", ".join(undecided[:5]) + (

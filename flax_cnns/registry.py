@@ -113,7 +113,7 @@ class ModelInfo(NamedTuple):
     input_size: tuple[int, int, int]  # (H, W, C)
     num_classes: int
     params: int  # trainable numbers, without running statistics
-    sources: tuple[str, ...]  # whose tensors `weights.convert` takes: torchvision, timm, keras
+    sources: tuple[str, ...]  # whose tensors `weights.convert` takes: torchvision, timm, keras ...
 
 
 def merge(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -65,3 +66,20 @@ def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
         console.print(matrix)
     top5 = f"   top-5 {found['top5']:.2%}" if "top5" in found else ""
     console.print(f"loss {found['loss']:.4f}   accuracy {found['accuracy']:.2%}{top5}")
+
+
+def print_predictions(
+    title: str, photos: Sequence[str], guesses: Sequence[Sequence[tuple[str, float]]]
+) -> None:
+    """The likeliest classes of each photo with their probabilities."""
+    table = Table()
+    table.add_column("photo")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    for photo, guessed in zip(photos, guesses):
+        for i, (name, share) in enumerate(guessed):
+            last = i == len(guessed) - 1
+            table.add_row("" if i else photo, name, f"{share:.1%}", end_section=last)
+    console = Console()
+    console.print(title, highlight=False, soft_wrap=True)  # no table's title, which it would narrow
+    console.print(table)

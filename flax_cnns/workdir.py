@@ -1,6 +1,7 @@
 """The run directory: who may write into it, and whether it holds what it should.
 
 config.json        the resolved config; a resume under another one is refused
+dataset.json       classes, size, mean and std: what it takes to predict without the data
 checkpoints/STEP/  state, host counters, CRC manifest
 metrics.jsonl      every logged number, once: the truth; tensorboard/ says it again
 summary.json       the final numbers; its presence means that the run is complete

@@ -72,6 +72,20 @@ def test_step(run, tmp_path, mode):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_frozen(run, monkeypatch):
+    small = partial(CifarResNet, depths=(1,), widths=(4,), num_classes=5, input_size=(8, 8, 3))
+    monkeypatch.setattr(training, "create_model", lambda name, **fields: small(**fields))
+    code, out, _, found = run("frozen", "--model=small", "--batch=8")
+    assert code == 0
+    assert [row["learns"] for row in found["rows"]] == ["all", "stage1, head", "head"]
+    params = [row["trainable_params"] for row in found["rows"]]
+    assert params[0] > params[1] > params[2] == 4 * 5 + 5
+    memory = [row["program_memory"] for row in found["rows"]]
+    assert memory[0] > memory[2]
+    assert found["rows"][0]["ratio"]["median"] == 1
+    assert "stage1, head" in out
+
+
 def test_conv(run):
     code, out, _, found = run("conv", "--stage=lenet-c3", "--no-torch")
     assert code == 0

@@ -378,6 +378,34 @@ def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypat
     assert not report["fresh"]
 
 
+def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
+    scanning, tmp_path, monkeypatch
+):
+    config, whole, cut = scanning, tmp_path / "whole", tmp_path / "cut"
+    config.model.update(dict(scan=False, depths=(1,), drop_path=0.0))
+    config.optimizer.weight_decay = (1e-3,)
+    config.optimizer.trainable = ((r"params/stem/.*", False), (r".*", True))
+    config.optimizer.layer_decay = 0.8
+    config.train.precise_bn = 3
+    summary = run(config, whole)
+    found = arrays(whole)
+    for tree in ("", "ema/"):
+        mean = found[f"{tree}batch_stats/stem/norm/mean"]
+        np.testing.assert_array_equal(mean, np.zeros(4))  # as it was initialised
+        assert np.any(found[f"{tree}batch_stats/stage1/block1/norm1/mean"] != 0)
+    assert evaluate_run(whole)["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
+    # Statistics that are computed anew carry nothing of the moving ones.
+    name = "ema/batch_stats/stage1/block1/norm1/var"
+    assert np.all(np.abs(found[name] - found[name.removeprefix("ema/")]) > 1e-7)
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: step == 5)
+        with pytest.raises(Preempted):
+            run(config, cut)
+    run(config, cut)
+    chex.assert_trees_all_equal(arrays(cut), found)
+    assert records(cut) == records(whole)
+
+
 def test_a_scan_that_cannot_be(scanning, tmp_path):
     scanning.optimizer.trainable = ((r"params/stage1/block2/.*", False), (r".*", True))
     fails(scanning, tmp_path / "run", r"stack 'stage1/block2-3/conv1/kernel'.*model\.scan=False")

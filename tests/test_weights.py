@@ -239,6 +239,6 @@ def test_sources_are_said_of_networks_that_exist():
     for family in registry.FAMILIES:
         for name, sources in getattr(family, "SOURCES", {}).items():
             assert name in family.VARIANTS
-            assert set(sources) <= {"torchvision", "timm", "keras"}
+            assert set(sources) <= {"torchvision", "timm", "keras", "efficientnet_lite"}
     assert model_info("resnet50").sources == ("torchvision",)
     assert model_info("lenet5").sources == ()

@@ -1,4 +1,4 @@
-"""The project's own training and evaluation step, timed: `step`, `compile`, `drop-path`."""
+"""The project's own steps, timed: `step`, `compile`, `frozen`, `drop-path`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ SGD = SimpleNamespace(  # config.optimizer of configs/common.py, without ml_coll
     decay_rate=0.9,
     weight_decay=(),
     trainable=(),
+    bn=(),
     lr_mult=(),
+    layer_decay=0.0,
     clip_norm=0.0,
 )
 
@@ -62,7 +64,13 @@ class Trainee:
     """A network and its state on all devices; steps that are compiled when first asked for."""
 
     def __init__(
-        self, model: nn.Module, batch: int, *, mode: str = "shard_map", devices: list | None = None
+        self,
+        model: nn.Module,
+        batch: int,
+        *,
+        mode: str = "shard_map",
+        devices: list | None = None,
+        trainable: pytree.Rules = (),
     ) -> None:
         self.model, self.mode = model, mode
         self.mesh = parallel.make_mesh(devices)
@@ -74,7 +82,14 @@ class Trainee:
         self.init_seconds = time.perf_counter() - began
         if getattr(model, "scan", False):
             variables = pytree.stack_blocks(variables)  # as a run does
-        optimizer = optimizers.make(SGD, variables["params"], schedules.constant(RATE))
+        optimizer = optimizers.make(
+            SimpleNamespace(**vars(SGD) | {"trainable": trainable}),
+            variables["params"],
+            schedules.constant(RATE),
+            batch_stats=variables.get("batch_stats"),
+        )
+        learns, _ = pytree.partition(variables["params"], optimizer.trainable)
+        self.trainable_params = pytree.count(learns)
         state = TrainState.create(variables, optimizer.init(variables["params"]))
         self.state = parallel.replicate(state, self.mesh)
         self.key = parallel.replicate(jax.random.key(1), self.mesh)
@@ -279,6 +294,68 @@ def compile(args: argparse.Namespace, report: Report) -> None:
         labels,
         {"trace + compile": [row["seconds"] for row in report.rows]},
         "seconds to trace and compile the training step",
+    )
+
+
+# ---------------------------------------------------------------------------- frozen
+
+FROZEN_COLUMNS = ("learns", "parameters", "step", "images/s", "against all", "memory")
+
+
+def add_frozen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet18", help="a network")
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
+    parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
+
+
+def frozen(args: argparse.Namespace, report: Report) -> None:
+    """The training step that learns everything, beside those that learn the last stage and the
+    head, or the head alone: what lies below is frozen, BatchNorm as well."""
+    model = make(args.model, args)
+    # The parts in which something is multiplied, as images pass them.
+    parts = dict.fromkeys(x.path.partition("/")[0] for x in cost(model).layers if x.macs)
+    *_, last, head = (part for part in parts if not part.startswith("aux"))
+    cases = {
+        "all": (),
+        f"{last}, {head}": ((rf"params/({last}|{head})/.*", True), (".*", False)),
+        head: ((rf"params/{head}/.*", True), (".*", False)),
+    }
+    steps_of, memory, params = {}, {}, {}
+    for name, rules in cases.items():
+        report.say(f"{name}: compiling")
+        trainee = Trainee(model, args.batch, mode=args.mode, trainable=rules)
+        compiled, _, _ = trainee.compile()
+        steps_of[name] = trainee.training(compiled)
+        memory[name], params[name] = device.program_memory(compiled), trainee.trainable_params
+    timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
+    found = compare(steps_of, **timing)
+    for name, timed in found.as_dict().items():
+        seconds, ratio = timed["median"], found.ratio(name, "all")
+        row = {
+            "model": args.model,
+            "learns": name,
+            "trainable_params": params[name],
+            "seconds": seconds,
+            "images_per_second": args.batch / seconds,
+            "ratio": ratio._asdict(),
+            "program_memory": memory[name],
+            "rounds": timed["rounds"],
+        }
+        cells = (
+            name,
+            f"{params[name]:,}",
+            milliseconds(seconds),
+            number(args.batch / seconds),
+            str(ratio),
+            gigabytes(memory[name]),
+        )
+        report.add(row, cells)
+    report.bars = Bars(
+        [row["learns"] for row in report.rows],
+        {"step": [row["ratio"]["median"] for row in report.rows]},
+        f"{args.model}: time of a step against that of one that learns everything",
     )
 
 

@@ -126,6 +126,8 @@ def resolve(source: str | os.PathLike) -> Path:
         parent = path.parent
         near = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
         raise UserError(f"there is no checkpoint or run {text!r}{did_you_mean(path.name, near)}")
+    if unfinished := [name for name in path.parts if ".orbax-checkpoint-tmp" in name]:
+        raise UserError(f"{text} is no whole checkpoint: saving {unfinished[0]} was never finished")
     if known := steps(path):
         named = {"": best_step, "best": best_step, "latest": latest_step}
         step = named[which](path) if which in named else int(which) if which.isdigit() else which
@@ -173,20 +175,35 @@ def read_metadata(source: str | os.PathLike) -> Metadata:
     return stored
 
 
+def has_checksums(source: str | os.PathLike) -> bool:
+    """Whether reading what `resolve(source)` holds notices a flipped bit: where it has our manifest
+    of CRCs. Orbax's own formats do not.
+    """
+    return _manifest_of(resolve(source)) is not None
+
+
+def read_about(source: str | os.PathLike) -> dict[str, Any]:
+    """What `write_tree` was told about `resolve(source)`; {} for other checkpoints."""
+    file = resolve(source).parent / "about.json"
+    return _read_json(file) if file.is_file() else {}
+
+
 def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, np.ndarray]:
     """Reads these leaves, and only these, of what `resolve(source)` holds as host arrays.
 
-    Look at `read_metadata` first: a small file can declare arrays of any size. Raises
-    `DamagedError` where a leaf cannot be read, or its CRC32 is not that of the manifest (where
-    there is one). A path that is not there is a KeyError.
+    Raises `DamagedError` where a leaf cannot be read, its CRC32 is not that of the manifest (where
+    there is one), or the arrays are declared so large that the files cannot hold them. A path that
+    is not there is a KeyError.
     """
     path, wanted = resolve(source), set(paths)
     _drop_late_callbacks()
     tree = _metadata_tree(path)
-    if missing := wanted - flatten(tree).keys():
+    leaves = flatten(tree)
+    if missing := wanted - leaves.keys():
         raise KeyError(f"{path} has no {sorted(missing)}")
     if not wanted:
         return {}
+    _check_plausible(path, {name: shape_and_dtype(leaves[name]) for name in wanted})
 
     def choose(key_path: tuple, _: Any) -> Any:
         name = jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -208,6 +225,27 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
                 f" {entry['crc32']:08x} was written"
             )
     return leaves
+
+
+def bytes_of(leaves: Metadata) -> int:
+    """The bytes of arrays of these shapes and dtypes in memory."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves.values())
+
+
+def bytes_on_disk(source: str | os.PathLike) -> int:
+    """The bytes of the files of what `resolve(source)` holds."""
+    return sum(file.stat().st_size for file in resolve(source).rglob("*") if file.is_file())
+
+
+def _check_plausible(path: Path, leaves: Metadata) -> None:
+    """A file of a kilobyte can declare arrays of any size, which reading would allocate. Arrays
+    that are all zeros take no room on disk, hence the margin."""
+    declared = bytes_of(leaves)
+    if declared > 1 << 30 and declared > 1000 * (held := bytes_on_disk(path)):
+        raise DamagedError(
+            f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes: that is a"
+            " damaged or a hostile checkpoint, and it is not read"
+        )
 
 
 def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False) -> PyTree:
@@ -305,6 +343,33 @@ def _damage(path: Path):
 
 
 # ---- writing
+
+
+def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]) -> Path:
+    """Writes a tree of host arrays as a checkpoint of no run, which `resolve(folder)` finds.
+
+    It has a manifest as a run's has, and `about` (JSON-able) as `about.json`. The folder, which is
+    returned, appears when it is whole. Raises `UserError` where it exists already or cannot be
+    written.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a folder that does not")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    with _writing(folder.parent):
+        try:
+            try:
+                (partial / "manifest").mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+            ocp.PyTreeCheckpointer().save(partial / "state", tree)
+            manifest = {"format": 1, "leaves": make_manifest(flatten(tree))}
+            (partial / "manifest" / "metadata").write_text(json.dumps(manifest))
+            (partial / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 class _Manager(ocp.CheckpointManager):

@@ -4,7 +4,8 @@ or noise.
 Whatever the source, the splits get their roles here: `train`; `test`, looked at once, at the end;
 `validation`, by which everything else is chosen. Where a data set has no labelled test split its
 validation split serves as test (ImageNet); where it has neither, a fifth of train does, seeded and
-stratified. Where no validation split is left it is taken from train.
+stratified. Where no validation split is left it is taken from train. Of the classes a config may
+choose some, before all that; of the training examples that are left it may keep a fraction.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_cnns.data import images as img
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
 
 TEST_SHARE = 0.2  # of the training images, where a data set has no test split
 EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
@@ -86,6 +87,17 @@ class Dataset:
         """False: images are decoded as they come, and the loader does the random resized crop."""
         return self.splits["train"].images is not None
 
+    def as_dict(self) -> dict[str, Any]:
+        """What it is, without its images, as JSON has it."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("splits", "damaged"))
+        return {name: getattr(self, name) for name in fields}
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Dataset:
+        """Of `as_dict`, perhaps by way of JSON: a data set of no splits."""
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return cls(**plain, splits={})
+
 
 class Raw(NamedTuple):
     """What a reader found, before roles, sizes and memory."""
@@ -105,7 +117,7 @@ def load(config: Any) -> Dataset:
     _check(config)
     if config.mock > 0:
         return _mock(config)
-    raw = _read(config)
+    raw = _choose_classes(_read(config), config)
     sources = _roles(raw, config)
     own = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own
@@ -134,10 +146,12 @@ def load(config: Any) -> Dataset:
         damaged += skipped
     if "validation" not in splits and config.validation:
         splits = _take(splits, "validation", config.validation, config.split_seed)
+    if config.fraction < 1:
+        splits = _keep_fraction(splits, config.fraction, config.split_seed)
     if not len(splits["train"]):
         raise UserError(f"{config.name}: no training images are left")
 
-    mean, std, normalized_by = _statistics(config.name, own, channels, splits["train"])
+    mean, std, normalized_by = _statistics(config, own, channels, splits["train"])
     return Dataset(
         name=config.name,
         num_classes=raw.num_classes,
@@ -171,6 +185,8 @@ def _check(config: Any) -> None:
         raise UserError(
             f"data.validation is a fraction below 1, a count, or 0; got {config.validation}"
         )
+    if not 0 < config.fraction <= 1:
+        raise UserError(f"data.fraction is above 0, at most 1; got {config.fraction}")
 
 
 def _read(config: Any) -> Raw:
@@ -195,6 +211,54 @@ def _read(config: Any) -> Raw:
     from flax_cnns.data import tfds_reader
 
     return tfds_reader.read(name, directory, config.labels)
+
+
+def _choose_classes(raw: Raw, config: Any) -> Raw:
+    """The examples of `config.classes` alone, labelled in the order in which these are given."""
+    chosen = _classes(config, raw.class_names)
+    if not chosen:
+        return raw
+    new = np.full(raw.num_classes, -1, np.int32)
+    new[chosen] = np.arange(len(chosen))
+
+    class_names = tuple(raw.class_names[i] for i in chosen)
+
+    def choose(role: str, source: img.Source) -> img.Source:
+        labels = new[img.read_labels(source)]
+        rows, name = np.flatnonzero(labels >= 0), f"classes {chosen}"
+        if not len(rows):
+            raise UserError(
+                f"data.classes: the {role} split of {config.name} has no image of "
+                f"{', '.join(class_names)}"
+            )
+        if isinstance(source, img.ArraySource):  # arrays stay arrays: nothing is decoded
+            return img.ArraySource(source.images[rows], labels[rows], f"{source.name}, {name}")
+        return img.Relabelled(img.Subset(source, rows, name), labels[rows], name)
+
+    return raw._replace(
+        sources={role: choose(role, source) for role, source in raw.sources.items()},
+        num_classes=len(chosen),
+        class_names=class_names,
+    )
+
+
+def _classes(config: Any, names: tuple[str, ...]) -> list[int]:
+    """`config.classes` as numbers. Raises UserError for one that there is not, or there twice."""
+    chosen = []
+    for given in config.classes:
+        if given in names:
+            chosen.append(names.index(given))
+        elif isinstance(given, int) and 0 <= given < len(names):
+            chosen.append(given)
+        else:
+            near = did_you_mean(given, names) if isinstance(given, str) else ""
+            known = near or f"; it has 0 to {len(names) - 1}"
+            raise UserError(f"data.classes: {config.name} has no class {given!r}{known}")
+    if len(chosen) == 1 or len(set(chosen)) < len(chosen):
+        raise UserError(
+            f"data.classes: expected two classes or more, each once; got {tuple(config.classes)}"
+        )
+    return chosen
 
 
 def _roles(raw: Raw, config: Any) -> dict[str, img.Source]:
@@ -230,18 +294,32 @@ def _take(splits: dict[str, Split], role: str, amount: float, seed: int) -> dict
     """Gives `role` its share of train."""
     train = splits["train"]
     keep, taken = split_rows(train.labels, len(train), amount, seed)
+    kept = _rows(train, keep, f"without {role}, seed {seed}")
+    return {**splits, "train": kept, role: _rows(train, taken, f"{role}, seed {seed}")}
 
-    def rows(which: np.ndarray, name: str) -> Split:
-        if train.images is None:
-            source = img.Subset(train.source, which, f"{name}, seed {seed}")
-            return Split(labels=source.labels, source=source)
-        return Split(labels=train.labels[which], images=train.images[which])
 
-    return {**splits, "train": rows(keep, f"without {role}"), role: rows(taken, role)}
+def _keep_fraction(splits: dict[str, Split], fraction: float, seed: int) -> dict[str, Split]:
+    """Of train that share, every class alike. A smaller fraction is part of a larger one."""
+    train = splits["train"]
+    what = "data.fraction"
+    _, kept = split_rows(train.labels, len(train), fraction, seed, what=what)
+    if train.labels is not None and (lost := set(train.labels) - set(train.labels[kept])):
+        raise UserError(
+            f"{what}={fraction:g} keeps {len(kept)} of {len(train)} training images, and of "
+            f"{len(lost)} classes none; take a larger one"
+        )
+    return {**splits, "train": _rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
+
+
+def _rows(split: Split, which: np.ndarray, name: str) -> Split:
+    if split.images is None:
+        source = img.Subset(split.source, which, name)
+        return Split(labels=source.labels, source=source)
+    return Split(labels=split.labels[which], images=split.images[which])
 
 
 def split_rows(
-    labels: np.ndarray | None, total: int, amount: float, seed: int
+    labels: np.ndarray | None, total: int, amount: float, seed: int, what: str = "data.validation"
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows that stay, rows that are taken), both sorted; `amount` is a fraction below 1 or a
     count.
@@ -253,7 +331,7 @@ def split_rows(
     count = round(amount * total) if amount < 1 else int(amount)
     if not 0 < count < total:
         raise UserError(
-            f"data.validation={amount:g} takes {count} of {total} training images; "
+            f"{what}={amount:g} takes {count} of {total} training images; "
             "at least one must be taken, and one must stay"
         )
     rng = np.random.default_rng(seed)
@@ -272,10 +350,18 @@ def split_rows(
 
 
 def _statistics(
-    name: str, own: int, channels: int, train: Split
+    config: Any, own: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and std per channel in 0..1, and where they come from."""
-    known, by = KNOWN.get(base_name(name)), "published"
+    if config.mean:
+        if {len(config.mean), len(config.std)} - {1, channels}:
+            raise UserError(
+                f"data.mean and data.std: expected 1 or {channels} numbers each, got "
+                f"{tuple(config.mean)} and {tuple(config.std)}"
+            )
+        mean, std = (np.broadcast_to(given, channels) for given in (config.mean, config.std))
+        return tuple(map(float, mean)), tuple(map(float, std)), "config"
+    known, by = KNOWN.get(base_name(config.name)), "published"
     if known is None or (own == 3 and channels == 1):
         # The spread of the grey image doesn't follow from those of the colours, which go together.
         if train.images is not None:
@@ -309,6 +395,8 @@ def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _mock(config: Any) -> Dataset:
     """Random images of the data set's own classes and channels: nothing is read or downloaded."""
     num_classes, class_names, own = _facts(config)
+    if chosen := _classes(config, class_names):
+        num_classes, class_names = len(chosen), tuple(class_names[i] for i in chosen)
     size, channels = config.image_size, config.channels or own
     rng = np.random.default_rng(config.split_seed)
     counts = {"train": config.mock, "test": max(1, config.mock // 5)}
@@ -323,6 +411,8 @@ def _mock(config: Any) -> Dataset:
         else:
             source = img.ArraySource(images, labels, f"mock {config.name} {role}")
             splits[role] = Split(labels=labels, source=source)
+    if config.fraction < 1:
+        splits = _keep_fraction(splits, config.fraction, config.split_seed)
     return Dataset(
         name=config.name,
         num_classes=num_classes,

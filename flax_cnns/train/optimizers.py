@@ -6,7 +6,8 @@ scale in the optimizer's state when the schedule is "plateau".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import optax
 
 from flax_cnns import pytree
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.train import batchnorm
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
@@ -27,6 +29,7 @@ class Optimizer(NamedTuple):
     tx: optax.GradientTransformationExtraArgs  # over the trainable leaves; update(..., step=)
     trainable: PyTree  # bools in the shape of params
     learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
+    norms: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm.MODES)
 
     def init(self, params: PyTree) -> PyTree:
         """The optimizer's state for `params`: frozen leaves take no memory."""
@@ -110,8 +113,43 @@ def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> Py
     return pytree.mask(spec, params, what=what, prefix="params/")
 
 
-def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
+# Layers that stand one behind another inside a part of a network; branches do not.
+_LAYER = re.compile(r"([^/]+/(?:block|layer|normal|highway)\d+|[^/]*)(?:/.*)?")
+
+
+def layer_decay(order: Sequence[str], decay: float) -> list[tuple[str, float]]:
+    """Rules for `lr_mult`: the head's rate whole, that of each layer below it `decay` times that of
+    the one above, as BEiT is fine-tuned (Bao et al. 2021, https://arxiv.org/abs/2106.08254).
+
+    A layer is a stem, a block of a stage, whatever else stands by itself. `order`: paths of modules
+    as images pass them, `[layer.path for layer in analysis.cost.cost(model).layers]`. Auxiliary
+    heads learn as the head does.
+    """
+    paths = dict.fromkeys(_LAYER.fullmatch(path)[1] for path in order)
+    heads = [path for path in paths if path.startswith(("head", "aux"))]
+    layers = [path for path in paths if path not in heads]
+    factors = {path: decay ** (len(layers) - i) for i, path in enumerate(layers)}
+    factors |= dict.fromkeys(heads, 1.0)
+    # What stands deeper in the tree first: "stage1/block1" before what else there is in "stage1".
+    deepest = sorted(factors, key=lambda path: -path.count("/"))
+    return [
+        (f"params/{re.escape(path)}/.*" if path else "params/[^/]+", factors[path])
+        for path in deepest
+    ]
+
+
+def make(
+    config: Any,
+    params: PyTree,
+    schedule: Schedule,
+    *,
+    batch_stats: PyTree | None = None,
+    order: Sequence[str] = (),
+) -> Optimizer:
     """The optimizer that `config.optimizer` describes, for the parameters `params`.
+
+    `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below, for
+    `layer_decay`.
 
     rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
     squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
@@ -125,6 +163,9 @@ def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
             )
     if bad := {type(v).__name__ for v in jax.tree.leaves(trainable)} - {"bool"}:
         raise UserError(f"optimizer.trainable: values are True or False, got {sorted(bad)}")
+    norms = batchnorm.layer_modes(config.bn, trainable, batch_stats or {})
+    still = batchnorm.has_mode(params, norms, "frozen")
+    trainable = jax.tree.map(lambda learns, frozen: learns and not frozen, trainable, still)
     if not any(jax.tree.leaves(trainable)):
         raise UserError("optimizer.trainable: every parameter is frozen; let one rule say True")
 
@@ -134,6 +175,9 @@ def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
 
     decay = over_trainable(config.weight_decay, "weight_decay", 0.0)
     factors = over_trainable(config.lr_mult, "lr_mult", 1.0)
+    if config.layer_decay:
+        decays = over_trainable(layer_decay(order, config.layer_decay), "layer_decay", 1.0)
+        factors = jax.tree.map(lambda a, b: a * b, factors, decays)
     add_decay = optax.stateless(
         lambda updates, p: jax.tree.map(
             lambda u, w, d: u + jnp.asarray(d, w.dtype) * w if np.any(d) else u, updates, p, decay
@@ -172,4 +216,5 @@ def make(config: Any, params: PyTree, schedule: Schedule) -> Optimizer:
         (plateau,) = _plateau_states(opt_state)
         return schedule(step) * plateau.scale
 
-    return Optimizer(optax.with_extra_args_support(optax.chain(*chain)), trainable, learning_rate)
+    tx = optax.with_extra_args_support(optax.chain(*chain))
+    return Optimizer(tx, trainable, learning_rate, norms)

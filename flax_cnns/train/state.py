@@ -36,3 +36,9 @@ class TrainState:
         if self.ema is not None:
             return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def with_statistics(self, batch_stats: PyTree) -> TrainState:
+        """The state with other statistics for evaluation."""
+        if self.ema is not None:
+            return self.replace(ema=self.ema | {"batch_stats": batch_stats})
+        return self.replace(batch_stats=batch_stats)

@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_cnns import pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import losses, metrics
+from flax_cnns.train import batchnorm, losses, metrics
 from flax_cnns.train.optimizers import Optimizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
@@ -28,9 +28,25 @@ from flax_cnns.types import Array, Batch, PyTree
 
 _AUGMENT, _MIX, _SHARED, _DROPOUT = range(4)
 
+Augment = Callable[[Array, Array], Array]  # images, a key an image -> images
+Mix = Callable[[Array, Array, Array], tuple[Array, Array]]  # images, labels, key -> images, soft
+
 
 def stream(key: Array, constant: int, step: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, constant), step)
+
+
+def prepare(
+    batch: Batch, key: Array, step: Array, augment: Augment, mix: Mix, axis_name: str
+) -> tuple[Array, Array, dict[str, Array]]:
+    """(images f32 [n H W C], soft labels [n K], the network's keys) of a device in a step."""
+    device, n = lax.axis_index(axis_name), batch["label"].shape[0]
+    places = device * n + jnp.arange(n)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
+    images = augment(batch["image"], keys)
+    images, labels = mix(images, batch["label"], stream(key, _MIX, step))
+    dropout = jax.random.fold_in(stream(key, _DROPOUT, step), device)
+    return images, labels, {"shared": stream(key, _SHARED, step), "dropout": dropout}
 
 
 def aux_loss(
@@ -55,8 +71,8 @@ def make_train_step(
     apply_fn: Callable,
     optimizer: Optimizer,
     *,
-    augment: Callable[[Array, Array], Array],
-    mix: Callable[[Array, Array, Array], tuple[Array, Array]],
+    augment: Augment,
+    mix: Mix,
     aux_weights: list[tuple[str, Schedule]] = (),
     ema_decay: float = 0.0,
     ema_warmup: bool = True,
@@ -83,25 +99,21 @@ def make_train_step(
         return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
 
     def train_step(state: TrainState, batch: Batch, key: Array):
-        device, n = lax.axis_index(axis_name), batch["label"].shape[0]
-        places = device * n + jnp.arange(n)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, state.step), places)
-        images = augment(batch["image"], keys)
-        images, labels = mix(images, batch["label"], stream(key, _MIX, state.step))
-        shared = stream(key, _SHARED, state.step)
-        dropout = jax.random.fold_in(stream(key, _DROPOUT, state.step), device)
+        images, labels, rngs = prepare(batch, key, state.step, augment, mix, axis_name)
         trainable, frozen = pytree.partition(state.params, optimizer.trainable)
+        moves = batchnorm.has_mode(state.batch_stats, optimizer.norms, "train")
 
         def loss_fn(trainable, batch_stats, images, labels, index):
             variables = {"params": pytree.merge(trainable, frozen), "batch_stats": batch_stats}
-            logits, updates = apply_fn(
-                variables,
-                images,
-                train=True,
-                mutable=["batch_stats", "aux_logits"],
-                # Decisions about a whole batch are one a step, whatever pieces it comes in.
-                rngs={"shared": shared, "dropout": jax.random.fold_in(dropout, index)},
-            )
+            with batchnorm.intercept(optimizer.norms):
+                logits, updates = apply_fn(
+                    variables,
+                    images,
+                    train=True,
+                    mutable=["batch_stats", "aux_logits"],
+                    # Decisions about a whole batch are one a step, whatever pieces it comes in.
+                    rngs=rngs | {"dropout": jax.random.fold_in(rngs["dropout"], index)},
+                )
             each = losses.cross_entropy(logits, labels)
             total = jnp.mean(each) + aux_loss(
                 updates.get("aux_logits", {}), labels, aux_weights, state.step
@@ -132,7 +144,8 @@ def make_train_step(
             sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
         # With local statistics the variances are averaged: what each device normalised by.
-        grads, batch_stats = lax.pmean((grads, batch_stats), axis_name)
+        moved, kept = pytree.partition(batch_stats, moves)
+        grads, moved = lax.pmean((grads, moved), axis_name)
         sums = lax.psum(sums, axis_name)
         norm = optax.global_norm(grads)
         updates, opt_state = optimizer.tx.update(grads, state.opt_state, trainable, step=state.step)
@@ -140,22 +153,26 @@ def make_train_step(
         # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
         # new parameters are watched too: a huge rate overflows with gradients that are finite.
         # (One sum of squares: a flag for each leaf makes XLA's CPU compiler very slow.)
-        ok = jnp.isfinite(norm + sums["loss"] + optax.global_norm((batch_stats, trainable)))
+        ok = jnp.isfinite(norm + sums["loss"] + optax.global_norm((moved, trainable)))
         ema = state.ema
         if ema is not None:
             decay = jnp.float32(ema_decay)
             if ema_warmup:
                 decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-            # Frozen leaves are left out: their average is themselves, to the bit.
-            old, still = pytree.partition(ema["params"], optimizer.trainable)
-            average = lambda old, new: decay * old + (1.0 - decay) * new  # noqa: E731
+
+            def average(old: PyTree, new: PyTree, moves: PyTree) -> PyTree:
+                # Frozen leaves are left out: their average is themselves, to the bit.
+                old, still = pytree.partition(old, moves)
+                new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, new)
+                return pytree.merge(new, still)
+
             ema = {
-                "params": pytree.merge(jax.tree.map(average, old, trainable), still),
-                "batch_stats": jax.tree.map(average, ema["batch_stats"], batch_stats),
+                "params": average(ema["params"], trainable, optimizer.trainable),
+                "batch_stats": average(ema["batch_stats"], moved, moves),
             }
         new = state.replace(
             params=pytree.merge(trainable, frozen),
-            batch_stats=batch_stats,
+            batch_stats=pytree.merge(moved, kept),
             opt_state=opt_state,
             ema=ema,
         )

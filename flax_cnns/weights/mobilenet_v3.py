@@ -72,7 +72,8 @@ def keras(model: MobileNetV3) -> list[tuple]:
         rules.append((f"{theirs}_(expand|depthwise|project)_bn", rf"{ours}/\1_norm"))
         rules.append((f"{theirs}_squeeze_excite_conv", f"{ours}/se/reduce", keras_dense))
         rules.append((f"{theirs}_squeeze_excite_conv_1", f"{ours}/se/expand", keras_dense))
-    return rules
+    # Some names begin with a capital in the files that Keras published.
+    return [(f"(?i:{theirs})", *ours) for theirs, *ours in rules]
 
 
 TABLES = {"torchvision": torchvision, "timm": timm, "keras": keras}

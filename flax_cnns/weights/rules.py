@@ -105,6 +105,7 @@ def renumber(names: Iterable[str]) -> dict[str, str]:
 _STYLES = {  # source: (what is between module and leaf, leaves, layout of kernels)
     "torchvision": (".", _TORCH_LEAVES, _torch_layout),
     "timm": (".", _TORCH_LEAVES, _torch_layout),
+    "efficientnet_lite": (".", _TORCH_LEAVES, _torch_layout),
     "keras": ("/", _KERAS_LEAVES, _keras_layout),
 }
 
@@ -112,6 +113,7 @@ _STYLES = {  # source: (what is between module and leaf, leaves, layout of kerne
 _HOW = {
     "torchvision": "model.state_dict()",
     "timm": "model.state_dict()",
+    "efficientnet_lite": "model.state_dict()",
     "keras": "{w.path: w.numpy() for w in model.weights}",
 }
 

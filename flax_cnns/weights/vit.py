@@ -1,4 +1,8 @@
-"""Vision Transformers: torchvision and timm fuse queries, keys and values in our order."""
+"""Vision Transformers: torchvision and timm fuse queries, keys and values in our order.
+
+The files that torchvision published have `mlp.linear_1` where its networks have `mlp.0`, and
+`linear_2` for `3`: either is taken.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ TORCHVISION = [
     (_LAYER + r"self_attention\.in_proj_weight", lambda m: f"{_block(m)}/attention/qkv/kernel"),
     (_LAYER + r"self_attention\.in_proj_bias", lambda m: f"{_block(m)}/attention/qkv/bias"),
     (_LAYER + r"self_attention\.out_proj", lambda m: f"{_block(m)}/attention/out"),
-    (_LAYER + r"mlp\.0", lambda m: f"{_block(m)}/expand"),
-    (_LAYER + r"mlp\.3", lambda m: f"{_block(m)}/project"),
+    (_LAYER + r"mlp\.(?:0|linear_1)", lambda m: f"{_block(m)}/expand"),
+    (_LAYER + r"mlp\.(?:3|linear_2)", lambda m: f"{_block(m)}/project"),
     (r"encoder\.ln", "norm"),
     (r"heads\.head", "head"),
 ]

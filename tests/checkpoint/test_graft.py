@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,14 @@ import tensorstore as ts
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_cnns import FRESH, graft
-from flax_cnns.checkpoint import manager
+from flax_cnns import FRESH, create_model, graft, init_variables, registry
+from flax_cnns.checkpoint import manager, sources
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import flatten
+from flax_cnns.weights import preprocessing
+from tests.checkpoint.test_manager import data_file
+from tests.models import cases
 
 ALL = (r"(.*)", r"\1")
 NEW_HEAD = (r"params/head/.*", FRESH)
@@ -58,6 +63,16 @@ def taken(variables, source, paths):
     return same == set(paths)
 
 
+def make_bomb(folder, tree):
+    """A checkpoint of a kilobyte whose first array says that it has 2**40 numbers."""
+    ocp.PyTreeCheckpointer().save(folder, tree, force=True)
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    name = next(iter(flatten(tree))).replace("/", ".") + "/.zarray"
+    header = json.loads(store[name])
+    header["shape"] = header["chunks"] = [1 << 40]
+    store[name] = json.dumps(header).encode()
+
+
 def misuse(source, rules, target=None):
     with pytest.raises(UserError) as raised:
         graft(source, network(0, classes=5) if target is None else target, rules)
@@ -75,9 +90,11 @@ def test_a_head_of_other_classes(run):
     assert taken(variables, SOURCE, body)
     assert taken(variables, target, ["params/head/kernel", "params/head/bias"])
     assert jax.tree.structure(variables) == jax.tree.structure(target)
-    assert str(report) == "grafted 12, fresh 2, left behind 2: head/…"
+    assert report.summary == "grafted 12, fresh 2, left behind 2: head/…"
     saved = json.loads(json.dumps(report.as_dict()))
     assert saved["source"] == f"{run}@20"
+    assert saved["folder"] == str(run / "checkpoints/20/state")
+    assert saved["mismatched"]["params/head/kernel"] == {"here": [4, 5], "there": [4, 3]}
     assert saved["grafted"]["params/stem/conv/kernel"] == "params/stem/conv/kernel"
     assert saved["fresh"] == ["params/head/bias", "params/head/kernel"]
 
@@ -94,14 +111,26 @@ def test_a_renamed_layer_and_a_fresh_stage(run):
     kernel = variables["params"]["stem"]["conv_rgb"]["kernel"]
     assert np.array_equal(kernel, SOURCE["params"]["stem"]["conv"]["kernel"])
     assert report.grafted["params/stem/conv_rgb/kernel"] == "params/stem/conv/kernel"
-    assert str(report) == "grafted 8, fresh 6, left behind 6: stage2/…, head/…"
+    table = [re.split(r" *[│┃] *", line)[1:-1] for line in str(report).splitlines()]
+    assert [row for row in table if row] == [
+        ["part", "leaves", "numbers", "starts from"],
+        ["stem/conv_rgb", "1", "36", "stem/conv"],
+        ["stem/norm", "3", "12", "stem/norm"],
+        ["stage1", "4", "156", "stage1"],
+        ["stage2", "4", "156", "fresh"],
+        ["head", "2", "25", "fresh: [4, 5] here, [4, 3] there"],
+        ["stage2", "4", "", "left behind"],
+        ["head", "2", "", "left behind"],
+    ]
+    assert str(report).startswith(f"grafted from {run}, step 20\n")
+    assert report.summary == "grafted 8, fresh 6, left behind 6: stage2/…, head/…"
 
 
 def test_averaged_weights(run):
     target = network(0)
     variables, report = graft(run, target, [(r"(.*)", r"ema/\1")])
     assert taken(variables, AVERAGED, flatten(target))
-    assert str(report) == "grafted 14, fresh 0, left behind 0"
+    assert report.summary == "grafted 14, fresh 0, left behind 0"
     _, report = graft(run, network(0, classes=5), [NEW_HEAD, (r"(.*)", r"ema/\1")])
     assert report.left_behind == ("ema/params/head/bias", "ema/params/head/kernel")
 
@@ -131,7 +160,7 @@ def test_a_tree_of_arrays():
     source = {**SOURCE, "ema": AVERAGED}
     variables, report = graft(source, network(0), [ALL])
     assert taken(variables, SOURCE, flatten(SOURCE))
-    assert str(report) == "grafted 14, fresh 0, left behind 0"
+    assert report.summary == "grafted 14, fresh 0, left behind 0"
     assert report.source == "the given tree"
 
 
@@ -149,11 +178,13 @@ def test_checkpoints_made_elsewhere(tmp_path):
         variables, report = graft(source, network(0), rules)
         assert (variables["params"]["stem"]["conv"]["kernel"] == 1).all()
         assert (variables["params"]["head"]["kernel"] == 2).all()
-        assert str(report) == "grafted 2, fresh 12, left behind 0" + (
-            "\nnote: stem/norm, stage1/conv, stage1/norm, stage2/conv, stage2/norm fresh, with"
+        assert str(report).splitlines()[-3:] == [
+            "grafted 2, fresh 12, left behind 0",
+            "note: the source has no checksums: a flipped bit in it would not be noticed",
+            "note: stem/norm, stage1/conv, stage1/norm, stage2/conv, stage2/norm fresh, with"
             " loaded layers above: it makes little sense to load a layer when a layer below was"
-            " skipped"
-        )
+            " skipped",
+        ]
 
 
 def test_statistics_kept_elsewhere_in_a_foreign_tree():
@@ -178,10 +209,14 @@ def test_the_target_keeps_its_dtypes_and_shardings(run):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     target = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network(0, classes=5))
     target = jax.device_put(target, NamedSharding(mesh, P()))
+    split = target["params"]["stage1"]["conv"]
+    split["kernel"] = jax.device_put(split["kernel"], NamedSharding(mesh, P(None, None, "batch")))
     variables, _ = graft(run, target, [NEW_HEAD, ALL])
-    for leaf in jax.tree.leaves(variables):
+    for path, leaf in flatten(variables).items():
         assert leaf.dtype == jnp.bfloat16
-        assert leaf.sharding == NamedSharding(mesh, P())
+        assert leaf.sharding == flatten(target)[path].sharding
+    whole = SOURCE["params"]["stage1"]["conv"]["kernel"].astype(jnp.bfloat16)
+    assert np.array_equal(variables["params"]["stage1"]["conv"]["kernel"], whole)
     kernel = SOURCE["params"]["stem"]["conv"]["kernel"].astype(jnp.bfloat16)
     assert np.array_equal(variables["params"]["stem"]["conv"]["kernel"], kernel)
 
@@ -207,8 +242,9 @@ def test_a_layer_loaded_above_one_that_was_not(run):
     target = network(0)
     _, report = graft(run, target, [(r"params/stem/conv/kernel", FRESH), ALL])
     assert report.skipped_below == ("stem/conv",)
-    assert str(report).splitlines() == [
+    assert str(report).splitlines()[-3:] == [
         "grafted 13, fresh 1, left behind 1: stem/…",
+        r"note: the source has averaged weights too, which a rule takes from r'ema/\1'",
         "note: stem/conv fresh, with loaded layers above: it makes little sense to load a layer"
         " when a layer below was skipped",
     ]
@@ -234,6 +270,85 @@ def test_what_lies_below_by_the_order_in_which_images_pass():
         assert below("head", order_of_cost) == below("aux1", order_of_cost) == ()
     only_stem = [(r"params/stem/.*", r"\g<0>"), (r".*", FRESH)]
     assert graft(tree, tree, only_stem, order)[1].skipped_below == ()
+
+
+def test_a_network_that_is_all_renamed_has_a_table_that_ends():
+    layers = [f"layer{i}" for i in range(60)]
+    source = {f"{i}": np.full(2, i) for i in range(60)}
+    target = {"params": {layer: {"kernel": np.zeros(2, int)} for layer in layers}}
+    rules = [(r"params/layer(\d+)/kernel", r"\1")]
+    variables, report = graft(source, target, rules)
+    assert variables["params"]["layer7"]["kernel"].tolist() == [7, 7]
+    lines = str(report).splitlines()
+    assert len(lines) < 50
+    assert lines[6] == "│ layer2  │      1 │       2 │ 2             │"  # and not layer10
+    assert any("20 more parts" in line for line in lines)
+
+
+# ---- other libraries
+
+
+@pytest.fixture(scope="module")
+def squeezenet(tmp_path_factory):
+    """(a file of torchvision's names and layouts with ten classes, the tensors in it)"""
+    file = tmp_path_factory.mktemp("weights") / "squeezenet.npz"
+    tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", "torchvision")
+    np.savez(file, **tensors)
+    return file, tensors
+
+
+def test_a_file_of_another_library(squeezenet):
+    file, tensors = squeezenet
+    model = create_model("squeezenet1_1", num_classes=3)
+    shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
+    target = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables, report = graft(f"torchvision:squeezenet1_1={file}", target, [NEW_HEAD, ALL])
+    kernel = variables["params"]["conv1"]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors["features.0.weight"].transpose(2, 3, 1, 0))
+    assert not variables["params"]["head"]["kernel"].any()
+    assert report.summary == "grafted 50, fresh 2, left behind 2: head/…"
+    assert report.notes == (
+        "torchvision's squeezenet1_1 was trained on RGB images of 224 pixels with"
+        " data.mean=(0.485, 0.456, 0.406), data.std=(0.229, 0.224, 0.225)",
+    )
+    shown = "│ head  │      2 │   1,539 │ fresh: [1, 1, 512, 3] here, [1, 1, 512, 10] there │"
+    assert shown in str(report)
+
+
+def test_a_network_of_bgr_images_is_told_by_the_means_of_rgb():
+    """What data.mean takes, and what no field of a run can change."""
+    seen = preprocessing("vgg16", "keras")._asdict()
+    assert sources._trained_on("vgg16", "keras", seen) == (
+        "keras's vgg16 was trained on BGR images of 224 pixels with data.mean=(0.485, 0.458,"
+        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB, which its first layer"
+        " has to unlearn"
+    )
+
+
+def test_another_library_misspelt(squeezenet):
+    file, _ = squeezenet
+    assert misuse(f"torchvison:squeezenet1_1={file}", [ALL]) == (
+        f"'torchvison:squeezenet1_1={file}' is no source: expected a run, an Orbax checkpoint's"
+        " path, or LIBRARY:MODEL; did you mean 'torchvision'?"
+    )
+    assert "did you mean 'squeezenet1_1'" in misuse(f"torchvision:squeezenet11={file}", [ALL])
+    assert "expected tensors of torchvision" in misuse(f"timm:squeezenet1_1={file}", [ALL])
+    assert "nowhere.npz" in misuse("torchvision:squeezenet1_1=nowhere.npz", [ALL])
+    text = misuse(file, [ALL])
+    assert text.endswith(f"is a file: expected {FILE_HINT}{file}")
+    text = misuse(f"torchvision:squeezenet1_1={file}", [(r"params/haed/.*", FRESH), ALL])
+    assert "the nearest path is 'params/head/" in text
+
+
+FILE_HINT = (
+    "a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE for the file of another library,"
+    " such as timm:resnet50="
+)
+
+
+def test_the_libraries_are_those_whose_tensors_we_take():
+    tables = [getattr(family, "SOURCES", {}) for family in registry.FAMILIES]
+    assert set(sources.LIBRARIES) == {s for table in tables for of in table.values() for s in of}
 
 
 # ---- misuse
@@ -273,6 +388,17 @@ def test_shapes_that_differ(run):
 def test_kinds_of_numbers_that_differ():
     source = jax.tree.map(lambda x: x.astype(jnp.int32), SOURCE)
     assert "float32 here and int32 there" in misuse(source, [ALL], network(0))
+
+
+def test_numbers_that_are_not_finite():
+    source = jax.tree.map(np.array, SOURCE)
+    source["params"]["stem"]["conv"]["kernel"][0, 0] = 1e5
+    assert graft(source, network(0), [ALL])
+    target = jax.tree.map(lambda x: x.astype(jnp.float16), network(0))
+    text = misuse(source, [ALL], target)
+    assert "params/stem/conv/kernel of the given tree has numbers that are not finite as" in text
+    source["params"]["stem"]["conv"]["kernel"][0, 0] = np.nan
+    assert "not finite as float32" in misuse(source, [ALL], network(0))
 
 
 def test_nothing_grafted_at_all(run):
@@ -319,3 +445,43 @@ def test_a_damaged_checkpoint(run, tmp_path):
     for file in copy.glob("checkpoints/30/state/**/d/*"):
         file.write_bytes(b"")
     assert "damaged" in misuse(f"{copy}@30", [NEW_HEAD, ALL])
+    for item in ("state/_METADATA", "state/manifest.ocdbt", "manifest/metadata"):
+        whole = shutil.copytree(run / "checkpoints/20", tmp_path / item.replace("/", "-"))
+        (whole / item).write_bytes((whole / item).read_bytes()[:-9])
+        assert "damaged" in misuse(whole, [NEW_HEAD, ALL])
+
+
+def test_a_flipped_bit_is_never_grafted(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, SOURCE, host={})
+    rng, noticed = np.random.default_rng(0), 0
+    file = data_file(tmp_path / "checkpoints/1")
+    good = file.read_bytes()
+    for _ in range(10):
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << rng.integers(8)
+        file.write_bytes(bad)
+        try:
+            variables, _ = graft(tmp_path, network(0), [ALL])
+        except UserError as error:
+            assert "is damaged" in str(error)  # noqa: PT017
+            noticed += 1
+        else:  # a byte that means nothing
+            assert taken(variables, SOURCE, flatten(SOURCE))
+    assert noticed >= 5
+
+
+def test_a_small_file_that_declares_huge_arrays(tmp_path):
+    make_bomb(tmp_path, {"params": {"head": {"kernel": np.ones(4, np.float32)}}})
+    target = {"params": {"head": {"kernel": np.ones(4, np.float32)}}}
+    assert "is [4] here and [1099511627776] there" in misuse(tmp_path, [ALL], target)
+    with pytest.raises(UserError, match=r"declares arrays of 4,398,046,511,104 bytes in files of"):
+        manager.read_leaves(tmp_path, ["params/head/kernel"])
+
+
+def test_a_save_that_was_never_finished(run, tmp_path):
+    cut = tmp_path / "checkpoints/40.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints/30", cut)
+    for source in (cut, cut / "state"):
+        assert "saving 40.orbax-checkpoint-tmp was never finished" in misuse(source, [ALL])
+    assert "holds no checkpoint (yet)" in misuse(tmp_path, [ALL])

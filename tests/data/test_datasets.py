@@ -97,6 +97,99 @@ def test_memory_limit_and_random_crops_decide_what_streams(monkeypatch, config):
     assert dataset.eval_share == 0.875
 
 
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
+def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory):
+    """Of 100 classes, whose names are their numbers' squares, three in an order of our own."""
+    labels = np.arange(400, dtype=np.int32) % 100
+    images = np.tile(labels.astype(np.uint8)[:, None, None, None], (1, 8, 8, 1))
+    source = img.ArraySource(images, labels, "train")
+    names = tuple(str(i**2) for i in range(100))
+    monkeypatch.setattr(
+        datasets, "_read", lambda c: datasets.Raw({"train": source}, 100, names, (8, 8, 1))
+    )
+    config.name, config.in_memory, config.image_size, config.validation = "own", in_memory, 8, 3
+    config.classes = ("2500", 4, 9)
+    dataset = datasets.load(config)
+    assert (dataset.num_classes, dataset.class_names) == (3, ("2500", "16", "81"))
+    counts = {name: len(split) for name, split in dataset.splits.items()}
+    assert counts == {"train": 7, "validation": 3, "test": 2}
+    for split in dataset.splits.values():
+        for i, label in enumerate(split.labels):
+            image = split.images[i] if in_memory == "yes" else img.read(split.source, i, 8, 1)[0]
+            assert image[0, 0, 0] == (50, 4, 9)[label]  # as the images of those classes are filled
+
+
+def test_classes_that_a_split_lacks(monkeypatch, config):
+    """Accuracy over no image at all would be no number."""
+    of = lambda *labels: img.ArraySource(  # noqa: E731
+        np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels, np.int32), "some"
+    )
+    sources = {"train": of(0, 1, 2, 1, 2), "test": of(0, 0)}
+    names = ("cat", "dog", "frog")
+    monkeypatch.setattr(datasets, "_read", lambda c: datasets.Raw(sources, 3, names, (8, 8, 1)))
+    config.name, config.image_size, config.classes = "own", 8, ("dog", "frog")
+    with pytest.raises(UserError, match=r"data.classes: the test split of own .* dog, frog"):
+        datasets.load(config)
+
+
+def test_classes_of_a_source_that_does_not_know_its_labels(config):
+    config.image_size = 8
+    whole = datasets.load(config)
+    config.classes = ("7", 1)
+    dataset = datasets.load(config)
+
+    def images(dataset, label):
+        splits = dataset.splits.values()
+        every = [image for split in splits for image in split.images[split.labels == label]]
+        return sorted(image.tobytes() for image in every)
+
+    assert dataset.class_names == ("7", "1")
+    assert (images(dataset, 0), images(dataset, 1)) == (images(whole, 7), images(whole, 1))
+
+
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
+def test_a_fraction_of_the_training_examples(monkeypatch, config, in_memory):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=1000, test=50))
+    config.name, config.in_memory, config.image_size = "own", in_memory, 8
+    whole = datasets.load(config)
+    config.fraction = 0.1
+    tenth = datasets.load(config)
+    assert {k: len(v) for k, v in tenth.splits.items()} == dict(train=90, validation=100, test=50)
+    assert list(np.bincount(tenth.splits["train"].labels)) == [45, 45]
+    for role in ("validation", "test"):
+        assert list(tenth.splits[role].labels) == list(whole.splits[role].labels)
+
+    def seen(dataset):
+        train = dataset.splits["train"]
+        read = lambda i: img.read(train.source, i, 8, 3)[0]  # noqa: E731
+        images = train.images if in_memory == "yes" else map(read, range(len(train)))
+        return {np.asarray(image).tobytes() for image in images}
+
+    config.fraction = 0.02
+    fiftieth = seen(datasets.load(config))
+    assert len(fiftieth) == 18
+    assert fiftieth < seen(tenth) < seen(whole)  # more data is the same data and more
+    config.split_seed = 1
+    assert seen(datasets.load(config)) != fiftieth
+
+
+def test_a_fraction_that_loses_a_class(config):
+    config.image_size, config.fraction, config.validation = 8, 0.005, 360
+    with pytest.raises(UserError, match=r"fraction=0.005 keeps 5 of 1077 .* of 5 classes none"):
+        datasets.load(config)
+    config.fraction = 0.0001
+    with pytest.raises(UserError, match=r"data.fraction=0.0001 takes 0 of"):
+        datasets.load(config)
+
+
+def test_noise_of_some_classes(config):
+    config.name, config.mock, config.classes, config.fraction = "cifar10", 40, ("cat", 0), 0.5
+    dataset = datasets.load(config)
+    assert dataset.class_names == ("cat", "airplane")
+    assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=20, validation=8, test=8)
+    assert list(np.bincount(dataset.splits["train"].labels)) == [10, 10]
+
+
 def test_statistics_of_an_unknown_data_set(monkeypatch, config):
     monkeypatch.setattr(datasets, "_read", lambda config: raw(train=50, test=10))
     config.name, config.validation, config.image_size = "own", 0, 8
@@ -107,6 +200,18 @@ def test_statistics_of_an_unknown_data_set(monkeypatch, config):
     assert dataset.normalized_by == "training images"
     config.in_memory = "no"
     assert datasets.load(config).normalized_by == "ImageNet"
+
+
+def test_statistics_of_the_config(config):
+    config.image_size, config.mean, config.std = 8, (0.25,), (0.5,)
+    dataset = datasets.load(config)
+    assert (dataset.mean, dataset.std, dataset.normalized_by) == ((0.25,), (0.5,), "config")
+    config.mean = (0.1, 0.2, 0.3)
+    with pytest.raises(UserError, match="expected 1 or 1 numbers each"):
+        datasets.load(config)
+    config.channels = 3
+    dataset = datasets.load(config)
+    assert (dataset.mean, dataset.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
 
 
 def test_channels(config):
@@ -160,6 +265,11 @@ def test_noise_in_place_of_any_data_set(config, tmp_path, name, labels, classes,
         ("validation", 1.5, "a fraction below 1, a count, or 0; got 1.5"),
         ("validation", -1.0, "a fraction below 1, a count, or 0"),
         ("image_size", 0, "data.image_size"),
+        ("fraction", 1.5, "data.fraction is above 0, at most 1; got 1.5"),
+        ("classes", (3, 10), r"digits has no class 10; it has 0 to 9"),
+        ("classes", (3, "four"), r"digits has no class 'four'; known: 0, 1"),
+        ("classes", (3,), "two classes or more"),
+        ("classes", (3, 4, "3"), "each once"),
         ("name", "cifra10", "did you mean 'cifar10'"),
         ("labels", "lable", "digits has no labels 'lable'; did you mean 'label'"),
     ],

@@ -154,6 +154,33 @@ def test_a_step_that_logs_and_stops_is_saved_whole(monkeypatch):
     assert [step for step, record in written if "train/loss" in record] == [2, 4]
 
 
+def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypatch):
+    device, host = Device(monkeypatch), loop.Host()
+
+    def refresh(state):
+        device.events.append("refresh")
+        return state + 0.5
+
+    def shown(**changes):
+        device.events.clear()
+        outcome, _ = device.train(stop=4, validate=2, refresh=refresh, host=host, **changes)
+        return outcome, [event for event in device.events if isinstance(event, str)]
+
+    outcome, events = shown()
+    assert events == ["refresh", "validation", "save 2", "refresh", "validation", "save 4"]
+    assert outcome.state == 5.0  # four steps, two halves
+    assert shown(evaluate=None)[1] == ["refresh", "refresh", "save 4"]
+    outcome, events = shown(should_stop=lambda step: step == 2)  # the next session makes up for it
+    assert (outcome.preempted, host.due, events) == (True, True, ["save 2"])
+
+    def interrupted(state):
+        raise loop.Interrupted
+
+    host = loop.Host()
+    outcome, _ = device.train(stop=4, validate=2, refresh=interrupted, host=host)
+    assert (outcome.preempted, outcome.state, host.due) == (True, 2, True)
+
+
 def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
     device = Device(monkeypatch)
 

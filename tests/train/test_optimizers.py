@@ -195,6 +195,40 @@ def test_a_stack_moves_as_its_blocks_would(name):
     )
 
 
+def test_layer_decay_goes_down_from_the_head():
+    order = ["", "stem/conv", "stem/norm", "stage1/proj", "stage1/block1/conv1", "stage1/block1"]
+    order += ["stage1/block2/conv1", "fire.2/a/b", "norm", "aux1/head", "head"]
+    assert optimizers.layer_decay(order, 0.5) == [
+        (r"params/stage1/block1/.*", 0.5**4),  # before what else there is in stage1
+        (r"params/stage1/block2/.*", 0.5**3),
+        (r"params/[^/]+", 0.5**7),
+        (r"params/stem/.*", 0.5**6),
+        (r"params/stage1/.*", 0.5**5),
+        (r"params/fire\.2/.*", 0.5**2),
+        (r"params/norm/.*", 0.5),
+        (r"params/aux1/.*", 1.0),
+        (r"params/head/.*", 1.0),
+    ]
+
+
+def test_layer_decay_multiplies_lr_mult_in_a_stack_too():
+    config = get_config().optimizer
+    config.momentum, config.layer_decay = 0.0, 0.5
+    config.lr_mult = ((r".*/block3/.*", 10.0), (r".*", 1.0))
+    order = [f"stage1/block{i}" for i in range(1, 5)] + ["head"]
+    params, grads = pytree.stack_blocks(BLOCKS), pytree.stack_blocks(BLOCK_GRADS)
+    optimizer = optimizers.make(config, params, schedules.constant(1.0), order=order)
+    found = pytree.unstack_blocks(run(optimizer, 1, params, grads)[0])
+    factors = {"block1": 1 / 16, "block2": 1 / 8, "block3": 10 / 4, "block4": 1 / 2}
+    for name, factor in factors.items():
+        moved = found["stage1"][name]["kernel"] - BLOCKS["stage1"][name]["kernel"]
+        expected = -factor * BLOCK_GRADS["stage1"][name]["kernel"]
+        np.testing.assert_allclose(moved, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        found["head"]["kernel"], BLOCKS["head"]["kernel"] - BLOCK_GRADS["head"]["kernel"], rtol=1e-6
+    )
+
+
 def test_a_stack_is_frozen_whole_or_not_at_all():
     stacked = pytree.stack_blocks(BLOCKS)
     optimizer = make(params=stacked, trainable=((r".*/stage1/.*", False), (r".*", True)))

@@ -72,7 +72,9 @@ def setup(
     variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
     variables = {k: variables[k] for k in ("params", "batch_stats")}
     schedule = schedules.make(config.schedule, total_steps=100, steps_per_epoch=10.0)
-    optimizer = optimizers.make(config.optimizer, variables["params"], schedule)
+    optimizer = optimizers.make(
+        config.optimizer, variables["params"], schedule, batch_stats=variables["batch_stats"]
+    )
     opt_state = optimizer.init(variables["params"])
     state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
     stats = dict(mean=(0.5,), std=(0.25,))

@@ -1,0 +1,77 @@
+"""Clothes of five kinds to clothes of five others, and to digits: a narrow ResNet-8, 28x28 grey.
+
+The source learns T-shirts, trousers, pullovers, sandals and ankle boots; near it are dresses,
+coats, shirts, sneakers and bags; far from it scikit-learn's handwritten digits.
+
+  python -m experiments.finetune --workdir=runs/finetune --config.dir=FOLDER --strategies=all \\
+      --fractions=0.01,0.1,1 --seeds=3
+  python -m experiments.finetune --workdir=runs/smoke --strategies=scratch,features --seeds=1 \\
+      --config=configs/finetune/fashion_digits.py:smoke
+
+FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
+/usr/share/datasets/fashion-mnist); without --config.dir TFDS downloads them. The smoke mode learns
+the digits 0 to 4, then 5 to 9, and needs no files.
+Ours: not measured yet; whoever runs it enters the command, accuracies, spreads and device here.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    common.check_mode(mode, "smoke")
+    config = ConfigDict(
+        dict(
+            dir="",  # data.dir of Fashion-MNIST
+            source="",  # what all start from, as graft.source has it; "": pretrain is run first
+            pretrain=run("fashion_mnist", (0, 1, 2, 5, 9), 2500),
+            # Their names stand for the rows of the lectures' table.
+            targets=dict(
+                similar=run("fashion_mnist", (3, 4, 6, 7, 8), 2500),
+                dissimilar=run("digits", (), 0.1),
+            ),
+            strategy=dict(
+                last=1,  # stages that last_k trains
+                rate=0.1,  # of the learning rate, wherever more than the classifier is fine-tuned
+                head_share=0.25,  # of head_then_all's steps
+                layer_decay=0.5,  # of the rate, from each block to the one below
+            ),
+        )
+    )
+    for one in (config.pretrain, config.targets.similar):
+        one.data.dir = config.get_ref("dir")
+    config.pretrain.train.duration = "2000 steps"
+    if mode == "smoke":
+        for one, classes in ((config.pretrain, range(5)), (config.targets.similar, range(5, 10))):
+            one.data.update(dict(name="digits", classes=tuple(classes), validation=0.1))
+        del config.targets["dissimilar"]
+        for one in (config.pretrain, config.targets.similar):
+            one.data.image_size = 8
+            one.train.duration = "20 steps"
+    return config
+
+
+def run(name: str, classes: tuple[int, ...], validation: float) -> ConfigDict:
+    config = common.get_config()
+    config.model.name = "cifar_resnet20"
+    with config.unlocked():
+        config.model.depths = (1, 1, 1)
+        config.model.widths = (8, 16, 32)
+    config.data.name = name
+    config.data.classes = classes
+    config.data.image_size = 28
+    config.data.validation = validation
+    config.data.augment.pad_crop = 2
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = ((r".*/kernel", 5e-4), (r".*", 0.0))
+    config.schedule.learning_rate = 0.1
+    config.schedule.warmup = "20 steps"
+    config.train.duration = "300 steps"
+    config.train.eval_every = "0 steps"  # at the end alone
+    config.checkpoint.every = "0 steps"
+    config.checkpoint.keep_latest = 1
+    config.log.tensorboard = False
+    return config

@@ -1,0 +1,65 @@
+"""Published weights, fine-tuned on one's own folder of images: root/class/*.jpg.
+
+  python -m experiments.finetune --workdir=runs/own --config=configs/finetune/folder.py \\
+      --config.dir=FOLDER --config.source=torchvision:resnet18 --strategies=scratch,head_then_all
+  python -m experiments.finetune --workdir=runs/smoke --config=configs/finetune/folder.py:smoke \\
+      --strategies=features --seeds=1
+
+Other weights want their own network and normalisation: --config.targets.own.model.name,
+.data.image_size, .data.mean and .data.std. The smoke mode learns noise and needs no files.
+Ours: not measured yet; whoever runs it enters the command, accuracies, spreads and device here.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    common.check_mode(mode, "smoke")
+    config = ConfigDict(
+        dict(
+            dir="",
+            source="torchvision:resnet18",
+            pretrain=run(),  # where there is no source
+            targets=dict(own=run()),
+            strategy=dict(
+                last=1,  # stages that last_k trains
+                rate=0.1,  # of the learning rate, wherever more than the classifier is fine-tuned
+                head_share=0.25,  # of head_then_all's steps
+                layer_decay=0.75,  # of the rate, from each block to the one below
+            ),
+        )
+    )
+    config.targets.own.data.dir = config.get_ref("dir")
+    if mode == "smoke":
+        config.source = ""
+        for one in (config.pretrain, config.targets.own):
+            one.data.mock = 40
+            one.data.image_size = 32
+            one.train.duration = "3 steps"
+    return config
+
+
+def run() -> ConfigDict:
+    config = common.get_config()
+    config.model.name = "resnet18"
+    config.data.name = "folder"
+    config.data.image_size = 224
+    config.data.channels = 3
+    config.data.batch_size = 16
+    config.data.eval_batch_size = 32
+    config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config.data.augment.flip = True
+    config.data.augment.random_resized_crop = (0.35, 1.0)
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = ((r".*/kernel", 1e-4), (r".*", 0.0))
+    config.schedule.learning_rate = 0.02
+    config.train.duration = "20 epochs"
+    config.train.eval_every = "0 steps"  # at the end alone
+    config.checkpoint.every = "0 steps"
+    config.checkpoint.keep_latest = 1
+    config.log.tensorboard = False
+    return config

