@@ -169,7 +169,8 @@ def build(name: str, source: str, size: int | None = None) -> Any:
         torchvision()  # timm imports it, and it needs help
         import timm
 
-        return timm.create_model(TIMM.get(name, name), pretrained=False)
+        classes = model_info(name).num_classes  # some were published without a head
+        return timm.create_model(TIMM.get(name, name), pretrained=False, num_classes=classes)
     theirs = TORCHVISION.get(name, name)
     slow = dict(init_weights=False) if theirs in ("googlenet", "inception_v3") else {}
     return getattr(torchvision().models, theirs)(weights=None, **slow)
