@@ -109,7 +109,7 @@ def test_cifar_resnet20_out_of_torchvisions_blocks():
 
 @pytest.mark.parametrize("error", [UserError("no torch"), ModuleNotFoundError("no torch")])
 def test_a_library_that_is_not_installed_is_one_line(error, monkeypatch, tmp_path, capsys):
-    def build(name, source):
+    def build(*_):
         raise error
 
     monkeypatch.setattr(foreign, "build", build)

@@ -97,7 +97,11 @@ def test_what_is_not_what_was_published(server, content, declared, said):
 
 def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(network.socket, "create_connection", lambda *a, **k: time.sleep(60))
+    def hangs(*_, **__):
+        time.sleep(60)
+        raise OSError
+
+    monkeypatch.setattr(network.socket, "create_connection", hangs)
     monkeypatch.setattr(network.reachable, "__defaults__", (0.1,))
     began = time.monotonic()
     said = r"download.pytorch.org cannot be reached: get https://.*/resnet18-\w+.pth where there"
