@@ -97,6 +97,7 @@ def test_what_is_not_what_was_published(server, content, declared, said):
 
 def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
     def hangs(*_, **__):
         time.sleep(60)
         raise OSError
