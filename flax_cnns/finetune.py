@@ -26,7 +26,7 @@ from flax_cnns import config as configs
 from flax_cnns import probe, pytree, registry
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
-from flax_cnns.analysis.curves import save_png
+from flax_cnns.analysis.curves import save_picture
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
 
@@ -522,7 +522,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
     figure.suptitle(f"fine-tuning against training from scratch; {seeds}", fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
-    save_png(figure, png)
+    save_picture(figure, png)
 
 
 def save(result: Result, path: pathlib.Path, command: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from flax_cnns.analysis.curves import save_png
+    from flax_cnns.analysis.curves import save_picture
 
     # Okabe and Ito's colours, told apart by all kinds of colour vision.
     colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -145,7 +145,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
-    save_png(figure, png)
+    save_picture(figure, png)
 
 
 def number(value: float) -> str:

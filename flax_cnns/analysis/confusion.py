@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from flax_cnns.analysis.curves import save_png
+from flax_cnns.analysis.curves import save_picture
 
 ANNOTATED = 20  # classes, up to which the counts are written into the cells
 NAMED = 60  # classes, up to which every class is named
@@ -61,4 +61,4 @@ def draw_confusion(
                 fontsize=8,
                 color="white" if shares[row, column] > 0.35 else "black",
             )
-    save_png(figure, png)
+    save_picture(figure, png)

@@ -48,18 +48,21 @@ def draw_curves(metrics_jsonl: str | os.PathLike, png: str | os.PathLike, title:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    save_png(figure, png)
+    save_picture(figure, png)
 
 
-def save_png(figure: Figure, png: str | os.PathLike) -> None:
-    """Writes a figure beside its place, then moves it there. Raises `UserError` where it cannot."""
-    png = Path(png)
-    new = png.with_name(png.name + ".new")
+def save_picture(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure beside its place, then moves it there; as a PNG, or as its suffix says (.jpg,
+    .svg, .pdf). Raises `UserError` where it cannot."""
+    path = Path(path)
+    new, kind = path.with_name(path.name + ".new"), path.suffix.removeprefix(".") or "png"
     try:
-        FigureCanvasAgg(figure).print_figure(new, format="png", dpi=120, bbox_inches="tight")
-        os.replace(new, png)
+        FigureCanvasAgg(figure).print_figure(new, format=kind, dpi=120, bbox_inches="tight")
+        os.replace(new, path)
     except OSError as error:
-        raise UserError(f"cannot write the picture {png}: {error.strerror}") from error
+        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+    except ValueError as error:  # an unknown suffix, with those there are
+        raise UserError(f"cannot write the picture {path}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Series]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from flax_cnns.analysis.curves import save_png
+from flax_cnns.analysis.curves import save_picture
 
 MOST = 40  # photos in one picture
 BLUE, PALE = "#0072B2", "#A6CBE3"  # the first class, the others
@@ -42,7 +42,7 @@ def draw_predictions(
     for (left, right), (name, image, box), guessed in zip(pairs, photos, guesses):
         _photo(left, name, image, box)
         _bars(right, guessed)
-    save_png(figure, png)
+    save_picture(figure, png)
 
 
 def _photo(axes, name: str, image: Image.Image, box: tuple[float, float, float, float]) -> None:

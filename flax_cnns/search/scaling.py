@@ -32,7 +32,7 @@ from rich.table import Table
 
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
-from flax_cnns.analysis.curves import save_png
+from flax_cnns.analysis.curves import save_picture
 from flax_cnns.data import datasets
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import model_fields, run
@@ -266,7 +266,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
     right.set(xlabel="MACs of an image, millions", ylabel="test accuracy, %")
     right.set_title(f"each seed a dash; {len(result.base.accuracy)} seeds")
     right.legend(fontsize=8)
-    save_png(figure, png)
+    save_picture(figure, png)
 
 
 def save(result: Result, path: pathlib.Path, flags: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from flax_cnns.analysis.confusion import draw_confusion
 @pytest.fixture
 def figures(monkeypatch):
     saved = []
-    monkeypatch.setattr(confusion, "save_png", lambda figure, png: saved.append(figure))
+    monkeypatch.setattr(confusion, "save_picture", lambda figure, png: saved.append(figure))
     return saved
 
 

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from flax_cnns.analysis import curves
 from flax_cnns.analysis.curves import draw_curves
@@ -16,13 +17,13 @@ from flax_cnns.errors import UserError
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved, to look at their lines."""
-    saved, save = [], curves.save_png
+    saved, save = [], curves.save_picture
 
     def keep(figure, png):
         saved.append(figure)
         save(figure, png)
 
-    monkeypatch.setattr(curves, "save_png", keep)
+    monkeypatch.setattr(curves, "save_picture", keep)
     return saved
 
 
@@ -116,3 +117,13 @@ def test_a_log_that_is_not_there(tmp_path):
         draw_curves(tmp_path / "m.jsonl", tmp_path / "curves.png")
     with pytest.raises(UserError, match=r"cannot write the picture .*curves\.png"):
         draw_curves(write(tmp_path / "m.jsonl", run(20)), tmp_path / "none" / "curves.png")
+
+
+def test_a_picture_is_what_its_name_says(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    for name, begins in (("a.png", b"\x89PNG"), ("a.jpg", b"\xff\xd8"), ("a", b"\x89PNG")):
+        curves.save_picture(figure, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begins)
+    with pytest.raises(UserError, match=r"a\.jpgg: Format 'jpgg' is not supported"):
+        curves.save_picture(figure, tmp_path / "a.jpgg")
+    assert not list(tmp_path.glob("*.new"))
