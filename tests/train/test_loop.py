@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import Diverged
 from flax_cnns.train import loop
 from flax_cnns.train.loop import prefetch
 
@@ -188,6 +188,6 @@ def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
         state, sums = device.step(state, batch, key)
         return state, sums | {"bad": 1.0}
 
-    with pytest.raises(UserError, match="step 3: the gradients of 3 steps in a row"):
+    with pytest.raises(Diverged, match="step 3: the gradients of 3 steps in a row"):
         device.train(stop=9, train_step=step, max_bad_steps=3)
     assert max(device.events) == 4  # one more was on its way
