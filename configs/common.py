@@ -121,6 +121,9 @@ def get_config() -> ConfigDict:
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
                 test_on="latest",  # which checkpoint the test split sees at the end: latest or best
+                # At the end also the examples that were trained on, neither augmented nor mixed:
+                # logged as fit/loss, fit/accuracy, fit/top5.
+                evaluate_train=False,
                 early_stopping=0,  # stop after so many validations without a better one; 0: off
             ),
             # ---- checkpoints

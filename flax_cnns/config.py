@@ -216,6 +216,7 @@ FIELDS: dict[str, Check] = {
     "train.eval_every": duration,
     "train.early_stopping": integer(),
     "train.test_on": one_of("latest", "best"),
+    "train.evaluate_train": flag,
     "checkpoint.every": duration,
     "checkpoint.keep_latest": integer(1),
     "checkpoint.keep_best": integer(),

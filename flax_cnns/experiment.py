@@ -471,18 +471,27 @@ class _Run:
             )
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:
-        if "test" not in self.parts.dataset.splits:
+        """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
+        as `fit/...` those of the examples that the run trained on, as they are."""
+        names = {"test": "test"} if "test" in self.parts.dataset.splits else {}
+        if self.config.train.evaluate_train:
+            names["train"] = "fit"
+        if not names:
             return {}
         state, step = outcome.state, outcome.step
         if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
             state, _, step = self.checkpoints.restore(self._target(), self.checkpoints.best_step())
-        try:
-            sums = self.parts.evaluate(state.variables, "test", self.signals.asked_now)
-        except loop.Interrupted:
-            raise self._preempted(outcome) from None
-        found = {f"test/{name}": value for name, value in summarize(sums).items()}
+        found: dict[str, float] = {}
+        examples: dict[str, int] = {}
+        for split, name in names.items():
+            try:
+                sums = self.parts.evaluate(state.variables, split, self.signals.asked_now)
+            except loop.Interrupted:
+                raise self._preempted(outcome) from None
+            found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
+            examples |= {f"{name}/step": step, f"{name}/examples": int(sums["count"])}
         self._write(outcome.step, found)
-        return found | {"test/step": step, "test/examples": int(sums["count"])}
+        return found | examples
 
     def _finish(
         self, outcome: loop.Outcome, host: loop.Host, found: dict[str, float]

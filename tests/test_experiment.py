@@ -252,6 +252,20 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
         evaluate_run(workdir, checkpoint="7000")
 
 
+def test_what_was_trained_on_is_evaluated_as_it_is(finished, config, tmp_path):
+    """Beside it the run is the same; the numbers are those of `evaluate` on that split."""
+    config.train.evaluate_train = True
+    summary = run(config, tmp_path / "run")
+    chex.assert_trees_all_equal(arrays(tmp_path / "run"), arrays(finished[0]))
+    found = evaluate_run(tmp_path / "run", split="train")
+    assert summary["fit/examples"] == found["examples"]
+    assert summary["fit/accuracy"] == found["accuracy"]
+    last = records(tmp_path / "run")[-1]
+    fit = {name for name in last if name.startswith("fit/")}
+    assert fit == {"fit/loss", "fit/accuracy", "fit/top5"}
+    assert {name: last[name] for name in last if name not in fit} == records(finished[0])[-1]
+
+
 def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
     config.model.num_classes = 12
     config.train.duration = "1 steps"
