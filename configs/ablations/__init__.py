@@ -15,7 +15,7 @@ def small(mode: str = "") -> ConfigDict:
     config.model.name = "cifar_resnet20"
     with config.unlocked():
         config.model.depths = (1, 1, 1)
-        config.model.widths = (16, 32, 64)
+        config.model.widths = (8, 16, 32)
     config.data.name = "fashion_mnist"
     config.data.image_size = 28
     config.data.validation = 5000

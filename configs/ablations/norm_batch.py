@@ -9,7 +9,7 @@
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist); without it TFDS downloads them. The lectures: at least 8 images,
-better 16 to 32; Wu & He 2018 (https://arxiv.org/abs/1803.08494, figure 1) find the same on ImageNet.
+better 16 to 32; Wu & He 2018 (https://arxiv.org/abs/1803.08494, figure 1) say so of ImageNet.
 Every row sees the same number of images, and its rate is proportional to its batch, 0.1 / 64 an
 image, so that small batches take more and smaller steps. GroupNorm's groups are 16 channels: in
 the first stage, which has 16, that is LayerNorm.

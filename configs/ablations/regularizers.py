@@ -8,7 +8,7 @@
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without it TFDS downloads them. ResNet-8 of widths 16, 32, 64
+/usr/share/datasets/fashion-mnist); without it TFDS downloads them. ResNet-8 of widths 8, 16, 32
 learns 1100 images for 400 steps of 64, 23 epochs. Each strength is the customary one, chosen
 before the first run and not by its score: a row says what that much of it does here, no more.
 Reflections, which help on clothes, are part of `augment`; a digit's mirror image is no digit.
