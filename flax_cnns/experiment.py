@@ -178,6 +178,17 @@ def make_train_step(
 # ---------------------------------------------------------------------------- the run
 
 
+def rehearse(config: Any) -> tuple[Parts, int]:
+    """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
+
+    Raises `UserError` for what the run would refuse before its first step.
+    """
+    configs.validate(config)
+    rehearsed = _Run(assemble(config), pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
+    rehearsed._target()  # the rules of the optimizer too
+    return rehearsed.parts, rehearsed.total
+
+
 def _start_jax(config: Any) -> None:
     """Before JAX's first operation: its flags, and the other processes."""
     if config.train.deterministic:
