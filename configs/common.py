@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
             mix=dict(
                 label_smoothing=0.0,
                 mixup=0.0,  # alpha of the Beta distribution; 0: off
+                cutmix=0.0,  # likewise; with mixup on too, a coin for each batch says which
             ),
             # ---- the optimizer
             optimizer=dict(

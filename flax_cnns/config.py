@@ -175,6 +175,7 @@ FIELDS: dict[str, Check] = {
     "data.std": per_channel(1e-6),
     "mix.label_smoothing": number(0, 1),
     "mix.mixup": number(),
+    "mix.cutmix": number(),
     "optimizer.name": one_of("sgd", "adam", "adamw", "rmsprop", "lamb"),
     "optimizer.momentum": number(0, 1),
     "optimizer.nesterov": flag,

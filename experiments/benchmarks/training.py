@@ -105,7 +105,7 @@ class Trainee:
             model.apply,
             optimizer,
             augment=lambda images, keys: normalize(images),
-            mix=make_mix(SimpleNamespace(label_smoothing=0.0, mixup=0.0), classes),
+            mix=make_mix(SimpleNamespace(label_smoothing=0.0, mixup=0.0, cutmix=0.0), classes),
             aux_weights=[(".*", schedules.constant(0.3))],
         )
         self._step = parallel.parallelize(step, self.mesh, mode=mode)
