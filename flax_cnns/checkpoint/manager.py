@@ -345,6 +345,14 @@ def _damage(path: Path):
 # ---- writing
 
 
+def new_folder(folder: str | os.PathLike) -> Path:
+    """The absolute path of a folder to be written. Raises `UserError` where it exists already."""
+    path = Path(os.path.abspath(folder))
+    if path.exists():
+        raise UserError(f"{path} exists already; name a folder that does not")
+    return path
+
+
 def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]) -> Path:
     """Writes a tree of host arrays as a checkpoint of no run, which `resolve(folder)` finds.
 
@@ -352,9 +360,7 @@ def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]
     returned, appears when it is whole. Raises `UserError` where it exists already or cannot be
     written.
     """
-    folder = Path(os.path.abspath(folder))
-    if folder.exists():
-        raise UserError(f"{folder} exists already; name a folder that does not")
+    folder = new_folder(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _writing(folder.parent):
         try:
