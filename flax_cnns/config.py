@@ -77,6 +77,13 @@ def shares(value: Any) -> str | None:
     return None if fine else "() or (smallest, largest) share of the area, within 0 to 1"
 
 
+def randaugment(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    if fine and value:
+        fine = integer(1)(value[0]) is None and number(0, 30)(value[1]) is None
+    return None if fine else "() or (operations an image, magnitude from 0 to 30) such as (2, 9)"
+
+
 def rules(of: Check, what: str, *, single: bool = False) -> Check:
     """Pairs (regex, value); with `single` also one value alone, for every path."""
 
@@ -170,6 +177,9 @@ FIELDS: dict[str, Check] = {
     "data.augment.scale": number(0, 0.99),
     "data.augment.random_resized_crop": shares,
     "data.augment.cutout": integer(),
+    "data.augment.erase": number(0, 1),
+    "data.augment.randaugment": randaugment,
+    "data.augment.pca": number(),
     "data.augment.normalize": flag,
     "data.mean": per_channel(0.0),
     "data.std": per_channel(1e-6),
@@ -184,6 +194,12 @@ FIELDS: dict[str, Check] = {
     "optimizer.eps": number(),
     "optimizer.decay_rate": number(0, 1),
     "optimizer.weight_decay": rules(number(), "number", single=True),
+    "optimizer.weight_decay_mode": one_of("auto", "coupled", "decoupled"),
+    "optimizer.l2": rules(number(), "number", single=True),
+    "optimizer.max_norm": rules(number(), "number", single=True),
+    "optimizer.grad_noise": number(),
+    "optimizer.grad_noise_decay": number(),
+    "optimizer.sam": number(),
     "optimizer.trainable": rules(flag, "True or False"),
     "optimizer.bn": rules(
         one_of("train", "frozen_stats", "frozen"), "train, frozen_stats or frozen"
@@ -211,6 +227,8 @@ FIELDS: dict[str, Check] = {
     "train.ema": number(0, 1),
     "train.ema_warmup": flag,
     "train.aux_weight": rules(weight, "number", single=True),
+    "train.dropout": rules(number(0, 0.99), "rate", single=True),
+    "train.dropout_mode": one_of("unit", "channel"),
     "train.max_bad_steps": integer(),
     "train.precise_bn": integer(),
     "train.deterministic": flag,

@@ -30,7 +30,7 @@ from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.preemption import Preempted, Signals
-from flax_cnns.train import loop, optimizers, parallel, precise_bn, schedules, steps
+from flax_cnns.train import dropout, loop, optimizers, parallel, precise_bn, schedules, steps
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer
@@ -153,18 +153,25 @@ def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
             image_shape=dataset.image_shape,
             mean=dataset.mean,
             std=dataset.std,
+            covariance=dataset.covariance,
             cropped=not dataset.in_memory,  # by the loader
         ),
         "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
     }
 
 
+def dropout_rates(parts: Parts, params: PyTree) -> dict[str, float]:
+    shape = (1, *parts.dataset.image_shape)
+    return dropout.layer_rates(parts.config.train.dropout, parts.model, shape, params)
+
+
 def make_train_step(
     parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     config = parts.config
+    rates = dropout_rates(parts, optimizer.trainable)
     step = steps.make_train_step(
-        parts.model.apply,
+        dropout.dropping(parts.model.apply, rates, config.train.dropout_mode),
         optimizer,
         **_augment_and_mix(parts),
         aux_weights=aux_weights(config, steps_per_epoch),
@@ -185,7 +192,8 @@ def rehearse(config: Any) -> tuple[Parts, int]:
     """
     configs.validate(config)
     rehearsed = _Run(assemble(config), pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
-    rehearsed._target()  # the rules of the optimizer too
+    params = rehearsed._target().params  # the rules of the optimizer too
+    dropout_rates(rehearsed.parts, params)
     return rehearsed.parts, rehearsed.total
 
 
