@@ -27,6 +27,7 @@ def small(mode: str = "") -> ConfigDict:
     config.train.eval_every = "0 steps"  # at the end alone
     config.checkpoint.every = "0 steps"
     config.checkpoint.keep_latest = 1
+    config.train.evaluate_train = True
     config.log.tensorboard = False
     if mode in ("digits", "smoke"):
         config.data.name = "digits"
