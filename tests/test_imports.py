@@ -33,10 +33,13 @@ MAY_IMPORT = {
     "workdir": {"config", "checkpoint"},
     "preemption": set(),
     "report": set(),
-    "ablation": {"experiment", "analysis", "registry"},
+    "isolated": {"experiment", "launch", "compilation_cache"},
+    "ablation_plan": {"experiment", "analysis", "config", "workdir", "isolated"},
+    "ablation": {"ablation_plan", "ablation_report", "isolated", "launch", "workdir"},
     "search": {"experiment", "analysis", "registry", "data", "workdir"},
 }
-MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ablation", "search"}
+ABOVE = {"isolated", "ablation_plan", "ablation", "search"}  # whole runs are their parts
+MAY_IMPORT["experiment"] = set(MAY_IMPORT) - ABOVE
 MAY_IMPORT["probe"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["prediction"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["finetune"] = {"probe"} | MAY_IMPORT["probe"]
