@@ -180,6 +180,8 @@ def train(
         record = metrics.compute(window, "train/")
         good = window["steps"] - window["bad"] if "steps" in window else 0.0
         record["norm/grads"] = window["norm"] / good if good else float("nan")
+        if "l2" in window:
+            record["train/l2"] = window["l2"] / good if good else float("nan")
         record["learning_rate"] = window["rate"]
         record["bad_steps"] = window["bad"]
         if (images_per_second := pace.lap()) is not None:
