@@ -41,6 +41,7 @@ def changed(path, value):
         ("data.std", (0.0,), "a number per channel"),
         ("data.augment.flip", 1, "True or False, got 1"),
         ("data.augment.random_resized_crop", (1.0, 0.1), "smallest, largest"),
+        ("data.augment.randaugment", (2, 31), r"magnitude from 0 to 30\) such as \(2, 9\)"),
         ("schedule.learning_rate", 0.0, "a number above 0"),
         ("schedule.warmup", 5, "a duration such as '20 epochs'"),
         ("schedule.boundaries", ("30",), "durations such as"),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_cnns.data.randaugment import STRONGEST, randaugment
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
@@ -39,35 +40,47 @@ def make_augment(
     image_shape: Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
+    covariance: Sequence[Sequence[float]] = (),
     cropped: bool = False,
 ) -> Callable[[Array, Array], Array]:
     """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit.
 
-    `config` is `config.data.augment`; `cropped` says that the loader has done the random resized
-    crop already, as it does for streamed images. With everything off this is `make_normalize`
-    exactly. Raises UserError for values that make no sense.
+    `config` is `config.data.augment`; `covariance` [C C] of the colours of images in 0..1 is what
+    `config.pca` needs; `cropped` says that the loader has done the random resized crop already, as
+    it does for streamed images. In this order: crop, flip and move; RandAugment; PCA colour;
+    erasing; normalisation; cutout. With everything off this is `make_normalize` exactly. Raises
+    UserError for values that make no sense.
     """
     height, width, _ = image_shape
     _check(config, height, width)
     normalize = make_normalize(config, mean=mean, std=std)
     resized_crop = tuple(config.random_resized_crop) if not cropped else ()
     moved = config.flip or config.pad_crop or config.rotate or config.scale
+    colored = tuple(config.randaugment) or config.pca
+    covariance = jnp.asarray(covariance, jnp.float32)
 
     def augment_one(image: Array, key: Array) -> Array:
-        keys = dict(zip(("resize", "move", "cutout"), jax.random.split(key, 3)))
+        names = ("resize", "move", "cutout", "randaugment", "pca", "erase")
+        keys = dict(zip(names, jax.random.split(key, len(names))))
         if resized_crop:
             image = random_resized_crop(keys["resize"], image, resized_crop)
         if config.rotate or config.scale:
             image = _affine(keys["move"], image, config)
         elif moved:
             image = _flip_and_crop(keys["move"], image, config)
+        if config.randaugment:
+            image = randaugment(keys["randaugment"], image, *config.randaugment)
+        if config.pca:
+            image = pca_color(keys["pca"], image, config.pca, covariance)
+        if config.erase:
+            image = erase(keys["erase"], image, config.erase)
         image = normalize(image)
         if config.cutout:
             image = cutout(keys["cutout"], image, config.cutout)
         return image
 
     def augment(images: Array, keys: Array) -> Array:
-        if not (resized_crop or moved or config.cutout):
+        if not (resized_crop or moved or colored or config.erase or config.cutout):
             return normalize(images)
         return jax.vmap(augment_one)(images, keys)
 
@@ -81,11 +94,19 @@ def _check(config: Any, height: int, width: int) -> None:
             "data.augment.random_resized_crop is (smallest, largest) share of the area, "
             f"within 0..1; got {share}"
         )
-    for name in ("pad_crop", "cutout", "rotate", "scale"):
+    for name in ("pad_crop", "cutout", "rotate", "scale", "pca"):
         if config[name] < 0:
             raise UserError(f"data.augment.{name} must not be negative; got {config[name]}")
     if config.scale >= 1:
         raise UserError(f"data.augment.scale is relative: 0.1 means 0.9 to 1.1; got {config.scale}")
+    if not 0 <= config.erase <= 1:
+        raise UserError(f"data.augment.erase is a probability; got {config.erase}")
+    drawn = tuple(config.randaugment)
+    if drawn and not (len(drawn) == 2 and drawn[0] >= 1 and 0 <= drawn[1] <= STRONGEST):
+        raise UserError(
+            "data.augment.randaugment is (number of operations, magnitude), such as (2, 9), the "
+            f"magnitude within 0..{STRONGEST}; got {drawn}"
+        )
     for name in ("pad_crop", "cutout"):
         if config[name] >= min(height, width):
             raise UserError(
@@ -189,7 +210,51 @@ def cutout(key: Array, image: Array, side: int) -> Array:
     """
     height, width, _ = image.shape
     centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
-    low = centre - side // 2
+    box = jnp.array([side, side])
+    return jnp.where(_inside(centre - side // 2, box, height, width), 0.0, image)
+
+
+def pca_color(key: Array, image: Array, deviation: float, covariance: Array) -> Array:
+    """AlexNet's change of the light's colour: [H W C] of 0..255 -> f32 [H W C], not clipped.
+
+    Section 4.1 of the paper adds to every pixel the eigenvectors of the colours' covariance, each
+    times its eigenvalue and a normal number of standard deviation 0.1. That sum has the
+    distribution of the covariance times normal numbers, with no eigenvector to compute. Eigenvalues
+    are those of colours in 0..1: of 0..255 they would be 255 times as large beside the pixels.
+    """
+    drawn = deviation * jax.random.normal(key, covariance.shape[:1])
+    return image + 255 * jnp.dot(covariance, drawn, precision="highest")
+
+
+def erase(
+    key: Array,
+    image: Array,
+    probability: float,
+    share: tuple[float, float] = (0.02, 0.4),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Array:
+    """With that probability a box of noise, each value one of 0..255: [H W C] -> f32 [H W C].
+
+    Random erasing (https://arxiv.org/abs/1708.04896, algorithm 1), its shares of the area and
+    ratios of height to width. There a box that does not fit is drawn again with its corner, which
+    favours small ones; here ten sizes are drawn, and the first that fits is put anywhere.
+    """
+    height, width, _ = image.shape
+    key_coin, key_area, key_ratio, key_place, key_noise = jax.random.split(key, 5)
+    area = jax.random.uniform(key_area, (10,), minval=share[0], maxval=share[1]) * height * width
+    ratios = jax.random.uniform(key_ratio, (10,), minval=ratio[0], maxval=ratio[1])
+    h, w = jnp.round(jnp.sqrt(area * ratios)), jnp.round(jnp.sqrt(area / ratios))
+    fits = (h <= height) & (w <= width)
+    first = jnp.argmax(fits)
+    box = jnp.where(fits[first], jnp.stack([h[first], w[first]]), 0).astype(jnp.int32)
+    low = jax.random.randint(key_place, (2,), 0, jnp.array([height, width]) - box + 1)
+    noise = jax.random.randint(key_noise, image.shape, 0, 256).astype(jnp.float32)
+    box = jnp.where(jax.random.bernoulli(key_coin, probability), box, 0)
+    return jnp.where(_inside(low, box, height, width), noise, image)
+
+
+def _inside(low: Array, box: Array, height: int, width: int) -> Array:
+    """Where a box of height and width `box` [2] lies whose upper left corner is `low`: [H W 1]."""
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
-    inside = (y >= low[0]) & (y < low[0] + side) & (x >= low[1]) & (x < low[1] + side)
-    return jnp.where(inside[..., None], 0.0, image)
+    inside = (y >= low[0]) & (y < low[0] + box[0]) & (x >= low[1]) & (x < low[1] + box[1])
+    return inside[..., None]

@@ -70,7 +70,7 @@ def test_cutmix_of_a_box_that_is_not_cut_off_has_the_drawn_area():
     pixels, share = draw(jax.random.split(KEY, 100))
     inside = [box for box in np.asarray(pixels)[..., 0] if box[0].all() and box[:, 0].all()]
     inside = [box for box in inside if box[-1].all() and box[:, -1].all()]
-    assert len(inside) > 10
+    assert len(inside) > 2
     # Beta(50, 50) lies close about 1/2: sides of sqrt(1/2).
     np.testing.assert_allclose(np.mean([(box == 0).mean() for box in inside]), 0.5, atol=0.05)
     box = inside[0]
