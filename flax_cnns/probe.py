@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -249,11 +249,16 @@ def _classify(
     return {"kernel": kernel, "bias": bias}, numbers
 
 
+def dense_kernel(leaves: Mapping[str, Any]) -> str | None:
+    """The path of the kernel of a classifier that is one dense layer; None of another one."""
+    kernels = [path for path in leaves if path.endswith("/kernel") and leaves[path].ndim == 2]
+    return kernels[0] if len(kernels) == 1 and len(leaves) <= 2 else None
+
+
 def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     """The network's fresh classifier; on another layer than its own one of zeros."""
     flat = pytree.flatten(head)
-    kernels = [path for path in flat if path.endswith("/kernel") and flat[path].ndim == 2]
-    if len(kernels) != 1 or len(flat) > 2:
+    if not (kernel := dense_kernel(flat)):
         raise UserError(
             "a linear classifier on features: expected one dense layer (no convolution) alone to be"
             f" trainable, got {', '.join(flat)}"
@@ -261,7 +266,7 @@ def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     if layer == LAST:
         return head
     flat = {path: jnp.zeros_like(leaf) for path, leaf in flat.items()}
-    flat[kernels[0]] = jnp.zeros((x.shape[-1], flat[kernels[0]].shape[-1]), jnp.float32)
+    flat[kernel] = jnp.zeros((x.shape[-1], flat[kernel].shape[-1]), jnp.float32)
     return pytree.unflatten(flat)
 
 

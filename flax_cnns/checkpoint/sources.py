@@ -18,6 +18,10 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import PyTree
 
 LIBRARIES = ("torchvision", "timm", "keras", "efficientnet_lite")
+BGR_NOTE = (
+    "; a run gives it RGB: its first layer has to learn the other order, and where it is frozen"
+    " the network sees red as blue"
+)
 _FOREIGN = re.compile(r"(\w+):([^/=]+)(?:=(.+))?")
 
 
@@ -60,14 +64,16 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
     folder = manager.resolve(source)
     leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in manager.read_metadata(folder).items()}
     about = manager.read_about(folder)
-    converted = {"model", "source", "preprocessing"} <= about.keys()
+    seen = about.get("preprocessing")
+    converted = {"model", "source"} <= about.keys() and isinstance(seen, dict)
+    converted = converted and {"size", "mean", "std", "scale", "channels"} <= seen.keys()
     return Source(
         name,
         folder,
         leaves,
         lambda paths: manager.read_leaves(folder, paths),
         manager.has_checksums(folder),
-        _trained_on(about["model"], about["source"], about["preprocessing"]) if converted else "",
+        _trained_on(about["model"], about["source"], seen) if converted else "",
     )
 
 
@@ -80,7 +86,7 @@ def _trained_on(model: str, library: str, seen: Mapping[str, Any]) -> str:
     return (
         f"{library}'s {model} was trained on {seen['channels']} images of {seen['size']} pixels"
         f" with data.mean={mean}, data.std={std}"
-        f"{'; a run gives it RGB, which its first layer has to unlearn' if swapped else ''}"
+        f"{BGR_NOTE if swapped else ''}"
     )
 
 

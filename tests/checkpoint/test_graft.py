@@ -320,8 +320,8 @@ def test_a_network_of_bgr_images_is_told_by_the_means_of_rgb():
     seen = preprocessing("vgg16", "keras")._asdict()
     assert sources._trained_on("vgg16", "keras", seen) == (
         "keras's vgg16 was trained on BGR images of 224 pixels with data.mean=(0.485, 0.458,"
-        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB, which its first layer"
-        " has to unlearn"
+        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB: its first layer has to"
+        " learn the other order, and where it is frozen the network sees red as blue"
     )
 
 

@@ -1,6 +1,7 @@
 """experiments.inspect's listing: what it shows, that it reads nothing, and what it verifies."""
 
 import io
+import json
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -116,6 +117,10 @@ def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):
         " data.mean=(0.498, 0.498, 0.498), data.std=(0.502, 0.502, 0.502)",
     ]
     assert lines[-1] == "read, and equal to their CRC32s"
+    # Somebody else's file of that name says nothing, and is no mistake.
+    for other in ({"model": "lite"}, about | {"preprocessing": {"size": 224}}):
+        (tmp_path / "theirs/about.json").write_text(json.dumps(other))
+        assert "trained on" not in listing(tmp_path / "theirs")[1]
 
 
 def test_a_tree_in_memory():
