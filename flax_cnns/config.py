@@ -171,6 +171,7 @@ FIELDS: dict[str, Check] = {
     "data.workers": integer(),
     "data.skip_damaged": flag,
     "data.mock": integer(),
+    "data.augment.where": one_of("device", "loader"),
     "data.augment.pad_crop": integer(),
     "data.augment.flip": flag,
     "data.augment.rotate": number(0, 180),
@@ -245,6 +246,40 @@ FIELDS: dict[str, Check] = {
     "log.tensorboard": flag,
     "log.wandb": text,
 }
+
+
+# Fields that runs of older versions lack, with the value by which all is as it was then: a run goes
+# on, is evaluated and predicts as one with these. Whoever adds a field adds a row; a test asks.
+NEWER: dict[str, Any] = {
+    "data.augment.erase": 0.0,
+    "data.augment.randaugment": (),
+    "data.augment.pca": 0.0,
+    "data.augment.where": "device",
+    "mix.cutmix": 0.0,
+    "optimizer.weight_decay_mode": "auto",
+    "optimizer.l2": (),
+    "optimizer.max_norm": (),
+    "optimizer.grad_noise": 0.0,
+    "optimizer.grad_noise_decay": 0.55,
+    "optimizer.sam": 0.0,
+    "train.dropout": (),
+    "train.dropout_mode": "unit",
+    "train.evaluate_train": False,
+}
+
+
+def completed(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A plain config with those fields of `NEWER` that it lacks, and their names."""
+    complete, added = plain(config), []
+    for name, value in plain(NEWER).items():
+        *parents, field = name.split(".")
+        section = complete
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if field not in section:
+            section[field] = value
+            added.append(name)
+    return complete, added
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -11,6 +11,22 @@ def test_the_checks_and_the_defaults_name_the_same_fields():
     assert sorted(configs.FIELDS) == sorted(configs.flatten(get_config().to_dict()))
 
 
+def test_a_field_that_was_added_since_has_its_default_in_older_runs():
+    defaults = configs.flatten(get_config().to_dict())
+    assert {name: defaults[name] for name in configs.NEWER} == configs.NEWER
+    assert len(configs.FIELDS) - len(configs.NEWER) == 83, "give the new field a row in NEWER"
+    older = configs.plain(get_config())
+    for name in configs.NEWER:
+        *parents, field = name.split(".")
+        section = older
+        for parent in parents:
+            section = section[parent]
+        del section[field]
+    found = configs.completed(older)
+    assert found == (configs.plain(get_config()), list(configs.NEWER))
+    assert configs.completed(found[0]) == (found[0], [])
+
+
 def test_the_defaults_are_valid():
     configs.validate(get_config())
 

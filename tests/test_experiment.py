@@ -23,6 +23,7 @@ from flax_cnns.experiment import Parts, aux_weights, evaluate_run, model_fields
 from flax_cnns.preemption import Preempted
 from flax_cnns.registry import create_model
 from flax_cnns.train.progress import Progress
+from flax_cnns.workdir import read_config
 from tests.runs import arrays, records
 
 
@@ -122,6 +123,33 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
     config.train.duration = "1 steps"
     assert run(config.to_dict(), tmp_path / "b")["step"] == 1
     fails(config, "", "--workdir: expected the name of a directory")
+
+
+def test_a_run_of_an_older_version_goes_on_to_the_bit(
+    finished, config, tmp_path, monkeypatch, capsys
+):
+    """Its config lacks fields of today, which are as if they had been there."""
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: step == 7)
+        with pytest.raises(Preempted):
+            run(config, workdir)
+    older = json.loads((workdir / "config.json").read_text())
+    del older["mix"]["cutmix"], older["optimizer"]["sam"]
+    (workdir / "config.json").write_text(json.dumps(older))
+    config.mix.cutmix = 1.0
+    fails(config, workdir, r"another config \(mix.cutmix: 0.0 there, 1.0 here\)")
+    config.mix.cutmix = 0.0
+    assert read_config(workdir).optimizer.sam == 0.0
+    capsys.readouterr()
+    run(config, workdir)
+    said = (
+        "was made by an older version that lacks the fields mix.cutmix, optimizer.sam: it goes on"
+    )
+    assert said in capsys.readouterr().out
+    chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
+    assert records(workdir) == records(finished[0])
+    assert json.loads((workdir / "config.json").read_text())["mix"]["cutmix"] == 0.0
 
 
 def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
