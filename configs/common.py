@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
                 name="lenet5",
                 num_classes=0,  # 0: as many as the data set has
                 dtype="float32",  # what computes, or bfloat16; parameters and loss stay float32
-                init="",  # first values: paper, he, lecun, xavier; "": the network's default
+                # First values: paper, he, lecun, xavier, gaussian (0.01), orthogonal; "": the
+                # network's default
+                init="",
                 scan=False,  # repeats of a block as a loop: deep networks compile in seconds
                 remat=False,  # compute each block again in the backward pass: less memory
             ),
@@ -48,6 +50,10 @@ def get_config() -> ConfigDict:
                 # Per image. AlexNet's: pad_crop (translations; the paper takes 224 pixels of 256
                 # rather than black ones around), flip and pca=0.1.
                 augment=dict(
+                    # device: in the training step; loader: in the thread that fetches batches, on
+                    # the CPU, where images go to the device as float32, four times the bytes. Both
+                    # make the same images.
+                    where="device",
                     pad_crop=0,  # pixels of padding on each side before a random crop; 0: off
                     flip=False,  # left-right, half of the time
                     rotate=0.0,  # degrees, uniform in +-rotate
