@@ -1,7 +1,7 @@
 """BatchNorm needs images: batches of 2 to 32 under BatchNorm, GroupNorm and LayerNorm.
 
-  python -m experiments.ablate --config=configs/ablations/norm_batch.py --workdir=runs/norm \
-      --seeds=5 --config.data.dir=FOLDER
+  python -m experiments.ablate --config=configs/ablations/norm_batch.py --seeds=5 \
+      --workdir=runs/norm --config.data.dir=FOLDER
   python -m experiments.ablate --config=configs/ablations/norm_batch.py:digits --seeds=5 \
       --workdir=runs/norm_digits
   python -m experiments.ablate --config=configs/ablations/norm_batch.py:smoke --seeds=2 \
