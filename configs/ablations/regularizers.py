@@ -45,7 +45,7 @@ def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "mixup", {"mix.mixup": 0.2}
     yield "cutmix", {"mix.cutmix": 1.0}
     yield "augment", AUGMENT
-    yield "cutout", {"data.augment.cutout": 14}
+    yield "cutout", {"data.augment.cutout": 7}
     yield "erasing", {"data.augment.erase": 0.5}
     yield "randaugment", {"data.augment.randaugment": (2, 9)}
     yield "gradient_noise", {"optimizer.grad_noise": 0.01}
