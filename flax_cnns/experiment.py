@@ -23,7 +23,7 @@ from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
 from flax_cnns.analysis.cost import cost
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import augment, datasets, mix, pipeline
@@ -233,7 +233,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         # Each process looks for itself, and one that saw another state would wait for ever.
         complete = (workdir / "summary.json").is_file()
         launch.check_same(
-            f"{complete} {manager.steps(workdir)}",
+            f"{complete} {finding.steps(workdir)}",
             what="what the run directory holds",
             cure=f"{workdir} must be one directory that all of them see",
         )
@@ -576,10 +576,10 @@ def load_variables(
         jax.eval_shape(parts.fresh_variables),
     )
     if parts.config.train.ema > 0:
-        variables = manager.read_tree(source, {"ema": target})["ema"]
+        variables = reading.read_tree(source, {"ema": target})["ema"]
     else:
-        variables = manager.read_tree(source, target)
-    return variables, int(manager.resolve(source).parent.name)
+        variables = reading.read_tree(source, target)
+    return variables, int(finding.resolve(source).parent.name)
 
 
 def evaluate_run(

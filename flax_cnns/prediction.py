@@ -15,7 +15,7 @@ import numpy as np
 from flax_cnns import experiment, registry, weights
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import predictions
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import reading
 from flax_cnns.data import augment, datasets, images
 from flax_cnns.data.photo import Photo, opened
 from flax_cnns.errors import UserError
@@ -96,7 +96,7 @@ def from_converted(folder: str | os.PathLike) -> Predictor:
         ) from None
     model = _with_classifier(name, source, row)
     shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
-    variables = manager.read_tree(folder, shapes)
+    variables = reading.read_tree(folder, shapes)
     return _of_row(f"{name}, {source}'s weights", row, model, variables)
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_cnns import config as configs
+from flax_cnns.checkpoint.finding import steps
 from flax_cnns.checkpoint.lock import lock
-from flax_cnns.checkpoint.manager import steps
 from flax_cnns.errors import UserError
 
 

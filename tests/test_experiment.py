@@ -17,7 +17,7 @@ from PIL import Image
 
 from flax_cnns import config as configs
 from flax_cnns import pytree, run
-from flax_cnns.checkpoint import lock, manager
+from flax_cnns.checkpoint import finding, lock, reading
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import Parts, aux_weights, evaluate_run, model_fields
 from flax_cnns.preemption import Preempted
@@ -41,7 +41,7 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert [r["step"] for r in logged if "train/loss" in r] == [3, 6, 9, 12]
     assert [r["step"] for r in logged if "validation/loss" in r] == [5, 10, 12]
     assert sum("test/loss" in r for r in logged) == 1
-    assert manager.steps(workdir)[-1] == 12
+    assert finding.steps(workdir)[-1] == 12
     raw = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     first = [(r["step"], r["time/first_step"]) for r in raw if "time/first_step" in r]
     assert first == [(1, summary["seconds_to_first_step"])]
@@ -80,14 +80,14 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
         with pytest.raises(Preempted) as left:
             run(config, workdir)
         assert left.value.code == 75
-        assert manager.latest_step(workdir) == step
+        assert finding.latest_step(workdir) == step
         assert not (workdir / "summary.json").exists()
     summary = run(config, workdir)
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
     for name in ("test/loss", "test/accuracy", "validation/best_accuracy"):
         assert summary[name] == finished[1][name]
-    assert manager.best_step(workdir) == manager.best_step(finished[0])
+    assert finding.best_step(workdir) == finding.best_step(finished[0])
 
 
 def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):
@@ -107,11 +107,11 @@ def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_pat
         )
         with pytest.raises(Preempted):
             run(config, tmp_path / "cut")
-    assert manager.latest_step(tmp_path / "cut") == 12
+    assert finding.latest_step(tmp_path / "cut") == 12
     run(config, tmp_path / "cut")
     chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
-    assert manager.steps(tmp_path / "cut") == manager.steps(tmp_path / "whole")
+    assert finding.steps(tmp_path / "cut") == finding.steps(tmp_path / "whole")
 
 
 def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_path):
@@ -222,7 +222,7 @@ def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, cap
 
     assert compiled(4) == ["eval_step", "train_step"]
     assert compiled(None) == ["eval_step", "train_step"]
-    assert manager.latest_step(tmp_path / "run") == 7
+    assert finding.latest_step(tmp_path / "run") == 7
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
     summary = run(config, tmp_path / "run")
     assert summary["stopped_early"]
     assert summary["step"] < 50
-    assert summary["test/step"] == manager.best_step(tmp_path / "run")
+    assert summary["test/step"] == finding.best_step(tmp_path / "run")
     rates = [r["learning_rate"] for r in records(tmp_path / "run") if "learning_rate" in r]
     assert rates[-1] < 1e-9
     # Started again, a run that stopped early stays stopped.
@@ -405,7 +405,7 @@ def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypat
     config.model.scan = False
     expected = run(config, plain)
     assert summary["params"] == expected["params"]
-    assert manager.read_metadata(f"{scan}@12") == manager.read_metadata(f"{plain}@12")
+    assert reading.read_metadata(f"{scan}@12") == reading.read_metadata(f"{plain}@12")
     np.testing.assert_allclose(
         [r["train/loss"] for r in records(scan) if "train/loss" in r],
         [r["train/loss"] for r in records(plain) if "train/loss" in r],

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flax_cnns import pytree
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.manifest import shape_and_dtype, to_host
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import PyTree
@@ -61,9 +61,9 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
             f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"
             f" for the file of another library, such as timm:resnet50={name}"
         )
-    folder = manager.resolve(source)
-    leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in manager.read_metadata(folder).items()}
-    about = manager.read_about(folder)
+    folder = finding.resolve(source)
+    leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in reading.read_metadata(folder).items()}
+    about = reading.read_about(folder)
     seen = about.get("preprocessing")
     converted = {"model", "source"} <= about.keys() and isinstance(seen, dict)
     converted = converted and {"size", "mean", "std", "scale", "channels"} <= seen.keys()
@@ -71,8 +71,8 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
         name,
         folder,
         leaves,
-        lambda paths: manager.read_leaves(folder, paths),
-        manager.has_checksums(folder),
+        lambda paths: reading.read_leaves(folder, paths),
+        reading.has_checksums(folder),
         _trained_on(about["model"], about["source"], seen) if converted else "",
     )
 

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import manager, reading
 from flax_cnns.checkpoint.listing import print_listing
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
@@ -47,9 +47,9 @@ def misuse(source, **options):
 
 
 def test_the_tree_is_listed_and_no_array_read(run, monkeypatch):
-    monkeypatch.setattr(manager, "read_leaves", None)
+    monkeypatch.setattr(reading, "read_leaves", None)
     lines = listing(run)
-    on_disk = manager.bytes_on_disk(run)
+    on_disk = reading.bytes_on_disk(run)
     assert lines[:3] == [
         f"{run}/checkpoints/7/state",
         "step 7, validation/accuracy 0.9",
