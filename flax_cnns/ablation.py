@@ -130,7 +130,7 @@ class _Crew:
         if self.told == self.signals.asked:
             return
         if not self.told:
-            self.board.say(f"asked to stop: {len(self.running)} cells save and leave")
+            self.board.say("asked to stop: what runs saves and leaves; asked again, it is killed")
         for one in self.running:
             one.process.send_signal(signal.SIGKILL if self.told else signal.SIGTERM)
         self.told = self.signals.asked
@@ -273,11 +273,11 @@ def show_plan(
 
 def report(folder: str | os.PathLike, *, interval: str = "t") -> None:
     """Writes the report of what is complete, and says where it is. Raises `UserError`."""
-    from flax_cnns import ablation_report
-
     folder = pathlib.Path(folder)
     if not (folder / "ablation.json").is_file():
         raise UserError(f"{folder}: no ablation here (ablation.json is missing)")
+    from flax_cnns import ablation_report
+
     with plan.alone(folder):
         paths = ablation_report.write(folder, interval=interval)
     print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")

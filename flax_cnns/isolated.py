@@ -137,9 +137,9 @@ def main() -> int:
         os.sched_setaffinity(0, job["cores"])
     launch.keep_memory()
     compilation_cache.enable(job["cache"])
-    from flax_cnns.experiment import run
-
     try:
+        from flax_cnns.experiment import run  # after the cores, for its threads
+
         run(job["config"], job["workdir"])
     except UserError as error:
         print(f"error: {error}")
