@@ -197,7 +197,7 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     kept = {row["name"]: row["overrides"] for row in theirs["rows"] if row["name"] in begun}
     if not kept:
         return ours
-    fields = configs.difference(ours["config"], theirs["config"])
+    fields = configs.difference(ours["config"], configs.completed(theirs["config"])[0])
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
     for row in ours["rows"]:
