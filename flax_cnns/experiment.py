@@ -145,19 +145,54 @@ def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedule
     return [(pattern, schedule(weight)) for pattern, weight in spec]
 
 
-def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
+def _make_augment(parts: Parts) -> steps.Augment:
     dataset = parts.dataset
+    return augment.make_augment(
+        parts.config.data.augment,
+        image_shape=dataset.image_shape,
+        mean=dataset.mean,
+        std=dataset.std,
+        covariance=dataset.covariance,
+        cropped=not dataset.in_memory,  # by the loader
+    )
+
+
+def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
+    """What the step does; images from a loader that augments are left as they come."""
+    augment_images = _make_augment(parts)
+    if parts.config.data.augment.where == "loader":
+        augment_images = lambda images, keys: images  # noqa: E731
     return {
-        "augment": augment.make_augment(
-            parts.config.data.augment,
-            image_shape=dataset.image_shape,
-            mean=dataset.mean,
-            std=dataset.std,
-            covariance=dataset.covariance,
-            cropped=not dataset.in_memory,  # by the loader
-        ),
+        "augment": augment_images,
         "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
     }
+
+
+def run_key(config: Any) -> Array:
+    """The key of all that is random in training, another than that of the initialisation."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
+
+
+def train_batches(parts: Parts, start: int = 0) -> Iterator[Any]:
+    """What the training step takes, from step `start` on, without end: batches on the devices, the
+    images augmented where the config has the loader do it. To be closed."""
+    config = parts.config
+    batches = pipeline.train_batches(
+        parts.dataset,
+        config.data,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        if config.data.augment.where == "loader":
+            first = jax.process_index() * (config.data.batch_size // jax.process_count())
+            augmented = steps.make_loader_augment(
+                _make_augment(parts), lambda: run_key(config), first=first
+            )
+            batches = map(augmented, batches, itertools.count(start))
+        yield from map(parts.shard, batches)
 
 
 def dropout_rates(parts: Parts, params: PyTree) -> dict[str, float]:
@@ -194,6 +229,7 @@ def rehearse(config: Any) -> tuple[Parts, int]:
     rehearsed = _Run(assemble(config), pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
     params = rehearsed._target().params  # the rules of the optimizer too
     dropout_rates(rehearsed.parts, params)
+    _augment_and_mix(rehearsed.parts)
     return rehearsed.parts, rehearsed.total
 
 
@@ -389,19 +425,6 @@ class _Run:
                 return state, loop.Host(**saved), step
         return self._fresh_state(), loop.Host(), 0
 
-    def _batches(self, start: int) -> Iterator[Any]:
-        batches = pipeline.train_batches(
-            self.parts.dataset,
-            self.config.data,
-            seed=self.config.seed,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        with contextlib.closing(batches):
-            for batch in batches:
-                yield self.parts.shard(batch)
-
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
         if "time/first_step" in record:
@@ -429,7 +452,7 @@ class _Run:
 
         def refresh(state: TrainState) -> TrainState:
             # The first batches of the run: what is validated differs by its weights alone.
-            with contextlib.closing(self._batches(0)) as stream:
+            with contextlib.closing(train_batches(parts)) as stream:
                 batches = itertools.islice(stream, n)
                 stats = precise_bn.estimate(
                     step, state.variables, batches, key, should_stop=self.signals.asked_now
@@ -458,15 +481,13 @@ class _Run:
             def on_validation(state: TrainState, error: float) -> TrainState:
                 return state.replace(opt_state=observe(state.opt_state, error))
 
-        key = parallel.replicate(  # not the one of init
-            jax.random.fold_in(jax.random.key(config.seed), 1), parts.mesh
-        )
+        key = parallel.replicate(run_key(config), parts.mesh)
 
         def validate(state: TrainState) -> dict[str, float]:
             asked = self.signals.asked_now
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
-        with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
+        with contextlib.closing(loop.prefetch(train_batches(parts, start))) as batches:
             return loop.train(
                 state,
                 train_step=train_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,14 @@ from flax_cnns import config as configs
 from flax_cnns import pytree, run
 from flax_cnns.checkpoint import finding, lock, reading
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import Parts, aux_weights, evaluate_run, model_fields
+from flax_cnns.experiment import (
+    Parts,
+    assemble,
+    aux_weights,
+    evaluate_run,
+    model_fields,
+    train_batches,
+)
 from flax_cnns.preemption import Preempted
 from flax_cnns.registry import create_model
 from flax_cnns.train.progress import Progress
@@ -49,6 +57,24 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert run(config, workdir) == summary
     assert "is complete" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_loader_may_augment_and_the_run_is_the_same_to_the_bit(finished, config, tmp_path):
+    theirs, _ = finished
+    config.data.augment.where = "loader"
+    run(config, tmp_path)
+    chex.assert_trees_all_equal(arrays(tmp_path), arrays(theirs))
+    assert records(tmp_path) == records(theirs)
+
+
+def test_batches_that_the_loader_augments_start_anywhere(config):
+    config.data.augment.where = "loader"
+    parts = assemble(config)
+    with contextlib.closing(train_batches(parts)) as stream:
+        third = list(itertools.islice(stream, 3))[-1]
+    with contextlib.closing(train_batches(parts, 2)) as stream:
+        chex.assert_trees_all_equal(next(stream), third)
+    assert third["image"].dtype == np.float32
 
 
 def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path):

@@ -21,6 +21,7 @@ from jax import lax
 from flax_cnns.types import Array
 
 STRONGEST = 30
+_ONE = 2**16  # in fixed point; see augment.py for why
 _TABLES = ("identity", "auto_contrast", "equalize", "posterize", "solarize")
 _BLENDS = ("color", "contrast", "brightness", "sharpness")
 _MAPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
@@ -83,10 +84,11 @@ def _blend(image: Array, which: Array, strength: Array) -> Array:
     mean = (2 * grey.sum() + grey.size) // (2 * grey.size)  # rounded
     dull = [grey, mean, 0, _smooth(image)]
     chosen = (which >= 0) & (which < len(dull))
-    dull = [jnp.broadcast_to(x, image.shape).astype(jnp.float32) for x in dull]
+    dull = [jnp.broadcast_to(x, image.shape).astype(jnp.int32) for x in dull]
     dull = lax.select_n(jnp.where(chosen, which, 0), *dull)
-    factor = jnp.where(chosen, 1 + 0.9 * strength, 1.0)
-    return jnp.clip(dull + factor * (image - dull), 0, 255).astype(jnp.int32)
+    further = jnp.where(chosen, _fixed(0.9 * strength), 0)
+    # Rounded down, as Pillow does, but for what the factor's own rounding may have taken off.
+    return jnp.clip(image + (further * (image - dull) + _ONE // 512) // _ONE, 0, 255)
 
 
 def _grey(image: Array) -> Array:
@@ -111,20 +113,23 @@ def _smooth(image: Array) -> Array:
 def _map(image: Array, which: Array, strength: Array) -> Array:
     """The pixel nearest to where the map chosen of `_MAPS` comes from; what is outside is black.
 
-    At most: 0.3 pixels a row or column about the upper left corner, 150/331 of the side, 30
-    degrees.
+    At most: 0.3 pixels a row or column about the upper left corner, 150/331 of the side, 30 degrees
+    about the centre.
     """
     height, width, channels = image.shape
-    shear = [0.3 * strength * (which == i) for i in (0, 1)]
-    shift = [150 / 331 * strength * (which == i) for i in (2, 3)]
     angle = math.pi / 6 * strength * (which == 4)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    # From the output pixel's centre back to the input's.
-    y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing="ij")
-    x, y = x + shear[0] * y + shift[0] * width, y + shear[1] * x + shift[1] * height
-    x, y = x - width / 2, y - height / 2
-    x, y = cos * x - sin * y + width / 2, sin * x + cos * y + height / 2
-    x, y = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)
+    cos, sin = _fixed(jnp.cos(angle)), _fixed(jnp.sin(angle))
+    shear = [_fixed(0.3 * strength) * (which == i) for i in (0, 1)]
+    shift = [_fixed(300 / 331 * strength) * (which == i) for i in (2, 3)]
+    # From the output pixel's centre back to the input's; twice the distance from the corner.
+    y, x = 2 * jnp.arange(height)[:, None] + 1, 2 * jnp.arange(width) + 1
+    from_x = cos * (x - width) - sin * (y - height) + shear[0] * y + (shift[0] + _ONE) * width
+    from_y = sin * (x - width) + cos * (y - height) + shear[1] * x + (shift[1] + _ONE) * height
+    x, y = from_x // (2 * _ONE), from_y // (2 * _ONE)  # [H W], rounded down
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     place = jnp.where(inside, y * width + x, height * width)
     return jnp.take(image.reshape(-1, channels), place, axis=0, mode="fill", fill_value=0)
+
+
+def _fixed(x: Array) -> Array:
+    return jnp.round(_ONE * x).astype(jnp.int32)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -42,12 +43,46 @@ def prepare(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """(images f32 [n H W C], soft labels [n K], the network's keys) of a device in a step."""
     device, n = lax.axis_index(axis_name), batch["label"].shape[0]
-    places = device * n + jnp.arange(n)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
-    images = augment(batch["image"], keys)
+    images = augment(batch["image"], image_keys(key, step, device * n, n))
     images, labels = mix(images, batch["label"], stream(key, _MIX, step))
     dropout = jax.random.fold_in(stream(key, _DROPOUT, step), device)
     return images, labels, {"shared": stream(key, _SHARED, step), "dropout": dropout}
+
+
+def image_keys(key: Array, step: Array, first: Array, n: int) -> Array:
+    """[n] keys, of the places from `first` on in the global batch of a step."""
+    places = first + jnp.arange(n)
+    return jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
+
+
+def make_loader_augment(
+    augment: Augment, seed_key: Callable[[], Array], *, first: int
+) -> Callable[[Batch, int], Batch]:
+    """`augmented(batch, step)`: what `prepare` does to the images of that step, done on the CPU,
+    for the loader's thread; for a CPU it is the same to the bit.
+
+    `seed_key()` makes the run's key; this process's rows start at `first` in the global batch.
+    Raises `UserError` where JAX has no CPU.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            "data.augment.where='loader' needs JAX's CPU beside the accelerator: add it to "
+            "JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
+        ) from None
+    with jax.default_device(cpu):
+        key = seed_key()
+
+    @jax.jit
+    def of_images(images: Array, key: Array, step: Array) -> Array:
+        return augment(images, image_keys(key, step, first, len(images)))
+
+    def augmented(batch: Batch, step: int) -> Batch:
+        images, at = jax.device_put((batch["image"], np.int32(step)), cpu)
+        return batch | {"image": np.asarray(of_images(images, key, at))}
+
+    return augmented
 
 
 def aux_loss(

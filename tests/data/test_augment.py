@@ -98,11 +98,13 @@ def test_rotation_and_scale_agree_with_scipy():
 
     image = IMAGES[0].astype(np.float32)
     rng = np.random.default_rng(0)
-    y, x = rng.uniform(-3, 14, (2, 30, 30)).astype(np.float32)
+    y, x = rng.integers(-3 * 256, 14 * 256, (2, 30, 30))
     ours = augment.bilinear(jnp.asarray(IMAGES[0]), y, x)
     theirs = np.stack(
         [
-            map_coordinates(image[..., c], [y, x], order=1, mode="grid-constant", cval=0)
+            map_coordinates(
+                image[..., c], [y / 256, x / 256], order=1, mode="grid-constant", cval=0
+            )
             for c in range(3)
         ],
         axis=-1,
