@@ -9,9 +9,10 @@
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist); without it TFDS downloads them. ResNet-8 of widths 8, 16, 32
-learns 1100 images for 400 steps of 64, 23 epochs. Each strength is the customary one, chosen
-before the first run and not by its score: a row says what that much of it does here, no more.
-`augment` is AlexNet's: translations, reflections (which a digit does not stand), colour.
+learns 1100 images, the same for every seed, for 400 steps of 64, 23 epochs. Each strength is a
+customary one, chosen before the first run and not by its score: a row says what that much of it
+does here, no more. `augment` is AlexNet's: translations, reflections (which a digit does not
+stand), colour.
 Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
 """
 

@@ -5,7 +5,8 @@ multiplied by 1 / (1 - rate), and evaluation is left alone. Whole maps as Tompso
 https://arxiv.org/abs/1411.4280, section 3.2 ("SpatialDropout").
 
 No network knows of it: `intercept` changes what the layers give as they are called. A network's own
-`dropout` field is another matter, and both may be on.
+`dropout` field is another matter, and both may be on. `train.precise_bn` computes its statistics
+without it, as evaluation does: with it the variances would be those of scaled responses.
 """
 
 from __future__ import annotations
