@@ -34,11 +34,19 @@ MAY_IMPORT = {
     "preemption": set(),
     "report": set(),
     "isolated": {"experiment", "launch", "compilation_cache"},
+    "records": {"experiment", "analysis", "train", "data", "workdir"},
+    "comparison": {"analysis", "config", "records"},
+    "ablation_report": {"analysis", "records", "workdir"},
     "ablation_plan": {"experiment", "analysis", "config", "workdir", "isolated"},
     "ablation": {"ablation_plan", "ablation_report", "isolated", "launch", "workdir"},
     "search": {"experiment", "analysis", "registry", "data", "workdir"},
 }
-ABOVE = {"isolated", "ablation_plan", "ablation", "search"}  # whole runs are their parts
+# Whole runs are their parts.
+ABOVE = {"isolated", "ablation_plan", "ablation", "search"} | {
+    "records",
+    "comparison",
+    "ablation_report",
+}
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - ABOVE
 MAY_IMPORT["probe"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["prediction"] = {"experiment"} | MAY_IMPORT["experiment"]
