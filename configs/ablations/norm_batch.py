@@ -12,7 +12,8 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 better 16 to 32; Wu & He 2018 (https://arxiv.org/abs/1803.08494, figure 1) say so of ImageNet.
 Every row sees the same number of images, and its rate is proportional to its batch, 0.1 / 64 an
 image, so that small batches take more and smaller steps. GroupNorm's groups are 16 channels: in
-the first stage, which has 16, that is LayerNorm.
+the first stage, which has 16, that is LayerNorm. For one device: of several each would normalise by
+its own part of the batch.
 Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
 """
 
