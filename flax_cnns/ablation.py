@@ -52,6 +52,9 @@ def work(
     SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
     second signal they are killed.
     """
+    for cell in cells:  # complete, but nobody was there to write it
+        if (known := cell.read())["status"] == "complete":
+            cell.write(known)
     with _Signals() as signals, _Board(cells, sizes, len(shares), console or Console()) as board:
         try:
             _Crew(cells, shares, signals, board).go()
@@ -237,7 +240,8 @@ def ablate(
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
     shares = isolated.shares(jobs)
-    plan.record(folder, config, made, seeds)
+    named = [row for row in made if not rows or row.name in rows or row is made[0]]
+    plan.record(folder, config, named, seeds)
     found = work(cells, shares, sizes)
     # Of an array's tasks the last one writes it.
     states = [cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)]

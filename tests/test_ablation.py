@@ -285,6 +285,15 @@ def test_a_run_that_is_removed_is_made_again(pretend, tmp_path):
     assert pretend(["fine", "diverge"])[1] == ["fine/seed0", "diverge/seed0"]
 
 
+def test_a_cell_that_ended_when_nobody_looked_is_complete(pretend, tmp_path):
+    (tmp_path / "fine/seed0").mkdir(parents=True)
+    (tmp_path / "fine/seed0/summary.json").write_text("{}")
+    cut = {"status": "interrupted", "attempts": 1, "error": "", "seconds": 0.0}
+    (tmp_path / "fine/seed0.json").write_text(json.dumps(cut))
+    assert pretend(["fine"])[:2] == ({"complete": 1}, [])
+    assert state(tmp_path, "fine")["status"] == "complete"
+
+
 def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
     def ask():
         while not (tmp_path / "slow/seed0/begun").exists():
