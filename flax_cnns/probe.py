@@ -1,9 +1,10 @@
 """Linear classifiers on a network's fixed features: "bottom features can be precomputed".
 
 The features of all splits are computed once, without augmentation, pooled to [N C], and kept in a
-file; each classifier then trains on them with the config's own optimizer, schedule, number of steps
-and order of examples. On the network's last features that is, but for rounding, what a run computes
-in which all but the classifier is frozen and nothing is augmented; it passes each image once.
+file; each classifier then trains on them with the config's own optimizer (but without SAM: the
+problem is convex), schedule, number of steps and order of examples. On the network's last features
+that is, but for rounding and for gradient noise, which is another, what a run computes in which all
+but the classifier is frozen and nothing is augmented; it passes each image once.
 """
 
 from __future__ import annotations
@@ -221,11 +222,13 @@ def _classify(
             def loss(head: PyTree) -> Array:
                 _, soft = soften(x[rows], labels[rows], jax.random.key(0))
                 kernel, bias = _kernel_and_bias(head)
-                return jnp.mean(losses.cross_entropy(x[rows] @ kernel + bias, soft))
+                each = losses.cross_entropy(x[rows] @ kernel + bias, soft)
+                return jnp.mean(each) + (optimizer.penalty(head) if optimizer.penalty else 0.0)
 
-            grads = jax.grad(loss)(head)
-            updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i)
-            return (optax.apply_updates(head, updates), opt_state), None
+            grads, key = jax.grad(loss)(head), jax.random.fold_in(jax.random.key(config.seed), i)
+            updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i, key=key)
+            head = optax.apply_updates(head, updates)
+            return (optimizer.constrain(head) if optimizer.constrain else head, opt_state), None
 
         carry = head, optimizer.tx.init(head)
         return jax.lax.scan(step, carry, (jnp.arange(total), order))[0][0]
