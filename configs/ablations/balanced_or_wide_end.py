@@ -17,9 +17,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -43,6 +40,5 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, widths in WIDTHS.items():
-        yield name, {"model.widths": widths}
+def sweep() -> list[tuple[str, dict]]:
+    return [(name, {"model.widths": widths}) for name, widths in WIDTHS.items()]

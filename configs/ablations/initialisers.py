@@ -18,9 +18,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -40,8 +37,10 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    for norm in ("batch", "none"):
-        for init in INITS:
-            yield f"{init}_{norm}", {"model.init": init, "model.norm": norm}
-    yield "he_fixup", {"model.norm": "fixup"}
+def sweep() -> list[tuple[str, dict]]:
+    rows = [
+        (f"{init}_{norm}", {"model.init": init, "model.norm": norm})
+        for norm in ("batch", "none")
+        for init in INITS
+    ]
+    return [*rows, ("he_fixup", {"model.norm": "fixup"})]

@@ -19,9 +19,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -47,14 +44,16 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    for norm, sizes in NORMS.items():
-        for size in sizes:
-            yield (
-                f"{norm}_{size}",
-                {
-                    "model.norm": norm,
-                    "data.batch_size": size,
-                    "schedule.learning_rate": RATE * size,
-                },
-            )
+def sweep() -> list[tuple[str, dict]]:
+    return [
+        (
+            f"{norm}_{size}",
+            {
+                "model.norm": norm,
+                "data.batch_size": size,
+                "schedule.learning_rate": RATE * size,
+            },
+        )
+        for norm, sizes in NORMS.items()
+        for size in sizes
+    ]

@@ -17,9 +17,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -38,6 +35,5 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    for order in ORDERS:
-        yield order, {"model.order": order}
+def sweep() -> list[tuple[str, dict]]:
+    return [(order, {"model.order": order}) for order in ORDERS]

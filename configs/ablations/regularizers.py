@@ -18,15 +18,13 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
 
 DECAY = {"optimizer.weight_decay": ((r".*/kernel", 5e-4), (r".*", 0.0))}
 AUGMENT = {"data.augment.pad_crop": 3, "data.augment.flip": True, "data.augment.pca": 0.1}
+EARLY = {"train.eval_every": "40 steps", "train.early_stopping": 3, "train.test_on": "best"}
 
 
 def get_config(mode: str = "") -> ConfigDict:
@@ -34,26 +32,25 @@ def get_config(mode: str = "") -> ConfigDict:
     return ablations.small(mode)
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "none", {}
-    yield "weight_decay", DECAY
-    yield "max_norm", {"optimizer.max_norm": (2.0,)}
-    yield "dropout", {"train.dropout": (0.1,)}
-    yield "spatial_dropout", {"train.dropout": (0.1,), "train.dropout_mode": "channel"}
-    yield "stochastic_depth", {"model.drop_path": 0.2}
-    yield "shake_drop", {"model.shake_drop": 0.2}
-    yield "label_smoothing", {"mix.label_smoothing": 0.1}
-    yield "mixup", {"mix.mixup": 0.2}
-    yield "cutmix", {"mix.cutmix": 1.0}
-    yield "augment", AUGMENT
-    yield "cutout", {"data.augment.cutout": 7}
-    yield "erasing", {"data.augment.erase": 0.5}
-    yield "randaugment", {"data.augment.randaugment": (2, 9)}
-    yield "gradient_noise", {"optimizer.grad_noise": 0.01}
-    yield "sam", {"optimizer.sam": 0.05}
-    yield "ema", {"train.ema": 0.99}
-    yield (
-        "early_stopping",
-        {"train.eval_every": "40 steps", "train.early_stopping": 3, "train.test_on": "best"},
-    )
-    yield "together", DECAY | AUGMENT | {"mix.label_smoothing": 0.1, "mix.mixup": 0.2}
+def sweep() -> list[tuple[str, dict]]:
+    return [
+        ("none", {}),
+        ("weight_decay", DECAY),
+        ("max_norm", {"optimizer.max_norm": (2.0,)}),
+        ("dropout", {"train.dropout": (0.1,)}),
+        ("spatial_dropout", {"train.dropout": (0.1,), "train.dropout_mode": "channel"}),
+        ("stochastic_depth", {"model.drop_path": 0.2}),
+        ("shake_drop", {"model.shake_drop": 0.2}),
+        ("label_smoothing", {"mix.label_smoothing": 0.1}),
+        ("mixup", {"mix.mixup": 0.2}),
+        ("cutmix", {"mix.cutmix": 1.0}),
+        ("augment", AUGMENT),
+        ("cutout", {"data.augment.cutout": 7}),
+        ("erasing", {"data.augment.erase": 0.5}),
+        ("randaugment", {"data.augment.randaugment": (2, 9)}),
+        ("gradient_noise", {"optimizer.grad_noise": 0.01}),
+        ("sam", {"optimizer.sam": 0.05}),
+        ("ema", {"train.ema": 0.99}),
+        ("early_stopping", EARLY),
+        ("together", DECAY | AUGMENT | {"mix.label_smoothing": 0.1, "mix.mixup": 0.2}),
+    ]

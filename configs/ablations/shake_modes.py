@@ -17,9 +17,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -39,15 +36,13 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "even_even", {}
-    for level in ("batch", "image"):
-        for forward, backward in MODES:
-            yield (
-                f"{forward}_{backward}_{level}",
-                {
-                    "model.forward": forward,
-                    "model.backward": backward,
-                    "model.level": level,
-                },
-            )
+def sweep() -> list[tuple[str, dict]]:
+    rows = [
+        (
+            f"{forward}_{backward}_{level}",
+            {"model.forward": forward, "model.backward": backward, "model.level": level},
+        )
+        for level in ("batch", "image")
+        for forward, backward in MODES
+    ]
+    return [("even_even", {}), *rows]

@@ -19,9 +19,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -40,8 +37,10 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "none", {}
-    for mode, rates in RATES.items():
-        for rate in rates:
-            yield f"{mode}_{rate}", {"model.drop_path": rate, "model.drop_path_mode": mode}
+def sweep() -> list[tuple[str, dict]]:
+    rows = [
+        (f"{mode}_{rate}", {"model.drop_path": rate, "model.drop_path_mode": mode})
+        for mode, rates in RATES.items()
+        for rate in rates
+    ]
+    return [("none", {}), *rows]

@@ -20,9 +20,6 @@ Ours: not measured yet; whoever runs it enters the table's place, seeds, device 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import ablations, common
@@ -43,6 +40,5 @@ def get_config(mode: str = "") -> ConfigDict:
     return config
 
 
-def sweep() -> Iterator[tuple[str, dict[str, Any]]]:
-    for form in ("base", "strided", "all", "convpool"):
-        yield form, {"model.form": form}
+def sweep() -> list[tuple[str, dict]]:
+    return [(form, {"model.form": form}) for form in ("base", "strided", "all", "convpool")]
