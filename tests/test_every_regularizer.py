@@ -21,30 +21,36 @@ from flax_cnns.train.state import TrainState
 
 # What says how a regularizer works does nothing where it is off.
 OFF = {
-    "mix": {"mix.mixup": 0.0, "mix.cutmix": 0.0, "mix.label_smoothing": 0.0},
-    "augment": {
-        "data.augment.erase": 0.0,
-        "data.augment.randaugment": (),
-        "data.augment.pca": 0.0,
-        "data.augment.cutout": 0,
-    },
-    "decay": {"optimizer.weight_decay": (0.0,), "optimizer.weight_decay_mode": "decoupled"},
-    "l2": {"optimizer.l2": ()},
-    "max_norm": {"optimizer.max_norm": ()},
-    "grad_noise": {"optimizer.grad_noise": 0.0, "optimizer.grad_noise_decay": 0.9},
-    "sam": {"optimizer.sam": 0.0},
-    "dropout": {"train.dropout": ((r".*", 0.0),), "train.dropout_mode": "channel"},
-    "drop_path": {"model.drop_path": 0.0, "model.drop_path_mode": "sample"},
-    "shake_drop": {"model.shake_drop": 0.0, "model.shake_drop_level": "pixel"},
-    "ema": {"train.ema": 0.0, "train.ema_warmup": False},
-    "aux": {"train.aux_weight": (0.7,)},  # of heads that the network has not
+    "mix.label_smoothing": 0.0,
+    "mix.mixup": 0.0,
+    "mix.cutmix": 0.0,
+    "data.augment.cutout": 0,
+    "data.augment.erase": 0.0,
+    "data.augment.randaugment": (),
+    "data.augment.pca": 0.0,
+    "optimizer.weight_decay": (0.0,),
+    "optimizer.weight_decay_mode": "decoupled",
+    "optimizer.l2": (),
+    "optimizer.max_norm": (),
+    "optimizer.grad_noise": 0.0,
+    "optimizer.grad_noise_decay": 0.9,
+    "optimizer.sam": 0.0,
+    "train.dropout": ((r".*", 0.0),),
+    "train.dropout_mode": "channel",
+    "train.ema": 0.0,
+    "train.ema_warmup": False,
+    "train.aux_weight": (0.7,),  # of heads that the network has not
+    "model.drop_path": 0.0,
+    "model.drop_path_mode": "sample",
+    "model.shake_drop": 0.0,
+    "model.shake_drop_level": "pixel",
 }
 ON = {name: row for name, row in regularizers.sweep() if row and name != "early_stopping"}
 ON |= {
     "l2": {"optimizer.l2": (5e-4,)},
     "decoupled": regularizers.DECAY | {"optimizer.weight_decay_mode": "decoupled"},
     "drop_path": {"model.drop_path": 0.2, "model.drop_path_mode": "sample"},
-    "group": {"model.norm": "layer"},
+    "layer_norm": {"model.norm": "layer"},
     "no_norm": {"model.norm": "none"},
 }
 
@@ -94,9 +100,8 @@ def plain(digits_dir):
     return program(make_config(digits_dir))
 
 
-@pytest.mark.parametrize("name", OFF)
-def test_off_is_exactly_the_plain_run(digits_dir, plain, name):
-    assert program(make_config(digits_dir, OFF[name])) == plain
+def test_off_is_exactly_the_plain_run(digits_dir, plain):
+    assert program(make_config(digits_dir, OFF)) == plain
 
 
 @pytest.mark.parametrize("name", ON)
@@ -116,8 +121,11 @@ def test_all_together_train(digits_dir):
     bad, n = 0.0, config.data.batch_size
     for i in range(4):
         rows = slice(i * n, (i + 1) * n)
-        batch = {"image": train.images[rows], "label": train.labels[rows]}
-        state, sums = step(state, parts.shard(batch), key)
+        batch = parts.shard({"image": train.images[rows], "label": train.labels[rows]})
+        if i == 0:  # compiled in a third of the time
+            quick = {"xla_backend_optimization_level": 0}
+            step = step.lower(state, batch, key).compile(compiler_options=quick)
+        state, sums = step(state, batch, key)
         bad += float(sums["bad"])
         assert np.isfinite(float(sums["loss"]))
     assert bad == 0
