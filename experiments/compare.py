@@ -22,7 +22,7 @@ def compare(argv: list[str]) -> None:
     from flax_cnns import comparison
 
     runs = comparison.read(argv[1:])
-    console = Console()
+    console = Console(width=max(120, Console().width))
     if table := comparison.config_table(runs):
         console.print(table)
     else:

@@ -70,10 +70,12 @@ class Told(NamedTuple):
 
     @property
     def bold(self) -> bool:
-        """Whether the difference stands out: its interval leaves zero out, and so does Holm."""
-        return bool(
-            self.difference and self.difference.interval.excludes_zero and self.p_holm < LEVEL
-        )
+        """Whether the difference stands out: its interval leaves zero out, as printed too, and the
+        corrected p-value is small."""
+        if self.difference is None or not self.p_holm < LEVEL:
+            return False
+        found = self.difference.interval
+        return found._replace(low=round(found.low, 4), high=round(found.high, 4)).excludes_zero
 
 
 def write(folder: str | os.PathLike, *, interval: str = "t") -> list[pathlib.Path]:

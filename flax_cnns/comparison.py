@@ -33,17 +33,25 @@ def read(runs: Sequence[str | os.PathLike]) -> dict[str, Record]:
 
 
 def config_table(runs: Mapping[str, Record]) -> Table | None:
-    """A line for each field in which the configs differ; None where they do not."""
+    """The fields in which the configs differ, or the runs, whichever are more, as lines; None where
+    the configs are the same."""
     flat = [configs.flatten(configs.plain(record.config)) for record in runs.values()]
     absent = object()
+    found = {name: [of.get(name, absent) for of in flat] for name in sorted(set().union(*flat))}
+    found = {name: v for name, v in found.items() if any(value != v[0] for value in v)}
+    if not found:
+        return None
+    cells = [["absent" if v is absent else repr(v) for v in values] for values in found.values()]
+    fields, names = list(found), list(runs)
+    corner = "field"
+    if len(names) > len(fields):
+        corner, fields, names, cells = "run", names, fields, list(zip(*cells))
     table = Table(title="configs: what differs")
-    for column in ("field", *runs):
+    for column in (corner, *names):
         table.add_column(column, overflow="fold")
-    for name in sorted(set().union(*flat)):
-        values = [of.get(name, absent) for of in flat]
-        if any(value != values[0] for value in values):
-            table.add_row(name, *("absent" if v is absent else repr(v) for v in values))
-    return table if table.rows else None
+    for name, values in zip(fields, cells):
+        table.add_row(name, *values)
+    return table
 
 
 def result_table(runs: Mapping[str, Record]) -> Table:

@@ -42,11 +42,8 @@ MAY_IMPORT = {
     "search": {"experiment", "analysis", "registry", "data", "workdir"},
 }
 # Whole runs are their parts.
-ABOVE = {"isolated", "ablation_plan", "ablation", "search"} | {
-    "records",
-    "comparison",
-    "ablation_report",
-}
+ABOVE = {"isolated", "ablation_plan", "ablation", "ablation_report", "search"}
+ABOVE |= {"records", "comparison"}
 MAY_IMPORT["experiment"] = set(MAY_IMPORT) - ABOVE
 MAY_IMPORT["probe"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["prediction"] = {"experiment"} | MAY_IMPORT["experiment"]

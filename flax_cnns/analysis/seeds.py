@@ -106,7 +106,8 @@ def draw_rows(
     bands = {name: _band(series) for name, series in rows.items()}
     for axes, (name, (x, mean, low, high)) in zip(panels, bands.items()):
         if name != baseline and baseline in bands:
-            axes.plot(*bands[baseline][:2], color=UNKNOWN, linewidth=1.2, linestyle="--")
+            behind = dict(linestyle="--", marker="." if len(bands[baseline][0]) < 3 else "")
+            axes.plot(*bands[baseline][:2], color=UNKNOWN, linewidth=1.2, **behind)
         colour = "black" if name == baseline else BETTER
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, mean, color=colour, linewidth=1.5, marker="." if len(x) < 3 else "")
@@ -137,11 +138,14 @@ def _band(runs: Sequence[Series]) -> tuple[np.ndarray, ...]:
 
 
 def _later(bands: Sequence[tuple[np.ndarray, ...]]) -> tuple[float, float]:
-    """Limits of y: from where half of the rows are after a fifth of the run to the highest."""
+    """Limits of y: from where half of the rows are after a fifth of the run to the highest; of
+    curves of a few points all."""
     there = [band for band in bands if len(band[0])]
     if not there:
         return 0.0, 100.0
-    bottom = float(np.median([low[len(low) // 5] for _, _, low, _ in there]))
+    few = max(len(x) for x, *_ in there) < 5
+    lows = [low.min() if few else low[len(low) // 5] for _, _, low, _ in there]
+    bottom = float(min(lows) if few else np.median(lows))
     top = max(float(high.max()) for _, _, _, high in there)
     margin = 0.06 * (top - bottom) or 1.0
     return bottom - margin, top + margin
