@@ -25,6 +25,7 @@ from rich.table import Table
 from flax_cnns import config as configs
 from flax_cnns import probe, pytree, registry
 from flax_cnns import workdir as workdirs
+from flax_cnns.analysis import intervals
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.curves import save_picture
 from flax_cnns.checkpoint import graft
@@ -465,7 +466,8 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def tables(result: Result) -> list[Table]:
-    """One for each target, and the lectures' two by two where validation chose the best."""
+    """Two for each target, the second to scratch, and the lectures' two by two where validation
+    chose the best."""
     found = []
     for target in result.targets:
         spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
@@ -481,7 +483,31 @@ def tables(result: Result) -> list[Table]:
             row = [_mean([r.test for r in cell]) for cell in cells]
             table.add_row(strategy, *row, f"{seconds:.1f}")
         found.append(table)
+        if "scratch" in result.strategies and len(result.strategies) > 1 and result.seeds > 1:
+            found.append(_differences(result, target))
     return [*found, _two_by_two(result)] if _validated(result) else found
+
+
+def _differences(result: Result, target: str) -> Table:
+    """Of each strategy to scratch; a seed's validation split and examples are the same in both."""
+    table = Table(title=f"{target}: difference to scratch in points, 95 % t interval over seeds")
+    table.add_column("strategy")
+    for fraction in result.fractions:
+        table.add_column(f"{fraction:.4g}", justify="right")
+
+    def accuracies(fraction: float, strategy: str) -> dict[int, float]:
+        return {r.seed: 100 * r.test for r in result.at(target, fraction, strategy)}
+
+    for strategy in result.strategies:
+        row = []
+        for fraction in result.fractions:
+            both = accuracies(fraction, strategy), accuracies(fraction, "scratch")
+            found = intervals.paired(*both).interval
+            ends = f" ({found.low:+.1f} to {found.high:+.1f})" if found.known else ""
+            row.append(f"{found.mean:+.1f}{ends}")
+        if strategy != "scratch":
+            table.add_row(strategy, *row)
+    return table
 
 
 def _two_by_two(result: Result) -> Table:

@@ -339,6 +339,8 @@ def test_tables_picture_and_file(ran, tmp_path):
     assert "80.5 ± 0.7" in text  # loaded, 1
     assert "linear 48.5 ± 0.7" in text  # best by validation: the first of equals
     assert "the lectures: linear classifier on the top" in text
+    assert "difference to scratch" in " ".join(text.split())
+    assert "│ linear        │ +10.0 │ +10.0 │" in text  # the same with both seeds: no interval
     (line, _) = finetune.speed(result)
     assert line == "0.2 of the examples: features 1.00 s, linear 1.00 s, 1.0 times as long"
     finetune.draw(result, tmp_path / "finetune.png")
