@@ -8,7 +8,8 @@ same order of the images, the same augmentation, the same split.
 ablation.json     the config, the baseline's name, the number of seeds, rows with their overrides
 ROW/seedS/        the run
 ROW/seedS.json    {"status": complete, failed, diverged or interrupted, "attempts", "error" (one
-                  line), "seconds" (of all attempts)}; a cell that runs is interrupted till it ends
+                  line), "seconds" (of the attempts whose end was seen)}; a cell that runs is
+                  interrupted till it ends
 ROW/seedS.txt     what it printed
 
 Started again, what is complete is skipped, what was cut goes on, and what failed is tried again.
@@ -18,13 +19,14 @@ What diverged would diverge again, to the bit: it stays as it is until its direc
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pathlib
 import signal
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ml_collections import ConfigDict
 from rich import progress as bars
@@ -48,6 +50,9 @@ def work(
 ) -> dict[str, int]:
     """Runs the cells that are not done, one on each share of the machine, and returns how many of
     all have which status. One that fails is tried twice.
+
+    A cell that another process runs (another start of the same ablation, or what a killed one left
+    behind and still saves) is waited for.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
     second signal they are killed.
@@ -87,6 +92,7 @@ class _Running(NamedTuple):
     cell: Cell
     share: isolated.Share
     process: Any
+    said: int  # bytes of the log before
     began: float
     known: dict[str, Any]  # of the cell before
 
@@ -102,14 +108,17 @@ class _Crew:
         self.waiting = collections.deque(c for c in cells if not plan.done(c.read()["status"]))
         self.free, self.signals, self.board = list(shares), signals, board
         self.running: list[_Running] = []
+        self.elsewhere: set[str] = set()  # names of cells that another process runs
+        self.look = 0.0  # when to look for more to start
         self.tries: collections.Counter = collections.Counter()
         self.told = 0  # of the signals, so many
 
     def go(self) -> None:
         try:
             while self.running or (self.waiting and not self.signals.asked):
-                while self.waiting and self.free and not self.signals.asked:
-                    self._start(self.waiting.popleft(), self.free.pop(0))
+                if self.free and time.monotonic() > self.look:
+                    self._begin()
+                    self.look = time.monotonic() + 1
                 time.sleep(0.05)
                 self._pass_on()
                 for one in list(self.running):
@@ -117,17 +126,34 @@ class _Crew:
                         self._end(one)
         finally:
             for one in self.running:  # only after a fault of ours
-                one.process.kill()
+                one.process.terminate()
 
-    def _start(self, cell: Cell, share: isolated.Share) -> None:
+    def _begin(self) -> None:
+        """Starts as many cells as there is room for; those that another start of this ablation
+        runs, or the last one's children that still save, are left for later."""
+        for cell in list(self.waiting):
+            if not self.free or self.signals.asked:
+                return
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            if (out := isolated.claim(cell.log)) is None:
+                if cell.name not in self.elsewhere:
+                    self.board.say(f"{cell.name}: another process runs it")
+                self.elsewhere.add(cell.name)
+                continue
+            with out:
+                self.waiting.remove(cell)
+                if not plan.done(cell.read()["status"]):
+                    self._start(cell, self.free.pop(0), out)
+
+    def _start(self, cell: Cell, share: isolated.Share, out: IO[bytes]) -> None:
         known = cell.read()
-        cell.folder.mkdir(parents=True, exist_ok=True)
         self.tries[cell.name] += 1
         known |= {"status": "interrupted", "attempts": known["attempts"] + 1, "error": ""}
         cell.write(known)  # so it is, should nobody be there to write how it ended
-        process = isolated.start(cell.config, cell.workdir, cell.log, share)
-        self.running.append(_Running(cell, share, process, time.monotonic(), known))
-        self.board.show(one.cell for one in self.running)
+        said = out.tell()
+        process = isolated.start(cell.config, cell.workdir, out, share)
+        self.running.append(_Running(cell, share, process, said, time.monotonic(), known))
+        self.board.show(self.running, self.waiting)
 
     def _pass_on(self) -> None:
         if self.told == self.signals.asked:
@@ -141,9 +167,11 @@ class _Crew:
     def _end(self, one: _Running) -> None:
         self.running.remove(one)
         self.free.append(one.share)
-        one.process.stdin.close()
+        self.look = 0.0
+        with contextlib.suppress(BrokenPipeError):  # it ended before it had read its job
+            one.process.stdin.close()
         code, cell = one.process.returncode, one.cell
-        found = isolated.outcome(code, cell.log)
+        found = isolated.outcome(code, cell.log, one.said)
         if self.told and code == -signal.SIGKILL:  # we did
             found = isolated.Outcome("interrupted")
         seconds = one.known["seconds"] + time.monotonic() - one.began
@@ -152,8 +180,8 @@ class _Crew:
         again = found.again and self.tries[cell.name] == 1
         if again:
             self.waiting.appendleft(cell)
-        self.board.ended(cell, found, time.monotonic() - one.began, again)
-        self.board.show(one.cell for one in self.running)
+        eta = self.board.show(self.running, self.waiting)
+        self.board.ended(cell, found, time.monotonic() - one.began, again, eta)
 
 
 class _Board:
@@ -189,20 +217,26 @@ class _Board:
     def _done(self) -> int:
         return sum(plan.done(cell.read()["status"]) for cell in self.cells)
 
-    def _eta(self) -> str:
+    def _eta(self, running: Iterable[_Running], waiting: Iterable[Cell]) -> str:
         if not (seconds := plan.estimate(self.sizes, self.cells)):
             return ""
-        remaining = plan.left(self.cells, seconds) / self.jobs
+        now = time.monotonic()
+        each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
+        remaining = plan.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
         return f"ETA {plan.duration(remaining)}" if remaining else ""
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, running: Iterable[Cell] = ()) -> None:
-        names = "; ".join(cell.name for cell in running)
-        self.bar.update(self.task, completed=self._done(), eta=self._eta(), running=names)
+    def show(self, running: Sequence[_Running] = (), waiting: Iterable[Cell] = ()) -> str:
+        """Returns the ETA."""
+        names, eta = "; ".join(one.cell.name for one in running), self._eta(running, waiting)
+        self.bar.update(self.task, completed=self._done(), eta=eta, running=names)
+        return eta
 
-    def ended(self, cell: Cell, found: isolated.Outcome, seconds: float, again: bool) -> None:
+    def ended(
+        self, cell: Cell, found: isolated.Outcome, seconds: float, again: bool, eta: str
+    ) -> None:
         said = f"{self._done()}/{len(self.cells)}  {cell.name}: {found.status}"
         if found.status == "complete":
             accuracy = workdirs.read_json(cell.workdir / "summary.json").get("test/accuracy")
@@ -211,7 +245,6 @@ class _Board:
         said += f", {found.error}" if found.error else ""
         said += "; once more" if again else ""
         said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""
-        eta = self._eta()
         self.say(f"{said}  {eta}" if eta else said)
 
 
@@ -244,8 +277,8 @@ def ablate(
     plan.record(folder, config, named, seeds)
     found = work(cells, shares, sizes)
     # Of an array's tasks the last one writes it.
-    states = [cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)]
-    if "complete" in states and (index is None or all(map(plan.done, states))):
+    states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
+    if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
         report(folder, interval=interval)
     return found
 
@@ -268,10 +301,10 @@ def show_plan(
     seconds, source = plan.forecast(cells, sizes, shares[0])
     console = Console(width=max(100, Console().width))
     console.print(plan.plan_table(cells, sizes, seconds))
-    states = [cell.read()["status"] for cell in cells]
+    waiting = [seconds[c.row.name] for c in cells if not plan.done(c.read()["status"])]
     print(
-        f"{len(cells)} cells, {sum(map(plan.done, states))} done; {len(shares)} at once, about "
-        f"{plan.duration(plan.left(cells, seconds) / len(shares))} left: told {source}"
+        f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
+        f"{plan.duration(plan.left(waiting, len(shares)))} left: told {source}"
     )
 
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import datetime
 import fcntl
+import heapq
 import os
 import pathlib
 import re
@@ -63,7 +64,8 @@ class Cell(NamedTuple):
         known = {"status": "missing", "attempts": 0, "error": "", "seconds": 0.0}
         path = self.folder / f"seed{self.seed}.json"
         if path.is_file():
-            known |= workdirs.read_json(path)
+            with contextlib.suppress(UserError, TypeError, ValueError):  # damaged: as if not there
+                known |= workdirs.read_json(path)
         if (self.workdir / "summary.json").is_file():
             return known | {"status": "complete", "error": ""}
         gone = known["status"] == "complete" or not self.workdir.exists()
@@ -272,7 +274,8 @@ def time_steps(row: Row, share: isolated.Share) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
         began = time.perf_counter()
-        code = isolated.start(config, workdir, log, share).wait()
+        with isolated.claim(log) as out:
+            code = isolated.start(config, workdir, out, share).wait()
         seconds = time.perf_counter() - began
         if code:
             raise UserError(f"row {row.name}: {isolated.outcome(code, log).error}")
@@ -310,9 +313,12 @@ def plan_table(
     return table
 
 
-def left(cells: Sequence[Cell], seconds: Mapping[str, float]) -> float:
-    """Seconds of all cells that are not done, one after the other."""
-    return sum(seconds[cell.row.name] for cell in cells if not done(cell.read()["status"]))
+def left(seconds: Iterable[float], jobs: int) -> float:
+    """Seconds until all are done, each begun in turn where one of so many is free."""
+    ends = [0.0] * jobs
+    for one in seconds:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends)
 
 
 def done(status: str) -> bool:

@@ -1,16 +1,19 @@
 """A run in a process of its own: one that crashes, is killed for memory or diverges harms no other.
 
-    process = start(config, workdir, log, share)
+    with claim(log) as out:
+        process = start(config, workdir, out, share)
     ... process.poll() ...
     outcome(code, log)
 
 The child reads its job from its standard input, which stays open for as long as its parent lives:
-when that ends, however it ends, the run saves and leaves as after SIGTERM.
+when that ends, however it ends, the run saves and leaves as after SIGTERM. Until it has, it holds
+its log, so that nobody starts the same run beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import pathlib
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from flax_cnns import compilation_cache, launch
 from flax_cnns.errors import Diverged, UserError
@@ -81,10 +84,24 @@ def _devices() -> tuple[str, int]:
     return platform, int(count)
 
 
+def claim(log: pathlib.Path) -> IO[bytes] | None:
+    """The log of a run, open for more; None while another process writes there. It is let go when
+    it is closed here and in the child that got it."""
+    out = log.open("ab")
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        out.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return out
+
+
 def start(
-    config: Any, workdir: pathlib.Path, log: pathlib.Path, share: Share
+    config: Any, workdir: pathlib.Path, out: IO[bytes], share: Share
 ) -> subprocess.Popen[bytes]:
-    """Runs `config` in `workdir`; what it prints is added to `log`."""
+    """Runs `config` in `workdir`; `out` gets what it prints."""
     import jax
 
     on = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
@@ -94,23 +111,23 @@ def start(
         "cores": share.cores,
         "cache": on or compilation_cache.OFF,
     }
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flax_cnns.isolated"],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **share.environment},
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that the terminal's Ctrl-C comes once, through the parent
-        )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flax_cnns.isolated"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **share.environment},
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that the terminal's Ctrl-C comes once, through the parent
+    )
     with contextlib.suppress(BrokenPipeError):  # it has ended already; its code says how
         pickle.dump(job, process.stdin)
         process.stdin.flush()
     return process
 
 
-def outcome(code: int, log: pathlib.Path) -> Outcome:
-    """What the exit code of a child means; the words are the last that it said."""
+def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
+    """What the exit code of a child means; the words are the last that it said, from the byte
+    `since` of its log on."""
     if code == 0:
         return Outcome("complete")
     if code in (launch.PREEMPTED, -signal.SIGTERM, -signal.SIGUSR1):
@@ -119,7 +136,7 @@ def outcome(code: int, log: pathlib.Path) -> Outcome:
         name = signal.Signals(-code).name
         why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return Outcome("failed", f"killed by {name}{why}", again=True)
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_bytes()[since:].decode(errors="replace").splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     error = said[-1] if said else f"exit code {code}"
     if code == DIVERGED:

@@ -217,6 +217,8 @@ if name == "slow":
 if name == "killed":
     import os
     os.kill(os.getpid(), signal.SIGKILL)
+if name == "silent":
+    sys.exit(1)
 if name == "crash" or (name == "crash_once" and not again):
     print("error: boom")
     sys.exit(1)
@@ -232,11 +234,10 @@ def pretend(monkeypatch, config, tmp_path):
     """(rows, jobs, seeds) -> (counts, what was started, what was said)."""
     started = []
 
-    def start(config, workdir, log, share):
+    def start(config, workdir, out, share):
         started.append(f"{workdir.parent.name}/{workdir.name}")
-        with log.open("ab") as out:
-            command = [sys.executable, "-S", "-c", CHILD, workdir.parent.name, str(workdir)]
-            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out)
+        command = [sys.executable, "-S", "-c", CHILD, workdir.parent.name, str(workdir)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out)
 
     monkeypatch.setattr(isolated, "start", start)
 
@@ -269,6 +270,7 @@ def test_a_broken_cell_is_marked_and_spoils_no_other(pretend, tmp_path):
     assert "6/6" not in said  # what failed is not done
     assert "fine, seed 0: complete, 50.00% test" in said
     assert "crash, seed 0: failed" in said
+    assert "ETA" not in said.splitlines()[-1]  # what failed is left for another start
 
     counts, started, said = pretend(names)  # the same command again
     assert sorted(set(started)) == ["crash/seed0", "killed/seed0", "mistake/seed0"]
@@ -292,6 +294,36 @@ def test_a_cell_that_ended_when_nobody_looked_is_complete(pretend, tmp_path):
     (tmp_path / "fine/seed0.json").write_text(json.dumps(cut))
     assert pretend(["fine"])[:2] == ({"complete": 1}, [])
     assert state(tmp_path, "fine")["status"] == "complete"
+
+
+def test_a_cell_that_another_process_runs_is_waited_for(pretend, tmp_path):
+    (tmp_path / "theirs/seed0").mkdir(parents=True)
+    out = isolated.claim(tmp_path / "theirs/seed0.txt")
+
+    def end():
+        while not (tmp_path / "fine/seed0/summary.json").exists():
+            time.sleep(0.01)
+        (tmp_path / "theirs/seed0/summary.json").write_text("{}")
+        out.close()
+
+    threading.Thread(target=end).start()
+    counts, started, said = pretend(["theirs", "fine"])
+    assert (counts, started) == ({"complete": 2}, ["fine/seed0"])
+    assert said.count("theirs, seed 0: another process runs it") == 1
+
+
+def test_a_cell_is_told_by_its_newest_words(pretend, tmp_path):
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent/seed0.txt").write_text("error: an older one\n")
+    assert pretend(["silent"])[0] == {"failed": 1}
+    assert state(tmp_path, "silent")["error"] == "exit code 1"
+
+
+def test_what_is_known_of_a_cell_may_be_damaged(pretend, tmp_path):
+    for name, text in (("fine", ""), ("fine2", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "seed0.json").write_text(text)
+    assert pretend(["fine", "fine2"])[0] == {"complete": 2}
 
 
 def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
@@ -319,7 +351,10 @@ def test_the_time_of_a_cell_is_told_from_complete_ones(config, tmp_path):
     cells[0].write({"status": "complete", "attempts": 1, "error": "", "seconds": 10.0})
     seconds = ablation_plan.estimate(sizes, cells)
     assert seconds == {"a": 10.0, "b": pytest.approx(60.0)}
-    assert ablation_plan.left(cells, seconds) == pytest.approx(130.0)
+    assert ablation_plan.left([60.0, 10.0, 60.0], 1) == pytest.approx(130.0)
+    assert ablation_plan.left([60.0, 10.0, 60.0], 2) == pytest.approx(70.0)
+    assert ablation_plan.left([60.0], 2) == pytest.approx(60.0)
+    assert ablation_plan.left([], 2) == 0.0
 
 
 # ---- the work, with runs
@@ -342,12 +377,15 @@ def test_a_cell_saves_and_leaves_when_its_parent_is_gone(config, tmp_path, monke
     config.train.duration = "1000000 steps"
     config.log.every = "5 steps"
     workdir, log = tmp_path / "run", tmp_path / "run.txt"
-    process = isolated.start(config, workdir, log, isolated.Share())
+    with isolated.claim(log) as out:
+        process = isolated.start(config, workdir, out, isolated.Share())
+    assert isolated.claim(log) is None
     while not (workdir / "metrics.jsonl").exists():
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
     process.stdin.close()  # as when the parent is killed
     assert isolated.outcome(process.wait(timeout=60), log).status == "interrupted"
+    isolated.claim(log).close()
     assert list((workdir / "checkpoints").glob("[0-9]*"))
 
 
