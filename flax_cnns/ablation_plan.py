@@ -30,6 +30,10 @@ from flax_cnns.experiment import rehearse
 # ---------------------------------------------------------------------------- rows and cells
 
 
+# Beside the rows' directories.
+FILES = ("ablation.json", "report.md", "report.csv", "forest.png", "curves.png")
+
+
 class Row(NamedTuple):
     name: str
     overrides: dict[str, Any]  # by the paths of fields, as JSON has them
@@ -76,11 +80,17 @@ class Cell(NamedTuple):
 
 
 def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
-    """What `sweep()` in a config's file yields. Raises `UserError` where there is none."""
+    """What `sweep()` in a config's file yields. Raises `UserError` where it is not there, or yields
+    nothing."""
     sweep = runpy.run_path(str(file)).get("sweep")
     if not callable(sweep):
         raise UserError(f"{file} has no sweep(), which yields the rows; see configs/ablations")
-    return list(sweep())
+    rows = sweep()
+    if not isinstance(rows, Iterable):
+        raise UserError(
+            f"{file}: sweep() is to return a list of rows, or to yield them; got {rows!r}"
+        )
+    return list(rows)
 
 
 def make_rows(config: ConfigDict, sweep: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Row]:
@@ -97,6 +107,8 @@ def make_rows(config: ConfigDict, sweep: Iterable[tuple[str, Mapping[str, Any]]]
                 f"sweep(): {name!r} is no name for a row, which is a directory's: letters, digits"
                 " and _ . , + = - alone"
             )
+        if name in FILES:
+            raise UserError(f"sweep(): {name!r} is no name for a row: a file of the folder has it")
         if name in rows:
             raise UserError(f"sweep(): two rows have the name {name!r}")
         try:

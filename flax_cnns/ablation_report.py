@@ -330,10 +330,11 @@ def _forest(told: Sequence[Told], plan: dict[str, Any], png: pathlib.Path) -> No
 
 
 def _curves(rows: Sequence[Row], baseline: str, png: pathlib.Path) -> None:
-    """Against the images seen, since batch sizes may differ; of the training where nothing was
-    validated."""
+    """Against the images seen, since batch sizes may differ; of the training batches, as they are
+    augmented and mixed, where most runs validate too seldom for a curve."""
     logs = [record for row in rows for record in row.complete.values()]
-    split = "validation" if any(r.series("validation/accuracy")[0].size for r in logs) else "train"
+    often = np.median([record.series("validation/accuracy")[0].size for record in logs]) > 2
+    split, what = ("validation", "validation") if often else ("train", "training batches'")
     most = max(record.step * record.config.data.batch_size for record in logs)
     unit, word = (1000, "thousand images seen") if most >= 10_000 else (1, "images seen")
     drawn = {}
@@ -341,5 +342,12 @@ def _curves(rows: Sequence[Row], baseline: str, png: pathlib.Path) -> None:
         drawn[row.name] = []
         for record in row.complete.values():
             steps, accuracy = record.series(f"{split}/accuracy")
+            if not often:
+                steps, accuracy = _windows(steps), _windows(accuracy)
             drawn[row.name].append((steps * record.config.data.batch_size / unit, 100 * accuracy))
-    seeds.draw_rows(drawn, baseline, png, what=f"{split} accuracy, %", across=word)
+    seeds.draw_rows(drawn, baseline, png, what=f"{what} accuracy, %", across=word)
+
+
+def _windows(series: np.ndarray, most: int = 25) -> np.ndarray:
+    """Means of `most` windows at most: a few batches' accuracy is too noisy for a picture."""
+    return np.array([part.mean() for part in np.array_split(series, most) if part.size])

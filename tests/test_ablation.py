@@ -72,6 +72,7 @@ def test_a_row_is_the_config_with_its_overrides(config):
         ([("a/b", {})], "'a/b' is no name for a row"),
         ([("..", {})], "'..' is no name for a row"),
         ([("", {})], "'' is no name for a row"),
+        ([("report.md", {})], "'report.md' is no name for a row: a file of the folder"),
         ([("a", {"seed": 3})], "row a: seed: every row has the same ones"),
         (["a"], "expected (name, {field: value, ...}), got 'a'"),
         ([("a", {1: 2})], "expected (name, {field: value, ...})"),
@@ -107,6 +108,9 @@ def test_a_mistake_of_the_script_is_one_line(tmp_path):
     assert code == 2
     assert err.startswith(f"error: {file} has no sweep()")
     assert err.count("\n") == 1
+    file.write_text("def sweep():\n    [('a', {})]\n")
+    with pytest.raises(UserError, match=r"return a list of rows or to yield them, got None"):
+        ablation_plan.load_sweep(file)
 
 
 # ---- cells

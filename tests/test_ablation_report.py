@@ -166,3 +166,26 @@ def test_a_report_over_nothing_is_one_line(tmp_path, cells, said):
         ablation_report.write(tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("report.*"))
+
+
+def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
+    """Of the validations, or where each run has one alone of the training, smoothed."""
+    drawn = {}
+    save = lambda rows, baseline, png, **words: drawn.update(rows=rows, **words)  # noqa: E731
+    monkeypatch.setattr(ablation_report.seeds, "draw_rows", save)
+    folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
+    ablation_report.write(folder)
+    assert drawn["what"] == "validation accuracy, %"
+    assert len(drawn["rows"]["plain"][0][0]) == 12
+    for log in folder.glob("*/*/metrics.jsonl"):
+        lines = log.read_text().splitlines()
+        train = '{"step": %d, "time": 200, "train/accuracy": %d}'
+        kept = [line for line in lines if "validation" not in line or '"step": 120' in line]
+        more = [train % (120 + step, step % 2) for step in range(1, 101)]
+        log.write_text("\n".join([*kept, *more]) + "\n")
+    ablation_report.write(folder)
+    assert drawn["what"] == "training batches' accuracy, %"
+    x, y = drawn["rows"]["plain"][0]
+    assert len(x) == len(y) == 25
+    np.testing.assert_allclose(y[-15:], 50, atol=11)  # each of four or five batches
+    assert (np.diff(x) > 0).all()
