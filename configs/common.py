@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
                     # torchvision's scale, where 30 is what the paper calls 10; (): off
                     randaugment=(),
                     # Standard deviation along the principal components of the data set's own
-                    # colours, of which grey images have one; the paper's is 0.1; 0: off
+                    # colours, of which grey images have one; to 1, the paper's is 0.1; 0: off
                     pca=0.0,
                     normalize=True,  # by mean and standard deviation
                 ),

@@ -7,6 +7,7 @@ holds the two together. Names that only a registry knows (models, data sets) are
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +18,15 @@ _DURATION = re.compile(r"\s*\d+(\.\d+)?\s*(epoch|step)s?\s*")
 Check = Callable[[Any], str | None]  # None, or what was expected
 
 
-def number(low: float = 0.0, high: float = float("inf"), *, above: bool = False) -> Check:
+def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> Check:
     def check(value: Any) -> str | None:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fine = fine and low <= value <= high and not (above and value == low)
-        return None if fine else f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+        fine = fine and low <= value <= high and math.isfinite(value)
+        if fine and not (above and value == low):
+            return None
+        if high == math.inf:
+            return f"a number {'above' if above else 'of at least'} {low:g}"
+        return f"a number {'above' if above else 'from'} {low:g} to {high:g}"
 
     return check
 
@@ -107,14 +112,14 @@ def rules(of: Check, what: str, *, single: bool = False) -> Check:
 
 def weight(value: Any) -> str | None:
     """A number, or corners ((duration, number), …)."""
-    if number(float("-inf"))(value) is None:
+    if number(-math.inf)(value) is None:
         return None
     fine = isinstance(value, (tuple, list)) and len(value) > 0
     fine = fine and all(
         isinstance(c, (tuple, list))
         and len(c) == 2
         and duration(c[0]) is None
-        and number(float("-inf"))(c[1]) is None
+        and number(-math.inf)(c[1]) is None
         for c in value
     )
     return None if fine else "a number"
@@ -180,7 +185,7 @@ FIELDS: dict[str, Check] = {
     "data.augment.cutout": integer(),
     "data.augment.erase": number(0, 1),
     "data.augment.randaugment": randaugment,
-    "data.augment.pca": number(),
+    "data.augment.pca": number(0, 1),
     "data.augment.normalize": flag,
     "data.mean": per_channel(0.0),
     "data.std": per_channel(1e-6),
@@ -334,6 +339,10 @@ def _together(flat: Mapping[str, Any]) -> None:
     if size % pieces:
         raise UserError(
             f"config.train.accumulate: a batch of {size} does not divide into {pieces} pieces"
+        )
+    if size % 2 and (flat["mix.mixup"] or flat["mix.cutmix"]):
+        raise UserError(
+            f"config.data.batch_size: mixup and cutmix pair neighbours; {size} images leave one"
         )
     if bool(flat["data.mean"]) != bool(flat["data.std"]):
         raise UserError("config.data.mean and config.data.std: set both, or neither")

@@ -49,7 +49,9 @@ def changed(path, value):
         ("data.batch_size", 0, "a whole number of at least 1, got 0"),
         ("data.batch_size", 12.5, "a whole number"),
         ("seed", 10**20, r"below 2\*\*31"),
-        ("data.validation", -0.1, "a number from 0"),
+        ("data.validation", -0.1, "a number of at least 0, got -0.1"),
+        ("mix.cutmix", float("inf"), "a number of at least 0, got inf"),
+        ("data.augment.pca", 1.5, "a number from 0 to 1"),
         ("data.channels", 2, "0 .*1 or 3, got 2"),
         ("data.fraction", 0.0, "a number above 0 to 1, got 0"),
         ("data.classes", (0, 1.5), "numbers or names of classes"),
@@ -67,7 +69,7 @@ def changed(path, value):
         ("optimizer.bn", ((".*", "freeze"),), "train, frozen_stats or frozen"),
         ("optimizer.weight_decay_mode", "decouple", "did you mean 'decoupled'"),
         ("optimizer.max_norm", ("a", 1), "rules"),
-        ("optimizer.sam", -0.1, "a number from 0"),
+        ("optimizer.sam", -0.1, "a number of at least 0"),
         ("optimizer.layer_decay", 1.5, "a number from 0 to 1"),
         ("graft.rules", (("a", 1),), "path in the source or None"),
         ("graft.rules", (("a", None),), "set config.graft.source"),
@@ -81,6 +83,14 @@ def test_a_wrong_field_says_what_was_expected(path, value, said):
     with pytest.raises(UserError, match=said) as error:
         configs.validate(changed(path, value))
     assert "\n" not in str(error.value)
+
+
+def test_an_odd_batch_leaves_an_image_without_a_neighbour():
+    odd = configs.plain(changed("data.batch_size", 15))
+    configs.validate(odd)
+    for name in ("mixup", "cutmix"):
+        with pytest.raises(UserError, match=r"data\.batch_size: .* neighbours; 15 images"):
+            configs.validate(odd | {"mix": odd["mix"] | {name: 1.0}})
 
 
 def test_a_missing_field():

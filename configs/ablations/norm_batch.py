@@ -11,9 +11,11 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 /usr/share/datasets/fashion-mnist); without it TFDS downloads them. The lectures: at least 8 images,
 better 16 to 32; Wu & He 2018 (https://arxiv.org/abs/1803.08494, figure 1) say so of ImageNet.
 Every row sees the same number of images, and its rate is proportional to its batch, 0.1 / 64 an
-image, so that small batches take more and smaller steps. GroupNorm's groups are 16 channels: in
-the first stage, which has 16, that is LayerNorm. For one device: of several each would normalise by
-its own part of the batch.
+image, so that small batches take more and smaller steps; the momentum is the same. So is that of
+BatchNorm's running statistics, a tenth a step: those of small batches are of fewer images, and with
+--config.train.precise_bn=100 the rows differ by training alone. GroupNorm's groups are 16 channels:
+in the first stage, which has 16, that is LayerNorm. For one device: of several each would normalise
+by its own part of the batch.
 Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
 """
 

@@ -100,13 +100,17 @@ def _check(config: Any, height: int, width: int) -> None:
             "data.augment.random_resized_crop is (smallest, largest) share of the area, "
             f"within 0..1; got {share}"
         )
-    for name in ("pad_crop", "cutout", "rotate", "scale", "pca"):
+    for name in ("pad_crop", "cutout", "rotate", "scale"):
         if config[name] < 0:
             raise UserError(f"data.augment.{name} must not be negative; got {config[name]}")
     if config.scale >= 1:
         raise UserError(f"data.augment.scale is relative: 0.1 means 0.9 to 1.1; got {config.scale}")
     if not 0 <= config.erase <= 1:
         raise UserError(f"data.augment.erase is a probability; got {config.erase}")
+    if not 0 <= config.pca <= 1:  # so that the sums of pca_color fit into 32 bits
+        raise UserError(
+            f"data.augment.pca is a standard deviation, 0 to 1, the paper's 0.1; got {config.pca}"
+        )
     drawn = tuple(config.randaugment)
     if drawn and not (len(drawn) == 2 and drawn[0] >= 1 and 0 <= drawn[1] <= STRONGEST):
         raise UserError(
