@@ -222,6 +222,7 @@ class _Board:
             return ""
         now = time.monotonic()
         each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
+        waiting = [cell for cell in waiting if not plan.done(cell.read()["status"])]
         remaining = plan.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
         return f"ETA {plan.duration(remaining)}" if remaining else ""
 

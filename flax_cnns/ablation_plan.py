@@ -87,9 +87,7 @@ def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file} has no sweep(), which yields the rows; see configs/ablations")
     rows = sweep()
     if not isinstance(rows, Iterable):
-        raise UserError(
-            f"{file}: sweep() is to return a list of rows, or to yield them; got {rows!r}"
-        )
+        raise UserError(f"{file}: sweep() is to return a list of rows or to yield them, got {rows}")
     return list(rows)
 
 
