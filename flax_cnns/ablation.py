@@ -109,15 +109,16 @@ class _Crew:
         self.free, self.signals, self.board = list(shares), signals, board
         self.running: list[_Running] = []
         self.elsewhere: set[str] = set()  # names of cells that another process runs
-        self.look = 0.0  # when to look for more to start
+        self.look = 0.0  # when to look for more to start, and to show the time that is left
         self.tries: collections.Counter = collections.Counter()
         self.told = 0  # of the signals, so many
 
     def go(self) -> None:
         try:
             while self.running or (self.waiting and not self.signals.asked):
-                if self.free and time.monotonic() > self.look:
+                if time.monotonic() > self.look:
                     self._begin()
+                    self.board.show(self.running, self.waiting)
                     self.look = time.monotonic() + 1
                 time.sleep(0.05)
                 self._pass_on()
@@ -153,7 +154,6 @@ class _Crew:
         said = out.tell()
         process = isolated.start(cell.config, cell.workdir, out, share)
         self.running.append(_Running(cell, share, process, said, time.monotonic(), known))
-        self.board.show(self.running, self.waiting)
 
     def _pass_on(self) -> None:
         if self.told == self.signals.asked:
