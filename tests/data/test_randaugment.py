@@ -1,5 +1,7 @@
 """RandAugment's operations against Pillow's, and how often each is drawn."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,15 @@ from PIL import Image, ImageEnhance, ImageOps
 from flax_cnns.data import randaugment
 from flax_cnns.data.randaugment import OPERATIONS
 
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 RNG = np.random.default_rng(0)
 # From 40 on, and most of it dark: stretching and equalising change much.
 RGB = (40 + 200 * RNG.beta(1, 3, (36, 31, 3))).astype(np.uint8)
 GREY = RGB[..., :1]
 KEYS = jax.random.split(jax.random.key(0), 1000)
 
-operate = jax.jit(randaugment.operate)
+operate = quick_jit(randaugment.operate)
 
 
 def ours(name, image, strength):
@@ -81,7 +85,7 @@ def test_each_operation_has_equal_chances_and_both_signs():
     def draw(key):
         return randaugment.randaugment(key, RGB, 1, 30)
 
-    found = np.asarray(jax.jit(jax.vmap(draw))(KEYS)).reshape(len(KEYS), -1)
+    found = np.asarray(quick_jit(jax.vmap(draw))(KEYS)).reshape(len(KEYS), -1)
     outcomes, counts = np.unique(found, axis=0, return_counts=True)
     left = dict(zip(map(bytes, outcomes.astype(np.uint8)), counts / len(KEYS)))
     for name in OPERATIONS:
@@ -93,18 +97,12 @@ def test_each_operation_has_equal_chances_and_both_signs():
 
 
 def test_two_operations_follow_one_another():
-    one, two = (
-        np.asarray(
-            jax.jit(jax.vmap(lambda key, n=n: randaugment.randaugment(key, RGB, n, 15)))(KEYS[:300])
-        )
-        for n in (1, 2)
+    two = np.asarray(
+        quick_jit(jax.vmap(lambda key: randaugment.randaugment(key, RGB, 2, 15)))(KEYS[:300])
     )
-    unchanged = [(x == RGB).all((1, 2, 3)).mean() for x in (one, two)]
-    assert 0.03 < unchanged[0] < 0.15  # 1/14
-    assert unchanged[1] < 0.03  # 1/196
-    assert len(np.unique(two.reshape(300, -1), axis=0)) > len(
-        np.unique(one.reshape(300, -1), axis=0)
-    )
+    assert (two == RGB).all((1, 2, 3)).mean() < 0.03  # 1/196; of one it is 1/14
+    outcomes = len(np.unique(two.reshape(300, -1), axis=0))
+    assert outcomes > len(OPERATIONS) + len(TWO_WAYS)  # all that one could make
     assert (two == np.round(two)).all()
     assert two.min() >= 0
     assert two.max() <= 255

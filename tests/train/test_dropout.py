@@ -14,6 +14,8 @@ from flax_cnns import create_model, init_variables, pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm, dropout
 
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 SHAPE = (8, 8, 8, 3)
 IMAGES = np.random.RandomState(0).randn(*SHAPE).astype(np.float32)
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("dropout", "shared"))}
@@ -35,18 +37,20 @@ def train(model, variables, rates, mode="unit", rngs=RNGS, **apply):
     """(logits, state) of a training pass, compiled."""
     run = dropout.dropping(model.apply, rates, mode)
     mutable = ["batch_stats", *apply.pop("mutable", ())]
-    return jax.jit(lambda v: run(v, IMAGES, train=True, mutable=mutable, rngs=rngs, **apply))(
+    return quick_jit(lambda v: run(v, IMAGES, train=True, mutable=mutable, rngs=rngs, **apply))(
         variables
     )
 
 
 # ---- what is dropped
 
+drop = quick_jit(dropout.drop, static_argnums=(1, 3))
+
 
 @pytest.mark.parametrize("mode", dropout.MODES)
 def test_the_share_is_dropped_and_the_rest_scaled(mode):
     x = jnp.asarray(np.random.RandomState(1).uniform(1, 2, (64, 4, 4, 16)), jnp.bfloat16)
-    y = dropout.drop(x, 0.25, jax.random.key(0), mode)
+    y = drop(x, 0.25, jax.random.key(0), mode)
     assert y.dtype == x.dtype
     zero = np.asarray(y == 0)
     assert abs(zero.mean() - 0.25) < 0.05
@@ -61,9 +65,7 @@ def test_the_share_is_dropped_and_the_rest_scaled(mode):
 @pytest.mark.parametrize("shape", [(512, 8), (64, 5, 8)])
 def test_features_and_tokens(shape):
     """Of features [N C] the modes are one; of tokens [N T C] a feature goes from all of them."""
-    unit, channel = (
-        dropout.drop(jnp.ones(shape), 0.5, jax.random.key(0), m) for m in dropout.MODES
-    )
+    unit, channel = (drop(jnp.ones(shape), 0.5, jax.random.key(0), m) for m in dropout.MODES)
     if len(shape) == 2:
         np.testing.assert_array_equal(unit, channel)
     else:
@@ -198,7 +200,7 @@ def test_skipped_and_recomputed_branches_draw_the_same(variables):
             logits, _ = run(given, IMAGES, train=True, mutable=["batch_stats"], rngs=RNGS)
             return jnp.sum(logits**2)
 
-        return jax.jit(jax.grad(loss))(variables["params"])
+        return quick_jit(jax.grad(loss))(variables["params"])
 
     expected, found = grads(), grads(drop_path=1e-6, remat=True)
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -21,13 +21,12 @@ CONFIG = tiny.config(
         "data.augment.erase": 0.5,
     }
 )
-AUGMENT = make_augment(
-    CONFIG.data.augment, image_shape=tiny.SHAPE, mean=(0.5,), std=(0.25,), covariance=((0.06,),)
-)
+STATISTICS = dict(image_shape=tiny.SHAPE, mean=(0.5,), std=(0.25,), covariance=((0.06,),))
+AUGMENT = make_augment(CONFIG.data.augment, **STATISTICS)
 
 
-def loader(first=0):
-    return steps.make_loader_augment(AUGMENT, lambda: jax.random.key(5), first=first)
+def loader(augment=AUGMENT, first=0):
+    return steps.make_loader_augment(augment, lambda: jax.random.key(5), first=first)
 
 
 def test_a_run_is_the_same_to_the_bit(monkeypatch):
@@ -40,12 +39,14 @@ def test_a_run_is_the_same_to_the_bit(monkeypatch):
 
 def test_each_process_augments_its_own_rows():
     batch = tiny.examples(8)
-    whole = loader()(batch, 3)
+    moved = make_augment(tiny.config(**{"data.augment.pad_crop": 2}).data.augment, **STATISTICS)
+    augmented = loader(moved)
+    whole = augmented(batch, 3)
     assert whole["image"].dtype == np.float32
     assert (whole["label"] == batch["label"]).all()
-    half = loader(first=4)({k: v[4:] for k, v in batch.items()}, 3)
+    half = loader(moved, first=4)({k: v[4:] for k, v in batch.items()}, 3)
     np.testing.assert_array_equal(half["image"], whole["image"][4:])
-    assert (loader()(batch, 4)["image"] != whole["image"]).any()
+    assert (augmented(batch, 4)["image"] != whole["image"]).any()
 
 
 def test_without_a_cpu(monkeypatch):
