@@ -274,8 +274,7 @@ def ablate(
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
     shares = isolated.shares(jobs)
-    named = [row for row in made if not rows or row.name in rows or row is made[0]]
-    plan.record(folder, config, named, seeds)
+    plan.record(folder, config, made, seeds, rows)
     found = work(cells, shares, sizes)
     # Of an array's tasks the last one writes it.
     states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}

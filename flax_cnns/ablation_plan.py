@@ -186,14 +186,23 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def record(folder: str | os.PathLike, config: ConfigDict, rows: Sequence[Row], seeds: int) -> None:
-    """Writes ablation.json, or adds to it what is new: rows and seeds. Raises `UserError` where the
-    folder holds runs of another config, or of a row by this name that was another."""
+def record(
+    folder: str | os.PathLike,
+    config: ConfigDict,
+    rows: Sequence[Row],
+    seeds: int,
+    names: Sequence[str] = (),
+) -> None:
+    """Writes ablation.json, or adds to it what is new: seeds, and rows, all or the baseline and
+    those of some names. Raises `UserError` where the folder holds runs of another config, or of a
+    row by this name that was another."""
     folder = pathlib.Path(folder)
-    ours = _plan(config, rows, seeds)
+    named = [row for row in rows if not names or row.name in names or row is rows[0]]
+    ours, order = _plan(config, named, seeds), [row.name for row in rows]
     with alone(folder):
         path = folder / "ablation.json"
         merged = _merge(folder, ours, workdirs.read_json(path)) if path.is_file() else ours
+        merged["rows"].sort(key=lambda row: [*order, row["name"]].index(row["name"]))
         if not path.is_file() or merged != workdirs.read_json(path):
             workdirs.write_json(path, merged)
 

@@ -161,8 +161,9 @@ def test_a_cell_keeps_its_number_when_seeds_are_added(config, tmp_path):
 
 
 def test_a_folder_takes_more_seeds_and_rows_and_no_other_ablation(config, tmp_path):
-    def record(sweep, seeds=2):
-        ablation_plan.record(tmp_path, config, ablation_plan.make_rows(config, sweep), seeds)
+    def record(sweep, seeds=2, names=()):
+        rows = ablation_plan.make_rows(config, sweep)
+        ablation_plan.record(tmp_path, config, rows, seeds, names)
         return json.loads((tmp_path / "ablation.json").read_text())
 
     first = [("a", {}), ("b", {"mix.mixup": 0.1})]
@@ -175,6 +176,8 @@ def test_a_folder_takes_more_seeds_and_rows_and_no_other_ablation(config, tmp_pa
     assert (more["seeds"], [row["name"] for row in more["rows"]]) == (4, ["a", "b", "c"])
     fewer = record(first[:1], seeds=1)  # what was run stays
     assert (fewer["seeds"], [row["name"] for row in fewer["rows"]]) == (4, ["a", "b"])
+    some = record([*first, ("c", {}), ("d", {})], names=["d"])  # b has runs: it keeps its place
+    assert [row["name"] for row in some["rows"]] == ["a", "b", "d"]
     with pytest.raises(UserError, match=r"row b: mix.mixup: 0.1 there, 0.4 here"):
         record([("a", {}), ("b", {"mix.mixup": 0.4})])
     with pytest.raises(UserError, match="baseline: a there, b here"):
