@@ -12,8 +12,8 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 widths 8, 16, 32 learns 1100 images for 400 steps of 64, at a fifth of the other ablations' rate,
 which a network without norms stands. A row is named first values, norm; the head's are LeCun's in
 all but "fixup", which is He's, scaled as its paper says (https://arxiv.org/abs/1901.09321), the
-head and the end of each branch zero. The lectures: N(0, 0.01) lets the activations of deep networks
-vanish, and a norm makes up for it.
+head and the end of each branch zero, but its scalars learn at the rate of all. The lectures: N(0,
+0.01) lets the activations of deep networks vanish, and a norm makes up for it.
 Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
 """
 

@@ -88,9 +88,8 @@ def intercept(rates: Mapping[str, float], mode: str = "unit") -> Any:
 
     Outputs are [N H W C], [N T C] or [N C]. It is for training: evaluation does without.
     """
-    inside: list[
-        str
-    ] = []  # a module may run as another one with the same scope: it is dropped once
+    # A module may run as another one with the same scope: it is dropped once.
+    inside: list[str] = []
 
     def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
         path = "/".join(at.module.path)
