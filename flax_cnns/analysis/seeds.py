@@ -42,7 +42,7 @@ def draw_forest(
         _effect(axes, y, effect, limit)
     axes.set_yticks(range(len(effects)), [effect.name for effect in effects])
     axes.set(xlim=(-limit, limit), ylim=(len(effects) - 0.4, -0.6))
-    axes.set_xlabel(f"{what}; ticks: seeds, bars: 95 % interval of the mean")
+    axes.set_xlabel(f"{what}; ticks: seeds, bars: 95 % intervals, uncorrected")
     axes.set_title(title, fontsize="medium", loc="left")
     axes.grid(axis="x", alpha=0.25)
     axes.tick_params(axis="y", length=0, pad=10)  # room for an arrow
