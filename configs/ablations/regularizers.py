@@ -13,7 +13,8 @@ learns 1100 images, the same for every seed, for 400 steps of 64, 23 epochs. Eac
 customary one, chosen before the first run and not by its score: a row says what that much of it
 does here, no more. `augment` is AlexNet's: translations, reflections (which a digit does not
 stand), colour.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+Ours: experiments/results/README.md, "Ablations": 5 seeds, 34 minutes on 2 CPU cores with --jobs=2.
+Without any 80.96 % [80.52, 81.39]; nothing was better beyond doubt, five rows were worse.
 """
 
 from __future__ import annotations
