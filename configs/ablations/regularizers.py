@@ -14,7 +14,7 @@ customary one, chosen before the first run and not by its score: a row says what
 does here, no more. `augment` is AlexNet's: translations, reflections (which a digit does not
 stand), colour.
 Ours: experiments/results/README.md, "Ablations": 5 seeds, 34 minutes on 2 CPU cores with --jobs=2.
-Without any 80.96 % [80.52, 81.39]; nothing was better beyond doubt, five rows were worse.
+Without any 80.96 % [80.52, 81.39]; nothing was better beyond doubt, four rows were worse.
 """
 
 from __future__ import annotations
