@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
                 name="lenet5",
                 num_classes=0,  # 0: as many as the data set has
                 dtype="float32",  # what computes, or bfloat16; parameters and loss stay float32
-                init="",  # first values: paper, he, lecun, xavier; "": the network's default
+                # First values: paper, he, lecun, xavier, gaussian (0.01), orthogonal; "": the
+                # network's default
+                init="",
                 scan=False,  # repeats of a block as a loop: deep networks compile in seconds
                 remat=False,  # compute each block again in the backward pass: less memory
             ),
@@ -45,13 +47,26 @@ def get_config() -> ConfigDict:
                 workers=0,  # its worker processes
                 skip_damaged=False,  # skip and count images that cannot be decoded; else stop
                 mock=0,  # > 0: so many random images in place of the data set's own (smoke runs)
+                # Per image. AlexNet's: pad_crop (translations; the paper takes 224 pixels of 256
+                # rather than black ones around), flip and pca=0.1.
                 augment=dict(
+                    # device: in the training step; loader: in the thread that fetches batches, on
+                    # the CPU, where images go to the device as float32, four times the bytes. Both
+                    # make the same images.
+                    where="device",
                     pad_crop=0,  # pixels of padding on each side before a random crop; 0: off
                     flip=False,  # left-right, half of the time
                     rotate=0.0,  # degrees, uniform in +-rotate
                     scale=0.0,  # relative, uniform in 1 +- scale
                     random_resized_crop=(),  # (smallest, largest) share of the area; (): off
                     cutout=0,  # side of the square set to the mean; 0: off
+                    erase=0.0,  # probability of a box of noise (random erasing)
+                    # RandAugment: (operations an image, magnitude 0 to 30), such as (2, 9), on
+                    # torchvision's scale, where 30 is what the paper calls 10; (): off
+                    randaugment=(),
+                    # Standard deviation along the principal components of the data set's own
+                    # colours, of which grey images have one; to 1, the paper's is 0.1; 0: off
+                    pca=0.0,
                     normalize=True,  # by mean and standard deviation
                 ),
                 # Per channel, of images in 0..1; (): the data set's own. A network that starts from
@@ -63,6 +78,7 @@ def get_config() -> ConfigDict:
             mix=dict(
                 label_smoothing=0.0,
                 mixup=0.0,  # alpha of the Beta distribution; 0: off
+                cutmix=0.0,  # likewise; with mixup on too, a coin for each batch says which
             ),
             # ---- the optimizer
             optimizer=dict(
@@ -73,9 +89,20 @@ def get_config() -> ConfigDict:
                 b2=0.999,
                 eps=1e-8,  # adam, adamw, lamb, rmsprop
                 decay_rate=0.9,  # rmsprop: of the running mean of squares
-                # () none, (1e-4,) every parameter, or rules (regex, number). Added to the gradient
-                # by sgd, adam and rmsprop (L2); decoupled from it in adamw and lamb.
+                # () none, (1e-4,) every parameter, or rules (regex, number).
                 weight_decay=(),
+                # coupled: added to the gradient (after clip_norm); decoupled: the weights shrink by
+                # learning rate x decay beside it; auto: decoupled in adamw and lamb, else coupled.
+                weight_decay_mode="auto",
+                # In the loss, of every optimizer: a in J + a/2 ||w||^2 over what is trainable; as
+                # weight_decay. clip_norm and norm/grads see it; logged as train/l2.
+                l2=(),
+                # After each step every unit's incoming weights are scaled back to this norm: (3.0,)
+                # every kernel, or rules (regex, number) over the kernels; 0 is none.
+                max_norm=(),
+                grad_noise=0.0,  # eta of the variance eta / (1 + step)^decay; 0: off
+                grad_noise_decay=0.55,
+                sam=0.0,  # rho of sharpness-aware minimization: two gradients a step; 0: off
                 trainable=(),  # rules (regex, bool); (): all
                 # BatchNorm: rules (regex over paths such as "stage1/block1/norm1", mode). train: by
                 # the batch, and the running statistics move; frozen_stats: by those, which stay;
@@ -114,6 +141,10 @@ def get_config() -> ConfigDict:
                 # weight) such as ((r"aux1", 0.3), (r".*", 0.0)); a weight is a number, or corners
                 # ((duration, number), ...) and the straight lines between them.
                 aux_weight=(0.3,),
+                # Beside the network's own dropout: (rate,) behind every convolution, or rules
+                # (regex over modules such as "stage1/block1/conv1", rate); (): off
+                dropout=(),
+                dropout_mode="unit",  # unit: single responses; channel: whole maps
                 max_bad_steps=10,  # so many in a row with non-finite gradients stop the run
                 # Before each validation, and at the end, BatchNorm's running statistics are
                 # computed from so many batches of training images, and kept; 0: off.
@@ -121,6 +152,9 @@ def get_config() -> ConfigDict:
                 deterministic=False,  # GPU: XLA's deterministic kernels; before JAX starts
                 eval_every="1 epochs",  # on the validation split, where there is one
                 test_on="latest",  # which checkpoint the test split sees at the end: latest or best
+                # At the end also the examples that were trained on, neither augmented nor mixed:
+                # logged as fit/loss, fit/accuracy, fit/top5.
+                evaluate_train=False,
                 early_stopping=0,  # stop after so many validations without a better one; 0: off
             ),
             # ---- checkpoints

@@ -24,7 +24,9 @@ _WEIGHTS = flags.DEFINE_string("weights", "", "SOURCE or SOURCE=FILE.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "A run's directory, or what experiments.convert wrote, in place of these two."
 )
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "Of a run: latest, best or a step.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "Of a run: latest, which it is where it is not given, best or a step."
+)
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "predictions.png", 'The picture; "" for none.')
 script.define_arguments("the files of one or more photos")
@@ -35,6 +37,8 @@ def predict(argv: list[str]) -> None:
         raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
     if bool(_MODEL.value) != bool(_WEIGHTS.value):
         raise UserError("--model=NAME and --weights=SOURCE go together")
+    if _CHECKPOINT.value and not _WORKDIR.value:
+        raise UserError("--checkpoint is one of a run's: it goes with --workdir=RUN")
     photos = argv[1:]
     photo.check(photos)
     from flax_cnns import prediction, report
@@ -47,8 +51,9 @@ def predict(argv: list[str]) -> None:
     guesses = prediction.predict(predictor, photos, _TOP.value)
     report.print_predictions(predictor.title, prediction.photo_names(photos), guesses)
     if _OUT.value:
-        prediction.draw(predictor, photos, guesses, _OUT.value)
-        print(f"written to {_OUT.value}")
+        drawn = prediction.draw(predictor, photos, guesses, _OUT.value)
+        part = f": the first {drawn} of {len(photos)} photos" if drawn < len(photos) else ""
+        print(f"written to {_OUT.value}{part}")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _parse(argv: list[str]) -> list[str]:
         file = named.partition(":")[0]
         if not pathlib.Path(file).is_file():
             files = [f"configs/{path.name}" for path in CONFIGS.glob("*_*.py")]
-            files += [f"configs/finetune/{path.name}" for path in CONFIGS.glob("finetune/*.py")]
+            files += [f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.glob("*/*.py")]
             near = did_you_mean(file, [path for path in files if "__" not in path])
             raise UserError(f"--config: there is no file {file!r}{near}") from None
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None

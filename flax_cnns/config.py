@@ -7,6 +7,7 @@ holds the two together. Names that only a registry knows (models, data sets) are
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +18,15 @@ _DURATION = re.compile(r"\s*\d+(\.\d+)?\s*(epoch|step)s?\s*")
 Check = Callable[[Any], str | None]  # None, or what was expected
 
 
-def number(low: float = 0.0, high: float = float("inf"), *, above: bool = False) -> Check:
+def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> Check:
     def check(value: Any) -> str | None:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fine = fine and low <= value <= high and not (above and value == low)
-        return None if fine else f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+        fine = fine and low <= value <= high and math.isfinite(value)
+        if fine and not (above and value == low):
+            return None
+        if high == math.inf:
+            return f"a number {'above' if above else 'of at least'} {low:g}"
+        return f"a number {'above' if above else 'from'} {low:g} to {high:g}"
 
     return check
 
@@ -77,6 +82,13 @@ def shares(value: Any) -> str | None:
     return None if fine else "() or (smallest, largest) share of the area, within 0 to 1"
 
 
+def randaugment(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    if fine and value:
+        fine = integer(1)(value[0]) is None and number(0, 30)(value[1]) is None
+    return None if fine else "() or (operations an image, magnitude from 0 to 30) such as (2, 9)"
+
+
 def rules(of: Check, what: str, *, single: bool = False) -> Check:
     """Pairs (regex, value); with `single` also one value alone, for every path."""
 
@@ -100,14 +112,14 @@ def rules(of: Check, what: str, *, single: bool = False) -> Check:
 
 def weight(value: Any) -> str | None:
     """A number, or corners ((duration, number), …)."""
-    if number(float("-inf"))(value) is None:
+    if number(-math.inf)(value) is None:
         return None
     fine = isinstance(value, (tuple, list)) and len(value) > 0
     fine = fine and all(
         isinstance(c, (tuple, list))
         and len(c) == 2
         and duration(c[0]) is None
-        and number(float("-inf"))(c[1]) is None
+        and number(-math.inf)(c[1]) is None
         for c in value
     )
     return None if fine else "a number"
@@ -164,17 +176,22 @@ FIELDS: dict[str, Check] = {
     "data.workers": integer(),
     "data.skip_damaged": flag,
     "data.mock": integer(),
+    "data.augment.where": one_of("device", "loader"),
     "data.augment.pad_crop": integer(),
     "data.augment.flip": flag,
     "data.augment.rotate": number(0, 180),
     "data.augment.scale": number(0, 0.99),
     "data.augment.random_resized_crop": shares,
     "data.augment.cutout": integer(),
+    "data.augment.erase": number(0, 1),
+    "data.augment.randaugment": randaugment,
+    "data.augment.pca": number(0, 1),
     "data.augment.normalize": flag,
     "data.mean": per_channel(0.0),
     "data.std": per_channel(1e-6),
     "mix.label_smoothing": number(0, 1),
     "mix.mixup": number(),
+    "mix.cutmix": number(),
     "optimizer.name": one_of("sgd", "adam", "adamw", "rmsprop", "lamb"),
     "optimizer.momentum": number(0, 1),
     "optimizer.nesterov": flag,
@@ -183,6 +200,12 @@ FIELDS: dict[str, Check] = {
     "optimizer.eps": number(),
     "optimizer.decay_rate": number(0, 1),
     "optimizer.weight_decay": rules(number(), "number", single=True),
+    "optimizer.weight_decay_mode": one_of("auto", "coupled", "decoupled"),
+    "optimizer.l2": rules(number(), "number", single=True),
+    "optimizer.max_norm": rules(number(), "number", single=True),
+    "optimizer.grad_noise": number(),
+    "optimizer.grad_noise_decay": number(),
+    "optimizer.sam": number(),
     "optimizer.trainable": rules(flag, "True or False"),
     "optimizer.bn": rules(
         one_of("train", "frozen_stats", "frozen"), "train, frozen_stats or frozen"
@@ -210,12 +233,15 @@ FIELDS: dict[str, Check] = {
     "train.ema": number(0, 1),
     "train.ema_warmup": flag,
     "train.aux_weight": rules(weight, "number", single=True),
+    "train.dropout": rules(number(0, 0.99), "rate", single=True),
+    "train.dropout_mode": one_of("unit", "channel"),
     "train.max_bad_steps": integer(),
     "train.precise_bn": integer(),
     "train.deterministic": flag,
     "train.eval_every": duration,
     "train.early_stopping": integer(),
     "train.test_on": one_of("latest", "best"),
+    "train.evaluate_train": flag,
     "checkpoint.every": duration,
     "checkpoint.keep_latest": integer(1),
     "checkpoint.keep_best": integer(),
@@ -225,6 +251,40 @@ FIELDS: dict[str, Check] = {
     "log.tensorboard": flag,
     "log.wandb": text,
 }
+
+
+# Fields that runs of older versions lack, with the value by which all is as it was then: a run goes
+# on, is evaluated and predicts as one with these. Whoever adds a field adds a row; a test asks.
+NEWER: dict[str, Any] = {
+    "data.augment.erase": 0.0,
+    "data.augment.randaugment": (),
+    "data.augment.pca": 0.0,
+    "data.augment.where": "device",
+    "mix.cutmix": 0.0,
+    "optimizer.weight_decay_mode": "auto",
+    "optimizer.l2": (),
+    "optimizer.max_norm": (),
+    "optimizer.grad_noise": 0.0,
+    "optimizer.grad_noise_decay": 0.55,
+    "optimizer.sam": 0.0,
+    "train.dropout": (),
+    "train.dropout_mode": "unit",
+    "train.evaluate_train": False,
+}
+
+
+def completed(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A plain config with those fields of `NEWER` that it lacks, and their names."""
+    complete, added = plain(config), []
+    for name, value in plain(NEWER).items():
+        *parents, field = name.split(".")
+        section = complete
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if field not in section:
+            section[field] = value
+            added.append(name)
+    return complete, added
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -279,6 +339,10 @@ def _together(flat: Mapping[str, Any]) -> None:
     if size % pieces:
         raise UserError(
             f"config.train.accumulate: a batch of {size} does not divide into {pieces} pieces"
+        )
+    if size % 2 and (flat["mix.mixup"] or flat["mix.cutmix"]):
+        raise UserError(
+            f"config.data.batch_size: mixup and cutmix pair neighbours; {size} images leave one"
         )
     if bool(flat["data.mean"]) != bool(flat["data.std"]):
         raise UserError("config.data.mean and config.data.std: set both, or neither")

@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Something that the user can mend. Scripts print its message as one line and exit with 2."""
 
 
+class Diverged(UserError):
+    """Training whose gradients were not finite for too many steps: the same command, or a retry,
+    would only diverge again."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'resnet50', 'resnet18'?"`, or the sorted names where nothing is near."""
     known = sorted(set(known))

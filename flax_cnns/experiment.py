@@ -23,14 +23,14 @@ from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
 from flax_cnns.analysis.cost import cost
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.preemption import Preempted, Signals
-from flax_cnns.train import loop, optimizers, parallel, precise_bn, schedules, steps
+from flax_cnns.train import dropout, loop, optimizers, parallel, precise_bn, schedules, steps
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer
@@ -145,26 +145,68 @@ def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedule
     return [(pattern, schedule(weight)) for pattern, weight in spec]
 
 
-def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
+def _make_augment(parts: Parts) -> steps.Augment:
     dataset = parts.dataset
+    return augment.make_augment(
+        parts.config.data.augment,
+        image_shape=dataset.image_shape,
+        mean=dataset.mean,
+        std=dataset.std,
+        covariance=dataset.covariance,
+        cropped=not dataset.in_memory,  # by the loader
+    )
+
+
+def _augment_and_mix(parts: Parts) -> dict[str, Callable]:
+    """What the step does; images from a loader that augments are left as they come."""
+    augment_images = _make_augment(parts)
+    if parts.config.data.augment.where == "loader":
+        augment_images = lambda images, keys: images  # noqa: E731
     return {
-        "augment": augment.make_augment(
-            parts.config.data.augment,
-            image_shape=dataset.image_shape,
-            mean=dataset.mean,
-            std=dataset.std,
-            cropped=not dataset.in_memory,  # by the loader
-        ),
+        "augment": augment_images,
         "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
     }
+
+
+def run_key(config: Any) -> Array:
+    """The key of all that is random in training, another than that of the initialisation."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
+
+
+def train_batches(parts: Parts, start: int = 0) -> Iterator[Any]:
+    """What the training step takes, from step `start` on, without end: batches on the devices, the
+    images augmented where the config has the loader do it. To be closed."""
+    config = parts.config
+    batches = pipeline.train_batches(
+        parts.dataset,
+        config.data,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        if config.data.augment.where == "loader":
+            first = jax.process_index() * (config.data.batch_size // jax.process_count())
+            augmented = steps.make_loader_augment(
+                _make_augment(parts), lambda: run_key(config), first=first
+            )
+            batches = map(augmented, batches, itertools.count(start))
+        yield from map(parts.shard, batches)
+
+
+def dropout_rates(parts: Parts, params: PyTree) -> dict[str, float]:
+    shape = (1, *parts.dataset.image_shape)
+    return dropout.layer_rates(parts.config.train.dropout, parts.model, shape, params)
 
 
 def make_train_step(
     parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     config = parts.config
+    rates = dropout_rates(parts, optimizer.trainable)
     step = steps.make_train_step(
-        parts.model.apply,
+        dropout.dropping(parts.model.apply, rates, config.train.dropout_mode),
         optimizer,
         **_augment_and_mix(parts),
         aux_weights=aux_weights(config, steps_per_epoch),
@@ -176,6 +218,19 @@ def make_train_step(
 
 
 # ---------------------------------------------------------------------------- the run
+
+
+def rehearse(config: Any) -> tuple[Parts, int]:
+    """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
+
+    Raises `UserError` for what the run would refuse before its first step.
+    """
+    configs.validate(config)
+    rehearsed = _Run(assemble(config), pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
+    params = rehearsed._target().params  # the rules of the optimizer too
+    dropout_rates(rehearsed.parts, params)
+    _augment_and_mix(rehearsed.parts)
+    return rehearsed.parts, rehearsed.total
 
 
 def _start_jax(config: Any) -> None:
@@ -214,7 +269,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         # Each process looks for itself, and one that saw another state would wait for ever.
         complete = (workdir / "summary.json").is_file()
         launch.check_same(
-            f"{complete} {manager.steps(workdir)}",
+            f"{complete} {finding.steps(workdir)}",
             what="what the run directory holds",
             cure=f"{workdir} must be one directory that all of them see",
         )
@@ -370,19 +425,6 @@ class _Run:
                 return state, loop.Host(**saved), step
         return self._fresh_state(), loop.Host(), 0
 
-    def _batches(self, start: int) -> Iterator[Any]:
-        batches = pipeline.train_batches(
-            self.parts.dataset,
-            self.config.data,
-            seed=self.config.seed,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        with contextlib.closing(batches):
-            for batch in batches:
-                yield self.parts.shard(batch)
-
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
         if "time/first_step" in record:
@@ -410,7 +452,7 @@ class _Run:
 
         def refresh(state: TrainState) -> TrainState:
             # The first batches of the run: what is validated differs by its weights alone.
-            with contextlib.closing(self._batches(0)) as stream:
+            with contextlib.closing(train_batches(parts)) as stream:
                 batches = itertools.islice(stream, n)
                 stats = precise_bn.estimate(
                     step, state.variables, batches, key, should_stop=self.signals.asked_now
@@ -439,15 +481,13 @@ class _Run:
             def on_validation(state: TrainState, error: float) -> TrainState:
                 return state.replace(opt_state=observe(state.opt_state, error))
 
-        key = parallel.replicate(  # not the one of init
-            jax.random.fold_in(jax.random.key(config.seed), 1), parts.mesh
-        )
+        key = parallel.replicate(run_key(config), parts.mesh)
 
         def validate(state: TrainState) -> dict[str, float]:
             asked = self.signals.asked_now
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
-        with contextlib.closing(loop.prefetch(self._batches(start))) as batches:
+        with contextlib.closing(loop.prefetch(train_batches(parts, start))) as batches:
             return loop.train(
                 state,
                 train_step=train_step,
@@ -471,18 +511,27 @@ class _Run:
             )
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:
-        if "test" not in self.parts.dataset.splits:
+        """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
+        as `fit/...` those of the examples that the run trained on, as they are."""
+        names = {"test": "test"} if "test" in self.parts.dataset.splits else {}
+        if self.config.train.evaluate_train:
+            names["train"] = "fit"
+        if not names:
             return {}
         state, step = outcome.state, outcome.step
         if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
             state, _, step = self.checkpoints.restore(self._target(), self.checkpoints.best_step())
-        try:
-            sums = self.parts.evaluate(state.variables, "test", self.signals.asked_now)
-        except loop.Interrupted:
-            raise self._preempted(outcome) from None
-        found = {f"test/{name}": value for name, value in summarize(sums).items()}
+        found: dict[str, float] = {}
+        examples: dict[str, int] = {}
+        for split, name in names.items():
+            try:
+                sums = self.parts.evaluate(state.variables, split, self.signals.asked_now)
+            except loop.Interrupted:
+                raise self._preempted(outcome) from None
+            found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
+            examples |= {f"{name}/step": step, f"{name}/examples": int(sums["count"])}
         self._write(outcome.step, found)
-        return found | {"test/step": step, "test/examples": int(sums["count"])}
+        return found | examples
 
     def _finish(
         self, outcome: loop.Outcome, host: loop.Host, found: dict[str, float]
@@ -548,10 +597,10 @@ def load_variables(
         jax.eval_shape(parts.fresh_variables),
     )
     if parts.config.train.ema > 0:
-        variables = manager.read_tree(source, {"ema": target})["ema"]
+        variables = reading.read_tree(source, {"ema": target})["ema"]
     else:
-        variables = manager.read_tree(source, target)
-    return variables, int(manager.resolve(source).parent.name)
+        variables = reading.read_tree(source, target)
+    return variables, int(finding.resolve(source).parent.name)
 
 
 def evaluate_run(

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +25,11 @@ from rich.table import Table
 from flax_cnns import config as configs
 from flax_cnns import probe, pytree, registry
 from flax_cnns import workdir as workdirs
+from flax_cnns.analysis import intervals
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.curves import save_picture
+from flax_cnns.checkpoint import graft
+from flax_cnns.checkpoint.sources import open_source
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
 
@@ -48,8 +51,17 @@ class Task(NamedTuple):
     source: str  # as `graft` takes it
     parts: tuple[str, ...]  # the network's own, from the images up: stem, stage1 ...
     classifier: tuple[str, ...]  # the layers whose shape depends on the number of classes
+    shapes: Any  # of the network's variables
     examples: int  # of the whole training split
     knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the classifier is one dense layer; auxiliary heads stand aside."""
+        layers = [layer for layer in self.classifier if not layer.startswith("aux")]
+        leaves = pytree.flatten(self.shapes["params"])
+        own = {path: x for path, x in leaves.items() if path.rpartition("/")[0] in layers}
+        return probe.dense_kernel(own) is not None
 
     def phase(
         self,
@@ -181,20 +193,22 @@ def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
     parts = assemble(config)
     shape = (1, *parts.dataset.image_shape)
 
-    def shapes(model: Any) -> dict[str, tuple[int, ...]]:
-        init = registry.init_variables
-        params = jax.eval_shape(lambda: init(model, jax.random.key(0), shape)["params"])
-        return {path: leaf.shape for path, leaf in pytree.flatten(params).items()}
+    def shapes(model: Any) -> Any:
+        return jax.eval_shape(lambda: registry.init_variables(model, jax.random.key(0), shape))
+
+    def params(variables: Any) -> dict[str, tuple[int, ...]]:
+        return {path: leaf.shape for path, leaf in pytree.flatten(variables["params"]).items()}
 
     model = parts.model
-    here, wider = shapes(model), shapes(model.clone(num_classes=model.num_classes + 1))
+    variables = shapes(model)
+    here, wider = params(variables), params(shapes(model.clone(num_classes=model.num_classes + 1)))
     classifier = {path.rpartition("/")[0] for path in here if here[path] != wider[path]}
     ran = [layer.path for layer in cost(model, shape).layers]
     owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
     order = list(dict.fromkeys(path.split("/")[0] for path in ran))
     own = tuple(name for name in order if name in owners and not name.startswith("aux"))
     examples = len(parts.dataset.splits["train"])
-    return Task(config, source, own, tuple(sorted(classifier)), examples, knobs)
+    return Task(config, source, own, tuple(sorted(classifier)), variables, examples, knobs)
 
 
 # ---------------------------------------------------------------------------- the comparison
@@ -283,9 +297,12 @@ def compare(
     folder = pathlib.Path(folder)
     source = config.source or f"{folder}/pretrain"
     targets = sorted(config.targets, key=lambda name: (name != "similar", name))
-    # Before the source is trained: a mistake in a target is told at once.
+    # Before anything is trained: a mistake in a target, or in the source, is told at once.
     tasks = {name: make_task(config.targets[name], source, config.strategy) for name in targets}
-    if not config.source:
+    chosen = _possible(chosen, strategies, tasks, say)
+    if config.source:
+        _check_source(source, tasks, chosen, say)
+    else:
         if not (folder / "pretrain/summary.json").is_file() and any(folder.glob("*/*/seed*")):
             raise UserError(
                 f"{folder} holds runs that started from a source that is gone (pretrain); remove"
@@ -311,6 +328,56 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
             near = did_you_mean(name, ["all", *STRATEGIES])
             raise UserError(f"--strategies: there is no {name!r}{near}")
     return tuple(name for name in STRATEGIES if name in names or "all" in names)
+
+
+def _possible(
+    chosen: tuple[str, ...],
+    named: Sequence[str],
+    tasks: Mapping[str, Task],
+    say: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Without what no classifier but a dense layer can do: of "all" it is left out, with a line.
+    Raises `UserError` where it was asked for by name."""
+    target = next((name for name, task in tasks.items() if not task.is_dense), None)
+    if target is None:
+        return chosen
+    task = tasks[target]
+    out = [name for name in chosen if any(phase.layers for phase in STRATEGIES[name](task))]
+    why = (
+        f"the classifier of targets.{target} ({task.config.model.name}:"
+        f" {', '.join(task.classifier)}) is no dense layer on features"
+    )
+    if asked := [name for name in out if name in named]:
+        raise UserError(f"--strategies: leave out {', '.join(asked)}: {why}")
+    if out:
+        say(f"left out: {', '.join(out)}: {why}")
+    return tuple(name for name in chosen if name not in out)
+
+
+def _check_source(
+    source: str,
+    tasks: Mapping[str, Task],
+    strategies: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """Raises `UserError` where there is no such source, or it lacks what a strategy takes of it."""
+    loading = [
+        (name, task, phase)
+        for name, task in tasks.items()
+        for strategy in strategies
+        for phase in STRATEGIES[strategy](task)
+        if phase.config.graft.source
+    ]
+    if not loading:
+        return
+    found = open_source(source)
+    for name, task, phase in loading:
+        try:
+            graft.check(found, task.shapes, phase.config.graft.rules)
+        except UserError as error:
+            raise UserError(f"targets.{name}: {error}") from None
+    if found.note:
+        say(f"note: {found.note}")
 
 
 class _Runner:
@@ -399,7 +466,8 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def tables(result: Result) -> list[Table]:
-    """One for each target, and the lectures' two by two where validation chose the best."""
+    """Two for each target, the second to scratch, and the lectures' two by two where validation
+    chose the best."""
     found = []
     for target in result.targets:
         spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
@@ -415,7 +483,31 @@ def tables(result: Result) -> list[Table]:
             row = [_mean([r.test for r in cell]) for cell in cells]
             table.add_row(strategy, *row, f"{seconds:.1f}")
         found.append(table)
+        if "scratch" in result.strategies and len(result.strategies) > 1 and result.seeds > 1:
+            found.append(_differences(result, target))
     return [*found, _two_by_two(result)] if _validated(result) else found
+
+
+def _differences(result: Result, target: str) -> Table:
+    """Of each strategy to scratch; a seed's validation split and examples are the same in both."""
+    table = Table(title=f"{target}: difference to scratch in points, 95 % t interval over seeds")
+    table.add_column("strategy")
+    for fraction in result.fractions:
+        table.add_column(f"{fraction:.4g}", justify="right")
+
+    def accuracies(fraction: float, strategy: str) -> dict[int, float]:
+        return {r.seed: 100 * r.test for r in result.at(target, fraction, strategy)}
+
+    for strategy in result.strategies:
+        row = []
+        for fraction in result.fractions:
+            both = accuracies(fraction, strategy), accuracies(fraction, "scratch")
+            found = intervals.paired(*both).interval
+            ends = f" ({found.low:+.1f} to {found.high:+.1f})" if found.known else ""
+            row.append(f"{found.mean:+.1f}{ends}")
+        if strategy != "scratch":
+            table.add_row(strategy, *row)
+    return table
 
 
 def _two_by_two(result: Result) -> Table:

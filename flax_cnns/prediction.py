@@ -15,7 +15,7 @@ import numpy as np
 from flax_cnns import experiment, registry, weights
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import predictions
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import reading
 from flax_cnns.data import augment, datasets, images
 from flax_cnns.data.photo import Photo, opened
 from flax_cnns.errors import UserError
@@ -68,22 +68,36 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     return _of_row(f"{model_name}, {source}'s weights", row, model, variables)
 
 
-def from_folder(folder: str | os.PathLike, checkpoint: str = "latest") -> Predictor:
-    """Of a run, or of what `experiments.convert` wrote. Raises `UserError`."""
-    if (pathlib.Path(folder) / "about.json").is_file():
-        return from_converted(folder)
-    return from_run(folder, checkpoint)
+def from_folder(folder: str | os.PathLike, checkpoint: str = "") -> Predictor:
+    """Of a run (its latest checkpoint, or the one that is named), or of what `experiments.convert`
+    wrote. Raises `UserError`."""
+    if not (pathlib.Path(folder) / "about.json").is_file():
+        return from_run(folder, checkpoint or "latest")
+    if checkpoint:
+        raise UserError(
+            f"{folder} holds converted weights, which are one checkpoint: leave out --checkpoint,"
+            f" got {checkpoint!r}"
+        )
+    return from_converted(folder)
 
 
 def from_converted(folder: str | os.PathLike) -> Predictor:
     """The network that `experiments.convert` wrote into a folder. Raises `UserError`."""
     folder = pathlib.Path(folder)
     about = workdirs.read_json(folder / "about.json")
-    row = weights.Preprocessing.from_dict(about["preprocessing"])
-    model = _with_classifier(about["model"], about["source"], row)
+    try:
+        name, source = about["model"], about["source"]
+        row = weights.Preprocessing.from_dict(about["preprocessing"])
+    except (KeyError, TypeError, AttributeError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{folder}/about.json is not as experiments.convert writes it ({said}); convert the"
+            " weights again"
+        ) from None
+    model = _with_classifier(name, source, row)
     shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
-    variables = manager.read_tree(folder, shapes)
-    return _of_row(f"{about['model']}, {about['source']}'s weights", row, model, variables)
+    variables = reading.read_tree(folder, shapes)
+    return _of_row(f"{name}, {source}'s weights", row, model, variables)
 
 
 def _with_classifier(model_name: str, source: str, row: weights.Preprocessing) -> nn.Module:
@@ -137,14 +151,16 @@ def draw(
     photos: Sequence[Photo],
     guesses: Sequence[Sequence[Guess]],
     png: str | os.PathLike,
-) -> None:
-    """What `predict` found, as a picture of each photo beside its classes. Raises `UserError`."""
+) -> int:
+    """What `predict` found, as a picture of each photo beside its classes; how many of the photos,
+    the first `predictions.MOST` at most, are in it. Raises `UserError`."""
     shown = []
     for name, photo in zip(photo_names(photos), photos[: predictions.MOST]):
         with opened(photo) as image:
             seen = predictor.box(*image.size)
             shown.append((name, images.to_channels(image, 3).copy(), seen))
     predictions.draw_predictions(shown, guesses, png, predictor.title)
+    return len(shown)
 
 
 def _probabilities(

@@ -1,9 +1,10 @@
 """Linear classifiers on a network's fixed features: "bottom features can be precomputed".
 
 The features of all splits are computed once, without augmentation, pooled to [N C], and kept in a
-file; each classifier then trains on them with the config's own optimizer, schedule, number of steps
-and order of examples. On the network's last features that is, but for rounding, what a run computes
-in which all but the classifier is frozen and nothing is augmented; it passes each image once.
+file; each classifier then trains on them with the config's own optimizer (but without SAM: the
+problem is convex), schedule, number of steps and order of examples. On the network's last features
+that is, but for rounding and for gradient noise, which is another, what a run computes in which all
+but the classifier is frozen and nothing is augmented; it passes each image once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -207,7 +208,7 @@ def _classify(
     optimizer = optimizers.make(config.optimizer, params, schedule, batch_stats=batch_stats)
     head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
     soften = mix.make_mix(
-        ConfigDict(config.mix.to_dict() | {"mixup": 0.0}), parts.model.num_classes
+        ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), parts.model.num_classes
     )
     size = config.data.batch_size
     places = range(total * size)
@@ -221,11 +222,13 @@ def _classify(
             def loss(head: PyTree) -> Array:
                 _, soft = soften(x[rows], labels[rows], jax.random.key(0))
                 kernel, bias = _kernel_and_bias(head)
-                return jnp.mean(losses.cross_entropy(x[rows] @ kernel + bias, soft))
+                each = losses.cross_entropy(x[rows] @ kernel + bias, soft)
+                return jnp.mean(each) + (optimizer.penalty(head) if optimizer.penalty else 0.0)
 
-            grads = jax.grad(loss)(head)
-            updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i)
-            return (optax.apply_updates(head, updates), opt_state), None
+            grads, key = jax.grad(loss)(head), jax.random.fold_in(jax.random.key(config.seed), i)
+            updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i, key=key)
+            head = optax.apply_updates(head, updates)
+            return (optimizer.constrain(head) if optimizer.constrain else head, opt_state), None
 
         carry = head, optimizer.tx.init(head)
         return jax.lax.scan(step, carry, (jnp.arange(total), order))[0][0]
@@ -249,11 +252,16 @@ def _classify(
     return {"kernel": kernel, "bias": bias}, numbers
 
 
+def dense_kernel(leaves: Mapping[str, Any]) -> str | None:
+    """The path of the kernel of a classifier that is one dense layer; None of another one."""
+    kernels = [path for path in leaves if path.endswith("/kernel") and leaves[path].ndim == 2]
+    return kernels[0] if len(kernels) == 1 and len(leaves) <= 2 else None
+
+
 def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     """The network's fresh classifier; on another layer than its own one of zeros."""
     flat = pytree.flatten(head)
-    kernels = [path for path in flat if path.endswith("/kernel") and flat[path].ndim == 2]
-    if len(kernels) != 1 or len(flat) > 2:
+    if not (kernel := dense_kernel(flat)):
         raise UserError(
             "a linear classifier on features: expected one dense layer (no convolution) alone to be"
             f" trainable, got {', '.join(flat)}"
@@ -261,7 +269,7 @@ def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     if layer == LAST:
         return head
     flat = {path: jnp.zeros_like(leaf) for path, leaf in flat.items()}
-    flat[kernels[0]] = jnp.zeros((x.shape[-1], flat[kernels[0]].shape[-1]), jnp.float32)
+    flat[kernel] = jnp.zeros((x.shape[-1], flat[kernel].shape[-1]), jnp.float32)
     return pytree.unflatten(flat)
 
 

@@ -25,6 +25,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     row("test accuracy", "test/accuracy", "{:.2%}")
     row("test top-5 accuracy", "test/top5", "{:.2%}")
     row("test examples", "test/examples", "{:,}")
+    row("accuracy on the training examples", "fit/accuracy", "{:.2%}")
     row("time to the first step", "seconds_to_first_step", "{:.1f} s")
     row("training speed", "images_per_second", "{:,.0f} images/s")
     row("training time", "seconds", "{:.1f} s")

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_cnns import config as configs
+from flax_cnns.checkpoint.finding import steps
 from flax_cnns.checkpoint.lock import lock
-from flax_cnns.checkpoint.manager import steps
 from flax_cnns.errors import UserError
 
 
@@ -45,24 +45,31 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_config(workdir: str | os.PathLike) -> Any:
-    """The config of a run directory. Raises `UserError` where there is none."""
+    """The config of a run directory, with the fields that were added since it was made. Raises
+    `UserError` where there is none."""
     from ml_collections import ConfigDict
 
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
-    return ConfigDict(read_json(path))
+    return ConfigDict(configs.completed(read_json(path))[0])
 
 
 def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises `UserError` where `workdir` holds another experiment, or things that are no run."""
+    """Raises `UserError` where `workdir` holds another experiment, or things that are no run; says
+    so where the run was made by an older version and lacks fields that change nothing."""
     if (workdir / "config.json").is_file():
-        there = read_json(workdir / "config.json")
+        there, newer = configs.completed(read_json(workdir / "config.json"))
         begun = steps(workdir) or (workdir / "metrics.jsonl").is_file()
         if begun and (fields := configs.difference(config, there)):
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(fields)}); "
                 "take another --workdir, or the same config to go on"
+            )
+        if begun and newer:
+            print(
+                f"{workdir} was made by an older version that lacks the fields"
+                f" {', '.join(newer)}: it goes on with their defaults, which change nothing"
             )
     elif others := sorted(
         p.name for p in workdir.iterdir() if p.name != ".lock" and p.suffix != ".tmp"

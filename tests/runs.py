@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from configs.common import get_config
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import reading
 from flax_cnns.config import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def overrides(config):
 
 def arrays(workdir, which="latest"):
     path = f"{workdir}@{which}"
-    return manager.read_leaves(path, list(manager.read_metadata(path)))
+    return reading.read_leaves(path, list(reading.read_metadata(path)))
 
 
 def records(workdir):

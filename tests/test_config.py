@@ -11,6 +11,22 @@ def test_the_checks_and_the_defaults_name_the_same_fields():
     assert sorted(configs.FIELDS) == sorted(configs.flatten(get_config().to_dict()))
 
 
+def test_a_field_that_was_added_since_has_its_default_in_older_runs():
+    defaults = configs.flatten(get_config().to_dict())
+    assert {name: defaults[name] for name in configs.NEWER} == configs.NEWER
+    assert len(configs.FIELDS) - len(configs.NEWER) == 83, "give the new field a row in NEWER"
+    older = configs.plain(get_config())
+    for name in configs.NEWER:
+        *parents, field = name.split(".")
+        section = older
+        for parent in parents:
+            section = section[parent]
+        del section[field]
+    found = configs.completed(older)
+    assert found == (configs.plain(get_config()), list(configs.NEWER))
+    assert configs.completed(found[0]) == (found[0], [])
+
+
 def test_the_defaults_are_valid():
     configs.validate(get_config())
 
@@ -33,7 +49,9 @@ def changed(path, value):
         ("data.batch_size", 0, "a whole number of at least 1, got 0"),
         ("data.batch_size", 12.5, "a whole number"),
         ("seed", 10**20, r"below 2\*\*31"),
-        ("data.validation", -0.1, "a number from 0"),
+        ("data.validation", -0.1, "a number of at least 0, got -0.1"),
+        ("mix.cutmix", float("inf"), "a number of at least 0, got inf"),
+        ("data.augment.pca", 1.5, "a number from 0 to 1"),
         ("data.channels", 2, "0 .*1 or 3, got 2"),
         ("data.fraction", 0.0, "a number above 0 to 1, got 0"),
         ("data.classes", (0, 1.5), "numbers or names of classes"),
@@ -41,6 +59,7 @@ def changed(path, value):
         ("data.std", (0.0,), "a number per channel"),
         ("data.augment.flip", 1, "True or False, got 1"),
         ("data.augment.random_resized_crop", (1.0, 0.1), "smallest, largest"),
+        ("data.augment.randaugment", (2, 31), r"magnitude from 0 to 30\) such as \(2, 9\)"),
         ("schedule.learning_rate", 0.0, "a number above 0"),
         ("schedule.warmup", 5, "a duration such as '20 epochs'"),
         ("schedule.boundaries", ("30",), "durations such as"),
@@ -48,6 +67,9 @@ def changed(path, value):
         ("optimizer.trainable", (("(", True),), "is no regular expression"),
         ("optimizer.weight_decay", ("a", 1), "rules"),
         ("optimizer.bn", ((".*", "freeze"),), "train, frozen_stats or frozen"),
+        ("optimizer.weight_decay_mode", "decouple", "did you mean 'decoupled'"),
+        ("optimizer.max_norm", ("a", 1), "rules"),
+        ("optimizer.sam", -0.1, "a number of at least 0"),
         ("optimizer.layer_decay", 1.5, "a number from 0 to 1"),
         ("graft.rules", (("a", 1),), "path in the source or None"),
         ("graft.rules", (("a", None),), "set config.graft.source"),
@@ -61,6 +83,14 @@ def test_a_wrong_field_says_what_was_expected(path, value, said):
     with pytest.raises(UserError, match=said) as error:
         configs.validate(changed(path, value))
     assert "\n" not in str(error.value)
+
+
+def test_an_odd_batch_leaves_an_image_without_a_neighbour():
+    odd = configs.plain(changed("data.batch_size", 15))
+    configs.validate(odd)
+    for name in ("mixup", "cutmix"):
+        with pytest.raises(UserError, match=r"data\.batch_size: .* neighbours; 15 images"):
+            configs.validate(odd | {"mix": odd["mix"] | {name: 1.0}})
 
 
 def test_a_missing_field():

@@ -8,9 +8,9 @@ import pathlib
 
 import pytest
 
-from configs import common
+from configs import ablations, common
+from flax_cnns import ablation_plan, create_model
 from flax_cnns import config as configs
-from flax_cnns import create_model
 from flax_cnns.experiment import model_fields
 
 FILES = sorted(p.stem for p in pathlib.Path(common.__file__).parent.glob("*_*.py"))
@@ -50,3 +50,23 @@ def test_smoke_is_small(name):
     assert config.data.mock or config.data.name == "digits"
     number, unit = config.train.duration.split()
     assert float(number) <= (3 if unit == "epochs" else 20)
+
+
+# ---- configs of ablations: a run, and the rows that vary it
+
+ABLATIONS = [p.stem for p in pathlib.Path(ablations.__file__).parent.glob("[a-z]*.py")]
+
+
+@pytest.mark.parametrize("name", sorted(ABLATIONS))
+def test_every_row_of_an_ablation_is_a_run_that_is_valid(name):
+    module = importlib.import_module(f"configs.ablations.{name}")
+    for mode in modes(f"ablations.{name}"):
+        config = module.get_config(mode).lock()
+        first, *rows = ablation_plan.make_rows(config, module.sweep())
+        assert first.config.to_dict() == config.to_dict()  # the baseline
+        assert len({str(row.config) for row in rows} - {str(first.config)}) == len(rows)
+        for row in rows:
+            create_model(**model_fields(row.config))
+        path = f"configs/ablations/{name}.py" + (f":{mode}" if mode else "")
+        assert f"experiments.ablate --config={path}" in module.__doc__
+    assert config.data.name == "digits"  # smoke: without a file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,12 +18,20 @@ from PIL import Image
 
 from flax_cnns import config as configs
 from flax_cnns import pytree, run
-from flax_cnns.checkpoint import lock, manager
+from flax_cnns.checkpoint import finding, lock, reading
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import Parts, aux_weights, evaluate_run, model_fields
+from flax_cnns.experiment import (
+    Parts,
+    assemble,
+    aux_weights,
+    evaluate_run,
+    model_fields,
+    train_batches,
+)
 from flax_cnns.preemption import Preempted
 from flax_cnns.registry import create_model
 from flax_cnns.train.progress import Progress
+from flax_cnns.workdir import read_config
 from tests.runs import arrays, records
 
 
@@ -40,7 +49,7 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert [r["step"] for r in logged if "train/loss" in r] == [3, 6, 9, 12]
     assert [r["step"] for r in logged if "validation/loss" in r] == [5, 10, 12]
     assert sum("test/loss" in r for r in logged) == 1
-    assert manager.steps(workdir)[-1] == 12
+    assert finding.steps(workdir)[-1] == 12
     raw = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     first = [(r["step"], r["time/first_step"]) for r in raw if "time/first_step" in r]
     assert first == [(1, summary["seconds_to_first_step"])]
@@ -48,6 +57,24 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert run(config, workdir) == summary
     assert "is complete" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_loader_may_augment_and_the_run_is_the_same_to_the_bit(finished, config, tmp_path):
+    theirs, _ = finished
+    config.data.augment.where = "loader"
+    run(config, tmp_path)
+    chex.assert_trees_all_equal(arrays(tmp_path), arrays(theirs))
+    assert records(tmp_path) == records(theirs)
+
+
+def test_batches_that_the_loader_augments_start_anywhere(config):
+    config.data.augment.where = "loader"
+    parts = assemble(config)
+    with contextlib.closing(train_batches(parts)) as stream:
+        third = list(itertools.islice(stream, 3))[-1]
+    with contextlib.closing(train_batches(parts, 2)) as stream:
+        chex.assert_trees_all_equal(next(stream), third)
+    assert third["image"].dtype == np.float32
 
 
 def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path):
@@ -79,14 +106,14 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
         with pytest.raises(Preempted) as left:
             run(config, workdir)
         assert left.value.code == 75
-        assert manager.latest_step(workdir) == step
+        assert finding.latest_step(workdir) == step
         assert not (workdir / "summary.json").exists()
     summary = run(config, workdir)
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
     for name in ("test/loss", "test/accuracy", "validation/best_accuracy"):
         assert summary[name] == finished[1][name]
-    assert manager.best_step(workdir) == manager.best_step(finished[0])
+    assert finding.best_step(workdir) == finding.best_step(finished[0])
 
 
 def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):
@@ -106,11 +133,11 @@ def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_pat
         )
         with pytest.raises(Preempted):
             run(config, tmp_path / "cut")
-    assert manager.latest_step(tmp_path / "cut") == 12
+    assert finding.latest_step(tmp_path / "cut") == 12
     run(config, tmp_path / "cut")
     chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
-    assert manager.steps(tmp_path / "cut") == manager.steps(tmp_path / "whole")
+    assert finding.steps(tmp_path / "cut") == finding.steps(tmp_path / "whole")
 
 
 def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_path):
@@ -122,6 +149,33 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
     config.train.duration = "1 steps"
     assert run(config.to_dict(), tmp_path / "b")["step"] == 1
     fails(config, "", "--workdir: expected the name of a directory")
+
+
+def test_a_run_of_an_older_version_goes_on_to_the_bit(
+    finished, config, tmp_path, monkeypatch, capsys
+):
+    """Its config lacks fields of today, which are as if they had been there."""
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_cnns.preemption.Signals.should_stop", lambda self, step: step == 7)
+        with pytest.raises(Preempted):
+            run(config, workdir)
+    older = json.loads((workdir / "config.json").read_text())
+    del older["mix"]["cutmix"], older["optimizer"]["sam"]
+    (workdir / "config.json").write_text(json.dumps(older))
+    config.mix.cutmix = 1.0
+    fails(config, workdir, r"another config \(mix.cutmix: 0.0 there, 1.0 here\)")
+    config.mix.cutmix = 0.0
+    assert read_config(workdir).optimizer.sam == 0.0
+    capsys.readouterr()
+    run(config, workdir)
+    said = (
+        "was made by an older version that lacks the fields mix.cutmix, optimizer.sam: it goes on"
+    )
+    assert said in capsys.readouterr().out
+    chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
+    assert records(workdir) == records(finished[0])
+    assert json.loads((workdir / "config.json").read_text())["mix"]["cutmix"] == 0.0
 
 
 def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
@@ -194,7 +248,7 @@ def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, cap
 
     assert compiled(4) == ["eval_step", "train_step"]
     assert compiled(None) == ["eval_step", "train_step"]
-    assert manager.latest_step(tmp_path / "run") == 7
+    assert finding.latest_step(tmp_path / "run") == 7
 
 
 @pytest.fixture
@@ -252,6 +306,20 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
         evaluate_run(workdir, checkpoint="7000")
 
 
+def test_what_was_trained_on_is_evaluated_as_it_is(finished, config, tmp_path):
+    """Beside it the run is the same; the numbers are those of `evaluate` on that split."""
+    config.train.evaluate_train = True
+    summary = run(config, tmp_path / "run")
+    chex.assert_trees_all_equal(arrays(tmp_path / "run"), arrays(finished[0]))
+    found = evaluate_run(tmp_path / "run", split="train")
+    assert summary["fit/examples"] == found["examples"]
+    assert summary["fit/accuracy"] == found["accuracy"]
+    last = records(tmp_path / "run")[-1]
+    fit = {name for name in last if name.startswith("fit/")}
+    assert fit == {"fit/loss", "fit/accuracy", "fit/top5"}
+    assert {name: last[name] for name in last if name not in fit} == records(finished[0])[-1]
+
+
 def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
     config.model.num_classes = 12
     config.train.duration = "1 steps"
@@ -299,7 +367,7 @@ def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
     summary = run(config, tmp_path / "run")
     assert summary["stopped_early"]
     assert summary["step"] < 50
-    assert summary["test/step"] == manager.best_step(tmp_path / "run")
+    assert summary["test/step"] == finding.best_step(tmp_path / "run")
     rates = [r["learning_rate"] for r in records(tmp_path / "run") if "learning_rate" in r]
     assert rates[-1] < 1e-9
     # Started again, a run that stopped early stays stopped.
@@ -363,7 +431,7 @@ def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypat
     config.model.scan = False
     expected = run(config, plain)
     assert summary["params"] == expected["params"]
-    assert manager.read_metadata(f"{scan}@12") == manager.read_metadata(f"{plain}@12")
+    assert reading.read_metadata(f"{scan}@12") == reading.read_metadata(f"{plain}@12")
     np.testing.assert_allclose(
         [r["train/loss"] for r in records(scan) if "train/loss" in r],
         [r["train/loss"] for r in records(plain) if "train/loss" in r],

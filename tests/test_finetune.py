@@ -6,8 +6,10 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 
 import chex
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -16,8 +18,10 @@ from rich.console import Console
 from configs.finetune.fashion_digits import get_config
 from flax_cnns import config as configs
 from flax_cnns import create_model, finetune, probe, pytree
+from flax_cnns.checkpoint import manager
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import assemble, model_fields
+from flax_cnns.weights import preprocessing
 from tests.runs import ROOT, arrays
 from tests.test_configs import modes
 from tests.test_scripts import finish
@@ -58,8 +62,6 @@ def task():
 
 def leaves(task):
     """Paths of the network's leaves: "params/stem/conv/kernel" ..."""
-    import jax
-
     parts = assemble(task.config)
     return list(pytree.flatten(jax.eval_shape(parts.fresh_variables)))
 
@@ -291,6 +293,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(finetune, "run", run)
     monkeypatch.setattr(probe, "probe", run)
+    monkeypatch.setattr(finetune, "_check_source", lambda *_: None)  # there is none
     return seen
 
 
@@ -336,6 +339,8 @@ def test_tables_picture_and_file(ran, tmp_path):
     assert "80.5 ± 0.7" in text  # loaded, 1
     assert "linear 48.5 ± 0.7" in text  # best by validation: the first of equals
     assert "the lectures: linear classifier on the top" in text
+    assert "difference to scratch" in " ".join(text.split())
+    assert "│ linear        │ +10.0 │ +10.0 │" in text  # the same with both seeds: no interval
     (line, _) = finetune.speed(result)
     assert line == "0.2 of the examples: features 1.00 s, linear 1.00 s, 1.0 times as long"
     finetune.draw(result, tmp_path / "finetune.png")
@@ -422,6 +427,81 @@ def test_mistakes_are_told_before_anything_is_trained(ran, tmp_path, classes, fr
     with pytest.raises(UserError, match=said):
         finetune.compare(config, tmp_path, fractions=fractions, say=lambda line: None)
     assert not ran
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Writes a checkpoint that fits the smoke config's network but for its classifier."""
+
+    def write(about, **fields):
+        config = two_targets()
+        config.targets.similar.model.update(fields)
+        shapes = finetune.make_task(config.targets.similar, "", config.strategy).shapes
+        tree = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+        tree["params"]["head"] = {"kernel": np.ones((2, 2), np.float32)}
+        return str(manager.write_tree(tmp_path / "source", tree, about))
+
+    return write
+
+
+def compare_untrained(monkeypatch, config, folder, **given):
+    """What `compare` says before it trains, where a mistake has to be told."""
+    said = []
+    monkeypatch.setattr(finetune._Runner, "cell", lambda *_: [])
+    finetune.compare(config, folder, **given, say=said.append)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("{folder}/sorce", r"there is no checkpoint or run .*; did you mean 'source'"),
+        ("torchvison:resnet18", "did you mean 'torchvision'"),
+        ("{folder}/source", r"targets\.similar: graft: .*norm1/mean is \[8\] here and \[4\] there"),
+    ],
+)
+def test_a_mistake_in_the_source_is_told_before_anything_is_trained(
+    monkeypatch, tmp_path, source, name, said
+):
+    source({}, widths=(4, 8, 8))
+    config = two_targets()
+    config.source = name.format(folder=tmp_path)
+    with pytest.raises(UserError, match=said) as raised:
+        compare_untrained(monkeypatch, config, tmp_path / "runs")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists()
+    # What loads nothing asks for none.
+    assert compare_untrained(monkeypatch, config, tmp_path / "runs", strategies=["scratch"]) == []
+
+
+def test_what_the_source_was_trained_on_is_said(monkeypatch, tmp_path, source):
+    """Above all that its images were BGR, which no field of a run can be."""
+    seen = preprocessing("vgg16", "keras")._asdict()
+    config = two_targets()
+    config.source = source(dict(model="vgg16", source="keras", preprocessing=seen))
+    (line,) = compare_untrained(monkeypatch, config, tmp_path / "runs")
+    assert line.startswith(
+        "note: keras's vgg16 was trained on BGR images of 224 pixels with data.m"
+    )
+    assert line.endswith("where it is frozen the network sees red as blue")
+
+
+def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
+    monkeypatch, tmp_path
+):
+    config = two_targets()
+    squeezed = config.targets.similar
+    squeezed.model.name, squeezed.data.image_size, squeezed.data.channels = "squeezenet1_1", 32, 3
+    with squeezed.unlocked():
+        del squeezed.model["depths"], squeezed.model["widths"]
+    monkeypatch.setattr(finetune, "_check_source", lambda *_: None)
+    why = r"the classifier of targets.similar \(squeezenet1_1: head\) is no dense layer on features"
+    (line,) = compare_untrained(monkeypatch, config, tmp_path)
+    assert re.fullmatch(f"left out: features, linear_stages: {why}", line)
+    with pytest.raises(UserError, match=f"--strategies: leave out features: {why}"):
+        compare_untrained(monkeypatch, config, tmp_path, strategies=["all", "features"])
+    given = ("scratch", "linear")
+    assert finetune.compare(config, tmp_path, strategies=given, say=pytest.fail).strategies == given
 
 
 def test_mistakes_are_one_line(tmp_path):

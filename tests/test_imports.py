@@ -33,10 +33,18 @@ MAY_IMPORT = {
     "workdir": {"config", "checkpoint"},
     "preemption": set(),
     "report": set(),
-    "ablation": {"experiment", "analysis", "registry"},
+    "isolated": {"experiment", "launch", "compilation_cache"},
+    "records": {"experiment", "analysis", "train", "data", "workdir"},
+    "comparison": {"analysis", "config", "records"},
+    "ablation_report": {"analysis", "records", "workdir"},
+    "ablation_plan": {"experiment", "analysis", "config", "workdir", "isolated"},
+    "ablation": {"ablation_plan", "ablation_report", "isolated", "launch", "workdir"},
     "search": {"experiment", "analysis", "registry", "data", "workdir"},
 }
-MAY_IMPORT["experiment"] = set(MAY_IMPORT) - {"ablation", "search"}
+# Whole runs are their parts.
+ABOVE = {"isolated", "ablation_plan", "ablation", "ablation_report", "search"}
+ABOVE |= {"records", "comparison"}
+MAY_IMPORT["experiment"] = set(MAY_IMPORT) - ABOVE
 MAY_IMPORT["probe"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["prediction"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["finetune"] = {"probe"} | MAY_IMPORT["probe"]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from flax_cnns import prediction
-from flax_cnns.checkpoint import foreign
+from flax_cnns.checkpoint import foreign, manager
 from flax_cnns.data import datasets
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert, preprocessing
@@ -85,6 +85,33 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
     assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
 
 
+def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
+    manager.write_tree(tmp_path / "other", {"w": np.ones(3)}, {"model": "lenet5", "by": "us"})
+    with pytest.raises(UserError, match=r"one checkpoint: leave out --checkpoint, got 'best'"):
+        prediction.from_folder(tmp_path / "other", "best")
+    written = {"source": "us", "preprocessing": {"size": 32}}
+    for about, said in (
+        ({}, r"'source' is missing"),
+        (written, r"missing 1 required positional argument: 'resize'"),
+        (written | {"preprocessing": {"size": 32, "sise": 3}}, r"unexpected .* 'sise'"),
+        (written | {"preprocessing": "RGB"}, r"'str' object has no attribute 'items'"),
+    ):
+        content = json.dumps({"model": "lenet5"} | about)
+        (tmp_path / "other/about.json").write_text(content)
+        with pytest.raises(UserError, match="about.json is not as .*" + said) as raised:
+            prediction.from_folder(tmp_path / "other")
+        assert "\n" not in str(raised.value)
+
+
+def test_a_picture_says_how_many_photos_are_in_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(prediction.predictions, "MOST", 2)
+    seer = prediction.Predictor("a seer", None, lambda width, height: (0, 0, 4, 4), None, "ab")
+    photos = [np.zeros((4, 4, 3), np.uint8)] * 3
+    for many, drawn in ((3, 2), (2, 2), (1, 1)):
+        guesses = [[("a", 0.9)]] * many
+        assert prediction.draw(seer, photos[:many], guesses, tmp_path / "seen.png") == drawn
+
+
 def test_weights_without_a_classifier_name_nothing(tmp_path):
     """As timm published its vit_large_patch32_224: they can be converted, to start from."""
     case = cases.CASES["squeezenet"]
@@ -124,6 +151,10 @@ def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
         (["--workdir={run}"], "expected the files of one or more photos, got none"),
         (["{photos}/0.png"], "expected --model=NAME --weights=SOURCE, or --workdir=RUN"),
         (["--model=resnet50", "{photos}/0.png"], "go together"),
+        (
+            ["--model=resnet50", "--weights=timm", "--checkpoint=best", "{photos}/0.png"],
+            "--checkpoint is one of a run's: it goes with --workdir=RUN",
+        ),
         (["--model=resnet50", "--weights=keras", "{photos}/0.png"], "expected torchvision"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flax_cnns import run
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding
 from tests.runs import ROOT, arrays, overrides, records
 
 
@@ -45,7 +45,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
             cut.send_signal(signal.SIGTERM)
     assert cut.wait(timeout=60) == 75, said
     assert "the same command goes on" in said
-    step = manager.latest_step(tmp_path / "cut")
+    step = finding.latest_step(tmp_path / "cut")
     assert 21 <= step < 60
 
     summary = run(config, tmp_path / "cut")  # in this process, on its four devices

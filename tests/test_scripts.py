@@ -11,7 +11,7 @@ import chex
 import pytest
 
 from flax_cnns import run
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding
 from tests.runs import ROOT, arrays, overrides, records
 
 
@@ -36,7 +36,7 @@ def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path
     flags = [f"--workdir={tmp_path / 'cut'}", *overrides(config)]
     process = start("train", *flags)
     deadline = time.time() + 120
-    while (manager.latest_step(tmp_path / "cut") or 0) < 60 and time.time() < deadline:
+    while (finding.latest_step(tmp_path / "cut") or 0) < 60 and time.time() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -58,14 +58,14 @@ def test_a_signal_exits_with_75(config, tmp_path):
     config.train.duration = "100000 steps"
     process = start("train", f"--workdir={tmp_path / 'run'}", *overrides(config))
     deadline = time.time() + 120
-    while not manager.steps(tmp_path / "run") and time.time() < deadline:
+    while not finding.steps(tmp_path / "run") and time.time() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "the same command goes on" in out
-    assert manager.latest_step(tmp_path / "run") >= 5
+    assert finding.latest_step(tmp_path / "run") >= 5
 
 
 def test_the_config_may_be_named_after_a_space(tmp_path):

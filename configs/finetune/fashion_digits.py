@@ -11,7 +11,9 @@ coats, shirts, sneakers and bags; far from it scikit-learn's handwritten digits.
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist); without --config.dir TFDS downloads them. The smoke mode learns
 the digits 0 to 4, then 5 to 9, and needs no files.
-Ours: not measured yet; whoever runs it enters the command, accuracies, spreads and device here.
+Ours: experiments/results/README.md, "Transfer": 198 runs, 3 seeds, 40 minutes on 2 CPU cores shared
+with other work. Slower low layers (layer_decay) 85.7, 88.4, 88.8 % (sd 1.5, 0.3, 0.1) on the five
+other clothes from 275, 2,750 and 27,500 images; from scratch 83.4, 85.2, 85.8 (0.1, 1.5, 0.4).
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ SGD = SimpleNamespace(  # config.optimizer of configs/common.py, without ml_coll
     eps=1e-8,
     decay_rate=0.9,
     weight_decay=(),
+    weight_decay_mode="auto",
+    l2=(),
+    max_norm=(),
+    grad_noise=0.0,
+    sam=0.0,
     trainable=(),
     bn=(),
     lr_mult=(),
@@ -105,7 +110,7 @@ class Trainee:
             model.apply,
             optimizer,
             augment=lambda images, keys: normalize(images),
-            mix=make_mix(SimpleNamespace(label_smoothing=0.0, mixup=0.0), classes),
+            mix=make_mix(SimpleNamespace(label_smoothing=0.0, mixup=0.0, cutmix=0.0), classes),
             aux_weights=[(".*", schedules.constant(0.3))],
         )
         self._step = parallel.parallelize(step, self.mesh, mode=mode)

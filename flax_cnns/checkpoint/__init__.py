@@ -1,1 +1,1 @@
-"""Saving, resuming and surgical loading. Only `manager` touches Orbax."""
+"""Saving, resuming and surgical loading. Only `reading` and `manager` touch Orbax."""

@@ -27,6 +27,7 @@ def convert(
     `manager.write_tree` do.
     """
     seen = weights.preprocessing(model_name, source)
+    out = manager.new_folder(out)  # told before anything is downloaded or read
     file = Path(path).expanduser() if path else hub.fetch(model_name, source)
     tree = weights.load_weights(model_name, source, file)
     head = pytree.flatten(tree).get("params/head/kernel")

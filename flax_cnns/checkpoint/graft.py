@@ -67,14 +67,7 @@ def graft(
     wanted = pytree.flatten(target)
     decided = pytree.decide(rules, wanted, what="graft")  # before anything is fetched or read
     found = open_source(source)
-    chosen = _choose(decided, found)
-    _check_shapes(chosen, wanted, found)
-    _check_not_parted(chosen, wanted)
-    if not chosen:
-        raise UserError(
-            f"graft: the rules leave all {len(wanted)} leaves fresh; let one name a path in"
-            f" {found.name}, or set no source"
-        )
+    chosen = _plan(decided, wanted, found)
     arrays = found.read(set(chosen.values()))
     _check_finite(chosen, wanted, arrays, found)
     leaves = [
@@ -83,6 +76,27 @@ def graft(
     ]
     report = _report(chosen, wanted, found, order)
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
+
+
+def check(source: Source, target: PyTree, rules: pytree.Rules) -> None:
+    """Raises the `UserError` that `graft` would, as far as it can be told without an array."""
+    wanted = pytree.flatten(target)
+    _plan(pytree.decide(rules, wanted, what="graft"), wanted, source)
+
+
+def _plan(
+    decided: Mapping[str, tuple[int, Any, re.Match]], wanted: Mapping[str, Any], found: Source
+) -> dict[str, str]:
+    """`{path in the target: path in the source}`, without the fresh ones."""
+    chosen = _choose(decided, found)
+    _check_shapes(chosen, wanted, found)
+    _check_not_parted(chosen, wanted)
+    if not chosen:
+        raise UserError(
+            f"graft: the rules leave all {len(wanted)} leaves fresh; let one name a path in"
+            f" {found.name}, or set no source"
+        )
+    return chosen
 
 
 def _report(
@@ -115,7 +129,6 @@ def _report(
 
 
 def _choose(decided: Mapping[str, tuple[int, Any, re.Match]], source: Source) -> dict[str, str]:
-    """`{path in the target: path in the source}`, without the fresh ones."""
     chosen, missing = {}, []
     for path, (index, template, match) in decided.items():
         if template is FRESH:

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.report import by_name
 from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.errors import UserError
@@ -51,7 +51,7 @@ def print_listing(
     of_all = f" of {len(found.leaves)}" if len(leaves) < len(found.leaves) else ""
     total = f"{len(leaves)}{of_all} leaves, {_numbers(leaves):,} numbers, {_size(leaves)} in memory"
     if found.folder is not None:
-        total += f", {decimal(manager.bytes_on_disk(found.folder))} on disk in all"
+        total += f", {decimal(reading.bytes_on_disk(found.folder))} on disk in all"
     say(total)
     if found.folder is None:
         return
@@ -85,12 +85,12 @@ def _about(found: Source) -> Iterator[str]:
     if found.folder is None:
         return
     step, run = found.folder.parent.name, found.folder.parent.parent
-    if step.isdigit() and int(step) in (known := manager.steps(run)):
-        metrics = manager.read_metrics(run, int(step))
+    if step.isdigit() and int(step) in (known := finding.steps(run)):
+        metrics = finding.read_metrics(run, int(step))
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "score"]
         yield ", ".join([f"step {step}", *shown])
         if len(known) > 1:
-            yield f"steps there: {', '.join(map(str, known))}; best {manager.best_step(run)}"
+            yield f"steps there: {', '.join(map(str, known))}; best {finding.best_step(run)}"
 
 
 def _table(leaves: Mapping[str, Any], depth: int) -> Table:
@@ -122,7 +122,7 @@ def _numbers(leaves: Mapping[str, Any]) -> int:
 
 
 def _size(leaves: Mapping[str, Any]) -> str:
-    return decimal(manager.bytes_of({path: (x.shape, x.dtype) for path, x in leaves.items()}))
+    return decimal(reading.bytes_of({path: (x.shape, x.dtype) for path, x in leaves.items()}))
 
 
 def _verify(found: Source, leaves: Mapping[str, Any], console: Console) -> None:

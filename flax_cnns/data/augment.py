@@ -4,6 +4,10 @@ Every image has its own key, so what happens to it depends neither on its place 
 nor on the number of devices. The geometric operations (crop, flip, rotation, scale) are composed
 into one map from output to input pixels and the image is read once, bilinearly: cheaper than one
 pass each, and nothing is blurred twice. What comes from outside is black.
+
+Sums of products are of whole numbers, or of such that float32 holds them exactly: a compiler fuses
+the product and the sum of some floats in one program and not in another, and an image is to be the
+same, to the bit, wherever it is made.
 """
 
 from __future__ import annotations
@@ -14,9 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from flax_cnns.data.randaugment import STRONGEST, randaugment
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
+
+_STEPS = 1000
 
 
 def make_normalize(
@@ -39,35 +47,46 @@ def make_augment(
     image_shape: Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
+    covariance: Sequence[Sequence[float]] = (),
     cropped: bool = False,
 ) -> Callable[[Array, Array], Array]:
     """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit.
 
-    `config` is `config.data.augment`; `cropped` says that the loader has done the random resized
-    crop already, as it does for streamed images. With everything off this is `make_normalize`
-    exactly. Raises UserError for values that make no sense.
+    `config` is `config.data.augment`; `covariance` [C C] of the colours of images in 0..1 is what
+    `config.pca` needs; `cropped` says that the loader has done the random resized crop already, as
+    it does for streamed images. In this order: crop, flip and move; RandAugment; PCA colour;
+    erasing; normalisation; cutout. With everything off this is `make_normalize` exactly. Raises
+    UserError for values that make no sense.
     """
     height, width, _ = image_shape
     _check(config, height, width)
     normalize = make_normalize(config, mean=mean, std=std)
     resized_crop = tuple(config.random_resized_crop) if not cropped else ()
     moved = config.flip or config.pad_crop or config.rotate or config.scale
+    colored = tuple(config.randaugment) or config.pca
 
     def augment_one(image: Array, key: Array) -> Array:
-        keys = dict(zip(("resize", "move", "cutout"), jax.random.split(key, 3)))
+        names = ("resize", "move", "cutout", "randaugment", "pca", "erase")
+        keys = dict(zip(names, jax.random.split(key, len(names))))
         if resized_crop:
             image = random_resized_crop(keys["resize"], image, resized_crop)
         if config.rotate or config.scale:
             image = _affine(keys["move"], image, config)
         elif moved:
             image = _flip_and_crop(keys["move"], image, config)
+        if config.randaugment:
+            image = randaugment(keys["randaugment"], image, *config.randaugment)
+        if config.pca:
+            image = pca_color(keys["pca"], image, config.pca, covariance)
+        if config.erase:
+            image = erase(keys["erase"], image, config.erase)
         image = normalize(image)
         if config.cutout:
             image = cutout(keys["cutout"], image, config.cutout)
         return image
 
     def augment(images: Array, keys: Array) -> Array:
-        if not (resized_crop or moved or config.cutout):
+        if not (resized_crop or moved or colored or config.erase or config.cutout):
             return normalize(images)
         return jax.vmap(augment_one)(images, keys)
 
@@ -86,6 +105,18 @@ def _check(config: Any, height: int, width: int) -> None:
             raise UserError(f"data.augment.{name} must not be negative; got {config[name]}")
     if config.scale >= 1:
         raise UserError(f"data.augment.scale is relative: 0.1 means 0.9 to 1.1; got {config.scale}")
+    if not 0 <= config.erase <= 1:
+        raise UserError(f"data.augment.erase is a probability; got {config.erase}")
+    if not 0 <= config.pca <= 1:  # so that the sums of pca_color fit into 32 bits
+        raise UserError(
+            f"data.augment.pca is a standard deviation, 0 to 1, the paper's 0.1; got {config.pca}"
+        )
+    drawn = tuple(config.randaugment)
+    if drawn and not (len(drawn) == 2 and drawn[0] >= 1 and 0 <= drawn[1] <= STRONGEST):
+        raise UserError(
+            "data.augment.randaugment is (number of operations, magnitude), such as (2, 9), the "
+            f"magnitude within 0..{STRONGEST}; got {drawn}"
+        )
     for name in ("pad_crop", "cutout"):
         if config[name] >= min(height, width):
             raise UserError(
@@ -113,34 +144,41 @@ def _flip_and_crop(key: Array, image: Array, config: Any) -> Array:
 
 
 def _affine(key: Array, image: Array, config: Any) -> Array:
-    """Flip, rotate, scale and shift in one bilinear reading: [H W C] -> [H W C] f32."""
+    """Flip, rotate, scale and shift in one bilinear reading: [H W C] -> [H W C] f32.
+
+    Angle and zoom are drawn from a thousand steps each way.
+    """
     height, width, _ = image.shape
     flip, shift, key = _draw_flip_and_shift(key, config)
-    angle, stretch = jax.random.uniform(key, (2,), minval=-1.0)
-    angle = angle * (math.pi / 180 * config.rotate)
-    zoom = 1 + stretch * config.scale
-    # From the output pixel back to the input's, about the centre.
-    y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")  # [H W]
-    y = (y + shift[0] - (height - 1) / 2) / zoom
-    x = (x + shift[1] - (width - 1) / 2) / zoom
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    y, x = cos * y - sin * x, sin * y + cos * x
+    angle, zoom = jax.random.randint(key, (2,), 0, 2 * _STEPS + 1)
+    drawn = np.linspace(-1, 1, 2 * _STEPS + 1)
+    angles = drawn * math.radians(config.rotate)
+    shrink = 2**14 * jnp.asarray(1 / (1 + drawn * config.scale), jnp.float32)[zoom]
+    cos, sin = (
+        jnp.round(jnp.asarray(f(angles), jnp.float32)[angle] * shrink).astype(jnp.int32)
+        for f in (np.cos, np.sin)
+    )
+    # From the output pixel back to the input's: twice the distance from the centre, which may lie
+    # between pixels, then 2**-15 of a pixel.
+    y = 2 * (jnp.arange(height)[:, None] + shift[0]) - (height - 1)
+    x = 2 * (jnp.arange(width) + shift[1]) - (width - 1)
+    y, x = cos * y - sin * x, sin * y + cos * x  # [H W]
     x = jnp.where(flip, -x, x)
-    return bilinear(image, y + (height - 1) / 2, x + (width - 1) / 2)
+    y, x = y + 2**14 * (height - 1), x + 2**14 * (width - 1)
+    return bilinear(image, (y + 2**6) >> 7, (x + 2**6) >> 7)
 
 
 def bilinear(image: Array, y: Array, x: Array) -> Array:
-    """`image` [H W C] read at the points `y`, `x` [h w] (pixels, the first one's centre at 0): f32
-    [h w C]; outside is 0."""
+    """`image` [H W C] read at the points `y`, `x` i32 [h w] (in 1/256 of a pixel, the first one's
+    centre at 0): f32 [h w C], without rounding where the image has whole values; outside is 0."""
     height, width, channels = image.shape
     # Two black pixels on each side, so that a point outside reads black without a mask for each of
     # the four corners.
     padded = jnp.pad(image, ((2, 2), (2, 2), (0, 0))).reshape(-1, channels)
-    y = jnp.clip(y + 2, 0, height + 2)
-    x = jnp.clip(x + 2, 0, width + 2)
-    top, left = jnp.floor(y), jnp.floor(x)
-    dy, dx = (y - top)[..., None], (x - left)[..., None]
-    corner = top.astype(jnp.int32) * (width + 4) + left.astype(jnp.int32)
+    y = jnp.clip(y + 2 * 256, 0, (height + 2) * 256)
+    x = jnp.clip(x + 2 * 256, 0, (width + 2) * 256)
+    dy, dx = ((v & 255)[..., None] / 256 for v in (y, x))
+    corner = (y >> 8) * (width + 4) + (x >> 8)
 
     def pixel(offset: int) -> Array:
         return jnp.take(padded, corner + offset, axis=0, mode="clip").astype(jnp.float32)
@@ -157,7 +195,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Array:
     """A box of a random share of the area and a random ratio of sides, resized to the whole: [H W
-    C] -> f32 [H W C].
+    C] -> f32 [H W C], whole values as the loader's crops have.
 
     Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as torchvision does it:
     ten tries, the first box that fits; the whole image where none does.
@@ -175,9 +213,10 @@ def random_resized_crop(
     box = jnp.where(fits[first], jnp.stack([h[first], w[first]]), whole)
     corner = jax.random.uniform(key_place, (2,)) * (whole - box)
     zoom = whole / box
-    return jax.image.scale_and_translate(
+    image = jax.image.scale_and_translate(
         image.astype(jnp.float32), image.shape, (0, 1), zoom, -corner * zoom, "linear"
     )
+    return jnp.round(image)
 
 
 def cutout(key: Array, image: Array, side: int) -> Array:
@@ -189,7 +228,54 @@ def cutout(key: Array, image: Array, side: int) -> Array:
     """
     height, width, _ = image.shape
     centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
-    low = centre - side // 2
+    box = jnp.array([side, side])
+    return jnp.where(_inside(centre - side // 2, box, height, width), 0.0, image)
+
+
+def pca_color(
+    key: Array, image: Array, deviation: float, covariance: Sequence[Sequence[float]]
+) -> Array:
+    """AlexNet's change of the light's colour: [H W C] of 0..255 -> f32 [H W C], not clipped.
+
+    Section 4.1 of the paper adds to every pixel the eigenvectors of the colours' covariance, each
+    times its eigenvalue and a normal number of standard deviation 0.1. That sum has the
+    distribution of the covariance times normal numbers, with no eigenvector to compute. Eigenvalues
+    are those of colours in 0..1: of 0..255 they would be 255 times as large beside the pixels.
+    """
+    matrix = np.round(2**10 * 255 * deviation * np.asarray(covariance)).astype(np.int32)
+    drawn = jnp.round(2**8 * jax.random.normal(key, matrix.shape[:1])).astype(jnp.int32)
+    return image + (matrix * drawn).sum(1) / 2**18
+
+
+def erase(
+    key: Array,
+    image: Array,
+    probability: float,
+    share: tuple[float, float] = (0.02, 0.4),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Array:
+    """With that probability a box of noise, each value one of 0..255: [H W C] -> f32 [H W C].
+
+    Random erasing (https://arxiv.org/abs/1708.04896, algorithm 1), its shares of the area and
+    ratios of height to width. There a box that does not fit is drawn again with its corner, which
+    favours small ones; here ten sizes are drawn, and the first that fits is put anywhere.
+    """
+    height, width, _ = image.shape
+    key_coin, key_area, key_ratio, key_place, key_noise = jax.random.split(key, 5)
+    area = jax.random.uniform(key_area, (10,), minval=share[0], maxval=share[1]) * height * width
+    ratios = jax.random.uniform(key_ratio, (10,), minval=ratio[0], maxval=ratio[1])
+    h, w = jnp.round(jnp.sqrt(area * ratios)), jnp.round(jnp.sqrt(area / ratios))
+    fits = (h <= height) & (w <= width)
+    first = jnp.argmax(fits)
+    box = jnp.where(fits[first], jnp.stack([h[first], w[first]]), 0).astype(jnp.int32)
+    low = jax.random.randint(key_place, (2,), 0, jnp.array([height, width]) - box + 1)
+    noise = jax.random.randint(key_noise, image.shape, 0, 256).astype(jnp.float32)
+    box = jnp.where(jax.random.bernoulli(key_coin, probability), box, 0)
+    return jnp.where(_inside(low, box, height, width), noise, image)
+
+
+def _inside(low: Array, box: Array, height: int, width: int) -> Array:
+    """Where a box of height and width `box` [2] lies whose upper left corner is `low`: [H W 1]."""
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
-    inside = (y >= low[0]) & (y < low[0] + side) & (x >= low[1]) & (x < low[1] + side)
-    return jnp.where(inside[..., None], 0.0, image)
+    inside = (y >= low[0]) & (y < low[0] + box[0]) & (x >= low[1]) & (x < low[1] + box[1])
+    return inside[..., None]

@@ -19,6 +19,7 @@ from flax_cnns.data import images as img
 from flax_cnns.errors import UserError, did_you_mean
 
 TEST_SHARE = 0.2  # of the training images, where a data set has no test split
+COVARIANCE_OF = 2000  # images, evenly spread over those that are streamed
 EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
 
 
@@ -79,6 +80,8 @@ class Dataset:
     normalized_by: str  # where mean and std come from: published, training images, ImageNet
     splits: dict[str, Split]  # train, test, and validation if there is one
     eval_share: float = 1.0  # of the shorter side that evaluation sees
+    # [C C] of the training images' colours in 0..1; (): not needed, as data.augment.pca is off.
+    covariance: tuple[tuple[float, ...], ...] = ()
     # Images left out because they could not be decoded; it grows while a split is streamed.
     damaged: list[str] = dataclasses.field(default_factory=list)
 
@@ -153,6 +156,7 @@ def load(config: Any) -> Dataset:
 
     mean, std, normalized_by = _statistics(config, own, channels, splits["train"])
     return Dataset(
+        covariance=_covariance(config, size, channels, splits["train"]),
         name=config.name,
         num_classes=raw.num_classes,
         class_names=raw.class_names,
@@ -392,6 +396,40 @@ def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean), tuple(std)
 
 
+def _covariance(
+    config: Any, size: int, channels: int, train: Split
+) -> tuple[tuple[float, ...], ...]:
+    """Of the colours of all training images; of up to COVARIANCE_OF where they are streamed."""
+    if not config.augment.pca:
+        return ()
+    images = train.images
+    if images is None:
+        count = min(COVARIANCE_OF, len(train))
+        some = img.Subset(train.source, np.arange(count) * len(train) // count, "for colours")
+        images, _, _ = img.read_all(
+            some,
+            size,
+            channels,
+            share=1.0,
+            threads=config.threads,
+            skip_damaged=config.skip_damaged,
+        )
+    return covariance(images)
+
+
+def covariance(images: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """Between the channels of u8 [N H W C], over all pixels, of values in 0..1: [C C]."""
+    channels = images.shape[-1]
+    total, products = np.zeros(channels), np.zeros((channels, channels))
+    for start in range(0, len(images), 1024):
+        pixels = images[start : start + 1024].reshape(-1, channels) / 255
+        total += pixels.sum(0)
+        products += pixels.T @ pixels
+    count = images.size // channels
+    mean = total / count
+    return tuple(map(tuple, (products / count - np.outer(mean, mean)).tolist()))
+
+
 def _mock(config: Any) -> Dataset:
     """Random images of the data set's own classes and channels: nothing is read or downloaded."""
     num_classes, class_names, own = _facts(config)
@@ -420,6 +458,7 @@ def _mock(config: Any) -> Dataset:
         image_shape=(size, size, channels),
         mean=(0.5,) * channels,
         std=(0.2887,) * channels,  # 1/sqrt(12): uniform
+        covariance=_covariance(config, size, channels, splits["train"]),
         normalized_by="uniform noise",
         splits=splits,
     )

@@ -44,10 +44,20 @@ def fan_out_or_window(distribution: str) -> Callable:
     return init
 
 
-INITIALIZERS = {"he": he, "lecun": lecun, "xavier": xavier}
-
 # `gaussian(0.01)`: N(0, 0.01^2), what most papers before Xavier and He used.
 gaussian = jax.nn.initializers.normal
+
+# Saxe et al. 2013, https://arxiv.org/abs/1312.6120: a kernel as the matrix [k * k * input channels,
+# output channels] has orthonormal columns, or rows where it is wider than high.
+orthogonal = jax.nn.initializers.orthogonal()
+
+INITIALIZERS = {
+    "he": he,
+    "lecun": lecun,
+    "xavier": xavier,
+    "gaussian": gaussian(0.01),
+    "orthogonal": orthogonal,
+}
 
 
 def initializer(init: str | Callable, paper: Callable | None = None) -> Callable:

@@ -77,6 +77,7 @@ class Stage(nn.Module):
             x, _ = nn.scan(
                 lambda block, x, own: (run(block, x, own), None),
                 variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"layer_dropout": True},  # train/dropout.py's
                 length=stage.depth - 1,
             )(block, x, each)
             return x

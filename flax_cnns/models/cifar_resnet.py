@@ -4,10 +4,10 @@ The paper's are option A, no weight in a shortcut, which leaves open where the z
 one go: ours are behind the channels that there are. Where maps shrink the shortcut takes every
 second pixel ("stride of 2"). Beside them: the paper's plain networks; option B; CIFAR-100, which is
 He et al. 2016's; stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with
-p_L = 0.5, and with their shortcut, which takes means of 2x2; and by `norm="fixup"` Zhang et al.
-2019's without normalisation, https://arxiv.org/abs/1901.09321, section 4.1. Their code has no
-scalar in front of the first convolution, where the rule and we have one, and adds that of a block
-to a shortcut that changes shape.
+p_L = 0.5, and with their shortcut, which takes means of 2x2; ShakeDrop, as `pyramidnet` has it; and
+by `norm="fixup"` Zhang et al. 2019's without normalisation, https://arxiv.org/abs/1901.09321,
+section 4.1. Their code has no scalar in front of the first convolution, where the rule and we have
+one, and adds that of a block to a shortcut that changes shape.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class CifarResNet(nn.Module):
     drop_path: float = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drops
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
+    shake_drop: float = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
+    shake_drop_level: str = "image"  # or "batch", "channel", "pixel"
+    shake_drop_alpha: tuple[float, float] = (-1.0, 1.0)
+    shake_drop_beta: tuple[float, float] = (0.0, 1.0)
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
@@ -59,8 +63,10 @@ class CifarResNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         layers.check_stages(self.depths, self.widths)
-        if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
-            given = "drop_path" if self.drop_path else 'norm="fixup"'
+        needs = {"drop_path": self.drop_path, "shake_drop": self.shake_drop}
+        needs['norm="fixup"'] = self.norm == "fixup"
+        if self.shortcut == "none" and any(needs.values()):
+            given = next(name for name, on in needs.items() if on)
             raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = layers.initializer(self.kernel_init, paper=layers.he)
@@ -77,13 +83,15 @@ class CifarResNet(nn.Module):
             norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **types)
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)
         drops = layers.make_drops(self, self.depths, train)
+        shake_drops = layers.make_shake_drops(self, self.depths, train)
         conv = partial(conv, control_flow=layers.skips(self, train))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         given = dict(norm=norm, shortcut=self.shortcut, zero_init=self.zero_init)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
             block = partial(BasicBlock, width, **given)
             stride = 1 if i == 0 else 2
-            x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
+            this = stage(block, conv, depth, stride, name=f"stage{i + 1}")
+            x = this(x, drops[i], shake_drops[i])
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         return x if self.num_classes is None else head(self.num_classes, name="head")(x)
 

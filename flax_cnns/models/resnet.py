@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.types import Array, Dtype, ModuleDef, Paper
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper, PyTree
 
 PAPER = Paper(
     title="Deep Residual Learning for Image Recognition",
@@ -90,7 +90,7 @@ class BasicBlock(nn.Module):
     convs = 2  # of a branch
 
     @nn.compact
-    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+    def __call__(self, x: Array, drop: PyTree = None, shake_drop: PyTree = None) -> Array:
         if (self.groups, self.base_width) != (1, 64):
             raise UserError(
                 f"groups and base_width are a bottleneck's: got {self.groups} and "
@@ -103,7 +103,8 @@ class BasicBlock(nn.Module):
             y = nn.relu(self.norm(name="norm1")(y))
             y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
             y = self.norm(name="norm2", scale_init=last)(y)
-            return y if self.attention is None else self.attention(name="se")(y)
+            y = y if self.attention is None else self.attention(name="se")(y)
+            return layers.shake_drop(y, shake_drop)
 
         return nn.relu(add(self, branch, x, self.width, drop))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import Diverged
 from flax_cnns.train import metrics
 from flax_cnns.types import Array, PyTree
 
@@ -150,7 +150,7 @@ def train(
     `time.perf_counter()` from which the time to the first step counts.
 
     Metrics are fetched, and logged, while the next step runs, so that the device never waits for
-    Python; only before a validation or a save are they all fetched at once. Raises `UserError`
+    Python; only before a validation or a save are they all fetched at once. Raises `Diverged`
     after `max_bad_steps` steps in a row whose gradients were not finite.
     """
     late: collections.deque[tuple[int, dict[str, Array], bool]] = collections.deque()
@@ -167,7 +167,7 @@ def train(
         host.bad_steps += bad
         host.bad_in_a_row = host.bad_in_a_row + 1 if bad else 0
         if max_bad_steps and host.bad_in_a_row >= max_bad_steps:
-            raise UserError(
+            raise Diverged(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
                 f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
                 "now), warm up longer, or set optimizer.clip_norm, in another --workdir"
@@ -180,6 +180,8 @@ def train(
         record = metrics.compute(window, "train/")
         good = window["steps"] - window["bad"] if "steps" in window else 0.0
         record["norm/grads"] = window["norm"] / good if good else float("nan")
+        if "l2" in window:
+            record["train/l2"] = window["l2"] / good if good else float("nan")
         record["learning_rate"] = window["rate"]
         record["bad_steps"] = window["bad"]
         if (images_per_second := pace.lap()) is not None:

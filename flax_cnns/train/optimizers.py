@@ -18,7 +18,7 @@ import optax
 
 from flax_cnns import pytree
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.train import batchnorm
+from flax_cnns.train import batchnorm, regularizers
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
@@ -26,10 +26,16 @@ NAMES = ("sgd", "adam", "adamw", "rmsprop", "lamb")
 
 
 class Optimizer(NamedTuple):
-    tx: optax.GradientTransformationExtraArgs  # over the trainable leaves; update(..., step=)
+    # Over the trainable leaves; update(..., step=, key=), the key being for gradient noise.
+    tx: optax.GradientTransformationExtraArgs
     trainable: PyTree  # bools in the shape of params
     learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
     norms: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm.MODES)
+    # Of the trainable leaves, None where it is off: what L2 adds to the loss; max-norm, which
+    # follows the update; SAM's radius.
+    penalty: Callable[[PyTree], Array] | None = None
+    constrain: Callable[[PyTree], PyTree] | None = None
+    sam: float = 0.0
 
     def init(self, params: PyTree) -> PyTree:
         """The optimizer's state for `params`: frozen leaves take no memory."""
@@ -55,6 +61,19 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _beside(
+    chain: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds what `chain` makes of no gradient at all to the updates that it is given."""
+
+    def update(updates, state, params=None, **extra):
+        nothing = jax.tree.map(jnp.zeros_like, updates)
+        more, state = chain.update(nothing, state, params, **extra)
+        return jax.tree.map(jnp.add, updates, more), state
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def _scale_by_trust_ratio() -> optax.GradientTransformation:
@@ -113,6 +132,15 @@ def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> Py
     return pytree.mask(spec, params, what=what, prefix="params/")
 
 
+def _max_norm(spec: tuple, params: PyTree, trainable: PyTree) -> Callable[[PyTree], PyTree] | None:
+    """`config.max_norm`, whose rules decide kernels alone: no bias, no norm layer, no token."""
+    kernels = {p: leaf for p, leaf in pytree.flatten(params).items() if p.endswith("kernel")}
+    limits = per_parameter(spec, pytree.unflatten(kernels), what="optimizer.max_norm", default=0.0)
+    learns = pytree.flatten(trainable)
+    limits = {p: v for p, v in pytree.flatten(limits).items() if learns[p] and np.any(v)}
+    return regularizers.max_norm(limits) if limits else None
+
+
 # Layers that stand one behind another inside a part of a network; branches do not.
 _LAYER = re.compile(r"([^/]+/(?:block|layer|normal|highway)\d+|[^/]*)(?:/.*)?")
 
@@ -150,6 +178,10 @@ def make(
 
     `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below, for
     `layer_decay`.
+
+    Decoupled weight decay is multiplied by the learning rate, as in optax and PyTorch (and not by
+    the schedule alone, as Loshchilov & Hutter 2019 write it), and stays out of every momentum.
+    Gradient noise follows clipping, so that its size is its own.
 
     rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
     squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
@@ -193,28 +225,47 @@ def make(
     momentum = (
         optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
     )
+    scaled = [scale_parts, rate]
     match config.name:
         case "sgd":
-            chain = [add_decay, momentum, scale_parts, rate]
-        case "adam":
-            chain = [add_decay, adam, scale_parts, rate]
-        case "adamw":
-            chain = [adam, add_decay, scale_parts, rate]
+            before, after = [momentum], scaled
+        case "adam" | "adamw":
+            before, after = [adam], scaled
         case "lamb":
-            chain = [adam, add_decay, _scale_by_trust_ratio(), scale_parts, rate]
+            before, after = [adam], [_scale_by_trust_ratio(), *scaled]
         case "rmsprop":
             rms = optax.scale_by_rms(
                 config.decay_rate, config.eps, initial_scale=1.0, eps_in_sqrt=True
             )
-            chain = [add_decay, rms, scale_parts, rate, momentum]
+            before, after = [rms], [*scaled, momentum]
         case other:
             raise UserError(f"optimizer.name: unknown {other!r}{did_you_mean(other, NAMES)}")
+    mode = config.weight_decay_mode
+    if mode == "auto":
+        mode = "decoupled" if config.name in ("adamw", "lamb") else "coupled"
+    if mode == "coupled":
+        chain = [add_decay, *before, *after]
+    elif config.name == "rmsprop":  # its momentum comes last
+        chain = [*before, *after, _beside(optax.chain(add_decay, *scaled))]
+    else:
+        chain = [*before, add_decay, *after]
+    if config.grad_noise:
+        chain.insert(0, regularizers.gradient_noise(config.grad_noise, config.grad_noise_decay))
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
 
     def learning_rate(step: Array, opt_state: PyTree) -> Array:
-        (plateau,) = _plateau_states(opt_state)
+        plateau, *_ = _plateau_states(opt_state)  # a second one, if any, is the same
         return schedule(step) * plateau.scale
 
     tx = optax.with_extra_args_support(optax.chain(*chain))
-    return Optimizer(tx, trainable, learning_rate, norms)
+    l2 = over_trainable(config.l2, "l2", 0.0)
+    return Optimizer(
+        tx,
+        trainable,
+        learning_rate,
+        norms,
+        penalty=regularizers.l2(l2) if any(np.any(a) for a in jax.tree.leaves(l2)) else None,
+        constrain=_max_norm(config.max_norm, params, trainable),
+        sam=config.sam,
+    )

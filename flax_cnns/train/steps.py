@@ -4,7 +4,8 @@ Both run inside `parallel.parallelize`, which names the mapped axis. Random stre
 `fold_in` of the run's key with a stream's constant and the step, so nothing is stored.
 
 - augment: then with the image's place in the global batch, so that device counts agree;
-- mix, shared: the same on every device, for what concerns the batch or a whole branch;
+- mix, shared, noise: the same on every device, for what concerns the batch, a whole branch, or
+  the gradient;
 - dropout: then with the device, different on each.
 """
 
@@ -15,18 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from flax_cnns import pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import batchnorm, losses, metrics
+from flax_cnns.train import batchnorm, losses, metrics, regularizers
 from flax_cnns.train.optimizers import Optimizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, Batch, PyTree
 
-_AUGMENT, _MIX, _SHARED, _DROPOUT = range(4)
+_AUGMENT, _MIX, _SHARED, _DROPOUT, _NOISE = range(5)
 
 Augment = Callable[[Array, Array], Array]  # images, a key an image -> images
 Mix = Callable[[Array, Array, Array], tuple[Array, Array]]  # images, labels, key -> images, soft
@@ -41,12 +43,46 @@ def prepare(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """(images f32 [n H W C], soft labels [n K], the network's keys) of a device in a step."""
     device, n = lax.axis_index(axis_name), batch["label"].shape[0]
-    places = device * n + jnp.arange(n)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
-    images = augment(batch["image"], keys)
+    images = augment(batch["image"], image_keys(key, step, device * n, n))
     images, labels = mix(images, batch["label"], stream(key, _MIX, step))
     dropout = jax.random.fold_in(stream(key, _DROPOUT, step), device)
     return images, labels, {"shared": stream(key, _SHARED, step), "dropout": dropout}
+
+
+def image_keys(key: Array, step: Array, first: Array, n: int) -> Array:
+    """[n] keys, of the places from `first` on in the global batch of a step."""
+    places = first + jnp.arange(n)
+    return jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
+
+
+def make_loader_augment(
+    augment: Augment, seed_key: Callable[[], Array], *, first: int
+) -> Callable[[Batch, int], Batch]:
+    """`augmented(batch, step)`: what `prepare` does to the images of that step, done on the CPU,
+    for the loader's thread; for a CPU it is the same to the bit.
+
+    `seed_key()` makes the run's key; this process's rows start at `first` in the global batch.
+    Raises `UserError` where JAX has no CPU.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            "data.augment.where='loader' needs JAX's CPU beside the accelerator: add it to "
+            "JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
+        ) from None
+    with jax.default_device(cpu):
+        key = seed_key()
+
+    @jax.jit
+    def of_images(images: Array, key: Array, step: Array) -> Array:
+        return augment(images, image_keys(key, step, first, len(images)))
+
+    def augmented(batch: Batch, step: int) -> Batch:
+        images, at = jax.device_put((batch["image"], np.int32(step)), cpu)
+        return batch | {"image": np.asarray(of_images(images, key, at))}
+
+    return augmented
 
 
 def aux_loss(
@@ -84,8 +120,15 @@ def make_train_step(
     batch: {"image" u8 [n H W C], "label" i32 [n]}, n examples a device; key: the run's, always the
     same. `augment(images, keys)` takes a key an image; `mix(images, labels, key)` gives soft labels
     [n K]. Sums are of the whole global batch: loss, correct, count (metrics.py), "bad" (1 when the
-    gradient, the loss or the statistics were not finite: then nothing but `step` changes), "norm"
-    and "rate". `accumulate` cuts each device's examples into that many pieces, one after another.
+    gradient, the loss or the statistics were not finite: then nothing but `step` changes), "norm",
+    "rate", and "l2" where there is a penalty (it is no part of "loss", as auxiliary heads are none
+    of it; "norm" is of the gradient of it all). `accumulate` cuts each device's examples into that
+    many pieces, one after another.
+
+    With `optimizer.sam` the gradient is that at the point that `regularizers.ascend` finds: from
+    the same images and random keys, by the gradient of the whole global batch (of all devices: in
+    the paper each climbs by its own, and their number matters). Statistics and sums are those of
+    the weights themselves, and neither L2 nor weight decay is of the point (equation 1).
 
     Raises `UserError` while tracing where the pieces do not divide.
     """
@@ -121,18 +164,18 @@ def make_train_step(
             sums = metrics.sums(each, logits, jnp.argmax(labels, -1))
             return total, (updates.get("batch_stats", batch_stats), sums)
 
-        def one(carry, piece):
-            batch_stats, grads = carry
-            piece_grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(
-                trainable, batch_stats, *piece
-            )
-            return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
+        def gradients(trainable):
+            """(gradients, statistics, sums) of this device's examples."""
+            slope = jax.grad(loss_fn, has_aux=True)
+            if accumulate == 1:
+                grads, (batch_stats, sums) = slope(trainable, state.batch_stats, images, labels, 0)
+                return grads, batch_stats, sums
 
-        if accumulate == 1:
-            grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(
-                trainable, state.batch_stats, images, labels, 0
-            )
-        else:
+            def one(carry, piece):
+                batch_stats, grads = carry
+                piece_grads, (batch_stats, sums) = slope(trainable, batch_stats, *piece)
+                return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
+
             # Unrolled on CPU, where XLA's convolutions are many times slower inside a loop.
             (batch_stats, grads), sums = lax.scan(
                 one,
@@ -141,15 +184,27 @@ def make_train_step(
                 unroll=accumulate if jax.default_backend() == "cpu" else 1,
             )
             grads = jax.tree.map(lambda g: g / accumulate, grads)
-            sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+            return grads, batch_stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+
+        grads, batch_stats, sums = gradients(trainable)
+        if optimizer.sam:
+            uphill = lax.pmean(grads, axis_name)
+            grads, _, _ = gradients(regularizers.ascend(trainable, uphill, optimizer.sam))
 
         # With local statistics the variances are averaged: what each device normalised by.
         moved, kept = pytree.partition(batch_stats, moves)
         grads, moved = lax.pmean((grads, moved), axis_name)
         sums = lax.psum(sums, axis_name)
+        if optimizer.penalty is not None:
+            sums["l2"], slope = jax.value_and_grad(optimizer.penalty)(trainable)
+            grads = jax.tree.map(jnp.add, grads, slope)
         norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.tx.update(grads, state.opt_state, trainable, step=state.step)
+        updates, opt_state = optimizer.tx.update(
+            grads, state.opt_state, trainable, step=state.step, key=stream(key, _NOISE, state.step)
+        )
         trainable = optax.apply_updates(trainable, updates)
+        if optimizer.constrain is not None:
+            trainable = optimizer.constrain(trainable)
         # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
         # new parameters are watched too: a huge rate overflows with gradients that are finite.
         # (One sum of squares: a flag for each leaf makes XLA's CPU compiler very slow.)

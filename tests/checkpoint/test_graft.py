@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_cnns import FRESH, create_model, graft, init_variables, registry
-from flax_cnns.checkpoint import manager, sources
+from flax_cnns.checkpoint import reading, sources
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import flatten
@@ -223,9 +223,9 @@ def test_the_target_keeps_its_dtypes_and_shardings(run):
 
 def test_only_the_wanted_leaves_are_read(run, monkeypatch):
     asked = []
-    read = manager.read_leaves
+    read = reading.read_leaves
     monkeypatch.setattr(
-        manager, "read_leaves", lambda path, paths: asked.append(set(paths)) or read(path, paths)
+        reading, "read_leaves", lambda path, paths: asked.append(set(paths)) or read(path, paths)
     )
 
     def bytes_read():
@@ -320,8 +320,8 @@ def test_a_network_of_bgr_images_is_told_by_the_means_of_rgb():
     seen = preprocessing("vgg16", "keras")._asdict()
     assert sources._trained_on("vgg16", "keras", seen) == (
         "keras's vgg16 was trained on BGR images of 224 pixels with data.mean=(0.485, 0.458,"
-        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB, which its first layer"
-        " has to unlearn"
+        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB: its first layer has to"
+        " learn the other order, and where it is frozen the network sees red as blue"
     )
 
 
@@ -476,7 +476,7 @@ def test_a_small_file_that_declares_huge_arrays(tmp_path):
     target = {"params": {"head": {"kernel": np.ones(4, np.float32)}}}
     assert "is [4] here and [1099511627776] there" in misuse(tmp_path, [ALL], target)
     with pytest.raises(UserError, match=r"declares arrays of 4,398,046,511,104 bytes in files of"):
-        manager.read_leaves(tmp_path, ["params/head/kernel"])
+        reading.read_leaves(tmp_path, ["params/head/kernel"])
 
 
 def test_a_save_that_was_never_finished(run, tmp_path):

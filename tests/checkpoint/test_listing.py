@@ -1,13 +1,14 @@
 """experiments.inspect's listing: what it shows, that it reads nothing, and what it verifies."""
 
 import io
+import json
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from flax_cnns.checkpoint import manager
+from flax_cnns.checkpoint import manager, reading
 from flax_cnns.checkpoint.listing import print_listing
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
@@ -46,9 +47,9 @@ def misuse(source, **options):
 
 
 def test_the_tree_is_listed_and_no_array_read(run, monkeypatch):
-    monkeypatch.setattr(manager, "read_leaves", None)
+    monkeypatch.setattr(reading, "read_leaves", None)
     lines = listing(run)
-    on_disk = manager.bytes_on_disk(run)
+    on_disk = reading.bytes_on_disk(run)
     assert lines[:3] == [
         f"{run}/checkpoints/7/state",
         "step 7, validation/accuracy 0.9",
@@ -116,6 +117,10 @@ def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):
         " data.mean=(0.498, 0.498, 0.498), data.std=(0.502, 0.502, 0.502)",
     ]
     assert lines[-1] == "read, and equal to their CRC32s"
+    # Somebody else's file of that name says nothing, and is no mistake.
+    for other in ({"model": "lite"}, about | {"preprocessing": {"size": 224}}):
+        (tmp_path / "theirs/about.json").write_text(json.dumps(other))
+        assert "trained on" not in listing(tmp_path / "theirs")[1]
 
 
 def test_a_tree_in_memory():

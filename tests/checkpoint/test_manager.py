@@ -15,15 +15,10 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_cnns.checkpoint import manager
-from flax_cnns.checkpoint.manager import (
-    Checkpoints,
-    DamagedError,
-    read_leaves,
-    read_metadata,
-    read_tree,
-    resolve,
-)
+from flax_cnns.checkpoint import finding
+from flax_cnns.checkpoint.finding import DamagedError, resolve
+from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.checkpoint.reading import read_leaves, read_metadata, read_tree
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import flatten, stack_blocks
 
@@ -375,16 +370,16 @@ def test_reading_a_part(run):
 def test_opening_for_reading_makes_nothing(run):
     everything = lambda: sorted(map(str, run.rglob("*")))  # noqa: E731
     before = everything()
-    assert manager.steps(run) == manager.steps(run / "checkpoints") == [1, 2, 3]
-    assert (manager.latest_step(run), manager.best_step(run)) == (3, 1)
-    assert manager.read_metrics(run, 2)["validation/accuracy"] == 0.5
+    assert finding.steps(run) == finding.steps(run / "checkpoints") == [1, 2, 3]
+    assert (finding.latest_step(run), finding.best_step(run)) == (3, 1)
+    assert finding.read_metrics(run, 2)["validation/accuracy"] == 0.5
     assert resolve(run) == resolve(f"{run}@best") == run / "checkpoints/1/state"
     assert resolve(f"{run}@latest") == resolve(f"{run}@3") == run / "checkpoints/3/state"
     assert resolve(run / "checkpoints/2") == resolve(f"{run}@2")
     assert everything() == before
     empty = run.parent / "empty"
-    assert manager.steps(empty) == []
-    assert manager.latest_step(empty) is manager.best_step(empty) is None
+    assert finding.steps(empty) == []
+    assert finding.latest_step(empty) is finding.best_step(empty) is None
     assert not empty.exists()
 
 
@@ -405,7 +400,7 @@ def test_sources_that_are_not_there(run):
 def test_what_kill_9_left_is_cleared_away(run):
     left = run / "checkpoints/4.orbax-checkpoint-tmp"
     (left / "state.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert manager.latest_step(run) == 3
+    assert finding.latest_step(run) == 3
     with Checkpoints(run / "checkpoints") as checkpoints:
         checkpoints.save(4, make_state(4), host={})
         checkpoints.wait()
@@ -472,7 +467,7 @@ def test_leaving_waits_and_does_not_hide_what_was_raised(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert manager.steps(tmp_path) == [1]
+    assert finding.steps(tmp_path) == [1]
 
 
 def test_settings_are_checked(tmp_path):

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 
-from flax_cnns.checkpoint.manager import Checkpoints, read_leaves
+from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.checkpoint.reading import read_leaves
 
 SCRIPT = r"""
 import sys
@@ -34,16 +35,17 @@ with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.wait()
     assert checkpoints.steps() == [1, 2, 3], checkpoints.steps()
     # What only one of them can read, both leave.
-    import flax_cnns.checkpoint.manager as manager
-    read = manager.read_leaves
+    from flax_cnns.checkpoint import reading
+    from flax_cnns.errors import UserError
+    read = reading.read_leaves
     def read_with_one_bad_eye(path, paths):
         if jax.process_index() == 1 and "/3/" in str(path):
-            raise manager.DamagedError("bad eye")
+            raise reading.DamagedError("bad eye")
         return read(path, paths)
-    manager.read_leaves = read_with_one_bad_eye
+    reading.read_leaves = read_with_one_bad_eye
     try:
         checkpoints.restore(state(0), 3)
-    except manager.UserError as error:
+    except UserError as error:
         print("raised", error, file=sys.stderr)
     restored, host, step = checkpoints.restore(state(0))
     assert (step, host, value(restored)) == (2, {"step": 2}, 2)

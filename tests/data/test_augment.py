@@ -1,5 +1,7 @@
 """What augmentation does to an image, and on what it depends."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,23 +12,38 @@ from configs.common import get_config
 from flax_cnns.data import augment
 from flax_cnns.errors import UserError
 
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 SHAPE = (12, 10, 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, *SHAPE), np.uint8)
 KEYS = jax.random.split(jax.random.key(0), len(IMAGES))
-ALL = dict(pad_crop=2, flip=True, rotate=20.0, scale=0.2, random_resized_crop=(0.2, 1.0), cutout=4)
+ALL = dict(
+    **dict(pad_crop=2, flip=True, rotate=20.0, scale=0.2, random_resized_crop=(0.2, 1.0), cutout=4),
+    **dict(erase=0.5, randaugment=(1, 9), pca=0.1),
+)
+ERASE = dict(erase=0.5)
+COVARIANCE = np.array([[0.06, 0.05, 0.04], [0.05, 0.06, 0.05], [0.04, 0.05, 0.07]])
 
 
-def make(cropped=False, **fields):
+def make(cropped=False, shape=SHAPE, **fields):
     config = get_config().data.augment
     with config.unlocked():
         config.update(fields)
-    return augment.make_augment(config, image_shape=SHAPE, mean=MEAN, std=STD, cropped=cropped)
+    channels = shape[-1]
+    return augment.make_augment(
+        config,
+        image_shape=shape,
+        mean=MEAN[:channels],
+        std=STD[:channels],
+        covariance=COVARIANCE[:channels, :channels],
+        cropped=cropped,
+    )
 
 
 def plain(**fields):
     """Without normalisation, in 0..255: what was done to the pixels."""
-    function = jax.jit(make(normalize=False, **fields))
+    function = quick_jit(make(normalize=False, **fields))
     return lambda images=IMAGES, keys=KEYS: np.asarray(function(images, keys) * 255)
 
 
@@ -85,11 +102,13 @@ def test_rotation_and_scale_agree_with_scipy():
 
     image = IMAGES[0].astype(np.float32)
     rng = np.random.default_rng(0)
-    y, x = rng.uniform(-3, 14, (2, 30, 30)).astype(np.float32)
+    y, x = rng.integers(-3 * 256, 14 * 256, (2, 30, 30))
     ours = augment.bilinear(jnp.asarray(IMAGES[0]), y, x)
     theirs = np.stack(
         [
-            map_coordinates(image[..., c], [y, x], order=1, mode="grid-constant", cval=0)
+            map_coordinates(
+                image[..., c], [y / 256, x / 256], order=1, mode="grid-constant", cval=0
+            )
             for c in range(3)
         ],
         axis=-1,
@@ -124,8 +143,7 @@ def test_random_resized_crop_of_everything_is_the_image_and_of_a_part_a_part():
 
 
 def test_cutout_sets_a_square_to_the_mean():
-    normalized = np.asarray(make()(IMAGES, KEYS))
-    cut = np.asarray(make(cutout=4)(IMAGES, KEYS))
+    normalized, cut = (np.asarray(quick_jit(make(cutout=n))(IMAGES, KEYS)) for n in (0, 4))
     hole = (cut != normalized).any(-1)
     assert (cut[hole] == 0).all()
     sizes = hole.sum((1, 2))
@@ -133,20 +151,79 @@ def test_cutout_sets_a_square_to_the_mean():
     assert (sizes >= 4).all()  # its centre is inside
 
 
+def test_erasing_puts_a_whole_box_of_noise_into_some_images():
+    shape, n = (20, 16, 1), 400
+    keys = jax.random.split(jax.random.key(4), n)
+    # Brighter than any noise, so that what was erased shows.
+    images = np.full((n, *shape), 300.0, np.float32)
+    draw = quick_jit(jax.vmap(lambda key, image: augment.erase(key, image, 0.4)))
+    out = np.asarray(draw(keys, images))[..., 0]
+    hole = out < 300
+    some = hole.any((1, 2))
+    assert abs(some.mean() - 0.4) < 0.08
+    shares, ratios = [], []
+    for box in hole[some]:
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        whole = np.zeros_like(box)
+        whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        np.testing.assert_array_equal(box, whole)
+        shares.append(box.mean())
+        ratios.append(len(rows) / len(columns))
+    # Sides are whole pixels: 0.02 of 320 is 6.4, which 2 x 3 come next to.
+    assert 0.01 < min(shares) < 0.06
+    assert 0.33 < max(shares) < 0.45
+    assert 0.25 < min(ratios) < 0.7
+    assert 2 < max(ratios) < 4
+    assert hole.any(0).all()  # it comes everywhere
+    noise = out[hole]
+    assert noise.min() < 5
+    assert noise.max() in range(251, 256)
+    assert abs(noise.mean() - 127.5) < 3
+
+
+def test_pca_adds_one_colour_along_the_principal_components():
+    normal = plain(pca=0.1)
+    keys = jax.random.split(jax.random.key(5), 3000)
+    images = np.broadcast_to(IMAGES[0], (3000, *SHAPE))
+    added = normal(images, keys) - IMAGES[0]
+    assert np.ptp(added, axis=(1, 2)).max() < 1e-3  # every pixel alike
+    drawn = added[:, 0, 0] / 255
+    values, vectors = np.linalg.eigh(COVARIANCE)
+    along = drawn @ vectors  # the paper's alpha times the eigenvalue
+    np.testing.assert_allclose(along.std(0), 0.1 * values, rtol=0.06)
+    np.testing.assert_allclose(np.corrcoef(along.T), np.eye(3), atol=0.08)
+    assert abs(along.mean(0) / along.std(0)).max() < 0.08
+
+
+def test_grey_images_have_all_of_it():
+    out = jax.eval_shape(make(shape=(12, 10, 1), **ALL), IMAGES[..., :1], KEYS)
+    assert out.shape == (16, 12, 10, 1)
+    light = quick_jit(make(shape=(12, 10, 1), pca=0.5, normalize=False))(IMAGES[..., :1], KEYS)
+    added = np.asarray(light) - IMAGES[..., :1] / 255  # the one component is the light itself
+    assert np.ptp(added, axis=(1, 2)).max() < 1e-5
+    assert 0.3 < added[:, 0, 0].std() / (0.5 * 0.06) < 2
+
+
+def test_what_is_on_draws_the_same_beside_others():
+    rest = dict(pad_crop=2, flip=True)
+    without, erased = (np.asarray(quick_jit(make(**f))(IMAGES, KEYS)) for f in (rest, rest | ERASE))
+    changed = (without != erased).any(-1)
+    assert 2 < changed.any((1, 2)).sum() < 14  # of 16
+    assert not changed.all((1, 2)).any()
+
+
 def test_an_image_depends_on_its_own_key_not_on_its_place():
-    function = jax.jit(make(**ALL))
+    function = quick_jit(make(**ALL))
     out = function(IMAGES, KEYS)
     order = np.random.default_rng(0).permutation(len(IMAGES))
     np.testing.assert_allclose(function(IMAGES[order], KEYS[order]), out[order], atol=1e-5)
-    halves = [function(IMAGES[i : i + 8], KEYS[i : i + 8]) for i in (0, 8)]  # as on two devices
-    np.testing.assert_allclose(np.concatenate(halves), out, atol=1e-5)
     twice = function(np.repeat(IMAGES[:1], 16, 0), KEYS)
     assert len(np.unique(np.asarray(twice).reshape(16, -1), axis=0)) == 16
 
 
 def test_shapes_are_static():
     chex.clear_trace_counter()
-    function = jax.jit(chex.assert_max_traces(make(**ALL), n=1))
+    function = quick_jit(chex.assert_max_traces(make(**ALL), n=1))
     for epoch in range(3):
         out = function(IMAGES, jax.random.split(jax.random.key(epoch), 16))
         assert out.shape == IMAGES.shape
@@ -164,6 +241,11 @@ def test_what_the_loader_has_cropped_is_not_cropped_again():
         ("pad_crop", 10, r"pad_crop=10 is as large as the image \(12x10\)"),
         ("cutout", -1, "must not be negative"),
         ("scale", 1.5, "0.1 means 0.9 to 1.1"),
+        ("erase", 1.5, "a probability"),
+        ("pca", -0.1, "a standard deviation, 0 to 1"),
+        ("pca", 1.5, "a standard deviation, 0 to 1"),
+        ("randaugment", (2,), r"number of operations, magnitude"),
+        ("randaugment", (2, 31), r"within 0\.\.30"),
         ("random_resized_crop", (0.5,), "smallest, largest"),
         ("random_resized_crop", (0.5, 0.2), "smallest, largest"),
     ],

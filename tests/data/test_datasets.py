@@ -98,6 +98,23 @@ def test_memory_limit_and_random_crops_decide_what_streams(monkeypatch, config):
 
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
+def test_the_colours_covariance_is_made_where_pca_wants_it(monkeypatch, config, in_memory):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=50, test=10))
+    config.name, config.image_size, config.in_memory = "own", 8, in_memory
+    assert datasets.load(config).covariance == ()
+    config.augment.pca = 0.1
+    dataset = datasets.load(config)
+    source = dataset.splits["train"].source
+    images = dataset.splits["train"].images
+    if images is None:
+        images = np.stack([img.read(source, i, 8, 3)[0] for i in range(len(source))])
+    expected = np.cov(images.reshape(-1, 3).T / 255, bias=True)
+    np.testing.assert_allclose(dataset.covariance, expected, rtol=1e-9)
+    config.channels = 1
+    assert np.shape(datasets.load(config).covariance) == (1, 1)
+
+
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
 def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory):
     """Of 100 classes, whose names are their numbers' squares, three in an order of our own."""
     labels = np.arange(400, dtype=np.int32) % 100

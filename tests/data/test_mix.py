@@ -13,8 +13,9 @@ LABELS = np.array([0, 1, 2, 3, 3, 0], np.int32)
 KEY = jax.random.key(0)
 
 
-def make(label_smoothing=0.0, mixup=0.0):
-    return mix.make_mix(ConfigDict(dict(label_smoothing=label_smoothing, mixup=mixup)), 4)
+def make(**fields):
+    off = dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+    return mix.make_mix(ConfigDict(off | fields), 4)
 
 
 def test_all_off_is_one_hot_and_leaves_the_images_alone():
@@ -39,8 +40,54 @@ def test_mixup_blends_neighbours_by_one_weight():
     np.testing.assert_allclose(soft, weight * one_hot + (1 - weight) * one_hot[partner], atol=1e-6)
 
 
-def test_mixup_on_two_devices_is_mixup_on_one():
-    function = make(label_smoothing=0.1, mixup=1.0)
+def seen(function, count=200, height=9, width=6):
+    """(images, labels' own weights) of many keys, where neighbours are all 0 and all 1."""
+    images = np.broadcast_to(np.arange(2.0)[:, None, None, None], (2, height, width, 1))
+    draw = jax.jit(jax.vmap(lambda key: function(images.astype(np.float32), np.arange(2), key)))
+    images, soft = draw(jax.random.split(KEY, count))
+    return np.asarray(images[..., 0]), np.asarray(soft[:, 0, 0])
+
+
+def test_cutmix_puts_one_box_of_the_neighbour_and_weighs_labels_by_its_area():
+    images, own = seen(make(cutmix=1.0))
+    np.testing.assert_array_equal(images[:, 1], 1 - images[:, 0])  # the same box in both
+    foreign = images[:, 0] == 1
+    assert (foreign | (images[:, 0] == 0)).all()  # nothing is blended
+    np.testing.assert_allclose(own, 1 - foreign.mean((1, 2)), atol=1e-6)
+    for box in foreign:  # as wide in each row that has some, and in one piece
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        whole = np.zeros_like(box)
+        if len(rows):
+            whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+        np.testing.assert_array_equal(box, whole)
+    everywhere = foreign.mean(0)
+    assert everywhere.min() > 0.05
+    assert len(np.unique(own)) > 20
+
+
+def test_cutmix_of_a_box_that_is_not_cut_off_has_the_drawn_area():
+    draw = jax.jit(jax.vmap(lambda key: mix.cutmix_weights(key, 50.0, 200, 100)))
+    pixels, share = draw(jax.random.split(KEY, 100))
+    inside = [box for box in np.asarray(pixels)[..., 0] if box[0].all() and box[:, 0].all()]
+    inside = [box for box in inside if box[-1].all() and box[:, -1].all()]
+    assert len(inside) > 2
+    # Beta(50, 50) lies close about 1/2: sides of sqrt(1/2).
+    np.testing.assert_allclose(np.mean([(box == 0).mean() for box in inside]), 0.5, atol=0.05)
+    box = inside[0]
+    assert np.isclose((box == 0).any(1).mean(), (box == 0).any(0).mean(), atol=0.02)
+    assert (np.asarray(share) >= 0.35).all()
+
+
+def test_mixup_and_cutmix_take_turns():
+    images, own = seen(make(mixup=1.0, cutmix=1.0), count=400)
+    blended = ((images > 0) & (images < 1)).any((1, 2, 3))
+    assert 150 < blended.sum() < 250
+    np.testing.assert_allclose(1 - images[:, 0].mean((1, 2)), own, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [dict(mixup=1.0), dict(cutmix=1.0), dict(mixup=1.0, cutmix=1.0)])
+def test_mixing_on_two_devices_is_mixing_on_one(fields):
+    function = make(label_smoothing=0.1, **fields)
     images, soft = function(IMAGES[:4], LABELS[:4], KEY)
     halves = [function(IMAGES[i : i + 2], LABELS[i : i + 2], KEY) for i in (0, 2)]
     np.testing.assert_allclose(np.concatenate([h[0] for h in halves]), images, atol=1e-6)
@@ -54,12 +101,13 @@ def test_the_weight_is_beta_distributed():
     assert abs(weights.var() - 1 / (4 * (2 * 0.5 + 1))) < 0.01  # a^2 / ((2a)^2 (2a + 1))
 
 
-def test_mixup_of_an_odd_batch_says_so():
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_an_odd_batch_cannot_be_paired(name):
     with pytest.raises(UserError, match="even number of images; got 5"):
-        make(mixup=0.4)(IMAGES[:5], LABELS[:5], KEY)
+        make(**{name: 0.4})(IMAGES[:5], LABELS[:5], KEY)
 
 
-@pytest.mark.parametrize("fields", [dict(label_smoothing=1.0), dict(mixup=-0.1)])
+@pytest.mark.parametrize("fields", [dict(label_smoothing=1.0), dict(mixup=-0.1), dict(cutmix=-1.0)])
 def test_values_that_make_no_sense(fields):
     with pytest.raises(UserError):
         make(**fields)

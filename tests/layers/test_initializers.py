@@ -13,13 +13,25 @@ from flax_cnns.layers import caffe_xavier, gaussian, head_initializer, initializ
 
 @pytest.mark.parametrize(
     ("name", "std"),
-    [("he", np.sqrt(2 / (3 * 3 * 128))), ("lecun", np.sqrt(1 / (3 * 3 * 64)))],
+    [
+        ("he", np.sqrt(2 / (3 * 3 * 128))),
+        ("lecun", np.sqrt(1 / (3 * 3 * 64))),
+        ("gaussian", 0.01),
+    ],
 )
 def test_standard_deviation_of_a_kernel(name, std):
     kernel = initializer(name)(jax.random.key(0), (3, 3, 64, 128), jnp.float32)
     assert np.std(kernel) == pytest.approx(std, rel=0.02)
     # Not truncated at two standard deviations: 0.27 % of a normal distribution is beyond three.
     assert np.mean(np.abs(kernel) > 3 * std) == pytest.approx(0.0027, rel=0.2)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 16), (1, 1, 16, 8), (1, 1, 8, 16)])
+def test_orthogonal_kernels_are_orthogonal_matrices(shape):
+    matrix = initializer("orthogonal")(jax.random.key(0), shape, jnp.float32)
+    matrix = np.reshape(matrix, (-1, shape[-1]))
+    high = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    np.testing.assert_allclose(high.T @ high, np.eye(high.shape[1]), atol=1e-5)
 
 
 def test_takes_a_function_or_a_known_name():

@@ -241,10 +241,11 @@ def test_a_plain_network_has_no_shortcut():
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, IMAGES), 0)
 
 
-def test_evaluation_counts_each_branch_by_its_survival(variables):
+@pytest.mark.parametrize("field", ["drop_path", "shake_drop"])
+def test_evaluation_counts_each_branch_by_its_survival(variables, field):
     """p_l = 1 - l/L (1 - p_L): what the last norm of a branch gives is linear in its scale and its
     bias, so that they may be multiplied in its place."""
-    model = create_model("cifar_resnet20", **TINY, drop_path=0.5)
+    model = create_model("cifar_resnet20", **TINY, **{field: 0.5})
     fresh = init_variables(model, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, fresh, variables)
     rng, flat = np.random.RandomState(1), pytree.flatten(variables)
@@ -263,10 +264,10 @@ def test_evaluation_counts_each_branch_by_its_survival(variables):
     assert np.abs(found - jax.jit(full.apply)(given, IMAGES)).max() > 0.01
 
 
-def test_a_scanned_step_with_dropped_branches_is_the_unrolled_one():
+def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
     """Loss, gradients and statistics, for a key by which some branches stay and some do not."""
-    fields = dict(TINY, depths=(4,), widths=(4,), drop_path=0.8)
-    rngs = {"shared": jax.random.key(1)}
+    fields = dict(TINY, depths=(4,), widths=(4,), drop_path=0.8, shake_drop=0.5)
+    rngs = {"shared": jax.random.key(1), "dropout": jax.random.key(2)}
 
     def step(variables, **more):
         model = create_model("cifar_resnet20", **fields, **more)
@@ -299,6 +300,7 @@ def test_a_scanned_step_with_dropped_branches_is_the_unrolled_one():
         ("cifar_resnet20", dict(widths=(8, 4, 8)), "shortcut A only adds channels: 8 are more"),
         ("cifar_resnet20", dict(shortcut="E"), "unknown shortcut 'E'"),
         ("cifar_plain20", dict(drop_path=0.5), "drop_path needs a shortcut"),
+        ("cifar_plain20", dict(shake_drop=0.5), "shake_drop needs a shortcut"),
         ("cifar_resnet20", dict(drop_path=1.0), "drop_path is a number from 0 to below 1, got 1.0"),
     ],
 )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import Diverged
 from flax_cnns.train import loop
 from flax_cnns.train.loop import prefetch
 
@@ -181,6 +181,19 @@ def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypa
     assert (outcome.preempted, outcome.state, host.due) == (True, 2, True)
 
 
+def test_a_penalty_is_logged_as_its_mean_over_the_good_steps(monkeypatch):
+    device = Device(monkeypatch)
+
+    def step(state, batch, key):
+        state, sums = device.step(state, batch, key)
+        return state, sums | {"l2": 3.0 * (state != 2), "bad": float(state == 2)}
+
+    _, written = device.train(stop=6, log=3, train_step=step)
+    assert [(s, r["train/l2"]) for s, r in written if "train/l2" in r] == [(3, 3.0), (6, 3.0)]
+    _, written = device.train(stop=3)
+    assert not any("train/l2" in record for _, record in written)
+
+
 def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
     device = Device(monkeypatch)
 
@@ -188,6 +201,6 @@ def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
         state, sums = device.step(state, batch, key)
         return state, sums | {"bad": 1.0}
 
-    with pytest.raises(UserError, match="step 3: the gradients of 3 steps in a row"):
+    with pytest.raises(Diverged, match="step 3: the gradients of 3 steps in a row"):
         device.train(stop=9, train_step=step, max_bad_steps=3)
     assert max(device.events) == 4  # one more was on its way

@@ -12,9 +12,9 @@ import pytest
 
 import flax_cnns
 from flax_cnns import pytree
-from flax_cnns.checkpoint import foreign, manager
+from flax_cnns.checkpoint import finding, foreign, reading
 from flax_cnns.errors import UserError
-from flax_cnns.weights import convert, hub, load_weights
+from flax_cnns.weights import convert, files, hub, load_weights
 from tests.models import cases
 from tests.test_scripts import finish
 
@@ -58,10 +58,10 @@ def test_mistakes_are_said_before_a_file_is_read(file):
         load_weights("squeezenet1_0", "torchvision", file)
 
 
-def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path):
+def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path, monkeypatch):
     about = foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
     expected = convert("squeezenet1_1", tensors, "torchvision")
-    read = manager.read_tree(tmp_path / "out", jax.eval_shape(lambda: expected))
+    read = reading.read_tree(tmp_path / "out", jax.eval_shape(lambda: expected))
     chex.assert_trees_all_equal(read["params"], expected["params"])
     assert json.loads((tmp_path / "out/about.json").read_text()) == json.loads(json.dumps(about))
     assert (about["model"], about["source"]) == ("squeezenet1_1", "torchvision")
@@ -74,8 +74,15 @@ def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path):
     assert len(report.fresh) == 2
     chex.assert_trees_all_equal(grafted["params"]["fire2"], expected["params"]["fire2"])
 
-    with pytest.raises(UserError, match="out exists already; name a folder that does not"):
-        foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
+    def never(*_):
+        raise AssertionError("this was not to be fetched or read")
+
+    monkeypatch.setattr(hub, "fetch", never)
+    monkeypatch.setattr(files, "read", never)
+    for path in (file, None):
+        with pytest.raises(UserError, match="out exists already; name a folder that does not"):
+            foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", path)
+    monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match=r"cannot make the folder .*: Not a directory"):
         foreign.convert("squeezenet1_1", "torchvision", file / "out", file)
@@ -87,8 +94,8 @@ def test_a_flipped_bit_of_such_a_checkpoint_is_noticed(file, tmp_path):
     whole = json.loads(manifest.read_text())
     whole["leaves"]["params/head/bias"]["crc32"] ^= 1  # as if the array had another
     manifest.write_text(json.dumps(whole))
-    with pytest.raises(manager.DamagedError, match="params/head/bias has the CRC32"):
-        manager.read_leaves(tmp_path / "out", manager.read_metadata(tmp_path / "out"))
+    with pytest.raises(finding.DamagedError, match="params/head/bias has the CRC32"):
+        reading.read_leaves(tmp_path / "out", reading.read_metadata(tmp_path / "out"))
 
 
 def test_the_script(file, tmp_path):

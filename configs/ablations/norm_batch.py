@@ -1,0 +1,61 @@
+"""BatchNorm needs images: batches of 2 to 32 under BatchNorm, GroupNorm and LayerNorm.
+
+  python -m experiments.ablate --config=configs/ablations/norm_batch.py --seeds=5 \
+      --workdir=runs/norm --config.data.dir=FOLDER
+  python -m experiments.ablate --config=configs/ablations/norm_batch.py:digits --seeds=5 \
+      --workdir=runs/norm_digits
+  python -m experiments.ablate --config=configs/ablations/norm_batch.py:smoke --seeds=2 \
+      --workdir=runs/smoke
+
+FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
+/usr/share/datasets/fashion-mnist); without it TFDS downloads them. The lectures: at least 8 images,
+better 16 to 32; Wu & He 2018 (https://arxiv.org/abs/1803.08494, figure 1) say so of ImageNet.
+Every row sees the same number of images, and its rate is proportional to its batch, 0.1 / 64 an
+image, so that small batches take more and smaller steps; the momentum is the same. So is that of
+BatchNorm's running statistics, a tenth a step: those of small batches are of fewer images, and with
+--config.train.precise_bn=100 the rows differ by training alone. GroupNorm's groups are 16 channels:
+in the first stage, which has 16, that is LayerNorm. For one device: of several each would normalise
+by its own part of the batch.
+Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import ablations, common
+
+RATE = 0.1 / 64  # an image
+NORMS = {"batch": (32, 16, 8, 4, 2), "group": (32, 8, 2), "layer": (32, 8, 2)}
+
+
+def get_config(mode: str = "") -> ConfigDict:
+    common.check_mode(mode, "digits", "smoke")
+    config = ablations.small(mode)
+    config.model.widths = (16, 32, 64)
+    with config.unlocked():
+        config.model.norm = "batch"
+    config.data.batch_size = 32
+    config.schedule.learning_rate = RATE * config.data.batch_size
+    config.schedule.warmup = "1 epochs"
+    config.train.duration = "10 epochs"
+    if mode == "smoke":
+        config.data.fraction = 0.1
+        config.schedule.warmup = "0 steps"
+        config.train.duration = "1 epochs"
+    return config
+
+
+def sweep() -> list[tuple[str, dict]]:
+    return [
+        (
+            f"{norm}_{size}",
+            {
+                "model.norm": norm,
+                "data.batch_size": size,
+                "schedule.learning_rate": RATE * size,
+            },
+        )
+        for norm, sizes in NORMS.items()
+        for size in sizes
+    ]

@@ -1,0 +1,36 @@
+"""Runs side by side: what differs between their configs, where they ended, and their curves.
+
+python -m experiments.compare runs/plain runs/mixup
+python -m experiments.compare runs/sweep/*/seed0 --out=pictures/seed0.png
+
+Runs that are unfinished are compared as far as they are. Writes comparison.png, or --out.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments import script
+
+_OUT = flags.DEFINE_string("out", "comparison.png", "The picture to write; its suffix says how.")
+script.define_arguments("runs (the directories of trained or half-trained networks)")
+
+
+def compare(argv: list[str]) -> None:
+    from rich.console import Console
+
+    from flax_cnns import comparison
+
+    runs = comparison.read(argv[1:])
+    console = Console(width=max(120, Console().width))
+    if table := comparison.config_table(runs):
+        console.print(table)
+    else:
+        print("the configs are the same" if len(runs) > 1 else "one run: nothing to compare with")
+    console.print(comparison.result_table(runs))
+    comparison.draw(runs, _OUT.value)
+    print(f"written: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    script.main(compare)

@@ -1,0 +1,329 @@
+"""Ablations: rows, each a change to one config, trained with several seeds and compared.
+
+A row is a name and overrides, `("mixup", {"mix.mixup": 0.2})`; the first is the baseline. A cell is
+a row with a seed: a run (`flax_cnns.run`) in a directory and a process of its own. Seed s adds s to
+`config.seed` in every row, so that rows are paired: the same first values where shapes agree, the
+same order of the images, the same augmentation, the same split.
+
+ablation.json     the config, the baseline's name, the number of seeds, rows with their overrides
+ROW/seedS/        the run
+ROW/seedS.json    {"status": complete, failed, diverged or interrupted, "attempts", "error" (one
+                  line), "seconds" (of the attempts whose end was seen)}; a cell that runs is
+                  interrupted till it ends
+ROW/seedS.txt     what it printed
+
+Started again, what is complete is skipped, what was cut goes on, and what failed is tried again.
+What diverged would diverge again, to the bit: it stays as it is until its directory is removed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, NamedTuple
+
+from ml_collections import ConfigDict
+from rich import progress as bars
+from rich.console import Console
+
+from flax_cnns import ablation_plan as plan
+from flax_cnns import isolated, launch
+from flax_cnns import workdir as workdirs
+from flax_cnns.ablation_plan import Cell, Size
+from flax_cnns.errors import UserError
+
+# ---------------------------------------------------------------------------- the work
+
+
+def work(
+    cells: Sequence[Cell],
+    shares: Sequence[isolated.Share],
+    sizes: Mapping[str, Size],
+    *,
+    console: Console | None = None,
+) -> dict[str, int]:
+    """Runs the cells that are not done, one on each share of the machine, and returns how many of
+    all have which status. One that fails is tried twice.
+
+    A cell that another process runs (another start of the same ablation, or what a killed one left
+    behind and still saves) is waited for.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
+    second signal they are killed.
+    """
+    for cell in cells:  # complete, but nobody was there to write it
+        if (known := cell.read())["status"] == "complete":
+            cell.write(known)
+    with _Signals() as signals, _Board(cells, sizes, len(shares), console or Console()) as board:
+        try:
+            _Crew(cells, shares, signals, board).go()
+        finally:
+            board.show()
+    return dict(collections.Counter(cell.read()["status"] for cell in cells))
+
+
+class _Signals:
+    """Counts those that ask to leave."""
+
+    def __init__(self) -> None:
+        self.asked, self._old = 0, {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            self._old = {number: signal.signal(number, self._count) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _count(self, *_: Any) -> None:
+        self.asked += 1
+
+
+class _Running(NamedTuple):
+    cell: Cell
+    share: isolated.Share
+    process: Any
+    said: int  # bytes of the log before
+    began: float
+    known: dict[str, Any]  # of the cell before
+
+
+class _Crew:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        shares: Sequence[isolated.Share],
+        signals: _Signals,
+        board: _Board,
+    ):
+        self.waiting = collections.deque(c for c in cells if not plan.done(c.read()["status"]))
+        self.free, self.signals, self.board = list(shares), signals, board
+        self.running: list[_Running] = []
+        self.elsewhere: set[str] = set()  # names of cells that another process runs
+        self.look = 0.0  # when to look for more to start, and to show the time that is left
+        self.tries: collections.Counter = collections.Counter()
+        self.told = 0  # of the signals, so many
+
+    def go(self) -> None:
+        try:
+            while self.running or (self.waiting and not self.signals.asked):
+                if time.monotonic() > self.look:
+                    self._begin()
+                    self.board.show(self.running, self.waiting)
+                    self.look = time.monotonic() + 1
+                time.sleep(0.05)
+                self._pass_on()
+                for one in list(self.running):
+                    if one.process.poll() is not None:
+                        self._end(one)
+        finally:
+            for one in self.running:  # only after a fault of ours
+                one.process.terminate()
+
+    def _begin(self) -> None:
+        """Starts as many cells as there is room for; those that another start of this ablation
+        runs, or the last one's children that still save, are left for later."""
+        for cell in list(self.waiting):
+            if not self.free or self.signals.asked:
+                return
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            if (out := isolated.claim(cell.log)) is None:
+                if cell.name not in self.elsewhere:
+                    self.board.say(f"{cell.name}: another process runs it")
+                self.elsewhere.add(cell.name)
+                continue
+            with out:
+                self.waiting.remove(cell)
+                if not plan.done(cell.read()["status"]):
+                    self._start(cell, self.free.pop(0), out)
+
+    def _start(self, cell: Cell, share: isolated.Share, out: IO[bytes]) -> None:
+        known = cell.read()
+        self.tries[cell.name] += 1
+        known |= {"status": "interrupted", "attempts": known["attempts"] + 1, "error": ""}
+        cell.write(known)  # so it is, should nobody be there to write how it ended
+        said = out.tell()
+        process = isolated.start(cell.config, cell.workdir, out, share)
+        self.running.append(_Running(cell, share, process, said, time.monotonic(), known))
+
+    def _pass_on(self) -> None:
+        if self.told == self.signals.asked:
+            return
+        if not self.told:
+            self.board.say("asked to stop: what runs saves and leaves; asked again, it is killed")
+        for one in self.running:
+            one.process.send_signal(signal.SIGKILL if self.told else signal.SIGTERM)
+        self.told = self.signals.asked
+
+    def _end(self, one: _Running) -> None:
+        self.running.remove(one)
+        self.free.append(one.share)
+        self.look = 0.0
+        with contextlib.suppress(BrokenPipeError):  # it ended before it had read its job
+            one.process.stdin.close()
+        code, cell = one.process.returncode, one.cell
+        found = isolated.outcome(code, cell.log, one.said)
+        if self.told and code == -signal.SIGKILL:  # we did
+            found = isolated.Outcome("interrupted")
+        seconds = one.known["seconds"] + time.monotonic() - one.began
+        ended = {"status": found.status, "error": found.error, "seconds": round(seconds, 3)}
+        cell.write(one.known | ended)
+        again = found.again and self.tries[cell.name] == 1
+        if again:
+            self.waiting.appendleft(cell)
+        eta = self.board.show(self.running, self.waiting)
+        self.board.ended(cell, found, time.monotonic() - one.began, again, eta)
+
+
+class _Board:
+    """Shows how far all cells are: a bar on a terminal, and a line for each that ends."""
+
+    def __init__(
+        self, cells: Sequence[Cell], sizes: Mapping[str, Size], jobs: int, console: Console
+    ):
+        self.cells, self.sizes, self.jobs, self.console = cells, sizes, jobs, console
+        self.bar = bars.Progress(
+            bars.TextColumn("{task.completed:.0f}/{task.total:.0f} cells"),
+            bars.BarColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("{task.fields[eta]}  {task.fields[running]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> _Board:
+        self.bar.start()
+        self.task = self.bar.add_task("", total=len(self.cells), eta="", running="")
+        self.show()
+        if skipped := self._done():
+            self.say(f"{skipped} of {len(self.cells)} cells are done already")
+        for cell in self.cells:
+            if cell.read()["status"] == "diverged":
+                self.say(f"{cell.name} diverged before; remove {cell.workdir} to try it again")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    def _done(self) -> int:
+        return sum(plan.done(cell.read()["status"]) for cell in self.cells)
+
+    def _eta(self, running: Iterable[_Running], waiting: Iterable[Cell]) -> str:
+        if not (seconds := plan.estimate(self.sizes, self.cells)):
+            return ""
+        now = time.monotonic()
+        each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
+        waiting = [cell for cell in waiting if not plan.done(cell.read()["status"])]
+        remaining = plan.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
+        return f"ETA {plan.duration(remaining)}" if remaining else ""
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, running: Sequence[_Running] = (), waiting: Iterable[Cell] = ()) -> str:
+        """Returns the ETA."""
+        names, eta = "; ".join(one.cell.name for one in running), self._eta(running, waiting)
+        self.bar.update(self.task, completed=self._done(), eta=eta, running=names)
+        return eta
+
+    def ended(
+        self, cell: Cell, found: isolated.Outcome, seconds: float, again: bool, eta: str
+    ) -> None:
+        said = f"{self._done()}/{len(self.cells)}  {cell.name}: {found.status}"
+        if found.status == "complete":
+            accuracy = workdirs.read_json(cell.workdir / "summary.json").get("test/accuracy")
+            said += f", {accuracy:.2%} test" if accuracy is not None else ""
+        said += f", {plan.duration(seconds)}"
+        said += f", {found.error}" if found.error else ""
+        said += "; once more" if again else ""
+        said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""
+        self.say(f"{said}  {eta}" if eta else said)
+
+
+# ---------------------------------------------------------------------------- from plan to report
+
+
+def ablate(
+    config: ConfigDict,
+    sweep: Iterable[tuple[str, Mapping[str, Any]]],
+    folder: str | os.PathLike,
+    *,
+    seeds: int = 3,
+    jobs: int | None = None,
+    index: int | None = None,
+    rows: Sequence[str] = (),
+    interval: str = "t",
+) -> dict[str, int]:
+    """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
+    `index`; then writes the report. Returns how many cells have which status.
+
+    `jobs`: so many at once; see `isolated.shares`. `interval`: see `ablation_report.write`. Raises
+    `UserError` before anything runs for what a run would refuse before its first step.
+    """
+    _check_alone()
+    made = plan.make_rows(config, sweep)
+    cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
+    sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
+    shares = isolated.shares(jobs)
+    plan.record(folder, config, made, seeds, rows)
+    found = work(cells, shares, sizes)
+    # Of an array's tasks the last one writes it.
+    states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
+    if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
+        report(folder, interval=interval)
+    return found
+
+
+def show_plan(
+    config: ConfigDict,
+    sweep: Iterable[tuple[str, Mapping[str, Any]]],
+    folder: str | os.PathLike,
+    *,
+    seeds: int = 3,
+    jobs: int | None = None,
+    index: int | None = None,
+    rows: Sequence[str] = (),
+) -> None:
+    """Prints what `ablate` would do, and what it will take; writes nothing."""
+    made = plan.make_rows(config, sweep)
+    cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
+    sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
+    shares = isolated.shares(jobs)
+    seconds, source = plan.forecast(cells, sizes, shares[0])
+    console = Console(width=max(100, Console().width))
+    console.print(plan.plan_table(cells, sizes, seconds))
+    waiting = [seconds[c.row.name] for c in cells if not plan.done(c.read()["status"])]
+    print(
+        f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
+        f"{plan.duration(plan.left(waiting, len(shares)))} left: told {source}"
+    )
+
+
+def report(folder: str | os.PathLike, *, interval: str = "t") -> None:
+    """Writes the report of what is complete, and says where it is. Raises `UserError`."""
+    folder = pathlib.Path(folder)
+    if not (folder / "ablation.json").is_file():
+        raise UserError(f"{folder}: no ablation here (ablation.json is missing)")
+    from flax_cnns import ablation_report
+
+    with plan.alone(folder):
+        paths = ablation_report.write(folder, interval=interval)
+    print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")
+
+
+def _check_alone() -> None:
+    several = launch.find_cluster(os.environ) in ("SLURM", "Open MPI", "Kubernetes")
+    if several or os.environ.get(launch.COORDINATOR):
+        raise UserError(
+            "an ablation is one process that starts others; start one alone, as by"
+            " srun --ntasks=1, or an array of them with --index"
+        )

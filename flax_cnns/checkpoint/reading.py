@@ -1,0 +1,213 @@
+"""Reading checkpoints, ours and other Orbax ones, whole or in part.
+
+What Orbax does not do and this does: notice flipped bits, and refuse a checkpoint of another
+network, or one that declares more than its files can hold, before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from etils import epath
+
+from flax_cnns.checkpoint.finding import DamagedError, damage, read_json, resolve
+from flax_cnns.checkpoint.manifest import Manifest, crc32, place, shape_and_dtype
+from flax_cnns.errors import UserError
+from flax_cnns.pytree import flatten, members
+from flax_cnns.types import PyTree
+
+Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+# Orbax logs the traceback of every error up to five times before it raises it; what matters is
+# raised.
+absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+# Likewise the reads that were under way when the first one failed.
+logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
+
+
+def drop_late_callbacks() -> None:
+    """Where one array of a checkpoint cannot be read or written, Orbax closes its event loop, and
+    TensorStore's threads report the closed loop for every other array, a traceback each. What
+    matters is raised; these are dropped, and all else goes where it went."""
+    before = sys.unraisablehook
+    if getattr(before, "drops_late_callbacks", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    hook.drops_late_callbacks = True
+    sys.unraisablehook = hook
+
+
+def read_metadata(source: str | os.PathLike) -> Metadata:
+    """`{path: (shape, dtype)}` of what `resolve(source)` holds, without reading an array.
+
+    Raises `DamagedError` where it cannot be read or contradicts the manifest.
+    """
+    path = resolve(source)
+    stored = {name: shape_and_dtype(leaf) for name, leaf in flatten(_metadata_tree(path)).items()}
+    if (manifest := _manifest_of(path)) is not None:
+        with damage(path):
+            written = {k: (tuple(v["shape"]), v["dtype"]) for k, v in manifest.items()}
+        if written != {name: (shape, dtype.name) for name, (shape, dtype) in stored.items()}:
+            raise DamagedError(f"{path} is damaged: its leaves are not those of its manifest")
+    return stored
+
+
+def has_checksums(source: str | os.PathLike) -> bool:
+    """Whether reading what `resolve(source)` holds notices a flipped bit: where it has our manifest
+    of CRCs. Orbax's own formats do not.
+    """
+    return _manifest_of(resolve(source)) is not None
+
+
+def read_about(source: str | os.PathLike) -> dict[str, Any]:
+    """What `write_tree` was told about `resolve(source)`; {} for other checkpoints."""
+    file = resolve(source).parent / "about.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, np.ndarray]:
+    """Reads these leaves, and only these, of what `resolve(source)` holds as host arrays.
+
+    Raises `DamagedError` where a leaf cannot be read, its CRC32 is not that of the manifest (where
+    there is one), or the arrays are declared so large that the files cannot hold them. A path that
+    is not there is a KeyError.
+    """
+    path, wanted = resolve(source), set(paths)
+    drop_late_callbacks()
+    tree = _metadata_tree(path)
+    leaves = flatten(tree)
+    if missing := wanted - leaves.keys():
+        raise KeyError(f"{path} has no {sorted(missing)}")
+    if not wanted:
+        return {}
+    _check_plausible(path, {name: shape_and_dtype(leaves[name]) for name in wanted})
+
+    def choose(key_path: tuple, _: Any) -> Any:
+        name = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        return np.zeros(0) if name in wanted else ocp.PLACEHOLDER
+
+    item = jax.tree_util.tree_map_with_path(choose, tree)
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    with damage(path):
+        # The handler by itself: a Checkpointer would wait for the other processes, and damage may
+        # strike just one.
+        restored = ocp.PyTreeCheckpointHandler().restore(
+            epath.Path(path), args=ocp.args.PyTreeRestore(item=item, restore_args=args)
+        )
+    leaves = {name: leaf for name, leaf in flatten(restored).items() if name in wanted}
+    for name, entry in (_manifest_of(path) or {}).items():
+        if name in wanted and crc32(leaves[name]) != entry["crc32"]:
+            raise DamagedError(
+                f"{path} is damaged: {name} has the CRC32 {crc32(leaves[name]):08x},"
+                f" {entry['crc32']:08x} was written"
+            )
+    return leaves
+
+
+def bytes_of(leaves: Metadata) -> int:
+    """The bytes of arrays of these shapes and dtypes in memory."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves.values())
+
+
+def bytes_on_disk(source: str | os.PathLike) -> int:
+    """The bytes of the files of what `resolve(source)` holds."""
+    return sum(file.stat().st_size for file in resolve(source).rglob("*") if file.is_file())
+
+
+def _check_plausible(path: Path, leaves: Metadata) -> None:
+    """A file of a kilobyte can declare arrays of any size, which reading would allocate. Arrays
+    that are all zeros take no room on disk, hence the margin."""
+    declared = bytes_of(leaves)
+    if declared > 1 << 30 and declared > 1000 * (held := bytes_on_disk(path)):
+        raise DamagedError(
+            f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes: that is a"
+            " damaged or a hostile checkpoint, and it is not read"
+        )
+
+
+def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False) -> PyTree:
+    """Reads a tree like `target` (arrays or `ShapeDtypeStruct`s, which give the shardings) from
+    `resolve(source)`.
+
+    Only the target's leaves are read; with `exact` the checkpoint must hold no others. The target
+    may have stacks of blocks. Raises `UserError` where names, shapes or dtypes differ (looked at
+    before anything is read), `DamagedError` for a damaged checkpoint.
+    """
+    path = resolve(source)
+    wanted: Metadata = {}
+    for name, like in flatten(target).items():
+        shape, dtype = shape_and_dtype(like)
+        names = members(name)
+        wanted |= dict.fromkeys(names, (shape if names == [name] else shape[1:], dtype))
+    _check_same(path, wanted, read_metadata(path), exact=exact)
+    leaves = read_leaves(path, wanted)
+
+    def whole(name: str) -> np.ndarray:
+        names = members(name)
+        return leaves[name] if names == [name] else np.stack([leaves[n] for n in names])
+
+    placed = [place(whole(name), like) for name, like in flatten(target).items()]
+    return jax.tree.unflatten(jax.tree.structure(target), placed)
+
+
+def _check_same(path: Path, wanted: Metadata, stored: Metadata, *, exact: bool) -> None:
+    show = lambda entry: f"{entry[1]}{list(entry[0])}"  # noqa: E731
+    differ = [
+        f"{name} is {show(stored[name])} there and {show(wanted[name])} here"
+        for name in wanted
+        if name in stored and stored[name] != wanted[name]
+    ]
+    differ += [f"{name} is only here" for name in wanted if name not in stored]
+    if exact:
+        differ += [f"{name} is only there" for name in stored if name not in wanted]
+    if differ:
+        more = f", … ({len(differ)} differ)" if len(differ) > 3 else ""
+        raise UserError(
+            f"the checkpoint {path} is of another network or optimizer:"
+            f" {', '.join(differ[:3])}{more}; use the config it was made with, another --workdir,"
+            " or config.graft to take a part"
+        )
+
+
+def _metadata_tree(path: Path) -> PyTree:
+    with damage(path):
+        return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
+
+
+def _manifest_of(path: Path) -> Manifest | None:
+    """None for a checkpoint that was made elsewhere."""
+    file = path.parent / "manifest" / "metadata"
+    if path.name != "state" or not (file.exists() or (path.parent / "host").exists()):
+        return None
+    manifest = read_json(file)
+    with damage(path):
+        return {k: dict(v, crc32=int(v["crc32"])) for k, v in manifest["leaves"].items()}
+
+
+def crc_of_json(value: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def read_host(step: Path) -> dict:
+    """The host JSON of a step; raises `DamagedError` where it is not what was written."""
+    host = read_json(step / "host" / "metadata")
+    if crc_of_json(host) != read_json(step / "manifest" / "metadata").get("host_crc32"):
+        raise DamagedError(f"{step / 'host'} is damaged: its CRC32 is not that of the manifest")
+    return host

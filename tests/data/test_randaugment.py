@@ -1,0 +1,108 @@
+"""RandAugment's operations against Pillow's, and how often each is drawn."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from flax_cnns.data import randaugment
+from flax_cnns.data.randaugment import OPERATIONS
+
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+RNG = np.random.default_rng(0)
+# From 40 on, and most of it dark: stretching and equalising change much.
+RGB = (40 + 200 * RNG.beta(1, 3, (36, 31, 3))).astype(np.uint8)
+GREY = RGB[..., :1]
+KEYS = jax.random.split(jax.random.key(0), 1000)
+
+operate = quick_jit(randaugment.operate)
+
+
+def ours(name, image, strength):
+    out = operate(image.astype(np.int32), OPERATIONS.index(name), strength)
+    assert out.dtype == jnp.int32
+    return np.asarray(out)
+
+
+def mapped(image, coefficients):
+    """Pillow's affine map: output (x, y) comes from (a x + b y + c, d x + e y + f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients)
+
+
+PILLOW = {
+    "identity": lambda image, s: image,
+    "auto_contrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+    "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(4 * s)),
+    "solarize": lambda image, s: ImageOps.solarize(image, 255 * (1 - s)),
+    "color": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
+    "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
+    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
+    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
+    "shear_x": lambda image, s: mapped(image, (1, 0.3 * s, 0, 0, 1, 0)),
+    "shear_y": lambda image, s: mapped(image, (1, 0, 0, 0.3 * s, 1, 0)),
+    "translate_x": lambda image, s: mapped(image, (1, 0, 150 / 331 * s * image.width, 0, 1, 0)),
+    "translate_y": lambda image, s: mapped(image, (1, 0, 0, 0, 1, 150 / 331 * s * image.height)),
+    "rotate": lambda image, s: image.rotate(30 * s),
+}
+TWO_WAYS = OPERATIONS[OPERATIONS.index("color") :]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("image", [RGB, GREY], ids=["rgb", "grey"])
+def test_an_operation_is_pillows(name, image):
+    for strength in (0.3, 1.0) + ((-0.3, -1.0) if name in TWO_WAYS else ()):
+        theirs = PILLOW[name](Image.fromarray(image.squeeze()), strength)
+        theirs = np.asarray(theirs).reshape(image.shape).astype(int)
+        off = np.abs(ours(name, image, strength) - theirs)
+        if name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
+            assert (off > 0).any(-1).mean() < 0.02  # a pixel that lies between two
+        else:
+            assert off.max() <= 1  # a product of floats that all but reaches a whole number
+            assert (off > 0).mean() < 0.02
+        if name != "identity" and not (name == "color" and image is GREY):
+            assert (theirs != image).any()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_without_strength_only_tables_that_have_none_change_anything(name):
+    same = (ours(name, RGB, 0.0) == RGB).all()
+    assert same == (name not in ("auto_contrast", "equalize"))
+
+
+@pytest.mark.parametrize("name", ["auto_contrast", "equalize"])
+def test_an_image_of_one_colour_stays(name):
+    np.testing.assert_array_equal(ours(name, np.full_like(RGB, 77), 0.5), 77)
+
+
+def test_each_operation_has_equal_chances_and_both_signs():
+    """Told by what becomes of an image that all of them change in another way."""
+
+    def draw(key):
+        return randaugment.randaugment(key, RGB, 1, 30)
+
+    found = np.asarray(quick_jit(jax.vmap(draw))(KEYS)).reshape(len(KEYS), -1)
+    outcomes, counts = np.unique(found, axis=0, return_counts=True)
+    left = dict(zip(map(bytes, outcomes.astype(np.uint8)), counts / len(KEYS)))
+    for name in OPERATIONS:
+        signs = (1.0, -1.0) if name in TWO_WAYS else (1.0,)
+        for sign in signs:
+            share = left.pop(bytes(ours(name, RGB, sign).astype(np.uint8)))
+            assert abs(share * len(signs) - 1 / 14) < 0.035, name
+    assert not left
+
+
+def test_two_operations_follow_one_another():
+    two = np.asarray(
+        quick_jit(jax.vmap(lambda key: randaugment.randaugment(key, RGB, 2, 15)))(KEYS[:300])
+    )
+    assert (two == RGB).all((1, 2, 3)).mean() < 0.03  # 1/196; of one it is 1/14
+    outcomes = len(np.unique(two.reshape(300, -1), axis=0))
+    assert outcomes > len(OPERATIONS) + len(TWO_WAYS)  # all that one could make
+    assert (two == np.round(two)).all()
+    assert two.min() >= 0
+    assert two.max() <= 255
