@@ -12,7 +12,8 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 widths 8, 16, 32 learns 1100 images for 400 steps of 64. Paper (https://arxiv.org/abs/1603.05027):
 CIFAR-10's test error with 110 layers is 6.61, 8.17, 7.84, 6.71 and 6.37 %, in the order of the
 rows; at 20 layers, and so few images, the orders need not come out like that.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+Ours: experiments/results/README.md, "Ablations": 5 seeds, 29 minutes on 2 CPU cores with --jobs=2,
+beside other work. 81.5 to 81.8 % in all rows; no order is told from the original.
 """
 
 from __future__ import annotations
