@@ -40,6 +40,7 @@ SGD = SimpleNamespace(  # config.optimizer of configs/common.py, without ml_coll
     l2=(),
     max_norm=(),
     grad_noise=0.0,
+    grad_noise_decay=0.55,
     sam=0.0,
     trainable=(),
     bn=(),
