@@ -29,7 +29,7 @@ _CONFIG = script.define_config("finetune/fashion_digits", runs=r"pretrain|target
 def finetune(argv: list[str]) -> None:
     from rich.console import Console
 
-    from flax_cnns import finetune
+    from flax_cnns import finetune, finetune_report
     from flax_cnns.errors import UserError
 
     del argv
@@ -41,12 +41,12 @@ def finetune(argv: list[str]) -> None:
     given = dict(strategies=_STRATEGIES.value, fractions=fractions, seeds=_SEEDS.value)
     result = finetune.compare(_CONFIG.value, folder, **given)
     console = Console(width=120)
-    for table in finetune.tables(result):
+    for table in finetune_report.tables(result):
         console.print(table)
-    for line in finetune.speed(result):
+    for line in finetune_report.speed(result):
         print(line)
-    finetune.save(result, folder / "finetune.json", given)
-    finetune.draw(result, folder / "finetune.png")
+    finetune_report.save(result, folder / "finetune.json", given)
+    finetune_report.draw(result, folder / "finetune.png")
     print(f"written to {folder}: finetune.json, finetune.png")
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from configs.finetune.fashion_digits import get_config
 from flax_cnns import config as configs
-from flax_cnns import create_model, finetune, probe, pytree
+from flax_cnns import create_model, finetune, finetune_report, probe, pytree
 from flax_cnns.checkpoint import manager
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import assemble, model_fields
@@ -331,7 +331,7 @@ def test_tables_picture_and_file(ran, tmp_path):
     given = dict(strategies=["all"], fractions=(0.2, 1), seeds=2)
     result = finetune.compare(two_targets(), tmp_path, **given, say=lambda line: None)
     console = Console(width=120, record=True)
-    for table in finetune.tables(result):
+    for table in finetune_report.tables(result):
         console.print(table)
     text = console.export_text()
     assert "similar: test accuracy in %, mean ± sd, n=2" in text
@@ -341,11 +341,11 @@ def test_tables_picture_and_file(ran, tmp_path):
     assert "the lectures: linear classifier on the top" in text
     assert "difference to scratch" in " ".join(text.split())
     assert "│ linear        │ +10.0 │ +10.0 │" in text  # the same with both seeds: no interval
-    (line, _) = finetune.speed(result)
+    (line, _) = finetune_report.speed(result)
     assert line == "0.2 of the examples: features 1.00 s, linear 1.00 s, 1.0 times as long"
-    finetune.draw(result, tmp_path / "finetune.png")
+    finetune_report.draw(result, tmp_path / "finetune.png")
     assert (tmp_path / "finetune.png").read_bytes()[:4] == b"\x89PNG"
-    finetune.save(result, tmp_path / "finetune.json", {"seeds": 2})
+    finetune_report.save(result, tmp_path / "finetune.json", {"seeds": 2})
     saved = json.loads((tmp_path / "finetune.json").read_text())
     assert saved["best_by_validation"]["similar"] == {"0.2": "linear", "1": "linear"}
     assert len(saved["records"]) == 2 * 2 * 2 * len(finetune.STRATEGIES)
@@ -354,12 +354,12 @@ def test_tables_picture_and_file(ran, tmp_path):
 def test_without_a_validation_split_no_strategy_is_called_the_best(ran, tmp_path):
     given = dict(strategies=["scratch", "linear"], fractions=(1,), seeds=1)
     result = finetune.compare(two_targets(), tmp_path, **given, say=lambda line: None)
-    assert len(finetune.tables(result)) == 3
+    assert len(finetune_report.tables(result)) == 3
     records = [record._replace(validation=None) for record in result.records]
     result = result._replace(records=records)
-    titles = [table.title for table in finetune.tables(result)]
+    titles = [table.title for table in finetune_report.tables(result)]
     assert titles == ["similar: test accuracy in %", "dissimilar: test accuracy in %"]
-    finetune.save(result, tmp_path / "finetune.json", {})
+    finetune_report.save(result, tmp_path / "finetune.json", {})
     assert json.loads((tmp_path / "finetune.json").read_text())["best_by_validation"] == {}
 
 

@@ -48,6 +48,7 @@ MAY_IMPORT["experiment"] = set(MAY_IMPORT) - ABOVE
 MAY_IMPORT["probe"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["prediction"] = {"experiment"} | MAY_IMPORT["experiment"]
 MAY_IMPORT["finetune"] = {"probe"} | MAY_IMPORT["probe"]
+MAY_IMPORT["finetune_report"] = {"finetune", "workdir", "analysis"}
 # The public face names modules as texts and imports them late.
 FILES = sorted(set((ROOT / "flax_cnns").rglob("*.py")) - {ROOT / "flax_cnns/__init__.py"})
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
