@@ -1,4 +1,4 @@
-"""A run of commit b388230, unfinished: this version resumes it, evaluates it, predicts, and grafts."""
+"""A run that commit b388230 left unfinished: resumed, evaluated, used for prediction, grafted."""
 
 from __future__ import annotations
 
