@@ -13,7 +13,8 @@ from ml_collections import config_flags
 
 from flax_cnns import compilation_cache, launch
 from flax_cnns.config import FIELDS
-from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.errors import UserError, did_you_mean, out_of_memory
+from flax_cnns.files import check_regular
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _CACHE = flags.DEFINE_string(
@@ -45,6 +46,9 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         _say("interrupted; the same command goes on from the last checkpoint")
         _leave(130)
     except Exception as error:
+        if line := out_of_memory(error):
+            _say(line)
+            _leave(2)
         first = (str(error).strip().splitlines() or [""])[0]
         _say(f"{type(error).__name__}: {first}")
         traceback.print_exception(error)
@@ -100,6 +104,15 @@ def _check_arguments(given: list[str]) -> None:
         raise UserError(f"unexpected argument {given[most]!r}; flags begin with --")
 
 
+def _config_file(argv: list[str]) -> str:
+    """What --config names, without its mode; "" where it is not given."""
+    for argument, after in zip(argv, [*argv[1:], ""]):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            return (value if equals else after).partition(":")[0]
+    return ""
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
     if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
@@ -111,6 +124,8 @@ def _parse(argv: list[str]) -> list[str]:
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
+    file = _config_file(argv)
+    check_regular(file)
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
         run = _RUNS[0].match(field) if _RUNS and argument.startswith("--config.") else None
@@ -128,8 +143,6 @@ def _parse(argv: list[str]) -> list[str]:
         _check_arguments(rest[1:])
         return rest
     except OSError as error:
-        named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
-        file = named.partition(":")[0]
         if not pathlib.Path(file).is_file():
             files = [f"configs/{path.name}" for path in CONFIGS.glob("*_*.py")]
             files += [f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.glob("*/*.py")]

@@ -15,6 +15,18 @@ class Diverged(UserError):
     would only diverge again."""
 
 
+def out_of_memory(error: BaseException) -> str:
+    """One line where an error of Python, NumPy or XLA says that memory ran out; "" for others."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    of_xla = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
+    if not isinstance(error, MemoryError) and not of_xla:
+        return ""
+    return (
+        f"out of memory{first and ': '}{first}; ask for less (data.batch_size, data.in_memory=no,"
+        " model.remat), or take a machine with more"
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'resnet50', 'resnet18'?"`, or the sorted names where nothing is near."""
     known = sorted(set(known))

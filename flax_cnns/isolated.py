@@ -26,7 +26,7 @@ import traceback
 from typing import IO, Any, NamedTuple
 
 from flax_cnns import compilation_cache, launch
-from flax_cnns.errors import Diverged, UserError
+from flax_cnns.errors import Diverged, UserError, out_of_memory
 
 # Exit codes, beside 0 and launch.PREEMPTED.
 FAULT, USER_ERROR, DIVERGED = 1, 2, 3
@@ -162,6 +162,9 @@ def main() -> int:
         print(f"error: {error}")
         return DIVERGED if isinstance(error, Diverged) else USER_ERROR
     except Exception as error:
+        if line := out_of_memory(error):
+            print(f"error: {line}")
+            return FAULT  # another process may have had it: it is tried again
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"error: {type(error).__name__}: {first}")

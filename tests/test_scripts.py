@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 import chex
 import pytest
 
+from experiments import script
 from flax_cnns import run
 from flax_cnns.checkpoint import finding
+from flax_cnns.errors import UserError
 from tests.runs import ROOT, arrays, overrides, records
 
 
@@ -108,6 +111,34 @@ def test_a_search_says_what_it_can_search(tmp_path):
         code, _, err = finish("search", *args)
         assert (code, err.count("\n")) == (2, 1), err
         assert said in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 4.00 GiB for an array"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.\nmore lines"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(script.app, "run", run)
+    with pytest.raises(SystemExit) as left:
+        script.main(lambda argv: None)
+    err = capsys.readouterr().err
+    assert (left.value.code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"error: out of memory: {str(error).splitlines()[0]}; ask for less")
+
+
+@pytest.mark.parametrize(
+    "join", [lambda pipe: [f"--config={pipe}"], lambda pipe: ["--config", pipe]]
+)
+def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path, join):
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(UserError, match=r"pipe\.py is a named pipe"):
+        script._parse(["train", *join(f"{tmp_path}/pipe.py:mode")])
 
 
 def test_a_missing_workdir_is_said(tmp_path):

@@ -29,6 +29,7 @@ from flax_cnns.pytree import flatten, members
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
+_CHUNK = 1 << 20  # bytes; a chunk up to this size may be larger than its array
 
 # Orbax logs the traceback of every error up to five times before it raises it; what matters is
 # raised.
@@ -98,6 +99,8 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
     if not wanted:
         return {}
     _check_plausible(path, {name: shape_and_dtype(leaves[name]) for name in wanted})
+    for name in sorted(wanted):
+        _check_chunks(path, name, leaves[name])
 
     def choose(key_path: tuple, _: Any) -> Any:
         name = jax.tree_util.keystr(key_path, simple=True, separator="/")
@@ -138,6 +141,19 @@ def _check_plausible(path: Path, leaves: Metadata) -> None:
     if declared > 1 << 30 and declared > 1000 * (held := bytes_on_disk(path)):
         raise DamagedError(
             f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes: that is a"
+            " damaged or a hostile checkpoint, and it is not read"
+        )
+
+
+def _check_chunks(path: Path, name: str, leaf: Any) -> None:
+    """TensorStore makes room for a whole chunk of an array, and ends the process where there is
+    none. Orbax's own chunks are parts of their array."""
+    shape, dtype = shape_and_dtype(leaf)
+    chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
+    size = math.prod(chunk) * dtype.itemsize
+    if size > max(math.prod(shape) * dtype.itemsize, _CHUNK):
+        raise DamagedError(
+            f"{path} declares chunks of {size:,} bytes for {name}, {dtype}{list(shape)}: that is a"
             " damaged or a hostile checkpoint, and it is not read"
         )
 

@@ -1,7 +1,8 @@
 """The files as their authors publish them, in a folder: MNIST's four IDX files and CIFAR's tar.gz.
 
-CIFAR's are pickles, which may hold any code. They are read by an unpickler that knows NumPy arrays
-and refuses everything else.
+CIFAR's are pickles, which may hold any code. They are read by an unpickler that knows lists, texts
+and numbers, keeps what it is told of arrays, and refuses everything else. What is read takes memory
+by what the file really holds, whatever its headers declare.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import gzip
 import io
 import math
 import pickle
+import pickletools
+import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy._core.multiarray import _reconstruct
 
 from flax_cnns.data.datasets import KNOWN, Raw
 from flax_cnns.data.images import ArraySource
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.files import check_regular
 
 CIFAR = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 IDX = {
@@ -30,6 +33,8 @@ IDX = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, struct.error)
+# Photographs hardly compress, digits fivefold, drawings more; a bomb a thousandfold.
+_RATIO, _FLOOR = 100, 1 << 26
 
 
 def find(name: str, directory: str) -> bool:
@@ -80,20 +85,29 @@ def _read_idx(name: str, directory: str) -> Raw:
 
 def idx_array(file: Path, ndim: int) -> np.ndarray:
     """The uint8 array of `ndim` dimensions in an IDX file, gzipped or not. Raises UserError."""
+    check_regular(file)
     try:
-        data = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
-        zeros, kind, dims = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{ndim}I", data, 4) if dims == ndim else ()
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            zeros, kind, dims = struct.unpack(">HBB", stream.read(4))
+            if zeros or kind != 8 or dims != ndim:
+                raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions")
+            shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
+            count = math.prod(shape)
+            _check_size(file, count)
+            data = stream.read(count + 1)  # and no more, whatever a gzip would go on to give
     except _DAMAGE as why:
         raise UserError(f"{file} is damaged: {why}; get it again") from why
-    if zeros or kind != 8 or dims != ndim:
-        raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions")
-    start = 4 + 4 * ndim
-    if len(data) - start != math.prod(shape):
-        raise UserError(
-            f"{file} is damaged: it declares {math.prod(shape)} bytes and holds {len(data) - start}"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    if len(data) != count:
+        held = "more" if len(data) > count else len(data)
+        raise UserError(f"{file} is damaged: it declares {count} bytes and holds {held}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _check_size(file: Path, declared: int) -> None:
+    """Raises UserError where a file's bytes cannot honestly be so many."""
+    held = file.stat().st_size
+    if declared > _FLOOR + _RATIO * held:
+        raise UserError(f"{file} is refused: its {held:,} bytes declare {declared:,} of data")
 
 
 # ---- CIFAR (https://www.cs.toronto.edu/~kriz/cifar.html)
@@ -118,17 +132,19 @@ def _read_cifar(name: str, file: Path, labels: str) -> Raw:
     if missing := sorted(wanted - set(found)):
         raise UserError(f"{file} is not {name}'s archive: it lacks {', '.join(missing)}")
     try:
-        names = tuple(str(text) for text in found[meta][names_key])
+        names = tuple(_texts(found[meta][names_key]))
         sources = {}
         for split, members in parts.items():
-            images = np.concatenate([found[m]["data"] for m in members]).astype(np.uint8)
             # Rows of 3072: all red, all green, all blue.
+            images = np.concatenate([_array(found[m]["data"], (np.uint8,), 2) for m in members])
             images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            targets = np.concatenate([found[m][keys[labels]] for m in members]).astype(np.int32)
+            targets = np.concatenate([_numbers(found[m][keys[labels]]) for m in members])
             if len(targets) != len(images) or not np.all((targets >= 0) & (targets < len(names))):
                 raise ValueError("images, labels and class names don't agree")
-            sources[split] = ArraySource(np.ascontiguousarray(images), targets, f"{name} {split}")
-    except (KeyError, ValueError, TypeError) as why:
+            sources[split] = ArraySource(
+                np.ascontiguousarray(images), targets.astype(np.int32), f"{name} {split}"
+            )
+    except (LookupError, ValueError, TypeError, OverflowError) as why:
         raise UserError(f"{file} is not {name}'s archive: {why!r}") from why
     return Raw(sources, len(names), names, (32, 32, 3))
 
@@ -136,13 +152,22 @@ def _read_cifar(name: str, file: Path, labels: str) -> Raw:
 def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
     """The wanted members of a tar.gz, by their last name."""
     found = {}
+    check_regular(file)
     try:
-        with tarfile.open(file, "r:gz") as tar:
-            for member in tar:
-                name = member.name.rsplit("/", 1)[-1]
-                if member.isfile() and name in wanted:
+        with gzip.open(file) as unpacked:
+            stream = _Bounded(unpacked, file)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    name = member.name.rsplit("/", 1)[-1]
+                    if not member.isfile() or name not in wanted:
+                        continue
+                    # A sparse member is as large as it says, whatever it holds.
+                    if member.issparse() or name in found:
+                        why = "is sparse" if member.issparse() else "is there twice"
+                        raise UserError(f"{file} is not CIFAR's archive: its {name} {why}")
+                    _check_size(file, member.size)
                     found[name] = _unpickle(tar.extractfile(member).read(), f"{file}: {name}")
-            while tar.fileobj.read(2**20):  # to the end, where gzip's checksum is
+            while stream.read(2**20):  # to the end, where gzip's checksum is
                 pass
     except FileNotFoundError as why:
         raise UserError(f"there is no {file}; data.dir names the folder that holds it") from why
@@ -151,18 +176,77 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
     return found
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """What Python 2's byte strings become in later pickles; no codec but this one."""
-    return text.encode("latin1")
+class _Bounded:
+    """What gzip gives of `file`, up to what an honest one would."""
+
+    def __init__(self, stream: gzip.GzipFile, file: Path):
+        self.stream, self.file, self.given = stream, file, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.given += len(data)
+        _check_size(self.file, self.given)
+        return data
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _Said:
+    """What a pickle says of an object, which is never made: its arguments, and its state."""
+
+    def __init__(self, *args: Any):
+        self.args, self.state = args, ()
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+
+class _Array(_Said): ...
+
+
+class _Dtype(_Said): ...
+
+
+class _Encoded(_Said): ...  # bytes, as Python 3 writes them for Python 2: a text in latin1
+
+
+def _array(value: Any, kinds: Sequence[type], ndim: int) -> np.ndarray:
+    """Raises ValueError where `value` is no array of these kinds that the pickle's bytes fill."""
+    if not isinstance(value, _Array):
+        raise ValueError(f"expected an array, got a {type(value).__name__}")
+    _, shape, dtype, fortran, data = value.state
+    if not isinstance(dtype, _Dtype) or not re.fullmatch("[iu][1248]", dtype.args[0]):
+        raise ValueError("expected an array of whole numbers")
+    kind = np.dtype(dtype.args[0]).newbyteorder(">" if ">" in dtype.state[1:2] else "<")
+    if kind.type not in kinds or len(shape) != ndim:
+        raise ValueError(f"expected {ndim} dimensions of {kinds[0].__name__}, got {kind} {shape}")
+    data = data.args[0] if isinstance(data, _Encoded) else data
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """i64 [N]"""
+    if isinstance(value, _Array):
+        return _array(value, (np.int64, np.int32, np.uint8), 1).astype(np.int64)
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        raise ValueError(f"expected a list of whole numbers, got a {type(value).__name__}")
+    return np.array(value, np.int64)
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"expected a list of texts, got a {type(value).__name__}")
+    return value
+
+
+class _PlainOnly(pickle.Unpickler):
+    """Nothing that a pickle asks for is made: what it says is kept."""
+
     ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _encode,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _Encoded,
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -173,7 +257,13 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _unpickle(data: bytes, where: str) -> dict:
     try:
-        value = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
+        for op, argument, at in pickletools.genops(data):
+            # An unpickler makes room for as many entries as the highest number that it meets.
+            if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > at:
+                raise pickle.UnpicklingError("it has an absurd number of entries")
+        value = _PlainOnly(io.BytesIO(data), encoding="latin1").load()
+    except MemoryError:
+        raise
     except Exception as why:  # a broken pickle raises whatever its bytes happen to say
         raise UserError(
             f"{where} is refused: {why}; CIFAR's own files hold arrays, lists and text only"

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from flax_cnns.data.images import DAMAGE
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.files import check_regular
 
 Photo = str | os.PathLike | Image.Image | np.ndarray
 
@@ -35,6 +36,7 @@ def opened(photo: Photo) -> Iterator[Image.Image]:
         folder = path.parent
         near = [other.name for other in folder.iterdir()] if folder.is_dir() else []
         raise UserError(f"there is no photo {os.fspath(photo)!r}{did_you_mean(path.name, near)}")
+    check_regular(path)
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1

@@ -352,6 +352,31 @@ def test_a_small_file_that_declares_huge_arrays_is_refused_before_it_is_read(tmp
         read_tree(tmp_path / "bomb", {"w": jnp.zeros(4)})
 
 
+@pytest.mark.parametrize("kind", [{}, {"use_ocdbt": False}, {"use_zarr3": True}])
+def test_chunks_that_are_larger_than_their_array_are_refused_before_they_are_read(tmp_path, kind):
+    import tensorstore as ts
+
+    handler = ocp.PyTreeCheckpointHandler(**kind)
+    ocp.Checkpointer(handler).save(
+        tmp_path / "bomb", {"w": np.ones(4, np.float32), "v": np.ones(2)}
+    )
+    kv = f"file://{tmp_path}/bomb/"
+    if kind.get("use_ocdbt", True):
+        kv = {"driver": "ocdbt", "base": kv}
+    store = ts.KvStore.open(kv).result()
+    file = "w/zarr.json" if "use_zarr3" in kind else "w/.zarray"
+    header = json.loads(store[file])
+    if "use_zarr3" in kind:
+        for grid in (header["chunk_grid"], header["codecs"][0]):
+            grid["configuration"]["chunk_shape"] = [1 << 40]
+    else:
+        header["chunks"] = [1 << 40]
+    store[file] = json.dumps(header).encode()
+    with pytest.raises(finding.DamagedError, match="chunks of 4,398,046,511,104 bytes for w"):
+        read_leaves(tmp_path / "bomb", ["w"])  # TensorStore would end the process
+    assert read_leaves(tmp_path / "bomb", ["v"])["v"].tolist() == [1, 1]
+
+
 def test_reading_a_part(run):
     flat = flatten(make_state(3))
     metadata = read_metadata(f"{run}@latest")

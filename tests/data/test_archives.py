@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -70,6 +72,34 @@ def test_idx_damage_is_named(mnist, config, tmp_path):
     }.items():
         file.write_bytes(damage)
         with pytest.raises(UserError, match=f"train-images-idx3-ubyte.gz.*{why}"):
+            datasets.load(config)
+
+
+def test_idx_takes_no_more_memory_than_its_header_says_and_its_file_can_hold(
+    mnist, config, tmp_path, monkeypatch
+):
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = gzip.decompress(file.read_bytes())
+    file.write_bytes(gzip.compress(whole + bytes(1 << 25), 1))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="declares 31360 bytes and holds more"):
+        datasets.load(config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22
+    monkeypatch.setattr(archives, "_FLOOR", 1000)
+    file.write_bytes(gzip.compress(idx(np.zeros((40, 600, 600), np.uint8))))
+    with pytest.raises(UserError, match=r"is refused: its [\d,]+ bytes declare 14,400,000 of data"):
+        datasets.load(config)
+
+
+def test_an_archive_that_is_a_pipe_is_not_waited_for(mnist, cifar10, config, tmp_path):
+    for file in [*tmp_path.glob("*.gz")]:
+        file.unlink()
+        os.mkfifo(file)
+    for name in ("fashion_mnist", "cifar10"):
+        config.name = name
+        with pytest.raises(UserError, match=r"gz is a named pipe"):
             datasets.load(config)
 
 
@@ -168,9 +198,68 @@ def test_code_in_a_pickle_is_refused_and_not_run(cifar10, config, tmp_path, prot
 
 
 def test_a_codec_cannot_be_smuggled_in():
-    # _codecs.encode is admitted by name, but is latin1 whatever it is asked for.
+    # _codecs.encode is admitted by name, and is never called.
     pickled = b"(dVdata\nc_codecs\nencode\n(Vabc\nVrot13\ntRs."
-    assert archives._unpickle(pickled, "x") == {"data": b"abc"}
+    assert archives._unpickle(pickled, "x")["data"].args == ("abc", "rot13")
+
+
+def test_a_small_pickle_takes_little_memory(cifar10, config, tmp_path):
+    file = tmp_path / "cifar-10-python.tar.gz"
+    nested = [0] * 10
+    for _ in range(9):
+        nested = [nested] * 10  # 10 ** 10 numbers, most of them references
+    encoded = b"c_codecs\nencode\n(Vabc\nVlatin1\ntR"
+    huge = b"cnumpy\nndarray\n((L8589934592L\nL3072L\ntVu1\ntR"
+    array = python2_pickle(rows(10))
+    assert array.count(b"K\nM\x00\x0c\x86") == 1  # the shape (10, 3072)
+    larger = array.replace(b"K\nM\x00\x0c\x86", b"J\x00\x00\x00\x7fM\x00\x0c\x86")[2:-1]
+    tracemalloc.start()
+    for change, why in (
+        (b"(dVdata\n" + huge + b"s.", r"it lacks|not cifar10's archive"),
+        (b"(dVdata\n" + larger + b"s.", "not cifar10's archive: .*reshape"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "test_batch is refused: it has an absurd number"),
+        (b"(dVdata\n" + encoded + b"s.", "not cifar10's archive: .*expected an array"),
+        ({"data": rows(10), "labels": nested}, "expected a list of whole numbers"),
+        ({"data": rows(10), "labels": [1 << 70] * 10}, "not cifar10's archive"),
+        ({"data": rows(10).astype(np.float64), "labels": [0] * 10}, "array of whole numbers"),
+        ({"data": rows(10).reshape(10, 3, 1024), "labels": [0] * 10}, "expected 2 dimensions"),
+    ):
+        cifar(file, {**cifar10, "test_batch": change})
+        with pytest.raises(UserError, match=why):
+            datasets.load(config)
+    cifar(file, {**cifar10, "batches.meta": {"label_names": nested}})
+    with pytest.raises(UserError, match="expected a list of texts"):
+        datasets.load(config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+def test_a_member_is_not_taken_for_larger_than_its_archive_can_hold(
+    cifar10, config, tmp_path, monkeypatch
+):
+    file = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(file, "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        sparse = tarfile.TarInfo("cifar-batches-py/test_batch")  # 4 GiB of nothing
+        sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 32)}
+        tar.addfile(sparse)
+    with pytest.raises(UserError, match="its test_batch is sparse"):
+        datasets.load(config)
+    cifar(file, cifar10)
+    with tarfile.open(file.with_name("twice"), "w:gz") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("cifar-batches-py/readme"), io.BytesIO())
+            info = tarfile.TarInfo("cifar-batches-py/batches.meta")
+            info.size = len(data := python2_pickle({}))
+            tar.addfile(info, io.BytesIO(data))
+    file.with_name("twice").rename(file)
+    with pytest.raises(UserError, match=r"its batches\.meta is there twice"):
+        datasets.load(config)
+    monkeypatch.setattr(archives, "_FLOOR", 1000)
+    for name in ("test_batch", "readme.html"):  # also where it is passed over
+        cifar(file, {name: bytes(1 << 24)})
+        with pytest.raises(UserError, match=r"is refused: its [\d,]+ bytes declare"):
+            datasets.load(config)
 
 
 def test_cifar_damage_is_named(cifar10, config, tmp_path):
