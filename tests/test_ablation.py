@@ -313,7 +313,7 @@ def test_a_cell_that_another_process_runs_is_waited_for(pretend, tmp_path):
         (tmp_path / "theirs/seed0/summary.json").write_text("{}")
         out.close()
 
-    threading.Thread(target=end).start()
+    threading.Thread(target=end, daemon=True).start()
     counts, started, said = pretend(["theirs", "fine"])
     assert (counts, started) == ({"complete": 2}, ["fine/seed0"])
     assert said.count("theirs, seed 0: another process runs it") == 1
@@ -340,7 +340,7 @@ def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
     counts, started, said = pretend(["slow", "fine"])
     assert counts == {"interrupted": 1, "missing": 1}
     assert started == ["slow/seed0"]
