@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
@@ -30,7 +31,16 @@ from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.preemption import Preempted, Signals
-from flax_cnns.train import dropout, loop, optimizers, parallel, precise_bn, schedules, steps
+from flax_cnns.train import (
+    dropout,
+    loop,
+    memory,
+    optimizers,
+    parallel,
+    precise_bn,
+    schedules,
+    steps,
+)
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer
@@ -71,7 +81,13 @@ class Parts(NamedTuple):
             process_count=jax.process_count(),
         )
         with contextlib.closing(loop.prefetch(map(self.shard, batches))) as sharded:
-            return evaluate(self.eval_step, variables, sharded, should_stop=should_stop)
+            sums = evaluate(self.eval_step, variables, sharded, should_stop=should_stop)
+        if not sums.get("count"):
+            raise UserError(
+                f"{self.dataset.name}: no image of the {split} split could be decoded, so that "
+                "there is nothing to evaluate; mend them, and the same command goes on"
+            )
+        return sums
 
     def for_steps(self, variables: PyTree) -> PyTree:
         """As training and evaluation steps take them: stacked for a network that scans. All others
@@ -110,13 +126,14 @@ def make_model(config: Any, dataset: datasets.Dataset) -> Any:
     return registry.create_model(**fields, input_size=dataset.image_shape)
 
 
-def assemble(config: Any, *, confusion: bool = False) -> Parts:
-    """Loads the data and builds network, mesh and evaluation step. Raises `UserError`."""
+def assemble(config: Any, *, confusion: bool = False, begun: bool = False) -> Parts:
+    """Loads the data and builds network, mesh and evaluation step. `begun`: as `datasets.load` has
+    it. Raises `UserError`."""
     registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
     mesh = parallel.make_mesh()
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
-    dataset = datasets.load(config.data)
+    dataset = datasets.load(config.data, begun=begun)
     model = make_model(config, dataset)
     eval_step = steps.make_eval_step(
         model.apply,
@@ -279,8 +296,9 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
                 print(f"{workdir} is complete; remove it to run again")
                 report.print_summary(summary)
             return summary
-        parts = assemble(config)
+        parts = assemble(config, begun=bool(finding.steps(workdir)))
         if primary:
+            print("\n".join(parts.dataset.describe()))
             workdirs.write_json(workdir / "config.json", resolved)
             workdirs.write_json(workdir / "dataset.json", parts.dataset.as_dict())
         return _Run(parts, workdir, opened, signals, began).go()
@@ -306,6 +324,7 @@ class _Run:
         def count(duration: str, field: str) -> int:
             return schedules.steps(duration, self.steps_per_epoch, what=field)
 
+        self._check_batches()
         self.total = count(config.train.duration, "train.duration")
         if self.total < 1:
             raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
@@ -461,6 +480,39 @@ class _Run:
 
         return refresh
 
+    def _check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
+        """Raises `UserError` for batches that a CPU has no memory for; compiles the step."""
+        parts, data = self.parts, self.config.data
+        devices = parallel.local_devices(parts.mesh)
+        if devices[0].platform != "cpu":
+            return
+        need = memory.needed(train_step, state, batch, key) * len(devices)
+        memory.check(need, what=f"data.batch_size={data.batch_size}")
+        size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
+        if memory.fits(need * size / data.batch_size):
+            return  # nothing is kept for a backward pass: less than training on as many takes
+
+        def shape(x: Array, dtype: Any) -> jax.ShapeDtypeStruct:
+            dims = list(x.shape)
+            dims[axis] = dims[axis] * size // data.batch_size
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
+
+        shapes = {
+            "image": shape(batch["image"], np.uint8),
+            "label": shape(batch["label"], np.int32),
+            "mask": shape(batch["label"], np.float32),
+        }
+        need = memory.needed(parts.eval_step, state.variables, shapes, None) * len(devices)
+        memory.check(need, what=f"data.eval_batch_size={size}")
+
+    def _check_batches(self) -> None:
+        """Raises `UserError` for batches that this process has no memory for as they are read."""
+        data, pixels = self.config.data, math.prod(self.parts.dataset.image_shape)
+        ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
+        for field in ("batch_size", "eval_batch_size"):
+            size = data[field] // jax.process_count()
+            memory.check(ahead * size * pixels, what=f"data.{field}={data[field]}")
+
     def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
         optimizer = self._optimizer(state.variables)
@@ -488,10 +540,16 @@ class _Run:
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
         with contextlib.closing(loop.prefetch(train_batches(parts, start))) as batches:
+            if start < self.total:
+                first = next(batches)
+                self._check_memory(train_step, state, first, key)
+                stream = itertools.chain([first], batches)
+            else:
+                stream = batches
             return loop.train(
                 state,
                 train_step=train_step,
-                batches=batches,
+                batches=stream,
                 key=key,
                 start=start,
                 stop=self.total,
@@ -550,6 +608,9 @@ class _Run:
             "stopped_early": host.stopped,
             "bad_steps": host.bad_steps,
             "normalized_by": parts.dataset.normalized_by,
+            "images": {role: len(split) for role, split in parts.dataset.splits.items()},
+            "left_out": dict(parts.dataset.left_out),
+            "files_of_several_pictures": len(parts.dataset.several),
             "damaged_images": sorted(parts.dataset.damaged),
             "seconds": host.seconds,
             "seconds_to_first_step": outcome.seconds_to_first_step,
@@ -563,6 +624,7 @@ class _Run:
                 "flax": __import__("flax").__version__,
             },
         }
+        summary = workdirs.finite(summary)  # as who reads the file finds it
         if self.primary:
             title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
             curves.draw_curves(
@@ -615,7 +677,7 @@ def evaluate_run(
     config = workdirs.read_config(workdir)
     configs.validate(config)
     _start_jax(config)
-    parts = assemble(config, confusion=True)
+    parts = assemble(config, confusion=True, begun=True)
     dataset = parts.dataset
     if split not in dataset.splits:
         raise UserError(

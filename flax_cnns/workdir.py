@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -24,11 +25,21 @@ from flax_cnns.checkpoint.lock import lock
 from flax_cnns.errors import UserError
 
 
+def finite(content: Any) -> Any:
+    """`content` as JSON has it: None in place of NaN and infinities, for which JSON has no name."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    return [finite(value) for value in content] if isinstance(content, list | tuple) else content
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """All of it or nothing: written beside and moved into place. Raises `UserError`."""
+    """All of it or nothing: written beside and moved into place; null for what is not finite.
+    Raises `UserError`."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_text(json.dumps(content, indent=2) + "\n")
+        beside.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -37,9 +48,10 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Raises `UserError` where the file is not JSON."""
+    """Raises `UserError` where the file is not JSON. What is not finite is None: `null`, and the
+    NaN and Infinity of older versions."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), parse_constant=lambda name: None)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); put it right or remove the run") from None
 

@@ -63,7 +63,8 @@ def _idx_file(directory: str, stem: str) -> Path | None:
 
 
 def _read_idx(name: str, directory: str) -> Raw:
-    sources, most = {}, 0
+    sources, most = {}, {}
+    known = KNOWN.get(name)
     for split, stems in IDX.items():
         files = [_idx_file(directory, stem) for stem in stems]
         for stem, file in zip(stems, files):
@@ -75,11 +76,12 @@ def _read_idx(name: str, directory: str) -> Raw:
                 f"{files[0]} holds {len(images)} images, but {files[1]} {len(labels)} labels"
             )
         sources[split] = ArraySource(images[..., None], labels.astype(np.int32), f"{name} {split}")
-        most = max(most, int(labels.max(initial=0)))
-    known = KNOWN.get(name)
-    if known and most >= known.classes:
-        raise UserError(f"{files[1]} holds label {most}; {name} has {known.classes} classes")
-    names = known.class_names if known else tuple(str(i) for i in range(most + 1))
+        most[split] = int(labels.max(initial=0))
+        # Of classes that nobody has published there are as many as train has.
+        classes = known.classes if known else most["train"] + 1
+        if most[split] >= classes:
+            raise UserError(f"{files[1]} holds label {most[split]}; {name} has {classes} classes")
+    names = known.class_names if known else tuple(str(i) for i in range(classes))
     return Raw(sources, len(names), names, sources["train"].images.shape[1:])
 
 

@@ -11,14 +11,17 @@ choose some, before all that; of the training examples that are left it may keep
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_cnns.data import images as img
+from flax_cnns.data import splits as cut
+from flax_cnns.data.splits import Split, split_rows  # noqa: F401  split_rows: for who looks here
 from flax_cnns.errors import UserError, did_you_mean
 
-TEST_SHARE = 0.2  # of the training images, where a data set has no test split
 COVARIANCE_OF = 2000  # images, evenly spread over those that are streamed
 EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
 
@@ -58,18 +61,6 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL has it
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Either arrays in memory or a source that decodes."""
-
-    labels: np.ndarray | None  # i32 [N]; None for a streamed TFDS split
-    images: np.ndarray | None = None  # u8 [N H W C]
-    source: img.Source | None = None
-
-    def __len__(self) -> int:
-        return len(self.source if self.images is None else self.images)
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
     name: str
     num_classes: int
@@ -84,6 +75,10 @@ class Dataset:
     covariance: tuple[tuple[float, ...], ...] = ()
     # Images left out because they could not be decoded; it grows while a split is streamed.
     damaged: list[str] = dataclasses.field(default_factory=list)
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
+    # Files of several pictures, of which the first counts; it grows while a split is streamed.
+    several: set[str] = dataclasses.field(default_factory=set)
+    notes: tuple[str, ...] = ()  # what may be meant, and would otherwise pass unseen
 
     @property
     def in_memory(self) -> bool:
@@ -92,8 +87,19 @@ class Dataset:
 
     def as_dict(self) -> dict[str, Any]:
         """What it is, without its images, as JSON has it."""
-        fields = (f.name for f in dataclasses.fields(self) if f.name not in ("splits", "damaged"))
+        found = ("splits", "damaged", "left_out", "several", "notes")
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
         return {name: getattr(self, name) for name in fields}
+
+    def describe(self) -> list[str]:
+        """Lines for the user: how many images each split has, what was left out, notes."""
+        counts = ", ".join(f"{role} {len(split):,}" for role, split in self.splits.items())
+        lines = [f"{self.name}: {self.num_classes} classes; images: {counts}"]
+        if said := cut.describe(self.left_out):
+            lines.append(f"left out: {said}")
+        if self.several:
+            lines.append(f"of files with several pictures the first is used: {len(self.several)}")
+        return lines + [f"note: {note}" for note in self.notes]
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Dataset:
@@ -109,19 +115,27 @@ class Raw(NamedTuple):
     num_classes: int
     class_names: tuple[str, ...]
     image_shape: tuple[int | None, int | None, int]  # None: they vary
+    left_out: Mapping[str, int] = MappingProxyType({})  # as Dataset has them
+    several: set[str] | None = None
 
 
-def load(config: Any) -> Dataset:
+def load(config: Any, *, begun: bool = False) -> Dataset:
     """The data set that `config` (`config.data` of configs/common.py) describes.
 
     Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
-    split that cannot be made.
+    split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a run
+    of this config is there, and goes on with what a new one must say in other words.
     """
     _check(config)
     if config.mock > 0:
         return _mock(config)
-    raw = _choose_classes(_read(config), config)
-    sources = _roles(raw, config)
+    raw = _read(config)
+    for split, source in raw.sources.items():
+        cut.check_source(source, f"{config.name}, {split} split", raw.num_classes)
+    raw, notes = _choose_classes(raw, config, begun)
+    if raw.num_classes < 2:
+        raise UserError(f"expected two classes or more; {config.name} has {raw.num_classes}")
+    sources = cut.roles(raw.sources, config.name, config.split_seed)
     own = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own
     varies = None in raw.image_shape
@@ -145,14 +159,18 @@ def load(config: Any) -> Dataset:
             threads=config.threads if varies else 1,
             skip_damaged=config.skip_damaged,
         )
+        if not len(images):
+            raise cut.none_decoded(role, source)
         splits[role] = Split(labels=labels, images=images)
         damaged += skipped
     if "validation" not in splits and config.validation:
-        splits = _take(splits, "validation", config.validation, config.split_seed)
+        splits = cut.take(splits, "validation", config.validation, config.split_seed)
     if config.fraction < 1:
-        splits = _keep_fraction(splits, config.fraction, config.split_seed)
-    if not len(splits["train"]):
-        raise UserError(f"{config.name}: no training images are left")
+        splits = cut.keep_fraction(splits, config.fraction, config.split_seed)
+    for role, split in splits.items():
+        if split.source is not None:
+            cut.check_decodes(role, split.source, config.skip_damaged)
+    notes += cut.notes(splits, raw.class_names, config.batch_size)
 
     mean, std, normalized_by = _statistics(config, own, channels, splits["train"])
     return Dataset(
@@ -167,6 +185,9 @@ def load(config: Any) -> Dataset:
         splits=splits,
         eval_share=share,
         damaged=damaged,
+        left_out=raw.left_out,
+        several=set() if raw.several is None else raw.several,
+        notes=tuple(notes),
     )
 
 
@@ -217,11 +238,12 @@ def _read(config: Any) -> Raw:
     return tfds_reader.read(name, directory, config.labels)
 
 
-def _choose_classes(raw: Raw, config: Any) -> Raw:
-    """The examples of `config.classes` alone, labelled in the order in which these are given."""
-    chosen = _classes(config, raw.class_names)
+def _choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:
+    """The examples of `config.classes` alone, labelled in the order in which these are given; and
+    notes."""
+    chosen, notes = _classes(config, raw.class_names, begun)
     if not chosen:
-        return raw
+        return raw, notes
     new = np.full(raw.num_classes, -1, np.int32)
     new[chosen] = np.arange(len(chosen))
 
@@ -239,17 +261,30 @@ def _choose_classes(raw: Raw, config: Any) -> Raw:
             return img.ArraySource(source.images[rows], labels[rows], f"{source.name}, {name}")
         return img.Relabelled(img.Subset(source, rows, name), labels[rows], name)
 
-    return raw._replace(
+    raw = raw._replace(
         sources={role: choose(role, source) for role, source in raw.sources.items()},
         num_classes=len(chosen),
         class_names=class_names,
     )
+    return raw, notes
 
 
-def _classes(config: Any, names: tuple[str, ...]) -> list[int]:
-    """`config.classes` as numbers. Raises UserError for one that there is not, or there twice."""
-    chosen = []
+def _classes(
+    config: Any, names: tuple[str, ...], begun: bool = False
+) -> tuple[list[int], list[str]]:
+    """`config.classes` as numbers, and notes. Raises UserError for one that there is not, or there
+    twice, and for a number that is another class's name, which is a note where a run is `begun`."""
+    chosen, notes = [], []
     for given in config.classes:
+        if isinstance(given, int) and str(given) in names and names.index(str(given)) != given:
+            counted = names[given : given + 1] if given >= 0 else ()
+            said = (
+                f"data.classes: {given} is ambiguous: {config.name} has a class named "
+                f"{str(given)!r}, and number {given} is {repr(*counted) if counted else 'none'}"
+            )
+            if not begun or not counted:
+                raise UserError(f"{said}; give names, in quotes: {str(given)!r}")
+            notes.append(f"{said}; this run took the number")
         if given in names:
             chosen.append(names.index(given))
         elif isinstance(given, int) and 0 <= given < len(names):
@@ -262,29 +297,7 @@ def _classes(config: Any, names: tuple[str, ...]) -> list[int]:
         raise UserError(
             f"data.classes: expected two classes or more, each once; got {tuple(config.classes)}"
         )
-    return chosen
-
-
-def _roles(raw: Raw, config: Any) -> dict[str, img.Source]:
-    """The data set's own splits, by role."""
-    own = dict(raw.sources)
-    if "train" not in own:
-        raise UserError(f"{config.name} has no train split; it has: {', '.join(sorted(own))}")
-    roles = {"train": own["train"]}
-    if "test" in own:
-        roles["test"] = own["test"]
-        if "validation" in own:
-            roles["validation"] = own["validation"]
-    elif "validation" in own:
-        roles["test"] = own["validation"]
-    else:
-        train = own["train"]
-        keep, test = split_rows(train.labels, len(train), TEST_SHARE, config.split_seed)
-        roles = {
-            "train": img.Subset(train, keep, f"without test, seed {config.split_seed}"),
-            "test": img.Subset(train, test, f"test, seed {config.split_seed}"),
-        }
-    return roles
+    return chosen, notes
 
 
 def _fits(config: Any, size: int) -> bool:
@@ -292,65 +305,6 @@ def _fits(config: Any, size: int) -> bool:
     if config.in_memory == "auto":
         return size < config.memory_limit * 2**30
     return config.in_memory == "yes"
-
-
-def _take(splits: dict[str, Split], role: str, amount: float, seed: int) -> dict[str, Split]:
-    """Gives `role` its share of train."""
-    train = splits["train"]
-    keep, taken = split_rows(train.labels, len(train), amount, seed)
-    kept = _rows(train, keep, f"without {role}, seed {seed}")
-    return {**splits, "train": kept, role: _rows(train, taken, f"{role}, seed {seed}")}
-
-
-def _keep_fraction(splits: dict[str, Split], fraction: float, seed: int) -> dict[str, Split]:
-    """Of train that share, every class alike. A smaller fraction is part of a larger one."""
-    train = splits["train"]
-    what = "data.fraction"
-    _, kept = split_rows(train.labels, len(train), fraction, seed, what=what)
-    if train.labels is not None and (lost := set(train.labels) - set(train.labels[kept])):
-        raise UserError(
-            f"{what}={fraction:g} keeps {len(kept)} of {len(train)} training images, and of "
-            f"{len(lost)} classes none; take a larger one"
-        )
-    return {**splits, "train": _rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
-
-
-def _rows(split: Split, which: np.ndarray, name: str) -> Split:
-    if split.images is None:
-        source = img.Subset(split.source, which, name)
-        return Split(labels=source.labels, source=source)
-    return Split(labels=split.labels[which], images=split.images[which])
-
-
-def split_rows(
-    labels: np.ndarray | None, total: int, amount: float, seed: int, what: str = "data.validation"
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that stay, rows that are taken), both sorted; `amount` is a fraction below 1 or a
-    count.
-
-    Stratified: each class gives its share, to within one example, and a class of one example stays
-    whole. Where `labels` is None (a streamed TFDS split, whose labels would take reading every
-    image) the rows are random. Raises UserError if nothing would be left to train on.
-    """
-    count = round(amount * total) if amount < 1 else int(amount)
-    if not 0 < count < total:
-        raise UserError(
-            f"{what}={amount:g} takes {count} of {total} training images; "
-            "at least one must be taken, and one must stay"
-        )
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(total)
-    if labels is not None:
-        # The k-th of a class's n examples stands at (k + 1/2) / n: the lowest `count` take from all
-        # classes alike.
-        mine = labels[shuffled]
-        order = np.argsort(mine, kind="stable")
-        _, starts, sizes = np.unique(mine[order], return_index=True, return_counts=True)
-        place = np.empty(total)
-        rank = np.arange(total) - np.repeat(starts, sizes)
-        place[order] = (rank + 0.5) / np.repeat(sizes, sizes)
-        shuffled = shuffled[np.argsort(place, kind="stable")]
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
 
 def _statistics(
@@ -414,6 +368,8 @@ def _covariance(
             threads=config.threads,
             skip_damaged=config.skip_damaged,
         )
+        if not len(images):
+            raise cut.none_decoded("train", some)
     return covariance(images)
 
 
@@ -433,7 +389,8 @@ def covariance(images: np.ndarray) -> tuple[tuple[float, ...], ...]:
 def _mock(config: Any) -> Dataset:
     """Random images of the data set's own classes and channels: nothing is read or downloaded."""
     num_classes, class_names, own = _facts(config)
-    if chosen := _classes(config, class_names):
+    chosen, notes = _classes(config, class_names)
+    if chosen:
         num_classes, class_names = len(chosen), tuple(class_names[i] for i in chosen)
     size, channels = config.image_size, config.channels or own
     rng = np.random.default_rng(config.split_seed)
@@ -450,7 +407,7 @@ def _mock(config: Any) -> Dataset:
             source = img.ArraySource(images, labels, f"mock {config.name} {role}")
             splits[role] = Split(labels=labels, source=source)
     if config.fraction < 1:
-        splits = _keep_fraction(splits, config.fraction, config.split_seed)
+        splits = cut.keep_fraction(splits, config.fraction, config.split_seed)
     return Dataset(
         name=config.name,
         num_classes=num_classes,
@@ -461,6 +418,7 @@ def _mock(config: Any) -> Dataset:
         covariance=_covariance(config, size, channels, splits["train"]),
         normalized_by="uniform noise",
         splits=splits,
+        notes=tuple(notes),
     )
 
 

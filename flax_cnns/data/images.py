@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from flax_cnns.errors import UserError
 
@@ -29,6 +29,9 @@ DAMAGE = (
 )
 
 
+LFS = b"version https://git-lfs"  # how a file begins that stands for one that was not fetched
+
+
 class DamagedImage(UserError):
     """An image that cannot be decoded; `where` names it."""
 
@@ -40,6 +43,18 @@ class DamagedImage(UserError):
 
     def __reduce__(self):  # Errors of worker processes travel pickled.
         return DamagedImage, (self.where, self.why)
+
+
+class WrongLabel(UserError):
+    """A label that is none of the data set's classes; `where` names the example."""
+
+    def __init__(self, where: str, label: int, num_classes: int):
+        said = "it has no label (-1)" if label == -1 else f"its label is {label}"
+        super().__init__(f"{where}: {said}; expected 0 to {num_classes - 1}")
+        self.where, self.label, self.num_classes = where, label, num_classes
+
+    def __reduce__(self):
+        return WrongLabel, (self.where, self.label, self.num_classes)
 
 
 class Source(Protocol):
@@ -87,12 +102,32 @@ class FileSource:
     paths: Sequence[str]
     labels: np.ndarray
     name: str
+    root: str = ""  # of the data set: all paths begin with it
+    # Paths of files that were opened and hold more than one picture; a process notes its own.
+    several: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def names(self) -> list[str]:
+        """The paths below the root: they stay when the data set moves."""
+        return [path[len(self.root) + 1 :] for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def open(self, i: int) -> tuple[Image.Image, int]:
-        return Image.open(self.paths[i]), self.labels[i]
+        path = self.paths[i]
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            with open(path, "rb") as file:
+                if file.read(len(LFS)) != LFS:
+                    raise
+            raise UnidentifiedImageError(
+                "a pointer of Git LFS, which git lfs pull replaces"
+            ) from None
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            self.several.add(path)  # the first counts
+        return image, self.labels[i]
 
     def where(self, i: int) -> str:
         return self.paths[i]
@@ -110,6 +145,7 @@ class TfdsSource:
     image_key: str
     label_key: str
     name: str
+    num_classes: int
     labels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -118,6 +154,8 @@ class TfdsSource:
     def open(self, i: int) -> tuple[Image.Image, int]:
         record = self.records[int(i)]
         image, label = record[self.image_key], int(record[self.label_key])
+        if not 0 <= label < self.num_classes:
+            raise WrongLabel(self.where(i), label, self.num_classes)
         if isinstance(image, bytes):
             return Image.open(io.BytesIO(image)), label
         image = np.asarray(image)
@@ -187,6 +225,13 @@ class Relabelled:
         return f"Relabelled({self.source!r}, {self.name}, {len(self)})"
 
 
+def several(source: Source) -> set[str]:
+    """What a source of files, or one made of it, noted of files with several pictures."""
+    while isinstance(source, Subset | Relabelled):
+        source = source.source
+    return source.several if isinstance(source, FileSource) else set()
+
+
 def read_labels(source: Source) -> np.ndarray:
     """i32 [N]; reads every example, without decoding it, where the source does not know them.
 
@@ -201,6 +246,8 @@ def read_labels(source: Source) -> np.ndarray:
             try:
                 image, labels[i] = part.open(i)
                 image.close()
+            except WrongLabel:
+                raise
             except DAMAGE as why:
                 raise DamagedImage(source.where(i), why) from why
     return labels
@@ -278,6 +325,8 @@ def read(
         with image:
             box = random_box(rng, *image.size, crop) if crop else centre_box(*image.size, share)
             return read_box(image, box, size, channels), label
+    except WrongLabel:
+        raise
     except DAMAGE as why:
         raise DamagedImage(source.where(i), why) from why
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from flax_cnns.data import images as img
 from flax_cnns.data.datasets import Dataset
+from flax_cnns.data.splits import none_decoded
 from flax_cnns.errors import UserError
 from flax_cnns.types import Batch
 
@@ -57,7 +58,7 @@ def train_batches(
         n,
         config.skip_damaged,
     )
-    return _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
+    return _note_found(_through_grain(stream, n, config), stream, dataset)
 
 
 def eval_batches(
@@ -93,7 +94,7 @@ def eval_batches(
         n,
         config.skip_damaged,
     )
-    return _note_skipped(_through_grain(stream, n, config), stream, dataset.damaged)
+    return _note_found(_through_grain(stream, n, config), stream, dataset)
 
 
 def _local_size(name: str, batch_size: int, process_count: int) -> int:
@@ -189,13 +190,14 @@ class TrainStream:
                 image, label = img.read(
                     self.source, example, size, channels, crop=self.crop, rng=rng
                 )
-                return {"image": image, "label": np.int32(label), "skipped": skipped}
+                seen = {"image": image, "label": np.int32(label), "skipped": skipped}
+                return seen | {"several": _if_several(self.source, example)}
             except img.DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
                 example = (example + 1) % len(self.source)  # the next one takes its place
-        raise UserError(f"none of the {len(self.source)} training images can be decoded")
+        raise none_decoded("training", self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,30 +225,41 @@ class EvalStream:
             try:
                 image, label = img.read(self.source, example, size, channels, share=self.share)
                 seen = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
-                return seen | {"skipped": skipped}
+                return seen | {"skipped": skipped, "several": _if_several(self.source, example)}
             except img.DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
         black = np.zeros(self.image_shape, np.uint8)
         unseen = {"image": black, "label": np.int32(0), "mask": np.float32(0)}
-        return unseen | {"skipped": skipped}
+        return unseen | {"skipped": skipped, "several": -1}
 
 
-def _note_skipped(
-    batches: Iterable[Batch], stream: TrainStream | EvalStream, damaged: list[str]
+def _if_several(source: img.Source, example: int) -> int:
+    """The example, if its file holds several pictures, else -1."""
+    several = img.several(source)
+    return example if several and source.where(example) in several else -1
+
+
+def _note_found(
+    batches: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
 ) -> Generator[Batch]:
-    """The batches without "skipped", whose examples (-1: none) are named in `damaged`.
+    """The batches without "skipped" and "several", whose examples (-1: none) are named in
+    `dataset.damaged` and `dataset.several`.
 
-    It travels with the batches because worker processes keep what they note to themselves.
+    They travel with the batches because worker processes keep what they note to themselves.
     """
+    damaged, where = dataset.damaged, stream.source.where
     batches = iter(batches)
     try:
         for batch in batches:
             batch = dict(batch)
             for example in batch.pop("skipped"):
-                if example >= 0 and (name := stream.source.where(int(example))) not in damaged:
+                if example >= 0 and (name := where(int(example))) not in damaged:
                     damaged.append(name)
+            for example in batch.pop("several"):
+                if example >= 0:
+                    dataset.several.add(where(int(example)))
             yield batch
     finally:
         batches.close()

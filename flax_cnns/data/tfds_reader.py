@@ -13,6 +13,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
@@ -45,7 +46,8 @@ def read(name: str, directory: str, labels: str) -> Raw:
             "read without TensorFlow; prepare it as array_record in another data.dir: "
             + _command(name)
         )
-    sources = {}
+    sources, left_out = {}, {}
+    num_classes, class_names = _classes(builder, label_key)
     for split in builder.info.splits:
         try:
             records = builder.as_data_source(
@@ -53,15 +55,23 @@ def read(name: str, directory: str, labels: str) -> Raw:
             )
             # TFDS marks the labels of a test split that nobody has published by -1: such a split is
             # of no use.
-            hidden = len(records) == 0 or int(records[0][label_key]) < 0
+            some = np.unique(np.linspace(0, len(records) - 1, 5).astype(int)) if records else []
+            hidden = all(int(records[int(i)][label_key]) == -1 for i in some)
         except (OSError, ValueError, RuntimeError, KeyError, IndexError) as why:
             raise UserError(
                 f"cannot read {builder.data_dir}: {_line(why)}; "
                 "delete the folder to prepare it anew"
             ) from why
         if not hidden:
-            sources[split] = img.TfdsSource(records, image_key, label_key, f"{name} {split}")
-    return Raw(sources, *_classes(builder, label_key), _shape(builder, image_key))
+            sources[split] = img.TfdsSource(
+                records, image_key, label_key, f"{name} {split}", num_classes
+            )
+            continue
+        why = "labels" if len(records) else "examples"
+        if split == "train":
+            raise UserError(f"the train split of {builder.data_dir} has no {why}")
+        left_out[f"{split} split, which has no {why}"] = 1
+    return Raw(sources, num_classes, class_names, _shape(builder, image_key), left_out)
 
 
 def facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...], int]:

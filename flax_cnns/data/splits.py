@@ -1,0 +1,196 @@
+"""Splits: how they are cut out of one another, and what each must hold before a run begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flax_cnns.data import images as img
+from flax_cnns.errors import UserError
+
+TEST_SHARE = 0.2  # of the training images, where a data set has no test split
+TRIED = 8  # images of a streamed split, evenly spread, that are decoded before a run begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Either arrays in memory or a source that decodes."""
+
+    labels: np.ndarray | None  # i32 [N]; None for a streamed TFDS split
+    images: np.ndarray | None = None  # u8 [N H W C]
+    source: img.Source | None = None
+
+    def __len__(self) -> int:
+        return len(self.source if self.images is None else self.images)
+
+
+# ---- roles, and what is taken from train
+
+
+def roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, img.Source]:
+    """The splits that the data set `name` has itself, by role. Raises UserError."""
+    if "train" not in own:
+        raise UserError(f"{name} has no train split; it has: {', '.join(sorted(own))}")
+    train = own["train"]
+    if "test" in own:
+        return {role: own[role] for role in ("train", "test", "validation") if role in own}
+    if "validation" in own:
+        return {"train": train, "test": own["validation"]}
+    what = f"data.name={name} has no test split, so that a fifth of train becomes it, which"
+    keep, test = split_rows(train.labels, len(train), TEST_SHARE, seed, what=what)
+    return {
+        "train": img.Subset(train, keep, f"without test, seed {seed}"),
+        "test": img.Subset(train, test, f"test, seed {seed}"),
+    }
+
+
+def take(splits: dict[str, Split], role: str, amount: float, seed: int) -> dict[str, Split]:
+    """Gives `role` its share of train."""
+    train = splits["train"]
+    keep, taken = split_rows(train.labels, len(train), amount, seed)
+    kept = _rows(train, keep, f"without {role}, seed {seed}")
+    return {**splits, "train": kept, role: _rows(train, taken, f"{role}, seed {seed}")}
+
+
+def keep_fraction(splits: dict[str, Split], fraction: float, seed: int) -> dict[str, Split]:
+    """Of train that share, every class alike. A smaller fraction is part of a larger one."""
+    train = splits["train"]
+    what = f"data.fraction={fraction:g}"
+    _, kept = split_rows(train.labels, len(train), fraction, seed, what=what)
+    if train.labels is not None and (lost := set(train.labels) - set(train.labels[kept])):
+        raise UserError(
+            f"{what} keeps {len(kept)} of {len(train)} training images, and of "
+            f"{len(lost)} classes none; take a larger one"
+        )
+    return {**splits, "train": _rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
+
+
+def _rows(split: Split, which: np.ndarray, name: str) -> Split:
+    if split.images is None:
+        source = img.Subset(split.source, which, name)
+        return Split(labels=source.labels, source=source)
+    return Split(labels=split.labels[which], images=split.images[which])
+
+
+def split_rows(
+    labels: np.ndarray | None, total: int, amount: float, seed: int, what: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that stay, rows that are taken), both sorted; `amount` is a fraction below 1 or a
+    count. `what` says in a message what takes them; "": data.validation.
+
+    Stratified: each class gives its share, to within one example, and a class of one example stays
+    whole. Where `labels` is None (a streamed TFDS split, whose labels would take reading every
+    image) the rows are random. Raises UserError if nothing would be left to train on.
+    """
+    count = round(amount * total) if amount < 1 else int(amount)
+    if not 0 < count < total:
+        raise UserError(
+            f"{what or f'data.validation={amount:g}'} takes {count} of {total} training images; "
+            "at least one must be taken, and one must stay"
+        )
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(total)
+    if labels is not None:
+        # The k-th of a class's n examples stands at (k + 1/2) / n: the lowest `count` take from all
+        # classes alike.
+        mine = labels[shuffled]
+        order = np.argsort(mine, kind="stable")
+        _, starts, sizes = np.unique(mine[order], return_index=True, return_counts=True)
+        place = np.empty(total)
+        rank = np.arange(total) - np.repeat(starts, sizes)
+        place[order] = (rank + 0.5) / np.repeat(sizes, sizes)
+        shuffled = shuffled[np.argsort(place, kind="stable")]
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+# ---- what a split must hold
+
+
+def check_source(source: img.Source, where: str, num_classes: int) -> None:
+    """Raises UserError where a split has no example, images of no pixel, or labels that are none
+    of 0 to num_classes - 1; those that take reading are checked as they are read."""
+    if not len(source):
+        raise UserError(f"{where}: it has no example")
+    if isinstance(source, img.ArraySource) and not source.images.size:
+        shape = "x".join(map(str, source.images.shape[1:3]))
+        raise UserError(f"{where}: expected images of a pixel or more, got {shape}")
+    if source.labels is not None:
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
+        if len(wrong):
+            i = int(wrong[0])
+            raise img.WrongLabel(source.where(i), int(source.labels[i]), num_classes)
+
+
+def none_decoded(role: str, source: img.Source) -> UserError:
+    """Of a split of whose images none can be decoded, `skip_damaged` or not; reads the first."""
+    try:
+        img.read(source, 0, 8, 3)
+        why = ""
+    except img.DamagedImage as error:
+        why = f"; the first, {error.where}: {error.why}"
+    return UserError(f"none of the {len(source)} {role} images can be decoded{why}")
+
+
+def check_decodes(role: str, source: img.Source, skip_damaged: bool) -> None:
+    """Decodes TRIED images of a streamed split, evenly spread. Where `skip_damaged`, goes through
+    the others until one can be decoded.
+
+    Raises DamagedImage for a damaged one, or, where `skip_damaged`, UserError if all are.
+    """
+    total = len(source)
+    tried = np.unique(np.linspace(0, total - 1, min(TRIED, total)).astype(int))
+    if any([_decodes(source, i, skip_damaged) for i in tried]):
+        return
+    if not any(_decodes(source, i, skip_damaged) for i in range(total)):
+        raise none_decoded(role, source)
+
+
+def _decodes(source: img.Source, i: int, skip_damaged: bool) -> bool:
+    try:
+        img.read(source, int(i), 8, 3)
+    except img.DamagedImage:
+        if not skip_damaged:
+            raise
+        return False
+    return True
+
+
+# ---- what is said
+
+
+def notes(splits: dict[str, Split], class_names: Sequence[str], batch_size: int) -> list[str]:
+    """What may be meant, and would otherwise pass unseen. Raises UserError where all training
+    images are of one class."""
+    train, found = splits["train"], []
+    if note := batch_note(batch_size, len(train)):
+        found.append(note)
+    if train.labels is not None:
+        counts = np.bincount(train.labels, minlength=len(class_names))
+        missing = [name for name, count in zip(class_names, counts) if not count]
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        said = f"{len(missing)} of {len(class_names)} classes have no training image: {shown}"
+        if len(missing) == len(class_names) - 1:
+            raise UserError(f"{said}; expected images of two classes or more")
+        if missing:
+            found.append(said)
+    return found
+
+
+def batch_note(batch_size: int, images: int) -> str:
+    """ "": a batch is no larger than the training set."""
+    if batch_size <= images:
+        return ""
+    return (
+        f"data.batch_size={batch_size} is more than the {images} training images: a batch holds "
+        f"each of them {batch_size / images:.1f} times on average"
+    )
+
+
+def describe(counts: Mapping[str, int], most: int = 8) -> str:
+    """Counts by kind as a text, the most frequent first; "" for none."""
+    kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    said = [f"{kind}: {count:,}" for kind, count in kinds[:most]]
+    rest = sum(count for _, count in kinds[most:])
+    return ", ".join(said) + (f", other kinds: {rest:,}" if rest else "")

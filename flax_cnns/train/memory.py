@@ -1,0 +1,72 @@
+"""Whether a batch fits into a CPU's memory: asked before XLA aborts the process for want of it.
+
+Accelerators raise an error of their own.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+from collections.abc import Callable
+from typing import Any
+
+from flax_cnns.errors import UserError
+
+GIB = 2**30
+
+
+def available() -> int | None:
+    """Bytes that this process may still take: of the machine, of its control group and of its own
+    limit the least. None where the system does not say."""
+    found = []
+    machine = _table("/proc/meminfo")
+    if "MemAvailable" in machine:
+        found.append((machine["MemAvailable"] + machine.get("SwapFree", 0)) * 1024)
+    group = pathlib.Path("/sys/fs/cgroup")
+    try:
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            found.append(int(most) - _table(group / "memory.stat")["anon"])
+    except (OSError, ValueError, KeyError):
+        pass
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit - _table("/proc/self/status").get("VmSize", 0) * 1024)
+    return max(0, min(found)) if found else None
+
+
+def _table(file: str | pathlib.Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    try:
+        text = pathlib.Path(file).read_text()
+    except OSError:
+        return {}
+    lines = [line.replace(":", " ").split() for line in text.splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def needed(step: Callable, *arguments: Any) -> int:
+    """Bytes that a compiled step takes on one device beside its arguments; 0 where it cannot be
+    asked. The step is compiled now, and need not be when it is called."""
+    if not hasattr(step, "lower"):
+        return 0
+    stats = step.lower(*arguments).compile().memory_analysis()
+    if stats is None:
+        return 0
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def fits(need: float) -> bool:
+    """Whether so many bytes can be had."""
+    free = available()
+    return free is None or need <= free
+
+
+def check(need: int, *, what: str) -> None:
+    """Raises UserError where `need` bytes cannot be had. `what`: the field and its value."""
+    if not fits(need):
+        free = available() or 0
+        raise UserError(
+            f"{what}: such a batch needs {need / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB "
+            "are free; take a smaller one"
+        )
