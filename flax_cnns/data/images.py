@@ -122,9 +122,7 @@ class FileSource:
             with open(path, "rb") as file:
                 if file.read(len(LFS)) != LFS:
                     raise
-            raise UnidentifiedImageError(
-                "a pointer of Git LFS, which git lfs pull replaces"
-            ) from None
+            raise UnidentifiedImageError("a pointer of Git LFS; run git lfs pull") from None
         if getattr(image, "is_animated", False) and image.format != "MPO":
             self.several.add(path)  # the first counts
         return image, self.labels[i]

@@ -108,6 +108,16 @@ def test_idx_files_missing_and_labels_out_of_range(mnist, config, tmp_path):
     labels.write_bytes(gzip.compress(idx(np.full(10, 11, np.uint8))))
     with pytest.raises(UserError, match=r"t10k-labels.*holds label 11; fashion_mnist has 10"):
         datasets.load(config)
+    config.name = "runes"  # has as many classes as train shows
+    with pytest.raises(UserError, match=r"t10k-labels.*holds label 11; runes has 10"):
+        datasets.load(config)
+    config.name = "fashion_mnist"
+    train = tmp_path / "train-labels-idx1-ubyte.gz"
+    whole = train.read_bytes()
+    train.write_bytes(gzip.compress(idx(np.full(40, 12, np.uint8))))
+    with pytest.raises(UserError, match=r"train-labels.*holds label 12; fashion_mnist has 10"):
+        datasets.load(config)
+    train.write_bytes(whole)
     labels.unlink()
     with pytest.raises(UserError, match=r"holds no t10k-labels-idx1-ubyte\.gz"):
         datasets.load(config)

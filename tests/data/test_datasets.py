@@ -125,15 +125,72 @@ def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory
         datasets, "_read", lambda c: datasets.Raw({"train": source}, 100, names, (8, 8, 1))
     )
     config.name, config.in_memory, config.image_size, config.validation = "own", in_memory, 8, 3
-    config.classes = ("2500", 4, 9)
+    config.classes = ("2500", "16", 8)
     dataset = datasets.load(config)
-    assert (dataset.num_classes, dataset.class_names) == (3, ("2500", "16", "81"))
+    assert (dataset.num_classes, dataset.class_names) == (3, ("2500", "16", "64"))
     counts = {name: len(split) for name, split in dataset.splits.items()}
     assert counts == {"train": 7, "validation": 3, "test": 2}
     for split in dataset.splits.values():
         for i, label in enumerate(split.labels):
             image = split.images[i] if in_memory == "yes" else img.read(split.source, i, 8, 1)[0]
-            assert image[0, 0, 0] == (50, 4, 9)[label]  # as the images of those classes are filled
+            assert image[0, 0, 0] == (50, 4, 8)[label]  # as the images of those classes are filled
+
+
+def test_a_number_that_is_the_name_of_another_class_is_ambiguous(monkeypatch, config):
+    named = raw(train=50, test=10)._replace(num_classes=3, class_names=("1", "10", "2"))
+    monkeypatch.setattr(datasets, "_read", lambda config: named)
+    config.name, config.image_size, config.classes = "own", 8, (0, 1)
+    with pytest.raises(UserError, match=r"1 is ambiguous: .* named '1', and number 1 is '10'"):
+        datasets.load(config)
+    # A run that is there took numbers, and its config cannot change.
+    dataset = datasets.load(config, begun=True)
+    assert dataset.class_names == ("1", "10")
+    assert "1 is ambiguous" in "".join(dataset.describe())
+    config.classes = (0, 10)
+    with pytest.raises(UserError, match=r"10 is ambiguous: .* number 10 is none; give names"):
+        datasets.load(config, begun=True)
+    config.classes = ("1", "10")
+    assert datasets.load(config).class_names == ("1", "10")
+
+
+def test_tasks_without_meaning(monkeypatch, config):
+    config.name, config.image_size = "own", 8
+
+    def refused(raw, message):
+        monkeypatch.setattr(datasets, "_read", lambda config: raw)
+        with pytest.raises(UserError, match=message):
+            datasets.load(config)
+
+    given = raw(train=50, test=10)
+    source = given.sources["train"]
+    one = np.zeros(50, np.int32)
+    same = {"train": img.ArraySource(source.images, one, "train")}
+    refused(given._replace(sources=same), "1 of 2 classes have no training image: b")
+    refused(given._replace(sources=same, num_classes=1, class_names=("a",)), "classes or more")
+    for label in (-1, 2):
+        labels = np.where(np.arange(50) == 7, label, source.labels)
+        wrong = {"train": img.ArraySource(source.images, labels, "train")}
+        refused(given._replace(sources=wrong), r"train, image 7: .*expected 0 to 1")
+    dots = {"train": img.ArraySource(source.images[:, :0], source.labels, "train")}
+    refused(given._replace(sources=dots), "own, train split: .* of a pixel or more, got 0x8")
+    refused(raw(train=50, test=0), "own, test split: it has no example")
+
+
+def test_what_may_be_meant_is_a_note(monkeypatch, config):
+    given = raw(train=11, test=5)._replace(num_classes=3, class_names=("a", "b", "c"))
+    monkeypatch.setattr(datasets, "_read", lambda config: given)
+    config.name, config.image_size, config.validation, config.batch_size = "own", 8, 0, 64
+    batch, missing = datasets.load(config).notes
+    assert "data.batch_size=64 is more than the 11 training images" in batch
+    assert missing == "1 of 3 classes have no training image: c"
+    assert datasets.load(config).describe()[0] == "own: 3 classes; images: train 11, test 5"
+
+
+def test_a_test_split_that_cannot_be_cut_is_not_blamed_on_validation(monkeypatch, config):
+    monkeypatch.setattr(datasets, "_read", lambda config: raw(train=2))
+    config.name = "own"
+    with pytest.raises(UserError, match=r"data.name=own has no test split.* takes 0 of 2 training"):
+        datasets.load(config)
 
 
 def test_classes_that_a_split_lacks(monkeypatch, config):

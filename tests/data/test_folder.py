@@ -1,10 +1,13 @@
 """Folders of images: layouts, sizes and modes, and what is damaged, empty or missing."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from flax_cnns.data import datasets, pipeline
+from flax_cnns.data import folder as reader
 from flax_cnns.errors import UserError
 
 COLOURS = {"blue": (0, 0, 250), "green": (0, 250, 0), "red": (250, 0, 0)}
@@ -117,15 +120,13 @@ def test_a_truncated_image_is_skipped_and_counted_if_the_config_says_so(folder, 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streamed_a_truncated_image_is_named(folder, config, workers):
-    fill(folder / "train", 2)
+    fill(folder / "train", 6)
     fill(folder / "test", 1)
-    for file in (folder / "train").glob("*/00.jpg"):
-        truncate(file)
-    truncate(folder / "test" / "red" / "00.jpg")
-    config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 6, workers
+    config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 18, workers
+    truncate(folder / "train" / "blue" / "01.jpg")  # not among those that are tried before a run
     dataset = datasets.load(config)
     batches = pipeline.train_batches(dataset, config, seed=0)
-    with pytest.raises(UserError, match=r"cannot decode .*train.*00\.jpg: .*data\.skip_damaged"):
+    with pytest.raises(UserError, match=r"cannot decode .*train.*01\.jpg: .*data\.skip_damaged"):
         next(batches)
     batches.close()
 
@@ -136,9 +137,14 @@ def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, worke
     fill(folder / "test", 1)
     truncate(folder / "train" / "green" / "00.jpg")
     truncate(folder / "test" / "red" / "00.jpg")
+    os.remove(folder / "train" / "red" / "01.jpg")
+    pictures = [Image.new("RGB", (9, 9), (80 * k, 0, 0)) for k in range(2)]
+    moving = folder / "train" / "red" / "01.gif"
+    pictures[0].save(moving, save_all=True, append_images=pictures[1:])
     config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 6, workers
     config.skip_damaged = True
     dataset = datasets.load(config)
+    dataset.several.clear()  # those that were tried before the run
     batches = pipeline.train_batches(dataset, config, seed=0)
     batch = next(batches)
     batches.close()
@@ -148,6 +154,139 @@ def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, worke
     (test,) = pipeline.eval_batches(dataset, "test", config)
     assert test["mask"].sum() == 2
     assert len(dataset.damaged) == 2
+    assert dataset.several == {str(moving)}
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("in_memory", ["yes", "no"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_of_which_nothing_can_be_decoded_is_refused(folder, config, in_memory, split):
+    for one in ("train", "val", "test"):
+        fill(folder / one, 6)
+    for file in (folder / split).glob("*/*.jpg"):
+        file.write_text(LFS)
+    config.skip_damaged, config.in_memory = True, in_memory
+    with pytest.raises(UserError, match=r"none of the 18 .*blue.00\.jpg: .*run git lfs pull"):
+        datasets.load(config)
+    for one in ("green", "blue"):  # one image is enough, wherever it is; train wants two classes
+        Image.new("RGB", (9, 9)).save(folder / split / one / "03.jpg")
+    assert len(datasets.load(config).splits) == 3
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_without_class_folders_is_named(folder, config, split):
+    fill(folder / "train", 3)
+    (folder / split).mkdir()
+    with pytest.raises(UserError, match=rf"{split} holds no class folders; .*\(blue, green, red\)"):
+        datasets.load(config)
+    for i in range(5):  # as raw ImageNet has it
+        Image.new("RGB", (9, 9)).save(folder / split / f"{i}.jpg")
+    with pytest.raises(UserError, match=rf"{split} holds 5 images but no class folders"):
+        datasets.load(config)
+
+
+def test_images_of_every_type(folder, config):
+    """Of several pictures in a file the first, which is black here, is taken."""
+    fill(folder, 1)
+    for i, suffix in enumerate(reader.SUFFIXES):
+        pictures = [Image.new("RGB", (9, 9), (80 * k, 0, 0)) for k in range(3)]
+        first = pictures[0].convert({".pgm": "L", ".pbm": "1"}.get(suffix, "RGB"))
+        more = dict(save_all=True, append_images=pictures[1:])
+        several = suffix in (".gif", ".tiff", ".webp", ".avif")
+        suffix = suffix.upper() if i % 2 else suffix
+        first.save(folder / "red" / f"new{i}{suffix}", **(more if several else {}))
+    (folder / "red" / "phone.heic").write_bytes(b"x")
+    (folder / "red" / "README").write_bytes(b"x")
+    config.validation = 0
+    dataset = datasets.load(config)
+    images = np.concatenate([split.images for split in dataset.splits.values()])
+    assert (images[:, 4, 4].max(-1) < 5).sum() == len(reader.SUFFIXES) == len(images) - 3
+    assert dataset.left_out == {".heic": 1, "files without a suffix": 1}
+    assert len(dataset.several) == 4
+    assert "left out: .heic: 1, files without a suffix: 1" in dataset.describe()
+
+
+def test_a_type_that_this_pillow_cannot_decode_is_left_out(monkeypatch, folder, config):
+    fill(folder, 5)
+    Image.new("RGB", (9, 9)).save(folder / "red" / "new.avif")
+    monkeypatch.setattr(reader.features, "check", lambda name: name != "avif")
+    assert datasets.load(config).left_out == {".avif, which this Pillow cannot decode": 1}
+
+
+def test_hidden_and_system_folders_are_not_entered(folder, config):
+    fill(folder, 5)
+    for inside in ("red/.ipynb_checkpoints", "red/deep/@eaDir", "__MACOSX/red", ".cache"):
+        (folder / inside).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(folder / inside / "00-checkpoint.png")
+    (folder / "red" / "._00.jpg").write_bytes(b"x")
+    Image.new("RGB", (9, 9)).save(folder / "loose.png")
+    dataset = datasets.load(config)
+    assert sum(map(len, dataset.splits.values())) == 15
+    assert dataset.left_out == {
+        "hidden folders": 4,
+        "hidden files": 1,
+        "images outside the class folders": 1,
+    }
+
+
+def test_links_are_followed_and_each_file_counts_once(folder, config):
+    fill(folder / "data", 5)
+    fill(folder / "else", 3)
+    config.dir, red = str(folder / "data"), folder / "data" / "red"
+    os.symlink(folder / "else" / "red", red / "batch2")
+    os.symlink(".", red / "loop")
+    os.symlink("00.jpg", red / "again.jpg")
+    os.link(red / "01.jpg", red / "hard.jpg")
+    os.symlink("nowhere.jpg", red / "broken.jpg")
+    dataset = datasets.load(config)
+    assert sum(map(len, dataset.splits.values())) == 15 + 3
+    assert dataset.left_out == {
+        "broken links": 1,
+        "folders that are linked twice": 1,
+        "links to images that are there already": 2,
+    }
+    os.symlink("../blue", red / "more")
+    with pytest.raises(UserError, match=r"blue.00.jpg and .*more.00.jpg are one file in two clas"):
+        datasets.load(config)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_file_in_two_splits_is_an_error_that_names_both(folder, config, link):
+    fill(folder / "train", 2)
+    fill(folder / "test", 1)
+    link(folder / "train" / "red" / "01.jpg", folder / "test" / "red" / "02.jpg")
+    with pytest.raises(UserError, match=r"red.0\d.jpg and .*red.0\d.jpg are one file in two sp"):
+        datasets.load(config)
+
+
+def test_a_folder_given_a_level_too_high_is_not_a_class(folder, config):
+    fill(folder / "deep" / "flowers", 2)
+    with pytest.raises(UserError, match=r"one class folder, .*did you mean data.dir=.*flowers\?"):
+        datasets.load(config)
+    fill(folder / "set" / "train", 2)
+    with pytest.raises(UserError, match=r"not a class; did you mean data.dir=.*set\?"):
+        datasets.load(config)
+
+
+def test_splits_by_other_names_are_splits_and_each_is_there_once(folder, config):
+    fill(folder / "Training", 4)
+    fill(folder / "TEST", 2)
+    (folder / "masks").mkdir()
+    dataset = datasets.load(config)
+    assert counts(dataset)["test"] == [2, 2, 2]
+    assert dataset.left_out == {"folders that are no split (masks)": 1}
+    fill(folder / "testing", 1)
+    with pytest.raises(UserError, match=r"TEST and .*testing are both the test split"):
+        datasets.load(config)
+
+
+def test_names_are_below_the_root(folder, config):
+    """What tells a data set that moved from another one."""
+    fill(folder / "train", 1)
+    source = reader.read(f"{folder}/", "folder").sources["train"]
+    assert source.names == ["train/blue/00.jpg", "train/green/00.jpg", "train/red/00.jpg"]
 
 
 def test_folders_that_are_wrong(folder, config):

@@ -10,7 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flax_cnns.data import datasets, tfds_reader
+from flax_cnns.data import datasets, splits, tfds_reader
+from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
 
 
@@ -85,6 +86,34 @@ def test_streamed_it_is_the_same(config, shapes_dir):
     assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=10, validation=2, test=12)
     image, label = dataset.splits["test"].source.open(0)
     assert label == (np.asarray(image)[0, 0, 0] >= 120)
+
+
+class Records(list):
+    def __getitems__(self, rows):
+        return [self[row] for row in rows]
+
+
+def test_labels_out_of_range_are_named_and_never_skipped(config):
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, format="PNG")
+    records = [{"image": png.getvalue(), "label": label} for label in (0, 1, -1, 12)]
+    source = img.TfdsSource(Records(records), "image", "label", "shapes train", num_classes=2)
+    assert img.read(source, 1, 4, 3)[1] == 1
+    for i, said in ((2, "it has no label"), (3, "its label is 12")):
+        with pytest.raises(img.WrongLabel, match=rf"shapes train, example {i}: {said}.* 0 to 1"):
+            img.read(source, i, 4, 3)
+    for read in (
+        lambda: img.read_all(source, 4, 3, share=1.0, threads=2, skip_damaged=True),
+        lambda: img.read_labels(source),
+        lambda: splits.check_decodes("train", source, skip_damaged=True),
+    ):
+        with pytest.raises(img.WrongLabel):
+            read()
+
+
+def test_a_split_without_labels_is_counted_as_left_out(config, shapes_dir):
+    config.name, config.dir, config.image_size, config.validation = "shapes", shapes_dir, 8, 2
+    assert datasets.load(config).left_out == {"test split, which has no labels": 1}
 
 
 def test_no_network_is_told_within_ten_seconds(config, tmp_path):
