@@ -134,7 +134,7 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "latest") -> Predicto
 
     def read(photo: Photo) -> np.ndarray:
         with opened(photo) as image:
-            return images.read_box(image, box(*image.size), size, channels)[None]
+            return images.read_box(image, box, size, channels)[None]
 
     normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
     return Predictor(
@@ -157,8 +157,8 @@ def draw(
     shown = []
     for name, photo in zip(photo_names(photos), photos[: predictions.MOST]):
         with opened(photo) as image:
-            seen = predictor.box(*image.size)
-            shown.append((name, images.to_channels(image, 3).copy(), seen))
+            whole = images.upright(image, 3).copy()
+            shown.append((name, whole, predictor.box(*whole.size)))
     predictions.draw_predictions(shown, guesses, png, predictor.title)
     return len(shown)
 

@@ -29,6 +29,7 @@ from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.data import augment, mix, pipeline
+from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import Parts, assemble
 from flax_cnns.train import losses, optimizers, schedules
@@ -126,7 +127,8 @@ def cached_features(
 
 def _digest(parts: Parts, variables: PyTree) -> str:
     """Of the weights, and of the examples of all splits: of those that are streamed, where they
-    are. A folder or a run may hold others today under the name that the config knows."""
+    are and how they are read. A folder or a run may hold others today under the name that the
+    config knows."""
     digest = hashlib.sha256()
     for path, leaf in pytree.flatten(jax.device_get(variables)).items():
         digest.update(path.encode())
@@ -138,6 +140,7 @@ def _digest(parts: Parts, variables: PyTree) -> str:
         if split.images is not None:
             digest.update(np.ascontiguousarray(split.images))
         else:
+            digest.update(f"reader {img.READER}".encode())
             digest.update("\n".join(map(split.source.where, range(len(split)))).encode())
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import re
+import types
 
 import chex
 import jax
@@ -19,6 +20,7 @@ from configs.finetune.fashion_digits import get_config
 from flax_cnns import config as configs
 from flax_cnns import create_model, finetune, finetune_report, probe, pytree
 from flax_cnns.checkpoint import manager
+from flax_cnns.data import datasets, images
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import assemble, model_fields
 from flax_cnns.weights import preprocessing
@@ -242,6 +244,16 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path)
     splits["test"] = dataclasses.replace(splits["test"], images=255 - splits["test"].images)
     dataset = dataclasses.replace(parts.dataset, splits=splits)
     assert np.abs(computed(parts._replace(dataset=dataset), variables) - first).max() > 1e-3
+
+
+def test_features_of_photographs_that_another_reader_saw_are_computed_anew(monkeypatch):
+    source = images.ArraySource(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32), "two")
+    splits = {"train": datasets.Split(labels=source.labels, source=source)}
+    parts = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits))
+    before = probe._digest(parts, {})
+    assert probe._digest(parts, {}) == before
+    monkeypatch.setattr(images, "READER", images.READER + 1)
+    assert probe._digest(parts, {}) != before
 
 
 def test_features_of_a_network_that_scans_are_those_of_its_blocks():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flax_cnns import prediction
 from flax_cnns.checkpoint import foreign, manager
-from flax_cnns.data import datasets
+from flax_cnns.data import datasets, images
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert, preprocessing
 from flax_cnns.workdir import read_config
@@ -61,6 +61,18 @@ def test_a_large_photo_is_seen_from_its_middle(finished, photos):
     run = prediction.from_run(finished[0])
     assert run.box(96, 32) == (32, 0, 64, 32)
     np.testing.assert_array_equal(run.read(wide), run.read(digit))
+
+
+def test_a_run_sees_a_photo_upright_as_its_own_images(finished, photos, tmp_path):
+    digit, exif = Image.open(photos[0][0]), Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    path = tmp_path / "side.png"
+    digit.rotate(90).save(path, exif=exif)
+    run = prediction.from_run(finished[0])
+    source = images.FileSource((str(path),), np.zeros(1, np.int32), "one")
+    own, _ = images.read(source, 0, 32, 1)
+    np.testing.assert_array_equal(run.read(path)[0], own)
+    np.testing.assert_array_equal(run.read(path), run.read(digit))
 
 
 def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):

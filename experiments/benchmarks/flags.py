@@ -13,6 +13,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not cross:
+        raise ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 500x375, got {text!r}")
+    return positive(width), positive(height)
+
+
 def dtype(text: str) -> str:
     if text not in DTYPES:
         raise ArgumentTypeError(f"expected {' or '.join(DTYPES)}, got {text!r}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.flags import positive
+from experiments.benchmarks.flags import positive, size
 from experiments.benchmarks.report import Bars, Report
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
@@ -37,7 +37,11 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
     parser.add_argument("--batches", type=positive, default=20, help="a round")
     parser.add_argument("--size", type=int, default=224, help="of the folder's images as decoded")
-    parser.add_argument("--jpegs", type=positive, default=256, help="in the folder, 500x375 each")
+    parser.add_argument("--jpegs", type=positive, default=256, help="in the folder")
+    parser.add_argument("--jpeg-size", type=size, default="500x375", metavar="WxH", help="of each")
+    parser.add_argument(
+        "--orientation", type=int, choices=range(1, 9), default=1, help="that their EXIF says"
+    )
     parser.add_argument("--threads", type=int, default=0, help="that decode; 0: the config's")
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1: the config's")
 
@@ -56,7 +60,7 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
             config = _data_config(args)
             if source == "folder":
                 root = stack.enter_context(tempfile.TemporaryDirectory())
-                write_jpegs(Path(root), args.jpegs)
+                write_jpegs(Path(root), args.jpegs, args.jpeg_size, args.orientation)
                 config.update(name="folder", source="folder", dir=root, mock=0)
                 config.update(in_memory="no", image_size=args.size, validation=0.0)
                 config.augment.random_resized_crop = (0.08, 1.0)
@@ -135,9 +139,15 @@ def _data_config(args: argparse.Namespace) -> Any:
     return data
 
 
-def write_jpegs(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
-    """`root/class/n.jpg`: smooth noise with grain, ten classes."""
-    from PIL import Image
+def write_jpegs(
+    root: Path, count: int, size: tuple[int, int] = (500, 375), orientation: int = 1
+) -> None:
+    """`root/class/n.jpg`: smooth noise with grain, ten classes; `size` is (width, height)."""
+    from PIL import ExifTags, Image
+
+    exif = Image.Exif()
+    if orientation != 1:
+        exif[ExifTags.Base.Orientation] = orientation
 
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -147,4 +157,4 @@ def write_jpegs(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> N
         folder = root / f"class{i % 10}"
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.clip(image + grain, 0, 255).astype(np.uint8))
-        image.save(folder / f"{i}.jpg", quality=90)
+        image.save(folder / f"{i}.jpg", quality=90, exif=exif)

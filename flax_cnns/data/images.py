@@ -8,14 +8,17 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flax_cnns.errors import UserError
+
+# Grows whenever the same file gives other pixels than before: 2 obeys EXIF and every transparency.
+READER = 2
 
 # What PIL raises for a file that it cannot decode.
 DAMAGE = (
@@ -255,7 +258,11 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in the image
 
 
 def centre_box(width: int, height: int, share: float = 1.0) -> Box:
-    """The central square; `share` of the shorter side: 0.875 is the 224 of 256 of the papers."""
+    """The central square; `share` of the shorter side: 0.875 is the 224 of 256 of the papers.
+
+    Resize(256) and CenterCrop(224) see the same of a square. Off squares they round the longer side
+    down and the corner to a whole pixel: each edge is up to one pixel of the 224 away from here.
+    """
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
@@ -275,12 +282,32 @@ def random_box(
     return centre_box(width, height)
 
 
-def read_box(image: Image.Image, box: Box, size: int, channels: int) -> np.ndarray:
-    """The part `box` of an image, resized (bilinear, antialiased): u8 [size size channels]."""
+# EXIF's orientation, 1 (upright) left out: what turns the stored image upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_box(
+    image: Image.Image, box_of: Callable[[int, int], Box], size: int, channels: int
+) -> np.ndarray:
+    """The part of an upright image, resized (bilinear, antialiased): u8 [size size channels].
+
+    `box_of(width, height)` is the part, in pixels of the upright image.
+    """
+    turn = _orientation(image)
+    width, height = image.size
+    box = box_of(height, width) if turn > 4 else box_of(width, height)
+    box = _stored_box(box, turn, width, height)
     if image.format == "JPEG":
         # A large JPEG for a small square: let the decoder halve it once or thrice, never below the
         # wanted size.
-        width, height = image.size
         wide, high = box[2] - box[0], box[3] - box[1]
         image.draft(None, (math.ceil(width * size / wide), math.ceil(height * size / high)))
         sx, sy = image.width / width, image.height / height
@@ -288,20 +315,91 @@ def read_box(image: Image.Image, box: Box, size: int, channels: int) -> np.ndarr
     image = to_channels(image, channels)
     box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if turn in _TURNS:  # now that it is small
+        image = image.transpose(_TURNS[turn])
     return np.asarray(image).reshape(size, size, channels)
+
+
+def upright(image: Image.Image, channels: int) -> Image.Image:
+    """The whole image at its full size, L or RGB, as every reader of this package sees it."""
+    turn = _orientation(image)
+    image = to_channels(image, channels)
+    return image.transpose(_TURNS[turn]) if turn in _TURNS else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where it is absent or unreadable. Decodes all but JPEG."""
+    if image.format != "JPEG":
+        _load(image)  # PNG may have EXIF behind its pixels
+    if image.format == "TIFF":
+        return 1  # PIL has turned it while decoding
+    try:
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # PIL has a dozen kinds; broken EXIF says nothing about the pixels
+        return 1
+    return turn if isinstance(turn, int) and turn in _TURNS else 1
+
+
+def _load(image: Image.Image) -> None:
+    """Decodes. PIL scales grey of 2 and 4 bits and colors of 16 bits to 8, but not the one that is
+    transparent: that is done here."""
+    packed = image.tile[0][3] if getattr(image, "tile", None) else None  # how PNG stores pixels
+    image.load()
+    clear = image.info.get("transparency")
+    if clear is None:
+        return
+    if packed == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif (packed == "L;2" and clear < 4) or (packed == "L;4" and clear < 16):
+        image.info["transparency"] = clear * (85 if packed == "L;2" else 17)
+
+
+def _stored_box(box: Box, turn: int, width: int, height: int) -> Box:
+    """A box of the upright image in pixels of the stored one, which is `width` x `height`."""
+    left, top, right, bottom = box
+    if turn in (5, 6, 7, 8):
+        left, top, right, bottom = top, left, bottom, right
+    if turn in (2, 3, 7, 8):
+        left, right = width - right, width - left
+    if turn in (3, 4, 6, 7):
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """To grey (ITU-R 601 luma) or RGB; what is transparent becomes white, 16 bits become 8."""
     mode = "L" if channels == 1 else "RGB"
-    if image.mode == mode:
-        return image
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 256)
-    elif "A" in image.getbands() or "transparency" in image.info:
+    _load(image)
+    clear, palette = image.info.get("transparency"), image.palette
+    alpha = palette is not None and palette.mode.endswith("A")
+    alpha |= image.mode in ("LA", "PA", "RGBA", "RGBa")
+    if image.mode[0] in "IF":
+        image = _eight_bits(image, clear)
+    elif alpha or clear is not None:
+        if image.mode == "1" and clear:  # PIL 10 has 1 where later ones have 255
+            image.info["transparency"] = 255
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
+    """Of integers up to 65535 the upper 8 bits; floats are 0 to 1, or 0 to 255 where one is
+    above 1. Raises ValueError for other numbers: nothing says which of them is white."""
+    numbers = np.asarray(image)
+    low, high = numbers.min(), numbers.max()
+    most = 255 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= most):  # NaN is neither
+        expected = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 65535"
+        raise ValueError(
+            f"its pixels are numbers from {low:g} to {high:g}, expected {expected}; save it with 8 "
+            "or 16 bits"
+        )
+    if image.mode == "F":
+        small = np.round(numbers * 255) if high <= 1 else numbers
+    else:
+        small = numbers >> 8
+    return Image.fromarray(np.where(numbers == clear, 255, small).astype(np.uint8))
 
 
 def read(
@@ -321,8 +419,10 @@ def read(
     try:
         image, label = source.open(i)
         with image:
-            box = random_box(rng, *image.size, crop) if crop else centre_box(*image.size, share)
-            return read_box(image, box, size, channels), label
+            box_of = functools.partial(centre_box, share=share)
+            if crop:
+                box_of = functools.partial(random_box, rng, share=crop)
+            return read_box(image, box_of, size, channels), label
     except WrongLabel:
         raise
     except DAMAGE as why:

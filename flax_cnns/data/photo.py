@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from flax_cnns.data.images import DAMAGE
 from flax_cnns.errors import UserError, did_you_mean
@@ -20,32 +20,40 @@ Photo = str | os.PathLike | Image.Image | np.ndarray
 
 @contextlib.contextmanager
 def opened(photo: Photo) -> Iterator[Image.Image]:
-    """The photograph upright, as its camera held it, perhaps not decoded yet.
+    """The photograph as it is stored, perhaps not decoded yet: `images.read_box` and
+    `images.upright` turn it as its EXIF says, PIL images that are handed over too.
 
     Arrays are u8 [H W], [H W 1] or [H W 3]. Raises `UserError` where there is no such file, and for
     what fails to decode in the `with` block.
     """
-    if isinstance(photo, Image.Image):
-        yield photo
-        return
     if isinstance(photo, np.ndarray):
         yield _of_array(photo)
-        return
-    path = Path(photo)
-    if not path.exists():
-        folder = path.parent
-        near = [other.name for other in folder.iterdir()] if folder.is_dir() else []
-        raise UserError(f"there is no photo {os.fspath(photo)!r}{did_you_mean(path.name, near)}")
-    check_regular(path)
+    elif isinstance(photo, Image.Image):
+        with _named(f"photo {getattr(photo, 'filename', '') or photo}"):
+            # `read_box` decodes JPEG small: the caller's own keeps its size.
+            yield photo.copy() if photo.format == "JPEG" else photo
+    else:
+        path = Path(photo)
+        if not path.exists():
+            folder = path.parent
+            near = [other.name for other in folder.iterdir()] if folder.is_dir() else []
+            near = did_you_mean(path.name, near)
+            raise UserError(f"there is no photo {os.fspath(photo)!r}{near}")
+        check_regular(path)
+        with _named(f"photo {path}"), Image.open(path) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Raises `UserError` for what fails to decode."""
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            yield ImageOps.exif_transpose(image) if turned else image
+        yield
     except UserError:
         raise
     except DAMAGE as why:
         reason = f"{why.strerror}" if getattr(why, "strerror", None) else str(why)
-        raise UserError(f"cannot read the photo {path}: {reason}") from why
+        raise UserError(f"cannot read the {what}: {reason}") from why
 
 
 def check(photos: Iterable[Photo]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from flax_cnns.data.images import Box, to_channels
+from flax_cnns.data.images import Box, upright
 from flax_cnns.data.photo import Photo, opened
 from flax_cnns.errors import UserError
 from flax_cnns.registry import create_model
@@ -65,9 +65,10 @@ class Preprocessing(NamedTuple):
         return round((width - self.size) / 2), round((height - self.size) / 2)
 
     def __call__(self, image: Photo) -> np.ndarray:
-        """f32 [1 size size 3] of a file, a PIL image or u8 [H W 3]; raises `UserError`."""
+        """f32 [1 size size 3] of a file, a PIL image or u8 [H W 3], turned as its EXIF says;
+        raises `UserError`."""
         with opened(image) as photo:
-            photo = to_channels(photo, 3)
+            photo = upright(photo, 3)
             how = Image.Resampling[self.interpolation.upper()]
             if self.crop_first:
                 photo = photo.crop(self.box(*photo.size)).resize((self.size, self.size), how)
