@@ -30,8 +30,10 @@ from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
+from flax_cnns.layers import norm
 from flax_cnns.preemption import Preempted, Signals
 from flax_cnns.train import (
+    batchnorm,
     dropout,
     loop,
     memory,
@@ -247,6 +249,7 @@ def rehearse(config: Any) -> tuple[Parts, int]:
     params = rehearsed._target().params  # the rules of the optimizer too
     dropout_rates(rehearsed.parts, params)
     _augment_and_mix(rehearsed.parts)
+    rehearsed.check_norms()
     return rehearsed.parts, rehearsed.total
 
 
@@ -395,10 +398,48 @@ class _Run:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make()
         )
 
+    def check_norms(self) -> None:
+        """Raises `UserError` where a BatchNorm that learns would see one value per channel in a
+        step. Computes shapes only, and those where a device takes its images one at a time: two
+        have two values of every channel."""
+        parts, config = self.parts, self.config
+        devices, pieces = parts.mesh.devices.size, config.train.accumulate
+        if config.data.batch_size != devices * pieces:
+            return
+        variables = self._target().variables
+        modes = self._optimizer(variables).norms
+
+        def step(variables: PyTree, batch: dict[str, Array], key: Array) -> Array:
+            with batchnorm.intercept(modes), norm.checking():  # in this order
+                parts.model.apply(
+                    variables,
+                    batch["image"],
+                    train=True,
+                    mutable=["batch_stats", "aux_logits"],
+                    rngs={"shared": key, "dropout": key},
+                )
+            return key
+
+        shape = (devices, *parts.dataset.image_shape)
+        batch = {"image": jax.ShapeDtypeStruct(shape, jax.numpy.float32)}
+        try:
+            jax.eval_shape(
+                parallel.parallelize(step, parts.mesh, donate=False),
+                *(variables, batch, jax.random.key(0)),
+            )
+        except norm.OneValueError as error:
+            raise UserError(
+                f"data.batch_size: {config.data.batch_size} (devices: {devices}, train.accumulate:"
+                f" {pieces}) gives a device 1 image at a time, of which {error.path} gets"
+                f" {list(error.shape)}: BatchNorm of 1 value per channel makes all images the same;"
+                f" take data.batch_size={2 * devices * pieces}, or larger images"
+            ) from None
+
     # -- the run
 
     def go(self) -> dict[str, Any]:
         config = self.config
+        self.check_norms()
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
                 Checkpoints(

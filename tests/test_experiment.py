@@ -26,6 +26,7 @@ from flax_cnns.experiment import (
     aux_weights,
     evaluate_run,
     model_fields,
+    rehearse,
     train_batches,
 )
 from flax_cnns.preemption import Preempted
@@ -485,6 +486,34 @@ def fails(config, workdir, said):
     with pytest.raises(UserError, match=said) as error:
         run(config, workdir)
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(config, tmp_path):
+    """Maps of one pixel in the last stage, on four devices."""
+    config.model.name = "cifar_resnet20"
+    with config.unlocked():
+        config.model.update(dict(depths=(1, 1), widths=(4, 4)))
+    config.data.image_size, config.data.batch_size, config.data.augment.pad_crop = 2, 4, 0
+    config.data.mock = 40
+    said = (
+        r"batch_size: 4 \(devices: 4, train.accumulate: 1\) .* stage2/block1/\w+ gets "
+        r"\[1, 1, 1, 4\].* take data\.batch_size=8,"
+    )
+    with pytest.raises(UserError, match=said):
+        rehearse(config)
+    with pytest.raises(UserError, match=said):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.data.batch_size = 8
+    rehearse(config)
+    config.train.accumulate = 2  # a piece after the other
+    with pytest.raises(UserError, match=r"train\.accumulate: 2\).* take data\.batch_size=16,"):
+        rehearse(config)
+    config.train.sync_batchnorm = True  # over the devices of a piece
+    rehearse(config)
+    config.train.sync_batchnorm = False
+    config.optimizer.bn = (("stage2/.*", "frozen_stats"), (".*", "train"))
+    rehearse(config)
 
 
 def test_a_run_under_another_config_names_the_fields(finished, config):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, Dtype, ModuleDef
@@ -33,6 +36,7 @@ def make_norm(
     means `new = momentum * old + (1 - momentum) * batch`: PyTorch's 0.1 is 0.9 here. The running
     variance is the biased one, where PyTorch keeps the unbiased. Statistics are float32 whatever
     `dtype` is.
+    Raises `OneValueError` while tracing training on one value per channel, as PyTorch does.
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
     `"layer"`: Ba, Kiros & Hinton 2016 as Wu & He 2018 take it for maps (their equation 4): mean and
     variance over H, W and C of each image, that is one group; gamma and beta per channel.
@@ -45,7 +49,7 @@ def make_norm(
     """
     if norm == "batch":
         return partial(
-            nn.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             axis_name=axis_name,
             momentum=momentum,
@@ -85,6 +89,52 @@ def make_norm(
     if norm == "none":
         return NoNorm
     raise UserError(f"unknown norm {norm!r}{did_you_mean(norm, NORMS)}")
+
+
+class OneValueError(UserError):
+    """A BatchNorm would be trained on one value per channel. Its result would be its bias, whatever
+    the image, and nothing in front of it would learn."""
+
+    def __init__(self, path: str, shape: tuple[int, ...]):
+        super().__init__(
+            f"{path}: BatchNorm of {list(shape)} would train on 1 value per channel, and make it"
+            " the same whatever the image; give it 2 images or more at a time, or larger ones"
+        )
+        self.path, self.shape = path, shape
+
+
+def check_values(layer: nn.BatchNorm, x: Array) -> None:
+    """Raises `OneValueError` unless `layer` normalises two values per channel or more of `x`, over
+    all devices where it has an `axis_name`."""
+    axes = (layer.axis,) if isinstance(layer.axis, int) else layer.axis
+    values = x.size // max(math.prod(x.shape[axis] for axis in axes), 1)
+    if values == 1 and layer.axis_name is not None:
+        values *= lax.psum(1, layer.axis_name, axis_index_groups=layer.axis_index_groups)
+    if values == 1:
+        raise OneValueError("/".join(layer.path) or "the network", x.shape)
+
+
+def checking() -> Any:
+    """A context in which Flax's own BatchNorm raises `OneValueError`, too."""
+
+    def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
+        layer = at.module
+        trains = isinstance(layer, nn.BatchNorm) and layer.use_running_average is False
+        if trains and at.method_name == "__call__":
+            check_values(layer, args[0])
+        return function(*args, **kwargs)
+
+    return nn.intercept_methods(call)
+
+
+class BatchNorm(nn.BatchNorm):
+    """Raises `OneValueError` in training on one value per channel."""
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
+        keeps = self.use_running_average if use_running_average is None else use_running_average
+        if not keeps and not self.is_initializing():
+            check_values(self, x)
+        return super().__call__(x, use_running_average, **kwargs)
 
 
 class GroupNorm(nn.GroupNorm):

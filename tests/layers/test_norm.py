@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from flax_cnns.errors import UserError
 from flax_cnns.layers import local_response_norm, make_norm
+from flax_cnns.layers.norm import checking
 
 X = np.random.RandomState(0).randn(8, 4, 4, 32).astype(np.float32) * 3 + 1
 
@@ -31,6 +33,34 @@ def test_batch_norm_in_evaluation_uses_the_statistics():
     variables["batch_stats"] = {"mean": mean, "var": var}
     y = norm.apply(variables, X)
     np.testing.assert_allclose(y, (X - mean) / np.sqrt(var + 1e-5), atol=1e-5)
+
+
+def test_batch_norm_refuses_to_train_on_one_value_per_channel():
+    norm = make_norm("batch", train=True)()
+    variables = norm.init(jax.random.key(0), X[:1, :1, :1])
+    apply = lambda x, norm=norm: norm.apply(variables, x, mutable=["batch_stats"])  # noqa: E731
+    for one in (X[:1, :1, :1], X[0, 0, :1]):
+        with pytest.raises(UserError, match=r"BatchNorm of \[.*1, 32\].* 1 value per channel"):
+            jax.eval_shape(apply, one)
+    for more in (X[:2, :1, :1], X[:1, :1, :2], X[0, 0, :2]):
+        jax.eval_shape(apply, more)
+    frozen = make_norm("batch", train=False)()
+    assert frozen.apply(variables, X[:1, :1, :1]).shape == (1, 1, 1, 32)
+    # Over all devices where they normalise together.
+    both = lambda x: apply(x, make_norm("batch", train=True, axis_name="batch")())  # noqa: E731
+    devices = jax.vmap(both, axis_name="batch")
+    jax.eval_shape(devices, X[:2, None, :1, :1])
+    with pytest.raises(UserError, match="1 value per channel"):
+        jax.eval_shape(devices, X[:1, None, :1, :1])
+
+
+def test_flax_own_batch_norm_is_checked_where_that_is_asked_for():
+    layer = nn.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), X[:1, :1, :1])
+    apply = lambda: layer.apply(variables, X[:1, :1, :1], mutable=["batch_stats"])  # noqa: E731
+    apply()
+    with checking(), pytest.raises(UserError, match="1 value per channel"):
+        apply()
 
 
 def test_statistics_stay_float32_under_bfloat16():
