@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -15,12 +16,13 @@ from rich.table import Table
 
 from flax_cnns import config as configs
 from flax_cnns import records
-from flax_cnns.analysis.curves import PANELS, save_picture
+from flax_cnns.analysis.curves import PANELS, make_room, save_picture, shorten
 from flax_cnns.records import Record
 
 # Okabe and Ito's colours; from the ninth run on the lines differ by their dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#999999")
 DASHES = ("-", "--", "-.", ":")
+LEGEND = 40  # runs in one column of the legend
 
 
 def read(runs: Sequence[str | os.PathLike]) -> dict[str, Record]:
@@ -92,23 +94,36 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
     `UserError` where it cannot be written."""
     sizes = {record.config.data.batch_size for record in runs.values()}
     across = "step" if len(sizes) == 1 else "images seen"
-    figure = Figure(figsize=(14, 4.0 + 0.14 * max(len(runs) - 12, 0)), layout="constrained")
+    columns = -(-len(runs) // LEGEND)  # of the legend, each of its own width
+    height = 4.0 + 0.14 * max(min(len(runs), LEGEND) - 12, 0)
+    figure = Figure(figsize=(14 + 3 * (columns - 1), height), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
+    styles = _styles(len(runs))
     for axes, panel in zip(panels, PANELS):
-        for i, record in enumerate(runs.values()):
-            style = dict(color=COLOURS[i % 8], linestyle=DASHES[i // 8 % 4])
+        for style, record in zip(styles, runs.values()):
             _run(axes, panel, record, style, record.config.data.batch_size if len(sizes) > 1 else 1)
         axes.set(title=panel.replace("_", " "), xlabel=across)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    for i, (name, record) in enumerate(runs.items()):
-        label = name if record.complete else f"{name} (unfinished)"
-        style = dict(color=COLOURS[i % 8], linestyle=DASHES[i // 8 % 4])
+        make_room(axes)
+        if not any(len(line.get_xdata()) for line in axes.get_lines()):
+            axes.set(xticks=[], yticks=[])  # they would be numbers about nothing
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")
+    for style, (name, record) in zip(styles, runs.items()):
+        label = shorten(name, 40) + ("" if record.complete else " (unfinished)")
         panels[0].plot([], [], label=label, **style)
-    figure.legend(loc="outside right center", frameon=False, fontsize="small")
+    figure.legend(loc="outside right center", frameon=False, fontsize="small", ncols=columns)
     figure.suptitle("strong: validation; thin: training; star: test", fontsize="medium")
     save_picture(figure, png)
+
+
+def _styles(runs: int) -> list[dict[str, Any]]:
+    """Of each run its own; hundreds of colours can only be told by their order."""
+    if runs <= len(COLOURS) * len(DASHES):
+        return [dict(color=COLOURS[i % 8], linestyle=DASHES[i // 8]) for i in range(runs)]
+    turbo = colormaps["turbo"]
+    return [dict(color=turbo(i / (runs - 1)), linestyle=DASHES[i % 4]) for i in range(runs)]
 
 
 def _run(axes: Axes, panel: str, record: Record, style: dict[str, Any], scale: int) -> None:

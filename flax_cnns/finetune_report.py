@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import intervals
-from flax_cnns.analysis.curves import save_picture
+from flax_cnns.analysis.curves import save_picture, shorten
 from flax_cnns.finetune import Result
 
 # The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
@@ -144,14 +145,18 @@ _STYLES = {
 def draw(result: Result, png: pathlib.Path) -> None:
     """Test accuracy against the number of training images, a panel for each target."""
     number = len(result.targets)
-    figure = Figure(figsize=(1.8 + 4.4 * number, 5), layout="constrained")
-    panels = figure.subplots(1, number, squeeze=False)[0]
+    columns = min(number, 4)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(1.8 + 4.4 * columns, 0.5 + 4.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[number:]:
+        panel.set_visible(False)
     for panel, target in zip(panels, result.targets):
         for i, strategy in enumerate(result.strategies):
             cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
             images = np.array([cell[0].images for cell in cells])
             # A little beside each other, so that the bars can be told apart.
-            images = images * 1.02 ** (i - len(result.strategies) / 2)
+            images = images * 1.02 ** (i - (len(result.strategies) - 1) / 2)
             accuracy = [100 * np.mean([r.test for r in cell]) for cell in cells]
             spread = [
                 100 * np.std([r.test for r in cell], ddof=1) for cell in cells if len(cell) > 1
@@ -166,13 +171,21 @@ def draw(result: Result, png: pathlib.Path) -> None:
                 elinewidth=0.8,
                 **_STYLES[strategy],
             )
-        panel.set(xscale="log", xlabel="training images", title=target)
-        ticks = [result.at(target, f, result.strategies[0])[0].images for f in result.fractions]
+        panel.set(xscale="log", xlabel="training images", title=shorten(target, 44))
+        sizes = [result.at(target, f, result.strategies[0])[0].images for f in result.fractions]
+        # Points of one size stay together, however few sizes there are.
+        low, high = min(sizes) / 1.5, max(sizes) * 1.5
+        panel.set_xlim(low, high)
+        ticks = sizes[:1]
+        for size in sizes[1:]:  # a number's width apart
+            if math.log(size / ticks[-1]) > 0.12 * math.log(high / low):
+                ticks.append(size)
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test accuracy, %")
+    for panel in panels[::columns]:
+        panel.set_ylabel("test accuracy, %")
     seeds = f"n={result.seeds} seeds, bars: standard deviation" if result.seeds > 1 else "one seed"
     figure.suptitle(f"fine-tuning against training from scratch; {seeds}", fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,10 +108,11 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from flax_cnns.analysis.curves import save_picture
+    from flax_cnns.analysis.curves import save_picture, shorten
 
     # Okabe and Ito's colours, told apart by all kinds of colour vision.
     colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+    colours += ("#D55E00", "#56B4E9", "#F0E442", "#999999")
     series = {name: values for name, values in bars.series.items() if any(values)}
     height = 0.8 / max(len(series), 1)
     rows = len(bars.labels)
@@ -133,18 +135,21 @@ def draw(bars: Bars, title: str, png: Path) -> None:
         room = (high / low) ** 0.1
         axes.set_xlim(bars.reference * low / room, bars.reference * high * room)
         ticks = (1, 2, 5) if high / low > 3 else (0.6, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
-        axes.xaxis.set_major_locator(LogLocator(subs=ticks))
+        ticks = ticks if high / low < 1000 else (1,)  # whole decades
+        axes.xaxis.set_major_locator(LogLocator(subs=ticks, numticks=12))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12, y=0.01)
-    axes.set_yticks(range(rows), bars.labels, fontsize=8)
+    axes.set_yticks(range(rows), [shorten(label, 60) for label in bars.labels], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(bars.axis)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 100), fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
+        figure.legend(
+            loc="outside lower center", ncols=min(len(series), 4), frameon=False, fontsize=8
+        )
     save_picture(figure, png)
 
 

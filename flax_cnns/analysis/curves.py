@@ -34,21 +34,39 @@ def draw_curves(metrics_jsonl: str | os.PathLike, png: str | os.PathLike, title:
     """
     series = _read(Path(metrics_jsonl))
     drawn = [name for name in PANELS if any(key.split("/")[-1] == name for key in series)]
-    figure = Figure(figsize=(4.6 * max(len(drawn), 1), 3.8), layout="constrained")
+    width = max(len(drawn), 1)
+    figure = Figure(figsize=(4.6 * width, 3.8 if drawn else 1.2), layout="constrained")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(shorten(title, 50 * width))
     if not drawn:
-        figure.text(0.5, 0.5, "nothing has been logged yet", ha="center", va="center")
+        figure.text(0.5, 0.4, "nothing has been logged yet", ha="center", va="center")
     for axes, name in zip(np.ravel(figure.subplots(1, len(drawn)) if drawn else []), drawn):
         if name == "learning_rate":
             _learning_rate(axes, series[name])
         else:
             _compare_splits(axes, name, {s: series.get(f"{s}/{name}") for s in STYLES})
+        make_room(axes, right=3)  # for the legend
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     save_picture(figure, png)
+
+
+def shorten(text: str, most: int) -> str:
+    """At most `most` characters: the middle is left out, for names often differ at their ends."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 1].rstrip()}…{text[-end:].lstrip()}"
+
+
+def make_room(axes: Axes, right: float = 1.0) -> None:
+    """Around points that all have one x, and would stand between fractions of it."""
+    found = {float(x) for line in axes.get_lines() for x in line.get_xdata()}
+    if len(found) == 1:
+        (x,) = found
+        axes.set_xlim(x - 1, x + right)
 
 
 def save_picture(figure: Figure, path: str | os.PathLike) -> None:
@@ -98,11 +116,11 @@ def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None]) -> 
             seen.append(values[finite])
             at = best(values)
             if split == "validation":
-                label = f"validation, best {values[at]:.4f} at {steps[at]:.0f}"
+                label = f"validation, best {_number(values[at])} at {steps[at]:.0f}"
                 if len(values) >= MANY:
                     style = style | dict(marker="")
             elif split == "test":
-                label = f"test {values[at]:.4f}"
+                label = f"test {_number(values[at])}"
             elif len(values) < MANY:
                 style = style | dict(marker=".")  # a lone point must show, too
             else:
@@ -117,14 +135,20 @@ def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None]) -> 
     if not everything.size:
         axes.set_yticks([])  # they would be numbers about nothing
     axes.set_title(name)
-    axes.legend(frameon=False, fontsize="small")
+    alone = len({float(x) for line in axes.get_lines() for x in line.get_xdata()}) == 1
+    axes.legend(frameon=False, fontsize="small", loc="center right" if alone else "best")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _learning_rate(axes: Axes, series: Series) -> None:
     steps, values = series
     finite = np.isfinite(values)
     marker = "." if len(values) < 2 else ""
-    axes.plot(steps, values, color=STYLES["train"]["color"], marker=marker)
+    # In front of the axis, on which a rate of zero lies.
+    axes.plot(steps, values, color=STYLES["train"]["color"], marker=marker, zorder=3, clip_on=False)
     _mark_not_finite(axes, steps[~finite], "rate")
     rates = values[finite & (values > 0)]
     # Where a quarter of the run has less than an eighth of the highest rate (steps, exponential

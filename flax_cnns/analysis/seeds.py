@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flax_cnns.analysis.curves import Series, save_picture
+from flax_cnns.analysis.curves import Series, make_room, save_picture, shorten
 from flax_cnns.analysis.intervals import Interval
 
 # Okabe and Ito's; the sign says it too.
 BETTER, WORSE, UNKNOWN = "#0072B2", "#D55E00", "#777777"
+LONGEST, PANEL = 48, 36  # characters of a row's name beside its line, above its panel
 FAR = 4.0  # beyond so many medians of the rows' reach a row leaves the picture, with an arrow
 
 
@@ -40,10 +41,12 @@ def draw_forest(
     axes.axvline(0, color="black", linewidth=0.8)
     for y, effect in enumerate(effects):
         _effect(axes, y, effect, limit)
-    axes.set_yticks(range(len(effects)), [effect.name for effect in effects])
-    axes.set(xlim=(-limit, limit), ylim=(len(effects) - 0.4, -0.6))
+    axes.set_yticks(range(len(effects)), [shorten(effect.name, LONGEST) for effect in effects])
+    axes.set(xlim=(-limit, limit), ylim=(max(len(effects), 1) - 0.4, -0.6))
+    if not effects:
+        axes.text(0, 0, "no row beside the baseline ", ha="right", va="center", color=UNKNOWN)
     axes.set_xlabel(f"{what}; ticks: seeds, bars: 95 % intervals, uncorrected")
-    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_title(shorten(title, 90), fontsize="medium", loc="left")
     axes.grid(axis="x", alpha=0.25)
     axes.tick_params(axis="y", length=0, pad=10)  # room for an arrow
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -100,6 +103,7 @@ def draw_rows(
     them, and show the later part of the curves, where the rows differ; what lies below is told by
     the last value in a panel's title."""
     columns = min(len(rows), min((5, 4, 3), key=lambda columns: -len(rows) % columns))
+    columns = max(columns, math.isqrt(len(rows)))  # hundreds of rows, in a picture that is no strip
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(2.7 * columns + 0.6, 2.1 * lines + 0.7), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -112,7 +116,7 @@ def draw_rows(
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, mean, color=colour, linewidth=1.5, marker="." if len(x) < 3 else "")
         last = f"{mean[-1]:.2f}" if len(mean) else "no complete run"
-        axes.set_title(f"{name}\n{last}", fontsize=8.5)
+        axes.set_title(f"{shorten(name, PANEL)}\n{last}", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -120,6 +124,8 @@ def draw_rows(
         axes.set_visible(False)
     for axes in panels[max(len(rows) - columns, 0) : len(rows)]:
         axes.tick_params(labelbottom=True)  # also above an empty place
+    if len({float(x) for xs, *_ in bands.values() for x in xs}) == 1:
+        make_room(max(panels, key=lambda axes: len(axes.get_lines())))  # all share their axes
     panels[0].set_ylim(*_later(list(bands.values())))
     figure.supxlabel(across, fontsize="medium")
     figure.supylabel(what, fontsize="medium")
