@@ -170,6 +170,11 @@ def get_config() -> ConfigDict:
                 source="",
                 # (regex over this network's paths, path in the source or None for fresh), ...
                 rules=((r"(.*)", r"\1"),),
+                # What the report names, leaf by leaf, where weights and network differ (each says
+                # how in flax_cnns/weights/adapt.py):
+                adapt_stem=False,  # first kernels summed to 1 channel, or repeated from 1 or 3
+                resize_positions=False,  # a ViT's positions resized bicubically
+                averaged=False,  # the averaged weights: of a run, or of a training script's file
             ),
             # ---- what is written down
             log=dict(

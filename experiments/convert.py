@@ -2,11 +2,14 @@
 
 python -m experiments.convert --model=resnet50 --source=torchvision --out=weights/resnet50
 python -m experiments.convert --model=resnet50d --source=timm --path=model.safetensors --out=FOLDER
+python -m experiments.convert --model=vit_tiny_patch16_224 --source=timm --path=model.pth \
+    --averaged --image_size=96 --resize_positions --channels=1 --adapt_stem --out=FOLDER
 python -m experiments.inspect weights/resnet50
 python -m experiments.train --config.graft.source=weights/resnet50 ...
 
 Without --path the source's published ImageNet weights are downloaded once. FOLDER/about.json says
-where they come from, with the file's SHA-256, and how images are prepared for them.
+where they come from, with the file's SHA-256, how images are prepared for them, and in its notes
+what was chosen, renamed or adapted (flax_cnns/weights/adapt.py says how).
 """
 
 from __future__ import annotations
@@ -22,6 +25,16 @@ _SOURCE = flags.DEFINE_string(
 _PATH = flags.DEFINE_string(
     "path", "", "A .safetensors, .pth, .npz, .h5 or .keras file; downloaded where left out."
 )
+_AVERAGED = flags.DEFINE_bool(
+    "averaged", False, "Take the averaged weights that a training script put beside the others."
+)
+_CHANNELS = flags.DEFINE_integer("channels", 0, "Of the images to take; 0: the file's own.")
+_STEM = flags.DEFINE_bool("adapt_stem", False, "Fit the first kernels to --channels.")
+_SIZE = flags.DEFINE_integer("image_size", 0, "Of the images to take; 0: the file's own.")
+_POSITIONS = flags.DEFINE_bool(
+    "resize_positions", False, "Fit a ViT's position embeddings to --image_size."
+)
+_HEAD = flags.DEFINE_bool("head", True, "With the classes; --nohead leaves them out.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write, a new one.", required=True)
 
 
@@ -29,7 +42,20 @@ def convert(argv: list[str]) -> None:
     from flax_cnns.checkpoint import foreign
 
     del argv
-    about = foreign.convert(_MODEL.value, _SOURCE.value, _OUT.value, _PATH.value or None)
+    about = foreign.convert(
+        _MODEL.value,
+        _SOURCE.value,
+        _OUT.value,
+        _PATH.value or None,
+        image_size=_SIZE.value,
+        channels=_CHANNELS.value,
+        head=_HEAD.value,
+        averaged=_AVERAGED.value,
+        adapt_stem=_STEM.value,
+        resize_positions=_POSITIONS.value,
+    )
+    for note in about["notes"]:
+        print(f"note: {note}")
     print(
         f"{_OUT.value}: {about['model']} from {about['source']}, {about['params']:,} parameters in"
         f" {about['leaves']} leaves, of {about['file']} (SHA-256 {about['sha256'][:12]}…)"

@@ -247,6 +247,9 @@ FIELDS: dict[str, Check] = {
     "checkpoint.keep_best": integer(),
     "graft.source": text,
     "graft.rules": rules(source_path, "path in the source or None"),
+    "graft.adapt_stem": flag,
+    "graft.resize_positions": flag,
+    "graft.averaged": flag,
     "log.every": duration,
     "log.tensorboard": flag,
     "log.wandb": text,
@@ -270,6 +273,9 @@ NEWER: dict[str, Any] = {
     "train.dropout": (),
     "train.dropout_mode": "unit",
     "train.evaluate_train": False,
+    "graft.adapt_stem": False,
+    "graft.resize_positions": False,
+    "graft.averaged": False,
 }
 
 

@@ -25,7 +25,7 @@ from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import finding, reading
-from flax_cnns.checkpoint.graft import graft
+from flax_cnns.checkpoint.graft import graft_config
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.errors import UserError, did_you_mean
@@ -367,9 +367,7 @@ class _Run:
     def _fresh_state(self) -> TrainState:
         variables = self.parts.fresh_variables()
         if self.config.graft.source:
-            variables, grafted = graft(
-                self.config.graft.source, variables, self.config.graft.rules, self._order
-            )
+            variables, grafted = graft_config(self.config.graft, variables, self._order)
             if self.primary:
                 print(grafted)
                 workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())

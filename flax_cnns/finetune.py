@@ -28,6 +28,8 @@ from flax_cnns.checkpoint.sources import open_source
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
 
+COPY = graft.Options()._asdict()  # of config.graft: leaves are taken as they are
+
 # ---------------------------------------------------------------------------- strategies
 
 
@@ -73,7 +75,9 @@ class Task(NamedTuple):
         rate, `share` one on the duration."""
         config = ConfigDict(self.config.to_dict())
         load, train = (self.parts if p is None else tuple(p) for p in (load, train))
-        if load:
+        if not load:
+            config.graft.update(**COPY)
+        else:
             config.graft.source = self.source
             fresh = [part for part in self.parts if part not in load]
             named = [f"(params|batch_stats)/{_any(of)}/.*" for of in (self.classifier, fresh) if of]
@@ -363,16 +367,20 @@ def _check_source(
         for phase in STRATEGIES[strategy](task)
         if phase.config.graft.source
     ]
-    if not loading:
-        return
-    found = open_source(source)
+    opened = {}
     for name, task, phase in loading:
+        options = graft.options_of(phase.config.graft)
+        if options.averaged not in opened:
+            opened[options.averaged] = open_source(source, averaged=options.averaged)
+        found = opened[options.averaged]
         try:
-            graft.check(found, task.shapes, phase.config.graft.rules)
+            graft.check(found, task.shapes, phase.config.graft.rules, options)
         except UserError as error:
             raise UserError(f"targets.{name}: {error}") from None
-    if found.note:
-        say(f"note: {found.note}")
+    for found in opened.values():
+        for note in (found.note, *found.notes):
+            if note:
+                say(f"note: {note}")
 
 
 class _Runner:
@@ -400,8 +408,8 @@ class _Runner:
             workdir = folder / name / phase.name
             new = not (workdir / "summary.json").is_file()
             if previous:
-                phase.config.graft.source = previous
-                phase.config.graft.rules = ((r"(.*)", r"\1"),)
+                everything = ((r"(.*)", r"\1"),)
+                phase.config.graft.update(source=previous, rules=everything, **COPY)
             summary = _train(phase, workdir, kept=(*task.parts, probe.LAST))
             seconds += _training_seconds(summary, phase.config)
             previous = f"{workdir}@latest"

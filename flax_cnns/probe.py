@@ -27,7 +27,7 @@ from flax_cnns import config as configs
 from flax_cnns import pytree
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
-from flax_cnns.checkpoint.graft import graft
+from flax_cnns.checkpoint.graft import graft_config
 from flax_cnns.data import augment, mix, pipeline
 from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
@@ -67,7 +67,7 @@ def probe(
         order = [layer.path for layer in cost(parts.model, shape).layers]
         variables = parts.fresh_variables()
         if config.graft.source:
-            variables, report = graft(config.graft.source, variables, config.graft.rules, order)
+            variables, report = graft_config(config.graft, variables, order)
             print(report)
         wanted = list(dict.fromkeys([*every_layer, *layers]))
         found, passing = cached_features(parts, variables, wanted, cache)

@@ -201,7 +201,6 @@ def test_every_tensor_of_keras_has_its_place(name, pairs, first):
             lambda t: t | {"features.0.weight": np.zeros((64, 3, 3))},
             r"wrong shapes: params/conv1/conv/kernel \(64, 3, 3\) in place of \(3, 3, 3, 64\)",
         ),
-        (lambda t: {f"module.{k}": v for k, v in t.items()}, "; take 'module.', which Data"),
         (lambda t: list(t), r"mapping of names to arrays \(model.state_dict\(\)\), got list"),
         (lambda t: {}, "no tensor was given for params/conv1/conv/bias, .* and 47 more"),
     ],

@@ -19,19 +19,37 @@ def convert(
     source: str,
     out: str | os.PathLike,
     path: str | os.PathLike | None = None,
+    *,
+    image_size: int = 0,
+    channels: int = 0,
+    head: bool = True,
+    **options: bool,
 ) -> dict[str, Any]:
-    """Writes `load_weights(model_name, source, path)` into the new folder `out`.
+    """Writes `load_weights(model_name, source, path, **options)` into the new folder `out`.
+
+    `image_size`, `channels`: of the images that the weights shall take; 0: the file's own. `head`:
+    whether the classes come along. `options` are `averaged`, `adapt_stem` and `resize_positions`.
 
     Returns what it also writes into `out`/about.json: model, source, the file and its SHA-256, the
-    number of parameters, the preprocessing. Raises `UserError` as `load_weights` and
-    `manager.write_tree` do.
+    number of parameters, the preprocessing, and notes on what was chosen, renamed or adapted.
+    Raises `UserError` as `load_weights` and `manager.write_tree` do.
     """
     seen = weights.preprocessing(model_name, source)
     out = manager.new_folder(out)  # told before anything is downloaded or read
     file = Path(path).expanduser() if path else hub.fetch(model_name, source)
-    tree = weights.load_weights(model_name, source, file)
-    head = pytree.flatten(tree).get("params/head/kernel")
-    seen = seen._replace(num_classes=0 if head is None else int(head.shape[-1]))  # the file's own
+    fields: dict[str, Any] = {} if head else {"num_classes": None}
+    found = weights.open_weights(
+        model_name,
+        source,
+        file,
+        image_size=image_size,
+        channels=channels,
+        **options,
+        **fields,
+    )
+    tree = found.tree
+    kernel = pytree.flatten(tree).get("params/head/kernel")
+    seen = seen._replace(num_classes=0 if kernel is None else int(kernel.shape[-1]))
     with open(file, "rb") as data:
         sha256 = hashlib.file_digest(data, "sha256").hexdigest()
     about = {
@@ -42,6 +60,7 @@ def convert(
         "params": pytree.count(tree["params"]),
         "leaves": len(jax.tree.leaves(tree)),
         "preprocessing": seen._asdict(),
+        "notes": found.notes,
     }
     manager.write_tree(out, tree, about)
     return about

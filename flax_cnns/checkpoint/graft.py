@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from flax_cnns.checkpoint.report import (
     COLLECTIONS,
     Report,
     by_depth,
+    depths,
     layer_of,
     left_behind,
     shorten,
@@ -37,6 +38,7 @@ from flax_cnns.checkpoint.report import (
 from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.types import PyTree
+from flax_cnns.weights import adapt
 
 FRESH = None  # a rule that keeps the new network's own initialisation
 
@@ -46,6 +48,10 @@ def graft(
     target: PyTree,
     rules: pytree.Rules,
     order: Sequence[str] = (),
+    *,
+    adapt_stem: bool = False,
+    resize_positions: bool = False,
+    averaged: bool = False,
 ) -> tuple[PyTree, Report]:
     r"""`(variables, report)`: the target with the leaves that the rules take from the source.
 
@@ -59,53 +65,142 @@ def graft(
     `[layer.path for layer in analysis.cost.cost(model).layers]`, by which the report tells what
     lies below what; without it the names' numbers have to do.
 
+    Of these three the report says what they did. `adapt_stem`: kernels that see images of other
+    channels are summed (to 1 channel) or repeated (from 1 or 3). `resize_positions`: a ViT's are
+    resized bicubically. `averaged`: the averaged weights are taken, of a run without naming "ema/",
+    of a training script's file in place of the others. `weights.adapt` says how exactly.
+
     Of a checkpoint only the leaves that are used are read. Raises `UserError` where a leaf is
     decided by no rule, a rule decides nothing or names what the source lacks, shapes differ
-    (nothing is padded or cut), a layer's params and batch_stats are parted, nothing at all is
-    grafted, or the source is damaged or has numbers that are not finite.
+    (else nothing is padded or cut), a layer's params and batch_stats are parted, nothing at all is
+    grafted, there are no averaged weights, or the source is damaged or has numbers that are not
+    finite.
     """
     wanted = pytree.flatten(target)
     decided = pytree.decide(rules, wanted, what="graft")  # before anything is fetched or read
-    found = open_source(source)
-    chosen = _plan(decided, wanted, found)
+    options = Options(adapt_stem, resize_positions, averaged)
+    found = open_source(source, averaged=averaged)
+    chosen, plans = _plan(decided, wanted, found, options, order)
     arrays = found.read(set(chosen.values()))
-    _check_finite(chosen, wanted, arrays, found)
-    leaves = [
-        place(arrays[chosen[path]], like) if path in chosen else like
-        for path, like in wanted.items()
-    ]
-    report = _report(chosen, wanted, found, order)
+    made = {
+        path: plans[path].make(arrays[there]) if path in plans else arrays[there]
+        for path, there in chosen.items()
+    }
+    _check_finite(chosen, wanted, made, found)
+    leaves = [place(made[path], like) if path in made else like for path, like in wanted.items()]
+    report = _report(chosen, plans, wanted, found, order)
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
 
 
-def check(source: Source, target: PyTree, rules: pytree.Rules) -> None:
+class Options(NamedTuple):
+    """What `graft` may do beyond copying; the fields of `config.graft` of these names."""
+
+    adapt_stem: bool = False
+    resize_positions: bool = False
+    averaged: bool = False
+
+
+def options_of(config: Any) -> Options:
+    """Those of `config.graft`."""
+    return Options(*(config[name] for name in Options._fields))
+
+
+def graft_config(config: Any, target: PyTree, order: Sequence[str]) -> tuple[PyTree, Report]:
+    """`graft` as `config.graft` says."""
+    options = options_of(config)._asdict()
+    return graft(config.source, target, config.rules, order, **options)
+
+
+def check(
+    source: Source,
+    target: PyTree,
+    rules: pytree.Rules,
+    options: Options = Options(),  # noqa: B008
+) -> None:
     """Raises the `UserError` that `graft` would, as far as it can be told without an array."""
     wanted = pytree.flatten(target)
-    _plan(pytree.decide(rules, wanted, what="graft"), wanted, source)
+    _plan(pytree.decide(rules, wanted, what="graft"), wanted, source, options)
 
 
 def _plan(
-    decided: Mapping[str, tuple[int, Any, re.Match]], wanted: Mapping[str, Any], found: Source
-) -> dict[str, str]:
-    """`{path in the target: path in the source}`, without the fresh ones."""
-    chosen = _choose(decided, found)
-    _check_shapes(chosen, wanted, found)
+    decided: Mapping[str, tuple[int, Any, re.Match]],
+    wanted: Mapping[str, Any],
+    found: Source,
+    options: Options,
+    order: Sequence[str] = (),
+) -> tuple[dict[str, str], dict[str, adapt.Plan]]:
+    """`{path in the target: path in the source}`, without the fresh ones, and how those leaves are
+    adapted that do not fit."""
+    chosen = _choose(decided, found, options.averaged)
+    plans = _adapted(chosen, wanted, found, options, order)
+    _check_shapes({p: there for p, there in chosen.items() if p not in plans}, wanted, found)
     _check_not_parted(chosen, wanted)
     if not chosen:
         raise UserError(
             f"graft: the rules leave all {len(wanted)} leaves fresh; let one name a path in"
             f" {found.name}, or set no source"
         )
-    return chosen
+    return chosen, plans
+
+
+def _adapted(
+    chosen: Mapping[str, str],
+    wanted: Mapping[str, Any],
+    source: Source,
+    options: Options,
+    order: Sequence[str],
+) -> dict[str, adapt.Plan]:
+    """Raises `UserError` where an option that is off would fit a leaf."""
+    depth = depths(order)
+    lowest = min(
+        (depth(layer_of(path)[1]) for path in wanted if _is_kernel(wanted[path])), default=()
+    )
+    plans = {}
+    for path, there in chosen.items():
+        (here, _), (came, _) = map(shape_and_dtype, (wanted[path], source.leaves[there]))
+        found = adapt.plan(
+            path,
+            tuple(here),
+            tuple(came),
+            stem=options.adapt_stem,
+            positions=options.resize_positions,
+            first=depth(layer_of(path)[1]) == lowest,
+        )
+        if found is None:
+            continue
+        if found.make is None:
+            raise UserError(
+                f"graft: {path} is {list(here)} here and {list(came)} there in {source.name};"
+                f" {'graft.' if '=True' in found.text else ''}{found.text}; or make it fresh with a"
+                f" rule before the others, ({_fresh_pattern(path)!r}, None)"
+            )
+        plans[path] = found
+    return plans
+
+
+def _is_kernel(leaf: Any) -> bool:
+    return len(leaf.shape) == 4
+
+
+def _fresh_pattern(path: str) -> str:
+    """The regex of the layer that a leaf belongs to; of the leaf, where it is the network's own."""
+    collection, layer = layer_of(path)
+    return f"{path.rpartition('/')[0]}/.*" if layer or not collection else re.escape(path)
 
 
 def _report(
-    chosen: dict[str, str], wanted: Mapping[str, Any], source: Source, order: Sequence[str]
+    chosen: dict[str, str],
+    plans: Mapping[str, adapt.Plan],
+    wanted: Mapping[str, Any],
+    source: Source,
+    order: Sequence[str],
 ) -> Report:
     shapes = {path: list(wanted[path].shape) for path in by_depth(wanted, order)}
     there = {path: list(leaf.shape) for path, leaf in source.leaves.items()}
     fresh = tuple(path for path in wanted if path not in chosen)
     notes = [source.note] if source.note else []
+    notes += source.notes
+    notes += [f"{path}: {plan.text}" for path, plan in plans.items()]
     if not source.checksums:
         notes.append("the source has no checksums: a flipped bit in it would not be noticed")
     averaged = any(path.startswith("ema/") for path in source.leaves)
@@ -125,11 +220,19 @@ def _report(
         skipped_below=skipped_below(chosen, wanted, order),
         notes=tuple(notes),
         shapes=shapes,
+        adapted={path: plan.text for path, plan in plans.items()},
     )
 
 
-def _choose(decided: Mapping[str, tuple[int, Any, re.Match]], source: Source) -> dict[str, str]:
+def _choose(
+    decided: Mapping[str, tuple[int, Any, re.Match]], source: Source, averaged: bool
+) -> dict[str, str]:
     chosen, missing = {}, []
+    prefix = "ema/" if averaged and not source.averaged else ""
+    if prefix and not any(path.startswith(prefix) for path in source.leaves):
+        raise UserError(
+            f"graft: averaged=True, and {source.name} has no averaged weights; leave it out"
+        )
     for path, (index, template, match) in decided.items():
         if template is FRESH:
             continue
@@ -140,6 +243,8 @@ def _choose(decided: Mapping[str, tuple[int, Any, re.Match]], source: Source) ->
                 f"graft: rule {index + 1} gives {template!r}, which is no path for"
                 f" {match.re.pattern!r}: {error}"
             ) from None
+        if prefix and not chosen[path].startswith(prefix):
+            chosen[path] = prefix + chosen[path]
         if chosen[path] not in source.leaves:
             missing.append((path, chosen[path], match.re.pattern))
     if missing:
@@ -167,10 +272,10 @@ def _check_shapes(chosen: Mapping[str, str], wanted: Mapping[str, Any], source: 
         ):
             problems.append(f"{path} is {dtype} here and {came_dtype} there{origin}")
     if problems:
-        layer = "/".join(problems[0].split(" ")[0].split("/")[:-1])
+        pattern = _fresh_pattern(problems[0].split(" ")[0])
         raise UserError(
             f"graft: {shorten(problems, 3)} in {source.name}; nothing is padded or cut:"
-            f" make such layers fresh with a rule before the others, ({layer + '/.*'!r}, None)"
+            f" make such layers fresh with a rule before the others, ({pattern!r}, None)"
         )
 
 
@@ -180,11 +285,11 @@ def _check_finite(
     arrays: Mapping[str, np.ndarray],
     source: Source,
 ) -> None:
-    """In the target's dtypes, where large numbers may overflow."""
+    """`arrays` by paths in the target; in its dtypes, where large numbers may overflow."""
     for path, there in chosen.items():
         dtype = shape_and_dtype(wanted[path])[1]
         with np.errstate(over="ignore"):
-            finite = np.isfinite(np.asarray(arrays[there], dtype)).all()
+            finite = np.isfinite(np.asarray(arrays[path], dtype)).all()
         if not finite:
             raise UserError(
                 f"graft: {there} of {source.name} has numbers that are not finite as {dtype}:"

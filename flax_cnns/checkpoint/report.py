@@ -32,13 +32,14 @@ class Report:
     skipped_below: tuple[str, ...]  # fresh layers that lie below a loaded one
     notes: tuple[str, ...]  # what else one should know
     shapes: dict[str, list[int]]  # of the new network's leaves, as images pass them
+    adapted: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> what was done to it
 
     @property
     def summary(self) -> str:
         text = f"grafted {len(self.grafted)}, fresh {len(self.fresh)}"
         text += f", left behind {len(self.left_behind)}"
         if self.left_behind:
-            text += f": {shorten(f'{top}/…' for top in _tops(self.left_behind))}"
+            text += f": {shorten(_tops(self.left_behind))}"
         return text
 
     def __str__(self) -> str:
@@ -183,8 +184,13 @@ def skipped_below(
     layers = {path: layer_of(path)[1] for path in wanted}
     layers = {path: layer for path, layer in layers.items() if not layer.startswith("aux")}
     highest = max((depth(layers[path]) for path in chosen if path in layers), default=())
-    fresh = {layer for path, layer in layers.items() if path not in chosen}
-    return tuple(sorted((layer for layer in fresh if depth(layer) < highest), key=depth))
+    # The network's own leaves, such as position embeddings, lie in no layer.
+    fresh = {
+        layer or path.rpartition("/")[2]: depth(layer)
+        for path, layer in layers.items()
+        if path not in chosen and depth(layer) < highest
+    }
+    return tuple(sorted(fresh, key=fresh.get))
 
 
 def by_name(path: str) -> tuple:
@@ -202,9 +208,13 @@ def by_name(path: str) -> tuple:
 
 
 def _tops(paths: Collection[str]) -> list[str]:
-    """The first names of the layers, each once."""
+    """The first names of the layers, each once; a leaf in no layer by its own."""
+    layers = {path: layer_of(path)[1].removeprefix("ema/").removesuffix("ema") for path in paths}
     return list(
-        dict.fromkeys(layer_of(path)[1].removeprefix("ema/").split("/")[0] for path in paths)
+        dict.fromkeys(
+            f"{layer.split('/')[0]}/…" if layer else path.rpartition("/")[2]
+            for path, layer in layers.items()
+        )
     )
 
 

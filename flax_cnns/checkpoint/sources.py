@@ -32,14 +32,18 @@ class Source(NamedTuple):
     read: Callable[[Collection[str]], dict[str, np.ndarray]]  # only these, as host arrays
     checksums: bool  # whether reading notices a flipped bit; a tree in memory has none to notice
     note: str = ""  # what one should know who trains on with it
+    notes: tuple[str, ...] = ()  # what was chosen, renamed or left out on reading it
+    averaged: bool = False  # whether the leaves are the averaged weights that were asked for
 
 
-def open_source(source: str | os.PathLike | PyTree) -> Source:
+def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -> Source:
     """Finds a source and what leaves it has; a checkpoint's arrays are not read.
 
     `source`: RUN, RUN@best (what RUN alone means), RUN@latest, RUN@1200, the path of any Orbax
-    checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, which is `weights.load_weights`; or a tree of
-    arrays. Raises `UserError` where there is no such thing, and what reading its metadata raises.
+    checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, which is `weights.load_weights`, but for a head
+    of several layers, which is left out; or a tree of arrays. `averaged`: of a file, the averaged
+    weights in it; those of a run have paths of their own. Raises `UserError` where there is no such
+    thing, and what reading its metadata raises.
     """
     if not isinstance(source, str | os.PathLike):
         return _of_tree(source, "the given tree")
@@ -53,9 +57,9 @@ def open_source(source: str | os.PathLike | PyTree) -> Source:
             )
         from flax_cnns import weights  # late: most sources are checkpoints
 
-        tree = weights.load_weights(model, library, path)
+        found = weights.open_weights(model, library, path, averaged=averaged, optional_head=True)
         note = _trained_on(model, library, weights.preprocessing(model, library)._asdict())
-        return _of_tree(tree, name)._replace(note=note)
+        return _of_tree(found.tree, name)._replace(note=note, notes=found.notes, averaged=averaged)
     if Path(name).is_file():
         raise UserError(
             f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"

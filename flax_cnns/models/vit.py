@@ -201,16 +201,23 @@ def resize_positions(
         raise UserError(f"unknown method {method!r}{did_you_mean(method, RESIZES)}")
     positions, patch = params["position_embedding"], params["patches"]["kernel"].shape[0]
     before, after = _grid(old, patch), _grid(new, patch)
-    _, tokens, width = positions.shape
+    tokens = positions.shape[1]
     if tokens != 1 + before[0] * before[1]:
         raise UserError(
             f"expected positions of {before[0]}x{before[1]} patches of {patch}x{patch} and the "
             f"class token, got {tokens}: params are not those for {old[0]}x{old[1]}"
         )
+    return {**params, "position_embedding": resize_grid(positions, before, after, method)}
+
+
+def resize_grid(
+    positions: Array, before: Sequence[int], after: Sequence[int], method: str = "bicubic"
+) -> Array:
+    """[1 1+T C] of a grid of `before` (rows, columns) -> that of `after`, as `resize_positions`."""
+    width = positions.shape[-1]
     grid = positions[:, 1:].reshape(1, *before, width)
     grid = jax.image.resize(grid, (1, *after, width), RESIZES[method])
-    positions = jnp.concatenate([positions[:, :1], grid.reshape(1, -1, width)], axis=1)
-    return {**params, "position_embedding": positions}
+    return jnp.concatenate([positions[:, :1], grid.reshape(1, -1, width)], axis=1)
 
 
 _TI = partial(ViT, width=192, depth=12, heads=3)

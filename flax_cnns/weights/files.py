@@ -16,9 +16,11 @@ import os
 import pickle
 import pickletools
 import re
+import stat
 import types
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,24 +28,56 @@ import ml_dtypes
 import numpy as np
 
 from flax_cnns.errors import UserError
+from flax_cnns.weights import safetensors, wrappers
 
 Tensors = dict[str, np.ndarray]
+Choose = Callable[[Any], Any]  # what a pickle holds -> the weights in it
 
 
-def read(path: str | os.PathLike) -> Tensors:
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    tensors: Tensors
+    notes: tuple[str, ...]  # what was chosen or renamed
+
+
+def read(path: str | os.PathLike, *, averaged: bool = False) -> Tensors:
     """The tensors of a file under the names that `weights.convert` takes, in the file's order.
 
-    Of a training checkpoint those under "state_dict" or "model"; without the "module." that
-    DataParallel puts before all names. Arrays may be read-only views. Raises `UserError` for a file
-    that is missing, damaged, of another kind, that asks for code, or declares more than it holds.
+    Of a training checkpoint those under "state_dict" or "model" (`wrappers.TRAINED`), with
+    `averaged` their running averages (`wrappers.AVERAGED`), which are also taken where there are no
+    others; without the prefixes that wrappers put before all names ("module." and others). Arrays
+    may be read-only views. Raises `UserError` for a file that is missing, damaged, of another kind,
+    that asks for code, declares more than it holds, or lacks averaged weights.
     """
-    path = Path(path).expanduser()
+    return read_contents(path, averaged=averaged).tensors
+
+
+def read_contents(path: str | os.PathLike, *, averaged: bool = False) -> Contents:
+    """What `read` does, with notes on what was chosen or renamed."""
+    path, notes = Path(path).expanduser(), []
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # opening would wait
+            raise UserError(f"{path} is a pipe or a device; expected a file of weights")
         with open(path, "rb") as file:
             head = file.read(64)
-        tensors = _reader(path, head)(path)
-    except UserError:
-        raise
+        reader = _reader(path, head)
+        _check_size(path, path.stat().st_size)
+        if reader in (_read_zip, _read_stream):
+            tensors = reader(path, partial(wrappers.choose, averaged=averaged, notes=notes))
+        else:
+            tensors = reader(path)
+        if averaged and not notes:
+            wrappers.choose({}, averaged=True, notes=notes)
+    except UserError as error:
+        said = str(error)
+        raise error if str(path) in said else UserError(f"{path}: {said}") from None
+    except MemoryError:
+        raise UserError(
+            f"reading {path}, of {path.stat().st_size:,} bytes, takes more memory than there is"
+        ) from None
+    except safetensors.UnsupportedError as error:
+        raise UserError(f"{path}: {error}, which is not supported; convert it to float32") from None
     except FileNotFoundError:
         raise UserError(f"there is no file {str(path)!r}") from None
     except IsADirectoryError:
@@ -55,9 +89,7 @@ def read(path: str | os.PathLike) -> Tensors:
         raise UserError(f"{path} is damaged: {said[:200]}; get it again") from error
     if not tensors:
         raise UserError(f"{path} holds no tensors")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): array for name, array in tensors.items()}
-    return tensors
+    return Contents(wrappers.unwrap(tensors, notes), tuple(notes))
 
 
 def _reader(path: Path, head: bytes) -> Any:
@@ -68,7 +100,7 @@ def _reader(path: Path, head: bytes) -> Any:
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):  # pickle's protocols
         return _read_stream
     if head[8:9] == b"{":  # behind the length of a header in JSON
-        return _read_safetensors
+        return safetensors.read
     what = "is empty" if not head else "is no file of weights"
     if head.lstrip()[:1] == b"<":
         what = "is a web page, not a file of weights"
@@ -80,11 +112,12 @@ def _reader(path: Path, head: bytes) -> Any:
 
 
 def _check_size(path: Path, declared: int) -> None:
-    """Weights are all but random: they do not compress twentyfold."""
-    if declared > (1 << 26) + 20 * path.stat().st_size:
-        raise UserError(
-            f"{path} is refused: its {path.stat().st_size:,} bytes declare {declared:,} of arrays"
-        )
+    """Weights are all but random: they do not compress twentyfold, nor are they full of holes."""
+    found = path.stat()
+    blocks = 512 * getattr(found, "st_blocks", 0)  # what a sparse file really takes, where known
+    size = min(found.st_size, blocks) if blocks else found.st_size
+    if declared > (1 << 26) + 20 * size:
+        raise UserError(f"{path} is refused: its {size:,} bytes declare {declared:,} of arrays")
 
 
 def _package(name: str, path: Path) -> Any:
@@ -94,34 +127,38 @@ def _package(name: str, path: Path) -> Any:
         raise UserError(f"reading {path} takes {name}: pip install -e '.[weights]'") from None
 
 
-# ---- safetensors
-
-
-def _read_safetensors(path: Path) -> Tensors:
-    _package("safetensors", path)
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:  # checks the header against the file's size
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 # ---- zip: PyTorch's, NumPy's, Keras's
 
 
-def _read_zip(path: Path) -> Tensors:
+def _read_zip(path: Path, choose: Choose) -> Tensors:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info.file_size for info in archive.infolist()}
         _check_size(path, sum(members.values()))
         if "model.weights.h5" in members:
-            return _read_hdf5(path, archive.read("model.weights.h5"))
+            return _read_hdf5(path, _member(archive, "model.weights.h5"))
         if pickles := [name for name in members if re.fullmatch(r"[^/]*/data\.pkl", name)]:
-            return _read_torch_zip(path, archive, pickles[0].removesuffix("data.pkl"))
+            return _read_torch_zip(path, archive, pickles[0].removesuffix("data.pkl"), choose)
         if members and all(name.endswith(".npy") for name in members):
-            return {n.removesuffix(".npy"): _read_npy(path, archive.read(n)) for n in members}
+            return {n.removesuffix(".npy"): _read_npy(path, _member(archive, n)) for n in members}
     raise UserError(
         f"{path} is a zip file of {', '.join(sorted(members)[:3]) or 'nothing'}; expected PyTorch's"
         " .pth, NumPy's .npz or Keras's .keras"
     )
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member of the size that the archive's directory says.
+
+    `archive.read` decompresses first and counts then: a directory that lies would fill the memory.
+    """
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name[:60]} is compressed by method {info.compress_type}")
+    with archive.open(info) as member:
+        data = member.read(info.file_size)
+        if len(data) != info.file_size or member.read(1):
+            raise ValueError(f"{name[:60]} is not of the {info.file_size:,} bytes declared")
+    return data
 
 
 def _read_npy(path: Path, data: bytes) -> np.ndarray:
@@ -152,6 +189,18 @@ _STORAGES = {
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
+}
+_BYTES = "UntypedStorage"  # of tensors that say their dtype themselves
+_DTYPES = {
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
 }
 
 
@@ -178,46 +227,78 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: An
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
+def _typed_tensor(
+    storage: _Storage, offset: int, shape: tuple, strides: tuple, *others: Any
+) -> _Tensor:
+    """Of a storage of bytes; `others` are requires_grad, hooks, the dtype, metadata."""
+    dtype = others[2]
+    if not isinstance(storage, _Storage) or dtype not in _DTYPES:
+        raise ValueError("a tensor of an unknown dtype")
+    dtype = np.dtype(_DTYPES[dtype])
+    storage = storage._replace(dtype=dtype, size=storage.size // dtype.itemsize)
+    return _tensor(storage, offset, shape, strides)
+
+
 def _parameter(data: _Tensor, *_: Any) -> _Tensor:
     return data
+
+
+class _Dict(collections.OrderedDict):
+    """Takes no attributes: a pickle of a megabyte may give a million objects a million each."""
+
+    def __setstate__(self, state: Any) -> None:
+        del state
 
 
 class _TensorsOnly(pickle.Unpickler):
     """Of PyTorch's pickles: knows tensors and dicts, and refuses all else."""
 
     ALLOWED = {  # noqa: RUF012
-        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("collections", "OrderedDict"): _Dict,
         ("torch._utils", "_rebuild_tensor"): _tensor,  # of before 0.4
         ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("torch", "Size"): tuple,
         # Beside the weights in the checkpoints of torchvision's own training script; unused.
-        ("argparse", "Namespace"): collections.OrderedDict,
-        ("collections", "Counter"): dict,
-        **{("torch", name): name for name in _STORAGES},
+        ("argparse", "Namespace"): _Dict,
+        ("collections", "Counter"): _Dict,
+        ("torch.storage", _BYTES): _BYTES,
+        **{("torch", name): name for name in (*_STORAGES, *_DTYPES)},
     }
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="latin1")
         self.storages: dict[str, _Storage] = {}
+        self.given: dict[tuple[str, str], Any] = {}
+        self.room = len(data)  # for copies: what a call is given once, the pickle itself spells out
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise _CodeError(f"{module}.{name}")
         found = self.ALLOWED[module, name]
-        if isinstance(found, types.FunctionType):  # a pickle may set attributes of what it is given
-            return lambda *arguments: found(*arguments)
-        return found
+        if name == "Namespace" or isinstance(found, str):  # a class, as its pickles ask for
+            return found
+        if (module, name) not in self.given:  # a pickle may set attributes of what it is given
+            self.given[module, name] = lambda *arguments: self._call(found, arguments)
+        return self.given[module, name]
+
+    def _call(self, make: Any, arguments: tuple) -> Any:
+        if not isinstance(make, types.FunctionType):
+            self.room -= sum(map(len, arguments))
+            if self.room < 0:
+                raise ValueError("a pickle that copies what it holds over and over")
+        return make(*arguments)
 
     def persistent_load(self, reference: Any) -> _Storage:
         kind, name, key, _, size, *view = reference
         # None of it is printed: a few bytes may be lists of lists of lists, which fill all memory
         # as a text.
-        if kind != "storage" or name not in _STORAGES or any(view):
+        if kind != "storage" or name not in (*_STORAGES, _BYTES) or any(view):
             raise ValueError("an unknown kind of storage")
         if type(key) is not str or type(size) is not int:
             raise ValueError("a storage without a sensible size")
-        storage = _Storage(key, np.dtype(_STORAGES[name]), size)
+        storage = _Storage(key, np.dtype(_STORAGES.get(name, np.uint8)), size)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"two storages called {key!r}")
         return storage
@@ -229,11 +310,14 @@ class _CodeError(Exception):
 
 def _unpickle(stream: io.BytesIO, path: Path) -> tuple[Any, dict[str, _Storage]]:
     """The next pickle of a stream, and the storages that it speaks of, by their keys."""
-    begin = stream.tell()
+    begin, puts = stream.tell(), 0
     for op, argument, _ in pickletools.genops(stream):
-        # An unpickler makes room for as many entries as the highest number that it meets.
-        if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > stream.tell():
-            raise ValueError("a pickle with an absurd number of entries")
+        # An unpickler makes room for as many entries as the highest number that it meets; a
+        # pickler counts them.
+        if op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            puts += 1
+            if int(argument) > 1000 + 2 * puts:
+                raise ValueError("a pickle with an absurd number of entries")
     unpickler = _TensorsOnly(stream.getbuffer()[begin : stream.tell()])
     try:
         return unpickler.load(), unpickler.storages
@@ -244,25 +328,25 @@ def _unpickle(stream: io.BytesIO, path: Path) -> tuple[Any, dict[str, _Storage]]
         ) from None
 
 
-def _read_torch_zip(path: Path, archive: zipfile.ZipFile, folder: str) -> Tensors:
-    tree, _ = _unpickle(io.BytesIO(archive.read(f"{folder}data.pkl")), path)
-    tensors = _state_dict(tree, path)
+def _read_torch_zip(path: Path, archive: zipfile.ZipFile, folder: str, choose: Choose) -> Tensors:
+    tree, _ = _unpickle(io.BytesIO(_member(archive, f"{folder}data.pkl")), path)
+    tensors = _state_dict(choose(tree), path)
     order = b"little"
     if f"{folder}byteorder" in archive.namelist():
-        order = archive.read(f"{folder}byteorder")
+        order = _member(archive, f"{folder}byteorder")
     keys = {tensor.storage.key for tensor in tensors.values()}
-    data = {key: archive.read(f"{folder}data/{key}") for key in keys}
+    data = {key: _member(archive, f"{folder}data/{key}") for key in keys}
     return _views(tensors, data, order.decode())
 
 
-def _read_stream(path: Path) -> Tensors:
+def _read_stream(path: Path, choose: Choose) -> Tensors:
     """torch.save's of before 1.6: five pickles, then the storages in the order of the fifth."""
     stream = io.BytesIO(path.read_bytes())
     if any(_unpickle(stream, path)[0] != n for n in (0x1950A86A20F9469CFC6C, 1001)):
         raise UserError(f"{path} is a pickle, but none of PyTorch's")
     system, _ = _unpickle(stream, path)
     tree, storages = _unpickle(stream, path)
-    tensors = _state_dict(tree, path)
+    tensors = _state_dict(choose(tree), path)
     order = "little" if system["little_endian"] else "big"
     data = {}
     for key in map(str, _unpickle(stream, path)[0]):
@@ -273,11 +357,6 @@ def _read_stream(path: Path) -> Tensors:
 
 
 def _state_dict(tree: Any, path: Path) -> dict[str, _Tensor]:
-    """The weights of what was saved: all of it, or what a training script put beside others."""
-    for inner in ("state_dict", "model", "model_state_dict"):
-        if isinstance(tree, Mapping) and isinstance(tree.get(inner), Mapping):
-            tree = tree[inner]
-            break
     if not isinstance(tree, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in tree.items()
     ):

@@ -14,10 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from flax_cnns import pytree
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.weights import wrappers
 
 UNUSED = None  # a rule that leaves tensors out, and says so
 
@@ -126,12 +128,17 @@ def apply(
     what: str,
     *,
     headless: bool = False,
+    optional_head: bool = False,
+    notes: list[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """{our path: array in our layout} of all tensors that are used; `paths` are all of ours.
 
-    `headless`: those of heads are left out. Raises `UserError`, beginning with `what`, where no
-    rule knows a tensor, where it has no place, or where two have the same one.
+    `headless`: those of heads are left out; `optional_head`: of heads that are not one layer. A
+    head inside another module (`fc.1`) is taken as the head. `notes` gets what was done about
+    heads. Raises `UserError`, beginning with `what`, where no rule knows a tensor, where it has no
+    place, where two have the same one, or where numbers are not real.
     """
+    notes = [] if notes is None else notes
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         raise UserError(
             f"{what}: expected a mapping of names to arrays ({_HOW[source]}), "
@@ -140,6 +147,8 @@ def apply(
     paths, rules = set(paths), list(rules)
     dot, leaves, default = _STYLES[source]
     names = renumber(tensors) if source == "keras" else {name: name for name in tensors}
+    if source != "keras":
+        names = _find_head(rules, names, headless, optional_head, what, notes)
     found: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
     strangers = []
@@ -169,6 +178,8 @@ def apply(
         if place in found:
             raise UserError(f"{what}: {origin[place]!r} and {original!r} both belong at {place!r}")
         array = _array(tensors[original])
+        if array.dtype.kind not in "fiub" and not _is_small_float(array.dtype):
+            raise UserError(f"{what}: {original!r} is of {array.dtype}; expected real numbers")
         layout = rule[2] if len(rule) > 2 else default
         layout = keras_depthwise if leaf == "depthwise_kernel" else layout
         try:
@@ -180,12 +191,59 @@ def apply(
         origin[place] = original
     if strangers:
         hint = ""
-        if all(name.startswith("module.") for name in tensors):
-            hint = "; take 'module.', which DataParallel puts before all names, away"
-        elif source == "keras" and not any("/" in name for name in tensors):
+        if source == "keras" and not any("/" in name for name in tensors):
             hint = f"; expected {_HOW[source]}"
         raise UserError(f"{what}: no place for {some(strangers)}{hint}")
     return found
+
+
+def _is_small_float(dtype: np.dtype) -> bool:
+    """bfloat16 and the kinds of float8, of which NumPy knows no kind."""
+    return dtype.kind == "V" and dtype.names is None and hasattr(ml_dtypes, dtype.name)
+
+
+def _find_head(
+    rules: list,
+    names: Mapping[str, str],
+    headless: bool,
+    optional: bool,
+    what: str,
+    notes: list[str],
+) -> dict[str, str]:
+    """PyTorch's names, where the head's may lie inside another module, -> with the head's own.
+
+    `torch.nn.Sequential(dropout, linear)` in place of `fc` has `fc.1.weight`.
+    """
+    inner: dict[str, str] = {}  # of a stranger -> of the head that it lies in
+    for original, name in names.items():
+        module = name.rpartition(".")[0]
+        if _first(rules, module)[1] is None and _first(rules, name)[1] is None:
+            parents = [module[:i] for i, sign in enumerate(module) if sign == "."]
+            if any(_is_head(rules, parent) for parent in parents):
+                inner[original] = next(p for p in parents if _is_head(rules, p))
+            elif headless and module.partition(".")[0] in wrappers.HEADS:
+                inner[original] = ""
+    modules = sorted({name.rpartition(".")[0] for name in inner})
+    if not modules:
+        return dict(names)
+    heads = set(inner.values())
+    free = not any(_is_head(rules, name.rpartition(".")[0]) for name in names)
+    if len(modules) == len(heads) == 1 and free and not headless:
+        notes.append(f"took {modules[0]!r} as the head {heads.pop()!r}")
+        return {
+            o: f"{inner[o]}.{n.rpartition('.')[2]}" if o in inner else n for o, n in names.items()
+        }
+    if not headless and not optional:
+        raise UserError(
+            f"{what}: the head is not one layer but {some(modules)}:"
+            " num_classes=None (convert --nohead) leaves it out"
+        )
+    notes.append(f"left out the head, {some(modules)}")
+    return {original: name for original, name in names.items() if original not in inner}
+
+
+def _is_head(rules: list, module: str) -> bool:
+    return any(rule[1] == "head" and re.fullmatch(rule[0], module) for rule in rules)
 
 
 def _first(rules: list, name: str) -> tuple[re.Match, tuple] | tuple[None, None]:

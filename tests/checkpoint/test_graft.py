@@ -135,6 +135,15 @@ def test_averaged_weights(run):
     assert report.left_behind == ("ema/params/head/bias", "ema/params/head/kernel")
 
 
+def test_averaged_weights_by_an_option(run):
+    target = network(0)
+    variables, report = graft(run, target, [ALL], averaged=True)
+    assert taken(variables, AVERAGED, flatten(target))
+    assert report.grafted["params/head/bias"] == "ema/params/head/bias"
+    with pytest.raises(UserError, match="averaged=True, and the given tree has no averaged wei"):
+        graft(SOURCE, target, [ALL], averaged=True)
+
+
 @pytest.mark.parametrize(
     ("suffix", "expected"),
     [

@@ -6,8 +6,10 @@ import collections
 import contextlib
 import io
 import json
+import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -130,6 +132,57 @@ def test_what_pytorch_saved(tmp_path, write, around, prefix):
     assert found["number"].shape == ()
 
 
+def test_averaged_weights_beside_the_others(tmp_path):
+    tree, storages = tensors()
+    other = {name: tree["a.bias"] for name in tree}
+    both = {"epoch": 5, "state_dict": tree, "state_dict_ema": other}
+    path = torch_zip(tmp_path / "timm.pth", both, storages)
+    found, notes = files.read_contents(path)
+    assert found["a.weight"].shape == (3, 2)
+    assert "took 'state_dict'; the averaged weights 'state_dict_ema' are there too" in notes[0]
+    found, notes = files.read_contents(path, averaged=True)
+    assert found["a.weight"].shape == (2,)
+    assert notes == ("took 'state_dict_ema', the averaged weights; 'state_dict' is there too",)
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema_state_dict"])
+def test_averaged_weights_alone(tmp_path, name):
+    tree, storages = tensors()
+    path = torch_zip(tmp_path / "x.pth", {"epoch": 5, name: tree}, storages)
+    found, notes = files.read_contents(path)
+    assert list(found) == list(tree)
+    assert notes == (f"took '{name}', the averaged weights, the only ones there",)
+
+
+def test_averaged_weights_that_are_not_there(tmp_path):
+    tree, storages = tensors()
+    path = torch_zip(tmp_path / "x.pth", {"model": tree}, storages)
+    for file in (path, npz(tmp_path / "x.npz")):
+        with pytest.raises(UserError, match=r"there are no averaged weights .*: it holds") as said:
+            files.read(file, averaged=True)
+        assert str(file) in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "backbone.", "module._orig_mod.model."]
+)
+def test_prefixes_of_wrappers_are_taken_away_and_told(tmp_path, prefix):
+    arrays = {f"{prefix}{name}": A for name in ("fc.weight", "conv.weight")}
+    np.savez(tmp_path / "x.npz", **arrays)
+    found, notes = files.read_contents(tmp_path / "x.npz")
+    assert set(found) == {"fc.weight", "conv.weight"}
+    assert notes == (f"the names are without the '{prefix}' of a wrapper",)
+
+
+def test_what_stands_beside_a_wrapper(tmp_path):
+    """A head, and how many weights an average is of; not another part of a network."""
+    unwrap = lambda *names: list(files.wrappers.unwrap(dict.fromkeys(names, A), []))  # noqa: E731
+    assert unwrap("backbone.a.weight", "head.fc.weight") == ["a.weight", "head.fc.weight"]
+    assert unwrap("n_averaged", "module.a.weight") == ["a.weight"]
+    for names in (("backbone.a", "neck.b"), ("model.a", "module.b"), ("a.b",), ("model.fc", "fc")):
+        assert unwrap(*names) == list(names)
+
+
 def test_a_tensor_of_the_first_versions(tmp_path):
     storage = Storage("FloatStorage", "0", 6)
     tree = {"a": Called("torch._utils _rebuild_tensor", storage, 1, (2, 2), (3, 1))}
@@ -142,6 +195,16 @@ def test_numbers_of_a_big_endian_machine(tmp_path):
     swapped = {"0": A.byteswap().tobytes(), "1": HALF.byteswap().tobytes()}
     found = files.read(torch_zip(tmp_path / "x.pth", tree, swapped, byteorder=b"big"))
     np.testing.assert_array_equal(found["a.weight"], A.T)
+
+
+def test_a_tensor_that_says_its_dtype_itself(tmp_path):
+    """Of kinds that PyTorch has no storage of."""
+    storage, hooks = Storage("x", "0", 2), collections.OrderedDict()
+    storage.reference = ("storage", Global("torch.storage UntypedStorage"), "0", "cpu", 2)
+    arguments = (storage, 0, (2,), (1,), False, hooks, Global("torch float8_e4m3fn"))
+    tree = {"a": Called("torch._utils _rebuild_tensor_v3", *arguments)}
+    found = files.read(torch_zip(tmp_path / "x.pth", tree, {"0": b"\x38\x40"}))
+    np.testing.assert_array_equal(found["a"].astype(np.float32), [1, 2])
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -186,12 +249,45 @@ def test_a_storage_that_declares_more_than_there_is(tmp_path, write):
         files.read(write(tmp_path / "x.pth", tree, {"0": A.tobytes()}))
 
 
-def test_a_pickle_that_asks_for_all_memory(tmp_path):
-    bomb = b"\x80\x02}r\xff\xff\xff\x7f."  # one dict, put at place 2**31
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}r\xff\xff\xff\x7f.",  # one dict, put at place 2**31
+        b"}q\0r\x40\x0d\x03\x00" + b"N0" * 100_000 + b".",  # at 200,000 of two, in as many bytes
+    ],
+)
+def test_a_pickle_that_asks_for_all_memory(tmp_path, pickled):
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
-        archive.writestr("x/data.pkl", bomb)
+        archive.writestr("x/data.pkl", b"\x80\x02" + pickled)
     with pytest.raises(UserError, match="absurd number of entries"):
         files.read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("given", "each"),
+    [
+        (b"ctorch\nSize\n", b"(h\0tR"),  # tuples of what a list holds
+        (b"ccollections\nOrderedDict\n", b"(h\2tR"),  # dicts like a dict
+    ],
+)
+def test_a_pickle_that_copies_what_it_holds(tmp_path, given, each):
+    """A hundred kilobytes would fill gigabytes."""
+    held = b"](" + b"N" * 10_000 + b"eq\0" + given + b"q\1" + b"}(" + b"I0\nN" * 0
+    held += b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(10_000)) + b"uq\2"
+    calls = b"".join(b"h\1" + each for _ in range(10_000))
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\2" + held + calls + b".")
+    with pytest.raises(UserError, match="copies what it holds over and over"):
+        files.read(tmp_path / "x.pth")
+
+
+def test_attributes_are_not_kept(tmp_path):
+    """A state dict has some, and a pickle may give a large dict of them to many objects."""
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        made = b"ccollections\nOrderedDict\n)R}X\1\0\0\0aK\1sb."
+        archive.writestr("x/data.pkl", b"\x80\2" + made)
+    tree, _ = files._unpickle(io.BytesIO(b"\x80\2" + made), tmp_path)
+    assert not vars(tree)
 
 
 def laughs(levels: int) -> bytes:
@@ -268,7 +364,6 @@ def npz(path):
 
 
 def test_safetensors(tmp_path):
-    pytest.importorskip("safetensors")
     raw = np.array([0x3F80, 0x4000], np.uint16)  # bfloat16's 1 and 2
     path = safetensors(
         tmp_path / "x.any", {"b": ("F16", HALF), "a": ("F32", A), "c": ("BF16", raw)}
@@ -279,6 +374,41 @@ def test_safetensors(tmp_path):
     np.testing.assert_array_equal(found["c"].astype(np.float32), [1, 2])
     with pytest.raises(UserError, match="is damaged"):
         files.read(safetensors(tmp_path / "y", {"a": ("F32", A)}, extra=b"more"))
+
+
+def test_float8_is_converted_and_unknown_kinds_are_named(tmp_path):
+    kinds = {"F8_E4M3": b"\x38\x40", "F8_E5M2": b"\x3c\x40"}
+    arrays = {kind: (kind, np.frombuffer(raw, np.uint8)) for kind, raw in kinds.items()}
+    found = files.read(safetensors(tmp_path / "x", arrays))
+    for array in found.values():
+        np.testing.assert_array_equal(array.astype(np.float32), [1, 2])
+    with pytest.raises(UserError, match="a is of F4, which is not supported; convert it to flo"):
+        files.read(safetensors(tmp_path / "y", {"a": ("F4", HALF)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h["a"].update(data_offsets=[0, 1 << 40]), "declares 1,099,511,627,776 bytes"),
+        (lambda h: h["a"].update(shape=[1 << 40]), "declares 24 bytes"),
+        (lambda h: h["a"].update(shape=[-2, -3]), "no sensible shape"),
+        (lambda h: h["a"].update(data_offsets=[4, 28]), "declares bytes 4 to 28"),
+        (lambda h: h.update(b=h["a"]), "declares bytes 0 to 24, expected from 24"),
+        (lambda h: h.clear(), "declares 0 bytes of arrays"),
+    ],
+)
+def test_a_header_of_safetensors_that_lies(tmp_path, change, said):
+    path = safetensors(tmp_path / "x", {"a": ("F32", A)})
+    length = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + A.tobytes())
+    with pytest.raises(UserError, match=f"is damaged: .*{said}"):
+        files.read(path)
+    path.write_bytes(struct.pack("<Q", 1 << 50) + text + A.tobytes())
+    with pytest.raises(UserError, match="its header declares 1,125,899,906,842,624 bytes"):
+        files.read(path)
 
 
 def test_npz(tmp_path):
@@ -309,6 +439,55 @@ def test_arrays_that_are_refused(tmp_path, content, said):
         files.read(tmp_path / "x.npz")
 
 
+def test_a_directory_of_an_archive_that_lies(tmp_path):
+    """It says 200 bytes of what is 64 MiB: no more than that is ever decompressed."""
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", npy((1 << 24,), data=bytes(1 << 26)))
+    size = archive.getinfo("a.npy").file_size
+    whole = path.read_bytes()
+    assert whole.count(struct.pack("<I", size)) == 2
+    path.write_bytes(whole.replace(struct.pack("<I", size), struct.pack("<I", 200)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="is damaged"):
+        files.read(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_a_member_compressed_as_no_library_does(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.npy", npy((2, 3)))
+    with pytest.raises(UserError, match=r"a\.npy is compressed by method 12"):
+        files.read(tmp_path / "x.npz")
+
+
+def test_a_pipe_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="is a pipe or a device; expected a file of weights"):
+        files.read(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        files.read("/dev/zero")
+
+
+def test_a_file_full_of_holes_is_refused(tmp_path):
+    with open(tmp_path / "x.pth", "wb") as file:
+        file.write(b"\x80\2")
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="bytes declare 1,099,511,627,776 of arrays"):
+        files.read(tmp_path / "x.pth")
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path, monkeypatch):
+    def run_out(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(files, "_read_npy", run_out)
+    with pytest.raises(UserError, match=r"bytes, takes more memory than there is") as said:
+        files.read(npz(tmp_path / "x.npz"))
+    assert "damaged" not in str(said.value)
+
+
 # ---- damage
 
 
@@ -319,7 +498,6 @@ def every_format(tmp_path):
         "stream": torch_stream(tmp_path / "stream.pth", tree, storages),
         "npz": npz(tmp_path / "x.npz"),
     }
-    pytest.importorskip("safetensors")
     made["safetensors"] = safetensors(tmp_path / "x.safetensors", {"a": ("F32", A)})
     made["h5"] = keras2(tmp_path / "x.h5", {"conv": {"conv/kernel:0": A, "conv/bias:0": HALF}})
     return made

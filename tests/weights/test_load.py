@@ -12,7 +12,7 @@ import pytest
 
 import flax_cnns
 from flax_cnns import pytree
-from flax_cnns.checkpoint import finding, foreign, reading
+from flax_cnns.checkpoint import finding, foreign, reading, sources
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert, files, hub, load_weights
 from tests.models import cases
@@ -44,6 +44,65 @@ def test_a_file_gives_what_its_tensors_give(tensors, file, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda *names: asked.append(names) or file)
     chex.assert_trees_all_equal(load_weights("squeezenet1_1", "torchvision"), expected)
     assert asked == [("squeezenet1_1", "torchvision")]
+
+
+def nested(tensors, **names):
+    """The tensors with the head's `classifier.1` renamed, or more than one layer."""
+    heads = {f"classifier.1.{new}": tensors[f"classifier.1.{old}"] for new, old in names.items()}
+    return {k: v for k, v in tensors.items() if not k.startswith("classifier")} | {
+        name.replace("__", "."): tensor for name, tensor in heads.items()
+    }
+
+
+def test_a_head_inside_another_module_is_taken_as_the_head(tensors):
+    said, expected = [], convert("squeezenet1_1", tensors, "torchvision")
+    inside = nested(tensors, **{"1__weight": "weight", "1__bias": "bias"})
+    found = convert("squeezenet1_1", inside, "torchvision", say=said.append)
+    chex.assert_trees_all_equal(found, expected)
+    assert said == ["note: took 'classifier.1.1' as the head 'classifier.1'"]
+
+
+def test_a_head_that_does_not_fit_can_be_left_out(tensors, tmp_path):
+    names = {"0__weight": "weight", "0__bias": "bias", "3__weight": "weight"}
+    several = nested(tensors, **names)
+    with pytest.raises(UserError, match=r"not one layer but classifier\.1\.0, .*num_classes=None"):
+        convert("squeezenet1_1", several, "torchvision")
+    said = []
+    found = convert("squeezenet1_1", several, "torchvision", num_classes=None, say=said.append)
+    assert "head" not in found["params"]
+    assert said == ["note: left out the head, classifier.1.0, classifier.1.3"]
+    other = {k.replace("classifier.1", "fc"): v for k, v in tensors.items()}
+    found = convert("squeezenet1_1", other, "torchvision", num_classes=None, say=said.append)
+    assert "head" not in found["params"]
+    # Where rules leave the head fresh, a source may have any.
+    np.savez(tmp_path / "x.npz", **several)
+    source = sources.open_source(f"torchvision:squeezenet1_1={tmp_path / 'x.npz'}")
+    assert "params/head/kernel" not in source.leaves
+    assert source.notes == ("left out the head, classifier.1.0, classifier.1.3",)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (lambda a: a.astype(np.complex64), "complex64"),
+        (lambda a: a.astype("U8"), "<U8"),
+        (lambda a: a.astype(object), "object"),
+        (lambda a: np.zeros(a.shape, "M8[s]"), r"datetime64\[s\]"),
+    ],
+)
+def test_numbers_that_are_not_real(tensors, change, dtype):
+    given = tensors | {"features.0.weight": change(tensors["features.0.weight"])}
+    said = f"'features.0.weight' is of {dtype}; expected real numbers"
+    with pytest.raises(UserError, match=said):
+        convert("squeezenet1_1", given, "torchvision")
+
+
+def test_wrappers_around_a_state_dict_are_told(tensors):
+    said = []
+    given = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
+    found = convert("squeezenet1_1", given, "torchvision", say=said.append)
+    chex.assert_trees_all_equal(found, convert("squeezenet1_1", tensors, "torchvision"))
+    assert said == ["note: the names are without the 'module.backbone.' of a wrapper"]
 
 
 def test_mistakes_are_said_before_a_file_is_read(file):

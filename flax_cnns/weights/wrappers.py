@@ -1,0 +1,83 @@
+"""What stands around the weights in a file: a training script's checkpoint, a wrapper's prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax_cnns.errors import UserError
+
+# The weights as they were trained, and their running average, in the checkpoints of training
+# scripts (PyTorch's examples, torchvision, timm, Lightning, and others).
+TRAINED = ("state_dict", "model", "model_state_dict")
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
+# DataParallel's, torch.compile's, Lightning's and a detector's or self-supervised method's.
+PREFIXES = ("module", "_orig_mod", "model", "backbone")
+# How networks call the layers that give the classes.
+HEADS = ("fc", "head", "heads", "classifier", "last_linear", "linear", "classif", "predictions")
+_DEPTH = 3
+_COUNTER = "n_averaged"  # torch.optim.swa_utils.AveragedModel's
+
+
+def choose(tree: Any, *, averaged: bool, notes: list[str]) -> Any:
+    """The weights of what was saved: all of it, or what a training script put beside others.
+
+    `averaged` takes those of `AVERAGED`. `notes` gets what was taken where there was a choice.
+    Raises `UserError` where averaged weights are asked for and there are none.
+    """
+    inner = {}
+    for _ in range(_DEPTH):  # a pickle may hold itself
+        if not isinstance(tree, Mapping) or not (found := _inside(tree)):
+            break
+        inner |= found
+        trained = next((name for name in TRAINED if name in found), "")
+        means = next((name for name in AVERAGED if name in found), "")
+        taken = means if (averaged and means) or not trained else trained
+        if means and taken == trained:
+            notes.append(
+                f"took {trained!r}; the averaged weights {means!r} are there too, and the option"
+                " averaged takes them"
+            )
+        elif means:
+            beside = f"; {trained!r} is there too" if trained else ", the only ones there"
+            notes.append(f"took {means!r}, the averaged weights{beside}")
+        tree = tree[taken]
+    if averaged and not set(inner) & set(AVERAGED):
+        held = "it holds " + (", ".join(map(repr, inner)) or "one set of weights without a name")
+        raise UserError(
+            f"there are no averaged weights ({', '.join(AVERAGED)}): {held}; leave out averaged"
+        )
+    return tree
+
+
+def _inside(tree: Mapping) -> dict[str, Mapping]:
+    return {n: tree[n] for n in (*TRAINED, *AVERAGED) if isinstance(tree.get(n), Mapping)}
+
+
+def unwrap(tensors: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The tensors without the prefixes that wrappers put before all names, in any nesting.
+
+    A head may stand outside a `backbone.`. `notes` gets what was taken away.
+    """
+    tensors, taken = dict(tensors), []
+    while prefix := _prefix(tensors):
+        tensors = {
+            name.removeprefix(f"{prefix}."): tensor
+            for name, tensor in tensors.items()
+            if name != _COUNTER
+        }
+        taken.append(f"{prefix}.")
+    if taken:
+        notes.append(f"the names are without the {''.join(taken)!r} of a wrapper")
+    return tensors
+
+
+def _prefix(tensors: Mapping[str, Any]) -> str:
+    """The wrapper around all tensors but heads and counters; "" if there is none."""
+    names = [name for name in tensors if name != _COUNTER]
+    firsts = {name.partition(".")[0] if "." in name else "" for name in names}
+    found = [prefix for prefix in PREFIXES if prefix in firsts]
+    if len(found) != 1 or not firsts - {found[0]} <= set(HEADS):
+        return ""
+    bare = [name.removeprefix(f"{found[0]}.") for name in names]
+    return found[0] if len(set(bare)) == len(bare) else ""
