@@ -9,6 +9,7 @@ but the classifier is frozen and nothing is augmented; it passes each image once
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -104,11 +105,12 @@ def cached_features(
     parts: Parts, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
 ) -> tuple[Features, float]:
     """What `features` gives: read from `cache` where it holds those of this config, these weights
-    and these examples, else computed and kept there."""
+    and these examples whole, else computed and kept there."""
     config = configs.plain(parts.config)
     key = json.dumps([config["model"], config["data"], list(layers), _digest(parts, variables)])
     if cache.is_file():
-        with np.load(cache) as kept:
+        # A broken file raises whatever its bytes happen to say.
+        with contextlib.suppress(Exception), np.load(cache) as kept:
             if str(kept["key"]) == key:
                 flat = {name: kept[name] for name in kept.files if "/" in name}
                 found: Features = {}

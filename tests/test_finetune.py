@@ -236,6 +236,8 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path)
         return found["test"][probe.LAST]
 
     first = computed(parts, variables)
+    cache.write_bytes(cache.read_bytes()[:-100])  # what isn't whole is computed again
+    np.testing.assert_array_equal(computed(parts, variables), first)
     stem = {"conv": {"kernel": 2 * variables["params"]["stem"]["conv"]["kernel"]}}
     stem = variables["params"]["stem"] | stem
     others = variables | {"params": variables["params"] | {"stem": stem}}
