@@ -684,14 +684,15 @@ def head_names(dataset: datasets.Dataset, width: int) -> list[str]:
 
 
 def load_variables(
-    parts: Parts, workdir: str | os.PathLike, checkpoint: str = "latest"
-) -> tuple[PyTree, int]:
-    """(variables, step) of a run as it evaluates them: its averaged weights where it has some.
-    Every block has its name, whether the run scans or not.
+    parts: Parts, workdir: str | os.PathLike, checkpoint: str = ""
+) -> tuple[PyTree, finding.Chosen]:
+    """(variables, the checkpoint that was taken) of a run as it evaluates them: its averaged
+    weights where it has some. Every block has its name, whether the run scans or not.
 
-    `checkpoint`: latest, best or a step. Only what is asked for is read. Raises `UserError`.
+    `checkpoint`: best, latest, a step, or "" (`finding.choose_step`). Only what is asked for is
+    read. Raises `UserError`.
     """
-    source = f"{workdir}@{checkpoint}"
+    source = finding.arrays_of(workdir, checkpoint)
     sharding = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -701,18 +702,20 @@ def load_variables(
         variables = reading.read_tree(source, {"ema": target})["ema"]
     else:
         variables = reading.read_tree(source, target)
-    return variables, int(finding.resolve(source).parent.name)
+    return variables, finding.choose_step(workdir, checkpoint)
 
 
 def evaluate_run(
-    workdir: str | os.PathLike, *, split: str = "test", checkpoint: str = "latest"
+    workdir: str | os.PathLike, *, split: str = "test", checkpoint: str = ""
 ) -> dict[str, Any]:
     """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
     into its directory. Returns the content of the former.
 
-    Raises `UserError` where there is no such run, split or checkpoint.
+    `workdir`: RUN, or RUN@best, RUN@latest, RUN@1200, which `checkpoint` says too. RUN alone is the
+    checkpoint that its summary.json tested, the latest of an unfinished run. Raises `UserError`
+    where there is no such run, split or checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
     configs.validate(config)
     _start_jax(config)
@@ -722,7 +725,7 @@ def evaluate_run(
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
         )
-    variables, step = load_variables(parts, workdir, checkpoint)
+    variables, (step, why) = load_variables(parts, workdir, checkpoint)
     sums = parts.evaluate(variables, split)
     confusion = sums["confusion"]
     classes = per_class(confusion)
@@ -730,6 +733,7 @@ def evaluate_run(
     found = {
         "split": split,
         "step": step,
+        "checkpoint": why,
         "examples": int(sums["count"]),
         **summarize(sums),
         "classes": [

@@ -16,6 +16,7 @@ from flax_cnns import experiment, registry, weights
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import predictions
 from flax_cnns.checkpoint import reading
+from flax_cnns.checkpoint.finding import CURES, damage
 from flax_cnns.data import augment, datasets, images
 from flax_cnns.data.photo import Photo, opened
 from flax_cnns.errors import UserError
@@ -69,10 +70,11 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
 
 
 def from_folder(folder: str | os.PathLike, checkpoint: str = "") -> Predictor:
-    """Of a run (its latest checkpoint, or the one that is named), or of what `experiments.convert`
-    wrote. Raises `UserError`."""
-    if not (pathlib.Path(folder) / "about.json").is_file():
-        return from_run(folder, checkpoint or "latest")
+    """Of a run (RUN, RUN@best, RUN@latest, RUN@1200, which `checkpoint` says too), or of what
+    `experiments.convert` wrote. Raises `UserError`."""
+    folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
+    if not (folder / "about.json").is_file():
+        return from_run(folder, checkpoint)
     if checkpoint:
         raise UserError(
             f"{folder} holds converted weights, which are one checkpoint: leave out --checkpoint,"
@@ -113,22 +115,24 @@ def _of_row(
     return Predictor(title, row, row.box, _probabilities(model, variables), names)
 
 
-def from_run(workdir: str | os.PathLike, checkpoint: str = "latest") -> Predictor:
+def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
     """The network of a run, as it evaluates; photos are read as its own images were.
 
-    The data set need not be there. `checkpoint`: latest, best or a step. Raises `UserError`.
+    The data set need not be there. `checkpoint`: best, latest, a step, or "" for the one that its
+    summary.json tested (the latest of an unfinished run). Raises `UserError`.
     """
     workdir = pathlib.Path(workdir)
     config = workdirs.read_config(workdir)
     facts = workdir / "dataset.json"
     if facts.is_file():
-        dataset = datasets.Dataset.from_dict(workdirs.read_json(facts))
+        with damage(facts, CURES[facts.name]):
+            dataset = datasets.Dataset.from_dict(workdirs.read_json(facts))
     else:  # a run of before it was written
         dataset = datasets.load(config.data)
     mesh = parallel.make_mesh(jax.devices()[:1])
     model = experiment.make_model(config, dataset)
     parts = experiment.Parts(config, model, dataset, mesh, eval_step=None)
-    variables, step = experiment.load_variables(parts, workdir, checkpoint)
+    variables, (step, why) = experiment.load_variables(parts, workdir, checkpoint)
     size, _, channels = dataset.image_shape
     box = partial(images.centre_box, share=dataset.eval_share)
 
@@ -138,7 +142,7 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "latest") -> Predicto
 
     normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
     return Predictor(
-        f"{workdir.name}, step {step}: {config.model.name} on {dataset.name}",
+        f"{workdir.name}, step {step} ({why}): {config.model.name} on {dataset.name}",
         read,
         box,
         _probabilities(model, parts.for_steps(variables), normalize),

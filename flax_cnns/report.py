@@ -40,8 +40,8 @@ def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
     """Accuracy per class with what each is most often taken for; the `most` worst classes."""
     console, counts = Console(), found["confusion"]
     names = [c["class"] for c in found["classes"]]
-    title = f"{found['split']}, step {found['step']}: {found['examples']} examples"
-    table = Table(title=title)
+    title = f"{found['split']}, step {found['step']} ({found['checkpoint']})"
+    table = Table(title=f"{title}: {found['examples']} examples")
     for column in ("class", "examples", "accuracy", "precision", "most often taken for"):
         table.add_column(column, justify="left" if column.startswith(("c", "m")) else "right")
 

@@ -20,9 +20,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_cnns import config as configs
+from flax_cnns.checkpoint import finding
 from flax_cnns.checkpoint.finding import steps
 from flax_cnns.checkpoint.lock import lock
+from flax_cnns.checkpoint.place import check_place
 from flax_cnns.errors import UserError
+
+FILES = ("config.json", "dataset.json", "metrics.jsonl", "summary.json", "curves.png", "graft.json")
+FOLDERS = ("checkpoints", "tensorboard")
 
 
 def finite(content: Any) -> Any:
@@ -39,7 +44,8 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     Raises `UserError`."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -47,13 +53,25 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Raises `UserError` where the file is not JSON. What is not finite is None: `null`, and the
-    NaN and Infinity of older versions."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Raises `UserError` where the file cannot be read or is no JSON object. What is not finite is
+    None: `null`, and the NaN and Infinity of older versions."""
     try:
-        return json.loads(path.read_text(), parse_constant=lambda name: None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); put it right or remove the run") from None
+        return finite(finding.read_json(path))
+    except finding.DamagedError as error:
+        cure = "" if path.name in finding.CURES else "; put it right or remove the run"
+        raise finding.DamagedError(f"{error}{cure}") from None
+
+
+def split_checkpoint(workdir: str | os.PathLike, checkpoint: str = "") -> tuple[pathlib.Path, str]:
+    """The run directory and the checkpoint (best, latest, a step, or "" for RUN's own) that are
+    meant by RUN, or RUN@best with or without the same again. Raises `UserError` for two."""
+    run, which = finding.split_source(workdir)
+    if which and checkpoint not in ("", which):
+        raise UserError(
+            f"{os.fspath(workdir)} and --checkpoint={checkpoint} are two checkpoints; name one"
+        )
+    return pathlib.Path(run), which or checkpoint
 
 
 def read_config(workdir: str | os.PathLike) -> Any:
@@ -64,14 +82,24 @@ def read_config(workdir: str | os.PathLike) -> Any:
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
-    return ConfigDict(configs.completed(read_json(path))[0])
+    complete, _ = _completed(path)
+    if missing := sorted(configs.FIELDS.keys() - configs.flatten(complete).keys()):
+        raise finding.DamagedError(
+            f"{path} is damaged: the field {missing[0]!r} is missing; {finding.CURES[path.name]}"
+        )
+    return ConfigDict(complete)
+
+
+def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    with finding.damage(path, finding.CURES[path.name]):
+        return configs.completed(read_json(path))
 
 
 def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises `UserError` where `workdir` holds another experiment, or things that are no run; says
     so where the run was made by an older version and lacks fields that change nothing."""
     if (workdir / "config.json").is_file():
-        there, newer = configs.completed(read_json(workdir / "config.json"))
+        there, newer = _completed(workdir / "config.json")
         begun = steps(workdir) or (workdir / "metrics.jsonl").is_file()
         if begun and (fields := configs.difference(config, there)):
             raise UserError(
@@ -83,6 +111,14 @@ def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
                 f"{workdir} was made by an older version that lacks the fields"
                 f" {', '.join(newer)}: it goes on with their defaults, which change nothing"
             )
+        for name in (*FILES, *FOLDERS):
+            path = workdir / name
+            if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):
+                kind = "folder" if name in FOLDERS else "file"
+                raise UserError(
+                    f"{path} is no {kind}, and the run writes a {kind} of this name;"
+                    " move it away or take another --workdir"
+                )
     elif others := sorted(
         p.name for p in workdir.iterdir() if p.name != ".lock" and p.suffix != ".tmp"
     ):
@@ -105,6 +141,7 @@ def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[Opened]:
     With several processes the primary one does it for all. Raises `UserError` where the directory
     is in use or cannot be written.
     """
+    check_place(workdir)
     opened = Opened()
     if not primary:
         yield opened

@@ -6,13 +6,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError, did_you_mean
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of saves that are under way
 
 
 class DamagedError(UserError):
     """A checkpoint that cannot be what was written."""
+
+
+def step_of(folder_name: str) -> int | None:
+    """The step whose folder has this name: digits 0 to 9 without leading zeros; None for others,
+    such as "007" and "\u0663", which `str.isdigit` takes too.
+    """
+    step = int(folder_name) if re.fullmatch(r"[0-9]{1,18}", folder_name) else None
+    return step if str(step) == folder_name else None
 
 
 def steps(run: str | os.PathLike) -> list[int]:
@@ -23,7 +37,8 @@ def steps(run: str | os.PathLike) -> list[int]:
     if not directory.is_dir():
         return []
     # An unfinished save has another name until it is complete (`120.orbax-checkpoint-tmp`).
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+    found = (step_of(path.name) for path in directory.iterdir() if path.is_dir())
+    return sorted(step for step in found if step is not None)
 
 
 def latest_step(run: str | os.PathLike) -> int | None:
@@ -33,7 +48,7 @@ def latest_step(run: str | os.PathLike) -> int | None:
 
 def best_step(run: str | os.PathLike) -> int | None:
     """The step with the best metric, the newest of equals; the latest step where none has a
-    (finite) metric.
+    (finite) metric. Raises `DamagedError` where a step's metrics are not what was written.
     """
     scores = {step: read_metrics(run, step).get("score") for step in steps(run)}
     scored = [(score, step) for step, score in scores.items() if score is not None]
@@ -41,39 +56,102 @@ def best_step(run: str | os.PathLike) -> int | None:
 
 
 def read_metrics(run: str | os.PathLike, step: int) -> dict[str, float]:
-    """The metrics saved with a step; {} where there are none or they are damaged."""
-    try:
-        return read_json(checkpoints_of(run) / str(step) / "metrics" / "metrics")
-    except DamagedError:
-        return {}
+    """The metrics saved with a step; {} where there are none. Raises `DamagedError` where they are
+    not what was written; manifests made before this was noticed say nothing of them.
+    """
+    folder = checkpoints_of(run) / str(step)
+    file, manifest = folder / "metrics" / "metrics", folder / "manifest" / "metadata"
+    metrics = read_json(file) if file.exists() else {}
+    written = read_json(manifest) if manifest.exists() else {}
+    if written.get("metrics_crc32", (crc := crc_of_metrics(metrics))) != crc:
+        raise DamagedError(f"{file} is damaged: its CRC32 is not that of the manifest")
+    return metrics
+
+
+def crc_of_json(value: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def crc_of_metrics(metrics: Mapping[str, float] | None) -> int | None:
+    """What a manifest has as `metrics_crc32`: None for a step that is saved without metrics."""
+    return crc_of_json(metrics) if metrics else None
+
+
+class Chosen(NamedTuple):
+    """The checkpoint of a run that is taken, and the reason."""
+
+    step: int
+    why: str  # "best", "latest", "named", "what summary.json tested", "latest, unfinished"
+
+
+def split_source(source: str | os.PathLike) -> tuple[str, str]:
+    """`("runs/x", "best")` of runs/x@best; `(source, "")` where nothing is named."""
+    text, at, which = os.fspath(source).rpartition("@")
+    if not at or os.path.exists(source) or "/" in which:
+        return os.fspath(source), ""
+    return text, which
+
+
+def choose_step(run: str | os.PathLike, which: str = "") -> Chosen:
+    """The step that `which` (best, latest, a number) means. "" means the one whose test numbers
+    `summary.json` has; in a run that has none yet, and in a folder that is no run, the latest.
+
+    Raises `UserError` where there is no such step; it names those there are.
+    """
+    known = steps(run)
+    step, why = step_of(which), "named"
+    if which in ("best", "latest"):
+        step, why = (best_step if which == "best" else latest_step)(run), which
+    elif not which:
+        step, why = _tested_step(run)
+    if step not in known:
+        which = which or (f"{step}, which its summary.json tested" if step is not None else "")
+        raise UserError(
+            f"{os.fspath(run)} has no checkpoint {which!r}; it has best, latest,"
+            f" {', '.join(map(str, known))}"
+        )
+    return Chosen(step, why)
+
+
+def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
+    folder = checkpoints_of(run)
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if not (run / "summary.json").is_file():
+        unfinished = (run / "config.json").is_file()
+        return latest_step(folder), "latest, unfinished" if unfinished else "latest"
+    summary = read_json(run / "summary.json")
+    for name in ("test/step", "fit/step"):
+        if isinstance(summary.get(name), int):
+            return summary[name], "what summary.json tested"
+    # Nothing was tested, or by a version that did not say which.
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    train = config.get("train")
+    if isinstance(train, dict) and train.get("test_on") == "best":
+        return best_step(folder), "best, as train.test_on says"
+    return latest_step(folder), "latest"
 
 
 def resolve(source: str | os.PathLike) -> Path:
     """The folder of arrays that is meant by RUN, RUN@best, RUN@latest, RUN@1200, or an Orbax
-    checkpoint's path.
+    checkpoint's path. RUN alone is as `choose_step` says.
 
-    RUN alone means RUN@best, which is RUN@latest for a run that validated nothing. Raises
-    `UserError` where there is no such run or step; it names those there are.
+    Raises `UserError` where there is no such run or step; it names those there are.
     """
-    text, at, which = os.fspath(source).rpartition("@")
-    if not at or Path(source).exists() or "/" in which:
-        text, which = os.fspath(source), ""
+    return arrays_of(*split_source(source))
+
+
+def arrays_of(run: str | os.PathLike, which: str = "") -> Path:
+    """As `resolve`, with the step that is named apart from the run or checkpoint."""
+    text = os.fspath(run)
     path = Path(os.path.abspath(text))
-    if not path.is_dir():
+    if not os.path.isdir(path):
         parent = path.parent
-        near = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        near = [p.name for p in parent.iterdir() if p.is_dir()] if os.path.isdir(parent) else []
         raise UserError(f"there is no checkpoint or run {text!r}{did_you_mean(path.name, near)}")
-    if unfinished := [name for name in path.parts if ".orbax-checkpoint-tmp" in name]:
+    if unfinished := [name for name in path.parts if UNFINISHED in name]:
         raise UserError(f"{text} is no whole checkpoint: saving {unfinished[0]} was never finished")
     if known := steps(path):
-        named = {"": best_step, "best": best_step, "latest": latest_step}
-        step = named[which](path) if which in named else int(which) if which.isdigit() else which
-        if step not in known:
-            raise UserError(
-                f"{text} has no checkpoint {which!r}; it has best, latest,"
-                f" {', '.join(map(str, known))}"
-            )
-        path = checkpoints_of(path) / str(step)
+        path = checkpoints_of(path) / str(choose_step(text, which).step)
     elif which:
         raise UserError(f"{text} has no checkpoint {which!r}: it is no run with checkpoints")
     if (path / "_METADATA").is_file():
@@ -94,16 +172,25 @@ def checkpoints_of(run: str | os.PathLike) -> Path:
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
+# The cheapest way out where one of a run's own files is damaged.
+CURES = {
+    "config.json": "the same command with another --workdir writes the same file: copy it from"
+    " there",
+    "summary.json": "remove it, and the same command as before writes it again",
+    "dataset.json": "remove it, and the data set itself is asked",
+}
+
+
 def read_json(file: Path) -> dict:
-    with damage(file):
-        value = json.loads(file.read_text())
+    with damage(file, CURES.get(file.name, "")):
+        value = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("no JSON object")
+            raise ValueError(f"expected a JSON object, got a {type(value).__name__}")
         return value
 
 
 @contextlib.contextmanager
-def damage(path: Path):
+def damage(path: Path, cure: str = ""):
     """Makes a `DamagedError` of what reading raises, unless it says nothing about the file."""
     try:
         yield
@@ -114,4 +201,5 @@ def damage(path: Path):
         text = str(error).partition("\n")[0]
         if (isinstance(error, OSError) and not missing) or "ermission denied" in text:
             raise UserError(f"cannot read {path}: {text}") from error
-        raise DamagedError(f"{path} is damaged: {type(error).__name__}: {text[:200]}") from error
+        text = f"{type(error).__name__}: {text[:200]}{'; ' if cure else ''}{cure}"
+        raise DamagedError(f"{path} is damaged: {text}") from error

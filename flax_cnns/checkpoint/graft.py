@@ -55,9 +55,10 @@ def graft(
 ) -> tuple[PyTree, Report]:
     r"""`(variables, report)`: the target with the leaves that the rules take from the source.
 
-    `source`: RUN, RUN@best (what RUN alone means), RUN@latest, RUN@1200, the path of any Orbax
-    checkpoint, LIBRARY:MODEL or LIBRARY:MODEL=FILE (torchvision:resnet50,
-    timm:resnet50d=/path/file.safetensors: as `load_weights` has them), or a tree of arrays.
+    `source`: RUN (the checkpoint that its summary.json tested; of an unfinished run the latest),
+    RUN@best, RUN@latest, RUN@1200, the path of any Orbax checkpoint, LIBRARY:MODEL or
+    LIBRARY:MODEL=FILE (torchvision:resnet50, timm:resnet50d=/path/file.safetensors: as
+    `load_weights` has them), or a tree of arrays.
     `target`: `{"params": ..., "batch_stats": ...}`; its dtypes and shardings are kept. `rules`:
     pairs (regex over the target's paths, path in the source with \1 for groups, or FRESH); the
     first that matches a whole path decides. In a run's checkpoint the averaged weights are a tree
@@ -209,6 +210,7 @@ def _report(
     return Report(
         source=source.name,
         folder="" if source.folder is None else str(source.folder),
+        chosen=source.chosen,
         grafted=chosen,
         fresh=fresh,
         mismatched={

@@ -21,8 +21,6 @@ from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import nearest
 
-AT_ONCE = 1 << 28  # bytes that verifying reads together
-
 
 def print_listing(
     source: str | os.PathLike,
@@ -83,13 +81,19 @@ def _about(found: Source) -> Iterator[str]:
     yield from (note for note in (found.note, *found.notes) if note)
     if found.folder is None:
         return
-    step, run = found.folder.parent.name, found.folder.parent.parent
-    if step.isdigit() and int(step) in (known := finding.steps(run)):
-        metrics = finding.read_metrics(run, int(step))
+    step, run = finding.step_of(found.folder.parent.name), found.folder.parent.parent
+    if step is None or step not in (known := finding.steps(run)):
+        return
+    try:
+        metrics = finding.read_metrics(run, step)
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "score"]
-        yield ", ".join([f"step {step}", *shown])
-        if len(known) > 1:
-            yield f"steps there: {', '.join(map(str, known))}; best {finding.best_step(run)}"
+        best = f"best {finding.best_step(run)}"
+    except finding.DamagedError as error:
+        shown, best = [], f"which is best is not known ({error})"
+    why = f" ({found.chosen})" if found.chosen else ""
+    yield ", ".join([f"step {step}{why}", *shown])
+    if len(known) > 1:
+        yield f"steps there: {', '.join(map(str, known))}; {best}"
 
 
 def _table(leaves: Mapping[str, Any], depth: int) -> Table:
@@ -125,16 +129,12 @@ def _size(leaves: Mapping[str, Any]) -> str:
 
 
 def _verify(found: Source, leaves: Mapping[str, Any], console: Console) -> None:
-    groups: list[list[str]] = [[]]
-    room = AT_ONCE
-    for path, leaf in leaves.items():
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if size > room and groups[-1]:
-            groups.append([])
-            room = AT_ONCE
-        groups[-1].append(path)
-        room -= size
+    sizes = {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for group in track(
-        groups, "verifying", console=console, transient=True, disable=not console.is_terminal
+        list(reading.in_portions(sizes)),
+        "verifying",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ):
         found.read(group)

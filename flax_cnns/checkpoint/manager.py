@@ -24,10 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flax_cnns.checkpoint import finding
-from flax_cnns.checkpoint.finding import DamagedError
+from flax_cnns.checkpoint import finding, reading
+from flax_cnns.checkpoint.finding import DamagedError, crc_of_json, crc_of_metrics
 from flax_cnns.checkpoint.manifest import make_manifest, to_host
-from flax_cnns.checkpoint.reading import crc_of_json, drop_late_callbacks, read_host, read_tree
+from flax_cnns.checkpoint.place import check_place, for_orbax
+from flax_cnns.checkpoint.reading import drop_late_callbacks, read_host, read_tree
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import flatten, unstack_blocks
 from flax_cnns.types import PyTree
@@ -36,7 +37,9 @@ BEST_BY = "validation/accuracy"
 
 
 def new_folder(folder: str | os.PathLike) -> Path:
-    """The absolute path of a folder to be written. Raises `UserError` where it exists already."""
+    """The absolute path of a folder to be written. Raises `UserError` where it exists already, or
+    could hold no checkpoint."""
+    check_place(folder, "--out")
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise UserError(f"{path} exists already; name a folder that does not")
@@ -51,14 +54,15 @@ def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]
     written.
     """
     folder = new_folder(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name[:50]}.{os.getpid()}.partial")
     with _writing(folder.parent):
         try:
             try:
                 (partial / "manifest").mkdir(parents=True)
             except OSError as error:
                 raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-            ocp.PyTreeCheckpointer().save(partial / "state", tree)
+            with for_orbax(partial / "state") as alias:
+                ocp.PyTreeCheckpointer().save(alias, tree)
             manifest = {"format": 1, "leaves": make_manifest(flatten(tree))}
             (partial / "manifest" / "metadata").write_text(json.dumps(manifest))
             (partial / "about.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -103,12 +107,15 @@ class Checkpoints:
         drop_late_callbacks()
         self._manager: _Manager | None = None
         self._replaced = self.directory.with_name(f"{self.directory.name}.replaced")
+        self._readable = False  # a step of this directory was read back by this process
         self._put_back()
+        self._check_directory()
         # Orbax stumbles over damaged metrics as it starts.
         for step in finding.steps(self.directory):
             file, problem = self.directory / str(step) / "metrics" / "metrics", ""
             try:
-                if file.exists() and not isinstance(finding.read_json(file).get("score"), float):
+                found = finding.read_metrics(self.directory, step)
+                if file.exists() and not isinstance(found.get("score"), float):
                     problem = f"{file} holds no score"
             except DamagedError as error:
                 problem = str(error)
@@ -127,10 +134,28 @@ class Checkpoints:
             best_fn=score,  # without it Orbax does not write the metrics down
             cleanup_tmp_directories=True,  # what kill -9 left of a save
         )
-        with _writing(self.directory):
+        with contextlib.ExitStack() as stack, _writing(self.directory):
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            alias = stack.enter_context(for_orbax(self.directory))
             self._manager = _Manager(
-                self.directory, options=options, item_names=("state", "host", "manifest")
+                alias, options=options, item_names=("state", "host", "manifest")
             )
+            self._open = stack.pop_all()
+
+    def _check_directory(self) -> None:
+        """Raises `UserError` for what Orbax stumbles over, or passes over without a word."""
+        check_place(self.directory)
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            raise UserError(
+                f"{self.directory} is no folder, and checkpoints are to be written there;"
+                " move it away"
+            )
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if path.name.isdigit() and finding.step_of(path.name) is None and path.is_dir():
+                raise UserError(
+                    f"{path} is no step of a run, whose names are numbers of the digits 0 to 9"
+                    " without leading zeros; rename it or move it away"
+                )
 
     def save(
         self,
@@ -144,8 +169,10 @@ class Checkpoints:
 
         `state`: any pytree of replicated global arrays (or NumPy). `host`: JSON-able. `metrics`:
         without a finite number under `BEST_BY` the step is never the best. Saving
-        the newest step again replaces it, and kill -9 at any moment leaves one of the two. Raises
-        `UserError` where the disk is full or not writable, now or about the save before.
+        the newest step again replaces it, and kill -9 at any moment leaves one of the two. The
+        first save of a process that has restored nothing is waited for and read back. Raises
+        `UserError` where the disk is full or not writable, now or about the save before, and where
+        the first save is not what was written.
         """
         leaves = flatten(state)
         for leaf in leaves.values():
@@ -172,7 +199,13 @@ class Checkpoints:
                     state=ocp.args.PyTreeSave(named),
                     host=ocp.args.JsonSave(dict(host)),
                     manifest=ocp.args.JsonSave(
-                        {"format": 1, "leaves": manifest, "host_crc32": crc_of_json(host)}
+                        {
+                            "format": 1,
+                            "step": step,
+                            "leaves": manifest,
+                            "host_crc32": crc_of_json(host),
+                            "metrics_crc32": crc_of_metrics(scored),
+                        }
                     ),
                 ),
                 metrics=scored,
@@ -181,6 +214,9 @@ class Checkpoints:
         if again:
             self.wait()
             self._put_back()
+        if not self._readable:
+            self.wait()
+            self._read_back(step)
 
     def restore(
         self, target: PyTree, step: int | None = None
@@ -212,6 +248,7 @@ class Checkpoints:
             if _anywhere(not mendable):
                 raise problem or UserError(f"another process cannot read {path}")
             if not self._skip_damaged(candidate, str(problem or "")):
+                self._readable = True
                 return state, host, candidate
         if known:
             self._report(f"no intact checkpoint is left in {self.directory}: starting at step 0")
@@ -240,10 +277,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and closes; raises as `wait` does."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
+        with self._open:
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -255,6 +293,21 @@ class Checkpoints:
             if error is None:
                 raise
             self._report(str(problem))  # and what was under way goes on being raised
+
+    def _read_back(self, step: int) -> None:
+        """Raises `UserError` on every process where the first finds that the step is not whole."""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                reading.verify(self.directory / str(step))
+            except UserError as error:
+                problem = str(error)
+        if _anywhere(bool(problem)):
+            raise UserError(
+                f"the first checkpoint of this run cannot be read back, so {self.directory} keeps"
+                f" none; choose another --workdir ({problem or 'as the first process says'})"
+            )
+        self._readable = True
 
     def _set_aside(self, step: int) -> None:
         """Puts a step that is saved again where `_put_back` finds it, should this process die."""

@@ -6,13 +6,11 @@ network, or one that declares more than its files can hold, before it is read.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import sys
-import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,25 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
-from etils import epath
 
-from flax_cnns.checkpoint.finding import DamagedError, damage, read_json, resolve
+from flax_cnns.checkpoint.finding import (
+    DamagedError,
+    crc_of_json,
+    damage,
+    read_json,
+    read_metrics,
+    resolve,
+    step_of,
+)
 from flax_cnns.checkpoint.manifest import Manifest, crc32, place, shape_and_dtype
+from flax_cnns.checkpoint.place import for_orbax
 from flax_cnns.errors import UserError
 from flax_cnns.pytree import flatten, members
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
 _CHUNK = 1 << 20  # bytes; a chunk up to this size may be larger than its array
+AT_ONCE = 1 << 28  # bytes that verifying reads together
 
 # Orbax logs the traceback of every error up to five times before it raises it; what matters is
 # raised.
@@ -108,11 +115,11 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
 
     item = jax.tree_util.tree_map_with_path(choose, tree)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    with damage(path):
+    with damage(path), for_orbax(path) as alias:
         # The handler by itself: a Checkpointer would wait for the other processes, and damage may
         # strike just one.
         restored = ocp.PyTreeCheckpointHandler().restore(
-            epath.Path(path), args=ocp.args.PyTreeRestore(item=item, restore_args=args)
+            alias, args=ocp.args.PyTreeRestore(item=item, restore_args=args)
         )
     leaves = {name: leaf for name, leaf in flatten(restored).items() if name in wanted}
     for name, entry in (_manifest_of(path) or {}).items():
@@ -122,6 +129,27 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
                 f" {entry['crc32']:08x} was written"
             )
     return leaves
+
+
+def in_portions(leaves: Metadata) -> Iterator[list[str]]:
+    """The paths in groups of `AT_ONCE` bytes at most, for reading more than memory should hold."""
+    group, room = [], AT_ONCE
+    for path, leaf in leaves.items():
+        size = bytes_of({path: leaf})
+        if size > room and group:
+            yield group
+            group, room = [], AT_ONCE
+        group.append(path)
+        room -= size
+    yield group
+
+
+def verify(step: Path) -> None:
+    """Reads all of a run's step back. Raises `DamagedError` where it is not what was written."""
+    for group in in_portions(read_metadata(step)):
+        read_leaves(step, group)
+    read_host(step)
+    read_metrics(step.parent, int(step.name))
 
 
 def bytes_of(leaves: Metadata) -> int:
@@ -203,8 +231,8 @@ def _check_same(path: Path, wanted: Metadata, stored: Metadata, *, exact: bool) 
 
 
 def _metadata_tree(path: Path) -> PyTree:
-    with damage(path):
-        return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
+    with damage(path), for_orbax(path) as alias:
+        return ocp.PyTreeCheckpointHandler().metadata(alias).tree
 
 
 def _manifest_of(path: Path) -> Manifest | None:
@@ -212,18 +240,24 @@ def _manifest_of(path: Path) -> Manifest | None:
     file = path.parent / "manifest" / "metadata"
     if path.name != "state" or not (file.exists() or (path.parent / "host").exists()):
         return None
-    manifest = read_json(file)
+    manifest = _manifest_json(path.parent)
     with damage(path):
         return {k: dict(v, crc32=int(v["crc32"])) for k, v in manifest["leaves"].items()}
 
 
-def crc_of_json(value: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+def _manifest_json(step: Path) -> dict:
+    """Raises `DamagedError` for a step's folder that has the name of another step."""
+    manifest, named = read_json(step / "manifest" / "metadata"), step_of(step.name)
+    if named is not None and (saved := manifest.get("step", named)) != named:
+        raise DamagedError(
+            f"{step} was saved as step {saved} and renamed since; give it that name again"
+        )
+    return manifest
 
 
 def read_host(step: Path) -> dict:
     """The host JSON of a step; raises `DamagedError` where it is not what was written."""
     host = read_json(step / "host" / "metadata")
-    if crc_of_json(host) != read_json(step / "manifest" / "metadata").get("host_crc32"):
+    if crc_of_json(host) != _manifest_json(step).get("host_crc32"):
         raise DamagedError(f"{step / 'host'} is damaged: its CRC32 is not that of the manifest")
     return host

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flax_cnns.checkpoint.finding import step_of
+
 COLLECTIONS = ("params", "batch_stats")
 MOST_ROWS = 40  # of a table; the rest is in graft.json
 
@@ -25,6 +27,7 @@ class Report:
 
     source: str  # as it was asked for
     folder: str  # of the checkpoint's arrays; "" for other sources
+    chosen: str  # why this checkpoint of a run: best, latest, ...; "" for other sources
     grafted: dict[str, str]  # path in the new network -> path in the source
     fresh: tuple[str, ...]
     mismatched: dict[str, dict[str, list[int]]]  # fresh ones whose namesake has another shape
@@ -46,8 +49,9 @@ class Report:
         file = io.StringIO()
         Console(file=file, width=100).print(self._table())
         lines = [line.rstrip() for line in file.getvalue().splitlines()]
-        step = pathlib.PurePath(self.folder).parent.name
-        title = f"grafted from {self.source}{f', step {step}' if step.isdigit() else ''}"
+        step = step_of(pathlib.PurePath(self.folder).parent.name)
+        title = f"grafted from {self.source}{f', step {step}' if step is not None else ''}"
+        title += f" ({self.chosen})" if self.chosen else ""
         notes = list(self.notes)
         if self.skipped_below:
             notes.append(

@@ -34,16 +34,17 @@ class Source(NamedTuple):
     note: str = ""  # what one should know who trains on with it
     notes: tuple[str, ...] = ()  # what was chosen, renamed or left out on reading it
     averaged: bool = False  # whether the leaves are the averaged weights that were asked for
+    chosen: str = ""  # of a run: why this of its checkpoints
 
 
 def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -> Source:
     """Finds a source and what leaves it has; a checkpoint's arrays are not read.
 
-    `source`: RUN, RUN@best (what RUN alone means), RUN@latest, RUN@1200, the path of any Orbax
-    checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, which is `weights.load_weights`, but for a head
-    of several layers, which is left out; or a tree of arrays. `averaged`: of a file, the averaged
-    weights in it; those of a run have paths of their own. Raises `UserError` where there is no such
-    thing, and what reading its metadata raises.
+    `source`: RUN (what that means: `finding.choose_step`), RUN@best, RUN@latest, RUN@1200, the path
+    of any Orbax checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, which is `weights.load_weights`,
+    but for a head of several layers, which is left out; or a tree of arrays. `averaged`: of a file,
+    the averaged weights in it; those of a run have paths of their own. Raises `UserError` where
+    there is no such thing, and what reading its metadata raises.
     """
     if not isinstance(source, str | os.PathLike):
         return _of_tree(source, "the given tree")
@@ -66,6 +67,8 @@ def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -
             f" for the file of another library, such as timm:resnet50={name}"
         )
     folder = finding.resolve(source)
+    run, which = finding.split_source(source)
+    chosen = finding.choose_step(run, which).why if finding.steps(run) else ""
     leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in reading.read_metadata(folder).items()}
     about = reading.read_about(folder)
     seen = about.get("preprocessing")
@@ -78,6 +81,7 @@ def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -
         lambda paths: reading.read_leaves(folder, paths),
         reading.has_checksums(folder),
         _trained_on(about["model"], about["source"], seen) if converted else "",
+        chosen=chosen,
     )
 
 

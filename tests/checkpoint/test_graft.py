@@ -53,6 +53,7 @@ def run(tmp_path_factory):
             state["opt_state"] = ({"mu": np.random.default_rng(step).normal(size=1 << 17)}, ())
             found = {"validation/accuracy": accuracy}
             checkpoints.save(step, state, host={}, metrics=found)
+    (run / "summary.json").write_text('{"test/step": 20}')
     return run
 
 
@@ -122,7 +123,7 @@ def test_a_renamed_layer_and_a_fresh_stage(run):
         ["stage2", "4", "", "left behind"],
         ["head", "2", "", "left behind"],
     ]
-    assert str(report).startswith(f"grafted from {run}, step 20\n")
+    assert str(report).startswith(f"grafted from {run}, step 20 (what summary.json tested)\n")
     assert report.summary == "grafted 8, fresh 6, left behind 6: stage2/…, head/…"
 
 

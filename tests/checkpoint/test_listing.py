@@ -30,6 +30,7 @@ def run(tmp_path):
         for step, accuracy in ((7, 0.9), (9, 0.5)):
             found = {"validation/accuracy": accuracy}
             checkpoints.save(step, STATE, host={}, metrics=found)
+    (tmp_path / "run/summary.json").write_text('{"test/step": 7}')
     return tmp_path / "run"
 
 
@@ -52,7 +53,7 @@ def test_the_tree_is_listed_and_no_array_read(run, monkeypatch):
     on_disk = reading.bytes_on_disk(run)
     assert lines[:3] == [
         f"{run}/checkpoints/7/state",
-        "step 7, validation/accuracy 0.9",
+        "step 7 (what summary.json tested), validation/accuracy 0.9",
         "steps there: 7, 9; best 7",
     ]
     assert lines[3:-2] == [
@@ -82,13 +83,13 @@ def test_a_part_of_the_tree(run):
         "step",
     ]
     lines = listing(f"{run}@9", pattern="params/head/.*")
-    assert lines[1] == "step 9, validation/accuracy 0.5"
+    assert lines[1] == "step 9 (named), validation/accuracy 0.5"
     assert [line.split()[0] for line in lines[4:-2]] == ["params/", "head/", "bias", "kernel"]
     assert lines[-2].startswith("2 of 6 leaves, 15 numbers, 54 bytes in memory")
 
 
 def test_verifying(run, monkeypatch):
-    monkeypatch.setattr("flax_cnns.checkpoint.listing.AT_ONCE", 50)  # several reads
+    monkeypatch.setattr("flax_cnns.checkpoint.reading.AT_ONCE", 50)  # several reads
     assert listing(run, verify=True)[-1] == "read, and equal to their CRC32s"
     flip_a_bit(run / "checkpoints/7")
     assert listing(run)[-1] == "CRC32s: yes (--verify compares them)"

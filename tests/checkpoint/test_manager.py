@@ -240,6 +240,11 @@ def change_manifest_key(step_directory):
     file.write_text(file.read_text().replace("dtype", "dtypf", 1))
 
 
+def change_metrics(step_directory):
+    file = step_directory / "metrics/metrics"
+    file.write_text(file.read_text().replace("0.7", "2.7"))
+
+
 DAMAGES = {
     "a flipped bit": (flip_a_bit, "CRC32"),
     "truncation": (truncate, "damaged"),
@@ -253,7 +258,9 @@ DAMAGES = {
     "a flipped bit in the host data": (change_host, "its CRC32"),
     "no host data": (lambda d: (d / "host/metadata").unlink(), "FileNotFoundError"),
     "broken metrics": (lambda d: (d / "metrics/metrics").write_text("{"), "JSON"),
-    "metrics of another kind": (lambda d: (d / "metrics/metrics").write_text("{}"), "no score"),
+    "metrics of another kind": (lambda d: (d / "metrics/metrics").write_text("{}"), "CRC32"),
+    "a flipped bit in the metrics": (change_metrics, "CRC32"),
+    "no metrics": (lambda d: shutil.rmtree(d / "metrics"), "CRC32"),
     "an empty folder": (lambda d: (shutil.rmtree(d), d.mkdir()), "arrays are missing"),
 }
 
@@ -387,7 +394,7 @@ def test_reading_a_part(run):
     with pytest.raises(KeyError, match="params/nothing"):
         read_leaves(f"{run}@3", ["params/nothing"])
     state = make_state(1)
-    ema = read_tree(run, {"ema": jax.device_put(state.ema, mesh_of(4))})  # run means run@best
+    ema = read_tree(f"{run}@best", {"ema": jax.device_put(state.ema, mesh_of(4))})
     assert_same(ema, {"ema": state.ema})
     assert len(ema["ema"]["params"]["head"]["bias"].sharding.device_set) == 4
 
@@ -398,7 +405,7 @@ def test_opening_for_reading_makes_nothing(run):
     assert finding.steps(run) == finding.steps(run / "checkpoints") == [1, 2, 3]
     assert (finding.latest_step(run), finding.best_step(run)) == (3, 1)
     assert finding.read_metrics(run, 2)["validation/accuracy"] == 0.5
-    assert resolve(run) == resolve(f"{run}@best") == run / "checkpoints/1/state"
+    assert resolve(f"{run}@best") == run / "checkpoints/1/state"
     assert resolve(f"{run}@latest") == resolve(f"{run}@3") == run / "checkpoints/3/state"
     assert resolve(run / "checkpoints/2") == resolve(f"{run}@2")
     assert everything() == before
