@@ -13,6 +13,11 @@ cell that is complete. Exit codes: 1 where cells failed, 75 where some were inte
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 from absl import flags
 from ml_collections import config_flags
 

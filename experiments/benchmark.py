@@ -18,10 +18,14 @@ pip install -e ".[bench]".
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 import argparse
 import datetime
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn

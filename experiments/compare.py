@@ -8,6 +8,11 @@ Runs that are unfinished are compared as far as they are. Writes comparison.png,
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 from absl import flags
 
 from experiments import script
@@ -17,12 +22,11 @@ script.define_arguments("runs (the directories of trained or half-trained networ
 
 
 def compare(argv: list[str]) -> None:
-    from rich.console import Console
-
     from flax_cnns import comparison
+    from flax_cnns.names import make_console
 
     runs = comparison.read(argv[1:])
-    console = Console(width=max(120, Console().width))
+    console = make_console(width=max(120, make_console().width))
     if table := comparison.config_table(runs):
         console.print(table)
     else:

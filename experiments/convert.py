@@ -14,6 +14,11 @@ what was chosen, renamed or adapted (flax_cnns/weights/adapt.py says how).
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 from absl import flags
 
 from experiments import script

@@ -8,6 +8,11 @@ Writes evaluation_SPLIT_STEP.json and .png into the directory of the run.
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 from absl import flags
 
 from experiments import script

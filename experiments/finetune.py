@@ -13,6 +13,11 @@ TARGET/FRACTION/SEED/STRATEGY. The same command again repeats no run that is com
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 import pathlib
 
 from absl import flags
@@ -27,10 +32,9 @@ _CONFIG = script.define_config("finetune/fashion_digits", runs=r"pretrain|target
 
 
 def finetune(argv: list[str]) -> None:
-    from rich.console import Console
-
     from flax_cnns import finetune, finetune_report
     from flax_cnns.errors import UserError
+    from flax_cnns.names import make_console
 
     del argv
     folder = pathlib.Path(_WORKDIR.value)
@@ -40,7 +44,7 @@ def finetune(argv: list[str]) -> None:
         raise UserError(f"--fractions: expected numbers, got {_FRACTIONS.value}") from None
     given = dict(strategies=_STRATEGIES.value, fractions=fractions, seeds=_SEEDS.value)
     result = finetune.compare(_CONFIG.value, folder, **given)
-    console = Console(width=120)
+    console = make_console(width=120)
     for table in finetune_report.tables(result):
         console.print(table)
     for line in finetune_report.speed(result):

@@ -10,6 +10,11 @@ Paths are what the rules of `graft` name, and a filter matches as a rule does: t
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 from absl import flags
 
 from experiments import script

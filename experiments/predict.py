@@ -13,6 +13,11 @@ file; without one they are downloaded once.
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 from absl import flags
 
 from experiments import script

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import sys
@@ -15,6 +16,7 @@ from flax_cnns import compilation_cache, launch
 from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError, did_you_mean, out_of_memory
 from flax_cnns.files import check_regular
+from flax_cnns.names import tolerate
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _CACHE = flags.DEFINE_string(
@@ -34,6 +36,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
 
     def start(argv: list[str]) -> int | None:
         launch.keep_memory()
+        tolerate()
         compilation_cache.enable(_CACHE.value)
         return function(argv)
 
@@ -113,6 +116,19 @@ def _config_file(argv: list[str]) -> str:
     return ""
 
 
+def _near(file: str) -> str:
+    """Where there is such a config, as a path that works from the current folder."""
+    found = [path for path in CONFIGS.rglob("*.py") if "__" not in path.name]
+    files = {str(path.relative_to(CONFIGS.parent)): path for path in found}
+    for name, path in files.items():
+        if file.removeprefix("./") in (name, name.removesuffix(".py"), path.name, path.stem):
+            if not pathlib.Path(name).is_file():
+                return f" in {os.getcwd()}; it is {path}"
+            return f"; did you mean {name!r}?"
+    here = CONFIGS.parent.samefile(os.getcwd())
+    return did_you_mean(file, files if here else map(str, found))
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
     if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
@@ -143,11 +159,8 @@ def _parse(argv: list[str]) -> list[str]:
         _check_arguments(rest[1:])
         return rest
     except OSError as error:
-        if not pathlib.Path(file).is_file():
-            files = [f"configs/{path.name}" for path in CONFIGS.glob("*_*.py")]
-            files += [f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.glob("*/*.py")]
-            near = did_you_mean(file, [path for path in files if "__" not in path])
-            raise UserError(f"--config: there is no file {file!r}{near}") from None
+        if not os.path.isfile(file):
+            raise UserError(f"--config: there is no file {file!r}{_near(file)}") from None
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         lines = str(error.args[0] if error.args else error).strip().splitlines()

@@ -9,6 +9,11 @@ The same command again repeats no run that is complete.
 
 from __future__ import annotations
 
+import sys
+
+if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+    sys.path[0] = sys.path[0].removesuffix("experiments")
+
 import pathlib
 
 from absl import flags
@@ -25,15 +30,14 @@ script.define_commands("scaling")
 
 
 def search(argv: list[str]) -> None:
-    from rich.console import Console
-
+    from flax_cnns.names import make_console
     from flax_cnns.search import scaling
 
     del argv
     folder = pathlib.Path(_WORKDIR.value)
     flags_given = dict(budget=_BUDGET.value, step=_STEP.value, phi=_PHI.value, seeds=_SEEDS.value)
     result = scaling.search(_CONFIG.value, folder, **flags_given)
-    Console(width=120).print(scaling.table(result))
+    make_console(width=120).print(scaling.table(result))
     alpha, beta, gamma = result.winner
     print(f"winner of the grid: alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}")
     scaling.save(result, folder / "scaling.json", flags_given)

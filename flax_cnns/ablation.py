@@ -37,6 +37,7 @@ from flax_cnns import isolated, launch
 from flax_cnns import workdir as workdirs
 from flax_cnns.ablation_plan import Cell, Size
 from flax_cnns.errors import UserError
+from flax_cnns.names import make_console
 
 # ---------------------------------------------------------------------------- the work
 
@@ -60,7 +61,10 @@ def work(
     for cell in cells:  # complete, but nobody was there to write it
         if (known := cell.read())["status"] == "complete":
             cell.write(known)
-    with _Signals() as signals, _Board(cells, sizes, len(shares), console or Console()) as board:
+    with (
+        _Signals() as signals,
+        _Board(cells, sizes, len(shares), console or make_console()) as board,
+    ):
         try:
             _Crew(cells, shares, signals, board).go()
         finally:
@@ -270,6 +274,7 @@ def ablate(
     `UserError` before anything runs for what a run would refuse before its first step.
     """
     _check_alone()
+    workdirs.check_place(folder)
     made = plan.make_rows(config, sweep)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
@@ -294,12 +299,13 @@ def show_plan(
     rows: Sequence[str] = (),
 ) -> None:
     """Prints what `ablate` would do, and what it will take; writes nothing."""
+    workdirs.check_place(folder)
     made = plan.make_rows(config, sweep)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
     shares = isolated.shares(jobs)
     seconds, source = plan.forecast(cells, sizes, shares[0])
-    console = Console(width=max(100, Console().width))
+    console = make_console(width=max(100, make_console().width))
     console.print(plan.plan_table(cells, sizes, seconds))
     waiting = [seconds[c.row.name] for c in cells if not plan.done(c.read()["status"])]
     print(

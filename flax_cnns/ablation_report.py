@@ -22,6 +22,7 @@ from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import intervals, seeds
 from flax_cnns.analysis.intervals import Difference, Interval
 from flax_cnns.errors import UserError
+from flax_cnns.names import printable
 
 LEVEL = 0.05  # of a corrected p-value below which a difference is printed bold
 
@@ -301,7 +302,7 @@ def _p(p: float) -> str:
 def _write(path: pathlib.Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(text)
+        beside.write_text(printable(text), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None

@@ -29,7 +29,7 @@ def out_of_memory(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'resnet50', 'resnet18'?"`, or the sorted names where nothing is near."""
-    known = sorted(set(known))
+    known = sorted(set(known) - {name})  # what was asked for is no advice
     holding = [other for other in known if str(name) and str(name) in other]
     holding.sort(key=lambda other: not other.startswith(str(name)))  # lenet: lenet5, then googlenet
     near = holding[:most] or difflib.get_close_matches(str(name), known, n=most, cutoff=0.55)

@@ -24,9 +24,11 @@ from flax_cnns import config as configs
 from flax_cnns import probe, pytree, registry
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import graft
+from flax_cnns.checkpoint.place import check_place
 from flax_cnns.checkpoint.sources import open_source
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
+from flax_cnns.names import open_log
 
 COPY = graft.Options()._asdict()  # of config.graft: leaves are taken as they are
 
@@ -293,6 +295,7 @@ def compare(
         raise UserError(f"--fractions: expected numbers above 0 to 1, got {list(fractions)}")
     if jax.process_count() > 1:
         raise UserError("fine-tuning by strategies runs in one process; start it without others")
+    check_place(folder)
     folder = pathlib.Path(folder)
     source = config.source or f"{folder}/pretrain"
     targets = sorted(config.targets, key=lambda name: (name != "similar", name))
@@ -437,7 +440,7 @@ class _Runner:
 def _train(phase: Phase, workdir: pathlib.Path, kept: Sequence[str] = ()) -> dict[str, Any]:
     """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with workdir.with_suffix(".txt").open("a") as log, contextlib.redirect_stdout(log):
+    with open_log(workdir.with_suffix(".txt")) as log, contextlib.redirect_stdout(log):
         if not phase.layers:
             return run(phase.config, workdir)
         cache = workdir.parent / "features.npz"

@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 
 from flax_cnns import compilation_cache, launch
 from flax_cnns.errors import Diverged, UserError, out_of_memory
+from flax_cnns.names import tolerate
 
 # Exit codes, beside 0 and launch.PREEMPTED.
 FAULT, USER_ERROR, DIVERGED = 1, 2, 3
@@ -111,9 +112,11 @@ def start(
         "cores": share.cores,
         "cache": on or compilation_cache.OFF,
     }
+    ours = str(pathlib.Path(__file__).resolve().parents[1])  # also where it is not installed
+    path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, "-m", "flax_cnns.isolated"],
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **share.environment},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **share.environment},
         stdin=subprocess.PIPE,
         stdout=out,
         stderr=subprocess.STDOUT,
@@ -153,6 +156,7 @@ def main() -> int:
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])
     launch.keep_memory()
+    tolerate()
     compilation_cache.enable(job["cache"])
     try:
         from flax_cnns.experiment import run  # after the cores, for its threads

@@ -188,7 +188,9 @@ def check_same(text: str, *, what: str, cure: str) -> None:
         return
     from jax.experimental import multihost_utils
 
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    digest = np.frombuffer(
+        hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), np.uint32
+    )
     digests = multihost_utils.process_allgather(digest)
     others = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
     if others:

@@ -143,7 +143,8 @@ def _digest(parts: Parts, variables: PyTree) -> str:
             digest.update(np.ascontiguousarray(split.images))
         else:
             digest.update(f"reader {img.READER}".encode())
-            digest.update("\n".join(map(split.source.where, range(len(split)))).encode())
+            where = "\n".join(map(split.source.where, range(len(split))))
+            digest.update(where.encode("utf-8", "surrogatepass"))  # paths need not be UTF-8
     return digest.hexdigest()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from flax_cnns.names import make_console
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -29,7 +30,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     row("time to the first step", "seconds_to_first_step", "{:.1f} s")
     row("training speed", "images_per_second", "{:,.0f} images/s")
     row("training time", "seconds", "{:.1f} s")
-    console = Console()
+    console = make_console()
     console.print(table)
     if damaged := summary["damaged_images"]:
         shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
@@ -38,7 +39,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
     """Accuracy per class with what each is most often taken for; the `most` worst classes."""
-    console, counts = Console(), found["confusion"]
+    console, counts = make_console(), found["confusion"]
     names = [c["class"] for c in found["classes"]]
     title = f"{found['split']}, step {found['step']} ({found['checkpoint']})"
     table = Table(title=f"{title}: {found['examples']} examples")
@@ -81,6 +82,6 @@ def print_predictions(
         for i, (name, share) in enumerate(guessed):
             last = i == len(guessed) - 1
             table.add_row("" if i else photo, name, f"{share:.1%}", end_section=last)
-    console = Console()
+    console = make_console()
     console.print(title, highlight=False, soft_wrap=True)  # no table's title, which it would narrow
     console.print(table)

@@ -11,11 +11,11 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from flax_cnns.analysis.device import environment
 from flax_cnns.errors import UserError
+from flax_cnns.names import make_console
 
 
 class Bars(NamedTuple):
@@ -74,7 +74,7 @@ class Report:
         for cells in self._cells:
             table.add_row(*(cells[i] for i in used))
         # As wide as it needs where nobody watches: a log wraps no lines.
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
+        make_console(width=None if sys.stdout.isatty() else 200).print(table)
         for line in self.summary:
             self.say(line)
         if self.out is None:
@@ -90,7 +90,7 @@ class Report:
             "rows": self.rows,
         }
         new = self.out.with_name(self.out.name + ".new")
-        new.write_text(json.dumps(content, indent=1) + "\n")
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(new, self.out)
         written = [str(self.out)]
         if self.bars is not None:

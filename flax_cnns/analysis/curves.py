@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from flax_cnns.errors import UserError
+from flax_cnns.names import printable
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision; line and marker differ too.
 STYLES = {
@@ -75,7 +78,11 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
     path = Path(path)
     new, kind = path.with_name(path.name + ".new"), path.suffix.removeprefix(".") or "png"
     try:
-        FigureCanvasAgg(figure).print_figure(new, format=kind, dpi=120, bbox_inches="tight")
+        _show_names(figure)
+        with warnings.catch_warnings():
+            # A name in letters that the font lacks is drawn as boxes.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            FigureCanvasAgg(figure).print_figure(new, format=kind, dpi=120, bbox_inches="tight")
         os.replace(new, path)
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
@@ -83,10 +90,25 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
         raise UserError(f"cannot write the picture {path}: {error}") from None
 
 
+def _show_names(figure: Figure) -> None:
+    """Classes and runs have any name: a dollar in one begins no formula, and a byte that is not
+    UTF-8 is an escape."""
+    numbers = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(named := axis.get_major_formatter(), FuncFormatter):
+            axis.set_major_formatter(lambda value, at, named=named: printable(named(value, at)))
+        else:  # matplotlib's own, which may be formulas
+            numbers |= set(map(id, axis.get_ticklabels(which="both")))
+    for text in figure.findobj(Text):
+        if id(text) not in numbers:
+            text.set_text(printable(text.get_text()))
+            text.set_parse_math(False)
+
+
 def _read(path: Path) -> dict[str, Series]:
     """{"train/loss": (steps, values)}; lines that are no JSON (a torn last one) are skipped."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     points: dict[str, list[tuple[float, float]]] = {}

@@ -19,6 +19,7 @@ from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.report import by_name
 from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.errors import UserError
+from flax_cnns.names import make_console
 from flax_cnns.pytree import nearest
 
 
@@ -39,7 +40,7 @@ def print_listing(
     """
     if depth < 0:
         raise UserError(f"--depth: expected 0 (everything) or more, got {depth}")
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console = console or make_console(width=None if sys.stdout.isatty() else 160)
     found = open_source(source)
     leaves = _matching(found, pattern)
     say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731

@@ -64,12 +64,16 @@ def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]
             with for_orbax(partial / "state") as alias:
                 ocp.PyTreeCheckpointer().save(alias, tree)
             manifest = {"format": 1, "leaves": make_manifest(flatten(tree))}
-            (partial / "manifest" / "metadata").write_text(json.dumps(manifest))
-            (partial / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+            _write_json(partial / "manifest" / "metadata", manifest)
+            _write_json(partial / "about.json", about)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class _Manager(ocp.CheckpointManager):

@@ -10,11 +10,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flax_cnns.checkpoint.finding import step_of
+from flax_cnns.names import make_console
 
 COLLECTIONS = ("params", "batch_stats")
 MOST_ROWS = 40  # of a table; the rest is in graft.json
@@ -47,7 +47,7 @@ class Report:
 
     def __str__(self) -> str:
         file = io.StringIO()
-        Console(file=file, width=100).print(self._table())
+        make_console(file=file, width=100).print(self._table())
         lines = [line.rstrip() for line in file.getvalue().splitlines()]
         step = step_of(pathlib.PurePath(self.folder).parent.name)
         title = f"grafted from {self.source}{f', step {step}' if step is not None else ''}"

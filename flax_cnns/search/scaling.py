@@ -36,6 +36,7 @@ from flax_cnns.analysis.curves import save_picture
 from flax_cnns.data import datasets
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import model_fields, run
+from flax_cnns.names import open_log
 from flax_cnns.registry import create_model
 
 TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
@@ -179,6 +180,7 @@ def search(
     `config` is that of a run; its network has the fields `width_mult` and `depth_mult`, and its
     `data.image_size` is the base resolution. Raises `UserError` as a run does.
     """
+    workdirs.check_place(folder)
     folder = pathlib.Path(folder)
     if not 0 < phi < math.inf:
         raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")
@@ -303,7 +305,7 @@ class _Runner:
         workdir, began = self.folder / name, time.perf_counter()
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{name}.txt").open("a") as log, contextlib.redirect_stdout(log):
+        with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
             summary = run(trial.config(self.config, seed), workdir)
         jax.clear_caches()  # dozens of programs, none of which comes again
         self.done += 1

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from rich import progress as bars
-from rich.console import Console
 from rich.text import Text
+
+from flax_cnns.names import make_console
 
 
 class Progress:
@@ -115,7 +116,7 @@ class _Bar(bars.Progress):
             bars.BarColumn(bar_width=None),
             _Column(lambda task: _duration(task.elapsed or 0)),
             _Column(lambda task: task.fields["eta"]),
-            console=Console(file=file, force_terminal=True),
+            console=make_console(file=file, force_terminal=True),
             refresh_per_second=4,
             expand=True,
         )

@@ -155,7 +155,7 @@ class Writer:
                 finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
                 kept.append(json.dumps(finite) + "\n")
         new = self._path.with_name(self._path.name + ".new")
-        new.write_text("".join(kept))
+        new.write_text("".join(kept), encoding="utf-8")
         os.replace(new, self._path)  # whole or not at all
         # Unbuffered: one record is one write, and there even if the process is killed right after.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
@@ -192,12 +192,12 @@ class Writer:
     ) -> None:
         kept = workdir / "wandb_id"
         if resume_step is None or not kept.exists():
-            kept.write_text(uuid.uuid4().hex[:12])
+            kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
         # wandb itself leaves out steps below its newest, where a resumed run logs the same again.
         self._wandb = wandb.init(
             project=project,
-            id=kept.read_text().strip(),
+            id=kept.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(workdir),
             name=workdir.name,

@@ -16,11 +16,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from flax_cnns import network
 from flax_cnns.errors import UserError
+from flax_cnns.names import make_console
 from flax_cnns.weights import published
 
 TORCHVISION = "https://download.pytorch.org/models"
@@ -91,7 +91,7 @@ def _copy(url: str, partial: Path) -> None:
     with (
         urllib.request.urlopen(url, timeout=PATIENCE) as answer,
         open(partial, "wb") as file,
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        Progress(*columns, console=make_console(stderr=True)) as progress,
     ):
         length = int(answer.headers.get("Content-Length") or 0)
         task = progress.add_task(url.rpartition("/")[2], total=length or None)

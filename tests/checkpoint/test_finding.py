@@ -40,9 +40,7 @@ def test_run_alone_means_what_its_summary_tested_and_the_latest_of_an_unfinished
     (run / "summary.json").write_text("{}")  # of a version that did not say
     assert step() == 1
     (run / "summary.json").write_text('{"test/step": 12}')  # removed since
-    with pytest.raises(
-        UserError, match=r"no checkpoint '12, which its summary.json tested'; it h"
-    ):
+    with pytest.raises(UserError, match=r"no checkpoint '12, which its summary.json tested'; it h"):
         resolve(run)
     (run / "summary.json").write_text("[]")
     with pytest.raises(DamagedError, match=r"summary.json is damaged: .* a list; remove it, and"):

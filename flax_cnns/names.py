@@ -1,0 +1,58 @@
+"""Names as other people give them (classes, files, folders), shown as they are.
+
+`[red]` is no color for a terminal, `$x$` no formula for a picture, and what is not UTF-8 or cannot
+be encoded is shown as an escape: `caf\\xe9`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich.console
+
+_ERRORS = "flax_cnns_names"
+_NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with escapes for bytes that are not UTF-8 and for control characters; tabs and ends
+    of lines stay."""
+    return _NOT_SHOWN.sub(lambda found: _escape(found[0]), text)
+
+
+def make_console(**options: Any) -> rich.console.Console:
+    """rich's console, for which no text is markup: whatever styles something passes a style."""
+    tolerate()
+    return rich.console.Console(markup=False, emoji=False, **options)
+
+
+def tolerate() -> None:
+    """From here on printing a name to standard output or error does not fail, whatever their
+    encoding is: what it lacks is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ERRORS)
+
+
+def open_log(path: Path) -> TextIO:
+    """A file to append what a run prints, names among it."""
+    return path.open("a", encoding="utf-8", errors=_ERRORS)
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a file's name
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _escape_all(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_escape, error.object[error.start : error.end])), error.end
+
+
+codecs.register_error(_ERRORS, _escape_all)
