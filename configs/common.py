@@ -165,7 +165,8 @@ def get_config() -> ConfigDict:
             ),
             # ---- start from other weights
             graft=dict(
-                # RUN, RUN@best, RUN@1200, an Orbax checkpoint's path, or other libraries' weights:
+                # RUN (what its summary.json tested), RUN@best, RUN@latest, RUN@1200, an Orbax
+                # checkpoint's path, or other libraries' weights:
                 # torchvision:resnet50, timm:resnet50d=/path/file.safetensors; "": none
                 source="",
                 # (regex over this network's paths, path in the source or None for fresh), ...

@@ -1,7 +1,7 @@
 """Exact metrics of a run: loss, accuracy, per class, and the confusion matrix as table and picture.
 
 python -m experiments.evaluate --workdir=runs/digits
-python -m experiments.evaluate --workdir=runs/digits --split=validation --checkpoint=best
+python -m experiments.evaluate --workdir=runs/digits@best --split=validation
 
 Writes evaluation_SPLIT_STEP.json and .png into the directory of the run.
 """
@@ -17,9 +17,16 @@ from absl import flags
 
 from experiments import script
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory: RUN, RUN@best, RUN@latest or RUN@STEP.", required=True
+)
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best or a step.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "",
+    "best, latest or a step; where it is not given, the one that the run's summary.json has the"
+    " test numbers of, the latest of an unfinished run.",
+)
 
 
 def evaluate(argv: list[str]) -> None:

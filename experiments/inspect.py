@@ -5,7 +5,9 @@ python -m experiments.inspect runs/digits@best --depth=2
 python -m experiments.inspect runs/digits@1200 --filter='params/head/.*' --verify
 python -m experiments.inspect path/of/an/orbax/checkpoint
 
-Paths are what the rules of `graft` name, and a filter matches as a rule does: the whole path.
+RUN alone is the checkpoint that its summary.json has the test numbers of, the latest of an
+unfinished run. Paths are what the rules of `graft` name, and a filter matches as a rule does: the
+whole path.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from experiments import script
 _DEPTH = flags.DEFINE_integer("depth", 0, "How deep the tree is shown; 0 is all of it.")
 _FILTER = flags.DEFINE_string("filter", "", "Only leaves whose whole path this regex matches.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Read these leaves and compare their CRC32s.")
-script.define_arguments("a run (RUN, RUN@best, RUN@1200) or the path of a checkpoint", most=1)
+script.define_arguments(
+    "a run (RUN, RUN@best, RUN@latest, RUN@1200) or the path of a checkpoint", most=1
+)
 
 
 def inspect(argv: list[str]) -> None:

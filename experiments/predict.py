@@ -2,7 +2,7 @@
 
 python -m experiments.predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
 python -m experiments.predict --model=resnet50 --weights=torchvision=resnet50.pth cat.jpg dog.png
-python -m experiments.predict --workdir=runs/flowers --checkpoint=best mine.jpg
+python -m experiments.predict --workdir=runs/flowers@best mine.jpg
 python -m experiments.predict --workdir=weights/resnet50 cat.jpg
 
 Published weights go with the preprocessing that they were evaluated with, also those that
@@ -27,10 +27,16 @@ from flax_cnns.errors import UserError
 _MODEL = flags.DEFINE_string("model", "", "The network whose published weights are taken.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "SOURCE or SOURCE=FILE.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "", "A run's directory, or what experiments.convert wrote, in place of these two."
+    "workdir",
+    "",
+    "A run's directory (RUN, RUN@best, RUN@latest, RUN@STEP), or what experiments.convert wrote, in"
+    " place of these two.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "Of a run: latest, which it is where it is not given, best or a step."
+    "checkpoint",
+    "",
+    "Of a run: best, latest or a step; where it is not given, the one that its summary.json has the"
+    " test numbers of, the latest of an unfinished run.",
 )
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "predictions.png", 'The picture; "" for none.')

@@ -100,7 +100,7 @@ def test_a_checkpoint_is_inspected(tmp_path):
     code, out, err = finish("inspect", str(tmp_path), "--depth=1", "--verify")
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[1] == "step 3"
+    assert lines[1] == "step 3 (latest)"
     assert lines[3].split() == ["params/", "12", "48", "bytes"]
     assert lines[-1] == "read, and equal to their CRC32s"
 
