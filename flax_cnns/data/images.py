@@ -329,6 +329,8 @@ def upright(image: Image.Image, channels: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; 1 where it is absent or unreadable. Decodes all but JPEG."""
+    if image.format is None and not image.info:
+        return 1  # an array
     if image.format != "JPEG":
         _load(image)  # PNG may have EXIF behind its pixels
     if image.format == "TIFF":
