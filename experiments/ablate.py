@@ -8,7 +8,8 @@ python -m experiments.ablate --workdir=runs/regular --report --interval=bootstra
 
 The config's file has a function sweep() that yields (name, {field: value, ...}), the baseline
 first. A cell is a row with a seed, a run in WORKDIR/ROW/seedS. The same command again repeats no
-cell that is complete. Exit codes: 1 where cells failed, 75 where some were interrupted.
+cell that is complete, but those whose data changed since (--accept-changed-data keeps them). Exit
+codes: 1 where cells failed, 75 where some were interrupted.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _INDEX = flags.DEFINE_integer("index", None, "Only this cell, from 0: for arrays
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only show the plan and what it will take.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the report of what is complete.")
 _INTERVAL = flags.DEFINE_enum("interval", "t", ["t", "bootstrap"], "Of the report.")
+_ACCEPT = script.define_accept()
 _CONFIG = script.define_config("ablations/regularizers")
 
 
@@ -58,7 +60,8 @@ def ablate(argv: list[str]) -> int:
     if _DRY_RUN.value:
         ablation.show_plan(_CONFIG.value, sweep, folder, **given)
         return 0
-    found = ablation.ablate(_CONFIG.value, sweep, folder, **given, interval=_INTERVAL.value)
+    given |= dict(interval=_INTERVAL.value, accept_changed_data=_ACCEPT.value)
+    found = ablation.ablate(_CONFIG.value, sweep, folder, **given)
     if "interrupted" in found or "missing" in found:
         print("interrupted; the same command goes on")
         return 75

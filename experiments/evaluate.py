@@ -3,7 +3,8 @@
 python -m experiments.evaluate --workdir=runs/digits
 python -m experiments.evaluate --workdir=runs/digits@best --split=validation
 
-Writes evaluation_SPLIT_STEP.json and .png into the directory of the run.
+Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. Where the data changed
+since the run began it refuses, unless --accept-changed-data.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ _CHECKPOINT = flags.DEFINE_string(
     "best, latest or a step; where it is not given, the one that the run's summary.json has the"
     " test numbers of, the latest of an unfinished run.",
 )
+_ACCEPT = script.define_accept()
 
 
 def evaluate(argv: list[str]) -> None:
     from flax_cnns.experiment import evaluate_run
 
     del argv
-    evaluate_run(_WORKDIR.value, split=_SPLIT.value, checkpoint=_CHECKPOINT.value)
+    evaluate_run(
+        _WORKDIR.value,
+        split=_SPLIT.value,
+        checkpoint=_CHECKPOINT.value,
+        accept_changed_data=_ACCEPT.value,
+    )
 
 
 if __name__ == "__main__":

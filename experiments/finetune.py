@@ -8,7 +8,8 @@ python -m experiments.finetune --workdir=runs/smoke --strategies=scratch,feature
     --config=configs/finetune/fashion_digits.py:smoke
 
 Writes finetune.json and finetune.png into the folder beside the runs, whose directories are
-TARGET/FRACTION/SEED/STRATEGY. The same command again repeats no run that is complete.
+TARGET/FRACTION/SEED/STRATEGY. The same command again repeats no run that is complete, but those
+whose data changed since (with --accept-changed-data they are kept).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of all its runs.", r
 _STRATEGIES = flags.DEFINE_list("strategies", ["all"], "Names of strategies, or all.")
 _FRACTIONS = flags.DEFINE_list("fractions", ["1"], "Of the training examples, above 0 to 1.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Of each.", lower_bound=1)
+_ACCEPT = script.define_accept()
 _CONFIG = script.define_config("finetune/fashion_digits", runs=r"pretrain|targets\.\w+")
 
 
@@ -43,7 +45,8 @@ def finetune(argv: list[str]) -> None:
     except ValueError:
         raise UserError(f"--fractions: expected numbers, got {_FRACTIONS.value}") from None
     given = dict(strategies=_STRATEGIES.value, fractions=fractions, seeds=_SEEDS.value)
-    result = finetune.compare(_CONFIG.value, folder, **given)
+    accept = _ACCEPT.value
+    result = finetune.compare(_CONFIG.value, folder, **given, accept_changed_data=accept)
     console = make_console(width=120)
     for table in finetune_report.tables(result):
         console.print(table)

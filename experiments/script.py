@@ -81,6 +81,22 @@ _DEFAULT: list[str] = []
 _RUNS: list[re.Pattern] = []
 
 
+def define_accept() -> flags.FlagHolder:
+    """The flag --accept-changed-data."""
+    text = "Go on although the data changed since a run began; it is recorded what changed."
+    return flags.DEFINE_bool("accept-changed-data", False, text)
+
+
+def _as_defined(argument: str) -> str:
+    """A flag whose name was written with underscores for dashes, or the other way round."""
+    name, equals, value = argument.removeprefix("--").partition("=")
+    if argument.startswith("--"):
+        for other in (name, name.replace("_", "-"), name.replace("-", "_")):
+            if other in flags.FLAGS or other.removeprefix("no") in flags.FLAGS:
+                return f"--{other}{equals}{value}"
+    return argument
+
+
 def define_commands(*names: str) -> None:
     """The script's first argument is one of these."""
     _COMMANDS.extend(names)
@@ -137,6 +153,7 @@ def _parse(argv: list[str]) -> list[str]:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"expected {' or '.join(_COMMANDS)} first, got {command!r}{hint}")
         argv = [argv[0], *argv[2:]]
+    argv = [argv[0], *map(_as_defined, argv[1:])]
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]

@@ -4,7 +4,8 @@ python -m experiments.search scaling --workdir=runs/scaling
 python -m experiments.search scaling --workdir=runs/s \
     --config=configs/scaling_small.py:fashion_mnist
 
-The same command again repeats no run that is complete.
+The same command again repeats no run that is complete. Where the data changed since it refuses,
+unless --accept-changed-data.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _BUDGET = flags.DEFINE_float("budget", 2.0, "What alpha * beta^2 * gamma^2 is, w
 _STEP = flags.DEFINE_float("step", 0.1, "Of the grid over alpha, beta and gamma.")
 _PHI = flags.DEFINE_float("phi", 2.0, "Networks of budget^phi times the MACs are compared.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Of each of these.", lower_bound=1)
+_ACCEPT = script.define_accept()
 _CONFIG = script.define_config("scaling_small")
 script.define_commands("scaling")
 
@@ -36,7 +38,8 @@ def search(argv: list[str]) -> None:
     del argv
     folder = pathlib.Path(_WORKDIR.value)
     flags_given = dict(budget=_BUDGET.value, step=_STEP.value, phi=_PHI.value, seeds=_SEEDS.value)
-    result = scaling.search(_CONFIG.value, folder, **flags_given)
+    accept = _ACCEPT.value
+    result = scaling.search(_CONFIG.value, folder, **flags_given, accept_changed_data=accept)
     make_console(width=120).print(scaling.table(result))
     alpha, beta, gamma = result.winner
     print(f"winner of the grid: alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}")

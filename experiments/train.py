@@ -4,7 +4,8 @@ python -m experiments.train --workdir=runs/digits
 python -m experiments.train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
 python -m experiments.train --workdir=runs/y --config.optimizer.momentum=0.95 --config.seed=1
 
-The same command again goes on where the run stopped, to the bit.
+The same command again goes on where the run stopped, to the bit. Where the data changed since the
+run began it refuses, unless --accept-changed-data.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from experiments import script
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
 _CONFIG = script.define_config("digits_lenet5")
+_ACCEPT = script.define_accept()
 
 
 def train(argv: list[str]) -> None:
     from flax_cnns import run  # after the flags: JAX is not started for a mistyped one
 
     del argv
-    run(_CONFIG.value, _WORKDIR.value)
+    run(_CONFIG.value, _WORKDIR.value, accept_changed_data=_ACCEPT.value)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from flax_cnns import ablation_plan as plan
 from flax_cnns import isolated, launch
 from flax_cnns import workdir as workdirs
 from flax_cnns.ablation_plan import Cell, Size
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
 from flax_cnns.names import make_console
 
@@ -47,10 +48,12 @@ def work(
     shares: Sequence[isolated.Share],
     sizes: Mapping[str, Size],
     *,
+    accept_changed_data: bool = False,
     console: Console | None = None,
 ) -> dict[str, int]:
     """Runs the cells that are not done, one on each share of the machine, and returns how many of
-    all have which status. One that fails is tried twice.
+    all have which status. One that fails is tried twice. One that began with other data is renamed
+    and runs again; with `accept_changed_data` it is kept.
 
     A cell that another process runs (another start of the same ablation, or what a killed one left
     behind and still saves) is waited for.
@@ -61,15 +64,42 @@ def work(
     for cell in cells:  # complete, but nobody was there to write it
         if (known := cell.read())["status"] == "complete":
             cell.write(known)
-    with (
-        _Signals() as signals,
-        _Board(cells, sizes, len(shares), console or make_console()) as board,
-    ):
+    console = console or make_console()
+    _look_at_data(cells, sizes, accept_changed_data, console)
+    with _Signals() as signals, _Board(cells, sizes, len(shares), console) as board:
         try:
-            _Crew(cells, shares, signals, board).go()
+            _Crew(cells, shares, signals, board, accept_changed_data).go()
         finally:
             board.show()
     return dict(collections.Counter(cell.read()["status"] for cell in cells))
+
+
+def _look_at_data(
+    cells: Sequence[Cell], sizes: Mapping[str, Size], accept: bool, console: Console
+) -> None:
+    """Renames the cells that began with other data, so that they run again; with `accept` keeps
+    them, and says so."""
+    for cell in cells:
+        data = sizes[cell.row.name].data if cell.row.name in sizes else None
+        if data is None or not workdirs.has_begun(cell.workdir):
+            continue
+        # None: another start of this ablation runs the cell, and looked when that began.
+        if (out := isolated.claim(cell.log)) is None:
+            continue
+        with out:
+            if not (differs := workdirs.data_differences(cell.workdir, data)):
+                if workdirs.read_facts(cell.workdir):
+                    workdirs.add_fingerprint(cell.workdir, {"fingerprint": data.fingerprint})
+                continue
+            said = f"{cell.name}: its data changed: {fingerprints.shorten(differs)}; "
+            if not accept:
+                said += f"what was there is {workdirs.set_aside(cell.workdir)} now, it runs again"
+            else:
+                said += "accepted"
+                if cell.read()["status"] == "complete":  # no child is there to record it
+                    change = workdirs.check_data(cell.workdir, data, accept=True, quiet=True)
+                    workdirs.accept_change(cell.workdir, change)
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Signals:
@@ -108,9 +138,11 @@ class _Crew:
         shares: Sequence[isolated.Share],
         signals: _Signals,
         board: _Board,
+        accept: bool,
     ):
         self.waiting = collections.deque(c for c in cells if not plan.done(c.read()["status"]))
         self.free, self.signals, self.board = list(shares), signals, board
+        self.accept = accept
         self.running: list[_Running] = []
         self.elsewhere: set[str] = set()  # names of cells that another process runs
         self.look = 0.0  # when to look for more to start, and to show the time that is left
@@ -156,7 +188,8 @@ class _Crew:
         known |= {"status": "interrupted", "attempts": known["attempts"] + 1, "error": ""}
         cell.write(known)  # so it is, should nobody be there to write how it ended
         said = out.tell()
-        process = isolated.start(cell.config, cell.workdir, out, share)
+        accept = dict(accept_changed_data=self.accept)
+        process = isolated.start(cell.config, cell.workdir, out, share, **accept)
         self.running.append(_Running(cell, share, process, said, time.monotonic(), known))
 
     def _pass_on(self) -> None:
@@ -266,11 +299,12 @@ def ablate(
     index: int | None = None,
     rows: Sequence[str] = (),
     interval: str = "t",
+    accept_changed_data: bool = False,
 ) -> dict[str, int]:
     """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
     `index`; then writes the report. Returns how many cells have which status.
 
-    `jobs`: so many at once; see `isolated.shares`. `interval`: see `ablation_report.write`. Raises
+    `jobs`: so many at once; see `isolated.shares`. `accept_changed_data`: see `work`. `interval`: see `ablation_report.write`. Raises
     `UserError` before anything runs for what a run would refuse before its first step.
     """
     _check_alone()
@@ -280,7 +314,7 @@ def ablate(
     sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
     shares = isolated.shares(jobs)
     plan.record(folder, config, made, seeds, rows)
-    found = work(cells, shares, sizes)
+    found = work(cells, shares, sizes, accept_changed_data=accept_changed_data)
     # Of an array's tasks the last one writes it.
     states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
     if "complete" in states and (index is None or not states & {"missing", "interrupted"}):

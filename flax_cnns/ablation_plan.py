@@ -24,6 +24,7 @@ from flax_cnns import config as configs
 from flax_cnns import isolated
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import rehearse
 
@@ -219,6 +220,8 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     if not kept:
         return ours
     fields = configs.difference(ours["config"], configs.completed(theirs["config"])[0])
+    # Whether the data only moved each cell tells by its fingerprint.
+    fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
     for row in ours["rows"]:
@@ -243,6 +246,7 @@ class Size(NamedTuple):
     params: int
     macs: int  # of one image
     images: int  # that it is trained on, each as often as it is seen
+    data: fingerprints.Seen = fingerprints.Seen({})  # as they are now
 
     @property
     def work(self) -> float:
@@ -259,7 +263,8 @@ def measure(rows: Sequence[Row]) -> dict[str, Size]:
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
         found = cost(parts.model, (1, *parts.dataset.image_shape))
-        sizes[row.name] = Size(found.params, found.macs, steps * row.config.data.batch_size)
+        images = steps * row.config.data.batch_size
+        sizes[row.name] = Size(found.params, found.macs, images, parts.dataset.seen)
     return sizes
 
 

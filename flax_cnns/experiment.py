@@ -28,6 +28,7 @@ from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.graft import graft_config
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import augment, datasets, mix, pipeline
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.layers import norm
@@ -262,13 +263,23 @@ def _start_jax(config: Any) -> None:
     launch.initialize()
 
 
-def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
+def run(
+    config: Any,
+    workdir: str | os.PathLike,
+    *,
+    accept_changed_data: bool = False,
+    fingerprint: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Trains what `config` (configs/common.py) describes and returns what it writes to
     `workdir/summary.json`.
 
     Started again with the same config it goes on from the newest intact checkpoint, to the bit.
-    Raises `UserError` for what the user can mend, and `Preempted` (SystemExit 75) after SIGTERM or
-    SIGUSR1, once everything is saved.
+    Where the data changed since, it refuses, unless `accept_changed_data`: then the change is
+    recorded in `dataset.json` with both fingerprints. `fingerprint`: of the data, for callers that
+    have just read them; a complete run is compared with it.
+
+    Raises `UserError` for what the user can mend, `ChangedData` among them, and `Preempted`
+    (SystemExit 75) after SIGTERM or SIGUSR1, once everything is saved.
     """
     began = time.perf_counter()
     config = ConfigDict(config) if isinstance(config, dict) else config
@@ -285,7 +296,7 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
     workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
     with workdirs.open_workdir(workdir, primary=primary) as opened, Signals() as signals:
         if primary:
-            workdirs.check_workdir(workdir, resolved)
+            workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
         # Each process looks for itself, and one that saw another state would wait for ever.
         complete = (workdir / "summary.json").is_file()
         launch.check_same(
@@ -295,16 +306,58 @@ def run(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
         )
         if complete:
             summary = workdirs.read_json(workdir / "summary.json")
+            check_complete(config, workdir, fingerprint, accept_changed_data)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
                 report.print_summary(summary)
             return summary
         parts = assemble(config, begun=bool(finding.steps(workdir)))
+        change = _check_data(workdir, parts.dataset, accept_changed_data)
         if primary:
             print("\n".join(parts.dataset.describe()))
+            if change:
+                workdirs.accept_change(workdir, change)
             workdirs.write_json(workdir / "config.json", resolved)
-            workdirs.write_json(workdir / "dataset.json", parts.dataset.as_dict())
+            workdirs.write_facts(workdir, parts.dataset.as_dict())
         return _Run(parts, workdir, opened, signals, began).go()
+
+
+def _check_data(
+    workdir: pathlib.Path, dataset: datasets.Dataset, accept: bool
+) -> dict[str, Any] | None:
+    """The change of a run's data that is accepted, if there is one. Raises `UserError`."""
+    launch.check_same(
+        json.dumps(dataset.fingerprint, sort_keys=True),
+        what="the data",
+        cure="all must read the same files",
+    )
+    quiet = jax.process_index() > 0
+    return workdirs.check_data(workdir, dataset.seen, accept=accept, quiet=quiet)
+
+
+def check_complete(
+    config: Any, workdir: pathlib.Path, fingerprint: dict[str, Any] | None, accept: bool
+) -> None:
+    """Raises `ChangedData` where a complete run's data changed and that is not accepted. Data that
+    cannot be read any more are no fault: the numbers stand."""
+    primary = jax.process_index() == 0
+    try:
+        if fingerprint is None:
+            fingerprint = datasets.survey(config.data)
+        seen, facts = fingerprints.Seen(fingerprint), {}
+        if "fingerprint" not in workdirs.read_facts(workdir):
+            dataset = datasets.load(config.data)  # for the counts
+            seen, facts = dataset.seen, dataset.as_dict()
+    except UserError as error:
+        if primary:
+            print(f"its data are not compared: {error}")
+        return
+    change = workdirs.check_data(workdir, seen, accept=accept, quiet=not primary)
+    if primary and change:
+        workdirs.accept_change(workdir, change)
+    elif primary:
+        workdirs.add_fingerprint(workdir, facts)
+        workdirs.move_data(workdir, config.data.dir)
 
 
 class _Run:
@@ -663,6 +716,8 @@ class _Run:
                 "flax": __import__("flax").__version__,
             },
         }
+        if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
+            summary["accepted_changes"] = [change["differs"] for change in changes]
         summary = workdirs.finite(summary)  # as who reads the file finds it
         if self.primary:
             title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
@@ -706,14 +761,19 @@ def load_variables(
 
 
 def evaluate_run(
-    workdir: str | os.PathLike, *, split: str = "test", checkpoint: str = ""
+    workdir: str | os.PathLike,
+    *,
+    split: str = "test",
+    checkpoint: str = "",
+    accept_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
     into its directory. Returns the content of the former.
 
     `workdir`: RUN, or RUN@best, RUN@latest, RUN@1200, which `checkpoint` says too. RUN alone is the
     checkpoint that its summary.json tested, the latest of an unfinished run. Raises `UserError`
-    where there is no such run, split or checkpoint.
+    where there is no such run, split or checkpoint, and where the data changed since the run began;
+    with `accept_changed_data` both fingerprints go into the file instead.
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
@@ -721,6 +781,7 @@ def evaluate_run(
     _start_jax(config)
     parts = assemble(config, confusion=True, begun=True)
     dataset = parts.dataset
+    change = _check_data(workdir, dataset, accept_changed_data)
     if split not in dataset.splits:
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
@@ -743,9 +804,12 @@ def evaluate_run(
             )
         ],
         "confusion": confusion.astype(int).tolist(),
+        **({"changed_data": change} if change else {}),
     }
     if jax.process_index() > 0:
         return found
+    if not change:
+        workdirs.add_fingerprint(workdir, dataset.as_dict())
     name = f"evaluation_{split}_{step}"
     workdirs.write_json(workdir / f"{name}.json", found)
     confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")

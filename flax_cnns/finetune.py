@@ -22,10 +22,12 @@ from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
 from flax_cnns import probe, pytree, registry
+from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import graft
 from flax_cnns.checkpoint.place import check_place
 from flax_cnns.checkpoint.sources import open_source
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
 from flax_cnns.names import open_log
@@ -53,6 +55,7 @@ class Task(NamedTuple):
     shapes: Any  # of the network's variables
     examples: int  # of the whole training split
     knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
+    fingerprint: dict[str, Any] = {}  # noqa: RUF012 (never changed) of its data
 
     @property
     def is_dense(self) -> bool:
@@ -209,7 +212,8 @@ def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
     order = list(dict.fromkeys(path.split("/")[0] for path in ran))
     own = tuple(name for name in order if name in owners and not name.startswith("aux"))
     examples = len(parts.dataset.splits["train"])
-    return Task(config, source, own, tuple(sorted(classifier)), variables, examples, knobs)
+    classifier, data = tuple(sorted(classifier)), parts.dataset.fingerprint
+    return Task(config, source, own, classifier, variables, examples, knobs, data)
 
 
 # ---------------------------------------------------------------------------- the comparison
@@ -277,6 +281,7 @@ def compare(
     strategies: Sequence[str] = ("all",),
     fractions: Sequence[float] = (1.0,),
     seeds: int = 3,
+    accept_changed_data: bool = False,
     say: Callable[[str], None] = print,
 ) -> Result:
     """Every strategy on every target with every fraction of its training examples, `seeds` times.
@@ -284,7 +289,8 @@ def compare(
     Each seed draws initialisation, order, the examples of the fraction, and the validation split,
     and the test split of a data set that has none; all strategies of a seed see the same. The
     source must not have seen the test examples. Started again with the same config it repeats no
-    run that is complete. Raises `UserError`.
+    run that is complete, but those whose data changed since: they are renamed, old-data-1-STRATEGY,
+    and run again. With `accept_changed_data` they are kept and go on. Raises `UserError`.
     """
     validate(config)
     chosen = choose(strategies)
@@ -311,10 +317,11 @@ def compare(
                 " them, or take another --workdir"
             )
         say("training the source")
-        summary = _train(Phase("pretrain", config.pretrain), pathlib.Path(source))
+        pretrain = Phase("pretrain", config.pretrain)
+        summary = _train(pretrain, pathlib.Path(source), accept=accept_changed_data)
         say(f"source: {summary['test/accuracy']:.2%} of its own test split")
     total = len(targets) * len(fractions) * seeds * len(chosen)
-    runner, records = _Runner(folder, total, say), []
+    runner, records = _Runner(folder, total, say, accept_changed_data), []
     for target, task in tasks.items():
         for fraction in fractions:
             for seed in range(seeds):
@@ -387,8 +394,8 @@ def _check_source(
 
 
 class _Runner:
-    def __init__(self, folder: pathlib.Path, total: int, say: Callable[[str], None]):
-        self.folder, self.total, self.say = folder, total, say
+    def __init__(self, folder: pathlib.Path, total: int, say: Callable[[str], None], accept: bool):
+        self.folder, self.total, self.say, self.accept = folder, total, say, accept
         self.done, self.seconds = 0, []
 
     def cell(
@@ -406,23 +413,25 @@ class _Runner:
     def _strategy(
         self, target: str, task: Task, fraction: float, seed: int, name: str, folder: pathlib.Path
     ) -> Record:
-        began, previous, seconds = time.perf_counter(), "", 0.0
-        for phase in STRATEGIES[name](task):
-            workdir = folder / name / phase.name
-            new = not (workdir / "summary.json").is_file()
-            if previous:
-                everything = ((r"(.*)", r"\1"),)
-                phase.config.graft.update(source=previous, rules=everything, **COPY)
-            summary = _train(phase, workdir, kept=(*task.parts, probe.LAST))
-            seconds += _training_seconds(summary, phase.config)
-            previous = f"{workdir}@latest"
+        at = f"{target}, {fraction:g} of the examples, seed {seed}, {name}"
+        began = time.perf_counter()
+        try:
+            summary, seconds, new = self._phases(task, name, folder)
+        except workdirs.ChangedData as error:
+            beside = workdirs.set_aside(folder / name)
+            self.say(f"{at}: {error.differs}; what was there is {beside} now, and it runs again")
+            summary, seconds, new = self._phases(task, name, folder)
         self.done += 1
-        at = f"{self.done}/{self.total} {target}, {fraction:g} of the examples, seed {seed}, {name}"
-        said = f"{at}: {summary['test/accuracy']:.2%} test"
+        said = f"{self.done}/{self.total} {at}: {summary['test/accuracy']:.2%} test"
         if new:
             self.seconds.append(time.perf_counter() - began)
             left = np.mean(self.seconds) * (self.total - self.done) / 60
             said += f", about {left:.0f} min left"
+        if self.accept:
+            seen = fingerprints.Seen(task.fingerprint)
+            runs = {path.parent for path in (folder / name).rglob("dataset.json")}
+            if any(workdirs.data_differences(one, seen) for one in runs):
+                said += "; of the data as they were: they changed since"
         self.say(said)
         return Record(
             target=target,
@@ -436,15 +445,41 @@ class _Runner:
             layers=summary.get("layers", {}),
         )
 
+    def _phases(
+        self, task: Task, name: str, folder: pathlib.Path
+    ) -> tuple[dict[str, Any], float, bool]:
+        """(the last phase's summary, seconds of all, whether anything ran). Raises `ChangedData`
+        where a run is there whose data changed."""
+        previous, seconds, new = "", 0.0, False
+        for phase in STRATEGIES[name](task):
+            workdir = folder / name / phase.name
+            new |= not (workdir / "summary.json").is_file()
+            if previous:
+                everything = ((r"(.*)", r"\1"),)
+                phase.config.graft.update(source=previous, rules=everything, **COPY)
+            kept = (*task.parts, probe.LAST)
+            summary = _train(phase, workdir, kept, self.accept, task.fingerprint)
+            seconds += _training_seconds(summary, phase.config)
+            previous = f"{workdir}@latest"
+        return summary, seconds, new
 
-def _train(phase: Phase, workdir: pathlib.Path, kept: Sequence[str] = ()) -> dict[str, Any]:
+
+def _train(
+    phase: Phase,
+    workdir: pathlib.Path,
+    kept: Sequence[str] = (),
+    accept: bool = False,
+    fingerprint: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with open_log(workdir.with_suffix(".txt")) as log, contextlib.redirect_stdout(log):
+        data = dict(accept_changed_data=accept, fingerprint=fingerprint)
         if not phase.layers:
-            return run(phase.config, workdir)
+            return run(phase.config, workdir, **data)
         cache = workdir.parent / "features.npz"
-        return probe.probe(phase.config, workdir, phase.layers, every_layer=kept, cache=cache)
+        layers = phase.layers
+        return probe.probe(phase.config, workdir, layers, every_layer=kept, cache=cache, **data)
 
 
 def _training_seconds(summary: dict[str, Any], config: ConfigDict) -> float:

@@ -100,7 +100,12 @@ def claim(log: pathlib.Path) -> IO[bytes] | None:
 
 
 def start(
-    config: Any, workdir: pathlib.Path, out: IO[bytes], share: Share
+    config: Any,
+    workdir: pathlib.Path,
+    out: IO[bytes],
+    share: Share,
+    *,
+    accept_changed_data: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Runs `config` in `workdir`; `out` gets what it prints."""
     import jax
@@ -109,6 +114,7 @@ def start(
     job = {
         "config": config,
         "workdir": str(workdir),
+        "accept_changed_data": accept_changed_data,
         "cores": share.cores,
         "cache": on or compilation_cache.OFF,
     }
@@ -161,7 +167,8 @@ def main() -> int:
     try:
         from flax_cnns.experiment import run  # after the cores, for its threads
 
-        run(job["config"], job["workdir"])
+        accept = job["accept_changed_data"]
+        run(job["config"], job["workdir"], accept_changed_data=accept)
     except UserError as error:
         print(f"error: {error}")
         return DIVERGED if isinstance(error, Diverged) else USER_ERROR

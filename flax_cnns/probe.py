@@ -32,7 +32,7 @@ from flax_cnns.checkpoint.graft import graft_config
 from flax_cnns.data import augment, mix, pipeline
 from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import Parts, assemble
+from flax_cnns.experiment import Parts, assemble, check_complete
 from flax_cnns.train import losses, optimizers, schedules
 from flax_cnns.types import Array, PyTree
 
@@ -47,6 +47,8 @@ def probe(
     *,
     every_layer: Sequence[str] = (),
     cache: str | os.PathLike,
+    accept_changed_data: bool = False,
+    fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains a linear classifier on each of `layers` (module paths such as "stage2", or `LAST`) and
     returns what it writes to `workdir/summary.json`, beside `classifiers.npz` with kernels and
@@ -54,16 +56,19 @@ def probe(
 
     `config` is that of a run in which `optimizer.trainable` leaves the classifier alone. The
     accuracy is that of the layer with the best validation accuracy (without that split: the last).
-    `every_layer`: those to be kept in the file `cache`, for other calls. Raises `UserError`.
+    `every_layer`: those to be kept in the file `cache`, for other calls. `accept_changed_data` and
+    `fingerprint`: as of `experiment.run`. Raises `UserError`.
     """
     workdir, cache = pathlib.Path(workdir).absolute(), pathlib.Path(cache)
     resolved = configs.plain(config) | {"probe": list(layers)}
     with workdirs.open_workdir(workdir, primary=True) as opened:
-        workdirs.check_workdir(workdir, resolved)
+        workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
         if (workdir / "summary.json").is_file():
+            check_complete(config, workdir, fingerprint, accept_changed_data)
             return workdirs.read_json(workdir / "summary.json")
         parts = assemble(config)
         workdirs.write_json(workdir / "config.json", resolved)
+        workdirs.write_json(workdir / "dataset.json", parts.dataset.as_dict())
         shape = (1, *parts.dataset.image_shape)
         order = [layer.path for layer in cost(parts.model, shape).layers]
         variables = parts.fresh_variables()
@@ -107,7 +112,8 @@ def cached_features(
     """What `features` gives: read from `cache` where it holds those of this config, these weights
     and these examples whole, else computed and kept there."""
     config = configs.plain(parts.config)
-    key = json.dumps([config["model"], config["data"], list(layers), _digest(parts, variables)])
+    data = config["data"] | {"dir": ""}  # the digest says what lies there, wherever it is
+    key = json.dumps([config["model"], data, list(layers), _digest(parts, variables)])
     if cache.is_file():
         # A broken file raises whatever its bytes happen to say.
         with contextlib.suppress(Exception), np.load(cache) as kept:
@@ -128,9 +134,9 @@ def cached_features(
 
 
 def _digest(parts: Parts, variables: PyTree) -> str:
-    """Of the weights, and of the examples of all splits: of those that are streamed, where they
-    are and how they are read. A folder or a run may hold others today under the name that the
-    config knows."""
+    """Of the weights, and of the examples of all splits: pixels and labels in memory, else the
+    fingerprint of the data and how they are read. A folder or a run may hold others today under the
+    name that the config knows."""
     digest = hashlib.sha256()
     for path, leaf in pytree.flatten(jax.device_get(variables)).items():
         digest.update(path.encode())
@@ -143,8 +149,7 @@ def _digest(parts: Parts, variables: PyTree) -> str:
             digest.update(np.ascontiguousarray(split.images))
         else:
             digest.update(f"reader {img.READER}".encode())
-            where = "\n".join(map(split.source.where, range(len(split))))
-            digest.update(where.encode("utf-8", "surrogatepass"))  # paths need not be UTF-8
+    digest.update(json.dumps(parts.dataset.fingerprint, sort_keys=True).encode())
     return digest.hexdigest()
 
 

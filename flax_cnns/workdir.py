@@ -1,7 +1,8 @@
 """The run directory: who may write into it, and whether it holds what it should.
 
 config.json        the resolved config; a resume under another one is refused
-dataset.json       classes, size, mean and std: what it takes to predict without the data
+dataset.json       classes, size, mean and std: what it takes to predict without the data; the
+                   fingerprint of the data, and under "accepted_changes" what it was before
 checkpoints/STEP/  state, host counters, CRC manifest
 metrics.jsonl      every logged number, once: the truth; tensorboard/ says it again
 summary.json       the final numbers; its presence means that the run is complete
@@ -11,12 +12,13 @@ curves.png         learning curves
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax_cnns import config as configs
@@ -24,6 +26,7 @@ from flax_cnns.checkpoint import finding
 from flax_cnns.checkpoint.finding import steps
 from flax_cnns.checkpoint.lock import lock
 from flax_cnns.checkpoint.place import check_place
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
 
 FILES = ("config.json", "dataset.json", "metrics.jsonl", "summary.json", "curves.png", "graft.json")
@@ -95,13 +98,21 @@ def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
         return configs.completed(read_json(path))
 
 
-def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def check_workdir(
+    workdir: pathlib.Path, config: dict[str, Any], *, accept_changed_data: bool = False
+) -> None:
     """Raises `UserError` where `workdir` holds another experiment, or things that are no run; says
-    so where the run was made by an older version and lacks fields that change nothing."""
+    so where the run was made by an older version and lacks fields that change nothing.
+
+    Another `data.dir` is no other experiment where `check_data` can tell whether the data moved.
+    """
     if (workdir / "config.json").is_file():
         there, newer = _completed(workdir / "config.json")
-        begun = steps(workdir) or (workdir / "metrics.jsonl").is_file()
-        if begun and (fields := configs.difference(config, there)):
+        begun = has_begun(workdir)
+        fields = configs.difference(config, there)
+        if accept_changed_data or "fingerprint" in read_facts(workdir):
+            fields = [field for field in fields if not field.startswith("data.dir:")]
+        if begun and fields:
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(fields)}); "
                 "take another --workdir, or the same config to go on"
@@ -126,6 +137,128 @@ def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
             f"{workdir} is not empty and holds no run ({', '.join(others[:5])}); "
             "take another --workdir"
         )
+
+
+def has_begun(workdir: pathlib.Path) -> bool:
+    """Whether a step was taken."""
+    return bool(steps(workdir)) or (workdir / "metrics.jsonl").is_file()
+
+
+# ---------------------------------------------------------------------------- its data
+
+
+class ChangedData(UserError):
+    """The data are not those that a run began with; `differs` says why, without a way out."""
+
+    def __init__(self, workdir: pathlib.Path, differs: str):
+        self.differs = f"the data of {workdir} changed since it began: {differs}"
+        super().__init__(
+            f"{self.differs}; put the data back, take another --workdir, or go on all the same"
+            " with --accept-changed-data"
+        )
+
+
+def read_facts(workdir: pathlib.Path) -> dict[str, Any]:
+    """What `dataset.json` holds; {} where a run of an older version has none."""
+    path = workdir / "dataset.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def write_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Writes `dataset.json`; the changes of the data that were accepted stay in it."""
+    kept = {k: v for k, v in read_facts(workdir).items() if k == "accepted_changes"}
+    write_json(workdir / "dataset.json", {**facts, **kept})
+
+
+def data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str]:
+    """What differs between the data that a run began with and those of now, in words. Of a run of
+    an older version class names are compared, and counts where it is complete."""
+    facts = read_facts(workdir)
+    if "fingerprint" in facts:
+        with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
+            return fingerprints.differences(facts["fingerprint"], seen.fingerprint)
+    found = []
+    if seen.fingerprint and "class_names" in facts:
+        with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
+            found += fingerprints.class_differences(
+                facts["class_names"], seen.fingerprint["classes"]
+            )
+    if (workdir / "summary.json").is_file():
+        size = read_config(workdir).data.batch_size
+        summary = read_json(workdir / "summary.json")
+        with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
+            found += fingerprints.count_differences(summary, size, seen.counts)
+    return found
+
+
+def check_data(
+    workdir: pathlib.Path, seen: fingerprints.Seen, *, accept: bool = False, quiet: bool = False
+) -> dict[str, Any] | None:
+    """Compares the data with those that a run began with. Returns the change if there is one and
+    it is accepted: {"differs": [words], "was", "is": fingerprints}; says so unless `quiet`.
+
+    Raises `ChangedData` where it is not accepted.
+    """
+    if not has_begun(workdir):
+        return None
+    facts = read_facts(workdir)
+    differs = data_differences(workdir, seen)
+    if differs and not accept:
+        raise ChangedData(workdir, fingerprints.shorten(differs))
+    if differs:
+        if not quiet:
+            print(f"accepted: the data of {workdir} changed: {fingerprints.shorten(differs)}")
+        was = facts.get("fingerprint", {"classes": facts.get("class_names", [])})
+        return {"differs": differs, "was": was, "is": seen.fingerprint}
+    if "fingerprint" not in facts and not quiet:
+        compared = "its class names and counts" if facts else "nothing"
+        if facts and not (workdir / "summary.json").is_file():
+            compared = "its class names"
+        print(
+            f"{workdir} was made by an older version that kept no fingerprint of its data:"
+            f" {compared} could be compared; the fingerprint of the data as it is now is added"
+        )
+    return None
+
+
+def add_fingerprint(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Adds what a run of an older version lacks; `facts`: what `dataset.json` would hold now."""
+    there = read_facts(workdir)
+    if "fingerprint" not in there:
+        write_json(workdir / "dataset.json", {**facts, **there})
+
+
+def move_data(workdir: pathlib.Path, directory: str) -> None:
+    """Writes into `config.json` where the data of a complete run are now."""
+    config = read_json(workdir / "config.json")
+    if config["data"]["dir"] != directory:
+        config["data"]["dir"] = directory
+        write_json(workdir / "config.json", config)
+        print(f"{workdir}: its data are the same, now at data.dir={directory}")
+
+
+def accept_change(workdir: pathlib.Path, change: Mapping[str, Any]) -> None:
+    """Records in `dataset.json` at which step the run went on, or was left as it is, although its
+    data had changed; once for each change."""
+    facts = read_facts(workdir)
+    known = facts.get("accepted_changes", [])
+    if change not in [{k: v for k, v in one.items() if k != "step"} for one in known]:
+        facts["accepted_changes"] = [*known, {"step": max(steps(workdir), default=0), **change}]
+        write_json(workdir / "dataset.json", facts)
+
+
+def set_aside(workdir: pathlib.Path) -> pathlib.Path:
+    """Renames a directory, so that its place is free for a new run: `old-data-1-NAME`."""
+    names = (workdir.with_name(f"old-data-{i}-{workdir.name}") for i in itertools.count(1))
+    beside = next(path for path in names if not path.exists())
+    try:
+        os.replace(workdir, beside)
+    except OSError as error:
+        raise UserError(f"cannot rename {workdir} to {beside}: {error.strerror}") from None
+    return beside
+
+
+# ---------------------------------------------------------------------------- who may write
 
 
 class Opened:

@@ -33,15 +33,15 @@ MAY_IMPORT = {
     "config": set(),
     "compilation_cache": set(),
     # What experiment is put together from; nobody else needs them.
-    "workdir": {"config", "checkpoint"},
+    "workdir": {"config", "checkpoint", "data"},
     "preemption": set(),
     "report": set(),
     "isolated": {"experiment", "launch", "compilation_cache"},
     "records": {"experiment", "analysis", "train", "data", "workdir"},
     "comparison": {"analysis", "config", "records"},
     "ablation_report": {"analysis", "records", "workdir"},
-    "ablation_plan": {"experiment", "analysis", "config", "workdir", "isolated"},
-    "ablation": {"ablation_plan", "ablation_report", "isolated", "launch", "workdir"},
+    "ablation_plan": {"experiment", "analysis", "config", "data", "workdir", "isolated"},
+    "ablation": {"ablation_plan", "ablation_report", "data", "isolated", "launch", "workdir"},
     "search": {"experiment", "analysis", "registry", "data", "workdir"},
 }
 # Whole runs are their parts.

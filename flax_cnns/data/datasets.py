@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data import images as img
 from flax_cnns.data import splits as cut
 from flax_cnns.data.splits import Split, split_rows  # noqa: F401  split_rows: for who looks here
@@ -79,6 +80,13 @@ class Dataset:
     # Files of several pictures, of which the first counts; it grows while a split is streamed.
     several: set[str] = dataclasses.field(default_factory=set)
     notes: tuple[str, ...] = ()  # what may be meant, and would otherwise pass unseen
+    # See flax_cnns/data/fingerprint.py; {}: noise, or a data set that nobody looked at.
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seen(self) -> fingerprints.Seen:
+        counts = {role: len(split) for role, split in self.splits.items()}
+        return fingerprints.Seen(self.fingerprint, counts)
 
     @property
     def in_memory(self) -> bool:
@@ -104,7 +112,8 @@ class Dataset:
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Dataset:
         """Of `as_dict`, perhaps by way of JSON: a data set of no splits."""
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        known = {f.name for f in dataclasses.fields(cls)}
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in known}
         return cls(**plain, splits={})
 
 
@@ -117,6 +126,7 @@ class Raw(NamedTuple):
     image_shape: tuple[int | None, int | None, int]  # None: they vary
     left_out: Mapping[str, int] = MappingProxyType({})  # as Dataset has them
     several: set[str] | None = None
+    about: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.take`
 
 
 def load(config: Any, *, begun: bool = False) -> Dataset:
@@ -135,6 +145,7 @@ def load(config: Any, *, begun: bool = False) -> Dataset:
     raw, notes = _choose_classes(raw, config, begun)
     if raw.num_classes < 2:
         raise UserError(f"expected two classes or more; {config.name} has {raw.num_classes}")
+    found = fingerprints.take(raw.sources, raw.class_names, raw.about)
     sources = cut.roles(raw.sources, config.name, config.split_seed)
     own = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own
@@ -188,7 +199,18 @@ def load(config: Any, *, begun: bool = False) -> Dataset:
         left_out=raw.left_out,
         several=set() if raw.several is None else raw.several,
         notes=tuple(notes),
+        fingerprint=found,
     )
+
+
+def survey(config: Any) -> dict[str, Any]:
+    """The fingerprint of the data set that `config` describes, as `load` gives it; no image is
+    decoded and nothing is downloaded. Raises UserError."""
+    _check(config)
+    if config.mock > 0:
+        return {}
+    raw, _ = _choose_classes(_read(config, prepare=False), config, begun=True)
+    return fingerprints.take(raw.sources, raw.class_names, raw.about)
 
 
 def base_name(name: str) -> str:
@@ -214,7 +236,7 @@ def _check(config: Any) -> None:
         raise UserError(f"data.fraction is above 0, at most 1; got {config.fraction}")
 
 
-def _read(config: Any) -> Raw:
+def _read(config: Any, *, prepare: bool = True) -> Raw:
     """Chooses the reader by `source` and by what lies in `dir`."""
     # Late imports: TFDS takes half a second, and a folder of images needs none of it.
     from flax_cnns.data import archives, folder
@@ -230,12 +252,13 @@ def _read(config: Any) -> Raw:
         else:
             source = "tfds"
     if source == "folder":
-        return folder.read(directory, name)
+        return folder.read(directory, name)._replace(about={"reader": source})
     if source == "archive":
-        return archives.read(name, directory, config.labels)
+        raw = archives.read(name, directory, config.labels)
+        return raw._replace(about={"reader": source})
     from flax_cnns.data import tfds_reader
 
-    return tfds_reader.read(name, directory, config.labels)
+    return tfds_reader.read(name, directory, config.labels, prepare=prepare)
 
 
 def _choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:

@@ -10,8 +10,9 @@ import contextlib
 import fcntl
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,12 +33,14 @@ SECONDS = 4.0  # to reach the host that a data set is downloaded from
 LABELS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
 
 
-def read(name: str, directory: str, labels: str) -> Raw:
-    """The data set `name`, prepared first if need be. Raises UserError."""
+def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw:
+    """The data set `name`, prepared first if need be and `prepare`. Raises UserError."""
     builder = _builder(name, directory)
     label_key = _label_key(builder, labels)
     image_key = _image_key(builder)
     if not _is_prepared(builder):
+        if not prepare:
+            raise UserError(f"{name} is not prepared in {builder.data_dir}")
         _prepare(builder, name)
         builder = _builder(name, directory)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -71,7 +74,17 @@ def read(name: str, directory: str, labels: str) -> Raw:
         if split == "train":
             raise UserError(f"the train split of {builder.data_dir} has no {why}")
         left_out[f"{split} split, which has no {why}"] = 1
-    return Raw(sources, num_classes, class_names, _shape(builder, image_key), left_out)
+    raw = Raw(sources, num_classes, class_names, _shape(builder, image_key), left_out)
+    return raw._replace(about=_about(builder, sources))
+
+
+def _about(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> dict[str, Any]:
+    """For the fingerprint: of stock data sets the version says what they hold, and their bytes
+    depend on who encoded the images."""
+    about: dict[str, Any] = {"reader": "tfds", "builder": builder.info.full_name}
+    if builder.name not in tfds.list_builders(with_community_datasets=False):
+        about["bytes"] = {split: int(builder.info.splits[split].num_bytes) for split in splits}
+    return about
 
 
 def facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...], int]:

@@ -111,6 +111,7 @@ class Planner:
 
     def __init__(self, config: ConfigDict):
         dataset = datasets.load(config.data)
+        self.fingerprint = dataset.fingerprint
         self.size, self.channels = config.data.image_size, dataset.image_shape[-1]
         self.fields = {"num_classes": dataset.num_classes, **model_fields(config)}
         self.width = self.fields.pop("width_mult", 1.0)
@@ -173,12 +174,14 @@ def search(
     step: float = 0.1,
     phi: float = 2.0,
     seeds: int = 3,
+    accept_changed_data: bool = False,
     say: Callable[[str], None] = print,
 ) -> Result:
     """The grid, its winner, and the ways to spend budget^phi times the base network's MACs.
 
     `config` is that of a run; its network has the fields `width_mult` and `depth_mult`, and its
-    `data.image_size` is the base resolution. Raises `UserError` as a run does.
+    `data.image_size` is the base resolution. `accept_changed_data`: as of a run. Raises `UserError`
+    as a run does.
     """
     workdirs.check_place(folder)
     folder = pathlib.Path(folder)
@@ -189,7 +192,8 @@ def search(
     say("counting the grid's networks")
     trials = planner.near(base.macs * budget, grid(budget, step))
     say(f"{len(trials)} points of the grid, then 5 networks with {seeds} seeds each")
-    runner = _Runner(config, folder, len(trials) + 5 * seeds, say)
+    data = dict(accept_changed_data=accept_changed_data, fingerprint=planner.fingerprint)
+    runner = _Runner(config, folder, len(trials) + 5 * seeds, say, data)
     tried = [Found(t, [runner.accuracy(t, config.seed, "validation")]) for t in trials]
     # Of equal ones the cheapest, then the first.
     best = max(tried, key=lambda found: (found.accuracy[0], -found.trial.macs)).trial.scale
@@ -294,8 +298,11 @@ def _point(found: Found) -> tuple[float, float, float]:
 
 
 class _Runner:
-    def __init__(self, config: ConfigDict, folder: pathlib.Path, total: int, say: Callable):
+    def __init__(
+        self, config: ConfigDict, folder: pathlib.Path, total: int, say: Callable, data: dict
+    ):
         self.config, self.folder, self.total, self.say = config, folder, total, say
+        self.data = data  # arguments of `run`
         self.done, self.seconds = 0, []
 
     def accuracy(self, trial: Trial, seed: int, split: str) -> float:
@@ -306,7 +313,7 @@ class _Runner:
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
         with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
-            summary = run(trial.config(self.config, seed), workdir)
+            summary = run(trial.config(self.config, seed), workdir, **self.data)
         jax.clear_caches()  # dozens of programs, none of which comes again
         self.done += 1
         if new:

@@ -1,0 +1,214 @@
+"""What a reader found, in a few numbers: a run keeps them, and notices when its data changed.
+
+A fingerprint is plain JSON; {} stands for noise (`data.mock`), which never changes.
+
+reader    folder, archive or tfds
+builder   of TFDS: name, config and version
+classes   their names, in the order of the labels
+sized     of a folder: whether the digests hold the sizes of the files
+splits    by the data set's own names, before roles:
+          images   how many
+          classes  how many of each class; absent where it would take reading every example
+          digests  of a folder one a class (names within the class's folder, and sizes); of arrays
+                   one (pixels and labels)
+          bytes    of a TFDS builder of one's own, whose version nobody may have raised
+
+Nothing in it depends on where the data lies, and it takes no walk of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MOST_SIZES = 100_000  # files whose sizes are asked for: on a network each is a round trip
+LENGTH = 16  # of a digest, against accidents: a data set may have 20,000 classes
+SHOWN = 6  # differences in one message
+
+
+class Seen(NamedTuple):
+    """A data set as it is now."""
+
+    fingerprint: dict[str, Any]
+    counts: dict[str, int] = {}  # noqa: RUF012 (never changed) examples by role
+
+
+def take(
+    sources: Mapping[str, Any], class_names: Sequence[str], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fingerprint of the sources of the data set's own splits.
+
+    `about`: what the reader adds, {"reader": "tfds", "builder": ...}; "bytes" go to their splits.
+    """
+    about = dict(about)
+    sizes = about.pop("bytes", {})
+    bases = {split: _base(source) for split, source in sources.items()}
+    found = {**about, "classes": list(class_names)}
+    files = sum(len(rows) for base, rows in bases.values() if hasattr(base, "paths"))
+    if files:
+        found["sized"] = files <= MOST_SIZES
+    found["splits"] = {}
+    for split, (base, rows) in bases.items():
+        one: dict[str, Any] = {"images": len(rows)}
+        labels = sources[split].labels
+        if labels is not None:
+            labels = np.asarray(labels)
+            one["classes"] = np.bincount(labels, minlength=len(class_names)).tolist()
+        if hasattr(base, "paths"):
+            one["digests"] = _of_files(base, rows, labels, class_names, found["sized"])
+        elif hasattr(base, "images"):
+            one["digests"] = [_of_arrays(base.images, rows, labels)]
+        if split in sizes:
+            one["bytes"] = int(sizes[split])
+        found["splits"][split] = one
+    return found
+
+
+def _base(source: Any) -> tuple[Any, np.ndarray]:
+    """What lies below subsets and other labels, and the rows of it that are left."""
+    rows = np.arange(len(source))
+    while hasattr(source, "source"):
+        rows = getattr(source, "rows", np.arange(len(source)))[rows]
+        source = source.source
+    return source, rows
+
+
+def _of_files(
+    files: Any, rows: np.ndarray, labels: np.ndarray, class_names: Sequence[str], sized: bool
+) -> list[str]:
+    digests, names = [hashlib.sha256() for _ in class_names], files.names
+    for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+        name = _within_class(names[row], class_names[label])
+        size = _size(files.paths[row]) if sized else 0
+        digests[label].update(os.fsencode(name) + b"\0%d\n" % size)
+    return [digest.hexdigest()[:LENGTH] for digest in digests]
+
+
+def _within_class(path: str, name: str) -> str:
+    """train/CLASS/a/b.png and CLASS/a/b.png -> a/b.png: a class that is renamed is told by its
+    name, and not as other files too."""
+    first, _, rest = path.partition(os.sep)
+    if first == name:
+        return rest
+    second, _, below = rest.partition(os.sep)
+    return below if second == name else path
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # reading it will say more
+        return -1
+
+
+def _of_arrays(images: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> str:
+    if len(rows) != len(images):
+        images = images[rows]
+    images, labels = np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32)
+    digest = hashlib.sha256(str(images.shape).encode())
+    digest.update(images)
+    digest.update(labels)
+    return digest.hexdigest()[:LENGTH]
+
+
+# ---------------------------------------------------------------------------- comparing
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words; [] where nothing does."""
+    if not was or not now:
+        return []
+    for name in ("reader", "builder"):
+        if was.get(name) != now.get(name):  # another order of the examples: no more is comparable
+            return [f"it was read as {_reader(was)}, is as {_reader(now)}"]
+    found = class_differences(was["classes"], now["classes"])
+    place = {name: i for i, name in enumerate(was["classes"])}
+    pairs = [(place[name], i) for i, name in enumerate(now["classes"]) if name in place]
+    for split in dict.fromkeys([*was["splits"], *now["splits"]]):
+        old, new = was["splits"].get(split), now["splits"].get(split)
+        if old is None:
+            found.append(f"the split {split} is new ({new['images']} images)")
+        elif new is None:
+            found.append(f"the split {split} is gone (it had {old['images']} images)")
+        else:
+            same_names = was.get("sized") == now.get("sized")
+            found += _of_split(split, old, new, pairs, now["classes"], same_names)
+    return found
+
+
+def _reader(fingerprint: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (fingerprint.get("reader"), fingerprint.get("builder"))))
+
+
+def class_differences(was: Sequence[str], now: Sequence[str]) -> list[str]:
+    """Of the classes' names: "class 0 was 'arch', is 'vault'"."""
+    was, now = list(was), list(now)
+    if was == now:
+        return []
+    if len(was) != len(now):
+        sides = (
+            ("gone", [n for n in was if n not in now]),
+            ("new", [n for n in now if n not in was]),
+        )
+        lists = [f"{word}: {shorten(map(repr, names), 3, ', ')}" for word, names in sides if names]
+        listed = f" ({'; '.join(lists)})" if lists else ""
+        return [f"it had {len(was)} classes, has {len(now)}{listed}"]
+    changed = [(i, a, b) for i, (a, b) in enumerate(zip(was, now)) if a != b]
+    shown = [f"class {i} was {a!r}, is {b!r}" for i, a, b in changed[:3]]
+    more = len(changed) - len(shown)
+    return [*shown, f"{more} more classes have other names"] if more else shown
+
+
+def _of_split(
+    split: str,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    pairs: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    comparable: bool,
+) -> list[str]:
+    counts = old.get("classes"), new.get("classes")
+    digests = old.get("digests", []), new.get("digests", [])
+    per_class = len(digests[1]) == len(names) > 1
+    found = []
+    if all(counts):
+        for a, b in pairs:
+            here = f"{split}/{names[b]}"
+            if counts[0][a] != counts[1][b]:
+                found.append(f"{here} had {counts[0][a]} images, has {counts[1][b]}")
+            elif per_class and comparable and digests[0][a] != digests[1][b]:
+                found.append(f"{here} has other files ({counts[1][b]} still)")
+    if not found and old["images"] != new["images"]:
+        found.append(f"{split} had {old['images']} images, has {new['images']}")
+    if not found and not per_class and digests[0] != digests[1]:
+        found.append(f"{split} has other pixels or labels ({new['images']} images still)")
+    if not found and old.get("bytes") != new.get("bytes"):
+        found.append(f"{split} had {old.get('bytes')} bytes, has {new.get('bytes')}")
+    return found
+
+
+def count_differences(
+    summary: Mapping[str, Any], batch_size: int, counts: Mapping[str, int]
+) -> list[str]:
+    """Of a run that kept no fingerprint: what its summary says of the number of examples."""
+    if summary.get("damaged_images"):  # they were left out, perhaps while they were streamed
+        return []
+    then = {"test": summary.get("test/examples")}
+    if summary.get("epochs"):
+        then["train"] = round(summary["step"] * batch_size / summary["epochs"])
+    return [
+        f"{role} had {count} images, has {counts[role]}"
+        for role, count in then.items()
+        if count is not None and role in counts and count != counts[role]
+    ]
+
+
+def shorten(found: Iterable[str], most: int = SHOWN, between: str = "; ") -> str:
+    """The first ones, and how many more there are."""
+    found = list(found)
+    more = f"{between}and {len(found) - most} more" if len(found) > most else ""
+    return between.join(found[:most]) + more
