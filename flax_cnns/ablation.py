@@ -304,8 +304,9 @@ def ablate(
     """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
     `index`; then writes the report. Returns how many cells have which status.
 
-    `jobs`: so many at once; see `isolated.shares`. `accept_changed_data`: see `work`. `interval`: see `ablation_report.write`. Raises
-    `UserError` before anything runs for what a run would refuse before its first step.
+    `jobs`: so many at once; see `isolated.shares`. `interval`: see `ablation_report.write`.
+    `accept_changed_data`: see `work`. Raises `UserError` before anything runs for what a run would
+    refuse before its first step.
     """
     _check_alone()
     workdirs.check_place(folder)

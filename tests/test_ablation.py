@@ -20,6 +20,7 @@ from configs.common import get_config
 from flax_cnns import ablation, ablation_plan, isolated, pytree
 from flax_cnns import experiment as experiments
 from flax_cnns.data import pipeline
+from flax_cnns.data.fingerprint import Seen
 from flax_cnns.errors import UserError
 from tests.test_scripts import finish
 
@@ -241,21 +242,22 @@ def pretend(monkeypatch, config, tmp_path):
     """(rows, jobs, seeds) -> (counts, what was started, what was said)."""
     started = []
 
-    def start(config, workdir, out, share):
+    def start(config, workdir, out, share, *, accept_changed_data):
         started.append(f"{workdir.parent.name}/{workdir.name}")
         command = [sys.executable, "-S", "-c", CHILD, workdir.parent.name, str(workdir)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out)
 
     monkeypatch.setattr(isolated, "start", start)
 
-    def work(names, jobs=1, seeds=1):
+    def work(names, jobs=1, seeds=1, data=Seen({}), **given):  # noqa: B008
         started.clear()
         rows = ablation_plan.make_rows(config, [(name, {}) for name in names])
         cells = ablation_plan.make_cells(rows, tmp_path, seeds)
-        sizes = {name: ablation_plan.Size(1, 1, 1) for name in names}
+        sizes = {name: ablation_plan.Size(1, 1, 1, data) for name in names}
         with (tmp_path / "said.txt").open("w") as file:
             console = Console(file=file)
-            counts = ablation.work(cells, [isolated.Share()] * jobs, sizes, console=console)
+            shares = [isolated.Share()] * jobs
+            counts = ablation.work(cells, shares, sizes, console=console, **given)
         return counts, list(started), (tmp_path / "said.txt").read_text()
 
     return work
@@ -292,6 +294,31 @@ def test_a_run_that_is_removed_is_made_again(pretend, tmp_path):
             path.unlink()
         (tmp_path / name / "seed0").rmdir()
     assert pretend(["fine", "diverge"])[1] == ["fine/seed0", "diverge/seed0"]
+
+
+def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, tmp_path):
+    was = dict(reader="folder", classes=["a", "b"], splits={"train": {"images": 4}})
+    now = was | {"splits": {"train": {"images": 5}}}
+    pretend(["fine", "diverge", "old"])
+    for name in ("fine", "diverge", "old"):
+        facts = {"class_names": ["a", "b"]} | ({} if name == "old" else {"fingerprint": was})
+        (tmp_path / name / "seed0/dataset.json").write_text(json.dumps(facts))
+        (tmp_path / name / "seed0/metrics.jsonl").touch()
+        (tmp_path / name / "seed0/config.json").write_text('{"data": {"batch_size": 1}}')
+    assert pretend(["fine", "diverge", "old"], data=Seen(was))[1] == []
+    assert json.loads((tmp_path / "old/seed0/dataset.json").read_text())["fingerprint"] == was
+
+    started, said = pretend(["fine", "diverge"], data=Seen(now), accept_changed_data=True)[1:]
+    assert started == []
+    assert "fine, seed 0: its data changed: train had 4 images, has 5; accepted" in said
+    facts = json.loads((tmp_path / "fine/seed0/dataset.json").read_text())
+    (change,) = facts["accepted_changes"]
+    assert (facts["fingerprint"], change["was"], change["is"]) == (was, was, now)
+
+    started, said = pretend(["fine", "diverge"], data=Seen(now))[1:]
+    assert started == ["fine/seed0", "diverge/seed0"]
+    assert "fine, seed 0: its data changed: train had 4 images, has 5; what was there is" in said
+    assert (tmp_path / "fine/old-data-1-seed0/summary.json").exists()
 
 
 def test_a_cell_that_ended_when_nobody_looked_is_complete(pretend, tmp_path):

@@ -19,6 +19,7 @@ from rich.console import Console
 from configs.finetune.fashion_digits import get_config
 from flax_cnns import config as configs
 from flax_cnns import create_model, finetune, finetune_report, probe, pytree
+from flax_cnns import workdir as workdirs
 from flax_cnns.checkpoint import manager
 from flax_cnns.data import datasets, images
 from flax_cnns.errors import UserError
@@ -225,7 +226,7 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
         finetune.compare(changed, folder, strategies=names, seeds=1)
 
 
-def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path):
+def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path, monkeypatch):
     """Under the same config: the source was trained again, the folder holds other images."""
     parts, cache = assemble(task.config), tmp_path / "features.npz"
     variables = parts.fresh_variables()
@@ -238,6 +239,11 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path)
     first = computed(parts, variables)
     cache.write_bytes(cache.read_bytes()[:-100])  # what isn't whole is computed again
     np.testing.assert_array_equal(computed(parts, variables), first)
+    moved = ConfigDict(parts.config.to_dict())
+    moved.data.dir = "elsewhere"
+    monkeypatch.setattr(probe, "features", lambda *_: pytest.fail("computed again"))
+    probe.cached_features(parts._replace(config=moved), variables, [probe.LAST], cache)
+    monkeypatch.undo()
     stem = {"conv": {"kernel": 2 * variables["params"]["stem"]["conv"]["kernel"]}}
     stem = variables["params"]["stem"] | stem
     others = variables | {"params": variables["params"] | {"stem": stem}}
@@ -339,6 +345,32 @@ def test_each_seed_draws_its_own_examples_and_phases_follow_each_other(ran, tmp_
     assert sources == ["", "runs/source", *gradual]
     for one, _ in ours[2:]:
         assert one["graft"]["rules"] == [["(.*)", r"\1"]]  # the classifier of the phase before, too
+
+
+def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkeypatch, tmp_path):
+    stand_in, accepts = finetune.run, []
+
+    def run(config, workdir, *, accept_changed_data, fingerprint):
+        accepts.append((accept_changed_data, fingerprint))
+        if (workdir / "of-other-data").exists() and not accept_changed_data:
+            raise workdirs.ChangedData(workdir, "train had 4 images, has 5")
+        return stand_in(config, workdir)
+
+    monkeypatch.setattr(finetune, "run", run)
+    at = tmp_path / "similar/1/seed0/head_then_all"
+    (at / "1-head/of-other-data").mkdir(parents=True)
+    config, said = two_targets(), []
+    del config.targets["dissimilar"]
+    given = dict(strategies=["head_then_all"], seeds=1, say=said.append)
+    finetune.compare(config, tmp_path, **given, accept_changed_data=True)
+    assert len(ran) == 2
+    (record,) = finetune.compare(config, tmp_path, **given).records
+    assert len(ran) == 4  # both phases, anew
+    assert (at.with_name("old-data-1-head_then_all") / "1-head/of-other-data").exists()
+    assert not (at / "1-head/of-other-data").exists()
+    assert "1-head changed since it began: train had 4 images, has 5; what was there is" in said[1]
+    assert said[2].startswith("1/1 similar, 1 of the examples, seed 0, head_then_all: ")
+    assert accepts == [(True, {})] * 2 + [(False, {})] * 3  # {}: of noise
 
 
 def test_tables_picture_and_file(ran, tmp_path):

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, experiment, init_variables, prediction, pytree, run
+from flax_cnns import create_model, experiment, init_variables, prediction, pytree, run, workdir
 from flax_cnns.checkpoint import reading
 from flax_cnns.checkpoint.graft import graft
+from flax_cnns.data import datasets
 from tests.fixtures import old_run
 
 EXPECTED = json.loads((old_run.FOLDER / "expected.json").read_text())
@@ -38,17 +39,82 @@ def test_it_goes_on_as_the_version_that_made_it_went_on(folder):
         for name, value in line.items():
             assert logged[line["step"], name] == pytest.approx(value, rel=1e-4), (line, name)
 
+    # Complete: its numbers are of the data that it was trained on.
+    (folder / "images").rename(folder / "moved")
+    config = old_run.make_config()
+    assert run(config, "run") == summary  # where they cannot be read the numbers stand
+    config.data.dir = "moved"
+    assert run(config, "run") == summary
+    assert workdir.read_config("run").data.dir == "moved"
+    add_an_image(folder / "moved")
+    with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21"):
+        run(config, "run")
+    assert run(config, "run", accept_changed_data=True) == summary
+
+
+def add_an_image(images):
+    shutil.copy(images / "train/ring/0.png", images / "train/ring/new.png")
+
 
 def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     found, expected = experiment.evaluate_run("run"), EXPECTED["evaluation"]
     for name in ("split", "step", "examples", "accuracy", "classes", "confusion"):
         assert found[name] == expected[name]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    was = datasets.survey(old_run.make_config().data)
+    assert json.loads((folder / "run/dataset.json").read_text())["fingerprint"] == was
+    add_an_image(folder / "images")
+    with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21"):
+        experiment.evaluate_run("run")
+    found = experiment.evaluate_run("run", accept_changed_data=True)
+    written = json.loads((folder / "run/evaluation_test_20.json").read_text())
+    assert written["changed_data"]["was"] == found["changed_data"]["was"] == was
+    assert written["changed_data"]["is"] == datasets.survey(old_run.make_config().data)
 
     guesses = prediction.predict(prediction.from_run("run"), old_run.PHOTOS)
     for now, then in zip(guesses, EXPECTED["predictions"], strict=True):
         assert [name for name, _ in now] == [name for name, _ in then]
         np.testing.assert_allclose([p for _, p in now], [p for _, p in then], atol=1e-5)
+
+
+def rename_a_class(folder):
+    for split in ("train", "test"):
+        (folder / "images" / split / "ring").rename(folder / "images" / split / "circle")
+
+
+def test_a_class_that_is_renamed_is_noticed_and_predictions_keep_its_old_name(folder):
+    facts = (folder / "run/dataset.json").read_text()
+    rename_a_class(folder)
+    said = "class 0 was 'left', is 'circle'; class 1 was 'ring', is 'left'"
+    for start in (
+        lambda: run(old_run.make_config(), "run"),
+        lambda: experiment.evaluate_run("run"),
+    ):
+        with pytest.raises(workdir.ChangedData, match=said):
+            start()
+    assert (folder / "run/dataset.json").read_text() == facts
+    assert prediction.from_run("run").class_names == list(old_run.CLASSES)
+
+
+def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch):
+    """It keeps no fingerprint: its first start adds one."""
+    monkeypatch.setattr(experiment._Run, "go", lambda self: {})
+    config = old_run.make_config()
+    run(config, "run")
+    was = json.loads((folder / "run/dataset.json").read_text())["fingerprint"]
+    assert was == datasets.survey(config.data)
+    (folder / "images").rename(folder / "moved")
+    config.data.dir = "moved"
+    run(config, "run")
+    add_an_image(folder / "moved")
+    with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21; put the data"):
+        run(config, "run")
+    run(config, "run", accept_changed_data=True)
+    run(config, "run")  # it is the run's now
+    facts = json.loads((folder / "run/dataset.json").read_text())
+    (change,) = facts["accepted_changes"]
+    assert (change["step"], change["was"], change["is"]) == (20, was, facts["fingerprint"])
+    assert facts["fingerprint"] == datasets.survey(config.data)
 
 
 def test_it_is_grafted_whole_but_for_another_head(folder):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from configs.scaling_small import get_config
 from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
+from flax_cnns.data import datasets
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import model_fields
 from flax_cnns.registry import create_model
@@ -84,7 +85,8 @@ def test_plans_count_the_network_that_the_config_builds(config):
 def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, monkeypatch):
     seen, points = [], [(1.0, 1.0, 1.4), (1.0, 1.4, 1.0), (1.0, 1.2, 1.2)]
 
-    def run(config, workdir):
+    def run(config, workdir, **data):
+        assert data == given
         seen.append((workdir.name, config.seed))
         resolution, width = config.data.image_size / 16, config.model.width_mult / 0.5
         print("what a run prints")
@@ -99,7 +101,11 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
     monkeypatch.setattr(scaling, "run", run)
     monkeypatch.setattr(scaling, "grid", lambda budget, step: points)
     said = []
-    result = scaling.search(config, tmp_path / "all", phi=1.0, seeds=2, say=said.append)
+    found = datasets.survey(config.data)
+    given = dict(accept_changed_data=True, fingerprint=found)
+    result = scaling.search(
+        config, tmp_path / "all", phi=1.0, seeds=2, accept_changed_data=True, say=said.append
+    )
     assert result.winner == (1.0, 1.2, 1.2)
     assert [found.trial.kind for found in result.scaled] == [
         *("depth", "width", "resolution", "compound")

@@ -1,0 +1,155 @@
+"""Fingerprints: what changes them, what does not, and how a difference is told."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from flax_cnns.data import datasets, fingerprint, images
+
+
+@pytest.fixture
+def folder(tmp_path, config):
+    """Files that nothing decodes: root/{train,test}/{arch,bench}/NUMBER.png, 3 and 2 of each."""
+    config.name, config.dir = "folder", str(tmp_path / "images")
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("arch", "bench"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / "images" / split / name / f"{i}.png").write_bytes(b"x" * i)
+    return tmp_path / "images"
+
+
+def test_it_is_plain_json_and_moving_the_folder_changes_nothing(folder, config, monkeypatch):
+    was = datasets.survey(config)
+    assert was["classes"] == ["arch", "bench"]
+    counts = {split: (one["images"], one["classes"]) for split, one in was["splits"].items()}
+    assert counts == {"train": (6, [3, 3]), "test": (4, [2, 2])}
+    assert json.loads(json.dumps(was)) == was
+    (folder.parent / "else").mkdir()
+    folder.rename(folder.parent / "else/where")
+    monkeypatch.chdir(folder.parent)
+    for directory in (f"{folder.parent}/else/where/", "else/where", "./else/../else/where"):
+        config.dir = directory
+        assert datasets.survey(config) == was
+
+
+def rename(folder):
+    for split in ("train", "test"):
+        (folder / split / "arch").rename(folder / split / "vault")
+
+
+def add(folder):
+    (folder / "train/bench/9.png").write_bytes(b"")
+
+
+def move(folder):
+    (folder / "train/arch/2.png").rename(folder / "test/arch/2.png")
+
+
+def replace(folder):
+    (folder / "test/bench/0.png").rename(folder / "test/bench/8.png")
+
+
+def rewrite(folder):
+    (folder / "train/arch/1.png").write_bytes(b"longer")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rename, ["class 0 was 'arch', is 'bench'", "class 1 was 'bench', is 'vault'"]),
+        (add, ["train/bench had 3 images, has 4"]),
+        (move, ["test/arch had 2 images, has 3", "train/arch had 3 images, has 2"]),
+        (replace, ["test/bench has other files (2 still)"]),
+        (rewrite, ["train/arch has other files (3 still)"]),
+    ],
+)
+def test_a_difference_names_split_and_class(folder, config, change, said):
+    was = datasets.survey(config)
+    change(folder)
+    assert fingerprint.differences(was, datasets.survey(config)) == said
+
+
+def test_of_classes_that_are_left_out_nothing_matters(folder, config):
+    for split in ("train", "test"):
+        (folder / split / "cave").mkdir()
+        (folder / split / "cave/0.png").write_bytes(b"")
+    config.classes = ("cave", "arch")
+    was = datasets.survey(config)
+    assert was["classes"] == ["cave", "arch"]
+    add(folder)  # to bench
+    assert datasets.survey(config) == was
+    rewrite(folder)  # of arch
+    found = fingerprint.differences(was, datasets.survey(config))
+    assert found == ["train/arch has other files (3 still)"]
+
+
+def test_of_very_many_files_no_sizes_are_asked_for(folder, config, monkeypatch):
+    monkeypatch.setattr(fingerprint, "MOST_SIZES", 9)
+    monkeypatch.setattr(fingerprint, "_size", lambda path: pytest.fail("asked"))
+    was = datasets.survey(config)
+    rewrite(folder)
+    assert datasets.survey(config) == was
+    replace(folder)
+    assert len(fingerprint.differences(was, datasets.survey(config))) == 1
+    # Digests with sizes and without say nothing of each other.
+    assert fingerprint.differences({**was, "sized": True}, datasets.survey(config)) == []
+
+
+def test_names_need_not_be_utf_8(folder, config):
+    (folder / "train/arch" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    assert datasets.survey(config)["splits"]["train"]["classes"] == [4, 3]
+
+
+def test_arrays_have_a_digest_of_pixels_and_labels():
+    pixels = np.zeros((4, 2, 2, 1), np.uint8)
+    labels = np.array([0, 1, 0, 1], np.int32)
+
+    def take(pixels, labels):
+        sources = {"train": images.ArraySource(pixels, labels, "x train")}
+        return fingerprint.take(sources, ("a", "b"), {"reader": "archive"}, "")
+
+    was, brighter = take(pixels, labels), pixels.copy()
+    brighter[3, 1, 1] = 1
+    for other in (take(brighter, labels), take(pixels, labels[::-1].copy())):
+        assert fingerprint.differences(was, other) == [
+            "train has other pixels or labels (4 images still)"
+        ]
+    assert fingerprint.differences(was, take(pixels.copy(), labels)) == []
+    other = was | {"reader": "tfds", "builder": "x/1.0.0"}
+    assert fingerprint.differences(was, other) == ["it was read as archive, is as tfds x/1.0.0"]
+
+
+def test_of_tfds_builder_and_counts_and_of_noise_nothing(config):
+    loaded, found = datasets.load(config), datasets.survey(config)
+    assert loaded.fingerprint == found
+    assert found["builder"] == "digits/1.0.0"
+    assert {split: one["images"] for split, one in found["splits"].items()} == {
+        "train": 1077,
+        "validation": 360,
+        "test": 360,
+    }
+    assert not any("bytes" in one for one in found["splits"].values())  # the encoder's, not ours
+    fewer = json.loads(json.dumps(found))
+    fewer["splits"]["test"]["images"] = 300
+    del fewer["splits"]["validation"]
+    assert fingerprint.differences(fewer, found) == [
+        "test had 300 images, has 360",
+        "the split validation is new (360 images)",
+    ]
+    config.mock = 20
+    assert datasets.survey(config) == datasets.load(config).fingerprint == {}
+    assert fingerprint.differences({}, found) == []
+
+
+def test_many_differences_are_a_short_line():
+    names = [f"class{i}" for i in range(1000)]
+    found = fingerprint.class_differences(names, names[::-1])
+    assert found[0] == "class 0 was 'class0', is 'class999'"
+    assert found[3:] == ["997 more classes have other names"]
+    assert fingerprint.class_differences(names, names[:-5]) == [
+        "it had 1000 classes, has 995 (gone: 'class995', 'class996', 'class997', and 2 more)"
+    ]
+    assert fingerprint.shorten(map(str, range(9)), 2) == "0; 1; and 7 more"
