@@ -346,7 +346,7 @@ def check_complete(
             fingerprint = datasets.survey(config.data)
         seen, facts = fingerprints.Seen(fingerprint), {}
         if "fingerprint" not in workdirs.read_facts(workdir):
-            dataset = datasets.load(config.data)  # for the counts
+            dataset = datasets.load(config.data, begun=True)  # for the counts
             seen, facts = dataset.seen, dataset.as_dict()
     except UserError as error:
         if primary:

@@ -10,6 +10,7 @@ import time
 
 import chex
 import pytest
+from absl import flags
 
 from experiments import script
 from flax_cnns import run
@@ -55,6 +56,26 @@ def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path
     code, out, err = finish("evaluate", f"--workdir={tmp_path / 'cut'}", "--checkpoint=best")
     assert code == 0, err
     assert "most often taken for" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("--accept_changed_data", "--accept-changed-data"),
+        ("--accept-changed-data", "--accept-changed-data"),
+        ("--noaccept_changed_data", "--noaccept-changed-data"),
+        ("--compilation-cache=a-b_c", "--compilation_cache=a-b_c"),
+        ("--config.train.eval_every=1 steps", "--config.train.eval_every=1 steps"),
+        ("accept_changed_data", "accept_changed_data"),
+        ("--un-known_x", "--un-known_x"),
+    ],
+)
+def test_a_flag_may_have_dashes_or_underscores(monkeypatch, given, taken):
+    values = flags.FlagValues()
+    flags.DEFINE_bool("accept-changed-data", False, "", flag_values=values)
+    flags.DEFINE_string("compilation_cache", "", "", flag_values=values)
+    monkeypatch.setattr(script.flags, "FLAGS", values)
+    assert script._as_defined(given) == taken
 
 
 def test_a_signal_exits_with_75(config, tmp_path):

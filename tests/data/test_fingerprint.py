@@ -109,7 +109,7 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
 
     def take(pixels, labels):
         sources = {"train": images.ArraySource(pixels, labels, "x train")}
-        return fingerprint.take(sources, ("a", "b"), {"reader": "archive"}, "")
+        return fingerprint.take(sources, ("a", "b"), {"reader": "archive"})
 
     was, brighter = take(pixels, labels), pixels.copy()
     brighter[3, 1, 1] = 1
