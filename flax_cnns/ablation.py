@@ -88,12 +88,15 @@ def _look_at_data(
             continue
         with out:
             if not (differs := workdirs.data_differences(cell.workdir, data)):
-                if workdirs.read_facts(cell.workdir):
+                if facts := workdirs.read_facts(cell.workdir):
                     workdirs.add_fingerprint(cell.workdir, {"fingerprint": data.fingerprint})
+                if "fingerprint" in facts:
+                    workdirs.move_data(cell.workdir, cell.config.data.dir)
                 continue
             said = f"{cell.name}: its data changed: {fingerprints.shorten(differs)}; "
             if not accept:
                 said += f"what was there is {workdirs.set_aside(cell.workdir)} now, it runs again"
+                cell.forget()
             else:
                 said += "accepted"
                 if cell.read()["status"] == "complete":  # no child is there to record it
@@ -343,6 +346,10 @@ def show_plan(
     console = make_console(width=max(100, make_console().width))
     console.print(plan.plan_table(cells, sizes, seconds))
     waiting = [seconds[c.row.name] for c in cells if not plan.done(c.read()["status"])]
+    for cell in cells:
+        if differs := workdirs.data_differences(cell.workdir, sizes[cell.row.name].data):
+            differs = fingerprints.shorten(differs)
+            print(f"{cell.name}: its data changed: {differs}; not accepted, it runs again")
     print(
         f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
         f"{plan.duration(plan.left(waiting, len(shares)))} left: told {source}"

@@ -79,6 +79,10 @@ class Cell(NamedTuple):
     def write(self, known: Mapping[str, Any]) -> None:
         workdirs.write_json(self.folder / f"seed{self.seed}.json", known)
 
+    def forget(self) -> None:
+        """What is known of a run that is not there any more."""
+        (self.folder / f"seed{self.seed}.json").unlink(missing_ok=True)
+
 
 def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
     """What `sweep()` in a config's file yields. Raises `UserError` where it is not there, or yields

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import csv
 import io
+import json
 import math
 import os
 import pathlib
@@ -262,7 +263,27 @@ def _notes(told: Sequence[Told], plan: dict[str, Any], method: str) -> list[str]
         notes += ["", f"Not all seeds are complete: {named}."]
     if not any(one.row.complete for one in told if one.row.name == plan["baseline"]):
         notes += ["", "No seed of the baseline is complete: there are no differences yet."]
+    if _count_data(told) > 1:
+        notes += [
+            "",
+            "**Not all cells have seen the same data**, which changed between their runs;",
+        ]
+        notes += ["the same command without --rows and --index runs the older ones again."]
     return notes
+
+
+def _count_data(told: Sequence[Told]) -> int:
+    """How many data sets the complete cells have seen, those of rows that choose data left out."""
+
+    def chooses(field: str) -> bool:
+        return field.startswith("data") and not field.startswith("data.augment")
+
+    rows = [one.row for one in told if not any(map(chooses, one.row.overrides))]
+    facts = [workdirs.read_facts(cell.workdir) for row in rows for cell in row.complete.values()]
+    known = {
+        json.dumps(one["fingerprint"], sort_keys=True) for one in facts if "fingerprint" in one
+    }
+    return len(known)
 
 
 def _line(one: Told) -> list[str]:

@@ -431,7 +431,7 @@ class _Runner:
             seen = fingerprints.Seen(task.fingerprint)
             runs = {path.parent for path in (folder / name).rglob("dataset.json")}
             if any(workdirs.data_differences(one, seen) for one in runs):
-                said += "; of the data as they were: they changed since"
+                said += "; on the data as they were before they changed"
         self.say(said)
         return Record(
             target=target,

@@ -229,9 +229,9 @@ def add_fingerprint(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
 
 
 def move_data(workdir: pathlib.Path, directory: str) -> None:
-    """Writes into `config.json` where the data of a complete run are now."""
+    """Writes into `config.json` where the data of a run are now."""
     config = read_json(workdir / "config.json")
-    if config["data"]["dir"] != directory:
+    if config["data"].get("dir", "") != directory:
         config["data"]["dir"] = directory
         write_json(workdir / "config.json", config)
         print(f"{workdir}: its data are the same, now at data.dir={directory}")

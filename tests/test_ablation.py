@@ -304,9 +304,12 @@ def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, tmp_pa
         facts = {"class_names": ["a", "b"]} | ({} if name == "old" else {"fingerprint": was})
         (tmp_path / name / "seed0/dataset.json").write_text(json.dumps(facts))
         (tmp_path / name / "seed0/metrics.jsonl").touch()
-        (tmp_path / name / "seed0/config.json").write_text('{"data": {"batch_size": 1}}')
+        (tmp_path / name / "seed0/config.json").write_text(
+            '{"data": {"batch_size": 1, "dir": "old"}}'
+        )
     assert pretend(["fine", "diverge", "old"], data=Seen(was))[1] == []
     assert json.loads((tmp_path / "old/seed0/dataset.json").read_text())["fingerprint"] == was
+    assert json.loads((tmp_path / "fine/seed0/config.json").read_text())["data"]["dir"] == ""
 
     started, said = pretend(["fine", "diverge"], data=Seen(now), accept_changed_data=True)[1:]
     assert started == []
@@ -319,6 +322,7 @@ def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, tmp_pa
     assert started == ["fine/seed0", "diverge/seed0"]
     assert "fine, seed 0: its data changed: train had 4 images, has 5; what was there is" in said
     assert (tmp_path / "fine/old-data-1-seed0/summary.json").exists()
+    assert state(tmp_path, "fine")["attempts"] == 1  # what is known is of the new run alone
 
 
 def test_a_cell_that_ended_when_nobody_looked_is_complete(pretend, tmp_path):

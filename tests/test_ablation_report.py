@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -131,12 +132,16 @@ def test_the_same_report_from_the_logs_alone(report, tmp_path):
     assert (copy / "report.csv").read_text() == (folder / "report.csv").read_text()
 
 
-def test_a_damaged_log_is_its_cells_matter(tmp_path):
+def test_a_damaged_log_is_its_cells_matter_and_changed_data_are_said(tmp_path):
     folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
     log = folder / "plain/seed1/metrics.jsonl"
     log.write_text("what is this\n" + log.read_text())
+    for path in folder.glob("*/seed*/dataset.json"):  # and the data changed before the last seed
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps(facts | {"fingerprint": {"last": "seed2" in str(path)}}))
     ablation_report.write(folder)
     markdown = (folder / "report.md").read_text()
+    assert "**Not all cells have seen the same data**" in markdown
     assert line(markdown, "plain")[1] == "2 of 3 (1 damaged)"
     assert line(markdown, "better")[4].endswith("(2 pairs)")
     assert "seed1/metrics.jsonl, line 1" in markdown
@@ -149,6 +154,7 @@ def test_without_a_baseline_there_are_no_differences(tmp_path):
     assert line(markdown, "better")[4] == "- (0 pairs)"
     assert "No seed of the baseline is complete" in markdown
     assert "bootstrap" in markdown
+    assert "the same data" not in markdown
 
 
 @pytest.mark.parametrize(
