@@ -257,7 +257,7 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path,
 def test_features_of_photographs_that_another_reader_saw_are_computed_anew(monkeypatch):
     source = images.ArraySource(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32), "two")
     splits = {"train": datasets.Split(labels=source.labels, source=source)}
-    parts = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits))
+    parts = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits, fingerprint={}))
     before = probe._digest(parts, {})
     assert probe._digest(parts, {}) == before
     monkeypatch.setattr(images, "READER", images.READER + 1)
