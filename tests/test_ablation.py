@@ -296,17 +296,18 @@ def test_a_run_that_is_removed_is_made_again(pretend, tmp_path):
     assert pretend(["fine", "diverge"])[1] == ["fine/seed0", "diverge/seed0"]
 
 
-def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, tmp_path):
+def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, config, tmp_path):
     was = dict(reader="folder", classes=["a", "b"], splits={"train": {"images": 4}})
     now = was | {"splits": {"train": {"images": 5}}}
     pretend(["fine", "diverge", "old"])
+    config.data.dir = "old"
+    old = json.dumps(config.to_dict())
+    config.data.dir = ""
     for name in ("fine", "diverge", "old"):
         facts = {"class_names": ["a", "b"]} | ({} if name == "old" else {"fingerprint": was})
         (tmp_path / name / "seed0/dataset.json").write_text(json.dumps(facts))
         (tmp_path / name / "seed0/metrics.jsonl").touch()
-        (tmp_path / name / "seed0/config.json").write_text(
-            '{"data": {"batch_size": 1, "dir": "old"}}'
-        )
+        (tmp_path / name / "seed0/config.json").write_text(old)
     assert pretend(["fine", "diverge", "old"], data=Seen(was))[1] == []
     assert json.loads((tmp_path / "old/seed0/dataset.json").read_text())["fingerprint"] == was
     assert json.loads((tmp_path / "fine/seed0/config.json").read_text())["data"]["dir"] == ""

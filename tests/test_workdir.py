@@ -96,7 +96,7 @@ def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
 @pytest.mark.parametrize("text", ["", "[1]", '{"fingerprint": {"reader": "folder"}}'])
 def test_a_damaged_dataset_json_is_one_line_with_a_way_out(begun, text):
     (begun / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset\.json is damaged; remove it"):
+    with pytest.raises(UserError, match=r"dataset\.json is damaged: .*; remove it"):
         workdirs.check_data(begun, Seen(WAS))
 
 
