@@ -9,7 +9,7 @@ python -m experiments.ablate --workdir=runs/regular --report --interval=bootstra
 The config's file has a function sweep() that yields (name, {field: value, ...}), the baseline
 first. A cell is a row with a seed, a run in WORKDIR/ROW/seedS. The same command again repeats no
 cell that is complete, but those whose data changed since (--accept-changed-data keeps them). Exit
-codes: 1 where cells failed, 75 where some were interrupted.
+codes: 1 where cells failed, 75 where some were interrupted, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ import jax
 
 from experiments.benchmarks import convolutions, flags, inputs, learning, torch_side, training
 from experiments.benchmarks.report import Report
-from flax_cnns import compilation_cache, launch
+from flax_cnns import compilation_cache, launch, output
 from flax_cnns.errors import UserError
 
 
@@ -147,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+@output.safe()
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done; 1 a network did not learn; 2 something that the user can mend, said in
     one line; 130 interrupted, with what was measured so far written."""

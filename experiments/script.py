@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from flax_cnns import compilation_cache, launch
+from flax_cnns import compilation_cache, launch, output
 from flax_cnns.config import FIELDS
-from flax_cnns.errors import UserError, did_you_mean, out_of_memory
+from flax_cnns.errors import Lost, UserError, did_you_mean, out_of_memory
 from flax_cnns.files import check_regular
 from flax_cnns.names import tolerate
 
@@ -30,8 +31,10 @@ _CACHE = flags.DEFINE_string(
 def main(function: Callable[[list[str]], int | None]) -> None:
     """Runs `function(argv)` after absl has read the flags, with JAX's compilation cache on.
 
-    Exit codes: 0 done; 1 a fault of ours, with its traceback; 2 something that the user can mend,
-    said in one line; 75 saved after a signal, run the same command again.
+    Exit codes: 0 done; 1 a fault of ours, with its traceback, or in one line that a process died
+    which this one needs; 2 something that the user can mend, said in one line; 75 saved after
+    SIGTERM or SIGUSR1, run the same command again; 130 Ctrl-C, after which a run has saved too,
+    unless it was before the first step or came twice. Output that cannot be written changes none.
     """
 
     def start(argv: list[str]) -> int | None:
@@ -40,22 +43,26 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         compilation_cache.enable(_CACHE.value)
         return function(argv)
 
-    try:
-        app.run(start, flags_parser=_parse)
-    except UserError as error:
-        _say(error)
-        _leave(2)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last checkpoint")
-        _leave(130)
-    except Exception as error:
-        if line := out_of_memory(error):
-            _say(line)
+    with output.safe():
+        try:
+            app.run(start, flags_parser=_parse)
+        except UserError as error:
+            _say(error)
             _leave(2)
-        first = (str(error).strip().splitlines() or [""])[0]
-        _say(f"{type(error).__name__}: {first}")
-        traceback.print_exception(error)
-        _leave(1)
+        except KeyboardInterrupt as error:
+            _say(str(error) or "interrupted; the same command starts again")
+            _leave(130)
+        except Lost as error:
+            _say(error)
+            _leave(1)
+        except Exception as error:
+            if line := out_of_memory(error):
+                _say(line)
+                _leave(2)
+            first = (str(error).strip().splitlines() or [""])[0]
+            _say(f"{type(error).__name__}: {first}")
+            traceback.print_exception(error)
+            _leave(1)
 
 
 def _say(what: object) -> None:
@@ -113,6 +120,19 @@ def define_arguments(what: str, most: int | None = None) -> None:
 
 
 _ARGUMENTS: list[tuple[str, int | None]] = []
+
+
+def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
+    """(the file that a picture goes to, how a message tells it): what the flag names; where it is
+    not given, its default, with a number if that file is there. Raises `UserError` where the file
+    is one of the `inputs`."""
+    path = pathlib.Path(flag.value)
+    if not flags.FLAGS[flag.name].present:
+        names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+        path = next(name for name in itertools.chain([path], names) if not os.path.lexists(name))
+    if any(path.exists() and os.path.samefile(path, other) for other in inputs):
+        raise UserError(f"--{flag.name}: {path} is one of the photos; name another file")
+    return str(path), f"{path}, in place of the file that was there" if path.exists() else str(path)
 
 
 def _check_arguments(given: list[str]) -> None:

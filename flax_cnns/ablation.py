@@ -33,7 +33,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from flax_cnns import ablation_plan as plan
-from flax_cnns import isolated, launch
+from flax_cnns import isolated, launch, output
 from flax_cnns import workdir as workdirs
 from flax_cnns.ablation_plan import Cell, Size
 from flax_cnns.data import fingerprint as fingerprints
@@ -59,7 +59,7 @@ def work(
     behind and still saves) is waited for.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
-    second signal they are killed.
+    second signal they are killed. After SIGINT, Ctrl-C, it raises KeyboardInterrupt at its end.
     """
     for cell in cells:  # complete, but nobody was there to write it
         if (known := cell.read())["status"] == "complete":
@@ -71,6 +71,8 @@ def work(
             _Crew(cells, shares, signals, board, accept_changed_data).go()
         finally:
             board.show()
+    if signals.interrupted:
+        raise KeyboardInterrupt("interrupted; the same command goes on")
     return dict(collections.Counter(cell.read()["status"] for cell in cells))
 
 
@@ -109,11 +111,13 @@ class _Signals:
     """Counts those that ask to leave."""
 
     def __init__(self) -> None:
-        self.asked, self._old = 0, {}
+        self.asked, self.interrupted, self._old = 0, False, {}
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            numbers = [signal.SIGTERM, signal.SIGUSR1]
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
+                numbers.append(signal.SIGINT)
             self._old = {number: signal.signal(number, self._count) for number in numbers}
         return self
 
@@ -121,8 +125,9 @@ class _Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, number: int, _: Any) -> None:
         self.asked += 1
+        self.interrupted |= number == signal.SIGINT
 
 
 class _Running(NamedTuple):
@@ -292,6 +297,7 @@ class _Board:
 # ---------------------------------------------------------------------------- from plan to report
 
 
+@output.safe()
 def ablate(
     config: ConfigDict,
     sweep: Iterable[tuple[str, Mapping[str, Any]]],
@@ -309,20 +315,27 @@ def ablate(
 
     `jobs`: so many at once; see `isolated.shares`. `interval`: see `ablation_report.write`.
     `accept_changed_data`: see `work`. Raises `UserError` before anything runs for what a run would
-    refuse before its first step.
+    refuse before its first step, and KeyboardInterrupt after Ctrl-C, once the cells that ran have
+    saved.
     """
     _check_alone()
     workdirs.check_place(folder)
     made = plan.make_rows(config, sweep)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
-    sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
+    sizes = plan.measure(cells)
     shares = isolated.shares(jobs)
     plan.record(folder, config, made, seeds, rows)
-    found = work(cells, shares, sizes, accept_changed_data=accept_changed_data)
+    interrupt = None
+    try:
+        found = work(cells, shares, sizes, accept_changed_data=accept_changed_data)
+    except KeyboardInterrupt as error:
+        interrupt = error
     # Of an array's tasks the last one writes it.
     states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
     if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
         report(folder, interval=interval)
+    if interrupt is not None:
+        raise interrupt
     return found
 
 
@@ -340,7 +353,7 @@ def show_plan(
     workdirs.check_place(folder)
     made = plan.make_rows(config, sweep)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
-    sizes = plan.measure(list({cell.row.name: cell.row for cell in cells}.values()))
+    sizes = plan.measure(cells)
     shares = isolated.shares(jobs)
     seconds, source = plan.forecast(cells, sizes, shares[0])
     console = make_console(width=max(100, make_console().width))

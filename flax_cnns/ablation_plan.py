@@ -73,7 +73,9 @@ class Cell(NamedTuple):
                 known |= workdirs.read_json(path)
         if (self.workdir / "summary.json").is_file():
             return known | {"status": "complete", "error": ""}
-        gone = known["status"] == "complete" or not self.workdir.exists()
+        # One that failed before its first step leaves no directory; any other one was removed.
+        failed = known["status"] == "failed"
+        gone = known["status"] == "complete" or not (failed or self.workdir.exists())
         return known | {"status": "missing"} if gone else known
 
     def write(self, known: Mapping[str, Any]) -> None:
@@ -257,13 +259,14 @@ class Size(NamedTuple):
         return float(self.macs) * self.images
 
 
-def measure(rows: Sequence[Row]) -> dict[str, Size]:
-    """By the rows' names; computes shapes only. Raises `UserError` for what a run would refuse
-    before its first step."""
-    sizes = {}
-    for row in rows:
+def measure(cells: Sequence[Cell]) -> dict[str, Size]:
+    """By the names of the cells' rows; computes shapes only. Raises `UserError` for what a run
+    would refuse before its first step."""
+    waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
+    sizes, sources = {}, {}
+    for row in {cell.row.name: cell.row for cell in cells}.values():
         try:
-            parts, steps = rehearse(row.config)
+            parts, steps = rehearse(row.config, sources if row.name in waiting else None)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
         found = cost(parts.model, (1, *parts.dataset.image_shape))
@@ -303,7 +306,13 @@ def time_steps(row: Row, share: isolated.Share) -> tuple[float, float]:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
         began = time.perf_counter()
         with isolated.claim(log) as out:
-            code = isolated.start(config, workdir, out, share).wait()
+            process = isolated.start(config, workdir, out, share)
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C: it is in another session
+            process.kill()
+            process.wait()
+            raise
         seconds = time.perf_counter() - began
         if code:
             raise UserError(f"row {row.name}: {isolated.outcome(code, log).error}")

@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Something that the user can mend. Scripts print its message as one line and exit with 2."""
 
 
+class Lost(Exception):
+    """A process that this one needs has died. Scripts print the message as one line and exit with
+    1: nothing in the command is to be mended, and the same one goes on."""
+
+
 class Diverged(UserError):
     """Training whose gradients were not finite for too many steps: the same command, or a retry,
     would only diverge again."""

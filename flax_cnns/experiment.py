@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,17 +20,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
-from flax_cnns import launch, pytree, registry, report
+from flax_cnns import launch, output, pytree, registry, report
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import finding, reading
+from flax_cnns.checkpoint import graft as grafting
 from flax_cnns.checkpoint.graft import graft_config
 from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.errors import Lost, UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.layers import norm
 from flax_cnns.preemption import Preempted, Signals
@@ -46,7 +49,7 @@ from flax_cnns.train import (
 )
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
-from flax_cnns.train.writer import Writer
+from flax_cnns.train.writer import Writer, import_wandb
 from flax_cnns.types import Array, PyTree
 
 # ---------------------------------------------------------------------------- the parts of a run
@@ -240,10 +243,12 @@ def make_train_step(
 # ---------------------------------------------------------------------------- the run
 
 
-def rehearse(config: Any) -> tuple[Parts, int]:
+def rehearse(config: Any, sources: dict[Any, Source] | None = None) -> tuple[Parts, int]:
     """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
 
-    Raises `UserError` for what the run would refuse before its first step.
+    `sources`: those of `config.graft` that are opened already, to which this one is added; None for
+    a run that needs none, as it is complete. Raises `UserError` for what the run would refuse
+    before its first step.
     """
     configs.validate(config)
     rehearsed = _Run(assemble(config), pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
@@ -251,7 +256,22 @@ def rehearse(config: Any) -> tuple[Parts, int]:
     dropout_rates(rehearsed.parts, params)
     _augment_and_mix(rehearsed.parts)
     rehearsed.check_norms()
+    if sources is not None:
+        _check_needs(config, rehearsed.parts, sources)
     return rehearsed.parts, rehearsed.total
+
+
+def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
+    """wandb, and weights that fit."""
+    if config.log.wandb:
+        import_wandb()
+    if config.graft.source:
+        options = grafting.options_of(config.graft)
+        name = config.graft.source, options.averaged
+        if name not in sources:
+            sources[name] = open_source(config.graft.source, averaged=options.averaged)
+        target = jax.eval_shape(parts.fresh_variables)
+        grafting.check(sources[name], target, config.graft.rules, options)
 
 
 def _start_jax(config: Any) -> None:
@@ -263,6 +283,7 @@ def _start_jax(config: Any) -> None:
     launch.initialize()
 
 
+@output.safe()
 def run(
     config: Any,
     workdir: str | os.PathLike,
@@ -278,8 +299,11 @@ def run(
     recorded in `dataset.json` with both fingerprints. `fingerprint`: of the data, for callers that
     have just read them; a complete run is compared with it.
 
-    Raises `UserError` for what the user can mend, `ChangedData` among them, and `Preempted`
-    (SystemExit 75) after SIGTERM or SIGUSR1, once everything is saved.
+    Raises `UserError` for what the user can mend, `ChangedData` among them, `Preempted` (SystemExit
+    75) after SIGTERM or SIGUSR1 and (SystemExit 130) after Ctrl-C, once everything is saved,
+    KeyboardInterrupt for Ctrl-C before the first step and for a second one, and `Lost` where a
+    process that it needs has died. Output that cannot be written ends nothing; a file that cannot
+    be written does.
     """
     began = time.perf_counter()
     config = ConfigDict(config) if isinstance(config, dict) else config
@@ -311,6 +335,8 @@ def run(
                 print(f"{workdir} is complete; remove it to run again")
                 report.print_summary(summary)
             return summary
+        if config.log.wandb:
+            import_wandb()  # before the data is loaded
         parts = assemble(config, begun=bool(finding.steps(workdir)))
         change = _check_data(workdir, parts.dataset, accept_changed_data)
         if primary:
@@ -319,7 +345,12 @@ def run(
                 workdirs.accept_change(workdir, change)
             workdirs.write_json(workdir / "config.json", resolved)
             workdirs.write_facts(workdir, parts.dataset.as_dict())
-        return _Run(parts, workdir, opened, signals, began).go()
+        try:
+            return _Run(parts, workdir, opened, signals, began).go()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {workdirs.outlook(workdir)}") from None
+        except Lost as error:
+            raise Lost(f"{error}; {workdirs.outlook(workdir)}") from None
 
 
 def _check_data(
@@ -491,6 +522,8 @@ class _Run:
     def go(self) -> dict[str, Any]:
         config = self.config
         self.check_norms()
+        if config.data.workers and not self.parts.dataset.in_memory:
+            pipeline.check_main_guard(config.data.workers)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
                 Checkpoints(
@@ -500,6 +533,7 @@ class _Run:
                 )
             )
             self.checkpoints = checkpoints
+            stack.push(self._leave_the_dead)
             state, host, start = self._start()
             self.writer = Writer(
                 self.workdir,
@@ -522,11 +556,19 @@ class _Run:
             self.progress.close()
         return self._finish(outcome, host, found)
 
+    def _leave_the_dead(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Ends this process, in one line, where another one of the run has died: closing the
+        checkpoints would wait for it, until JAX aborts."""
+        if said := launch.lost_peer(error):
+            text = f"another process of this run has died ({said})"
+            print(f"error: {text}; {workdirs.outlook(self.workdir)}", file=sys.stderr)
+            launch.leave(1)
+
     def _preempted(self, outcome: loop.Outcome) -> Preempted:
         self.progress.print(
             f"saved at step {outcome.step} of {self.total}; the same command goes on"
         )
-        return Preempted(outcome.step)
+        return Preempted(outcome.step, self.signals.code)
 
     def _start(self) -> tuple[TrainState, loop.Host, int]:
         if self.checkpoints.latest_step() is not None:
@@ -539,6 +581,7 @@ class _Run:
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
         if "time/first_step" in record:
+            self.signals.begun = True
             self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
 
@@ -760,6 +803,7 @@ def load_variables(
     return variables, finding.choose_step(workdir, checkpoint)
 
 
+@output.safe()
 def evaluate_run(
     workdir: str | os.PathLike,
     *,

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
-from flax_cnns import probe, pytree, registry
+from flax_cnns import output, probe, pytree, registry
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import graft
@@ -31,6 +31,7 @@ from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
 from flax_cnns.names import open_log
+from flax_cnns.preemption import Preempted
 
 COPY = graft.Options()._asdict()  # of config.graft: leaves are taken as they are
 
@@ -274,6 +275,7 @@ def validate(config: ConfigDict) -> None:
             )
 
 
+@output.safe()
 def compare(
     config: ConfigDict,
     folder: str | os.PathLike,
@@ -473,13 +475,16 @@ def _train(
 ) -> dict[str, Any]:
     """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with open_log(workdir.with_suffix(".txt")) as log, contextlib.redirect_stdout(log):
-        data = dict(accept_changed_data=accept, fingerprint=fingerprint)
-        if not phase.layers:
-            return run(phase.config, workdir, **data)
-        cache = workdir.parent / "features.npz"
-        layers = phase.layers
-        return probe.probe(phase.config, workdir, layers, every_layer=kept, cache=cache, **data)
+    data = dict(accept_changed_data=accept, fingerprint=fingerprint)
+    layers, cache = phase.layers, workdir.parent / "features.npz"
+    try:
+        with open_log(workdir.with_suffix(".txt")) as log, contextlib.redirect_stdout(log):
+            if not layers:
+                return run(phase.config, workdir, **data)
+            return probe.probe(phase.config, workdir, layers, every_layer=kept, cache=cache, **data)
+    except Preempted as left:
+        print(f"{workdir}: saved at step {left.step}; the same command goes on", flush=True)
+        raise
 
 
 def _training_seconds(summary: dict[str, Any], config: ConfigDict) -> float:

@@ -25,8 +25,8 @@ import threading
 import traceback
 from typing import IO, Any, NamedTuple
 
-from flax_cnns import compilation_cache, launch
-from flax_cnns.errors import Diverged, UserError, out_of_memory
+from flax_cnns import compilation_cache, launch, output
+from flax_cnns.errors import Diverged, Lost, UserError, out_of_memory
 from flax_cnns.names import tolerate
 
 # Exit codes, beside 0 and launch.PREEMPTED.
@@ -139,7 +139,8 @@ def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
     `since` of its log on."""
     if code == 0:
         return Outcome("complete")
-    if code in (launch.PREEMPTED, -signal.SIGTERM, -signal.SIGUSR1):
+    asked = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
+    if code in (launch.PREEMPTED, launch.INTERRUPTED, *asked):
         return Outcome("interrupted")
     if code < 0:
         name = signal.Signals(-code).name
@@ -156,6 +157,7 @@ def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
 # ---- in the child
 
 
+@output.safe()
 def main() -> int:
     job = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
@@ -172,6 +174,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}")
         return DIVERGED if isinstance(error, Diverged) else USER_ERROR
+    except Lost as error:
+        print(f"error: {error}")
+        return FAULT
     except Exception as error:
         if line := out_of_memory(error):
             print(f"error: {line}")

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from flax_cnns import output
 from flax_cnns.errors import UserError
 
 # JAX and NumPy are imported where they are used: the launcher itself needs neither.
@@ -33,6 +34,7 @@ COORDINATOR = "FLAX_CNNS_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "FLAX_CNNS_NUM_PROCESSES"
 PROCESS_ID = "FLAX_CNNS_PROCESS_ID"
 PREEMPTED = 75  # saved and left because it was asked to; no failure
+INTERRUPTED = 130  # left because of Ctrl-C
 GRACE = 5.0  # seconds that the others have to say what they have to say after one has failed
 
 
@@ -173,7 +175,21 @@ def leave(code: int) -> None:
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     sys.__excepthook__(kind, error, trace)
-    leave(130 if kind is KeyboardInterrupt else 1)
+    leave(INTERRUPTED if issubclass(kind, KeyboardInterrupt) else 1)
+
+
+def lost_peer(error: BaseException | None) -> str:
+    """What JAX says, in one line, where it failed because another process of this run has died;
+    "" for any other error."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return ""
+    text = str(error).strip()
+    jaxs = isinstance(error, RuntimeError | ValueError) and not isinstance(error, UserError)
+    return text.partition("\n")[0] if jaxs and _PEER_LOST.search(text) else ""
+
+
+_PEER_LOST = re.compile(r"(?i)gloo|nccl|by peer|socket closed|heartbeat|coordination service")
 
 
 def check_same(text: str, *, what: str, cure: str) -> None:
@@ -222,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_local(command, options.local, devices=options.devices)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with output.safe():
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 
@@ -244,13 +261,15 @@ def local_environment(
     return {**environment, **ours}
 
 
+@output.safe()
 def run_local(command: Sequence[str], count: int, *, devices: int | None = None) -> int:
     """Runs `count` processes of a command to their end, each line of output preceded by "[1] ".
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to all. When one fails, the others have a few seconds
-    before they are killed; its "error: ..." is said again at the end, below what they had to say.
-    Returns the exit code of the first that failed (128 + n for signal n),
-    else 75 where one has it, else 0.
+    before they are killed; its "error: ...", or how it ended, is said again at the end, below what
+    they had to say. Returns the exit code of the first that failed (128 + n for signal n), else 130
+    or 75 where one has it, else 0. After SIGINT 130 is no failure; after a second one they have the
+    few seconds too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -278,8 +297,15 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
 
+    interrupts: list[float] = []  # when
+
+    def pass_on(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(time.monotonic())
+        send(number)
+
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda n, _: send(n)) for number in caught}
+    before = {number: signal.signal(number, pass_on) for number in caught}
     try:
         for index in range(count):
             try:
@@ -298,7 +324,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
             for pipe, out in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
                 threads.append(threading.Thread(target=copy, args=(index, pipe, out), daemon=True))
                 threads[-1].start()
-        code, first = _wait(children, send, writing)
+        code, first, how = _wait(children, send, writing, interrupts)
     finally:
         send(signal.SIGKILL)
         for child in children:
@@ -307,37 +333,51 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
             thread.join(timeout=1)  # a grandchild may hold the pipe
         for number, handler in before.items():
             signal.signal(number, handler)
-    if count > 1 and first in errors:
-        print(f"[launch] process {first}: {errors[first]}", file=sys.stderr, flush=True)
+    if count > 1 and first is not None:
+        said = f": {errors[first]}" if first in errors else f" failed first, {how}"
+        print(f"[launch] process {first}{said}", file=sys.stderr, flush=True)
     return code
 
 
 def _wait(
-    children: Sequence[subprocess.Popen], send: Any, writing: threading.Lock
-) -> tuple[int, int | None]:
-    """(exit code, which process failed first)."""
-    running, preempted, deadline = dict(enumerate(children)), False, float("inf")
-    failed, first = 0, None
+    children: Sequence[subprocess.Popen],
+    send: Any,
+    writing: threading.Lock,
+    interrupts: Sequence[float],
+) -> tuple[int, int | None, str]:
+    """(exit code, which process failed first, how)."""
+    running, good, deadline = dict(enumerate(children)), 0, float("inf")
+    failed, first, how = 0, None, ""
     while running:
         time.sleep(0.02)
-        for index, child in list(running.items()):
-            code = child.poll()
-            if code is None:
-                continue
+        ended = {index: child.poll() for index, child in running.items()}
+        ended = {index: code for index, code in ended.items() if code is not None}
+        # One that was killed comes before those that failed because of it.
+        for index, code in sorted(ended.items(), key=lambda item: item[1] != -signal.SIGKILL):
             del running[index]
-            preempted |= code == PREEMPTED
-            if code not in (0, PREEMPTED) and not failed:
-                failed, first = code if code > 0 else 128 - code, index
+            fine = (0, PREEMPTED, INTERRUPTED) if interrupts else (0, PREEMPTED)
+            if code in fine:
+                good = max(good, code)
+            elif not failed:
+                failed, first, how = code if code > 0 else 128 - code, index, _ending(code)
                 deadline = time.monotonic() + GRACE
-                how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
                 with writing:
                     # Before the others' coordination service blames whom it likes.
                     print(
                         f"[launch] process {index} failed first, {how}", file=sys.stderr, flush=True
                     )
+        if len(interrupts) > 1:
+            deadline = min(deadline, interrupts[1] + GRACE)
         if time.monotonic() > deadline:
             send(signal.SIGKILL)
-    return failed or (PREEMPTED if preempted else 0), first
+    return failed or good, first, how
+
+
+def _ending(code: int) -> str:
+    if code > 0:
+        return f"with exit code {code}"
+    why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return f"by {signal.Signals(-code).name}{why}; the same command goes on from what is saved"
 
 
 if __name__ == "__main__":

@@ -1,34 +1,50 @@
-"""SIGTERM and SIGUSR1: save within a step, leave with 75.
+"""SIGTERM, SIGUSR1 and Ctrl-C: save within a step, leave with 75, after Ctrl-C with 130.
 
-Several processes agree on a step to stop at; an evaluation that is under way they finish.
+Several processes agree on a step to stop at; an evaluation that is under way they finish. A second
+Ctrl-C leaves at once, without saving.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
 import jax
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command again goes on
+EXIT_INTERRUPTED = 130  # the same after Ctrl-C, by which nothing asks for another turn
+AT_ONCE = 1.0  # seconds from the second Ctrl-C until the process ends, whatever it does
 
 
 class Preempted(SystemExit):
-    """The run saved and left because of SIGTERM or SIGUSR1; the process exits with 75."""
+    """The run saved and left because of a signal; the process exits with 75, or 130 for Ctrl-C."""
 
-    def __init__(self, step: int):
-        super().__init__(EXIT_PREEMPTED)
+    def __init__(self, step: int, code: int = EXIT_PREEMPTED):
+        super().__init__(code)
         self.step = step
 
 
 class Signals:
-    """SIGTERM and SIGUSR1 ask the run to save and leave. With several processes JAX's own service
-    sees the SIGTERM of any of them and picks a step at which all stop."""
+    """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to save and leave. With several processes
+    JAX's own service sees the SIGTERM of any of them and picks a step at which all stop.
+
+    Until `begun` there is nothing to save, and Ctrl-C raises KeyboardInterrupt; so does the second
+    one. A thread ends the process where that takes long: Python's own handlers wait for a
+    compilation to end. Ctrl-C stays as it is where it has a handler that is not Python's own, or is
+    ignored, as in the background of a shell script.
+    """
+
+    begun = False  # a step of this session was taken
+    code = EXIT_PREEMPTED  # that the process is to end with
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self._left = threading.Event()
+        self._interrupts = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -39,18 +55,58 @@ class Signals:
         handlers = {signal.SIGUSR1: self._pass_on if several else self._ask}
         if not several:
             handlers[signal.SIGTERM] = self._ask
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            handlers[signal.SIGINT] = self._interrupt
+            self._watch_interrupts()
         self._old = {number: signal.signal(number, h) for number, h in handlers.items()}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        self._left.set()
+        if signal.SIGINT in self._old:
+            signal.set_wakeup_fd(self._wakeup_before)
+            _WAKEUPS.discard(self._wakeup)
+            os.close(self._wakeup)  # ends the thread
 
     def _ask(self, *_: Any) -> None:
         self.asked.set()
 
     def _pass_on(self, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupts += 1
+        if not self.begun or self._interrupts > 1:
+            raise KeyboardInterrupt
+        self.code = EXIT_INTERRUPTED
+        if jax.process_count() > 1:
+            self._pass_on()
+        else:
+            self._ask()
+
+    def _watch_interrupts(self) -> None:
+        reading, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        _WAKEUPS.add(self._wakeup)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+
+    def _watch(self, reading: int) -> None:
+        """Gets the number of every signal as it comes, also while the main thread is in C++."""
+        seen = 0
+        while number := os.read(reading, 1):
+            if number[0] != signal.SIGINT:
+                continue
+            seen += 1
+            if seen == 1 and self.begun:
+                _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
+            elif not self._left.wait(AT_ONCE):
+                if seen > 1:
+                    _leave_at_once()
+                _say("interrupted: leaves as soon as JAX lets it; Ctrl-C again leaves at once")
+        os.close(reading)
 
     def should_stop(self, step: int) -> bool:
         if jax.process_count() > 1:
@@ -62,3 +118,28 @@ class Signals:
     def asked_now(self) -> bool:
         """For between two batches of an evaluation, where several processes cannot agree."""
         return jax.process_count() == 1 and self.asked.is_set()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _leave_at_once() -> None:
+    # Without locks, which the main thread may hold. A progress bar hides the cursor.
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h")
+        os.write(2, b"error: interrupted twice, left at once\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+_WAKEUPS: set[int] = set()  # file descriptors
+
+
+def _forget_wakeup() -> None:
+    # A forked child has the pipe too: a Ctrl-C at the terminal would be counted twice.
+    if _WAKEUPS and (before := signal.set_wakeup_fd(-1)) not in _WAKEUPS:
+        signal.set_wakeup_fd(before)
+
+
+os.register_at_fork(after_in_child=_forget_wakeup)

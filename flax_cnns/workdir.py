@@ -98,6 +98,13 @@ def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
         return configs.completed(read_json(path))
 
 
+def outlook(workdir: pathlib.Path) -> str:
+    """What the same command would do after a run that was cut: for messages."""
+    if saved := steps(workdir):
+        return f"the same command goes on from step {saved[-1]}"
+    return "nothing of this run was saved; the same command starts it again"
+
+
 def check_workdir(
     workdir: pathlib.Path, config: dict[str, Any], *, accept_changed_data: bool = False
 ) -> None:

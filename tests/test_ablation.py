@@ -217,6 +217,9 @@ CHILD = """
 import pathlib, signal, sys, time
 name, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
 again = workdir.exists()
+if name == "early":
+    print("error: before the first step")
+    sys.exit(2)
 workdir.mkdir(exist_ok=True)
 if name == "slow":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -285,6 +288,14 @@ def test_a_broken_cell_is_marked_and_spoils_no_other(pretend, tmp_path):
     assert sorted(set(started)) == ["crash/seed0", "killed/seed0", "mistake/seed0"]
     assert state(tmp_path, "crash")["attempts"] == 4
     assert "diverge, seed 0 diverged before; remove" in said
+
+
+def test_a_cell_that_fails_before_its_first_step_has_failed(pretend, tmp_path):
+    """It leaves no directory. Called missing, it was started again by SLURM for ever."""
+    counts, _, _ = pretend(["early"])
+    assert counts == {"failed": 1}
+    assert state(tmp_path, "early")["error"] == "before the first step"
+    assert pretend(["early"])[:2] == ({"failed": 1}, ["early/seed0"])
 
 
 def test_a_run_that_is_removed_is_made_again(pretend, tmp_path):
@@ -365,14 +376,26 @@ def test_what_is_known_of_a_cell_may_be_damaged(pretend, tmp_path):
     assert pretend(["fine", "fine2"])[0] == {"complete": 2}
 
 
-def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
+def ask_when_it_is_slow(tmp_path, number):
     def ask():
         while not (tmp_path / "slow/seed0/begun").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=ask, daemon=True).start()
+
+
+def test_ctrl_c_stops_the_cells_and_is_an_interrupt(pretend, tmp_path):
+    ask_when_it_is_slow(tmp_path, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        pretend(["slow", "fine"])
+    assert state(tmp_path, "slow")["status"] == "interrupted"
+    assert not (tmp_path / "fine/seed0").exists()
+
+
+def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    ask_when_it_is_slow(tmp_path, signal.SIGTERM)
     counts, started, said = pretend(["slow", "fine"])
     assert counts == {"interrupted": 1, "missing": 1}
     assert started == ["slow/seed0"]
@@ -409,6 +432,23 @@ def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys)
     assert summary["seed"] == config.seed
     assert "report.md" in capsys.readouterr().out
     assert "1 diverged" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"graft.source": "nowhere/run"}, "row own: there is no checkpoint or run 'nowhere/run'"),
+        ({"log.wandb": "project"}, "row own: log.wandb is set, but wandb is not installed"),
+    ],
+)
+def test_what_a_row_needs_is_there_before_anything_runs(
+    config, tmp_path, monkeypatch, overrides, said
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(isolated, "start", lambda *_: pytest.fail("started"))
+    with pytest.raises(UserError, match=said):
+        ablation.ablate(config, [("base", {}), ("own", overrides)], tmp_path / "a", seeds=1)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_cell_saves_and_leaves_when_its_parent_is_gone(config, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import chex
 import jax
@@ -19,7 +20,7 @@ from PIL import Image
 from flax_cnns import config as configs
 from flax_cnns import pytree, run
 from flax_cnns.checkpoint import finding, lock, reading
-from flax_cnns.errors import UserError
+from flax_cnns.errors import Lost, UserError
 from flax_cnns.experiment import (
     Parts,
     assemble,
@@ -88,10 +89,11 @@ def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("step", "number"), [(4, signal.SIGTERM), (5, signal.SIGUSR1), (12, signal.SIGTERM)]
+    ("step", "number", "code"),
+    [(4, signal.SIGINT, 130), (5, signal.SIGUSR1, 75), (12, signal.SIGTERM, 75)],
 )
 def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
-    finished, config, tmp_path, monkeypatch, step, number
+    finished, config, tmp_path, monkeypatch, step, number, code
 ):
     """Step 4 lies in the middle of a logging window; at step 5 a validation and a save are due,
     and 12 is the last."""
@@ -106,7 +108,7 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
         patch.setattr(Progress, "update", update)
         with pytest.raises(Preempted) as left:
             run(config, workdir)
-        assert left.value.code == 75
+        assert left.value.code == code
         assert finding.latest_step(workdir) == step
         assert not (workdir / "summary.json").exists()
     summary = run(config, workdir)
@@ -115,6 +117,29 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
     for name in ("test/loss", "test/accuracy", "validation/best_accuracy"):
         assert summary[name] == finished[1][name]
     assert finding.best_step(workdir) == finding.best_step(finished[0])
+
+
+def test_ctrl_c_before_the_first_step_promises_no_checkpoint(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("flax_cnns.train.loop.train", lambda *_, **__: os.kill(os.getpid(), 2))
+    with pytest.raises(KeyboardInterrupt, match="nothing of this run was saved; the same command"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_process_is_said_with_where_the_same_command_goes_on(config, tmp_path, monkeypatch):
+    def lose(*_, **__):
+        raise Lost("a worker process was killed")
+
+    monkeypatch.setattr("flax_cnns.train.loop.train", lose)
+    with pytest.raises(Lost, match="killed; nothing of this run was saved"):
+        run(config, tmp_path / "run")
+
+
+def test_wandb_that_is_missing_is_said_before_the_data_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("flax_cnns.experiment.assemble", lambda _: pytest.fail("loaded"))
+    config.log.wandb = "project"
+    fails(config, tmp_path / "run", "wandb is not installed")
 
 
 def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):

@@ -29,20 +29,27 @@ MAY_IMPORT = {
     "weights": {"registry", "models", "layers", "data", "network", "pytree", "types"},
     "analysis": {"types", "pytree"},
     "evaluation": {"train", "data", "types"},
-    "launch": set(),
+    "output": set(),
+    "launch": {"output"},
     "config": set(),
     "compilation_cache": set(),
     # What experiment is put together from; nobody else needs them.
     "workdir": {"config", "checkpoint", "data"},
     "preemption": set(),
     "report": set(),
-    "isolated": {"experiment", "launch", "compilation_cache"},
+    "isolated": {"experiment", "launch", "compilation_cache", "output"},
     "records": {"experiment", "analysis", "train", "data", "workdir"},
     "comparison": {"analysis", "config", "records"},
     "ablation_report": {"analysis", "records", "workdir"},
     "ablation_plan": {"experiment", "analysis", "config", "data", "workdir", "isolated"},
-    "ablation": {"ablation_plan", "ablation_report", "data", "isolated", "launch", "workdir"},
-    "search": {"experiment", "analysis", "registry", "data", "workdir"},
+    "ablation": {
+        *("ablation_plan", "ablation_report", "data"),
+        *("isolated", "launch", "output", "workdir"),
+    },
+    "search": {
+        *("experiment", "analysis", "registry", "data"),
+        *("output", "preemption", "workdir"),
+    },
 }
 # Whole runs are their parts.
 ABOVE = {"isolated", "ablation_plan", "ablation", "ablation_report", "search"}

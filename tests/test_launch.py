@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -214,14 +215,46 @@ def test_death_by_a_signal():
     assert "[launch] process 0 failed first, by SIGKILL" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signals_reach_every_process(number):
+def test_a_process_that_was_killed_is_named_last(monkeypatch, capsys):
+    """Below what the others say of it, though they be seen to end at the same time."""
+    script = f"""
+        import os, sys
+        if os.environ["{launch.PROCESS_ID}"] == "1":
+            os.kill(os.getpid(), 9)
+        print("Fatal: a peer is gone", file=sys.stderr)
+        sys.exit(1)
+        """
+    seldom = types.SimpleNamespace(sleep=lambda _: time.sleep(0.3), monotonic=time.monotonic)
+    monkeypatch.setattr(launch, "time", seldom)
+    code, _, err = in_this_process(script, capsys)
+    assert code == 128 + 9
+    assert err.endswith(
+        "\n[launch] process 1 failed first, by SIGKILL, as the system does when memory runs out;"
+        " the same command goes on from what is saved\n"
+    )
+
+
+def test_what_jax_says_of_a_lost_process(monkeypatch):
+    import jax
+
+    text = "UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more"
+    assert launch.lost_peer(ValueError(text)) == ""  # there are no others
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert launch.lost_peer(ValueError(text)) == text.partition("\n")[0]
+    assert launch.lost_peer(ValueError("a shape")) == ""
+    assert launch.lost_peer(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "left"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)]
+)
+def test_signals_reach_every_process(number, left):
     process = start(
         f"""
         import signal, sys, time
         def leave(*_):
             print("asked", flush=True)
-            sys.exit(75)
+            sys.exit({left})
         signal.signal({int(number)}, leave)
         print("ready", flush=True)
         time.sleep(60)
@@ -230,8 +263,9 @@ def test_signals_reach_every_process(number):
     lines = [process.stdout.readline() for _ in range(2)]
     assert sorted(lines) == ["[0] ready\n", "[1] ready\n"]
     process.send_signal(number)
-    code, out, _ = finish(process)
-    assert (code, sorted(out)) == (75, ["[0] asked", "[1] asked"])
+    code, out, err = finish(process)
+    assert (code, sorted(out)) == (left, ["[0] asked", "[1] asked"])
+    assert "failed" not in err
 
 
 def test_a_command_that_is_not_there(capfd):

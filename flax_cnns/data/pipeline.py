@@ -7,9 +7,18 @@ the same examples in the same order, so that a run may move from one to the othe
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterable
+import multiprocessing.resource_tracker
+import os
+import pathlib
+import re
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +26,7 @@ import numpy as np
 from flax_cnns.data import images as img
 from flax_cnns.data.datasets import Dataset
 from flax_cnns.data.splits import none_decoded
-from flax_cnns.errors import UserError
+from flax_cnns.errors import Lost, UserError
 from flax_cnns.types import Batch
 
 _ENDLESS = 2**60  # examples: what Grain is told, as it wants a length
@@ -274,14 +283,99 @@ def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Ite
         # Examples are decoded side by side, so that the first batch is there soon.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * n + threads)
         return examples.to_iter_dataset(options).batch(n)
+    check_main_guard(config.workers)
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads some; without absl.app none are parsed
     # Whole batches go round the workers: they come out in the same order as without workers.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    return (
-        examples.batch(n)
-        .to_iter_dataset(options)
-        .mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+    processes = grain.MultiprocessingOptions(num_workers=config.workers)
+    return _from_workers(
+        examples.batch(n).to_iter_dataset(options).mp_prefetch(processes, _start_worker)
     )
+
+
+# ---- worker processes
+
+_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent's to answer
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In every worker, before its first example. It ends with its parent, however that ends; what
+    Grain shares with it is then cleared away by Python's resource tracker. A terminal's Ctrl-C and
+    a cluster's SIGTERM, which come to all processes, leave it be: the parent has yet to save."""
+    for number in _PARENTS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _starting_processes() -> Iterator[None]:
+    """What is started meanwhile never sees the parent's signals: a mask is inherited. So starts
+    Python's resource tracker, which is silent: it would tell of what Grain had under way, also at
+    an ordinary end."""
+    before, ignore = os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
+    try:
+        os.environ["PYTHONWARNINGS"] = f"{before},{ignore}" if before else ignore
+        multiprocessing.resource_tracker.ensure_running()
+        del os.environ["PYTHONWARNINGS"]
+        if before:
+            os.environ["PYTHONWARNINGS"] = before
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)  # which that unblocked
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
+    """The same; raises `Lost` where Grain says that a worker process has ended."""
+    batches = iter(examples)
+    try:
+        with _starting_processes():
+            first = next(batches)
+        yield first
+        yield from batches
+    except StopIteration:
+        return
+    except RuntimeError as error:
+        found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if found is None:
+            raise
+        code = int(found[1])
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        why = {-signal.SIGKILL: ", as the system does when memory runs out"}
+        why |= {-signal.SIGBUS: ", as the system does when /dev/shm is full"}
+        raise Lost(
+            f"a worker process that reads images (data.workers) {how}{why.get(code, '')}"
+        ) from None
+    finally:
+        batches.close()
+
+
+def check_main_guard(workers: int) -> None:
+    """Raises `UserError` where the script at work would start itself again in every worker, which
+    imports it anew: where what runs now stands outside `if __name__ == "__main__":`."""
+    main = sys.modules["__main__"]
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):
+        frame = frame.f_back
+    try:
+        file = main.__file__
+        statements = ast.parse(pathlib.Path(file).read_bytes()).body
+    except (AttributeError, OSError, SyntaxError, ValueError):  # a notebook, a prompt
+        return
+    at = [s for s in statements if frame and s.lineno <= frame.f_lineno <= s.end_lineno]
+    if at and not any(isinstance(inner, ast.If) for s in at for inner in ast.walk(s)):
+        raise UserError(
+            f"data.workers={workers}: each of these processes imports {file}, which would run"
+            f" again from line {at[0].lineno}; put what it does below"
+            ' `if __name__ == "__main__":`, or set data.workers=0'
+        )

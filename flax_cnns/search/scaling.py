@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from flax_cnns import output
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.curves import save_picture
@@ -37,6 +38,7 @@ from flax_cnns.data import datasets
 from flax_cnns.errors import UserError
 from flax_cnns.experiment import model_fields, run
 from flax_cnns.names import open_log
+from flax_cnns.preemption import Preempted
 from flax_cnns.registry import create_model
 
 TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
@@ -166,6 +168,7 @@ def compound(winner: tuple[float, float, float], phi: float) -> Factors:
     return Factors(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
 
+@output.safe()
 def search(
     config: ConfigDict,
     folder: str | os.PathLike,
@@ -312,8 +315,12 @@ class _Runner:
         workdir, began = self.folder / name, time.perf_counter()
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
-            summary = run(trial.config(self.config, seed), workdir, **self.data)
+        try:
+            with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
+                summary = run(trial.config(self.config, seed), workdir, **self.data)
+        except Preempted as left:
+            self.say(f"{name}: saved at step {left.step}; the same command goes on")
+            raise
         jax.clear_caches()  # dozens of programs, none of which comes again
         self.done += 1
         if new:

@@ -83,7 +83,7 @@ class Writer:
     ):
         self._file = self._events = self._wandb = None
         self._logged: set[tuple[int, frozenset[str]]] = set()
-        wandb_module = _import_wandb() if wandb else None  # all processes stop here, or none
+        wandb_module = import_wandb() if wandb else None  # all processes stop here, or none
         if not primary:
             return
         workdir = Path(workdir)
@@ -213,7 +213,8 @@ def _scalars(step: int, now: float, values: Mapping[str, float]) -> Any:
     return Event(step=step, wall_time=now, summary=summary)
 
 
-def _import_wandb() -> Any:
+def import_wandb() -> Any:
+    """wandb's module. Raises `UserError` where it is not installed."""
     try:
         import wandb
     except ImportError:

@@ -1,10 +1,17 @@
 """The order of examples: a function of the seed and the step, in memory as through Grain."""
 
+import os
+import runpy
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
 from flax_cnns.data import datasets, pipeline
-from flax_cnns.errors import UserError
+from flax_cnns.errors import Lost, UserError
+from tests.runs import ROOT
 
 
 @pytest.fixture
@@ -91,6 +98,74 @@ def test_worker_processes_change_nothing(config):
     batches = pipeline.train_batches(dataset, config, seed=0, start_step=2)
     same(without[2:], take(batches, 3))
     batches.close()
+
+
+DYING = """
+import multiprocessing, os, signal
+from configs.common import get_config
+from flax_cnns.data import datasets, pipeline
+config = get_config().data
+config.update(dict(mock=40, image_size=8, validation=0, batch_size=12, in_memory="no", workers=1))
+config.augment.pad_crop = 0
+batches = pipeline.train_batches(datasets.load(config), config, seed=0)
+next(batches)
+(worker,) = multiprocessing.active_children()
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    os.kill(worker.pid, number)
+for _ in range(6):
+    next(batches)
+print(worker.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def shared_memory():
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+def test_workers_leave_signals_to_their_parent_and_die_with_it():
+    before = shared_memory()
+    command = [sys.executable, "-c", DYING]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    worker = int(process.stdout.readline() or 0)
+    try:
+        rest, said = process.communicate(timeout=20)  # until all who hold the pipes have ended
+    except subprocess.TimeoutExpired:
+        os.kill(worker, 9)
+        raise
+    assert (process.returncode, rest, said) == (-9, "", "")
+    left = shared_memory() - before
+    deadline = time.monotonic() + 5  # other tests have some too, for a while
+    while left & shared_memory() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left & shared_memory()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(-9, "killed by SIGKILL, as the system does when memory runs out$"), (1, "ended with 1$")],
+)
+def test_a_worker_that_died_is_named(code, said):
+    def batches():
+        yield {}
+        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}.")
+
+    alive = pipeline._from_workers(batches())
+    assert next(alive) == {}
+    with pytest.raises(Lost, match=rf"\(data.workers\) (was )?{said}"):
+        next(alive)
+
+
+def test_a_script_that_workers_would_start_again_is_refused(tmp_path):
+    call = "from flax_cnns.data import pipeline\n{}pipeline.check_main_guard(2)\n"
+    script = tmp_path / "mine.py"
+    script.write_text(call.format("if __name__ == '__main__':\n    "))
+    runpy.run_path(str(script), run_name="__main__")
+    script.write_text(call.format(""))
+    with pytest.raises(UserError, match=r"mine.py, which would run again from line 2; .*__main__"):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
