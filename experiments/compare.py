@@ -3,7 +3,8 @@
 python -m experiments.compare runs/plain runs/mixup
 python -m experiments.compare runs/sweep/*/seed0 --out=pictures/seed0.png
 
-Runs that are unfinished are compared as far as they are. Writes comparison.png, or --out.
+Runs that are unfinished are compared as far as they are. Writes comparison.png, comparison-2.png
+where that is there, or what --out names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from absl import flags
 
 from experiments import script
 
-_OUT = flags.DEFINE_string("out", "comparison.png", "The picture to write; its suffix says how.")
+_OUT = flags.DEFINE_string(
+    "out",
+    "comparison.png",
+    "The picture to write; its suffix says how. Where it is not given no file is written over.",
+)
 script.define_arguments("runs (the directories of trained or half-trained networks)")
 
 
@@ -32,8 +37,9 @@ def compare(argv: list[str]) -> None:
     else:
         print("the configs are the same" if len(runs) > 1 else "one run: nothing to compare with")
     console.print(comparison.result_table(runs))
-    comparison.draw(runs, _OUT.value)
-    print(f"written: {_OUT.value}")
+    out, told = script.choose_picture(_OUT)
+    comparison.draw(runs, out)
+    print(f"written: {told}")
 
 
 if __name__ == "__main__":

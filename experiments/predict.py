@@ -39,7 +39,11 @@ _CHECKPOINT = flags.DEFINE_string(
     " test numbers of, the latest of an unfinished run.",
 )
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", "predictions.png", 'The picture; "" for none.')
+_OUT = flags.DEFINE_string(
+    "out",
+    "predictions.png",
+    'The picture; "" for none. Where it is not given no file is written over: predictions-2.png.',
+)
 script.define_arguments("the files of one or more photos")
 
 
@@ -52,6 +56,7 @@ def predict(argv: list[str]) -> None:
         raise UserError("--checkpoint is one of a run's: it goes with --workdir=RUN")
     photos = argv[1:]
     photo.check(photos)
+    out, told = script.choose_picture(_OUT, photos) if _OUT.value else ("", "")
     from flax_cnns import prediction, report
 
     if _WORKDIR.value:
@@ -61,10 +66,10 @@ def predict(argv: list[str]) -> None:
         predictor = prediction.from_weights(_MODEL.value, source, file or None)
     guesses = prediction.predict(predictor, photos, _TOP.value)
     report.print_predictions(predictor.title, prediction.photo_names(photos), guesses)
-    if _OUT.value:
-        drawn = prediction.draw(predictor, photos, guesses, _OUT.value)
+    if out:
+        drawn = prediction.draw(predictor, photos, guesses, out)
         part = f": the first {drawn} of {len(photos)} photos" if drawn < len(photos) else ""
-        print(f"written to {_OUT.value}{part}")
+        print(f"written to {told}{part}")
 
 
 if __name__ == "__main__":

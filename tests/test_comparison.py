@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 from rich.console import Console
 
+from experiments import script
 from flax_cnns import comparison
 from flax_cnns.errors import UserError
 from tests.sweeps import write_run
@@ -81,3 +84,21 @@ def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
     assert record.seconds == pytest.approx(4.0)  # 2 s to the first step, 2 windows
     assert record._replace(lines=first + later).seconds == pytest.approx(8.0)
     assert record._replace(lines=[]).seconds is None
+
+
+def test_a_picture_that_nobody_named_is_written_over_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flag = types.SimpleNamespace(name="out", value="comparison.png")
+
+    def choose(present, **kwargs):
+        given = {"out": types.SimpleNamespace(present=present)}
+        monkeypatch.setattr(script.flags, "FLAGS", given)
+        return script.choose_picture(flag, **kwargs)
+
+    assert choose(0) == ("comparison.png", "comparison.png")
+    (tmp_path / "comparison.png").touch()
+    (tmp_path / "comparison-2.png").symlink_to("nowhere")
+    assert choose(0)[0] == "comparison-3.png"
+    assert choose(1) == ("comparison.png", "comparison.png, in place of the file that was there")
+    with pytest.raises(UserError, match=r"comparison\.png is one of the photos"):
+        choose(1, inputs=[str(tmp_path / "comparison.png")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
@@ -13,6 +14,9 @@ from rich import progress as bars
 from rich.text import Text
 
 from flax_cnns.names import make_console
+
+COMPILING = "compiling the first step"
+ANNOUNCED_AFTER = 5.0  # seconds without a first step
 
 
 class Progress:
@@ -35,6 +39,7 @@ class Progress:
       primary: whether this process shows anything.
       file: where to; standard output where None.
 
+    A first step that takes more than a few seconds is announced by a line of its own: it compiles.
     The time left is measured from the end of this session's first step: compiling does not count.
     """
 
@@ -50,16 +55,21 @@ class Progress:
         self._file = file if file is not None else sys.stdout
         self._since: tuple[int, float] | None = None  # (step, clock) after the first step
         self._bar = None
+        self._compiling = threading.Timer(ANNOUNCED_AFTER, self.print, [COMPILING])
+        self._compiling.daemon = True
         if primary and self._file.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = _Bar(self._file)
             self._task = self._bar.add_task("", total=total_steps, completed=start, eta="")
             self._bar.start()
+        elif primary:
+            self._compiling.start()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """To be called after every step, and with the metrics of every record that is logged, which
         may be of the step before."""
         if not self._primary:
             return
+        self._compiling.cancel()
         self._step = max(self._step, step)
         if self._since is None:
             self._since = (step, time.perf_counter())
@@ -85,6 +95,7 @@ class Progress:
 
     def close(self) -> None:
         """Leaves the bar as it stands and gives the terminal back; again does nothing."""
+        self._compiling.cancel()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -124,7 +135,7 @@ class _Bar(bars.Progress):
     def get_renderables(self) -> Iterable[Any]:
         yield self.make_tasks_table(self.tasks)
         if self.compiling:
-            yield Text("compiling the first step")
+            yield Text(COMPILING)
         for split, text in self.newest.items():
             yield Text(f"{split:<10}  {text}", no_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 
@@ -97,3 +98,16 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     with Progress(2, file=file) as shown:
         shown.update(1, {"train/loss": 0.5})
     assert file.getvalue() == "step 1/2  50 %  loss 0.5000\n"
+
+
+def test_a_first_step_that_takes_long_is_announced_in_a_file(monkeypatch):
+    monkeypatch.setattr(progress, "ANNOUNCED_AFTER", 0.01)
+    file = io.StringIO()
+    with Progress(680, file=file):
+        deadline = time.monotonic() + 10
+        while not file.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert file.getvalue() == "compiling the first step\n"
+    with Progress(680, file=io.StringIO()) as quick:
+        quick.update(1)
+        assert quick._compiling.finished.is_set()  # cancelled
