@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
                 num_classes=0,  # 0: as many as the data set has
                 dtype="float32",  # what computes, or bfloat16; parameters and loss stay float32
                 # First values: paper, he, lecun, xavier, gaussian (0.01), orthogonal; "": the
-                # network's default
+                # network's default. The head of ResNets, DenseNets, MobileNets and their relatives
+                # is lecun's under every name, paper too: few classes start with logits near zero.
                 init="",
                 scan=False,  # repeats of a block as a loop: deep networks compile in seconds
                 remat=False,  # compute each block again in the backward pass: less memory
@@ -82,7 +83,10 @@ def get_config() -> ConfigDict:
             ),
             # ---- the optimizer
             optimizer=dict(
-                name="sgd",  # sgd, adam, adamw, rmsprop (TensorFlow's), lamb
+                # sgd, adam, adamw, rmsprop (TensorFlow's), lamb. lamb adapts the rate of every
+                # parameter, where timm's leaves those without weight decay alone and clips the
+                # gradient first: clip_norm=1.0 does that.
+                name="sgd",
                 momentum=0.9,  # sgd, rmsprop
                 nesterov=False,  # sgd only
                 b1=0.9,  # adam, adamw, lamb
@@ -110,7 +114,10 @@ def get_config() -> ConfigDict:
                 # parameters, train elsewhere.
                 bn=(),
                 lr_mult=(),  # rules (regex, number): factors on the learning rate; (): all 1
-                layer_decay=0.0,  # such a factor from each layer to the one below it; 0: off
+                # Such a factor from each layer to the one below it; 0: off. A layer is a block;
+                # BEiT's grouping for transformers, timm's for the others
+                # (train.optimizers.layer_decay).
+                layer_decay=0.0,
                 clip_norm=0.0,  # global norm of the gradient; 0: off
             ),
             # ---- the learning rate
@@ -123,10 +130,13 @@ def get_config() -> ConfigDict:
                 every="1 epochs",  # exponential: how often
                 rate=0.97,  # exponential: by how much
                 end=0.0,  # cosine, exponential: the lowest rate
-                pct_start=0.3,  # one_cycle: share of the run that rises
+                # one_cycle: share of the run that rises. It moves the rate alone, no momentum.
+                pct_start=0.3,
                 div_factor=25.0,  # one_cycle: highest over initial rate
                 final_div_factor=1e4,  # one_cycle: initial over last rate
-                patience=5,  # plateau: validations without a better error
+                # plateau: validations without a better error, the last of which lowers the rate:
+                # 5 is patience=4 of PyTorch's ReduceLROnPlateau.
+                patience=5,
                 min_delta=1e-4,  # plateau: what counts as better, relative
             ),
             # ---- the run
@@ -136,7 +146,9 @@ def get_config() -> ConfigDict:
                 sync_batchnorm=False,  # statistics over all devices, or each device alone
                 accumulate=1,  # batches are cut into this many pieces whose gradients are averaged
                 ema=0.0,  # decay of the averaged weights and statistics, evaluated then; 0: off
-                ema_warmup=True,  # the decay starts as (1 + step) / (10 + step)
+                # The decay of a step is the smaller of ema and (1 + step) / (10 + step), as in
+                # TensorFlow's ExponentialMovingAverage; timm's warm-up is another formula.
+                ema_warmup=True,
                 # Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of its name,
                 # weight) such as ((r"aux1", 0.3), (r".*", 0.0)); a weight is a number, or corners
                 # ((duration, number), ...) and the straight lines between them.

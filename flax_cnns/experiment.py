@@ -446,6 +446,7 @@ class _Run:
             schedule,
             batch_stats=variables.get("batch_stats"),
             order=self._order if self.config.optimizer.layer_decay else (),
+            groups=getattr(self.parts.model, "layer_groups", ()),
         )
 
     def _fresh_state(self) -> TrainState:

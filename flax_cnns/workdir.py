@@ -129,6 +129,12 @@ def check_workdir(
                 f"{workdir} was made by an older version that lacks the fields"
                 f" {', '.join(newer)}: it goes on with their defaults, which change nothing"
             )
+        # Layers were grouped in another way before there was this field.
+        if begun and "graft.adapt_stem" in newer and there["optimizer"].get("layer_decay"):
+            print(
+                f"note: {workdir} has optimizer.layer_decay of an older version: from here on its"
+                " layers' rates are grouped as BEiT and timm do, see CHANGELOG.md"
+            )
         for name in (*FILES, *FOLDERS):
             path = workdir / name
             if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):

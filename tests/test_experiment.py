@@ -33,7 +33,7 @@ from flax_cnns.experiment import (
 from flax_cnns.preemption import Preempted
 from flax_cnns.registry import create_model
 from flax_cnns.train.progress import Progress
-from flax_cnns.workdir import read_config
+from flax_cnns.workdir import check_workdir, read_config
 from tests.runs import arrays, records
 
 
@@ -202,6 +202,19 @@ def test_a_run_of_an_older_version_goes_on_to_the_bit(
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
     assert json.loads((workdir / "config.json").read_text())["mix"]["cutmix"] == 0.0
+
+
+def test_a_run_whose_layers_were_grouped_in_another_way_is_told(config, tmp_path, capsys):
+    config.optimizer.layer_decay = 0.5
+    today = configs.plain(config)
+    (tmp_path / "metrics.jsonl").touch()
+    for older in (False, True):
+        there = configs.plain(config)
+        if older:
+            del there["graft"]["adapt_stem"]
+        (tmp_path / "config.json").write_text(json.dumps(there))
+        check_workdir(tmp_path, today)
+        assert ("grouped as BEiT and timm do" in capsys.readouterr().out) == older
 
 
 def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(

@@ -68,12 +68,13 @@ def cutmix_weights(key: Array, alpha: float, height: int, width: int) -> tuple[A
 
     The box has the image's proportions and 1 - w of its area, w from Beta(alpha, alpha); its centre
     is uniform over the image, and what would lie outside is cut off. So the label's weight is what
-    is left of the image, not w.
+    is left of the image, not w. Sides are whole pixels, rounded down, as in timm; the authors' code
+    and torchvision's halve them first, so that theirs are even.
     """
     key_weight, key_centre = jax.random.split(key)
     size = jnp.array([height, width])
     side = jnp.sqrt(1 - jax.random.beta(key_weight, alpha, alpha))
-    box = (side * size).astype(jnp.int32)  # whole pixels, rounded down as the authors do
+    box = (side * size).astype(jnp.int32)
     low = jax.random.randint(key_centre, (2,), 0, size) - box // 2
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     inside = (y >= low[0]) & (y < low[0] + box[0]) & (x >= low[1]) & (x < low[1] + box[1])

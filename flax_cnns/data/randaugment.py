@@ -7,7 +7,9 @@ table of 256 values for each channel, a blend with a duller image, an affine map
 gets one of each kind, of which at most one does anything.
 
 Magnitudes are torchvision's, from 0 to 30, the strongest that AutoAugment has; a sign is drawn for
-what may go two ways. The paper calls the strongest 10, so that its 9 is 27 here.
+what may go two ways. The paper calls the strongest 10, so that its 9 is 27 here. A translation by a
+part of a pixel takes the nearest pixel, as Pillow's transform does; torchvision cuts it to whole
+pixels first, so that 2.9 pixels are 3 here and 2 there.
 """
 
 from __future__ import annotations

@@ -109,6 +109,13 @@ class InceptionResNetV2(nn.Module):
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 
+    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    layer_groups = (
+        ("stem/entry", "stem"),
+        ("stem/middle", "middle"),
+        ("conv_7b", "below"),
+    )
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)

@@ -174,6 +174,9 @@ class InceptionV3(nn.Module):
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None
 
+    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    layer_groups = (("conv[12].", "stem"), ("conv[34].", "conv3"))
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)

@@ -10,7 +10,8 @@ and have no bias in the classes, 3,504,960 in place of 3,504,872 parameters.
 
 `mobilenet_v2` is torchvision's; timm's `mobilenetv2_100` computes the same without its dropout.
 The other widths are timm's, under its names and under torchvision's. `keras_mobilenetv2` has
-TensorFlow's padding, epsilon 1e-3 and momentum 0.999.
+TensorFlow's padding, epsilon 1e-3 and momentum 0.999. The head starts with LeCun's variance
+whatever `kernel_init` is; the paper names no first values.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ class MobileNetV2(nn.Module):
     axis_name: str | None = None  # "batch": synchronised BatchNorm
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
+
+    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    layer_groups = (("top", "below"),)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:

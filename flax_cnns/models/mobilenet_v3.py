@@ -103,6 +103,9 @@ class MobileNetV3(nn.Module):
     axis_name: str | None = None  # "batch": synchronised BatchNorm
     remat: bool = False  # compute the inside of each block again in the backward pass
 
+    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    layer_groups = (("hidden_layer", "head"),)
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)

@@ -357,6 +357,12 @@ class NASNet(nn.Module):
     axis_name: str | None = None  # "batch": synchronised BatchNorm
     remat: bool = False  # compute the inside of each cell again in the backward pass
 
+    @property
+    def layer_groups(self) -> tuple:
+        """For optimizer.layer_decay, as timm: PNASNet's reductions are cells like the others."""
+        own = self.normal == self.reduction
+        return () if own else ((r"stage\d+/reduction", "above"),)
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         if wrong := set(self.zero_pools) - {"max", "mean"}:

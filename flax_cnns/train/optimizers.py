@@ -97,7 +97,11 @@ def observe(
     opt_state: PyTree, error: float, *, patience: int, factor: float, min_delta: float
 ) -> PyTree:
     """The state after a validation error: after `patience` of them that were not better than the
-    best by the share `min_delta`, the learning rate is multiplied by `factor`."""
+    best by the share `min_delta`, the learning rate is multiplied by `factor`.
+
+    The last of these lowers the rate: PyTorch's ReduceLROnPlateau waits for one more, so that its
+    `patience=4` is 5 here.
+    """
 
     def step(state: PlateauState) -> PlateauState:
         better = error < state.best * (1.0 - min_delta)
@@ -141,28 +145,65 @@ def _max_norm(spec: tuple, params: PyTree, trainable: PyTree) -> Callable[[PyTre
     return regularizers.max_norm(limits) if limits else None
 
 
-# Layers that stand one behind another inside a part of a network; branches do not.
-_LAYER = re.compile(r"([^/]+/(?:block|layer|normal|highway)\d+|[^/]*)(?:/.*)?")
+# Which layer of `layer_decay` a module belongs to: (regex over the beginning of its path, layer),
+# the first that matches decides. A layer is a name, "head", or "below" and "above": the one that
+# stands next. A network's own rules, `layer_groups`, come before these.
+_GROUPS = (
+    (r"head\w*|aux\w*", "head"),
+    (r"norm", "head"),  # behind the last block: BEiT's, and timm's of ConvNeXt and DenseNet
+    (r"transition\w*", "below"),  # DenseNet's
+    (r"downsample\w*", "above"),  # ConvNeXt's
+    (r"stem\w*|patches|", "stem"),  # "": what is the network's own, such as positions
+    (r"[^/]+/(?:block|layer|normal|highway)\d+|[^/]+", r"\g<0>"),
+)
 
 
-def layer_decay(order: Sequence[str], decay: float) -> list[tuple[str, float]]:
+def layer_exponents(order: Sequence[str], groups: Sequence[tuple[str, str]] = ()) -> dict[str, int]:
+    """{the path of a part: how many layers lie above it}, 0 for the head; see `layer_decay`."""
+    parts: dict[str, str] = {}  # by the images' way: the part -> its layer
+    for path in order:
+        for regex, layer in (*groups, *_GROUPS):
+            if found := re.match(rf"(?:{regex})(?=/|$)", path):
+                parts.setdefault(found[0], found.expand(layer))
+                break
+    names = list(parts)
+    for step, side, inward in ((-1, "below", names), (1, "above", names[::-1])):
+        for part in inward:
+            if parts[part] == side:
+                at = names.index(part) + step
+                parts[part] = parts[names[at]] if 0 <= at < len(names) else part
+    layers = list(dict.fromkeys(layer for layer in parts.values() if layer != "head"))
+    return {
+        part: 0 if layer == "head" else len(layers) - layers.index(layer)
+        for part, layer in parts.items()
+    }
+
+
+def layer_decay(
+    order: Sequence[str], decay: float, groups: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, float]]:
     """Rules for `lr_mult`: the head's rate whole, that of each layer below it `decay` times that of
-    the one above, as BEiT is fine-tuned (Bao et al. 2021, https://arxiv.org/abs/2106.08254).
+    the one above.
 
-    A layer is a stem, a block of a stage, whatever else stands by itself. `order`: paths of modules
-    as images pass them, `[layer.path for layer in analysis.cost.cost(model).layers]`. Auxiliary
-    heads learn as the head does.
+    A layer is a block, as BEiT is fine-tuned (Bao et al. 2021, https://arxiv.org/abs/2106.08254,
+    get_num_layer_for_vit in its optim_factory.py); patches, class token and positions are one, and
+    the last norm counts with the head. Convolutional networks are grouped as timm groups them
+    (`group_matcher`): the stem is one layer, ConvNeXt's downsampling belongs to the block above it,
+    DenseNet's transition to the layer below it. `groups`, a network's own `layer_groups`, say what
+    is special about it; of networks that timm lacks, whatever stands by itself is a layer.
+
+    `order`: paths of modules as images pass them,
+    `[layer.path for layer in analysis.cost.cost(model).layers]`. Auxiliary heads learn as the head
+    does.
     """
-    paths = dict.fromkeys(_LAYER.fullmatch(path)[1] for path in order)
-    heads = [path for path in paths if path.startswith(("head", "aux"))]
-    layers = [path for path in paths if path not in heads]
-    factors = {path: decay ** (len(layers) - i) for i, path in enumerate(layers)}
-    factors |= dict.fromkeys(heads, 1.0)
+    exponents = layer_exponents(order, groups)
     # What stands deeper in the tree first: "stage1/block1" before what else there is in "stage1".
-    deepest = sorted(factors, key=lambda path: -path.count("/"))
     return [
-        (f"params/{re.escape(path)}/.*" if path else "params/[^/]+", factors[path])
-        for path in deepest
+        (
+            f"params/{re.escape(part)}/.*" if part else "params/[^/]+",
+            1.0 if exponents[part] == 0 else decay ** exponents[part],
+        )
+        for part in sorted(exponents, key=lambda part: -part.count("/"))
     ]
 
 
@@ -173,15 +214,20 @@ def make(
     *,
     batch_stats: PyTree | None = None,
     order: Sequence[str] = (),
+    groups: Sequence[tuple[str, str]] = (),
 ) -> Optimizer:
     """The optimizer that `config.optimizer` describes, for the parameters `params`.
 
-    `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below, for
-    `layer_decay`.
+    `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below and
+    `groups` its `layer_groups`, for `layer_decay`.
 
     Decoupled weight decay is multiplied by the learning rate, as in optax and PyTorch (and not by
     the schedule alone, as Loshchilov & Hutter 2019 write it), and stays out of every momentum.
     Gradient noise follows clipping, so that its size is its own.
+
+    lamb scales the update of every leaf by its trust ratio and clips nothing by itself; timm's Lamb
+    does so only where there is weight decay (`always_adapt=False`), behind a global norm of 1
+    (`max_grad_norm`, our `clip_norm`).
 
     rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
     squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
@@ -208,7 +254,8 @@ def make(
     decay = over_trainable(config.weight_decay, "weight_decay", 0.0)
     factors = over_trainable(config.lr_mult, "lr_mult", 1.0)
     if config.layer_decay:
-        decays = over_trainable(layer_decay(order, config.layer_decay), "layer_decay", 1.0)
+        rules = layer_decay(order, config.layer_decay, groups)
+        decays = over_trainable(rules, "layer_decay", 1.0)
         factors = jax.tree.map(lambda a, b: a * b, factors, decays)
     add_decay = optax.stateless(
         lambda updates, p: jax.tree.map(

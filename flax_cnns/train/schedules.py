@@ -57,7 +57,12 @@ def exponential(rate: float, every: int, factor: float, end: float = 0.0) -> Sch
 def one_cycle(
     rate: float, total: int, pct_start: float, div_factor: float, final_div_factor: float
 ) -> Schedule:
-    """Up to `rate` and down again, both as cosines: Smith & Topin 2017, with fast.ai's curves."""
+    """Up to `rate` and down again, both as cosines: Smith & Topin 2017, with fast.ai's curves.
+
+    The rate alone; momentum stays. The last rate belongs to the step `total`, one behind the run:
+    the curve is that of PyTorch's OneCycleLR with `total_steps` = total + 1, whose own `pct_start`
+    puts the peak a part of a step earlier; with (pct_start * total + 1) / (total + 1) it is equal.
+    """
     first, last = rate / div_factor, rate / div_factor / final_div_factor
     peak = max(pct_start * total, 1e-6)
 

@@ -76,6 +76,10 @@ def test_cutmix_of_a_box_that_is_not_cut_off_has_the_drawn_area():
     box = inside[0]
     assert np.isclose((box == 0).any(1).mean(), (box == 0).any(0).mean(), atol=0.02)
     assert (np.asarray(share) >= 0.35).all()
+    # Sides may be odd, as timm's; the authors halve them first.
+    whole = [box for box in np.asarray(pixels)[..., 0] if box[0].all() and box[-1].all()]
+    heights = [(box == 0).any(1).sum() for box in whole]
+    assert {int(height) % 2 for height in heights} == {0, 1}
 
 
 def test_mixup_and_cutmix_take_turns():

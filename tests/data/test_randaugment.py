@@ -106,3 +106,12 @@ def test_two_operations_follow_one_another():
     assert (two == np.round(two)).all()
     assert two.min() >= 0
     assert two.max() <= 255
+
+
+@pytest.mark.parametrize(("pixels", "moved"), [(1.45, 1), (2.9, 3)])
+def test_a_translation_takes_the_nearest_pixel(pixels, moved):
+    """As Pillow; torchvision makes two pixels of 2.9."""
+    row = jnp.broadcast_to(jnp.arange(1, 33)[None, :, None], (2, 32, 1))
+    strength = jnp.float32(pixels / (150 / 331 * 32))
+    found = operate(row, jnp.int32(OPERATIONS.index("translate_x")), strength)
+    assert int(found[0, 0, 0]) == 1 + moved

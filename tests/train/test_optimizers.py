@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from configs.common import get_config
-from flax_cnns import pytree
+from flax_cnns import create_model, pytree
+from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.train import optimizers, schedules
+from flax_cnns.weights import convert
+from tests.models import foreign
 
 PARAMS = {
     "stem": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])},
@@ -195,20 +198,102 @@ def test_a_stack_moves_as_its_blocks_would(name):
     )
 
 
+@pytest.mark.oracle
+def test_patience_is_one_more_than_torchs():
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=4)
+    state = make().init(PARAMS)
+    for _ in range(13):
+        theirs.step(1.0)
+        state = optimizers.observe(state, 1.0, patience=5, factor=0.1, min_delta=1e-4)
+        (plateau,) = optimizers._plateau_states(state)
+        assert float(plateau.scale) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
 def test_layer_decay_goes_down_from_the_head():
     order = ["", "stem/conv", "stem/norm", "stage1/proj", "stage1/block1/conv1", "stage1/block1"]
     order += ["stage1/block2/conv1", "fire.2/a/b", "norm", "aux1/head", "head"]
     assert optimizers.layer_decay(order, 0.5) == [
-        (r"params/stage1/block1/.*", 0.5**4),  # before what else there is in stage1
-        (r"params/stage1/block2/.*", 0.5**3),
-        (r"params/[^/]+", 0.5**7),
-        (r"params/stem/.*", 0.5**6),
-        (r"params/stage1/.*", 0.5**5),
-        (r"params/fire\.2/.*", 0.5**2),
-        (r"params/norm/.*", 0.5),
+        (r"params/stage1/block1/.*", 0.5**3),  # before what else there is in stage1
+        (r"params/stage1/block2/.*", 0.5**2),
+        (r"params/[^/]+", 0.5**5),
+        (r"params/stem/.*", 0.5**5),
+        (r"params/stage1/.*", 0.5**4),
+        (r"params/fire\.2/.*", 0.5),
+        (r"params/norm/.*", 1.0),
         (r"params/aux1/.*", 1.0),
         (r"params/head/.*", 1.0),
     ]
+
+
+def exponents(name, **fields):
+    model = create_model(name, **fields)
+    order = [layer.path for layer in cost(model, (1, *model.input_size)).layers]
+    return optimizers.layer_exponents(order, getattr(model, "layer_groups", ()))
+
+
+def test_layer_decay_of_a_transformer_is_beits():
+    """get_num_layer_for_vit with 12 blocks: the head and the last norm are layer 13 of 13."""
+    found = exponents("vit_tiny_patch16_224", width=12, input_size=(32, 32, 3))
+    assert found == {
+        "": 13,  # class token and positions
+        "patches": 13,
+        **{f"encoder/block{i}": 13 - i for i in range(1, 13)},
+        "norm": 0,
+        "head": 0,
+    }
+
+
+def test_layer_decay_of_convnext_is_timms():
+    found = exponents("convnext_tiny", width=8, input_size=(32, 32, 3))
+    blocks = [f"stage{i}/block{j}" for i, n in enumerate((3, 3, 9, 3), 1) for j in range(1, n + 1)]
+    own = {block: 18 - i for i, block in enumerate(blocks)}
+    down = {f"downsample{i}": own[f"stage{i + 1}/block1"] for i in (1, 2, 3)}
+    assert found == {"stem": 19, **own, **down, "norm": 0, "head": 0}
+
+
+@pytest.mark.parametrize(
+    ("order", "groups", "expected"),
+    [  # as the families' own `layer_groups` have it
+        (
+            ["stem/conv", "block1/layer1", "transition1/norm", "block2/layer1", "norm", "head"],
+            (),
+            [3, 2, 2, 1, 0, 0],
+        ),
+        (["stem", "stage1/block1", "top/conv", "head"], (("top", "below"),), [2, 1, 1, 0]),
+        (["stem", "s/reduction", "s/normal1", "head"], (("s/reduction", "above"),), [2, 1, 1, 0]),
+        (["conv1", "conv2", "fc6", "head"], (), [3, 2, 1, 0]),
+    ],
+)
+def test_layers_of_layer_decay(order, groups, expected):
+    assert list(optimizers.layer_exponents(order, groups).values()) == expected
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100"])
+def test_layer_decay_is_timms(name):
+    """Each of timm's tensors holds its own exponent, and comes out where ours has that one too."""
+    torch = pytest.importorskip("torch")
+    foreign.torchvision()
+    from timm.models._manipulate import group_parameters
+
+    with torch.device("meta"):
+        model = foreign.build(name, "timm")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    most = max(layers.values())
+    shapes = {path: leaf.shape for path, leaf in model.state_dict().items()}
+    given = {
+        path: np.broadcast_to(np.float32(most - layers.get(path, most)), shape)
+        for path, shape in shapes.items()
+    }
+    theirs = pytree.flatten(convert(name, given, "timm")["params"])
+    found = exponents(name)
+    parts = sorted(found, key=lambda part: -part.count("/"))
+    ours = {
+        path: next(found[part] for part in parts if path.startswith(f"{part}/")) for path in theirs
+    }
+    assert ours == {path: int(leaf.flat[0]) for path, leaf in theirs.items()}
 
 
 def test_layer_decay_multiplies_lr_mult_in_a_stack_too():

@@ -68,6 +68,22 @@ def test_corners_are_joined_by_lines():
     np.testing.assert_allclose(values(weight, [0, 25, 100, 500]), [1, 0.75, 0, 0], atol=1e-6)
 
 
+@pytest.mark.oracle
+def test_one_cycle_is_torchs_of_one_step_more_and_another_share():
+    torch = pytest.importorskip("torch")
+    total, share = 20, 0.3
+    ours = schedules.one_cycle(1.0, total, share, 25.0, 1e4)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, total + 1, pct_start=(share * total + 1) / (total + 1)
+    )
+    for step in range(total + 1):
+        assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-7)
+        optimizer.step()
+        if step < total:
+            theirs.step()
+
+
 def test_one_cycle_refuses_a_second_warmup():
     with pytest.raises(UserError, match="rises by itself"):
         make(name="one_cycle", warmup="5 steps")
