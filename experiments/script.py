@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import pathlib
@@ -58,6 +59,10 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         except Exception as error:
             if line := out_of_memory(error):
                 _say(line)
+                _leave(2)
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                named = os.fspath(error.filename or "")
+                _say(f"{named[:100]}… has a name of more bytes than a file system takes (255)")
                 _leave(2)
             first = (str(error).strip().splitlines() or [""])[0]
             _say(f"{type(error).__name__}: {first}")

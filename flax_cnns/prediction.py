@@ -73,7 +73,7 @@ def from_folder(folder: str | os.PathLike, checkpoint: str = "") -> Predictor:
     """Of a run (RUN, RUN@best, RUN@latest, RUN@1200, which `checkpoint` says too), or of what
     `experiments.convert` wrote. Raises `UserError`."""
     folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
-    if not (folder / "about.json").is_file():
+    if not os.path.isfile(folder / "about.json"):
         return from_run(folder, checkpoint)
     if checkpoint:
         raise UserError(

@@ -83,7 +83,7 @@ def read_config(workdir: str | os.PathLike) -> Any:
     from ml_collections import ConfigDict
 
     path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # also for a name that is too long
         raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
     complete, _ = _completed(path)
     if missing := sorted(configs.FIELDS.keys() - configs.flatten(complete).keys()):

@@ -49,7 +49,7 @@ def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -
     if not isinstance(source, str | os.PathLike):
         return _of_tree(source, "the given tree")
     name = os.fspath(source)
-    if (foreign := _FOREIGN.fullmatch(name)) and not Path(name).exists():
+    if (foreign := _FOREIGN.fullmatch(name)) and not os.path.exists(name):
         library, model, path = foreign.groups()
         if library not in LIBRARIES:
             raise UserError(
@@ -61,7 +61,7 @@ def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -
         found = weights.open_weights(model, library, path, averaged=averaged, optional_head=True)
         note = _trained_on(model, library, weights.preprocessing(model, library)._asdict())
         return _of_tree(found.tree, name)._replace(note=note, notes=found.notes, averaged=averaged)
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise UserError(
             f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"
             f" for the file of another library, such as timm:resnet50={name}"
