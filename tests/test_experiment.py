@@ -335,9 +335,10 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
     assert counts.sum() == found["examples"] == 360
     assert np.trace(counts) == round(found["accuracy"] * 360)
     assert [c["examples"] for c in found["classes"]] == counts.sum(1).tolist()
+    assert (found["step"], found["checkpoint"]) == (12, "what summary.json tested")
     assert (workdir / "evaluation_test_12.png").stat().st_size > 10_000
     assert "most often taken for" in capsys.readouterr().out
-    best = evaluate_run(workdir, split="validation", checkpoint="best")
+    best = evaluate_run(f"{workdir}@best", split="validation")
     assert best["accuracy"] == summary["validation/best_accuracy"]
     with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):
         evaluate_run(workdir, split="tset")
