@@ -110,10 +110,15 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
         if not any(len(line.get_xdata()) for line in axes.get_lines()):
             axes.set(xticks=[], yticks=[])  # they would be numbers about nothing
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")
+    lines = {}
     for style, (name, record) in zip(styles, runs.items()):
         label = shorten(name, 40) + ("" if record.complete else " (unfinished)")
-        panels[0].plot([], [], label=label, **style)
-    figure.legend(loc="outside right center", frameon=False, fontsize="small", ncols=columns)
+        lines[name] = label, panels[0].plot([], [], **style)[0]
+    # Named here: a label that begins with "_" is none for matplotlib.
+    labels, handles = zip(*lines.values())
+    figure.legend(
+        handles, labels, loc="outside right center", frameon=False, fontsize="small", ncols=columns
+    )
     figure.suptitle("strong: validation; thin: training; star: test", fontsize="medium")
     save_picture(figure, png)
 

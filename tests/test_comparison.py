@@ -68,6 +68,14 @@ def test_a_run_that_has_only_begun_is_drawn(runs, tmp_path):
     assert "unfinished" in said(comparison.result_table(found))
 
 
+def test_a_run_of_any_name_is_in_the_legend(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(comparison, "save_picture", lambda figure, png: drawn.append(figure))
+    runs[0].rename(tmp_path / "a" / "_old")
+    comparison.draw(comparison.read([tmp_path / "a" / "_old", tmp_path / "a" / "_old"]), "x.png")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["_old"]
+
+
 def test_no_run_is_one_line(runs, tmp_path):
     with pytest.raises(UserError, match=r"none: no run here \(config.json is missing\)"):
         comparison.read([*runs, tmp_path / "none"])
