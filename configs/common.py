@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
                 dir="",  # TFDS data_dir, folder of archives or of images; "": TFDS's default
                 source="auto",  # tfds, archive, folder; auto: archives if dir has them, else TFDS
                 labels="",  # where there are several kinds: cifar100 has fine (default) and coarse
-                classes=(),  # only these, by number or name, labelled 0, 1, ... in this order
+                # Only these, labelled 0, 1, ... in this order: by name, or by number where no other
+                # class has the number for a name.
+                classes=(),
                 image_size=32,  # height and width that the network sees
                 channels=0,  # 0: the data set's own; 1 or 3 converts
                 # Taken from train where there is no such split: a fraction, a count, or 0 for none.

@@ -260,15 +260,19 @@ class Size(NamedTuple):
 
 
 def measure(cells: Sequence[Cell]) -> dict[str, Size]:
-    """By the names of the cells' rows; computes shapes only. Raises `UserError` for what a run
-    would refuse before its first step."""
+    """By the names of the cells' rows; computes shapes only, and says what the data sets hold.
+    Raises `UserError` for what a run would refuse before its first step."""
     waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
-    sizes, sources = {}, {}
+    sizes, sources, said = {}, {}, set()
     for row in {cell.row.name: cell.row for cell in cells}.values():
         try:
             parts, steps = rehearse(row.config, sources if row.name in waiting else None)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
+        for line in parts.dataset.describe():
+            if line not in said:
+                print(line)
+                said.add(line)
         found = cost(parts.model, (1, *parts.dataset.image_shape))
         images = steps * row.config.data.batch_size
         sizes[row.name] = Size(found.params, found.macs, images, parts.dataset.seen)

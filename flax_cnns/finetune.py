@@ -28,6 +28,7 @@ from flax_cnns.checkpoint import graft
 from flax_cnns.checkpoint.place import check_place
 from flax_cnns.checkpoint.sources import open_source
 from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.data.splits import batch_note
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.experiment import assemble, run
 from flax_cnns.names import open_log
@@ -55,6 +56,7 @@ class Task(NamedTuple):
     classifier: tuple[str, ...]  # the layers whose shape depends on the number of classes
     shapes: Any  # of the network's variables
     examples: int  # of the whole training split
+    held: tuple[str, ...]  # what its data set holds, as lines
     knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
     fingerprint: dict[str, Any] = {}  # noqa: RUF012 (never changed) of its data
 
@@ -212,9 +214,9 @@ def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
     owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
     order = list(dict.fromkeys(path.split("/")[0] for path in ran))
     own = tuple(name for name in order if name in owners and not name.startswith("aux"))
-    examples = len(parts.dataset.splits["train"])
+    examples, held = len(parts.dataset.splits["train"]), tuple(parts.dataset.describe())
     classifier, data = tuple(sorted(classifier)), parts.dataset.fingerprint
-    return Task(config, source, own, classifier, variables, examples, knobs, data)
+    return Task(config, source, own, classifier, variables, examples, held, knobs, data)
 
 
 # ---------------------------------------------------------------------------- the comparison
@@ -309,6 +311,11 @@ def compare(
     targets = sorted(config.targets, key=lambda name: (name != "similar", name))
     # Before anything is trained: a mistake in a target, or in the source, is told at once.
     tasks = {name: make_task(config.targets[name], source, config.strategy) for name in targets}
+    for name, task in tasks.items():
+        size, smallest = task.config.data.batch_size, round(fractions[0] * task.examples)
+        note = batch_note(size, smallest) if size <= task.examples else ""
+        for line in (*task.held, *([f"note: {note}"] if note else [])):
+            say(f"targets.{name}: {line}")
     chosen = _possible(chosen, strategies, tasks, say)
     if config.source:
         _check_source(source, tasks, chosen, say)
@@ -479,12 +486,18 @@ def _train(
     layers, cache = phase.layers, workdir.parent / "features.npz"
     try:
         with open_log(workdir.with_suffix(".txt")) as log, contextlib.redirect_stdout(log):
-            if not layers:
-                return run(phase.config, workdir, **data)
-            return probe.probe(phase.config, workdir, layers, every_layer=kept, cache=cache, **data)
+            if layers:
+                summary = probe.probe(
+                    phase.config, workdir, layers, every_layer=kept, cache=cache, **data
+                )
+            else:
+                summary = run(phase.config, workdir, **data)
     except Preempted as left:
         print(f"{workdir}: saved at step {left.step}; the same command goes on", flush=True)
         raise
+    if summary.get("test/accuracy") is None:  # of a version that took splits without an image
+        raise UserError(f"{workdir}/summary.json has no test accuracy; remove {workdir}")
+    return summary
 
 
 def _training_seconds(summary: dict[str, Any], config: ConfigDict) -> float:

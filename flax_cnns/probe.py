@@ -197,6 +197,8 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
             for name, array in (computed | {"labels": batch["label"]}).items():
                 rows.setdefault(name, []).append(array[there])
         found[split] = {name: np.concatenate(arrays) for name, arrays in rows.items()}
+        if not len(found[split]["labels"]):
+            raise UserError(f"{dataset.name}: no image of the {split} split could be decoded")
         seconds[split] = time.perf_counter() - began
     if missing := set(layers) - set(found["train"]):
         raise UserError(f"{parts.config.model.name} has no layer {sorted(missing)[0]!r}")

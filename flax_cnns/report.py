@@ -32,6 +32,11 @@ def print_summary(summary: dict[str, Any]) -> None:
     row("training time", "seconds", "{:.1f} s")
     console = make_console()
     console.print(table)
+    if left_out := summary.get("left_out"):
+        said = ", ".join(f"{kind}: {count:,}" for kind, count in left_out.items())
+        console.print(f"left out: {said}", markup=False, highlight=False, soft_wrap=True)
+    if several := summary.get("files_of_several_pictures"):
+        console.print(f"of files with several pictures the first was used: {several}")
     if damaged := summary["damaged_images"]:
         shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
         console.print(f"left out {len(damaged)} images that cannot be decoded: {shown}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,9 @@ import pytest
 from PIL import Image
 
 from flax_cnns import config as configs
-from flax_cnns import pytree, run
+from flax_cnns import experiment, pytree, run
 from flax_cnns.checkpoint import finding, lock, reading
+from flax_cnns.data import pipeline
 from flax_cnns.errors import Lost, UserError
 from flax_cnns.experiment import (
     Parts,
@@ -32,6 +34,7 @@ from flax_cnns.experiment import (
 )
 from flax_cnns.preemption import Preempted
 from flax_cnns.registry import create_model
+from flax_cnns.train import memory
 from flax_cnns.train.progress import Progress
 from flax_cnns.workdir import check_workdir, read_config
 from tests.runs import arrays, records
@@ -324,6 +327,64 @@ def test_a_streamed_folder_resumes_to_the_bit_and_counts_what_it_skips(
     run(config, tmp_path / "cut")
     chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+def test_a_run_whose_test_met_no_image_is_finished_by_the_same_command(
+    config, tmp_path, monkeypatch
+):
+    config.train.duration, config.train.ema = "2 steps", 0.0
+    batches = pipeline.eval_batches
+    monkeypatch.setattr(
+        pipeline,
+        "eval_batches",
+        lambda data, split, *args, **more: iter(
+            () if split == "test" else batches(data, split, *args, **more)
+        ),
+    )
+    with pytest.raises(UserError, match="digits: no image of the test split could be decoded"):
+        run(config, tmp_path)
+    assert finding.steps(tmp_path)[-1] == 2
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    summarize = experiment.summarize
+    monkeypatch.setattr(experiment, "summarize", lambda sums: summarize(sums) | {"loss": math.nan})
+    summary = run(config, tmp_path)
+    assert summary["test/examples"] == 360
+    assert summary["images"] == {"train": 1077, "test": 360, "validation": 360}
+    assert summary["test/loss"] is None  # JSON has no name for NaN
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+
+
+def test_a_split_without_images_is_refused_before_anything_is_written(config, tmp_path, capsys):
+    for i in range(12):
+        for split, one in itertools.product(("train", "val", "test"), ("dark", "light")):
+            (tmp_path / "data" / split / one).mkdir(parents=True, exist_ok=True)
+            file = tmp_path / "data" / split / one / f"{i}.png"
+            Image.new("L", (8, 8), i).save(file)
+            if split == "test":
+                file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    config.data.name, config.data.dir, config.data.skip_damaged = "folder", f"{tmp_path}/data", True
+    for config.data.in_memory, go in itertools.product(("yes", "no"), (run, None)):
+        with pytest.raises(UserError, match="none of the 24 test images can be decoded"):
+            run(config, tmp_path / "run") if go else experiment.rehearse(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_memory_cannot_hold_is_one_line(config, tmp_path, monkeypatch):
+    config.data.eval_batch_size, free = 16, {}
+    monkeypatch.setattr(memory, "available", lambda: free["bytes"])
+    for name in ("batch_size", "eval_batch_size"):  # what is read
+        free["bytes"] = 2 * 16 * 1024 - 1
+        with pytest.raises(UserError, match=rf"data.{name}=16: .* are free; take a smaller"):
+            run(config, tmp_path / "run")
+        config.data.batch_size = 4
+    config.data.batch_size, free["bytes"] = 16, 200_000  # what the step takes
+    with pytest.raises(UserError, match=r"data.batch_size=16: .* are free; take a smaller"):
+        run(config, tmp_path / "run")
+    config.data.eval_batch_size, free["bytes"] = 8192, 20_000_000
+    with pytest.raises(UserError, match=r"data.eval_batch_size=8192: .* are free; take a smaller"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):

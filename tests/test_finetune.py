@@ -491,11 +491,23 @@ def source(tmp_path):
 
 
 def compare_untrained(monkeypatch, config, folder, **given):
-    """What `compare` says before it trains, where a mistake has to be told."""
+    """What `compare` says before it trains, where a mistake has to be told, but for the lines of
+    what its data sets hold."""
     said = []
     monkeypatch.setattr(finetune._Runner, "cell", lambda *_: [])
     finetune.compare(config, folder, **given, say=said.append)
-    return said
+    return [line for line in said if not line.startswith("targets.")]
+
+
+def test_what_the_targets_hold_is_said_and_a_batch_above_the_smallest_fraction(ran, tmp_path):
+    config, said = two_targets(), []
+    config.targets.similar.data.batch_size = 64
+    given = dict(strategies=["scratch"], fractions=(0.2, 1), seeds=1)
+    finetune.compare(config, tmp_path, **given, say=said.append)
+    one, note, other, *_ = said
+    for line, name in ((one, "similar"), (other, "dissimilar")):
+        assert re.match(rf"targets.{name}: \w+: \d+ classes; images: train 200, ", line)
+    assert "data.batch_size=64 is more than the 40 training images" in note
 
 
 @pytest.mark.parametrize(
@@ -547,7 +559,7 @@ def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
     with pytest.raises(UserError, match=f"--strategies: leave out features: {why}"):
         compare_untrained(monkeypatch, config, tmp_path, strategies=["all", "features"])
     given = ("scratch", "linear")
-    assert finetune.compare(config, tmp_path, strategies=given, say=pytest.fail).strategies == given
+    assert compare_untrained(monkeypatch, config, tmp_path, strategies=given) == []
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -1,9 +1,11 @@
-"""The run directory: whether the data are those that the run began with."""
+"""The run directory: whether the data are those that the run began with; its JSON files."""
 
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from configs.common import get_config
@@ -106,3 +108,23 @@ def test_what_is_set_aside_is_kept(tmp_path):
         (tmp_path / "seed0" / str(i)).touch()
         assert workdirs.set_aside(tmp_path / "seed0") == tmp_path / f"old-data-{i}-seed0"
     assert (tmp_path / "old-data-2-seed0/2").exists()
+
+
+def test_what_is_not_finite_is_null_in_json_and_none_when_it_is_read(tmp_path):
+    file = tmp_path / "summary.json"
+    given = {
+        "loss": math.nan,
+        "rates": (1.5, -math.inf),
+        "deep": [{"a": np.float64("inf")}],
+        "n": 3,
+    }
+    workdirs.write_json(file, given)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    expected = {"loss": None, "rates": [1.5, None], "deep": [{"a": None}], "n": 3}
+    assert json.loads(file.read_text(), parse_constant=refuse) == expected
+    assert workdirs.read_json(file) == workdirs.finite(given) == expected
+    file.write_text('{"loss": NaN, "rates": [1.5, -Infinity], "n": 3}')  # of an older version
+    assert workdirs.read_json(file) == {"loss": None, "rates": [1.5, None], "n": 3}
