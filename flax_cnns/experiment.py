@@ -623,6 +623,15 @@ class _Run:
         if devices[0].platform != "cpu":
             return
         need = memory.needed(train_step, state, batch, key) * len(devices)
+        if not memory.fits(20 * need):
+            # XLA does not count what a convolution's gradient lays out as it runs: its patches.
+            layers = cost(parts.model, (1, *parts.dataset.image_shape)).layers
+            patches = max(
+                (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
+                default=0,
+            )
+            pieces = jax.process_count() * self.config.train.accumulate
+            need += 4 * patches * data.batch_size / pieces
         memory.check(need, what=f"data.batch_size={data.batch_size}")
         size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
         if memory.fits(need * size / data.batch_size):

@@ -62,7 +62,7 @@ def fits(need: float) -> bool:
     return free is None or need <= free
 
 
-def check(need: int, *, what: str) -> None:
+def check(need: float, *, what: str) -> None:
     """Raises UserError where `need` bytes cannot be had. `what`: the field and its value."""
     if not fits(need):
         free = available() or 0
