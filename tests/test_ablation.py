@@ -445,7 +445,7 @@ def test_what_a_row_needs_is_there_before_anything_runs(
     config, tmp_path, monkeypatch, overrides, said
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(isolated, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(isolated, "start", lambda *_, **__: pytest.fail("started"))
     with pytest.raises(UserError, match=said):
         ablation.ablate(config, [("base", {}), ("own", overrides)], tmp_path / "a", seeds=1)
     assert not (tmp_path / "a").exists()
