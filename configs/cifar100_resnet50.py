@@ -38,6 +38,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.image_size = 64
         config.data.batch_size = 8
         config.data.eval_batch_size = 8
+        config.schedule.warmup = "1 steps"
         config.train.duration = "4 steps"
         config.log.every = "1 steps"
     return config

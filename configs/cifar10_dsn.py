@@ -44,6 +44,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.mock = 200
         config.data.batch_size = 10
         config.data.eval_batch_size = 50
+        config.schedule.boundaries = ("2 steps", "3 steps")
         config.train.duration = "4 steps"
         config.train.aux_weight = ((("0 steps", 0.1), ("4 steps", 0.0)),)
         config.log.every = "1 steps"

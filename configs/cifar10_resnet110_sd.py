@@ -40,6 +40,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.validation = 64
         config.data.batch_size = 16
         config.data.eval_batch_size = 64
+        config.schedule.boundaries = ("2 steps", "3 steps")
         config.train.duration = "4 steps"
         config.log.every = "1 steps"
     return config

@@ -41,6 +41,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.mock = 64
         config.data.batch_size = 8
         config.data.eval_batch_size = 64
+        config.schedule.boundaries = ("1 steps",)
         config.train.duration = "2 steps"
         config.log.every = "1 steps"
     return config

@@ -3,7 +3,8 @@
 Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training
 examples. Every `"0 steps"` is never, but the last step always logs, validates and saves. Rules are
 tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`: the first regex
-that matches the whole path decides, and every path must be decided.
+that matches the whole path decides, and every path must be decided. A new run refuses a field that
+is set and cannot act under the other choices, as momentum with adam; at its default it may stay.
 """
 
 from ml_collections import ConfigDict

@@ -50,6 +50,7 @@ def get_config(mode: str = "paper") -> ConfigDict:
         config.mix.mixup = 0.2
         config.optimizer.weight_decay = ((r".*/kernel", 2e-5), (r".*", 0.0))
         config.schedule.name = "cosine"
+        config.schedule.boundaries = ()
         config.schedule.learning_rate = 0.5 / 1024 * config.data.batch_size
         config.schedule.warmup = "5 epochs"
         config.train.duration = "600 epochs"
@@ -61,6 +62,7 @@ def get_config(mode: str = "paper") -> ConfigDict:
         config.data.validation = 0.1
         config.data.batch_size = 8
         config.data.eval_batch_size = 8
+        config.schedule.boundaries = ("2 steps", "3 steps")
         config.train.duration = "4 steps"
         config.log.every = "1 steps"
     return config

@@ -43,6 +43,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.validation = 50_000
         config.data.augment.flip = True
     if mode == "smoke":
+        config.schedule.warmup = "2 steps"
         config.train.duration = "10 steps"
         config.log.every = "5 steps"
     return config

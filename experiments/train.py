@@ -2,7 +2,7 @@
 
 python -m experiments.train --workdir=runs/digits
 python -m experiments.train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
-python -m experiments.train --workdir=runs/y --config.optimizer.momentum=0.95 --config.seed=1
+python -m experiments.train --workdir=runs/y --config.schedule.learning_rate=1e-3 --config.seed=1
 
 The same command again goes on where the run stopped, to the bit. Where the data changed since the
 run began it refuses, unless --accept-changed-data.

@@ -320,7 +320,7 @@ def ablate(
     """
     _check_alone()
     workdirs.check_place(folder)
-    made = plan.make_rows(config, sweep)
+    made = plan.make_rows(config, sweep, folder)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = plan.measure(cells)
     shares = isolated.shares(jobs)
@@ -351,7 +351,7 @@ def show_plan(
 ) -> None:
     """Prints what `ablate` would do, and what it will take; writes nothing."""
     workdirs.check_place(folder)
-    made = plan.make_rows(config, sweep)
+    made = plan.make_rows(config, sweep, folder)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = plan.measure(cells)
     shares = isolated.shares(jobs)

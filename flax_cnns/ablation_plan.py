@@ -62,7 +62,7 @@ class Cell(NamedTuple):
     def config(self) -> ConfigDict:
         config = ConfigDict(self.row.config.to_dict())
         config.seed += self.seed
-        return config
+        return workdirs.for_workdir(config, self.workdir)
 
     def read(self) -> dict[str, Any]:
         """What is known of it; the status is "missing" where it was never started."""
@@ -98,11 +98,17 @@ def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
     return list(rows)
 
 
-def make_rows(config: ConfigDict, sweep: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Row]:
-    """The rows of a sweep on a config. Raises `UserError` for a name that cannot be a directory's
-    or is there twice, for an override that names no field, and for a value of the wrong kind."""
+def make_rows(
+    config: ConfigDict,
+    sweep: Iterable[tuple[str, Mapping[str, Any]]],
+    folder: str | os.PathLike | None = None,
+) -> list[Row]:
+    """The rows of a sweep on a config, for `folder`. Raises `UserError` for a name that cannot be a
+    directory's or is there twice, for an override that names no field, for a value of the wrong
+    kind, and for what no new run may have: see `config.check_new`."""
     configs.validate(config)
     rows: dict[str, Row] = {}
+    recorded, notes = _recorded(folder), []
     for pair in sweep:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not _is_row(*pair):
             raise UserError(f"sweep(): expected (name, {{field: value, ...}}), got {pair!r}")
@@ -119,12 +125,24 @@ def make_rows(config: ConfigDict, sweep: Iterable[tuple[str, Mapping[str, Any]]]
         try:
             changed = override(config, overrides)
             configs.validate(changed)
+            begun = recorded.get(name) == configs.plain(dict(overrides))
+            configs.check_new(changed, folder, begun=begun, say=notes.append)
         except UserError as error:
             raise UserError(f"row {name}: {error}") from None
         rows[name] = Row(name, configs.plain(dict(overrides)), changed)
     if not rows:
         raise UserError("sweep(): expected a row or more, got none")
+    for note in dict.fromkeys(notes):
+        print(note)
     return list(rows.values())
+
+
+def _recorded(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
+    """The overrides by row of the ablation that a folder holds; {} of none, or a damaged one."""
+    with contextlib.suppress(UserError, TypeError, KeyError):
+        rows = workdirs.read_json(pathlib.Path(folder or "", "ablation.json"))["rows"]
+        return {row["name"]: row["overrides"] for row in rows}
+    return {}
 
 
 def _is_row(name: Any, overrides: Any) -> bool:
@@ -133,8 +151,11 @@ def _is_row(name: Any, overrides: Any) -> bool:
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. Raises
+    """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. What
+    that switches off, as another optimizer's name does sgd's momentum, gets its default. Raises
     `UserError` for an unknown field; those of a network are the network's to know."""
+    # What could not act before, or the row sets itself, is a mistake, and stays to be refused.
+    keep = {*configs.inert(config), *configs.flatten(overrides)}
     config = ConfigDict(config.to_dict())
     with config.unlocked(), config.ignore_type():
         for path, value in configs.flatten(overrides).items():
@@ -147,7 +168,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
             for part in section.split("."):
                 at = at[part]
             at[field] = value
-    return config
+    return configs.reset_inert(config, keep)
 
 
 def make_cells(rows: Sequence[Row], folder: str | os.PathLike, seeds: int) -> list[Cell]:
@@ -261,12 +282,15 @@ class Size(NamedTuple):
 
 def measure(cells: Sequence[Cell]) -> dict[str, Size]:
     """By the names of the cells' rows; computes shapes only, and says what the data sets hold.
-    Raises `UserError` for what a run would refuse before its first step."""
+    Raises `UserError` for what a run would refuse before its first step: see `make_rows`."""
     waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
     sizes, sources, said = {}, {}, set()
+    recorded = _recorded(cells[0].folder.parent if cells else None)
     for row in {cell.row.name: cell.row for cell in cells}.values():
         try:
-            parts, steps = rehearse(row.config, sources if row.name in waiting else None)
+            begun = recorded.get(row.name) == row.overrides
+            needed = sources if row.name in waiting else None
+            parts, steps = rehearse(row.config, needed, begun=begun)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
         for line in parts.dataset.describe():
@@ -306,6 +330,7 @@ def time_steps(row: Row, share: isolated.Share) -> tuple[float, float]:
     config.schedule.update(dict(name="constant", warmup="0 steps"))
     config.train.update(dict(duration=f"{TIMED} steps", eval_every="0 steps", early_stopping=0))
     config.checkpoint.every = "0 steps"
+    config = configs.reset_inert(config)
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
         began = time.perf_counter()

@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from flax_cnns import effects
 from flax_cnns.errors import UserError, did_you_mean
 
-_DURATION = re.compile(r"\s*\d+(\.\d+)?\s*(epoch|step)s?\s*")
 Check = Callable[[Any], str | None]  # None, or what was expected
 
 
 def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> Check:
     def check(value: Any) -> str | None:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fine = fine and low <= value <= high and math.isfinite(value)
+        fine = fine and low <= value <= high and abs(value) <= sys.float_info.max
         if fine and not (above and value == low):
             return None
         if high == math.inf:
@@ -66,7 +67,7 @@ def word(value: Any) -> str | None:
 
 
 def duration(value: Any) -> str | None:
-    fine = isinstance(value, str) and _DURATION.fullmatch(value)
+    fine = isinstance(value, str) and effects.DURATION.fullmatch(value)
     return None if fine else "a duration such as '20 epochs' or '500 steps'"
 
 
@@ -311,6 +312,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def forgiven(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain config of a run of before, `theirs`, with the default in those fields that cannot
+    act there and have it in `ours`: this package resets what it switches off."""
+    here = flatten(ours)
+    reset = flatten(reset_inert(theirs))
+    keep = [name for name, value in reset.items() if here.get(name) != value]
+    return reset_inert(theirs, keep)
+
+
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The fields in which two plain configs differ, as `"seed: 0 there, 1 here"`."""
     here, there, missing = flatten(ours), flatten(theirs), object()
@@ -338,6 +348,50 @@ def validate(config: Any) -> None:
         if expected := check(flat[name]):
             raise UserError(f"config.{name}: expected {expected}, got {flat[name]!r}")
     _together(flat)
+
+
+def inert(config: Any) -> list[str]:
+    """The fields that are set and cannot act under the other choices."""
+    return list(effects.inert(flatten(config.to_dict() if hasattr(config, "to_dict") else config)))
+
+
+def doubts(config: Any, facts: effects.Facts | None = None) -> list[str]:
+    """What no new run may have, a line each: fields that are set and cannot act, values that make
+    no sense. The runs of before go on with theirs. `config` is valid; with `facts` those lines
+    alone that take the network or the data to know."""
+    flat = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
+    more = effects.overlong(flat, facts) if facts else effects.senseless(flat)
+    return [*effects.inert(flat, facts).values(), *more]
+
+
+def note(where: Any, found: Collection[str]) -> str:
+    """What is said of runs that have `doubts`: they were made before these were refused."""
+    return f"note: {where} was made before this was refused, and keeps it: {' | '.join(found)}"
+
+
+def reset_inert(config: Any, keep: Collection[str] = ()) -> Any:
+    """A copy of a ConfigDict or mapping in which each field that cannot act under the other choices
+    has its default: the same run. Those in `keep` stay."""
+    is_config = hasattr(config, "to_dict")
+    copy = config.to_dict() if is_config else json.loads(json.dumps(config))
+    flat = flatten(copy)
+    for name in effects.inert(flat) if flat.keys() >= FIELDS.keys() else ():
+        if name not in keep and effects.EFFECTS[name].resets:
+            *parents, field = name.split(".")
+            section = copy
+            for parent in parents:
+                section = section[parent]
+            section[field] = effects.EFFECTS[name].default
+    return type(config)(copy) if is_config else plain(copy)
+
+
+def check_new(config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print) -> None:
+    """Of runs that are to be made in `where`. Raises `UserError` where they have `doubts`, or says
+    so where `where` holds some already: then `begun`."""
+    if (found := doubts(config)) and not begun:
+        raise UserError(found[0])
+    if found:
+        say(note(where, found))
 
 
 def _together(flat: Mapping[str, Any]) -> None:

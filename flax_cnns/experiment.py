@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
-from flax_cnns import launch, output, pytree, registry, report
+from flax_cnns import effects, launch, output, pytree, registry, report
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import confusion as confusion_plot
 from flax_cnns.analysis import curves
@@ -49,7 +49,7 @@ from flax_cnns.train import (
 )
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
-from flax_cnns.train.writer import Writer, import_wandb
+from flax_cnns.train.writer import Writer, import_wandb, read_jsonl
 from flax_cnns.types import Array, PyTree
 
 # ---------------------------------------------------------------------------- the parts of a run
@@ -242,16 +242,25 @@ def make_train_step(
 
 # ---------------------------------------------------------------------------- the run
 
+ABSURD_LOSS = 1000  # times that of guessing: what a run warns of
 
-def rehearse(config: Any, sources: dict[Any, Source] | None = None) -> tuple[Parts, int]:
+
+def rehearse(
+    config: Any, sources: dict[Any, Source] | None = None, *, begun: bool = False
+) -> tuple[Parts, int]:
     """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
 
     `sources`: those of `config.graft` that are opened already, to which this one is added; None for
     a run that needs none, as it is complete. Raises `UserError` for what the run would refuse
-    before its first step.
+    before its first step: a new one, unless `begun`.
     """
     configs.validate(config)
-    rehearsed = _Run(assemble(config), pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
+    if not begun:
+        _refuse(configs.doubts(config))
+    parts = assemble(config, begun=begun)
+    rehearsed = _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
+    if not begun:
+        _refuse(rehearsed.doubts())
     params = rehearsed._target().params  # the rules of the optimizer too
     dropout_rates(rehearsed.parts, params)
     _augment_and_mix(rehearsed.parts)
@@ -272,6 +281,16 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
             sources[name] = open_source(config.graft.source, averaged=options.averaged)
         target = jax.eval_shape(parts.fresh_variables)
         grafting.check(sources[name], target, config.graft.rules, options)
+
+
+def doubts(parts: Parts) -> list[str]:
+    """`config.doubts` that take the network or the data to know."""
+    return _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0).doubts()
+
+
+def _refuse(doubts: list[str]) -> None:
+    if doubts:
+        raise UserError(doubts[0])
 
 
 def _start_jax(config: Any) -> None:
@@ -310,6 +329,9 @@ def run(
     configs.validate(config)
     if not os.fspath(workdir):
         raise UserError("--workdir: expected the name of a directory, got nothing")
+    begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.doubts(config)
+    if not begun:
+        _refuse(found)
     _start_jax(config)
     resolved = configs.plain(config)
     launch.check_same(
@@ -339,14 +361,20 @@ def run(
             import_wandb()  # before the data is loaded
         parts = assemble(config, begun=bool(finding.steps(workdir)))
         change = _check_data(workdir, parts.dataset, accept_changed_data)
+        one = _Run(parts, workdir, opened, signals, began)
+        found += one.doubts()
+        if not begun:
+            _refuse(found)
         if primary:
             print("\n".join(parts.dataset.describe()))
+            if found:
+                print(configs.note(workdir, found))
             if change:
                 workdirs.accept_change(workdir, change)
             workdirs.write_json(workdir / "config.json", resolved)
             workdirs.write_facts(workdir, parts.dataset.as_dict())
         try:
-            return _Run(parts, workdir, opened, signals, began).go()
+            return one.go()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.outlook(workdir)}") from None
         except Lost as error:
@@ -403,15 +431,14 @@ class _Run:
         self.parts, self.workdir, self.opened = parts, workdir, opened
         self.signals, self.began = signals, began
         self.config, self.primary = parts.config, jax.process_index() == 0
+        self.warned = False
         self.validates = "validation" in parts.dataset.splits
         config = self.config
         train_split = parts.dataset.splits["train"]
         self.steps_per_epoch = len(train_split) / config.data.batch_size
 
-        def count(duration: str, field: str) -> int:
-            return schedules.steps(duration, self.steps_per_epoch, what=field)
-
         self._check_batches()
+        count = self._count
         self.total = count(config.train.duration, "train.duration")
         if self.total < 1:
             raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
@@ -427,6 +454,38 @@ class _Run:
                 f"data.validation: {parts.dataset.name} has no validation split, and the plateau "
                 "schedule and early stopping look at nothing else; set data.validation=0.1"
             )
+
+    def _count(self, duration: str, field: str = "duration") -> int:
+        return schedules.steps(duration, self.steps_per_epoch, what=field)
+
+    def doubts(self) -> list[str]:
+        """`config.doubts` that take the network or the data to know."""
+        parts = self.parts
+
+        def shapes() -> PyTree:
+            return jax.eval_shape(parts.fresh_variables)
+
+        def has_aux_heads() -> bool:
+            # The axis of synchronized statistics is there in a step alone.
+            alone = {"axis_name": None} if hasattr(parts.model, "axis_name") else {}
+            model = parts.model.clone(**alone)
+            variables = parts.for_steps(shapes())
+            images = jax.ShapeDtypeStruct((2, *parts.dataset.image_shape), "float32")
+            rngs = {"shared": jax.random.key(0), "dropout": jax.random.key(0)}
+            call = functools.partial(
+                model.apply, train=True, mutable=["batch_stats", "aux_logits"], rngs=rngs
+            )
+            return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
+
+        facts = effects.Facts(
+            total=self.total,
+            count=self._count,
+            validates=self.validates,
+            own_validation=parts.dataset.own_validation,
+            has_batchnorm=lambda: bool(shapes()["batch_stats"]),
+            has_aux_heads=has_aux_heads,
+        )
+        return configs.doubts(self.config, facts)
 
     # -- state
 
@@ -581,10 +640,27 @@ class _Run:
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
+        if not self.warned and (warning := self._absurd([{"step": step} | record])):
+            self.warned = True
+            self.progress.print(f"warning: {warning}")
         if "time/first_step" in record:
             self.signals.begun = True
             self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
+
+    def _absurd(self, records: list[dict[str, float]]) -> str:
+        """A line on the first loss that is finite and absurd; empty where there is none."""
+        guessing = math.log(self.parts.model.num_classes)
+        rate = self.config.schedule.learning_rate
+        for record in records:
+            for name, value in record.items():
+                if name.endswith("/loss") and ABSURD_LOSS * guessing < value < math.inf:
+                    return (
+                        f"{name} is {value:.3g} at step {record['step']}, and guessing gives"
+                        f" {guessing:.3g}; lower schedule.learning_rate ({rate:g}), or look at the"
+                        " data"
+                    )
+        return ""
 
     def _tick(self, step: int) -> None:
         self.opened.begun = True
@@ -773,6 +849,8 @@ class _Run:
             summary["accepted_changes"] = [change["differs"] for change in changes]
         summary = workdirs.finite(summary)  # as who reads the file finds it
         if self.primary:
+            warning = self._absurd(read_jsonl(self.workdir / "metrics.jsonl"))
+            summary["warnings"] = [warning] if warning else []
             title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
             curves.draw_curves(
                 self.workdir / "metrics.jsonl", self.workdir / "curves.png", title=title
@@ -832,8 +910,11 @@ def evaluate_run(
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
     configs.validate(config)
+    found = configs.doubts(config)
     _start_jax(config)
     parts = assemble(config, confusion=True, begun=True)
+    if found and jax.process_index() == 0:
+        print(configs.note(workdir, found))
     dataset = parts.dataset
     change = _check_data(workdir, dataset, accept_changed_data)
     if split not in dataset.splits:

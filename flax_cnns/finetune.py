@@ -30,7 +30,7 @@ from flax_cnns.checkpoint.sources import open_source
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data.splits import batch_note
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.experiment import assemble, run
+from flax_cnns.experiment import assemble, doubts, run
 from flax_cnns.names import open_log
 from flax_cnns.preemption import Preempted
 
@@ -96,6 +96,7 @@ class Task(NamedTuple):
             learning = f"params/{_any((*heads, *train))}/.*"
             config.optimizer.trainable = ((learning, True), (".*", False))
         config.schedule.learning_rate *= rate
+        config.schedule.end = min(config.schedule.end, config.schedule.learning_rate)
         for section, field in (("train", "duration"), ("schedule", "warmup")):
             config[section][field] = _scaled(config[section][field], share)
         boundaries = config.schedule.boundaries
@@ -195,9 +196,12 @@ def _scaled(duration: str, share: float) -> str:
     return f"{round(float(number) * share, 4)} {unit}" if share != 1 else duration
 
 
-def make_task(config: ConfigDict, source: str, knobs: Any) -> Task:
-    """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`."""
+def make_task(config: ConfigDict, source: str, knobs: Any, *, new: bool = False) -> Task:
+    """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`; `new`:
+    also for what no new run of this network on these data may have."""
     parts = assemble(config)
+    if new and (found := doubts(parts)):
+        raise UserError(found[0])
     shape = (1, *parts.dataset.image_shape)
 
     def shapes(model: Any) -> Any:
@@ -249,6 +253,27 @@ class Result(NamedTuple):
         return [r for r in self.records if (r.target, r.fraction, r.strategy) == wanted]
 
 
+def _runs(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The configs of runs in `config`, by their paths."""
+    runs = {f"targets.{name}": target for name, target in config.targets.items()}
+    return runs if config.source else runs | {"pretrain": config.pretrain}
+
+
+def _check_new(config: ConfigDict, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """`config.check_new` of each run."""
+    begun, notes = any(folder.glob("*/config.json")) or any(folder.glob("*/*/seed*")), []
+    for name, one in _runs(config).items():
+        one = ConfigDict(one.to_dict())
+        if name != "pretrain":  # its phases set it, so that what belongs to it acts
+            one.graft.source = config.source or "pretrain"
+        try:
+            configs.check_new(one, folder, begun=begun, say=notes.append)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    for note in dict.fromkeys(notes):
+        say(note)
+
+
 def validate(config: ConfigDict) -> None:
     """Raises `UserError` where `config` is not as configs/finetune/*.py make it."""
     wanted = {"source", "targets", "strategy"} | (set() if config.get("source") else {"pretrain"})
@@ -256,10 +281,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config: {name!r} is missing; start from configs/finetune")
     if not config.targets:
         raise UserError("config.targets: expected a run's config or more by name, got none")
-    runs = {f"targets.{name}": target for name, target in config.targets.items()}
-    if not config.source:
-        runs["pretrain"] = config.pretrain
-    for name, one in runs.items():
+    for name, one in _runs(config).items():
         try:
             configs.validate(one)
         except UserError as error:
@@ -307,10 +329,14 @@ def compare(
         raise UserError("fine-tuning by strategies runs in one process; start it without others")
     check_place(folder)
     folder = pathlib.Path(folder)
+    _check_new(config, folder, say)
     source = config.source or f"{folder}/pretrain"
     targets = sorted(config.targets, key=lambda name: (name != "similar", name))
     # Before anything is trained: a mistake in a target, or in the source, is told at once.
-    tasks = {name: make_task(config.targets[name], source, config.strategy) for name in targets}
+    new = not any(folder.glob("*/*/seed*"))
+    tasks = {
+        name: make_task(config.targets[name], source, config.strategy, new=new) for name in targets
+    }
     for name, task in tasks.items():
         size, smallest = task.config.data.batch_size, round(fractions[0] * task.examples)
         note = batch_note(size, smallest) if size <= task.examples else ""
@@ -481,6 +507,7 @@ def _train(
     fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
+    phase = phase._replace(config=workdirs.for_workdir(phase.config, workdir))
     workdir.parent.mkdir(parents=True, exist_ok=True)
     data = dict(accept_changed_data=accept, fingerprint=fingerprint)
     layers, cache = phase.layers, workdir.parent / "features.npz"

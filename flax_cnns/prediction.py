@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from flax_cnns import config as configs
 from flax_cnns import experiment, registry, weights
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis import predictions
@@ -123,6 +124,8 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
     """
     workdir = pathlib.Path(workdir)
     config = workdirs.read_config(workdir)
+    if found := configs.doubts(config):
+        print(configs.note(workdir, found))
     facts = workdir / "dataset.json"
     if facts.is_file():
         with damage(facts, CURES[facts.name]):

@@ -154,7 +154,13 @@ _NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a text", lambda v: isinstance(v, str)),
 }
 _NUMBERS["Callable"] = _NUMBERS["ModuleDef"] = ("a function or a module", callable)
-_RATES = ("dropout", "drop_path", "shake_drop", "momentum")  # at the end of a field's name
+_RATES = (
+    "dropout",
+    "drop_path",
+    "shake_drop",
+    "saf_rate",
+    "momentum",
+)  # at the end of a field's name
 _ABOVE_ZERO = ("_mult", "epsilon")
 
 
@@ -168,13 +174,16 @@ def _check_field(
     annotation, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
     if optional and value is None:
         return
-    several = re.fullmatch(r"Sequence\[(int|float)\]|tuple\[(int), \.\.\.\]", annotation)
-    kind = several[1] or several[2] if several else annotation
+    several = re.fullmatch(
+        r"(?:(int|float) \| )?Sequence\[(int|float)\]|tuple\[(int), \.\.\.\]", annotation
+    )
+    either = bool(several and several[1])  # one, or a sequence
+    kind = several[2] or several[3] if several else annotation
     if kind not in _NUMBERS:
         return
     what, fits = _NUMBERS[kind]
     values = value if isinstance(value, tuple) else (value,)
-    fine = isinstance(value, tuple) == bool(several)
+    fine = either or isinstance(value, tuple) == bool(several)
     fine &= all(fits(v) and (kind == "bool" or not isinstance(v, bool)) for v in values)
     if field.endswith(_RATES):
         what, fine = f"{what} from 0 to below 1", fine and all(0 <= v < 1 for v in values)
@@ -186,6 +195,7 @@ def _check_field(
         fine = fine and all(map(math.isfinite, values))
     if not fine:
         expected = f"a sequence, each {what}" if several else what
+        expected = f"{what}, or {expected}" if either else expected
         raise UserError(f"{name}: {field} is {expected}, got {value!r}")
 
 

@@ -40,6 +40,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     if damaged := summary["damaged_images"]:
         shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
         console.print(f"left out {len(damaged)} images that cannot be decoded: {shown}")
+    for warning in summary.get("warnings", ()):  # runs of before have none
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_evaluation(found: dict[str, Any], most: int = 30) -> None:

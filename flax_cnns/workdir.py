@@ -105,6 +105,12 @@ def outlook(workdir: pathlib.Path) -> str:
     return "nothing of this run was saved; the same command starts it again"
 
 
+def for_workdir(config: Any, workdir: pathlib.Path) -> Any:
+    """The config of a run that this package makes: a new one has no field that cannot act, one of
+    before keeps them."""
+    return config if has_begun(workdir) else configs.reset_inert(config)
+
+
 def check_workdir(
     workdir: pathlib.Path, config: dict[str, Any], *, accept_changed_data: bool = False
 ) -> None:
@@ -116,7 +122,7 @@ def check_workdir(
     if (workdir / "config.json").is_file():
         there, newer = _completed(workdir / "config.json")
         begun = has_begun(workdir)
-        fields = configs.difference(config, there)
+        fields = configs.difference(config, configs.forgiven(config, there))
         if accept_changed_data or "fingerprint" in read_facts(workdir):
             fields = [field for field in fields if not field.startswith("data.dir:")]
         if begun and fields:

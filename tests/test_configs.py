@@ -6,12 +6,14 @@ import inspect
 import json
 import pathlib
 
+import jax
 import pytest
 
 from configs import ablations, common
-from flax_cnns import ablation_plan, create_model
+from flax_cnns import ablation_plan, create_model, effects, init_variables
 from flax_cnns import config as configs
 from flax_cnns.experiment import model_fields
+from flax_cnns.train import schedules
 
 FILES = sorted(p.stem for p in pathlib.Path(common.__file__).parent.glob("*_*.py"))
 FILES = [name for name in FILES if not name.startswith("__")]
@@ -28,6 +30,38 @@ def modes(name):
     return ["", *(argument.value for argument in call.args[1:])]
 
 
+# Training images of the data sets that configs name.
+IMAGES = {"digits": 1077, "cifar10": 50_000, "cifar100": 50_000, "fashion_mnist": 60_000}
+IMAGES |= {"imagenet2012": 1_281_167, "folder": 100}
+
+
+def doubts(config):
+    """What a new run of `config` would be refused for; no data are read."""
+    images = config.data.mock or IMAGES[config.data.name]
+    taken = 0 if config.data.mock or config.data.name == "digits" else config.data.validation
+    images = (images * (1 - taken) if taken < 1 else images - taken) * config.data.fraction
+    per_epoch = images / config.data.batch_size
+
+    def count(duration):
+        return schedules.steps(duration, per_epoch)
+
+    model = create_model(**model_fields(config))
+
+    def has_batchnorm():
+        shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+        return bool(shapes["batch_stats"])
+
+    facts = effects.Facts(
+        total=count(config.train.duration),
+        count=count,
+        validates=bool(config.data.validation),
+        own_validation=config.data.name == "digits",
+        has_batchnorm=has_batchnorm,
+        has_aux_heads=lambda: config.model.name == "dsn",
+    )
+    return [*configs.doubts(config), *configs.doubts(config, facts)]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_mode_is_valid_and_its_network_exists(name):
     module = importlib.import_module(f"configs.{name}")
@@ -36,6 +70,7 @@ def test_every_mode_is_valid_and_its_network_exists(name):
         config = module.get_config(mode) if mode else module.get_config()
         config.lock()
         configs.validate(config)
+        assert doubts(config) == []
         assert json.loads(json.dumps(configs.plain(config))) == configs.plain(config)
         create_model(**model_fields(config))
         command = f"--config=configs/{name}.py" + (f":{mode}" if mode not in ("", "paper") else "")
@@ -65,8 +100,20 @@ def test_every_row_of_an_ablation_is_a_run_that_is_valid(name):
         first, *rows = ablation_plan.make_rows(config, module.sweep())
         assert first.config.to_dict() == config.to_dict()  # the baseline
         assert len({str(row.config) for row in rows} - {str(first.config)}) == len(rows)
-        for row in rows:
-            create_model(**model_fields(row.config))
+        for row in (first, *rows):
+            assert doubts(row.config) == []
         path = f"configs/ablations/{name}.py" + (f":{mode}" if mode else "")
         assert f"experiments.ablate --config={path}" in module.__doc__
     assert config.data.name == "digits"  # smoke: without a file
+
+
+# ---- configs of fine-tuning: a source's run, and a run for each target
+
+
+@pytest.mark.parametrize("name", ["fashion_digits", "folder"])
+def test_every_run_of_fine_tuning_is_one_that_is_new(name):
+    module = importlib.import_module(f"configs.finetune.{name}")
+    for mode in modes(f"finetune.{name}"):
+        config = module.get_config(mode)
+        for one in (config.pretrain, *config.targets.values()):
+            assert doubts(one) == []

@@ -63,6 +63,23 @@ def task():
     return make_task(depths=(1, 1, 1), widths=(4, 8, 8))
 
 
+def test_a_comparison_refuses_what_cannot_act_before_anything_runs(tmp_path):
+    config = get_config("smoke")
+    config.targets.similar.graft.averaged = True  # of the source that the phases set
+    config.targets.similar.optimizer.b1 = 0.8
+    with pytest.raises(UserError, match=r"targets\.similar: config\.optimizer\.b1=0\.8"):
+        finetune.compare(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_slower_phase_has_no_last_rate_above_its_first(task):
+    config = ConfigDict(task.config.to_dict())
+    config.schedule.update(dict(learning_rate=0.1, end=0.05))
+    (phase,) = finetune.all_slowly(task._replace(config=config))
+    assert phase.config.schedule.end == phase.config.schedule.learning_rate
+    assert configs.doubts(phase.config) == []
+
+
 def leaves(task):
     """Paths of the network's leaves: "params/stem/conv/kernel" ..."""
     parts = assemble(task.config)

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "evaluation": {"train", "data", "types"},
     "output": set(),
     "launch": {"output"},
-    "config": set(),
+    "config": {"effects"},
+    "effects": set(),
     "compilation_cache": set(),
     # What experiment is put together from; nobody else needs them.
     "workdir": {"config", "checkpoint", "data"},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     },
     "search": {
         *("experiment", "analysis", "registry", "data"),
-        *("output", "preemption", "workdir"),
+        *("output", "preemption", "workdir", "config"),
     },
 }
 # Whole runs are their parts.

@@ -80,6 +80,7 @@ class Dataset:
     # Files of several pictures, of which the first counts; it grows while a split is streamed.
     several: set[str] = dataclasses.field(default_factory=set)
     notes: tuple[str, ...] = ()  # what may be meant, and would otherwise pass unseen
+    own_validation: bool = False  # the validation split is the data set's, not taken from train
     # See flax_cnns/data/fingerprint.py; {}: noise, or a data set that nobody looked at.
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class Dataset:
 
     def as_dict(self) -> dict[str, Any]:
         """What it is, without its images, as JSON has it."""
-        found = ("splits", "damaged", "left_out", "several", "notes")
+        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation")
         fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
         return {name: getattr(self, name) for name in fields}
 
@@ -174,7 +175,8 @@ def load(config: Any, *, begun: bool = False) -> Dataset:
             raise cut.none_decoded(role, source)
         splits[role] = Split(labels=labels, images=images)
         damaged += skipped
-    if "validation" not in splits and config.validation:
+    own_validation = "validation" in splits
+    if not own_validation and config.validation:
         splits = cut.take(splits, "validation", config.validation, config.split_seed)
     if config.fraction < 1:
         splits = cut.keep_fraction(splits, config.fraction, config.split_seed)
@@ -200,6 +202,7 @@ def load(config: Any, *, begun: bool = False) -> Dataset:
         several=set() if raw.several is None else raw.several,
         notes=tuple(notes),
         fingerprint=found,
+        own_validation=own_validation,
     )
 
 

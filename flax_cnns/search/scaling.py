@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from flax_cnns import config as configs
 from flax_cnns import output
 from flax_cnns import workdir as workdirs
 from flax_cnns.analysis.cost import cost
@@ -190,6 +191,8 @@ def search(
     folder = pathlib.Path(folder)
     if not 0 < phi < math.inf:
         raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")
+    configs.validate(config)
+    configs.check_new(config, folder, begun=any(folder.glob("*/config.json")), say=say)
     planner = Planner(config)
     base = planner.trial("base", Factors())
     say("counting the grid's networks")
@@ -315,9 +318,10 @@ class _Runner:
         workdir, began = self.folder / name, time.perf_counter()
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
+        config = workdirs.for_workdir(trial.config(self.config, seed), workdir)
         try:
             with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
-                summary = run(trial.config(self.config, seed), workdir, **self.data)
+                summary = run(config, workdir, **self.data)
         except Preempted as left:
             self.say(f"{name}: saved at step {left.step}; the same command goes on")
             raise

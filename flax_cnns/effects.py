@@ -1,0 +1,286 @@
+"""Which config fields act under which other choices, and values that make no sense in a new run.
+
+`EFFECTS` and `IN_A_RUN` hold a row for each field that other fields, the network or the data can
+switch off. `configs/common.py` has the same defaults; a test holds the two together. A field at its
+default is never wrong. Fields that are missing here act always, or whether they act is unknown
+until the run has begun.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+Flat = Mapping[str, Any]  # a config by paths: {"optimizer.name": "sgd", ...}
+
+MOST, LEAST = 3.4028234e38, 1.1754944e-38  # float32: the largest, and the smallest normal number
+MOST_STEPS = 2**31  # steps are counted by int32
+DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
+
+
+class Facts(NamedTuple):
+    """What is known of a run once network and data are there. The functions trace the network."""
+
+    total: int  # steps
+    count: Callable[[str], int]  # a duration in steps
+    validates: bool  # whether there is a validation split
+    own_validation: bool  # whether that is the data set's own, not taken from train
+    has_batchnorm: Callable[[], bool]
+    has_aux_heads: Callable[[], bool]
+
+
+class Effect(NamedTuple):
+    """When a field acts. `why` says in words what it belongs to; `{optimizer.name}` stands for the
+    value of that field."""
+
+    default: Any
+    why: str
+    acts: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and Facts
+    cure: str = ""  # in place of "leave it at" the default
+    resets: bool = True  # False: to reset it would change the run
+
+
+def amount(duration: Any) -> float:
+    """The number of a duration; NaN of what is none."""
+    match = DURATION.fullmatch(str(duration))
+    return float(match[1]) if match else math.nan
+
+
+def is_on(value: Any) -> bool:
+    """Whether a value is neither empty nor 0; of rules (regex, number), whether a number is not."""
+    if isinstance(value, (tuple, list)):
+        return any(v for v in _leaves(value) if not isinstance(v, str))
+    return bool(value)
+
+
+def _only(default: Any, field: str, *names: str) -> Effect:
+    *most, last = names
+    known = f"{', '.join(most)} and {last} have it" if most else f"{last} has it"
+    return Effect(
+        default, f"{known}, and {field} is {{{field}}}", lambda flat: flat[field] in names
+    )
+
+
+def _beside(default: Any, field: str, what: str) -> Effect:
+    return Effect(default, f"{what}, and {field} is {{{field}}}", lambda flat: is_on(flat[field]))
+
+
+def _validates(flat: Flat) -> bool:
+    return amount(flat["train.eval_every"]) != 0
+
+
+_NEVER = "and train.eval_every is {train.eval_every}: only the last step validates"
+_EVERY = "set train.eval_every='1 epochs'"
+
+EFFECTS: dict[str, Effect] = {
+    "data.labels": Effect(
+        "",
+        "data sets of TFDS and of archives may have several kinds, and a folder has one",
+        lambda flat: (
+            flat["data.source"] != "folder"
+            and (flat["data.source"] != "auto" or flat["data.name"] != "folder")
+        ),
+    ),
+    "data.memory_limit": _only(4.0, "data.in_memory", "auto"),
+    "data.workers": Effect(
+        0,
+        "they decode what is streamed, and data.in_memory is {data.in_memory}",
+        lambda flat: flat["data.in_memory"] != "yes",
+    ),
+    "data.mean": _beside((), "data.augment.normalize", "normalization subtracts it"),
+    "data.std": _beside((), "data.augment.normalize", "normalization divides by it"),
+    "optimizer.momentum": _only(0.9, "optimizer.name", "sgd", "rmsprop"),
+    "optimizer.nesterov": Effect(
+        False,
+        "sgd with momentum has it, and optimizer.name is {optimizer.name}, optimizer.momentum"
+        " {optimizer.momentum}",
+        lambda flat: flat["optimizer.name"] == "sgd" and is_on(flat["optimizer.momentum"]),
+    ),
+    "optimizer.b1": _only(0.9, "optimizer.name", "adam", "adamw", "lamb"),
+    "optimizer.b2": _only(0.999, "optimizer.name", "adam", "adamw", "lamb"),
+    "optimizer.eps": _only(1e-8, "optimizer.name", "adam", "adamw", "lamb", "rmsprop"),
+    "optimizer.decay_rate": _only(0.9, "optimizer.name", "rmsprop"),
+    "optimizer.weight_decay_mode": _beside(
+        "auto", "optimizer.weight_decay", "it says how weight decay acts"
+    ),
+    "optimizer.grad_noise_decay": _beside(
+        0.55, "optimizer.grad_noise", "it says how gradient noise falls"
+    ),
+    "schedule.name": Effect(
+        "cosine",
+        f"plateau looks at validations, {_NEVER}",
+        lambda flat: flat["schedule.name"] != "plateau" or _validates(flat),
+        cure=_EVERY,
+        resets=False,
+    ),
+    "schedule.warmup": Effect(
+        "0 steps",
+        "one_cycle rises by itself, and schedule.name is {schedule.name}",
+        lambda flat: flat["schedule.name"] != "one_cycle" or amount(flat["schedule.warmup"]) == 0,
+    ),
+    "schedule.boundaries": _only((), "schedule.name", "steps"),
+    "schedule.factor": _only(0.1, "schedule.name", "steps", "plateau"),
+    "schedule.every": _only("1 epochs", "schedule.name", "exponential"),
+    "schedule.rate": _only(0.97, "schedule.name", "exponential"),
+    "schedule.end": _only(0.0, "schedule.name", "cosine", "exponential"),
+    "schedule.pct_start": _only(0.3, "schedule.name", "one_cycle"),
+    "schedule.div_factor": _only(25.0, "schedule.name", "one_cycle"),
+    "schedule.final_div_factor": _only(1e4, "schedule.name", "one_cycle"),
+    "schedule.patience": _only(5, "schedule.name", "plateau"),
+    "schedule.min_delta": _only(1e-4, "schedule.name", "plateau"),
+    "train.ema_warmup": _beside(True, "train.ema", "it says how the averaged weights begin"),
+    "train.dropout_mode": _beside("unit", "train.dropout", "it says what dropout drops"),
+    "train.test_on": Effect(
+        "latest", f"the best is chosen by validations on the way, {_NEVER}", _validates
+    ),
+    "train.early_stopping": Effect(
+        0, f"it counts validations on the way, {_NEVER}", _validates, cure=_EVERY
+    ),
+    "checkpoint.keep_best": Effect(
+        1,
+        f"the best are chosen by validations on the way, {_NEVER}",
+        lambda flat: flat["checkpoint.keep_best"] == 0 or _validates(flat),
+    ),
+    "graft.rules": _beside(
+        ((r"(.*)", r"\1"),), "graft.source", "they say what is taken from the source"
+    ),
+    "graft.adapt_stem": _beside(False, "graft.source", "it changes what is taken"),
+    "graft.resize_positions": _beside(False, "graft.source", "it changes what is taken"),
+    "graft.averaged": _beside(False, "graft.source", "it chooses among a file's weights"),
+}
+
+
+# ---- what takes the network or the data to know
+
+
+def _ends_before(field: str) -> Callable[[Flat, Facts], bool]:
+    return lambda flat, facts: facts.count(flat[field]) <= facts.total
+
+
+_NO_BATCHNORM = "the network {model.name} has no BatchNorm"
+_NO_VALIDATION = "validations choose the best, and there is no validation split"
+
+IN_A_RUN: dict[str, Effect] = {
+    "data.validation": Effect(
+        0.1,
+        "{data.name} has a validation split of its own, and that is taken",
+        lambda flat, facts: not facts.own_validation,
+    ),
+    "schedule.warmup": Effect(
+        "0 steps",
+        "the warm-up is longer than the run, train.duration={train.duration}: the rate would never"
+        " reach schedule.learning_rate",
+        _ends_before("schedule.warmup"),
+        cure="shorten it, or train longer",
+    ),
+    "schedule.boundaries": Effect(
+        (),
+        "the run, train.duration={train.duration}, ends before the first of them: the rate would"
+        " never change",
+        lambda flat, facts: (
+            flat["schedule.name"] != "steps"
+            or any(facts.count(at) < facts.total for at in flat["schedule.boundaries"])
+        ),
+        cure="take earlier ones, or schedule.name='constant'",
+    ),
+    "schedule.every": Effect(
+        "1 epochs",
+        "the run, train.duration={train.duration}, ends before that: the rate would never change",
+        lambda flat, facts: (
+            flat["schedule.name"] != "exponential"
+            or facts.count(flat["schedule.warmup"]) + facts.count(flat["schedule.every"])
+            < facts.total
+        ),
+        cure="take a shorter one, or schedule.name='constant'",
+    ),
+    "train.sync_batchnorm": Effect(False, _NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
+    "train.precise_bn": Effect(0, _NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
+    "train.aux_weight": Effect(
+        (0.3,),
+        "the network {model.name} has no auxiliary heads",
+        lambda flat, facts: not is_on(flat["train.aux_weight"]) or facts.has_aux_heads(),
+    ),
+    "train.test_on": Effect("latest", _NO_VALIDATION, lambda flat, facts: facts.validates),
+    "checkpoint.keep_best": Effect(
+        1,
+        _NO_VALIDATION,
+        lambda flat, facts: flat["checkpoint.keep_best"] == 0 or facts.validates,
+    ),
+}
+
+
+def inert(flat: Flat, facts: Facts | None = None) -> dict[str, str]:
+    """{field: why, in a line} of the fields that are set and cannot act: without `facts` by the
+    config alone, with them by the network and the data alone."""
+    found = {}
+    for field, effect in (EFFECTS if facts is None else IN_A_RUN).items():
+        given = (flat,) if facts is None else (flat, facts)
+        if _plain(flat[field]) == _plain(effect.default) or effect.acts(*given):
+            continue
+        why = re.sub(r"\{([\w.]+)\}", lambda match: repr(flat[match[1]]), effect.why)
+        cure = effect.cure or f"leave it at {effect.default!r}"
+        found[field] = f"config.{field}={flat[field]!r}: {why}; {cure}"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+# ---- values that make no sense
+
+
+def senseless(flat: Flat) -> Iterator[str]:
+    """A line for each value that no new run may have; runs of before go on with theirs. `flat` has
+    passed the checks of its fields."""
+
+    def say(field: str, expected: str) -> str:
+        return f"config.{field}: expected {expected}, got {flat[field]!r}"
+
+    for field in ("data.mean", "data.std"):
+        if any(value > 1 for value in flat[field]):
+            yield say(field, "numbers of images in 0..1, such as 0.485 (those of 0..255, over 255)")
+    for field in ("optimizer.b1", "optimizer.b2"):
+        if flat[field] == 1:
+            yield say(field, "a number from 0 to below 1, as Adam divides by 1 - b^step")
+    if flat["train.ema"] == 1 and not flat["train.ema_warmup"]:
+        yield say("train.ema", "a number from 0 to below 1: with 1 the average never moves")
+    if flat["mix.label_smoothing"] == 1:
+        yield say("mix.label_smoothing", "a number from 0 to below 1: with 1 no label is left")
+    name, rate = flat["schedule.name"], flat["schedule.learning_rate"]
+    if name in ("cosine", "exponential") and flat["schedule.end"] > rate:
+        yield say("schedule.end", f"a last rate of at most schedule.learning_rate={rate!r}")
+    for field in ("schedule.div_factor", "schedule.final_div_factor"):
+        if name == "one_cycle" and flat[field] < 1:
+            yield say(field, "a number of at least 1: the rate starts low, and ends lower")
+    for field in flat:
+        if any(amount(value) >= MOST_STEPS for value in _durations(flat[field])):
+            yield say(field, "a duration below 2**31")
+        if any(value and not LEAST <= abs(value) <= MOST for value in _numbers(flat[field])):
+            yield say(field, "a number that float32 holds: 0, or 1.2e-38 to 3.4e38")
+
+
+def overlong(flat: Flat, facts: Facts) -> Iterator[str]:
+    """A line for each duration in epochs that is too many steps."""
+    for field, value in flat.items():
+        for duration in _durations(value):
+            if (count := facts.count(duration)) >= MOST_STEPS:
+                yield f"config.{field}: {duration!r} are {count:,} steps; expected fewer than 2**31"
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
+def _durations(value: Any) -> list[str]:
+    return [v for v in _leaves(value) if isinstance(v, str) and DURATION.fullmatch(v)]
+
+
+def _numbers(value: Any) -> list[float]:
+    return [v for v in _leaves(value) if isinstance(v, (int, float)) and not isinstance(v, bool)]
