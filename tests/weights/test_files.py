@@ -253,7 +253,7 @@ def test_a_storage_that_declares_more_than_there_is(tmp_path, write):
     "pickled",
     [
         b"}r\xff\xff\xff\x7f.",  # one dict, put at place 2**31
-        b"}q\0r\x40\x0d\x03\x00" + b"N0" * 100_000 + b".",  # at 200,000 of two, in as many bytes
+        b"}q\0" + b"N0" * 100_000 + b"r\x40\x0d\x03\x00.",  # at 200,000, as the second one
     ],
 )
 def test_a_pickle_that_asks_for_all_memory(tmp_path, pickled):
