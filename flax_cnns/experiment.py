@@ -912,7 +912,14 @@ def evaluate_run(
     configs.validate(config)
     found = configs.doubts(config)
     _start_jax(config)
-    parts = assemble(config, confusion=True, begun=True)
+    try:
+        parts = assemble(config, confusion=True, begun=True)
+    except UserError as error:
+        there = config.data.dir
+        if not there or os.path.exists(os.path.expanduser(there)):
+            raise
+        cure = "if the data moved, start the run's own command with their new data.dir first"
+        raise UserError(f"{error}; {cure}") from None
     if found and jax.process_index() == 0:
         print(configs.note(workdir, found))
     dataset = parts.dataset

@@ -126,9 +126,11 @@ def check_workdir(
         if accept_changed_data or "fingerprint" in read_facts(workdir):
             fields = [field for field in fields if not field.startswith("data.dir:")]
         if begun and fields:
+            moved = all(field.startswith("data.dir:") for field in fields)
+            cure = ", or --accept-changed-data if the data only moved" if moved else ""
             raise UserError(
                 f"{workdir} holds a run with another config ({'; '.join(fields)}); "
-                "take another --workdir, or the same config to go on"
+                f"take another --workdir, or the same config to go on{cure}"
             )
         if begun and newer:
             print(
@@ -191,7 +193,8 @@ def write_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
 
 def data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str]:
     """What differs between the data that a run began with and those of now, in words. Of a run of
-    an older version class names are compared, and counts where it is complete."""
+    an older version class names are compared, the mean where it was computed, and counts where it
+    is complete."""
     facts = read_facts(workdir)
     if "fingerprint" in facts:
         with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
@@ -202,6 +205,8 @@ def data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str
             found += fingerprints.class_differences(
                 facts["class_names"], seen.fingerprint["classes"]
             )
+            if not found and seen.mean and facts["normalized_by"] == "training images":
+                found += fingerprints.mean_differences(facts["mean"], seen.mean)
     if (workdir / "summary.json").is_file():
         size = read_config(workdir).data.batch_size
         summary = read_json(workdir / "summary.json")

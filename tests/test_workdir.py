@@ -67,6 +67,11 @@ def test_of_a_run_without_a_fingerprint_names_and_counts_are_compared(tmp_path, 
         workdirs.check_data(run, Seen(digits, counts | {"train": 641}))
     with pytest.raises(workdirs.ChangedData, match="it had 10 classes, has 2"):
         workdirs.check_data(run, Seen(WAS, counts))
+    facts = workdirs.read_facts(run) | {"mean": [0.5], "normalized_by": "training images"}
+    write_json(run / "dataset.json", facts)
+    with pytest.raises(workdirs.ChangedData, match=r"mean of the training images was \(0.5\), is"):
+        workdirs.check_data(run, Seen(digits, counts, (0.51,)))
+    assert workdirs.check_data(run, Seen(digits, counts, (0.501,))) is None
     # Images that were left out count for the data set, but were not tested.
     write_json(run / "summary.json", summary | {"damaged_images": ["a.png"]})
     assert workdirs.check_data(run, Seen(digits, counts | {"test": 103})) is None
@@ -91,8 +96,9 @@ def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
     facts = workdirs.read_facts(begun)
     del facts["fingerprint"]
     write_json(begun / "dataset.json", facts)
-    with pytest.raises(UserError, match=r"another config \(data\.dir: '' there, '/moved' here\)"):
+    with pytest.raises(UserError, match=r"\(data\.dir: '' there, .*or --accept-changed-data"):
         workdirs.check_workdir(begun, resolved)
+    workdirs.check_workdir(begun, resolved, accept_changed_data=True)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"fingerprint": {"reader": "folder"}}'])

@@ -87,7 +87,8 @@ class Dataset:
     @property
     def seen(self) -> fingerprints.Seen:
         counts = {role: len(split) for role, split in self.splits.items()}
-        return fingerprints.Seen(self.fingerprint, counts)
+        mean = self.mean if self.normalized_by == "training images" else ()
+        return fingerprints.Seen(self.fingerprint, counts, mean)
 
     @property
     def in_memory(self) -> bool:

@@ -28,6 +28,7 @@ import numpy as np
 MOST_SIZES = 100_000  # files whose sizes are asked for: on a network each is a round trip
 LENGTH = 16  # of a digest, against accidents: a data set may have 20,000 classes
 SHOWN = 6  # differences in one message
+SAME_MEAN = 2e-3  # of values in 0..1: decoders of JPEG differ by less
 
 
 class Seen(NamedTuple):
@@ -35,6 +36,7 @@ class Seen(NamedTuple):
 
     fingerprint: dict[str, Any]
     counts: dict[str, int] = {}  # noqa: RUF012 (never changed) examples by role
+    mean: tuple[float, ...] = ()  # per channel, where it was computed from the training images
 
 
 def take(
@@ -205,6 +207,14 @@ def count_differences(
         for role, count in then.items()
         if count is not None and role in counts and count != counts[role]
     ]
+
+
+def mean_differences(was: Sequence[float], now: Sequence[float]) -> list[str]:
+    """Of a run that kept no fingerprint: what the mean says of the training images' pixels."""
+    if len(was) == len(now) and np.allclose(was, now, rtol=0, atol=SAME_MEAN):
+        return []
+    old, new = (", ".join(f"{value:.4g}" for value in values) for values in (was, now))
+    return [f"the mean of the training images was ({old}), is ({new})"]
 
 
 def shorten(found: Iterable[str], most: int = SHOWN, between: str = "; ") -> str:

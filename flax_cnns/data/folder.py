@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import os
+import pathlib
 import warnings
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ def read(directory: str, name: str) -> Raw:
     """
     if not directory:
         raise UserError(f"data.name={name} needs data.dir, a folder of one folder per class")
-    root = os.path.normpath(os.path.expanduser(directory))
+    root = str(pathlib.Path(directory).expanduser())  # LINK/.. stays: the system knows where it is
     if not os.path.isdir(root):
         raise UserError(f"data.dir={directory} is not a folder")
     left_out: collections.Counter[str] = collections.Counter()
@@ -102,7 +103,9 @@ def _split_folders(root: str, left_out: collections.Counter[str]) -> dict[str, s
     if not roots:
         return {"train": root}
     if "train" not in roots:
-        raise UserError(f"{root} has {', '.join(sorted(roots))} but no train folder")
+        named = ", ".join(map(os.path.basename, roots.values()))
+        cure = f"; if {_some(sorted(_folders(root)))} are classes, move them to {root}/train"
+        raise UserError(f"{root} has {named} but no train folder{cure if others else ''}")
     if others:
         left_out[f"folders that are no split ({_some(others)})"] = len(others)
     return roots
@@ -172,11 +175,14 @@ def _folders(folder: str) -> list[str]:
 
 
 def _count_loose(folder: str) -> collections.Counter[str]:
-    """What lies beside class folders: hidden folders, and images, which have no label there."""
+    """What lies beside class folders: hidden folders, links to nothing, and images, which have no
+    label there."""
     found: collections.Counter[str] = collections.Counter()
     for entry in _entries(folder):
         if _is_hidden(entry.name):
             found["hidden folders"] += _is_folder(entry)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            found["broken links"] += 1
         elif _suffix(entry.name) in SUFFIXES:
             found[_LOOSE] += not _is_folder(entry)
     return found
@@ -260,7 +266,8 @@ def _keep_once(
             keys: list[object] = [image.real or base + image.path[len(root) :]]
             if image.inode in shared:
                 status = os.stat(image.path)
-                keys.append((status.st_dev, status.st_ino))
+                # A file of one name is its own: some network drives number two files alike.
+                keys += [(status.st_dev, status.st_ino)] if status.st_nlink > 1 else []
             before = next((seen[key] for key in keys if key in seen), None)
             if before is None:
                 kept.append(image)

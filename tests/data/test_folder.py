@@ -1,6 +1,7 @@
 """Folders of images: layouts, sizes and modes, and what is damaged, empty or missing."""
 
 import os
+import types
 
 import numpy as np
 import pytest
@@ -240,10 +241,11 @@ def test_links_are_followed_and_each_file_counts_once(folder, config):
     os.symlink("00.jpg", red / "again.jpg")
     os.link(red / "01.jpg", red / "hard.jpg")
     os.symlink("nowhere.jpg", red / "broken.jpg")
+    os.symlink("nowhere", folder / "data" / "pink")
     dataset = datasets.load(config)
     assert sum(map(len, dataset.splits.values())) == 15 + 3
     assert dataset.left_out == {
-        "broken links": 1,
+        "broken links": 2,
         "folders that are linked twice": 1,
         "links to images that are there already": 2,
     }
@@ -259,6 +261,29 @@ def test_a_file_in_two_splits_is_an_error_that_names_both(folder, config, link):
     link(folder / "train" / "red" / "01.jpg", folder / "test" / "red" / "02.jpg")
     with pytest.raises(UserError, match=r"red.0\d.jpg and .*red.0\d.jpg are one file in two sp"):
         datasets.load(config)
+
+
+def test_files_that_a_network_drive_numbers_alike_are_not_one_file(folder, config, monkeypatch):
+    fill(folder / "train", 2)
+    fill(folder / "test", 1)
+    entries = reader._images
+
+    def alike(*given):
+        return [image._replace(inode=7) for image in entries(*given)]
+
+    status = os.stat(folder / "train" / "red" / "01.jpg")
+    drive = types.SimpleNamespace(**vars(os) | {"stat": lambda path: status})
+    monkeypatch.setattr(reader, "_images", alike)
+    monkeypatch.setattr(reader, "os", drive)
+    assert counts(datasets.load(config))["test"] == [1, 1, 1]
+
+
+def test_the_way_to_the_folder_may_go_up_from_a_link(folder, config):
+    fill(folder / "far" / "data", 5)
+    (folder / "far" / "other").mkdir()
+    os.symlink(folder / "far" / "other", folder / "link")
+    config.dir = f"{folder}/link/../data/"
+    assert sum(map(len, datasets.load(config).splits.values())) == 15
 
 
 def test_a_folder_given_a_level_too_high_is_not_a_class(folder, config):
@@ -293,7 +318,10 @@ def test_folders_that_are_wrong(folder, config):
     with pytest.raises(UserError, match="holds no class folders"):
         datasets.load(config)
     fill(folder / "val", 1)
-    with pytest.raises(UserError, match="has validation but no train folder"):
+    with pytest.raises(UserError, match=r"has val but no train folder$"):
+        datasets.load(config)
+    fill(folder / "invalid", 1)
+    with pytest.raises(UserError, match=r"no train folder; if invalid, val are classes, move them"):
         datasets.load(config)
     fill(folder / "train", 1)
     (folder / "val" / "pink").mkdir()
