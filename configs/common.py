@@ -4,7 +4,7 @@ Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over t
 examples. Every `"0 steps"` is never, but the last step always logs, validates and saves. Rules are
 tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`: the first regex
 that matches the whole path decides, and every path must be decided. A new run refuses a field that
-is set and cannot act under the other choices, as momentum with adam; at its default it may stay.
+is not at its default and cannot act under the other choices, such as momentum with adam.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 dtype="float32",  # what computes, or bfloat16; parameters and loss stay float32
                 # First values: paper, he, lecun, xavier, gaussian (0.01), orthogonal; "": the
                 # network's default. The head of ResNets, DenseNets, MobileNets and their relatives
-                # is lecun's under every name, paper too: few classes start with logits near zero.
+                # starts with lecun, whatever is given here (paper too).
                 init="",
                 scan=False,  # repeats of a block as a loop: deep networks compile in seconds
                 remat=False,  # compute each block again in the backward pass: less memory
@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
                 dir="",  # TFDS data_dir, folder of archives or of images; "": TFDS's default
                 source="auto",  # tfds, archive, folder; auto: archives if dir has them, else TFDS
                 labels="",  # where there are several kinds: cifar100 has fine (default) and coarse
-                # Only these, labelled 0, 1, ... in this order: by name, or by number where no other
-                # class has the number for a name.
+                # Only these, labeled 0, 1, ... in this order: by name, or by number, unless another
+                # class has that number as its name.
                 classes=(),
                 image_size=32,  # height and width that the network sees
                 channels=0,  # 0: the data set's own; 1 or 3 converts
@@ -87,8 +87,8 @@ def get_config() -> ConfigDict:
             # ---- the optimizer
             optimizer=dict(
                 # sgd, adam, adamw, rmsprop (TensorFlow's), lamb. lamb adapts the rate of every
-                # parameter, where timm's leaves those without weight decay alone and clips the
-                # gradient first: clip_norm=1.0 does that.
+                # parameter. timm's adapts only those with weight decay, and clips the gradient
+                # first, as clip_norm=1.0 does here.
                 name="sgd",
                 momentum=0.9,  # sgd, rmsprop
                 nesterov=False,  # sgd only
@@ -117,8 +117,8 @@ def get_config() -> ConfigDict:
                 # parameters, train elsewhere.
                 bn=(),
                 lr_mult=(),  # rules (regex, number): factors on the learning rate; (): all 1
-                # Such a factor from each layer to the one below it; 0: off. A layer is a block;
-                # BEiT's grouping for transformers, timm's for the others
+                # A factor on the learning rate from each layer to the one below it; 0: off. A layer
+                # is a block, grouped as in BEiT for transformers and as in timm for the others
                 # (train.optimizers.layer_decay).
                 layer_decay=0.0,
                 clip_norm=0.0,  # global norm of the gradient; 0: off
@@ -133,12 +133,12 @@ def get_config() -> ConfigDict:
                 every="1 epochs",  # exponential: how often
                 rate=0.97,  # exponential: by how much
                 end=0.0,  # cosine, exponential: the lowest rate
-                # one_cycle: share of the run that rises. It moves the rate alone, no momentum.
+                # one_cycle: share of the run in which the rate rises. Momentum stays as it is.
                 pct_start=0.3,
                 div_factor=25.0,  # one_cycle: highest over initial rate
                 final_div_factor=1e4,  # one_cycle: initial over last rate
-                # plateau: validations without a better error, the last of which lowers the rate:
-                # 5 is patience=4 of PyTorch's ReduceLROnPlateau.
+                # plateau: the rate is lowered at the fifth validation without a better error, as
+                # with patience=4 in PyTorch's ReduceLROnPlateau.
                 patience=5,
                 min_delta=1e-4,  # plateau: what counts as better, relative
             ),
@@ -150,7 +150,7 @@ def get_config() -> ConfigDict:
                 accumulate=1,  # batches are cut into this many pieces whose gradients are averaged
                 ema=0.0,  # decay of the averaged weights and statistics, evaluated then; 0: off
                 # The decay of a step is the smaller of ema and (1 + step) / (10 + step), as in
-                # TensorFlow's ExponentialMovingAverage; timm's warm-up is another formula.
+                # TensorFlow's ExponentialMovingAverage; timm has another formula.
                 ema_warmup=True,
                 # Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of its name,
                 # weight) such as ((r"aux1", 0.3), (r".*", 0.0)); a weight is a number, or corners
@@ -180,17 +180,17 @@ def get_config() -> ConfigDict:
             ),
             # ---- start from other weights
             graft=dict(
-                # RUN (what its summary.json tested), RUN@best, RUN@latest, RUN@1200, an Orbax
-                # checkpoint's path, or other libraries' weights:
+                # RUN (the checkpoint tested for its summary.json), RUN@best, RUN@latest, RUN@1200,
+                # an Orbax checkpoint's path, or other libraries' weights:
                 # torchvision:resnet50, timm:resnet50d=/path/file.safetensors; "": none
                 source="",
                 # (regex over this network's paths, path in the source or None for fresh), ...
                 rules=((r"(.*)", r"\1"),),
-                # What the report names, leaf by leaf, where weights and network differ (each says
-                # how in flax_cnns/weights/adapt.py):
-                adapt_stem=False,  # first kernels summed to 1 channel, or repeated from 1 or 3
-                resize_positions=False,  # a ViT's positions resized bicubically
-                averaged=False,  # the averaged weights: of a run, or of a training script's file
+                # How weights may be fitted to the network (flax_cnns/weights/adapt.py). The report
+                # names each leaf that was.
+                adapt_stem=False,  # sum the first kernels to 1 channel, or repeat them from 1 or 3
+                resize_positions=False,  # resize a ViT's position embeddings bicubically
+                averaged=False,  # take the averaged weights of a run or a training script's file
             ),
             # ---- what is written down
             log=dict(

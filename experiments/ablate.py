@@ -8,15 +8,15 @@ python -m experiments.ablate --workdir=runs/regular --report --interval=bootstra
 
 The config's file has a function sweep() that yields (name, {field: value, ...}), the baseline
 first. A cell is a row with a seed, a run in WORKDIR/ROW/seedS. The same command again repeats no
-cell that is complete, but those whose data changed since (--accept-changed-data keeps them). Exit
-codes: 1 where cells failed, 75 where some were interrupted, 130 after Ctrl-C.
+complete cell, except those whose data changed; --accept-changed-data keeps these too. Exit codes: 1
+if cells failed, 75 if some were interrupted, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags

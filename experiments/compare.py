@@ -3,15 +3,15 @@
 python -m experiments.compare runs/plain runs/mixup
 python -m experiments.compare runs/sweep/*/seed0 --out=pictures/seed0.png
 
-Runs that are unfinished are compared as far as they are. Writes comparison.png, comparison-2.png
-where that is there, or what --out names.
+Unfinished runs are compared up to where they are. Writes the file that --out names; without it
+comparison.png, or comparison-2.png if the first exists.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags
@@ -21,7 +21,7 @@ from experiments import script
 _OUT = flags.DEFINE_string(
     "out",
     "comparison.png",
-    "The picture to write; its suffix says how. Where it is not given no file is written over.",
+    "The picture to write; its suffix is its format. Without this flag no file is replaced.",
 )
 script.define_arguments("runs (the directories of trained or half-trained networks)")
 

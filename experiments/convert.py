@@ -8,15 +8,15 @@ python -m experiments.inspect weights/resnet50
 python -m experiments.train --config.graft.source=weights/resnet50 ...
 
 Without --path the source's published ImageNet weights are downloaded once. FOLDER/about.json says
-where they come from, with the file's SHA-256, how images are prepared for them, and in its notes
-what was chosen, renamed or adapted (flax_cnns/weights/adapt.py says how).
+where the weights come from, with the file's SHA-256, and how images are prepared for them. Notes in
+it say what was chosen, renamed or adapted (flax_cnns/weights/adapt.py).
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags
@@ -31,15 +31,15 @@ _PATH = flags.DEFINE_string(
     "path", "", "A .safetensors, .pth, .npz, .h5 or .keras file; downloaded where left out."
 )
 _AVERAGED = flags.DEFINE_bool(
-    "averaged", False, "Take the averaged weights that a training script put beside the others."
+    "averaged", False, "Take the averaged weights in the file of a training script."
 )
-_CHANNELS = flags.DEFINE_integer("channels", 0, "Of the images to take; 0: the file's own.")
+_CHANNELS = flags.DEFINE_integer("channels", 0, "Channels of the images; 0: the file's own.")
 _STEM = flags.DEFINE_bool("adapt_stem", False, "Fit the first kernels to --channels.")
-_SIZE = flags.DEFINE_integer("image_size", 0, "Of the images to take; 0: the file's own.")
+_SIZE = flags.DEFINE_integer("image_size", 0, "Side of the images; 0: the file's own.")
 _POSITIONS = flags.DEFINE_bool(
     "resize_positions", False, "Fit a ViT's position embeddings to --image_size."
 )
-_HEAD = flags.DEFINE_bool("head", True, "With the classes; --nohead leaves them out.")
+_HEAD = flags.DEFINE_bool("head", True, "Keep the head; --nohead leaves it out.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write, a new one.", required=True)
 
 

@@ -3,15 +3,15 @@
 python -m experiments.evaluate --workdir=runs/digits
 python -m experiments.evaluate --workdir=runs/digits@best --split=validation
 
-Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. Where the data changed
-since the run began it refuses, unless --accept-changed-data.
+Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. It refuses if the data
+changed since the run began; --accept-changed-data evaluates on the changed data.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags
@@ -25,8 +25,8 @@ _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "best, latest or a step; where it is not given, the one that the run's summary.json has the"
-    " test numbers of, the latest of an unfinished run.",
+    "best, latest or a step. Without this flag: the one that was tested for the run's summary.json;"
+    " in an unfinished run, the latest.",
 )
 _ACCEPT = script.define_accept()
 

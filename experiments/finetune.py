@@ -8,15 +8,15 @@ python -m experiments.finetune --workdir=runs/smoke --strategies=scratch,feature
     --config=configs/finetune/fashion_digits.py:smoke
 
 Writes finetune.json and finetune.png into the folder beside the runs, whose directories are
-TARGET/FRACTION/SEED/STRATEGY. The same command again repeats no run that is complete, but those
-whose data changed since (with --accept-changed-data they are kept).
+TARGET/FRACTION/SEED/STRATEGY. The same command again repeats no complete run, except those whose
+data changed; --accept-changed-data keeps these too.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 import pathlib

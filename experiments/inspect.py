@@ -5,16 +5,15 @@ python -m experiments.inspect runs/digits@best --depth=2
 python -m experiments.inspect runs/digits@1200 --filter='params/head/.*' --verify
 python -m experiments.inspect path/of/an/orbax/checkpoint
 
-RUN alone is the checkpoint that its summary.json has the test numbers of, the latest of an
-unfinished run. Paths are what the rules of `graft` name, and a filter matches as a rule does: the
-whole path.
+RUN alone is the checkpoint that was tested for its summary.json; in an unfinished run, the latest.
+Paths are what the rules of `graft` name, and a filter matches as a rule does: the whole path.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags

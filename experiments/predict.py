@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags
@@ -35,14 +35,14 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "Of a run: best, latest or a step; where it is not given, the one that its summary.json has the"
-    " test numbers of, the latest of an unfinished run.",
+    "Of a run: best, latest or a step. Without this flag: the one that was tested for its"
+    " summary.json; in an unfinished run, the latest.",
 )
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
 _OUT = flags.DEFINE_string(
     "out",
     "predictions.png",
-    'The picture; "" for none. Where it is not given no file is written over: predictions-2.png.',
+    'The picture; "" for none. Without this flag no file is replaced: predictions-2.png is next.',
 )
 script.define_arguments("the files of one or more photos")
 

@@ -32,10 +32,10 @@ _CACHE = flags.DEFINE_string(
 def main(function: Callable[[list[str]], int | None]) -> None:
     """Runs `function(argv)` after absl has read the flags, with JAX's compilation cache on.
 
-    Exit codes: 0 done; 1 a fault of ours, with its traceback, or in one line that a process died
-    which this one needs; 2 something that the user can mend, said in one line; 75 saved after
-    SIGTERM or SIGUSR1, run the same command again; 130 Ctrl-C, after which a run has saved too,
-    unless it was before the first step or came twice. Output that cannot be written changes none.
+    Exit codes: 0 done; 1 a fault of ours, with its traceback, or a process that this one needs has
+    died, in one line; 2 something that the user can mend, in one line; 75 saved after SIGTERM or
+    SIGUSR1, run the same command again; 130 Ctrl-C. A run saves after Ctrl-C, unless this came
+    before the first step, or twice. Output that cannot be written changes no exit code.
     """
 
     def start(argv: list[str]) -> int | None:
@@ -62,7 +62,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
                 _leave(2)
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 named = os.fspath(error.filename or "")
-                _say(f"{named[:100]}… has a name of more bytes than a file system takes (255)")
+                _say(f"{named[:100]}…: expected names of at most 255 bytes; choose a shorter one")
                 _leave(2)
             first = (str(error).strip().splitlines() or [""])[0]
             _say(f"{type(error).__name__}: {first}")
@@ -95,12 +95,13 @@ _RUNS: list[re.Pattern] = []
 
 def define_accept() -> flags.FlagHolder:
     """The flag --accept-changed-data."""
-    text = "Go on although the data changed since a run began; it is recorded what changed."
+    text = "Go on although the data changed since a run began; the change is recorded."
     return flags.DEFINE_bool("accept-changed-data", False, text)
 
 
 def _as_defined(argument: str) -> str:
-    """A flag whose name was written with underscores for dashes, or the other way round."""
+    """An argument whose flag has the name under which it is defined: dashes and underscores may be
+    exchanged."""
     name, equals, value = argument.removeprefix("--").partition("=")
     if argument.startswith("--"):
         for other in (name, name.replace("_", "-"), name.replace("-", "_")):
@@ -128,16 +129,16 @@ _ARGUMENTS: list[tuple[str, int | None]] = []
 
 
 def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
-    """(the file that a picture goes to, how a message tells it): what the flag names; where it is
-    not given, its default, with a number if that file is there. Raises `UserError` where the file
-    is one of the `inputs`."""
+    """(the file for a picture, its name for a message). The file is the flag's value; without the
+    flag it is the default, with a number if that file exists. Raises `UserError` if the file is one
+    of the `inputs`."""
     path = pathlib.Path(flag.value)
     if not flags.FLAGS[flag.name].present:
         names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
         path = next(name for name in itertools.chain([path], names) if not os.path.lexists(name))
     if any(path.exists() and os.path.samefile(path, other) for other in inputs):
         raise UserError(f"--{flag.name}: {path} is one of the photos; name another file")
-    return str(path), f"{path}, in place of the file that was there" if path.exists() else str(path)
+    return str(path), f"{path}, which replaces the old file" if path.exists() else str(path)
 
 
 def _check_arguments(given: list[str]) -> None:
@@ -149,7 +150,7 @@ def _check_arguments(given: list[str]) -> None:
 
 
 def _config_file(argv: list[str]) -> str:
-    """What --config names, without its mode; "" where it is not given."""
+    """The file that --config names, without its mode; "" without the flag."""
     for argument, after in zip(argv, [*argv[1:], ""]):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):
@@ -158,7 +159,8 @@ def _config_file(argv: list[str]) -> str:
 
 
 def _near(file: str) -> str:
-    """Where there is such a config, as a path that works from the current folder."""
+    """The end of a message: the config of this name, as a path that works from the current folder,
+    else the nearest ones."""
     found = [path for path in CONFIGS.rglob("*.py") if "__" not in path.name]
     files = {str(path.relative_to(CONFIGS.parent)): path for path in found}
     for name, path in files.items():

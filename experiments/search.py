@@ -4,15 +4,15 @@ python -m experiments.search scaling --workdir=runs/scaling
 python -m experiments.search scaling --workdir=runs/s \
     --config=configs/scaling_small.py:fashion_mnist
 
-The same command again repeats no run that is complete. Where the data changed since it refuses,
-unless --accept-changed-data.
+The same command again repeats no complete run. It refuses if the data changed since; with
+--accept-changed-data it goes on.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 import pathlib

@@ -4,15 +4,15 @@ python -m experiments.train --workdir=runs/digits
 python -m experiments.train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
 python -m experiments.train --workdir=runs/y --config.schedule.learning_rate=1e-3 --config.seed=1
 
-The same command again goes on where the run stopped, to the bit. Where the data changed since the
-run began it refuses, unless --accept-changed-data.
+The same command again goes on where the run stopped, to the bit. It refuses if the data changed
+since the run began; with --accept-changed-data it goes on.
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # python experiments/NAME.py: Python's own inspect, not the one of this folder
+if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from absl import flags

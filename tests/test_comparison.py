@@ -107,6 +107,6 @@ def test_a_picture_that_nobody_named_is_written_over_none(tmp_path, monkeypatch)
     (tmp_path / "comparison.png").touch()
     (tmp_path / "comparison-2.png").symlink_to("nowhere")
     assert choose(0)[0] == "comparison-3.png"
-    assert choose(1) == ("comparison.png", "comparison.png, in place of the file that was there")
+    assert choose(1) == ("comparison.png", "comparison.png, which replaces the old file")
     with pytest.raises(UserError, match=r"comparison\.png is one of the photos"):
         choose(1, inputs=[str(tmp_path / "comparison.png")])
