@@ -388,10 +388,17 @@ def reset_inert(config: Any, keep: Collection[str] = ()) -> Any:
 def check_new(config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print) -> None:
     """Of runs that are to be made in `where`. Raises `UserError` where they have `doubts`, or says
     so where `where` holds some already: then `begun`."""
-    if (found := doubts(config)) and not begun:
-        raise UserError(found[0])
-    if found:
+    found = doubts(config)
+    if not begun:
+        refuse(found)
+    elif found:
         say(note(where, found))
+
+
+def refuse(found: Collection[str]) -> None:
+    """Raises `UserError` with all `doubts` there are, so that they can be mended at once."""
+    if found:
+        raise UserError(" | ".join(found))
 
 
 def _together(flat: Mapping[str, Any]) -> None:
@@ -411,8 +418,6 @@ def _together(flat: Mapping[str, Any]) -> None:
             "config.data.channels: expected 0 (the data set's own), 1 or 3, "
             f"got {flat['data.channels']}"
         )
-    if flat["optimizer.nesterov"] and flat["optimizer.name"] != "sgd":
-        raise UserError(f"config.optimizer.nesterov: only sgd has it, not {flat['optimizer.name']}")
     if flat["schedule.name"] == "exponential" and not float(flat["schedule.every"].split()[0]):
         raise UserError("config.schedule.every: exponential needs some, such as '2 epochs'")
     if flat["schedule.name"] == "steps" and not flat["schedule.boundaries"]:

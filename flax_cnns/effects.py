@@ -166,7 +166,8 @@ IN_A_RUN: dict[str, Effect] = {
     "data.validation": Effect(
         0.1,
         "{data.name} has a validation split of its own, and that is taken",
-        lambda flat, facts: not facts.own_validation,
+        # 0 takes nothing from train, and so it is.
+        lambda flat, facts: not (facts.own_validation and flat["data.validation"]),
     ),
     "schedule.warmup": Effect(
         "0 steps",

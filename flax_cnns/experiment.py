@@ -256,11 +256,11 @@ def rehearse(
     """
     configs.validate(config)
     if not begun:
-        _refuse(configs.doubts(config))
+        configs.refuse(configs.doubts(config))
     parts = assemble(config, begun=begun)
     rehearsed = _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
     if not begun:
-        _refuse(rehearsed.doubts())
+        configs.refuse(rehearsed.doubts())
     params = rehearsed._target().params  # the rules of the optimizer too
     dropout_rates(rehearsed.parts, params)
     _augment_and_mix(rehearsed.parts)
@@ -286,11 +286,6 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
 def doubts(parts: Parts) -> list[str]:
     """`config.doubts` that take the network or the data to know."""
     return _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0).doubts()
-
-
-def _refuse(doubts: list[str]) -> None:
-    if doubts:
-        raise UserError(doubts[0])
 
 
 def _start_jax(config: Any) -> None:
@@ -331,7 +326,7 @@ def run(
         raise UserError("--workdir: expected the name of a directory, got nothing")
     begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.doubts(config)
     if not begun:
-        _refuse(found)
+        configs.refuse(found)
     _start_jax(config)
     resolved = configs.plain(config)
     launch.check_same(
@@ -364,7 +359,7 @@ def run(
         one = _Run(parts, workdir, opened, signals, began)
         found += one.doubts()
         if not begun:
-            _refuse(found)
+            configs.refuse(found)
         if primary:
             print("\n".join(parts.dataset.describe()))
             if found:

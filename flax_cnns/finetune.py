@@ -200,8 +200,8 @@ def make_task(config: ConfigDict, source: str, knobs: Any, *, new: bool = False)
     """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`; `new`:
     also for what no new run of this network on these data may have."""
     parts = assemble(config)
-    if new and (found := doubts(parts)):
-        raise UserError(found[0])
+    if new:
+        configs.refuse(doubts(parts))
     shape = (1, *parts.dataset.image_shape)
 
     def shapes(model: Any) -> Any:
