@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -42,16 +46,18 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         launch.keep_memory()
         tolerate()
         compilation_cache.enable(_CACHE.value)
+        _on_interrupt(signal.default_int_handler)
         return function(argv)
 
     with output.safe():
+        _on_interrupt(_leave_at_once)  # JAX is imported, which KeyboardInterrupt can crash
         try:
             app.run(start, flags_parser=_parse)
         except UserError as error:
             _say(error)
             _leave(2)
         except KeyboardInterrupt as error:
-            _say(str(error) or "interrupted; the same command starts again")
+            _say(str(error) or _INTERRUPTED)
             _leave(130)
         except Lost as error:
             _say(error)
@@ -68,6 +74,25 @@ def main(function: Callable[[list[str]], int | None]) -> None:
             _say(f"{type(error).__name__}: {first}")
             traceback.print_exception(error)
             _leave(1)
+        finally:
+            _on_interrupt(signal.SIG_DFL)  # nothing is left to save, and JAX's end may take long
+
+
+def _on_interrupt(handler: Any) -> None:
+    """What Ctrl-C does from here on, unless it is ignored, as in a shell script's background."""
+    ours = (signal.default_int_handler, _leave_at_once)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGINT) in ours:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave_at_once(*_: Any) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {_INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
+_INTERRUPTED = "interrupted; the same command starts again"
 
 
 def _say(what: object) -> None:

@@ -34,7 +34,8 @@ def tolerate() -> None:
     """From here on printing a name to standard output or error does not fail, whatever their
     encoding is: what it lacks is escaped."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+        strict = getattr(stream, "errors", None) in ("strict", "surrogateescape")  # this: LANG=C
+        if strict and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
 
 

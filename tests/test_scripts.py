@@ -146,11 +146,36 @@ def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(script.app, "run", run)
+    monkeypatch.setattr(script, "_on_interrupt", lambda handler: None)  # pytest's stays
     with pytest.raises(SystemExit) as left:
         script.main(lambda argv: None)
     err = capsys.readouterr().err
     assert (left.value.code, err.count("\n")) == (2, 1), err
     assert err.startswith(f"error: out of memory: {str(error).splitlines()[0]}; ask for less")
+
+
+def test_ctrl_c_leaves_at_once_while_jax_is_imported_and_at_the_end():
+    """KeyboardInterrupt in the midst of JAX's import is an ImportError or a crash."""
+    code = (
+        "import signal, sys\n"
+        "from experiments import script\n"
+        "def interrupt(*_):\n"
+        "    try: signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt: print('KeyboardInterrupt')\n"
+        "where = sys.argv.pop()\n"
+        "if where == 'import': script.compilation_cache.enable = interrupt\n"
+        "else: script.compilation_cache.enable = lambda _: None\n"
+        "try: script.main(interrupt if where == 'work' else lambda argv: None)\n"
+        "finally:\n"
+        "    if where == 'end': interrupt()\n"
+    )
+    for where, expected in {"import": 130, "work": 0, "end": -signal.SIGINT}.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, where], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == expected, (where, done.stderr)
+        assert done.stderr.count("\n") == (where == "import"), done.stderr
+        assert done.stdout == ("KeyboardInterrupt\n" if where == "work" else "")
 
 
 @pytest.mark.parametrize(
