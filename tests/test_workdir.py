@@ -70,8 +70,8 @@ def test_of_a_run_without_a_fingerprint_names_and_counts_are_compared(tmp_path, 
     facts = workdirs.read_facts(run) | {"mean": [0.5], "normalized_by": "training images"}
     write_json(run / "dataset.json", facts)
     with pytest.raises(workdirs.ChangedData, match=r"mean of the training images was \(0.5\), is"):
-        workdirs.check_data(run, Seen(digits, counts, (0.51,)))
-    assert workdirs.check_data(run, Seen(digits, counts, (0.501,))) is None
+        workdirs.check_data(run, Seen(digits, counts, (0.5003,)))
+    assert workdirs.check_data(run, Seen(digits, counts, (0.50005,))) is None
     # Images that were left out count for the data set, but were not tested.
     write_json(run / "summary.json", summary | {"damaged_images": ["a.png"]})
     assert workdirs.check_data(run, Seen(digits, counts | {"test": 103})) is None
