@@ -350,7 +350,8 @@ def run(
             check_complete(config, workdir, fingerprint, accept_changed_data)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
-                report.print_summary(summary)
+                with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
+                    report.print_summary(summary)
             return summary
         if config.log.wandb:
             import_wandb()  # before the data is loaded
