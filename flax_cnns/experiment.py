@@ -32,6 +32,7 @@ from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.data import images as img
 from flax_cnns.errors import Lost, UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.layers import norm
@@ -91,7 +92,8 @@ class Parts(NamedTuple):
         if not sums.get("count"):
             raise UserError(
                 f"{self.dataset.name}: no image of the {split} split could be decoded, so that "
-                "there is nothing to evaluate; mend them, and the same command goes on"
+                "there is nothing to evaluate; mend them, and the same command goes on with"
+                " --accept-changed-data"
             )
         return sums
 
@@ -373,6 +375,13 @@ def run(
             return one.go()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.outlook(workdir)}") from None
+        except img.DamagedImage as error:
+            if not workdirs.has_begun(workdir):
+                raise
+            # Of a run that has begun the config stays, and a file that is mended is another one.
+            text = f"cannot decode {error.where}: {error.why}; mend or delete it, and then"
+            there = workdirs.outlook(workdir)
+            raise UserError(f"{text} add --accept-changed-data; {there}") from None
         except Lost as error:
             raise Lost(f"{error}; {workdirs.outlook(workdir)}") from None
 
