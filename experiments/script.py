@@ -20,9 +20,9 @@ from ml_collections import config_flags
 
 from flax_cnns import compilation_cache, launch, output
 from flax_cnns.config import FIELDS
-from flax_cnns.errors import Lost, UserError, did_you_mean, out_of_memory
+from flax_cnns.errors import ProcessLost, UserError, did_you_mean, out_of_memory
 from flax_cnns.files import check_regular
-from flax_cnns.names import tolerate
+from flax_cnns.names import escape_unencodable
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _CACHE = flags.DEFINE_string(
@@ -44,7 +44,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
 
     def start(argv: list[str]) -> int | None:
         launch.keep_memory()
-        tolerate()
+        escape_unencodable()
         compilation_cache.enable(_CACHE.value)
         _on_interrupt(signal.default_int_handler)
         return function(argv)
@@ -59,7 +59,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         except KeyboardInterrupt as error:
             _say(str(error) or _INTERRUPTED)
             _leave(130)
-        except Lost as error:
+        except ProcessLost as error:
             _say(error)
             _leave(1)
         except Exception as error:

@@ -52,20 +52,20 @@ def work(
     console: Console | None = None,
 ) -> dict[str, int]:
     """Runs the cells that are not done, one on each share of the machine, and returns how many of
-    all have which status. One that fails is tried twice. One that began with other data is renamed
-    and runs again; with `accept_changed_data` it is kept.
+    all have which status. A cell that fails is tried twice. A cell that began with other data is
+    renamed and runs again; with `accept_changed_data` it is kept.
 
     A cell that another process runs (another start of the same ablation, or what a killed one left
     behind and still saves) is waited for.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
-    second signal they are killed. After SIGINT, Ctrl-C, it raises KeyboardInterrupt at its end.
+    second signal they are killed. After SIGINT (Ctrl-C) this function ends with KeyboardInterrupt.
     """
     for cell in cells:  # complete, but nobody was there to write it
         if (known := cell.read())["status"] == "complete":
             cell.write(known)
     console = console or make_console()
-    _look_at_data(cells, sizes, accept_changed_data, console)
+    _set_aside_changed_data(cells, sizes, accept_changed_data, console)
     with _Signals() as signals, _Board(cells, sizes, len(shares), console) as board:
         try:
             _Crew(cells, shares, signals, board, accept_changed_data).go()
@@ -76,16 +76,16 @@ def work(
     return dict(collections.Counter(cell.read()["status"] for cell in cells))
 
 
-def _look_at_data(
+def _set_aside_changed_data(
     cells: Sequence[Cell], sizes: Mapping[str, Size], accept: bool, console: Console
 ) -> None:
-    """Renames the cells that began with other data, so that they run again; with `accept` keeps
-    them, and says so."""
+    """Renames the cells that began with other data, so that they run again. With `accept` they
+    stay, and the change is recorded. Prints a line for each."""
     for cell in cells:
         data = sizes[cell.row.name].data if cell.row.name in sizes else None
         if data is None or not workdirs.has_begun(cell.workdir):
             continue
-        # None: another start of this ablation runs the cell, and looked when that began.
+        # None: another start of this ablation runs the cell, and has compared its data.
         if (out := isolated.claim(cell.log)) is None:
             continue
         with out:
@@ -97,11 +97,11 @@ def _look_at_data(
                 continue
             said = f"{cell.name}: its data changed: {fingerprints.shorten(differs)}; "
             if not accept:
-                said += f"what was there is {workdirs.set_aside(cell.workdir)} now, it runs again"
+                said += f"it is renamed to {workdirs.set_aside(cell.workdir)} and runs again"
                 cell.forget()
             else:
-                said += "accepted"
-                if cell.read()["status"] == "complete":  # no child is there to record it
+                said += "it is kept, as --accept-changed-data asks"
+                if cell.read()["status"] == "complete":  # no child process will record it
                     change = workdirs.check_data(cell.workdir, data, accept=True, quiet=True)
                     workdirs.accept_change(cell.workdir, change)
             console.print(said, markup=False, highlight=False, soft_wrap=True)
@@ -116,7 +116,7 @@ class _Signals:
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGTERM, signal.SIGUSR1]
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
                 numbers.append(signal.SIGINT)
             self._old = {number: signal.signal(number, self._count) for number in numbers}
         return self
@@ -362,7 +362,7 @@ def show_plan(
     for cell in cells:
         if differs := workdirs.data_differences(cell.workdir, sizes[cell.row.name].data):
             differs = fingerprints.shorten(differs)
-            print(f"{cell.name}: its data changed: {differs}; not accepted, it runs again")
+            print(f"{cell.name}: its data changed: {differs}; it will run again")
     print(
         f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
         f"{plan.duration(plan.left(waiting, len(shares)))} left: told {source}"

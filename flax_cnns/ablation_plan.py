@@ -62,7 +62,7 @@ class Cell(NamedTuple):
     def config(self) -> ConfigDict:
         config = ConfigDict(self.row.config.to_dict())
         config.seed += self.seed
-        return workdirs.for_workdir(config, self.workdir)
+        return workdirs.reset_if_new(config, self.workdir)
 
     def read(self) -> dict[str, Any]:
         """What is known of it; the status is "missing" where it was never started."""
@@ -73,7 +73,7 @@ class Cell(NamedTuple):
                 known |= workdirs.read_json(path)
         if (self.workdir / "summary.json").is_file():
             return known | {"status": "complete", "error": ""}
-        # One that failed before its first step leaves no directory; any other one was removed.
+        # A cell that failed before its first step has no directory; that of any other was removed.
         failed = known["status"] == "failed"
         gone = known["status"] == "complete" or not (failed or self.workdir.exists())
         return known | {"status": "missing"} if gone else known
@@ -82,7 +82,7 @@ class Cell(NamedTuple):
         workdirs.write_json(self.folder / f"seed{self.seed}.json", known)
 
     def forget(self) -> None:
-        """What is known of a run that is not there any more."""
+        """Deletes the status of a run that is no longer there."""
         (self.folder / f"seed{self.seed}.json").unlink(missing_ok=True)
 
 
@@ -105,7 +105,7 @@ def make_rows(
 ) -> list[Row]:
     """The rows of a sweep on a config, for `folder`. Raises `UserError` for a name that cannot be a
     directory's or is there twice, for an override that names no field, for a value of the wrong
-    kind, and for what no new run may have: see `config.check_new`."""
+    kind, and for what `config.check_new` refuses."""
     configs.validate(config)
     rows: dict[str, Row] = {}
     recorded, notes = _recorded(folder), []
@@ -138,7 +138,7 @@ def make_rows(
 
 
 def _recorded(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
-    """The overrides by row of the ablation that a folder holds; {} of none, or a damaged one."""
+    """The overrides, by row, of the ablation in a folder; {} if there is none, or a damaged one."""
     with contextlib.suppress(UserError, TypeError, KeyError):
         rows = workdirs.read_json(pathlib.Path(folder or "", "ablation.json"))["rows"]
         return {row["name"]: row["overrides"] for row in rows}
@@ -151,10 +151,10 @@ def _is_row(name: Any, overrides: Any) -> bool:
 
 
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. What
-    that switches off, as another optimizer's name does sgd's momentum, gets its default. Raises
-    `UserError` for an unknown field; those of a network are the network's to know."""
-    # What could not act before, or the row sets itself, is a mistake, and stays to be refused.
+    """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. Fields
+    that these switch off, such as sgd's momentum under another optimizer, get their defaults.
+    Raises `UserError` for an unknown field; those of a network are the network's to know."""
+    # A field that could not act before, or that the row sets, is a mistake: it must be refused.
     keep = {*configs.inert(config), *configs.flatten(overrides)}
     config = ConfigDict(config.to_dict())
     with config.unlocked(), config.ignore_type():
@@ -247,7 +247,7 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     if not kept:
         return ours
     fields = configs.difference(ours["config"], configs.completed(theirs["config"])[0])
-    # Whether the data only moved each cell tells by its fingerprint.
+    # The fingerprint of each cell tells whether the data only moved.
     fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
@@ -273,7 +273,7 @@ class Size(NamedTuple):
     params: int
     macs: int  # of one image
     images: int  # that it is trained on, each as often as it is seen
-    data: fingerprints.Seen = fingerprints.Seen({})  # as they are now
+    data: fingerprints.Seen = fingerprints.Seen({})  # as it is now
 
     @property
     def work(self) -> float:
@@ -281,7 +281,8 @@ class Size(NamedTuple):
 
 
 def measure(cells: Sequence[Cell]) -> dict[str, Size]:
-    """By the names of the cells' rows; computes shapes only, and says what the data sets hold.
+    """The sizes by row. Computes shapes only, and prints what the data sets hold.
+
     Raises `UserError` for what a run would refuse before its first step: see `make_rows`."""
     waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
     sizes, sources, said = {}, {}, set()
@@ -338,7 +339,7 @@ def time_steps(row: Row, share: isolated.Share) -> tuple[float, float]:
             process = isolated.start(config, workdir, out, share)
         try:
             code = process.wait()
-        except BaseException:  # Ctrl-C: it is in another session
+        except BaseException:  # Ctrl-C does not reach its session
             process.kill()
             process.wait()
             raise

@@ -266,14 +266,14 @@ def _notes(told: Sequence[Told], plan: dict[str, Any], method: str) -> list[str]
     if _count_data(told) > 1:
         notes += [
             "",
-            "**Not all cells have seen the same data**, which changed between their runs;",
+            "**Not all cells have seen the same data**: they changed between the runs.",
         ]
-        notes += ["the same command without --rows and --index runs the older ones again."]
+        notes += ["The same command without --rows and --index runs the older cells again."]
     return notes
 
 
 def _count_data(told: Sequence[Told]) -> int:
-    """How many data sets the complete cells have seen, those of rows that choose data left out."""
+    """How many data sets the complete cells have seen; rows that choose their data do not count."""
 
     def chooses(field: str) -> bool:
         return field.startswith("data") and not field.startswith("data.augment")

@@ -94,7 +94,7 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
     `UserError` where it cannot be written."""
     sizes = {record.config.data.batch_size for record in runs.values()}
     across = "step" if len(sizes) == 1 else "images seen"
-    columns = -(-len(runs) // LEGEND)  # of the legend, each of its own width
+    columns = -(-len(runs) // LEGEND)  # of the legend
     height = 4.0 + 0.14 * max(min(len(runs), LEGEND) - 12, 0)
     figure = Figure(figsize=(14 + 3 * (columns - 1), height), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
@@ -108,13 +108,13 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         make_room(axes)
         if not any(len(line.get_xdata()) for line in axes.get_lines()):
-            axes.set(xticks=[], yticks=[])  # they would be numbers about nothing
+            axes.set(xticks=[], yticks=[])  # numbers would mean nothing
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")
     lines = {}
     for style, (name, record) in zip(styles, runs.items()):
         label = shorten(name, 40) + ("" if record.complete else " (unfinished)")
         lines[name] = label, panels[0].plot([], [], **style)[0]
-    # Named here: a label that begins with "_" is none for matplotlib.
+    # Passed here: matplotlib ignores a label that begins with "_".
     labels, handles = zip(*lines.values())
     figure.legend(
         handles, labels, loc="outside right center", frameon=False, fontsize="small", ncols=columns
@@ -124,7 +124,7 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
 
 
 def _styles(runs: int) -> list[dict[str, Any]]:
-    """Of each run its own; hundreds of colours can only be told by their order."""
+    """A style for each run; hundreds of colors can only be told apart by their order."""
     if runs <= len(COLOURS) * len(DASHES):
         return [dict(color=COLOURS[i % 8], linestyle=DASHES[i // 8]) for i in range(runs)]
     turbo = colormaps["turbo"]

@@ -312,9 +312,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def forgiven(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain config of a run of before, `theirs`, with the default in those fields that cannot
-    act there and have it in `ours`: this package resets what it switches off."""
+def reset_as_in(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """`theirs`, the plain config of an older run. A field that cannot act there gets its default if
+    `ours` has that default: older versions did not reset what they switched off."""
     here = flatten(ours)
     reset = flatten(reset_inert(theirs))
     keep = [name for name, value in reset.items() if here.get(name) != value]
@@ -351,27 +351,27 @@ def validate(config: Any) -> None:
 
 
 def inert(config: Any) -> list[str]:
-    """The fields that are set and cannot act under the other choices."""
+    """The fields that are not at their defaults and cannot act under the other choices."""
     return list(effects.inert(flatten(config.to_dict() if hasattr(config, "to_dict") else config)))
 
 
 def doubts(config: Any, facts: effects.Facts | None = None) -> list[str]:
-    """What no new run may have, a line each: fields that are set and cannot act, values that make
-    no sense. The runs of before go on with theirs. `config` is valid; with `facts` those lines
-    alone that take the network or the data to know."""
+    """A line for each thing that a new run may not have: a field that is set and cannot act, a
+    value that makes no sense. Older runs go on with theirs. `config` must be valid. With `facts`:
+    only the lines that depend on the network or the data."""
     flat = flatten(config.to_dict() if hasattr(config, "to_dict") else config)
     more = effects.overlong(flat, facts) if facts else effects.senseless(flat)
     return [*effects.inert(flat, facts).values(), *more]
 
 
 def note(where: Any, found: Collection[str]) -> str:
-    """What is said of runs that have `doubts`: they were made before these were refused."""
+    """The line to print for older runs that have `doubts`."""
     return f"note: {where} was made before this was refused, and keeps it: {' | '.join(found)}"
 
 
 def reset_inert(config: Any, keep: Collection[str] = ()) -> Any:
     """A copy of a ConfigDict or mapping in which each field that cannot act under the other choices
-    has its default: the same run. Those in `keep` stay."""
+    has its default. The run is the same. Fields in `keep` stay."""
     is_config = hasattr(config, "to_dict")
     copy = config.to_dict() if is_config else json.loads(json.dumps(config))
     flat = flatten(copy)
@@ -386,8 +386,8 @@ def reset_inert(config: Any, keep: Collection[str] = ()) -> Any:
 
 
 def check_new(config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print) -> None:
-    """Of runs that are to be made in `where`. Raises `UserError` where they have `doubts`, or says
-    so where `where` holds some already: then `begun`."""
+    """Checks the config of runs in `where`. Raises `UserError` for the first of its `doubts`; if
+    `begun`, `where` already holds such runs, and a note goes to `say` instead."""
     found = doubts(config)
     if not begun:
         refuse(found)

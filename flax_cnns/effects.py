@@ -43,13 +43,13 @@ class Effect(NamedTuple):
 
 
 def amount(duration: Any) -> float:
-    """The number of a duration; NaN of what is none."""
+    """The number of a duration; NaN for another text."""
     match = DURATION.fullmatch(str(duration))
     return float(match[1]) if match else math.nan
 
 
 def is_on(value: Any) -> bool:
-    """Whether a value is neither empty nor 0; of rules (regex, number), whether a number is not."""
+    """Whether a value is neither empty nor 0; for rules (regex, number), whether any number is."""
     if isinstance(value, (tuple, list)):
         return any(v for v in _leaves(value) if not isinstance(v, str))
     return bool(value)
@@ -152,7 +152,7 @@ EFFECTS: dict[str, Effect] = {
 }
 
 
-# ---- what takes the network or the data to know
+# ---- what depends on the network or the data
 
 
 def _ends_before(field: str) -> Callable[[Flat, Facts], bool]:
@@ -166,7 +166,7 @@ IN_A_RUN: dict[str, Effect] = {
     "data.validation": Effect(
         0.1,
         "{data.name} has a validation split of its own, and that is taken",
-        # 0 takes nothing from train, and so it is.
+        # 0 takes nothing from train, and nothing is taken.
         lambda flat, facts: not (facts.own_validation and flat["data.validation"]),
     ),
     "schedule.warmup": Effect(
@@ -213,8 +213,8 @@ IN_A_RUN: dict[str, Effect] = {
 
 
 def inert(flat: Flat, facts: Facts | None = None) -> dict[str, str]:
-    """{field: why, in a line} of the fields that are set and cannot act: without `facts` by the
-    config alone, with them by the network and the data alone."""
+    """{field: a line that says why} for the fields that are set and cannot act. Without `facts` the
+    config alone decides; with `facts` the network and the data alone do."""
     found = {}
     for field, effect in (EFFECTS if facts is None else IN_A_RUN).items():
         given = (flat,) if facts is None else (flat, facts)
@@ -234,7 +234,7 @@ def _plain(value: Any) -> Any:
 
 
 def senseless(flat: Flat) -> Iterator[str]:
-    """A line for each value that no new run may have; runs of before go on with theirs. `flat` has
+    """A line for each value that a new run may not have; older runs go on with theirs. `flat` has
     passed the checks of its fields."""
 
     def say(field: str, expected: str) -> str:

@@ -10,9 +10,9 @@ class UserError(ValueError):
     """Something that the user can mend. Scripts print its message as one line and exit with 2."""
 
 
-class Lost(Exception):
+class ProcessLost(Exception):
     """A process that this one needs has died. Scripts print the message as one line and exit with
-    1: nothing in the command is to be mended, and the same one goes on."""
+    1. The user need not change the command: the same one goes on."""
 
 
 class Diverged(UserError):
@@ -21,7 +21,7 @@ class Diverged(UserError):
 
 
 def out_of_memory(error: BaseException) -> str:
-    """One line where an error of Python, NumPy or XLA says that memory ran out; "" for others."""
+    """A line if an error of Python, NumPy or XLA says that memory ran out; "" for other errors."""
     first = (str(error).strip().splitlines() or [""])[0]
     of_xla = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
     if not isinstance(error, MemoryError) and not of_xla:
@@ -34,7 +34,7 @@ def out_of_memory(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'resnet50', 'resnet18'?"`, or the sorted names where nothing is near."""
-    known = sorted(set(known) - {name})  # what was asked for is no advice
+    known = sorted(set(known) - {name})  # the name itself is no advice
     holding = [other for other in known if str(name) and str(name) in other]
     holding.sort(key=lambda other: not other.startswith(str(name)))  # lenet: lenet5, then googlenet
     near = holding[:most] or difflib.get_close_matches(str(name), known, n=most, cutoff=0.55)

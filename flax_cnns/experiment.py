@@ -32,8 +32,7 @@ from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.data import images as img
-from flax_cnns.errors import Lost, UserError, did_you_mean
+from flax_cnns.errors import ProcessLost, UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.layers import norm
 from flax_cnns.preemption import Preempted, Signals
@@ -92,8 +91,7 @@ class Parts(NamedTuple):
         if not sums.get("count"):
             raise UserError(
                 f"{self.dataset.name}: no image of the {split} split could be decoded, so that "
-                "there is nothing to evaluate; mend them, and the same command goes on with"
-                " --accept-changed-data"
+                "there is nothing to evaluate; mend the images, and the same command goes on"
             )
         return sums
 
@@ -244,7 +242,7 @@ def make_train_step(
 
 # ---------------------------------------------------------------------------- the run
 
-ABSURD_LOSS = 1000  # times that of guessing: what a run warns of
+ABSURD_LOSS = 1000  # times the loss of guessing: a run warns above this
 
 
 def rehearse(
@@ -252,9 +250,9 @@ def rehearse(
 ) -> tuple[Parts, int]:
     """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
 
-    `sources`: those of `config.graft` that are opened already, to which this one is added; None for
-    a run that needs none, as it is complete. Raises `UserError` for what the run would refuse
-    before its first step: a new one, unless `begun`.
+    `sources`: the opened ones of `config.graft`, to which this run's is added; None for a complete
+    run, which needs none. Raises `UserError` for what the run would refuse before its first step;
+    what only a new run refuses is allowed if `begun`.
     """
     configs.validate(config)
     if not begun:
@@ -273,7 +271,7 @@ def rehearse(
 
 
 def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
-    """wandb, and weights that fit."""
+    """Raises `UserError` if wandb is missing, or if the weights of `config.graft` do not fit."""
     if config.log.wandb:
         import_wandb()
     if config.graft.source:
@@ -311,15 +309,14 @@ def run(
     `workdir/summary.json`.
 
     Started again with the same config it goes on from the newest intact checkpoint, to the bit.
-    Where the data changed since, it refuses, unless `accept_changed_data`: then the change is
-    recorded in `dataset.json` with both fingerprints. `fingerprint`: of the data, for callers that
-    have just read them; a complete run is compared with it.
+    If the data changed since, it raises `ChangedData`, a `UserError`. With `accept_changed_data` it
+    goes on, and records the change with both fingerprints in `dataset.json`. `fingerprint` is that
+    of the data, from callers that have just read them: a complete run is compared with it.
 
-    Raises `UserError` for what the user can mend, `ChangedData` among them, `Preempted` (SystemExit
-    75) after SIGTERM or SIGUSR1 and (SystemExit 130) after Ctrl-C, once everything is saved,
-    KeyboardInterrupt for Ctrl-C before the first step and for a second one, and `Lost` where a
-    process that it needs has died. Output that cannot be written ends nothing; a file that cannot
-    be written does.
+    Raises `UserError` for what the user can mend; `Preempted` once everything is saved, after
+    SIGTERM or SIGUSR1 (exit code 75) or Ctrl-C (130); KeyboardInterrupt for Ctrl-C before the first
+    step, and for a second one; `ProcessLost` if a process that the run needs has died. Output that
+    cannot be written does not end the run; a file that cannot be written does.
     """
     began = time.perf_counter()
     config = ConfigDict(config) if isinstance(config, dict) else config
@@ -352,8 +349,7 @@ def run(
             check_complete(config, workdir, fingerprint, accept_changed_data)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
-                with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
-                    report.print_summary(summary)
+                report.print_summary(summary)
             return summary
         if config.log.wandb:
             import_wandb()  # before the data is loaded
@@ -374,16 +370,9 @@ def run(
         try:
             return one.go()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {workdirs.outlook(workdir)}") from None
-        except img.DamagedImage as error:
-            if not workdirs.has_begun(workdir):
-                raise
-            # Of a run that has begun the config stays, and a file that is mended is another one.
-            text = f"cannot decode {error.where}: {error.why}; mend or delete it, and then"
-            there = workdirs.outlook(workdir)
-            raise UserError(f"{text} add --accept-changed-data; {there}") from None
-        except Lost as error:
-            raise Lost(f"{error}; {workdirs.outlook(workdir)}") from None
+            raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
+        except ProcessLost as error:
+            raise ProcessLost(f"{error}; {workdirs.describe_resume(workdir)}") from None
 
 
 def _check_data(
@@ -402,19 +391,19 @@ def _check_data(
 def check_complete(
     config: Any, workdir: pathlib.Path, fingerprint: dict[str, Any] | None, accept: bool
 ) -> None:
-    """Raises `ChangedData` where a complete run's data changed and that is not accepted. Data that
-    cannot be read any more are no fault: the numbers stand."""
+    """Raises `ChangedData` if a complete run's data changed and this is not accepted. Data that can
+    no longer be read are no error: the numbers of the run stand."""
     primary = jax.process_index() == 0
     try:
         if fingerprint is None:
-            fingerprint = datasets.survey(config.data)
+            fingerprint = datasets.read_fingerprint(config.data)
         seen, facts = fingerprints.Seen(fingerprint), {}
         if "fingerprint" not in workdirs.read_facts(workdir):
             dataset = datasets.load(config.data, begun=True)  # for the counts
             seen, facts = dataset.seen, dataset.as_dict()
     except UserError as error:
         if primary:
-            print(f"its data are not compared: {error}")
+            print(f"the data of {workdir} are not compared: {error}")
         return
     change = workdirs.check_data(workdir, seen, accept=accept, quiet=not primary)
     if primary and change:
@@ -471,7 +460,7 @@ class _Run:
             return jax.eval_shape(parts.fresh_variables)
 
         def has_aux_heads() -> bool:
-            # The axis of synchronized statistics is there in a step alone.
+            # The axis of synchronized statistics exists only inside a step.
             alone = {"axis_name": None} if hasattr(parts.model, "axis_name") else {}
             model = parts.model.clone(**alone)
             variables = parts.for_steps(shapes())
@@ -546,9 +535,9 @@ class _Run:
         )
 
     def check_norms(self) -> None:
-        """Raises `UserError` where a BatchNorm that learns would see one value per channel in a
-        step. Computes shapes only, and those where a device takes its images one at a time: two
-        have two values of every channel."""
+        """Raises `UserError` if a BatchNorm that learns would see one value per channel in a step.
+        Computes shapes only, and only if a device takes its images one at a time: two images have
+        two values per channel."""
         parts, config = self.parts, self.config
         devices, pieces = parts.mesh.devices.size, config.train.accumulate
         if config.data.batch_size != devices * pieces:
@@ -576,8 +565,8 @@ class _Run:
             )
         except norm.OneValueError as error:
             raise UserError(
-                f"data.batch_size: {config.data.batch_size} (devices: {devices}, train.accumulate:"
-                f" {pieces}) gives a device 1 image at a time, of which {error.path} gets"
+                f"data.batch_size={config.data.batch_size} (devices: {devices}, train.accumulate:"
+                f" {pieces}) gives a device 1 image at a time, and {error.path} gets"
                 f" {list(error.shape)}: BatchNorm of 1 value per channel makes all images the same;"
                 f" take data.batch_size={2 * devices * pieces}, or larger images"
             ) from None
@@ -598,7 +587,7 @@ class _Run:
                 )
             )
             self.checkpoints = checkpoints
-            stack.push(self._leave_the_dead)
+            stack.push(self._leave_if_peer_died)
             state, host, start = self._start()
             self.writer = Writer(
                 self.workdir,
@@ -621,12 +610,12 @@ class _Run:
             self.progress.close()
         return self._finish(outcome, host, found)
 
-    def _leave_the_dead(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Ends this process, in one line, where another one of the run has died: closing the
-        checkpoints would wait for it, until JAX aborts."""
+    def _leave_if_peer_died(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Ends this process with one line if another process of the run has died: closing the
+        checkpoints would wait for that one until JAX aborts."""
         if said := launch.lost_peer(error):
             text = f"another process of this run has died ({said})"
-            print(f"error: {text}; {workdirs.outlook(self.workdir)}", file=sys.stderr)
+            print(f"error: {text}; {workdirs.describe_resume(self.workdir)}", file=sys.stderr)
             launch.leave(1)
 
     def _preempted(self, outcome: loop.Outcome) -> Preempted:
@@ -645,7 +634,7 @@ class _Run:
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
-        if not self.warned and (warning := self._absurd([{"step": step} | record])):
+        if not self.warned and (warning := self._absurd_loss([{"step": step} | record])):
             self.warned = True
             self.progress.print(f"warning: {warning}")
         if "time/first_step" in record:
@@ -653,8 +642,8 @@ class _Run:
             self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
 
-    def _absurd(self, records: list[dict[str, float]]) -> str:
-        """A line on the first loss that is finite and absurd; empty where there is none."""
+    def _absurd_loss(self, records: list[dict[str, float]]) -> str:
+        """A line on the first loss that is finite and absurd; "" if there is none."""
         guessing = math.log(self.parts.model.num_classes)
         rate = self.config.schedule.learning_rate
         for record in records:
@@ -705,7 +694,7 @@ class _Run:
             return
         need = memory.needed(train_step, state, batch, key) * len(devices)
         if not memory.fits(20 * need):
-            # XLA does not count what a convolution's gradient lays out as it runs: its patches.
+            # XLA does not count the patches that a convolution's gradient lays out as it runs.
             layers = cost(parts.model, (1, *parts.dataset.image_shape)).layers
             patches = max(
                 (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
@@ -716,7 +705,7 @@ class _Run:
         memory.check(need, what=f"data.batch_size={data.batch_size}")
         size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
         if memory.fits(need * size / data.batch_size):
-            return  # nothing is kept for a backward pass: less than training on as many takes
+            return  # without a backward pass, less than training on as many images takes
 
         def shape(x: Array, dtype: Any) -> jax.ShapeDtypeStruct:
             dims = list(x.shape)
@@ -732,7 +721,7 @@ class _Run:
         memory.check(need, what=f"data.eval_batch_size={size}")
 
     def _check_batches(self) -> None:
-        """Raises `UserError` for batches that this process has no memory for as they are read."""
+        """Raises `UserError` for batches whose images alone do not fit into memory."""
         data, pixels = self.config.data, math.prod(self.parts.dataset.image_shape)
         ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
         for field in ("batch_size", "eval_batch_size"):
@@ -852,9 +841,9 @@ class _Run:
         }
         if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
             summary["accepted_changes"] = [change["differs"] for change in changes]
-        summary = workdirs.finite(summary)  # as who reads the file finds it
+        summary = workdirs.without_nonfinite(summary)  # as a reader of the file gets it
         if self.primary:
-            warning = self._absurd(read_jsonl(self.workdir / "metrics.jsonl"))
+            warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
             summary["warnings"] = [warning] if warning else []
             title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
             curves.draw_curves(
@@ -907,10 +896,10 @@ def evaluate_run(
     """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
     into its directory. Returns the content of the former.
 
-    `workdir`: RUN, or RUN@best, RUN@latest, RUN@1200, which `checkpoint` says too. RUN alone is the
-    checkpoint that its summary.json tested, the latest of an unfinished run. Raises `UserError`
-    where there is no such run, split or checkpoint, and where the data changed since the run began;
-    with `accept_changed_data` both fingerprints go into the file instead.
+    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name it instead. RUN alone is
+    the checkpoint that was tested for its summary.json; in an unfinished run, the latest. Raises
+    `UserError` if there is no such run, split or checkpoint, or if the data changed since the run
+    began; with `accept_changed_data` both fingerprints go into the file instead.
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)

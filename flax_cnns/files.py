@@ -18,7 +18,7 @@ _SPECIAL = {
 def check_regular(path: str | os.PathLike) -> None:
     """Raises `UserError` where `path` is a pipe, a socket or a device: reading it might never end.
 
-    A folder, and what is not there, is left to the caller.
+    Folders and missing files are left to the caller.
     """
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)

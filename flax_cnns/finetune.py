@@ -34,7 +34,7 @@ from flax_cnns.experiment import assemble, doubts, run
 from flax_cnns.names import open_log
 from flax_cnns.preemption import Preempted
 
-COPY = graft.Options()._asdict()  # of config.graft: leaves are taken as they are
+COPY = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
 
 # ---------------------------------------------------------------------------- strategies
 
@@ -260,11 +260,11 @@ def _runs(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _check_new(config: ConfigDict, folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """`config.check_new` of each run."""
+    """Calls `config.check_new` for each run."""
     begun, notes = any(folder.glob("*/config.json")) or any(folder.glob("*/*/seed*")), []
     for name, one in _runs(config).items():
         one = ConfigDict(one.to_dict())
-        if name != "pretrain":  # its phases set it, so that what belongs to it acts
+        if name != "pretrain":  # its phases set it, and the fields that belong to it act
             one.graft.source = config.source or "pretrain"
         try:
             configs.check_new(one, folder, begun=begun, say=notes.append)
@@ -315,8 +315,8 @@ def compare(
     Each seed draws initialisation, order, the examples of the fraction, and the validation split,
     and the test split of a data set that has none; all strategies of a seed see the same. The
     source must not have seen the test examples. Started again with the same config it repeats no
-    run that is complete, but those whose data changed since: they are renamed, old-data-1-STRATEGY,
-    and run again. With `accept_changed_data` they are kept and go on. Raises `UserError`.
+    complete run, except those whose data changed: these are renamed to old-data-1-STRATEGY and run
+    again. With `accept_changed_data` they are kept. Raises `UserError`.
     """
     validate(config)
     chosen = choose(strategies)
@@ -454,7 +454,7 @@ class _Runner:
             summary, seconds, new = self._phases(task, name, folder)
         except workdirs.ChangedData as error:
             beside = workdirs.set_aside(folder / name)
-            self.say(f"{at}: {error.differs}; what was there is {beside} now, and it runs again")
+            self.say(f"{at}: {error.differs}; it is renamed to {beside} and runs again")
             summary, seconds, new = self._phases(task, name, folder)
         self.done += 1
         said = f"{self.done}/{self.total} {at}: {summary['test/accuracy']:.2%} test"
@@ -466,7 +466,7 @@ class _Runner:
             seen = fingerprints.Seen(task.fingerprint)
             runs = {path.parent for path in (folder / name).rglob("dataset.json")}
             if any(workdirs.data_differences(one, seen) for one in runs):
-                said += "; on the data as they were before they changed"
+                said += "; trained on the data before they changed"
         self.say(said)
         return Record(
             target=target,
@@ -484,7 +484,7 @@ class _Runner:
         self, task: Task, name: str, folder: pathlib.Path
     ) -> tuple[dict[str, Any], float, bool]:
         """(the last phase's summary, seconds of all, whether anything ran). Raises `ChangedData`
-        where a run is there whose data changed."""
+        if the data of one of these runs changed."""
         previous, seconds, new = "", 0.0, False
         for phase in STRATEGIES[name](task):
             workdir = folder / name / phase.name
@@ -507,7 +507,7 @@ def _train(
     fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
-    phase = phase._replace(config=workdirs.for_workdir(phase.config, workdir))
+    phase = phase._replace(config=workdirs.reset_if_new(phase.config, workdir))
     workdir.parent.mkdir(parents=True, exist_ok=True)
     data = dict(accept_changed_data=accept, fingerprint=fingerprint)
     layers, cache = phase.layers, workdir.parent / "features.npz"
@@ -522,7 +522,7 @@ def _train(
     except Preempted as left:
         print(f"{workdir}: saved at step {left.step}; the same command goes on", flush=True)
         raise
-    if summary.get("test/accuracy") is None:  # of a version that took splits without an image
+    if summary.get("test/accuracy") is None:  # an older version took splits without an image
         raise UserError(f"{workdir}/summary.json has no test accuracy; remove {workdir}")
     return summary
 

@@ -26,8 +26,8 @@ import traceback
 from typing import IO, Any, NamedTuple
 
 from flax_cnns import compilation_cache, launch, output
-from flax_cnns.errors import Diverged, Lost, UserError, out_of_memory
-from flax_cnns.names import tolerate
+from flax_cnns.errors import Diverged, ProcessLost, UserError, out_of_memory
+from flax_cnns.names import escape_unencodable
 
 # Exit codes, beside 0 and launch.PREEMPTED.
 FAULT, USER_ERROR, DIVERGED = 1, 2, 3
@@ -118,7 +118,7 @@ def start(
         "cores": share.cores,
         "cache": on or compilation_cache.OFF,
     }
-    ours = str(pathlib.Path(__file__).resolve().parents[1])  # also where it is not installed
+    ours = str(pathlib.Path(__file__).resolve().parents[1])  # works without installation too
     path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, "-m", "flax_cnns.isolated"],
@@ -164,7 +164,7 @@ def main() -> int:
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])
     launch.keep_memory()
-    tolerate()
+    escape_unencodable()
     compilation_cache.enable(job["cache"])
     try:
         from flax_cnns.experiment import run  # after the cores, for its threads
@@ -174,13 +174,13 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}")
         return DIVERGED if isinstance(error, Diverged) else USER_ERROR
-    except Lost as error:
+    except ProcessLost as error:
         print(f"error: {error}")
         return FAULT
     except Exception as error:
         if line := out_of_memory(error):
             print(f"error: {line}")
-            return FAULT  # another process may have had it: it is tried again
+            return FAULT  # another process may have held the memory: a second try may succeed
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"error: {type(error).__name__}: {first}")

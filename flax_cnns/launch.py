@@ -179,8 +179,8 @@ def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Any) 
 
 
 def lost_peer(error: BaseException | None) -> str:
-    """What JAX says, in one line, where it failed because another process of this run has died;
-    "" for any other error."""
+    """JAX's message, in one line, if JAX failed because another process of this run has died; ""
+    for any other error."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return ""
@@ -266,10 +266,10 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
     """Runs `count` processes of a command to their end, each line of output preceded by "[1] ".
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to all. When one fails, the others have a few seconds
-    before they are killed; its "error: ...", or how it ended, is said again at the end, below what
-    they had to say. Returns the exit code of the first that failed (128 + n for signal n), else 130
-    or 75 where one has it, else 0. After SIGINT 130 is no failure; after a second one they have the
-    few seconds too.
+    before they are killed. Its "error: ..." line, or how it ended, is printed again as the last
+    line. Returns the exit code of the first that failed (128 + n for signal n); else 130 or 75 if
+    one has it; else 0. After SIGINT 130 is no failure. After a second SIGINT all have the same few
+    seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -297,7 +297,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
 
-    interrupts: list[float] = []  # when
+    interrupts: list[float] = []  # times of SIGINT
 
     def pass_on(number: int, _: Any) -> None:
         if number == signal.SIGINT:

@@ -25,14 +25,14 @@ def printable(text: str) -> str:
 
 
 def make_console(**options: Any) -> rich.console.Console:
-    """rich's console, for which no text is markup: whatever styles something passes a style."""
-    tolerate()
+    """A rich console that takes no text as markup; styles are passed as arguments."""
+    escape_unencodable()
     return rich.console.Console(markup=False, emoji=False, **options)
 
 
-def tolerate() -> None:
-    """From here on printing a name to standard output or error does not fail, whatever their
-    encoding is: what it lacks is escaped."""
+def escape_unencodable() -> None:
+    """Makes standard output and standard error escape what their encoding lacks, so that printing a
+    name never fails."""
     for stream in (sys.stdout, sys.stderr):
         strict = getattr(stream, "errors", None) in ("strict", "surrogateescape")  # this: LANG=C
         if strict and hasattr(stream, "reconfigure"):
@@ -40,7 +40,7 @@ def tolerate() -> None:
 
 
 def open_log(path: Path) -> TextIO:
-    """A file to append what a run prints, names among it."""
+    """Opens a file to append what a run prints; it takes every name."""
     return path.open("a", encoding="utf-8", errors=_ERRORS)
 
 

@@ -1,9 +1,9 @@
-"""Printing that ends nothing: a full disk, `| head -1` or a closed terminal costs lines, not a run.
+"""Printing that ends no run: a full disk, `| head -1` or a closed terminal only loses lines.
 
 with output.safe():
     ...  # print, rich and tracebacks lose what cannot be written
 
-Files are another matter: one that cannot be written stays an error.
+A file that cannot be written stays an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 class _Safe:
-    """A stream that drops what its own cannot take, and otherwise is that stream."""
+    """A stream like the one that it wraps, which drops what that one cannot write."""
 
     def __init__(self, stream: TextIO, name: str):
         self._stream, self._name, self._said = stream, name, False
@@ -48,18 +48,18 @@ class _Safe:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not self._stream.closed:
                 raise  # not about writing
-            # Who closed a pipe, as head does, knows it.
+            # A reader that closed the pipe, such as head, needs no warning.
             if not self._said and self._name == "stdout" and not isinstance(error, BrokenPipeError):
                 said = getattr(error, "strerror", None) or error
                 print(f"warning: standard output cannot be written: {said}", file=sys.stderr)
             self._said = True
 
-    def let_go(self) -> None:
+    def empty_buffer(self) -> None:
         """Leaves nothing in the stream's buffer that would fail at the interpreter's end."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            self.flush()  # says it
+            self.flush()  # prints the warning
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
@@ -69,13 +69,13 @@ class _Safe:
 
 @contextlib.contextmanager
 def safe() -> Iterator[None]:
-    """While it lasts, and at the interpreter's end, standard output and standard error that cannot
-    be written raise nothing. Where a stream is closed from the start, what goes there is lost.
+    """A context in which standard output and standard error raise nothing if they cannot be
+    written; nor do they at the interpreter's end. What goes to a stream that is closed is lost.
 
-    A lost standard output is said once on standard error, unless somebody closed the pipe.
+    One warning on standard error says that standard output is lost, unless a reader closed a pipe.
     """
     with contextlib.ExitStack() as stack:
-        for name in ("stderr", "stdout"):  # left the other way round: a lost stdout is said
+        for name in ("stderr", "stdout"):  # stdout is restored first: its warning needs stderr
             before = getattr(sys, name)
             if not isinstance(before, _Safe):
                 ours = _Safe(before or stack.enter_context(open(os.devnull, "w")), name)
@@ -85,6 +85,6 @@ def safe() -> Iterator[None]:
 
 
 def _restore(name: str, ours: _Safe, before: TextIO | None) -> None:
-    ours.let_go()
+    ours.empty_buffer()
     if getattr(sys, name) is ours:
         setattr(sys, name, before)

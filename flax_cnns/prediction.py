@@ -71,7 +71,7 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
 
 
 def from_folder(folder: str | os.PathLike, checkpoint: str = "") -> Predictor:
-    """Of a run (RUN, RUN@best, RUN@latest, RUN@1200, which `checkpoint` says too), or of what
+    """Of a run (RUN, RUN@best, RUN@latest, RUN@1200; `checkpoint` may name it instead), or of what
     `experiments.convert` wrote. Raises `UserError`."""
     folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
     if not os.path.isfile(folder / "about.json"):
@@ -119,8 +119,8 @@ def _of_row(
 def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
     """The network of a run, as it evaluates; photos are read as its own images were.
 
-    The data set need not be there. `checkpoint`: best, latest, a step, or "" for the one that its
-    summary.json tested (the latest of an unfinished run). Raises `UserError`.
+    The data set need not be there. `checkpoint`: best, latest, a step, or "" for what RUN
+    alone means (`finding.choose_step`). Raises `UserError`.
     """
     workdir = pathlib.Path(workdir)
     config = workdirs.read_config(workdir)

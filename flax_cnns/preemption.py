@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command again goes on
-EXIT_INTERRUPTED = 130  # the same after Ctrl-C, by which nothing asks for another turn
+EXIT_INTERRUPTED = 130  # saved after Ctrl-C: no scheduler should start it again
 AT_ONCE = 1.0  # seconds from the second Ctrl-C until the process ends, whatever it does
 
 
@@ -32,14 +32,14 @@ class Signals:
     """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to save and leave. With several processes
     JAX's own service sees the SIGTERM of any of them and picks a step at which all stop.
 
-    Until `begun` there is nothing to save, and Ctrl-C raises KeyboardInterrupt; so does the second
-    one. A thread ends the process where that takes long: Python's own handlers wait for a
-    compilation to end. Ctrl-C stays as it is where it has a handler that is not Python's own, or is
+    Until `begun` there is nothing to save, and Ctrl-C raises KeyboardInterrupt. A second Ctrl-C
+    always does. If this takes long, a thread ends the process: Python's handlers wait for a
+    compilation to end. Ctrl-C is left alone if it has another handler than Python's own, or is
     ignored, as in the background of a shell script.
     """
 
     begun = False  # a step of this session was taken
-    code = EXIT_PREEMPTED  # that the process is to end with
+    code = EXIT_PREEMPTED  # with which the process ends
 
     def __init__(self) -> None:
         self.asked = threading.Event()

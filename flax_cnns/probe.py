@@ -57,7 +57,7 @@ def probe(
     `config` is that of a run in which `optimizer.trainable` leaves the classifier alone. The
     accuracy is that of the layer with the best validation accuracy (without that split: the last).
     `every_layer`: those to be kept in the file `cache`, for other calls. `accept_changed_data` and
-    `fingerprint`: as of `experiment.run`. Raises `UserError`.
+    `fingerprint`: as in `experiment.run`. Raises `UserError`.
     """
     workdir, cache = pathlib.Path(workdir).absolute(), pathlib.Path(cache)
     resolved = configs.plain(config) | {"probe": list(layers)}
@@ -109,13 +109,13 @@ def probe(
 def cached_features(
     parts: Parts, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
 ) -> tuple[Features, float]:
-    """What `features` gives: read from `cache` where it holds those of this config, these weights
-    and these examples whole, else computed and kept there."""
+    """What `features` gives. It is read from `cache` if that holds the features of this config,
+    these weights and these examples undamaged; else it is computed and kept there."""
     config = configs.plain(parts.config)
-    data = config["data"] | {"dir": ""}  # the digest says what lies there, wherever it is
+    data = config["data"] | {"dir": ""}  # the digest covers the data, wherever they lie
     key = json.dumps([config["model"], data, list(layers), _digest(parts, variables)])
     if cache.is_file():
-        # A broken file raises whatever its bytes happen to say.
+        # A damaged file may raise anything.
         with contextlib.suppress(Exception), np.load(cache) as kept:
             if str(kept["key"]) == key:
                 flat = {name: kept[name] for name in kept.files if "/" in name}
@@ -134,9 +134,9 @@ def cached_features(
 
 
 def _digest(parts: Parts, variables: PyTree) -> str:
-    """Of the weights, and of the examples of all splits: pixels and labels in memory, else the
-    fingerprint of the data and how they are read. A folder or a run may hold others today under the
-    name that the config knows."""
+    """A digest of the weights and of the examples of all splits: of pixels and labels in memory,
+    else of the fingerprint and the reader's version. A folder or a run may hold others today under
+    the same name."""
     digest = hashlib.sha256()
     for path, leaf in pytree.flatten(jax.device_get(variables)).items():
         digest.update(path.encode())

@@ -36,11 +36,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         said = ", ".join(f"{kind}: {count:,}" for kind, count in left_out.items())
         console.print(f"left out: {said}", markup=False, highlight=False, soft_wrap=True)
     if several := summary.get("files_of_several_pictures"):
-        console.print(f"of files with several pictures the first was used: {several}")
+        console.print(f"files with several pictures, of which the first was used: {several}")
     if damaged := summary["damaged_images"]:
         shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
         console.print(f"left out {len(damaged)} images that cannot be decoded: {shown}")
-    for warning in summary.get("warnings", ()):  # runs of before have none
+    for warning in summary.get("warnings", ()):  # older runs have none
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 

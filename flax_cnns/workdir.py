@@ -33,21 +33,24 @@ FILES = ("config.json", "dataset.json", "metrics.jsonl", "summary.json", "curves
 FOLDERS = ("checkpoints", "tensorboard")
 
 
-def finite(content: Any) -> Any:
-    """`content` as JSON has it: None in place of NaN and infinities, for which JSON has no name."""
+def without_nonfinite(content: Any) -> Any:
+    """`content` for JSON: with None in place of NaN and infinities, which JSON lacks."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    return [finite(value) for value in content] if isinstance(content, list | tuple) else content
+        return {key: without_nonfinite(value) for key, value in content.items()}
+    return (
+        [without_nonfinite(value) for value in content]
+        if isinstance(content, list | tuple)
+        else content
+    )
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """All of it or nothing: written beside and moved into place; null for what is not finite.
-    Raises `UserError`."""
+    """Writes all of it or nothing, with null for what is not finite. Raises `UserError`."""
     beside = path.with_name(path.name + ".tmp")
     try:
-        text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(without_nonfinite(content), indent=2, allow_nan=False) + "\n"
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
@@ -60,15 +63,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Raises `UserError` where the file cannot be read or is no JSON object. What is not finite is
     None: `null`, and the NaN and Infinity of older versions."""
     try:
-        return finite(finding.read_json(path))
+        return without_nonfinite(finding.read_json(path))
     except finding.DamagedError as error:
         cure = "" if path.name in finding.CURES else "; put it right or remove the run"
         raise finding.DamagedError(f"{error}{cure}") from None
 
 
 def split_checkpoint(workdir: str | os.PathLike, checkpoint: str = "") -> tuple[pathlib.Path, str]:
-    """The run directory and the checkpoint (best, latest, a step, or "" for RUN's own) that are
-    meant by RUN, or RUN@best with or without the same again. Raises `UserError` for two."""
+    """(run directory, checkpoint) of RUN or RUN@best and a --checkpoint. The checkpoint is best,
+    latest, a step, or "". Raises `UserError` if two different ones are named."""
     run, which = finding.split_source(workdir)
     if which and checkpoint not in ("", which):
         raise UserError(
@@ -86,15 +89,11 @@ def read_config(workdir: str | os.PathLike) -> Any:
     if not os.path.isfile(path):  # also for a name that is too long
         raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
     complete, _ = _completed(path)
-    _check_fields(path, complete)
-    return ConfigDict(complete)
-
-
-def _check_fields(path: pathlib.Path, complete: dict[str, Any]) -> None:
     if missing := sorted(configs.FIELDS.keys() - configs.flatten(complete).keys()):
         raise finding.DamagedError(
             f"{path} is damaged: the field {missing[0]!r} is missing; {finding.CURES[path.name]}"
         )
+    return ConfigDict(complete)
 
 
 def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
@@ -102,16 +101,16 @@ def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
         return configs.completed(read_json(path))
 
 
-def outlook(workdir: pathlib.Path) -> str:
-    """What the same command would do after a run that was cut: for messages."""
+def describe_resume(workdir: pathlib.Path) -> str:
+    """The end of a message: what the same command does after this run was interrupted."""
     if saved := steps(workdir):
         return f"the same command goes on from step {saved[-1]}"
     return "nothing of this run was saved; the same command starts it again"
 
 
-def for_workdir(config: Any, workdir: pathlib.Path) -> Any:
-    """The config of a run that this package makes: a new one has no field that cannot act, one of
-    before keeps them."""
+def reset_if_new(config: Any, workdir: pathlib.Path) -> Any:
+    """The config of a run that this package derives. In a new run, fields that cannot act get their
+    defaults; an older run keeps them."""
     return config if has_begun(workdir) else configs.reset_inert(config)
 
 
@@ -121,14 +120,12 @@ def check_workdir(
     """Raises `UserError` where `workdir` holds another experiment, or things that are no run; says
     so where the run was made by an older version and lacks fields that change nothing.
 
-    Another `data.dir` is no other experiment where `check_data` can tell whether the data moved.
+    Another `data.dir` is allowed if `check_data` can tell whether the data are the same.
     """
     if (workdir / "config.json").is_file():
         there, newer = _completed(workdir / "config.json")
         begun = has_begun(workdir)
-        if begun:
-            _check_fields(workdir / "config.json", there)
-        fields = configs.difference(config, configs.forgiven(config, there))
+        fields = configs.difference(config, configs.reset_as_in(config, there))
         if accept_changed_data or "fingerprint" in read_facts(workdir):
             fields = [field for field in fields if not field.startswith("data.dir:")]
         if begun and fields:
@@ -143,7 +140,7 @@ def check_workdir(
                 f"{workdir} was made by an older version that lacks the fields"
                 f" {', '.join(newer)}: it goes on with their defaults, which change nothing"
             )
-        # Layers were grouped in another way before there was this field.
+        # Versions without this field grouped layers in another way.
         if begun and "graft.adapt_stem" in newer and there["optimizer"].get("layer_decay"):
             print(
                 f"note: {workdir} has optimizer.layer_decay of an older version: from here on its"
@@ -154,7 +151,7 @@ def check_workdir(
             if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):
                 kind = "folder" if name in FOLDERS else "file"
                 raise UserError(
-                    f"{path} is no {kind}, and the run writes a {kind} of this name;"
+                    f"{path} is not a {kind}, and the run writes a {kind} of this name;"
                     " move it away or take another --workdir"
                 )
     elif others := sorted(
@@ -167,15 +164,15 @@ def check_workdir(
 
 
 def has_begun(workdir: pathlib.Path) -> bool:
-    """Whether a step was taken."""
+    """Whether the run has taken a step."""
     return bool(steps(workdir)) or (workdir / "metrics.jsonl").is_file()
 
 
-# ---------------------------------------------------------------------------- its data
+# ---------------------------------------------------------------------------- the run's data
 
 
 class ChangedData(UserError):
-    """The data are not those that a run began with; `differs` says why, without a way out."""
+    """The data are not those with which a run began; `differs` says how, without a cure."""
 
     def __init__(self, workdir: pathlib.Path, differs: str):
         self.differs = f"the data of {workdir} changed since it began: {differs}"
@@ -198,9 +195,8 @@ def write_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
 
 
 def data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str]:
-    """What differs between the data that a run began with and those of now, in words. Of a run of
-    an older version class names are compared, the mean where it was computed, and counts where it
-    is complete."""
+    """What differs between the data that a run began with and those of now, in words. For a run
+    of an older version: class names, the mean if it was computed, and counts if it is complete."""
     facts = read_facts(workdir)
     if "fingerprint" in facts:
         with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
@@ -225,7 +221,7 @@ def check_data(
     workdir: pathlib.Path, seen: fingerprints.Seen, *, accept: bool = False, quiet: bool = False
 ) -> dict[str, Any] | None:
     """Compares the data with those that a run began with. Returns the change if there is one and
-    it is accepted: {"differs": [words], "was", "is": fingerprints}; says so unless `quiet`.
+    it is accepted: {"differs": [words], "was", "is": fingerprints}, and prints it unless `quiet`.
 
     Raises `ChangedData` where it is not accepted.
     """
@@ -268,8 +264,7 @@ def move_data(workdir: pathlib.Path, directory: str) -> None:
 
 
 def accept_change(workdir: pathlib.Path, change: Mapping[str, Any]) -> None:
-    """Records in `dataset.json` at which step the run went on, or was left as it is, although its
-    data had changed; once for each change."""
+    """Records an accepted change in `dataset.json`, once, with the step at which the run was."""
     facts = read_facts(workdir)
     known = facts.get("accepted_changes", [])
     if change not in [{k: v for k, v in one.items() if k != "step"} for one in known]:
@@ -288,7 +283,7 @@ def set_aside(workdir: pathlib.Path) -> pathlib.Path:
     return beside
 
 
-# ---------------------------------------------------------------------------- who may write
+# ---------------------------------------------------------------------------- the lock
 
 
 class Opened:

@@ -325,14 +325,14 @@ def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, config
 
     started, said = pretend(["fine", "diverge"], data=Seen(now), accept_changed_data=True)[1:]
     assert started == []
-    assert "fine, seed 0: its data changed: train had 4 images, has 5; accepted" in said
+    assert "fine, seed 0: its data changed: train had 4 images, has 5; it is kept" in said
     facts = json.loads((tmp_path / "fine/seed0/dataset.json").read_text())
     (change,) = facts["accepted_changes"]
     assert (facts["fingerprint"], change["was"], change["is"]) == (was, was, now)
 
     started, said = pretend(["fine", "diverge"], data=Seen(now))[1:]
     assert started == ["fine/seed0", "diverge/seed0"]
-    assert "fine, seed 0: its data changed: train had 4 images, has 5; what was there is" in said
+    assert "fine, seed 0: its data changed: train had 4 images, has 5; it is renamed to" in said
     assert (tmp_path / "fine/old-data-1-seed0/summary.json").exists()
     assert state(tmp_path, "fine")["attempts"] == 1  # what is known is of the new run alone
 

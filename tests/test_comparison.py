@@ -94,7 +94,7 @@ def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
     assert record._replace(lines=[]).seconds is None
 
 
-def test_a_picture_that_nobody_named_is_written_over_none(tmp_path, monkeypatch):
+def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flag = types.SimpleNamespace(name="out", value="comparison.png")
 

@@ -110,7 +110,7 @@ def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
         dict(data__mean=(0.0,), data__std=(1.0,), data__workers=2),
     ],
 )
-def test_fields_that_act_are_let_be(fields):
+def test_fields_that_act_are_accepted(fields):
     assert configs.doubts(make(**fields)) == []
 
 
@@ -145,7 +145,7 @@ def test_the_dry_run_says_what_the_network_or_the_data_switch_off(config, fields
     experiment.rehearse(config, begun=True)
 
 
-def test_the_dry_run_lets_be_what_acts(config):
+def test_the_dry_run_accepts_what_acts(config):
     config.schedule.update(dict(name="steps", boundaries=("6 steps", "20 steps"), warmup="6 steps"))
     config.train.aux_weight, config.data.validation = (0.0,), 0.0  # off is off
     experiment.rehearse(config)
@@ -173,7 +173,7 @@ def test_a_new_run_is_refused_before_anything_is_written(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_before_goes_on_with_one_note(finished, config, tmp_path, capsys):
+def test_an_older_run_goes_on_with_one_note(finished, config, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "summary.json").unlink()
@@ -194,7 +194,7 @@ def test_a_run_of_before_goes_on_with_one_note(finished, config, tmp_path, capsy
     assert len(notes()) == 1
 
 
-def test_only_what_this_package_resets_is_the_same_run(finished, config, tmp_path):
+def test_a_run_is_the_same_only_if_this_package_reset_the_field(finished, config, tmp_path):
     ours, theirs = configs.plain(config), configs.plain(config)
     theirs["optimizer"]["momentum"] = 0.95
     workdir = tmp_path / "run"
@@ -244,7 +244,7 @@ def test_a_row_resets_what_it_switches_off_and_no_more():
         ablation_plan.make_rows(base, [("cosine", {"schedule.name": "cosine"})])
 
 
-def test_an_ablation_of_before_goes_on_with_one_note(tmp_path, capsys):
+def test_an_older_ablation_goes_on_with_one_note(tmp_path, capsys):
     sweep, base = [("a", {}), ("b", {"mix.mixup": 0.2})], make(optimizer__b1=0.8)
     plain = [{"name": name, "overrides": overrides} for name, overrides in sweep]
     (tmp_path / "ablation.json").write_text(json.dumps({"rows": plain}))

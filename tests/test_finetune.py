@@ -385,9 +385,9 @@ def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkey
     assert len(ran) == 4  # both phases, anew
     assert (at.with_name("old-data-1-head_then_all") / "1-head/of-other-data").exists()
     assert not (at / "1-head/of-other-data").exists()
-    (moved,) = [line for line in said if "what was there is" in line]
+    (moved,) = [line for line in said if "it is renamed to" in line]
     assert "1-head changed since it began: train had 4 images, has 5" in moved
-    assert said[2].startswith("1/1 similar, 1 of the examples, seed 0, head_then_all: ")
+    assert said[1].startswith("1/1 similar, 1 of the examples, seed 0, head_then_all: ")
     assert accepts == [(True, {})] * 2 + [(False, {})] * 3  # {}: of noise
 
 

@@ -15,7 +15,7 @@ from flax_cnns import report
 from flax_cnns.analysis.confusion import draw_confusion
 from flax_cnns.analysis.predictions import draw_predictions
 from flax_cnns.checkpoint.manager import Checkpoints
-from flax_cnns.names import open_log, printable, tolerate
+from flax_cnns.names import escape_unencodable, open_log, printable
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["[red]", "a[/b]", "$x_1$", "caf\udce9", "\u732b", ":smile:", r"\frac{$ $"]
@@ -53,7 +53,7 @@ def test_any_locale_prints_names(monkeypatch):
     for errors in ("strict", "surrogateescape"):  # the latter under LANG=C
         out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
         monkeypatch.setattr(sys, "stdout", out)
-        tolerate()
+        escape_unencodable()
         print("a\xb7", "caf\udce9", flush=True)
         assert out.buffer.getvalue() == b"a\\xb7 caf\\xe9\n"
 

@@ -61,7 +61,7 @@ def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     for name in ("split", "step", "examples", "accuracy", "classes", "confusion"):
         assert found[name] == expected[name]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    was = datasets.survey(old_run.make_config().data)
+    was = datasets.read_fingerprint(old_run.make_config().data)
     assert json.loads((folder / "run/dataset.json").read_text())["fingerprint"] == was
     add_an_image(folder / "images")
     with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21"):
@@ -69,7 +69,7 @@ def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     found = experiment.evaluate_run("run", accept_changed_data=True)
     written = json.loads((folder / "run/evaluation_test_20.json").read_text())
     assert written["changed_data"]["was"] == found["changed_data"]["was"] == was
-    assert written["changed_data"]["is"] == datasets.survey(old_run.make_config().data)
+    assert written["changed_data"]["is"] == datasets.read_fingerprint(old_run.make_config().data)
 
     guesses = prediction.predict(prediction.from_run("run"), old_run.PHOTOS)
     for now, then in zip(guesses, EXPECTED["predictions"], strict=True):
@@ -102,7 +102,7 @@ def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch
     config = old_run.make_config()
     run(config, "run")
     was = json.loads((folder / "run/dataset.json").read_text())["fingerprint"]
-    assert was == datasets.survey(config.data)
+    assert was == datasets.read_fingerprint(config.data)
     (folder / "images").rename(folder / "moved")
     config.data.dir = "moved"
     run(config, "run")
@@ -114,7 +114,7 @@ def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch
     facts = json.loads((folder / "run/dataset.json").read_text())
     (change,) = facts["accepted_changes"]
     assert (change["step"], change["was"], change["is"]) == (20, was, facts["fingerprint"])
-    assert facts["fingerprint"] == datasets.survey(config.data)
+    assert facts["fingerprint"] == datasets.read_fingerprint(config.data)
 
 
 def test_it_is_grafted_whole_but_for_another_head(folder):

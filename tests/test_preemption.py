@@ -13,6 +13,14 @@ from flax_cnns import preemption
 from flax_cnns.preemption import Signals
 
 
+@pytest.fixture(autouse=True)
+def python_handles_ctrl_c():
+    """Also if the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -47,12 +47,12 @@ def test_other_data_are_refused_or_accepted_and_recorded_once(begun, capsys):
     assert "accepted: the data of" in capsys.readouterr().out
 
 
-def test_what_has_not_begun_is_not_compared(tmp_path):
+def test_a_run_that_has_not_begun_is_not_compared(tmp_path):
     write_json(tmp_path / "dataset.json", {"fingerprint": WAS})
     assert workdirs.check_data(tmp_path, Seen(NOW)) is None
 
 
-def test_of_a_run_without_a_fingerprint_names_and_counts_are_compared(tmp_path, capsys):
+def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, capsys):
     run = tmp_path / "run"
     write_run(run, 0.5)
     digits = WAS | {"classes": [str(digit) for digit in range(10)]}
@@ -131,6 +131,6 @@ def test_what_is_not_finite_is_null_in_json_and_none_when_it_is_read(tmp_path):
 
     expected = {"loss": None, "rates": [1.5, None], "deep": [{"a": None}], "n": 3}
     assert json.loads(file.read_text(), parse_constant=refuse) == expected
-    assert workdirs.read_json(file) == workdirs.finite(given) == expected
+    assert workdirs.read_json(file) == workdirs.without_nonfinite(given) == expected
     file.write_text('{"loss": NaN, "rates": [1.5, -Infinity], "n": 3}')  # of an older version
     assert workdirs.read_json(file) == {"loss": None, "rates": [1.5, None], "n": 3}

@@ -31,7 +31,7 @@ def draw_confusion(
     totals = matrix.sum(axis=1, keepdims=True)
     shares = matrix / np.maximum(totals, 1)
     size = float(np.clip(0.48 * classes, 4.5, 11.0))
-    size = max(size, min(classes / 80, 25.0))  # inches; a class has a pixel at least
+    size = max(size, min(classes / 80, 25.0))  # inches; at least one pixel per class
     small = 9 if classes <= ANNOTATED else 6
     names = [shorten(name, LONGEST) for name in class_names] if classes <= NAMED else []
     # The names have room of their own: the matrix is not made smaller.
@@ -48,7 +48,7 @@ def draw_confusion(
         labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"],
     )
     bar.set_label("share of the true class")
-    numbers = "" if names else ", by its number from 0"
+    numbers = "" if names else ", numbered from 0"
     axes.set_xlabel(f"predicted class{numbers}")
     axes.set_ylabel(f"true class{numbers}")
     correct, count = np.trace(matrix), matrix.sum()
@@ -60,7 +60,7 @@ def draw_confusion(
             axes.tick_params(axis="x", rotation=0)
     if classes <= ANNOTATED:
         digits = len(str(matrix.max(initial=0)))
-        count_size = min(8.0, 72 * size / classes / (0.8 * digits))  # as wide as its cell at most
+        count_size = min(8.0, 72 * size / classes / (0.8 * digits))  # at most as wide as its cell
         for row, column in np.argwhere(matrix):
             axes.text(
                 column,

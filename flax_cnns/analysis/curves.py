@@ -57,7 +57,8 @@ def draw_curves(metrics_jsonl: str | os.PathLike, png: str | os.PathLike, title:
 
 
 def shorten(text: str, most: int) -> str:
-    """At most `most` characters: the middle is left out, for names often differ at their ends."""
+    """The text in `most` characters: the middle is left out, as names often differ at their
+    ends."""
     if len(text) <= most:
         return text
     end = most // 3
@@ -65,7 +66,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def make_room(axes: Axes, right: float = 1.0) -> None:
-    """Around points that all have one x, and would stand between fractions of it."""
+    """Widens the x axis if all points have one x: matplotlib would number fractions of it."""
     found = {float(x) for line in axes.get_lines() for x in line.get_xdata()}
     if len(found) == 1:
         (x,) = found
@@ -91,8 +92,8 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
 
 
 def _show_names(figure: Figure) -> None:
-    """Classes and runs have any name: a dollar in one begins no formula, and a byte that is not
-    UTF-8 is an escape."""
+    """Draws the names of classes and runs as they are: a dollar begins no formula, and a byte that
+    is not UTF-8 is shown as an escape."""
     numbers = set()
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         if isinstance(named := axis.get_major_formatter(), FuncFormatter):
@@ -169,7 +170,7 @@ def _learning_rate(axes: Axes, series: Series) -> None:
     steps, values = series
     finite = np.isfinite(values)
     marker = "." if len(values) < 2 else ""
-    # In front of the axis, on which a rate of zero lies.
+    # Drawn over the axis, where a rate of zero lies.
     axes.plot(steps, values, color=STYLES["train"]["color"], marker=marker, zorder=3, clip_on=False)
     _mark_not_finite(axes, steps[~finite], "rate")
     rates = values[finite & (values > 0)]

@@ -18,7 +18,7 @@ from flax_cnns.analysis.intervals import Interval
 
 # Okabe and Ito's; the sign says it too.
 BETTER, WORSE, UNKNOWN = "#0072B2", "#D55E00", "#777777"
-LONGEST, PANEL = 48, 36  # characters of a row's name beside its line, above its panel
+LONGEST, PANEL = 48, 36  # characters of a row's name: at its line, above its panel
 FAR = 4.0  # beyond so many medians of the rows' reach a row leaves the picture, with an arrow
 
 
@@ -44,7 +44,7 @@ def draw_forest(
     axes.set_yticks(range(len(effects)), [shorten(effect.name, LONGEST) for effect in effects])
     axes.set(xlim=(-limit, limit), ylim=(max(len(effects), 1) - 0.4, -0.6))
     if not effects:
-        axes.text(0, 0, "no row beside the baseline ", ha="right", va="center", color=UNKNOWN)
+        axes.text(0, 0, "only the baseline ", ha="right", va="center", color=UNKNOWN)
     axes.set_xlabel(f"{what}; ticks: seeds, bars: 95 % intervals, uncorrected")
     axes.set_title(shorten(title, 90), fontsize="medium", loc="left")
     axes.grid(axis="x", alpha=0.25)
@@ -103,7 +103,7 @@ def draw_rows(
     them, and show the later part of the curves, where the rows differ; what lies below is told by
     the last value in a panel's title."""
     columns = min(len(rows), min((5, 4, 3), key=lambda columns: -len(rows) % columns))
-    columns = max(columns, math.isqrt(len(rows)))  # hundreds of rows, in a picture that is no strip
+    columns = max(columns, math.isqrt(len(rows)))  # hundreds of rows: no long strip
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(2.7 * columns + 0.6, 2.1 * lines + 0.7), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError, did_you_mean
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of saves that are under way
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a save that is under way
 
 
 class DamagedError(UserError):
@@ -22,8 +22,8 @@ class DamagedError(UserError):
 
 
 def step_of(folder_name: str) -> int | None:
-    """The step whose folder has this name: digits 0 to 9 without leading zeros; None for others,
-    such as "007" and "\u0663", which `str.isdigit` takes too.
+    """The step whose folder has this name: digits 0 to 9 without leading zeros. None for other
+    names, such as "007", or "\u0663", which is a digit for `str.isdigit`.
     """
     step = int(folder_name) if re.fullmatch(r"[0-9]{1,18}", folder_name) else None
     return step if str(step) == folder_name else None
@@ -57,7 +57,7 @@ def best_step(run: str | os.PathLike) -> int | None:
 
 def read_metrics(run: str | os.PathLike, step: int) -> dict[str, float]:
     """The metrics saved with a step; {} where there are none. Raises `DamagedError` where they are
-    not what was written; manifests made before this was noticed say nothing of them.
+    not what was written. Older manifests have no checksum of them, and are not compared.
     """
     folder = checkpoints_of(run) / str(step)
     file, manifest = folder / "metrics" / "metrics", folder / "manifest" / "metadata"
@@ -81,7 +81,7 @@ class Chosen(NamedTuple):
     """The checkpoint of a run that is taken, and the reason."""
 
     step: int
-    why: str  # "best", "latest", "named", "what summary.json tested", "latest, unfinished"
+    why: str  # "best", "latest", "named", "tested for summary.json", "latest, unfinished"
 
 
 def split_source(source: str | os.PathLike) -> tuple[str, str]:
@@ -94,7 +94,8 @@ def split_source(source: str | os.PathLike) -> tuple[str, str]:
 
 def choose_step(run: str | os.PathLike, which: str = "") -> Chosen:
     """The step that `which` (best, latest, a number) means. "" means the one whose test numbers
-    `summary.json` has; in a run that has none yet, and in a folder that is no run, the latest.
+    `summary.json` has. In a run without one, and in a folder that is not a run, it means the
+    latest.
 
     Raises `UserError` where there is no such step; it names those there are.
     """
@@ -105,9 +106,11 @@ def choose_step(run: str | os.PathLike, which: str = "") -> Chosen:
     elif not which:
         step, why = _tested_step(run)
     if step not in known:
-        which = which or (f"{step}, which its summary.json tested" if step is not None else "")
+        if not known:
+            raise UserError(f"{os.fspath(run)} has no checkpoints yet; train it first")
+        named = repr(which) if which else f"{step}, which was tested for its summary.json"
         raise UserError(
-            f"{os.fspath(run)} has no checkpoint {which!r}; it has best, latest,"
+            f"{os.fspath(run)} has no checkpoint {named}; it has best, latest,"
             f" {', '.join(map(str, known))}"
         )
     return Chosen(step, why)
@@ -122,8 +125,8 @@ def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
     summary = read_json(run / "summary.json")
     for name in ("test/step", "fit/step"):
         if isinstance(summary.get(name), int):
-            return summary[name], "what summary.json tested"
-    # Nothing was tested, or by a version that did not say which.
+            return summary[name], "tested for summary.json"
+    # Nothing was tested, or a version tested it that did not record the step.
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     train = config.get("train")
     if isinstance(train, dict) and train.get("test_on") == "best":
@@ -133,7 +136,7 @@ def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
 
 def resolve(source: str | os.PathLike) -> Path:
     """The folder of arrays that is meant by RUN, RUN@best, RUN@latest, RUN@1200, or an Orbax
-    checkpoint's path. RUN alone is as `choose_step` says.
+    checkpoint's path. `choose_step` says what RUN alone means.
 
     Raises `UserError` where there is no such run or step; it names those there are.
     """
@@ -141,7 +144,7 @@ def resolve(source: str | os.PathLike) -> Path:
 
 
 def arrays_of(run: str | os.PathLike, which: str = "") -> Path:
-    """As `resolve`, with the step that is named apart from the run or checkpoint."""
+    """Like `resolve`, with the run or checkpoint, and the step of a run, as two arguments."""
     text = os.fspath(run)
     path = Path(os.path.abspath(text))
     if not os.path.isdir(path):
@@ -172,12 +175,12 @@ def checkpoints_of(run: str | os.PathLike) -> Path:
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
-# The cheapest way out where one of a run's own files is damaged.
+# The cheapest way to mend each of a run's own files.
 CURES = {
     "config.json": "the same command with another --workdir writes the same file: copy it from"
     " there",
-    "summary.json": "remove it, and the same command as before writes it again",
-    "dataset.json": "remove it, and the data set itself is asked",
+    "summary.json": "remove it, and the command that trained the run writes it again",
+    "dataset.json": "remove it, and the data set itself is read instead",
 }
 
 

@@ -27,8 +27,8 @@ def convert(
 ) -> dict[str, Any]:
     """Writes `load_weights(model_name, source, path, **options)` into the new folder `out`.
 
-    `image_size`, `channels`: of the images that the weights shall take; 0: the file's own. `head`:
-    whether the classes come along. `options` are `averaged`, `adapt_stem` and `resize_positions`.
+    `image_size`, `channels`: those of the images that the weights will see; 0: the file's own.
+    `head`: whether the head is kept. `options` are `averaged`, `adapt_stem` and `resize_positions`.
 
     Returns what it also writes into `out`/about.json: model, source, the file and its SHA-256, the
     number of parameters, the preprocessing, and notes on what was chosen, renamed or adapted.

@@ -55,25 +55,25 @@ def graft(
 ) -> tuple[PyTree, Report]:
     r"""`(variables, report)`: the target with the leaves that the rules take from the source.
 
-    `source`: RUN (the checkpoint that its summary.json tested; of an unfinished run the latest),
-    RUN@best, RUN@latest, RUN@1200, the path of any Orbax checkpoint, LIBRARY:MODEL or
-    LIBRARY:MODEL=FILE (torchvision:resnet50, timm:resnet50d=/path/file.safetensors: as
-    `load_weights` has them), or a tree of arrays.
+    `source`: RUN (see `finding.choose_step`), RUN@best, RUN@latest, RUN@1200, the path of any Orbax
+    checkpoint, LIBRARY:MODEL or LIBRARY:MODEL=FILE (torchvision:resnet50,
+    timm:resnet50d=/path/file.safetensors: as `load_weights` has them), or a tree of arrays.
     `target`: `{"params": ..., "batch_stats": ...}`; its dtypes and shardings are kept. `rules`:
     pairs (regex over the target's paths, path in the source with \1 for groups, or FRESH); the
     first that matches a whole path decides. In a run's checkpoint the averaged weights are a tree
-    of their own: `(r"(.*)", r"ema/\1")`. `order`: the layers as images pass them,
-    `[layer.path for layer in analysis.cost.cost(model).layers]`, by which the report tells what
-    lies below what; without it the names' numbers have to do.
+    of their own: `(r"(.*)", r"ema/\1")`. `order`: the layers as images pass them, `[layer.path for
+    layer in analysis.cost.cost(model).layers]`, by which the report tells what lies below what;
+    without it the names' numbers have to do.
 
-    Of these three the report says what they did. `adapt_stem`: kernels that see images of other
-    channels are summed (to 1 channel) or repeated (from 1 or 3). `resize_positions`: a ViT's are
-    resized bicubically. `averaged`: the averaged weights are taken, of a run without naming "ema/",
-    of a training script's file in place of the others. `weights.adapt` says how exactly.
+    Three options fit weights to the network, and the report says what they did. `adapt_stem` sums
+    the kernels that see images (to 1 channel) or repeats them (from 1 or 3). `resize_positions`
+    resizes a ViT's position embeddings bicubically. `averaged` takes the averaged weights: of a
+    run, whose rules then need no "ema/", or of a training script's file. `weights.adapt` has the
+    details.
 
     Of a checkpoint only the leaves that are used are read. Raises `UserError` where a leaf is
     decided by no rule, a rule decides nothing or names what the source lacks, shapes differ
-    (else nothing is padded or cut), a layer's params and batch_stats are parted, nothing at all is
+    (nothing else is padded or cut), a layer's params and batch_stats are parted, nothing at all is
     grafted, there are no averaged weights, or the source is damaged or has numbers that are not
     finite.
     """
@@ -102,12 +102,12 @@ class Options(NamedTuple):
 
 
 def options_of(config: Any) -> Options:
-    """Those of `config.graft`."""
+    """The options that `config.graft` sets."""
     return Options(*(config[name] for name in Options._fields))
 
 
 def graft_config(config: Any, target: PyTree, order: Sequence[str]) -> tuple[PyTree, Report]:
-    """`graft` as `config.graft` says."""
+    """Runs `graft` with the fields of `config.graft`."""
     options = options_of(config)._asdict()
     return graft(config.source, target, config.rules, order, **options)
 
@@ -130,8 +130,8 @@ def _plan(
     options: Options,
     order: Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, adapt.Plan]]:
-    """`{path in the target: path in the source}`, without the fresh ones, and how those leaves are
-    adapted that do not fit."""
+    """(`{path in the target: path in the source}` without the fresh ones, `{path in the target: how
+    it is adapted}`)."""
     chosen = _choose(decided, found, options.averaged)
     plans = _adapted(chosen, wanted, found, options, order)
     _check_shapes({p: there for p, there in chosen.items() if p not in plans}, wanted, found)
@@ -151,7 +151,8 @@ def _adapted(
     options: Options,
     order: Sequence[str],
 ) -> dict[str, adapt.Plan]:
-    """Raises `UserError` where an option that is off would fit a leaf."""
+    """The plans of the leaves that options fit. Raises `UserError` if an option that is off
+    would."""
     depth = depths(order)
     lowest = min(
         (depth(layer_of(path)[1]) for path in wanted if _is_kernel(wanted[path])), default=()
@@ -184,7 +185,7 @@ def _is_kernel(leaf: Any) -> bool:
 
 
 def _fresh_pattern(path: str) -> str:
-    """The regex of the layer that a leaf belongs to; of the leaf, where it is the network's own."""
+    """A regex for the layer of a leaf; for the leaf itself if it lies in no layer."""
     collection, layer = layer_of(path)
     return f"{path.rpartition('/')[0]}/.*" if layer or not collection else re.escape(path)
 
@@ -233,7 +234,7 @@ def _choose(
     prefix = "ema/" if averaged and not source.averaged else ""
     if prefix and not any(path.startswith(prefix) for path in source.leaves):
         raise UserError(
-            f"graft: averaged=True, and {source.name} has no averaged weights; leave it out"
+            f"graft: averaged=True, but {source.name} has no averaged weights; set averaged=False"
         )
     for path, (index, template, match) in decided.items():
         if template is FRESH:
@@ -287,7 +288,7 @@ def _check_finite(
     arrays: Mapping[str, np.ndarray],
     source: Source,
 ) -> None:
-    """`arrays` by paths in the target; in its dtypes, where large numbers may overflow."""
+    """`arrays` are by paths in the target. In its dtypes large numbers may overflow."""
     for path, there in chosen.items():
         dtype = shape_and_dtype(wanted[path])[1]
         with np.errstate(over="ignore"):

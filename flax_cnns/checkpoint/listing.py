@@ -90,7 +90,7 @@ def _about(found: Source) -> Iterator[str]:
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "score"]
         best = f"best {finding.best_step(run)}"
     except finding.DamagedError as error:
-        shown, best = [], f"which is best is not known ({error})"
+        shown, best = [], f"the best is unknown ({error})"
     why = f" ({found.chosen})" if found.chosen else ""
     yield ", ".join([f"step {step}{why}", *shown])
     if len(known) > 1:

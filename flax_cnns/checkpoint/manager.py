@@ -37,8 +37,8 @@ BEST_BY = "validation/accuracy"
 
 
 def new_folder(folder: str | os.PathLike) -> Path:
-    """The absolute path of a folder to be written. Raises `UserError` where it exists already, or
-    could hold no checkpoint."""
+    """The absolute path of a folder to be written. Raises `UserError` if it exists already, or
+    cannot hold checkpoints."""
     check_place(folder, "--out")
     path = Path(os.path.abspath(folder))
     if path.exists():
@@ -147,18 +147,17 @@ class Checkpoints:
             self._open = stack.pop_all()
 
     def _check_directory(self) -> None:
-        """Raises `UserError` for what Orbax stumbles over, or passes over without a word."""
+        """Raises `UserError` for what breaks Orbax, and for what Orbax silently ignores."""
         check_place(self.directory)
         if os.path.lexists(self.directory) and not self.directory.is_dir():
             raise UserError(
-                f"{self.directory} is no folder, and checkpoints are to be written there;"
-                " move it away"
+                f"{self.directory} is not a folder, and checkpoints are written there; move it away"
             )
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.name.isdigit() and finding.step_of(path.name) is None and path.is_dir():
                 raise UserError(
-                    f"{path} is no step of a run, whose names are numbers of the digits 0 to 9"
-                    " without leading zeros; rename it or move it away"
+                    f"{path} is not a step: expected a name of the digits 0 to 9 without leading"
+                    " zeros; rename it or move it away"
                 )
 
     def save(
@@ -173,8 +172,8 @@ class Checkpoints:
 
         `state`: any pytree of replicated global arrays (or NumPy). `host`: JSON-able. `metrics`:
         without a finite number under `BEST_BY` the step is never the best. Saving
-        the newest step again replaces it, and kill -9 at any moment leaves one of the two. The
-        first save of a process that has restored nothing is waited for and read back. Raises
+        the newest step again replaces it, and kill -9 at any moment leaves one of the two. A
+        process that has restored nothing waits for its first save and reads it back. Raises
         `UserError` where the disk is full or not writable, now or about the save before, and where
         the first save is not what was written.
         """
@@ -299,7 +298,7 @@ class Checkpoints:
             self._report(str(problem))  # and what was under way goes on being raised
 
     def _read_back(self, step: int) -> None:
-        """Raises `UserError` on every process where the first finds that the step is not whole."""
+        """Raises `UserError` on every process if the first one finds that the step is not whole."""
         problem = ""
         if jax.process_index() == 0:
             try:
@@ -308,8 +307,9 @@ class Checkpoints:
                 problem = str(error)
         if _anywhere(bool(problem)):
             raise UserError(
-                f"the first checkpoint of this run cannot be read back, so {self.directory} keeps"
-                f" none; choose another --workdir ({problem or 'as the first process says'})"
+                f"the first checkpoint of this run cannot be read back, so {self.directory} cannot"
+                " keep checkpoints; choose another --workdir"
+                f" ({problem or 'as the first process says'})"
             )
         self._readable = True
 

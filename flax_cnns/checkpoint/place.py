@@ -2,7 +2,7 @@
 
 Orbax lists the files of a save with its whole path as a glob pattern, so `[`, `*` and `?` in it
 find nothing, or another run's files; TensorStore makes slashes of backslashes, and takes no name
-that is not UTF-8. Such a folder is given to them by its descriptor, /proc/self/fd/N.
+that is not UTF-8. They get such a folder as its descriptor, /proc/self/fd/N.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux has 255 and 4,095, some
 
 @contextlib.contextmanager
 def for_orbax(path: Path) -> Iterator[epath.Path]:
-    """The absolute `path`, or where Orbax would misread it another name of the same place, which
-    holds inside the context. The folder that `path` lies in must be there. Raises `UserError` where
-    the system has no other name for it.
+    """The absolute `path`; if Orbax would misread it, another name of the same place, which is
+    valid only inside the context. The parent of `path` must exist. Raises `UserError` if the system
+    has no other name for it.
     """
     if not _MISREAD.search(os.fspath(path)):
         yield epath.Path(path)
         return
-    # The name itself is kept where it can be: Orbax puts others beside it.
+    # The last name is kept if possible: Orbax writes temporary folders next to it.
     kept = path.name if not _MISREAD.search(path.name) else ""
     folder = os.open(path.parent if kept else path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -44,8 +44,8 @@ def for_orbax(path: Path) -> Iterator[epath.Path]:
 
 
 def check_place(folder: str | os.PathLike, flag: str = "--workdir") -> None:
-    """Raises `UserError` where no checkpoint could be written below `folder`, which need not be
-    there, or none could be read back. Writes nothing; `flag` is named in messages."""
+    """Raises `UserError` if checkpoints below `folder` could not be written or read back. `folder`
+    need not exist, and nothing is written. Messages name `flag`."""
     path = Path(os.path.abspath(folder))
     for name in path.parts:
         if len(os.fsencode(name)) > _LONGEST_NAME:
@@ -55,8 +55,8 @@ def check_place(folder: str | os.PathLike, flag: str = "--workdir") -> None:
             )
         if UNFINISHED in name:
             raise UserError(
-                f"{flag}: {name!r} is how Orbax names a save that was never finished, which it"
-                f" clears away; choose a name without {UNFINISHED}"
+                f"{flag}: {name!r} contains the mark of Orbax's unfinished saves, which Orbax"
+                f" deletes; choose a name without {UNFINISHED}"
             )
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise UserError(

@@ -145,7 +145,7 @@ def in_portions(leaves: Metadata) -> Iterator[list[str]]:
 
 
 def verify(step: Path) -> None:
-    """Reads all of a run's step back. Raises `DamagedError` where it is not what was written."""
+    """Reads a whole step of a run. Raises `DamagedError` where it is not what was written."""
     for group in in_portions(read_metadata(step)):
         read_leaves(step, group)
     read_host(step)
@@ -174,8 +174,8 @@ def _check_plausible(path: Path, leaves: Metadata) -> None:
 
 
 def _check_chunks(path: Path, name: str, leaf: Any) -> None:
-    """TensorStore makes room for a whole chunk of an array, and ends the process where there is
-    none. Orbax's own chunks are parts of their array."""
+    """Raises `DamagedError` for chunks that are larger than their array, which Orbax never writes.
+    TensorStore allocates whole chunks, and aborts the process if there is no memory for one."""
     shape, dtype = shape_and_dtype(leaf)
     chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
     size = math.prod(chunk) * dtype.itemsize
@@ -246,11 +246,11 @@ def _manifest_of(path: Path) -> Manifest | None:
 
 
 def _manifest_json(step: Path) -> dict:
-    """Raises `DamagedError` for a step's folder that has the name of another step."""
+    """The manifest of a step. Raises `DamagedError` if the folder has the name of another step."""
     manifest, named = read_json(step / "manifest" / "metadata"), step_of(step.name)
     if named is not None and (saved := manifest.get("step", named)) != named:
         raise DamagedError(
-            f"{step} was saved as step {saved} and renamed since; give it that name again"
+            f"{step} was saved as step {saved} and renamed since; rename it to {saved}"
         )
     return manifest
 

@@ -212,7 +212,7 @@ def by_name(path: str) -> tuple:
 
 
 def _tops(paths: Collection[str]) -> list[str]:
-    """The first names of the layers, each once; a leaf in no layer by its own."""
+    """The first names of the layers, each once; of a leaf in no layer, its own name."""
     layers = {path: layer_of(path)[1].removeprefix("ema/").removesuffix("ema") for path in paths}
     return list(
         dict.fromkeys(

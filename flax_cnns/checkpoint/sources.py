@@ -34,17 +34,17 @@ class Source(NamedTuple):
     note: str = ""  # what one should know who trains on with it
     notes: tuple[str, ...] = ()  # what was chosen, renamed or left out on reading it
     averaged: bool = False  # whether the leaves are the averaged weights that were asked for
-    chosen: str = ""  # of a run: why this of its checkpoints
+    chosen: str = ""  # why this checkpoint of a run was taken
 
 
 def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -> Source:
     """Finds a source and what leaves it has; a checkpoint's arrays are not read.
 
-    `source`: RUN (what that means: `finding.choose_step`), RUN@best, RUN@latest, RUN@1200, the path
-    of any Orbax checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, which is `weights.load_weights`,
-    but for a head of several layers, which is left out; or a tree of arrays. `averaged`: of a file,
-    the averaged weights in it; those of a run have paths of their own. Raises `UserError` where
-    there is no such thing, and what reading its metadata raises.
+    `source`: RUN (see `finding.choose_step`), RUN@best, RUN@latest, RUN@1200, the path of any Orbax
+    checkpoint; LIBRARY:MODEL or LIBRARY:MODEL=FILE, as `weights.load_weights` has them, but without
+    a head of several layers; or a tree of arrays. `averaged` takes the averaged weights of a file;
+    those of a run have paths of their own. Raises `UserError` if there is no such source, and what
+    reading its metadata raises.
     """
     if not isinstance(source, str | os.PathLike):
         return _of_tree(source, "the given tree")

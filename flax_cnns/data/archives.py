@@ -1,8 +1,8 @@
 """The files as their authors publish them, in a folder: MNIST's four IDX files and CIFAR's tar.gz.
 
-CIFAR's are pickles, which may hold any code. They are read by an unpickler that knows lists, texts
-and numbers, keeps what it is told of arrays, and refuses everything else. What is read takes memory
-by what the file really holds, whatever its headers declare.
+CIFAR's are pickles, which may hold any code. A restricted unpickler reads them: it makes lists,
+texts and numbers, keeps the descriptions of arrays, and refuses everything else. Reading takes no
+more memory than the size of the file justifies, whatever its headers declare.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _read_idx(name: str, directory: str) -> Raw:
             )
         sources[split] = ArraySource(images[..., None], labels.astype(np.int32), f"{name} {split}")
         most[split] = int(labels.max(initial=0))
-        # Of classes that nobody has published there are as many as train has.
+        # A data set that is not in KNOWN has the classes of its train split.
         classes = known.classes if known else most["train"] + 1
         if most[split] >= classes:
             raise UserError(f"{files[1]} holds label {most[split]}; {name} has {classes} classes")
@@ -96,7 +96,7 @@ def idx_array(file: Path, ndim: int) -> np.ndarray:
             shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
             count = math.prod(shape)
             _check_size(file, count)
-            data = stream.read(count + 1)  # and no more, whatever a gzip would go on to give
+            data = stream.read(count + 1)  # no more, even if the gzip goes on
     except _DAMAGE as why:
         raise UserError(f"{file} is damaged: {why}; get it again") from why
     if len(data) != count:
@@ -106,7 +106,7 @@ def idx_array(file: Path, ndim: int) -> np.ndarray:
 
 
 def _check_size(file: Path, declared: int) -> None:
-    """Raises UserError where a file's bytes cannot honestly be so many."""
+    """Raises UserError if a file declares more data than its size can hold."""
     held = file.stat().st_size
     if declared > _FLOOR + _RATIO * held:
         raise UserError(f"{file} is refused: its {held:,} bytes declare {declared:,} of data")
@@ -163,7 +163,7 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
                     name = member.name.rsplit("/", 1)[-1]
                     if not member.isfile() or name not in wanted:
                         continue
-                    # A sparse member is as large as it says, whatever it holds.
+                    # A sparse member may declare any size, and hold nothing.
                     if member.issparse() or name in found:
                         why = "is sparse" if member.issparse() else "is there twice"
                         raise UserError(f"{file} is not CIFAR's archive: its {name} {why}")
@@ -179,7 +179,7 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
 
 
 class _Bounded:
-    """What gzip gives of `file`, up to what an honest one would."""
+    """The unpacked stream of `file`; raises UserError if it is too long for the file's size."""
 
     def __init__(self, stream: gzip.GzipFile, file: Path):
         self.stream, self.file, self.given = stream, file, 0
@@ -191,8 +191,9 @@ class _Bounded:
         return data
 
 
-class _Said:
-    """What a pickle says of an object, which is never made: its arguments, and its state."""
+class _Described:
+    """The description of an object in a pickle, its arguments and state. The object is never
+    made."""
 
     def __init__(self, *args: Any):
         self.args, self.state = args, ()
@@ -201,17 +202,18 @@ class _Said:
         self.state = state
 
 
-class _Array(_Said): ...
+class _Array(_Described): ...
 
 
-class _Dtype(_Said): ...
+class _Dtype(_Described): ...
 
 
-class _Encoded(_Said): ...  # bytes, as Python 3 writes them for Python 2: a text in latin1
+class _Encoded(_Described): ...  # bytes, as Python 3 writes them for Python 2: a text in latin1
 
 
 def _array(value: Any, kinds: Sequence[type], ndim: int) -> np.ndarray:
-    """Raises ValueError where `value` is no array of these kinds that the pickle's bytes fill."""
+    """The array that `value` describes. Raises ValueError if it describes none, or one of other
+    kinds or dimensions, or if its bytes do not fill it."""
     if not isinstance(value, _Array):
         raise ValueError(f"expected an array, got a {type(value).__name__}")
     _, shape, dtype, fortran, data = value.state
@@ -241,7 +243,7 @@ def _texts(value: Any) -> list[str]:
 
 
 class _PlainOnly(pickle.Unpickler):
-    """Nothing that a pickle asks for is made: what it says is kept."""
+    """Makes no object that a pickle asks for, and keeps its description."""
 
     ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _Array,

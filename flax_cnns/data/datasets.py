@@ -19,8 +19,8 @@ import numpy as np
 
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data import images as img
-from flax_cnns.data import splits as cut
-from flax_cnns.data.splits import Split, split_rows  # noqa: F401  split_rows: for who looks here
+from flax_cnns.data import splits as data_splits
+from flax_cnns.data.splits import Split
 from flax_cnns.errors import UserError, did_you_mean
 
 COVARIANCE_OF = 2000  # images, evenly spread over those that are streamed
@@ -77,11 +77,11 @@ class Dataset:
     # Images left out because they could not be decoded; it grows while a split is streamed.
     damaged: list[str] = dataclasses.field(default_factory=list)
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
-    # Files of several pictures, of which the first counts; it grows while a split is streamed.
+    # Files with several pictures, of which the first is used; grows while a split is streamed.
     several: set[str] = dataclasses.field(default_factory=set)
-    notes: tuple[str, ...] = ()  # what may be meant, and would otherwise pass unseen
+    notes: tuple[str, ...] = ()  # what may be intended, but would otherwise go unnoticed
     own_validation: bool = False  # the validation split is the data set's, not taken from train
-    # See flax_cnns/data/fingerprint.py; {}: noise, or a data set that nobody looked at.
+    # See flax_cnns/data/fingerprint.py; {} for noise, and if it was not computed.
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -105,10 +105,12 @@ class Dataset:
         """Lines for the user: how many images each split has, what was left out, notes."""
         counts = ", ".join(f"{role} {len(split):,}" for role, split in self.splits.items())
         lines = [f"{self.name}: {self.num_classes} classes; images: {counts}"]
-        if said := cut.describe(self.left_out):
+        if said := data_splits.describe(self.left_out):
             lines.append(f"left out: {said}")
         if self.several:
-            lines.append(f"of files with several pictures the first is used: {len(self.several)}")
+            lines.append(
+                f"files with several pictures, of which the first is used: {len(self.several)}"
+            )
         return lines + [f"note: {note}" for note in self.notes]
 
     @classmethod
@@ -128,27 +130,27 @@ class Raw(NamedTuple):
     image_shape: tuple[int | None, int | None, int]  # None: they vary
     left_out: Mapping[str, int] = MappingProxyType({})  # as Dataset has them
     several: set[str] | None = None
-    about: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.take`
+    about: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.compute`
 
 
 def load(config: Any, *, begun: bool = False) -> Dataset:
     """The data set that `config` (`config.data` of configs/common.py) describes.
 
     Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
-    split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a run
-    of this config is there, and goes on with what a new one must say in other words.
+    split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a
+    run of this config exists, and goes on with an ambiguous `data.classes`.
     """
     _check(config)
     if config.mock > 0:
         return _mock(config)
     raw = _read(config)
     for split, source in raw.sources.items():
-        cut.check_source(source, f"{config.name}, {split} split", raw.num_classes)
+        data_splits.check_source(source, f"{config.name}, {split} split", raw.num_classes)
     raw, notes = _choose_classes(raw, config, begun)
     if raw.num_classes < 2:
         raise UserError(f"expected two classes or more; {config.name} has {raw.num_classes}")
-    found = fingerprints.take(raw.sources, raw.class_names, raw.about)
-    sources = cut.roles(raw.sources, config.name, config.split_seed)
+    found = fingerprints.compute(raw.sources, raw.class_names, raw.about)
+    sources = data_splits.assign_roles(raw.sources, config.name, config.split_seed)
     own = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own
     varies = None in raw.image_shape
@@ -173,18 +175,20 @@ def load(config: Any, *, begun: bool = False) -> Dataset:
             skip_damaged=config.skip_damaged,
         )
         if not len(images):
-            raise cut.none_decoded(role, source)
+            raise data_splits.decoding_error(role, source)
         splits[role] = Split(labels=labels, images=images)
         damaged += skipped
     own_validation = "validation" in splits
     if not own_validation and config.validation:
-        splits = cut.take(splits, "validation", config.validation, config.split_seed)
+        splits = data_splits.take_from_train(
+            splits, "validation", config.validation, config.split_seed
+        )
     if config.fraction < 1:
-        splits = cut.keep_fraction(splits, config.fraction, config.split_seed)
+        splits = data_splits.keep_fraction(splits, config.fraction, config.split_seed)
     for role, split in splits.items():
         if split.source is not None:
-            cut.check_decodes(role, split.source, config.skip_damaged)
-    notes += cut.notes(splits, raw.class_names, config.batch_size)
+            data_splits.check_decodes(role, split.source, config.skip_damaged)
+    notes += data_splits.find_notes(splits, raw.class_names, config.batch_size)
 
     mean, std, normalized_by = _statistics(config, own, channels, splits["train"])
     return Dataset(
@@ -207,14 +211,14 @@ def load(config: Any, *, begun: bool = False) -> Dataset:
     )
 
 
-def survey(config: Any) -> dict[str, Any]:
+def read_fingerprint(config: Any) -> dict[str, Any]:
     """The fingerprint of the data set that `config` describes, as `load` gives it; no image is
     decoded and nothing is downloaded. Raises UserError."""
     _check(config)
     if config.mock > 0:
         return {}
     raw, _ = _choose_classes(_read(config, prepare=False), config, begun=True)
-    return fingerprints.take(raw.sources, raw.class_names, raw.about)
+    return fingerprints.compute(raw.sources, raw.class_names, raw.about)
 
 
 def base_name(name: str) -> str:
@@ -266,7 +270,7 @@ def _read(config: Any, *, prepare: bool = True) -> Raw:
 
 
 def _choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:
-    """The examples of `config.classes` alone, labelled in the order in which these are given; and
+    """The examples of `config.classes` alone, labeled in the order in which these are given; and
     notes."""
     chosen, notes = _classes(config, raw.class_names, begun)
     if not chosen:
@@ -396,7 +400,7 @@ def _covariance(
             skip_damaged=config.skip_damaged,
         )
         if not len(images):
-            raise cut.none_decoded("train", some)
+            raise data_splits.decoding_error("train", some)
     return covariance(images)
 
 
@@ -434,7 +438,7 @@ def _mock(config: Any) -> Dataset:
             source = img.ArraySource(images, labels, f"mock {config.name} {role}")
             splits[role] = Split(labels=labels, source=source)
     if config.fraction < 1:
-        splits = cut.keep_fraction(splits, config.fraction, config.split_seed)
+        splits = data_splits.keep_fraction(splits, config.fraction, config.split_seed)
     return Dataset(
         name=config.name,
         num_classes=num_classes,

@@ -1,4 +1,4 @@
-"""What a reader found, in a few numbers: a run keeps them, and notices when its data changed.
+"""The fingerprint of a data set: a run keeps it, to notice when its data changed.
 
 A fingerprint is plain JSON; {} stands for noise (`data.mock`), which never changes.
 
@@ -9,11 +9,11 @@ sized     of a folder: whether the digests hold the sizes of the files
 splits    by the data set's own names, before roles:
           images   how many
           classes  how many of each class; absent where it would take reading every example
-          digests  of a folder one a class (names within the class's folder, and sizes); of arrays
-                   one (pixels and labels)
-          bytes    of a TFDS builder of one's own, whose version nobody may have raised
+          digests  of a folder: one for each class (names within the class's folder, and sizes);
+                   of arrays: one (pixels and labels)
+          bytes    of a user's own TFDS builder, whose version may stay the same
 
-Nothing in it depends on where the data lies, and it takes no walk of its own.
+It does not depend on where the data lies, and needs no extra walk over the files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
     mean: tuple[float, ...] = ()  # per channel, where it was computed from the training images
 
 
-def take(
+def compute(
     sources: Mapping[str, Any], class_names: Sequence[str], about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fingerprint of the sources of the data set's own splits.
@@ -71,7 +71,7 @@ def take(
 
 
 def _base(source: Any) -> tuple[Any, np.ndarray]:
-    """What lies below subsets and other labels, and the rows of it that are left."""
+    """(the innermost source, below Subset and Relabelled, the rows of it that are used)."""
     rows = np.arange(len(source))
     while hasattr(source, "source"):
         rows = getattr(source, "rows", np.arange(len(source)))[rows]
@@ -91,8 +91,8 @@ def _of_files(
 
 
 def _within_class(path: str, name: str) -> str:
-    """train/CLASS/a/b.png and CLASS/a/b.png -> a/b.png: a class that is renamed is told by its
-    name, and not as other files too."""
+    """train/CLASS/a/b.png and CLASS/a/b.png -> a/b.png, so that a renamed class differs in its
+    name alone."""
     first, _, rest = path.partition(os.sep)
     if first == name:
         return rest
@@ -103,7 +103,7 @@ def _within_class(path: str, name: str) -> str:
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:  # reading it will say more
+    except OSError:  # reading the file gives a better error
         return -1
 
 
@@ -125,8 +125,10 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if not was or not now:
         return []
     for name in ("reader", "builder"):
-        if was.get(name) != now.get(name):  # another order of the examples: no more is comparable
-            return [f"it was read as {_reader(was)}, is as {_reader(now)}"]
+        if was.get(name) != now.get(
+            name
+        ):  # the order of examples differs: nothing else is comparable
+            return [f"it was read as {_reader(was)}, and is read as {_reader(now)} now"]
     found = class_differences(was["classes"], now["classes"])
     place = {name: i for i, name in enumerate(was["classes"])}
     pairs = [(place[name], i) for i, name in enumerate(now["classes"]) if name in place]
@@ -196,7 +198,7 @@ def _of_split(
 def count_differences(
     summary: Mapping[str, Any], batch_size: int, counts: Mapping[str, int]
 ) -> list[str]:
-    """Of a run that kept no fingerprint: what its summary says of the number of examples."""
+    """What differs in the number of examples, for a run without a fingerprint."""
     if summary.get("damaged_images"):  # they were left out, perhaps while they were streamed
         return []
     then = {"test": summary.get("test/examples")}
@@ -210,7 +212,7 @@ def count_differences(
 
 
 def mean_differences(was: Sequence[float], now: Sequence[float]) -> list[str]:
-    """Of a run that kept no fingerprint: what the mean says of the training images' pixels."""
+    """What differs in the mean of the training images, for a run without a fingerprint."""
     if len(was) == len(now) and np.allclose(was, now, rtol=0, atol=SAME_MEAN):
         return []
     old, new = (", ".join(f"{value:.4g}" for value in values) for values in (was, now))

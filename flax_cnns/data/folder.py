@@ -3,7 +3,7 @@ cut.
 
 Images are the files of SUFFIXES in a class's folder, at any depth. Links are followed; hidden and
 system folders are not entered. What is left out is counted by kind. No file is opened here, and
-only links cost a stat each: a million files are listed in seconds.
+only links cost a stat each.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ CODECS = {".webp": "webp", ".jp2": "jpg_2000", ".avif": "avif"}  # Pillow may be
 SPLITS = dict.fromkeys(("train", "training"), "train")
 SPLITS |= dict.fromkeys(("test", "testing"), "test")
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
-# What systems leave behind, beside names that begin with a dot: copies, thumbnails, indices.
+# What operating systems leave behind (copies, thumbnails, indices), besides names with a dot.
 SYSTEM = {"system volume information", "thumbs.db", "desktop.ini"}
 SYSTEM |= {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
-UNKNOWN_INODES = {0, 2**32 - 1, 2**64 - 1}  # what file systems in user space may say of every file
+UNKNOWN_INODES = {0, 2**32 - 1, 2**64 - 1}  # that user-space file systems may give to every file
 
 
 class _Image(NamedTuple):
     path: str
     is_link: bool
-    real: str  # without links; "" where there is none on the way
+    real: str  # the path without links; "" if it has none
     inode: int
 
 
@@ -52,7 +52,7 @@ def read(directory: str, name: str) -> Raw:
     """
     if not directory:
         raise UserError(f"data.name={name} needs data.dir, a folder of one folder per class")
-    root = str(pathlib.Path(directory).expanduser())  # LINK/.. stays: the system knows where it is
+    root = str(pathlib.Path(directory).expanduser())  # keeps LINK/.., which the system resolves
     if not os.path.isdir(root):
         raise UserError(f"data.dir={directory} is not a folder")
     left_out: collections.Counter[str] = collections.Counter()
@@ -90,7 +90,7 @@ _LOOSE = "images outside the class folders"
 
 
 def _split_folders(root: str, left_out: collections.Counter[str]) -> dict[str, str]:
-    """By split; train is `root` itself where no folder has the name of a split."""
+    """{split: folder}; train is `root` itself if no folder has the name of a split."""
     roots, others = {}, []
     for one in _folders(root):
         split, path = SPLITS.get(one.lower()), os.path.join(root, one)
@@ -112,7 +112,7 @@ def _split_folders(root: str, left_out: collections.Counter[str]) -> dict[str, s
 
 
 def _check_classes(root: str, train: str, classes: tuple[str, ...]) -> None:
-    """Raises UserError where the folders of train are no classes, or one alone."""
+    """Raises UserError if the folders of train are not classes, or if there is only one."""
     if not classes:
         raise UserError(_without_classes("train", train, _count_loose(train)[_LOOSE], ()))
     for one in classes if train == root else ():
@@ -195,7 +195,7 @@ def _suffix(name: str) -> str:
 def _images(folder: str, root: str, left_out: collections.Counter[str]) -> list[_Image]:
     """The images of a class, sorted by path. Raises UserError where there is none.
 
-    Each real folder is entered once, so that a link to a folder above it ends.
+    Each real folder is entered once, so that links cannot lead in a circle.
     """
     found, entered, here = [], set(), collections.Counter()
     missing = {suffix for suffix in CODECS if not _has_codec(suffix)}
@@ -266,7 +266,7 @@ def _keep_once(
             keys: list[object] = [image.real or base + image.path[len(root) :]]
             if image.inode in shared:
                 status = os.stat(image.path)
-                # A file of one name is its own: some network drives number two files alike.
+                # A file without hard links counts by its path: some network drives reuse numbers.
                 keys += [(status.st_dev, status.st_ino)] if status.st_nlink > 1 else []
             before = next((seen[key] for key in keys if key in seen), None)
             if before is None:

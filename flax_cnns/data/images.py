@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flax_cnns.errors import UserError
 
-# Grows whenever the same file gives other pixels than before: 2 obeys EXIF and every transparency.
+# Incremented whenever a file gives other pixels than before. 2 obeys EXIF and every transparency.
 READER = 2
 
 # What PIL raises for a file that it cannot decode.
@@ -32,7 +32,7 @@ DAMAGE = (
 )
 
 
-LFS = b"version https://git-lfs"  # how a file begins that stands for one that was not fetched
+LFS = b"version https://git-lfs"  # how a pointer begins, whose file was not fetched
 
 
 class DamagedImage(UserError):
@@ -106,12 +106,12 @@ class FileSource:
     labels: np.ndarray
     name: str
     root: str = ""  # of the data set: all paths begin with it
-    # Paths of files that were opened and hold more than one picture; a process notes its own.
+    # Paths of opened files that hold more than one picture; each process has its own.
     several: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def names(self) -> list[str]:
-        """The paths below the root: they stay when the data set moves."""
+        """The paths below the root, which do not change when the data set moves."""
         return [path[len(self.root) + 1 :] for path in self.paths]
 
     def __len__(self) -> int:
@@ -125,9 +125,11 @@ class FileSource:
             with open(path, "rb") as file:
                 if file.read(len(LFS)) != LFS:
                     raise
-            raise UnidentifiedImageError("a pointer of Git LFS; run git lfs pull") from None
+            raise UnidentifiedImageError(
+                "it is a pointer of Git LFS, not an image; run git lfs pull"
+            ) from None
         if getattr(image, "is_animated", False) and image.format != "MPO":
-            self.several.add(path)  # the first counts
+            self.several.add(path)  # only the first is used
         return image, self.labels[i]
 
     def where(self, i: int) -> str:
@@ -227,7 +229,7 @@ class Relabelled:
 
 
 def several(source: Source) -> set[str]:
-    """What a source of files, or one made of it, noted of files with several pictures."""
+    """`FileSource.several` of a source, also below Subset and Relabelled; else empty."""
     while isinstance(source, Subset | Relabelled):
         source = source.source
     return source.several if isinstance(source, FileSource) else set()
@@ -260,8 +262,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in the image
 def centre_box(width: int, height: int, share: float = 1.0) -> Box:
     """The central square; `share` of the shorter side: 0.875 is the 224 of 256 of the papers.
 
-    Resize(256) and CenterCrop(224) see the same of a square. Off squares they round the longer side
-    down and the corner to a whole pixel: each edge is up to one pixel of the 224 away from here.
+    Resize(256) and CenterCrop(224) take the same part of a square image. Of others they round the
+    longer side down, and the corner to a whole pixel: an edge is up to one of 224 pixels away.
     """
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
@@ -282,7 +284,7 @@ def random_box(
     return centre_box(width, height)
 
 
-# EXIF's orientation, 1 (upright) left out: what turns the stored image upright.
+# What turns the stored image upright, by EXIF's orientation (1 is upright).
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -297,9 +299,9 @@ _TURNS = {
 def read_box(
     image: Image.Image, box_of: Callable[[int, int], Box], size: int, channels: int
 ) -> np.ndarray:
-    """The part of an upright image, resized (bilinear, antialiased): u8 [size size channels].
+    """A part of the image, upright and resized (bilinear, antialiased): u8 [size size channels].
 
-    `box_of(width, height)` is the part, in pixels of the upright image.
+    `box_of(width, height)` gives the part, in pixels of the upright image.
     """
     turn = _orientation(image)
     width, height = image.size
@@ -321,7 +323,7 @@ def read_box(
 
 
 def upright(image: Image.Image, channels: int) -> Image.Image:
-    """The whole image at its full size, L or RGB, as every reader of this package sees it."""
+    """The whole image, turned as its EXIF says, at its full size, L or RGB."""
     turn = _orientation(image)
     image = to_channels(image, channels)
     return image.transpose(_TURNS[turn]) if turn in _TURNS else image
@@ -337,14 +339,14 @@ def _orientation(image: Image.Image) -> int:
         return 1  # PIL has turned it while decoding
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # PIL has a dozen kinds; broken EXIF says nothing about the pixels
+    except Exception:  # PIL raises a dozen kinds; broken EXIF does not matter for pixels
         return 1
     return turn if isinstance(turn, int) and turn in _TURNS else 1
 
 
 def _load(image: Image.Image) -> None:
-    """Decodes. PIL scales grey of 2 and 4 bits and colors of 16 bits to 8, but not the one that is
-    transparent: that is done here."""
+    """Decodes. PIL scales grays of 2 and 4 bits and colors of 16 bits to 8 bits, but not the
+    transparent value: that is scaled here."""
     packed = image.tile[0][3] if getattr(image, "tile", None) else None  # how PNG stores pixels
     image.load()
     clear = image.info.get("transparency")
@@ -386,8 +388,8 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
-    """Of integers up to 65535 the upper 8 bits; floats are 0 to 1, or 0 to 255 where one is
-    above 1. Raises ValueError for other numbers: nothing says which of them is white."""
+    """The image with 8 bits. Integers up to 65535 keep their upper 8 bits. Floats are 0 to 1, or 0
+    to 255 if one is above 1. Raises ValueError for other numbers, whose white is unknown."""
     numbers = np.asarray(image)
     low, high = numbers.min(), numbers.max()
     most = 255 if image.mode == "F" else 65535

@@ -21,7 +21,7 @@ Photo = str | os.PathLike | Image.Image | np.ndarray
 @contextlib.contextmanager
 def opened(photo: Photo) -> Iterator[Image.Image]:
     """The photograph as it is stored, perhaps not decoded yet: `images.read_box` and
-    `images.upright` turn it as its EXIF says, PIL images that are handed over too.
+    `images.upright` turn it as its EXIF says, also if it is a PIL image.
 
     Arrays are u8 [H W], [H W 1] or [H W 3]. Raises `UserError` where there is no such file, and for
     what fails to decode in the `with` block.
@@ -46,7 +46,7 @@ def opened(photo: Photo) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Raises `UserError` for what fails to decode."""
+    """A context that makes a `UserError`, which names `what`, of a failure to decode."""
     try:
         yield
     except UserError:

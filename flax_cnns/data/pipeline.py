@@ -25,8 +25,8 @@ import numpy as np
 
 from flax_cnns.data import images as img
 from flax_cnns.data.datasets import Dataset
-from flax_cnns.data.splits import none_decoded
-from flax_cnns.errors import Lost, UserError
+from flax_cnns.data.splits import decoding_error
+from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.types import Batch
 
 _ENDLESS = 2**60  # examples: what Grain is told, as it wants a length
@@ -206,7 +206,7 @@ class TrainStream:
                     raise
                 skipped = example
                 example = (example + 1) % len(self.source)  # the next one takes its place
-        raise none_decoded("training", self.source)
+        raise decoding_error("training", self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ class EvalStream:
 
 
 def _if_several(source: img.Source, example: int) -> int:
-    """The example, if its file holds several pictures, else -1."""
+    """The example if its file holds several pictures, else -1."""
     several = img.several(source)
     return example if several and source.where(example) in several else -1
 
@@ -253,7 +253,7 @@ def _if_several(source: img.Source, example: int) -> int:
 def _note_found(
     batches: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
 ) -> Generator[Batch]:
-    """The batches without "skipped" and "several", whose examples (-1: none) are named in
+    """The batches without "skipped" and "several". The names of these examples (-1: none) go to
     `dataset.damaged` and `dataset.several`.
 
     They travel with the batches because worker processes keep what they note to themselves.
@@ -298,13 +298,14 @@ def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Ite
 
 # ---- worker processes
 
-_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent's to answer
+_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent answers these
 
 
 def _start_worker(index: int, count: int) -> None:
-    """In every worker, before its first example. It ends with its parent, however that ends; what
-    Grain shares with it is then cleared away by Python's resource tracker. A terminal's Ctrl-C and
-    a cluster's SIGTERM, which come to all processes, leave it be: the parent has yet to save."""
+    """Runs in every worker before its first example. The worker ends with its parent, however the
+    parent ends; Python's resource tracker then removes what Grain shares with the worker. It
+    ignores Ctrl-C and a cluster's SIGTERM, which come to all processes: the parent still has to
+    save."""
     for number in _PARENTS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -318,9 +319,9 @@ def _start_worker(index: int, count: int) -> None:
 
 @contextlib.contextmanager
 def _starting_processes() -> Iterator[None]:
-    """What is started meanwhile never sees the parent's signals: a mask is inherited. So starts
-    Python's resource tracker, which is silent: it would tell of what Grain had under way, also at
-    an ordinary end."""
+    """A context in which started processes inherit a mask against the parent's signals. Python's
+    resource tracker is started too, without its warnings: it would report what Grain had under way,
+    even at an ordinary end."""
     before, ignore = os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
     try:
@@ -329,14 +330,14 @@ def _starting_processes() -> Iterator[None]:
         del os.environ["PYTHONWARNINGS"]
         if before:
             os.environ["PYTHONWARNINGS"] = before
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)  # which that unblocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)  # the tracker's start unblocked them
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
-    """The same; raises `Lost` where Grain says that a worker process has ended."""
+    """The same examples; raises `ProcessLost` if Grain says that a worker process has ended."""
     batches = iter(examples)
     try:
         with _starting_processes():
@@ -353,7 +354,7 @@ def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         why = {-signal.SIGKILL: ", as the system does when memory runs out"}
         why |= {-signal.SIGBUS: ", as the system does when /dev/shm is full"}
-        raise Lost(
+        raise ProcessLost(
             f"a worker process that reads images (data.workers) {how}{why.get(code, '')}"
         ) from None
     finally:
@@ -361,8 +362,8 @@ def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
 
 
 def check_main_guard(workers: int) -> None:
-    """Raises `UserError` where the script at work would start itself again in every worker, which
-    imports it anew: where what runs now stands outside `if __name__ == "__main__":`."""
+    """Raises `UserError` if the running script would start itself again in every worker, which
+    imports it: if it makes this call outside `if __name__ == "__main__":`."""
     main = sys.modules["__main__"]
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):

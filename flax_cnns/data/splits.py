@@ -29,7 +29,7 @@ class Split:
 # ---- roles, and what is taken from train
 
 
-def roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, img.Source]:
+def assign_roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, img.Source]:
     """The splits that the data set `name` has itself, by role. Raises UserError."""
     if "train" not in own:
         raise UserError(f"{name} has no train split; it has: {', '.join(sorted(own))}")
@@ -38,7 +38,7 @@ def roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, img.Sou
         return {role: own[role] for role in ("train", "test", "validation") if role in own}
     if "validation" in own:
         return {"train": train, "test": own["validation"]}
-    what = f"data.name={name} has no test split, so that a fifth of train becomes it, which"
+    what = f"data.name={name} has no test split; the fifth of train that becomes it"
     keep, test = split_rows(train.labels, len(train), TEST_SHARE, seed, what=what)
     return {
         "train": img.Subset(train, keep, f"without test, seed {seed}"),
@@ -46,7 +46,9 @@ def roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, img.Sou
     }
 
 
-def take(splits: dict[str, Split], role: str, amount: float, seed: int) -> dict[str, Split]:
+def take_from_train(
+    splits: dict[str, Split], role: str, amount: float, seed: int
+) -> dict[str, Split]:
     """Gives `role` its share of train."""
     train = splits["train"]
     keep, taken = split_rows(train.labels, len(train), amount, seed)
@@ -78,7 +80,7 @@ def split_rows(
     labels: np.ndarray | None, total: int, amount: float, seed: int, what: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows that stay, rows that are taken), both sorted; `amount` is a fraction below 1 or a
-    count. `what` says in a message what takes them; "": data.validation.
+    count. `what` names in a message what takes them; "" is data.validation.
 
     Stratified: each class gives its share, to within one example, and a class of one example stays
     whole. Where `labels` is None (a streamed TFDS split, whose labels would take reading every
@@ -109,10 +111,10 @@ def split_rows(
 
 
 def check_source(source: img.Source, where: str, num_classes: int) -> None:
-    """Raises UserError where a split has no example, images of no pixel, or labels that are none
-    of 0 to num_classes - 1; those that take reading are checked as they are read."""
+    """Raises UserError if a split has no example, images without a pixel, or a label outside 0 to
+    num_classes - 1. Labels that have to be read first are checked as they are read."""
     if not len(source):
-        raise UserError(f"{where}: it has no example")
+        raise UserError(f"{where}: expected an example or more, got none")
     if isinstance(source, img.ArraySource) and not source.images.size:
         shape = "x".join(map(str, source.images.shape[1:3]))
         raise UserError(f"{where}: expected images of a pixel or more, got {shape}")
@@ -123,8 +125,9 @@ def check_source(source: img.Source, where: str, num_classes: int) -> None:
             raise img.WrongLabel(source.where(i), int(source.labels[i]), num_classes)
 
 
-def none_decoded(role: str, source: img.Source) -> UserError:
-    """Of a split of whose images none can be decoded, `skip_damaged` or not; reads the first."""
+def decoding_error(role: str, source: img.Source) -> UserError:
+    """The error for a split without an image that can be decoded; reads the first for the
+    reason."""
     try:
         img.read(source, 0, 8, 3)
         why = ""
@@ -134,17 +137,17 @@ def none_decoded(role: str, source: img.Source) -> UserError:
 
 
 def check_decodes(role: str, source: img.Source, skip_damaged: bool) -> None:
-    """Decodes TRIED images of a streamed split, evenly spread. Where `skip_damaged`, goes through
-    the others until one can be decoded.
+    """Decodes TRIED images of a streamed split, evenly spread. With `skip_damaged`, tries the
+    others until one can be decoded.
 
-    Raises DamagedImage for a damaged one, or, where `skip_damaged`, UserError if all are.
+    Raises DamagedImage for a damaged image; with `skip_damaged`, UserError if all are damaged.
     """
     total = len(source)
     tried = np.unique(np.linspace(0, total - 1, min(TRIED, total)).astype(int))
     if any([_decodes(source, i, skip_damaged) for i in tried]):
         return
     if not any(_decodes(source, i, skip_damaged) for i in range(total)):
-        raise none_decoded(role, source)
+        raise decoding_error(role, source)
 
 
 def _decodes(source: img.Source, i: int, skip_damaged: bool) -> bool:
@@ -160,9 +163,9 @@ def _decodes(source: img.Source, i: int, skip_damaged: bool) -> bool:
 # ---- what is said
 
 
-def notes(splits: dict[str, Split], class_names: Sequence[str], batch_size: int) -> list[str]:
-    """What may be meant, and would otherwise pass unseen. Raises UserError where all training
-    images are of one class."""
+def find_notes(splits: dict[str, Split], class_names: Sequence[str], batch_size: int) -> list[str]:
+    """Lines on what may be intended, but would otherwise go unnoticed. Raises UserError if all
+    training images are of one class."""
     train, found = splits["train"], []
     if note := batch_note(batch_size, len(train)):
         found.append(note)
@@ -179,7 +182,7 @@ def notes(splits: dict[str, Split], class_names: Sequence[str], batch_size: int)
 
 
 def batch_note(batch_size: int, images: int) -> str:
-    """ "": a batch is no larger than the training set."""
+    """A line if a batch is larger than the training set, else ""."""
     if batch_size <= images:
         return ""
     return (

@@ -34,7 +34,7 @@ LABELS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
 
 
 def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw:
-    """The data set `name`, prepared first if need be and `prepare`. Raises UserError."""
+    """The data set `name`; with `prepare` it is prepared first if needed. Raises UserError."""
     builder = _builder(name, directory)
     label_key = _label_key(builder, labels)
     image_key = _image_key(builder)
@@ -79,8 +79,8 @@ def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw
 
 
 def _about(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> dict[str, Any]:
-    """For the fingerprint: of stock data sets the version says what they hold, and their bytes
-    depend on who encoded the images."""
+    """What the fingerprint has of the builder. Bytes only of a user's own: the version of a stock
+    data set says what it holds, and its bytes depend on the encoder of the images."""
     about: dict[str, Any] = {"reader": "tfds", "builder": builder.info.full_name}
     if builder.name not in tfds.list_builders(with_community_datasets=False):
         about["bytes"] = {split: int(builder.info.splits[split].num_bytes) for split in splits}

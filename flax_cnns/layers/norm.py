@@ -34,10 +34,10 @@ def make_norm(
     `"batch"`: Ioffe & Szegedy 2015. In training it normalises by the batch (with `axis_name` by all
     devices' batches together) and moves the running statistics, else it uses those. `momentum`
     means `new = momentum * old + (1 - momentum) * batch`: PyTorch's 0.1 is 0.9 here. The running
-    variance is the biased one, where PyTorch keeps the unbiased: of n values per channel and batch
-    it moves towards (n - 1) / n of PyTorch's, 0.969 at 32 and 0.984 at 64. Statistics are float32
-    whatever `dtype` is.
-    Raises `OneValueError` while tracing training on one value per channel, as PyTorch does.
+    variance is the biased one; PyTorch keeps the unbiased one. With n values per channel and batch
+    it moves toward (n - 1) / n of PyTorch's: 0.969 at n = 32, 0.984 at n = 64. Statistics are
+    float32 whatever `dtype` is. Training on one value per channel raises `OneValueError` as it is
+    traced; PyTorch refuses it too.
     `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
     `"layer"`: Ba, Kiros & Hinton 2016 as Wu & He 2018 take it for maps (their equation 4): mean and
     variance over H, W and C of each image, that is one group; gamma and beta per channel.
@@ -94,19 +94,19 @@ def make_norm(
 
 class OneValueError(UserError):
     """A BatchNorm would be trained on one value per channel. Its result would be its bias, whatever
-    the image, and nothing in front of it would learn."""
+    the image, and no layer before it would learn."""
 
     def __init__(self, path: str, shape: tuple[int, ...]):
         super().__init__(
-            f"{path}: BatchNorm of {list(shape)} would train on 1 value per channel, and make it"
-            " the same whatever the image; give it 2 images or more at a time, or larger ones"
+            f"{path}: BatchNorm of {list(shape)} would train on 1 value per channel, and give all"
+            " images the same result; give it 2 images or more at a time, or larger images"
         )
         self.path, self.shape = path, shape
 
 
 def check_values(layer: nn.BatchNorm, x: Array) -> None:
-    """Raises `OneValueError` unless `layer` normalises two values per channel or more of `x`, over
-    all devices where it has an `axis_name`."""
+    """Raises `OneValueError` unless `layer` normalizes two values per channel or more of `x`, over
+    all devices if it has an `axis_name`."""
     axes = (layer.axis,) if isinstance(layer.axis, int) else layer.axis
     values = x.size // max(math.prod(x.shape[axis] for axis in axes), 1)
     if values == 1 and layer.axis_name is not None:

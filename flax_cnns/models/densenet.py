@@ -5,7 +5,7 @@ with B (bottlenecks), C (compression), both or neither. `densenet161` is no row 
 but the k = 48 network that its authors released; `densenet264d` is timm's: k = 48 and three 3x3 in
 the place of the 7x7. `keras_densenet121` and its like have another epsilon and momentum in their
 norms, 1.001e-5 and 0.99, and are the same networks else. The head starts with LeCun's variance
-whatever `kernel_init` is, where the paper names He's for all layers.
+whatever `kernel_init` is; the paper uses He's for all layers.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class InceptionV3(nn.Module):
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None
 
-    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
     layer_groups = (("conv[12].", "stem"), ("conv[34].", "conv3"))
 
     @nn.compact

@@ -83,7 +83,7 @@ class MobileNetV2(nn.Module):
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 
-    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
     layer_groups = (("top", "below"),)
 
     @nn.compact

@@ -103,7 +103,7 @@ class MobileNetV3(nn.Module):
     axis_name: str | None = None  # "batch": synchronised BatchNorm
     remat: bool = False  # compute the inside of each block again in the backward pass
 
-    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
     layer_groups = (("hidden_layer", "head"),)
 
     @nn.compact

@@ -7,7 +7,7 @@ own table 2 has ResNet-18 and 34 with option A, `resnet34_optA`. ResNet-200 is H
 https://arxiv.org/abs/1603.05027, there with pre-activation; here it is the same stages of this
 file's block, as timm has it. ResNet-D: He et al. 2018, https://arxiv.org/abs/1812.01187. Keras
 has v1 with biases in front of its BatchNorms, `keras_resnet50`. The head starts with LeCun's
-variance whatever `kernel_init` is, where the paper starts all layers with He's.
+variance whatever `kernel_init` is; the paper uses He's for all layers.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Xception(nn.Module):
     scan: bool = False  # the middle flow as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each of its blocks again in the backward pass
 
-    # For optimizer.layer_decay, as timm: train.optimizers.layer_exponents.
+    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
     layer_groups = (("top2", "below"),)
 
     @nn.compact

@@ -184,7 +184,7 @@ def search(
     """The grid, its winner, and the ways to spend budget^phi times the base network's MACs.
 
     `config` is that of a run; its network has the fields `width_mult` and `depth_mult`, and its
-    `data.image_size` is the base resolution. `accept_changed_data`: as of a run. Raises `UserError`
+    `data.image_size` is the base resolution. `accept_changed_data`: as in `run`. Raises `UserError`
     as a run does.
     """
     workdirs.check_place(folder)
@@ -318,7 +318,7 @@ class _Runner:
         workdir, began = self.folder / name, time.perf_counter()
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = workdirs.for_workdir(trial.config(self.config, seed), workdir)
+        config = workdirs.reset_if_new(trial.config(self.config, seed), workdir)
         try:
             with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
                 summary = run(config, workdir, **self.data)

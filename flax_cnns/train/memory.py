@@ -1,4 +1,4 @@
-"""Whether a batch fits into a CPU's memory: asked before XLA aborts the process for want of it.
+"""Whether a batch fits into a CPU's memory: checked before XLA aborts the process.
 
 Accelerators raise an error of their own.
 """
@@ -16,8 +16,8 @@ GIB = 2**30
 
 
 def available() -> int | None:
-    """Bytes that this process may still take: of the machine, of its control group and of its own
-    limit the least. None where the system does not say."""
+    """The bytes that this process may still take: the least that the machine, its control group and
+    its own limit allow. None if the system does not say."""
     found = []
     machine = _table("/proc/meminfo")
     if "MemAvailable" in machine:
@@ -36,7 +36,7 @@ def available() -> int | None:
 
 
 def _table(file: str | pathlib.Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """{name: number} of a file of such lines; {} if it cannot be read."""
     try:
         text = pathlib.Path(file).read_text()
     except OSError:
@@ -46,8 +46,8 @@ def _table(file: str | pathlib.Path) -> dict[str, int]:
 
 
 def needed(step: Callable, *arguments: Any) -> int:
-    """Bytes that a compiled step takes on one device beside its arguments; 0 where it cannot be
-    asked. The step is compiled now, and need not be when it is called."""
+    """The bytes that a compiled step takes on one device besides its arguments; 0 if XLA does not
+    say. Compiles the step; its first call does not compile it again."""
     if not hasattr(step, "lower"):
         return 0
     stats = step.lower(*arguments).compile().memory_analysis()
@@ -57,13 +57,13 @@ def needed(step: Callable, *arguments: Any) -> int:
 
 
 def fits(need: float) -> bool:
-    """Whether so many bytes can be had."""
+    """Whether `need` bytes are available."""
     free = available()
     return free is None or need <= free
 
 
 def check(need: float, *, what: str) -> None:
-    """Raises UserError where `need` bytes cannot be had. `what`: the field and its value."""
+    """Raises UserError if `need` bytes are not available. `what`: the field and its value."""
     if not fits(need):
         free = available() or 0
         raise UserError(

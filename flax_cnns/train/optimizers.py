@@ -145,9 +145,9 @@ def _max_norm(spec: tuple, params: PyTree, trainable: PyTree) -> Callable[[PyTre
     return regularizers.max_norm(limits) if limits else None
 
 
-# Which layer of `layer_decay` a module belongs to: (regex over the beginning of its path, layer),
-# the first that matches decides. A layer is a name, "head", or "below" and "above": the one that
-# stands next. A network's own rules, `layer_groups`, come before these.
+# The layer, for `layer_decay`, of each module: rules (regex over the beginning of its path, layer),
+# of which the first that matches decides. A layer is any name, "head", or "below" or "above": the
+# next layer on that side. A network's own rules, `layer_groups`, come before these.
 _GROUPS = (
     (r"head\w*|aux\w*", "head"),
     (r"norm", "head"),  # behind the last block: BEiT's, and timm's of ConvNeXt and DenseNet
@@ -159,8 +159,8 @@ _GROUPS = (
 
 
 def layer_exponents(order: Sequence[str], groups: Sequence[tuple[str, str]] = ()) -> dict[str, int]:
-    """{the path of a part: how many layers lie above it}, 0 for the head; see `layer_decay`."""
-    parts: dict[str, str] = {}  # by the images' way: the part -> its layer
+    """{path of a part: exponent of `layer_decay`}: 0 for the head, 1 for the layer below it, ..."""
+    parts: dict[str, str] = {}  # in the order of the images' way: part -> its layer
     for path in order:
         for regex, layer in (*groups, *_GROUPS):
             if found := re.match(rf"(?:{regex})(?=/|$)", path):
@@ -185,12 +185,12 @@ def layer_decay(
     """Rules for `lr_mult`: the head's rate whole, that of each layer below it `decay` times that of
     the one above.
 
-    A layer is a block, as BEiT is fine-tuned (Bao et al. 2021, https://arxiv.org/abs/2106.08254,
-    get_num_layer_for_vit in its optim_factory.py); patches, class token and positions are one, and
-    the last norm counts with the head. Convolutional networks are grouped as timm groups them
-    (`group_matcher`): the stem is one layer, ConvNeXt's downsampling belongs to the block above it,
-    DenseNet's transition to the layer below it. `groups`, a network's own `layer_groups`, say what
-    is special about it; of networks that timm lacks, whatever stands by itself is a layer.
+    Transformers are grouped as in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254,
+    get_num_layer_for_vit in its optim_factory.py): a block is a layer; patches, class token and
+    positions are one layer; the last norm counts with the head. Convolutional networks are grouped
+    as in timm (`group_matcher`): the stem is one layer, ConvNeXt's downsampling belongs to the
+    block above it, DenseNet's transition to the layer below it. `groups` are a network's own rules,
+    its `layer_groups`. In networks that timm lacks, whatever stands by itself is a layer.
 
     `order`: paths of modules as images pass them,
     `[layer.path for layer in analysis.cost.cost(model).layers]`. Auxiliary heads learn as the head

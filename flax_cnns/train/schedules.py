@@ -59,9 +59,9 @@ def one_cycle(
 ) -> Schedule:
     """Up to `rate` and down again, both as cosines: Smith & Topin 2017, with fast.ai's curves.
 
-    The rate alone; momentum stays. The last rate belongs to the step `total`, one behind the run:
-    the curve is that of PyTorch's OneCycleLR with `total_steps` = total + 1, whose own `pct_start`
-    puts the peak a part of a step earlier; with (pct_start * total + 1) / (total + 1) it is equal.
+    Only the rate moves; momentum stays. The last rate belongs to step `total`, one after the run's
+    last step. PyTorch's OneCycleLR gives the same curve with `total_steps` = total + 1 and with
+    (pct_start * total + 1) / (total + 1) as its `pct_start`.
     """
     first, last = rate / div_factor, rate / div_factor / final_div_factor
     peak = max(pct_start * total, 1e-6)

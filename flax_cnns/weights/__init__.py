@@ -48,9 +48,9 @@ def load_weights(
     `input_size` the stem takes the file's own channels, and positions are the file's own grid.
     Arrays are NumPy's.
 
-    `averaged` takes the running averages that a training script put beside the weights. Where the
-    `input_size` given is not the file's, `adapt_stem` and `resize_positions` fit it (`adapt`). What
-    was chosen, renamed or adapted goes to `say`, a line each.
+    `averaged` takes the running averages that a training script put beside the weights. If the
+    given `input_size` is not the file's, `adapt_stem` and `resize_positions` fit the weights to it
+    (see `adapt`). What was chosen, renamed or adapted goes to `say`, a line each.
 
     Raises `UserError` for an unknown name or source, for a file that is missing, damaged, refused
     or of another network, and where a download fails.
@@ -77,9 +77,9 @@ def open_weights(
     averaged: bool = False,
     **options: Any,
 ) -> Converted:
-    """What `load_weights` does, with its notes. `options` may also be `optional_head`: a head that
-    is not one layer is left out; `image_size` and `channels`: of the images that the weights shall
-    take, in place of `input_size`; 0: the file's own."""
+    """Like `load_weights`, but returns the notes too. There are three more options: `optional_head`
+    leaves out a head that is not one layer; `image_size` and `channels` are those of the images, in
+    place of `input_size`, or 0 for the file's own."""
     _check_source(model_name, source)
     if path is None:
         from flax_cnns.weights import hub
@@ -168,7 +168,7 @@ def _convert(
         if size != tuple(model.input_size):
             model = create_model(model_name, **fields, input_size=size)
             paths = pytree.flatten(_shapes(model))
-            notes.append("for images [{} {} {}]".format(*size))
+            notes.append("the weights are for images [{} {} {}]".format(*size))
     if "input_size" in fields or image_size or channels:
         found = _adapted(
             found, paths, what, model.input_size[2], adapt_stem, resize_positions, notes
@@ -187,7 +187,7 @@ def _own_size(
             channels = array.shape[2]
         elif adapt.is_positions(path, here, array.shape):
             patch, tokens = shapes["params/patches/kernel"].shape[0], array.shape[1] - 1
-            rows = adapt.side(array.shape[1]) or 1  # else only their number matters
+            rows = adapt.side(array.shape[1]) or 1  # not a square: only their number matters
             height, width = rows * patch, tokens // rows * patch
     return height, width, channels
 
@@ -201,8 +201,8 @@ def _adapted(
     positions: bool,
     notes: list[str],
 ) -> dict[str, np.ndarray]:
-    """The tensors with stem and positions fitted to images of so many `channels`, and so large,
-    where that was asked for. Raises `UserError` where it was not and would help."""
+    """The tensors with stem and positions fitted to `shapes`, if `stem` and `positions` say so.
+    Raises `UserError` if they do not, and it would help."""
     new = dict(found)
     for path, array in found.items():
         here = tuple(shapes[path].shape) if path in shapes else array.shape

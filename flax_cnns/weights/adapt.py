@@ -1,8 +1,9 @@
-"""Weights for images of other channels, or of another size: what may be asked for by name.
+"""Fits weights to images of other channels, or of another size.
 
-A stem's kernels from N channels to M, as timm does it: summed where M is 1 (exact for an image of N
-equal channels), else repeated, cut to M and multiplied by N / M (from 1 channel exact for an image
-of M equal channels). Positions: the grid resized bicubically, the class token's own left alone.
+`adapt_channels` takes a stem's kernels from N channels to M, as timm does. For M = 1 they are
+summed: exact for an image of N equal channels. Else they are repeated, cut to M and multiplied by
+N / M: for N = 1 exact for an image of M equal channels. `resize_positions` resizes the grid of
+position embeddings bicubically; the one of the class token stays.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import numpy as np
 from flax_cnns.models import vit
 
 POSITIONS = "position_embedding"  # the last name of such a leaf
-FEW = 4  # channels of images, at most, where nothing else says that a kernel sees images
+FEW = 4  # at most so many input channels, and a kernel is taken to see images
 
 
 class Plan(NamedTuple):
-    """How a leaf is made to fit; `make` is None where it is not, and `text` says what would."""
+    """How a leaf is made to fit. `make` is None if it is not; `text` then says what would do it."""
 
     make: Callable[[np.ndarray], np.ndarray] | None
     text: str
@@ -35,32 +36,34 @@ def plan(
     positions: bool,
     first: bool = False,
 ) -> Plan | None:
-    """For a leaf of shape `here` whose weights have the shape `there`; None where these differ in
-    more than the channels of images or the number of positions.
+    """The plan for a leaf of shape `here` whose weights have the shape `there`; None if these
+    differ in more than the channels of images or the number of positions.
 
-    `stem`, `positions`: whether that may be adapted. `first`: the layer is the network's first.
+    `stem`, `positions`: whether these may be adapted. `first`: the layer is the network's first.
     """
     if is_stem(here, there, first=first):
         channels, came = here[2], there[2]
         if channels != 1 and came not in (1, 3):
-            return Plan(None, f"a stem of {came} channels is adapted to 1 alone")
-        how = "summed" if channels == 1 else f"repeated, cut and times {came}/{channels}"
+            return Plan(None, f"a stem of {came} channels can only be adapted to 1 channel")
+        how = "summed" if channels == 1 else f"repeated, cut and multiplied by {came}/{channels}"
         if stem:
             return Plan(
                 lambda kernel: adapt_channels(kernel, channels),
                 f"{came} input channels adapted to {channels}: {how}",
             )
-        return Plan(None, f"adapt_stem=True takes them, {how} over the input channels")
+        return Plan(None, f"adapt_stem=True fits them: {how} over the input channels")
     if is_positions(path, here, there):
         before, after = side(there[1]), side(here[1])
         if before is None or after is None:
-            return Plan(None, "flax_cnns.models.vit.resize_positions resizes what is not square")
+            return Plan(
+                None, "flax_cnns.models.vit.resize_positions resizes grids that are not square"
+            )
         if positions:
             return Plan(
                 lambda array: resize_positions(array, here[1]),
                 f"positions of {before}x{before} patches resized bicubically to {after}x{after}",
             )
-        return Plan(None, f"resize_positions=True takes them, resized to {after}x{after} patches")
+        return Plan(None, f"resize_positions=True fits them: resized to {after}x{after} patches")
     return None
 
 
@@ -92,7 +95,7 @@ def is_positions(path: str, here: tuple[int, ...], there: tuple[int, ...]) -> bo
 
 
 def side(tokens: int) -> int | None:
-    """Of a square grid of all tokens but the class's; None where that is none."""
+    """The side of the square grid of all tokens but the class token; None if it is not square."""
     found = math.isqrt(max(tokens - 1, 0))
     return found if found and found * found == tokens - 1 else None
 

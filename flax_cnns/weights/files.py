@@ -44,11 +44,11 @@ class Contents(NamedTuple):
 def read(path: str | os.PathLike, *, averaged: bool = False) -> Tensors:
     """The tensors of a file under the names that `weights.convert` takes, in the file's order.
 
-    Of a training checkpoint those under "state_dict" or "model" (`wrappers.TRAINED`), with
-    `averaged` their running averages (`wrappers.AVERAGED`), which are also taken where there are no
-    others; without the prefixes that wrappers put before all names ("module." and others). Arrays
-    may be read-only views. Raises `UserError` for a file that is missing, damaged, of another kind,
-    that asks for code, declares more than it holds, or lacks averaged weights.
+    Of a training checkpoint it takes those under "state_dict" or "model" (`wrappers.TRAINED`); with
+    `averaged`, or if there are no others, the running averages (`wrappers.AVERAGED`). It removes
+    the prefixes that wrappers put before all names ("module." and others). Arrays may be read-only
+    views. Raises `UserError` for a file that is missing, damaged, of another kind, that asks for
+    code, declares more than it holds, or lacks averaged weights.
     """
     return read_contents(path, averaged=averaged).tensors
 
@@ -147,9 +147,9 @@ def _read_zip(path: Path, choose: Choose) -> Tensors:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of the size that the archive's directory says.
+    """The bytes of a member. Raises ValueError if they are not as many as the directory says.
 
-    `archive.read` decompresses first and counts then: a directory that lies would fill the memory.
+    `archive.read` unpacks first and counts later: a wrong directory would fill the memory.
     """
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -157,7 +157,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(info) as member:
         data = member.read(info.file_size)
         if len(data) != info.file_size or member.read(1):
-            raise ValueError(f"{name[:60]} is not of the {info.file_size:,} bytes declared")
+            raise ValueError(f"{name[:60]} does not hold the {info.file_size:,} bytes declared")
     return data
 
 
@@ -192,7 +192,7 @@ _STORAGES = {
     "ComplexFloatStorage": np.complex64,
     "ComplexDoubleStorage": np.complex128,
 }
-_BYTES = "UntypedStorage"  # of tensors that say their dtype themselves
+_BYTES = "UntypedStorage"  # the storage of tensors that name their own dtype
 _DTYPES = {
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
@@ -244,7 +244,7 @@ def _parameter(data: _Tensor, *_: Any) -> _Tensor:
 
 
 class _Dict(collections.OrderedDict):
-    """Takes no attributes: a pickle of a megabyte may give a million objects a million each."""
+    """Takes no attributes: a small pickle may give many attributes to many objects."""
 
     def __setstate__(self, state: Any) -> None:
         del state
@@ -271,15 +271,15 @@ class _TensorsOnly(pickle.Unpickler):
         super().__init__(io.BytesIO(data), encoding="latin1")
         self.storages: dict[str, _Storage] = {}
         self.given: dict[tuple[str, str], Any] = {}
-        self.room = len(data)  # for copies: what a call is given once, the pickle itself spells out
+        self.room = len(data)  # entries that calls may copy: an honest pickle spells out each
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise _CodeError(f"{module}.{name}")
         found = self.ALLOWED[module, name]
-        if name == "Namespace" or isinstance(found, str):  # a class, as its pickles ask for
+        if name == "Namespace" or isinstance(found, str):  # used as it is, and not called
             return found
-        if (module, name) not in self.given:  # a pickle may set attributes of what it is given
+        if (module, name) not in self.given:  # wrapped: a pickle may set attributes on it
             self.given[module, name] = lambda *arguments: self._call(found, arguments)
         return self.given[module, name]
 

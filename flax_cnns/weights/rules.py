@@ -133,7 +133,7 @@ def apply(
 ) -> dict[str, np.ndarray]:
     """{our path: array in our layout} of all tensors that are used; `paths` are all of ours.
 
-    `headless`: those of heads are left out; `optional_head`: of heads that are not one layer. A
+    `headless` leaves out all heads, `optional_head` those that are not one layer. A
     head inside another module (`fc.1`) is taken as the head. `notes` gets what was done about
     heads. Raises `UserError`, beginning with `what`, where no rule knows a tensor, where it has no
     place, where two have the same one, or where numbers are not real.
@@ -198,7 +198,7 @@ def apply(
 
 
 def _is_small_float(dtype: np.dtype) -> bool:
-    """bfloat16 and the kinds of float8, of which NumPy knows no kind."""
+    """Whether it is bfloat16 or a float8, which NumPy does not know itself."""
     return dtype.kind == "V" and dtype.names is None and hasattr(ml_dtypes, dtype.name)
 
 
@@ -210,29 +210,25 @@ def _find_head(
     what: str,
     notes: list[str],
 ) -> dict[str, str]:
-    """PyTorch's names, where the head may have another one or lie inside another module, -> with
-    the head's own.
+    """{PyTorch's name: the same with the head's own module}: a head may lie inside another module.
 
-    `torch.nn.Sequential(dropout, linear)` in place of `fc` has `fc.1.weight`; a training script may
-    have its own `classifier` behind a `backbone`.
+    `torch.nn.Sequential(dropout, linear)` in place of `fc` has `fc.1.weight`.
     """
-    inner: dict[str, str] = {}  # of a stranger -> of the head that it lies in, "" if unknown
-    own = next((rule[0].replace("\\", "") for rule in rules if rule[1] == "head"), "")
-    own = own if re.fullmatch(r"[\w.]+", own) else ""
+    inner: dict[str, str] = {}  # of a stranger -> of the head that it lies in
     for original, name in names.items():
         module = name.rpartition(".")[0]
         if _first(rules, module)[1] is None and _first(rules, name)[1] is None:
             parents = [module[:i] for i, sign in enumerate(module) if sign == "."]
             if any(_is_head(rules, parent) for parent in parents):
                 inner[original] = next(p for p in parents if _is_head(rules, p))
-            elif module.partition(".")[0] in wrappers.HEADS:
-                inner[original] = own
+            elif headless and module.partition(".")[0] in wrappers.HEADS:
+                inner[original] = ""
     modules = sorted({name.rpartition(".")[0] for name in inner})
     if not modules:
         return dict(names)
     heads = set(inner.values())
     free = not any(_is_head(rules, name.rpartition(".")[0]) for name in names)
-    if len(modules) == len(heads) == 1 and all(heads) and free and not headless:
+    if len(modules) == len(heads) == 1 and free and not headless:
         notes.append(f"took {modules[0]!r} as the head {heads.pop()!r}")
         return {
             o: f"{inner[o]}.{n.rpartition('.')[2]}" if o in inner else n for o, n in names.items()

@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         header = json.loads(file.read(length))
         data = size - 8 - length
         if not isinstance(header, dict):
-            raise ValueError("its header is no dict")
+            raise ValueError("its header is not a JSON object")
         header.pop("__metadata__", None)
         places = {name: _place(name, entry) for name, entry in header.items()}
         end = 0
@@ -68,7 +68,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _place(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
-    """(dtype, shape, first byte, the one behind the last) of an entry of the header."""
+    """(dtype, shape, first byte, one past the last byte) of an entry of the header."""
     kind, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if kind not in _DTYPES:
         raise UnsupportedError(f"{name[:60]} is of {str(kind)[:20]}")

@@ -13,19 +13,18 @@ TRAINED = ("state_dict", "model", "model_state_dict")
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
 # DataParallel's, torch.compile's, Lightning's and a detector's or self-supervised method's.
 PREFIXES = ("module", "_orig_mod", "model", "backbone")
-# How networks call the layers that give the classes.
+# What networks call their heads.
 HEADS = ("fc", "head", "heads", "classifier", "last_linear", "linear", "classif", "predictions")
-# How training scripts call a loss, which may have weights of classes.
-LOSSES = ("criterion", "loss", "loss_fn")
 _DEPTH = 3
 _COUNTER = "n_averaged"  # torch.optim.swa_utils.AveragedModel's
 
 
 def choose(tree: Any, *, averaged: bool, notes: list[str]) -> Any:
-    """The weights of what was saved: all of it, or what a training script put beside others.
+    """The weights in what was saved: all of it, or the part that a training script put under a
+    name.
 
-    `averaged` takes those of `AVERAGED`. `notes` gets what was taken where there was a choice.
-    Raises `UserError` where averaged weights are asked for and there are none.
+    `averaged` takes those of `AVERAGED`. `notes` gets what was taken if there was a choice. Raises
+    `UserError` if averaged weights are asked for and there are none.
     """
     inner = {}
     for _ in range(_DEPTH):  # a pickle may hold itself
@@ -53,45 +52,30 @@ def choose(tree: Any, *, averaged: bool, notes: list[str]) -> Any:
 
 
 def _inside(tree: Mapping) -> dict[str, Mapping]:
-    return {name: tree[name] for name in (*TRAINED, *AVERAGED) if _has_arrays(tree.get(name))}
-
-
-def _has_arrays(tree: Any) -> bool:
-    """Whether that may be weights: "model" may also be a network's options."""
-    return isinstance(tree, Mapping) and any(
-        hasattr(value, "shape") or isinstance(value, Mapping) for value in tree.values()
-    )
+    return {n: tree[n] for n in (*TRAINED, *AVERAGED) if isinstance(tree.get(n), Mapping)}
 
 
 def unwrap(tensors: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """The tensors without the prefixes that wrappers put before all names, in any nesting.
 
-    A head may stand outside a `backbone.`, and a loss outside of all. `notes` gets what was taken
-    away.
+    A head may stand outside a `backbone.`. `notes` gets what was removed.
     """
-    tensors, taken, left = dict(tensors), [], []
+    tensors, taken = dict(tensors), []
     while prefix := _prefix(tensors):
-        left += [name for name in tensors if _is_beside(name) and name != _COUNTER]
         tensors = {
             name.removeprefix(f"{prefix}."): tensor
             for name, tensor in tensors.items()
-            if not _is_beside(name)
+            if name != _COUNTER
         }
         taken.append(f"{prefix}.")
     if taken:
-        notes.append(f"the names are without the {''.join(taken)!r} of a wrapper")
-    if left:
-        notes.append(f"left out a loss's {', '.join(left)[:200]}")
+        notes.append(f"removed {''.join(taken)!r}, the prefix of a wrapper, from the names")
     return tensors
 
 
-def _is_beside(name: str) -> bool:
-    return name == _COUNTER or name.partition(".")[0] in LOSSES
-
-
 def _prefix(tensors: Mapping[str, Any]) -> str:
-    """The wrapper around all tensors but heads, losses and counters; "" if there is none."""
-    names = [name for name in tensors if not _is_beside(name)]
+    """The wrapper around all tensors but heads and counters; "" if there is none."""
+    names = [name for name in tensors if name != _COUNTER]
     firsts = {name.partition(".")[0] if "." in name else "" for name in names}
     found = [prefix for prefix in PREFIXES if prefix in firsts]
     if len(found) != 1 or not firsts - {found[0]} <= set(HEADS):

@@ -97,7 +97,7 @@ def test_a_confusion_matrix_has_room_for_names_and_counts(figures, classes, name
     cell = box.width / classes
     assert all(text.get_window_extent().width <= cell for text in axes.texts)
     assert not overlap(axes.get_yticklabels())
-    assert axes.get_ylabel() == ("true class" if names else "true class, by its number from 0")
+    assert axes.get_ylabel() == ("true class" if names else "true class, numbered from 0")
 
 
 def test_one_step_stands_on_its_number_and_beside_the_legend(figures, tmp_path):
@@ -159,7 +159,7 @@ def test_a_forest_of_long_names_and_of_none(figures):
     assert axes.get_window_extent().width > 0.25 * figure.bbox.width
     assert axes.get_yticklabels()[0].get_window_extent().x0 >= 0
     seeds.draw_forest([], "x.png", title="t", what="w")
-    assert texts(figures.pop().axes[0].texts) == ["no row beside the baseline "]
+    assert texts(figures.pop().axes[0].texts) == ["only the baseline "]
 
 
 def test_photos_keep_the_ends_of_names_and_a_bounded_number_of_bars(figures):

@@ -40,7 +40,9 @@ def test_run_alone_means_what_its_summary_tested_and_the_latest_of_an_unfinished
     (run / "summary.json").write_text("{}")  # of a version that did not say
     assert step() == 1
     (run / "summary.json").write_text('{"test/step": 12}')  # removed since
-    with pytest.raises(UserError, match=r"no checkpoint '12, which its summary.json tested'; it h"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint 12, which was tested for its summary.json; it h"
+    ):
         resolve(run)
     (run / "summary.json").write_text("[]")
     with pytest.raises(DamagedError, match=r"summary.json is damaged: .* a list; remove it, and"):
@@ -78,10 +80,10 @@ def test_manifests_without_step_and_metrics_are_older_and_as_good(run):
 
 
 @pytest.mark.parametrize("name", ["\u00b2", "\u0663", "007"])
-def test_folders_whose_names_are_digits_and_no_step(run, name):
+def test_folders_named_by_digits_that_are_not_steps(run, name):
     (run / "checkpoints" / name).mkdir()
     assert finding.steps(run) == [1, 2, 3]
-    with pytest.raises(UserError, match="is no step of a run"):
+    with pytest.raises(UserError, match="is not a step: expected"):
         Checkpoints(run / "checkpoints")
     with pytest.raises(UserError, match="it has best, latest, 1, 2, 3"):
         resolve(f"{run}@{name}")

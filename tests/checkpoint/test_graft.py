@@ -123,7 +123,7 @@ def test_a_renamed_layer_and_a_fresh_stage(run):
         ["stage2", "4", "", "left behind"],
         ["head", "2", "", "left behind"],
     ]
-    assert str(report).startswith(f"grafted from {run}, step 20 (what summary.json tested)\n")
+    assert str(report).startswith(f"grafted from {run}, step 20 (tested for summary.json)\n")
     assert report.summary == "grafted 8, fresh 6, left behind 6: stage2/…, head/…"
 
 
@@ -141,7 +141,7 @@ def test_averaged_weights_by_an_option(run):
     variables, report = graft(run, target, [ALL], averaged=True)
     assert taken(variables, AVERAGED, flatten(target))
     assert report.grafted["params/head/bias"] == "ema/params/head/bias"
-    with pytest.raises(UserError, match="averaged=True, and the given tree has no averaged wei"):
+    with pytest.raises(UserError, match="averaged=True, but the given tree has no averaged wei"):
         graft(SOURCE, target, [ALL], averaged=True)
 
 

@@ -53,7 +53,7 @@ def test_the_tree_is_listed_and_no_array_read(run, monkeypatch):
     on_disk = reading.bytes_on_disk(run)
     assert lines[:3] == [
         f"{run}/checkpoints/7/state",
-        "step 7 (what summary.json tested), validation/accuracy 0.9",
+        "step 7 (tested for summary.json), validation/accuracy 0.9",
         "steps there: 7, 9; best 7",
     ]
     assert lines[3:-2] == [

@@ -69,12 +69,12 @@ def test_only_the_first_save_of_a_process_is_read_back(tmp_path, monkeypatch):
         checkpoints.save(3, SMALL, host={})
 
 
-def test_places_where_nothing_can_be_kept(tmp_path):
+def test_places_that_cannot_hold_checkpoints_are_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(UserError, match="checkpoints is no folder, and checkpoints are to be writ"):
+    with pytest.raises(UserError, match="checkpoints is not a folder, and checkpoints are writ"):
         Checkpoints(tmp_path / "checkpoints")
     for name, words in {
-        "run.orbax-checkpoint-tmp": "how Orbax names a save that was never finished",
+        "run.orbax-checkpoint-tmp": "the mark of Orbax's unfinished saves",
         "ä" * 128: "has 256 bytes",
         "a/" * 2100: "the path has 4",
     }.items():

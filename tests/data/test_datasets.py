@@ -3,27 +3,27 @@
 import numpy as np
 import pytest
 
-from flax_cnns.data import datasets
+from flax_cnns.data import datasets, splits
 from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
 
 
 def test_split_rows_gives_each_class_its_share():
     labels = np.repeat([0, 1, 2, 3], [600, 300, 99, 1])
-    keep, taken = datasets.split_rows(labels, 1000, 0.1, seed=0)
+    keep, taken = splits.split_rows(labels, 1000, 0.1, seed=0)
     assert sorted([*keep, *taken]) == list(range(1000))
     counts = np.bincount(labels[taken], minlength=4)
     np.testing.assert_allclose(counts, [60, 30, 10, 0], atol=1)
     assert counts.sum() == 100
     assert counts[3] == 0  # the only one of its class stays to be learned
 
-    same = datasets.split_rows(labels, 1000, 100, seed=0)[1]  # a count
+    same = splits.split_rows(labels, 1000, 100, seed=0)[1]  # a count
     np.testing.assert_array_equal(taken, same)
-    assert not np.array_equal(taken, datasets.split_rows(labels, 1000, 100, seed=1)[1])
+    assert not np.array_equal(taken, splits.split_rows(labels, 1000, 100, seed=1)[1])
 
 
 def test_split_rows_without_labels_is_random_and_exact():
-    keep, taken = datasets.split_rows(None, 100, 0.2, seed=0)
+    keep, taken = splits.split_rows(None, 100, 0.2, seed=0)
     assert len(taken) == 20
     assert sorted([*keep, *taken]) == list(range(100))
 
@@ -31,7 +31,7 @@ def test_split_rows_without_labels_is_random_and_exact():
 @pytest.mark.parametrize("amount", [100, 1000, 0.001])
 def test_a_validation_split_that_cannot_be_made(amount):
     with pytest.raises(UserError, match="at least one"):
-        datasets.split_rows(np.zeros(100, int), 100, amount, seed=0)
+        splits.split_rows(np.zeros(100, int), 100, amount, seed=0)
 
 
 def raw(shape=(8, 8, 3), **sizes):
@@ -173,10 +173,10 @@ def test_tasks_without_meaning(monkeypatch, config):
         refused(given._replace(sources=wrong), r"train, image 7: .*expected 0 to 1")
     dots = {"train": img.ArraySource(source.images[:, :0], source.labels, "train")}
     refused(given._replace(sources=dots), "own, train split: .* of a pixel or more, got 0x8")
-    refused(raw(train=50, test=0), "own, test split: it has no example")
+    refused(raw(train=50, test=0), "own, test split: expected an example or more, got none")
 
 
-def test_what_may_be_meant_is_a_note(monkeypatch, config):
+def test_what_may_be_intended_is_a_note(monkeypatch, config):
     given = raw(train=11, test=5)._replace(num_classes=3, class_names=("a", "b", "c"))
     monkeypatch.setattr(datasets, "_read", lambda config: given)
     config.name, config.image_size, config.validation, config.batch_size = "own", 8, 0, 64

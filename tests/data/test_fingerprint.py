@@ -22,7 +22,7 @@ def folder(tmp_path, config):
 
 
 def test_it_is_plain_json_and_moving_the_folder_changes_nothing(folder, config, monkeypatch):
-    was = datasets.survey(config)
+    was = datasets.read_fingerprint(config)
     assert was["classes"] == ["arch", "bench"]
     counts = {split: (one["images"], one["classes"]) for split, one in was["splits"].items()}
     assert counts == {"train": (6, [3, 3]), "test": (4, [2, 2])}
@@ -32,7 +32,7 @@ def test_it_is_plain_json_and_moving_the_folder_changes_nothing(folder, config, 
     monkeypatch.chdir(folder.parent)
     for directory in (f"{folder.parent}/else/where/", "else/where", "./else/../else/where"):
         config.dir = directory
-        assert datasets.survey(config) == was
+        assert datasets.read_fingerprint(config) == was
 
 
 def rename(folder):
@@ -67,40 +67,40 @@ def rewrite(folder):
     ],
 )
 def test_a_difference_names_split_and_class(folder, config, change, said):
-    was = datasets.survey(config)
+    was = datasets.read_fingerprint(config)
     change(folder)
-    assert fingerprint.differences(was, datasets.survey(config)) == said
+    assert fingerprint.differences(was, datasets.read_fingerprint(config)) == said
 
 
-def test_of_classes_that_are_left_out_nothing_matters(folder, config):
+def test_classes_that_are_not_chosen_do_not_matter(folder, config):
     for split in ("train", "test"):
         (folder / split / "cave").mkdir()
         (folder / split / "cave/0.png").write_bytes(b"")
     config.classes = ("cave", "arch")
-    was = datasets.survey(config)
+    was = datasets.read_fingerprint(config)
     assert was["classes"] == ["cave", "arch"]
     add(folder)  # to bench
-    assert datasets.survey(config) == was
+    assert datasets.read_fingerprint(config) == was
     rewrite(folder)  # of arch
-    found = fingerprint.differences(was, datasets.survey(config))
+    found = fingerprint.differences(was, datasets.read_fingerprint(config))
     assert found == ["train/arch has other files (3 still)"]
 
 
-def test_of_very_many_files_no_sizes_are_asked_for(folder, config, monkeypatch):
+def test_very_many_files_are_not_asked_for_their_sizes(folder, config, monkeypatch):
     monkeypatch.setattr(fingerprint, "MOST_SIZES", 9)
     monkeypatch.setattr(fingerprint, "_size", lambda path: pytest.fail("asked"))
-    was = datasets.survey(config)
+    was = datasets.read_fingerprint(config)
     rewrite(folder)
-    assert datasets.survey(config) == was
+    assert datasets.read_fingerprint(config) == was
     replace(folder)
-    assert len(fingerprint.differences(was, datasets.survey(config))) == 1
+    assert len(fingerprint.differences(was, datasets.read_fingerprint(config))) == 1
     # Digests with sizes and without say nothing of each other.
-    assert fingerprint.differences({**was, "sized": True}, datasets.survey(config)) == []
+    assert fingerprint.differences({**was, "sized": True}, datasets.read_fingerprint(config)) == []
 
 
 def test_names_need_not_be_utf_8(folder, config):
     (folder / "train/arch" / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    assert datasets.survey(config)["splits"]["train"]["classes"] == [4, 3]
+    assert datasets.read_fingerprint(config)["splits"]["train"]["classes"] == [4, 3]
 
 
 def test_arrays_have_a_digest_of_pixels_and_labels():
@@ -109,7 +109,7 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
 
     def take(pixels, labels):
         sources = {"train": images.ArraySource(pixels, labels, "x train")}
-        return fingerprint.take(sources, ("a", "b"), {"reader": "archive"})
+        return fingerprint.compute(sources, ("a", "b"), {"reader": "archive"})
 
     was, brighter = take(pixels, labels), pixels.copy()
     brighter[3, 1, 1] = 1
@@ -119,11 +119,13 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
         ]
     assert fingerprint.differences(was, take(pixels.copy(), labels)) == []
     other = was | {"reader": "tfds", "builder": "x/1.0.0"}
-    assert fingerprint.differences(was, other) == ["it was read as archive, is as tfds x/1.0.0"]
+    assert fingerprint.differences(was, other) == [
+        "it was read as archive, and is read as tfds x/1.0.0 now"
+    ]
 
 
-def test_of_tfds_builder_and_counts_and_of_noise_nothing(config):
-    loaded, found = datasets.load(config), datasets.survey(config)
+def test_a_fingerprint_has_the_builder_of_tfds_and_nothing_of_noise(config):
+    loaded, found = datasets.load(config), datasets.read_fingerprint(config)
     assert loaded.fingerprint == found
     assert found["builder"] == "digits/1.0.0"
     assert {split: one["images"] for split, one in found["splits"].items()} == {
@@ -140,7 +142,7 @@ def test_of_tfds_builder_and_counts_and_of_noise_nothing(config):
         "the split validation is new (360 images)",
     ]
     config.mock = 20
-    assert datasets.survey(config) == datasets.load(config).fingerprint == {}
+    assert datasets.read_fingerprint(config) == datasets.load(config).fingerprint == {}
     assert fingerprint.differences({}, found) == []
 
 

@@ -111,7 +111,7 @@ def test_broken_exif_is_no_damage(tmp_path, suffix, broken):
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_there_is_not_turns_nothing(orientation):
+def test_an_unknown_orientation_turns_nothing(orientation):
     image = saved(scene(), "PNG", exif=exif(orientation))
     np.testing.assert_array_equal(img.upright(image, 3), scene())
 
@@ -205,7 +205,7 @@ def test_the_inks_of_a_jpeg_are_colors():
         np.testing.assert_allclose(seen[1, 1], color, atol=3)
 
 
-def test_of_several_frames_the_first_is_read():
+def test_only_the_first_of_several_frames_is_read():
     frames = [Image.new("RGB", (8, 8), color) for color in ((200, 0, 0), (0, 0, 200))]
     for kind in ("TIFF", "GIF", "PNG", "WEBP"):
         image = saved(frames[0], kind, save_all=True, append_images=frames[1:])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.data import datasets, pipeline
-from flax_cnns.errors import Lost, UserError
+from flax_cnns.errors import ProcessLost, UserError
 from tests.runs import ROOT
 
 
@@ -154,7 +154,7 @@ def test_a_worker_that_died_is_named(code, said):
 
     alive = pipeline._from_workers(batches())
     assert next(alive) == {}
-    with pytest.raises(Lost, match=rf"\(data.workers\) (was )?{said}"):
+    with pytest.raises(ProcessLost, match=rf"\(data.workers\) (was )?{said}"):
         next(alive)
 
 

@@ -101,7 +101,7 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
     monkeypatch.setattr(scaling, "run", run)
     monkeypatch.setattr(scaling, "grid", lambda budget, step: points)
     said = []
-    found = datasets.survey(config.data)
+    found = datasets.read_fingerprint(config.data)
     given = dict(accept_changed_data=True, fingerprint=found)
     result = scaling.search(
         config, tmp_path / "all", phi=1.0, seeds=2, accept_changed_data=True, say=said.append

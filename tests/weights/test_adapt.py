@@ -39,7 +39,7 @@ def test_a_grey_image_has_the_same_logits_behind_an_adapted_stem(came, channels)
     theirs = source.apply(variables, jnp.tile(grey, came))
     ours = model.apply(adapted, jnp.tile(grey, channels))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    how = {1: "summed", 3: "repeated, cut and times 1/3"}[channels]
+    how = {1: "summed", 3: "repeated, cut and multiplied by 1/3"}[channels]
     said = f"{came} input channels adapted to {channels}: {how}"
     assert report.as_dict()["adapted"] == {"params/stem/conv/kernel": said}
     assert f"note: params/stem/conv/kernel: {said}" in str(report)
@@ -64,7 +64,7 @@ def test_only_kernels_that_see_images_are_stems():
     assert not adapt.is_stem((3, 3, 3, 8), (3, 3, 3, 8))
     plan = adapt.plan("stem/kernel", (3, 3, 3, 8), (3, 3, 4, 8), stem=True, positions=False)
     assert plan.make is None
-    assert plan.text == "a stem of 4 channels is adapted to 1 alone"
+    assert plan.text == "a stem of 4 channels can only be adapted to 1 channel"
 
 
 @pytest.mark.oracle
@@ -97,7 +97,7 @@ def vit():
 def test_positions_are_resized_where_that_is_asked_for(vit):
     source, target = vit
     path = "params/position_embedding"
-    with pytest.raises(UserError, match=r"graft\.resize_positions=True takes them, resized to 2x2"):
+    with pytest.raises(UserError, match=r"graft\.resize_positions=True fits them: resized to 2x2"):
         graft(source, target, EVERYTHING)
     found, report = graft(source, target, EVERYTHING, resize_positions=True)
     ours, theirs = flatten(found)[path], flatten(source)[path]
@@ -120,10 +120,8 @@ def test_the_advice_for_positions_works(vit):
 
 
 def test_the_error_names_the_option_that_would_fit_a_stem():
-    said = (
-        r"kernel is \[3, 3, 1, 4\] here and \[3, 3, 3, 4\] there .*; graft\.adapt_stem=True takes"
-    )
-    with pytest.raises(UserError, match=f"{said} them, summed") as raised:
+    said = r"kernel is \[3, 3, 1, 4\] here and \[3, 3, 3, 4\] there .*; graft\.adapt_stem=True fits"
+    with pytest.raises(UserError, match=f"{said} them: summed") as raised:
         graft(fresh(network(3)), fresh(network(1)), EVERYTHING)
     assert "('params/stem/conv/.*', None)" in str(raised.value)
 
@@ -147,7 +145,7 @@ def test_a_file_with_a_stem_of_its_own_is_taken_as_it_is(tensors, tmp_path):
     grey = tensors | {"features.0.weight": kernel.sum(1, keepdims=True)}
     found = squeezenet(tmp_path / "grey.npz", grey, say=said.append)
     assert found["params"]["conv1"]["conv"]["kernel"].shape == (3, 3, 1, 64)
-    assert said == ["note: for images [224 224 1]"]
+    assert said == ["note: the weights are for images [224 224 1]"]
     target = fresh(create_model("squeezenet1_1", input_size=(64, 64, 1)))
     rules = [("params/head/.*", None), *EVERYTHING]
     source = f"torchvision:squeezenet1_1={tmp_path / 'grey.npz'}"
@@ -156,12 +154,12 @@ def test_a_file_with_a_stem_of_its_own_is_taken_as_it_is(tensors, tmp_path):
         ours["params"]["conv1"]["conv"]["kernel"], found["params"]["conv1"]["conv"]["kernel"]
     )
     assert not report.adapted
-    assert "for images [224 224 1]" in report.notes
+    assert "the weights are for images [224 224 1]" in report.notes
 
 
 def test_load_weights_fits_a_stem_where_that_is_asked_for(tensors, tmp_path):
     size, said = (64, 64, 1), []
-    with pytest.raises(UserError, match=r"; adapt_stem=True takes them, summed"):
+    with pytest.raises(UserError, match=r"; adapt_stem=True fits them: summed"):
         squeezenet(tmp_path / "x.npz", tensors, input_size=size)
     found = squeezenet(
         tmp_path / "x.npz", tensors, input_size=size, adapt_stem=True, say=said.append
