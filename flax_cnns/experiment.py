@@ -32,6 +32,7 @@ from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.sources import Source, open_source
 from flax_cnns.data import augment, datasets, mix, pipeline
 from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.data import images as img
 from flax_cnns.errors import ProcessLost, UserError, did_you_mean
 from flax_cnns.evaluation import evaluate, per_class, summarize
 from flax_cnns.layers import norm
@@ -91,7 +92,8 @@ class Parts(NamedTuple):
         if not sums.get("count"):
             raise UserError(
                 f"{self.dataset.name}: no image of the {split} split could be decoded, so that "
-                "there is nothing to evaluate; mend the images, and the same command goes on"
+                "there is nothing to evaluate; mend the images, and the same command goes on with"
+                " --accept-changed-data"
             )
         return sums
 
@@ -349,7 +351,8 @@ def run(
             check_complete(config, workdir, fingerprint, accept_changed_data)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
-                report.print_summary(summary)
+                with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
+                    report.print_summary(summary)
             return summary
         if config.log.wandb:
             import_wandb()  # before the data is loaded
@@ -371,6 +374,13 @@ def run(
             return one.go()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
+        except img.DamagedImage as error:
+            if not workdirs.has_begun(workdir):
+                raise
+            # The config of a run that has begun cannot change, and a mended file changes the data.
+            text = f"cannot decode {error.where}: {error.why}; mend or delete it, and then"
+            there = workdirs.describe_resume(workdir)
+            raise UserError(f"{text} add --accept-changed-data; {there}") from None
         except ProcessLost as error:
             raise ProcessLost(f"{error}; {workdirs.describe_resume(workdir)}") from None
 

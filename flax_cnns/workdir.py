@@ -89,11 +89,15 @@ def read_config(workdir: str | os.PathLike) -> Any:
     if not os.path.isfile(path):  # also for a name that is too long
         raise UserError(f"{workdir}: no run here (config.json is missing); give a run's --workdir")
     complete, _ = _completed(path)
+    _check_fields(path, complete)
+    return ConfigDict(complete)
+
+
+def _check_fields(path: pathlib.Path, complete: dict[str, Any]) -> None:
     if missing := sorted(configs.FIELDS.keys() - configs.flatten(complete).keys()):
         raise finding.DamagedError(
             f"{path} is damaged: the field {missing[0]!r} is missing; {finding.CURES[path.name]}"
         )
-    return ConfigDict(complete)
 
 
 def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
@@ -125,6 +129,8 @@ def check_workdir(
     if (workdir / "config.json").is_file():
         there, newer = _completed(workdir / "config.json")
         begun = has_begun(workdir)
+        if begun:
+            _check_fields(workdir / "config.json", there)
         fields = configs.difference(config, configs.reset_as_in(config, there))
         if accept_changed_data or "fingerprint" in read_facts(workdir):
             fields = [field for field in fields if not field.startswith("data.dir:")]

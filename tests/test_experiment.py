@@ -21,7 +21,7 @@ from PIL import Image
 from flax_cnns import config as configs
 from flax_cnns import experiment, pytree, run
 from flax_cnns.checkpoint import finding, lock, reading
-from flax_cnns.data import pipeline
+from flax_cnns.data import images, pipeline
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.experiment import (
     Parts,
@@ -177,6 +177,8 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
     (tmp_path / "b/config.json.tmp").touch()  # what a full disk or kill -9 left
     config.train.duration = "1 steps"
     assert run(config.to_dict(), tmp_path / "b")["step"] == 1
+    (tmp_path / "b/summary.json").write_text('{"step": 1}')
+    fails(config, tmp_path / "b", r"summary\.json is damaged: KeyError: 'model'; remove it, and")
     fails(config, "", "--workdir: expected the name of a directory")
 
 
@@ -327,6 +329,15 @@ def test_a_streamed_folder_resumes_to_the_bit_and_counts_what_it_skips(
     run(config, tmp_path / "cut")
     chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+def test_an_image_that_is_damaged_half_way_is_said_with_the_way_on(config, tmp_path, monkeypatch):
+    def go(self):
+        (self.workdir / "metrics.jsonl").touch()
+        raise images.DamagedImage("a.png", OSError("gone"))
+
+    monkeypatch.setattr(experiment._Run, "go", go)
+    fails(config, tmp_path / "run", r"a\.png: gone; mend .*--accept-changed-data; nothing of this")
 
 
 def test_a_run_whose_test_met_no_image_is_finished_by_the_same_command(

@@ -210,25 +210,29 @@ def _find_head(
     what: str,
     notes: list[str],
 ) -> dict[str, str]:
-    """{PyTorch's name: the same with the head's own module}: a head may lie inside another module.
+    """{PyTorch's name: the same with the head's own module}: a head may have another name, or lie
+    inside another module.
 
-    `torch.nn.Sequential(dropout, linear)` in place of `fc` has `fc.1.weight`.
+    `torch.nn.Sequential(dropout, linear)` in place of `fc` has `fc.1.weight`; a training script may
+    have its own `classifier` behind a `backbone`.
     """
-    inner: dict[str, str] = {}  # of a stranger -> of the head that it lies in
+    inner: dict[str, str] = {}  # of a stranger -> of the head that it lies in, "" if unknown
+    own = next((rule[0].replace("\\", "") for rule in rules if rule[1] == "head"), "")
+    own = own if re.fullmatch(r"[\w.]+", own) else ""
     for original, name in names.items():
         module = name.rpartition(".")[0]
         if _first(rules, module)[1] is None and _first(rules, name)[1] is None:
             parents = [module[:i] for i, sign in enumerate(module) if sign == "."]
             if any(_is_head(rules, parent) for parent in parents):
                 inner[original] = next(p for p in parents if _is_head(rules, p))
-            elif headless and module.partition(".")[0] in wrappers.HEADS:
-                inner[original] = ""
+            elif module.partition(".")[0] in wrappers.HEADS:
+                inner[original] = own
     modules = sorted({name.rpartition(".")[0] for name in inner})
     if not modules:
         return dict(names)
     heads = set(inner.values())
     free = not any(_is_head(rules, name.rpartition(".")[0]) for name in names)
-    if len(modules) == len(heads) == 1 and free and not headless:
+    if len(modules) == len(heads) == 1 and all(heads) and free and not headless:
         notes.append(f"took {modules[0]!r} as the head {heads.pop()!r}")
         return {
             o: f"{inner[o]}.{n.rpartition('.')[2]}" if o in inner else n for o, n in names.items()

@@ -15,6 +15,8 @@ AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
 PREFIXES = ("module", "_orig_mod", "model", "backbone")
 # What networks call their heads.
 HEADS = ("fc", "head", "heads", "classifier", "last_linear", "linear", "classif", "predictions")
+# How training scripts call a loss, which may have weights of classes.
+LOSSES = ("criterion", "loss", "loss_fn")
 _DEPTH = 3
 _COUNTER = "n_averaged"  # torch.optim.swa_utils.AveragedModel's
 
@@ -52,30 +54,45 @@ def choose(tree: Any, *, averaged: bool, notes: list[str]) -> Any:
 
 
 def _inside(tree: Mapping) -> dict[str, Mapping]:
-    return {n: tree[n] for n in (*TRAINED, *AVERAGED) if isinstance(tree.get(n), Mapping)}
+    return {name: tree[name] for name in (*TRAINED, *AVERAGED) if _has_arrays(tree.get(name))}
+
+
+def _has_arrays(tree: Any) -> bool:
+    """Whether that may be weights: "model" may also be a network's options."""
+    return isinstance(tree, Mapping) and any(
+        hasattr(value, "shape") or isinstance(value, Mapping) for value in tree.values()
+    )
 
 
 def unwrap(tensors: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """The tensors without the prefixes that wrappers put before all names, in any nesting.
 
-    A head may stand outside a `backbone.`. `notes` gets what was removed.
+    A head may stand outside a `backbone.`, and a loss outside of all. `notes` gets what was
+    removed.
     """
-    tensors, taken = dict(tensors), []
+    tensors, taken, left = dict(tensors), [], []
     while prefix := _prefix(tensors):
+        left += [name for name in tensors if _is_beside(name) and name != _COUNTER]
         tensors = {
             name.removeprefix(f"{prefix}."): tensor
             for name, tensor in tensors.items()
-            if name != _COUNTER
+            if not _is_beside(name)
         }
         taken.append(f"{prefix}.")
     if taken:
         notes.append(f"removed {''.join(taken)!r}, the prefix of a wrapper, from the names")
+    if left:
+        notes.append(f"left out a loss's {', '.join(left)[:200]}")
     return tensors
 
 
+def _is_beside(name: str) -> bool:
+    return name == _COUNTER or name.partition(".")[0] in LOSSES
+
+
 def _prefix(tensors: Mapping[str, Any]) -> str:
-    """The wrapper around all tensors but heads and counters; "" if there is none."""
-    names = [name for name in tensors if name != _COUNTER]
+    """The wrapper around all tensors but heads, losses and counters; "" if there is none."""
+    names = [name for name in tensors if not _is_beside(name)]
     firsts = {name.partition(".")[0] if "." in name else "" for name in names}
     found = [prefix for prefix in PREFIXES if prefix in firsts]
     if len(found) != 1 or not firsts - {found[0]} <= set(HEADS):

@@ -145,6 +145,13 @@ def test_averaged_weights_beside_the_others(tmp_path):
     assert notes == ("took 'state_dict_ema', the averaged weights; 'state_dict' is there too",)
 
 
+def test_a_networks_options_are_not_its_weights(tmp_path):
+    tree, storages = tensors()
+    both = {"model": {"name": "resnet18"}, "model_state_dict": tree}
+    found = files.read(torch_zip(tmp_path / "x.pth", both, storages))
+    assert list(found) == list(tree)
+
+
 @pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema_state_dict"])
 def test_averaged_weights_alone(tmp_path, name):
     tree, storages = tensors()
@@ -174,11 +181,13 @@ def test_prefixes_of_wrappers_are_taken_away_and_told(tmp_path, prefix):
     assert notes == (f"removed '{prefix}', the prefix of a wrapper, from the names",)
 
 
-def test_heads_and_counters_may_stand_outside_a_wrapper(tmp_path):
-    """A head, and how many weights an average is of; not another part of a network."""
+def test_heads_losses_and_counters_may_stand_outside_a_wrapper(tmp_path):
+    """A head, how many weights an average is of, a loss; not another part of a network."""
     unwrap = lambda *names: list(files.wrappers.unwrap(dict.fromkeys(names, A), []))  # noqa: E731
     assert unwrap("backbone.a.weight", "head.fc.weight") == ["a.weight", "head.fc.weight"]
     assert unwrap("n_averaged", "module.a.weight") == ["a.weight"]
+    assert unwrap("module.criterion.weight", "module.model.a.weight") == ["a.weight"]
+    assert unwrap("criterion.weight", "a.weight") == ["criterion.weight", "a.weight"]
     for names in (("backbone.a", "neck.b"), ("model.a", "module.b"), ("a.b",), ("model.fc", "fc")):
         assert unwrap(*names) == list(names)
 

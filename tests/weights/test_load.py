@@ -54,12 +54,16 @@ def nested(tensors, **names):
     }
 
 
-def test_a_head_inside_another_module_is_taken_as_the_head(tensors):
+def test_a_head_inside_another_module_or_of_another_name_is_taken_as_the_head(tensors):
     said, expected = [], convert("squeezenet1_1", tensors, "torchvision")
     inside = nested(tensors, **{"1__weight": "weight", "1__bias": "bias"})
     found = convert("squeezenet1_1", inside, "torchvision", say=said.append)
     chex.assert_trees_all_equal(found, expected)
     assert said == ["note: took 'classifier.1.1' as the head 'classifier.1'"]
+    other = {k.replace("classifier.1", "head.fc"): v for k, v in tensors.items()}
+    found = convert("squeezenet1_1", other, "torchvision", say=said.append)
+    chex.assert_trees_all_equal(found, expected)
+    assert said[1:] == ["note: took 'head.fc' as the head 'classifier.1'"]
 
 
 def test_a_head_that_does_not_fit_can_be_left_out(tensors, tmp_path):
