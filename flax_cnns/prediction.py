@@ -63,11 +63,13 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     `UserError`.
     """
     row = weights.preprocessing(model_name, source)
-    variables = weights.load_weights(model_name, source, path)
-    head = variables["params"].get("head")
+    found = weights.open_weights(model_name, source, path)
+    for note in found.notes:
+        print(f"note: {note}")
+    head = found.tree["params"].get("head")
     row = row._replace(num_classes=0 if head is None else head["kernel"].shape[-1])
-    model = _with_classifier(model_name, source, row)
-    return _of_row(f"{model_name}, {source}'s weights", row, model, variables)
+    model, row = _with_classifier(model_name, source, row, found.input_size)
+    return _of_row(f"{model_name}, {source}'s weights", row, model, found.tree)
 
 
 def from_folder(folder: str | os.PathLike, checkpoint: str = "") -> Predictor:
@@ -91,22 +93,38 @@ def from_converted(folder: str | os.PathLike) -> Predictor:
     try:
         name, source = about["model"], about["source"]
         row = weights.Preprocessing.from_dict(about["preprocessing"])
-    except (KeyError, TypeError, AttributeError) as error:
+        own = registry.create_model(name).input_size
+        height, width, channels = about.get("input_size", own)  # that came later
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
             f"{folder}/about.json is not as experiments.convert writes it ({said}); convert the"
             " weights again"
         ) from None
-    model = _with_classifier(name, source, row)
+    model, row = _with_classifier(name, source, row, (height, width, channels))
     shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
     variables = reading.read_tree(folder, shapes)
     return _of_row(f"{name}, {source}'s weights", row, model, variables)
 
 
-def _with_classifier(model_name: str, source: str, row: weights.Preprocessing) -> nn.Module:
+def _with_classifier(
+    model_name: str, source: str, row: weights.Preprocessing, input_size: tuple[int, ...]
+) -> tuple[nn.Module, weights.Preprocessing]:
+    """The network for images of `input_size`, and how these are prepared: the same share of a
+    photo, at their size."""
     if not row.num_classes:
         raise UserError(f"{model_name} from {source}: these weights have no classifier")
-    return registry.create_model(model_name, num_classes=row.num_classes)
+    own = registry.create_model(model_name).input_size
+    height, width, channels = input_size
+    if channels != 3 or height != width:
+        raise UserError(
+            f"{model_name} from {source}: these weights take images {list(input_size)}, and photos"
+            " are prepared as squares of 3 channels; graft them into a run (config.graft.source)"
+        )
+    if input_size != own:
+        row = row._replace(size=height, resize=round(row.resize * height / row.size))
+    fields = {} if input_size == own else {"input_size": input_size}
+    return registry.create_model(model_name, num_classes=row.num_classes, **fields), row
 
 
 def _of_row(

@@ -97,6 +97,21 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
     assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
 
 
+def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
+    case = cases.CASES["squeezenet"]
+    tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
+    np.savez(tmp_path / "mine.npz", **tensors)
+    given = ("squeezenet1_1", "torchvision", tmp_path / "small", tmp_path / "mine.npz")
+    assert foreign.convert(*given, image_size=56)["input_size"] == (56, 56, 3)
+    predictor = prediction.from_folder(tmp_path / "small")
+    photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
+    seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
+    np.testing.assert_array_equal(predictor.read(photo), seen(photo))
+    foreign.convert(*given[:2], tmp_path / "grey", given[3], channels=1, adapt_stem=True)
+    with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], and photos"):
+        prediction.from_folder(tmp_path / "grey")
+
+
 def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
     manager.write_tree(tmp_path / "other", {"w": np.ones(3)}, {"model": "lenet5", "by": "us"})
     with pytest.raises(UserError, match=r"one checkpoint: leave out --checkpoint, got 'best'"):
@@ -107,6 +122,7 @@ def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
         (written, r"missing 1 required positional argument: 'resize'"),
         (written | {"preprocessing": {"size": 32, "sise": 3}}, r"unexpected .* 'sise'"),
         (written | {"preprocessing": "RGB"}, r"'str' object has no attribute 'items'"),
+        ({"source": "us", "preprocessing": {"size": 32, "resize": 32}, "input_size": 32}, "int"),
     ):
         content = json.dumps({"model": "lenet5"} | about)
         (tmp_path / "other/about.json").write_text(content)

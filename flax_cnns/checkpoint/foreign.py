@@ -31,7 +31,8 @@ def convert(
     `head`: whether the head is kept. `options` are `averaged`, `adapt_stem` and `resize_positions`.
 
     Returns what it also writes into `out`/about.json: model, source, the file and its SHA-256, the
-    number of parameters, the preprocessing, and notes on what was chosen, renamed or adapted.
+    number of parameters, the `input_size` [H W C] of the images that the weights take, the
+    preprocessing, and notes on what was chosen, renamed or adapted.
     Raises `UserError` as `load_weights` and `manager.write_tree` do.
     """
     seen = weights.preprocessing(model_name, source)
@@ -59,6 +60,7 @@ def convert(
         "sha256": sha256,
         "params": pytree.count(tree["params"]),
         "leaves": len(jax.tree.leaves(tree)),
+        "input_size": found.input_size,
         "preprocessing": seen._asdict(),
         "notes": found.notes,
     }
