@@ -325,6 +325,13 @@ def run(
     configs.validate(config)
     if not os.fspath(workdir):
         raise UserError("--workdir: expected the name of a directory, got nothing")
+    directory, which = finding.split_source(workdir)
+    if which and workdirs.has_begun(pathlib.Path(directory)):
+        raise UserError(
+            f"--workdir: {os.fspath(workdir)} is a checkpoint of the run {directory}; to go on with"
+            f" that run give its name, and to start from its weights a new --workdir with"
+            f" config.graft.source={os.fspath(workdir)}"
+        )
     begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.doubts(config)
     if not begun:
         configs.refuse(found)
