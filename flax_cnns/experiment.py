@@ -285,9 +285,12 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
         grafting.check(sources[name], target, config.graft.rules, options)
 
 
-def doubts(parts: Parts) -> list[str]:
-    """`config.doubts` that take the network or the data to know."""
-    return _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0).doubts()
+def doubts(parts: Parts, fraction: float = 1.0) -> list[str]:
+    """`config.doubts` that take the network or the data to know, of a run on so much of these."""
+    one = _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
+    one.steps_per_epoch *= fraction
+    one.total = one._count(parts.config.train.duration)
+    return one.doubts()
 
 
 def _start_jax(config: Any) -> None:

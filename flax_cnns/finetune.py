@@ -196,12 +196,16 @@ def _scaled(duration: str, share: float) -> str:
     return f"{round(float(number) * share, 4)} {unit}" if share != 1 else duration
 
 
-def make_task(config: ConfigDict, source: str, knobs: Any, *, new: bool = False) -> Task:
+def make_task(
+    config: ConfigDict, source: str, knobs: Any, *, new: bool = False, fraction: float = 1.0
+) -> Task:
     """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`; `new`:
-    also for what no new run of this network on these data may have."""
+    also for what no new run of this network may have on these data, or on a `fraction` of them."""
     parts = assemble(config)
     if new:
         configs.refuse(doubts(parts))
+        if found := doubts(parts, fraction):  # durations in epochs are fewer steps
+            raise UserError(f"with --fractions={fraction:g}: {' | '.join(found)}")
     shape = (1, *parts.dataset.image_shape)
 
     def shapes(model: Any) -> Any:
@@ -335,7 +339,10 @@ def compare(
     # Before anything is trained: a mistake in a target, or in the source, is told at once.
     new = not any(folder.glob("*/*/seed*"))
     tasks = {
-        name: make_task(config.targets[name], source, config.strategy, new=new) for name in targets
+        name: make_task(
+            config.targets[name], source, config.strategy, new=new, fraction=fractions[0]
+        )
+        for name in targets
     }
     for name, task in tasks.items():
         size, smallest = task.config.data.batch_size, round(fractions[0] * task.examples)

@@ -364,6 +364,19 @@ def test_each_seed_draws_its_own_examples_and_phases_follow_each_other(ran, tmp_
         assert one["graft"]["rules"] == [["(.*)", r"\1"]]  # the classifier of the phase before, too
 
 
+def test_a_warm_up_longer_than_the_run_on_the_fewest_images_is_told_first(ran, tmp_path):
+    config = two_targets()
+    config.targets.similar.data.batch_size = 20
+    config.targets.similar.train.duration = "2 epochs"  # of 10 steps
+    config.targets.similar.schedule.warmup = "5 steps"
+    given = dict(strategies=["scratch"], seeds=1, say=lambda line: None)
+    with pytest.raises(UserError, match=r"--fractions=0\.2: config\.schedule\.warmup='5 steps'"):
+        finetune.compare(config, tmp_path, **given, fractions=(1, 0.2))
+    assert not ran
+    finetune.compare(config, tmp_path, **given, fractions=(1, 0.5))
+    assert len(ran) == 4
+
+
 def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkeypatch, tmp_path):
     stand_in, accepts = finetune.run, []
 
