@@ -71,6 +71,10 @@ def _validates(flat: Flat) -> bool:
     return amount(flat["train.eval_every"]) != 0
 
 
+def _looks_at_validation(flat: Flat) -> bool:
+    return flat["schedule.name"] == "plateau" or is_on(flat["train.early_stopping"])
+
+
 _NEVER = "and train.eval_every is {train.eval_every}: only the last step validates"
 _EVERY = "set train.eval_every='1 epochs'"
 
@@ -166,8 +170,12 @@ IN_A_RUN: dict[str, Effect] = {
     "data.validation": Effect(
         0.1,
         "{data.name} has a validation split of its own, and that is taken",
-        # 0 takes nothing from train, and nothing is taken.
-        lambda flat, facts: not (facts.own_validation and flat["data.validation"]),
+        # 0 takes nothing from train, and nothing is taken. Where something looks at validations, 0
+        # contradicts it.
+        lambda flat, facts: (
+            not facts.own_validation
+            or (flat["data.validation"] == 0 and not _looks_at_validation(flat))
+        ),
     ),
     "schedule.warmup": Effect(
         "0 steps",

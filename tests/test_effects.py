@@ -129,6 +129,7 @@ def test_a_whole_number_beyond_floats_is_an_error_of_its_field():
         (dict(train__precise_bn=2), "train.precise_bn=2: the network 'lenet5' has no BatchNorm"),
         (dict(train__aux_weight=(0.5,)), "'lenet5' has no auxiliary heads"),
         (dict(data__validation=0.2), "'digits' has a validation split of its own"),
+        (dict(data__validation=0.0, train__early_stopping=1), "has a validation split of its own"),
         (dict(schedule__warmup="2 epochs"), "the warm-up is longer than the run, train.duration="),
         (
             dict(schedule__name="steps", schedule__boundaries=("12 steps", "9 epochs")),
