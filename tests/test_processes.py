@@ -32,7 +32,6 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     config.train.duration = "60 steps"
     config.train.eval_every = "20 steps"
     config.checkpoint.every = "20 steps"
-    config.train.sync_batchnorm = mode == "shard_map"
     whole = launch(tmp_path / "whole", config)
     said = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,10 @@ from flax_cnns.types import Array, Dtype, ModuleDef
 
 NORMS = ("batch", "group", "layer", "channel", "none")
 _GROUP = 16  # channels
+# Flax's methods without the wrapper that interceptors and captured outputs see: called through
+# `super()`, a norm would appear twice.
+_batch_norm = inspect.unwrap(nn.BatchNorm.__call__)
+_group_norm = inspect.unwrap(nn.GroupNorm.__call__)
 
 
 def make_norm(
@@ -131,16 +136,18 @@ def checking() -> Any:
 class BatchNorm(nn.BatchNorm):
     """Raises `OneValueError` in training on one value per channel."""
 
+    @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
         keeps = self.use_running_average if use_running_average is None else use_running_average
         if not keeps and not self.is_initializing():
             check_values(self, x)
-        return super().__call__(x, use_running_average, **kwargs)
+        return _batch_norm(self, x, use_running_average, **kwargs)
 
 
 class GroupNorm(nn.GroupNorm):
     """Raises `UserError` where the channels are not whole groups."""
 
+    @nn.compact
     def __call__(self, x: Array) -> Array:
         if x.shape[-1] % self.group_size:
             raise UserError(
@@ -148,7 +155,7 @@ class GroupNorm(nn.GroupNorm):
                 f"{self.group_size} channels do not divide the {x.shape[-1]} of "
                 f"{'/'.join(self.path)}"
             )
-        return super().__call__(x)
+        return _group_norm(self, x)
 
 
 class NoNorm(nn.Module):

@@ -35,6 +35,16 @@ def test_batch_norm_in_evaluation_uses_the_statistics():
     np.testing.assert_allclose(y, (X - mean) / np.sqrt(var + 1e-5), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["batch", "group"])
+def test_a_norm_is_captured_once(name):
+    norm = make_norm(name, train=True)()
+    mutable = ["batch_stats", "intermediates"]
+    captured = norm.init_with_output(
+        jax.random.key(0), X, capture_intermediates=True, mutable=["params", *mutable]
+    )[1]["intermediates"]
+    assert len(captured["__call__"]) == 1
+
+
 def test_batch_norm_refuses_to_train_on_one_value_per_channel():
     norm = make_norm("batch", train=True)()
     variables = norm.init(jax.random.key(0), X[:1, :1, :1])
