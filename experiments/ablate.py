@@ -47,7 +47,8 @@ def ablate(argv: list[str]) -> int:
 
     # This process plans; a GPU that it opened would be lost to the cells.
     jax.config.update("jax_platforms", "cpu")
-    from flax_cnns import ablation, ablation_plan
+    from flax_cnns.studies.ablation import ablate as ablation
+    from flax_cnns.studies.ablation import plan
 
     del argv
     folder = _WORKDIR.value
@@ -55,7 +56,7 @@ def ablate(argv: list[str]) -> int:
         ablation.report(folder, interval=_INTERVAL.value)
         return 0
     file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    sweep = ablation_plan.load_sweep(file)
+    sweep = plan.load_sweep(file)
     given = dict(seeds=_SEEDS.value, jobs=_JOBS.value, rows=_ROWS.value, index=_INDEX.value)
     if _DRY_RUN.value:
         ablation.show_plan(_CONFIG.value, sweep, folder, **given)

@@ -37,8 +37,8 @@ import jax
 
 from experiments.benchmarks import convolutions, flags, inputs, learning, torch_side, training
 from experiments.benchmarks.report import Report
-from flax_cnns import compilation_cache, launch, output
 from flax_cnns.errors import UserError
+from flax_cnns.runtime import compilation_cache, launch, output
 
 
 class Command(NamedTuple):

@@ -27,8 +27,8 @@ script.define_arguments("runs (the directories of trained or half-trained networ
 
 
 def compare(argv: list[str]) -> None:
-    from flax_cnns import comparison
     from flax_cnns.names import make_console
+    from flax_cnns.runs import compare as comparison
 
     runs = comparison.read(argv[1:])
     console = make_console(width=max(120, make_console().width))

@@ -44,7 +44,7 @@ _OUT = flags.DEFINE_string("out", None, "The folder to write, a new one.", requi
 
 
 def convert(argv: list[str]) -> None:
-    from flax_cnns.checkpoint import foreign
+    from flax_cnns.interop import convert as foreign
 
     del argv
     about = foreign.convert(

@@ -32,7 +32,7 @@ _ACCEPT = script.define_accept()
 
 
 def evaluate(argv: list[str]) -> None:
-    from flax_cnns.experiment import evaluate_run
+    from flax_cnns.runs.evaluate import evaluate_run
 
     del argv
     evaluate_run(

@@ -34,9 +34,9 @@ _CONFIG = script.define_config("finetune/fashion_digits", runs=r"pretrain|target
 
 
 def finetune(argv: list[str]) -> None:
-    from flax_cnns import finetune, finetune_report
     from flax_cnns.errors import UserError
     from flax_cnns.names import make_console
+    from flax_cnns.studies.finetune import compare, report
 
     del argv
     folder = pathlib.Path(_WORKDIR.value)
@@ -46,14 +46,14 @@ def finetune(argv: list[str]) -> None:
         raise UserError(f"--fractions: expected numbers, got {_FRACTIONS.value}") from None
     given = dict(strategies=_STRATEGIES.value, fractions=fractions, seeds=_SEEDS.value)
     accept = _ACCEPT.value
-    result = finetune.compare(_CONFIG.value, folder, **given, accept_changed_data=accept)
+    result = compare.compare(_CONFIG.value, folder, **given, accept_changed_data=accept)
     console = make_console(width=120)
-    for table in finetune_report.tables(result):
+    for table in report.tables(result):
         console.print(table)
-    for line in finetune_report.speed(result):
+    for line in report.speed(result):
         print(line)
-    finetune_report.save(result, folder / "finetune.json", given)
-    finetune_report.draw(result, folder / "finetune.png")
+    report.save(result, folder / "finetune.json", given)
+    report.draw(result, folder / "finetune.png")
     print(f"written to {folder}: finetune.json, finetune.png")
 
 

@@ -57,7 +57,8 @@ def predict(argv: list[str]) -> None:
     photos = argv[1:]
     photo.check(photos)
     out, told = script.choose_picture(_OUT, photos) if _OUT.value else ("", "")
-    from flax_cnns import prediction, report
+    from flax_cnns.runs import predict as prediction
+    from flax_cnns.runs import tables
 
     if _WORKDIR.value:
         predictor = prediction.from_folder(_WORKDIR.value, _CHECKPOINT.value)
@@ -65,7 +66,7 @@ def predict(argv: list[str]) -> None:
         source, _, file = _WEIGHTS.value.partition("=")
         predictor = prediction.from_weights(_MODEL.value, source, file or None)
     guesses = prediction.predict(predictor, photos, _TOP.value)
-    report.print_predictions(predictor.title, prediction.photo_names(photos), guesses)
+    tables.print_predictions(predictor.title, prediction.photo_names(photos), guesses)
     if out:
         drawn = prediction.draw(predictor, photos, guesses, out)
         part = f": the first {drawn} of {len(photos)} photos" if drawn < len(photos) else ""

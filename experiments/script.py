@@ -18,11 +18,11 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from flax_cnns import compilation_cache, launch, output
 from flax_cnns.config import FIELDS
 from flax_cnns.errors import ProcessLost, UserError, did_you_mean, out_of_memory
 from flax_cnns.files import check_regular
 from flax_cnns.names import escape_unencodable
+from flax_cnns.runtime import compilation_cache, launch, output
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _CACHE = flags.DEFINE_string(

@@ -33,7 +33,7 @@ script.define_commands("scaling")
 
 def search(argv: list[str]) -> None:
     from flax_cnns.names import make_console
-    from flax_cnns.search import scaling
+    from flax_cnns.studies.search import scaling
 
     del argv
     folder = pathlib.Path(_WORKDIR.value)

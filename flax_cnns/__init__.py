@@ -3,14 +3,14 @@
 import importlib
 
 _WHERE = {
-    "create_model": "flax_cnns.registry",
-    "list_models": "flax_cnns.registry",
-    "model_info": "flax_cnns.registry",
-    "init_variables": "flax_cnns.registry",
-    "graft": "flax_cnns.checkpoint.graft",
-    "FRESH": "flax_cnns.checkpoint.graft",
+    "create_model": "flax_cnns.models.registry",
+    "list_models": "flax_cnns.models.registry",
+    "model_info": "flax_cnns.models.registry",
+    "init_variables": "flax_cnns.models.registry",
+    "graft": "flax_cnns.checkpoint.graft.graft",
+    "FRESH": "flax_cnns.checkpoint.graft.graft",
     "load_weights": "flax_cnns.weights",
-    "run": "flax_cnns.experiment",
+    "run": "flax_cnns.runs.train",
 }
 _MODULES = ("launch", "layers", "models", "weights")  # by their name, without a further import
 __all__ = sorted([*_WHERE, *_MODULES])

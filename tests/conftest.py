@@ -30,7 +30,7 @@ def digits_dir(tmp_path_factory):
 @pytest.fixture
 def config(digits_dir):
     """A dozen steps of LeNet-5 on the digits, for a test to change."""
-    from tests.runs import make_config  # JAX is imported after the environment is set
+    from tests.tiny_runs import make_config  # JAX is imported after the environment is set
 
     return make_config(digits_dir)
 
@@ -39,7 +39,7 @@ def config(digits_dir):
 def finished(digits_dir, tmp_path_factory):
     """(workdir, summary) of the run that the others are held against, never interrupted."""
     from flax_cnns import run
-    from tests.runs import make_config
+    from tests.tiny_runs import make_config
 
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, run(make_config(digits_dir), workdir)

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_cnns import create_model, list_models, model_info, pytree
+from flax_cnns import create_model, list_models, model_info
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert
 from tests.models import foreign

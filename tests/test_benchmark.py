@@ -17,7 +17,7 @@ from experiments import benchmark
 from experiments.benchmarks import convolutions, learning, torch_side, training
 from flax_cnns.analysis import device
 from flax_cnns.models.cifar_resnet import CifarResNet
-from flax_cnns.registry import FAMILIES, list_models
+from flax_cnns.models.registry import FAMILIES, list_models
 
 ROOT = Path(__file__).resolve().parent.parent
 has_torch = importlib.util.find_spec("torchvision") is not None

@@ -10,9 +10,10 @@ import jax
 import pytest
 
 from configs import ablations, common
-from flax_cnns import ablation_plan, create_model, effects, init_variables
 from flax_cnns import config as configs
-from flax_cnns.experiment import model_fields
+from flax_cnns import create_model, effects, init_variables
+from flax_cnns.runs.build import model_fields
+from flax_cnns.studies.ablation import plan
 from flax_cnns.train import schedules
 
 FILES = sorted(p.stem for p in pathlib.Path(common.__file__).parent.glob("*_*.py"))
@@ -97,7 +98,7 @@ def test_every_row_of_an_ablation_is_a_run_that_is_valid(name):
     module = importlib.import_module(f"configs.ablations.{name}")
     for mode in modes(f"ablations.{name}"):
         config = module.get_config(mode).lock()
-        first, *rows = ablation_plan.make_rows(config, module.sweep())
+        first, *rows = plan.make_rows(config, module.sweep())
         assert first.config.to_dict() == config.to_dict()  # the baseline
         assert len({str(row.config) for row in rows} - {str(first.config)}) == len(rows)
         for row in (first, *rows):

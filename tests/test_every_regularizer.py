@@ -15,7 +15,8 @@ import pytest
 
 from configs import ablations
 from configs.ablations import regularizers
-from flax_cnns import ablation_plan, experiment
+from flax_cnns.runs import build
+from flax_cnns.studies.ablation import plan
 from flax_cnns.train import optimizers, parallel, schedules
 from flax_cnns.train.state import TrainState
 
@@ -60,12 +61,12 @@ def make_config(digits_dir, *changes):
     config.data.dir = digits_dir
     config.model.depths, config.model.widths = (1,), (4,)
     overrides = functools.reduce(lambda a, b: a | b, changes, {})
-    return ablation_plan.override(config, overrides)
+    return plan.override(config, overrides)
 
 
 def make_step(config):
     """(parts, optimizer, the step of a run)."""
-    parts = experiment.assemble(config)
+    parts = build.assemble(config)
     variables = jax.eval_shape(parts.fresh_variables)
     optimizer = optimizers.make(
         config.optimizer,
@@ -73,7 +74,7 @@ def make_step(config):
         schedules.constant(0.05),
         batch_stats=variables["batch_stats"],
     )
-    return parts, optimizer, experiment.make_train_step(parts, optimizer, 10.0)
+    return parts, optimizer, build.make_train_step(parts, optimizer, 10.0)
 
 
 def make_state(config, optimizer, variables):

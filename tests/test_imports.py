@@ -105,9 +105,9 @@ def test_a_config_imports_ml_collections_and_configs(path):
 @pytest.mark.parametrize(
     "line",
     [
-        "from flax_cnns.registry import create_model",
+        "from flax_cnns.models.registry import create_model",
         "from flax_cnns import registry",
-        "import flax_cnns.registry as r",
+        "import flax_cnns.models.registry as r",
         "from .. import registry",
         "from ..registry import create_model",
         "def late():\n    from flax_cnns import registry",

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flax_cnns import report
-from flax_cnns.analysis.confusion import draw_confusion
-from flax_cnns.analysis.predictions import draw_predictions
+from flax_cnns.analysis.plots.confusion import draw_confusion
+from flax_cnns.analysis.plots.predictions import draw_predictions
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.names import escape_unencodable, open_log, printable
+from flax_cnns.runs import tables
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["[red]", "a[/b]", "$x_1$", "caf\udce9", "\u732b", ":smile:", r"\frac{$ $"]
@@ -34,11 +34,11 @@ def test_tables_show_names_as_they_are(monkeypatch):
     classes = [{"class": n, "examples": 2, "accuracy": 0.5, "precision": None} for n in NAMES]
     counts = (np.eye(len(NAMES), dtype=int) + 1).tolist()
     found = dict(split="test", step=3, checkpoint="best", examples=9, loss=1.0, accuracy=0.5)
-    report.print_evaluation({**found, "classes": classes, "confusion": counts})
+    tables.print_evaluation({**found, "classes": classes, "confusion": counts})
     damaged = ["a[/b]/caf\udce9.png"]
     summary = dict(model="[b]lenet", dataset="[i] data[/i]", params=5, damaged_images=damaged)
-    report.print_summary(summary)
-    report.print_predictions("a[/b]", NAMES, [[(name, 1.0)] for name in NAMES])
+    tables.print_summary(summary)
+    tables.print_predictions("a[/b]", NAMES, [[(name, 1.0)] for name in NAMES])
     out.flush()
     said = out.buffer.getvalue().decode()
     for name in SHOWN:

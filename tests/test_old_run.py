@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, experiment, init_variables, prediction, pytree, run, workdir
+from flax_cnns import create_model, init_variables, run
+from flax_cnns import tree as pytree
 from flax_cnns.checkpoint import reading
-from flax_cnns.checkpoint.graft import graft
+from flax_cnns.checkpoint.graft.graft import graft
 from flax_cnns.data import datasets
+from flax_cnns.runs import evaluate, predict, train, workdir
 from tests.fixtures import old_run
 
 EXPECTED = json.loads((old_run.FOLDER / "expected.json").read_text())
@@ -57,7 +59,7 @@ def add_an_image(images):
 
 
 def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
-    found, expected = experiment.evaluate_run("run"), EXPECTED["evaluation"]
+    found, expected = evaluate.evaluate_run("run"), EXPECTED["evaluation"]
     for name in ("split", "step", "examples", "accuracy", "classes", "confusion"):
         assert found[name] == expected[name]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -65,13 +67,13 @@ def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     assert json.loads((folder / "run/dataset.json").read_text())["fingerprint"] == was
     add_an_image(folder / "images")
     with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21"):
-        experiment.evaluate_run("run")
-    found = experiment.evaluate_run("run", accept_changed_data=True)
+        evaluate.evaluate_run("run")
+    found = evaluate.evaluate_run("run", accept_changed_data=True)
     written = json.loads((folder / "run/evaluation_test_20.json").read_text())
     assert written["changed_data"]["was"] == found["changed_data"]["was"] == was
     assert written["changed_data"]["is"] == datasets.read_fingerprint(old_run.make_config().data)
 
-    guesses = prediction.predict(prediction.from_run("run"), old_run.PHOTOS)
+    guesses = predict.predict(predict.from_run("run"), old_run.PHOTOS)
     for now, then in zip(guesses, EXPECTED["predictions"], strict=True):
         assert [name for name, _ in now] == [name for name, _ in then]
         np.testing.assert_allclose([p for _, p in now], [p for _, p in then], atol=1e-5)
@@ -88,17 +90,17 @@ def test_a_class_that_is_renamed_is_noticed_and_predictions_keep_its_old_name(fo
     said = "class 0 was 'left', is 'circle'; class 1 was 'ring', is 'left'"
     for start in (
         lambda: run(old_run.make_config(), "run"),
-        lambda: experiment.evaluate_run("run"),
+        lambda: evaluate.evaluate_run("run"),
     ):
         with pytest.raises(workdir.ChangedData, match=said):
             start()
     assert (folder / "run/dataset.json").read_text() == facts
-    assert prediction.from_run("run").class_names == list(old_run.CLASSES)
+    assert predict.from_run("run").class_names == list(old_run.CLASSES)
 
 
 def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch):
     """It keeps no fingerprint: its first start adds one."""
-    monkeypatch.setattr(experiment._Run, "go", lambda self: {})
+    monkeypatch.setattr(train._Run, "go", lambda self: {})
     config = old_run.make_config()
     run(config, "run")
     was = json.loads((folder / "run/dataset.json").read_text())["fingerprint"]

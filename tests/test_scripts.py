@@ -16,7 +16,7 @@ from experiments import script
 from flax_cnns import run
 from flax_cnns.checkpoint import finding
 from flax_cnns.errors import UserError
-from tests.runs import ROOT, arrays, overrides, records
+from tests.tiny_runs import ROOT, arrays, overrides, records
 
 
 def start(script, *flags, **kwargs):

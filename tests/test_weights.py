@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 
-from flax_cnns import pytree, registry
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.registry import model_info
-from flax_cnns.weights import convert, rules
+from flax_cnns.models import registry
+from flax_cnns.models.registry import model_info
+from flax_cnns.weights import convert, name_maps
 from tests.models import cases
 
 
@@ -57,8 +58,8 @@ def test_tensors_of_pytorch_that_need_a_gradient_or_are_bfloat16(tensors):
 def test_a_dense_layer_of_other_maps():
     given = {"fc.weight": np.zeros((7, 61))}
     with pytest.raises(UserError, match=r"wrong shapes: 'fc.weight' is \(7, 61\), which is none"):
-        rules.apply(
-            [("fc", "fc6", rules.flattened(5))], given, "timm", ["params/fc6/kernel"], "net"
+        name_maps.apply(
+            [("fc", "fc6", name_maps.flattened(5))], given, "timm", ["params/fc6/kernel"], "net"
         )
 
 
@@ -66,14 +67,14 @@ def test_a_dense_layer_behind_flattened_maps():
     maps = np.random.RandomState(0).randn(2, 3, 4, 5)  # [N H W C]
     kernel = np.random.RandomState(1).randn(7, 5 * 3 * 4)  # of a layer that sees [C H W]
     theirs = maps.transpose(0, 3, 1, 2).reshape(2, -1) @ kernel.T
-    ours = maps.reshape(2, -1) @ rules.flattened(5)(kernel)
+    ours = maps.reshape(2, -1) @ name_maps.flattened(5)(kernel)
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
 def test_keras_counts_on_from_network_to_network():
     names = ["conv2d_94/kernel", "block1_conv1/bias", "conv2d_96/bias", "batch_normalization/beta"]
     names += ["conv2d_95/kernel", "batch_normalization_1/beta"]
-    assert rules.renumber(names) == {
+    assert name_maps.renumber(names) == {
         "conv2d_94/kernel": "conv2d_0/kernel",
         "block1_conv1/bias": "block1_conv1/bias",
         "conv2d_96/bias": "conv2d_2/bias",
@@ -159,7 +160,7 @@ def test_every_tensor_of_keras_has_its_place(name, pairs, first):
     """Whatever number its automatic names begin with; each tensor is marked by its own number."""
     with np.load(cases.FOLDER / f"{name}.npz") as kept:
         shapes = json.loads(str(kept["shapes"]))
-    numbers = rules.renumber(shapes)
+    numbers = name_maps.renumber(shapes)
 
     def moved(original):  # `conv2d_5/kernel` of a network made after others
         renumbered = numbers[original]
@@ -213,13 +214,13 @@ def test_tensors_that_do_not_fit(tensors, change, message):
 def test_two_tensors_of_one_place():
     table, given = [(r"a|b", "head")], {"a.bias": np.zeros(1), "b.bias": np.zeros(1)}
     with pytest.raises(UserError, match="both belong at 'params/head/bias'"):
-        rules.apply(table, given, "timm", ["params/head/bias"], "net")
+        name_maps.apply(table, given, "timm", ["params/head/bias"], "net")
 
 
 def test_unused_tensors_are_named_so():
-    table = [(r"aux\..*", rules.UNUSED), (r"fc", "head")]
+    table = [(r"aux\..*", name_maps.UNUSED), (r"fc", "head")]
     given = {"aux.fc.weight": np.zeros((2, 2)), "fc.bias": np.ones(1), "fc.num_batches_tracked": 0}
-    found = rules.apply(table, given, "timm", ["params/head/bias"], "net")
+    found = name_maps.apply(table, given, "timm", ["params/head/bias"], "net")
     assert list(found) == ["params/head/bias"]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.benchmarks.flags import positive
 from experiments.benchmarks.report import Bars, Report
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import nas
 
@@ -162,9 +162,9 @@ def _short(value: Any) -> str:
 
 def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     from configs import common  # what a run needs, for this command only
-    from flax_cnns import experiment
     from flax_cnns.data import pipeline
-    from flax_cnns.evaluation import summarize
+    from flax_cnns.evaluation.exact import summarize
+    from flax_cnns.runs import build
     from flax_cnns.train import optimizers, parallel, schedules
     from flax_cnns.train.state import TrainState
 
@@ -180,7 +180,7 @@ def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]
     config.optimizer.name = "adam"
     config.schedule.learning_rate = case.rate
 
-    parts = experiment.assemble(config)
+    parts = build.assemble(config)
     epoch = len(parts.dataset.splits["train"]) / args.batch
     variables = parts.fresh_variables()
     schedule = schedules.make(config.schedule, total_steps=steps, steps_per_epoch=epoch)
@@ -188,7 +188,7 @@ def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]
     state = TrainState.create(variables, optimizer.init(variables["params"]))
     state = parallel.replicate(state, parts.mesh)
     key = parallel.replicate(jax.random.fold_in(jax.random.key(args.seed), 1), parts.mesh)
-    step = experiment.make_train_step(parts, optimizer, epoch)
+    step = build.make_train_step(parts, optimizer, epoch)
     start = jax.device_get(state.batch_stats)  # the state is donated
 
     sums = []

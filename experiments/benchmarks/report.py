@@ -108,7 +108,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from flax_cnns.analysis.curves import save_picture, shorten
+    from flax_cnns.analysis.plots.curves import save_picture, shorten
 
     # Okabe and Ito's colours, told apart by all kinds of colour vision.
     colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")

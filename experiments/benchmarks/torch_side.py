@@ -17,11 +17,11 @@ import numpy as np
 from experiments.benchmarks import training
 from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, milliseconds
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers import conv
-from flax_cnns.registry import init_variables
+from flax_cnns.models.registry import init_variables
 
 if TYPE_CHECKING:
     from experiments.benchmarks.convolutions import Shape

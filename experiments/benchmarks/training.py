@@ -14,14 +14,14 @@ import numpy as np
 
 from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number, percent
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis import device
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.timing import compare
 from flax_cnns.data.augment import make_normalize
 from flax_cnns.data.mix import make_mix
 from flax_cnns.layers import drop_rates
-from flax_cnns.registry import create_model, init_variables
+from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train import optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
 

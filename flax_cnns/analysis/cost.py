@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 
 Shape = tuple[int, ...]
 

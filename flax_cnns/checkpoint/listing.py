@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flax_cnns.checkpoint import finding, reading
-from flax_cnns.checkpoint.report import by_name
-from flax_cnns.checkpoint.sources import Source, open_source
+from flax_cnns.checkpoint.graft.report import by_name
+from flax_cnns.checkpoint.graft.sources import Source, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.names import make_console
-from flax_cnns.pytree import nearest
+from flax_cnns.tree import nearest
 
 
 def print_listing(

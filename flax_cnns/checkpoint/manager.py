@@ -30,7 +30,7 @@ from flax_cnns.checkpoint.manifest import make_manifest, to_host
 from flax_cnns.checkpoint.place import check_place, for_orbax
 from flax_cnns.checkpoint.reading import drop_late_callbacks, read_host, read_tree
 from flax_cnns.errors import UserError
-from flax_cnns.pytree import flatten, unstack_blocks
+from flax_cnns.tree import flatten, unstack_blocks
 from flax_cnns.types import PyTree
 
 BEST_BY = "validation/accuracy"

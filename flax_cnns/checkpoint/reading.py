@@ -31,7 +31,7 @@ from flax_cnns.checkpoint.finding import (
 from flax_cnns.checkpoint.manifest import Manifest, crc32, place, shape_and_dtype
 from flax_cnns.checkpoint.place import for_orbax
 from flax_cnns.errors import UserError
-from flax_cnns.pytree import flatten, members
+from flax_cnns.tree import flatten, members
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from flax_cnns.errors import UserError
-from flax_cnns.pytree import stack_blocks, unstack_blocks
+from flax_cnns.tree import stack_blocks, unstack_blocks
 from flax_cnns.types import Array, ModuleDef, PyTree
 
 

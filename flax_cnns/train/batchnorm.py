@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.types import PyTree
 

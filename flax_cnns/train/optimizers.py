@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.train import batchnorm, regularizers
 from flax_cnns.train.schedules import Schedule

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.train import batchnorm
 from flax_cnns.train.loop import Interrupted
 from flax_cnns.train.steps import Augment, Mix, prepare

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.types import Array, PyTree
 
 

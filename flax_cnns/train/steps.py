@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm, losses, metrics, regularizers
 from flax_cnns.train.optimizers import Optimizer

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from flax_cnns.weights import adapt, files, wrappers
-from flax_cnns.weights import rules as _rules
+from flax_cnns.weights import name_maps as _rules
 from flax_cnns.weights.preprocessing import Preprocessing, preprocessing
 
 

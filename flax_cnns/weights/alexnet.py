@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flax_cnns.weights.rules import flattened
+from flax_cnns.weights.name_maps import flattened
 
 TORCHVISION = [
     (r"features\.0", "conv1/conv"),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from flax_cnns import layers
 from flax_cnns.models.densenet import DenseNet
-from flax_cnns.weights import rules
+from flax_cnns.weights import name_maps
 
 
-def _torch(model: DenseNet) -> rules.Rules:
+def _torch(model: DenseNet) -> name_maps.Rules:
     def stem(m) -> str:  # the deep one's convolutions are numbered, from 0 there
         return f"stem/{m[1]}{int(m[2]) + 1}" if model.stem is layers.DeepStem else f"stem/{m[1]}"
 

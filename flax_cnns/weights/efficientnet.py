@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 
 from flax_cnns.models.efficientnet import EfficientNet
+from flax_cnns.weights.name_maps import UNUSED, keras_dense, keras_depthwise
 from flax_cnns.weights.resnet import dense
-from flax_cnns.weights.rules import UNUSED, keras_dense, keras_depthwise
 
 
 def _torchvision_part(match: re.Match) -> str:

@@ -7,7 +7,7 @@ to 1, whatever its transforms did (its `transform_input`).
 from __future__ import annotations
 
 from flax_cnns.models.googlenet import GoogLeNet
-from flax_cnns.weights import rules
+from flax_cnns.weights import name_maps
 
 BRANCHES = {
     "branch1": "conv1x1",
@@ -21,10 +21,10 @@ LEAVES = {"conv": "conv", "bn": "norm"}
 STEM = {"conv1": "conv1", "conv2": "conv2_reduce", "conv3": "conv2"}
 
 
-def torchvision(model: GoogLeNet) -> rules.Rules:
+def torchvision(model: GoogLeNet) -> name_maps.Rules:
     heads = [
         (r"(aux\d)\.conv\.(conv|bn)", lambda m: f"{m[1]}/conv/{LEAVES[m[2]]}"),
-        (r"(aux\d)\.fc1", r"\1/fc", rules.flattened(128)),
+        (r"(aux\d)\.fc1", r"\1/fc", name_maps.flattened(128)),
         (r"(aux\d)\.fc2", r"\1/head"),
     ]
     return [
@@ -33,7 +33,7 @@ def torchvision(model: GoogLeNet) -> rules.Rules:
             r"inception(\d\w)\.(branch\d(?:\.\d)?)\.(conv|bn)",
             lambda m: f"mixed{m[1]}/{BRANCHES[m[2]]}/{LEAVES[m[3]]}",
         ),
-        *(heads if model.aux else [(r"aux\d\..*", rules.UNUSED)]),
+        *(heads if model.aux else [(r"aux\d\..*", name_maps.UNUSED)]),
         (r"fc", "head"),
     ]
 

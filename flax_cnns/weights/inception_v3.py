@@ -7,12 +7,12 @@ to 1, whatever its transforms did (its `transform_input`); so are Keras's.
 from __future__ import annotations
 
 from flax_cnns.models.inception_v3 import InceptionV3
-from flax_cnns.weights import rules
+from flax_cnns.weights import name_maps
 
 LEAVES = {"conv": "conv", "bn": "norm"}
 
 
-def _torch(model: InceptionV3) -> rules.Rules:
+def _torch(model: InceptionV3) -> name_maps.Rules:
     heads = [
         (r"AuxLogits\.conv0\.(conv|bn)", lambda m: f"aux1/conv1/{LEAVES[m[1]]}"),
         (r"AuxLogits\.conv1\.(conv|bn)", lambda m: f"aux1/conv2/{LEAVES[m[1]]}"),
@@ -21,7 +21,7 @@ def _torch(model: InceptionV3) -> rules.Rules:
     return [
         (r"Conv2d_(\d\w)_\dx\d\.(conv|bn)", lambda m: f"conv{m[1]}/{LEAVES[m[2]]}"),
         (r"Mixed_(\d\w)\.(\w+)\.(conv|bn)", lambda m: f"mixed{m[1]}/{m[2]}/{LEAVES[m[3]]}"),
-        *(heads if model.aux else [(r"AuxLogits\..*", rules.UNUSED)]),
+        *(heads if model.aux else [(r"AuxLogits\..*", name_maps.UNUSED)]),
         (r"fc", "head"),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from flax_cnns.models.mobilenet_v1 import MobileNetV1
-from flax_cnns.weights.rules import keras_dense, keras_depthwise
+from flax_cnns.weights.name_maps import keras_dense, keras_depthwise
 
 _PARTS = {"conv_dw": "depthwise", "conv_pw": "pointwise"}
 _NORMS = {"bn1": "depthwise_norm", "bn2": "pointwise_norm"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax_cnns.models.mobilenet_v2 import MobileNetV2
 from flax_cnns.weights.efficientnet import TIMM
-from flax_cnns.weights.rules import keras_depthwise
+from flax_cnns.weights.name_maps import keras_depthwise
 
 
 def _blocks(model: MobileNetV2) -> list[str]:

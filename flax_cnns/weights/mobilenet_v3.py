@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 
 from flax_cnns.models.mobilenet_v3 import STEM, MobileNetV3
+from flax_cnns.weights.name_maps import keras_dense, keras_depthwise
 from flax_cnns.weights.resnet import dense
-from flax_cnns.weights.rules import keras_dense, keras_depthwise
 
 
 def _expands(model: MobileNetV3) -> list[bool]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from flax_cnns.models.nasnet import NASNet
-from flax_cnns.weights import rules
+from flax_cnns.weights import name_maps
 
 LEAVES = {"conv": "conv", "bn": "norm"}
 
@@ -19,7 +19,7 @@ def cells(model: NASNet) -> Iterator[tuple[int, str]]:
         yield from ((stage, f"normal{i}") for i in range(1, depth + 1))
 
 
-def torch_cell(cell: str, path: Callable[[re.Match], str]) -> rules.Rules:
+def torch_cell(cell: str, path: Callable[[re.Match], str]) -> name_maps.Rules:
     """timm's, of the cells whose names the regex `cell` matches; ours are at `path(match)`."""
 
     def to(ours: Callable[[re.Match], str]) -> Callable[[re.Match], str]:
@@ -45,7 +45,7 @@ def torch_cell(cell: str, path: Callable[[re.Match], str]) -> rules.Rules:
     ]
 
 
-def _timm(model: NASNet) -> rules.Rules:
+def _timm(model: NASNet) -> name_maps.Rules:
     normal = [f"stage{stage}/{name}" for stage, name in cells(model) if name != "reduction"]
     return [
         (r"conv0\.(conv|bn)", lambda m: f"stem/{LEAVES[m[1]]}"),
@@ -58,7 +58,7 @@ def _timm(model: NASNet) -> rules.Rules:
     ]
 
 
-def _keras(model: NASNet) -> rules.Rules:
+def _keras(model: NASNet) -> name_maps.Rules:
     # Its cells: stem_1, stem_2, 0, 1, 2, 3, reduce_4, 5, 6, 7, 8, reduce_8, 9, ...
     ours = {f"stem_{i}": f"stem/reduction{i}" for i in (1, 2)}
     for stage, depth in enumerate(model.depths, 1):

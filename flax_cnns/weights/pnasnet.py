@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from flax_cnns.models.nasnet import NASNet
-from flax_cnns.weights import rules
+from flax_cnns.weights import name_maps
 from flax_cnns.weights.nasnet import LEAVES, cells, torch_cell
 
 
-def _timm(model: NASNet) -> rules.Rules:
+def _timm(model: NASNet) -> name_maps.Rules:
     ours = [f"stage{stage}/{name}" for stage, name in cells(model)]
     return [
         (r"conv_0\.(conv|bn)", lambda m: f"stem/{LEAVES[m[1]]}"),

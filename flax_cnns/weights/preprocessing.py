@@ -18,7 +18,7 @@ from PIL import Image
 from flax_cnns.data.images import Box, upright
 from flax_cnns.data.photo import Photo, opened
 from flax_cnns.errors import UserError
-from flax_cnns.registry import create_model
+from flax_cnns.models.registry import create_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std, RGB, of 0 to 1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # -> -1 to 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flax_cnns.models.vgg import VGG
-from flax_cnns.weights.rules import flattened
+from flax_cnns.weights.name_maps import flattened
 
 
 def torchvision(model: VGG) -> list[tuple]:

@@ -8,7 +8,7 @@ import pytest
 
 from flax_cnns import layers
 from flax_cnns.analysis.cost import LayerCost, cost
-from flax_cnns.registry import create_model, model_info
+from flax_cnns.models.registry import create_model, model_info
 
 
 @pytest.mark.parametrize(

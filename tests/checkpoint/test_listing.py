@@ -13,7 +13,7 @@ from flax_cnns.checkpoint.listing import print_listing
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.errors import UserError
 from flax_cnns.weights import preprocessing
-from tests.checkpoint.test_graft import make_bomb
+from tests.checkpoint.graft.test_graft import make_bomb
 from tests.checkpoint.test_manager import flip_a_bit
 
 HEAD = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float16)}

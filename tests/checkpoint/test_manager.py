@@ -20,7 +20,7 @@ from flax_cnns.checkpoint.finding import DamagedError, resolve
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.reading import read_leaves, read_metadata, read_tree
 from flax_cnns.errors import UserError
-from flax_cnns.pytree import flatten, stack_blocks
+from flax_cnns.tree import flatten, stack_blocks
 
 
 class State(struct.PyTreeNode):

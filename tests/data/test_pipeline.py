@@ -11,7 +11,7 @@ import pytest
 
 from flax_cnns.data import datasets, pipeline
 from flax_cnns.errors import ProcessLost, UserError
-from tests.runs import ROOT
+from tests.tiny_runs import ROOT
 
 
 @pytest.fixture

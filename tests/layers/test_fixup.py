@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cnns import create_model, layers, pytree
+from flax_cnns import create_model, layers
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.registry import init_variables
+from flax_cnns.models.registry import init_variables
 
 IMAGES = np.random.RandomState(0).randn(8, 8, 8, 3).astype(np.float32)
 LABELS = np.arange(8) % 4

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import layers, pytree
+from flax_cnns import layers
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import parallel
 

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_cnns import create_model, pytree
+from flax_cnns import create_model
+from flax_cnns import tree as pytree
 
 
 def captured(name: str, height: int, width: int | None = None, /, **fields: Any) -> tuple:

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_cnns import create_model, pytree
+from flax_cnns import create_model
+from flax_cnns import tree as pytree
 from flax_cnns.models import googlenet, mobilenet_v2, mobilenet_v3
 from flax_cnns.weights import convert
 from tests.models import foreign

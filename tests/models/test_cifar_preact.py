@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flax_cnns import layers, pytree
+from flax_cnns import layers
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models.cifar_preact import ORDERS, VARIANTS, Unit
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import captured
 
 EXACT = {  # of full pre-activation

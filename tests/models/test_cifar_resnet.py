@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.registry import create_model, init_variables, list_models, model_info
+from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
 
 TINY = dict(depths=(1, 1, 1), widths=(4, 6, 8), input_size=(8, 8, 3))
 IMAGES = np.random.RandomState(0).randn(8, 8, 8, 3).astype(np.float32)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from configs import cifar10_dsn
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.experiment import aux_weights
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.runs.build import aux_weights
 
 # The release: name, window, input and output channels, and the side of the output for 32x32.
 CONVS = [

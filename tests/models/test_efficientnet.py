@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import efficientnet
 from flax_cnns.models.efficientnet import compound_scale
-from flax_cnns.models.scaling import mobilenet_v1, mobilenet_v2, resnet
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.studies.search.scaled_networks import mobilenet_v1, mobilenet_v2, resnet
 from tests.models.captured import captured
 
 # torchvision 0.28.0, EfficientNet_B*_Weights.IMAGENET1K_V1.meta["num_params"]; B0, B1 and B7 of

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import layers, pytree
+from flax_cnns import layers
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import fractalnet
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from flax_cnns.train import parallel, steps
 from tests.models.captured import captured
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import layers, pytree
+from flax_cnns import layers
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import googlenet
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 
 # Table 1: side and depth of the output; input depth and the widths #1x1, #3x3 reduce, #3x3,
 # #5x5 reduce, #5x5, pool proj; params in Ki (1024 weights, no biases), ops in millions.

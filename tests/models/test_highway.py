@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.scipy.special import expit
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import highway
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import captured
 
 # The paper's table 2: layers, parameters in millions. The stages: width, window of every layer (of

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import mobilenet_v2
 from flax_cnns.models.mobilenet_v2 import Row
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import called, captured, starting_at_zero
 
 # Table 2's widths for each width multiplier: stem, the seven stages, what is behind them.

@@ -14,7 +14,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import mobilenet_v3
 from flax_cnns.models.mobilenet_v3 import HS, RE, Row
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import called, captured, starting_at_zero
 
 # Tables 1 and 2: kernel, inner width, width and the squeezed width (0: none), all at width 1.

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import nas
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import captured
 
 # Figure 7, from the image upwards: height, width and number of the filters.

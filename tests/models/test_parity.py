@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from flax_cnns import pytree, registry
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.registry import create_model, init_variables
-from flax_cnns.weights import convert, rules
+from flax_cnns.models import registry
+from flax_cnns.models.registry import create_model, init_variables
+from flax_cnns.weights import convert, name_maps
 from flax_cnns.weights import resnet as resnet_rules
 from tests import parity
 from tests.models import cases, foreign, make_reference
@@ -102,7 +103,7 @@ def test_cifar_resnet20_out_of_torchvisions_blocks():
     model = create_model("cifar_resnet20")
     shapes = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
     given = (resnet_rules.TORCHVISION, live.tensors, "torchvision", shapes, "cifar_resnet20")
-    variables = rules.fit(rules.apply(*given), shapes, "cifar_resnet20")
+    variables = name_maps.fit(name_maps.apply(*given), shapes, "cifar_resnet20")
     got = np.asarray(jax.jit(model.apply)(variables, x))
     cases.check(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))
 

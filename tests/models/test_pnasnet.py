@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.models import pnasnet
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import captured
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import layers, pytree
+from flax_cnns import layers
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.pyramidnet import Bottleneck, shortcut
-from flax_cnns.registry import create_model, init_variables, list_models, model_info
+from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
 from tests.models.captured import captured
 
 TINY = dict(depth=8, alpha=9, input_size=(8, 8, 3))  # a block a stage: 19, 22, 25 wide

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, layers, pytree
+from flax_cnns import create_model, layers
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
+from flax_cnns.models.registry import init_variables, model_info
 from flax_cnns.models.resnet_in_resnet import Block, Unit
-from flax_cnns.registry import init_variables, model_info
 from tests.models.captured import captured
 
 TINY = dict(depths=(1, 1), widths=(4, 6), input_size=(8, 8, 3))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, init_variables, layers, model_info, pytree
+from flax_cnns import create_model, init_variables, layers, model_info
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import senet

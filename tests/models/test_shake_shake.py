@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.registry import create_model, init_variables, list_models, model_info
+from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
 from tests.models.captured import captured
 
 TINY = dict(depths=(1, 3), width=4, input_size=(8, 8, 3))

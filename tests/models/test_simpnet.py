@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import simpnet
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 
 # The authors' network definitions for CIFAR-10: (input, output channels) of each 3x3 with bias,
 # BatchNorm with scale and bias behind it; then what the dense layer sees, and its classes.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from flax_cnns import layers
+from flax_cnns.models.registry import model_info
 from flax_cnns.models.sparse_densenet import Attention, farthest_and_nearest
-from flax_cnns.registry import model_info
 from tests.models.captured import captured
 
 

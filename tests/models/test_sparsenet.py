@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.densenet import all_before
+from flax_cnns.models.registry import create_model, init_variables, model_info
 from flax_cnns.models.sparsenet import powers_of_two
-from flax_cnns.registry import create_model, init_variables, model_info
 from tests.models.captured import captured
 
 FAST = {"xla_backend_optimization_level": 0}

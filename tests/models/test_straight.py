@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.layers import SAFPool
 from tests.models import foreign
 from tests.models.straight import dsn, nasnet, preact_resnet, simpnet

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables, model_info
 
 # (window, in, out) of conv1 ... conv5, then (in, out).
 FIGURE_3 = [(7, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)]

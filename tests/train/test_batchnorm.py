@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import init_variables, layers, pytree
+from flax_cnns import init_variables, layers
+from flax_cnns import tree as pytree
 from flax_cnns.data.mix import make_mix
 from flax_cnns.errors import UserError
 from flax_cnns.models.resnet import BasicBlock, ResNet

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, init_variables, pytree
+from flax_cnns import create_model, init_variables
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm, dropout
 

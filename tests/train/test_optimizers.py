@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs.common import get_config
-from flax_cnns import create_model, pytree
+from flax_cnns import create_model
+from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.train import optimizers, schedules

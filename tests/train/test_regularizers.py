@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.common import get_config
-from flax_cnns import pytree
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import losses, optimizers, parallel, regularizers, schedules
 from tests.train import tiny

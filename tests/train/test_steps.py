@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from flax_cnns import create_model, init_variables, pytree
+from flax_cnns import create_model, init_variables
+from flax_cnns import tree as pytree
 from flax_cnns.data.augment import make_augment
 from flax_cnns.data.mix import make_mix
 from flax_cnns.errors import UserError
-from flax_cnns.evaluation import evaluate, per_class, summarize
+from flax_cnns.evaluation.exact import evaluate, per_class, summarize
 from flax_cnns.train import losses, metrics, optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
 from tests.train import tiny

@@ -9,7 +9,7 @@ import pytest
 
 from flax_cnns import create_model, graft, init_variables
 from flax_cnns.errors import UserError
-from flax_cnns.pytree import flatten
+from flax_cnns.tree import flatten
 from flax_cnns.weights import adapt, load_weights
 from tests.models import cases, foreign
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.weights import files
+from flax_cnns.weights import files, pickles
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 HALF = np.array([1, 2, 3], np.float16)
@@ -295,7 +295,7 @@ def test_attributes_are_not_kept(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         made = b"ccollections\nOrderedDict\n)R}X\1\0\0\0aK\1sb."
         archive.writestr("x/data.pkl", b"\x80\2" + made)
-    tree, _ = files._unpickle(io.BytesIO(b"\x80\2" + made), tmp_path)
+    tree, _ = pickles._unpickle(io.BytesIO(b"\x80\2" + made), tmp_path)
     assert not vars(tree)
 
 
@@ -327,7 +327,7 @@ def test_what_a_pickle_holds_is_not_written_out(tmp_path, end):
 
 def test_a_pickle_changes_nothing_for_later_ones(tmp_path):
     """It may set attributes of whatever it was given, such as a function's defaults."""
-    for name in sorted(" ".join(name) for name in files._TensorsOnly.ALLOWED):
+    for name in sorted(" ".join(name) for name in pickles._TensorsOnly.ALLOWED):
         module, name = name.encode().split()
         with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
             given = b"c" + module + b"\n" + name + b"\n"
@@ -335,7 +335,7 @@ def test_a_pickle_changes_nothing_for_later_ones(tmp_path):
             archive.writestr("x/data.pkl", b"\x80\2" + changed)
         with pytest.raises(UserError):
             files.read(tmp_path / "x.pth")
-    for found in files._TensorsOnly.ALLOWED.values():
+    for found in pickles._TensorsOnly.ALLOWED.values():
         assert getattr(found, "__defaults__", None) is None
 
 

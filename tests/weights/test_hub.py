@@ -16,7 +16,7 @@ import pytest
 
 from flax_cnns import network
 from flax_cnns.errors import UserError
-from flax_cnns.registry import FAMILIES
+from flax_cnns.models.registry import FAMILIES
 from flax_cnns.weights import hub, published
 
 WEIGHTS = np.arange(1000, dtype=np.uint8).tobytes()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import flax_cnns
-from flax_cnns import pytree
-from flax_cnns.checkpoint import finding, foreign, reading, sources
+from flax_cnns import tree as pytree
+from flax_cnns.checkpoint import finding, reading
+from flax_cnns.checkpoint.graft import sources
 from flax_cnns.errors import UserError
+from flax_cnns.interop import convert as foreign
 from flax_cnns.weights import convert, files, hub, load_weights
 from tests.models import cases
 from tests.test_scripts import finish

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_cnns import registry
 from flax_cnns.errors import UserError
+from flax_cnns.models import registry
 from flax_cnns.weights import preprocessing
 from flax_cnns.weights.preprocessing import Preprocessing, imagenet_classes
 from tests.models import foreign

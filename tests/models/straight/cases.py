@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_cnns import create_model, init_variables, pytree
+from flax_cnns import create_model, init_variables
+from flax_cnns import tree as pytree
 from flax_cnns.models.lenet import rbf_codes
 from flax_cnns.models.sparse_densenet import farthest_and_nearest
 from tests.models import foreign

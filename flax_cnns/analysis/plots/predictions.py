@@ -1,0 +1,75 @@
+"""Photographs with what a network says of them, as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from flax_cnns.analysis.plots.curves import save_picture, shorten
+
+MOST = 40  # photos in one picture
+BARS = 15  # classes of a photo
+BLUE, PALE = "#0072B2", "#A6CBE3"  # the first class, the others
+
+
+def draw_predictions(
+    photos: Sequence[tuple[str, Image.Image, tuple[float, float, float, float]]],
+    guesses: Sequence[Sequence[tuple[str, float]]],
+    png: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """Draws each photo beside its likeliest classes as bars; photos above `MOST` and classes above
+    `BARS` are left out.
+
+    A photo is (name, image, box that the network sees); its guesses are (class, probability), the
+    likeliest first. Raises `UserError` where the picture cannot be written.
+    """
+    photos, guesses = photos[:MOST], [guessed[:BARS] for guessed in guesses[:MOST]]
+    columns = 1 if len(photos) <= 4 else 2
+    rows = -(-len(photos) // columns)
+    height = max(2.5, 0.26 * max(map(len, guesses), default=0))
+    figure = Figure(figsize=(7.6 * columns, height * rows + 0.4), layout="constrained")
+    if title:
+        figure.suptitle(shorten(title, 80 * columns))
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.1] * columns)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    pairs = grid.reshape(-1, 2)  # row by row
+    for (left, right), (name, image, box), guessed in zip(pairs, photos, guesses):
+        _photo(left, name, image, box)
+        _bars(right, guessed)
+    save_picture(figure, png)
+
+
+def _photo(axes, name: str, image: Image.Image, box: tuple[float, float, float, float]) -> None:
+    """What the network does not see is pale."""
+    width, height = image.size
+    small = image.convert("RGB")
+    small.thumbnail((480, 480))
+    edges = (0, width, height, 0)  # in the photo's own pixels, as the box is
+    axes.imshow(np.asarray(small), extent=edges, alpha=0.35)
+    seen = axes.imshow(np.asarray(small), extent=edges)
+    left, top, right, bottom = box
+    seen.set_clip_path(Rectangle((left, top), right - left, bottom - top, transform=axes.transData))
+    axes.set_title(shorten(name, 44), fontsize=9)
+
+
+def _bars(axes, guessed: Sequence[tuple[str, float]]) -> None:
+    axes.set_axis_on()
+    shares = [share for _, share in guessed]
+    places = range(len(guessed))
+    axes.barh(places, shares, color=[BLUE] + [PALE] * (len(guessed) - 1), height=0.62)
+    for place, share in zip(places, shares):
+        axes.text(share + 0.015, place, f"{share:.1%}", va="center", fontsize=9)
+    names = [shorten(name, 26) for name, _ in guessed]
+    axes.set_yticks(places, names, fontsize=9)
+    axes.set_ylim(max(len(guessed), 3) - 0.5, -0.5)  # the likeliest on top
+    axes.set_xlim(0, 1.18)  # room for the number of a full bar
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -1,0 +1,1 @@
+"""ONE run: its directory, its parts, training, evaluation, prediction, its tables."""

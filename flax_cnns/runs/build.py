@@ -1,0 +1,232 @@
+"""A config -> the objects of a run: network, data, steps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from flax_cnns import tree as pytree
+from flax_cnns.data import augment, datasets, mix, pipeline
+from flax_cnns.errors import UserError
+from flax_cnns.evaluation.exact import evaluate
+from flax_cnns.models import registry
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runtime import launch
+from flax_cnns.train import dropout, loop, optimizers, parallel, schedules, steps
+from flax_cnns.train.state import TrainState
+from flax_cnns.types import Array, PyTree
+
+
+class Parts(NamedTuple):
+    """What a config means: everything that training and evaluation need, nothing trained yet."""
+
+    config: Any
+    model: Any
+    dataset: datasets.Dataset
+    mesh: Any
+    eval_step: Callable[[PyTree, Any, Any], dict[str, Array]]
+
+    @property
+    def mode(self) -> str:
+        return self.config.train.parallel
+
+    def shard(self, batch: dict[str, Any]) -> Any:
+        return parallel.shard_batch(batch, self.mesh, self.mode)
+
+    def evaluate(
+        self,
+        variables: PyTree,
+        split: str,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """Sums over a split, every example once; the variables named or stacked."""
+        variables = self.for_steps(variables)
+        batches = pipeline.eval_batches(
+            self.dataset,
+            split,
+            self.config.data,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with contextlib.closing(loop.prefetch(map(self.shard, batches))) as sharded:
+            sums = evaluate(self.eval_step, variables, sharded, should_stop=should_stop)
+        if not sums.get("count"):
+            raise UserError(
+                f"{self.dataset.name}: no image of the {split} split could be decoded, so that "
+                "there is nothing to evaluate; mend the images, and the same command goes on with"
+                " --accept-changed-data"
+            )
+        return sums
+
+    def for_steps(self, variables: PyTree) -> PyTree:
+        """As training and evaluation steps take them: stacked for a network that scans. All others
+        (checkpoints, grafting, whoever asks for variables) have every block under its name."""
+        scans = getattr(self.model, "scan", False)
+        return pytree.stack_blocks(variables) if scans else variables
+
+    def fresh_variables(self) -> PyTree:
+        """Named, initialised on one device from the seed alone: equal for any number of devices."""
+        height, width, channels = self.dataset.image_shape
+        shape = (1, height, width, channels)
+        return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
+
+
+def model_fields(config: Any) -> dict[str, Any]:
+    """`config.model` as `create_model` takes it; fields that some networks lack only where set."""
+    if "input_size" in config.model:
+        raise UserError(
+            "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
+        )
+    optional = ("num_classes", "init", "scan", "remat")
+    fields = {name: v for name, v in config.model.items() if v or name not in optional}
+    if config.train.sync_batchnorm:
+        fields["axis_name"] = "batch"
+    return fields
+
+
+def make_model(config: Any, dataset: datasets.Dataset) -> Any:
+    """The network of a run: as many classes as the data set has, unless the config says more."""
+    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
+    if fields["num_classes"] < dataset.num_classes:
+        raise UserError(
+            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
+            f"which has {dataset.num_classes}; 0 takes the data set's"
+        )
+    return registry.create_model(**fields, input_size=dataset.image_shape)
+
+
+def assemble(config: Any, *, confusion: bool = False, begun: bool = False) -> Parts:
+    """Loads the data and builds network, mesh and evaluation step. `begun`: as `datasets.load` has
+    it. Raises `UserError`."""
+    registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
+    mesh = parallel.make_mesh()
+    parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
+    parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
+    dataset = datasets.load(config.data, begun=begun)
+    model = make_model(config, dataset)
+    eval_step = steps.make_eval_step(
+        model.apply,
+        normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
+        num_classes=model.num_classes,
+        confusion=confusion,
+    )
+    eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
+    return Parts(config, model, dataset, mesh, eval_step)
+
+
+def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedules.Schedule]]:
+    """`config.train.aux_weight` as rules (regex of the head's name, schedule of the step)."""
+
+    def schedule(weight: Any) -> schedules.Schedule:
+        if isinstance(weight, (int, float)):
+            return schedules.constant(float(weight))
+        what = "train.aux_weight"
+        points = [(schedules.steps(at, steps_per_epoch, what=what), w) for at, w in weight]
+        return schedules.corners(points)
+
+    spec = tuple(config.train.aux_weight) or (0.0,)
+    is_rule = not isinstance(spec[0], (int, float)) and isinstance(spec[0][0], str)
+    if not is_rule:  # one weight for every head
+        spec = ((".*", spec[0]),)
+    return [(pattern, schedule(weight)) for pattern, weight in spec]
+
+
+def make_augment(parts: Parts) -> steps.Augment:
+    dataset = parts.dataset
+    return augment.make_augment(
+        parts.config.data.augment,
+        image_shape=dataset.image_shape,
+        mean=dataset.mean,
+        std=dataset.std,
+        covariance=dataset.covariance,
+        cropped=not dataset.in_memory,  # by the loader
+    )
+
+
+def augment_and_mix(parts: Parts) -> dict[str, Callable]:
+    """What the step does; images from a loader that augments are left as they come."""
+    augment_images = make_augment(parts)
+    if parts.config.data.augment.where == "loader":
+        augment_images = lambda images, keys: images  # noqa: E731
+    return {
+        "augment": augment_images,
+        "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
+    }
+
+
+def run_key(config: Any) -> Array:
+    """The key of all that is random in training, another than that of the initialisation."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
+
+
+def train_batches(parts: Parts, start: int = 0) -> Iterator[Any]:
+    """What the training step takes, from step `start` on, without end: batches on the devices, the
+    images augmented where the config has the loader do it. To be closed."""
+    config = parts.config
+    batches = pipeline.train_batches(
+        parts.dataset,
+        config.data,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with contextlib.closing(batches):
+        if config.data.augment.where == "loader":
+            first = jax.process_index() * (config.data.batch_size // jax.process_count())
+            augmented = steps.make_loader_augment(
+                make_augment(parts), lambda: run_key(config), first=first
+            )
+            batches = map(augmented, batches, itertools.count(start))
+        yield from map(parts.shard, batches)
+
+
+def dropout_rates(parts: Parts, params: PyTree) -> dict[str, float]:
+    shape = (1, *parts.dataset.image_shape)
+    return dropout.layer_rates(parts.config.train.dropout, parts.model, shape, params)
+
+
+def make_train_step(
+    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    config = parts.config
+    rates = dropout_rates(parts, optimizer.trainable)
+    step = steps.make_train_step(
+        dropout.dropping(parts.model.apply, rates, config.train.dropout_mode),
+        optimizer,
+        **augment_and_mix(parts),
+        aux_weights=aux_weights(config, steps_per_epoch),
+        ema_decay=config.train.ema,
+        ema_warmup=config.train.ema_warmup,
+        accumulate=config.train.accumulate,
+    )
+    return parallel.parallelize(step, parts.mesh, mode=config.train.parallel)
+
+
+def start_jax(config: Any) -> None:
+    """Before JAX's first operation: its flags, and the other processes."""
+    if config.train.deterministic:
+        flag = "--xla_gpu_deterministic_ops=true"
+        if flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    launch.initialize()
+
+
+def check_data(
+    workdir: pathlib.Path, dataset: datasets.Dataset, accept: bool
+) -> dict[str, Any] | None:
+    """The change of a run's data that is accepted, if there is one. Raises `UserError`."""
+    launch.check_same(
+        json.dumps(dataset.fingerprint, sort_keys=True),
+        what="the data",
+        cure="all must read the same files",
+    )
+    quiet = jax.process_index() > 0
+    return workdirs.check_data(workdir, dataset.seen, accept=accept, quiet=quiet)

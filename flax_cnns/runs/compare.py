@@ -1,0 +1,146 @@
+"""Runs beside each other: in what their configs differ, where they ended, and their curves."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.table import Table
+
+from flax_cnns import config as configs
+from flax_cnns.analysis.plots.curves import PANELS, make_room, save_picture, shorten
+from flax_cnns.runs import record as records
+from flax_cnns.runs.record import Record
+
+# Okabe and Ito's colours; from the ninth run on the lines differ by their dashes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#999999")
+DASHES = ("-", "--", "-.", ":")
+LEGEND = 40  # runs in one column of the legend
+
+
+def read(runs: Sequence[str | os.PathLike]) -> dict[str, Record]:
+    """{name: run}, each once; names are the paths without what they share. Raises `UserError` where
+    one is no run, or is damaged."""
+    paths = list(dict.fromkeys(pathlib.Path(run).resolve() for run in runs))
+    found = [records.read(path) for path in paths]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return {os.path.relpath(path, shared): record for path, record in zip(paths, found)}
+
+
+def config_table(runs: Mapping[str, Record]) -> Table | None:
+    """The fields in which the configs differ, or the runs, whichever are more, as lines; None where
+    the configs are the same."""
+    flat = [configs.flatten(configs.plain(record.config)) for record in runs.values()]
+    absent = object()
+    found = {name: [of.get(name, absent) for of in flat] for name in sorted(set().union(*flat))}
+    found = {name: v for name, v in found.items() if any(value != v[0] for value in v)}
+    if not found:
+        return None
+    cells = [["absent" if v is absent else repr(v) for v in values] for values in found.values()]
+    fields, names = list(found), list(runs)
+    corner = "field"
+    if len(names) > len(fields):
+        corner, fields, names, cells = "run", names, fields, list(zip(*cells))
+    table = Table(title="configs: what differs")
+    for column in (corner, *names):
+        table.add_column(column, overflow="fold")
+    for name, values in zip(fields, cells):
+        table.add_row(name, *values)
+    return table
+
+
+def result_table(runs: Mapping[str, Record]) -> Table:
+    """Where each run ended, or stands."""
+    table = Table(title="results")
+    columns = ("run", "", "step", "validation, %", "best", "test, %", "test loss", "train − test")
+    for column in (*columns, "s per step", "time, s"):
+        table.add_column(column, justify="left" if column in ("run", "") else "right")
+    for name, record in runs.items():
+        validated = record.series("validation/accuracy")[1]
+        test, fit = record.last("test/accuracy"), record.last("fit/accuracy")
+        table.add_row(
+            name,
+            "complete" if record.complete else "unfinished",
+            f"{record.step:,}",
+            _percent(record.last("validation/accuracy")),
+            _percent(np.nanmax(validated) if np.isfinite(validated).any() else None),
+            _percent(test),
+            _say(record.last("test/loss"), ".4g"),
+            _percent(None if test is None or fit is None else fit - test),
+            _say(record.seconds_per_step, ".3g"),
+            _say(record.seconds, ".0f"),
+        )
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return _say(None if share is None else 100 * share, ".2f")
+
+
+def _say(value: Any, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
+    """Loss, accuracy and learning rate: a colour for each run, validation strong, training thin,
+    the test a star. Against the steps, or where batch sizes differ the images seen. Raises
+    `UserError` where it cannot be written."""
+    sizes = {record.config.data.batch_size for record in runs.values()}
+    across = "step" if len(sizes) == 1 else "images seen"
+    columns = -(-len(runs) // LEGEND)  # of the legend
+    height = 4.0 + 0.14 * max(min(len(runs), LEGEND) - 12, 0)
+    figure = Figure(figsize=(14 + 3 * (columns - 1), height), layout="constrained")
+    panels = figure.subplots(1, len(PANELS))
+    styles = _styles(len(runs))
+    for axes, panel in zip(panels, PANELS):
+        for style, record in zip(styles, runs.values()):
+            _run(axes, panel, record, style, record.config.data.batch_size if len(sizes) > 1 else 1)
+        axes.set(title=panel.replace("_", " "), xlabel=across)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        make_room(axes)
+        if not any(len(line.get_xdata()) for line in axes.get_lines()):
+            axes.set(xticks=[], yticks=[])  # numbers would mean nothing
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")
+    lines = {}
+    for style, (name, record) in zip(styles, runs.items()):
+        label = shorten(name, 40) + ("" if record.complete else " (unfinished)")
+        lines[name] = label, panels[0].plot([], [], **style)[0]
+    # Passed here: matplotlib ignores a label that begins with "_".
+    labels, handles = zip(*lines.values())
+    figure.legend(
+        handles, labels, loc="outside right center", frameon=False, fontsize="small", ncols=columns
+    )
+    figure.suptitle("strong: validation; thin: training; star: test", fontsize="medium")
+    save_picture(figure, png)
+
+
+def _styles(runs: int) -> list[dict[str, Any]]:
+    """A style for each run; hundreds of colors can only be told apart by their order."""
+    if runs <= len(COLOURS) * len(DASHES):
+        return [dict(color=COLOURS[i % 8], linestyle=DASHES[i // 8]) for i in range(runs)]
+    turbo = colormaps["turbo"]
+    return [dict(color=turbo(i / (runs - 1)), linestyle=DASHES[i % 4]) for i in range(runs)]
+
+
+def _run(axes: Axes, panel: str, record: Record, style: dict[str, Any], scale: int) -> None:
+    if panel == "learning_rate":
+        steps, rates = record.series(panel)
+        axes.plot(steps * scale, rates, marker="." if len(steps) < 2 else "", **style)
+        return
+    for split, how in (
+        ("train", dict(linewidth=0.8, alpha=0.5)),
+        ("validation", dict(linewidth=1.8)),
+    ):
+        steps, values = record.series(f"{split}/{panel}")
+        axes.plot(steps * scale, values, marker="." if len(steps) < 2 else "", **how, **style)
+    steps, values = record.series(f"test/{panel}")
+    axes.plot(steps * scale, values, "*", color=style["color"], markersize=11)

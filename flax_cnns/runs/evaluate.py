@@ -1,0 +1,121 @@
+"""A finished run: its variables, and its evaluation on a split."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import jax
+
+from flax_cnns import config as configs
+from flax_cnns.analysis.plots import confusion as confusion_plot
+from flax_cnns.checkpoint import finding, reading
+from flax_cnns.data import datasets
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.evaluation.exact import per_class, summarize
+from flax_cnns.runs import tables
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.build import Parts, assemble, check_data, start_jax
+from flax_cnns.runtime import output
+from flax_cnns.types import PyTree
+
+
+def head_names(dataset: datasets.Dataset, width: int) -> list[str]:
+    """The classes in words; a head may be wider than the data set."""
+    return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
+
+
+def load_variables(
+    parts: Parts, workdir: str | os.PathLike, checkpoint: str = ""
+) -> tuple[PyTree, finding.Chosen]:
+    """(variables, the checkpoint that was taken) of a run as it evaluates them: its averaged
+    weights where it has some. Every block has its name, whether the run scans or not.
+
+    `checkpoint`: best, latest, a step, or "" (`finding.choose_step`). Only what is asked for is
+    read. Raises `UserError`.
+    """
+    source = finding.arrays_of(workdir, checkpoint)
+    sharding = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(parts.fresh_variables),
+    )
+    if parts.config.train.ema > 0:
+        variables = reading.read_tree(source, {"ema": target})["ema"]
+    else:
+        variables = reading.read_tree(source, target)
+    return variables, finding.choose_step(workdir, checkpoint)
+
+
+@output.safe()
+def evaluate_run(
+    workdir: str | os.PathLike,
+    *,
+    split: str = "test",
+    checkpoint: str = "",
+    accept_changed_data: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
+    into its directory. Returns the content of the former.
+
+    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name it instead. RUN alone is
+    the checkpoint that was tested for its summary.json; in an unfinished run, the latest. Raises
+    `UserError` if there is no such run, split or checkpoint, or if the data changed since the run
+    began; with `accept_changed_data` both fingerprints go into the file instead.
+    """
+    workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
+    config = workdirs.read_config(workdir)
+    configs.validate(config)
+    found = configs.doubts(config)
+    start_jax(config)
+    try:
+        parts = assemble(config, confusion=True, begun=True)
+    except UserError as error:
+        there = config.data.dir
+        if not there or os.path.exists(os.path.expanduser(there)):
+            raise
+        cure = "if the data moved, start the run's own command with their new data.dir first"
+        raise UserError(f"{error}; {cure}") from None
+    if found and jax.process_index() == 0:
+        print(configs.note(workdir, found))
+    dataset = parts.dataset
+    change = check_data(workdir, dataset, accept_changed_data)
+    if split not in dataset.splits:
+        raise UserError(
+            f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
+        )
+    variables, (step, why) = load_variables(parts, workdir, checkpoint)
+    sums = parts.evaluate(variables, split)
+    confusion = sums["confusion"]
+    classes = per_class(confusion)
+    names = head_names(dataset, len(confusion))
+    found = {
+        "split": split,
+        "step": step,
+        "checkpoint": why,
+        "examples": int(sums["count"]),
+        **summarize(sums),
+        "classes": [
+            {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
+            for name, n, r, p in zip(
+                names, classes["count"], classes["recall"], classes["precision"]
+            )
+        ],
+        "confusion": confusion.astype(int).tolist(),
+        **({"changed_data": change} if change else {}),
+    }
+    if jax.process_index() > 0:
+        return found
+    if not change:
+        workdirs.add_fingerprint(workdir, dataset.as_dict())
+    name = f"evaluation_{split}_{step}"
+    workdirs.write_json(workdir / f"{name}.json", found)
+    confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
+    tables.print_evaluation(found)
+    print(f"written to {workdir}: {name}.json, {name}.png")
+    return found
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Processes: starting several, leaving in time, what they print and compile."""

@@ -1,0 +1,1 @@
+"""MANY runs: ablations, fine-tuning, searches."""

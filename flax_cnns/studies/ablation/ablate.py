@@ -1,0 +1,392 @@
+"""Ablations: rows, each a change to one config, trained with several seeds and compared.
+
+A row is a name and overrides, `("mixup", {"mix.mixup": 0.2})`; the first is the baseline. A cell is
+a row with a seed: a run (`flax_cnns.run`) in a directory and a process of its own. Seed s adds s to
+`config.seed` in every row, so that rows are paired: the same first values where shapes agree, the
+same order of the images, the same augmentation, the same split.
+
+ablation.json     the config, the baseline's name, the number of seeds, rows with their overrides
+ROW/seedS/        the run
+ROW/seedS.json    {"status": complete, failed, diverged or interrupted, "attempts", "error" (one
+                  line), "seconds" (of the attempts whose end was seen)}; a cell that runs is
+                  interrupted till it ends
+ROW/seedS.txt     what it printed
+
+Started again, what is complete is skipped, what was cut goes on, and what failed is tried again.
+What diverged would diverge again, to the bit: it stays as it is until its directory is removed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, NamedTuple
+
+from ml_collections import ConfigDict
+from rich import progress as bars
+from rich.console import Console
+
+from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.errors import UserError
+from flax_cnns.names import make_console
+from flax_cnns.runs import child
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runtime import launch, output
+from flax_cnns.studies.ablation import forecast, plan
+from flax_cnns.studies.ablation.forecast import Size
+from flax_cnns.studies.ablation.plan import Cell
+
+# ---------------------------------------------------------------------------- the work
+
+
+def work(
+    cells: Sequence[Cell],
+    shares: Sequence[child.Share],
+    sizes: Mapping[str, Size],
+    *,
+    accept_changed_data: bool = False,
+    console: Console | None = None,
+) -> dict[str, int]:
+    """Runs the cells that are not done, one on each share of the machine, and returns how many of
+    all have which status. A cell that fails is tried twice. A cell that began with other data is
+    renamed and runs again; with `accept_changed_data` it is kept.
+
+    A cell that another process runs (another start of the same ablation, or what a killed one left
+    behind and still saves) is waited for.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
+    second signal they are killed. After SIGINT (Ctrl-C) this function ends with KeyboardInterrupt.
+    """
+    for cell in cells:  # complete, but nobody was there to write it
+        if (known := cell.read())["status"] == "complete":
+            cell.write(known)
+    console = console or make_console()
+    _set_aside_changed_data(cells, sizes, accept_changed_data, console)
+    with _Signals() as signals, _Board(cells, sizes, len(shares), console) as board:
+        try:
+            _Crew(cells, shares, signals, board, accept_changed_data).go()
+        finally:
+            board.show()
+    if signals.interrupted:
+        raise KeyboardInterrupt("interrupted; the same command goes on")
+    return dict(collections.Counter(cell.read()["status"] for cell in cells))
+
+
+def _set_aside_changed_data(
+    cells: Sequence[Cell], sizes: Mapping[str, Size], accept: bool, console: Console
+) -> None:
+    """Renames the cells that began with other data, so that they run again. With `accept` they
+    stay, and the change is recorded. Prints a line for each."""
+    for cell in cells:
+        data = sizes[cell.row.name].data if cell.row.name in sizes else None
+        if data is None or not workdirs.has_begun(cell.workdir):
+            continue
+        # None: another start of this ablation runs the cell, and has compared its data.
+        if (out := child.claim(cell.log)) is None:
+            continue
+        with out:
+            if not (differs := workdirs.data_differences(cell.workdir, data)):
+                if facts := workdirs.read_facts(cell.workdir):
+                    workdirs.add_fingerprint(cell.workdir, {"fingerprint": data.fingerprint})
+                if "fingerprint" in facts:
+                    workdirs.move_data(cell.workdir, cell.config.data.dir)
+                continue
+            said = f"{cell.name}: its data changed: {fingerprints.shorten(differs)}; "
+            if not accept:
+                said += f"it is renamed to {workdirs.set_aside(cell.workdir)} and runs again"
+                cell.forget()
+            else:
+                said += "it is kept, as --accept-changed-data asks"
+                if cell.read()["status"] == "complete":  # no child process will record it
+                    change = workdirs.check_data(cell.workdir, data, accept=True, quiet=True)
+                    workdirs.accept_change(cell.workdir, change)
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Signals:
+    """Counts those that ask to leave."""
+
+    def __init__(self) -> None:
+        self.asked, self.interrupted, self._old = 0, False, {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGTERM, signal.SIGUSR1]
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
+                numbers.append(signal.SIGINT)
+            self._old = {number: signal.signal(number, self._count) for number in numbers}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, _: Any) -> None:
+        self.asked += 1
+        self.interrupted |= number == signal.SIGINT
+
+
+class _Running(NamedTuple):
+    cell: Cell
+    share: child.Share
+    process: Any
+    said: int  # bytes of the log before
+    began: float
+    known: dict[str, Any]  # of the cell before
+
+
+class _Crew:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        shares: Sequence[child.Share],
+        signals: _Signals,
+        board: _Board,
+        accept: bool,
+    ):
+        self.waiting = collections.deque(c for c in cells if not plan.done(c.read()["status"]))
+        self.free, self.signals, self.board = list(shares), signals, board
+        self.accept = accept
+        self.running: list[_Running] = []
+        self.elsewhere: set[str] = set()  # names of cells that another process runs
+        self.look = 0.0  # when to look for more to start, and to show the time that is left
+        self.tries: collections.Counter = collections.Counter()
+        self.told = 0  # of the signals, so many
+
+    def go(self) -> None:
+        try:
+            while self.running or (self.waiting and not self.signals.asked):
+                if time.monotonic() > self.look:
+                    self._begin()
+                    self.board.show(self.running, self.waiting)
+                    self.look = time.monotonic() + 1
+                time.sleep(0.05)
+                self._pass_on()
+                for one in list(self.running):
+                    if one.process.poll() is not None:
+                        self._end(one)
+        finally:
+            for one in self.running:  # only after a fault of ours
+                one.process.terminate()
+
+    def _begin(self) -> None:
+        """Starts as many cells as there is room for; those that another start of this ablation
+        runs, or the last one's children that still save, are left for later."""
+        for cell in list(self.waiting):
+            if not self.free or self.signals.asked:
+                return
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            if (out := child.claim(cell.log)) is None:
+                if cell.name not in self.elsewhere:
+                    self.board.say(f"{cell.name}: another process runs it")
+                self.elsewhere.add(cell.name)
+                continue
+            with out:
+                self.waiting.remove(cell)
+                if not plan.done(cell.read()["status"]):
+                    self._start(cell, self.free.pop(0), out)
+
+    def _start(self, cell: Cell, share: child.Share, out: IO[bytes]) -> None:
+        known = cell.read()
+        self.tries[cell.name] += 1
+        known |= {"status": "interrupted", "attempts": known["attempts"] + 1, "error": ""}
+        cell.write(known)  # so it is, should nobody be there to write how it ended
+        said = out.tell()
+        accept = dict(accept_changed_data=self.accept)
+        process = child.start(cell.config, cell.workdir, out, share, **accept)
+        self.running.append(_Running(cell, share, process, said, time.monotonic(), known))
+
+    def _pass_on(self) -> None:
+        if self.told == self.signals.asked:
+            return
+        if not self.told:
+            self.board.say("asked to stop: what runs saves and leaves; asked again, it is killed")
+        for one in self.running:
+            one.process.send_signal(signal.SIGKILL if self.told else signal.SIGTERM)
+        self.told = self.signals.asked
+
+    def _end(self, one: _Running) -> None:
+        self.running.remove(one)
+        self.free.append(one.share)
+        self.look = 0.0
+        with contextlib.suppress(BrokenPipeError):  # it ended before it had read its job
+            one.process.stdin.close()
+        code, cell = one.process.returncode, one.cell
+        found = child.outcome(code, cell.log, one.said)
+        if self.told and code == -signal.SIGKILL:  # we did
+            found = child.Outcome("interrupted")
+        seconds = one.known["seconds"] + time.monotonic() - one.began
+        ended = {"status": found.status, "error": found.error, "seconds": round(seconds, 3)}
+        cell.write(one.known | ended)
+        again = found.again and self.tries[cell.name] == 1
+        if again:
+            self.waiting.appendleft(cell)
+        eta = self.board.show(self.running, self.waiting)
+        self.board.ended(cell, found, time.monotonic() - one.began, again, eta)
+
+
+class _Board:
+    """Shows how far all cells are: a bar on a terminal, and a line for each that ends."""
+
+    def __init__(
+        self, cells: Sequence[Cell], sizes: Mapping[str, Size], jobs: int, console: Console
+    ):
+        self.cells, self.sizes, self.jobs, self.console = cells, sizes, jobs, console
+        self.bar = bars.Progress(
+            bars.TextColumn("{task.completed:.0f}/{task.total:.0f} cells"),
+            bars.BarColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("{task.fields[eta]}  {task.fields[running]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> _Board:
+        self.bar.start()
+        self.task = self.bar.add_task("", total=len(self.cells), eta="", running="")
+        self.show()
+        if skipped := self._done():
+            self.say(f"{skipped} of {len(self.cells)} cells are done already")
+        for cell in self.cells:
+            if cell.read()["status"] == "diverged":
+                self.say(f"{cell.name} diverged before; remove {cell.workdir} to try it again")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    def _done(self) -> int:
+        return sum(plan.done(cell.read()["status"]) for cell in self.cells)
+
+    def _eta(self, running: Iterable[_Running], waiting: Iterable[Cell]) -> str:
+        if not (seconds := forecast.estimate(self.sizes, self.cells)):
+            return ""
+        now = time.monotonic()
+        each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
+        waiting = [cell for cell in waiting if not plan.done(cell.read()["status"])]
+        remaining = forecast.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
+        return f"ETA {plan.duration(remaining)}" if remaining else ""
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, running: Sequence[_Running] = (), waiting: Iterable[Cell] = ()) -> str:
+        """Returns the ETA."""
+        names, eta = "; ".join(one.cell.name for one in running), self._eta(running, waiting)
+        self.bar.update(self.task, completed=self._done(), eta=eta, running=names)
+        return eta
+
+    def ended(
+        self, cell: Cell, found: child.Outcome, seconds: float, again: bool, eta: str
+    ) -> None:
+        said = f"{self._done()}/{len(self.cells)}  {cell.name}: {found.status}"
+        if found.status == "complete":
+            accuracy = workdirs.read_json(cell.workdir / "summary.json").get("test/accuracy")
+            said += f", {accuracy:.2%} test" if accuracy is not None else ""
+        said += f", {plan.duration(seconds)}"
+        said += f", {found.error}" if found.error else ""
+        said += "; once more" if again else ""
+        said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""
+        self.say(f"{said}  {eta}" if eta else said)
+
+
+# ---------------------------------------------------------------------------- from plan to report
+
+
+@output.safe()
+def ablate(
+    config: ConfigDict,
+    sweep: Iterable[tuple[str, Mapping[str, Any]]],
+    folder: str | os.PathLike,
+    *,
+    seeds: int = 3,
+    jobs: int | None = None,
+    index: int | None = None,
+    rows: Sequence[str] = (),
+    interval: str = "t",
+    accept_changed_data: bool = False,
+) -> dict[str, int]:
+    """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
+    `index`; then writes the report. Returns how many cells have which status.
+
+    `jobs`: so many at once; see `isolated.shares`. `interval`: see `ablation_report.write`.
+    `accept_changed_data`: see `work`. Raises `UserError` before anything runs for what a run would
+    refuse before its first step, and KeyboardInterrupt after Ctrl-C, once the cells that ran have
+    saved.
+    """
+    _check_alone()
+    workdirs.check_place(folder)
+    made = plan.make_rows(config, sweep, folder)
+    cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
+    sizes = forecast.measure(cells)
+    shares = child.shares(jobs)
+    plan.record(folder, config, made, seeds, rows)
+    interrupt = None
+    try:
+        found = work(cells, shares, sizes, accept_changed_data=accept_changed_data)
+    except KeyboardInterrupt as error:
+        interrupt = error
+    # Of an array's tasks the last one writes it.
+    states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
+    if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
+        report(folder, interval=interval)
+    if interrupt is not None:
+        raise interrupt
+    return found
+
+
+def show_plan(
+    config: ConfigDict,
+    sweep: Iterable[tuple[str, Mapping[str, Any]]],
+    folder: str | os.PathLike,
+    *,
+    seeds: int = 3,
+    jobs: int | None = None,
+    index: int | None = None,
+    rows: Sequence[str] = (),
+) -> None:
+    """Prints what `ablate` would do, and what it will take; writes nothing."""
+    workdirs.check_place(folder)
+    made = plan.make_rows(config, sweep, folder)
+    cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
+    sizes = forecast.measure(cells)
+    shares = child.shares(jobs)
+    seconds, source = forecast.forecast(cells, sizes, shares[0])
+    console = make_console(width=max(100, make_console().width))
+    console.print(forecast.plan_table(cells, sizes, seconds))
+    waiting = [seconds[c.row.name] for c in cells if not plan.done(c.read()["status"])]
+    for cell in cells:
+        if differs := workdirs.data_differences(cell.workdir, sizes[cell.row.name].data):
+            differs = fingerprints.shorten(differs)
+            print(f"{cell.name}: its data changed: {differs}; it will run again")
+    print(
+        f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
+        f"{plan.duration(forecast.left(waiting, len(shares)))} left: told {source}"
+    )
+
+
+def report(folder: str | os.PathLike, *, interval: str = "t") -> None:
+    """Writes the report of what is complete, and says where it is. Raises `UserError`."""
+    folder = pathlib.Path(folder)
+    if not (folder / "ablation.json").is_file():
+        raise UserError(f"{folder}: no ablation here (ablation.json is missing)")
+    from flax_cnns.studies.ablation import report as ablation_report
+
+    with plan.alone(folder):
+        paths = ablation_report.write(folder, interval=interval)
+    print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")
+
+
+def _check_alone() -> None:
+    several = launch.find_cluster(os.environ) in ("SLURM", "Open MPI", "Kubernetes")
+    if several or os.environ.get(launch.COORDINATOR):
+        raise UserError(
+            "an ablation is one process that starts others; start one alone, as by"
+            " srun --ntasks=1, or an array of them with --index"
+        )

@@ -1,0 +1,151 @@
+"""How long the cells of an ablation will take, and the table that shows it."""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from flax_cnns import config as configs
+from flax_cnns.analysis.cost import cost
+from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.errors import UserError
+from flax_cnns.runs import child
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.plan import rehearse
+from flax_cnns.studies.ablation.plan import Cell, Row, done, duration, recorded
+
+
+class Size(NamedTuple):
+    """Of a row's run."""
+
+    params: int
+    macs: int  # of one image
+    images: int  # that it is trained on, each as often as it is seen
+    data: fingerprints.Seen = fingerprints.Seen({})  # as it is now
+
+    @property
+    def work(self) -> float:
+        return float(self.macs) * self.images
+
+
+def measure(cells: Sequence[Cell]) -> dict[str, Size]:
+    """The sizes by row. Computes shapes only, and prints what the data sets hold.
+
+    Raises `UserError` for what a run would refuse before its first step: see `make_rows`."""
+    waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
+    sizes, sources, said = {}, {}, set()
+    recorded = recorded(cells[0].folder.parent if cells else None)
+    for row in {cell.row.name: cell.row for cell in cells}.values():
+        try:
+            begun = recorded.get(row.name) == row.overrides
+            needed = sources if row.name in waiting else None
+            parts, steps = rehearse(row.config, needed, begun=begun)
+        except UserError as error:
+            raise UserError(f"row {row.name}: {error}") from None
+        for line in parts.dataset.describe():
+            if line not in said:
+                print(line)
+                said.add(line)
+        found = cost(parts.model, (1, *parts.dataset.image_shape))
+        images = steps * row.config.data.batch_size
+        sizes[row.name] = Size(found.params, found.macs, images, parts.dataset.seen)
+    return sizes
+
+
+def estimate(sizes: Mapping[str, Size], cells: Iterable[Cell]) -> dict[str, float]:
+    """Seconds of a cell of each row: what its complete ones took, else what those of all rows took,
+    by MACs and images. {} where none is complete."""
+    seconds = collections.defaultdict(list)
+    for cell in cells:
+        known = cell.read()
+        if known["status"] == "complete" and known["seconds"] and cell.row.name in sizes:
+            seconds[cell.row.name].append(known["seconds"])
+    if not seconds:
+        return {}
+    work = sum(len(took) * sizes[name].work for name, took in seconds.items())
+    pace = sum(map(sum, seconds.values())) / work
+    return {
+        name: float(np.mean(seconds[name])) if name in seconds else pace * size.work
+        for name, size in sizes.items()
+    }
+
+
+TIMED = 20  # steps
+
+
+def time_steps(row: Row, share: child.Share) -> tuple[float, float]:
+    """(seconds of an image in training, seconds of everything else), by a run of a few steps."""
+    config = ConfigDict(row.config.to_dict())
+    config.schedule.update(dict(name="constant", warmup="0 steps"))
+    config.train.update(dict(duration=f"{TIMED} steps", eval_every="0 steps", early_stopping=0))
+    config.checkpoint.every = "0 steps"
+    config = configs.reset_inert(config)
+    with tempfile.TemporaryDirectory() as folder:
+        workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
+        began = time.perf_counter()
+        with child.claim(log) as out:
+            process = child.start(config, workdir, out, share)
+        try:
+            code = process.wait()
+        except BaseException:  # Ctrl-C does not reach its session
+            process.kill()
+            process.wait()
+            raise
+        seconds = time.perf_counter() - began
+        if code:
+            raise UserError(f"row {row.name}: {child.outcome(code, log).error}")
+        image = 1 / workdirs.read_json(workdir / "summary.json")["images_per_second"]
+    return image, max(0.0, seconds - TIMED * config.data.batch_size * image)
+
+
+def forecast(
+    cells: Sequence[Cell], sizes: Mapping[str, Size], share: child.Share
+) -> tuple[dict[str, float], str]:
+    """(seconds of a cell of each row, what that was told from). Where no cell is complete a few
+    steps of the first row are timed."""
+    if seconds := estimate(sizes, cells):
+        return seconds, "from complete cells; for a row that has none by MACs and images"
+    row = cells[0].row
+    image, rest = time_steps(row, share)
+    pace = image / max(sizes[row.name].macs, 1)
+    seconds = {name: rest + pace * size.work for name, size in sizes.items()}
+    return seconds, f"from {TIMED} steps of {row.name}, by MACs and images; validations left out"
+
+
+def plan_table(
+    cells: Sequence[Cell], sizes: Mapping[str, Size], seconds: Mapping[str, float]
+) -> Table:
+    """Rows with what they cost and how many of their cells are complete."""
+    table = Table()
+    for column in ("row", "parameters", "MACs", "images seen", "complete", "a cell", "left"):
+        table.add_column(column, justify="left" if column == "row" else "right")
+    done = count(cells)
+    for name, size in sizes.items():
+        left = (done[name, None] - done[name, "complete"]) * seconds[name]
+        counts = (f"{size.params:,}", f"{size.macs / 1e6:.2f} M", f"{size.images:,}")
+        complete = f"{done[name, 'complete']}/{done[name, None]}"
+        table.add_row(name, *counts, complete, duration(seconds[name]), duration(left))
+    return table
+
+
+def left(seconds: Iterable[float], jobs: int) -> float:
+    """Seconds until all are done, each begun in turn where one of so many is free."""
+    ends = [0.0] * jobs
+    for one in seconds:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends)
+
+
+def count(cells: Iterable[Cell]) -> collections.Counter:
+    """Of each row its cells, (name, None), and those of each status, (name, status)."""
+    keys = [(cell.row.name, status) for cell in cells for status in (None, cell.read()["status"])]
+    return collections.Counter(keys)

@@ -1,0 +1,208 @@
+"""What the strategies of fine-tuning reached (`flax_cnns.studies.finetune.compare`): tables, a picture, JSON."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from flax_cnns.analysis import statistics
+from flax_cnns.analysis.plots.curves import save_picture, shorten
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.studies.finetune.compare import Result
+
+# The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
+ADVICE = {
+    "similar": ("linear classifier on the top", "fine-tune a few layers"),
+    "dissimilar": ("linear classifiers on several stages", "fine-tune many layers"),
+}
+
+
+def _mean(values: Sequence[float]) -> str:
+    """ "81.2 ± 0.4": per cent, with the standard deviation where there is one."""
+    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def tables(result: Result) -> list[Table]:
+    """Two for each target, the second to scratch, and the lectures' two by two where validation
+    chose the best."""
+    found = []
+    for target in result.targets:
+        spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
+        table = Table(title=f"{target}: test accuracy in %{spread}")
+        table.add_column("strategy")
+        for fraction in result.fractions:
+            images = result.at(target, fraction, result.strategies[0])[0].images
+            table.add_column(f"{fraction:.4g} ({images:,} images)", justify="right")
+        table.add_column("training, s", justify="right")
+        for strategy in result.strategies:
+            cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
+            seconds = np.mean([r.seconds for cell in cells for r in cell])
+            row = [_mean([r.test for r in cell]) for cell in cells]
+            table.add_row(strategy, *row, f"{seconds:.1f}")
+        found.append(table)
+        if "scratch" in result.strategies and len(result.strategies) > 1 and result.seeds > 1:
+            found.append(_differences(result, target))
+    return [*found, _two_by_two(result)] if _validated(result) else found
+
+
+def _differences(result: Result, target: str) -> Table:
+    """Of each strategy to scratch; a seed's validation split and examples are the same in both."""
+    table = Table(title=f"{target}: difference to scratch in points, 95 % t interval over seeds")
+    table.add_column("strategy")
+    for fraction in result.fractions:
+        table.add_column(f"{fraction:.4g}", justify="right")
+
+    def accuracies(fraction: float, strategy: str) -> dict[int, float]:
+        return {r.seed: 100 * r.test for r in result.at(target, fraction, strategy)}
+
+    for strategy in result.strategies:
+        row = []
+        for fraction in result.fractions:
+            both = accuracies(fraction, strategy), accuracies(fraction, "scratch")
+            found = statistics.paired(*both).interval
+            ends = f" ({found.low:+.1f} to {found.high:+.1f})" if found.known else ""
+            row.append(f"{found.mean:+.1f}{ends}")
+        if strategy != "scratch":
+            table.add_row(strategy, *row)
+    return table
+
+
+def _two_by_two(result: Result) -> Table:
+    ends = tuple(dict.fromkeys((result.fractions[0], result.fractions[-1])))
+    table = Table(title="best by validation: test accuracy in %", show_lines=True)
+    table.add_column("target")
+    for fraction in ends:
+        table.add_column(f"{fraction:.4g} of the training examples")
+    for target in result.targets:
+        cells = []
+        for i, fraction in enumerate(ends):
+            best = best_strategy(result, target, fraction)
+            lines = [f"{best} {_mean([r.test for r in result.at(target, fraction, best)])}"]
+            if "scratch" in result.strategies and best != "scratch":
+                lines += [
+                    f"scratch {_mean([r.test for r in result.at(target, fraction, 'scratch')])}"
+                ]
+            if target in ADVICE and len(ends) == 2:
+                lines += [f"the lectures: {ADVICE[target][i]}"]
+            cells.append("\n".join(lines))
+        table.add_row(target, *cells)
+    return table
+
+
+def _validated(result: Result) -> bool:
+    return all(record.validation is not None for record in result.records)
+
+
+def best_strategy(result: Result, target: str, fraction: float) -> str:
+    """By the mean validation accuracy; of equal ones the first."""
+
+    def accuracy(strategy: str) -> float:
+        return np.mean([r.validation for r in result.at(target, fraction, strategy)])
+
+    return max(result.strategies, key=accuracy)
+
+
+def speed(result: Result) -> list[str]:
+    """How much sooner than by `linear` the classifier is there by `features`, for each fraction."""
+    if not {"linear", "features"} <= set(result.strategies):
+        return []
+    lines = []
+    for fraction in result.fractions:
+        seconds = [
+            np.mean([r.seconds for t in result.targets for r in result.at(t, fraction, strategy)])
+            for strategy in ("linear", "features")
+        ]
+        lines.append(
+            f"{fraction:g} of the examples: features {seconds[1]:.2f} s, linear {seconds[0]:.2f} s,"
+            f" {seconds[0] / seconds[1]:.1f} times as long"
+        )
+    return lines
+
+
+# Okabe and Ito's colours; dashed: the network is frozen; dotted: a part of it is not loaded.
+_STYLES = {
+    "scratch": dict(color="black", marker="o", linewidth=2),
+    "linear": dict(color="#56B4E9", marker="s", linestyle="--"),
+    "features": dict(color="#0072B2", marker="D", linestyle="--"),
+    "linear_stages": dict(color="#7B4FA3", marker="P", linestyle="--"),
+    "last_k": dict(color="#F0C000", marker="^"),
+    "all_slowly": dict(color="#D55E00", marker="v"),
+    "head_then_all": dict(color="#E69F00", marker="<"),
+    "gradual": dict(color="#009E73", marker=">"),
+    "layer_decay": dict(color="#CC79A7", marker="X"),
+    "upper_only": dict(color="#666666", marker="x", linestyle=":"),
+    "lower_only": dict(color="#999999", marker="+", linestyle=":"),
+}
+
+
+def draw(result: Result, png: pathlib.Path) -> None:
+    """Test accuracy against the number of training images, a panel for each target."""
+    number = len(result.targets)
+    columns = min(number, 4)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(1.8 + 4.4 * columns, 0.5 + 4.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[number:]:
+        panel.set_visible(False)
+    for panel, target in zip(panels, result.targets):
+        for i, strategy in enumerate(result.strategies):
+            cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
+            images = np.array([cell[0].images for cell in cells])
+            # A little beside each other, so that the bars can be told apart.
+            images = images * 1.02 ** (i - (len(result.strategies) - 1) / 2)
+            accuracy = [100 * np.mean([r.test for r in cell]) for cell in cells]
+            spread = [
+                100 * np.std([r.test for r in cell], ddof=1) for cell in cells if len(cell) > 1
+            ]
+            panel.errorbar(
+                images,
+                accuracy,
+                spread or None,
+                label=strategy,
+                capsize=2,
+                markersize=5,
+                elinewidth=0.8,
+                **_STYLES[strategy],
+            )
+        panel.set(xscale="log", xlabel="training images", title=shorten(target, 44))
+        sizes = [result.at(target, f, result.strategies[0])[0].images for f in result.fractions]
+        # Points of one size stay together, however few sizes there are.
+        low, high = min(sizes) / 1.5, max(sizes) * 1.5
+        panel.set_xlim(low, high)
+        ticks = sizes[:1]
+        for size in sizes[1:]:  # a number's width apart
+            if math.log(size / ticks[-1]) > 0.12 * math.log(high / low):
+                ticks.append(size)
+        panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[::columns]:
+        panel.set_ylabel("test accuracy, %")
+    seeds = f"n={result.seeds} seeds, bars: standard deviation" if result.seeds > 1 else "one seed"
+    figure.suptitle(f"fine-tuning against training from scratch; {seeds}", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
+    save_picture(figure, png)
+
+
+def save(result: Result, path: pathlib.Path, command: dict[str, Any]) -> None:
+    """Everything as JSON."""
+    best = {
+        target: {f"{f:g}": best_strategy(result, target, f) for f in result.fractions}
+        for target in (result.targets if _validated(result) else ())
+    }
+    content = {
+        "command": command,
+        "source": result.source,
+        "best_by_validation": best,
+        "records": [record._asdict() for record in result.records],
+    }
+    workdirs.write_json(path, content)

@@ -1,0 +1,210 @@
+"""Strategies of fine-tuning: each makes phases of a target's config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from flax_cnns import config as configs
+from flax_cnns import tree as pytree
+from flax_cnns.analysis.cost import cost
+from flax_cnns.checkpoint.graft import graft
+from flax_cnns.errors import UserError
+from flax_cnns.models import registry
+from flax_cnns.runs.build import assemble
+from flax_cnns.runs.plan import doubts
+from flax_cnns.studies.finetune import probe
+
+COPY = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
+
+
+class Phase(NamedTuple):
+    """A whole run; with `layers` in its place a linear classifier on each of these, fixed."""
+
+    name: str
+    config: ConfigDict
+    layers: tuple[str, ...] = ()
+
+
+class Task(NamedTuple):
+    """A network to fine-tune: what every strategy starts from."""
+
+    config: ConfigDict  # of the run from scratch
+    source: str  # as `graft` takes it
+    parts: tuple[str, ...]  # the network's own, from the images up: stem, stage1 ...
+    classifier: tuple[str, ...]  # the layers whose shape depends on the number of classes
+    shapes: Any  # of the network's variables
+    examples: int  # of the whole training split
+    held: tuple[str, ...]  # what its data set holds, as lines
+    knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
+    fingerprint: dict[str, Any] = {}  # noqa: RUF012 (never changed) of its data
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the classifier is one dense layer; auxiliary heads stand aside."""
+        layers = [layer for layer in self.classifier if not layer.startswith("aux")]
+        leaves = pytree.flatten(self.shapes["params"])
+        own = {path: x for path, x in leaves.items() if path.rpartition("/")[0] in layers}
+        return probe.dense_kernel(own) is not None
+
+    def phase(
+        self,
+        name: str = "",
+        *,
+        load: Sequence[str] | None = None,
+        train: Sequence[str] | None = None,
+        rate: float = 1.0,
+        share: float = 1.0,
+        layers: Sequence[str] = (),
+    ) -> Phase:
+        """`load`: the parts that come from the source, `train`: those that learn, beside the
+        classifier, which is fresh and always learns; None: all. `rate` is a factor on the learning
+        rate, `share` one on the duration."""
+        config = ConfigDict(self.config.to_dict())
+        load, train = (self.parts if p is None else tuple(p) for p in (load, train))
+        if not load:
+            config.graft.update(**COPY)
+        else:
+            config.graft.source = self.source
+            fresh = [part for part in self.parts if part not in load]
+            named = [f"(params|batch_stats)/{_any(of)}/.*" for of in (self.classifier, fresh) if of]
+            config.graft.rules = (*((regex, None) for regex in named), (r"(.*)", r"\1"))
+        if train != self.parts:
+            # Classifiers on features know no auxiliary heads.
+            heads = [name for name in self.classifier if not (layers and name.startswith("aux"))]
+            learning = f"params/{_any((*heads, *train))}/.*"
+            config.optimizer.trainable = ((learning, True), (".*", False))
+        config.schedule.learning_rate *= rate
+        config.schedule.end = min(config.schedule.end, config.schedule.learning_rate)
+        for section, field in (("train", "duration"), ("schedule", "warmup")):
+            config[section][field] = scaled(config[section][field], share)
+        boundaries = config.schedule.boundaries
+        config.schedule.boundaries = tuple(scaled(at, share) for at in boundaries)
+        return Phase(name, config, tuple(layers))
+
+
+def scratch(task: Task) -> list[Phase]:
+    """Nothing is loaded."""
+    return [task.phase(load=())]
+
+
+def linear(task: Task) -> list[Phase]:
+    """A linear classifier on the top of the frozen network."""
+    return [task.phase(train=())]
+
+
+def features(task: Task) -> list[Phase]:
+    """The same on features that are computed once: fast, but without augmentation."""
+    return [task.phase(train=(), layers=(probe.LAST,))]
+
+
+def linear_stages(task: Task) -> list[Phase]:
+    """A linear classifier on each part's pooled features; the best by validation counts."""
+    return [task.phase(train=(), layers=task.parts)]
+
+
+def last_k(task: Task) -> list[Phase]:
+    """The last parts learn, slowly, and the classifier."""
+    last = task.parts[-task.knobs.last :]
+    return [task.phase(train=last, rate=task.knobs.rate)]
+
+
+def all_slowly(task: Task) -> list[Phase]:
+    """The whole network learns, at a tenth of the rate."""
+    return [task.phase(rate=task.knobs.rate)]
+
+
+def head_then_all(task: Task) -> list[Phase]:
+    """The classifier first, so that its first gradients spoil nothing; then all, slowly."""
+    share = task.knobs.head_share
+    return [
+        task.phase("1-head", train=(), share=share),
+        task.phase("2-all", rate=task.knobs.rate, share=1 - share),
+    ]
+
+
+def gradual(task: Task) -> list[Phase]:
+    """The classifier first, then part by part from the top."""
+    number = len(task.parts) + 1
+    phases = [task.phase("1-head", train=(), share=1 / number)]
+    for i in range(1, number):
+        name = f"{i + 1}-{task.parts[-i]}"
+        train = task.parts[-i:]
+        phases.append(task.phase(name, train=train, rate=task.knobs.rate, share=1 / number))
+    return phases
+
+
+def layer_decay(task: Task) -> list[Phase]:
+    """The whole network learns, the slower the lower a layer."""
+    phase = task.phase()
+    phase.config.optimizer.layer_decay = task.knobs.layer_decay
+    return [phase]
+
+
+def upper_only(task: Task) -> list[Phase]:
+    """The upper half of the parts is loaded, the lower is not: no better than from scratch?"""
+    return [task.phase(load=task.parts[(len(task.parts) + 1) // 2 :])]
+
+
+def lower_only(task: Task) -> list[Phase]:
+    """The lower half is loaded, the upper is not."""
+    return [task.phase(load=task.parts[: (len(task.parts) + 1) // 2])]
+
+
+STRATEGIES: dict[str, Callable[[Task], list[Phase]]] = {
+    "scratch": scratch,
+    "linear": linear,
+    "features": features,
+    "linear_stages": linear_stages,
+    "last_k": last_k,
+    "all_slowly": all_slowly,
+    "head_then_all": head_then_all,
+    "gradual": gradual,
+    "layer_decay": layer_decay,
+    "upper_only": upper_only,
+    "lower_only": lower_only,
+}
+
+
+def _any(layers: Sequence[str]) -> str:
+    return f"({'|'.join(map(re.escape, layers))})"
+
+
+def scaled(duration: str, share: float) -> str:
+    number, unit = re.fullmatch(r"\s*([\d.]+)\s*(\w+)\s*", duration).groups()
+    return f"{round(float(number) * share, 4)} {unit}" if share != 1 else duration
+
+
+def make_task(
+    config: ConfigDict, source: str, knobs: Any, *, new: bool = False, fraction: float = 1.0
+) -> Task:
+    """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`; `new`:
+    also for what no new run of this network may have on these data, or on a `fraction` of them."""
+    parts = assemble(config)
+    if new:
+        configs.refuse(doubts(parts))
+        if found := doubts(parts, fraction):  # durations in epochs are fewer steps
+            raise UserError(f"with --fractions={fraction:g}: {' | '.join(found)}")
+    shape = (1, *parts.dataset.image_shape)
+
+    def shapes(model: Any) -> Any:
+        return jax.eval_shape(lambda: registry.init_variables(model, jax.random.key(0), shape))
+
+    def params(variables: Any) -> dict[str, tuple[int, ...]]:
+        return {path: leaf.shape for path, leaf in pytree.flatten(variables["params"]).items()}
+
+    model = parts.model
+    variables = shapes(model)
+    here, wider = params(variables), params(shapes(model.clone(num_classes=model.num_classes + 1)))
+    classifier = {path.rpartition("/")[0] for path in here if here[path] != wider[path]}
+    ran = [layer.path for layer in cost(model, shape).layers]
+    owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
+    order = list(dict.fromkeys(path.split("/")[0] for path in ran))
+    own = tuple(name for name in order if name in owners and not name.startswith("aux"))
+    examples, held = len(parts.dataset.splits["train"]), tuple(parts.dataset.describe())
+    classifier, data = tuple(sorted(classifier)), parts.dataset.fingerprint
+    return Task(config, source, own, classifier, variables, examples, held, knobs, data)

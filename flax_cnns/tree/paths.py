@@ -1,0 +1,59 @@
+"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`, and the one idiom for choosing leaves.
+
+The idiom is a sequence of rules `(regex, value)`. A rule decides a path when its regex matches the
+whole path; the first such rule wins; every path must be decided. It serves freezing, learning
+rates, weight decay and grafting alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_cnns.types import PyTree
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a/b": 1}`, in the tree's own order.
+
+    Takes any pytree; `None` leaves vanish.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten` for nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def partition(tree: PyTree, keep: PyTree) -> tuple[dict, dict]:
+    """Splits nested dicts by a tree of bools: `(kept, rest)`, each without the other's leaves."""
+    flat, chosen = flatten(tree), flatten(keep)
+    return (
+        unflatten({path: leaf for path, leaf in flat.items() if chosen[path]}),
+        unflatten({path: leaf for path, leaf in flat.items() if not chosen[path]}),
+    )
+
+
+def merge(*trees: PyTree) -> dict:
+    """Puts together what `partition` split, sorted as JAX flattens dicts."""
+    flat: dict[str, Any] = {}
+    for tree in trees:
+        flat.update(flatten(tree))
+    return unflatten(dict(sorted(flat.items())))
+
+
+def count(tree: PyTree) -> int:
+    """How many numbers the leaves hold together; takes arrays and `jax.ShapeDtypeStruct`s."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

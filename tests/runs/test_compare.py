@@ -1,0 +1,112 @@
+"""Runs beside each other, of folders written by hand."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+from rich.console import Console
+
+from experiments import script
+from flax_cnns.errors import UserError
+from flax_cnns.runs import compare
+from tests.sweeps import write_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "a" / "plain", 0.9, fit=0.97)
+    write_run(tmp_path / "b" / "mixed", 0.92, mix__mixup=0.2, data__batch_size=32)
+    write_run(tmp_path / "b" / "cut", 0.8, end=False, points=4)
+    (tmp_path / "b" / "cut" / "metrics.jsonl").open("a").write('{"step": 5')  # torn
+    return [tmp_path / "a" / "plain", tmp_path / "b" / "mixed", tmp_path / "b" / "cut"]
+
+
+def said(table):
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_differences_and_results(runs):
+    found = compare.read([*runs, runs[0]])
+    assert list(found) == ["a/plain", "b/mixed", "b/cut"]
+    text = said(compare.config_table(found)).splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text if "│" in line]
+    assert cells == [["a/plain", "64", "0.0"], ["b/mixed", "32", "0.2"], ["b/cut", "64", "0.0"]]
+    two = said(compare.config_table(compare.read(runs[:2])))  # as many fields: each a line
+    assert [line.split()[1::2] for line in two.splitlines() if "mix.mixup" in line] == [
+        ["mix.mixup", "0.0", "0.2"]
+    ]
+    text = said(compare.result_table(found)).splitlines()
+    plain, _, cut = (next(line.split("│") for line in text if name in line) for name in found)
+    assert [cell.strip() for cell in plain[2:4]] == ["complete", "120"]
+    assert [plain[6].strip(), plain[8].strip()] == ["90.00", "7.00"]
+    assert [cell.strip() for cell in cut[2:4]] == ["unfinished", "40"]
+    assert [cut[6].strip(), cut[8].strip()] == ["-", "-"]
+    assert compare.config_table(compare.read(runs[:1])) is None
+
+
+def test_the_curves_are_against_images_where_batches_differ(runs, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(compare, "save_picture", lambda figure, png: saved.append(figure))
+    compare.draw(compare.read(runs), tmp_path / "x.png")
+    compare.draw(compare.read([runs[0], runs[2]]), tmp_path / "x.png")
+    both, steps = (figure.axes for figure in saved)
+    assert [axes.get_xlabel() for axes in (*both, *steps)] == ["images seen"] * 3 + ["step"] * 3
+    ends = [max(line.get_xdata()) for line in both[1].lines if len(line.get_xdata()) > 1]
+    assert ends == [7680, 7680, 3840, 3840, 2560, 2560]  # training, validation of each
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()][2] == "b/cut (unfinished)"
+
+
+def test_a_run_that_has_only_begun_is_drawn(runs, tmp_path):
+    (runs[2] / "metrics.jsonl").unlink()
+    found = compare.read(runs)
+    compare.draw(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "unfinished" in said(compare.result_table(found))
+
+
+def test_a_run_of_any_name_is_in_the_legend(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare, "save_picture", lambda figure, png: drawn.append(figure))
+    runs[0].rename(tmp_path / "a" / "_old")
+    compare.draw(compare.read([tmp_path / "a" / "_old", tmp_path / "a" / "_old"]), "x.png")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["_old"]
+
+
+def test_no_run_is_one_line(runs, tmp_path):
+    with pytest.raises(UserError, match=r"none: no run here \(config.json is missing\)"):
+        compare.read([*runs, tmp_path / "none"])
+
+
+def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
+    from flax_cnns.runs import record as records
+    from flax_cnns.train.writer import read_jsonl
+
+    write_run(tmp_path / "run", 0.9, end=False, points=2)
+    first = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    later = [line | {"time": line["time"] + 1e6} for line in first]
+    record = records.read(tmp_path / "run")
+    assert record.seconds == pytest.approx(4.0)  # 2 s to the first step, 2 windows
+    assert record._replace(lines=first + later).seconds == pytest.approx(8.0)
+    assert record._replace(lines=[]).seconds is None
+
+
+def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flag = types.SimpleNamespace(name="out", value="comparison.png")
+
+    def choose(present, **kwargs):
+        given = {"out": types.SimpleNamespace(present=present)}
+        monkeypatch.setattr(script.flags, "FLAGS", given)
+        return script.choose_picture(flag, **kwargs)
+
+    assert choose(0) == ("comparison.png", "comparison.png")
+    (tmp_path / "comparison.png").touch()
+    (tmp_path / "comparison-2.png").symlink_to("nowhere")
+    assert choose(0)[0] == "comparison-3.png"
+    assert choose(1) == ("comparison.png", "comparison.png, which replaces the old file")
+    with pytest.raises(UserError, match=r"comparison\.png is one of the photos"):
+        choose(1, inputs=[str(tmp_path / "comparison.png")])

@@ -1,0 +1,209 @@
+"""What a network says of photos: a run without its data, foreign weights, the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_cnns.checkpoint import manager
+from flax_cnns.data import datasets, images
+from flax_cnns.errors import UserError
+from flax_cnns.interop import convert as foreign
+from flax_cnns.runs import predict
+from flax_cnns.runs.workdir import read_config
+from flax_cnns.weights import convert, preprocessing
+from tests.models import cases
+from tests.test_scripts import finish
+
+
+@pytest.fixture(scope="module")
+def photos(finished, tmp_path_factory):
+    """Files of the first test images of the run's data set, and their labels."""
+    test = datasets.load(read_config(finished[0]).data).splits["test"]
+    folder = tmp_path_factory.mktemp("photos")
+    for i, image in enumerate(test.images[:8]):
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    return sorted(folder.iterdir()), test
+
+
+def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, monkeypatch):
+    from flax_cnns.runs import build, evaluate
+
+    files, test = photos
+    parts = build.assemble(read_config(finished[0]))
+    variables, _ = evaluate.load_variables(parts, finished[0])
+    mean, std = np.float32(parts.dataset.mean), np.float32(parts.dataset.std)
+    images = (test.images[:8] / np.float32(255) - mean) / std
+    logits = np.asarray(parts.model.apply(variables, images))
+    monkeypatch.setattr(datasets, "load", lambda _: pytest.fail("the data set was loaded"))
+    found = predict.predict(predict.from_folder(finished[0]), files, most=10)
+    for row, guesses in zip(logits, found):
+        shares = np.exp(row) / np.exp(row).sum()
+        assert [name for name, _ in guesses] == [str(k) for k in np.argsort(-shares)]
+        np.testing.assert_allclose([p for _, p in guesses], sorted(shares)[::-1], atol=1e-5)
+
+
+def test_a_run_that_did_not_write_down_its_data_set(finished, photos, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "old")
+    (tmp_path / "old/dataset.json").unlink()
+    new = predict.predict(predict.from_run(finished[0]), photos[0][:1])
+    assert predict.predict(predict.from_run(tmp_path / "old"), photos[0][:1]) == new
+
+
+def test_a_large_photo_is_seen_from_its_middle(finished, photos):
+    """A run sees the central square, as its own images were cut."""
+    digit = Image.open(photos[0][0])
+    wide = Image.new("L", (96, 32))
+    wide.paste(digit, (32, 0))
+    run = predict.from_run(finished[0])
+    assert run.box(96, 32) == (32, 0, 64, 32)
+    np.testing.assert_array_equal(run.read(wide), run.read(digit))
+
+
+def test_a_run_sees_a_photo_upright_as_its_own_images(finished, photos, tmp_path):
+    digit, exif = Image.open(photos[0][0]), Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    path = tmp_path / "side.png"
+    digit.rotate(90).save(path, exif=exif)
+    run = predict.from_run(finished[0])
+    source = images.FileSource((str(path),), np.zeros(1, np.int32), "one")
+    own, _ = images.read(source, 0, 32, 1)
+    np.testing.assert_array_equal(run.read(path)[0], own)
+    np.testing.assert_array_equal(run.read(path), run.read(digit))
+
+
+def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
+    case = cases.CASES["squeezenet"]
+    tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
+    np.savez(tmp_path / "mine.npz", **tensors)
+    given = ("squeezenet1_1", "torchvision")
+    foreign.convert(*given, tmp_path / "converted", tmp_path / "mine.npz")
+    photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
+    for predictor in (
+        predict.from_weights(*given, tmp_path / "mine.npz"),
+        predict.from_folder(tmp_path / "converted"),
+    ):
+        assert predictor.title == "squeezenet1_1, torchvision's weights"
+        assert predictor.class_names == tuple("0123456789")
+        np.testing.assert_array_equal(predictor.read(photo), preprocessing(*given)(photo))
+        np.testing.assert_equal(
+            predictor.probabilities.args[0], convert("squeezenet1_1", tensors, "torchvision")
+        )
+    (guesses,) = predict.predict(predictor, [photo], most=20)
+    assert len(guesses) == 10
+    assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
+
+
+def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
+    case = cases.CASES["squeezenet"]
+    tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
+    np.savez(tmp_path / "mine.npz", **tensors)
+    given = ("squeezenet1_1", "torchvision", tmp_path / "small", tmp_path / "mine.npz")
+    assert foreign.convert(*given, image_size=56)["input_size"] == (56, 56, 3)
+    predictor = predict.from_folder(tmp_path / "small")
+    photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
+    seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
+    np.testing.assert_array_equal(predictor.read(photo), seen(photo))
+    foreign.convert(*given[:2], tmp_path / "grey", given[3], channels=1, adapt_stem=True)
+    with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], and photos"):
+        predict.from_folder(tmp_path / "grey")
+
+
+def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
+    manager.write_tree(tmp_path / "other", {"w": np.ones(3)}, {"model": "lenet5", "by": "us"})
+    with pytest.raises(UserError, match=r"one checkpoint: leave out --checkpoint, got 'best'"):
+        predict.from_folder(tmp_path / "other", "best")
+    written = {"source": "us", "preprocessing": {"size": 32}}
+    for about, said in (
+        ({}, r"'source' is missing"),
+        (written, r"missing 1 required positional argument: 'resize'"),
+        (written | {"preprocessing": {"size": 32, "sise": 3}}, r"unexpected .* 'sise'"),
+        (written | {"preprocessing": "RGB"}, r"'str' object has no attribute 'items'"),
+        ({"source": "us", "preprocessing": {"size": 32, "resize": 32}, "input_size": 32}, "int"),
+    ):
+        content = json.dumps({"model": "lenet5"} | about)
+        (tmp_path / "other/about.json").write_text(content)
+        with pytest.raises(UserError, match="about.json is not as .*" + said) as raised:
+            predict.from_folder(tmp_path / "other")
+        assert "\n" not in str(raised.value)
+
+
+def test_a_picture_says_how_many_photos_are_in_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(predict.predictions, "MOST", 2)
+    seer = predict.Predictor("a seer", None, lambda width, height: (0, 0, 4, 4), None, "ab")
+    photos = [np.zeros((4, 4, 3), np.uint8)] * 3
+    for many, drawn in ((3, 2), (2, 2), (1, 1)):
+        guesses = [[("a", 0.9)]] * many
+        assert predict.draw(seer, photos[:many], guesses, tmp_path / "seen.png") == drawn
+
+
+def test_weights_without_a_classifier_name_nothing(tmp_path):
+    """As timm published its vit_large_patch32_224: they can be converted, to start from."""
+    case = cases.CASES["squeezenet"]
+    tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
+    body = {name: array for name, array in tensors.items() if not name.startswith("classifier")}
+    np.savez(tmp_path / "body.npz", **body)
+    given = ("squeezenet1_1", "torchvision")
+    about = foreign.convert(*given, tmp_path / "converted", tmp_path / "body.npz")
+    assert about["preprocessing"]["num_classes"] == 0
+    assert about["leaves"] == len(body)
+    said = "squeezenet1_1 from torchvision: these weights have no classifier"
+    with pytest.raises(UserError, match=said):
+        predict.from_weights(*given, tmp_path / "body.npz")
+    with pytest.raises(UserError, match=said):
+        predict.from_folder(tmp_path / "converted")
+    body["classifier.1.bias"] = tensors["classifier.1.bias"]
+    with pytest.raises(UserError, match="no tensor was given for params/head/kernel"):
+        convert("squeezenet1_1", body, "torchvision")
+
+
+def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
+    out = tmp_path / "seen.png"
+    files = list(map(str, photos[0][:2]))
+    code, said, err = finish("predict", *files, f"--workdir={finished[0]}", f"--out={out}")
+    assert code == 0, err
+    for text in ("lenet5 on digits", "0.png", "1.png", "probability", "%"):
+        assert text in said
+    with Image.open(out) as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--workdir={run}", "{photos}/9.png"], "there is no photo"),
+        (["--workdir={run}", "{run}/config.json"], "cannot read the photo"),
+        (["--workdir={run}"], "expected the files of one or more photos, got none"),
+        (["{photos}/0.png"], "expected --model=NAME --weights=SOURCE, or --workdir=RUN"),
+        (["--model=resnet50", "{photos}/0.png"], "go together"),
+        (
+            ["--model=resnet50", "--weights=timm", "--checkpoint=best", "{photos}/0.png"],
+            "--checkpoint is one of a run's: it goes with --workdir=RUN",
+        ),
+        (["--model=resnet50", "--weights=keras", "{photos}/0.png"], "expected torchvision"),
+    ],
+)
+def test_a_mistake_is_one_line(finished, photos, flags, said):
+    places = dict(run=finished[0], photos=photos[0][0].parent)
+    code, _, err = finish("predict", *(flag.format(**places) for flag in flags))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert said in err
+
+
+def test_names_of_photos():
+    array = np.zeros((1, 1, 3), np.uint8)
+    assert predict.photo_names(["a/cat.jpg", "a/cat.jpg", "dog.jpg", array]) == [
+        *("cat.jpg", "cat.jpg", "dog.jpg", "photo 4")
+    ]
+    assert predict.photo_names(["a/x.jpg", "b/x.jpg"]) == ["a/x.jpg", "b/x.jpg"]
+
+
+def test_what_the_data_set_is_goes_through_json(config):
+    dataset = datasets.load(config.data)
+    again = datasets.Dataset.from_dict(json.loads(json.dumps(dataset.as_dict())))
+    assert again.as_dict() == dataset.as_dict()
+    assert again.splits == {}

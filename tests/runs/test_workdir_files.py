@@ -1,0 +1,89 @@
+"""A run's directory: what may be in it, and one line for what is not what it should be."""
+
+import pytest
+
+from configs.common import get_config
+from flax_cnns.config import plain
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.runs import record, workdir
+
+CONFIG = plain(get_config())
+
+
+@pytest.fixture
+def run(tmp_path):
+    workdir.write_json(tmp_path / "config.json", CONFIG)
+    return tmp_path
+
+
+BAD = ["[]", "3", "{", "{}", '{"model": 3}', '{"model": [1]}', "\x00"]
+
+
+@pytest.mark.parametrize("content", BAD)
+def test_a_config_of_the_wrong_kind_is_one_line_with_a_cure(run, content):
+    (run / "checkpoints/3").mkdir(parents=True)
+    (run / "config.json").write_text(content)
+    check = lambda run: workdir.check_workdir(run, CONFIG)  # noqa: E731
+    for read in (workdir.read_config, record.read, check):
+        with pytest.raises(UserError, match=r"config.json is damaged: .*copy it from\s") as raised:
+            read(run)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("summary.json", "remove it, and"), ("dataset.json", "remove it, and")]
+)
+def test_json_that_is_no_object_is_one_line_with_the_cheapest_cure(run, name, cure):
+    (run / name).write_text("[1]")
+    with pytest.raises(UserError, match=f"{name} is damaged: .* a list; {cure}"):
+        workdir.read_json(run / name)
+
+
+def test_a_name_that_the_run_needs_for_something_else_is_told_before_it_starts(run):
+    (run / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints is not a folder, and the run writes a folder"):
+        workdir.check_workdir(run, CONFIG)
+    (run / "checkpoints").unlink()
+    (run / "checkpoints").symlink_to(run / "nowhere")
+    with pytest.raises(UserError, match="checkpoints is not a folder"):
+        workdir.check_workdir(run, CONFIG)
+    (run / "checkpoints").unlink()
+    (run / "summary.json").mkdir()
+    with pytest.raises(UserError, match=r"summary.json is not a file, and the run writes a file"):
+        workdir.check_workdir(run, CONFIG)
+
+
+def test_a_checkpoint_is_named_once():
+    assert workdir.split_checkpoint("runs/x@best") == workdir.split_checkpoint("runs/x", "best")
+    assert workdir.split_checkpoint("runs/x@3", "3")[1] == "3"
+    assert workdir.split_checkpoint("runs/x")[1] == ""
+    with pytest.raises(UserError, match="are two checkpoints; name one"):
+        workdir.split_checkpoint("runs/x@best", "latest")
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match="has 300 bytes"),
+        workdir.open_workdir(tmp_path / ("x" * 300), primary=True),
+    ):
+        pass
+    with pytest.raises(UserError, match="no run here"):
+        workdir.read_config(tmp_path / ("x" * 300))
+
+
+def test_what_was_asked_for_is_no_advice():
+    assert did_you_mean("a.py", ["a.py"]) == ""
+    assert did_you_mean("a.py", ["a.py", "aa.py"]) == "; did you mean 'aa.py'?"
+
+
+def test_a_config_that_lies_elsewhere_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
+    from experiments import script
+
+    there = script.CONFIGS / "digits_lenet5.py"
+    monkeypatch.chdir(script.CONFIGS.parent)
+    for typed in ("digits_lenet5", "digits_lenet5.py", "./configs/digits_lenet5"):
+        assert script._near(typed) == "; did you mean 'configs/digits_lenet5.py'?"
+    monkeypatch.chdir(tmp_path)
+    for typed in ("digits_lenet5", "configs/digits_lenet5.py"):
+        assert script._near(typed) == f" in {tmp_path}; it is {there}"
+    assert f"'{there}'" in script._near("configs/digits_lenet.py")

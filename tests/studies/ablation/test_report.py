@@ -1,0 +1,197 @@
+"""An ablation's report, of a folder written by hand: numbers, broken cells, what is bold."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from flax_cnns.errors import UserError
+from flax_cnns.studies.ablation import report as ablation_report
+from tests.sweeps import write_sweep
+
+BASE = [(0.90, 0.99), (0.91, 0.98), (0.92, 0.97)]
+ROWS = {
+    "plain": ({}, BASE),
+    # Differences 0.010, 0.012, 0.014: t = 0.012 / (0.002 / sqrt 3) = 10.39, p = 0.00913.
+    "better": ({"mix.mixup": 0.2}, [(0.91, 0.95), (0.922, 0.95), (0.934, 0.95)]),
+    # 0.04, 0.00, -0.04.
+    "unsure": ({"mix.label_smoothing": 0.1}, [(0.94, None), (0.91, None), (0.88, None)]),
+    "broken": (
+        {"schedule.learning_rate": 9.0, "data.batch_size": 32},
+        [(0.93, 0.99), ("diverged", "step 7: not finite"), ("failed", "out of memory")],
+    ),
+    "unborn": ({"optimizer.name": "adam"}, [None, ("interrupted", ""), None]),
+}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """(folder, rows of the CSV by name, the Markdown)."""
+    folder = write_sweep(tmp_path_factory.mktemp("ablation") / "sweep", ROWS)
+    paths = ablation_report.write(folder)
+    assert [path.name for path in paths] == ["report.md", "report.csv", "forest.png", "curves.png"]
+    return folder, read(folder), (folder / "report.md").read_text()
+
+
+def read(folder):
+    with (folder / "report.csv").open() as file:
+        return {row["row"]: row for row in csv.DictReader(file)}
+
+
+def line(markdown, name):
+    found = next(text for text in markdown.splitlines() if text.startswith(f"| {name} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def numbers(row, *names):
+    return [float(row[name]) for name in names]
+
+
+def test_means_and_paired_differences_by_hand(report):
+    _, rows, markdown = report
+    # Standard deviation 0.01, t(0.975, 2) = 4.302653.
+    half = 4.302653 * 0.01 / 3**0.5
+    found = numbers(rows["plain"], "accuracy", "accuracy_low", "accuracy_high", "error_high")
+    np.testing.assert_allclose(found, [0.91, 0.91 - half, 0.91 + half, 0.09 + half], atol=1e-7)
+    half = 4.302653 * 0.002 / 3**0.5
+    found = numbers(rows["better"], "difference", "difference_low", "difference_high", "p")
+    np.testing.assert_allclose(found, [0.012, 0.012 - half, 0.012 + half, 0.009132], atol=1e-6)
+    np.testing.assert_allclose(float(rows["better"]["p_holm"]), 2 * 0.009132, atol=1e-5)
+    assert line(markdown, "plain")[2:5] == [
+        "91.00 [88.52, 93.48]",
+        "9.00 [6.52, 11.48]",
+        "baseline",
+    ]
+    assert numbers(rows["plain"], "gap", "pairs") == pytest.approx([0.07, 0])
+    assert numbers(rows["better"], "accuracy_seed0", "accuracy_seed2") == [0.91, 0.934]
+
+
+def test_bold_is_what_stands_out_and_no_more(report):
+    _, _, markdown = report
+    assert line(markdown, "better")[4] == "**+1.20 [+0.70, +1.70]**"
+    assert line(markdown, "unsure")[4] == "+0.00 [-9.94, +9.94]"
+    assert markdown.count("**") == 2
+
+
+def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
+    """p = 0.0091 alone, and with five more rows 0.055."""
+    rows = {"plain": ROWS["plain"], "better": ROWS["better"]}
+    rows |= {f"other{i}": ROWS["unsure"] for i in range(5)}
+    ablation_report.write(write_sweep(tmp_path, rows))
+    assert line((tmp_path / "report.md").read_text(), "better")[4:7] == [
+        "+1.20 [+0.70, +1.70]",
+        "0.009",
+        "0.055",
+    ]
+
+
+def test_an_interval_that_is_printed_with_a_zero_is_not_bold():
+    told = ablation_report.Told(*[None] * 4, 0.01, *[None] * 4)
+    for low, bold in ((0.0002, True), (0.00004, False), (-0.0002, False), (float("nan"), False)):
+        interval = ablation_report.Interval(0.01, low, 0.02 if low == low else low, 5)
+        difference = ablation_report.Difference(interval, 0.01)
+        assert told._replace(difference=difference).bold == bold
+        assert not told._replace(difference=difference, p_holm=0.06).bold
+
+
+def test_what_a_row_costs(report):
+    _, rows, markdown = report
+    # A window's 640 images a second at a batch of 64; the first line's 2 s and 13 s to the last.
+    assert numbers(rows["plain"], "seconds_per_step", "seconds") == pytest.approx([0.1, 15.0])
+    assert float(rows["broken"]["seconds_per_step"]) == pytest.approx(0.05)  # batches of 32
+    assert rows["plain"]["parameters"] == rows["better"]["parameters"]
+    assert int(rows["plain"]["macs"]) > 0
+    assert rows["unborn"]["parameters"] == ""
+    assert line(markdown, "unborn")[7:] == ["-"] * 5
+
+
+def test_broken_cells_are_told_and_spoil_nothing(report):
+    _, rows, markdown = report
+    assert line(markdown, "broken")[1] == "1 of 3 (1 diverged, 1 failed)"
+    assert line(markdown, "broken")[4:7] == ["+3.00", "-", "-"]  # one pair: no interval
+    assert line(markdown, "unborn")[1] == "0 of 3 (1 interrupted, 2 missing)"
+    assert [rows["broken"][key] for key in ("complete", "failed", "diverged")] == ["1"] * 3
+    assert "- broken, seed 1: diverged: step 7: not finite" in markdown
+    assert "- broken, seed 2: failed: out of memory" in markdown
+    assert "`mix.mixup=0.2`" in markdown
+    assert rows["unsure"]["gap"] == ""  # was not evaluated
+
+
+def test_the_same_report_from_the_logs_alone(report, tmp_path):
+    folder, _, markdown = report
+    copy = tmp_path / "sweep"
+    shutil.copytree(folder, copy)
+    for path in [*copy.glob("report.*"), *copy.glob("*/seed0/summary.json")]:
+        path.unlink()
+    ablation_report.write(copy)
+    assert (copy / "report.md").read_text() == markdown
+    assert (copy / "report.csv").read_text() == (folder / "report.csv").read_text()
+
+
+def test_a_damaged_log_is_its_cells_matter_and_changed_data_are_said(tmp_path):
+    folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
+    log = folder / "plain/seed1/metrics.jsonl"
+    log.write_text("what is this\n" + log.read_text())
+    for path in folder.glob("*/seed*/dataset.json"):  # and the data changed before the last seed
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps(facts | {"fingerprint": {"last": "seed2" in str(path)}}))
+    ablation_report.write(folder)
+    markdown = (folder / "report.md").read_text()
+    assert "**Not all cells have seen the same data**" in markdown
+    assert line(markdown, "plain")[1] == "2 of 3 (1 damaged)"
+    assert line(markdown, "better")[4].endswith("(2 pairs)")
+    assert "seed1/metrics.jsonl, line 1" in markdown
+
+
+def test_without_a_baseline_there_are_no_differences(tmp_path):
+    rows = {"plain": ({}, [None] * 3), "better": ROWS["better"]}
+    ablation_report.write(write_sweep(tmp_path, rows), interval="bootstrap")
+    markdown = (tmp_path / "report.md").read_text()
+    assert line(markdown, "better")[4] == "- (0 pairs)"
+    assert "No seed of the baseline is complete" in markdown
+    assert "bootstrap" in markdown
+    assert "the same data" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (None, "no ablation here"),
+        ([None] * 3, r"no cell is complete \(3 missing\): there is nothing to report"),
+        ([None, ("failed", "x"), ("failed", "y")], r"\(2 failed, 1 missing\)"),
+    ],
+)
+def test_a_report_over_nothing_is_one_line(tmp_path, cells, said):
+    if cells:
+        write_sweep(tmp_path, {"plain": ({}, cells)})
+    with pytest.raises(UserError, match=said) as error:
+        ablation_report.write(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("report.*"))
+
+
+def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
+    """Of the validations, or where each run has one alone of the training, smoothed."""
+    drawn = {}
+    save = lambda rows, baseline, png, **words: drawn.update(rows=rows, **words)  # noqa: E731
+    monkeypatch.setattr(ablation_report.seeds, "draw_rows", save)
+    folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
+    ablation_report.write(folder)
+    assert drawn["what"] == "validation accuracy, %"
+    assert len(drawn["rows"]["plain"][0][0]) == 12
+    for log in folder.glob("*/*/metrics.jsonl"):
+        lines = log.read_text().splitlines()
+        train = '{"step": %d, "time": 200, "train/accuracy": %d}'
+        kept = [line for line in lines if "validation" not in line or '"step": 120' in line]
+        more = [train % (120 + step, step % 2) for step in range(1, 101)]
+        log.write_text("\n".join([*kept, *more]) + "\n")
+    ablation_report.write(folder)
+    assert drawn["what"] == "training batches' accuracy, %"
+    x, y = drawn["rows"]["plain"][0]
+    assert len(x) == len(y) == 25
+    np.testing.assert_allclose(y[-15:], 50, atol=11)  # each of four or five batches
+    assert (np.diff(x) > 0).all()
