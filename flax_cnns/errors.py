@@ -15,6 +15,10 @@ class ProcessLost(Exception):
     1. The user need not change the command: the same one goes on."""
 
 
+class Interrupted(Exception):
+    """Raised by an evaluation that gave up half-way because the run is asked to stop."""
+
+
 class Diverged(UserError):
     """Training whose gradients were not finite for too many steps: the same command, or a retry,
     would only diverge again."""

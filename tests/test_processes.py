@@ -15,7 +15,7 @@ from tests.tiny_runs import ROOT, arrays, overrides, records
 
 
 def launch(workdir, config):
-    command = [sys.executable, "-m", "flax_cnns.runtime.launch", "--local=2", "--devices=2", "--"]
+    command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
     command += [sys.executable, "-m", "experiments.train", f"--workdir={workdir}"]
     return subprocess.Popen(
         command + overrides(config),
@@ -69,7 +69,7 @@ def test_processes_that_see_other_directories_say_so(config, tmp_path):
         "rank = os.environ['FLAX_CNNS_PROCESS_ID'];"
         "sys.argv = [a.replace('RANK', rank) for a in sys.argv]; script.main(train.train)"
     )
-    command = [sys.executable, "-m", "flax_cnns.runtime.launch", "--local=2", "--devices=2", "--"]
+    command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
     command += [sys.executable, "-c", code, f"--workdir={tmp_path / 'RANK'}", *overrides(config)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2, found.stderr

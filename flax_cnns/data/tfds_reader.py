@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from flax_cnns import network
+from flax_cnns import files
 from flax_cnns.data import (
     archives,
     digits,  # noqa: F401  registers the builder
@@ -210,11 +210,11 @@ def _archives(name: str) -> str:
 
 def _download_host(builder: tfds.core.DatasetBuilder) -> str:
     urls = [url for url in builder.url_infos or () if "://" in url]
-    return network.host_of((urls or ["https://storage.googleapis.com"])[0])
+    return files.host_of((urls or ["https://storage.googleapis.com"])[0])
 
 
 def _reachable(host: str) -> bool:
-    return network.reachable(host, SECONDS)
+    return files.reachable(host, SECONDS)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_cnns.errors import Interrupted
 from flax_cnns.train import metrics
-from flax_cnns.train.loop import Interrupted
 from flax_cnns.types import PyTree
 
 

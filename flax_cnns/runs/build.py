@@ -19,7 +19,7 @@ from flax_cnns.evaluation.exact import evaluate
 from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runtime import launch
-from flax_cnns.train import dropout, loop, optimizers, parallel, schedules, steps
+from flax_cnns.train import dropout, loop, optimizers, parallel, precise_bn, schedules, steps
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, PyTree
 
@@ -208,6 +208,30 @@ def make_train_step(
         accumulate=config.train.accumulate,
     )
     return parallel.parallelize(step, parts.mesh, mode=config.train.parallel)
+
+
+def make_statistics_refresh(
+    parts: Parts, optimizer: optimizers.Optimizer, key: Array, should_stop: Callable[[], bool]
+) -> Callable[[TrainState], TrainState] | None:
+    """What computes the running statistics anew before a validation, if anything does."""
+    n = parts.config.train.precise_bn
+    if not n or "train" not in optimizer.norms.values():
+        return None
+    step = precise_bn.make_moments_step(
+        parts.model.apply, optimizer.norms, **augment_and_mix(parts)
+    )
+    step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
+
+    def refresh(state: TrainState) -> TrainState:
+        # The first batches of the run: what is validated differs by its weights alone.
+        with contextlib.closing(train_batches(parts)) as stream:
+            batches = itertools.islice(stream, n)
+            stats = precise_bn.estimate(
+                step, state.variables, batches, key, should_stop=should_stop
+            )
+        return state.with_statistics(parallel.replicate(stats, parts.mesh))
+
+    return refresh
 
 
 def start_jax(config: Any) -> None:

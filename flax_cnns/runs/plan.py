@@ -1,20 +1,211 @@
-"""What a run will do, known from shapes alone: nothing is written and nothing computed."""
+"""What a run will do, known from shapes alone: its steps, when it looks and saves, its optimizer.
+
+Nothing is written here and nothing computed, so that sweeps can check all their runs first.
+"""
 
 from __future__ import annotations
 
-import pathlib
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_cnns import config as configs
+from flax_cnns import effects
+from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft as grafting
 from flax_cnns.checkpoint.graft.sources import Source, open_source
-from flax_cnns.runs import workdir as workdirs
+from flax_cnns.errors import UserError
+from flax_cnns.layers import norm
 from flax_cnns.runs.build import Parts, assemble, augment_and_mix, dropout_rates
-from flax_cnns.runs.train import _Run
-from flax_cnns.runtime.preemption import Signals
+from flax_cnns.train import batchnorm, loop, memory, optimizers, parallel, schedules
+from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import import_wandb
+from flax_cnns.types import Array, PyTree
+
+
+class Plan:
+    """The steps of a run, and what each of them needs.
+
+    `total`: steps in all; `steps_per_epoch`: may be a fraction; `every`: the steps after which the
+    run logs, validates and saves; `validates`: whether there is a validation split. Raises
+    `UserError` for a duration of no step, batches that do not fit into memory, and for a schedule
+    or early stopping that would look at a validation split that is not there.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts, self.config = parts, parts.config
+        config = self.config
+        self.validates = "validation" in parts.dataset.splits
+        self.steps_per_epoch = len(parts.dataset.splits["train"]) / config.data.batch_size
+        self._check_batches()
+        self.total = self.count(config.train.duration, "train.duration")
+        if self.total < 1:
+            raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
+        self.every = loop.Every(
+            log=self.count(config.log.every, "log.every"),
+            evaluate=self.count(config.train.eval_every, "train.eval_every"),
+            save=self.count(config.checkpoint.every, "checkpoint.every"),
+        )
+        if not self.validates and (
+            config.schedule.name == "plateau" or config.train.early_stopping
+        ):
+            raise UserError(
+                f"data.validation: {parts.dataset.name} has no validation split, and the plateau "
+                "schedule and early stopping look at nothing else; set data.validation=0.1"
+            )
+
+    def count(self, duration: str, field: str = "duration") -> int:
+        """The steps of a duration ("3 epochs"); `field` opens the message of an error."""
+        return schedules.steps(duration, self.steps_per_epoch, what=field)
+
+    def find_doubts(self) -> list[str]:
+        """`config.doubts` that take the network or the data to know."""
+        parts = self.parts
+
+        def shapes() -> PyTree:
+            return jax.eval_shape(parts.fresh_variables)
+
+        def has_aux_heads() -> bool:
+            # The axis of synchronized statistics exists only inside a step.
+            alone = {"axis_name": None} if hasattr(parts.model, "axis_name") else {}
+            model = parts.model.clone(**alone)
+            variables = parts.for_steps(shapes())
+            images = jax.ShapeDtypeStruct((2, *parts.dataset.image_shape), "float32")
+            rngs = {"shared": jax.random.key(0), "dropout": jax.random.key(0)}
+            call = functools.partial(
+                model.apply, train=True, mutable=["batch_stats", "aux_logits"], rngs=rngs
+            )
+            return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
+
+        facts = effects.Facts(
+            total=self.total,
+            count=self.count,
+            validates=self.validates,
+            own_validation=parts.dataset.own_validation,
+            has_batchnorm=lambda: bool(shapes()["batch_stats"]),
+            has_aux_heads=has_aux_heads,
+        )
+        return configs.doubts(self.config, facts)
+
+    @functools.cached_property
+    def layer_order(self) -> list[str]:
+        """The paths of the network's layers, as images pass them."""
+        shape = (1, *self.parts.dataset.image_shape)
+        return [layer.path for layer in cost(self.parts.model, shape).layers]
+
+    def optimizer_for(self, variables: PyTree) -> optimizers.Optimizer:
+        schedule = schedules.make(
+            self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
+        )
+        return optimizers.make(
+            self.config.optimizer,
+            variables["params"],
+            schedule,
+            batch_stats=variables.get("batch_stats"),
+            order=self.layer_order if self.config.optimizer.layer_decay else (),
+            groups=getattr(self.parts.model, "layer_groups", ()),
+        )
+
+    def target(self) -> TrainState:
+        """Shapes and shardings of the state, without a number in it."""
+
+        def make() -> TrainState:
+            variables = self.parts.for_steps(jax.eval_shape(self.parts.fresh_variables))
+            optimizer = self.optimizer_for(variables)
+
+            def create(variables: PyTree) -> TrainState:
+                opt_state = optimizer.init(variables["params"])
+                return TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
+
+            return jax.eval_shape(create, variables)
+
+        sharding = jax.sharding.NamedSharding(self.parts.mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make()
+        )
+
+    def check_norms(self) -> None:
+        """Raises `UserError` if a BatchNorm that learns would see one value per channel in a step.
+        Computes shapes only, and only if a device takes its images one at a time: two images have
+        two values per channel."""
+        parts, config = self.parts, self.config
+        devices, pieces = parts.mesh.devices.size, config.train.accumulate
+        if config.data.batch_size != devices * pieces:
+            return
+        variables = self.target().variables
+        modes = self.optimizer_for(variables).norms
+
+        def step(variables: PyTree, batch: dict[str, Array], key: Array) -> Array:
+            with batchnorm.intercept(modes), norm.checking():  # in this order
+                parts.model.apply(
+                    variables,
+                    batch["image"],
+                    train=True,
+                    mutable=["batch_stats", "aux_logits"],
+                    rngs={"shared": key, "dropout": key},
+                )
+            return key
+
+        shape = (devices, *parts.dataset.image_shape)
+        batch = {"image": jax.ShapeDtypeStruct(shape, jax.numpy.float32)}
+        try:
+            jax.eval_shape(
+                parallel.parallelize(step, parts.mesh, donate=False),
+                *(variables, batch, jax.random.key(0)),
+            )
+        except norm.OneValueError as error:
+            raise UserError(
+                f"data.batch_size={config.data.batch_size} (devices: {devices}, train.accumulate:"
+                f" {pieces}) gives a device 1 image at a time, and {error.path} gets"
+                f" {list(error.shape)}: BatchNorm of 1 value per channel makes all images the same;"
+                f" take data.batch_size={2 * devices * pieces}, or larger images"
+            ) from None
+
+    def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
+        """Raises `UserError` for batches that a CPU has no memory for; compiles the step."""
+        parts, data = self.parts, self.config.data
+        devices = parallel.local_devices(parts.mesh)
+        if devices[0].platform != "cpu":
+            return
+        need = memory.needed(train_step, state, batch, key) * len(devices)
+        if not memory.fits(20 * need):
+            # XLA does not count the patches that a convolution's gradient lays out as it runs.
+            layers = cost(parts.model, (1, *parts.dataset.image_shape)).layers
+            patches = max(
+                (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
+                default=0,
+            )
+            pieces = jax.process_count() * self.config.train.accumulate
+            need += 4 * patches * data.batch_size / pieces
+        memory.check(need, what=f"data.batch_size={data.batch_size}")
+        size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
+        if memory.fits(need * size / data.batch_size):
+            return  # without a backward pass, less than training on as many images takes
+
+        def shape(x: Array, dtype: Any) -> jax.ShapeDtypeStruct:
+            dims = list(x.shape)
+            dims[axis] = dims[axis] * size // data.batch_size
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
+
+        shapes = {
+            "image": shape(batch["image"], np.uint8),
+            "label": shape(batch["label"], np.int32),
+            "mask": shape(batch["label"], np.float32),
+        }
+        need = memory.needed(parts.eval_step, state.variables, shapes, None) * len(devices)
+        memory.check(need, what=f"data.eval_batch_size={size}")
+
+    def _check_batches(self) -> None:
+        """Raises `UserError` for batches whose images alone do not fit into memory."""
+        data, pixels = self.config.data, math.prod(self.parts.dataset.image_shape)
+        ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
+        for field in ("batch_size", "eval_batch_size"):
+            size = data[field] // jax.process_count()
+            memory.check(ahead * size * pixels, what=f"data.{field}={data[field]}")
 
 
 def rehearse(
@@ -30,16 +221,16 @@ def rehearse(
     if not begun:
         configs.refuse(configs.doubts(config))
     parts = assemble(config, begun=begun)
-    rehearsed = _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
+    plan = Plan(parts)
     if not begun:
-        configs.refuse(rehearsed.doubts())
-    params = rehearsed._target().params  # the rules of the optimizer too
-    dropout_rates(rehearsed.parts, params)
-    augment_and_mix(rehearsed.parts)
-    rehearsed.check_norms()
+        configs.refuse(plan.find_doubts())
+    params = plan.target().params  # the rules of the optimizer too
+    dropout_rates(parts, params)
+    augment_and_mix(parts)
+    plan.check_norms()
     if sources is not None:
-        _check_needs(config, rehearsed.parts, sources)
-    return rehearsed.parts, rehearsed.total
+        _check_needs(config, parts, sources)
+    return parts, plan.total
 
 
 def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
@@ -57,7 +248,7 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
 
 def doubts(parts: Parts, fraction: float = 1.0) -> list[str]:
     """`config.doubts` that take the network or the data to know, of a run on so much of these."""
-    one = _Run(parts, pathlib.Path(), workdirs.Opened(), Signals(), 0.0)
-    one.steps_per_epoch *= fraction
-    one.total = one._count(parts.config.train.duration)
-    return one.doubts()
+    plan = Plan(parts)
+    plan.steps_per_epoch *= fraction
+    plan.total = plan.count(parts.config.train.duration)
+    return plan.find_doubts()

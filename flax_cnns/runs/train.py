@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import math
 import os
 import pathlib
-import platform
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
-from flax_cnns import effects
-from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.plots import curves
 from flax_cnns.checkpoint import finding
 from flax_cnns.checkpoint.graft.graft import graft_config
@@ -30,24 +23,24 @@ from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import datasets, pipeline
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data import images as img
-from flax_cnns.errors import ProcessLost, UserError
+from flax_cnns.errors import Interrupted, ProcessLost, UserError
 from flax_cnns.evaluation.exact import summarize
-from flax_cnns.layers import norm
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import (
-    Parts,
     assemble,
-    augment_and_mix,
     check_data,
+    make_statistics_refresh,
     make_train_step,
     run_key,
     start_jax,
     train_batches,
 )
+from flax_cnns.runs.plan import Plan
+from flax_cnns.runs.summary import make_summary
 from flax_cnns.runtime import launch, output
 from flax_cnns.runtime.preemption import Preempted, Signals
-from flax_cnns.train import batchnorm, loop, memory, optimizers, parallel, precise_bn, schedules
+from flax_cnns.train import loop, optimizers, parallel
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer, import_wandb, read_jsonl
@@ -122,8 +115,8 @@ def run(
             import_wandb()  # before the data is loaded
         parts = assemble(config, begun=bool(finding.steps(workdir)))
         change = check_data(workdir, parts.dataset, accept_changed_data)
-        one = _Run(parts, workdir, opened, signals, began)
-        found += one.doubts()
+        plan = Plan(parts)
+        found += plan.find_doubts()
         if not begun:
             configs.refuse(found)
         if primary:
@@ -135,7 +128,7 @@ def run(
             workdirs.write_json(workdir / "config.json", resolved)
             workdirs.write_facts(workdir, parts.dataset.as_dict())
         try:
-            return one.go()
+            return _Run(plan, workdir, opened, signals, began).go()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
         except img.DamagedImage as error:
@@ -177,166 +170,38 @@ def check_complete(
 class _Run:
     def __init__(
         self,
-        parts: Parts,
+        plan: Plan,
         workdir: pathlib.Path,
         opened: workdirs.Opened,
         signals: Signals,
         began: float,
     ):
-        self.parts, self.workdir, self.opened = parts, workdir, opened
-        self.signals, self.began = signals, began
-        self.config, self.primary = parts.config, jax.process_index() == 0
+        self.plan, self.parts, self.config = plan, plan.parts, plan.config
+        self.workdir, self.opened, self.signals, self.began = workdir, opened, signals, began
+        self.primary = jax.process_index() == 0
         self.warned = False
-        self.validates = "validation" in parts.dataset.splits
-        config = self.config
-        train_split = parts.dataset.splits["train"]
-        self.steps_per_epoch = len(train_split) / config.data.batch_size
-
-        self._check_batches()
-        count = self._count
-        self.total = count(config.train.duration, "train.duration")
-        if self.total < 1:
-            raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
-        self.every = loop.Every(
-            log=count(config.log.every, "log.every"),
-            evaluate=count(config.train.eval_every, "train.eval_every"),
-            save=count(config.checkpoint.every, "checkpoint.every"),
-        )
-        if not self.validates and (
-            config.schedule.name == "plateau" or config.train.early_stopping
-        ):
-            raise UserError(
-                f"data.validation: {parts.dataset.name} has no validation split, and the plateau "
-                "schedule and early stopping look at nothing else; set data.validation=0.1"
-            )
-
-    def _count(self, duration: str, field: str = "duration") -> int:
-        return schedules.steps(duration, self.steps_per_epoch, what=field)
-
-    def doubts(self) -> list[str]:
-        """`config.doubts` that take the network or the data to know."""
-        parts = self.parts
-
-        def shapes() -> PyTree:
-            return jax.eval_shape(parts.fresh_variables)
-
-        def has_aux_heads() -> bool:
-            # The axis of synchronized statistics exists only inside a step.
-            alone = {"axis_name": None} if hasattr(parts.model, "axis_name") else {}
-            model = parts.model.clone(**alone)
-            variables = parts.for_steps(shapes())
-            images = jax.ShapeDtypeStruct((2, *parts.dataset.image_shape), "float32")
-            rngs = {"shared": jax.random.key(0), "dropout": jax.random.key(0)}
-            call = functools.partial(
-                model.apply, train=True, mutable=["batch_stats", "aux_logits"], rngs=rngs
-            )
-            return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
-
-        facts = effects.Facts(
-            total=self.total,
-            count=self._count,
-            validates=self.validates,
-            own_validation=parts.dataset.own_validation,
-            has_batchnorm=lambda: bool(shapes()["batch_stats"]),
-            has_aux_heads=has_aux_heads,
-        )
-        return configs.doubts(self.config, facts)
 
     # -- state
-
-    @functools.cached_property
-    def _order(self) -> list[str]:
-        """The paths of the network's layers, as images pass them."""
-        shape = (1, *self.parts.dataset.image_shape)
-        return [layer.path for layer in cost(self.parts.model, shape).layers]
-
-    def _optimizer(self, variables: PyTree) -> optimizers.Optimizer:
-        schedule = schedules.make(
-            self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
-        )
-        return optimizers.make(
-            self.config.optimizer,
-            variables["params"],
-            schedule,
-            batch_stats=variables.get("batch_stats"),
-            order=self._order if self.config.optimizer.layer_decay else (),
-            groups=getattr(self.parts.model, "layer_groups", ()),
-        )
 
     def _fresh_state(self) -> TrainState:
         variables = self.parts.fresh_variables()
         if self.config.graft.source:
-            variables, grafted = graft_config(self.config.graft, variables, self._order)
+            variables, grafted = graft_config(self.config.graft, variables, self.plan.layer_order)
             if self.primary:
                 print(grafted)
                 workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())
         # After grafting, so that the optimizer and the average start from the grafted weights.
         variables = self.parts.for_steps(variables)
-        optimizer = self._optimizer(variables)
+        optimizer = self.plan.optimizer_for(variables)
         opt_state = optimizer.init(variables["params"])
         state = TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
         return parallel.replicate(state, self.parts.mesh)
-
-    def _target(self) -> TrainState:
-        """Shapes and shardings of the state, without a number in it."""
-
-        def make() -> TrainState:
-            variables = self.parts.for_steps(jax.eval_shape(self.parts.fresh_variables))
-            optimizer = self._optimizer(variables)
-
-            def create(variables: PyTree) -> TrainState:
-                opt_state = optimizer.init(variables["params"])
-                return TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
-
-            return jax.eval_shape(create, variables)
-
-        sharding = jax.sharding.NamedSharding(self.parts.mesh, jax.sharding.PartitionSpec())
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make()
-        )
-
-    def check_norms(self) -> None:
-        """Raises `UserError` if a BatchNorm that learns would see one value per channel in a step.
-        Computes shapes only, and only if a device takes its images one at a time: two images have
-        two values per channel."""
-        parts, config = self.parts, self.config
-        devices, pieces = parts.mesh.devices.size, config.train.accumulate
-        if config.data.batch_size != devices * pieces:
-            return
-        variables = self._target().variables
-        modes = self._optimizer(variables).norms
-
-        def step(variables: PyTree, batch: dict[str, Array], key: Array) -> Array:
-            with batchnorm.intercept(modes), norm.checking():  # in this order
-                parts.model.apply(
-                    variables,
-                    batch["image"],
-                    train=True,
-                    mutable=["batch_stats", "aux_logits"],
-                    rngs={"shared": key, "dropout": key},
-                )
-            return key
-
-        shape = (devices, *parts.dataset.image_shape)
-        batch = {"image": jax.ShapeDtypeStruct(shape, jax.numpy.float32)}
-        try:
-            jax.eval_shape(
-                parallel.parallelize(step, parts.mesh, donate=False),
-                *(variables, batch, jax.random.key(0)),
-            )
-        except norm.OneValueError as error:
-            raise UserError(
-                f"data.batch_size={config.data.batch_size} (devices: {devices}, train.accumulate:"
-                f" {pieces}) gives a device 1 image at a time, and {error.path} gets"
-                f" {list(error.shape)}: BatchNorm of 1 value per channel makes all images the same;"
-                f" take data.batch_size={2 * devices * pieces}, or larger images"
-            ) from None
 
     # -- the run
 
     def go(self) -> dict[str, Any]:
         config = self.config
-        self.check_norms()
+        self.plan.check_norms()
         if config.data.workers and not self.parts.dataset.in_memory:
             pipeline.check_main_guard(config.data.workers)
         with contextlib.ExitStack() as stack:
@@ -359,10 +224,10 @@ class _Run:
                 primary=self.primary,
             )
             stack.callback(self.writer.close)
-            self.progress = Progress(self.total, start, primary=self.primary)
+            self.progress = Progress(self.plan.total, start, primary=self.primary)
             stack.callback(self.progress.close)
             if start:
-                self.progress.print(f"resumed at step {start} of {self.total}")
+                self.progress.print(f"resumed at step {start} of {self.plan.total}")
             outcome = self._train(state, host, start)
             checkpoints.wait()
             if outcome.preempted:
@@ -381,13 +246,13 @@ class _Run:
 
     def _preempted(self, outcome: loop.Outcome) -> Preempted:
         self.progress.print(
-            f"saved at step {outcome.step} of {self.total}; the same command goes on"
+            f"saved at step {outcome.step} of {self.plan.total}; the same command goes on"
         )
         return Preempted(outcome.step, self.signals.code)
 
     def _start(self) -> tuple[TrainState, loop.Host, int]:
         if self.checkpoints.latest_step() is not None:
-            restored = self.checkpoints.restore(self._target())
+            restored = self.checkpoints.restore(self.plan.target())
             if restored is not None:
                 state, saved, step = restored
                 return state, loop.Host(**saved), step
@@ -424,75 +289,10 @@ class _Run:
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
         self.checkpoints.save(step, state, host=host, metrics=found)
 
-    def _precise_bn(
-        self, optimizer: optimizers.Optimizer, key: Array
-    ) -> Callable[[TrainState], TrainState] | None:
-        """What computes the running statistics anew before a validation, if anything does."""
-        parts, n = self.parts, self.config.train.precise_bn
-        if not n or "train" not in optimizer.norms.values():
-            return None
-        step = precise_bn.make_moments_step(
-            parts.model.apply, optimizer.norms, **augment_and_mix(parts)
-        )
-        step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
-
-        def refresh(state: TrainState) -> TrainState:
-            # The first batches of the run: what is validated differs by its weights alone.
-            with contextlib.closing(train_batches(parts)) as stream:
-                batches = itertools.islice(stream, n)
-                stats = precise_bn.estimate(
-                    step, state.variables, batches, key, should_stop=self.signals.asked_now
-                )
-            return state.with_statistics(parallel.replicate(stats, parts.mesh))
-
-        return refresh
-
-    def _check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
-        """Raises `UserError` for batches that a CPU has no memory for; compiles the step."""
-        parts, data = self.parts, self.config.data
-        devices = parallel.local_devices(parts.mesh)
-        if devices[0].platform != "cpu":
-            return
-        need = memory.needed(train_step, state, batch, key) * len(devices)
-        if not memory.fits(20 * need):
-            # XLA does not count the patches that a convolution's gradient lays out as it runs.
-            layers = cost(parts.model, (1, *parts.dataset.image_shape)).layers
-            patches = max(
-                (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
-                default=0,
-            )
-            pieces = jax.process_count() * self.config.train.accumulate
-            need += 4 * patches * data.batch_size / pieces
-        memory.check(need, what=f"data.batch_size={data.batch_size}")
-        size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
-        if memory.fits(need * size / data.batch_size):
-            return  # without a backward pass, less than training on as many images takes
-
-        def shape(x: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-            dims = list(x.shape)
-            dims[axis] = dims[axis] * size // data.batch_size
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
-
-        shapes = {
-            "image": shape(batch["image"], np.uint8),
-            "label": shape(batch["label"], np.int32),
-            "mask": shape(batch["label"], np.float32),
-        }
-        need = memory.needed(parts.eval_step, state.variables, shapes, None) * len(devices)
-        memory.check(need, what=f"data.eval_batch_size={size}")
-
-    def _check_batches(self) -> None:
-        """Raises `UserError` for batches whose images alone do not fit into memory."""
-        data, pixels = self.config.data, math.prod(self.parts.dataset.image_shape)
-        ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
-        for field in ("batch_size", "eval_batch_size"):
-            size = data[field] // jax.process_count()
-            memory.check(ahead * size * pixels, what=f"data.{field}={data[field]}")
-
     def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
-        optimizer = self._optimizer(state.variables)
-        train_step = make_train_step(parts, optimizer, self.steps_per_epoch)
+        optimizer = self.plan.optimizer_for(state.variables)
+        train_step = make_train_step(parts, optimizer, self.plan.steps_per_epoch)
         on_validation = None
         if config.schedule.name == "plateau":
 
@@ -516,9 +316,9 @@ class _Run:
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
         with contextlib.closing(loop.prefetch(train_batches(parts, start))) as batches:
-            if start < self.total:
+            if start < self.plan.total:
                 first = next(batches)
-                self._check_memory(train_step, state, first, key)
+                self.plan.check_memory(train_step, state, first, key)
                 stream = itertools.chain([first], batches)
             else:
                 stream = batches
@@ -528,11 +328,11 @@ class _Run:
                 batches=stream,
                 key=key,
                 start=start,
-                stop=self.total,
-                every=self.every,
+                stop=self.plan.total,
+                every=self.plan.every,
                 host=host,
                 batch_size=config.data.batch_size,
-                evaluate=validate if self.validates else None,
+                evaluate=validate if self.plan.validates else None,
                 on_validation=on_validation,
                 save=self._save,
                 write=self._write,
@@ -541,7 +341,7 @@ class _Run:
                 max_bad_steps=config.train.max_bad_steps,
                 early_stopping=config.train.early_stopping,
                 began=self.began,
-                refresh=self._precise_bn(optimizer, key),
+                refresh=make_statistics_refresh(parts, optimizer, key, self.signals.asked_now),
             )
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:
@@ -554,13 +354,15 @@ class _Run:
             return {}
         state, step = outcome.state, outcome.step
         if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
-            state, _, step = self.checkpoints.restore(self._target(), self.checkpoints.best_step())
+            state, _, step = self.checkpoints.restore(
+                self.plan.target(), self.checkpoints.best_step()
+            )
         found: dict[str, float] = {}
         examples: dict[str, int] = {}
         for split, name in names.items():
             try:
                 sums = self.parts.evaluate(state.variables, split, self.signals.asked_now)
-            except loop.Interrupted:
+            except Interrupted:
                 raise self._preempted(outcome) from None
             found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
             examples |= {f"{name}/step": step, f"{name}/examples": int(sums["count"])}
@@ -571,35 +373,7 @@ class _Run:
         self, outcome: loop.Outcome, host: loop.Host, found: dict[str, float]
     ) -> dict[str, Any]:
         parts, config = self.parts, self.config
-        device = jax.devices()[0]
-        summary = {
-            "model": config.model.name,
-            "params": pytree.count(outcome.state.params),
-            "dataset": parts.dataset.name,
-            "seed": config.seed,
-            "step": outcome.step,
-            "epochs": outcome.step / self.steps_per_epoch,
-            **found,
-            "validation/best_accuracy": host.best,
-            "stopped_early": host.stopped,
-            "bad_steps": host.bad_steps,
-            "normalized_by": parts.dataset.normalized_by,
-            "images": {role: len(split) for role, split in parts.dataset.splits.items()},
-            "left_out": dict(parts.dataset.left_out),
-            "files_of_several_pictures": len(parts.dataset.several),
-            "damaged_images": sorted(parts.dataset.damaged),
-            "seconds": host.seconds,
-            "seconds_to_first_step": outcome.seconds_to_first_step,
-            "images_per_second": outcome.images_per_second,
-            "devices": jax.device_count(),
-            "processes": jax.process_count(),
-            "device": f"{device.platform} {device.device_kind}",
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "flax": __import__("flax").__version__,
-            },
-        }
+        summary = make_summary(parts, outcome, host, found, self.plan.steps_per_epoch)
         if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
             summary["accepted_changes"] = [change["differs"] for change in changes]
         summary = workdirs.without_nonfinite(summary)  # as a reader of the file gets it

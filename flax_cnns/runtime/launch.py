@@ -1,6 +1,6 @@
 """One process or many: how a process finds the others, and how to start several on one machine.
 
-    python -m flax_cnns.runtime.launch --local=2 --devices=2 -- python -m experiments.train --workdir=runs/x
+    python -m flax_cnns.launch --local=2 --devices=2 -- python -m experiments.train --workdir=runs/x
 
 starts two processes of two fake CPU devices each. On a cluster its own launcher starts the
 processes (see `experiments/launch/`), and each of them calls `initialize`.
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: that of the process that failed first."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
-        prog="python -m flax_cnns.runtime.launch",
+        prog="python -m flax_cnns.launch",
         usage="%(prog)s --local=N [--devices=M] -- command ...",
     )
     parser.add_argument("--local", type=int, required=True, help="processes on this machine")

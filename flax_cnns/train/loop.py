@@ -13,13 +13,9 @@ from typing import Any
 
 import jax
 
-from flax_cnns.errors import Diverged
+from flax_cnns.errors import Diverged, Interrupted
 from flax_cnns.train import metrics
 from flax_cnns.types import Array, PyTree
-
-
-class Interrupted(Exception):
-    """Raised by `evaluate` when it gave up half-way because the run is asked to stop."""
 
 
 @dataclasses.dataclass

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from flax_cnns import tree as pytree
+from flax_cnns.errors import Interrupted
 from flax_cnns.train import batchnorm
-from flax_cnns.train.loop import Interrupted
 from flax_cnns.train.steps import Augment, Mix, prepare
 from flax_cnns.types import Array, Batch, PyTree
 

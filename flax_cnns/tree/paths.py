@@ -1,9 +1,4 @@
-"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`, and the one idiom for choosing leaves.
-
-The idiom is a sequence of rules `(regex, value)`. A rule decides a path when its regex matches the
-whole path; the first such rule wins; every path must be decided. It serves freezing, learning
-rates, weight decay and grafting alike.
-"""
+"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from flax_cnns import network
+from flax_cnns import files
 from flax_cnns.errors import UserError
 from flax_cnns.names import make_console
 from flax_cnns.weights import published
@@ -109,8 +109,8 @@ def _matches(file: Path, digest: str) -> bool:
 
 
 def _check_reachable(url: str, what: str) -> None:
-    host = network.host_of(url)
-    if not network.reachable(host):
+    host = files.host_of(url)
+    if not files.reachable(host):
         raise UserError(
             f"{what}: {host} cannot be reached: get {url} where there is a network, and give the"
             " file's path"

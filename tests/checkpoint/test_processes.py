@@ -58,7 +58,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 
 def test_save_restore_and_damage_between_two_processes(tmp_path):
     tmp_path /= "in[two]"  # a name that Orbax misreads
-    launcher = [sys.executable, "-m", "flax_cnns.runtime.launch", "--local=2", "--devices=2", "--"]
+    launcher = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
     done = subprocess.run(
         [*launcher, sys.executable, "-c", SCRIPT, tmp_path / "checkpoints"],
         capture_output=True,

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from flax_cnns.errors import Interrupted
 from flax_cnns.evaluation import exact
-from flax_cnns.train.loop import Interrupted
 
 
 def test_sums_are_fetched_while_the_next_batch_is_computed_and_added_in_float64(monkeypatch):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def start(code: str, *flags: str, count: int = 2) -> subprocess.Popen:
     """The launcher with a Python script in the place of a training run."""
-    launcher = [sys.executable, "-m", "flax_cnns.runtime.launch", f"--local={count}", *flags, "--"]
+    launcher = [sys.executable, "-m", "flax_cnns.launch", f"--local={count}", *flags, "--"]
     return subprocess.Popen(
         [*launcher, sys.executable, "-c", textwrap.dedent(code)],
         stdout=subprocess.PIPE,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_cnns.errors import Interrupted
 from flax_cnns.train import parallel, precise_bn
-from flax_cnns.train.loop import Interrupted
 from tests.train import tiny
 
 BATCHES = 3

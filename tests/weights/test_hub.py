@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_cnns import network
+from flax_cnns import files
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import FAMILIES
 from flax_cnns.weights import hub, published
@@ -102,8 +102,8 @@ def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
         time.sleep(60)
         raise OSError
 
-    monkeypatch.setattr(network.socket, "create_connection", hangs)
-    monkeypatch.setattr(network.reachable, "__defaults__", (0.1,))
+    monkeypatch.setattr(files.socket, "create_connection", hangs)
+    monkeypatch.setattr(files.reachable, "__defaults__", (0.1,))
     began = time.monotonic()
     said = r"download.pytorch.org cannot be reached: get https://.*/resnet18-\w+.pth where there"
     with pytest.raises(UserError, match=said):
@@ -115,8 +115,8 @@ def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
 def test_a_proxy_is_what_must_be_reached(monkeypatch, proxy):
     monkeypatch.setenv("https_proxy", proxy.format("proxy.example:3128"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert network.host_of("https://huggingface.co/timm") == "proxy.example:3128"
-    assert network.host_of("http://127.0.0.1:80/x") == "127.0.0.1:80"
+    assert files.host_of("https://huggingface.co/timm") == "proxy.example:3128"
+    assert files.host_of("http://127.0.0.1:80/x") == "127.0.0.1:80"
 
 
 def fake_hub(folder, content, cached=False):
@@ -136,7 +136,7 @@ def fake_hub(folder, content, cached=False):
 def test_timm_from_the_hugging_face_hub(monkeypatch, tmp_path, cached):
     module, asked = fake_hub(tmp_path, WEIGHTS, cached)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.setattr(network, "reachable", lambda host: host == "huggingface.co")
+    monkeypatch.setattr(files, "reachable", lambda host: host == "huggingface.co")
     assert hub.fetch("resnet50d", "timm").read_bytes() == WEIGHTS
     assert asked == ([] if cached else [("timm/resnet50d.ra2_in1k", "model.safetensors")])
 
@@ -154,7 +154,7 @@ def test_the_hub_without_its_package_or_a_network(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=said):
         hub.fetch("resnet50d", "timm")
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake_hub(tmp_path, WEIGHTS)[0])
-    monkeypatch.setattr(network, "reachable", lambda host: False)
+    monkeypatch.setattr(files, "reachable", lambda host: False)
     with pytest.raises(UserError, match=r"resnet50d from timm: .* cannot be reached: get https://"):
         hub.fetch("resnet50d", "timm")
 

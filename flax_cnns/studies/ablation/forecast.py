@@ -21,7 +21,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.plan import rehearse
-from flax_cnns.studies.ablation.plan import Cell, Row, done, duration, recorded
+from flax_cnns.studies.ablation.plan import Cell, Row, done, duration, recorded_rows
 
 
 class Size(NamedTuple):
@@ -43,7 +43,7 @@ def measure(cells: Sequence[Cell]) -> dict[str, Size]:
     Raises `UserError` for what a run would refuse before its first step: see `make_rows`."""
     waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
     sizes, sources, said = {}, {}, set()
-    recorded = recorded(cells[0].folder.parent if cells else None)
+    recorded = recorded_rows(cells[0].folder.parent if cells else None)
     for row in {cell.row.name: cell.row for cell in cells}.values():
         try:
             begun = recorded.get(row.name) == row.overrides

@@ -95,7 +95,7 @@ def make_rows(
     kind, and for what `config.check_new` refuses."""
     configs.validate(config)
     rows: dict[str, Row] = {}
-    recorded, notes = recorded(folder), []
+    recorded, notes = recorded_rows(folder), []
     for pair in sweep:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not _is_row(*pair):
             raise UserError(f"sweep(): expected (name, {{field: value, ...}}), got {pair!r}")
@@ -124,7 +124,7 @@ def make_rows(
     return list(rows.values())
 
 
-def recorded(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
+def recorded_rows(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
     """The overrides, by row, of the ablation in a folder; {} if there is none, or a damaged one."""
     with contextlib.suppress(UserError, TypeError, KeyError):
         rows = workdirs.read_json(pathlib.Path(folder or "", "ablation.json"))["rows"]

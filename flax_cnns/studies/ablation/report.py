@@ -1,4 +1,4 @@
-"""The report of an ablation (`flax_cnns.studies.ablation.ablate`): tables and pictures of what is complete.
+"""The report of an ablation: tables and pictures of what is complete.
 
 Everything is made anew from `ablation.json` and each run's config and `metrics.jsonl`; a cell's own
 JSON says only why it has no result.
@@ -246,8 +246,8 @@ def _notes(told: Sequence[Told], plan: dict[str, Any], method: str) -> list[str]
     kind = (
         "Student's t over the seeds"
         if method == "t"
-        else f"the percentile bootstrap of {statistics.RESAMPLES:,} resamples, too narrow from a few"
-        " seeds"
+        else f"the percentile bootstrap of {statistics.RESAMPLES:,} resamples, too narrow from a"
+        " few seeds"
     )
     notes = [
         f"In brackets: 95 % intervals, {kind}. Differences to the baseline are paired by seed, over"

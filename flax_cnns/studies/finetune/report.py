@@ -1,4 +1,4 @@
-"""What the strategies of fine-tuning reached (`flax_cnns.studies.finetune.compare`): tables, a picture, JSON."""
+"""What the strategies of fine-tuning reached: tables, a picture, JSON."""
 
 from __future__ import annotations
 

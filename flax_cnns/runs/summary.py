@@ -1,0 +1,52 @@
+"""What a complete run says about itself: the content of `summary.json`."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import flax
+import jax
+
+from flax_cnns import tree as pytree
+from flax_cnns.runs.build import Parts
+from flax_cnns.train import loop
+
+
+def make_summary(
+    parts: Parts,
+    outcome: loop.Outcome,
+    host: loop.Host,
+    found: dict[str, Any],
+    steps_per_epoch: float,
+) -> dict[str, Any]:
+    """`found`: the metrics of the test."""
+    dataset, device = parts.dataset, jax.devices()[0]
+    return {
+        "model": parts.config.model.name,
+        "params": pytree.count(outcome.state.params),
+        "dataset": dataset.name,
+        "seed": parts.config.seed,
+        "step": outcome.step,
+        "epochs": outcome.step / steps_per_epoch,
+        **found,
+        "validation/best_accuracy": host.best,
+        "stopped_early": host.stopped,
+        "bad_steps": host.bad_steps,
+        "normalized_by": dataset.normalized_by,
+        "images": {role: len(split) for role, split in dataset.splits.items()},
+        "left_out": dict(dataset.left_out),
+        "files_of_several_pictures": len(dataset.several),
+        "damaged_images": sorted(dataset.damaged),
+        "seconds": host.seconds,
+        "seconds_to_first_step": outcome.seconds_to_first_step,
+        "images_per_second": outcome.images_per_second,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+        },
+    }
