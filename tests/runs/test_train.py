@@ -136,7 +136,7 @@ def test_a_lost_process_is_said_with_where_the_same_command_goes_on(config, tmp_
 
 def test_wandb_that_is_missing_is_said_before_the_data_is_loaded(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("flax_cnns.runs.build.assemble", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("flax_cnns.runs.train.assemble", lambda _: pytest.fail("loaded"))
     config.log.wandb = "project"
     fails(config, tmp_path / "run", "wandb is not installed")
 

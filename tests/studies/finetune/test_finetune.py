@@ -235,7 +235,7 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
         raise AssertionError("this has been computed")
 
     monkeypatch.setattr(probe, "assemble", never)
-    monkeypatch.setattr("flax_cnns.runs.build.assemble", never)
+    monkeypatch.setattr("flax_cnns.runs.train.assemble", never)
     names = ("linear_stages", "features", "linear")
     again = compare.compare(make_config(digits_dir), folder, strategies=names, seeds=1)
     assert again == result
