@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 
 Array = jax.Array
-Dtype = Any
+Dtype = Annotated[Any, "a floating-point dtype or its name"]
 ModuleDef = Callable[..., Any]  # a linen module class or a partial of one
 PyTree = Any
 # {"image": u8 or f32 [N H W C], "label": i32 [N], "mask": f32 [N] in evaluation}

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -75,12 +76,16 @@ class AlexNet(nn.Module):
     or have other channels than `input_size`.
     """
 
-    groups: int = 2  # GPUs, of which each has its part of the maps of conv2, conv4 and conv5
+    # architecture
+    groups: Count = 2  # GPUs, of which each has its part of the maps of conv2, conv4 and conv5
     pool_first: bool = False  # pooling before normalisation
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (227, 227, 3)
-    hidden: int = 4096  # units of fc6 and of fc7
-    dropout: float = 0.5
+    input_size: ImageSize = (227, 227, 3)
+    # head
+    num_classes: Classes | None = 1000
+    hidden: Count = 4096  # units of fc6 and of fc7
+    # regularization
+    dropout: Rate = 0.5
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -122,10 +127,14 @@ class OneWeirdTrick(nn.Module):
     images are too small or have other channels than `input_size`.
     """
 
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
-    hidden: int = 4096  # units of fc6 and of fc7
-    dropout: float = 0.5
+    # architecture
+    input_size: ImageSize = (224, 224, 3)
+    # head
+    num_classes: Classes | None = 1000
+    hidden: Count = 4096  # units of fc6 and of fc7
+    # regularization
+    dropout: Rate = 0.5
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models.fields import Classes, CountOrZero, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -90,15 +91,18 @@ class AllCNN(nn.Module):
     other channels than `input_size`.
     """
 
-    windows: Sequence[int]  # of the convolutions of each of the two stages
+    # architecture
+    windows: Counts  # of the convolutions of each of the two stages
     form: str = "all"
-    widths: Sequence[int] = (96, 192, 192)  # of the two stages and of what follows them
-    may_be_zero = ("last_padding",)
-    last_padding: int = 0  # of the 3x3 convolution after the second stage
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    input_dropout: float = 0.2  # of the images
-    dropout: float = 0.5  # after each of the two stages
+    widths: Counts = (96, 192, 192)  # of the two stages and of what follows them
+    last_padding: CountOrZero = 0  # of the 3x3 convolution after the second stage
+    input_size: ImageSize = (32, 32, 3)
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    input_dropout: Rate = 0.2  # of the images
+    dropout: Rate = 0.5  # after each of the two stages
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

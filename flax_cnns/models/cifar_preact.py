@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers.norm import NoNorm
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.models.resnet import shortcut
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -127,22 +128,27 @@ class CifarPreAct(nn.Module):
     shortcuts.
     """
 
-    depths: Sequence[int]  # units per stage; the first stage keeps the size, the others halve it
-    windows: Sequence[int] = (3, 3)  # of a unit's convolutions
-    expansion: int = 1  # of a unit's last width; its other convolutions have `widths`
-    widths: Sequence[int] = (16, 32, 64)
+    # architecture
+    depths: Counts  # units per stage; the first stage keeps the size, the others halve it
+    windows: Counts = (3, 3)  # of a unit's convolutions
+    expansion: Count = 1  # of a unit's last width; its other convolutions have `widths`
+    widths: Counts = (16, 32, 64)
     order: str = "full_preact"  # ORDERS
     shortcut: str = "B"  # one of resnet.SHORTCUTS but for "none"
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    drop_path: Rate = 0.0  # of the last unit: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
-    drop_path: float = 0.0  # of the last unit: layers.make_drops
-    drop_path_mode: str = "batch"
-    drop_path_schedule: str = "linear"
+    # compilation
     scan: bool = False  # the repeats of a stage as one unit under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each unit again in the backward pass
 

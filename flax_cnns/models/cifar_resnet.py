@@ -12,7 +12,7 @@ one, and adds that of a block to a shortcut that changes shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Counts, ImageSize, Rate
 from flax_cnns.models.resnet import BasicBlock
 from flax_cnns.types import Array, Dtype, Paper
 
@@ -38,24 +39,29 @@ class CifarResNet(nn.Module):
     together.
     """
 
-    depths: Sequence[int]  # blocks per stage; the first stage keeps the size, the others halve it
-    widths: Sequence[int] = (16, 32, 64)
+    # architecture
+    depths: Counts  # blocks per stage; the first stage keeps the size, the others halve it
+    widths: Counts = (16, 32, 64)
     shortcut: str = "A"  # one of models.resnet.SHORTCUTS
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"  # or any of layers.make_norm's, or "fixup"
-    kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
-    drop_path: float = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drops
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    drop_path: Rate = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drops
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
-    shake_drop: float = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
+    shake_drop: Rate = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
     shake_drop_level: str = "image"  # or "batch", "channel", "pixel"
     shake_drop_alpha: tuple[float, float] = (-1.0, 1.0)
     shake_drop_beta: tuple[float, float] = (0.0, 1.0)
+    # numerics
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

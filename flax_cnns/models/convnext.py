@@ -9,13 +9,14 @@ biases at 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -85,21 +86,26 @@ class ConvNeXt(nn.Module):
     where images are smaller, or have other channels than `input_size`.
     """
 
-    depths: Sequence[int]  # blocks per stage
-    width: int  # of the first stage; doubled from stage to stage
-    expansion: int = 4  # of a block
+    # architecture
+    depths: Counts  # blocks per stage
+    width: Count  # of the first stage; doubled from stage to stage
+    expansion: Count = 4  # of a block
     layer_scale: float | None = 1e-6  # first value, section A.1; None: no factors
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "channel"  # or any of layers.make_norm's
-    epsilon: float = 1e-6
-    kernel_init: str | Callable = "paper"
-    drop_path: float = 0.0  # the last block's rate of dropping: layers.make_drops
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drops
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
+    # numerics
+    epsilon: Positive = 1e-6
+    kernel_init: str | Callable = "paper"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm, where norm is "batch"
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

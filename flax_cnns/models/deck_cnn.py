@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, ImageSize
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -33,8 +34,11 @@ class DeckCNN(nn.Module):
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 
-    num_classes: int | None = 100
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    # architecture
+    input_size: ImageSize = (32, 32, 3)
+    # head
+    num_classes: Classes | None = 100
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

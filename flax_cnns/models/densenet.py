@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -126,25 +127,30 @@ class DenseNet(nn.Module):
     one program.
     """
 
-    depths: Sequence[int] | None = None  # layers (bottlenecks count once) of each block
-    depth: int | None = None  # in their place: CIFAR's L, three blocks of equal depth
-    growth_rate: int | Sequence[int] = 32  # k; of each block, where there are several
+    # architecture
+    depths: Counts | None = None  # layers (bottlenecks count once) of each block
+    depth: Count | None = None  # in their place: CIFAR's L, three blocks of equal depth
+    growth_rate: Count | Counts = 32  # k; of each block, where there are several
     bottleneck: bool = True  # B
     compression: float = 0.5  # C's theta, the part of the maps that a transition leaves
     stem: ModuleDef = layers.ImageNetStem
-    stem_width: int | None = None  # None: 2k for the networks that are both B and C, else 16
+    stem_width: Count | None = None  # None: 2k for the networks that are both B and C, else 16
     links: Callable[[Sequence[Array]], Sequence[Array]] = all_before
     attention: ModuleDef | None = None
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
-    dropout: float = 0.0  # behind every convolution but the first; 0.2 without augmentation
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
-    momentum: float = 0.9  # of BatchNorm's statistics
-    epsilon: float = 1e-5
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.0  # behind every convolution but the first; 0.2 without augmentation
+    # numerics
+    momentum: Rate = 0.9  # of BatchNorm's statistics
+    epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     remat: bool = False
 
     @nn.compact

@@ -34,6 +34,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -85,9 +86,13 @@ class DSN(nn.Module):
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    dropout: float = 0.5  # after each of the two poolings
+    # architecture
+    input_size: ImageSize = (32, 32, 3)
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    dropout: Rate = 0.5  # after each of the two poolings
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

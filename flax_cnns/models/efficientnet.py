@@ -40,6 +40,7 @@ from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Count, Factor, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -108,27 +109,32 @@ class EfficientNet(nn.Module):
     `input_size`, or `strides` are not as many as stem and stages.
     """
 
-    width_mult: float = 1.0
-    depth_mult: float = 1.0
-    strides: tuple[int, ...] = (2, *(row.stride for row in B0))  # of stem and stages
+    # architecture
+    width_mult: Factor = 1.0
+    depth_mult: Factor = 1.0
+    strides: tuple[Count, ...] = (2, *(row.stride for row in B0))  # of stem and stages
     fixed_ends: bool = False  # Lite: widths of stem and top stay, depths of first and last stage
     activation: Callable = nn.silu
     se: ModuleDef | None = layers.SqueezeExcite  # to a fourth of a block's own input; None: Lite
     padding: str = "torch"  # or "same": layers.pad
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"  # or of layers.make_norm's those that its widths allow: not "group"
-    momentum: float = 0.9  # of the running statistics
-    epsilon: float = 1e-5
-    kernel_init: str | Callable = "he"  # "paper": `first_values`
-    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
-    dropout: float = 0.2  # of the pooled features
-    drop_path: float = 0.2  # the last block's rate of dropping, nearly: layers.make_drops
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.2  # of the pooled features
+    drop_path: Rate = 0.2  # the last block's rate of dropping, nearly: layers.make_drops
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
+    # numerics
+    momentum: Rate = 0.9  # of the running statistics
+    epsilon: Positive = 1e-5
+    kernel_init: str | Callable = "he"  # "paper": `first_values`
+    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import AtLeast, Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -113,20 +115,24 @@ class FractalNet(nn.Module):
     rates that do not fit.
     """
 
-    widths: Sequence[int]  # of the blocks
-    columns: int
-    column: int | None = None  # 1, the shallowest, to `columns`
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    # architecture
+    widths: Counts  # of the blocks
+    columns: Annotated[int, AtLeast(1, 12)]
+    column: Count | None = None  # 1, the shallowest, to `columns`
+    input_size: ImageSize = (32, 32, 3)
     stem: ModuleDef | None = None  # before the first block
     last_pool: bool = True  # of the last block
     norm: str = "batch"
-    momentum: float = 0.9  # of BatchNorm's statistics; of any unit, the steps that computed it
-    kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
-    dropout: Sequence[float] = ()  # of each block's units
-    drop_path: float = 0.0  # of a join's inputs, where sampling is local: layers.draw_columns
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    dropout: Sequence[Rate] = ()  # of each block's units
+    drop_path: Rate = 0.0  # of a join's inputs, where sampling is local: layers.draw_columns
     drop_path_global: float = 0.0  # the part of samples that are global
     drop_path_mode: str = "batch"  # one sample a step; "sample": one an image
+    # numerics
+    momentum: Rate = 0.9  # of BatchNorm's statistics; of any unit, the steps that computed it
+    kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import constant
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -130,17 +131,21 @@ class GoogLeNet(nn.Module):
     normalisation, whose 16 channels do not divide the paper's widths of 24.
     """
 
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
-    table: Sequence[tuple[str, Sequence[int] | None]] = TABLE
+    # architecture
+    input_size: ImageSize = (224, 224, 3)
+    table: Sequence[tuple[str, Sequence[Count] | None]] = TABLE
     norm: str = "batch"  # "none" comes with biases
     response_norm: bool = False
-    window5: int = 5  # of the 5x5 branch
-    pool4: int = 3  # window of the max pooling between 4e and 5a
+    window5: Count = 5  # of the 5x5 branch
+    pool4: Count = 3  # window of the max pooling between 4e and 5a
+    # head
+    num_classes: Classes | None = 1000
     aux: bool = False
     adaptive: bool = False  # what the heads see
-    dropout: float = 0.4
-    aux_dropout: float = 0.7
+    # regularization
+    dropout: Rate = 0.4
+    aux_dropout: Rate = 0.7
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

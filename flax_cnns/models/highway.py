@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -81,13 +82,17 @@ class HighwayNet(nn.Module):
     changes nothing. Raises `UserError` where C is not that of `input_size`.
     """
 
-    widths: Sequence[int]  # of the stages
-    windows: Sequence[Sequence[int]]  # of the highway layers of each stage
-    last: int = 100  # maps of the 1x1 convolution before the head
+    # architecture
+    widths: Counts  # of the stages
+    windows: Sequence[Counts]  # of the highway layers of each stage
+    last: Count = 100  # maps of the 1x1 convolution before the head
+    input_size: ImageSize = (32, 32, 3)
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    dropout: Rate = 0.2  # of the images, after each pooling and before the head
+    # numerics
     gate_bias: float = -2.0  # first value of the transform gates' biases
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    dropout: float = 0.2  # of the images, after each pooling and before the head
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.models import inception_v4
+from flax_cnns.models.fields import Classes, Counts, ImageSize, Rate
 from flax_cnns.models.inception_v4 import SMALLEST, Branch, Convs, Mixed, beside
 from flax_cnns.types import Array, Dtype, ModuleDef
 
@@ -95,17 +96,22 @@ class InceptionResNetV2(nn.Module):
     `input_size`. The paper gives no first values: `kernel_init="paper"` is the release's, Xavier's.
     """
 
-    depths: Sequence[int] = (10, 20, 9)  # blocks A, B and C, without the last C
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (299, 299, 3)
-    dropout: float = 0.2  # figure 15 writes what it keeps: 0.8
+    # architecture
+    depths: Counts = (10, 20, 9)  # blocks A, B and C, without the last C
+    input_size: ImageSize = (299, 299, 3)
     norm: str = "batch"  # "none" comes with biases
     scale: bool = True  # BatchNorm's gamma
-    momentum: float = 0.9  # of BatchNorm's statistics
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.2  # figure 15 writes what it keeps: 0.8
+    # numerics
+    momentum: Rate = 0.9  # of BatchNorm's statistics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import truncated_normal
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -159,16 +160,20 @@ class InceptionV3(nn.Module):
     Raises `UserError` where the images are too small or have other channels than `input_size`.
     """
 
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (299, 299, 3)
-    pool_projs: Sequence[int] = (32, 64, 64)  # of the 35x35 blocks
-    widths: Sequence[int] = (128, 160, 160, 192)  # of the 17x17 blocks
+    # architecture
+    input_size: ImageSize = (299, 299, 3)
+    pool_projs: Sequence[Count] = (32, 64, 64)  # of the 35x35 blocks
+    widths: Counts = (128, 160, 160, 192)  # of the 17x17 blocks
     norm: str = "batch"  # "none" comes with biases
     scale: bool = True  # BatchNorm's gamma
-    momentum: float = 0.9  # of BatchNorm's statistics
     count_padding: bool = True  # whether the padding counts in the blocks' 3x3 means
+    # head
+    num_classes: Classes | None = 1000
     aux: bool = False
-    dropout: float = 0.5
+    # regularization
+    dropout: Rate = 0.5
+    # numerics
+    momentum: Rate = 0.9  # of BatchNorm's statistics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import he_normal
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -152,15 +153,20 @@ class InceptionV4(nn.Module):
     of variance 2 / fan_in, cut at two deviations, and Xavier's in the head.
     """
 
-    depths: Sequence[int] = (4, 7, 3)  # blocks A, B and C
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (299, 299, 3)
-    dropout: float = 0.2  # figure 9 writes what it keeps: 0.8
+    # architecture
+    depths: Counts = (4, 7, 3)  # blocks A, B and C
+    input_size: ImageSize = (299, 299, 3)
     norm: str = "batch"  # "none" comes with biases
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.2  # figure 9 writes what it keeps: 0.8
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

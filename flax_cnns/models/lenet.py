@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, ImageSize
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -54,8 +55,11 @@ class LeNet(nn.Module):
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 1)
+    # architecture
+    input_size: ImageSize = (32, 32, 1)
+    # head
+    num_classes: Classes | None = 10
+    # numerics
     kernel_init: str | Callable = "lecun"  # tanh keeps the scale at 1 / sqrt(fan_in)
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -191,8 +195,11 @@ class OriginalLeNet(nn.Module):
     of biases, which start at 0. Sizes and errors as in `LeNet`.
     """
 
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 1)
+    # architecture
+    input_size: ImageSize = (32, 32, 1)
+    # head
+    num_classes: Classes | None = 10
+    # numerics
     kernel_init: str | Callable = "lecun"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

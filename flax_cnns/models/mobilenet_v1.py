@@ -13,13 +13,14 @@ only, which makes a map of odd size one row less than here. Sizes that 32 divide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Counts, Factor, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -52,21 +53,26 @@ class MobileNetV1(nn.Module):
     `input_size`.
     """
 
-    width_mult: float = 1.0  # alpha: widths are rounded by layers.round_width
-    depths: Sequence[int] = (1, 2, 2, 6, 2)  # of the stages; all but the first halve
-    depth_multiplier: int = 1  # maps that a depthwise convolution makes of each channel
+    # architecture
+    width_mult: Factor = 1.0  # alpha: widths are rounded by layers.round_width
+    depths: Counts = (1, 2, 2, 6, 2)  # of the stages; all but the first halve
+    depth_multiplier: Count = 1  # maps that a depthwise convolution makes of each channel
     activation: Callable = nn.relu6
     padding: str = "torch"  # or "same", TensorFlow's: layers.pad
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
-    dropout: float = 0.0  # of the pooled features
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
-    momentum: float = 0.9  # of the running statistics
-    epsilon: float = 1e-5
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.0  # of the pooled features
+    # numerics
+    momentum: Rate = 0.9  # of the running statistics
+    epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Factor, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -37,10 +38,10 @@ PAPER = Paper(
 class Row(NamedTuple):
     """A stage of table 2, under the paper's letters t, c, n, s."""
 
-    expansion: int
-    width: int
-    depth: int
-    stride: int  # of the first block
+    expansion: Count
+    width: Count
+    depth: Count
+    stride: Count  # of the first block
 
 
 TABLE_2 = (
@@ -62,24 +63,29 @@ class MobileNetV2(nn.Module):
     of `input_size`.
     """
 
-    width_mult: float = 1.0
+    # architecture
+    width_mult: Factor = 1.0
     table: Sequence[Row] = TABLE_2
     activation: Callable = nn.relu6
     padding: str = "torch"  # or "same", TensorFlow's: layers.pad
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
-    momentum: float = 0.9  # of the running statistics
-    epsilon: float = 1e-5
-    kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
-    dropout: float = 0.2  # of the pooled features
-    drop_path: float = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.2  # of the pooled features
+    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
+    # numerics
+    momentum: Rate = 0.9  # of the running statistics
+    epsilon: Positive = 1e-5
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

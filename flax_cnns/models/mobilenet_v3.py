@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Factor, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -34,12 +35,12 @@ PAPER = Paper(
 class Row(NamedTuple):
     """A block of the tables."""
 
-    kernel: int
-    inner: int  # "exp size": channels between the two 1x1
-    width: int
+    kernel: Count
+    inner: Count  # "exp size": channels between the two 1x1
+    width: Count
     se: bool
     activation: Callable
-    stride: int
+    stride: Count
 
 
 RE, HS = nn.relu, nn.hard_swish
@@ -83,24 +84,29 @@ class MobileNetV3(nn.Module):
     five halvings. Raises `UserError` where C is not that of `input_size`.
     """
 
+    # architecture
     table: Sequence[Row]
-    hidden: int  # behind the pooling
-    width_mult: float = 1.0  # of all of these, rounded by layers.round_width
+    hidden: Count  # behind the pooling
+    width_mult: Factor = 1.0  # of all of these, rounded by layers.round_width
     padding: str = "torch"  # or "same", TensorFlow's: layers.pad
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
-    momentum: float = 0.99  # of the running statistics
-    epsilon: float = 1e-3
-    kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
-    dropout: float = 0.2  # in front of the classes
-    drop_path: float = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.2  # in front of the classes
+    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
+    # numerics
+    momentum: Rate = 0.99  # of the running statistics
+    epsilon: Positive = 1e-3
+    kernel_init: str | Callable = "he"
+    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     remat: bool = False  # compute the inside of each block again in the backward pass
 
     # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.

@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -36,9 +37,9 @@ PAPER = Paper(
 
 
 class Layer(NamedTuple):
-    window: tuple[int, int]  # height, width
-    width: int
-    sources: Sequence[int]  # layers from 1, whose maps it takes; 0: the images
+    window: tuple[Count, Count]  # height, width
+    width: Count
+    sources: Sequence[CountOrZero]  # layers from 1, whose maps it takes; 0: the images
 
 
 FIGURE_7 = (
@@ -66,10 +67,13 @@ class NAS(nn.Module):
     Any H and W. Raises `UserError` where C is not that of `input_size`.
     """
 
+    # architecture
     table: Sequence[Layer] = FIGURE_7
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"  # "none" comes with biases
+    # head
+    num_classes: Classes | None = 10
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -36,6 +36,7 @@ from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -330,31 +331,37 @@ class NASNet(nn.Module):
     other channels than `input_size`, for unknown operations, and for fields that are none.
     """
 
-    width: int  # of the first stage's cells, doubled from stage to stage: P / 24 for NASNet-A
-    stem_width: int  # of the first convolution
-    depths: Sequence[int]  # normal cells in each stage
+    # architecture
+    width: Count  # of the first stage's cells, doubled from stage to stage: P / 24 for NASNet-A
+    stem_width: Count  # of the first convolution
+    depths: Sequence[CountOrZero]  # normal cells in each stage
     normal: Recipe = NORMAL
     reduction: Recipe = REDUCTION
-    may_be_zero = ("stem_cells", "depths")  # a stage without normal cells has its reduction
-    stem_cells: int = 2  # reductions in the stem, of half the width, a quarter ...; CIFAR: 0
+    stem_cells: CountOrZero = (
+        2  # reductions in the stem, of half the width, a quarter ...; CIFAR: 0
+    )
     # The normal cell behind a reduction has the reduction's p for its own, in place of its x.
     skip_reduction: bool = False
     padding: str = "same"  # TensorFlow's; "torch": the same on both sides
     zero_pools: Sequence[str] = ()  # of "max" and "mean": those of stride 2 take padding for zeros
-    aux: int | None = None  # an auxiliary head of this `side`
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
-    momentum: float = 0.9997  # of the running statistics
-    epsilon: float = 1e-3
-    kernel_init: str | Callable = "he"
-    dropout: float = 0.0  # of the pooled features
-    drop_path: float = 0.0  # of operations in the last cell: layers.make_drops
+    # head
+    aux: Count | None = None  # an auxiliary head of this `side`
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.0  # of the pooled features
+    drop_path: Rate = 0.0  # of operations in the last cell: layers.make_drops
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "linear"
+    # numerics
+    momentum: Rate = 0.9997  # of the running statistics
+    epsilon: Positive = 1e-3
+    kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     remat: bool = False  # compute the inside of each cell again in the backward pass
 
     @property

@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, CountOrZero, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -37,10 +38,10 @@ PAPER = Paper(
 class Row(NamedTuple):
     """An mlpconv, and what follows it: a pooling (not after the last), dropout."""
 
-    window: int
-    widths: Sequence[int]  # of the convolution and of the 1x1 convolutions
-    stride: int = 1
-    padding: int = 0
+    window: Count
+    widths: Counts  # of the convolution and of the 1x1 convolutions
+    stride: Count = 1
+    padding: CountOrZero = 0
     std: float = 0.05  # of the released first values of the convolution
     pool: Callable | None = layers.max_pool
     drop: bool = True
@@ -75,12 +76,16 @@ class NIN(nn.Module):
     other channels than `input_size`.
     """
 
+    # architecture
     rows: Sequence[Row]
-    smallest: int = 4  # the least that the poolings leave something of
+    smallest: Count = 4  # the least that the poolings leave something of
+    input_size: ImageSize = (32, 32, 3)
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    dropout: Rate = 0.5  # after those poolings whose row says so
+    # numerics
     head_std: float = 0.05
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    dropout: float = 0.5  # after those poolings whose row says so
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -14,7 +14,7 @@ stem's pooling sees zeros around the maps, which without a ReLU before it can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Positive, Rate
 from flax_cnns.models.resnet import DEPTHS
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -119,23 +120,28 @@ class PreActResNet(nn.Module):
     of `input_size`, and for `scan` with `late_stride`.
     """
 
-    depths: Sequence[int]  # blocks per stage
-    width: int = 64  # of the stem and the first stage; doubled from stage to stage
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    # architecture
+    depths: Counts  # blocks per stage
+    width: Count = 64  # of the stem and the first stage; doubled from stage to stage
+    input_size: ImageSize = (224, 224, 3)
     bias: bool = False  # in the stem, in each projection and at the end of each branch
     late_stride: bool = False  # in the last block of stages 1 to 3, not the first of 2 to 4
     pad_zeros: bool = False  # around what the stem pools, where else nothing is larger than it
-    momentum: float = 0.9  # of the running statistics, in Flax's sense
-    epsilon: float = 1e-5
     norm: str = "batch"
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    drop_path: Rate = 0.0  # of the last block: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    # numerics
+    momentum: Rate = 0.9  # of the running statistics, in Flax's sense
+    epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
-    drop_path: float = 0.0  # of the last block: layers.make_drops
-    drop_path_mode: str = "batch"
-    drop_path_schedule: str = "linear"
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

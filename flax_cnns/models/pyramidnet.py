@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models.fields import AtLeast, Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper, PyTree
 
 PAPER = Paper(
@@ -128,25 +130,32 @@ class PyramidNet(nn.Module):
     three equal stages of whole blocks, or a pyramid that narrows.
     """
 
-    depth: int  # in convolutions along the branches, with the stem and the head
-    alpha: float  # by how many channels the last block is wider than the stem
+    # architecture
+    depth: Count  # in convolutions along the branches, with the stem and the head
+    alpha: Annotated[
+        float, AtLeast(0)
+    ]  # by how many channels the last block is wider than the stem
     block: ModuleDef = BasicBlock
     rounding: str = "down"  # of widths; or "nearest", the released code's
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    drop_path: float = 0.0  # stochastic depth's rate in the last block: layers.make_drops
+    input_size: ImageSize = (32, 32, 3)
+    norm: str = "batch"
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    drop_path: Rate = 0.0  # stochastic depth's rate in the last block: layers.make_drops
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
-    shake_drop: float = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
+    shake_drop: Rate = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
     shake_drop_level: str = "image"  # or "batch", "channel", "pixel"
     shake_drop_alpha: tuple[float, float] = (-1.0, 1.0)
     shake_drop_beta: tuple[float, float] = (0.0, 1.0)
-    norm: str = "batch"
+    # numerics
     kernel_init: str | Callable = "he"
     zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     remat: bool = False  # compute the inside of each block again in the backward pass
 
     def widths(self) -> list[list[int]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from numbers import Integral, Real
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,90 +16,52 @@ import jax
 import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.models import (
-    alexnet,
-    all_cnn,
-    cifar_preact,
-    cifar_resnet,
-    convnext,
-    deck_cnn,
-    densenet,
-    dsn,
-    efficientnet,
-    fractalnet,
-    googlenet,
-    highway,
-    inception_resnet,
-    inception_v3,
-    inception_v4,
-    lenet,
-    mobilenet_v1,
-    mobilenet_v2,
-    mobilenet_v3,
-    nas,
-    nasnet,
-    nin,
-    pnasnet,
-    preact_resnet,
-    pyramidnet,
-    resnet,
-    resnet_in_resnet,
-    resnext,
-    senet,
-    shake_shake,
-    simpnet,
-    sparse_densenet,
-    sparsenet,
-    squeezenet,
-    vgg,
-    vit,
-    wide_resnet,
-    xception,
-    zfnet,
-)
+from flax_cnns.models.fields import check
 
-FAMILIES = (
-    lenet,
-    alexnet,
-    zfnet,
-    cifar_resnet,
-    resnet,
-    resnext,
-    senet,
-    preact_resnet,
-    cifar_preact,
-    wide_resnet,
-    shake_shake,
-    pyramidnet,
-    resnet_in_resnet,
-    densenet,
-    sparsenet,
-    sparse_densenet,
-    fractalnet,
-    googlenet,
-    inception_v3,
-    inception_v4,
-    inception_resnet,
-    efficientnet,
-    simpnet,
-    vgg,
-    squeezenet,
-    xception,
-    mobilenet_v1,
-    mobilenet_v2,
-    mobilenet_v3,
-    nas,
-    nasnet,
-    pnasnet,
-    deck_cnn,
-    nin,
-    all_cnn,
-    dsn,
-    highway,
-    convnext,
-    vit,
+FAMILIES = tuple(
+    import_module(f"flax_cnns.models.{name}")
+    for name in (
+        "lenet",
+        "alexnet",
+        "zfnet",
+        "cifar_resnet",
+        "resnet",
+        "resnext",
+        "senet",
+        "preact_resnet",
+        "cifar_preact",
+        "wide_resnet",
+        "shake_shake",
+        "pyramidnet",
+        "resnet_in_resnet",
+        "densenet",
+        "sparsenet",
+        "sparse_densenet",
+        "fractalnet",
+        "googlenet",
+        "inception_v3",
+        "inception_v4",
+        "inception_resnet",
+        "efficientnet",
+        "simpnet",
+        "vgg",
+        "squeezenet",
+        "xception",
+        "mobilenet_v1",
+        "mobilenet_v2",
+        "mobilenet_v3",
+        "nas",
+        "nasnet",
+        "pnasnet",
+        "deck_cnn",
+        "nin",
+        "all_cnn",
+        "dsn",
+        "highway",
+        "convnext",
+        "vit",
+    )
 )
-DTYPES = ("float32", "bfloat16", "float16")
 MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
 
 
@@ -136,87 +97,6 @@ def _find(name: str) -> tuple[partial, ModuleType]:
     return _MODELS[name]
 
 
-def _dtype(field: str, value: Any) -> jnp.dtype:
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in DTYPES:
-        raise UserError(f"unknown {field} {value!r}{did_you_mean(str(value), DTYPES)}")
-    return dtype
-
-
-# What a field's annotation asks for, and whether a value is that.
-_NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", lambda v: isinstance(v, Integral)),
-    "float": ("a number", lambda v: isinstance(v, Real)),
-    "bool": ("True or False", lambda v: isinstance(v, bool)),
-    "str": ("a text", lambda v: isinstance(v, str)),
-}
-_NUMBERS["Callable"] = _NUMBERS["ModuleDef"] = ("a function or a module", callable)
-_RATES = (
-    "dropout",
-    "drop_path",
-    "shake_drop",
-    "saf_rate",
-    "momentum",
-)  # at the end of a field's name
-_ABOVE_ZERO = ("_mult", "epsilon")
-
-
-def _check_field(
-    name: str, field: str, value: Any, annotation: str, may_be_zero: Sequence[str]
-) -> None:
-    """Raises `UserError` where a field of a plain kind has no such value, or a senseless one.
-
-    `may_be_zero`: whole numbers that count something which may be absent.
-    """
-    annotation, optional = annotation.removesuffix(" | None"), annotation.endswith(" | None")
-    if optional and value is None:
-        return
-    several = re.fullmatch(
-        r"(?:(int|float) \| )?Sequence\[(int|float)\]|tuple\[(int), \.\.\.\]", annotation
-    )
-    either = bool(several and several[1])  # one, or a sequence
-    kind = several[2] or several[3] if several else annotation
-    if kind not in _NUMBERS:
-        return
-    what, fits = _NUMBERS[kind]
-    values = value if isinstance(value, tuple) else (value,)
-    fine = either or isinstance(value, tuple) == bool(several)
-    fine &= all(fits(v) and (kind == "bool" or not isinstance(v, bool)) for v in values)
-    if field.endswith(_RATES):
-        what, fine = f"{what} from 0 to below 1", fine and all(0 <= v < 1 for v in values)
-    elif kind == "int" and field in may_be_zero:
-        what, fine = f"{what} from 0", fine and all(v >= 0 for v in values)
-    elif kind == "int" or field.endswith(_ABOVE_ZERO):
-        what, fine = f"{what} above 0", fine and all(0 < v < math.inf for v in values)
-    elif kind == "float":
-        fine = fine and all(map(math.isfinite, values))
-    if not fine:
-        expected = f"a sequence, each {what}" if several else what
-        expected = f"{what}, or {expected}" if either else expected
-        raise UserError(f"{name}: {field} is {expected}, got {value!r}")
-
-
-def _checked(name: str, field: str, value: Any, annotation: str, may_be_zero: Sequence[str]) -> Any:
-    """The value of a field as the module wants it; raises `UserError` where it makes no sense."""
-    if isinstance(value, list):  # from a config's JSON; a module's fields must be hashable
-        value = tuple(value)
-    if field in ("dtype", "param_dtype"):
-        return _dtype(field, value)
-    if field == "num_classes" and value is not None and (type(value) is not int or value < 1):
-        raise UserError(f"{name}: num_classes is a positive number or None, got {value!r}")
-    if field == "input_size" and (
-        not isinstance(value, tuple)
-        or len(value) != 3
-        or any(type(n) is not int or n < 1 for n in value)
-    ):
-        raise UserError(f"{name}: input_size is (height, width, channels), got {value!r}")
-    _check_field(name, field, value, annotation, may_be_zero)
-    return value
-
-
 def create_model(name: str, **fields: Any) -> nn.Module:
     """The network `name` with some of its fields set: `create_model("resnet50", num_classes=10)`.
 
@@ -228,21 +108,25 @@ def create_model(name: str, **fields: Any) -> nn.Module:
     variant, _ = _find(name)
     if "init" in fields:  # no field of the module's: it would hide its method `init`
         fields["kernel_init"] = fields.pop("init")
-    known = {field.name: str(field.type) for field in dataclasses.fields(variant.func)}
-    del known["name"], known["parent"]
+    known = {field.name for field in dataclasses.fields(variant.func)} - {"name", "parent"}
     for field in fields:
         if field not in known:
             near = did_you_mean(field, known)
             takes = f"it takes {', '.join(sorted(known))}"
             hint = f"{near} ({takes})" if near.startswith("; did you mean") else f"; {takes}"
             raise UserError(f"{name} has no field {field!r}{hint}")
-    zero = getattr(variant.func, "may_be_zero", ())
-    return variant(**{f: _checked(name, f, v, known[f], zero) for f, v in fields.items()})
+    return variant(**check(name, variant.func, fields))
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that match a shell pattern, sorted: `list_models("*resnet5*")`."""
-    return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
+    """The names that match a shell pattern, sorted, `resnet18` before `resnet101`."""
+    names = (name for name in _MODELS if fnmatchcase(name, pattern))
+    return sorted(names, key=_natural_key)
+
+
+def _natural_key(name: str) -> list[str | int]:
+    """Text and numbers in turn, by which `sorted` compares numbers as such."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 @cache

@@ -12,7 +12,7 @@ variance whatever `kernel_init` is; the paper uses He's for all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper, PyTree
 
 PAPER = Paper(
@@ -158,32 +159,37 @@ class ResNet(nn.Module):
     C is not that of `input_size`, or where fields do not go together.
     """
 
-    depths: Sequence[int]  # blocks per stage; the first stage keeps the size, the others halve it
+    # architecture
+    depths: Counts  # blocks per stage; the first stage keeps the size, the others halve it
     block: ModuleDef = Bottleneck
-    width: int = 64  # of the first stage; doubled from stage to stage
-    groups: int = 1  # of a bottleneck's 3x3: ResNeXt's cardinality
-    base_width: int = 64  # channels per group where width is 64: 128 is twice as wide inside
+    width: Count = 64  # of the first stage; doubled from stage to stage
+    groups: Count = 1  # of a bottleneck's 3x3: ResNeXt's cardinality
+    base_width: Count = 64  # channels per group where width is 64: 128 is twice as wide inside
     shortcut: str = "B"  # one of SHORTCUTS
     attention: ModuleDef | None = None  # behind each branch: layers.SqueezeExcite
     stem: ModuleDef = layers.ImageNetStem
-    stem_width: int | None = None  # None: width
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    stem_width: Count | None = None  # None: width
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"  # or any of layers.make_norm's, or "fixup": layers/fixup.py
-    momentum: float = 0.9  # of the running statistics
-    epsilon: float = 1e-5
     conv_bias: bool = False
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.0  # of the pooled features
+    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    # numerics
+    momentum: Rate = 0.9  # of the running statistics
+    epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     # The last norm of each branch starts at 0, so that a block starts as the identity (Goyal et al.
     # 2017, section 5.1). Off, as in torchvision.
     zero_init: bool = False
-    dropout: float = 0.0  # of the pooled features
-    drop_path: float = 0.0  # the last block's rate of dropping: layers.make_drops
-    drop_path_mode: str = "batch"
-    drop_path_schedule: str = "linear"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

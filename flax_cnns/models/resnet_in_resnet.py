@@ -21,13 +21,14 @@ and 32 channels a stream, 16, 32 and 64 in all as in He et al.'s networks; that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Counts, ImageSize
 from flax_cnns.models.resnet import shortcut
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -87,16 +88,20 @@ class ResNetInResNet(nn.Module):
     and for `norm="group"`, which the classes' norm does not fit.
     """
 
-    depths: Sequence[int] = (2, 3, 3)  # blocks per stage, of two units
-    widths: Sequence[int] = (48, 96, 192)  # of each stream
+    # architecture
+    depths: Counts = (2, 3, 3)  # blocks per stage, of two units
+    widths: Counts = (48, 96, 192)  # of each stream
     nested: bool = True  # RiR; without the outer shortcuts ResNet Init
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
+    # head
+    num_classes: Classes | None = 10
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

@@ -10,7 +10,7 @@ and up instead, and leave that ReLU out; counts are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.layers.shake import Shake
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -83,19 +84,24 @@ class ShakeShake(nn.Module):
     Raises `UserError` where C is not that of `input_size`, or for names that table 1 does not have.
     """
 
-    width: int  # of the first stage; doubled from stage to stage
-    depths: Sequence[int] = (4, 4, 4)  # blocks per stage; the first keeps the size, others halve it
+    # architecture
+    width: Count  # of the first stage; doubled from stage to stage
+    depths: Counts = (4, 4, 4)  # blocks per stage; the first keeps the size, others halve it
+    input_size: ImageSize = (32, 32, 3)
+    norm: str = "batch"
+    # head
+    num_classes: Classes | None = 10
+    # regularization
     forward: str = "shake"  # or "even": layers.make_shakes
     backward: str = "shake"  # or "even", or "keep": the forward pass's
     level: str = "image"  # or "batch": what shares a number
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    norm: str = "batch"
+    # numerics
     kernel_init: str | Callable = "he"
     zero_init: bool = False  # the last norm of each branch starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -40,18 +41,22 @@ class SimpNet(nn.Module):
     than `input_size`, and where there are not as many rates as groups.
     """
 
-    widths: Sequence[Sequence[int]]  # of the convolutions up to each of the poolings
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    # Behind a convolution that no pooling follows: one rate, or one for each group of `widths`.
-    dropout: float | Sequence[float] = 0.0
-    # Of the pooling behind each group, the last over the whole map; `saf`: layers.SAFPool.choose.
-    saf_rate: float | Sequence[float] = 0.0
-    saf: str = "random"
+    # architecture
+    widths: Sequence[Counts]  # of the convolutions up to each of the poolings
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"  # "group" for widths that 16 divides; "none"
-    momentum: float = 0.95  # of the running statistics
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    # Behind a convolution that no pooling follows: one rate, or one for each group of `widths`.
+    dropout: Rate | Sequence[Rate] = 0.0
+    # Of the pooling behind each group, the last over the whole map; `saf`: layers.SAFPool.choose.
+    saf_rate: Rate | Sequence[Rate] = 0.0
+    saf: str = "random"
+    # numerics
+    momentum: Rate = 0.95  # of the running statistics
     kernel_init: str | Callable = "he"
-    gaussian: Sequence[int] = (3, 4, 5)  # convolutions that "paper" starts with N(0, 0.01^2)
+    gaussian: Sequence[Count] = (3, 4, 5)  # convolutions that "paper" starts with N(0, 0.01^2)
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm

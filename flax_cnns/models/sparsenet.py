@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax_cnns import layers
 from flax_cnns.errors import UserError
 from flax_cnns.models.densenet import DenseNet, FirstConv
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -97,16 +98,20 @@ class SparseSumNet(nn.Module):
     that makes no three equal stages.
     """
 
-    depth: int  # 9n + 2: three stages of n bottlenecks
-    widths: Sequence[int] = (16, 32, 64)
+    # architecture
+    depth: Count  # 9n + 2: three stages of n bottlenecks
+    widths: Counts = (16, 32, 64)
     links: Callable[[Sequence[Array]], Sequence[Array]] = powers_of_two
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
+    # head
+    num_classes: Classes | None = 10
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     remat: bool = False  # compute the inside of each block again in the backward pass
 
     @nn.compact

@@ -27,6 +27,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -64,14 +65,18 @@ class SqueezeNet(nn.Module):
     images are too small or have other channels than `input_size`.
     """
 
-    conv1: tuple[int, int, int, int]  # width, window, stride, padding
-    pool_after: Sequence[int]  # the numbers of the fire modules before a pooling
-    pool1_stride: int = 2  # of the pooling behind conv1
-    bypass: Sequence[int] = ()  # the numbers of the fire modules with a bypass
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    # architecture
+    conv1: tuple[Count, Count, Count, CountOrZero]  # width, window, stride, padding
+    pool_after: Sequence[Count]  # the numbers of the fire modules before a pooling
+    pool1_stride: Count = 2  # of the pooling behind conv1
+    bypass: Sequence[Count] = ()  # the numbers of the fire modules with a bypass
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "none"
-    dropout: float = 0.5  # of fire9's output
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.5  # of fire9's output
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

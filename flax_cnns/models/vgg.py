@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -62,15 +63,19 @@ class VGG(nn.Module):
     `input_size`.
     """
 
-    windows: Sequence[Sequence[int]]  # of the convolutions of each stage
-    widths: Sequence[int] = (64, 128, 256, 512, 512)  # of the stages
-    pool: int = 7  # side of the maps that the dense layers see
-    hidden: Sequence[int] = (4096, 4096)  # fc6 and fc7
+    # architecture
+    windows: Sequence[Counts]  # of the convolutions of each stage
+    widths: Counts = (64, 128, 256, 512, 512)  # of the stages
+    pool: Count = 7  # side of the maps that the dense layers see
     lrn: bool = False  # after the first convolution: A-LRN
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
+    input_size: ImageSize = (224, 224, 3)
     norm: str = "none"
-    dropout: float = 0.5  # of the outputs of fc6 and of fc7
+    # head
+    hidden: Sequence[Count] = (4096, 4096)  # fc6 and fc7
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.5  # of the outputs of fc6 and of fc7
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.models.fields import Classes, Count, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -85,22 +86,27 @@ class ViT(nn.Module):
     Raises `UserError` where images are not of `input_size`, or where that is not whole patches.
     """
 
-    patch: int  # the side of a patch
-    width: int  # of a token
-    depth: int  # blocks
-    heads: int
-    expansion: int = 4  # of the two dense layers
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
-    epsilon: float = 1e-6
-    kernel_init: str | Callable = "paper"
-    dropout: float = 0.0  # behind each dense layer but qkv, and behind the positions: section B.1
-    drop_path: float = 0.0  # the last block's rate of dropping: layers.make_drops
+    # architecture
+    patch: Count  # the side of a patch
+    width: Count  # of a token
+    depth: Count  # blocks
+    heads: Count
+    expansion: Count = 4  # of the two dense layers
+    input_size: ImageSize = (224, 224, 3)
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.0  # behind each dense layer but qkv, and behind the positions: section B.1
+    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drops
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
+    # numerics
+    epsilon: Positive = 1e-6
+    kernel_init: str | Callable = "paper"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # nothing here looks at other images
+    # compilation
     scan: bool = False  # all blocks but the first as one under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.models.resnet import DEPTHS, ResNet
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -70,19 +71,24 @@ class WideResNet(nn.Module):
     6n + 4, or where training with dropout lacks the stream "dropout".
     """
 
-    depth: int  # d
-    width_mult: int  # k
-    num_classes: int | None = 10
-    input_size: tuple[int, int, int] = (32, 32, 3)
-    dropout: float = 0.0  # rate, between the two convolutions of a block; the paper's is 0.3
+    # architecture
+    depth: Count  # d
+    width_mult: Count  # k
+    input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
+    # head
+    num_classes: Classes | None = 10
+    # regularization
+    dropout: Rate = 0.0  # rate, between the two convolutions of a block; the paper's is 0.3
+    drop_path: Rate = 0.0  # of the last block: layers.make_drops
+    drop_path_mode: str = "batch"
+    drop_path_schedule: str = "linear"
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
-    drop_path: float = 0.0  # of the last block: layers.make_drops
-    drop_path_mode: str = "batch"
-    drop_path_schedule: str = "linear"
+    # compilation
     scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each block again in the backward pass
 

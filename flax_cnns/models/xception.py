@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
+from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -99,23 +100,28 @@ class Xception(nn.Module):
     where C is not that of `input_size`.
     """
 
-    stem: Sequence[int] = (32, 64)  # widths
-    entry: Sequence[int] = (128, 256, 728)  # of the blocks, each with two convolutions and stride 2
-    depth: int = 8  # blocks of the middle flow, as wide as the last one
-    exit: Sequence[int] = (728, 1024)  # of the convolutions in the last block, of stride 2
-    top: Sequence[int] = (1536, 2048)  # of those behind it
+    # architecture
+    stem: Counts = (32, 64)  # widths
+    entry: Counts = (128, 256, 728)  # of the blocks, each with two convolutions and stride 2
+    depth: Count = 8  # blocks of the middle flow, as wide as the last one
+    exit: Counts = (728, 1024)  # of the convolutions in the last block, of stride 2
+    top: Counts = (1536, 2048)  # of those behind it
     padding: str = "torch"  # of the pools; or "same", TensorFlow's
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (299, 299, 3)
-    dropout: float = 0.5  # of the pooled features
+    input_size: ImageSize = (299, 299, 3)
     norm: str = "batch"
-    momentum: float = 0.9  # of the running statistics
-    epsilon: float = 1e-5
+    # head
+    num_classes: Classes | None = 1000
+    # regularization
+    dropout: Rate = 0.5  # of the pooled features
+    # numerics
+    momentum: Rate = 0.9  # of the running statistics
+    epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     zero_init: bool = False  # the last norm of each branch starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronised BatchNorm
+    # compilation
     scan: bool = False  # the middle flow as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each of its blocks again in the backward pass
 

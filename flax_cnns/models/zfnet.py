@@ -15,6 +15,7 @@ from jax import lax
 
 from flax_cnns import layers
 from flax_cnns.models.alexnet import ResponseNorm, parts
+from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -42,11 +43,15 @@ class ZFNet(nn.Module):
     other channels than `input_size`.
     """
 
-    widths: tuple[int, int, int] = (384, 384, 256)  # of conv3, conv4 and conv5
-    num_classes: int | None = 1000
-    input_size: tuple[int, int, int] = (224, 224, 3)
-    hidden: int = 4096  # units of fc6 and of fc7
-    dropout: float = 0.5
+    # architecture
+    widths: tuple[Count, Count, Count] = (384, 384, 256)  # of conv3, conv4 and conv5
+    input_size: ImageSize = (224, 224, 3)
+    # head
+    num_classes: Classes | None = 1000
+    hidden: Count = 4096  # units of fc6 and of fc7
+    # regularization
+    dropout: Rate = 0.5
+    # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

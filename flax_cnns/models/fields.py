@@ -1,0 +1,227 @@
+"""What the fields of networks hold: annotations with bounds, and the check of a value by them.
+
+A network says `dropout: Rate = 0.5` or `depths: Counts`, and `create_model` refuses what does not
+fit, in one line. Checked are `int`, `float`, `bool`, `str`, callables, dtypes, `Sequence`, tuples,
+NamedTuples (the rows of a table) and unions of these; values of other annotations pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import jax.numpy as jnp
+
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import Dtype
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# ---------------------------------------------------------------------------- annotations
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Of a number: from `low` to below `high`."""
+
+    low: float
+    high: float
+
+    def fits(self, value: float) -> bool:
+        return self.low <= value < self.high
+
+    def describe(self, value: Any) -> str:
+        return f"from {self.low:g} to below {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """Of a number: from `low` to `high`; `above` excludes `low` itself.
+
+    `high` is where a slip of the keyboard would run for hours or ask for terabytes.
+    """
+
+    low: int
+    high: float = 100_000
+    above: bool = False
+
+    def fits(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def describe(self, value: Any) -> str:
+        """The upper end is only named where `value` is beyond it."""
+        below = "above 0" if self.above or self.low == 1 else f"from {self.low}"
+        beyond = isinstance(value, int | float) and self.high < value < math.inf
+        return f"{below}, at most {self.high:,}" if beyond else below
+
+
+@dataclasses.dataclass(frozen=True)
+class NotEmpty:
+    """Of a sequence."""
+
+    def fits(self, value: Sequence) -> bool:
+        return len(value) > 0
+
+    def describe(self, value: Any) -> str:
+        return "of one or more" if value in ((), []) else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """What a message calls it: the last of the bounds."""
+
+    name: str
+
+    def fits(self, value: Any) -> bool:
+        return True
+
+    def describe(self, value: Any) -> str:
+        return self.name
+
+
+Rate = Annotated[float, Between(0, 1)]  # of dropping, or a running mean's momentum
+Positive = Annotated[float, AtLeast(0, math.inf, above=True)]
+Factor = Annotated[float, AtLeast(0, 1000, above=True)]  # on widths or depths
+Count = Annotated[int, AtLeast(1)]
+CountOrZero = Annotated[int, AtLeast(0)]
+Counts = Annotated[Sequence[Count], NotEmpty()]  # one for each stage, as a rule
+Classes = Annotated[int, AtLeast(1, 10_000_000), Called("a positive number or None")]
+ImageSize = Annotated[tuple[Count, Count, Count], Called("(height, width, channels)")]
+
+# ---------------------------------------------------------------------------- the check
+
+
+class _Misfit(Exception):
+    """A value that is not what an annotation says."""
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+_SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number", lambda v: _is_number(v, Integral)),
+    float: ("a number", lambda v: _is_number(v, Real)),
+    bool: ("True or False", lambda v: isinstance(v, bool)),
+    str: ("a text", lambda v: isinstance(v, str)),
+    Callable: ("a function or a module", callable),
+}
+
+
+def check(name: str, network: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of fields of the class `network`, as its instances want them: lists as tuples.
+
+    Raises `UserError`, which begins with `name`, for the first that its annotation does not allow.
+    """
+    hints = _hints(network)
+    return {field: _check(name, field, value, hints[field]) for field, value in values.items()}
+
+
+def _check(name: str, field: str, value: Any, hint: Any) -> Any:
+    try:
+        return _fit(value, hint)
+    except _Misfit:
+        if hint == Dtype:
+            near = did_you_mean(str(value), DTYPES)
+            raise UserError(f"unknown {field} {value!r}{near}") from None
+        raise UserError(f"{name}: {field} is {_describe(hint, value)}, got {value!r}") from None
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _parse(hint: Any) -> tuple[Any, tuple, tuple]:
+    """An annotation as (kind, arguments, bounds); a kind is `int`, `Sequence`, `Union` ..."""
+    bounds = ()
+    if get_origin(hint) is Annotated:
+        hint, bounds = hint.__origin__, hint.__metadata__
+    kind = get_origin(hint) or hint
+    return Union if kind is UnionType else kind, get_args(hint), bounds
+
+
+def _is_row(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as a field of this annotation; raises `_Misfit`."""
+    kind, args, bounds = _parse(hint)
+    if hint == Dtype:
+        return _fit_dtype(value)
+    if kind is Union:
+        value = _fit_union(value, args)
+    elif kind is NoneType and value is not None:
+        raise _Misfit
+    elif kind in (Sequence, tuple) or _is_row(kind):
+        value = _fit_sequence(value, kind, args)
+    elif kind in _SCALARS and not _SCALARS[kind][1](value):
+        raise _Misfit
+    if not all(bound.fits(value) for bound in bounds):
+        raise _Misfit
+    return int(value) if kind is int else value
+
+
+def _fit_dtype(value: Any) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise _Misfit from None
+    if dtype.name not in DTYPES:
+        raise _Misfit
+    return dtype
+
+
+def _fit_union(value: Any, hints: Sequence[Any]) -> Any:
+    for hint in hints:
+        try:
+            return _fit(value, hint)
+        except _Misfit:
+            continue
+    raise _Misfit
+
+
+def _fit_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
+    if not isinstance(value, tuple | list):
+        raise _Misfit
+    if _is_row(kind):
+        args = tuple(_hints(kind).values())
+    elif kind is Sequence or args[-1] is ...:
+        args = args[:1] * len(value)
+    if len(value) != len(args):
+        raise _Misfit
+    values = [_fit(v, hint) for v, hint in zip(value, args)]
+    return kind(*values) if _is_row(kind) else tuple(values)
+
+
+def _describe(hint: Any, value: Any) -> str:
+    """What would fit, said to who gave `value`."""
+    kind, args, bounds = _parse(hint)
+    said = [bound.describe(value) for bound in bounds]
+    if any(isinstance(bound, Called) for bound in bounds):
+        return said[-1]
+    if kind is Union:
+        return ", or ".join(_describe(arg, value) for arg in args if arg is not NoneType)
+    if _is_row(kind):
+        return f"{kind.__name__}({', '.join(kind._fields)})"
+    if kind is tuple and args[-1] is not ...:
+        return f"({', '.join(_describe(arg, None) for arg in args)})"
+    if kind in (Sequence, tuple):
+        odd = [v for v in value if not _fits(v, args[0])] if isinstance(value, tuple | list) else []
+        each = f"each {_describe(args[0], odd[0] if odd else None)}"
+        return f"{' '.join(['a sequence', *filter(None, said)])}, {each}"
+    return " ".join([_SCALARS[kind][0], *said])
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _fit(value, hint)
+    except _Misfit:
+        return False
+    return True
