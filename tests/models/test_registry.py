@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from functools import partial
 from pathlib import Path
@@ -32,8 +34,22 @@ def test_the_public_face_is_the_registry():
 def test_list_models_by_pattern():
     assert list_models("lenet5") == ["lenet5"]
     assert "lenet5" in list_models("lenet*")
-    assert "resnet50" in list_models() == sorted(list_models())
+    assert len(list_models()) == len(set(list_models())) > 300
     assert list_models("nothing*") == []
+
+
+def test_list_models_sorts_numbers_as_numbers():
+    assert list_models("resnet???") == ["resnet18d", "resnet34d", "resnet50d", *_LARGE_RESNETS]
+    assert list_models("pyramidnet_110_a*[48]") == ["pyramidnet_110_a48", "pyramidnet_110_a84"]
+
+
+_LARGE_RESNETS = ["resnet101", "resnet152", "resnet200"]
+
+
+def test_every_file_with_variants_is_registered():
+    files = Path(registry.__file__).parent.glob("*.py")
+    families = {file.stem for file in files if "\nVARIANTS = " in file.read_text()}
+    assert families == {family.__name__.rpartition(".")[2] for family in registry.FAMILIES}
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -112,6 +128,45 @@ def test_the_readme_names_every_network_with_its_parameters():
 def test_fields_that_make_no_sense(name, fields, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: init_variables(create_model(name, **fields), jax.random.key(0)))
+
+
+SENSELESS = (-1, 2**63, float("nan"), float("inf"), 10**400, "x", None, [], (), True, 1.5, [1, "x"])
+SENSELESS += (object(), {}, [[1], [None]], [2**63] * 3, b"x")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "nin_cifar10", "mobilenet_v2", "simpnet_5m"])
+def test_any_value_of_any_field_is_taken_or_refused_in_one_line(name):
+    refused = []
+    known = {field.name for field in dataclasses.fields(create_model(name))} - {"name", "parent"}
+    for field, value in itertools.product(known, SENSELESS):
+        try:
+            hash(create_model(name, **{field: value}))
+        except UserError as error:
+            refused.append((field, str(error)))
+    assert {field for field, _ in refused} == known
+    assert all(field in line and "\n" not in line for field, line in refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("pyramidnet_110_a48", dict(depth=2**63), "number above 0, at most 100,000, got 92233"),
+        ("simpnet_5m", dict(saf_rate=[0.1, 1.0, 0.2]), "each a number from 0 to below 1, got"),
+        ("cifar_resnet20", dict(depths=()), "depths is a sequence of one or more, each a whole"),
+        ("googlenet", dict(table=[["a", [1, -1]]]), "each a whole number above 0"),
+        ("mobilenet_v2", dict(table=[[1, 16, 1]]), r"each Row\(expansion, width, depth, stride\)"),
+        ("squeezenet1_1", dict(conv1=(64, 3, 0, 0)), r"conv1 is \(a whole number above 0, a whole"),
+    ],
+)
+def test_values_inside_sequences_are_checked(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        create_model(name, **fields)
+
+
+def test_rows_of_a_table_may_come_from_json():
+    model = create_model("mobilenet_v2", table=[[1, 16, 1, 1], [6, 24, 2, 2]])
+    assert model.table[1].width == 24
+    hash(model)
 
 
 def test_what_may_be_absent():
