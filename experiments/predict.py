@@ -21,7 +21,7 @@ if not __package__:  # run by its path: experiments/inspect.py must not hide Pyt
 from absl import flags
 
 from experiments import script
-from flax_cnns.data import photo
+from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", "", "The network whose published weights are taken.")
@@ -55,7 +55,7 @@ def predict(argv: list[str]) -> None:
     if _CHECKPOINT.value and not _WORKDIR.value:
         raise UserError("--checkpoint is one of a run's: it goes with --workdir=RUN")
     photos = argv[1:]
-    photo.check(photos)
+    check_photos(photos)
     out, told = script.choose_picture(_OUT, photos) if _OUT.value else ("", "")
     from flax_cnns.runs import predict as prediction
     from flax_cnns.runs import tables

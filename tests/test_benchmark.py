@@ -15,6 +15,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmarks import convolutions, learning, torch_side, training
+from experiments.benchmarks.shapes import SHAPES
 from flax_cnns.analysis import device
 from flax_cnns.models.cifar_resnet import CifarResNet
 from flax_cnns.models.registry import FAMILIES, list_models
@@ -99,7 +100,7 @@ def test_conv(run):
 
 
 def test_the_shapes():
-    shapes = convolutions.SHAPES
+    shapes = SHAPES
     assert len(shapes) >= 40
     assert len({shape.name for shape in shapes}) == len(shapes)
     named = {shape.name: shape for shape in shapes}

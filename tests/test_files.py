@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from flax_cnns.data import photo
+from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 from flax_cnns.files import check_regular
 
@@ -17,6 +17,6 @@ def test_a_pipe_or_a_device_is_no_file(tmp_path):
         check_regular("/dev/zero")
     (tmp_path / "link").symlink_to("pipe")
     with pytest.raises(UserError, match="link is a named pipe"):
-        photo.check([tmp_path / "link"])  # and does not wait for a writer
+        check_photos([tmp_path / "link"])  # and does not wait for a writer
     for fine in (tmp_path, __file__, "not there", "", "\0"):
         check_regular(fine)

@@ -13,7 +13,7 @@ from flax_cnns import create_model, init_variables, run
 from flax_cnns import tree as pytree
 from flax_cnns.checkpoint import reading
 from flax_cnns.checkpoint.graft.graft import graft
-from flax_cnns.data import datasets
+from flax_cnns.data.load import read_fingerprint
 from flax_cnns.runs import evaluate, predict, train, workdir
 from tests.fixtures import old_run
 
@@ -63,7 +63,7 @@ def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     for name in ("split", "step", "examples", "accuracy", "classes", "confusion"):
         assert found[name] == expected[name]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    was = datasets.read_fingerprint(old_run.make_config().data)
+    was = read_fingerprint(old_run.make_config().data)
     assert json.loads((folder / "run/dataset.json").read_text())["fingerprint"] == was
     add_an_image(folder / "images")
     with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21"):
@@ -71,7 +71,7 @@ def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     found = evaluate.evaluate_run("run", accept_changed_data=True)
     written = json.loads((folder / "run/evaluation_test_20.json").read_text())
     assert written["changed_data"]["was"] == found["changed_data"]["was"] == was
-    assert written["changed_data"]["is"] == datasets.read_fingerprint(old_run.make_config().data)
+    assert written["changed_data"]["is"] == read_fingerprint(old_run.make_config().data)
 
     guesses = predict.predict(predict.from_run("run"), old_run.PHOTOS)
     for now, then in zip(guesses, EXPECTED["predictions"], strict=True):
@@ -104,7 +104,7 @@ def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch
     config = old_run.make_config()
     run(config, "run")
     was = json.loads((folder / "run/dataset.json").read_text())["fingerprint"]
-    assert was == datasets.read_fingerprint(config.data)
+    assert was == read_fingerprint(config.data)
     (folder / "images").rename(folder / "moved")
     config.data.dir = "moved"
     run(config, "run")
@@ -116,7 +116,7 @@ def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch
     facts = json.loads((folder / "run/dataset.json").read_text())
     (change,) = facts["accepted_changes"]
     assert (change["step"], change["was"], change["is"]) == (20, was, facts["fingerprint"])
-    assert facts["fingerprint"] == datasets.read_fingerprint(config.data)
+    assert facts["fingerprint"] == read_fingerprint(config.data)
 
 
 def test_it_is_grafted_whole_but_for_another_head(folder):

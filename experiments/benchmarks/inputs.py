@@ -48,8 +48,8 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
 
 def pipeline(args: argparse.Namespace, report: Report) -> None:
     """Training batches as the host hands them out, before any device sees them."""
-    from flax_cnns.data import datasets  # Grain and TFDS, for this command only
     from flax_cnns.data import pipeline as pipelines
+    from flax_cnns.data.load import load_dataset  # Grain and TFDS, for this command only
 
     sources = args.source.split(",")
     for source in sources:
@@ -65,7 +65,7 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
                 config.update(in_memory="no", image_size=args.size, validation=0.0)
                 config.augment.random_resized_crop = (0.08, 1.0)
             report.say(f"{source}: reading")
-            dataset = datasets.load(config)
+            dataset = load_dataset(config)
             batches = stack.enter_context(
                 contextlib.closing(pipelines.train_batches(dataset, config, seed=0))
             )

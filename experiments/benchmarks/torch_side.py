@@ -9,7 +9,7 @@ import unittest.mock
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,14 +17,12 @@ import numpy as np
 from experiments.benchmarks import training
 from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, milliseconds
+from experiments.benchmarks.shapes import Shape, arrays
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers import conv
 from flax_cnns.models.registry import init_variables
-
-if TYPE_CHECKING:
-    from experiments.benchmarks.convolutions import Shape
 
 INSTALL = 'PyTorch is not installed: pip install -e ".[bench]" brings torch, torchvision and timm'
 
@@ -113,8 +111,6 @@ def network(name: str, classes: int) -> Any:
 
 def convolution(torch: Any, shape: Shape, dtype: str, passes: str) -> Callable[[], Any]:
     """`conv2d` in channels_last, without or with the gradients to input and kernel."""
-    from experiments.benchmarks.convolutions import arrays
-
     device = device_of(torch)
 
     def tensor(array: np.ndarray, order: tuple[int, ...]) -> Any:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import io
+import contextlib
 import math
+import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.files import check_regular
 
 # Incremented whenever a file gives other pixels than before. 2 obeys EXIF and every transparency.
 READER = 2
@@ -30,230 +30,6 @@ DAMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-
-
-LFS = b"version https://git-lfs"  # how a pointer begins, whose file was not fetched
-
-
-class DamagedImage(UserError):
-    """An image that cannot be decoded; `where` names it."""
-
-    def __init__(self, where: str, why: Exception):
-        super().__init__(
-            f"cannot decode {where}: {why}; mend or delete it, or set data.skip_damaged=True"
-        )
-        self.where, self.why = where, why
-
-    def __reduce__(self):  # Errors of worker processes travel pickled.
-        return DamagedImage, (self.where, self.why)
-
-
-class WrongLabel(UserError):
-    """A label that is none of the data set's classes; `where` names the example."""
-
-    def __init__(self, where: str, label: int, num_classes: int):
-        said = "it has no label (-1)" if label == -1 else f"its label is {label}"
-        super().__init__(f"{where}: {said}; expected 0 to {num_classes - 1}")
-        self.where, self.label, self.num_classes = where, label, num_classes
-
-    def __reduce__(self):
-        return WrongLabel, (self.where, self.label, self.num_classes)
-
-
-class Source(Protocol):
-    """Images that are decoded when they are read. Its `repr` is stable: Grain saves it."""
-
-    labels: np.ndarray | None  # i32 [N]; None where it would take reading every example
-
-    def __len__(self) -> int: ...
-
-    def open(self, i: int) -> tuple[Image.Image, int]:
-        """Image (of any size and mode, perhaps not decoded yet) and label."""
-
-    def where(self, i: int) -> str:
-        """What to call example `i` in an error message."""
-
-    def fetch(self, rows: np.ndarray) -> Source:
-        """The same source with these rows at hand, where reading many at once is quicker."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    images: np.ndarray  # u8 [N H W C]
-    labels: np.ndarray
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def open(self, i: int) -> tuple[Image.Image, int]:
-        image = self.images[i]
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), self.labels[i]
-
-    def where(self, i: int) -> str:
-        return f"{self.name}, image {i}"
-
-    def fetch(self, rows: np.ndarray) -> Source:
-        return self
-
-    def __repr__(self) -> str:
-        return f"ArraySource({self.name}, {len(self)})"
-
-
-@dataclasses.dataclass(frozen=True)
-class FileSource:
-    paths: Sequence[str]
-    labels: np.ndarray
-    name: str
-    root: str = ""  # of the data set: all paths begin with it
-    # Paths of opened files that hold more than one picture; each process has its own.
-    several: set[str] = dataclasses.field(default_factory=set)
-
-    @property
-    def names(self) -> list[str]:
-        """The paths below the root, which do not change when the data set moves."""
-        return [path[len(self.root) + 1 :] for path in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def open(self, i: int) -> tuple[Image.Image, int]:
-        path = self.paths[i]
-        try:
-            image = Image.open(path)
-        except UnidentifiedImageError:
-            with open(path, "rb") as file:
-                if file.read(len(LFS)) != LFS:
-                    raise
-            raise UnidentifiedImageError(
-                "it is a pointer of Git LFS, not an image; run git lfs pull"
-            ) from None
-        if getattr(image, "is_animated", False) and image.format != "MPO":
-            self.several.add(path)  # only the first is used
-        return image, self.labels[i]
-
-    def where(self, i: int) -> str:
-        return self.paths[i]
-
-    def fetch(self, rows: np.ndarray) -> Source:
-        return self
-
-    def __repr__(self) -> str:
-        return f"FileSource({self.name}, {len(self)})"
-
-
-@dataclasses.dataclass(frozen=True)
-class TfdsSource:
-    records: Any  # tfds.data_source whose images are not decoded
-    image_key: str
-    label_key: str
-    name: str
-    num_classes: int
-    labels: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def open(self, i: int) -> tuple[Image.Image, int]:
-        record = self.records[int(i)]
-        image, label = record[self.image_key], int(record[self.label_key])
-        if not 0 <= label < self.num_classes:
-            raise WrongLabel(self.where(i), label, self.num_classes)
-        if isinstance(image, bytes):
-            return Image.open(io.BytesIO(image)), label
-        image = np.asarray(image)
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), label
-
-    def where(self, i: int) -> str:
-        return f"{self.name}, example {i}"
-
-    def fetch(self, rows: np.ndarray) -> Source:
-        rows = [int(row) for row in rows]  # many at a time is quicker than one by one
-        records = dict(zip(rows, self.records.__getitems__(rows)))
-        return dataclasses.replace(self, records=records)
-
-    def __repr__(self) -> str:
-        return f"TfdsSource({self.name}, {self.label_key}, {len(self)})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some rows of another source."""
-
-    source: Source
-    rows: np.ndarray
-    name: str
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return None if self.source.labels is None else self.source.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def open(self, i: int) -> tuple[Image.Image, int]:
-        return self.source.open(self.rows[i])
-
-    def where(self, i: int) -> str:
-        return self.source.where(self.rows[i])
-
-    def fetch(self, rows: np.ndarray) -> Source:
-        return dataclasses.replace(self, source=self.source.fetch(self.rows[rows]))
-
-    def __repr__(self) -> str:
-        return f"Subset({self.source!r}, {self.name}, {len(self)})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Relabelled:
-    """Another source under labels of our own."""
-
-    source: Source
-    labels: np.ndarray  # i32 [N]
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def open(self, i: int) -> tuple[Image.Image, int]:
-        return self.source.open(i)[0], self.labels[i]
-
-    def where(self, i: int) -> str:
-        return self.source.where(i)
-
-    def fetch(self, rows: np.ndarray) -> Source:
-        return dataclasses.replace(self, source=self.source.fetch(rows))
-
-    def __repr__(self) -> str:
-        return f"Relabelled({self.source!r}, {self.name}, {len(self)})"
-
-
-def several(source: Source) -> set[str]:
-    """`FileSource.several` of a source, also below Subset and Relabelled; else empty."""
-    while isinstance(source, Subset | Relabelled):
-        source = source.source
-    return source.several if isinstance(source, FileSource) else set()
-
-
-def read_labels(source: Source) -> np.ndarray:
-    """i32 [N]; reads every example, without decoding it, where the source does not know them.
-
-    Raises DamagedImage.
-    """
-    if source.labels is not None:
-        return source.labels
-    labels = np.empty(len(source), np.int32)
-    for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
-        part = source.fetch(rows)
-        for i in rows:
-            try:
-                image, labels[i] = part.open(i)
-                image.close()
-            except WrongLabel:
-                raise
-            except DAMAGE as why:
-                raise DamagedImage(source.where(i), why) from why
-    return labels
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in the image's own pixels
@@ -406,61 +182,61 @@ def _eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
     return Image.fromarray(np.where(numbers == clear, 255, small).astype(np.uint8))
 
 
-def read(
-    source: Source,
-    i: int,
-    size: int,
-    channels: int,
-    *,
-    share: float = 1.0,
-    crop: tuple[float, float] = (),
-    rng: np.random.Generator | None = None,
-) -> tuple[np.ndarray, int]:
-    """Example `i` as u8 [size size channels], and its label: the central square, or a random crop.
+# ---- a photograph that somebody hands over
 
-    Raises DamagedImage.
+Photo = str | os.PathLike | Image.Image | np.ndarray
+
+
+@contextlib.contextmanager
+def open_photo(photo: Photo) -> Iterator[Image.Image]:
+    """The photograph as it is stored, perhaps not decoded yet: `read_box` and `upright` turn it as
+    its EXIF says, also if it is a PIL image.
+
+    Arrays are u8 [H W], [H W 1] or [H W 3]. Raises `UserError` where there is no such file, and for
+    what fails to decode in the `with` block.
     """
+    if isinstance(photo, np.ndarray):
+        yield _of_array(photo)
+    elif isinstance(photo, Image.Image):
+        with _named(f"photo {getattr(photo, 'filename', '') or photo}"):
+            # `read_box` decodes JPEG small: the caller's own keeps its size.
+            yield photo.copy() if photo.format == "JPEG" else photo
+    else:
+        path = Path(photo)
+        if not path.exists():
+            folder = path.parent
+            near = [other.name for other in folder.iterdir()] if folder.is_dir() else []
+            near = did_you_mean(path.name, near)
+            raise UserError(f"there is no photo {os.fspath(photo)!r}{near}")
+        check_regular(path)
+        with _named(f"photo {path}"), Image.open(path) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """A context that makes a `UserError`, which names `what`, of a failure to decode."""
     try:
-        image, label = source.open(i)
-        with image:
-            box_of = functools.partial(centre_box, share=share)
-            if crop:
-                box_of = functools.partial(random_box, rng, share=crop)
-            return read_box(image, box_of, size, channels), label
-    except WrongLabel:
+        yield
+    except UserError:
         raise
     except DAMAGE as why:
-        raise DamagedImage(source.where(i), why) from why
+        reason = f"{why.strerror}" if getattr(why, "strerror", None) else str(why)
+        raise UserError(f"cannot read the {what}: {reason}") from why
 
 
-def read_all(
-    source: Source, size: int, channels: int, *, share: float, threads: int, skip_damaged: bool
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """All examples: images u8 [N size size channels], labels i32 [N], what was skipped.
+def check_photos(photos: Iterable[Photo]) -> None:
+    """Raises `UserError` for the first that is no image, before anything slow is done for it."""
+    for photo in photos:
+        with open_photo(photo):
+            pass
 
-    Raises DamagedImage, or skips if `skip_damaged`.
-    """
-    if isinstance(source, ArraySource) and source.images.shape[1:] == (size, size, channels):
-        return source.images, source.labels, []
-    images = np.empty((len(source), size, size, channels), np.uint8)
-    labels = np.full(len(source), -1, np.int32)
-    damaged = {}
 
-    def fill(part: Source, i: int) -> None:
-        try:
-            images[i], labels[i] = read(part, i, size, channels, share=share)
-        except DamagedImage as error:
-            if not skip_damaged:
-                raise
-            damaged[i] = error.where
-
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
-            part = source.fetch(rows)
-            # With small images, passing work to threads takes longer than the work.
-            for _ in (pool.map if threads > 1 else map)(functools.partial(fill, part), rows):
-                pass
-    if damaged:
-        whole = np.setdiff1d(np.arange(len(source)), list(damaged))
-        images, labels = images[whole], labels[whole]
-    return images, labels, [damaged[i] for i in sorted(damaged)]
+def _of_array(photo: np.ndarray) -> Any:
+    grey = photo.ndim == 2 or (photo.ndim == 3 and photo.shape[2] == 1)
+    if photo.dtype != np.uint8 or not (grey or (photo.ndim == 3 and photo.shape[2] == 3)):
+        raise UserError(
+            "a photo as an array is uint8 [H W 3] or [H W], 0 to 255; "
+            f"got {photo.dtype} {list(photo.shape)}"
+        )
+    return Image.fromarray(photo.reshape(photo.shape[:2]) if grey else photo)

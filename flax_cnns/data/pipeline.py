@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data import images as img
-from flax_cnns.data.datasets import Dataset
+from flax_cnns.data import decode
 from flax_cnns.data.splits import decoding_error
+from flax_cnns.data.types import DamagedImage, Dataset, Source, find_several
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.types import Batch
 
@@ -171,7 +171,7 @@ def _eval_in_memory(
 class TrainStream:
     """One process's training examples, decoded and cropped, as Grain's random-access source."""
 
-    source: img.Source
+    source: Source
     image_shape: tuple[int, int, int]
     crop: tuple[float, float] | tuple[()]
     seed: int
@@ -196,12 +196,12 @@ class TrainStream:
                 np.random.Philox(np.random.SeedSequence([self.seed, position, 1]))
             )
             try:
-                image, label = img.read(
+                image, label = decode.read(
                     self.source, example, size, channels, crop=self.crop, rng=rng
                 )
                 seen = {"image": image, "label": np.int32(label), "skipped": skipped}
                 return seen | {"several": _if_several(self.source, example)}
-            except img.DamagedImage:
+            except DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
@@ -213,7 +213,7 @@ class TrainStream:
 class EvalStream:
     """One process's examples of a split, in order, filled up to whole batches."""
 
-    source: img.Source
+    source: Source
     image_shape: tuple[int, int, int]
     share: float
     number: int
@@ -232,10 +232,10 @@ class EvalStream:
         skipped = -1
         if example < len(self.source):
             try:
-                image, label = img.read(self.source, example, size, channels, share=self.share)
+                image, label = decode.read(self.source, example, size, channels, share=self.share)
                 seen = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
                 return seen | {"skipped": skipped, "several": _if_several(self.source, example)}
-            except img.DamagedImage:
+            except DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
@@ -244,9 +244,9 @@ class EvalStream:
         return unseen | {"skipped": skipped, "several": -1}
 
 
-def _if_several(source: img.Source, example: int) -> int:
+def _if_several(source: Source, example: int) -> int:
     """The example if its file holds several pictures, else -1."""
-    several = img.several(source)
+    several = find_several(source)
     return example if several and source.where(example) in several else -1
 
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from flax_cnns.data import images as img
+from flax_cnns.data.decode import read
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.types import DamagedImage, Source, Split, Subset, WrongLabel
 from flax_cnns.errors import UserError
 
 TEST_SHARE = 0.2  # of the training images, where a data set has no test split
 TRIED = 8  # images of a streamed split, evenly spread, that are decoded before a run begins
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Either arrays in memory or a source that decodes."""
-
-    labels: np.ndarray | None  # i32 [N]; None for a streamed TFDS split
-    images: np.ndarray | None = None  # u8 [N H W C]
-    source: img.Source | None = None
-
-    def __len__(self) -> int:
-        return len(self.source if self.images is None else self.images)
-
-
 # ---- roles, and what is taken from train
 
 
-def assign_roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, img.Source]:
+def assign_roles(own: dict[str, Source], name: str, seed: int) -> dict[str, Source]:
     """The splits that the data set `name` has itself, by role. Raises UserError."""
     if "train" not in own:
         raise UserError(f"{name} has no train split; it has: {', '.join(sorted(own))}")
@@ -41,8 +31,8 @@ def assign_roles(own: dict[str, img.Source], name: str, seed: int) -> dict[str, 
     what = f"data.name={name} has no test split; the fifth of train that becomes it"
     keep, test = split_rows(train.labels, len(train), TEST_SHARE, seed, what=what)
     return {
-        "train": img.Subset(train, keep, f"without test, seed {seed}"),
-        "test": img.Subset(train, test, f"test, seed {seed}"),
+        "train": Subset(train, keep, f"without test, seed {seed}"),
+        "test": Subset(train, test, f"test, seed {seed}"),
     }
 
 
@@ -71,7 +61,7 @@ def keep_fraction(splits: dict[str, Split], fraction: float, seed: int) -> dict[
 
 def _rows(split: Split, which: np.ndarray, name: str) -> Split:
     if split.images is None:
-        source = img.Subset(split.source, which, name)
+        source = Subset(split.source, which, name)
         return Split(labels=source.labels, source=source)
     return Split(labels=split.labels[which], images=split.images[which])
 
@@ -110,33 +100,33 @@ def split_rows(
 # ---- what a split must hold
 
 
-def check_source(source: img.Source, where: str, num_classes: int) -> None:
+def check_source(source: Source, where: str, num_classes: int) -> None:
     """Raises UserError if a split has no example, images without a pixel, or a label outside 0 to
     num_classes - 1. Labels that have to be read first are checked as they are read."""
     if not len(source):
         raise UserError(f"{where}: expected an example or more, got none")
-    if isinstance(source, img.ArraySource) and not source.images.size:
+    if isinstance(source, ArraySource) and not source.images.size:
         shape = "x".join(map(str, source.images.shape[1:3]))
         raise UserError(f"{where}: expected images of a pixel or more, got {shape}")
     if source.labels is not None:
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
         if len(wrong):
             i = int(wrong[0])
-            raise img.WrongLabel(source.where(i), int(source.labels[i]), num_classes)
+            raise WrongLabel(source.where(i), int(source.labels[i]), num_classes)
 
 
-def decoding_error(role: str, source: img.Source) -> UserError:
+def decoding_error(role: str, source: Source) -> UserError:
     """The error for a split without an image that can be decoded; reads the first for the
     reason."""
     try:
-        img.read(source, 0, 8, 3)
+        read(source, 0, 8, 3)
         why = ""
-    except img.DamagedImage as error:
+    except DamagedImage as error:
         why = f"; the first, {error.where}: {error.why}"
     return UserError(f"none of the {len(source)} {role} images can be decoded{why}")
 
 
-def check_decodes(role: str, source: img.Source, skip_damaged: bool) -> None:
+def check_decodes(role: str, source: Source, skip_damaged: bool) -> None:
     """Decodes TRIED images of a streamed split, evenly spread. With `skip_damaged`, tries the
     others until one can be decoded.
 
@@ -150,10 +140,10 @@ def check_decodes(role: str, source: img.Source, skip_damaged: bool) -> None:
         raise decoding_error(role, source)
 
 
-def _decodes(source: img.Source, i: int, skip_damaged: bool) -> bool:
+def _decodes(source: Source, i: int, skip_damaged: bool) -> bool:
     try:
-        img.read(source, int(i), 8, 3)
-    except img.DamagedImage:
+        read(source, int(i), 8, 3)
+    except DamagedImage:
         if not skip_damaged:
             raise
         return False
@@ -191,9 +181,11 @@ def batch_note(batch_size: int, images: int) -> str:
     )
 
 
-def describe(counts: Mapping[str, int], most: int = 8) -> str:
-    """Counts by kind as a text, the most frequent first; "" for none."""
-    kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    said = [f"{kind}: {count:,}" for kind, count in kinds[:most]]
-    rest = sum(count for _, count in kinds[most:])
-    return ", ".join(said) + (f", other kinds: {rest:,}" if rest else "")
+# ---- where it is kept
+
+
+def fits_memory(config: Any, size: int) -> bool:
+    """Whether so many bytes of images go to memory."""
+    if config.in_memory == "auto":
+        return size < config.memory_limit * 2**30
+    return config.in_memory == "yes"

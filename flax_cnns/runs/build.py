@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_cnns import tree as pytree
-from flax_cnns.data import augment, datasets, mix, pipeline
+from flax_cnns.data import augment, mix, pipeline
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.exact import evaluate
 from flax_cnns.models import registry
@@ -29,7 +31,7 @@ class Parts(NamedTuple):
 
     config: Any
     model: Any
-    dataset: datasets.Dataset
+    dataset: Dataset
     mesh: Any
     eval_step: Callable[[PyTree, Any, Any], dict[str, Array]]
 
@@ -91,7 +93,7 @@ def model_fields(config: Any) -> dict[str, Any]:
     return fields
 
 
-def make_model(config: Any, dataset: datasets.Dataset) -> Any:
+def make_model(config: Any, dataset: Dataset) -> Any:
     """The network of a run: as many classes as the data set has, unless the config says more."""
     fields = {"num_classes": dataset.num_classes, **model_fields(config)}
     if fields["num_classes"] < dataset.num_classes:
@@ -103,13 +105,13 @@ def make_model(config: Any, dataset: datasets.Dataset) -> Any:
 
 
 def assemble(config: Any, *, confusion: bool = False, begun: bool = False) -> Parts:
-    """Loads the data and builds network, mesh and evaluation step. `begun`: as `datasets.load` has
+    """Loads the data and builds network, mesh and evaluation step. `begun`: as `load_dataset` has
     it. Raises `UserError`."""
     registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
     mesh = parallel.make_mesh()
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
-    dataset = datasets.load(config.data, begun=begun)
+    dataset = load_dataset(config.data, begun=begun)
     model = make_model(config, dataset)
     eval_step = steps.make_eval_step(
         model.apply,
@@ -243,9 +245,7 @@ def start_jax(config: Any) -> None:
     launch.initialize()
 
 
-def check_data(
-    workdir: pathlib.Path, dataset: datasets.Dataset, accept: bool
-) -> dict[str, Any] | None:
+def check_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dict[str, Any] | None:
     """The change of a run's data that is accepted, if there is one. Raises `UserError`."""
     launch.check_same(
         json.dumps(dataset.fingerprint, sort_keys=True),

@@ -11,7 +11,7 @@ import jax
 from flax_cnns import config as configs
 from flax_cnns.analysis.plots import confusion as confusion_plot
 from flax_cnns.checkpoint import finding, reading
-from flax_cnns.data import datasets
+from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation.exact import per_class, summarize
 from flax_cnns.runs import tables
@@ -21,7 +21,7 @@ from flax_cnns.runtime import output
 from flax_cnns.types import PyTree
 
 
-def head_names(dataset: datasets.Dataset, width: int) -> list[str]:
+def head_names(dataset: Dataset, width: int) -> list[str]:
     """The classes in words; a head may be wider than the data set."""
     return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
 

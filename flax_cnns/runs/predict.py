@@ -17,8 +17,10 @@ from flax_cnns import weights
 from flax_cnns.analysis.plots import predictions
 from flax_cnns.checkpoint import reading
 from flax_cnns.checkpoint.finding import CURES, damage
-from flax_cnns.data import augment, datasets, images
-from flax_cnns.data.photo import Photo, opened
+from flax_cnns.data import augment, images
+from flax_cnns.data.images import Photo, open_photo
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
 from flax_cnns.runs import build, evaluate
@@ -149,9 +151,9 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
     facts = workdir / "dataset.json"
     if facts.is_file():
         with damage(facts, CURES[facts.name]):
-            dataset = datasets.Dataset.from_dict(workdirs.read_json(facts))
+            dataset = Dataset.from_dict(workdirs.read_json(facts))
     else:  # a run of before it was written
-        dataset = datasets.load(config.data)
+        dataset = load_dataset(config.data)
     mesh = parallel.make_mesh(jax.devices()[:1])
     model = build.make_model(config, dataset)
     parts = build.Parts(config, model, dataset, mesh, eval_step=None)
@@ -160,7 +162,7 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
     box = partial(images.centre_box, share=dataset.eval_share)
 
     def read(photo: Photo) -> np.ndarray:
-        with opened(photo) as image:
+        with open_photo(photo) as image:
             return images.read_box(image, box, size, channels)[None]
 
     normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
@@ -183,7 +185,7 @@ def draw(
     the first `predictions.MOST` at most, are in it. Raises `UserError`."""
     shown = []
     for name, photo in zip(photo_names(photos), photos[: predictions.MOST]):
-        with opened(photo) as image:
+        with open_photo(photo) as image:
             whole = images.upright(image, 3).copy()
             shown.append((name, whole, predictor.box(*whole.size)))
     predictions.draw_predictions(shown, guesses, png, predictor.title)

@@ -85,7 +85,7 @@ def _size(network: str) -> tuple[int, int]:
     from ml_collections import ConfigDict
 
     from flax_cnns.analysis.cost import cost
-    from flax_cnns.data.datasets import Dataset
+    from flax_cnns.data.types import Dataset
     from flax_cnns.runs.build import make_model
 
     model, sync, facts = json.loads(network)

@@ -20,9 +20,10 @@ from flax_cnns.analysis.plots import curves
 from flax_cnns.checkpoint import finding
 from flax_cnns.checkpoint.graft.graft import graft_config
 from flax_cnns.checkpoint.manager import Checkpoints
-from flax_cnns.data import datasets, pipeline
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.data import images as img
+from flax_cnns.data import pipeline
+from flax_cnns.data.load import load_dataset, read_fingerprint
+from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import Interrupted, ProcessLost, UserError
 from flax_cnns.evaluation.exact import summarize
 from flax_cnns.runs import tables
@@ -131,7 +132,7 @@ def run(
             return _Run(plan, workdir, opened, signals, began).go()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
-        except img.DamagedImage as error:
+        except DamagedImage as error:
             if not workdirs.has_begun(workdir):
                 raise
             # The config of a run that has begun cannot change, and a mended file changes the data.
@@ -150,10 +151,10 @@ def check_complete(
     primary = jax.process_index() == 0
     try:
         if fingerprint is None:
-            fingerprint = datasets.read_fingerprint(config.data)
+            fingerprint = read_fingerprint(config.data)
         seen, facts = fingerprints.Seen(fingerprint), {}
         if "fingerprint" not in workdirs.read_facts(workdir):
-            dataset = datasets.load(config.data, begun=True)  # for the counts
+            dataset = load_dataset(config.data, begun=True)  # for the counts
             seen, facts = dataset.seen, dataset.as_dict()
     except UserError as error:
         if primary:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from flax_cnns.data.images import Box, upright
-from flax_cnns.data.photo import Photo, opened
+from flax_cnns.data.images import Box, Photo, open_photo, upright
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 
@@ -67,7 +66,7 @@ class Preprocessing(NamedTuple):
     def __call__(self, image: Photo) -> np.ndarray:
         """f32 [1 size size 3] of a file, a PIL image or u8 [H W 3], turned as its EXIF says;
         raises `UserError`."""
-        with opened(image) as photo:
+        with open_photo(image) as photo:
             photo = upright(photo, 3)
             how = Image.Resampling[self.interpolation.upper()]
             if self.crop_first:

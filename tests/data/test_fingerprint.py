@@ -6,7 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from flax_cnns.data import datasets, fingerprint, images
+from flax_cnns.data import fingerprint
+from flax_cnns.data.load import load_dataset, read_fingerprint
+from flax_cnns.data.readers.arrays import ArraySource
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def folder(tmp_path, config):
 
 
 def test_it_is_plain_json_and_moving_the_folder_changes_nothing(folder, config, monkeypatch):
-    was = datasets.read_fingerprint(config)
+    was = read_fingerprint(config)
     assert was["classes"] == ["arch", "bench"]
     counts = {split: (one["images"], one["classes"]) for split, one in was["splits"].items()}
     assert counts == {"train": (6, [3, 3]), "test": (4, [2, 2])}
@@ -32,7 +34,7 @@ def test_it_is_plain_json_and_moving_the_folder_changes_nothing(folder, config, 
     monkeypatch.chdir(folder.parent)
     for directory in (f"{folder.parent}/else/where/", "else/where", "./else/../else/where"):
         config.dir = directory
-        assert datasets.read_fingerprint(config) == was
+        assert read_fingerprint(config) == was
 
 
 def rename(folder):
@@ -67,9 +69,9 @@ def rewrite(folder):
     ],
 )
 def test_a_difference_names_split_and_class(folder, config, change, said):
-    was = datasets.read_fingerprint(config)
+    was = read_fingerprint(config)
     change(folder)
-    assert fingerprint.differences(was, datasets.read_fingerprint(config)) == said
+    assert fingerprint.differences(was, read_fingerprint(config)) == said
 
 
 def test_classes_that_are_not_chosen_do_not_matter(folder, config):
@@ -77,30 +79,30 @@ def test_classes_that_are_not_chosen_do_not_matter(folder, config):
         (folder / split / "cave").mkdir()
         (folder / split / "cave/0.png").write_bytes(b"")
     config.classes = ("cave", "arch")
-    was = datasets.read_fingerprint(config)
+    was = read_fingerprint(config)
     assert was["classes"] == ["cave", "arch"]
     add(folder)  # to bench
-    assert datasets.read_fingerprint(config) == was
+    assert read_fingerprint(config) == was
     rewrite(folder)  # of arch
-    found = fingerprint.differences(was, datasets.read_fingerprint(config))
+    found = fingerprint.differences(was, read_fingerprint(config))
     assert found == ["train/arch has other files (3 still)"]
 
 
 def test_very_many_files_are_not_asked_for_their_sizes(folder, config, monkeypatch):
     monkeypatch.setattr(fingerprint, "MOST_SIZES", 9)
     monkeypatch.setattr(fingerprint, "_size", lambda path: pytest.fail("asked"))
-    was = datasets.read_fingerprint(config)
+    was = read_fingerprint(config)
     rewrite(folder)
-    assert datasets.read_fingerprint(config) == was
+    assert read_fingerprint(config) == was
     replace(folder)
-    assert len(fingerprint.differences(was, datasets.read_fingerprint(config))) == 1
+    assert len(fingerprint.differences(was, read_fingerprint(config))) == 1
     # Digests with sizes and without say nothing of each other.
-    assert fingerprint.differences({**was, "sized": True}, datasets.read_fingerprint(config)) == []
+    assert fingerprint.differences({**was, "sized": True}, read_fingerprint(config)) == []
 
 
 def test_names_need_not_be_utf_8(folder, config):
     (folder / "train/arch" / os.fsdecode(b"\xff.png")).write_bytes(b"")
-    assert datasets.read_fingerprint(config)["splits"]["train"]["classes"] == [4, 3]
+    assert read_fingerprint(config)["splits"]["train"]["classes"] == [4, 3]
 
 
 def test_arrays_have_a_digest_of_pixels_and_labels():
@@ -108,7 +110,7 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
     labels = np.array([0, 1, 0, 1], np.int32)
 
     def take(pixels, labels):
-        sources = {"train": images.ArraySource(pixels, labels, "x train")}
+        sources = {"train": ArraySource(pixels, labels, "x train")}
         return fingerprint.compute(sources, ("a", "b"), {"reader": "archive"})
 
     was, brighter = take(pixels, labels), pixels.copy()
@@ -125,7 +127,7 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
 
 
 def test_a_fingerprint_has_the_builder_of_tfds_and_nothing_of_noise(config):
-    loaded, found = datasets.load(config), datasets.read_fingerprint(config)
+    loaded, found = load_dataset(config), read_fingerprint(config)
     assert loaded.fingerprint == found
     assert found["builder"] == "digits/1.0.0"
     assert {split: one["images"] for split, one in found["splits"].items()} == {
@@ -142,7 +144,7 @@ def test_a_fingerprint_has_the_builder_of_tfds_and_nothing_of_noise(config):
         "the split validation is new (360 images)",
     ]
     config.mock = 20
-    assert datasets.read_fingerprint(config) == datasets.load(config).fingerprint == {}
+    assert read_fingerprint(config) == load_dataset(config).fingerprint == {}
     assert fingerprint.differences({}, found) == []
 
 

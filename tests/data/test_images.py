@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from flax_cnns.data import decode
 from flax_cnns.data import images as img
-from flax_cnns.data import photo
+from flax_cnns.data.images import open_photo
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.readers.folder import FileSource
+from flax_cnns.data.readers.tfds import TfdsSource
 from flax_cnns.errors import UserError
 from flax_cnns.weights import Preprocessing
 
@@ -56,8 +60,8 @@ def saved(image: Image.Image, kind: str, **options) -> Image.Image:
     return Image.open(io.BytesIO(file.getvalue()))
 
 
-def reader(path) -> img.FileSource:
-    return img.FileSource((str(path),), np.zeros(1, np.int32), "one")
+def reader(path) -> FileSource:
+    return FileSource((str(path),), np.zeros(1, np.int32), "one")
 
 
 def part(width: int, height: int) -> img.Box:
@@ -80,11 +84,11 @@ def test_a_photograph_is_read_upright_however_the_camera_was_held(tmp_path, suff
     row = Preprocessing(64, 80, mean=(0,) * 3, std=(1,) * 3, scale=1.0)
     np.testing.assert_allclose(row(path), row(upright), atol=6)
     records = [{"image": path.read_bytes(), "label": 0}]
-    whole = img.ArraySource(np.asarray(upright)[None], np.zeros(1, np.int32), "array")
+    whole = ArraySource(np.asarray(upright)[None], np.zeros(1, np.int32), "array")
     for own in ({"share": 0.8}, {"crop": (0.1, 0.6)}):  # evaluation, training
         array, file, record = (
-            img.read(source, 0, 64, 3, rng=np.random.default_rng(7), **own)[0].astype(int)
-            for source in (whole, reader(path), img.TfdsSource(records, "image", "label", "t", 1))
+            decode.read(source, 0, 64, 3, rng=np.random.default_rng(7), **own)[0].astype(int)
+            for source in (whole, reader(path), TfdsSource(records, "image", "label", "t", 1))
         )
         np.testing.assert_allclose(file, array, atol=6)
         np.testing.assert_array_equal(record, file)
@@ -105,7 +109,7 @@ def test_a_large_jpeg_that_lies_on_its_side_is_still_decoded_small():
 def test_broken_exif_is_no_damage(tmp_path, suffix, broken):
     path = tmp_path / f"photo.{suffix}"
     scene().save(path, exif=broken, **FORMATS[suffix])
-    seen, _ = img.read(reader(path), 0, 64, 3)
+    seen, _ = decode.read(reader(path), 0, 64, 3)
     wanted = img.read_box(scene(), img.centre_box, 64, 3).astype(int)
     np.testing.assert_allclose(seen, wanted, atol=6)
 
@@ -193,7 +197,7 @@ def test_bits_above_eight_are_scaled_and_numbers_without_a_white_are_refused(tmp
         with pytest.raises(
             UserError, match=r"a\.tif: its pixels are numbers from .* expected 0 to"
         ):
-            img.read(reader(tmp_path / "a.tif"), 0, 1, 1)
+            decode.read(reader(tmp_path / "a.tif"), 0, 1, 1)
 
 
 def test_the_inks_of_a_jpeg_are_colors():
@@ -247,7 +251,7 @@ def test_a_photograph_that_is_handed_over_is_read_as_its_file_and_stays_as_it_is
     own = Image.open(tmp_path / "a.jpg")
     np.testing.assert_array_equal(row(own), row(tmp_path / "a.jpg"))
     for _ in range(2):
-        with photo.opened(own) as image:
+        with open_photo(own) as image:
             seen = img.read_box(image, part, 24, 3)
     np.testing.assert_allclose(seen, img.read_box(scene(), part, 24, 3).astype(int), atol=12)
     assert own.size == (300, 400)

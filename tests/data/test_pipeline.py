@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from flax_cnns.data import datasets, pipeline
+from flax_cnns.data import pipeline
+from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import ProcessLost, UserError
 from tests.tiny_runs import ROOT
 
@@ -44,13 +45,13 @@ def same(a, b):
 
 def numbers(config, batches):
     """Which training images the batches hold."""
-    images = datasets.load(config).splits["train"].images
+    images = load_dataset(config).splits["train"].images
     rows = {image.tobytes(): i for i, image in enumerate(images)}
     return [rows[image.tobytes()] for batch in batches for image in batch["image"]]
 
 
 def test_nothing_is_dropped_and_every_epoch_has_its_own_order(both):
-    dataset = datasets.load(both)
+    dataset = load_dataset(both)
     batches = pipeline.train_batches(dataset, both, seed=0)
     got = take(batches, 10)  # three epochs
     both.in_memory = "yes"
@@ -64,7 +65,7 @@ def test_nothing_is_dropped_and_every_epoch_has_its_own_order(both):
 
 
 def test_the_seed_decides(both):
-    dataset = datasets.load(both)
+    dataset = load_dataset(both)
     first, again, other = (
         take(pipeline.train_batches(dataset, both, seed=seed), 2) for seed in (0, 0, 1)
     )
@@ -74,15 +75,15 @@ def test_the_seed_decides(both):
 
 def test_resumed_it_goes_on_to_the_bit(both):
     both.augment.random_resized_crop = (0.2, 1.0)  # done by the loader when streaming
-    dataset = datasets.load(both)
+    dataset = load_dataset(both)
     whole = take(pipeline.train_batches(dataset, both, seed=3), 9)
     same(whole[4:], take(pipeline.train_batches(dataset, both, seed=3, start_step=4), 5))
 
 
 def test_in_memory_and_streamed_are_the_same(config):
-    held = datasets.load(config)
+    held = load_dataset(config)
     config.in_memory = "no"
-    streamed = datasets.load(config)
+    streamed = load_dataset(config)
     assert held.in_memory
     assert not streamed.in_memory
     same(*(take(pipeline.train_batches(d, config, seed=0), 5) for d in (held, streamed)))
@@ -91,7 +92,7 @@ def test_in_memory_and_streamed_are_the_same(config):
 
 def test_worker_processes_change_nothing(config):
     config.in_memory = "no"
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     without = take(pipeline.train_batches(dataset, config, seed=0), 5)
     config.workers = 2
     # From another step: it fits any number of workers.
@@ -103,11 +104,11 @@ def test_worker_processes_change_nothing(config):
 DYING = """
 import multiprocessing, os, signal
 from configs.common import get_config
-from flax_cnns.data import datasets, pipeline
+from flax_cnns.data import pipeline
 config = get_config().data
 config.update(dict(mock=40, image_size=8, validation=0, batch_size=12, in_memory="no", workers=1))
 config.augment.pad_crop = 0
-batches = pipeline.train_batches(datasets.load(config), config, seed=0)
+batches = pipeline.train_batches(load_dataset(config), config, seed=0)
 next(batches)
 (worker,) = multiprocessing.active_children()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -170,7 +171,7 @@ def test_a_script_that_workers_would_start_again_is_refused(tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_each_batch(both, processes):
-    dataset = datasets.load(both)
+    dataset = load_dataset(both)
     alone = take(pipeline.train_batches(dataset, both, seed=0), 4)
     together = [
         take(
@@ -185,7 +186,7 @@ def test_processes_share_each_batch(both, processes):
 
 def test_a_batch_may_be_larger_than_the_training_set(config):
     config.batch_size = 100
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     order = numbers(config, take(pipeline.train_batches(dataset, config, seed=0), 2))
     assert np.bincount(order).tolist() == [5] * 40
 
@@ -194,7 +195,7 @@ def test_a_batch_may_be_larger_than_the_training_set(config):
 @pytest.mark.parametrize("size", [4, 12])
 def test_evaluation_sees_every_example_once(both, processes, size):
     both.eval_batch_size, both.mock = size, 45  # 9 to test
-    dataset = datasets.load(both)
+    dataset = load_dataset(both)
     batches = [
         list(pipeline.eval_batches(dataset, "test", both, process_index=i, process_count=processes))
         for i in range(processes)
@@ -203,7 +204,7 @@ def test_evaluation_sees_every_example_once(both, processes, size):
     joined = [{k: np.concatenate([b[k] for b in step]) for k in step[0]} for step in zip(*batches)]
     kept = np.concatenate([b["label"][b["mask"] == 1] for b in joined])
     both.in_memory = "yes"
-    np.testing.assert_array_equal(kept, datasets.load(both).splits["test"].labels)
+    np.testing.assert_array_equal(kept, load_dataset(both).splits["test"].labels)
     for batch in joined:
         assert batch["mask"].dtype == np.float32
         assert not batch["image"][batch["mask"] == 0].any()
@@ -211,10 +212,10 @@ def test_evaluation_sees_every_example_once(both, processes, size):
 
 def test_streamed_crops_are_random_and_belong_to_their_place(config):
     config.in_memory, config.batch_size = "no", 40
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     plain = take(pipeline.train_batches(dataset, config, seed=0), 1)[0]
     config.augment.random_resized_crop = (0.1, 0.5)
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     epochs = take(pipeline.train_batches(dataset, config, seed=0), 2)
     assert not np.array_equal(plain["image"], epochs[0]["image"])
     np.testing.assert_array_equal(plain["label"], epochs[0]["label"])
@@ -225,7 +226,7 @@ def test_streamed_crops_are_random_and_belong_to_their_place(config):
 @pytest.mark.parametrize("name", ["batch_size", "eval_batch_size"])
 def test_batches_that_do_not_divide(config, name):
     config[name] = 7
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     make = {
         "batch_size": lambda: pipeline.train_batches(dataset, config, seed=0, process_count=2),
         "eval_batch_size": lambda: pipeline.eval_batches(dataset, "test", config, process_count=2),
@@ -236,4 +237,4 @@ def test_batches_that_do_not_divide(config, name):
 
 def test_a_split_that_is_not_there(config):
     with pytest.raises(UserError, match="no 'validation' split here; it has: test, train"):
-        pipeline.eval_batches(datasets.load(config), "validation", config)
+        pipeline.eval_batches(load_dataset(config), "validation", config)

@@ -10,7 +10,10 @@ import pytest
 from PIL import Image
 
 from flax_cnns.checkpoint import manager
-from flax_cnns.data import datasets, images
+from flax_cnns.data import decode
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.readers.folder import FileSource
+from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.interop import convert as foreign
 from flax_cnns.runs import predict
@@ -23,7 +26,7 @@ from tests.test_scripts import finish
 @pytest.fixture(scope="module")
 def photos(finished, tmp_path_factory):
     """Files of the first test images of the run's data set, and their labels."""
-    test = datasets.load(read_config(finished[0]).data).splits["test"]
+    test = load_dataset(read_config(finished[0]).data).splits["test"]
     folder = tmp_path_factory.mktemp("photos")
     for i, image in enumerate(test.images[:8]):
         Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
@@ -39,7 +42,7 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
     mean, std = np.float32(parts.dataset.mean), np.float32(parts.dataset.std)
     images = (test.images[:8] / np.float32(255) - mean) / std
     logits = np.asarray(parts.model.apply(variables, images))
-    monkeypatch.setattr(datasets, "load", lambda _: pytest.fail("the data set was loaded"))
+    monkeypatch.setattr(predict, "load_dataset", lambda _: pytest.fail("the data set was loaded"))
     found = predict.predict(predict.from_folder(finished[0]), files, most=10)
     for row, guesses in zip(logits, found):
         shares = np.exp(row) / np.exp(row).sum()
@@ -70,8 +73,8 @@ def test_a_run_sees_a_photo_upright_as_its_own_images(finished, photos, tmp_path
     path = tmp_path / "side.png"
     digit.rotate(90).save(path, exif=exif)
     run = predict.from_run(finished[0])
-    source = images.FileSource((str(path),), np.zeros(1, np.int32), "one")
-    own, _ = images.read(source, 0, 32, 1)
+    source = FileSource((str(path),), np.zeros(1, np.int32), "one")
+    own, _ = decode.read(source, 0, 32, 1)
     np.testing.assert_array_equal(run.read(path)[0], own)
     np.testing.assert_array_equal(run.read(path), run.read(digit))
 
@@ -203,7 +206,7 @@ def test_names_of_photos():
 
 
 def test_what_the_data_set_is_goes_through_json(config):
-    dataset = datasets.load(config.data)
-    again = datasets.Dataset.from_dict(json.loads(json.dumps(dataset.as_dict())))
+    dataset = load_dataset(config.data)
+    again = Dataset.from_dict(json.loads(json.dumps(dataset.as_dict())))
     assert again.as_dict() == dataset.as_dict()
     assert again.splits == {}

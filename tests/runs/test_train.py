@@ -22,7 +22,8 @@ from flax_cnns import config as configs
 from flax_cnns import run
 from flax_cnns import tree as pytree
 from flax_cnns.checkpoint import finding, lock, reading
-from flax_cnns.data import images, pipeline
+from flax_cnns.data import pipeline
+from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.runs import plan, train
@@ -337,7 +338,7 @@ def test_a_streamed_folder_resumes_to_the_bit_and_counts_what_it_skips(
 def test_an_image_that_is_damaged_half_way_is_said_with_the_way_on(config, tmp_path, monkeypatch):
     def go(self):
         (self.workdir / "metrics.jsonl").touch()
-        raise images.DamagedImage("a.png", OSError("gone"))
+        raise DamagedImage("a.png", OSError("gone"))
 
     monkeypatch.setattr(train._Run, "go", go)
     fails(config, tmp_path / "run", r"a\.png: gone; mend .*--accept-changed-data; nothing of this")

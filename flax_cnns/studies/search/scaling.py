@@ -33,7 +33,7 @@ from rich.table import Table
 from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.plots.curves import save_picture
-from flax_cnns.data import datasets
+from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.names import open_log
@@ -114,7 +114,7 @@ class Planner:
     """Scales the config's network and counts it; nothing is trained."""
 
     def __init__(self, config: ConfigDict):
-        dataset = datasets.load(config.data)
+        dataset = load_dataset(config.data)
         self.fingerprint = dataset.fingerprint
         self.size, self.channels = config.data.image_size, dataset.image_shape[-1]
         self.fields = {"num_classes": dataset.num_classes, **model_fields(config)}

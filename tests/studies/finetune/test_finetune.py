@@ -21,7 +21,9 @@ from flax_cnns import config as configs
 from flax_cnns import create_model
 from flax_cnns import tree as pytree
 from flax_cnns.checkpoint import manager
-from flax_cnns.data import datasets, images
+from flax_cnns.data import images
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.types import Split
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import assemble, model_fields
@@ -274,8 +276,8 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path,
 
 
 def test_features_of_photographs_that_another_reader_saw_are_computed_anew(monkeypatch):
-    source = images.ArraySource(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32), "two")
-    splits = {"train": datasets.Split(labels=source.labels, source=source)}
+    source = ArraySource(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32), "two")
+    splits = {"train": Split(labels=source.labels, source=source)}
     parts = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits, fingerprint={}))
     before = probe._digest(parts, {})
     assert probe._digest(parts, {}) == before

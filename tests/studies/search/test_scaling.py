@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs.scaling_small import get_config
 from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
-from flax_cnns.data import datasets
+from flax_cnns.data.load import read_fingerprint
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.runs.build import model_fields
@@ -101,7 +101,7 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
     monkeypatch.setattr(scaling, "run", run)
     monkeypatch.setattr(scaling, "grid", lambda budget, step: points)
     said = []
-    found = datasets.read_fingerprint(config.data)
+    found = read_fingerprint(config.data)
     given = dict(accept_changed_data=True, fingerprint=found)
     result = scaling.search(
         config, tmp_path / "all", phi=1.0, seeds=2, accept_changed_data=True, say=said.append

@@ -11,7 +11,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from flax_cnns.data import archives, datasets
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.readers import archives
 from flax_cnns.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -42,7 +43,7 @@ def mnist(tmp_path, config):
 
 
 def test_idx(mnist, config):
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert dataset.image_shape == (28, 28, 1)
     assert dataset.class_names[:2] == ("T-shirt/top", "Trouser")
     assert (dataset.mean, dataset.normalized_by) == ((0.2860,), "published")
@@ -57,7 +58,7 @@ def test_idx_need_not_be_gzipped_nor_known(mnist, config, tmp_path):
         file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
         file.unlink()
     config.name = "runes"
-    assert datasets.load(config).class_names == tuple("0123456789")
+    assert load_dataset(config).class_names == tuple("0123456789")
 
 
 def test_idx_damage_is_named(mnist, config, tmp_path):
@@ -72,7 +73,7 @@ def test_idx_damage_is_named(mnist, config, tmp_path):
     }.items():
         file.write_bytes(damage)
         with pytest.raises(UserError, match=f"train-images-idx3-ubyte.gz.*{why}"):
-            datasets.load(config)
+            load_dataset(config)
 
 
 def test_idx_takes_no_more_memory_than_its_header_says_and_its_file_can_hold(
@@ -83,14 +84,14 @@ def test_idx_takes_no_more_memory_than_its_header_says_and_its_file_can_hold(
     file.write_bytes(gzip.compress(whole + bytes(1 << 25), 1))
     tracemalloc.start()
     with pytest.raises(UserError, match="declares 31360 bytes and holds more"):
-        datasets.load(config)
+        load_dataset(config)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 22
     monkeypatch.setattr(archives, "_FLOOR", 1000)
     file.write_bytes(gzip.compress(idx(np.zeros((40, 600, 600), np.uint8))))
     with pytest.raises(UserError, match=r"is refused: its [\d,]+ bytes declare 14,400,000 of data"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_an_archive_that_is_a_pipe_is_not_waited_for(mnist, cifar10, config, tmp_path):
@@ -100,27 +101,27 @@ def test_an_archive_that_is_a_pipe_is_not_waited_for(mnist, cifar10, config, tmp
     for name in ("fashion_mnist", "cifar10"):
         config.name = name
         with pytest.raises(UserError, match=r"gz is a named pipe"):
-            datasets.load(config)
+            load_dataset(config)
 
 
 def test_idx_files_missing_and_labels_out_of_range(mnist, config, tmp_path):
     labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(idx(np.full(10, 11, np.uint8))))
     with pytest.raises(UserError, match=r"t10k-labels.*holds label 11; fashion_mnist has 10"):
-        datasets.load(config)
+        load_dataset(config)
     config.name = "runes"  # has as many classes as train shows
     with pytest.raises(UserError, match=r"t10k-labels.*holds label 11; runes has 10"):
-        datasets.load(config)
+        load_dataset(config)
     config.name = "fashion_mnist"
     train = tmp_path / "train-labels-idx1-ubyte.gz"
     whole = train.read_bytes()
     train.write_bytes(gzip.compress(idx(np.full(40, 12, np.uint8))))
     with pytest.raises(UserError, match=r"train-labels.*holds label 12; fashion_mnist has 10"):
-        datasets.load(config)
+        load_dataset(config)
     train.write_bytes(whole)
     labels.unlink()
     with pytest.raises(UserError, match=r"holds no t10k-labels-idx1-ubyte\.gz"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 # ---- CIFAR
@@ -158,7 +159,7 @@ def cifar10(tmp_path, config):
 
 
 def test_cifar10(cifar10, config):
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=45, validation=5, test=10)
     assert dataset.class_names[3] == "class 3"
     # Channels come one after the other in the file, rows first.
@@ -176,7 +177,7 @@ def test_cifar100(tmp_path, config, labels, classes):
         "coarse_label_names": [f"coarse {i}" for i in range(20)],
     }
     cifar(tmp_path / "cifar-100-python.tar.gz", {"train": part, "test": part, "meta": names})
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert dataset.num_classes == classes
     assert dataset.class_names[19] == f"{labels or 'fine'} 19"
     np.testing.assert_array_equal(
@@ -184,7 +185,7 @@ def test_cifar100(tmp_path, config, labels, classes):
     )
     config.labels = "corse"
     with pytest.raises(UserError, match="did you mean 'coarse'"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 class Evil:
@@ -203,7 +204,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(cifar10, config, tmp_path, prot
     with pytest.raises(
         UserError, match=r"test_batch is refused: it asks for (_?io|builtins)\.open"
     ):
-        datasets.load(config)
+        load_dataset(config)
     assert not trace.exists()
 
 
@@ -236,10 +237,10 @@ def test_a_small_pickle_takes_little_memory(cifar10, config, tmp_path):
     ):
         cifar(file, {**cifar10, "test_batch": change})
         with pytest.raises(UserError, match=why):
-            datasets.load(config)
+            load_dataset(config)
     cifar(file, {**cifar10, "batches.meta": {"label_names": nested}})
     with pytest.raises(UserError, match="expected a list of texts"):
-        datasets.load(config)
+        load_dataset(config)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 24
@@ -254,7 +255,7 @@ def test_a_member_is_not_taken_for_larger_than_its_archive_can_hold(
         sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 32)}
         tar.addfile(sparse)
     with pytest.raises(UserError, match="its test_batch is sparse"):
-        datasets.load(config)
+        load_dataset(config)
     cifar(file, cifar10)
     with tarfile.open(file.with_name("twice"), "w:gz") as tar:
         for _ in range(2):
@@ -264,12 +265,12 @@ def test_a_member_is_not_taken_for_larger_than_its_archive_can_hold(
             tar.addfile(info, io.BytesIO(data))
     file.with_name("twice").rename(file)
     with pytest.raises(UserError, match=r"its batches\.meta is there twice"):
-        datasets.load(config)
+        load_dataset(config)
     monkeypatch.setattr(archives, "_FLOOR", 1000)
     for name in ("test_batch", "readme.html"):  # also where it is passed over
         cifar(file, {name: bytes(1 << 24)})
         with pytest.raises(UserError, match=r"is refused: its [\d,]+ bytes declare"):
-            datasets.load(config)
+            load_dataset(config)
 
 
 def test_cifar_damage_is_named(cifar10, config, tmp_path):
@@ -280,7 +281,7 @@ def test_cifar_damage_is_named(cifar10, config, tmp_path):
     for damage in (whole[: len(whole) // 2], whole[:-4], bytes(flipped), b"<html>"):
         file.write_bytes(damage)
         with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is damaged"):
-            datasets.load(config)
+            load_dataset(config)
 
     for change, why in {
         "test_batch": ({"labels": [0]}, "lacks|'data'"),
@@ -291,14 +292,14 @@ def test_cifar_damage_is_named(cifar10, config, tmp_path):
         value, message = why
         cifar(file, {**cifar10, change: value})
         with pytest.raises(UserError, match=message):
-            datasets.load(config)
+            load_dataset(config)
 
     cifar(file, {k: v for k, v in cifar10.items() if k != "data_batch_2"})
     with pytest.raises(UserError, match="it lacks data_batch_2"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_no_archive_where_one_was_promised(config, tmp_path):
     config.name, config.dir, config.source = "cifar10", str(tmp_path), "archive"
     with pytest.raises(UserError, match=r"there is no .*cifar-10-python\.tar\.gz"):
-        datasets.load(config)
+        load_dataset(config)

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.datasets import KNOWN, Raw
-from flax_cnns.data.images import ArraySource
+from flax_cnns.data.known import KNOWN
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.types import Raw
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular
 

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from flax_cnns.data import datasets
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.statistics import moments
 from flax_cnns.errors import UserError
 
 PREPARE = """
 import sys
 from configs.common import get_config
-from flax_cnns.data import datasets
+
 config = get_config().data
 config.dir = sys.argv[1]
-print(len(datasets.load(config).splits["train"]), "tensorflow" in sys.modules)
+print(len(load_dataset(config).splits["train"]), "tensorflow" in sys.modules)
 """
 
 
@@ -26,7 +27,7 @@ def digits(digits_dir):
 
     config = get_config().data
     config.dir, config.image_size = digits_dir, 8
-    return datasets.load(config)
+    return load_dataset(config)
 
 
 def test_the_split_is_fixed_stratified_and_complete(digits):
@@ -47,7 +48,7 @@ def test_the_split_is_fixed_stratified_and_complete(digits):
 
 
 def test_the_recorded_mean_and_std_are_those_of_train(digits):
-    mean, std = datasets.moments(digits.splits["train"].images)
+    mean, std = moments(digits.splits["train"].images)
     np.testing.assert_allclose([digits.mean, digits.std], [mean, std], atol=1e-4)
 
 
@@ -63,20 +64,20 @@ def test_killed_half_way_it_is_prepared_anew(tmp_path, config):
     left.mkdir(parents=True)
     (left / "digits-train.array_record-00000-of-00001").write_bytes(b"half")
     config.dir = str(tmp_path)
-    assert len(datasets.load(config).splits["test"]) == 360
+    assert len(load_dataset(config).splits["test"]) == 360
 
 
 def test_a_damaged_copy_is_named(tmp_path, config):
     config.dir = str(tmp_path)
-    datasets.load(config)
+    load_dataset(config)
     file = tmp_path / "digits/1.0.0/digits-train.array_record-00000-of-00001"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"digits.*delete"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, config):
     (tmp_path / "file").write_text("")
     config.dir = str(tmp_path / "file" / "below")
     with pytest.raises(UserError, match=r"cannot prepare digits.*choose another data\.dir"):
-        datasets.load(config)
+        load_dataset(config)

@@ -7,6 +7,7 @@ This module imports tensorflow_datasets (half a second): import it where it is u
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.util
 import io
@@ -17,20 +18,55 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from PIL import Image
 
 from flax_cnns import files
-from flax_cnns.data import (
+from flax_cnns.data.known import KNOWN, base_name
+from flax_cnns.data.readers import (
     archives,
     digits,  # noqa: F401  registers the builder
 )
-from flax_cnns.data import images as img
-from flax_cnns.data.datasets import KNOWN, Raw, base_name
+from flax_cnns.data.types import Raw, Source, WrongLabel
 from flax_cnns.errors import UserError, did_you_mean
 
 SECONDS = 4.0  # to reach the host that a data set is downloaded from
 
 # The user's word -> TFDS's key, where they differ; "" is the default.
 LABELS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    records: Any  # tfds.data_source whose images are not decoded
+    image_key: str
+    label_key: str
+    name: str
+    num_classes: int
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        record = self.records[int(i)]
+        image, label = record[self.image_key], int(record[self.label_key])
+        if not 0 <= label < self.num_classes:
+            raise WrongLabel(self.where(i), label, self.num_classes)
+        if isinstance(image, bytes):
+            return Image.open(io.BytesIO(image)), label
+        image = np.asarray(image)
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), label
+
+    def where(self, i: int) -> str:
+        return f"{self.name}, example {i}"
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        rows = [int(row) for row in rows]  # many at a time is quicker than one by one
+        records = dict(zip(rows, self.records.__getitems__(rows)))
+        return dataclasses.replace(self, records=records)
+
+    def __repr__(self) -> str:
+        return f"TfdsSource({self.name}, {self.label_key}, {len(self)})"
 
 
 def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw:
@@ -66,7 +102,7 @@ def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw
                 "delete the folder to prepare it anew"
             ) from why
         if not hidden:
-            sources[split] = img.TfdsSource(
+            sources[split] = TfdsSource(
                 records, image_key, label_key, f"{name} {split}", num_classes
             )
             continue

@@ -9,17 +9,17 @@ only links cost a stat each.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import features
+from PIL import Image, UnidentifiedImageError, features
 
-from flax_cnns.data.datasets import Raw
-from flax_cnns.data.images import FileSource
-from flax_cnns.data.splits import describe
+from flax_cnns.data.types import Raw, Source, describe_counts
 from flax_cnns.errors import UserError
 
 SUFFIXES = (
@@ -34,6 +34,49 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
 SYSTEM = {"system volume information", "thumbs.db", "desktop.ini"}
 SYSTEM |= {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
 UNKNOWN_INODES = {0, 2**32 - 1, 2**64 - 1}  # that user-space file systems may give to every file
+LFS = b"version https://git-lfs"  # how a pointer begins, whose file was not fetched
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    paths: Sequence[str]
+    labels: np.ndarray
+    name: str
+    root: str = ""  # of the data set: all paths begin with it
+    # Paths of opened files that hold more than one picture; each process has its own.
+    several: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def names(self) -> list[str]:
+        """The paths below the root, which do not change when the data set moves."""
+        return [path[len(self.root) + 1 :] for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        path = self.paths[i]
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            with open(path, "rb") as file:
+                if file.read(len(LFS)) != LFS:
+                    raise
+            raise UnidentifiedImageError(
+                "it is a pointer of Git LFS, not an image; run git lfs pull"
+            ) from None
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            self.several.add(path)  # only the first is used
+        return image, self.labels[i]
+
+    def where(self, i: int) -> str:
+        return self.paths[i]
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return self
+
+    def __repr__(self) -> str:
+        return f"FileSource({self.name}, {len(self)})"
 
 
 class _Image(NamedTuple):
@@ -231,7 +274,7 @@ def _images(folder: str, root: str, left_out: collections.Counter[str]) -> list[
                 real_path = target if linked or link else ""
                 found.append(_Image(entry.path, link, real_path, entry.inode()))
     if not found:
-        there = f"; it holds {describe(here)}" if here else ""
+        there = f"; it holds {describe_counts(here)}" if here else ""
         raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)}){there}")
     left_out += here
     return sorted(found)

@@ -10,8 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flax_cnns.data import datasets, splits, tfds_reader
-from flax_cnns.data import images as img
+from flax_cnns.data import decode, splits
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.readers import tfds as tfds_reader
+from flax_cnns.data.readers.tfds import TfdsSource
+from flax_cnns.data.types import WrongLabel
 from flax_cnns.errors import UserError
 
 
@@ -66,7 +69,7 @@ def shapes_dir(tmp_path_factory):
 
 def test_a_prepared_data_set(config, shapes_dir):
     config.name, config.dir, config.image_size, config.validation = "shapes", shapes_dir, 8, 2
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     # Like ImageNet's: the labels of test are hidden, so that validation is what is tested on.
     assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=10, validation=2, test=12)
     assert dataset.class_names == ("dark", "light")
@@ -75,14 +78,14 @@ def test_a_prepared_data_set(config, shapes_dir):
     assert np.bincount(dataset.splits["validation"].labels).tolist() == [1, 1]
 
     config.labels = "row"
-    test = datasets.load(config).splits["test"]
+    test = load_dataset(config).splits["test"]
     np.testing.assert_array_equal(20 * test.labels, test.images[:, 4, 4, 0])
 
 
 def test_streamed_it_is_the_same(config, shapes_dir):
     config.name, config.dir, config.image_size, config.validation = "shapes", shapes_dir, 8, 2
     config.in_memory = "no"
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=10, validation=2, test=12)
     image, label = dataset.splits["test"].source.open(0)
     assert label == (np.asarray(image)[0, 0, 0] >= 120)
@@ -97,23 +100,23 @@ def test_labels_out_of_range_are_named_and_never_skipped(config):
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, format="PNG")
     records = [{"image": png.getvalue(), "label": label} for label in (0, 1, -1, 12)]
-    source = img.TfdsSource(Records(records), "image", "label", "shapes train", num_classes=2)
-    assert img.read(source, 1, 4, 3)[1] == 1
+    source = TfdsSource(Records(records), "image", "label", "shapes train", num_classes=2)
+    assert decode.read(source, 1, 4, 3)[1] == 1
     for i, said in ((2, "it has no label"), (3, "its label is 12")):
-        with pytest.raises(img.WrongLabel, match=rf"shapes train, example {i}: {said}.* 0 to 1"):
-            img.read(source, i, 4, 3)
+        with pytest.raises(WrongLabel, match=rf"shapes train, example {i}: {said}.* 0 to 1"):
+            decode.read(source, i, 4, 3)
     for read in (
-        lambda: img.read_all(source, 4, 3, share=1.0, threads=2, skip_damaged=True),
-        lambda: img.read_labels(source),
+        lambda: decode.read_all(source, 4, 3, share=1.0, threads=2, skip_damaged=True),
+        lambda: decode.read_labels(source),
         lambda: splits.check_decodes("train", source, skip_damaged=True),
     ):
-        with pytest.raises(img.WrongLabel):
+        with pytest.raises(WrongLabel):
             read()
 
 
 def test_a_split_without_labels_is_counted_as_left_out(config, shapes_dir):
     config.name, config.dir, config.image_size, config.validation = "shapes", shapes_dir, 8, 2
-    assert datasets.load(config).left_out == {"test split, which has no labels": 1}
+    assert load_dataset(config).left_out == {"test split, which has no labels": 1}
 
 
 def test_no_network_is_told_within_ten_seconds(config, tmp_path):
@@ -123,7 +126,7 @@ def test_no_network_is_told_within_ten_seconds(config, tmp_path):
     config.name, config.dir = "cifar10", str(tmp_path)
     start = time.time()
     with pytest.raises(UserError, match=r"cannot be reached.*cifar-10-python\.tar\.gz"):
-        datasets.load(config)
+        load_dataset(config)
     assert time.time() - start < 10
 
 
@@ -139,7 +142,7 @@ def test_no_network_whether_the_resolver_hangs_or_fails(monkeypatch, config, tmp
     config.name, config.dir = "cifar10", str(tmp_path)
     start = time.time()
     with pytest.raises(UserError, match=r"www.cs.toronto.edu cannot be reached: prepare it"):
-        datasets.load(config)
+        load_dataset(config)
     assert time.time() - start < 5
 
 
@@ -148,7 +151,7 @@ def test_with_a_network_tensorflow_is_asked_for(monkeypatch, config, tmp_path):
     monkeypatch.setattr(tfds_reader.importlib.util, "find_spec", lambda name: None)
     config.name, config.dir = "cifar10", str(tmp_path)
     with pytest.raises(UserError, match=r"pip install 'flax_cnns\[prepare\]'"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_what_tfds_says_of_a_failed_download_is_one_line(monkeypatch, config, tmp_path):
@@ -160,7 +163,7 @@ def test_what_tfds_says_of_a_failed_download_is_one_line(monkeypatch, config, tm
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     config.name, config.dir = "cifar10", str(tmp_path)
     with pytest.raises(UserError, match=r"TFDS cannot prepare cifar10 in .*: first second$"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_a_proxy_is_what_must_be_reached(monkeypatch):
@@ -183,5 +186,5 @@ def test_a_proxy_is_what_must_be_reached(monkeypatch):
 def test_names_that_tfds_does_not_have(config, tmp_path, name, message):
     config.name, config.dir = name, str(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        datasets.load(config)
+        load_dataset(config)
     assert "\n" not in str(error.value)

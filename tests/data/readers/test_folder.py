@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_cnns.data import datasets, pipeline
-from flax_cnns.data import folder as reader
+from flax_cnns.data import pipeline
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.readers import folder as reader
 from flax_cnns.errors import UserError
 
 COLOURS = {"blue": (0, 0, 250), "green": (0, 250, 0), "red": (250, 0, 0)}
@@ -34,7 +35,7 @@ def counts(dataset):
 
 def test_classes_without_splits_are_cut_with_the_seed(folder, config):
     fill(folder, 10)
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert dataset.class_names == ("blue", "green", "red")
     assert dataset.image_shape == (8, 8, 3)
     assert counts(dataset)["test"] == [2, 2, 2]
@@ -53,7 +54,7 @@ def test_folders_of_splits(folder, config, validation):
     fill(folder / "test", 1, suffix=".webp")
     (folder / "train" / "red" / "notes.txt").write_text("not an image")
     (folder / "train" / ".cache").mkdir()
-    assert counts(datasets.load(config)) == {
+    assert counts(load_dataset(config)) == {
         "train": [4, 4, 4],
         "validation": [2, 2, 2],
         "test": [1, 1, 1],
@@ -71,7 +72,7 @@ def test_images_of_every_mode(folder, config):
     Image.new("RGB", (9, 9), (100, 100, 100)).convert("P").save(red / "palette.bmp")
     Image.new("CMYK", (9, 9), (0, 0, 0, 155)).save(red / "ink.jpg")
     config.validation = 0
-    images = datasets.load(config).splits["test"].images[2:]  # red, sorted by file name
+    images = load_dataset(config).splits["test"].images[2:]  # red, sorted by file name
     middle = images[:, 4, 4].astype(int)
     # 00.jpg grey.png ink.jpg palette.bmp sixteen.png transparent.png
     np.testing.assert_allclose(middle[[1, 2, 4]], 100, atol=3)
@@ -85,7 +86,7 @@ def test_the_centre_is_seen_undistorted_and_large_jpegs_are_decoded_small(folder
     wide[:, 256:768] = 200  # the central square
     Image.fromarray(wide).save(folder / "red" / "wide.jpg", quality=95)
     config.validation = 0
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     images = np.concatenate([split.images for split in dataset.splits.values()])
     light = [i for i in images if (abs(i[4, 4].astype(int) - 200) < 3).all()]
     assert len(light) == 1
@@ -103,7 +104,7 @@ def test_a_truncated_image_is_named(folder, config):
     fill(folder, 5)
     truncate(folder / "green" / "03.jpg")
     with pytest.raises(UserError, match=r"cannot decode .*green.03\.jpg: .*data\.skip_damaged"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_a_truncated_image_is_skipped_and_counted_if_the_config_says_so(folder, config):
@@ -111,7 +112,7 @@ def test_a_truncated_image_is_skipped_and_counted_if_the_config_says_so(folder, 
     truncate(folder / "green" / "03.jpg")
     (folder / "red" / "00.jpg").write_bytes(b"")
     config.skip_damaged = True
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert sum(map(len, dataset.splits.values())) == 13
     assert sorted(dataset.damaged) == [
         str(folder / "green" / "03.jpg"),
@@ -125,7 +126,7 @@ def test_streamed_a_truncated_image_is_named(folder, config, workers):
     fill(folder / "test", 1)
     config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 18, workers
     truncate(folder / "train" / "blue" / "01.jpg")  # not among those that are tried before a run
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     batches = pipeline.train_batches(dataset, config, seed=0)
     with pytest.raises(UserError, match=r"cannot decode .*train.*01\.jpg: .*data\.skip_damaged"):
         next(batches)
@@ -144,7 +145,7 @@ def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, worke
     pictures[0].save(moving, save_all=True, append_images=pictures[1:])
     config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 6, workers
     config.skip_damaged = True
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     dataset.several.clear()  # those that were tried before the run
     batches = pipeline.train_batches(dataset, config, seed=0)
     batch = next(batches)
@@ -170,10 +171,10 @@ def test_a_split_of_which_nothing_can_be_decoded_is_refused(folder, config, in_m
         file.write_text(LFS)
     config.skip_damaged, config.in_memory = True, in_memory
     with pytest.raises(UserError, match=r"none of the 18 .*blue.00\.jpg: .*run git lfs pull"):
-        datasets.load(config)
+        load_dataset(config)
     for one in ("green", "blue"):  # one image is enough, wherever it is; train wants two classes
         Image.new("RGB", (9, 9)).save(folder / split / one / "03.jpg")
-    assert len(datasets.load(config).splits) == 3
+    assert len(load_dataset(config).splits) == 3
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -181,11 +182,11 @@ def test_a_split_without_class_folders_is_named(folder, config, split):
     fill(folder / "train", 3)
     (folder / split).mkdir()
     with pytest.raises(UserError, match=rf"{split} holds no class folders; .*\(blue, green, red\)"):
-        datasets.load(config)
+        load_dataset(config)
     for i in range(5):  # as raw ImageNet has it
         Image.new("RGB", (9, 9)).save(folder / split / f"{i}.jpg")
     with pytest.raises(UserError, match=rf"{split} holds 5 images but no class folders"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_images_of_every_type(folder, config):
@@ -201,7 +202,7 @@ def test_images_of_every_type(folder, config):
     (folder / "red" / "phone.heic").write_bytes(b"x")
     (folder / "red" / "README").write_bytes(b"x")
     config.validation = 0
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     images = np.concatenate([split.images for split in dataset.splits.values()])
     assert (images[:, 4, 4].max(-1) < 5).sum() == len(reader.SUFFIXES) == len(images) - 3
     assert dataset.left_out == {".heic": 1, "files without a suffix": 1}
@@ -213,7 +214,7 @@ def test_a_type_that_this_pillow_cannot_decode_is_left_out(monkeypatch, folder, 
     fill(folder, 5)
     Image.new("RGB", (9, 9)).save(folder / "red" / "new.avif")
     monkeypatch.setattr(reader.features, "check", lambda name: name != "avif")
-    assert datasets.load(config).left_out == {".avif, which this Pillow cannot decode": 1}
+    assert load_dataset(config).left_out == {".avif, which this Pillow cannot decode": 1}
 
 
 def test_hidden_and_system_folders_are_not_entered(folder, config):
@@ -223,7 +224,7 @@ def test_hidden_and_system_folders_are_not_entered(folder, config):
         Image.new("RGB", (9, 9)).save(folder / inside / "00-checkpoint.png")
     (folder / "red" / "._00.jpg").write_bytes(b"x")
     Image.new("RGB", (9, 9)).save(folder / "loose.png")
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert sum(map(len, dataset.splits.values())) == 15
     assert dataset.left_out == {
         "hidden folders": 4,
@@ -242,7 +243,7 @@ def test_links_are_followed_and_each_file_counts_once(folder, config):
     os.link(red / "01.jpg", red / "hard.jpg")
     os.symlink("nowhere.jpg", red / "broken.jpg")
     os.symlink("nowhere", folder / "data" / "pink")
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert sum(map(len, dataset.splits.values())) == 15 + 3
     assert dataset.left_out == {
         "broken links": 2,
@@ -251,7 +252,7 @@ def test_links_are_followed_and_each_file_counts_once(folder, config):
     }
     os.symlink("../blue", red / "more")
     with pytest.raises(UserError, match=r"blue.00.jpg and .*more.00.jpg are one file in two clas"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -260,7 +261,7 @@ def test_a_file_in_two_splits_is_an_error_that_names_both(folder, config, link):
     fill(folder / "test", 1)
     link(folder / "train" / "red" / "01.jpg", folder / "test" / "red" / "02.jpg")
     with pytest.raises(UserError, match=r"red.0\d.jpg and .*red.0\d.jpg are one file in two sp"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_files_that_a_network_drive_numbers_alike_are_not_one_file(folder, config, monkeypatch):
@@ -275,7 +276,7 @@ def test_files_that_a_network_drive_numbers_alike_are_not_one_file(folder, confi
     drive = types.SimpleNamespace(**vars(os) | {"stat": lambda path: status})
     monkeypatch.setattr(reader, "_images", alike)
     monkeypatch.setattr(reader, "os", drive)
-    assert counts(datasets.load(config))["test"] == [1, 1, 1]
+    assert counts(load_dataset(config))["test"] == [1, 1, 1]
 
 
 def test_the_way_to_the_folder_may_go_up_from_a_link(folder, config):
@@ -283,28 +284,28 @@ def test_the_way_to_the_folder_may_go_up_from_a_link(folder, config):
     (folder / "far" / "other").mkdir()
     os.symlink(folder / "far" / "other", folder / "link")
     config.dir = f"{folder}/link/../data/"
-    assert sum(map(len, datasets.load(config).splits.values())) == 15
+    assert sum(map(len, load_dataset(config).splits.values())) == 15
 
 
 def test_a_folder_given_a_level_too_high_is_not_a_class(folder, config):
     fill(folder / "deep" / "flowers", 2)
     with pytest.raises(UserError, match=r"one class folder, .*did you mean data.dir=.*flowers\?"):
-        datasets.load(config)
+        load_dataset(config)
     fill(folder / "set" / "train", 2)
     with pytest.raises(UserError, match=r"not a class; did you mean data.dir=.*set\?"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_splits_by_other_names_are_splits_and_each_is_there_once(folder, config):
     fill(folder / "Training", 4)
     fill(folder / "TEST", 2)
     (folder / "masks").mkdir()
-    dataset = datasets.load(config)
+    dataset = load_dataset(config)
     assert counts(dataset)["test"] == [2, 2, 2]
     assert dataset.left_out == {"folders that are no split (masks)": 1}
     fill(folder / "testing", 1)
     with pytest.raises(UserError, match=r"TEST and .*testing are both the test split"):
-        datasets.load(config)
+        load_dataset(config)
 
 
 def test_names_are_below_the_root(folder, config):
@@ -316,24 +317,24 @@ def test_names_are_below_the_root(folder, config):
 
 def test_folders_that_are_wrong(folder, config):
     with pytest.raises(UserError, match="holds no class folders"):
-        datasets.load(config)
+        load_dataset(config)
     fill(folder / "val", 1)
     with pytest.raises(UserError, match=r"has val but no train folder$"):
-        datasets.load(config)
+        load_dataset(config)
     fill(folder / "invalid", 1)
     with pytest.raises(UserError, match=r"no train folder; if invalid, val are classes, move them"):
-        datasets.load(config)
+        load_dataset(config)
     fill(folder / "train", 1)
     (folder / "val" / "pink").mkdir()
     with pytest.raises(UserError, match=r"pink: no class of that name"):
-        datasets.load(config)
+        load_dataset(config)
     (folder / "val" / "pink").rmdir()
     (folder / "train" / "white").mkdir()
     with pytest.raises(UserError, match=r"white holds no image"):
-        datasets.load(config)
+        load_dataset(config)
     config.dir = str(folder / "nowhere")
     with pytest.raises(UserError, match="is not a folder"):
-        datasets.load(config)
+        load_dataset(config)
     config.dir = ""
     with pytest.raises(UserError, match=r"needs data\.dir"):
-        datasets.load(config)
+        load_dataset(config)

@@ -1,0 +1,74 @@
+"""The classes that `data.classes` chooses, by name or number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flax_cnns.data.decode import read_labels
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.types import Raw, Relabelled, Source, Subset
+from flax_cnns.errors import UserError, did_you_mean
+
+
+def choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:
+    """The examples of `config.classes` alone, labeled in the order in which these are given; and
+    notes."""
+    chosen, notes = find_classes(config, raw.class_names, begun)
+    if not chosen:
+        return raw, notes
+    new = np.full(raw.num_classes, -1, np.int32)
+    new[chosen] = np.arange(len(chosen))
+
+    class_names = tuple(raw.class_names[i] for i in chosen)
+
+    def choose(role: str, source: Source) -> Source:
+        labels = new[read_labels(source)]
+        rows, name = np.flatnonzero(labels >= 0), f"classes {chosen}"
+        if not len(rows):
+            raise UserError(
+                f"data.classes: the {role} split of {config.name} has no image of "
+                f"{', '.join(class_names)}"
+            )
+        if isinstance(source, ArraySource):  # arrays stay arrays: nothing is decoded
+            return ArraySource(source.images[rows], labels[rows], f"{source.name}, {name}")
+        return Relabelled(Subset(source, rows, name), labels[rows], name)
+
+    raw = raw._replace(
+        sources={role: choose(role, source) for role, source in raw.sources.items()},
+        num_classes=len(chosen),
+        class_names=class_names,
+    )
+    return raw, notes
+
+
+def find_classes(
+    config: Any, names: tuple[str, ...], begun: bool = False
+) -> tuple[list[int], list[str]]:
+    """`config.classes` as numbers, and notes. Raises UserError for one that there is not, or there
+    twice, and for a number that is another class's name, which is a note where a run is `begun`."""
+    chosen, notes = [], []
+    for given in config.classes:
+        if isinstance(given, int) and str(given) in names and names.index(str(given)) != given:
+            counted = names[given : given + 1] if given >= 0 else ()
+            said = (
+                f"data.classes: {given} is ambiguous: {config.name} has a class named "
+                f"{str(given)!r}, and number {given} is {repr(*counted) if counted else 'none'}"
+            )
+            if not begun or not counted:
+                raise UserError(f"{said}; give names, in quotes: {str(given)!r}")
+            notes.append(f"{said}; this run took the number")
+        if given in names:
+            chosen.append(names.index(given))
+        elif isinstance(given, int) and 0 <= given < len(names):
+            chosen.append(given)
+        else:
+            near = did_you_mean(given, names) if isinstance(given, str) else ""
+            known = near or f"; it has 0 to {len(names) - 1}"
+            raise UserError(f"data.classes: {config.name} has no class {given!r}{known}")
+    if len(chosen) == 1 or len(set(chosen)) < len(chosen):
+        raise UserError(
+            f"data.classes: expected two classes or more, each once; got {tuple(config.classes)}"
+        )
+    return chosen, notes

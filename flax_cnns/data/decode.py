@@ -1,0 +1,93 @@
+"""Examples of a source -> uint8 squares of the size that the network sees, and their labels."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from flax_cnns.data.images import DAMAGE, centre_box, random_box, read_box
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.types import DamagedImage, Source, WrongLabel
+
+
+def read(
+    source: Source,
+    i: int,
+    size: int,
+    channels: int,
+    *,
+    share: float = 1.0,
+    crop: tuple[float, float] = (),
+    rng: np.random.Generator | None = None,
+) -> tuple[np.ndarray, int]:
+    """Example `i` as u8 [size size channels], and its label: the central square, or a random crop.
+
+    Raises DamagedImage.
+    """
+    try:
+        image, label = source.open(i)
+        with image:
+            box_of = functools.partial(centre_box, share=share)
+            if crop:
+                box_of = functools.partial(random_box, rng, share=crop)
+            return read_box(image, box_of, size, channels), label
+    except WrongLabel:
+        raise
+    except DAMAGE as why:
+        raise DamagedImage(source.where(i), why) from why
+
+
+def read_all(
+    source: Source, size: int, channels: int, *, share: float, threads: int, skip_damaged: bool
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """All examples: images u8 [N size size channels], labels i32 [N], what was skipped.
+
+    Raises DamagedImage, or skips if `skip_damaged`.
+    """
+    if isinstance(source, ArraySource) and source.images.shape[1:] == (size, size, channels):
+        return source.images, source.labels, []
+    images = np.empty((len(source), size, size, channels), np.uint8)
+    labels = np.full(len(source), -1, np.int32)
+    damaged = {}
+
+    def fill(part: Source, i: int) -> None:
+        try:
+            images[i], labels[i] = read(part, i, size, channels, share=share)
+        except DamagedImage as error:
+            if not skip_damaged:
+                raise
+            damaged[i] = error.where
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
+            part = source.fetch(rows)
+            # With small images, passing work to threads takes longer than the work.
+            for _ in (pool.map if threads > 1 else map)(functools.partial(fill, part), rows):
+                pass
+    if damaged:
+        whole = np.setdiff1d(np.arange(len(source)), list(damaged))
+        images, labels = images[whole], labels[whole]
+    return images, labels, [damaged[i] for i in sorted(damaged)]
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """i32 [N]; reads every example, without decoding it, where the source does not know them.
+
+    Raises DamagedImage.
+    """
+    if source.labels is not None:
+        return source.labels
+    labels = np.empty(len(source), np.int32)
+    for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
+        part = source.fetch(rows)
+        for i in rows:
+            try:
+                image, labels[i] = part.open(i)
+                image.close()
+            except WrongLabel:
+                raise
+            except DAMAGE as why:
+                raise DamagedImage(source.where(i), why) from why
+    return labels

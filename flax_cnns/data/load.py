@@ -1,0 +1,161 @@
+"""The one entry: a config -> a data set: digits, TFDS, official archives, a folder of images, or
+noise.
+
+Whatever the source, the splits get their roles here (types.py says which). Where a data set has no
+labelled test split its validation split serves as test (ImageNet); where it has neither, a fifth of
+train does, seeded and stratified. Where no validation split is left it is taken from train. Of the
+classes a config may choose some, before all that; of the training examples that are left it may
+keep a fraction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.data.classes import choose_classes
+from flax_cnns.data.decode import read_all
+from flax_cnns.data.mock import make_mock
+from flax_cnns.data.readers import archives, folder
+from flax_cnns.data.splits import (
+    assign_roles,
+    check_decodes,
+    check_source,
+    decoding_error,
+    find_notes,
+    fits_memory,
+    keep_fraction,
+    take_from_train,
+)
+from flax_cnns.data.statistics import find_covariance, find_mean_and_std
+from flax_cnns.data.types import Dataset, Raw, Split
+from flax_cnns.errors import UserError
+
+EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
+
+
+def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
+    """The data set that `config` (`config.data` of configs/common.py) describes.
+
+    Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
+    split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a
+    run of this config exists, and goes on with an ambiguous `data.classes`.
+    """
+    _check(config)
+    if config.mock > 0:
+        return make_mock(config)
+    raw = _read(config)
+    for split, source in raw.sources.items():
+        check_source(source, f"{config.name}, {split} split", raw.num_classes)
+    raw, notes = choose_classes(raw, config, begun)
+    if raw.num_classes < 2:
+        raise UserError(f"expected two classes or more; {config.name} has {raw.num_classes}")
+    found = fingerprints.compute(raw.sources, raw.class_names, raw.about)
+    sources = assign_roles(raw.sources, config.name, config.split_seed)
+    own = raw.image_shape[2]
+    size, channels = config.image_size, config.channels or own
+    varies = None in raw.image_shape
+    crops = bool(config.augment.random_resized_crop)
+    share = EVAL_SHARE if varies and crops else 1.0
+    in_memory = fits_memory(config, sum(map(len, sources.values())) * size * size * channels)
+    if in_memory and varies and crops and config.in_memory == "auto":
+        # Crops of what has been shrunk to image_size already would be enlarged and dull.
+        in_memory = False
+
+    splits, damaged = {}, []
+    for role, source in sources.items():
+        if not in_memory:
+            splits[role] = Split(labels=source.labels, source=source)
+            continue
+        images, labels, skipped = read_all(
+            source,
+            size,
+            channels,
+            share=1.0 if role == "train" else share,
+            threads=config.threads if varies else 1,
+            skip_damaged=config.skip_damaged,
+        )
+        if not len(images):
+            raise decoding_error(role, source)
+        splits[role] = Split(labels=labels, images=images)
+        damaged += skipped
+    own_validation = "validation" in splits
+    if not own_validation and config.validation:
+        splits = take_from_train(splits, "validation", config.validation, config.split_seed)
+    if config.fraction < 1:
+        splits = keep_fraction(splits, config.fraction, config.split_seed)
+    for role, split in splits.items():
+        if split.source is not None:
+            check_decodes(role, split.source, config.skip_damaged)
+    notes += find_notes(splits, raw.class_names, config.batch_size)
+
+    mean, std, normalized_by = find_mean_and_std(config, own, channels, splits["train"])
+    return Dataset(
+        covariance=find_covariance(config, size, channels, splits["train"]),
+        name=config.name,
+        num_classes=raw.num_classes,
+        class_names=raw.class_names,
+        image_shape=(size, size, channels),
+        mean=mean,
+        std=std,
+        normalized_by=normalized_by,
+        splits=splits,
+        eval_share=share,
+        damaged=damaged,
+        left_out=raw.left_out,
+        several=set() if raw.several is None else raw.several,
+        notes=tuple(notes),
+        fingerprint=found,
+        own_validation=own_validation,
+    )
+
+
+def read_fingerprint(config: Any) -> dict[str, Any]:
+    """The fingerprint of the data set that `config` describes, as `load_dataset` gives it; no image
+    is decoded and nothing is downloaded. Raises UserError."""
+    _check(config)
+    if config.mock > 0:
+        return {}
+    raw, _ = choose_classes(_read(config, prepare=False), config, begun=True)
+    return fingerprints.compute(raw.sources, raw.class_names, raw.about)
+
+
+def _check(config: Any) -> None:
+    for name, allowed in {
+        "source": ("auto", "tfds", "archive", "folder"),
+        "in_memory": ("auto", "yes", "no"),
+        "channels": (0, 1, 3),
+    }.items():
+        if config[name] not in allowed:
+            raise UserError(f"data.{name} is one of {allowed}; got {config[name]!r}")
+    if config.image_size < 1:
+        raise UserError(f"data.image_size is in pixels, at least 1; got {config.image_size}")
+    if config.validation < 0 or (config.validation >= 1 and config.validation % 1):
+        raise UserError(
+            f"data.validation is a fraction below 1, a count, or 0; got {config.validation}"
+        )
+    if not 0 < config.fraction <= 1:
+        raise UserError(f"data.fraction is above 0, at most 1; got {config.fraction}")
+
+
+def _read(config: Any, *, prepare: bool = True) -> Raw:
+    """Chooses the reader by `source` and by what lies in `dir`."""
+    source, name, directory = config.source, config.name, config.dir
+    if source == "auto":
+        if name == "digits":
+            source = "tfds"
+        elif name == "folder":
+            source = "folder"
+        elif directory and archives.find(name, directory):
+            source = "archive"
+        else:
+            source = "tfds"
+    if source == "folder":
+        return folder.read(directory, name)._replace(about={"reader": source})
+    if source == "archive":
+        raw = archives.read(name, directory, config.labels)
+        return raw._replace(about={"reader": source})
+    # TFDS takes half a second to import, and the others need none of it.
+    from flax_cnns.data.readers import tfds
+
+    return tfds.read(name, directory, config.labels, prepare=prepare)

@@ -1,0 +1,33 @@
+"""Arrays in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from flax_cnns.data.types import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    images: np.ndarray  # u8 [N H W C]
+    labels: np.ndarray
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        image = self.images[i]
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), self.labels[i]
+
+    def where(self, i: int) -> str:
+        return f"{self.name}, image {i}"
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return self
+
+    def __repr__(self) -> str:
+        return f"ArraySource({self.name}, {len(self)})"

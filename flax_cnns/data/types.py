@@ -1,0 +1,212 @@
+"""What a data set is: sources of images, splits with a role, and what a reader hands over.
+
+The roles: `train`; `test`, looked at once, at the end; `validation`, by which everything else is
+chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.errors import UserError
+
+
+class DamagedImage(UserError):
+    """An image that cannot be decoded; `where` names it."""
+
+    def __init__(self, where: str, why: Exception):
+        super().__init__(
+            f"cannot decode {where}: {why}; mend or delete it, or set data.skip_damaged=True"
+        )
+        self.where, self.why = where, why
+
+    def __reduce__(self):  # Errors of worker processes travel pickled.
+        return DamagedImage, (self.where, self.why)
+
+
+class WrongLabel(UserError):
+    """A label that is none of the data set's classes; `where` names the example."""
+
+    def __init__(self, where: str, label: int, num_classes: int):
+        said = "it has no label (-1)" if label == -1 else f"its label is {label}"
+        super().__init__(f"{where}: {said}; expected 0 to {num_classes - 1}")
+        self.where, self.label, self.num_classes = where, label, num_classes
+
+    def __reduce__(self):
+        return WrongLabel, (self.where, self.label, self.num_classes)
+
+
+class Source(Protocol):
+    """Images that are decoded when they are read. Its `repr` is stable: Grain saves it."""
+
+    labels: np.ndarray | None  # i32 [N]; None where it would take reading every example
+
+    def __len__(self) -> int: ...
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        """Image (of any size and mode, perhaps not decoded yet) and label."""
+
+    def where(self, i: int) -> str:
+        """What to call example `i` in an error message."""
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        """The same source with these rows at hand, where reading many at once is quicker."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some rows of another source."""
+
+    source: Source
+    rows: np.ndarray
+    name: str
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else self.source.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        return self.source.open(self.rows[i])
+
+    def where(self, i: int) -> str:
+        return self.source.where(self.rows[i])
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return dataclasses.replace(self, source=self.source.fetch(self.rows[rows]))
+
+    def __repr__(self) -> str:
+        return f"Subset({self.source!r}, {self.name}, {len(self)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """Another source under labels of our own."""
+
+    source: Source
+    labels: np.ndarray  # i32 [N]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def open(self, i: int) -> tuple[Image.Image, int]:
+        return self.source.open(i)[0], self.labels[i]
+
+    def where(self, i: int) -> str:
+        return self.source.where(i)
+
+    def fetch(self, rows: np.ndarray) -> Source:
+        return dataclasses.replace(self, source=self.source.fetch(rows))
+
+    def __repr__(self) -> str:
+        return f"Relabelled({self.source!r}, {self.name}, {len(self)})"
+
+
+def find_several(source: Source) -> set[str]:
+    """`FileSource.several` (readers/folder.py) of a source, also below Subset and Relabelled; else
+    empty."""
+    while isinstance(source, Subset | Relabelled):
+        source = source.source
+    return getattr(source, "several", set())
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Either arrays in memory or a source that decodes."""
+
+    labels: np.ndarray | None  # i32 [N]; None for a streamed TFDS split
+    images: np.ndarray | None = None  # u8 [N H W C]
+    source: Source | None = None
+
+    def __len__(self) -> int:
+        return len(self.source if self.images is None else self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # H, W, C as the network sees it
+    mean: tuple[float, ...]  # per channel, in 0..1
+    std: tuple[float, ...]
+    normalized_by: str  # where mean and std come from: published, training images, ImageNet
+    splits: dict[str, Split]  # train, test, and validation if there is one
+    eval_share: float = 1.0  # of the shorter side that evaluation sees
+    # [C C] of the training images' colours in 0..1; (): not needed, as data.augment.pca is off.
+    covariance: tuple[tuple[float, ...], ...] = ()
+    # Images left out because they could not be decoded; it grows while a split is streamed.
+    damaged: list[str] = dataclasses.field(default_factory=list)
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
+    # Files with several pictures, of which the first is used; grows while a split is streamed.
+    several: set[str] = dataclasses.field(default_factory=set)
+    notes: tuple[str, ...] = ()  # what may be intended, but would otherwise go unnoticed
+    own_validation: bool = False  # the validation split is the data set's, not taken from train
+    # See flax_cnns/data/fingerprint.py; {} for noise, and if it was not computed.
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seen(self) -> fingerprints.Seen:
+        counts = {role: len(split) for role, split in self.splits.items()}
+        mean = self.mean if self.normalized_by == "training images" else ()
+        return fingerprints.Seen(self.fingerprint, counts, mean)
+
+    @property
+    def in_memory(self) -> bool:
+        """False: images are decoded as they come, and the loader does the random resized crop."""
+        return self.splits["train"].images is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is, without its images, as JSON has it."""
+        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation")
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
+        return {name: getattr(self, name) for name in fields}
+
+    def describe(self) -> list[str]:
+        """Lines for the user: how many images each split has, what was left out, notes."""
+        counts = ", ".join(f"{role} {len(split):,}" for role, split in self.splits.items())
+        lines = [f"{self.name}: {self.num_classes} classes; images: {counts}"]
+        if said := describe_counts(self.left_out):
+            lines.append(f"left out: {said}")
+        if self.several:
+            lines.append(
+                f"files with several pictures, of which the first is used: {len(self.several)}"
+            )
+        return lines + [f"note: {note}" for note in self.notes]
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Dataset:
+        """Of `as_dict`, perhaps by way of JSON: a data set of no splits."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in known}
+        return cls(**plain, splits={})
+
+
+class Raw(NamedTuple):
+    """What a reader found, before roles, sizes and memory."""
+
+    sources: dict[str, Source]  # by the data set's own split names
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int | None, int | None, int]  # None: they vary
+    left_out: Mapping[str, int] = MappingProxyType({})  # as Dataset has them
+    several: set[str] | None = None
+    about: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.compute`
+
+
+def describe_counts(counts: Mapping[str, int], most: int = 8) -> str:
+    """Counts by kind as a text, the most frequent first; "" for none."""
+    kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    said = [f"{kind}: {count:,}" for kind, count in kinds[:most]]
+    rest = sum(count for _, count in kinds[most:])
+    return ", ".join(said) + (f", other kinds: {rest:,}" if rest else "")
