@@ -105,6 +105,7 @@ DYING = """
 import multiprocessing, os, signal
 from configs.common import get_config
 from flax_cnns.data import pipeline
+from flax_cnns.data.load import load_dataset
 config = get_config().data
 config.update(dict(mock=40, image_size=8, validation=0, batch_size=12, in_memory="no", workers=1))
 config.augment.pad_crop = 0

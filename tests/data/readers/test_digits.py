@@ -14,6 +14,7 @@ from flax_cnns.errors import UserError
 PREPARE = """
 import sys
 from configs.common import get_config
+from flax_cnns.data.load import load_dataset
 
 config = get_config().data
 config.dir = sys.argv[1]
