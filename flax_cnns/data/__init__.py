@@ -1,0 +1,1 @@
+"""From files to batches: readers, splits, augmentation and mixing, in a reproducible order."""

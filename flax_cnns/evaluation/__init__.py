@@ -1,0 +1,1 @@
+"""Metrics of a network on a split, each example counted once."""

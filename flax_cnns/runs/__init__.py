@@ -1,1 +1,1 @@
-"""ONE run: its directory, its parts, training, evaluation, prediction, its tables."""
+"""One run: its directory, its parts, training, evaluation, prediction, its tables."""

@@ -1,1 +1,1 @@
-"""MANY runs: ablations, fine-tuning, searches."""
+"""Many runs: ablations, fine-tuning, searches."""

@@ -1,0 +1,1 @@
+"""The pictures, and the one style that they share."""

@@ -1,0 +1,1 @@
+"""Ablations: rows of a sweep times seeds, each cell a run, and the paired report."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: strategies of transfer learning, each as runs, and classifiers on frozen features."""

@@ -1,0 +1,1 @@
+"""Searches: compound scaling of a network under a budget of MACs."""
