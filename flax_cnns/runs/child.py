@@ -118,7 +118,7 @@ def start(
         "cores": share.cores,
         "cache": on or compilation_cache.OFF,
     }
-    ours = str(pathlib.Path(__file__).resolve().parents[1])  # works without installation too
+    ours = str(pathlib.Path(__file__).resolve().parents[2])  # works without installation too
     path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, "-m", "flax_cnns.runs.child"],

@@ -10,12 +10,12 @@ from flax_cnns.checkpoint.reading import read_leaves
 
 SCRIPT = r"""
 import sys
-from flax_cnns import launch
+from flax_cnns.runtime import launch
 launch.initialize(shutdown_timeout=20)
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from flax_cnns.checkpoint.graft import graft
+from flax_cnns import graft
 from flax_cnns.checkpoint.manager import Checkpoints
 
 mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))

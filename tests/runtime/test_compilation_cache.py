@@ -14,7 +14,7 @@ from tests.tiny_runs import ROOT
 
 PROGRAM = """
 import sys
-from flax_cnns import compilation_cache
+from flax_cnns.runtime import compilation_cache
 print("folder", compilation_cache.enable(*sys.argv[1:]))
 import jax, jax.numpy as jnp
 events = []

@@ -122,7 +122,7 @@ def test_two_processes_add_up_and_compare_their_configs():
         start(
             """
             import sys
-            from flax_cnns import launch
+            from flax_cnns.runtime import launch
             assert "jax" not in sys.modules
             launch.initialize()
             launch.initialize()  # again: nothing
@@ -196,7 +196,7 @@ def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch,
 def test_a_process_that_raises_does_not_wait_for_the_others(monkeypatch, capsys):
     monkeypatch.setattr(launch, "GRACE", 0.5)
     script = """
-        from flax_cnns import launch
+        from flax_cnns.runtime import launch
         launch.initialize()
         import jax, time
         if jax.process_index() == 0:
@@ -346,7 +346,7 @@ def test_keep_memory():
     """Freed memory stays: without it 200 MB go back to the system at once."""
     code = (
         "import resource, numpy as np, sys\n"
-        "from flax_cnns import launch\n"
+        "from flax_cnns.runtime import launch\n"
         "kept = launch.keep_memory()\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

@@ -13,7 +13,7 @@ from tests.tiny_runs import ROOT
 
 SCRIPT = """
 import sys
-from flax_cnns import output
+from flax_cnns.runtime import output
 with output.safe():
     for i in range(5000):
         print("a line of some length", i)

@@ -1,1 +1,1 @@
-"""Fine-tuning: strategies of transfer learning, each as runs, and classifiers on frozen features."""
+"""Fine-tuning: strategies, each as runs, and classifiers on frozen features."""
