@@ -10,6 +10,7 @@ import pytest
 # Before the first import of JAX; the workers of pytest-xdist inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAG = "--xla_force_host_platform_device_count=4"
+QUICK = "--xla_backend_optimization_level=0"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="flax_cnns_test_cache_"))
@@ -19,6 +20,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # A shell ignores SIGINT in what it starts in the background, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """The default tier spends two thirds of the compiler's time, for the same operations in the
+    same order; `-m slow` compiles as users do."""
+    if config.option.markexpr == "not slow" and QUICK not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {QUICK}"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
@@ -52,3 +60,9 @@ def finished(digits_dir, tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     return workdir, run(make_config(digits_dir), workdir)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw no curves, which takes a quarter of a short one; `finished` has them."""
+    monkeypatch.setattr("flax_cnns.analysis.plots.curves.draw_curves", lambda *_, **__: None)

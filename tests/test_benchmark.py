@@ -146,6 +146,7 @@ def test_skipped_and_masked_branches_compute_the_same():
     assert abs(masked.apply(variables, x, gates) - x).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_compile(run, monkeypatch):
     one_stage = partial(CifarResNet, depths=(3,), widths=(2,), input_size=(8, 8, 3))
     monkeypatch.setattr(training, "make", lambda name, args, **fields: one_stage(**fields))
@@ -156,6 +157,7 @@ def test_compile(run, monkeypatch):
         assert row["seconds"] == row["trace_seconds"] + row["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_drop_path(run, monkeypatch):
     tiny = dict(depths=(3,), widths=(4,), input_size=(4, 4, 3))
     make = training.make
@@ -171,6 +173,7 @@ def test_drop_path(run, monkeypatch):
     assert all(row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_learn(run):
     pytest.importorskip("configs.common", exc_type=ImportError)
     code, out, _, found = run("learn", "--models=lenet5", "--steps=60", quick=False)
@@ -288,6 +291,7 @@ def test_the_optimizer_has_the_fields_of_a_config():
     assert vars(training.SGD).keys() == get_config().optimizer.to_dict().keys()
 
 
+@pytest.mark.slow
 def test_it_starts_where_only_jax_and_flax_are():
     """A machine with a GPU may have neither Grain nor TFDS nor ml_collections."""
     absent = ("grain", "tensorflow_datasets", "ml_collections", "tensorboardX", "sklearn", "torch")
@@ -303,6 +307,7 @@ def test_it_starts_where_only_jax_and_flax_are():
     assert "written" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.skipif(not has_torch, reason="torchvision is not installed")
 def test_against_pytorch(run):

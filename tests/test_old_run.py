@@ -17,6 +17,7 @@ from flax_cnns.data.load import read_fingerprint
 from flax_cnns.runs import evaluate, predict, train, workdir
 from tests.fixtures import old_run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 EXPECTED = json.loads((old_run.FOLDER / "expected.json").read_text())
 
 

@@ -13,6 +13,8 @@ from flax_cnns import run
 from flax_cnns.checkpoint import finding
 from tests.tiny_runs import ROOT, arrays, overrides, records
 
+pytestmark = pytest.mark.slow
+
 
 def launch(workdir, config):
     command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import chex
 import pytest
@@ -17,6 +18,8 @@ from flax_cnns import run
 from flax_cnns.checkpoint import finding
 from flax_cnns.errors import UserError
 from tests.tiny_runs import ROOT, arrays, overrides, records
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def start(script, *flags, **kwargs):
@@ -32,6 +35,7 @@ def finish(script, *flags):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path):
     config.train.duration = "300 steps"
     config.train.eval_every = "40 steps"
@@ -78,6 +82,7 @@ def test_a_flag_may_have_dashes_or_underscores(monkeypatch, given, taken):
     assert script._as_defined(given) == taken
 
 
+@pytest.mark.slow
 def test_a_signal_exits_with_75(config, tmp_path):
     config.train.duration = "100000 steps"
     process = start("train", f"--workdir={tmp_path / 'run'}", *overrides(config))
@@ -92,6 +97,7 @@ def test_a_signal_exits_with_75(config, tmp_path):
     assert finding.latest_step(tmp_path / "run") >= 5
 
 
+@pytest.mark.slow
 def test_the_config_may_be_named_after_a_space(tmp_path):
     flags = ["--config", "configs/digits_lenet5.py:smoke", "--config.model.name=lenet6"]
     code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
@@ -103,14 +109,14 @@ def test_the_config_may_be_named_after_a_space(tmp_path):
     ("flags", "said"),
     [
         (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
-        (["--config.seed=zero"], "seed"),
-        (["--config.model.widht=3"], "unknown field 'widht'"),
-        (["config.seed=3"], "unexpected argument 'config.seed=3'; flags begin with --"),
-        (["--config=configs/digits_lenet5.py:smok"], "it has smoke"),
-        (["--config.optimizer.name=adan"], "did you mean 'adam'"),
-        (["--config.model.name=resnet"], "unknown model 'resnet'"),
-        (["--config=configs/nowhere.py"], "nowhere.py"),
-        (["--config.data.name=cifar11"], "did you mean 'cifar10"),
+        slow(["--config.seed=zero"], "seed"),
+        slow(["--config.model.widht=3"], "unknown field 'widht'"),
+        slow(["config.seed=3"], "unexpected argument 'config.seed=3'; flags begin with --"),
+        slow(["--config=configs/digits_lenet5.py:smok"], "it has smoke"),
+        slow(["--config.optimizer.name=adan"], "did you mean 'adam'"),
+        slow(["--config.model.name=resnet"], "unknown model 'resnet'"),
+        slow(["--config=configs/nowhere.py"], "nowhere.py"),
+        slow(["--config.data.name=cifar11"], "did you mean 'cifar10"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, said):
@@ -122,6 +128,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, said):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_search_says_what_it_can_search(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     for args, said in (
@@ -154,6 +161,7 @@ def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
     assert err.startswith(f"error: out of memory: {str(error).splitlines()[0]}; ask for less")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_at_once_while_jax_is_imported_and_at_the_end():
     """KeyboardInterrupt in the midst of JAX's import is an ImportError or a crash."""
     code = (
@@ -187,6 +195,7 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path, join):
         script._parse(["train", *join(f"{tmp_path}/pipe.py:mode")])
 
 
+@pytest.mark.slow
 def test_a_missing_workdir_is_said(tmp_path):
     code, _, err = finish("train")
     assert code != 0

@@ -4,9 +4,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.reading import read_leaves
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = r"""
 import sys

@@ -53,7 +53,9 @@ def test_every_file_with_variants_is_registered():
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_says_who_it_is(name):
+def test_every_model_says_who_it_is(name, monkeypatch):
+    """All but its parameters, which take a trace to count: the contract counts them."""
+    monkeypatch.setattr(registry, "init_variables", lambda *_: {"params": {}})
     info = model_info(name)
     assert info.name == name
     assert name in __import__(f"flax_cnns.models.{info.family}", fromlist=["x"]).VARIANTS
@@ -74,6 +76,12 @@ ONE_EACH = {
     for family in registry.FAMILIES
     for name, variant in reversed(family.VARIANTS.items())
 }
+
+
+@pytest.mark.parametrize("name", ["lenet5", "cifar_resnet20", "mobilenet_v2"])
+def test_its_parameters_are_counted_without_batch_statistics(name):
+    variables = jax.eval_shape(lambda: init_variables(create_model(name), jax.random.key(0)))
+    assert model_info(name).params == sum(x.size for x in jax.tree.leaves(variables["params"]))
 
 
 @pytest.mark.parametrize("name", ONE_EACH.values())

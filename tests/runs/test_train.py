@@ -36,6 +36,8 @@ from flax_cnns.train import memory
 from flax_cnns.train.progress import Progress
 from tests.tiny_runs import arrays, records
 
+pytestmark = [pytest.mark.usefixtures("no_pictures"), pytest.mark.xdist_group("runs")]
+
 
 def test_a_run_writes_what_it_returns(finished, config, capsys):
     workdir, summary = finished
@@ -61,6 +63,7 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_loader_may_augment_and_the_run_is_the_same_to_the_bit(finished, config, tmp_path):
     theirs, _ = finished
     config.data.augment.where = "loader"
@@ -90,7 +93,11 @@ def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path
 
 @pytest.mark.parametrize(
     ("step", "number", "code"),
-    [(4, signal.SIGINT, 130), (5, signal.SIGUSR1, 75), (12, signal.SIGTERM, 75)],
+    [
+        (4, signal.SIGINT, 130),
+        (5, signal.SIGUSR1, 75),
+        pytest.param(12, signal.SIGTERM, 75, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
     finished, config, tmp_path, monkeypatch, step, number, code
@@ -142,6 +149,7 @@ def test_wandb_that_is_missing_is_said_before_the_data_is_loaded(config, tmp_pat
     fails(config, tmp_path / "run", "wandb is not installed")
 
 
+@pytest.mark.slow
 def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):
     """Its outcome changes the optimizer's state, and must be saved although it is no new best."""
     config.schedule.name, config.schedule.patience = "plateau", 1
@@ -222,6 +230,7 @@ def test_a_run_whose_layers_were_grouped_in_another_way_is_told(config, tmp_path
         assert ("grouped as BEiT and timm do" in capsys.readouterr().out) == older
 
 
+@pytest.mark.slow
 def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
     finished, config, tmp_path, monkeypatch
 ):
@@ -310,6 +319,7 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
+@pytest.mark.slow
 def test_a_streamed_folder_resumes_to_the_bit_and_counts_what_it_skips(
     config, photographs, tmp_path, monkeypatch
 ):
@@ -533,6 +543,7 @@ def scanning(config):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypatch):
     """Its numbers and, name by name, its checkpoints; it resumes to the bit, and drops the same."""
     config, scan, plain, cut = scanning, *(tmp_path / name for name in ("scan", "plain", "cut"))
@@ -564,6 +575,7 @@ def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypat
     assert not report["fresh"]
 
 
+@pytest.mark.slow
 def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
     scanning, tmp_path, monkeypatch
 ):

@@ -80,6 +80,7 @@ def test_the_second_process_reads_what_the_first_compiled(filled):
     assert said == said_again == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "empty", "flip", "nonsense"])
 def test_a_damaged_entry_is_said_removed_and_made_again(filled, how):
     folder, value = filled[0], filled[1][0][0]["value"]
@@ -95,6 +96,7 @@ def test_a_damaged_entry_is_said_removed_and_made_again(filled, how):
     assert found["read"].endswith("written 0")
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder(tmp_path):
     processes = [start(tmp_path / "cache") for _ in range(3)]
     assert len({finish(process)[0]["value"] for process in processes}) == 1
@@ -103,6 +105,7 @@ def test_processes_share_a_folder(tmp_path):
     assert said == ""
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path):
     (tmp_path / "file").touch()
     found, said = program(tmp_path / "file" / "cache")
@@ -112,6 +115,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_off_is_off_wherever_the_environment_points(tmp_path):
     found, _ = program("off", JAX_COMPILATION_CACHE_DIR=tmp_path / "cache")
     assert (found["folder"], found["read"]) == ("", "0 written 0")
@@ -142,6 +146,7 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "c-cache", "notes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "found"),
     [(None, "XDG/flax_cnns/xla True"), ("here", "here True"), ("off", "None False")],

@@ -117,6 +117,7 @@ def test_alone_nothing_happens(monkeypatch):
 # ---- several processes here
 
 
+@pytest.mark.slow
 def test_two_processes_add_up_and_compare_their_configs():
     code, _, err = finish(
         start(
@@ -193,6 +194,7 @@ def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch,
     assert 0.5 < time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_does_not_wait_for_the_others(monkeypatch, capsys):
     monkeypatch.setattr(launch, "GRACE", 0.5)
     script = """
@@ -342,6 +344,7 @@ def test_the_slurm_template_asks_for_the_next_turn(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_keep_memory():
     """Freed memory stays: without it 200 MB go back to the system at once."""
     code = (

@@ -103,6 +103,7 @@ def test_what_a_run_would_refuse_is_said_before_any_runs(config, tmp_path, overr
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_script_is_one_line(tmp_path):
     file = tmp_path / "none.py"
     file.write_text("from configs.common import get_config\n")
@@ -110,6 +111,13 @@ def test_a_mistake_of_the_script_is_one_line(tmp_path):
     assert code == 2
     assert err.startswith(f"error: {file} has no sweep()")
     assert err.count("\n") == 1
+
+
+def test_a_file_without_a_sweep(tmp_path):
+    file = tmp_path / "none.py"
+    file.write_text("from configs.common import get_config\n")
+    with pytest.raises(UserError, match=r"none\.py has no sweep\(\)"):
+        plan.load_sweep(file)
     file.write_text("def sweep():\n    [('a', {})]\n")
     with pytest.raises(UserError, match=r"return a list of rows or to yield them, got None"):
         plan.load_sweep(file)
@@ -421,6 +429,7 @@ def test_the_time_of_a_cell_is_told_from_complete_ones(config, tmp_path):
 # ---- the work, with runs
 
 
+@pytest.mark.slow
 def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("XLA_FLAGS")  # one device is quicker
     sweep = [("base", {}), ("hot", {"schedule.learning_rate": 1e30})]
@@ -450,6 +459,7 @@ def test_what_a_row_needs_is_there_before_anything_runs(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_saves_and_leaves_when_its_parent_is_gone(config, tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     config.train.duration = "1000000 steps"

@@ -198,6 +198,7 @@ def compared(digits_dir, tmp_path_factory):
     return folder, result, lines
 
 
+@pytest.mark.slow
 def test_features_computed_once_give_the_classifier_of_the_frozen_network(compared):
     folder, result, _ = compared
     cell = folder / "similar/1/seed0"
@@ -216,6 +217,7 @@ def test_features_computed_once_give_the_classifier_of_the_frozen_network(compar
             np.testing.assert_array_equal(trained[path], source[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_classifiers_on_stages_are_told_apart_by_validation(compared):
     folder, result, _ = compared
     (record,) = result.at("similar", 1.0, "linear_stages")
@@ -229,6 +231,7 @@ def test_classifiers_on_stages_are_told_apart_by_validation(compared):
         assert kept["train/stem"].shape == (result.records[0].images, 4)
 
 
+@pytest.mark.slow
 def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
     folder, result, lines = compared
     assert lines[-1].startswith("3/3 similar, 1 of the examples, seed 0, linear_stages: ")
@@ -597,6 +600,7 @@ def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
     assert compare_untrained(monkeypatch, config, tmp_path, strategies=given) == []
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
     for flag, said in (
         ("--strategies=scratch,linaer", "--strategies: there is no 'linaer'; did you mean 'linear"),
