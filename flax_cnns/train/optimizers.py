@@ -19,6 +19,8 @@ import optax
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.train import batchnorm, regularizers
+from flax_cnns.train.per_parameter import per_parameter
+from flax_cnns.train.regularizers import Regularizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
@@ -31,15 +33,20 @@ class Optimizer(NamedTuple):
     trainable: PyTree  # bools in the shape of params
     learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
     norms: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm.MODES)
-    # Of the trainable leaves, None where it is off: what L2 adds to the loss; max-norm, which
-    # follows the update; SAM's radius.
-    penalty: Callable[[PyTree], Array] | None = None
-    constrain: Callable[[PyTree], PyTree] | None = None
-    sam: float = 0.0
+    regularizers: Mapping[str, Regularizer] = {}  # those that are on, by name
 
     def init(self, params: PyTree) -> PyTree:
         """The optimizer's state for `params`: frozen leaves take no memory."""
         return self.tx.init(pytree.partition(params, self.trainable)[0])
+
+    def update(
+        self, weights: PyTree, grads: PyTree, opt_state: PyTree, *, step: Array, key: Array
+    ) -> tuple[PyTree, PyTree]:
+        """(weights, opt_state) after a step, of the trainable leaves alone; `grads` are those of
+        the whole loss, its penalties included."""
+        updates, opt_state = self.tx.update(grads, opt_state, weights, step=step, key=key)
+        weights = optax.apply_updates(weights, updates)
+        return regularizers.constrain(self.regularizers, weights), opt_state
 
 
 class PlateauState(NamedTuple):
@@ -118,31 +125,6 @@ def observe(
         opt_state,
         is_leaf=lambda x: isinstance(x, PlateauState),
     )
-
-
-def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
-    """`()`, `(number,)` or rules (regex, value) -> a tree of values in the shape of `params`.
-
-    The regexes see `"params/" + path`; in a stack of blocks that of each block, and where the
-    values differ they are an array along the stack (`pytree.mask`). Raises `UserError` for a rule
-    that decides nothing.
-    """
-    if isinstance(spec, (int, float)):
-        spec = (spec,)
-    if not spec:
-        return jax.tree.map(lambda _: default, params)
-    if len(spec) == 1 and isinstance(spec[0], (int, float)):
-        return jax.tree.map(lambda _: spec[0], params)
-    return pytree.mask(spec, params, what=what, prefix="params/")
-
-
-def _max_norm(spec: tuple, params: PyTree, trainable: PyTree) -> Callable[[PyTree], PyTree] | None:
-    """`config.max_norm`, whose rules decide kernels alone: no bias, no norm layer, no token."""
-    kernels = {p: leaf for p, leaf in pytree.flatten(params).items() if p.endswith("kernel")}
-    limits = per_parameter(spec, pytree.unflatten(kernels), what="optimizer.max_norm", default=0.0)
-    learns = pytree.flatten(trainable)
-    limits = {p: v for p, v in pytree.flatten(limits).items() if learns[p] and np.any(v)}
-    return regularizers.max_norm(limits) if limits else None
 
 
 # The layer, for `layer_decay`, of each module: rules (regex over the beginning of its path, layer),
@@ -296,8 +278,8 @@ def make(
         chain = [*before, *after, _beside(optax.chain(add_decay, *scaled))]
     else:
         chain = [*before, add_decay, *after]
-    if config.grad_noise:
-        chain.insert(0, regularizers.gradient_noise(config.grad_noise, config.grad_noise_decay))
+    regularizing = regularizers.make(config, params, trainable)
+    chain = [*regularizers.transform_gradients(regularizing), *chain]
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
 
@@ -306,13 +288,4 @@ def make(
         return schedule(step) * plateau.scale
 
     tx = optax.with_extra_args_support(optax.chain(*chain))
-    l2 = over_trainable(config.l2, "l2", 0.0)
-    return Optimizer(
-        tx,
-        trainable,
-        learning_rate,
-        norms,
-        penalty=regularizers.l2(l2) if any(np.any(a) for a in jax.tree.leaves(l2)) else None,
-        constrain=_max_norm(config.max_norm, params, trainable),
-        sam=config.sam,
-    )
+    return Optimizer(tx, trainable, learning_rate, norms, regularizing)

@@ -1,12 +1,16 @@
 """What keeps weights small or minima flat: L2 in the loss, max-norm, gradient noise, SAM.
 
-All are over the trainable leaves alone, and a stack of blocks is treated as its blocks would be.
+A regularizer is a function and its row in `REGULARIZERS`: given the section `config.optimizer`, the
+parameters and which of them learn, it returns what a training step does by it (`Regularizer`), or
+None where its field is off. All are over the trainable leaves alone, and a stack of blocks is
+treated as its blocks would be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +18,33 @@ import numpy as np
 import optax
 
 from flax_cnns import tree as pytree
+from flax_cnns.train.per_parameter import per_parameter
 from flax_cnns.types import Array, PyTree
 
 
-def l2(coefficients: PyTree) -> Callable[[PyTree], Array]:
-    """`penalty(weights)`: the sum over all leaves of a / 2 ||w||^2, whose gradient is a w.
+class Regularizer(NamedTuple):
+    """What one does in a step, by any of these functions of the trainable weights."""
 
-    `coefficients` are the a, a tree like the weights (an array along a stack whose blocks differ).
+    # (weights) -> what is added to the loss f32 []; logged as train/NAME, and no part of train/loss
+    penalty: Callable[[PyTree], Array] | None = None
+    # (gradients, weights, key, step) -> gradients: after clipping, before the optimizer's momentum;
+    # the key is that of the step, the same on every device
+    gradients: Callable[[PyTree, PyTree, Array, Array], PyTree] | None = None
+    # (weights, gradients) -> the point whose gradient the update takes: a second one in each step
+    perturb: Callable[[PyTree, PyTree], PyTree] | None = None
+    # (weights) -> weights: after each update
+    constrain: Callable[[PyTree], PyTree] | None = None
+
+
+def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
+    """Adds to the loss the sum over all leaves of a / 2 ||w||^2, whose gradient is a w.
+
+    `config.l2` are the a (an array along a stack whose blocks differ).
     """
+    coefficients = per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
+    coefficients, _ = pytree.partition(coefficients, trainable)
+    if not any(np.any(a) for a in jax.tree.leaves(coefficients)):
+        return None
 
     def penalty(weights: PyTree) -> Array:
         def one(w: Array, a: Any) -> Array:
@@ -29,16 +52,24 @@ def l2(coefficients: PyTree) -> Callable[[PyTree], Array]:
 
         return sum(jax.tree.leaves(jax.tree.map(one, weights, coefficients)))
 
-    return penalty
+    return Regularizer(penalty=penalty)
 
 
-def max_norm(limits: Mapping[str, Any]) -> Callable[[PyTree], PyTree]:
-    """`constrain(weights)`: each unit whose incoming weights have a Euclidean norm above its limit
-    gets them scaled back to it (Srivastava et al. 2014, section 5.1, "max-norm regularization").
+def max_norm(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
+    """Scales the incoming weights of each unit back to its limit where their Euclidean norm is
+    above it (Srivastava et al. 2014, section 5.1, "max-norm regularization").
 
-    `limits` are of kernels [... out] by path; 0 is none. A unit is one of the outputs: a filter in
-    a convolution, a column in a dense layer.
+    `config.max_norm` decides kernels [... out] alone: no bias, no norm layer, no token; 0 is none.
+    A unit is one of the outputs: a filter in a convolution, a column in a dense layer.
     """
+    kernels = {p: leaf for p, leaf in pytree.flatten(params).items() if p.endswith("kernel")}
+    limits = per_parameter(
+        config.max_norm, pytree.unflatten(kernels), what="optimizer.max_norm", default=0.0
+    )
+    learns = pytree.flatten(trainable)
+    limits = {p: v for p, v in pytree.flatten(limits).items() if learns[p] and np.any(v)}
+    if not limits:
+        return None
 
     def constrain(weights: PyTree) -> PyTree:
         flat = pytree.flatten(weights)
@@ -50,36 +81,52 @@ def max_norm(limits: Mapping[str, Any]) -> Callable[[PyTree], PyTree]:
             flat[path] = w * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
         return pytree.unflatten(flat)
 
-    return constrain
+    return Regularizer(constrain=constrain)
 
 
-def gradient_noise(eta: float, decay: float) -> optax.GradientTransformationExtraArgs:
+def gradient_noise(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
     """Adds normal noise of variance eta / (1 + t)^decay to the gradient of step t, counted from 0
     (Neelakantan et al. 2015, https://arxiv.org/abs/1511.06807, equation 1).
 
-    `update(..., step=, key=)`: the key of that step, the same on every device.
+    `config.grad_noise` is eta, `config.grad_noise_decay` the decay.
     """
+    del params, trainable
+    eta, decay = config.grad_noise, config.grad_noise_decay
+    return Regularizer(gradients=partial(add_noise, eta=eta, decay=decay)) if eta else None
 
-    def update(updates: PyTree, state: Any, params: PyTree = None, *, step, key, **_):
-        del params
-        flat = pytree.flatten(updates)
-        sizes = {}
-        for path, leaf in flat.items():
-            blocks = pytree.members(path)
-            sizes |= dict.fromkeys(blocks, leaf.size // len(blocks))
-        # One draw for all leaves, in the order of their names: XLA compiles one generator, and a
-        # network that scans is given what its blocks would be given.
-        names = sorted(sizes)
-        draw = jax.random.normal(key, (sum(sizes.values()),))
-        ends = np.cumsum([sizes[name] for name in names])[:-1]
-        drawn = dict(zip(names, jnp.split(draw, ends)))
-        deviation = jnp.sqrt(eta / (1.0 + step) ** decay)
-        for path, leaf in flat.items():
-            noise = jnp.stack([drawn[name] for name in pytree.members(path)])
-            flat[path] = leaf + (deviation * noise).reshape(leaf.shape).astype(leaf.dtype)
-        return pytree.unflatten(flat), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+def add_noise(
+    grads: PyTree, weights: PyTree, key: Array, step: Array, *, eta: float, decay: float
+) -> PyTree:
+    """`grads` with the noise of a step."""
+    del weights
+    flat = pytree.flatten(grads)
+    sizes = {}
+    for path, leaf in flat.items():
+        blocks = pytree.members(path)
+        sizes |= dict.fromkeys(blocks, leaf.size // len(blocks))
+    # One draw for all leaves, in the order of their names: XLA compiles one generator, and a
+    # network that scans is given what its blocks would be given.
+    names = sorted(sizes)
+    draw = jax.random.normal(key, (sum(sizes.values()),))
+    ends = np.cumsum([sizes[name] for name in names])[:-1]
+    drawn = dict(zip(names, jnp.split(draw, ends)))
+    deviation = jnp.sqrt(eta / (1.0 + step) ** decay)
+    for path, leaf in flat.items():
+        noise = jnp.stack([drawn[name] for name in pytree.members(path)])
+        flat[path] = leaf + (deviation * noise).reshape(leaf.shape).astype(leaf.dtype)
+    return pytree.unflatten(flat)
+
+
+def sam(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
+    """Takes the gradient uphill of the weights, at the distance `config.sam` (`ascend`).
+
+    The point is found by the gradient of the whole global batch (of all devices: in the paper each
+    climbs by its own, and their number matters), and has the gradient of the same images and random
+    keys. Neither L2 nor weight decay is of the point (equation 1).
+    """
+    del params, trainable
+    return Regularizer(perturb=partial(ascend, rho=config.sam)) if config.sam else None
 
 
 def ascend(weights: PyTree, grads: PyTree, rho: float) -> PyTree:
@@ -87,3 +134,70 @@ def ascend(weights: PyTree, grads: PyTree, rho: float) -> PyTree:
     (SAM: Foret et al. 2021, https://arxiv.org/abs/2010.01412, equation 2 with p = 2)."""
     scale = rho / jnp.maximum(optax.global_norm(grads), 1e-12)
     return jax.tree.map(lambda w, g: w + (scale * g).astype(w.dtype), weights, grads)
+
+
+# The name is that of the field of `config.optimizer` that turns a regularizer on. Where several do
+# the same kind of thing, they do it in this order.
+REGULARIZERS: dict[str, Callable[[Any, PyTree, PyTree], Regularizer | None]] = {
+    "l2": l2,
+    "max_norm": max_norm,
+    "grad_noise": gradient_noise,
+    "sam": sam,
+}
+
+
+# ---- what a step does by those that are on, {name: Regularizer}
+
+
+def make(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularizer]:
+    """Those that `config`, the section `config.optimizer`, turns on. Raises `UserError` for a rule
+    that decides nothing."""
+    made = {name: one(config, params, trainable) for name, one in REGULARIZERS.items()}
+    return {name: regularizer for name, regularizer in made.items() if regularizer is not None}
+
+
+def add_penalties(
+    regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyTree
+) -> tuple[PyTree, dict[str, Array]]:
+    """(the gradients with those of all penalties, {name: value of the penalty})."""
+    values = {}
+    for name, regularizer in regularizers.items():
+        if regularizer.penalty is not None:
+            values[name], slope = jax.value_and_grad(regularizer.penalty)(weights)
+            grads = jax.tree.map(jnp.add, grads, slope)
+    return grads, values
+
+
+def perturbs(regularizers: Mapping[str, Regularizer]) -> bool:
+    """Whether a step takes its gradient elsewhere than at the weights."""
+    return any(regularizer.perturb is not None for regularizer in regularizers.values())
+
+
+def perturb(regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyTree) -> PyTree:
+    """The point at which the update's gradient is taken; `grads` are those at the weights."""
+    for regularizer in regularizers.values():
+        if regularizer.perturb is not None:
+            weights = regularizer.perturb(weights, grads)
+    return weights
+
+
+def transform_gradients(
+    regularizers: Mapping[str, Regularizer],
+) -> list[optax.GradientTransformationExtraArgs]:
+    """An optax transformation for each that changes gradients; its update takes `step`, `key`."""
+
+    def transformation(change: Callable) -> optax.GradientTransformationExtraArgs:
+        def update(updates: PyTree, state: Any, params: PyTree = None, *, step, key, **_):
+            return change(updates, params, key, step), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    found = (regularizer.gradients for regularizer in regularizers.values())
+    return [transformation(change) for change in found if change is not None]
+
+
+def constrain(regularizers: Mapping[str, Regularizer], weights: PyTree) -> PyTree:
+    for regularizer in regularizers.values():
+        if regularizer.constrain is not None:
+            weights = regularizer.constrain(weights)
+    return weights

@@ -1,18 +1,16 @@
 """The training and the evaluation step, written as if there were one device.
 
-Both run inside `parallel.parallelize`, which names the mapped axis. Random streams: every one is
-`fold_in` of the run's key with a stream's constant and the step, so nothing is stored.
-
-- augment: then with the image's place in the global batch, so that device counts agree;
-- mix, shared, noise: the same on every device, for what concerns the batch, a whole branch, or
-  the gradient;
-- dropout: then with the device, different on each.
+Both run inside `parallel.parallelize`, which names the mapped axis. `take_step` reads as a training
+step does on paper; what it calls, in that order, are its stages.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,31 +26,55 @@ from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, Batch, PyTree
 
-_AUGMENT, _MIX, _SHARED, _DROPOUT, _NOISE = range(5)
-
 Augment = Callable[[Array, Array], Array]  # images, a key an image -> images
 Mix = Callable[[Array, Array, Array], tuple[Array, Array]]  # images, labels, key -> images, soft
+Sums = dict[str, Array]
+
+# ---------------------------------------------------------------------------- random streams
 
 
-def stream(key: Array, constant: int, step: Array) -> Array:
-    return jax.random.fold_in(jax.random.fold_in(key, constant), step)
+class Stream(enum.IntEnum):
+    """Constants of the random streams: each stream is `fold_in` of the run's key with its constant
+    and the step, so nothing is stored. Never renumber them: every run would differ."""
+
+    AUGMENT = 0  # then with the image's place in the global batch, so that device counts agree
+    MIX = 1  # the same on every device, for what concerns the batch
+    SHARED = 2  # the same on every device, for what concerns a whole branch
+    DROPOUT = 3  # then with the device: different on each
+    NOISE = 4  # the same on every device, for what concerns the gradient
 
 
-def prepare(
-    batch: Batch, key: Array, step: Array, augment: Augment, mix: Mix, axis_name: str
-) -> tuple[Array, Array, dict[str, Array]]:
-    """(images f32 [n H W C], soft labels [n K], the network's keys) of a device in a step."""
-    device, n = lax.axis_index(axis_name), batch["label"].shape[0]
-    images = augment(batch["image"], image_keys(key, step, device * n, n))
-    images, labels = mix(images, batch["label"], stream(key, _MIX, step))
-    dropout = jax.random.fold_in(stream(key, _DROPOUT, step), device)
-    return images, labels, {"shared": stream(key, _SHARED, step), "dropout": dropout}
+def stream(key: Array, constant: Stream, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, int(constant)), step)
 
 
 def image_keys(key: Array, step: Array, first: Array, n: int) -> Array:
     """[n] keys, of the places from `first` on in the global batch of a step."""
     places = first + jnp.arange(n)
-    return jax.vmap(jax.random.fold_in, (None, 0))(stream(key, _AUGMENT, step), places)
+    return jax.vmap(jax.random.fold_in, (None, 0))(stream(key, Stream.AUGMENT, step), places)
+
+
+# ---------------------------------------------------------------------------- examples
+
+
+class Examples(NamedTuple):
+    """A device's examples as the network takes them, and the network's keys of the step."""
+
+    images: Array  # f32 [n H W C]
+    labels: Array  # f32 [n K], soft
+    rngs: dict[str, Array]
+
+
+def prepare(
+    batch: Batch, key: Array, step: Array, augment: Augment, mix: Mix, axis_name: str
+) -> Examples:
+    """A device's examples in a step, augmented and mixed."""
+    device, n = lax.axis_index(axis_name), batch["label"].shape[0]
+    images = augment(batch["image"], image_keys(key, step, device * n, n))
+    images, labels = mix(images, batch["label"], stream(key, Stream.MIX, step))
+    dropout = jax.random.fold_in(stream(key, Stream.DROPOUT, step), device)
+    rngs = {"shared": stream(key, Stream.SHARED, step), "dropout": dropout}
+    return Examples(images, labels, rngs)
 
 
 def make_loader_augment(
@@ -85,6 +107,210 @@ def make_loader_augment(
     return augmented
 
 
+# ---------------------------------------------------------------------------- the training step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What a training step does, whatever the state and the batch.
+
+    `augment(images, keys)` takes a key an image; `mix(images, labels, key)` gives soft labels
+    [n K]. `accumulate` cuts each device's examples into that many pieces, one after another.
+    """
+
+    apply_fn: Callable
+    optimizer: Optimizer
+    augment: Augment
+    mix: Mix
+    aux_weights: list[tuple[str, Schedule]] = ()
+    ema_decay: float = 0.0
+    ema_warmup: bool = True
+    accumulate: int = 1
+    axis_name: str = "batch"
+
+
+def make_train_step(
+    apply_fn: Callable, optimizer: Optimizer, **fields: Any
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Sums]]:
+    """`step(state, batch, key) -> (state, sums)`: `take_step` with these fields of `StepConfig`."""
+    config = StepConfig(apply_fn, optimizer, **fields)
+
+    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Sums]:
+        return take_step(config, state, batch, key)
+
+    return train_step
+
+
+def take_step(
+    config: StepConfig, state: TrainState, batch: Batch, key: Array
+) -> tuple[TrainState, Sums]:
+    """(the next state, sums over the global batch).
+
+    batch: {"image" u8 [n H W C], "label" i32 [n]}, n examples a device; key: the run's, always the
+    same. Sums: loss, correct, count (metrics.py), "bad" (1 when the gradient, the loss or the
+    statistics were not finite: then nothing but `step` changes), "norm", "rate", and the value of
+    each penalty by its name, such as "l2" (it is no part of "loss", as auxiliary heads are none of
+    it; "norm" is of the gradient of it all).
+
+    A regularizer that perturbs the weights, SAM, takes the gradient elsewhere, from the same images
+    and random keys. Statistics and sums are those of the weights themselves, and penalties and
+    weight decay are too.
+
+    Raises `UserError` while tracing where the pieces do not divide.
+    """
+    optimizer = config.optimizer
+    examples = prepare(batch, key, state.step, config.augment, config.mix, config.axis_name)
+    weights, frozen = pytree.partition(state.params, optimizer.trainable)
+    gradients = partial(compute_gradients, config, state, frozen, examples)
+
+    grads, batch_stats, sums = gradients(weights)
+    if regularizers.perturbs(optimizer.regularizers):
+        uphill = lax.pmean(grads, config.axis_name)
+        grads, _, _ = gradients(regularizers.perturb(optimizer.regularizers, weights, uphill))
+    grads, moved, kept, sums = average(config, grads, batch_stats, sums)
+    grads, penalties = regularizers.add_penalties(optimizer.regularizers, weights, grads)
+    norm = optax.global_norm(grads)
+    weights, opt_state = optimizer.update(
+        weights, grads, state.opt_state, step=state.step, key=stream(key, Stream.NOISE, state.step)
+    )
+    finite = is_finite(norm, sums["loss"], moved, weights)
+    new = state.replace(
+        ema=average_weights(config, state, weights, moved),
+        params=pytree.merge(weights, frozen),
+        batch_stats=pytree.merge(moved, kept),
+        opt_state=opt_state,
+    )
+    new, sums = reject_unless(finite, new, state, sums | penalties, norm)
+    sums["rate"] = optimizer.learning_rate(state.step, state.opt_state)
+    return new.replace(step=state.step + 1), sums
+
+
+def compute_loss(
+    config: StepConfig,
+    step: Array,
+    frozen: PyTree,
+    weights: PyTree,
+    batch_stats: PyTree,
+    examples: Examples,
+) -> tuple[Array, tuple[PyTree, Sums]]:
+    """The mean loss of some examples, auxiliary heads' included, and (statistics, sums)."""
+    variables = {"params": pytree.merge(weights, frozen), "batch_stats": batch_stats}
+    with batchnorm.intercept(config.optimizer.norms):
+        logits, updates = config.apply_fn(
+            variables,
+            examples.images,
+            train=True,
+            mutable=["batch_stats", "aux_logits"],
+            rngs=examples.rngs,
+        )
+    each = losses.cross_entropy(logits, examples.labels)
+    total = jnp.mean(each) + aux_loss(
+        updates.get("aux_logits", {}), examples.labels, config.aux_weights, step
+    )
+    sums = metrics.sums(each, logits, jnp.argmax(examples.labels, -1))
+    return total, (updates.get("batch_stats", batch_stats), sums)
+
+
+def compute_gradients(
+    config: StepConfig, state: TrainState, frozen: PyTree, examples: Examples, weights: PyTree
+) -> tuple[PyTree, PyTree, Sums]:
+    """(gradients at `weights`, statistics, sums) of this device's examples."""
+
+    def loss_of_piece(weights, batch_stats, images, labels, index):
+        # Decisions about a whole batch are one a step, whatever pieces it comes in.
+        dropout = jax.random.fold_in(examples.rngs["dropout"], index)
+        piece = Examples(images, labels, examples.rngs | {"dropout": dropout})
+        return compute_loss(config, state.step, frozen, weights, batch_stats, piece)
+
+    slope = jax.grad(loss_of_piece, has_aux=True)
+    images, labels, _ = examples
+    if config.accumulate == 1:
+        grads, (batch_stats, sums) = slope(weights, state.batch_stats, images, labels, 0)
+        return grads, batch_stats, sums
+
+    def one(carry, piece):
+        batch_stats, grads = carry
+        piece_grads, (batch_stats, sums) = slope(weights, batch_stats, *piece)
+        return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
+
+    # Unrolled on CPU, where XLA's convolutions are many times slower inside a loop.
+    n = config.accumulate
+    (batch_stats, grads), sums = lax.scan(
+        one,
+        (state.batch_stats, jax.tree.map(jnp.zeros_like, weights)),
+        (cut(images, n), cut(labels, n), jnp.arange(n)),
+        unroll=n if jax.default_backend() == "cpu" else 1,
+    )
+    grads = jax.tree.map(lambda g: g / n, grads)
+    return grads, batch_stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+
+
+def cut(x: Array, pieces: int) -> Array:
+    """[n ...] -> [pieces n/pieces ...]. Raises `UserError` where n does not divide."""
+    if x.shape[0] % pieces:
+        raise UserError(
+            f"train.accumulate: {x.shape[0]} examples a device do not divide into {pieces} pieces"
+        )
+    return x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
+
+
+def average(
+    config: StepConfig, grads: PyTree, batch_stats: PyTree, sums: Sums
+) -> tuple[PyTree, PyTree, PyTree, Sums]:
+    """(gradients, statistics that move, those that stay, sums) of all devices together."""
+    # With local statistics the variances are averaged: what each device normalised by.
+    moved, kept = pytree.partition(batch_stats, moves(config, batch_stats))
+    grads, moved = lax.pmean((grads, moved), config.axis_name)
+    return grads, moved, kept, lax.psum(sums, config.axis_name)
+
+
+def moves(config: StepConfig, batch_stats: PyTree) -> PyTree:
+    """Bools in the shape of `batch_stats`: whether the running statistics move in training."""
+    return batchnorm.has_mode(batch_stats, config.optimizer.norms, "train")
+
+
+def is_finite(norm: Array, loss: Array, batch_stats: PyTree, weights: PyTree) -> Array:
+    """Whether a step may be taken: bool []."""
+    # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
+    # new parameters are watched too: a huge rate overflows with gradients that are finite.
+    # (One sum of squares: a flag for each leaf makes XLA's CPU compiler very slow.)
+    return jnp.isfinite(norm + loss + optax.global_norm((batch_stats, weights)))
+
+
+def average_weights(
+    config: StepConfig, state: TrainState, weights: PyTree, batch_stats: PyTree
+) -> PyTree | None:
+    """The moving average with a step's weights and statistics, those that move, in it."""
+    if state.ema is None:
+        return None
+    decay = jnp.float32(config.ema_decay)
+    if config.ema_warmup:
+        decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+
+    def blend(old: PyTree, new: PyTree, moves: PyTree) -> PyTree:
+        # Frozen leaves are left out: their average is themselves, to the bit.
+        old, still = pytree.partition(old, moves)
+        new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, new)
+        return pytree.merge(new, still)
+
+    old = state.ema
+    return {
+        "params": blend(old["params"], weights, config.optimizer.trainable),
+        "batch_stats": blend(old["batch_stats"], batch_stats, moves(config, state.batch_stats)),
+    }
+
+
+def reject_unless(
+    finite: Array, new: TrainState, old: TrainState, sums: Sums, norm: Array
+) -> tuple[TrainState, Sums]:
+    """(the new state, its sums with "bad" and "norm"), or the old one and zeros if not `finite`."""
+    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    sums = {name: jnp.where(finite, value, 0.0) for name, value in sums.items()}
+    sums["bad"] = jnp.where(finite, 0.0, 1.0)
+    sums["norm"] = jnp.where(finite, norm, 0.0)
+    return new, sums
+
+
 def aux_loss(
     aux_logits: PyTree, labels: Array, weights: list[tuple[str, Schedule]], step: Array
 ) -> Array:
@@ -103,142 +329,7 @@ def aux_loss(
     )
 
 
-def make_train_step(
-    apply_fn: Callable,
-    optimizer: Optimizer,
-    *,
-    augment: Augment,
-    mix: Mix,
-    aux_weights: list[tuple[str, Schedule]] = (),
-    ema_decay: float = 0.0,
-    ema_warmup: bool = True,
-    accumulate: int = 1,
-    axis_name: str = "batch",
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
-    """`step(state, batch, key) -> (state, sums)`.
-
-    batch: {"image" u8 [n H W C], "label" i32 [n]}, n examples a device; key: the run's, always the
-    same. `augment(images, keys)` takes a key an image; `mix(images, labels, key)` gives soft labels
-    [n K]. Sums are of the whole global batch: loss, correct, count (metrics.py), "bad" (1 when the
-    gradient, the loss or the statistics were not finite: then nothing but `step` changes), "norm",
-    "rate", and "l2" where there is a penalty (it is no part of "loss", as auxiliary heads are none
-    of it; "norm" is of the gradient of it all). `accumulate` cuts each device's examples into that
-    many pieces, one after another.
-
-    With `optimizer.sam` the gradient is that at the point that `regularizers.ascend` finds: from
-    the same images and random keys, by the gradient of the whole global batch (of all devices: in
-    the paper each climbs by its own, and their number matters). Statistics and sums are those of
-    the weights themselves, and neither L2 nor weight decay is of the point (equation 1).
-
-    Raises `UserError` while tracing where the pieces do not divide.
-    """
-
-    def pieces(x: Array) -> Array:
-        if x.shape[0] % accumulate:
-            raise UserError(
-                f"train.accumulate: {x.shape[0]} examples a device do not divide "
-                f"into {accumulate} pieces"
-            )
-        return x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
-
-    def train_step(state: TrainState, batch: Batch, key: Array):
-        images, labels, rngs = prepare(batch, key, state.step, augment, mix, axis_name)
-        trainable, frozen = pytree.partition(state.params, optimizer.trainable)
-        moves = batchnorm.has_mode(state.batch_stats, optimizer.norms, "train")
-
-        def loss_fn(trainable, batch_stats, images, labels, index):
-            variables = {"params": pytree.merge(trainable, frozen), "batch_stats": batch_stats}
-            with batchnorm.intercept(optimizer.norms):
-                logits, updates = apply_fn(
-                    variables,
-                    images,
-                    train=True,
-                    mutable=["batch_stats", "aux_logits"],
-                    # Decisions about a whole batch are one a step, whatever pieces it comes in.
-                    rngs=rngs | {"dropout": jax.random.fold_in(rngs["dropout"], index)},
-                )
-            each = losses.cross_entropy(logits, labels)
-            total = jnp.mean(each) + aux_loss(
-                updates.get("aux_logits", {}), labels, aux_weights, state.step
-            )
-            sums = metrics.sums(each, logits, jnp.argmax(labels, -1))
-            return total, (updates.get("batch_stats", batch_stats), sums)
-
-        def gradients(trainable):
-            """(gradients, statistics, sums) of this device's examples."""
-            slope = jax.grad(loss_fn, has_aux=True)
-            if accumulate == 1:
-                grads, (batch_stats, sums) = slope(trainable, state.batch_stats, images, labels, 0)
-                return grads, batch_stats, sums
-
-            def one(carry, piece):
-                batch_stats, grads = carry
-                piece_grads, (batch_stats, sums) = slope(trainable, batch_stats, *piece)
-                return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
-
-            # Unrolled on CPU, where XLA's convolutions are many times slower inside a loop.
-            (batch_stats, grads), sums = lax.scan(
-                one,
-                (state.batch_stats, jax.tree.map(jnp.zeros_like, trainable)),
-                (pieces(images), pieces(labels), jnp.arange(accumulate)),
-                unroll=accumulate if jax.default_backend() == "cpu" else 1,
-            )
-            grads = jax.tree.map(lambda g: g / accumulate, grads)
-            return grads, batch_stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
-
-        grads, batch_stats, sums = gradients(trainable)
-        if optimizer.sam:
-            uphill = lax.pmean(grads, axis_name)
-            grads, _, _ = gradients(regularizers.ascend(trainable, uphill, optimizer.sam))
-
-        # With local statistics the variances are averaged: what each device normalised by.
-        moved, kept = pytree.partition(batch_stats, moves)
-        grads, moved = lax.pmean((grads, moved), axis_name)
-        sums = lax.psum(sums, axis_name)
-        if optimizer.penalty is not None:
-            sums["l2"], slope = jax.value_and_grad(optimizer.penalty)(trainable)
-            grads = jax.tree.map(jnp.add, grads, slope)
-        norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.tx.update(
-            grads, state.opt_state, trainable, step=state.step, key=stream(key, _NOISE, state.step)
-        )
-        trainable = optax.apply_updates(trainable, updates)
-        if optimizer.constrain is not None:
-            trainable = optimizer.constrain(trainable)
-        # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
-        # new parameters are watched too: a huge rate overflows with gradients that are finite.
-        # (One sum of squares: a flag for each leaf makes XLA's CPU compiler very slow.)
-        ok = jnp.isfinite(norm + sums["loss"] + optax.global_norm((moved, trainable)))
-        ema = state.ema
-        if ema is not None:
-            decay = jnp.float32(ema_decay)
-            if ema_warmup:
-                decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-
-            def average(old: PyTree, new: PyTree, moves: PyTree) -> PyTree:
-                # Frozen leaves are left out: their average is themselves, to the bit.
-                old, still = pytree.partition(old, moves)
-                new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, new)
-                return pytree.merge(new, still)
-
-            ema = {
-                "params": average(ema["params"], trainable, optimizer.trainable),
-                "batch_stats": average(ema["batch_stats"], moved, moves),
-            }
-        new = state.replace(
-            params=pytree.merge(trainable, frozen),
-            batch_stats=pytree.merge(moved, kept),
-            opt_state=opt_state,
-            ema=ema,
-        )
-        new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, state)
-        sums = {name: jnp.where(ok, value, 0.0) for name, value in sums.items()}
-        sums["bad"] = jnp.where(ok, 0.0, 1.0)
-        sums["norm"] = jnp.where(ok, norm, 0.0)
-        sums["rate"] = optimizer.learning_rate(state.step, state.opt_state)
-        return new.replace(step=state.step + 1), sums
-
-    return train_step
+# ---------------------------------------------------------------------------- evaluation
 
 
 def make_eval_step(
