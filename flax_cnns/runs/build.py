@@ -21,7 +21,7 @@ from flax_cnns.evaluation.exact import evaluate
 from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runtime import launch
-from flax_cnns.train import dropout, loop, optimizers, parallel, precise_bn, schedules, steps
+from flax_cnns.train import dropout, loop, losses, optimizers, parallel, precise_bn, steps
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, PyTree
 
@@ -123,23 +123,6 @@ def assemble(config: Any, *, confusion: bool = False, begun: bool = False) -> Pa
     return Parts(config, model, dataset, mesh, eval_step)
 
 
-def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, schedules.Schedule]]:
-    """`config.train.aux_weight` as rules (regex of the head's name, schedule of the step)."""
-
-    def schedule(weight: Any) -> schedules.Schedule:
-        if isinstance(weight, (int, float)):
-            return schedules.constant(float(weight))
-        what = "train.aux_weight"
-        points = [(schedules.steps(at, steps_per_epoch, what=what), w) for at, w in weight]
-        return schedules.corners(points)
-
-    spec = tuple(config.train.aux_weight) or (0.0,)
-    is_rule = not isinstance(spec[0], (int, float)) and isinstance(spec[0][0], str)
-    if not is_rule:  # one weight for every head
-        spec = ((".*", spec[0]),)
-    return [(pattern, schedule(weight)) for pattern, weight in spec]
-
-
 def make_augment(parts: Parts) -> steps.Augment:
     dataset = parts.dataset
     return augment.make_augment(
@@ -204,7 +187,7 @@ def make_train_step(
         dropout.dropping(parts.model.apply, rates, config.train.dropout_mode),
         optimizer,
         **augment_and_mix(parts),
-        aux_weights=aux_weights(config, steps_per_epoch),
+        aux_weights=losses.aux_weights(config.train, steps_per_epoch),
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
         accumulate=config.train.accumulate,

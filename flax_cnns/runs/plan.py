@@ -21,7 +21,7 @@ from flax_cnns.checkpoint.graft.sources import Source, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.layers import norm
 from flax_cnns.runs.build import Parts, assemble, augment_and_mix, dropout_rates
-from flax_cnns.train import batchnorm, loop, memory, optimizers, parallel, schedules
+from flax_cnns.train import batchnorm_modes, loop, memory, optimizers, parallel, schedules
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import import_wandb
 from flax_cnns.types import Array, PyTree
@@ -140,7 +140,7 @@ class Plan:
         modes = self.optimizer_for(variables).norms
 
         def step(variables: PyTree, batch: dict[str, Array], key: Array) -> Array:
-            with batchnorm.intercept(modes), norm.checking():  # in this order
+            with batchnorm_modes.intercept(modes), norm.checking():  # in this order
                 parts.model.apply(
                     variables,
                     batch["image"],

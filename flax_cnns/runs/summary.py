@@ -16,7 +16,7 @@ from flax_cnns.train import loop
 def make_summary(
     parts: Parts,
     outcome: loop.Outcome,
-    host: loop.Host,
+    host: loop.HostState,
     found: dict[str, Any],
     steps_per_epoch: float,
 ) -> dict[str, Any]:

@@ -168,6 +168,39 @@ def check_complete(
         workdirs.move_data(workdir, config.data.dir)
 
 
+def initial_state(
+    plan: Plan, checkpoints: Checkpoints, workdir: pathlib.Path
+) -> tuple[TrainState, loop.HostState, int]:
+    """(state, host state, step) that a session begins with, from the first of these that it has:
+
+    1. Restore: the newest intact checkpoint of this run, all of it.
+    2. Graft: the weights that `config.graft` takes from its source.
+    3. Fresh: the network's own initial values, from the seed alone.
+
+    A graft may leave some weights fresh. The optimizer's state and the averaged weights are made
+    after it, so that they start from the grafted weights. Raises `UserError`.
+    """
+    parts, config = plan.parts, plan.config
+    # 1. Restore.
+    if checkpoints.latest_step() is not None:
+        restored = checkpoints.restore(plan.target())
+        if restored is not None:
+            state, saved, step = restored
+            return state, loop.HostState(**saved), step
+    # 3. Fresh, and 2. graft over it.
+    variables = parts.fresh_variables()
+    if config.graft.source:
+        variables, grafted = graft_config(config.graft, variables, plan.layer_order)
+        if jax.process_index() == 0:
+            print(grafted)
+            workdirs.write_json(workdir / "graft.json", grafted.as_dict())
+    # The optimizer's state and the averages.
+    variables = parts.for_steps(variables)
+    opt_state = plan.optimizer_for(variables).init(variables["params"])
+    state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
+    return parallel.replicate(state, parts.mesh), loop.HostState(), 0
+
+
 class _Run:
     def __init__(
         self,
@@ -181,24 +214,6 @@ class _Run:
         self.workdir, self.opened, self.signals, self.began = workdir, opened, signals, began
         self.primary = jax.process_index() == 0
         self.warned = False
-
-    # -- state
-
-    def _fresh_state(self) -> TrainState:
-        variables = self.parts.fresh_variables()
-        if self.config.graft.source:
-            variables, grafted = graft_config(self.config.graft, variables, self.plan.layer_order)
-            if self.primary:
-                print(grafted)
-                workdirs.write_json(self.workdir / "graft.json", grafted.as_dict())
-        # After grafting, so that the optimizer and the average start from the grafted weights.
-        variables = self.parts.for_steps(variables)
-        optimizer = self.plan.optimizer_for(variables)
-        opt_state = optimizer.init(variables["params"])
-        state = TrainState.create(variables, opt_state, ema=self.config.train.ema > 0)
-        return parallel.replicate(state, self.parts.mesh)
-
-    # -- the run
 
     def go(self) -> dict[str, Any]:
         config = self.config
@@ -215,7 +230,7 @@ class _Run:
             )
             self.checkpoints = checkpoints
             stack.push(self._leave_if_peer_died)
-            state, host, start = self._start()
+            state, host, start = initial_state(self.plan, checkpoints, self.workdir)
             self.writer = Writer(
                 self.workdir,
                 resume_step=start or None,
@@ -251,14 +266,6 @@ class _Run:
         )
         return Preempted(outcome.step, self.signals.code)
 
-    def _start(self) -> tuple[TrainState, loop.Host, int]:
-        if self.checkpoints.latest_step() is not None:
-            restored = self.checkpoints.restore(self.plan.target())
-            if restored is not None:
-                state, saved, step = restored
-                return state, loop.Host(**saved), step
-        return self._fresh_state(), loop.Host(), 0
-
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.writer.write(step, record)
         if not self.warned and (warning := self._absurd_loss([{"step": step} | record])):
@@ -290,7 +297,7 @@ class _Run:
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
         self.checkpoints.save(step, state, host=host, metrics=found)
 
-    def _train(self, state: TrainState, host: loop.Host, start: int) -> loop.Outcome:
+    def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
         optimizer = self.plan.optimizer_for(state.variables)
         train_step = make_train_step(parts, optimizer, self.plan.steps_per_epoch)
@@ -323,27 +330,28 @@ class _Run:
                 stream = itertools.chain([first], batches)
             else:
                 stream = batches
-            return loop.train(
-                state,
-                train_step=train_step,
-                batches=stream,
-                key=key,
-                start=start,
-                stop=self.plan.total,
-                every=self.plan.every,
-                host=host,
-                batch_size=config.data.batch_size,
-                evaluate=validate if self.plan.validates else None,
-                on_validation=on_validation,
+            callbacks = loop.Callbacks(
                 save=self._save,
                 write=self._write,
                 tick=self._tick,
                 should_stop=self.signals.should_stop,
-                max_bad_steps=config.train.max_bad_steps,
-                early_stopping=config.train.early_stopping,
-                began=self.began,
+                evaluate=validate if self.plan.validates else None,
+                on_validation=on_validation,
                 refresh=make_statistics_refresh(parts, optimizer, key, self.signals.asked_now),
             )
+            return loop.TrainLoop(
+                train_step,
+                stream,
+                key,
+                stop=self.plan.total,
+                every=self.plan.every,
+                host=host,
+                callbacks=callbacks,
+                batch_size=config.data.batch_size,
+                began=self.began,
+                max_bad_steps=config.train.max_bad_steps,
+                early_stopping=config.train.early_stopping,
+            ).run(state, start)
 
     def _test(self, outcome: loop.Outcome) -> dict[str, float]:
         """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
@@ -371,7 +379,7 @@ class _Run:
         return found | examples
 
     def _finish(
-        self, outcome: loop.Outcome, host: loop.Host, found: dict[str, float]
+        self, outcome: loop.Outcome, host: loop.HostState, found: dict[str, float]
     ) -> dict[str, Any]:
         parts, config = self.parts, self.config
         summary = make_summary(parts, outcome, host, found, self.plan.steps_per_epoch)

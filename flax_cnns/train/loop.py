@@ -19,7 +19,7 @@ from flax_cnns.types import Array, PyTree
 
 
 @dataclasses.dataclass
-class Host:
+class HostState:
     """What a run knows beside its arrays. Saved with every checkpoint as JSON, so that the log of a
     resumed run goes on in the middle of a window and early stopping counts on."""
 
@@ -49,6 +49,38 @@ class Outcome:
     preempted: bool = False
     seconds_to_first_step: float | None = None
     images_per_second: float | None = None  # compiling, evaluating and saving left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Callbacks:
+    """What the loop calls, on every process; those that are None are left out.
+
+    `save(step, state, host, metrics)` gets a JSON-able host; `write(step, record)` one line of the
+    log; `tick(step)` follows every step, and `should_stop(step)` is asked once a step.
+    `evaluate(state)` gives {"loss", "accuracy", ...} of the validation split, or raises
+    `Interrupted`; `on_validation(state, error)` may change the state (the plateau schedule), and so
+    may `refresh(state)` before each validation, be there a validation split or not (precise_bn).
+    """
+
+    save: Callable[[int, PyTree, dict[str, Any], dict[str, float]], None]
+    write: Callable[[int, dict[str, float]], None]
+    tick: Callable[[int], None]
+    should_stop: Callable[[int], bool]
+    evaluate: Callable[[PyTree], dict[str, float]] | None = None
+    on_validation: Callable[[PyTree, float], PyTree] | None = None
+    refresh: Callable[[PyTree], PyTree] | None = None
+
+
+class Stopwatch:
+    """Counts from when it is made."""
+
+    def __init__(self):
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """The seconds since the last lap."""
+        since, self._since = self._since, time.perf_counter()
+        return self._since - since
 
 
 class _Pace:
@@ -115,155 +147,170 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
         thread.join(timeout=5)
 
 
-def train(
-    state: PyTree,
-    *,
-    train_step: Callable[[PyTree, Any, Array], tuple[PyTree, dict[str, Array]]],
-    batches: Iterator[Any],
-    key: Array,
-    start: int,
-    stop: int,
-    every: Every,
-    host: Host,
-    batch_size: int,
-    evaluate: Callable[[PyTree], dict[str, float]] | None,
-    on_validation: Callable[[PyTree, float], PyTree] | None,
-    save: Callable[[int, PyTree, dict, dict[str, float]], None],
-    write: Callable[[int, dict[str, float]], None],
-    tick: Callable[[int], None],
-    should_stop: Callable[[int], bool],
-    max_bad_steps: int,
-    early_stopping: int,
-    began: float,
-    refresh: Callable[[PyTree], PyTree] | None = None,
-) -> Outcome:
-    """From step `start` to `stop`, or until `should_stop(step)` says so (asked once a step).
+# What a step's sums hold besides the values of penalties.
+_SUMS = {"loss", "correct", "correct5", "count", "bad", "norm", "rate", "steps"}
 
-    `batches` are on the devices; `save(step, state, host, metrics)` gets a JSON-able host;
-    `evaluate(state)` gives {"loss", "accuracy", ...} of the validation split; `on_validation(state,
-    error)` may change the state (the plateau schedule), and so may `refresh(state)` before each
-    validation, be there a validation split or not (precise_bn); `began` is the
-    `time.perf_counter()` from which the time to the first step counts.
+
+@dataclasses.dataclass
+class TrainLoop:
+    """The steps of a session, and what follows them.
+
+    `train_step(state, batch, key)` gives (state, sums); `batches` are on the devices; `stop` is the
+    run's last step; `host` is changed as the loop goes; `began` is the `time.perf_counter()` from
+    which the time to the first step counts. `max_bad_steps`: so many in a row stop the run;
+    `early_stopping`: so many validations without a better one do; 0 is off.
 
     Metrics are fetched, and logged, while the next step runs, so that the device never waits for
-    Python; only before a validation or a save are they all fetched at once. Raises `Diverged`
-    after `max_bad_steps` steps in a row whose gradients were not finite.
+    Python; only before a validation or a save are they all fetched at once.
     """
-    late: collections.deque[tuple[int, dict[str, Array], bool]] = collections.deque()
-    outcome, pace = Outcome(state, start), _Pace(batch_size)
 
-    def absorb() -> None:
+    train_step: Callable[[PyTree, Any, Array], tuple[PyTree, dict[str, Array]]]
+    batches: Iterator[Any]
+    key: Array
+    stop: int
+    every: Every
+    host: HostState
+    callbacks: Callbacks
+    batch_size: int
+    began: float
+    max_bad_steps: int = 0
+    early_stopping: int = 0
+
+    def run(self, state: PyTree, start: int) -> Outcome:
+        """From step `start` to the last, or until `should_stop` says so.
+
+        Raises `Diverged` after `max_bad_steps` steps in a row whose gradients were not finite.
+        """
+        # Steps whose metrics were not fetched: (step, sums, whether they end a window of the log).
+        self._late: collections.deque[tuple[int, dict[str, Array], bool]] = collections.deque()
+        self._pace, self._stopwatch = _Pace(self.batch_size), Stopwatch()
+        self._outcome = outcome = Outcome(state, start)
+        going = not self.host.stopped
+        if self.host.due:  # the last session was stopped during this step's validation
+            going = self._follow_step(saving=self._is_time(self.every.save), validating=True)
+        while going and outcome.step < self.stop:
+            going = self._take_step()
+        outcome.images_per_second = self._pace.mean()
+        return outcome
+
+    def _take_step(self) -> bool:
+        """One step and what follows it; whether the run goes on."""
+        outcome, call = self._outcome, self.callbacks
+        outcome.state, sums = self.train_step(outcome.state, next(self.batches), self.key)
+        outcome.step += 1
+        step, last = outcome.step, outcome.step == self.stop
+        self._late.append((step, {**sums, "steps": 1.0}, self._is_time(self.every.log)))
+        if outcome.seconds_to_first_step is None:
+            self._time_first_step(sums)
+        call.tick(step)
+        if len(self._late) > 1:
+            self._absorb()
+        stopping = call.should_stop(step)
+        validating, saving = self._is_time(self.every.evaluate), self._is_time(self.every.save)
+        if not (validating or saving or stopping):
+            return True
+        while self._late:
+            self._absorb()
+        self._pace.lap()
+        if stopping and not last:
+            # The events of this step must not be lost: the next session starts with them.
+            self.host.due = validating and self._looks
+            self._save({})
+            outcome.preempted = True
+            return False
+        going = self._follow_step(saving, validating)
+        self._pace.restart()
+        return going
+
+    def _follow_step(self, saving: bool, validating: bool) -> bool:
+        """The validation and the checkpoint of a step; whether the run goes on."""
+        found: dict[str, float] = {}
+        host, outcome, call = self.host, self._outcome, self.callbacks
+        host.due = validating and self._looks
+        if host.due:
+            try:
+                if call.refresh is not None:
+                    outcome.state = call.refresh(outcome.state)
+                if call.evaluate is not None:
+                    found, better = self._validate()
+                    saving = saving or better or host.stopped
+            except Interrupted:
+                self._save({})
+                outcome.preempted = True
+                return False
+            host.due = False
+        if host.stopped and host.window:
+            self._log(outcome.step)
+        if saving:
+            self._save(found)
+        return not host.stopped
+
+    def _validate(self) -> tuple[dict[str, float], bool]:
+        """(metrics, whether this is the best so far). Raises `Interrupted`."""
+        host, outcome, call = self.host, self._outcome, self.callbacks
+        found = call.evaluate(outcome.state)
+        record = {f"validation/{name}": value for name, value in found.items()}
+        call.write(outcome.step, record)
+        accuracy = found["accuracy"]
+        better = math.isfinite(accuracy) and (host.best is None or accuracy > host.best)
+        host.best, host.wait = (accuracy, 0) if better else (host.best, host.wait + 1)
+        host.stopped = bool(self.early_stopping and host.wait >= self.early_stopping)
+        if call.on_validation is not None:
+            outcome.state = call.on_validation(outcome.state, 1.0 - accuracy)
+        return record, better
+
+    def _absorb(self) -> None:
         """Waits for the oldest step whose metrics were not fetched; logs the window it ends."""
-        step, sums, logging = late.popleft()
+        host = self.host
+        step, sums, logging = self._late.popleft()
         values = jax.device_get(sums)
-        pace.new += 1
+        self._pace.new += 1
         rate = float(values.pop("rate"))
         host.window = metrics.add(host.window, values) | {"rate": rate}
         bad = int(values["bad"])
         host.bad_steps += bad
         host.bad_in_a_row = host.bad_in_a_row + 1 if bad else 0
-        if max_bad_steps and host.bad_in_a_row >= max_bad_steps:
+        if self.max_bad_steps and host.bad_in_a_row >= self.max_bad_steps:
             raise Diverged(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
                 f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
                 "now), warm up longer, or set optimizer.clip_norm, in another --workdir"
             )
         if logging:
-            log(step)
+            self._log(step)
 
-    def log(step: int) -> None:
-        window, host.window = host.window, {}
+    def _log(self, step: int) -> None:
+        """Writes the window that ends with this step, and begins another."""
+        window, self.host.window = self.host.window, {}
         record = metrics.compute(window, "train/")
         good = window["steps"] - window["bad"] if "steps" in window else 0.0
         record["norm/grads"] = window["norm"] / good if good else float("nan")
-        if "l2" in window:
-            record["train/l2"] = window["l2"] / good if good else float("nan")
+        for penalty in sorted(window.keys() - _SUMS):
+            record[f"train/{penalty}"] = window[penalty] / good if good else float("nan")
         record["learning_rate"] = window["rate"]
         record["bad_steps"] = window["bad"]
-        if (images_per_second := pace.lap()) is not None:
+        if (images_per_second := self._pace.lap()) is not None:
             record["images_per_second"] = images_per_second
-        write(step, record)
+        self.callbacks.write(step, record)
 
-    def due(validating: bool) -> bool:
-        return bool(validating and (evaluate is not None or refresh is not None))
+    def _save(self, found: dict[str, float]) -> None:
+        outcome = self._outcome
+        self.host.seconds += self._stopwatch.lap()
+        self.callbacks.save(outcome.step, outcome.state, dataclasses.asdict(self.host), found)
 
-    def validate(step: int, state: PyTree) -> tuple[PyTree, dict[str, float], bool]:
-        """(state, metrics, whether this is the best so far). Raises `Interrupted`."""
-        found = evaluate(state)
-        record = {f"validation/{name}": value for name, value in found.items()}
-        write(step, record)
-        accuracy = found["accuracy"]
-        better = math.isfinite(accuracy) and (host.best is None or accuracy > host.best)
-        host.best, host.wait = (accuracy, 0) if better else (host.best, host.wait + 1)
-        host.stopped = bool(early_stopping and host.wait >= early_stopping)
-        if on_validation is not None:
-            state = on_validation(state, 1.0 - accuracy)
-        return state, record, better
+    def _time_first_step(self, sums: dict[str, Array]) -> None:
+        outcome = self._outcome
+        jax.block_until_ready(sums)
+        outcome.seconds_to_first_step = time.perf_counter() - self.began
+        self.callbacks.write(outcome.step, {"time/first_step": outcome.seconds_to_first_step})
+        self._pace.restart(-1)  # compiling does not count
 
-    def keep(step: int, state: PyTree, found: dict[str, float]) -> None:
-        host.seconds += time.perf_counter() - keep.since
-        keep.since = time.perf_counter()
-        save(step, state, dataclasses.asdict(host), found)
+    def _is_time(self, period: int) -> bool:
+        """Whether something with that period is due at this step; it always is at the last."""
+        step = self._outcome.step
+        return step == self.stop or bool(period and step % period == 0)
 
-    keep.since = time.perf_counter()
-
-    def after(step: int, state: PyTree, saving: bool, validating: bool) -> tuple[PyTree, bool]:
-        """What follows a step: (state, go on?)."""
-        found: dict[str, float] = {}
-        host.due = due(validating)
-        if host.due:
-            try:
-                if refresh is not None:
-                    state = refresh(state)
-                if evaluate is not None:
-                    state, found, better = validate(step, state)
-                    saving = saving or better or host.stopped
-            except Interrupted:
-                keep(step, state, {})
-                outcome.preempted = True
-                return state, False
-            host.due = False
-        if host.stopped and host.window:
-            log(step)
-        if saving:
-            keep(step, state, found)
-        return state, not host.stopped
-
-    step = start
-    going = not host.stopped
-    if host.due:  # the last session was stopped during this step's validation
-        saving = step == stop or bool(every.save and step % every.save == 0)
-        state, going = after(step, state, saving, validating=True)
-    while going and step < stop:
-        state, sums = train_step(state, next(batches), key)
-        step += 1
-        last = step == stop
-        logging = last or bool(every.log and step % every.log == 0)
-        late.append((step, {**sums, "steps": 1.0}, logging))
-        if outcome.seconds_to_first_step is None:
-            jax.block_until_ready(sums)
-            outcome.seconds_to_first_step = time.perf_counter() - began
-            write(step, {"time/first_step": outcome.seconds_to_first_step})
-            pace.restart(-1)  # compiling does not count
-        tick(step)
-        if len(late) > 1:
-            absorb()
-        stopping = should_stop(step)
-        validating = last or (every.evaluate and step % every.evaluate == 0)
-        saving = last or bool(every.save and step % every.save == 0)
-        if not (validating or saving or stopping):
-            continue
-        while late:
-            absorb()
-        pace.lap()
-        if stopping and not last:
-            # The events of this step must not be lost: the next session starts with them.
-            host.due = due(validating)
-            keep(step, state, {})
-            outcome.preempted = True
-            break
-        state, going = after(step, state, saving, validating)
-        pace.restart()
-    outcome.state, outcome.step = state, step
-    outcome.images_per_second = pace.mean()
-    return outcome
+    @property
+    def _looks(self) -> bool:
+        """Whether anything is done at a validation."""
+        return self.callbacks.evaluate is not None or self.callbacks.refresh is not None

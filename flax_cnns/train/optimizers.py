@@ -18,8 +18,7 @@ import optax
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.train import batchnorm, regularizers
-from flax_cnns.train.per_parameter import per_parameter
+from flax_cnns.train import batchnorm_modes, regularizers
 from flax_cnns.train.regularizers import Regularizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
@@ -32,7 +31,7 @@ class Optimizer(NamedTuple):
     tx: optax.GradientTransformationExtraArgs
     trainable: PyTree  # bools in the shape of params
     learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
-    norms: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm.MODES)
+    norms: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm_modes.MODES)
     regularizers: Mapping[str, Regularizer] = {}  # those that are on, by name
 
     def init(self, params: PyTree) -> PyTree:
@@ -214,7 +213,9 @@ def make(
     rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
     squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
     """
-    trainable = per_parameter(config.trainable, params, what="optimizer.trainable", default=True)
+    trainable = pytree.per_parameter(
+        config.trainable, params, what="optimizer.trainable", default=True
+    )
     for path, value in pytree.flatten(trainable).items():
         if isinstance(value, np.ndarray):
             raise UserError(
@@ -223,14 +224,14 @@ def make(
             )
     if bad := {type(v).__name__ for v in jax.tree.leaves(trainable)} - {"bool"}:
         raise UserError(f"optimizer.trainable: values are True or False, got {sorted(bad)}")
-    norms = batchnorm.layer_modes(config.bn, trainable, batch_stats or {})
-    still = batchnorm.has_mode(params, norms, "frozen")
+    norms = batchnorm_modes.layer_modes(config.bn, trainable, batch_stats or {})
+    still = batchnorm_modes.has_mode(params, norms, "frozen")
     trainable = jax.tree.map(lambda learns, frozen: learns and not frozen, trainable, still)
     if not any(jax.tree.leaves(trainable)):
         raise UserError("optimizer.trainable: every parameter is frozen; let one rule say True")
 
     def over_trainable(spec: tuple, field: str, default: float) -> PyTree:
-        tree = per_parameter(spec, params, what=f"optimizer.{field}", default=default)
+        tree = pytree.per_parameter(spec, params, what=f"optimizer.{field}", default=default)
         return pytree.partition(tree, trainable)[0]
 
     decay = over_trainable(config.weight_decay, "weight_decay", 0.0)

@@ -18,7 +18,7 @@ from jax import lax
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import Interrupted
-from flax_cnns.train import batchnorm
+from flax_cnns.train import batchnorm_modes
 from flax_cnns.train.steps import Augment, Mix, prepare
 from flax_cnns.types import Array, Batch, PyTree
 
@@ -47,7 +47,8 @@ def make_moments_step(
         stats = pytree.flatten(variables["batch_stats"])
         for layer in layers:
             stats[f"{layer}/var"] = -jnp.ones_like(stats[f"{layer}/var"])
-        with batchnorm.intercept(modes, momentum=0.0):  # the running statistics are the batch's
+        # The running statistics become the batch's.
+        with batchnorm_modes.intercept(modes, momentum=0.0):
             _, updates = apply_fn(
                 {"params": variables["params"], "batch_stats": pytree.unflatten(stats)},
                 images,

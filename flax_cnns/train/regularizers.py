@@ -18,7 +18,6 @@ import numpy as np
 import optax
 
 from flax_cnns import tree as pytree
-from flax_cnns.train.per_parameter import per_parameter
 from flax_cnns.types import Array, PyTree
 
 
@@ -41,7 +40,7 @@ def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
 
     `config.l2` are the a (an array along a stack whose blocks differ).
     """
-    coefficients = per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
+    coefficients = pytree.per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
     coefficients, _ = pytree.partition(coefficients, trainable)
     if not any(np.any(a) for a in jax.tree.leaves(coefficients)):
         return None
@@ -63,7 +62,7 @@ def max_norm(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | No
     A unit is one of the outputs: a filter in a convolution, a column in a dense layer.
     """
     kernels = {p: leaf for p, leaf in pytree.flatten(params).items() if p.endswith("kernel")}
-    limits = per_parameter(
+    limits = pytree.per_parameter(
         config.max_norm, pytree.unflatten(kernels), what="optimizer.max_norm", default=0.0
     )
     learns = pytree.flatten(trainable)

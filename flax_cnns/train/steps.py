@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import batchnorm, losses, metrics, regularizers
+from flax_cnns.train import batchnorm_modes, losses, metrics, regularizers
 from flax_cnns.train.optimizers import Optimizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
@@ -195,7 +195,7 @@ def compute_loss(
 ) -> tuple[Array, tuple[PyTree, Sums]]:
     """The mean loss of some examples, auxiliary heads' included, and (statistics, sums)."""
     variables = {"params": pytree.merge(weights, frozen), "batch_stats": batch_stats}
-    with batchnorm.intercept(config.optimizer.norms):
+    with batchnorm_modes.intercept(config.optimizer.norms):
         logits, updates = config.apply_fn(
             variables,
             examples.images,
@@ -204,7 +204,7 @@ def compute_loss(
             rngs=examples.rngs,
         )
     each = losses.cross_entropy(logits, examples.labels)
-    total = jnp.mean(each) + aux_loss(
+    total = jnp.mean(each) + losses.aux_loss(
         updates.get("aux_logits", {}), examples.labels, config.aux_weights, step
     )
     sums = metrics.sums(each, logits, jnp.argmax(examples.labels, -1))
@@ -266,7 +266,7 @@ def average(
 
 def moves(config: StepConfig, batch_stats: PyTree) -> PyTree:
     """Bools in the shape of `batch_stats`: whether the running statistics move in training."""
-    return batchnorm.has_mode(batch_stats, config.optimizer.norms, "train")
+    return batchnorm_modes.has_mode(batch_stats, config.optimizer.norms, "train")
 
 
 def is_finite(norm: Array, loss: Array, batch_stats: PyTree, weights: PyTree) -> Array:
@@ -309,24 +309,6 @@ def reject_unless(
     sums["bad"] = jnp.where(finite, 0.0, 1.0)
     sums["norm"] = jnp.where(finite, norm, 0.0)
     return new, sums
-
-
-def aux_loss(
-    aux_logits: PyTree, labels: Array, weights: list[tuple[str, Schedule]], step: Array
-) -> Array:
-    """The weighted sum of the mean losses of all heads sown into `aux_logits`, by head name."""
-    # A head `aux1` sows its "logits", and sow keeps a tuple of all that is sown under a name.
-    heads = {
-        path.rpartition("/")[0].removesuffix("/logits"): logits
-        for path, logits in pytree.flatten(aux_logits).items()
-    }
-    if not heads:
-        return jnp.zeros(())
-    chosen = pytree.match(weights, heads, what="train.aux_weight")
-    return sum(
-        chosen[name](step) * jnp.mean(losses.cross_entropy(logits, labels))
-        for name, logits in heads.items()
-    )
 
 
 # ---------------------------------------------------------------------------- evaluation

@@ -103,3 +103,19 @@ def mask(rules: Rules, tree: PyTree, *, what: str, prefix: str = "") -> PyTree:
 
     found = [value(path, leaf) for path, leaf in flat.items()]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
+    """`()`, `(number,)` or rules (regex, value) -> a tree of values in the shape of `params`.
+
+    The regexes see `"params/" + path`; in a stack of blocks that of each block, and where the
+    values differ they are an array along the stack (`mask`). Raises `UserError` for a rule
+    that decides nothing.
+    """
+    if isinstance(spec, (int, float)):
+        spec = (spec,)
+    if not spec:
+        return jax.tree.map(lambda _: default, params)
+    if len(spec) == 1 and isinstance(spec[0], (int, float)):
+        return jax.tree.map(lambda _: spec[0], params)
+    return mask(spec, params, what=what, prefix="params/")

@@ -12,7 +12,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables, model_info
-from flax_cnns.runs.build import aux_weights
+from flax_cnns.train.losses import aux_weights
 
 # The release: name, window, input and output channels, and the side of the output for 32x32.
 CONVS = [
@@ -132,7 +132,7 @@ def test_companions_are_linear_in_the_convolutions_and_dropout_is_random():
 
 
 def test_weight_of_the_companions_falls_as_in_the_paper():
-    ((pattern, weight),) = aux_weights(cifar10_dsn.get_config(), steps_per_epoch=500.0)
+    ((pattern, weight),) = aux_weights(cifar10_dsn.get_config().train, steps_per_epoch=500.0)
     assert pattern == ".*"
     for step in (0, 12_500, 25_000, 50_000):
         assert weight(step) == pytest.approx(0.1 * (1 - step / 50_000))

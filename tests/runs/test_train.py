@@ -27,12 +27,13 @@ from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.runs import plan, train
-from flax_cnns.runs.build import Parts, assemble, aux_weights, model_fields, train_batches
+from flax_cnns.runs.build import Parts, assemble, model_fields, train_batches
 from flax_cnns.runs.evaluate import evaluate_run
 from flax_cnns.runs.plan import rehearse
 from flax_cnns.runs.workdir import check_workdir, read_config
 from flax_cnns.runtime.preemption import Preempted
-from flax_cnns.train import memory
+from flax_cnns.train import loop, memory
+from flax_cnns.train.losses import aux_weights
 from flax_cnns.train.progress import Progress
 from tests.tiny_runs import arrays, records
 
@@ -127,17 +128,17 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
 
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("flax_cnns.train.loop.train", lambda *_, **__: os.kill(os.getpid(), 2))
+    monkeypatch.setattr(loop.TrainLoop, "run", lambda *_: os.kill(os.getpid(), 2))
     with pytest.raises(KeyboardInterrupt, match="nothing of this run was saved; the same command"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_lost_process_is_said_with_where_the_same_command_goes_on(config, tmp_path, monkeypatch):
-    def lose(*_, **__):
+    def lose(*_):
         raise ProcessLost("a worker process was killed")
 
-    monkeypatch.setattr("flax_cnns.train.loop.train", lose)
+    monkeypatch.setattr(loop.TrainLoop, "run", lose)
     with pytest.raises(ProcessLost, match="killed; nothing of this run was saved"):
         run(config, tmp_path / "run")
 
@@ -474,7 +475,7 @@ def test_first_values_are_the_papers_where_the_config_says_so(config):
 def test_auxiliary_weights_by_head_and_step(config, spec, expected):
     config.train.aux_weight = spec
     configs.validate(config)
-    rules = aux_weights(config, steps_per_epoch=10.0)
+    rules = aux_weights(config.train, steps_per_epoch=10.0)
     chosen = pytree.match(rules, ["a", "b"], what="aux")
     for name, weights in expected.items():
         found = [float(chosen[name](step)) for step in (0, 50)]

@@ -13,7 +13,7 @@ import pytest
 from flax_cnns import create_model, init_variables
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import batchnorm, dropout
+from flax_cnns.train import batchnorm_modes, dropout
 
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -161,7 +161,7 @@ def test_own_draws_of_the_network_stay(variables):
 def test_a_layer_that_runs_as_another_is_dropped_once(variables):
     """A BatchNorm with changed fields shares its scope, and so its path, with the original."""
     caught = dict(mutable=["intermediates"], capture_intermediates=lambda m, _: m.name == "stem")
-    with batchnorm.intercept({"stem/norm": "frozen"}):
+    with batchnorm_modes.intercept({"stem/norm": "frozen"}):
         _, state = train(make(depths=(1,)), variables, {"stem/norm": 0.5}, **caught)
     stem = np.asarray(state["intermediates"]["stem"]["__call__"][0])
     assert 0.7 < (stem == 0).mean() < 0.8  # half, and of the rest what the ReLU cuts; twice: 0.875

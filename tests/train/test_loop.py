@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -75,27 +76,28 @@ class Device:
 
     def train(self, *, stop, log=0, validate=0, save_every=0, **changes):
         """(outcome, what was written)"""
-        written, host = [], changes.pop("host", loop.Host())
-        arguments = dict(
-            train_step=self.step,
-            batches=itertools.repeat("batch"),
-            key=None,
-            start=0,
-            stop=stop,
-            every=loop.Every(log, validate, save_every),
-            host=host,
-            batch_size=2,
-            evaluate=self.evaluate,
-            on_validation=None,
+        written = []
+        callbacks = dict(
             save=lambda step, state, host, metrics: self.events.append(f"save {step}"),
             write=lambda step, record: written.append((step, record)),
             tick=lambda step: None,
             should_stop=lambda step: False,
-            max_bad_steps=0,
-            early_stopping=0,
+            evaluate=self.evaluate,
+        )
+        names = {field.name for field in dataclasses.fields(loop.Callbacks)} & changes.keys()
+        callbacks |= {name: changes.pop(name) for name in names}
+        fields = dict(
+            train_step=self.step,
+            batches=itertools.repeat("batch"),
+            key=None,
+            stop=stop,
+            every=loop.Every(log, validate, save_every),
+            host=loop.HostState(),
+            callbacks=loop.Callbacks(**callbacks),
+            batch_size=2,
             began=time.perf_counter(),
         )
-        return loop.train(0, **arguments | changes), written
+        return loop.TrainLoop(**fields | changes).run(0, 0), written
 
 
 def test_metrics_are_waited_for_while_the_next_step_runs(monkeypatch):
@@ -145,7 +147,7 @@ def test_images_per_second_leave_out_compiling_validations_and_saves(monkeypatch
 
 
 def test_a_step_that_logs_and_stops_is_saved_whole(monkeypatch):
-    device, host = Device(monkeypatch), loop.Host()
+    device, host = Device(monkeypatch), loop.HostState()
     outcome, written = device.train(
         stop=9, log=2, validate=4, host=host, should_stop=lambda step: step == 4
     )
@@ -155,7 +157,7 @@ def test_a_step_that_logs_and_stops_is_saved_whole(monkeypatch):
 
 
 def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypatch):
-    device, host = Device(monkeypatch), loop.Host()
+    device, host = Device(monkeypatch), loop.HostState()
 
     def refresh(state):
         device.events.append("refresh")
@@ -176,7 +178,7 @@ def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypa
     def interrupted(state):
         raise loop.Interrupted
 
-    host = loop.Host()
+    host = loop.HostState()
     outcome, _ = device.train(stop=4, validate=2, refresh=interrupted, host=host)
     assert (outcome.preempted, outcome.state, host.due) == (True, 2, True)
 

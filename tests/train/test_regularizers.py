@@ -46,9 +46,14 @@ def move(optimizer, grads, params=PARAMS, steps=1, key=0):
     return params
 
 
+def on(name, params=PARAMS, **fields):
+    """The regularizer `name` of the optimizer with these fields."""
+    return make(params, **fields).regularizers[name]
+
+
 def test_off_leaves_nothing_in_the_step():
     optimizer = make(l2=(0.0,), max_norm=((r".*", 0.0),))
-    assert (optimizer.penalty, optimizer.constrain, optimizer.sam) == (None, None, 0.0)
+    assert optimizer.regularizers == {}
     states = [jax.tree.structure(o.init(PARAMS)) for o in (optimizer, make())]
     assert states[0] == states[1]
 
@@ -59,7 +64,7 @@ L2 = ((r"params/stage1/block3/conv/kernel", 0.5), (r".*/kernel", 0.1), (r".*", 0
 
 
 def test_the_penalty_is_half_a_squared_norm_and_its_gradient_pulls_to_zero():
-    value, slope = jax.value_and_grad(make(l2=L2).penalty)(PARAMS)
+    value, slope = jax.value_and_grad(on("l2", l2=L2).penalty)(PARAMS)
     a = {"block3": 0.5}
     kernels = [(a.get(name, 0.1), b["conv"]["kernel"]) for name, b in PARAMS["stage1"].items()]
     kernels.append((0.1, PARAMS["head"]["kernel"]))
@@ -69,13 +74,14 @@ def test_the_penalty_is_half_a_squared_norm_and_its_gradient_pulls_to_zero():
         np.testing.assert_allclose(slope["stage1"][name]["conv"]["kernel"], pull, rtol=1e-6)
         assert not np.any(slope["stage1"][name]["norm"]["scale"])
     stacked = pytree.stack_blocks(PARAMS)
-    found = jax.value_and_grad(make(stacked, l2=L2).penalty)(stacked)
+    found = jax.value_and_grad(on("l2", stacked, l2=L2).penalty)(stacked)
     chex.assert_trees_all_close((found[0], pytree.unstack_blocks(found[1])), (value, slope))
 
 
 def test_frozen_weights_are_none_of_the_penalty():
     optimizer = make(l2=(1.0,), trainable=((r"params/head/bias", True), (r".*", False)))
-    assert optimizer.penalty(pytree.partition(PARAMS, optimizer.trainable)[0]) == 1.5
+    learns, _ = pytree.partition(PARAMS, optimizer.trainable)
+    assert optimizer.regularizers["l2"].penalty(learns) == 1.5
 
 
 # ---------------------------------------------------------------------------- weight decay
@@ -121,8 +127,7 @@ def norms(kernel):
 
 
 def test_max_norm_scales_back_each_unit_that_is_too_long():
-    optimizer = make(max_norm=((r"params/head/kernel", 0.0), (r".*", 6.0)))
-    found = optimizer.constrain(PARAMS)
+    found = on("max_norm", max_norm=((r"params/head/kernel", 0.0), (r".*", 6.0))).constrain(PARAMS)
     lengths = np.stack([norms(b["conv"]["kernel"]) for b in PARAMS["stage1"].values()])
     assert 3 < np.sum(lengths > 6) < 13  # some of each
     for old, new in zip(PARAMS["stage1"].values(), found["stage1"].values()):
@@ -139,14 +144,15 @@ def test_max_norm_scales_back_each_unit_that_is_too_long():
 def test_max_norm_in_a_stack_is_by_block():
     rules = ((r".*/block2/.*", 1.0), (r".*/block3/.*", 0.0), (r".*", 2.0))
     stacked = pytree.stack_blocks(PARAMS)
-    found = pytree.unstack_blocks(make(stacked, max_norm=rules).constrain(stacked))
-    chex.assert_trees_all_close(found, make(max_norm=rules).constrain(PARAMS), rtol=1e-6)
+    found = pytree.unstack_blocks(on("max_norm", stacked, max_norm=rules).constrain(stacked))
+    expected = on("max_norm", max_norm=rules).constrain(PARAMS)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 def test_max_norm_leaves_frozen_kernels_and_has_no_word_for_biases():
     optimizer = make(max_norm=(1e-3,), trainable=((r".*/block[12]/.*", False), (r".*", True)))
     learns, _ = pytree.partition(PARAMS, optimizer.trainable)
-    assert "block1" not in optimizer.constrain(learns)["stage1"]
+    assert "block1" not in optimizer.regularizers["max_norm"].constrain(learns)["stage1"]
     with pytest.raises(UserError, match=r"max_norm: .*'params/head/bias'.*nearest.*kernel"):
         make(max_norm=((r"params/head/bias", 1.0), (r".*", 0.0)))
 
@@ -156,8 +162,8 @@ def test_max_norm_leaves_frozen_kernels_and_has_no_word_for_biases():
 
 def test_the_noise_has_the_variance_of_its_step_and_comes_after_clipping():
     flat = {"a": jnp.zeros(40_000), "b": jnp.zeros((200, 200))}
-    noise = regularizers.gradient_noise(0.3, 0.55)
-    draw = jax.jit(lambda step, key: noise.update(flat, None, step=step, key=key)[0])
+    noise = on("grad_noise", grad_noise=0.3, grad_noise_decay=0.55).gradients
+    draw = jax.jit(lambda step, key: noise(flat, flat, key, step))
     drawn = []
     for step in (0, 9, 999):
         found = draw(jnp.int32(step), jax.random.key(step))

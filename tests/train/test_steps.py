@@ -175,17 +175,11 @@ def test_auxiliary_heads_are_weighed_by_name():
     # One sown by the network, one by the module of the head itself, as flax keeps them.
     heads = {"a": (jnp.ones((2, 3)),), "b": {"logits": (jnp.eye(3)[:2] * 5,)}}
     weights = [("a", lambda step: 0.3), ("b", lambda step: 0.1 * step)]
-    found = aux(heads, labels, weights, 4)
+    found = float(losses.aux_loss(heads, labels, weights, 4))
     one = [float(losses.cross_entropy(head, labels).mean()) for head in jax.tree.leaves(heads)]
     np.testing.assert_allclose(found, 0.3 * one[0] + 0.4 * one[1], rtol=1e-6)
     with pytest.raises(UserError, match=r"train\.aux_weight: no rule decides b"):
-        aux(heads, labels, weights[:1], 4)
-
-
-def aux(heads, labels, weights, step):
-    from flax_cnns.train.steps import aux_loss
-
-    return float(aux_loss(heads, labels, weights, step))
+        losses.aux_loss(heads, labels, weights[:1], 4)
 
 
 def test_an_auxiliary_head_learns_in_training():

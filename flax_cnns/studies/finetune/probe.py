@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
@@ -34,7 +33,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import Parts, assemble
 from flax_cnns.runs.train import check_complete
-from flax_cnns.train import losses, optimizers, schedules
+from flax_cnns.train import losses, optimizers, regularizers, schedules
 from flax_cnns.types import Array, PyTree
 
 LAST = "pre_logits"  # what the network gives without its classifier
@@ -236,13 +235,11 @@ def _classify(
             def loss(head: PyTree) -> Array:
                 _, soft = soften(x[rows], labels[rows], jax.random.key(0))
                 kernel, bias = _kernel_and_bias(head)
-                each = losses.cross_entropy(x[rows] @ kernel + bias, soft)
-                return jnp.mean(each) + (optimizer.penalty(head) if optimizer.penalty else 0.0)
+                return jnp.mean(losses.cross_entropy(x[rows] @ kernel + bias, soft))
 
             grads, key = jax.grad(loss)(head), jax.random.fold_in(jax.random.key(config.seed), i)
-            updates, opt_state = optimizer.tx.update(grads, opt_state, head, step=i, key=key)
-            head = optax.apply_updates(head, updates)
-            return (optimizer.constrain(head) if optimizer.constrain else head, opt_state), None
+            grads, _ = regularizers.add_penalties(optimizer.regularizers, head, grads)
+            return optimizer.update(head, grads, opt_state, step=i, key=key), None
 
         carry = head, optimizer.tx.init(head)
         return jax.lax.scan(step, carry, (jnp.arange(total), order))[0][0]
