@@ -167,7 +167,7 @@ def take_step(
     if regularizers.perturbs(optimizer.regularizers):
         uphill = lax.pmean(grads, config.axis_name)
         grads, _, _ = gradients(regularizers.perturb(optimizer.regularizers, weights, uphill))
-    grads, moved, kept, sums = average(config, grads, batch_stats, sums)
+    grads, moved, kept, sums = average_over_devices(config, grads, batch_stats, sums)
     grads, penalties = regularizers.add_penalties(optimizer.regularizers, weights, grads)
     norm = optax.global_norm(grads)
     weights, opt_state = optimizer.update(
@@ -175,12 +175,12 @@ def take_step(
     )
     finite = is_finite(norm, sums["loss"], moved, weights)
     new = state.replace(
-        ema=average_weights(config, state, weights, moved),
+        ema=update_ema(config, state, weights, moved),
         params=pytree.merge(weights, frozen),
         batch_stats=pytree.merge(moved, kept),
         opt_state=opt_state,
     )
-    new, sums = reject_unless(finite, new, state, sums | penalties, norm)
+    new, sums = reject_non_finite(finite, new, state, sums | penalties, norm)
     sums["rate"] = optimizer.learning_rate(state.step, state.opt_state)
     return new.replace(step=state.step + 1), sums
 
@@ -254,17 +254,17 @@ def cut(x: Array, pieces: int) -> Array:
     return x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
 
 
-def average(
+def average_over_devices(
     config: StepConfig, grads: PyTree, batch_stats: PyTree, sums: Sums
 ) -> tuple[PyTree, PyTree, PyTree, Sums]:
     """(gradients, statistics that move, those that stay, sums) of all devices together."""
     # With local statistics the variances are averaged: what each device normalised by.
-    moved, kept = pytree.partition(batch_stats, moves(config, batch_stats))
+    moved, kept = pytree.partition(batch_stats, find_moving(config, batch_stats))
     grads, moved = lax.pmean((grads, moved), config.axis_name)
     return grads, moved, kept, lax.psum(sums, config.axis_name)
 
 
-def moves(config: StepConfig, batch_stats: PyTree) -> PyTree:
+def find_moving(config: StepConfig, batch_stats: PyTree) -> PyTree:
     """Bools in the shape of `batch_stats`: whether the running statistics move in training."""
     return batchnorm_modes.has_mode(batch_stats, config.optimizer.norms, "train")
 
@@ -277,7 +277,7 @@ def is_finite(norm: Array, loss: Array, batch_stats: PyTree, weights: PyTree) ->
     return jnp.isfinite(norm + loss + optax.global_norm((batch_stats, weights)))
 
 
-def average_weights(
+def update_ema(
     config: StepConfig, state: TrainState, weights: PyTree, batch_stats: PyTree
 ) -> PyTree | None:
     """The moving average with a step's weights and statistics, those that move, in it."""
@@ -296,11 +296,13 @@ def average_weights(
     old = state.ema
     return {
         "params": blend(old["params"], weights, config.optimizer.trainable),
-        "batch_stats": blend(old["batch_stats"], batch_stats, moves(config, state.batch_stats)),
+        "batch_stats": blend(
+            old["batch_stats"], batch_stats, find_moving(config, state.batch_stats)
+        ),
     }
 
 
-def reject_unless(
+def reject_non_finite(
     finite: Array, new: TrainState, old: TrainState, sums: Sums, norm: Array
 ) -> tuple[TrainState, Sums]:
     """(the new state, its sums with "bad" and "norm"), or the old one and zeros if not `finite`."""
