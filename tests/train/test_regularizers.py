@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.ablations.regularizers import sweep
 from configs.common import get_config
 from flax_cnns import tree as pytree
+from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError
 from flax_cnns.train import losses, optimizers, parallel, regularizers, schedules
 from tests.train import tiny
@@ -56,6 +58,18 @@ def test_off_leaves_nothing_in_the_step():
     assert optimizer.regularizers == {}
     states = [jax.tree.structure(o.init(PARAMS)) for o in (optimizer, make())]
     assert states[0] == states[1]
+
+
+def test_each_has_a_field_that_is_off_and_a_row_in_the_ablation():
+    """Its name is its field's. L2 has no row: with sgd it is the run of the row weight_decay."""
+    varied = {field for _, row in sweep() for field in row} | {"optimizer.l2"}
+    for name, regularizer in regularizers.REGULARIZERS.items():
+        assert (
+            regularizer(get_config().optimizer, PARAMS, jax.tree.map(lambda _: True, PARAMS))
+            is None
+        )
+        assert f"optimizer.{name}" in FIELDS
+        assert f"optimizer.{name}" in varied
 
 
 # ---------------------------------------------------------------------------- L2
