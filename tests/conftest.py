@@ -29,13 +29,26 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] += f" {QUICK}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """Keeps the tests of a file on one worker, which then compiles and prepares once for all of
-    them; `pytest.mark.xdist_group` keeps tests of several files together, or splits a long file."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+# Files whose tests look at one finished run: the worker that makes it has all of them.
+TOGETHER = {
+    "tests/config/test_effects.py": "runs",
+    "tests/runs/test_predict.py": "runs",
+    "tests/runs/test_train.py": "runs",
+}
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one worker, which compiles and prepares once for all of them.
+
+    Marks with `xdist_group` would say the same, but have no effect since pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return TOGETHER.get(file, file)
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from flax_cnns.runs.workdir import check_workdir
 from flax_cnns.studies.ablation import plan
 from tests.config.test_config import changed
 
-pytestmark = [pytest.mark.usefixtures("no_pictures"), pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 DEFAULTS = configs.flatten(common.get_config().to_dict())
 

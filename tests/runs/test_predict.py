@@ -22,8 +22,6 @@ from flax_cnns.weights import convert, preprocessing
 from tests.models import cases
 from tests.test_scripts import finish
 
-pytestmark = pytest.mark.xdist_group("runs")
-
 
 @pytest.fixture(scope="module")
 def photos(finished, tmp_path_factory):

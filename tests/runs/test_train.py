@@ -37,7 +37,7 @@ from flax_cnns.train.losses import aux_weights
 from flax_cnns.train.progress import Progress
 from tests.tiny_runs import arrays, records
 
-pytestmark = [pytest.mark.usefixtures("no_pictures"), pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_a_run_writes_what_it_returns(finished, config, capsys):
