@@ -1,5 +1,7 @@
 """Soft labels, and pairs that blend."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def test_label_smoothing():
 
 
 def test_mixup_blends_neighbours_by_one_weight():
-    images, soft = jax.jit(make(mixup=0.4))(IMAGES, LABELS, KEY)
+    images, soft = make(mixup=0.4)(IMAGES, LABELS, KEY)
     weight = soft[0, 0]
     assert 0 < weight < 1
     partner = np.arange(6) ^ 1
@@ -40,16 +42,21 @@ def test_mixup_blends_neighbours_by_one_weight():
     np.testing.assert_allclose(soft, weight * one_hot + (1 - weight) * one_hot[partner], atol=1e-6)
 
 
-def seen(function, count=200, height=9, width=6):
-    """(images, labels' own weights) of many keys, where neighbours are all 0 and all 1."""
+@functools.cache  # a draw from Beta compiles for a second
+def draw_both(count=6000, height=9, width=6):
+    """Of many keys, with mixup and cutmix on, where neighbours are all 0 and all 1: (those that are
+    blended, the others), each (images, labels' own weights)."""
+    function = make(mixup=0.5, cutmix=1.0)
     images = np.broadcast_to(np.arange(2.0)[:, None, None, None], (2, height, width, 1))
     draw = jax.jit(jax.vmap(lambda key: function(images.astype(np.float32), np.arange(2), key)))
     images, soft = draw(jax.random.split(KEY, count))
-    return np.asarray(images[..., 0]), np.asarray(soft[:, 0, 0])
+    images, own = np.asarray(images[..., 0]), np.asarray(soft[:, 0, 0])
+    blended = ((images > 0) & (images < 1)).any((1, 2, 3))
+    return (images[blended], own[blended]), (images[~blended], own[~blended])
 
 
 def test_cutmix_puts_one_box_of_the_neighbour_and_weighs_labels_by_its_area():
-    images, own = seen(make(cutmix=1.0))
+    images, own = (found[:200] for found in draw_both()[1])
     np.testing.assert_array_equal(images[:, 1], 1 - images[:, 0])  # the same box in both
     foreign = images[:, 0] == 1
     assert (foreign | (images[:, 0] == 0)).all()  # nothing is blended
@@ -83,10 +90,11 @@ def test_cutmix_of_a_box_that_is_not_cut_off_has_the_drawn_area():
 
 
 def test_mixup_and_cutmix_take_turns():
-    images, own = seen(make(mixup=1.0, cutmix=1.0), count=400)
-    blended = ((images > 0) & (images < 1)).any((1, 2, 3))
-    assert 150 < blended.sum() < 250
-    np.testing.assert_allclose(1 - images[:, 0].mean((1, 2)), own, atol=1e-5)
+    (images, own), (others, _) = draw_both()
+    assert 0.45 < len(images) / (len(images) + len(others)) < 0.55
+    np.testing.assert_allclose(
+        1 - images[:, 0], np.broadcast_to(own[:, None, None], (len(own), 9, 6)), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("fields", [dict(mixup=1.0), dict(cutmix=1.0), dict(mixup=1.0, cutmix=1.0)])
@@ -94,13 +102,15 @@ def test_mixing_on_two_devices_is_mixing_on_one(fields):
     function = make(label_smoothing=0.1, **fields)
     images, soft = function(IMAGES[:4], LABELS[:4], KEY)
     halves = [function(IMAGES[i : i + 2], LABELS[i : i + 2], KEY) for i in (0, 2)]
+    if "mixup" not in fields:  # each pixel is the image's own or the neighbour's
+        pair = IMAGES[:4], IMAGES[[1, 0, 3, 2]]
+        assert ((images == pair[0]) | (images == pair[1])).all()
     np.testing.assert_allclose(np.concatenate([h[0] for h in halves]), images, atol=1e-6)
     np.testing.assert_allclose(np.concatenate([h[1] for h in halves]), soft, atol=1e-6)
 
 
 def test_the_weight_is_beta_distributed():
-    draw = jax.jit(jax.vmap(lambda key: make(mixup=0.5)(IMAGES, LABELS, key)[1][0, 0]))
-    weights = np.asarray(draw(jax.random.split(KEY, 4000)))
+    weights = draw_both()[0][1]
     assert abs(weights.mean() - 0.5) < 0.03
     assert abs(weights.var() - 1 / (4 * (2 * 0.5 + 1))) < 0.01  # a^2 / ((2a)^2 (2a + 1))
 

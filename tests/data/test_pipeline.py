@@ -125,6 +125,7 @@ def shared_memory():
     return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
 
 
+@pytest.mark.slow  # it kills processes
 def test_workers_leave_signals_to_their_parent_and_die_with_it():
     before = shared_memory()
     command = [sys.executable, "-c", DYING]

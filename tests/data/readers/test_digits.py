@@ -1,7 +1,9 @@
 """The embedded data set: its split, and how it is prepared."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +55,7 @@ def test_the_recorded_mean_and_std_are_those_of_train(digits):
     np.testing.assert_allclose([digits.mean, digits.std], [mean, std], atol=1e-4)
 
 
+@pytest.mark.slow  # two processes
 def test_two_processes_prepare_at_once_without_tensorflow(tmp_path):
     command = [sys.executable, "-c", PREPARE, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -68,9 +71,9 @@ def test_killed_half_way_it_is_prepared_anew(tmp_path, config):
     assert len(load_dataset(config).splits["test"]) == 360
 
 
-def test_a_damaged_copy_is_named(tmp_path, config):
+def test_a_damaged_copy_is_named(tmp_path, config, digits):
+    shutil.copytree(Path(config.dir) / "digits", tmp_path / "digits")
     config.dir = str(tmp_path)
-    load_dataset(config)
     file = tmp_path / "digits/1.0.0/digits-train.array_record-00000-of-00001"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"digits.*delete"):

@@ -120,7 +120,7 @@ def test_a_truncated_image_is_skipped_and_counted_if_the_config_says_so(folder, 
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_streamed_a_truncated_image_is_named(folder, config, workers):
     fill(folder / "train", 6)
     fill(folder / "test", 1)
@@ -133,7 +133,7 @@ def test_streamed_a_truncated_image_is_named(folder, config, workers):
     batches.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, workers):
     fill(folder / "train", 2)
     fill(folder / "test", 1)
