@@ -35,7 +35,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from experiments.benchmarks import convolutions, flags, inputs, learning, torch_side, training
+from experiments.benchmarks import (
+    convolutions,
+    flags,
+    inputs,
+    learning,
+    savings,
+    torch_side,
+    training,
+)
 from experiments.benchmarks.report import Report
 from flax_cnns.errors import UserError
 from flax_cnns.runtime import compilation_cache, launch, output
@@ -77,15 +85,15 @@ COMMANDS = {
     ),
     "frozen": Command(
         "Training step with the lower layers frozen",
-        training.FROZEN_COLUMNS,
-        training.add_frozen,
-        training.frozen,
+        savings.FROZEN_COLUMNS,
+        savings.add_frozen,
+        savings.frozen,
     ),
     "drop-path": Command(
         "Training step against the rate of stochastic depth",
-        training.DROP_COLUMNS,
-        training.add_drop_path,
-        training.drop_path,
+        savings.DROP_COLUMNS,
+        savings.add_drop_path,
+        savings.drop_path,
     ),
     "learn": Command(
         "Learning of the digits", learning.COLUMNS, learning.add_learn, learning.learn, None

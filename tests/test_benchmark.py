@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import convolutions, learning, torch_side, training
+from experiments.benchmarks import convolutions, learning, savings, torch_side, training
 from experiments.benchmarks.shapes import SHAPES
 from flax_cnns.analysis import device
 from flax_cnns.models.cifar_resnet import CifarResNet
@@ -161,7 +161,7 @@ def test_compile(run, monkeypatch):
 def test_drop_path(run, monkeypatch):
     tiny = dict(depths=(3,), widths=(4,), input_size=(4, 4, 3))
     make = training.make
-    monkeypatch.setattr(training, "make", lambda *args, **fields: make(*args, **tiny, **fields))
+    monkeypatch.setattr(savings, "make", lambda *args, **fields: make(*args, **tiny, **fields))
     flags = ["--model=cifar_resnet20", "--batch=4", "--rates=0.6", "--steps=2"]
     code, _, _, found = run("drop-path", *flags)
     rows = found["rows"]

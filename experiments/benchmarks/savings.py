@@ -1,0 +1,150 @@
+"""What a training step saves that learns less (`frozen`) or skips blocks (`drop-path`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from experiments.benchmarks.flags import dtype, positive
+from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number
+from experiments.benchmarks.training import Trainee, make
+from flax_cnns.analysis import device
+from flax_cnns.analysis.cost import cost
+from flax_cnns.analysis.timing import compare
+from flax_cnns.layers import drop_rates
+
+# ---------------------------------------------------------------------------- frozen
+
+FROZEN_COLUMNS = ("learns", "parameters", "step", "images/s", "against all", "memory")
+
+
+def add_frozen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet18", help="a network")
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
+    parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
+
+
+def frozen(args: argparse.Namespace, report: Report) -> None:
+    """The training step that learns everything, beside those that learn the last stage and the
+    head, or the head alone: what lies below is frozen, BatchNorm as well."""
+    model = make(args.model, args)
+    # The parts in which something is multiplied, as images pass them.
+    parts = dict.fromkeys(x.path.partition("/")[0] for x in cost(model).layers if x.macs)
+    *_, last, head = (part for part in parts if not part.startswith("aux"))
+    cases = {
+        "all": (),
+        f"{last}, {head}": ((rf"params/({last}|{head})/.*", True), (".*", False)),
+        head: ((rf"params/{head}/.*", True), (".*", False)),
+    }
+    steps_of, memory, params = {}, {}, {}
+    for name, rules in cases.items():
+        report.say(f"{name}: compiling")
+        trainee = Trainee(model, args.batch, mode=args.mode, trainable=rules)
+        compiled, _, _ = trainee.compile()
+        steps_of[name] = trainee.training(compiled)
+        memory[name], params[name] = device.program_memory(compiled), trainee.trainable_params
+    timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
+    found = compare(steps_of, **timing)
+    for name, timed in found.as_dict().items():
+        seconds, ratio = timed["median"], found.ratio(name, "all")
+        row = {
+            "model": args.model,
+            "learns": name,
+            "trainable_params": params[name],
+            "seconds": seconds,
+            "images_per_second": args.batch / seconds,
+            "ratio": ratio._asdict(),
+            "program_memory": memory[name],
+            "rounds": timed["rounds"],
+        }
+        cells = (
+            name,
+            f"{params[name]:,}",
+            milliseconds(seconds),
+            number(args.batch / seconds),
+            str(ratio),
+            gigabytes(memory[name]),
+        )
+        report.add(row, cells)
+    report.bars = Bars(
+        [row["learns"] for row in report.rows],
+        {"step": [row["ratio"]["median"] for row in report.rows]},
+        f"{args.model}: time of a step against that of one that learns everything",
+    )
+
+
+# ---------------------------------------------------------------------------- drop-path
+
+DROP_COLUMNS = ("drop_path", "mode", "branches computed", "step", "against 0")
+
+
+def rates(text: str) -> list[float]:
+    """ "0.2,0.5" -> [0.2, 0.5]"""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < 1 for rate in found):
+        message = f"expected rates above 0 and below 1, by commas, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return found
+
+
+def add_drop_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="cifar_resnet110", help="a residual network")
+    parser.add_argument("--rates", type=rates, default="0.2,0.5,0.8", help="of the last block")
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
+    parser.add_argument("--steps", type=positive, default=10, help="a time is the mean of as many")
+    parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
+
+
+def drop_path(args: argparse.Namespace, report: Report) -> None:
+    """The training step against the rate of stochastic depth, which skips what it drops; beside it
+    drop-path image by image at the middle rate, which computes everything. Each step draws anew, so
+    a round takes --steps of them."""
+    given = {"scan": True} if args.scan else {}
+    middle = args.rates[len(args.rates) // 2]
+    cases = [("batch", 0.0), *(("batch", rate) for rate in args.rates), ("sample", middle)]
+    runs = {}
+    for mode, rate in cases:
+        report.say(f"drop_path={rate} {mode}: compiling")
+        model = make(args.model, args, drop_path=rate, drop_path_mode=mode, **given)
+        train = Trainee(model, args.batch).training()
+
+        def several(train: Callable = train) -> Any:
+            for _ in range(args.steps):
+                result = train()
+            return result
+
+        runs[mode, rate] = several
+    timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
+    found = compare({f"{mode} {rate}": run for (mode, rate), run in runs.items()}, **timing)
+    blocks = sum(model.depths)
+    for mode, rate in cases:
+        name, survival = f"{mode} {rate}", 1 - drop_rates(rate, blocks).mean()
+        computed = float(survival) if mode == "batch" else 1.0
+        seconds = found.median(name) / args.steps
+        ratio = found.ratio(name, "batch 0.0")
+        row = {
+            "model": args.model,
+            "drop_path": rate,
+            "mode": mode,
+            "computed": computed,
+            "seconds": seconds,
+            "ratio": ratio._asdict(),
+        }
+        cells = (f"{rate:g}", mode, f"{computed:.0%}", milliseconds(seconds), str(ratio))
+        report.add(row, cells)
+    report.bars = Bars(
+        [f"{row['drop_path']:g}, {row['mode']}" for row in report.rows],
+        {
+            "step against none dropped": [row["ratio"]["median"] for row in report.rows],
+            "branches computed": [row["computed"] for row in report.rows],
+        },
+        f"{args.model}: ratio, by the rate of the last block and the mode",
+    )
