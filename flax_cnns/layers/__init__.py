@@ -1,6 +1,7 @@
 """The parts that networks share. A layer knows no network."""
 
 from flax_cnns.layers.attention import MultiHeadAttention
+from flax_cnns.layers.building import building_blocks, classify, make_head
 from flax_cnns.layers.conv import Conv
 from flax_cnns.layers.drop_path import (
     Drop,
@@ -57,9 +58,11 @@ __all__ = [
     "adaptive_avg_pool",
     "at_least_one",
     "avg_pool",
+    "building_blocks",
     "caffe_xavier",
     "check_images",
     "check_stages",
+    "classify",
     "draw_columns",
     "drop_rates",
     "fan_out_or_window",
@@ -73,6 +76,7 @@ __all__ = [
     "join",
     "local_response_norm",
     "make_drops",
+    "make_head",
     "make_key",
     "make_norm",
     "make_shake_drops",

@@ -54,16 +54,8 @@ def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, 
     kernel_init = layers.initializer(net.kernel_init, paper=paper)
     bias_init = nn.initializers.constant(bias if net.kernel_init == "paper" else 0.0)
     given = dict(dtype=net.dtype, param_dtype=net.param_dtype, kernel_init=kernel_init)
-
-    def head(x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        if net.num_classes is None:
-            return x
-        init = layers.head_initializer(net.kernel_init, paper=paper)
-        last = partial(nn.Dense, dtype=jnp.float32, param_dtype=net.param_dtype, kernel_init=init)
-        return last(net.num_classes, name="head")(x)
-
     dense = partial(nn.Dense, bias_init=bias_init, **given)
+    head = partial(layers.classify, net, paper=paper)
     return partial(layers.Conv, **given), dense, head, bias_init
 
 

@@ -115,9 +115,7 @@ class AllCNN(nn.Module):
         # 9 pixels are 5, then 3 after the stages: as many as the last 3x3 window needs.
         layers.check_images(images, self.input_size, 1 if self.last_padding else 9)
         paper = layers.initializer("xavier")
-        init = layers.initializer(self.kernel_init, paper=paper)
-        given = dict(kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = partial(layers.Conv, **given)
+        conv, _ = layers.building_blocks(self, train, paper=paper, use_bias=True)
         drop = partial(nn.Dropout, deterministic=not train)
         *widths, last = self.widths
         x = drop(self.input_dropout, name="dropout0")(images)

@@ -161,20 +161,7 @@ class CifarPreAct(nn.Module):
         if self.shortcut == "none":
             raise UserError('expected shortcut="B" or "A", got "none": a plain net has no sums')
         order = ORDERS[self.order]
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        conv, norm = layers.building_blocks(self, train)
         x = Stem(self.widths[0], conv, norm, order, name="stem")(images)
         conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, self.depths, train)
@@ -186,11 +173,7 @@ class CifarPreAct(nn.Module):
             stride = 1 if i == 0 else 2
             x = stage(unit, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
         x = activate(order.before, x, norm, "norm")
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, x)
 
 
 _BOTTLENECK = dict(windows=(1, 3, 1), expansion=4)

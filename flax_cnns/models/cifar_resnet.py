@@ -74,19 +74,12 @@ class CifarResNet(nn.Module):
         if self.shortcut == "none" and any(needs.values()):
             given = next(name for name, on in needs.items() if on)
             raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(layers.Conv, use_bias=False, kernel_init=init, **types)
-        head = partial(
-            nn.Dense,
-            kernel_init=layers.initializer("lecun"),
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-        )
-        if self.norm == "fixup":
-            conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=2)
-        else:
-            norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **types)
+        fixup = self.norm == "fixup"
+        conv, norm = layers.building_blocks(self, train, norm="none" if fixup else self.norm)
+        head = layers.make_head(self)
+        if fixup:
+            depth = BasicBlock.branch_depth
+            conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=depth)
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)
         drops = layers.make_drops(self, self.depths, train)
         shake_drops = layers.make_shake_drops(self, self.depths, train)
@@ -98,8 +91,7 @@ class CifarResNet(nn.Module):
             stride = 1 if i == 0 else 2
             this = stage(block, conv, depth, stride, name=f"stage{i + 1}")
             x = this(x, drops[i], shake_drops[i])
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        return x if self.num_classes is None else head(self.num_classes, name="head")(x)
+        return layers.classify(self, x, head=head)
 
 
 _20, _32, _44, _56, _110, _1202 = (  # 6n + 2 layers, n blocks a stage

@@ -113,19 +113,8 @@ class ConvNeXt(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         smallest = 4 * 2 ** (len(self.depths) - 1)
         layers.check_images(images, self.input_size, smallest)
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.gaussian(0.02))
-        conv = partial(
-            layers.Conv, kernel_init=kernel_init, dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        make_norm = partial(
-            layers.make_norm,
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            epsilon=self.epsilon,
-            param_dtype=self.param_dtype,
-        )
-        norm = make_norm(dtype=self.dtype)
+        given = dict(paper=layers.gaussian(0.02), use_bias=True)
+        conv, norm = layers.building_blocks(self, train, **given)
         x = Stem(self.width, conv, norm, name="stem")(images)  # H/4
         drops = layers.make_drops(self, self.depths, train)
         block = partial(
@@ -141,18 +130,9 @@ class ConvNeXt(nn.Module):
             if i > 0:
                 x = Downsample(self.width * 2**i, conv, norm, name=f"downsample{i}")(x)
             x = stage(depth, None, name=f"stage{i + 1}")(x, drops[i])
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        x = make_norm(dtype=jnp.float32)(name="norm")(x)
-        if self.num_classes is None:
-            return x
-        head = nn.Dense(
-            self.num_classes,
-            kernel_init=layers.head_initializer(self.kernel_init, paper=layers.gaussian(0.02)),
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-            name="head",
-        )
-        return head(x)
+        _, norm = layers.building_blocks(self, train, **given, dtype=jnp.float32)
+        x = norm(name="norm")(layers.global_avg_pool(x))  # [N H W C] -> [N C]
+        return layers.classify(self, x, paper=layers.gaussian(0.02))
 
 
 VARIANTS = {

@@ -48,12 +48,7 @@ class DeckCNN(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
         keras = layers.initializer("xavier")
-        conv = partial(
-            layers.Conv,
-            kernel_init=layers.initializer(self.kernel_init, paper=keras),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        conv, _ = layers.building_blocks(self, train, paper=keras, use_bias=True)
         unit = partial(layers.ConvUnit, 32, (3, 3), conv, padding="VALID")
         x = unit(name="conv1")(images)  # [N 30 30 32]
         x = layers.MaxPool(2, 2, name="pool1")(x)  # [N 15 15 32]
@@ -62,11 +57,7 @@ class DeckCNN(nn.Module):
         x = unit(name="conv3")(x)  # [N 4 4 32]
         x = layers.adaptive_avg_pool(x, 4).astype(jnp.float32)
         x = x.reshape(x.shape[0], -1)  # [N 512]
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=keras)
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        return layers.classify(self, x, paper=keras)
 
 
 VARIANTS = {"deck003_cifar100_example": partial(DeckCNN)}

@@ -162,22 +162,7 @@ class DenseNet(nn.Module):
         layers.check_images(images, self.input_size, smallest)
         if not 0 < self.compression <= 1:
             raise UserError(f"compression is above 0 and at most 1, got {self.compression}")
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-        )
+        conv, norm = layers.building_blocks(self, train)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
         rates = self.growth_rate
         rates = (rates,) * len(depths) if isinstance(rates, int) else tuple(rates)
@@ -205,11 +190,7 @@ class DenseNet(nn.Module):
                 width = math.floor(self.compression * x.shape[-1])
                 x = Transition(width, conv, norm, drop, name=f"transition{i}")(x)
         x = nn.relu(norm(name="norm")(x))
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, x)
 
     def _depths(self) -> Sequence[int]:
         """Layers of each block; L counts the stem, two transitions, the head, bottlenecks twice."""

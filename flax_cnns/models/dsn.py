@@ -102,13 +102,8 @@ class DSN(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
         paper = layers.gaussian(0.05)
-        init = layers.initializer(self.kernel_init, paper=paper)
-        head_init = layers.head_initializer(self.kernel_init, paper=paper)
-        companion_init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
-        given = dict(param_dtype=self.param_dtype)
-        conv = partial(layers.Conv, kernel_init=init, dtype=self.dtype, **given)
-        given["dtype"] = jnp.float32
-        companion = partial(nn.Dense, self.num_classes, kernel_init=companion_init, **given)
+        conv, _ = layers.building_blocks(self, train, paper=paper, use_bias=True)
+        companion = partial(layers.make_head(self, layers.caffe_xavier), self.num_classes)
         x = images
         for i, (window, width, widths) in enumerate(PARTS, 1):  # sides of 32x32 images: 32, 16, 8
             x = conv(width, (window, window), padding=window // 2, name=f"conv{i}")(x)
@@ -120,8 +115,9 @@ class DSN(nn.Module):
                 x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         if self.num_classes is None:
             return layers.global_avg_pool(x)  # [N H W 192] -> [N 192]
-        head = partial(layers.Conv, kernel_init=head_init, **given)
-        x = head(self.num_classes, (1, 1), name="head")(x)
+        init = layers.head_initializer(self.kernel_init, paper=paper)
+        head = partial(layers.Conv, kernel_init=init, param_dtype=self.param_dtype)
+        x = head(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
         return layers.global_avg_pool(x)  # [N H W num_classes] -> [N num_classes]
 
 

@@ -150,17 +150,7 @@ class EfficientNet(nn.Module):
                 f"expected {len(B0) + 1} strides, of stem and stages, got {self.strides}"
             )
         first, *strides = self.strides
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        kernel_init = layers.initializer(self.kernel_init, paper=first_values)
-        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
-        )
+        conv, norm = layers.building_blocks(self, train, paper=first_values)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
         sides = layers.pad(self.padding, 3)
         stem_init = layers.initializer(self.kernel_init, paper=layers.he)
@@ -168,7 +158,13 @@ class EfficientNet(nn.Module):
         x = stem(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
         drops = layers.make_drops(self, depths, train)
         conv = partial(conv, control_flow=layers.skips(self, train))
-        se = {} if self.se is None else dict(activation=self.activation, kernel_init=kernel_init)
+        se = self.se and partial(
+            self.se,
+            activation=self.activation,
+            kernel_init=layers.initializer(self.kernel_init, paper=first_values),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, row in enumerate(B0):  # from H/2: H/2, H/4, H/8, H/16, H/16, H/32, H/32
             block = partial(
@@ -178,24 +174,14 @@ class EfficientNet(nn.Module):
                 expansion=row.expansion,
                 kernel=row.kernel,
                 activation=self.activation,
-                se=self.se and partial(self.se, **se, **types),
+                se=se,
                 padding=self.padding,
                 zero_init=self.zero_init,
             )
             x = stage(block, conv, depths[i], strides[i], name=f"stage{i + 1}")(x, drops[i])
         x = unit(top_width, (1, 1), name="top")(x)
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if self.num_classes is None:
-            return x
-        head = nn.Dense(
-            self.num_classes,
-            kernel_init=layers.head_initializer(self.kernel_init, paper=head_values),
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-            name="head",
-        )
-        return head(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, x, dropout=dropout, paper=head_values)
 
     def scaled(self) -> tuple[list[int], list[int], list[int]]:
         """B0's (depths, widths) of the stages, and widths of stem and top, by the two factors."""

@@ -150,21 +150,7 @@ class FractalNet(nn.Module):
             )
         train_all = train and self.column is None
         drop = layers.draw_columns(self, self.columns, len(images), train_all)
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.caffe_xavier),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            momentum=self.momentum,
-        )
+        conv, norm = layers.building_blocks(self, train, paper=layers.caffe_xavier)
         x = images.astype(self.dtype)
         if self.stem is not None:
             x = self.stem(conv=conv, norm=norm, name="stem")(x)
@@ -179,12 +165,7 @@ class FractalNet(nn.Module):
             pool = self.last_pool or i < len(self.widths)
             block = Block(self.columns, self.column, pool, unit, name=f"block{i}")
             x = block(x, drop, i)
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]; the paper's maps are 1x1 here
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        return layers.classify(self, x, paper=layers.caffe_xavier)
 
 
 _CIFAR = partial(FractalNet, widths=(64, 128, 256, 512, 512), columns=3)

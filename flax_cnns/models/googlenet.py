@@ -155,23 +155,20 @@ class GoogLeNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         # Where each max pooling of 3x3 sees two pixels at least.
         layers.check_images(images, self.input_size, 31 if self.pool4 == 3 else 15)
-        given = dict(
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.caffe_xavier),
-            bias_init=constant(0.2 if self.kernel_init == "paper" else 0.0),
+        xavier = layers.caffe_xavier
+        conv, norm = layers.building_blocks(
+            self, train, paper=xavier, use_bias=self.norm == "none", epsilon=1e-3
         )
-        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype, **given)
-        dense = partial(nn.Dense, dtype=self.dtype, **given)
-        init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype, kernel_init=init)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
+        bias_init = constant(0.2 if self.kernel_init == "paper" else 0.0)
+        conv = partial(conv, bias_init=bias_init)
+        dense = partial(
+            nn.Dense,
+            kernel_init=layers.initializer(self.kernel_init, paper=xavier),
+            bias_init=bias_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            epsilon=1e-3,
         )
+        head = layers.make_head(self, xavier)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
         aux = partial(Aux, self.num_classes, unit, dense, head, self.adaptive, self.aux_dropout)
         response_norm = partial(layers.local_response_norm, size=5, alpha=1e-4 / 5, beta=0.75, k=1)
@@ -192,11 +189,8 @@ class GoogLeNet(nn.Module):
             has_head = self.aux and self.num_classes is not None and name in AUX
             if has_head and (train or self.is_initializing()):
                 aux(name=AUX[name])(x, train)
-        x = layers.global_avg_pool(x)  # [N 1024]
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        if self.num_classes is None:
-            return x
-        return head(self.num_classes, name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
+        return layers.classify(self, x, dropout=dropout, head=head)
 
 
 _2014 = partial(GoogLeNet, norm="none", response_norm=True)

@@ -102,9 +102,7 @@ class HighwayNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         paper = variance_scaling(2.0, "fan_in", "normal")
-        init = layers.initializer(self.kernel_init, paper=paper)
-        given = dict(kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = partial(layers.Conv, **given)
+        conv, _ = layers.building_blocks(self, train, paper=paper, use_bias=True)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
         x = drop(name="dropout0")(images)
         for i, (width, windows) in enumerate(zip(self.widths, self.windows), 1):
@@ -113,13 +111,8 @@ class HighwayNet(nn.Module):
                 x = drop(name=f"dropout{i - 1}")(x)
             x = Stage(width, windows, self.gate_bias, conv, name=f"stage{i}")(x)
         x = layers.ConvUnit(self.last, (1, 1), conv, name="last")(x)
-        x = layers.global_avg_pool(x)  # [N H W 100] -> [N 100]
-        x = drop(name="dropout_head")(x)
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=layers.gaussian(0.05))
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        dropout = drop(name="dropout_head")
+        return layers.classify(self, x, dropout=dropout, paper=layers.gaussian(0.05))
 
 
 _IN_TURN = (1, 3, 1, 3, 1, 3, 1, 3, 1)  # after the plain 3x3 convolution

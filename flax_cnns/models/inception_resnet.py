@@ -126,22 +126,8 @@ class InceptionResNetV2(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
         xavier = layers.initializer("xavier")
-        conv = partial(
-            layers.Conv,
-            use_bias=self.norm == "none",
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=xavier),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            momentum=self.momentum,
-            epsilon=1e-3,
-            scale=self.scale,
+        conv, norm = layers.building_blocks(
+            self, train, paper=xavier, use_bias=self.norm == "none", epsilon=1e-3
         )
         stage = partial(layers.Stage, conv=conv, scan=self.scan, remat=self.remat)
         a, b, c = (partial(block, norm=norm) for block in (ResidualA, ResidualB, ResidualC))
@@ -154,13 +140,8 @@ class InceptionResNetV2(nn.Module):
         x = stage(c, depth=self.depths[2], name="inception_resnet_c")(x)
         x = c(conv=conv, scale=1.0, relu=False, name="last_c")(x)
         x = Branch(((1536, 1),), conv, norm, name="conv_7b")(x)  # [N 8 8 1536]
-        x = layers.global_avg_pool(x)
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=xavier)
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
+        return layers.classify(self, x, paper=xavier, dropout=dropout)
 
 
 VARIANTS = {

@@ -185,26 +185,16 @@ class InceptionV3(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            momentum=self.momentum,
-            epsilon=1e-3,
-            scale=self.scale,
-        )
-        given = dict(param_dtype=self.param_dtype)
-        conv = partial(layers.Conv, use_bias=self.norm == "none", dtype=self.dtype, **given)
-        dense = partial(nn.Dense, self.num_classes, dtype=jnp.float32, **given)
 
         def unit_of(std: float) -> ModuleDef:
-            init = layers.initializer(self.kernel_init, paper=truncated_normal(std))
-            return partial(layers.ConvUnit, conv=partial(conv, kernel_init=init), norm=norm)
-
-        def head_init(std: float) -> Callable:
-            return layers.head_initializer(self.kernel_init, paper=truncated_normal(std))
+            conv, norm = layers.building_blocks(
+                self,
+                train,
+                paper=truncated_normal(std),
+                use_bias=self.norm == "none",
+                epsilon=1e-3,
+            )
+            return partial(layers.ConvUnit, conv=conv, norm=norm)
 
         unit = unit_of(0.1)
         mean = partial(
@@ -224,16 +214,13 @@ class InceptionV3(nn.Module):
         for letter, width in zip(ascii_lowercase[1:], self.widths):
             x = BlockC(width, unit, mean, name=f"mixed6{letter}")(x)
         if self.aux and self.num_classes is not None and (train or self.is_initializing()):
-            head = partial(dense, kernel_init=head_init(0.001))
+            head = partial(layers.make_head(self, truncated_normal(0.001)), self.num_classes)
             Aux(unit, unit_of(0.01), head, name="aux1")(x, train)
         x = BlockD(unit, name="mixed7a")(x)  # [N 8 8 1280]
         x = BlockE(unit, mean, name="mixed7b")(x)  # [N 8 8 2048]
         x = BlockE(unit, mean, name="mixed7c")(x)
-        x = layers.global_avg_pool(x)  # [N 2048]
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        if self.num_classes is None:
-            return x
-        return dense(kernel_init=head_init(0.1), name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
+        return layers.classify(self, x, dropout=dropout, paper=truncated_normal(0.1))
 
 
 VARIANTS = {

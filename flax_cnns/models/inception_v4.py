@@ -176,21 +176,8 @@ class InceptionV4(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
-        xavier = layers.initializer("xavier")
-        conv = partial(
-            layers.Conv,
-            use_bias=self.norm == "none",
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=he_normal()),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            epsilon=1e-3,
+        conv, norm = layers.building_blocks(
+            self, train, paper=he_normal(), use_bias=self.norm == "none", epsilon=1e-3
         )
         stage = partial(layers.Stage, conv=conv, scan=self.scan, remat=self.remat)
         a, b, c = (partial(block, norm=norm) for block in (InceptionA, InceptionB, InceptionC))
@@ -200,13 +187,8 @@ class InceptionV4(nn.Module):
         x = stage(b, depth=self.depths[1], name="inception_b")(x)
         x = ReductionB(conv=conv, norm=norm, name="reduction_b")(x)  # [N 8 8 1536]
         x = stage(c, depth=self.depths[2], name="inception_c")(x)
-        x = layers.global_avg_pool(x)
-        x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=xavier)
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
+        return layers.classify(self, x, paper=layers.initializer("xavier"), dropout=dropout)
 
 
 VARIANTS = {"inception_v4": partial(InceptionV4)}

@@ -79,17 +79,7 @@ class MobileNetV1(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
-        )
+        conv, norm = layers.building_blocks(self, train)
         like = dict(norm=norm, activation=self.activation)
         layers.check_stages(self.depths, WIDTHS)
         first, *widths = (layers.round_width(n * self.width_mult) for n in (STEM, *WIDTHS))
@@ -100,12 +90,8 @@ class MobileNetV1(nn.Module):
         for i, (width, depth) in enumerate(zip(widths, self.depths), 1):  # H/2 to H/32
             block = partial(Block, width, **like)
             x = stage(block, conv, depth, 1 if i == 1 else 2, name=f"stage{i}")(x)
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, x, dropout=dropout)
 
 
 VARIANTS = {  # table 6

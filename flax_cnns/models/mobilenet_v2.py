@@ -96,17 +96,7 @@ class MobileNetV2(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         rows = [Row(*row) for row in self.table]
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
-        )
+        conv, norm = layers.building_blocks(self, train)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
         width = layers.round_width(STEM * self.width_mult)
         x = unit(width, (3, 3), stride=2, padding=layers.pad(self.padding, 3), name="stem")(images)
@@ -125,12 +115,8 @@ class MobileNetV2(nn.Module):
             )
             x = stage(block, conv, row.depth, row.stride, name=f"stage{i + 1}")(x, drops[i])
         x = unit(layers.round_width(TOP * max(1.0, self.width_mult)), (1, 1), name="top")(x)
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, x, dropout=dropout)
 
 
 _WIDTHS = {"025": 0.25, "035": 0.35, "050": 0.5, "075": 0.75, "140": 1.4}

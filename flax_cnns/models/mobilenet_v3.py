@@ -115,17 +115,7 @@ class MobileNetV3(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
-        )
+        conv, norm = layers.building_blocks(self, train)
         wide = lambda n: layers.round_width(n * self.width_mult)  # noqa: E731
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=HS)
         sides = layers.pad(self.padding, 3)
@@ -137,6 +127,8 @@ class MobileNetV3(nn.Module):
         run = nn.remat(run) if self.remat else run
         drops = layers.make_drops(self, [len(self.table)], train)[0]
         conv = partial(conv, control_flow=layers.skips(self, train))
+        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         se = partial(layers.SqueezeExcite, gate=nn.hard_sigmoid, kernel_init=kernel_init, **types)
         inner = 0
         for i, row in enumerate(self.table):
@@ -158,12 +150,10 @@ class MobileNetV3(nn.Module):
             x = run(block, x, layers.pick(drops, i))
         x = unit(inner, (1, 1), name="top")(x)  # as wide as the last block is inside
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        dense = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        x = HS(dense(wide(self.hidden), kernel_init=kernel_init, name="hidden_layer")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if self.num_classes is None:
-            return x
-        return dense(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        dense = partial(layers.make_head(self), kernel_init=kernel_init)
+        x = HS(dense(wide(self.hidden), name="hidden_layer")(x))
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, x, dropout=dropout)
 
 
 _LARGE = partial(MobileNetV3, table=LARGE, hidden=1280)

@@ -82,24 +82,13 @@ class NAS(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = partial(
-            layers.Conv,
-            use_bias=self.norm == "none",
-            kernel_init=layers.initializer(self.kernel_init),
-            **types,
-        )
-        norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **types)
+        conv, norm = layers.building_blocks(self, train, paper=None, use_bias=self.norm == "none")
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
         maps = [images]  # all [N H W .]
         for i, (window, width, sources) in enumerate(self.table, 1):
             x = jnp.concatenate([maps[j] for j in sources], axis=-1)
             maps.append(unit(width, window, name=f"conv{i}")(x))
-        x = layers.global_avg_pool(maps[-1])  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, kernel_init=layers.initializer("lecun"), dtype=jnp.float32)
-        return head(self.num_classes, param_dtype=self.param_dtype, name="head")(x)
+        return layers.classify(self, maps[-1])
 
 
 def _rewired(sources: Callable[[int], Sequence[int]]) -> tuple[Layer, ...]:

@@ -376,28 +376,7 @@ class NASNet(nn.Module):
             raise UserError(f"zero_pools are among 'max' and 'mean', got {sorted(wrong)}")
         # So that p is larger than x behind each reduction, by which a cell knows it.
         layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            kernel_init=layers.initializer(self.kernel_init, paper=slim),
-            **types,
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
-        )
-        head = partial(
-            nn.Dense,
-            self.num_classes,
-            kernel_init=layers.head_initializer(self.kernel_init, paper=slim),
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-        )
+        conv, norm = layers.building_blocks(self, train, paper=slim)
         cells = [n + (i > 0) for i, n in enumerate(self.depths)]
         drops = layers.make_drops(self, (self.stem_cells, *cells), train)
         cell = partial(
@@ -426,10 +405,10 @@ class NASNet(nn.Module):
             x, p = stage(x, p, drops[i + 1])
             wanted = self.aux and self.num_classes and i == len(self.depths) - 2
             if wanted and (train or self.is_initializing()):
+                head = partial(layers.make_head(self, slim), self.num_classes)
                 Aux(self.aux, conv, norm, head, name="aux1")(x, train)
-        x = layers.global_avg_pool(nn.relu(x))  # [N H W P] -> [N P]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return x if self.num_classes is None else head(name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, nn.relu(x), dropout=dropout, paper=slim)
 
 
 def _n_at_p(n: int, p: int, **fields: object) -> partial:

@@ -156,22 +156,7 @@ class PreActResNet(nn.Module):
                 "expected scan=False, got True: with late_stride a stage ends in a block unlike "
                 "the others; remat=True saves its memory, and resnetv2_50 can be scanned"
             )
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-        )
+        conv, norm = layers.building_blocks(self, train)
         x = Stem(self.width, conv, self.bias, self.pad_zeros, name="stem")(images)  # H/4
         conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, self.depths, train)
@@ -184,11 +169,7 @@ class PreActResNet(nn.Module):
             block = partial(Bottleneck, self.width * 2**i, norm=norm, bias=self.bias)
             x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
         x = nn.relu(norm(name="norm")(x))
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, x)
 
 
 _Keras = partial(

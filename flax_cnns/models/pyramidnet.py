@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def shortcut(x: Array, width: int, stride: int) -> Array:
 class BasicBlock(nn.Module):
     """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
 
-    convs, expansion = 2, 1
+    branch_depth: ClassVar[int] = 2  # convolutions
 
     width: int
     conv: ModuleDef
@@ -74,7 +74,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 narrows, 3x3 looks around, 1x1 widens: [N H W C] -> [N H/stride W/stride 4*width]."""
 
-    convs, expansion = 3, 4
+    branch_depth: ClassVar[int] = 3
 
     width: int
     conv: ModuleDef
@@ -160,7 +160,7 @@ class PyramidNet(nn.Module):
 
     def widths(self) -> list[list[int]]:
         """Channels inside the blocks of the three stages."""
-        convs = 3 * self.block.convs  # that a block in each stage adds
+        convs = 3 * self.block.branch_depth  # that a block in each stage adds
         depth, rest = divmod(self.depth - 2, convs)
         if rest or depth < 1:
             near = (convs * n + 2 for n in (max(depth, 1), max(depth, 1) + 1))
@@ -185,37 +185,19 @@ class PyramidNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         widths = self.widths()
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-            control_flow=layers.skips(self, train),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        conv, norm = layers.building_blocks(self, train)
         depths = [len(stage) for stage in widths]
         drops = layers.make_drops(self, depths, train)
         shake_drops = layers.make_shake_drops(self, depths, train)
-        stem_conv = partial(conv, control_flow=False)
-        x = layers.CifarStem(16, stem_conv, norm, relu=False, name="stem")(images)
+        x = layers.CifarStem(16, conv, norm, relu=False, name="stem")(images)
+        conv = partial(conv, control_flow=layers.skips(self, train))
         block = partial(self.block, conv=conv, norm=norm, zero_init=self.zero_init)
         for i in range(3):
             stride = 1 if i == 0 else 2
             stage = Stage(block, widths[i], stride, remat=self.remat, name=f"stage{i + 1}")
             x = stage(x, drops[i], shake_drops[i])
         x = nn.relu(norm(name="norm")(x))
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, x)
 
 
 _110_a270 = partial(PyramidNet, depth=110, alpha=270)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -74,11 +75,9 @@ def add(
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up.
+    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
 
-    Raises `UserError` for groups: two 3x3 with groups would be one wide block (ResNeXt, section
-    3.3); and for a `base_width`.
-    """
+    branch_depth: ClassVar[int] = 2  # convolutions
 
     width: int
     conv: ModuleDef
@@ -87,17 +86,9 @@ class BasicBlock(nn.Module):
     shortcut: str = "B"
     attention: ModuleDef | None = None
     zero_init: bool = False
-    groups: int = 1
-    base_width: int = 64
-    convs = 2  # of a branch
 
     @nn.compact
     def __call__(self, x: Array, drop: PyTree = None, shake_drop: PyTree = None) -> Array:
-        if (self.groups, self.base_width) != (1, 64):
-            raise UserError(
-                f"groups and base_width are a bottleneck's: got {self.groups} and "
-                f"{self.base_width} for blocks of two 3x3; take those of resnet50"
-            )
         last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
 
         def branch(self, x: Array) -> Array:
@@ -114,6 +105,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 narrows, 3x3 looks around, 1x1 widens: [N H W C] -> [N H/stride W/stride 4*width]."""
 
+    branch_depth: ClassVar[int] = 3
+
     width: int
     conv: ModuleDef
     norm: ModuleDef
@@ -125,7 +118,6 @@ class Bottleneck(nn.Module):
     base_width: int = 64  # channels per group where width is 64
     stride_first: bool = False  # on the 1x1, as the paper; else on the 3x3
     first_reduction: int = 1  # conv1 is that much narrower than conv2 (SENet-154: 2)
-    convs = 3
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
@@ -199,30 +191,33 @@ class ResNet(nn.Module):
         if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
             given = "drop_path" if self.drop_path else 'norm="fixup"'
             raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(layers.Conv, use_bias=self.conv_bias, kernel_init=kernel_init, **types)
-        head = partial(
-            nn.Dense,
-            kernel_init=layers.initializer("lecun"),
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
+        fixup = self.norm == "fixup"
+        conv, norm = layers.building_blocks(
+            self, train, use_bias=self.conv_bias, norm="none" if fixup else self.norm
         )
-        if self.norm == "fixup":
+        head = layers.make_head(self)
+        block_class = getattr(self.block, "func", self.block)  # what a partial is of
+        if fixup:
             if self.stem is not layers.ImageNetStem:
                 raise UserError('norm="fixup" goes with the stem of a single convolution')
-            length = getattr(self.block, "func", self.block).convs
-            conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=length)
-        else:
-            norm = layers.make_norm(
-                self.norm,
-                train=train,
-                axis_name=self.axis_name,
-                momentum=self.momentum,
-                epsilon=self.epsilon,
-                **types,
+            conv, norm, head = layers.fixup(
+                conv, head, branches=sum(self.depths), depth=block_class.branch_depth
             )
-        attention = self.attention and partial(self.attention, kernel_init=kernel_init, **types)
+        grouped = {}
+        if hasattr(block_class, "groups"):
+            grouped = dict(groups=self.groups, base_width=self.base_width)
+        elif (self.groups, self.base_width) != (1, 64):
+            # Two 3x3 with groups would be one wide block (ResNeXt, section 3.3).
+            raise UserError(
+                f"groups and base_width are a bottleneck's: got {self.groups} and "
+                f"{self.base_width} for blocks of two 3x3; take those of resnet50"
+            )
+        attention = self.attention and partial(
+            self.attention,
+            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
         x = self.stem(self.stem_width or self.width, conv, norm, name="stem")(images)  # H/4
         drops = layers.make_drops(self, self.depths, train)
         conv = partial(conv, control_flow=layers.skips(self, train))
@@ -235,14 +230,12 @@ class ResNet(nn.Module):
                 shortcut=self.shortcut,
                 attention=attention,
                 zero_init=self.zero_init,
-                groups=self.groups,
-                base_width=self.base_width,
+                **grouped,
             )
             stride = 1 if i == 0 else 2
             x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, drops[i])
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return x if self.num_classes is None else head(self.num_classes, name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, x, dropout=dropout, head=head)
 
 
 DEPTHS = {  # table 1; 200 in https://arxiv.org/abs/1603.05027

@@ -109,17 +109,7 @@ class ResNetInResNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         layers.check_stages(self.depths, self.widths)
-        make = partial(layers.Conv, use_bias=False, param_dtype=self.param_dtype)
-        init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(make, kernel_init=init, dtype=self.dtype)
-        make_norm = partial(
-            layers.make_norm,
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            param_dtype=self.param_dtype,
-        )
-        norm = make_norm(dtype=self.dtype)
+        conv, norm = layers.building_blocks(self, train)
         stem = partial(layers.CifarStem, self.widths[0], conv, norm)
         x = stem(name="stem_r")(images), stem(name="stem_t")(images)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
@@ -129,9 +119,10 @@ class ResNetInResNet(nn.Module):
         x = jnp.concatenate(x, axis=-1)
         if self.num_classes is None:
             return layers.global_avg_pool(x)
-        head = partial(make, kernel_init=layers.initializer("lecun"), dtype=jnp.float32)
-        x = head(self.num_classes, (1, 1), name="head")(x)
-        return layers.global_avg_pool(make_norm()(name="head_norm")(x))  # [N H W C] -> [N C]
+        conv, norm = layers.building_blocks(self, train, dtype=jnp.float32)
+        head = partial(conv, kernel_init=layers.initializer("lecun"), name="head")
+        x = norm(name="head_norm")(head(self.num_classes, (1, 1))(x))
+        return layers.global_avg_pool(x)  # [N H W num_classes] -> [N num_classes]
 
 
 VARIANTS = {

@@ -108,20 +108,7 @@ class ShakeShake(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        conv, norm = layers.building_blocks(self, train)
         shakes = layers.make_shakes(self, self.depths, train)
         x = layers.CifarStem(16, conv, norm, relu=False, name="stem")(images)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
@@ -129,11 +116,7 @@ class ShakeShake(nn.Module):
             block = partial(Block, self.width * 2**i, norm=norm, zero_init=self.zero_init)
             stride = 1 if i == 0 else 2
             x = stage(block, conv, depth, stride, name=f"stage{i + 1}")(x, shake)
-        x = layers.global_avg_pool(nn.relu(x))  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, nn.relu(x))
 
 
 VARIANTS = {  # table 1, and the 2x112d of later work (Cubuk et al. 2018, AutoAugment)

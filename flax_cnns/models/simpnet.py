@@ -66,37 +66,19 @@ class SimpNet(nn.Module):
         # Every pooling but the last halves.
         layers.check_images(images, self.input_size, 2 ** (len(self.widths) - 1))
         dropout, saf_rate = self._rates("dropout"), self._rates("saf_rate")
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            momentum=self.momentum,
-        )
         x, number = images, 0
         for i, group in enumerate(self.widths):  # H, H/2, H/4
             for place, width in enumerate(group, 1):
                 number += 1
                 paper = layers.gaussian(0.01) if number in self.gaussian else layers.caffe_xavier
-                conv = partial(
-                    layers.Conv,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    kernel_init=layers.initializer(self.kernel_init, paper=paper),
-                )
+                conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
                 x = layers.ConvUnit(width, (3, 3), conv, norm, name=f"conv{number}")(x)
                 if place < len(group):  # else the pooling drops
                     drop = nn.Dropout(dropout[i], name=f"dropout{number}")
                     x = drop(x, deterministic=not train)
             window = 2 if i + 1 < len(self.widths) else None
             x = layers.SAFPool(saf_rate[i], window, self.saf, name=f"pool{i + 1}")(x, train)
-        x = x.astype(jnp.float32)  # [N C]
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=layers.caffe_xavier)
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        return layers.classify(self, x, paper=layers.caffe_xavier)  # of [N C]
 
     def _rates(self, field: str) -> Sequence[float]:
         """The field as one rate for each group of `widths`."""

@@ -121,30 +121,13 @@ class SparseSumNet(nn.Module):
         if rest or n < 1:
             low = 9 * max(n, 1) + 2
             raise UserError(f"expected a depth of 9n + 2, as {low} or {low + 9}, got {self.depth}")
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        conv, norm = layers.building_blocks(self, train)
         x = FirstConv(self.widths[0], conv, norm, name="stem")(images)
         for i, width in enumerate(self.widths):
             stage = partial(SumStage, links=self.links, remat=self.remat, name=f"stage{i + 1}")
             x = stage(n, width, conv, norm, 1 if i == 0 else 2)(x)
         x = nn.relu(norm(name="norm")(x))
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, x)
 
 
 _ImageNet = partial(DenseNet, links=powers_of_two)

@@ -89,10 +89,8 @@ class SqueezeNet(nn.Module):
         # The first makes 4 of 2 * stride + 4.
         smallest = (2 * self.pool1_stride + 3) * stride + window - 2 * padding
         layers.check_images(images, self.input_size, smallest)
-        given = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        init = layers.initializer(self.kernel_init, paper=layers.caffe_xavier)
-        conv = partial(layers.Conv, kernel_init=init, **given)
-        norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **given)
+        paper = layers.caffe_xavier
+        conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
         # In comments the sides for 227x227: of 1.0, of 1.1.
         conv1 = unit(width, (window, window), stride=stride, padding=padding, name="conv1")

@@ -86,9 +86,8 @@ class VGG(nn.Module):
         layers.check_images(images, self.input_size, SMALLEST)
         paper = layers.gaussian(0.01)
         init = layers.initializer(self.kernel_init, paper=paper)
-        given = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = partial(layers.Conv, kernel_init=init, **given)
-        norm = layers.make_norm(self.norm, train=train, axis_name=self.axis_name, **given)
+        dense = partial(nn.Dense, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
         x = images
         for i, (width, windows) in enumerate(zip(self.widths, self.windows)):  # H/2, ..., H/32
             lrn = self.lrn and i == 0
@@ -96,14 +95,9 @@ class VGG(nn.Module):
         x = layers.adaptive_avg_pool(x, self.pool)
         x = x.reshape(x.shape[0], -1)  # [N H W C] -> [N H*W*C]
         for i, width in enumerate(self.hidden):
-            x = nn.relu(nn.Dense(width, kernel_init=init, **given, name=f"fc{i + 6}")(x))
+            x = nn.relu(dense(width, name=f"fc{i + 6}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i + 6}")(x)
-        x = x.astype(jnp.float32)
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=paper)
-        head = partial(nn.Dense, kernel_init=init, param_dtype=self.param_dtype)
-        return head(self.num_classes, dtype=jnp.float32, name="head")(x)
+        return layers.classify(self, x, paper=paper)
 
 
 _A = ((3,), (3,), (3, 3), (3, 3), (3, 3))  # table 1

@@ -152,11 +152,12 @@ class ViT(nn.Module):
         if self.dropout and train and not self.is_initializing():
             keys = jax.random.split(layers.make_key(self, "dropout"), self.depth)
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(x)
+        norm = layers.make_norm("channel", train=train, epsilon=self.epsilon, **types)
         block = partial(
             Block,
             self.heads,
             partial(nn.Dense, kernel_init=kernel_init, **types),
-            layers.make_norm("channel", train=train, epsilon=self.epsilon, **types),
+            norm,
             expansion=self.expansion,
             dropout=self.dropout,
         )
@@ -164,13 +165,8 @@ class ViT(nn.Module):
             block, None, self.depth, None, scan=self.scan, remat=self.remat, name="encoder"
         )
         x = encoder(x, drops, keys)[:, 0].astype(jnp.float32)  # [N T C] -> [N C]
-        types = dict(dtype=jnp.float32, param_dtype=self.param_dtype)
-        norm = layers.make_norm("channel", train=train, epsilon=self.epsilon, **types)
-        x = norm(name="norm")(x)  # equation 4
-        if self.num_classes is None:
-            return x
-        init = layers.head_initializer(self.kernel_init, paper=nn.initializers.zeros)
-        return nn.Dense(self.num_classes, kernel_init=init, name="head", **types)(x)
+        x = partial(norm, dtype=jnp.float32)(name="norm")(x)  # equation 4
+        return layers.classify(self, x, paper=nn.initializers.zeros)
 
 
 def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:

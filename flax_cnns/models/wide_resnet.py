@@ -103,20 +103,7 @@ class WideResNet(nn.Module):
                 f"expected a depth of 6n + 4, n blocks in each of three stages, "
                 f"got {self.depth}; near it is {near}"
             )
-        conv = partial(
-            layers.Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
-        )
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        conv, norm = layers.building_blocks(self, train)
         x = conv(16, (3, 3), padding=1, name="stem")(images)
         conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, (n, n, n), train)
@@ -129,11 +116,7 @@ class WideResNet(nn.Module):
             stride = 1 if i == 0 else 2
             x = stage(block, conv, n, stride, name=f"stage{i + 1}")(x, drops[i], keys[i])
         x = nn.relu(norm(name="norm")(x))
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        return layers.classify(self, x)
 
 
 VARIANTS = {  # tables 4 and 5, WRN-d-k; table 8

@@ -131,17 +131,7 @@ class Xception(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
-        conv = partial(layers.Conv, use_bias=False, kernel_init=kernel_init, **types)
-        norm = layers.make_norm(
-            self.norm,
-            train=train,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            **types,
-        )
+        conv, norm = layers.building_blocks(self, train)
         x = Stem(self.stem, conv, norm, name="stem")(images)  # H/2
         block = partial(Block, norm=norm, padding=self.padding, zero_init=self.zero_init)
         for i, n in enumerate(self.entry, 1):  # H/4, H/8, H/16
@@ -153,12 +143,8 @@ class Xception(nn.Module):
         x = block(self.exit, conv, stride=2, name="exit")(x)  # H/32
         for i, n in enumerate(self.top, 1):
             x = SeparableUnit(n, conv, norm, name=f"top{i}")(x)
-        x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        if self.num_classes is None:
-            return x
-        head = partial(nn.Dense, dtype=jnp.float32, param_dtype=self.param_dtype)
-        return head(self.num_classes, kernel_init=layers.initializer("lecun"), name="head")(x)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        return layers.classify(self, x, dropout=dropout)
 
 
 SMALLEST = 7  # of which the stem leaves one pixel

@@ -1,0 +1,79 @@
+"""What networks do alike around their blocks: what they build of, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flax_cnns.layers.conv import Conv
+from flax_cnns.layers.initializers import he, head_initializer, initializer, lecun
+from flax_cnns.layers.norm import make_norm
+from flax_cnns.layers.pool import global_avg_pool
+from flax_cnns.types import Array, Dtype, ModuleDef
+
+
+def building_blocks(
+    network: nn.Module,
+    train: bool,
+    *,
+    paper: Callable | None = he,
+    use_bias: bool = False,
+    norm: str | None = None,
+    dtype: Dtype = None,
+    **norm_fields: Any,
+) -> tuple[ModuleDef, ModuleDef]:
+    """The convolution and the norm that a network hands down to its blocks, by its own fields.
+
+    `kernel_init`, of which `paper` is the value "paper", `dtype`, `param_dtype` and `axis_name`
+    are fields of every network; `norm`, `momentum`, `epsilon` and `scale` are taken if it has them.
+    A network without the field `norm` normalizes nothing. The arguments `norm` and `dtype` stand in
+    the place of the fields; `norm_fields` are `make_norm`'s where the network has no such field.
+    Raises `UserError` for unknown names of initializers and norms.
+    """
+    dtype = network.dtype if dtype is None else dtype
+    types = dict(dtype=dtype, param_dtype=network.param_dtype)
+    kernel_init = initializer(network.kernel_init, paper=paper)
+    for field in ("momentum", "epsilon", "scale"):
+        if hasattr(network, field):
+            norm_fields.setdefault(field, getattr(network, field))
+    make = partial(make_norm, train=train, axis_name=network.axis_name, **types, **norm_fields)
+    return (
+        partial(Conv, use_bias=use_bias, kernel_init=kernel_init, **types),
+        make(norm or getattr(network, "norm", "none")),
+    )
+
+
+def make_head(network: nn.Module, paper: Callable = lecun) -> partial:
+    """The dense layer that gives the classes, in float32, without their number and its name.
+
+    Its kernel starts as `paper` says if the network's `kernel_init` is "paper", else by LeCun.
+    """
+    kernel_init = head_initializer(network.kernel_init, paper=paper)
+    return partial(
+        nn.Dense, kernel_init=kernel_init, dtype=jnp.float32, param_dtype=network.param_dtype
+    )
+
+
+def classify(
+    network: nn.Module,
+    x: Array,
+    *,
+    dropout: nn.Module | None = None,
+    paper: Callable = lecun,
+    head: ModuleDef | None = None,
+) -> Array:
+    """The end of a network: maps [N H W C] or features [N C] -> logits f32 [N num_classes].
+
+    Maps are averaged over H and W; `dropout` comes before the layer "head", which is
+    `make_head(network, paper)` or the one given. Without classes: features f32 [N C].
+    """
+    x = global_avg_pool(x) if x.ndim == 4 else x.astype(jnp.float32)
+    x = x if dropout is None else dropout(x)
+    if network.num_classes is None:
+        return x
+    head = make_head(network, paper) if head is None else head
+    return head(network.num_classes, name="head")(x)
