@@ -1,6 +1,6 @@
 """PNASNet-5: one cell for everything, found from simple to complex; stacked as NASNet is.
 
-Figure 1's cell, read by `models.nasnet`'s interpreter; where it strides it is the reduction. What
+Figure 1's cell, computed by `layers/cell.py`; where it strides it is the reduction. What
 the paper does not say is as in its authors' release, TensorFlow's slim network: NASNet's stem of
 two such cells, "N = 4, F = 216" (table 5) as three times four cells, of which the first of the
 second and of the third stage stride, and all five rows in the output.
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from flax_cnns.models.nasnet import NASNet, Recipe
+from flax_cnns.layers.cell import Recipe
+from flax_cnns.models.nasnet import NASNet
 from flax_cnns.types import Paper
 
 PAPER = Paper(

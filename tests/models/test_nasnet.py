@@ -14,6 +14,7 @@ from flax_cnns import layers
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
+from flax_cnns.layers import cell as cells
 from flax_cnns.models import nasnet
 from flax_cnns.models.registry import create_model, init_variables, model_info
 from tests.models.captured import called, captured
@@ -150,7 +151,7 @@ def test_a_reduction_in_two_halves():
     """1x1 that give even rows and columns themselves beside odd ones, zeros behind the last."""
     x = jnp.arange(1.0, 26.0).reshape(1, 5, 5, 1)
     conv = partial(layers.Conv, use_bias=False)
-    module = nasnet.FactorizedReduction(2, conv, layers.make_norm("none", train=False))
+    module = cells.FactorizedReduction(2, conv, layers.make_norm("none", train=False))
     ones = {
         "conv1": {"kernel": jnp.ones((1, 1, 1, 1))},
         "conv2": {"kernel": jnp.ones((1, 1, 1, 1))},
@@ -171,7 +172,7 @@ def test_what_poolings_see_around_the_maps(kind, zeros, corner):
     """Of stride 2 and an odd size; at stride 1 it is nothing."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
     x = -jnp.ones((1, 5, 5, 3))
-    pool = partial(nasnet.Pool, 3, kind, conv, norm, nasnet.Edges("same", zeros))
+    pool = partial(cells.Pool, 3, kind, conv, norm, cells.Edges("same", zeros))
     y = pool(2).apply({}, x)
     assert y.shape == (1, 3, 3, 3)
     assert y[0, 0, 0, 0] == y[0, 2, 2, 0] == pytest.approx(corner)
@@ -183,9 +184,9 @@ def test_what_poolings_see_around_the_maps(kind, zeros, corner):
 def test_padding(padding, first):
     """At stride 2 and an even size "same" begins inside: the largest of [0 3) or of [0 2)."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
-    edges = nasnet.Edges(padding, ())
+    edges = cells.Edges(padding, ())
     x = jnp.array([[0.0, 1, 2, 3], [4, 5, 6, 0], [0, 0, 7, 0], [0, 0, 0, 0]])[None, ..., None]
-    y = nasnet.Pool(1, "max", conv, norm, edges, 2).apply({}, x)
+    y = cells.Pool(1, "max", conv, norm, edges, 2).apply({}, x)
     assert (y.shape, float(y[0, 0, 0, 0])) == ((1, 2, 2, 1), first)
     modules = called("nasnet_a_mobile", 32, **TINY, padding=padding)
     paddings = {m.padding for m in modules.values() if isinstance(m, layers.SeparableConv)}
@@ -195,7 +196,7 @@ def test_padding(padding, first):
 def cell(recipe=nasnet.NORMAL, stride=1):
     conv = partial(layers.Conv, use_bias=False)
     norm = layers.make_norm("batch", train=False)
-    return nasnet.Cell(4, recipe, conv, norm, nasnet.Edges("same", ()), stride)
+    return cells.Cell(4, recipe, conv, norm, cells.Edges("same", ()), stride)
 
 
 def run(module, *args):
@@ -220,7 +221,7 @@ def test_a_cell_all_of_whose_operations_are_dropped():
 def test_each_operation_of_a_cell_is_dropped_for_itself_and_each_image_too():
     x = jnp.ones((16, 4, 4, 4))
     drop = layers.Drop(jnp.float32(0.5), jax.random.key(1), "sample")
-    recipe = nasnet.Recipe(
+    recipe = cells.Recipe(
         rows=(("mean3", "x", "max3", "x"), ("max3", "x", "mean3", "x")), output=("1", "2")
     )
     parts = np.asarray(run(cell(recipe), x, x, drop)).reshape(16, 4, 4, 2, 4)
@@ -235,7 +236,7 @@ def test_drop_path_grows_from_cell_to_cell_and_adds_no_parameters():
     seen = []
 
     def note(call, args, kwargs, context):
-        if isinstance(context.module, nasnet.Cell) and context.method_name == "__call__":
+        if isinstance(context.module, cells.Cell) and context.method_name == "__call__":
             seen.append(args[2].rate)
         return call(*args, **kwargs)
 
@@ -334,6 +335,6 @@ def test_errors():
         captured("nasnet_a_6_768", 2)
     with pytest.raises(UserError, match=r"unknown padding 'sane'.*'same'"):
         captured("nasnet_a_mobile", 32, padding="sane")
-    wrong = nasnet.Recipe(rows=(("mean4", "x", "identity", "x"),), output=("1",))
+    wrong = cells.Recipe(rows=(("mean4", "x", "identity", "x"),), output=("1",))
     with pytest.raises(UserError, match=r"unknown operation 'mean4' of a cell.*'mean3'"):
         captured("nasnet_a_mobile", 32, normal=wrong)
