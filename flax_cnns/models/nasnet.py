@@ -156,9 +156,7 @@ class NASNet(nn.Module):
     depths: Sequence[CountOrZero]  # normal cells in each stage
     normal: Recipe = NORMAL
     reduction: Recipe = REDUCTION
-    stem_cells: CountOrZero = (
-        2  # reductions in the stem, of half the width, a quarter ...; CIFAR: 0
-    )
+    stem_cells: CountOrZero = 2  # reductions in the stem, of 1/2 the width, 1/4 ...; CIFAR: 0
     # The normal cell behind a reduction has the reduction's p for its own, in place of its x.
     skip_reduction: bool = False
     padding: str = "same"  # TensorFlow's; "torch": the same on both sides
