@@ -188,8 +188,15 @@ def test_a_dropped_branch_is_not_computed():
     assert "cond[" not in lowered("sample")
 
 
-@pytest.mark.parametrize("fields", [dict(scan=True), dict(scan=True, remat=True)])
-@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [
+        ("batch", dict(scan=True, remat=True)),
+        ("sample", dict(scan=True)),
+        pytest.param("batch", dict(scan=True), marks=pytest.mark.slow),
+        pytest.param("sample", dict(scan=True, remat=True), marks=pytest.mark.slow),
+    ],
+)
 def test_scanned_networks_drop_the_same(variables, mode, fields):
     expected = jax.jit(partial(train, Network(drop_path_mode=mode)))(variables, jax.random.key(5))
     model = Network(drop_path_mode=mode, **fields)

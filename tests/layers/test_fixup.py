@@ -126,6 +126,7 @@ def test_gradients_reach_everything_in_the_third_step(variables):
     assert reached[2] == set(pytree.flatten(params))
 
 
+@pytest.mark.slow
 def test_110_layers_train_without_normalisation():
     """Steps of SGD at the paper's rate, 0.1: the loss falls, and maps stay as large as they were.
     He's values alone start with maps that are a million times as large."""

@@ -18,6 +18,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.layers.shake import BACKWARDS, FORWARDS, SHAKE_LEVELS, Shake, ShakeDrop
 from flax_cnns.train import parallel, steps
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 DRAWS = 4000
 ONES, ZEROS = jnp.ones((2, 1, 1, 1)), jnp.zeros((2, 1, 1, 1))
 
@@ -260,7 +261,9 @@ def test_rates_decay_linearly():
     np.testing.assert_array_equal(Dropped(shake_drop=0.0).apply({}, ONES, train=True), 16)
 
 
-@pytest.mark.parametrize("fields", [dict(scan=True), dict(scan=True, remat=True), dict(remat=True)])
+@pytest.mark.parametrize(
+    "fields", [slow(dict(scan=True)), dict(scan=True, remat=True), slow(dict(remat=True))]
+)
 def test_scanned_and_rematerialised_stages_shake_the_same(fields):
     """The backward pass with remat computes the forward one again, by the same gates."""
     x = random(4, 2, 2, 3)

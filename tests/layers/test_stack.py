@@ -115,10 +115,10 @@ def unrolled(variables):
 @pytest.mark.parametrize(
     ("fields", "stacked", "mode"),
     [
-        (dict(scan=True), True, "shard_map"),
+        pytest.param(dict(scan=True), True, "shard_map", marks=pytest.mark.slow),
         (dict(scan=True, remat=True), True, "pmap"),
         (dict(scan=True), False, "shard_map"),
-        (dict(remat=True), False, "shard_map"),
+        pytest.param(dict(remat=True), False, "shard_map", marks=pytest.mark.slow),
     ],
 )
 def test_the_same_results_as_the_unrolled_network(variables, unrolled, fields, stacked, mode):
