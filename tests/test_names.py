@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from flax_cnns.analysis.plots.confusion import draw_confusion
@@ -79,6 +80,7 @@ def test_a_log_takes_every_name(tmp_path):
     assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "".join(SHOWN) + "\n"
 
 
+@pytest.mark.slow
 def test_a_script_by_its_path_in_a_locale_without_letters(tmp_path):
     """experiments/inspect.py has the name of one of Python's own modules."""
     place = tmp_path / "gr\u00fc\u00dfe [b]"

@@ -164,6 +164,7 @@ def test_weights_without_a_classifier_name_nothing(tmp_path):
         convert("squeezenet1_1", body, "torchvision")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
     out = tmp_path / "seen.png"
     files = list(map(str, photos[0][:2]))
@@ -175,6 +176,7 @@ def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
         assert min(picture.size) > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

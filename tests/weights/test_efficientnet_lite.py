@@ -24,7 +24,10 @@ CLASSES = {
 }
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2])
+slow = [pytest.param(number, marks=pytest.mark.slow) for number in (1, 2)]
+
+
+@pytest.fixture(scope="module", params=[0, *slow])
 def logits(request):
     """(number, {photo: f32 [1000]}) of the photos that are installed."""
     if (file := photos.efficientnet_lite(request.param)) is None:

@@ -163,6 +163,7 @@ def test_a_flipped_bit_of_such_a_checkpoint_is_noticed(file, tmp_path):
         reading.read_leaves(tmp_path / "out", reading.read_metadata(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_the_script(file, tmp_path):
     flags = ["--model=squeezenet1_1", "--source=torchvision", f"--out={tmp_path / 'out'}"]
     code, out, err = finish("convert", *flags, f"--path={file}")
