@@ -10,6 +10,7 @@ keep a fraction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from flax_cnns.data import fingerprint as fingerprints
@@ -139,23 +140,30 @@ def _check(config: Any) -> None:
 
 
 def _read(config: Any, *, prepare: bool = True) -> Raw:
-    """Chooses the reader by `source` and by what lies in `dir`."""
-    source, name, directory = config.source, config.name, config.dir
-    if source == "auto":
-        if name == "digits":
-            source = "tfds"
-        elif name == "folder":
-            source = "folder"
-        elif directory and archives.find(name, directory):
-            source = "archive"
-        else:
-            source = "tfds"
-    if source == "folder":
-        return folder.read(directory, name)._replace(about={"reader": source})
-    if source == "archive":
-        raw = archives.read(name, directory, config.labels)
-        return raw._replace(about={"reader": source})
+    source = _find_source(config) if config.source == "auto" else config.source
+    raw = READERS[source](config, prepare)
+    return raw._replace(about={"reader": source, **raw.about})
+
+
+def _find_source(config: Any) -> str:
+    """The reader that "auto" is, by what lies in `dir`."""
+    if config.name == "folder":
+        return "folder"
+    if config.name != "digits" and config.dir and archives.find(config.name, config.dir):
+        return "archive"
+    return "tfds"
+
+
+def _read_tfds(config: Any, prepare: bool) -> Raw:
     # TFDS takes half a second to import, and the others need none of it.
     from flax_cnns.data.readers import tfds
 
-    return tfds.read(name, directory, config.labels, prepare=prepare)
+    return tfds.read(config.name, config.dir, config.labels, prepare=prepare)
+
+
+# By `data.source`. With `prepare`, a reader may download and prepare what is not there.
+READERS: dict[str, Callable[[Any, bool], Raw]] = {
+    "folder": lambda config, prepare: folder.read(config.dir, config.name),
+    "archive": lambda config, prepare: archives.read(config.name, config.dir, config.labels),
+    "tfds": _read_tfds,
+}

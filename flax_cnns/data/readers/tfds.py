@@ -117,7 +117,7 @@ def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw
 def _about(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> dict[str, Any]:
     """What the fingerprint has of the builder. Bytes only of a user's own: the version of a stock
     data set says what it holds, and its bytes depend on the encoder of the images."""
-    about: dict[str, Any] = {"reader": "tfds", "builder": builder.info.full_name}
+    about: dict[str, Any] = {"builder": builder.info.full_name}
     if builder.name not in tfds.list_builders(with_community_datasets=False):
         about["bytes"] = {split: int(builder.info.splits[split].num_bytes) for split in splits}
     return about
