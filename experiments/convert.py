@@ -14,6 +14,7 @@ it say what was chosen, renamed or adapted (flax_cnns/weights/adapt.py).
 
 from __future__ import annotations
 
+import re
 import sys
 
 if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
@@ -22,6 +23,7 @@ if not __package__:  # run by its path: experiments/inspect.py must not hide Pyt
 from absl import flags
 
 from experiments import script
+from flax_cnns.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "Our network's name.", required=True)
 _SOURCE = flags.DEFINE_string(
@@ -47,18 +49,22 @@ def convert(argv: list[str]) -> None:
     from flax_cnns.interop import convert as foreign
 
     del argv
-    about = foreign.convert(
-        _MODEL.value,
-        _SOURCE.value,
-        _OUT.value,
-        _PATH.value or None,
-        image_size=_SIZE.value,
-        channels=_CHANNELS.value,
-        head=_HEAD.value,
-        averaged=_AVERAGED.value,
-        adapt_stem=_STEM.value,
-        resize_positions=_POSITIONS.value,
-    )
+    try:
+        about = foreign.convert(
+            _MODEL.value,
+            _SOURCE.value,
+            _OUT.value,
+            _PATH.value or None,
+            image_size=_SIZE.value,
+            channels=_CHANNELS.value,
+            head=_HEAD.value,
+            averaged=_AVERAGED.value,
+            adapt_stem=_STEM.value,
+            resize_positions=_POSITIONS.value,
+        )
+    except UserError as error:  # options of the library are flags here
+        flagged = re.sub(r"\b(adapt_stem|resize_positions|averaged)=True", r"--\1", str(error))
+        raise UserError(flagged) from None
     for note in about["notes"]:
         print(f"note: {note}")
     print(

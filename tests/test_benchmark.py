@@ -286,11 +286,6 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
     assert err == "error: the device is out of memory; take a smaller --batch\n"
 
 
-def test_the_optimizer_has_the_fields_of_a_config():
-    get_config = pytest.importorskip("configs.common", exc_type=ImportError).get_config
-    assert vars(training.SGD).keys() == get_config().optimizer.to_dict().keys()
-
-
 @pytest.mark.slow
 def test_it_starts_where_only_jax_and_flax_are():
     """A machine with a GPU may have neither Grain nor TFDS nor ml_collections."""

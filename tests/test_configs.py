@@ -11,7 +11,7 @@ import pytest
 
 from configs import ablations, common
 from flax_cnns import config as configs
-from flax_cnns import create_model, effects, init_variables
+from flax_cnns import create_model, init_variables
 from flax_cnns.runs.build import model_fields
 from flax_cnns.studies.ablation import plan
 from flax_cnns.train import schedules
@@ -52,7 +52,7 @@ def doubts(config):
         shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
         return bool(shapes["batch_stats"])
 
-    facts = effects.Facts(
+    facts = configs.Facts(
         total=count(config.train.duration),
         count=count,
         validates=bool(config.data.validation),
@@ -60,7 +60,7 @@ def doubts(config):
         has_batchnorm=has_batchnorm,
         has_aux_heads=lambda: config.model.name == "dsn",
     )
-    return [*configs.doubts(config), *configs.doubts(config, facts)]
+    return [*configs.find_doubts(config), *configs.find_doubts(config, facts)]
 
 
 @pytest.mark.parametrize("name", FILES)

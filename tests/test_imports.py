@@ -21,8 +21,7 @@ COMMON = {"errors", "types", "files", "names"}
 # a folder in a folder, or a module; the longest name that fits a file is its part.
 MAY_IMPORT = {
     "tree": set(),
-    "config": {"effects"},
-    "effects": set(),
+    "config": set(),
     "runtime": set(),
     "layers": {"tree"},
     "models": {"layers"},
@@ -121,8 +120,11 @@ def test_no_module_imports_itself_by_way_of_others(root):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_a_config_imports_ml_collections_and_configs(path):
-    tops = {name.partition(".")[0] for name in imported(path.read_text(), path)}
+def test_a_config_imports_ml_collections_the_table_of_fields_and_configs(path):
+    names = imported(path.read_text(), path)
+    ours = {name for name in names if name.startswith("flax_cnns")}
+    assert all(name.startswith("flax_cnns.config.") for name in ours)
+    tops = {name.partition(".")[0] for name in names - ours}
     assert tops <= {"ml_collections", "configs", "__future__"}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number, percent
+from flax_cnns import config
 from flax_cnns import tree as pytree
 from flax_cnns.analysis import device
 from flax_cnns.analysis.cost import cost
@@ -26,27 +27,9 @@ from flax_cnns.train.state import TrainState
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each channel in 0..1
 RATE, MOMENTUM = 1e-3, 0.9
-SGD = SimpleNamespace(  # config.optimizer of configs/common.py, without ml_collections
-    name="sgd",
-    momentum=MOMENTUM,
-    nesterov=False,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    decay_rate=0.9,
-    weight_decay=(),
-    weight_decay_mode="auto",
-    l2=(),
-    max_norm=(),
-    grad_noise=0.0,
-    grad_noise_decay=0.55,
-    sam=0.0,
-    trainable=(),
-    bn=(),
-    lr_mult=(),
-    layer_decay=0.0,
-    clip_norm=0.0,
-)
+_DEFAULTS = config.make_defaults()
+SGD = SimpleNamespace(**_DEFAULTS["optimizer"] | dict(name="sgd", momentum=MOMENTUM))
+MIX = SimpleNamespace(**_DEFAULTS["mix"])  # off
 
 
 def make(name: str, args: argparse.Namespace, **fields: Any) -> nn.Module:
@@ -110,7 +93,7 @@ class Trainee:
             model.apply,
             optimizer,
             augment=lambda images, keys: normalize(images),
-            mix=make_mix(SimpleNamespace(label_smoothing=0.0, mixup=0.0, cutmix=0.0), classes),
+            mix=make_mix(MIX, classes),
             aux_weights=[(".*", schedules.constant(0.3))],
         )
         self._step = parallel.parallelize(step, self.mesh, mode=mode)

@@ -67,7 +67,7 @@ def evaluate_run(
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
     configs.validate(config)
-    found = configs.doubts(config)
+    found = configs.find_doubts(config)
     start_jax(config)
     try:
         parts = assemble(config, confusion=True, begun=True)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from flax_cnns import config as configs
-from flax_cnns import effects
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft as grafting
 from flax_cnns.checkpoint.graft.sources import Source, open_source
@@ -63,7 +62,7 @@ class Plan:
         return schedules.steps(duration, self.steps_per_epoch, what=field)
 
     def find_doubts(self) -> list[str]:
-        """`config.doubts` that take the network or the data to know."""
+        """`config.find_doubts` that take the network or the data to know."""
         parts = self.parts
 
         def shapes() -> PyTree:
@@ -81,7 +80,7 @@ class Plan:
             )
             return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
 
-        facts = effects.Facts(
+        facts = configs.Facts(
             total=self.total,
             count=self.count,
             validates=self.validates,
@@ -89,7 +88,7 @@ class Plan:
             has_batchnorm=lambda: bool(shapes()["batch_stats"]),
             has_aux_heads=has_aux_heads,
         )
-        return configs.doubts(self.config, facts)
+        return configs.find_doubts(self.config, facts)
 
     @functools.cached_property
     def layer_order(self) -> list[str]:
@@ -219,7 +218,7 @@ def rehearse(
     """
     configs.validate(config)
     if not begun:
-        configs.refuse(configs.doubts(config))
+        configs.refuse(configs.find_doubts(config))
     parts = assemble(config, begun=begun)
     plan = Plan(parts)
     if not begun:
@@ -246,8 +245,8 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
         grafting.check(sources[name], target, config.graft.rules, options)
 
 
-def doubts(parts: Parts, fraction: float = 1.0) -> list[str]:
-    """`config.doubts` that take the network or the data to know, of a run on so much of these."""
+def find_doubts(parts: Parts, fraction: float = 1.0) -> list[str]:
+    """`Plan.find_doubts` of a run on so much of the training examples."""
     plan = Plan(parts)
     plan.steps_per_epoch *= fraction
     plan.total = plan.count(parts.config.train.duration)

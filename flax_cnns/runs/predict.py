@@ -146,7 +146,7 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
     """
     workdir = pathlib.Path(workdir)
     config = workdirs.read_config(workdir)
-    if found := configs.doubts(config):
+    if found := configs.find_doubts(config):
         print(configs.note(workdir, found))
     facts = workdir / "dataset.json"
     if facts.is_file():

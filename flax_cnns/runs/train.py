@@ -83,7 +83,7 @@ def run(
             f" that run give its name, and to start from its weights a new --workdir with"
             f" config.graft.source={os.fspath(workdir)}"
         )
-    begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.doubts(config)
+    begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.find_doubts(config)
     if not begun:
         configs.refuse(found)
     start_jax(config)

@@ -115,7 +115,7 @@ def describe_resume(workdir: pathlib.Path) -> str:
 def reset_if_new(config: Any, workdir: pathlib.Path) -> Any:
     """The config of a run that this package derives. In a new run, fields that cannot act get their
     defaults; an older run keeps them."""
-    return config if has_begun(workdir) else configs.reset_inert(config)
+    return config if has_begun(workdir) else configs.reset_inert_fields(config)
 
 
 def check_workdir(

@@ -7,14 +7,17 @@ from flax_cnns import config as configs
 from flax_cnns.errors import UserError
 
 
-def test_the_checks_and_the_defaults_name_the_same_fields():
-    assert sorted(configs.FIELDS) == sorted(configs.flatten(get_config().to_dict()))
+def test_a_row_of_the_table_is_whole():
+    for name, field in configs.FIELDS.items():
+        assert field.check(field.default) is None, name
+        assert field.check(configs.NEWER.get(name, field.default)) is None, name
+        assert field.meaning, name
+        assert not (field.regularizer and field.default), f"{name} is off by default"
 
 
 def test_a_field_that_was_added_since_has_its_default_in_older_runs():
-    defaults = configs.flatten(get_config().to_dict())
-    assert {name: defaults[name] for name in configs.NEWER} == configs.NEWER
-    assert len(configs.FIELDS) - len(configs.NEWER) == 83, "give the new field a row in NEWER"
+    assert {name: configs.DEFAULTS[name] for name in configs.NEWER} == configs.NEWER
+    assert len(configs.FIELDS) - len(configs.NEWER) == 83, "give the new field older_runs=..."
     older = configs.plain(get_config())
     for name in configs.NEWER:
         *parents, field = name.split(".")
@@ -52,6 +55,7 @@ def changed(path, value):
         ("data.validation", -0.1, "a number of at least 0, got -0.1"),
         ("mix.cutmix", float("inf"), "a number of at least 0, got inf"),
         ("data.augment.pca", 1.5, "a number from 0 to 1"),
+        ("data.validation", 1.5, "a fraction below 1, a count, or 0, got 1.5"),
         ("data.channels", 2, "0 .*1 or 3, got 2"),
         ("data.fraction", 0.0, "a number above 0 to 1, got 0"),
         ("data.classes", (0, 1.5), "numbers or names of classes"),

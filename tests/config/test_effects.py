@@ -3,14 +3,17 @@ run, kept by a run of before."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import shutil
 
 import pytest
 
 from configs import common
 from flax_cnns import config as configs
-from flax_cnns import effects, run
+from flax_cnns import run
+from flax_cnns.config import effects
 from flax_cnns.errors import UserError
 from flax_cnns.runs import evaluate, predict, train
 from flax_cnns.runs import plan as runs_plan
@@ -20,8 +23,6 @@ from tests.config.test_config import changed
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
-DEFAULTS = configs.flatten(common.get_config().to_dict())
-
 
 def make(**fields):
     """The defaults with fields changed, dots as __."""
@@ -30,10 +31,9 @@ def make(**fields):
     return config
 
 
-def test_the_rows_have_the_defaults():
-    for table in (effects.EFFECTS, effects.IN_A_RUN):
-        assert {name: row.default for name, row in table.items()} == {n: DEFAULTS[n] for n in table}
-    assert configs.doubts(common.get_config()) == []
+def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
+    assert configs.FIELDS.keys() >= effects.EFFECTS.keys() | effects.IN_A_RUN.keys()
+    assert configs.find_doubts(common.get_config()) == []
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_rows_have_the_defaults():
 def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
     config = make(**fields)
     configs.validate(config)  # a run of before goes on
-    found = configs.doubts(config)
+    found = configs.find_doubts(config)
     assert found
     with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")) as error:
         raise UserError(found[0])
@@ -116,7 +116,7 @@ def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
     ],
 )
 def test_fields_that_act_are_accepted(fields):
-    assert configs.doubts(make(**fields)) == []
+    assert configs.find_doubts(make(**fields)) == []
 
 
 def test_a_whole_number_beyond_floats_is_an_error_of_its_field():
@@ -149,6 +149,24 @@ def test_the_dry_run_says_what_the_network_or_the_data_switch_off(config, fields
     with pytest.raises(UserError, match=said):
         runs_plan.rehearse(config)
     runs_plan.rehearse(config, begun=True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(schedule__name="steps", schedule__boundaries=("9 steps",), schedule__factor=0.2),
+        dict(schedule__name="exponential", schedule__every="9 steps", schedule__rate=0.5),
+    ],
+)
+def test_a_schedule_that_would_never_change_is_cured_by_what_is_said(fields):
+    config = make(**fields)
+    facts = configs.Facts(9, lambda text: int(text.split()[0]), True, False, None, None)
+    (said,) = configs.find_doubts(config, facts)
+    cure = re.findall(r"(schedule\.\w+)=('[^']*'|\(\)|[\d.]+)", said.rpartition("; ")[2])
+    config.update_from_flattened_dict({name: ast.literal_eval(value) for name, value in cure})
+    assert config.schedule.name == "constant"
+    configs.validate(config)
+    assert configs.find_doubts(config) == configs.find_doubts(config, facts) == []
 
 
 def test_the_dry_run_accepts_what_acts(config):

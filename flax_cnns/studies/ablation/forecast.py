@@ -88,7 +88,7 @@ def time_steps(row: Row, share: child.Share) -> tuple[float, float]:
     config.schedule.update(dict(name="constant", warmup="0 steps"))
     config.train.update(dict(duration=f"{TIMED} steps", eval_every="0 steps", early_stopping=0))
     config.checkpoint.every = "0 steps"
-    config = configs.reset_inert(config)
+    config = configs.reset_inert_fields(config)
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
         began = time.perf_counter()

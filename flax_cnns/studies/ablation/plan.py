@@ -142,7 +142,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     that these switch off, such as sgd's momentum under another optimizer, get their defaults.
     Raises `UserError` for an unknown field; those of a network are the network's to know."""
     # A field that could not act before, or that the row sets, is a mistake: it must be refused.
-    keep = {*configs.inert(config), *configs.flatten(overrides)}
+    keep = {*configs.find_inert_fields(config), *configs.flatten(overrides)}
     config = ConfigDict(config.to_dict())
     with config.unlocked(), config.ignore_type():
         for path, value in configs.flatten(overrides).items():
@@ -155,7 +155,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
             for part in section.split("."):
                 at = at[part]
             at[field] = value
-    return configs.reset_inert(config, keep)
+    return configs.reset_inert_fields(config, keep)
 
 
 def make_cells(rows: Sequence[Row], folder: str | os.PathLike, seeds: int) -> list[Cell]:

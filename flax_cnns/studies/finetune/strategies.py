@@ -16,7 +16,7 @@ from flax_cnns.checkpoint.graft import graft
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
 from flax_cnns.runs.build import assemble
-from flax_cnns.runs.plan import doubts
+from flax_cnns.runs.plan import find_doubts
 from flax_cnns.studies.finetune import probe
 
 COPY = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
@@ -186,8 +186,8 @@ def make_task(
     also for what no new run of this network may have on these data, or on a `fraction` of them."""
     parts = assemble(config)
     if new:
-        configs.refuse(doubts(parts))
-        if found := doubts(parts, fraction):  # durations in epochs are fewer steps
+        configs.refuse(find_doubts(parts))
+        if found := find_doubts(parts, fraction):  # durations in epochs are fewer steps
             raise UserError(f"with --fractions={fraction:g}: {' | '.join(found)}")
     shape = (1, *parts.dataset.image_shape)
 

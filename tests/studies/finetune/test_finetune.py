@@ -81,7 +81,7 @@ def test_a_slower_phase_has_no_last_rate_above_its_first(task):
     config.schedule.update(dict(learning_rate=0.1, end=0.05))
     (phase,) = strategies.all_slowly(task._replace(config=config))
     assert phase.config.schedule.end == phase.config.schedule.learning_rate
-    assert configs.doubts(phase.config) == []
+    assert configs.find_doubts(phase.config) == []
 
 
 def leaves(task):

@@ -1,9 +1,8 @@
 """Which config fields act under which other choices, and values that make no sense in a new run.
 
 `EFFECTS` and `IN_A_RUN` hold a row for each field that other fields, the network or the data can
-switch off. `configs/common.py` has the same defaults; a test holds the two together. A field at its
-default is never wrong. Fields that are missing here act always, or whether they act is unknown
-until the run has begun.
+switch off. A field at its default is never wrong. Fields that are missing here act always, or
+whether they act is unknown until the run has begun.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from flax_cnns.config.checks import DURATION
+from flax_cnns.config.fields import DEFAULTS
+
 Flat = Mapping[str, Any]  # a config by paths: {"optimizer.name": "sgd", ...}
 
 MOST, LEAST = 3.4028234e38, 1.1754944e-38  # float32: the largest, and the smallest normal number
 MOST_STEPS = 2**31  # steps are counted by int32
-DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 
 
 class Facts(NamedTuple):
@@ -35,11 +36,11 @@ class Effect(NamedTuple):
     """When a field acts. `why` says in words what it belongs to; `{optimizer.name}` stands for the
     value of that field."""
 
-    default: Any
     why: str
     acts: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and Facts
     cure: str = ""  # in place of "leave it at" the default
     resets: bool = True  # False: to reset it would change the run
+    beside: str = ""  # the field that must be on, where that decides
 
 
 def amount(duration: Any) -> float:
@@ -55,16 +56,15 @@ def is_on(value: Any) -> bool:
     return bool(value)
 
 
-def _only(default: Any, field: str, *names: str) -> Effect:
+def _only(field: str, *names: str) -> Effect:
     *most, last = names
     known = f"{', '.join(most)} and {last} have it" if most else f"{last} has it"
-    return Effect(
-        default, f"{known}, and {field} is {{{field}}}", lambda flat: flat[field] in names
-    )
+    return Effect(f"{known}, and {field} is {{{field}}}", lambda flat: flat[field] in names)
 
 
-def _beside(default: Any, field: str, what: str) -> Effect:
-    return Effect(default, f"{what}, and {field} is {{{field}}}", lambda flat: is_on(flat[field]))
+def _beside(field: str, what: str) -> Effect:
+    why = f"{what}, and {field} is {{{field}}}"
+    return Effect(why, lambda flat: is_on(flat[field]), beside=field)
 
 
 def _validates(flat: Flat) -> bool:
@@ -80,79 +80,69 @@ _EVERY = "set train.eval_every='1 epochs'"
 
 EFFECTS: dict[str, Effect] = {
     "data.labels": Effect(
-        "",
         "data sets of TFDS and of archives may have several kinds, and a folder has one",
         lambda flat: (
             flat["data.source"] != "folder"
             and (flat["data.source"] != "auto" or flat["data.name"] != "folder")
         ),
     ),
-    "data.memory_limit": _only(4.0, "data.in_memory", "auto"),
+    "data.memory_limit": _only("data.in_memory", "auto"),
     "data.workers": Effect(
-        0,
         "they decode what is streamed, and data.in_memory is {data.in_memory}",
         lambda flat: flat["data.in_memory"] != "yes",
     ),
-    "data.mean": _beside((), "data.augment.normalize", "normalization subtracts it"),
-    "data.std": _beside((), "data.augment.normalize", "normalization divides by it"),
-    "optimizer.momentum": _only(0.9, "optimizer.name", "sgd", "rmsprop"),
+    "data.mean": _beside("data.augment.normalize", "normalization subtracts it"),
+    "data.std": _beside("data.augment.normalize", "normalization divides by it"),
+    "optimizer.momentum": _only("optimizer.name", "sgd", "rmsprop"),
     "optimizer.nesterov": Effect(
-        False,
         "sgd with momentum has it, and optimizer.name is {optimizer.name}, optimizer.momentum"
         " {optimizer.momentum}",
         lambda flat: flat["optimizer.name"] == "sgd" and is_on(flat["optimizer.momentum"]),
     ),
-    "optimizer.b1": _only(0.9, "optimizer.name", "adam", "adamw", "lamb"),
-    "optimizer.b2": _only(0.999, "optimizer.name", "adam", "adamw", "lamb"),
-    "optimizer.eps": _only(1e-8, "optimizer.name", "adam", "adamw", "lamb", "rmsprop"),
-    "optimizer.decay_rate": _only(0.9, "optimizer.name", "rmsprop"),
+    "optimizer.b1": _only("optimizer.name", "adam", "adamw", "lamb"),
+    "optimizer.b2": _only("optimizer.name", "adam", "adamw", "lamb"),
+    "optimizer.eps": _only("optimizer.name", "adam", "adamw", "lamb", "rmsprop"),
+    "optimizer.decay_rate": _only("optimizer.name", "rmsprop"),
     "optimizer.weight_decay_mode": _beside(
-        "auto", "optimizer.weight_decay", "it says how weight decay acts"
+        "optimizer.weight_decay", "it says how weight decay acts"
     ),
     "optimizer.grad_noise_decay": _beside(
-        0.55, "optimizer.grad_noise", "it says how gradient noise falls"
+        "optimizer.grad_noise", "it says how gradient noise falls"
     ),
     "schedule.name": Effect(
-        "cosine",
         f"plateau looks at validations, {_NEVER}",
         lambda flat: flat["schedule.name"] != "plateau" or _validates(flat),
         cure=_EVERY,
         resets=False,
     ),
     "schedule.warmup": Effect(
-        "0 steps",
         "one_cycle rises by itself, and schedule.name is {schedule.name}",
         lambda flat: flat["schedule.name"] != "one_cycle" or amount(flat["schedule.warmup"]) == 0,
     ),
-    "schedule.boundaries": _only((), "schedule.name", "steps"),
-    "schedule.factor": _only(0.1, "schedule.name", "steps", "plateau"),
-    "schedule.every": _only("1 epochs", "schedule.name", "exponential"),
-    "schedule.rate": _only(0.97, "schedule.name", "exponential"),
-    "schedule.end": _only(0.0, "schedule.name", "cosine", "exponential"),
-    "schedule.pct_start": _only(0.3, "schedule.name", "one_cycle"),
-    "schedule.div_factor": _only(25.0, "schedule.name", "one_cycle"),
-    "schedule.final_div_factor": _only(1e4, "schedule.name", "one_cycle"),
-    "schedule.patience": _only(5, "schedule.name", "plateau"),
-    "schedule.min_delta": _only(1e-4, "schedule.name", "plateau"),
-    "train.ema_warmup": _beside(True, "train.ema", "it says how the averaged weights begin"),
-    "train.dropout_mode": _beside("unit", "train.dropout", "it says what dropout drops"),
-    "train.test_on": Effect(
-        "latest", f"the best is chosen by validations on the way, {_NEVER}", _validates
-    ),
+    "schedule.boundaries": _only("schedule.name", "steps"),
+    "schedule.factor": _only("schedule.name", "steps", "plateau"),
+    "schedule.every": _only("schedule.name", "exponential"),
+    "schedule.rate": _only("schedule.name", "exponential"),
+    "schedule.end": _only("schedule.name", "cosine", "exponential"),
+    "schedule.pct_start": _only("schedule.name", "one_cycle"),
+    "schedule.div_factor": _only("schedule.name", "one_cycle"),
+    "schedule.final_div_factor": _only("schedule.name", "one_cycle"),
+    "schedule.patience": _only("schedule.name", "plateau"),
+    "schedule.min_delta": _only("schedule.name", "plateau"),
+    "train.ema_warmup": _beside("train.ema", "it says how the averaged weights begin"),
+    "train.dropout_mode": _beside("train.dropout", "it says what dropout drops"),
+    "train.test_on": Effect(f"the best is chosen by validations on the way, {_NEVER}", _validates),
     "train.early_stopping": Effect(
-        0, f"it counts validations on the way, {_NEVER}", _validates, cure=_EVERY
+        f"it counts validations on the way, {_NEVER}", _validates, cure=_EVERY
     ),
     "checkpoint.keep_best": Effect(
-        1,
         f"the best are chosen by validations on the way, {_NEVER}",
         lambda flat: flat["checkpoint.keep_best"] == 0 or _validates(flat),
     ),
-    "graft.rules": _beside(
-        ((r"(.*)", r"\1"),), "graft.source", "they say what is taken from the source"
-    ),
-    "graft.adapt_stem": _beside(False, "graft.source", "it changes what is taken"),
-    "graft.resize_positions": _beside(False, "graft.source", "it changes what is taken"),
-    "graft.averaged": _beside(False, "graft.source", "it chooses among a file's weights"),
+    "graft.rules": _beside("graft.source", "they say what is taken from the source"),
+    "graft.adapt_stem": _beside("graft.source", "it changes what is taken"),
+    "graft.resize_positions": _beside("graft.source", "it changes what is taken"),
+    "graft.averaged": _beside("graft.source", "it chooses among a file's weights"),
 }
 
 
@@ -163,12 +153,18 @@ def _ends_before(field: str) -> Callable[[Flat, Facts], bool]:
     return lambda flat, facts: facts.count(flat[field]) <= facts.total
 
 
+def _constant(*fields: str) -> str:
+    """The cure for a rate that never changes: to say so. The fields of the schedule would be
+    refused then."""
+    *most, last = (f"schedule.{field}={DEFAULTS[f'schedule.{field}']!r}" for field in fields)
+    return f"schedule.name='constant' with {', '.join(most)} and {last}"
+
+
 _NO_BATCHNORM = "the network {model.name} has no BatchNorm"
 _NO_VALIDATION = "validations choose the best, and there is no validation split"
 
 IN_A_RUN: dict[str, Effect] = {
     "data.validation": Effect(
-        0.1,
         "{data.name} has a validation split of its own, and that is taken",
         # 0 takes nothing from train, and nothing is taken. Where something looks at validations, 0
         # contradicts it.
@@ -178,58 +174,53 @@ IN_A_RUN: dict[str, Effect] = {
         ),
     ),
     "schedule.warmup": Effect(
-        "0 steps",
         "the warm-up is longer than the run, train.duration={train.duration}: the rate would never"
         " reach schedule.learning_rate",
         _ends_before("schedule.warmup"),
         cure="shorten it, or train longer",
     ),
     "schedule.boundaries": Effect(
-        (),
         "the run, train.duration={train.duration}, ends before the first of them: the rate would"
         " never change",
         lambda flat, facts: (
             flat["schedule.name"] != "steps"
             or any(facts.count(at) < facts.total for at in flat["schedule.boundaries"])
         ),
-        cure="take earlier ones, or schedule.name='constant'",
+        cure=f"take earlier ones, or {_constant('boundaries', 'factor')}",
     ),
     "schedule.every": Effect(
-        "1 epochs",
         "the run, train.duration={train.duration}, ends before that: the rate would never change",
         lambda flat, facts: (
             flat["schedule.name"] != "exponential"
             or facts.count(flat["schedule.warmup"]) + facts.count(flat["schedule.every"])
             < facts.total
         ),
-        cure="take a shorter one, or schedule.name='constant'",
+        cure=f"take a shorter one, or {_constant('every', 'rate', 'end')}",
     ),
-    "train.sync_batchnorm": Effect(False, _NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
-    "train.precise_bn": Effect(0, _NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
+    "train.sync_batchnorm": Effect(_NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
+    "train.precise_bn": Effect(_NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
     "train.aux_weight": Effect(
-        (0.3,),
         "the network {model.name} has no auxiliary heads",
         lambda flat, facts: not is_on(flat["train.aux_weight"]) or facts.has_aux_heads(),
     ),
-    "train.test_on": Effect("latest", _NO_VALIDATION, lambda flat, facts: facts.validates),
+    "train.test_on": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
     "checkpoint.keep_best": Effect(
-        1,
         _NO_VALIDATION,
         lambda flat, facts: flat["checkpoint.keep_best"] == 0 or facts.validates,
     ),
 }
 
 
-def inert(flat: Flat, facts: Facts | None = None) -> dict[str, str]:
+def find_inert(flat: Flat, facts: Facts | None = None) -> dict[str, str]:
     """{field: a line that says why} for the fields that are set and cannot act. Without `facts` the
     config alone decides; with `facts` the network and the data alone do."""
     found = {}
     for field, effect in (EFFECTS if facts is None else IN_A_RUN).items():
         given = (flat,) if facts is None else (flat, facts)
-        if _plain(flat[field]) == _plain(effect.default) or effect.acts(*given):
+        if _plain(flat[field]) == _plain(DEFAULTS[field]) or effect.acts(*given):
             continue
         why = re.sub(r"\{([\w.]+)\}", lambda match: repr(flat[match[1]]), effect.why)
-        cure = effect.cure or f"leave it at {effect.default!r}"
+        cure = effect.cure or f"leave it at {DEFAULTS[field]!r}"
         found[field] = f"config.{field}={flat[field]!r}: {why}; {cure}"
     return found
 
@@ -241,7 +232,7 @@ def _plain(value: Any) -> Any:
 # ---- values that make no sense
 
 
-def senseless(flat: Flat) -> Iterator[str]:
+def find_bad_values(flat: Flat) -> Iterator[str]:
     """A line for each value that a new run may not have; older runs go on with theirs. `flat` has
     passed the checks of its fields."""
 
@@ -271,7 +262,7 @@ def senseless(flat: Flat) -> Iterator[str]:
             yield say(field, "a number that float32 holds: 0, or 1.2e-38 to 3.4e38")
 
 
-def overlong(flat: Flat, facts: Facts) -> Iterator[str]:
+def find_long_durations(flat: Flat, facts: Facts) -> Iterator[str]:
     """A line for each duration in epochs that is too many steps."""
     for field, value in flat.items():
         for duration in _durations(value):

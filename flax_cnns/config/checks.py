@@ -1,0 +1,162 @@
+"""What a value may be: each check returns None, or a text that says what was expected."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from flax_cnns.errors import did_you_mean
+
+Check = Callable[[Any], str | None]  # None, or what was expected
+
+DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
+
+
+def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> Check:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fine = fine and low <= value <= high and abs(value) <= sys.float_info.max
+        if fine and not (above and value == low):
+            return None
+        if high == math.inf:
+            return f"a number {'above' if above else 'of at least'} {low:g}"
+        return f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+
+    return check
+
+
+def integer(low: int = 0) -> Check:
+    def check(value: Any) -> str | None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            return f"a whole number of at least {low}"
+        return None if value < 2**31 else "a whole number below 2**31"
+
+    return check
+
+
+def one_of(*names: str) -> Check:
+    def check(value: Any) -> str | None:
+        known = ", ".join(names)
+        return None if value in names else f"one of {known}{_near(value, names)}"
+
+    return check
+
+
+def _near(value: Any, names: tuple[str, ...]) -> str:
+    hint = did_you_mean(str(value), names)
+    return hint if "did you mean" in hint else ""
+
+
+def flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "True or False"
+
+
+def text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "a text"
+
+
+def word(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "a name"
+
+
+def duration(value: Any) -> str | None:
+    fine = isinstance(value, str) and DURATION.fullmatch(value)
+    return None if fine else "a duration such as '20 epochs' or '500 steps'"
+
+
+def durations(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(duration(v) is None for v in value)
+    return None if fine else "durations such as ('30 epochs', '60 epochs')"
+
+
+def shares(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    fine = fine and all(isinstance(v, (int, float)) and 0 < v <= 1 for v in value)
+    fine = fine and list(value) == sorted(value)
+    return None if fine else "() or (smallest, largest) share of the area, within 0 to 1"
+
+
+def randaugment(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    if fine and value:
+        fine = integer(1)(value[0]) is None and number(0, 30)(value[1]) is None
+    return None if fine else "() or (operations an image, magnitude from 0 to 30) such as (2, 9)"
+
+
+def rules(of: Check, what: str, *, single: bool = False) -> Check:
+    """Pairs (regex, value); with `single` also one value alone, for every path."""
+
+    def check(value: Any) -> str | None:
+        expected = f"rules ((regex, {what}), …)" + (f" or ({what},)" if single else "")
+        if not isinstance(value, (tuple, list)):
+            return expected
+        if single and len(value) == 1 and of(value[0]) is None:
+            return None
+        for rule in value:
+            if not isinstance(rule, (tuple, list)) or len(rule) != 2 or of(rule[1]) is not None:
+                return expected
+            try:
+                re.compile(rule[0])
+            except (re.error, TypeError) as error:
+                return f"{expected}; {rule[0]!r} is no regular expression ({error})"
+        return None
+
+    return check
+
+
+def weight(value: Any) -> str | None:
+    """A number, or corners ((duration, number), …)."""
+    if number(-math.inf)(value) is None:
+        return None
+    fine = isinstance(value, (tuple, list)) and len(value) > 0
+    fine = fine and all(
+        isinstance(c, (tuple, list))
+        and len(c) == 2
+        and duration(c[0]) is None
+        and number(-math.inf)(c[1]) is None
+        for c in value
+    )
+    return None if fine else "a number"
+
+
+def compute_dtype(value: Any) -> str | None:
+    if value == "float16":  # its gradients vanish below 6e-8
+        return "bfloat16 or float32 (training in float16 needs a scaled loss, and ours is not)"
+    return one_of("float32", "bfloat16")(value)
+
+
+batchnorm_mode = one_of("train", "frozen_stats", "frozen")
+schedule_name = one_of("constant", "steps", "cosine", "exponential", "one_cycle", "plateau")
+
+
+def class_list(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(
+        isinstance(v, (int, str)) and not isinstance(v, bool) for v in value
+    )
+    return None if fine else "numbers or names of classes such as (0, 3, 'Bag'), () for all"
+
+
+def per_channel(low: float) -> Check:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, (tuple, list)) and all(number(low)(v) is None for v in value)
+        return None if fine else "a number per channel such as (0.485, 0.456, 0.406), or ()"
+
+    return check
+
+
+def channel_count(value: Any) -> str | None:
+    fine = value in (0, 1, 3) and not isinstance(value, (bool, float))
+    return None if fine else "0 (the data set's own), 1 or 3"
+
+
+def split_size(value: Any) -> str | None:
+    if expected := number()(value):
+        return expected
+    return None if value < 1 or value % 1 == 0 else "a fraction below 1, a count, or 0"
+
+
+def source_path(value: Any) -> str | None:
+    return None if value is None or isinstance(value, str) else "a path or None"

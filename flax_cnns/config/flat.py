@@ -1,0 +1,49 @@
+"""Configs as plain data: nested as JSON has them, or flat by the paths of their fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flax_cnns.errors import UserError
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A ConfigDict or mapping -> nested dicts and lists as JSON has them (tuples become lists)."""
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    try:
+        return json.loads(json.dumps(config))
+    except TypeError as error:
+        raise UserError(f"config: every value is a number, text, tuple or dict: {error}") from None
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"name": "x"}}`, a mapping or ConfigDict -> `{"model.name": "x"}`."""
+    flat: dict[str, Any] = {}
+    for name, value in (config.to_dict() if hasattr(config, "to_dict") else config).items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def set_field(config: dict[str, Any], path: str, value: Any) -> None:
+    """Sets `config["a"]["b"]` for the path "a.b"; makes the sections that are not there."""
+    *sections, field = path.split(".")
+    for name in sections:
+        config = config.setdefault(name, {})
+    config[field] = value
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which two plain configs differ, as `"seed: 0 there, 1 here"`."""
+    here, there, missing = flatten(ours), flatten(theirs), object()
+
+    def say(value: Any) -> str:
+        return "absent" if value is missing else repr(value)
+
+    return [
+        f"{name}: {say(there.get(name, missing))} there, {say(here.get(name, missing))} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name, missing) != there.get(name, missing)
+    ]
