@@ -15,31 +15,27 @@ import pytest
 
 from configs import ablations
 from configs.ablations import regularizers
+from flax_cnns import config as configs
+from flax_cnns.config import effects
 from flax_cnns.runs import build
 from flax_cnns.studies.ablation import plan
 from flax_cnns.train import optimizers, parallel, schedules
 from flax_cnns.train.state import TrainState
 
+REGULARIZERS = {name: field for name, field in configs.FIELDS.items() if field.regularizer}
 # What says how a regularizer works does nothing where it is off.
-OFF = {
-    "mix.label_smoothing": 0.0,
-    "mix.mixup": 0.0,
-    "mix.cutmix": 0.0,
-    "data.augment.cutout": 0,
-    "data.augment.erase": 0.0,
-    "data.augment.randaugment": (),
-    "data.augment.pca": 0.0,
-    "optimizer.weight_decay": (0.0,),
+HOW = {
     "optimizer.weight_decay_mode": "decoupled",
-    "optimizer.l2": (),
-    "optimizer.max_norm": (),
-    "optimizer.grad_noise": 0.0,
     "optimizer.grad_noise_decay": 0.9,
-    "optimizer.sam": 0.0,
-    "train.dropout": ((r".*", 0.0),),
     "train.dropout_mode": "channel",
-    "train.ema": 0.0,
     "train.ema_warmup": False,
+}
+# (0.0,) where that is a value: the default (), and 0 for every parameter or module, are both off.
+OFF = {
+    name: field.default if field.check((0.0,)) else (0.0,) for name, field in REGULARIZERS.items()
+}
+OFF |= HOW | {
+    "train.dropout": ((r".*", 0.0),),
     "train.aux_weight": (0.7,),  # of heads that the network has not
     "model.drop_path": 0.0,
     "model.drop_path_mode": "sample",
@@ -99,6 +95,12 @@ def program(config):
 @pytest.fixture(scope="module")
 def plain(digits_dir):
     return program(make_config(digits_dir))
+
+
+def test_every_field_of_the_table_that_regularizes_is_tried():
+    assert HOW.keys() == {n for n, row in effects.EFFECTS.items() if row.beside in REGULARIZERS}
+    rows = dict(regularizers.sweep()) | ON
+    assert REGULARIZERS.keys() <= set().union(*rows.values())
 
 
 def test_off_is_exactly_the_plain_run(digits_dir, plain):
