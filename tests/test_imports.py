@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "layers": {"tree"},
     "models": {"layers"},
     "models.registry": {"models", "layers"},
-    "data": {"tree"},
+    "data": {"tree", "config"},
     "train": {"tree"},
     "weights": {"models", "models.registry", "layers", "tree", "data.images"},
     "evaluation": {"train.metrics", "data", "tree"},

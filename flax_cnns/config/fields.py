@@ -120,7 +120,8 @@ TABLE = section("A config",
                 "pixels of padding on each side before a random crop; 0: off", regularizer=True),
             flip=Field(False, flag, "left-right, half of the time", regularizer=True),
             rotate=Field(0.0, number(0, 180), "degrees, uniform in +-rotate"),
-            scale=Field(0.0, number(0, 0.99), "relative, uniform in 1 +- scale"),
+            scale=Field(0.0, number(0, 0.99),
+                "relative, uniform in 1 +- scale: 0.1 means 0.9 to 1.1"),
             random_resized_crop=Field((), shares, "(smallest, largest) share of the area; (): off"),
             cutout=Field(0, integer(),
                 "side of the square set to the mean; 0: off", regularizer=True),
@@ -130,7 +131,7 @@ TABLE = section("A config",
                 "RandAugment: (operations an image, magnitude 0 to 30), such as (2, 9), on"
                 " torchvision's scale, where 30 is what the paper calls 10; (): off",
                 older_runs=(), regularizer=True),
-            pca=Field(0.0, number(0, 1),
+            pca=Field(0.0, number(0, 1),  # above 1 the sums of pca_color leave 32 bits
                 "Standard deviation along the principal components of the data set's own colours,"
                 " of which grey images have one; to 1, the paper's is 0.1; 0: off",
                 older_runs=0.0, regularizer=True),

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_cnns.data.randaugment import STRONGEST, randaugment
+from flax_cnns.config import validate_section
+from flax_cnns.data.randaugment import randaugment
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
@@ -59,7 +60,8 @@ def make_augment(
     UserError for values that make no sense.
     """
     height, width, _ = image_shape
-    _check(config, height, width)
+    validate_section(config, "data.augment")
+    _check_sizes(config, height, width)
     normalize = make_normalize(config, mean=mean, std=std)
     resized_crop = tuple(config.random_resized_crop) if not cropped else ()
     moved = config.flip or config.pad_crop or config.rotate or config.scale
@@ -93,30 +95,7 @@ def make_augment(
     return augment
 
 
-def _check(config: Any, height: int, width: int) -> None:
-    share = tuple(config.random_resized_crop)
-    if share and not (len(share) == 2 and 0 < share[0] <= share[1] <= 1):
-        raise UserError(
-            "data.augment.random_resized_crop is (smallest, largest) share of the area, "
-            f"within 0..1; got {share}"
-        )
-    for name in ("pad_crop", "cutout", "rotate", "scale"):
-        if config[name] < 0:
-            raise UserError(f"data.augment.{name} must not be negative; got {config[name]}")
-    if config.scale >= 1:
-        raise UserError(f"data.augment.scale is relative: 0.1 means 0.9 to 1.1; got {config.scale}")
-    if not 0 <= config.erase <= 1:
-        raise UserError(f"data.augment.erase is a probability; got {config.erase}")
-    if not 0 <= config.pca <= 1:  # so that the sums of pca_color fit into 32 bits
-        raise UserError(
-            f"data.augment.pca is a standard deviation, 0 to 1, the paper's 0.1; got {config.pca}"
-        )
-    drawn = tuple(config.randaugment)
-    if drawn and not (len(drawn) == 2 and drawn[0] >= 1 and 0 <= drawn[1] <= STRONGEST):
-        raise UserError(
-            "data.augment.randaugment is (number of operations, magnitude), such as (2, 9), the "
-            f"magnitude within 0..{STRONGEST}; got {drawn}"
-        )
+def _check_sizes(config: Any, height: int, width: int) -> None:
     for name in ("pad_crop", "cutout"):
         if config[name] >= min(height, width):
             raise UserError(

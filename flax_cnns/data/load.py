@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from flax_cnns.config import validate_section
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data.classes import choose_classes
 from flax_cnns.data.decode import read_all
@@ -42,7 +43,7 @@ def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
     split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a
     run of this config exists, and goes on with an ambiguous `data.classes`.
     """
-    _check(config)
+    validate_section(config, "data")
     if config.mock > 0:
         return make_mock(config)
     raw = _read(config)
@@ -114,29 +115,11 @@ def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
 def read_fingerprint(config: Any) -> dict[str, Any]:
     """The fingerprint of the data set that `config` describes, as `load_dataset` gives it; no image
     is decoded and nothing is downloaded. Raises UserError."""
-    _check(config)
+    validate_section(config, "data")
     if config.mock > 0:
         return {}
     raw, _ = choose_classes(_read(config, prepare=False), config, begun=True)
     return fingerprints.compute(raw.sources, raw.class_names, raw.about)
-
-
-def _check(config: Any) -> None:
-    for name, allowed in {
-        "source": ("auto", "tfds", "archive", "folder"),
-        "in_memory": ("auto", "yes", "no"),
-        "channels": (0, 1, 3),
-    }.items():
-        if config[name] not in allowed:
-            raise UserError(f"data.{name} is one of {allowed}; got {config[name]!r}")
-    if config.image_size < 1:
-        raise UserError(f"data.image_size is in pixels, at least 1; got {config.image_size}")
-    if config.validation < 0 or (config.validation >= 1 and config.validation % 1):
-        raise UserError(
-            f"data.validation is a fraction below 1, a count, or 0; got {config.validation}"
-        )
-    if not 0 < config.fraction <= 1:
-        raise UserError(f"data.fraction is above 0, at most 1; got {config.fraction}")
 
 
 def _read(config: Any, *, prepare: bool = True) -> Raw:
