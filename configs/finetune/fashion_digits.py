@@ -21,6 +21,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
+from flax_cnns.config import STRATEGY, make_defaults
 
 
 def get_config(mode: str = "") -> ConfigDict:
@@ -35,12 +36,7 @@ def get_config(mode: str = "") -> ConfigDict:
                 similar=run("fashion_mnist", (3, 4, 6, 7, 8), 2500),
                 dissimilar=run("digits", (), 0.1),
             ),
-            strategy=dict(
-                last=1,  # stages that last_k trains
-                rate=0.1,  # of the learning rate, wherever more than the classifier is fine-tuned
-                head_share=0.25,  # of head_then_all's steps
-                layer_decay=0.5,  # of the rate, from each block to the one below
-            ),
+            strategy=make_defaults(STRATEGY),
         )
     )
     for one in (config.pretrain, config.targets.similar):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
+from flax_cnns.config import STRATEGY, make_defaults
 
 
 def get_config(mode: str = "") -> ConfigDict:
@@ -26,12 +27,7 @@ def get_config(mode: str = "") -> ConfigDict:
             source="torchvision:resnet18",
             pretrain=run(),  # where there is no source
             targets=dict(own=run()),
-            strategy=dict(
-                last=1,  # stages that last_k trains
-                rate=0.1,  # of the learning rate, wherever more than the classifier is fine-tuned
-                head_share=0.25,  # of head_then_all's steps
-                layer_decay=0.75,  # of the rate, from each block to the one below
-            ),
+            strategy=make_defaults(STRATEGY) | dict(layer_decay=0.75),
         )
     )
     config.targets.own.data.dir = config.get_ref("dir")

@@ -1,8 +1,7 @@
 """Configs: one table of fields (`fields.py`), what is checked, and what older runs had. No JAX."""
 
-from flax_cnns.config.checks import integer, number
 from flax_cnns.config.effects import Facts
-from flax_cnns.config.fields import DEFAULTS, FIELDS, make_defaults
+from flax_cnns.config.fields import DEFAULTS, FIELDS, STRATEGY, make_defaults
 from flax_cnns.config.flat import difference, flatten, plain
 from flax_cnns.config.validation import (
     check_new,
@@ -20,6 +19,7 @@ __all__ = [
     "DEFAULTS",
     "FIELDS",
     "NEWER",
+    "STRATEGY",
     "Facts",
     "check_new",
     "completed",
@@ -27,10 +27,8 @@ __all__ = [
     "find_doubts",
     "find_inert_fields",
     "flatten",
-    "integer",
     "make_defaults",
     "note",
-    "number",
     "plain",
     "refuse",
     "reset_as_in",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flax_cnns.config.fields import IN_ALL_RUNS, TABLE, Field, Section, walk
+from flax_cnns.config.fields import IN_ALL_RUNS, STRATEGY, TABLE, Field, Section, walk
 
 HEAD = """# Config fields
 
@@ -17,14 +17,14 @@ COLUMNS = ("field", "default", "expected", "meaning", "older runs")
 
 def make_page() -> str:
     """The page as Markdown: a heading and a table for each section."""
-    parts = [("", TABLE), *walk(TABLE)]
+    parts = [("", TABLE), *walk(TABLE), ("strategy", STRATEGY)]
     sections = [(path, part) for path, part in parts if isinstance(part, Section)]
     return "\n".join([HEAD, *(line for path, part in sections for line in _write(path, part))])
 
 
 def _write(path: str, part: Section) -> Iterator[str]:
     if path:
-        yield f"## {path}\n\n{_cell(part.meaning)}\n"
+        yield f"## {path}\n\n{part.meaning}\n"
     yield _row(COLUMNS)
     yield _row(["---"] * len(COLUMNS))
     for name, field in part.fields.items():

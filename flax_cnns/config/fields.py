@@ -286,6 +286,16 @@ TABLE = section("A config",
         wandb=Field("", text, "a project's name; '': off"),
     ),
 )
+
+STRATEGY = section(
+    "what a config of fine-tuning has beside the configs of its runs: the strategies' numbers",
+    last=Field(1, integer(1), "stages that last_k trains"),
+    rate=Field(0.1, number(above=True),
+        "of the learning rate, wherever more than the classifier is fine-tuned"),
+    head_share=Field(0.25, number(0.01, 0.99), "of head_then_all's steps"),
+    layer_decay=Field(0.5, number(0, 1, above=True),
+        "of the rate, from each block to the one below"),
+)
 # fmt: on
 
 

@@ -95,17 +95,10 @@ def validate(config: ConfigDict) -> None:
             configs.validate(one)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    knobs = config.strategy
-    for field, check in {
-        "last": configs.integer(1),
-        "rate": configs.number(above=True),
-        "head_share": configs.number(0.01, 0.99),
-        "layer_decay": configs.number(0, 1, above=True),
-    }.items():
-        if expected := check(knobs.get(field)):
-            raise UserError(
-                f"config.strategy.{field}: expected {expected}, got {knobs.get(field)!r}"
-            )
+    for name, field in configs.STRATEGY.fields.items():
+        given = config.strategy.get(name)
+        if expected := field.check(given):
+            raise UserError(f"config.strategy.{name}: expected {expected}, got {given!r}")
 
 
 @output.safe()
