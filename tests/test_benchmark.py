@@ -48,7 +48,7 @@ def run(tmp_path, capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_step(run, tmp_path, mode):
     code, out, _, found = run("step", "--model=lenet5", "--batch=4", f"--mode={mode}")
     assert code == 0
@@ -73,6 +73,7 @@ def test_step(run, tmp_path, mode):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_frozen(run, monkeypatch):
     small = partial(CifarResNet, depths=(1,), widths=(4,), num_classes=5, input_size=(8, 8, 3))
     monkeypatch.setattr(training, "create_model", lambda name, **fields: small(**fields))
@@ -188,6 +189,7 @@ def test_learn(run):
     assert "lenet5" in out
 
 
+@pytest.mark.slow
 def test_learn_says_what_did_not(run, monkeypatch):
     pytest.importorskip("configs.common", exc_type=ImportError)
     case = learning.Case(8, 6, 1e-9, dict(depths=(1,), widths=(2,)))  # a rate that moves nothing

@@ -127,7 +127,7 @@ def test_the_parts_of_a_network_and_its_classifier(task):
     ("model", "first", "last", "classifier"),
     [
         ("lenet5", "c1", "f6", {"head"}),
-        ("mobilenet_v2", "stem", "top", {"head"}),
+        pytest.param("mobilenet_v2", "stem", "top", {"head"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_classifier_is_what_depends_on_the_number_of_classes(model, first, last, classifier):
@@ -299,7 +299,9 @@ def test_features_of_a_network_that_scans_are_those_of_its_blocks():
     assert np.abs(found[0]["stage1"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["features", "linear_stages"])
+@pytest.mark.parametrize(
+    "name", ["features", pytest.param("linear_stages", marks=pytest.mark.slow)]
+)
 def test_classifiers_on_features_leave_auxiliary_heads_alone(name):
     task = make_task("googlenet_2014_aux")
     assert {layer.split("/")[0] for layer in task.classifier} > {"head"}
