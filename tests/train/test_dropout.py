@@ -15,8 +15,6 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm_modes, dropout
 
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SHAPE = (8, 8, 8, 3)
 IMAGES = np.random.RandomState(0).randn(*SHAPE).astype(np.float32)
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("dropout", "shared"))}
@@ -38,14 +36,14 @@ def train(model, variables, rates, mode="unit", rngs=RNGS, **apply):
     """(logits, state) of a training pass, compiled."""
     run = dropout.dropping(model.apply, rates, mode)
     mutable = ["batch_stats", *apply.pop("mutable", ())]
-    return quick_jit(lambda v: run(v, IMAGES, train=True, mutable=mutable, rngs=rngs, **apply))(
+    return jax.jit(lambda v: run(v, IMAGES, train=True, mutable=mutable, rngs=rngs, **apply))(
         variables
     )
 
 
 # ---- what is dropped
 
-drop = quick_jit(dropout.drop, static_argnums=(1, 3))
+drop = jax.jit(dropout.drop, static_argnums=(1, 3))
 
 
 @pytest.mark.parametrize("mode", dropout.MODES)
@@ -201,7 +199,7 @@ def test_skipped_and_recomputed_branches_draw_the_same(variables):
             logits, _ = run(given, IMAGES, train=True, mutable=["batch_stats"], rngs=RNGS)
             return jnp.sum(logits**2)
 
-        return quick_jit(jax.grad(loss))(variables["params"])
+        return jax.jit(jax.grad(loss))(variables["params"])
 
     expected, found = grads(), grads(drop_path=1e-6, remat=True)
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -62,12 +62,10 @@ def test_off_leaves_nothing_in_the_step():
 
 def test_each_has_a_field_that_is_off_and_a_row_in_the_ablation():
     """Its name is its field's. L2 has no row: with sgd it is the run of the row weight_decay."""
+    trainable = jax.tree.map(lambda _: True, PARAMS)
     varied = {field for _, row in sweep() for field in row} | {"optimizer.l2"}
     for name, regularizer in regularizers.REGULARIZERS.items():
-        assert (
-            regularizer(get_config().optimizer, PARAMS, jax.tree.map(lambda _: True, PARAMS))
-            is None
-        )
+        assert regularizer(get_config().optimizer, PARAMS, trainable) is None
         assert f"optimizer.{name}" in FIELDS
         assert f"optimizer.{name}" in varied
 
@@ -245,26 +243,21 @@ def test_sam_descends_by_the_gradient_uphill_and_l2_by_that_of_the_weights():
     np.testing.assert_allclose(sums["l2"], 0.1 * squares, rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def with_dropout():
-    return dropout_run(0.0)
-
-
 def dropout_run(rho):
     config = tiny.config(**{"optimizer.sam": rho, "train.accumulate": 2, "train.ema": 0.5})
     return tiny.train(config, n=1, model=tiny.Tiny(dropout=0.5))
 
 
-def test_both_gradients_of_sam_are_of_the_same_random_network(with_dropout):
+def test_both_gradients_of_sam_are_of_the_same_random_network():
     """A radius that rounds away gives the plain step again, dropout and pieces and all."""
-    (plain, sums), (found, same) = with_dropout, dropout_run(1e-30)
+    (plain, sums), (found, same) = dropout_run(0.0), dropout_run(1e-30)
     assert distance(found.params, plain.params) < 1e-6
     chex.assert_trees_all_close(sums, same, rtol=1e-6)
     chex.assert_trees_all_equal(found.batch_stats, plain.batch_stats)
 
 
-def test_sam_keeps_the_statistics_of_the_weights_themselves(with_dropout):
-    (plain, sums), (found, same) = with_dropout, dropout_run(2.0)
+def test_sam_keeps_the_statistics_of_the_weights_themselves():
+    (plain, sums), (found, same) = dropout_run(0.0), dropout_run(2.0)
     chex.assert_trees_all_close(found.batch_stats, plain.batch_stats, rtol=1e-6)
     np.testing.assert_allclose(sums["loss"], same["loss"], rtol=1e-6)
     assert distance(found.params, plain.params) > 1e-4
@@ -281,15 +274,11 @@ ALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    return tiny.train(tiny.config(**ALL))
-
-
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_all_together_the_number_of_devices_does_not_matter(one_device, mode):
+def test_all_together_the_number_of_devices_does_not_matter(mode):
+    one, expected = tiny.train(tiny.config(**ALL))
     state, sums = tiny.train(tiny.config(**ALL), devices=4, mode=mode)
-    assert distance(state.params, one_device[0].params) < 1e-5
-    chex.assert_trees_all_close(sums, one_device[1], rtol=1e-4)
+    assert distance(state.params, one.params) < 1e-5
+    chex.assert_trees_all_close(sums, expected, rtol=1e-4)
     assert np.max(norms(state.params["conv"]["kernel"])) <= 0.5 * (1 + 1e-6)
     assert sums["bad"] == 0

@@ -36,27 +36,24 @@ def distance(a, b):
     return max(float(np.max(np.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """Three steps of a synchronised, augmented run on one device."""
-    return tiny.train(tiny.config(**AUGMENT, **{"train.sync_batchnorm": True}))
+SYNCHRONIZED = tiny.config(**AUGMENT, **{"train.sync_batchnorm": True})
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_four_devices_equal_one(one_device, mode):
-    config = tiny.config(**AUGMENT, **{"train.sync_batchnorm": True})
-    state, sums = tiny.train(config, devices=4, mode=mode)
-    assert distance(variables(state), variables(one_device[0])) < 1e-5
-    np.testing.assert_allclose(sums["loss"], one_device[1]["loss"], rtol=1e-5)
+def test_four_devices_equal_one(mode):
+    one, expected = tiny.train(SYNCHRONIZED)
+    state, sums = tiny.train(SYNCHRONIZED, devices=4, mode=mode)
+    assert distance(variables(state), variables(one)) < 1e-5
+    np.testing.assert_allclose(sums["loss"], expected["loss"], rtol=1e-5)
     assert sums["count"] == 8
 
 
-def test_local_batchnorm_differs_and_averages_what_each_device_saw(one_device):
+def test_local_batchnorm_differs_and_averages_what_each_device_saw():
     config = tiny.config(**AUGMENT)
     state, _ = tiny.train(config, devices=4)
-    assert distance(state.params, one_device[0].params) > 1e-5
+    assert distance(state.params, tiny.train(SYNCHRONIZED)[0].params) > 1e-5
     # Means are linear, so after one step their average over devices is the mean of the whole batch.
-    one, _ = tiny.train(config, n=1)
+    one, _ = tiny.train(SYNCHRONIZED, n=1)
     four, _ = tiny.train(config, n=1, devices=4)
     np.testing.assert_allclose(
         four.batch_stats["norm"]["mean"], one.batch_stats["norm"]["mean"], atol=1e-6
@@ -101,71 +98,41 @@ def test_pieces_that_do_not_divide():
         step(state, parallel.shard_batch(tiny.examples(8), mesh), jax.random.key(0))
 
 
-def test_only_trainable_leaves_are_differentiated_and_moved():
-    frozen = tiny.config(
-        **{
-            "optimizer.trainable": ((r"params/head/.*", True), (".*", False)),
-            "optimizer.weight_decay": (0.1,),
-            "train.ema": 0.5,
-        }
-    )
-    before, *_ = tiny.setup(frozen)
-    before = jax.device_get(before)  # the state is donated
-    after, _ = tiny.train(frozen)
-    for name in ("conv", "norm"):
-        chex.assert_trees_all_equal(after.params[name], before.params[name])
-        chex.assert_trees_all_equal(after.ema["params"][name], before.params[name])
-    assert distance(after.params["head"], before.params["head"]) > 1e-4
-    assert distance(after.ema["params"]["head"], before.params["head"]) > 1e-5
-
-
-def test_freezing_costs_no_backward_pass():
-    """The traced step has one convolution with everything below the head frozen, not three."""
-
-    def convolutions(config):
-        state, step, _, mesh = tiny.setup(config)
-        data = parallel.shard_batch(tiny.examples(8), mesh)
-        jaxpr = jax.make_jaxpr(step)(state, data, jax.random.key(0))
-        return str(jaxpr).count("conv_general_dilated[")
-
-    trainable = ((r"params/head/.*", True), (".*", False))
-    assert convolutions(tiny.config(**{"optimizer.trainable": trainable})) == 1
-    assert convolutions(tiny.config()) > 1
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 def test_ema_is_the_recursion_over_params_and_statistics(warmup):
     config = tiny.config(**{"train.ema": 0.75, "train.ema_warmup": warmup})
-    state, step, _, mesh = tiny.setup(config)
-    average = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    state, _ = tiny.train(config, n=0)
+    average = {"params": state.params, "batch_stats": state.batch_stats}
     for i in range(3):
-        state, _ = step(state, parallel.shard_batch(tiny.examples(8, i), mesh), jax.random.key(5))
-        now = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        state, _ = tiny.train(config, n=i + 1)
+        now = {"params": state.params, "batch_stats": state.batch_stats}
         decay = min(0.75, (1 + i) / (10 + i)) if warmup else 0.75
         average = jax.tree.map(lambda a, n: decay * a + (1 - decay) * n, average, now)  # noqa: B023
-    assert distance(jax.device_get(state.ema), average) < 1e-6
+    assert distance(state.ema, average) < 1e-6
     assert state.variables is state.ema
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_gradients_that_are_not_finite_change_nothing_but_the_step(value):
+def test_gradients_that_are_not_finite_change_nothing_but_the_step():
     def poison(images, keys):
         images = images.astype(jnp.float32)
-        return jnp.where(images[:1, :1, :1, :1] > 250, value, 1.0) * images / 255
+        first = images[:1, :1, :1, :1]
+        return jnp.select([first == 255, first == 254], [np.nan, np.inf], 1.0) * images / 255
 
     config = tiny.config(**{"train.ema": 0.9, "optimizer.name": "adam"})
     state, step, _, mesh = tiny.setup(config, augment=poison)
     before = jax.device_get(state)
-    bad = tiny.examples(8)
-    bad["image"][0] = 255
-    state, sums = step(state, parallel.shard_batch(bad, mesh), jax.random.key(0))
-    assert sums["bad"] == 1
-    assert sums["count"] == 0
-    assert np.isfinite(sums["loss"])
-    after = jax.device_get(state)
-    assert after.step == 1
-    chex.assert_trees_all_equal(after.replace(step=before.step), before)
-    state, sums = step(state, parallel.shard_batch(tiny.examples(8), mesh), jax.random.key(0))
+    good, key = parallel.shard_batch(tiny.examples(8), mesh), jax.random.key(0)
+    for taken, pixel in enumerate((255, 254), start=1):
+        bad = tiny.examples(8)
+        bad["image"][0] = pixel
+        state, sums = step(state, parallel.shard_batch(bad, mesh), key)
+        assert sums["bad"] == 1
+        assert sums["count"] == 0
+        assert np.isfinite(sums["loss"])
+        after = jax.device_get(state)
+        assert after.step == taken
+        chex.assert_trees_all_equal(after.replace(step=before.step), before)
+    state, sums = step(state, good, key)
     assert sums["bad"] == 0
     assert distance(jax.device_get(state.params), before.params) > 0
 
@@ -183,11 +150,10 @@ def test_auxiliary_heads_are_weighed_by_name():
 
 
 def test_an_auxiliary_head_learns_in_training():
-    config = tiny.config()
-    before, *_ = tiny.setup(config, model=tiny.Tiny(aux=True))
-    before = jax.device_get(before.params["aux_head"])
-    after, _ = tiny.train(config, model=tiny.Tiny(aux=True))
-    assert distance(after.params["aux_head"], before) > 1e-4
+    (before, _), (after, _) = (
+        tiny.train(tiny.config(), n=n, model=tiny.Tiny(aux=True)) for n in (0, 1)
+    )
+    assert distance(after.params["aux_head"], before.params["aux_head"]) > 1e-4
 
 
 def test_dropout_differs_by_device_and_step_and_shared_does_not():
@@ -241,7 +207,7 @@ def test_evaluation_counts_every_example_once(devices, mode):
     batches = (parallel.shard_batch(half, mesh, mode) for half in halves)
     total = evaluate(evaluation, state.variables, batches)
     normal = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
-    logits = np.asarray(tiny.Tiny().apply(jax.device_get(state.variables), normal))
+    logits = np.asarray(jax.jit(tiny.Tiny().apply)(jax.device_get(state.variables), normal))
     found = summarize(total)
     guess = logits.argmax(-1)
     top5 = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
@@ -279,8 +245,7 @@ def test_a_step_is_traced_once():
 
 
 def test_partition_keeps_the_state_tree():
-    state, _ = tiny.train(tiny.config(), n=1)
-    before, *_ = tiny.setup(tiny.config())
+    (before, _), (state, _) = (tiny.train(tiny.config(), n=n) for n in (0, 1))
     assert list(pytree.flatten(state)) == list(pytree.flatten(before))
     with pytest.raises(UserError, match=r"10 examples do not divide over 4 devices; take 8 or 12"):
         parallel.check_batch(10, parallel.make_mesh(), what="data.batch_size")
@@ -299,10 +264,11 @@ def equations(jaxpr):
 
 
 def test_bfloat16_computes_and_float32_keeps():
-    """Of a ResNet-20 that is traced only: convolutions in bfloat16; the head, the loss, every sum,
+    """Of a ResNet-8 that is traced only: convolutions in bfloat16; the head, the loss, every sum,
     what goes between devices and what is kept in float32."""
     shape, classes = (32, 32, 3), 11  # 11 occurs at the head alone
-    model = create_model("cifar_resnet20", num_classes=classes, dtype="bfloat16")
+    fields = dict(depths=(1, 1, 1), num_classes=classes, dtype="bfloat16")
+    model = create_model("cifar_resnet20", **fields)
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (1, *shape)))
     config = tiny.config(**{"train.ema": 0.9})
     schedule = schedules.make(config.schedule, total_steps=9, steps_per_epoch=1.0)
@@ -337,7 +303,7 @@ def test_bfloat16_computes_and_float32_keeps():
             totals += [str(x.dtype) for x in inputs]
     assert [dtypes for head, dtypes in products if head] == [{"float32"}] * 3
     convolutions = [dtypes for head, dtypes in products if not head]
-    assert len(convolutions) >= 3 * 19 - 1
+    assert len(convolutions) >= 3 * 7 - 1
     assert all(dtypes == {"bfloat16"} for dtypes in convolutions)
     assert totals
     assert set(totals) <= {"float32", "int32"}
