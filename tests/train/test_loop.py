@@ -97,7 +97,8 @@ class Device:
             batch_size=2,
             began=time.perf_counter(),
         )
-        return loop.TrainLoop(**fields | changes).run(0, 0), written
+        start = changes.pop("start", 0)
+        return loop.TrainLoop(**fields | changes).run(start, start), written
 
 
 def test_metrics_are_waited_for_while_the_next_step_runs(monkeypatch):
@@ -181,6 +182,23 @@ def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypa
     host = loop.HostState()
     outcome, _ = device.train(stop=4, validate=2, refresh=interrupted, host=host)
     assert (outcome.preempted, outcome.state, host.due) == (True, 2, True)
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for_and_its_outcome_saved(monkeypatch):
+    """At the last step too, where it is no new best: it may have changed the state."""
+    device, host = Device(monkeypatch), loop.HostState(best=0.9)
+
+    def interrupted(state):
+        raise loop.Interrupted
+
+    outcome, _ = device.train(stop=2, host=host, evaluate=interrupted)
+    assert (outcome.preempted, outcome.step, host.due) == (True, 2, True)
+    device.events.clear()
+    lowered = lambda state, error: state + error  # noqa: E731
+    outcome, written = device.train(stop=2, start=2, host=host, on_validation=lowered)
+    assert device.events == ["validation", "save 2"]
+    assert (outcome.preempted, outcome.state, host.due) == (False, 2.5, False)
+    assert written == [(2, {"validation/loss": 0.0, "validation/accuracy": 0.5})]
 
 
 def test_a_penalty_is_logged_as_its_mean_over_the_good_steps(monkeypatch):
