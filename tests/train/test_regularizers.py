@@ -39,11 +39,9 @@ def make(params=PARAMS, rate=0.1, **fields):
 
 def move(optimizer, grads, params=PARAMS, steps=1, key=0):
     """The weights after some updates, without max-norm."""
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.tx.update)
     for step in range(steps):
-        updates, state = optimizer.tx.update(
-            grads, state, params, step=jnp.int32(step), key=jax.random.key(key)
-        )
+        updates, state = update(grads, state, params, step=jnp.int32(step), key=jax.random.key(key))
         params = jax.tree.map(jnp.add, params, updates)
     return params
 
@@ -76,7 +74,7 @@ L2 = ((r"params/stage1/block3/conv/kernel", 0.5), (r".*/kernel", 0.1), (r".*", 0
 
 
 def test_the_penalty_is_half_a_squared_norm_and_its_gradient_pulls_to_zero():
-    value, slope = jax.value_and_grad(on("l2", l2=L2).penalty)(PARAMS)
+    value, slope = jax.jit(jax.value_and_grad(on("l2", l2=L2).penalty))(PARAMS)
     a = {"block3": 0.5}
     kernels = [(a.get(name, 0.1), b["conv"]["kernel"]) for name, b in PARAMS["stage1"].items()]
     kernels.append((0.1, PARAMS["head"]["kernel"]))
@@ -86,7 +84,7 @@ def test_the_penalty_is_half_a_squared_norm_and_its_gradient_pulls_to_zero():
         np.testing.assert_allclose(slope["stage1"][name]["conv"]["kernel"], pull, rtol=1e-6)
         assert not np.any(slope["stage1"][name]["norm"]["scale"])
     stacked = pytree.stack_blocks(PARAMS)
-    found = jax.value_and_grad(on("l2", stacked, l2=L2).penalty)(stacked)
+    found = jax.jit(jax.value_and_grad(on("l2", stacked, l2=L2).penalty))(stacked)
     chex.assert_trees_all_close((found[0], pytree.unstack_blocks(found[1])), (value, slope))
 
 
@@ -139,7 +137,8 @@ def norms(kernel):
 
 
 def test_max_norm_scales_back_each_unit_that_is_too_long():
-    found = on("max_norm", max_norm=((r"params/head/kernel", 0.0), (r".*", 6.0))).constrain(PARAMS)
+    rules = ((r"params/head/kernel", 0.0), (r".*", 6.0))
+    found = jax.jit(on("max_norm", max_norm=rules).constrain)(PARAMS)
     lengths = np.stack([norms(b["conv"]["kernel"]) for b in PARAMS["stage1"].values()])
     assert 3 < np.sum(lengths > 6) < 13  # some of each
     for old, new in zip(PARAMS["stage1"].values(), found["stage1"].values()):
@@ -156,9 +155,9 @@ def test_max_norm_scales_back_each_unit_that_is_too_long():
 def test_max_norm_in_a_stack_is_by_block():
     rules = ((r".*/block2/.*", 1.0), (r".*/block3/.*", 0.0), (r".*", 2.0))
     stacked = pytree.stack_blocks(PARAMS)
-    found = pytree.unstack_blocks(on("max_norm", stacked, max_norm=rules).constrain(stacked))
-    expected = on("max_norm", max_norm=rules).constrain(PARAMS)
-    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    found = jax.jit(on("max_norm", stacked, max_norm=rules).constrain)(stacked)
+    expected = jax.jit(on("max_norm", max_norm=rules).constrain)(PARAMS)
+    chex.assert_trees_all_close(pytree.unstack_blocks(found), expected, rtol=1e-6)
 
 
 def test_max_norm_leaves_frozen_kernels_and_has_no_word_for_biases():
@@ -198,7 +197,7 @@ def test_a_stack_is_given_the_noise_of_its_blocks():
         learns, _ = pytree.partition(params, optimizer.trainable)
         zero = jax.tree.map(jnp.zeros_like, learns)
         step = dict(step=jnp.int32(3), key=jax.random.key(1))
-        return optimizer.tx.update(zero, optimizer.init(params), learns, **step)[0]
+        return jax.jit(optimizer.tx.update)(zero, optimizer.init(params), learns, **step)[0]
 
     found = noise(pytree.stack_blocks(PARAMS))
     chex.assert_trees_all_equal(pytree.unstack_blocks(found), noise(PARAMS))

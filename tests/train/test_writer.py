@@ -103,6 +103,7 @@ def test_tensorboard_reads_each_step_once_after_resumes(tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_it_wrote(tmp_path):
     code = """
         import os, signal, sys
