@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.ablations.regularizers import sweep
 from configs.common import get_config
 from flax_cnns import tree as pytree
 from flax_cnns.config import FIELDS
@@ -58,14 +57,11 @@ def test_off_leaves_nothing_in_the_step():
     assert states[0] == states[1]
 
 
-def test_each_has_a_field_that_is_off_and_a_row_in_the_ablation():
-    """Its name is its field's. L2 has no row: with sgd it is the run of the row weight_decay."""
-    trainable = jax.tree.map(lambda _: True, PARAMS)
-    varied = {field for _, row in sweep() for field in row} | {"optimizer.l2"}
-    for name, regularizer in regularizers.REGULARIZERS.items():
-        assert regularizer(get_config().optimizer, PARAMS, trainable) is None
-        assert f"optimizer.{name}" in FIELDS
-        assert f"optimizer.{name}" in varied
+def test_each_is_a_field_of_the_optimizer_that_regularizes():
+    """And the other way round, but for weight decay: its place depends on the optimizer."""
+    fields = {name for name, field in FIELDS.items() if field.regularizer}
+    names = {f"optimizer.{name}" for name in (*regularizers.REGULARIZERS, "weight_decay")}
+    assert names == {name for name in fields if name.startswith("optimizer.")}
 
 
 # ---------------------------------------------------------------------------- L2
