@@ -1,0 +1,365 @@
+"""Deliberate breaks: does the suite notice? Each is one wrong line that a tired person might write.
+
+    python -m tests.breaks               all of them
+    python -m tests.breaks --only=3,17   some, by number
+    python -m tests.breaks --check       only whether each text still stands in its file
+
+A break is applied in a copy of the working tree, never in the tree itself, and the tests named
+beside it run there, in the default tier, until one fails. Exit code 1 if a break is not noticed,
+or if its text is not found exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Break(NamedTuple):
+    file: str
+    old: str  # stands in the file exactly once
+    new: str
+    tests: str  # files that must notice, separated by spaces
+    what: str
+
+
+P = "flax_cnns/"
+BREAKS = [
+    Break(
+        f"{P}tree/rules.py",
+        "pattern.fullmatch(path):\n                decided",
+        "pattern.match(path):\n                decided",
+        "tests/tree",
+        "a rule decides a path of which it matches only the beginning",
+    ),
+    Break(
+        f"{P}tree/rules.py",
+        "used.add(index)\n                break",
+        "used.add(index)",
+        "tests/tree",
+        "the last matching rule decides, not the first",
+    ),
+    Break(
+        f"{P}tree/stacking.py",
+        "return leaf[i, ...]",
+        "return leaf[0, ...]",
+        "tests/tree",
+        "every block of a stack is unstacked as its first",
+    ),
+    Break(
+        f"{P}config/checks.py",
+        "above and value == low",
+        "above and value < low",
+        "tests/config/test_config.py tests/config/test_effects.py",
+        "a learning rate of 0 is accepted",
+    ),
+    Break(
+        f"{P}config/versions.py",
+        "if path not in there}",
+        "if path in there}",
+        "tests/config tests/test_old_run.py",
+        "a run of an older version lacks fields",
+    ),
+    Break(
+        f"{P}checkpoint/reading.py",
+        'crc32(leaves[name]) != entry["crc32"]',
+        "False",
+        "tests/checkpoint/test_manager.py",
+        "the CRC of a leaf is not compared",
+    ),
+    Break(
+        f"{P}checkpoint/manager.py",
+        "if math.isfinite(value) else None",
+        "if value is not None else None",
+        "tests/checkpoint/test_manager.py",
+        "a step with an accuracy of NaN or infinity may be the best",
+    ),
+    Break(
+        f"{P}checkpoint/manager.py",
+        "else known[::-1]:",
+        "else known:",
+        "tests/checkpoint/test_manager.py",
+        "a run goes on from its oldest step",
+    ),
+    Break(
+        f"{P}checkpoint/graft/graft.py",
+        "if not params or not stats or params == stats:",
+        "if params or stats:",
+        "tests/checkpoint/graft/test_graft.py",
+        "batch_stats may come from another layer than the params",
+    ),
+    Break(
+        f"{P}checkpoint/graft/graft.py",
+        "if shape != came:",
+        "if len(shape) != len(came):",
+        "tests/checkpoint/graft/test_graft.py",
+        "shapes that differ are grafted",
+    ),
+    Break(
+        f"{P}train/steps.py",
+        "decay * o + (1.0 - decay) * n",
+        "(1.0 - decay) * o + decay * n",
+        "tests/train/test_steps.py",
+        "the moving average keeps the new and forgets the old",
+    ),
+    Break(
+        f"{P}train/metrics.py",
+        "jnp.where(mask > 0, losses, 0.0)",
+        "losses",
+        "tests/train/test_steps.py",
+        "the filling of the last batch counts in the mean loss",
+    ),
+    Break(
+        f"{P}train/schedules.py",
+        "0.5 * (1.0 + jnp.cos(jnp.pi * share))",
+        "0.5 * (1.0 - jnp.cos(jnp.pi * share))",
+        "tests/train/test_schedules.py",
+        "the cosine schedule goes up",
+    ),
+    Break(
+        f"{P}train/optimizers.py",
+        "decay ** exponents[part]",
+        "decay ** (exponents[part] - 1)",
+        "tests/train/test_optimizers.py",
+        "layer decay is one layer off",
+    ),
+    Break(
+        f"{P}train/optimizers.py",
+        "chain = [*before, add_decay, *after]",
+        "chain = [add_decay, *before, *after]",
+        "tests/train/test_optimizers.py",
+        "decoupled weight decay goes through Adam's moments",
+    ),
+    Break(
+        f"{P}train/batchnorm_modes.py",
+        'changes["use_running_average"] = True',
+        'changes["momentum"] = 1.0',
+        "tests/train/test_batchnorm.py",
+        "a frozen BatchNorm normalizes by the batch",
+    ),
+    Break(
+        f"{P}layers/drop_path.py",
+        "rate * np.arange(1, L + 1) / L",
+        "rate * np.arange(L) / L",
+        "tests/layers/test_drop_path.py",
+        "stochastic depth: the first block is never dropped, the last too seldom",
+    ),
+    Break(
+        f"{P}layers/drop_path.py",
+        "jnp.where(stays, y / stay, 0)",
+        "jnp.where(stays, y, 0)",
+        "tests/layers/test_drop_path.py",
+        "branches that stay are not scaled up",
+    ),
+    Break(
+        f"{P}layers/initializers.py",
+        'he = variance_scaling(2.0, "fan_out", "normal")',
+        'he = variance_scaling(2.0, "fan_in", "normal")',
+        "tests/layers/test_initializers.py",
+        "He's initialization by the wrong fan",
+    ),
+    Break(
+        f"{P}layers/norm.py",
+        "momentum: float = 0.9,",
+        "momentum: float = 0.1,",
+        "tests/layers/test_norm.py",
+        "PyTorch's momentum where flax's is meant",
+    ),
+    Break(
+        f"{P}models/registry.py",
+        "kernel_init=nn.initializers.zeros",
+        "num_classes=None, kernel_init=nn.initializers.zeros",
+        "tests/models/test_registry.py",
+        "a network's parameters are counted without its head",
+    ),
+    Break(
+        f"{P}weights/name_maps.py",
+        "axes = {4: (2, 3, 1, 0), 2: (1, 0)}",
+        "axes = {4: (3, 2, 1, 0), 2: (1, 0)}",
+        "tests/test_weights.py",
+        "foreign kernels are turned by a quarter",
+    ),
+    Break(
+        f"{P}weights/preprocessing.py",
+        "pixels = pixels[..., ::-1]",
+        "pixels = pixels[..., :]",
+        "tests/weights/test_preprocessing.py",
+        "networks of BGR images see RGB",
+    ),
+    Break(
+        f"{P}data/pipeline.py",
+        "start = step * batch_size + first",
+        "start = step * n + first",
+        "tests/data/test_pipeline.py",
+        "with several processes an epoch shows images twice",
+    ),
+    Break(
+        f"{P}data/pipeline.py",
+        "np.random.SeedSequence([seed, epoch])",
+        "np.random.SeedSequence([seed, 0])",
+        "tests/data/test_pipeline.py",
+        "every epoch has the order of the first",
+    ),
+    Break(
+        f"{P}data/mix.py",
+        "(1 - smoothing) * soft + smoothing / num_classes",
+        "(1 - smoothing) * soft + smoothing / (num_classes - 1)",
+        "tests/data/test_mix.py",
+        "smoothed labels do not sum to 1",
+    ),
+    Break(
+        f"{P}data/splits.py",
+        "return np.sort(shuffled[count:]), np.sort(shuffled[:count])",
+        "return np.sort(shuffled), np.sort(shuffled[:count])",
+        "tests/data/test_datasets.py",
+        "images of the validation split stay in the training split",
+    ),
+    Break(
+        f"{P}evaluation/exact.py",
+        "        late = sums\n    add(late)",
+        "        late = sums",
+        "tests/evaluation",
+        "the last batch of an evaluation is not counted",
+    ),
+    Break(
+        f"{P}analysis/statistics.py",
+        "(len(tested) - rank) * p",
+        "(len(tested) - rank - 1) * p",
+        "tests/analysis/test_statistics.py",
+        "Holm's correction is off by one",
+    ),
+    Break(
+        f"{P}analysis/statistics.py",
+        "np.std(difference, ddof=1) / math.sqrt(n)",
+        "np.std(difference) / math.sqrt(n)",
+        "tests/analysis/test_statistics.py",
+        "the paired test underestimates the spread",
+    ),
+    Break(
+        f"{P}runtime/preemption.py",
+        "self.code = EXIT_INTERRUPTED",
+        "self.code = EXIT_PREEMPTED",
+        "tests/runtime/test_preemption.py tests/runs/test_train.py",
+        "after Ctrl-C a scheduler starts the run again",
+    ),
+    Break(
+        f"{P}runs/train.py",
+        "train_batches(parts, start)",
+        "train_batches(parts, max(start - 1, 0))",
+        "tests/runs/test_train.py",
+        "a resumed run sees the last batch again",
+    ),
+    Break(
+        f"{P}runs/workdir.py",
+        "os.replace(beside, path)",
+        "path.write_text(text)",
+        "tests/runs/test_workdir_files.py tests/runs/test_workdir.py",
+        "a file of a run is written in place: kill -9 leaves half of it",
+    ),
+    Break(
+        f"{P}studies/ablation/plan.py",
+        "config.seed += self.seed",
+        "config.seed += self.seed + len(self.row.name)",
+        "tests/studies/ablation/test_ablation.py",
+        "rows of an ablation have seeds of their own",
+    ),
+    Break(
+        f"{P}studies/finetune/strategies.py",
+        "task.parts[(len(task.parts) + 1) // 2 :]",
+        "task.parts[len(task.parts) // 2 :]",
+        "tests/studies/finetune/test_finetune.py",
+        "upper_only loads the middle part too",
+    ),
+    Break(
+        f"{P}errors.py",
+        "known = sorted(set(known) - {name})",
+        "known = sorted(set(known))[:0]",
+        "tests/config/test_config.py tests/models/test_registry.py",
+        "no message names the nearest match",
+    ),
+]
+
+
+def copy_tree(to: Path) -> None:
+    """What git knows of the working tree, and what is new in it."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def is_stale(each: Break) -> bool:
+    path = ROOT / each.file
+    return not path.is_file() or path.read_text().count(each.old) != 1
+
+
+def try_break(each: Break, copy: Path, environment: dict[str, str]) -> str:
+    """The test that notices, "" if none does."""
+    path = copy / each.file
+    whole = path.read_text()
+    path.write_text(whole.replace(each.old, each.new))
+    command = [sys.executable, "-m", "pytest", "-x", "-n0", "--tb=no", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, "-rf", "--durations=0", *each.tests.split()],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        path.write_text(whole)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(
+            f"pytest could not run {each.tests}:\n{done.stdout[-2000:]}{done.stderr}"
+        )
+    found = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    return found[1] if done.returncode == 1 and found else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="numbers, separated by commas")
+    parser.add_argument("--check", action="store_true", help="run nothing")
+    given = parser.parse_args(arguments)
+    chosen = [int(n) for n in given.only.split(",") if n] or range(1, len(BREAKS) + 1)
+    problems = 0
+    for n in chosen:
+        if is_stale(BREAKS[n - 1]):
+            problems += 1
+            print(f"{n}: {BREAKS[n - 1].file} does not have the text once: {BREAKS[n - 1].old!r}")
+    if given.check or problems:
+        return min(problems, 1)
+    with tempfile.TemporaryDirectory(prefix="flax_cnns_breaks_") as folder:
+        copy, cache = Path(folder, "copy"), Path(folder, "cache")
+        copy_tree(copy)
+        environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+        }
+        for n in chosen:
+            each, began = BREAKS[n - 1], time.monotonic()
+            noticed = try_break(each, copy, environment)
+            said = f"noticed by {noticed}" if noticed else f"NOT NOTICED by {each.tests}"
+            problems += not noticed
+            seconds = time.monotonic() - began
+            print(f"{n}: {each.file}: {each.what}: {said} ({seconds:.0f} s)", flush=True)
+    print(f"{len(chosen) - problems} of {len(chosen)} noticed")
+    return min(problems, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
