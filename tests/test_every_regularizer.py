@@ -112,10 +112,17 @@ def test_on_is_another_run(digits_dir, plain, name):
     assert program(make_config(digits_dir, ON[name])) != plain
 
 
+TOGETHER = (*ON.values(), {"model.norm": "batch", "data.augment.randaugment": (1, 9)})
+
+
+def test_all_together_are_one_step(digits_dir, plain):
+    assert program(make_config(digits_dir, *TOGETHER)) != plain
+
+
+@pytest.mark.slow
 def test_all_together_train(digits_dir):
     """For a few steps, on four devices."""
-    few = {"model.norm": "batch", "data.augment.randaugment": (1, 9)}  # compiled sooner
-    config = make_config(digits_dir, *ON.values(), few)
+    config = make_config(digits_dir, *TOGETHER)
     parts, optimizer, step = make_step(config)
     state = make_state(config, optimizer, parts.fresh_variables())
     before = jax.device_get(state.params)

@@ -155,7 +155,7 @@ def test_keras_counts_on_from_network_to_network():
         ),
     ],
 )
-@pytest.mark.parametrize("first", [0, 94])
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 94])
 def test_every_tensor_of_keras_has_its_place(name, pairs, first):
     """Whatever number its automatic names begin with; each tensor is marked by its own number."""
     with np.load(cases.FOLDER / f"{name}.npz") as kept:
