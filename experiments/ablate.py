@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import script
+from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of all its runs.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Of each row.", lower_bound=1)
@@ -65,8 +66,8 @@ def ablate(argv: list[str]) -> int:
     found = ablation.ablate(_CONFIG.value, sweep, folder, **given)
     if "interrupted" in found or "missing" in found:
         print("interrupted; the same command goes on")
-        return 75
-    return 1 if "failed" in found else 0
+        return EXIT_PREEMPTED
+    return EXIT_FAULT if "failed" in found else 0
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from experiments.benchmarks import (
     training,
 )
 from experiments.benchmarks.report import Report
-from flax_cnns.errors import UserError
+from flax_cnns.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from flax_cnns.runtime import compilation_cache, launch, output
 
 
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             report.close(interrupted=True)
             print("error: interrupted", file=sys.stderr)
-            return 130
+            return EXIT_INTERRUPTED
         except Exception as error:
             report.close(interrupted=True)
             if "RESOURCE_EXHAUSTED" in str(error):
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
         report.close()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
     return code or 0
 
 

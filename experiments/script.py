@@ -19,7 +19,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from flax_cnns.config import FIELDS
-from flax_cnns.errors import ProcessLost, UserError, did_you_mean, out_of_memory
+from flax_cnns.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    ProcessLost,
+    UserError,
+    did_you_mean,
+    out_of_memory,
+)
 from flax_cnns.files import check_regular
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
@@ -55,25 +63,25 @@ def main(function: Callable[[list[str]], int | None]) -> None:
             app.run(start, flags_parser=_parse)
         except UserError as error:
             _say(error)
-            _leave(2)
+            _leave(EXIT_USER_ERROR)
         except KeyboardInterrupt as error:
             _say(str(error) or _INTERRUPTED)
-            _leave(130)
+            _leave(EXIT_INTERRUPTED)
         except ProcessLost as error:
             _say(error)
-            _leave(1)
+            _leave(EXIT_FAULT)
         except Exception as error:
             if line := out_of_memory(error):
                 _say(line)
-                _leave(2)
+                _leave(EXIT_USER_ERROR)
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
                 named = os.fspath(error.filename or "")
                 _say(f"{named[:100]}…: expected names of at most 255 bytes; choose a shorter one")
-                _leave(2)
+                _leave(EXIT_USER_ERROR)
             first = (str(error).strip().splitlines() or [""])[0]
             _say(f"{type(error).__name__}: {first}")
             traceback.print_exception(error)
-            _leave(1)
+            _leave(EXIT_FAULT)
         finally:
             _on_interrupt(signal.SIG_DFL)  # nothing is left to save, and JAX's end may take long
 
@@ -89,7 +97,7 @@ def _on_interrupt(handler: Any) -> None:
 def _leave_at_once(*_: Any) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"error: {_INTERRUPTED}\n".encode())
-    os._exit(130)
+    os._exit(EXIT_INTERRUPTED)
 
 
 _INTERRUPTED = "interrupted; the same command starts again"

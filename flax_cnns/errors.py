@@ -5,14 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Exit codes of all commands, beside 0.
+EXIT_FAULT = 1  # a fault of ours, or a process that this one needs has died
+EXIT_USER_ERROR = 2  # something that the user can mend
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved, because it was asked to; the same command goes on
+EXIT_INTERRUPTED = 130  # left because of Ctrl-C: no scheduler should start it again
+# Of a run in a child process (runs/child.py), which the parent does not try again.
+EXIT_DIVERGED = 3
+
 
 class UserError(ValueError):
-    """Something that the user can mend. Scripts print its message as one line and exit with 2."""
+    """Something that the user can mend. Scripts print its message as one line and exit with
+    `EXIT_USER_ERROR`."""
 
 
 class ProcessLost(Exception):
     """A process that this one needs has died. Scripts print the message as one line and exit with
-    1. The user need not change the command: the same one goes on."""
+    `EXIT_FAULT`. The user need not change the command: the same one goes on."""
 
 
 class Interrupted(Exception):

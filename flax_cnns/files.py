@@ -1,13 +1,19 @@
-"""Files, before they are opened: what kind they are; and hosts, before they are asked."""
+"""What kind a file is, before it is opened; files written whole or not at all; and hosts, before
+they are asked."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import socket
 import stat
 import threading
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from flax_cnns.errors import UserError
@@ -34,6 +40,56 @@ def check_regular(path: str | os.PathLike) -> None:
             f"{os.fspath(path)} is {_SPECIAL[kind]}; expected a file: copy what it gives into one"
         )
 
+
+# ---- whole or not at all
+
+
+@contextlib.contextmanager
+def replace_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, which takes its place at the end of the block. Where
+    the block fails, or the file cannot be moved, `path` stays as it was and the error goes on.
+
+    A process that is killed leaves `path` with .tmp behind its name.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes all of it or nothing, as UTF-8. Raises `UserError`."""
+    try:
+        with replace_whole(path) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes all of it or nothing, with null for what is not finite. Raises `UserError`."""
+    write_text(path, json.dumps(without_nonfinite(content), indent=2, allow_nan=False) + "\n")
+
+
+def without_nonfinite(content: Any) -> Any:
+    """`content` for JSON: with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: without_nonfinite(value) for key, value in content.items()}
+    return (
+        [without_nonfinite(value) for value in content]
+        if isinstance(content, list | tuple)
+        else content
+    )
+
+
+# ---- hosts
 
 SECONDS_TO_ANSWER = 4.0
 

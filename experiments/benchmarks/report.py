@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import shlex
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from flax_cnns.analysis.device import environment
 from flax_cnns.errors import UserError
+from flax_cnns.files import replace_whole
 from flax_cnns.names import make_console
 
 
@@ -89,9 +89,8 @@ class Report:
             "summary": self.summary,
             "rows": self.rows,
         }
-        new = self.out.with_name(self.out.name + ".new")
-        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(new, self.out)
+        with replace_whole(self.out) as beside:
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         written = [str(self.out)]
         if self.bars is not None:
             picture = self.out.with_suffix(".png")
@@ -108,11 +107,11 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from flax_cnns.analysis.plots.curves import save_picture, shorten
+    from flax_cnns.analysis.plots import style
+    from flax_cnns.analysis.plots.style import save_picture, shorten, tidy
 
-    # Okabe and Ito's colours, told apart by all kinds of colour vision.
-    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-    colours += ("#D55E00", "#56B4E9", "#F0E442", "#999999")
+    colours = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+    colours += (style.VERMILION, style.SKY_BLUE, style.YELLOW, style.GRAY)
     series = {name: values for name, values in bars.series.items() if any(values)}
     height = 0.8 / max(len(series), 1)
     rows = len(bars.labels)
@@ -121,11 +120,11 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     for i, (name, values) in enumerate(series.items()):
         places = [row - 0.4 + (i + 0.5) * height for row in range(rows)]
         shown = [(place, value) for place, value in zip(places, values) if value]
-        style = dict(height=height, color=colours[i % len(colours)], label=name)
+        drawn_as = dict(height=height, color=colours[i % len(colours)], label=name)
         # Ratios grow from their reference, to the left where they are smaller.
         start = bars.reference or 0.0
         lengths = [value - start for _, value in shown]
-        drawn = axes.barh([place for place, _ in shown], lengths, left=start, **style)
+        drawn = axes.barh([place for place, _ in shown], lengths, left=start, **drawn_as)
         axes.bar_label(drawn, [number(value) for _, value in shown], padding=3, fontsize=7)
     if bars.reference is not None:
         axes.set_xscale("log")
@@ -144,8 +143,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(bars.axis)
     axes.set_title(textwrap.fill(title, 100), fontsize=10)
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, grid="x")
     if len(series) > 1:
         figure.legend(
             loc="outside lower center", ncols=min(len(series), 4), frameon=False, fontsize=8

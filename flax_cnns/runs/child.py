@@ -25,12 +25,19 @@ import threading
 import traceback
 from typing import IO, Any, NamedTuple
 
-from flax_cnns.errors import Diverged, ProcessLost, UserError, out_of_memory
+from flax_cnns.errors import (
+    EXIT_DIVERGED,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    Diverged,
+    ProcessLost,
+    UserError,
+    out_of_memory,
+)
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
-
-# Exit codes, beside 0 and launch.PREEMPTED.
-FAULT, USER_ERROR, DIVERGED = 1, 2, 3
 
 
 class Share(NamedTuple):
@@ -140,7 +147,7 @@ def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
     if code == 0:
         return Outcome("complete")
     asked = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
-    if code in (launch.PREEMPTED, launch.INTERRUPTED, *asked):
+    if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED, *asked):
         return Outcome("interrupted")
     if code < 0:
         name = signal.Signals(-code).name
@@ -149,9 +156,9 @@ def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
     lines = log.read_bytes()[since:].decode(errors="replace").splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     error = said[-1] if said else f"exit code {code}"
-    if code == DIVERGED:
+    if code == EXIT_DIVERGED:
         return Outcome("diverged", error)
-    return Outcome("failed", error, again=code != USER_ERROR)
+    return Outcome("failed", error, again=code != EXIT_USER_ERROR)
 
 
 # ---- in the child
@@ -173,18 +180,18 @@ def main() -> int:
         run(job["config"], job["workdir"], accept_changed_data=accept)
     except UserError as error:
         print(f"error: {error}")
-        return DIVERGED if isinstance(error, Diverged) else USER_ERROR
+        return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_USER_ERROR
     except ProcessLost as error:
         print(f"error: {error}")
-        return FAULT
+        return EXIT_FAULT
     except Exception as error:
         if line := out_of_memory(error):
             print(f"error: {line}")
-            return FAULT  # another process may have held the memory: a second try may succeed
+            return EXIT_FAULT  # another process may have held the memory: a second try may succeed
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"error: {type(error).__name__}: {first}")
-        return FAULT
+        return EXIT_FAULT
     return 0
 
 

@@ -15,12 +15,15 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from flax_cnns import config as configs
-from flax_cnns.analysis.plots.curves import PANELS, make_room, save_picture, shorten
+from flax_cnns.analysis.plots import style as plot_style
+from flax_cnns.analysis.plots.curves import PANELS
+from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
 from flax_cnns.runs import record as records
 from flax_cnns.runs.record import Record
 
-# Okabe and Ito's colours; from the ninth run on the lines differ by their dashes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black", "#999999")
+# From the ninth run on the lines differ by their dashes.
+COLOURS = (plot_style.BLUE, plot_style.VERMILION, plot_style.GREEN, plot_style.PURPLE)
+COLOURS += (plot_style.ORANGE, plot_style.SKY_BLUE, plot_style.BLACK, plot_style.GRAY)
 DASHES = ("-", "--", "-.", ":")
 LEGEND = 40  # runs in one column of the legend
 
@@ -104,8 +107,7 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
             _run(axes, panel, record, style, record.config.data.batch_size if len(sizes) > 1 else 1)
         axes.set(title=panel.replace("_", " "), xlabel=across)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         make_room(axes)
         if not any(len(line.get_xdata()) for line in axes.get_lines()):
             axes.set(xticks=[], yticks=[])  # numbers would mean nothing

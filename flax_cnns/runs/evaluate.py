@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns.analysis.plots import confusion as confusion_plot
 from flax_cnns.checkpoint import finding, reading
 from flax_cnns.data.types import Dataset
@@ -110,7 +111,7 @@ def evaluate_run(
     if not change:
         workdirs.add_fingerprint(workdir, dataset.as_dict())
     name = f"evaluation_{split}_{step}"
-    workdirs.write_json(workdir / f"{name}.json", found)
+    files.write_json(workdir / f"{name}.json", found)
     confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
     tables.print_evaluation(found)
     print(f"written to {workdir}: {name}.json, {name}.png")

@@ -16,6 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns.analysis.plots import curves
 from flax_cnns.checkpoint import finding
 from flax_cnns.checkpoint.graft.graft import graft_config
@@ -24,7 +25,7 @@ from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data import pipeline
 from flax_cnns.data.load import load_dataset, read_fingerprint
 from flax_cnns.data.types import DamagedImage
-from flax_cnns.errors import Interrupted, ProcessLost, UserError
+from flax_cnns.errors import EXIT_FAULT, Interrupted, ProcessLost, UserError
 from flax_cnns.evaluation.exact import summarize
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
@@ -126,7 +127,7 @@ def run(
                 print(configs.note(workdir, found))
             if change:
                 workdirs.accept_change(workdir, change)
-            workdirs.write_json(workdir / "config.json", resolved)
+            files.write_json(workdir / "config.json", resolved)
             workdirs.write_facts(workdir, parts.dataset.as_dict())
         try:
             return _Run(plan, workdir, opened, signals, began).go()
@@ -193,7 +194,7 @@ def initial_state(
         variables, grafted = graft_config(config.graft, variables, plan.layer_order)
         if jax.process_index() == 0:
             print(grafted)
-            workdirs.write_json(workdir / "graft.json", grafted.as_dict())
+            files.write_json(workdir / "graft.json", grafted.as_dict())
     # The optimizer's state and the averages.
     variables = parts.for_steps(variables)
     opt_state = plan.optimizer_for(variables).init(variables["params"])
@@ -258,7 +259,7 @@ class _Run:
         if said := launch.lost_peer(error):
             text = f"another process of this run has died ({said})"
             print(f"error: {text}; {workdirs.describe_resume(self.workdir)}", file=sys.stderr)
-            launch.leave(1)
+            launch.leave(EXIT_FAULT)
 
     def _preempted(self, outcome: loop.Outcome) -> Preempted:
         self.progress.print(
@@ -385,7 +386,7 @@ class _Run:
         summary = make_summary(parts, outcome, host, found, self.plan.steps_per_epoch)
         if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
             summary["accepted_changes"] = [change["differs"] for change in changes]
-        summary = workdirs.without_nonfinite(summary)  # as a reader of the file gets it
+        summary = files.without_nonfinite(summary)  # as a reader of the file gets it
         if self.primary:
             warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
             summary["warnings"] = [warning] if warning else []
@@ -393,7 +394,7 @@ class _Run:
             curves.draw_curves(
                 self.workdir / "metrics.jsonl", self.workdir / "curves.png", title=title
             )
-            workdirs.write_json(self.workdir / "summary.json", summary)
+            files.write_json(self.workdir / "summary.json", summary)
             tables.print_summary(summary)
             print(f"written to {self.workdir}: summary.json, metrics.jsonl, curves.png")
         return summary

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import math
 import os
 import pathlib
 import shutil
@@ -28,35 +26,10 @@ from flax_cnns.checkpoint.lock import lock
 from flax_cnns.checkpoint.place import check_place
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
+from flax_cnns.files import without_nonfinite, write_json
 
 FILES = ("config.json", "dataset.json", "metrics.jsonl", "summary.json", "curves.png", "graft.json")
 FOLDERS = ("checkpoints", "tensorboard")
-
-
-def without_nonfinite(content: Any) -> Any:
-    """`content` for JSON: with None in place of NaN and infinities, which JSON lacks."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, dict):
-        return {key: without_nonfinite(value) for key, value in content.items()}
-    return (
-        [without_nonfinite(value) for value in content]
-        if isinstance(content, list | tuple)
-        else content
-    )
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes all of it or nothing, with null for what is not finite. Raises `UserError`."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        text = json.dumps(without_nonfinite(content), indent=2, allow_nan=False) + "\n"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

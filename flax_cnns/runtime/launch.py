@@ -25,7 +25,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import (
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    UserError,
+)
 from flax_cnns.runtime import output
 
 # JAX and NumPy are imported where they are used: the launcher itself needs neither.
@@ -33,8 +39,6 @@ from flax_cnns.runtime import output
 COORDINATOR = "FLAX_CNNS_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "FLAX_CNNS_NUM_PROCESSES"
 PROCESS_ID = "FLAX_CNNS_PROCESS_ID"
-PREEMPTED = 75  # saved and left because it was asked to; no failure
-INTERRUPTED = 130  # left because of Ctrl-C
 GRACE = 5.0  # seconds that the others have to say what they have to say after one has failed
 
 
@@ -175,7 +179,7 @@ def leave(code: int) -> None:
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     sys.__excepthook__(kind, error, trace)
-    leave(INTERRUPTED if issubclass(kind, KeyboardInterrupt) else 1)
+    leave(EXIT_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else EXIT_FAULT)
 
 
 def lost_peer(error: BaseException | None) -> str:
@@ -241,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         with output.safe():
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
 
 
 def local_environment(
@@ -356,7 +360,7 @@ def _wait(
         # One that was killed comes before those that failed because of it.
         for index, code in sorted(ended.items(), key=lambda item: item[1] != -signal.SIGKILL):
             del running[index]
-            fine = (0, PREEMPTED, INTERRUPTED) if interrupts else (0, PREEMPTED)
+            fine = (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) if interrupts else (0, EXIT_PREEMPTED)
             if code in fine:
                 good = max(good, code)
             elif not failed:

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command again goes on
-EXIT_INTERRUPTED = 130  # saved after Ctrl-C: no scheduler should start it again
+from flax_cnns.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
 AT_ONCE = 1.0  # seconds from the second Ctrl-C until the process ends, whatever it does
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_cnns.errors import UserError
+from flax_cnns.files import replace_whole
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -154,9 +155,8 @@ class Writer:
                     self._logged.add((resume_step, names))
                 finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
                 kept.append(json.dumps(finite) + "\n")
-        new = self._path.with_name(self._path.name + ".new")
-        new.write_text("".join(kept), encoding="utf-8")
-        os.replace(new, self._path)  # whole or not at all
+        with replace_whole(self._path) as beside:
+            beside.write_text("".join(kept), encoding="utf-8")
         # Unbuffered: one record is one write, and there even if the process is killed right after.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
 

@@ -44,6 +44,15 @@ def compile_rules(rules: Rules, *, what: str) -> list[tuple[re.Pattern, Any]]:
     return compiled
 
 
+def first_match(rules: Iterable[Sequence], path: str) -> tuple[int, re.Match] | None:
+    """(index, match) of the first rule whose regex, its first item, matches the whole path; None
+    where there is none."""
+    for index, rule in enumerate(rules):
+        if match := re.fullmatch(rule[0], path):
+            return index, match
+    return None
+
+
 def decide(
     rules: Rules, paths: Iterable[str], *, what: str
 ) -> dict[str, tuple[int, Any, re.Match]]:
@@ -57,11 +66,10 @@ def decide(
     decided: dict[str, tuple[int, Any, re.Match]] = {}
     used: set[int] = set()
     for path in paths:
-        for index, (pattern, value) in enumerate(compiled):
-            if match := pattern.fullmatch(path):
-                decided[path] = (index, value, match)
-                used.add(index)
-                break
+        if found := first_match(compiled, path):
+            index, match = found
+            decided[path] = (index, compiled[index][1], match)
+            used.add(index)
     for index, (pattern, _) in enumerate(compiled):
         last_catch_all = index == len(compiled) - 1 and pattern.pattern in (".*", "(.*)")
         if index not in used and not last_catch_all:

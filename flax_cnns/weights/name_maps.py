@@ -5,6 +5,10 @@ kernels are laid out. The first regex that matches the whole name decides. Our m
 may use the regex's groups, a function of the match, or `UNUSED`. For what is no layer's kernel,
 scale, bias or statistic (`class_token`), the regex is over the tensor's whole name, and the path is
 that of our leaf.
+
+The rules are not `tree.rules.decide`'s, which refuses a rule that decides nothing: a table serves
+all variants of a family, of which each has a part of the layers. A mistyped rule is caught all the
+same: `apply` refuses a tensor that no rule knows, and `fit` a leaf of ours without a tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import numpy as np
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.tree.rules import first_match
 from flax_cnns.weights import wrappers
 
 UNUSED = None  # a rule that leaves tensors out, and says so
@@ -252,8 +257,8 @@ def _is_head(rules: list, module: str) -> bool:
 
 def _first(rules: list, name: str) -> tuple[re.Match, tuple] | tuple[None, None]:
     """The first rule that matches the whole name, and how."""
-    matches = ((re.fullmatch(rule[0], name), rule) for rule in rules)
-    return next(((match, rule) for match, rule in matches if match), (None, None))
+    found = first_match(rules, name)
+    return (found[1], rules[found[0]]) if found else (None, None)
 
 
 def fit(found: Mapping[str, np.ndarray], shapes: Mapping[str, Any], what: str) -> pytree.PyTree:

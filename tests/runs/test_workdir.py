@@ -10,6 +10,7 @@ import pytest
 
 from configs.common import get_config
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns.data.fingerprint import Seen
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
@@ -124,13 +125,13 @@ def test_what_is_not_finite_is_null_in_json_and_none_when_it_is_read(tmp_path):
         "deep": [{"a": np.float64("inf")}],
         "n": 3,
     }
-    workdirs.write_json(file, given)
+    files.write_json(file, given)
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
     expected = {"loss": None, "rates": [1.5, None], "deep": [{"a": None}], "n": 3}
     assert json.loads(file.read_text(), parse_constant=refuse) == expected
-    assert workdirs.read_json(file) == workdirs.without_nonfinite(given) == expected
+    assert workdirs.read_json(file) == files.without_nonfinite(given) == expected
     file.write_text('{"loss": NaN, "rates": [1.5, -Infinity], "n": 3}')  # of an older version
     assert workdirs.read_json(file) == {"loss": None, "rates": [1.5, None], "n": 3}

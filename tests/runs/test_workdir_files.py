@@ -3,6 +3,7 @@
 import pytest
 
 from configs.common import get_config
+from flax_cnns import files
 from flax_cnns.config import plain
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import record, workdir
@@ -12,7 +13,7 @@ CONFIG = plain(get_config())
 
 @pytest.fixture
 def run(tmp_path):
-    workdir.write_json(tmp_path / "config.json", CONFIG)
+    files.write_json(tmp_path / "config.json", CONFIG)
     return tmp_path
 
 

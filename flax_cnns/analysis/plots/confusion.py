@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from flax_cnns.analysis.plots.curves import save_picture, shorten
+from flax_cnns.analysis.plots.style import save_picture, shorten
 
 ANNOTATED = 20  # classes, up to which the counts are written into the cells
 NAMED = 60  # classes, up to which every class is named

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
+from flax_cnns.analysis.plots import style
+from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
 from flax_cnns.errors import UserError
-from flax_cnns.names import printable
 
-# Okabe and Ito's colours, told apart by all kinds of colour vision; line and marker differ too.
-STYLES = {
-    "train": dict(color="#0072B2", linestyle="-", marker=""),
-    "validation": dict(color="#D55E00", linestyle="--", marker="o", markersize=3.5),
-    "test": dict(color="black", linestyle="", marker="*", markersize=13),
+STYLES = {  # line and marker differ too
+    "train": dict(color=style.BLUE, linestyle="-", marker=""),
+    "validation": dict(color=style.VERMILION, linestyle="--", marker="o", markersize=3.5),
+    "test": dict(color=style.BLACK, linestyle="", marker="*", markersize=13),
 }
 MANY = 100  # from so many points on, the running mean is drawn above the points
 PANELS = ("loss", "accuracy", "learning_rate")
@@ -51,59 +48,8 @@ def draw_curves(metrics_jsonl: str | os.PathLike, png: str | os.PathLike, title:
         make_room(axes, right=3)  # for the legend
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     save_picture(figure, png)
-
-
-def shorten(text: str, most: int) -> str:
-    """The text in `most` characters: the middle is left out, as names often differ at their
-    ends."""
-    if len(text) <= most:
-        return text
-    end = most // 3
-    return f"{text[: most - end - 1].rstrip()}…{text[-end:].lstrip()}"
-
-
-def make_room(axes: Axes, right: float = 1.0) -> None:
-    """Widens the x axis if all points have one x: matplotlib would number fractions of it."""
-    found = {float(x) for line in axes.get_lines() for x in line.get_xdata()}
-    if len(found) == 1:
-        (x,) = found
-        axes.set_xlim(x - 1, x + right)
-
-
-def save_picture(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure beside its place, then moves it there; as a PNG, or as its suffix says (.jpg,
-    .svg, .pdf). Raises `UserError` where it cannot."""
-    path = Path(path)
-    new, kind = path.with_name(path.name + ".new"), path.suffix.removeprefix(".") or "png"
-    try:
-        _show_names(figure)
-        with warnings.catch_warnings():
-            # A name in letters that the font lacks is drawn as boxes.
-            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-            FigureCanvasAgg(figure).print_figure(new, format=kind, dpi=120, bbox_inches="tight")
-        os.replace(new, path)
-    except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
-    except ValueError as error:  # an unknown suffix, with those there are
-        raise UserError(f"cannot write the picture {path}: {error}") from None
-
-
-def _show_names(figure: Figure) -> None:
-    """Draws the names of classes and runs as they are: a dollar begins no formula, and a byte that
-    is not UTF-8 is shown as an escape."""
-    numbers = set()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        if isinstance(named := axis.get_major_formatter(), FuncFormatter):
-            axis.set_major_formatter(lambda value, at, named=named: printable(named(value, at)))
-        else:  # matplotlib's own, which may be formulas
-            numbers |= set(map(id, axis.get_ticklabels(which="both")))
-    for text in figure.findobj(Text):
-        if id(text) not in numbers:
-            text.set_text(printable(text.get_text()))
-            text.set_parse_math(False)
 
 
 def _read(path: Path) -> dict[str, Series]:

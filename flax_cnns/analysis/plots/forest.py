@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flax_cnns.analysis.plots.curves import Series, make_room, save_picture, shorten
+from flax_cnns.analysis.plots import style
+from flax_cnns.analysis.plots.curves import Series
+from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
 from flax_cnns.analysis.statistics import Interval
 
-# Okabe and Ito's; the sign says it too.
-BETTER, WORSE, UNKNOWN = "#0072B2", "#D55E00", "#777777"
+BETTER, WORSE, UNKNOWN = style.BLUE, style.VERMILION, "#777777"  # the sign says it too
 LONGEST, PANEL = 48, 36  # characters of a row's name: at its line, above its panel
 FAR = 4.0  # beyond so many medians of the rows' reach a row leaves the picture, with an arrow
 
@@ -47,9 +48,8 @@ def draw_forest(
         axes.text(0, 0, "only the baseline ", ha="right", va="center", color=UNKNOWN)
     axes.set_xlabel(f"{what}; ticks: seeds, bars: 95 % intervals, uncorrected")
     axes.set_title(shorten(title, 90), fontsize="medium", loc="left")
-    axes.grid(axis="x", alpha=0.25)
     axes.tick_params(axis="y", length=0, pad=10)  # room for an arrow
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    tidy(axes, grid="x", hidden=("top", "right", "left"))
     save_picture(figure, png)
 
 
@@ -118,8 +118,7 @@ def draw_rows(
         last = f"{mean[-1]:.2f}" if len(mean) else "no complete run"
         axes.set_title(f"{shorten(name, PANEL)}\n{last}", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
     for axes in panels[max(len(rows) - columns, 0) : len(rows)]:

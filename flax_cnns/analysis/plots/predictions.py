@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from flax_cnns.analysis.plots.curves import save_picture, shorten
+from flax_cnns.analysis.plots.style import BLUE, save_picture, shorten
 
 MOST = 40  # photos in one picture
 BARS = 15  # classes of a photo
-BLUE, PALE = "#0072B2", "#A6CBE3"  # the first class, the others
+PALE = "#A6CBE3"  # of the classes behind the first
 
 
 def draw_predictions(

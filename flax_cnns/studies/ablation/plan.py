@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import workdir as workdirs
 
@@ -66,7 +67,7 @@ class Cell(NamedTuple):
         return known | {"status": "missing"} if gone else known
 
     def write(self, known: Mapping[str, Any]) -> None:
-        workdirs.write_json(self.folder / f"seed{self.seed}.json", known)
+        files.write_json(self.folder / f"seed{self.seed}.json", known)
 
     def forget(self) -> None:
         """Deletes the status of a run that is no longer there."""
@@ -216,7 +217,7 @@ def record(
         merged = _merge(folder, ours, workdirs.read_json(path)) if path.is_file() else ours
         merged["rows"].sort(key=lambda row: [*order, row["name"]].index(row["name"]))
         if not path.is_file() or merged != workdirs.read_json(path):
-            workdirs.write_json(path, merged)
+            files.write_json(path, merged)
 
 
 def _plan(config: ConfigDict, rows: Sequence[Row], seeds: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from flax_cnns.analysis import statistics
 from flax_cnns.analysis.plots import forest
 from flax_cnns.analysis.statistics import Difference, Interval
 from flax_cnns.errors import UserError
+from flax_cnns.files import write_text
 from flax_cnns.names import printable
 from flax_cnns.runs import record as records
 from flax_cnns.runs import workdir as workdirs
@@ -102,8 +103,8 @@ def write(folder: str | os.PathLike, *, interval: str = "t") -> list[pathlib.Pat
     paths = [folder / name for name in ("report.md", "report.csv", "forest.png", "curves.png")]
     _forest(told, plan, paths[2])
     _curves(rows, plan["baseline"], paths[3])
-    _write(paths[1], _csv(told, plan["seeds"]))
-    _write(paths[0], _markdown(told, plan, interval, folder))
+    write_text(paths[1], printable(_csv(told, plan["seeds"])))
+    write_text(paths[0], printable(_markdown(told, plan, interval, folder)))
     return paths
 
 
@@ -319,15 +320,6 @@ def _interval(found: Interval, form: str = ".2f") -> str:
 
 def _p(p: float) -> str:
     return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        beside.write_text(printable(text), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 # ---------------------------------------------------------------------------- pictures

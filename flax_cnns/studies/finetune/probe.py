@@ -24,6 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft.graft import graft_config
@@ -67,8 +68,8 @@ def probe(
             check_complete(config, workdir, fingerprint, accept_changed_data)
             return workdirs.read_json(workdir / "summary.json")
         parts = assemble(config)
-        workdirs.write_json(workdir / "config.json", resolved)
-        workdirs.write_json(workdir / "dataset.json", parts.dataset.as_dict())
+        files.write_json(workdir / "config.json", resolved)
+        files.write_json(workdir / "dataset.json", parts.dataset.as_dict())
         shape = (1, *parts.dataset.image_shape)
         order = [layer.path for layer in cost(parts.model, shape).layers]
         variables = parts.fresh_variables()
@@ -99,7 +100,7 @@ def probe(
         with (workdir / "metrics.jsonl").open("w") as log:
             for layer, numbers in tried.items():
                 log.write(json.dumps({"layer": layer} | numbers) + "\n")
-        workdirs.write_json(workdir / "summary.json", summary)
+        files.write_json(workdir / "summary.json", summary)
         return summary
 
 
@@ -126,10 +127,9 @@ def cached_features(
                 return found, float(kept["seconds"])
     found, seconds = features(parts, variables, layers)
     flat = {f"{split}/{n}": array for split, of in found.items() for n, array in of.items()}
-    beside = cache.with_suffix(".tmp.npz")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(beside, key=np.str_(key), seconds=seconds, **flat)
-    os.replace(beside, cache)
+    with files.replace_whole(cache) as beside, beside.open("wb") as file:
+        np.savez(file, key=np.str_(key), seconds=seconds, **flat)
     return found, seconds
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from flax_cnns import files
 from flax_cnns.analysis import statistics
-from flax_cnns.analysis.plots.curves import save_picture, shorten
-from flax_cnns.runs import workdir as workdirs
+from flax_cnns.analysis.plots import style
+from flax_cnns.analysis.plots.style import save_picture, shorten, tidy
 from flax_cnns.studies.finetune.compare import Result
 
 # The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
@@ -126,19 +127,19 @@ def speed(result: Result) -> list[str]:
     return lines
 
 
-# Okabe and Ito's colours; dashed: the network is frozen; dotted: a part of it is not loaded.
+# Dashed: the network is frozen; dotted: a part of it is not loaded.
 _STYLES = {
-    "scratch": dict(color="black", marker="o", linewidth=2),
-    "linear": dict(color="#56B4E9", marker="s", linestyle="--"),
-    "features": dict(color="#0072B2", marker="D", linestyle="--"),
+    "scratch": dict(color=style.BLACK, marker="o", linewidth=2),
+    "linear": dict(color=style.SKY_BLUE, marker="s", linestyle="--"),
+    "features": dict(color=style.BLUE, marker="D", linestyle="--"),
     "linear_stages": dict(color="#7B4FA3", marker="P", linestyle="--"),
     "last_k": dict(color="#F0C000", marker="^"),
-    "all_slowly": dict(color="#D55E00", marker="v"),
-    "head_then_all": dict(color="#E69F00", marker="<"),
-    "gradual": dict(color="#009E73", marker=">"),
-    "layer_decay": dict(color="#CC79A7", marker="X"),
+    "all_slowly": dict(color=style.VERMILION, marker="v"),
+    "head_then_all": dict(color=style.ORANGE, marker="<"),
+    "gradual": dict(color=style.GREEN, marker=">"),
+    "layer_decay": dict(color=style.PURPLE, marker="X"),
     "upper_only": dict(color="#666666", marker="x", linestyle=":"),
-    "lower_only": dict(color="#999999", marker="+", linestyle=":"),
+    "lower_only": dict(color=style.GRAY, marker="+", linestyle=":"),
 }
 
 
@@ -182,8 +183,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
                 ticks.append(size)
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
         panel.minorticks_off()
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     for panel in panels[::columns]:
         panel.set_ylabel("test accuracy, %")
     seeds = f"n={result.seeds} seeds, bars: standard deviation" if result.seeds > 1 else "one seed"
@@ -205,4 +205,4 @@ def save(result: Result, path: pathlib.Path, command: dict[str, Any]) -> None:
         "best_by_validation": best,
         "records": [record._asdict() for record in result.records],
     }
-    workdirs.write_json(path, content)
+    files.write_json(path, content)

@@ -31,8 +31,9 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns.analysis.cost import cost
-from flax_cnns.analysis.plots.curves import save_picture
+from flax_cnns.analysis.plots.style import save_picture
 from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
@@ -296,7 +297,7 @@ def save(result: Result, path: pathlib.Path, flags: dict[str, float]) -> None:
         "base": row(result.base),  # test accuracy from here on
         "scaled": [row(found) for found in result.scaled],
     }
-    workdirs.write_json(path, content)
+    files.write_json(path, content)
 
 
 def _point(found: Found) -> tuple[float, float, float]:

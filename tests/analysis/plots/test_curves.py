@@ -126,4 +126,4 @@ def test_a_picture_is_what_its_name_says(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(begins)
     with pytest.raises(UserError, match=r"a\.jpgg: Format 'jpgg' is not supported"):
         curves.save_picture(figure, tmp_path / "a.jpgg")
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(tmp_path.glob("*.tmp"))
