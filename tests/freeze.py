@@ -57,37 +57,47 @@ FILE = pathlib.Path(__file__).with_name("frozen.json")
 Jobs = dict[str, Callable[[], Mapping[str, str]]]  # a name, or its beginning: {name: hash}
 
 
-def find(name: str, *modules: str) -> Any:
-    """What has that name in the first of the modules that has it."""
+def find(names: str, *modules: str) -> Any:
+    """What has one of the names in the first of the modules that has one."""
     for module in modules:
         with contextlib.suppress(ImportError):
             module = importlib.import_module(f"flax_cnns.{module}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise ImportError(f"{name} is in none of {modules}")
+            for name in names.split():
+                if hasattr(module, name):
+                    return getattr(module, name)
+    raise ImportError(f"{names} is in none of {modules}")
 
 
-# Where things are; behind the first place: where they were at 132764f.
-BUILD = ("runs.build", "runs.plan", "runs.train", "experiment")
-assemble, make_train_step = (find(name, *BUILD) for name in ("assemble", "make_train_step"))
-augment_and_mix = find(
-    "augment_and_mix" if importlib.util.find_spec("flax_cnns.runs") else "_augment_and_mix", *BUILD
+# Where things are; behind the first place and name: those at 132764f.
+BUILD = ("runs.build", "experiment")
+assemble, make_train_step, train_batches, augment_and_mix = (
+    find(name, *BUILD)
+    for name in (
+        "assemble",
+        "make_train_step",
+        "train_batches",
+        "augment_and_mix _augment_and_mix",
+    )
 )
-train_batches = find("train_batches", *BUILD)
 evaluate_run = find("evaluate_run", "runs.evaluate", "experiment")
 predict, from_run = (find(name, "runs.predict", "prediction") for name in ("predict", "from_run"))
-create_model, list_models, init_variables = (
+create_model, list_models, init_variables, FAMILIES = (
     find(name, "models.registry", "registry")
-    for name in ("create_model", "list_models", "init_variables")
+    for name in ("create_model", "list_models", "init_variables", "FAMILIES")
 )
-FAMILIES = find("FAMILIES", "models.registry", "registry")
-flatten_tree = find("flatten", "tree", "tree.paths", "pytree")
-FIELDS = find("FIELDS", "config", "config.fields")
-plain, flatten, validate, doubts, completed, reset_inert = (
-    find(name, "config", "config.validate", "config.versions", "config.fields")
-    for name in ("plain", "flatten", "validate", "doubts", "completed", "reset_inert")
+FIELDS, plain, flatten, validate, doubts, completed, reset_inert = (
+    find(name, "config")
+    for name in (
+        "FIELDS",
+        "plain",
+        "flatten",
+        "validate",
+        "find_doubts doubts",
+        "completed",
+        "reset_inert_fields reset_inert",
+    )
 )
-load = find("load", "data.load", "data.datasets")
+load = find("load_dataset load", "data.load", "data.datasets")
 batches_to_train, batches_to_evaluate = (
     find(name, "data.pipeline") for name in ("train_batches", "eval_batches")
 )
