@@ -2,7 +2,7 @@
 
 from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.building import building_blocks, classify, make_head
-from flax_cnns.layers.conv import Conv
+from flax_cnns.layers.conv import Conv, inside_control_flow
 from flax_cnns.layers.drop_path import (
     Drop,
     drop_rates,
@@ -35,7 +35,7 @@ from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, 
 from flax_cnns.layers.saf import SAFPool
 from flax_cnns.layers.shake import make_shake_drops, make_shakes, shake_drop, shake_shake
 from flax_cnns.layers.squeeze_excite import SqueezeExcite
-from flax_cnns.layers.stack import Stage
+from flax_cnns.layers.stage import Stage, split_by_stage
 from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem, check_images, check_stages
 from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 
@@ -73,6 +73,7 @@ __all__ = [
     "he",
     "head_initializer",
     "initializer",
+    "inside_control_flow",
     "join",
     "local_response_norm",
     "make_drops",
@@ -90,4 +91,5 @@ __all__ = [
     "shake_drop",
     "shake_shake",
     "skips",
+    "split_by_stage",
 ]

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers.conv import inside_control_flow
+from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
 
 # Rates of blocks 1 to L, by the rate of the last: the three growths that are found in the wild.
@@ -79,11 +81,7 @@ def make_drops(network: nn.Module, depths: Sequence[int], train: bool) -> list[D
         stream = {"batch": "shared", "sample": "dropout"}[network.drop_path_mode]
         keys = jax.random.split(make_key(network, stream), sum(depths))
     all_blocks = Drop(jnp.asarray(rates), keys, network.drop_path_mode)
-    ends = np.cumsum(depths)
-    return [
-        jax.tree.map(lambda a, i=end - depth, j=end: a[i:j], all_blocks)
-        for depth, end in zip(depths, ends)
-    ]
+    return split_by_stage(all_blocks, depths)
 
 
 def pick(drop: Drop | None, i: int) -> Drop | None:
@@ -126,14 +124,14 @@ def residual(
         y = branch(block, x)
         stays = jax.random.bernoulli(drop.key, 1 - drop.rate, (len(y), *[1] * (y.ndim - 1)))
         return shortcut + jnp.where(stays, y / stay, 0)
-    return nn.cond(
-        jax.random.bernoulli(drop.key, 1 - drop.rate),
-        lambda block, shortcut, x: shortcut + branch(block, x),
-        lambda block, shortcut, x: shortcut,
-        block,
-        shortcut,
-        x,
-    )
+
+    def add(block: nn.Module, shortcut: Array, x: Array) -> Array:
+        with inside_control_flow():
+            y = branch(block, x)
+        return shortcut + y
+
+    keep = jax.random.bernoulli(drop.key, 1 - drop.rate)
+    return nn.cond(keep, add, lambda block, shortcut, x: shortcut, block, shortcut, x)
 
 
 def make_key(module: nn.Module, stream: str) -> Any:

@@ -14,10 +14,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers.drop_path import drop_rates, make_key
+from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
 
 FORWARDS = ("shake", "even")
@@ -86,9 +86,8 @@ def make_shakes(network: nn.Module, depths: Sequence[int], train: bool) -> list[
     if still or not train or network.is_initializing():
         return [None] * len(depths)
     keys = jax.random.split(make_key(network, _stream(network.level)), sum(depths))
-    modes = (network.forward, network.backward, network.level)
-    ends = np.cumsum(depths)
-    return [Shake(keys[end - depth : end], *modes) for depth, end in zip(depths, ends)]
+    all_blocks = Shake(keys, network.forward, network.backward, network.level)
+    return split_by_stage(all_blocks, depths)
 
 
 def shake_shake(x1: Array, x2: Array, shake: Shake | None) -> Array:
@@ -151,16 +150,13 @@ def make_shake_drops(
         )
     if not network.shake_drop:
         return [None] * len(depths)
-    keys, total, ends = None, sum(depths), np.cumsum(depths)
+    keys, total = None, sum(depths)
     if train and not network.is_initializing():
         streams = ("shared", _stream(network.shake_drop_level))
         keys = tuple(jax.random.split(make_key(network, stream), total) for stream in streams)
     rates = jnp.asarray(drop_rates(network.shake_drop, total, "linear"))
     all_blocks = ShakeDrop(rates, keys, **ranges, level=network.shake_drop_level)
-    return [
-        jax.tree.map(lambda a, i=end - depth, j=end: a[i:j], all_blocks)
-        for depth, end in zip(depths, ends)
-    ]
+    return split_by_stage(all_blocks, depths)
 
 
 def shake_drop(x: Array, drop: ShakeDrop | None) -> Array:

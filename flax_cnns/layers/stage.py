@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from flax_cnns.errors import UserError
+from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.tree import stack_blocks, unstack_blocks
 from flax_cnns.types import Array, ModuleDef, PyTree
 
@@ -71,11 +74,13 @@ class Stage(nn.Module):
             return x
 
         def scanned(stage: Stage, x: Array, each: PyTree) -> Array:
-            # Inside a loop XLA's own convolutions are slow on a CPU.
-            conv = {} if stage.conv is None else {"conv": partial(stage.conv, control_flow=True)}
+            def body(block: nn.Module, x: Array, own: PyTree) -> tuple[Array, None]:
+                with inside_control_flow():
+                    return run(block, x, own), None
+
             block = stage.block(**conv, name=name)
             x, _ = nn.scan(
-                lambda block, x, own: (run(block, x, own), None),
+                body,
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"layer_dropout": True},  # train/dropout.py's
                 length=stage.depth - 1,
@@ -87,3 +92,12 @@ class Stage(nn.Module):
             scanned = as_stack(scanned, "params")
             scanned = as_stack(scanned, "batch_stats", trans_out_fn=unstack_blocks, mutable=True)
         return scanned(self, x, jax.tree.map(lambda a: a[1:], each))
+
+
+def split_by_stage(tree: PyTree, depths: Sequence[int]) -> list[PyTree]:
+    """One tree for each stage of `depths` blocks, of a tree of arrays [all blocks ...]."""
+    ends = np.cumsum(depths)
+    return [
+        jax.tree.map(lambda a, i=end - depth, j=end: a[i:j], tree)
+        for depth, end in zip(depths, ends)
+    ]

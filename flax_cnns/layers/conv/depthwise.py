@@ -1,0 +1,42 @@
+"""Depthwise convolutions: the shifted images times their weights, added."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from flax_cnns.layers.conv.geometry import ConvGeometry
+from flax_cnns.layers.conv.taps import fence, pad, tap_views
+from flax_cnns.types import Array
+
+
+def depthwise(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
+    """One channel in, `features / channels` out."""
+    return sum_weighted(_repeated_views(x, kernel.shape[-1], geometry), kernel[:, :, 0])
+
+
+def depthwise_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
+    views = _repeated_views(x, dy.shape[-1], geometry)
+    return _correlate(views, dy).reshape(*geometry.kernel_size, 1, -1)
+
+
+def _repeated_views(x: Array, features: int, geometry: ConvGeometry) -> list[Array]:
+    """What each tap sees: kh * kw views [N H' W' features], each channel once for each feature."""
+    times = features // x.shape[-1]
+    return tap_views(pad(jnp.repeat(x, times, -1) if times > 1 else x, geometry.padding), geometry)
+
+
+def sum_weighted(views: list[Array], kernel: Array) -> Array:
+    """Views [N H W C] of all taps, kernel [kh kw C]: their products, added."""
+    return sum(view * weight for view, weight in zip(views, kernel.reshape(-1, kernel.shape[-1])))
+
+
+def _correlate(views: list[Array], dy: Array) -> Array:
+    """sum over N H W of view * dy, for all taps in one pass over the rows: [taps, C].
+
+    Separate sums would read both arrays once for each tap, and XLA would not vectorise them.
+    """
+    products = [view * dy for view in views]
+    zeros = [jnp.zeros((), dy.dtype)] * len(views)
+    sums = lax.reduce(products, zeros, lambda a, b: [p + q for p, q in zip(a, b)], (1,))
+    return jnp.stack(fence([jnp.sum(s, (0, 1)) for s in fence(sums)]))
