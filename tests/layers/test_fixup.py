@@ -48,6 +48,28 @@ def test_first_values_by_place(name, branches, depth, gain):
     assert std == pytest.approx(gain * (2 / (9 * 64)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "depth"), [("cifar_resnet20", 2), ("resnet18", 2), ("resnet50", 3)]
+)
+def test_every_layer_of_our_networks_is_named_by_its_place(name, depth):
+    """A layer that is renamed would silently start as another: the names are what Fixup goes by."""
+    fields = dict(norm="fixup", depths=(1, 2), shortcut="C")
+    fields |= dict(widths=(4, 8)) if name.startswith("cifar") else dict(width=4)
+    params = jax.eval_shape(
+        partial(init_variables, create_model(name, **fields)), jax.random.key(0)
+    )["params"]
+    inside = range(1, depth + 1)
+    convs = {f"conv{i}": {"kernel", "input_bias"} for i in inside}
+    norms = {f"norm{i}": {"bias"} for i in inside} | {f"norm{depth}": {"bias", "scale"}}
+    projection = {"projection": {"kernel", "input_bias"}}
+    leaves_of = lambda module: {part: set(leaves) for part, leaves in module.items()}  # noqa: E731
+    blocks = [block for stage in ("stage1", "stage2") for block in params[stage].values()]
+    assert len(blocks) == 3
+    for block in blocks:
+        assert leaves_of(block) == convs | norms | projection
+    assert leaves_of(params["stem"]) == {"conv": {"kernel", "input_bias"}, "norm": {"bias"}}
+
+
 def test_what_the_scalars_do():
     """Rule 3: before the convolution, before the activation, and the multiplier of the branch."""
     conv, norm, dense = layers.fixup(CONV, DENSE, branches=4, depth=2)

@@ -152,24 +152,6 @@ def test_what_is_compiled_does_not_grow_with_depth(scan):
     assert (lines(3) == lines(9)) is scan
 
 
-def test_convolutions_are_told_that_they_are_in_a_loop(variables):
-    seen = {}
-
-    def look(call, args, kwargs, context):
-        if isinstance(context.module, layers.Conv):
-            seen["/".join(context.module.path)] = context.module.control_flow
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(look):
-        jax.eval_shape(Network(scan=True).apply, variables, IMAGES)
-    assert seen == {
-        "stage/block1/conv1": False,
-        "stage/block1/conv2": False,
-        "stage/block2-4/conv1": True,
-        "stage/block2-4/conv2": True,
-    }
-
-
 def test_initialisation_and_features_have_names(variables):
     model = Network(scan=True)
     rngs = dict(zip(("params", "dropout", "shared"), jax.random.split(jax.random.key(0), 3)))
