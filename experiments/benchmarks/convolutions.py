@@ -175,7 +175,6 @@ class Branches(nn.Module):
                 (3, 3),
                 padding=1,
                 use_bias=False,
-                control_flow=self.skip,
                 name=f"conv{i + 1}",
             )
             if not self.skip:
@@ -183,13 +182,12 @@ class Branches(nn.Module):
             elif self.is_initializing():
                 conv(x)
             else:
-                x = nn.cond(
-                    gates[i] > 0,
-                    lambda _, x, conv=conv: x + nn.relu(conv(x)),
-                    lambda _, x: x,
-                    self,
-                    x,
-                )
+
+                def add(_: nn.Module, x: jax.Array, conv: nn.Module = conv) -> jax.Array:
+                    with layers.inside_control_flow():
+                        return x + nn.relu(conv(x))
+
+                x = nn.cond(gates[i] > 0, add, lambda _, x: x, self, x)
         return x
 
 

@@ -21,7 +21,7 @@ from experiments.benchmarks.shapes import Shape, arrays
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.layers import conv
+from flax_cnns.layers.conv import module as conv_module
 from flax_cnns.models.registry import init_variables
 
 INSTALL = 'PyTorch is not installed: pip install -e ".[bench]" brings torch, torchvision and timm'
@@ -183,7 +183,8 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
             compiled = torch.compile(network(name, model.num_classes), mode=args.compile_mode)
             candidates["compiled"] = _torch_step(torch, compiled, batch, device, args.dtype)
         if args.stock:  # what nn.Conv calls, in the place of ours, while the step is traced
-            with unittest.mock.patch.object(conv, "_as_lax", jax.lax.conv_general_dilated):
+            library = jax.lax.conv_general_dilated
+            with unittest.mock.patch.object(conv_module, "conv_general_dilated", library):
                 stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])
                 candidates["nn.Conv"] = stock.training(stock.compile()[0])
         found = compare(candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)

@@ -47,9 +47,8 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         drops = layers.make_drops(self, DEPTHS, train)
-        conv = partial(layers.Conv, control_flow=layers.skips(self, train))
         norm = layers.make_norm("batch", train=train, axis_name=self.axis_name)
-        stage = partial(layers.Stage, partial(Block, norm=norm), conv)
+        stage = partial(layers.Stage, partial(Block, norm=norm), layers.Conv)
         for i, (depth, drop) in enumerate(zip(DEPTHS, drops), 1):
             x = stage(depth, scan=self.scan, remat=self.remat, name=f"stage{i}")(x, drop)
         return x

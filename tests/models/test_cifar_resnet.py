@@ -182,7 +182,7 @@ def test_scanned_networks_take_stacked_variables(name):
 
 
 def test_remat_saves_memory():
-    """Of a scanned network, on a CPU; measured for a deep one in layers/stack.py."""
+    """Of a scanned network, on a CPU; measured for a deep one in layers/stage.py."""
 
     def temporaries(remat):
         model = create_model(
