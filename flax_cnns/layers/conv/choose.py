@@ -8,8 +8,8 @@ and `INPUT_GRAD` are walked from the top: the first row whose condition holds na
 Only shapes decide, so the choice is made once, when a program is lowered.
 
 The thresholds were measured on two AVX-512 cores, each algorithm against XLA's own for every shape
-of the benchmark's sweep (experiments/benchmarks/convolutions.py's `SHAPES`), forward and with both
-gradients. To measure them again, change a row and compare:
+of the benchmark's sweep (experiments/benchmarks/shapes.py), forward and with both gradients. To
+measure them again, change a row and compare:
 
     python -m experiments.benchmark conv
 """
@@ -63,17 +63,19 @@ class Product(NamedTuple):
 
     @property
     def is_small_and_deep(self) -> bool:
-        """Whether XLA's own loses by its overhead for each position."""
+        """Whether the map is tiny and the channels are many."""
         small = self.geometry.positions < SMALL_DENSE_MAP
         return small and self.min_channels >= MIN_SHIFTED_CHANNELS
 
-    def rotates(self) -> bool:
-        """Whether each of its few channels a group has its own feature."""
+    @property
+    def is_rotatable(self) -> bool:
+        """Whether a group has at most four channels, and as many features."""
         groups = self.geometry.groups
         few = self.channels == self.features <= 4 * groups
         return self.is_grouped and few and self.channels > groups
 
-    def makes_good_blocks(self) -> bool:
+    @property
+    def fits_few_blocks(self) -> bool:
         """Whether few dense convolutions on maps of some size can replace the groups."""
         groups = self.geometry.groups
         few = groups // groups_per_block(self.channels // groups, groups) <= MAX_BLOCKS
@@ -94,7 +96,7 @@ class Product(NamedTuple):
         )
 
 
-class Row(NamedTuple):
+class Choice(NamedTuple):
     """A line of a table."""
 
     condition: Callable[[Product], bool]
@@ -103,54 +105,54 @@ class Row(NamedTuple):
 
 
 _GROUPED = (
-    Row(
+    Choice(
         lambda p: p.is_depthwise and p.taps <= MAX_DEPTHWISE_TAPS,
         "depthwise",
         "plain loops over shifted images; XLA's own is 10 to 100 times slower",
     ),
-    Row(
+    Choice(
         lambda p: p.is_depthwise,
         "library",
         "a tap is an array to XLA: hundreds of them compile for long",
     ),
-    Row(
-        lambda p: p.makes_good_blocks(),
+    Choice(
+        lambda p: p.fits_few_blocks,
         "blocks",
         "XLA's own is fast on dense kernels, though part of each kernel is zero",
     ),
-    Row(
+    Choice(
         lambda p: p.is_grouped,
         "batched",
         "no XLA convolution at all: good on tiny maps, inside loops and for any number of groups",
     ),
 )
 _DENSE_MATMULS = (
-    Row(lambda p: p.is_pointwise, "pointwise", "it is a matmul"),
-    Row(lambda p: p.geometry.is_patchwise, "patches", "it is a matmul after a reshape"),
+    Choice(lambda p: p.is_pointwise, "pointwise", "it is a matmul"),
+    Choice(lambda p: p.geometry.is_patchwise, "patches", "it is a matmul after a reshape"),
 )
 _DENSE_REST = (
-    Row(
+    Choice(
         lambda p: p.geometry.control_flow,
         "shifted",
         "inside loops and branches XLA's own is 10 to 100 times slower",
     ),
-    Row(
+    Choice(
         lambda p: p.is_small_and_deep,
         "shifted",
         "most taps of a tiny map see padding alone: they are skipped, the others are matmuls",
     ),
-    Row(lambda p: True, "library", "nothing of ours is faster"),
+    Choice(lambda p: True, "library", "nothing of ours is faster"),
 )
 
 FORWARD = (
-    Row(
-        lambda p: p.rotates(),
+    Choice(
+        lambda p: p.is_rotatable,
         "rotated",
         "matmuls of at most four channels are slower than a sum of that many depthwise ones",
     ),
     *_GROUPED,
     *_DENSE_MATMULS,
-    Row(
+    Choice(
         lambda p: p.suits_winograd(min_channels=64),
         "winograd",
         "2.25 times fewer multiplications, which the transforms cost for fewer channels",
@@ -160,22 +162,26 @@ FORWARD = (
 KERNEL_GRAD = (
     *_GROUPED,
     *_DENSE_MATMULS,
-    Row(
+    Choice(
         lambda p: p.suits_winograd(min_channels=32 if p.geometry.positions <= 1024 else 128),
         "winograd",
         "as forward, with the channels that were measured for this product",
     ),
     *_DENSE_REST,
 )
-# Here `channels` are those of one group, and images are not asked for.
+# Here `channels` are those of one group; the number of images does not matter.
 INPUT_GRAD = (
-    Row(lambda p: p.geometry.control_flow, "phases", "forward avoids XLA's own in its turn"),
-    Row(lambda p: p.is_grouped, "phases", "forward has algorithms for groups"),
-    Row(lambda p: p.geometry.strides == (1, 1), "phases", "one phase: a convolution like forward"),
-    Row(lambda p: p.is_pointwise, "phases", "one phase is a matmul, and the others are zero"),
-    Row(lambda p: p.geometry.is_patchwise, "patches", "it is a matmul before a reshape"),
-    Row(lambda p: p.is_small_and_deep, "phases", "forward is faster than XLA's own on such maps"),
-    Row(lambda p: True, "library", "nothing of ours is faster"),
+    Choice(lambda p: p.geometry.control_flow, "phases", "forward avoids XLA's own in its turn"),
+    Choice(lambda p: p.is_grouped, "phases", "forward has algorithms for groups"),
+    Choice(
+        lambda p: p.geometry.strides == (1, 1), "phases", "one phase: a convolution like forward"
+    ),
+    Choice(lambda p: p.is_pointwise, "phases", "one phase is a matmul, and the others are zero"),
+    Choice(lambda p: p.geometry.is_patchwise, "patches", "it is a matmul before a reshape"),
+    Choice(
+        lambda p: p.is_small_and_deep, "phases", "forward is faster than XLA's own on such maps"
+    ),
+    Choice(lambda p: True, "library", "nothing of ours is faster"),
 )
 
 
@@ -194,8 +200,8 @@ def input_grad_algorithm(group_channels: int, features: int, geometry: ConvGeome
     return _first(INPUT_GRAD, Product(1, group_channels, features, geometry))
 
 
-def _first(table: tuple[Row, ...], product: Product) -> str:
-    return next(row.algorithm for row in table if row.condition(product))
+def _first(table: tuple[Choice, ...], product: Product) -> str:
+    return next(choice.algorithm for choice in table if choice.condition(product))
 
 
 def groups_per_block(size: int, groups: int) -> int:
