@@ -11,7 +11,6 @@ from flax_cnns.layers.drop_path import (
     make_key,
     pick,
     residual,
-    skips,
 )
 from flax_cnns.layers.fixup import fixup
 from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
@@ -90,6 +89,5 @@ __all__ = [
     "round_width",
     "shake_drop",
     "shake_shake",
-    "skips",
     "split_by_stage",
 ]

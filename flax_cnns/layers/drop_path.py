@@ -96,12 +96,6 @@ def fork(drop: Drop | None, n: int) -> list[Drop | None]:
     return [drop.replace(key=key) for key in jax.random.split(drop.key, n)]
 
 
-def skips(network: nn.Module, train: bool) -> bool:
-    """Whether branches run inside `nn.cond`, where convolutions need `control_flow=True`."""
-    whole = network.drop_path_mode == "batch" and not network.is_initializing()
-    return train and network.drop_path > 0 and whole
-
-
 def residual(
     shortcut: Array,
     branch: Callable[[nn.Module, Array], Array],

@@ -163,7 +163,6 @@ class CifarPreAct(nn.Module):
         order = ORDERS[self.order]
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.widths[0], conv, norm, order, name="stem")(images)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, self.depths, train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):

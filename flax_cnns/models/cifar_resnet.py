@@ -83,7 +83,6 @@ class CifarResNet(nn.Module):
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)
         drops = layers.make_drops(self, self.depths, train)
         shake_drops = layers.make_shake_drops(self, self.depths, train)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         given = dict(norm=norm, shortcut=self.shortcut, zero_init=self.zero_init)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):

@@ -124,8 +124,7 @@ class ConvNeXt(nn.Module):
             layer_scale=self.layer_scale,
             param_dtype=self.param_dtype,
         )
-        inside = partial(conv, control_flow=layers.skips(self, train))
-        stage = partial(layers.Stage, block, inside, scan=self.scan, remat=self.remat)
+        stage = partial(layers.Stage, block, conv, scan=self.scan, remat=self.remat)
         for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
             if i > 0:
                 x = Downsample(self.width * 2**i, conv, norm, name=f"downsample{i}")(x)

@@ -157,7 +157,6 @@ class EfficientNet(nn.Module):
         stem = partial(unit, conv=partial(conv, kernel_init=stem_init))
         x = stem(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
         drops = layers.make_drops(self, depths, train)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         se = self.se and partial(
             self.se,
             activation=self.activation,

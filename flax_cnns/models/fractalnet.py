@@ -81,7 +81,12 @@ class Block(nn.Module):
             if needed is None:
                 return module(x)
             nothing = jnp.zeros((*x.shape[:-1], module.width), x.dtype)
-            return nn.cond(needed, lambda m, x: m(x), lambda m, x: nothing, module, x)
+
+            def compute(module: nn.Module, x: Array) -> Array:
+                with layers.inside_control_flow():
+                    return module(x)
+
+            return nn.cond(needed, compute, lambda module, x: nothing, module, x)
 
         def keep(column: int, i: int) -> Array | None:
             return drop and drop.keep(column, self.columns, number, column, i)
@@ -158,7 +163,7 @@ class FractalNet(nn.Module):
             unit = partial(
                 Unit,
                 width,
-                conv=partial(conv, control_flow=drop is not None and drop.column.ndim == 0),
+                conv=conv,
                 norm=norm,
                 drop=partial(nn.Dropout, rate, deterministic=not train),
             )

@@ -101,7 +101,6 @@ class MobileNetV2(nn.Module):
         width = layers.round_width(STEM * self.width_mult)
         x = unit(width, (3, 3), stride=2, padding=layers.pad(self.padding, 3), name="stem")(images)
         drops = layers.make_drops(self, [row.depth for row in rows], train)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, row in enumerate(rows):  # H/2, H/4, H/8, H/16, H/16, H/32, H/32
             block = partial(

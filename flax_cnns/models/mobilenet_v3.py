@@ -126,7 +126,6 @@ class MobileNetV3(nn.Module):
 
         run = nn.remat(run) if self.remat else run
         drops = layers.make_drops(self, [len(self.table)], train)[0]
-        conv = partial(conv, control_flow=layers.skips(self, train))
         kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         se = partial(layers.SqueezeExcite, gate=nn.hard_sigmoid, kernel_init=kernel_init, **types)

@@ -198,7 +198,7 @@ class NASNet(nn.Module):
         drops = layers.make_drops(self, (self.stem_cells, *cells), train)
         cell = partial(
             nn.remat(Cell) if self.remat else Cell,
-            conv=partial(conv, control_flow=layers.skips(self, train)),
+            conv=conv,
             norm=norm,
             edges=Edges(self.padding, self.zero_pools),
         )

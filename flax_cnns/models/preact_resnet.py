@@ -158,7 +158,6 @@ class PreActResNet(nn.Module):
             )
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.width, conv, self.bias, self.pad_zeros, name="stem")(images)  # H/4
-        conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, self.depths, train)
         stage = partial(LateStage if self.late_stride else layers.Stage, remat=self.remat)
         if self.scan:

@@ -190,7 +190,6 @@ class PyramidNet(nn.Module):
         drops = layers.make_drops(self, depths, train)
         shake_drops = layers.make_shake_drops(self, depths, train)
         x = layers.CifarStem(16, conv, norm, relu=False, name="stem")(images)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         block = partial(self.block, conv=conv, norm=norm, zero_init=self.zero_init)
         for i in range(3):
             stride = 1 if i == 0 else 2

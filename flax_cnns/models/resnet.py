@@ -220,7 +220,6 @@ class ResNet(nn.Module):
         )
         x = self.stem(self.stem_width or self.width, conv, norm, name="stem")(images)  # H/4
         drops = layers.make_drops(self, self.depths, train)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
             block = partial(

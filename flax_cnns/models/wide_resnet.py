@@ -105,7 +105,6 @@ class WideResNet(nn.Module):
             )
         conv, norm = layers.building_blocks(self, train)
         x = conv(16, (3, 3), padding=1, name="stem")(images)
-        conv = partial(conv, control_flow=layers.skips(self, train))
         drops = layers.make_drops(self, (n, n, n), train)
         keys = [None] * 3
         if self.dropout and train and not self.is_initializing():

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,14 +34,9 @@ class Conv(nn.Conv):
     by JAX's own primitives (`checkpoint_dots`) do not save its output.
     """
 
-    control_flow: bool = False
-
     def __post_init__(self):
-        # Functions, and not partials: modules with equal fields must be equal. A copy of a module
-        # comes with the function of the original.
-        if self.conv_general_dilated in (None, conv_general_dilated, _in_control_flow):
-            ours = _in_control_flow if self.control_flow else conv_general_dilated
-            self.conv_general_dilated = ours
+        if self.conv_general_dilated is None:
+            self.conv_general_dilated = conv_general_dilated
         super().__post_init__()
 
 
@@ -54,7 +48,6 @@ def conv2d(
     padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    control_flow: bool = False,
     precision: lax.PrecisionLike = None,
 ) -> Array:
     """[N H W C] with a kernel [kh kw C/groups O] -> [N H' W' O], as `lax.conv_general_dilated`.
@@ -74,7 +67,6 @@ def conv2d(
         padding,
         rhs_dilation=pair(dilation),
         feature_group_count=groups,
-        control_flow=control_flow,
         precision=precision,
     )
 
@@ -94,8 +86,6 @@ def conv_general_dilated(
     batch_group_count: int = 1,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
-    *,
-    control_flow: bool = False,
 ) -> Array:
     """`lax.conv_general_dilated`, and the library's own where it is not a plain image convolution
     of floating point numbers."""
@@ -140,14 +130,10 @@ def conv_general_dilated(
         padding=tuple((int(a), int(b)) for a, b in padding),
         dilation=dilation,
         groups=int(feature_group_count),
-        control_flow=control_flow or is_inside_control_flow(),
+        control_flow=is_inside_control_flow(),
     )
     precision = tuple(precision) if isinstance(precision, list) else precision
     return forward_p.bind(*_aligned(x, kernel), geometry=geometry, precision=precision)
-
-
-def _in_control_flow(*args: Any, **kwargs: Any) -> Array:
-    return conv_general_dilated(*args, **kwargs, control_flow=True)
 
 
 def _numbers(x: Array, kernel: Array) -> lax.ConvDimensionNumbers:
