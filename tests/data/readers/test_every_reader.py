@@ -12,6 +12,7 @@ from flax_cnns import config as configs
 from flax_cnns.data import load
 from flax_cnns.data.decode import read
 from flax_cnns.data.load import load_dataset, read_fingerprint
+from flax_cnns.errors import UserError
 
 
 def make_folder(directory, config):
@@ -69,6 +70,7 @@ def test_a_reader(source, tmp_path, config):
         k: len(v) for k, v in streamed.splits.items()
     }
     assert len(held.class_names) == held.num_classes > 1
+    assert not [note for note in held.notes if "classes have no training image" in note]
     for role, split in held.splits.items():
         opened = streamed.splits[role].source
         if opened.labels is not None:
@@ -90,3 +92,16 @@ def test_a_reader(source, tmp_path, config):
     assert fingerprint["reader"] == source
     assert fingerprint == held.fingerprint == streamed.fingerprint == read_fingerprint(config)
     assert set(held.fingerprint["splits"]) >= {"train", "test"}
+
+
+@pytest.mark.parametrize("source", load.READERS)
+def test_labels_that_it_does_not_have_are_refused(source, tmp_path, config):
+    """By the reader, or by the field that cannot act: see config/effects.py."""
+    config.dir = config.dir if source == "tfds" else str(tmp_path)
+    MAKERS[source](tmp_path, config)
+    config.source, config.labels = source, "no_such_kind"
+    whole = get_config()
+    whole.data = config
+    if "data.labels" not in configs.find_inert_fields(whole):
+        with pytest.raises(UserError, match="labels 'no_such_kind'"):
+            load_dataset(config)
