@@ -14,11 +14,12 @@ it say what was chosen, renamed or adapted (flax_cnns/weights/adapt.py).
 
 from __future__ import annotations
 
-import re
 import sys
 
 if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
+
+import re
 
 from absl import flags
 
