@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from experiments.benchmarks import report
-from flax_cnns.analysis.plots import confusion, curves, forest, predictions
+from flax_cnns.analysis.plots import confusion, curves, forest, predictions, style
 from flax_cnns.analysis.statistics import Interval
 from flax_cnns.runs import compare
 from flax_cnns.runs.record import Record as Run
@@ -177,7 +177,7 @@ def test_photos_keep_the_ends_of_names_and_a_bounded_number_of_bars(figures):
 
 def test_bars_of_many_series_and_of_many_decades(monkeypatch):
     saved = []
-    monkeypatch.setattr(curves, "save_picture", lambda figure, png: saved.append(figure))
+    monkeypatch.setattr(style, "save_picture", lambda figure, png: saved.append(figure))
     report.draw(report.Bars(["a"], {f"s{i}": [1.0] for i in range(8)}, "ms"), "t", "x.png")
     colors = {bars.patches[0].get_facecolor() for bars in saved.pop().axes[0].containers}
     assert len(colors) == 8
