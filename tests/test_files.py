@@ -1,4 +1,4 @@
-"""What is no file is refused before it is opened."""
+"""What is no file is refused before it is opened; what is written is whole or not there at all."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
-from flax_cnns.files import check_regular
+from flax_cnns.files import check_regular, replace_whole, write_text
 
 
 def test_a_pipe_or_a_device_is_no_file(tmp_path):
@@ -20,3 +20,19 @@ def test_a_pipe_or_a_device_is_no_file(tmp_path):
         check_photos([tmp_path / "link"])  # and does not wait for a writer
     for fine in (tmp_path, __file__, "not there", "", "\0"):
         check_regular(fine)
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with pytest.raises(KeyError), replace_whole(path) as beside:
+        beside.write_text("half of it")
+        raise KeyError
+    assert path.read_text() == "old"
+    with path.open() as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"  # another file: it was never half of each
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == [path.name]
+    with pytest.raises(UserError, match=r"cannot write .*nowhere/x\.json: No such file"):
+        write_text(tmp_path / "nowhere/x.json", "new")
