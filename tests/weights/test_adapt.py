@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,6 +158,17 @@ def test_a_file_with_a_stem_of_its_own_is_taken_as_it_is(tensors, tmp_path):
     )
     assert not report.adapted
     assert "the weights are for images [224 224 1]" in report.notes
+
+
+@pytest.mark.slow
+def test_the_command_names_its_flag_that_would_fit_a_stem(tensors, tmp_path):
+    np.savez(tmp_path / "x.npz", **tensors)
+    flags = ["--model=squeezenet1_1", "--source=torchvision", "--channels=1"]
+    flags += [f"--path={tmp_path}/x.npz", f"--out={tmp_path}/out"]
+    command = [sys.executable, "-m", "experiments.convert", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "; --adapt_stem fits them: summed" in done.stderr
 
 
 def test_load_weights_fits_a_stem_where_that_is_asked_for(tensors, tmp_path):
