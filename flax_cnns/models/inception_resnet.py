@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.models import inception_v4
-from flax_cnns.models.fields import Classes, Counts, ImageSize, Rate
+from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.models.inception_v4 import SMALLEST, Branch, Convs, Mixed, beside
 from flax_cnns.types import Array, Dtype, ModuleDef
 
@@ -97,7 +97,7 @@ class InceptionResNetV2(nn.Module):
     """
 
     # architecture
-    depths: Counts = (10, 20, 9)  # blocks A, B and C, without the last C
+    depths: tuple[Count, Count, Count] = (10, 20, 9)  # blocks A, B and C, without the last C
     input_size: ImageSize = (299, 299, 3)
     norm: str = "batch"  # "none" comes with biases
     scale: bool = True  # BatchNorm's gamma

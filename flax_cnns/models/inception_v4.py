@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import he_normal
 
 from flax_cnns import layers
-from flax_cnns.models.fields import Classes, Counts, ImageSize, Rate
+from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
@@ -154,7 +154,7 @@ class InceptionV4(nn.Module):
     """
 
     # architecture
-    depths: Counts = (4, 7, 3)  # blocks A, B and C
+    depths: tuple[Count, Count, Count] = (4, 7, 3)  # blocks A, B and C
     input_size: ImageSize = (299, 299, 3)
     norm: str = "batch"  # "none" comes with biases
     # head

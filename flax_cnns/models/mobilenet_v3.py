@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
-from flax_cnns.models.fields import Classes, Count, Factor, ImageSize, Positive, Rate
+from flax_cnns.models.fields import Classes, Count, Factor, ImageSize, NotEmpty, Positive, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -85,7 +85,7 @@ class MobileNetV3(nn.Module):
     """
 
     # architecture
-    table: Sequence[Row]
+    table: Annotated[Sequence[Row], NotEmpty()]
     hidden: Count  # behind the pooling
     width_mult: Factor = 1.0  # of all of these, rounded by layers.round_width
     padding: str = "torch"  # or "same", TensorFlow's: layers.pad
