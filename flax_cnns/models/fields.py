@@ -54,10 +54,13 @@ class AtLeast:
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def describe(self, value: Any) -> str:
-        """The upper end is only named where `value` is beyond it."""
-        below = "above 0" if self.above or self.low == 1 else f"from {self.low}"
+        low = "above 0" if self.above or self.low == 1 else f"from {self.low}"
+        return low + self.describe_end(value)
+
+    def describe_end(self, value: Any) -> str:
+        """Of a value beyond the upper end; else nothing."""
         beyond = isinstance(value, int | float) and self.high < value < math.inf
-        return f"{below}, at most {self.high:,}" if beyond else below
+        return f", at most {self.high:,}" if beyond else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +76,12 @@ class NotEmpty:
 
 @dataclasses.dataclass(frozen=True)
 class Called:
-    """What a message calls it: the last of the bounds."""
+    """What a message calls it."""
 
     name: str
 
     def fits(self, value: Any) -> bool:
         return True
-
-    def describe(self, value: Any) -> str:
-        return self.name
 
 
 Rate = Annotated[float, Between(0, 1)]  # of dropping, or a running mean's momentum
@@ -203,9 +203,10 @@ def _fit_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
 def _describe(hint: Any, value: Any) -> str:
     """What would fit, said to who gave `value`."""
     kind, args, bounds = _parse(hint)
+    if names := [bound.name for bound in bounds if isinstance(bound, Called)]:
+        ends = [bound.describe_end(value) for bound in bounds if isinstance(bound, AtLeast)]
+        return "".join(names + ends)
     said = [bound.describe(value) for bound in bounds]
-    if any(isinstance(bound, Called) for bound in bounds):
-        return said[-1]
     if kind is Union:
         return ", or ".join(_describe(arg, value) for arg in args if arg is not NoneType)
     if _is_row(kind):

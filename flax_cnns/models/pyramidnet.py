@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.models.fields import AtLeast, Classes, Count, ImageSize, Rate
+from flax_cnns.models.fields import AtLeast, Called, Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper, PyTree
 
 PAPER = Paper(
@@ -132,9 +132,8 @@ class PyramidNet(nn.Module):
 
     # architecture
     depth: Count  # in convolutions along the branches, with the stem and the head
-    alpha: Annotated[
-        float, AtLeast(0)
-    ]  # by how many channels the last block is wider than the stem
+    # By how many channels the last block is wider than the stem.
+    alpha: Annotated[float, AtLeast(0), Called("what widths grow by, 0 at least")]
     block: ModuleDef = BasicBlock
     rounding: str = "down"  # of widths; or "nearest", the released code's
     input_size: ImageSize = (32, 32, 3)
