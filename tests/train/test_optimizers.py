@@ -34,9 +34,9 @@ def run(optimizer, steps=3, params=PARAMS, grads=GRADS):
     whole = params
     params, frozen = pytree.partition(params, optimizer.trainable)
     grads, _ = pytree.partition(grads, optimizer.trainable)
-    state, update = optimizer.init(whole), jax.jit(optimizer.tx.update)
+    state = optimizer.init(whole)
     for step in range(steps):
-        updates, state = update(grads, state, params, step=jnp.int32(step))
+        updates, state = optimizer.tx.update(grads, state, params, step=jnp.int32(step))
         params = jax.tree.map(jnp.add, params, updates)
     return pytree.merge(params, frozen), state
 
