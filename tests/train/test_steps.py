@@ -48,12 +48,11 @@ def test_four_devices_equal_one(mode):
 
 
 def test_local_batchnorm_differs_and_averages_what_each_device_saw():
-    config = tiny.config(**AUGMENT)
-    state, _ = tiny.train(config, devices=4)
-    assert distance(state.params, tiny.train(SYNCHRONIZED)[0].params) > 1e-5
+    state, _ = tiny.train(tiny.config(), devices=4)
+    assert distance(state.params, tiny.train(tiny.config())[0].params) > 1e-5
     # Means are linear, so after one step their average over devices is the mean of the whole batch.
-    one, _ = tiny.train(SYNCHRONIZED, n=1)
-    four, _ = tiny.train(config, n=1, devices=4)
+    one, _ = tiny.train(tiny.config(), n=1)
+    four, _ = tiny.train(tiny.config(), n=1, devices=4)
     np.testing.assert_allclose(
         four.batch_stats["norm"]["mean"], one.batch_stats["norm"]["mean"], atol=1e-6
     )
