@@ -1,7 +1,7 @@
 """The parts that networks share. A layer knows no network."""
 
 from flax_cnns.layers.attention import MultiHeadAttention
-from flax_cnns.layers.building import building_blocks, classify, make_head
+from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head
 from flax_cnns.layers.conv import Conv, inside_control_flow
 from flax_cnns.layers.drop_path import (
     Drop,
@@ -62,6 +62,7 @@ __all__ = [
     "check_images",
     "check_stages",
     "classify",
+    "classify_by_maps",
     "draw_columns",
     "drop_rates",
     "fan_out_or_window",

@@ -77,3 +77,19 @@ def classify(
         return x
     head = make_head(network, paper) if head is None else head
     return head(network.num_classes, name="head")(x)
+
+
+def classify_by_maps(
+    network: nn.Module, x: Array, *, paper: Callable, activation: Callable | None = nn.relu
+) -> Array:
+    """The end of Network in Network and of what follows it: maps [N H W C] -> logits f32 [N K].
+
+    The 1x1 convolution "head" makes a map for each class, and the logits are the means of the maps
+    behind the activation. Without classes: features f32 [N C], the means of what comes in.
+    """
+    if network.num_classes is None:
+        return global_avg_pool(x)
+    kernel_init = head_initializer(network.kernel_init, paper=paper)
+    head = partial(Conv, dtype=jnp.float32, param_dtype=network.param_dtype)
+    x = head(network.num_classes, (1, 1), kernel_init=kernel_init, name="head")(x)
+    return global_avg_pool(x if activation is None else activation(x))

@@ -123,12 +123,7 @@ class AllCNN(nn.Module):
             x = Stage(width, self.windows, self.form, conv, name=f"stage{i}")(x)
             x = drop(self.dropout, name=f"dropout{i}")(x)
         x = Last(last, self.last_padding, conv, name=f"stage{len(self.widths)}")(x)  # 6
-        if self.num_classes is None:
-            return layers.global_avg_pool(x)  # [N 6 6 192] -> [N 192]
-        init = layers.head_initializer(self.kernel_init, paper=paper)
-        head = partial(layers.Conv, kernel_init=init, param_dtype=self.param_dtype)
-        x = head(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
-        return layers.global_avg_pool(nn.relu(x))  # [N 6 6 num_classes] -> [N num_classes]
+        return layers.classify_by_maps(self, x, paper=paper)
 
 
 VARIANTS = {  # table 1

@@ -113,12 +113,7 @@ class DSN(nn.Module):
             if i < len(PARTS):
                 x = layers.max_pool(x, 3, 2, ceil=True)
                 x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
-        if self.num_classes is None:
-            return layers.global_avg_pool(x)  # [N H W 192] -> [N 192]
-        init = layers.head_initializer(self.kernel_init, paper=paper)
-        head = partial(layers.Conv, kernel_init=init, param_dtype=self.param_dtype)
-        x = head(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
-        return layers.global_avg_pool(x)  # [N H W num_classes] -> [N num_classes]
+        return layers.classify_by_maps(self, x, paper=paper, activation=None)
 
 
 VARIANTS = {"dsn": partial(DSN)}

@@ -79,10 +79,7 @@ class LeNet(nn.Module):
         x = jnp.tanh(conv(120, name="c5")(x))  # [N 1 1 120]
         x = jnp.mean(x, axis=(1, 2))  # [N 120]
         x = jnp.tanh(nn.Dense(84, dtype=self.dtype, name="f6", **given)(x))  # [N 84]
-        x = x.astype(jnp.float32)
-        if self.num_classes is None:
-            return x
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **given)(x)
+        return layers.classify(self, x, head=partial(nn.Dense, dtype=jnp.float32, **given))
 
 
 # Table I: the maps of S2 that each map of C3 sees, from 0, by how many they are.
@@ -223,8 +220,7 @@ class OriginalLeNet(nn.Module):
         x = Squashed(partial(conv, 120), name="c5")(x)  # [N 1 1 120]
         x = jnp.mean(x, axis=(1, 2))  # [N 120]
         x = Squashed(partial(nn.Dense, 84, **given), name="f6")(x)  # [N 84]
-        x = x.astype(jnp.float32)
-        return x if self.num_classes is None else RBF(self.num_classes, name="head")(x)
+        return layers.classify(self, x, head=RBF)
 
 
 VARIANTS = {"lenet5": partial(LeNet), "lenet5_original": partial(OriginalLeNet)}

@@ -102,12 +102,7 @@ class NIN(nn.Module):
                 x = row.pool(x, 3, 2, ceil=True)
             if row.drop:
                 x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
-        if self.num_classes is None:
-            return layers.global_avg_pool(x)  # [N H W C] -> [N C]
-        init = layers.head_initializer(self.kernel_init, paper=layers.gaussian(self.head_std))
-        head = partial(layers.Conv, kernel_init=init, param_dtype=self.param_dtype)
-        x = head(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
-        return layers.global_avg_pool(nn.relu(x))  # [N H W num_classes] -> [N num_classes]
+        return layers.classify_by_maps(self, x, paper=layers.gaussian(self.head_std))
 
 
 _CIFAR = (

@@ -101,12 +101,7 @@ class SqueezeNet(nn.Module):
             if i in self.pool_after:
                 x = layers.MaxPool(3, 2, ceil=True, name=f"pool{i}")(x)  # 27 and 13, 28 and 14
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout9")(x)
-        if self.num_classes is None:
-            return layers.global_avg_pool(x)  # [N H W 512] -> [N 512]
-        init = layers.head_initializer(self.kernel_init, paper=layers.gaussian(0.01))
-        head = partial(layers.Conv, kernel_init=init, param_dtype=self.param_dtype)
-        x = head(self.num_classes, (1, 1), dtype=jnp.float32, name="head")(x)
-        return layers.global_avg_pool(nn.relu(x))  # [N H W num_classes] -> [N num_classes]
+        return layers.classify_by_maps(self, x, paper=layers.gaussian(0.01))
 
 
 _1_0 = partial(SqueezeNet, conv1=(96, 7, 2, 0), pool_after=(4, 8))
