@@ -236,7 +236,7 @@ BREAKS = [
         f"{P}data/splits.py",
         "return np.sort(shuffled[count:]), np.sort(shuffled[:count])",
         "return np.sort(shuffled), np.sort(shuffled[:count])",
-        "tests/data/test_datasets.py",
+        "tests/data/test_splits.py",
         "images of the validation split stay in the training split",
     ),
     Break(
