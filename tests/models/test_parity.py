@@ -35,7 +35,7 @@ def test_recorded(family):
     got, apply = cases.ours(case, tensors)
     cases.check(got, wanted)
     # The same comparison, with one tensor of each kind drawn anew, fails.
-    variables = convert(case.name, tensors, case.source, **case.fields)
+    variables = convert(case.name, tensors, case.source, **case.fields, say=pytest.fail)
     last = {}
     for path in pytree.flatten(variables):
         if "/aux" not in path:
