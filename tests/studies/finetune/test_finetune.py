@@ -172,6 +172,15 @@ def test_what_a_strategy_loads_and_trains(task, name, expected):
     np.testing.assert_allclose([p[2:] for p in found], [p[2:] for p in expected])
 
 
+def test_of_an_odd_number_of_parts_the_lower_half_has_one_more(task):
+    odd = task._replace(parts=task.parts[:3])
+    (upper,), (lower,) = (strategies.STRATEGIES[f"{half}_only"](odd) for half in ("upper", "lower"))
+    fresh = [{regex for regex, value in p.config.graft.rules if not value} for p in (upper, lower)]
+    of_head = "(params|batch_stats)/(head)/.*"
+    assert fresh[0] == {of_head, "(params|batch_stats)/(stem|stage1)/.*"}
+    assert fresh[1] == {of_head, "(params|batch_stats)/(stage2)/.*"}
+
+
 def test_every_strategy_is_planned_above():
     cases = test_what_a_strategy_loads_and_trains.pytestmark[0].args[1]
     assert [name for name, _ in cases] == list(strategies.STRATEGIES)
