@@ -37,6 +37,14 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 100)
 
 
+# Files that take minutes in the slow tier. They come first, so that no worker is left with one.
+LONGEST = ("tests/test_processes.py", "tests/test_scripts.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
 # Files whose tests look at one finished run: the worker that makes it has all of them.
 TOGETHER = {
     "tests/config/test_effects.py": "runs",
