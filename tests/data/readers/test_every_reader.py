@@ -72,6 +72,7 @@ def test_a_reader(source, tmp_path, config):
     assert len(held.class_names) == held.num_classes > 1
     assert not [note for note in held.notes if "classes have no training image" in note]
     for role, split in held.splits.items():
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
         opened = streamed.splits[role].source
         if opened.labels is not None:
             np.testing.assert_array_equal(opened.labels, split.labels)
