@@ -32,6 +32,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert
 from tests.models import foreign
+from tests.models.published import UNVERIFIED
 from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 
 ROOT = Path(__file__).parents[1]
@@ -39,30 +40,6 @@ LIMIT = 1e-4
 LARGEST = 331  # pixels: EfficientNets for larger images are compared on these
 
 NUMPY = {case.name: case for case in CASES + MORE}
-
-# Parameter counts that are no more than near what is published.
-UNVERIFIED = {
-    "highway_32": "no list of its layers is published, the widths are ours: 1.25 M",
-    "dsn": "about 1 M: 966,986 classify, 2,580,510 are the companions'",
-    "all_cnn_a": "the paper says 1.28 M",
-    "all_cnn_b": "the paper says 1.35 M",
-    "all_cnn_c": "the paper says 1.4 M",
-    "squeezenet1_1_c10": "the decks say 768 K",
-    "cifar_squeezenet1_1": "the decks say 768 K",
-    "rir_18": "reconstructed from the text: no count is confirmed",
-    "rir_18_wide": "reconstructed from the text: no count is confirmed",
-    "resnet_init_18_wide": "reconstructed from the text: no count is confirmed",
-    "fractalnet_20": "table 1 says 38.6 M, the paper's widths give this",
-    "fractalnet_20_droppath": "table 1 says 38.6 M, the paper's widths give this",
-    "fractalnet_34": "no count is published",
-    "sparsenet_bc_100_32_64_128": "the authors say 16.72 M with 100 classes",
-    "nasnet_a_7_2304": "table 1 says 27.6 M, the cells of its other networks give this",
-    "nas_v1_dense": "no count is published",
-    "nas_v1_no_skips": "no count is published",
-    "sparse_densenet": "no count is published",
-    "sparse_densenet_bc": "no count is published",
-    "sparse_densenet_abc": "no count is published",
-}
 
 
 class Result(NamedTuple):

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_cnns import create_model
+from flax_cnns import create_model, init_variables
 from flax_cnns import tree as pytree
+from flax_cnns.analysis.cost import Cost, cost
+
+
+def blank(name: str, **fields: Any) -> nn.Module:
+    """The network, its kernels 0 at first: tracing random numbers takes half of the time."""
+    model = create_model(name, **fields)
+    chosen = {"init", "kernel_init"} & set(fields)
+    return model if chosen else model.clone(kernel_init=nn.initializers.zeros)
 
 
 def captured(name: str, height: int, width: int | None = None, /, **fields: Any) -> tuple:
     """(the output's shape and dtype, {path: shape of what the module there gives}) for two images
-    of `height` by `width`, square without it."""
-    model = create_model(name, **fields)
+    of `height` by `width`, square without it. Auxiliary heads are among the paths."""
+    model = blank(name, **fields)
+    shape = (2, height, height if width is None else width, 3)
 
-    def run():
-        images = jnp.zeros((2, height, height if width is None else width, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
+    def run(key):
+        given = dict(mutable=True, capture_intermediates=True)
+        return model.init_with_output(key, jnp.zeros(shape), **given)
 
-    out, state = jax.eval_shape(run)
+    out, state = jax.eval_shape(run, jax.random.key(0))
     flat = pytree.flatten(state["intermediates"])
     return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
+
+
+def variables_of(name: str, **fields: Any) -> dict[str, Any]:
+    """Shapes of a network's "params" and "batch_stats"."""
+    model = blank(name, **fields)
+    return jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
 
 
 def called(name: str, size: int, /, train: bool = False, **fields: Any) -> dict[str, nn.Module]:
@@ -48,3 +63,9 @@ def starting_at_zero(modules: dict[str, nn.Module]) -> set[str]:
     """Paths of the BatchNorms among `called`'s whose scales start at 0."""
     norms = {path: m for path, m in modules.items() if isinstance(m, nn.BatchNorm)}
     return {path for path, norm in norms.items() if norm.scale_init is nn.initializers.zeros}
+
+
+@cache
+def cost_of(name: str, **fields: Any) -> Cost:
+    """`cost` of a network, traced once a process."""
+    return cost(blank(name, **fields))

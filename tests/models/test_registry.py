@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from experiments.benchmarks import learning
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
 from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
+from tests.models.published import PUBLISHED
 
 
 def test_the_public_face_is_the_registry():
@@ -57,7 +59,7 @@ def test_every_file_with_variants_is_registered():
 def test_every_model_says_who_it_is(name, monkeypatch):
     """All but its parameters, which take a trace to count: the contract counts them."""
     monkeypatch.setattr(registry, "init_variables", lambda *_: {"params": {}})
-    info = model_info(name)
+    info = model_info.__wrapped__(name)  # not to be remembered
     assert info.name == name
     assert name in __import__(f"flax_cnns.models.{info.family}", fromlist=["x"]).VARIANTS
     assert info.paper.title
@@ -71,37 +73,19 @@ def test_every_model_says_who_it_is(name, monkeypatch):
     assert {"num_classes", "input_size", "dtype", "param_dtype", "axis_name"} <= set(vars(model))
 
 
-# One of each module: the variants differ by numbers.
-ONE_EACH = {
-    (family.__name__, variant.func): name
-    for family in registry.FAMILIES
-    for name, variant in reversed(family.VARIANTS.items())
-}
-
-
-@pytest.mark.parametrize("name", ["lenet5", "cifar_resnet20", "mobilenet_v2"])
-def test_its_parameters_are_counted_without_batch_statistics(name):
-    variables = jax.eval_shape(lambda: init_variables(create_model(name), jax.random.key(0)))
-    assert model_info(name).params == sum(x.size for x in jax.tree.leaves(variables["params"]))
-
-
-@pytest.mark.parametrize("name", ONE_EACH.values())
-def test_every_model_initialises_from_one_key_and_has_features(name):
-    model = create_model(name, num_classes=None)
-    images = jnp.zeros((2, *model.input_size))
-    features, variables = jax.eval_shape(
-        lambda key: model.init_with_output(key, images), jax.random.key(0)
-    )
-    assert len(features.shape) == 2
-    assert features.shape[0] == 2
-    assert features.dtype == jnp.float32
-    assert "head" not in variables["params"]
+@pytest.mark.parametrize("name", ["lenet5", "cifar_resnet20", "dsn", "convnext_atto"])
+def test_model_info(name):
+    """Of all networks: tests/models/test_contract.py, slow."""
+    info = model_info(name)
+    family = import_module(f"flax_cnns.models.{info.family}")
+    assert (info.paper, info.params) == (family.PAPER, PUBLISHED[name].params)
+    assert info.sources == getattr(family, "SOURCES", {}).get(name, ())
 
 
 def test_the_readme_names_every_network_with_its_parameters():
     text = (Path(__file__).parents[2] / "README.md").read_text()
     said = {name: int(n.replace(",", "")) for name, n in re.findall(r"`(\w+)` ([\d,]+\d)\b", text)}
-    assert said == {name: model_info(name).params for name in list_models()}
+    assert said == {name: row.params for name, row in PUBLISHED.items()}  # test_contract.py counts
 
 
 @pytest.mark.parametrize(
