@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert
 from tests.models import foreign
+from tests.models.captured import FAMILY_OF
 from tests.models.published import UNVERIFIED
 from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 
@@ -60,9 +62,16 @@ class Result(NamedTuple):
         return alive and self.difference <= LIMIT < self.control
 
 
+def sources_of(name: str) -> tuple[str, ...]:
+    """As `model_info`, which traces the network. Raises `UserError` for an unknown name."""
+    create_model(name)
+    family = import_module(f"flax_cnns.models.{FAMILY_OF[name]}")
+    return getattr(family, "SOURCES", {}).get(name, ())
+
+
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """(network, source) of those that have an independent implementation."""
-    sources = {name: (*model_info(name).sources, *["NumPy"] * (name in NUMPY)) for name in names}
+    sources = {name: (*sources_of(name), *["NumPy"] * (name in NUMPY)) for name in names}
     # The package efficientnet_lite is held to by its published weights: tests/weights.
     sources = {name: [s for s in of if s != "efficientnet_lite"] for name, of in sources.items()}
     return [(name, source) for name in sources for source in sources[name]]
@@ -173,9 +182,11 @@ def used_tensors(
 def code(name: str, source: str) -> str:
     """What a pair's result depends on: it is taken again when any of these files changes."""
     package, tests = ROOT / "flax_cnns", Path(__file__).parent
-    files, families = {Path(__file__), tests / "models/foreign.py"}, [model_info(name).family]
-    files |= {*(package / "layers").glob("*.py")}
-    files |= {package / "weights/__init__.py", package / "weights/rules.py"}
+    families = [FAMILY_OF[name]]
+    theirs = ("__init__", "builders", *families)
+    files = {Path(__file__), *(tests / f"models/foreign/{file}.py" for file in theirs)}
+    files |= {*(package / "layers").rglob("*.py")}
+    files |= {package / "weights/__init__.py", package / "weights/name_maps.py"}
     for family in families:  # grows by the families that it imports
         path = package / f"models/{family}.py"
         files |= {path, package / f"weights/{family}.py"}

@@ -12,6 +12,13 @@ import jax.numpy as jnp
 from flax_cnns import create_model, init_variables
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import Cost, cost
+from flax_cnns.models import registry
+
+FAMILY_OF = {
+    name: family.__name__.rpartition(".")[2]
+    for family in registry.FAMILIES
+    for name in family.VARIANTS
+}
 
 
 def blank(name: str, **fields: Any) -> nn.Module:
@@ -44,7 +51,7 @@ def variables_of(name: str, **fields: Any) -> dict[str, Any]:
 
 def called(name: str, size: int, /, train: bool = False, **fields: Any) -> dict[str, nn.Module]:
     """{path: the module that was called there, with its fields} for two images."""
-    model, found = create_model(name, **fields), {}
+    model, found = blank(name, **fields), {}
 
     def note(call, args, kwargs, context):
         if context.method_name == "__call__":

@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import alexnet
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import captured as captured_of
+from tests.models.captured import cost_of
+from tests.models.published import PUBLISHED
 
 # Section 3.5: (window, maps that a unit sees, maps) of conv1 ... conv5, then (in, out).
 TWO_GPUS = [(11, 3, 96), (5, 48, 256), (3, 256, 384), (3, 192, 384), (3, 192, 256)]
 ONE_TOWER = [(11, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)]
 TORCHVISION = [(11, 3, 64), (5, 64, 192), (3, 192, 384), (3, 384, 256), (3, 256, 256)]
 DENSE = [(6 * 6 * 256, 4096), (4096, 4096), (4096, 1000)]
-COUNTS = {
-    "alexnet_2gpu": (TWO_GPUS, 60_965_224),  # the abstract's 60 million
-    "alexnet_single_tower": (ONE_TOWER, 62_378_344),
-    "alexnet": (TORCHVISION, 61_100_840),  # torchvision 0.28.0, meta["num_params"]
+TABLES = {
+    "alexnet_2gpu": TWO_GPUS,
+    "alexnet_single_tower": ONE_TOWER,
+    "alexnet": TORCHVISION,
 }
 NORMALISED = ["alexnet_2gpu", "alexnet_single_tower"]
 
 
 @pytest.mark.parametrize("name", alexnet.VARIANTS)
 def test_count_by_hand(name):
-    convolutions, count = COUNTS[name]
+    convolutions = TABLES[name]
     by_hand = sum(k * k * i * o + o for k, i, o in convolutions) + sum(i * o + o for i, o in DENSE)
-    assert model_info(name).params == by_hand == count
-    if name == "alexnet_2gpu":
-        assert count == pytest.approx(60e6, rel=0.02)
+    assert PUBLISHED[name].params == by_hand
+    if name == "alexnet_2gpu":  # the abstract's 60 million
+        assert by_hand == pytest.approx(60e6, rel=0.02)
 
 
 def test_each_layer_of_two_gpus():
-    rows = {layer.path: layer for layer in cost(create_model("alexnet_2gpu")).layers}
+    rows = {layer.path: layer for layer in cost_of("alexnet_2gpu").layers}
     assert {path: (row.params, row.macs) for path, row in rows.items()} == {
         "conv1/conv": (34_944, 55 * 55 * 96 * 11 * 11 * 3),  # the lectures' 35 K
         "conv2/conv": (307_456, 27 * 27 * 256 * 5 * 5 * 48),
@@ -49,23 +50,10 @@ def test_each_layer_of_two_gpus():
     }
 
 
-def test_published_macs():
-    macs = cost(create_model("alexnet")).macs
-    assert macs / 1e9 == pytest.approx(0.714, abs=5e-4)  # torchvision 0.28.0, meta["_ops"]
-
-
 def captured(name, height, width, **fields):
     """The logits' shape, and that of what each module gives, by path."""
-    model = create_model(name, **fields)
-
-    def run():
-        images = jnp.zeros((2, height, width, 3))
-        variables = model.init(jax.random.key(0), images)
-        return model.apply(variables, images, capture_intermediates=True, mutable="intermediates")
-
-    out, state = jax.eval_shape(run)
-    flat = pytree.flatten(state["intermediates"])
-    return out, {path.removesuffix("/__call__/0"): leaf.shape[1:] for path, leaf in flat.items()}
+    out, shapes = captured_of(name, height, width, **fields)
+    return out, {path: shape[1:] for path, shape in shapes.items()}
 
 
 def test_the_lectures_list_of_shapes():
@@ -120,18 +108,6 @@ def test_sizes(name, smallest):
         captured(name, smallest - 1, smallest)
     with pytest.raises(UserError, match="expected images of 1 channels, got 3"):
         captured(name, smallest, smallest, input_size=(67, 67, 1))
-
-
-@pytest.mark.parametrize("name", alexnet.VARIANTS)
-def test_without_classes_it_gives_what_the_head_would_see(name):
-    features, shapes = captured(name, 67, 67, num_classes=None)
-    assert features.shape == (2, 4096)
-    assert "head" not in shapes
-
-
-def test_bfloat16():
-    logits, _ = captured("alexnet_2gpu", 67, 67, dtype="bfloat16")
-    assert logits.dtype == jnp.float32
 
 
 IMAGES = 30 * np.random.RandomState(0).randn(2, 67, 67, 3).astype(np.float32)

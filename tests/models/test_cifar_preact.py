@@ -6,24 +6,19 @@ from functools import partial
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
 from flax_cnns import layers
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.models.cifar_preact import ORDERS, VARIANTS, Unit
-from flax_cnns.models.registry import create_model, init_variables, model_info
-from tests.models.captured import captured
+from flax_cnns.models.cifar_preact import ORDERS, Unit
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import captured, cost_of, variables_of
+from tests.models.counting import count_params
+from tests.models.published import PUBLISHED
 
-EXACT = {  # of full pre-activation
-    "cifar_preact110": 1_730_522,
-    "cifar_preact164": 1_703_258,
-    "cifar_preact1001": 10_327_706,
-}
 BASIC = dict(windows=(3, 3), expansion=1)
 BOTTLENECK = dict(windows=(1, 3, 1), expansion=4)
 TINY = dict(depths=(2, 1), widths=(4, 8), num_classes=3, input_size=(8, 8, 3))
@@ -37,7 +32,7 @@ def test_count_of_110_layers_by_hand():
     norms = 2 * (36 * 16 + (16 + 35 * 32) + (32 + 35 * 64) + 64)
     head = 64 * 10 + 10
     assert convs + norms + head == 1_727_962  # ResNet-110's, option A
-    assert convs + norms + head + 16 * 32 + 32 * 64 == EXACT["cifar_preact110"]
+    assert convs + norms + head + 16 * 32 + 32 * 64 == PUBLISHED["cifar_preact110"].params
 
 
 @pytest.mark.parametrize(("name", "printed"), [("164", 1.7e6), ("1001", 10.2e6)])
@@ -49,12 +44,8 @@ def test_count_of_bottlenecks_by_hand(name, printed):
         count += channels * 4 * width + (channels + (n - 1) * 4 * width) * (width + 2)
         count += n * (9 * width * width + width * 4 * width + 4 * width)
         channels = 4 * width
-    assert count == EXACT[f"cifar_preact{name}"]
+    assert count == PUBLISHED[f"cifar_preact{name}"].params
     assert count == pytest.approx(printed, rel=0.02)
-
-
-def test_counts():
-    assert {name: model_info(name).params for name in VARIANTS} == EXACT
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -62,22 +53,17 @@ def test_orders_differ_in_the_norms_of_projections_only(order):
     """Those have 2 (32 + 64) numbers in 110 layers, 2 (64 + 128 + 256) in 164."""
     norms = order in ("original", "relu_before_add", "relu_only_preact")
     for name, more in (("cifar_preact110", 192), ("cifar_preact164", 896)):
-        shapes = jax.eval_shape(
-            partial(init_variables, create_model(name, order=order)), jax.random.key(0)
-        )
-        assert pytree.count(shapes["params"]) == EXACT[name] + more * norms
+        counted = count_params(create_model(name, order=order))
+        assert counted == PUBLISHED[name].params + more * norms
 
 
 def test_the_original_order_with_option_a_is_cifar_resnet110():
-    """The same parameters under the same names."""
-    ours, theirs = (
-        jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-        for model in (
-            create_model("cifar_preact110", order="original", shortcut="A"),
-            create_model("cifar_resnet110"),
-        )
-    )
-    assert ours == theirs
+    """The same parameters under the same names: those of all depths, by those of (2, 2, 2)."""
+    depths = create_model("cifar_preact110").depths
+    assert depths == create_model("cifar_resnet110").depths
+    few = dict(depths=(2, 2, 2))
+    ours = variables_of("cifar_preact110", order="original", shortcut="A", **few)
+    assert ours == variables_of("cifar_resnet110", **few)
 
 
 def test_the_original_order_with_option_a_computes_what_cifar_resnet_computes():
@@ -239,7 +225,7 @@ def test_macs_of_164_layers():
         macs += side**2 * (channels + 17 * 4 * width) * width  # first 1x1
         macs += side**2 * (18 * (9 + 4) * width * width + channels * 4 * width)
         channels = 4 * width
-    assert cost(create_model("cifar_preact164")).macs == macs == 244_500_992
+    assert cost_of("cifar_preact164").macs == macs == 244_500_992
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -284,10 +270,3 @@ def test_errors():
         model = create_model("cifar_preact110", **TINY, **fields)
         with pytest.raises(UserError, match=message):
             jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-
-
-def test_without_classes_it_gives_pooled_features():
-    features, shapes = captured("cifar_preact164", 32, num_classes=None, depths=(1, 1, 1))
-    assert features.shape == (2, 256)
-    assert "head" not in shapes
-    assert features.dtype == jnp.float32

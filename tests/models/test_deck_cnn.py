@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import cost_of
+from tests.models.published import PUBLISHED
 
 NAME = "deck003_cifar100_example"
 
@@ -21,9 +22,7 @@ def variables():
 
 
 def test_the_published_summary():
-    rows = [
-        (layer.path, layer.output_shape, layer.params) for layer in cost(create_model(NAME)).layers
-    ]
+    rows = [(layer.path, layer.output_shape, layer.params) for layer in cost_of(NAME).layers]
     assert rows == [
         ("conv1/conv", (1, 30, 30, 32), 896),
         ("conv2/conv", (1, 13, 13, 32), 9_248),
@@ -32,7 +31,7 @@ def test_the_published_summary():
     ]
     by_hand = (9 * 3 * 32 + 32, 9 * 32 * 32 + 32, 9 * 32 * 32 + 32, 4 * 4 * 32 * 100 + 100)
     assert tuple(params for *_, params in rows) == by_hand
-    assert model_info(NAME).params == 70_692
+    assert sum(by_hand) == PUBLISHED[NAME].params
 
 
 def test_forward_is_the_definition(variables):

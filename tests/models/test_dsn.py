@@ -9,10 +9,10 @@ import pytest
 
 from configs import cifar10_dsn
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
-from flax_cnns.errors import UserError
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train.losses import aux_weights
+from tests.models.captured import blank, cost_of
+from tests.models.published import PUBLISHED
 
 # The release: name, window, input and output channels, and the side of the output for 32x32.
 CONVS = [
@@ -34,18 +34,18 @@ def test_count_and_cost_of_every_layer_by_hand():
         name: ((1, side, side, out), window**2 * n * out + out, side**2 * window**2 * n * out)
         for name, window, n, out, side in CONVS
     }
-    rows = cost(create_model("dsn")).layers
+    rows = cost_of("dsn").layers
     main = {row.path: (row.output_shape, row.params, row.macs) for row in rows[: len(CONVS)]}
     assert main == expected
     assert sum(params for _, params, _ in main.values()) == 966_986  # "about 1 M"
     companions = {row.path: row.params for row in rows[len(CONVS) :]}
     assert companions == {f"{name}/head": seen * 10 + 10 for name, seen in COMPANIONS.items()}
-    assert model_info("dsn").params == 966_986 + sum(companions.values()) == 3_547_496
+    assert PUBLISHED["dsn"].params == 966_986 + sum(companions.values())
 
 
 def run(size, train=False, **fields):
     """Shapes of the logits and of what is captured and sown."""
-    model = create_model("dsn", **fields)
+    model = blank("dsn", **fields)
 
     def run():
         images = jnp.zeros((2, size, size, 3))
@@ -72,28 +72,6 @@ def test_output_shape_of_each_stage():
     for i, (side, width) in enumerate(((32, 96), (16, 192), (8, 192)), 1):
         assert shapes[f"conv{i}"] == (2, side, side, 192)
         assert shapes[f"mlpconv{i}"] == (2, side, side, width)
-
-
-def test_companions_are_sown_in_training_only():
-    _, shapes, sown = run(32, train=False)
-    assert sown == {}
-    assert not any(path.startswith("aux") for path in shapes)
-    _, _, sown = run(32, train=True, num_classes=7)
-    assert sown == {f"aux{i}/logits/0": (2, 7) for i in (1, 2, 3)}
-
-
-def test_without_classes_it_gives_pooled_features_and_has_no_companions():
-    features, shapes, sown = run(32, train=True, num_classes=None)
-    assert features.shape == (2, 192)
-    assert sown == {}
-    assert not {"head", "aux1", "aux2", "aux3"} & set(shapes)
-
-
-def test_smallest_images():
-    _, shapes, _ = run(4)
-    assert shapes["head"] == (2, 1, 1, 10)
-    with pytest.raises(UserError, match="the smallest is 4x4"):
-        run(3)
 
 
 def test_it_classifies_images_of_another_size_than_it_learnt_from():
@@ -151,18 +129,3 @@ def test_papers_first_values():
             assert np.std(leaf) == pytest.approx(bound / np.sqrt(3), rel=0.05), path
         else:
             assert np.std(leaf) == pytest.approx(0.05, rel=0.05), path
-
-
-def test_bfloat16_leaves_all_logits_in_float32():
-    logits, _, _ = run(8, train=True, dtype="bfloat16")
-    assert logits.dtype == jnp.float32
-    model = create_model("dsn", dtype="bfloat16")
-
-    def sown():
-        images = jnp.zeros((2, 8, 8, 3))
-        variables = model.init(jax.random.key(0), images)
-        rngs = {"dropout": jax.random.key(1)}
-        return model.apply(variables, images, train=True, rngs=rngs, mutable="aux_logits")[1]
-
-    leaves = jax.tree.leaves(jax.eval_shape(sown))
-    assert [leaf.dtype for leaf in leaves] == [jnp.dtype("float32")] * 3

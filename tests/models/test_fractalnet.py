@@ -12,12 +12,12 @@ import pytest
 
 from flax_cnns import layers
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import fractalnet
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train import parallel, steps
-from tests.models.captured import captured
+from tests.models.captured import captured, cost_of
+from tests.models.published import PUBLISHED
 
 WIDE, NARROW = (64, 128, 256, 512, 512), (16, 32, 64, 128, 128)
 # Widths of the blocks, columns, classes; parameters that the paper's ultra-deep table has, in
@@ -48,7 +48,7 @@ def test_count_by_hand(name):
         count += 2 * convolutions * width  # norms
         before = width
     count += (before + 1) * classes
-    assert model_info(name).params == count
+    assert PUBLISHED[name].params == count
     if millions is not None:
         assert round(count / 1e6, 1) == millions
     if name.startswith("fractalnet_20"):  # the 33.7 M of the paper's widths, not 38.6 M
@@ -61,7 +61,7 @@ def test_macs_by_hand():
     for side, width in zip(sides, WIDE):
         macs += side**2 * 9 * (3 * before * width + 4 * width**2)
         before = width
-    assert cost(create_model("fractalnet_20")).macs == macs
+    assert cost_of("fractalnet_20").macs == macs
 
 
 @pytest.mark.parametrize(("size", "sides"), [(32, (16, 8, 4, 2, 1)), (24, (12, 6, 3, 2, 1))])
@@ -88,13 +88,6 @@ def test_imagenet_has_resnet34s_first_and_last_layers():
         assert shapes[f"block{i}"] == (2, side, side, width)
     assert sum(path.startswith("block1/column4_unit") for path in shapes) // 4 == 8
     assert logits.shape == (2, 1000)
-
-
-def test_without_classes_it_gives_pooled_features():
-    features, shapes = captured("fractalnet_20", 32, num_classes=None)
-    assert features.shape == (2, 512)
-    assert features.dtype == jnp.float32
-    assert "head" not in shapes
 
 
 def make(columns=3, **fields):

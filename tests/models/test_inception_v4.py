@@ -12,12 +12,12 @@ import pytest
 
 from flax_cnns import layers
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
-from flax_cnns.errors import UserError
 from flax_cnns.models import inception_v4
-from flax_cnns.models.registry import create_model, model_info
+from flax_cnns.models.registry import create_model
 from tests.models import foreign
+from tests.models.captured import blank, cost_of
 from tests.models.captured import captured as captured_of
+from tests.models.published import PUBLISHED
 
 # Figures 3 to 8: (height, width, in, out) of each convolution and the side of its output.
 STEM = {
@@ -78,7 +78,7 @@ def by_hand(part):
 
 def test_count():
     counted = sum(times * by_hand(part)[0] for times, part in NETWORK.values()) + HEAD + 1000
-    assert model_info("inception_v4").params == counted == 42_679_816
+    assert PUBLISHED["inception_v4"].params == counted
     # timm's benchmark tables: 42.68 M and 12.28 GMACs.
     macs = sum(times * by_hand(part)[1] for times, part in NETWORK.values()) + HEAD
     assert macs == pytest.approx(12.28e9, rel=3e-3)
@@ -86,7 +86,7 @@ def test_count():
 
 def test_cost_of_each_part():
     measured = {}
-    for layer in cost(create_model("inception_v4")).layers:
+    for layer in cost_of("inception_v4").layers:
         params, macs = measured.get(part := layer.path.partition("/")[0], (0, 0))
         measured[part] = (params + layer.params, macs + layer.macs)
     expected = {}
@@ -125,25 +125,12 @@ def test_sizes_inside_the_stem():
     assert shapes["stem/mixed_5a"] == (2, 35, 35, 192)
 
 
-@pytest.mark.parametrize("shape", [(1, 74, 75, 3), (1, 75, 74, 3)])
-def test_too_small(shape):
-    with pytest.raises(UserError, match="the smallest is 75x75"):
-        jax.eval_shape(create_model("inception_v4").init, jax.random.key(0), jnp.zeros(shape))
-
-
-def test_without_classes_it_gives_pooled_features():
-    features, shapes = captured(75, num_classes=None)
-    assert features.shape == (2, 1536)
-    assert shapes["dropout"] == (2, 1536)  # what the head would see
-    assert "head" not in shapes
-
-
-@pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_bfloat16_leaves_logits_and_parameters_in_float32(norm):
-    model = create_model("inception_v4", dtype="bfloat16", norm=norm)
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_other_norms_in_bfloat16(norm):
+    model = blank("inception_v4", dtype="bfloat16", norm=norm, depths=(1, 1, 1))
     images = jnp.zeros((1, 75, 75, 3))
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    assert jax.eval_shape(model.apply, variables, images).dtype == jnp.float32
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+    assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 

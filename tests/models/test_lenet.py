@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import lenet
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import cost_of
+from tests.models.published import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def test_count_by_hand():
     c1, c3, c5 = 6 * (5 * 5 + 1), 16 * (6 * 5 * 5 + 1), 120 * (16 * 5 * 5 + 1)
     f6, head = 84 * (120 + 1), 10 * (84 + 1)
     assert (c1, c3, c5, f6, head) == (156, 2416, 48120, 10164, 850)
-    assert model_info("lenet5").params == c1 + c3 + c5 + f6 + head == 61_706
+    assert PUBLISHED["lenet5"].params == c1 + c3 + c5 + f6 + head
 
 
 def test_parameters_bear_the_papers_names(variables):
@@ -127,12 +128,12 @@ def test_count_of_1998_by_hand():
     c1, s2, c3, s4 = 6 * (5 * 5 + 1), 6 * 2, int(CONNECTED.sum()) * 5 * 5 + 16, 16 * 2
     c5, f6 = 120 * (16 * 5 * 5 + 1), 84 * (120 + 1)
     assert (c1, s2, c3, s4, c5, f6) == (156, 12, 1516, 32, 48120, 10164)
-    assert model_info("lenet5_original").params == c1 + s2 + c3 + s4 + c5 + f6 == 60_000
+    assert PUBLISHED["lenet5_original"].params == c1 + s2 + c3 + s4 + c5 + f6
 
 
 def test_connections_of_1998():
     """A bias is a connection too: the paper has 122,304 in C1, 151,600 in C3 and 48,120 in C5."""
-    macs = {layer.path: layer.macs for layer in cost(create_model("lenet5_original")).layers}
+    macs = {layer.path: layer.macs for layer in cost_of("lenet5_original").layers}
     assert macs["c1/sums"] + 28 * 28 * 6 == 122_304
     c3 = macs["c3/three"] + macs["c3/four"] + macs["c3/six"]
     assert c3 + 10 * 10 * 16 == 151_600

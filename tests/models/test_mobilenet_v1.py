@@ -15,8 +15,9 @@ from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import mobilenet_v1
-from flax_cnns.models.registry import create_model, init_variables, model_info
-from tests.models.captured import called, captured
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import called, captured, variables_of
+from tests.models.published import PUBLISHED
 
 # Table 1: the channels that each pair of a depthwise and a 1x1 convolution takes and gives.
 TABLE_1 = [
@@ -35,27 +36,10 @@ def of_table_1(percent: int) -> int:
     return count
 
 
-COUNTS = {  # reference_params.csv; timm 1.0.31 for 125; Keras's model.summary(), trainable
-    "mobilenet_v1_100": 4_231_976,
-    "mobilenet_v1_075": 2_585_560,
-    "mobilenet_v1_050": 1_331_592,
-    "mobilenet_v1_025": 470_072,
-    "mobilenetv1_100": 4_231_976,
-    "mobilenetv1_125": 6_270_840,
-    "keras_mobilenet": 4_231_976,
-}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_count(name):
-    assert model_info(name).params == COUNTS[name]
-
-
 def test_counts_by_hand():
-    assert set(COUNTS) == set(mobilenet_v1.VARIANTS)
     for percent in (25, 50, 75, 100):
-        assert COUNTS[f"mobilenet_v1_{percent:03}"] == of_table_1(percent)
-    assert COUNTS["mobilenetv1_125"] == of_table_1(125)
+        assert PUBLISHED[f"mobilenet_v1_{percent:03}"].params == of_table_1(percent)
+    assert PUBLISHED["mobilenetv1_125"].params == of_table_1(125)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +131,6 @@ def test_scan_remat_and_activation():
     np.testing.assert_allclose(np.minimum(free, 6), bounded, rtol=1e-6)
 
 
-def test_without_classes_it_gives_pooled_features():
-    features, shapes = captured("mobilenet_v1_050", 64, num_classes=None)
-    assert features.shape == (2, 512)
-    assert features.dtype == jnp.float32
-    assert "head" not in shapes
-
-
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
     logits, _ = captured("mobilenet_v1_025", 32, dtype="bfloat16")
     assert logits.dtype == jnp.float32
@@ -165,8 +142,7 @@ def test_bfloat16_leaves_logits_and_parameters_in_float32():
 
 
 def test_norm_is_a_field():
-    model = create_model("mobilenet_v1_100", norm="none")
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    shapes = variables_of("mobilenet_v1_100", norm="none")
     assert not shapes["batch_stats"]
     assert all(p.endswith(("kernel", "head/bias")) for p in pytree.flatten(shapes["params"]))
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import mobilenet_v2
 from flax_cnns.models.mobilenet_v2 import Row
-from flax_cnns.models.registry import create_model, init_variables, model_info
-from tests.models.captured import called, captured, starting_at_zero
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import called, captured, cost_of, starting_at_zero, variables_of
+from tests.models.published import PUBLISHED
 
 # Table 2's widths for each width multiplier: stem, the seven stages, what is behind them.
 WIDTHS = {
@@ -44,20 +44,10 @@ def of_table_2(widths: tuple[int, ...]) -> int:
     return count + taken * top + 2 * top + top * 1000 + 1000
 
 
-COUNTS = {  # torchvision 0.28.0, timm 1.0.31, reference_params.csv (025), Keras's model.summary()
-    "025": 1_519_112,
-    "035": 1_677_128,
-    "050": 1_968_680,
-    "075": 2_636_424,
-    "100": 3_504_872,
-    "140": 6_108_776,
-}
-
-
 @pytest.mark.parametrize("name", mobilenet_v2.VARIANTS)
 def test_count(name):
-    multiplier = name[-3:] if name[-3:] in COUNTS else "100"
-    assert model_info(name).params == COUNTS[multiplier] == of_table_2(WIDTHS[multiplier])
+    multiplier = name[-3:] if name[-3:] in WIDTHS else "100"
+    assert PUBLISHED[name].params == of_table_2(WIDTHS[multiplier])
 
 
 @pytest.mark.parametrize(
@@ -72,7 +62,7 @@ def test_count(name):
     ],
 )
 def test_published_macs(name, size, macs, parameters):
-    counted = cost(create_model(name, input_size=(size, size, 3)))
+    counted = cost_of(name, input_size=(size, size, 3))
     assert counted.macs / 1e6 == pytest.approx(macs, abs=0.5)
     bare = sum(layer.params for layer in counted.layers if layer.kind != "BatchNorm")
     assert bare / 1e6 == pytest.approx(parameters, abs=0.005)
@@ -191,13 +181,6 @@ def test_zero_init_starts_branches_with_a_shortcut_at_zero():
     assert not starting_at_zero(called("mobilenet_v2", 32))
 
 
-def test_without_classes_it_gives_pooled_features():
-    features, shapes = captured("mobilenet_v2_140", 64, num_classes=None)
-    assert features.shape == (2, 1792)
-    assert features.dtype == jnp.float32
-    assert "head" not in shapes
-
-
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
     logits, _ = captured("mobilenet_v2_025", 32, dtype="bfloat16")
     assert logits.dtype == jnp.float32
@@ -208,8 +191,7 @@ def test_bfloat16_leaves_logits_and_parameters_in_float32():
 
 
 def test_norm_is_a_field():
-    model = create_model("mobilenet_v2", norm="none")
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    shapes = variables_of("mobilenet_v2", norm="none")
     assert not shapes["batch_stats"]
     assert all(p.endswith(("kernel", "head/bias")) for p in pytree.flatten(shapes["params"]))
 

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.models import mobilenet_v3
 from flax_cnns.models.mobilenet_v3 import HS, RE, Row
-from flax_cnns.models.registry import create_model, init_variables, model_info
-from tests.models.captured import called, captured, starting_at_zero
+from flax_cnns.models.registry import create_model, init_variables
+from tests.models.captured import called, captured, starting_at_zero, variables_of
+from tests.models.published import PUBLISHED
 
 # Tables 1 and 2: kernel, inner width, width and the squeezed width (0: none), all at width 1.
 LARGE = [
@@ -44,28 +43,12 @@ def of_table(rows: list[tuple[int, int, int, int]], hidden: int) -> int:
     return count + hidden * 1000 + 1000
 
 
-COUNTS = {"large": 5_483_032, "small": 2_542_856}  # torchvision 0.28.0, timm 1.0.31, Keras
-
-
-@pytest.mark.parametrize("name", mobilenet_v3.VARIANTS)
-def test_count(name):
-    size = "large" if "large" in name else "small"
-    assert model_info(name).params == COUNTS[size]
-
-
 def test_counts_by_hand():
-    assert COUNTS["large"] == of_table(LARGE, 1280)
-    assert COUNTS["small"] == of_table(SMALL, 1024)
+    large, small = (PUBLISHED[f"mobilenet_v3_{size}"].params for size in ("large", "small"))
+    assert large == of_table(LARGE, 1280)
+    assert small == of_table(SMALL, 1024)
     # The gate that table 2 has behind its last convolution would be more than the paper's 2.5 M.
-    assert COUNTS["small"] + 2 * 576 * 144 + 144 + 576 > 2.7e6
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"),  # torchvision 0.28.0, meta["_ops"]; the paper, table 3: 219 and 56
-    [("mobilenet_v3_large", 217), ("mobilenet_v3_small", 57)],
-)
-def test_published_macs(name, millions):
-    assert cost(create_model(name)).macs / 1e6 == pytest.approx(millions, abs=0.5)
+    assert small + 2 * 576 * 144 + 144 + 576 > 2.7e6
 
 
 SIDES = {  # of the maps that each block gives, for 224 and for 97 pixels
@@ -187,13 +170,6 @@ def test_width_mult_is_for_every_layer_but_the_classes():
     assert (shapes["stem"][-1], shapes["top"][-1], shapes["hidden_layer"][-1]) == (16, 432, 768)
 
 
-def test_without_classes_it_gives_what_the_head_would_see():
-    features, shapes = captured("mobilenet_v3_small", 64, num_classes=None)
-    assert features.shape == (2, 1024)
-    assert features.dtype == jnp.float32
-    assert "head" not in shapes
-
-
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
     logits, _ = captured("mobilenet_v3_small", 32, dtype="bfloat16")
     assert logits.dtype == jnp.float32
@@ -204,8 +180,7 @@ def test_bfloat16_leaves_logits_and_parameters_in_float32():
 
 
 def test_norm_is_a_field():
-    model = create_model("mobilenet_v3_small", norm="none")
-    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    shapes = variables_of("mobilenet_v3_small", norm="none")
     assert not shapes["batch_stats"]
 
 

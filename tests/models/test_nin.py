@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
-from flax_cnns.errors import UserError
 from flax_cnns.models import nin
 from flax_cnns.models.registry import create_model, init_variables, model_info
-from tests.models.captured import captured
+from tests.models.captured import captured, cost_of
+from tests.models.published import PUBLISHED
 
 # The released files: window, input and output channels of every convolution, all with biases, and
 # the side of its output for the released input.
@@ -31,7 +29,6 @@ TABLES = {
         *((3, 384, 1024, 6), (1, 1024, 1024, 6), (1, 1024, 1000, 6)),
     ],
 }
-COUNTS = {"nin_cifar10": 966_986, "nin_cifar100": 984_356, "nin_imagenet": 7_595_176}
 TINY = dict(
     rows=(
         nin.Row(3, (8, 6), padding=1),
@@ -42,19 +39,15 @@ TINY = dict(
 )
 
 
-def test_every_variant_is_counted():
-    assert set(TABLES) == set(COUNTS) == set(nin.VARIANTS)
-
-
 @pytest.mark.parametrize("name", TABLES)
 def test_count_and_cost_of_every_layer_by_hand(name):
     expected = [
         ((1, side, side, out), window**2 * width * out + out, side**2 * window**2 * width * out)
         for window, width, out, side in TABLES[name]
     ]
-    whole = cost(create_model(name))
+    whole = cost_of(name)
     assert [(row.output_shape, row.params, row.macs) for row in whole.layers] == expected
-    assert model_info(name).params == sum(params for _, params, _ in expected) == COUNTS[name]
+    assert PUBLISHED[name].params == sum(params for _, params, _ in expected)
     if name == "nin_cifar10":
         assert round(whole.macs / 1e9, 4) == 0.2225
 
@@ -72,22 +65,6 @@ def test_output_shape_of_each_stage(name, size, stages):
     for i, (side, width) in enumerate(stages, 1):
         assert shapes[f"mlpconv{i}"] == (2, side, side, width)
     assert logits.shape == (2, model_info(name).num_classes)
-
-
-@pytest.mark.parametrize(("name", "smallest"), [("nin_cifar10", 4), ("nin_imagenet", 39)])
-def test_smallest_images(name, smallest):
-    _, shapes = captured(name, smallest)
-    assert shapes["head"][1:3] == (1, 1)
-    with pytest.raises(UserError, match=f"the smallest is {smallest}x{smallest}"):
-        captured(name, smallest - 1)
-
-
-@pytest.mark.parametrize(("name", "width"), [("nin_cifar100", 192), ("nin_imagenet", 1024)])
-def test_without_classes_it_gives_pooled_features(name, width):
-    features, shapes = captured(name, 64, num_classes=None)
-    assert features.shape == (2, width)
-    assert features.dtype == jnp.float32
-    assert "head" not in shapes
 
 
 def test_second_pooling_of_cifar_averages():
@@ -131,16 +108,3 @@ def test_papers_first_values():
         std = 0.01 if narrow else 0.05
         assert np.std(leaf) == pytest.approx(std, rel=0.05), path
         assert np.abs(leaf).max() > 3 * std, path  # not cut off
-
-
-def test_bfloat16_leaves_logits_and_parameters_in_float32():
-    model = create_model("nin_cifar10", dtype="bfloat16")
-
-    def run(key):
-        images = jnp.zeros((2, 32, 32, 3))
-        variables = model.init(key, images)
-        return variables, model.apply(variables, images)
-
-    variables, logits = jax.eval_shape(run, jax.random.key(0))
-    assert logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}

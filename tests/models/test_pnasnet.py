@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax
-import pytest
-
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
-from flax_cnns.models import pnasnet
-from flax_cnns.models.registry import create_model, init_variables, model_info
-from tests.models.captured import captured
+from flax_cnns.models.registry import create_model
+from tests.models.captured import captured, variables_of
 
 
 def shapes_of(name: str, **fields) -> dict:
-    model = create_model(name, **fields)
-    return pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
-
-
-def test_published_count_and_macs():
-    whole = cost(create_model("pnasnet5large", kernel_init=nn.initializers.zeros))
-    assert whole.params == 86_057_668  # timm 1.0.31, built without weights
-    assert whole.macs / 1e9 == pytest.approx(25.0, rel=0.01)  # table 5, and timm's 25.04
-    assert model_info("pnasnet5large").params == whole.params
-    # Of 21 pixels in the second stage the 5x5/3 mean makes 6, all of which the head sees.
-    free = dict(aux=None, momentum=0.9, dropout=0.0, drop_path=0.0)
-    assert create_model("pnasnet5_large", **free) == create_model("pnasnet5large")
-    assert create_model("pnasnet5_large").aux == 6
-    assert set(pnasnet.VARIANTS) == {"pnasnet5large", "pnasnet5_large"}
+    return pytree.flatten(variables_of(name, **fields))
 
 
 def test_output_shape_of_each_stage():

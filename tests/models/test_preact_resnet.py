@@ -11,29 +11,14 @@ import pytest
 
 from flax_cnns import layers
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import preact_resnet
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
 from tests.models.captured import captured
+from tests.models.published import PUBLISHED
 
-PUBLISHED = {
-    # timm 1.0.31's resnetv2_50, 101, 152; the 200 layers by hand, below.
-    "preact_resnet50": 25_549_352,
-    "preact_resnet101": 44_541_480,
-    "preact_resnet152": 60_185_128,
-    "preact_resnet200": 64_666_152,
-    # Keras's model.summary(), trainable.
-    "keras_resnet50v2": 25_568_360,
-    "keras_resnet101v2": 44_577_896,
-    "keras_resnet152v2": 60_236_904,
-}
 TINY = dict(depths=(1, 3), width=4, num_classes=3, input_size=(24, 24, 3))
 IMAGES = np.random.RandomState(0).randn(4, 24, 24, 3).astype(np.float32)
-
-
-def test_published_counts():
-    assert {name: model_info(name).params for name in PUBLISHED} == PUBLISHED
 
 
 def test_the_same_networks_under_timm_s_names():
@@ -41,7 +26,6 @@ def test_the_same_networks_under_timm_s_names():
     for n in (50, 101, 152):
         ours, timm_s = variants[f"preact_resnet{n}"], variants[f"resnetv2_{n}"]
         assert (ours.func, ours.keywords) == (timm_s.func, timm_s.keywords)
-    assert set(variants) == set(PUBLISHED) | {f"resnetv2_{n}" for n in (50, 101, 152)}
 
 
 def test_the_200_layers_by_hand():
@@ -54,15 +38,7 @@ def test_the_200_layers_by_hand():
         count += (channels + (depth - 1) * wide) * (width + 2)  # first 1x1, norm before it
         count += depth * (9 * width * width + width * wide + 4 * width)
         channels = wide
-    assert count == PUBLISHED["preact_resnet200"]
-
-
-@pytest.mark.parametrize(
-    ("name", "gmacs"), [("resnetv2_50", 4.11), ("resnetv2_101", 7.83), ("resnetv2_152", 11.55)]
-)
-def test_published_macs(name, gmacs):
-    """timm's, whose counter finds half a percent more."""
-    assert gmacs / 1.006 < cost(create_model(name)).macs / 1e9 < gmacs
+    assert count == PUBLISHED["preact_resnet200"].params
 
 
 @pytest.mark.parametrize(
@@ -175,8 +151,3 @@ def test_in_evaluation_branches_count_by_their_survival():
     none, some, more = jax.jit(lambda: [stage(rate) for rate in (0.0, 0.25, 0.75)])()
     assert np.abs(more - none).max() > 0.1
     np.testing.assert_allclose(more - none, 3 * (some - none), atol=1e-5)
-
-
-def test_wrong_channels():
-    with pytest.raises(UserError, match="expected images of 3 channels, got 4"):
-        init_variables(create_model("resnetv2_50"), jax.random.key(0), (1, 64, 64, 4))

@@ -12,9 +12,10 @@ import pytest
 from flax_cnns import create_model, layers
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.models.registry import init_variables, model_info
+from flax_cnns.models.registry import init_variables
 from flax_cnns.models.resnet_in_resnet import Block, Unit
 from tests.models.captured import captured
+from tests.models.published import PUBLISHED
 
 TINY = dict(depths=(1, 1), widths=(4, 6), input_size=(8, 8, 3))
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
@@ -36,7 +37,7 @@ def test_count_by_hand(name, widths, expected):
     norms = 2 * 2 * (4 * a + 6 * b + 6 * c)
     head = 2 * c * 10 + 2 * 10
     assert stem + convs + norms + head == expected
-    assert model_info(name).params == expected
+    assert PUBLISHED[name].params == expected
     if widths[0] == 48:  # pytorchcv's projects where widths change: 1x1, no norm behind
         assert expected + a * b + b * c == 9_492_980
 

@@ -3,60 +3,20 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, init_variables, layers, model_info
+from flax_cnns import create_model, init_variables, layers
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import senet
 from tests.models.captured import captured
 
-PUBLISHED = {  # timm 1.0.31, built without weights
-    "legacy_seresnet18": 11_778_592,
-    "legacy_seresnet34": 21_958_868,
-    "legacy_seresnet50": 28_088_024,
-    "legacy_seresnet101": 49_326_872,
-    "legacy_seresnet152": 66_821_848,
-    "legacy_seresnext50_32x4d": 27_559_896,
-    "legacy_seresnext101_32x4d": 48_955_416,
-    "legacy_senet154": 115_088_984,
-    "seresnet18": 11_779_624,
-    "seresnet34": 21_960_416,
-    "seresnet50": 28_088_024,
-    "seresnet101": 49_326_872,
-    "seresnet152": 66_821_848,
-    "seresnext50_32x4d": 27_559_896,
-    "seresnext101_32x4d": 48_955_416,
-    "senet154": 115_088_984,
-}
 
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_count(name):
-    assert model_info(name).params == PUBLISHED[name]
-
-
-def test_every_variant_is_counted_and_names_of_the_paper_are_the_authors_networks():
-    assert set(PUBLISHED) | set(senet.ALIASES) == set(senet.VARIANTS)
+def test_names_of_the_paper_are_the_authors_networks():
     for alias, name in senet.ALIASES.items():
         assert create_model(alias) == create_model(name)
     assert senet.ALIASES["se_resnext50_32x4d"] == "legacy_seresnext50_32x4d"
-
-
-@pytest.mark.parametrize(
-    ("name", "gmacs"),
-    # Table 2 of the paper, whose numbers are a little larger than ours.
-    [
-        ("se_resnet50", 3.87),
-        ("se_resnext50_32x4d", 4.25),
-        ("legacy_senet154", 20.77),  # timm's table
-    ],
-)
-def test_published_macs(name, gmacs):
-    assert cost(create_model(name)).macs / 1e9 == pytest.approx(gmacs, rel=0.005)
 
 
 def test_the_squeeze_is_the_last_of_a_branch():
@@ -113,16 +73,3 @@ def test_any_resnet_takes_the_squeeze():
     assert {path.rpartition("se/")[2] for path in paths if "/se/" in path} == {
         *("reduce/kernel", "reduce/bias", "expand/kernel", "expand/bias")
     }
-
-
-def test_bfloat16_leaves_logits_in_float32():
-    model = create_model("seresnet18", depths=(1, 1), dtype=jnp.bfloat16)
-
-    def run(key):
-        images = jnp.zeros((2, 32, 32, 3))
-        variables = model.init(key, images)
-        return variables, model.apply(variables, images)
-
-    variables, logits = jax.eval_shape(run, jax.random.key(0))
-    assert logits.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
-from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
-from tests.models.captured import captured
+from flax_cnns.models.registry import create_model, init_variables, list_models
+from tests.models.captured import captured, cost_of
+from tests.models.counting import count_params
+from tests.models.published import PUBLISHED
 
 TINY = dict(depths=(1, 3), width=4, input_size=(8, 8, 3))
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
@@ -52,17 +53,16 @@ def test_counts():
     published = {32: 2_923_162, 64: 11_653_978, 96: 26_192_922, 112: 35_640_442}
     for width, count in published.items():
         assert by_hand(width)[0] == count
-        assert model_info(f"shakeshake_26_2x{width}d").params == count
+        assert PUBLISHED[f"shakeshake_26_2x{width}d"].params == count
     assert len(list_models("shakeshake*")) == len(published)
     # google-research/sam, sam_jax/models/load_model_test.py: 2x96d for 100 classes.
     model = create_model("shakeshake_26_2x96d", num_classes=100)
-    shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-    assert pytree.count(shapes["params"]) == by_hand(96, 100)[0] == 26_227_572
+    assert count_params(model) == by_hand(96, 100)[0] == 26_227_572
 
 
 @pytest.mark.parametrize("width", [32, 96])
 def test_macs(width):
-    found = cost(create_model(f"shakeshake_26_2x{width}d")).macs
+    found = cost_of(f"shakeshake_26_2x{width}d").macs
     assert found == by_hand(width)[1]
 
 
@@ -172,21 +172,6 @@ def test_evaluation_is_deterministic_and_has_no_use_for_keys(variables):
     np.testing.assert_array_equal(out, model.apply(variables, IMAGES))
     features = create_model("shakeshake_26_2x32d", **TINY, num_classes=None)
     assert features.apply(variables, IMAGES).shape == (4, 8)
-
-
-def test_bfloat16_computes_and_leaves_logits_and_statistics_in_float32(variables):
-    model = create_model("shakeshake_26_2x32d", **TINY, dtype="bfloat16")
-    run = partial(
-        model.apply,
-        train=True,
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
-        rngs={"dropout": jax.random.key(0)},
-    )
-    logits, state = jax.eval_shape(run, variables, IMAGES)
-    assert logits.dtype == jnp.float32
-    assert state["intermediates"]["stage2"]["__call__"][0].dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(state["batch_stats"])} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from flax_cnns import layers
-from flax_cnns.models.registry import model_info
 from flax_cnns.models.sparse_densenet import Attention, farthest_and_nearest
 from tests.models.captured import captured
+from tests.models.published import PUBLISHED
 
 
 def test_a_layer_takes_the_farthest_and_the_nearest():
@@ -40,7 +40,7 @@ def test_count_by_hand(name):
         if i < 2:
             count += 2 * c + c * (c // 2 if bc else c)
             c = c // 2 if bc else c
-    assert model_info(name).params == count + 2 * c + (c + 1) * 10
+    assert PUBLISHED[name].params == count + 2 * c + (c + 1) * 10
 
 
 def test_output_shape_of_each_stage():

@@ -2,6 +2,13 @@
 
 A rule on names and shapes gives every tensor, so that whoever has the rule has the weights, on
 either side of a comparison and without the library. `build` needs the library; the rest does not.
+
+What is special about a family is in the file with its name, nearly all of it optional:
+- CASE: the comparison that is recorded.
+- TORCHVISION, TIMM, KERAS: names of ours that are another one there. TORCHVISION_FIELDS,
+  KERAS_FIELDS: with which all of the family are built. `without_preprocessing(model)`: of Keras's.
+- KERAS_SHAPES: networks of Keras whose names and shapes of tensors are recorded.
+- GAIN: of `redraw`.
 """
 
 from __future__ import annotations
@@ -9,60 +16,46 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_cnns import model_info
-from flax_cnns.models import mobilenet_v2, senet
+from flax_cnns import create_model
+from tests.models.captured import FAMILY_OF
+from tests.models.foreign.builders import Case, torchvision
+
+__all__ = ["CASES", "KERAS", "KERAS_SHAPES", "TIMM", "TORCHVISION", "Case", "torchvision"]
+
+FILES: dict[str, ModuleType] = {
+    family: import_module(f"{__name__}.{family}")
+    for family in sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+    if family not in ("__init__", "builders")
+}
+CASES: dict[str, Case] = {family: file.CASE for family, file in FILES.items()}
+KERAS_SHAPES = tuple(name for f in FILES.values() for name in getattr(f, "KERAS_SHAPES", ()))
+# Names of ours that are another one there, and how it is built.
+TIMM, KERAS, TORCHVISION = (
+    {ours: name for file in FILES.values() for ours, name in getattr(file, source, {}).items()}
+    for source in ("TIMM", "KERAS", "TORCHVISION")
+)
 
 # Of kernels: their variance times their fan-in, by the family of ours. 2 keeps what passes through
 # ReLUs as large as it was; where branches are added up, each block would double it, and nobody
 # would see a bias behind fifty blocks.
-# Where one number does not serve, (pattern, number) by the names of kernels, theirs and ours: what
-# blocks with shortcuts add up grows, and what passes those without fades.
-_MBCONV = (
-    (
-        r"features\.\d\.[1-9]\d*\.block\.[23]\.0\.weight"
-        r"|blocks\.\d\.[1-9]\d*\.conv_pwl\.weight|blocks\.0\.[1-9]\d*\.conv_pw\.weight"
-        r"|block\d[b-z]_project_conv/kernel|block([2-9]|\d\d)/project/kernel",
-        0.03,
-    ),
-    (
-        r"features\.\d\.0\.block\.[23]\.0\.weight"
-        r"|blocks\.\d\.0\.conv_pwl\.weight|blocks\.0\.0\.conv_pw\.weight"
-        r"|block\da_project_conv/kernel|block1/project/kernel",
-        2.5,
-    ),
-    ("", 2.0),
-)
-GAIN = {
-    "cifar_preact": 1.0,
-    "cifar_resnet": 1.0,
-    "convnext": 1.0,
-    "efficientnet": _MBCONV,
-    "mobilenet_v2": 1.3,
-    "mobilenet_v3": 1.65,
-    "nasnet": 1.0,
-    "pnasnet": 1.0,
-    "preact_resnet": 1.0,
-    "pyramidnet": 1.0,
-    "resnet": 1.0,
-    "resnet_in_resnet": 1.0,
-    "resnext": 1.0,
-    "senet": 1.0,
-    "shake_shake": 1.0,
-    "vit": 1.0,
-    "wide_resnet": 1.0,
-    "xception": 1.0,
-}
-
-
+# Where one number does not serve, (pattern, number) by the names of kernels, theirs and ours.
 Gain = float | tuple[tuple[str, float], ...]
+# Of families that no other library has.
+GAINS = dict.fromkeys(
+    ("cifar_preact", "cifar_resnet", "pyramidnet", "resnet_in_resnet", "shake_shake"), 1.0
+)
 
 
 def gain(model_name: str) -> Gain:
-    return GAIN.get(model_info(model_name).family, 2.0)
+    family = FAMILY_OF[model_name]
+    return getattr(FILES.get(family), "GAIN", GAINS.get(family, 2.0))
 
 
 def redraw(name: str, shape: tuple[int, ...], source: str, gain: Gain = 2.0) -> np.ndarray:
@@ -104,82 +97,30 @@ class Live(NamedTuple):
     tensors: dict[str, np.ndarray]  # in the library's order, under its names
 
 
-# Names of ours that are another one there, and how it is built.
-TIMM = {
-    "inception_v3_noaux": "inception_v3",
-    **senet.ALIASES,
-    **mobilenet_v2.ALIASES,
-    "mobilenet_v1_100": "mobilenetv1_100",
-    "xception": "legacy_xception",
-    "preact_resnet50": "resnetv2_50",
-    "preact_resnet101": "resnetv2_101",
-    "preact_resnet152": "resnetv2_152",
-    "vit_tiny16": "vit_tiny_patch16_224",
-    "vit_small16": "vit_small_patch16_224",
-}
-KERAS = {
-    "vgg16": "VGG16",
-    "vgg19": "VGG19",
-    **{
-        f"convnext_{size}": f"ConvNeXt{there}"
-        for size, there in [
-            *(("tiny", "Tiny"), ("small", "Small"), ("base", "Base"), ("large", "Large")),
-            ("xlarge", "XLarge"),
-        ]
-    },
-    **{f"keras_densenet{n}": f"DenseNet{n}" for n in (121, 169, 201)},
-    "keras_inception_v3": "InceptionV3",
-    "keras_inception_resnet_v2": "InceptionResNetV2",
-    **{f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)},
-    **{f"keras_efficientnetb{n}": f"EfficientNetB{n}" for n in range(8)},
-    "keras_mobilenet": "MobileNet",
-    "keras_mobilenetv2": "MobileNetV2",
-    "keras_mobilenetv3large": "MobileNetV3Large",
-    "keras_mobilenetv3small": "MobileNetV3Small",
-    "keras_nasnetlarge": "NASNetLarge",
-    "keras_nasnetmobile": "NASNetMobile",
-    "keras_xception": "Xception",
-    "keras_resnet50v2": "ResNet50V2",
-    "keras_resnet101v2": "ResNet101V2",
-    "keras_resnet152v2": "ResNet152V2",
-}
-TORCHVISION = {
-    "googlenet_tv_aux": "googlenet",
-    "inception_v3_noaux": "inception_v3",
-}
-
-
 def build(name: str, source: str, size: int | None = None) -> Any:
     """The published network whose tensors `convert(name, ..., source)` takes, untrained.
 
     `size`: of the images in pixels, which Keras wants to know; by default the network's own.
     """
+    file = FILES[FAMILY_OF[name]]
     if source == "keras":
         os.environ.setdefault("KERAS_BACKEND", "jax")
         import keras
 
-        build, family = getattr(keras.applications, KERAS[name]), model_info(name).family
-        raw = {"include_preprocessing": False} if family in ("convnext", "mobilenet_v3") else {}
-        shape = {} if size is None else {"input_shape": (size, size, 3)}
-        model = build(weights=None, classifier_activation=None, **shape, **raw)
-        if family == "efficientnet":
-            model = keras.Model(model.get_layer("stem_conv_pad").input, model.output)
-        return model
+        given = {} if size is None else {"input_shape": (size, size, 3)}
+        given |= getattr(file, "KERAS_FIELDS", {})
+        build = getattr(keras.applications, KERAS[name])
+        model = build(weights=None, classifier_activation=None, **given)
+        return getattr(file, "without_preprocessing", lambda model: model)(model)
     if source == "timm":
         torchvision()  # timm imports it, and it needs help
         import timm
 
-        classes = model_info(name).num_classes  # some were published without a head
+        classes = create_model(name).num_classes  # some were published without a head
         return timm.create_model(TIMM.get(name, name), pretrained=False, num_classes=classes)
     theirs = TORCHVISION.get(name, name)
-    slow = dict(init_weights=False) if theirs in ("googlenet", "inception_v3") else {}
-    return getattr(torchvision().models, theirs)(weights=None, **slow)
-
-
-def torchvision() -> Any:
-    from experiments.benchmarks.torch_side import import_torchvision
-
-    return import_torchvision()
+    given = getattr(file, "TORCHVISION_FIELDS", {})
+    return getattr(torchvision().models, theirs)(weights=None, **given)
 
 
 def load(model: Any, source: str, gain: Gain = 2.0) -> Live:

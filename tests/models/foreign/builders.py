@@ -1,0 +1,68 @@
+"""Building other libraries' networks, whole or short; each family's own are in its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    name: str  # ours
+    source: str
+    size: int  # of the images
+    fields: Mapping[str, Any] = {}  # ours: what makes the network short
+    build: Callable[[], Any] | None = None  # theirs, as short; None: the published network
+    train: bool = False  # a training step too
+
+
+def torchvision() -> Any:
+    from experiments.benchmarks.torch_side import import_torchvision
+
+    return import_torchvision()
+
+
+def identity(model: Any, *modules: str) -> Any:
+    """Without these blocks, which keep the shape."""
+    from torch import nn
+
+    for path in modules:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
+    return model
+
+
+def of_torchvision(name: str, *without: str, **given: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        models = torchvision().models
+        return identity(getattr(models, name)(num_classes=10, **given), *without)
+
+    return build
+
+
+def of_timm(name: str, *without: str) -> Callable[[], Any]:
+    def build() -> Any:
+        torchvision()  # timm imports it, and it needs help
+        import timm
+
+        return identity(timm.create_model(name, num_classes=10), *without)
+
+    return build
+
+
+def narrow(model: Any, first: int, hidden: int = 64) -> Any:
+    """AlexNet or VGG with other fully connected layers."""
+    from torch import nn
+
+    widths = iter([(first, hidden), (hidden, hidden), (hidden, 10)])
+    for i, module in enumerate(model.classifier):
+        if isinstance(module, nn.Linear):
+            model.classifier[i] = nn.Linear(*next(widths))
+    return model
+
+
+def two_stages(model: Any, head: str) -> Any:
+    """A ResNet of bottlenecks up to its second stage."""
+    from torch import nn
+
+    setattr(model, head, nn.Linear(512, 10))
+    return identity(model, "layer3", "layer4")
