@@ -51,6 +51,8 @@ TOGETHER = {
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
 }
+# What all networks promise: each family goes to the worker that has its own tests.
+CONTRACT = "tests/models/test_contract.py"
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -61,7 +63,9 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
+            file, _, test = nodeid.partition("::")
+            if file == CONTRACT and "[" in test:  # test_name[family/network]
+                file = f"tests/models/test_{test.partition('[')[2].partition('/')[0]}.py"
             return TOGETHER.get(file, file)
 
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
