@@ -135,7 +135,6 @@ def test_shapes_on_cifar():
         (dict(bottleneck=True, depth=39), "6n . 4 with bottlenecks, as 34 or 40, got 39"),
         (dict(depths=(2, 2)), r"expected depth or depths, got 40 and \(2, 2\)"),
         (dict(growth_rate=(12, 24)), r"a growth rate for each of the 3 blocks, got \(12, 24\)"),
-        (dict(input_size=(32, 32, 1)), "expected images of 1 channels, got 3"),
     ],
 )
 def test_what_does_not_fit(fields, message):

@@ -8,7 +8,7 @@ import pytest
 
 from flax_cnns import tree as pytree
 from flax_cnns.models import nin
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
 from tests.models.captured import captured, cost_of
 from tests.models.published import PUBLISHED
 
@@ -64,7 +64,7 @@ def test_output_shape_of_each_stage(name, size, stages):
     logits, shapes = captured(name, size)
     for i, (side, width) in enumerate(stages, 1):
         assert shapes[f"mlpconv{i}"] == (2, side, side, width)
-    assert logits.shape == (2, model_info(name).num_classes)
+    assert logits.shape == (2, create_model(name).num_classes)
 
 
 def test_second_pooling_of_cifar_averages():

@@ -12,7 +12,7 @@ import pytest
 from flax_cnns import layers
 from flax_cnns import tree as pytree
 from flax_cnns.models import squeezenet
-from flax_cnns.models.registry import create_model, init_variables, model_info
+from flax_cnns.models.registry import create_model, init_variables
 from tests.models.captured import captured, cost_of, variables_of
 from tests.models.published import PUBLISHED
 
@@ -64,7 +64,7 @@ def test_the_tables_parameters_of_each_row():
 )
 def test_output_shape_of_each_module(name, size, pools, sides):
     logits, shapes = captured(name, size, size)
-    classes = model_info(name).num_classes
+    classes = create_model(name).num_classes
     widths = (128, 128, 256, 256, 384, 384, 512, 512)
     assert shapes["conv1"][:3] == (2, sides[0], sides[0])
     for i, (side, width) in enumerate(zip(sides[1:], widths), 2):
