@@ -159,6 +159,7 @@ def test_scanned_networks_take_stacked_variables(name):
     assert named["batch_stats"] == variables["batch_stats"]
 
 
+@pytest.mark.slow  # compiled as users do
 def test_remat_saves_memory():
     """Of a scanned network, on a CPU; measured for a deep one in layers/stage.py."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -271,7 +272,8 @@ def redrawn(case: Case) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
     """
     channels = create_model(case.name).input_size[-1]
     model = create_model(case.name, input_size=(case.size, case.size, channels), **case.fields)
-    shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
+    blank = model.clone(kernel_init=nn.initializers.zeros)  # quicker to trace
+    shapes = jax.eval_shape(lambda key: init_variables(blank, key), jax.random.key(0))
     leaves = pytree.flatten(shapes).items()
     tensors = {
         path: foreign.redraw(path, leaf.shape, "keras", foreign.gain(case.name))
