@@ -17,7 +17,12 @@ from tests.models.straight.numpy_layers import local_response_norm
 from tests.parity import LIMIT, compare_numpy, difference, disturb, spread
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def by_name(cases):
+    marks = [[pytest.mark.slow] if case.slow else [] for case in cases]
+    return [pytest.param(case, id=case.name, marks=mark) for case, mark in zip(cases, marks)]
+
+
+@pytest.mark.parametrize("case", by_name(CASES))
 def test_logits(case):
     result = compare_numpy(case)
     assert result.passed, result
@@ -26,7 +31,7 @@ def test_logits(case):
 NORMALISED = [case for case in CASES if case.strength > 1]
 
 
-@pytest.mark.parametrize("case", NORMALISED, ids=[case.name for case in NORMALISED])
+@pytest.mark.parametrize("case", by_name(NORMALISED))
 def test_response_normalisation_is_seen(case, monkeypatch):
     """The comparison would tell Caffe's alpha, which it divides by the 5 maps, from the paper's."""
     _, tensors, images = redrawn(case)

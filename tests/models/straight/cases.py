@@ -50,6 +50,7 @@ class Case(NamedTuple):
     size: int  # of the images: small, but last maps are not 1x1 (LeNet's are, in the paper)
     fields: Mapping[str, Any] = {}
     strength: float = 1.0  # of the images: response normalisation hardly changes weak ones
+    slow: bool = False  # where another case of the family is quick
 
 
 NARROW = {"hidden": 32, "num_classes": 10}
@@ -75,15 +76,15 @@ CASES = [
     Case("lenet5", lenet.lenet5, 32),
     Case("lenet5_original", lenet.lenet5_original, 32),
     Case("alexnet_2gpu", alexnet.alexnet_2gpu, 227, NARROW, 30),
-    Case("alexnet_single_tower", alexnet.alexnet_single_tower, 227, NARROW, 30),
+    Case("alexnet_single_tower", alexnet.alexnet_single_tower, 227, NARROW, 30, slow=True),
     Case("zfnet_fig3", zfnet.zfnet, 224, NARROW, 30),
-    Case("zfnet_big", zfnet.zfnet, 112, NARROW, 30),
+    Case("zfnet_big", zfnet.zfnet, 112, NARROW, 30, slow=True),
     Case("vgg11_lrn", vgg.vgg11_lrn, 64, SHORT, 30),
     Case("vgg16_c", vgg.vgg16_c, 64, SHORT),
     Case("vgg16_c_bn", vgg.vgg16_c_bn, 64, SHORT),
     Case("cifar_vgg11_bn", vgg.cifar_vgg11_bn, 64, WIDTHS),
-    Case("googlenet_2014", googlenet.googlenet_2014, 64, {"num_classes": 10}, 30),
-    Case("googlenet_bn_5x5", googlenet.googlenet_bn_5x5, 80, {"num_classes": 10}),
+    Case("googlenet_2014", googlenet.googlenet_2014, 64, {"num_classes": 10}, 30, slow=True),
+    Case("googlenet_bn_5x5", googlenet.googlenet_bn_5x5, 80, {"num_classes": 10}, slow=True),
     Case("squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 69, {"num_classes": 10}),
     Case("cifar_squeezenet1_1", squeezenet.cifar_squeezenet1_1, 20),
     Case("deck003_cifar100_example", deck_cnn.deck003_cifar100_example, 32),
@@ -96,7 +97,7 @@ CASES = [
     Case("dsn", dsn.dsn, 20),
     Case("highway_19", highway.highway_19, 12),
     Case("highway_32", highway.highway_32, 12),
-    Case("simpnet_5m", simpnet.simpnet, 12),
+    Case("simpnet_5m", simpnet.simpnet, 12, slow=True),
     Case("simpnet_slim_300k", simpnet.simpnet, 12),
     # Odd sizes: what stride 2 leaves out.
     Case("cifar_resnet20", partial(cifar_resnet.option_a, depths=DEPTHS), 13, SHALLOW),
