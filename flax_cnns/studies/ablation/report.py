@@ -85,8 +85,8 @@ class Told(NamedTuple):
 def write(folder: str | os.PathLike, *, interval: str = "t") -> list[pathlib.Path]:
     """report.md, report.csv, forest.png and curves.png of an ablation's folder.
 
-    `interval`: t or bootstrap (see `analysis.statistics`); p-values are those of paired t-tests with
-    either. Raises `UserError` where there is no ablation, or no cell of it is complete.
+    `interval`: t or bootstrap (see `analysis.statistics`); p-values are those of paired t-tests
+    with either. Raises `UserError` where there is no ablation, or no cell of it is complete.
     """
     statistics.check_method(interval)
     folder = pathlib.Path(folder)
