@@ -45,6 +45,11 @@ def test_count_by_hand(layers, published):
         assert PUBLISHED["cifar_resnet110_c100"].params == count + 90 * (64 + 1)
 
 
+def test_stochastic_depth_of_1202_layers():
+    twin = create_model("cifar_resnet1202", shortcut="A-mean", drop_path=0.5)
+    assert create_model("cifar_resnet1202_sd") == twin
+
+
 @pytest.mark.parametrize("size", [32, 29])
 def test_output_shape_of_each_stage(size):
     model = create_model("cifar_resnet20")

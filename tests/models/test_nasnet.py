@@ -77,6 +77,13 @@ def test_count_by_hand_and_the_heads(name, without, head):
     assert PUBLISHED[name].params == without + head
 
 
+def test_large_networks_differ_in_no_field_that_makes_parameters_but_for_the_head():
+    free = dict(momentum=0.9, dropout=0.0, drop_path=0.0, zero_pools=("mean",))
+    for name in ("nasnet_a_large", "keras_nasnetlarge"):
+        assert create_model(name, aux=None, **free) == create_model("nasnetalarge")
+    assert create_model("nasnet_a_large").aux == 6
+
+
 def test_table_1():
     assert of_cifar(6, 32) == pytest.approx(3.3e6, rel=0.02)
     # The other row's 27.6 M are not those of seven cells, nor of six: the docstring says so.

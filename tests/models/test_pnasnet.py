@@ -47,6 +47,13 @@ def test_where_a_cell_strides_its_identity_is_a_1x1():
     assert "params/stem/reduction2/block1_right/conv/kernel" not in shapes
 
 
+def test_slims_network_is_timms_but_for_the_head_and_training():
+    """Of 21 pixels in the second stage the 5x5/3 mean makes 6, all of which the head sees."""
+    free = dict(aux=None, momentum=0.9, dropout=0.0, drop_path=0.0)
+    assert create_model("pnasnet5_large", **free) == create_model("pnasnet5large")
+    assert create_model("pnasnet5_large").aux == 6
+
+
 def test_training_as_slim_does():
     model = create_model("pnasnet5_large")
     assert (model.dropout, model.drop_path, model.drop_path_mode) == (0.5, 0.4, "sample")
