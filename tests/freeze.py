@@ -723,15 +723,20 @@ def _convolution(row: tuple) -> dict[str, str]:
 
 def _apply_conv(conv: Any, cout: int, kernel: Any, given: dict, flow: bool, w: Any, x: Any) -> Any:
     """In control flow: in a scan's body, told so as the networks do."""
-    if not flow:
-        return conv(cout, kernel, use_bias=False, **given).apply({"params": {"kernel": w}}, x)
-    told = {"control_flow": True} if "control_flow" in inspect.signature(conv).parameters else {}
+    from flax_cnns import layers
+
+    old = "control_flow" in inspect.signature(conv).parameters
+    inside = getattr(layers, "inside_control_flow", contextlib.nullcontext)
+    told = {"control_flow": True} if flow and old else {}
     module = conv(cout, kernel, use_bias=False, **given, **told)
 
     def body(carry: Any, _: None) -> tuple[Any, Any]:
-        return carry, module.apply({"params": {"kernel": w}}, x)
+        with inside():
+            return carry, module.apply({"params": {"kernel": w}}, x)
 
-    return jax.lax.scan(body, 0.0, None, length=1)[1]
+    if flow:
+        return jax.lax.scan(body, 0.0, None, length=1)[1]
+    return module.apply({"params": {"kernel": w}}, x)
 
 
 # ---------------------------------------------------------------------------- networks
@@ -753,7 +758,8 @@ def _variables(name: str) -> dict[str, str]:
     }
     # Tracing the random numbers of all kernels would take almost half of the time.
     blank = model.clone(kernel_init=nn.initializers.zeros)
-    if re.search(r"1001|1202|resnet1[015]|resnet200", name) and hasattr(blank, "scan"):
+    deep = re.search(r"1001|1202|resnet1[015]|resnet200", name) and not name.endswith("v2")
+    if deep and hasattr(blank, "scan"):  # the variables are the same
         blank = blank.clone(scan=True)
     shapes = jax.eval_shape(lambda: init_variables(blank, jax.random.key(0)))
     return {
