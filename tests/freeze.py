@@ -26,7 +26,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -51,72 +50,36 @@ from jax.extend.mlir import ir
 from PIL import Image
 
 from configs import common
+from flax_cnns import run
+from flax_cnns.config import (
+    FIELDS,
+    completed,
+    find_doubts,
+    flatten,
+    plain,
+    reset_inert_fields,
+    validate,
+)
+from flax_cnns.data import pipeline
+from flax_cnns.data.load import load_dataset
+from flax_cnns.layers import Conv, inside_control_flow
+from flax_cnns.models.registry import FAMILIES, create_model, init_variables, list_models
+from flax_cnns.runs.build import assemble, augment_and_mix, make_train_step, train_batches
+from flax_cnns.runs.evaluate import evaluate_run
+from flax_cnns.runs.plan import Plan
+from flax_cnns.runs.predict import from_run, predict
+from flax_cnns.studies.ablation.plan import make_rows
 from flax_cnns.train import optimizers, parallel, precise_bn
 
 FILE = pathlib.Path(__file__).with_name("frozen.json")
 Jobs = dict[str, Callable[[], Mapping[str, str]]]  # a name, or its beginning: {name: hash}
 
 
-def find(names: str, *modules: str) -> Any:
-    """What has one of the names in the first of the modules that has one."""
-    for module in modules:
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(f"flax_cnns.{module}")
-            for name in names.split():
-                if hasattr(module, name):
-                    return getattr(module, name)
-    raise ImportError(f"{names} is in none of {modules}")
-
-
-# Where things are; behind the first place and name: those at 132764f.
-BUILD = ("runs.build", "experiment")
-assemble, make_train_step, train_batches, augment_and_mix = (
-    find(name, *BUILD)
-    for name in (
-        "assemble",
-        "make_train_step",
-        "train_batches",
-        "augment_and_mix _augment_and_mix",
-    )
-)
-evaluate_run = find("evaluate_run", "runs.evaluate", "experiment")
-predict, from_run = (find(name, "runs.predict", "prediction") for name in ("predict", "from_run"))
-create_model, list_models, init_variables, FAMILIES = (
-    find(name, "models.registry", "registry")
-    for name in ("create_model", "list_models", "init_variables", "FAMILIES")
-)
-FIELDS, plain, flatten, validate, doubts, completed, reset_inert = (
-    find(name, "config")
-    for name in (
-        "FIELDS",
-        "plain",
-        "flatten",
-        "validate",
-        "find_doubts doubts",
-        "completed",
-        "reset_inert_fields reset_inert",
-    )
-)
-load = find("load_dataset load", "data.load", "data.datasets")
-batches_to_train, batches_to_evaluate = (
-    find(name, "data.pipeline") for name in ("train_batches", "eval_batches")
-)
-make_rows = find("make_rows", "studies.ablation.plan", "ablation_plan")
-
-
 def plan_of(parts: Any) -> tuple[Any, Any, float]:
     """(shapes of the state, the optimizer, steps an epoch) as a run of `parts` has them."""
-    if importlib.util.find_spec("flax_cnns.runs"):
-        from flax_cnns.runs.plan import Plan
-
-        plan = Plan(parts)
-        target, optimizer_for = plan.target(), plan.optimizer_for
-    else:
-        from flax_cnns import experiment, workdir
-
-        plan = experiment._Run(parts, pathlib.Path(), workdir.Opened(), None, 0.0)
-        target, optimizer_for = plan._target(), plan._optimizer
-    return target, optimizer_for(target.variables), plan.steps_per_epoch
+    plan = Plan(parts)
+    target = plan.target()
+    return target, plan.optimizer_for(target.variables), plan.steps_per_epoch
 
 
 # ---------------------------------------------------------------------------- hashes
@@ -695,8 +658,6 @@ def convolution_jobs() -> Jobs:
 
 
 def _convolution(row: tuple) -> dict[str, str]:
-    from flax_cnns.layers import Conv
-
     n, size, cin, cout, kernel, strides, padding, dilation, groups = row
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     found = []
@@ -710,7 +671,7 @@ def _convolution(row: tuple) -> dict[str, str]:
         )
         x = jax.ShapeDtypeStruct((n, size, size, cin), jnp.float32)
         w = jax.ShapeDtypeStruct((*kernel, cin // groups, cout), jnp.float32)
-        conv = functools.partial(_apply_conv, Conv, cout, kernel, given, flow)
+        conv = functools.partial(_apply_conv, Conv(cout, kernel, use_bias=False, **given), flow)
 
         def loss(w: Any, x: Any, conv: Callable = conv) -> Any:
             return jnp.sum(conv(w, x) ** 2)
@@ -721,22 +682,16 @@ def _convolution(row: tuple) -> dict[str, str]:
     return {name: digest(found)}
 
 
-def _apply_conv(conv: Any, cout: int, kernel: Any, given: dict, flow: bool, w: Any, x: Any) -> Any:
+def _apply_conv(module: Conv, flow: bool, w: Any, x: Any) -> Any:
     """In control flow: in a scan's body, told so as the networks do."""
-    from flax_cnns import layers
-
-    old = "control_flow" in inspect.signature(conv).parameters
-    inside = getattr(layers, "inside_control_flow", contextlib.nullcontext)
-    told = {"control_flow": True} if flow and old else {}
-    module = conv(cout, kernel, use_bias=False, **given, **told)
+    if not flow:
+        return module.apply({"params": {"kernel": w}}, x)
 
     def body(carry: Any, _: None) -> tuple[Any, Any]:
-        with inside():
+        with inside_control_flow():
             return carry, module.apply({"params": {"kernel": w}}, x)
 
-    if flow:
-        return jax.lax.scan(body, 0.0, None, length=1)[1]
-    return module.apply({"params": {"kernel": w}}, x)
+    return jax.lax.scan(body, 0.0, None, length=1)[1]
 
 
 # ---------------------------------------------------------------------------- networks
@@ -745,7 +700,7 @@ def _apply_conv(conv: Any, cout: int, kernel: Any, given: dict, flow: bool, w: A
 def network_jobs() -> Jobs:
     """Paths, shapes and types of all variables, and the fields with their values."""
     return {f"variables/{name}": functools.partial(_variables, name) for name in list_models()} | {
-        "networks": lambda: {"networks": digest(list_models())}
+        "networks": lambda: {"networks": digest(sorted(list_models()))}
     }
 
 
@@ -830,8 +785,8 @@ def _field(field: str) -> dict[str, str]:
             found.append(f"{type(error).__name__}: {error}")
     for others, value in itertools.product(OTHERS, accepted):
         config = _with({**others, field: value})
-        given, reset = flatten(plain(config)), flatten(plain(reset_inert(config)))
-        found.append([doubts(config), {k: v for k, v in reset.items() if given[k] != v}])
+        given, reset = flatten(plain(config)), flatten(plain(reset_inert_fields(config)))
+        found.append([find_doubts(config), {k: v for k, v in reset.items() if given[k] != v}])
     return {f"field/{field}": digest(found)}
 
 
@@ -915,15 +870,17 @@ def _data(name: str, row: Mapping[str, Any]) -> dict[str, str]:
     """Batches to train and to evaluate, of one process and of the second of two; what is known."""
     config = _data_config(row)
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset = load(config.data)
+        dataset = load_dataset(config.data)
     found: list[Any] = []
     for start, index, count in ((0, 0, 1), (9, 0, 1), (3, 1, 2)):
         given = dict(process_index=index, process_count=count)
-        stream = batches_to_train(dataset, config.data, seed=config.seed, start_step=start, **given)
+        stream = pipeline.train_batches(
+            dataset, config.data, seed=config.seed, start_step=start, **given
+        )
         with contextlib.closing(stream) as batches:
             found += [dict(batch) for batch in itertools.islice(batches, 3)]
         for split in sorted(dataset.splits):
-            stream = batches_to_evaluate(dataset, split, config.data, **given)
+            stream = pipeline.eval_batches(dataset, split, config.data, **given)
             with contextlib.closing(stream) as batches:
                 found += [dict(batch) for batch in itertools.islice(batches, 3)]
     facts = dataset.as_dict()
@@ -961,8 +918,6 @@ def run_jobs() -> Jobs:
 
 def _run(name: str, fields: Mapping[str, Any]) -> dict[str, str]:
     """The names in what a run, its evaluation and its prediction write; no numbers."""
-    from flax_cnns import run
-
     workdir = _scratch() / name.replace("/", "_")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         summary = run(base(**fields), workdir)
