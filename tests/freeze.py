@@ -66,7 +66,7 @@ from flax_cnns.layers import Conv, inside_control_flow
 from flax_cnns.models.registry import FAMILIES, create_model, init_variables, list_models
 from flax_cnns.runs.build import assemble, augment_and_mix, make_train_step, train_batches
 from flax_cnns.runs.evaluate import evaluate_run
-from flax_cnns.runs.plan import Plan
+from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runs.predict import from_run, predict
 from flax_cnns.studies.ablation.plan import make_rows
 from flax_cnns.train import optimizers, parallel, precise_bn
@@ -77,7 +77,7 @@ Jobs = dict[str, Callable[[], Mapping[str, str]]]  # a name, or its beginning: {
 
 def plan_of(parts: Any) -> tuple[Any, Any, float]:
     """(shapes of the state, the optimizer, steps an epoch) as a run of `parts` has them."""
-    plan = Plan(parts)
+    plan = RunPlan(parts)
     target = plan.target()
     return target, plan.optimizer_for(target.variables), plan.steps_per_epoch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,34 @@ def test_the_walk_sees_every_way_to_import(line):
     assert forbidden(line, PACKAGE / "train/loop.py") == {"models.registry"}
     assert forbidden(line, PACKAGE / "models/resnet.py") == {"models.registry"}
     assert forbidden(line, PACKAGE / "runs/train.py") == set()
+
+
+# Imports by a name that is computed, which the walk cannot see: the public face, the families of
+# the registry, a family's name map, packages that reading a file takes.
+BY_NAME = {"__init__.py", "models/registry.py", "weights/__init__.py", "weights/common.py"}
+
+
+def test_modules_are_imported_by_statements():
+    by_name = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"import_module\(|__import__\(", path.read_text())
+    }
+    assert by_name == BY_NAME
+
+
+def test_the_package_imports_nothing_that_is_not_installed_with_it():
+    for path in FILES:
+        tops = {name.partition(".")[0] for name in imported(path.read_text(), path)}
+        assert tops.isdisjoint({"experiments", "configs", "tests"}), path
+
+
+def test_a_file_is_read_in_one_sitting():
+    """Longer files say why in their first lines."""
+    long = [
+        str(path.relative_to(ROOT)) for path in FILES if len(path.read_text().splitlines()) > 400
+    ]
+    assert long == []
 
 
 def test_a_row_may_name_one_module_of_a_part():

@@ -2,7 +2,7 @@
 
 On disk: `<run>/checkpoints/<step>/` with the items `state` (the arrays), `host` (JSON:
 counters), `manifest` (JSON: shape, dtype and CRC32 of every leaf) and `metrics` (JSON).
-Stacks of blocks (`pytree.stack_blocks`) are written block by block, under their names, and read
+Stacks of blocks (`tree.stack_blocks`) are written block by block, under their names, and read
 back from there: a checkpoint does not show whether its run had `model.scan`.
 What Orbax does not do and this does: pass over a damaged step, keep NaN from being the best.
 """

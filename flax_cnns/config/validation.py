@@ -60,6 +60,10 @@ def _check_together(flat: Mapping[str, Any]) -> None:
             "config.graft.rules: there is nothing to take from; set config.graft.source, or leave"
             " the rules as they are"
         )
+    if flat["data.augment.cutout"] > 2 * flat["data.image_size"]:
+        raise UserError(
+            "config.data.augment.cutout: the square is larger than the image twice over"
+        )
 
 
 # ---- what only a new run is refused for

@@ -30,8 +30,8 @@ def building_blocks(
 
     `kernel_init`, of which `paper` is the value "paper", `dtype`, `param_dtype` and `axis_name`
     are fields of every network; `norm`, `momentum`, `epsilon` and `scale` are taken if it has them.
-    A network without the field `norm` normalizes nothing. The arguments `norm` and `dtype` stand in
-    the place of the fields; `norm_fields` are `make_norm`'s where the network has no such field.
+    A network without the field `norm` normalizes nothing. The arguments `norm`, `dtype` and
+    `norm_fields` (`make_norm`'s) take the place of the network's own fields.
     Raises `UserError` for unknown names of initializers and norms.
     """
     dtype = network.dtype if dtype is None else dtype

@@ -29,7 +29,7 @@ class Stage(nn.Module):
     numbers would depend on the block's name.
 
     `scan`: block2 to the last, which must be alike, run under `nn.scan`: what is compiled does not
-    grow with depth, the results are the same. Variables may be stacked (`pytree.stack_blocks`), as
+    grow with depth, the results are the same. Variables may be stacked (`tree.stack_blocks`), as
     in a run, or named; those are stacked in passing, which takes
     compile time for each leaf. Initialisation, and
     features by name (a mutable "intermediates"), are always unrolled; for features the variables
@@ -66,7 +66,7 @@ class Stage(nn.Module):
         if stacked and unrolled:
             raise UserError(
                 f"{name} is a stack, and features are had by name: "
-                "apply the network to pytree.unstack_blocks(variables)"
+                "apply the network to flax_cnns.tree.unstack_blocks(variables)"
             )
         if unrolled or self.depth < 3 or not (self.scan or stacked):
             for i in range(1, self.depth):

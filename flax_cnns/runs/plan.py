@@ -26,7 +26,7 @@ from flax_cnns.train.writer import import_wandb
 from flax_cnns.types import Array, PyTree
 
 
-class Plan:
+class RunPlan:
     """The steps of a run, and what each of them needs.
 
     `total`: steps in all; `steps_per_epoch`: may be a fraction; `every`: the steps after which the
@@ -220,7 +220,7 @@ def rehearse(
     if not begun:
         configs.refuse(configs.find_doubts(config))
     parts = assemble(config, begun=begun)
-    plan = Plan(parts)
+    plan = RunPlan(parts)
     if not begun:
         configs.refuse(plan.find_doubts())
     params = plan.target().params  # the rules of the optimizer too
@@ -246,8 +246,8 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
 
 
 def find_doubts(parts: Parts, fraction: float = 1.0) -> list[str]:
-    """`Plan.find_doubts` of a run on so much of the training examples."""
-    plan = Plan(parts)
+    """`RunPlan.find_doubts` of a run on so much of the training examples."""
+    plan = RunPlan(parts)
     plan.steps_per_epoch *= fraction
     plan.total = plan.count(parts.config.train.duration)
     return plan.find_doubts()

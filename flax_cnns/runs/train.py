@@ -38,7 +38,7 @@ from flax_cnns.runs.build import (
     start_jax,
     train_batches,
 )
-from flax_cnns.runs.plan import Plan
+from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runs.summary import make_summary
 from flax_cnns.runtime import launch, output
 from flax_cnns.runtime.preemption import Preempted, Signals
@@ -117,7 +117,7 @@ def run(
             import_wandb()  # before the data is loaded
         parts = assemble(config, begun=bool(finding.steps(workdir)))
         change = check_data(workdir, parts.dataset, accept_changed_data)
-        plan = Plan(parts)
+        plan = RunPlan(parts)
         found += plan.find_doubts()
         if not begun:
             configs.refuse(found)
@@ -170,7 +170,7 @@ def check_complete(
 
 
 def initial_state(
-    plan: Plan, checkpoints: Checkpoints, workdir: pathlib.Path
+    plan: RunPlan, checkpoints: Checkpoints, workdir: pathlib.Path
 ) -> tuple[TrainState, loop.HostState, int]:
     """(state, host state, step) that a session begins with, from the first of these that it has:
 
@@ -188,7 +188,7 @@ def initial_state(
         if restored is not None:
             state, saved, step = restored
             return state, loop.HostState(**saved), step
-    # 3. Fresh, and 2. graft over it.
+    # 2. and 3. Fresh values, and the graft over them.
     variables = parts.fresh_variables()
     if config.graft.source:
         variables, grafted = graft_config(config.graft, variables, plan.layer_order)
@@ -205,7 +205,7 @@ def initial_state(
 class _Run:
     def __init__(
         self,
-        plan: Plan,
+        plan: RunPlan,
         workdir: pathlib.Path,
         opened: workdirs.Opened,
         signals: Signals,

@@ -112,7 +112,7 @@ class Progress:
         if self._step == first or left <= 0:
             return ""
         pace = (time.perf_counter() - clock) / (self._step - first)
-        return f"ETA {_duration(left * pace)}"
+        return f"ETA {duration(left * pace)}"
 
 
 class _Bar(bars.Progress):
@@ -125,7 +125,7 @@ class _Bar(bars.Progress):
             _Column(lambda task: f"step {task.completed:.0f}/{task.total:.0f}"),
             _Column(lambda task: _percent(task.completed, task.total)),
             bars.BarColumn(bar_width=None),
-            _Column(lambda task: _duration(task.elapsed or 0)),
+            _Column(lambda task: duration(task.elapsed or 0)),
             _Column(lambda task: task.fields["eta"]),
             console=make_console(file=file, force_terminal=True),
             refresh_per_second=4,
@@ -169,5 +169,5 @@ def _percent(step: float, total: float) -> str:
     return f"{100 * step / total if total else 100:.0f} %"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,5 +1,5 @@
 """Ctrl-C: asks to save, leaves where there is nothing to save, and leaves at once the second time.
-What a run makes of it is in test_experiment.py."""
+What a run makes of it is in tests/runs/test_train.py."""
 
 from __future__ import annotations
 

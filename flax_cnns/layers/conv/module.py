@@ -1,13 +1,4 @@
-"""`Conv` and `conv2d`: the convolution that every network uses, as a module and as a function.
-
-module.py        what is a plain image convolution, and the library's own for the rest
-geometry.py      everything about a convolution but its arrays
-control_flow.py  whether it stands in a scan, a cond or a loop
-primitive.py     its three products, and how they are differentiated, mapped and lowered
-cpu.py           the products on a CPU, by the algorithm that choose.py names: those of matmul.py,
-                 winograd.py, depthwise.py and grouped.py, made of taps.py
-xla.py           the products everywhere else
-"""
+"""`Conv` and `conv2d`: the convolution that every network uses, as a module and as a function."""
 
 from __future__ import annotations
 

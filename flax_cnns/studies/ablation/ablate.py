@@ -41,6 +41,7 @@ from flax_cnns.runtime import launch, output
 from flax_cnns.studies.ablation import forecast, plan
 from flax_cnns.studies.ablation.forecast import Size
 from flax_cnns.studies.ablation.plan import Cell
+from flax_cnns.train.progress import duration
 
 # ---------------------------------------------------------------------------- the work
 
@@ -271,7 +272,7 @@ class _Board:
         each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
         waiting = [cell for cell in waiting if not plan.done(cell.read()["status"])]
         remaining = forecast.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
-        return f"ETA {plan.duration(remaining)}" if remaining else ""
+        return f"ETA {duration(remaining)}" if remaining else ""
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -289,7 +290,7 @@ class _Board:
         if found.status == "complete":
             accuracy = workdirs.read_json(cell.workdir / "summary.json").get("test/accuracy")
             said += f", {accuracy:.2%} test" if accuracy is not None else ""
-        said += f", {plan.duration(seconds)}"
+        said += f", {duration(seconds)}"
         said += f", {found.error}" if found.error else ""
         said += "; once more" if again else ""
         said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""
@@ -315,7 +316,7 @@ def ablate(
     """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
     `index`; then writes the report. Returns how many cells have which status.
 
-    `jobs`: so many at once; see `isolated.shares`. `interval`: see `ablation_report.write`.
+    `jobs`: so many at once; see `runs.child.shares`. `interval`: see `report.write`.
     `accept_changed_data`: see `work`. Raises `UserError` before anything runs for what a run would
     refuse before its first step, and KeyboardInterrupt after Ctrl-C, once the cells that ran have
     saved.
@@ -367,7 +368,7 @@ def show_plan(
             print(f"{cell.name}: its data changed: {differs}; it will run again")
     print(
         f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
-        f"{plan.duration(forecast.left(waiting, len(shares)))} left: told {source}"
+        f"{duration(forecast.left(waiting, len(shares)))} left: told {source}"
     )
 
 
@@ -376,6 +377,7 @@ def report(folder: str | os.PathLike, *, interval: str = "t") -> None:
     folder = pathlib.Path(folder)
     if not (folder / "ablation.json").is_file():
         raise UserError(f"{folder}: no ablation here (ablation.json is missing)")
+    # Late: SciPy and matplotlib, which training does not need.
     from flax_cnns.studies.ablation import report as ablation_report
 
     with plan.alone(folder):

@@ -21,7 +21,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.plan import rehearse
-from flax_cnns.studies.ablation.plan import Cell, Row, done, duration, recorded_rows
+from flax_cnns.studies.ablation.plan import Cell, Row, done, recorded_rows
+from flax_cnns.train.progress import duration
 
 
 class Size(NamedTuple):

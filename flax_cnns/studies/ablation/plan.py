@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import os
 import pathlib
@@ -252,7 +251,3 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
 def done(status: str) -> bool:
     """Whether another start leaves a cell as it is."""
     return status in ("complete", "diverged")
-
-
-def duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

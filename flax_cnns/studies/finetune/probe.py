@@ -58,7 +58,7 @@ def probe(
     `config` is that of a run in which `optimizer.trainable` leaves the classifier alone. The
     accuracy is that of the layer with the best validation accuracy (without that split: the last).
     `every_layer`: those to be kept in the file `cache`, for other calls. `accept_changed_data` and
-    `fingerprint`: as in `experiment.run`. Raises `UserError`.
+    `fingerprint`: as in `runs.train.run`. Raises `UserError`.
     """
     workdir, cache = pathlib.Path(workdir).absolute(), pathlib.Path(cache)
     resolved = configs.plain(config) | {"probe": list(layers)}
