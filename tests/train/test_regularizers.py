@@ -12,7 +12,7 @@ from configs.common import get_config
 from flax_cnns import tree as pytree
 from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError
-from flax_cnns.train import losses, optimizers, parallel, regularizers, schedules
+from flax_cnns.train import loop, losses, optimizers, parallel, regularizers, schedules
 from tests.train import tiny
 from tests.train.test_steps import distance, plain_setup
 
@@ -64,6 +64,8 @@ def test_each_is_a_field_of_the_optimizer_that_regularizes():
     fields = {name for name, field in FIELDS.items() if field.regularizer}
     names = {f"optimizer.{name}" for name in (*regularizers.REGULARIZERS, "weight_decay")}
     assert names == {name for name in fields if name.startswith("optimizer.")}
+    # Penalties are logged by their name, next to the other sums of a step.
+    assert regularizers.REGULARIZERS.keys().isdisjoint(loop._SUMS)
 
 
 # ---------------------------------------------------------------------------- L2
