@@ -37,6 +37,23 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 100)
 
 
+MOST_MEMORY = 3 * 2**30  # bytes of a worker
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets traces and programs between two files once a worker holds too much: they stay in
+    JAX's caches, gigabytes of them after a thousand tests of networks."""
+    if nextitem is None or nextitem.path == item.path or not os.path.exists("/proc/self/statm"):
+        return
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 # Files that take minutes in the slow tier. They come first, so that no worker is left with one.
 LONGEST = ("tests/test_processes.py", "tests/test_scripts.py")
 
