@@ -13,12 +13,12 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import registry
 from flax_cnns.models.registry import model_info
 from flax_cnns.weights import convert, name_maps
-from tests.models import cases
+from tests.models import cases, foreign
 
 
 @pytest.fixture(scope="module")
 def case():
-    return cases.CASES["squeezenet"]
+    return foreign.CASES["squeezenet"]
 
 
 @pytest.fixture(scope="module")

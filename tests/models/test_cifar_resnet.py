@@ -225,6 +225,7 @@ def test_a_plain_network_has_no_shortcut():
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, IMAGES), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["drop_path", "shake_drop"])
 def test_evaluation_counts_each_branch_by_its_survival(variables, field):
     """p_l = 1 - l/L (1 - p_L): what the last norm of a branch gives is linear in its scale and its

@@ -142,7 +142,10 @@ def test_drop_path_needs_its_stream(tiny):
         jax.eval_shape(partial(model.apply, train=True), variables, images)
 
 
-@pytest.mark.parametrize("fields", [dict(scan=True), dict(scan=True, remat=True)])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(dict(scan=True), marks=pytest.mark.slow), dict(scan=True, remat=True)],
+)
 def test_scan_and_remat_change_no_result(tiny, fields):
     variables, images = tiny
     given = dict(train=True, drop_path=0.5)

@@ -26,7 +26,19 @@ def test_every_family_with_an_independent_implementation_has_a_case():
     assert sorted(foreign.CASES) == WITH_SOURCE
 
 
-@pytest.mark.parametrize("family", foreign.CASES)
+# Those that compile for seconds; the others are of every kind of name map and every library.
+LONG = {"convnext", "efficientnet", "googlenet", "inception_resnet", "inception_v3", "inception_v4"}
+LONG |= {"mobilenet_v1", "mobilenet_v3", "nasnet", "pnasnet", "resnext", "senet", "wide_resnet"}
+LONG |= {"xception"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[pytest.mark.slow] if family in LONG else [])
+        for family in foreign.CASES
+    ],
+)
 def test_recorded(family):
     case = foreign.CASES[family]
     tensors, wanted = cases.load(
@@ -50,6 +62,7 @@ def test_recorded(family):
             cases.check(cases.Outputs(wrong), cases.Outputs(wanted.logits))
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("family", foreign.CASES)
 def test_live(family):
@@ -102,7 +115,8 @@ def test_cifar_resnet20_out_of_torchvisions_blocks():
     live, x = foreign.load(CifarResNet(), "torchvision"), foreign.images(4, 30)
     model = create_model("cifar_resnet20")
     shapes = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
-    given = (resnet_rules.TORCHVISION, live.tensors, "torchvision", shapes, "cifar_resnet20")
+    rules = resnet_rules.torch(create_model("resnet18"))
+    given = (rules, live.tensors, "torchvision", shapes, "cifar_resnet20")
     variables = name_maps.fit(name_maps.apply(*given), shapes, "cifar_resnet20")
     got = np.asarray(jax.jit(model.apply)(variables, x))
     cases.check(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))

@@ -87,6 +87,7 @@ def logits(variables, images, train=False, key=2, **fields):
     return program(train, **fields)(variables, images, jax.random.key(key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [dict(scan=True), dict(scan=True, remat=True, drop_path_mode="batch")],

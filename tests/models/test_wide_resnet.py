@@ -111,6 +111,7 @@ def test_dropout_is_between_the_convolutions_behind_norm_and_relu():
         assert (after != other["intermediates"][stage]["block1"]["dropout"]["__call__"][0]).any()
 
 
+@pytest.mark.slow
 def test_dropout_is_off_in_evaluation_and_needs_its_stream_in_training():
     model = create_model("wrn_28_10", **TINY, dropout=0.3)
     variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))

@@ -15,11 +15,11 @@ from flax_cnns.data.load import load_dataset
 from flax_cnns.data.readers.folder import FileSource
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
-from flax_cnns.interop import convert as foreign
+from flax_cnns.interop.convert import convert as convert_to_folder
 from flax_cnns.runs import predict
 from flax_cnns.runs.workdir import read_config
 from flax_cnns.weights import convert, preprocessing
-from tests.models import cases
+from tests.models import cases, foreign
 from tests.test_scripts import finish
 
 
@@ -80,11 +80,11 @@ def test_a_run_sees_a_photo_upright_as_its_own_images(finished, photos, tmp_path
 
 
 def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
-    case = cases.CASES["squeezenet"]
+    case = foreign.CASES["squeezenet"]
     tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
     np.savez(tmp_path / "mine.npz", **tensors)
     given = ("squeezenet1_1", "torchvision")
-    foreign.convert(*given, tmp_path / "converted", tmp_path / "mine.npz")
+    convert_to_folder(*given, tmp_path / "converted", tmp_path / "mine.npz")
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
     for predictor in (
         predict.from_weights(*given, tmp_path / "mine.npz"),
@@ -102,16 +102,16 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
 
 
 def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
-    case = cases.CASES["squeezenet"]
+    case = foreign.CASES["squeezenet"]
     tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
     np.savez(tmp_path / "mine.npz", **tensors)
     given = ("squeezenet1_1", "torchvision", tmp_path / "small", tmp_path / "mine.npz")
-    assert foreign.convert(*given, image_size=56)["input_size"] == (56, 56, 3)
+    assert convert_to_folder(*given, image_size=56)["input_size"] == (56, 56, 3)
     predictor = predict.from_folder(tmp_path / "small")
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
     seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
     np.testing.assert_array_equal(predictor.read(photo), seen(photo))
-    foreign.convert(*given[:2], tmp_path / "grey", given[3], channels=1, adapt_stem=True)
+    convert_to_folder(*given[:2], tmp_path / "grey", given[3], channels=1, adapt_stem=True)
     with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], and photos"):
         predict.from_folder(tmp_path / "grey")
 
@@ -146,12 +146,12 @@ def test_a_picture_says_how_many_photos_are_in_it(monkeypatch, tmp_path):
 
 def test_weights_without_a_classifier_name_nothing(tmp_path):
     """As timm published its vit_large_patch32_224: they can be converted, to start from."""
-    case = cases.CASES["squeezenet"]
+    case = foreign.CASES["squeezenet"]
     tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
     body = {name: array for name, array in tensors.items() if not name.startswith("classifier")}
     np.savez(tmp_path / "body.npz", **body)
     given = ("squeezenet1_1", "torchvision")
-    about = foreign.convert(*given, tmp_path / "converted", tmp_path / "body.npz")
+    about = convert_to_folder(*given, tmp_path / "converted", tmp_path / "body.npz")
     assert about["preprocessing"]["num_classes"] == 0
     assert about["leaves"] == len(body)
     said = "squeezenet1_1 from torchvision: these weights have no classifier"

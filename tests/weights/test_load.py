@@ -15,16 +15,16 @@ from flax_cnns import tree as pytree
 from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.graft import sources
 from flax_cnns.errors import UserError
-from flax_cnns.interop import convert as foreign
+from flax_cnns.interop.convert import convert as convert_to_folder
 from flax_cnns.weights import convert, files, hub, load_weights
-from tests.models import cases
+from tests.models import cases, foreign
 from tests.test_scripts import finish
 
 
 @pytest.fixture(scope="module")
 def tensors():
     """SqueezeNet's of torchvision, with ten classes."""
-    case = cases.CASES["squeezenet"]
+    case = foreign.CASES["squeezenet"]
     return cases.load(cases.FOLDER / "squeezenet.npz", case.source)[0]
 
 
@@ -124,7 +124,7 @@ def test_mistakes_are_said_before_a_file_is_read(file):
 
 
 def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path, monkeypatch):
-    about = foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
+    about = convert_to_folder("squeezenet1_1", "torchvision", tmp_path / "out", file)
     expected = convert("squeezenet1_1", tensors, "torchvision")
     read = reading.read_tree(tmp_path / "out", jax.eval_shape(lambda: expected))
     chex.assert_trees_all_equal(read["params"], expected["params"])
@@ -146,15 +146,15 @@ def test_a_checkpoint_of_foreign_weights(tensors, file, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "read", never)
     for path in (file, None):
         with pytest.raises(UserError, match="out exists already; name a folder that does not"):
-            foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", path)
+            convert_to_folder("squeezenet1_1", "torchvision", tmp_path / "out", path)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match=r"cannot make the folder .*: Not a directory"):
-        foreign.convert("squeezenet1_1", "torchvision", file / "out", file)
+        convert_to_folder("squeezenet1_1", "torchvision", file / "out", file)
 
 
 def test_a_flipped_bit_of_such_a_checkpoint_is_noticed(file, tmp_path):
-    foreign.convert("squeezenet1_1", "torchvision", tmp_path / "out", file)
+    convert_to_folder("squeezenet1_1", "torchvision", tmp_path / "out", file)
     manifest = tmp_path / "out/manifest/metadata"
     whole = json.loads(manifest.read_text())
     whole["leaves"]["params/head/bias"]["crc32"] ^= 1  # as if the array had another

@@ -85,7 +85,9 @@ CASES = [
     Case("cifar_vgg11_bn", vgg.cifar_vgg11_bn, 64, WIDTHS),
     Case("googlenet_2014", googlenet.googlenet_2014, 64, {"num_classes": 10}, 30, slow=True),
     Case("googlenet_bn_5x5", googlenet.googlenet_bn_5x5, 80, {"num_classes": 10}, slow=True),
-    Case("squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 69, {"num_classes": 10}),
+    Case(
+        "squeezenet1_0_bypass", squeezenet.squeezenet1_0_bypass, 69, {"num_classes": 10}, slow=True
+    ),
     Case("cifar_squeezenet1_1", squeezenet.cifar_squeezenet1_1, 20),
     Case("deck003_cifar100_example", deck_cnn.deck003_cifar100_example, 32),
     # Sizes that keep maps above 1x1.
@@ -96,7 +98,7 @@ CASES = [
     Case("all_cnn_c", all_cnn.all_cnn_c, 20),
     Case("dsn", dsn.dsn, 20),
     Case("highway_19", highway.highway_19, 12),
-    Case("highway_32", highway.highway_32, 12),
+    Case("highway_32", highway.highway_32, 12, slow=True),
     Case("simpnet_5m", simpnet.simpnet, 12, slow=True),
     Case("simpnet_slim_300k", simpnet.simpnet, 12),
     # Odd sizes: what stride 2 leaves out.
@@ -131,7 +133,13 @@ CASES = [
     ),
     Case("nas_v1", nas.v1, 9),
     # 14 and 7 pixels; 34, 17 and 9: zeros on both sides of what strides, and on one.
-    Case("nasnet_a_6_768", partial(nasnet.cifar, depths=(1, 2)), 14, {"depths": (1, 2)} | CELLS),
+    Case(
+        "nasnet_a_6_768",
+        partial(nasnet.cifar, depths=(1, 2)),
+        14,
+        {"depths": (1, 2)} | CELLS,
+        slow=True,
+    ),
     Case("nasnet_a_mobile", partial(nasnet.imagenet, depths=(1,)), 69, {"depths": (1,)} | CELLS),
     Case(
         "densenet_40_12",

@@ -352,6 +352,7 @@ def ran(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def two_targets():
     config = get_config("smoke")
     other = ConfigDict(config.targets.similar.to_dict())
