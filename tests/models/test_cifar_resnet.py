@@ -225,7 +225,6 @@ def test_a_plain_network_has_no_shortcut():
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, IMAGES), 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("field", ["drop_path", "shake_drop"])
 def test_evaluation_counts_each_branch_by_its_survival(variables, field):
     """p_l = 1 - l/L (1 - p_L): what the last norm of a branch gives is linear in its scale and its
@@ -249,6 +248,7 @@ def test_evaluation_counts_each_branch_by_its_survival(variables, field):
     assert np.abs(found - jax.jit(full.apply)(given, IMAGES)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
     """Loss, gradients and statistics, for a key by which some branches stay and some do not."""
     fields = dict(TINY, depths=(4,), widths=(4,), drop_path=0.8, shake_drop=0.5)

@@ -212,6 +212,7 @@ def test_scanned_blocks_compute_the_same():
         np.testing.assert_allclose(got[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_of_the_network():
     images, depths = jnp.zeros((2, 75, 75, 3)), (1, 3, 1)
     plain, scanned = (

@@ -193,6 +193,7 @@ NARROW = partial(  # as wide as what it sees
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "width"), [(NARROW, 12), (inception_v4.InceptionC, 1536)])
 def test_scanned_blocks_compute_the_same(block, width):
     norm = layers.make_norm("batch", train=True, epsilon=1e-3)

@@ -104,6 +104,7 @@ TINY = dict(width_mult=0.25, depths=(1, 1, 1, 4, 1), num_classes=3, input_size=(
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.mark.slow
 def test_scan_remat_and_activation():
     """The first two change nothing, and the third what it says."""
     images = 9 * jax.random.normal(jax.random.key(1), (4, 32, 32, 3))

@@ -183,6 +183,7 @@ def test_shake_drop_is_behind_the_last_norm(variables):
     assert np.abs(found - jax.jit(make().apply)(variables, IMAGES)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_shake_drop_in_training(variables):
     """Another key, another result, the same key the same; statistics of every layer move, since
     every branch is computed; and with the factor always 1 it is not there."""
@@ -196,6 +197,7 @@ def test_shake_drop_in_training(variables):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), one, trained(variables))
 
 
+@pytest.mark.slow
 def test_remat_draws_the_same(variables):
     found, expected = (trained(variables, shake_drop=0.9, **f) for f in (dict(remat=True), {}))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, expected)

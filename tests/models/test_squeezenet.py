@@ -148,6 +148,7 @@ def test_fires_3_5_7_9_are_bypassed_and_half_of_fire9_is_dropped_in_training_onl
     np.testing.assert_allclose(evaluated, maps.mean((1, 2)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_papers_initialisation():
     fields = dict(num_classes=50, init="paper")
     model = create_model("squeezenet1_1", **fields)

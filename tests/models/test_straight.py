@@ -79,6 +79,7 @@ def test_dsn_companions():
     assert [agree(wrong[head], theirs[head]) for head in theirs] == [True, False, False]
 
 
+@pytest.mark.slow
 def test_nasnet_auxiliary_head():
     depths = (1, 1, 1)
     fields = {"depths": depths, "width": 4, "aux": 2, "drop_path": 0.0}

@@ -87,10 +87,12 @@ def logits(variables, images, train=False, key=2, **fields):
     return program(train, **fields)(variables, images, jax.random.key(key))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
-    [dict(scan=True), dict(scan=True, remat=True, drop_path_mode="batch")],
+    [
+        pytest.param(dict(scan=True), marks=pytest.mark.slow),
+        dict(scan=True, remat=True, drop_path_mode="batch"),
+    ],
 )
 def test_scan_and_remat_change_no_result(tiny, fields):
     given = dict(train=True, dropout=0.3, drop_path=0.5) | fields

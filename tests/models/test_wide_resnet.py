@@ -111,7 +111,6 @@ def test_dropout_is_between_the_convolutions_behind_norm_and_relu():
         assert (after != other["intermediates"][stage]["block1"]["dropout"]["__call__"][0]).any()
 
 
-@pytest.mark.slow
 def test_dropout_is_off_in_evaluation_and_needs_its_stream_in_training():
     model = create_model("wrn_28_10", **TINY, dropout=0.3)
     variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
@@ -123,6 +122,7 @@ def test_dropout_is_off_in_evaluation_and_needs_its_stream_in_training():
         jax.eval_shape(lambda v: train(model, v), variables)
 
 
+@pytest.mark.slow
 def test_scanned_blocks_compute_the_same():
     """In training, with dropout."""
     model = create_model("wrn_28_10", **TINY, dropout=0.3)

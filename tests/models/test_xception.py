@@ -133,6 +133,7 @@ TINY = dict(
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing():
     model = create_model("xception", **TINY)
     images = jax.random.normal(jax.random.key(1), (4, 15, 15, 3))

@@ -355,6 +355,7 @@ def test_an_image_that_is_damaged_half_way_is_said_with_the_way_on(config, tmp_p
     fails(config, tmp_path / "run", r"a\.png: gone; mend .*--accept-changed-data; nothing of this")
 
 
+@pytest.mark.slow
 def test_a_run_whose_test_met_no_image_is_finished_by_the_same_command(
     config, tmp_path, monkeypatch
 ):
@@ -447,6 +448,7 @@ def test_what_was_trained_on_is_evaluated_as_it_is(finished, config, tmp_path):
     assert {name: last[name] for name in last if name not in fit} == records(finished[0])[-1]
 
 
+@pytest.mark.slow
 def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
     config.model.num_classes = 12
     config.train.duration = "1 steps"

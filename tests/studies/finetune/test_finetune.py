@@ -352,7 +352,6 @@ def ran(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
 def two_targets():
     config = get_config("smoke")
     other = ConfigDict(config.targets.similar.to_dict())
@@ -362,6 +361,7 @@ def two_targets():
     return config
 
 
+@pytest.mark.slow
 def test_each_seed_draws_its_own_examples_and_phases_follow_each_other(ran, tmp_path):
     config = two_targets()
     given = dict(strategies=["gradual", "scratch"], fractions=(1, 0.2), seeds=2)
