@@ -191,7 +191,7 @@ def test_a_dropped_branch_is_not_computed():
     ("mode", "fields"),
     [
         ("batch", dict(scan=True, remat=True)),
-        ("sample", dict(scan=True)),
+        pytest.param("sample", dict(scan=True), marks=pytest.mark.slow),
         pytest.param("batch", dict(scan=True), marks=pytest.mark.slow),
         pytest.param("sample", dict(scan=True, remat=True), marks=pytest.mark.slow),
     ],

@@ -116,7 +116,7 @@ def unrolled(variables):
     ("fields", "stacked", "mode"),
     [
         pytest.param(dict(scan=True), True, "shard_map", marks=pytest.mark.slow),
-        (dict(scan=True, remat=True), True, "pmap"),
+        pytest.param(dict(scan=True, remat=True), True, "pmap", marks=pytest.mark.slow),
         (dict(scan=True), False, "shard_map"),
         pytest.param(dict(remat=True), False, "shard_map", marks=pytest.mark.slow),
     ],

@@ -184,7 +184,8 @@ def test_dropout_behind_every_convolution_but_the_first():
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("densenet_40_12", 0.25), ("densenet_bc_100_12", 0.55)]
+    ("name", "share"),
+    [("densenet_40_12", 0.25), pytest.param("densenet_bc_100_12", 0.55, marks=pytest.mark.slow)],
 )
 def test_remat_changes_no_result_and_keeps_less(name, share):
     """What the forward pass keeps for the backward one: without, the input of every layer joined

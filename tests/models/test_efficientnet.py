@@ -100,6 +100,7 @@ def test_compound_scale_is_equation_3():
         compound_scale(1, beta=0.9)
 
 
+@pytest.mark.slow
 def test_operations_double_with_phi():
     """Nearly, by 1.92; from B0 to phi = 1 by more, since every stage then gains a block."""
 
@@ -139,6 +140,7 @@ def test_any_point():
     assert small.scaled() == ([1, 1, 1, 2, 2, 2, 1], [8, 16, 24, 40, 56, 96, 160], [16, 640])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "factors", "gmacs"),
     [  # table 3, where the two rows with 14.7 and 16.2 are each other's

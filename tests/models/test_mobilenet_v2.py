@@ -128,6 +128,7 @@ def tiny():
     return model, init_variables(model, jax.random.key(0)), images
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing(tiny):
     model, variables, images = tiny
 

@@ -131,6 +131,7 @@ def tiny():
     return model, init_variables(model, jax.random.key(0)), images
 
 
+@pytest.mark.slow
 def test_drop_path_and_remat(tiny):
     """Dropping changes no name, and nothing in evaluation; computing again changes nothing."""
     model, variables, images = tiny

@@ -29,7 +29,8 @@ def test_every_family_with_an_independent_implementation_has_a_case():
 # Those that compile for seconds; the others are of every kind of name map and every library.
 LONG = {"convnext", "efficientnet", "googlenet", "inception_resnet", "inception_v3", "inception_v4"}
 LONG |= {"mobilenet_v1", "mobilenet_v3", "nasnet", "pnasnet", "resnext", "senet", "wide_resnet"}
-LONG |= {"densenet", "resnet", "xception"}  # these two have quick cases in NumPy
+LONG |= {"xception"}
+LONG |= {"densenet", "resnet", "vgg"}  # with quick cases in NumPy
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path
     ("step", "number", "code"),
     [
         (4, signal.SIGINT, 130),
-        (5, signal.SIGUSR1, 75),
+        pytest.param(5, signal.SIGUSR1, 75, marks=pytest.mark.slow),
         pytest.param(12, signal.SIGTERM, 75, marks=pytest.mark.slow),
     ],
 )
@@ -189,6 +189,7 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
     fails(config, tmp_path / "b@best", "b@best is a checkpoint of the run")
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_to_the_bit(
     finished, config, tmp_path, monkeypatch, capsys
 ):
@@ -484,6 +485,7 @@ def test_auxiliary_weights_by_head_and_step(config, spec, expected):
         np.testing.assert_allclose(found, weights, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
     config.train.early_stopping = 2
     config.train.test_on = "best"

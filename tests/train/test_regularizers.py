@@ -273,9 +273,10 @@ ALL = {
 }
 
 
-def test_all_together_the_number_of_devices_does_not_matter():
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_all_together_the_number_of_devices_does_not_matter(mode):
     one, expected = tiny.train(tiny.config(**ALL))
-    state, sums = tiny.train(tiny.config(**ALL), devices=4)
+    state, sums = tiny.train(tiny.config(**ALL), devices=4, mode=mode)
     assert distance(state.params, one.params) < 1e-5
     chex.assert_trees_all_close(sums, expected, rtol=1e-4)
     assert np.max(norms(state.params["conv"]["kernel"])) <= 0.5 * (1 + 1e-6)

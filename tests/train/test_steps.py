@@ -38,7 +38,7 @@ def distance(a, b):
 SYNCHRONIZED = tiny.config(**AUGMENT, **{"train.sync_batchnorm": True})
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_four_devices_equal_one(mode):
     one, expected = tiny.train(SYNCHRONIZED)
     state, sums = tiny.train(SYNCHRONIZED, devices=4, mode=mode)

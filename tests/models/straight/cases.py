@@ -103,12 +103,24 @@ CASES = [
     Case("simpnet_slim_300k", simpnet.simpnet, 12),
     # Odd sizes: what stride 2 leaves out.
     Case("cifar_resnet20", partial(cifar_resnet.option_a, depths=DEPTHS), 13, SHALLOW),
-    Case("cifar_resnet110_optB", partial(cifar_resnet.option_b, depths=DEPTHS), 13, SHALLOW),
+    Case(
+        "cifar_resnet110_optB",
+        partial(cifar_resnet.option_b, depths=DEPTHS),
+        13,
+        SHALLOW,
+        slow=True,
+    ),
     Case("cifar_resnet110_sd", partial(cifar_resnet.halved, depths=DEPTHS), 16, SHALLOW),
     Case("cifar_plain20", partial(cifar_resnet.plain, depths=DEPTHS), 13, SHALLOW),
     Case("resnet50_v1", partial(resnet.v1, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
     Case("resnet34_optA", partial(resnet.option_a, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
-    Case("resnet34_optC", partial(resnet.option_c, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
+    Case(
+        "resnet34_optC",
+        partial(resnet.option_c, depths=DEPTHS_IMAGENET),
+        37,
+        SHALLOW_IMAGENET,
+        slow=True,
+    ),
     Case("plain18", partial(resnet.plain, depths=DEPTHS_IMAGENET), 37, SHALLOW_IMAGENET),
     Case("resnext29_8x64d", partial(resnext.cifar, depths=DEPTHS, cardinality=4), 13, GROUPS),
     Case("wrn_16_4", partial(wide_resnet.wide_resnet, depth=16), 12, {"width_mult": 1}),
@@ -130,6 +142,7 @@ CASES = [
         partial(pyramidnet.pyramidnet, residual=pyramidnet.basic, depth=2, last_survival=0.5),
         12,
         PYRAMID,
+        slow=True,
     ),
     Case("nas_v1", nas.v1, 9),
     # 14 and 7 pixels; 34, 17 and 9: zeros on both sides of what strides, and on one.
@@ -152,9 +165,10 @@ CASES = [
         partial(densenet.densenet, layer=densenet.bottleneck, depth=3),
         13,
         {"depth": 22, "growth_rate": 5},
+        slow=True,
     ),
     Case("fractalnet_20", partial(fractalnet.fractalnet, blocks=3), 20, {"widths": (8, 12, 16)}),
-    Case("rir_18_wide", partial(resnet_in_resnet.rir, depths=DEPTHS), 13, SHALLOW),
+    Case("rir_18_wide", partial(resnet_in_resnet.rir, depths=DEPTHS), 13, SHALLOW, slow=True),
     Case("resnet_init_18_wide", partial(resnet_in_resnet.resnet_init, depths=DEPTHS), 13, SHALLOW),
     Case(
         "sparsenet_100_16_32_64",
@@ -167,18 +181,21 @@ CASES = [
         partial(sparsenet.cifar, **BC, depths=(4, 4, 4)),
         13,
         {"depth": 28, "growth_rate": 5},
+        slow=True,
     ),
     Case(
         "sparsenet121",
         partial(sparsenet.imagenet, **BC, depths=(2, 5, 1, 2)),
         69,
         {"depths": (2, 5, 1, 2), "growth_rate": 5, "num_classes": 10},
+        slow=True,
     ),
     Case(
         "sparsenet_sum_164",
         partial(sparsenet.summed, depth=4),
         13,
         {"depth": 38, "widths": (4, 5, 6)},
+        slow=True,
     ),
     Case(
         "sparse_densenet",
@@ -202,6 +219,7 @@ CASES = [
         ),
         13,
         {"depths": (6, 1, 2)} | PATH,
+        slow=True,
     ),
 ]
 

@@ -297,6 +297,7 @@ def test_features_of_photographs_that_another_reader_saw_are_computed_anew(monke
     assert probe._digest(parts, {}) != before
 
 
+@pytest.mark.slow
 def test_features_of_a_network_that_scans_are_those_of_its_blocks():
     given = dict(depths=(3,), widths=(4,))
     found = []
@@ -594,6 +595,7 @@ def test_what_the_source_was_trained_on_is_said(monkeypatch, tmp_path, source):
     assert line.endswith("where it is frozen the network sees red as blue")
 
 
+@pytest.mark.slow
 def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
     monkeypatch, tmp_path
 ):
