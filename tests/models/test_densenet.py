@@ -183,9 +183,10 @@ def test_dropout_behind_every_convolution_but_the_first():
     np.testing.assert_allclose(run(False)[0], still(variables, IMAGES), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share"),
-    [("densenet_40_12", 0.25), pytest.param("densenet_bc_100_12", 0.55, marks=pytest.mark.slow)],
+    [("densenet_40_12", 0.25), ("densenet_bc_100_12", 0.55)],
 )
 def test_remat_changes_no_result_and_keeps_less(name, share):
     """What the forward pass keeps for the backward one: without, the input of every layer joined

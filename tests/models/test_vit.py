@@ -91,7 +91,7 @@ def logits(variables, images, train=False, key=2, **fields):
     "fields",
     [
         pytest.param(dict(scan=True), marks=pytest.mark.slow),
-        dict(scan=True, remat=True, drop_path_mode="batch"),
+        pytest.param(dict(scan=True, remat=True, drop_path_mode="batch"), marks=pytest.mark.slow),
     ],
 )
 def test_scan_and_remat_change_no_result(tiny, fields):
