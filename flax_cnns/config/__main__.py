@@ -25,6 +25,8 @@ def make_page() -> str:
 def _write(path: str, part: Section) -> Iterator[str]:
     if path:
         yield f"## {path}\n\n{part.meaning}\n"
+    if not part.fields:
+        return
     yield _row(COLUMNS)
     yield _row(["---"] * len(COLUMNS))
     for name, field in part.fields.items():

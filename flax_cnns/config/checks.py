@@ -122,6 +122,44 @@ def weight(value: Any) -> str | None:
     return None if fine else "a number"
 
 
+REFERENCE = re.compile(r"(<opaque>|[\w.]+):[\w.]+")  # "package.module:Name"
+
+
+def is_reference(value: Any) -> bool:
+    """Whether a value names an object of the user's, as "package.module:Name"."""
+    return isinstance(value, str) and REFERENCE.fullmatch(value) is not None
+
+
+def reference(value: Any) -> str | None:
+    return None if value == "" or is_reference(value) else "'package.module:name' or ''"
+
+
+def references(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(map(is_reference, value))
+    return None if fine else "names such as ('package.module:Name',)"
+
+
+def named_references(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and all(
+        isinstance(v, str) and is_reference(re.sub(r"\w+=", "", v, count=1)) for v in value
+    )
+    return (
+        None if fine else "functions such as ('package.module:f1', 'other_name=package.module:f1')"
+    )
+
+
+def optimizer_name(value: Any) -> str | None:
+    if is_reference(value):
+        return None
+    expected = one_of("sgd", "adam", "adamw", "rmsprop", "lamb")(value)
+    return expected and f"{expected}; or 'package.module:factory'"
+
+
+def best_by(value: Any) -> str | None:
+    fine = value == "auto" or (isinstance(value, str) and re.fullmatch(r"validation/\w+", value))
+    return None if fine else "auto, or a metric such as 'validation/accuracy'"
+
+
 def compute_dtype(value: Any) -> str | None:
     if value == "float16":  # its gradients vanish below 6e-8
         return "bfloat16 or float32 (training in float16 needs a scaled loss, and ours is not)"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from flax_cnns.config.checks import (
     Check,
     batchnorm_mode,
+    best_by,
     channel_count,
     class_list,
     compute_dtype,
@@ -25,10 +26,14 @@ from flax_cnns.config.checks import (
     durations,
     flag,
     integer,
+    named_references,
     number,
     one_of,
+    optimizer_name,
     per_channel,
     randaugment,
+    reference,
+    references,
     rules,
     schedule_name,
     shares,
@@ -67,7 +72,8 @@ TABLE = section("A config",
 
     model=section(
         "the network: all of it goes to create_model; a config may add its family's fields",
-        name=Field("lenet5", word, "as flax_cnns.list_models names them"),
+        name=Field("lenet5", word,
+            "as flax_cnns.list_models names them, or 'package.module:Network' of your own"),
         num_classes=Field(0, integer(), "0: as many as the data set has"),
         dtype=Field("float32", compute_dtype,
             "what computes, or bfloat16; parameters and loss stay float32"),
@@ -80,7 +86,9 @@ TABLE = section("A config",
     ),
 
     data=section("images and labels",
-        name=Field("digits", word, "digits, any TFDS name, or folder (of images, in dir)"),
+        name=Field("digits", word,
+            "digits, any TFDS name, folder (of images, in dir), a file FILE.npz, or"
+            " 'package.module:function' of your own, which returns a flax_cnns.Dataset"),
         dir=Field("", text, "TFDS data_dir, folder of archives or of images; '': TFDS's default"),
         source=Field("auto", one_of("auto", "tfds", "archive", "folder"),
             "tfds, archive, folder; auto: archives if dir has them, else TFDS"),
@@ -153,10 +161,10 @@ TABLE = section("A config",
     ),
 
     optimizer=section("the optimizer",
-        name=Field("sgd", one_of("sgd", "adam", "adamw", "rmsprop", "lamb"),
-            "sgd, adam, adamw, rmsprop (TensorFlow's), lamb. lamb adapts the rate of every"
-            " parameter. timm's adapts only those with weight decay, and clips the gradient first,"
-            " as clip_norm=1.0 does here."),
+        name=Field("sgd", optimizer_name,
+            "Your own factory 'package.module:function', or sgd, adam, adamw, rmsprop"
+            " (TensorFlow's), lamb. lamb adapts the rate of every parameter. timm's adapts only"
+            " those with weight decay, and clips the gradient first, as clip_norm=1.0 does here."),
         momentum=Field(0.9, number(0, 1), "sgd, rmsprop"),
         nesterov=Field(False, flag, "sgd only"),
         b1=Field(0.9, number(0, 1), "adam, adamw, lamb"),
@@ -240,6 +248,30 @@ TABLE = section("A config",
             older_runs=(), regularizer=True),
         dropout_mode=Field("unit", one_of("unit", "channel"),
             "unit: single responses; channel: whole maps", older_runs="unit"),
+        loss=Field("", reference,
+            "Your own, 'package.module:function' of (logits [N K], labels [N K]) -> [N]. '':"
+            " cross-entropy; for multilabel data the sum of sigmoid cross-entropies.",
+            older_runs=""),
+        metrics=Field((), named_references,
+            "Your own, 'package.module:function' of (logits [N K], labels [N K], mask [N]) ->"
+            " (sum, count), logged under the function's name; 'NAME=package.module:function'"
+            " gives another.",
+            older_runs=()),
+        regularizers=Field((), references,
+            "Your own, 'package.module:Name' each; own.NAME.FIELD are their fields. One whose"
+            " first field is 0, False, None or empty is off.",
+            older_runs=()),
+        callbacks=Field((), references,
+            "Your own, 'package.module:Name' each: on_step, on_validation, on_save.",
+            older_runs=()),
+        best_by=Field("auto", best_by,
+            "What the best checkpoint is chosen by, such as 'validation/loss'. auto:"
+            " validation/accuracy, for multilabel data validation/loss.",
+            older_runs="auto"),
+        best_mode=Field("auto", one_of("auto", "max", "min"),
+            "Whether the best is the highest or the lowest. auto: the highest accuracy or top5, the"
+            " lowest loss; for your own metric say which.",
+            older_runs="auto"),
         max_bad_steps=Field(10, integer(),
             "so many in a row with non-finite gradients stop the run"),
         precise_bn=Field(0, integer(),
@@ -279,6 +311,10 @@ TABLE = section("A config",
         averaged=Field(False, flag,
             "take the averaged weights of a run or a training script's file", older_runs=False),
     ),
+
+    own=section(
+        "Fields of your own parts: own.NAME.FIELD goes to the one that is called NAME, as in"
+        " 'package.module:NAME'. A network's fields are under model."),
 
     log=section("what is written down",
         every=Field("20 steps", duration, "the training metrics"),

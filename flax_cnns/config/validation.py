@@ -14,10 +14,11 @@ from flax_cnns.errors import UserError, did_you_mean
 
 def validate(config: Any) -> None:
     """Raises `UserError` for an unknown or missing field, a value of the wrong kind, or fields that
-    do not go together. Fields under `model` beyond the common ones are the network's to check."""
+    do not go together. Fields under `model` beyond the common ones are the network's to check, and
+    those under `own` the user's parts'."""
     flat = flatten(config)
     for name in flat:
-        if name not in FIELDS and not name.startswith("model."):
+        if name not in FIELDS and not name.startswith(("model.", "own.")):
             raise UserError(f"config: unknown field {name!r}{did_you_mean(name, FIELDS)}")
     _check_values(flat, FIELDS)
     _check_together(flat)
