@@ -29,6 +29,7 @@ _CHECKPOINT = flags.DEFINE_string(
     " in an unfinished run, the latest.",
 )
 _ACCEPT = script.define_accept()
+_TRUST = script.define_trust()
 
 
 def evaluate(argv: list[str]) -> None:
@@ -40,6 +41,7 @@ def evaluate(argv: list[str]) -> None:
         split=_SPLIT.value,
         checkpoint=_CHECKPOINT.value,
         accept_changed_data=_ACCEPT.value,
+        trust=_TRUST.value,
     )
 
 

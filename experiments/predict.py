@@ -39,6 +39,7 @@ _CHECKPOINT = flags.DEFINE_string(
     " summary.json; in an unfinished run, the latest.",
 )
 _TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
+_TRUST = script.define_trust()
 _OUT = flags.DEFINE_string(
     "out",
     "predictions.png",
@@ -61,7 +62,7 @@ def predict(argv: list[str]) -> None:
     from flax_cnns.runs import tables
 
     if _WORKDIR.value:
-        predictor = prediction.from_folder(_WORKDIR.value, _CHECKPOINT.value)
+        predictor = prediction.from_folder(_WORKDIR.value, _CHECKPOINT.value, trust=_TRUST.value)
     else:
         source, _, file = _WEIGHTS.value.partition("=")
         predictor = prediction.from_weights(_MODEL.value, source, file or None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import itertools
 import os
 import pathlib
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from flax_cnns.config import FIELDS
+from flax_cnns.config import FIELDS, flatten, set_in
 from flax_cnns.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
@@ -132,6 +134,12 @@ def define_accept() -> flags.FlagHolder:
     return flags.DEFINE_bool("accept-changed-data", False, text)
 
 
+def define_trust() -> flags.FlagHolder:
+    """The flag --trust."""
+    text = "Import the code that the run names (package.module:Name): it may do anything."
+    return flags.DEFINE_bool("trust", False, text)
+
+
 def _as_defined(argument: str) -> str:
     """An argument whose flag has the name under which it is defined: dashes and underscores may be
     exchanged."""
@@ -205,6 +213,33 @@ def _near(file: str) -> str:
     return did_you_mean(file, files if here else map(str, found))
 
 
+def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, Any]]:
+    """(the other arguments, {path: value} of fields that the config file lacks): those of the
+    network and of the user's own parts, which only these know."""
+    new = re.compile(
+        rf"--?config\.((?:{_RUNS[0].pattern})?(?:model\.\w+|own\.\w+\.\w+))=(.*)", re.S
+    )
+    found = {argument: match for argument in argv if (match := _RUNS and new.fullmatch(argument))}
+    if not any(match[1] not in FIELDS for match in found.values()):
+        return argv, {}
+    mode = next((a.partition(":")[2] for a in argv if re.match(r"--?config=", a)), "")
+    try:
+        make = runpy.run_path(file)["get_config"]
+        there = flatten(make(mode) if mode else make())
+    except Exception:  # the parser says what is wrong
+        return argv, {}
+    added = {m[1]: _literal(m[2]) for m in found.values() if m[1] not in there}
+    return [a for a in argv if a not in found or found[a][1] in there], added
+
+
+def _literal(text: str) -> Any:
+    """A number, tuple, True, False or None; else the text."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
     if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
@@ -223,8 +258,9 @@ def _parse(argv: list[str]) -> list[str]:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
         run = _RUNS[0].match(field) if _RUNS and argument.startswith("--config.") else None
         field = field[run.end() :] if run else ""
-        if equals and field and not field.startswith("model.") and field not in FIELDS:
+        if equals and field and not field.startswith(("model.", "own.")) and field not in FIELDS:
             raise UserError(f"config: unknown field {field!r}{did_you_mean(field, FIELDS)}")
+    argv, added = _take_new_fields(argv, file)
     try:
         rest = flags.FLAGS(argv)
         if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
@@ -233,6 +269,8 @@ def _parse(argv: list[str]) -> list[str]:
             flags.FLAGS[
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
+            for path, value in added.items():
+                set_in(flags.FLAGS["config"].value, path, value)
         _check_arguments(rest[1:])
         return rest
     except OSError as error:

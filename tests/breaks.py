@@ -282,7 +282,7 @@ BREAKS = [
         "after Ctrl-C a scheduler starts the run again",
     ),
     Break(
-        f"{P}runs/train.py",
+        f"{P}runs/session.py",
         "train_batches(parts, start)",
         "train_batches(parts, max(start - 1, 0))",
         "tests/runs/test_train.py",

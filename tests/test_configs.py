@@ -12,7 +12,7 @@ import pytest
 from configs import ablations, common
 from flax_cnns import config as configs
 from flax_cnns import create_model, init_variables
-from flax_cnns.runs.build import model_fields
+from flax_cnns.runs.network import model_fields
 from flax_cnns.studies.ablation import plan
 from flax_cnns.train import schedules
 

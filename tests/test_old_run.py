@@ -14,7 +14,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.checkpoint import reading
 from flax_cnns.checkpoint.graft.graft import graft
 from flax_cnns.data.load import read_fingerprint
-from flax_cnns.runs import evaluate, predict, train, workdir
+from flax_cnns.runs import evaluate, predict, session, workdir
 from tests.fixtures import old_run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -101,7 +101,7 @@ def test_a_class_that_is_renamed_is_noticed_and_predictions_keep_its_old_name(fo
 
 def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch):
     """It keeps no fingerprint: its first start adds one."""
-    monkeypatch.setattr(train._Run, "go", lambda self: {})
+    monkeypatch.setattr(session.Session, "go", lambda self: {})
     config = old_run.make_config()
     run(config, "run")
     was = json.loads((folder / "run/dataset.json").read_text())["fingerprint"]

@@ -1,5 +1,6 @@
 """Configs: one table of fields (`fields.py`), what is checked, and what older runs had. No JAX."""
 
+from flax_cnns.config.default import complete, default_config, set_in
 from flax_cnns.config.effects import Facts
 from flax_cnns.config.fields import DEFAULTS, FIELDS, STRATEGY, make_defaults
 from flax_cnns.config.flat import difference, flatten, plain
@@ -22,7 +23,9 @@ __all__ = [
     "STRATEGY",
     "Facts",
     "check_new",
+    "complete",
     "completed",
+    "default_config",
     "difference",
     "find_doubts",
     "find_inert_fields",
@@ -33,6 +36,7 @@ __all__ = [
     "refuse",
     "reset_as_in",
     "reset_inert_fields",
+    "set_in",
     "validate",
     "validate_section",
 ]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flax_cnns.config.checks import DURATION
+from flax_cnns.config.checks import DURATION, is_reference
 from flax_cnns.config.fields import DEFAULTS
 
 Flat = Mapping[str, Any]  # a config by paths: {"optimizer.name": "sgd", ...}
@@ -78,18 +78,48 @@ def _looks_at_validation(flat: Flat) -> bool:
 _NEVER = "and train.eval_every is {train.eval_every}: only the last step validates"
 _EVERY = "set train.eval_every='1 epochs'"
 
+
+def _is_own(flat: Flat) -> bool:
+    """Whether the data are arrays or batches of the user's."""
+    return is_reference(flat["data.name"]) or flat["data.name"].endswith(".npz")
+
+
+def _is_read(otherwise: Effect | None = None) -> Effect:
+    """Of a field that says how data are read: no own data, and what `otherwise` says."""
+    why = "own data are not read but come as they are, and data.name is {data.name}"
+    if otherwise is None:
+        return Effect(why, lambda flat: not _is_own(flat))
+    why = f"{otherwise.why} (or {why})"
+    return Effect(why, lambda flat: not _is_own(flat) and otherwise.acts(flat))
+
+
 EFFECTS: dict[str, Effect] = {
-    "data.labels": Effect(
-        "data sets of TFDS and of archives may have several kinds, and a folder has one",
-        lambda flat: (
-            flat["data.source"] != "folder"
-            and (flat["data.source"] != "auto" or flat["data.name"] != "folder")
-        ),
+    "data.dir": Effect(
+        "own data come as they are, and data.name is {data.name}",
+        lambda flat: not is_reference(flat["data.name"]),  # a file's name may be below it
     ),
-    "data.memory_limit": _only("data.in_memory", "auto"),
-    "data.workers": Effect(
-        "they decode what is streamed, and data.in_memory is {data.in_memory}",
-        lambda flat: flat["data.in_memory"] != "yes",
+    "data.source": _is_read(),
+    "data.image_size": _is_read(),
+    "data.channels": _is_read(),
+    "data.in_memory": _is_read(),
+    "data.threads": _is_read(),
+    "data.skip_damaged": _is_read(),
+    "data.mock": _is_read(),
+    "data.labels": _is_read(
+        Effect(
+            "data sets of TFDS and of archives may have several kinds, and a folder has one",
+            lambda flat: (
+                flat["data.source"] != "folder"
+                and (flat["data.source"] != "auto" or flat["data.name"] != "folder")
+            ),
+        )
+    ),
+    "data.memory_limit": _is_read(_only("data.in_memory", "auto")),
+    "data.workers": _is_read(
+        Effect(
+            "they decode what is streamed, and data.in_memory is {data.in_memory}",
+            lambda flat: flat["data.in_memory"] != "yes",
+        )
     ),
     "data.mean": _beside("data.augment.normalize", "normalization subtracts it"),
     "data.std": _beside("data.augment.normalize", "normalization divides by it"),
@@ -131,6 +161,11 @@ EFFECTS: dict[str, Effect] = {
     "schedule.min_delta": _only("schedule.name", "plateau"),
     "train.ema_warmup": _beside("train.ema", "it says how the averaged weights begin"),
     "train.dropout_mode": _beside("train.dropout", "it says what dropout drops"),
+    "train.best_by": Effect(f"the best is chosen by validations on the way, {_NEVER}", _validates),
+    "train.best_mode": Effect(
+        "it says which value of train.best_by is the best, and that is {train.best_by}",
+        lambda flat: flat["train.best_by"] != "auto",
+    ),
     "train.test_on": Effect(f"the best is chosen by validations on the way, {_NEVER}", _validates),
     "train.early_stopping": Effect(
         f"it counts validations on the way, {_NEVER}", _validates, cure=_EVERY
@@ -203,6 +238,7 @@ IN_A_RUN: dict[str, Effect] = {
         "the network {model.name} has no auxiliary heads",
         lambda flat, facts: not is_on(flat["train.aux_weight"]) or facts.has_aux_heads(),
     ),
+    "train.best_by": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
     "train.test_on": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
     "checkpoint.keep_best": Effect(
         _NO_VALIDATION,

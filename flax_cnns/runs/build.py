@@ -19,7 +19,15 @@ from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.exact import evaluate
 from flax_cnns.models import registry
+from flax_cnns.runs import own
 from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.network import (
+    check_network,
+    describe_parameters,
+    make_model,
+    model_fields,
+)
+from flax_cnns.runs.own import Objects, Own
 from flax_cnns.runtime import launch
 from flax_cnns.train import dropout, loop, losses, optimizers, parallel, precise_bn, steps
 from flax_cnns.train.state import TrainState
@@ -34,6 +42,8 @@ class Parts(NamedTuple):
     dataset: Dataset
     mesh: Any
     eval_step: Callable[[PyTree, Any, Any], dict[str, Array]]
+    num_classes: int  # the width of the logits
+    own: Own = Own()
 
     @property
     def mode(self) -> str:
@@ -73,6 +83,15 @@ class Parts(NamedTuple):
         scans = getattr(self.model, "scan", False)
         return pytree.stack_blocks(variables) if scans else variables
 
+    def describe_own(self) -> dict[str, Any]:
+        """What `own.json` holds, {kind: [name, fields, digest]}; an opaque network has its
+        parameters' shapes."""
+        record = {kind: [dict(part) for part in parts] for kind, parts in self.own.record.items()}
+        for part in record.get("model", ()):
+            if part["opaque"]:
+                part["params"] = describe_parameters(jax.eval_shape(self.fresh_variables))
+        return record
+
     def fresh_variables(self) -> PyTree:
         """Named, initialised on one device from the seed alone: equal for any number of devices."""
         height, width, channels = self.dataset.image_shape
@@ -80,47 +99,36 @@ class Parts(NamedTuple):
         return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
 
 
-def model_fields(config: Any) -> dict[str, Any]:
-    """`config.model` as `create_model` takes it; fields that some networks lack only where set."""
-    if "input_size" in config.model:
-        raise UserError(
-            "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
-        )
-    optional = ("num_classes", "init", "scan", "remat")
-    fields = {name: v for name, v in config.model.items() if v or name not in optional}
-    if config.train.sync_batchnorm:
-        fields["axis_name"] = "batch"
-    return fields
-
-
-def make_model(config: Any, dataset: Dataset) -> Any:
-    """The network of a run: as many classes as the data set has, unless the config says more."""
-    fields = {"num_classes": dataset.num_classes, **model_fields(config)}
-    if fields["num_classes"] < dataset.num_classes:
-        raise UserError(
-            f"model.num_classes: {fields['num_classes']} classes are too few for {dataset.name}, "
-            f"which has {dataset.num_classes}; 0 takes the data set's"
-        )
-    return registry.create_model(**fields, input_size=dataset.image_shape)
-
-
-def assemble(config: Any, *, confusion: bool = False, begun: bool = False) -> Parts:
-    """Loads the data and builds network, mesh and evaluation step. `begun`: as `load_dataset` has
-    it. Raises `UserError`."""
-    registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
+def assemble(
+    config: Any,
+    objects: Objects | None = None,
+    *,
+    confusion: bool = False,
+    begun: bool = False,
+) -> Parts:
+    """Loads the data and builds network, mesh and evaluation step. `objects`: those of `own.bring`;
+    `begun`: as `load_dataset` has it. Raises `UserError`."""
+    brought = own.resolve(config, objects)
+    if brought.network is None:
+        registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
     mesh = parallel.make_mesh()
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
-    dataset = load_dataset(config.data, begun=begun)
-    model = make_model(config, dataset)
+    data = brought.make_data() if brought.make_data else None
+    dataset = load_dataset(config.data, data=data, begun=begun)
+    model = make_model(config, dataset, brought.network)
+    width = model.num_classes if brought.network is None else check_network(model, dataset)
     eval_step = steps.make_eval_step(
         model.apply,
         normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
-        num_classes=model.num_classes,
-        confusion=confusion,
+        num_classes=width,
+        confusion=confusion and dataset.task == "classes",
+        loss=brought.loss,
+        metrics=brought.metrics,
+        task=dataset.task,
     )
     eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
-    return Parts(config, model, dataset, mesh, eval_step)
+    return Parts(config, model, dataset, mesh, eval_step, width, brought)
 
 
 def make_augment(parts: Parts) -> steps.Augment:
@@ -142,7 +150,7 @@ def augment_and_mix(parts: Parts) -> dict[str, Callable]:
         augment_images = lambda images, keys: images  # noqa: E731
     return {
         "augment": augment_images,
-        "mix": mix.make_mix(parts.config.mix, parts.model.num_classes),
+        "mix": mix.make_mix(parts.config.mix, parts.num_classes),
     }
 
 
@@ -191,6 +199,9 @@ def make_train_step(
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
         accumulate=config.train.accumulate,
+        loss=parts.own.loss,
+        metrics=parts.own.metrics,
+        task=parts.dataset.task,
     )
     return parallel.parallelize(step, parts.mesh, mode=config.train.parallel)
 
@@ -217,6 +228,22 @@ def make_statistics_refresh(
         return state.with_statistics(parallel.replicate(stats, parts.mesh))
 
     return refresh
+
+
+def check_own(workdir: pathlib.Path, record: dict[str, Any], *, begun: bool) -> list[str]:
+    """Notes on own parts whose source changed since the run began. Raises `UserError` if the hosts
+    have different code, or an opaque network other parameters than before."""
+    if not record:
+        return []
+    launch.check_same(
+        json.dumps(record, sort_keys=True),
+        what="the code of the own parts",
+        cure="all must have the same files",
+    )
+    path = workdir / "own.json"
+    if not begun or not path.is_file():
+        return []
+    return own.compare_records(workdirs.read_json(path), record)
 
 
 def start_jax(config: Any) -> None:

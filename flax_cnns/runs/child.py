@@ -123,6 +123,7 @@ def start(
         "workdir": str(workdir),
         "accept_changed_data": accept_changed_data,
         "cores": share.cores,
+        "path": sys.path,  # where the user's own parts are imported from
         "cache": on or compilation_cache.OFF,
     }
     ours = str(pathlib.Path(__file__).resolve().parents[2])  # works without installation too
@@ -167,6 +168,7 @@ def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
 @output.safe()
 def main() -> int:
     job = pickle.load(sys.stdin.buffer)
+    sys.path.extend(path for path in job["path"] if path not in sys.path)
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])

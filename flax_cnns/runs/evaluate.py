@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_cnns import config as configs
 from flax_cnns import files
@@ -18,6 +19,7 @@ from flax_cnns.evaluation.exact import per_class, summarize
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import Parts, assemble, check_data, start_jax
+from flax_cnns.runs.references import check_trust
 from flax_cnns.runtime import output
 from flax_cnns.types import PyTree
 
@@ -56,6 +58,7 @@ def evaluate_run(
     split: str = "test",
     checkpoint: str = "",
     accept_changed_data: bool = False,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
     into its directory. Returns the content of the former.
@@ -63,11 +66,14 @@ def evaluate_run(
     `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name it instead. RUN alone is
     the checkpoint that was tested for its summary.json; in an unfinished run, the latest. Raises
     `UserError` if there is no such run, split or checkpoint, or if the data changed since the run
-    began; with `accept_changed_data` both fingerprints go into the file instead.
+    began; with `accept_changed_data` both fingerprints go into the file instead. A run with own
+    parts imports their code, and needs `trust`. A run on multilabel data has neither classes nor a
+    confusion matrix in its file, and no picture.
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
     configs.validate(config)
+    check_trust(config, trust, str(workdir))
     found = configs.find_doubts(config)
     start_jax(config)
     try:
@@ -88,22 +94,14 @@ def evaluate_run(
         )
     variables, (step, why) = load_variables(parts, workdir, checkpoint)
     sums = parts.evaluate(variables, split)
-    confusion = sums["confusion"]
-    classes = per_class(confusion)
-    names = head_names(dataset, len(confusion))
+    confusion = sums.get("confusion")
     found = {
         "split": split,
         "step": step,
         "checkpoint": why,
         "examples": int(sums["count"]),
         **summarize(sums),
-        "classes": [
-            {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
-            for name, n, r, p in zip(
-                names, classes["count"], classes["recall"], classes["precision"]
-            )
-        ],
-        "confusion": confusion.astype(int).tolist(),
+        **(_by_class(confusion, dataset) if confusion is not None else {}),
         **({"changed_data": change} if change else {}),
     }
     if jax.process_index() > 0:
@@ -112,10 +110,25 @@ def evaluate_run(
         workdirs.add_fingerprint(workdir, dataset.as_dict())
     name = f"evaluation_{split}_{step}"
     files.write_json(workdir / f"{name}.json", found)
-    confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
+    written = f"{name}.json"
+    if confusion is not None:
+        names = head_names(dataset, len(confusion))
+        confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
+        written += f", {name}.png"
     tables.print_evaluation(found)
-    print(f"written to {workdir}: {name}.json, {name}.png")
+    print(f"written to {workdir}: {written}")
     return found
+
+
+def _by_class(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
+    """ "classes" and "confusion" of the file, from counts [K K]."""
+    classes = per_class(confusion)
+    numbers = zip(classes["count"], classes["recall"], classes["precision"])
+    rows = [
+        {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
+        for name, (n, r, p) in zip(head_names(dataset, len(confusion)), numbers)
+    ]
+    return {"classes": rows, "confusion": confusion.astype(int).tolist()}
 
 
 def _or_none(value: float) -> float | None:

@@ -17,7 +17,7 @@ from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft as grafting
 from flax_cnns.checkpoint.graft.sources import Source, open_source
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers import norm
 from flax_cnns.runs.build import Parts, assemble, augment_and_mix, dropout_rates
 from flax_cnns.train import batchnorm_modes, loop, memory, optimizers, parallel, schedules
@@ -30,7 +30,8 @@ class RunPlan:
     """The steps of a run, and what each of them needs.
 
     `total`: steps in all; `steps_per_epoch`: may be a fraction; `every`: the steps after which the
-    run logs, validates and saves; `validates`: whether there is a validation split. Raises
+    run logs, validates and saves; `validates`: whether there is a validation split; `best_by`,
+    `best_mode`: the metric of a validation that says which is the best, by "max" or "min". Raises
     `UserError` for a duration of no step, batches that do not fit into memory, and for a schedule
     or early stopping that would look at a validation split that is not there.
     """
@@ -41,6 +42,7 @@ class RunPlan:
         self.validates = "validation" in parts.dataset.splits
         self.steps_per_epoch = len(parts.dataset.splits["train"]) / config.data.batch_size
         self._check_batches()
+        self.best_by, self.best_mode = choose_best(parts)
         self.total = self.count(config.train.duration, "train.duration")
         if self.total < 1:
             raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
@@ -107,6 +109,9 @@ class RunPlan:
             batch_stats=variables.get("batch_stats"),
             order=self.layer_order if self.config.optimizer.layer_decay else (),
             groups=getattr(self.parts.model, "layer_groups", ()),
+            own=self.parts.own.regularizers,
+            factory=self.parts.own.optimizer,
+            factory_fields=self.parts.own.optimizer_fields,
         )
 
     def target(self) -> TrainState:
@@ -205,6 +210,32 @@ class RunPlan:
         for field in ("batch_size", "eval_batch_size"):
             size = data[field] // jax.process_count()
             memory.check(ahead * size * pixels, what=f"data.{field}={data[field]}")
+
+
+# The metrics that a run logs by itself, and which of two values is the better.
+METRICS = {
+    "classes": {"accuracy": "max", "top5": "max", "loss": "min"},
+    "multilabel": {"label_accuracy": "max", "subset_accuracy": "max", "loss": "min"},
+}
+
+
+def choose_best(parts: Parts) -> tuple[str, str]:
+    """(name of a metric of the validation, "max" or "min") by `config.train.best_by`, `best_mode`.
+
+    Raises `UserError` for a metric that there is not, and for an own one without a mode.
+    """
+    config, known = parts.config.train, METRICS[parts.dataset.task]
+    by, mode = config.best_by.removeprefix("validation/"), config.best_mode
+    if by == "auto":
+        by = "loss" if parts.dataset.task == "multilabel" else "accuracy"
+    if by not in known and by not in parts.own.metrics:
+        near = did_you_mean(by, [*known, *parts.own.metrics])
+        raise UserError(f"train.best_by: validations have no {by!r}{near}")
+    if mode == "auto" and by not in known:
+        raise UserError(
+            f"train.best_mode: is the best {by!r} the highest or the lowest? Set max or min"
+        )
+    return by, known[by] if mode == "auto" else mode
 
 
 def rehearse(

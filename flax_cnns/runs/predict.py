@@ -16,16 +16,12 @@ from flax_cnns import config as configs
 from flax_cnns import weights
 from flax_cnns.analysis.plots import predictions
 from flax_cnns.checkpoint import reading
-from flax_cnns.checkpoint.finding import CURES, damage
-from flax_cnns.data import augment, images
+from flax_cnns.data import images
 from flax_cnns.data.images import Photo, open_photo
-from flax_cnns.data.load import load_dataset
-from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
-from flax_cnns.runs import build, evaluate
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.train import parallel
+from flax_cnns.runs.load import load_run
 from flax_cnns.types import Array, PyTree
 
 Guess = tuple[str, float]  # a class and its probability
@@ -76,12 +72,14 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     return _of_row(f"{model_name}, {source}'s weights", row, model, found.tree)
 
 
-def from_folder(folder: str | os.PathLike, checkpoint: str = "") -> Predictor:
+def from_folder(
+    folder: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
+) -> Predictor:
     """Of a run (RUN, RUN@best, RUN@latest, RUN@1200; `checkpoint` may name it instead), or of what
-    `experiments.convert` wrote. Raises `UserError`."""
+    `experiments.convert` wrote. `trust`: as `from_run` has it. Raises `UserError`."""
     folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
     if not os.path.isfile(folder / "about.json"):
-        return from_run(folder, checkpoint)
+        return from_run(folder, checkpoint, trust=trust)
     if checkpoint:
         raise UserError(
             f"{folder} holds converted weights, which are one checkpoint: leave out --checkpoint,"
@@ -138,40 +136,39 @@ def _of_row(
     return Predictor(title, row, row.box, _probabilities(model, variables), names)
 
 
-def from_run(workdir: str | os.PathLike, checkpoint: str = "") -> Predictor:
+def from_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False) -> Predictor:
     """The network of a run, as it evaluates; photos are read as its own images were.
 
     The data set need not be there. `checkpoint`: best, latest, a step, or "" for what RUN
-    alone means (`finding.choose_step`). Raises `UserError`.
+    alone means (`finding.choose_step`). `trust` allows to import an own network. Raises
+    `UserError`.
     """
-    workdir = pathlib.Path(workdir)
-    config = workdirs.read_config(workdir)
+    loaded = load_run(workdir, checkpoint, trust=trust)
+    config, dataset, model = loaded.config, loaded.dataset, loaded.network
+    variables, step, why = loaded.variables, loaded.step, loaded.checkpoint
+    workdir, _ = workdirs.split_checkpoint(workdir, checkpoint)
     if found := configs.find_doubts(config):
         print(configs.note(workdir, found))
-    facts = workdir / "dataset.json"
-    if facts.is_file():
-        with damage(facts, CURES[facts.name]):
-            dataset = Dataset.from_dict(workdirs.read_json(facts))
-    else:  # a run of before it was written
-        dataset = load_dataset(config.data)
-    mesh = parallel.make_mesh(jax.devices()[:1])
-    model = build.make_model(config, dataset)
-    parts = build.Parts(config, model, dataset, mesh, eval_step=None)
-    variables, (step, why) = evaluate.load_variables(parts, workdir, checkpoint)
-    size, _, channels = dataset.image_shape
+    if dataset.task != "classes":
+        raise UserError(f"{workdir}: a run on {dataset.task} data has no likeliest class")
+    height, size, channels = dataset.image_shape
+    if height != size:
+        raise UserError(
+            f"{workdir}: its images are {height}x{size}, and photos are prepared as squares"
+        )
     box = partial(images.centre_box, share=dataset.eval_share)
 
     def read(photo: Photo) -> np.ndarray:
         with open_photo(photo) as image:
             return images.read_box(image, box, size, channels)[None]
 
-    normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
+    normalize = loaded.preprocessing
     return Predictor(
         f"{workdir.name}, step {step} ({why}): {config.model.name} on {dataset.name}",
         read,
         box,
-        _probabilities(model, parts.for_steps(variables), normalize),
-        evaluate.head_names(dataset, model.num_classes),
+        _probabilities(model, variables, normalize),
+        loaded.class_names,
     )
 
 

@@ -70,9 +70,9 @@ def read(workdir: str | os.PathLike) -> Record:
 
 def size(record: Record) -> tuple[int, int] | None:
     """(parameters, MACs of an image) of the run's network; None where no `dataset.json` says what
-    the images are. Computes shapes only."""
+    the images are, and for a network that is not of this package. Computes shapes only."""
     facts = record.workdir / "dataset.json"
-    if not facts.is_file():
+    if not facts.is_file() or ":" in record.config.model.name:
         return None
     model, train = record.config.model.to_dict(), record.config.train.sync_batchnorm
     return _size(json.dumps([model, train, workdirs.read_json(facts)], sort_keys=True))
@@ -86,7 +86,7 @@ def _size(network: str) -> tuple[int, int]:
 
     from flax_cnns.analysis.cost import cost
     from flax_cnns.data.types import Dataset
-    from flax_cnns.runs.build import make_model
+    from flax_cnns.runs.network import make_model
 
     model, sync, facts = json.loads(network)
     config = ConfigDict(dict(model=model, train=dict(sync_batchnorm=sync)))

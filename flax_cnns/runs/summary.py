@@ -9,28 +9,26 @@ import flax
 import jax
 
 from flax_cnns import tree as pytree
-from flax_cnns.runs.build import Parts
+from flax_cnns.runs.plan import RunPlan
 from flax_cnns.train import loop
 
 
 def make_summary(
-    parts: Parts,
-    outcome: loop.Outcome,
-    host: loop.HostState,
-    found: dict[str, Any],
-    steps_per_epoch: float,
+    plan: RunPlan, outcome: loop.Outcome, host: loop.HostState, found: dict[str, Any]
 ) -> dict[str, Any]:
     """`found`: the metrics of the test."""
-    dataset, device = parts.dataset, jax.devices()[0]
+    parts, device = plan.parts, jax.devices()[0]
+    dataset, own = parts.dataset, parts.describe_own()
+    best = {"validation/best_accuracy": None, f"validation/best_{plan.best_by}": host.best}
     return {
         "model": parts.config.model.name,
         "params": pytree.count(outcome.state.params),
         "dataset": dataset.name,
         "seed": parts.config.seed,
         "step": outcome.step,
-        "epochs": outcome.step / steps_per_epoch,
+        "epochs": outcome.step / plan.steps_per_epoch,
         **found,
-        "validation/best_accuracy": host.best,
+        **best,
         "stopped_early": host.stopped,
         "bad_steps": host.bad_steps,
         "normalized_by": dataset.normalized_by,
@@ -49,4 +47,5 @@ def make_summary(
             "jax": jax.__version__,
             "flax": flax.__version__,
         },
+        **({"own": own} if own else {}),
     }

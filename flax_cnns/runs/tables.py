@@ -22,9 +22,16 @@ def print_summary(summary: dict[str, Any]) -> None:
     row("steps", "step", "{:,}")
     row("epochs", "epochs", "{:.1f}")
     row("best validation accuracy", "validation/best_accuracy", "{:.2%}")
+    for key in summary:
+        if key.startswith("validation/best_") and key != "validation/best_accuracy":
+            row(f"best validation {key.removeprefix('validation/best_')}", key, "{:.4g}")
     row("test loss", "test/loss", "{:.4g}")
     row("test accuracy", "test/accuracy", "{:.2%}")
     row("test top-5 accuracy", "test/top5", "{:.2%}")
+    shown = ("test/loss", "test/accuracy", "test/top5", "test/examples", "test/step")
+    for key in summary:
+        if key.startswith("test/") and key not in shown:
+            row(key.replace("/", " "), key, "{:.4g}")
     row("test examples", "test/examples", "{:,}")
     row("accuracy on the training examples", "fit/accuracy", "{:.2%}")
     row("time to the first step", "seconds_to_first_step", "{:.1f} s")
@@ -40,16 +47,38 @@ def print_summary(summary: dict[str, Any]) -> None:
     if damaged := summary["damaged_images"]:
         shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
         console.print(f"left out {len(damaged)} images that cannot be decoded: {shown}")
+    opaque = [part["name"] for parts in summary.get("own", {}).values() for part in parts]
+    opaque = [name for name in opaque if ":" not in name]
+    if opaque:
+        said = f"objects of this process alone, which nothing can load later: {', '.join(opaque)}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     for warning in summary.get("warnings", ()):  # older runs have none
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
     """Accuracy per class with what each is most often taken for; the `most` worst classes."""
-    console, counts = make_console(), found["confusion"]
-    names = [c["class"] for c in found["classes"]]
+    console = make_console()
     title = f"{found['split']}, step {found['step']} ({found['checkpoint']})"
-    table = Table(title=f"{title}: {found['examples']} examples")
+    if "confusion" in found:
+        _print_classes(console, found, f"{title}: {found['examples']} examples", most)
+    else:
+        console.print(f"{title}: {found['examples']} examples", highlight=False)
+    said = [f"loss {found['loss']:.4f}"]
+    said += [f"accuracy {found['accuracy']:.2%}"] if "accuracy" in found else []
+    said += [f"top-5 {found['top5']:.2%}"] if "top5" in found else []
+    known = ("loss", "accuracy", "top5", "split", "step", "checkpoint", "examples")
+    said += [
+        f"{name} {value:.4g}"
+        for name, value in found.items()
+        if name not in known and isinstance(value, (int, float))
+    ]
+    console.print("   ".join(said))
+
+
+def _print_classes(console: Any, found: dict[str, Any], title: str, most: int) -> None:
+    counts, names = found["confusion"], [c["class"] for c in found["classes"]]
+    table = Table(title=title)
     for column in ("class", "examples", "accuracy", "precision", "most often taken for"):
         table.add_column(column, justify="left" if column.startswith(("c", "m")) else "right")
 
@@ -73,8 +102,6 @@ def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
         for name, row in zip(names, counts):
             matrix.add_row(name, *(str(n) if n else "·" for n in row))
         console.print(matrix)
-    top5 = f"   top-5 {found['top5']:.2%}" if "top5" in found else ""
-    console.print(f"loss {found['loss']:.4f}   accuracy {found['accuracy']:.2%}{top5}")
 
 
 def print_predictions(

@@ -26,9 +26,10 @@ from flax_cnns.data import pipeline
 from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.models.registry import create_model
-from flax_cnns.runs import plan, train
-from flax_cnns.runs.build import Parts, assemble, model_fields, train_batches
+from flax_cnns.runs import plan, session, train
+from flax_cnns.runs.build import Parts, assemble, train_batches
 from flax_cnns.runs.evaluate import evaluate_run
+from flax_cnns.runs.network import model_fields
 from flax_cnns.runs.plan import rehearse
 from flax_cnns.runs.workdir import check_workdir, read_config
 from flax_cnns.runtime.preemption import Preempted
@@ -352,7 +353,7 @@ def test_an_image_that_is_damaged_half_way_is_said_with_the_way_on(config, tmp_p
         (self.workdir / "metrics.jsonl").touch()
         raise DamagedImage("a.png", OSError("gone"))
 
-    monkeypatch.setattr(train._Run, "go", go)
+    monkeypatch.setattr(session.Session, "go", go)
     fails(config, tmp_path / "run", r"a\.png: gone; mend .*--accept-changed-data; nothing of this")
 
 

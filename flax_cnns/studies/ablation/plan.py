@@ -140,21 +140,18 @@ def _is_row(name: Any, overrides: Any) -> bool:
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. Fields
     that these switch off, such as sgd's momentum under another optimizer, get their defaults.
-    Raises `UserError` for an unknown field; those of a network are the network's to know."""
+    Raises `UserError` for an unknown field; those of a network and of a user's own parts are theirs
+    to know."""
     # A field that could not act before, or that the row sets, is a mistake: it must be refused.
     keep = {*configs.find_inert_fields(config), *configs.flatten(overrides)}
     config = ConfigDict(config.to_dict())
-    with config.unlocked(), config.ignore_type():
-        for path, value in configs.flatten(overrides).items():
-            if path == "seed":
-                raise UserError("seed: every row has the same ones; --seeds says how many")
-            section, _, field = path.rpartition(".")
-            if path not in configs.FIELDS and section != "model":
-                raise UserError(f"unknown field {path!r}{did_you_mean(path, configs.FIELDS)}")
-            at = config
-            for part in section.split("."):
-                at = at[part]
-            at[field] = value
+    for path, value in configs.flatten(overrides).items():
+        if path == "seed":
+            raise UserError("seed: every row has the same ones; --seeds says how many")
+        of_own = path.startswith("own.") or path.rpartition(".")[0] == "model"
+        if path not in configs.FIELDS and not of_own:
+            raise UserError(f"unknown field {path!r}{did_you_mean(path, configs.FIELDS)}")
+        configs.set_in(config, path, value)
     return configs.reset_inert_fields(config, keep)
 
 

@@ -221,7 +221,7 @@ def _classify(
     optimizer = optimizers.make(config.optimizer, params, schedule, batch_stats=batch_stats)
     head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
     soften = mix.make_mix(
-        ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), parts.model.num_classes
+        ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), parts.num_classes
     )
     size = config.data.batch_size
     places = range(total * size)

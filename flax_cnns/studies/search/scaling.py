@@ -39,7 +39,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.names import open_log
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import model_fields
+from flax_cnns.runs.network import model_fields
 from flax_cnns.runs.train import run
 from flax_cnns.runtime import output
 from flax_cnns.runtime.preemption import Preempted

@@ -26,7 +26,8 @@ from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.types import Split
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import assemble, model_fields
+from flax_cnns.runs.build import assemble
+from flax_cnns.runs.network import model_fields
 from flax_cnns.studies.finetune import compare, probe, report, strategies
 from flax_cnns.weights import preprocessing
 from tests.test_configs import modes

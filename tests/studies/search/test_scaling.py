@@ -15,7 +15,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.data.load import read_fingerprint
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
-from flax_cnns.runs.build import model_fields
+from flax_cnns.runs.network import model_fields
 from flax_cnns.studies.search import scaling
 
 

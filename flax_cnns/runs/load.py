@@ -1,0 +1,67 @@
+"""A run as objects: its network, its weights, and how its images were prepared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from flax_cnns.checkpoint.finding import CURES, damage
+from flax_cnns.data import augment
+from flax_cnns.data.load import load_dataset
+from flax_cnns.data.types import Dataset
+from flax_cnns.runs import own
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.build import Parts
+from flax_cnns.runs.evaluate import head_names, load_variables
+from flax_cnns.runs.network import check_network, make_model
+from flax_cnns.runs.references import check_trust, find_references
+from flax_cnns.train import parallel
+from flax_cnns.types import Array, PyTree
+
+
+class LoadedRun(NamedTuple):
+    """`network.apply(variables, preprocessing(images), train=False)` gives the logits of images u8
+    [N H W C] (or floats, if the run's images were)."""
+
+    network: nn.Module
+    variables: PyTree  # {"params", "batch_stats"}, the averaged ones where the run evaluates these
+    config: Any  # a ConfigDict
+    class_names: Sequence[str]  # [K]
+    preprocessing: Callable[[Array], Array]  # images -> f32 [N H W C], normalized as in the run
+    dataset: Dataset  # its facts, without examples
+    step: int
+    checkpoint: str  # why this one: "the one that was tested", "the best" ...
+
+
+def load_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False) -> LoadedRun:
+    """The network of a run with its weights: `load_run("runs/digits@best")`.
+
+    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name it instead. RUN alone is
+    the checkpoint that was tested; in an unfinished run, the latest. The data need not be there. A
+    network of the user's own is imported only with `trust`. Raises `UserError`.
+    """
+    workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
+    config = workdirs.read_config(workdir)
+    network = find_references(config).get("model", [])
+    check_trust({"model": {"name": network[0]}} if network else {}, trust, str(workdir))
+    facts = workdir / "dataset.json"
+    if facts.is_file():
+        with damage(facts, CURES[facts.name]):
+            dataset = Dataset.from_dict(workdirs.read_json(facts))
+    else:  # a run of before it was written
+        dataset = load_dataset(config.data)
+    found = own.find_network(config)
+    model = make_model(config, dataset, found)
+    width = model.num_classes if found is None else check_network(model, dataset)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    parts = Parts(config, model, dataset, mesh, None, width)
+    variables, (step, why) = load_variables(parts, workdir, checkpoint)
+    normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
+    names = head_names(dataset, width)
+    return LoadedRun(
+        model, parts.for_steps(variables), config, names, normalize, dataset, step, why
+    )

@@ -1,0 +1,259 @@
+"""A session of a run: training, validations, checkpoints, the test, and the summary."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from flax_cnns import config as configs
+from flax_cnns import files
+from flax_cnns.analysis.plots import curves
+from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.data import pipeline
+from flax_cnns.errors import EXIT_FAULT, Interrupted
+from flax_cnns.evaluation.exact import summarize
+from flax_cnns.runs import tables
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.build import (
+    make_statistics_refresh,
+    make_train_step,
+    run_key,
+    train_batches,
+)
+from flax_cnns.runs.plan import RunPlan
+from flax_cnns.runs.start import initial_state
+from flax_cnns.runs.summary import make_summary
+from flax_cnns.runtime import launch
+from flax_cnns.runtime.preemption import Preempted, Signals
+from flax_cnns.train import loop, optimizers, parallel
+from flax_cnns.train.progress import Progress
+from flax_cnns.train.state import TrainState
+from flax_cnns.train.writer import Writer, read_jsonl
+from flax_cnns.types import Array, PyTree
+
+ABSURD_LOSS = 1000  # times the loss of guessing: a run warns above this
+
+
+class Session:
+    """One start of a run: from its newest checkpoint, or from step 0, to its end or to a signal."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        workdir: pathlib.Path,
+        opened: workdirs.Opened,
+        signals: Signals,
+        began: float,
+    ):
+        self.plan, self.parts, self.config = plan, plan.parts, plan.config
+        self.workdir, self.opened, self.signals, self.began = workdir, opened, signals, began
+        self.primary = jax.process_index() == 0
+        self.warned = False
+
+    def go(self) -> dict[str, Any]:
+        config = self.config
+        self.plan.check_norms()
+        if config.data.workers and not self.parts.dataset.in_memory:
+            pipeline.check_main_guard(config.data.workers)
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(
+                Checkpoints(
+                    self.workdir / "checkpoints",
+                    keep_latest=config.checkpoint.keep_latest,
+                    keep_best=config.checkpoint.keep_best,
+                    best_by=f"validation/{self.plan.best_by}",
+                    best_mode=self.plan.best_mode,
+                )
+            )
+            self.checkpoints = checkpoints
+            stack.push(self._leave_if_peer_died)
+            state, host, start = initial_state(self.plan, checkpoints, self.workdir)
+            self.writer = Writer(
+                self.workdir,
+                resume_step=start or None,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+                config=configs.plain(config),
+                primary=self.primary,
+            )
+            stack.callback(self.writer.close)
+            self.progress = Progress(self.plan.total, start, primary=self.primary)
+            stack.callback(self.progress.close)
+            if start:
+                self.progress.print(f"resumed at step {start} of {self.plan.total}")
+            outcome = self._train(state, host, start)
+            checkpoints.wait()
+            if outcome.preempted:
+                raise self._preempted(outcome)
+            found = self._test(outcome)
+            self.progress.close()
+        return self._finish(outcome, host, found)
+
+    def _leave_if_peer_died(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Ends this process with one line if another process of the run has died: closing the
+        checkpoints would wait for that one until JAX aborts."""
+        if said := launch.lost_peer(error):
+            text = f"another process of this run has died ({said})"
+            print(f"error: {text}; {workdirs.describe_resume(self.workdir)}", file=sys.stderr)
+            launch.leave(EXIT_FAULT)
+
+    def _preempted(self, outcome: loop.Outcome) -> Preempted:
+        self.progress.print(
+            f"saved at step {outcome.step} of {self.plan.total}; the same command goes on"
+        )
+        return Preempted(outcome.step, self.signals.code)
+
+    def _write(self, step: int, record: dict[str, float]) -> None:
+        self.writer.write(step, record)
+        if not self.warned and (warning := self._absurd_loss([{"step": step} | record])):
+            self.warned = True
+            self.progress.print(f"warning: {warning}")
+        if "time/first_step" in record:
+            self.signals.begun = True
+            self.progress.print(f"first step after {record['time/first_step']:.1f} s")
+        self.progress.update(step, record)
+        if any(name.startswith("validation/") for name in record):
+            self._call_back("on_validation", step, record)
+
+    def _call_back(self, hook: str, *given: Any) -> None:
+        """Calls a hook of the user's callbacks, on the primary process."""
+        for callback in self.parts.own.callbacks if self.primary else ():
+            if (function := getattr(callback, hook, None)) is not None:
+                function(*given)
+
+    def _absurd_loss(self, records: list[dict[str, float]]) -> str:
+        """A line on the first loss that is finite and absurd; "" if there is none, or if the loss
+        is not cross-entropy."""
+        if self.parts.own.loss is not None or self.parts.dataset.task != "classes":
+            return ""
+        guessing = math.log(self.parts.num_classes)
+        rate = self.config.schedule.learning_rate
+        for record in records:
+            for name, value in record.items():
+                if name.endswith("/loss") and ABSURD_LOSS * guessing < value < math.inf:
+                    return (
+                        f"{name} is {value:.3g} at step {record['step']}, and guessing gives"
+                        f" {guessing:.3g}; lower schedule.learning_rate ({rate:g}), or look at the"
+                        " data"
+                    )
+        return ""
+
+    def _tick(self, step: int) -> None:
+        self.opened.begun = True
+        self.progress.update(step, {})
+
+    def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
+        self.checkpoints.save(step, state, host=host, metrics=found)
+        self._call_back("on_save", step)
+
+    def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.Outcome:
+        parts, config = self.parts, self.config
+        optimizer = self.plan.optimizer_for(state.variables)
+        train_step = make_train_step(parts, optimizer, self.plan.steps_per_epoch)
+        on_validation = None
+        if config.schedule.name == "plateau":
+
+            @jax.jit
+            def observe(opt_state: PyTree, error: Array) -> PyTree:
+                return optimizers.observe(
+                    opt_state,
+                    error,
+                    patience=config.schedule.patience,
+                    factor=config.schedule.factor,
+                    min_delta=config.schedule.min_delta,
+                )
+
+            def on_validation(state: TrainState, error: float) -> TrainState:
+                return state.replace(opt_state=observe(state.opt_state, error))
+
+        key = parallel.replicate(run_key(config), parts.mesh)
+
+        def validate(state: TrainState) -> dict[str, float]:
+            asked = self.signals.asked_now
+            return summarize(parts.evaluate(state.variables, "validation", asked))
+
+        with contextlib.closing(loop.prefetch(train_batches(parts, start))) as batches:
+            if start < self.plan.total:
+                first = next(batches)
+                self.plan.check_memory(train_step, state, first, key)
+                stream = itertools.chain([first], batches)
+            else:
+                stream = batches
+            calls = self.primary and parts.own.callbacks
+            callbacks = loop.Callbacks(
+                save=self._save,
+                write=self._write,
+                tick=self._tick,
+                should_stop=self.signals.should_stop,
+                evaluate=validate if self.plan.validates else None,
+                on_validation=on_validation,
+                refresh=make_statistics_refresh(parts, optimizer, key, self.signals.asked_now),
+                on_step=functools.partial(self._call_back, "on_step") if calls else None,
+            )
+            return loop.TrainLoop(
+                train_step,
+                stream,
+                key,
+                stop=self.plan.total,
+                every=self.plan.every,
+                host=host,
+                callbacks=callbacks,
+                batch_size=config.data.batch_size,
+                began=self.began,
+                max_bad_steps=config.train.max_bad_steps,
+                early_stopping=config.train.early_stopping,
+                best_by=self.plan.best_by,
+                best_mode=self.plan.best_mode,
+            ).run(state, start)
+
+    def _test(self, outcome: loop.Outcome) -> dict[str, float]:
+        """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
+        as `fit/...` those of the examples that the run trained on, as they are."""
+        names = {"test": "test"} if "test" in self.parts.dataset.splits else {}
+        if self.config.train.evaluate_train:
+            names["train"] = "fit"
+        if not names:
+            return {}
+        state, step = outcome.state, outcome.step
+        if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
+            state, _, step = self.checkpoints.restore(
+                self.plan.target(), self.checkpoints.best_step()
+            )
+        found: dict[str, float] = {}
+        examples: dict[str, int] = {}
+        for split, name in names.items():
+            try:
+                sums = self.parts.evaluate(state.variables, split, self.signals.asked_now)
+            except Interrupted:
+                raise self._preempted(outcome) from None
+            found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
+            examples |= {f"{name}/step": step, f"{name}/examples": int(sums["count"])}
+        self._write(outcome.step, found)
+        return found | examples
+
+    def _finish(
+        self, outcome: loop.Outcome, host: loop.HostState, found: dict[str, float]
+    ) -> dict[str, Any]:
+        parts, config = self.parts, self.config
+        summary = make_summary(self.plan, outcome, host, found)
+        if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
+            summary["accepted_changes"] = [change["differs"] for change in changes]
+        summary = files.without_nonfinite(summary)  # as a reader of the file gets it
+        if self.primary:
+            warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
+            summary["warnings"] = [warning] if warning else []
+            title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
+            curves.draw_curves(
+                self.workdir / "metrics.jsonl", self.workdir / "curves.png", title=title
+            )
+            files.write_json(self.workdir / "summary.json", summary)
+            tables.print_summary(summary)
+            print(f"written to {self.workdir}: summary.json, metrics.jsonl, curves.png")
+        return summary

@@ -1,0 +1,47 @@
+"""How a run starts: restored, grafted or fresh."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+
+from flax_cnns import files
+from flax_cnns.checkpoint.graft.graft import graft_config
+from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.runs.plan import RunPlan
+from flax_cnns.train import loop, parallel
+from flax_cnns.train.state import TrainState
+
+
+def initial_state(
+    plan: RunPlan, checkpoints: Checkpoints, workdir: pathlib.Path
+) -> tuple[TrainState, loop.HostState, int]:
+    """(state, host state, step) that a session begins with, from the first of these that it has:
+
+    1. Restore: the newest intact checkpoint of this run, all of it.
+    2. Graft: the weights that `config.graft` takes from its source.
+    3. Fresh: the network's own initial values, from the seed alone.
+
+    A graft may leave some weights fresh. The optimizer's state and the averaged weights are made
+    after it, so that they start from the grafted weights. Raises `UserError`.
+    """
+    parts, config = plan.parts, plan.config
+    # 1. Restore.
+    if checkpoints.latest_step() is not None:
+        restored = checkpoints.restore(plan.target())
+        if restored is not None:
+            state, saved, step = restored
+            return state, loop.HostState(**saved), step
+    # 2. and 3. Fresh values, and the graft over them.
+    variables = parts.fresh_variables()
+    if config.graft.source:
+        variables, grafted = graft_config(config.graft, variables, plan.layer_order)
+        if jax.process_index() == 0:
+            print(grafted)
+            files.write_json(workdir / "graft.json", grafted.as_dict())
+    # The optimizer's state and the averages.
+    variables = parts.for_steps(variables)
+    opt_state = plan.optimizer_for(variables).init(variables["params"])
+    state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
+    return parallel.replicate(state, parts.mesh), loop.HostState(), 0
