@@ -216,11 +216,11 @@ def _near(file: str) -> str:
 def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, Any]]:
     """(the other arguments, {path: value} of fields that the config file lacks): those of the
     network and of the user's own parts, which only these know."""
-    new = re.compile(
-        rf"--?config\.((?:{_RUNS[0].pattern})?(?:model\.\w+|own\.\w+\.\w+))=(.*)", re.S
-    )
-    found = {argument: match for argument in argv if (match := _RUNS and new.fullmatch(argument))}
-    if not any(match[1] not in FIELDS for match in found.values()):
+    run = f"(?:{_RUNS[0].pattern})?" if _RUNS else ""
+    fields = r"(model\.\w+|own\.\w+\.\w+)"
+    new = re.compile(rf"--?config\.(?P<path>{run}{fields})=(?P<value>.*)", re.S)
+    found = {argument: match for argument in argv if (match := new.fullmatch(argument))}
+    if not any(match["path"] not in FIELDS for match in found.values()):
         return argv, {}
     mode = next((a.partition(":")[2] for a in argv if re.match(r"--?config=", a)), "")
     try:
@@ -228,8 +228,8 @@ def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, A
         there = flatten(make(mode) if mode else make())
     except Exception:  # the parser says what is wrong
         return argv, {}
-    added = {m[1]: _literal(m[2]) for m in found.values() if m[1] not in there}
-    return [a for a in argv if a not in found or found[a][1] in there], added
+    added = {m["path"]: _literal(m["value"]) for m in found.values() if m["path"] not in there}
+    return [a for a in argv if a not in found or found[a]["path"] in there], added
 
 
 def _literal(text: str) -> Any:

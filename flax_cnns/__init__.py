@@ -11,8 +11,17 @@ _WHERE = {
     "FRESH": "flax_cnns.checkpoint.graft.graft",
     "load_weights": "flax_cnns.weights",
     "run": "flax_cnns.runs.train",
+    "load_run": "flax_cnns.runs.load",
+    "Dataset": "flax_cnns.data.types",
+    "UserError": "flax_cnns.errors",
 }
-_MODULES = ("launch", "layers", "models", "weights")  # by their name, without a further import
+_MODULES = (
+    "config",
+    "launch",
+    "layers",
+    "models",
+    "weights",
+)  # by their name, without a further import
 __all__ = sorted([*_WHERE, *_MODULES])
 
 

@@ -1,0 +1,145 @@
+"""What a user might bring, for test_own.py: it is imported by its name, as theirs would be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from sklearn.datasets import load_digits
+
+from flax_cnns import Dataset
+
+
+class Net(nn.Module):
+    """Two convolutions and a head, of stock linen."""
+
+    num_classes: int
+    width: int = 4
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.relu(nn.Conv(self.width, (3, 3), strides=2, name="conv1")(images))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        x = nn.relu(nn.Conv(2 * self.width, (3, 3), strides=2, name="conv2")(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+class Bare(nn.Module):
+    """The least that a network can be: no fields, ten logits."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+def digits(examples=200, *, classes=10):
+    """The digits as arrays u8 [N 8 8 1]."""
+    images, labels = load_digits(return_X_y=True)
+    kept = labels < classes
+    images = (images[kept].reshape(-1, 8, 8, 1) * 15.9).astype("uint8")
+    labels, half = labels[kept], examples // 2
+    return Dataset.from_arrays(
+        train=(images[:examples], labels[:examples]),
+        test=(images[-half:], labels[-half:]),
+        class_names=list("0123456789")[:classes],
+    )
+
+
+def focal(logits, labels, gamma=2.0):
+    """The focal loss of Lin et al. 2017."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.sum(labels * (1 - jnp.exp(log_p)) ** gamma * log_p, -1)
+
+
+def recall(logits, labels, mask):
+    """Of each class, and the mean over those that occur."""
+    right = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
+    return (labels * (mask * right)[:, None]).sum(0), (labels * mask[:, None]).sum(0)
+
+
+def margin(logits, labels, mask):
+    """The logit of the label over the mean of all."""
+    apart = jnp.sum(labels * logits, -1) - logits.mean(-1)
+    return jnp.sum(jnp.where(mask > 0, apart, 0.0)), mask.sum()
+
+
+def momentum(learning_rate, beta=0.5):
+    return optax.sgd(learning_rate, momentum=beta)
+
+
+@dataclasses.dataclass
+class Shrink:
+    """A penalty on the head, noise on the images, and a bound on the head's kernel."""
+
+    rate: float = 0.0
+    bound: float = 3.0
+
+    def augment(self, images, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+        return images + self.rate * noise
+
+    def penalty(self, params, step):
+        return self.rate * jnp.sum(params["head"]["kernel"] ** 2)
+
+    def constrain(self, params):
+        kernel = jnp.clip(params["head"]["kernel"], -self.bound, self.bound)
+        return params | {"head": params["head"] | {"kernel": kernel}}
+
+
+class Recorder:
+    """Writes down what it is called with."""
+
+    def __init__(self):
+        self.steps, self.validations, self.saves = [], [], []
+
+    def on_step(self, step, numbers):
+        self.steps.append((step, numbers))
+
+    def on_validation(self, step, numbers):
+        self.validations.append((step, numbers))
+
+    def on_save(self, step):
+        self.saves.append(step)
+
+
+# ---- mistakes
+
+
+def scalar_loss(logits, labels):
+    return jnp.mean(logits)
+
+
+def count_less(logits, labels, mask):
+    return jnp.sum(mask)
+
+
+def no_data():
+    return [1, 2, 3]
+
+
+class Wrong(nn.Module):
+    """Gives maps, not logits."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Conv(3, (3, 3))(images)
+
+
+class NoTrain(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+class Keeps(nn.Module):
+    """Keeps a variable of a collection of its own."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        self.variable("cache", "seen", jnp.zeros, (3,))
+        return nn.Dense(10)(images.reshape(len(images), -1))

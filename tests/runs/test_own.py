@@ -1,0 +1,310 @@
+"""A user's own parts through `run`: by name and as objects, resumed, evaluated, refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_cnns
+from experiments import script
+from flax_cnns import run
+from flax_cnns.config import complete, default_config
+from flax_cnns.errors import UserError
+from flax_cnns.runs import own, references
+from flax_cnns.runs.evaluate import evaluate_run
+from flax_cnns.runs.plan import rehearse
+from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.train.progress import Progress
+from tests.runs import own_parts
+from tests.tiny_runs import arrays, records
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+HERE = "tests.runs.own_parts"
+CONFIG = {
+    "model": {"name": f"{HERE}:Net", "width": 2, "dropout": 0.1},
+    "data": {"name": f"{HERE}:digits", "batch_size": 16, "eval_batch_size": 64},
+    "optimizer": {"name": f"{HERE}:momentum", "lr_mult": (("params/head/.*", 2.0), (".*", 1.0))},
+    "schedule": {"learning_rate": 0.05},
+    "train": {
+        "duration": "10 steps",
+        "eval_every": "4 steps",
+        "loss": f"{HERE}:focal",
+        "metrics": (f"{HERE}:recall", f"apart={HERE}:margin"),
+        "regularizers": (f"{HERE}:Shrink",),
+        "best_by": "validation/recall",
+        "best_mode": "max",
+        "ema": 0.9,
+    },
+    "own": {
+        "digits": {"examples": 120},
+        "momentum": {"beta": 0.9},
+        "focal": {"gamma": 1.0},
+        "Shrink": {"rate": 0.01},
+    },
+    "checkpoint": {"every": "4 steps"},
+    "log": {"every": "5 steps", "tensorboard": False},
+}
+OBJECTS = dict(
+    model=own_parts.Net,
+    data=own_parts.digits,
+    optimizer=own_parts.momentum,
+    loss=own_parts.focal,
+    metrics={"recall": own_parts.recall, "apart": own_parts.margin},
+    regularizers=[own_parts.Shrink],
+)
+
+
+def changed(**sections):
+    """CONFIG with fields of sections changed."""
+    config = json.loads(json.dumps(CONFIG))
+    for section, fields in sections.items():
+        config[section] = {**config.get(section, {}), **fields}
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("own") / "run"
+    return workdir, run(CONFIG, workdir)
+
+
+def test_objects_are_recorded_by_their_names(finished, tmp_path):
+    config = {k: v for k, v in CONFIG.items() if k not in ("optimizer", "train")}
+    config["model"] = {"width": 2, "dropout": 0.1}
+    config["data"] = {"batch_size": 16, "eval_batch_size": 64}
+    config["optimizer"] = {"lr_mult": CONFIG["optimizer"]["lr_mult"]}
+    names = ("loss", "metrics", "regularizers")
+    config["train"] = {k: v for k, v in CONFIG["train"].items() if k not in names}
+    run(config, tmp_path / "run", **OBJECTS)
+    theirs = finished[0]
+    for name in ("config.json", "own.json"):
+        assert json.loads((tmp_path / "run" / name).read_text()) == json.loads(
+            (theirs / name).read_text()
+        )
+    chex.assert_trees_all_equal(arrays(tmp_path / "run"), arrays(theirs))
+
+
+def test_everything_own_is_logged_and_summarized(finished):
+    workdir, summary = finished
+    logged = records(workdir)
+    train = [r for r in logged if "train/loss" in r]
+    assert [r["step"] for r in train] == [5, 10]
+    assert all({"train/recall", "train/apart", "train/Shrink"} <= r.keys() for r in train)
+    validated = [r["validation/recall"] for r in logged if "validation/recall" in r]
+    assert len(validated) == 3
+    assert summary["validation/best_recall"] == pytest.approx(max(validated))
+    assert summary["validation/best_accuracy"] is None
+    assert {"test/recall", "test/apart", "test/accuracy"} <= summary.keys()
+    assert summary["own"]["model"][0]["name"] == f"{HERE}:Net"
+    assert summary["own"]["loss"][0]["fields"] == {"gamma": 1.0}
+
+
+def test_the_command_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+    workdir, tick = tmp_path / "run", Progress.update
+
+    def update(self, at, metrics):
+        if at == 6 and not metrics:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return tick(self, at, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", update)
+        with pytest.raises(Preempted):
+            run(CONFIG, workdir)
+    run(CONFIG, workdir)
+    chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
+    assert records(workdir) == records(finished[0])
+
+
+@pytest.mark.slow
+def test_pmap_trains_the_same(finished, tmp_path):
+    run(changed(train={"parallel": "pmap"}), tmp_path / "run")
+    ours, theirs = records(tmp_path / "run"), records(finished[0])
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_regularizer_that_is_off_is_the_plain_run_to_the_bit(tmp_path):
+    run(changed(own={"Shrink": {"rate": 0.0}}), tmp_path / "off")
+    config = changed(train={"regularizers": ()})
+    del config["own"]["Shrink"]
+    run(config, tmp_path / "plain")
+    chex.assert_trees_all_equal(arrays(tmp_path / "off"), arrays(tmp_path / "plain"))
+
+
+def test_evaluating_imports_only_what_is_trusted(finished, capsys):
+    workdir, summary = finished
+    with pytest.raises(UserError, match=rf"imports {HERE}:Net.*--trust"):
+        evaluate_run(workdir)
+    found = evaluate_run(workdir, trust=True)
+    assert found["recall"] == pytest.approx(summary["test/recall"])
+    assert "recall" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--trust"):
+        flax_cnns.load_run(workdir)
+
+
+def test_a_run_loads_as_objects(finished):
+    loaded = flax_cnns.load_run(f"{finished[0]}@latest", trust=True)
+    assert isinstance(loaded.network, own_parts.Net)
+    assert loaded.class_names == list("0123456789")
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    logits = loaded.network.apply(loaded.variables, loaded.preprocessing(images), train=False)
+    assert logits.shape == (2, 10)
+    chex.assert_trees_all_equal(
+        loaded.variables["params"]["head"]["bias"],
+        arrays(finished[0])["ema/params/head/bias"],
+    )
+
+
+def test_another_source_is_a_note_and_another_field_is_refused(finished, tmp_path, capsys):
+    workdir = finished[0]
+    record = json.loads((workdir / "own.json").read_text())
+    was = json.loads(json.dumps(record))
+    was["loss"][0]["digest"] = "0" * 16
+    assert own.compare_records(was, record) == [
+        f"the source of {HERE}:focal changed since this run began"
+    ]
+    with pytest.raises(UserError, match=r"another config \(own\.focal\.gamma: 1\.0 there, 3"):
+        run(changed(own={"focal": {"gamma": 3.0}}), workdir)
+    with pytest.raises(UserError, match=r"another config \(train\.loss: .*there, '' here"):
+        config = changed(train={"loss": ""})
+        del config["own"]["focal"]
+        run(config, workdir)
+
+
+def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
+    config = {
+        "data": {"batch_size": 16, "validation": 0.0},
+        "train": {"duration": "2 steps", "eval_every": "0 steps"},
+        "log": {"tensorboard": False},
+    }
+    seen, loss = own_parts.Recorder(), functools.partial(own_parts.focal, gamma=1.0)
+    given = dict(
+        model=own_parts.Bare(),
+        data=own_parts.digits(40),
+        loss=loss,
+        metrics=[lambda logits, labels, mask: (jnp.sum(mask), jnp.sum(mask))],
+        callbacks=[seen],
+    )
+    with pytest.raises(UserError, match="two objects|expected a list"):
+        run(config, tmp_path / "run", **{**given, "metrics": {"a": 1}["a"]})
+    given["metrics"] = {"one": given["metrics"][0]}
+    summary = run(config, tmp_path / "run", **given)
+    assert "nothing can load later: Bare, arrays, focal, one, Recorder" in capsys.readouterr().out
+    assert summary["test/one"] == 1.0
+    assert [step for step, _ in seen.steps] == [1, 2]
+    assert all(isinstance(v, float) for _, numbers in seen.steps for v in numbers.values())
+    assert seen.saves == [2]
+    (part,) = summary["own"]["model"]
+    assert part["opaque"]
+    assert part["params"] == {"Dense_0/bias": [10], "Dense_0/kernel": [64, 10]}
+    assert run(config, tmp_path / "run", **given) == summary
+    with pytest.raises(UserError, match="an object that only"):
+        evaluate_run(tmp_path / "run", trust=True)
+    with pytest.raises(UserError, match="Bare.* was an object of another process"):
+        rehearse(flax_cnns.runs.workdir.read_config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (dict(model={"name": "no_such_package:Net"}), "no module 'no_such_package'"),
+        (dict(model={"name": f"{HERE}:Nat"}), "has no 'Nat'; did you mean 'Net'"),
+        (dict(model={"widht": 3}), "has no field 'widht'; did you mean 'width'"),
+        (dict(model={"width": "wide"}), "width is a whole number, got 'wide'"),
+        (dict(model={"scan": True}), "model.scan needs a field 'scan' of the network"),
+        (dict(train={"sync_batchnorm": True}), "sync_batchnorm needs a field 'axis_name'"),
+        (
+            dict(model={"name": f"{HERE}:focal"}),
+            r"Net has no field|has no field 'num_classes'|focal",
+        ),
+        (dict(own={"focal": {"gama": 1.0}}), "own.focal.gama: .*did you mean 'gamma'"),
+        (
+            dict(own={"Shrnk": {"rate": 1.0}}),
+            "none of the own parts is called 'Shrnk'; did you mean",
+        ),
+        (dict(train={"best_by": "validation/recal"}), "have no 'recal'; did you mean 'recall'"),
+        (dict(train={"best_mode": "auto"}), "is the best 'recall' the highest or the lowest"),
+        (dict(data={"image_size": 16}), "data.image_size=16: own data are not read"),
+        (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: sgd and rmsprop"),
+        (dict(data={"name": f"{HERE}:no_data"}, own={"digits": 3}), "own.digits"),
+        (dict(train={"callbacks": (f"{HERE}:Shrink",)}), "Shrink"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_step(sections, words):
+    with pytest.raises(UserError, match=words):
+        rehearse(complete(changed(**sections)))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Wrong", r"expected logits \[N K\].*it gives \[2 8 8 3\]"),
+        ("NoTrain", "has no train"),
+        ("Keeps", "keeps variables of cache"),
+    ],
+)
+def test_a_network_that_is_none(name, words):
+    config = changed()
+    config["model"] = {"name": f"{HERE}:{name}"}
+    with pytest.raises(UserError, match=words):
+        rehearse(complete(config))
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"loss": f"{HERE}:scalar_loss"}, r"expected .*\[N\]"),
+        ({"metrics": (f"{HERE}:count_less",), "best_by": "auto", "best_mode": "auto"}, "count"),
+    ],
+)
+def test_a_loss_and_a_metric_that_are_none(train, words):
+    config = changed(train=train)
+    config["own"].pop("focal")
+    if "loss" not in train:
+        config["train"]["loss"] = ""
+    with pytest.raises(UserError, match=words):
+        rehearse(complete(config))
+
+
+def test_partial_dicts_and_unknown_fields():
+    config = complete({"seed": 3, "model": {"name": "resnet18"}, "own": {"a": {"b": 1}}})
+    assert (config.seed, config.model.name, config.own.a.b) == (3, "resnet18", 1)
+    assert config.data == default_config().data
+    with pytest.raises(UserError, match=r"unknown field 'modle\.name'; did you mean 'model\.name'"):
+        complete({"modle": {"name": "resnet18"}})
+
+
+def test_modules_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_losses.py").write_text("def mine(logits, labels):\n    return 1\n")
+    (tmp_path / "broken_losses.py").write_text("1 / 0\n")
+    found = references.import_reference("my_losses:mine", "train.loss")
+    assert found(1, 2) == 1
+    assert references.reference_to(found) == "my_losses:mine"
+    with pytest.raises(UserError, match="no module 'my_loses'; did you mean 'my_losses'"):
+        references.import_reference("my_loses:mine", "train.loss")
+    with pytest.raises(UserError, match="importing broken_losses fails: ZeroDivisionError"):
+        references.import_reference("broken_losses:mine", "train.loss")
+    assert references.reference_to(lambda: 1) is None
+
+
+def test_fields_that_a_config_file_lacks_come_from_the_shell(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("def get_config():\n    return {'model': {'name': 'a:B', 'depth': 3}}\n")
+    argv = ["x", f"--config={file}", "--config.model.depth=4", "--config.model.width=(8, 16)"]
+    argv += ["--config.own.focal.gamma=2.5", "--config.model.kind=wide", "--config.seed=1"]
+    rest, added = script._take_new_fields(argv, str(file))
+    assert rest == ["x", f"--config={file}", "--config.model.depth=4", "--config.seed=1"]
+    assert added == {"model.width": (8, 16), "own.focal.gamma": 2.5, "model.kind": "wide"}
