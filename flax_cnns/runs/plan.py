@@ -19,7 +19,13 @@ from flax_cnns.checkpoint.graft import graft as grafting
 from flax_cnns.checkpoint.graft.sources import Source, open_source
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers import norm
-from flax_cnns.runs.build import Parts, assemble, augment_and_mix, dropout_rates
+from flax_cnns.runs.build import (
+    Parts,
+    assemble,
+    augment_and_mix,
+    dropout_rates,
+    make_train_step,
+)
 from flax_cnns.train import batchnorm_modes, loop, memory, optimizers, parallel, schedules
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import import_wandb
@@ -169,6 +175,25 @@ class RunPlan:
                 f" take data.batch_size={2 * devices * pieces}, or larger images"
             ) from None
 
+    def check_own_step(self) -> None:
+        """Raises `UserError` if an own loss, metric, regularizer or optimizer cannot be part of a
+        training step. Traces the step; does nothing if the run has none of these."""
+        parts, own = self.parts, self.parts.own
+        if not (own.loss or own.metrics or own.regularizers or own.optimizer):
+            return
+        state, train = self.target(), parts.dataset.splits["train"]
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        step = make_train_step(parts, self.optimizer_for(variables), self.steps_per_epoch)
+        n, devices = self.config.data.batch_size, parts.mesh.devices.size
+        first = (devices, n // devices) if parts.mode == "pmap" else (n,)
+        images = np.uint8 if train.images is None else train.images.dtype
+        labels = np.zeros(1, np.int32) if train.labels is None else train.labels
+        batch = {
+            "image": jax.ShapeDtypeStruct((*first, *parts.dataset.image_shape), images),
+            "label": jax.ShapeDtypeStruct((*first, *labels.shape[1:]), labels.dtype),
+        }
+        jax.eval_shape(step, state, batch, jax.random.key(0))
+
     def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
         """Raises `UserError` for batches that a CPU has no memory for; compiles the step."""
         parts, data = self.parts, self.config.data
@@ -258,6 +283,7 @@ def rehearse(
     dropout_rates(parts, params)
     augment_and_mix(parts)
     plan.check_norms()
+    plan.check_own_step()
     if sources is not None:
         _check_needs(config, parts, sources)
     return parts, plan.total

@@ -176,9 +176,9 @@ def test_another_source_is_a_note_and_another_field_is_refused(finished, tmp_pat
     ]
     with pytest.raises(UserError, match=r"another config \(own\.focal\.gamma: 1\.0 there, 3"):
         run(changed(own={"focal": {"gamma": 3.0}}), workdir)
-    with pytest.raises(UserError, match=r"another config \(train\.loss: .*there, '' here"):
-        config = changed(train={"loss": ""})
-        del config["own"]["focal"]
+    config = changed(train={"loss": ""})
+    del config["own"]["focal"]
+    with pytest.raises(UserError, match=r"another config \(.*train\.loss: .*there, '' here"):
         run(config, workdir)
 
 
@@ -196,8 +196,8 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         metrics=[lambda logits, labels, mask: (jnp.sum(mask), jnp.sum(mask))],
         callbacks=[seen],
     )
-    with pytest.raises(UserError, match="two objects|expected a list"):
-        run(config, tmp_path / "run", **{**given, "metrics": {"a": 1}["a"]})
+    with pytest.raises(UserError, match="metrics: expected a list"):
+        run(config, tmp_path / "run", **{**given, "metrics": given["metrics"][0]})
     given["metrics"] = {"one": given["metrics"][0]}
     summary = run(config, tmp_path / "run", **given)
     assert "nothing can load later: Bare, arrays, focal, one, Recorder" in capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
     assert run(config, tmp_path / "run", **given) == summary
     with pytest.raises(UserError, match="an object that only"):
         evaluate_run(tmp_path / "run", trust=True)
-    with pytest.raises(UserError, match="Bare.* was an object of another process"):
+    with pytest.raises(UserError, match=r"Bare.* was an object of another process"):
         rehearse(flax_cnns.runs.workdir.read_config(tmp_path / "run"))
 
 
@@ -226,7 +226,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(train={"sync_batchnorm": True}), "sync_batchnorm needs a field 'axis_name'"),
         (
             dict(model={"name": f"{HERE}:focal"}),
-            r"Net has no field|has no field 'num_classes'|focal",
+            "focal has no field",
         ),
         (dict(own={"focal": {"gama": 1.0}}), "own.focal.gama: .*did you mean 'gamma'"),
         (
