@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -159,18 +159,27 @@ def run_key(config: Any) -> Array:
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def train_batches(parts: Parts, start: int = 0) -> Iterator[Any]:
-    """What the training step takes, from step `start` on, without end: batches on the devices, the
-    images augmented where the config has the loader do it. To be closed."""
-    config = parts.config
-    batches = pipeline.train_batches(
+def host_batches(parts: Parts, start: int = 0) -> Generator[Any]:
+    """This process's rows of the training batches from step `start` on, as the data set gives them.
+    Of batches of the user's own it can tell the digest of a step's. To be closed."""
+    return pipeline.train_batches(
         parts.dataset,
-        config.data,
-        seed=config.seed,
+        parts.config.data,
+        seed=parts.config.seed,
         start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def train_batches(
+    parts: Parts, start: int = 0, batches: Generator[Any] | None = None
+) -> Iterator[Any]:
+    """What the training step takes, from step `start` on, without end: batches on the devices, the
+    images augmented where the config has the loader do it. To be closed. `batches`: the
+    `host_batches` from `start` on."""
+    config = parts.config
+    batches = host_batches(parts, start) if batches is None else batches
     with contextlib.closing(batches):
         if config.data.augment.where == "loader":
             first = jax.process_index() * (config.data.batch_size // jax.process_count())

@@ -11,17 +11,20 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns.analysis.plots import curves
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import pipeline
-from flax_cnns.errors import EXIT_FAULT, Interrupted
+from flax_cnns.errors import EXIT_FAULT, Interrupted, UserError
 from flax_cnns.evaluation.exact import summarize
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import (
+    host_batches,
     make_statistics_refresh,
     make_train_step,
     run_key,
@@ -51,10 +54,12 @@ class Session:
         opened: workdirs.Opened,
         signals: Signals,
         began: float,
+        accept_changed_data: bool = False,
     ):
         self.plan, self.parts, self.config = plan, plan.parts, plan.config
         self.workdir, self.opened, self.signals, self.began = workdir, opened, signals, began
         self.primary = jax.process_index() == 0
+        self.accept_changed_data = accept_changed_data
         self.warned = False
 
     def go(self) -> dict[str, Any]:
@@ -74,7 +79,7 @@ class Session:
             )
             self.checkpoints = checkpoints
             stack.push(self._leave_if_peer_died)
-            state, host, start = initial_state(self.plan, checkpoints, self.workdir)
+            state, host, start, digests = initial_state(self.plan, checkpoints, self.workdir)
             self.writer = Writer(
                 self.workdir,
                 resume_step=start or None,
@@ -88,6 +93,10 @@ class Session:
             stack.callback(self.progress.close)
             if start:
                 self.progress.print(f"resumed at step {start} of {self.plan.total}")
+            self.batches = host_batches(self.parts, start)
+            stack.callback(self.batches.close)
+            if digests and start < self.plan.total:
+                self._check_batch(start, digests)
             outcome = self._train(state, host, start)
             checkpoints.wait()
             if outcome.preempted:
@@ -150,8 +159,38 @@ class Session:
         self.progress.update(step, {})
 
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
+        if self.parts.dataset.is_stream and step < self.plan.total:
+            host = {**host, "next_batch": self._digests(step)}
         self.checkpoints.save(step, state, host=host, metrics=found)
         self._call_back("on_save", step)
+
+    def _digests(self, step: int) -> list[str]:
+        """Of the batch that a step takes, by process."""
+        digest = self.batches.digest(step)
+        if jax.process_count() == 1:
+            return [digest]
+        rows = np.frombuffer(digest.encode().ljust(64), np.uint8)
+        found = np.asarray(multihost_utils.process_allgather(rows))
+        return [bytes(row).decode().strip() for row in found]
+
+    def _check_batch(self, step: int, was: list[str]) -> None:
+        """Raises `UserError` if the factory's batch of a step is another than when it was saved."""
+        if len(was) != jax.process_count():
+            self.progress.print(
+                f"note: {len(was)} processes had saved what batch comes next, and"
+                f" {jax.process_count()} cannot compare it"
+            )
+        elif self._digests(step) != was:
+            said = (
+                f"{self.parts.dataset.name}: the factory's batch of step {step} is another than"
+                " before this run was stopped, so that it would not go on to the bit"
+            )
+            if not self.accept_changed_data:
+                raise UserError(
+                    f"{said}; let it depend on start_step alone, or go on all the same with"
+                    " --accept-changed-data"
+                )
+            self.progress.print(f"accepted: {said}")
 
     def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.Outcome:
         parts, config = self.parts, self.config
@@ -179,7 +218,9 @@ class Session:
             asked = self.signals.asked_now
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
-        with contextlib.closing(loop.prefetch(train_batches(parts, start))) as batches:
+        with contextlib.closing(
+            loop.prefetch(train_batches(parts, start, self.batches))
+        ) as batches:
             if start < self.plan.total:
                 first = next(batches)
                 self.plan.check_memory(train_step, state, first, key)

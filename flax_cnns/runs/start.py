@@ -16,15 +16,17 @@ from flax_cnns.train.state import TrainState
 
 def initial_state(
     plan: RunPlan, checkpoints: Checkpoints, workdir: pathlib.Path
-) -> tuple[TrainState, loop.HostState, int]:
-    """(state, host state, step) that a session begins with, from the first of these that it has:
+) -> tuple[TrainState, loop.HostState, int, list[str]]:
+    """(state, host state, step, digests) that a session begins with, from the first of these that
+    it has:
 
     1. Restore: the newest intact checkpoint of this run, all of it.
     2. Graft: the weights that `config.graft` takes from its source.
     3. Fresh: the network's own initial values, from the seed alone.
 
     A graft may leave some weights fresh. The optimizer's state and the averaged weights are made
-    after it, so that they start from the grafted weights. Raises `UserError`.
+    after it, so that they start from the grafted weights. The digests are those of the batch of that
+    step, by process, if the data are batches of the user's own. Raises `UserError`.
     """
     parts, config = plan.parts, plan.config
     # 1. Restore.
@@ -32,7 +34,8 @@ def initial_state(
         restored = checkpoints.restore(plan.target())
         if restored is not None:
             state, saved, step = restored
-            return state, loop.HostState(**saved), step
+            digests = saved.pop("next_batch", [])
+            return state, loop.HostState(**saved), step, digests
     # 2. and 3. Fresh values, and the graft over them.
     variables = parts.fresh_variables()
     if config.graft.source:
@@ -44,4 +47,4 @@ def initial_state(
     variables = parts.for_steps(variables)
     opt_state = plan.optimizer_for(variables).init(variables["params"])
     state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
-    return parallel.replicate(state, parts.mesh), loop.HostState(), 0
+    return parallel.replicate(state, parts.mesh), loop.HostState(), 0, []

@@ -152,7 +152,7 @@ def run(
                 files.write_json(workdir / "own.json", record)
             workdirs.write_facts(workdir, parts.dataset.as_dict())
         try:
-            return Session(plan, workdir, opened, signals, began).go()
+            return Session(plan, workdir, opened, signals, began, accept_changed_data).go()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
         except DamagedImage as error:
