@@ -25,8 +25,8 @@ def initial_state(
     3. Fresh: the network's own initial values, from the seed alone.
 
     A graft may leave some weights fresh. The optimizer's state and the averaged weights are made
-    after it, so that they start from the grafted weights. The digests are those of the batch of that
-    step, by process, if the data are batches of the user's own. Raises `UserError`.
+    after it, so that they start from the grafted weights. The digests, one a process, are those of
+    the batch of that step, if the data are batches of the user's own. Raises `UserError`.
     """
     parts, config = plan.parts, plan.config
     # 1. Restore.
