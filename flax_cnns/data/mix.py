@@ -12,9 +12,11 @@ from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
 
-def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
-    """`mix(images [n H W C], labels i32 [n], key) -> (images, soft labels f32 [n K])`; `config` is
-    `config.mix`.
+def make_mix(
+    config: Any, num_classes: int, *, task: str = "classes"
+) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+    """`mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`; `config` is
+    `config.mix`. Labels are i32 [n], or soft, f32 [n k] with k at most K.
 
     Label smoothing gives the right class 1 - s + s/K and every other s/K
     (https://arxiv.org/abs/1512.00567, section 7). Mixup (https://arxiv.org/abs/1710.09412) draws
@@ -22,12 +24,17 @@ def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], t
     box, see `cutmix_weights`; with both on a fair coin a batch says which. Both pair neighbours, i
     with i ^ 1, not a random permutation: the batch is in random order anyway, and neighbours stay
     on one device, so that with the same `key` everywhere the number of devices doesn't matter. All
-    off: one-hot labels, images untouched. Raises UserError, at trace time where an odd batch is to
-    be paired.
+    off: one-hot labels, images untouched. Raises UserError for label smoothing where the task is
+    "multilabel", and at trace time where an odd batch is to be paired.
     """
     smoothing, mixup, cutmix = config.label_smoothing, config.mixup, config.cutmix
     if not 0 <= smoothing < 1:
         raise UserError(f"mix.label_smoothing must be at least 0 and below 1; got {smoothing}")
+    if smoothing and task == "multilabel":
+        raise UserError(
+            "mix.label_smoothing moves labels towards one of K classes, and multilabel data has"
+            f" many at once; got {smoothing}, set 0"
+        )
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
         if alpha < 0:
             raise UserError(
@@ -47,7 +54,15 @@ def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], t
         return jnp.where(heads, weight, pixels), jnp.where(heads, weight, share)
 
     def mix(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
-        soft = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        if labels.ndim == 1:
+            soft = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        else:  # classes that the data set lacks are 0
+            missing = num_classes - labels.shape[-1]
+            if missing < 0:
+                raise UserError(
+                    f"labels have {labels.shape[-1]} columns, and the network {num_classes} classes"
+                )
+            soft = jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
         if smoothing:
             soft = (1 - smoothing) * soft + smoothing / num_classes
         if mixup or cutmix:
