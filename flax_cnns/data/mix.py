@@ -12,18 +12,22 @@ from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
 
-def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
-    """`mix(images [n H W C], labels i32 [n], key) -> (images, soft labels f32 [n K])`; `config` is
-    `config.mix`.
+def make_mix(
+    config: Any, num_classes: int, *, task: str = "classes"
+) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+    """`mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`; `config` is
+    `config.mix`; labels are i32 [n], or f32 [n K] of K classes or fewer.
 
     Label smoothing gives the right class 1 - s + s/K and every other s/K
-    (https://arxiv.org/abs/1512.00567, section 7). Mixup (https://arxiv.org/abs/1710.09412) draws
-    one weight for the batch, from Beta(alpha, alpha); cutmix (https://arxiv.org/abs/1905.04899) one
-    box, see `cutmix_weights`; with both on a fair coin a batch says which. Both pair neighbours, i
-    with i ^ 1, not a random permutation: the batch is in random order anyway, and neighbours stay
-    on one device, so that with the same `key` everywhere the number of devices doesn't matter. All
-    off: one-hot labels, images untouched. Raises UserError, at trace time where an odd batch is to
-    be paired.
+    (https://arxiv.org/abs/1512.00567, section 7), and soft labels p the mean (1 - s) p + s/K; a
+    label y of multilabel data, 0 or 1, becomes (1 - s) y + s/2.
+
+    Mixup (https://arxiv.org/abs/1710.09412) draws one weight for the batch, from Beta(alpha,
+    alpha); cutmix (https://arxiv.org/abs/1905.04899) one box, see `cutmix_weights`; with both on a
+    fair coin a batch says which. Both pair neighbours, i with i ^ 1, not a random permutation: the
+    batch is in random order anyway, and neighbours stay on one device, so that with the same `key`
+    everywhere the number of devices doesn't matter. All off: one-hot labels, images untouched.
+    Raises UserError, at trace time where an odd batch is to be paired.
     """
     smoothing, mixup, cutmix = config.label_smoothing, config.mixup, config.cutmix
     if not 0 <= smoothing < 1:
@@ -47,9 +51,12 @@ def make_mix(config: Any, num_classes: int) -> Callable[[Array, Array, Array], t
         return jnp.where(heads, weight, pixels), jnp.where(heads, weight, share)
 
     def mix(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
-        soft = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        if labels.ndim == 1:
+            soft = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        else:  # a head may have more classes than the data
+            soft = jnp.pad(labels, ((0, 0), (0, num_classes - labels.shape[1])))
         if smoothing:
-            soft = (1 - smoothing) * soft + smoothing / num_classes
+            soft = (1 - smoothing) * soft + smoothing / (2 if task == "multilabel" else num_classes)
         if mixup or cutmix:
             if len(labels) % 2:
                 raise UserError(
