@@ -11,7 +11,7 @@ Array = jax.Array
 Dtype = Annotated[Any, "a floating-point dtype or its name"]
 ModuleDef = Callable[..., Any]  # a linen module class or a partial of one
 PyTree = Any
-# {"image": u8 or f32 [N H W C], "label": i32 [N], "mask": f32 [N] in evaluation}
+# {"image": u8 or f32 [N H W C], "label": i32 [N] or f32 [N K], "mask": f32 [N] in evaluation}
 Batch = dict[str, Any]
 
 

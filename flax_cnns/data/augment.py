@@ -1,4 +1,6 @@
 """Augmentation per image, on the device: uint8 images in, normalised float32 out, shapes static.
+A user's own images may be float32, from 0 to 1; then the operations on colors work at 255 times
+these, and RandAugment rounds them to 256 values.
 
 Every image has its own key, so what happens to it depends neither on its place in the local array
 nor on the number of devices. The geometric operations (crop, flip, rotation, scale) are composed
@@ -7,7 +9,8 @@ pass each, and nothing is blurred twice. What comes from outside is black.
 
 Sums of products are of whole numbers, or of such that float32 holds them exactly: a compiler fuses
 the product and the sum of some floats in one program and not in another, and an image is to be the
-same, to the bit, wherever it is made.
+same, to the bit, wherever it is made. (Float images that are rotated, scaled or resized are the
+same only to float32's rounding in a loader and on a device.)
 """
 
 from __future__ import annotations
@@ -32,14 +35,34 @@ def make_normalize(
     config: Any, *, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Array], Array]:
     """`normalize(images u8 [... C]) -> f32 [... C]`: (x/255 - mean) / std, or x/255 where
-    `config.normalize` is False."""
+    `config.normalize` is False; of f32 images x, which are in 0..1 already, in place of x/255."""
+    of_bytes, of_floats = _normalizers(config, mean, std)
+
+    def normalize(images: Array) -> Array:
+        return of_floats(images) if is_float(images) else of_bytes(images)
+
+    return normalize
+
+
+def is_float(images: Array) -> bool:
+    """Whether images are 0 to 1, not 0 to 255."""
+    return jnp.issubdtype(images.dtype, jnp.floating)
+
+
+def _normalizers(
+    config: Any, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Of images in 0..255, of any dtype, and of images in 0..1."""
     mean = jnp.asarray(mean if config.normalize else 0.0, jnp.float32)
     std = jnp.asarray(std if config.normalize else 1.0, jnp.float32)
 
-    def normalize(images: Array) -> Array:
+    def of_bytes(images: Array) -> Array:
         return (images.astype(jnp.float32) - 255 * mean) / (255 * std)
 
-    return normalize
+    def of_floats(images: Array) -> Array:
+        return (images.astype(jnp.float32) - mean) / std
+
+    return of_bytes, of_floats
 
 
 def make_augment(
@@ -51,7 +74,8 @@ def make_augment(
     covariance: Sequence[Sequence[float]] = (),
     cropped: bool = False,
 ) -> Callable[[Array, Array], Array]:
-    """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit.
+    """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit; f32 images
+    are in 0..1.
 
     `config` is `config.data.augment`; `covariance` [C C] of the colours of images in 0..1 is what
     `config.pca` needs; `cropped` says that the loader has done the random resized crop already, as
@@ -62,12 +86,13 @@ def make_augment(
     height, width, _ = image_shape
     validate_section(config, "data.augment")
     _check_sizes(config, height, width)
-    normalize = make_normalize(config, mean=mean, std=std)
+    of_bytes, of_floats = _normalizers(config, mean, std)
     resized_crop = tuple(config.random_resized_crop) if not cropped else ()
     moved = config.flip or config.pad_crop or config.rotate or config.scale
     colored = tuple(config.randaugment) or config.pca
 
     def augment_one(image: Array, key: Array) -> Array:
+        floats = is_float(image)
         names = ("resize", "move", "cutout", "randaugment", "pca", "erase")
         keys = dict(zip(names, jax.random.split(key, len(names))))
         if resized_crop:
@@ -76,20 +101,24 @@ def make_augment(
             image = _affine(keys["move"], image, config)
         elif moved:
             image = _flip_and_crop(keys["move"], image, config)
+        if colored and floats:
+            image = 255 * image
         if config.randaugment:
             image = randaugment(keys["randaugment"], image, *config.randaugment)
         if config.pca:
             image = pca_color(keys["pca"], image, config.pca, covariance)
+        if colored and floats:
+            image = image / 255
         if config.erase:
-            image = erase(keys["erase"], image, config.erase)
-        image = normalize(image)
+            image = erase(keys["erase"], image, config.erase, white=1.0 if floats else 255.0)
+        image = (of_floats if floats else of_bytes)(image)
         if config.cutout:
             image = cutout(keys["cutout"], image, config.cutout)
         return image
 
     def augment(images: Array, keys: Array) -> Array:
         if not (resized_crop or moved or colored or config.erase or config.cutout):
-            return normalize(images)
+            return (of_floats if is_float(images) else of_bytes)(images)
         return jax.vmap(augment_one)(images, keys)
 
     return augment
@@ -174,7 +203,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Array:
     """A box of a random share of the area and a random ratio of sides, resized to the whole: [H W
-    C] -> f32 [H W C], whole values as the loader's crops have.
+    C] -> f32 [H W C], whole values as the loader's crops have, unless the image is of floats.
 
     Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as torchvision does it:
     ten tries, the first box that fits; the whole image where none does.
@@ -192,10 +221,10 @@ def random_resized_crop(
     box = jnp.where(fits[first], jnp.stack([h[first], w[first]]), whole)
     corner = jax.random.uniform(key_place, (2,)) * (whole - box)
     zoom = whole / box
-    image = jax.image.scale_and_translate(
+    resized = jax.image.scale_and_translate(
         image.astype(jnp.float32), image.shape, (0, 1), zoom, -corner * zoom, "linear"
     )
-    return jnp.round(image)
+    return resized if is_float(image) else jnp.round(resized)
 
 
 def cutout(key: Array, image: Array, side: int) -> Array:
@@ -232,8 +261,10 @@ def erase(
     probability: float,
     share: tuple[float, float] = (0.02, 0.4),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
+    white: float = 255.0,
 ) -> Array:
-    """With that probability a box of noise, each value one of 0..255: [H W C] -> f32 [H W C].
+    """With that probability a box of noise, each value one of 256 from 0 to `white`: [H W C] -> f32
+    [H W C].
 
     Random erasing (https://arxiv.org/abs/1708.04896, algorithm 1), its shares of the area and
     ratios of height to width. There a box that does not fit is drawn again with its corner, which
@@ -249,6 +280,7 @@ def erase(
     box = jnp.where(fits[first], jnp.stack([h[first], w[first]]), 0).astype(jnp.int32)
     low = jax.random.randint(key_place, (2,), 0, jnp.array([height, width]) - box + 1)
     noise = jax.random.randint(key_noise, image.shape, 0, 256).astype(jnp.float32)
+    noise = noise if white == 255 else noise * (white / 255)
     box = jnp.where(jax.random.bernoulli(key_coin, probability), box, 0)
     return jnp.where(_inside(low, box, height, width), noise, image)
 

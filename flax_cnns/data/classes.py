@@ -8,14 +8,15 @@ import numpy as np
 
 from flax_cnns.data.decode import read_labels
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import Raw, Relabelled, Source, Subset
+from flax_cnns.data.types import Raw, Relabelled, Source, Subset, take_rows
 from flax_cnns.errors import UserError, did_you_mean
 
 
-def choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:
+def choose_classes(raw: Raw, config: Any, begun: bool, name: str = "") -> tuple[Raw, list[str]]:
     """The examples of `config.classes` alone, labeled in the order in which these are given; and
-    notes."""
-    chosen, notes = find_classes(config, raw.class_names, begun)
+    notes. `name`: what messages call the data set; "": `config.name`."""
+    name = name or config.name
+    chosen, notes = find_classes(config, raw.class_names, begun, name)
     if not chosen:
         return raw, notes
     new = np.full(raw.num_classes, -1, np.int32)
@@ -25,15 +26,15 @@ def choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:
 
     def choose(role: str, source: Source) -> Source:
         labels = new[read_labels(source)]
-        rows, name = np.flatnonzero(labels >= 0), f"classes {chosen}"
+        rows, said = np.flatnonzero(labels >= 0), f"classes {chosen}"
         if not len(rows):
             raise UserError(
-                f"data.classes: the {role} split of {config.name} has no image of "
-                f"{', '.join(class_names)}"
+                f"data.classes: the {role} split of {name} has no image of {', '.join(class_names)}"
             )
         if isinstance(source, ArraySource):  # arrays stay arrays: nothing is decoded
-            return ArraySource(source.images[rows], labels[rows], f"{source.name}, {name}")
-        return Relabelled(Subset(source, rows, name), labels[rows], name)
+            images = take_rows(source.images, rows)
+            return ArraySource(images, labels[rows], f"{source.name}, {said}")
+        return Relabelled(Subset(source, rows, said), labels[rows], said)
 
     raw = raw._replace(
         sources={role: choose(role, source) for role, source in raw.sources.items()},
@@ -44,16 +45,17 @@ def choose_classes(raw: Raw, config: Any, begun: bool) -> tuple[Raw, list[str]]:
 
 
 def find_classes(
-    config: Any, names: tuple[str, ...], begun: bool = False
+    config: Any, names: tuple[str, ...], begun: bool = False, name: str = ""
 ) -> tuple[list[int], list[str]]:
     """`config.classes` as numbers, and notes. Raises UserError for one that there is not, or there
     twice, and for a number that is another class's name, which is a note where a run is `begun`."""
+    name = name or config.name
     chosen, notes = [], []
     for given in config.classes:
         if isinstance(given, int) and str(given) in names and names.index(str(given)) != given:
             counted = names[given : given + 1] if given >= 0 else ()
             said = (
-                f"data.classes: {given} is ambiguous: {config.name} has a class named "
+                f"data.classes: {given} is ambiguous: {name} has a class named "
                 f"{str(given)!r}, and number {given} is {repr(*counted) if counted else 'none'}"
             )
             if not begun or not counted:
@@ -66,7 +68,7 @@ def find_classes(
         else:
             near = did_you_mean(given, names) if isinstance(given, str) else ""
             known = near or f"; it has 0 to {len(names) - 1}"
-            raise UserError(f"data.classes: {config.name} has no class {given!r}{known}")
+            raise UserError(f"data.classes: {name} has no class {given!r}{known}")
     if len(chosen) == 1 or len(set(chosen)) < len(chosen):
         raise UserError(
             f"data.classes: expected two classes or more, each once; got {tuple(config.classes)}"

@@ -2,13 +2,14 @@
 
 A fingerprint is plain JSON; {} stands for noise (`data.mock`), which never changes.
 
-reader    folder, archive or tfds
+reader    folder, archive, tfds, or arrays of the user's own
 builder   of TFDS: name, config and version
 classes   their names, in the order of the labels
 sized     of a folder: whether the digests hold the sizes of the files
 splits    by the data set's own names, before roles:
           images   how many
-          classes  how many of each class; absent where it would take reading every example
+          classes  how many of each class; absent where it would take reading every example, and
+                   where an example has more than one
           digests  of a folder: one for each class (names within the class's folder, and sizes);
                    of arrays: one (pixels and labels)
           bytes    of a user's own TFDS builder, whose version may stay the same
@@ -57,7 +58,7 @@ def compute(
     for split, (base, rows) in bases.items():
         one: dict[str, Any] = {"images": len(rows)}
         labels = sources[split].labels
-        if labels is not None:
+        if labels is not None and np.ndim(labels) == 1:
             labels = np.asarray(labels)
             one["classes"] = np.bincount(labels, minlength=len(class_names)).tolist()
         if hasattr(base, "paths"):
@@ -107,13 +108,13 @@ def _size(path: str) -> int:
         return -1
 
 
-def _of_arrays(images: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> str:
-    if len(rows) != len(images):
-        images = images[rows]
-    images, labels = np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32)
-    digest = hashlib.sha256(str(images.shape).encode())
-    digest.update(images)
-    digest.update(labels)
+def _of_arrays(images: Any, rows: np.ndarray, labels: np.ndarray) -> str:
+    digest = hashlib.sha256(str((len(rows), *images.shape[1:])).encode())
+    whole = len(rows) == len(images)
+    for start in range(0, len(rows), 4096):
+        part = slice(start, start + 4096)
+        digest.update(np.ascontiguousarray(images[part if whole else rows[part]]))
+    digest.update(np.ascontiguousarray(labels, np.int32 if labels.ndim == 1 else np.float32))
     return digest.hexdigest()[:LENGTH]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from flax_cnns.config import validate_section
 from flax_cnns.data import fingerprint as fingerprints
+from flax_cnns.data import own
 from flax_cnns.data.classes import choose_classes
 from flax_cnns.data.decode import read_all
 from flax_cnns.data.mock import make_mock
@@ -36,14 +37,17 @@ from flax_cnns.errors import UserError
 EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
 
 
-def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
-    """The data set that `config` (`config.data` of configs/common.py) describes.
+def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = False) -> Dataset:
+    """The data set that `config` (`config.data` of configs/common.py) describes. `data`, a data set
+    of the user's own (`Dataset.from_arrays`), takes its place, as `config` wants it.
 
     Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
     split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a
     run of this config exists, and goes on with an ambiguous `data.classes`.
     """
     validate_section(config, "data")
+    if data is not None:
+        return own.finish(data, config, begun)
     if config.mock > 0:
         return make_mock(config)
     raw = _read(config)
@@ -54,8 +58,8 @@ def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
         raise UserError(f"expected two classes or more; {config.name} has {raw.num_classes}")
     found = fingerprints.compute(raw.sources, raw.class_names, raw.about)
     sources = assign_roles(raw.sources, config.name, config.split_seed)
-    own = raw.image_shape[2]
-    size, channels = config.image_size, config.channels or own
+    own_channels = raw.image_shape[2]
+    size, channels = config.image_size, config.channels or own_channels
     varies = None in raw.image_shape
     crops = bool(config.augment.random_resized_crop)
     share = EVAL_SHARE if varies and crops else 1.0
@@ -91,7 +95,7 @@ def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
             check_decodes(role, split.source, config.skip_damaged)
     notes += find_notes(splits, raw.class_names, config.batch_size)
 
-    mean, std, normalized_by = find_mean_and_std(config, own, channels, splits["train"])
+    mean, std, normalized_by = find_mean_and_std(config, own_channels, channels, splits["train"])
     return Dataset(
         covariance=find_covariance(config, size, channels, splits["train"]),
         name=config.name,
@@ -112,10 +116,12 @@ def load_dataset(config: Any, *, begun: bool = False) -> Dataset:
     )
 
 
-def read_fingerprint(config: Any) -> dict[str, Any]:
+def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]:
     """The fingerprint of the data set that `config` describes, as `load_dataset` gives it; no image
     is decoded and nothing is downloaded. Raises UserError."""
     validate_section(config, "data")
+    if data is not None:
+        return own.read_fingerprint(data, config)
     if config.mock > 0:
         return {}
     raw, _ = choose_classes(_read(config, prepare=False), config, begun=True)

@@ -16,25 +16,22 @@ def make_mix(
     config: Any, num_classes: int, *, task: str = "classes"
 ) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
     """`mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`; `config` is
-    `config.mix`. Labels are i32 [n], or soft, f32 [n k] with k at most K.
+    `config.mix`; labels are i32 [n], or f32 [n K] of K classes or fewer.
 
     Label smoothing gives the right class 1 - s + s/K and every other s/K
-    (https://arxiv.org/abs/1512.00567, section 7). Mixup (https://arxiv.org/abs/1710.09412) draws
-    one weight for the batch, from Beta(alpha, alpha); cutmix (https://arxiv.org/abs/1905.04899) one
-    box, see `cutmix_weights`; with both on a fair coin a batch says which. Both pair neighbours, i
-    with i ^ 1, not a random permutation: the batch is in random order anyway, and neighbours stay
-    on one device, so that with the same `key` everywhere the number of devices doesn't matter. All
-    off: one-hot labels, images untouched. Raises UserError for label smoothing where the task is
-    "multilabel", and at trace time where an odd batch is to be paired.
+    (https://arxiv.org/abs/1512.00567, section 7), and soft labels p the mean (1 - s) p + s/K; a
+    label y of multilabel data, 0 or 1, becomes (1 - s) y + s/2.
+
+    Mixup (https://arxiv.org/abs/1710.09412) draws one weight for the batch, from Beta(alpha,
+    alpha); cutmix (https://arxiv.org/abs/1905.04899) one box, see `cutmix_weights`; with both on a
+    fair coin a batch says which. Both pair neighbours, i with i ^ 1, not a random permutation: the
+    batch is in random order anyway, and neighbours stay on one device, so that with the same `key`
+    everywhere the number of devices doesn't matter. All off: one-hot labels, images untouched.
+    Raises UserError, at trace time where an odd batch is to be paired.
     """
     smoothing, mixup, cutmix = config.label_smoothing, config.mixup, config.cutmix
     if not 0 <= smoothing < 1:
         raise UserError(f"mix.label_smoothing must be at least 0 and below 1; got {smoothing}")
-    if smoothing and task == "multilabel":
-        raise UserError(
-            "mix.label_smoothing moves labels towards one of K classes, and multilabel data has"
-            f" many at once; got {smoothing}, set 0"
-        )
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
         if alpha < 0:
             raise UserError(
@@ -64,7 +61,7 @@ def make_mix(
                 )
             soft = jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
         if smoothing:
-            soft = (1 - smoothing) * soft + smoothing / num_classes
+            soft = (1 - smoothing) * soft + smoothing / (2 if task == "multilabel" else num_classes)
         if mixup or cutmix:
             if len(labels) % 2:
                 raise UserError(

@@ -25,7 +25,7 @@ import numpy as np
 
 from flax_cnns.data import decode
 from flax_cnns.data.splits import decoding_error
-from flax_cnns.data.types import DamagedImage, Dataset, Source, find_several
+from flax_cnns.data.types import DamagedImage, Dataset, Rows, Source, find_several
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.types import Batch
 
@@ -43,6 +43,7 @@ def train_batches(
 ) -> Generator[Batch]:
     """This process's slice of every global batch from batch `start_step` on: {"image": u8 [n H W
     C], "label": i32 [n]}, without end. To be closed, which stops threads and worker processes.
+    A user's own images may be f32, and labels f32 [n K].
 
     `config` is `config.data`; n = batch_size / process_count, rows process_index*n to
     (process_index+1)*n. Batch number s is positions s*B to (s+1)*B of the epochs' permutations put
@@ -135,7 +136,7 @@ def row_at(position: int, seed: int, size: int) -> int:
 
 
 def _gather_batches(
-    images: np.ndarray,
+    images: np.ndarray | Rows,
     labels: np.ndarray,
     seed: int,
     step: int,
@@ -151,7 +152,7 @@ def _gather_batches(
 
 
 def _eval_in_memory(
-    images: np.ndarray, labels: np.ndarray, number: int, batch_size: int, first: int, n: int
+    images: np.ndarray | Rows, labels: np.ndarray, number: int, batch_size: int, first: int, n: int
 ) -> Generator[Batch]:
     for b in range(number):
         rows = b * batch_size + first + np.arange(n)
@@ -159,7 +160,7 @@ def _eval_in_memory(
         rows = np.where(mask, rows, 0)
         yield {
             "image": images[rows] * mask[:, None, None, None],  # u8 * bool stays u8
-            "label": labels[rows] * mask,
+            "label": labels[rows] * (mask if labels.ndim == 1 else mask[:, None]),
             "mask": mask.astype(np.float32),
         }
 

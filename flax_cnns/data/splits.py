@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_cnns.data.decode import read
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import DamagedImage, Source, Split, Subset, WrongLabel
+from flax_cnns.data.types import DamagedImage, Source, Split, Subset, WrongLabel, take_rows
 from flax_cnns.errors import UserError
 
 TEST_SHARE = 0.2  # of the training images, where a data set has no test split
@@ -36,22 +36,40 @@ def assign_roles(own: dict[str, Source], name: str, seed: int) -> dict[str, Sour
     }
 
 
+def find_strata(labels: np.ndarray | None, task: str) -> np.ndarray | None:
+    """The class of each example, by which a split is stratified: i32 [N]; the likeliest one of soft
+    labels. None: the split is random, as of multilabel data."""
+    if labels is None or task == "multilabel":
+        return None
+    return labels if labels.ndim == 1 else labels.argmax(-1)
+
+
 def take_from_train(
-    splits: dict[str, Split], role: str, amount: float, seed: int
+    splits: dict[str, Split],
+    role: str,
+    amount: float,
+    seed: int,
+    *,
+    task: str = "classes",
+    what: str = "",
 ) -> dict[str, Split]:
-    """Gives `role` its share of train."""
+    """Gives `role` its share of train. `what`: as `split_rows` has it."""
     train = splits["train"]
-    keep, taken = split_rows(train.labels, len(train), amount, seed)
+    strata = find_strata(train.labels, task)
+    keep, taken = split_rows(strata, len(train), amount, seed, what=what)
     kept = _rows(train, keep, f"without {role}, seed {seed}")
     return {**splits, "train": kept, role: _rows(train, taken, f"{role}, seed {seed}")}
 
 
-def keep_fraction(splits: dict[str, Split], fraction: float, seed: int) -> dict[str, Split]:
+def keep_fraction(
+    splits: dict[str, Split], fraction: float, seed: int, *, task: str = "classes"
+) -> dict[str, Split]:
     """Of train that share, every class alike. A smaller fraction is part of a larger one."""
     train = splits["train"]
     what = f"data.fraction={fraction:g}"
-    _, kept = split_rows(train.labels, len(train), fraction, seed, what=what)
-    if train.labels is not None and (lost := set(train.labels) - set(train.labels[kept])):
+    strata = find_strata(train.labels, task)
+    _, kept = split_rows(strata, len(train), fraction, seed, what=what)
+    if strata is not None and (lost := set(strata) - set(strata[kept])):
         raise UserError(
             f"{what} keeps {len(kept)} of {len(train)} training images, and of "
             f"{len(lost)} classes none; take a larger one"
@@ -63,7 +81,7 @@ def _rows(split: Split, which: np.ndarray, name: str) -> Split:
     if split.images is None:
         source = Subset(split.source, which, name)
         return Split(labels=source.labels, source=source)
-    return Split(labels=split.labels[which], images=split.images[which])
+    return Split(labels=split.labels[which], images=take_rows(split.images, which))
 
 
 def split_rows(
@@ -153,18 +171,29 @@ def _decodes(source: Source, i: int, skip_damaged: bool) -> bool:
 # ---- what is said
 
 
-def find_notes(splits: dict[str, Split], class_names: Sequence[str], batch_size: int) -> list[str]:
+def find_notes(
+    splits: dict[str, Split],
+    class_names: Sequence[str],
+    batch_size: int,
+    *,
+    task: str = "classes",
+) -> list[str]:
     """Lines on what may be intended, but would otherwise go unnoticed. Raises UserError if all
     training images are of one class."""
     train, found = splits["train"], []
     if note := batch_note(batch_size, len(train)):
         found.append(note)
     if train.labels is not None:
-        counts = np.bincount(train.labels, minlength=len(class_names))
+        soft = train.labels.ndim > 1
+        counts = (
+            (train.labels > 0).sum(0)
+            if soft
+            else np.bincount(train.labels, minlength=len(class_names))
+        )
         missing = [name for name, count in zip(class_names, counts) if not count]
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         said = f"{len(missing)} of {len(class_names)} classes have no training image: {shown}"
-        if len(missing) == len(class_names) - 1:
+        if task == "classes" and len(missing) == len(class_names) - 1:
             raise UserError(f"{said}; expected images of two classes or more")
         if missing:
             found.append(said)

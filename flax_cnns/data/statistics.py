@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from flax_cnns.data.decode import read_all
 from flax_cnns.data.known import IMAGENET, KNOWN, base_name
 from flax_cnns.data.splits import decoding_error
-from flax_cnns.data.types import Split, Subset
+from flax_cnns.data.types import Rows, Split, Subset
 from flax_cnns.errors import UserError
 
 COVARIANCE_OF = 2000  # images, evenly spread over those that are streamed
@@ -21,13 +23,7 @@ def find_mean_and_std(
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and std per channel in 0..1, and where they come from."""
     if config.mean:
-        if {len(config.mean), len(config.std)} - {1, channels}:
-            raise UserError(
-                f"data.mean and data.std: expected 1 or {channels} numbers each, got "
-                f"{tuple(config.mean)} and {tuple(config.std)}"
-            )
-        mean, std = (np.broadcast_to(given, channels) for given in (config.mean, config.std))
-        return tuple(map(float, mean)), tuple(map(float, std)), "config"
+        return *spread(config.mean, config.std, channels, "data.mean and data.std"), "config"
     known, by = KNOWN.get(base_name(config.name)), "published"
     if known is None or (own == 3 and channels == 1):
         # The spread of the grey image doesn't follow from those of the colours, which go together.
@@ -43,20 +39,60 @@ def find_mean_and_std(
     return tuple(map(float, mean)), tuple(map(float, std)), by
 
 
-def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel of u8 [N H W C], in 0..1, exactly, by counting the 256 values."""
+def spread(
+    mean: Sequence[float], std: Sequence[float], channels: int, what: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std for each channel, of one number or of one for each. Raises UserError."""
+    if {len(mean), len(std)} - {1, channels}:
+        raise UserError(
+            f"{what}: expected 1 or {channels} numbers each, got {tuple(mean)} and {tuple(std)}"
+        )
+    mean, std = (np.broadcast_to(given, channels) for given in (mean, std))
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def moments(images: np.ndarray | Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel in 0..1: of u8 [N H W C], exactly, by counting the 256 values; of
+    f32 in 0..1, of their values to 20 bits."""
+    if images.dtype != np.uint8:
+        return _moments_of_floats(images)
     values = np.arange(256) / 255
+    shares = np.zeros((images.shape[-1], 256))
+    for start in range(0, len(images), 4096):  # bincount makes int64 of what it counts
+        part = images[start : start + 4096]
+        for channel, share in enumerate(shares):
+            share += np.bincount(part[..., channel].ravel(), minlength=256)
     mean, std = [], []
-    for channel in range(images.shape[-1]):
-        share = np.zeros(256)
-        for start in range(0, len(images), 4096):  # bincount makes int64 of what it counts
-            part = images[start : start + 4096, ..., channel]
-            share += np.bincount(part.ravel(), minlength=256)
+    for share in shares:
         share /= share.sum()
         mean.append(float(share @ values))
         # A constant channel is left at 0, not divided by 0.
         std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)) or 1.0)
     return tuple(mean), tuple(std)
+
+
+def _moments_of_floats(images: np.ndarray | Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Sums of whole numbers do not depend on their order, and so not on the machine."""
+    channels, one = images.shape[-1], 2**20
+    total, squares = [0] * channels, [0] * channels
+    for pixels in _pixels(images):
+        whole = np.rint(pixels.astype(np.float64) * one).astype(np.int64)
+        for channel in range(channels):
+            total[channel] += int(whole[:, channel].sum())
+            squares[channel] += int((whole[:, channel] ** 2).sum())
+    count = images.size // channels
+    # In Python's whole numbers, of any size: a difference of large numbers.
+    variance = [(count * b - a * a) / (count * one) ** 2 for a, b in zip(total, squares)]
+    return tuple(a / (count * one) for a in total), tuple(math.sqrt(v) or 1.0 for v in variance)
+
+
+def _pixels(images: np.ndarray | Rows) -> Iterator[np.ndarray]:
+    """[n C], at most 2**20 of them at a time."""
+    height, width, channels = images.shape[1:]
+    some = max(1, 2**20 // (height * width))
+    for start in range(0, len(images), some):
+        pixels = images[start : start + some].reshape(-1, channels)
+        yield from np.array_split(pixels, -(-len(pixels) // 2**20))
 
 
 def find_covariance(
@@ -82,12 +118,14 @@ def find_covariance(
     return covariance(images)
 
 
-def covariance(images: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Between the channels of u8 [N H W C], over all pixels, of values in 0..1: [C C]."""
+def covariance(images: np.ndarray | Rows) -> tuple[tuple[float, ...], ...]:
+    """Between the channels of u8 [N H W C], or f32 in 0..1, over all pixels, of values in 0..1:
+    [C C]."""
+    scale = 255 if images.dtype == np.uint8 else 1.0
     channels = images.shape[-1]
     total, products = np.zeros(channels), np.zeros((channels, channels))
     for start in range(0, len(images), 1024):
-        pixels = images[start : start + 1024].reshape(-1, channels) / 255
+        pixels = images[start : start + 1024].reshape(-1, channels).astype(np.float64) / scale
         total += pixels.sum(0)
         products += pixels.T @ pixels
     count = images.size // channels

@@ -7,7 +7,8 @@ chosen.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -121,11 +122,49 @@ def find_several(source: Source) -> set[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a user's array: indexing gathers them; nothing is copied before."""
+
+    array: np.ndarray  # [N ...]
+    rows: np.ndarray | None = None  # i64; None: all
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.array.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    @property
+    def size(self) -> int:
+        return len(self) * (self.array.size // len(self.array))
+
+    def __len__(self) -> int:
+        return len(self.array if self.rows is None else self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """`index`: whole numbers or a slice, of rows."""
+        return self.array[index if self.rows is None else self.rows[index]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
+def take_rows(images: np.ndarray | Rows, which: np.ndarray) -> np.ndarray | Rows:
+    """These rows: a copy of an array, and of `Rows` only other numbers."""
+    if not isinstance(images, Rows):
+        return images[which]
+    return Rows(images.array, which if images.rows is None else images.rows[which])
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """Either arrays in memory or a source that decodes."""
 
-    labels: np.ndarray | None  # i32 [N]; None for a streamed TFDS split
-    images: np.ndarray | None = None  # u8 [N H W C]
+    # i32 [N]; f32 [N K] of soft labels and of multilabel data; None for a streamed TFDS split
+    labels: np.ndarray | None
+    images: np.ndarray | Rows | None = None  # u8 [N H W C], or f32 of a user's own
     source: Source | None = None
 
     def __len__(self) -> int:
@@ -140,7 +179,8 @@ class Dataset:
     image_shape: tuple[int, int, int]  # H, W, C as the network sees it
     mean: tuple[float, ...]  # per channel, in 0..1
     std: tuple[float, ...]
-    normalized_by: str  # where mean and std come from: published, training images, ImageNet
+    # Where mean and std come from: published, training images, ImageNet, config, data set, nothing.
+    normalized_by: str
     splits: dict[str, Split]  # train, test, and validation if there is one
     eval_share: float = 1.0  # of the shorter side that evaluation sees
     # [C C] of the training images' colours in 0..1; (): not needed, as data.augment.pca is off.
@@ -154,6 +194,9 @@ class Dataset:
     own_validation: bool = False  # the validation split is the data set's, not taken from train
     # See flax_cnns/data/fingerprint.py; {} for noise, and if it was not computed.
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = "classes"  # or multilabel, whose labels are f32 [N K] of 0 and 1
+    # False: images are floats of any range, which the network sees as they are.
+    normalize: bool = True
 
     @property
     def seen(self) -> fingerprints.Seen:
@@ -183,6 +226,47 @@ class Dataset:
                 f"files with several pictures, of which the first is used: {len(self.several)}"
             )
         return lines + [f"note: {note}" for note in self.notes]
+
+    @classmethod
+    def from_arrays(
+        cls,
+        train: tuple[Any, Any],
+        test: tuple[Any, Any] | None = None,
+        validation: tuple[Any, Any] | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        task: str = "classes",
+        normalize: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        name: str = "arrays",
+    ) -> Dataset:
+        """A data set of your own arrays, (images, labels) for each split, to give to `run`.
+
+        Images: uint8 [N H W C] or [N H W], or floats from 0 to 1; floats of another range need
+        `normalize=False`, and the network sees them as they are. Labels: integers [N]; rows of
+        soft labels [N K], each at least 0, with sum 1; or, with `task="multilabel"`, 0 and 1
+        [N K]. There are as many classes as `class_names`, else `num_classes`, else the largest
+        label + 1. `mean` and `std`, per channel of images in 0..1, are those of the training
+        images where they are not given.
+
+        Where there is no test split the validation split serves as test, or else a fifth of train;
+        `data.validation` of train is the validation split where there is none. All arrays but
+        floats of another precision are used as they are, without a copy: do not change them while
+        a run reads them. Raises UserError.
+        """
+        # By name: flax_cnns/data/own.py imports this module.
+        return importlib.import_module("flax_cnns.data.own").from_arrays(
+            dict(train=train, test=test, validation=validation),
+            class_names=class_names,
+            num_classes=num_classes,
+            task=task,
+            normalize=normalize,
+            mean=mean,
+            std=std,
+            name=name,
+        )
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Dataset:

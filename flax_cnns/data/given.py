@@ -1,0 +1,190 @@
+"""What a user gives of a data set, checked: images, labels, classes, mean and std. All functions
+raise UserError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_cnns.data.statistics import spread
+from flax_cnns.data.types import WrongLabel
+from flax_cnns.errors import UserError
+
+TASKS = ("classes", "multilabel")
+SLACK = 1e-5  # above 1 and below 0: x * (1 / 255) may be more than 1
+SUM_SLACK = 1e-3  # of a row of soft labels
+
+
+def check_task(task: str) -> None:
+    if task not in TASKS:
+        raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+
+
+def check_images(what: str, given: Any, normalize: bool) -> np.ndarray:
+    """`what` images as u8 or f32 [N H W C], without a copy where they are."""
+    images = as_array(f"{what} images", given)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4:
+        raise UserError(f"{what} images: expected [N H W C] or [N H W], got {list(images.shape)}")
+    check_layout(f"{what} images", images.shape)
+    if not images.size:
+        raise UserError(f"{what} images: expected an image of a pixel or more, got {images.shape}")
+    return check_values(f"{what} images", images, normalize)
+
+
+def check_layout(what: str, shape: Sequence[int]) -> None:
+    if shape[1] in (1, 3) and shape[3] not in (1, 3):
+        raise UserError(f"{what} are [N H W C]: transpose (0, 2, 3, 1); got {list(shape)}")
+
+
+def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
+    """Images [N H W C] as u8 or f32."""
+    if images.dtype == np.uint8:
+        if not normalize:
+            raise UserError(
+                f"{what} are uint8, and normalize=False is for floats that the network sees as they"
+                " are; give floats, or set data.augment.normalize=False, which divides by 255 alone"
+            )
+        return images
+    if images.dtype.kind != "f":
+        cure = "images.astype(np.uint8)" if images.dtype.kind in "iub" else "a float32 array"
+        raise UserError(
+            f"{what} are {images.dtype}; expected uint8 (0 to 255) or floats (0 to 1): give {cure}"
+        )
+    images = np.asarray(images, np.float32)
+    low, high = np.inf, -np.inf
+    for part in _parts(images):
+        low, high = np.minimum(low, part.min()), np.maximum(high, part.max())
+    if not np.isfinite([low, high]).all():
+        raise UserError(f"{what} have values that are not finite (NaN or infinite)")
+    if normalize and (low < -SLACK or high > 1 + SLACK):
+        raise UserError(
+            f"{what} are floats from {low:.6g} to {high:.6g}; expected 0 to 1: divide by 255, give"
+            " uint8, or let the network see them as they are with normalize=False"
+        )
+    return images
+
+
+def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
+    """A few MiB at a time: nothing as large as the whole is made."""
+    some = max(1, 2**24 // images[0].nbytes)
+    return (images[start : start + some] for start in range(0, len(images), some))
+
+
+def check_labels(what: str, given: Any, task: str) -> np.ndarray:
+    """`what` labels as i32 [N], or f32 [N K] of soft labels and of multilabel data."""
+    what = f"{what} labels"
+    labels = as_array(what, given)
+    if labels.dtype.kind in "US":
+        raise UserError(
+            f"{what} are texts; expected numbers: names, labels = np.unique(labels,"
+            " return_inverse=True)"
+        )
+    if labels.dtype.kind not in "biuf":
+        raise UserError(f"{what} are {labels.dtype}; expected integers or floats")
+    if task == "multilabel":
+        if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
+            raise UserError(
+                f"{what} of task='multilabel': expected 0 and 1 [N K], got {describe(labels)}"
+            )
+        return np.asarray(labels, np.float32)
+    if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype.kind in "biu":
+        labels = labels[:, 0]  # as Keras has them
+    if labels.ndim == 1:
+        if labels.dtype.kind == "f":
+            raise UserError(f"{what} are {labels.dtype} [N]; expected integers: labels.astype(int)")
+        return as_integers(labels)
+    if labels.ndim != 2:
+        raise UserError(
+            f"{what}: expected integers [N] or soft labels [N K], got {list(labels.shape)}"
+        )
+    check_soft(what, labels)
+    return np.asarray(labels, np.float32)
+
+
+def check_soft(what: str, labels: np.ndarray) -> None:
+    sums = labels.sum(1, dtype=np.float64)
+    wrong = np.flatnonzero(~((labels >= 0).all(1) & (np.abs(sums - 1) <= SUM_SLACK)))
+    if len(wrong):
+        i = int(wrong[0])
+        several = "; several classes an image are task='multilabel'"
+        raise UserError(
+            f"{what}: row {i} has the sum {sums[i]:.6g} and the smallest value"
+            f" {labels[i].min():.6g}; expected values of at least 0 with the sum 1"
+            + (several if np.isin(labels, (0, 1)).all() else "")
+        )
+
+
+def as_integers(labels: np.ndarray) -> np.ndarray:
+    """i32. What 32 bits do not hold is left to the check of the range."""
+    bounds = np.iinfo(np.int32)
+    return np.clip(labels.astype(np.int64), bounds.min, bounds.max).astype(np.int32)
+
+
+def as_array(what: str, given: Any) -> np.ndarray:
+    """NumPy's view of arrays of NumPy, JAX, torch and TensorFlow."""
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as why:
+        first = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise UserError(f"{what}: expected one array, got {describe(given)}: {first}") from why
+    if array.dtype == object:
+        raise UserError(
+            f"{what}: expected one array of numbers, got {describe(given)} of objects; images of"
+            " several sizes are a folder (data.name=folder)"
+        )
+    return array
+
+
+def describe(given: Any) -> str:
+    if isinstance(given, np.ndarray):
+        return f"{given.dtype} {list(given.shape)}"
+    shape = f" {list(given.shape)}" if hasattr(given, "shape") else ""
+    return f"{type(given).__name__}{shape}"
+
+
+def check_class_count(class_names: Sequence[str] | None, num_classes: int | None) -> int:
+    """How many classes there are, by their names or number; 0: neither is given."""
+    whole = isinstance(num_classes, int | np.integer)
+    if num_classes is not None and (not whole or num_classes < 1):
+        raise UserError(f"num_classes: expected a whole number above 0, got {num_classes!r}")
+    if class_names is None:
+        return num_classes or 0
+    if isinstance(class_names, str):
+        raise UserError(f"class_names: expected a sequence of names, got {class_names!r}")
+    names = list(map(str, class_names))
+    if num_classes not in (None, len(names)):
+        raise UserError(f"num_classes={num_classes}, and class_names has {len(names)}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"class_names: {twice[0]!r} is there twice")
+    return len(names)
+
+
+def check_range(what: str, labels: np.ndarray, num_classes: int) -> None:
+    """Raises WrongLabel for the first of labels i32 [N] that is no class."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        i = int(wrong[0])
+        raise WrongLabel(f"{what}, image {i}", int(labels[i]), num_classes)
+
+
+def check_mean_and_std(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, normalize: bool
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Both for each channel; () and () where they are not given."""
+    if mean is None and std is None:
+        return (), ()
+    if mean is None or std is None:
+        raise UserError("mean and std: give both, or neither")
+    if not normalize:
+        raise UserError("mean and std do nothing with normalize=False; leave them away")
+    mean, std = (np.atleast_1d(np.asarray(one, float)).tolist() for one in (mean, std))
+    mean, std = spread(mean, std, channels, "mean and std")
+    if not (np.isfinite(mean + std).all() and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1):
+        raise UserError(
+            f"mean and std are those of images in 0..1, std above 0; got {mean} and {std}"
+        )
+    return mean, std
