@@ -241,9 +241,7 @@ def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int
             raise UserError(f"config.own.{name}.{field}: {reference} has no such field{near}")
 
 
-def _with_fields(
-    found: Callable, fields: dict[str, Any], reference: str, *, keep: bool
-) -> Callable:
+def _with_fields(found: Callable, fields: dict[str, Any], reference: str) -> Callable:
     _check_call(found, fields, reference)
     return functools.partial(found, **fields) if fields else found
 
