@@ -15,7 +15,7 @@ from flax_cnns import config as configs
 from flax_cnns import run
 from flax_cnns.config import effects
 from flax_cnns.errors import UserError
-from flax_cnns.runs import evaluate, predict, train
+from flax_cnns.runs import evaluate, predict, session
 from flax_cnns.runs import plan as runs_plan
 from flax_cnns.runs.workdir import check_workdir
 from flax_cnns.studies.ablation import plan
@@ -237,7 +237,7 @@ def test_an_absurd_loss_is_a_warning_in_log_and_summary(
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "summary.json").unlink()
-    monkeypatch.setattr(train, "ABSURD_LOSS", 0.1)
+    monkeypatch.setattr(session, "ABSURD_LOSS", 0.1)
     (warning,) = run(config, workdir)["warnings"]
     assert warning.startswith("train/loss is 2.")
     assert "at step 3, and guessing gives 2.3; lower schedule.learning_rate (0.002)" in warning

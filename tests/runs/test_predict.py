@@ -16,7 +16,7 @@ from flax_cnns.data.readers.folder import FileSource
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.interop.convert import convert as convert_to_folder
-from flax_cnns.runs import predict
+from flax_cnns.runs import load, predict
 from flax_cnns.runs.workdir import read_config
 from flax_cnns.weights import convert, preprocessing
 from tests.models import cases, foreign
@@ -42,7 +42,7 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
     mean, std = np.float32(parts.dataset.mean), np.float32(parts.dataset.std)
     images = (test.images[:8] / np.float32(255) - mean) / std
     logits = np.asarray(parts.model.apply(variables, images))
-    monkeypatch.setattr(predict, "load_dataset", lambda _: pytest.fail("the data set was loaded"))
+    monkeypatch.setattr(load, "load_dataset", lambda _: pytest.fail("the data set was loaded"))
     found = predict.predict(predict.from_folder(finished[0]), files, most=10)
     for row, guesses in zip(logits, found):
         shares = np.exp(row) / np.exp(row).sum()
