@@ -54,7 +54,12 @@ def make_mix(
         if labels.ndim == 1:
             soft = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
         else:  # a head may have more classes than the data
-            soft = jnp.pad(labels, ((0, 0), (0, num_classes - labels.shape[1])))
+            missing = num_classes - labels.shape[1]
+            if missing < 0:
+                raise UserError(
+                    f"labels have {labels.shape[1]} columns, and the network {num_classes} classes"
+                )
+            soft = jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
         if smoothing:
             soft = (1 - smoothing) * soft + smoothing / (2 if task == "multilabel" else num_classes)
         if mixup or cutmix:

@@ -44,8 +44,8 @@ def evaluate(
 
 
 def summarize(total: dict[str, Any]) -> dict[str, float]:
-    """Sums -> {"loss", "accuracy", "top5"}."""
-    return metrics.compute({name: v for name, v in total.items() if np.ndim(v) == 0})
+    """Sums -> {"loss", "accuracy", "top5"} or those of multilabel data, and own metrics by name."""
+    return metrics.compute(total)
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:

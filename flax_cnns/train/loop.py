@@ -147,10 +147,6 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
         thread.join(timeout=5)
 
 
-# What a step's sums hold besides the values of penalties.
-_SUMS = {"loss", "correct", "correct5", "count", "bad", "norm", "rate", "steps"}
-
-
 @dataclasses.dataclass
 class TrainLoop:
     """The steps of a session, and what follows them.
@@ -285,7 +281,7 @@ class TrainLoop:
         record = metrics.compute(window, "train/")
         good = window["steps"] - window["bad"] if "steps" in window else 0.0
         record["norm/grads"] = window["norm"] / good if good else float("nan")
-        for penalty in sorted(window.keys() - _SUMS):
+        for penalty in sorted(filter(metrics.is_penalty, window)):
             record[f"train/{penalty}"] = window[penalty] / good if good else float("nan")
         record["learning_rate"] = window["rate"]
         record["bad_steps"] = window["bad"]

@@ -3,15 +3,19 @@ auxiliary heads with their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flax_cnns import tree as pytree
-from flax_cnns.train import schedules
+from flax_cnns.errors import UserError
+from flax_cnns.train import own, schedules
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
+
+Loss = Callable[[Array, Array], Array]  # logits [N K], labels f32 [N K] -> [N]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -19,8 +23,67 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return -jnp.sum(labels * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1)
 
 
+def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
+    """-sum_k labels_k log sigmoid(logits)_k + (1 - labels_k) log(1 - sigmoid(logits)_k): logits
+    [N K], labels [N K] in 0..1 -> [N].
+
+    The sum over the labels, as in big_vision, not their mean, as in PyTorch's BCEWithLogitsLoss: it
+    is the negative log-likelihood of an example, as `cross_entropy` is, and the gradient of a logit
+    does not depend on how many others there are.
+    """
+    logits = logits.astype(jnp.float32)
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -jnp.sum(labels * yes + (1.0 - labels) * no, axis=-1)
+
+
+def choose(loss: Loss | None, task: str) -> Loss:
+    """The loss of a step: a user's own, which is given float32 and checked while tracing, or that
+    of the task if `loss` is None. Raises `UserError` for one that takes other arguments."""
+    if loss is None:
+        return sigmoid_cross_entropy if task == "multilabel" else cross_entropy
+    name = f"train.loss: {own.name_of(loss)}"
+    own.check_arguments(name, loss, ("logits", "labels"))
+
+    def checked(logits: Array, labels: Array) -> Array:
+        each = loss(logits.astype(jnp.float32), labels)
+        if not own.is_like(each, logits.shape[:1]):
+            raise UserError(
+                f"{name} gave {own.describe(each)}, expected float32 [{len(logits)}]: one number an"
+                " example; the step takes their mean"
+            )
+        return jnp.asarray(each, jnp.float32)
+
+    return checked
+
+
+def check_logits(logits: Any, n: int, num_classes: int) -> None:
+    """Raises `UserError` unless a network gave [n K]."""
+    if not own.is_like(logits, (n, num_classes)):
+        raise UserError(
+            f"the network gave {own.describe(logits)}, expected logits float32 [{n} {num_classes}],"
+            " a row an image and a column a class"
+        )
+
+
+def soft_labels(labels: Array, num_classes: int) -> Array:
+    """labels i32 [n] or f32 [n k] -> f32 [n K], where the classes that the data set lacks are 0.
+    Raises `UserError` while tracing where k is larger than K."""
+    if labels.ndim == 1:
+        return jax.nn.one_hot(labels, num_classes)
+    missing = num_classes - labels.shape[-1]
+    if missing < 0:
+        raise UserError(
+            f"labels have {labels.shape[-1]} columns, and the network {num_classes} classes"
+        )
+    return jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
+
+
 def aux_loss(
-    aux_logits: PyTree, labels: Array, weights: list[tuple[str, Schedule]], step: Array
+    aux_logits: PyTree,
+    labels: Array,
+    weights: list[tuple[str, Schedule]],
+    step: Array,
+    loss: Loss = cross_entropy,
 ) -> Array:
     """The weighted sum of the mean losses of all heads sown into `aux_logits`, by head name."""
     # A head `aux1` sows its "logits", and sow keeps a tuple of all that is sown under a name.
@@ -32,8 +95,7 @@ def aux_loss(
         return jnp.zeros(())
     chosen = pytree.match(weights, heads, what="train.aux_weight")
     return sum(
-        chosen[name](step) * jnp.mean(cross_entropy(logits, labels))
-        for name, logits in heads.items()
+        chosen[name](step) * jnp.mean(loss(logits, labels)) for name, logits in heads.items()
     )
 
 

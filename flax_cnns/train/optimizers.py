@@ -19,11 +19,14 @@ import optax
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.train import batchnorm_modes, regularizers
-from flax_cnns.train.regularizers import Regularizer
+from flax_cnns.train import own as owns
+from flax_cnns.train.hooks import Regularizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
 NAMES = ("sgd", "adam", "adamw", "rmsprop", "lamb")
+
+Factory = Callable[..., optax.GradientTransformation]  # (learning_rate_schedule, **fields)
 
 
 class Optimizer(NamedTuple):
@@ -66,6 +69,64 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
         rate = -schedule(step) * state.scale
         return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
 
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class OwnState(NamedTuple):
+    """Of a user's optimizer."""
+
+    rate: PlateauState
+    inner: PyTree  # its own
+
+
+def _own_optimizer(
+    factory: Factory, fields: Mapping[str, Any], schedule: Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """A user's optimizer, whose learning rate is that of `step` and of the plateau.
+
+    Optax counts updates by itself, and knows neither of rejected steps nor of the plateau: so it is
+    made anew in each update, with a schedule that is the step's rate whatever count it is given.
+    """
+    what = f"optimizer.name: {owns.name_of(factory)}"
+    owns.check_arguments(what, factory, ("learning_rate_schedule",), fields)
+
+    def make_with(rate: Schedule) -> optax.GradientTransformationExtraArgs:
+        making = True
+
+        def learning_rate(count: Array) -> Array:
+            if making:
+                raise UserError(
+                    f"{what} asks for the learning rate as it is made, and so for one step's;"
+                    " give the schedule itself to Optax, as in optax.sgd(learning_rate_schedule)"
+                )
+            return rate(count)
+
+        tx = factory(learning_rate, **fields)
+        making = False
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise UserError(
+                f"{what}: expected an optax.GradientTransformation, came {owns.describe(tx)}"
+            )
+        return optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> OwnState:
+        start = PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
+        return OwnState(start, make_with(schedule).init(params))
+
+    def update(updates, state, params=None, *, step, **_):
+        rate = schedule(step) * state.rate.scale
+        try:
+            found, inner = make_with(lambda count: rate).update(updates, state.inner, params)
+        except TypeError as error:
+            if "required keyword-only" in str(error):
+                raise UserError(
+                    f"{what} is given gradients, state and params alone: {error}"
+                ) from None
+            raise
+        found = owns.like_tree(f"{what}, updates", found, updates)
+        return found, OwnState(state.rate, owns.like_tree(f"{what}, state", inner, state.inner))
+
+    make_with(schedule)  # what is wrong with it, before the data is loaded
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -196,11 +257,18 @@ def make(
     batch_stats: PyTree | None = None,
     order: Sequence[str] = (),
     groups: Sequence[tuple[str, str]] = (),
+    own: Mapping[str, Regularizer] = {},
+    factory: Factory | None = None,
+    factory_fields: Mapping[str, Any] = {},
 ) -> Optimizer:
     """The optimizer that `config.optimizer` describes, for the parameters `params`.
 
     `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below and
-    `groups` its `layer_groups`, for `layer_decay`.
+    `groups` its `layer_groups`, for `layer_decay`. `own` are a user's regularizers by name, which
+    act behind the built-in ones. `factory(learning_rate_schedule, **factory_fields)`, if given, is
+    a user's optimizer in place of the one that `config.name` names. Its gradients are clipped, and
+    have the coupled weight decay ("auto" is coupled); its updates are multiplied by `lr_mult`;
+    decoupled weight decay stands beside it.
 
     Decoupled weight decay is multiplied by the learning rate, as in optax and PyTorch (and not by
     the schedule alone, as Loshchilov & Hutter 2019 write it), and stays out of every momentum.
@@ -257,6 +325,8 @@ def make(
     )
     scaled = [scale_parts, rate]
     match config.name:
+        case _ if factory is not None:
+            before, after = [_own_optimizer(factory, factory_fields, schedule)], [scale_parts]
         case "sgd":
             before, after = [momentum], scaled
         case "adam" | "adamw":
@@ -272,14 +342,16 @@ def make(
             raise UserError(f"optimizer.name: unknown {other!r}{did_you_mean(other, NAMES)}")
     mode = config.weight_decay_mode
     if mode == "auto":
-        mode = "decoupled" if config.name in ("adamw", "lamb") else "coupled"
+        own_decay = factory is None and config.name in ("adamw", "lamb")
+        mode = "decoupled" if own_decay else "coupled"
     if mode == "coupled":
         chain = [add_decay, *before, *after]
-    elif config.name == "rmsprop":  # its momentum comes last
+    elif factory is not None or config.name == "rmsprop":  # the rate is inside, or momentum behind
         chain = [*before, *after, _beside(optax.chain(add_decay, *scaled))]
     else:
         chain = [*before, add_decay, *after]
-    regularizing = regularizers.make(config, params, trainable)
+    regularizers.check_names(own)
+    regularizing = regularizers.make(config, params, trainable) | dict(own)
     chain = [*regularizers.transform_gradients(regularizing), *chain]
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))

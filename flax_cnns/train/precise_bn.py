@@ -19,6 +19,7 @@ from jax import lax
 from flax_cnns import tree as pytree
 from flax_cnns.errors import Interrupted
 from flax_cnns.train import batchnorm_modes
+from flax_cnns.train.hooks import Regularizer
 from flax_cnns.train.steps import Augment, Mix, prepare
 from flax_cnns.types import Array, Batch, PyTree
 
@@ -31,19 +32,21 @@ def make_moments_step(
     *,
     augment: Augment,
     mix: Mix,
+    own: Mapping[str, Regularizer] = {},
     axis_name: str = "batch",
 ) -> Callable[[tuple[PyTree, Any], Batch, Array], Moments]:
     """`step((variables, index), batch, key)`: what each BatchNorm that trains sees of the global
-    batch, augmented and mixed as in training step number `index`.
+    batch, augmented and mixed as in training step number `index`; nothing is dropped, and no method
+    intercepted, as in evaluation.
 
-    `modes` are `Optimizer.norms`. The variance of a layer that was not computed, since stochastic
-    depth dropped its branch, is negative.
+    `modes` are `Optimizer.norms`, `own` are `Optimizer.regularizers`. The variance of a layer that
+    was not computed, since stochastic depth dropped its branch, is negative.
     """
     layers = [layer for layer, mode in modes.items() if mode == "train"]
 
     def moments_step(given: tuple[PyTree, Any], batch: Batch, key: Array) -> Moments:
         variables, index = given
-        images, _, rngs = prepare(batch, key, index, augment, mix, axis_name)
+        images, _, rngs = prepare(batch, key, index, augment, mix, axis_name, own)
         stats = pytree.flatten(variables["batch_stats"])
         for layer in layers:
             stats[f"{layer}/var"] = -jnp.ones_like(stats[f"{layer}/var"])
@@ -59,10 +62,10 @@ def make_moments_step(
         found = pytree.flatten(updates["batch_stats"])
         moments = {}
         for layer in layers:
-            own, variance = found[f"{layer}/mean"], found[f"{layer}/var"]
-            mean = lax.pmean(own, axis_name)
+            local, variance = found[f"{layer}/mean"], found[f"{layer}/var"]
+            mean = lax.pmean(local, axis_name)
             # Within devices and between them.
-            moments[layer] = mean, lax.pmean(variance + jnp.square(own - mean), axis_name)
+            moments[layer] = mean, lax.pmean(variance + jnp.square(local - mean), axis_name)
         return moments
 
     return moments_step

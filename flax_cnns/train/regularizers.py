@@ -1,38 +1,31 @@
-"""What keeps weights small or minima flat: L2 in the loss, max-norm, gradient noise, SAM.
+"""What keeps weights small or minima flat: L2 in the loss, max-norm, gradient noise, SAM; and a
+user's own regularizers, which use the same hooks.
 
-A regularizer is a function and its row in `REGULARIZERS`: given the section `config.optimizer`, the
-parameters and which of them learn, it returns what a training step does by it (`Regularizer`), or
-None where its field is off. All are over the trainable leaves alone, and a stack of blocks is
-treated as its blocks would be.
+A built-in regularizer is a function and its row in `REGULARIZERS`: given the section
+`config.optimizer`, the parameters and which of them learn, it returns what a training step does by
+it (`Regularizer`), or None where its field is off. All are over the trainable leaves alone, and a
+stack of blocks is treated as its blocks would be.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from flax_cnns import tree as pytree
+from flax_cnns.errors import UserError
+from flax_cnns.train import metrics
+from flax_cnns.train.hooks import Regularizer
+from flax_cnns.train.hooks import hooks_of as hooks_of
 from flax_cnns.types import Array, PyTree
-
-
-class Regularizer(NamedTuple):
-    """What one does in a step, by any of these functions of the trainable weights."""
-
-    # (weights) -> what is added to the loss f32 []; logged as train/NAME, and no part of train/loss
-    penalty: Callable[[PyTree], Array] | None = None
-    # (gradients, weights, key, step) -> gradients: after clipping, before the optimizer's momentum;
-    # the key is that of the step, the same on every device
-    gradients: Callable[[PyTree, PyTree, Array, Array], PyTree] | None = None
-    # (weights, gradients) -> the point whose gradient the update takes: a second one in each step
-    perturb: Callable[[PyTree, PyTree], PyTree] | None = None
-    # (weights) -> weights: after each update
-    constrain: Callable[[PyTree], PyTree] | None = None
 
 
 def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
@@ -45,7 +38,9 @@ def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
     if not any(np.any(a) for a in jax.tree.leaves(coefficients)):
         return None
 
-    def penalty(weights: PyTree) -> Array:
+    def penalty(weights: PyTree, step: Array) -> Array:
+        del step
+
         def one(w: Array, a: Any) -> Array:
             return 0.5 * jnp.sum(jnp.asarray(a, w.dtype) * jnp.square(w)) if np.any(a) else 0.0
 
@@ -155,14 +150,55 @@ def make(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularize
     return {name: regularizer for name, regularizer in made.items() if regularizer is not None}
 
 
+def check_names(regularizers: Mapping[str, Regularizer]) -> None:
+    """Raises `UserError` where one of a user's own has a name that is taken."""
+    for name in regularizers:
+        if name in REGULARIZERS or name in metrics.SUMS or name in metrics.RESERVED:
+            raise UserError(
+                f"regularizer {name!r}: the name is taken, and train/{name} would be its penalty's;"
+                " call it something else"
+            )
+
+
+def augment(regularizers: Mapping[str, Regularizer], images: Array, keys: Array) -> Array:
+    for regularizer in regularizers.values():
+        if regularizer.augment is not None:
+            images = regularizer.augment(images, keys)
+    return images
+
+
+def mix(
+    regularizers: Mapping[str, Regularizer], images: Array, labels: Array, key: Array
+) -> tuple[Array, Array]:
+    for regularizer in regularizers.values():
+        if regularizer.mix is not None:
+            images, labels = regularizer.mix(images, labels, key)
+    return images, labels
+
+
+@contextlib.contextmanager
+def intercept(regularizers: Mapping[str, Regularizer]):
+    """A context in which the methods of the network are intercepted."""
+    with contextlib.ExitStack() as stack:
+        for regularizer in regularizers.values():
+            if regularizer.intercept is not None:
+                stack.enter_context(nn.intercept_methods(regularizer.intercept))
+        yield
+
+
+def penalties(regularizers: Mapping[str, Regularizer]) -> list[str]:
+    """The names of those that add to the loss."""
+    return [name for name, one in regularizers.items() if one.penalty is not None]
+
+
 def add_penalties(
-    regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyTree
+    regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyTree, step: Array
 ) -> tuple[PyTree, dict[str, Array]]:
     """(the gradients with those of all penalties, {name: value of the penalty})."""
     values = {}
     for name, regularizer in regularizers.items():
         if regularizer.penalty is not None:
-            values[name], slope = jax.value_and_grad(regularizer.penalty)(weights)
+            values[name], slope = jax.value_and_grad(regularizer.penalty)(weights, step)
             grads = jax.tree.map(jnp.add, grads, slope)
     return grads, values
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from jax import lax
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import batchnorm_modes, losses, metrics, regularizers
+from flax_cnns.train import batchnorm_modes, losses, regularizers
+from flax_cnns.train.hooks import Regularizer
+from flax_cnns.train.metrics import Metric, check_own, measure
 from flax_cnns.train.optimizers import Optimizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
@@ -66,12 +68,21 @@ class Examples(NamedTuple):
 
 
 def prepare(
-    batch: Batch, key: Array, step: Array, augment: Augment, mix: Mix, axis_name: str
+    batch: Batch,
+    key: Array,
+    step: Array,
+    augment: Augment,
+    mix: Mix,
+    axis_name: str,
+    own: Mapping[str, Regularizer] = {},
 ) -> Examples:
-    """A device's examples in a step, augmented and mixed."""
+    """A device's examples in a step, augmented and mixed; behind that by the regularizers."""
     device, n = lax.axis_index(axis_name), batch["label"].shape[0]
-    images = augment(batch["image"], image_keys(key, step, device * n, n))
-    images, labels = mix(images, batch["label"], stream(key, Stream.MIX, step))
+    keys = image_keys(key, step, device * n, n)
+    images = regularizers.augment(own, augment(batch["image"], keys), keys)
+    mix_key = stream(key, Stream.MIX, step)
+    images, labels = mix(images, batch["label"], mix_key)
+    images, labels = regularizers.mix(own, images, labels, mix_key)
     dropout = jax.random.fold_in(stream(key, Stream.DROPOUT, step), device)
     rngs = {"shared": stream(key, Stream.SHARED, step), "dropout": dropout}
     return Examples(images, labels, rngs)
@@ -116,12 +127,17 @@ class StepConfig:
 
     `augment(images, keys)` takes a key an image; `mix(images, labels, key)` gives soft labels
     [n K]. `accumulate` cuts each device's examples into that many pieces, one after another.
+    `loss(logits [N K], labels f32 [N K])` gives [N], of the heads too; None: that of the `task`,
+    "classes" or "multilabel". `metrics` are those besides the task's (metrics.py), by name.
     """
 
     apply_fn: Callable
     optimizer: Optimizer
     augment: Augment
     mix: Mix
+    loss: losses.Loss | None = None
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    task: str = "classes"
     aux_weights: list[tuple[str, Schedule]] = ()
     ema_decay: float = 0.0
     ema_warmup: bool = True
@@ -132,8 +148,14 @@ class StepConfig:
 def make_train_step(
     apply_fn: Callable, optimizer: Optimizer, **fields: Any
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Sums]]:
-    """`step(state, batch, key) -> (state, sums)`: `take_step` with these fields of `StepConfig`."""
+    """`step(state, batch, key) -> (state, sums)`: `take_step` with these fields of `StepConfig`.
+
+    Raises `UserError` for a metric whose name is taken, and for a loss or a metric that takes other
+    arguments; what they return is checked while the step is traced.
+    """
     config = StepConfig(apply_fn, optimizer, **fields)
+    check_own(config.metrics, regularizers.penalties(optimizer.regularizers))
+    config = dataclasses.replace(config, loss=losses.choose(config.loss, config.task))
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Sums]:
         return take_step(config, state, batch, key)
@@ -146,29 +168,31 @@ def take_step(
 ) -> tuple[TrainState, Sums]:
     """(the next state, sums over the global batch).
 
-    batch: {"image" u8 [n H W C], "label" i32 [n]}, n examples a device; key: the run's, always the
-    same. Sums: loss, correct, count (metrics.py), "bad" (1 when the gradient, the loss or the
-    statistics were not finite: then nothing but `step` changes), "norm", "rate", and the value of
-    each penalty by its name, such as "l2" (it is no part of "loss", as auxiliary heads are none of
-    it; "norm" is of the gradient of it all).
+    batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K]}, n examples a device; key: the
+    run's, always the same. Sums: loss, correct, count and own metrics (metrics.py), "bad" (1 when
+    the gradient, the loss or the statistics were not finite: then nothing but `step` changes),
+    "norm", "rate", and the value of each penalty by its name, such as "l2" (it is no part of
+    "loss", as auxiliary heads are none of it; "norm" is of the gradient of it all).
 
     A regularizer that perturbs the weights, SAM, takes the gradient elsewhere, from the same images
     and random keys. Statistics and sums are those of the weights themselves, and penalties and
     weight decay are too.
 
-    Raises `UserError` while tracing where the pieces do not divide.
+    Raises `UserError` while tracing where the pieces do not divide, and where the network, the loss
+    or a user's own hook gives something of another shape.
     """
     optimizer = config.optimizer
-    examples = prepare(batch, key, state.step, config.augment, config.mix, config.axis_name)
+    own = optimizer.regularizers
+    examples = prepare(batch, key, state.step, config.augment, config.mix, config.axis_name, own)
     weights, frozen = pytree.partition(state.params, optimizer.trainable)
     gradients = partial(compute_gradients, config, state, frozen, examples)
 
     grads, batch_stats, sums = gradients(weights)
-    if regularizers.perturbs(optimizer.regularizers):
+    if regularizers.perturbs(own):
         uphill = lax.pmean(grads, config.axis_name)
-        grads, _, _ = gradients(regularizers.perturb(optimizer.regularizers, weights, uphill))
+        grads, _, _ = gradients(regularizers.perturb(own, weights, uphill))
     grads, moved, kept, sums = average_over_devices(config, grads, batch_stats, sums)
-    grads, penalties = regularizers.add_penalties(optimizer.regularizers, weights, grads)
+    grads, penalties = regularizers.add_penalties(own, weights, grads, state.step)
     norm = optax.global_norm(grads)
     weights, opt_state = optimizer.update(
         weights, grads, state.opt_state, step=state.step, key=stream(key, Stream.NOISE, state.step)
@@ -195,7 +219,10 @@ def compute_loss(
 ) -> tuple[Array, tuple[PyTree, Sums]]:
     """The mean loss of some examples, auxiliary heads' included, and (statistics, sums)."""
     variables = {"params": pytree.merge(weights, frozen), "batch_stats": batch_stats}
-    with batchnorm_modes.intercept(config.optimizer.norms):
+    with (
+        regularizers.intercept(config.optimizer.regularizers),
+        batchnorm_modes.intercept(config.optimizer.norms),
+    ):
         logits, updates = config.apply_fn(
             variables,
             examples.images,
@@ -203,11 +230,13 @@ def compute_loss(
             mutable=["batch_stats", "aux_logits"],
             rngs=examples.rngs,
         )
-    each = losses.cross_entropy(logits, examples.labels)
+    labels = examples.labels
+    losses.check_logits(logits, *labels.shape)
+    each = config.loss(logits, labels)
     total = jnp.mean(each) + losses.aux_loss(
-        updates.get("aux_logits", {}), examples.labels, config.aux_weights, step
+        updates.get("aux_logits", {}), labels, config.aux_weights, step, config.loss
     )
-    sums = metrics.sums(each, logits, jnp.argmax(examples.labels, -1))
+    sums = measure(each, logits, labels, labels, task=config.task, own=config.metrics)
     return total, (updates.get("batch_stats", batch_stats), sums)
 
 
@@ -321,22 +350,34 @@ def make_eval_step(
     *,
     normalize: Callable[[Array], Array],
     num_classes: int,
+    loss: losses.Loss | None = None,
+    metrics: Mapping[str, Metric] = {},
+    task: str = "classes",
     confusion: bool = False,
     axis_name: str = "batch",
 ) -> Callable[[PyTree, Batch, Any], dict[str, Array]]:
     """`step(variables, batch, key) -> sums` over the global batch; the key is not used.
 
-    batch: {"image" u8 [n H W C], "label" i32 [n], "mask" f32 [n]}; rows with mask 0 count nowhere.
-    With `confusion`, beside metrics.py's sums: "confusion" f32 [K K], rows true, columns predicted.
+    batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K], "mask" f32 [n]}; rows with mask 0
+    count nowhere. `loss`, `metrics` and `task` are as in `StepConfig`. With `confusion`, beside
+    metrics.py's sums: "confusion" f32 [K K], rows true, columns predicted. Raises `UserError` where
+    `make_train_step` does, and for a confusion matrix of multilabel data.
     """
+    check_own(metrics)
+    loss = losses.choose(loss, task)
+    if confusion and task == "multilabel":
+        raise UserError("a confusion matrix needs one class an example; multilabel data has none")
 
     def eval_step(variables: PyTree, batch: Batch, key: Any = None):
         del key
         labels, mask = batch["label"], batch["mask"]
         logits = apply_fn(variables, normalize(batch["image"]), train=False)
-        each = losses.cross_entropy(logits, jax.nn.one_hot(labels, num_classes))
-        sums = metrics.sums(each, logits, labels, mask)
+        soft = losses.soft_labels(labels, num_classes)
+        losses.check_logits(logits, *soft.shape)
+        each = loss(logits, soft)
+        sums = measure(each, logits, labels, soft, mask, task=task, own=metrics)
         if confusion:
+            labels = labels if labels.ndim == 1 else jnp.argmax(soft, -1)
             empty = jnp.zeros((num_classes, num_classes), jnp.float32)
             sums["confusion"] = empty.at[labels, jnp.argmax(logits, -1)].add(mask)
         return lax.psum(sums, axis_name)

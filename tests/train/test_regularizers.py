@@ -12,7 +12,7 @@ from configs.common import get_config
 from flax_cnns import tree as pytree
 from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError
-from flax_cnns.train import loop, losses, optimizers, parallel, regularizers, schedules
+from flax_cnns.train import losses, metrics, optimizers, parallel, regularizers, schedules
 from tests.train import tiny
 from tests.train.test_steps import distance, plain_setup
 
@@ -65,7 +65,7 @@ def test_each_is_a_field_of_the_optimizer_that_regularizes():
     names = {f"optimizer.{name}" for name in (*regularizers.REGULARIZERS, "weight_decay")}
     assert names == {name for name in fields if name.startswith("optimizer.")}
     # Penalties are logged by their name, next to the other sums of a step.
-    assert regularizers.REGULARIZERS.keys().isdisjoint(loop._SUMS)
+    assert regularizers.REGULARIZERS.keys().isdisjoint(metrics.SUMS)
 
 
 # ---------------------------------------------------------------------------- L2
@@ -74,7 +74,7 @@ L2 = ((r"params/stage1/block3/conv/kernel", 0.5), (r".*/kernel", 0.1), (r".*", 0
 
 
 def test_the_penalty_is_half_a_squared_norm_and_its_gradient_pulls_to_zero():
-    value, slope = jax.jit(jax.value_and_grad(on("l2", l2=L2).penalty))(PARAMS)
+    value, slope = jax.jit(jax.value_and_grad(on("l2", l2=L2).penalty))(PARAMS, 0)
     a = {"block3": 0.5}
     kernels = [(a.get(name, 0.1), b["conv"]["kernel"]) for name, b in PARAMS["stage1"].items()]
     kernels.append((0.1, PARAMS["head"]["kernel"]))
@@ -84,14 +84,14 @@ def test_the_penalty_is_half_a_squared_norm_and_its_gradient_pulls_to_zero():
         np.testing.assert_allclose(slope["stage1"][name]["conv"]["kernel"], pull, rtol=1e-6)
         assert not np.any(slope["stage1"][name]["norm"]["scale"])
     stacked = pytree.stack_blocks(PARAMS)
-    found = jax.jit(jax.value_and_grad(on("l2", stacked, l2=L2).penalty))(stacked)
+    found = jax.jit(jax.value_and_grad(on("l2", stacked, l2=L2).penalty))(stacked, 0)
     chex.assert_trees_all_close((found[0], pytree.unstack_blocks(found[1])), (value, slope))
 
 
 def test_frozen_weights_are_none_of_the_penalty():
     optimizer = make(l2=(1.0,), trainable=((r"params/head/bias", True), (r".*", False)))
     learns, _ = pytree.partition(PARAMS, optimizer.trainable)
-    assert optimizer.regularizers["l2"].penalty(learns) == 1.5
+    assert optimizer.regularizers["l2"].penalty(learns, 0) == 1.5
 
 
 # ---------------------------------------------------------------------------- weight decay

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs.common import get_config
 from flax_cnns.data.augment import make_augment, make_normalize
 from flax_cnns.data.mix import make_mix
-from flax_cnns.train import optimizers, parallel, schedules, steps
+from flax_cnns.train import optimizers, parallel, regularizers, schedules, steps
 from flax_cnns.train.state import TrainState
 
 SHAPE, CLASSES = (8, 8, 1), 7
@@ -64,8 +64,15 @@ def setup(
     mode: str = "shard_map",
     model: nn.Module | None = None,
     augment=None,
+    own=None,
+    factory=None,
+    factory_fields=None,
+    **parts,
 ):
-    """(state, train_step, eval_step, mesh): as the run wires them, over the first devices."""
+    """(state, train_step, eval_step, mesh): as the run wires them, over the first devices.
+
+    `own`: objects with hooks by name; `parts`: loss, metrics, task.
+    """
     mesh = parallel.make_mesh(jax.devices()[:devices])
     sync = "batch" if config.train.sync_batchnorm else None
     model = Tiny(axis_name=sync) if model is None else model
@@ -73,7 +80,13 @@ def setup(
     variables = {k: variables[k] for k in ("params", "batch_stats")}
     schedule = schedules.make(config.schedule, total_steps=100, steps_per_epoch=10.0)
     optimizer = optimizers.make(
-        config.optimizer, variables["params"], schedule, batch_stats=variables["batch_stats"]
+        config.optimizer,
+        variables["params"],
+        schedule,
+        batch_stats=variables["batch_stats"],
+        own={name: regularizers.hooks_of(name, one) for name, one in (own or {}).items()},
+        factory=factory,
+        factory_fields=factory_fields or {},
     )
     opt_state = optimizer.init(variables["params"])
     state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
@@ -82,7 +95,8 @@ def setup(
         model.apply,
         optimizer,
         augment=augment or make_augment(config.data.augment, image_shape=SHAPE, **stats),
-        mix=make_mix(config.mix, CLASSES),
+        mix=make_mix(config.mix, CLASSES, task=parts.get("task", "classes")),
+        **parts,
         aux_weights=[(".*", schedules.constant(0.3))],
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
@@ -92,7 +106,8 @@ def setup(
         model.apply,
         normalize=make_normalize(config.data.augment, **stats),
         num_classes=CLASSES,
-        confusion=True,
+        confusion=parts.get("task") != "multilabel",
+        **parts,
     )
     return (
         parallel.replicate(state, mesh),
