@@ -47,7 +47,8 @@ def latest_step(run: str | os.PathLike) -> int | None:
 
 
 def best_step(run: str | os.PathLike) -> int | None:
-    """The step with the best metric, the newest of equals; the latest step where none has a
+    """The step with the highest score (the metric that the run chooses by, negated where the lowest
+    is the best), the newest of equals; the latest step where none has a
     (finite) metric. Raises `DamagedError` where a step's metrics are not what was written.
     """
     scores = {step: read_metrics(run, step).get("score") for step in steps(run)}

@@ -87,10 +87,11 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of one run, in `directory` (`<run>/checkpoints`), saved in the background.
 
-    Keeps the newest `keep_latest` steps and the `keep_best` best by validation accuracy. Every
-    process of a run makes one and calls the same methods with the same arguments; the caller holds
-    the run's lock. A context manager: leaving it waits for the last save, and raises what that
-    raised. `report` gets one line for each damaged checkpoint.
+    Keeps the newest `keep_latest` steps and the `keep_best` best by the metric `best_by`, of which
+    the highest is the best, or the lowest where `best_mode` is "min". Every process of a run makes
+    one and calls the same methods with the same arguments; the caller holds the run's lock. A
+    context manager: leaving it waits for the last save, and raises what that raised. `report` gets
+    one line for each damaged checkpoint.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Checkpoints:
         *,
         keep_latest: int = 2,
         keep_best: int = 1,
+        best_by: str = BEST_BY,
+        best_mode: str = "max",
         report: Callable[[str], None] | None = None,
     ):
         if keep_latest < 1 or keep_best < 0:
@@ -107,6 +110,9 @@ class Checkpoints:
                 f" got {keep_latest} and {keep_best}"
             )
         self.directory = Path(os.path.abspath(directory))
+        if best_mode not in ("max", "min"):
+            raise UserError(f"checkpoints: best_mode is 'max' or 'min'; got {best_mode!r}")
+        self._best_by, self._sign = best_by, 1.0 if best_mode == "max" else -1.0
         self._report = report or (lambda line: print(line, file=sys.stderr))
         drop_late_callbacks()
         self._manager: _Manager | None = None
@@ -171,11 +177,12 @@ class Checkpoints:
         """Copies the state to the host and returns; the files are written in the background.
 
         `state`: any pytree of replicated global arrays (or NumPy). `host`: JSON-able. `metrics`:
-        without a finite number under `BEST_BY` the step is never the best. Saving
-        the newest step again replaces it, and kill -9 at any moment leaves one of the two. A
-        process that has restored nothing waits for its first save and reads it back. Raises
-        `UserError` where the disk is full or not writable, now or about the save before, and where
-        the first save is not what was written.
+        without a finite number under `best_by` the step is never the best, and they are not saved.
+        Beside them "score" is saved, of which the highest is the best. Saving the newest step again
+        replaces it, and kill -9 at any moment leaves one of the two. A process that has restored
+        nothing waits for its first save and reads it back. Raises `UserError` where the disk is
+        full or not writable, now or about the save before, and where the first save is not what was
+        written.
         """
         leaves = flatten(state)
         for leaf in leaves.values():
@@ -193,8 +200,8 @@ class Checkpoints:
             self.wait()
             self._set_aside(step)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        value = metrics.get(BEST_BY, math.nan)
-        scored = {**metrics, "score": value} if math.isfinite(value) else None
+        value = metrics.get(self._best_by, math.nan)
+        scored = {**metrics, "score": self._sign * value} if math.isfinite(value) else None
         with _writing(self.directory):
             self._manager.save(
                 step,

@@ -29,15 +29,15 @@ def check_images(what: str, given: Any, normalize: bool) -> np.ndarray:
         images = images[..., None]
     if images.ndim != 4:
         raise UserError(f"{what} images: expected [N H W C] or [N H W], got {list(images.shape)}")
-    check_layout(f"{what} images", images.shape)
+    if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+        raise layout_error(f"{what} images", images.shape)
     if not images.size:
         raise UserError(f"{what} images: expected an image of a pixel or more, got {images.shape}")
     return check_values(f"{what} images", images, normalize)
 
 
-def check_layout(what: str, shape: Sequence[int]) -> None:
-    if shape[1] in (1, 3) and shape[3] not in (1, 3):
-        raise UserError(f"{what} are [N H W C]: transpose (0, 2, 3, 1); got {list(shape)}")
+def layout_error(what: str, shape: Sequence[int]) -> UserError:
+    return UserError(f"{what} are [N H W C]: transpose (0, 2, 3, 1); got {list(shape)}")
 
 
 def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:

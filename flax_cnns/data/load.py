@@ -1,5 +1,5 @@
-"""The one entry: a config -> a data set: digits, TFDS, official archives, a folder of images, or
-noise.
+"""The one entry: a config -> a data set: digits, TFDS, official archives, a folder of images, a
+file of arrays, the user's own, or noise.
 
 Whatever the source, the splits get their roles here (types.py says which). Where a data set has no
 labelled test split its validation split serves as test (ImageNet); where it has neither, a fifth of
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_cnns.config import validate_section
+from flax_cnns.data import factory, own
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.data import own
 from flax_cnns.data.classes import choose_classes
 from flax_cnns.data.decode import read_all
 from flax_cnns.data.mock import make_mock
-from flax_cnns.data.readers import archives, folder
+from flax_cnns.data.readers import archives, folder, npz
 from flax_cnns.data.splits import (
     assign_roles,
     check_decodes,
@@ -39,15 +39,16 @@ EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on 
 
 def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = False) -> Dataset:
     """The data set that `config` (`config.data` of configs/common.py) describes. `data`, a data set
-    of the user's own (`Dataset.from_arrays`), takes its place, as `config` wants it.
+    of the user's own (`Dataset.from_arrays` ...), takes its place, as `config` wants it.
 
     Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
     split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a
     run of this config exists, and goes on with an ambiguous `data.classes`.
     """
     validate_section(config, "data")
+    data = _read_own(config) if data is None else data
     if data is not None:
-        return own.finish(data, config, begun)
+        return factory.finish(data, config) if data.is_stream else own.finish(data, config, begun)
     if config.mock > 0:
         return make_mock(config)
     raw = _read(config)
@@ -120,12 +121,22 @@ def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]
     """The fingerprint of the data set that `config` describes, as `load_dataset` gives it; no image
     is decoded and nothing is downloaded. Raises UserError."""
     validate_section(config, "data")
+    data = _read_own(config) if data is None else data
+    if data is not None and data.is_stream:
+        return factory.find_fingerprint(data)
     if data is not None:
         return own.read_fingerprint(data, config)
     if config.mock > 0:
         return {}
     raw, _ = choose_classes(_read(config, prepare=False), config, begun=True)
     return fingerprints.compute(raw.sources, raw.class_names, raw.about)
+
+
+def _read_own(config: Any) -> Dataset | None:
+    """The user's own data set that `config` names: a file of arrays; None if it names another."""
+    if config.source == "auto" and config.name.endswith(".npz"):
+        return npz.read(config.name, config.dir)
+    return None
 
 
 def _read(config: Any, *, prepare: bool = True) -> Raw:

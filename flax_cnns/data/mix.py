@@ -53,11 +53,11 @@ def make_mix(
     def mix(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
         if labels.ndim == 1:
             soft = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-        else:  # classes that the data set lacks are 0
-            missing = num_classes - labels.shape[-1]
+        else:  # a head may have more classes than the data
+            missing = num_classes - labels.shape[1]
             if missing < 0:
                 raise UserError(
-                    f"labels have {labels.shape[-1]} columns, and the network {num_classes} classes"
+                    f"labels have {labels.shape[1]} columns, and the network {num_classes} classes"
                 )
             soft = jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
         if smoothing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax_cnns.data import fingerprint as fingerprints
@@ -16,6 +16,9 @@ from flax_cnns.errors import UserError
 
 # Augmentation that takes values of 0..1 for granted. Padding and cutout put 0, whatever it means.
 COLORS = ("randaugment", "pca", "erase")
+
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...], str]  # mean, std, where they come from
 
 
 # ---- what is given
@@ -132,7 +135,9 @@ def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
     if config.fraction < 1:
         splits = keep_fraction(splits, config.fraction, seed, task=task)
     notes += find_notes(splits, raw.class_names, config.batch_size, task=task)
-    mean, std, normalized_by = _mean_and_std(data, config, splits["train"])
+    mean, std, normalized_by = find_mean_and_std(
+        data, config, lambda: (*moments(splits["train"].images), "training images")
+    )
     return Dataset(
         name=data.name,
         num_classes=raw.num_classes,
@@ -186,9 +191,10 @@ def check_augment(data: Dataset, config: Any) -> None:
         raise UserError(f"data.augment.randaugment: expected 1 or 3 channels, got {channels}")
 
 
-def _mean_and_std(
-    data: Dataset, config: Any, train: Split
-) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+def find_mean_and_std(
+    data: Dataset, config: Any, otherwise: Callable[[], Statistics]
+) -> Statistics:
+    """Mean, std and where they come from: config, data set, or `otherwise`. Raises UserError."""
     channels = data.image_shape[-1]
     if not data.normalize:
         if config.mean:
@@ -200,4 +206,4 @@ def _mean_and_std(
         return *spread(config.mean, config.std, channels, "data.mean and data.std"), "config"
     if data.mean:
         return data.mean, data.std, data.normalized_by
-    return *moments(train.images), "training images"
+    return otherwise()

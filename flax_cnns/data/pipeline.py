@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data import decode
+from flax_cnns.data import batches, decode
 from flax_cnns.data.splits import decoding_error
 from flax_cnns.data.types import DamagedImage, Dataset, Rows, Source, find_several
 from flax_cnns.errors import ProcessLost, UserError
@@ -43,7 +43,8 @@ def train_batches(
 ) -> Generator[Batch]:
     """This process's slice of every global batch from batch `start_step` on: {"image": u8 [n H W
     C], "label": i32 [n]}, without end. To be closed, which stops threads and worker processes.
-    A user's own images may be f32, and labels f32 [n K].
+    A user's own images may be f32, and labels f32 [n K]. Batches of a user's own factory come as
+    they are (`batches.TrainBatches`, which can tell the `digest` of one).
 
     `config` is `config.data`; n = batch_size / process_count, rows process_index*n to
     (process_index+1)*n. Batch number s is positions s*B to (s+1)*B of the epochs' permutations put
@@ -55,6 +56,8 @@ def train_batches(
     train, batch_size = dataset.splits["train"], config.batch_size
     n = _local_size("batch_size", batch_size, process_count)
     first = process_index * n
+    if dataset.is_stream:
+        return batches.TrainBatches(dataset, batch_size, start_step, (process_index, process_count))
     if train.images is not None:
         return _gather_batches(train.images, train.labels, seed, start_step, batch_size, first, n)
     stream = TrainStream(
@@ -90,6 +93,8 @@ def eval_batches(
         raise UserError(f"{dataset.name} has no {split!r} split here; it has: {known}")
     part, batch_size = dataset.splits[split], config.eval_batch_size
     n = _local_size("eval_batch_size", batch_size, process_count)
+    if dataset.is_stream:
+        return batches.eval_batches(dataset, split, batch_size, (process_index, process_count))
     number = -(-len(part) // batch_size)
     first = process_index * n
     if part.images is not None:
@@ -252,7 +257,7 @@ def _if_several(source: Source, example: int) -> int:
 
 
 def _note_found(
-    batches: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
+    examples: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
 ) -> Generator[Batch]:
     """The batches without "skipped" and "several". The names of these examples (-1: none) go to
     `dataset.damaged` and `dataset.several`.
@@ -260,9 +265,9 @@ def _note_found(
     They travel with the batches because worker processes keep what they note to themselves.
     """
     damaged, where = dataset.damaged, stream.source.where
-    batches = iter(batches)
+    examples = iter(examples)
     try:
-        for batch in batches:
+        for batch in examples:
             batch = dict(batch)
             for example in batch.pop("skipped"):
                 if example >= 0 and (name := where(int(example))) not in damaged:
@@ -272,7 +277,7 @@ def _note_found(
                     dataset.several.add(where(int(example)))
             yield batch
     finally:
-        batches.close()
+        examples.close()
 
 
 def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Iterable[Batch]:
@@ -339,12 +344,12 @@ def _starting_processes() -> Iterator[None]:
 
 def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
     """The same examples; raises `ProcessLost` if Grain says that a worker process has ended."""
-    batches = iter(examples)
+    examples = iter(examples)
     try:
         with _starting_processes():
-            first = next(batches)
+            first = next(examples)
         yield first
-        yield from batches
+        yield from examples
     except StopIteration:
         return
     except RuntimeError as error:
@@ -359,7 +364,7 @@ def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
             f"a worker process that reads images (data.workers) {how}{why.get(code, '')}"
         ) from None
     finally:
-        batches.close()
+        examples.close()
 
 
 def check_main_guard(workers: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flax_cnns.data.decode import read_all
-from flax_cnns.data.known import IMAGENET, KNOWN, base_name
+from flax_cnns.data.known import IMAGENET, KNOWN, Known, base_name
 from flax_cnns.data.splits import decoding_error
 from flax_cnns.data.types import Rows, Split, Subset
 from flax_cnns.errors import UserError
@@ -32,11 +32,16 @@ def find_mean_and_std(
             return mean, std, "training images"
         if known is None:
             known, by = IMAGENET, "ImageNet"
+    return *for_channels(known, channels), by
+
+
+def for_channels(known: Known, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Published mean and std, of images turned to so many channels."""
     mean, std = np.array(known.mean), np.array(known.std)
     if channels == 1 and len(mean) == 3:
         mean, std = _LUMA @ mean[:, None], _LUMA @ std[:, None]
     mean, std = np.broadcast_to(mean, channels), np.broadcast_to(std, channels)
-    return tuple(map(float, mean)), tuple(map(float, std)), by
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def spread(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -160,15 +160,16 @@ def take_rows(images: np.ndarray | Rows, which: np.ndarray) -> np.ndarray | Rows
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Either arrays in memory or a source that decodes."""
+    """Arrays in memory, or a source that decodes, or a number of examples that come in batches."""
 
     # i32 [N]; f32 [N K] of soft labels and of multilabel data; None for a streamed TFDS split
     labels: np.ndarray | None
     images: np.ndarray | Rows | None = None  # u8 [N H W C], or f32 of a user's own
     source: Source | None = None
+    count: int = 0  # of a split of which a user's factory gives batches; else 0
 
     def __len__(self) -> int:
-        return len(self.source if self.images is None else self.images)
+        return self.count or len(self.source if self.images is None else self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +198,13 @@ class Dataset:
     task: str = "classes"  # or multilabel, whose labels are f32 [N K] of 0 and 1
     # False: images are floats of any range, which the network sees as they are.
     normalize: bool = True
+    # `factory(split, start_step, process_index, process_count)` of `from_batches`, else None.
+    factory: Callable[[str, int, int, int], Iterable[Any]] | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether a user's factory gives the batches: examples cannot be read in another order."""
+        return self.factory is not None
 
     @property
     def seen(self) -> fingerprints.Seen:
@@ -206,12 +214,13 @@ class Dataset:
 
     @property
     def in_memory(self) -> bool:
-        """False: images are decoded as they come, and the loader does the random resized crop."""
-        return self.splits["train"].images is not None
+        """False: images are decoded as they come, and our loader does the random resized crop.
+        Batches of the user's own are not decoded here."""
+        return self.is_stream or self.splits["train"].images is not None
 
     def as_dict(self) -> dict[str, Any]:
         """What it is, without its images, as JSON has it."""
-        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation")
+        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation", "factory")
         fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
         return {name: getattr(self, name) for name in fields}
 
@@ -261,6 +270,49 @@ class Dataset:
             dict(train=train, test=test, validation=validation),
             class_names=class_names,
             num_classes=num_classes,
+            task=task,
+            normalize=normalize,
+            mean=mean,
+            std=std,
+            name=name,
+        )
+
+    @classmethod
+    def from_batches(
+        cls,
+        factory: Callable[[str, int, int, int], Iterable[Any]],
+        sizes: Mapping[str, int],
+        image_shape: Sequence[int],
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        task: str = "classes",
+        normalize: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        name: str = "batches",
+    ) -> Dataset:
+        """A data set of batches that a function of yours makes (Grain, torch, tf.data), to give to
+        `run`.
+
+        `factory(split, start_step, process_index, process_count)` returns an iterable of {"image":
+        [n H W C], "label": [n] or [n K]} or (images, labels): this process's rows of each global
+        batch, rows process_index*n to (process_index+1)*n of `data.batch_size` (`eval_batch_size`
+        for other splits), n = batch size / process_count. "train" goes on without end from batch
+        number `start_step`, all batches of one size; the others come once, in order, with a short
+        last batch. Resuming is exact if train from a step on is always the same.
+
+        `sizes`: {"train": N, "test": M}, and "validation" if there is one; N images are an epoch.
+        `image_shape` is (H, W, C). Images, labels, `task`, `normalize`: as `from_arrays` has them.
+        Without `mean` and `std` those of ImageNet are used. Raises UserError, for a batch when it
+        is pulled.
+        """
+        return importlib.import_module("flax_cnns.data.factory").from_batches(
+            factory,
+            sizes,
+            image_shape,
+            num_classes=num_classes,
+            class_names=class_names,
             task=task,
             normalize=normalize,
             mean=mean,

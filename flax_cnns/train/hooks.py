@@ -138,7 +138,7 @@ def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
 def _checked_penalty(what: str, name: str, method: Callable) -> Callable:
     def penalty(params: PyTree, step: Array) -> Array:
         found = method(params, step)
-        if not own.isown.like(found, ()):
+        if not own.is_like(found, ()):
             raise UserError(
                 f"{what}, penalty: expected one number, float32 [], came {own.describe(found)}"
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from flax_cnns.errors import Diverged, Interrupted
+from flax_cnns.errors import Diverged, Interrupted, UserError
 from flax_cnns.train import metrics
 from flax_cnns.types import Array, PyTree
 
@@ -23,10 +23,11 @@ class HostState:
     """What a run knows beside its arrays. Saved with every checkpoint as JSON, so that the log of a
     resumed run goes on in the middle of a window and early stopping counts on."""
 
-    window: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last log
+    # Sums since the last log; those of a metric of M ratios are lists.
+    window: dict[str, float | list[float]] = dataclasses.field(default_factory=dict)
     bad_in_a_row: int = 0
     bad_steps: int = 0
-    best: float | None = None  # validation accuracy
+    best: float | None = None  # of the validation metric that `TrainLoop.best_by` names
     wait: int = 0  # validations since the best
     due: bool = False  # the validation of this step is still to be made
     stopped: bool = False  # early
@@ -53,13 +54,17 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Callbacks:
-    """What the loop calls, on every process; those that are None are left out.
+    """What the loop calls; those that are None are left out. Every process calls all of them, but
+    `on_step`, which is None on all but the primary one.
 
     `save(step, state, host, metrics)` gets a JSON-able host; `write(step, record)` one line of the
     log; `tick(step)` follows every step, and `should_stop(step)` is asked once a step.
     `evaluate(state)` gives {"loss", "accuracy", ...} of the validation split, or raises
     `Interrupted`; `on_validation(state, error)` may change the state (the plateau schedule), and so
     may `refresh(state)` before each validation, be there a validation split or not (precise_bn).
+    `on_step(step, numbers)` gets the metrics of each step, as floats, once they are fetched, which
+    is while the next step runs: those of the log without its "train/", of this step alone (NaN
+    where it was rejected: then "bad_steps" is 1).
     """
 
     save: Callable[[int, PyTree, dict[str, Any], dict[str, float]], None]
@@ -69,6 +74,7 @@ class Callbacks:
     evaluate: Callable[[PyTree], dict[str, float]] | None = None
     on_validation: Callable[[PyTree, float], PyTree] | None = None
     refresh: Callable[[PyTree], PyTree] | None = None
+    on_step: Callable[[int, dict[str, float]], None] | None = None
 
 
 class Stopwatch:
@@ -147,6 +153,18 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
         thread.join(timeout=5)
 
 
+def _describe(window: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Sums of some steps -> what is logged of them, but for the pace."""
+    record = metrics.compute(window, prefix)
+    good = window["steps"] - window["bad"] if "steps" in window else 0.0
+    record["norm/grads"] = window["norm"] / good if good else float("nan")
+    for penalty in sorted(filter(metrics.is_penalty, window)):
+        record[f"{prefix}{penalty}"] = window[penalty] / good if good else float("nan")
+    record["learning_rate"] = window["rate"]
+    record["bad_steps"] = window["bad"]
+    return record
+
+
 @dataclasses.dataclass
 class TrainLoop:
     """The steps of a session, and what follows them.
@@ -154,7 +172,8 @@ class TrainLoop:
     `train_step(state, batch, key)` gives (state, sums); `batches` are on the devices; `stop` is the
     run's last step; `host` is changed as the loop goes; `began` is the `time.perf_counter()` from
     which the time to the first step counts. `max_bad_steps`: so many in a row stop the run;
-    `early_stopping`: so many validations without a better one do; 0 is off.
+    `early_stopping`: so many validations without a better one do; 0 is off. The better one has a
+    higher `best_by`, a metric of the validation, or a lower one where `best_mode` is "min".
 
     Metrics are fetched, and logged, while the next step runs, so that the device never waits for
     Python; only before a validation or a save are they all fetched at once.
@@ -171,6 +190,8 @@ class TrainLoop:
     began: float
     max_bad_steps: int = 0
     early_stopping: int = 0
+    best_by: str = "accuracy"
+    best_mode: str = "max"
 
     def run(self, state: PyTree, start: int) -> Outcome:
         """From step `start` to the last, or until `should_stop` says so.
@@ -247,13 +268,22 @@ class TrainLoop:
         found = call.evaluate(outcome.state)
         record = {f"validation/{name}": value for name, value in found.items()}
         call.write(outcome.step, record)
-        accuracy = found["accuracy"]
-        better = math.isfinite(accuracy) and (host.best is None or accuracy > host.best)
-        host.best, host.wait = (accuracy, 0) if better else (host.best, host.wait + 1)
+        value, lowest = self._find_best_by(found), self.best_mode == "min"
+        is_better = host.best is None or (value < host.best if lowest else value > host.best)
+        better = math.isfinite(value) and is_better
+        host.best, host.wait = (value, 0) if better else (host.best, host.wait + 1)
         host.stopped = bool(self.early_stopping and host.wait >= self.early_stopping)
         if call.on_validation is not None:
-            outcome.state = call.on_validation(outcome.state, 1.0 - accuracy)
+            outcome.state = call.on_validation(outcome.state, value if lowest else 1.0 - value)
         return record, better
+
+    def _find_best_by(self, found: dict[str, float]) -> float:
+        if self.best_by not in found:
+            raise UserError(
+                f"train.best_by: a validation has no {self.best_by!r}; it has"
+                f" {', '.join(map(repr, found))}; take validation/NAME of one of these"
+            )
+        return found[self.best_by]
 
     def _absorb(self) -> None:
         """Waits for the oldest step whose metrics were not fetched; logs the window it ends."""
@@ -266,6 +296,8 @@ class TrainLoop:
         bad = int(values["bad"])
         host.bad_steps += bad
         host.bad_in_a_row = host.bad_in_a_row + 1 if bad else 0
+        if self.callbacks.on_step is not None:
+            self.callbacks.on_step(step, _describe(metrics.add({}, values) | {"rate": rate}))
         if self.max_bad_steps and host.bad_in_a_row >= self.max_bad_steps:
             raise Diverged(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
@@ -278,13 +310,7 @@ class TrainLoop:
     def _log(self, step: int) -> None:
         """Writes the window that ends with this step, and begins another."""
         window, self.host.window = self.host.window, {}
-        record = metrics.compute(window, "train/")
-        good = window["steps"] - window["bad"] if "steps" in window else 0.0
-        record["norm/grads"] = window["norm"] / good if good else float("nan")
-        for penalty in sorted(filter(metrics.is_penalty, window)):
-            record[f"train/{penalty}"] = window[penalty] / good if good else float("nan")
-        record["learning_rate"] = window["rate"]
-        record["bad_steps"] = window["bad"]
+        record = _describe(window, "train/")
         if (images_per_second := self._pace.lap()) is not None:
             record["images_per_second"] = images_per_second
         self.callbacks.write(step, record)

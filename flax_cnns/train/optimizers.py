@@ -161,17 +161,28 @@ def _plateau_states(opt_state: PyTree) -> list[PlateauState]:
 
 
 def observe(
-    opt_state: PyTree, error: float, *, patience: int, factor: float, min_delta: float
+    opt_state: PyTree,
+    error: float,
+    *,
+    patience: int,
+    factor: float,
+    min_delta: float,
+    signed: bool = False,
 ) -> PyTree:
     """The state after a validation error: after `patience` of them that were not better than the
     best by the share `min_delta`, the learning rate is multiplied by `factor`.
+
+    `signed`: errors may be negative, as 1 - value is of a metric that exceeds 1.
 
     The last of these lowers the rate: PyTorch's ReduceLROnPlateau waits for one more, so that its
     `patience=4` is 5 here.
     """
 
     def step(state: PlateauState) -> PlateauState:
-        better = error < state.best * (1.0 - min_delta)
+        share = 1.0 - min_delta
+        if signed:
+            share = jnp.where(state.best < 0, 1.0 + min_delta, share)
+        better = error < state.best * share
         wait = jnp.where(better, 0, state.wait + 1)
         fall = wait >= patience
         return PlateauState(

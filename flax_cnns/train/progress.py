@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich import progress as bars
@@ -17,10 +17,12 @@ from flax_cnns.names import make_console
 
 COMPILING = "compiling the first step"
 ANNOUNCED_AFTER = 5.0  # seconds without a first step
+MOST_ALSO = 2  # of a user's own metrics, so that a line stays one
 
 
 class Progress:
-    """Shows steps, time left, images/s, loss and accuracy. A context manager; `close` otherwise.
+    """Shows steps, time left, images/s, loss, accuracy and some own metrics. A context manager;
+    `close` otherwise.
 
     On a terminal a few lines at the bottom, redrawn in place:
 
@@ -38,6 +40,7 @@ class Progress:
       start: the step that this session starts from; 0, or the checkpoint's.
       primary: whether this process shows anything.
       file: where to; standard output where None.
+      also: names of further metrics, the first two of which are shown behind the others.
 
     A first step that takes more than a few seconds is announced by a line of its own: it compiles.
     The time left is measured from the end of this session's first step: compiling does not count.
@@ -50,7 +53,9 @@ class Progress:
         *,
         primary: bool = True,
         file: TextIO | None = None,
+        also: Sequence[str] = (),
     ):
+        self._names = ("loss", "accuracy", "label_accuracy", *also[:MOST_ALSO])
         self._total, self._step, self._primary = total_steps, start, primary
         self._file = file if file is not None else sys.stdout
         self._since: tuple[int, float] | None = None  # (step, clock) after the first step
@@ -73,7 +78,7 @@ class Progress:
         self._step = max(self._step, step)
         if self._since is None:
             self._since = (step, time.perf_counter())
-        described = _describe(metrics or {})
+        described = _describe(metrics or {}, self._names)
         if self._bar is not None:
             self._bar.compiling = False
             self._bar.newest |= described
@@ -149,13 +154,14 @@ class _Column(bars.ProgressColumn):
         return Text(self._text(task), no_wrap=True)
 
 
-def _describe(metrics: Mapping[str, float]) -> dict[str, str]:
-    """`{"validation": "loss 0.3012  accuracy 0.9310"}`: the splits that the metrics speak of."""
+def _describe(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, str]:
+    """`{"validation": "loss 0.3012  accuracy 0.9310"}`: the splits that the metrics speak of, by
+    the metrics of these names."""
     found = {}
     for split in ("train", "validation", "test"):
         parts = [
             f"{name} {metrics[f'{split}/{name}']:.4f}"
-            for name in ("loss", "accuracy")
+            for name in names
             if f"{split}/{name}" in metrics
         ]
         if split == "train" and "images_per_second" in metrics:

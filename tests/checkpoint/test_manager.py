@@ -186,6 +186,17 @@ def test_the_latest_and_the_best_are_kept_and_nan_is_never_the_best(tmp_path):
         assert checkpoints.best_step() == 8
 
 
+def test_the_best_may_be_the_lowest_of_another_metric(tmp_path):
+    with Checkpoints(tmp_path, best_by="validation/loss", best_mode="min") as checkpoints:
+        for step, loss in enumerate((0.7, -0.5, 0.2, float("nan"), 0.1)):
+            found = {"validation/loss": loss, "validation/accuracy": 0.1 * step}
+            checkpoints.save(step, {"w": np.ones(2)}, host={}, metrics=found)
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 3, 4], 1)
+    assert finding.best_step(tmp_path) == 1
+    assert finding.read_metrics(tmp_path, 1)["score"] == 0.5
+
+
 def test_without_validation_the_best_is_the_latest(tmp_path):
     with Checkpoints(tmp_path, keep_latest=2) as checkpoints:
         for step in (1, 2, 3):
@@ -507,3 +518,5 @@ def test_settings_are_checked(tmp_path):
         Checkpoints(tmp_path, keep_latest=0)
     with pytest.raises(UserError, match="got 2 and -1"):
         Checkpoints(tmp_path, keep_best=-1)
+    with pytest.raises(UserError, match="best_mode is 'max' or 'min'; got 'lowest'"):
+        Checkpoints(tmp_path, best_mode="lowest")

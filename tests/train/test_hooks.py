@@ -191,7 +191,6 @@ BUILT_IN = tiny.config(
         "optimizer.l2": ((r".*/kernel", 0.01), (r".*", 0.0)),
         "optimizer.sam": 0.1,
         "optimizer.max_norm": (0.5,),
-        "train.accumulate": 2,
     }
 )
 
@@ -209,9 +208,7 @@ def test_own_hooks_do_what_built_in_ones_do():
         perturb=found["sam"].perturb,
         constrain=found["max_norm"].constrain,
     )
-    state, step, _, mesh = tiny.setup(
-        tiny.config(**{"train.accumulate": 2}), own={"Decaying": all_three}
-    )
+    state, step, _, mesh = tiny.setup(tiny.config(), own={"Decaying": all_three})
     key = jax.random.key(5)
     for i in range(2):
         state, sums = step(state, parallel.shard_batch(tiny.examples(8, i), mesh), key)
@@ -239,7 +236,7 @@ def on_one_device():
     return run(1, "shard_map", ALL)
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_the_number_of_devices_does_not_matter(mode, on_one_device):
     found, sums = run(4, mode, ALL)
     assert distance(found, on_one_device[0]) < 1e-5

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from flax_cnns.errors import Diverged
+from flax_cnns.errors import Diverged, UserError
 from flax_cnns.train import loop
 from flax_cnns.train.loop import prefetch
 
@@ -224,3 +226,83 @@ def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
     with pytest.raises(Diverged, match="step 3: the gradients of 3 steps in a row"):
         device.train(stop=9, train_step=step, max_bad_steps=3)
     assert max(device.events) == 4  # one more was on its way
+
+
+def validations(device, values, **fields):
+    """(the loop's host, errors that the plateau saw, steps at which a checkpoint was saved)."""
+    host, errors, given = loop.HostState(), [], iter(values)
+
+    def observe(state, error):
+        errors.append(error)
+        return state
+
+    device.train(
+        stop=len(values),
+        validate=1,
+        host=host,
+        evaluate=lambda state: {"loss": next(given), "accuracy": 0.5},
+        on_validation=observe,
+        **fields,
+    )
+    saved = [event for event in device.events if isinstance(event, str)]
+    return host, errors, [int(event.split()[1]) for event in saved]
+
+
+def test_the_best_is_chosen_by_another_metric(monkeypatch):
+    values = [0.7, 0.4, float("nan"), 0.5, 0.6, 0.1]
+    least = dict(best_by="loss", best_mode="min", early_stopping=3)
+    host, errors, saved = validations(Device(monkeypatch), values, **least)
+    assert (host.best, host.wait, host.stopped) == (0.4, 3, True)
+    assert saved == [1, 2, 5]
+    assert errors[:2] == [0.7, 0.4]
+    host, errors, saved = validations(Device(monkeypatch), values, best_by="loss")
+    assert (host.best, host.wait, saved) == (0.7, 5, [1, 6])
+    assert errors[1] == 1.0 - 0.4
+
+
+def test_a_metric_that_no_validation_has(monkeypatch):
+    with pytest.raises(
+        UserError, match=r"no 'f1'; it has 'loss', 'accuracy'; take validation/NAME"
+    ):
+        validations(Device(monkeypatch), [0.5], best_by="f1")
+
+
+def test_numbers_of_each_step_are_handed_out_once_they_are_fetched(monkeypatch):
+    device, seen = Device(monkeypatch), []
+
+    def step(state, batch, key):
+        state, sums = device.step(state, batch, key)
+        own = {"metric/recall/sum": np.array([1.0, state]), "metric/recall/count": np.ones(2)}
+        return state, sums | own | {"loss": 4.0 * state, "l2": 0.5, "bad": float(state == 3)}
+
+    def note(step, numbers):
+        device.events.append(f"step {step}")
+        seen.append(numbers)
+
+    host = loop.HostState()
+    _, written = device.train(stop=3, log=2, train_step=step, on_step=note, host=host)
+    assert device.events[:4] == [1, 2, -1, "step 1"]
+    first = seen[0]
+    assert {type(value) for value in first.values()} == {float}
+    chosen = ("loss", "recall", "l2", "learning_rate", "bad_steps")
+    assert [first[name] for name in chosen] == [2.0, 1.0, 0.5, 0.1, 0.0]
+    assert seen[2]["bad_steps"] == 1
+    log = next(record for _, record in written if "train/recall" in record)
+    assert (log["train/recall"], log["train/loss"]) == (1.25, 3.0)
+
+
+def test_a_window_with_ratios_goes_on_from_its_json(monkeypatch):
+    device = Device(monkeypatch)
+
+    def step(state, batch, key):
+        state, sums = device.step(state, batch, key)
+        counts = {"metric/m/sum": np.array([1.0, 0.0]), "metric/m/count": np.array([4.0, 0.0])}
+        return state, sums | counts
+
+    host, fields = loop.HostState(), dict(log=4, train_step=step)
+    device.train(stop=9, host=host, should_stop=lambda step: step == 2, **fields)
+    again = loop.HostState(**json.loads(json.dumps(dataclasses.asdict(host))))
+    assert again == host
+    assert again.window["metric/m/sum"] == [2.0, 0.0]
+    _, written = device.train(stop=4, start=2, host=again, **fields)
+    assert [record["train/m"] for _, record in written if "train/m" in record] == [0.25]

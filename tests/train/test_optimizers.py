@@ -145,6 +145,19 @@ def test_plateau_divides_after_patience_validations_without_a_better_one():
     assert np.isclose(float(optimizers._plateau_states(state)[0].best), 0.29)
 
 
+def test_a_negative_error_that_stays_is_not_better():
+    state = make().init(PARAMS)
+    for error in (-2.0, -2.0, -2.0005):
+        state = optimizers.observe(
+            state, error, patience=2, factor=0.1, min_delta=1e-3, signed=True
+        )
+    (plateau,) = optimizers._plateau_states(state)
+    assert (plateau.best, plateau.wait) == (-2.0, 0)
+    assert np.isclose(plateau.scale, 0.1)
+    state = optimizers.observe(state, -2.1, patience=2, factor=0.1, min_delta=1e-3, signed=True)
+    assert np.isclose(optimizers._plateau_states(state)[0].best, -2.1)
+
+
 def test_a_nan_error_is_not_better():
     state = make().init(PARAMS)
     for _ in range(2):

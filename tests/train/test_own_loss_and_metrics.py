@@ -155,16 +155,16 @@ def test_a_function_that_takes_other_arguments():
 # ---------------------------------------------------------------------------- labels
 
 
-def mixed(labels, task="classes", **fields):
+def mixed(labels, **fields):
     config = tiny.config(**{f"mix.{name}": value for name, value in fields.items()}).mix
     images = jnp.ones((len(labels), 2, 2, 1))
-    return make_mix(config, K, task=task)(images, jnp.asarray(labels), jax.random.key(0))[1]
+    return make_mix(config, K)(images, jnp.asarray(labels), jax.random.key(0))[1]
 
 
 def test_soft_labels_are_mixed_as_classes_are():
     labels = np.array([1, 3, 0, 6], np.int32)
     soft = np.eye(K, dtype=np.float32)[labels]
-    fields = dict(label_smoothing=0.1, mixup=0.4)
+    fields = dict(label_smoothing=0.1)
     np.testing.assert_array_equal(mixed(soft, **fields), mixed(labels, **fields))
     np.testing.assert_array_equal(mixed(soft[:, :4]), np.pad(soft[:, :4], ((0, 0), (0, K - 4))))
     for labels in (np.eye(9, dtype=np.float32),):
@@ -172,11 +172,6 @@ def test_soft_labels_are_mixed_as_classes_are():
             mixed(labels)
         with pytest.raises(UserError, match="labels have 9 columns, and the network 7 classes"):
             losses.soft_labels(labels, K)
-
-
-def test_label_smoothing_of_many_labels_is_refused():
-    with pytest.raises(UserError, match=r"mix\.label_smoothing .*got 0\.1, set 0"):
-        mixed(np.eye(K, dtype=np.float32), "multilabel", label_smoothing=0.1)
 
 
 # ---------------------------------------------------------------------------- the steps
@@ -229,20 +224,19 @@ def many_labels(n, seed=0):
     return data | {"label": rng.integers(0, 2, (n, K)).astype(np.float32)}
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads(devices):
-    """And its sums are those of NumPy, on one device in pieces, on four together."""
-    pieces = 2 if devices == 1 else 1
+def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads():
+    """And its sums are those of NumPy, from two devices in two pieces each; then labels that are
+    NaN count for nothing."""
     config = tiny.config(
         **{
             "optimizer.momentum": 0.0,
-            "train.accumulate": pieces,
+            "train.accumulate": 2,
             "optimizer.bn": (("norm", "frozen"),),
         }
     )
     model = tiny.Tiny(aux=True)
     state, step, _, mesh = tiny.setup(
-        config, devices=devices, model=model, task="multilabel", metrics=OWN
+        config, devices=2, model=model, task="multilabel", metrics=OWN
     )
     before, data = jax.device_get(state.params), many_labels(8)
     stats = jax.device_get(state.batch_stats)
@@ -268,19 +262,11 @@ def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads(devices):
     np.testing.assert_allclose(sums["loss"] / 8, loss(before)[0], rtol=1e-5)
     assert sums["metric/recall/count"].shape == (K,)
     assert "accuracy" not in found
-
-
-def test_a_step_that_is_not_finite_counts_for_no_metric():
-    def overflowing(logits, labels):
-        return focal(logits, labels) * jnp.where(labels[:, 0] > 0, jnp.inf, 1.0)
-
-    state, step, _, mesh = tiny.setup(tiny.config(), loss=overflowing, metrics=OWN)
-    data = tiny.examples(8)
-    data["label"][0] = 0
+    assert not np.isnan(found["recall"])
+    data["label"][0] = np.nan
     _, sums = step(state, parallel.shard_batch(data, mesh), jax.random.key(0))
     assert sums["bad"] == 1
-    assert not np.any(sums["metric/recall/count"])
-    assert not np.any(sums["loss"])
+    assert not any(np.any(sums[f"metric/recall/{what}"]) for what in ("sum", "count"))
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,15 @@ def test_plain_lines(clock):
     ]
 
 
+def test_own_metrics_stand_behind(clock):
+    file = io.StringIO()
+    shown = Progress(10, file=file, also=("f1", "recall", "third"))
+    names = ("third", "loss", "recall", "label_accuracy", "subset_accuracy", "f1")
+    shown.update(5, {f"validation/{name}": 0.5 for name in names})
+    line = "loss 0.5000  label_accuracy 0.5000  f1 0.5000  recall 0.5000"
+    assert file.getvalue().splitlines() == [f"step 5/10  50 %  validation {line}"]
+
+
 def test_time_left_counts_this_sessions_steps_without_the_first(clock):
     file = io.StringIO()
     shown = Progress(1000, start=500, file=file)

@@ -96,7 +96,7 @@ def idx_array(file: Path, ndim: int) -> np.ndarray:
                 raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions")
             shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
             count = math.prod(shape)
-            _check_size(file, count)
+            check_size(file, count)
             data = stream.read(count + 1)  # no more, even if the gzip goes on
     except _DAMAGE as why:
         raise UserError(f"{file} is damaged: {why}; get it again") from why
@@ -106,7 +106,7 @@ def idx_array(file: Path, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _check_size(file: Path, declared: int) -> None:
+def check_size(file: Path, declared: int) -> None:
     """Raises UserError if a file declares more data than its size can hold."""
     held = file.stat().st_size
     if declared > _FLOOR + _RATIO * held:
@@ -168,7 +168,7 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
                     if member.issparse() or name in found:
                         why = "is sparse" if member.issparse() else "is there twice"
                         raise UserError(f"{file} is not CIFAR's archive: its {name} {why}")
-                    _check_size(file, member.size)
+                    check_size(file, member.size)
                     found[name] = _unpickle(tar.extractfile(member).read(), f"{file}: {name}")
             while stream.read(2**20):  # to the end, where gzip's checksum is
                 pass
@@ -188,7 +188,7 @@ class _Bounded:
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
         self.given += len(data)
-        _check_size(self.file, self.given)
+        check_size(self.file, self.given)
         return data
 
 

@@ -1,0 +1,275 @@
+"""The batches that a user's factory yields: checked, copied, padded, and told apart by a digest."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import threading
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_cnns.data import given
+from flax_cnns.data.types import Dataset
+from flax_cnns.errors import UserError
+from flax_cnns.types import Batch
+
+# Batches that a training stream keeps: the one that the next step takes, and what a thread may have
+# pulled after it: two in its queue and one in hand.
+KEPT = 4
+
+
+# ---- one split
+
+
+class _Stream:
+    """The batches of one split, of this process's rows, checked and copied. `process`: its index,
+    and how many there are."""
+
+    def __init__(
+        self, data: Dataset, split: str, start: int, batch_size: int, process: tuple[int, int]
+    ):
+        self.data, self.split, self.start, self.process = data, split, start, process
+        self.batch_size = batch_size
+        self.step = start  # of the next batch
+        self.kinds: tuple[Any, int] | None = None  # images' dtype and labels' dimensions
+        self._batches = None
+
+    @property
+    def call(self) -> str:
+        """For messages."""
+        index, count = self.process
+        return f"factory({self.split!r}, {self.start}, {index}, {count})"
+
+    def take(self, count: int | None) -> Batch | None:
+        """The next batch, of `count` rows (None: of any number): {"image": u8 or f32 [count H W C],
+        "label": i32 [count] or f32 [count K]}; None at the end. Raises UserError."""
+        if self._batches is None:
+            made = self.data.factory(self.split, self.start, *self.process)
+            if not isinstance(made, Iterable):
+                raise UserError(
+                    f"{self.call} returned {given.describe(made)}; expected an iterable of batches"
+                )
+            self._batches = iter(made)
+        try:
+            got = next(self._batches)
+        except StopIteration:
+            return None
+        where = f"{self.split}, {'step' if self.split == 'train' else 'batch'} {self.step}"
+        images, labels = _unpack(where, got)
+        # Copies: a factory may fill the same arrays again.
+        images = np.array(self._check_images(where, images, count), order="C")
+        labels = np.array(self._check_labels(where, labels, len(images)), order="C")
+        kinds = images.dtype, labels.ndim
+        if self.kinds not in (None, kinds):
+            raise UserError(
+                f"{where}: images are {images.dtype} and labels have {labels.ndim} dimensions;"
+                f" before they were {self.kinds[0]} and had {self.kinds[1]}"
+            )
+        self.kinds = kinds
+        self.step += 1
+        return {"image": images, "label": labels}
+
+    def _check_images(self, where: str, got: Any, count: int | None) -> np.ndarray:
+        what, shape = f"{where}: images", self.data.image_shape
+        images = given.as_array(what, got)
+        if images.ndim == 3 and shape[2] == 1:
+            images = images[..., None]
+        if images.shape[1:] == (shape[2], *shape[:2]) != shape:
+            raise given.layout_error(what, images.shape)
+        if images.shape[1:] != shape or images.ndim != 4:
+            raise UserError(f"{what}: expected [n {_join(shape)}], got {list(images.shape)}")
+        if count is not None and len(images) != count:
+            raise UserError(f"{what}: expected {count} {self._why()}, got {len(images)}")
+        if self.kinds is None and len(images):
+            return given.check_values(what, images, self.data.normalize)
+        kind = {"u1": np.uint8, "f2": np.float32, "f4": np.float32, "f8": np.float32}
+        if images.dtype.str[1:] not in kind:
+            raise UserError(f"{what} are {images.dtype}; expected uint8 or floats, as before")
+        return np.asarray(images, kind[images.dtype.str[1:]])
+
+    def _why(self) -> str:
+        """Why so many rows are expected."""
+        shared = f" over {self.process[1]} processes" if self.process[1] > 1 else ""
+        if self.split == "train":
+            return f"(data.batch_size={self.batch_size}{shared}, also at the end of the data)"
+        size = len(self.data.splits[self.split])
+        return f"(data.eval_batch_size={self.batch_size}{shared}, sizes[{self.split!r}]={size})"
+
+    def _check_labels(self, where: str, got: Any, count: int) -> np.ndarray:
+        what, classes = f"{where}: labels", self.data.num_classes
+        labels = given.check_labels(f"{where}:", got, self.data.task)
+        if len(labels) != count:
+            raise UserError(f"{what}: expected {count}, as there are images, got {len(labels)}")
+        if labels.ndim == 1:
+            given.check_range(where, labels, classes)
+        elif labels.shape[1] != classes:
+            raise UserError(f"{what} have {labels.shape[1]} columns, for {classes} classes")
+        return labels
+
+    def close(self) -> None:
+        batches, self._batches = self._batches, iter(())
+        if hasattr(batches, "close"):
+            batches.close()
+
+
+def _join(shape: Sequence[int]) -> str:
+    return " ".join(map(str, shape))
+
+
+def _unpack(where: str, got: Any) -> tuple[Any, Any]:
+    if isinstance(got, Mapping):
+        if set(got) == {"image", "label"}:
+            return got["image"], got["label"]
+        raise UserError(
+            f"{where}: expected the keys image and label, got {', '.join(map(str, got))}"
+        )
+    if isinstance(got, tuple | list) and len(got) == 2:
+        return got[0], got[1]
+    raise UserError(
+        f"{where}: expected {{'image': ..., 'label': ...}} or (images, labels), got"
+        f" {given.describe(got)}"
+    )
+
+
+# ---- training
+
+
+class TrainBatches:
+    """An iterator over this process's training batches from a step on.
+
+    A thread may pull batches ahead of the steps that take them, while another asks for a digest.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, start: int, process: tuple[int, int]):
+        self._stream = _Stream(data, "train", start, batch_size, process)
+        self._n = batch_size // process[1]
+        self._lock = threading.Lock()  # of the stream, and of what follows
+        self._kept: dict[int, Batch] = {}  # the last KEPT that were pulled
+        self._ahead: collections.deque[Batch] = collections.deque()  # pulled for a digest
+        self._error: Exception | None = None
+        self._closed = False
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        with self._lock:
+            if self._closed:
+                raise StopIteration
+            return dict(self._ahead.popleft() if self._ahead else self._pull())
+
+    def _pull(self) -> Batch:
+        if self._error is not None:
+            raise self._error
+        step = self._stream.step
+        try:
+            batch = self._stream.take(self._n)
+            if batch is None:
+                raise UserError(
+                    f"{self._stream.call} ended before step {step}, after"
+                    f" {step - self._stream.start} batches; expected batches without end: begin"
+                    " the data anew"
+                )
+        except Exception as error:
+            self._error = error
+            raise
+        self._kept[step] = batch
+        self._kept.pop(step - KEPT, None)
+        return batch
+
+    def digest(self, step: int) -> str:
+        """Of the images and labels, on this process, of the batch that step number `step` takes;
+        computed now. It waits for a batch that is being pulled, and pulls one that is not.
+
+        "" if there is no such batch: the factory failed or ended, which the step itself reports.
+        Raises ValueError for a batch of KEPT batches ago.
+        """
+        batch = self._kept.get(step)
+        if batch is None:
+            with self._lock:
+                while self._stream.step <= step:
+                    if self._closed:
+                        return ""
+                    try:
+                        self._ahead.append(self._pull())
+                    except Exception:
+                        return ""
+                if step not in self._kept:
+                    raise ValueError(f"the batch of step {step} is not kept any more")
+                batch = self._kept[step]
+        digest = hashlib.blake2b(digest_size=8)
+        for key in ("image", "label"):
+            digest.update(f"{batch[key].dtype} {batch[key].shape}".encode())
+            digest.update(batch[key])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._stream.close()
+
+
+# ---- evaluation
+
+
+def eval_batches(
+    data: Dataset, split: str, batch_size: int, process: tuple[int, int]
+) -> Generator[Batch]:
+    """As `pipeline.eval_batches` has them. Raises UserError, while iterating where the batches are
+    not as `sizes` has it."""
+    if split == "train":
+        raise UserError(
+            f"the training batches of {data.name} come without end, augmented as their factory"
+            " likes, and cannot be evaluated (train.evaluate_train)"
+        )
+    return _eval_batches(data, split, batch_size, process)
+
+
+def _eval_batches(
+    data: Dataset, split: str, batch_size: int, process: tuple[int, int]
+) -> Generator[Batch]:
+    n, total = batch_size // process[1], len(data.splits[split])
+    first, number = process[0] * n, -(-total // batch_size)
+    stream = _Stream(data, split, 0, batch_size, process)
+    said = f"sizes[{split!r}]={total} and data.eval_batch_size={batch_size} make {number}"
+    try:
+        for b in range(number):
+            rows = min(max(total - b * batch_size - first, 0), n)
+            batch = stream.take(rows)
+            if batch is None and rows:
+                raise UserError(f"{stream.call} ended after {b} batches; {said}")
+            yield _pad(batch or _empty(data, stream), n)
+        # A process without rows in the last batch may have ended, or not.
+        if stream.take(None) is not None:
+            raise UserError(f"{stream.call} goes on after {number} batches; {said}")
+    finally:
+        stream.close()
+
+
+def _empty(data: Dataset, stream: _Stream) -> Batch:
+    """A batch of no rows, of the kind that other processes have."""
+    if stream.kinds is None:
+        training = _Stream(data, "train", 0, 0, stream.process)
+        try:
+            if training.take(None) is None:
+                raise UserError(f"{training.call} ended before step 0")
+        finally:
+            training.close()
+        stream.kinds = training.kinds
+    dtype, ndim = stream.kinds
+    labels = np.zeros(0, np.int32) if ndim == 1 else np.zeros((0, data.num_classes), np.float32)
+    return {"image": np.zeros((0, *data.image_shape), dtype), "label": labels}
+
+
+def _pad(batch: Batch, n: int) -> Batch:
+    """{"image", "label", "mask"}, of `n` rows."""
+    rows = len(batch["label"])
+    padded = {
+        key: np.concatenate([array, np.zeros((n - rows, *array.shape[1:]), array.dtype)])
+        if rows < n
+        else array
+        for key, array in batch.items()
+    }
+    return {**padded, "mask": (np.arange(n) < rows).astype(np.float32)}
