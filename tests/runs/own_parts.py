@@ -7,6 +7,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
@@ -143,3 +144,28 @@ class Keeps(nn.Module):
     def __call__(self, images, *, train):
         self.variable("cache", "seen", jnp.zeros, (3,))
         return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+# ---- batches
+
+
+def batches(seed=0, *, drifts=False):
+    """The digits as a stream, whose order depends on `seed` and on the step alone; with `drifts`
+    also on where it began."""
+    data = load_digits()
+    images = (data.images[..., None] / 16).astype("float32")[:120]
+    labels = data.target[:120]
+
+    def factory(split, start_step, process_index, process_count):
+        step = start_step
+        while split == "train":
+            order = np.random.default_rng((seed, step, start_step * drifts)).permutation(120)
+            rows = order[:16][process_index * (n := 16 // process_count) :][:n]
+            yield images[rows], labels[rows]
+            step += 1
+        for first in range(0, 120, 64):
+            rows = slice(first + process_index * (n := 64 // process_count), None)
+            yield {"image": images[rows][:n], "label": labels[rows][:n]}
+
+    sizes = {"train": 120, "test": 120}
+    return Dataset.from_batches(factory, sizes, (8, 8, 1), num_classes=10, mean=[0.3], std=[0.4])

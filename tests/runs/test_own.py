@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -277,6 +278,39 @@ def test_a_loss_and_a_metric_that_are_none(train, words):
         config["train"]["loss"] = ""
     with pytest.raises(UserError, match=words):
         rehearse(complete(config))
+
+
+STREAM = {
+    "model": {"name": f"{HERE}:Bare"},
+    "data": {"name": f"{HERE}:batches", "batch_size": 16, "eval_batch_size": 64, "validation": 0.0},
+    "train": {"duration": "6 steps", "eval_every": "0 steps"},
+    "checkpoint": {"every": "3 steps"},
+    "log": {"tensorboard": False},
+}
+
+
+def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
+    summary = run(STREAM, tmp_path / "whole")
+    assert summary["test/examples"] == 120
+
+    def cut(name):
+        """The run as it was at step 3."""
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (tmp_path / name / "summary.json").unlink()
+        shutil.rmtree(tmp_path / name / "checkpoints" / "6")
+        return tmp_path / name
+
+    run(STREAM, cut("again"))
+    chex.assert_trees_all_equal(arrays(tmp_path / "again"), arrays(tmp_path / "whole"))
+    drifting = {"own": {"batches": {"drifts": True}}, **STREAM}
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    config["own"] = drifting["own"]
+    workdir = cut("drifts")
+    (workdir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the factory's batch of step 3 is another than before"):
+        run(drifting, workdir)
+    run(drifting, workdir, accept_changed_data=True)
+    assert "accepted: batches: the factory's batch of step 3" in capsys.readouterr().out
 
 
 def test_an_own_network_is_as_fast_as_a_registered_one():
