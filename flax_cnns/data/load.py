@@ -47,18 +47,21 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
     """
     validate_section(config, "data")
     data = _read_own(config) if data is None else data
-    if data is not None:
+    if data is not None and data.read is None:
         return factory.finish(data, config) if data.is_stream else own.finish(data, config, begun)
+    if config.mock > 0 and data is not None:
+        raise UserError(f"data.mock does not act on a data set of your own ({data.name})")
     if config.mock > 0:
         return make_mock(config)
-    raw = _read(config)
+    raw = _read(config) if data is None else _read_given(data, config)
+    name = config.name if data is None else data.name
     for split, source in raw.sources.items():
-        check_source(source, f"{config.name}, {split} split", raw.num_classes)
-    raw, notes = choose_classes(raw, config, begun)
+        check_source(source, f"{name}, {split} split", raw.num_classes)
+    raw, notes = choose_classes(raw, config, begun, name)
     if raw.num_classes < 2:
-        raise UserError(f"expected two classes or more; {config.name} has {raw.num_classes}")
+        raise UserError(f"expected two classes or more; {name} has {raw.num_classes}")
     found = fingerprints.compute(raw.sources, raw.class_names, raw.about)
-    sources = assign_roles(raw.sources, config.name, config.split_seed)
+    sources = assign_roles(raw.sources, name, config.split_seed)
     own_channels = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own_channels
     varies = None in raw.image_shape
@@ -96,10 +99,12 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
             check_decodes(role, split.source, config.skip_damaged)
     notes += find_notes(splits, raw.class_names, config.batch_size)
 
-    mean, std, normalized_by = find_mean_and_std(config, own_channels, channels, splits["train"])
+    mean, std, normalized_by = find_mean_and_std(
+        config, name, own_channels, channels, splits["train"]
+    )
     return Dataset(
         covariance=find_covariance(config, size, channels, splits["train"]),
-        name=config.name,
+        name=name,
         num_classes=raw.num_classes,
         class_names=raw.class_names,
         image_shape=(size, size, channels),
@@ -124,11 +129,13 @@ def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]
     data = _read_own(config) if data is None else data
     if data is not None and data.is_stream:
         return factory.find_fingerprint(data)
-    if data is not None:
+    if data is not None and data.read is None:
         return own.read_fingerprint(data, config)
     if config.mock > 0:
         return {}
-    raw, _ = choose_classes(_read(config, prepare=False), config, begun=True)
+    given = data is not None
+    raw = _read_given(data, config, prepare=False) if given else _read(config, prepare=False)
+    raw, _ = choose_classes(raw, config, begun=True)
     return fingerprints.compute(raw.sources, raw.class_names, raw.about)
 
 
@@ -137,6 +144,11 @@ def _read_own(config: Any) -> Dataset | None:
     if config.source == "auto" and config.name.endswith(".npz"):
         return npz.read(config.name, config.dir)
     return None
+
+
+def _read_given(data: Dataset, config: Any, *, prepare: bool = True) -> Raw:
+    raw = data.read(config, prepare)
+    return raw._replace(about={"reader": "tfds", **raw.about})
 
 
 def _read(config: Any, *, prepare: bool = True) -> Raw:

@@ -19,12 +19,13 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL has it
 
 
 def find_mean_and_std(
-    config: Any, own: int, channels: int, train: Split
+    config: Any, name: str, own: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Mean and std per channel in 0..1, and where they come from."""
+    """Mean and std per channel in 0..1 of the data set `name`, which has `own` channels itself, and
+    where they come from."""
     if config.mean:
         return *spread(config.mean, config.std, channels, "data.mean and data.std"), "config"
-    known, by = KNOWN.get(base_name(config.name)), "published"
+    known, by = KNOWN.get(base_name(name)), "published"
     if known is None or (own == 3 and channels == 1):
         # The spread of the grey image doesn't follow from those of the colours, which go together.
         if train.images is not None:

@@ -201,6 +201,9 @@ class Dataset:
     # `factory(split, start_step, process_index, process_count)` of `from_batches`, else None.
     factory: Callable[[str, int, int, int], Iterable[Any]] | None = None
 
+    # `read(config.data, prepare) -> Raw` of `from_tfds`, for the loader; else None.
+    read: Callable[[Any, bool], Raw] | None = None
+
     @property
     def is_stream(self) -> bool:
         """Whether a user's factory gives the batches: examples cannot be read in another order."""
@@ -220,7 +223,8 @@ class Dataset:
 
     def as_dict(self) -> dict[str, Any]:
         """What it is, without its images, as JSON has it."""
-        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation", "factory")
+        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation")
+        found += ("factory", "read")
         fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
         return {name: getattr(self, name) for name in fields}
 
@@ -319,6 +323,16 @@ class Dataset:
             std=std,
             name=name,
         )
+
+    @classmethod
+    def from_tfds(cls, builder: Any) -> Dataset:
+        """A data set of a TFDS builder of yours, a class or an instance, to give to `run`.
+
+        It is read as registered ones are: all fields of `data` act but `name` and `source`, and
+        `dir` on a class alone. It is prepared first if needed: without TensorFlow, if it yields
+        images that are encoded already (a PNG in io.BytesIO). Raises UserError.
+        """
+        return importlib.import_module("flax_cnns.data.readers.tfds").from_builder(builder)
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Dataset:

@@ -2,7 +2,9 @@
 
 from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head
-from flax_cnns.layers.conv import Conv, inside_control_flow
+from flax_cnns.layers.cell import Cell, Edges, Recipe
+from flax_cnns.layers.checks import check_fields, check_images, check_stages
+from flax_cnns.layers.conv import Conv, conv2d, inside_control_flow
 from flax_cnns.layers.drop_path import (
     Drop,
     drop_rates,
@@ -29,29 +31,42 @@ from flax_cnns.layers.mbconv import (
     round_depth,
     round_width,
 )
-from flax_cnns.layers.norm import local_response_norm, make_norm
+from flax_cnns.layers.norm import NoNorm, local_response_norm, make_norm
 from flax_cnns.layers.pool import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 from flax_cnns.layers.saf import SAFPool
-from flax_cnns.layers.shake import make_shake_drops, make_shakes, shake_drop, shake_shake
+from flax_cnns.layers.shake import (
+    Shake,
+    ShakeDrop,
+    make_shake_drops,
+    make_shakes,
+    shake_drop,
+    shake_shake,
+)
 from flax_cnns.layers.squeeze_excite import SqueezeExcite
 from flax_cnns.layers.stage import Stage, split_by_stage
-from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem, check_images, check_stages
+from flax_cnns.layers.stem import CifarStem, DeepStem, ImageNetStem
 from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 
 __all__ = [
     "AvgPool",
+    "Cell",
     "CifarStem",
     "ColumnDrop",
     "Conv",
     "ConvUnit",
     "DeepStem",
     "Drop",
+    "Edges",
     "ImageNetStem",
     "MBConv",
     "MaxPool",
     "MultiHeadAttention",
+    "NoNorm",
+    "Recipe",
     "SAFPool",
     "SeparableConv",
+    "Shake",
+    "ShakeDrop",
     "SqueezeExcite",
     "Stage",
     "adaptive_avg_pool",
@@ -59,10 +74,12 @@ __all__ = [
     "avg_pool",
     "building_blocks",
     "caffe_xavier",
+    "check_fields",
     "check_images",
     "check_stages",
     "classify",
     "classify_by_maps",
+    "conv2d",
     "draw_columns",
     "drop_rates",
     "fan_out_or_window",

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from flax_cnns.layers.checks import check_fields
 from flax_cnns.layers.conv import Conv
 from flax_cnns.layers.initializers import he, head_initializer, initializer, lecun
 from flax_cnns.layers.norm import make_norm
@@ -32,8 +33,11 @@ def building_blocks(
     are fields of every network; `norm`, `momentum`, `epsilon` and `scale` are taken if it has them.
     A network without the field `norm` normalizes nothing. The arguments `norm`, `dtype` and
     `norm_fields` (`make_norm`'s) take the place of the network's own fields.
-    Raises `UserError` for unknown names of initializers and norms.
+    Raises `UserError` for unknown names of initializers and norms, and for a network that lacks one
+    of the four fields.
     """
+    asked = () if dtype is not None else ("dtype",)
+    check_fields(network, "building_blocks", *asked, "kernel_init", "param_dtype", "axis_name")
     dtype = network.dtype if dtype is None else dtype
     types = dict(dtype=dtype, param_dtype=network.param_dtype)
     kernel_init = initializer(network.kernel_init, paper=paper)
@@ -51,7 +55,9 @@ def make_head(network: nn.Module, paper: Callable = lecun) -> partial:
     """The dense layer that gives the classes, in float32, without their number and its name.
 
     Its kernel starts as `paper` says if the network's `kernel_init` is "paper", else by LeCun.
+    Raises `UserError` for a network without the fields `kernel_init` and `param_dtype`.
     """
+    check_fields(network, "make_head", "kernel_init", "param_dtype")
     kernel_init = head_initializer(network.kernel_init, paper=paper)
     return partial(
         nn.Dense, kernel_init=kernel_init, dtype=jnp.float32, param_dtype=network.param_dtype
@@ -70,7 +76,9 @@ def classify(
 
     Maps are averaged over H and W; `dropout` comes before the layer "head", which is
     `make_head(network, paper)` or the one given. Without classes: features f32 [N C].
+    Raises `UserError` for a network without the field `num_classes`.
     """
+    check_fields(network, "classify", "num_classes")
     x = global_avg_pool(x) if x.ndim == 4 else x.astype(jnp.float32)
     x = x if dropout is None else dropout(x)
     if network.num_classes is None:
@@ -86,7 +94,9 @@ def classify_by_maps(
 
     The 1x1 convolution "head" makes a map for each class, and the logits are the means of the maps
     behind the activation. Without classes: features f32 [N C], the means of what comes in.
+    Raises `UserError` for a network without the fields that this takes.
     """
+    check_fields(network, "classify_by_maps", "num_classes", "kernel_init", "param_dtype")
     if network.num_classes is None:
         return global_avg_pool(x)
     kernel_init = head_initializer(network.kernel_init, paper=paper)

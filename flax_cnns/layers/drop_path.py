@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers.checks import check_fields
 from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
@@ -68,8 +69,11 @@ def make_drops(network: nn.Module, depths: Sequence[int], train: bool) -> list[D
     "sample" is timm's and torchvision's: one decision an image, out of "dropout"; branches that
     stay count 1 / p_l times, and evaluation is left alone.
 
-    Raises `UserError` for unknown names, a rate that is none, or a stream that is missing.
+    Raises `UserError` for unknown names, a rate that is none, or a field or a stream that is
+    missing.
     """
+    fields = ("drop_path", "drop_path_mode", "drop_path_schedule")
+    check_fields(network, "make_drops", *fields)
     if network.drop_path_mode not in DROP_MODES:
         hint = did_you_mean(network.drop_path_mode, DROP_MODES)
         raise UserError(f"unknown drop_path_mode {network.drop_path_mode!r}{hint}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers.checks import check_fields
 from flax_cnns.layers.drop_path import DROP_MODES, make_key
 from flax_cnns.types import Array
 
@@ -56,8 +57,10 @@ def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> 
     rate `drop_path`. `drop_path_mode="batch"`: one sample a step, out of the stream "shared", which
     is the same on all devices. "sample": one an image, out of "dropout".
 
-    Raises `UserError` for an unknown mode, rates that are none, or a stream that is missing.
+    Raises `UserError` for an unknown mode, rates that are none, or a field or a stream that is
+    missing.
     """
+    check_fields(network, "draw_columns", "drop_path", "drop_path_global", "drop_path_mode")
     mode = network.drop_path_mode
     if mode not in DROP_MODES:
         raise UserError(f"unknown drop_path_mode {mode!r}{did_you_mean(mode, DROP_MODES)}")

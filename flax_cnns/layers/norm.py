@@ -117,7 +117,11 @@ def check_values(layer: nn.BatchNorm, x: Array) -> None:
     if values == 1 and layer.axis_name is not None:
         values *= lax.psum(1, layer.axis_name, axis_index_groups=layer.axis_index_groups)
     if values == 1:
-        raise OneValueError("/".join(layer.path) or "the network", x.shape)
+        raise OneValueError(_name(layer), x.shape)
+
+
+def _name(layer: nn.Module) -> str:
+    return "/".join(layer.path) or "the network"
 
 
 def checking() -> Any:
@@ -134,13 +138,19 @@ def checking() -> Any:
 
 
 class BatchNorm(nn.BatchNorm):
-    """Raises `OneValueError` in training on one value per channel."""
+    """Raises `OneValueError` in training on one value per channel, and `UserError` where the
+    running statistics, which training moves, are not mutable."""
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
         keeps = self.use_running_average if use_running_average is None else use_running_average
         if not keeps and not self.is_initializing():
             check_values(self, x)
+            if not self.is_mutable_collection("batch_stats"):
+                raise UserError(
+                    f"train=True moves the running statistics of {_name(self)}: expected "
+                    'apply(..., train=True, mutable=["batch_stats"]), which returns what moved too'
+                )
         return _batch_norm(self, x, use_running_average, **kwargs)
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers.checks import check_fields
 from flax_cnns.layers.drop_path import drop_rates, make_key
 from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
@@ -77,8 +78,9 @@ def make_shakes(network: nn.Module, depths: Sequence[int], train: bool) -> list[
     for each, out of the stream "dropout") or "batch" (one for all images of all devices, out of
     "shared").
 
-    Raises `UserError` for unknown names, or a stream that is missing.
+    Raises `UserError` for unknown names, or a field or a stream that is missing.
     """
+    check_fields(network, "make_shakes", "forward", "backward", "level")
     _known("forward", network.forward, FORWARDS)
     _known("backward", network.backward, BACKWARDS)
     _known("level", network.level, SHAKE_LEVELS)
@@ -137,8 +139,11 @@ def make_shake_drops(
     all devices, out of the stream "shared", as are the gates of the level "batch"; the others are
     out of "dropout".
 
-    Raises `UserError` for an unknown level, senseless numbers, or a stream that is missing.
+    Raises `UserError` for an unknown level, senseless numbers, or a field or a stream that is
+    missing.
     """
+    fields = ("shake_drop", "shake_drop_alpha", "shake_drop_beta", "shake_drop_level")
+    check_fields(network, "make_shake_drops", *fields)
     _known("shake_drop_level", network.shake_drop_level, SHAKE_DROP_LEVELS)
     ranges = dict(alpha=tuple(network.shake_drop_alpha), beta=tuple(network.shake_drop_beta))
     for name, given in ranges.items():

@@ -1,44 +1,15 @@
-"""Where images enter: the check of their shape and the first layers."""
+"""The first layers, where images enter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 
-from flax_cnns.errors import UserError
+from flax_cnns.layers.checks import check_images
 from flax_cnns.layers.pool import max_pool
 from flax_cnns.types import Array, ModuleDef
-
-
-def check_images(images: Array, input_size: Sequence[int], smallest: int = 1) -> None:
-    """Raises `UserError` unless images are [N H W C], H and W at least `smallest`, C as expected.
-
-    `input_size` is the network's (H, W, C): only C is binding.
-    """
-    if images.ndim != 4:
-        raise UserError(f"expected images [N H W C], got the shape {tuple(images.shape)}")
-    _, height, width, channels = images.shape
-    if channels != input_size[-1]:
-        raise UserError(
-            f"expected images of {input_size[-1]} channels, got {channels} in the shape "
-            f"{tuple(images.shape)}; create_model(..., input_size=({height}, {width}, {channels})) "
-            f"makes a network for them"
-        )
-    if min(height, width) < smallest:
-        raise UserError(
-            f"images of {height}x{width} are too small: the smallest is {smallest}x{smallest}"
-        )
-
-
-def check_stages(depths: Sequence[int], widths: Sequence[int]) -> None:
-    """Raises `UserError` unless there are as many of the ones as of the others."""
-    if len(depths) != len(widths):
-        raise UserError(
-            f"expected a depth and a width for each stage, got depths {tuple(depths)} "
-            f"and widths {tuple(widths)}"
-        )
 
 
 class ImageNetStem(nn.Module):

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.layers.norm import NoNorm
 from flax_cnns.models.fields import Classes, Count, Counts, ImageSize, Rate
 from flax_cnns.models.resnet import shortcut
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
@@ -96,7 +95,7 @@ class Unit(nn.Module):
         first, stride = self.stride is not None, self.stride or 1
         if first:
             x = activate(order.before, x, self.norm, "norm1")  # for both ways
-        norm = self.norm if "norm" in order.last else NoNorm
+        norm = self.norm if "norm" in order.last else layers.NoNorm
         ours = shortcut(self.shortcut, x, wide, stride, self.conv, norm)
         # Norms count in the order of their use: in front of the convolutions, or behind them.
         number = 1 + ("norm" in order.before)

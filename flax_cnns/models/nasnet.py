@@ -29,7 +29,7 @@ from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
-from flax_cnns.layers.cell import Cell, Edges, Recipe
+from flax_cnns.layers import Cell, Edges, Recipe
 from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from flax_cnns.layers.cell import Recipe
+from flax_cnns.layers import Recipe
 from flax_cnns.models.nasnet import NASNet
 from flax_cnns.types import Paper
 

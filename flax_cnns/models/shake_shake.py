@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
-from flax_cnns.layers.shake import Shake
 from flax_cnns.models.fields import Classes, Count, Counts, ImageSize
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -56,7 +55,7 @@ class Block(nn.Module):
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, shake: Shake | None = None) -> Array:
+    def __call__(self, x: Array, shake: layers.Shake | None = None) -> Array:
         branch = partial(
             Branch, self.width, self.conv, self.norm, self.stride, zero_init=self.zero_init
         )

@@ -1,7 +1,7 @@
 """What a regularizer is: the hooks by which it acts in a training step, and those of a user's own.
 
 A user's own is any object with some of the hooks as its methods: `hooks_of` makes a `Regularizer`
-of it. Where the network scans, its `params` have a stack of blocks as one leaf [blocks ...].
+of it. Its `params` have every block under its name, where the network scans too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import own
 from flax_cnns.types import Array, PyTree
@@ -137,7 +138,7 @@ def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
 
 def _checked_penalty(what: str, name: str, method: Callable) -> Callable:
     def penalty(params: PyTree, step: Array) -> Array:
-        found = method(params, step)
+        found = method(pytree.unstack_blocks(params), step)
         if not own.is_like(found, ()):
             raise UserError(
                 f"{what}, penalty: expected one number, float32 [], came {own.describe(found)}"
@@ -149,10 +150,13 @@ def _checked_penalty(what: str, name: str, method: Callable) -> Callable:
 
 def _checked_tree(hook: str, what: str, name: str, method: Callable) -> Callable:
     def change(*given: Any) -> PyTree:
+        trees, rest = given, ()
         if hook == "gradients":
-            grads, params, key, step = given
-            given = grads, params, _own_key(key, name), step
-        return own.like_tree(f"{what}, {hook}", method(*given), given[0])
+            *trees, key, step = given
+            rest = _own_key(key, name), step
+        named = [pytree.unstack_blocks(tree) for tree in trees]
+        found = own.like_tree(f"{what}, {hook}", method(*named, *rest), named[0])
+        return own.restack(found, given[0])
 
     return change
 

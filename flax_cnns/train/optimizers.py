@@ -86,6 +86,7 @@ def _own_optimizer(
 
     Optax counts updates by itself, and knows neither of rejected steps nor of the plateau: so it is
     made anew in each update, with a schedule that is the step's rate whatever count it is given.
+    Every block has its own name in what it is given, and in its state, where the network scans too.
     """
     what = f"optimizer.name: {owns.name_of(factory)}"
     owns.check_arguments(what, factory, ("learning_rate_schedule",), fields)
@@ -111,19 +112,20 @@ def _own_optimizer(
 
     def init(params: PyTree) -> OwnState:
         start = PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
-        return OwnState(start, make_with(schedule).init(params))
+        return OwnState(start, make_with(schedule).init(pytree.unstack_blocks(params)))
 
     def update(updates, state, params=None, *, step, **_):
         rate = schedule(step) * state.rate.scale
+        grads, named = (pytree.unstack_blocks(tree) for tree in (updates, params))
         try:
-            found, inner = make_with(lambda count: rate).update(updates, state.inner, params)
+            found, inner = make_with(lambda count: rate).update(grads, state.inner, named)
         except TypeError as error:
             if "required keyword-only" in str(error):
                 raise UserError(
                     f"{what} is given gradients, state and params alone: {error}"
                 ) from None
             raise
-        found = owns.like_tree(f"{what}, updates", found, updates)
+        found = owns.restack(owns.like_tree(f"{what}, updates", found, grads), updates)
         return found, OwnState(state.rate, owns.like_tree(f"{what}, state", inner, state.inner))
 
     make_with(schedule)  # what is wrong with it, before the data is loaded

@@ -79,6 +79,18 @@ def like(what: str, found: Any, expected: Array) -> Array:
     return jnp.asarray(found)
 
 
+def restack(named: PyTree, stacked: PyTree) -> PyTree:
+    """The inverse of `tree.unstack_blocks`: the leaves of `named` in the form of `stacked`."""
+    flat = pytree.flatten(named)
+
+    def one(path: str, leaf: Array) -> Array:
+        parts = [flat[name] for name in pytree.members(path)]
+        return parts[0] if len(parts) == 1 else jnp.stack(parts).reshape(leaf.shape)
+
+    leaves = [one(path, leaf) for path, leaf in pytree.flatten(stacked).items()]
+    return jax.tree.unflatten(jax.tree.structure(stacked), leaves)
+
+
 def like_tree(what: str, found: Any, expected: PyTree) -> PyTree:
     """`found`, of the structure of `expected`. Raises `UserError` if it has other leaves."""
     leaves, flat = pytree.flatten(found), pytree.flatten(expected)

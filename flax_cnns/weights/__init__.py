@@ -35,9 +35,10 @@ def load_weights(
     averaged: bool = False,
     adapt_stem: bool = False,
     resize_positions: bool = False,
+    with_preprocessing: bool = False,
     say: Callable[[str], Any] = print,
     **fields: Any,
-) -> dict[str, dict]:
+) -> dict[str, dict] | tuple[dict[str, dict], Preprocessing]:
     """`{"params": ..., "batch_stats": ...}` of `model_name` with the weights of a file.
 
     `source`, whose names and layout the tensors have, is one of `model_info(model_name).sources`:
@@ -52,8 +53,14 @@ def load_weights(
     given `input_size` is not the file's, `adapt_stem` and `resize_positions` fit the weights to it
     (see `adapt`). What was chosen, renamed or adapted goes to `say`, a line each.
 
+    `with_preprocessing` returns `(variables, preprocessing)`: `preprocessing(photo)`, f32
+    [1 size size 3], is what these weights were evaluated on, at the size that they take, and its
+    `num_classes` is the file's, 0 without a head. The numbers are those of the source's published
+    weights: weights that were trained with others take `preprocessing._replace(mean=...)`.
+
     Raises `UserError` for an unknown name or source, for a file that is missing, damaged, refused
-    or of another network, and where a download fails.
+    or of another network, and where a download fails; with the preprocessing also for weights whose
+    images are no squares of 3 channels.
     """
     found = open_weights(
         model_name,
@@ -66,7 +73,21 @@ def load_weights(
     )
     for note in found.notes:
         say(f"note: {note}")
-    return found.tree
+    if not with_preprocessing:
+        return found.tree
+    return found.tree, _preprocessing_of(model_name, source, found)
+
+
+def _preprocessing_of(model_name: str, source: str, found: Converted) -> Preprocessing:
+    """At the size and with the number of classes that the weights have."""
+    head = found.tree["params"].get("head")
+    row = preprocessing(model_name, source)._replace(
+        num_classes=0 if head is None else int(head["kernel"].shape[-1])
+    )
+    try:
+        return row.for_images(found.input_size, create_model(model_name).input_size)
+    except UserError as error:
+        raise UserError(f"{model_name} from {source}: {error}") from None
 
 
 def open_weights(

@@ -9,15 +9,16 @@ older ResNet-50.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from flax_cnns.data.images import Box, Photo, open_photo, upright
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
+
+if TYPE_CHECKING:  # it needs Pillow, and weights do not
+    from flax_cnns.data.images import Box, Photo
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std, RGB, of 0 to 1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # -> -1 to 1
@@ -65,7 +66,15 @@ class Preprocessing(NamedTuple):
 
     def __call__(self, image: Photo) -> np.ndarray:
         """f32 [1 size size 3] of a file, a PIL image or u8 [H W 3], turned as its EXIF says;
-        raises `UserError`."""
+        raises `UserError`, also where Pillow is not installed."""
+        try:
+            from PIL import Image
+        except ImportError:
+            raise UserError(
+                "photographs are read and resized by Pillow: pip install pillow"
+            ) from None
+        from flax_cnns.data.images import open_photo, upright
+
         with open_photo(image) as photo:
             photo = upright(photo, 3)
             how = Image.Resampling[self.interpolation.upper()]
@@ -80,6 +89,19 @@ class Preprocessing(NamedTuple):
             pixels = pixels[..., ::-1]
         mean, std = np.float32(self.mean), np.float32(self.std)
         return ((pixels * np.float32(self.scale) - mean) / std)[None]
+
+    def for_images(self, input_size: Sequence[int], usual: Sequence[int]) -> Preprocessing:
+        """The same share of a photograph for a network that takes images of `input_size`, in place
+        of `usual`; both (H, W, C). Raises `UserError` unless they are squares of 3 channels."""
+        height, width, channels = input_size
+        if height != width or channels != 3:
+            raise UserError(
+                f"these weights take images {list(input_size)}, and photographs are prepared as "
+                "squares of 3 channels"
+            )
+        if tuple(input_size) == tuple(usual):
+            return self
+        return self._replace(size=height, resize=round(self.resize * height / self.size))
 
     def class_names(self) -> tuple[str, ...]:
         """ImageNet's classes in words, () of other classes. Raises `UserError` where the package

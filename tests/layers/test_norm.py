@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,6 +65,50 @@ def test_batch_norm_refuses_to_train_on_one_value_per_channel():
     jax.eval_shape(devices, X[:2, None, :1, :1])
     with pytest.raises(UserError, match="1 value per channel"):
         jax.eval_shape(devices, X[:1, None, :1, :1])
+
+
+class Nested(nn.Module):
+    """A BatchNorm inside a lifted function."""
+
+    lift: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.lift(lambda module, x: make_norm("batch", train=True)(name="norm")(x))(self, x)
+
+
+def _scan(body):
+    def scanned(module, x):
+        axes = {"params": 0, "batch_stats": 0}
+        run = nn.scan(lambda m, x, _: (body(m, x), None), variable_axes=axes, length=2)
+        return run(module, x, None)[0]
+
+    return scanned
+
+
+LIFTS = {
+    "none": lambda body: body,
+    "remat": nn.remat,
+    "scan": _scan,
+    "cond": lambda body: lambda m, x: nn.cond(x.sum() > 0, body, lambda m, x: x, m, x),
+    "map": lambda body: nn.map_variables(body, "batch_stats", mutable=True),
+}
+
+
+@pytest.mark.parametrize("lift", LIFTS)
+def test_batch_norm_says_that_its_statistics_must_be_mutable(lift):
+    plain = Nested(LIFTS["none"])
+    variables = jax.eval_shape(plain.init, jax.random.key(0), X)
+    if lift == "scan":
+        add = lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype)  # noqa: E731
+        variables = jax.tree.map(add, variables)
+    network = Nested(LIFTS[lift])
+    said = r'the running statistics of norm: expected apply\(.*mutable=\["batch_stats"\]\)'
+    with pytest.raises(UserError, match=said) as error:
+        jax.eval_shape(network.apply, variables, X)
+    assert "\n" not in str(error.value)
+    _, moved = jax.eval_shape(partial(network.apply, mutable=["batch_stats"]), variables, X)
+    assert moved == {"batch_stats": variables["batch_stats"]}
 
 
 def test_flax_own_batch_norm_is_checked_where_that_is_asked_for():

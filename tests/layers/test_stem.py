@@ -61,3 +61,13 @@ def test_images_that_do_not_fit():
         check_images(jnp.zeros((1, 28, 30, 1)), (32, 32, 3))
     with pytest.raises(UserError, match="31x40 are too small: the smallest is 32x32"):
         check_images(jnp.zeros((1, 31, 40, 3)), (32, 32, 3), smallest=32)
+
+
+def test_images_with_their_channels_first():
+    for shape, channels in (((2, 3, 32, 32), 3), ((1, 1, 28, 30), 1)):
+        said = rf"^images are \[N H W C\]: transpose \(0, 2, 3, 1\); expected {channels} channels"
+        with pytest.raises(UserError, match=said):
+            check_images(jnp.zeros(shape), (32, 32, channels))
+    # Three rows of images with alpha.
+    with pytest.raises(UserError, match="expected images of 3 channels, got 4"):
+        check_images(jnp.zeros((2, 3, 3, 4)), (32, 32, 3))

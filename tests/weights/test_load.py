@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.graft import sources
 from flax_cnns.errors import UserError
 from flax_cnns.interop.convert import convert as convert_to_folder
-from flax_cnns.weights import convert, files, hub, load_weights
+from flax_cnns.weights import convert, files, hub, load_weights, preprocessing
 from tests.models import cases, foreign
 from tests.test_scripts import finish
 
@@ -46,6 +47,23 @@ def test_a_file_gives_what_its_tensors_give(tensors, file, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda *names: asked.append(names) or file)
     chex.assert_trees_all_equal(load_weights("squeezenet1_1", "torchvision"), expected)
     assert asked == [("squeezenet1_1", "torchvision")]
+
+
+def test_with_preprocessing(tensors, file, tmp_path):
+    """Of the file's own number of classes, and at the size of the images that it takes."""
+    load = partial(load_weights, "squeezenet1_1", "torchvision", with_preprocessing=True)
+    variables, seen = load(file)
+    chex.assert_trees_all_equal(variables, convert("squeezenet1_1", tensors, "torchvision"))
+    published = preprocessing("squeezenet1_1", "torchvision")
+    assert seen == published._replace(num_classes=10)
+    assert seen.class_names() == ()
+    _, seen = load(file, num_classes=None, input_size=(96, 96, 3))
+    assert (seen.size, seen.resize, seen.num_classes) == (96, 110, 0)
+    assert seen(np.zeros((50, 60, 3), np.uint8)).shape == (1, 96, 96, 3)
+    gray = {**tensors, "features.0.weight": tensors["features.0.weight"][:, :1]}
+    np.savez(tmp_path / "gray.npz", **gray)
+    with pytest.raises(UserError, match=r"images \[224, 224, 1\], and photographs are .* squares"):
+        load(tmp_path / "gray.npz", say=lambda note: None)
 
 
 def nested(tensors, **names):

@@ -11,7 +11,7 @@ import dataclasses
 import fcntl
 import importlib.util
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from flax_cnns.data.readers import (
     archives,
     digits,  # noqa: F401  registers the builder
 )
-from flax_cnns.data.types import Raw, Source, WrongLabel
+from flax_cnns.data.types import Dataset, Raw, Source, WrongLabel
 from flax_cnns.errors import UserError, did_you_mean
 
 SECONDS = 4.0  # to reach the host that a data set is downloaded from
@@ -69,16 +69,60 @@ class TfdsSource:
         return f"TfdsSource({self.name}, {self.label_key}, {len(self)})"
 
 
+def from_builder(builder: Any) -> Dataset:
+    """See `Dataset.from_tfds`."""
+    kind = builder if isinstance(builder, type) else type(builder)
+    if not issubclass(kind, tfds.core.DatasetBuilder):
+        raise UserError(
+            "from_tfds: expected a tfds.core.DatasetBuilder, a class or an instance, got"
+            f" {getattr(kind, '__name__', kind)}"
+        )
+
+    def read_it(config: Any, prepare: bool) -> Raw:
+        return _read(lambda: _made(builder, config.dir), kind.name, config.labels, prepare)
+
+    return Dataset(
+        name=kind.name,
+        num_classes=0,
+        class_names=(),
+        image_shape=(0, 0, 0),
+        mean=(),
+        std=(),
+        normalized_by="",
+        splits={},
+        read=read_it,
+    )
+
+
+def _made(builder: Any, directory: str) -> tfds.core.DatasetBuilder:
+    """The instance, of a class too; `directory` is for classes. Raises UserError."""
+    if not isinstance(builder, type):
+        if directory:
+            raise UserError(f"data.dir does not act: {builder.name} is made, in {builder.data_dir}")
+        return builder
+    try:
+        with _quiet():
+            return builder(data_dir=_data_dir(directory), file_format="array_record")
+    except Exception as why:  # of the user's own code
+        raise UserError(f"cannot make {builder.__name__}: {_line(why)}") from why
+
+
 def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw:
     """The data set `name`; with `prepare` it is prepared first if needed. Raises UserError."""
-    builder = _builder(name, directory)
+    return _read(lambda: _builder(name, directory), name, labels, prepare)
+
+
+def _read(
+    make: Callable[[], tfds.core.DatasetBuilder], name: str, labels: str, prepare: bool
+) -> Raw:
+    builder = make()
     label_key = _label_key(builder, labels)
     image_key = _image_key(builder)
     if not _is_prepared(builder):
         if not prepare:
             raise UserError(f"{name} is not prepared in {builder.data_dir}")
         _prepare(builder, name)
-        builder = _builder(name, directory)
+        builder = make()
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"{builder.data_dir} is prepared as {builder.info.file_format.value}, which cannot be "
@@ -132,7 +176,7 @@ def facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...],
 def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     base = base_name(name)
     known = tfds.list_builders(with_community_datasets=False)
-    path = Path(directory or tfds.core.constants.get_default_data_dir()).expanduser()
+    path = _data_dir(directory)
     if base not in known and not (path / base).is_dir():
         raise UserError(
             f"unknown data set {name!r} (a folder of images is data.name=folder data.dir=...)"
@@ -153,6 +197,15 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
                 "remove it to have it prepared again"
             ) from why
         raise UserError(f"TFDS has no {name!r} in {path}: {_line(why)}") from why
+
+
+def _data_dir(directory: str) -> Path:
+    return Path(directory or tfds.core.constants.get_default_data_dir()).expanduser()
+
+
+def _is_stock(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether TFDS has the builder, and not the user or this package."""
+    return type(builder).__module__.partition(".")[0] == "tensorflow_datasets"
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -207,8 +260,8 @@ def _command(name: str) -> str:
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     path = Path(builder.data_dir)
-    stock = builder.name != "digits"
-    if stock:
+    stock = _is_stock(builder)
+    if stock or builder.url_infos:  # a builder of the user's own may download nothing
         host = _download_host(builder)
         if not _reachable(host):
             raise UserError(
@@ -216,7 +269,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
                 f"there is a network ({_command(name)}){_archives(builder.name)} and set "
                 "data.dir=DIR, or try data.name=digits or data.mock=1000"
             )
-        if importlib.util.find_spec("tensorflow") is None:
+        if stock and importlib.util.find_spec("tensorflow") is None:
             raise UserError(
                 f"{name} is not prepared in {path}, and to prepare it, not to read it, TFDS needs "
                 "TensorFlow: pip install 'flax_cnns[prepare]'"
@@ -227,10 +280,18 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
             # Another process may have been first. TFDS writes into a folder of another name and
             # renames it: a process killed half-way leaves nothing that looks prepared.
             if not _is_prepared(builder):
-                with contextlib.nullcontext() if stock else _quiet():
+                with _quiet() if builder.name == "digits" else contextlib.nullcontext():
                     builder.download_and_prepare(file_format="array_record")
     except OSError as why:
         raise UserError(f"cannot prepare {name} in {path}: {why}; choose another data.dir") from why
+    except ImportError as why:
+        if importlib.util.find_spec("tensorflow") is not None:
+            raise UserError(f"TFDS cannot prepare {name} in {path}: {_line(why)}") from why
+        raise UserError(
+            f"to prepare {name}, not to read it, TFDS needs TensorFlow (pip install"
+            " 'flax_cnns[prepare]'), unless its builder yields images that are encoded already: a"
+            " PNG in io.BytesIO, or the path of a file"
+        ) from why
     except Exception as why:  # of downloads, checksums, missing manual files, missing packages
         raise UserError(f"TFDS cannot prepare {name} in {path}: {_line(why)}") from why
 
