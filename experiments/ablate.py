@@ -4,7 +4,7 @@ python -m experiments.ablate --config=configs/ablations/regularizers.py:digits -
     --workdir=runs/regular
 python -m experiments.ablate --config=configs/ablations/regularizers.py:digits --seeds=3 \
     --workdir=runs/regular --dry-run
-python -m experiments.ablate --workdir=runs/regular --report --interval=bootstrap
+python -m experiments.ablate --workdir=runs/regular --report --interval=bootstrap --metric=loss
 
 The config's file has a function sweep() that yields (name, {field: value, ...}), the baseline
 first. A cell is a row with a seed, a run in WORKDIR/ROW/seedS. The same command again repeats no
@@ -39,6 +39,9 @@ _INDEX = flags.DEFINE_integer("index", None, "Only this cell, from 0: for arrays
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only show the plan and what it will take.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the report of what is complete.")
 _INTERVAL = flags.DEFINE_enum("interval", "t", ["t", "bootstrap"], "Of the report.")
+_METRIC = flags.DEFINE_string(
+    "metric", "accuracy", "Of the report: NAME of test/NAME in the log, such as loss, or your own."
+)
 _ACCEPT = script.define_accept()
 _CONFIG = script.define_config("ablations/regularizers")
 
@@ -54,11 +57,12 @@ def ablate(argv: list[str]) -> int:
     del argv
     folder = _WORKDIR.value
     if _REPORT.value:
-        ablation.report(folder, interval=_INTERVAL.value)
+        ablation.report(folder, interval=_INTERVAL.value, metric=_METRIC.value)
         return 0
     file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     sweep = plan.load_sweep(file)
     given = dict(seeds=_SEEDS.value, jobs=_JOBS.value, rows=_ROWS.value, index=_INDEX.value)
+    given |= dict(metric=_METRIC.value)
     if _DRY_RUN.value:
         ablation.show_plan(_CONFIG.value, sweep, folder, **given)
         return 0

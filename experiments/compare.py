@@ -2,6 +2,7 @@
 
 python -m experiments.compare runs/plain runs/mixup
 python -m experiments.compare runs/sweep/*/seed0 --out=pictures/seed0.png
+python -m experiments.compare runs/tags runs/tags_mixup --metric=label_accuracy
 
 Unfinished runs are compared up to where they are. Writes the file that --out names; without it
 comparison.png, or comparison-2.png if the first exists.
@@ -23,6 +24,9 @@ _OUT = flags.DEFINE_string(
     "comparison.png",
     "The picture to write; its suffix is its format. Without this flag no file is replaced.",
 )
+_METRIC = flags.DEFINE_string(
+    "metric", "accuracy", "Compared instead of the accuracy: a metric of the logs, or your own."
+)
 script.define_arguments("runs (the directories of trained or half-trained networks)")
 
 
@@ -36,9 +40,12 @@ def compare(argv: list[str]) -> None:
         console.print(table)
     else:
         print("the configs are the same" if len(runs) > 1 else "one run: nothing to compare with")
-    console.print(comparison.result_table(runs))
+    metric = comparison.check_metric(runs, _METRIC.value)
+    console.print(comparison.result_table(runs, metric))
+    if (known := comparison.find_metrics(runs)) and metric not in known:
+        print(f"none of these runs logged {metric}; --metric may be {', '.join(known)}")
     out, told = script.choose_picture(_OUT)
-    comparison.draw(runs, out)
+    comparison.draw(runs, out, metric)
     print(f"written: {told}")
 
 

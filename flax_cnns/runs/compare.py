@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from flax_cnns import config as configs
 from flax_cnns.analysis.plots import style as plot_style
 from flax_cnns.analysis.plots.curves import PANELS
 from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import record as records
+from flax_cnns.runs.metric import DIGITS, SHARES, Metric, make_metric
 from flax_cnns.runs.record import Record
 
 # From the ninth run on the lines differ by their dashes.
@@ -59,28 +62,65 @@ def config_table(runs: Mapping[str, Record]) -> Table | None:
     return table
 
 
-def result_table(runs: Mapping[str, Record]) -> Table:
-    """Where each run ended, or stands."""
+def find_metrics(runs: Mapping[str, Record]) -> list[str]:
+    """The metrics that a run or more logged of its validations or its test."""
+    logged = {name for record in runs.values() for line in record.lines for name in line}
+    split = [name.partition("/") for name in logged]
+    return sorted({name for role, _, name in split if role in ("validation", "test") and name})
+
+
+def check_metric(runs: Mapping[str, Record], metric: str) -> str:
+    """The name of a metric, without "test/". Raises `UserError` if no run logged it; accuracy, of
+    which nothing may be known yet, is always there."""
+    name, known = re.sub("^(validation|test)/", "", metric), find_metrics(runs)
+    if name not in known and name != "accuracy":
+        near = did_you_mean(name, known) or "; nor any other metric"
+        raise UserError(f"--metric: none of these runs logged {name!r}{near}")
+    return name
+
+
+def result_table(runs: Mapping[str, Record], metric: str = "accuracy") -> Table:
+    """Where each run ended, or stands, by a metric of the logs; `-` in runs that lack it."""
+    of = make_metric(metric)
+    said = "" if metric == "accuracy" else f" {metric}"
     table = Table(title="results")
-    columns = ("run", "", "step", "validation, %", "best", "test, %", "test loss", "train − test")
-    for column in (*columns, "s per step", "time, s"):
+    columns = ["run", "", "step", f"validation{said}{of.unit}", "best", f"test{said}{of.unit}"]
+    columns += ["test loss"] if metric != "loss" else []
+    for column in (*columns, "train − test", "s per step", "time, s"):
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for name, record in runs.items():
-        validated = record.series("validation/accuracy")[1]
-        test, fit = record.last("test/accuracy"), record.last("fit/accuracy")
+        test, fit = record.last(f"test/{metric}"), record.last(f"fit/{metric}")
+        loss = [_say(record.last("test/loss"), ".4g")] if metric != "loss" else []
         table.add_row(
             name,
             "complete" if record.complete else "unfinished",
             f"{record.step:,}",
-            _percent(record.last("validation/accuracy")),
-            _percent(np.nanmax(validated) if np.isfinite(validated).any() else None),
-            _percent(test),
-            _say(record.last("test/loss"), ".4g"),
-            _percent(None if test is None or fit is None else fit - test),
+            _write(of, record.last(f"validation/{metric}")),
+            _write(of, _best(record, metric)),
+            _write(of, test),
+            *loss,
+            _write(of, None if test is None or fit is None else fit - test),
             _say(record.seconds_per_step, ".3g"),
             _say(record.seconds, ".0f"),
         )
     return table
+
+
+def _best(record: Record, metric: str) -> float | None:
+    """Of the validations; None for a metric of which nobody said whether more is better."""
+    values = record.series(f"validation/{metric}")[1]
+    values = values[np.isfinite(values)]
+    mode = "max" if metric in SHARES else "min" if metric == "loss" else "auto"
+    if record.config.train.best_by.removeprefix("validation/") == metric and mode == "auto":
+        mode = record.config.train.best_mode
+    if not values.size or mode == "auto":
+        return None
+    return float(values.max() if mode == "max" else values.min())
+
+
+def _write(metric: Metric, value: float | None) -> str:
+    """A share in per cent, another metric with four digits."""
+    return _say(value, f".{DIGITS}g") if not metric.is_share else _percent(value)
 
 
 def _percent(share: float | None) -> str:
@@ -91,18 +131,20 @@ def _say(value: Any, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def draw(runs: Mapping[str, Record], png: str | os.PathLike) -> None:
-    """Loss, accuracy and learning rate: a colour for each run, validation strong, training thin,
-    the test a star. Against the steps, or where batch sizes differ the images seen. Raises
-    `UserError` where it cannot be written."""
+def draw(runs: Mapping[str, Record], png: str | os.PathLike, metric: str = "accuracy") -> None:
+    """Loss, accuracy or another metric, and learning rate: a colour for each run, validation
+    strong, training thin, the test a star. Against the steps, or where batch sizes differ the
+    images seen. Raises `UserError` where it cannot be written."""
+    names = tuple(dict.fromkeys(metric if name == "accuracy" else name for name in PANELS))
     sizes = {record.config.data.batch_size for record in runs.values()}
     across = "step" if len(sizes) == 1 else "images seen"
     columns = -(-len(runs) // LEGEND)  # of the legend
     height = 4.0 + 0.14 * max(min(len(runs), LEGEND) - 12, 0)
-    figure = Figure(figsize=(14 + 3 * (columns - 1), height), layout="constrained")
-    panels = figure.subplots(1, len(PANELS))
+    width = 14 / len(PANELS) * len(names)
+    figure = Figure(figsize=(width + 3 * (columns - 1), height), layout="constrained")
+    panels = figure.subplots(1, len(names))
     styles = _styles(len(runs))
-    for axes, panel in zip(panels, PANELS):
+    for axes, panel in zip(panels, names):
         for style, record in zip(styles, runs.values()):
             _run(axes, panel, record, style, record.config.data.batch_size if len(sizes) > 1 else 1)
         axes.set(title=panel.replace("_", " "), xlabel=across)

@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments import script
 from flax_cnns.errors import UserError
 from flax_cnns.runs import compare
-from tests.sweeps import write_run
+from tests.sweeps import rename_accuracy, write_run
 
 
 @pytest.fixture
@@ -110,3 +110,49 @@ def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
     assert choose(1) == ("comparison.png", "comparison.png, which replaces the old file")
     with pytest.raises(UserError, match=r"comparison\.png is one of the photos"):
         choose(1, inputs=[str(tmp_path / "comparison.png")])
+
+
+def columns(runs, metric):
+    """The heading and the rows of the results, as texts."""
+    table = compare.result_table(compare.read(runs), metric)
+    return [column.header for column in table.columns], list(zip(*(c.cells for c in table.columns)))
+
+
+def test_another_metric_takes_the_place_of_the_accuracy(runs, tmp_path, monkeypatch):
+    head, rows = columns(runs, "loss")
+    assert head[3:7] == ["validation loss", "best", "test loss", "train − test"]
+    assert rows[0][5] == "0.1"
+    assert float(rows[0][4]) == pytest.approx(0.2, abs=0.02)  # the lowest
+    rename_accuracy(tmp_path, "f1", "b/mixed")
+    head, rows = columns(runs, "f1")
+    assert head[3:7] == ["validation f1", "best", "test f1", "test loss"]
+    assert [row[5] for row in rows] == ["-", "0.92", "-"]
+    assert rows[1][4] == "-"  # nobody said whether more is better
+    assert columns(runs, "accuracy")[1][1][3:6] == ("-", "-", "-")
+    drawn = []
+    monkeypatch.setattr(compare, "save_picture", lambda figure, png: drawn.append(figure))
+    for metric in ("f1", "loss"):
+        compare.draw(compare.read(runs), "x.png", metric)
+    titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
+    assert titles == [["loss", "f1", "learning rate"], ["loss", "learning rate"]]
+
+
+def test_the_best_of_an_own_metric_is_as_its_run_chose(tmp_path):
+    for mode in ("min", "max"):
+        chosen = dict(train__best_by="validation/f1", train__best_mode=mode)
+        write_run(tmp_path / mode / "seed0", 0.9, **chosen)
+    rename_accuracy(tmp_path, "f1")
+    runs = [tmp_path / mode / "seed0" for mode in ("min", "max")]
+    low, high = (float(row[4]) for row in columns(runs, "f1")[1])
+    assert low < 0.6 < 0.85 < high
+
+
+def test_a_metric_that_no_run_logged_is_one_line(runs, tmp_path):
+    found = compare.read(runs)
+    assert compare.check_metric(found, "validation/loss") == "loss"
+    with pytest.raises(UserError, match=r"none of these runs logged 'los'; did you mean 'loss'"):
+        compare.check_metric(found, "los")
+    rename_accuracy(tmp_path, "label_accuracy")
+    found = compare.read(runs)
+    assert compare.check_metric(found, "accuracy") == "accuracy"  # all -
+    assert compare.find_metrics(found) == ["label_accuracy", "loss"]

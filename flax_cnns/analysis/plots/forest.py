@@ -31,17 +31,23 @@ class Effect(NamedTuple):
 
 
 def draw_forest(
-    effects: Sequence[Effect], png: str | os.PathLike, *, title: str, what: str
+    effects: Sequence[Effect],
+    png: str | os.PathLike,
+    *,
+    title: str,
+    what: str,
+    decimals: int = 2,
+    more_is_better: bool = True,
 ) -> None:
     """A line for each effect, in their order: every seed's difference, the mean and its interval,
-    grey where that holds zero or is not there; `what` names the axis. Raises `UserError` where it
-    cannot be written."""
+    grey where that holds zero or is not there; `what` names the axis. Without `more_is_better` the
+    color does not tell the sign. Raises `UserError` where it cannot be written."""
     limit = _limit(effects)
     figure = Figure(figsize=(8.6, 1.5 + 0.34 * len(effects)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=0.8)
     for y, effect in enumerate(effects):
-        _effect(axes, y, effect, limit)
+        _effect(axes, y, effect, limit, f"+.{decimals}f", WORSE if more_is_better else BETTER)
     axes.set_yticks(range(len(effects)), [shorten(effect.name, LONGEST) for effect in effects])
     axes.set(xlim=(-limit, limit), ylim=(max(len(effects), 1) - 0.4, -0.6))
     if not effects:
@@ -64,7 +70,7 @@ def _limit(effects: Sequence[Effect]) -> float:
     return 1.05 * min(max(reach), FAR * float(np.median([r for r in reach if r])))
 
 
-def _effect(axes: Axes, y: int, effect: Effect, limit: float) -> None:
+def _effect(axes: Axes, y: int, effect: Effect, limit: float, form: str, below: str) -> None:
     found = effect.interval
     right = axes.get_yaxis_transform()  # x as a share of the panel
     if not effect.seeds:
@@ -72,14 +78,14 @@ def _effect(axes: Axes, y: int, effect: Effect, limit: float) -> None:
         return
     colour = UNKNOWN
     if found.excludes_zero:
-        colour = BETTER if found.mean > 0 else WORSE
+        colour = BETTER if found.mean > 0 else below
     inside = [seed for seed in effect.seeds if abs(seed) <= limit]
     axes.plot(inside, [y] * len(inside), "|", color=colour, markersize=9, alpha=0.45)
-    words = f"{found.mean:+.2f}"
+    words = f"{found.mean:{form}}"
     if found.known:
         low, high = np.clip(found[1:3], -limit, limit)
         axes.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        words += f" [{found.low:+.2f}, {found.high:+.2f}]"
+        words += f" [{found.low:{form}}, {found.high:{form}}]"
     if abs(found.mean) <= limit:
         filled = colour if found.known else "white"
         axes.plot([found.mean], [y], "o", color=colour, markerfacecolor=filled, markersize=6)
@@ -97,11 +103,13 @@ def draw_rows(
     *,
     what: str,
     across: str,
+    decimals: int = 2,
+    more_is_better: bool = True,
 ) -> None:
     """A panel for each row: the mean of its seeds' series over a band from the lowest to the
     highest, in front of the baseline's mean. `what` and `across` name the axes; all panels share
-    them, and show the later part of the curves, where the rows differ; what lies below is told by
-    the last value in a panel's title."""
+    them, and show the later part of the curves, where the rows differ; what lies below (without
+    `more_is_better` perhaps above) is told by the last value in a panel's title."""
     columns = min(len(rows), min((5, 4, 3), key=lambda columns: -len(rows) % columns))
     columns = max(columns, math.isqrt(len(rows)))  # hundreds of rows: no long strip
     lines = math.ceil(len(rows) / columns)
@@ -115,7 +123,8 @@ def draw_rows(
         colour = "black" if name == baseline else BETTER
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, mean, color=colour, linewidth=1.5, marker="." if len(x) < 3 else "")
-        last = f"{mean[-1]:.2f}" if len(mean) else "no complete run"
+        none = "not logged" if rows[name] else "no complete run"
+        last = f"{mean[-1]:.{decimals}f}" if len(mean) else none
         axes.set_title(f"{shorten(name, PANEL)}\n{last}", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         tidy(axes)
@@ -125,7 +134,7 @@ def draw_rows(
         axes.tick_params(labelbottom=True)  # also above an empty place
     if len({float(x) for xs, *_ in bands.values() for x in xs}) == 1:
         make_room(max(panels, key=lambda axes: len(axes.get_lines())))  # all share their axes
-    panels[0].set_ylim(*_later(list(bands.values())))
+    panels[0].set_ylim(*_limits(list(bands.values()), more_is_better))
     figure.supxlabel(across, fontsize="medium")
     figure.supylabel(what, fontsize="medium")
     save_picture(figure, png)
@@ -140,6 +149,15 @@ def _band(runs: Sequence[Series]) -> tuple[np.ndarray, ...]:
                 at.setdefault(float(x), []).append(float(y))
     points = [(x, np.mean(ys), min(ys), max(ys)) for x, ys in sorted(at.items())]
     return tuple(np.array(points, float).reshape(-1, 4).T)
+
+
+def _limits(bands: Sequence[tuple[np.ndarray, ...]], rise: bool) -> tuple[float, float]:
+    """Limits of y; curves that need not `rise`, and most of which fall, are seen upside down."""
+    ends = [mean[-1] - mean[0] for _, mean, _, _ in bands if len(mean)]
+    if rise or not ends or np.median(ends) >= 0:
+        return _later(bands)
+    bottom, top = _later([(x, -mean, -high, -low) for x, mean, low, high in bands])
+    return -top, -bottom
 
 
 def _later(bands: Sequence[tuple[np.ndarray, ...]]) -> tuple[float, float]:

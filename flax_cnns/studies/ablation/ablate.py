@@ -26,10 +26,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from ml_collections import ConfigDict
-from rich import progress as bars
 from rich.console import Console
 
 from flax_cnns.data import fingerprint as fingerprints
@@ -39,6 +38,7 @@ from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runtime import launch, output
 from flax_cnns.studies.ablation import forecast, plan
+from flax_cnns.studies.ablation.board import Board, Running
 from flax_cnns.studies.ablation.forecast import Size
 from flax_cnns.studies.ablation.plan import Cell
 from flax_cnns.train.progress import duration
@@ -52,11 +52,13 @@ def work(
     sizes: Mapping[str, Size],
     *,
     accept_changed_data: bool = False,
+    metric: str = "accuracy",
     console: Console | None = None,
 ) -> dict[str, int]:
     """Runs the cells that are not done, one on each share of the machine, and returns how many of
     all have which status. A cell that fails is tried twice. A cell that began with other data is
-    renamed and runs again; with `accept_changed_data` it is kept.
+    renamed and runs again; with `accept_changed_data` it is kept. `metric`: the one of its test
+    that a cell says when it ends.
 
     A cell that another process runs (another start of the same ablation, or what a killed one left
     behind and still saves) is waited for.
@@ -69,7 +71,7 @@ def work(
             cell.write(known)
     console = console or make_console()
     _set_aside_changed_data(cells, sizes, accept_changed_data, console)
-    with _Signals() as signals, _Board(cells, sizes, len(shares), console) as board:
+    with _Signals() as signals, Board(cells, sizes, len(shares), console, metric) as board:
         try:
             _Crew(cells, shares, signals, board, accept_changed_data).go()
         finally:
@@ -133,28 +135,19 @@ class _Signals:
         self.interrupted |= number == signal.SIGINT
 
 
-class _Running(NamedTuple):
-    cell: Cell
-    share: child.Share
-    process: Any
-    said: int  # bytes of the log before
-    began: float
-    known: dict[str, Any]  # of the cell before
-
-
 class _Crew:
     def __init__(
         self,
         cells: Sequence[Cell],
         shares: Sequence[child.Share],
         signals: _Signals,
-        board: _Board,
+        board: Board,
         accept: bool,
     ):
         self.waiting = collections.deque(c for c in cells if not plan.done(c.read()["status"]))
         self.free, self.signals, self.board = list(shares), signals, board
         self.accept = accept
-        self.running: list[_Running] = []
+        self.running: list[Running] = []
         self.elsewhere: set[str] = set()  # names of cells that another process runs
         self.look = 0.0  # when to look for more to start, and to show the time that is left
         self.tries: collections.Counter = collections.Counter()
@@ -201,7 +194,7 @@ class _Crew:
         said = out.tell()
         accept = dict(accept_changed_data=self.accept)
         process = child.start(cell.config, cell.workdir, out, share, **accept)
-        self.running.append(_Running(cell, share, process, said, time.monotonic(), known))
+        self.running.append(Running(cell, share, process, said, time.monotonic(), known))
 
     def _pass_on(self) -> None:
         if self.told == self.signals.asked:
@@ -212,7 +205,7 @@ class _Crew:
             one.process.send_signal(signal.SIGKILL if self.told else signal.SIGTERM)
         self.told = self.signals.asked
 
-    def _end(self, one: _Running) -> None:
+    def _end(self, one: Running) -> None:
         self.running.remove(one)
         self.free.append(one.share)
         self.look = 0.0
@@ -232,71 +225,6 @@ class _Crew:
         self.board.ended(cell, found, time.monotonic() - one.began, again, eta)
 
 
-class _Board:
-    """Shows how far all cells are: a bar on a terminal, and a line for each that ends."""
-
-    def __init__(
-        self, cells: Sequence[Cell], sizes: Mapping[str, Size], jobs: int, console: Console
-    ):
-        self.cells, self.sizes, self.jobs, self.console = cells, sizes, jobs, console
-        self.bar = bars.Progress(
-            bars.TextColumn("{task.completed:.0f}/{task.total:.0f} cells"),
-            bars.BarColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("{task.fields[eta]}  {task.fields[running]}", markup=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> _Board:
-        self.bar.start()
-        self.task = self.bar.add_task("", total=len(self.cells), eta="", running="")
-        self.show()
-        if skipped := self._done():
-            self.say(f"{skipped} of {len(self.cells)} cells are done already")
-        for cell in self.cells:
-            if cell.read()["status"] == "diverged":
-                self.say(f"{cell.name} diverged before; remove {cell.workdir} to try it again")
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
-
-    def _done(self) -> int:
-        return sum(plan.done(cell.read()["status"]) for cell in self.cells)
-
-    def _eta(self, running: Iterable[_Running], waiting: Iterable[Cell]) -> str:
-        if not (seconds := forecast.estimate(self.sizes, self.cells)):
-            return ""
-        now = time.monotonic()
-        each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
-        waiting = [cell for cell in waiting if not plan.done(cell.read()["status"])]
-        remaining = forecast.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
-        return f"ETA {duration(remaining)}" if remaining else ""
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def show(self, running: Sequence[_Running] = (), waiting: Iterable[Cell] = ()) -> str:
-        """Returns the ETA."""
-        names, eta = "; ".join(one.cell.name for one in running), self._eta(running, waiting)
-        self.bar.update(self.task, completed=self._done(), eta=eta, running=names)
-        return eta
-
-    def ended(
-        self, cell: Cell, found: child.Outcome, seconds: float, again: bool, eta: str
-    ) -> None:
-        said = f"{self._done()}/{len(self.cells)}  {cell.name}: {found.status}"
-        if found.status == "complete":
-            accuracy = workdirs.read_json(cell.workdir / "summary.json").get("test/accuracy")
-            said += f", {accuracy:.2%} test" if accuracy is not None else ""
-        said += f", {duration(seconds)}"
-        said += f", {found.error}" if found.error else ""
-        said += "; once more" if again else ""
-        said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""
-        self.say(f"{said}  {eta}" if eta else said)
-
-
 # ---------------------------------------------------------------------------- from plan to report
 
 
@@ -311,12 +239,13 @@ def ablate(
     index: int | None = None,
     rows: Sequence[str] = (),
     interval: str = "t",
+    metric: str = "accuracy",
     accept_changed_data: bool = False,
 ) -> dict[str, int]:
     """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
     `index`; then writes the report. Returns how many cells have which status.
 
-    `jobs`: so many at once; see `runs.child.shares`. `interval`: see `report.write`.
+    `jobs`: so many at once; see `runs.child.shares`. `interval`, `metric`: see `report.write`.
     `accept_changed_data`: see `work`. Raises `UserError` before anything runs for what a run would
     refuse before its first step, and KeyboardInterrupt after Ctrl-C, once the cells that ran have
     saved.
@@ -326,17 +255,19 @@ def ablate(
     made = plan.make_rows(config, sweep, folder)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = forecast.measure(cells)
+    metric = forecast.check_metric(metric, sizes)
     shares = child.shares(jobs)
     plan.record(folder, config, made, seeds, rows)
     interrupt = None
     try:
-        found = work(cells, shares, sizes, accept_changed_data=accept_changed_data)
+        given = dict(accept_changed_data=accept_changed_data, metric=metric)
+        found = work(cells, shares, sizes, **given)
     except KeyboardInterrupt as error:
         interrupt = error
     # Of an array's tasks the last one writes it.
     states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
     if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
-        report(folder, interval=interval)
+        report(folder, interval=interval, metric=metric)
     if interrupt is not None:
         raise interrupt
     return found
@@ -351,12 +282,14 @@ def show_plan(
     jobs: int | None = None,
     index: int | None = None,
     rows: Sequence[str] = (),
+    metric: str = "accuracy",
 ) -> None:
-    """Prints what `ablate` would do, and what it will take; writes nothing."""
+    """Prints what `ablate` would do, and what it will take; writes nothing. Raises `UserError`."""
     workdirs.check_place(folder)
     made = plan.make_rows(config, sweep, folder)
     cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = forecast.measure(cells)
+    forecast.check_metric(metric, sizes)
     shares = child.shares(jobs)
     seconds, source = forecast.forecast(cells, sizes, shares[0])
     console = make_console(width=max(100, make_console().width))
@@ -372,7 +305,7 @@ def show_plan(
     )
 
 
-def report(folder: str | os.PathLike, *, interval: str = "t") -> None:
+def report(folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy") -> None:
     """Writes the report of what is complete, and says where it is. Raises `UserError`."""
     folder = pathlib.Path(folder)
     if not (folder / "ablation.json").is_file():
@@ -381,7 +314,7 @@ def report(folder: str | os.PathLike, *, interval: str = "t") -> None:
     from flax_cnns.studies.ablation import report as ablation_report
 
     with plan.alone(folder):
-        paths = ablation_report.write(folder, interval=interval)
+        paths = ablation_report.write(folder, interval=interval, metric=metric)
     print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")
 
 

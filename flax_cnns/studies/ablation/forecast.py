@@ -17,10 +17,12 @@ from rich.table import Table
 from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.plan import rehearse
+from flax_cnns.runs.build import Parts
+from flax_cnns.runs.plan import METRICS, rehearse
+from flax_cnns.studies import own_parts
 from flax_cnns.studies.ablation.plan import Cell, Row, done, recorded_rows
 from flax_cnns.train.progress import duration
 
@@ -32,6 +34,7 @@ class Size(NamedTuple):
     macs: int  # of one image
     images: int  # that it is trained on, each as often as it is seen
     data: fingerprints.Seen = fingerprints.Seen({})  # as it is now
+    metrics: tuple[str, ...] = ()  # that its test logs
 
     @property
     def work(self) -> float:
@@ -58,8 +61,30 @@ def measure(cells: Sequence[Cell]) -> dict[str, Size]:
                 said.add(line)
         found = cost(parts.model, (1, *parts.dataset.image_shape))
         images = steps * row.config.data.batch_size
-        sizes[row.name] = Size(found.params, found.macs, images, parts.dataset.seen)
+        seen, metrics = parts.dataset.seen, tuple(_metrics(parts))
+        sizes[row.name] = Size(found.params, found.macs, images, seen, metrics)
     return sizes
+
+
+def _metrics(parts: Parts) -> list[str]:
+    """What the test of a run logs: none without a test split."""
+    if "test" not in parts.dataset.splits:
+        return []
+    known = [
+        name for name in METRICS[parts.dataset.task] if name != "top5" or parts.num_classes > 5
+    ]
+    return [*known, *parts.own.metrics]
+
+
+def check_metric(metric: str, sizes: Mapping[str, Size]) -> str:
+    """The name of a metric, without "test/". Raises `UserError` for one that a row's test will not
+    log."""
+    name = metric.removeprefix("test/")
+    for row, size in sizes.items():
+        if name not in size.metrics:
+            near = did_you_mean(name, size.metrics) or "; its data have no test split"
+            raise UserError(f"--metric: the test of row {row} logs no {name!r}{near}")
+    return name
 
 
 def estimate(sizes: Mapping[str, Size], cells: Iterable[Cell]) -> dict[str, float]:
@@ -89,6 +114,8 @@ def time_steps(row: Row, share: child.Share) -> tuple[float, float]:
     config.schedule.update(dict(name="constant", warmup="0 steps"))
     config.train.update(dict(duration=f"{TIMED} steps", eval_every="0 steps", early_stopping=0))
     config.checkpoint.every = "0 steps"
+    named, config.train.callbacks = own_parts.names(config), ()  # which may write files
+    own_parts.forget(config, named - own_parts.names(config))
     config = configs.reset_inert_fields(config)
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"

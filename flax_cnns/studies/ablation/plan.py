@@ -17,9 +17,12 @@ from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import workdir as workdirs
+from flax_cnns.studies import own_parts
 
 # Beside the rows' directories.
 FILES = ("ablation.json", "report.md", "report.csv", "forest.png", "curves.png")
+
+OPAQUE = "an ablation runs in child processes"
 
 
 class Row(NamedTuple):
@@ -92,8 +95,10 @@ def make_rows(
 ) -> list[Row]:
     """The rows of a sweep on a config, for `folder`. Raises `UserError` for a name that cannot be a
     directory's or is there twice, for an override that names no field, for a value of the wrong
-    kind, and for what `config.check_new` refuses."""
+    kind, for an object that child processes cannot have, and for what `config.check_new` refuses.
+    """
     configs.validate(config)
+    own_parts.refuse_opaque(config, OPAQUE)
     rows: dict[str, Row] = {}
     recorded, notes = recorded_rows(folder), []
     for pair in sweep:
@@ -112,6 +117,7 @@ def make_rows(
         try:
             changed = override(config, overrides)
             configs.validate(changed)
+            own_parts.refuse_opaque(changed, OPAQUE)
             begun = recorded.get(name) == configs.plain(dict(overrides))
             configs.check_new(changed, folder, begun=begun, say=notes.append)
         except UserError as error:
@@ -139,19 +145,23 @@ def _is_row(name: Any, overrides: Any) -> bool:
 
 def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. Fields
-    that these switch off, such as sgd's momentum under another optimizer, get their defaults.
-    Raises `UserError` for an unknown field; those of a network and of a user's own parts are theirs
-    to know."""
+    that these switch off, such as sgd's momentum under another optimizer, get their defaults, and
+    those of an own part that is no longer named go. Raises `UserError` for an unknown field; those
+    of a network and of a user's own parts are theirs to know."""
+    given = configs.flatten(overrides)
     # A field that could not act before, or that the row sets, is a mistake: it must be refused.
-    keep = {*configs.find_inert_fields(config), *configs.flatten(overrides)}
+    keep = {*configs.find_inert_fields(config), *given}
     config = ConfigDict(config.to_dict())
-    for path, value in configs.flatten(overrides).items():
+    parts = own_parts.names(config)
+    for path, value in given.items():
         if path == "seed":
             raise UserError("seed: every row has the same ones; --seeds says how many")
         of_own = path.startswith("own.") or path.rpartition(".")[0] == "model"
         if path not in configs.FIELDS and not of_own:
             raise UserError(f"unknown field {path!r}{did_you_mean(path, configs.FIELDS)}")
         configs.set_in(config, path, value)
+    gone = parts - own_parts.names(config)
+    own_parts.forget(config, {n for n in gone if not any(p.startswith(f"own.{n}.") for p in given)})
     return configs.reset_inert_fields(config, keep)
 
 

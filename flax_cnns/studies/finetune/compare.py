@@ -31,6 +31,7 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.train import run
 from flax_cnns.runtime import output
 from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.studies import own_parts
 from flax_cnns.studies.finetune import probe
 from flax_cnns.studies.finetune.strategies import COPY, STRATEGIES, Phase, Task, make_task
 
@@ -76,6 +77,7 @@ def _check_new(config: ConfigDict, folder: pathlib.Path, say: Callable[[str], No
         if name != "pretrain":  # its phases set it, and the fields that belong to it act
             one.graft.source = config.source or "pretrain"
         try:
+            own_parts.refuse_opaque(one, "fine-tuning starts its runs from configs")
             configs.check_new(one, folder, begun=begun, say=notes.append)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
@@ -148,6 +150,9 @@ def compare(
         for line in (*task.held, *([f"note: {note}"] if note else [])):
             say(f"targets.{name}: {line}")
     chosen = _possible(chosen, strategies, tasks, say)
+    for name, task in tasks.items():
+        for note in _notes(task, chosen):
+            say(f"targets.{name}: note: {note}")
     if config.source:
         _check_source(source, tasks, chosen, say)
     else:
@@ -159,7 +164,10 @@ def compare(
         say("training the source")
         pretrain = Phase("pretrain", config.pretrain)
         summary = _train(pretrain, pathlib.Path(source), accept=accept_changed_data)
-        say(f"source: {summary['test/accuracy']:.2%} of its own test split")
+        if "test/accuracy" in summary:
+            say(f"source: {summary['test/accuracy']:.2%} of its own test split")
+        else:  # of several labels an image
+            say(f"source: loss {summary['test/loss']:.4g} on its own test split")
     total = len(targets) * len(fractions) * seeds * len(chosen)
     runner, records = _Runner(folder, total, say, accept_changed_data), []
     for target, task in tasks.items():
@@ -185,22 +193,36 @@ def _possible(
     tasks: Mapping[str, Task],
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
-    """Without what no classifier but a dense layer can do: of "all" it is left out, with a line.
-    Raises `UserError` where it was asked for by name."""
-    target = next((name for name, task in tasks.items() if not task.is_dense), None)
+    """Without the classifiers on features where these cannot be: of "all" they are left out, with
+    a line. Raises `UserError` where one was asked for by name."""
+    target = next((name for name, task in tasks.items() if task.no_features), None)
     if target is None:
         return chosen
     task = tasks[target]
-    out = [name for name in chosen if any(phase.layers for phase in STRATEGIES[name](task))]
-    why = (
-        f"the classifier of targets.{target} ({task.config.model.name}:"
-        f" {', '.join(task.classifier)}) is no dense layer on features"
-    )
+    out = _on_features(chosen, task)
+    why = task.no_features.format(target=f"targets.{target}")
     if asked := [name for name in out if name in named]:
         raise UserError(f"--strategies: leave out {', '.join(asked)}: {why}")
     if out:
         say(f"left out: {', '.join(out)}: {why}")
     return tuple(name for name in chosen if name not in out)
+
+
+def _notes(task: Task, strategies: Sequence[str]) -> list[str]:
+    """What an own part of a target does not do here."""
+    config, notes = task.config.train, []
+    if config.callbacks and (silent := _on_features(strategies, task)):
+        notes.append(f"{', '.join(silent)} call no train.callbacks")
+    if config.best_by not in ("auto", "validation/accuracy"):
+        notes.append(
+            "no strategy is called the best by validation accuracy, as train.best_by is"
+            f" {config.best_by}"
+        )
+    return notes
+
+
+def _on_features(strategies: Sequence[str], task: Task) -> list[str]:
+    return [name for name in strategies if any(phase.layers for phase in STRATEGIES[name](task))]
 
 
 def _check_source(
@@ -327,7 +349,9 @@ def _train(
     except Preempted as left:
         print(f"{workdir}: saved at step {left.step}; the same command goes on", flush=True)
         raise
-    if summary.get("test/accuracy") is None:  # an older version took splits without an image
+    if (
+        summary.get("test/accuracy") is None and "test/label_accuracy" not in summary
+    ):  # an older version took splits without an image
         raise UserError(f"{workdir}/summary.json has no test accuracy; remove {workdir}")
     return summary
 

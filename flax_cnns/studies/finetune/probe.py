@@ -1,10 +1,10 @@
 """Linear classifiers on a network's fixed features: "bottom features can be precomputed".
 
 The features of all splits are computed once, without augmentation, pooled to [N C], and kept in a
-file; each classifier then trains on them with the config's own optimizer (but without SAM: the
-problem is convex), schedule, number of steps and order of examples. On the network's last features
-that is, but for rounding and for gradient noise, which is another, what a run computes in which all
-but the classifier is frozen and nothing is augmented; it passes each image once.
+file; each classifier then trains on them with the config's own loss, optimizer (but without SAM:
+the problem is convex), schedule, number of steps and order of examples. On the network's last
+features that is, but for rounding and for gradient noise, which is another, what a run computes in
+which all but the classifier is frozen and nothing is augmented; it passes each image once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import Parts, assemble
 from flax_cnns.runs.train import check_complete
-from flax_cnns.train import losses, optimizers, regularizers, schedules
+from flax_cnns.train import losses, metrics, optimizers, regularizers, schedules
 from flax_cnns.types import Array, PyTree
 
 LAST = "pre_logits"  # what the network gives without its classifier
@@ -212,13 +212,22 @@ def _classify(
     parts: Parts, variables: PyTree, layer: str, found: Features
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The classifier on a layer, {"kernel" [C K], "bias" [K]} of the features as they are, and
-    {"validation/accuracy", "test/accuracy", "seconds"}."""
+    {"validation/accuracy", "test/accuracy", "seconds"}, beside the user's own metrics of both."""
     config = parts.config
     per_epoch = len(found["train"]["labels"]) / config.data.batch_size
     total = schedules.steps(config.train.duration, per_epoch, what="train.duration")
     schedule = schedules.make(config.schedule, total_steps=total, steps_per_epoch=per_epoch)
     params, batch_stats = variables["params"], variables.get("batch_stats")
-    optimizer = optimizers.make(config.optimizer, params, schedule, batch_stats=batch_stats)
+    own = parts.own
+    optimizer = optimizers.make(
+        config.optimizer,
+        params,
+        schedule,
+        batch_stats=batch_stats,
+        factory=own.optimizer,
+        factory_fields=own.optimizer_fields,
+    )
+    loss_of = own.loss or losses.cross_entropy
     head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
     soften = mix.make_mix(
         ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), parts.num_classes
@@ -235,10 +244,10 @@ def _classify(
             def loss(head: PyTree) -> Array:
                 _, soft = soften(x[rows], labels[rows], jax.random.key(0))
                 kernel, bias = _kernel_and_bias(head)
-                return jnp.mean(losses.cross_entropy(x[rows] @ kernel + bias, soft))
+                return jnp.mean(loss_of(x[rows] @ kernel + bias, soft))
 
             grads, key = jax.grad(loss)(head), jax.random.fold_in(jax.random.key(config.seed), i)
-            grads, _ = regularizers.add_penalties(optimizer.regularizers, head, grads)
+            grads, _ = regularizers.add_penalties(optimizer.regularizers, head, grads, i)
             return optimizer.update(head, grads, opt_state, step=i, key=key), None
 
         carry = head, optimizer.tx.init(head)
@@ -258,8 +267,14 @@ def _classify(
     kernel = kernel / np.reshape(std, (-1, 1))
     bias = bias - mean @ kernel if layer != LAST else bias
     for split in found.keys() - {"train"}:
-        guessed = np.argmax(found[split][layer] @ kernel + bias, -1)
-        numbers[f"{split}/accuracy"] = float(np.mean(guessed == found[split]["labels"]))
+        logits, true = found[split][layer] @ kernel + bias, found[split]["labels"]
+        classes = true if true.ndim == 1 else np.argmax(true, -1)  # rows of soft labels
+        numbers[f"{split}/accuracy"] = float(np.mean(np.argmax(logits, -1) == classes))
+        if own.metrics:
+            hot = np.eye(logits.shape[-1], dtype=np.float32)[true] if true.ndim == 1 else true
+            soft = np.pad(hot, ((0, 0), (0, logits.shape[-1] - hot.shape[-1])))
+            sums = metrics.own_sums(own.metrics, jnp.asarray(logits), jnp.asarray(soft))
+            numbers |= metrics.compute(jax.device_get(sums), f"{split}/")
     return {"kernel": kernel, "bias": bias}, numbers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
-from flax_cnns.runs.build import assemble
+from flax_cnns.runs.build import Parts, assemble
 from flax_cnns.runs.plan import find_doubts
 from flax_cnns.studies.finetune import probe
 
@@ -42,14 +43,7 @@ class Task(NamedTuple):
     held: tuple[str, ...]  # what its data set holds, as lines
     knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
     fingerprint: dict[str, Any] = {}  # noqa: RUF012 (never changed) of its data
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the classifier is one dense layer; auxiliary heads stand aside."""
-        layers = [layer for layer in self.classifier if not layer.startswith("aux")]
-        leaves = pytree.flatten(self.shapes["params"])
-        own = {path: x for path, x in leaves.items() if path.rpartition("/")[0] in layers}
-        return probe.dense_kernel(own) is not None
+    no_features: str = ""  # why no classifier can learn on its features; "": one can
 
     def phase(
         self,
@@ -185,6 +179,7 @@ def make_task(
     """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`; `new`:
     also for what no new run of this network may have on these data, or on a `fraction` of them."""
     parts = assemble(config)
+    _check_parts(parts, fraction)
     if new:
         configs.refuse(find_doubts(parts))
         if found := find_doubts(parts, fraction):  # durations in epochs are fewer steps
@@ -197,14 +192,81 @@ def make_task(
     def params(variables: Any) -> dict[str, tuple[int, ...]]:
         return {path: leaf.shape for path, leaf in pytree.flatten(variables["params"]).items()}
 
-    model = parts.model
-    variables = shapes(model)
-    here, wider = params(variables), params(shapes(model.clone(num_classes=model.num_classes + 1)))
-    classifier = {path.rpartition("/")[0] for path in here if here[path] != wider[path]}
+    model, name, variables = parts.model, config.model.name, shapes(parts.model)
+    try:
+        wide = shapes(model.clone(num_classes=parts.num_classes + 1))
+    except Exception as error:
+        if parts.own.network is None:
+            raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{name} with num_classes={parts.num_classes + 1}: {said}") from error
+    here, wider = params(variables), params(wide)
+    classifier = {path.rpartition("/")[0] for path in here if here[path] != wider.get(path)}
+    if not classifier or here.keys() != wider.keys():
+        changes = "no layer" if here == wider else "other layers too"
+        raise UserError(
+            f"fine-tuning gives the network another classifier: expected num_classes of {name} to"
+            f" be the size of its last layer, and it changes {changes}"
+        )
     ran = [layer.path for layer in cost(model, shape).layers]
     owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
     order = list(dict.fromkeys(path.split("/")[0] for path in ran))
     own = tuple(name for name in order if name in owners and not name.startswith("aux"))
+    if not own:
+        raise UserError(f"fine-tuning: {name} has no layers below its classifier to start from")
     examples, held = len(parts.dataset.splits["train"]), tuple(parts.dataset.describe())
     classifier, data = tuple(sorted(classifier)), parts.dataset.fingerprint
-    return Task(config, source, own, classifier, variables, examples, held, knobs, data)
+    task = Task(config, source, own, classifier, variables, examples, held, knobs, data)
+    return task._replace(no_features=_why_no_features(parts, task))
+
+
+def _check_parts(parts: Parts, fraction: float) -> None:
+    """Raises `UserError` for data and networks that no strategy can take."""
+    dataset, name = parts.dataset, parts.config.model.name
+    if dataset.task != "classes":
+        raise UserError(
+            f"fine-tuning by strategies compares accuracies, and an image of {dataset.name} has"
+            " several labels (multilabel); train it with config.graft.source alone"
+        )
+    if dataset.is_stream and fraction < 1:
+        raise UserError(
+            f"--fractions={fraction:g}: no fraction can be taken of {dataset.name}, which come in"
+            " an order of their own; leave it at 1, or give Dataset.from_arrays"
+        )
+    if "num_classes" not in {field.name for field in dataclasses.fields(parts.model)}:
+        raise UserError(
+            "fine-tuning gives the network another classifier, and needs a field 'num_classes' of"
+            f" it, the number of logits; {name} has none; add one"
+        )
+
+
+def _why_no_features(parts: Parts, task: Task) -> str:
+    """Why no classifier can learn on the features of a task's network; "" if one can."""
+    layers = [layer for layer in task.classifier if not layer.startswith("aux")]
+    leaves = pytree.flatten(task.shapes["params"])
+    own = {path: x for path, x in leaves.items() if path.rpartition("/")[0] in layers}
+    name = parts.config.model.name
+    if (kernel := probe.dense_kernel(own)) is None:
+        classifier = ", ".join(task.classifier)
+        return f"the classifier of {{target}} ({name}: {classifier}) is no dense layer on features"
+    if parts.own.regularizers:
+        named = ", ".join(parts.own.regularizers)
+        return f"{named}, of the train.regularizers of {{target}}, cannot act on features"
+    if parts.dataset.is_stream:
+        return "the training images of {target} come in batches without end"
+    if parts.own.network is not None:
+        shape = (1, *parts.dataset.image_shape)
+        features = _features_shape(parts.model, task.shapes, shape)
+        if features != (1, own[kernel].shape[0]):
+            return f"{name} of {{target}} gives no features [N C] where num_classes is None"
+    return ""
+
+
+def _features_shape(model: Any, variables: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    images = jax.ShapeDtypeStruct(shape, "float32")
+    try:
+        return jax.eval_shape(
+            lambda v, x: model.clone(num_classes=None).apply(v, x, train=False), variables, images
+        ).shape
+    except Exception:  # the user's code was not made for it
+        return None

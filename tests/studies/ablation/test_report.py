@@ -11,7 +11,7 @@ import pytest
 
 from flax_cnns.errors import UserError
 from flax_cnns.studies.ablation import report as ablation_report
-from tests.sweeps import write_sweep
+from tests.sweeps import rename_accuracy, write_json, write_sweep
 
 BASE = [(0.90, 0.99), (0.91, 0.98), (0.92, 0.97)]
 ROWS = {
@@ -195,3 +195,104 @@ def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
     assert len(x) == len(y) == 25
     np.testing.assert_allclose(y[-15:], 50, atol=11)  # each of four or five batches
     assert (np.diff(x) > 0).all()
+
+
+# ---- other metrics
+
+
+@pytest.fixture(scope="module")
+def two_rows(tmp_path_factory):
+    """A folder, whose report a test may write anew."""
+    rows = {name: ROWS[name] for name in ("plain", "better")}
+    return write_sweep(tmp_path_factory.mktemp("metrics") / "sweep", rows)
+
+
+def test_a_report_of_the_loss_has_plain_numbers_and_no_error(two_rows, monkeypatch):
+    drawn = []
+    keep = lambda effects, png, **words: drawn.append((effects, words))  # noqa: E731
+    monkeypatch.setattr(ablation_report.forest, "draw_forest", keep)
+    ablation_report.write(two_rows, metric="test/loss")  # 1 less the accuracy
+    markdown, rows = (two_rows / "report.md").read_text(), read(two_rows)
+    assert line(markdown, "row")[2:7] == ["test loss", "difference", "p", "p Holm", "train − test"]
+    assert line(markdown, "plain")[2:4] == ["0.09000 [0.06516, 0.11484]", "baseline"]
+    assert line(markdown, "better")[3:6] == [
+        "**-0.01200 [-0.01697, -0.00703]**",
+        "0.009",
+        "0.009",
+    ]
+    assert "train − test is the loss on" in markdown
+    assert "A positive difference is more loss" in markdown
+    assert numbers(rows["better"], "loss", "loss_seed2") == pytest.approx([0.078, 0.066])
+    assert not {"accuracy", "error"} & set(rows["better"])
+    (((effect,), words),) = drawn
+    assert effect.interval.mean == pytest.approx(-0.012)
+    assert words["title"] == "against plain: 0.09000, n=3"
+    assert words["what"] == "difference of test loss"
+    assert not words["more_is_better"]
+
+
+def test_a_report_of_an_own_metric_and_a_cell_without_it(two_rows, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(two_rows, folder)
+    rename_accuracy(folder, "gap")  # as a column of each report is called
+    log = folder / "better/seed1/metrics.jsonl"
+    log.write_text(log.read_text().replace('/gap"', '/other"'))
+    ablation_report.write(folder, metric="gap")
+    markdown, rows = (folder / "report.md").read_text(), read(folder)
+    assert line(markdown, "row")[2] == "test gap"
+    assert line(markdown, "better")[1] == "2 of 3 (1 without gap)"
+    assert line(markdown, "better")[3] == "+0.0120 [-0.0134, +0.0374]"
+    assert "- better, seed 1: without gap: its run is complete, without a finite" in markdown
+    assert numbers(rows["plain"], "test_gap", "gap") == pytest.approx([0.91, 0.07])
+    with pytest.raises(UserError, match=r"no complete cell of .* logged test/gpa; did you mean 'g"):
+        ablation_report.write(folder, metric="gpa")
+    with pytest.raises(UserError, match=r"--metric: .* test/accuracy; known: gap, loss, other$"):
+        ablation_report.write(folder)
+
+
+def test_shares_are_in_per_cent_with_their_error(two_rows, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(two_rows, folder)
+    rename_accuracy(folder, "label_accuracy")
+    ablation_report.write(folder, metric="label_accuracy")
+    markdown, rows = (folder / "report.md").read_text(), read(folder)
+    assert line(markdown, "row")[2:4] == ["test label_accuracy, %", "test error, %"]
+    assert line(markdown, "plain")[2:4] == ["91.00 [88.52, 93.48]", "9.00 [6.52, 11.48]"]
+    assert numbers(rows["plain"], "label_accuracy", "error") == pytest.approx([0.91, 0.09])
+
+
+def test_a_complete_run_without_a_test_is_complete(tmp_path):
+    folder = write_sweep(tmp_path, {"plain": ROWS["plain"]})
+    for log in folder.glob("*/*/metrics.jsonl"):
+        log.write_text("\n".join(x for x in log.read_text().splitlines() if "test/" not in x))
+    with pytest.raises(UserError, match="logged test/accuracy; nor any other metric of a test"):
+        ablation_report.write(folder)
+
+
+def test_an_own_network_has_its_parameters_and_code_that_changed_is_said(two_rows, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(two_rows, folder)
+    for path in folder.glob("*/seed?"):
+        config = json.loads((path / "config.json").read_text())
+        config["model"]["name"] = "mine:Net"  # is not imported
+        write_json(path / "config.json", config)
+        write_json(path / "summary.json", {"params": 1234})
+        digest = "b" if path.name == "seed2" else "a"
+        write_json(path / "own.json", {"model": [{"name": "mine:Net", "digest": digest}]})
+    ablation_report.write(folder)
+    markdown = (folder / "report.md").read_text()
+    assert line(markdown, "plain")[8:10] == ["1,234", "-"]
+    assert "**Not all cells ran the same code**: the source of `mine:Net` changed." in markdown
+
+
+def test_curves_of_a_metric_that_falls_show_where_they_end(two_rows, tmp_path, monkeypatch):
+    drawn = []
+    save = lambda figure, png: drawn.append(figure)  # noqa: E731
+    monkeypatch.setattr(ablation_report.forest, "save_picture", save)
+    ablation_report.write(two_rows, metric="loss")
+    ablation_report.write(two_rows)
+    (falls, rises) = (drawn[i].axes[0] for i in (1, 3))
+    curve = falls.get_lines()[0].get_ydata()  # 1.1 less the accuracy
+    low, high = falls.get_ylim()
+    assert low < curve.min() < curve[len(curve) // 5] < high < curve[0]
+    assert rises.get_title().splitlines() == ["plain", f"{100 * (1.1 - curve[-1]):.2f}"]

@@ -1,0 +1,141 @@
+"""An ablation's folder as a report reads it: rows, and each cell's record, or why it has none."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from flax_cnns.config.checks import is_reference
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.runs import record as records
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.references import name_of
+
+
+class Cell(NamedTuple):
+    """A row with a seed."""
+
+    status: str  # complete, failed, diverged, interrupted, damaged, missing, without METRIC
+    error: str = ""
+    record: records.Record | None = None  # of one that is complete
+
+
+class Row(NamedTuple):
+    name: str
+    overrides: dict[str, Any]
+    cells: dict[int, Cell]  # of all seeds
+
+    @property
+    def complete(self) -> dict[int, records.Record]:
+        return {s: cell.record for s, cell in self.cells.items() if cell.record is not None}
+
+    def values(self, name: str) -> dict[int, float]:
+        """{seed: newest value} of the complete cells that have one."""
+        found = {s: record.last(name) for s, record in self.complete.items()}
+        return {s: value for s, value in found.items() if value is not None}
+
+    @property
+    def without(self) -> str:
+        """How many cells have no result, and why: "2 failed, 1 missing"."""
+        why = collections.Counter(c.status for c in self.cells.values() if c.record is None)
+        return ", ".join(f"{n} {status}" for status, n in sorted(why.items()))
+
+
+def read_plan(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "ablation.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no ablation here (ablation.json is missing); give an ablation's --workdir"
+        )
+    plan = workdirs.read_json(path)
+    if missing := {"config", "baseline", "seeds", "rows"} - set(plan):
+        raise UserError(f"{path} is damaged ({', '.join(sorted(missing))} missing)")
+    return plan
+
+
+def read_cells(folder: pathlib.Path, number: int) -> dict[int, Cell]:
+    return {seed: _cell(folder / f"seed{seed}") for seed in range(number)}
+
+
+def _cell(workdir: pathlib.Path) -> Cell:
+    """Complete is what was tested, or has a summary; a cell that cannot be read spoils no other."""
+    try:
+        record = records.read(workdir) if (workdir / "config.json").is_file() else None
+        if record is not None and (record.complete or _tested(record)):
+            return Cell("complete", record=record)
+        beside = workdir.with_name(f"{workdir.name}.json")
+        if not beside.is_file():
+            return Cell("missing" if record is None else "interrupted")
+        found = workdirs.read_json(beside)
+        if found["status"] == "complete":
+            return Cell("damaged", "said to be complete, and its log has no test metric")
+        return Cell(found["status"], found.get("error") or "")
+    except (UserError, KeyError, TypeError) as error:
+        return Cell("damaged", str(error))
+
+
+def _tested(record: records.Record) -> set[str]:
+    """The metrics of its test, without those that are not finite."""
+    names = {name for line in record.lines for name in line if name.startswith("test/")}
+    return {name.removeprefix("test/") for name in names if record.last(name) is not None}
+
+
+def check_logged(rows: Sequence[Row], metric: str, folder: pathlib.Path) -> None:
+    """Raises `UserError` unless a complete cell has the metric."""
+    known = {name for row in rows for r in row.complete.values() for name in _tested(r)}
+    if metric not in known:
+        near = did_you_mean(metric, known) or "; nor any other metric of a test"
+        raise UserError(f"--metric: no complete cell of {folder} logged test/{metric}{near}")
+
+
+def with_metric(row: Row, metric: str) -> Row:
+    """The row; a complete cell that has no such value is without a result."""
+    without = f"without {metric}", f"its run is complete, without a finite test/{metric}"
+    have = row.values(f"test/{metric}")
+    cells = {
+        seed: Cell(*without) if cell.record is not None and seed not in have else cell
+        for seed, cell in row.cells.items()
+    }
+    return row._replace(cells=cells)
+
+
+def size(record: records.Record) -> tuple[int, int | None] | None:
+    """(parameters, MACs); of a network of the user's own, whose code a report does not import, the
+    parameters that its summary tells."""
+    if (found := records.size(record)) or not record.complete:
+        return found
+    with contextlib.suppress(UserError, KeyError, TypeError):  # damaged
+        return workdirs.read_json(record.workdir / "summary.json")["params"], None
+    return None
+
+
+def count_data(rows: Sequence[Row], plan: dict[str, Any]) -> int:
+    """How many data sets the complete cells have seen; rows that choose their data do not count."""
+    name = str(plan["config"].get("data", {}).get("name", ""))
+    of_own = f"own.{name_of(name)}." if is_reference(name) else "data"
+
+    def chooses(field: str) -> bool:
+        return field.startswith(("data", of_own)) and not field.startswith("data.augment")
+
+    rows = [row for row in rows if not any(map(chooses, row.overrides))]
+    facts = [workdirs.read_facts(cell.workdir) for row in rows for cell in row.complete.values()]
+    known = {
+        json.dumps(one["fingerprint"], sort_keys=True) for one in facts if "fingerprint" in one
+    }
+    return len(known)
+
+
+def changed_sources(rows: Sequence[Row]) -> list[str]:
+    """The user's own parts whose source was not the same in all complete cells."""
+    digests = collections.defaultdict(set)
+    for row in rows:
+        for record in row.complete.values():
+            with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # or none
+                for parts in workdirs.read_json(record.workdir / "own.json").values():
+                    for part in parts:
+                        digests[part["name"]].add(part["digest"])
+    return sorted(name for name, found in digests.items() if len(found) > 1)

@@ -1,0 +1,283 @@
+"""A user's own parts in ablations and fine-tuning: rows, what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+
+import chex
+import flax.linen as nn
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.finetune.fashion_digits import get_config
+from flax_cnns import Dataset
+from flax_cnns.config import complete
+from flax_cnns.errors import UserError
+from flax_cnns.runs import child
+from flax_cnns.studies.ablation import ablate, forecast, plan
+from flax_cnns.studies.finetune import compare, strategies
+from tests.runs import own_parts
+from tests.tiny_runs import arrays
+
+PARTS, HERE = "tests.runs.own_parts", "tests.studies.test_own_parts"
+CONFIG = {
+    "model": {"name": f"{PARTS}:Net", "width": 2},
+    "data": {"name": f"{PARTS}:digits", "batch_size": 16, "eval_batch_size": 64, "validation": 0},
+    "schedule": {"name": "constant"},
+    "train": {
+        "duration": "4 steps",
+        "eval_every": "0 steps",
+        "metrics": (f"{PARTS}:recall",),
+        "regularizers": (f"{PARTS}:Shrink",),
+    },
+    "own": {"digits": {"examples": 64}, "Shrink": {"rate": 0.1}},
+    "checkpoint": {"every": "0 steps"},
+    "log": {"tensorboard": False},
+}
+WITHOUT = {"train.regularizers": ()}
+
+
+class Headless(own_parts.Net):
+    """Gives features where it has no classes."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.relu(nn.Conv(self.width, (3, 3), strides=2, name="conv1")(images)).mean((1, 2))
+        return x if self.num_classes is None else nn.Dense(self.num_classes, name="head")(x)
+
+
+def two_labels():
+    images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.tile(np.eye(2, dtype=np.int32), (20, 1))
+    return Dataset.from_arrays(train=(images, labels), test=(images, labels), task="multilabel")
+
+
+def stream():
+    """Batches of noise, without end."""
+
+    def batches(split, start_step, process_index, process_count):
+        while True:
+            yield np.zeros((16, 8, 8, 1), np.uint8), np.zeros(16, np.int32)
+
+    shape = dict(image_shape=(8, 8, 1), num_classes=10, mean=(0.5,), std=(0.5,))
+    return Dataset.from_batches(batches, {"train": 64, "test": 32}, **shape)
+
+
+@pytest.fixture
+def config():
+    return complete(CONFIG)
+
+
+# ---- ablations
+
+
+def test_rows_change_own_fields_and_a_part_that_is_gone_takes_its_fields_along(config):
+    rows = plan.make_rows(
+        config,
+        [
+            ("base", {}),
+            ("off", {"own.Shrink.rate": 0.0}),
+            ("wide", {"model.width": 3, "own": {"digits": {"examples": 80}}}),
+            ("without", WITHOUT),
+            ("loss", {"train.loss": f"{PARTS}:focal", "own.focal.gamma": 1.0}),
+        ],
+    )
+    base, off, wide, without, loss = (row.config for row in rows)
+    assert base.to_dict() == config.to_dict()
+    assert off.own.to_dict() == {"digits": {"examples": 64}, "Shrink": {"rate": 0.0}}
+    assert (wide.model.width, wide.own.digits.examples) == (3, 80)
+    assert without.own.to_dict() == {"digits": {"examples": 64}}
+    assert loss.own.focal.gamma == 1.0
+    sizes = forecast.measure(plan.make_cells([rows[0], rows[3]], "nowhere", 1))
+    assert sizes["base"].metrics == ("accuracy", "top5", "loss", "recall")
+    assert sizes["base"].macs > 0
+    assert forecast.check_metric("test/recall", sizes) == "recall"
+    with pytest.raises(
+        UserError, match=r"the test of row base logs no 'recal'; did you mean 'reca"
+    ):
+        forecast.check_metric("recal", sizes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            {"own.Shrink.rat": 0.1},
+            r"row b: config\.own\.Shrink\.rat: .* no such field; did you mean",
+        ),
+        (
+            WITHOUT | {"own.Shrink.rate": 0.1},
+            r"row b: config\.own\.Shrink: none of the own parts is",
+        ),
+        ({"train.loss": f"{PARTS}:foca"}, r"row b: train\.loss=.* has no 'foca'; did you mean"),
+        (
+            {"train.regularizers": ("<opaque>:Noise",)},
+            r"row b: config\.train\.regularizers: Noise is an object of one process, and an"
+            r" ablation runs in child processes; name it 'package\.module:Noise'",
+        ),
+        ({"data.name": "digits", "data.mock": 40}, r"--metric: the test of row b logs no 'recall'"),
+    ],
+)
+def test_mistakes_in_own_parts_are_told_before_anything_runs(
+    config, tmp_path, monkeypatch, overrides, said
+):
+    monkeypatch.setattr(child, "start", lambda *_, **__: pytest.fail("started"))
+    if "data.name" in overrides:
+        overrides = overrides | {"train.metrics": ()}
+    with pytest.raises(UserError, match=said):
+        ablate.ablate(
+            config, [("a", {}), ("b", overrides)], tmp_path / "x", seeds=1, metric="recall"
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_steps_that_are_timed_call_nobody_back(config, monkeypatch):
+    config.train.callbacks = (f"{PARTS}:Recorder",)
+    seen = []
+
+    def start(config, *_):
+        seen.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(child, "start", start)
+    (row,) = plan.make_rows(config, [("base", {})])
+    with pytest.raises(InterruptedError):
+        forecast.time_steps(row, child.Share())
+    assert seen[0].train.callbacks == ()
+    assert seen[0].own.Shrink.rate == 0.1
+
+
+@pytest.mark.slow
+def test_an_ablation_of_own_parts(config, tmp_path, monkeypatch, capsys):
+    """A rate of 0 is the run without the regularizer, to the bit."""
+    monkeypatch.delenv("XLA_FLAGS")  # one device is quicker
+    sweep = [("base", WITHOUT), ("off", {"own.Shrink.rate": 0.0}), ("on", {})]
+    given = dict(seeds=1, jobs=2, metric="recall")
+    assert ablate.ablate(config, sweep, tmp_path, **given) == {"complete": 3}
+    base, off, on = (arrays(tmp_path / name / "seed0") for name in ("base", "off", "on"))
+    chex.assert_trees_all_equal(off, base)
+    assert any((on[path] != base[path]).any() for path in base if path.startswith("params/"))
+    assert "base, seed 0: complete, test recall 0." in capsys.readouterr().out
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| row | seeds | test recall | difference |" in markdown
+    assert "`own.Shrink.rate=0.0`" in markdown
+    params = json.loads((tmp_path / "on/seed0/summary.json").read_text())["params"]
+    assert f"| {params:,} | - |" in markdown
+
+
+# ---- fine-tuning
+
+
+def targets(**sections):
+    """A config of fine-tuning with one target."""
+    config, target = get_config("smoke"), complete(CONFIG | {"own": {}})
+    target.train.regularizers = ()
+    with target.unlocked(), target.ignore_type():
+        if sections.get("model", {}).get("name") == f"{PARTS}:Bare":
+            del target.model["width"]
+        for section, fields in sections.items():
+            target[section].update(fields)
+    with config.unlocked():
+        config.targets = ConfigDict({"similar": target})
+        config.source = "runs/source"
+    return config
+
+
+def make_task(**sections):
+    config = targets(**sections)
+    return strategies.make_task(config.targets.similar, "runs/source", config.strategy)
+
+
+def test_an_own_network_is_fine_tuned_by_its_layers():
+    task = make_task(model={"name": f"{HERE}:Headless"})
+    assert (task.parts, task.classifier, task.no_features) == (("conv1",), ("head",), "")
+    task = make_task()
+    assert (task.parts, task.classifier) == (("conv1", "norm", "conv2"), ("head",))
+    assert task.no_features.startswith(f"{PARTS}:Net of {{target}} gives no features [N C] where")
+
+
+@pytest.mark.parametrize(
+    ("sections", "given", "said"),
+    [
+        (
+            dict(model={"name": f"{PARTS}:Bare"}),
+            {},
+            r"needs a field 'num_classes' of it, .*:Bare has none; add one",
+        ),
+        (
+            dict(data={"name": f"{HERE}:two_labels"}),
+            {},
+            r"compares accuracies, and an image of arrays has several labels \(multilabel\)",
+        ),
+        (
+            dict(train={"loss": "<opaque>:huber"}),
+            {},
+            r"targets\.similar: config\.train\.loss: huber is an object of one process, and fine",
+        ),
+        (
+            dict(
+                model={"name": f"{HERE}:Headless"},
+                train={"regularizers": (f"{PARTS}:Shrink",)},
+                own={"Shrink": {"rate": 0.1}},
+            ),
+            dict(strategies=["features"]),
+            r"leave out features: Shrink, of the train\.regularizers of targets\.similar, cannot",
+        ),
+        (
+            dict(data={"name": f"{HERE}:stream"}),
+            dict(fractions=(0.5, 1)),
+            r"--fractions=0\.5: no fraction can be taken of batches, which come in an order",
+        ),
+    ],
+)
+def test_what_cannot_be_fine_tuned_is_told_in_a_line(tmp_path, monkeypatch, sections, given, said):
+    monkeypatch.setattr(compare._Runner, "cell", lambda *_: pytest.fail("started"))
+    config = targets(**sections)
+    with pytest.raises(UserError, match=said):
+        compare.compare(config, tmp_path / "x", **given, say=lambda line: None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_left_out_of_all_strategies_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(compare._Runner, "cell", lambda *_: [])
+    monkeypatch.setattr(compare, "_check_source", lambda *_: None)
+    train = {"callbacks": (f"{PARTS}:Recorder",)}
+    model, data = {"name": f"{HERE}:Headless"}, {"name": f"{HERE}:stream"}
+    compare.compare(targets(model=model, train=train), tmp_path, say=said.append)
+    assert said[-1] == "targets.similar: note: features, linear_stages call no train.callbacks"
+    said.clear()
+    found = compare.compare(targets(model=model, data=data), tmp_path, say=said.append)
+    why = "the training images of targets.similar come in batches without end"
+    assert said[-1] == f"left out: features, linear_stages: {why}"
+    assert not {"features", "linear_stages"} & set(found.strategies)
+
+
+@pytest.mark.slow
+def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
+    """As the run does in which all but the classifier is frozen."""
+    own = {"focal": {"gamma": 1.0}, "momentum": {"beta": 0.8}, "digits": {"examples": 64}}
+    config = targets(
+        model={"name": f"{HERE}:Headless"},
+        train={"loss": f"{PARTS}:focal", "duration": "12 steps"},
+        optimizer={"name": f"{PARTS}:momentum"},
+        own=own,
+    )
+    config.targets.similar.schedule.learning_rate = 0.1
+    with config.unlocked():
+        config.source, config.pretrain = "", ConfigDict(config.targets.similar.to_dict())
+    said = []
+    given = dict(strategies=["linear", "features"], seeds=1, say=said.append)
+    result = compare.compare(config, tmp_path, **given)
+    at = tmp_path / "similar/1/seed0"
+    trained = arrays(at / "linear")
+    with np.load(at / "features/classifiers.npz") as kept:
+        for name in ("kernel", "bias"):
+            ours = kept[f"pre_logits/{name}"]
+            np.testing.assert_allclose(ours, trained[f"params/head/{name}"], atol=1e-5)
+        assert np.abs(kept["pre_logits/bias"]).max() > 0.01  # from 0: it has learned
+    linear, features = (result.at("similar", 1.0, name)[0] for name in ("linear", "features"))
+    assert linear.test == features.test
+    summary = json.loads((at / "linear/summary.json").read_text())
+    (found,) = features.layers.values()
+    assert found["test/recall"] == pytest.approx(summary["test/recall"], abs=1e-6)
