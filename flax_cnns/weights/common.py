@@ -28,7 +28,7 @@ def import_package(name: str, path: Path) -> Any:
     try:
         return __import__(name)
     except ImportError:
-        raise UserError(f"reading {path} takes {name}: pip install -e '.[weights]'") from None
+        raise UserError(f"reading {path} takes {name}: pip install {name}") from None
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:

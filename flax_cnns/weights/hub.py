@@ -122,7 +122,7 @@ def _from_hugging_face(repo: str, what: str) -> Path:
         import huggingface_hub as hub
     except ImportError:
         raise UserError(
-            f"{what}: downloading takes huggingface_hub: pip install -e '.[weights]', or give"
+            f"{what}: downloading takes huggingface_hub: pip install huggingface_hub, or give"
             f" the path of https://huggingface.co/{repo}/resolve/main/model.safetensors"
         ) from None
     kept = hub.try_to_load_from_cache(repo, "model.safetensors")

