@@ -210,13 +210,14 @@ def test_every_family_learns_by_a_network_that_is_registered():
 
 def test_pipeline(run):
     flags = ["--mock=20", "--batches=2", "--batch=4", "--jpegs=20", "--size=16"]
-    code, _, _, found = run("pipeline", *flags)
+    code, _, _, found = run("pipeline", *flags, "--source=config,folder,arrays")
     assert code == 0
-    mock, folder = found["rows"]
+    mock, folder, arrays = found["rows"]
+    assert (arrays["examples"], len(arrays["speed_over_config"])) == (18, 3)  # 2 to validate
     assert mock["in_memory"]
     assert not folder["in_memory"]
     assert folder["image_shape"] == [16, 16, 3]
-    for row in (mock, folder):
+    for row in (mock, folder, arrays):
         assert row["images_per_second"] == pytest.approx(2 * 4 / row["median"])
 
 

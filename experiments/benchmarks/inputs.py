@@ -17,8 +17,11 @@ from experiments.benchmarks.report import Bars, Report
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
 
-COLUMNS = ("source", "images", "batch", "images/s", "slowest to fastest round")
-SOURCES = ("config", "folder")
+COLUMNS = (
+    *("source", "images", "batch", "images/s", "slowest to fastest round"),
+    "speed over config's, each round",
+)
+SOURCES = ("config", "folder", "arrays")
 
 
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +32,10 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--source",
-        default=",".join(SOURCES),
+        default=",".join(SOURCES[:2]),
         help="config: the config's own data; folder: JPEGs of noise, made for this, decoded and "
-        "cropped at random to --size",
+        "cropped at random to --size; arrays: the config's training images as a user's own arrays,"
+        " in turn with the config's own",
     )
     parser.add_argument("--mock", type=int, default=0, help="so many images of noise in its place")
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
@@ -66,16 +70,23 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
                 config.augment.random_resized_crop = (0.08, 1.0)
             report.say(f"{source}: reading")
             dataset = load_dataset(config)
-            batches = stack.enter_context(
-                contextlib.closing(pipelines.train_batches(dataset, config, seed=0))
-            )
+            datasets = {source: dataset}
+            if source == "arrays":
+                datasets = {"config": dataset, source: _as_arrays(dataset, config)}
+                dataset = datasets[source]
+            candidates = {}
+            for name, one in datasets.items():
+                batches = stack.enter_context(
+                    contextlib.closing(pipelines.train_batches(one, config, seed=0))
+                )
 
-            def some(batches: Any = batches) -> Any:
-                for _ in itertools.islice(batches, args.batches):
-                    pass
+                def some(batches: Any = batches) -> Any:
+                    for _ in itertools.islice(batches, args.batches):
+                        pass
 
+                candidates[name] = some
             found = compare(
-                {source: some}, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
+                candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
             )
             images = args.batches * config.batch_size
             speeds = [images / seconds for seconds in found.seconds[source]]
@@ -93,6 +104,9 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
                 "images_per_second": speed,
                 **found.as_dict()[source],
             }
+            ratio = found.ratio("config", source) if len(datasets) > 1 else None
+            if ratio is not None:
+                row["speed_over_config"] = list(ratio)
             report.add(
                 row,
                 (
@@ -101,6 +115,7 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
                     str(config.batch_size),
                     f"{speed:,.0f}",
                     f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                    "" if ratio is None else str(ratio),
                 ),
             )
     report.bars = Bars(
@@ -108,6 +123,22 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
         {"": [row["images_per_second"] for row in report.rows]},
         "images a second",
     )
+
+
+def _as_arrays(dataset: Any, config: Any) -> Any:
+    """The training images of a data set in memory as `Dataset.from_arrays` gives them to a run, a
+    part of them for validation. Raises `UserError`."""
+    from flax_cnns.data.load import load_dataset
+    from flax_cnns.data.types import Dataset
+
+    train, test = (dataset.splits[split] for split in ("train", "test"))
+    if train.images is None:
+        raise UserError("--source=arrays: the config's data are not in memory; try --mock=50000")
+    given = Dataset.from_arrays(
+        (train.images, train.labels), (test.images, test.labels), num_classes=dataset.num_classes
+    )
+    with config.unlocked():
+        return load_dataset(type(config)({**config.to_dict(), "mock": 0}), data=given)
 
 
 def _data_config(args: argparse.Namespace) -> Any:

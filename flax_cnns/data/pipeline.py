@@ -149,9 +149,10 @@ def _gather_batches(
     first: int,
     n: int,
 ) -> Generator[Batch]:
+    size = len(images)
     while True:
         start = step * batch_size + first
-        rows = [row_at(start + i, seed, len(images)) for i in range(n)]
+        rows = [row_at(start + i, seed, size) for i in range(n)]
         yield {"image": images[rows], "label": labels[rows]}
         step += 1
 
