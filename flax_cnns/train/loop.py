@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from flax_cnns.errors import Diverged, Interrupted, UserError
+from flax_cnns.errors import Diverged, Interrupted
 from flax_cnns.train import metrics
 from flax_cnns.types import Array, PyTree
 
@@ -191,7 +191,7 @@ class TrainLoop:
     max_bad_steps: int = 0
     early_stopping: int = 0
     best_by: str = "accuracy"
-    best_mode: str = "max"
+    best_mode: str = "max"  # or "min"
 
     def run(self, state: PyTree, start: int) -> Outcome:
         """From step `start` to the last, or until `should_stop` says so.
@@ -268,7 +268,8 @@ class TrainLoop:
         found = call.evaluate(outcome.state)
         record = {f"validation/{name}": value for name, value in found.items()}
         call.write(outcome.step, record)
-        value, lowest = self._find_best_by(found), self.best_mode == "min"
+        metrics.check_best_by(self.best_by, found)
+        value, lowest = found[self.best_by], self.best_mode == "min"
         is_better = host.best is None or (value < host.best if lowest else value > host.best)
         better = math.isfinite(value) and is_better
         host.best, host.wait = (value, 0) if better else (host.best, host.wait + 1)
@@ -276,14 +277,6 @@ class TrainLoop:
         if call.on_validation is not None:
             outcome.state = call.on_validation(outcome.state, value if lowest else 1.0 - value)
         return record, better
-
-    def _find_best_by(self, found: dict[str, float]) -> float:
-        if self.best_by not in found:
-            raise UserError(
-                f"train.best_by: a validation has no {self.best_by!r}; it has"
-                f" {', '.join(map(repr, found))}; take validation/NAME of one of these"
-            )
-        return found[self.best_by]
 
     def _absorb(self) -> None:
         """Waits for the oldest step whose metrics were not fetched; logs the window it ends."""

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from flax_cnns import tree as pytree
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.train import own, schedules
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
+
+TASKS = ("classes", "multilabel")
 
 Loss = Callable[[Array, Array], Array]  # logits [N K], labels f32 [N K] -> [N]
 
@@ -38,7 +40,10 @@ def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
 
 def choose(loss: Loss | None, task: str) -> Loss:
     """The loss of a step: a user's own, which is given float32 and checked while tracing, or that
-    of the task if `loss` is None. Raises `UserError` for one that takes other arguments."""
+    of the task if `loss` is None. Raises `UserError` for one that takes other arguments, and for an
+    unknown task."""
+    if task not in TASKS:
+        raise UserError(f"task: unknown {task!r}{did_you_mean(task, TASKS)}")
     if loss is None:
         return sigmoid_cross_entropy if task == "multilabel" else cross_entropy
     name = f"train.loss: {own.name_of(loss)}"

@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.train import own as owns
 from flax_cnns.types import Array
 
 Metric = Callable[[Array, Array, Array], Any]
-
-TASKS = ("classes", "multilabel")
 
 # Sum -> the metric that it is divided by the number of examples.
 _PER_EXAMPLE = {
@@ -147,6 +145,24 @@ def check_own(own: Mapping[str, Metric], taken: Iterable[str] = ()) -> None:
                 " in 'NAME=package.module:function'"
             )
         owns.check_arguments(f"metric {name!r}", metric, ("logits", "labels", "mask"))
+
+
+def names(num_classes: int, *, task: str = "classes", own: Iterable[str] = ()) -> list[str]:
+    """What `compute` gives of an evaluation: those of the task, then a user's own."""
+    built_in = ["loss", "accuracy", *(["top5"] if num_classes > 5 else [])]
+    if task == "multilabel":
+        built_in = ["loss", "label_accuracy", "subset_accuracy"]
+    return [*built_in, *own]
+
+
+def check_best_by(name: str, known: Iterable[str]) -> None:
+    """Raises `UserError` if a validation gives no metric of this name."""
+    known = list(known)
+    if name not in known:
+        raise UserError(
+            f"train.best_by: a validation has no {name!r}{did_you_mean(name, known)}; take"
+            f" validation/NAME, NAME one of {', '.join(known)}"
+        )
 
 
 def is_penalty(name: str) -> bool:
