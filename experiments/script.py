@@ -261,6 +261,7 @@ def _parse(argv: list[str]) -> list[str]:
         if equals and field and not field.startswith(("model.", "own.")) and field not in FIELDS:
             raise UserError(f"config: unknown field {field!r}{did_you_mean(field, FIELDS)}")
     argv, added = _take_new_fields(argv, file)
+    before, sys.argv = sys.argv, argv  # where ml_collections looks for overrides
     try:
         rest = flags.FLAGS(argv)
         if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
@@ -285,3 +286,5 @@ def _parse(argv: list[str]) -> list[str]:
         if isinstance(error, (AttributeError, KeyError)):
             said = f"config: unknown field {said.strip(chr(34))}; a config file may add such"
         raise UserError(f"{said} (--help lists the flags)") from None
+    finally:
+        sys.argv = before

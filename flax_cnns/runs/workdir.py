@@ -3,6 +3,7 @@
 config.json        the resolved config; a resume under another one is refused
 dataset.json       classes, size, mean and std: what it takes to predict without the data; the
                    fingerprint of the data, and under "accepted_changes" what it was before
+own.json           the user's own parts: names, fields, digests of their source
 checkpoints/STEP/  state, host counters, CRC manifest
 metrics.jsonl      every logged number, once: the truth; tensorboard/ says it again
 summary.json       the final numbers; its presence means that the run is complete
@@ -28,7 +29,10 @@ from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
 from flax_cnns.files import without_nonfinite, write_json
 
-FILES = ("config.json", "dataset.json", "metrics.jsonl", "summary.json", "curves.png", "graft.json")
+FILES = (
+    *("config.json", "dataset.json", "own.json", "metrics.jsonl", "summary.json", "curves.png"),
+    "graft.json",
+)
 FOLDERS = ("checkpoints", "tensorboard")
 
 

@@ -7,7 +7,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import chex
 import jax
@@ -30,6 +33,7 @@ from tests.runs import own_parts
 from tests.tiny_runs import arrays, records
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+ROOT = Path(__file__).parents[2]
 HERE = "tests.runs.own_parts"
 CONFIG = {
     "model": {"name": f"{HERE}:Net", "width": 2, "dropout": 0.1},
@@ -364,3 +368,25 @@ def test_fields_that_a_config_file_lacks_come_from_the_shell(tmp_path):
     rest, added = script._take_new_fields(argv, str(file))
     assert rest == ["x", f"--config={file}", "--config.model.depth=4", "--config.seed=1"]
     assert added == {"model.width": (8, 16), "own.focal.gamma": 2.5, "model.kind": "wide"}
+
+
+def test_the_shell_gives_fields_to_own_parts(tmp_path):
+    """Through the whole parser, in a process of its own: flags are defined once."""
+    (tmp_path / "c.py").write_text(
+        "from flax_cnns.config import default_config\n"
+        "def get_config():\n"
+        f"    config = default_config()\n    config.model.name = '{HERE}:Net'\n    return config\n"
+    )
+    code = """
+        from absl import flags
+        from experiments import script
+        config = script.define_config("digits_lenet5")
+        script._parse(["x", "--config=c.py", "--config.model.width=3", "--config.own.a.b=1e-3"])
+        print(config.value.model.width, config.value.own.a.b)
+    """
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(code)
+    command = [sys.executable, "-c", code, "--config=c.py", "--config.model.width=3"]
+    found = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert found.stdout == "3 0.001\n"
