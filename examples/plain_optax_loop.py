@@ -52,7 +52,8 @@ if __name__ == "__main__":
         images, labels, test_size=360, stratify=labels, random_state=0
     )
     key = jax.random.key(0)
-    params, batch_stats = flax_cnns.init_variables(network, key).values()
+    variables = flax_cnns.init_variables(network, key)
+    params, batch_stats = variables["params"], variables["batch_stats"]
     opt_state = tx.init(params)
     for epoch in range(EPOCHS):
         order = np.random.default_rng(epoch).permutation(len(images))
