@@ -13,22 +13,25 @@ from sklearn.datasets import load_digits
 import flax_cnns
 
 
-def pairs(count=3000, seed=0):
+def pairs(seed=0):
     """Images u8 [N 8 16 1] of two digits, and labels f32 [N 10]: 1 for each that is there."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    rng, shuffled = (
-        np.random.default_rng(seed),
-        np.random.default_rng(seed).permutation(len(images)),
-    )
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(len(images))
 
-    def draw(rows, count):  # no digit of a test image is in a training image
+    def draw(rows, count):
         left, right = rng.choice(rows, (2, count))
         both = np.maximum(np.eye(10)[labels[left]], np.eye(10)[labels[right]])
         return np.concatenate([images[left], images[right]], axis=2), both
 
-    train, test = draw(shuffled[400:], count), draw(shuffled[:400], 500)
-    return flax_cnns.Dataset.from_arrays(train, test, task="multilabel", name="pairs")
+    return flax_cnns.Dataset.from_arrays(  # no digit is in two splits
+        train=draw(rows[:1000], 3000),
+        validation=draw(rows[1000:1400], 500),
+        test=draw(rows[1400:], 500),
+        task="multilabel",
+        name="pairs",
+    )
 
 
 def focal_loss(logits, labels, gamma=2.0):
