@@ -1,0 +1,69 @@
+"""Regularizers of your own, compared: a sweep over their rates, with two seeds each.
+
+    python examples/own_regularizer_in_an_ablation.py
+
+or, in this folder, with every option of the command:
+
+    python -m experiments.ablate --config=own_regularizer_in_an_ablation.py --workdir=runs/ablation
+
+Each run is a process of its own, which imports the regularizers by their names.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from flax_cnns import config as configs
+
+HERE = "own_regularizer_in_an_ablation"
+
+
+class Orthogonal:
+    """Adds rate * ||W^T W - 1||^2 over all kernels, seen as matrices [in out], to the loss."""
+
+    def __init__(self, rate=0.0):  # a regularizer whose first field is 0 is off
+        self.rate = rate
+
+    def penalty(self, params, step):
+        kernels = [w.reshape(-1, w.shape[-1]) for w in jax.tree.leaves(params) if w.ndim > 1]
+        return self.rate * sum(jnp.sum((w.T @ w - jnp.eye(w.shape[1])) ** 2) for w in kernels)
+
+
+class Noise:
+    """Adds normal noise to the training images; another draw for each image and step."""
+
+    def __init__(self, std=0.0):
+        self.std = std
+
+    def augment(self, images, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+        return images + self.std * noise
+
+
+def get_config():
+    return configs.complete(
+        {
+            "model": {"name": "cifar_resnet20", "depths": (1, 1, 1), "widths": (8, 16, 32)},
+            "data": {"image_size": 8, "fraction": 0.2},
+            "schedule": {"learning_rate": 0.05},
+            "train": {
+                "duration": "200 steps",
+                "eval_every": "0 steps",
+                "regularizers": (f"{HERE}:Orthogonal", f"{HERE}:Noise"),
+            },
+            "log": {"tensorboard": False},
+        }
+    )
+
+
+def sweep():
+    yield "plain", {}
+    yield "orthogonal", {"own.Orthogonal.rate": 1e-3}
+    yield "noise", {"own.Noise.std": 0.5}
+
+
+if __name__ == "__main__":
+    from flax_cnns.studies.ablation.ablate import ablate
+
+    ablate(get_config(), sweep(), "runs/ablation", seeds=2, jobs=2)
+    with open("runs/ablation/report.md") as report:
+        print(report.read())
