@@ -17,7 +17,7 @@ from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft as grafting
 from flax_cnns.checkpoint.graft.sources import Source, open_source
-from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.errors import UserError
 from flax_cnns.layers import norm
 from flax_cnns.runs.build import (
     Parts,
@@ -26,7 +26,7 @@ from flax_cnns.runs.build import (
     dropout_rates,
     make_train_step,
 )
-from flax_cnns.train import batchnorm_modes, loop, memory, optimizers, parallel, schedules
+from flax_cnns.train import batchnorm_modes, loop, memory, metrics, optimizers, parallel, schedules
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import import_wandb
 from flax_cnns.types import Array, PyTree
@@ -237,10 +237,10 @@ class RunPlan:
             memory.check(ahead * size * pixels, what=f"data.{field}={data[field]}")
 
 
-# The metrics that a run logs by itself, and which of two values is the better.
-METRICS = {
-    "classes": {"accuracy": "max", "top5": "max", "loss": "min"},
-    "multilabel": {"label_accuracy": "max", "subset_accuracy": "max", "loss": "min"},
+# Which of two values is the better, of the metrics that a run logs by itself.
+MODES = {
+    **dict.fromkeys(("accuracy", "top5", "label_accuracy", "subset_accuracy"), "max"),
+    "loss": "min",
 }
 
 
@@ -249,18 +249,16 @@ def choose_best(parts: Parts) -> tuple[str, str]:
 
     Raises `UserError` for a metric that there is not, and for an own one without a mode.
     """
-    config, known = parts.config.train, METRICS[parts.dataset.task]
+    config, task = parts.config.train, parts.dataset.task
     by, mode = config.best_by.removeprefix("validation/"), config.best_mode
     if by == "auto":
-        by = "loss" if parts.dataset.task == "multilabel" else "accuracy"
-    if by not in known and by not in parts.own.metrics:
-        near = did_you_mean(by, [*known, *parts.own.metrics])
-        raise UserError(f"train.best_by: validations have no {by!r}{near}")
-    if mode == "auto" and by not in known:
+        by = "loss" if task == "multilabel" else "accuracy"
+    metrics.check_best_by(by, metrics.names(parts.num_classes, task=task, own=parts.own.metrics))
+    if mode == "auto" and by not in MODES:
         raise UserError(
             f"train.best_mode: is the best {by!r} the highest or the lowest? Set max or min"
         )
-    return by, known[by] if mode == "auto" else mode
+    return by, MODES[by] if mode == "auto" else mode
 
 
 def rehearse(

@@ -89,7 +89,8 @@ class Session:
                 primary=self.primary,
             )
             stack.callback(self.writer.close)
-            self.progress = Progress(self.plan.total, start, primary=self.primary)
+            best_first = sorted(self.parts.own.metrics, key=lambda name: name != self.plan.best_by)
+            self.progress = Progress(self.plan.total, start, primary=self.primary, also=best_first)
             stack.callback(self.progress.close)
             if start:
                 self.progress.print(f"resumed at step {start} of {self.plan.total}")

@@ -240,7 +240,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
             dict(own={"Shrnk": {"rate": 1.0}}),
             "none of the own parts is called 'Shrnk'; did you mean",
         ),
-        (dict(train={"best_by": "validation/recal"}), "have no 'recal'; did you mean 'recall'"),
+        (dict(train={"best_by": "validation/recal"}), "has no 'recal'; did you mean 'recall'"),
         (dict(train={"best_mode": "auto"}), "is the best 'recall' the highest or the lowest"),
         (dict(data={"image_size": 16}), "data.image_size=16: own data are not read"),
         (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: sgd and rmsprop"),
