@@ -53,7 +53,7 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
         raise UserError(f"data.mock does not act on a data set of your own ({data.name})")
     if config.mock > 0:
         return make_mock(config)
-    raw = _read(config) if data is None else _read_given(data, config)
+    raw = _read(config) if data is None else _read_given(data)
     name = config.name if data is None else data.name
     for split, source in raw.sources.items():
         check_source(source, f"{name}, {split} split", raw.num_classes)
@@ -64,6 +64,8 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
     sources = assign_roles(raw.sources, name, config.split_seed)
     own_channels = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own_channels
+    if data is not None:
+        size, channels = _find_size(data, raw)
     varies = None in raw.image_shape
     crops = bool(config.augment.random_resized_crop)
     share = EVAL_SHARE if varies and crops else 1.0
@@ -134,7 +136,7 @@ def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]
     if config.mock > 0:
         return {}
     given = data is not None
-    raw = _read_given(data, config, prepare=False) if given else _read(config, prepare=False)
+    raw = _read_given(data, prepare=False) if given else _read(config, prepare=False)
     raw, _ = choose_classes(raw, config, begun=True)
     return fingerprints.compute(raw.sources, raw.class_names, raw.about)
 
@@ -146,9 +148,22 @@ def _read_own(config: Any) -> Dataset | None:
     return None
 
 
-def _read_given(data: Dataset, config: Any, *, prepare: bool = True) -> Raw:
-    raw = data.read(config, prepare)
+def _read_given(data: Dataset, *, prepare: bool = True) -> Raw:
+    raw = data.read(prepare)
     return raw._replace(about={"reader": "tfds", **raw.about})
+
+
+def _find_size(data: Dataset, raw: Raw) -> tuple[int, int]:
+    """Height and width, and channels, that a network sees of the user's own builder."""
+    size, _, channels = data.image_shape
+    height, width, own_channels = raw.image_shape
+    if not size and (height is None or height != width):
+        has = "several sizes" if height is None or width is None else f"{height}x{width}"
+        raise UserError(
+            f"{data.name} has images of {has}, and a network sees squares: give"
+            " Dataset.from_tfds(builder, image_size=...)"
+        )
+    return size or height, channels or own_channels
 
 
 def _read(config: Any, *, prepare: bool = True) -> Raw:

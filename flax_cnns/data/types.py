@@ -201,8 +201,8 @@ class Dataset:
     # `factory(split, start_step, process_index, process_count)` of `from_batches`, else None.
     factory: Callable[[str, int, int, int], Iterable[Any]] | None = None
 
-    # `read(config.data, prepare) -> Raw` of `from_tfds`, for the loader; else None.
-    read: Callable[[Any, bool], Raw] | None = None
+    # `read(prepare) -> Raw` of `from_tfds`, for the loader; else None.
+    read: Callable[[bool], Raw] | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -325,14 +325,27 @@ class Dataset:
         )
 
     @classmethod
-    def from_tfds(cls, builder: Any) -> Dataset:
+    def from_tfds(
+        cls,
+        builder: Any,
+        *,
+        image_size: int = 0,
+        channels: int = 0,
+        labels: str = "",
+        data_dir: str = "",
+        **fields: Any,
+    ) -> Dataset:
         """A data set of a TFDS builder of yours, a class or an instance, to give to `run`.
 
-        It is read as registered ones are: all fields of `data` act but `name` and `source`, and
-        `dir` on a class alone. It is prepared first if needed: without TensorFlow, if it yields
-        images that are encoded already (a PNG in io.BytesIO). Raises UserError.
+        It is prepared first if needed: without TensorFlow, if it yields images that are encoded
+        already (a PNG in io.BytesIO). `image_size`: height and width that the network sees; 0: the
+        images' own, where all have one. `channels`: 1 or 3; 0: their own. `labels`: the key of the
+        class labels, where there are several. `data_dir`: "" is TFDS's default. `fields`: config
+        and version of a class. Raises UserError.
         """
-        return importlib.import_module("flax_cnns.data.readers.tfds").from_builder(builder)
+        return importlib.import_module("flax_cnns.data.readers.tfds").from_builder(
+            builder, fields, (image_size, image_size, channels), labels, data_dir
+        )
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Dataset:

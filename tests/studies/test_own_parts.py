@@ -17,6 +17,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import child
 from flax_cnns.studies.ablation import ablate, forecast, plan
 from flax_cnns.studies.finetune import compare, strategies
+from flax_cnns.studies.search import scaling
 from tests.runs import own_parts
 from tests.tiny_runs import arrays
 
@@ -36,6 +37,20 @@ CONFIG = {
     "log": {"tensorboard": False},
 }
 WITHOUT = {"train.regularizers": ()}
+
+
+class Scaled(nn.Module):
+    """Wider and deeper by factors."""
+
+    num_classes: int
+    width_mult: float = 1.0
+    depth_mult: float = 1.0
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        for i in range(round(2 * self.depth_mult)):
+            images = nn.Conv(round(8 * self.width_mult), (1, 1), name=f"conv{i}")(images)
+        return nn.Dense(self.num_classes, name="head")(images.mean((1, 2)))
 
 
 class Headless(own_parts.Net):
@@ -281,3 +296,40 @@ def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
     summary = json.loads((at / "linear/summary.json").read_text())
     (found,) = features.layers.values()
     assert found["test/recall"] == pytest.approx(summary["test/recall"], abs=1e-6)
+
+
+# ---- the search for scaling
+
+
+@pytest.fixture
+def scaled():
+    model = {"name": f"{HERE}:Scaled"}
+    return complete({"model": model, "data": {"name": "digits", "mock": 40, "image_size": 8}})
+
+
+def test_an_own_network_is_scaled(scaled):
+    planner = scaling.Planner(scaled)
+    base = planner.trial("base", scaling.Factors())
+    wide = planner.trial("width", scaling.Factors(width_mult=2.0))
+    large = planner.trial("resolution", scaling.Factors(resolution_mult=2.0))
+    assert base.macs == 64 * (8 + 8 * 8) + 80
+    assert wide.macs == 64 * (16 + 16 * 16) + 160
+    assert (large.params, large.macs) == (base.params, 4 * 64 * (8 + 8 * 8) + 80)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "said"),
+    [
+        ("data", {"name": f"{PARTS}:digits", "mock": 0}, "own data come at their own size"),
+        ("train", {"best_by": "validation/loss"}, "the search compares validation accuracies"),
+        ("train", {"loss": "<opaque>:huber"}, "and the search starts its runs from configs"),
+        ("model", {"name": f"{PARTS}:Net"}, r"Net has no field '(width|depth)_mult'"),
+    ],
+)
+def test_what_cannot_be_scaled_is_told_in_a_line(scaled, tmp_path, section, fields, said):
+    scaled[section].update(fields)
+    if section == "data":
+        scaled.data.image_size = 32
+    with pytest.raises(UserError, match=said):
+        scaling.search(scaled, tmp_path / "x", say=lambda line: None)
+    assert not (tmp_path / "x").exists()

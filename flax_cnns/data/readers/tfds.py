@@ -11,7 +11,7 @@ import dataclasses
 import fcntl
 import importlib.util
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,14 @@ class TfdsSource:
         return f"TfdsSource({self.name}, {self.label_key}, {len(self)})"
 
 
-def from_builder(builder: Any) -> Dataset:
-    """See `Dataset.from_tfds`."""
+def from_builder(
+    builder: Any,
+    fields: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    labels: str,
+    data_dir: str,
+) -> Dataset:
+    """See `Dataset.from_tfds`; 0 in `image_shape` stands for the builder's own."""
     kind = builder if isinstance(builder, type) else type(builder)
     if not issubclass(kind, tfds.core.DatasetBuilder):
         raise UserError(
@@ -78,14 +84,23 @@ def from_builder(builder: Any) -> Dataset:
             f" {getattr(kind, '__name__', kind)}"
         )
 
-    def read_it(config: Any, prepare: bool) -> Raw:
-        return _read(lambda: _made(builder, config.dir), kind.name, config.labels, prepare)
+    size, _, channels = image_shape
+    if not isinstance(size, int) or size < 0:
+        raise UserError(f"image_size: expected a whole number of at least 0, got {size!r}")
+    if channels not in (0, 1, 3):
+        raise UserError(f"channels: expected 0 (the images' own), 1 or 3, got {channels!r}")
+    if kind is not builder and (fields or data_dir):
+        given = ", ".join([*fields, *(["data_dir"] if data_dir else [])])
+        raise UserError(f"from_tfds: {given} act on a class, and {kind.name} is made already")
+
+    def read_it(prepare: bool) -> Raw:
+        return _read(lambda: _made(builder, fields, data_dir), kind.name, labels, prepare)
 
     return Dataset(
         name=kind.name,
         num_classes=0,
         class_names=(),
-        image_shape=(0, 0, 0),
+        image_shape=image_shape,
         mean=(),
         std=(),
         normalized_by="",
@@ -94,15 +109,13 @@ def from_builder(builder: Any) -> Dataset:
     )
 
 
-def _made(builder: Any, directory: str) -> tfds.core.DatasetBuilder:
-    """The instance, of a class too; `directory` is for classes. Raises UserError."""
+def _made(builder: Any, fields: Mapping[str, Any], directory: str) -> tfds.core.DatasetBuilder:
+    """The instance, of a class too. Raises UserError."""
     if not isinstance(builder, type):
-        if directory:
-            raise UserError(f"data.dir does not act: {builder.name} is made, in {builder.data_dir}")
         return builder
     try:
         with _quiet():
-            return builder(data_dir=_data_dir(directory), file_format="array_record")
+            return builder(data_dir=_data_dir(directory), file_format="array_record", **fields)
     except Exception as why:  # of the user's own code
         raise UserError(f"cannot make {builder.__name__}: {_line(why)}") from why
 

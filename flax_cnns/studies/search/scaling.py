@@ -17,6 +17,7 @@ the search repeats none that is complete.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from matplotlib.figure import Figure
@@ -38,11 +40,13 @@ from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.names import open_log
+from flax_cnns.runs import own
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.network import model_fields
+from flax_cnns.runs.network import make_model, model_fields
 from flax_cnns.runs.train import run
 from flax_cnns.runtime import output
 from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.studies import own_parts
 
 TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
 COUNTED = 0.15  # of the MACs from budget times the base's, relative
@@ -118,6 +122,7 @@ class Planner:
         dataset = load_dataset(config.data)
         self.fingerprint = dataset.fingerprint
         self.size, self.channels = config.data.image_size, dataset.image_shape[-1]
+        self.config, self.dataset, self.network = config, dataset, own.find_network(config)
         self.fields = {"num_classes": dataset.num_classes, **model_fields(config)}
         self.width = self.fields.pop("width_mult", 1.0)
         self.depth = self.fields.pop("depth_mult", 1.0)
@@ -130,9 +135,17 @@ class Planner:
             width, depth, _ = key
             shape = (size, size, self.channels)
             mults = dict(width_mult=width, depth_mult=depth)
-            found = cost(create_model(**self.fields, **mults, input_size=shape))
+            found = cost(self._make(mults, shape), (1, *shape))
             self._counted[key] = found.params, found.macs
         return Trial(kind, scale, size, *self._counted[key])
+
+    def _make(self, mults: dict[str, float], shape: tuple[int, int, int]) -> nn.Module:
+        if self.network is None:
+            return create_model(**self.fields, **mults, input_size=shape)
+        config = ConfigDict(self.config.to_dict())
+        config.model.update(mults)
+        dataset = dataclasses.replace(self.dataset, image_shape=shape)
+        return make_model(config, dataset, self.network)
 
     def near(self, macs: float, points: list[tuple[float, float, float]]) -> list[Trial]:
         """Of a grid's points those within 15 % of these MACs, each network once. Raises `UserError`
@@ -195,6 +208,7 @@ def search(
         raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")
     configs.validate(config)
     configs.check_new(config, folder, begun=any(folder.glob("*/config.json")), say=say)
+    _check_own(config)
     planner = Planner(config)
     base = planner.trial("base", Factors())
     say("counting the grid's networks")
@@ -221,6 +235,21 @@ def search(
             told[trial.network] = [runner.accuracy(trial, seed, "test") for seed in others]
     found = [Found(trial, told[trial.network]) for trial in trials]
     return Result(found[0], tried, winner, found[1:])
+
+
+def _check_own(config: ConfigDict) -> None:
+    """Raises `UserError` for own parts with which there is nothing to search or to compare."""
+    own_parts.refuse_opaque(config, "the search starts its runs from configs")
+    if ":" in config.data.name or config.data.name.endswith(".npz"):
+        raise UserError(
+            f"data.name={config.data.name!r}: the search scales data.image_size, and own data come"
+            " at their own size; name a data set of the package, such as folder"
+        )
+    if config.train.best_by not in ("auto", "validation/accuracy"):
+        raise UserError(
+            f"train.best_by={config.train.best_by!r}: the search compares validation accuracies;"
+            " leave it at 'auto'"
+        )
 
 
 # ---------------------------------------------------------------------------- what it found

@@ -47,6 +47,17 @@ class BareStripes(Stripes):
             yield row, {"image": np.full((8, 8, 1), row, np.uint8), "label": row % 2}
 
 
+class WideStripes(Stripes):
+    """Of 4x8, or so it says."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(4, 8, 1)),
+            "label": tfds.features.ClassLabel(names=["low", "high"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+
 class BrokenStripes(Stripes):
     def _split_generators(self, dl_manager):
         raise FileNotFoundError("no photos in /nowhere")
@@ -74,14 +85,13 @@ def test_by_name_by_class_and_by_instance(config, tmp_path):
     config.name = "stripes"
     by_name = load_dataset(config)
     check(by_name)
-    config.name, config.dir = "digits", str(tmp_path / "class")
-    given = Dataset.from_tfds(Stripes)
+    config.name, config.dir, config.image_size = "digits", "", 32
+    given = Dataset.from_tfds(Stripes, data_dir=str(tmp_path / "class"), version="1.0.0")
     by_class = load_dataset(config, data=given)
     check(by_class)
     assert by_class.name == "stripes"
     assert read_fingerprint(config, given) == by_class.fingerprint
     assert by_class.fingerprint["builder"] == "stripes/1.0.0"
-    config.dir = ""
     given = Dataset.from_tfds(Stripes(data_dir=tmp_path / "instance"))
     with pytest.raises(UserError, match="stripes is not prepared in"):
         read_fingerprint(config, given)
@@ -91,32 +101,39 @@ def test_by_name_by_class_and_by_instance(config, tmp_path):
         np.testing.assert_array_equal(other.splits["train"].images, by_class.splits["train"].images)
 
 
-def test_fields_of_the_config_act(config):
-    config.image_size, config.channels, config.validation, config.in_memory = 16, 3, 0.2, "no"
-    dataset = load_dataset(config, data=Dataset.from_tfds(Stripes))
+def test_sizes_and_labels(config, tmp_path):
+    config.validation, config.in_memory, where = 0.2, "no", dict(data_dir=str(tmp_path))
+    dataset = load_dataset(
+        config, data=Dataset.from_tfds(Stripes, image_size=16, channels=3, **where)
+    )
     assert dataset.image_shape == (16, 16, 3)
     assert not dataset.in_memory
     assert len(dataset.splits["validation"]) == 4
-    config.labels = "row"
     with pytest.raises(UserError, match="stripes has no labels 'row'"):
-        load_dataset(config, data=Dataset.from_tfds(Stripes))
-    config.labels, config.mock = "", 10
+        load_dataset(config, data=Dataset.from_tfds(Stripes, labels="row", **where))
+    with pytest.raises(UserError, match=r"wide_stripes has images of 4x8, .*image_size="):
+        load_dataset(config, data=Dataset.from_tfds(WideStripes, **where))
+    config.mock = 10
     with pytest.raises(UserError, match=r"data\.mock does not act on .* \(stripes\)"):
-        load_dataset(config, data=Dataset.from_tfds(Stripes))
+        load_dataset(config, data=Dataset.from_tfds(Stripes, **where))
 
 
 @pytest.mark.skipif(not WITHOUT, reason="TensorFlow encodes them")
-def test_what_needs_tensorflow_is_said(config):
+def test_what_needs_tensorflow_is_said(config, tmp_path):
     said = "needs TensorFlow .*, unless its builder yields images that are encoded already: a PNG"
     with pytest.raises(UserError, match=f"to prepare bare_stripes, .* {said}"):
-        load_dataset(config, data=Dataset.from_tfds(BareStripes))
+        load_dataset(config, data=Dataset.from_tfds(BareStripes, data_dir=str(tmp_path)))
 
 
 def test_errors_of_the_builder_are_lines(config, tmp_path):
     with pytest.raises(UserError, match=r"cannot prepare broken_stripes in .*no photos in"):
-        load_dataset(config, data=Dataset.from_tfds(BrokenStripes))
+        load_dataset(config, data=Dataset.from_tfds(BrokenStripes, data_dir=str(tmp_path)))
     with pytest.raises(UserError, match=r"expected a tfds.core.DatasetBuilder, .*, got int"):
         Dataset.from_tfds(3)
     made = Stripes(data_dir=tmp_path)
-    with pytest.raises(UserError, match=r"data\.dir does not act: stripes is made"):
-        load_dataset(config, data=Dataset.from_tfds(made))
+    with pytest.raises(UserError, match="version, data_dir act on a class, and stripes is made"):
+        Dataset.from_tfds(made, version="1.0.0", data_dir="x")
+    with pytest.raises(UserError, match=r"image_size: expected a whole number .*, got -3"):
+        Dataset.from_tfds(Stripes, image_size=-3)
+    with pytest.raises(UserError, match=r"cannot make Stripes: .*unexpected keyword"):
+        load_dataset(config, data=Dataset.from_tfds(Stripes, sise=3))
