@@ -223,7 +223,10 @@ def make_statistics_refresh(
     if not n or "train" not in optimizer.norms.values():
         return None
     step = precise_bn.make_moments_step(
-        parts.model.apply, optimizer.norms, **augment_and_mix(parts)
+        parts.model.apply,
+        optimizer.norms,
+        **augment_and_mix(parts),
+        own=optimizer.regularizers,
     )
     step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
 

@@ -215,15 +215,19 @@ class RunPlan:
         if memory.fits(need * size / data.batch_size):
             return  # without a backward pass, less than training on as many images takes
 
-        def shape(x: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-            dims = list(x.shape)
+        def shape(x: Array, dtype: Any, rank: int | None = None) -> jax.ShapeDtypeStruct:
+            dims = list(x.shape[:rank])
             dims[axis] = dims[axis] * size // data.batch_size
             return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
 
+        images = parts.dataset.splits["train"].images
+        of_bytes = images is None and not parts.dataset.is_stream
         shapes = {
-            "image": shape(batch["image"], np.uint8),
-            "label": shape(batch["label"], np.int32),
-            "mask": shape(batch["label"], np.float32),
+            "image": shape(
+                batch["image"], np.uint8 if of_bytes else getattr(images, "dtype", np.float32)
+            ),
+            "label": shape(batch["label"], batch["label"].dtype),
+            "mask": shape(batch["label"], np.float32, axis + 1),
         }
         need = memory.needed(parts.eval_step, state.variables, shapes, None) * len(devices)
         memory.check(need, what=f"data.eval_batch_size={size}")

@@ -30,7 +30,7 @@ from flax_cnns.runs.build import (
     run_key,
     train_batches,
 )
-from flax_cnns.runs.plan import RunPlan
+from flax_cnns.runs.plan import MODES, RunPlan
 from flax_cnns.runs.start import initial_state
 from flax_cnns.runs.summary import make_summary
 from flax_cnns.runtime import launch
@@ -208,6 +208,7 @@ class Session:
                     patience=config.schedule.patience,
                     factor=config.schedule.factor,
                     min_delta=config.schedule.min_delta,
+                    signed=self.plan.best_by not in MODES or parts.own.loss is not None,
                 )
 
             def on_validation(state: TrainState, error: float) -> TrainState:
