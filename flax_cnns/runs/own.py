@@ -149,13 +149,19 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
     for reference in references.get("regularizers", ()):
         found = get("regularizers", reference)
         of_it = _fields_for(reference, fields)
-        one = None if _is_off(found, of_it) else _instance(found, of_it, reference)
-        if one is not None:
+        _check_fields(found, of_it, reference)  # of one that is off, too
+        if not _is_off(found, of_it):
+            one = _instance(found, of_it, reference)
             hooks[name_of(reference)] = regularizers.hooks_of(name_of(reference), one)
     for reference in references.get("callbacks", ()):
         of_it = _fields_for(reference, fields)
         callbacks.append(_callback(_instance(get("callbacks", reference), of_it, reference)))
     if optimizer is not None:
+        if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+            raise UserError(
+                "optimizer: expected a factory (learning_rate_schedule, **fields), got an optimizer"
+                " that is made already; give lambda rate: optax.sgd(rate)"
+            )
         _check_call(optimizer, {**optimizer_fields}, references["optimizer"][0], skip=1)
     if loss is not None:
         loss = _with_fields(loss, loss_fields, references["loss"][0])
@@ -224,7 +230,9 @@ def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int
     `skip` of its arguments are ours."""
     name = name_of(reference)
     if not callable(found):
-        raise UserError(f"{reference}: expected a function or a class, got {found!r}")
+        raise UserError(
+            f"{reference}: expected a function or a class, got a {type(found).__name__}"
+        )
     try:
         parameters = list(inspect.signature(found).parameters.values())[skip:]
     except (TypeError, ValueError):
@@ -246,22 +254,28 @@ def _with_fields(found: Callable, fields: dict[str, Any], reference: str) -> Cal
     return functools.partial(found, **fields) if fields else found
 
 
-def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
-    """What a class or factory makes of its fields; any other object is itself."""
+def _check_fields(found: Any, fields: dict[str, Any], reference: str) -> None:
+    """Raises `UserError` for fields that a class, a factory or an object does not take."""
     if inspect.isclass(found) or inspect.isfunction(found):
         _check_call(found, fields, reference)
-        try:
-            return found(**fields)
-        except TypeError as error:
-            raise UserError(
-                f"{reference}: {error}; its fields are own.{name_of(reference)}.*"
-            ) from None
-    if fields:
+    elif fields:
         raise UserError(
             f"config.own.{name_of(reference)}: {reference} is an object, which has its fields; give"
             " run() the class to set them by the config"
         )
-    return found
+
+
+def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
+    """What a class or factory makes of its fields; any other object is itself."""
+    _check_fields(found, fields, reference)
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        return found
+    try:
+        return found(**fields)
+    except TypeError as error:
+        raise UserError(
+            f"{reference}: {error}; its fields are own.{name_of(reference)}.*"
+        ) from None
 
 
 def _is_off(found: Any, fields: Mapping[str, Any]) -> bool:

@@ -50,7 +50,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     opaque = [part["name"] for parts in summary.get("own", {}).values() for part in parts]
     opaque = [name for name in opaque if ":" not in name]
     if opaque:
-        said = f"objects of this process alone, which nothing can load later: {', '.join(opaque)}"
+        said = f"objects of this process alone, which no other can import: {', '.join(opaque)}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
     for warning in summary.get("warnings", ()):  # older runs have none
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)

@@ -88,6 +88,21 @@ def test_auxiliary_heads_trace_to_the_program_of_linen():
     assert {path for path in linen[1] if path.startswith("heads/")} == {"heads/0"}
 
 
+@pytest.mark.slow
+def test_the_command_for_all_networks_sees_another_program(monkeypatch, capsys):
+    assert beside.main(["lenet5"]) == 0
+    assert "same     0.0e+00" in capsys.readouterr().out
+    negative = lambda model, variables, *args: beside.run_linen(  # noqa: E731
+        model, jax.tree.map(jnp.negative, variables), *args
+    )
+    monkeypatch.setattr(beside, "run_nnx", negative)
+    assert beside.main(["lenet5"]) == 1
+    assert "ANOTHER" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        beside.main(["lenet"])
+    assert "unknown model 'lenet'; did you mean 'lenet5'" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def variables():
     """A scanning network's, as a checkpoint has them: arrays of NumPy, blocks named."""

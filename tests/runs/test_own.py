@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import flax_cnns
@@ -207,7 +208,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         run(config, tmp_path / "run", **{**given, "metrics": given["metrics"][0]})
     given["metrics"] = {"one": given["metrics"][0]}
     summary = run(config, tmp_path / "run", **given)
-    assert "nothing can load later: Bare, arrays, focal, one, Recorder" in capsys.readouterr().out
+    assert "no other can import: Bare, arrays, focal, one, Recorder" in capsys.readouterr().out
     assert summary["test/one"] == 1.0
     assert [step for step, _ in seen.steps] == [1, 2]
     assert all(isinstance(v, float) for _, numbers in seen.steps for v in numbers.values())
@@ -236,6 +237,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
             "focal has no field",
         ),
         (dict(own={"focal": {"gama": 1.0}}), "own.focal.gama: .*did you mean 'gamma'"),
+        (dict(own={"Shrink": {"rat": 1.0, "rate": 0.0}}), "own.Shrink.rat: .*mean 'rate'"),
         (
             dict(own={"Shrnk": {"rate": 1.0}}),
             "none of the own parts is called 'Shrnk'; did you mean",
@@ -251,6 +253,13 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
 def test_mistakes_are_told_before_the_first_step(sections, words):
     with pytest.raises(UserError, match=words):
         rehearse(complete(changed(**sections)))
+
+
+def test_an_optimizer_is_given_as_a_factory():
+    config = complete({})
+    objects = own.bring(config, {"optimizer": optax.sgd(0.1)})
+    with pytest.raises(UserError, match="got an optimizer that is made already"):
+        own.resolve(config, objects)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from sklearn.datasets import load_digits
 
 from configs.finetune.fashion_digits import get_config
 from flax_cnns import Dataset
@@ -65,6 +66,16 @@ class Headless(own_parts.Net):
 def two_labels():
     images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.tile(np.eye(2, dtype=np.int32), (20, 1))
     return Dataset.from_arrays(train=(images, labels), test=(images, labels), task="multilabel")
+
+
+def soft_digits():
+    """Digits whose labels are a tenth unsure."""
+    images, labels = load_digits(return_X_y=True)
+    images, soft = (
+        images.reshape(-1, 8, 8, 1).astype(np.uint8) * 15,
+        0.01 + 0.9 * np.eye(10)[labels],
+    )
+    return Dataset.from_arrays(train=(images[:64], soft[:64]), test=(images[-64:], soft[-64:]))
 
 
 def stream():
@@ -271,12 +282,12 @@ def test_what_is_left_out_of_all_strategies_is_said(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
     """As the run does in which all but the classifier is frozen."""
-    own = {"focal": {"gamma": 1.0}, "momentum": {"beta": 0.8}, "digits": {"examples": 64}}
     config = targets(
         model={"name": f"{HERE}:Headless"},
         train={"loss": f"{PARTS}:focal", "duration": "12 steps"},
         optimizer={"name": f"{PARTS}:momentum"},
-        own=own,
+        own={"focal": {"gamma": 1.0}, "momentum": {"beta": 0.8}},
+        data={"name": f"{HERE}:soft_digits"},
     )
     config.targets.similar.schedule.learning_rate = 0.1
     with config.unlocked():
