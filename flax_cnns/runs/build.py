@@ -150,7 +150,7 @@ def augment_and_mix(parts: Parts) -> dict[str, Callable]:
         augment_images = lambda images, keys: images  # noqa: E731
     return {
         "augment": augment_images,
-        "mix": mix.make_mix(parts.config.mix, parts.num_classes),
+        "mix": mix.make_mix(parts.config.mix, parts.num_classes, task=parts.dataset.task),
     }
 
 

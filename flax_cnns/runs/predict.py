@@ -151,6 +151,8 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
         print(configs.note(workdir, found))
     if dataset.task != "classes":
         raise UserError(f"{workdir}: a run on {dataset.task} data has no likeliest class")
+    if not dataset.normalize:
+        raise UserError(f"{workdir}: its images were floats of another range than photos have")
     height, size, channels = dataset.image_shape
     if height != size:
         raise UserError(

@@ -326,6 +326,11 @@ def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
     assert "accepted: batches: the factory's batch of step 3" in capsys.readouterr().out
 
 
+def test_a_stream_has_no_training_split_to_evaluate():
+    with pytest.raises(UserError, match=r"train\.evaluate_train: batches gives"):
+        rehearse(complete({**STREAM, "train": {**STREAM["train"], "evaluate_train": True}}))
+
+
 def test_an_own_network_is_as_fast_as_a_registered_one():
     """Its training step is the same program."""
     config = {"data": {"name": f"{HERE}:digits", "batch_size": 8}, "own": {"digits": {}}}
