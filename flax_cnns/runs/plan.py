@@ -59,8 +59,8 @@ class RunPlan:
         )
         if parts.dataset.is_stream and config.train.evaluate_train:
             raise UserError(
-                f"train.evaluate_train: {parts.dataset.name} gives training batches without end, and"
-                " not each example once; give a part of them as another split"
+                f"train.evaluate_train: {parts.dataset.name} gives training batches without"
+                " end, and not each example once; give a part of them as another split"
             )
         if not self.validates and (
             config.schedule.name == "plateau" or config.train.early_stopping
