@@ -110,7 +110,7 @@ def test_the_config_may_be_named_after_a_space(tmp_path):
     [
         (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
         slow(["--config.seed=zero"], "seed"),
-        slow(["--config.model.widht=3"], "unknown field 'widht'"),
+        slow(["--config.model.widht=3"], "lenet5 has no field 'widht'"),
         slow(["config.seed=3"], "unexpected argument 'config.seed=3'; flags begin with --"),
         slow(["--config=configs/digits_lenet5.py:smok"], "it has smoke"),
         slow(["--config.optimizer.name=adan"], "did you mean 'adam'"),

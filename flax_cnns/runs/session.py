@@ -293,8 +293,16 @@ class Session:
             warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
             summary["warnings"] = [warning] if warning else []
             title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
+            metric, mode = self.plan.best_by, self.plan.best_mode
+            if metric == "loss":  # which has a panel of its own
+                metric = "accuracy" if parts.dataset.task == "classes" else "label_accuracy"
+                mode = "max"
             curves.draw_curves(
-                self.workdir / "metrics.jsonl", self.workdir / "curves.png", title=title
+                self.workdir / "metrics.jsonl",
+                self.workdir / "curves.png",
+                title=title,
+                metric=metric,
+                mode=mode,
             )
             files.write_json(self.workdir / "summary.json", summary)
             tables.print_summary(summary)

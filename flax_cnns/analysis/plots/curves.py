@@ -26,14 +26,23 @@ PANELS = ("loss", "accuracy", "learning_rate")
 Series = tuple[np.ndarray, np.ndarray]  # steps and values, [points] each; a value may be NaN
 
 
-def draw_curves(metrics_jsonl: str | os.PathLike, png: str | os.PathLike, title: str = "") -> None:
+def draw_curves(
+    metrics_jsonl: str | os.PathLike,
+    png: str | os.PathLike,
+    title: str = "",
+    *,
+    metric: str = "accuracy",
+    mode: str = "max",
+) -> None:
     """Draws loss, accuracy and learning rate over the steps into a PNG, whole or not at all.
 
-    A panel that the log has nothing for is left out; values that are not finite are marked at the
+    `metric` takes the place of accuracy; its best value is the highest, or the lowest if `mode` is
+    "min". A panel that the log has nothing for is left out; values that are not finite are marked at the
     panel's foot. Raises `UserError` where the log cannot be read or the picture not be written.
     """
     series = _read(Path(metrics_jsonl))
-    drawn = [name for name in PANELS if any(key.split("/")[-1] == name for key in series)]
+    panels = [metric if name == "accuracy" else name for name in PANELS]
+    drawn = [name for name in panels if any(key.split("/")[-1] == name for key in series)]
     width = max(len(drawn), 1)
     figure = Figure(figsize=(4.6 * width, 3.8 if drawn else 1.2), layout="constrained")
     if title:
@@ -44,7 +53,8 @@ def draw_curves(metrics_jsonl: str | os.PathLike, png: str | os.PathLike, title:
         if name == "learning_rate":
             _learning_rate(axes, series[name])
         else:
-            _compare_splits(axes, name, {s: series.get(f"{s}/{name}") for s in STYLES})
+            lowest = name == "loss" or mode == "min"
+            _compare_splits(axes, name, {s: series.get(f"{s}/{name}") for s in STYLES}, lowest)
         make_room(axes, right=3)  # for the legend
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -71,9 +81,9 @@ def _read(path: Path) -> dict[str, Series]:
     return {name: tuple(np.array(columns, float).T) for name, columns in points.items()}
 
 
-def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None]) -> None:
+def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None], lowest: bool) -> None:
     """One panel: `name` of each split that has it, the best and the test's value in words."""
-    best = np.nanargmin if name == "loss" else np.nanargmax
+    best = np.nanargmin if lowest else np.nanargmax
     seen = []
     for split, found in series.items():
         if found is None:
