@@ -37,8 +37,9 @@ def draw_curves(
     """Draws loss, accuracy and learning rate over the steps into a PNG, whole or not at all.
 
     `metric` takes the place of accuracy; its best value is the highest, or the lowest if `mode` is
-    "min". A panel that the log has nothing for is left out; values that are not finite are marked at the
-    panel's foot. Raises `UserError` where the log cannot be read or the picture not be written.
+    "min". A panel that the log has nothing for is left out; values that are not finite are marked
+    at the panel's foot. Raises `UserError` where the log cannot be read or the picture not be
+    written.
     """
     series = _read(Path(metrics_jsonl))
     panels = [metric if name == "accuracy" else name for name in PANELS]
