@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,3 +87,73 @@ def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):
     assert process.returncode == 2, said
     assert "unknown model 'lenet6'" in said
     assert not (tmp_path / "run").exists()
+
+
+OWN = """
+from flax_cnns.config import complete
+
+PARTS = "tests.runs.own_parts"
+
+
+def get_config():
+    return complete(
+        {
+            "model": {"name": f"{PARTS}:Net", "width": 2},
+            "data": {
+                "name": f"{PARTS}:batches",
+                "batch_size": 16,
+                "eval_batch_size": 64,
+                "validation": 0.0,
+            },
+            "optimizer": {"name": f"{PARTS}:momentum"},
+            "train": {
+                "duration": "60 steps",
+                "eval_every": "0 steps",
+                "loss": f"{PARTS}:focal",
+                "metrics": (f"{PARTS}:recall",),
+                "regularizers": (f"{PARTS}:Shrink",),
+            },
+            "own": {"Shrink": {"rate": 0.01}},
+            "checkpoint": {"every": "10 steps"},
+            "log": {"every": "5 steps", "tensorboard": False},
+        }
+    )
+"""
+
+
+def test_own_parts_in_two_processes_of_which_one_is_killed(tmp_path):
+    """From a folder that is not the repository's, with batches of a factory."""
+    (tmp_path / "mine.py").write_text(OWN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(workdir, *launcher):
+        command = [sys.executable, *launcher, "-m", "experiments.train", "--config=mine.py"]
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    two = ("-m", "flax_cnns.launch", "--local=2", "--devices=2", "--", sys.executable)
+    alone = start("alone")  # on four devices
+    said = alone.communicate(timeout=120)[0]
+    assert alone.returncode == 0, said
+    cut, said = start("cut", *two), ""
+    for line in cut.stdout:
+        said += line
+        if "step 25/60" in line:
+            children = Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+    assert cut.wait(timeout=60) == 128 + signal.SIGKILL, said
+    assert finding.latest_step(tmp_path / "cut") >= 20
+    again = start("cut", *two)
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    assert "resumed at step" in said
+    found, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "alone")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
