@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
 from flax_cnns.errors import (
@@ -165,10 +166,15 @@ def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
 # ---- in the child
 
 
+def look_in(path: Sequence[str]) -> None:
+    """Finds modules where the parent does, in its order: a name is the same module in both."""
+    sys.path[:] = [*path, *(other for other in sys.path if other not in path)]
+
+
 @output.safe()
 def main() -> int:
     job = pickle.load(sys.stdin.buffer)
-    sys.path.extend(path for path in job["path"] if path not in sys.path)
+    look_in(job["path"])
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])

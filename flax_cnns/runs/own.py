@@ -29,10 +29,16 @@ from flax_cnns.runs.references import (
     name_of,
     reference_to,
 )
+from flax_cnns.train import own as owns
 from flax_cnns.train import regularizers
 from flax_cnns.train.regularizers import Regularizer
 
-CALLBACKS = ("on_step", "on_validation", "on_save")
+# What each hook of a callback is called with.
+CALLBACKS = {
+    "on_step": ("step", "numbers"),
+    "on_validation": ("step", "numbers"),
+    "on_save": ("step",),
+}
 LENGTH = 16  # of a digest
 Objects = Mapping[str, Any]  # reference -> the object that was given in this process
 
@@ -49,6 +55,7 @@ class Own(NamedTuple):
     regularizers: Mapping[str, Regularizer] = {}
     callbacks: tuple[Any, ...] = ()
     record: Mapping[str, Any] = {}
+    notes: tuple[str, ...] = ()  # what may be intended, but would otherwise go unnoticed
 
 
 # ---------------------------------------------------------------------------- objects into a config
@@ -87,8 +94,10 @@ def _bring_one(kind: str, value: Any, objects: dict[str, Any], alias: str = "") 
     """The value of the config's field; an opaque object goes into `objects`."""
     reference = value if isinstance(value, str) else reference_to(value)
     if reference is None:
-        name = alias or _object_name(value)
+        name = alias or _object_name(value) or kind
         reference = f"{OPAQUE}:{name}"
+        if kind not in SEVERAL and objects.get(reference, value) is not value:
+            reference = f"{OPAQUE}:{name}_{kind}"  # another kind has one of this name
         if objects.get(reference, value) is not value:
             raise UserError(f"{kind}: two objects are called {name!r}; give them by name: {{...}}")
         objects[reference] = value
@@ -100,12 +109,13 @@ def _bring_one(kind: str, value: Any, objects: dict[str, Any], alias: str = "") 
 
 
 def _object_name(value: Any) -> str:
+    """ "" of a lambda, which has none."""
     if isinstance(value, functools.partial):
         value = value.func
     if isinstance(value, Dataset):
         return re.sub(r"\W", "_", value.name) or "arrays"
     name = getattr(value, "__name__", None) or type(value).__name__
-    return re.sub(r"\W", "", name) or "function"
+    return "" if name == "<lambda>" else re.sub(r"\W", "", name)
 
 
 # ---------------------------------------------------------------------------- a config into objects
@@ -136,7 +146,7 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
     data, data_fields = get_one("data")
     optimizer, optimizer_fields = get_one("optimizer")
     loss, loss_fields = get_one("loss")
-    metrics, hooks, callbacks = {}, {}, []
+    metrics, hooks, callbacks, notes = {}, {}, [], []
     for value in flat.get("train.metrics", ()):
         alias, reference = re.fullmatch(r"(?:(\w+)=)?(.*)", value).groups()
         with_fields = _fields_for(reference, fields)
@@ -150,7 +160,9 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
         found = get("regularizers", reference)
         of_it = _fields_for(reference, fields)
         _check_fields(found, of_it, reference)  # of one that is off, too
-        if not _is_off(found, of_it):
+        if why := _why_off(found, of_it):
+            notes.append(f"the regularizer {name_of(reference)} is off: {why}")
+        else:
             one = _instance(found, of_it, reference)
             hooks[name_of(reference)] = regularizers.hooks_of(name_of(reference), one)
     for reference in references.get("callbacks", ()):
@@ -178,6 +190,7 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
         hooks,
         tuple(callbacks),
         record,
+        tuple(notes),
     )
 
 
@@ -254,9 +267,15 @@ def _with_fields(found: Callable, fields: dict[str, Any], reference: str) -> Cal
     return functools.partial(found, **fields) if fields else found
 
 
+def _makes(found: Any) -> bool:
+    """Whether it is a class or a function, which makes the part of its fields; else it is the
+    part."""
+    return isinstance(found, (type, functools.partial)) or hasattr(found, "__qualname__")
+
+
 def _check_fields(found: Any, fields: dict[str, Any], reference: str) -> None:
     """Raises `UserError` for fields that a class, a factory or an object does not take."""
-    if inspect.isclass(found) or inspect.isfunction(found):
+    if _makes(found):
         _check_call(found, fields, reference)
     elif fields:
         raise UserError(
@@ -268,7 +287,7 @@ def _check_fields(found: Any, fields: dict[str, Any], reference: str) -> None:
 def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
     """What a class or factory makes of its fields; any other object is itself."""
     _check_fields(found, fields, reference)
-    if not (inspect.isclass(found) or inspect.isfunction(found)):
+    if not _makes(found):
         return found
     try:
         return found(**fields)
@@ -278,28 +297,37 @@ def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
         ) from None
 
 
-def _is_off(found: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether a regularizer's first field is 0, False, None or empty."""
-    if inspect.isclass(found) or inspect.isfunction(found):
+def _why_off(found: Any, fields: Mapping[str, Any]) -> str:
+    """In words, that a regularizer's first field is 0, False, None or empty; "" of one that is
+    on."""
+    if _makes(found):
         first = next(iter(inspect.signature(found).parameters.values()), None)
         if first is None or (first.name not in fields and first.default is first.empty):
-            return False
-        value = fields.get(first.name, first.default)
+            return ""
+        name, value = first.name, fields.get(first.name, first.default)
     elif dataclasses.is_dataclass(found) and dataclasses.fields(found):
-        value = getattr(found, dataclasses.fields(found)[0].name)
+        name = dataclasses.fields(found)[0].name
+        value = getattr(found, name)
     else:
-        return False
-    return value is None or (isinstance(value, (bool, int, float, str, tuple, list)) and not value)
+        return ""
+    off = value is None or (isinstance(value, (bool, int, float, str, tuple, list)) and not value)
+    return f"{name}, its first field, is {value!r}" if off else ""
 
 
 def _callback(found: Any) -> Any:
+    what = f"train.callbacks: {type(found).__name__}"
+    for name in dir(found):
+        if name.startswith("on_") and name not in CALLBACKS and callable(getattr(found, name)):
+            near = did_you_mean(name, CALLBACKS)
+            raise UserError(f"{what} has {name!r}, which nothing calls{near}")
     hooks = [name for name in CALLBACKS if callable(getattr(found, name, None))]
     if not hooks:
         known = [name for name in dir(found) if not name.startswith("_")]
         raise UserError(
-            f"train.callbacks: {type(found).__name__} has none of {', '.join(CALLBACKS)}; it has"
-            f" {', '.join(known[:8]) or 'nothing'}"
+            f"{what} has none of {', '.join(CALLBACKS)}; it has {', '.join(known[:8]) or 'nothing'}"
         )
+    for name in hooks:
+        owns.check_arguments(f"{what}, {name}", getattr(found, name), CALLBACKS[name])
     return found
 
 

@@ -7,7 +7,6 @@ process alone.
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import pkgutil
 import re
@@ -117,9 +116,10 @@ def _near_module(name: str) -> str:
 
 
 def reference_to(found: Any) -> str | None:
-    """ "package.module:Name" of an importable function or class; None for any other object."""
+    """ "package.module:Name" of an importable function (under jax.jit, too) or class; None for any
+    other object."""
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not module or not name:
+    if not callable(found) or not module or not name:
         return None
     if module == "__main__" or "<" in name:
         return None

@@ -175,13 +175,21 @@ class Session:
         return [bytes(row).decode().strip() for row in found]
 
     def _check_batch(self, step: int, was: list[str]) -> None:
-        """Raises `UserError` if the factory's batch of a step is another than when it was saved."""
+        """Raises `UserError` if the factory's batch of a step is another than when it was saved. ""
+        in `was`: there was none."""
         if len(was) != jax.process_count():
             self.progress.print(
                 f"note: {len(was)} processes had saved what batch comes next, and"
                 f" {jax.process_count()} cannot compare it"
             )
-        elif self._digests(step) != was:
+            return
+        differ = [a != b for a, b in zip(was, self._digests(step)) if a and b]
+        if not all(was):
+            self.progress.print(
+                f"note: the factory had no batch of step {step} as this run was saved, and it"
+                " cannot be compared"
+            )
+        if any(differ):
             said = (
                 f"{self.parts.dataset.name}: the factory's batch of step {step} is another than"
                 " before this run was stopped, so that it would not go on to the bit"

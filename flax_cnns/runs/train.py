@@ -145,7 +145,7 @@ def run(
                 print(configs.note(workdir, found))
             if change:
                 workdirs.accept_change(workdir, change)
-            for line in changed:
+            for line in (*parts.own.notes, *changed):
                 print(f"note: {line}")
             files.write_json(workdir / "config.json", resolved)
             if record:
@@ -186,7 +186,7 @@ def check_complete(
             data = data or own.make_data(config, objects)
             dataset = load_dataset(config.data, data=data, begun=True)  # for the counts
             seen, facts = dataset.seen, dataset.as_dict()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: of the user's own function
         if primary:
             print(f"the data of {workdir} are not compared: {error}")
         return

@@ -34,7 +34,11 @@ _OWN = "metric/"
 SUMS = frozenset({*_PER_EXAMPLE, "count", "bad", "norm", "rate", "steps", "confusion"})
 # Names of metrics that a user's own cannot have.
 RESERVED = frozenset(
-    {*_PER_EXAMPLE.values(), "learning_rate", "bad_steps", "images_per_second", "norm/grads"}
+    {
+        *(*_PER_EXAMPLE.values(), "learning_rate", "bad_steps", "images_per_second", "norm/grads"),
+        # what stands beside metrics in summary.json and in the file of an evaluation
+        *("step", "examples", "split", "checkpoint", "classes", "confusion", "changed_data"),
+    }
 )
 
 

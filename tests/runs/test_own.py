@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import chex
@@ -24,10 +25,12 @@ from experiments import script
 from flax_cnns import run
 from flax_cnns.config import complete, default_config
 from flax_cnns.errors import UserError
-from flax_cnns.runs import own, plan, references
+from flax_cnns.runs import child, own, plan, references
 from flax_cnns.runs.build import make_train_step
 from flax_cnns.runs.evaluate import evaluate_run
 from flax_cnns.runs.plan import rehearse
+from flax_cnns.runs.session import Session
+from flax_cnns.runs.train import check_complete
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.train.progress import Progress
 from tests.runs import own_parts
@@ -262,6 +265,70 @@ def test_an_optimizer_is_given_as_a_factory():
         own.resolve(config, objects)
 
 
+def test_what_has_no_name_is_called_by_its_kind():
+    config = complete({})
+    given = dict(model=lambda: own_parts.Bare(), loss=lambda logits, labels: logits[:, 0])
+    objects = own.bring(config, {**given, "optimizer": lambda rate: optax.sgd(rate)})
+    assert list(objects) == ["<opaque>:model", "<opaque>:loss", "<opaque>:optimizer"]
+    assert own.resolve(config, objects).loss is given["loss"]
+
+    class Net(own_parts.Net):
+        pass
+
+    twice = own.bring(complete({}), {"model": Net, "data": type("Net", (), {})()})
+    assert list(twice) == ["<opaque>:Net", "<opaque>:Net_data"]
+
+
+def test_a_partial_of_a_class_makes_the_part():
+    config = complete({"own": {"Shrink": {"bound": 2.0}}})
+    given = dict(
+        regularizers=[functools.partial(own_parts.Shrink, rate=0.1)],
+        callbacks=[functools.partial(own_parts.Recorder)],
+    )
+    found = own.resolve(config, own.bring(config, given))
+    assert isinstance(found.callbacks[0], own_parts.Recorder)
+    kernel = found.regularizers["Shrink"].constrain({"head": {"kernel": jnp.full((2, 2), 5.0)}})
+    assert float(kernel["head"]["kernel"].max()) == 2.0
+
+
+def test_a_compiled_function_is_importable():
+    assert references.reference_to(own_parts.compiled) == f"{HERE}:compiled"
+    assert own.digest_of(own_parts.compiled)
+
+
+def test_a_regularizer_that_is_off_is_told():
+    config = complete({"train": {"regularizers": (f"{HERE}:Shrink",)}})
+    (note,) = own.resolve(config).notes
+    assert note == "the regularizer Shrink is off: rate, its first field, is 0.0"
+
+
+class Short:
+    def on_validation(self, numbers):
+        pass
+
+
+class Mistyped:
+    def on_save(self, step):
+        pass
+
+    def on_validate(self, step, numbers):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (Short(), r"on_validation: it is called with \(step, numbers\), and takes \(numbers\)"),
+        (Mistyped(), "has 'on_validate', which nothing calls; did you mean 'on_validation'"),
+    ],
+)
+def test_a_callback_that_would_fail_or_never_be_called(given, words):
+    config = complete({})
+    objects = own.bring(config, {"callbacks": [given]})
+    with pytest.raises(UserError, match=words):
+        own.resolve(config, objects)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -324,6 +391,30 @@ def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
         run(drifting, workdir)
     run(drifting, workdir, accept_changed_data=True)
     assert "accepted: batches: the factory's batch of step 3" in capsys.readouterr().out
+
+
+def test_a_batch_that_was_not_there_is_not_compared():
+    said = []
+    session = types.SimpleNamespace(
+        progress=types.SimpleNamespace(print=said.append), _digests=lambda step: ["0123"]
+    )
+    Session._check_batch(session, 3, [""])
+    assert "the factory had no batch of step 3" in said[0]
+
+
+def test_a_complete_run_stands_where_its_data_are_gone(tmp_path, monkeypatch, capsys):
+    def gone(config, objects):
+        raise FileNotFoundError("no such file: images.npy")
+
+    monkeypatch.setattr(own, "make_data", gone)
+    check_complete(complete({}), tmp_path, None, False)
+    assert "are not compared: no such file: images.npy" in capsys.readouterr().out
+
+
+def test_a_child_process_looks_for_modules_where_its_parent_does(monkeypatch):
+    monkeypatch.setattr(sys, "path", ["/here", "/lib"])
+    child.look_in(["/script", "/lib", "/here"])
+    assert sys.path == ["/script", "/lib", "/here"]
 
 
 def test_a_stream_has_no_training_split_to_evaluate():

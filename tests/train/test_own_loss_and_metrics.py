@@ -136,7 +136,7 @@ def test_a_count_of_all_ratios():
     assert metrics.compute(jax.device_get(found)) == {"m": 0.125}
 
 
-@pytest.mark.parametrize("name", ["loss", "top5", "subset_accuracy", "l2"])
+@pytest.mark.parametrize("name", ["loss", "top5", "subset_accuracy", "l2", "step"])
 def test_a_name_that_is_taken(name):
     config = tiny.config(**{"optimizer.l2": (0.1,)})
     with pytest.raises(UserError, match=f"metric {name!r}: the name is taken"):
