@@ -21,9 +21,10 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import Parts
-from flax_cnns.runs.plan import METRICS, rehearse
+from flax_cnns.runs.plan import rehearse
 from flax_cnns.studies import own_parts
 from flax_cnns.studies.ablation.plan import Cell, Row, done, recorded_rows
+from flax_cnns.train import metrics
 from flax_cnns.train.progress import duration
 
 
@@ -61,8 +62,8 @@ def measure(cells: Sequence[Cell]) -> dict[str, Size]:
                 said.add(line)
         found = cost(parts.model, (1, *parts.dataset.image_shape))
         images = steps * row.config.data.batch_size
-        seen, metrics = parts.dataset.seen, tuple(_metrics(parts))
-        sizes[row.name] = Size(found.params, found.macs, images, seen, metrics)
+        seen, logged = parts.dataset.seen, tuple(_metrics(parts))
+        sizes[row.name] = Size(found.params, found.macs, images, seen, logged)
     return sizes
 
 
@@ -70,10 +71,8 @@ def _metrics(parts: Parts) -> list[str]:
     """What the test of a run logs: none without a test split."""
     if "test" not in parts.dataset.splits:
         return []
-    known = [
-        name for name in METRICS[parts.dataset.task] if name != "top5" or parts.num_classes > 5
-    ]
-    return [*known, *parts.own.metrics]
+    own = parts.own.metrics
+    return metrics.names(parts.num_classes, task=parts.dataset.task, own=own)
 
 
 def check_metric(metric: str, sizes: Mapping[str, Size]) -> str:
