@@ -115,7 +115,7 @@ def test_rows_change_own_fields_and_a_part_that_is_gone_takes_its_fields_along(c
     assert without.own.to_dict() == {"digits": {"examples": 64}}
     assert loss.own.focal.gamma == 1.0
     sizes = forecast.measure(plan.make_cells([rows[0], rows[3]], "nowhere", 1))
-    assert sizes["base"].metrics == ("accuracy", "top5", "loss", "recall")
+    assert sizes["base"].metrics == ("loss", "accuracy", "top5", "recall")
     assert sizes["base"].macs > 0
     assert forecast.check_metric("test/recall", sizes) == "recall"
     with pytest.raises(
