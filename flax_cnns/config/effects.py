@@ -30,6 +30,7 @@ class Facts(NamedTuple):
     own_validation: bool  # whether that is the data set's own, not taken from train
     has_batchnorm: Callable[[], bool]
     has_aux_heads: Callable[[], bool]
+    decodes: bool = True  # whether images are decoded, and not a user's own arrays or batches
 
 
 class Effect(NamedTuple):
@@ -93,6 +94,18 @@ def _is_read(otherwise: Effect | None = None) -> Effect:
     return Effect(why, lambda flat: not _is_own(flat) and otherwise.acts(flat))
 
 
+def _is_decoded(otherwise: Effect | None = None) -> Effect:
+    """Of a field that says how images are decoded, those of a user's own TFDS builder too: no file
+    of arrays, and what `otherwise` says. `IN_A_RUN` knows of other own data."""
+    why = "arrays are not decoded, and data.name is {data.name}"
+    return Effect(
+        f"{otherwise.why} (or {why})" if otherwise else why,
+        lambda flat: (
+            not flat["data.name"].endswith(".npz") and (otherwise is None or otherwise.acts(flat))
+        ),
+    )
+
+
 EFFECTS: dict[str, Effect] = {
     "data.dir": Effect(
         "own data come as they are, and data.name is {data.name}",
@@ -101,9 +114,9 @@ EFFECTS: dict[str, Effect] = {
     "data.source": _is_read(),
     "data.image_size": _is_read(),
     "data.channels": _is_read(),
-    "data.in_memory": _is_read(),
-    "data.threads": _is_read(),
-    "data.skip_damaged": _is_read(),
+    "data.in_memory": _is_decoded(),
+    "data.threads": _is_decoded(),
+    "data.skip_damaged": _is_decoded(),
     "data.mock": _is_read(),
     "data.labels": _is_read(
         Effect(
@@ -114,8 +127,8 @@ EFFECTS: dict[str, Effect] = {
             ),
         )
     ),
-    "data.memory_limit": _is_read(_only("data.in_memory", "auto")),
-    "data.workers": _is_read(
+    "data.memory_limit": _is_decoded(_only("data.in_memory", "auto")),
+    "data.workers": _is_decoded(
         Effect(
             "they decode what is streamed, and data.in_memory is {data.in_memory}",
             lambda flat: flat["data.in_memory"] != "yes",
@@ -238,6 +251,13 @@ IN_A_RUN: dict[str, Effect] = {
         "the network {model.name} has no auxiliary heads",
         lambda flat, facts: not is_on(flat["train.aux_weight"]) or facts.has_aux_heads(),
     ),
+    **{
+        f"data.{field}": Effect(
+            "arrays and batches of your own are not decoded, and data.name is {data.name}",
+            lambda flat, facts: facts.decodes,
+        )
+        for field in ("in_memory", "memory_limit", "workers", "threads", "skip_damaged")
+    },
     "train.best_by": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
     "train.test_on": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
     "checkpoint.keep_best": Effect(

@@ -210,6 +210,11 @@ class Dataset:
         return self.factory is not None
 
     @property
+    def is_decoded(self) -> bool:
+        """False: images are a user's own arrays or batches."""
+        return not (self.is_stream or isinstance(self.splits["train"].images, Rows))
+
+    @property
     def seen(self) -> fingerprints.Seen:
         counts = {role: len(split) for role, split in self.splits.items()}
         mean = self.mean if self.normalized_by == "training images" else ()

@@ -100,6 +100,7 @@ class RunPlan:
             own_validation=parts.dataset.own_validation,
             has_batchnorm=lambda: bool(shapes()["batch_stats"]),
             has_aux_heads=has_aux_heads,
+            decodes=parts.dataset.is_decoded,
         )
         return configs.find_doubts(self.config, facts)
 

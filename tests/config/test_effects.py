@@ -74,6 +74,7 @@ def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
         (dict(data__augment__normalize=False, data__mean=(0.5,), data__std=(0.5,)), "subtracts"),
         (dict(data__in_memory="yes", data__workers=2), "they decode what is streamed"),
         (dict(data__in_memory="no", data__memory_limit=2.0), "auto has it"),
+        (dict(data__name="digits.npz", data__threads=2), "arrays are not decoded"),
         (dict(data__name="folder", data__labels="coarse"), "a folder has one"),
         # ---- values
         (dict(data__mean=(123.675,), data__std=(0.2,)), "data.mean: expected .* images in 0..1"),
@@ -113,6 +114,7 @@ def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
         dict(train__early_stopping=3, train__test_on="best"),
         dict(checkpoint__keep_best=0, train__eval_every="0 steps"),
         dict(data__mean=(0.0,), data__std=(1.0,), data__workers=2),
+        dict(data__name="mine:tfds_builder", data__workers=2, data__skip_damaged=True),
     ],
 )
 def test_fields_that_act_are_accepted(fields):

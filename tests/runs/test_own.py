@@ -248,6 +248,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(train={"best_by": "validation/recal"}), "has no 'recal'; did you mean 'recall'"),
         (dict(train={"best_mode": "auto"}), "is the best 'recall' the highest or the lowest"),
         (dict(data={"image_size": 16}), "data.image_size=16: own data are not read"),
+        (dict(data={"workers": 2}), "data.workers=2: arrays and batches of your own are not"),
         (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: sgd and rmsprop"),
         (dict(data={"name": f"{HERE}:no_data"}, own={"digits": 3}), "own.digits"),
         (dict(train={"callbacks": (f"{HERE}:Shrink",)}), "Shrink"),

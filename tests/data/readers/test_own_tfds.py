@@ -108,6 +108,7 @@ def test_sizes_and_labels(config, tmp_path):
     )
     assert dataset.image_shape == (16, 16, 3)
     assert not dataset.in_memory
+    assert dataset.is_decoded
     assert len(dataset.splits["validation"]) == 4
     with pytest.raises(UserError, match="stripes has no labels 'row'"):
         load_dataset(config, data=Dataset.from_tfds(Stripes, labels="row", **where))
