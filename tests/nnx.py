@@ -1,6 +1,6 @@
 """Every network as an NNX module, beside itself in linen: the same program, the same numbers?
 
-    python -m tests.nnx                        # every network of list_models()
+    python -m tests.nnx                        # every network: 43 minutes of a busy core
     python -m tests.nnx lenet5 cifar_resnet20 --numbers
 
 A network evaluates two images of its own size, then trains on them: loss with auxiliary heads,
