@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_cnns.config import DEFAULTS
 from flax_cnns.data import given
 from flax_cnns.data.known import IMAGENET
 from flax_cnns.data.own import check_augment, find_mean_and_std
@@ -97,13 +98,15 @@ def _is_count(value: Any) -> bool:
 
 def finish(data: Dataset, config: Any) -> Dataset:
     """The data set of a run, of one that `from_batches` made; `config` is `config.data`. Raises
-    UserError for what would need examples in another order."""
+    UserError for what would need examples in another order; `data.validation` at its default is a
+    note."""
     own_validation = "validation" in data.splits
+    asked = config.validation not in (0, DEFAULTS["data.validation"])
     impossible = {
         "mock": config.mock,
         "classes": config.classes,
         "fraction": config.fraction < 1,
-        "validation": config.validation and not own_validation,
+        "validation": asked and not own_validation,
     }
     cures = {
         "validation": "give sizes['validation'], or set data.validation=0",
@@ -123,6 +126,8 @@ def finish(data: Dataset, config: Any) -> Dataset:
         )
     mean, std, normalized_by = find_mean_and_std(data, config, lambda: _of_imagenet(data))
     notes = find_notes(data.splits, data.class_names, config.batch_size)
+    if not own_validation:
+        notes.append("there is no validation split; from_batches takes sizes['validation']")
     if normalized_by == "ImageNet":
         notes.append("normalized by ImageNet's mean and std; from_batches takes mean= and std=")
     return Dataset(

@@ -336,7 +336,7 @@ def test_what_is_refused(more, said):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("validation", 0.1, r"give sizes\['validation'\], or set data.validation=0"),
+        ("validation", 0.2, r"give sizes\['validation'\], or set data.validation=0"),
         ("fraction", 0.5, "choose the examples in the factory"),
         ("classes", (0, 1), "choose the examples in the factory"),
         ("mock", 10, r"set data\.mock=0"),
@@ -353,6 +353,13 @@ def test_what_needs_another_order_is_refused(config, field, value, said):
     config.augment.pca = 0.0
     with pytest.raises(UserError, match="come without end"):
         pipeline.eval_batches(loaded(config), "train", config)
+
+
+def test_there_may_be_no_validation_split(config):
+    config.validation = 0.1
+    data = loaded(config)
+    assert "validation" not in data.splits
+    assert "note: there is no validation split; from_batches takes" in "\n".join(data.describe())
 
 
 def test_a_factory_that_returns_nothing(config):
