@@ -15,13 +15,8 @@ _WHERE = {
     "Dataset": "flax_cnns.data.types",
     "UserError": "flax_cnns.errors",
 }
-_MODULES = (
-    "config",
-    "launch",
-    "layers",
-    "models",
-    "weights",
-)  # by their name, without a further import
+# By their name, without a further import.
+_MODULES = ("config", "interop", "launch", "layers", "models", "weights")
 __all__ = sorted([*_WHERE, *_MODULES])
 
 
