@@ -451,6 +451,14 @@ def test_partial_dicts_and_unknown_fields():
         complete({"modle": {"name": "resnet18"}})
 
 
+def test_a_version_of_a_data_set_is_no_name_of_code():
+    config = complete({"data": {"name": "cifar10:3.0.2"}})
+    assert references.find_references(config) == {}
+    references.check_trust(config, False, "runs/old")
+    config.data.name = "<opaque>:3d_shapes"
+    assert references.find_references(config) == {"data": ["<opaque>:3d_shapes"]}
+
+
 def test_modules_of_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
