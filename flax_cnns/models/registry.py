@@ -93,7 +93,10 @@ _MODELS = merge(FAMILIES)
 
 def _find(name: str) -> tuple[partial, ModuleType]:
     if name not in _MODELS:
-        raise UserError(f"unknown model {name!r}{did_you_mean(name, _MODELS)}")
+        near = did_you_mean(name, _MODELS)
+        if set(name) & set(":./"):
+            near = "; a network of your own is 'package.module:Name'"
+        raise UserError(f"unknown model {name!r}{near}")
     return _MODELS[name]
 
 

@@ -216,6 +216,8 @@ def find_network(config: Any, objects: Objects | None = None) -> Any:
 def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any]) -> None:
     names = [name_of(ref) for kind, refs in references.items() if kind != "model" for ref in refs]
     for name in fields:
+        if name in map(name_of, references.get("model", ())) and name not in names:
+            raise UserError(f"config.own.{name}: a network's fields are config.model.FIELD")
         if name not in names:
             near = did_you_mean(name, names) or "; there are no own parts"
             raise UserError(f"config.own.{name}: none of the own parts is called {name!r}{near}")
@@ -338,6 +340,11 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
         return data
     if hasattr(data, "as_data_source"):  # a TFDS builder, or its class
         return Dataset.from_tfds(data, **fields)
+    if not callable(data):
+        raise UserError(
+            f"{reference}: expected a flax_cnns.Dataset, or a function that returns one, got a"
+            f" {type(data).__name__}; Dataset.from_arrays(train=(images, labels)) makes one"
+        )
     _check_call(data, fields, reference)
     made = data(**fields)
     if not isinstance(made, Dataset):
