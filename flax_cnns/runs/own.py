@@ -294,8 +294,9 @@ def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
     try:
         return found(**fields)
     except TypeError as error:
+        what = "" if inspect.isclass(found) else "expected a class, or a function that makes one; "
         raise UserError(
-            f"{reference}: {error}; its fields are own.{name_of(reference)}.*"
+            f"{reference}: {what}{error}; its fields are own.{name_of(reference)}.*"
         ) from None
 
 
@@ -340,16 +341,12 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
         return data
     if hasattr(data, "as_data_source"):  # a TFDS builder, or its class
         return Dataset.from_tfds(data, **fields)
-    if not callable(data):
-        raise UserError(
-            f"{reference}: expected a flax_cnns.Dataset, or a function that returns one, got a"
-            f" {type(data).__name__}; Dataset.from_arrays(train=(images, labels)) makes one"
-        )
-    _check_call(data, fields, reference)
-    made = data(**fields)
+    if callable(data):
+        _check_call(data, fields, reference)
+    made = data(**fields) if callable(data) else data
     if not isinstance(made, Dataset):
         raise UserError(
-            f"{reference}: expected a function that returns a flax_cnns.Dataset, got a"
+            f"{reference}: expected a flax_cnns.Dataset, or a function that returns one, got a"
             f" {type(made).__name__}; Dataset.from_arrays(train=(images, labels)) makes one"
         )
     return made

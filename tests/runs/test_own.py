@@ -252,11 +252,24 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: sgd and rmsprop"),
         (dict(data={"name": f"{HERE}:no_data"}, own={"digits": 3}), "own.digits"),
         (dict(train={"callbacks": (f"{HERE}:Shrink",)}), "Shrink"),
+        (dict(train={"callbacks": (f"{HERE}:scalar_loss",)}), "expected a class, or a"),
+        (dict(own={"Net": {"width": 1}}), "a network's fields are config.model.FIELD"),
+        (dict(model={"name": f"{HERE}.Net"}), "your own is 'package.module:Name'"),
     ],
 )
 def test_mistakes_are_told_before_the_first_step(sections, words):
     with pytest.raises(UserError, match=words):
         rehearse(complete(changed(**sections)))
+
+
+def test_a_partial_makes_a_regularizer_and_a_pair_is_no_data():
+    config = complete({})
+    given = {"regularizers": [functools.partial(own_parts.Shrink, rate=0.5)]}
+    found = own.resolve(config, own.bring(config, given)).regularizers
+    assert found["Shrink"].penalty({"head": {"kernel": jnp.ones(2)}}, 0) == 1.0
+    objects = own.bring(config, {"data": (1, 2)})
+    with pytest.raises(UserError, match=r"expected a flax_cnns\.Dataset, .* got a tuple"):
+        own.make_data(config, objects)
 
 
 def test_an_optimizer_is_given_as_a_factory():
@@ -336,6 +349,11 @@ def test_a_callback_that_would_fail_or_never_be_called(given, words):
         ("Wrong", r"expected logits \[N K\].*it gives \[2 8 8 3\]"),
         ("NoTrain", "has no train"),
         ("Keeps", "keeps variables of cache"),
+        ("Streams", "in training: .*noise.; a run gives the streams dropout and shared"),
+        ("LateHead", "in training: .*parameters are made with train=False"),
+        ("TwoHeads", "in training: expected logits .*it gives tuple"),
+        ("OfNNX", r"got one of Flax NNX; give flax\.nnx\.bridge\.to_linen"),
+        ("NUMBER", "a function that makes it; got a int"),
     ],
 )
 def test_a_network_that_is_none(name, words):
