@@ -165,6 +165,7 @@ def init_variables(
     shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
 
     def kept(variables: dict[str, Any]) -> dict[str, Any]:
+        variables = nn.unbox(variables)  # a user's network may say how they are partitioned
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def init(key: jax.Array) -> dict[str, Any]:
