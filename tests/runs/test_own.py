@@ -412,6 +412,17 @@ def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
     assert "accepted: batches: the factory's batch of step 3" in capsys.readouterr().out
 
 
+def test_a_callback_has_numbers_of_its_own():
+    session = types.SimpleNamespace(
+        writer=types.SimpleNamespace(write=lambda *_: None),
+        progress=types.SimpleNamespace(update=lambda *_: None),
+        warned=True,
+        _call_back=lambda hook, step, numbers: numbers.clear(),
+    )
+    Session._write(session, 3, record := {"validation/accuracy": 0.5})
+    assert record == {"validation/accuracy": 0.5}
+
+
 def test_a_batch_that_was_not_there_is_not_compared():
     said = []
     session = types.SimpleNamespace(
