@@ -167,6 +167,10 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
     kind = inspect.Parameter
     if not any(p.name == "train" or p.kind is kind.VAR_KEYWORD for p in parameters):
         raise UserError(f"{name}: expected __call__(self, images, *, train), and it has no train")
+    try:
+        inspect.signature(type(model).__call__).bind(model, "images", train=False)
+    except TypeError as error:
+        raise UserError(f"{name}: expected __call__(self, images, *, train): {error}") from None
     if getattr(model, "axis_name", None):
         model = model.clone(axis_name=None)  # the axis exists only inside a step
     images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)

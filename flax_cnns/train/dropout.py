@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -79,7 +80,7 @@ def _modules(model: nn.Module, images_shape: Sequence[int]) -> dict[str, bool]:
 
     images = jax.ShapeDtypeStruct(tuple(images_shape), jnp.float32)
     with nn.intercept_methods(call):
-        jax.eval_shape(model.init, jax.random.key(0), images)
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     return found
 
 

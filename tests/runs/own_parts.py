@@ -143,6 +143,14 @@ class NoTrain(nn.Module):
         return nn.Dense(10)(images.reshape(len(images), -1))
 
 
+class NeedsKey(nn.Module):
+    """Is called with more than images."""
+
+    @nn.compact
+    def __call__(self, images, key, *, train):
+        return nn.Dense(10)(images.reshape(len(images), -1))
+
+
 class Streams(nn.Module):
     """Draws from a stream that a run does not have."""
 

@@ -32,6 +32,7 @@ from flax_cnns.runs.plan import rehearse
 from flax_cnns.runs.session import Session
 from flax_cnns.runs.train import check_complete
 from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.train import dropout
 from flax_cnns.train.progress import Progress
 from tests.runs import own_parts
 from tests.tiny_runs import arrays, records
@@ -262,6 +263,12 @@ def test_mistakes_are_told_before_the_first_step(sections, words):
         rehearse(complete(changed(**sections)))
 
 
+def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
+    net = own_parts.Net(num_classes=10)
+    rates = dropout.layer_rates((0.1,), net, params={}, images_shape=(1, 8, 8, 1))
+    assert rates == {"conv1": 0.1, "conv2": 0.1}
+
+
 def test_a_partial_makes_a_regularizer_and_a_pair_is_no_data():
     config = complete({})
     given = {"regularizers": [functools.partial(own_parts.Shrink, rate=0.5)]}
@@ -349,6 +356,7 @@ def test_a_callback_that_would_fail_or_never_be_called(given, words):
         ("Wrong", r"expected logits \[N K\].*it gives \[2 8 8 3\]"),
         ("NoTrain", "has no train"),
         ("Keeps", "keeps variables of cache"),
+        ("NeedsKey", r"expected __call__\(self, images, \*, train\): missing .*'key'"),
         ("Streams", "in training: .*noise.; a run gives the streams dropout and shared"),
         ("LateHead", "in training: .*parameters are made with train=False"),
         ("TwoHeads", "in training: expected logits .*it gives tuple"),
