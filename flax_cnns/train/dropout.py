@@ -51,12 +51,12 @@ def layer_rates(
         }
     else:
         rates = pytree.match(rules, found, what="train.dropout")
-    if any(rule if isinstance(rule, (int, float)) else rule[1] for rule in rules):
-        if not any(rates.values()):
-            raise UserError(
-                f"train.dropout: {type(model).__name__} has no layer that it drops; one rate is for"
-                " each flax.linen.Conv but the head's, (regex, rate) for the linen layers it names"
-            )
+    asked = any(rule if isinstance(rule, (int, float)) else rule[1] for rule in rules)
+    if asked and not any(rates.values()):
+        raise UserError(
+            f"train.dropout: {type(model).__name__} has no layer that it drops; one rate is for"
+            " each flax.linen.Conv but the head's, (regex, rate) for the linen layers it names"
+        )
     parts = (path.split("/") for path in pytree.flatten(params))
     prefixes = dict.fromkeys("/".join(p[:i]) for p in parts for i in range(1, len(p)))
     for stack in prefixes:
