@@ -97,7 +97,7 @@ def _lacks(field: str, name: str, asked: str) -> str:
 def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset) -> nn.Module:
     _check_kind(name, network)
     known = _known_fields(network)
-    fields = {field: _tuples(value) for field, value in fields.items()}
+    fields = {field: as_tuples(value) for field, value in fields.items()}
     if "init" in fields:
         fields["kernel_init"] = fields.pop("init")
     if fields.get("dtype") == "float32" and "dtype" not in known:
@@ -149,8 +149,9 @@ def _known_fields(network: Any) -> set[str]:
     return set(inspect.signature(network).parameters)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def as_tuples(value: Any) -> Any:
+    """Lists of a config as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------------------- what it must do

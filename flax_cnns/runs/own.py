@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from flax_cnns.config import flatten, plain
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.runs.network import as_tuples
 from flax_cnns.runs.references import (
     FIELDS,
     OPAQUE,
@@ -231,13 +232,8 @@ def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any])
             raise UserError(f"train.{kind}: two of them are called {twice[0]!r}")
 
 
-def _tuples(value: Any) -> Any:
-    """Lists of a config as tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
 def _fields_for(reference: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
+    return {name: as_tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
 
 
 def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
