@@ -122,8 +122,9 @@ def _object_name(value: Any) -> str:
 # ---------------------------------------------------------------------------- a config into objects
 
 
-def resolve(config: Any, objects: Objects | None = None) -> Own:
-    """The own parts that a config names; `objects` are the opaque ones. Raises `UserError` for a
+def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = True) -> Own:
+    """The own parts that a config names; `objects` are the opaque ones. Without `callbacks` none of
+    these is made, which may begin a file anew. Raises `UserError` for a
     name that cannot be imported, a field that its part does not take, and fields of no part."""
     references = find_references(config)
     fields = plain(config.get("own", {}) or {})
@@ -147,7 +148,7 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
     data, data_fields = get_one("data")
     optimizer, optimizer_fields = get_one("optimizer")
     loss, loss_fields = get_one("loss")
-    metrics, hooks, callbacks, notes = {}, {}, [], []
+    metrics, hooks, called, notes = {}, {}, [], []
     for value in flat.get("train.metrics", ()):
         alias, reference = re.fullmatch(r"(?:(\w+)=)?(.*)", value).groups()
         with_fields = _fields_for(reference, fields)
@@ -166,9 +167,9 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
         else:
             one = _instance(found, of_it, reference)
             hooks[name_of(reference)] = regularizers.hooks_of(name_of(reference), one)
-    for reference in references.get("callbacks", ()):
+    for reference in references.get("callbacks", ()) if callbacks else ():
         of_it = _fields_for(reference, fields)
-        callbacks.append(_callback(_instance(get("callbacks", reference), of_it, reference)))
+        called.append(_callback(_instance(get("callbacks", reference), of_it, reference)))
     if optimizer is not None:
         if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
             raise UserError(
@@ -189,7 +190,7 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
         loss,
         metrics,
         hooks,
-        tuple(callbacks),
+        tuple(called),
         record,
         tuple(notes),
     )

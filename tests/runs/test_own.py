@@ -422,6 +422,12 @@ def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
     assert "accepted: batches: the factory's batch of step 3" in capsys.readouterr().out
 
 
+def test_an_evaluation_makes_no_callbacks():
+    config = complete({"train": {"callbacks": (f"{HERE}:Recorder",)}})
+    assert len(own.resolve(config).callbacks) == 1
+    assert own.resolve(config, callbacks=False).callbacks == ()
+
+
 def test_a_callback_has_numbers_of_its_own():
     session = types.SimpleNamespace(
         writer=types.SimpleNamespace(write=lambda *_: None),
