@@ -119,9 +119,10 @@ def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset)
     if "dtype" in fields:
         fields["dtype"] = jnp.dtype(fields["dtype"])
     try:
-        made = network(**fields)
+        inspect.signature(network).bind(**fields)
     except TypeError as error:
         raise UserError(f"{name}: {error}; its fields are config.model.FIELD") from None
+    made = network(**fields)
     if not isinstance(made, nn.Module):
         _check_kind(name, made)
         raise UserError(f"{name}: expected a flax.linen module, got a {type(made).__name__}")

@@ -289,12 +289,13 @@ def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
     if not _makes(found):
         return found
     try:
-        return found(**fields)
+        inspect.signature(found).bind(**fields)
     except TypeError as error:
         what = "" if inspect.isclass(found) else "expected a class, or a function that makes one; "
         raise UserError(
             f"{reference}: {what}{error}; its fields are own.{name_of(reference)}.*"
         ) from None
+    return found(**fields)
 
 
 def _why_off(found: Any, fields: Mapping[str, Any]) -> str:

@@ -319,6 +319,17 @@ def test_a_compiled_function_is_importable():
     assert own.digest_of(own_parts.compiled)
 
 
+def test_a_mistake_inside_a_constructor_keeps_its_traceback():
+    class Faulty:
+        def __init__(self, rate=1.0):
+            self.rate = rate + "text"
+
+    config = complete({})
+    objects = own.bring(config, {"regularizers": [Faulty]})
+    with pytest.raises(TypeError, match="unsupported operand"):
+        own.resolve(config, objects)
+
+
 def test_a_regularizer_that_is_off_is_told():
     config = complete({"train": {"regularizers": (f"{HERE}:Shrink",)}})
     (note,) = own.resolve(config).notes
@@ -514,7 +525,8 @@ def test_modules_of_the_current_folder(tmp_path, monkeypatch):
     assert references.reference_to(found) == "my_losses:mine"
     with pytest.raises(UserError, match="no module 'my_loses'; did you mean 'my_losses'"):
         references.import_reference("my_loses:mine", "train.loss")
-    with pytest.raises(UserError, match="importing broken_losses fails: ZeroDivisionError"):
+    said = r"importing broken_losses fails: ZeroDivisionError: .* \(.*broken_losses\.py, line 1\)$"
+    with pytest.raises(UserError, match=said):
         references.import_reference("broken_losses:mine", "train.loss")
     assert references.reference_to(lambda: 1) is None
 
