@@ -122,7 +122,9 @@ def weight(value: Any) -> str | None:
     return None if fine else "a number"
 
 
-REFERENCE = re.compile(r"(<opaque>|[\w.]+):[\w.]+")  # "package.module:Name"
+_DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+# "package.module:Name", and not a version, as TFDS has them: "digits:1.0.0"
+REFERENCE = re.compile(rf"<opaque>:\w+|{_DOTTED}:{_DOTTED}")
 
 
 def is_reference(value: Any) -> bool:

@@ -50,7 +50,11 @@ def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
             )
         return images
     if images.dtype.kind != "f":
-        cure = "images.astype(np.uint8)" if images.dtype.kind in "iub" else "a float32 array"
+        cure = "images.astype(np.uint8)" if images.dtype.kind in "iu" else "a float32 array"
+        if images.dtype.kind in "iu" and images.max() > 255:  # which uint8 would wrap around
+            cure = "(images / WHITE).astype(np.float32), WHITE the value of white"
+        elif images.dtype == bool:
+            cure = "images.astype(np.float32)"
         raise UserError(
             f"{what} are {images.dtype}; expected uint8 (0 to 255) or floats (0 to 1): give {cure}"
         )

@@ -93,7 +93,10 @@ _MODELS = merge(FAMILIES)
 
 def _find(name: str) -> tuple[partial, ModuleType]:
     if name not in _MODELS:
-        raise UserError(f"unknown model {name!r}{did_you_mean(name, _MODELS)}")
+        near = did_you_mean(name, _MODELS)
+        if set(name) & set(":./"):
+            near = "; a network of your own is 'package.module:Name'"
+        raise UserError(f"unknown model {name!r}{near}")
     return _MODELS[name]
 
 
@@ -162,6 +165,7 @@ def init_variables(
     shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
 
     def kept(variables: dict[str, Any]) -> dict[str, Any]:
+        variables = nn.unbox(variables)  # a user's network may say how they are partitioned
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def init(key: jax.Array) -> dict[str, Any]:

@@ -105,10 +105,11 @@ def assemble(
     *,
     confusion: bool = False,
     begun: bool = False,
+    callbacks: bool = True,
 ) -> Parts:
     """Loads the data and builds network, mesh and evaluation step. `objects`: those of `own.bring`;
-    `begun`: as `load_dataset` has it. Raises `UserError`."""
-    brought = own.resolve(config, objects)
+    `begun`: as `load_dataset` has it; `callbacks`: as `own.resolve`. Raises `UserError`."""
+    brought = own.resolve(config, objects, callbacks=callbacks)
     if brought.network is None:
         registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
     mesh = parallel.make_mesh()

@@ -77,7 +77,7 @@ def evaluate_run(
     found = configs.find_doubts(config)
     start_jax(config)
     try:
-        parts = assemble(config, confusion=True, begun=True)
+        parts = assemble(config, confusion=True, begun=True, callbacks=False)
     except UserError as error:
         there = config.data.dir
         if not there or os.path.exists(os.path.expanduser(there)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,9 @@ def _lacks(field: str, name: str, asked: str) -> str:
 
 
 def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset) -> nn.Module:
+    _check_kind(name, network)
     known = _known_fields(network)
-    fields = {field: _tuples(value) for field, value in fields.items()}
+    fields = {field: as_tuples(value) for field, value in fields.items()}
     if "init" in fields:
         fields["kernel_init"] = fields.pop("init")
     if fields.get("dtype") == "float32" and "dtype" not in known:
@@ -117,15 +119,29 @@ def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset)
     if "dtype" in fields:
         fields["dtype"] = jnp.dtype(fields["dtype"])
     try:
-        made = network(**fields)
+        inspect.signature(network).bind(**fields)
     except TypeError as error:
         raise UserError(f"{name}: {error}; its fields are config.model.FIELD") from None
+    made = network(**fields)
     if not isinstance(made, nn.Module):
-        raise UserError(
-            f"{name}: expected a flax.linen module, got a {type(made).__name__}; a module of Flax"
-            " NNX goes through flax.nnx.bridge.ToLinen"
-        )
+        _check_kind(name, made)
+        raise UserError(f"{name}: expected a flax.linen module, got a {type(made).__name__}")
     return made
+
+
+def _check_kind(name: str, network: Any) -> None:
+    """Raises `UserError` for a module of NNX, and for what makes no network."""
+    bases = (network if inspect.isclass(network) else type(network)).__mro__
+    if nn.Module not in bases and any(base.__module__.startswith("flax.nnx") for base in bases):
+        raise UserError(
+            f"{name}: expected a flax.linen module, got one of Flax NNX; give"
+            " flax.nnx.bridge.to_linen(CLASS, ...)"
+        )
+    if not callable(network):
+        raise UserError(
+            f"{name}: expected a flax.linen module, its class, or a function that makes it; got a"
+            f" {type(network).__name__}"
+        )
 
 
 def _known_fields(network: Any) -> set[str]:
@@ -134,8 +150,9 @@ def _known_fields(network: Any) -> set[str]:
     return set(inspect.signature(network).parameters)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def as_tuples(value: Any) -> Any:
+    """Lists of a config as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------------------- what it must do
@@ -145,13 +162,17 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
     """The number of logits that an own network gives. Computes shapes only.
 
     Raises `UserError` unless it takes `(images, train=...)`, keeps no variables but `params` and
-    `batch_stats`, and gives logits [N K] of the data set's classes or more.
+    `batch_stats`, and gives logits [N K] of the data set's classes or more, in training too.
     """
     name = type(model).__name__
     parameters = inspect.signature(type(model).__call__).parameters.values()
     kind = inspect.Parameter
     if not any(p.name == "train" or p.kind is kind.VAR_KEYWORD for p in parameters):
         raise UserError(f"{name}: expected __call__(self, images, *, train), and it has no train")
+    try:
+        inspect.signature(type(model).__call__).bind(model, "images", train=False)
+    except TypeError as error:
+        raise UserError(f"{name}: expected __call__(self, images, *, train): {error}") from None
     if getattr(model, "axis_name", None):
         model = model.clone(axis_name=None)  # the axis exists only inside a step
     images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
@@ -166,6 +187,17 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
         )
     kept = {key: value for key, value in variables.items() if key in COLLECTIONS}
     logits = jax.eval_shape(partial(model.apply, train=False), kept, images)
+    classes = _check_logits(name, logits, dataset)
+    logits = _shapes_in_training(name, model, kept, images)
+    if _check_logits(f"{name}, in training", logits, dataset) != classes:
+        raise UserError(
+            f"{name}: it gives {classes} logits an image, and {logits.shape[1]} in training"
+        )
+    return classes
+
+
+def _check_logits(name: str, logits: Any, dataset: Dataset) -> int:
+    """K of logits [N K] of 2 images."""
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2 or shape[1] < dataset.num_classes:
         got = f"[{' '.join(map(str, shape))}]" if shape is not None else type(logits).__name__
@@ -174,6 +206,29 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
             f" of {dataset.name}; for 2 images of {list(dataset.image_shape)} it gives {got}"
         )
     return shape[1]
+
+
+# What flax says of a network that trains otherwise than a run lets it -> what a run does.
+_IN_TRAINING = {
+    flax.errors.InvalidRngError: "a run gives the streams dropout and shared",
+    flax.errors.ModifyScopeVariableError: "a run lets it write batch_stats, and sow aux_logits",
+    flax.errors.ScopeParamNotFoundError: "parameters are made with train=False: make all of them",
+    flax.errors.ScopeCollectionNotFound: "variables are made with train=False: make all of them",
+}
+
+
+def _shapes_in_training(name: str, model: nn.Module, variables: PyTree, images: Any) -> Any:
+    call = partial(
+        model.apply,
+        train=True,
+        mutable=["batch_stats", *PASSING],
+        rngs={"shared": jax.random.key(0), "dropout": jax.random.key(0)},
+    )
+    try:
+        return jax.eval_shape(call, variables, images)[0]
+    except tuple(_IN_TRAINING) as error:
+        said = str(error).partition(" (https://")[0].rstrip(".")
+        raise UserError(f"{name}, in training: {said}; {_IN_TRAINING[type(error)]}") from None
 
 
 def describe_parameters(variables: PyTree) -> dict[str, list[int]]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from flax_cnns.config import flatten, plain
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.runs.network import as_tuples
 from flax_cnns.runs.references import (
     FIELDS,
     OPAQUE,
@@ -121,8 +122,9 @@ def _object_name(value: Any) -> str:
 # ---------------------------------------------------------------------------- a config into objects
 
 
-def resolve(config: Any, objects: Objects | None = None) -> Own:
-    """The own parts that a config names; `objects` are the opaque ones. Raises `UserError` for a
+def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = True) -> Own:
+    """The own parts that a config names; `objects` are the opaque ones. Without `callbacks` none of
+    these is made, which may begin a file anew. Raises `UserError` for a
     name that cannot be imported, a field that its part does not take, and fields of no part."""
     references = find_references(config)
     fields = plain(config.get("own", {}) or {})
@@ -146,7 +148,7 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
     data, data_fields = get_one("data")
     optimizer, optimizer_fields = get_one("optimizer")
     loss, loss_fields = get_one("loss")
-    metrics, hooks, callbacks, notes = {}, {}, [], []
+    metrics, hooks, called, notes = {}, {}, [], []
     for value in flat.get("train.metrics", ()):
         alias, reference = re.fullmatch(r"(?:(\w+)=)?(.*)", value).groups()
         with_fields = _fields_for(reference, fields)
@@ -165,9 +167,9 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
         else:
             one = _instance(found, of_it, reference)
             hooks[name_of(reference)] = regularizers.hooks_of(name_of(reference), one)
-    for reference in references.get("callbacks", ()):
+    for reference in references.get("callbacks", ()) if callbacks else ():
         of_it = _fields_for(reference, fields)
-        callbacks.append(_callback(_instance(get("callbacks", reference), of_it, reference)))
+        called.append(_callback(_instance(get("callbacks", reference), of_it, reference)))
     if optimizer is not None:
         if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
             raise UserError(
@@ -188,7 +190,7 @@ def resolve(config: Any, objects: Objects | None = None) -> Own:
         loss,
         metrics,
         hooks,
-        tuple(callbacks),
+        tuple(called),
         record,
         tuple(notes),
     )
@@ -216,6 +218,8 @@ def find_network(config: Any, objects: Objects | None = None) -> Any:
 def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any]) -> None:
     names = [name_of(ref) for kind, refs in references.items() if kind != "model" for ref in refs]
     for name in fields:
+        if name in map(name_of, references.get("model", ())) and name not in names:
+            raise UserError(f"config.own.{name}: a network's fields are config.model.FIELD")
         if name not in names:
             near = did_you_mean(name, names) or "; there are no own parts"
             raise UserError(f"config.own.{name}: none of the own parts is called {name!r}{near}")
@@ -229,13 +233,8 @@ def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any])
             raise UserError(f"train.{kind}: two of them are called {twice[0]!r}")
 
 
-def _tuples(value: Any) -> Any:
-    """Lists of a config as tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
 def _fields_for(reference: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
+    return {name: as_tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
 
 
 def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
@@ -290,11 +289,13 @@ def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
     if not _makes(found):
         return found
     try:
-        return found(**fields)
+        inspect.signature(found).bind(**fields)
     except TypeError as error:
+        what = "" if inspect.isclass(found) else "expected a class, or a function that makes one; "
         raise UserError(
-            f"{reference}: {error}; its fields are own.{name_of(reference)}.*"
+            f"{reference}: {what}{error}; its fields are own.{name_of(reference)}.*"
         ) from None
+    return found(**fields)
 
 
 def _why_off(found: Any, fields: Mapping[str, Any]) -> str:
@@ -338,11 +339,12 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
         return data
     if hasattr(data, "as_data_source"):  # a TFDS builder, or its class
         return Dataset.from_tfds(data, **fields)
-    _check_call(data, fields, reference)
-    made = data(**fields)
+    if callable(data):
+        _check_call(data, fields, reference)
+    made = data(**fields) if callable(data) else data
     if not isinstance(made, Dataset):
         raise UserError(
-            f"{reference}: expected a function that returns a flax_cnns.Dataset, got a"
+            f"{reference}: expected a flax_cnns.Dataset, or a function that returns one, got a"
             f" {type(made).__name__}; Dataset.from_arrays(train=(images, labels)) makes one"
         )
     return made

@@ -108,7 +108,7 @@ class RunPlan:
     def layer_order(self) -> list[str]:
         """The paths of the network's layers, as images pass them."""
         shape = (1, *self.parts.dataset.image_shape)
-        return [layer.path for layer in cost(self.parts.model, shape).layers]
+        return [layer.path for layer in cost(self.parts.model, shape, train=False).layers]
 
     def optimizer_for(self, variables: PyTree) -> optimizers.Optimizer:
         schedule = schedules.make(
@@ -209,7 +209,7 @@ class RunPlan:
         need = memory.needed(train_step, state, batch, key) * len(devices)
         if not memory.fits(20 * need):
             # XLA does not count the patches that a convolution's gradient lays out as it runs.
-            layers = cost(parts.model, (1, *parts.dataset.image_shape)).layers
+            layers = cost(parts.model, (1, *parts.dataset.image_shape), train=False).layers
             patches = max(
                 (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
                 default=0,

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from typing import Any
 
 from flax_cnns.config import flatten
@@ -86,8 +87,12 @@ def import_reference(reference: str, field: str) -> Any:
     except UserError:
         raise
     except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({at.filename}, line {at.lineno})"
         raise UserError(
-            f"{field}={reference!r}: importing {module_name} fails: {type(error).__name__}: {error}"
+            f"{field}={reference!r}: importing {module_name} fails: {type(error).__name__}:"
+            f" {said}{where}"
         ) from error
     for name in path.split("."):
         if not hasattr(found, name):

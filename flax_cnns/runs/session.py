@@ -130,7 +130,7 @@ class Session:
             self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
         if any(name.startswith("validation/") for name in record):
-            self._call_back("on_validation", step, record)
+            self._call_back("on_validation", step, dict(record))  # the checkpoint's score is of it
 
     def _call_back(self, hook: str, *given: Any) -> None:
         """Calls a hook of the user's callbacks, on the primary process."""

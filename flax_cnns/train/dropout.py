@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -37,7 +38,8 @@ def layer_rates(
     `rules` are `config.train.dropout`: (rate,) for every convolution but those of the head, or
     (regex over such paths, rate), blocks and norms included. `params`, or a tree of that shape, are
     as the step takes them, named or stacked. Computes shapes only. Raises `UserError` for a rule
-    that decides nothing, a module that none decides, and a stack whose blocks differ.
+    that decides nothing, a module that none decides, a stack whose blocks differ, and a network of
+    which nothing would be dropped.
     """
     if not rules:
         return {}
@@ -49,6 +51,12 @@ def layer_rates(
         }
     else:
         rates = pytree.match(rules, found, what="train.dropout")
+    asked = any(rule if isinstance(rule, (int, float)) else rule[1] for rule in rules)
+    if asked and not any(rates.values()):
+        raise UserError(
+            f"train.dropout: {type(model).__name__} has no layer that it drops; one rate is for"
+            " each flax.linen.Conv but the head's, (regex, rate) for the linen layers it names"
+        )
     parts = (path.split("/") for path in pytree.flatten(params))
     prefixes = dict.fromkeys("/".join(p[:i]) for p in parts for i in range(1, len(p)))
     for stack in prefixes:
@@ -79,7 +87,7 @@ def _modules(model: nn.Module, images_shape: Sequence[int]) -> dict[str, bool]:
 
     images = jax.ShapeDtypeStruct(tuple(images_shape), jnp.float32)
     with nn.intercept_methods(call):
-        jax.eval_shape(model.init, jax.random.key(0), images)
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     return found
 
 

@@ -50,7 +50,8 @@ def choose(loss: Loss | None, task: str) -> Loss:
     own.check_arguments(name, loss, ("logits", "labels"))
 
     def checked(logits: Array, labels: Array) -> Array:
-        each = loss(logits.astype(jnp.float32), labels)
+        with own.explaining(name, "logits f32 [N K] and labels f32 [N K], a row an example"):
+            each = loss(logits.astype(jnp.float32), labels)
         if not own.is_like(each, logits.shape[:1]):
             raise UserError(
                 f"{name} gave {own.describe(each)}, expected float32 [{len(logits)}]: one number an"

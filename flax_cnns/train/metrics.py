@@ -7,7 +7,7 @@ nothing left out). Its sums are "metric/NAME/sum" and "metric/NAME/count".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +113,10 @@ def own_sums(
         counts = jnp.any(seen)
     total = {}
     for name, metric in own.items():
-        found = _sum_and_count(name, metric(logits, labels, mask))
+        with owns.explaining(f"metric {name!r}", "f32: logits [N K], labels [N K], mask [N]"):
+            found = metric(logits, labels, mask)
+        found = _sum_and_count(name, found)
+        _check_added(name, metric, found[0], (logits, labels, mask))
         for what, value in zip(("sum", "count"), found):
             total[f"{_OWN}{name}/{what}"] = jnp.where(counts, value, 0.0)
     return total
@@ -136,6 +139,19 @@ def _sum_and_count(name: str, found: Any) -> tuple[Array, Array]:
             f" {owns.describe(found)}"
         )
     return total, jnp.broadcast_to(count, total.shape)
+
+
+def _check_added(name: str, metric: Metric, total: Array, given: Sequence[Array]) -> None:
+    """Raises `UserError` for numbers of single examples, which would be added over batches."""
+    if total.shape != given[-1].shape:
+        return
+    larger = [jax.ShapeDtypeStruct((len(x) + 1, *x.shape[1:]), x.dtype) for x in given]
+    more, _ = jax.eval_shape(lambda *x: _sum_and_count(name, metric(*x)), *larger)
+    if more.shape != total.shape:
+        raise UserError(
+            f"metric {name!r}: expected the sum and the count over the examples, came"
+            f" {owns.describe(total)}, a number an example; give its .sum() and mask.sum()"
+        )
 
 
 def check_own(own: Mapping[str, Metric], taken: Iterable[str] = ()) -> None:

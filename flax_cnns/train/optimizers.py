@@ -112,7 +112,9 @@ def _own_optimizer(
 
     def init(params: PyTree) -> OwnState:
         start = PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
-        return OwnState(start, make_with(schedule).init(pytree.unstack_blocks(params)))
+        inner = make_with(schedule).init(pytree.unstack_blocks(params))
+        # A copy: it may hold the weights themselves, and a step is given each buffer once.
+        return OwnState(start, jax.tree.map(jnp.copy, inner))
 
     def update(updates, state, params=None, *, step, **_):
         rate = schedule(step) * state.rate.scale

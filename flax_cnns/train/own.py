@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +70,18 @@ def check_arguments(
         raise UserError(
             f"{what}: it is called with ({given}), and takes ({', '.join(signature.parameters)})"
         ) from None
+
+
+@contextlib.contextmanager
+def explaining(what: str, arguments: str) -> Iterator[None]:
+    """Adds to an error of the user's function what it was called with; its traceback says where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        error.add_note(f"{what} is called with {arguments}, while JAX traces it")
+        raise
 
 
 def like(what: str, found: Any, expected: Array) -> Array:

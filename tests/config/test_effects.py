@@ -114,6 +114,7 @@ def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
         dict(train__early_stopping=3, train__test_on="best"),
         dict(checkpoint__keep_best=0, train__eval_every="0 steps"),
         dict(data__mean=(0.0,), data__std=(1.0,), data__workers=2),
+        dict(data__name="digits:1.0.0", data__image_size=16, data__channels=3),  # a version
         dict(data__name="mine:tfds_builder", data__workers=2, data__skip_damaged=True),
     ],
 )

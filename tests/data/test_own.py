@@ -282,6 +282,8 @@ def test_rows_are_an_array():
         (BYTES[:0], LABELS[:0], {}, "of a pixel or more"),
         (BYTES, LABELS[:-1], {}, "train has 60 images and 59 labels"),
         (BYTES.astype(int), LABELS, {}, r"are int64; expected uint8 .*: give images\.astype"),
+        (BYTES > 9, LABELS, {}, r"are bool; .*: give images\.astype\(np\.float32\)"),
+        (BYTES * np.uint16(99), LABELS, {}, r"are uint16; .*: give \(images / WHITE\)"),
         (BYTES * 1.0, LABELS, {}, "floats from 0 to 255; expected 0 to 1: divide by 255"),
         (FLOATS * np.nan, LABELS, {}, "not finite"),
         (FLOATS + np.inf, LABELS, dict(normalize=False), "not finite"),

@@ -265,6 +265,18 @@ def test_init_variables_leaves_out_what_is_sown():
     assert variables["params"]["head"]["kernel"].shape == (5, 2)
 
 
+class Boxed(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        start = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+        return nn.Dense(2, kernel_init=start)(x)
+
+
+def test_init_variables_opens_boxes():
+    variables = init_variables(Boxed(), jax.random.key(0), (1, 3))
+    assert variables["params"]["Dense_0"]["kernel"].shape == (3, 2)
+
+
 def test_init_variables_under_eval_shape():
     model = create_model("resnet152")
     shapes = jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from sklearn.datasets import load_digits
 
 from flax_cnns import Dataset
@@ -140,6 +141,51 @@ class NoTrain(nn.Module):
     @nn.compact
     def __call__(self, images):
         return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+class NeedsKey(nn.Module):
+    """Is called with more than images."""
+
+    @nn.compact
+    def __call__(self, images, key, *, train):
+        return nn.Dense(10)(images.reshape(len(images), -1))
+
+
+class Streams(nn.Module):
+    """Draws from a stream that a run does not have."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Dropout(0.5, rng_collection="noise", deterministic=not train)(images)
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class LateHead(nn.Module):
+    """Has parameters in training alone."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = images.reshape(len(images), -1)
+        if train:
+            self.sow("aux_logits", "logits", nn.Dense(10, name="aux")(x))
+        return nn.Dense(10)(x)
+
+
+class TwoHeads(nn.Module):
+    """Gives a pair of logits in training."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        logits = nn.Dense(10)(images.reshape(len(images), -1))
+        return (logits, logits) if train else logits
+
+
+class OfNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.head = nnx.Linear(64, 10, rngs=rngs)
+
+
+NUMBER = 3
 
 
 class Keeps(nn.Module):

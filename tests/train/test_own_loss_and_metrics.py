@@ -129,6 +129,21 @@ def test_what_is_no_sum_and_count(found, message):
         metrics.own_sums({"mine": lambda *given: found}, jnp.ones((2, 3)), jnp.ones((2, 3)))
 
 
+def test_numbers_of_single_examples_are_no_sums():
+    logits = jnp.ones((3, 3))
+    with pytest.raises(UserError, match=r"came float32 \[3\], a number an example; give its .sum"):
+        metrics.own_sums({"mine": lambda logits, labels, mask: (mask, mask)}, logits, logits)
+    each = {"mine": lambda logits, labels, mask: (logits.sum(0), labels.sum(0))}  # 3 classes
+    assert metrics.own_sums(each, logits, logits)["metric/mine/sum"].shape == (3,)
+
+
+def test_an_error_of_a_loss_says_what_it_was_given():
+    of_numbers = optax.softmax_cross_entropy_with_integer_labels
+    with pytest.raises(TypeError) as caught:
+        losses.choose(of_numbers, "classes")(jnp.ones((3, 4)), jnp.ones((3, 4)))
+    assert "labels f32 [N K], a row an example" in caught.value.__notes__[0]
+
+
 def test_a_count_of_all_ratios():
     found = metrics.own_sums(
         {"m": lambda *_: (jnp.array([True, False]), 4)}, jnp.eye(2), jnp.eye(2)

@@ -93,6 +93,16 @@ def test_the_rate_is_that_of_the_step_and_of_the_plateau_whatever_optax_counts()
         np.testing.assert_allclose(optimizer.learning_rate(jnp.int32(step), state), rate, rtol=1e-6)
 
 
+def test_a_state_that_holds_the_weights_has_buffers_of_its_own():
+    def anchored(rate):
+        return optax.GradientTransformation(lambda params: params, lambda g, s, p=None: (g, s))
+
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = make(anchored).init(params)
+    held = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
+    assert not held & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}
+
+
 def two_parts(learning_rate_schedule, slow=0.1):
     """Kernels by Lion, all else by SGD at another rate."""
     label = lambda path, leaf: "kernel" if path[-1].key == "kernel" else "rest"  # noqa: E731

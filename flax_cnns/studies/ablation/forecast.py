@@ -60,7 +60,7 @@ def measure(cells: Sequence[Cell]) -> dict[str, Size]:
             if line not in said:
                 print(line)
                 said.add(line)
-        found = cost(parts.model, (1, *parts.dataset.image_shape))
+        found = cost(parts.model, (1, *parts.dataset.image_shape), train=False)
         images = steps * row.config.data.batch_size
         seen, logged = parts.dataset.seen, tuple(_metrics(parts))
         sizes[row.name] = Size(found.params, found.macs, images, seen, logged)

@@ -71,7 +71,7 @@ def probe(
         files.write_json(workdir / "config.json", resolved)
         files.write_json(workdir / "dataset.json", parts.dataset.as_dict())
         shape = (1, *parts.dataset.image_shape)
-        order = [layer.path for layer in cost(parts.model, shape).layers]
+        order = [layer.path for layer in cost(parts.model, shape, train=False).layers]
         variables = parts.fresh_variables()
         if config.graft.source:
             variables, report = graft_config(config.graft, variables, order)

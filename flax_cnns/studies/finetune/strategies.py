@@ -208,7 +208,7 @@ def make_task(
             f"fine-tuning gives the network another classifier: expected num_classes of {name} to"
             f" be the size of its last layer, and it changes {changes}"
         )
-    ran = [layer.path for layer in cost(model, shape).layers]
+    ran = [layer.path for layer in cost(model, shape, train=False).layers]
     owners = {path.split("/")[0] for path in here if path.rpartition("/")[0] not in classifier}
     order = list(dict.fromkeys(path.split("/")[0] for path in ran))
     own = tuple(name for name in order if name in owners and not name.startswith("aux"))

@@ -36,6 +36,7 @@ from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.plots.style import save_picture
+from flax_cnns.config.checks import is_reference
 from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
@@ -240,7 +241,7 @@ def search(
 def _check_own(config: ConfigDict) -> None:
     """Raises `UserError` for own parts with which there is nothing to search or to compare."""
     own_parts.refuse_opaque(config, "the search starts its runs from configs")
-    if ":" in config.data.name or config.data.name.endswith(".npz"):
+    if is_reference(config.data.name) or config.data.name.endswith(".npz"):
         raise UserError(
             f"data.name={config.data.name!r}: the search scales data.image_size, and own data come"
             " at their own size; name a data set of the package, such as folder"
