@@ -240,11 +240,14 @@ class RunPlan:
 
     def _check_batches(self) -> None:
         """Raises `UserError` for batches whose images alone do not fit into memory."""
-        data, pixels = self.config.data, math.prod(self.parts.dataset.image_shape)
+        data, dataset = self.config.data, self.parts.dataset
+        images = dataset.splits["train"].images
+        of_bytes = images is None or images.dtype == np.uint8  # batches to come may be either
+        size_of_image = math.prod(dataset.image_shape) * (1 if of_bytes else 4)
         ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
         for field in ("batch_size", "eval_batch_size"):
             size = data[field] // jax.process_count()
-            memory.check(ahead * size * pixels, what=f"data.{field}={data[field]}")
+            memory.check(ahead * size * size_of_image, what=f"data.{field}={data[field]}")
 
 
 # Which of two values is the better, of the metrics that a run logs by itself.
