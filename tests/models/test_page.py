@@ -1,0 +1,39 @@
+"""docs/networks.md and the tables that it is made of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flax_cnns.models.registry import list_models
+from tests.models.page import RESULTS, make_page, read
+from tests.models.published import PUBLISHED
+
+PAGE = Path(__file__).parents[2] / "docs/networks.md"
+
+
+def test_the_page_is_that_of_the_tables():
+    message = "write it again: python -m tests.models.page > docs/networks.md"
+    assert PAGE.read_text() == make_page(), message
+
+
+def test_every_network_is_a_row_with_its_parameters():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d,]+) \|", PAGE.read_text(), re.MULTILINE)
+    said = {name: int(number.replace(",", "")) for name, number in rows}
+    assert len(rows) == len(said)
+    assert set(said) == set(list_models())
+    assert said == {name: row.params for name, row in PUBLISHED.items()}  # test_contract.py counts
+
+
+def test_recorded_comparisons_are_of_networks_as_they_are_and_passed():
+    for row in read("parity"):
+        assert int(row["params"]) == PUBLISHED[row["network"]].params, row
+        assert float(row["difference"]) <= 1e-4 < float(row["control"]), row
+
+
+def test_a_recorded_accuracy_stands_in_the_page_that_it_names():
+    for row in read("accuracy"):
+        text = (RESULTS / row["page"]).read_text()
+        assert row["network"] in list_models()
+        assert f"{row['accuracy']} %" in text, row
+        assert row["network"] in text, row
