@@ -25,10 +25,22 @@ def __getattr__(name: str):
     # imported.
     if name in _MODULES:
         return importlib.import_module(f"flax_cnns.{name}")
+    if name == "__version__":
+        return _find_version()
     if name not in _WHERE:
         raise AttributeError(f"module 'flax_cnns' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 
+def _find_version() -> str:
+    """The version of the installed package; "0+unknown" if the package is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("flax_cnns")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
 def __dir__():
-    return __all__
+    return [*__all__, "__version__"]
