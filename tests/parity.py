@@ -3,6 +3,7 @@
     python -m tests.parity --all               # every pair, one at a time; goes on where it stopped
     python -m tests.parity resnet50 nin_cifar10    # some networks, with every source
     python -m tests.parity --all --again       # from the start
+    python -m tests.parity resnet50 --csv      # enters the rows in experiments/results/parity.csv
     pip install torch==2.13.0 keras==3.15 && pip install --no-deps torchvision==0.28.0 timm==1.0.31
 
 Every tensor of the other network is redrawn and carried over by `flax_cnns.weights.convert`; then
@@ -14,6 +15,7 @@ same after one of the tensors was drawn anew, which must not pass.
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import re
@@ -38,6 +40,9 @@ from tests.models.published import UNVERIFIED
 from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 
 ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "experiments/results/parity.csv"
+ORDER = ("torchvision", "timm", "Keras", "NumPy")
+BESIDE = {"keras": "Keras"}  # as the table writes it
 LIMIT = 1e-4
 LARGEST = 331  # pixels: EfficientNets for larger images are compared on these
 
@@ -216,11 +221,25 @@ def table(results: list[Result]) -> str:
     )
 
 
+def enter(results: Iterable[Result], path: Path) -> None:
+    """Puts the rows into the table at `path`, in place of older rows of the same pairs."""
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    table = {tuple(row[:2]): row for row in rows}
+    for r in results:
+        beside = BESIDE.get(r.source, r.source)
+        numbers = f"{r.difference:.1e}", f"{r.control:.1e}"
+        table[r.name, beside] = [r.name, beside, str(r.params), str(r.size), *numbers]
+    ordered = sorted(table.values(), key=lambda row: (ORDER.index(row[1]), row[0]))
+    path.write_text("".join(f"{','.join(row)}\n" for row in [header, *ordered]))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", help="networks of ours")
     parser.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--csv", action="store_true", help="enter the rows in the recorded table")
     parser.add_argument("--again", action="store_true", help="forget what is known")
     parser.add_argument("--results", type=Path, default=ROOT / "runs/parity.json")
     args = parser.parse_args(argv)
@@ -259,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         partial.replace(args.results)
     results = [Result(*saved[" ".join(pair)][1:]) for pair in chosen]
     print(table(results))
+    if args.csv:
+        enter(results, TABLE)
     failed = [r for r in results if not r.passed]
     print(f"{len(results) - len(failed)} of {len(results)} pass (limit {LIMIT:g})")
     if args.all and (others := [name for name in list_models() if name not in compared]):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from flax_cnns.models.registry import list_models
+from tests import parity
 from tests.models.page import RESULTS, make_page, read
 from tests.models.published import PUBLISHED
 
@@ -29,6 +30,16 @@ def test_recorded_comparisons_are_of_networks_as_they_are_and_passed():
     for row in read("parity"):
         assert int(row["params"]) == PUBLISHED[row["network"]].params, row
         assert float(row["difference"]) <= 1e-4 < float(row["control"]), row
+
+
+def test_comparisons_are_entered_in_place_of_older_ones(tmp_path):
+    path, old = tmp_path / "parity.csv", parity.TABLE.read_text()
+    path.write_text(old)
+    row = "keras_resnet50,Keras,25583592,224,7.0e-06,1.8e-01\n"
+    assert row in old
+    result = parity.Result("keras_resnet50", "keras", 25583592, 224, 1.0, 1.0, 8e-6, 0.2, "", 0.0)
+    parity.enter([result], path)
+    assert path.read_text() == old.replace(row, row.replace("7.0e-06,1.8e-01", "8.0e-06,2.0e-01"))
 
 
 def test_a_recorded_accuracy_stands_in_the_page_that_it_names():
