@@ -13,9 +13,9 @@ import chex
 import pytest
 from absl import flags
 
-from experiments import script
 from flax_cnns import run
 from flax_cnns.checkpoint import finding
+from flax_cnns.cli import flags as script
 from flax_cnns.errors import UserError
 from tests.tiny_runs import ROOT, arrays, overrides, records
 

@@ -78,7 +78,7 @@ def test_what_was_asked_for_is_no_advice():
 
 
 def test_a_config_that_lies_elsewhere_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
-    from experiments import script
+    from flax_cnns.cli import flags as script
 
     there = script.CONFIGS / "digits_lenet5.py"
     monkeypatch.chdir(script.CONFIGS.parent)

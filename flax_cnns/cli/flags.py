@@ -1,4 +1,4 @@
-"""What every script shares: flags in, one line for what the user can mend, honest exit codes."""
+"""What every command shares: flags in, one line for what the user can mend, honest exit codes."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from flax_cnns.files import check_regular
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
 
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 _CACHE = flags.DEFINE_string(
-    "compilation_cache",
+    "compilation-cache",
     "",
     "The folder in which compiled programs are kept for later runs, or off. Where it is not given"
     " JAX_COMPILATION_CACHE_DIR, else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache.",
@@ -141,10 +141,12 @@ def define_trust() -> flags.FlagHolder:
 
 
 def _as_defined(argument: str) -> str:
-    """An argument whose flag has the name under which it is defined: dashes and underscores may be
-    exchanged."""
+    """The argument, with its flag spelled as it is defined: `--image_size` is `--image-size`, and
+    `--no-head` is `--nohead`."""
     name, equals, value = argument.removeprefix("--").partition("=")
     if argument.startswith("--"):
+        if name.startswith(("no-", "no_")) and name not in flags.FLAGS:
+            name = f"no{name[3:]}"
         for other in (name, name.replace("_", "-"), name.replace("-", "_")):
             if other in flags.FLAGS or other.removeprefix("no") in flags.FLAGS:
                 return f"--{other}{equals}{value}"
