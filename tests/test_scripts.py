@@ -68,6 +68,7 @@ def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path
         ("--accept_changed_data", "--accept-changed-data"),
         ("--accept-changed-data", "--accept-changed-data"),
         ("--noaccept_changed_data", "--noaccept-changed-data"),
+        ("--no-accept-changed_data", "--noaccept-changed-data"),
         ("--compilation-cache=a-b_c", "--compilation_cache=a-b_c"),
         ("--config.train.eval_every=1 steps", "--config.train.eval_every=1 steps"),
         ("accept_changed_data", "accept_changed_data"),

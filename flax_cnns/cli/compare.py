@@ -22,7 +22,7 @@ _OUT = flags.DEFINE_string(
 _METRIC = flags.DEFINE_string(
     "metric", "accuracy", "Compared instead of the accuracy: a metric of the logs, or your own."
 )
-define_arguments("runs (the directories of trained or half-trained networks)")
+define_arguments("runs (the directories of trained or half-trained networks)", "RUN...")
 
 
 def compare(argv: list[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from flax_cnns.cli import help
 from flax_cnns.config import FIELDS, flatten, set_in
 from flax_cnns.errors import (
     EXIT_FAULT,
@@ -52,6 +53,13 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     before the first step, or twice. Output that cannot be written changes no exit code.
     """
 
+    def parse(argv: list[str]) -> list[str]:
+        module = sys.modules[function.__module__]
+        if text := help.answer(argv, module.__name__, module.__doc__ or "", _usage(), _places()):
+            print(text)
+            sys.exit(0)
+        return _parse(argv)
+
     def start(argv: list[str]) -> int | None:
         launch.keep_memory()
         escape_unencodable()
@@ -62,7 +70,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     with output.safe():
         _on_interrupt(_leave_at_once)  # JAX is imported, which KeyboardInterrupt can crash
         try:
-            app.run(start, flags_parser=_parse)
+            app.run(start, flags_parser=parse)
         except UserError as error:
             _say(error)
             _leave(EXIT_USER_ERROR)
@@ -120,7 +128,10 @@ def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
     # No default for ml_collections, which would apply overrides, and fail, while it defines it.
     _DEFAULT.append(str(CONFIGS / f"{default}.py"))
     _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
-    text = f"A file of configs/, or file.py:mode; configs/{default}.py where it is not given."
+    text = (
+        "A recipe by its name, or a config file of yours; MODE is one that the file has, such as"
+        f" smoke. Default: {default}."
+    )
     return config_flags.DEFINE_config_file("config", None, text)
 
 
@@ -153,22 +164,60 @@ def _as_defined(argument: str) -> str:
     return argument
 
 
+def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
+    """Raises `UserError` if a flag is a config's field without `config.` in front of it."""
+    if "config" not in flags.FLAGS:
+        return
+    for argument in itertools.takewhile(lambda argument: argument != "--", argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or name in flags.FLAGS or name.startswith("config"):
+            continue
+        run = _RUNS[0].match(name) if _RUNS else None
+        field = name[run.end() :] if run else name
+        if field in FIELDS or field.startswith(("model.", "own.")):
+            places = [""] if run else [f"{place}." for place in _places()]
+            right = " or ".join(f"--config.{place}{name}{equals}{value}" for place in places)
+        elif field.partition(".")[0] in _SECTIONS and "." in field:
+            near = did_you_mean(f"--config.{field}", (f"--config.{known}" for known in FIELDS))
+            raise UserError(f"--{name}: no flag or field{near}")
+        else:
+            continue
+        raise UserError(f"--{name}: fields are set with config. in front; write {right}")
+
+
+_SECTIONS = {path.partition(".")[0] for path in FIELDS if "." in path}
+
+
 def define_commands(*names: str) -> None:
-    """The script's first argument is one of these."""
+    """The command's first argument is one of these."""
     _COMMANDS.extend(names)
 
 
 _COMMANDS: list[str] = []
 
 
-def define_arguments(what: str, most: int | None = None) -> None:
-    """The script takes arguments beside its flags, in any order: one at least and `most` at most;
-    `what` says in messages what they are."""
+def define_arguments(what: str, word: str, most: int | None = None) -> None:
+    """The command takes arguments beside its flags, in any order: one at least and `most` at most.
+    `what` says in messages what they are, `word` is their place in the usage."""
     flags.FLAGS.set_gnu_getopt()
-    _ARGUMENTS.append((what, most))
+    _ARGUMENTS.append((what, word, most))
 
 
-_ARGUMENTS: list[tuple[str, int | None]] = []
+_ARGUMENTS: list[tuple[str, str, int | None]] = []
+
+
+def _places() -> list[str]:
+    """The parts of the config that are configs of whole runs, as a user writes them."""
+    pattern = _RUNS[0].pattern if _RUNS else ""
+    parts = pattern.removeprefix("(").removesuffix(r")\.").split("|") if pattern else []
+    return [part.replace(r"\w+", "NAME").replace("\\", "") for part in parts]
+
+
+def _usage() -> str:
+    """What the command takes beside its flags, as a word of its usage."""
+    if _COMMANDS:
+        return "|".join(_COMMANDS)
+    return _ARGUMENTS[0][1] if _ARGUMENTS else ""
 
 
 def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
@@ -185,7 +234,7 @@ def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[
 
 
 def _check_arguments(given: list[str]) -> None:
-    what, most = _ARGUMENTS[0] if _ARGUMENTS else ("", 0)
+    what, _, most = _ARGUMENTS[0] if _ARGUMENTS else ("", "", 0)
     if what and not given:
         raise UserError(f"expected {what}, got none")
     if most is not None and len(given) > most:
@@ -244,13 +293,14 @@ def _literal(text: str) -> Any:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
-    if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
+    if _COMMANDS:
         command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"expected {' or '.join(_COMMANDS)} first, got {command!r}{hint}")
         argv = [argv[0], *argv[2:]]
     argv = [argv[0], *map(_as_defined, argv[1:])]
+    _check_fields_are_of_the_config(argv[1:])
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]

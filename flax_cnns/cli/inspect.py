@@ -18,7 +18,9 @@ from flax_cnns.cli.flags import define_arguments
 _DEPTH = flags.DEFINE_integer("depth", 0, "How deep the tree is shown; 0 is all of it.")
 _FILTER = flags.DEFINE_string("filter", "", "Only leaves whose whole path this regex matches.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Read these leaves and compare their CRC32s.")
-define_arguments("a run (RUN, RUN@best, RUN@latest, RUN@1200) or the path of a checkpoint", most=1)
+define_arguments(
+    "a run (RUN, RUN@best, RUN@latest, RUN@1200) or the path of a checkpoint", "RUN|PATH", most=1
+)
 
 
 def inspect(argv: list[str]) -> None:

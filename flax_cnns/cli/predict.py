@@ -40,7 +40,7 @@ _OUT = flags.DEFINE_string(
     "predictions.png",
     'The picture; "" for none. Without this flag no file is replaced: predictions-2.png is next.',
 )
-define_arguments("the files of one or more photos")
+define_arguments("the files of one or more photos", "PHOTO...")
 
 
 def predict(argv: list[str]) -> None:

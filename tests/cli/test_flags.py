@@ -1,0 +1,48 @@
+"""What is said of a field without `config.`; the other mistakes are in tests/test_scripts.py."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from absl import flags
+
+from flax_cnns.cli import flags as ours
+from flax_cnns.errors import UserError
+
+
+@pytest.fixture
+def with_config(monkeypatch):
+    def define(runs=""):
+        values = flags.FlagValues()
+        for name in ("config", "budget"):
+            flags.DEFINE_string(name, "", "", flag_values=values)
+        monkeypatch.setattr(ours.flags, "FLAGS", values)
+        monkeypatch.setattr(ours, "_RUNS", [re.compile(rf"({runs})\." if runs else "")])
+
+    return define
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--optimizer.name=adam", "write --config.optimizer.name=adam"),
+        ("--seed", "write --config.seed"),
+        ("-model.depth=3", "write --config.model.depth=3"),
+        ("--optimizer.nam=adam", "did you mean '--config.optimizer.name'"),
+    ],
+)
+def test_a_field_without_config_in_front_is_told_with_it(with_config, given, said):
+    with_config()
+    with pytest.raises(UserError, match=re.escape(said)):
+        ours._check_fields_are_of_the_config(["--budget=1", given])
+    ours._check_fields_are_of_the_config(["--config.seed=1", "--sed=1", "seed=1", "--", given])
+
+
+def test_a_field_of_one_of_several_runs_has_its_run_in_front(with_config):
+    with_config(runs=r"pretrain|targets\.\w+")
+    with pytest.raises(UserError, match=r"write --config\.targets\.own\.seed=1$"):
+        ours._check_fields_are_of_the_config(["--targets.own.seed=1"])
+    said = r"write --config\.pretrain\.seed=1 or --config\.targets\.NAME\.seed=1$"
+    with pytest.raises(UserError, match=said):
+        ours._check_fields_are_of_the_config(["--seed=1"])
