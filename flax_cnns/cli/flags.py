@@ -9,7 +9,6 @@ import itertools
 import os
 import pathlib
 import re
-import runpy
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from flax_cnns import recipes
 from flax_cnns.cli import help
 from flax_cnns.config import FIELDS, flatten, set_in
 from flax_cnns.errors import (
@@ -35,7 +35,6 @@ from flax_cnns.files import check_regular
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 _CACHE = flags.DEFINE_string(
     "compilation-cache",
     "",
@@ -126,13 +125,15 @@ def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
     """The flag --config, which is `configs/<default>.py` where it is not given. `runs`: a regex of
     the fields that hold the configs of whole runs, where the config is none itself."""
     # No default for ml_collections, which would apply overrides, and fail, while it defines it.
-    _DEFAULT.append(str(CONFIGS / f"{default}.py"))
+    _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
     _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
     text = (
         "A recipe by its name, or a config file of yours; MODE is one that the file has, such as"
         f" smoke. Default: {default}."
     )
-    return config_flags.DEFINE_config_file("config", None, text)
+    holder = config_flags.DEFINE_config_file("config", None, text)
+    flags.FLAGS["config"].parser = _ConfigParser()
+    return holder
 
 
 _DEFAULT: list[str] = []
@@ -241,27 +242,43 @@ def _check_arguments(given: list[str]) -> None:
         raise UserError(f"unexpected argument {given[most]!r}; flags begin with --")
 
 
-def _config_file(argv: list[str]) -> str:
-    """The file that --config names, without its mode; "" without the flag."""
-    for argument, after in zip(argv, [*argv[1:], ""]):
+def _find_config(argv: list[str]) -> tuple[list[str], str]:
+    """(the arguments with --config=PATH for the file or recipe that --config names, PATH); "" for
+    PATH without the flag. Raises `UserError` if there is no such file or recipe."""
+    found, file, rest = [], "", iter(argv)
+    for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):
-            return (value if equals else after).partition(":")[0]
-    return ""
+            name, colon, mode = (value if equals else next(rest, "")).partition(":")
+            try:
+                file = recipes.find(name)
+            except UserError as error:
+                raise UserError(f"--config: {error}") from None
+            argument = f"--config={file}{colon}{mode}"
+        found.append(argument)
+    return found, file
 
 
-def _near(file: str) -> str:
-    """The end of a message: the config of this name, as a path that works from the current folder,
-    else the nearest ones."""
-    found = [path for path in CONFIGS.rglob("*.py") if "__" not in path.name]
-    files = {str(path.relative_to(CONFIGS.parent)): path for path in found}
-    for name, path in files.items():
-        if file.removeprefix("./") in (name, name.removesuffix(".py"), path.name, path.stem):
-            if not pathlib.Path(name).is_file():
-                return f" in {os.getcwd()}; it is {path}"
-            return f"; did you mean {name!r}?"
-    here = CONFIGS.parent.samefile(os.getcwd())
-    return did_you_mean(file, files if here else map(str, found))
+class _ConfigParser(flags.ArgumentParser):
+    """Loads a recipe as a module of its package; other files as ml_collections does."""
+
+    def parse(self, argument: str) -> Any:
+        file, colon, mode = argument.partition(":")
+        try:
+            module = recipes.load(file)
+            if not callable(getattr(module, "get_config", None)):
+                raise UserError(f"{file} has no get_config(), which returns the config")
+            config = module.get_config(*([mode] if colon else []))
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ValueError(traceback.format_exc()) from error
+        if callable(getattr(config, "lock", None)):
+            config.lock()
+        return config
+
+    def flag_type(self) -> str:
+        return "config object"
 
 
 def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, Any]]:
@@ -275,7 +292,7 @@ def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, A
         return argv, {}
     mode = next((a.partition(":")[2] for a in argv if re.match(r"--?config=", a)), "")
     try:
-        make = runpy.run_path(file)["get_config"]
+        make = recipes.load(file).get_config
         there = flatten(make(mode) if mode else make())
     except Exception:  # the parser says what is wrong
         return argv, {}
@@ -304,7 +321,7 @@ def _parse(argv: list[str]) -> list[str]:
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
-    file = _config_file(argv)
+    argv, file = _find_config(argv)
     check_regular(file)
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
@@ -327,8 +344,6 @@ def _parse(argv: list[str]) -> list[str]:
         _check_arguments(rest[1:])
         return rest
     except OSError as error:
-        if not os.path.isfile(file):
-            raise UserError(f"--config: there is no file {file!r}{_near(file)}") from None
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         lines = str(error.args[0] if error.args else error).strip().splitlines()
