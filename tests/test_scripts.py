@@ -167,7 +167,7 @@ def test_ctrl_c_leaves_at_once_while_jax_is_imported_and_at_the_end():
     """KeyboardInterrupt in the midst of JAX's import is an ImportError or a crash."""
     code = (
         "import signal, sys\n"
-        "from experiments import script\n"
+        "from flax_cnns.cli import flags as script\n"
         "def interrupt(*_):\n"
         "    try: signal.raise_signal(signal.SIGINT)\n"
         "    except KeyboardInterrupt: print('KeyboardInterrupt')\n"
