@@ -346,6 +346,9 @@ def _parse(argv: list[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error.__context__, UserError):  # of the config file
+            said = str(error.__context__).removeprefix("config: ")
+            raise UserError(f"--config: {said}") from None
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         # ml_collections puts a config file's traceback into the message; its last line says it.
         said = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)
