@@ -70,9 +70,9 @@ def test_processes_that_see_other_directories_say_so(config, tmp_path):
     config.train.duration = "1 steps"
     run(config, tmp_path / "0")
     code = (
-        "import os, sys; from experiments import train, script;"
+        "import os, sys; from flax_cnns.cli import flags, train;"
         "rank = os.environ['FLAX_CNNS_PROCESS_ID'];"
-        "sys.argv = [a.replace('RANK', rank) for a in sys.argv]; script.main(train.train)"
+        "sys.argv = [a.replace('RANK', rank) for a in sys.argv]; flags.main(train.train)"
     )
     command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
     command += [sys.executable, "-c", code, f"--workdir={tmp_path / 'RANK'}", *overrides(config)]
