@@ -1,12 +1,4 @@
-"""Runs side by side: what differs between their configs, where they ended, and their curves.
-
-python -m experiments.compare runs/plain runs/mixup
-python -m experiments.compare runs/sweep/*/seed0 --out=pictures/seed0.png
-python -m experiments.compare runs/tags runs/tags_mixup --metric=label_accuracy
-
-Unfinished runs are compared up to where they are. Writes the file that --out names; without it
-comparison.png, or comparison-2.png if the first exists.
-"""
+"""`python -m experiments.compare`, which is `flax-cnns compare`: flax_cnns/cli/compare.py."""
 
 from __future__ import annotations
 
@@ -15,39 +7,7 @@ import sys
 if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
-from absl import flags
-
-from experiments import script
-
-_OUT = flags.DEFINE_string(
-    "out",
-    "comparison.png",
-    "The picture to write; its suffix is its format. Without this flag no file is replaced.",
-)
-_METRIC = flags.DEFINE_string(
-    "metric", "accuracy", "Compared instead of the accuracy: a metric of the logs, or your own."
-)
-script.define_arguments("runs (the directories of trained or half-trained networks)")
-
-
-def compare(argv: list[str]) -> None:
-    from flax_cnns.names import make_console
-    from flax_cnns.runs import compare as comparison
-
-    runs = comparison.read(argv[1:])
-    console = make_console(width=max(120, make_console().width))
-    if table := comparison.config_table(runs):
-        console.print(table)
-    else:
-        print("the configs are the same" if len(runs) > 1 else "one run: nothing to compare with")
-    metric = comparison.check_metric(runs, _METRIC.value)
-    console.print(comparison.result_table(runs, metric))
-    if (known := comparison.find_metrics(runs)) and metric not in known:
-        print(f"none of these runs logged {metric}; --metric may be {', '.join(known)}")
-    out, told = script.choose_picture(_OUT)
-    comparison.draw(runs, out, metric)
-    print(f"written: {told}")
-
+from flax_cnns.cli import compare, flags
 
 if __name__ == "__main__":
-    script.main(compare)
+    flags.main(compare.compare)

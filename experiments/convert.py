@@ -1,16 +1,4 @@
-"""Other libraries' weights as an Orbax checkpoint of ours.
-
-python -m experiments.convert --model=resnet50 --source=torchvision --out=weights/resnet50
-python -m experiments.convert --model=resnet50d --source=timm --path=model.safetensors --out=FOLDER
-python -m experiments.convert --model=vit_tiny_patch16_224 --source=timm --path=model.pth \
-    --averaged --image_size=96 --resize_positions --channels=1 --adapt_stem --out=FOLDER
-python -m experiments.inspect weights/resnet50
-python -m experiments.train --config.graft.source=weights/resnet50 ...
-
-Without --path the source's published ImageNet weights are downloaded once. FOLDER/about.json says
-where the weights come from, with the file's SHA-256, and how images are prepared for them. Notes in
-it say what was chosen, renamed or adapted (flax_cnns/weights/adapt.py).
-"""
+"""`python -m experiments.convert`, which is `flax-cnns convert`: flax_cnns/cli/convert.py."""
 
 from __future__ import annotations
 
@@ -19,60 +7,7 @@ import sys
 if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
-import re
-
-from absl import flags
-
-from experiments import script
-from flax_cnns.errors import UserError
-
-_MODEL = flags.DEFINE_string("model", None, "Our network's name.", required=True)
-_SOURCE = flags.DEFINE_string(
-    "source", None, "torchvision, timm, keras or efficientnet_lite.", required=True
-)
-_PATH = flags.DEFINE_string(
-    "path", "", "A .safetensors, .pth, .npz, .h5 or .keras file; downloaded where left out."
-)
-_AVERAGED = flags.DEFINE_bool(
-    "averaged", False, "Take the averaged weights in the file of a training script."
-)
-_CHANNELS = flags.DEFINE_integer("channels", 0, "Channels of the images; 0: the file's own.")
-_STEM = flags.DEFINE_bool("adapt_stem", False, "Fit the first kernels to --channels.")
-_SIZE = flags.DEFINE_integer("image_size", 0, "Side of the images; 0: the file's own.")
-_POSITIONS = flags.DEFINE_bool(
-    "resize_positions", False, "Fit a ViT's position embeddings to --image_size."
-)
-_HEAD = flags.DEFINE_bool("head", True, "Keep the head; --nohead leaves it out.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write, a new one.", required=True)
-
-
-def convert(argv: list[str]) -> None:
-    from flax_cnns.interop import convert as foreign
-
-    del argv
-    try:
-        about = foreign.convert(
-            _MODEL.value,
-            _SOURCE.value,
-            _OUT.value,
-            _PATH.value or None,
-            image_size=_SIZE.value,
-            channels=_CHANNELS.value,
-            head=_HEAD.value,
-            averaged=_AVERAGED.value,
-            adapt_stem=_STEM.value,
-            resize_positions=_POSITIONS.value,
-        )
-    except UserError as error:  # options of the library are flags here
-        flagged = re.sub(r"\b(adapt_stem|resize_positions|averaged)=True", r"--\1", str(error))
-        raise UserError(flagged) from None
-    for note in about["notes"]:
-        print(f"note: {note}")
-    print(
-        f"{_OUT.value}: {about['model']} from {about['source']}, {about['params']:,} parameters in"
-        f" {about['leaves']} leaves, of {about['file']} (SHA-256 {about['sha256'][:12]}…)"
-    )
-
+from flax_cnns.cli import convert, flags
 
 if __name__ == "__main__":
-    script.main(convert)
+    flags.main(convert.convert)

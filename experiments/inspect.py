@@ -1,13 +1,4 @@
-"""What is in a checkpoint: its tree with shapes, dtypes and sizes, without loading it.
-
-python -m experiments.inspect runs/digits
-python -m experiments.inspect runs/digits@best --depth=2
-python -m experiments.inspect runs/digits@1200 --filter='params/head/.*' --verify
-python -m experiments.inspect path/of/an/orbax/checkpoint
-
-RUN alone is the checkpoint that was tested for its summary.json; in an unfinished run, the latest.
-Paths are what the rules of `graft` name, and a filter matches as a rule does: the whole path.
-"""
+"""`python -m experiments.inspect`, which is `flax-cnns inspect`: flax_cnns/cli/inspect.py."""
 
 from __future__ import annotations
 
@@ -16,23 +7,7 @@ import sys
 if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
-from absl import flags
-
-from experiments import script
-
-_DEPTH = flags.DEFINE_integer("depth", 0, "How deep the tree is shown; 0 is all of it.")
-_FILTER = flags.DEFINE_string("filter", "", "Only leaves whose whole path this regex matches.")
-_VERIFY = flags.DEFINE_bool("verify", False, "Read these leaves and compare their CRC32s.")
-script.define_arguments(
-    "a run (RUN, RUN@best, RUN@latest, RUN@1200) or the path of a checkpoint", most=1
-)
-
-
-def inspect(argv: list[str]) -> None:
-    from flax_cnns.checkpoint.listing import print_listing
-
-    print_listing(argv[1], depth=_DEPTH.value, pattern=_FILTER.value, verify=_VERIFY.value)
-
+from flax_cnns.cli import flags, inspect
 
 if __name__ == "__main__":
-    script.main(inspect)
+    flags.main(inspect.inspect)

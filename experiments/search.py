@@ -1,12 +1,4 @@
-r"""Searches. `scaling` is EfficientNet's: how much deeper, wider and finer a network should become.
-
-python -m experiments.search scaling --workdir=runs/scaling
-python -m experiments.search scaling --workdir=runs/s \
-    --config=configs/scaling_small.py:fashion_mnist
-
-The same command again repeats no complete run. It refuses if the data changed since; with
---accept-changed-data it goes on.
-"""
+"""`python -m experiments.search`, which is `flax-cnns search`: flax_cnns/cli/search.py."""
 
 from __future__ import annotations
 
@@ -15,38 +7,7 @@ import sys
 if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
-import pathlib
-
-from absl import flags
-
-from experiments import script
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of all its runs.", required=True)
-_BUDGET = flags.DEFINE_float("budget", 2.0, "What alpha * beta^2 * gamma^2 is, within 10 %.")
-_STEP = flags.DEFINE_float("step", 0.1, "Of the grid over alpha, beta and gamma.")
-_PHI = flags.DEFINE_float("phi", 2.0, "Networks of budget^phi times the MACs are compared.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Of each of these.", lower_bound=1)
-_ACCEPT = script.define_accept()
-_CONFIG = script.define_config("scaling_small")
-script.define_commands("scaling")
-
-
-def search(argv: list[str]) -> None:
-    from flax_cnns.names import make_console
-    from flax_cnns.studies.search import scaling
-
-    del argv
-    folder = pathlib.Path(_WORKDIR.value)
-    flags_given = dict(budget=_BUDGET.value, step=_STEP.value, phi=_PHI.value, seeds=_SEEDS.value)
-    accept = _ACCEPT.value
-    result = scaling.search(_CONFIG.value, folder, **flags_given, accept_changed_data=accept)
-    make_console(width=120).print(scaling.table(result))
-    alpha, beta, gamma = result.winner
-    print(f"winner of the grid: alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}")
-    scaling.save(result, folder / "scaling.json", flags_given)
-    scaling.draw(result, folder / "scaling.png")
-    print(f"written to {folder}: scaling.json, scaling.png")
-
+from flax_cnns.cli import flags, search
 
 if __name__ == "__main__":
-    script.main(search)
+    flags.main(search.search)

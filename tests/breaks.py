@@ -317,6 +317,20 @@ BREAKS = [
         "a NaN in a padded row reaches a metric of the user's",
     ),
     Break(
+        f"{P}cli/flags.py",
+        "before, sys.argv = sys.argv, argv",
+        "before, sys.argv = sys.argv, sys.argv",
+        "tests/cli tests/runs/test_own.py",
+        "a field that the config file lacks cannot come from the shell",
+    ),
+    Break(
+        f"{P}recipes/__init__.py",
+        "    if recipe in list_recipes():\n        return",
+        "    if name in list_recipes():\n        return",
+        "tests/cli/test_recipes.py",
+        "configs/NAME.py is no recipe away from a checkout",
+    ),
+    Break(
         f"{P}interop/nnx.py",
         "named = pytree.unstack_blocks(unfreeze(nn.unbox(tree)))",
         "named = unfreeze(nn.unbox(tree))",

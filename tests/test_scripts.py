@@ -13,9 +13,9 @@ import chex
 import pytest
 from absl import flags
 
-from experiments import script
 from flax_cnns import run
 from flax_cnns.checkpoint import finding
+from flax_cnns.cli import flags as script
 from flax_cnns.errors import UserError
 from tests.tiny_runs import ROOT, arrays, overrides, records
 
@@ -68,6 +68,7 @@ def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path
         ("--accept_changed_data", "--accept-changed-data"),
         ("--accept-changed-data", "--accept-changed-data"),
         ("--noaccept_changed_data", "--noaccept-changed-data"),
+        ("--no-accept-changed_data", "--noaccept-changed-data"),
         ("--compilation-cache=a-b_c", "--compilation_cache=a-b_c"),
         ("--config.train.eval_every=1 steps", "--config.train.eval_every=1 steps"),
         ("accept_changed_data", "accept_changed_data"),
@@ -166,7 +167,7 @@ def test_ctrl_c_leaves_at_once_while_jax_is_imported_and_at_the_end():
     """KeyboardInterrupt in the midst of JAX's import is an ImportError or a crash."""
     code = (
         "import signal, sys\n"
-        "from experiments import script\n"
+        "from flax_cnns.cli import flags as script\n"
         "def interrupt(*_):\n"
         "    try: signal.raise_signal(signal.SIGINT)\n"
         "    except KeyboardInterrupt: print('KeyboardInterrupt')\n"

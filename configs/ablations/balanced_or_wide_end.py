@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 # 37.3 thousand parameters each.
 WIDTHS = {

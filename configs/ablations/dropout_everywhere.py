@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 LAYERS = r"conv\d+"  # convolution, norm and ReLU together
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 INITS = ("he", "xavier", "lecun", "gaussian", "orthogonal")
 

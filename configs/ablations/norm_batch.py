@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 RATE = 0.1 / 64  # an image
 NORMS = {"batch": (32, 16, 8, 4, 2), "group": (32, 8, 2), "layer": (32, 8, 2)}

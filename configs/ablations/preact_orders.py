@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 ORDERS = ("original", "bn_after_add", "relu_before_add", "relu_only_preact", "full_preact")
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 DECAY = {"optimizer.weight_decay": ((r".*/kernel", 5e-4), (r".*", 0.0))}
 AUGMENT = {"data.augment.pad_crop": 3, "data.augment.flip": True, "data.augment.pca": 0.1}

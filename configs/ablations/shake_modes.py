@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 MODES = (("even", "shake"), ("shake", "keep"), ("shake", "even"), ("shake", "shake"))
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 RATES = {"batch": (0.2, 0.5, 0.8), "sample": (0.2, 0.5)}
 

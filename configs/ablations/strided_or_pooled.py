@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import ablations, common
+from .. import ablations, common
 
 
 def get_config(mode: str = "") -> ConfigDict:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common
 from flax_cnns.config import STRATEGY, make_defaults
+
+from .. import common
 
 
 def get_config(mode: str = "") -> ConfigDict:

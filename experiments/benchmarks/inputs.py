@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from experiments.benchmarks.flags import positive, size
 from experiments.benchmarks.report import Bars, Report
+from flax_cnns import recipes
 from flax_cnns.analysis.timing import compare
 from flax_cnns.errors import UserError, did_you_mean
 
@@ -147,10 +147,8 @@ def _data_config(args: argparse.Namespace) -> Any:
     if not Path(file).is_file():
         known = [str(path) for path in Path("configs").glob("*_*.py")]
         raise UserError(f"--config: there is no file {file!r}{did_you_mean(file, known)}")
-    spec = importlib.util.spec_from_file_location("benchmark_config", file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = recipes.load(file)
     except ModuleNotFoundError as error:
         raise UserError(
             f"--config: {file} needs {error.name}, which is not installed: pip install -e ."

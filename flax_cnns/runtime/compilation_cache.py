@@ -58,7 +58,7 @@ def enable(where: str = "") -> str:
     except OSError as error:
         _warn(
             f"no compilation cache, for {folder} cannot be written ({error.strerror});"
-            " --compilation_cache=DIR names another folder, off does without"
+            " --compilation-cache=DIR names another folder, off does without"
         )
         jax.config.update("jax_enable_compilation_cache", False)
         return ""

@@ -7,7 +7,7 @@ import types
 import pytest
 from rich.console import Console
 
-from experiments import script
+from flax_cnns.cli import flags as script
 from flax_cnns.errors import UserError
 from flax_cnns.runs import compare
 from tests.sweeps import rename_accuracy, write_run

@@ -21,8 +21,8 @@ import optax
 import pytest
 
 import flax_cnns
-from experiments import script
 from flax_cnns import run
+from flax_cnns.cli import flags as script
 from flax_cnns.config import complete, default_config
 from flax_cnns.errors import UserError
 from flax_cnns.runs import child, own, plan, references
@@ -550,7 +550,7 @@ def test_the_shell_gives_fields_to_own_parts(tmp_path):
     )
     code = """
         from absl import flags
-        from experiments import script
+        from flax_cnns.cli import flags as script
         config = script.define_config("digits_lenet5")
         script._parse(["x", "--config=c.py", "--config.model.width=3", "--config.own.a.b=1e-3"])
         print(config.value.model.width, config.value.own.a.b)

@@ -26,7 +26,7 @@ from flax_cnns.data import pipeline
 from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.models.registry import create_model
-from flax_cnns.runs import plan, session, train
+from flax_cnns.runs import plan, session
 from flax_cnns.runs.build import Parts, assemble, train_batches
 from flax_cnns.runs.evaluate import evaluate_run
 from flax_cnns.runs.network import model_fields
@@ -375,8 +375,8 @@ def test_a_run_whose_test_met_no_image_is_finished_by_the_same_command(
     assert finding.steps(tmp_path)[-1] == 2
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.undo()
-    summarize = train.summarize
-    monkeypatch.setattr(train, "summarize", lambda sums: summarize(sums) | {"loss": math.nan})
+    summarize = session.summarize
+    monkeypatch.setattr(session, "summarize", lambda sums: summarize(sums) | {"loss": math.nan})
     summary = run(config, tmp_path)
     assert summary["test/examples"] == 360
     assert summary["images"] == {"train": 1077, "test": 360, "validation": 360}

@@ -75,16 +75,3 @@ def test_a_name_that_is_too_long_is_one_line(tmp_path):
 def test_what_was_asked_for_is_no_advice():
     assert did_you_mean("a.py", ["a.py"]) == ""
     assert did_you_mean("a.py", ["a.py", "aa.py"]) == "; did you mean 'aa.py'?"
-
-
-def test_a_config_that_lies_elsewhere_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
-    from experiments import script
-
-    there = script.CONFIGS / "digits_lenet5.py"
-    monkeypatch.chdir(script.CONFIGS.parent)
-    for typed in ("digits_lenet5", "digits_lenet5.py", "./configs/digits_lenet5"):
-        assert script._near(typed) == "; did you mean 'configs/digits_lenet5.py'?"
-    monkeypatch.chdir(tmp_path)
-    for typed in ("digits_lenet5", "configs/digits_lenet5.py"):
-        assert script._near(typed) == f" in {tmp_path}; it is {there}"
-    assert f"'{there}'" in script._near("configs/digits_lenet.py")

@@ -153,11 +153,11 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
 )
 def test_every_script_turns_it_on_and_has_the_flag(tmp_path, flag, found):
     code = """
-from experiments import script
+from flax_cnns.cli import flags
 def show(argv):
     import jax
     print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)
-script.main(show)
+flags.main(show)
 """
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(

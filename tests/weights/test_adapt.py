@@ -168,7 +168,7 @@ def test_the_command_names_its_flag_that_would_fit_a_stem(tensors, tmp_path):
     command = [sys.executable, "-m", "experiments.convert", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "; --adapt_stem fits them: summed" in done.stderr
+    assert "; --adapt-stem fits them: summed" in done.stderr
 
 
 def test_load_weights_fits_a_stem_where_that_is_asked_for(tensors, tmp_path):

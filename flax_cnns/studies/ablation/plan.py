@@ -7,14 +7,13 @@ import fcntl
 import os
 import pathlib
 import re
-import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
-from flax_cnns import files
+from flax_cnns import files, recipes
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.studies import own_parts
@@ -79,7 +78,7 @@ class Cell(NamedTuple):
 def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
     """What `sweep()` in a config's file yields. Raises `UserError` where it is not there, or yields
     nothing."""
-    sweep = runpy.run_path(str(file)).get("sweep")
+    sweep = getattr(recipes.load(file), "sweep", None)
     if not callable(sweep):
         raise UserError(f"{file} has no sweep(), which yields the rows; see configs/ablations")
     rows = sweep()

@@ -1,4 +1,4 @@
-"""What every script shares: flags in, one line for what the user can mend, honest exit codes."""
+"""What every command shares: flags in, one line for what the user can mend, honest exit codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import itertools
 import os
 import pathlib
 import re
-import runpy
 import signal
 import sys
 import threading
@@ -20,6 +19,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from flax_cnns import recipes
+from flax_cnns.cli import help
 from flax_cnns.config import FIELDS, flatten, set_in
 from flax_cnns.errors import (
     EXIT_FAULT,
@@ -34,9 +35,8 @@ from flax_cnns.files import check_regular
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
 
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _CACHE = flags.DEFINE_string(
-    "compilation_cache",
+    "compilation-cache",
     "",
     "The folder in which compiled programs are kept for later runs, or off. Where it is not given"
     " JAX_COMPILATION_CACHE_DIR, else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache.",
@@ -52,6 +52,13 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     before the first step, or twice. Output that cannot be written changes no exit code.
     """
 
+    def parse(argv: list[str]) -> list[str]:
+        module = sys.modules[function.__module__]
+        if text := help.answer(argv, module.__name__, module.__doc__ or "", _usage(), _places()):
+            print(text)
+            sys.exit(0)
+        return _parse(argv)
+
     def start(argv: list[str]) -> int | None:
         launch.keep_memory()
         escape_unencodable()
@@ -62,7 +69,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
     with output.safe():
         _on_interrupt(_leave_at_once)  # JAX is imported, which KeyboardInterrupt can crash
         try:
-            app.run(start, flags_parser=_parse)
+            app.run(start, flags_parser=parse)
         except UserError as error:
             _say(error)
             _leave(EXIT_USER_ERROR)
@@ -118,10 +125,15 @@ def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
     """The flag --config, which is `configs/<default>.py` where it is not given. `runs`: a regex of
     the fields that hold the configs of whole runs, where the config is none itself."""
     # No default for ml_collections, which would apply overrides, and fail, while it defines it.
-    _DEFAULT.append(str(CONFIGS / f"{default}.py"))
+    _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
     _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
-    text = f"A file of configs/, or file.py:mode; configs/{default}.py where it is not given."
-    return config_flags.DEFINE_config_file("config", None, text)
+    text = (
+        "A recipe by its name, or a config file of yours; MODE is one that the file has, such as"
+        f" smoke. Default: {default}."
+    )
+    holder = config_flags.DEFINE_config_file("config", None, text)
+    flags.FLAGS["config"].parser = _ConfigParser()
+    return holder
 
 
 _DEFAULT: list[str] = []
@@ -141,32 +153,72 @@ def define_trust() -> flags.FlagHolder:
 
 
 def _as_defined(argument: str) -> str:
-    """An argument whose flag has the name under which it is defined: dashes and underscores may be
-    exchanged."""
+    """The argument, with its flag spelled as it is defined: `--image_size` is `--image-size`, and
+    `--no-head` is `--nohead`."""
     name, equals, value = argument.removeprefix("--").partition("=")
     if argument.startswith("--"):
+        if name.startswith(("no-", "no_")) and name not in flags.FLAGS:
+            name = f"no{name[3:]}"
         for other in (name, name.replace("_", "-"), name.replace("-", "_")):
             if other in flags.FLAGS or other.removeprefix("no") in flags.FLAGS:
                 return f"--{other}{equals}{value}"
     return argument
 
 
+def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
+    """Raises `UserError` if a flag is a config's field without `config.` in front of it."""
+    if "config" not in flags.FLAGS:
+        return
+    for argument in itertools.takewhile(lambda argument: argument != "--", argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or name in flags.FLAGS or name.startswith("config"):
+            continue
+        run = _RUNS[0].match(name) if _RUNS else None
+        field = name[run.end() :] if run else name
+        if field in FIELDS or field.startswith(("model.", "own.")):
+            places = [""] if run else [f"{place}." for place in _places()]
+            right = " or ".join(f"--config.{place}{name}{equals}{value}" for place in places)
+        elif field.partition(".")[0] in _SECTIONS and "." in field:
+            near = did_you_mean(f"--config.{field}", (f"--config.{known}" for known in FIELDS))
+            raise UserError(f"--{name}: no flag or field{near}")
+        else:
+            continue
+        raise UserError(f"--{name}: fields are set with config. in front; write {right}")
+
+
+_SECTIONS = {path.partition(".")[0] for path in FIELDS if "." in path}
+
+
 def define_commands(*names: str) -> None:
-    """The script's first argument is one of these."""
+    """The command's first argument is one of these."""
     _COMMANDS.extend(names)
 
 
 _COMMANDS: list[str] = []
 
 
-def define_arguments(what: str, most: int | None = None) -> None:
-    """The script takes arguments beside its flags, in any order: one at least and `most` at most;
-    `what` says in messages what they are."""
+def define_arguments(what: str, word: str, most: int | None = None) -> None:
+    """The command takes arguments beside its flags, in any order: one at least and `most` at most.
+    `what` says in messages what they are, `word` is their place in the usage."""
     flags.FLAGS.set_gnu_getopt()
-    _ARGUMENTS.append((what, most))
+    _ARGUMENTS.append((what, word, most))
 
 
-_ARGUMENTS: list[tuple[str, int | None]] = []
+_ARGUMENTS: list[tuple[str, str, int | None]] = []
+
+
+def _places() -> list[str]:
+    """The parts of the config that are configs of whole runs, as a user writes them."""
+    pattern = _RUNS[0].pattern if _RUNS else ""
+    parts = pattern.removeprefix("(").removesuffix(r")\.").split("|") if pattern else []
+    return [part.replace(r"\w+", "NAME").replace("\\", "") for part in parts]
+
+
+def _usage() -> str:
+    """What the command takes beside its flags, as a word of its usage."""
+    if _COMMANDS:
+        return "|".join(_COMMANDS)
+    return _ARGUMENTS[0][1] if _ARGUMENTS else ""
 
 
 def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
@@ -183,34 +235,50 @@ def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[
 
 
 def _check_arguments(given: list[str]) -> None:
-    what, most = _ARGUMENTS[0] if _ARGUMENTS else ("", 0)
+    what, _, most = _ARGUMENTS[0] if _ARGUMENTS else ("", "", 0)
     if what and not given:
         raise UserError(f"expected {what}, got none")
     if most is not None and len(given) > most:
         raise UserError(f"unexpected argument {given[most]!r}; flags begin with --")
 
 
-def _config_file(argv: list[str]) -> str:
-    """The file that --config names, without its mode; "" without the flag."""
-    for argument, after in zip(argv, [*argv[1:], ""]):
+def _find_config(argv: list[str]) -> tuple[list[str], str]:
+    """(the arguments with --config=PATH for the file or recipe that --config names, PATH); "" for
+    PATH without the flag. Raises `UserError` if there is no such file or recipe."""
+    found, file, rest = [], "", iter(argv)
+    for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):
-            return (value if equals else after).partition(":")[0]
-    return ""
+            name, colon, mode = (value if equals else next(rest, "")).partition(":")
+            try:
+                file = recipes.find(name)
+            except UserError as error:
+                raise UserError(f"--config: {error}") from None
+            argument = f"--config={file}{colon}{mode}"
+        found.append(argument)
+    return found, file
 
 
-def _near(file: str) -> str:
-    """The end of a message: the config of this name, as a path that works from the current folder,
-    else the nearest ones."""
-    found = [path for path in CONFIGS.rglob("*.py") if "__" not in path.name]
-    files = {str(path.relative_to(CONFIGS.parent)): path for path in found}
-    for name, path in files.items():
-        if file.removeprefix("./") in (name, name.removesuffix(".py"), path.name, path.stem):
-            if not pathlib.Path(name).is_file():
-                return f" in {os.getcwd()}; it is {path}"
-            return f"; did you mean {name!r}?"
-    here = CONFIGS.parent.samefile(os.getcwd())
-    return did_you_mean(file, files if here else map(str, found))
+class _ConfigParser(flags.ArgumentParser):
+    """Loads a recipe as a module of its package; other files as ml_collections does."""
+
+    def parse(self, argument: str) -> Any:
+        file, colon, mode = argument.partition(":")
+        try:
+            module = recipes.load(file)
+            if not callable(getattr(module, "get_config", None)):
+                raise UserError(f"{file} has no get_config(), which returns the config")
+            config = module.get_config(*([mode] if colon else []))
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ValueError(traceback.format_exc()) from error
+        if callable(getattr(config, "lock", None)):
+            config.lock()
+        return config
+
+    def flag_type(self) -> str:
+        return "config object"
 
 
 def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, Any]]:
@@ -224,7 +292,7 @@ def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, A
         return argv, {}
     mode = next((a.partition(":")[2] for a in argv if re.match(r"--?config=", a)), "")
     try:
-        make = runpy.run_path(file)["get_config"]
+        make = recipes.load(file).get_config
         there = flatten(make(mode) if mode else make())
     except Exception:  # the parser says what is wrong
         return argv, {}
@@ -242,17 +310,18 @@ def _literal(text: str) -> Any:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with its mistakes as one line each."""
-    if _COMMANDS and not any(argument.startswith(("--help", "-h")) for argument in argv):
+    if _COMMANDS:
         command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS)
             raise UserError(f"expected {' or '.join(_COMMANDS)} first, got {command!r}{hint}")
         argv = [argv[0], *argv[2:]]
     argv = [argv[0], *map(_as_defined, argv[1:])]
+    _check_fields_are_of_the_config(argv[1:])
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
-    file = _config_file(argv)
+    argv, file = _find_config(argv)
     check_regular(file)
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
@@ -275,10 +344,11 @@ def _parse(argv: list[str]) -> list[str]:
         _check_arguments(rest[1:])
         return rest
     except OSError as error:
-        if not os.path.isfile(file):
-            raise UserError(f"--config: there is no file {file!r}{_near(file)}") from None
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error.__context__, UserError):  # of the config file
+            said = str(error.__context__).removeprefix("config: ")
+            raise UserError(f"--config: {said}") from None
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         # ml_collections puts a config file's traceback into the message; its last line says it.
         said = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)

@@ -1,0 +1,44 @@
+"""Runs side by side: what differs between their configs, where they ended, and their curves.
+
+flax-cnns compare runs/plain runs/mixup
+flax-cnns compare runs/sweep/*/seed0 --out=pictures/seed0.png
+flax-cnns compare runs/tags runs/tags_mixup --metric=label_accuracy
+
+Unfinished runs are compared up to where they are. Writes the file that --out names; without it
+comparison.png, or comparison-2.png if the first exists.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from flax_cnns.cli.flags import choose_picture, define_arguments
+
+_OUT = flags.DEFINE_string(
+    "out",
+    "comparison.png",
+    "The picture to write; its suffix is its format. Without this flag no file is replaced.",
+)
+_METRIC = flags.DEFINE_string(
+    "metric", "accuracy", "Compared instead of the accuracy: a metric of the logs, or your own."
+)
+define_arguments("runs (the directories of trained or half-trained networks)", "RUN...")
+
+
+def compare(argv: list[str]) -> None:
+    from flax_cnns.names import make_console
+    from flax_cnns.runs import compare as comparison
+
+    runs = comparison.read(argv[1:])
+    console = make_console(width=max(120, make_console().width))
+    if table := comparison.config_table(runs):
+        console.print(table)
+    else:
+        print("the configs are the same" if len(runs) > 1 else "one run: nothing to compare with")
+    metric = comparison.check_metric(runs, _METRIC.value)
+    console.print(comparison.result_table(runs, metric))
+    if (known := comparison.find_metrics(runs)) and metric not in known:
+        print(f"none of these runs logged {metric}; --metric may be {', '.join(known)}")
+    out, told = choose_picture(_OUT)
+    comparison.draw(runs, out, metric)
+    print(f"written: {told}")

@@ -1,0 +1,26 @@
+"""Trains a network.
+
+flax-cnns train --workdir=runs/digits
+flax-cnns train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
+flax-cnns train --workdir=runs/y --config.schedule.learning_rate=1e-3 --config.seed=1
+
+The same command again goes on where the run stopped, to the bit. It refuses if the data changed
+since the run began; with --accept-changed-data it goes on.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from flax_cnns.cli.flags import define_accept, define_config
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_CONFIG = define_config("digits_lenet5")
+_ACCEPT = define_accept()
+
+
+def train(argv: list[str]) -> None:
+    from flax_cnns.runs.train import run  # after the flags: JAX is not started for a mistyped one
+
+    del argv
+    run(_CONFIG.value, _WORKDIR.value, accept_changed_data=_ACCEPT.value)
