@@ -55,7 +55,7 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 # Files that take minutes in the slow tier. They come first, so that no worker is left with one.
-LONGEST = ("tests/test_processes.py", "tests/test_scripts.py")
+LONGEST = ("tests/test_processes.py", "tests/test_scripts.py", "tests/test_examples.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -37,10 +37,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     config.train.duration = "60 steps"
     config.train.eval_every = "20 steps"
     config.checkpoint.every = "20 steps"
-    whole = launch(tmp_path / "whole", config)
-    said = whole.communicate(timeout=300)[0]
-    assert whole.returncode == 0, said
-
+    run(config, tmp_path / "whole")  # in this process, on its four devices
     cut = launch(tmp_path / "cut", config)
     said = ""
     for line in cut.stdout:
@@ -52,7 +49,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     step = finding.latest_step(tmp_path / "cut")
     assert 21 <= step < 60
 
-    summary = run(config, tmp_path / "cut")  # in this process, on its four devices
+    summary = run(config, tmp_path / "cut")  # in this process
     assert summary["processes"] == 1
     assert summary["devices"] == 4
     found, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "whole")
