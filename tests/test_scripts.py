@@ -37,7 +37,7 @@ def finish(script, *flags):
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path):
-    config.train.duration = "300 steps"
+    config.train.duration = "160 steps"
     config.train.eval_every = "40 steps"
     config.checkpoint.every = "20 steps"
     config.log.every = "15 steps"

@@ -169,9 +169,12 @@ def test_published_macs(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", by_family(PUBLISHED))
+@pytest.mark.parametrize(
+    "name", by_family(n for n in PUBLISHED if n not in COUNTED or n in SMALLEST)
+)
 def test_model_info_counts_what_is_published(name):
-    """Every block is traced, where `count_params` traces one of each kind."""
+    """Every block is traced, where `count_params` traces one of each kind, and where
+    `test_published_macs` does not trace them all."""
     assert model_info(name).params == PUBLISHED[name].params
 
 
