@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -28,13 +29,13 @@ def from_batches(
     sizes: Mapping[str, int],
     image_shape: Sequence[int],
     *,
-    num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
-    task: str = "classes",
-    normalize: bool = True,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    name: str = "batches",
+    num_classes: int | None,
+    class_names: Sequence[str] | None,
+    task: str,
+    normalize: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    name: str,
 ) -> Dataset:
     """See `Dataset.from_batches`."""
     given.check_task(task)
@@ -130,21 +131,14 @@ def finish(data: Dataset, config: Any) -> Dataset:
         notes.append("there is no validation split; from_batches takes sizes['validation']")
     if normalized_by == "ImageNet":
         notes.append("normalized by ImageNet's mean and std; from_batches takes mean= and std=")
-    return Dataset(
-        name=data.name,
-        num_classes=data.num_classes,
-        class_names=data.class_names,
-        image_shape=data.image_shape,
+    return dataclasses.replace(
+        data,
         mean=mean,
         std=std,
         normalized_by=normalized_by,
-        splits=dict(data.splits),
         notes=(*data.notes, *notes),
         own_validation=own_validation,
         fingerprint=find_fingerprint(data),
-        task=data.task,
-        normalize=data.normalize,
-        factory=data.factory,
     )
 
 

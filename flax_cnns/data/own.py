@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,13 +28,13 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...], str]  # mean, std, wher
 def from_arrays(
     arrays: Mapping[str, Any],
     *,
-    class_names: Sequence[str] | None = None,
-    num_classes: int | None = None,
-    task: str = "classes",
-    normalize: bool = True,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    name: str = "arrays",
+    class_names: Sequence[str] | None,
+    num_classes: int | None,
+    task: str,
+    normalize: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    name: str,
 ) -> Dataset:
     """See `Dataset.from_arrays`; `arrays`: (images, labels) by split, None for one that there is
     not."""
@@ -138,11 +139,10 @@ def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
     mean, std, normalized_by = find_mean_and_std(
         data, config, lambda: (*moments(splits["train"].images), "training images")
     )
-    return Dataset(
-        name=data.name,
+    return dataclasses.replace(
+        data,
         num_classes=raw.num_classes,
         class_names=raw.class_names,
-        image_shape=data.image_shape,
         mean=mean,
         std=std,
         normalized_by=normalized_by,
@@ -151,8 +151,6 @@ def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
         notes=(*data.notes, *notes),
         own_validation=own_validation,
         fingerprint=_fingerprint(raw),
-        task=task,
-        normalize=data.normalize,
     )
 
 

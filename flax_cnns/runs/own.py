@@ -30,8 +30,7 @@ from flax_cnns.runs.references import (
     name_of,
     reference_to,
 )
-from flax_cnns.train import own as owns
-from flax_cnns.train import regularizers
+from flax_cnns.train import checks, regularizers
 from flax_cnns.train.regularizers import Regularizer
 
 # What each hook of a callback is called with.
@@ -328,7 +327,7 @@ def _callback(found: Any) -> Any:
             f"{what} has none of {', '.join(CALLBACKS)}; it has {', '.join(known[:8]) or 'nothing'}"
         )
     for name in hooks:
-        owns.check_arguments(f"{what}, {name}", getattr(found, name), CALLBACKS[name])
+        checks.check_arguments(f"{what}, {name}", getattr(found, name), CALLBACKS[name])
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import own
+from flax_cnns.train import checks
 from flax_cnns.types import Array, PyTree
 
 
@@ -82,11 +82,11 @@ def hooks_of(name: str, given: Any) -> Regularizer:
             )
     if not hooks:
         raise UserError(
-            f"{what}: {own.describe(given)} has no hook; expected some of the methods"
+            f"{what}: {checks.describe(given)} has no hook; expected some of the methods"
             f" {', '.join(HOOKS)}"
         )
     for hook, method in hooks.items():
-        own.check_arguments(f"{what}, {hook}", method, HOOKS[hook])
+        checks.check_arguments(f"{what}, {hook}", method, HOOKS[hook])
     return Regularizer(**{hook: _CHECKED[hook](what, name, m) for hook, m in hooks.items()})
 
 
@@ -103,7 +103,7 @@ def _own_key(key: Array, name: str) -> Array:
 
 def _checked_augment(what: str, name: str, method: Callable) -> Callable:
     def augment(images: Array, keys: Array) -> Array:
-        return own.like(f"{what}, augment", method(images, _own_key(keys, name)), images)
+        return checks.like(f"{what}, augment", method(images, _own_key(keys, name)), images)
 
     return augment
 
@@ -112,9 +112,11 @@ def _checked_mix(what: str, name: str, method: Callable) -> Callable:
     def mix(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
         found = method(images, labels, _own_key(key, name))
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise UserError(f"{what}, mix: expected (images, labels), came {own.describe(found)}")
-        new_images = own.like(f"{what}, mix: images", found[0], images)
-        return new_images, own.like(f"{what}, mix: labels", found[1], labels)
+            raise UserError(
+                f"{what}, mix: expected (images, labels), came {checks.describe(found)}"
+            )
+        new_images = checks.like(f"{what}, mix: images", found[0], images)
+        return new_images, checks.like(f"{what}, mix: labels", found[1], labels)
 
     return mix
 
@@ -139,9 +141,9 @@ def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
 def _checked_penalty(what: str, name: str, method: Callable) -> Callable:
     def penalty(params: PyTree, step: Array) -> Array:
         found = method(pytree.unstack_blocks(params), step)
-        if not own.is_like(found, ()):
+        if not checks.is_like(found, ()):
             raise UserError(
-                f"{what}, penalty: expected one number, float32 [], came {own.describe(found)}"
+                f"{what}, penalty: expected one number, float32 [], came {checks.describe(found)}"
             )
         return jnp.asarray(found, jnp.float32)
 
@@ -155,8 +157,8 @@ def _checked_tree(hook: str, what: str, name: str, method: Callable) -> Callable
             *trees, key, step = given
             rest = _own_key(key, name), step
         named = [pytree.unstack_blocks(tree) for tree in trees]
-        found = own.like_tree(f"{what}, {hook}", method(*named, *rest), named[0])
-        return own.restack(found, given[0])
+        found = checks.like_tree(f"{what}, {hook}", method(*named, *rest), named[0])
+        return checks.restack(found, given[0])
 
     return change
 

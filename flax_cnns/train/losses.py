@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.train import own, schedules
+from flax_cnns.train import checks, schedules
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
@@ -46,16 +46,16 @@ def choose(loss: Loss | None, task: str) -> Loss:
         raise UserError(f"task: unknown {task!r}{did_you_mean(task, TASKS)}")
     if loss is None:
         return sigmoid_cross_entropy if task == "multilabel" else cross_entropy
-    name = f"train.loss: {own.name_of(loss)}"
-    own.check_arguments(name, loss, ("logits", "labels"))
+    name = f"train.loss: {checks.name_of(loss)}"
+    checks.check_arguments(name, loss, ("logits", "labels"))
 
     def checked(logits: Array, labels: Array) -> Array:
-        with own.explaining(name, "logits f32 [N K] and labels f32 [N K], a row an example"):
+        with checks.explaining(name, "logits f32 [N K] and labels f32 [N K], a row an example"):
             each = loss(logits.astype(jnp.float32), labels)
-        if not own.is_like(each, logits.shape[:1]):
+        if not checks.is_like(each, logits.shape[:1]):
             raise UserError(
-                f"{name} gave {own.describe(each)}, expected float32 [{len(logits)}]: one number an"
-                " example; the step takes their mean"
+                f"{name} gave {checks.describe(each)}, expected float32 [{len(logits)}]: one number"
+                " an example; the step takes their mean"
             )
         return jnp.asarray(each, jnp.float32)
 
@@ -64,10 +64,10 @@ def choose(loss: Loss | None, task: str) -> Loss:
 
 def check_logits(logits: Any, n: int, num_classes: int) -> None:
     """Raises `UserError` unless a network gave [n K]."""
-    if not own.is_like(logits, (n, num_classes)):
+    if not checks.is_like(logits, (n, num_classes)):
         raise UserError(
-            f"the network gave {own.describe(logits)}, expected logits float32 [{n} {num_classes}],"
-            " a row an image and a column a class"
+            f"the network gave {checks.describe(logits)}, expected logits float32"
+            f" [{n} {num_classes}], a row an image and a column a class"
         )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.train import own as owns
+from flax_cnns.train import checks
 from flax_cnns.types import Array
 
 Metric = Callable[[Array, Array, Array], Any]
@@ -113,7 +113,7 @@ def own_sums(
         counts = jnp.any(seen)
     total = {}
     for name, metric in own.items():
-        with owns.explaining(f"metric {name!r}", "f32: logits [N K], labels [N K], mask [N]"):
+        with checks.explaining(f"metric {name!r}", "f32: logits [N K], labels [N K], mask [N]"):
             found = metric(logits, labels, mask)
         found = _sum_and_count(name, found)
         _check_added(name, metric, found[0], (logits, labels, mask))
@@ -127,16 +127,16 @@ def _sum_and_count(name: str, found: Any) -> tuple[Array, Array]:
     pair = found
     if isinstance(found, Mapping):
         pair = (found["sum"], found["count"]) if found.keys() == {"sum", "count"} else ()
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(owns.is_array, pair)):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(checks.is_array, pair)):
         raise UserError(
             f"metric {name!r}: expected (sum, count) or a dict of 'sum', 'count', came"
-            f" {owns.describe(found)}"
+            f" {checks.describe(found)}"
         )
     total, count = (jnp.asarray(value, jnp.float32) for value in pair)
     if total.ndim > 1 or count.shape not in ((), total.shape):
         raise UserError(
             f"metric {name!r}: expected a sum and a count of one shape, [] or [M], came"
-            f" {owns.describe(found)}"
+            f" {checks.describe(found)}"
         )
     return total, jnp.broadcast_to(count, total.shape)
 
@@ -150,7 +150,7 @@ def _check_added(name: str, metric: Metric, total: Array, given: Sequence[Array]
     if more.shape != total.shape:
         raise UserError(
             f"metric {name!r}: expected the sum and the count over the examples, came"
-            f" {owns.describe(total)}, a number an example; give its .sum() and mask.sum()"
+            f" {checks.describe(total)}, a number an example; give its .sum() and mask.sum()"
         )
 
 
@@ -164,7 +164,7 @@ def check_own(own: Mapping[str, Metric], taken: Iterable[str] = ()) -> None:
                 f" {'a built-in metric' if name in RESERVED else 'a penalty'}; give it another, as"
                 " in 'NAME=package.module:function'"
             )
-        owns.check_arguments(f"metric {name!r}", metric, ("logits", "labels", "mask"))
+        checks.check_arguments(f"metric {name!r}", metric, ("logits", "labels", "mask"))
 
 
 def names(num_classes: int, *, task: str = "classes", own: Iterable[str] = ()) -> list[str]:

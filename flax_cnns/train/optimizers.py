@@ -18,8 +18,7 @@ import optax
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.train import batchnorm_modes, regularizers
-from flax_cnns.train import own as owns
+from flax_cnns.train import batchnorm_modes, checks, regularizers
 from flax_cnns.train.hooks import Regularizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
@@ -88,8 +87,8 @@ def _own_optimizer(
     made anew in each update, with a schedule that is the step's rate whatever count it is given.
     Every block has its own name in what it is given, and in its state, where the network scans too.
     """
-    what = f"optimizer.name: {owns.name_of(factory)}"
-    owns.check_arguments(what, factory, ("learning_rate_schedule",), fields)
+    what = f"optimizer.name: {checks.name_of(factory)}"
+    checks.check_arguments(what, factory, ("learning_rate_schedule",), fields)
 
     def make_with(rate: Schedule) -> optax.GradientTransformationExtraArgs:
         making = True
@@ -106,7 +105,7 @@ def _own_optimizer(
         making = False
         if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
             raise UserError(
-                f"{what}: expected an optax.GradientTransformation, came {owns.describe(tx)}"
+                f"{what}: expected an optax.GradientTransformation, came {checks.describe(tx)}"
             )
         return optax.with_extra_args_support(tx)
 
@@ -127,8 +126,8 @@ def _own_optimizer(
                     f"{what} is given gradients, state and params alone: {error}"
                 ) from None
             raise
-        found = owns.restack(owns.like_tree(f"{what}, updates", found, grads), updates)
-        return found, OwnState(state.rate, owns.like_tree(f"{what}, state", inner, state.inner))
+        found = checks.restack(checks.like_tree(f"{what}, updates", found, grads), updates)
+        return found, OwnState(state.rate, checks.like_tree(f"{what}, state", inner, state.inner))
 
     make_with(schedule)  # what is wrong with it, before the data is loaded
     return optax.GradientTransformationExtraArgs(init, update)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.own import from_arrays
 from flax_cnns.data.readers.archives import check_size
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
@@ -64,8 +63,8 @@ def read(name: str, directory: str) -> Dataset:
     class_names = arrays.pop(NAMES, None)
     labels = [arrays[pair[1]] for pair in keys.values()]
     task = "multilabel" if any(map(_has_several, labels)) else "classes"
-    dataset = from_arrays(
-        {split: (arrays[a], arrays[b]) for split, (a, b) in keys.items()},
+    dataset = Dataset.from_arrays(
+        **{split: (arrays[a], arrays[b]) for split, (a, b) in keys.items()},
         class_names=None if class_names is None else class_names.reshape(-1).tolist(),
         task=task,
         name=name,
