@@ -5,7 +5,7 @@
 
 Three 3x3 convolutions of 32 channels, two poolings and a dense layer: 70,692 parameters, Keras's
 first values. The lectures give no recipe: Adam and batches of 32 are Keras's defaults, ten epochs
-what the TensorFlow tutorial on CIFAR takes. We normalise the images, where that divides by 255.
+what the TensorFlow tutorial on CIFAR takes. We normalize the images, where that divides by 255.
 Cost: 2.5 million multiply-accumulates an image forward; minutes not measured yet.
 Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
 """

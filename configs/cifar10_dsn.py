@@ -9,7 +9,7 @@ without, the rate divided by 20 at 150,000 and lower still at 170,000.
 We differ: the companions' weight falls from 0.1 to 0 over their 50,000 steps, the paper's
 alpha_m = 0.1 (1 - t/N) with N those steps, where the release keeps it at 1; losses are softmax, not
 squared hinge; mean and standard deviation are per channel, not each image's (global contrast
-normalisation); the last rate is 6.25e-5, not 1e-4; the release's rates per layer are left out
+normalization); the last rate is 6.25e-5, not 1e-4; the release's rates per layer are left out
 (biases twice, the last layer a tenth). The companions are computed to the end, with weight 0 after
 step 50,000: dropping them then would be another program.
 Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.

@@ -8,7 +8,7 @@ The other networks and rows of table 1: --config.model.name=shakeshake_26_2x96d,
 
 Paper: 3.55 % test error (shake, shake, image; mean of three runs), 2.98 % for 2x64d and 2.86 % for
 2x96d (five runs). 1800 epochs of 128 images, the rate from 0.2 to 0 by a cosine; two GPUs of 64
-images each, each of which normalised alone. The rest is fb.resnet.torch's: Nesterov's momentum 0.9,
+images each, each of which normalized alone. The rest is fb.resnet.torch's: Nesterov's momentum 0.9,
 weight decay 1e-4, random crops and flips.
 Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
 """

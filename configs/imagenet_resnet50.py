@@ -7,12 +7,12 @@
 paper (the default): https://arxiv.org/abs/1512.03385, section 3.4: batches of 256, rate 0.1,
 momentum 0.9, weight decay 1e-4, the rate divided by ten when the error plateaus. We divide after
 30, 60 and 80 of 90 epochs, as the later reimplementations do; the paper trained for 60e4 steps
-(120 epochs), scaled the shorter side to 256..480 and cropped, and added colour, where we crop by
+(120 epochs), scaled the shorter side to 256..480 and cropped, and added color, where we crop by
 area.
 Published with such a recipe: torchvision's IMAGENET1K_V1, 76.13 % top-1 (v1.5, one crop).
 modern: torchvision's recipe for IMAGENET1K_V2 as far as our fields reach: cosine over 600 epochs
 with 5 of warmup, batches of 1024 at a rate of 0.5, label smoothing 0.1, mixup 0.2, EMA, no weight
-decay on biases and normalisation; without its TrivialAugment, random erasing, cutmix, repeated
+decay on biases and normalization; without its TrivialAugment, random erasing, cutmix, repeated
 augmentation and its lower training resolution. Published: 80.86 % with those.
 ImageNet does not download itself: put its archives where TFDS asks for them.
 Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.

@@ -14,7 +14,7 @@ Every row sees the same number of images, and its rate is proportional to its ba
 image, so that small batches take more and smaller steps; the momentum is the same. So is that of
 BatchNorm's running statistics, a tenth a step: those of small batches are of fewer images, and with
 --config.train.precise_bn=100 the rows differ by training alone. GroupNorm's groups are 16 channels:
-in the first stage, which has 16, that is LayerNorm. For one device: of several each would normalise
+in the first stage, which has 16, that is LayerNorm. For one device: of several each would normalize
 by its own part of the batch.
 Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
 """

@@ -12,7 +12,7 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 learns 1100 images, the same for every seed, for 400 steps of 64, 23 epochs. Each strength is a
 customary one, chosen before the first run and not by its score: a row says what that much of it
 does here, no more. `augment` is AlexNet's: translations, reflections (which a digit does not
-stand), colour.
+stand), color.
 Ours: experiments/results/README.md, "Ablations": 5 seeds, 34 minutes on 2 CPU cores with --jobs=2.
 Without any 80.96 % [80.52, 81.39]; nothing was better beyond doubt, four rows were worse.
 """

@@ -33,7 +33,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.model.widths = (24, 48, 48)
     with config.unlocked():
         config.model.update(dict(form="base", input_dropout=0.0, dropout=0.0, last_padding=0))
-    config.schedule.learning_rate = 0.02  # it normalises nothing
+    config.schedule.learning_rate = 0.02  # it normalizes nothing
     if mode == "smoke":
         config.model.widths = (4, 8, 8)
         config.model.last_padding = 1

@@ -1,4 +1,4 @@
-"""Clothes of five kinds to clothes of five others, and to digits: a narrow ResNet-8, 28x28 grey.
+"""Clothes of five kinds to clothes of five others, and to digits: a narrow ResNet-8, 28x28 gray.
 
 The source learns T-shirts, trousers, pullovers, sandals and ankle boots; near it are dresses,
 coats, shirts, sneakers and bags; far from it scikit-learn's handwritten digits.

@@ -5,7 +5,7 @@
   python -m experiments.finetune --workdir=runs/smoke --config=configs/finetune/folder.py:smoke \\
       --strategies=features --seeds=1
 
-Other weights want their own network and normalisation: --config.targets.own.model.name,
+Other weights want their own network and normalization: --config.targets.own.model.name,
 .data.image_size, .data.mean and .data.std. The smoke mode learns noise and needs no files.
 Ours: experiments/results/README.md, "Transfer": EfficientNet-Lite0 on 121 photographs of five
 kinds, linear classifiers on its features 84.3 % (sd 6.8, 3 seeds), from scratch 56.9 % (sd 3.4).

@@ -110,8 +110,8 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     from flax_cnns.analysis.plots import style
     from flax_cnns.analysis.plots.style import save_picture, shorten, tidy
 
-    colours = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
-    colours += (style.VERMILION, style.SKY_BLUE, style.YELLOW, style.GRAY)
+    colors = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+    colors += (style.VERMILION, style.SKY_BLUE, style.YELLOW, style.GRAY)
     series = {name: values for name, values in bars.series.items() if any(values)}
     height = 0.8 / max(len(series), 1)
     rows = len(bars.labels)
@@ -120,7 +120,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     for i, (name, values) in enumerate(series.items()):
         places = [row - 0.4 + (i + 0.5) * height for row in range(rows)]
         shown = [(place, value) for place, value in zip(places, values) if value]
-        drawn_as = dict(height=height, color=colours[i % len(colours)], label=name)
+        drawn_as = dict(height=height, color=colors[i % len(colors)], label=name)
         # Ratios grow from their reference, to the left where they are smaller.
         start = bars.reference or 0.0
         lengths = [value - start for _, value in shown]

@@ -155,7 +155,7 @@ def add_vs_torch(parser: argparse.ArgumentParser) -> None:
 def vs_torch(args: argparse.Namespace, report: Report) -> None:
     """Our training step against torchvision's or timm's network of the same name, in turn.
 
-    Both: the same batch of uint8 images on the device, normalised there, SGD with momentum,
+    Both: the same batch of uint8 images on the device, normalized there, SGD with momentum,
     cross-entropy. PyTorch: channels_last, autocast where the dtype is bfloat16.
     """
     torch = need_torch()

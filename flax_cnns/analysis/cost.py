@@ -75,7 +75,7 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     if "train" in inspect.signature(type(model).__call__).parameters:
         call = {"train": False} | call
-    # Kinds from the initialisation too: it builds what evaluation does not run.
+    # Kinds from the initialization too: it builds what evaluation does not run.
     kinds: dict[str, str] = {}
     with nn.intercept_methods(lambda f, args, kwargs, at: _note(kinds, f, args, kwargs, at)):
         variables = jax.eval_shape(

@@ -110,12 +110,12 @@ def _flat(values: np.ndarray, inputs: np.ndarray) -> bool:
 def _interval(values: np.ndarray, flat: bool, method: str, level: float, seed: int) -> Interval:
     check_method(method)
     n = len(values)
-    centre = float(values.mean()) if n else math.nan
+    center = float(values.mean()) if n else math.nan
     if n < 2 or flat:
-        return Interval(centre, math.nan, math.nan, n)
+        return Interval(center, math.nan, math.nan, n)
     if method == "t":
         half = stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-        return Interval(centre, float(centre - half), float(centre + half), n)
+        return Interval(center, float(center - half), float(center + half), n)
     draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(centre, float(low), float(high), n)
+    return Interval(center, float(low), float(high), n)

@@ -77,7 +77,7 @@ def _matching(found: Source, pattern: str) -> dict[str, Any]:
 
 
 def _about(found: Source) -> Iterator[str]:
-    """Where it lies, and what is known of its step and its neighbours."""
+    """Where it lies, and what is known of its step and its neighbors."""
     yield found.name if found.folder is None else str(found.folder)
     yield from (note for note in (found.note, *found.notes) if note)
     if found.folder is None:

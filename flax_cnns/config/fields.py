@@ -68,7 +68,7 @@ def section(meaning: str, **fields: Field | Section) -> Section:
 # A page to read: each field's prose below its default.
 # fmt: off
 TABLE = section("A config",
-    seed=Field(0, integer(), "initialisation, data order, augmentation, dropout"),
+    seed=Field(0, integer(), "initialization, data order, augmentation, dropout"),
 
     model=section(
         "the network: all of it goes to create_model; a config may add its family's fields",
@@ -140,8 +140,8 @@ TABLE = section("A config",
                 " torchvision's scale, where 30 is what the paper calls 10; (): off",
                 older_runs=(), regularizer=True),
             pca=Field(0.0, number(0, 1),  # above 1 the sums of pca_color leave 32 bits
-                "Standard deviation along the principal components of the data set's own colours,"
-                " of which grey images have one; to 1, the paper's is 0.1; 0: off",
+                "Standard deviation along the principal components of the data set's own colors,"
+                " of which gray images have one; to 1, the paper's is 0.1; 0: off",
                 older_runs=0.0, regularizer=True),
             normalize=Field(True, flag, "by mean and standard deviation"),
         ),

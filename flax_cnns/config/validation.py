@@ -47,7 +47,7 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         )
     if size % 2 and (flat["mix.mixup"] or flat["mix.cutmix"]):
         raise UserError(
-            f"config.data.batch_size: mixup and cutmix pair neighbours; {size} images leave one"
+            f"config.data.batch_size: mixup and cutmix pair neighbors; {size} images leave one"
         )
     if bool(flat["data.mean"]) != bool(flat["data.std"]):
         raise UserError("config.data.mean and config.data.std: set both, or neither")

@@ -1,4 +1,4 @@
-"""Augmentation per image, on the device: uint8 images in, normalised float32 out, shapes static.
+"""Augmentation per image, on the device: uint8 images in, normalized float32 out, shapes static.
 A user's own images may be float32, from 0 to 1; then the operations on colors work at 255 times
 these, and RandAugment rounds them to 256 values.
 
@@ -77,10 +77,10 @@ def make_augment(
     """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit; f32 images
     are in 0..1.
 
-    `config` is `config.data.augment`; `covariance` [C C] of the colours of images in 0..1 is what
+    `config` is `config.data.augment`; `covariance` [C C] of the colors of images in 0..1 is what
     `config.pca` needs; `cropped` says that the loader has done the random resized crop already, as
-    it does for streamed images. In this order: crop, flip and move; RandAugment; PCA colour;
-    erasing; normalisation; cutout. With everything off this is `make_normalize` exactly. Raises
+    it does for streamed images. In this order: crop, flip and move; RandAugment; PCA color;
+    erasing; normalization; cutout. With everything off this is `make_normalize` exactly. Raises
     UserError for values that make no sense.
     """
     height, width, _ = image_shape
@@ -166,7 +166,7 @@ def _affine(key: Array, image: Array, config: Any) -> Array:
         jnp.round(jnp.asarray(f(angles), jnp.float32)[angle] * shrink).astype(jnp.int32)
         for f in (np.cos, np.sin)
     )
-    # From the output pixel back to the input's: twice the distance from the centre, which may lie
+    # From the output pixel back to the input's: twice the distance from the center, which may lie
     # between pixels, then 2**-15 of a pixel.
     y = 2 * (jnp.arange(height)[:, None] + shift[0]) - (height - 1)
     x = 2 * (jnp.arange(width) + shift[1]) - (width - 1)
@@ -178,7 +178,7 @@ def _affine(key: Array, image: Array, config: Any) -> Array:
 
 def bilinear(image: Array, y: Array, x: Array) -> Array:
     """`image` [H W C] read at the points `y`, `x` i32 [h w] (in 1/256 of a pixel, the first one's
-    centre at 0): f32 [h w C], without rounding where the image has whole values; outside is 0."""
+    center at 0): f32 [h w C], without rounding where the image has whole values; outside is 0."""
     height, width, channels = image.shape
     # Two black pixels on each side, so that a point outside reads black without a mask for each of
     # the four corners.
@@ -228,27 +228,27 @@ def random_resized_crop(
 
 
 def cutout(key: Array, image: Array, side: int) -> Array:
-    """A square of `side` pixels set to 0, which is the mean once the image is normalised: [H W C]
+    """A square of `side` pixels set to 0, which is the mean once the image is normalized: [H W C]
     -> [H W C].
 
-    Its centre is uniform over the image, so that part of it may lie outside
+    Its center is uniform over the image, so that part of it may lie outside
     (https://arxiv.org/abs/1708.04552).
     """
     height, width, _ = image.shape
-    centre = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
+    center = jax.random.randint(key, (2,), 0, jnp.array([height, width]))
     box = jnp.array([side, side])
-    return jnp.where(_inside(centre - side // 2, box, height, width), 0.0, image)
+    return jnp.where(_inside(center - side // 2, box, height, width), 0.0, image)
 
 
 def pca_color(
     key: Array, image: Array, deviation: float, covariance: Sequence[Sequence[float]]
 ) -> Array:
-    """AlexNet's change of the light's colour: [H W C] of 0..255 -> f32 [H W C], not clipped.
+    """AlexNet's change of the light's color: [H W C] of 0..255 -> f32 [H W C], not clipped.
 
-    Section 4.1 of the paper adds to every pixel the eigenvectors of the colours' covariance, each
+    Section 4.1 of the paper adds to every pixel the eigenvectors of the colors' covariance, each
     times its eigenvalue and a normal number of standard deviation 0.1. That sum has the
     distribution of the covariance times normal numbers, with no eigenvector to compute. Eigenvalues
-    are those of colours in 0..1: of 0..255 they would be 255 times as large beside the pixels.
+    are those of colors in 0..1: of 0..255 they would be 255 times as large beside the pixels.
     """
     matrix = np.round(2**10 * 255 * deviation * np.asarray(covariance)).astype(np.int32)
     drawn = jnp.round(2**8 * jax.random.normal(key, matrix.shape[:1])).astype(jnp.int32)
@@ -268,7 +268,7 @@ def erase(
 
     Random erasing (https://arxiv.org/abs/1708.04896, algorithm 1), its shares of the area and
     ratios of height to width. There a box that does not fit is drawn again with its corner, which
-    favours small ones; here ten sizes are drawn, and the first that fits is put anywhere.
+    favors small ones; here ten sizes are drawn, and the first that fits is put anywhere.
     """
     height, width, _ = image.shape
     key_coin, key_area, key_ratio, key_place, key_noise = jax.random.split(key, 5)

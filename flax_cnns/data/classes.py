@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_cnns.data.decode import read_labels
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import Raw, Relabelled, Source, Subset, take_rows
+from flax_cnns.data.types import Raw, Relabeled, Source, Subset, take_rows
 from flax_cnns.errors import UserError, did_you_mean
 
 
@@ -34,7 +34,7 @@ def choose_classes(raw: Raw, config: Any, begun: bool, name: str = "") -> tuple[
         if isinstance(source, ArraySource):  # arrays stay arrays: nothing is decoded
             images = take_rows(source.images, rows)
             return ArraySource(images, labels[rows], f"{source.name}, {said}")
-        return Relabelled(Subset(source, rows, said), labels[rows], said)
+        return Relabeled(Subset(source, rows, said), labels[rows], said)
 
     raw = raw._replace(
         sources={role: choose(role, source) for role, source in raw.sources.items()},

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from flax_cnns.data.images import DAMAGE, centre_box, random_box, read_box
+from flax_cnns.data.images import DAMAGE, center_box, random_box, read_box
 from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.types import DamagedImage, Source, WrongLabel
 
@@ -29,7 +29,7 @@ def read(
     try:
         image, label = source.open(i)
         with image:
-            box_of = functools.partial(centre_box, share=share)
+            box_of = functools.partial(center_box, share=share)
             if crop:
                 box_of = functools.partial(random_box, rng, share=crop)
             return read_box(image, box_of, size, channels), label

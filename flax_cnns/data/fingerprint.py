@@ -72,7 +72,7 @@ def compute(
 
 
 def _base(source: Any) -> tuple[Any, np.ndarray]:
-    """(the innermost source, below Subset and Relabelled, the rows of it that are used)."""
+    """(the innermost source, below Subset and Relabeled, the rows of it that are used)."""
     rows = np.arange(len(source))
     while hasattr(source, "source"):
         rows = getattr(source, "rows", np.arange(len(source)))[rows]

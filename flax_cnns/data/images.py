@@ -35,7 +35,7 @@ DAMAGE = (
 Box = tuple[float, float, float, float]  # left, top, right, bottom in the image's own pixels
 
 
-def centre_box(width: int, height: int, share: float = 1.0) -> Box:
+def center_box(width: int, height: int, share: float = 1.0) -> Box:
     """The central square; `share` of the shorter side: 0.875 is the 224 of 256 of the papers.
 
     Resize(256) and CenterCrop(224) take the same part of a square image. Of others they round the
@@ -49,7 +49,7 @@ def centre_box(width: int, height: int, share: float = 1.0) -> Box:
 def random_box(
     rng: np.random.Generator, width: int, height: int, share: tuple[float, float]
 ) -> Box:
-    """As `augment.random_resized_crop`: ten tries at a random share and ratio, else the centre."""
+    """As `augment.random_resized_crop`: ten tries at a random share and ratio, else the center."""
     for _ in range(10):
         area = rng.uniform(*share) * width * height
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -57,7 +57,7 @@ def random_box(
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
             return left, top, left + w, top + h
-    return centre_box(width, height)
+    return center_box(width, height)
 
 
 # What turns the stored image upright, by EXIF's orientation (1 is upright).
@@ -147,7 +147,7 @@ def _stored_box(box: Box, turn: int, width: int, height: int) -> Box:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """To grey (ITU-R 601 luma) or RGB; what is transparent becomes white, 16 bits become 8."""
+    """To gray (ITU-R 601 luma) or RGB; what is transparent becomes white, 16 bits become 8."""
     mode = "L" if channels == 1 else "RGB"
     _load(image)
     clear, palette = image.info.get("transparency"), image.palette
@@ -233,10 +233,10 @@ def check_photos(photos: Iterable[Photo]) -> None:
 
 
 def _of_array(photo: np.ndarray) -> Any:
-    grey = photo.ndim == 2 or (photo.ndim == 3 and photo.shape[2] == 1)
-    if photo.dtype != np.uint8 or not (grey or (photo.ndim == 3 and photo.shape[2] == 3)):
+    gray = photo.ndim == 2 or (photo.ndim == 3 and photo.shape[2] == 1)
+    if photo.dtype != np.uint8 or not (gray or (photo.ndim == 3 and photo.shape[2] == 3)):
         raise UserError(
             "a photo as an array is uint8 [H W 3] or [H W], 0 to 255; "
             f"got {photo.dtype} {list(photo.shape)}"
         )
-    return Image.fromarray(photo.reshape(photo.shape[:2]) if grey else photo)
+    return Image.fromarray(photo.reshape(photo.shape[:2]) if gray else photo)

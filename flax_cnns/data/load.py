@@ -2,7 +2,7 @@
 file of arrays, the user's own, or noise.
 
 Whatever the source, the splits get their roles here (types.py says which). Where a data set has no
-labelled test split its validation split serves as test (ImageNet); where it has neither, a fifth of
+labeled test split its validation split serves as test (ImageNet); where it has neither, a fifth of
 train does, seeded and stratified. Where no validation split is left it is taken from train. Of the
 classes a config may choose some, before all that; of the training examples that are left it may
 keep a fraction.

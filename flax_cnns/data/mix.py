@@ -24,8 +24,8 @@ def make_mix(
 
     Mixup (https://arxiv.org/abs/1710.09412) draws one weight for the batch, from Beta(alpha,
     alpha); cutmix (https://arxiv.org/abs/1905.04899) one box, see `cutmix_weights`; with both on a
-    fair coin a batch says which. Both pair neighbours, i with i ^ 1, not a random permutation: the
-    batch is in random order anyway, and neighbours stay on one device, so that with the same `key`
+    fair coin a batch says which. Both pair neighbors, i with i ^ 1, not a random permutation: the
+    batch is in random order anyway, and neighbors stay on one device, so that with the same `key`
     everywhere the number of devices doesn't matter. All off: one-hot labels, images untouched.
     Raises UserError, at trace time where an odd batch is to be paired.
     """
@@ -65,7 +65,7 @@ def make_mix(
         if mixup or cutmix:
             if len(labels) % 2:
                 raise UserError(
-                    "mixup and cutmix pair neighbours, so that each device needs an even number "
+                    "mixup and cutmix pair neighbors, so that each device needs an even number "
                     f"of images; got {len(labels)}"
                 )
             of_images, of_labels = weights(key, *images.shape[1:3])
@@ -78,16 +78,16 @@ def make_mix(
 def cutmix_weights(key: Array, alpha: float, height: int, width: int) -> tuple[Array, Array]:
     """(weights f32 [H W 1], 0 in a box that the partner fills and 1 around it; their mean []).
 
-    The box has the image's proportions and 1 - w of its area, w from Beta(alpha, alpha); its centre
+    The box has the image's proportions and 1 - w of its area, w from Beta(alpha, alpha); its center
     is uniform over the image, and what would lie outside is cut off. So the label's weight is what
     is left of the image, not w. Sides are whole pixels, rounded down, as in timm; the authors' code
     and torchvision's halve them first, so that theirs are even.
     """
-    key_weight, key_centre = jax.random.split(key)
+    key_weight, key_center = jax.random.split(key)
     size = jnp.array([height, width])
     side = jnp.sqrt(1 - jax.random.beta(key_weight, alpha, alpha))
     box = (side * size).astype(jnp.int32)
-    low = jax.random.randint(key_centre, (2,), 0, size) - box // 2
+    low = jax.random.randint(key_center, (2,), 0, size) - box // 2
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     inside = (y >= low[0]) & (y < low[0] + box[0]) & (x >= low[1]) & (x < low[1] + box[1])
     pixels = jnp.where(inside, 0.0, 1.0)
@@ -95,6 +95,6 @@ def cutmix_weights(key: Array, alpha: float, height: int, width: int) -> tuple[A
 
 
 def _blend(x: Array, weight: Array) -> Array:
-    """Each row with its neighbour's, by a weight that all share: [n ...] -> [n ...]."""
+    """Each row with its neighbor's, by a weight that all share: [n ...] -> [n ...]."""
     pairs = x.reshape(-1, 2, *x.shape[1:])
     return (weight * pairs + (1 - weight) * pairs[:, ::-1]).reshape(x.shape).astype(x.dtype)

@@ -43,7 +43,7 @@ def randaugment(key: Array, image: Array, number: int, magnitude: float) -> Arra
 
 def operate(image: Array, operation: Array, strength: Array) -> Array:
     """Operation number `operation` of `OPERATIONS`: i32 [H W C] -> i32 [H W C]. `strength` is in
-    -1..1; its sign counts for blends (less, more) but color's on grey images, and for maps."""
+    -1..1; its sign counts for blends (less, more) but color's on gray images, and for maps."""
     image = _look_up(image, _tables(image, jnp.abs(strength)), operation)
     image = _blend(image, operation - len(_TABLES), strength)
     return _map(image, operation - len(_TABLES) - len(_BLENDS), strength)
@@ -81,10 +81,10 @@ def _tables(image: Array, strength: Array) -> list[Array]:
 
 
 def _blend(image: Array, which: Array, strength: Array) -> Array:
-    """Away from the dull image chosen of `_BLENDS`, or towards it; as it is if none is."""
-    grey = _grey(image)
-    mean = (2 * grey.sum() + grey.size) // (2 * grey.size)  # rounded
-    dull = [grey, mean, 0, _smooth(image)]
+    """Away from the dull image chosen of `_BLENDS`, or toward it; as it is if none is."""
+    gray = _gray(image)
+    mean = (2 * gray.sum() + gray.size) // (2 * gray.size)  # rounded
+    dull = [gray, mean, 0, _smooth(image)]
     chosen = (which >= 0) & (which < len(dull))
     dull = [jnp.broadcast_to(x, image.shape).astype(jnp.int32) for x in dull]
     dull = lax.select_n(jnp.where(chosen, which, 0), *dull)
@@ -93,7 +93,7 @@ def _blend(image: Array, which: Array, strength: Array) -> Array:
     return jnp.clip(image + (further * (image - dull) + _ONE // 512) // _ONE, 0, 255)
 
 
-def _grey(image: Array) -> Array:
+def _gray(image: Array) -> Array:
     """[H W C] -> [H W 1]: ITU-R 601 in 16 bits of fraction."""
     if image.shape[-1] == 1:
         return image
@@ -116,14 +116,14 @@ def _map(image: Array, which: Array, strength: Array) -> Array:
     """The pixel nearest to where the map chosen of `_MAPS` comes from; what is outside is black.
 
     At most: 0.3 pixels a row or column about the upper left corner, 150/331 of the side, 30 degrees
-    about the centre.
+    about the center.
     """
     height, width, channels = image.shape
     angle = math.pi / 6 * strength * (which == 4)
     cos, sin = _fixed(jnp.cos(angle)), _fixed(jnp.sin(angle))
     shear = [_fixed(0.3 * strength) * (which == i) for i in (0, 1)]
     shift = [_fixed(300 / 331 * strength) * (which == i) for i in (2, 3)]
-    # From the output pixel's centre back to the input's; twice the distance from the corner.
+    # From the output pixel's center back to the input's; twice the distance from the corner.
     y, x = 2 * jnp.arange(height)[:, None] + 1, 2 * jnp.arange(width) + 1
     from_x = cos * (x - width) - sin * (y - height) + shear[0] * y + (shift[0] + _ONE) * width
     from_y = sin * (x - width) + cos * (y - height) + shear[1] * x + (shift[1] + _ONE) * height

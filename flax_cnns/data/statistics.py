@@ -1,4 +1,4 @@
-"""Mean, standard deviation and covariance of a data set's colours."""
+"""Mean, standard deviation and covariance of a data set's colors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def find_mean_and_std(
         return *spread(config.mean, config.std, channels, "data.mean and data.std"), "config"
     known, by = KNOWN.get(base_name(name)), "published"
     if known is None or (own == 3 and channels == 1):
-        # The spread of the grey image doesn't follow from those of the colours, which go together.
+        # The spread of the gray image doesn't follow from those of the colors, which go together.
         if train.images is not None:
             mean, std = moments(train.images)
             return mean, std, "training images"
@@ -104,13 +104,13 @@ def _pixels(images: np.ndarray | Rows) -> Iterator[np.ndarray]:
 def find_covariance(
     config: Any, size: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], ...]:
-    """Of the colours of all training images; of up to COVARIANCE_OF where they are streamed."""
+    """Of the colors of all training images; of up to COVARIANCE_OF where they are streamed."""
     if not config.augment.pca:
         return ()
     images = train.images
     if images is None:
         count = min(COVARIANCE_OF, len(train))
-        some = Subset(train.source, np.arange(count) * len(train) // count, "for colours")
+        some = Subset(train.source, np.arange(count) * len(train) // count, "for colors")
         images, _, _ = read_all(
             some,
             size,

@@ -90,7 +90,7 @@ class Subset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Relabelled:
+class Relabeled:
     """Another source under labels of our own."""
 
     source: Source
@@ -110,13 +110,13 @@ class Relabelled:
         return dataclasses.replace(self, source=self.source.fetch(rows))
 
     def __repr__(self) -> str:
-        return f"Relabelled({self.source!r}, {self.name}, {len(self)})"
+        return f"Relabeled({self.source!r}, {self.name}, {len(self)})"
 
 
 def find_several(source: Source) -> set[str]:
-    """`FileSource.several` (readers/folder.py) of a source, also below Subset and Relabelled; else
+    """`FileSource.several` (readers/folder.py) of a source, also below Subset and Relabeled; else
     empty."""
-    while isinstance(source, Subset | Relabelled):
+    while isinstance(source, Subset | Relabeled):
         source = source.source
     return getattr(source, "several", set())
 
@@ -184,7 +184,7 @@ class Dataset:
     normalized_by: str
     splits: dict[str, Split]  # train, test, and validation if there is one
     eval_share: float = 1.0  # of the shorter side that evaluation sees
-    # [C C] of the training images' colours in 0..1; (): not needed, as data.augment.pca is off.
+    # [C C] of the training images' colors in 0..1; (): not needed, as data.augment.pca is off.
     covariance: tuple[tuple[float, ...], ...] = ()
     # Images left out because they could not be decoded; it grows while a split is streamed.
     damaged: list[str] = dataclasses.field(default_factory=list)

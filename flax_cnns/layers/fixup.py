@@ -1,4 +1,4 @@
-"""Fixup: residual networks without normalisation, by their first values and a few scalars.
+"""Fixup: residual networks without normalization, by their first values and a few scalars.
 
 Zhang, Dauphin & Ma 2019, https://arxiv.org/abs/1901.09321, the three rules of section 3. Modules
 take their part in them by the names that they have in all our networks: a branch's convolutions are

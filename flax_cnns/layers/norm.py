@@ -1,4 +1,4 @@
-"""Normalisation, all called alike: `make_norm` decides, a block says `norm(name=...)(x)`."""
+"""Normalization, all called alike: `make_norm` decides, a block says `norm(name=...)(x)`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def make_norm(
     epsilon: float = 1e-5,
     scale: bool = True,
 ) -> ModuleDef:
-    """The network's normalisation as a module that lacks only its name (and `scale_init`, at will).
+    """The network's normalization as a module that lacks only its name (and `scale_init`, at will).
 
-    `"batch"`: Ioffe & Szegedy 2015. In training it normalises by the batch (with `axis_name` by all
+    `"batch"`: Ioffe & Szegedy 2015. In training it normalizes by the batch (with `axis_name` by all
     devices' batches together) and moves the running statistics, else it uses those. `momentum`
     means `new = momentum * old + (1 - momentum) * batch`: PyTorch's 0.1 is 0.9 here. The running
     variance is the biased one; PyTorch keeps the unbiased one. With n values per channel and batch
@@ -180,7 +180,7 @@ class NoNorm(nn.Module):
 def local_response_norm(
     x: Array, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
 ) -> Array:
-    """x / (k + alpha * sum of x^2 over `size` neighbouring channels)^beta: [... C] -> [... C].
+    """x / (k + alpha * sum of x^2 over `size` neighboring channels)^beta: [... C] -> [... C].
 
     Krizhevsky et al. 2012, section 3.3, with their constants; a sum, cut at the first and the last
     channel. Caffe and PyTorch divide alpha by `size`: pass alpha / size for theirs. Computed in

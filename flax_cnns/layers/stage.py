@@ -31,7 +31,7 @@ class Stage(nn.Module):
     `scan`: block2 to the last, which must be alike, run under `nn.scan`: what is compiled does not
     grow with depth, the results are the same. Variables may be stacked (`tree.stack_blocks`), as
     in a run, or named; those are stacked in passing, which takes
-    compile time for each leaf. Initialisation, and
+    compile time for each leaf. Initialization, and
     features by name (a mutable "intermediates"), are always unrolled; for features the variables
     must be named, or `UserError` says so. Of what a block sows, only batch_stats outlive the scan:
     a family with auxiliary heads inside its blocks must not offer it.

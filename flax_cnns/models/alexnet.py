@@ -2,17 +2,17 @@
 
 The paper's images of 224 give maps of 55 only if padded by three pixels in all; as the authors' own
 code, we take 227. The grouped convolutions are what two GPUs compute that exchange maps only in
-front of conv3, fc6, fc7 and the head. Section 3.3 sums over neighbours among *all* maps of a
-layer, so we normalise over the border between the two halves, as Caffe does; two GPUs that do not
+front of conv3, fc6, fc7 and the head. Section 3.3 sums over neighbors among *all* maps of a
+layer, so we normalize over the border between the two halves, as Caffe does; two GPUs that do not
 speak there could not, and the four maps at the border would differ.
 
 `alexnet_single_tower` is the network of the lectures: no groups, which costs 1.4 million parameters
-and 57 % more multiplications, and normalisation behind the pooling in place of before it (Caffe's
+and 57 % more multiplications, and normalization behind the pooling in place of before it (Caffe's
 CaffeNet has that order too).
 
 `alexnet` is torchvision's, after the network of one tower in "One weird trick for parallelizing
 convolutional neural networks" (Krizhevsky 2014, https://arxiv.org/abs/1404.5997): fewer maps, no
-response normalisation, and dropout on what fc6 and fc7 take in; in 2012 it is on what they give.
+response normalization, and dropout on what fc6 and fc7 take in; in 2012 it is on what they give.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALLEST_PADDED = 63  # the same where conv1 pads
 
 
 class ResponseNorm(nn.Module):
-    """Section 3.3, over five neighbouring maps: [N H W C] -> [N H W C]."""
+    """Section 3.3, over five neighboring maps: [N H W C] -> [N H W C]."""
 
     def __call__(self, x: Array) -> Array:
         return layers.local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
@@ -48,7 +48,7 @@ class ResponseNorm(nn.Module):
 
 def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, Callable]:
     """Called inside `net`: its convolution, its fully connected layer, its head (which is the
-    identity without classes), and the initialiser of those biases that in the paper start from
+    identity without classes), and the initializer of those biases that in the paper start from
     `bias`, hidden fully connected layers' among them."""
     paper = layers.gaussian(0.01)
     kernel_init = layers.initializer(net.kernel_init, paper=paper)
@@ -70,7 +70,7 @@ class AlexNet(nn.Module):
 
     # architecture
     groups: Count = 2  # GPUs, of which each has its part of the maps of conv2, conv4 and conv5
-    pool_first: bool = False  # pooling before normalisation
+    pool_first: bool = False  # pooling before normalization
     input_size: ImageSize = (227, 227, 3)
     # head
     num_classes: Classes | None = 1000

@@ -86,7 +86,7 @@ class Last(nn.Module):
 class AllCNN(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N 192] if None.
 
-    H and W are at least 9, or 1 with `last_padding=1`. It normalises nothing: `axis_name` changes
+    H and W are at least 9, or 1 with `last_padding=1`. It normalizes nothing: `axis_name` changes
     nothing. Raises `UserError` for an unknown `form` and where the images are too small or have
     other channels than `input_size`.
     """

@@ -5,7 +5,7 @@ one go: ours are behind the channels that there are. Where maps shrink the short
 second pixel ("stride of 2"). Beside them: the paper's plain networks; option B; CIFAR-100, which is
 He et al. 2016's; stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with
 p_L = 0.5, and with their shortcut, which takes means of 2x2; ShakeDrop, as `pyramidnet` has it; and
-by `norm="fixup"` Zhang et al. 2019's without normalisation, https://arxiv.org/abs/1901.09321,
+by `norm="fixup"` Zhang et al. 2019's without normalization, https://arxiv.org/abs/1901.09321,
 section 4.1. Their code has no scalar in front of the first convolution, where the rule and we have
 one, and adds that of a block to a shortcut that changes shape.
 """

@@ -30,7 +30,7 @@ class DeckCNN(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 512] if it is None.
 
     H and W are at least 18; the last maps of other images than 32x32 are averaged to 4x4. It
-    normalises nothing and has no dropout: `train` and `axis_name` change nothing. Raises
+    normalizes nothing and has no dropout: `train` and `axis_name` change nothing. Raises
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 

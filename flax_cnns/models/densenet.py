@@ -121,7 +121,7 @@ class DenseNet(nn.Module):
     makes no three equal blocks.
 
     `remat` is the memory-saving DenseNet (Pleiss et al. 2017, https://arxiv.org/abs/1707.06990):
-    the backward pass joins and normalises the maps again, which every layer would keep otherwise,
+    the backward pass joins and normalizes the maps again, which every layer would keep otherwise,
     memory that grows with the square of a block's depth. By the shapes of what `jax.vjp` keeps,
     densenet_40_12 on eight images: 48 in place of 310 MB. On a CPU the compiler undoes it inside
     one program.

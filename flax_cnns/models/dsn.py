@@ -7,7 +7,7 @@ weighted by alpha_m: `config.train.aux_weight` for the heads `aux1`, `aux2` and 
 
 966,986 parameters classify: the "about 1 M" of the tables. The companions have 2,580,510 more, most
 of them in `aux1` (192 maps of 32x32, ten classes), so that there are 3,547,496 in training; this
-number depends on the size of the images that the network is initialised with.
+number depends on the size of the images that the network is initialized with.
 
 What the paper leaves open, and what we take:
     - Which layers have companions, and what these see. The release has them on the convolutions
@@ -82,7 +82,7 @@ class DSN(nn.Module):
 
     In training the companions, if there are classes, sow `aux_logits` aux1/logits, aux2/logits and
     aux3/logits. H and W are at least 4; a network trains on images of the size that it was
-    initialised with, and classifies any. It normalises nothing: `axis_name` changes nothing. Raises
+    initialized with, and classifies any. It normalizes nothing: `axis_name` changes nothing. Raises
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 

@@ -1,16 +1,16 @@
 """GoogLeNet (Inception v1), table 1 and figures 2 and 3: the paper's, and torchvision's.
 
-`googlenet_2014` is the paper's network: biases, no BatchNorm, local response normalisation,
+`googlenet_2014` is the paper's network: biases, no BatchNorm, local response normalization,
 dropout 40 %; `_aux` adds the heads of section 5, whose losses the paper weighs by 0.3
 (`config.train.aux_weight`). 6,998,552 and 13,378,280 parameters; the columns of table 1 add up to
 about 6.8 M, with the errors that the tests name. The paper is silent on the constants of the
-response normalisation, on biases, on the padding of its poolings and on the first values of the
+response normalization, on biases, on the padding of its poolings and on the first values of the
 weights: all four are those of the network that Caffe released (BVLC GoogLeNet: windows of 5
 channels, alpha 1e-4, which Caffe divides by 5, beta 0.75, k 1; poolings that round up; Xavier's
 uniform weights, biases of 0.2). That release says its authors' own weights were Gaussian and gives
 no deviation.
 
-`googlenet` is torchvision's: BatchNorm in place of biases and response normalisation, 3x3 where the
+`googlenet` is torchvision's: BatchNorm in place of biases and response normalization, 3x3 where the
 paper has 5x5 (https://github.com/pytorch/vision/issues/906: 0.38 M fewer parameters), 2x2 windows
 in the last max pooling, dropout 20 %, and heads that see a 4x4 adaptive mean. `googlenet_bn_5x5` is
 it with the paper's 5x5.
@@ -128,7 +128,7 @@ class GoogLeNet(nn.Module):
     H and W are at least 31 in the paper's network, 15 in torchvision's. In training the heads, if
     there are any, sow `aux_logits` aux1/logits (at 4a) and aux2/logits (at 4d). Raises `UserError`
     where the images are too small or have other channels than `input_size`, and for group
-    normalisation, whose 16 channels do not divide the paper's widths of 24.
+    normalization, whose 16 channels do not divide the paper's widths of 24.
     """
 
     # architecture

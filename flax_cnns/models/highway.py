@@ -78,7 +78,7 @@ class Stage(nn.Module):
 class HighwayNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N 100] if None.
 
-    Any H and W; the two poolings round sizes up, as Caffe does. It normalises nothing: `axis_name`
+    Any H and W; the two poolings round sizes up, as Caffe does. It normalizes nothing: `axis_name`
     changes nothing. Raises `UserError` where C is not that of `input_size`.
     """
 

@@ -39,7 +39,7 @@ def beside(*xs: Array) -> Array:
 
 
 class Branch(nn.Module):
-    """Convolutions in a row, each normalised, ReLU: [N H W C] -> [N H' W' last width]."""
+    """Convolutions in a row, each normalized, ReLU: [N H W C] -> [N H' W' last width]."""
 
     convs: Convs
     conv: ModuleDef

@@ -51,7 +51,7 @@ class LeNet(nn.Module):
 
     H and W are at least 32; larger images give C5 maps of more than 1x1, of which the mean is
     taken. What c1, c3, c5 and f6 give by name is before tanh, s2 and s4 come after it. It
-    normalises nothing and has no dropout: `train` and `axis_name` change nothing. Raises
+    normalizes nothing and has no dropout: `train` and `axis_name` change nothing. Raises
     `UserError` where the images are too small or have other channels than `input_size`.
     """
 

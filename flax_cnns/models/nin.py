@@ -8,7 +8,7 @@ each class, are averaged to the logits. And they differ from its section 4.1: th
 the CIFAR network averages, where the paper has max pooling; the ImageNet network drops before its
 last mlpconv only, where the paper drops between all of them.
 
-The last 1x1 convolution of the last mlpconv is named `head`, so that it can be learnt again.
+The last 1x1 convolution of the last mlpconv is named `head`, so that it can be learned again.
 `kernel_init="paper"` is the released files': N(0, 0.05^2), but on ImageNet N(0, 0.01^2) in conv1,
 conv3 and the head; biases start at zero. The first author's older cuda-convnet files start smaller,
 at 0.001 and 0.01; the paper names no numbers.
@@ -71,7 +71,7 @@ class NIN(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N C] if it is None.
 
     The features are those of the last mlpconv without its last convolution, which is the head: 192
-    (CIFAR) or 1024 channels. H and W are at least `smallest`: 4 (CIFAR) or 39. It normalises
+    (CIFAR) or 1024 channels. H and W are at least `smallest`: 4 (CIFAR) or 39. It normalizes
     nothing: `axis_name` changes nothing. Raises `UserError` where the images are too small or have
     other channels than `input_size`.
     """

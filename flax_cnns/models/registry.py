@@ -62,7 +62,7 @@ FAMILIES = tuple(
         "vit",
     )
 )
-MOST_LEAVES = 1000  # that are initialised by one program: more take long to compile
+MOST_LEAVES = 1000  # that are initialized by one program: more take long to compile
 
 
 class ModelInfo(NamedTuple):

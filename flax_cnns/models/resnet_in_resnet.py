@@ -1,6 +1,6 @@
 """ResNet in ResNet (RiR) for CIFAR: two streams, one with shortcuts, in blocks with a shortcut.
 
-A generalised residual unit (equation 1, figure 1b) has a residual stream r and a transient stream
+A generalized residual unit (equation 1, figure 1b) has a residual stream r and a transient stream
 t, and four convolutions within and between them. Stacked they are the "ResNet Init" networks; two
 of them in the place of the two convolutions of He et al.'s block are a block of RiR (figure 1d).
 

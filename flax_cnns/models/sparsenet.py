@@ -65,7 +65,7 @@ class SumStage(nn.Module):
     [N H W C] -> [N H/stride W/stride 4*width]. Before the first branch's output stands the 1x1
     projection of what the stage takes, bare, as a ResNet's shortcut: with `densenet.all_before` the
     stage is a ResNet's. The paper's sums are not released; the 3x3 has the stride (where the units
-    of cifar_preact.py, as released, project what is normalised and stride in the first 1x1).
+    of cifar_preact.py, as released, project what is normalized and stride in the first 1x1).
     """
 
     depth: int

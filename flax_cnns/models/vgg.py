@@ -43,7 +43,7 @@ class Stage(nn.Module):
     windows: Sequence[int]  # of each convolution: 3, or 1 in C
     conv: ModuleDef
     norm: ModuleDef
-    lrn: bool = False  # local response normalisation before the pooling
+    lrn: bool = False  # local response normalization before the pooling
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -93,7 +93,7 @@ class Parts(NamedTuple):
         return record
 
     def fresh_variables(self) -> PyTree:
-        """Named, initialised on one device from the seed alone: equal for any number of devices."""
+        """Named, initialized on one device from the seed alone: equal for any number of devices."""
         height, width, channels = self.dataset.image_shape
         shape = (1, height, width, channels)
         return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
@@ -156,7 +156,7 @@ def augment_and_mix(parts: Parts) -> dict[str, Callable]:
 
 
 def run_key(config: Any) -> Array:
-    """The key of all that is random in training, another than that of the initialisation."""
+    """The key of all that is random in training, another than that of the initialization."""
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 

@@ -25,8 +25,8 @@ from flax_cnns.runs.metric import DIGITS, SHARES, Metric, make_metric
 from flax_cnns.runs.record import Record
 
 # From the ninth run on the lines differ by their dashes.
-COLOURS = (plot_style.BLUE, plot_style.VERMILION, plot_style.GREEN, plot_style.PURPLE)
-COLOURS += (plot_style.ORANGE, plot_style.SKY_BLUE, plot_style.BLACK, plot_style.GRAY)
+COLORS = (plot_style.BLUE, plot_style.VERMILION, plot_style.GREEN, plot_style.PURPLE)
+COLORS += (plot_style.ORANGE, plot_style.SKY_BLUE, plot_style.BLACK, plot_style.GRAY)
 DASHES = ("-", "--", "-.", ":")
 LEGEND = 40  # runs in one column of the legend
 
@@ -132,7 +132,7 @@ def _say(value: Any, form: str) -> str:
 
 
 def draw(runs: Mapping[str, Record], png: str | os.PathLike, metric: str = "accuracy") -> None:
-    """Loss, accuracy or another metric, and learning rate: a colour for each run, validation
+    """Loss, accuracy or another metric, and learning rate: a color for each run, validation
     strong, training thin, the test a star. Against the steps, or where batch sizes differ the
     images seen. Raises `UserError` where it cannot be written."""
     names = tuple(dict.fromkeys(metric if name == "accuracy" else name for name in PANELS))
@@ -169,8 +169,8 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike, metric: str = "accu
 
 def _styles(runs: int) -> list[dict[str, Any]]:
     """A style for each run; hundreds of colors can only be told apart by their order."""
-    if runs <= len(COLOURS) * len(DASHES):
-        return [dict(color=COLOURS[i % 8], linestyle=DASHES[i // 8]) for i in range(runs)]
+    if runs <= len(COLORS) * len(DASHES):
+        return [dict(color=COLORS[i % 8], linestyle=DASHES[i // 8]) for i in range(runs)]
     turbo = colormaps["turbo"]
     return [dict(color=turbo(i / (runs - 1)), linestyle=DASHES[i % 4]) for i in range(runs)]
 

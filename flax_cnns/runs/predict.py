@@ -158,7 +158,7 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
         raise UserError(
             f"{workdir}: its images are {height}x{size}, and photos are prepared as squares"
         )
-    box = partial(images.centre_box, share=dataset.eval_share)
+    box = partial(images.center_box, share=dataset.eval_share)
 
     def read(photo: Photo) -> np.ndarray:
         with open_photo(photo) as image:

@@ -15,7 +15,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.types import PyTree
 
-# "train": normalises by the batch, and the running statistics move.
+# "train": normalizes by the batch, and the running statistics move.
 # "frozen_stats": by the running statistics, which stay; scale and bias learn.
 # "frozen": as that, and scale and bias stay too.
 MODES = ("train", "frozen_stats", "frozen")

@@ -69,7 +69,7 @@ def sums(
         return total
     total["correct"] = jnp.sum(mask * (jnp.argmax(logits, -1) == labels))
     if logits.shape[-1] > 5:
-        # lax.top_k breaks ties towards the lower class, as argmax does.
+        # lax.top_k breaks ties toward the lower class, as argmax does.
         _, top = jax.lax.top_k(logits.astype(jnp.float32), 5)
         total["correct5"] = jnp.sum(mask * jnp.any(top == labels[:, None], axis=-1))
     return total

@@ -18,7 +18,7 @@ from flax_cnns.types import Batch, PyTree
 def make_mesh(devices: list[Any] | None = None, *, axis_name: str = "batch") -> Mesh:
     """One axis over all devices of all processes, each process's own devices side by side."""
     devices = jax.devices() if devices is None else devices
-    # A process feeds one contiguous slice of the global batch, so its devices must be neighbours.
+    # A process feeds one contiguous slice of the global batch, so its devices must be neighbors.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.asarray(devices), (axis_name,))
 

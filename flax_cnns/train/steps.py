@@ -287,7 +287,7 @@ def average_over_devices(
     config: StepConfig, grads: PyTree, batch_stats: PyTree, sums: Sums
 ) -> tuple[PyTree, PyTree, PyTree, Sums]:
     """(gradients, statistics that move, those that stay, sums) of all devices together."""
-    # With local statistics the variances are averaged: what each device normalised by.
+    # With local statistics the variances are averaged: what each device normalized by.
     moved, kept = pytree.partition(batch_stats, find_moving(config, batch_stats))
     grads, moved = lax.pmean((grads, moved), config.axis_name)
     return grads, moved, kept, lax.psum(sums, config.axis_name)

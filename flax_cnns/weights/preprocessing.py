@@ -161,7 +161,7 @@ _TORCHVISION = _spread(
         "convnext_tiny": Preprocessing(224, 236),
         "convnext_small": Preprocessing(224, 230),
         "vit_l_16": Preprocessing(224, 242),
-        # These normalise as all do, and the networks then undo it (`transform_input`).
+        # These normalize as all do, and the networks then undo it (`transform_input`).
         "googlenet googlenet_tv_aux": Preprocessing(224, 256, "bilinear", *HALF),
         "inception_v3 inception_v3_noaux": Preprocessing(299, 342, "bilinear", *HALF),
         "efficientnet_b0": Preprocessing(224, 256, "bicubic"),

@@ -89,11 +89,11 @@ def test_a_wrong_field_says_what_was_expected(path, value, said):
     assert "\n" not in str(error.value)
 
 
-def test_an_odd_batch_leaves_an_image_without_a_neighbour():
+def test_an_odd_batch_leaves_an_image_without_a_neighbor():
     odd = configs.plain(changed("data.batch_size", 15))
     configs.validate(odd)
     for name in ("mixup", "cutmix"):
-        with pytest.raises(UserError, match=r"data\.batch_size: .* neighbours; 15 images"):
+        with pytest.raises(UserError, match=r"data\.batch_size: .* neighbors; 15 images"):
             configs.validate(odd | {"mix": odd["mix"] | {name: 1.0}})
 
 

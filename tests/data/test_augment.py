@@ -43,12 +43,12 @@ def make(cropped=False, shape=SHAPE, **fields):
 
 @cache
 def plain(**fields):
-    """Without normalisation, in 0..255: what was done to the pixels."""
+    """Without normalization, in 0..255: what was done to the pixels."""
     function = quick_jit(make(normalize=False, **fields))
     return lambda images=IMAGES, keys=KEYS: np.asarray(function(images, keys) * 255)
 
 
-def test_all_off_is_normalisation_exactly():
+def test_all_off_is_normalization_exactly():
     normalize = augment.make_normalize(get_config().data.augment, mean=MEAN, std=STD)
     np.testing.assert_array_equal(make()(IMAGES, KEYS), normalize(IMAGES))
     np.testing.assert_allclose(normalize(IMAGES), (IMAGES / 255 - MEAN) / STD, atol=1e-5)
@@ -88,7 +88,7 @@ def test_the_affine_map_without_rotation_and_scale_is_the_crop():
     mirrored = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0)))
     assert exact.shape == affine.shape
     for image, big in zip(affine, mirrored):
-        # Flipped about the image's own centre and then moved.
+        # Flipped about the image's own center and then moved.
         both = (big, big[:, ::-1])
         assert any(
             np.abs(image - b[y : y + 12, x : x + 10]).max() < 0.1
@@ -119,7 +119,7 @@ def test_rotation_and_scale_agree_with_scipy():
 
 def test_rotation_turns_and_scale_zooms():
     disc = np.zeros((1, *SHAPE), np.uint8)
-    disc[0, 4:8, 3:7] = 255  # a square about the centre
+    disc[0, 4:8, 3:7] = 255  # a square about the center
     keys = jax.random.split(jax.random.key(2), 64)
     images = np.repeat(disc, 64, axis=0)
     zoomed = plain(scale=0.5)(images, keys)[..., 0].sum((1, 2)) / (16 * 255)
@@ -149,7 +149,7 @@ def test_cutout_sets_a_square_to_the_mean():
     assert (cut[hole] == 0).all()
     sizes = hole.sum((1, 2))
     assert sizes.max() == 16
-    assert (sizes >= 4).all()  # its centre is inside
+    assert (sizes >= 4).all()  # its center is inside
 
 
 def test_erasing_puts_a_whole_box_of_noise_into_some_images():
@@ -182,7 +182,7 @@ def test_erasing_puts_a_whole_box_of_noise_into_some_images():
     assert abs(noise.mean() - 127.5) < 3
 
 
-def test_pca_adds_one_colour_along_the_principal_components():
+def test_pca_adds_one_color_along_the_principal_components():
     normal = plain(pca=0.1)
     keys = jax.random.split(jax.random.key(5), 3000)
     images = np.broadcast_to(IMAGES[0], (3000, *SHAPE))
@@ -196,7 +196,7 @@ def test_pca_adds_one_colour_along_the_principal_components():
     assert abs(along.mean(0) / along.std(0)).max() < 0.08
 
 
-def test_grey_images_have_all_of_it():
+def test_gray_images_have_all_of_it():
     out = jax.eval_shape(make(shape=(12, 10, 1), **ALL), IMAGES[..., :1], KEYS)
     assert out.shape == (16, 12, 10, 1)
     light = quick_jit(make(shape=(12, 10, 1), pca=0.5, normalize=False))(IMAGES[..., :1], KEYS)

@@ -127,12 +127,12 @@ def test_tuples_floats_and_rows_of_labels(config, task):
     np.testing.assert_allclose(batch["label"], labels[:12])
 
 
-def test_grey_and_raw(config):
-    def grey(*where):
+def test_gray_and_raw(config):
+    def gray(*where):
         for rows in rows_of(*where):
             yield (IMAGES[rows, :, :, 0] * 4.0 - 500, LABELS[rows, None])
 
-    data = loaded(config, grey, image_shape=(8, 6, 1), normalize=False)
+    data = loaded(config, gray, image_shape=(8, 6, 1), normalize=False)
     batch = take(data, config, 1)[0]
     assert batch["image"].shape == (12, 8, 6, 1)
     assert batch["label"].shape == (12,)

@@ -110,7 +110,7 @@ def test_broken_exif_is_no_damage(tmp_path, suffix, broken):
     path = tmp_path / f"photo.{suffix}"
     scene().save(path, exif=broken, **FORMATS[suffix])
     seen, _ = decode.read(reader(path), 0, 64, 3)
-    wanted = img.read_box(scene(), img.centre_box, 64, 3).astype(int)
+    wanted = img.read_box(scene(), img.center_box, 64, 3).astype(int)
     np.testing.assert_allclose(seen, wanted, atol=6)
 
 
@@ -205,7 +205,7 @@ def test_the_inks_of_a_jpeg_are_colors():
     for ink, color in (((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 155), (100, 100, 100))):
         image = saved(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95)
         assert image.mode == "CMYK"
-        seen = img.read_box(image, img.centre_box, 4, 3)
+        seen = img.read_box(image, img.center_box, 4, 3)
         np.testing.assert_allclose(seen[1, 1], color, atol=3)
 
 
@@ -214,14 +214,14 @@ def test_only_the_first_of_several_frames_is_read():
     for kind in ("TIFF", "GIF", "PNG", "WEBP"):
         image = saved(frames[0], kind, save_all=True, append_images=frames[1:])
         assert image.n_frames == 2
-        seen = img.read_box(image, img.centre_box, 4, 3)
+        seen = img.read_box(image, img.center_box, 4, 3)
         np.testing.assert_allclose(seen[1, 1], (200, 0, 0), atol=5)
 
 
 def test_how_a_runs_evaluation_differs_from_resize_and_center_crop():
     """The numbers of the README. `Preprocessing` is torchvision's to 1e-6 (tests/weights)."""
     theirs = Preprocessing(224, 256, mean=(0,) * 3, std=(1,) * 3, scale=1.0)
-    own = functools.partial(img.centre_box, share=0.875)
+    own = functools.partial(img.center_box, share=0.875)
 
     def differs(image: Image.Image, box_of=own) -> np.ndarray:
         return abs(img.read_box(image, box_of, 224, 3) - theirs(image)[0])

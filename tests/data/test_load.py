@@ -52,19 +52,19 @@ def test_tasks_without_meaning(monkeypatch, config):
 
 def test_channels(config):
     config.image_size, config.channels = 8, 3
-    colour = load_dataset(config)
-    assert colour.image_shape == (8, 8, 3)
-    assert len(colour.mean) == len(colour.std) == 3
-    images = colour.splits["test"].images
+    color = load_dataset(config)
+    assert color.image_shape == (8, 8, 3)
+    assert len(color.mean) == len(color.std) == 3
+    images = color.splits["test"].images
     np.testing.assert_array_equal(images[..., 0], images[..., 2])
 
 
-def test_grey_is_luma(monkeypatch, config):
+def test_gray_is_luma(monkeypatch, config):
     monkeypatch.setattr(load, "_read", lambda config: raw(train=50, test=10))
     config.name, config.image_size, config.channels = "own", 8, 1
-    grey = load_dataset(config).splits["test"].images
-    colour = raw(train=50, test=10).sources["test"].images
-    np.testing.assert_allclose(grey[..., 0], colour @ [0.299, 0.587, 0.114], atol=1)
+    gray = load_dataset(config).splits["test"].images
+    color = raw(train=50, test=10).sources["test"].images
+    np.testing.assert_allclose(gray[..., 0], color @ [0.299, 0.587, 0.114], atol=1)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_label_smoothing():
     np.testing.assert_allclose(soft.sum(1), 1, rtol=1e-6)
 
 
-def test_mixup_blends_neighbours_by_one_weight():
+def test_mixup_blends_neighbors_by_one_weight():
     images, soft = make(mixup=0.4)(IMAGES, LABELS, KEY)
     weight = soft[0, 0]
     assert 0 < weight < 1
@@ -44,7 +44,7 @@ def test_mixup_blends_neighbours_by_one_weight():
 
 @functools.cache  # a draw from Beta compiles for a second
 def draw_both(count=6000, height=9, width=6):
-    """Of many keys, with mixup and cutmix on, where neighbours are all 0 and all 1: (those that are
+    """Of many keys, with mixup and cutmix on, where neighbors are all 0 and all 1: (those that are
     blended, the others), each (images, labels' own weights)."""
     function = make(mixup=0.5, cutmix=1.0)
     images = np.broadcast_to(np.arange(2.0)[:, None, None, None], (2, height, width, 1))
@@ -55,7 +55,7 @@ def draw_both(count=6000, height=9, width=6):
     return (images[blended], own[blended]), (images[~blended], own[~blended])
 
 
-def test_cutmix_puts_one_box_of_the_neighbour_and_weighs_labels_by_its_area():
+def test_cutmix_puts_one_box_of_the_neighbor_and_weighs_labels_by_its_area():
     images, own = (found[:200] for found in draw_both()[1])
     np.testing.assert_array_equal(images[:, 1], 1 - images[:, 0])  # the same box in both
     foreign = images[:, 0] == 1
@@ -102,7 +102,7 @@ def test_mixing_on_two_devices_is_mixing_on_one(fields):
     function = make(label_smoothing=0.1, **fields)
     images, soft = function(IMAGES[:4], LABELS[:4], KEY)
     halves = [function(IMAGES[i : i + 2], LABELS[i : i + 2], KEY) for i in (0, 2)]
-    if "mixup" not in fields:  # each pixel is the image's own or the neighbour's
+    if "mixup" not in fields:  # each pixel is the image's own or the neighbor's
         pair = IMAGES[:4], IMAGES[[1, 0, 3, 2]]
         assert ((images == pair[0]) | (images == pair[1])).all()
     np.testing.assert_allclose(np.concatenate([h[0] for h in halves]), images, atol=1e-6)

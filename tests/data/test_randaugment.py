@@ -14,9 +14,9 @@ from flax_cnns.data.randaugment import OPERATIONS
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RNG = np.random.default_rng(0)
-# From 40 on, and most of it dark: stretching and equalising change much.
+# From 40 on, and most of it dark: stretching and equalizing change much.
 RGB = (40 + 200 * RNG.beta(1, 3, (36, 31, 3))).astype(np.uint8)
-GREY = RGB[..., :1]
+GRAY = RGB[..., :1]
 KEYS = jax.random.split(jax.random.key(0), 1000)
 
 operate = quick_jit(randaugment.operate)
@@ -53,7 +53,7 @@ TWO_WAYS = OPERATIONS[OPERATIONS.index("color") :]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("image", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("image", [RGB, GRAY], ids=["rgb", "gray"])
 def test_an_operation_is_pillows(name, image):
     for strength in (0.3, 1.0) + ((-0.3, -1.0) if name in TWO_WAYS else ()):
         theirs = PILLOW[name](Image.fromarray(image.squeeze()), strength)
@@ -64,7 +64,7 @@ def test_an_operation_is_pillows(name, image):
         else:
             assert off.max() <= 1  # a product of floats that all but reaches a whole number
             assert (off > 0).mean() < 0.02
-        if name != "identity" and not (name == "color" and image is GREY):
+        if name != "identity" and not (name == "color" and image is GRAY):
             assert (theirs != image).any()
 
 
@@ -75,7 +75,7 @@ def test_without_strength_only_tables_that_have_none_change_anything(name):
 
 
 @pytest.mark.parametrize("name", ["auto_contrast", "equalize"])
-def test_an_image_of_one_colour_stays(name):
+def test_an_image_of_one_color_stays(name):
     np.testing.assert_array_equal(ours(name, np.full_like(RGB, 77), 0.5), 77)
 
 

@@ -1,4 +1,4 @@
-"""Mean, standard deviation and covariance of colours."""
+"""Mean, standard deviation and covariance of colors."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.data.sources import raw
 
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
-def test_the_colours_covariance_is_made_where_pca_wants_it(monkeypatch, config, in_memory):
+def test_the_colors_covariance_is_made_where_pca_wants_it(monkeypatch, config, in_memory):
     monkeypatch.setattr(load, "_read", lambda config: raw(train=50, test=10))
     config.name, config.image_size, config.in_memory = "own", 8, in_memory
     assert load_dataset(config).covariance == ()

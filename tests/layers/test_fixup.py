@@ -1,4 +1,4 @@
-"""Fixup: its three rules one by one, and what they are for: depth without normalisation."""
+"""Fixup: its three rules one by one, and what they are for: depth without normalization."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_gradients_reach_everything_in_the_third_step(variables):
 
 
 @pytest.mark.slow
-def test_110_layers_train_without_normalisation():
+def test_110_layers_train_without_normalization():
     """Steps of SGD at the paper's rate, 0.1: the loss falls, and maps stay as large as they were.
     He's values alone start with maps that are a million times as large."""
     model = create_model("cifar_resnet110", **dict(TINY, depths=(54,), widths=(4,)), scan=True)

@@ -1,4 +1,4 @@
-"""Each initialiser has its paper's standard deviation."""
+"""Each initializer has its paper's standard deviation."""
 
 from __future__ import annotations
 

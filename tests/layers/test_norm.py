@@ -1,4 +1,4 @@
-"""Normalisation: closed forms, what the statistics remember, and their precision."""
+"""Normalization: closed forms, what the statistics remember, and their precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flax_cnns.layers.norm import checking
 X = np.random.RandomState(0).randn(8, 4, 4, 32).astype(np.float32) * 3 + 1
 
 
-def test_batch_norm_in_training_normalises_the_batch_and_moves_the_statistics_by_a_tenth():
+def test_batch_norm_in_training_normalizes_the_batch_and_moves_the_statistics_by_a_tenth():
     norm = make_norm("batch", train=True)()
     variables = norm.init(jax.random.key(0), X)
     y, moved = norm.apply(variables, X, mutable=["batch_stats"])
@@ -59,7 +59,7 @@ def test_batch_norm_refuses_to_train_on_one_value_per_channel():
         jax.eval_shape(apply, more)
     frozen = make_norm("batch", train=False)()
     assert frozen.apply(variables, X[:1, :1, :1]).shape == (1, 1, 1, 32)
-    # Over all devices where they normalise together.
+    # Over all devices where they normalize together.
     both = lambda x: apply(x, make_norm("batch", train=True, axis_name="batch")())  # noqa: E731
     devices = jax.vmap(both, axis_name="batch")
     jax.eval_shape(devices, X[:2, None, :1, :1])
@@ -129,7 +129,7 @@ def test_statistics_stay_float32_under_bfloat16():
     np.testing.assert_allclose(moved["batch_stats"]["mean"], 0.1 * X.mean((0, 1, 2)), atol=1e-5)
 
 
-def test_group_norm_normalises_sixteen_channels_of_each_image_and_keeps_nothing():
+def test_group_norm_normalizes_sixteen_channels_of_each_image_and_keeps_nothing():
     norm = make_norm("group", train=True, axis_name="batch")()
     variables = norm.init(jax.random.key(0), X)
     assert set(variables) == {"params"}
@@ -199,7 +199,7 @@ def test_no_norm_is_called_alike_and_has_nothing():
 
 
 @pytest.mark.parametrize("size", [5, 4])
-def test_local_response_norm_is_the_papers_sum_over_neighbouring_channels(size):
+def test_local_response_norm_is_the_papers_sum_over_neighboring_channels(size):
     y = local_response_norm(X, size, alpha=0.1, beta=0.75, k=2.0)
     for channel in (0, 1, 15, 31):
         near = X[..., max(channel - size // 2, 0) : channel + (size - 1) // 2 + 1]

@@ -349,7 +349,7 @@ def test_whether_shake_drop_disturbs_is_decided_for_all_devices():
 
 
 @pytest.mark.parametrize("model", [Shaken(), Dropped()])
-def test_evaluation_and_initialisation_need_no_keys(model):
+def test_evaluation_and_initialization_need_no_keys(model):
     x = random(4, 2, 2, 3)
     variables = model.init(jax.random.key(0), x, train=True)
     found = model.apply(variables, x)

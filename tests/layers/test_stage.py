@@ -152,7 +152,7 @@ def test_what_is_compiled_does_not_grow_with_depth(scan):
     assert (lines(3) == lines(9)) is scan
 
 
-def test_initialisation_and_features_have_names(variables):
+def test_initialization_and_features_have_names(variables):
     model = Network(scan=True)
     rngs = dict(zip(("params", "dropout", "shared"), jax.random.split(jax.random.key(0), 3)))
     jax.tree.map(np.testing.assert_array_equal, jax.jit(model.init)(rngs, IMAGES), variables)

@@ -78,7 +78,7 @@ def test_the_lectures_list_of_shapes():
 
 
 def test_the_papers_shapes():
-    """Figure 2. It normalises before it pools; torchvision pools only."""
+    """Figure 2. It normalizes before it pools; torchvision pools only."""
     _, shapes = captured("alexnet_2gpu", 227, 227)
     assert shapes["norm1"] == shapes["conv1"] == (55, 55, 96)
     assert shapes["norm2"] == shapes["conv2"] == (27, 27, 256)
@@ -142,7 +142,7 @@ def runs():
 
 
 @pytest.mark.parametrize("name", NORMALISED)
-def test_response_normalisation_by_its_definition(runs, name):
+def test_response_normalization_by_its_definition(runs, name):
     _, _, seen, *_ = runs[name]
     x = seen["conv1"] if name == "alexnet_2gpu" else seen["pool1"]
     assert x.min() == 0  # behind ReLU

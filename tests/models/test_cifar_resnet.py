@@ -142,7 +142,7 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(variables):
     assert np.abs(local_logits - logits).max() > 0.01
 
 
-def test_axis_name_does_not_touch_initialisation(variables):
+def test_axis_name_does_not_touch_initialization(variables):
     model = create_model("cifar_resnet20", **TINY, axis_name="batch")
     jax.tree.map(np.testing.assert_array_equal, init_variables(model, jax.random.key(0)), variables)
 

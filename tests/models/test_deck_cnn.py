@@ -1,4 +1,4 @@
-"""The lectures' CIFAR-100 classifier: the published summary, layers, sizes, initialisation."""
+"""The lectures' CIFAR-100 classifier: the published summary, layers, sizes, initialization."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_forward_is_the_definition(variables):
     assert seen["pool2"].shape == (3, 6, 6, 32)
 
 
-def test_the_papers_initialisation_is_kerass(variables):
+def test_the_papers_initialization_is_kerass(variables):
     for path, leaf in pytree.flatten(variables["params"]).items():
         if path.endswith("bias"):
             assert not np.any(leaf), path

@@ -190,7 +190,7 @@ def test_dropout_behind_every_convolution_but_the_first():
 )
 def test_remat_changes_no_result_and_keeps_less(name, share):
     """What the forward pass keeps for the backward one: without, the input of every layer joined
-    and again normalised; with it each map once, and what bottlenecks give."""
+    and again normalized; with it each map once, and what bottlenecks give."""
 
     def build(depth, remat):
         fields = TINY | dict(depth=None, depths=(depth,), remat=remat)

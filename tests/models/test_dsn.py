@@ -74,7 +74,7 @@ def test_output_shape_of_each_stage():
         assert shapes[f"mlpconv{i}"] == (2, side, side, width)
 
 
-def test_it_classifies_images_of_another_size_than_it_learnt_from():
+def test_it_classifies_images_of_another_size_than_it_learned_from():
     model = create_model("dsn")
     variables = jax.eval_shape(
         lambda: init_variables(model, jax.random.key(0), images_shape=(1, 8, 8, 3))

@@ -236,6 +236,6 @@ def test_the_5x5_branch(name, window):
     assert shapes["params"]["mixed3a"]["conv5x5"]["conv"]["kernel"].shape[:2] == (window, window)
 
 
-def test_group_normalisation_does_not_fit():
+def test_group_normalization_does_not_fit():
     with pytest.raises(UserError, match='got "group": its 16 channels'):
         captured("googlenet", 64, norm="group")

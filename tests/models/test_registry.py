@@ -1,4 +1,4 @@
-"""Networks by name: near misses, merged tables, and fast initialisation with the right values."""
+"""Networks by name: near misses, merged tables, and fast initialization with the right values."""
 
 from __future__ import annotations
 

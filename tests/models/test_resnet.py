@@ -208,7 +208,7 @@ def test_zero_init_starts_every_branch_at_zero_and_nothing_else():
         np.testing.assert_array_equal(zero[path], expected, err_msg=path)
 
 
-def test_fixup_is_resnet_50_without_normalisation():
+def test_fixup_is_resnet_50_without_normalization():
     """Zhang et al. 2019, section 4.2: scalars of rule 3 by hand, logits of zero at the start."""
     fields = dict(depths=(1, 2), width=8, num_classes=5, input_size=(32, 32, 3))
     fixed = create_model("resnet50", **fields, norm="fixup")

@@ -59,7 +59,7 @@ NORM = layers.make_norm("none", train=True)
 
 
 def test_the_unit_is_equation_1():
-    """With 3x3 kernels whose centre alone is not 0 a convolution is a matrix product of pixels."""
+    """With 3x3 kernels whose center alone is not 0 a convolution is a matrix product of pixels."""
     rng = np.random.RandomState(1)
     r, t = (rng.randn(2, 4, 4, 3).astype(np.float32) for _ in range(2))
     W = {name: rng.randn(3, 5) for name in ("r_to_r", "t_to_r", "r_to_t", "t_to_t")}
@@ -88,7 +88,7 @@ def test_the_shortcuts_inside_and_around():
         np.testing.assert_array_equal(transient, 0)
 
 
-def test_the_head_is_a_normalised_1x1_and_a_mean():
+def test_the_head_is_a_normalized_1x1_and_a_mean():
     model = create_model("rir_18", **TINY)
     variables = init_variables(model, jax.random.key(0))
     flat = pytree.flatten(variables)

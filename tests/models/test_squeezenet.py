@@ -149,7 +149,7 @@ def test_fires_3_5_7_9_are_bypassed_and_half_of_fire9_is_dropped_in_training_onl
 
 
 @pytest.mark.slow
-def test_the_papers_initialisation():
+def test_the_papers_initialization():
     fields = dict(num_classes=50, init="paper")
     model = create_model("squeezenet1_1", **fields)
     params = init_variables(model, jax.random.key(0), (1, 32, 32, 3))["params"]

@@ -32,7 +32,7 @@ NORMALISED = [case for case in CASES if case.strength > 1]
 
 
 @pytest.mark.parametrize("case", by_name(NORMALISED))
-def test_response_normalisation_is_seen(case, monkeypatch):
+def test_response_normalization_is_seen(case, monkeypatch):
     """The comparison would tell Caffe's alpha, which it divides by the 5 maps, from the paper's."""
     _, tensors, images = redrawn(case)
     right = in_numpy(case.straight, tensors, images)

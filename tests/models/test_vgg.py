@@ -192,7 +192,7 @@ def test_c_has_its_1x1_last_in_three_stages():
     assert flat["batch_stats/stage5/norm3/var"].shape == (512,)
 
 
-def test_the_papers_initialisation():
+def test_the_papers_initialization():
     _, variables = tiny(init="paper", hidden=(400, 300))
     for path, leaf in pytree.flatten(variables["params"]).items():
         if path.endswith("bias"):

@@ -162,7 +162,11 @@ def test_without_classes_it_gives_the_normed_class_token(tiny):
 @pytest.mark.parametrize(
     ("fields", "size", "said"),
     [
-        ({}, (8, 8), r"expected images of 8x12, whose positions are learnt, got 8x8; .*resize_pos"),
+        (
+            {},
+            (8, 8),
+            r"expected images of 8x12, whose positions are learned, got 8x8; .*resize_pos",
+        ),
         (dict(input_size=(9, 12, 3)), (9, 12), "multiples of 4, got 9x12"),
         (dict(heads=5), (8, 12), "heads that divide 12 channels, got 5"),
     ],
@@ -180,16 +184,16 @@ def test_resized_positions_serve_another_resolution(tiny, method):
     old, new = (32, 12), (48, 24, 3)
     ramp = np.zeros((1, 1 + 8 * 3, 12), np.float32)
     ramp[0, 0] = 7.0
-    ramp[0, 1:] = np.repeat(np.arange(8.0) + 0.5, 3)[:, None]  # centres of rows, in rows
+    ramp[0, 1:] = np.repeat(np.arange(8.0) + 0.5, 3)[:, None]  # centers of rows, in rows
     given = {**params, "position_embedding": ramp}
     resized = resize_positions(given, old, new, method)
     positions = np.asarray(resized["position_embedding"])
     assert positions.shape == (1, 1 + 12 * 6, 12)
     np.testing.assert_array_equal(positions[0, 0], 7.0)
     grid = positions[0, 1:].reshape(12, 6, 12)
-    centres = (np.arange(12) + 0.5) * 8 / 12
+    centers = (np.arange(12) + 0.5) * 8 / 12
     inner = slice(3, -3)  # away from the border
-    expected = np.broadcast_to(centres[inner, None, None], (6, 6, 12))
+    expected = np.broadcast_to(centers[inner, None, None], (6, 6, 12))
     np.testing.assert_allclose(grid[inner], expected, atol=1e-4)
     assert all(resized[name] is params[name] for name in params if name != "position_embedding")
     model = create_model("vit_b_16", **TINY | dict(input_size=new))

@@ -88,7 +88,7 @@ def test_sizes():
         captured("zfnet_fig3", 47, 47, input_size=(47, 47, 4))
 
 
-def test_dropout_normalisation_and_first_values():
+def test_dropout_normalization_and_first_values():
     """Section 3: 0.5 of fc6 and fc7 in training; N(0, 0.01^2) and biases of 0."""
     assert create_model("zfnet_big").dropout == create_model("zfnet_fig3").dropout == 0.5
     small = dict(widths=(8, 8, 8), hidden=400, num_classes=5)
@@ -116,8 +116,8 @@ def test_dropout_normalisation_and_first_values():
 
     x = seen["pool1"]  # pooled first
     near = [np.square(x[..., max(i - 2, 0) : i + 3]).sum(-1) for i in range(96)]
-    normalised = x / (2 + 1e-4 * np.stack(near, -1)) ** 0.75
-    np.testing.assert_allclose(seen["norm1"], normalised, rtol=1e-4, atol=1e-6)
+    normalized = x / (2 + 1e-4 * np.stack(near, -1)) ** 0.75
+    np.testing.assert_allclose(seen["norm1"], normalized, rtol=1e-4, atol=1e-6)
 
     for path, leaf in pytree.flatten(variables["params"]).items():
         if path.endswith("bias"):

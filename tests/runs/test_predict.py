@@ -111,9 +111,9 @@ def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
     seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
     np.testing.assert_array_equal(predictor.read(photo), seen(photo))
-    convert_to_folder(*given[:2], tmp_path / "grey", given[3], channels=1, adapt_stem=True)
+    convert_to_folder(*given[:2], tmp_path / "gray", given[3], channels=1, adapt_stem=True)
     with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], and photos"):
-        predict.from_folder(tmp_path / "grey")
+        predict.from_folder(tmp_path / "gray")
 
 
 def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):

@@ -595,7 +595,7 @@ def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
     found = arrays(whole)
     for tree in ("", "ema/"):
         mean = found[f"{tree}batch_stats/stem/norm/mean"]
-        np.testing.assert_array_equal(mean, np.zeros(4))  # as it was initialised
+        np.testing.assert_array_equal(mean, np.zeros(4))  # as it was initialized
         assert np.any(found[f"{tree}batch_stats/stage1/block1/norm1/mean"] != 0)
     assert evaluate_run(whole)["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
     # Statistics that are computed anew carry nothing of the moving ones.

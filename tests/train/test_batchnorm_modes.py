@@ -81,8 +81,8 @@ def test_modes_in_a_network_that_learns(mode):
     moved = lambda a, b: not np.array_equal(a, b)  # noqa: E731
     assert moved(after.params["conv"]["kernel"], before.params["conv"]["kernel"])
     for name in ("scale", "bias"):
-        learnt = moved(after.params["norm"][name], before.params["norm"][name])
-        assert learnt == (mode != "frozen")
+        learned = moved(after.params["norm"][name], before.params["norm"][name])
+        assert learned == (mode != "frozen")
     for name in ("mean", "var"):
         was = before.batch_stats["norm"][name]
         assert moved(after.batch_stats["norm"][name], was) == (mode == "train")

@@ -37,7 +37,7 @@ class Cutting:
 
 
 class Turning:
-    """Images and labels, each blended with its neighbour."""
+    """Images and labels, each blended with its neighbor."""
 
     def mix(self, images, labels, key):
         share = jax.random.uniform(key)

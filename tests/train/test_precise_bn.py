@@ -48,7 +48,7 @@ def network():
 
 @pytest.mark.parametrize(("devices", "mode"), [(1, "shard_map"), (4, "shard_map"), (2, "pmap")])
 def test_it_is_the_mean_and_variance_over_all_examples(network, devices, mode):
-    """Whatever the devices, each of which normalises alone, and whatever the statistics were."""
+    """Whatever the devices, each of which normalizes alone, and whatever the statistics were."""
     model, variables, mean, var = network
     strange = variables | {"batch_stats": {"norm": {"mean": mean + 3, "var": 100 * var}}}
     found = estimate(model, strange, {"norm": "train"}, devices=devices, mode=mode)
@@ -57,7 +57,7 @@ def test_it_is_the_mean_and_variance_over_all_examples(network, devices, mode):
     assert found["norm"]["var"].dtype == np.float32
 
 
-def test_what_is_frozen_keeps_its_statistics_and_is_normalised_by_them(network):
+def test_what_is_frozen_keeps_its_statistics_and_is_normalized_by_them(network):
     class Two(nn.Module):
         @nn.compact
         def __call__(self, images, *, train):

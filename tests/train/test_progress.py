@@ -119,4 +119,4 @@ def test_a_first_step_that_takes_long_is_announced_in_a_file(monkeypatch):
     assert file.getvalue() == "compiling the first step\n"
     with Progress(680, file=io.StringIO()) as quick:
         quick.update(1)
-        assert quick._compiling.finished.is_set()  # cancelled
+        assert quick._compiling.finished.is_set()  # canceled

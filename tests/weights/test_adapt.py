@@ -33,14 +33,14 @@ def fresh(model, seed=0):
 
 
 @pytest.mark.parametrize(("came", "channels"), [(3, 1), (1, 3)])
-def test_a_grey_image_has_the_same_logits_behind_an_adapted_stem(came, channels):
+def test_a_gray_image_has_the_same_logits_behind_an_adapted_stem(came, channels):
     """Its one channel, and three channels that are all like it."""
     source, model = network(came), network(channels)
     variables = fresh(source, 1)
     adapted, report = graft(variables, fresh(model), EVERYTHING, adapt_stem=True)
-    grey = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
-    theirs = source.apply(variables, jnp.tile(grey, came))
-    ours = model.apply(adapted, jnp.tile(grey, channels))
+    gray = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
+    theirs = source.apply(variables, jnp.tile(gray, came))
+    ours = model.apply(adapted, jnp.tile(gray, channels))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     how = {1: "summed", 3: "repeated, cut and multiplied by 1/3"}[channels]
     said = f"{came} input channels adapted to {channels}: {how}"
@@ -145,13 +145,13 @@ def squeezenet(path, tensors, **options):
 
 def test_a_file_with_a_stem_of_its_own_is_taken_as_it_is(tensors, tmp_path):
     said, kernel = [], tensors["features.0.weight"]
-    grey = tensors | {"features.0.weight": kernel.sum(1, keepdims=True)}
-    found = squeezenet(tmp_path / "grey.npz", grey, say=said.append)
+    gray = tensors | {"features.0.weight": kernel.sum(1, keepdims=True)}
+    found = squeezenet(tmp_path / "gray.npz", gray, say=said.append)
     assert found["params"]["conv1"]["conv"]["kernel"].shape == (3, 3, 1, 64)
     assert said == ["note: the weights are for images [224 224 1]"]
     target = fresh(create_model("squeezenet1_1", input_size=(64, 64, 1)))
     rules = [("params/head/.*", None), *EVERYTHING]
-    source = f"torchvision:squeezenet1_1={tmp_path / 'grey.npz'}"
+    source = f"torchvision:squeezenet1_1={tmp_path / 'gray.npz'}"
     ours, report = graft(source, target, rules)
     np.testing.assert_array_equal(
         ours["params"]["conv1"]["conv"]["kernel"], found["params"]["conv1"]["conv"]["kernel"]

@@ -50,7 +50,7 @@ def test_other_names_are_refused():
         preprocessing("resnet_50", "timm")
 
 
-def test_the_centre_is_seen_and_in_which_order():
+def test_the_center_is_seen_and_in_which_order():
     """Every pixel says where it stands: what is seen is the box, to a pixel of smoothing."""
     y, x = np.mgrid[:200, :255].astype(np.uint8)
     places = np.stack([x, y, x], -1)
@@ -93,10 +93,10 @@ def test_photos_in_every_mode_and_upright(tmp_path):
     row = Preprocessing(32, 32, mean=(0,) * 3, std=(1,) * 3, scale=1.0)
     blue = Image.new("RGB", (40, 40), (0, 0, 200))
     half = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
-    grey = np.full((40, 40), 77, np.uint8)
+    gray = np.full((40, 40), 77, np.uint8)
     assert row(blue)[0, 5, 5].tolist() == [0, 0, 200]
     assert row(half)[0, 5, 5].tolist() == [255, 255, 255]  # what is transparent becomes white
-    assert row(grey)[0, 5, 5].tolist() == row(grey[..., None])[0, 5, 5].tolist() == [77] * 3
+    assert row(gray)[0, 5, 5].tolist() == row(gray[..., None])[0, 5, 5].tolist() == [77] * 3
     standing = Image.new("RGB", (64, 64), "white")
     standing.paste("black", (0, 0, 64, 32))  # its upper half
     exif = Image.Exif()

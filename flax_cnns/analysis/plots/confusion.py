@@ -19,7 +19,7 @@ LONGEST = 32  # characters of a name
 def draw_confusion(
     matrix: np.ndarray, class_names: Sequence[str], png: str | os.PathLike, title: str = ""
 ) -> None:
-    """Draws `matrix` [true class, predicted class] of counts; the colour is the share of its row.
+    """Draws `matrix` [true class, predicted class] of counts; the color is the share of its row.
 
     Up to 20 classes the counts stand in the cells (none for a zero), up to 60 every class is named.
     Raises `ValueError` where matrix and names don't agree, `UserError` where it cannot be written.

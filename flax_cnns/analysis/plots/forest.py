@@ -40,7 +40,7 @@ def draw_forest(
     more_is_better: bool = True,
 ) -> None:
     """A line for each effect, in their order: every seed's difference, the mean and its interval,
-    grey where that holds zero or is not there; `what` names the axis. Without `more_is_better` the
+    gray where that holds zero or is not there; `what` names the axis. Without `more_is_better` the
     color does not tell the sign. Raises `UserError` where it cannot be written."""
     limit = _limit(effects)
     figure = Figure(figsize=(8.6, 1.5 + 0.34 * len(effects)), layout="constrained")
@@ -76,23 +76,23 @@ def _effect(axes: Axes, y: int, effect: Effect, limit: float, form: str, below: 
     if not effect.seeds:
         axes.text(1.02, y, effect.note, transform=right, va="center", fontsize=9, color=UNKNOWN)
         return
-    colour = UNKNOWN
+    color = UNKNOWN
     if found.excludes_zero:
-        colour = BETTER if found.mean > 0 else below
+        color = BETTER if found.mean > 0 else below
     inside = [seed for seed in effect.seeds if abs(seed) <= limit]
-    axes.plot(inside, [y] * len(inside), "|", color=colour, markersize=9, alpha=0.45)
+    axes.plot(inside, [y] * len(inside), "|", color=color, markersize=9, alpha=0.45)
     words = f"{found.mean:{form}}"
     if found.known:
         low, high = np.clip(found[1:3], -limit, limit)
-        axes.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot([low, high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
         words += f" [{found.low:{form}}, {found.high:{form}}]"
     if abs(found.mean) <= limit:
-        filled = colour if found.known else "white"
-        axes.plot([found.mean], [y], "o", color=colour, markerfacecolor=filled, markersize=6)
+        filled = color if found.known else "white"
+        axes.plot([found.mean], [y], "o", color=color, markerfacecolor=filled, markersize=6)
     ends = found[1:3] if found.known else (found.mean, found.mean)
     for end, side, marker in zip(ends, (-limit, limit), "<>"):
         if abs(end) > limit and end * side > 0:
-            axes.plot([side], [y], marker, color=colour, markersize=8, clip_on=False)
+            axes.plot([side], [y], marker, color=color, markersize=8, clip_on=False)
     axes.text(1.02, y, f"{words}  n={found.n}", transform=right, va="center", fontsize=9)
 
 
@@ -120,9 +120,9 @@ def draw_rows(
         if name != baseline and baseline in bands:
             behind = dict(linestyle="--", marker="." if len(bands[baseline][0]) < 3 else "")
             axes.plot(*bands[baseline][:2], color=UNKNOWN, linewidth=1.2, **behind)
-        colour = "black" if name == baseline else BETTER
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(x, mean, color=colour, linewidth=1.5, marker="." if len(x) < 3 else "")
+        color = "black" if name == baseline else BETTER
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(x, mean, color=color, linewidth=1.5, marker="." if len(x) < 3 else "")
         none = "not logged" if rows[name] else "no complete run"
         last = f"{mean[-1]:.{decimals}f}" if len(mean) else none
         axes.set_title(f"{shorten(name, PANEL)}\n{last}", fontsize=8.5)

@@ -40,7 +40,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.types import PyTree
 from flax_cnns.weights import adapt
 
-FRESH = None  # a rule that keeps the new network's own initialisation
+FRESH = None  # a rule that keeps the new network's own initialization
 
 
 def graft(

@@ -111,7 +111,7 @@ def _phases(axis: int, geometry: ConvGeometry) -> list[_Phase]:
             found.append(_Phase(size, range(0), range(0), (0, 0), 1))
             continue
         first, last = taps[0], taps[-1]
-        gap = dilation * step // stride  # rows of dy between neighbouring taps
+        gap = dilation * step // stride  # rows of dy between neighboring taps
         offset = (r + top - first * dilation) // stride  # dx row 0 of the phase: dy row at tap 0
         before = (len(taps) - 1) * gap - offset
         after = size - 1 + offset - (geometry.out_size[axis] - 1)

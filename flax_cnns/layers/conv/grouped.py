@@ -75,7 +75,7 @@ def _split_groups(x: Array, groups: int) -> Array:
 
 
 def blocks(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """Dense convolutions of neighbouring groups, with zeros between different groups."""
+    """Dense convolutions of neighboring groups, with zeros between different groups."""
     groups = geometry.groups
     per_block = groups_per_block(x.shape[-1] // groups, groups)
     kernel, count = _widen(kernel, groups, per_block), groups // per_block

@@ -116,7 +116,7 @@ def compare(
 ) -> Result:
     """Every strategy on every target with every fraction of its training examples, `seeds` times.
 
-    Each seed draws initialisation, order, the examples of the fraction, and the validation split,
+    Each seed draws initialization, order, the examples of the fraction, and the validation split,
     and the test split of a data set that has none; all strategies of a seed see the same. The
     source must not have seen the test examples. Started again with the same config it repeats no
     complete run, except those whose data changed: these are renamed to old-data-1-STRATEGY and run

@@ -1,4 +1,4 @@
-"""The confusion matrix: counts where there is room, shares of the true class as colours."""
+"""The confusion matrix: counts where there is room, shares of the true class as colors."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ NEW_HEAD = (r"params/head/.*", FRESH)
 
 
 def network(seed: int, classes: int = 3, stem: str = "conv", stages: int = 2) -> dict:
-    """The tree of a small network with batch normalisation."""
+    """The tree of a small network with batch normalization."""
     rng = np.random.default_rng(seed)
     leaf = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     parts = {"stem": {stem: (3, 3, 1, 4)}}

@@ -21,7 +21,7 @@ from tests.tiny_runs import arrays
 RULES = (
     (r"params/head/.*", None),
     (r"(params|batch_stats)/stage2/.*", None),
-    (r"(.*)/stem/conv/(.*)", r"ema/\1/stem/conv_grey/\2"),
+    (r"(.*)/stem/conv/(.*)", r"ema/\1/stem/conv_gray/\2"),
     (r"(.*)", r"ema/\1"),
 )
 
@@ -50,7 +50,7 @@ def source(resnet, tmp_path):
     shapes = flatten(jax.eval_shape(partial(init_variables, model), jax.random.key(0)))
     rng, state = np.random.default_rng(0), {}
     for path, like in shapes.items():
-        then = path.replace("stem/conv/", "stem/conv_grey/")
+        then = path.replace("stem/conv/", "stem/conv_gray/")
         for tree in ("", "ema/"):
             state[f"{tree}{then}"] = rng.uniform(0.5, 1, like.shape).astype(np.float32)
     with Checkpoints(tmp_path / "old/checkpoints") as checkpoints:
@@ -65,7 +65,7 @@ def test_an_own_resnet_for_other_classes(resnet, source, tmp_path, capsys):
     shown = capsys.readouterr().out
     rows = [re.split(r" *│ *", line)[1:-1] for line in shown.splitlines()]
     assert [[row[0], row[3]] for row in rows if len(row) == 4] == [
-        ["stem/conv", "ema/stem/conv_grey"],
+        ["stem/conv", "ema/stem/conv_gray"],
         ["stem/norm", "ema/stem/norm"],
         ["stage1", "ema/stage1"],
         ["stage2", "fresh"],
@@ -75,7 +75,7 @@ def test_an_own_resnet_for_other_classes(resnet, source, tmp_path, capsys):
     ]
     assert "grafted 15, fresh 12, left behind 12: stage2/…, head/…" in shown
     report = json.loads((tmp_path / "new/graft.json").read_text())
-    assert report["grafted"]["params/stem/conv/kernel"] == "ema/params/stem/conv_grey/kernel"
+    assert report["grafted"]["params/stem/conv/kernel"] == "ema/params/stem/conv_gray/kernel"
     assert report["folder"] == str(source / "checkpoints/1/state")
     old, new = arrays(source), arrays(tmp_path / "new")
     assert new["params/head/kernel"].shape == (8, 3)
@@ -114,5 +114,5 @@ def test_rules_for_what_the_source_lacks(resnet, source, tmp_path):
     resnet.graft.source = str(source)
     with pytest.raises(UserError) as raised:
         run(resnet, tmp_path / "new")
-    assert "the nearest there is 'params/stem/conv_grey/kernel'" in str(raised.value)
+    assert "the nearest there is 'params/stem/conv_gray/kernel'" in str(raised.value)
     assert not (tmp_path / "new").exists()

@@ -12,15 +12,15 @@ from flax_cnns.data.load import load_dataset
 from flax_cnns.data.readers import folder as reader
 from flax_cnns.errors import UserError
 
-COLOURS = {"blue": (0, 0, 250), "green": (0, 250, 0), "red": (250, 0, 0)}
+COLORS = {"blue": (0, 0, 250), "green": (0, 250, 0), "red": (250, 0, 0)}
 
 
 def fill(root, count, size=(40, 30), suffix=".jpg"):
-    """One folder per colour, with `count` images each."""
-    for name, colour in COLOURS.items():
+    """One folder per color, with `count` images each."""
+    for name, color in COLORS.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
-            Image.new("RGB", size, colour).save(root / name / f"{i:02d}{suffix}")
+            Image.new("RGB", size, color).save(root / name / f"{i:02d}{suffix}")
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_classes_without_splits_are_cut_with_the_seed(folder, config):
     # A tenth of the 24 that are left, each class to within one.
     assert sorted(np.bincount(dataset.splits["validation"].labels, minlength=3)) == [0, 1, 1]
     assert len(dataset.splits["train"]) == 22
-    for split in dataset.splits.values():  # each image is the colour of its label
-        colours = np.array([COLOURS[name] for name in dataset.class_names])[split.labels]
-        np.testing.assert_allclose(split.images[:, 4, 4], colours, atol=6)
+    for split in dataset.splits.values():  # each image is the color of its label
+        colors = np.array([COLORS[name] for name in dataset.class_names])[split.labels]
+        np.testing.assert_allclose(split.images[:, 4, 4], colors, atol=6)
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "validation"])
@@ -65,22 +65,22 @@ def test_images_of_every_mode(folder, config):
     fill(folder / "train", 2)
     fill(folder / "test", 1)
     red = folder / "test" / "red"
-    grey = np.full((9, 9), 100, np.uint8)
-    Image.fromarray(grey).save(red / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 256).save(red / "sixteen.png")
+    gray = np.full((9, 9), 100, np.uint8)
+    Image.fromarray(gray).save(red / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 256).save(red / "sixteen.png")
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(red / "transparent.png")
     Image.new("RGB", (9, 9), (100, 100, 100)).convert("P").save(red / "palette.bmp")
     Image.new("CMYK", (9, 9), (0, 0, 0, 155)).save(red / "ink.jpg")
     config.validation = 0
     images = load_dataset(config).splits["test"].images[2:]  # red, sorted by file name
     middle = images[:, 4, 4].astype(int)
-    # 00.jpg grey.png ink.jpg palette.bmp sixteen.png transparent.png
+    # 00.jpg gray.png ink.jpg palette.bmp sixteen.png transparent.png
     np.testing.assert_allclose(middle[[1, 2, 4]], 100, atol=3)
     np.testing.assert_allclose(middle[3], 100, atol=6)  # the nearest of the palette
     np.testing.assert_array_equal(middle[5], 255)  # on white
 
 
-def test_the_centre_is_seen_undistorted_and_large_jpegs_are_decoded_small(folder, config):
+def test_the_center_is_seen_undistorted_and_large_jpegs_are_decoded_small(folder, config):
     fill(folder, 5, size=(8, 8))
     wide = np.zeros((512, 1024, 3), np.uint8)
     wide[:, 256:768] = 200  # the central square

@@ -20,7 +20,7 @@ from flax_cnns.errors import UserError
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """Twelve images of several sizes; two kinds of labels; a test split that nobody has
-    labelled."""
+    labeled."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -43,7 +43,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             "test": self._generate_examples(False),
         }
 
-    def _generate_examples(self, labelled):
+    def _generate_examples(self, labeled):
         for row in range(12):
             png = io.BytesIO()
             Image.new("RGB", (10 + row, 16), (20 * row,) * 3).save(png, format="PNG")
@@ -52,8 +52,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                 row,
                 {
                     "image": png,
-                    "label": row // 6 if labelled else -1,
-                    "row": row if labelled else -1,
+                    "label": row // 6 if labeled else -1,
+                    "row": row if labeled else -1,
                 },
             )
 

@@ -15,7 +15,7 @@ from flax_cnns.layers import inside_control_flow
 from flax_cnns.layers.conv import conv2d
 from flax_cnns.layers.conv.geometry import ConvGeometry
 
-# Most of the time here is the compiler's. The slow sweep and tests on devices let it optimise.
+# Most of the time here is the compiler's. The slow sweep and tests on devices let it optimize.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

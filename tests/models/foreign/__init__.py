@@ -84,9 +84,9 @@ def images(n: int, size: int, channels: int = 3) -> np.ndarray:
     out = []
     for i in range(n):
         wave = np.sin(2 * np.pi * (i + 1) * (place[:, None] + (i % 2) * place[None, :]))
-        colour = random.standard_normal(channels)
+        color = random.standard_normal(channels)
         noise = random.standard_normal((size, size, channels))
-        out.append((0.5 + i / n) * (wave[..., None] * colour + noise))
+        out.append((0.5 + i / n) * (wave[..., None] * color + noise))
     return np.stack(out).astype(np.float32)
 
 
@@ -162,7 +162,7 @@ def train_step(live: Live, x: np.ndarray, labels: np.ndarray, aux_weight: float)
     """Of a PyTorch network without its dropout: loss, gradients and statistics after one forward.
 
     "tensors" has, under the network's own names, the gradient of each parameter, and of each
-    statistic the value afterwards, variances as Flax keeps them (biased); zeros where the loss does
+    statistic the value afterward, variances as Flax keeps them (biased); zeros where the loss does
     not reach a parameter.
     """
     import torch

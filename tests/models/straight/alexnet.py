@@ -27,7 +27,7 @@ def classify(p, x):
 
 
 def alexnet_2gpu(p, x):
-    """Conv2, conv4 and conv5 see the maps of their own half; section 3.5: normalisation follows
+    """Conv2, conv4 and conv5 see the maps of their own half; section 3.5: normalization follows
     conv1 and conv2, pooling (3x3 with stride 2, section 3.4) both and conv5."""
     x = layer(p, "conv1", x, stride=4)  # 55x55x96
     x = max_pool(norm(x), 3, 2)  # 27x27

@@ -49,7 +49,7 @@ class Case(NamedTuple):
     straight: Callable
     size: int  # of the images: small, but last maps are not 1x1 (LeNet's are, in the paper)
     fields: Mapping[str, Any] = {}
-    strength: float = 1.0  # of the images: response normalisation hardly changes weak ones
+    strength: float = 1.0  # of the images: response normalization hardly changes weak ones
     slow: bool = False  # where another case of the family is quick
 
 

@@ -47,14 +47,14 @@ def shortcut_of_means(p, block, x, channels, stride):
 
 
 def shortcut_b(p, block, x, channels, stride):
-    """A 1x1 convolution with normalisation where the shape changes, else the identity."""
+    """A 1x1 convolution with normalization where the shape changes, else the identity."""
     if stride == 1 and x.shape[3] == channels:
         return x
     return shortcut_c(p, block, x, channels, stride)
 
 
 def shortcut_c(p, block, x, channels, stride):
-    """A 1x1 convolution with normalisation around every block."""
+    """A 1x1 convolution with normalization around every block."""
     x = bias_free(p, f"{block}/projection", x, stride=stride)
     return norm(p, f"{block}/projection_norm", x)
 

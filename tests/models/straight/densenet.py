@@ -2,8 +2,8 @@
 released it (`models/densenet.lua` and `DenseConnectLayer.lua` for Torch).
 
 Three dense blocks around transitions; maps that are new stand behind those that were there. A layer
-is normalisation, ReLU, 3x3, and in -B a 1x1 of its own kind before it. A transition is
-normalisation, ReLU, 1x1, mean of 2x2 (rounding sizes down); a last normalisation and ReLU precede
+is normalization, ReLU, 3x3, and in -B a 1x1 of its own kind before it. A transition is
+normalization, ReLU, 1x1, mean of 2x2 (rounding sizes down); a last normalization and ReLU precede
 the mean over the maps.
 """
 

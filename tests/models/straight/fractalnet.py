@@ -1,6 +1,6 @@
 """FractalNet on CIFAR in evaluation (Larsson, Maire, Shakhnarovich 2017, section 2 and figure 1).
 
-Column c of C begins a unit (3x3, normalisation, ReLU) after every 2^(C - c) of the last column's.
+Column c of C begins a unit (3x3, normalization, ReLU) after every 2^(C - c) of the last column's.
 Where several columns end, one join: the mean of all that end there, seen by each of them next (as
 the authors' `generation/fractalnet.py` wires it). It pools the columns one by one, 2x2, before the
 last join of a block; Caffe's pooling rounds up.

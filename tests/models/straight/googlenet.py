@@ -1,7 +1,7 @@
 """GoogLeNet, layer by layer: Szegedy et al. 2014, table 1 and figures 2(b) and 3.
 
 Where the paper is silent: the network that Caffe released (bvlc_googlenet), with poolings that
-round up and normalisation over 5 maps, alpha 1e-4 (which Caffe divides by the 5), beta 0.75, k 1,
+round up and normalization over 5 maps, alpha 1e-4 (which Caffe divides by the 5), beta 0.75, k 1,
 behind the first pooling and before the second.
 """
 

@@ -1,7 +1,7 @@
 """The network that the first architecture search found without strides or poolings (Zoph, Le 2016,
 figure 7 in the appendix), and section 4.1's two perturbations of its skip connections.
 
-Each layer is a convolution with zeros that keep the size, normalisation, ReLU (section 4.1 names
+Each layer is a convolution with zeros that keep the size, normalization, ReLU (section 4.1 names
 both), and takes the layers that lead to it side by side, the earliest first (section 3.3). The mean
 and the dense layer behind the last are ours.
 

@@ -2,7 +2,7 @@
 leave open is as in the authors' release (TensorFlow's slim, `nets/nasnet/nasnet.py` and
 `nasnet_utils.py`).
 
-ReLU stands before a convolution, normalisation behind it; a pooling has neither. Zeros are added as
+ReLU stands before a convolution, normalization behind it; a pooling has neither. Zeros are added as
 TensorFlow does it: as few as give ceil(size / stride), of an odd number one more at the far end;
 they do not count in means. A cell squeezes what it is given to its width by a 1x1, and what was
 given to the cell before it too: by two shifted halves where the sizes differ, not at all where it

@@ -1,8 +1,8 @@
-"""He et al. 2016: the five orders of convolution, normalisation, ReLU and addition of figure 4.
+"""He et al. 2016: the five orders of convolution, normalization, ReLU and addition of figure 4.
 
 Appendix: the first pre-activation stands right behind conv1, before the fork, and behind the last
 unit is one more. As released (`resnet-pre-act.lua`, the full pre-activation): units that change the
-width share their first activation with the shortcut, a 1x1 convolution without normalisation, and
+width share their first activation with the shortcut, a 1x1 convolution without normalization, and
 the first 1x1 of a bottleneck has the stride.
 """
 
@@ -38,7 +38,7 @@ def original(p, unit, x, stride):
 
 
 def bn_after_add(p, unit, x, stride):
-    """(b): the last normalisation behind the sum, whose shortcut therefore has none of its own."""
+    """(b): the last normalization behind the sum, whose shortcut therefore has none of its own."""
     y, *_, last = x, *convolutions(p, unit)
     for i in convolutions(p, unit):
         y = weight(p, unit, i, y, stride)

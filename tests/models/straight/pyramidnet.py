@@ -1,7 +1,7 @@
 """PyramidNet on CIFAR (Han, Kim, Kim 2017, figure 6 (d)), as its authors released it
 (`addpyramidnet.lua` for Torch), and ShakeDrop on it in evaluation (Yamada et al. 2019).
 
-The stem has no ReLU; a block begins with normalisation without ReLU and ends with normalisation. A
+The stem has no ReLU; a block begins with normalization without ReLU and ends with normalization. A
 shortcut is the mean of 2x2 where the block has stride 2, with zeros for the channels that are new.
 
 ShakeDrop's branch l of L counts E[b + alpha - b alpha] = p_l times, alpha being even around zero,

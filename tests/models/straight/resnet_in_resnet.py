@@ -3,7 +3,7 @@
 What the paper leaves open is as `flax_cnns/models/resnet_in_resnet.py` states it: shortcuts take
 every other pixel and zeros for the channels that are new, a block's outer shortcut joins the
 residual streams behind the ReLU of its last unit, the first unit of a stage has the stride, and a
-normalisation without ReLU stands behind the 1x1 to the classes, before the mean.
+normalization without ReLU stands behind the 1x1 to the classes, before the mean.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ def stem(p, path, x):
 
 
 def unit(p, path, r, t, stride):
-    """Equation 1: r has a shortcut, t has none; what is summed is normalised together."""
+    """Equation 1: r has a shortcut, t has none; what is summed is normalized together."""
 
     def to(stream, x):
         return bias_free(p, f"{path}/{stream}", x, stride=stride, padding=1)

@@ -3,7 +3,7 @@
 
 The stem has no ReLU; each branch begins with one, and so does the shortcut of a block that widens,
 even where it keeps the size. That shortcut is two 1x1 convolutions side by side, the second of the
-map shifted by a pixel to the right and down, with one normalisation for both.
+map shifted by a pixel to the right and down, with one normalization for both.
 """
 
 import numpy as np

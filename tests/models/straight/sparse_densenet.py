@@ -2,7 +2,7 @@
 n / 2 maps of their block, what the block was given among them (sections 3.2 and 5.1).
 
 Attention on what a layer gives (section 3.3) is H + H F, where F is, of the mean of H over the
-maps, two 1x1 (each behind normalisation and ReLU), the second of which sees the mean too. The
+maps, two 1x1 (each behind normalization and ReLU), the second of which sees the mean too. The
 authors' programs, not the paper's text, have the sigmoid behind F, the mean behind what the first
 1x1 gives, and that a block gives what its next layer would take.
 """

@@ -4,7 +4,7 @@ of its block, 0 being what the block was given, and a block gives what its next 
 Side by side in DenseNet's layers and transitions, the older maps before the newer; or added up, in
 the bottlenecks of He et al. 2016 with full pre-activation, where a projection makes a stage's 0. Of
 the sums nothing is released and two things are as `flax_cnns` has them, not as He et al. released
-theirs: the projection sees its input bare (theirs behind the first normalisation and ReLU), and the
+theirs: the projection sees its input bare (theirs behind the first normalization and ReLU), and the
 3x3 has the stride (theirs in the first 1x1).
 """
 
@@ -46,7 +46,7 @@ def imagenet(p, x, layer, depths):
 
 
 def bottleneck(p, path, y, stride):
-    """Of what is already normalised and behind ReLU."""
+    """Of what is already normalized and behind ReLU."""
     y = bias_free(p, f"{path}/conv1", y)  # 1x1
     y = relu(norm(p, f"{path}/norm2", y))
     y = bias_free(p, f"{path}/conv2", y, stride=stride, padding=1)

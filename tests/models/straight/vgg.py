@@ -39,7 +39,7 @@ def classify(p, x):
 
 
 def vgg11_lrn(p, x):
-    """A-LRN: the normalisation has the constants of AlexNet (section 2.1)."""
+    """A-LRN: the normalization has the constants of AlexNet (section 2.1)."""
     x = relu(conv3(p, "stage1/conv1", x))
     x = local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2)
     x = max_pool(x, 2, 2)

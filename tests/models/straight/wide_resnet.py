@@ -1,8 +1,8 @@
 """Wide ResNets for CIFAR (Zagoruyko, Komodakis 2016, table 1): (depth - 4) / 6 blocks of two 3x3 a
-stage, normalisation and ReLU before each.
+stage, normalization and ReLU before each.
 
-As released (`models/wide-resnet.lua`): where the width changes, the first normalisation with ReLU
-stands before the fork, and the shortcut is a 1x1 convolution alone; last normalisation and ReLU.
+As released (`models/wide-resnet.lua`): where the width changes, the first normalization with ReLU
+stands before the fork, and the shortcut is a 1x1 convolution alone; last normalization and ReLU.
 """
 
 from tests.models.straight.cifar_resnet import bias_free, classify, norm

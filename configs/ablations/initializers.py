@@ -1,10 +1,10 @@
 """First values of the convolutions, with BatchNorm behind each and without.
 
-  python -m experiments.ablate --config=configs/ablations/initialisers.py --seeds=5 \
+  python -m experiments.ablate --config=configs/ablations/initializers.py --seeds=5 \
       --workdir=runs/init --config.data.dir=FOLDER
-  python -m experiments.ablate --config=configs/ablations/initialisers.py:digits --seeds=5 \
+  python -m experiments.ablate --config=configs/ablations/initializers.py:digits --seeds=5 \
       --workdir=runs/init_digits
-  python -m experiments.ablate --config=configs/ablations/initialisers.py:smoke --seeds=2 \
+  python -m experiments.ablate --config=configs/ablations/initializers.py:smoke --seeds=2 \
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
