@@ -35,8 +35,8 @@ PAPER = Paper(
     url="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
 )
 
-SMALLEST = 67  # what leaves one pixel behind the third pooling
-SMALLEST_PADDED = 63  # the same where conv1 pads
+MIN_IMAGE_SIZE = 67  # what leaves one pixel behind the third pooling
+MIN_IMAGE_SIZE_PADDED = 63  # the same where conv1 pads
 
 
 class ResponseNorm(nn.Module):
@@ -46,7 +46,7 @@ class ResponseNorm(nn.Module):
         return layers.local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
 
 
-def parts(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, Callable]:
+def make_layers(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, Callable]:
     """Called inside `net`: its convolution, its fully connected layer, its head (which is the
     identity without classes), and the initializer of those biases that in the paper start from
     `bias`, hidden fully connected layers' among them."""
@@ -85,8 +85,8 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
-        conv, dense, head, ones = parts(self, bias=1)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
+        conv, dense, head, ones = make_layers(self, bias=1)
         unit = partial(layers.ConvUnit, conv=conv)
         split = partial(unit, conv=partial(conv, feature_group_count=self.groups, bias_init=ones))
         pool = partial(layers.MaxPool, 3, 2)  # section 3.4: windows overlap
@@ -134,8 +134,8 @@ class OneWeirdTrick(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST_PADDED)
-        conv, dense, head, ones = parts(self, bias=1)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE_PADDED)
+        conv, dense, head, ones = make_layers(self, bias=1)
         unit = partial(layers.ConvUnit, conv=conv)
         biased = partial(unit, conv=partial(conv, bias_init=ones))
         pool = partial(layers.MaxPool, 3, 2)

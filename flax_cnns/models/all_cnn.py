@@ -70,7 +70,7 @@ class Stage(nn.Module):
         return x
 
 
-class Last(nn.Module):
+class LastStage(nn.Module):
     """3x3 and 1x1 with ReLU: [N H W C] -> [N H-2 W-2 width], without padding."""
 
     width: int
@@ -122,7 +122,7 @@ class AllCNN(nn.Module):
         for i, width in enumerate(widths, 1):  # sides of a 32x32 image: 16, 8
             x = Stage(width, self.windows, self.form, conv, name=f"stage{i}")(x)
             x = drop(self.dropout, name=f"dropout{i}")(x)
-        x = Last(last, self.last_padding, conv, name=f"stage{len(self.widths)}")(x)  # 6
+        x = LastStage(last, self.last_padding, conv, name=f"stage{len(self.widths)}")(x)  # 6
         return layers.classify_by_maps(self, x, paper=paper)
 
 

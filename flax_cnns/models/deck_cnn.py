@@ -23,7 +23,7 @@ PAPER = Paper(
     url="",
 )
 
-SMALLEST = 18  # conv3's window needs 3x3 maps
+MIN_IMAGE_SIZE = 18  # conv3's window needs 3x3 maps
 
 
 class DeckCNN(nn.Module):
@@ -46,7 +46,7 @@ class DeckCNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         keras = layers.initializer("xavier")
         conv, _ = layers.building_blocks(self, train, paper=keras, use_bias=True)
         unit = partial(layers.ConvUnit, 32, (3, 3), conv, padding="VALID")

@@ -44,10 +44,10 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1409.5185",
 )
 
-SMALLEST = 4  # two poolings that round up bring 4 pixels down to 2 and 1, and 3 to none
+MIN_IMAGE_SIZE = 4  # two poolings that round up bring 4 pixels down to 2 and 1, and 3 to none
 
 # Of each part: the window and width of its convolution, the widths of the 1x1 convolutions on it.
-PARTS = ((5, 192, (160, 96)), (5, 192, (192, 192)), (3, 192, (192,)))
+STAGES = ((5, 192, (160, 96)), (5, 192, (192, 192)), (3, 192, (192,)))
 
 
 class MlpConv(nn.Module):
@@ -100,17 +100,17 @@ class DSN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         paper = layers.gaussian(0.05)
         conv, _ = layers.building_blocks(self, train, paper=paper, use_bias=True)
         companion = partial(layers.make_head(self, layers.caffe_xavier), self.num_classes)
         x = images
-        for i, (window, width, widths) in enumerate(PARTS, 1):  # sides of 32x32 images: 32, 16, 8
+        for i, (window, width, widths) in enumerate(STAGES, 1):  # sides of 32x32 images: 32, 16, 8
             x = conv(width, (window, window), padding=window // 2, name=f"conv{i}")(x)
             if self.num_classes is not None and (train or self.is_initializing()):
                 Companion(companion, name=f"aux{i}")(x, train)
             x = MlpConv(widths, conv, name=f"mlpconv{i}")(x)
-            if i < len(PARTS):
+            if i < len(STAGES):
                 x = layers.max_pool(x, 3, 2, ceil=True)
                 x = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{i}")(x)
         return layers.classify_by_maps(self, x, paper=paper, activation=None)

@@ -1,8 +1,8 @@
 """EfficientNet B0 to B8, L2 and Lite0 to Lite4: one searched network, scaled three ways at once.
 
-Everything is computed from `B0`, table 1 of the paper, by two factors. `efficientnet` builds any
-point, with `compound_scale` those of the paper's formula, equation 3, from alpha 1.2 (depth), beta
-1.1 (width) and gamma 1.15 (resolution), the result of its grid search at phi = 1. The released
+Everything is computed from `B0`, table 1 of the paper, by two factors. `make_efficientnet` builds
+any point, with `compound_scale` those of the paper's formula, equation 3, from alpha 1.2 (depth),
+beta 1.1 (width) and gamma 1.15 (resolution), the result of its grid search at phi = 1. The released
 networks do not follow it: they come from a table by hand (`POINTS`; Tan & Le's code), which
 deepens less than the formula as networks grow. At the phi that is nearest by resolution:
 
@@ -70,7 +70,7 @@ B0 = (
     Row(6, 5, 2, 192, 4),
     Row(6, 3, 1, 320, 1),
 )
-STEM, TOP = 32, 1280  # widths in front of the stages and behind them
+STEM_WIDTH, TOP_WIDTH = 32, 1280  # widths in front of the stages and behind them
 
 
 class Scale(NamedTuple):
@@ -97,8 +97,8 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
 
 
 # `kernel_init="paper"`: the released code's.
-first_values = layers.fan_out_or_window("normal")
-head_values = variance_scaling(1 / 3, "fan_out", "uniform")  # within 1 / sqrt(classes)
+paper_init = layers.fan_out_or_window("normal")
+paper_head_init = variance_scaling(1 / 3, "fan_out", "uniform")  # within 1 / sqrt(classes)
 
 
 class EfficientNet(nn.Module):
@@ -129,7 +129,7 @@ class EfficientNet(nn.Module):
     # numerics
     momentum: Rate = 0.9  # of the running statistics
     epsilon: Positive = 1e-5
-    kernel_init: str | Callable = "he"  # "paper": `first_values`
+    kernel_init: str | Callable = "he"  # "paper": `paper_init`
     zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -144,13 +144,13 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        depths, widths, (stem_width, top_width) = self.scaled()
+        depths, widths, (stem_width, top_width) = self.compute_sizes()
         if len(self.strides) != len(B0) + 1:
             raise UserError(
                 f"expected {len(B0) + 1} strides, of stem and stages, got {self.strides}"
             )
         first, *strides = self.strides
-        conv, norm = layers.building_blocks(self, train, paper=first_values)
+        conv, norm = layers.building_blocks(self, train, paper=paper_init)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
         sides = layers.pad(self.padding, 3)
         stem_init = layers.initializer(self.kernel_init, paper=layers.he)
@@ -160,7 +160,7 @@ class EfficientNet(nn.Module):
         se = self.se and partial(
             self.se,
             activation=self.activation,
-            kernel_init=layers.initializer(self.kernel_init, paper=first_values),
+            kernel_init=layers.initializer(self.kernel_init, paper=paper_init),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -180,9 +180,9 @@ class EfficientNet(nn.Module):
             x = stage(block, conv, depths[i], strides[i], name=f"stage{i + 1}")(x, drops[i])
         x = unit(top_width, (1, 1), name="top")(x)
         dropout = nn.Dropout(self.dropout, deterministic=not train)
-        return layers.classify(self, x, dropout=dropout, paper=head_values)
+        return layers.classify(self, x, dropout=dropout, paper=paper_head_init)
 
-    def scaled(self) -> tuple[list[int], list[int], list[int]]:
+    def compute_sizes(self) -> tuple[list[int], list[int], list[int]]:
         """B0's (depths, widths) of the stages, and widths of stem and top, by the two factors."""
         at_ends = 1.0 if self.fixed_ends else self.width_mult
         last = len(B0) - 1
@@ -193,16 +193,20 @@ class EfficientNet(nn.Module):
             for i, row in enumerate(B0)
         ]
         widths = [layers.round_width(row.width * self.width_mult) for row in B0]
-        return depths, widths, [layers.round_width(width * at_ends) for width in (STEM, TOP)]
+        return (
+            depths,
+            widths,
+            [layers.round_width(width * at_ends) for width in (STEM_WIDTH, TOP_WIDTH)],
+        )
 
 
-def efficientnet(
+def make_efficientnet(
     *, width_mult: float, depth_mult: float, resolution: int, **fields: Any
 ) -> EfficientNet:
     """Any point: B0 with these factors, for images of `resolution` pixels a side, a whole number.
 
     scale = compound_scale(3)
-    efficientnet(width_mult=scale.width_mult, depth_mult=scale.depth_mult,
+    make_efficientnet(width_mult=scale.width_mult, depth_mult=scale.depth_mult,
                  resolution=round(224 * scale.resolution_mult), num_classes=10)
     """
     if not isinstance(resolution, Integral):
@@ -241,7 +245,7 @@ _TF = dict(padding="same", momentum=0.99, epsilon=1e-3, kernel_init="paper")
 _TV_LARGE = dict(momentum=0.99, epsilon=1e-3)  # torchvision's from B5
 
 
-def _at(name: str, resolution: int | None = None, **fields: Any) -> partial:
+def _variant(name: str, resolution: int | None = None, **fields: Any) -> partial:
     point = POINTS[name]
     size = resolution or point.resolution
     if name.startswith("lite"):
@@ -257,23 +261,23 @@ def _at(name: str, resolution: int | None = None, **fields: Any) -> partial:
 
 
 VARIANTS = {
-    "efficientnet_b0": _at("b0"),
-    "efficientnet_b1": _at("b1"),
-    "efficientnet_b2": _at("b2", 288),
-    "efficientnet_b3": _at("b3"),
-    "efficientnet_b4": _at("b4"),
-    "efficientnet_b5": _at("b5", **_TV_LARGE),
-    "efficientnet_b6": _at("b6", **_TV_LARGE),
-    "efficientnet_b7": _at("b7", **_TV_LARGE),
-    "efficientnet_b8": _at("b8"),
-    "efficientnet_l2": _at("l2"),
-    "efficientnet_lite0": _at("lite0"),
-    "efficientnet_lite1": _at("lite1"),
-    "efficientnet_lite2": _at("lite2"),
-    "efficientnet_lite3": _at("lite3", 300),
-    "efficientnet_lite4": _at("lite4", 380),
-    **{f"tf_efficientnet_{name}": _at(name, **_TF) for name in POINTS},
-    **{f"keras_efficientnetb{i}": _at(f"b{i}", **_TF) for i in range(8)},
+    "efficientnet_b0": _variant("b0"),
+    "efficientnet_b1": _variant("b1"),
+    "efficientnet_b2": _variant("b2", 288),
+    "efficientnet_b3": _variant("b3"),
+    "efficientnet_b4": _variant("b4"),
+    "efficientnet_b5": _variant("b5", **_TV_LARGE),
+    "efficientnet_b6": _variant("b6", **_TV_LARGE),
+    "efficientnet_b7": _variant("b7", **_TV_LARGE),
+    "efficientnet_b8": _variant("b8"),
+    "efficientnet_l2": _variant("l2"),
+    "efficientnet_lite0": _variant("lite0"),
+    "efficientnet_lite1": _variant("lite1"),
+    "efficientnet_lite2": _variant("lite2"),
+    "efficientnet_lite3": _variant("lite3", 300),
+    "efficientnet_lite4": _variant("lite4", 380),
+    **{f"tf_efficientnet_{name}": _variant(name, **_TF) for name in POINTS},
+    **{f"keras_efficientnetb{i}": _variant(f"b{i}", **_TF) for i in range(8)},
 }
 SOURCES = (
     {f"efficientnet_b{i}": ("torchvision",) for i in range(8)}

@@ -115,9 +115,9 @@ class HighwayNet(nn.Module):
         return layers.classify(self, x, dropout=dropout, paper=layers.gaussian(0.05))
 
 
-_IN_TURN = (1, 3, 1, 3, 1, 3, 1, 3, 1)  # after the plain 3x3 convolution
+_ALTERNATING = (1, 3, 1, 3, 1, 3, 1, 3, 1)  # after the plain 3x3 convolution
 
 VARIANTS = {  # layers: each stage's convolution and highway layers, the 1x1 convolution, the head
     "highway_19": partial(HighwayNet, widths=(32, 80, 128), windows=((3,) * 4, (3,) * 5, (3,) * 5)),
-    "highway_32": partial(HighwayNet, widths=(32, 64, 96), windows=(_IN_TURN,) * 3),
+    "highway_32": partial(HighwayNet, widths=(32, 64, 96), windows=(_ALTERNATING,) * 3),
 }

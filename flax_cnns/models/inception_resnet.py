@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax_cnns import layers
 from flax_cnns.models import inception_v4
 from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
-from flax_cnns.models.inception_v4 import SMALLEST, Branch, Convs, Mixed, beside
+from flax_cnns.models.inception_v4 import MIN_IMAGE_SIZE, Branch, Convs, Mixed, concat
 from flax_cnns.types import Array, Dtype, ModuleDef
 
 PAPER = inception_v4.PAPER
@@ -61,7 +61,7 @@ class ResidualBlock(nn.Module):
         branch = partial(Branch, conv=self.conv, norm=self.norm)
         ys = [branch(convs, name=f"branch{i}")(x) for i, convs in enumerate(self.branches, 1)]
         linear = self.conv(x.shape[-1], (1, 1), padding="VALID", use_bias=True, name="linear")
-        x = x + self.scale * linear(beside(*ys))
+        x = x + self.scale * linear(concat(*ys))
         return nn.relu(x) if self.relu else x
 
 
@@ -124,7 +124,7 @@ class InceptionResNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         xavier = layers.initializer("xavier")
         conv, norm = layers.building_blocks(
             self, train, paper=xavier, use_bias=self.norm == "none", epsilon=1e-3

@@ -34,7 +34,7 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1512.00567",
 )
 
-SMALLEST = 75  # the last reduction needs 3x3 maps
+MIN_IMAGE_SIZE = 75  # the last reduction needs 3x3 maps
 
 
 class BlockA(nn.Module):
@@ -184,7 +184,7 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
 
         def unit_of(std: float) -> ModuleDef:
             conv, norm = layers.building_blocks(

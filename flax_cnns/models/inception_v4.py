@@ -26,14 +26,14 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1602.07261",
 )
 
-SMALLEST = 75  # what leaves one pixel after the stem's three halvings and the two reductions
+MIN_IMAGE_SIZE = 75  # what leaves one pixel after the stem's three halvings and the two reductions
 
 # A convolution is (width, kernel), which keeps the size, or (width, kernel, stride), which does not
 # pad: "V" in the figures. A kernel is k or (height, width). A branch is convolutions in a row.
 Convs = Sequence[tuple]
 
 
-def beside(*xs: Array) -> Array:
+def concat(*xs: Array) -> Array:
     """The figures' "filter concat": [N H W C1], [N H W C2], ... -> [N H W C1 + C2 + ...]."""
     return jnp.concatenate(xs, axis=-1)
 
@@ -73,9 +73,9 @@ class Mixed(nn.Module):
         branch = partial(Branch, conv=self.conv, norm=self.norm)
         ys = [branch(convs, name=f"branch{i}")(x) for i, convs in enumerate(self.branches, 1)]
         if self.stride == 2:
-            return beside(*ys, layers.max_pool(x, 3, 2))
+            return concat(*ys, layers.max_pool(x, 3, 2))
         mean = layers.avg_pool(x, 3, 1, padding=1, count_padding=False)
-        return beside(*ys, branch(self.pooled, name="pool")(mean))
+        return concat(*ys, branch(self.pooled, name="pool")(mean))
 
 
 class Stem(nn.Module):
@@ -88,13 +88,13 @@ class Stem(nn.Module):
     def __call__(self, x: Array) -> Array:
         branch = partial(Branch, conv=self.conv, norm=self.norm)
         x = branch(((32, 3, 2), (32, 3, 1), (64, 3)), name="entry")(x)  # [N 147 147 64]
-        x = beside(layers.max_pool(x, 3, 2), branch(((96, 3, 2),), name="mixed_3a")(x))  # 73
+        x = concat(layers.max_pool(x, 3, 2), branch(((96, 3, 2),), name="mixed_3a")(x))  # 73
         long = ((64, 1), (64, (1, 7)), (64, (7, 1)), (96, 3, 1))
-        x = beside(  # [N 73 73 160] -> [N 71 71 192]
+        x = concat(  # [N 73 73 160] -> [N 71 71 192]
             branch(((64, 1), (96, 3, 1)), name="mixed_4a_branch1")(x),
             branch(long, name="mixed_4a_branch2")(x),
         )
-        return beside(branch(((192, 3, 2),), name="mixed_5a")(x), layers.max_pool(x, 3, 2))
+        return concat(branch(((192, 3, 2),), name="mixed_5a")(x), layers.max_pool(x, 3, 2))
 
 
 InceptionA = partial(  # figure 4: [N 35 35 384]
@@ -135,7 +135,7 @@ class InceptionC(nn.Module):
         y = branch(((384, 1),), name="branch2")(x)
         z = branch(((384, 1), (448, (3, 1)), (512, (1, 3))), name="branch3")(x)
         mean = layers.avg_pool(x, 3, 1, padding=1, count_padding=False)
-        return beside(
+        return concat(
             branch(((256, 1),), name="branch1")(x),
             branch(row, name="branch2_row")(y),
             branch(column, name="branch2_column")(y),
@@ -175,7 +175,7 @@ class InceptionV4(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         conv, norm = layers.building_blocks(
             self, train, paper=he_normal(), use_bias=self.norm == "none", epsilon=1e-3
         )

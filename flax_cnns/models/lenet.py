@@ -32,7 +32,7 @@ PAPER = Paper(
     url="http://yann.lecun.com/exdb/publis/pdf/lecun-98.pdf",
 )
 
-SMALLEST = 32  # C5's 5x5 window needs 5x5 maps of S4
+MIN_IMAGE_SIZE = 32  # C5's 5x5 window needs 5x5 maps of S4
 
 
 def paper_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
@@ -41,7 +41,7 @@ def paper_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def of_four(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+def paper_coefficient_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
     """The same for a coefficient that four inputs share."""
     return jax.random.uniform(key, shape, dtype, -2.4 / 4, 2.4 / 4)
 
@@ -67,7 +67,7 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         kernel_init = layers.initializer(self.kernel_init, paper=paper_init)
         given = dict(param_dtype=self.param_dtype, kernel_init=kernel_init)
         conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", dtype=self.dtype, **given)
@@ -109,7 +109,7 @@ DIGITS = """
 """
 
 
-def rbf_codes(num_classes: int) -> np.ndarray:
+def make_rbf_codes(num_classes: int) -> np.ndarray:
     """f32 [num_classes 84] of +1 (ink) and -1, row by row of the bitmap.
 
     Beyond the ten digits they are drawn at random, always the same ones: what the paper names as
@@ -179,14 +179,14 @@ class RBF(nn.Module):
     num_classes: int
 
     def __call__(self, x: Array) -> Array:
-        return -jnp.sum(jnp.square(x[:, None] - rbf_codes(self.num_classes)), axis=-1)
+        return -jnp.sum(jnp.square(x[:, None] - make_rbf_codes(self.num_classes)), axis=-1)
 
 
 class OriginalLeNet(nn.Module):
     """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 84] if it is None.
 
-    Logits are minus the squared distances of F6 to the codes of `rbf_codes`, so that softmax cross
-    entropy is the paper's equation 9 without its constant j, the "rubbish" class. At most ten
+    Logits are minus the squared distances of F6 to the codes of `make_rbf_codes`, so that softmax
+    cross entropy is the paper's equation 9 without its constant j, the "rubbish" class. At most ten
     classes are digits; further ones have random codes. `kernel_init="paper"` is appendix A, for
     the coefficients of S2 and S4 too (four inputs; else they start as a mean's); it does not speak
     of biases, which start at 0. Sizes and errors as in `LeNet`.
@@ -204,13 +204,13 @@ class OriginalLeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         kernel_init = layers.initializer(self.kernel_init, paper=paper_init)
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         given = dict(kernel_init=kernel_init, **dtypes)
         conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", **given)
         of_mean = nn.initializers.constant(1 / 4)
-        coefficient_init = of_four if self.kernel_init == "paper" else of_mean
+        coefficient_init = paper_coefficient_init if self.kernel_init == "paper" else of_mean
         subsampling = partial(Subsampling, coefficient_init, **dtypes)
         # In comments the shapes for 32x32.
         x = Squashed(partial(conv, 6), name="c1")(images)  # [N 28 28 6]

@@ -29,7 +29,7 @@ PAPER = Paper(
     year=2017,
     url="https://arxiv.org/abs/1704.04861",
 )
-STEM, WIDTHS = 32, (64, 128, 256, 512, 1024)  # of the first layer and of the stages
+STEM_WIDTH, STAGE_WIDTHS = 32, (64, 128, 256, 512, 1024)  # of the first layer and of the stages
 
 
 class Block(layers.SeparableConv):
@@ -81,8 +81,10 @@ class MobileNetV1(nn.Module):
         layers.check_images(images, self.input_size)
         conv, norm = layers.building_blocks(self, train)
         like = dict(norm=norm, activation=self.activation)
-        layers.check_stages(self.depths, WIDTHS)
-        first, *widths = (layers.round_width(n * self.width_mult) for n in (STEM, *WIDTHS))
+        layers.check_stages(self.depths, STAGE_WIDTHS)
+        first, *widths = (
+            layers.round_width(n * self.width_mult) for n in (STEM_WIDTH, *STAGE_WIDTHS)
+        )
         stem = partial(layers.ConvUnit, first, (3, 3), conv, stride=2, **like)
         x = stem(padding=layers.pad(self.padding, 3), name="stem")(images)  # H/2
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)

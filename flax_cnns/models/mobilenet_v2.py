@@ -53,7 +53,7 @@ TABLE_2 = (
     Row(6, 160, 3, 2),
     Row(6, 320, 1, 1),
 )
-STEM, TOP = 32, 1280  # widths in front of the stages and behind them
+STEM_WIDTH, TOP_WIDTH = 32, 1280  # widths in front of the stages and behind them
 
 
 class MobileNetV2(nn.Module):
@@ -98,7 +98,7 @@ class MobileNetV2(nn.Module):
         rows = [Row(*row) for row in self.table]
         conv, norm = layers.building_blocks(self, train)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
-        width = layers.round_width(STEM * self.width_mult)
+        width = layers.round_width(STEM_WIDTH * self.width_mult)
         x = unit(width, (3, 3), stride=2, padding=layers.pad(self.padding, 3), name="stem")(images)
         drops = layers.make_drops(self, [row.depth for row in rows], train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
@@ -113,7 +113,7 @@ class MobileNetV2(nn.Module):
                 zero_init=self.zero_init,
             )
             x = stage(block, conv, row.depth, row.stride, name=f"stage{i + 1}")(x, drops[i])
-        x = unit(layers.round_width(TOP * max(1.0, self.width_mult)), (1, 1), name="top")(x)
+        x = unit(layers.round_width(TOP_WIDTH * max(1.0, self.width_mult)), (1, 1), name="top")(x)
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         return layers.classify(self, x, dropout=dropout)
 

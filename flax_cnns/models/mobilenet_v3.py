@@ -74,7 +74,7 @@ SMALL = (  # table 2
     Row(5, 576, 96, True, HS, 1),
     Row(5, 576, 96, True, HS, 1),
 )
-STEM = 16  # width in front of the blocks
+STEM_WIDTH = 16  # width in front of the blocks
 
 
 class MobileNetV3(nn.Module):
@@ -119,7 +119,7 @@ class MobileNetV3(nn.Module):
         wide = lambda n: layers.round_width(n * self.width_mult)  # noqa: E731
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=HS)
         sides = layers.pad(self.padding, 3)
-        x = unit(wide(STEM), (3, 3), stride=2, padding=sides, name="stem")(images)  # H/2
+        x = unit(wide(STEM_WIDTH), (3, 3), stride=2, padding=sides, name="stem")(images)  # H/2
 
         def run(block: nn.Module, x: Array, drop: layers.Drop | None) -> Array:
             return block(x, drop)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_cnns import layers
-from flax_cnns.models.alexnet import ResponseNorm, parts
+from flax_cnns.models.alexnet import ResponseNorm, make_layers
 from flax_cnns.models.fields import Classes, Count, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, Paper
 
@@ -60,7 +60,7 @@ class ZFNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
-        conv, dense, head, _ = parts(self, bias=0)
+        conv, dense, head, _ = make_layers(self, bias=0)
         unit = partial(layers.ConvUnit, conv=conv)
         pool = partial(layers.MaxPool, 3, 2, ceil=True)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)

@@ -109,7 +109,7 @@ def efficientnet_lite(model: EfficientNet) -> list[tuple]:
         ("_bn1", "top/norm"),
         ("_fc", "head"),
     ]
-    depths, _, _ = model.scaled()
+    depths, _, _ = model.compute_sizes()
     places = [(i, j) for i, depth in enumerate(depths, 1) for j in range(1, depth + 1)]
     for number, (i, j) in enumerate(places):
         for k, part in enumerate(("expand", "depthwise", "project")):

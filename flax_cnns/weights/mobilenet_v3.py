@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from flax_cnns.models.mobilenet_v3 import STEM, MobileNetV3
+from flax_cnns.models.mobilenet_v3 import STEM_WIDTH, MobileNetV3
 from flax_cnns.weights.name_maps import keras_dense, keras_depthwise
 from flax_cnns.weights.resnet import dense
 
 
 def _expands(model: MobileNetV3) -> list[bool]:
     """Of each block, whether it is wider inside than what enters it."""
-    entering = [STEM, *(row.width for row in model.table)]
+    entering = [STEM_WIDTH, *(row.width for row in model.table)]
     return [row.inner != width for row, width in zip(model.table, entering)]
 
 

@@ -78,7 +78,11 @@ def test_squeeze_is_a_fourth_of_what_enters_the_block():
 def test_lite_has_fixed_ends_and_no_squeeze():
     """Lite4: factors 1.4 and 1.8 on all but stem, top, and the depths of both ends."""
     model = create_model("efficientnet_lite4")
-    assert model.scaled() == ([1, 4, 4, 6, 6, 8, 1], [24, 32, 56, 112, 160, 272, 448], [32, 1280])
+    assert model.compute_sizes() == (
+        [1, 4, 4, 6, 6, 8, 1],
+        [24, 32, 56, 112, 160, 272, 448],
+        [32, 1280],
+    )
     _, shapes = captured("efficientnet_lite4", 64)
     assert not [path for path in shapes if "/se" in path]
     assert shapes["stem"] == (2, 32, 32, 32)
@@ -108,7 +112,7 @@ def test_operations_double_with_phi():
         scale = compound_scale(phi)
         resolution = round(224 * scale.resolution_mult)
         return cost(
-            efficientnet.efficientnet(
+            efficientnet.make_efficientnet(
                 width_mult=scale.width_mult, depth_mult=scale.depth_mult, resolution=resolution
             )
         ).macs
@@ -129,15 +133,15 @@ def test_the_table_by_hand_is_where_it_says():
 
 
 def test_any_point():
-    model = efficientnet.efficientnet(width_mult=2.0, depth_mult=3.1, resolution=600)
+    model = efficientnet.make_efficientnet(width_mult=2.0, depth_mult=3.1, resolution=600)
     b7 = create_model("efficientnet_b7")
     assert model.input_size == (600, 600, 3)
-    assert model.scaled() == b7.scaled()
-    small = efficientnet.efficientnet(
+    assert model.compute_sizes() == b7.compute_sizes()
+    small = efficientnet.make_efficientnet(
         width_mult=0.5, depth_mult=0.5, resolution=32, num_classes=3, dropout=0.5
     )
     assert (small.num_classes, small.dropout) == (3, 0.5)
-    assert small.scaled() == ([1, 1, 1, 2, 2, 2, 1], [8, 16, 24, 40, 56, 96, 160], [16, 640])
+    assert small.compute_sizes() == ([1, 1, 1, 2, 2, 2, 1], [8, 16, 24, 40, 56, 96, 160], [16, 640])
 
 
 @pytest.mark.slow
@@ -195,9 +199,9 @@ def test_stochastic_depth_changes_no_name_and_needs_its_stream():
 
 def test_first_values_are_the_released_code_s():
     """A depthwise kernel's variance goes by its window, 2 / 9; by "he" it goes by C too."""
-    kernel = efficientnet.first_values(jax.random.key(0), (3, 3, 1, 4096))
+    kernel = efficientnet.paper_init(jax.random.key(0), (3, 3, 1, 4096))
     assert float(jnp.var(kernel)) == pytest.approx(2 / 9, rel=0.05)
-    kernel = efficientnet.first_values(jax.random.key(0), (1, 1, 64, 512))
+    kernel = efficientnet.paper_init(jax.random.key(0), (1, 1, 64, 512))
     assert float(jnp.var(kernel)) == pytest.approx(2 / 512, rel=0.05)
     assert create_model("tf_efficientnet_b0").kernel_init == "paper"
 

@@ -187,7 +187,7 @@ def test_units_are_squashed(original):
 
 def test_output_is_the_distance_to_a_bitmap(original):
     variables, images, seen = original
-    codes = lenet.rbf_codes(10)
+    codes = lenet.make_rbf_codes(10)
     assert codes.shape == (10, 84)
     assert set(codes.flat) == {-1.0, 1.0}
     distances = [[np.sum((f6 - code) ** 2) for code in codes] for f6 in seen["f6"]]
@@ -200,10 +200,10 @@ def test_output_is_the_distance_to_a_bitmap(original):
 
 
 def test_codes_of_other_numbers_of_classes():
-    digits, many = lenet.rbf_codes(10), lenet.rbf_codes(96)
-    np.testing.assert_array_equal(lenet.rbf_codes(4), digits[:4])
+    digits, many = lenet.make_rbf_codes(10), lenet.make_rbf_codes(96)
+    np.testing.assert_array_equal(lenet.make_rbf_codes(4), digits[:4])
     np.testing.assert_array_equal(many[:10], digits)
-    np.testing.assert_array_equal(many[:50], lenet.rbf_codes(50))
+    np.testing.assert_array_equal(many[:50], lenet.make_rbf_codes(50))
     assert set(many.flat) == {-1.0, 1.0}
     differing = (many[:, None] != many).sum(-1) + 84 * np.eye(96, dtype=int)
     assert differing.min() >= 5  # pixels between any two

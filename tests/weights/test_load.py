@@ -206,7 +206,7 @@ def test_every_tensor_of_the_lite_networks_has_its_place(name):
     shapes = pytree.flatten(
         jax.eval_shape(lambda: flax_cnns.init_variables(model, jax.random.key(0)))
     )
-    depths, _, _ = model.scaled()
+    depths, _, _ = model.compute_sizes()
     blocks = [f"stage{i}/block{j + 1}" for i, n in enumerate(depths, 1) for j in range(n)]
     parts = {"expand": 0, "depthwise": 1, "project": 2}
     layers = {

@@ -17,7 +17,7 @@ _V3 = mobilenet_v3.SMALL[:5]
 
 def _mobilenet_v3() -> Any:
     theirs = torchvision().models.mobilenetv3
-    entering = [mobilenet_v3.STEM, *(row.width for row in _V3)]
+    entering = [mobilenet_v3.STEM_WIDTH, *(row.width for row in _V3)]
     rows = []
     for row, width in zip(_V3, entering):
         name = "HS" if row.activation is mobilenet_v3.HS else "RE"

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_cnns import create_model, init_variables
 from flax_cnns import tree as pytree
-from flax_cnns.models.lenet import rbf_codes
+from flax_cnns.models.lenet import make_rbf_codes
 from flax_cnns.models.sparse_densenet import farthest_and_nearest
 from tests.models import foreign
 from tests.models.straight import (
@@ -316,6 +316,6 @@ def in_numpy(
     straight: Callable, tensors: Mapping[str, np.ndarray], images: np.ndarray, **given: Any
 ) -> Any:
     """f64; LeNet-5's bitmaps are constants of the network, not tensors."""
-    tensors = {**tensors, "codes": rbf_codes(10)}
+    tensors = {**tensors, "codes": make_rbf_codes(10)}
     tensors = {path: np.asarray(value, np.float64) for path, value in tensors.items()}
     return straight(tensors, images.astype(np.float64), **given)
