@@ -51,10 +51,10 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, images, *, train):
         norm = layers.make_norm("batch", train=train)
-        (drops,) = layers.make_drops(self, [self.depth], train)
+        (drops,) = layers.make_drop_paths(self, [self.depth], train)
         x = layers.Conv(self.width, (3, 3), name="stem")(images)
         for i in range(self.depth):
-            x = Block(norm, name=f"block{i + 1}")(x, layers.pick(drops, i))
+            x = Block(norm, name=f"block{i + 1}")(x, layers.for_block(drops, i))
             if i + 1 == self.depth // 2:
                 AuxHead(self.num_classes, name="aux1")(x, train)
         x = nn.Dropout(self.dropout, deterministic=not train)(layers.global_avg_pool(x))

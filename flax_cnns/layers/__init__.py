@@ -2,32 +2,32 @@
 
 from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head
-from flax_cnns.layers.cell import Cell, Edges, Recipe
+from flax_cnns.layers.cell import Cell, CellRecipe, PaddingRules
 from flax_cnns.layers.checks import check_fields, check_images, check_stages
 from flax_cnns.layers.conv import Conv, conv2d, inside_control_flow
 from flax_cnns.layers.drop_path import (
-    Drop,
+    DropPath,
     drop_rates,
-    fork,
-    make_drops,
+    for_block,
+    make_drop_paths,
     make_key,
-    pick,
     residual,
+    split_by_branch,
 )
 from flax_cnns.layers.fixup import fixup
-from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
+from flax_cnns.layers.fractal import ColumnDrop, draw_columns, fractal_join, keep_at_least_one
 from flax_cnns.layers.initializers import (
     caffe_xavier,
-    fan_out_or_window,
     gaussian,
+    get_head_initializer,
+    get_initializer,
     he,
-    head_initializer,
-    initializer,
+    tensorflow_fan_out,
 )
 from flax_cnns.layers.mbconv import (
     MBConv,
     SeparableConv,
-    pad,
+    resolve_padding,
     round_depth,
     round_width,
 )
@@ -50,19 +50,19 @@ from flax_cnns.layers.unit import AvgPool, ConvUnit, MaxPool
 __all__ = [
     "AvgPool",
     "Cell",
+    "CellRecipe",
     "CifarStem",
     "ColumnDrop",
     "Conv",
     "ConvUnit",
     "DeepStem",
-    "Drop",
-    "Edges",
+    "DropPath",
     "ImageNetStem",
     "MBConv",
     "MaxPool",
     "MultiHeadAttention",
     "NoNorm",
-    "Recipe",
+    "PaddingRules",
     "SAFPool",
     "SeparableConv",
     "Shake",
@@ -70,7 +70,6 @@ __all__ = [
     "SqueezeExcite",
     "Stage",
     "adaptive_avg_pool",
-    "at_least_one",
     "avg_pool",
     "building_blocks",
     "caffe_xavier",
@@ -82,30 +81,31 @@ __all__ = [
     "conv2d",
     "draw_columns",
     "drop_rates",
-    "fan_out_or_window",
     "fixup",
-    "fork",
+    "for_block",
+    "fractal_join",
     "gaussian",
+    "get_head_initializer",
+    "get_initializer",
     "global_avg_pool",
     "he",
-    "head_initializer",
-    "initializer",
     "inside_control_flow",
-    "join",
+    "keep_at_least_one",
     "local_response_norm",
-    "make_drops",
+    "make_drop_paths",
     "make_head",
     "make_key",
     "make_norm",
     "make_shake_drops",
     "make_shakes",
     "max_pool",
-    "pad",
-    "pick",
     "residual",
+    "resolve_padding",
     "round_depth",
     "round_width",
     "shake_drop",
     "shake_shake",
+    "split_by_branch",
     "split_by_stage",
+    "tensorflow_fan_out",
 ]

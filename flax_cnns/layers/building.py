@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_cnns.layers.checks import check_fields
 from flax_cnns.layers.conv import Conv
-from flax_cnns.layers.initializers import he, head_initializer, initializer, lecun
+from flax_cnns.layers.initializers import get_head_initializer, get_initializer, he, lecun
 from flax_cnns.layers.norm import make_norm
 from flax_cnns.layers.pool import global_avg_pool
 from flax_cnns.types import Array, Dtype, ModuleDef
@@ -40,7 +40,7 @@ def building_blocks(
     check_fields(network, "building_blocks", *asked, "kernel_init", "param_dtype", "axis_name")
     dtype = network.dtype if dtype is None else dtype
     types = dict(dtype=dtype, param_dtype=network.param_dtype)
-    kernel_init = initializer(network.kernel_init, paper=paper)
+    kernel_init = get_initializer(network.kernel_init, paper=paper)
     for field in ("momentum", "epsilon", "scale"):
         if hasattr(network, field):
             norm_fields.setdefault(field, getattr(network, field))
@@ -58,7 +58,7 @@ def make_head(network: nn.Module, paper: Callable = lecun) -> partial:
     Raises `UserError` for a network without the fields `kernel_init` and `param_dtype`.
     """
     check_fields(network, "make_head", "kernel_init", "param_dtype")
-    kernel_init = head_initializer(network.kernel_init, paper=paper)
+    kernel_init = get_head_initializer(network.kernel_init, paper=paper)
     return partial(
         nn.Dense, kernel_init=kernel_init, dtype=jnp.float32, param_dtype=network.param_dtype
     )
@@ -99,7 +99,7 @@ def classify_by_maps(
     check_fields(network, "classify_by_maps", "num_classes", "kernel_init", "param_dtype")
     if network.num_classes is None:
         return global_avg_pool(x)
-    kernel_init = head_initializer(network.kernel_init, paper=paper)
+    kernel_init = get_head_initializer(network.kernel_init, paper=paper)
     head = partial(Conv, dtype=jnp.float32, param_dtype=network.param_dtype)
     x = head(network.num_classes, (1, 1), kernel_init=kernel_init, name="head")(x)
     return global_avg_pool(x if activation is None else activation(x))

@@ -21,23 +21,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.layers.drop_path import Drop, residual
-from flax_cnns.layers.mbconv import SeparableConv, pad
+from flax_cnns.layers.drop_path import DropPath, residual
+from flax_cnns.layers.mbconv import SeparableConv, resolve_padding
 from flax_cnns.layers.pool import avg_pool, max_pool
 from flax_cnns.types import Array, ModuleDef
 
 
-class Recipe(NamedTuple):
+class CellRecipe(NamedTuple):
     """A cell. Inputs are "x", the last cell's output, "p", the one's before, and rows from "1"."""
 
     rows: Sequence[tuple[str, str, str, str]]  # OPERATIONS and their inputs, left and right
     output: Sequence[str]
 
 
-class Edges(NamedTuple):
+class PaddingRules(NamedTuple):
     """What is around the maps."""
 
-    padding: str  # of convolutions and poolings: mbconv.pad
+    padding: str  # of convolutions and poolings: mbconv.resolve_padding
     zero_pools: Sequence[str]  # "max", "mean": those of stride 2 take the padding for zeros
 
 
@@ -45,16 +45,16 @@ class Separable(nn.Module):
     """ReLU, depthwise, 1x1, norm, twice: [N H W C] -> [N H/stride W/stride width]."""
 
     width: int
-    kernel: int
+    kernel_size: int
     conv: ModuleDef
     norm: ModuleDef
-    edges: Edges
+    padding_rules: PaddingRules
     stride: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        unit = partial(SeparableConv, self.width, self.conv, self.kernel)
-        unit = partial(unit, padding=self.edges.padding)
+        unit = partial(SeparableConv, self.width, self.conv, self.kernel_size)
+        unit = partial(unit, padding=self.padding_rules.padding)
         x = unit(stride=self.stride, name="conv1")(nn.relu(x))
         x = nn.relu(self.norm(name="norm1")(x))
         return self.norm(name="norm2")(unit(name="conv2")(x))
@@ -67,13 +67,13 @@ class Pool(nn.Module):
     kind: str  # "max" or "mean"
     conv: ModuleDef
     norm: ModuleDef
-    edges: Edges
+    padding_rules: PaddingRules
     stride: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        padding = pad(self.edges.padding, 3)
-        if self.stride > 1 and self.kind in self.edges.zero_pools:
+        padding = resolve_padding(self.padding_rules.padding, 3)
+        if self.stride > 1 and self.kind in self.padding_rules.zero_pools:
             pads = [(1, 1)] * 2
             if padding == "SAME":
                 pads = lax.padtype_to_pads(x.shape[1:3], (3, 3), [self.stride] * 2, padding)
@@ -106,7 +106,7 @@ class Identity(nn.Module):
     width: int
     conv: ModuleDef
     norm: ModuleDef
-    edges: Edges
+    padding_rules: PaddingRules
     stride: int = 1
 
     @nn.compact
@@ -135,7 +135,7 @@ class FactorizedReduction(nn.Module):
 
 OPERATIONS = {
     "identity": Identity,
-    **{f"separable{k}": partial(Separable, kernel=k) for k in (3, 5, 7)},
+    **{f"separable{k}": partial(Separable, kernel_size=k) for k in (3, 5, 7)},
     "max3": partial(Pool, kind="max"),
     "mean3": partial(Pool, kind="mean"),
 }
@@ -151,14 +151,14 @@ class Cell(nn.Module):
     """
 
     width: int
-    recipe: Recipe
+    recipe: CellRecipe
     conv: ModuleDef
     norm: ModuleDef
-    edges: Edges
+    padding_rules: PaddingRules
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x: Array, p: Array | None, drop: Drop | None = None) -> Array:
+    def __call__(self, x: Array, p: Array | None, drop: DropPath | None = None) -> Array:
         given = dict(conv=self.conv, norm=self.norm)
         states = {"x": Squeeze(self.width, **given, name="squeeze")(x)}
         if p is None:
@@ -179,7 +179,7 @@ class Cell(nn.Module):
                     OPERATIONS[operation],
                     self.width,
                     stride=self.stride if source in ("x", "p") else 1,
-                    edges=self.edges,
+                    padding_rules=self.padding_rules,
                     name=f"block{i}_{side}",
                     **given,
                 )
@@ -195,6 +195,6 @@ class Cell(nn.Module):
         return jnp.concatenate(parts, axis=-1)
 
 
-def _own(drop: Drop, i: int) -> Drop:
+def _own(drop: DropPath, i: int) -> DropPath:
     """The cell's rate, and a key for its i-th operation alone."""
     return drop.replace(key=None if drop.key is None else jax.random.fold_in(drop.key, i))

@@ -9,9 +9,9 @@ import flax.linen as nn
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
-MOST_CHANNELS = 4  # of images that people hold with their channels last: gray, RGB, RGB and alpha
-# The fields that layers take from a network, as its class would say them.
-FIELDS = {
+MAX_IMAGE_CHANNELS = 4  # RGB and alpha
+# The fields that functions of `layers` read from a network, as its class would declare them.
+FIELD_DECLARATIONS = {
     "axis_name": "str | None = None",
     "backward": 'str = "shake"',
     "drop_path": "float = 0.0",
@@ -40,7 +40,7 @@ def check_images(images: Array, input_size: Sequence[int], smallest: int = 1) ->
         raise UserError(f"expected images [N H W C], got the shape {tuple(images.shape)}")
     _, height, width, channels = images.shape
     if channels != input_size[-1]:
-        if height == input_size[-1] and channels > MOST_CHANNELS:
+        if height == input_size[-1] and channels > MAX_IMAGE_CHANNELS:
             raise UserError(
                 "images are [N H W C]: transpose (0, 2, 3, 1); expected "
                 f"{input_size[-1]} channels last, got the shape {tuple(images.shape)}"
@@ -66,11 +66,13 @@ def check_stages(depths: Sequence[int], widths: Sequence[int]) -> None:
 
 
 def check_fields(network: nn.Module, asker: str, *names: str) -> None:
-    """Raises `UserError` for the first of the fields, keys of FIELDS, that `network` lacks; `asker`
-    is the function that takes them from it."""
+    """Raises `UserError` for the first of the fields `names` that `network` lacks.
+
+    `names` are keys of FIELD_DECLARATIONS. `asker` is the function of `layers` that reads them.
+    """
     for name in names:
         if not hasattr(network, name):
             raise UserError(
                 f"{type(network).__name__} has no field {name!r}, which layers.{asker} takes from "
-                f"the network: add `{name}: {FIELDS[name]}` to its class"
+                f"the network: add `{name}: {FIELD_DECLARATIONS[name]}` to its class"
             )

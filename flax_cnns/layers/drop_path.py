@@ -1,8 +1,9 @@
 """Residual branches that are dropped at random: stochastic depth, and drop-path image by image.
 
 A network has the fields `drop_path` (the last block's rate of dropping; its survival is 1 - that),
-`drop_path_mode` and `drop_path_schedule`; `make_drops` turns them into one `Drop` a stage, `Stage`
-hands each block its own, and the block says `residual(shortcut, branch, self, x, drop)`.
+`drop_path_mode` and `drop_path_schedule`. `make_drop_paths` makes one `DropPath` for each stage of
+them, `Stage` hands each block its own, and the block calls
+`residual(shortcut, branch, self, x, drop)`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ DROP_MODES = ("batch", "sample")
 
 
 @flax.struct.dataclass
-class Drop:
+class DropPath:
     """What blocks are told about dropping their branches; `rate` and `key` have an axis of blocks
-    until `Stage` or `pick` takes one of them."""
+    until `Stage` or `for_block` takes one of them."""
 
     rate: Array  # f32: of dropping
     key: Array | None  # None: evaluation
@@ -58,8 +59,10 @@ def drop_rates(rate: float, depth: int, schedule: str = "linear") -> np.ndarray:
     return DROP_SCHEDULES[schedule](rate, depth).astype(np.float32)
 
 
-def make_drops(network: nn.Module, depths: Sequence[int], train: bool) -> list[Drop | None]:
-    """A `Drop` for each stage of `depths` blocks, by the network's fields; None where all stay.
+def make_drop_paths(
+    network: nn.Module, depths: Sequence[int], train: bool
+) -> list[DropPath | None]:
+    """A `DropPath` for each stage of `depths` blocks, by the network's fields; None where all stay.
 
     `drop_path_mode="batch"` is stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382):
     one decision a block and step, out of the stream "shared", which is the same on all devices,
@@ -73,7 +76,7 @@ def make_drops(network: nn.Module, depths: Sequence[int], train: bool) -> list[D
     missing.
     """
     fields = ("drop_path", "drop_path_mode", "drop_path_schedule")
-    check_fields(network, "make_drops", *fields)
+    check_fields(network, "make_drop_paths", *fields)
     if network.drop_path_mode not in DROP_MODES:
         hint = did_you_mean(network.drop_path_mode, DROP_MODES)
         raise UserError(f"unknown drop_path_mode {network.drop_path_mode!r}{hint}")
@@ -84,16 +87,16 @@ def make_drops(network: nn.Module, depths: Sequence[int], train: bool) -> list[D
     if train and not network.is_initializing():
         stream = {"batch": "shared", "sample": "dropout"}[network.drop_path_mode]
         keys = jax.random.split(make_key(network, stream), sum(depths))
-    all_blocks = Drop(jnp.asarray(rates), keys, network.drop_path_mode)
+    all_blocks = DropPath(jnp.asarray(rates), keys, network.drop_path_mode)
     return split_by_stage(all_blocks, depths)
 
 
-def pick(drop: Drop | None, i: int) -> Drop | None:
+def for_block(drop: DropPath | None, i: int) -> DropPath | None:
     """The i-th block's, from 0, for who calls blocks without `Stage`."""
     return jax.tree.map(lambda a: a[i], drop)
 
 
-def fork(drop: Drop | None, n: int) -> list[Drop | None]:
+def split_by_branch(drop: DropPath | None, n: int) -> list[DropPath | None]:
     """For the `n` branches of one block: the same rate, a decision each."""
     if drop is None or drop.key is None:
         return [drop] * n
@@ -105,7 +108,7 @@ def residual(
     branch: Callable[[nn.Module, Array], Array],
     block: nn.Module,
     x: Array,
-    drop: Drop | None,
+    drop: DropPath | None,
 ) -> Array:
     """`shortcut + branch(block, x)`, the branch dropped as `drop` says.
 

@@ -38,11 +38,11 @@ class ColumnDrop:
             key = jax.random.fold_in(key, number)
         columns = jnp.arange(first, last + 1).reshape(-1, *[1] * self.column.ndim)
         chosen = columns == self.column
-        kept = jnp.where(self.column == 0, at_least_one(key, self.rate, shape), chosen)
+        kept = jnp.where(self.column == 0, keep_at_least_one(key, self.rate, shape), chosen)
         return kept | ~kept.any(axis=0)
 
 
-def at_least_one(key: Array, rate: float, shape: Sequence[int]) -> Array:
+def keep_at_least_one(key: Array, rate: float, shape: Sequence[int]) -> Array:
     """bool [inputs ...]: each input is dropped with the rate; where all would be, one stays."""
     each, one = jax.random.split(key)
     kept = jax.random.bernoulli(each, 1 - rate, shape)
@@ -81,7 +81,7 @@ def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> 
     return ColumnDrop(jnp.where(is_global, chosen, 0), key, network.drop_path)
 
 
-def join(inputs: Sequence[Array], keep: Array | None = None) -> Array:
+def fractal_join(inputs: Sequence[Array], keep: Array | None = None) -> Array:
     """The mean of what is kept: [N H W C], as many as `keep` [inputs] or [inputs N] is long."""
     if keep is None:
         return sum(inputs) / len(inputs)

@@ -29,7 +29,7 @@ xavier = variance_scaling(1.0, "fan_avg", "uniform")
 caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
 
 
-def fan_out_or_window(distribution: str) -> Callable:
+def tensorflow_fan_out(distribution: str) -> Callable:
     """Variance 2 / fan_out, and 2 / k^2 for a depthwise kernel [k k 1 C], whose fan-out TensorFlow
     counts so: the released EfficientNet's ("normal") and slim's ("truncated_normal").
 
@@ -60,7 +60,7 @@ INITIALIZERS = {
 }
 
 
-def initializer(init: str | Callable, paper: Callable | None = None) -> Callable:
+def get_initializer(init: str | Callable, paper: Callable | None = None) -> Callable:
     """`"he"` -> the function (key, shape, dtype) -> kernel; a function stays what it is.
 
     `paper` is what `"paper"` means for a network. Raises `UserError` for an unknown name.
@@ -73,7 +73,7 @@ def initializer(init: str | Callable, paper: Callable | None = None) -> Callable
     return known[init]
 
 
-def head_initializer(init: str | Callable, paper: Callable) -> Callable:
+def get_head_initializer(init: str | Callable, paper: Callable) -> Callable:
     """Of the layer that gives the classes: `paper` where `init` is "paper", else "lecun".
 
     He's variance, 2 / fan_out, would start few classes with logits far from zero.

@@ -1,6 +1,6 @@
 """Depthwise convolutions and what is built of them; and how widths and depths are rounded.
 
-Of TensorFlow's and PyTorch's padding a network has the field `padding`: `pad` says what it means.
+A network's field `padding` selects TensorFlow's or PyTorch's padding: `resolve_padding`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.layers.drop_path import Drop, residual
+from flax_cnns.layers.drop_path import DropPath, residual
 from flax_cnns.layers.norm import NoNorm
 from flax_cnns.types import Array, ModuleDef
 
 PADDINGS = ("torch", "same")
 
 
-def pad(padding: str, kernel: int) -> int | str:
+def resolve_padding(padding: str, kernel_size: int) -> int | str:
     """What `Conv` takes as `padding`, of a kernel of odd size; sizes round up either way.
 
-    `"torch"`: as much on both sides, (kernel - 1) / 2. `"same"`: TensorFlow's, no more than is
+    `"torch"`: as much on both sides, (kernel_size - 1) / 2. `"same"`: TensorFlow's, no more than is
     needed, which at stride 2 and an even size is one row less in front. Raises `UserError` for
     another name.
     """
     if padding not in PADDINGS:
         raise UserError(f"unknown padding {padding!r}{did_you_mean(padding, PADDINGS)}")
-    return (kernel - 1) // 2 if padding == "torch" else "SAME"
+    return (kernel_size - 1) // 2 if padding == "torch" else "SAME"
 
 
 def round_width(width: float, divisor: int = 8) -> int:
@@ -60,7 +60,7 @@ def _depthwise(
     conv: ModuleDef,
     x: Array,
     *,
-    kernel: int,
+    kernel_size: int,
     stride: int,
     padding: str,
     depth_multiplier: int = 1,
@@ -69,9 +69,9 @@ def _depthwise(
     channels = x.shape[-1]
     return conv(
         channels * depth_multiplier,
-        (kernel, kernel),
+        (kernel_size, kernel_size),
         strides=stride,
-        padding=pad(padding, kernel),
+        padding=resolve_padding(padding, kernel_size),
         feature_group_count=channels,
         name="depthwise",
     )(x)
@@ -88,19 +88,19 @@ class SeparableConv(nn.Module):
 
     width: int
     conv: ModuleDef
-    kernel: int = 3
+    kernel_size: int = 3
     stride: int = 1
     depth_multiplier: int = 1
     norm: ModuleDef = NoNorm  # behind the depthwise one
     activation: Callable | None = None  # behind that
-    padding: str = "torch"  # or "same": `pad`
+    padding: str = "torch"  # or "same": `resolve_padding`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = _depthwise(
             self.conv,
             x,
-            kernel=self.kernel,
+            kernel_size=self.kernel_size,
             stride=self.stride,
             padding=self.padding,
             depth_multiplier=self.depth_multiplier,
@@ -124,17 +124,17 @@ class MBConv(nn.Module):
     stride: int = 1
     expansion: float = 6  # inner channels / C
     inner: int | None = None  # that many inner channels, whatever the expansion
-    kernel: int = 3
+    kernel_size: int = 3
     activation: Callable = nn.relu6
     # A SqueezeExcite that lacks its `inner`, which is `squeeze`; None: a fourth of C, the channels
     # that enter the block (EfficientNet).
     se: ModuleDef | None = None
     squeeze: int | None = None
-    padding: str = "torch"  # or "same": `pad`
+    padding: str = "torch"  # or "same": `resolve_padding`
     zero_init: bool = False  # the last scale starts at 0, where there is a shortcut
 
     @nn.compact
-    def __call__(self, x: Array, drop: Drop | None = None) -> Array:
+    def __call__(self, x: Array, drop: DropPath | None = None) -> Array:
         channels = x.shape[-1]
         inner = self.inner or round(channels * self.expansion)
         shortcut = self.stride == 1 and channels == self.width
@@ -146,7 +146,7 @@ class MBConv(nn.Module):
                 x = self.conv(inner, (1, 1), padding=0, name="expand")(x)
                 x = self.activation(self.norm(name="expand_norm")(x))
             x = _depthwise(
-                self.conv, x, kernel=self.kernel, stride=self.stride, padding=self.padding
+                self.conv, x, kernel_size=self.kernel_size, stride=self.stride, padding=self.padding
             )
             x = self.activation(self.norm(name="depthwise_norm")(x))
             if self.se is not None:

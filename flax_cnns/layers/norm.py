@@ -16,7 +16,7 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, Dtype, ModuleDef
 
 NORMS = ("batch", "group", "layer", "channel", "none")
-_GROUP = 16  # channels
+_GROUP_SIZE = 16  # channels
 # Flax's methods without the wrapper that interceptors and captured outputs see: called through
 # `super()`, a norm would appear twice.
 _batch_norm = inspect.unwrap(nn.BatchNorm.__call__)
@@ -68,7 +68,7 @@ def make_norm(
         return partial(
             GroupNorm,
             num_groups=None,
-            group_size=_GROUP,
+            group_size=_GROUP_SIZE,
             epsilon=epsilon,
             use_scale=scale,
             dtype=dtype,
@@ -109,7 +109,7 @@ class OneValueError(UserError):
         self.path, self.shape = path, shape
 
 
-def check_values(layer: nn.BatchNorm, x: Array) -> None:
+def check_value_count(layer: nn.BatchNorm, x: Array) -> None:
     """Raises `OneValueError` unless `layer` normalizes two values per channel or more of `x`, over
     all devices if it has an `axis_name`."""
     axes = (layer.axis,) if isinstance(layer.axis, int) else layer.axis
@@ -124,14 +124,14 @@ def _name(layer: nn.Module) -> str:
     return "/".join(layer.path) or "the network"
 
 
-def checking() -> Any:
+def check_batch_norms() -> Any:
     """A context in which Flax's own BatchNorm raises `OneValueError`, too."""
 
     def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
         layer = at.module
         trains = isinstance(layer, nn.BatchNorm) and layer.use_running_average is False
         if trains and at.method_name == "__call__":
-            check_values(layer, args[0])
+            check_value_count(layer, args[0])
         return function(*args, **kwargs)
 
     return nn.intercept_methods(call)
@@ -145,7 +145,7 @@ class BatchNorm(nn.BatchNorm):
     def __call__(self, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
         keeps = self.use_running_average if use_running_average is None else use_running_average
         if not keeps and not self.is_initializing():
-            check_values(self, x)
+            check_value_count(self, x)
             if not self.is_mutable_collection("batch_stats"):
                 raise UserError(
                     f"train=True moves the running statistics of {_name(self)}: expected "

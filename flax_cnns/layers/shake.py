@@ -118,7 +118,7 @@ def shake_shake(x1: Array, x2: Array, shake: Shake | None) -> Array:
 @flax.struct.dataclass
 class ShakeDrop:
     """How blocks disturb their branch; `rate` and `keys` have an axis of blocks until `Stage` or
-    `pick` takes one of them."""
+    `for_block` takes one of them."""
 
     rate: Array  # f32: of b = 0, disturbing
     keys: tuple[Array, Array] | None  # of b, of alpha and beta; None: evaluation

@@ -15,7 +15,7 @@ class ConvUnit(nn.Module):
     """Convolution, norm, activation: [N H W C] -> [N H' W' width]."""
 
     width: int
-    window: tuple[int, int]
+    kernel_size: tuple[int, int]
     conv: ModuleDef
     norm: ModuleDef = NoNorm
     stride: int = 1
@@ -25,7 +25,7 @@ class ConvUnit(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         conv = self.conv(
-            self.width, self.window, strides=self.stride, padding=self.padding, name="conv"
+            self.width, self.kernel_size, strides=self.stride, padding=self.padding, name="conv"
         )
         return self.activation(self.norm(name="norm")(conv(x)))
 

@@ -51,7 +51,7 @@ def make_layers(net: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Call
     identity without classes), and the initializer of those biases that in the paper start from
     `bias`, hidden fully connected layers' among them."""
     paper = layers.gaussian(0.01)
-    kernel_init = layers.initializer(net.kernel_init, paper=paper)
+    kernel_init = layers.get_initializer(net.kernel_init, paper=paper)
     bias_init = nn.initializers.constant(bias if net.kernel_init == "paper" else 0.0)
     given = dict(dtype=net.dtype, param_dtype=net.param_dtype, kernel_init=kernel_init)
     dense = partial(nn.Dense, bias_init=bias_init, **given)

@@ -114,7 +114,7 @@ class AllCNN(nn.Module):
             raise UserError(f"unknown form {self.form!r}{did_you_mean(self.form, FORMS)}")
         # 9 pixels are 5, then 3 after the stages: as many as the last 3x3 window needs.
         layers.check_images(images, self.input_size, 1 if self.last_padding else 9)
-        paper = layers.initializer("xavier")
+        paper = layers.get_initializer("xavier")
         conv, _ = layers.building_blocks(self, train, paper=paper, use_bias=True)
         drop = partial(nn.Dropout, deterministic=not train)
         *widths, last = self.widths

@@ -90,7 +90,7 @@ class Unit(nn.Module):
     stride: int | None = None  # the first unit of a stage, and it alone, is given one
 
     @nn.compact
-    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+    def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
         order, count, wide = self.order, len(self.windows), self.expansion * self.width
         first, stride = self.stride is not None, self.stride or 1
         if first:
@@ -139,7 +139,7 @@ class CifarPreAct(nn.Module):
     # head
     num_classes: Classes | None = 10
     # regularization
-    drop_path: Rate = 0.0  # of the last unit: layers.make_drops
+    drop_path: Rate = 0.0  # of the last unit: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
@@ -162,7 +162,7 @@ class CifarPreAct(nn.Module):
         order = ORDERS[self.order]
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.widths[0], conv, norm, order, name="stem")(images)
-        drops = layers.make_drops(self, self.depths, train)
+        drops = layers.make_drop_paths(self, self.depths, train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
             unit = partial(

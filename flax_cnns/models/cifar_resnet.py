@@ -48,7 +48,7 @@ class CifarResNet(nn.Module):
     # head
     num_classes: Classes | None = 10
     # regularization
-    drop_path: Rate = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drops
+    drop_path: Rate = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     shake_drop: Rate = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
@@ -81,7 +81,7 @@ class CifarResNet(nn.Module):
             depth = BasicBlock.branch_depth
             conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=depth)
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)
-        drops = layers.make_drops(self, self.depths, train)
+        drops = layers.make_drop_paths(self, self.depths, train)
         shake_drops = layers.make_shake_drops(self, self.depths, train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         given = dict(norm=norm, shortcut=self.shortcut, zero_init=self.zero_init)

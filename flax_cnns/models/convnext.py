@@ -63,7 +63,7 @@ class Block(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+    def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
         def branch(block: Block, x: Array) -> Array:
             width = x.shape[-1]
             depthwise = partial(block.conv, feature_group_count=width, name="depthwise")
@@ -96,7 +96,7 @@ class ConvNeXt(nn.Module):
     # head
     num_classes: Classes | None = 1000
     # regularization
-    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
     # numerics
@@ -116,7 +116,7 @@ class ConvNeXt(nn.Module):
         given = dict(paper=layers.gaussian(0.02), use_bias=True)
         conv, norm = layers.building_blocks(self, train, **given)
         x = Stem(self.width, conv, norm, name="stem")(images)  # H/4
-        drops = layers.make_drops(self, self.depths, train)
+        drops = layers.make_drop_paths(self, self.depths, train)
         block = partial(
             Block,
             norm=norm,

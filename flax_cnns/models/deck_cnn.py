@@ -47,7 +47,7 @@ class DeckCNN(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
-        keras = layers.initializer("xavier")
+        keras = layers.get_initializer("xavier")
         conv, _ = layers.building_blocks(self, train, paper=keras, use_bias=True)
         unit = partial(layers.ConvUnit, 32, (3, 3), conv, padding="VALID")
         x = unit(name="conv1")(images)  # [N 30 30 32]

@@ -97,7 +97,7 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
 
 
 # `kernel_init="paper"`: the released code's.
-paper_init = layers.fan_out_or_window("normal")
+paper_init = layers.tensorflow_fan_out("normal")
 paper_head_init = variance_scaling(1 / 3, "fan_out", "uniform")  # within 1 / sqrt(classes)
 
 
@@ -116,14 +116,14 @@ class EfficientNet(nn.Module):
     fixed_ends: bool = False  # Lite: widths of stem and top stay, depths of first and last stage
     activation: Callable = nn.silu
     se: ModuleDef | None = layers.SqueezeExcite  # to a fourth of a block's own input; None: Lite
-    padding: str = "torch"  # or "same": layers.pad
+    padding: str = "torch"  # or "same": layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"  # or of layers.make_norm's those that its widths allow: not "group"
     # head
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.2  # of the pooled features
-    drop_path: Rate = 0.2  # the last block's rate of dropping, nearly: layers.make_drops
+    drop_path: Rate = 0.2  # the last block's rate of dropping, nearly: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
     # numerics
@@ -152,15 +152,15 @@ class EfficientNet(nn.Module):
         first, *strides = self.strides
         conv, norm = layers.building_blocks(self, train, paper=paper_init)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
-        sides = layers.pad(self.padding, 3)
-        stem_init = layers.initializer(self.kernel_init, paper=layers.he)
+        sides = layers.resolve_padding(self.padding, 3)
+        stem_init = layers.get_initializer(self.kernel_init, paper=layers.he)
         stem = partial(unit, conv=partial(conv, kernel_init=stem_init))
         x = stem(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
-        drops = layers.make_drops(self, depths, train)
+        drops = layers.make_drop_paths(self, depths, train)
         se = self.se and partial(
             self.se,
             activation=self.activation,
-            kernel_init=layers.initializer(self.kernel_init, paper=paper_init),
+            kernel_init=layers.get_initializer(self.kernel_init, paper=paper_init),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -171,7 +171,7 @@ class EfficientNet(nn.Module):
                 widths[i],
                 norm=norm,
                 expansion=row.expansion,
-                kernel=row.kernel,
+                kernel_size=row.kernel,
                 activation=self.activation,
                 se=se,
                 padding=self.padding,

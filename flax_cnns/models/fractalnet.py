@@ -98,7 +98,7 @@ class Block(nn.Module):
                 return [first]
             kept, rest = keep(column + 1, 2 * i - 1), None if needed is None else needed[1:]
             half = None if needed is None else kept & rest.any()
-            x = layers.join(paths(column + 1, 2 * i - 1, x, half), kept)
+            x = layers.fractal_join(paths(column + 1, 2 * i - 1, x, half), kept)
             return [first, *paths(column + 1, 2 * i, x, rest)]
 
         if self.column is not None:
@@ -107,7 +107,7 @@ class Block(nn.Module):
             return pool(x)
         kept = keep(1, 1)
         whole = drop is not None and drop.column.ndim == 0
-        return layers.join([pool(y) for y in paths(1, 1, x, kept if whole else None)], kept)
+        return layers.fractal_join([pool(y) for y in paths(1, 1, x, kept if whole else None)], kept)
 
 
 class FractalNet(nn.Module):

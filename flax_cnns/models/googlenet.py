@@ -163,7 +163,7 @@ class GoogLeNet(nn.Module):
         conv = partial(conv, bias_init=bias_init)
         dense = partial(
             nn.Dense,
-            kernel_init=layers.initializer(self.kernel_init, paper=xavier),
+            kernel_init=layers.get_initializer(self.kernel_init, paper=xavier),
             bias_init=bias_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -125,7 +125,7 @@ class InceptionResNetV2(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
-        xavier = layers.initializer("xavier")
+        xavier = layers.get_initializer("xavier")
         conv, norm = layers.building_blocks(
             self, train, paper=xavier, use_bias=self.norm == "none", epsilon=1e-3
         )

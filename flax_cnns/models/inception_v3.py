@@ -63,7 +63,7 @@ class BlockB(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        down = partial(self.unit, window=(3, 3), stride=2, padding="VALID")
+        down = partial(self.unit, kernel_size=(3, 3), stride=2, padding="VALID")
         three = down(384, name="branch3x3")(x)
         double = self.unit(64, (1, 1), name="branch3x3dbl_1")(x)
         double = self.unit(96, (3, 3), name="branch3x3dbl_2")(double)
@@ -100,7 +100,7 @@ class BlockD(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        down = partial(self.unit, window=(3, 3), stride=2, padding="VALID")
+        down = partial(self.unit, kernel_size=(3, 3), stride=2, padding="VALID")
         three = self.unit(192, (1, 1), name="branch3x3_1")(x)
         three = down(320, name="branch3x3_2")(three)
         seven = self.unit(192, (1, 1), name="branch7x7x3_1")(x)

@@ -188,7 +188,7 @@ class InceptionV4(nn.Module):
         x = ReductionB(conv=conv, norm=norm, name="reduction_b")(x)  # [N 8 8 1536]
         x = stage(c, depth=self.depths[2], name="inception_c")(x)
         dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
-        return layers.classify(self, x, paper=layers.initializer("xavier"), dropout=dropout)
+        return layers.classify(self, x, paper=layers.get_initializer("xavier"), dropout=dropout)
 
 
 VARIANTS = {"inception_v4": partial(InceptionV4)}

@@ -68,7 +68,7 @@ class LeNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
-        kernel_init = layers.initializer(self.kernel_init, paper=paper_init)
+        kernel_init = layers.get_initializer(self.kernel_init, paper=paper_init)
         given = dict(param_dtype=self.param_dtype, kernel_init=kernel_init)
         conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", dtype=self.dtype, **given)
         # In comments the shapes for 32x32.
@@ -205,7 +205,7 @@ class OriginalLeNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
-        kernel_init = layers.initializer(self.kernel_init, paper=paper_init)
+        kernel_init = layers.get_initializer(self.kernel_init, paper=paper_init)
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         given = dict(kernel_init=kernel_init, **dtypes)
         conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", **given)

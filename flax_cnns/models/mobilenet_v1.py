@@ -58,7 +58,7 @@ class MobileNetV1(nn.Module):
     depths: Counts = (1, 2, 2, 6, 2)  # of the stages; all but the first halve
     depth_multiplier: Count = 1  # maps that a depthwise convolution makes of each channel
     activation: Callable = nn.relu6
-    padding: str = "torch"  # or "same", TensorFlow's: layers.pad
+    padding: str = "torch"  # or "same", TensorFlow's: layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
     # head
@@ -86,7 +86,7 @@ class MobileNetV1(nn.Module):
             layers.round_width(n * self.width_mult) for n in (STEM_WIDTH, *STAGE_WIDTHS)
         )
         stem = partial(layers.ConvUnit, first, (3, 3), conv, stride=2, **like)
-        x = stem(padding=layers.pad(self.padding, 3), name="stem")(images)  # H/2
+        x = stem(padding=layers.resolve_padding(self.padding, 3), name="stem")(images)  # H/2
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         like |= dict(padding=self.padding, depth_multiplier=self.depth_multiplier)
         for i, (width, depth) in enumerate(zip(widths, self.depths), 1):  # H/2 to H/32

@@ -67,14 +67,14 @@ class MobileNetV2(nn.Module):
     width_mult: Factor = 1.0
     table: Sequence[Row] = TABLE_2
     activation: Callable = nn.relu6
-    padding: str = "torch"  # or "same", TensorFlow's: layers.pad
+    padding: str = "torch"  # or "same", TensorFlow's: layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
     # head
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.2  # of the pooled features
-    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
+    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
     # numerics
@@ -99,8 +99,9 @@ class MobileNetV2(nn.Module):
         conv, norm = layers.building_blocks(self, train)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
         width = layers.round_width(STEM_WIDTH * self.width_mult)
-        x = unit(width, (3, 3), stride=2, padding=layers.pad(self.padding, 3), name="stem")(images)
-        drops = layers.make_drops(self, [row.depth for row in rows], train)
+        sides = layers.resolve_padding(self.padding, 3)
+        x = unit(width, (3, 3), stride=2, padding=sides, name="stem")(images)
+        drops = layers.make_drop_paths(self, [row.depth for row in rows], train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, row in enumerate(rows):  # H/2, H/4, H/8, H/16, H/16, H/32, H/32
             block = partial(

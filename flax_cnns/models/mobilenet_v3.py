@@ -88,14 +88,14 @@ class MobileNetV3(nn.Module):
     table: Annotated[Sequence[Row], NotEmpty()]
     hidden: Count  # behind the pooling
     width_mult: Factor = 1.0  # of all of these, rounded by layers.round_width
-    padding: str = "torch"  # or "same", TensorFlow's: layers.pad
+    padding: str = "torch"  # or "same", TensorFlow's: layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
     # head
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.2  # in front of the classes
-    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drops
+    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
     # numerics
@@ -118,15 +118,15 @@ class MobileNetV3(nn.Module):
         conv, norm = layers.building_blocks(self, train)
         wide = lambda n: layers.round_width(n * self.width_mult)  # noqa: E731
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=HS)
-        sides = layers.pad(self.padding, 3)
+        sides = layers.resolve_padding(self.padding, 3)
         x = unit(wide(STEM_WIDTH), (3, 3), stride=2, padding=sides, name="stem")(images)  # H/2
 
-        def run(block: nn.Module, x: Array, drop: layers.Drop | None) -> Array:
+        def run(block: nn.Module, x: Array, drop: layers.DropPath | None) -> Array:
             return block(x, drop)
 
         run = nn.remat(run) if self.remat else run
-        drops = layers.make_drops(self, [len(self.table)], train)[0]
-        kernel_init = layers.initializer(self.kernel_init, paper=layers.he)
+        drops = layers.make_drop_paths(self, [len(self.table)], train)[0]
+        kernel_init = layers.get_initializer(self.kernel_init, paper=layers.he)
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         se = partial(layers.SqueezeExcite, gate=nn.hard_sigmoid, kernel_init=kernel_init, **types)
         inner = 0
@@ -138,7 +138,7 @@ class MobileNetV3(nn.Module):
                 norm,
                 stride=row.stride,
                 inner=inner,
-                kernel=row.kernel,
+                kernel_size=row.kernel,
                 activation=row.activation,
                 se=se if row.se else None,
                 squeeze=layers.round_width(inner / 4),
@@ -146,7 +146,7 @@ class MobileNetV3(nn.Module):
                 zero_init=self.zero_init,
                 name=f"block{i + 1}",
             )
-            x = run(block, x, layers.pick(drops, i))
+            x = run(block, x, layers.for_block(drops, i))
         x = unit(inner, (1, 1), name="top")(x)  # as wide as the last block is inside
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         dense = partial(layers.make_head(self), kernel_init=kernel_init)

@@ -29,7 +29,7 @@ from jax.nn.initializers import variance_scaling
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
-from flax_cnns.layers import Cell, Edges, Recipe
+from flax_cnns.layers import Cell, CellRecipe, PaddingRules
 from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize, Positive, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -41,10 +41,10 @@ PAPER = Paper(
 )
 
 _CUT = "truncated_normal"  # at two deviations
-slim = layers.fan_out_or_window(_CUT)  # `kernel_init="paper"`
+slim = layers.tensorflow_fan_out(_CUT)  # `kernel_init="paper"`
 
 # Figure 4. The output of the normal cell has "p" although rows use it.
-NORMAL = Recipe(
+NORMAL = CellRecipe(
     rows=(
         ("separable5", "x", "separable3", "p"),
         ("separable5", "p", "separable3", "p"),
@@ -54,7 +54,7 @@ NORMAL = Recipe(
     ),
     output=("p", "1", "2", "3", "4", "5"),
 )
-REDUCTION = Recipe(
+REDUCTION = CellRecipe(
     rows=(
         ("separable5", "x", "separable7", "p"),
         ("max3", "x", "separable7", "p"),
@@ -79,13 +79,13 @@ class Stem(nn.Module):
     cell: ModuleDef
 
     @nn.compact
-    def __call__(self, x: Array, drop: layers.Drop | None) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array, drop: layers.DropPath | None) -> tuple[Array, Array | None]:
         first = dict(strides=2, padding="VALID") if self.widths else dict(padding=1)
         x, p = self.conv(self.width, (3, 3), **first, name="conv")(x), None
         x = self.norm(name="norm")(x)
         for i, width in enumerate(self.widths):
             cell = self.cell(width, name=f"reduction{i + 1}")
-            x, p = cell(x, p, layers.pick(drop, i)), x
+            x, p = cell(x, p, layers.for_block(drop, i)), x
         return x, p
 
 
@@ -104,15 +104,15 @@ class CellStage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, p: Array | None, drop: layers.Drop | None
+        self, x: Array, p: Array | None, drop: layers.DropPath | None
     ) -> tuple[Array, Array | None]:
         before = 0
         if self.reduction is not None:
-            y = self.reduction(self.width, name="reduction")(x, p, layers.pick(drop, 0))
+            y = self.reduction(self.width, name="reduction")(x, p, layers.for_block(drop, 0))
             x, p, before = y, p if self.skip_reduction else x, 1
         for i in range(self.depth):
             cell = self.normal(self.width, name=f"normal{i + 1}")
-            x, p = cell(x, p, layers.pick(drop, before + i)), x
+            x, p = cell(x, p, layers.for_block(drop, before + i)), x
         return x, p
 
 
@@ -154,8 +154,8 @@ class NASNet(nn.Module):
     width: Count  # of the first stage's cells, doubled from stage to stage: P / 24 for NASNet-A
     stem_width: Count  # of the first convolution
     depths: Sequence[CountOrZero]  # normal cells in each stage
-    normal: Recipe = NORMAL
-    reduction: Recipe = REDUCTION
+    normal: CellRecipe = NORMAL
+    reduction: CellRecipe = REDUCTION
     stem_cells: CountOrZero = 2  # reductions in the stem, of 1/2 the width, 1/4 ...; CIFAR: 0
     # The normal cell behind a reduction has the reduction's p for its own, in place of its x.
     skip_reduction: bool = False
@@ -168,7 +168,7 @@ class NASNet(nn.Module):
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.0  # of the pooled features
-    drop_path: Rate = 0.0  # of operations in the last cell: layers.make_drops
+    drop_path: Rate = 0.0  # of operations in the last cell: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "linear"
     # numerics
@@ -195,19 +195,20 @@ class NASNet(nn.Module):
         layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
         conv, norm = layers.building_blocks(self, train, paper=slim)
         cells = [n + (i > 0) for i, n in enumerate(self.depths)]
-        drops = layers.make_drops(self, (self.stem_cells, *cells), train)
+        drops = layers.make_drop_paths(self, (self.stem_cells, *cells), train)
         cell = partial(
             nn.remat(Cell) if self.remat else Cell,
             conv=conv,
             norm=norm,
-            edges=Edges(self.padding, self.zero_pools),
+            padding_rules=PaddingRules(self.padding, self.zero_pools),
         )
         normal = partial(cell, recipe=self.normal)
         reduction = partial(cell, recipe=self.reduction, stride=2)
         # In comments the sizes for 331x331 and 224x224.
         widths = [self.width // 2**i for i in range(self.stem_cells, 0, -1)]
-        first = layers.initializer(self.kernel_init, paper=variance_scaling(2.0, "fan_out", _CUT))
-        first = partial(conv, kernel_init=first)
+        first_init = variance_scaling(2.0, "fan_out", _CUT)
+        first_init = layers.get_initializer(self.kernel_init, paper=first_init)
+        first = partial(conv, kernel_init=first_init)
         stem = Stem(self.stem_width, widths, first, norm, reduction, name="stem")
         x, p = stem(images, drops[0])  # 42, 28
         for i, depth in enumerate(self.depths):  # 42, 21, 11 or 28, 14, 7

@@ -58,10 +58,10 @@ class MlpConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         row = self.row
         window = (row.window, row.window)
-        init = layers.initializer(self.kernel_init, paper=layers.gaussian(row.std))
+        init = layers.get_initializer(self.kernel_init, paper=layers.gaussian(row.std))
         conv = partial(self.conv, strides=row.stride, padding=row.padding, kernel_init=init)
         x = nn.relu(conv(row.widths[0], window, name="conv")(x))
-        init = layers.initializer(self.kernel_init, paper=layers.gaussian(0.05))
+        init = layers.get_initializer(self.kernel_init, paper=layers.gaussian(0.05))
         for i, width in enumerate(row.widths[1:], 1):
             x = nn.relu(self.conv(width, (1, 1), kernel_init=init, name=f"cccp{i}")(x))
         return x

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from flax_cnns.layers import Recipe
+from flax_cnns.layers import CellRecipe
 from flax_cnns.models.nasnet import NASNet
 from flax_cnns.types import Paper
 
@@ -25,7 +25,7 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1712.00559",
 )
 
-CELL = Recipe(
+CELL = CellRecipe(
     rows=(
         ("separable5", "p", "max3", "p"),
         ("separable7", "x", "max3", "x"),

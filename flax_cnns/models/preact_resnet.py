@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
     bias: bool = False  # of what is added up
 
     @nn.compact
-    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+    def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
         projects = x.shape[-1] != 4 * self.width
         shortcut = x
         if projects:
@@ -100,8 +100,8 @@ class LateStage(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, drops: layers.Drop | None = None) -> Array:
-        def run(block: nn.Module, x: Array, drop: layers.Drop | None) -> Array:
+    def __call__(self, x: Array, drops: layers.DropPath | None = None) -> Array:
+        def run(block: nn.Module, x: Array, drop: layers.DropPath | None) -> Array:
             return block(x, drop)
 
         if self.remat:
@@ -109,7 +109,7 @@ class LateStage(nn.Module):
         for i in range(self.depth):
             stride = self.stride if i == self.depth - 1 else 1
             block = self.block(conv=self.conv, stride=stride, name=f"block{i + 1}")
-            x = run(block, x, layers.pick(drops, i))
+            x = run(block, x, layers.for_block(drops, i))
         return x
 
 
@@ -131,7 +131,7 @@ class PreActResNet(nn.Module):
     # head
     num_classes: Classes | None = 1000
     # regularization
-    drop_path: Rate = 0.0  # of the last block: layers.make_drops
+    drop_path: Rate = 0.0  # of the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
@@ -158,7 +158,7 @@ class PreActResNet(nn.Module):
             )
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.width, conv, self.bias, self.pad_zeros, name="stem")(images)  # H/4
-        drops = layers.make_drops(self, self.depths, train)
+        drops = layers.make_drop_paths(self, self.depths, train)
         stage = partial(LateStage if self.late_stride else layers.Stage, remat=self.remat)
         if self.scan:
             stage = partial(stage, scan=True)

@@ -119,7 +119,7 @@ class Stage(nn.Module):
         for i, width in enumerate(self.widths):
             stride = self.stride if i == 0 else 1
             block = self.block(width, stride=stride, name=f"block{i + 1}")
-            x = run(block, x, [layers.pick(drops, i) for drops in each])
+            x = run(block, x, [layers.for_block(drops, i) for drops in each])
         return x
 
 
@@ -141,7 +141,7 @@ class PyramidNet(nn.Module):
     # head
     num_classes: Classes | None = 10
     # regularization
-    drop_path: Rate = 0.0  # stochastic depth's rate in the last block: layers.make_drops
+    drop_path: Rate = 0.0  # stochastic depth's rate in the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     shake_drop: Rate = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
@@ -186,7 +186,7 @@ class PyramidNet(nn.Module):
         widths = self.widths()
         conv, norm = layers.building_blocks(self, train)
         depths = [len(stage) for stage in widths]
-        drops = layers.make_drops(self, depths, train)
+        drops = layers.make_drop_paths(self, depths, train)
         shake_drops = layers.make_shake_drops(self, depths, train)
         x = layers.CifarStem(16, conv, norm, relu=False, name="stem")(images)
         block = partial(self.block, conv=conv, norm=norm, zero_init=self.zero_init)

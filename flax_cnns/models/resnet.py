@@ -65,7 +65,7 @@ def shortcut(
 
 
 def add(
-    block: nn.Module, branch: Callable, x: Array, width: int, drop: layers.Drop | None
+    block: nn.Module, branch: Callable, x: Array, width: int, drop: layers.DropPath | None
 ) -> Array:
     """The sum of a block's shortcut and its branch, or without shortcut the branch alone."""
     if block.shortcut == "none":
@@ -120,7 +120,7 @@ class Bottleneck(nn.Module):
     first_reduction: int = 1  # conv1 is that much narrower than conv2 (SENet-154: 2)
 
     @nn.compact
-    def __call__(self, x: Array, drop: layers.Drop | None = None) -> Array:
+    def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
         last = nn.initializers.zeros if self.zero_init else nn.initializers.ones
 
         def branch(self, x: Array) -> Array:
@@ -168,7 +168,7 @@ class ResNet(nn.Module):
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.0  # of the pooled features
-    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
@@ -214,12 +214,12 @@ class ResNet(nn.Module):
             )
         attention = self.attention and partial(
             self.attention,
-            kernel_init=layers.initializer(self.kernel_init, paper=layers.he),
+            kernel_init=layers.get_initializer(self.kernel_init, paper=layers.he),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
         x = self.stem(self.stem_width or self.width, conv, norm, name="stem")(images)  # H/4
-        drops = layers.make_drops(self, self.depths, train)
+        drops = layers.make_drop_paths(self, self.depths, train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, depth in enumerate(self.depths):  # H/4, H/8, H/16, H/32
             block = partial(

@@ -120,7 +120,7 @@ class ResNetInResNet(nn.Module):
         if self.num_classes is None:
             return layers.global_avg_pool(x)
         conv, norm = layers.building_blocks(self, train, dtype=jnp.float32)
-        head = partial(conv, kernel_init=layers.initializer("lecun"), name="head")
+        head = partial(conv, kernel_init=layers.get_initializer("lecun"), name="head")
         x = norm(name="head_norm")(head(self.num_classes, (1, 1))(x))
         return layers.global_avg_pool(x)  # [N H W num_classes] -> [N num_classes]
 

@@ -85,7 +85,7 @@ class VGG(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, SMALLEST)
         paper = layers.gaussian(0.01)
-        init = layers.initializer(self.kernel_init, paper=paper)
+        init = layers.get_initializer(self.kernel_init, paper=paper)
         dense = partial(nn.Dense, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)
         conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
         x = images

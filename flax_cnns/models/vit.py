@@ -53,7 +53,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, drop: layers.Drop | None = None, key: jax.Array | None = None
+        self, x: Array, drop: layers.DropPath | None = None, key: jax.Array | None = None
     ) -> Array:
         """`key`: of the dropout; None: evaluation."""
         keys = None if key is None else jax.random.split(key, 3)
@@ -75,7 +75,7 @@ class Block(nn.Module):
             y = dropped(1, nn.gelu(y, approximate=False))
             return dropped(2, block.dense(x.shape[-1], name="project")(y))
 
-        first, second = layers.fork(drop, 2)
+        first, second = layers.split_by_branch(drop, 2)
         x = layers.residual(x, attend, self, x, first)
         return layers.residual(x, think, self, x, second)
 
@@ -97,7 +97,7 @@ class ViT(nn.Module):
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.0  # behind each dense layer but qkv, and behind the positions: section B.1
-    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drops
+    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
     # numerics
@@ -122,14 +122,14 @@ class ViT(nn.Module):
                 "with trained positions from flax_cnns.models.vit.resize_positions"
             )
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        glorot, lecun = map(layers.initializer, ("xavier", "lecun"))
-        kernel_init = layers.initializer(self.kernel_init, paper=glorot)
+        glorot, lecun = map(layers.get_initializer, ("xavier", "lecun"))
+        kernel_init = layers.get_initializer(self.kernel_init, paper=glorot)
         patches = layers.Conv(
             self.width,
             (self.patch, self.patch),
             strides=self.patch,
             padding=0,
-            kernel_init=layers.initializer(self.kernel_init, paper=lecun),
+            kernel_init=layers.get_initializer(self.kernel_init, paper=lecun),
             name="patches",
             **types,
         )
@@ -147,7 +147,7 @@ class ViT(nn.Module):
         )
         x = x + positions.astype(x.dtype)
 
-        drops = layers.make_drops(self, [self.depth], train)[0]
+        drops = layers.make_drop_paths(self, [self.depth], train)[0]
         keys = None
         if self.dropout and train and not self.is_initializing():
             keys = jax.random.split(layers.make_key(self, "dropout"), self.depth)

@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, drop: layers.Drop | None = None, key: jax.Array | None = None
+        self, x: Array, drop: layers.DropPath | None = None, key: jax.Array | None = None
     ) -> Array:
         """`key`: of the dropout; None: evaluation."""
         projects = x.shape[-1] != self.width
@@ -80,7 +80,7 @@ class WideResNet(nn.Module):
     num_classes: Classes | None = 10
     # regularization
     dropout: Rate = 0.0  # rate, between the two convolutions of a block; the paper's is 0.3
-    drop_path: Rate = 0.0  # of the last block: layers.make_drops
+    drop_path: Rate = 0.0  # of the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
@@ -105,7 +105,7 @@ class WideResNet(nn.Module):
             )
         conv, norm = layers.building_blocks(self, train)
         x = conv(16, (3, 3), padding=1, name="stem")(images)
-        drops = layers.make_drops(self, (n, n, n), train)
+        drops = layers.make_drop_paths(self, (n, n, n), train)
         keys = [None] * 3
         if self.dropout and train and not self.is_initializing():
             keys = jax.random.split(layers.make_key(self, "dropout"), (3, n))

@@ -73,7 +73,7 @@ class Block(nn.Module):
             scale_init = nn.initializers.zeros if zero else nn.initializers.ones
             y = self.norm(name=f"norm{i}", scale_init=scale_init)(y)
         if self.stride > 1:
-            y = layers.max_pool(y, 3, self.stride, layers.pad(self.padding, 3))
+            y = layers.max_pool(y, 3, self.stride, layers.resolve_padding(self.padding, 3))
         if self.stride > 1 or x.shape[-1] != width:
             x = self.conv(width, (1, 1), strides=self.stride, padding=0, name="projection")(x)
             x = self.norm(name="projection_norm")(x)

@@ -156,7 +156,7 @@ class RunPlan:
         modes = self.optimizer_for(variables).norms
 
         def step(variables: PyTree, batch: dict[str, Array], key: Array) -> Array:
-            with batchnorm_modes.intercept(modes), norm.checking():  # in this order
+            with batchnorm_modes.intercept(modes), norm.check_batch_norms():  # in this order
                 parts.model.apply(
                     variables,
                     batch["image"],

@@ -56,7 +56,7 @@ def test_kernels_start_as_the_network_says():
     assert conv.keywords["kernel_init"] is paper
     assert layers.make_head(Plain(kernel_init="paper"), paper).keywords["kernel_init"] is paper
     head = layers.make_head(Plain(kernel_init="he"), paper)
-    assert head.keywords["kernel_init"] is layers.initializer("lecun")
+    assert head.keywords["kernel_init"] is layers.get_initializer("lecun")
 
 
 @pytest.mark.parametrize("classes", [3, None])

@@ -14,7 +14,7 @@ import pytest
 from flax_cnns import layers
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.layers.drop_path import Drop
+from flax_cnns.layers.drop_path import DropPath
 from flax_cnns.train import parallel, steps
 
 DEPTHS = (2, 3)
@@ -46,7 +46,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        drops = layers.make_drops(self, DEPTHS, train)
+        drops = layers.make_drop_paths(self, DEPTHS, train)
         norm = layers.make_norm("batch", train=train, axis_name=self.axis_name)
         stage = partial(layers.Stage, partial(Block, norm=norm), layers.Conv)
         for i, (depth, drop) in enumerate(zip(DEPTHS, drops), 1):
@@ -97,7 +97,7 @@ def test_rates_are_kept_over_many_steps(mode):
     x = jnp.zeros((4, 1, 1, 1))
 
     def run(key):
-        return Branch().apply({}, x, Drop(jnp.float32(rate), key, mode))[:, 0, 0, 0]
+        return Branch().apply({}, x, DropPath(jnp.float32(rate), key, mode))[:, 0, 0, 0]
 
     added = np.asarray(jax.jit(jax.vmap(run))(keys_of(n)))  # [steps, images]
     deviation = np.sqrt(rate * (1 - rate) / n)
@@ -116,13 +116,13 @@ def test_rates_are_kept_over_many_steps(mode):
 @pytest.mark.parametrize(("mode", "expected"), [("batch", 0.7), ("sample", 1.0)])
 def test_evaluation_is_the_expectation_of_training(mode, expected):
     x = jnp.zeros((4, 1, 1, 1))
-    out = Branch().apply({}, x, Drop(jnp.float32(0.3), None, mode))
+    out = Branch().apply({}, x, DropPath(jnp.float32(0.3), None, mode))
     np.testing.assert_allclose(out, np.full_like(x, expected), rtol=1e-6)
 
 
 def test_an_image_is_dropped_whole():
     x = jnp.zeros((64, 5, 5, 7))
-    out = Branch().apply({}, x, Drop(jnp.float32(0.5), jax.random.key(3), "sample"))
+    out = Branch().apply({}, x, DropPath(jnp.float32(0.5), jax.random.key(3), "sample"))
     per_image = np.asarray(out).reshape(64, -1)
     assert (per_image == per_image[:, :1]).all()
     assert len(np.unique(per_image)) == 2
@@ -262,7 +262,8 @@ def test_bfloat16_stays():
     x = jnp.ones((2, 1, 1, 1), jnp.bfloat16)
     for mode in ("batch", "sample"):
         for key in (None, jax.random.key(0)):
-            assert Branch().apply({}, x, Drop(jnp.float32(0.3), key, mode)).dtype == jnp.bfloat16
+            drop = DropPath(jnp.float32(0.3), key, mode)
+            assert Branch().apply({}, x, drop).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -287,15 +288,15 @@ def test_a_stream_that_is_missing(variables, mode, stream):
 
 
 def test_branches_of_one_block_decide_apart_at_one_rate():
-    drop = Drop(jnp.float32(0.5), jax.random.key(0), "sample")
+    drop = DropPath(jnp.float32(0.5), jax.random.key(0), "sample")
     shape = (1000, 1, 1)  # images, tokens, channels
 
     def kept(drop):
         return layers.residual(jnp.zeros(shape), lambda block, x: x, None, jnp.ones(shape), drop)
 
-    first, second = (np.asarray(kept(each)).ravel() for each in layers.fork(drop, 2))
+    first, second = (np.asarray(kept(each)).ravel() for each in layers.split_by_branch(drop, 2))
     assert set(first) == set(second) == {0.0, 2.0}
     assert 400 < (first == second).sum() < 600
-    assert layers.fork(None, 2) == [None, None]
+    assert layers.split_by_branch(None, 2) == [None, None]
     evaluation = drop.replace(key=None)
-    assert layers.fork(evaluation, 2) == [evaluation, evaluation]
+    assert layers.split_by_branch(evaluation, 2) == [evaluation, evaluation]

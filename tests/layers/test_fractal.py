@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.layers.fractal import ColumnDrop, at_least_one, draw_columns, join
+from flax_cnns.layers.fractal import ColumnDrop, draw_columns, fractal_join, keep_at_least_one
 
 
 def keys_of(n, seed=0):
@@ -22,7 +22,7 @@ def keys_of(n, seed=0):
 def test_local_sampling_has_the_distribution_that_the_paper_says(n, rate):
     """Every pattern as often as independent drops give it, what would be nothing shared evenly."""
     draws = 20_000
-    kept = np.asarray(jax.jit(lambda key: at_least_one(key, rate, (n, draws)))(keys_of(1)[0]))
+    kept = np.asarray(jax.jit(lambda key: keep_at_least_one(key, rate, (n, draws)))(keys_of(1)[0]))
     assert kept.any(axis=0).all()
     for pattern in itertools.product((False, True), repeat=n):
         expected = (1 - rate) ** sum(pattern) * rate ** (n - sum(pattern)) if any(pattern) else 0
@@ -90,19 +90,20 @@ def test_each_join_draws_for_itself_and_the_same_again():
 
 def test_a_join_is_the_mean_of_what_is_kept():
     inputs = list(np.random.default_rng(0).standard_normal((3, 2, 4, 4, 5)).astype(np.float32))
-    np.testing.assert_allclose(join(inputs), np.mean(inputs, axis=0), rtol=1e-5, atol=1e-6)
-    kept = join(inputs, jnp.array([True, False, True]))
+    np.testing.assert_allclose(fractal_join(inputs), np.mean(inputs, axis=0), rtol=1e-5, atol=1e-6)
+    kept = fractal_join(inputs, jnp.array([True, False, True]))
     np.testing.assert_allclose(kept, (inputs[0] + inputs[2]) / 2, rtol=1e-5, atol=1e-6)
-    each = join(inputs, jnp.array([[True, False], [False, True], [False, True]]))
+    each = fractal_join(inputs, jnp.array([[True, False], [False, True], [False, True]]))
     np.testing.assert_allclose(each[0], inputs[0][0], rtol=1e-6)
     np.testing.assert_allclose(each[1], (inputs[1] + inputs[2])[1] / 2, rtol=1e-5, atol=1e-6)
-    assert join([x.astype(jnp.bfloat16) for x in inputs], jnp.ones(3, bool)).dtype == jnp.bfloat16
+    halves = [x.astype(jnp.bfloat16) for x in inputs]
+    assert fractal_join(halves, jnp.ones(3, bool)).dtype == jnp.bfloat16
 
 
 def test_what_is_dropped_has_no_gradient_and_does_no_harm():
     inputs = [jnp.full((1, 1, 1, 1), value) for value in (1.0, jnp.inf, 3.0)]
     out, grads = jax.value_and_grad(
-        lambda inputs: join(inputs, jnp.array([True, False, True])).sum()
+        lambda inputs: fractal_join(inputs, jnp.array([True, False, True])).sum()
     )(inputs)
     assert out == 2.0
     assert [float(grad.sum()) for grad in grads] == [0.5, 0.0, 0.5]
@@ -114,7 +115,7 @@ def test_the_expectation_of_a_join_is_the_plain_mean(drop_path_global):
 
     def once(key):
         drop = draw(key, drop_path=0.4, drop_path_global=drop_path_global)
-        return join(inputs, drop.keep(1, 3, 1)).sum()
+        return fractal_join(inputs, drop.keep(1, 3, 1)).sum()
 
     outs = np.asarray(jax.jit(jax.vmap(once))(keys_of(8000, 1)))
     assert abs(outs.mean() - 3) < 4.5 * outs.std() / np.sqrt(8000)

@@ -62,15 +62,16 @@ def test_the_two_paddings_differ_at_stride_2_on_even_sizes():
     kernel[0, 0] = 1
 
     def run(padding, image):
-        return conv2d(image, kernel, strides=2, padding=layers.pad(padding, 3))[0, :, :, 0]
+        padding = layers.resolve_padding(padding, 3)
+        return conv2d(image, kernel, strides=2, padding=padding)[0, :, :, 0]
 
     np.testing.assert_array_equal(run("same", image), [[1, 3], [9, 11]])
     np.testing.assert_array_equal(run("torch", image), [[0, 0], [0, 6]])
     odd = image[:, :3, :3]
     np.testing.assert_array_equal(run("same", odd), run("torch", odd))
-    assert [layers.pad("torch", k) for k in (1, 3, 5, 7)] == [0, 1, 2, 3]
+    assert [layers.resolve_padding("torch", k) for k in (1, 3, 5, 7)] == [0, 1, 2, 3]
     with pytest.raises(UserError, match="unknown padding 'SAME'; known: same, torch"):
-        layers.pad("SAME", 3)
+        layers.resolve_padding("SAME", 3)
 
 
 @pytest.mark.parametrize("width", [3, 10, 11.2, 16.8, 42, 44, 100, 352.5, 1000])
@@ -131,7 +132,7 @@ def test_the_projection_is_linear_and_the_rest_is_not(x):
     ],
 )
 def test_inner_widths(x, fields, inner, squeeze):
-    block = layers.MBConv(8, conv, norm, kernel=5, se=layers.SqueezeExcite, **fields)
+    block = layers.MBConv(8, conv, norm, kernel_size=5, se=layers.SqueezeExcite, **fields)
     params = jax.eval_shape(block.init, KEY, x)["params"]
     assert params["depthwise"]["kernel"].shape == (5, 5, 1, inner)
     assert params["se"]["reduce"]["kernel"].shape == (inner, squeeze)
@@ -140,7 +141,7 @@ def test_inner_widths(x, fields, inner, squeeze):
 
 
 def test_branch_is_dropped_only_where_there_is_a_shortcut(x):
-    drop = layers.Drop(jnp.float32(0.99), jax.random.key(3), "sample")
+    drop = layers.DropPath(jnp.float32(0.99), jax.random.key(3), "sample")
     block = layers.MBConv(4, conv, norm)
     variables = block.init(KEY, x)
     assert not bool(jax.random.bernoulli(drop.key, 1 - drop.rate, (2, 1, 1, 1)).any())

@@ -13,7 +13,7 @@ import pytest
 
 from flax_cnns.errors import UserError
 from flax_cnns.layers import local_response_norm, make_norm
-from flax_cnns.layers.norm import checking
+from flax_cnns.layers.norm import check_batch_norms
 
 X = np.random.RandomState(0).randn(8, 4, 4, 32).astype(np.float32) * 3 + 1
 
@@ -116,7 +116,7 @@ def test_flax_own_batch_norm_is_checked_where_that_is_asked_for():
     variables = layer.init(jax.random.key(0), X[:1, :1, :1])
     apply = lambda: layer.apply(variables, X[:1, :1, :1], mutable=["batch_stats"])  # noqa: E731
     apply()
-    with checking(), pytest.raises(UserError, match="1 value per channel"):
+    with check_batch_norms(), pytest.raises(UserError, match="1 value per channel"):
         apply()
 
 

@@ -57,7 +57,7 @@ class OwnNet(nn.Module):
     def __call__(self, images, *, train=False):
         layers.check_images(images, (8, 8, 3))
         conv, norm = layers.building_blocks(self, train)
-        (drop,) = layers.make_drops(self, (self.depth,), train)
+        (drop,) = layers.make_drop_paths(self, (self.depth,), train)
         keys = None
         if train and not self.is_initializing():
             keys = jax.random.split(layers.make_key(self, "dropout"), self.depth)
@@ -134,7 +134,7 @@ class Bare(nn.Module):
         (layers.make_head, "kernel_init"),
         (lambda net: layers.classify(net, IMAGES), "num_classes"),
         (lambda net: layers.classify_by_maps(net, IMAGES, paper=layers.he), "num_classes"),
-        (lambda net: layers.make_drops(net, (1,), True), "drop_path"),
+        (lambda net: layers.make_drop_paths(net, (1,), True), "drop_path"),
         (lambda net: layers.make_shakes(net, (1,), True), "forward"),
         (lambda net: layers.make_shake_drops(net, (1,), True), "shake_drop"),
         (lambda net: layers.draw_columns(net, 2, 4, True), "drop_path"),

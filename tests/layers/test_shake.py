@@ -249,7 +249,7 @@ class Dropped(nn.Module):
     def __call__(self, x, *, train=False):
         (drops,) = layers.make_shake_drops(self, (4,), train)
         for i in range(4):
-            x = x + layers.shake_drop(x, layers.pick(drops, i))
+            x = x + layers.shake_drop(x, layers.for_block(drops, i))
         return x
 
 
@@ -337,7 +337,7 @@ def test_whether_shake_drop_disturbs_is_decided_for_all_devices():
         undisturbed = []
         (drops,) = layers.make_shake_drops(model.bind({}, rngs=rngs), (4,), train=True)
         for i in range(4):
-            x = layers.shake_drop(batch["image"], layers.pick(drops, i))
+            x = layers.shake_drop(batch["image"], layers.for_block(drops, i))
             undisturbed.append((x == batch["image"]).all((1, 2, 3)))
         return jax.lax.all_gather(jnp.stack(undisturbed, 1), "batch", tiled=True)
 

@@ -155,7 +155,7 @@ def test_what_poolings_see_around_the_maps(kind, zeros, corner):
     """Of stride 2 and an odd size; at stride 1 it is nothing."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
     x = -jnp.ones((1, 5, 5, 3))
-    pool = partial(cells.Pool, 3, kind, conv, norm, cells.Edges("same", zeros))
+    pool = partial(cells.Pool, 3, kind, conv, norm, cells.PaddingRules("same", zeros))
     y = pool(2).apply({}, x)
     assert y.shape == (1, 3, 3, 3)
     assert y[0, 0, 0, 0] == y[0, 2, 2, 0] == pytest.approx(corner)
@@ -167,9 +167,9 @@ def test_what_poolings_see_around_the_maps(kind, zeros, corner):
 def test_padding(padding, first):
     """At stride 2 and an even size "same" begins inside: the largest of [0 3) or of [0 2)."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
-    edges = cells.Edges(padding, ())
+    padding_rules = cells.PaddingRules(padding, ())
     x = jnp.array([[0.0, 1, 2, 3], [4, 5, 6, 0], [0, 0, 7, 0], [0, 0, 0, 0]])[None, ..., None]
-    y = cells.Pool(1, "max", conv, norm, edges, 2).apply({}, x)
+    y = cells.Pool(1, "max", conv, norm, padding_rules, 2).apply({}, x)
     assert (y.shape, float(y[0, 0, 0, 0])) == ((1, 2, 2, 1), first)
     modules = called("nasnet_a_mobile", 32, **TINY, padding=padding)
     paddings = {m.padding for m in modules.values() if isinstance(m, layers.SeparableConv)}
@@ -179,7 +179,7 @@ def test_padding(padding, first):
 def cell(recipe=nasnet.NORMAL, stride=1):
     conv = partial(layers.Conv, use_bias=False)
     norm = layers.make_norm("batch", train=False)
-    return cells.Cell(4, recipe, conv, norm, cells.Edges("same", ()), stride)
+    return cells.Cell(4, recipe, conv, norm, cells.PaddingRules("same", ()), stride)
 
 
 def run(module, *args):
@@ -192,7 +192,7 @@ def run(module, *args):
 def test_a_cell_all_of_whose_operations_are_dropped():
     """Identities are left: those of p in the third row, of x in the fifth, and p in the output."""
     x, p = jnp.ones((2, 4, 4, 3)), 2 * jnp.ones((2, 4, 4, 5))
-    drop = layers.Drop(jnp.float32(1 - 1e-6), jax.random.key(1), "sample")
+    drop = layers.DropPath(jnp.float32(1 - 1e-6), jax.random.key(1), "sample")
     parts = jnp.split(run(cell(), x, p, drop), 6, axis=-1)
     assert [bool(jnp.any(part)) for part in parts] == [True, False, False, True, False, True]
     np.testing.assert_array_equal(parts[0], parts[3])
@@ -203,8 +203,8 @@ def test_a_cell_all_of_whose_operations_are_dropped():
 
 def test_each_operation_of_a_cell_is_dropped_for_itself_and_each_image_too():
     x = jnp.ones((16, 4, 4, 4))
-    drop = layers.Drop(jnp.float32(0.5), jax.random.key(1), "sample")
-    recipe = cells.Recipe(
+    drop = layers.DropPath(jnp.float32(0.5), jax.random.key(1), "sample")
+    recipe = cells.CellRecipe(
         rows=(("mean3", "x", "max3", "x"), ("max3", "x", "mean3", "x")), output=("1", "2")
     )
     parts = np.asarray(run(cell(recipe), x, x, drop)).reshape(16, 4, 4, 2, 4)
@@ -301,6 +301,6 @@ def test_slims_first_values():
 def test_errors():
     with pytest.raises(UserError, match=r"unknown padding 'sane'.*'same'"):
         captured("nasnet_a_mobile", 32, padding="sane")
-    wrong = cells.Recipe(rows=(("mean4", "x", "identity", "x"),), output=("1",))
+    wrong = cells.CellRecipe(rows=(("mean4", "x", "identity", "x"),), output=("1",))
     with pytest.raises(UserError, match=r"unknown operation 'mean4' of a cell.*'mean3'"):
         captured("nasnet_a_mobile", 32, normal=wrong)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_cnns.layers.conv.geometry import ConvGeometry
-from flax_cnns.layers.conv.taps import fence, pad, tap_views
+from flax_cnns.layers.conv.taps import fence, pad_or_crop, tap_views
 from flax_cnns.types import Array
 
 
@@ -23,7 +23,8 @@ def depthwise_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
 def _repeated_views(x: Array, features: int, geometry: ConvGeometry) -> list[Array]:
     """What each tap sees: kh * kw views [N H' W' features], each channel once for each feature."""
     times = features // x.shape[-1]
-    return tap_views(pad(jnp.repeat(x, times, -1) if times > 1 else x, geometry.padding), geometry)
+    repeated = jnp.repeat(x, times, -1) if times > 1 else x
+    return tap_views(pad_or_crop(repeated, geometry.padding), geometry)
 
 
 def sum_weighted(views: list[Array], kernel: Array) -> Array:

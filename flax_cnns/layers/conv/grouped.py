@@ -11,7 +11,7 @@ from flax_cnns.layers.conv.geometry import ConvGeometry
 from flax_cnns.layers.conv.taps import (
     assemble_kernel,
     fence,
-    pad,
+    pad_or_crop,
     pad_to_map,
     tap_overlaps,
     tap_views,
@@ -23,7 +23,7 @@ def rotated(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
     """Few channels a group, as many out as in: a sum of depthwise ones, the r-th of which sees the
     channels of every group rotated by r."""
     size, channels = x.shape[-1] // geometry.groups, x.shape[-1]
-    x = pad(x, geometry.padding)
+    x = pad_or_crop(x, geometry.padding)
     x = x.reshape(*x.shape[:3], geometry.groups, size)
     kernel = kernel.reshape(*geometry.kernel_size, size, geometry.groups, size)
     total = None

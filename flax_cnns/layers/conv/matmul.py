@@ -12,7 +12,7 @@ from flax_cnns.layers.conv.geometry import ConvGeometry
 from flax_cnns.layers.conv.taps import (
     assemble_kernel,
     flatten_positions,
-    pad,
+    pad_or_crop,
     pad_to_map,
     tap_overlaps,
     tap_views,
@@ -30,12 +30,12 @@ def multiply(x: Array, kernel: Array, transposed: bool) -> Array:
 
 def pointwise(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = False) -> Array:
     """A 1x1 kernel is one matmul over every (strided) position."""
-    (seen,) = tap_views(pad(x, geometry.padding), geometry)
+    (seen,) = tap_views(pad_or_crop(x, geometry.padding), geometry)
     return multiply(seen, kernel[0, 0], transposed)
 
 
 def pointwise_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    (seen,) = tap_views(pad(x, geometry.padding), geometry)
+    (seen,) = tap_views(pad_or_crop(x, geometry.padding), geometry)
     return (flatten_positions(seen).T @ flatten_positions(dy))[None, None]
 
 
@@ -59,7 +59,7 @@ def patches_input_grad(dy: Array, kernel: Array, geometry: ConvGeometry) -> Arra
     channels = kernel.shape[2]
     pixels = multiply(dy, kernel.reshape(-1, kernel.shape[-1]), True)
     pixels = pixels.reshape(-1, height, width, kh, kw, channels).transpose(0, 1, 3, 2, 4, 5)
-    return pad(pixels.reshape(-1, height * kh, width * kw, channels), rest)
+    return pad_or_crop(pixels.reshape(-1, height * kh, width * kw, channels), rest)
 
 
 def _cut_out(x: Array, geometry: ConvGeometry) -> Array:

@@ -16,7 +16,7 @@ def fence(x):
     return lax.optimization_barrier(x)
 
 
-def pad(x: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
+def pad_or_crop(x: Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
     """Zeros around height and width; negative numbers crop."""
     rows, columns = padding
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_cnns.layers.conv.geometry import ConvGeometry
 from flax_cnns.layers.conv.matmul import multiply
-from flax_cnns.layers.conv.taps import fence, flatten_positions, pad
+from flax_cnns.layers.conv.taps import fence, flatten_positions, pad_or_crop
 from flax_cnns.types import Array
 
 # Each row is a sum of inputs.
@@ -39,7 +39,7 @@ def winograd(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool =
 
 def winograd_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
     odd = tuple((0, n % 2) for n in geometry.out_size)
-    dy = fence(pad(dy, odd))
+    dy = fence(pad_or_crop(dy, odd))
     outputs = [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)]
     outputs = fence(_transform(_transpose(_A), _transpose(_A), outputs))
     products = [
@@ -55,7 +55,7 @@ def _tiles(x: Array, geometry: ConvGeometry) -> list[list[Array]]:
     th, tw = -(-geometry.out_size[0] // 2), -(-geometry.out_size[1] // 2)
     (height, width), ((top, _), (left, _)) = geometry.in_size, geometry.padding
     below, right = 2 * th + 2 - height - top, 2 * tw + 2 - width - left
-    x = fence(pad(x, ((top, below), (left, right))))
+    x = fence(pad_or_crop(x, ((top, below), (left, right))))
     pixels = [
         [x[:, i : i + 2 * th - 1 : 2, j : j + 2 * tw - 1 : 2] for j in range(4)] for i in range(4)
     ]

@@ -15,7 +15,7 @@ from jax import lax
 from flax_cnns import layers, tree
 from flax_cnns.layers import Conv, inside_control_flow
 from flax_cnns.layers.conv import conv2d
-from flax_cnns.layers.drop_path import Drop
+from flax_cnns.layers.drop_path import DropPath
 from tests.layers.conv.cases import quick_jit, same
 
 X = np.random.RandomState(0).randn(2, 4, 4, 3).astype(np.float32)
@@ -140,7 +140,7 @@ WRAPPED_BLOCKS = {"plain": lambda block: block, "jit": nn.jit, "remat": nn.remat
 def test_stage_and_residual_say_so(name, scan):
     stage = layers.Stage(WRAPPED_BLOCKS[name](Block), Conv, 3, None, scan=scan)
     keys = jax.random.split(jax.random.key(0), 3)
-    drop = Drop(jnp.full(3, 0.5), keys, "batch")
+    drop = DropPath(jnp.full(3, 0.5), keys, "batch")
     variables = jax.eval_shape(stage.init, jax.random.key(0), X)
     if scan:
         variables = tree.stack_blocks(variables)
