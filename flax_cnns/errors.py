@@ -33,7 +33,7 @@ class Diverged(UserError):
     would only diverge again."""
 
 
-def out_of_memory(error: BaseException) -> str:
+def describe_out_of_memory(error: BaseException) -> str:
     """A line if an error of Python, NumPy or XLA says that memory ran out; "" for other errors."""
     first = (str(error).strip().splitlines() or [""])[0]
     of_xla = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()

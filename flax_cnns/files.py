@@ -26,7 +26,7 @@ _SPECIAL = {
 }
 
 
-def check_regular(path: str | os.PathLike) -> None:
+def check_regular_file(path: str | os.PathLike) -> None:
     """Raises `UserError` where `path` is a pipe, a socket or a device: reading it might never end.
 
     Folders and missing files are left to the caller.
@@ -45,7 +45,7 @@ def check_regular(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def replace_whole(path: str | os.PathLike) -> Iterator[Path]:
+def replace_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a path beside `path` to write to, which takes its place at the end of the block. Where
     the block fails, or the file cannot be moved, `path` stays as it was and the error goes on.
 
@@ -65,7 +65,7 @@ def replace_whole(path: str | os.PathLike) -> Iterator[Path]:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes all of it or nothing, as UTF-8. Raises `UserError`."""
     try:
-        with replace_whole(path) as beside:
+        with replace_atomically(path) as beside:
             beside.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -73,17 +73,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes all of it or nothing, with null for what is not finite. Raises `UserError`."""
-    write_text(path, json.dumps(without_nonfinite(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(replace_nonfinite(content), indent=2, allow_nan=False) + "\n")
 
 
-def without_nonfinite(content: Any) -> Any:
+def replace_nonfinite(content: Any) -> Any:
     """`content` for JSON: with None in place of NaN and infinities, which JSON lacks."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
-        return {key: without_nonfinite(value) for key, value in content.items()}
+        return {key: replace_nonfinite(value) for key, value in content.items()}
     return (
-        [without_nonfinite(value) for value in content]
+        [replace_nonfinite(value) for value in content]
         if isinstance(content, list | tuple)
         else content
     )
@@ -91,10 +91,10 @@ def without_nonfinite(content: Any) -> Any:
 
 # ---- hosts
 
-SECONDS_TO_ANSWER = 4.0
+CONNECT_TIMEOUT = 4.0
 
 
-def host_of(url: str) -> str:
+def find_host(url: str) -> str:
     """`host` or `host:port` that must be reached for a URL: the proxy where there is one."""
     plain = urlparse(url)
     host = plain.netloc
@@ -104,7 +104,7 @@ def host_of(url: str) -> str:
     return host.split("@")[-1]
 
 
-def reachable(host: str, seconds: float = SECONDS_TO_ANSWER) -> bool:
+def is_reachable(host: str, seconds: float = CONNECT_TIMEOUT) -> bool:
     """Whether `host` or `host:port` answers in that time. A resolver can hang for minutes: it is
     left behind, in a thread."""
     name, _, port = host.partition(":")

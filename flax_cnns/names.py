@@ -18,7 +18,7 @@ _ERRORS = "flax_cnns_names"
 _NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """The text with escapes for bytes that are not UTF-8 and for control characters; tabs and ends
     of lines stay."""
     return _NOT_SHOWN.sub(lambda found: _escape(found[0]), text)

@@ -34,7 +34,7 @@ def write_run(workdir, accuracy, *, fit=None, end=True, points=POINTS, **fields)
     config.model.name = "lenet5"
     config.data.update(dict(image_size=32, batch_size=BATCH))
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
-    write_json(workdir / "config.json", configs.plain(config))
+    write_json(workdir / "config.json", configs.to_plain(config))
     write_json(workdir / "dataset.json", DATASET)
     lines = [{"step": 1, "time": 102.0, "time/first_step": 2.0}]
     noise = np.random.default_rng(len(str(workdir))).normal(0, 0.004, points)
@@ -55,7 +55,7 @@ def write_run(workdir, accuracy, *, fit=None, end=True, points=POINTS, **fields)
 def write_sweep(folder, rows, *, seeds=3):
     """`rows`: {name: (overrides, [a cell for each seed])}; a cell is (test accuracy, fit accuracy),
     (status, error), or None for one that was never begun."""
-    plan = {"config": configs.plain(get_config()), "baseline": next(iter(rows)), "seeds": seeds}
+    plan = {"config": configs.to_plain(get_config()), "baseline": next(iter(rows)), "seeds": seeds}
     plan["rows"] = [{"name": name, "overrides": row[0]} for name, row in rows.items()]
     write_json(folder / "ablation.json", plan)
     for name, (overrides, cells) in rows.items():

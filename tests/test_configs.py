@@ -52,7 +52,7 @@ def doubts(config):
         shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
         return bool(shapes["batch_stats"])
 
-    facts = configs.Facts(
+    facts = configs.RunFacts(
         total=count(config.train.duration),
         count=count,
         validates=bool(config.data.validation),
@@ -60,7 +60,7 @@ def doubts(config):
         has_batchnorm=has_batchnorm,
         has_aux_heads=lambda: config.model.name == "dsn",
     )
-    return [*configs.find_doubts(config), *configs.find_doubts(config, facts)]
+    return [*configs.find_problems(config), *configs.find_problems(config, facts)]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -72,7 +72,7 @@ def test_every_mode_is_valid_and_its_network_exists(name):
         config.lock()
         configs.validate(config)
         assert doubts(config) == []
-        assert json.loads(json.dumps(configs.plain(config))) == configs.plain(config)
+        assert json.loads(json.dumps(configs.to_plain(config))) == configs.to_plain(config)
         create_model(**model_fields(config))
         command = f"--config=configs/{name}.py" + (f":{mode}" if mode not in ("", "paper") else "")
         assert command in module.__doc__

@@ -15,7 +15,7 @@ from PIL import Image
 from flax_cnns.analysis.plots.confusion import draw_confusion
 from flax_cnns.analysis.plots.predictions import draw_predictions
 from flax_cnns.checkpoint.manager import Checkpoints
-from flax_cnns.names import escape_unencodable, open_log, printable
+from flax_cnns.names import escape_unencodable, escape_unprintable, open_log
 from flax_cnns.runs import tables
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +24,8 @@ SHOWN = ["[red]", "a[/b]", "$x_1$", r"caf\xe9", "\u732b", ":smile:", r"\frac{$ $
 
 
 def test_printable():
-    assert [printable(name) for name in NAMES] == SHOWN
-    assert printable("a\x1b[31m\tb\nc\x9b\ud800") == "a\\x1b[31m\tb\nc\\x9b\\ud800"
+    assert [escape_unprintable(name) for name in NAMES] == SHOWN
+    assert escape_unprintable("a\x1b[31m\tb\nc\x9b\ud800") == "a\\x1b[31m\tb\nc\\x9b\\ud800"
 
 
 def test_tables_show_names_as_they_are(monkeypatch):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from flax_cnns.analysis.device import environment
 from flax_cnns.errors import UserError
-from flax_cnns.files import replace_whole
+from flax_cnns.files import replace_atomically
 from flax_cnns.names import make_console
 
 
@@ -89,7 +89,7 @@ class Report:
             "summary": self.summary,
             "rows": self.rows,
         }
-        with replace_whole(self.out) as beside:
+        with replace_atomically(self.out) as beside:
             beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         written = [str(self.out)]
         if self.bars is not None:

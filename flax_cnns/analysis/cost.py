@@ -90,11 +90,11 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
     macs: dict[str, int] = defaultdict(int)
     for call_number, times in _runs(program.jaxpr, boundary.sizes):
         path, each = boundary.macs[call_number]
-        for name in (names := pytree.members(path)):
+        for name in (names := pytree.expand_stack(path)):
             macs[name] += times * each // len(names)
     params: dict[str, int] = defaultdict(int)
     for path, leaf in pytree.flatten(nn.meta.unbox(variables.get("params", {}))).items():
-        for name in (names := pytree.members(path)):
+        for name in (names := pytree.expand_stack(path)):
             params[name.rpartition("/")[0]] += math.prod(leaf.shape) // len(names)
     # A module may share its scope with another, or hold plain parameters: then the path's outermost
     # module gives the row its kind, or its own counted layer does.
@@ -117,12 +117,12 @@ def _named(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
 
     def stack(path: str) -> str:
         parts = path.split("/")
-        inside = (i for i, part in enumerate(parts, 1) if len(pytree.members(part)) > 1)
+        inside = (i for i, part in enumerate(parts, 1) if len(pytree.expand_stack(part)) > 1)
         return "/".join(parts[: next(inside, None)])
 
     for _, group in itertools.groupby(paths, stack):
         together = list(group)
-        for names in zip(*map(pytree.members, together)):
+        for names in zip(*map(pytree.expand_stack, together)):
             yield from zip(names, together)
 
 

@@ -20,7 +20,7 @@ from flax_cnns.checkpoint.graft.report import by_name
 from flax_cnns.checkpoint.graft.sources import Source, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.names import make_console
-from flax_cnns.tree import nearest
+from flax_cnns.tree import find_nearest
 
 
 def print_listing(
@@ -71,7 +71,7 @@ def _matching(found: Source, pattern: str) -> dict[str, Any]:
     if not leaves:
         raise UserError(
             f"--filter: {pattern!r} matches no whole path in {found.name}; the nearest is"
-            f" {nearest(pattern, found.leaves)!r}"
+            f" {find_nearest(pattern, found.leaves)!r}"
         )
     return leaves
 

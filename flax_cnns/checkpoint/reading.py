@@ -31,7 +31,7 @@ from flax_cnns.checkpoint.finding import (
 from flax_cnns.checkpoint.manifest import Manifest, crc32, place, shape_and_dtype
 from flax_cnns.checkpoint.place import for_orbax
 from flax_cnns.errors import UserError
-from flax_cnns.tree import flatten, members
+from flax_cnns.tree import expand_stack, flatten
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -198,13 +198,13 @@ def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False)
     wanted: Metadata = {}
     for name, like in flatten(target).items():
         shape, dtype = shape_and_dtype(like)
-        names = members(name)
+        names = expand_stack(name)
         wanted |= dict.fromkeys(names, (shape if names == [name] else shape[1:], dtype))
     _check_same(path, wanted, read_metadata(path), exact=exact)
     leaves = read_leaves(path, wanted)
 
     def whole(name: str) -> np.ndarray:
-        names = members(name)
+        names = expand_stack(name)
         return leaves[name] if names == [name] else np.stack([leaves[n] for n in names])
 
     placed = [place(whole(name), like) for name, like in flatten(target).items()]

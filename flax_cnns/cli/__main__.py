@@ -21,7 +21,7 @@ def main() -> None:
     """Runs the command that the first argument names; its exit codes are those of `flags.main`."""
     name, *rest = sys.argv[1:] or [""]
     if name in _HELP:
-        print(overview())
+        print(make_overview())
         return
     if name not in COMMANDS:
         said = f"unknown command {name!r}" if name else "expected a command, got none"
@@ -35,10 +35,10 @@ def main() -> None:
     flags.main(getattr(importlib.import_module(f"flax_cnns.cli.{name}"), name))
 
 
-def overview() -> str:
+def make_overview() -> str:
     """What `flax-cnns --help` shows: the commands, with a line each."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {purpose(name)}" for name in COMMANDS]
+    lines = [f"  {name:{width}}  {read_purpose(name)}" for name in COMMANDS]
     return "\n".join(
         [
             "flax-cnns: convolutional networks in JAX and Flax, trained, examined and compared.",
@@ -51,7 +51,7 @@ def overview() -> str:
     )
 
 
-def purpose(name: str) -> str:
+def read_purpose(name: str) -> str:
     """The first line of a command's docstring; the module is not imported."""
     text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
     return text.partition('"""')[2].partition("\n")[0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from flax_cnns.cli.flags import choose_picture, define_arguments
+from flax_cnns.cli.flags import choose_picture_path, define_arguments
 
 _OUT = flags.DEFINE_string(
     "out",
@@ -39,6 +39,6 @@ def compare(argv: list[str]) -> None:
     console.print(comparison.result_table(runs, metric))
     if (known := comparison.find_metrics(runs)) and metric not in known:
         print(f"none of these runs logged {metric}; --metric may be {', '.join(known)}")
-    out, told = choose_picture(_OUT)
+    out, told = choose_picture_path(_OUT)
     comparison.draw(runs, out, metric)
     print(f"written: {told}")

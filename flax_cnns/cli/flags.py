@@ -21,17 +21,17 @@ from ml_collections import config_flags
 
 from flax_cnns import recipes
 from flax_cnns.cli import help
-from flax_cnns.config import FIELDS, flatten, set_in
+from flax_cnns.config import FIELDS, flatten, set_config_field
 from flax_cnns.errors import (
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     ProcessLost,
     UserError,
+    describe_out_of_memory,
     did_you_mean,
-    out_of_memory,
 )
-from flax_cnns.files import check_regular
+from flax_cnns.files import check_regular_file
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
 
@@ -54,7 +54,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         module = sys.modules[function.__module__]
-        if text := help.answer(argv, module.__name__, module.__doc__ or "", _usage(), _places()):
+        if text := help.find_help(argv, module.__name__, module.__doc__ or "", _usage(), _places()):
             print(text)
             sys.exit(0)
         return _parse(argv)
@@ -80,7 +80,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
             _say(error)
             _leave(EXIT_FAULT)
         except Exception as error:
-            if line := out_of_memory(error):
+            if line := describe_out_of_memory(error):
                 _say(line)
                 _leave(EXIT_USER_ERROR)
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -117,7 +117,9 @@ def _say(what: object) -> None:
 
 
 def _leave(code: int) -> None:
-    launch.leave(code)  # with several processes: at once, for the others wait for this one
+    launch.exit_if_distributed(
+        code
+    )  # with several processes: at once, for the others wait for this one
     sys.exit(code)
 
 
@@ -221,7 +223,7 @@ def _usage() -> str:
     return _ARGUMENTS[0][1] if _ARGUMENTS else ""
 
 
-def choose_picture(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
+def choose_picture_path(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
     """(the file for a picture, its name for a message). The file is the flag's value; without the
     flag it is the default, with a number if that file exists. Raises `UserError` if the file is one
     of the `inputs`."""
@@ -322,7 +324,7 @@ def _parse(argv: list[str]) -> list[str]:
     if _DEFAULT and not given:
         argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
     argv, file = _find_config(argv)
-    check_regular(file)
+    check_regular_file(file)
     for argument in argv:
         field, equals, _ = argument.removeprefix("-").removeprefix("-config.").partition("=")
         run = _RUNS[0].match(field) if _RUNS and argument.startswith("--config.") else None
@@ -340,7 +342,7 @@ def _parse(argv: list[str]) -> list[str]:
                 "config"
             ].value.keys()  # the file is read now, so that its mistakes end here
             for path, value in added.items():
-                set_in(flags.FLAGS["config"].value, path, value)
+                set_config_field(flags.FLAGS["config"].value, path, value)
         _check_arguments(rest[1:])
         return rest
     except OSError as error:

@@ -23,7 +23,7 @@ _VALUES = {
 _IN_PATTERNS = set("*?[")
 
 
-def answer(
+def find_help(
     argv: Sequence[str], module: str, doc: str, arguments: str, places: Sequence[str] = ()
 ) -> str:
     """The text that the flags `argv` of a command ask for; "" if they ask for no help. `module`:
@@ -37,19 +37,19 @@ def answer(
             continue
         if flag == "help-fields":
             pattern = argument.partition("=")[2] if equals else after
-            return fields_page("" if pattern.startswith("-") else pattern)
+            return make_fields_page("" if pattern.startswith("-") else pattern)
         if flag in ("help", "h", "helpshort") and not equals:
-            return page(program(argv[0], module), module, doc, arguments, places)
+            return make_page(name_command(argv[0], module), module, doc, arguments, places)
     return ""
 
 
-def program(started: str, module: str) -> str:
+def name_command(started: str, module: str) -> str:
     """How the command was started: `flax-cnns train` or `python -m experiments.train`."""
     name = module.rpartition(".")[2]
     return started if started.startswith("flax-cnns ") else f"python -m experiments.{name}"
 
 
-def page(command: str, module: str, doc: str, arguments: str, places: Sequence[str]) -> str:
+def make_page(command: str, module: str, doc: str, arguments: str, places: Sequence[str]) -> str:
     """Purpose, examples and flags of a command."""
     prefix = command.removesuffix(module.rpartition(".")[2])
     doc = re.sub(r"(?m)^flax-cnns (?=\w)", prefix, doc.strip())
@@ -104,7 +104,7 @@ def _meaning(flag: flags.Flag) -> str:
     return f"{flag.help} Default: {default}."
 
 
-def fields_page(pattern: str = "") -> str:
+def make_fields_page(pattern: str = "") -> str:
     """The config fields whose path fits a shell pattern or holds a text: default, expected value
     and meaning. Raises `UserError` if there are none."""
     pattern = pattern.removeprefix("--").removeprefix("config.").partition("=")[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from flax_cnns.cli.flags import choose_picture, define_arguments, define_trust
+from flax_cnns.cli.flags import choose_picture_path, define_arguments, define_trust
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
@@ -52,7 +52,7 @@ def predict(argv: list[str]) -> None:
         raise UserError("--checkpoint is one of a run's: it goes with --workdir=RUN")
     photos = argv[1:]
     check_photos(photos)
-    out, told = choose_picture(_OUT, photos) if _OUT.value else ("", "")
+    out, told = choose_picture_path(_OUT, photos) if _OUT.value else ("", "")
     from flax_cnns.runs import predict as prediction
     from flax_cnns.runs import tables
 

@@ -1,42 +1,42 @@
 """Configs: one table of fields (`fields.py`), what is checked, and what older runs had. No JAX."""
 
-from flax_cnns.config.default import complete, default_config, set_in
-from flax_cnns.config.effects import Facts
+from flax_cnns.config.default import complete, default_config, set_config_field
+from flax_cnns.config.effects import RunFacts
 from flax_cnns.config.fields import DEFAULTS, FIELDS, STRATEGY, make_defaults
-from flax_cnns.config.flat import difference, flatten, plain
+from flax_cnns.config.flat import flatten, list_differences, to_plain
 from flax_cnns.config.validation import (
-    check_new,
-    find_doubts,
+    check_new_run,
     find_inert_fields,
-    note,
-    refuse,
+    find_problems,
+    format_note,
+    raise_problems,
     reset_inert_fields,
     validate,
     validate_section,
 )
-from flax_cnns.config.versions import NEWER, completed, reset_as_in
+from flax_cnns.config.versions import OLDER_RUN_VALUES, add_missing_fields, reset_inert_fields_like
 
 __all__ = [
     "DEFAULTS",
     "FIELDS",
-    "NEWER",
+    "OLDER_RUN_VALUES",
     "STRATEGY",
-    "Facts",
-    "check_new",
+    "RunFacts",
+    "add_missing_fields",
+    "check_new_run",
     "complete",
-    "completed",
     "default_config",
-    "difference",
-    "find_doubts",
     "find_inert_fields",
+    "find_problems",
     "flatten",
+    "format_note",
+    "list_differences",
     "make_defaults",
-    "note",
-    "plain",
-    "refuse",
-    "reset_as_in",
+    "raise_problems",
     "reset_inert_fields",
-    "set_in",
+    "reset_inert_fields_like",
+    "set_config_field",
+    "to_plain",
     "validate",
     "validate_section",
 ]

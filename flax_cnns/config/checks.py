@@ -50,15 +50,15 @@ def _near(value: Any, names: tuple[str, ...]) -> str:
     return hint if "did you mean" in hint else ""
 
 
-def flag(value: Any) -> str | None:
+def boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else "True or False"
 
 
-def text(value: Any) -> str | None:
+def string(value: Any) -> str | None:
     return None if isinstance(value, str) else "a text"
 
 
-def word(value: Any) -> str | None:
+def nonempty_string(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "a name"
 
 
@@ -72,7 +72,7 @@ def durations(value: Any) -> str | None:
     return None if fine else "durations such as ('30 epochs', '60 epochs')"
 
 
-def shares(value: Any) -> str | None:
+def area_range(value: Any) -> str | None:
     fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
     fine = fine and all(isinstance(v, (int, float)) and 0 < v <= 1 for v in value)
     fine = fine and list(value) == sorted(value)
@@ -107,7 +107,7 @@ def rules(of: Check, what: str, *, single: bool = False) -> Check:
     return check
 
 
-def weight(value: Any) -> str | None:
+def weight_over_time(value: Any) -> str | None:
     """A number, or corners ((duration, number), …)."""
     if number(-math.inf)(value) is None:
         return None

@@ -33,11 +33,11 @@ def complete(config: Any) -> Any:
     for path, value in flatten(config).items():
         if path not in FIELDS and not path.startswith(("model.", "own.")):
             raise UserError(f"config: unknown field {path!r}{did_you_mean(path, FIELDS)}")
-        set_in(whole, path, value)
+        set_config_field(whole, path, value)
     return whole
 
 
-def set_in(config: Any, path: str, value: Any) -> None:
+def set_config_field(config: Any, path: str, value: Any) -> None:
     """Sets the field `path` of a ConfigDict, whatever its type was; sections of `own` are made."""
     from ml_collections import ConfigDict
 

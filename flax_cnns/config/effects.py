@@ -17,11 +17,14 @@ from flax_cnns.config.fields import DEFAULTS
 
 Flat = Mapping[str, Any]  # a config by paths: {"optimizer.name": "sgd", ...}
 
-MOST, LEAST = 3.4028234e38, 1.1754944e-38  # float32: the largest, and the smallest normal number
-MOST_STEPS = 2**31  # steps are counted by int32
+FLOAT32_MAX, FLOAT32_MIN = (
+    3.4028234e38,
+    1.1754944e-38,
+)  # float32: the largest, and the smallest normal number
+MAX_STEPS = 2**31  # steps are counted by int32
 
 
-class Facts(NamedTuple):
+class RunFacts(NamedTuple):
     """What is known of a run once network and data are there. The functions trace the network."""
 
     total: int  # steps
@@ -38,13 +41,13 @@ class Effect(NamedTuple):
     value of that field."""
 
     why: str
-    acts: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and Facts
+    acts: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and RunFacts
     cure: str = ""  # in place of "leave it at" the default
     resets: bool = True  # False: to reset it would change the run
     beside: str = ""  # the field that must be on, where that decides
 
 
-def amount(duration: Any) -> float:
+def parse_amount(duration: Any) -> float:
     """The number of a duration; NaN for another text."""
     match = DURATION.fullmatch(str(duration))
     return float(match[1]) if match else math.nan
@@ -69,7 +72,7 @@ def _beside(field: str, what: str) -> Effect:
 
 
 def _validates(flat: Flat) -> bool:
-    return amount(flat["train.eval_every"]) != 0
+    return parse_amount(flat["train.eval_every"]) != 0
 
 
 def _looks_at_validation(flat: Flat) -> bool:
@@ -160,7 +163,9 @@ EFFECTS: dict[str, Effect] = {
     ),
     "schedule.warmup": Effect(
         "one_cycle rises by itself, and schedule.name is {schedule.name}",
-        lambda flat: flat["schedule.name"] != "one_cycle" or amount(flat["schedule.warmup"]) == 0,
+        lambda flat: (
+            flat["schedule.name"] != "one_cycle" or parse_amount(flat["schedule.warmup"]) == 0
+        ),
     ),
     "schedule.boundaries": _only("schedule.name", "steps"),
     "schedule.factor": _only("schedule.name", "steps", "plateau"),
@@ -197,7 +202,7 @@ EFFECTS: dict[str, Effect] = {
 # ---- what depends on the network or the data
 
 
-def _ends_before(field: str) -> Callable[[Flat, Facts], bool]:
+def _ends_before(field: str) -> Callable[[Flat, RunFacts], bool]:
     return lambda flat, facts: facts.count(flat[field]) <= facts.total
 
 
@@ -267,7 +272,7 @@ IN_A_RUN: dict[str, Effect] = {
 }
 
 
-def find_inert(flat: Flat, facts: Facts | None = None) -> dict[str, str]:
+def find_inert(flat: Flat, facts: RunFacts | None = None) -> dict[str, str]:
     """{field: a line that says why} for the fields that are set and cannot act. Without `facts` the
     config alone decides; with `facts` the network and the data alone do."""
     found = {}
@@ -312,17 +317,20 @@ def find_bad_values(flat: Flat) -> Iterator[str]:
         if name == "one_cycle" and flat[field] < 1:
             yield say(field, "a number of at least 1: the rate starts low, and ends lower")
     for field in flat:
-        if any(amount(value) >= MOST_STEPS for value in _durations(flat[field])):
+        if any(parse_amount(value) >= MAX_STEPS for value in _durations(flat[field])):
             yield say(field, "a duration below 2**31")
-        if any(value and not LEAST <= abs(value) <= MOST for value in _numbers(flat[field])):
+        if any(
+            value and not FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
+            for value in _numbers(flat[field])
+        ):
             yield say(field, "a number that float32 holds: 0, or 1.2e-38 to 3.4e38")
 
 
-def find_long_durations(flat: Flat, facts: Facts) -> Iterator[str]:
+def find_long_durations(flat: Flat, facts: RunFacts) -> Iterator[str]:
     """A line for each duration in epochs that is too many steps."""
     for field, value in flat.items():
         for duration in _durations(value):
-            if (count := facts.count(duration)) >= MOST_STEPS:
+            if (count := facts.count(duration)) >= MAX_STEPS:
                 yield f"config.{field}: {duration!r} are {count:,} steps; expected fewer than 2**31"
 
 

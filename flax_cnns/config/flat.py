@@ -9,7 +9,7 @@ from typing import Any
 from flax_cnns.errors import UserError
 
 
-def plain(config: Any) -> dict[str, Any]:
+def to_plain(config: Any) -> dict[str, Any]:
     """A ConfigDict or mapping -> nested dicts and lists as JSON has them (tuples become lists)."""
     config = config.to_dict() if hasattr(config, "to_dict") else config
     try:
@@ -35,7 +35,7 @@ def set_field(config: dict[str, Any], path: str, value: Any) -> None:
     config[field] = value
 
 
-def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def list_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The fields in which two plain configs differ, as `"seed: 0 there, 1 here"`."""
     here, there, missing = flatten(ours), flatten(theirs), object()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax_cnns.config import effects
 from flax_cnns.config.fields import DEFAULTS, FIELDS
-from flax_cnns.config.flat import flatten, plain, set_field
+from flax_cnns.config.flat import flatten, set_field, to_plain
 from flax_cnns.errors import UserError, did_you_mean
 
 
@@ -70,7 +70,7 @@ def _check_together(flat: Mapping[str, Any]) -> None:
 # ---- what only a new run is refused for
 
 
-def find_doubts(config: Any, facts: effects.Facts | None = None) -> list[str]:
+def find_problems(config: Any, facts: effects.RunFacts | None = None) -> list[str]:
     """A line for each thing that a new run may not have: a field that is set and cannot act, a
     value that makes no sense. Older runs go on with theirs. `config` must be valid. With `facts`:
     only the lines that depend on the network or the data."""
@@ -93,26 +93,28 @@ def reset_inert_fields(config: Any, keep: Collection[str] = ()) -> Any:
     for name in effects.find_inert(flat) if flat.keys() >= FIELDS.keys() else ():
         if name not in keep and effects.EFFECTS[name].resets:
             set_field(copy, name, DEFAULTS[name])
-    return type(config)(copy) if is_config else plain(copy)
+    return type(config)(copy) if is_config else to_plain(copy)
 
 
-def check_new(config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print) -> None:
+def check_new_run(
+    config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print
+) -> None:
     """Checks the config of runs in `where`. Raises `UserError` for its doubts; if `begun`, `where`
     already holds such runs, and a note goes to `say` instead."""
-    found = find_doubts(config)
+    found = find_problems(config)
     if not begun:
-        refuse(found)
+        raise_problems(found)
     elif found:
-        say(note(where, found))
+        say(format_note(where, found))
 
 
-def refuse(found: Collection[str]) -> None:
+def raise_problems(found: Collection[str]) -> None:
     """Raises `UserError` with all the doubts that were found, so that they can be mended at
     once."""
     if found:
         raise UserError(" | ".join(found))
 
 
-def note(where: Any, found: Collection[str]) -> str:
+def format_note(where: Any, found: Collection[str]) -> str:
     """The line to print for older runs of which doubts were found."""
     return f"note: {where} was made before this was refused, and keeps it: {' | '.join(found)}"

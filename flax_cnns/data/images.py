@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.files import check_regular
+from flax_cnns.files import check_regular_file
 
 # Incremented whenever a file gives other pixels than before. 2 obeys EXIF and every transparency.
 READER = 2
@@ -208,7 +208,7 @@ def open_photo(photo: Photo) -> Iterator[Image.Image]:
             near = [other.name for other in folder.iterdir()] if folder.is_dir() else []
             near = did_you_mean(path.name, near)
             raise UserError(f"there is no photo {os.fspath(photo)!r}{near}")
-        check_regular(path)
+        check_regular_file(path)
         with _named(f"photo {path}"), Image.open(path) as image:
             yield image
 

@@ -248,7 +248,7 @@ def check_own(workdir: pathlib.Path, record: dict[str, Any], *, begun: bool) -> 
     have different code, or an opaque network other parameters than before."""
     if not record:
         return []
-    launch.check_same(
+    launch.check_processes_agree(
         json.dumps(record, sort_keys=True),
         what="the code of the own parts",
         cure="all must have the same files",
@@ -270,7 +270,7 @@ def start_jax(config: Any) -> None:
 
 def check_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dict[str, Any] | None:
     """The change of a run's data that is accepted, if there is one. Raises `UserError`."""
-    launch.check_same(
+    launch.check_processes_agree(
         json.dumps(dataset.fingerprint, sort_keys=True),
         what="the data",
         cure="all must read the same files",

@@ -35,7 +35,7 @@ from flax_cnns.errors import (
     Diverged,
     ProcessLost,
     UserError,
-    out_of_memory,
+    describe_out_of_memory,
 )
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
@@ -193,7 +193,7 @@ def main() -> int:
         print(f"error: {error}")
         return EXIT_FAULT
     except Exception as error:
-        if line := out_of_memory(error):
+        if line := describe_out_of_memory(error):
             print(f"error: {line}")
             return EXIT_FAULT  # another process may have held the memory: a second try may succeed
         traceback.print_exc()

@@ -43,7 +43,7 @@ def read(runs: Sequence[str | os.PathLike]) -> dict[str, Record]:
 def config_table(runs: Mapping[str, Record]) -> Table | None:
     """The fields in which the configs differ, or the runs, whichever are more, as lines; None where
     the configs are the same."""
-    flat = [configs.flatten(configs.plain(record.config)) for record in runs.values()]
+    flat = [configs.flatten(configs.to_plain(record.config)) for record in runs.values()]
     absent = object()
     found = {name: [of.get(name, absent) for of in flat] for name in sorted(set().union(*flat))}
     found = {name: v for name, v in found.items() if any(value != v[0] for value in v)}

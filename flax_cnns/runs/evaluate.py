@@ -74,7 +74,7 @@ def evaluate_run(
     config = workdirs.read_config(workdir)
     configs.validate(config)
     check_trust(config, trust, str(workdir))
-    found = configs.find_doubts(config)
+    found = configs.find_problems(config)
     start_jax(config)
     try:
         parts = assemble(config, confusion=True, begun=True, callbacks=False)
@@ -85,7 +85,7 @@ def evaluate_run(
         cure = "if the data moved, start the run's own command with their new data.dir first"
         raise UserError(f"{error}; {cure}") from None
     if found and jax.process_index() == 0:
-        print(configs.note(workdir, found))
+        print(configs.format_note(workdir, found))
     dataset = parts.dataset
     change = check_data(workdir, dataset, accept_changed_data)
     if split not in dataset.splits:

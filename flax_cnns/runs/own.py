@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax_cnns.config import flatten, plain
+from flax_cnns.config import flatten, to_plain
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs.network import as_tuples
@@ -126,7 +126,7 @@ def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = Tr
     these is made, which may begin a file anew. Raises `UserError` for a
     name that cannot be imported, a field that its part does not take, and fields of no part."""
     references = find_references(config)
-    fields = plain(config.get("own", {}) or {})
+    fields = to_plain(config.get("own", {}) or {})
     _check_names(references, fields)
     objects, flat, record = objects or {}, flatten(config), {}
 
@@ -202,7 +202,7 @@ def make_data(config: Any, objects: Objects | None = None) -> Dataset | None:
         return None
     data = (objects or {}).get(found[0])
     data = import_reference(found[0], FIELDS["data"]) if data is None else data
-    return _make_data(data, _fields_for(found[0], plain(config.get("own", {}) or {})), found[0])
+    return _make_data(data, _fields_for(found[0], to_plain(config.get("own", {}) or {})), found[0])
 
 
 def find_network(config: Any, objects: Objects | None = None) -> Any:
@@ -365,7 +365,7 @@ def _describe(
     reference: str, found: Any, fields: Mapping[str, Any], config: Any, kind: str
 ) -> dict[str, Any]:
     if kind == "model":
-        of_it = {name: v for name, v in plain(config.model).items() if name != "name"}
+        of_it = {name: v for name, v in to_plain(config.model).items() if name != "name"}
     else:
         of_it = dict(fields.get(name_of(reference), {}))
     if reference.startswith(OPAQUE):

@@ -74,8 +74,8 @@ class RunPlan:
         """The steps of a duration ("3 epochs"); `field` opens the message of an error."""
         return schedules.steps(duration, self.steps_per_epoch, what=field)
 
-    def find_doubts(self) -> list[str]:
-        """`config.find_doubts` that take the network or the data to know."""
+    def find_problems(self) -> list[str]:
+        """`config.find_problems` that take the network or the data to know."""
         parts = self.parts
 
         def shapes() -> PyTree:
@@ -93,7 +93,7 @@ class RunPlan:
             )
             return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
 
-        facts = configs.Facts(
+        facts = configs.RunFacts(
             total=self.total,
             count=self.count,
             validates=self.validates,
@@ -102,7 +102,7 @@ class RunPlan:
             has_aux_heads=has_aux_heads,
             decodes=parts.dataset.is_decoded,
         )
-        return configs.find_doubts(self.config, facts)
+        return configs.find_problems(self.config, facts)
 
     @functools.cached_property
     def layer_order(self) -> list[str]:
@@ -285,11 +285,11 @@ def rehearse(
     """
     configs.validate(config)
     if not begun:
-        configs.refuse(configs.find_doubts(config))
+        configs.raise_problems(configs.find_problems(config))
     parts = assemble(config, begun=begun)
     plan = RunPlan(parts)
     if not begun:
-        configs.refuse(plan.find_doubts())
+        configs.raise_problems(plan.find_problems())
     params = plan.target().params  # the rules of the optimizer too
     dropout_rates(parts, params)
     augment_and_mix(parts)
@@ -313,9 +313,9 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
         grafting.check(sources[name], target, config.graft.rules, options)
 
 
-def find_doubts(parts: Parts, fraction: float = 1.0) -> list[str]:
-    """`RunPlan.find_doubts` of a run on so much of the training examples."""
+def find_problems(parts: Parts, fraction: float = 1.0) -> list[str]:
+    """`RunPlan.find_problems` of a run on so much of the training examples."""
     plan = RunPlan(parts)
     plan.steps_per_epoch *= fraction
     plan.total = plan.count(parts.config.train.duration)
-    return plan.find_doubts()
+    return plan.find_problems()

@@ -147,8 +147,8 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
     config, dataset, model = loaded.config, loaded.dataset, loaded.network
     variables, step, why = loaded.variables, loaded.step, loaded.checkpoint
     workdir, _ = workdirs.split_checkpoint(workdir, checkpoint)
-    if found := configs.find_doubts(config):
-        print(configs.note(workdir, found))
+    if found := configs.find_problems(config):
+        print(configs.format_note(workdir, found))
     if dataset.task != "classes":
         raise UserError(f"{workdir}: a run on {dataset.task} data has no likeliest class")
     if not dataset.normalize:

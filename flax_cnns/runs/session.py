@@ -85,7 +85,7 @@ class Session:
                 resume_step=start or None,
                 tensorboard=config.log.tensorboard,
                 wandb=config.log.wandb,
-                config=configs.plain(config),
+                config=configs.to_plain(config),
                 primary=self.primary,
             )
             stack.callback(self.writer.close)
@@ -109,10 +109,10 @@ class Session:
     def _leave_if_peer_died(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Ends this process with one line if another process of the run has died: closing the
         checkpoints would wait for that one until JAX aborts."""
-        if said := launch.lost_peer(error):
+        if said := launch.describe_lost_peer(error):
             text = f"another process of this run has died ({said})"
             print(f"error: {text}; {workdirs.describe_resume(self.workdir)}", file=sys.stderr)
-            launch.leave(EXIT_FAULT)
+            launch.exit_if_distributed(EXIT_FAULT)
 
     def _preempted(self, outcome: loop.Outcome) -> Preempted:
         self.progress.print(
@@ -225,7 +225,7 @@ class Session:
         key = parallel.replicate(run_key(config), parts.mesh)
 
         def validate(state: TrainState) -> dict[str, float]:
-            asked = self.signals.asked_now
+            asked = self.signals.is_asked_to_stop
             return summarize(parts.evaluate(state.variables, "validation", asked))
 
         with contextlib.closing(
@@ -245,7 +245,9 @@ class Session:
                 should_stop=self.signals.should_stop,
                 evaluate=validate if self.plan.validates else None,
                 on_validation=on_validation,
-                refresh=make_statistics_refresh(parts, optimizer, key, self.signals.asked_now),
+                refresh=make_statistics_refresh(
+                    parts, optimizer, key, self.signals.is_asked_to_stop
+                ),
                 on_step=functools.partial(self._call_back, "on_step") if calls else None,
             )
             return loop.TrainLoop(
@@ -281,7 +283,7 @@ class Session:
         examples: dict[str, int] = {}
         for split, name in names.items():
             try:
-                sums = self.parts.evaluate(state.variables, split, self.signals.asked_now)
+                sums = self.parts.evaluate(state.variables, split, self.signals.is_asked_to_stop)
             except Interrupted:
                 raise self._preempted(outcome) from None
             found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
@@ -296,7 +298,7 @@ class Session:
         summary = make_summary(self.plan, outcome, host, found)
         if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
             summary["accepted_changes"] = [change["differs"] for change in changes]
-        summary = files.without_nonfinite(summary)  # as a reader of the file gets it
+        summary = files.replace_nonfinite(summary)  # as a reader of the file gets it
         if self.primary:
             warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
             summary["warnings"] = [warning] if warning else []

@@ -100,12 +100,12 @@ def run(
             f" that run give its name, and to start from its weights a new --workdir with"
             f" config.graft.source={os.fspath(workdir)}"
         )
-    begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.find_doubts(config)
+    begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.find_problems(config)
     if not begun:
-        configs.refuse(found)
+        configs.raise_problems(found)
     start_jax(config)
-    resolved = configs.plain(config)
-    launch.check_same(
+    resolved = configs.to_plain(config)
+    launch.check_processes_agree(
         json.dumps(resolved, sort_keys=True),
         what="the config",
         cure="start all with the same command and code",
@@ -116,7 +116,7 @@ def run(
             workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
         # Each process looks for itself, and one that saw another state would wait for ever.
         complete = (workdir / "summary.json").is_file()
-        launch.check_same(
+        launch.check_processes_agree(
             f"{complete} {finding.steps(workdir)}",
             what="what the run directory holds",
             cure=f"{workdir} must be one directory that all of them see",
@@ -136,13 +136,13 @@ def run(
         record = parts.describe_own()
         changed = check_own(workdir, record, begun=begun)
         plan = RunPlan(parts)
-        found += plan.find_doubts()
+        found += plan.find_problems()
         if not begun:
-            configs.refuse(found)
+            configs.raise_problems(found)
         if primary:
             print("\n".join(parts.dataset.describe()))
             if found:
-                print(configs.note(workdir, found))
+                print(configs.format_note(workdir, found))
             if change:
                 workdirs.accept_change(workdir, change)
             for line in (*parts.own.notes, *changed):

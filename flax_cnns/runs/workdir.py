@@ -27,7 +27,7 @@ from flax_cnns.checkpoint.lock import lock
 from flax_cnns.checkpoint.place import check_place
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
-from flax_cnns.files import without_nonfinite, write_json
+from flax_cnns.files import replace_nonfinite, write_json
 
 FILES = (
     *("config.json", "dataset.json", "own.json", "metrics.jsonl", "summary.json", "curves.png"),
@@ -40,7 +40,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Raises `UserError` where the file cannot be read or is no JSON object. What is not finite is
     None: `null`, and the NaN and Infinity of older versions."""
     try:
-        return without_nonfinite(finding.read_json(path))
+        return replace_nonfinite(finding.read_json(path))
     except finding.DamagedError as error:
         cure = "" if path.name in finding.CURES else "; put it right or remove the run"
         raise finding.DamagedError(f"{error}{cure}") from None
@@ -79,7 +79,7 @@ def _check_fields(path: pathlib.Path, complete: dict[str, Any]) -> None:
 
 def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
     with finding.damage(path, finding.CURES[path.name]):
-        return configs.completed(read_json(path))
+        return configs.add_missing_fields(read_json(path))
 
 
 def describe_resume(workdir: pathlib.Path) -> str:
@@ -108,7 +108,7 @@ def check_workdir(
         begun = has_begun(workdir)
         if begun:
             _check_fields(workdir / "config.json", there)
-        fields = configs.difference(config, configs.reset_as_in(config, there))
+        fields = configs.list_differences(config, configs.reset_inert_fields_like(config, there))
         if accept_changed_data or "fingerprint" in read_facts(workdir):
             fields = [field for field in fields if not field.startswith("data.dir:")]
         if begun and fields:

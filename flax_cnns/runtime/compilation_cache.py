@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OFF = "off"
-LARGEST = 4 * 2**30  # bytes; beyond, what was not read for longest goes
+MAX_BYTES = 4 * 2**30  # bytes; beyond, what was not read for longest goes
 _PROBLEM = re.compile(
     r"Error (reading|writing) persistent compilation cache entry for '(\w+)': (.*)"
 )
 
 
-def default_folder(environment: Mapping[str, str]) -> str:
+def find_default_folder(environment: Mapping[str, str]) -> str:
     """JAX_COMPILATION_CACHE_DIR, else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache."""
     if folder := environment.get("JAX_COMPILATION_CACHE_DIR"):
         return folder
@@ -37,7 +37,8 @@ def default_folder(environment: Mapping[str, str]) -> str:
 def enable(where: str = "") -> str:
     """Turns the cache on; returns its folder, "" where it is off.
 
-    `where`: a folder, "off", or "" for `default_folder`. To be called before JAX's first operation.
+    `where`: a folder, "off", or "" for `find_default_folder`. Call this before JAX's first
+    operation.
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is kept where it is set. A folder that cannot be
     written costs a line on stderr and the cache.
     """
@@ -46,7 +47,7 @@ def enable(where: str = "") -> str:
     if where == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
-    name = where or default_folder(os.environ)
+    name = where or find_default_folder(os.environ)
     if "://" in name:  # a bucket: JAX's business
         jax.config.update("jax_compilation_cache_dir", name)
         return name
@@ -70,8 +71,8 @@ def enable(where: str = "") -> str:
     return str(folder)
 
 
-def prune(folder: Path, largest: int = LARGEST) -> None:
-    """Removes entries, those first that were not read for longest, until `largest` bytes are left.
+def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Removes the least recently read entries until `max_bytes` are left.
 
     JAX's own limit (jax_compilation_cache_max_size) takes one more package and a lock a read.
     """
@@ -82,7 +83,7 @@ def prune(folder: Path, largest: int = LARGEST) -> None:
             entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
-        if total <= largest:
+        if total <= max_bytes:
             break
         with contextlib.suppress(OSError):
             path.unlink()

@@ -39,7 +39,7 @@ from flax_cnns.runtime import output
 COORDINATOR = "FLAX_CNNS_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "FLAX_CNNS_NUM_PROCESSES"
 PROCESS_ID = "FLAX_CNNS_PROCESS_ID"
-GRACE = 5.0  # seconds that the others have to say what they have to say after one has failed
+GRACE_SECONDS = 5.0  # for the other processes to end after one has failed
 
 
 # ---- in every process
@@ -165,7 +165,7 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     return "TPU" if chips and importlib.util.find_spec("libtpu") else None
 
 
-def leave(code: int) -> None:
+def exit_if_distributed(code: int) -> None:
     """Ends this process at once where there are several; returns where it is alone.
 
     An ordinary exit waits for the others, who wait for this process inside their step.
@@ -179,10 +179,10 @@ def leave(code: int) -> None:
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     sys.__excepthook__(kind, error, trace)
-    leave(EXIT_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else EXIT_FAULT)
+    exit_if_distributed(EXIT_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else EXIT_FAULT)
 
 
-def lost_peer(error: BaseException | None) -> str:
+def describe_lost_peer(error: BaseException | None) -> str:
     """JAX's message, in one line, if JAX failed because another process of this run has died; ""
     for any other error."""
     jax = sys.modules.get("jax")
@@ -196,7 +196,7 @@ def lost_peer(error: BaseException | None) -> str:
 _PEER_LOST = re.compile(r"(?i)gloo|nccl|by peer|socket closed|heartbeat|coordination service")
 
 
-def check_same(text: str, *, what: str, cure: str) -> None:
+def check_processes_agree(text: str, *, what: str, cure: str) -> None:
     """Raises `UserError`, on every process, where the processes hold different texts.
 
     `what` the text is about ("the config") and the `cure` go into the message.
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def local_environment(
+def make_local_environment(
     environment: Mapping[str, str], port: int, count: int, index: int, devices: int | None
 ) -> dict[str, str]:
     """The environment of process `index` of `count` that meet at a port of this machine."""
@@ -316,7 +316,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
             try:
                 child = subprocess.Popen(
                     command,
-                    env=local_environment(os.environ, port, count, index, devices),
+                    env=make_local_environment(os.environ, port, count, index, devices),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -365,14 +365,14 @@ def _wait(
                 good = max(good, code)
             elif not failed:
                 failed, first, how = code if code > 0 else 128 - code, index, _ending(code)
-                deadline = time.monotonic() + GRACE
+                deadline = time.monotonic() + GRACE_SECONDS
                 with writing:
                     # Before the others' coordination service blames whom it likes.
                     print(
                         f"[launch] process {index} failed first, {how}", file=sys.stderr, flush=True
                     )
         if len(interrupts) > 1:
-            deadline = min(deadline, interrupts[1] + GRACE)
+            deadline = min(deadline, interrupts[1] + GRACE_SECONDS)
         if time.monotonic() > deadline:
             send(signal.SIGKILL)
     return failed or good, first, how

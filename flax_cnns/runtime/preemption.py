@@ -17,7 +17,7 @@ import jax
 
 from flax_cnns.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
-AT_ONCE = 1.0  # seconds from the second Ctrl-C until the process ends, whatever it does
+EXIT_TIMEOUT = 1.0  # seconds from the second Ctrl-C until the process ends, whatever it does
 
 
 class Preempted(SystemExit):
@@ -102,7 +102,7 @@ class Signals:
             seen += 1
             if seen == 1 and self.begun:
                 _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
-            elif not self._left.wait(AT_ONCE):
+            elif not self._left.wait(EXIT_TIMEOUT):
                 if seen > 1:
                     _leave_at_once()
                 _say("interrupted: leaves as soon as JAX lets it; Ctrl-C again leaves at once")
@@ -115,7 +115,7 @@ class Signals:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.asked.is_set()
 
-    def asked_now(self) -> bool:
+    def is_asked_to_stop(self) -> bool:
         """For between two batches of an evaluation, where several processes cannot agree."""
         return jax.process_count() == 1 and self.asked.is_set()
 

@@ -34,11 +34,11 @@ def layer_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) -> 
     if not rules:
         flat = pytree.flatten(trainable)
         return {layer: "train" if _learns(layer, flat) else "frozen" for layer in layers}
-    named = [name for layer in layers for name in pytree.members(layer)]
+    named = [name for layer in layers for name in pytree.expand_stack(layer)]
     decided = pytree.match(rules, named, what="optimizer.bn")
     modes = {}
     for layer in layers:
-        found = {decided[name] for name in pytree.members(layer)}
+        found = {decided[name] for name in pytree.expand_stack(layer)}
         if len(found) > 1:
             raise UserError(
                 f"optimizer.bn: the rules treat the blocks of the stack {layer!r} differently; let "

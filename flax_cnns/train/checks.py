@@ -97,7 +97,7 @@ def restack(named: PyTree, stacked: PyTree) -> PyTree:
     flat = pytree.flatten(named)
 
     def one(path: str, leaf: Array) -> Array:
-        parts = [flat[name] for name in pytree.members(path)]
+        parts = [flat[name] for name in pytree.expand_stack(path)]
         return parts[0] if len(parts) == 1 else jnp.stack(parts).reshape(leaf.shape)
 
     leaves = [one(path, leaf) for path, leaf in pytree.flatten(stacked).items()]

@@ -60,8 +60,8 @@ def layer_rates(
     parts = (path.split("/") for path in pytree.flatten(params))
     prefixes = dict.fromkeys("/".join(p[:i]) for p in parts for i in range(1, len(p)))
     for stack in prefixes:
-        first, *others = pytree.members(stack)
-        if not others or len(pytree.members(stack.rpartition("/")[0])) > 1:
+        first, *others = pytree.expand_stack(stack)
+        if not others or len(pytree.expand_stack(stack.rpartition("/")[0])) > 1:
             continue
         for path in [path for path in rates if f"{path}/".startswith(f"{first}/")]:
             inside = path.removeprefix(first)

@@ -153,7 +153,7 @@ def _scale_by_trust_ratio() -> optax.GradientTransformation:
     def one(path: tuple, update: Array, weight: Array) -> Array:
         ratio = lambda u, w: scale.update(u, optax.EmptyState(), w)[0]  # noqa: E731
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return (jax.vmap(ratio) if len(pytree.members(name)) > 1 else ratio)(update, weight)
+        return (jax.vmap(ratio) if len(pytree.expand_stack(name)) > 1 else ratio)(update, weight)
 
     return optax.stateless(partial(jax.tree_util.tree_map_with_path, one))
 
@@ -295,7 +295,7 @@ def make(
     rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
     squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
     """
-    trainable = pytree.per_parameter(
+    trainable = pytree.expand_per_parameter(
         config.trainable, params, what="optimizer.trainable", default=True
     )
     for path, value in pytree.flatten(trainable).items():
@@ -313,7 +313,7 @@ def make(
         raise UserError("optimizer.trainable: every parameter is frozen; let one rule say True")
 
     def over_trainable(spec: tuple, field: str, default: float) -> PyTree:
-        tree = pytree.per_parameter(spec, params, what=f"optimizer.{field}", default=default)
+        tree = pytree.expand_per_parameter(spec, params, what=f"optimizer.{field}", default=default)
         return pytree.partition(tree, trainable)[0]
 
     decay = over_trainable(config.weight_decay, "weight_decay", 0.0)

@@ -33,7 +33,7 @@ def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
 
     `config.l2` are the a (an array along a stack whose blocks differ).
     """
-    coefficients = pytree.per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
+    coefficients = pytree.expand_per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
     coefficients, _ = pytree.partition(coefficients, trainable)
     if not any(np.any(a) for a in jax.tree.leaves(coefficients)):
         return None
@@ -57,7 +57,7 @@ def max_norm(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | No
     A unit is one of the outputs: a filter in a convolution, a column in a dense layer.
     """
     kernels = {p: leaf for p, leaf in pytree.flatten(params).items() if p.endswith("kernel")}
-    limits = pytree.per_parameter(
+    limits = pytree.expand_per_parameter(
         config.max_norm, pytree.unflatten(kernels), what="optimizer.max_norm", default=0.0
     )
     learns = pytree.flatten(trainable)
@@ -69,7 +69,7 @@ def max_norm(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | No
         flat = pytree.flatten(weights)
         for path, limit in limits.items():
             w = flat[path]
-            incoming = tuple(range(len(pytree.members(path)) > 1, w.ndim - 1))
+            incoming = tuple(range(len(pytree.expand_stack(path)) > 1, w.ndim - 1))
             norm = jnp.sqrt(jnp.sum(jnp.square(w), axis=incoming, keepdims=True))
             limit = jnp.asarray(np.where(limit, limit, np.inf), w.dtype)
             flat[path] = w * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
@@ -97,7 +97,7 @@ def add_noise(
     flat = pytree.flatten(grads)
     sizes = {}
     for path, leaf in flat.items():
-        blocks = pytree.members(path)
+        blocks = pytree.expand_stack(path)
         sizes |= dict.fromkeys(blocks, leaf.size // len(blocks))
     # One draw for all leaves, in the order of their names: XLA compiles one generator, and a
     # network that scans is given what its blocks would be given.
@@ -107,7 +107,7 @@ def add_noise(
     drawn = dict(zip(names, jnp.split(draw, ends)))
     deviation = jnp.sqrt(eta / (1.0 + step) ** decay)
     for path, leaf in flat.items():
-        noise = jnp.stack([drawn[name] for name in pytree.members(path)])
+        noise = jnp.stack([drawn[name] for name in pytree.expand_stack(path)])
         flat[path] = leaf + (deviation * noise).reshape(leaf.shape).astype(leaf.dtype)
     return pytree.unflatten(flat)
 

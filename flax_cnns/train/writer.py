@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_cnns.errors import UserError
-from flax_cnns.files import replace_whole
+from flax_cnns.files import replace_atomically
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ class Writer:
                     self._logged.add((resume_step, names))
                 finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
                 kept.append(json.dumps(finite) + "\n")
-        with replace_whole(self._path) as beside:
+        with replace_atomically(self._path) as beside:
             beside.write_text("".join(kept), encoding="utf-8")
         # Unbuffered: one record is one write, and there even if the process is killed right after.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115

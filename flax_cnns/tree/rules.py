@@ -16,13 +16,13 @@ import numpy as np
 
 from flax_cnns.errors import UserError
 from flax_cnns.tree.paths import flatten
-from flax_cnns.tree.stacking import members
+from flax_cnns.tree.stacking import expand_stack
 from flax_cnns.types import PyTree
 
 Rules = Sequence[tuple[str, Any]]
 
 
-def nearest(pattern: str, paths: Iterable[str]) -> str | None:
+def find_nearest(pattern: str, paths: Iterable[str]) -> str | None:
     """The path that looks most like `pattern`, regex signs aside; None where there is no path."""
     plain = re.sub(r"\\[dwsDWSb]|[\\()\[\]^$.*+?|]", "", pattern)
     return max(
@@ -44,7 +44,7 @@ def compile_rules(rules: Rules, *, what: str) -> list[tuple[re.Pattern, Any]]:
     return compiled
 
 
-def first_match(rules: Iterable[Sequence], path: str) -> tuple[int, re.Match] | None:
+def find_first_match(rules: Iterable[Sequence], path: str) -> tuple[int, re.Match] | None:
     """(index, match) of the first rule whose regex, its first item, matches the whole path; None
     where there is none."""
     for index, rule in enumerate(rules):
@@ -66,7 +66,7 @@ def decide(
     decided: dict[str, tuple[int, Any, re.Match]] = {}
     used: set[int] = set()
     for path in paths:
-        if found := first_match(compiled, path):
+        if found := find_first_match(compiled, path):
             index, match = found
             decided[path] = (index, compiled[index][1], match)
             used.add(index)
@@ -74,7 +74,7 @@ def decide(
         last_catch_all = index == len(compiled) - 1 and pattern.pattern in (".*", "(.*)")
         if index not in used and not last_catch_all:
             shadowed = [path for path in paths if pattern.fullmatch(path)]
-            why = f"the nearest path is {nearest(pattern.pattern, paths)!r}"
+            why = f"the nearest path is {find_nearest(pattern.pattern, paths)!r}"
             if not paths:
                 why = "there are no paths to decide"
             if shadowed:
@@ -100,11 +100,11 @@ def mask(rules: Rules, tree: PyTree, *, what: str, prefix: str = "") -> PyTree:
     array that goes along the stack and broadcasts to its leaf.
     """
     flat = flatten(tree)
-    named = [prefix + name for path in flat for name in members(path)]
+    named = [prefix + name for path in flat for name in expand_stack(path)]
     values = match(rules, named, what=what)
 
     def value(path: str, leaf: Any) -> Any:
-        first, *rest = [values[prefix + name] for name in members(path)]
+        first, *rest = [values[prefix + name] for name in expand_stack(path)]
         if all(other == first for other in rest):
             return first
         return np.asarray([first, *rest]).reshape(-1, *(1,) * (np.ndim(leaf) - 1))
@@ -113,7 +113,7 @@ def mask(rules: Rules, tree: PyTree, *, what: str, prefix: str = "") -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
-def per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
+def expand_per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
     """`()`, `(number,)` or rules (regex, value) -> a tree of values in the shape of `params`.
 
     The regexes see `"params/" + path`; in a stack of blocks that of each block, and where the

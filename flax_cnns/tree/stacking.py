@@ -18,7 +18,7 @@ from flax_cnns.types import PyTree
 _STACK = re.compile(r"(\w+?)(\d+)-(\d+)")
 
 
-def members(path: str) -> list[str]:
+def expand_stack(path: str) -> list[str]:
     """What a stacked leaf holds, in order: `"stage1/block2-4/kernel"` -> `["stage1/block2/kernel",
     "stage1/block3/kernel", "stage1/block4/kernel"]`. Any other path -> itself alone."""
 
@@ -70,7 +70,7 @@ def _form(tree: PyTree) -> tuple:
 def _unstack(node: dict[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, child in node.items():
-        for i, member in enumerate(names := members(name)):
+        for i, member in enumerate(names := expand_stack(name)):
             own = jax.tree.map(lambda x, i=i: _take(x, i), child) if len(names) > 1 else child
             named[member] = unstack_blocks(own)
     return named

@@ -109,8 +109,8 @@ def _matches(file: Path, digest: str) -> bool:
 
 
 def _check_reachable(url: str, what: str) -> None:
-    host = files.host_of(url)
-    if not files.reachable(host):
+    host = files.find_host(url)
+    if not files.is_reachable(host):
         raise UserError(
             f"{what}: {host} cannot be reached: get {url} where there is a network, and give the"
             " file's path"

@@ -23,7 +23,7 @@ import numpy as np
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.tree.rules import first_match
+from flax_cnns.tree.rules import find_first_match
 from flax_cnns.weights import wrappers
 
 UNUSED = None  # a rule that leaves tensors out, and says so
@@ -257,7 +257,7 @@ def _is_head(rules: list, module: str) -> bool:
 
 def _first(rules: list, name: str) -> tuple[re.Match, tuple] | tuple[None, None]:
     """The first rule that matches the whole name, and how."""
-    found = first_match(rules, name)
+    found = find_first_match(rules, name)
     return (found[1], rules[found[0]]) if found else (None, None)
 
 

@@ -49,7 +49,7 @@ def test_the_page_of_every_command_has_its_examples_and_all_its_flags():
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert out.startswith(f"flax-cnns {name} "), out
-        assert command.purpose(name) in out
+        assert command.read_purpose(name) in out
         assert f"\nflax-cnns {name} " in out
         assert ("--config.SECTION.FIELD=VALUE" in out) == (name in ("train", "ablate", "search"))
         assert ("--config.pretrain.SECTION.FIELD=VALUE" in out) == (name == "finetune")
@@ -63,11 +63,11 @@ def test_a_script_of_the_repository_shows_how_it_is_started():
 
 
 def test_the_table_of_fields_by_pattern():
-    lines = help.fields_page().splitlines()
+    lines = help.make_fields_page().splitlines()
     assert {f"  --config.{path}={field.default!r}" for path, field in FIELDS.items()} <= set(lines)
 
     def shown(pattern):
-        lines = help.fields_page(pattern).splitlines()
+        lines = help.make_fields_page(pattern).splitlines()
         return [line.partition("=")[0].strip() for line in lines if line.startswith("  --")]
 
     found = ["--config.mix.mixup"]
@@ -75,7 +75,7 @@ def test_the_table_of_fields_by_pattern():
     assert all("decay" in name for name in shown("decay"))
     assert "--config.strategy.layer_decay" in shown("decay")
     with pytest.raises(UserError, match=r"no field fits 'weightdecay'; did you mean 'optimizer\.w"):
-        help.fields_page("weightdecay")
+        help.make_fields_page("weightdecay")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_table_of_fields_by_pattern():
     ],
 )
 def test_what_asks_for_help(argv, first):
-    found = help.answer(["flax-cnns train", *argv], "flax_cnns.cli.train", "Doc.", "RUN")
+    found = help.find_help(["flax-cnns train", *argv], "flax_cnns.cli.train", "Doc.", "RUN")
     assert found.partition("\n")[0] == first
 
 
@@ -115,4 +115,4 @@ def test_the_overview_has_a_line_for_each_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["flax-cnns", "--help"])
     command.main()
     out = capsys.readouterr().out
-    assert all(f"\n  {name:8}  {command.purpose(name)}\n" in out for name in command.COMMANDS)
+    assert all(f"\n  {name:8}  {command.read_purpose(name)}\n" in out for name in command.COMMANDS)

@@ -10,24 +10,28 @@ from flax_cnns.errors import UserError
 def test_a_row_of_the_table_is_whole():
     for name, field in configs.FIELDS.items():
         assert field.check(field.default) is None, name
-        assert field.check(configs.NEWER.get(name, field.default)) is None, name
+        assert field.check(configs.OLDER_RUN_VALUES.get(name, field.default)) is None, name
         assert field.meaning, name
         assert not (field.regularizer and field.default), f"{name} is off by default"
 
 
 def test_a_field_that_was_added_since_has_its_default_in_older_runs():
-    assert {name: configs.DEFAULTS[name] for name in configs.NEWER} == configs.NEWER
-    assert len(configs.FIELDS) - len(configs.NEWER) == 83, "give the new field older_runs=..."
-    older = configs.plain(get_config())
-    for name in configs.NEWER:
+    assert {
+        name: configs.DEFAULTS[name] for name in configs.OLDER_RUN_VALUES
+    } == configs.OLDER_RUN_VALUES
+    assert len(configs.FIELDS) - len(configs.OLDER_RUN_VALUES) == 83, (
+        "give the new field older_runs=..."
+    )
+    older = configs.to_plain(get_config())
+    for name in configs.OLDER_RUN_VALUES:
         *parents, field = name.split(".")
         section = older
         for parent in parents:
             section = section[parent]
         del section[field]
-    found = configs.completed(older)
-    assert found == (configs.plain(get_config()), list(configs.NEWER))
-    assert configs.completed(found[0]) == (found[0], [])
+    found = configs.add_missing_fields(older)
+    assert found == (configs.to_plain(get_config()), list(configs.OLDER_RUN_VALUES))
+    assert configs.add_missing_fields(found[0]) == (found[0], [])
 
 
 def test_the_defaults_are_valid():
@@ -90,7 +94,7 @@ def test_a_wrong_field_says_what_was_expected(path, value, said):
 
 
 def test_an_odd_batch_leaves_an_image_without_a_neighbor():
-    odd = configs.plain(changed("data.batch_size", 15))
+    odd = configs.to_plain(changed("data.batch_size", 15))
     configs.validate(odd)
     for name in ("mixup", "cutmix"):
         with pytest.raises(UserError, match=r"data\.batch_size: .* neighbors; 15 images"):
@@ -113,9 +117,9 @@ def test_auxiliary_weights(weights):
 
 
 def test_differences_are_named():
-    ours, theirs = configs.plain(get_config()), configs.plain(get_config())
-    assert configs.difference(ours, theirs) == []
+    ours, theirs = configs.to_plain(get_config()), configs.to_plain(get_config())
+    assert configs.list_differences(ours, theirs) == []
     theirs["seed"] = 3
     theirs["model"]["width"] = 8
-    found = configs.difference(ours, theirs)
+    found = configs.list_differences(ours, theirs)
     assert found == ["model.width: 8 there, absent here", "seed: 3 there, 0 here"]

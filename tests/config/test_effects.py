@@ -33,7 +33,7 @@ def make(**fields):
 
 def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
     assert configs.FIELDS.keys() >= effects.EFFECTS.keys() | effects.IN_A_RUN.keys()
-    assert configs.find_doubts(common.get_config()) == []
+    assert configs.find_problems(common.get_config()) == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
 def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
     config = make(**fields)
     configs.validate(config)  # a run of before goes on
-    found = configs.find_doubts(config)
+    found = configs.find_problems(config)
     assert found
     with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")) as error:
         raise UserError(found[0])
@@ -119,7 +119,7 @@ def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
     ],
 )
 def test_fields_that_act_are_accepted(fields):
-    assert configs.find_doubts(make(**fields)) == []
+    assert configs.find_problems(make(**fields)) == []
 
 
 def test_a_whole_number_beyond_floats_is_an_error_of_its_field():
@@ -163,13 +163,13 @@ def test_the_dry_run_says_what_the_network_or_the_data_switch_off(config, fields
 )
 def test_a_schedule_that_would_never_change_is_cured_by_what_is_said(fields):
     config = make(**fields)
-    facts = configs.Facts(9, lambda text: int(text.split()[0]), True, False, None, None)
-    (said,) = configs.find_doubts(config, facts)
+    facts = configs.RunFacts(9, lambda text: int(text.split()[0]), True, False, None, None)
+    (said,) = configs.find_problems(config, facts)
     cure = re.findall(r"(schedule\.\w+)=('[^']*'|\(\)|[\d.]+)", said.rpartition("; ")[2])
     config.update_from_flattened_dict({name: ast.literal_eval(value) for name, value in cure})
     assert config.schedule.name == "constant"
     configs.validate(config)
-    assert configs.find_doubts(config) == configs.find_doubts(config, facts) == []
+    assert configs.find_problems(config) == configs.find_problems(config, facts) == []
 
 
 def test_the_dry_run_accepts_what_acts(config):
@@ -205,7 +205,7 @@ def test_an_older_run_goes_on_with_one_note(finished, config, tmp_path, capsys):
     shutil.copytree(finished[0], workdir)
     (workdir / "summary.json").unlink()
     config.optimizer.momentum, config.data.validation = 0.95, 0.2
-    (workdir / "config.json").write_text(json.dumps(configs.plain(config)))
+    (workdir / "config.json").write_text(json.dumps(configs.to_plain(config)))
 
     def notes():
         lines = capsys.readouterr().out.splitlines()
@@ -222,7 +222,7 @@ def test_an_older_run_goes_on_with_one_note(finished, config, tmp_path, capsys):
 
 
 def test_a_run_is_the_same_only_if_this_package_reset_the_field(finished, config, tmp_path):
-    ours, theirs = configs.plain(config), configs.plain(config)
+    ours, theirs = configs.to_plain(config), configs.to_plain(config)
     theirs["optimizer"]["momentum"] = 0.95
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
@@ -230,7 +230,7 @@ def test_a_run_is_the_same_only_if_this_package_reset_the_field(finished, config
     check_workdir(workdir, ours)  # it cannot act there, and is at its default here
     config.optimizer.momentum = 0.8
     with pytest.raises(UserError, match=r"optimizer\.momentum: 0\.95 there, 0\.8 here"):
-        check_workdir(workdir, configs.plain(config))
+        check_workdir(workdir, configs.to_plain(config))
 
 
 def test_an_absurd_loss_is_a_warning_in_log_and_summary(

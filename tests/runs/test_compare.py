@@ -101,7 +101,7 @@ def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
     def choose(present, **kwargs):
         given = {"out": types.SimpleNamespace(present=present)}
         monkeypatch.setattr(script.flags, "FLAGS", given)
-        return script.choose_picture(flag, **kwargs)
+        return script.choose_picture_path(flag, **kwargs)
 
     assert choose(0) == ("comparison.png", "comparison.png")
     (tmp_path / "comparison.png").touch()

@@ -222,10 +222,10 @@ def test_a_run_of_an_older_version_goes_on_to_the_bit(
 
 def test_a_run_whose_layers_were_grouped_in_another_way_is_told(config, tmp_path, capsys):
     config.optimizer.layer_decay = 0.5
-    today = configs.plain(config)
+    today = configs.to_plain(config)
     (tmp_path / "metrics.jsonl").touch()
     for older in (False, True):
-        there = configs.plain(config)
+        there = configs.to_plain(config)
         if older:
             del there["graft"]["adapt_stem"]
         (tmp_path / "config.json").write_text(json.dumps(there))
@@ -243,7 +243,9 @@ def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
         with monkeypatch.context() as patch:
             stop = lambda self, at, step=step: at == step  # noqa: E731
             patch.setattr("flax_cnns.runtime.preemption.Signals.should_stop", stop)
-            patch.setattr("flax_cnns.runtime.preemption.Signals.asked_now", lambda self, a=asked: a)
+            patch.setattr(
+                "flax_cnns.runtime.preemption.Signals.is_asked_to_stop", lambda self, a=asked: a
+            )
             with pytest.raises(Preempted):
                 run(config, workdir)
     shutil.rmtree(workdir / "checkpoints/6")  # as if killed before it was saved

@@ -92,7 +92,7 @@ def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
     config = get_config()
     config.model.name = "lenet5"
     config.data.update(dict(image_size=32, batch_size=64, dir="/moved"))
-    resolved = configs.plain(config)
+    resolved = configs.to_plain(config)
     workdirs.check_workdir(begun, resolved)
     facts = workdirs.read_facts(begun)
     del facts["fingerprint"]
@@ -132,6 +132,6 @@ def test_what_is_not_finite_is_null_in_json_and_none_when_it_is_read(tmp_path):
 
     expected = {"loss": None, "rates": [1.5, None], "deep": [{"a": None}], "n": 3}
     assert json.loads(file.read_text(), parse_constant=refuse) == expected
-    assert workdirs.read_json(file) == files.without_nonfinite(given) == expected
+    assert workdirs.read_json(file) == files.replace_nonfinite(given) == expected
     file.write_text('{"loss": NaN, "rates": [1.5, -Infinity], "n": 3}')  # of an older version
     assert workdirs.read_json(file) == {"loss": None, "rates": [1.5, None], "n": 3}

@@ -4,11 +4,11 @@ import pytest
 
 from configs.common import get_config
 from flax_cnns import files
-from flax_cnns.config import plain
+from flax_cnns.config import to_plain
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import record, workdir
 
-CONFIG = plain(get_config())
+CONFIG = to_plain(get_config())
 
 
 @pytest.fixture

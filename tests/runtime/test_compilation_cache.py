@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from flax_cnns.runtime.compilation_cache import default_folder, prune
+from flax_cnns.runtime.compilation_cache import find_default_folder, prune
 from tests.tiny_runs import ROOT
 
 PROGRAM = """
@@ -132,7 +132,7 @@ def test_off_is_off_wherever_the_environment_points(tmp_path):
     ],
 )
 def test_where_it_is(environment, folder):
-    assert default_folder(environment) == folder
+    assert find_default_folder(environment) == folder
 
 
 def test_what_was_not_read_for_longest_goes_first(tmp_path):
@@ -142,7 +142,7 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
         os.utime(path, (1000 + i, 1000 + i))
     os.utime(tmp_path / "a-cache", (2000, 1000))  # read since
     (tmp_path / "notes").write_bytes(bytes(100))
-    prune(tmp_path, largest=200)
+    prune(tmp_path, max_bytes=200)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "c-cache", "notes"]
 
 

@@ -108,8 +108,8 @@ def test_alone_nothing_happens(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     launch.initialize()
     launch.initialize("127.0.0.1:1", 1, 0)
-    launch.check_same("{}", what="the config", cure="mend it")
-    launch.leave(3)
+    launch.check_processes_agree("{}", what="the config", cure="mend it")
+    launch.exit_if_distributed(3)
     assert not jax.distributed.is_initialized()
     assert sys.excepthook is not launch._leave_at_once
 
@@ -141,9 +141,10 @@ def test_two_processes_add_up_and_compare_their_configs():
             total = float(jax.jit(add)(x).addressable_data(0)[0])
             say = lambda *words: print(*words, file=sys.stderr)  # gloo writes into stdout's lines
             say("result", jax.process_index(), jax.process_count(), n, total)
-            launch.check_same("same", what="the config", cure="mend it")
+            launch.check_processes_agree("same", what="the config", cure="mend it")
             try:
-                launch.check_same(f"seed {jax.process_index()}", what="the config", cure="mend it")
+                seed = f"seed {jax.process_index()}"
+                launch.check_processes_agree(seed, what="the config", cure="mend it")
             except ValueError as error:
                 say(error)
             sys.exit(75)
@@ -169,7 +170,7 @@ def in_this_process(code: str, capsys, count: int = 2) -> tuple[int, list[str], 
 
 
 def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     script = f"""
         import os, pathlib, subprocess, sys, time
         index = int(os.environ["{launch.PROCESS_ID}"])
@@ -196,7 +197,7 @@ def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_process_that_raises_does_not_wait_for_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(launch, "GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     script = """
         from flax_cnns.runtime import launch
         launch.initialize()
@@ -240,11 +241,11 @@ def test_what_jax_says_of_a_lost_process(monkeypatch):
     import jax
 
     text = "UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more"
-    assert launch.lost_peer(ValueError(text)) == ""  # there are no others
+    assert launch.describe_lost_peer(ValueError(text)) == ""  # there are no others
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert launch.lost_peer(ValueError(text)) == text.partition("\n")[0]
-    assert launch.lost_peer(ValueError("a shape")) == ""
-    assert launch.lost_peer(None) == ""
+    assert launch.describe_lost_peer(ValueError(text)) == text.partition("\n")[0]
+    assert launch.describe_lost_peer(ValueError("a shape")) == ""
+    assert launch.describe_lost_peer(None) == ""
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_the_command_may_have_a_dash_dash_of_its_own(capfd):
 
 def test_the_environment_of_a_process():
     before = {"XLA_FLAGS": "--a=1 --xla_force_host_platform_device_count=8 --b", "HOME": "/home/x"}
-    after = launch.local_environment(before, 99, 4, 2, devices=3)
+    after = launch.make_local_environment(before, 99, 4, 2, devices=3)
     assert after["XLA_FLAGS"].split() == [
         "--a=1",
         "--b",
@@ -313,7 +314,7 @@ def test_the_environment_of_a_process():
     ]
     assert (after["JAX_PLATFORMS"], after["HOME"]) == ("cpu", "/home/x")
     assert (after[launch.COORDINATOR], after[launch.PROCESS_ID]) == ("127.0.0.1:99", "2")
-    assert "JAX_PLATFORMS" not in launch.local_environment({}, 99, 4, 2, devices=None)
+    assert "JAX_PLATFORMS" not in launch.make_local_environment({}, 99, 4, 2, devices=None)
 
 
 def test_the_launcher_itself_imports_neither_jax_nor_numpy():

@@ -41,7 +41,7 @@ def said(monkeypatch):
 
 def test_ctrl_c_asks_to_save_and_a_second_one_interrupts(said, monkeypatch):
     left = []
-    monkeypatch.setattr(preemption, "AT_ONCE", 0.05)
+    monkeypatch.setattr(preemption, "EXIT_TIMEOUT", 0.05)
     monkeypatch.setattr(preemption, "_leave_at_once", lambda: left.append(True))
     with Signals() as signals:
         signals.begun = True
@@ -68,7 +68,7 @@ def test_a_sigterm_after_the_first_step_ends_with_75(said):
     with Signals() as signals:
         signals.begun = True
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.asked_now()
+        assert signals.is_asked_to_stop()
         assert signals.code == 75
 
 
@@ -77,6 +77,6 @@ def test_ctrl_c_stays_ignored_in_the_background_of_a_script():
     try:
         with Signals() as signals:
             interrupt()
-            assert not signals.asked_now()
+            assert not signals.is_asked_to_stop()
     finally:
         signal.signal(signal.SIGINT, before)

@@ -134,8 +134,8 @@ def test_a_closing_catch_all_may_have_nothing_left(catch_all):
 
 
 def test_nearest():
-    assert pytree.nearest(r"(params/)?stage1/blok1/kernel", PATHS) == "stage1/block1/kernel"
-    assert pytree.nearest("x", []) is None
+    assert pytree.find_nearest(r"(params/)?stage1/blok1/kernel", PATHS) == "stage1/block1/kernel"
+    assert pytree.find_nearest("x", []) is None
 
 
 def block(i, width=2):
@@ -163,7 +163,7 @@ def test_stacks_say_what_they_hold():
     assert isinstance(kernel, np.ndarray)
     assert kernel.shape == (11, 3, 2)
     np.testing.assert_array_equal(kernel[:, 0, 0], np.arange(2, 13))  # by number, not by text
-    named = [name for path in stacked for name in pytree.members(path)]
+    named = [name for path in stacked for name in pytree.expand_stack(path)]
     assert sorted(named) == sorted(pytree.flatten(STAGES))
     same(pytree.stack_blocks(pytree.stack_blocks(STAGES)), pytree.stack_blocks(STAGES))
 

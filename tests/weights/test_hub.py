@@ -103,7 +103,7 @@ def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
         raise OSError
 
     monkeypatch.setattr(files.socket, "create_connection", hangs)
-    monkeypatch.setattr(files.reachable, "__defaults__", (0.1,))
+    monkeypatch.setattr(files.is_reachable, "__defaults__", (0.1,))
     began = time.monotonic()
     said = r"download.pytorch.org cannot be reached: get https://.*/resnet18-\w+.pth where there"
     with pytest.raises(UserError, match=said):
@@ -115,8 +115,8 @@ def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
 def test_a_proxy_is_what_must_be_reached(monkeypatch, proxy):
     monkeypatch.setenv("https_proxy", proxy.format("proxy.example:3128"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert files.host_of("https://huggingface.co/timm") == "proxy.example:3128"
-    assert files.host_of("http://127.0.0.1:80/x") == "127.0.0.1:80"
+    assert files.find_host("https://huggingface.co/timm") == "proxy.example:3128"
+    assert files.find_host("http://127.0.0.1:80/x") == "127.0.0.1:80"
 
 
 def fake_hub(folder, content, cached=False):
@@ -136,7 +136,7 @@ def fake_hub(folder, content, cached=False):
 def test_timm_from_the_hugging_face_hub(monkeypatch, tmp_path, cached):
     module, asked = fake_hub(tmp_path, WEIGHTS, cached)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.setattr(files, "reachable", lambda host: host == "huggingface.co")
+    monkeypatch.setattr(files, "is_reachable", lambda host: host == "huggingface.co")
     assert hub.fetch("resnet50d", "timm").read_bytes() == WEIGHTS
     assert asked == ([] if cached else [("timm/resnet50d.ra2_in1k", "model.safetensors")])
 
@@ -154,7 +154,7 @@ def test_the_hub_without_its_package_or_a_network(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=said):
         hub.fetch("resnet50d", "timm")
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake_hub(tmp_path, WEIGHTS)[0])
-    monkeypatch.setattr(files, "reachable", lambda host: False)
+    monkeypatch.setattr(files, "is_reachable", lambda host: False)
     with pytest.raises(UserError, match=r"resnet50d from timm: .* cannot be reached: get https://"):
         hub.fetch("resnet50d", "timm")
 

@@ -14,8 +14,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
 
 from flax_cnns.errors import UserError
-from flax_cnns.files import replace_whole
-from flax_cnns.names import printable
+from flax_cnns.files import replace_atomically
+from flax_cnns.names import escape_unprintable
 
 # Okabe and Ito's colors, told apart by all kinds of color vision: Color Universal Design, 2008,
 # https://jfly.uni-koeln.de/color
@@ -59,7 +59,7 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
     kind = Path(path).suffix.removeprefix(".") or "png"
     try:
         _show_names(figure)
-        with replace_whole(path) as beside, warnings.catch_warnings():
+        with replace_atomically(path) as beside, warnings.catch_warnings():
             # A name in letters that the font lacks is drawn as boxes.
             warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
             FigureCanvasAgg(figure).print_figure(beside, format=kind, dpi=120, bbox_inches="tight")
@@ -75,10 +75,12 @@ def _show_names(figure: Figure) -> None:
     numbers = set()
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         if isinstance(named := axis.get_major_formatter(), FuncFormatter):
-            axis.set_major_formatter(lambda value, at, named=named: printable(named(value, at)))
+            axis.set_major_formatter(
+                lambda value, at, named=named: escape_unprintable(named(value, at))
+            )
         else:  # matplotlib's own, which may be formulas
             numbers |= set(map(id, axis.get_ticklabels(which="both")))
     for text in figure.findobj(Text):
         if id(text) not in numbers:
-            text.set_text(printable(text.get_text()))
+            text.set_text(escape_unprintable(text.get_text()))
             text.set_parse_math(False)

@@ -253,7 +253,7 @@ def _choose(
     if missing:
         path, there, pattern = missing[0]
         more = f" ({len(missing)} such paths)" if len(missing) > 1 else ""
-        near = pytree.nearest(there, source.leaves)
+        near = pytree.find_nearest(there, source.leaves)
         raise UserError(
             f"graft: the rule {pattern!r} takes {path} from {there!r}, which {source.name}"
             f" lacks{more}; the nearest there is {near!r}; name it, or make the layer fresh"

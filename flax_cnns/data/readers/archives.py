@@ -26,7 +26,7 @@ from flax_cnns.data.known import KNOWN
 from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.types import Raw
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.files import check_regular
+from flax_cnns.files import check_regular_file
 
 CIFAR = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 IDX = {
@@ -88,7 +88,7 @@ def _read_idx(name: str, directory: str) -> Raw:
 
 def idx_array(file: Path, ndim: int) -> np.ndarray:
     """The uint8 array of `ndim` dimensions in an IDX file, gzipped or not. Raises UserError."""
-    check_regular(file)
+    check_regular_file(file)
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
             zeros, kind, dims = struct.unpack(">HBB", stream.read(4))
@@ -155,7 +155,7 @@ def _read_cifar(name: str, file: Path, labels: str) -> Raw:
 def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
     """The wanted members of a tar.gz, by their last name."""
     found = {}
-    check_regular(file)
+    check_regular_file(file)
     try:
         with gzip.open(file) as unpacked:
             stream = _Bounded(unpacked, file)

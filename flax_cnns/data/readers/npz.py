@@ -14,7 +14,7 @@ import numpy as np
 from flax_cnns.data.readers.archives import check_size
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.files import check_regular
+from flax_cnns.files import check_regular_file
 
 # The keys of images and labels by split, of which a file has either all of Keras's or MedMNIST's.
 KEYS = {
@@ -40,7 +40,7 @@ def find(name: str, directory: str) -> Path:
         folder = path.parent
         near = [other.name for other in folder.glob("*.npz")] if folder.is_dir() else []
         raise UserError(f"there is no file {str(path)!r}{did_you_mean(path.name, near)}")
-    check_regular(path)
+    check_regular_file(path)
     return path
 
 

@@ -320,11 +320,11 @@ def _archives(name: str) -> str:
 
 def _download_host(builder: tfds.core.DatasetBuilder) -> str:
     urls = [url for url in builder.url_infos or () if "://" in url]
-    return files.host_of((urls or ["https://storage.googleapis.com"])[0])
+    return files.find_host((urls or ["https://storage.googleapis.com"])[0])
 
 
 def _reachable(host: str) -> bool:
-    return files.reachable(host, SECONDS)
+    return files.is_reachable(host, SECONDS)
 
 
 @contextlib.contextmanager

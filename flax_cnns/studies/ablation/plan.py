@@ -94,7 +94,8 @@ def make_rows(
 ) -> list[Row]:
     """The rows of a sweep on a config, for `folder`. Raises `UserError` for a name that cannot be a
     directory's or is there twice, for an override that names no field, for a value of the wrong
-    kind, for an object that child processes cannot have, and for what `config.check_new` refuses.
+    kind, for an object that child processes cannot have, and for what `config.check_new_run`
+    refuses.
     """
     configs.validate(config)
     own_parts.refuse_opaque(config, OPAQUE)
@@ -117,11 +118,11 @@ def make_rows(
             changed = override(config, overrides)
             configs.validate(changed)
             own_parts.refuse_opaque(changed, OPAQUE)
-            begun = recorded.get(name) == configs.plain(dict(overrides))
-            configs.check_new(changed, folder, begun=begun, say=notes.append)
+            begun = recorded.get(name) == configs.to_plain(dict(overrides))
+            configs.check_new_run(changed, folder, begun=begun, say=notes.append)
         except UserError as error:
             raise UserError(f"row {name}: {error}") from None
-        rows[name] = Row(name, configs.plain(dict(overrides)), changed)
+        rows[name] = Row(name, configs.to_plain(dict(overrides)), changed)
     if not rows:
         raise UserError("sweep(): expected a row or more, got none")
     for note in dict.fromkeys(notes):
@@ -158,7 +159,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         of_own = path.startswith("own.") or path.rpartition(".")[0] == "model"
         if path not in configs.FIELDS and not of_own:
             raise UserError(f"unknown field {path!r}{did_you_mean(path, configs.FIELDS)}")
-        configs.set_in(config, path, value)
+        configs.set_config_field(config, path, value)
     gone = parts - own_parts.names(config)
     own_parts.forget(config, {n for n in gone if not any(p.startswith(f"own.{n}.") for p in given)})
     return configs.reset_inert_fields(config, keep)
@@ -227,7 +228,7 @@ def record(
 
 def _plan(config: ConfigDict, rows: Sequence[Row], seeds: int) -> dict[str, Any]:
     named = [{"name": row.name, "overrides": row.overrides} for row in rows]
-    plain = configs.plain(config)
+    plain = configs.to_plain(config)
     return {"config": plain, "baseline": rows[0].name, "seeds": seeds, "rows": named}
 
 
@@ -236,13 +237,17 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     kept = {row["name"]: row["overrides"] for row in theirs["rows"] if row["name"] in begun}
     if not kept:
         return ours
-    fields = configs.difference(ours["config"], configs.completed(theirs["config"])[0])
+    fields = configs.list_differences(
+        ours["config"], configs.add_missing_fields(theirs["config"])[0]
+    )
     # The fingerprint of each cell tells whether the data only moved.
     fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
     for row in ours["rows"]:
-        changed = configs.difference(row["overrides"], kept.pop(row["name"], row["overrides"]))
+        changed = configs.list_differences(
+            row["overrides"], kept.pop(row["name"], row["overrides"])
+        )
         fields += [f"row {row['name']}: {field}" for field in changed]
     if fields:
         raise UserError(

@@ -22,7 +22,7 @@ from flax_cnns.analysis.plots import forest
 from flax_cnns.analysis.statistics import Difference, Interval
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_text
-from flax_cnns.names import printable
+from flax_cnns.names import escape_unprintable
 from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.ablation.reading import (
     Row,
@@ -90,8 +90,8 @@ def write(
     paths = [folder / name for name in ("report.md", "report.csv", "forest.png", "curves.png")]
     _forest(told, plan, of, paths[2])
     _curves(rows, plan["baseline"], of, paths[3])
-    write_text(paths[1], printable(_csv(told, plan["seeds"], of)))
-    write_text(paths[0], printable(_markdown(told, plan, interval, of, folder)))
+    write_text(paths[1], escape_unprintable(_csv(told, plan["seeds"], of)))
+    write_text(paths[0], escape_unprintable(_markdown(told, plan, interval, of, folder)))
     return paths
 
 

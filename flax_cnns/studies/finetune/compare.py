@@ -70,7 +70,7 @@ def _runs(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _check_new(config: ConfigDict, folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """Calls `config.check_new` for each run."""
+    """Calls `config.check_new_run` for each run."""
     begun, notes = any(folder.glob("*/config.json")) or any(folder.glob("*/*/seed*")), []
     for name, one in _runs(config).items():
         one = ConfigDict(one.to_dict())
@@ -78,7 +78,7 @@ def _check_new(config: ConfigDict, folder: pathlib.Path, say: Callable[[str], No
             one.graft.source = config.source or "pretrain"
         try:
             own_parts.refuse_opaque(one, "fine-tuning starts its runs from configs")
-            configs.check_new(one, folder, begun=begun, say=notes.append)
+            configs.check_new_run(one, folder, begun=begun, say=notes.append)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     for note in dict.fromkeys(notes):

@@ -61,7 +61,7 @@ def probe(
     `fingerprint`: as in `runs.train.run`. Raises `UserError`.
     """
     workdir, cache = pathlib.Path(workdir).absolute(), pathlib.Path(cache)
-    resolved = configs.plain(config) | {"probe": list(layers)}
+    resolved = configs.to_plain(config) | {"probe": list(layers)}
     with workdirs.open_workdir(workdir, primary=True) as opened:
         workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
         if (workdir / "summary.json").is_file():
@@ -112,7 +112,7 @@ def cached_features(
 ) -> tuple[Features, float]:
     """What `features` gives. It is read from `cache` if that holds the features of this config,
     these weights and these examples undamaged; else it is computed and kept there."""
-    config = configs.plain(parts.config)
+    config = configs.to_plain(parts.config)
     data = config["data"] | {"dir": ""}  # the digest covers the data, wherever they lie
     key = json.dumps([config["model"], data, list(layers), _digest(parts, variables)])
     if cache.is_file():
@@ -128,7 +128,7 @@ def cached_features(
     found, seconds = features(parts, variables, layers)
     flat = {f"{split}/{n}": array for split, of in found.items() for n, array in of.items()}
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with files.replace_whole(cache) as beside, beside.open("wb") as file:
+    with files.replace_atomically(cache) as beside, beside.open("wb") as file:
         np.savez(file, key=np.str_(key), seconds=seconds, **flat)
     return found, seconds
 

@@ -17,7 +17,7 @@ from flax_cnns.checkpoint.graft import graft
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
 from flax_cnns.runs.build import Parts, assemble
-from flax_cnns.runs.plan import find_doubts
+from flax_cnns.runs.plan import find_problems
 from flax_cnns.studies.finetune import probe
 
 COPY = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
@@ -181,8 +181,8 @@ def make_task(
     parts = assemble(config)
     _check_parts(parts, fraction)
     if new:
-        configs.refuse(find_doubts(parts))
-        if found := find_doubts(parts, fraction):  # durations in epochs are fewer steps
+        configs.raise_problems(find_problems(parts))
+        if found := find_problems(parts, fraction):  # durations in epochs are fewer steps
             raise UserError(f"with --fractions={fraction:g}: {' | '.join(found)}")
     shape = (1, *parts.dataset.image_shape)
 

@@ -208,7 +208,7 @@ def search(
     if not 0 < phi < math.inf:
         raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")
     configs.validate(config)
-    configs.check_new(config, folder, begun=any(folder.glob("*/config.json")), say=say)
+    configs.check_new_run(config, folder, begun=any(folder.glob("*/config.json")), say=say)
     _check_own(config)
     planner = Planner(config)
     base = planner.trial("base", Factors())

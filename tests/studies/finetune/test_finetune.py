@@ -82,7 +82,7 @@ def test_a_slower_phase_has_no_last_rate_above_its_first(task):
     config.schedule.update(dict(learning_rate=0.1, end=0.05))
     (phase,) = strategies.all_slowly(task._replace(config=config))
     assert phase.config.schedule.end == phase.config.schedule.learning_rate
-    assert configs.find_doubts(phase.config) == []
+    assert configs.find_problems(phase.config) == []
 
 
 def leaves(task):
@@ -341,7 +341,7 @@ def ran(monkeypatch):
     seen = []
 
     def run(config, workdir, *args, **kwargs):
-        seen.append((configs.plain(config), str(workdir)))
+        seen.append((configs.to_plain(config), str(workdir)))
         grafted = 0.1 * bool(config.graft.source)
         accuracy = 0.3 + 0.4 * config.data.fraction + 0.01 * config.seed + grafted
         summary = {"test/accuracy": accuracy, "validation/best_accuracy": accuracy - 0.01}
