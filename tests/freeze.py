@@ -268,7 +268,7 @@ def steps_of(name: str, config: Any, which: str = "train") -> dict[str, str]:
     batch = abstract(parts, data.batch_size, False)
     if "moments" in which:
         step = precise_bn.make_moments_step(
-            parts.model.apply, optimizer.norms, **augment_and_mix(parts)
+            parts.model.apply, optimizer.batchnorm_modes, **augment_and_mix(parts)
         )
         step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
         given = (bare.variables, jax.ShapeDtypeStruct((), jnp.int32))
@@ -615,7 +615,7 @@ def _observe() -> dict[str, str]:
     """What the plateau schedule makes of a validation."""
     config = base(**LENET, schedule__name="plateau")
     target, _, _ = plan_of(assemble(config, begun=True))
-    observe = functools.partial(optimizers.observe, patience=3, factor=0.2, min_delta=1e-3)
+    observe = functools.partial(optimizers.update_plateau, patience=3, factor=0.2, min_delta=1e-3)
     error = jax.ShapeDtypeStruct((), jnp.float32)
     return program("step/schedule/observe", jax.jit(observe).lower(target.opt_state, error))
 

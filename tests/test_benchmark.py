@@ -27,7 +27,7 @@ has_torch = importlib.util.find_spec("torchvision") is not None
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
     """`run(arguments ...)` -> (exit code, output, errors, what the JSON holds)."""
-    monkeypatch.setattr(device, "peak", lambda device, dtype: device_peak)
+    monkeypatch.setattr(device, "find_peak", lambda device, dtype: device_peak)
     device_peak = device.Peak(1e9, "a test")
 
     def run(*arguments, quick=True):
@@ -121,7 +121,7 @@ def test_slower_shapes_are_measured_again_and_the_middle_counts(run, monkeypatch
             {"ours": [ours], "nn.Conv": [stock]}, dict.fromkeys(candidates, 1)
         )
 
-    monkeypatch.setattr(convolutions, "compare", compare)
+    monkeypatch.setattr(convolutions, "time_candidates", compare)
     _, _, _, found = run("conv", "--stage=lenet-c3", "--no-torch")
     forward, gradient = found["rows"]
     assert len(forward["runs"]) == 3

@@ -44,7 +44,7 @@ def doubts(config):
     per_epoch = images / config.data.batch_size
 
     def count(duration):
-        return schedules.steps(duration, per_epoch)
+        return schedules.parse_duration(duration, per_epoch)
 
     model = create_model(**model_fields(config))
 

@@ -64,7 +64,7 @@ def make_step(config):
     """(parts, optimizer, the step of a run)."""
     parts = build.assemble(config)
     variables = jax.eval_shape(parts.fresh_variables)
-    optimizer = optimizers.make(
+    optimizer = optimizers.make_optimizer(
         config.optimizer,
         variables["params"],
         schedules.constant(0.05),

@@ -16,7 +16,7 @@ from experiments.benchmarks import flags, torch_side
 from experiments.benchmarks.report import Bars, Report, milliseconds
 from experiments.benchmarks.shapes import SHAPES, Shape, arrays
 from flax_cnns import layers
-from flax_cnns.analysis.timing import Comparison, compare, geometric_mean
+from flax_cnns.analysis.timing import Comparison, geometric_mean, time_candidates
 from flax_cnns.errors import UserError
 
 SLOWER = 1.05  # of stock nn.Conv's time: above it a shape is measured again
@@ -53,9 +53,9 @@ def conv(args: argparse.Namespace, report: Report) -> None:
             }
             if torch is not None:
                 candidates[TORCH] = torch_side.convolution(torch, shape, args.dtype, passes)
-            runs = [compare(candidates, **timing)]
+            runs = [time_candidates(candidates, **timing)]
             if runs[0].ratio(OURS, STOCK).median > SLOWER:
-                runs += [compare(candidates, **timing) for _ in range(2)]
+                runs += [time_candidates(candidates, **timing) for _ in range(2)]
             _add(report, shape, passes, runs, args.dtype)
     _summarize(report)
 
@@ -219,7 +219,9 @@ def cond(args: argparse.Namespace, report: Report) -> None:
         return call
 
     candidates = {"skipped": candidate(True), "masked": candidate(False)}
-    found = compare(candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
+    found = time_candidates(
+        candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
+    )
     ratio = found.ratio("skipped", "masked")
     row = {"shape": shape, "branches": args.branches, "rate": 0.5, "ratio": ratio._asdict()}
     name = f"{args.branches} of {args.batch}x{args.size}x{args.size}x{args.channels}"

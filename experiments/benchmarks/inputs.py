@@ -14,7 +14,7 @@ import numpy as np
 from experiments.benchmarks.flags import positive, size
 from experiments.benchmarks.report import Bars, Report
 from flax_cnns import recipes
-from flax_cnns.analysis.timing import compare
+from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.errors import UserError, did_you_mean
 
 COLUMNS = (
@@ -85,7 +85,7 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
                         pass
 
                 candidates[name] = some
-            found = compare(
+            found = time_candidates(
                 candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
             )
             images = args.batches * config.batch_size

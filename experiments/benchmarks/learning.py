@@ -183,8 +183,8 @@ def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]
     parts = build.assemble(config)
     epoch = len(parts.dataset.splits["train"]) / args.batch
     variables = parts.fresh_variables()
-    schedule = schedules.make(config.schedule, total_steps=steps, steps_per_epoch=epoch)
-    optimizer = optimizers.make(config.optimizer, variables["params"], schedule)
+    schedule = schedules.make_schedule(config.schedule, total_steps=steps, steps_per_epoch=epoch)
+    optimizer = optimizers.make_optimizer(config.optimizer, variables["params"], schedule)
     state = TrainState.create(variables, optimizer.init(variables["params"]))
     state = parallel.replicate(state, parts.mesh)
     key = parallel.replicate(jax.random.fold_in(jax.random.key(args.seed), 1), parts.mesh)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from flax_cnns.analysis.device import environment
+from flax_cnns.analysis.device import describe_environment
 from flax_cnns.errors import UserError
 from flax_cnns.files import replace_atomically
 from flax_cnns.names import make_console
@@ -85,7 +85,7 @@ class Report:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "flags": self.flags,
             "interrupted": interrupted,
-            "environment": environment(),
+            "environment": describe_environment(),
             "summary": self.summary,
             "rows": self.rows,
         }
@@ -108,7 +108,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     from flax_cnns.analysis.plots import style
-    from flax_cnns.analysis.plots.style import save_picture, shorten, tidy
+    from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes
 
     colors = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
     colors += (style.VERMILION, style.SKY_BLUE, style.YELLOW, style.GRAY)
@@ -143,7 +143,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(bars.axis)
     axes.set_title(textwrap.fill(title, 100), fontsize=10)
-    tidy(axes, grid="x")
+    tidy_axes(axes, grid="x")
     if len(series) > 1:
         figure.legend(
             loc="outside lower center", ncols=min(len(series), 4), frameon=False, fontsize=8

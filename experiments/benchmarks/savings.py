@@ -11,7 +11,7 @@ from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds,
 from experiments.benchmarks.training import Trainee, make
 from flax_cnns.analysis import device
 from flax_cnns.analysis.cost import cost
-from flax_cnns.analysis.timing import compare
+from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.layers import drop_rates
 
 # ---------------------------------------------------------------------------- frozen
@@ -47,7 +47,7 @@ def frozen(args: argparse.Namespace, report: Report) -> None:
         steps_of[name] = trainee.training(compiled)
         memory[name], params[name] = device.program_memory(compiled), trainee.trainable_params
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
-    found = compare(steps_of, **timing)
+    found = time_candidates(steps_of, **timing)
     for name, timed in found.as_dict().items():
         seconds, ratio = timed["median"], found.ratio(name, "all")
         row = {
@@ -123,7 +123,7 @@ def drop_path(args: argparse.Namespace, report: Report) -> None:
 
         runs[mode, rate] = several
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
-    found = compare({f"{mode} {rate}": run for (mode, rate), run in runs.items()}, **timing)
+    found = time_candidates({f"{mode} {rate}": run for (mode, rate), run in runs.items()}, **timing)
     blocks = sum(model.depths)
     for mode, rate in cases:
         name, survival = f"{mode} {rate}", 1 - drop_rates(rate, blocks).mean()

@@ -19,7 +19,7 @@ from experiments.benchmarks.flags import dtype, positive
 from experiments.benchmarks.report import Bars, Report, milliseconds
 from experiments.benchmarks.shapes import Shape, arrays
 from flax_cnns import tree as pytree
-from flax_cnns.analysis.timing import compare
+from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.layers.conv import module as conv_module
 from flax_cnns.models.registry import init_variables
@@ -187,7 +187,9 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
             with unittest.mock.patch.object(conv_module, "conv_general_dilated", library):
                 stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])
                 candidates["nn.Conv"] = stock.training(stock.compile()[0])
-        found = compare(candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
+        found = time_candidates(
+            candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
+        )
         others = [other for other in candidates if other != "ours"]
         ratios = {other: found.ratio("ours", other) for other in others}
         row = {

@@ -18,7 +18,7 @@ from flax_cnns import config
 from flax_cnns import tree as pytree
 from flax_cnns.analysis import device
 from flax_cnns.analysis.cost import cost
-from flax_cnns.analysis.timing import compare
+from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.data.augment import make_normalize
 from flax_cnns.data.mix import make_mix
 from flax_cnns.models.registry import create_model, init_variables
@@ -70,7 +70,7 @@ class Trainee:
         self.init_seconds = time.perf_counter() - began
         if getattr(model, "scan", False):
             variables = pytree.stack_blocks(variables)  # as a run does
-        optimizer = optimizers.make(
+        optimizer = optimizers.make_optimizer(
             SimpleNamespace(**vars(SGD) | {"trainable": trainable}),
             variables["params"],
             schedules.constant(RATE),
@@ -156,7 +156,7 @@ def step(args: argparse.Namespace, report: Report) -> None:
     asked = {name: True for name in ("scan", "remat") if getattr(args, name)}
     models = {name: make(name, args, **asked) for name in args.model.split(",")}
     device0 = jax.devices()[0]
-    best = device.peak(device0, args.dtype)
+    best = device.find_peak(device0, args.dtype)
     # The cores of a CPU are shared by however many devices are made of them.
     count = 1 if device0.platform == "cpu" else jax.device_count()
     total = best and best.flops * count
@@ -217,9 +217,9 @@ def step_row(model: nn.Module, args: argparse.Namespace, peak: float | None) -> 
     jax.block_until_ready(train())
     first = time.perf_counter() - began
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
-    found = compare({"training": train}, **timing)
+    found = time_candidates({"training": train}, **timing)
     after = device.peak_memory(jax.devices()[0])
-    found_inference = compare({"inference": trainee.inference()}, **timing)
+    found_inference = time_candidates({"inference": trainee.inference()}, **timing)
     counted = cost(model, (args.batch, *model.input_size))
     flops = 2 * counted.macs
     training = Speed.of(found.median("training"), args.batch, 3 * flops, peak)

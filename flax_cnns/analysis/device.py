@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_cnns.analysis.timing import compare
+from flax_cnns.analysis.timing import time_candidates
 
 
 class Peak(NamedTuple):
@@ -47,7 +47,7 @@ PEAKS = {
 }
 
 
-def peak(device: Any, dtype: str = "float32") -> Peak | None:
+def find_peak(device: Any, dtype: str = "float32") -> Peak | None:
     """The FLOP/s that `device` is said to reach in `dtype`; None where nobody said.
 
     A CPU's is measured: the best of five products of 2048x2048 float32 matrices on all its cores.
@@ -56,7 +56,7 @@ def peak(device: Any, dtype: str = "float32") -> Peak | None:
         size = 2048
         a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
         product = jax.jit(jnp.matmul)
-        found = compare({"matmul": lambda: product(a, a)}, rounds=5)
+        found = time_candidates({"matmul": lambda: product(a, a)}, rounds=5)
         return Peak(
             2 * size**3 / min(found.seconds["matmul"]), "a float32 matmul of 2048, measured"
         )
@@ -84,7 +84,7 @@ def peak_memory(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """For the record: versions, device, cores, the variables that change what is measured."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "timm")
     versions = {"python": platform.python_version()}

@@ -30,7 +30,7 @@ class Interval(NamedTuple):
     n: int
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether there is an interval."""
         return math.isfinite(self.low)
 
@@ -65,7 +65,7 @@ def mean(
     return _interval(values, _flat(values, values), method, level, seed)
 
 
-def paired(
+def paired_difference(
     values: Mapping[int, float],
     baseline: Mapping[int, float],
     *,

@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
         return function(self.seconds[name])
 
 
-def compare(
+def time_candidates(
     candidates: Mapping[str, Callable[[], Any]],
     *,
     rounds: int = 5,

@@ -48,7 +48,7 @@ def summarize(total: dict[str, Any]) -> dict[str, float]:
     return metrics.compute(total)
 
 
-def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
+def per_class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Counts [K K], rows true -> "count", "recall" (accuracy in the class), "precision", each [K].
 
     NaN where nothing is of the class, or nothing was predicted to be.

@@ -193,7 +193,7 @@ def train_batches(
 
 def dropout_rates(parts: Parts, params: PyTree) -> dict[str, float]:
     shape = (1, *parts.dataset.image_shape)
-    return dropout.layer_rates(parts.config.train.dropout, parts.model, shape, params)
+    return dropout.decide_rates(parts.config.train.dropout, parts.model, shape, params)
 
 
 def make_train_step(
@@ -202,10 +202,10 @@ def make_train_step(
     config = parts.config
     rates = dropout_rates(parts, optimizer.trainable)
     step = steps.make_train_step(
-        dropout.dropping(parts.model.apply, rates, config.train.dropout_mode),
+        dropout.add_dropout(parts.model.apply, rates, config.train.dropout_mode),
         optimizer,
         **augment_and_mix(parts),
-        aux_weights=losses.aux_weights(config.train, steps_per_epoch),
+        aux_weights=losses.make_aux_weights(config.train, steps_per_epoch),
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
         accumulate=config.train.accumulate,
@@ -221,13 +221,13 @@ def make_statistics_refresh(
 ) -> Callable[[TrainState], TrainState] | None:
     """What computes the running statistics anew before a validation, if anything does."""
     n = parts.config.train.precise_bn
-    if not n or "train" not in optimizer.norms.values():
+    if not n or "train" not in optimizer.batchnorm_modes.values():
         return None
     step = precise_bn.make_moments_step(
         parts.model.apply,
-        optimizer.norms,
+        optimizer.batchnorm_modes,
         **augment_and_mix(parts),
-        own=optimizer.regularizers,
+        active=optimizer.regularizers,
     )
     step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
 
@@ -235,7 +235,7 @@ def make_statistics_refresh(
         # The first batches of the run: what is validated differs by its weights alone.
         with contextlib.closing(train_batches(parts)) as stream:
             batches = itertools.islice(stream, n)
-            stats = precise_bn.estimate(
+            stats = precise_bn.estimate_statistics(
                 step, state.variables, batches, key, should_stop=should_stop
             )
         return state.with_statistics(parallel.replicate(stats, parts.mesh))

@@ -18,7 +18,7 @@ from rich.table import Table
 from flax_cnns import config as configs
 from flax_cnns.analysis.plots import style as plot_style
 from flax_cnns.analysis.plots.curves import PANELS
-from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
+from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import record as records
 from flax_cnns.runs.metric import DIGITS, SHARES, Metric, make_metric
@@ -149,8 +149,8 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike, metric: str = "accu
             _run(axes, panel, record, style, record.config.data.batch_size if len(sizes) > 1 else 1)
         axes.set(title=panel.replace("_", " "), xlabel=across)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        tidy(axes)
-        make_room(axes)
+        tidy_axes(axes)
+        widen_single_point(axes)
         if not any(len(line.get_xdata()) for line in axes.get_lines()):
             axes.set(xticks=[], yticks=[])  # numbers would mean nothing
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")

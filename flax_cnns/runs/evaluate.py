@@ -15,7 +15,7 @@ from flax_cnns.analysis.plots import confusion as confusion_plot
 from flax_cnns.checkpoint import finding, reading
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.evaluation.exact import per_class, summarize
+from flax_cnns.evaluation.exact import per_class_metrics, summarize
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import Parts, assemble, check_data, start_jax
@@ -122,7 +122,7 @@ def evaluate_run(
 
 def _by_class(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
     """ "classes" and "confusion" of the file, from counts [K K]."""
-    classes = per_class(confusion)
+    classes = per_class_metrics(confusion)
     numbers = zip(classes["count"], classes["recall"], classes["precision"])
     rows = [
         {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}

@@ -165,7 +165,7 @@ def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = Tr
             notes.append(f"the regularizer {name_of(reference)} is off: {why}")
         else:
             one = _instance(found, of_it, reference)
-            hooks[name_of(reference)] = regularizers.hooks_of(name_of(reference), one)
+            hooks[name_of(reference)] = regularizers.make_regularizer(name_of(reference), one)
     for reference in references.get("callbacks", ()) if callbacks else ():
         of_it = _fields_for(reference, fields)
         called.append(_callback(_instance(get("callbacks", reference), of_it, reference)))

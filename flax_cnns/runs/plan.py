@@ -35,7 +35,7 @@ from flax_cnns.types import Array, PyTree
 class RunPlan:
     """The steps of a run, and what each of them needs.
 
-    `total`: steps in all; `steps_per_epoch`: may be a fraction; `every`: the steps after which the
+    `total`: steps in all; `steps_per_epoch`: may be a fraction; `periods`: how often, in steps, the
     run logs, validates and saves; `validates`: whether there is a validation split; `best_by`,
     `best_mode`: the metric of a validation that says which is the best, by "max" or "min". Raises
     `UserError` for a duration of no step, batches that do not fit into memory, and for a schedule
@@ -52,7 +52,7 @@ class RunPlan:
         self.total = self.count(config.train.duration, "train.duration")
         if self.total < 1:
             raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
-        self.every = loop.Every(
+        self.periods = loop.Periods(
             log=self.count(config.log.every, "log.every"),
             evaluate=self.count(config.train.eval_every, "train.eval_every"),
             save=self.count(config.checkpoint.every, "checkpoint.every"),
@@ -72,7 +72,7 @@ class RunPlan:
 
     def count(self, duration: str, field: str = "duration") -> int:
         """The steps of a duration ("3 epochs"); `field` opens the message of an error."""
-        return schedules.steps(duration, self.steps_per_epoch, what=field)
+        return schedules.parse_duration(duration, self.steps_per_epoch, what=field)
 
     def find_problems(self) -> list[str]:
         """`config.find_problems` that take the network or the data to know."""
@@ -111,17 +111,17 @@ class RunPlan:
         return [layer.path for layer in cost(self.parts.model, shape, train=False).layers]
 
     def optimizer_for(self, variables: PyTree) -> optimizers.Optimizer:
-        schedule = schedules.make(
+        schedule = schedules.make_schedule(
             self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
         )
-        return optimizers.make(
+        return optimizers.make_optimizer(
             self.config.optimizer,
             variables["params"],
             schedule,
             batch_stats=variables.get("batch_stats"),
             order=self.layer_order if self.config.optimizer.layer_decay else (),
             groups=getattr(self.parts.model, "layer_groups", ()),
-            own=self.parts.own.regularizers,
+            own_regularizers=self.parts.own.regularizers,
             factory=self.parts.own.optimizer,
             factory_fields=self.parts.own.optimizer_fields,
         )
@@ -216,7 +216,7 @@ class RunPlan:
             )
             pieces = jax.process_count() * self.config.train.accumulate
             need += 4 * patches * data.batch_size / pieces
-        memory.check(need, what=f"data.batch_size={data.batch_size}")
+        memory.check_fits(need, what=f"data.batch_size={data.batch_size}")
         size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
         if memory.fits(need * size / data.batch_size):
             return  # without a backward pass, less than training on as many images takes
@@ -236,7 +236,7 @@ class RunPlan:
             "mask": shape(batch["label"], np.float32, axis + 1),
         }
         need = memory.needed(parts.eval_step, state.variables, shapes, None) * len(devices)
-        memory.check(need, what=f"data.eval_batch_size={size}")
+        memory.check_fits(need, what=f"data.eval_batch_size={size}")
 
     def _check_batches(self) -> None:
         """Raises `UserError` for batches whose images alone do not fit into memory."""
@@ -247,7 +247,7 @@ class RunPlan:
         ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
         for field in ("batch_size", "eval_batch_size"):
             size = data[field] // jax.process_count()
-            memory.check(ahead * size * size_of_image, what=f"data.{field}={data[field]}")
+            memory.check_fits(ahead * size * size_of_image, what=f"data.{field}={data[field]}")
 
 
 # Which of two values is the better, of the metrics that a run logs by itself.
@@ -266,7 +266,9 @@ def choose_best(parts: Parts) -> tuple[str, str]:
     by, mode = config.best_by.removeprefix("validation/"), config.best_mode
     if by == "auto":
         by = "loss" if task == "multilabel" else "accuracy"
-    metrics.check_best_by(by, metrics.names(parts.num_classes, task=task, own=parts.own.metrics))
+    metrics.check_best_by(
+        by, metrics.list_names(parts.num_classes, task=task, own_metrics=parts.own.metrics)
+    )
     if mode == "auto" and by not in MODES:
         raise UserError(
             f"train.best_mode: is the best {by!r} the highest or the lowest? Set max or min"

@@ -181,9 +181,9 @@ def draw(
     png: str | os.PathLike,
 ) -> int:
     """What `predict` found, as a picture of each photo beside its classes; how many of the photos,
-    the first `predictions.MOST` at most, are in it. Raises `UserError`."""
+    the first `predictions.MAX_PHOTOS` at most, are in it. Raises `UserError`."""
     shown = []
-    for name, photo in zip(photo_names(photos), photos[: predictions.MOST]):
+    for name, photo in zip(photo_names(photos), photos[: predictions.MAX_PHOTOS]):
         with open_photo(photo) as image:
             whole = images.upright(image, 3).copy()
             shown.append((name, whole, predictor.box(*whole.size)))

@@ -90,7 +90,9 @@ class Session:
             )
             stack.callback(self.writer.close)
             best_first = sorted(self.parts.own.metrics, key=lambda name: name != self.plan.best_by)
-            self.progress = Progress(self.plan.total, start, primary=self.primary, also=best_first)
+            self.progress = Progress(
+                self.plan.total, start, primary=self.primary, extra_metrics=best_first
+            )
             stack.callback(self.progress.close)
             if start:
                 self.progress.print(f"resumed at step {start} of {self.plan.total}")
@@ -114,7 +116,7 @@ class Session:
             print(f"error: {text}; {workdirs.describe_resume(self.workdir)}", file=sys.stderr)
             launch.exit_if_distributed(EXIT_FAULT)
 
-    def _preempted(self, outcome: loop.Outcome) -> Preempted:
+    def _preempted(self, outcome: loop.TrainOutcome) -> Preempted:
         self.progress.print(
             f"saved at step {outcome.step} of {self.plan.total}; the same command goes on"
         )
@@ -201,7 +203,7 @@ class Session:
                 )
             self.progress.print(f"accepted: {said}")
 
-    def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.Outcome:
+    def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.TrainOutcome:
         parts, config = self.parts, self.config
         optimizer = self.plan.optimizer_for(state.variables)
         train_step = make_train_step(parts, optimizer, self.plan.steps_per_epoch)
@@ -210,7 +212,7 @@ class Session:
 
             @jax.jit
             def observe(opt_state: PyTree, error: Array) -> PyTree:
-                return optimizers.observe(
+                return optimizers.update_plateau(
                     opt_state,
                     error,
                     patience=config.schedule.patience,
@@ -255,7 +257,7 @@ class Session:
                 stream,
                 key,
                 stop=self.plan.total,
-                every=self.plan.every,
+                periods=self.plan.periods,
                 host=host,
                 callbacks=callbacks,
                 batch_size=config.data.batch_size,
@@ -266,7 +268,7 @@ class Session:
                 best_mode=self.plan.best_mode,
             ).run(state, start)
 
-    def _test(self, outcome: loop.Outcome) -> dict[str, float]:
+    def _test(self, outcome: loop.TrainOutcome) -> dict[str, float]:
         """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
         as `fit/...` those of the examples that the run trained on, as they are."""
         names = {"test": "test"} if "test" in self.parts.dataset.splits else {}
@@ -292,7 +294,7 @@ class Session:
         return found | examples
 
     def _finish(
-        self, outcome: loop.Outcome, host: loop.HostState, found: dict[str, float]
+        self, outcome: loop.TrainOutcome, host: loop.HostState, found: dict[str, float]
     ) -> dict[str, Any]:
         parts, config = self.parts, self.config
         summary = make_summary(self.plan, outcome, host, found)

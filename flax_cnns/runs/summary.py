@@ -14,7 +14,7 @@ from flax_cnns.train import loop
 
 
 def make_summary(
-    plan: RunPlan, outcome: loop.Outcome, host: loop.HostState, found: dict[str, Any]
+    plan: RunPlan, outcome: loop.TrainOutcome, host: loop.HostState, found: dict[str, Any]
 ) -> dict[str, Any]:
     """`found`: the metrics of the test."""
     parts, device = plan.parts, jax.devices()[0]

@@ -21,7 +21,7 @@ from flax_cnns.types import PyTree
 MODES = ("train", "frozen_stats", "frozen")
 
 
-def layer_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) -> dict[str, str]:
+def decide_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) -> dict[str, str]:
     """`{"stage1/block1/norm1": mode}` for each BatchNorm that `batch_stats` has, a stack being one.
 
     `rules` (regex over such paths, mode) are `config.optimizer.bn`. Without any a layer is "frozen"

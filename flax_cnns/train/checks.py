@@ -39,7 +39,7 @@ def _dtype(value: Any) -> Any:
     return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
 
 
-def is_like(value: Any, shape: Sequence[int]) -> bool:
+def is_float_array(value: Any, shape: Sequence[int]) -> bool:
     """Whether it is a floating-point array of that shape."""
     if not is_array(value) or jnp.shape(value) != tuple(shape):
         return False
@@ -73,7 +73,7 @@ def check_arguments(
 
 
 @contextlib.contextmanager
-def explaining(what: str, arguments: str) -> Iterator[None]:
+def explain_errors(what: str, arguments: str) -> Iterator[None]:
     """Adds to an error of the user's function what it was called with; its traceback says where."""
     try:
         yield
@@ -84,7 +84,7 @@ def explaining(what: str, arguments: str) -> Iterator[None]:
         raise
 
 
-def like(what: str, found: Any, expected: Array) -> Array:
+def check_like(what: str, found: Any, expected: Array) -> Array:
     """`found`. Raises `UserError` if its shape or dtype is not that of `expected`."""
     same = is_array(found) and jnp.shape(found) == jnp.shape(expected)
     if not same or _dtype(found) != _dtype(expected):
@@ -104,7 +104,7 @@ def restack(named: PyTree, stacked: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(stacked), leaves)
 
 
-def like_tree(what: str, found: Any, expected: PyTree) -> PyTree:
+def check_tree_like(what: str, found: Any, expected: PyTree) -> PyTree:
     """`found`, of the structure of `expected`. Raises `UserError` if it has other leaves."""
     leaves, flat = pytree.flatten(found), pytree.flatten(expected)
     if differing := sorted(leaves.keys() ^ flat.keys()):
@@ -112,5 +112,5 @@ def like_tree(what: str, found: Any, expected: PyTree) -> PyTree:
         raise UserError(
             f"{what}: expected the tree that it was given; what came {verb} {differing[0]!r}"
         )
-    found = [like(f"{what}: {path}", leaves[path], leaf) for path, leaf in flat.items()]
+    found = [check_like(f"{what}: {path}", leaves[path], leaf) for path, leaf in flat.items()]
     return jax.tree.unflatten(jax.tree.structure(expected), found)

@@ -30,7 +30,7 @@ MODES = ("unit", "channel")
 STREAM = "layer_dropout"  # layers.Stage splits it for its blocks
 
 
-def layer_rates(
+def decide_rates(
     rules: Sequence, model: nn.Module, images_shape: Sequence[int], params: PyTree
 ) -> dict[str, float]:
     """`{"stage1/block1/conv1": rate}` for each module whose output is dropped, a stack being one.
@@ -119,7 +119,7 @@ def drop(x: Array, rate: float, key: Array, mode: str) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
 
 
-def dropping(apply_fn: Callable, rates: Mapping[str, float], mode: str = "unit") -> Callable:
+def add_dropout(apply_fn: Callable, rates: Mapping[str, float], mode: str = "unit") -> Callable:
     """`apply_fn` with dropout, for a training step: the keys are made of its stream "dropout"."""
     if not rates:
         return apply_fn

@@ -1,7 +1,8 @@
-"""What a regularizer is: the hooks by which it acts in a training step, and those of a user's own.
+"""Regularizers as hooks of the training step, and checks of the hooks that a user wrote.
 
-A user's own is any object with some of the hooks as its methods: `hooks_of` makes a `Regularizer`
-of it. Its `params` have every block under its name, where the network scans too.
+A user's regularizer is any object that has some of the hooks as methods; `make_regularizer` turns
+the object into a `Regularizer`. Its hooks get `params` with every block under its own name, also if
+the network scans.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 
 
-def hooks_of(name: str, given: Any) -> Regularizer:
+def make_regularizer(name: str, given: Any) -> Regularizer:
     """The hooks that an object has as methods, as the regularizer `name`.
 
     Its keys are folded with the name, so that another regularizer changes none of its draws, and
@@ -103,7 +104,7 @@ def _own_key(key: Array, name: str) -> Array:
 
 def _checked_augment(what: str, name: str, method: Callable) -> Callable:
     def augment(images: Array, keys: Array) -> Array:
-        return checks.like(f"{what}, augment", method(images, _own_key(keys, name)), images)
+        return checks.check_like(f"{what}, augment", method(images, _own_key(keys, name)), images)
 
     return augment
 
@@ -115,8 +116,8 @@ def _checked_mix(what: str, name: str, method: Callable) -> Callable:
             raise UserError(
                 f"{what}, mix: expected (images, labels), came {checks.describe(found)}"
             )
-        new_images = checks.like(f"{what}, mix: images", found[0], images)
-        return new_images, checks.like(f"{what}, mix: labels", found[1], labels)
+        new_images = checks.check_like(f"{what}, mix: images", found[0], images)
+        return new_images, checks.check_like(f"{what}, mix: labels", found[1], labels)
 
     return mix
 
@@ -141,7 +142,7 @@ def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
 def _checked_penalty(what: str, name: str, method: Callable) -> Callable:
     def penalty(params: PyTree, step: Array) -> Array:
         found = method(pytree.unstack_blocks(params), step)
-        if not checks.is_like(found, ()):
+        if not checks.is_float_array(found, ()):
             raise UserError(
                 f"{what}, penalty: expected one number, float32 [], came {checks.describe(found)}"
             )
@@ -157,7 +158,7 @@ def _checked_tree(hook: str, what: str, name: str, method: Callable) -> Callable
             *trees, key, step = given
             rest = _own_key(key, name), step
         named = [pytree.unstack_blocks(tree) for tree in trees]
-        found = checks.like_tree(f"{what}, {hook}", method(*named, *rest), named[0])
+        found = checks.check_tree_like(f"{what}, {hook}", method(*named, *rest), named[0])
         return checks.restack(found, given[0])
 
     return change

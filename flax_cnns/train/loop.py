@@ -35,7 +35,7 @@ class HostState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Every:
+class Periods:
     """Periods in steps; 0 means never, except that the last step always logs and saves."""
 
     log: int
@@ -44,7 +44,7 @@ class Every:
 
 
 @dataclasses.dataclass
-class Outcome:
+class TrainOutcome:
     state: PyTree
     step: int
     preempted: bool = False
@@ -183,7 +183,7 @@ class TrainLoop:
     batches: Iterator[Any]
     key: Array
     stop: int
-    every: Every
+    periods: Periods
     host: HostState
     callbacks: Callbacks
     batch_size: int
@@ -193,7 +193,7 @@ class TrainLoop:
     best_by: str = "accuracy"
     best_mode: str = "max"  # or "min"
 
-    def run(self, state: PyTree, start: int) -> Outcome:
+    def run(self, state: PyTree, start: int) -> TrainOutcome:
         """From step `start` to the last, or until `should_stop` says so.
 
         Raises `Diverged` after `max_bad_steps` steps in a row whose gradients were not finite.
@@ -201,10 +201,10 @@ class TrainLoop:
         # Steps whose metrics were not fetched: (step, sums, whether they end a window of the log).
         self._late: collections.deque[tuple[int, dict[str, Array], bool]] = collections.deque()
         self._pace, self._stopwatch = _Pace(self.batch_size), Stopwatch()
-        self._outcome = outcome = Outcome(state, start)
+        self._outcome = outcome = TrainOutcome(state, start)
         going = not self.host.stopped
         if self.host.due:  # the last session was stopped during this step's validation
-            going = self._follow_step(saving=self._is_time(self.every.save), validating=True)
+            going = self._follow_step(saving=self._is_time(self.periods.save), validating=True)
         while going and outcome.step < self.stop:
             going = self._take_step()
         outcome.images_per_second = self._pace.mean()
@@ -216,14 +216,14 @@ class TrainLoop:
         outcome.state, sums = self.train_step(outcome.state, next(self.batches), self.key)
         outcome.step += 1
         step, last = outcome.step, outcome.step == self.stop
-        self._late.append((step, {**sums, "steps": 1.0}, self._is_time(self.every.log)))
+        self._late.append((step, {**sums, "steps": 1.0}, self._is_time(self.periods.log)))
         if outcome.seconds_to_first_step is None:
             self._time_first_step(sums)
         call.tick(step)
         if len(self._late) > 1:
             self._absorb()
         stopping = call.should_stop(step)
-        validating, saving = self._is_time(self.every.evaluate), self._is_time(self.every.save)
+        validating, saving = self._is_time(self.periods.evaluate), self._is_time(self.periods.save)
         if not (validating or saving or stopping):
             return True
         while self._late:
@@ -285,12 +285,12 @@ class TrainLoop:
         values = jax.device_get(sums)
         self._pace.new += 1
         rate = float(values.pop("rate"))
-        host.window = metrics.add(host.window, values) | {"rate": rate}
+        host.window = metrics.add_sums(host.window, values) | {"rate": rate}
         bad = int(values["bad"])
         host.bad_steps += bad
         host.bad_in_a_row = host.bad_in_a_row + 1 if bad else 0
         if self.callbacks.on_step is not None:
-            self.callbacks.on_step(step, _describe(metrics.add({}, values) | {"rate": rate}))
+            self.callbacks.on_step(step, _describe(metrics.add_sums({}, values) | {"rate": rate}))
         if self.max_bad_steps and host.bad_in_a_row >= self.max_bad_steps:
             raise Diverged(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "

@@ -38,7 +38,7 @@ def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
     return -jnp.sum(labels * yes + (1.0 - labels) * no, axis=-1)
 
 
-def choose(loss: Loss | None, task: str) -> Loss:
+def select_loss(loss: Loss | None, task: str) -> Loss:
     """The loss of a step: a user's own, which is given float32 and checked while tracing, or that
     of the task if `loss` is None. Raises `UserError` for one that takes other arguments, and for an
     unknown task."""
@@ -50,9 +50,9 @@ def choose(loss: Loss | None, task: str) -> Loss:
     checks.check_arguments(name, loss, ("logits", "labels"))
 
     def checked(logits: Array, labels: Array) -> Array:
-        with checks.explaining(name, "logits f32 [N K] and labels f32 [N K], a row an example"):
+        with checks.explain_errors(name, "logits f32 [N K] and labels f32 [N K], a row an example"):
             each = loss(logits.astype(jnp.float32), labels)
-        if not checks.is_like(each, logits.shape[:1]):
+        if not checks.is_float_array(each, logits.shape[:1]):
             raise UserError(
                 f"{name} gave {checks.describe(each)}, expected float32 [{len(logits)}]: one number"
                 " an example; the step takes their mean"
@@ -64,7 +64,7 @@ def choose(loss: Loss | None, task: str) -> Loss:
 
 def check_logits(logits: Any, n: int, num_classes: int) -> None:
     """Raises `UserError` unless a network gave [n K]."""
-    if not checks.is_like(logits, (n, num_classes)):
+    if not checks.is_float_array(logits, (n, num_classes)):
         raise UserError(
             f"the network gave {checks.describe(logits)}, expected logits float32"
             f" [{n} {num_classes}], a row an image and a column a class"
@@ -105,7 +105,7 @@ def aux_loss(
     )
 
 
-def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, Schedule]]:
+def make_aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, Schedule]]:
     """`config.aux_weight`, of the section `config.train`, as rules (regex of the head's name,
     schedule of the step). Raises `UserError` for a duration that is none."""
 
@@ -113,8 +113,8 @@ def aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, Schedule
         if isinstance(weight, (int, float)):
             return schedules.constant(float(weight))
         what = "train.aux_weight"
-        points = [(schedules.steps(at, steps_per_epoch, what=what), w) for at, w in weight]
-        return schedules.corners(points)
+        points = [(schedules.parse_duration(at, steps_per_epoch, what=what), w) for at, w in weight]
+        return schedules.piecewise_linear(points)
 
     spec = tuple(config.aux_weight) or (0.0,)
     is_rule = not isinstance(spec[0], (int, float)) and isinstance(spec[0][0], str)

@@ -62,7 +62,7 @@ def fits(need: float) -> bool:
     return free is None or need <= free
 
 
-def check(need: float, *, what: str) -> None:
+def check_fits(need: float, *, what: str) -> None:
     """Raises UserError if `need` bytes are not available. `what`: the field and its value."""
     if not fits(need):
         free = available() or 0

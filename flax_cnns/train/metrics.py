@@ -31,9 +31,9 @@ _PER_EXAMPLE = {
 _OWN = "metric/"
 
 # What a step's sums may hold besides the values of penalties and a user's own metrics.
-SUMS = frozenset({*_PER_EXAMPLE, "count", "bad", "norm", "rate", "steps", "confusion"})
+SUM_NAMES = frozenset({*_PER_EXAMPLE, "count", "bad", "norm", "rate", "steps", "confusion"})
 # Names of metrics that a user's own cannot have.
-RESERVED = frozenset(
+RESERVED_NAMES = frozenset(
     {
         *(*_PER_EXAMPLE.values(), "learning_rate", "bad_steps", "images_per_second", "norm/grads"),
         # what stands beside metrics in summary.json and in the file of an evaluation
@@ -42,7 +42,7 @@ RESERVED = frozenset(
 )
 
 
-def sums(
+def sum_task_metrics(
     losses: Array,
     logits: Array,
     labels: Array,
@@ -75,7 +75,7 @@ def sums(
     return total
 
 
-def measure(
+def sum_metrics(
     losses: Array,
     logits: Array,
     labels: Array,
@@ -83,16 +83,16 @@ def measure(
     mask: Array | None = None,
     *,
     task: str = "classes",
-    own: Mapping[str, Metric] = {},
+    own_metrics: Mapping[str, Metric] = {},
 ) -> dict[str, Array]:
     """All sums of some examples: labels i32 [N] or f32 [N K], and as f32 [N K] in any case."""
     labels = labels if task == "classes" else soft_labels
-    total = sums(losses, logits, labels, mask, task=task)
-    return total | own_sums(own, logits, soft_labels, mask)
+    total = sum_task_metrics(losses, logits, labels, mask, task=task)
+    return total | sum_own_metrics(own_metrics, logits, soft_labels, mask)
 
 
-def own_sums(
-    own: Mapping[str, Metric], logits: Array, labels: Array, mask: Array | None = None
+def sum_own_metrics(
+    own_metrics: Mapping[str, Metric], logits: Array, labels: Array, mask: Array | None = None
 ) -> dict[str, Array]:
     """The sums of a user's own metrics, by name: logits [N K], labels f32 [N K], mask f32 [N].
 
@@ -100,7 +100,7 @@ def own_sums(
     device that has none but masked rows adds 0. Raises `UserError` while tracing for what is no sum
     and count.
     """
-    if not own:
+    if not own_metrics:
         return {}
     logits = jax.lax.stop_gradient(logits).astype(jnp.float32)
     counts: Any = True
@@ -112,8 +112,8 @@ def own_sums(
         labels = jnp.where(seen, labels, labels[first])
         counts = jnp.any(seen)
     total = {}
-    for name, metric in own.items():
-        with checks.explaining(f"metric {name!r}", "f32: logits [N K], labels [N K], mask [N]"):
+    for name, metric in own_metrics.items():
+        with checks.explain_errors(f"metric {name!r}", "f32: logits [N K], labels [N K], mask [N]"):
             found = metric(logits, labels, mask)
         found = _sum_and_count(name, found)
         _check_added(name, metric, found[0], (logits, labels, mask))
@@ -154,25 +154,27 @@ def _check_added(name: str, metric: Metric, total: Array, given: Sequence[Array]
         )
 
 
-def check_own(own: Mapping[str, Metric], taken: Iterable[str] = ()) -> None:
+def check_own_metrics(own_metrics: Mapping[str, Metric], taken: Iterable[str] = ()) -> None:
     """Raises `UserError` for a metric whose name is taken, such as by a penalty (`taken`), and for
     a function that takes other arguments."""
-    for name, metric in own.items():
-        if name in RESERVED or name in taken:
+    for name, metric in own_metrics.items():
+        if name in RESERVED_NAMES or name in taken:
             raise UserError(
                 f"metric {name!r}: the name is taken by"
-                f" {'a built-in metric' if name in RESERVED else 'a penalty'}; give it another, as"
-                " in 'NAME=package.module:function'"
+                f" {'a built-in metric' if name in RESERVED_NAMES else 'a penalty'}; give it"
+                " another, as in 'NAME=package.module:function'"
             )
         checks.check_arguments(f"metric {name!r}", metric, ("logits", "labels", "mask"))
 
 
-def names(num_classes: int, *, task: str = "classes", own: Iterable[str] = ()) -> list[str]:
+def list_names(
+    num_classes: int, *, task: str = "classes", own_metrics: Iterable[str] = ()
+) -> list[str]:
     """What `compute` gives of an evaluation: those of the task, then a user's own."""
     built_in = ["loss", "accuracy", *(["top5"] if num_classes > 5 else [])]
     if task == "multilabel":
         built_in = ["loss", "label_accuracy", "subset_accuracy"]
-    return [*built_in, *own]
+    return [*built_in, *own_metrics]
 
 
 def check_best_by(name: str, known: Iterable[str]) -> None:
@@ -187,10 +189,10 @@ def check_best_by(name: str, known: Iterable[str]) -> None:
 
 def is_penalty(name: str) -> bool:
     """Whether a step's sum of this name is the value of a penalty."""
-    return name not in SUMS and not name.startswith(_OWN)
+    return name not in SUM_NAMES and not name.startswith(_OWN)
 
 
-def add(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def add_sums(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """Sums of two parts, as Python floats (float64), so that many small ones lose nothing; of
     arrays [M] as lists."""
     return {

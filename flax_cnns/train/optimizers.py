@@ -23,9 +23,9 @@ from flax_cnns.train.hooks import Regularizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
-NAMES = ("sgd", "adam", "adamw", "rmsprop", "lamb")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lamb")
 
-Factory = Callable[..., optax.GradientTransformation]  # (learning_rate_schedule, **fields)
+OptimizerFactory = Callable[..., optax.GradientTransformation]  # (learning_rate_schedule, **fields)
 
 
 class Optimizer(NamedTuple):
@@ -33,7 +33,7 @@ class Optimizer(NamedTuple):
     tx: optax.GradientTransformationExtraArgs
     trainable: PyTree  # bools in the shape of params
     learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
-    norms: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm_modes.MODES)
+    batchnorm_modes: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm_modes.MODES)
     regularizers: Mapping[str, Regularizer] = {}  # those that are on, by name
 
     def init(self, params: PyTree) -> PyTree:
@@ -71,7 +71,7 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class OwnState(NamedTuple):
+class OwnOptimizerState(NamedTuple):
     """Of a user's optimizer."""
 
     rate: PlateauState
@@ -79,7 +79,7 @@ class OwnState(NamedTuple):
 
 
 def _own_optimizer(
-    factory: Factory, fields: Mapping[str, Any], schedule: Schedule
+    factory: OptimizerFactory, fields: Mapping[str, Any], schedule: Schedule
 ) -> optax.GradientTransformationExtraArgs:
     """A user's optimizer, whose learning rate is that of `step` and of the plateau.
 
@@ -109,11 +109,11 @@ def _own_optimizer(
             )
         return optax.with_extra_args_support(tx)
 
-    def init(params: PyTree) -> OwnState:
+    def init(params: PyTree) -> OwnOptimizerState:
         start = PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
         inner = make_with(schedule).init(pytree.unstack_blocks(params))
         # A copy: it may hold the weights themselves, and a step is given each buffer once.
-        return OwnState(start, jax.tree.map(jnp.copy, inner))
+        return OwnOptimizerState(start, jax.tree.map(jnp.copy, inner))
 
     def update(updates, state, params=None, *, step, **_):
         rate = schedule(step) * state.rate.scale
@@ -126,8 +126,10 @@ def _own_optimizer(
                     f"{what} is given gradients, state and params alone: {error}"
                 ) from None
             raise
-        found = checks.restack(checks.like_tree(f"{what}, updates", found, grads), updates)
-        return found, OwnState(state.rate, checks.like_tree(f"{what}, state", inner, state.inner))
+        found = checks.restack(checks.check_tree_like(f"{what}, updates", found, grads), updates)
+        return found, OwnOptimizerState(
+            state.rate, checks.check_tree_like(f"{what}, state", inner, state.inner)
+        )
 
     make_with(schedule)  # what is wrong with it, before the data is loaded
     return optax.GradientTransformationExtraArgs(init, update)
@@ -163,7 +165,7 @@ def _plateau_states(opt_state: PyTree) -> list[PlateauState]:
     return [leaf for leaf in leaves if isinstance(leaf, PlateauState)]
 
 
-def observe(
+def update_plateau(
     opt_state: PyTree,
     error: float,
     *,
@@ -263,7 +265,7 @@ def layer_decay(
     ]
 
 
-def make(
+def make_optimizer(
     config: Any,
     params: PyTree,
     schedule: Schedule,
@@ -271,14 +273,14 @@ def make(
     batch_stats: PyTree | None = None,
     order: Sequence[str] = (),
     groups: Sequence[tuple[str, str]] = (),
-    own: Mapping[str, Regularizer] = {},
-    factory: Factory | None = None,
+    own_regularizers: Mapping[str, Regularizer] = {},
+    factory: OptimizerFactory | None = None,
     factory_fields: Mapping[str, Any] = {},
 ) -> Optimizer:
     """The optimizer that `config.optimizer` describes, for the parameters `params`.
 
     `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below and
-    `groups` its `layer_groups`, for `layer_decay`. `own` are a user's regularizers by name, which
+    `groups` its `layer_groups`, for `layer_decay`. `own_regularizers` are a user's, by name; they
     act behind the built-in ones. `factory(learning_rate_schedule, **factory_fields)`, if given, is
     a user's optimizer in place of the one that `config.name` names. Its gradients are clipped, and
     have the coupled weight decay ("auto" is coupled); its updates are multiplied by `lr_mult`;
@@ -306,8 +308,8 @@ def make(
             )
     if bad := {type(v).__name__ for v in jax.tree.leaves(trainable)} - {"bool"}:
         raise UserError(f"optimizer.trainable: values are True or False, got {sorted(bad)}")
-    norms = batchnorm_modes.layer_modes(config.bn, trainable, batch_stats or {})
-    still = batchnorm_modes.has_mode(params, norms, "frozen")
+    modes = batchnorm_modes.decide_modes(config.bn, trainable, batch_stats or {})
+    still = batchnorm_modes.has_mode(params, modes, "frozen")
     trainable = jax.tree.map(lambda learns, frozen: learns and not frozen, trainable, still)
     if not any(jax.tree.leaves(trainable)):
         raise UserError("optimizer.trainable: every parameter is frozen; let one rule say True")
@@ -353,7 +355,7 @@ def make(
             )
             before, after = [rms], [*scaled, momentum]
         case other:
-            raise UserError(f"optimizer.name: unknown {other!r}{did_you_mean(other, NAMES)}")
+            raise UserError(f"optimizer.name: unknown {other!r}{did_you_mean(other, OPTIMIZERS)}")
     mode = config.weight_decay_mode
     if mode == "auto":
         own_decay = factory is None and config.name in ("adamw", "lamb")
@@ -364,9 +366,11 @@ def make(
         chain = [*before, *after, _beside(optax.chain(add_decay, *scaled))]
     else:
         chain = [*before, add_decay, *after]
-    regularizers.check_names(own)
-    regularizing = regularizers.make(config, params, trainable) | dict(own)
-    chain = [*regularizers.transform_gradients(regularizing), *chain]
+    regularizers.check_names(own_regularizers)
+    regularizing = regularizers.make_regularizers(config, params, trainable) | dict(
+        own_regularizers
+    )
+    chain = [*regularizers.make_transformations(regularizing), *chain]
     if config.clip_norm:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
 
@@ -375,4 +379,4 @@ def make(
         return schedule(step) * plateau.scale
 
     tx = optax.with_extra_args_support(optax.chain(*chain))
-    return Optimizer(tx, trainable, learning_rate, norms, regularizing)
+    return Optimizer(tx, trainable, learning_rate, modes, regularizing)

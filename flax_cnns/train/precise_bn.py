@@ -20,7 +20,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import Interrupted
 from flax_cnns.train import batchnorm_modes
 from flax_cnns.train.hooks import Regularizer
-from flax_cnns.train.steps import Augment, Mix, prepare
+from flax_cnns.train.steps import Augment, Mix, prepare_examples
 from flax_cnns.types import Array, Batch, PyTree
 
 Moments = dict[str, tuple[Array, Array]]  # layer -> mean [C], variance [C]
@@ -32,21 +32,21 @@ def make_moments_step(
     *,
     augment: Augment,
     mix: Mix,
-    own: Mapping[str, Regularizer] = {},
+    active: Mapping[str, Regularizer] = {},
     axis_name: str = "batch",
 ) -> Callable[[tuple[PyTree, Any], Batch, Array], Moments]:
     """`step((variables, index), batch, key)`: what each BatchNorm that trains sees of the global
     batch, augmented and mixed as in training step number `index`; nothing is dropped, and no method
     intercepted, as in evaluation.
 
-    `modes` are `Optimizer.norms`, `own` are `Optimizer.regularizers`. The variance of a layer that
-    was not computed, since stochastic depth dropped its branch, is negative.
+    `modes` are `Optimizer.batchnorm_modes`, `active` are `Optimizer.regularizers`. The variance of
+    a layer is negative if the layer was not computed because stochastic depth dropped its branch.
     """
     layers = [layer for layer, mode in modes.items() if mode == "train"]
 
     def moments_step(given: tuple[PyTree, Any], batch: Batch, key: Array) -> Moments:
         variables, index = given
-        images, _, rngs = prepare(batch, key, index, augment, mix, axis_name, own)
+        images, _, rngs = prepare_examples(batch, key, index, augment, mix, axis_name, active)
         stats = pytree.flatten(variables["batch_stats"])
         for layer in layers:
             stats[f"{layer}/var"] = -jnp.ones_like(stats[f"{layer}/var"])
@@ -71,7 +71,7 @@ def make_moments_step(
     return moments_step
 
 
-def estimate(
+def estimate_statistics(
     step: Callable[[tuple[PyTree, Any], Any, Array], Moments],
     variables: PyTree,
     batches: Iterable[Any],

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from flax_cnns.names import make_console
 
-COMPILING = "compiling the first step"
-ANNOUNCED_AFTER = 5.0  # seconds without a first step
-MOST_ALSO = 2  # of a user's own metrics, so that a line stays one
+COMPILING_MESSAGE = "compiling the first step"
+ANNOUNCE_AFTER_SECONDS = 5.0  # seconds without a first step
+MAX_EXTRA_METRICS = 2  # of a user's own metrics, so that a line stays one
 
 
 class Progress:
@@ -40,7 +40,7 @@ class Progress:
       start: the step that this session starts from; 0, or the checkpoint's.
       primary: whether this process shows anything.
       file: where to; standard output where None.
-      also: names of further metrics, the first two of which are shown behind the others.
+      extra_metrics: names of further metrics, the first two of which are shown behind the others.
 
     A first step that takes more than a few seconds is announced by a line of its own: it compiles.
     The time left is measured from the end of this session's first step: compiling does not count.
@@ -53,14 +53,14 @@ class Progress:
         *,
         primary: bool = True,
         file: TextIO | None = None,
-        also: Sequence[str] = (),
+        extra_metrics: Sequence[str] = (),
     ):
-        self._names = ("loss", "accuracy", "label_accuracy", *also[:MOST_ALSO])
+        self._names = ("loss", "accuracy", "label_accuracy", *extra_metrics[:MAX_EXTRA_METRICS])
         self._total, self._step, self._primary = total_steps, start, primary
         self._file = file if file is not None else sys.stdout
         self._since: tuple[int, float] | None = None  # (step, clock) after the first step
         self._bar = None
-        self._compiling = threading.Timer(ANNOUNCED_AFTER, self.print, [COMPILING])
+        self._compiling = threading.Timer(ANNOUNCE_AFTER_SECONDS, self.print, [COMPILING_MESSAGE])
         self._compiling.daemon = True
         if primary and self._file.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = _Bar(self._file)
@@ -117,7 +117,7 @@ class Progress:
         if self._step == first or left <= 0:
             return ""
         pace = (time.perf_counter() - clock) / (self._step - first)
-        return f"ETA {duration(left * pace)}"
+        return f"ETA {format_duration(left * pace)}"
 
 
 class _Bar(bars.Progress):
@@ -130,7 +130,7 @@ class _Bar(bars.Progress):
             _Column(lambda task: f"step {task.completed:.0f}/{task.total:.0f}"),
             _Column(lambda task: _percent(task.completed, task.total)),
             bars.BarColumn(bar_width=None),
-            _Column(lambda task: duration(task.elapsed or 0)),
+            _Column(lambda task: format_duration(task.elapsed or 0)),
             _Column(lambda task: task.fields["eta"]),
             console=make_console(file=file, force_terminal=True),
             refresh_per_second=4,
@@ -140,7 +140,7 @@ class _Bar(bars.Progress):
     def get_renderables(self) -> Iterable[Any]:
         yield self.make_tasks_table(self.tasks)
         if self.compiling:
-            yield Text(COMPILING)
+            yield Text(COMPILING_MESSAGE)
         for split, text in self.newest.items():
             yield Text(f"{split:<10}  {text}", no_wrap=True)
 
@@ -175,5 +175,5 @@ def _percent(step: float, total: float) -> str:
     return f"{100 * step / total if total else 100:.0f} %"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))

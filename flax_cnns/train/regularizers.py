@@ -24,7 +24,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import metrics
 from flax_cnns.train.hooks import Regularizer
-from flax_cnns.train.hooks import hooks_of as hooks_of
+from flax_cnns.train.hooks import make_regularizer as make_regularizer
 from flax_cnns.types import Array, PyTree
 
 
@@ -143,7 +143,7 @@ REGULARIZERS: dict[str, Callable[[Any, PyTree, PyTree], Regularizer | None]] = {
 # ---- what a step does by those that are on, {name: Regularizer}
 
 
-def make(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularizer]:
+def make_regularizers(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularizer]:
     """Those that `config`, the section `config.optimizer`, turns on. Raises `UserError` for a rule
     that decides nothing."""
     made = {name: one(config, params, trainable) for name, one in REGULARIZERS.items()}
@@ -153,7 +153,7 @@ def make(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularize
 def check_names(regularizers: Mapping[str, Regularizer]) -> None:
     """Raises `UserError` where one of a user's own has a name that is taken."""
     for name in regularizers:
-        if name in REGULARIZERS or name in metrics.SUMS or name in metrics.RESERVED:
+        if name in REGULARIZERS or name in metrics.SUM_NAMES or name in metrics.RESERVED_NAMES:
             raise UserError(
                 f"regularizer {name!r}: the name is taken, and train/{name} would be its penalty's;"
                 " call it something else"
@@ -186,7 +186,7 @@ def intercept(regularizers: Mapping[str, Regularizer]):
         yield
 
 
-def penalties(regularizers: Mapping[str, Regularizer]) -> list[str]:
+def list_penalties(regularizers: Mapping[str, Regularizer]) -> list[str]:
     """The names of those that add to the loss."""
     return [name for name, one in regularizers.items() if one.penalty is not None]
 
@@ -216,7 +216,7 @@ def perturb(regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyT
     return weights
 
 
-def transform_gradients(
+def make_transformations(
     regularizers: Mapping[str, Regularizer],
 ) -> list[optax.GradientTransformationExtraArgs]:
     """An optax transformation for each that changes gradients; its update takes `step`, `key`."""

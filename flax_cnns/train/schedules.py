@@ -16,7 +16,7 @@ Schedule = Callable[[Array], Array]
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 
 
-def steps(duration: str, steps_per_epoch: float, *, what: str = "duration") -> int:
+def parse_duration(duration: str, steps_per_epoch: float, *, what: str = "duration") -> int:
     """`"20 epochs"` or `"500 steps"` -> steps, rounded to the nearest; 0 only for `"0 ..."`.
 
     Raises `UserError`.
@@ -33,7 +33,7 @@ def constant(rate: float) -> Schedule:
     return lambda step: jnp.full((), rate, jnp.float32)
 
 
-def piecewise(rate: float, boundaries: list[int], factor: float) -> Schedule:
+def piecewise_constant(rate: float, boundaries: list[int], factor: float) -> Schedule:
     """`rate`, times `factor` from each boundary on (the step at it included)."""
     edges = jnp.asarray(sorted(boundaries), jnp.int32)
     return lambda step: rate * jnp.float32(factor) ** jnp.sum(step >= edges)
@@ -76,7 +76,7 @@ def one_cycle(
     return schedule
 
 
-def warmed_up(schedule: Schedule, warmup: int) -> Schedule:
+def with_warmup(schedule: Schedule, warmup: int) -> Schedule:
     """Rises in a line over `warmup` steps to the schedule's first value, then runs the schedule.
 
     The first step has 1 / warmup of it, not 0: a step at rate 0 would be wasted.
@@ -85,25 +85,25 @@ def warmed_up(schedule: Schedule, warmup: int) -> Schedule:
         return schedule
     first = schedule(jnp.zeros((), jnp.int32))
 
-    def with_warmup(step: Array) -> Array:
+    def rising(step: Array) -> Array:
         return jnp.where(step < warmup, first * (step + 1) / warmup, schedule(step))
 
-    return with_warmup
+    return rising
 
 
-def corners(points: list[tuple[int, float]]) -> Schedule:
+def piecewise_linear(points: list[tuple[int, float]]) -> Schedule:
     """Straight lines through (step, value); level before the first and after the last."""
     at, values = zip(*sorted(points))
     at, values = jnp.asarray(at, jnp.float32), jnp.asarray(values, jnp.float32)
     return lambda step: jnp.interp(jnp.asarray(step, jnp.float32), at, values)
 
 
-def make(config: Any, *, total_steps: int, steps_per_epoch: float) -> Schedule:
+def make_schedule(config: Any, *, total_steps: int, steps_per_epoch: float) -> Schedule:
     """The schedule that `config.schedule` describes. `plateau` is constant here: what divides it
     lives in the optimizer's state, because it depends on the validation error."""
 
     def count(duration: str, field: str) -> int:
-        return steps(duration, steps_per_epoch, what=f"schedule.{field}")
+        return parse_duration(duration, steps_per_epoch, what=f"schedule.{field}")
 
     rate, warmup = config.learning_rate, count(config.warmup, "warmup")
 
@@ -115,7 +115,7 @@ def make(config: Any, *, total_steps: int, steps_per_epoch: float) -> Schedule:
         case "constant" | "plateau":
             schedule = constant(rate)
         case "steps":
-            schedule = piecewise(
+            schedule = piecewise_constant(
                 rate, [count(b, "boundaries") for b in config.boundaries], config.factor
             )
         case "cosine":
@@ -132,4 +132,4 @@ def make(config: Any, *, total_steps: int, steps_per_epoch: float) -> Schedule:
         case other:
             names = ["constant", "steps", "cosine", "exponential", "one_cycle", "plateau"]
             raise UserError(f"schedule.name: unknown {other!r}{did_you_mean(other, names)}")
-    return warmed_up(schedule, warmup)
+    return with_warmup(schedule, warmup)

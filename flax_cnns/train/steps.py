@@ -22,7 +22,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm_modes, losses, regularizers
 from flax_cnns.train.hooks import Regularizer
-from flax_cnns.train.metrics import Metric, check_own, measure
+from flax_cnns.train.metrics import Metric, check_own_metrics, sum_metrics
 from flax_cnns.train.optimizers import Optimizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
@@ -46,14 +46,14 @@ class Stream(enum.IntEnum):
     NOISE = 4  # the same on every device, for what concerns the gradient
 
 
-def stream(key: Array, constant: Stream, step: Array) -> Array:
+def stream_key(key: Array, constant: Stream, step: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, int(constant)), step)
 
 
 def image_keys(key: Array, step: Array, first: Array, n: int) -> Array:
     """[n] keys, of the places from `first` on in the global batch of a step."""
     places = first + jnp.arange(n)
-    return jax.vmap(jax.random.fold_in, (None, 0))(stream(key, Stream.AUGMENT, step), places)
+    return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(key, Stream.AUGMENT, step), places)
 
 
 # ---------------------------------------------------------------------------- examples
@@ -67,32 +67,32 @@ class Examples(NamedTuple):
     rngs: dict[str, Array]
 
 
-def prepare(
+def prepare_examples(
     batch: Batch,
     key: Array,
     step: Array,
     augment: Augment,
     mix: Mix,
     axis_name: str,
-    own: Mapping[str, Regularizer] = {},
+    active: Mapping[str, Regularizer] = {},
 ) -> Examples:
     """A device's examples in a step, augmented and mixed; behind that by the regularizers."""
     device, n = lax.axis_index(axis_name), batch["label"].shape[0]
     keys = image_keys(key, step, device * n, n)
-    images = regularizers.augment(own, augment(batch["image"], keys), keys)
-    mix_key = stream(key, Stream.MIX, step)
+    images = regularizers.augment(active, augment(batch["image"], keys), keys)
+    mix_key = stream_key(key, Stream.MIX, step)
     images, labels = mix(images, batch["label"], mix_key)
-    images, labels = regularizers.mix(own, images, labels, mix_key)
-    dropout = jax.random.fold_in(stream(key, Stream.DROPOUT, step), device)
-    rngs = {"shared": stream(key, Stream.SHARED, step), "dropout": dropout}
+    images, labels = regularizers.mix(active, images, labels, mix_key)
+    dropout = jax.random.fold_in(stream_key(key, Stream.DROPOUT, step), device)
+    rngs = {"shared": stream_key(key, Stream.SHARED, step), "dropout": dropout}
     return Examples(images, labels, rngs)
 
 
 def make_loader_augment(
     augment: Augment, seed_key: Callable[[], Array], *, first: int
 ) -> Callable[[Batch, int], Batch]:
-    """`augmented(batch, step)`: what `prepare` does to the images of that step, done on the CPU,
-    for the loader's thread; for a CPU it is the same to the bit.
+    """`augmented(batch, step)`: what `prepare_examples` does to the images of that step, but on the
+    CPU, for the loader's thread. For a training step on a CPU the images are equal to the bit.
 
     `seed_key()` makes the run's key; this process's rows start at `first` in the global batch.
     Raises `UserError` where JAX has no CPU.
@@ -154,8 +154,8 @@ def make_train_step(
     arguments; what they return is checked while the step is traced.
     """
     config = StepConfig(apply_fn, optimizer, **fields)
-    check_own(config.metrics, regularizers.penalties(optimizer.regularizers))
-    config = dataclasses.replace(config, loss=losses.choose(config.loss, config.task))
+    check_own_metrics(config.metrics, regularizers.list_penalties(optimizer.regularizers))
+    config = dataclasses.replace(config, loss=losses.select_loss(config.loss, config.task))
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Sums]:
         return take_step(config, state, batch, key)
@@ -182,20 +182,26 @@ def take_step(
     or a user's own hook gives something of another shape.
     """
     optimizer = config.optimizer
-    own = optimizer.regularizers
-    examples = prepare(batch, key, state.step, config.augment, config.mix, config.axis_name, own)
+    active = optimizer.regularizers
+    examples = prepare_examples(
+        batch, key, state.step, config.augment, config.mix, config.axis_name, active
+    )
     weights, frozen = pytree.partition(state.params, optimizer.trainable)
     gradients = partial(compute_gradients, config, state, frozen, examples)
 
     grads, batch_stats, sums = gradients(weights)
-    if regularizers.perturbs(own):
+    if regularizers.perturbs(active):
         uphill = lax.pmean(grads, config.axis_name)
-        grads, _, _ = gradients(regularizers.perturb(own, weights, uphill))
+        grads, _, _ = gradients(regularizers.perturb(active, weights, uphill))
     grads, moved, kept, sums = average_over_devices(config, grads, batch_stats, sums)
-    grads, penalties = regularizers.add_penalties(own, weights, grads, state.step)
+    grads, penalties = regularizers.add_penalties(active, weights, grads, state.step)
     norm = optax.global_norm(grads)
     weights, opt_state = optimizer.update(
-        weights, grads, state.opt_state, step=state.step, key=stream(key, Stream.NOISE, state.step)
+        weights,
+        grads,
+        state.opt_state,
+        step=state.step,
+        key=stream_key(key, Stream.NOISE, state.step),
     )
     finite = is_finite(norm, sums["loss"], moved, weights)
     new = state.replace(
@@ -221,7 +227,7 @@ def compute_loss(
     variables = {"params": pytree.merge(weights, frozen), "batch_stats": batch_stats}
     with (
         regularizers.intercept(config.optimizer.regularizers),
-        batchnorm_modes.intercept(config.optimizer.norms),
+        batchnorm_modes.intercept(config.optimizer.batchnorm_modes),
     ):
         logits, updates = config.apply_fn(
             variables,
@@ -236,7 +242,7 @@ def compute_loss(
     total = jnp.mean(each) + losses.aux_loss(
         updates.get("aux_logits", {}), labels, config.aux_weights, step, config.loss
     )
-    sums = measure(each, logits, labels, labels, task=config.task, own=config.metrics)
+    sums = sum_metrics(each, logits, labels, labels, task=config.task, own_metrics=config.metrics)
     return total, (updates.get("batch_stats", batch_stats), sums)
 
 
@@ -267,14 +273,14 @@ def compute_gradients(
     (batch_stats, grads), sums = lax.scan(
         one,
         (state.batch_stats, jax.tree.map(jnp.zeros_like, weights)),
-        (cut(images, n), cut(labels, n), jnp.arange(n)),
+        (split_batch(images, n), split_batch(labels, n), jnp.arange(n)),
         unroll=n if jax.default_backend() == "cpu" else 1,
     )
     grads = jax.tree.map(lambda g: g / n, grads)
     return grads, batch_stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
 
-def cut(x: Array, pieces: int) -> Array:
+def split_batch(x: Array, pieces: int) -> Array:
     """[n ...] -> [pieces n/pieces ...]. Raises `UserError` where n does not divide."""
     if x.shape[0] % pieces:
         raise UserError(
@@ -288,14 +294,14 @@ def average_over_devices(
 ) -> tuple[PyTree, PyTree, PyTree, Sums]:
     """(gradients, statistics that move, those that stay, sums) of all devices together."""
     # With local statistics the variances are averaged: what each device normalized by.
-    moved, kept = pytree.partition(batch_stats, find_moving(config, batch_stats))
+    moved, kept = pytree.partition(batch_stats, find_moving_statistics(config, batch_stats))
     grads, moved = lax.pmean((grads, moved), config.axis_name)
     return grads, moved, kept, lax.psum(sums, config.axis_name)
 
 
-def find_moving(config: StepConfig, batch_stats: PyTree) -> PyTree:
+def find_moving_statistics(config: StepConfig, batch_stats: PyTree) -> PyTree:
     """Bools in the shape of `batch_stats`: whether the running statistics move in training."""
-    return batchnorm_modes.has_mode(batch_stats, config.optimizer.norms, "train")
+    return batchnorm_modes.has_mode(batch_stats, config.optimizer.batchnorm_modes, "train")
 
 
 def is_finite(norm: Array, loss: Array, batch_stats: PyTree, weights: PyTree) -> Array:
@@ -326,7 +332,7 @@ def update_ema(
     return {
         "params": blend(old["params"], weights, config.optimizer.trainable),
         "batch_stats": blend(
-            old["batch_stats"], batch_stats, find_moving(config, state.batch_stats)
+            old["batch_stats"], batch_stats, find_moving_statistics(config, state.batch_stats)
         ),
     }
 
@@ -363,8 +369,8 @@ def make_eval_step(
     metrics.py's sums: "confusion" f32 [K K], rows true, columns predicted. Raises `UserError` where
     `make_train_step` does, and for a confusion matrix of multilabel data.
     """
-    check_own(metrics)
-    loss = losses.choose(loss, task)
+    check_own_metrics(metrics)
+    loss = losses.select_loss(loss, task)
     if confusion and task == "multilabel":
         raise UserError("a confusion matrix needs one class an example; multilabel data has none")
 
@@ -375,7 +381,7 @@ def make_eval_step(
         soft = losses.soft_labels(labels, num_classes)
         losses.check_logits(logits, *soft.shape)
         each = loss(logits, soft)
-        sums = measure(each, logits, labels, soft, mask, task=task, own=metrics)
+        sums = sum_metrics(each, logits, labels, soft, mask, task=task, own_metrics=metrics)
         if confusion:
             labels = labels if labels.ndim == 1 else jnp.argmax(soft, -1)
             empty = jnp.zeros((num_classes, num_classes), jnp.float32)

@@ -10,7 +10,7 @@ from flax_cnns.analysis import device
 
 def test_peaks_by_kind():
     def peak(kind, dtype):
-        return device.peak(SimpleNamespace(platform="gpu", device_kind=kind), dtype)
+        return device.find_peak(SimpleNamespace(platform="gpu", device_kind=kind), dtype)
 
     assert peak("NVIDIA A100-SXM4-40GB", "bfloat16").flops == 312e12
     assert peak("NVIDIA A100-SXM4-40GB", "float32").flops == 156e12
@@ -28,7 +28,7 @@ def test_a_programs_memory_is_its_arguments_results_and_scratch():
 
 
 def test_the_environment_is_told():
-    told = device.environment()
+    told = device.describe_environment()
     assert told["versions"]["jax"] == jax.__version__
     assert told["platform"] == "cpu"
     assert told["devices"] == 4

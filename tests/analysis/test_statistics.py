@@ -24,7 +24,7 @@ def test_students_interval_by_hand():
 def test_a_paired_difference_takes_what_the_seeds_share_out_of_it():
     baseline = {0: 0.70, 1: 0.80, 2: 0.90, 3: 0.95}
     row = {0: 0.71, 1: 0.83, 2: 0.92, 7: 0.10}  # seed 3 is missing here, seed 7 there
-    found = statistics.paired(row, baseline)
+    found = statistics.paired_difference(row, baseline)
     # Differences 0.01, 0.03, 0.02: t = 0.02 / (0.01 / sqrt 3) = 3.464, p = 0.0742 with 2 degrees.
     assert found.interval.n == 3
     np.testing.assert_allclose(found.interval.mean, 0.02)
@@ -44,8 +44,10 @@ def test_the_bootstrap_is_scipys_and_seeded():
     np.testing.assert_allclose(
         found[1:3], tuple(theirs.confidence_interval), atol=0.03 * np.ptp(values)
     )
-    difference = statistics.paired(dict(enumerate(values)), dict.fromkeys(range(12), 0.0))
-    assert statistics.paired(
+    difference = statistics.paired_difference(
+        dict(enumerate(values)), dict.fromkeys(range(12), 0.0)
+    )
+    assert statistics.paired_difference(
         dict(enumerate(values)), dict.fromkeys(range(12), 0.0), method="bootstrap"
     ).p == pytest.approx(difference.p)
 
@@ -54,7 +56,7 @@ def test_the_bootstrap_is_scipys_and_seeded():
 def test_no_spread_no_interval(method):
     for values in ([0.5], [0.5, 0.5, 0.5]):
         found = statistics.mean(values, method=method)
-        assert (found.mean, found.n, found.known) == (0.5, len(values), False)
+        assert (found.mean, found.n, found.is_known) == (0.5, len(values), False)
         assert not found.excludes_zero
     nothing = statistics.mean([], method=method)
     assert nothing.n == 0
@@ -67,12 +69,12 @@ def test_equal_differences_are_known_in_spite_of_rounding():
     row = {s: n / 360 for s, n in counts.items()}
     baseline = {s: (n - 1) / 360 for s, n in counts.items()}
     assert len({row[s] - baseline[s] for s in row}) > 1
-    found = statistics.paired(row, baseline)
-    assert not found.interval.known
+    found = statistics.paired_difference(row, baseline)
+    assert not found.interval.is_known
     assert math.isnan(found.p)
-    assert statistics.paired(row, row).p == 1.0
-    assert math.isnan(statistics.paired({0: 1.0}, {0: 0.5}).p)
-    assert statistics.paired({0: 1.0}, {1: 0.5}).interval.n == 0
+    assert statistics.paired_difference(row, row).p == 1.0
+    assert math.isnan(statistics.paired_difference({0: 1.0}, {0: 0.5}).p)
+    assert statistics.paired_difference({0: 1.0}, {1: 0.5}).interval.n == 0
 
 
 def test_holm_by_hand():

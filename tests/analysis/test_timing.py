@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flax_cnns.analysis.timing import Spread, compare
+from flax_cnns.analysis.timing import Spread, time_candidates
 from flax_cnns.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Fake:
 
 def test_candidates_run_in_turn_and_the_warm_up_counts_for_nothing():
     fake = Fake()
-    found = compare(
+    found = time_candidates(
         {"a": fake.function("a", 99, 1, 2, 6), "b": fake.function("b", 99, 2, 2, 2)},
         rounds=3,
         clock=lambda: fake.now,
@@ -44,7 +44,7 @@ def test_candidates_run_in_turn_and_the_warm_up_counts_for_nothing():
 
 def test_ratios_are_taken_round_by_round():
     fake = Fake()
-    found = compare(
+    found = time_candidates(
         # Both slow down tenfold in the second round: the ratio does not see it.
         {"a": fake.function("a", 2, 20, 3), "b": fake.function("b", 1, 10, 1)},
         rounds=3,
@@ -58,7 +58,9 @@ def test_ratios_are_taken_round_by_round():
 def test_what_is_short_is_called_often_and_waited_for_once_a_round():
     fake = Fake()
     short, long = fake.function("s", *[0.01] * 100), fake.function("l", *[0.5] * 100)
-    found = compare({"short": short, "long": long}, rounds=2, at_least=0.1, clock=lambda: fake.now)
+    found = time_candidates(
+        {"short": short, "long": long}, rounds=2, at_least=0.1, clock=lambda: fake.now
+    )
     assert found.calls == {"short": 10, "long": 1}
     assert fake.log.count("s") == 1 + 1 + 2 * 10  # warm-up, one to learn its length, two rounds
     assert found.median("short") == pytest.approx(0.01)
@@ -75,15 +77,15 @@ def test_it_waits_for_arrays():
             return self
 
     arrays = [Array(), Array()]
-    compare({"a": lambda: {"x": arrays}}, rounds=1, warmup=0)
+    time_candidates({"a": lambda: {"x": arrays}}, rounds=1, warmup=0)
     assert all(array.ready for array in arrays)
 
 
 def test_mistakes():
     with pytest.raises(UserError, match="0 candidates"):
-        compare({})
+        time_candidates({})
     with pytest.raises(UserError, match="0 rounds"):
-        compare({"a": lambda: None}, rounds=0)
-    found = compare({"ours": lambda: None}, rounds=1)
+        time_candidates({"a": lambda: None}, rounds=0)
+    found = time_candidates({"ours": lambda: None}, rounds=1)
     with pytest.raises(UserError, match="did you mean 'ours'"):
         found.median("our")

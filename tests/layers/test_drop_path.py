@@ -217,8 +217,8 @@ def test_four_devices(variables, mode, axis_name):
     def step(variables, batch, state):
         key, number = state
         device = jax.lax.axis_index("batch")
-        shared = steps.stream(key, steps.Stream.SHARED, number)
-        dropout = jax.random.fold_in(steps.stream(key, steps.Stream.DROPOUT, number), device)
+        shared = steps.stream_key(key, steps.Stream.SHARED, number)
+        dropout = jax.random.fold_in(steps.stream_key(key, steps.Stream.DROPOUT, number), device)
         out, _ = model.apply(
             variables,
             batch["image"],

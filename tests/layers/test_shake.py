@@ -302,8 +302,10 @@ def test_four_devices(network, level):
         key, number = state
         device = jax.lax.axis_index("batch")
         rngs = {
-            "shared": steps.stream(key, steps.Stream.SHARED, number),
-            "dropout": jax.random.fold_in(steps.stream(key, steps.Stream.DROPOUT, number), device),
+            "shared": steps.stream_key(key, steps.Stream.SHARED, number),
+            "dropout": jax.random.fold_in(
+                steps.stream_key(key, steps.Stream.DROPOUT, number), device
+            ),
         }
         found = once_a_block(model, variables, batch["image"], rngs)
         return jax.lax.all_gather(found, "batch", tiled=True)

@@ -10,7 +10,7 @@ import pytest
 from configs import cifar10_dsn
 from flax_cnns import tree as pytree
 from flax_cnns.models.registry import create_model, init_variables
-from flax_cnns.train.losses import aux_weights
+from flax_cnns.train.losses import make_aux_weights
 from tests.models.captured import blank, cost_of
 from tests.models.published import PUBLISHED
 
@@ -110,7 +110,7 @@ def test_companions_are_linear_in_the_convolutions_and_dropout_is_random():
 
 
 def test_weight_of_the_companions_falls_as_in_the_paper():
-    ((pattern, weight),) = aux_weights(cifar10_dsn.get_config().train, steps_per_epoch=500.0)
+    ((pattern, weight),) = make_aux_weights(cifar10_dsn.get_config().train, steps_per_epoch=500.0)
     assert pattern == ".*"
     for step in (0, 12_500, 25_000, 50_000):
         assert weight(step) == pytest.approx(0.1 * (1 - step / 50_000))

@@ -230,8 +230,8 @@ def test_four_devices(mode, axis_name):
     def step(variables, batch, state):
         key, number = state
         device = jax.lax.axis_index("batch")
-        shared = steps.stream(key, steps.Stream.SHARED, number)
-        dropout = jax.random.fold_in(steps.stream(key, steps.Stream.DROPOUT, number), device)
+        shared = steps.stream_key(key, steps.Stream.SHARED, number)
+        dropout = jax.random.fold_in(steps.stream_key(key, steps.Stream.DROPOUT, number), device)
         rngs = {"shared": shared, "dropout": dropout}
         given = dict(train=True, mutable=["batch_stats"], rngs=rngs)
         out, _ = model.apply(variables, batch["image"], **given)

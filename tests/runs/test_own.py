@@ -265,10 +265,10 @@ def test_mistakes_are_told_before_the_first_step(sections, words):
 
 def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
     net = own_parts.Net(num_classes=10)
-    rates = dropout.layer_rates((0.1,), net, params={}, images_shape=(1, 8, 8, 1))
+    rates = dropout.decide_rates((0.1,), net, params={}, images_shape=(1, 8, 8, 1))
     assert rates == {"conv1": 0.1, "conv2": 0.1}
     with pytest.raises(UserError, match=r"dropout: Bare has no layer that it drops"):
-        dropout.layer_rates((0.1,), own_parts.Bare(), params={}, images_shape=(1, 8, 8, 1))
+        dropout.decide_rates((0.1,), own_parts.Bare(), params={}, images_shape=(1, 8, 8, 1))
 
 
 def test_a_partial_makes_a_regularizer_and_a_pair_is_no_data():

@@ -136,7 +136,7 @@ def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
 
 
 def test_a_picture_says_how_many_photos_are_in_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(predict.predictions, "MOST", 2)
+    monkeypatch.setattr(predict.predictions, "MAX_PHOTOS", 2)
     seer = predict.Predictor("a seer", None, lambda width, height: (0, 0, 4, 4), None, "ab")
     photos = [np.zeros((4, 4, 3), np.uint8)] * 3
     for many, drawn in ((3, 2), (2, 2), (1, 1)):

@@ -34,7 +34,7 @@ from flax_cnns.runs.plan import rehearse
 from flax_cnns.runs.workdir import check_workdir, read_config
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.train import loop, memory
-from flax_cnns.train.losses import aux_weights
+from flax_cnns.train.losses import make_aux_weights
 from flax_cnns.train.progress import Progress
 from tests.tiny_runs import arrays, records
 
@@ -481,7 +481,7 @@ def test_first_values_are_the_papers_where_the_config_says_so(config):
 def test_auxiliary_weights_by_head_and_step(config, spec, expected):
     config.train.aux_weight = spec
     configs.validate(config)
-    rules = aux_weights(config.train, steps_per_epoch=10.0)
+    rules = make_aux_weights(config.train, steps_per_epoch=10.0)
     chosen = pytree.match(rules, ["a", "b"], what="aux")
     for name, weights in expected.items():
         found = [float(chosen[name](step)) for step in (0, 50)]

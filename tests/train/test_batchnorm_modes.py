@@ -116,17 +116,17 @@ ALL = {"stem/norm": "train", "stage1/block1/norm1": "train", "stage1/block2-3/no
 
 
 def test_without_rules_a_layer_is_frozen_with_its_parameters():
-    found = batchnorm_modes.layer_modes((), TRAINABLE, STATS)
+    found = batchnorm_modes.decide_modes((), TRAINABLE, STATS)
     assert found == ALL | {"stem/norm": "frozen", "stage1/block2-3/norm1": "frozen"}
 
 
 def test_rules_see_each_block_of_a_stack():
     rules = ((r"stage1/block[23]/.*", "frozen_stats"), (r".*", "train"))
-    found = batchnorm_modes.layer_modes(rules, TRAINABLE, STATS)
+    found = batchnorm_modes.decide_modes(rules, TRAINABLE, STATS)
     assert found == ALL | {"stage1/block2-3/norm1": "frozen_stats"}
     rules = (("stage1/block2/.*", "frozen"), (".*", "train"))
     with pytest.raises(UserError, match=r"'stage1/block2-3/norm1' differently.*model\.scan=False"):
-        batchnorm_modes.layer_modes(rules, TRAINABLE, STATS)
+        batchnorm_modes.decide_modes(rules, TRAINABLE, STATS)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_rules_see_each_block_of_a_stack():
 )
 def test_rules_that_say_too_much_or_too_little(rules, words):
     with pytest.raises(UserError, match=words):
-        batchnorm_modes.layer_modes(rules, TRAINABLE, STATS)
+        batchnorm_modes.decide_modes(rules, TRAINABLE, STATS)
 
 
 def test_rules_for_a_network_without_batchnorm():
     with pytest.raises(
         UserError, match=r"optimizer.bn: .* 'stem/.*' decides nothing; there are no"
     ):
-        batchnorm_modes.layer_modes((("stem/.*", "frozen"), (".*", "train")), TRAINABLE, {})
+        batchnorm_modes.decide_modes((("stem/.*", "frozen"), (".*", "train")), TRAINABLE, {})
 
 
 # ---- a network with stages, scanned, rematerialised, in pieces
@@ -194,7 +194,7 @@ def step_flops(model, trainable):
     """Of the lowered step of a residual network."""
     config = tiny.config(**{"optimizer.trainable": trainable})
     variables = shapes_of(model)
-    optimizer = optimizers.make(
+    optimizer = optimizers.make_optimizer(
         config.optimizer,
         variables["params"],
         schedules.constant(0.05),

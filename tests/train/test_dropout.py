@@ -19,7 +19,7 @@ SHAPE = (8, 8, 8, 3)
 IMAGES = np.random.RandomState(0).randn(*SHAPE).astype(np.float32)
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("dropout", "shared"))}
 FIRST = ((r"stem/conv", 0.5), (r".*", 0.0))
-rates_of = partial(dropout.layer_rates, images_shape=SHAPE)
+rates_of = partial(dropout.decide_rates, images_shape=SHAPE)
 
 
 def make(**fields):
@@ -34,7 +34,7 @@ def variables():
 
 def train(model, variables, rates, mode="unit", rngs=RNGS, **apply):
     """(logits, state) of a training pass, compiled."""
-    run = dropout.dropping(model.apply, rates, mode)
+    run = dropout.add_dropout(model.apply, rates, mode)
     mutable = ["batch_stats", *apply.pop("mutable", ())]
     return jax.jit(lambda v: run(v, IMAGES, train=True, mutable=mutable, rngs=rngs, **apply))(
         variables
@@ -95,7 +95,7 @@ def test_rules_see_blocks_norms_and_poolings(variables):
     }
     deck = create_model("deck003_cifar100_example")
     pools = ((r"pool\d", 0.2), (r".*", 0.0))
-    found = dropout.layer_rates(pools, deck, (1, 32, 32, 3), {})
+    found = dropout.decide_rates(pools, deck, (1, 32, 32, 3), {})
     assert found == {"pool1": 0.2, "pool2": 0.2}
 
 
@@ -143,7 +143,7 @@ def test_only_that_layer_is_dropped(variables):
 
 def test_off_is_the_function_itself():
     apply = make().apply
-    assert dropout.dropping(apply, {}) is apply
+    assert dropout.add_dropout(apply, {}) is apply
 
 
 def test_own_draws_of_the_network_stay(variables):
@@ -192,7 +192,7 @@ def test_skipped_and_recomputed_branches_draw_the_same(variables):
     rates = {"stage1/block1/conv1": 0.5}
 
     def grads(**fields):
-        run = dropout.dropping(make(depths=(1,), **fields).apply, rates)
+        run = dropout.add_dropout(make(depths=(1,), **fields).apply, rates)
 
         def loss(params):
             given = variables | {"params": params}

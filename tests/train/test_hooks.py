@@ -14,7 +14,7 @@ import pytest
 
 from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm_modes, optimizers, parallel, regularizers, schedules
-from flax_cnns.train.regularizers import hooks_of
+from flax_cnns.train.regularizers import make_regularizer
 from tests.train import tiny
 from tests.train.test_steps import distance, variables
 
@@ -67,9 +67,11 @@ class Decaying:
 
 
 def test_an_object_has_the_hooks_that_are_its_methods():
-    found = hooks_of("Cutting", Cutting())
+    found = make_regularizer("Cutting", Cutting())
     assert [hook for hook, one in found._asdict().items() if one is not None] == ["augment"]
-    both = hooks_of("two", having(penalty=lambda params, step: 0.0, constrain=None, rate=3.0))
+    both = make_regularizer(
+        "two", having(penalty=lambda params, step: 0.0, constrain=None, rate=3.0)
+    )
     assert both.constrain is None
     assert both.penalty(PARAMS, 0) == 0.0
 
@@ -94,7 +96,7 @@ def test_an_object_has_the_hooks_that_are_its_methods():
 )
 def test_what_is_no_regularizer(given, message):
     with pytest.raises(UserError, match=rf"^regularizer 'Mine'.*{message}"):
-        hooks_of("Mine", given)
+        make_regularizer("Mine", given)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_what_a_hook_gives_is_checked_while_tracing(hook, method, message):
         "perturb": (PARAMS, PARAMS),
         "constrain": (PARAMS,),
     }[hook]
-    checked = getattr(hooks_of("Mine", having(**{hook: method})), hook)
+    checked = getattr(make_regularizer("Mine", having(**{hook: method})), hook)
     with pytest.raises(UserError, match=rf"^regularizer 'Mine', {hook}.*{message}"):
         jax.eval_shape(checked, *arguments)
 
@@ -132,11 +134,11 @@ def test_what_a_hook_gives_is_checked_while_tracing(hook, method, message):
 @pytest.mark.parametrize("name", ["l2", "accuracy", "count"])
 def test_a_name_that_is_taken(name):
     with pytest.raises(UserError, match=f"{name!r}: the name is taken"):
-        optimizers.make(
+        optimizers.make_optimizer(
             tiny.config().optimizer,
             PARAMS,
             schedules.constant(0.1),
-            own={name: hooks_of(name, Decaying())},
+            own_regularizers={name: make_regularizer(name, Decaying())},
         )
 
 
@@ -148,7 +150,7 @@ def test_keys_are_those_of_the_stream_folded_with_the_name():
         seen[hook] = jax.random.key_data(given[-1])
         return given[:-1] if hook == "mix" else given[0]
 
-    mine = hooks_of(
+    mine = make_regularizer(
         "Mine",
         having(
             augment=lambda images, keys: note("augment", images, keys),
@@ -175,7 +177,7 @@ def test_a_layer_that_runs_as_another_one_is_intercepted_once():
 
     model = tiny.Tiny()
     given = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES))
-    own = {"Mine": hooks_of("Mine", having(intercept=count))}
+    own = {"Mine": make_regularizer("Mine", having(intercept=count))}
 
     def apply(given):
         with regularizers.intercept(own), batchnorm_modes.intercept({"norm": "frozen_stats"}):
@@ -197,7 +199,7 @@ BUILT_IN = tiny.config(
 
 def test_own_hooks_do_what_built_in_ones_do():
     """L2, SAM and max-norm as one object with three hooks: the same steps, to rounding."""
-    found = regularizers.make(
+    found = regularizers.make_regularizers(
         BUILT_IN.optimizer,
         jax.device_get(tiny.train(BUILT_IN, n=0)[0].params),
         {"conv": dict.fromkeys(("kernel", "bias"), True), "head": {"kernel": True, "bias": True}}

@@ -93,7 +93,7 @@ class Device:
             batches=itertools.repeat("batch"),
             key=None,
             stop=stop,
-            every=loop.Every(log, validate, save_every),
+            periods=loop.Periods(log, validate, save_every),
             host=loop.HostState(),
             callbacks=loop.Callbacks(**callbacks),
             batch_size=2,

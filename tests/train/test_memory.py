@@ -26,9 +26,9 @@ def test_the_need_of_a_step_is_what_xla_counts_and_asking_compiles_it_once():
 def test_what_cannot_be_had_is_refused_with_the_field_and_both_numbers(monkeypatch):
     assert memory.available() > 2**20
     monkeypatch.setattr(memory, "available", lambda: 3 * 2**30)
-    memory.check(3 * 2**30, what="data.batch_size=8")
+    memory.check_fits(3 * 2**30, what="data.batch_size=8")
     with pytest.raises(UserError, match=r"data.batch_size=9: .* needs 3.5 GiB .* 3.0 GiB are free"):
-        memory.check(int(3.5 * 2**30), what="data.batch_size=9")
+        memory.check_fits(int(3.5 * 2**30), what="data.batch_size=9")
     monkeypatch.setattr(memory, "available", lambda: None)  # a system that does not say
     assert memory.fits(2**60)
 

@@ -27,7 +27,7 @@ def make(rate=0.1, params=PARAMS, **fields):
     config = get_config().optimizer
     config.momentum = 0.9
     config.update(fields)
-    return optimizers.make(config, params, schedules.constant(rate))
+    return optimizers.make_optimizer(config, params, schedules.constant(rate))
 
 
 def run(optimizer, steps=3, params=PARAMS, grads=GRADS):
@@ -138,7 +138,7 @@ def test_plateau_divides_after_patience_validations_without_a_better_one():
     state = optimizer.init(PARAMS)
     rates = []
     for error in [0.5, 0.4, 0.4, 0.45, 0.41, 0.3, 0.29]:
-        state = optimizers.observe(state, error, patience=2, factor=0.1, min_delta=1e-3)
+        state = optimizers.update_plateau(state, error, patience=2, factor=0.1, min_delta=1e-3)
         rates.append(float(optimizer.learning_rate(jnp.int32(0), state)))
     # Two without a better one after 0.4: a fall; one more at 0.41, then better again.
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01], rtol=1e-5)
@@ -148,20 +148,24 @@ def test_plateau_divides_after_patience_validations_without_a_better_one():
 def test_a_negative_error_that_stays_is_not_better():
     state = make().init(PARAMS)
     for error in (-2.0, -2.0, -2.0005):
-        state = optimizers.observe(
+        state = optimizers.update_plateau(
             state, error, patience=2, factor=0.1, min_delta=1e-3, signed=True
         )
     (plateau,) = optimizers._plateau_states(state)
     assert (plateau.best, plateau.wait) == (-2.0, 0)
     assert np.isclose(plateau.scale, 0.1)
-    state = optimizers.observe(state, -2.1, patience=2, factor=0.1, min_delta=1e-3, signed=True)
+    state = optimizers.update_plateau(
+        state, -2.1, patience=2, factor=0.1, min_delta=1e-3, signed=True
+    )
     assert np.isclose(optimizers._plateau_states(state)[0].best, -2.1)
 
 
 def test_a_nan_error_is_not_better():
     state = make().init(PARAMS)
     for _ in range(2):
-        state = optimizers.observe(state, float("nan"), patience=2, factor=0.1, min_delta=0.0)
+        state = optimizers.update_plateau(
+            state, float("nan"), patience=2, factor=0.1, min_delta=0.0
+        )
     (plateau,) = optimizers._plateau_states(state)
     assert not np.isfinite(plateau.best)
     assert np.isclose(plateau.scale, 0.1)
@@ -189,7 +193,7 @@ BLOCKS = {
 BLOCK_GRADS = jax.tree.map(lambda w: jnp.cos(3 * w), BLOCKS)
 
 
-@pytest.mark.parametrize("name", optimizers.NAMES)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_a_stack_moves_as_its_blocks_would(name):
     """Rules by the blocks' own names; LAMB by each block's own norm."""
     fields = dict(
@@ -220,7 +224,7 @@ def test_patience_is_one_more_than_torchs():
     state = make().init(PARAMS)
     for _ in range(13):
         theirs.step(1.0)
-        state = optimizers.observe(state, 1.0, patience=5, factor=0.1, min_delta=1e-4)
+        state = optimizers.update_plateau(state, 1.0, patience=5, factor=0.1, min_delta=1e-4)
         (plateau,) = optimizers._plateau_states(state)
         assert float(plateau.scale) == pytest.approx(optimizer.param_groups[0]["lr"])
 
@@ -317,7 +321,7 @@ def test_layer_decay_multiplies_lr_mult_in_a_stack_too():
     config.lr_mult = ((r".*/block3/.*", 10.0), (r".*", 1.0))
     order = [f"stage1/block{i}" for i in range(1, 5)] + ["head"]
     params, grads = pytree.stack_blocks(BLOCKS), pytree.stack_blocks(BLOCK_GRADS)
-    optimizer = optimizers.make(config, params, schedules.constant(1.0), order=order)
+    optimizer = optimizers.make_optimizer(config, params, schedules.constant(1.0), order=order)
     found = pytree.unstack_blocks(run(optimizer, 1, params, grads)[0])
     factors = {"block1": 1 / 16, "block2": 1 / 8, "block3": 10 / 4, "block4": 1 / 2}
     for name, factor in factors.items():

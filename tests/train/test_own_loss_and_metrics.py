@@ -68,8 +68,8 @@ def test_metrics_of_multilabel_data():
     logits = jnp.array([[1.0, -1.0, 3.0], [1.0, 1.0, -2.0], [np.nan, 0.0, 0.0]])
     labels = jnp.array([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
     each, mask = jnp.array([2.0, 4.0, np.nan]), jnp.array([1.0, 1.0, 0.0])
-    found = metrics.compute(metrics.sums(each, logits, labels, mask, task="multilabel"))
-    assert list(found) == metrics.names(3, task="multilabel")
+    found = metrics.compute(metrics.sum_task_metrics(each, logits, labels, mask, task="multilabel"))
+    assert list(found) == metrics.list_names(3, task="multilabel")
     np.testing.assert_allclose(found["label_accuracy"], (3 + 1) / 6)
     assert (found["loss"], found["subset_accuracy"]) == (3.0, 0.5)
 
@@ -77,7 +77,7 @@ def test_metrics_of_multilabel_data():
 def test_soft_labels_count_by_their_largest():
     logits = jnp.eye(3)
     labels = jnp.array([[0.6, 0.4, 0.0], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]])
-    found = metrics.compute(metrics.sums(jnp.ones(3), logits, labels))
+    found = metrics.compute(metrics.sum_task_metrics(jnp.ones(3), logits, labels))
     np.testing.assert_allclose(found["accuracy"], 2 / 3)
 
 
@@ -89,9 +89,9 @@ def test_masked_rows_reach_no_metric_of_the_user():
 
     logits = jnp.array([[np.nan, 1.0], [2.0, 4.0], [0.0, np.inf]])
     labels, mask = jnp.array([[np.nan, 1.0], [0.5, 0.5], [1.0, 1.0]]), jnp.array([0.0, 1.0, 0.0])
-    found = metrics.own_sums({"entropy": entropy}, logits, labels, mask)
+    found = metrics.sum_own_metrics({"entropy": entropy}, logits, labels, mask)
     np.testing.assert_allclose(metrics.compute(found)["entropy"], np.log(8) / 2, rtol=1e-6)
-    nothing = metrics.own_sums({"entropy": entropy}, logits, labels, jnp.zeros(3))
+    nothing = metrics.sum_own_metrics({"entropy": entropy}, logits, labels, jnp.zeros(3))
     assert [float(value) for value in nothing.values()] == [0.0, 0.0]
     assert np.isnan(metrics.compute(nothing)["entropy"])
 
@@ -105,7 +105,7 @@ def test_ratios_are_added_before_they_are_divided_and_survive_json():
             "loss": np.float32(2.0),
             "count": np.float32(4),
         }
-        total = json.loads(json.dumps(metrics.add(total, part)))
+        total = json.loads(json.dumps(metrics.add_sums(total, part)))
     assert total["metric/a/b/sum"] == [3.0, 6.0, 10.0]
     found = metrics.compute(total, "train/")
     assert found == {"train/loss": 0.5, "train/a/b": (3 / 8 + 6 / 4) / 2}
@@ -126,26 +126,26 @@ def test_ratios_are_added_before_they_are_divided_and_survive_json():
 )
 def test_what_is_no_sum_and_count(found, message):
     with pytest.raises(UserError, match=f"^metric 'mine': .*{message}"):
-        metrics.own_sums({"mine": lambda *given: found}, jnp.ones((2, 3)), jnp.ones((2, 3)))
+        metrics.sum_own_metrics({"mine": lambda *given: found}, jnp.ones((2, 3)), jnp.ones((2, 3)))
 
 
 def test_numbers_of_single_examples_are_no_sums():
     logits = jnp.ones((3, 3))
     with pytest.raises(UserError, match=r"came float32 \[3\], a number an example; give its .sum"):
-        metrics.own_sums({"mine": lambda logits, labels, mask: (mask, mask)}, logits, logits)
+        metrics.sum_own_metrics({"mine": lambda logits, labels, mask: (mask, mask)}, logits, logits)
     each = {"mine": lambda logits, labels, mask: (logits.sum(0), labels.sum(0))}  # 3 classes
-    assert metrics.own_sums(each, logits, logits)["metric/mine/sum"].shape == (3,)
+    assert metrics.sum_own_metrics(each, logits, logits)["metric/mine/sum"].shape == (3,)
 
 
 def test_an_error_of_a_loss_says_what_it_was_given():
     of_numbers = optax.softmax_cross_entropy_with_integer_labels
     with pytest.raises(TypeError) as caught:
-        losses.choose(of_numbers, "classes")(jnp.ones((3, 4)), jnp.ones((3, 4)))
+        losses.select_loss(of_numbers, "classes")(jnp.ones((3, 4)), jnp.ones((3, 4)))
     assert "labels f32 [N K], a row an example" in caught.value.__notes__[0]
 
 
 def test_a_count_of_all_ratios():
-    found = metrics.own_sums(
+    found = metrics.sum_own_metrics(
         {"m": lambda *_: (jnp.array([True, False]), 4)}, jnp.eye(2), jnp.eye(2)
     )
     assert metrics.compute(jax.device_get(found)) == {"m": 0.125}
@@ -160,7 +160,7 @@ def test_a_name_that_is_taken(name):
 
 def test_an_unknown_task():
     with pytest.raises(UserError, match="unknown 'multi'; did you mean 'multilabel'"):
-        losses.choose(None, "multi")
+        losses.select_loss(None, "multi")
 
 
 def test_a_function_that_takes_other_arguments():
@@ -229,7 +229,7 @@ def test_evaluation_by_own_loss_and_metrics_counts_every_example_once(mode):
     total = evaluate(evaluation, state.variables, batches)
     found = summarize(total)
     expected = numbers(logits_of(state, data), data["label"], focal)
-    assert set(found) == set(metrics.names(K, own=OWN))
+    assert set(found) == set(metrics.list_names(K, own_metrics=OWN))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(

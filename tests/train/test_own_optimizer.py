@@ -21,21 +21,21 @@ from tests.train.test_regularizers import PARAMS, move
 from tests.train.test_steps import distance
 
 GRADS = jax.tree.map(jnp.cos, PARAMS)
-FALLING = schedules.corners([(0, 0.2), (8, 0.05)])
+FALLING = schedules.piecewise_linear([(0, 0.2), (8, 0.05)])
 
 
 def make(factory=None, *, schedule=FALLING, factory_fields=None, own=None, **fields):
     config = get_config().optimizer
     config.update(fields)
-    given = dict(factory=factory, factory_fields=factory_fields or {}, own=own or {})
-    return optimizers.make(config, PARAMS, schedule, **given)
+    given = dict(factory=factory, factory_fields=factory_fields or {}, own_regularizers=own or {})
+    return optimizers.make_optimizer(config, PARAMS, schedule, **given)
 
 
 def momentum_sgd(learning_rate_schedule, decay=0.9):
     return optax.sgd(learning_rate_schedule, momentum=decay)
 
 
-HALF = regularizers.hooks_of(
+HALF = regularizers.make_regularizer(
     "Half",
     type("Half", (), {"gradients": lambda self, g, p, k, s: jax.tree.map(lambda x: x / 2, g)})(),
 )
@@ -86,7 +86,7 @@ def test_the_rate_is_that_of_the_step_and_of_the_plateau_whatever_optax_counts()
     for step, scale in ((0, 1.0), (6, 1.0), (6, 0.1), (2, 0.1)):
         if (step, scale) == (6, 0.1):
             for _ in range(2):
-                state = optimizers.observe(state, 0.5, patience=1, factor=0.1, min_delta=0.0)
+                state = optimizers.update_plateau(state, 0.5, patience=1, factor=0.1, min_delta=0.0)
         updates, state = optimizer.tx.update(GRADS, state, PARAMS, step=jnp.int32(step), key=key)
         rate = scale * float(FALLING(step))
         chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -rate * g, GRADS), rtol=1e-5)  # noqa: B023

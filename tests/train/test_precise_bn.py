@@ -31,7 +31,9 @@ def estimate(model, variables, modes, *, devices=1, mode="shard_map", **kwargs):
     step, mesh = moments_step(model, modes, devices=devices, mode=mode)
     batches = [parallel.shard_batch(tiny.examples(8, i), mesh, mode) for i in range(BATCHES)]
     key = parallel.replicate(jax.random.key(5), mesh)
-    return precise_bn.estimate(step, parallel.replicate(variables, mesh), batches, key, **kwargs)
+    return precise_bn.estimate_statistics(
+        step, parallel.replicate(variables, mesh), batches, key, **kwargs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_a_branch_counts_where_it_was_computed():
 
     def found(*batches):
         sharded = [parallel.shard_batch(batch, mesh) for batch in batches]
-        return precise_bn.estimate(step, variables, sharded, key)["norm"]
+        return precise_bn.estimate_statistics(step, variables, sharded, key)["norm"]
 
     np.testing.assert_array_equal(found(empty, full, empty)["mean"], [1.0])
     np.testing.assert_array_equal(found(empty)["mean"], [0.0])  # as it was

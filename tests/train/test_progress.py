@@ -50,7 +50,7 @@ def test_plain_lines(clock):
 
 def test_own_metrics_stand_behind(clock):
     file = io.StringIO()
-    shown = Progress(10, file=file, also=("f1", "recall", "third"))
+    shown = Progress(10, file=file, extra_metrics=("f1", "recall", "third"))
     names = ("third", "loss", "recall", "label_accuracy", "subset_accuracy", "f1")
     shown.update(5, {f"validation/{name}": 0.5 for name in names})
     line = "loss 0.5000  label_accuracy 0.5000  f1 0.5000  recall 0.5000"
@@ -110,7 +110,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
 
 
 def test_a_first_step_that_takes_long_is_announced_in_a_file(monkeypatch):
-    monkeypatch.setattr(progress, "ANNOUNCED_AFTER", 0.01)
+    monkeypatch.setattr(progress, "ANNOUNCE_AFTER_SECONDS", 0.01)
     file = io.StringIO()
     with Progress(680, file=file):
         deadline = time.monotonic() + 10

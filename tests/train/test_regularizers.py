@@ -33,7 +33,7 @@ ZERO = jax.tree.map(jnp.zeros_like, PARAMS)
 def make(params=PARAMS, rate=0.1, **fields):
     config = get_config().optimizer
     config.update(fields)
-    return optimizers.make(config, params, schedules.constant(rate))
+    return optimizers.make_optimizer(config, params, schedules.constant(rate))
 
 
 def move(optimizer, grads, params=PARAMS, steps=1, key=0):
@@ -65,7 +65,7 @@ def test_each_is_a_field_of_the_optimizer_that_regularizes():
     names = {f"optimizer.{name}" for name in (*regularizers.REGULARIZERS, "weight_decay")}
     assert names == {name for name in fields if name.startswith("optimizer.")}
     # Penalties are logged by their name, next to the other sums of a step.
-    assert regularizers.REGULARIZERS.keys().isdisjoint(metrics.SUMS)
+    assert regularizers.REGULARIZERS.keys().isdisjoint(metrics.SUM_NAMES)
 
 
 # ---------------------------------------------------------------------------- L2
@@ -123,7 +123,7 @@ def test_the_plateau_lowers_the_rate_of_a_decoupled_decay_too():
     optimizer = make(name="rmsprop", weight_decay=(0.5,), weight_decay_mode="decoupled")
     state = optimizer.init(PARAMS)
     for _ in range(2):
-        state = optimizers.observe(state, 0.5, patience=1, factor=0.1, min_delta=0.0)
+        state = optimizers.update_plateau(state, 0.5, patience=1, factor=0.1, min_delta=0.0)
     assert np.isclose(optimizer.learning_rate(jnp.int32(0), state), 0.01)
     updates, _ = optimizer.tx.update(ZERO, state, PARAMS, step=jnp.int32(0))
     chex.assert_trees_all_close(updates, jax.tree.map(lambda w: -0.005 * w, PARAMS), rtol=1e-5)

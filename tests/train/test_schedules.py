@@ -20,20 +20,20 @@ def values(schedule, steps):
     [("20 epochs", 250), ("1 epoch", 12), ("500 steps", 500), ("0.5 epochs", 6), ("1 step", 1)],
 )
 def test_durations(text, expected):
-    assert schedules.steps(text, 12.5) == expected
+    assert schedules.parse_duration(text, 12.5) == expected
 
 
 @pytest.mark.parametrize("text", ["20", "epochs", "-3 steps", 7, "3 weeks"])
 def test_durations_that_say_nothing(text):
     with pytest.raises(UserError, match="expected '20 epochs' or '500 steps'"):
-        schedules.steps(text, 12.5, what="log.every")
+        schedules.parse_duration(text, 12.5, what="log.every")
 
 
 def make(total=100, **fields):
     config = get_config().schedule
     config.learning_rate = 0.4
     config.update(fields)
-    return schedules.make(config, total_steps=total, steps_per_epoch=10.0)
+    return schedules.make_schedule(config, total_steps=total, steps_per_epoch=10.0)
 
 
 def test_steps_divide_at_the_boundary():
@@ -64,7 +64,7 @@ def test_one_cycle_rises_to_the_rate_and_ends_far_below():
 
 
 def test_corners_are_joined_by_lines():
-    weight = schedules.corners([(0, 1.0), (100, 0.0)])
+    weight = schedules.piecewise_linear([(0, 1.0), (100, 0.0)])
     np.testing.assert_allclose(values(weight, [0, 25, 100, 500]), [1, 0.75, 0, 0], atol=1e-6)
 
 

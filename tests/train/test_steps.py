@@ -13,7 +13,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.data.augment import make_augment
 from flax_cnns.data.mix import make_mix
 from flax_cnns.errors import UserError
-from flax_cnns.evaluation.exact import evaluate, per_class, summarize
+from flax_cnns.evaluation.exact import evaluate, per_class_metrics, summarize
 from flax_cnns.train import losses, metrics, optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
 from tests.train import tiny
@@ -215,7 +215,7 @@ def test_evaluation_counts_every_example_once(mode):
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, data["label"]).mean()
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
     assert total["confusion"].sum() == 13
-    counts = per_class(total["confusion"])
+    counts = per_class_metrics(total["confusion"])
     np.testing.assert_array_equal(
         counts["count"], np.bincount(data["label"], minlength=tiny.CLASSES)
     )
@@ -223,7 +223,7 @@ def test_evaluation_counts_every_example_once(mode):
 
 def test_a_nan_in_a_masked_row_counts_nowhere():
     each = jnp.array([1.0, jnp.nan])
-    total = metrics.sums(each, jnp.eye(2), jnp.array([0, 1]), jnp.array([1.0, 0.0]))
+    total = metrics.sum_task_metrics(each, jnp.eye(2), jnp.array([0, 1]), jnp.array([1.0, 0.0]))
     assert metrics.compute(total) == {"loss": 1.0, "accuracy": 1.0}
 
 
@@ -267,8 +267,8 @@ def test_bfloat16_computes_and_float32_keeps():
     model = create_model("cifar_resnet20", **fields)
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (1, *shape)))
     config = tiny.config(**{"train.ema": 0.9})
-    schedule = schedules.make(config.schedule, total_steps=9, steps_per_epoch=1.0)
-    optimizer = optimizers.make(config.optimizer, variables["params"], schedule)
+    schedule = schedules.make_schedule(config.schedule, total_steps=9, steps_per_epoch=1.0)
+    optimizer = optimizers.make_optimizer(config.optimizer, variables["params"], schedule)
     state = jax.eval_shape(
         lambda v: TrainState.create(v, optimizer.init(v["params"]), ema=True), variables
     )

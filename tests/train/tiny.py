@@ -78,13 +78,15 @@ def setup(
     model = Tiny(axis_name=sync) if model is None else model
     variables = model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)))
     variables = {k: variables[k] for k in ("params", "batch_stats")}
-    schedule = schedules.make(config.schedule, total_steps=100, steps_per_epoch=10.0)
-    optimizer = optimizers.make(
+    schedule = schedules.make_schedule(config.schedule, total_steps=100, steps_per_epoch=10.0)
+    optimizer = optimizers.make_optimizer(
         config.optimizer,
         variables["params"],
         schedule,
         batch_stats=variables["batch_stats"],
-        own={name: regularizers.hooks_of(name, one) for name, one in (own or {}).items()},
+        own_regularizers={
+            name: regularizers.make_regularizer(name, one) for name, one in (own or {}).items()
+        },
         factory=factory,
         factory_fields=factory_fields or {},
     )

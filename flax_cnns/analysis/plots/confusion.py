@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from flax_cnns.analysis.plots.style import save_picture, shorten
 
-ANNOTATED = 20  # classes, up to which the counts are written into the cells
-NAMED = 60  # classes, up to which every class is named
-LONGEST = 32  # characters of a name
+MAX_ANNOTATED_CLASSES = 20  # classes, up to which the counts are written into the cells
+MAX_NAMED_CLASSES = 60  # classes, up to which every class is named
+MAX_NAME_LENGTH = 32  # characters of a name
 
 
 def draw_confusion(
@@ -32,8 +32,12 @@ def draw_confusion(
     shares = matrix / np.maximum(totals, 1)
     size = float(np.clip(0.48 * classes, 4.5, 11.0))
     size = max(size, min(classes / 80, 25.0))  # inches; at least one pixel per class
-    small = 9 if classes <= ANNOTATED else 6
-    names = [shorten(name, LONGEST) for name in class_names] if classes <= NAMED else []
+    small = 9 if classes <= MAX_ANNOTATED_CLASSES else 6
+    names = (
+        [shorten(name, MAX_NAME_LENGTH) for name in class_names]
+        if classes <= MAX_NAMED_CLASSES
+        else []
+    )
     # The names have room of their own: the matrix is not made smaller.
     room = 0.6 * small / 72 * max(map(len, names), default=0)
     figure = Figure(figsize=(size + 1.6 + room, size + 0.8 + room), layout="constrained")
@@ -58,7 +62,7 @@ def draw_confusion(
         axes.set_yticks(range(classes), names, fontsize=small)
         if all(len(name) <= 2 for name in class_names):
             axes.tick_params(axis="x", rotation=0)
-    if classes <= ANNOTATED:
+    if classes <= MAX_ANNOTATED_CLASSES:
         digits = len(str(matrix.max(initial=0)))
         count_size = min(8.0, 72 * size / classes / (0.8 * digits))  # at most as wide as its cell
         for row, column in np.argwhere(matrix):

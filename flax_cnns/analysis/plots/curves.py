@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flax_cnns.analysis.plots import style
-from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
+from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
 from flax_cnns.errors import UserError
 
 STYLES = {  # line and marker differ too
@@ -20,7 +20,7 @@ STYLES = {  # line and marker differ too
     "validation": dict(color=style.VERMILION, linestyle="--", marker="o", markersize=3.5),
     "test": dict(color=style.BLACK, linestyle="", marker="*", markersize=13),
 }
-MANY = 100  # from so many points on, the running mean is drawn above the points
+MIN_SMOOTHED_POINTS = 100  # from so many points on, the running mean is drawn above the points
 PANELS = ("loss", "accuracy", "learning_rate")
 
 Series = tuple[np.ndarray, np.ndarray]  # steps and values, [points] each; a value may be NaN
@@ -56,10 +56,10 @@ def draw_curves(
         else:
             lowest = name == "loss" or mode == "min"
             _compare_splits(axes, name, {s: series.get(f"{s}/{name}") for s in STYLES}, lowest)
-        make_room(axes, right=3)  # for the legend
+        widen_single_point(axes, right=3)  # for the legend
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        tidy(axes)
+        tidy_axes(axes)
     save_picture(figure, png)
 
 
@@ -97,15 +97,15 @@ def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None], low
             at = best(values)
             if split == "validation":
                 label = f"validation, best {_number(values[at])} at {steps[at]:.0f}"
-                if len(values) >= MANY:
+                if len(values) >= MIN_SMOOTHED_POINTS:
                     style = style | dict(marker="")
             elif split == "test":
                 label = f"test {_number(values[at])}"
-            elif len(values) < MANY:
+            elif len(values) < MIN_SMOOTHED_POINTS:
                 style = style | dict(marker=".")  # a lone point must show, too
             else:
                 axes.plot(steps, values, color=style["color"], alpha=0.3, linewidth=0.8)
-                values = _running_mean(values, len(values) // (MANY // 2))
+                values = _running_mean(values, len(values) // (MIN_SMOOTHED_POINTS // 2))
                 label = "train, running mean"
             axes.plot(steps, values, label=label, **style)
         _mark_not_finite(axes, steps[~finite], split)

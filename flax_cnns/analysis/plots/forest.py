@@ -15,15 +15,20 @@ from matplotlib.ticker import MaxNLocator
 
 from flax_cnns.analysis.plots import style
 from flax_cnns.analysis.plots.curves import Series
-from flax_cnns.analysis.plots.style import make_room, save_picture, shorten, tidy
+from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
 from flax_cnns.analysis.statistics import Interval
 
 BETTER, WORSE, UNKNOWN = style.BLUE, style.VERMILION, "#777777"  # the sign says it too
-LONGEST, PANEL = 48, 36  # characters of a row's name: at its line, above its panel
-FAR = 4.0  # beyond so many medians of the rows' reach a row leaves the picture, with an arrow
+MAX_NAME_LENGTH, MAX_TITLE_LENGTH = (
+    48,
+    36,
+)  # characters of a row's name: at its line, above its panel
+CLIP_AT_MEDIANS = (
+    4.0  # beyond so many medians of the rows' reach a row leaves the picture, with an arrow
+)
 
 
-class Effect(NamedTuple):
+class ForestRow(NamedTuple):
     name: str
     interval: Interval  # of the difference to the baseline, in points
     seeds: Sequence[float]  # the differences that it is of
@@ -31,7 +36,7 @@ class Effect(NamedTuple):
 
 
 def draw_forest(
-    effects: Sequence[Effect],
+    effects: Sequence[ForestRow],
     png: str | os.PathLike,
     *,
     title: str,
@@ -48,18 +53,20 @@ def draw_forest(
     axes.axvline(0, color="black", linewidth=0.8)
     for y, effect in enumerate(effects):
         _effect(axes, y, effect, limit, f"+.{decimals}f", WORSE if more_is_better else BETTER)
-    axes.set_yticks(range(len(effects)), [shorten(effect.name, LONGEST) for effect in effects])
+    axes.set_yticks(
+        range(len(effects)), [shorten(effect.name, MAX_NAME_LENGTH) for effect in effects]
+    )
     axes.set(xlim=(-limit, limit), ylim=(max(len(effects), 1) - 0.4, -0.6))
     if not effects:
         axes.text(0, 0, "only the baseline ", ha="right", va="center", color=UNKNOWN)
     axes.set_xlabel(f"{what}; ticks: seeds, bars: 95 % intervals, uncorrected")
     axes.set_title(shorten(title, 90), fontsize="medium", loc="left")
     axes.tick_params(axis="y", length=0, pad=10)  # room for an arrow
-    tidy(axes, grid="x", hidden=("top", "right", "left"))
+    tidy_axes(axes, grid="x", hidden=("top", "right", "left"))
     save_picture(figure, png)
 
 
-def _limit(effects: Sequence[Effect]) -> float:
+def _limit(effects: Sequence[ForestRow]) -> float:
     """Of both sides of the axis: what all need, unless a few need much more than most."""
     reach = []
     for effect in effects:
@@ -67,10 +74,10 @@ def _limit(effects: Sequence[Effect]) -> float:
         reach += [max(abs(end) for end in ends if math.isfinite(end))] if effect.seeds else []
     if not any(reach):
         return 1.0
-    return 1.05 * min(max(reach), FAR * float(np.median([r for r in reach if r])))
+    return 1.05 * min(max(reach), CLIP_AT_MEDIANS * float(np.median([r for r in reach if r])))
 
 
-def _effect(axes: Axes, y: int, effect: Effect, limit: float, form: str, below: str) -> None:
+def _effect(axes: Axes, y: int, effect: ForestRow, limit: float, form: str, below: str) -> None:
     found = effect.interval
     right = axes.get_yaxis_transform()  # x as a share of the panel
     if not effect.seeds:
@@ -82,21 +89,21 @@ def _effect(axes: Axes, y: int, effect: Effect, limit: float, form: str, below: 
     inside = [seed for seed in effect.seeds if abs(seed) <= limit]
     axes.plot(inside, [y] * len(inside), "|", color=color, markersize=9, alpha=0.45)
     words = f"{found.mean:{form}}"
-    if found.known:
+    if found.is_known:
         low, high = np.clip(found[1:3], -limit, limit)
         axes.plot([low, high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
         words += f" [{found.low:{form}}, {found.high:{form}}]"
     if abs(found.mean) <= limit:
-        filled = color if found.known else "white"
+        filled = color if found.is_known else "white"
         axes.plot([found.mean], [y], "o", color=color, markerfacecolor=filled, markersize=6)
-    ends = found[1:3] if found.known else (found.mean, found.mean)
+    ends = found[1:3] if found.is_known else (found.mean, found.mean)
     for end, side, marker in zip(ends, (-limit, limit), "<>"):
         if abs(end) > limit and end * side > 0:
             axes.plot([side], [y], marker, color=color, markersize=8, clip_on=False)
     axes.text(1.02, y, f"{words}  n={found.n}", transform=right, va="center", fontsize=9)
 
 
-def draw_rows(
+def draw_row_curves(
     rows: Mapping[str, Sequence[Series]],
     baseline: str,
     png: str | os.PathLike,
@@ -125,15 +132,17 @@ def draw_rows(
         axes.plot(x, mean, color=color, linewidth=1.5, marker="." if len(x) < 3 else "")
         none = "not logged" if rows[name] else "no complete run"
         last = f"{mean[-1]:.{decimals}f}" if len(mean) else none
-        axes.set_title(f"{shorten(name, PANEL)}\n{last}", fontsize=8.5)
+        axes.set_title(f"{shorten(name, MAX_TITLE_LENGTH)}\n{last}", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        tidy(axes)
+        tidy_axes(axes)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
     for axes in panels[max(len(rows) - columns, 0) : len(rows)]:
         axes.tick_params(labelbottom=True)  # also above an empty place
     if len({float(x) for xs, *_ in bands.values() for x in xs}) == 1:
-        make_room(max(panels, key=lambda axes: len(axes.get_lines())))  # all share their axes
+        widen_single_point(
+            max(panels, key=lambda axes: len(axes.get_lines()))
+        )  # all share their axes
     panels[0].set_ylim(*_limits(list(bands.values()), more_is_better))
     figure.supxlabel(across, fontsize="medium")
     figure.supylabel(what, fontsize="medium")

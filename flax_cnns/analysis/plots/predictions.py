@@ -12,8 +12,8 @@ from PIL import Image
 
 from flax_cnns.analysis.plots.style import BLUE, save_picture, shorten
 
-MOST = 40  # photos in one picture
-BARS = 15  # classes of a photo
+MAX_PHOTOS = 40  # photos in one picture
+MAX_CLASSES = 15  # classes of a photo
 PALE = "#A6CBE3"  # of the classes behind the first
 
 
@@ -23,13 +23,17 @@ def draw_predictions(
     png: str | os.PathLike,
     title: str = "",
 ) -> None:
-    """Draws each photo beside its likeliest classes as bars; photos above `MOST` and classes above
-    `BARS` are left out.
+    """Draws each photo with bars of its most likely classes, into a PNG.
 
-    A photo is (name, image, box that the network sees); its guesses are (class, probability), the
-    likeliest first. Raises `UserError` where the picture cannot be written.
+    Only the first `MAX_PHOTOS` photos and the first `MAX_CLASSES` classes of each are drawn.
+
+    photos: (name, image, box that the network sees); guesses: (class, probability) of each photo,
+    the most likely first. Raises `UserError` if the picture cannot be written.
     """
-    photos, guesses = photos[:MOST], [guessed[:BARS] for guessed in guesses[:MOST]]
+    photos, guesses = (
+        photos[:MAX_PHOTOS],
+        [guessed[:MAX_CLASSES] for guessed in guesses[:MAX_PHOTOS]],
+    )
     columns = 1 if len(photos) <= 4 else 2
     rows = -(-len(photos) // columns)
     height = max(2.5, 0.26 * max(map(len, guesses), default=0))

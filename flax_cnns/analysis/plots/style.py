@@ -30,7 +30,7 @@ PURPLE = "#CC79A7"
 GRAY = "#999999"  # not theirs
 
 
-def tidy(axes: Axes, *, grid: str = "both", hidden: Sequence[str] = ("top", "right")) -> None:
+def tidy_axes(axes: Axes, *, grid: str = "both", hidden: Sequence[str] = ("top", "right")) -> None:
     """A pale grid along x, y or both, and no frame on the `hidden` sides."""
     axes.grid(axis=grid, alpha=0.25)
     axes.spines[list(hidden)].set_visible(False)
@@ -45,7 +45,7 @@ def shorten(text: str, most: int) -> str:
     return f"{text[: most - end - 1].rstrip()}…{text[-end:].lstrip()}"
 
 
-def make_room(axes: Axes, right: float = 1.0) -> None:
+def widen_single_point(axes: Axes, right: float = 1.0) -> None:
     """Widens the x axis if all points have one x: matplotlib would number fractions of it."""
     found = {float(x) for line in axes.get_lines() for x in line.get_xdata()}
     if len(found) == 1:

@@ -41,7 +41,7 @@ from flax_cnns.studies.ablation import forecast, plan
 from flax_cnns.studies.ablation.board import Board, Running
 from flax_cnns.studies.ablation.forecast import Size
 from flax_cnns.studies.ablation.plan import Cell
-from flax_cnns.train.progress import duration
+from flax_cnns.train.progress import format_duration
 
 # ---------------------------------------------------------------------------- the work
 
@@ -301,7 +301,7 @@ def show_plan(
             print(f"{cell.name}: its data changed: {differs}; it will run again")
     print(
         f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
-        f"{duration(forecast.left(waiting, len(shares)))} left: told {source}"
+        f"{format_duration(forecast.left(waiting, len(shares)))} left: told {source}"
     )
 
 

@@ -15,7 +15,7 @@ from flax_cnns.runs.metric import describe
 from flax_cnns.studies.ablation import forecast, plan
 from flax_cnns.studies.ablation.forecast import Size
 from flax_cnns.studies.ablation.plan import Cell
-from flax_cnns.train.progress import duration
+from flax_cnns.train.progress import format_duration
 
 
 class Running(NamedTuple):
@@ -73,7 +73,7 @@ class Board:
         each = [max(0.0, seconds[one.cell.row.name] - (now - one.began)) for one in running]
         waiting = [cell for cell in waiting if not plan.done(cell.read()["status"])]
         remaining = forecast.left(each + [seconds[cell.row.name] for cell in waiting], self.jobs)
-        return f"ETA {duration(remaining)}" if remaining else ""
+        return f"ETA {format_duration(remaining)}" if remaining else ""
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -91,7 +91,7 @@ class Board:
         if found.status == "complete":
             value = workdirs.read_json(cell.workdir / "summary.json").get(f"test/{self.metric}")
             said += f", {describe(self.metric, value)}" if value is not None else ""
-        said += f", {duration(seconds)}"
+        said += f", {format_duration(seconds)}"
         said += f", {found.error}" if found.error else ""
         said += "; once more" if again else ""
         said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""

@@ -25,7 +25,7 @@ from flax_cnns.runs.plan import rehearse
 from flax_cnns.studies import own_parts
 from flax_cnns.studies.ablation.plan import Cell, Row, done, recorded_rows
 from flax_cnns.train import metrics
-from flax_cnns.train.progress import duration
+from flax_cnns.train.progress import format_duration
 
 
 class Size(NamedTuple):
@@ -72,7 +72,7 @@ def _metrics(parts: Parts) -> list[str]:
     if "test" not in parts.dataset.splits:
         return []
     own = parts.own.metrics
-    return metrics.names(parts.num_classes, task=parts.dataset.task, own=own)
+    return metrics.list_names(parts.num_classes, task=parts.dataset.task, own_metrics=own)
 
 
 def check_metric(metric: str, sizes: Mapping[str, Size]) -> str:
@@ -160,7 +160,9 @@ def plan_table(
         left = (done[name, None] - done[name, "complete"]) * seconds[name]
         counts = (f"{size.params:,}", f"{size.macs / 1e6:.2f} M", f"{size.images:,}")
         complete = f"{done[name, 'complete']}/{done[name, None]}"
-        table.add_row(name, *counts, complete, duration(seconds[name]), duration(left))
+        table.add_row(
+            name, *counts, complete, format_duration(seconds[name]), format_duration(left)
+        )
     return table
 
 

@@ -104,7 +104,7 @@ def _tell(rows: Sequence[Row], baseline: str, method: str, metric: Metric) -> li
     differences = [
         None
         if row.name == baseline
-        else statistics.paired(row.values(test), reference, method=method)
+        else statistics.paired_difference(row.values(test), reference, method=method)
         for row in rows
     ]
     corrected = statistics.holm([math.nan if d is None else d.p for d in differences])
@@ -278,7 +278,7 @@ def _interval(found: Interval, metric: Metric, sign: str = "") -> str:
     if not found.n:
         return "-"
     mean, low, high = (metric.write(value, sign) for value in found[:3])
-    return f"{mean} [{low}, {high}]" if found.known else mean
+    return f"{mean} [{low}, {high}]" if found.is_known else mean
 
 
 def _p(p: float) -> str:
@@ -300,7 +300,7 @@ def _forest(told: Sequence[Told], plan: dict[str, Any], metric: Metric, png: pat
         theirs = baseline.row.values(test) if baseline else {}
         pairs = [factor * (ours[s] - theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
         without = f" ({one.row.without})" if one.row.without else ""
-        effects.append(forest.Effect(one.row.name, points, pairs, f"no complete pair{without}"))
+        effects.append(forest.ForestRow(one.row.name, points, pairs, f"no complete pair{without}"))
     title = f"against {plan['baseline']}"
     if baseline and baseline.value.n:
         unit = " %" if metric.is_share else ""
@@ -338,7 +338,7 @@ def _curves(rows: Sequence[Row], baseline: str, metric: Metric, png: pathlib.Pat
                 steps, values = _windows(steps), _windows(values)
             images = steps * record.config.data.batch_size / unit
             drawn[row.name].append((images, metric.factor * values))
-    forest.draw_rows(
+    forest.draw_row_curves(
         drawn,
         baseline,
         png,

@@ -215,11 +215,13 @@ def _classify(
     {"validation/accuracy", "test/accuracy", "seconds"}, beside the user's own metrics of both."""
     config = parts.config
     per_epoch = len(found["train"]["labels"]) / config.data.batch_size
-    total = schedules.steps(config.train.duration, per_epoch, what="train.duration")
-    schedule = schedules.make(config.schedule, total_steps=total, steps_per_epoch=per_epoch)
+    total = schedules.parse_duration(config.train.duration, per_epoch, what="train.duration")
+    schedule = schedules.make_schedule(
+        config.schedule, total_steps=total, steps_per_epoch=per_epoch
+    )
     params, batch_stats = variables["params"], variables.get("batch_stats")
     own = parts.own
-    optimizer = optimizers.make(
+    optimizer = optimizers.make_optimizer(
         config.optimizer,
         params,
         schedule,
@@ -273,7 +275,7 @@ def _classify(
         if own.metrics:
             hot = np.eye(logits.shape[-1], dtype=np.float32)[true] if true.ndim == 1 else true
             soft = np.pad(hot, ((0, 0), (0, logits.shape[-1] - hot.shape[-1])))
-            sums = metrics.own_sums(own.metrics, jnp.asarray(logits), jnp.asarray(soft))
+            sums = metrics.sum_own_metrics(own.metrics, jnp.asarray(logits), jnp.asarray(soft))
             numbers |= metrics.compute(jax.device_get(sums), f"{split}/")
     return {"kernel": kernel, "bias": bias}, numbers
 

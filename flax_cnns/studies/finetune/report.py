@@ -14,7 +14,7 @@ from rich.table import Table
 from flax_cnns import files
 from flax_cnns.analysis import statistics
 from flax_cnns.analysis.plots import style
-from flax_cnns.analysis.plots.style import save_picture, shorten, tidy
+from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes
 from flax_cnns.studies.finetune.compare import Result
 
 # The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
@@ -67,8 +67,8 @@ def _differences(result: Result, target: str) -> Table:
         row = []
         for fraction in result.fractions:
             both = accuracies(fraction, strategy), accuracies(fraction, "scratch")
-            found = statistics.paired(*both).interval
-            ends = f" ({found.low:+.1f} to {found.high:+.1f})" if found.known else ""
+            found = statistics.paired_difference(*both).interval
+            ends = f" ({found.low:+.1f} to {found.high:+.1f})" if found.is_known else ""
             row.append(f"{found.mean:+.1f}{ends}")
         if strategy != "scratch":
             table.add_row(strategy, *row)
@@ -183,7 +183,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
                 ticks.append(size)
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
         panel.minorticks_off()
-        tidy(panel)
+        tidy_axes(panel)
     for panel in panels[::columns]:
         panel.set_ylabel("test accuracy, %")
     seeds = f"n={result.seeds} seeds, bars: standard deviation" if result.seeds > 1 else "one seed"

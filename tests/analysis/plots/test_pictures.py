@@ -140,20 +140,22 @@ def test_runs_beside_each_other(figures):
 
 def test_rows_with_long_names_and_many_of_them(figures):
     series = (np.arange(3.0), np.arange(3.0))
-    forest.draw_rows({name: [series] for name in LONG}, LONG[0], "x.png", what="w", across="a")
+    forest.draw_row_curves(
+        {name: [series] for name in LONG}, LONG[0], "x.png", what="w", across="a"
+    )
     figure = laid_out(figures.pop())
     assert not overlap([axes.title for axes in figure.axes if axes.get_visible()])
     rows = {f"row{i}": [series] for i in range(36)}
-    forest.draw_rows(rows, "row0", "x.png", what="w", across="a")
+    forest.draw_row_curves(rows, "row0", "x.png", what="w", across="a")
     width, height = figures.pop().get_size_inches()
     assert height < width
     one = (np.array([100.0]), np.array([50.0]))
-    forest.draw_rows({"a": [one], "b": [one]}, "a", "x.png", what="w", across="a")
+    forest.draw_row_curves({"a": [one], "b": [one]}, "a", "x.png", what="w", across="a")
     assert [axes.get_xlim() for axes in figures.pop().axes] == [(99, 101)] * 2
 
 
 def test_a_forest_of_long_names_and_of_none(figures):
-    effects = [forest.Effect(name, Interval(1.0, 0.5, 1.5, 3), [1.0]) for name in LONG]
+    effects = [forest.ForestRow(name, Interval(1.0, 0.5, 1.5, 3), [1.0]) for name in LONG]
     forest.draw_forest(effects, "x.png", title="t" * 300, what="w")
     figure = laid_out(figures.pop())
     (axes,) = figure.axes
@@ -171,7 +173,7 @@ def test_photos_keep_the_ends_of_names_and_a_bounded_number_of_bars(figures):
     assert left.get_title().startswith("n02123045_tabby_cat")
     assert left.get_title().endswith("name.jpeg")
     labels = right.get_yticklabels()
-    assert len(set(texts(labels))) == predictions.BARS
+    assert len(set(texts(labels))) == predictions.MAX_CLASSES
     assert not overlap(labels)
 
 

@@ -178,7 +178,7 @@ def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
     """Of the validations, or where each run has one alone of the training, smoothed."""
     drawn = {}
     save = lambda rows, baseline, png, **words: drawn.update(rows=rows, **words)  # noqa: E731
-    monkeypatch.setattr(ablation_report.forest, "draw_rows", save)
+    monkeypatch.setattr(ablation_report.forest, "draw_row_curves", save)
     folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
     ablation_report.write(folder)
     assert drawn["what"] == "validation accuracy, %"
