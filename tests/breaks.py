@@ -283,8 +283,8 @@ BREAKS = [
     ),
     Break(
         f"{P}runs/session.py",
-        "self.batches = host_batches(self.parts, start)",
-        "self.batches = host_batches(self.parts, max(start - 1, 0))",
+        "self.batches = host_batches(self.components, start)",
+        "self.batches = host_batches(self.components, max(start - 1, 0))",
         "tests/runs/test_train.py",
         "a resumed run sees the last batch again",
     ),

@@ -64,10 +64,15 @@ from flax_cnns.data import pipeline
 from flax_cnns.data.load import load_dataset
 from flax_cnns.layers import Conv, inside_control_flow
 from flax_cnns.models.registry import FAMILIES, create_model, init_variables, list_models
-from flax_cnns.runs.build import assemble, augment_and_mix, make_train_step, train_batches
+from flax_cnns.runs.build import (
+    build_components,
+    make_augment_and_mix,
+    make_train_step,
+    train_batches,
+)
 from flax_cnns.runs.evaluate import evaluate_run
 from flax_cnns.runs.plan import RunPlan
-from flax_cnns.runs.predict import from_run, predict
+from flax_cnns.runs.predict import make_predictor_from_run, predict
 from flax_cnns.studies.ablation.plan import make_rows
 from flax_cnns.train import optimizers, parallel, precise_bn
 
@@ -78,8 +83,8 @@ Jobs = dict[str, Callable[[], Mapping[str, str]]]  # a name, or its beginning: {
 def plan_of(parts: Any) -> tuple[Any, Any, float]:
     """(shapes of the state, the optimizer, steps an epoch) as a run of `parts` has them."""
     plan = RunPlan(parts)
-    target = plan.target()
-    return target, plan.optimizer_for(target.variables), plan.steps_per_epoch
+    target = plan.make_abstract_state()
+    return target, plan.make_optimizer(target.variables), plan.steps_per_epoch
 
 
 # ---------------------------------------------------------------------------- hashes
@@ -255,20 +260,20 @@ def key_shape() -> Any:
 def steps_of(name: str, config: Any, which: str = "train") -> dict[str, str]:
     """The hashes of the programs of a run; `which` of init, train, evaluate, moments."""
     validate(config)
-    parts = assemble(config, begun=True)
+    parts = build_components(config, begun=True)
     target, optimizer, per_epoch = plan_of(parts)
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target)
     found = {f"{name}:state": digest(leaves(target))}
     data = config.data
     if "init" in which:
-        found |= program(f"{name}/init", jax.jit(parts.fresh_variables).lower())
+        found |= program(f"{name}/init", jax.jit(parts.init_variables).lower())
     if "evaluate" in which:
         batch = abstract(parts, data.eval_batch_size, True)
         found |= program(f"{name}/evaluate", parts.eval_step.lower(bare.variables, batch, None))
     batch = abstract(parts, data.batch_size, False)
     if "moments" in which:
         step = precise_bn.make_moments_step(
-            parts.model.apply, optimizer.batchnorm_modes, **augment_and_mix(parts)
+            parts.model.apply, optimizer.batchnorm_modes, **make_augment_and_mix(parts)
         )
         step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
         given = (bare.variables, jax.ShapeDtypeStruct((), jnp.int32))
@@ -614,7 +619,7 @@ def variation_jobs() -> Jobs:
 def _observe() -> dict[str, str]:
     """What the plateau schedule makes of a validation."""
     config = base(**LENET, schedule__name="plateau")
-    target, _, _ = plan_of(assemble(config, begun=True))
+    target, _, _ = plan_of(build_components(config, begun=True))
     observe = functools.partial(optimizers.update_plateau, patience=3, factor=0.2, min_delta=1e-3)
     error = jax.ShapeDtypeStruct((), jnp.float32)
     return program("step/schedule/observe", jax.jit(observe).lower(target.opt_state, error))
@@ -893,7 +898,7 @@ def _data(name: str, row: Mapping[str, Any]) -> dict[str, str]:
 
 def _loader(name: str, row: Mapping[str, Any]) -> dict[str, str]:
     """What the training step takes where the loader augments."""
-    parts = assemble(_data_config(row), begun=True)
+    parts = build_components(_data_config(row), begun=True)
     with contextlib.closing(train_batches(parts, 2)) as batches:
         found = [{k: np.asarray(v) for k, v in b.items()} for b in itertools.islice(batches, 3)]
     return {name: digest(found)}
@@ -923,7 +928,7 @@ def _run(name: str, fields: Mapping[str, Any]) -> dict[str, str]:
         summary = run(base(**fields), workdir)
         trained = _files(workdir)
         evaluation = evaluate_run(workdir)
-        predictor = from_run(workdir)
+        predictor = make_predictor_from_run(workdir)
         guesses = predict(predictor, sorted((_scratch() / "images/ant").glob("*.png"))[:2], 10)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     classes = [sorted(one for one, _ in each) for each in guesses]

@@ -107,10 +107,14 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # (step of the interruption, fi
 # ---------------------------------------------------------------------------- in a child process
 
 
+OLDER_NAMES = {"make_predictor_from_run": "from_run"}
+
+
 def _find(name: str, *modules: str) -> Any:
     for module in modules:
         with contextlib.suppress(ImportError):
-            return getattr(importlib.import_module(module), name)
+            found = importlib.import_module(module)
+            return getattr(found, OLDER_NAMES.get(name, name), None) or getattr(found, name)
     raise ImportError(name)
 
 
@@ -155,7 +159,7 @@ def look(workdir: pathlib.Path, scratch: pathlib.Path, out: pathlib.Path) -> Non
     """Evaluation and prediction of a finished run -> `out`."""
     evaluate_run = _find("evaluate_run", "flax_cnns.runs.evaluate", "flax_cnns.experiment")
     places = ("flax_cnns.runs.predict", "flax_cnns.prediction")
-    from_run, predict = _find("from_run", *places), _find("predict", *places)
+    from_run, predict = _find("make_predictor_from_run", *places), _find("predict", *places)
     found = [evaluate_run(workdir), evaluate_run(workdir, split="validation", checkpoint="best")]
     predictor = from_run(workdir)
     photos = sorted((scratch / "images").glob("*/0*.png"))[::5]

@@ -12,7 +12,7 @@ import pytest
 from configs import ablations, common
 from flax_cnns import config as configs
 from flax_cnns import create_model, init_variables
-from flax_cnns.runs.network import model_fields
+from flax_cnns.runs.network import get_model_fields
 from flax_cnns.studies.ablation import plan
 from flax_cnns.train import schedules
 
@@ -46,7 +46,7 @@ def doubts(config):
     def count(duration):
         return schedules.parse_duration(duration, per_epoch)
 
-    model = create_model(**model_fields(config))
+    model = create_model(**get_model_fields(config))
 
     def has_batchnorm():
         shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
@@ -73,7 +73,7 @@ def test_every_mode_is_valid_and_its_network_exists(name):
         configs.validate(config)
         assert doubts(config) == []
         assert json.loads(json.dumps(configs.to_plain(config))) == configs.to_plain(config)
-        create_model(**model_fields(config))
+        create_model(**get_model_fields(config))
         command = f"--config=configs/{name}.py" + (f":{mode}" if mode not in ("", "paper") else "")
         assert command in module.__doc__
     with pytest.raises(ValueError, match=r"unknown mode 'smok' of this config; it has .*smoke"):

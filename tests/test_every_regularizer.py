@@ -57,13 +57,13 @@ def make_config(digits_dir, *changes):
     config.data.dir = digits_dir
     config.model.depths, config.model.widths = (1,), (4,)
     overrides = functools.reduce(lambda a, b: a | b, changes, {})
-    return plan.override(config, overrides)
+    return plan.apply_overrides(config, overrides)
 
 
 def make_step(config):
     """(parts, optimizer, the step of a run)."""
-    parts = build.assemble(config)
-    variables = jax.eval_shape(parts.fresh_variables)
+    parts = build.build_components(config)
+    variables = jax.eval_shape(parts.init_variables)
     optimizer = optimizers.make_optimizer(
         config.optimizer,
         variables["params"],
@@ -82,7 +82,7 @@ def make_state(config, optimizer, variables):
 def program(config):
     parts, optimizer, step = make_step(config)
     make = functools.partial(make_state, config, optimizer)
-    state = jax.eval_shape(make, jax.eval_shape(parts.fresh_variables))
+    state = jax.eval_shape(make, jax.eval_shape(parts.init_variables))
     n = config.data.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((n, *parts.dataset.image_shape), jnp.uint8),
@@ -124,7 +124,7 @@ def test_all_together_train(digits_dir):
     """For a few steps, on four devices."""
     config = make_config(digits_dir, *TOGETHER)
     parts, optimizer, step = make_step(config)
-    state = make_state(config, optimizer, parts.fresh_variables())
+    state = make_state(config, optimizer, parts.init_variables())
     before = jax.device_get(state.params)
     state = parallel.replicate(state, parts.mesh)
     key = parallel.replicate(jax.random.key(0), parts.mesh)

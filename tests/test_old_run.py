@@ -74,7 +74,7 @@ def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     assert written["changed_data"]["was"] == found["changed_data"]["was"] == was
     assert written["changed_data"]["is"] == read_fingerprint(old_run.make_config().data)
 
-    guesses = predict.predict(predict.from_run("run"), old_run.PHOTOS)
+    guesses = predict.predict(predict.make_predictor_from_run("run"), old_run.PHOTOS)
     for now, then in zip(guesses, EXPECTED["predictions"], strict=True):
         assert [name for name, _ in now] == [name for name, _ in then]
         np.testing.assert_allclose([p for _, p in now], [p for _, p in then], atol=1e-5)
@@ -96,12 +96,12 @@ def test_a_class_that_is_renamed_is_noticed_and_predictions_keep_its_old_name(fo
         with pytest.raises(workdir.ChangedData, match=said):
             start()
     assert (folder / "run/dataset.json").read_text() == facts
-    assert predict.from_run("run").class_names == list(old_run.CLASSES)
+    assert predict.make_predictor_from_run("run").class_names == list(old_run.CLASSES)
 
 
 def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch):
     """It keeps no fingerprint: its first start adds one."""
-    monkeypatch.setattr(session.Session, "go", lambda self: {})
+    monkeypatch.setattr(session.Session, "run", lambda self: {})
     config = old_run.make_config()
     run(config, "run")
     was = json.loads((folder / "run/dataset.json").read_text())["fingerprint"]

@@ -180,9 +180,9 @@ def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]
     config.optimizer.name = "adam"
     config.schedule.learning_rate = case.rate
 
-    parts = build.assemble(config)
+    parts = build.build_components(config)
     epoch = len(parts.dataset.splits["train"]) / args.batch
-    variables = parts.fresh_variables()
+    variables = parts.init_variables()
     schedule = schedules.make_schedule(config.schedule, total_steps=steps, steps_per_epoch=epoch)
     optimizer = optimizers.make_optimizer(config.optimizer, variables["params"], schedule)
     state = TrainState.create(variables, optimizer.init(variables["params"]))

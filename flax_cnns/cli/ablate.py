@@ -52,7 +52,7 @@ def ablate(argv: list[str]) -> int:
     del argv
     folder = _WORKDIR.value
     if _REPORT.value:
-        ablation.report(folder, interval=_INTERVAL.value, metric=_METRIC.value)
+        ablation.write_report(folder, interval=_INTERVAL.value, metric=_METRIC.value)
         return 0
     file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     sweep = plan.load_sweep(file)

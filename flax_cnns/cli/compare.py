@@ -29,16 +29,16 @@ def compare(argv: list[str]) -> None:
     from flax_cnns.names import make_console
     from flax_cnns.runs import compare as comparison
 
-    runs = comparison.read(argv[1:])
+    runs = comparison.read_runs(argv[1:])
     console = make_console(width=max(120, make_console().width))
-    if table := comparison.config_table(runs):
+    if table := comparison.make_config_table(runs):
         console.print(table)
     else:
         print("the configs are the same" if len(runs) > 1 else "one run: nothing to compare with")
     metric = comparison.check_metric(runs, _METRIC.value)
-    console.print(comparison.result_table(runs, metric))
+    console.print(comparison.make_result_table(runs, metric))
     if (known := comparison.find_metrics(runs)) and metric not in known:
         print(f"none of these runs logged {metric}; --metric may be {', '.join(known)}")
     out, told = choose_picture_path(_OUT)
-    comparison.draw(runs, out, metric)
+    comparison.draw_runs(runs, out, metric)
     print(f"written: {told}")

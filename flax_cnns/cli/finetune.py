@@ -41,11 +41,11 @@ def finetune(argv: list[str]) -> None:
         raise UserError(f"--fractions: expected numbers, got {_FRACTIONS.value}") from None
     given = dict(strategies=_STRATEGIES.value, fractions=fractions, seeds=_SEEDS.value)
     accept = _ACCEPT.value
-    result = compare.compare(_CONFIG.value, folder, **given, accept_changed_data=accept)
+    result = compare.compare_strategies(_CONFIG.value, folder, **given, accept_changed_data=accept)
     console = make_console(width=120)
-    for table in report.tables(result):
+    for table in report.make_tables(result):
         console.print(table)
-    for line in report.speed(result):
+    for line in report.describe_speed(result):
         print(line)
     report.save(result, folder / "finetune.json", given)
     report.draw(result, folder / "finetune.png")

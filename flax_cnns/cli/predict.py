@@ -57,13 +57,15 @@ def predict(argv: list[str]) -> None:
     from flax_cnns.runs import tables
 
     if _WORKDIR.value:
-        predictor = prediction.from_folder(_WORKDIR.value, _CHECKPOINT.value, trust=_TRUST.value)
+        predictor = prediction.make_predictor_from_folder(
+            _WORKDIR.value, _CHECKPOINT.value, trust=_TRUST.value
+        )
     else:
         source, _, file = _WEIGHTS.value.partition("=")
-        predictor = prediction.from_weights(_MODEL.value, source, file or None)
+        predictor = prediction.make_predictor_from_weights(_MODEL.value, source, file or None)
     guesses = prediction.predict(predictor, photos, _TOP.value)
-    tables.print_predictions(predictor.title, prediction.photo_names(photos), guesses)
+    tables.print_predictions(predictor.title, prediction.name_photos(photos), guesses)
     if out:
-        drawn = prediction.draw(predictor, photos, guesses, out)
+        drawn = prediction.draw_photos(predictor, photos, guesses, out)
         part = f": the first {drawn} of {len(photos)} photos" if drawn < len(photos) else ""
         print(f"written to {told}{part}")

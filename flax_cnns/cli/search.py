@@ -35,7 +35,7 @@ def search(argv: list[str]) -> None:
     flags_given = dict(budget=_BUDGET.value, step=_STEP.value, phi=_PHI.value, seeds=_SEEDS.value)
     accept = _ACCEPT.value
     result = scaling.search(_CONFIG.value, folder, **flags_given, accept_changed_data=accept)
-    make_console(width=120).print(scaling.table(result))
+    make_console(width=120).print(scaling.make_table(result))
     alpha, beta, gamma = result.winner
     print(f"winner of the grid: alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}")
     scaling.save(result, folder / "scaling.json", flags_given)

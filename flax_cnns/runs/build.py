@@ -19,22 +19,22 @@ from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.exact import evaluate
 from flax_cnns.models import registry
-from flax_cnns.runs import own
+from flax_cnns.runs import own_parts
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.network import (
     check_network,
     describe_parameters,
+    get_model_fields,
     make_model,
-    model_fields,
 )
-from flax_cnns.runs.own import Objects, Own
+from flax_cnns.runs.own_parts import OpaqueObjects, OwnParts
 from flax_cnns.runtime import launch
 from flax_cnns.train import dropout, loop, losses, optimizers, parallel, precise_bn, steps
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, PyTree
 
 
-class Parts(NamedTuple):
+class RunComponents(NamedTuple):
     """What a config means: everything that training and evaluation need, nothing trained yet."""
 
     config: Any
@@ -43,7 +43,7 @@ class Parts(NamedTuple):
     mesh: Any
     eval_step: Callable[[PyTree, Any, Any], dict[str, Array]]
     num_classes: int  # the width of the logits
-    own: Own = Own()
+    own_parts: OwnParts = OwnParts()
 
     @property
     def mode(self) -> str:
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Sums over a split, every example once; the variables named or stacked."""
-        variables = self.for_steps(variables)
+        variables = self.stack_if_scanned(variables)
         batches = pipeline.eval_batches(
             self.dataset,
             split,
@@ -77,41 +77,45 @@ class Parts(NamedTuple):
             )
         return sums
 
-    def for_steps(self, variables: PyTree) -> PyTree:
+    def stack_if_scanned(self, variables: PyTree) -> PyTree:
         """As training and evaluation steps take them: stacked for a network that scans. All others
         (checkpoints, grafting, whoever asks for variables) have every block under its name."""
         scans = getattr(self.model, "scan", False)
         return pytree.stack_blocks(variables) if scans else variables
 
-    def describe_own(self) -> dict[str, Any]:
+    def describe_own_parts(self) -> dict[str, Any]:
         """What `own.json` holds, {kind: [name, fields, digest]}; an opaque network has its
         parameters' shapes."""
-        record = {kind: [dict(part) for part in parts] for kind, parts in self.own.record.items()}
+        record = {
+            kind: [dict(part) for part in parts] for kind, parts in self.own_parts.record.items()
+        }
         for part in record.get("model", ()):
             if part["opaque"]:
-                part["params"] = describe_parameters(jax.eval_shape(self.fresh_variables))
+                part["params"] = describe_parameters(jax.eval_shape(self.init_variables))
         return record
 
-    def fresh_variables(self) -> PyTree:
+    def init_variables(self) -> PyTree:
         """Named, initialized on one device from the seed alone: equal for any number of devices."""
         height, width, channels = self.dataset.image_shape
         shape = (1, height, width, channels)
         return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
 
 
-def assemble(
+def build_components(
     config: Any,
-    objects: Objects | None = None,
+    objects: OpaqueObjects | None = None,
     *,
     confusion: bool = False,
     begun: bool = False,
     callbacks: bool = True,
-) -> Parts:
+) -> RunComponents:
     """Loads the data and builds network, mesh and evaluation step. `objects`: those of `own.bring`;
-    `begun`: as `load_dataset` has it; `callbacks`: as `own.resolve`. Raises `UserError`."""
-    brought = own.resolve(config, objects, callbacks=callbacks)
+    `begun`: as `load_dataset` has it; `callbacks`: as `own_parts.resolve`. Raises `UserError`."""
+    brought = own_parts.resolve(config, objects, callbacks=callbacks)
     if brought.network is None:
-        registry.create_model(**model_fields(config))  # a mistyped name, before the data is loaded
+        registry.create_model(
+            **get_model_fields(config)
+        )  # a mistyped name, before the data is loaded
     mesh = parallel.make_mesh()
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
@@ -129,13 +133,13 @@ def assemble(
         task=dataset.task,
     )
     eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
-    return Parts(config, model, dataset, mesh, eval_step, width, brought)
+    return RunComponents(config, model, dataset, mesh, eval_step, width, brought)
 
 
-def make_augment(parts: Parts) -> steps.Augment:
-    dataset = parts.dataset
+def make_augment(components: RunComponents) -> steps.Augment:
+    dataset = components.dataset
     return augment.make_augment(
-        parts.config.data.augment,
+        components.config.data.augment,
         image_shape=dataset.image_shape,
         mean=dataset.mean,
         std=dataset.std,
@@ -144,29 +148,31 @@ def make_augment(parts: Parts) -> steps.Augment:
     )
 
 
-def augment_and_mix(parts: Parts) -> dict[str, Callable]:
+def make_augment_and_mix(components: RunComponents) -> dict[str, Callable]:
     """What the step does; images from a loader that augments are left as they come."""
-    augment_images = make_augment(parts)
-    if parts.config.data.augment.where == "loader":
+    augment_images = make_augment(components)
+    if components.config.data.augment.where == "loader":
         augment_images = lambda images, keys: images  # noqa: E731
     return {
         "augment": augment_images,
-        "mix": mix.make_mix(parts.config.mix, parts.num_classes, task=parts.dataset.task),
+        "mix": mix.make_mix(
+            components.config.mix, components.num_classes, task=components.dataset.task
+        ),
     }
 
 
-def run_key(config: Any) -> Array:
+def make_training_key(config: Any) -> Array:
     """The key of all that is random in training, another than that of the initialization."""
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def host_batches(parts: Parts, start: int = 0) -> Generator[Any]:
+def host_batches(components: RunComponents, start: int = 0) -> Generator[Any]:
     """This process's rows of the training batches from step `start` on, as the data set gives them.
     Of batches of the user's own it can tell the digest of a step's. To be closed."""
     return pipeline.train_batches(
-        parts.dataset,
-        parts.config.data,
-        seed=parts.config.seed,
+        components.dataset,
+        components.config.data,
+        seed=components.config.seed,
         start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -174,76 +180,79 @@ def host_batches(parts: Parts, start: int = 0) -> Generator[Any]:
 
 
 def train_batches(
-    parts: Parts, start: int = 0, batches: Generator[Any] | None = None
+    components: RunComponents, start: int = 0, batches: Generator[Any] | None = None
 ) -> Iterator[Any]:
     """What the training step takes, from step `start` on, without end: batches on the devices, the
     images augmented where the config has the loader do it. To be closed. `batches`: the
     `host_batches` from `start` on."""
-    config = parts.config
-    batches = host_batches(parts, start) if batches is None else batches
+    config = components.config
+    batches = host_batches(components, start) if batches is None else batches
     with contextlib.closing(batches):
         if config.data.augment.where == "loader":
             first = jax.process_index() * (config.data.batch_size // jax.process_count())
             augmented = steps.make_loader_augment(
-                make_augment(parts), lambda: run_key(config), first=first
+                make_augment(components), lambda: make_training_key(config), first=first
             )
             batches = map(augmented, batches, itertools.count(start))
-        yield from map(parts.shard, batches)
+        yield from map(components.shard, batches)
 
 
-def dropout_rates(parts: Parts, params: PyTree) -> dict[str, float]:
-    shape = (1, *parts.dataset.image_shape)
-    return dropout.decide_rates(parts.config.train.dropout, parts.model, shape, params)
+def find_dropout_rates(components: RunComponents, params: PyTree) -> dict[str, float]:
+    shape = (1, *components.dataset.image_shape)
+    return dropout.decide_rates(components.config.train.dropout, components.model, shape, params)
 
 
 def make_train_step(
-    parts: Parts, optimizer: optimizers.Optimizer, steps_per_epoch: float
+    components: RunComponents, optimizer: optimizers.Optimizer, steps_per_epoch: float
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
-    config = parts.config
-    rates = dropout_rates(parts, optimizer.trainable)
+    config = components.config
+    rates = find_dropout_rates(components, optimizer.trainable)
     step = steps.make_train_step(
-        dropout.add_dropout(parts.model.apply, rates, config.train.dropout_mode),
+        dropout.add_dropout(components.model.apply, rates, config.train.dropout_mode),
         optimizer,
-        **augment_and_mix(parts),
+        **make_augment_and_mix(components),
         aux_weights=losses.make_aux_weights(config.train, steps_per_epoch),
         ema_decay=config.train.ema,
         ema_warmup=config.train.ema_warmup,
         accumulate=config.train.accumulate,
-        loss=parts.own.loss,
-        metrics=parts.own.metrics,
-        task=parts.dataset.task,
+        loss=components.own_parts.loss,
+        metrics=components.own_parts.metrics,
+        task=components.dataset.task,
     )
-    return parallel.parallelize(step, parts.mesh, mode=config.train.parallel)
+    return parallel.parallelize(step, components.mesh, mode=config.train.parallel)
 
 
 def make_statistics_refresh(
-    parts: Parts, optimizer: optimizers.Optimizer, key: Array, should_stop: Callable[[], bool]
+    components: RunComponents,
+    optimizer: optimizers.Optimizer,
+    key: Array,
+    should_stop: Callable[[], bool],
 ) -> Callable[[TrainState], TrainState] | None:
     """What computes the running statistics anew before a validation, if anything does."""
-    n = parts.config.train.precise_bn
+    n = components.config.train.precise_bn
     if not n or "train" not in optimizer.batchnorm_modes.values():
         return None
     step = precise_bn.make_moments_step(
-        parts.model.apply,
+        components.model.apply,
         optimizer.batchnorm_modes,
-        **augment_and_mix(parts),
+        **make_augment_and_mix(components),
         active=optimizer.regularizers,
     )
-    step = parallel.parallelize(step, parts.mesh, mode=parts.mode, donate=False)
+    step = parallel.parallelize(step, components.mesh, mode=components.mode, donate=False)
 
     def refresh(state: TrainState) -> TrainState:
         # The first batches of the run: what is validated differs by its weights alone.
-        with contextlib.closing(train_batches(parts)) as stream:
+        with contextlib.closing(train_batches(components)) as stream:
             batches = itertools.islice(stream, n)
             stats = precise_bn.estimate_statistics(
                 step, state.variables, batches, key, should_stop=should_stop
             )
-        return state.with_statistics(parallel.replicate(stats, parts.mesh))
+        return state.with_statistics(parallel.replicate(stats, components.mesh))
 
     return refresh
 
 
-def check_own(workdir: pathlib.Path, record: dict[str, Any], *, begun: bool) -> list[str]:
+def check_own_parts(workdir: pathlib.Path, record: dict[str, Any], *, begun: bool) -> list[str]:
     """Notes on own parts whose source changed since the run began. Raises `UserError` if the hosts
     have different code, or an opaque network other parameters than before."""
     if not record:
@@ -256,10 +265,10 @@ def check_own(workdir: pathlib.Path, record: dict[str, Any], *, begun: bool) -> 
     path = workdir / "own.json"
     if not begun or not path.is_file():
         return []
-    return own.compare_records(workdirs.read_json(path), record)
+    return own_parts.compare_records(workdirs.read_json(path), record)
 
 
-def start_jax(config: Any) -> None:
+def initialize_jax(config: Any) -> None:
     """Before JAX's first operation: its flags, and the other processes."""
     if config.train.deterministic:
         flag = "--xla_gpu_deterministic_ops=true"
@@ -268,7 +277,7 @@ def start_jax(config: Any) -> None:
     launch.initialize()
 
 
-def check_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dict[str, Any] | None:
+def check_run_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dict[str, Any] | None:
     """The change of a run's data that is accepted, if there is one. Raises `UserError`."""
     launch.check_processes_agree(
         json.dumps(dataset.fingerprint, sort_keys=True),

@@ -41,20 +41,20 @@ from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
 
 
-class Share(NamedTuple):
+class DeviceSlot(NamedTuple):
     """Of this machine, for one run at a time."""
 
     environment: dict[str, str] = {}  # noqa: RUF012 (never changed) which GPU it sees
     cores: tuple[int, ...] = ()  # it runs on these; (): on all
 
 
-class Outcome(NamedTuple):
+class ChildOutcome(NamedTuple):
     status: str  # complete, diverged, failed, interrupted
     error: str = ""  # in one line
-    again: bool = False  # whether another try may end otherwise
+    should_retry: bool = False  # whether another attempt may succeed
 
 
-def shares(number: int | None = None) -> list[Share]:
+def make_device_slots(number: int | None = None) -> list[DeviceSlot]:
     """So many shares of this machine: a GPU each, or an equal part of the CPU's cores. None: as
     many as there are GPUs, or one. A TPU's chips belong to one process and are one share.
 
@@ -65,20 +65,20 @@ def shares(number: int | None = None) -> list[Share]:
         number = number or 1
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         if number == 1 or not cores:
-            return [Share()] * number
+            return [DeviceSlot()] * number
         if number > len(cores):
-            return [Share(cores=(cores[i % len(cores)],)) for i in range(number)]
+            return [DeviceSlot(cores=(cores[i % len(cores)],)) for i in range(number)]
         cuts = [i * len(cores) // number for i in range(number + 1)]
-        return [Share(cores=tuple(cores[a:b])) for a, b in itertools.pairwise(cuts)]
+        return [DeviceSlot(cores=tuple(cores[a:b])) for a, b in itertools.pairwise(cuts)]
     if platform != "gpu":
         count = 1
     if number is not None and number > count:
         raise UserError(f"--jobs: {number} at once, but there is a {platform} for {count} alone")
     if platform != "gpu":
-        return [Share()]
+        return [DeviceSlot()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     names = visible.split(",")[: number or count]
-    return [Share({"CUDA_VISIBLE_DEVICES": name}) for name in names]
+    return [DeviceSlot({"CUDA_VISIBLE_DEVICES": name}) for name in names]
 
 
 def _devices() -> tuple[str, int]:
@@ -93,7 +93,7 @@ def _devices() -> tuple[str, int]:
     return platform, int(count)
 
 
-def claim(log: pathlib.Path) -> IO[bytes] | None:
+def lock_log(log: pathlib.Path) -> IO[bytes] | None:
     """The log of a run, open for more; None while another process writes there. It is let go when
     it is closed here and in the child that got it."""
     out = log.open("ab")
@@ -111,7 +111,7 @@ def start(
     config: Any,
     workdir: pathlib.Path,
     out: IO[bytes],
-    share: Share,
+    share: DeviceSlot,
     *,
     accept_changed_data: bool = False,
 ) -> subprocess.Popen[bytes]:
@@ -143,30 +143,30 @@ def start(
     return process
 
 
-def outcome(code: int, log: pathlib.Path, since: int = 0) -> Outcome:
+def read_outcome(code: int, log: pathlib.Path, since: int = 0) -> ChildOutcome:
     """What the exit code of a child means; the words are the last that it said, from the byte
     `since` of its log on."""
     if code == 0:
-        return Outcome("complete")
+        return ChildOutcome("complete")
     asked = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
     if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED, *asked):
-        return Outcome("interrupted")
+        return ChildOutcome("interrupted")
     if code < 0:
         name = signal.Signals(-code).name
         why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-        return Outcome("failed", f"killed by {name}{why}", again=True)
+        return ChildOutcome("failed", f"killed by {name}{why}", should_retry=True)
     lines = log.read_bytes()[since:].decode(errors="replace").splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     error = said[-1] if said else f"exit code {code}"
     if code == EXIT_DIVERGED:
-        return Outcome("diverged", error)
-    return Outcome("failed", error, again=code != EXIT_USER_ERROR)
+        return ChildOutcome("diverged", error)
+    return ChildOutcome("failed", error, should_retry=code != EXIT_USER_ERROR)
 
 
 # ---- in the child
 
 
-def look_in(path: Sequence[str]) -> None:
+def set_import_path(path: Sequence[str]) -> None:
     """Finds modules where the parent does, in its order: a name is the same module in both."""
     sys.path[:] = [*path, *(other for other in sys.path if other not in path)]
 
@@ -174,7 +174,7 @@ def look_in(path: Sequence[str]) -> None:
 @output.safe()
 def main() -> int:
     job = pickle.load(sys.stdin.buffer)
-    look_in(job["path"])
+    set_import_path(job["path"])
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])

@@ -21,26 +21,26 @@ from flax_cnns.analysis.plots.curves import PANELS
 from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import record as records
-from flax_cnns.runs.metric import DIGITS, SHARES, Metric, make_metric
-from flax_cnns.runs.record import Record
+from flax_cnns.runs.metric import FRACTION_METRICS, SIGNIFICANT_DIGITS, Metric, make_metric
+from flax_cnns.runs.record import RunRecord
 
 # From the ninth run on the lines differ by their dashes.
 COLORS = (plot_style.BLUE, plot_style.VERMILION, plot_style.GREEN, plot_style.PURPLE)
 COLORS += (plot_style.ORANGE, plot_style.SKY_BLUE, plot_style.BLACK, plot_style.GRAY)
 DASHES = ("-", "--", "-.", ":")
-LEGEND = 40  # runs in one column of the legend
+RUNS_PER_LEGEND_COLUMN = 40  # runs in one column of the legend
 
 
-def read(runs: Sequence[str | os.PathLike]) -> dict[str, Record]:
+def read_runs(runs: Sequence[str | os.PathLike]) -> dict[str, RunRecord]:
     """{name: run}, each once; names are the paths without what they share. Raises `UserError` where
     one is no run, or is damaged."""
     paths = list(dict.fromkeys(pathlib.Path(run).resolve() for run in runs))
-    found = [records.read(path) for path in paths]
+    found = [records.read_record(path) for path in paths]
     shared = os.path.commonpath([path.parent for path in paths])
     return {os.path.relpath(path, shared): record for path, record in zip(paths, found)}
 
 
-def config_table(runs: Mapping[str, Record]) -> Table | None:
+def make_config_table(runs: Mapping[str, RunRecord]) -> Table | None:
     """The fields in which the configs differ, or the runs, whichever are more, as lines; None where
     the configs are the same."""
     flat = [configs.flatten(configs.to_plain(record.config)) for record in runs.values()]
@@ -62,14 +62,14 @@ def config_table(runs: Mapping[str, Record]) -> Table | None:
     return table
 
 
-def find_metrics(runs: Mapping[str, Record]) -> list[str]:
+def find_metrics(runs: Mapping[str, RunRecord]) -> list[str]:
     """The metrics that a run or more logged of its validations or its test."""
     logged = {name for record in runs.values() for line in record.lines for name in line}
     split = [name.partition("/") for name in logged]
     return sorted({name for role, _, name in split if role in ("validation", "test") and name})
 
 
-def check_metric(runs: Mapping[str, Record], metric: str) -> str:
+def check_metric(runs: Mapping[str, RunRecord], metric: str) -> str:
     """The name of a metric, without "test/". Raises `UserError` if no run logged it; accuracy, of
     which nothing may be known yet, is always there."""
     name, known = re.sub("^(validation|test)/", "", metric), find_metrics(runs)
@@ -79,7 +79,7 @@ def check_metric(runs: Mapping[str, Record], metric: str) -> str:
     return name
 
 
-def result_table(runs: Mapping[str, Record], metric: str = "accuracy") -> Table:
+def make_result_table(runs: Mapping[str, RunRecord], metric: str = "accuracy") -> Table:
     """Where each run ended, or stands, by a metric of the logs; `-` in runs that lack it."""
     of = make_metric(metric)
     said = "" if metric == "accuracy" else f" {metric}"
@@ -89,13 +89,13 @@ def result_table(runs: Mapping[str, Record], metric: str = "accuracy") -> Table:
     for column in (*columns, "train − test", "s per step", "time, s"):
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for name, record in runs.items():
-        test, fit = record.last(f"test/{metric}"), record.last(f"fit/{metric}")
-        loss = [_say(record.last("test/loss"), ".4g")] if metric != "loss" else []
+        test, fit = record.last_value(f"test/{metric}"), record.last_value(f"fit/{metric}")
+        loss = [_say(record.last_value("test/loss"), ".4g")] if metric != "loss" else []
         table.add_row(
             name,
-            "complete" if record.complete else "unfinished",
+            "complete" if record.is_complete else "unfinished",
             f"{record.step:,}",
-            _write(of, record.last(f"validation/{metric}")),
+            _write(of, record.last_value(f"validation/{metric}")),
             _write(of, _best(record, metric)),
             _write(of, test),
             *loss,
@@ -106,11 +106,11 @@ def result_table(runs: Mapping[str, Record], metric: str = "accuracy") -> Table:
     return table
 
 
-def _best(record: Record, metric: str) -> float | None:
+def _best(record: RunRecord, metric: str) -> float | None:
     """Of the validations; None for a metric of which nobody said whether more is better."""
     values = record.series(f"validation/{metric}")[1]
     values = values[np.isfinite(values)]
-    mode = "max" if metric in SHARES else "min" if metric == "loss" else "auto"
+    mode = "max" if metric in FRACTION_METRICS else "min" if metric == "loss" else "auto"
     if record.config.train.best_by.removeprefix("validation/") == metric and mode == "auto":
         mode = record.config.train.best_mode
     if not values.size or mode == "auto":
@@ -120,7 +120,7 @@ def _best(record: Record, metric: str) -> float | None:
 
 def _write(metric: Metric, value: float | None) -> str:
     """A share in per cent, another metric with four digits."""
-    return _say(value, f".{DIGITS}g") if not metric.is_share else _percent(value)
+    return _say(value, f".{SIGNIFICANT_DIGITS}g") if not metric.is_share else _percent(value)
 
 
 def _percent(share: float | None) -> str:
@@ -131,15 +131,17 @@ def _say(value: Any, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def draw(runs: Mapping[str, Record], png: str | os.PathLike, metric: str = "accuracy") -> None:
+def draw_runs(
+    runs: Mapping[str, RunRecord], png: str | os.PathLike, metric: str = "accuracy"
+) -> None:
     """Loss, accuracy or another metric, and learning rate: a color for each run, validation
     strong, training thin, the test a star. Against the steps, or where batch sizes differ the
     images seen. Raises `UserError` where it cannot be written."""
     names = tuple(dict.fromkeys(metric if name == "accuracy" else name for name in PANELS))
     sizes = {record.config.data.batch_size for record in runs.values()}
     across = "step" if len(sizes) == 1 else "images seen"
-    columns = -(-len(runs) // LEGEND)  # of the legend
-    height = 4.0 + 0.14 * max(min(len(runs), LEGEND) - 12, 0)
+    columns = -(-len(runs) // RUNS_PER_LEGEND_COLUMN)  # of the legend
+    height = 4.0 + 0.14 * max(min(len(runs), RUNS_PER_LEGEND_COLUMN) - 12, 0)
     width = 14 / len(PANELS) * len(names)
     figure = Figure(figsize=(width + 3 * (columns - 1), height), layout="constrained")
     panels = figure.subplots(1, len(names))
@@ -156,7 +158,7 @@ def draw(runs: Mapping[str, Record], png: str | os.PathLike, metric: str = "accu
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="gray")
     lines = {}
     for style, (name, record) in zip(styles, runs.items()):
-        label = shorten(name, 40) + ("" if record.complete else " (unfinished)")
+        label = shorten(name, 40) + ("" if record.is_complete else " (unfinished)")
         lines[name] = label, panels[0].plot([], [], **style)[0]
     # Passed here: matplotlib ignores a label that begins with "_".
     labels, handles = zip(*lines.values())
@@ -175,7 +177,7 @@ def _styles(runs: int) -> list[dict[str, Any]]:
     return [dict(color=turbo(i / (runs - 1)), linestyle=DASHES[i % 4]) for i in range(runs)]
 
 
-def _run(axes: Axes, panel: str, record: Record, style: dict[str, Any], scale: int) -> None:
+def _run(axes: Axes, panel: str, record: RunRecord, style: dict[str, Any], scale: int) -> None:
     if panel == "learning_rate":
         steps, rates = record.series(panel)
         axes.plot(steps * scale, rates, marker="." if len(steps) < 2 else "", **style)

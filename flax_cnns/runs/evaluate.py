@@ -18,19 +18,19 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation.exact import per_class_metrics, summarize
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import Parts, assemble, check_data, start_jax
+from flax_cnns.runs.build import RunComponents, build_components, check_run_data, initialize_jax
 from flax_cnns.runs.references import check_trust
 from flax_cnns.runtime import output
 from flax_cnns.types import PyTree
 
 
-def head_names(dataset: Dataset, width: int) -> list[str]:
+def list_class_names(dataset: Dataset, width: int) -> list[str]:
     """The classes in words; a head may be wider than the data set."""
     return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
 
 
 def load_variables(
-    parts: Parts, workdir: str | os.PathLike, checkpoint: str = ""
+    components: RunComponents, workdir: str | os.PathLike, checkpoint: str = ""
 ) -> tuple[PyTree, finding.Chosen]:
     """(variables, the checkpoint that was taken) of a run as it evaluates them: its averaged
     weights where it has some. Every block has its name, whether the run scans or not.
@@ -39,12 +39,12 @@ def load_variables(
     read. Raises `UserError`.
     """
     source = finding.arrays_of(workdir, checkpoint)
-    sharding = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(components.mesh, jax.sharding.PartitionSpec())
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(parts.fresh_variables),
+        jax.eval_shape(components.init_variables),
     )
-    if parts.config.train.ema > 0:
+    if components.config.train.ema > 0:
         variables = reading.read_tree(source, {"ema": target})["ema"]
     else:
         variables = reading.read_tree(source, target)
@@ -75,9 +75,9 @@ def evaluate_run(
     configs.validate(config)
     check_trust(config, trust, str(workdir))
     found = configs.find_problems(config)
-    start_jax(config)
+    initialize_jax(config)
     try:
-        parts = assemble(config, confusion=True, begun=True, callbacks=False)
+        components = build_components(config, confusion=True, begun=True, callbacks=False)
     except UserError as error:
         there = config.data.dir
         if not there or os.path.exists(os.path.expanduser(there)):
@@ -86,14 +86,14 @@ def evaluate_run(
         raise UserError(f"{error}; {cure}") from None
     if found and jax.process_index() == 0:
         print(configs.format_note(workdir, found))
-    dataset = parts.dataset
-    change = check_data(workdir, dataset, accept_changed_data)
+    dataset = components.dataset
+    change = check_run_data(workdir, dataset, accept_changed_data)
     if split not in dataset.splits:
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
         )
-    variables, (step, why) = load_variables(parts, workdir, checkpoint)
-    sums = parts.evaluate(variables, split)
+    variables, (step, why) = load_variables(components, workdir, checkpoint)
+    sums = components.evaluate(variables, split)
     confusion = sums.get("confusion")
     found = {
         "split": split,
@@ -112,7 +112,7 @@ def evaluate_run(
     files.write_json(workdir / f"{name}.json", found)
     written = f"{name}.json"
     if confusion is not None:
-        names = head_names(dataset, len(confusion))
+        names = list_class_names(dataset, len(confusion))
         confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
         written += f", {name}.png"
     tables.print_evaluation(found)
@@ -126,7 +126,7 @@ def _by_class(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
     numbers = zip(classes["count"], classes["recall"], classes["precision"])
     rows = [
         {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
-        for name, (n, r, p) in zip(head_names(dataset, len(confusion)), numbers)
+        for name, (n, r, p) in zip(list_class_names(dataset, len(confusion)), numbers)
     ]
     return {"classes": rows, "confusion": confusion.astype(int).tolist()}
 

@@ -13,10 +13,10 @@ from flax_cnns.checkpoint.finding import CURES, damage
 from flax_cnns.data import augment
 from flax_cnns.data.load import load_dataset
 from flax_cnns.data.types import Dataset
-from flax_cnns.runs import own
+from flax_cnns.runs import own_parts
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import Parts
-from flax_cnns.runs.evaluate import head_names, load_variables
+from flax_cnns.runs.build import RunComponents
+from flax_cnns.runs.evaluate import list_class_names, load_variables
 from flax_cnns.runs.network import check_network, make_model
 from flax_cnns.runs.references import check_trust, find_references
 from flax_cnns.train import parallel
@@ -54,14 +54,14 @@ def load_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
             dataset = Dataset.from_dict(workdirs.read_json(facts))
     else:  # a run of before it was written
         dataset = load_dataset(config.data)
-    found = own.find_network(config)
+    found = own_parts.find_network(config)
     model = make_model(config, dataset, found)
     width = model.num_classes if found is None else check_network(model, dataset)
     mesh = parallel.make_mesh(jax.devices()[:1])
-    parts = Parts(config, model, dataset, mesh, None, width)
-    variables, (step, why) = load_variables(parts, workdir, checkpoint)
+    components = RunComponents(config, model, dataset, mesh, None, width)
+    variables, (step, why) = load_variables(components, workdir, checkpoint)
     normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
-    names = head_names(dataset, width)
+    names = list_class_names(dataset, width)
     return LoadedRun(
-        model, parts.for_steps(variables), config, names, normalize, dataset, step, why
+        model, components.stack_if_scanned(variables), config, names, normalize, dataset, step, why
     )

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 # Of examples or labels, from 0 to 1, the more the better. All other metrics are plain numbers.
-SHARES = ("accuracy", "top5", "label_accuracy", "subset_accuracy")
-DIGITS = 4  # of a plain number
+FRACTION_METRICS = ("accuracy", "top5", "label_accuracy", "subset_accuracy")
+SIGNIFICANT_DIGITS = 4  # of a plain number
 
 
 class Metric(NamedTuple):
@@ -22,7 +22,7 @@ class Metric(NamedTuple):
 
     @property
     def is_share(self) -> bool:
-        return self.name in SHARES
+        return self.name in FRACTION_METRICS
 
     @property
     def factor(self) -> int:
@@ -49,17 +49,19 @@ class Metric(NamedTuple):
 
 def make_metric(name: str, values: Iterable[float] = ()) -> Metric:
     """A plain number has as many decimals as show `DIGITS` digits of the median of `values`."""
-    if name in SHARES:
+    if name in FRACTION_METRICS:
         return Metric(name)
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     if not sizes:
-        return Metric(name, DIGITS)
+        return Metric(name, SIGNIFICANT_DIGITS)
     first = math.floor(math.log10(float(np.median(sizes))))  # the place of the first digit
-    return Metric(name, min(max(DIGITS - 1 - first, 0), 12))
+    return Metric(name, min(max(SIGNIFICANT_DIGITS - 1 - first, 0), 12))
 
 
-def describe(name: str, value: float) -> str:
+def describe_test_value(name: str, value: float) -> str:
     """A test's value in words: "97.20% test", "test top5 99.00%", "test loss 0.3123"."""
     if name == "accuracy":
         return f"{value:.2%} test"
-    return f"test {name} " + (f"{value:.2%}" if name in SHARES else f"{value:.{DIGITS}g}")
+    return f"test {name} " + (
+        f"{value:.2%}" if name in FRACTION_METRICS else f"{value:.{SIGNIFICANT_DIGITS}g}"
+    )

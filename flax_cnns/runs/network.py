@@ -22,11 +22,11 @@ from flax_cnns.models.fields import check
 from flax_cnns.types import PyTree
 
 # What a step keeps of a network's variables, and what it lets a network write beside them.
-COLLECTIONS = {"params", "batch_stats"}
-PASSING = {"aux_logits", "intermediates"}
+KEPT_COLLECTIONS = {"params", "batch_stats"}
+TEMPORARY_COLLECTIONS = {"aux_logits", "intermediates"}
 
 
-def model_fields(config: Any) -> dict[str, Any]:
+def get_model_fields(config: Any) -> dict[str, Any]:
     """`config.model` as `create_model` takes it; fields that some networks lack only where set."""
     if "input_size" in config.model:
         raise UserError(
@@ -45,7 +45,7 @@ def make_model(config: Any, dataset: Dataset, network: Any = None) -> nn.Module:
     `network`: the user's own, a class or function of its fields, or an instance. Raises
     `UserError`.
     """
-    fields = model_fields(config)
+    fields = get_model_fields(config)
     classes = fields.get("num_classes", dataset.num_classes)
     if classes < dataset.num_classes:
         raise UserError(
@@ -97,7 +97,7 @@ def _lacks(field: str, name: str, asked: str) -> str:
 def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset) -> nn.Module:
     _check_kind(name, network)
     known = _known_fields(network)
-    fields = {field: as_tuples(value) for field, value in fields.items()}
+    fields = {field: to_tuples(value) for field, value in fields.items()}
     if "init" in fields:
         fields["kernel_init"] = fields.pop("init")
     if fields.get("dtype") == "float32" and "dtype" not in known:
@@ -150,9 +150,9 @@ def _known_fields(network: Any) -> set[str]:
     return set(inspect.signature(network).parameters)
 
 
-def as_tuples(value: Any) -> Any:
+def to_tuples(value: Any) -> Any:
     """Lists of a config as tuples."""
-    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(to_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------------------- what it must do
@@ -180,12 +180,12 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
     variables = jax.eval_shape(partial(model.init, train=False), keys, images)
     if "params" not in variables:
         raise UserError(f"{name}: it has no parameters, so that there is nothing to train")
-    if extra := sorted(variables.keys() - COLLECTIONS - PASSING):
+    if extra := sorted(variables.keys() - KEPT_COLLECTIONS - TEMPORARY_COLLECTIONS):
         raise UserError(
             f"{name}: it keeps variables of {', '.join(extra)}, and a run keeps params and"
             " batch_stats alone; put running values into batch_stats"
         )
-    kept = {key: value for key, value in variables.items() if key in COLLECTIONS}
+    kept = {key: value for key, value in variables.items() if key in KEPT_COLLECTIONS}
     logits = jax.eval_shape(partial(model.apply, train=False), kept, images)
     classes = _check_logits(name, logits, dataset)
     logits = _shapes_in_training(name, model, kept, images)
@@ -221,7 +221,7 @@ def _shapes_in_training(name: str, model: nn.Module, variables: PyTree, images: 
     call = partial(
         model.apply,
         train=True,
-        mutable=["batch_stats", *PASSING],
+        mutable=["batch_stats", *TEMPORARY_COLLECTIONS],
         rngs={"shared": jax.random.key(0), "dropout": jax.random.key(0)},
     )
     try:

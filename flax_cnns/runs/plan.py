@@ -20,10 +20,10 @@ from flax_cnns.checkpoint.graft.sources import Source, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.layers import norm
 from flax_cnns.runs.build import (
-    Parts,
-    assemble,
-    augment_and_mix,
-    dropout_rates,
+    RunComponents,
+    build_components,
+    find_dropout_rates,
+    make_augment_and_mix,
     make_train_step,
 )
 from flax_cnns.train import batchnorm_modes, loop, memory, metrics, optimizers, parallel, schedules
@@ -42,51 +42,51 @@ class RunPlan:
     or early stopping that would look at a validation split that is not there.
     """
 
-    def __init__(self, parts: Parts):
-        self.parts, self.config = parts, parts.config
+    def __init__(self, components: RunComponents):
+        self.components, self.config = components, components.config
         config = self.config
-        self.validates = "validation" in parts.dataset.splits
-        self.steps_per_epoch = len(parts.dataset.splits["train"]) / config.data.batch_size
+        self.has_validation = "validation" in components.dataset.splits
+        self.steps_per_epoch = len(components.dataset.splits["train"]) / config.data.batch_size
         self._check_batches()
-        self.best_by, self.best_mode = choose_best(parts)
-        self.total = self.count(config.train.duration, "train.duration")
-        if self.total < 1:
+        self.best_by, self.best_mode = choose_best_metric(components)
+        self.total_steps = self.count_steps(config.train.duration, "train.duration")
+        if self.total_steps < 1:
             raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
         self.periods = loop.Periods(
-            log=self.count(config.log.every, "log.every"),
-            evaluate=self.count(config.train.eval_every, "train.eval_every"),
-            save=self.count(config.checkpoint.every, "checkpoint.every"),
+            log=self.count_steps(config.log.every, "log.every"),
+            evaluate=self.count_steps(config.train.eval_every, "train.eval_every"),
+            save=self.count_steps(config.checkpoint.every, "checkpoint.every"),
         )
-        if parts.dataset.is_stream and config.train.evaluate_train:
+        if components.dataset.is_stream and config.train.evaluate_train:
             raise UserError(
-                f"train.evaluate_train: {parts.dataset.name} gives training batches without"
+                f"train.evaluate_train: {components.dataset.name} gives training batches without"
                 " end, and not each example once; give a part of them as another split"
             )
-        if not self.validates and (
+        if not self.has_validation and (
             config.schedule.name == "plateau" or config.train.early_stopping
         ):
             raise UserError(
-                f"data.validation: {parts.dataset.name} has no validation split, and the plateau "
-                "schedule and early stopping look at nothing else; set data.validation=0.1"
+                f"data.validation: {components.dataset.name} has no validation split, and the"
+                " plateau schedule and early stopping look at nothing else; set data.validation=0.1"
             )
 
-    def count(self, duration: str, field: str = "duration") -> int:
+    def count_steps(self, duration: str, field: str = "duration") -> int:
         """The steps of a duration ("3 epochs"); `field` opens the message of an error."""
         return schedules.parse_duration(duration, self.steps_per_epoch, what=field)
 
     def find_problems(self) -> list[str]:
         """`config.find_problems` that take the network or the data to know."""
-        parts = self.parts
+        components = self.components
 
         def shapes() -> PyTree:
-            return jax.eval_shape(parts.fresh_variables)
+            return jax.eval_shape(components.init_variables)
 
         def has_aux_heads() -> bool:
             # The axis of synchronized statistics exists only inside a step.
-            alone = {"axis_name": None} if hasattr(parts.model, "axis_name") else {}
-            model = parts.model.clone(**alone)
-            variables = parts.for_steps(shapes())
-            images = jax.ShapeDtypeStruct((2, *parts.dataset.image_shape), "float32")
+            alone = {"axis_name": None} if hasattr(components.model, "axis_name") else {}
+            model = components.model.clone(**alone)
+            variables = components.stack_if_scanned(shapes())
+            images = jax.ShapeDtypeStruct((2, *components.dataset.image_shape), "float32")
             rngs = {"shared": jax.random.key(0), "dropout": jax.random.key(0)}
             call = functools.partial(
                 model.apply, train=True, mutable=["batch_stats", "aux_logits"], rngs=rngs
@@ -94,25 +94,25 @@ class RunPlan:
             return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
 
         facts = configs.RunFacts(
-            total=self.total,
-            count=self.count,
-            validates=self.validates,
-            own_validation=parts.dataset.own_validation,
+            total=self.total_steps,
+            count=self.count_steps,
+            validates=self.has_validation,
+            own_validation=components.dataset.own_validation,
             has_batchnorm=lambda: bool(shapes()["batch_stats"]),
             has_aux_heads=has_aux_heads,
-            decodes=parts.dataset.is_decoded,
+            decodes=components.dataset.is_decoded,
         )
         return configs.find_problems(self.config, facts)
 
     @functools.cached_property
     def layer_order(self) -> list[str]:
         """The paths of the network's layers, as images pass them."""
-        shape = (1, *self.parts.dataset.image_shape)
-        return [layer.path for layer in cost(self.parts.model, shape, train=False).layers]
+        shape = (1, *self.components.dataset.image_shape)
+        return [layer.path for layer in cost(self.components.model, shape, train=False).layers]
 
-    def optimizer_for(self, variables: PyTree) -> optimizers.Optimizer:
+    def make_optimizer(self, variables: PyTree) -> optimizers.Optimizer:
         schedule = schedules.make_schedule(
-            self.config.schedule, total_steps=self.total, steps_per_epoch=self.steps_per_epoch
+            self.config.schedule, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
         )
         return optimizers.make_optimizer(
             self.config.optimizer,
@@ -120,18 +120,20 @@ class RunPlan:
             schedule,
             batch_stats=variables.get("batch_stats"),
             order=self.layer_order if self.config.optimizer.layer_decay else (),
-            groups=getattr(self.parts.model, "layer_groups", ()),
-            own_regularizers=self.parts.own.regularizers,
-            factory=self.parts.own.optimizer,
-            factory_fields=self.parts.own.optimizer_fields,
+            groups=getattr(self.components.model, "layer_groups", ()),
+            own_regularizers=self.components.own_parts.regularizers,
+            factory=self.components.own_parts.optimizer,
+            factory_fields=self.components.own_parts.optimizer_fields,
         )
 
-    def target(self) -> TrainState:
+    def make_abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, without a number in it."""
 
         def make() -> TrainState:
-            variables = self.parts.for_steps(jax.eval_shape(self.parts.fresh_variables))
-            optimizer = self.optimizer_for(variables)
+            variables = self.components.stack_if_scanned(
+                jax.eval_shape(self.components.init_variables)
+            )
+            optimizer = self.make_optimizer(variables)
 
             def create(variables: PyTree) -> TrainState:
                 opt_state = optimizer.init(variables["params"])
@@ -139,7 +141,7 @@ class RunPlan:
 
             return jax.eval_shape(create, variables)
 
-        sharding = jax.sharding.NamedSharding(self.parts.mesh, jax.sharding.PartitionSpec())
+        sharding = jax.sharding.NamedSharding(self.components.mesh, jax.sharding.PartitionSpec())
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make()
         )
@@ -148,16 +150,16 @@ class RunPlan:
         """Raises `UserError` if a BatchNorm that learns would see one value per channel in a step.
         Computes shapes only, and only if a device takes its images one at a time: two images have
         two values per channel."""
-        parts, config = self.parts, self.config
-        devices, pieces = parts.mesh.devices.size, config.train.accumulate
+        components, config = self.components, self.config
+        devices, pieces = components.mesh.devices.size, config.train.accumulate
         if config.data.batch_size != devices * pieces:
             return
-        variables = self.target().variables
-        modes = self.optimizer_for(variables).norms
+        variables = self.make_abstract_state().variables
+        modes = self.make_optimizer(variables).batchnorm_modes
 
         def step(variables: PyTree, batch: dict[str, Array], key: Array) -> Array:
             with batchnorm_modes.intercept(modes), norm.check_batch_norms():  # in this order
-                parts.model.apply(
+                components.model.apply(
                     variables,
                     batch["image"],
                     train=True,
@@ -166,11 +168,11 @@ class RunPlan:
                 )
             return key
 
-        shape = (devices, *parts.dataset.image_shape)
+        shape = (devices, *components.dataset.image_shape)
         batch = {"image": jax.ShapeDtypeStruct(shape, jax.numpy.float32)}
         try:
             jax.eval_shape(
-                parallel.parallelize(step, parts.mesh, donate=False),
+                parallel.parallelize(step, components.mesh, donate=False),
                 *(variables, batch, jax.random.key(0)),
             )
         except norm.OneValueError as error:
@@ -184,32 +186,34 @@ class RunPlan:
     def check_own_step(self) -> None:
         """Raises `UserError` if an own loss, metric, regularizer or optimizer cannot be part of a
         training step. Traces the step; does nothing if the run has none of these."""
-        parts, own = self.parts, self.parts.own
+        components, own = self.components, self.components.own_parts
         if not (own.loss or own.metrics or own.regularizers or own.optimizer):
             return
-        state, train = self.target(), parts.dataset.splits["train"]
+        state, train = self.make_abstract_state(), components.dataset.splits["train"]
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        step = make_train_step(parts, self.optimizer_for(variables), self.steps_per_epoch)
-        n, devices = self.config.data.batch_size, parts.mesh.devices.size
-        first = (devices, n // devices) if parts.mode == "pmap" else (n,)
+        step = make_train_step(components, self.make_optimizer(variables), self.steps_per_epoch)
+        n, devices = self.config.data.batch_size, components.mesh.devices.size
+        first = (devices, n // devices) if components.mode == "pmap" else (n,)
         images = np.uint8 if train.images is None else train.images.dtype
         labels = np.zeros(1, np.int32) if train.labels is None else train.labels
         batch = {
-            "image": jax.ShapeDtypeStruct((*first, *parts.dataset.image_shape), images),
+            "image": jax.ShapeDtypeStruct((*first, *components.dataset.image_shape), images),
             "label": jax.ShapeDtypeStruct((*first, *labels.shape[1:]), labels.dtype),
         }
         jax.eval_shape(step, state, batch, jax.random.key(0))
 
     def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
         """Raises `UserError` for batches that a CPU has no memory for; compiles the step."""
-        parts, data = self.parts, self.config.data
-        devices = parallel.local_devices(parts.mesh)
+        components, data = self.components, self.config.data
+        devices = parallel.local_devices(components.mesh)
         if devices[0].platform != "cpu":
             return
         need = memory.needed(train_step, state, batch, key) * len(devices)
         if not memory.fits(20 * need):
             # XLA does not count the patches that a convolution's gradient lays out as it runs.
-            layers = cost(parts.model, (1, *parts.dataset.image_shape), train=False).layers
+            layers = cost(
+                components.model, (1, *components.dataset.image_shape), train=False
+            ).layers
             patches = max(
                 (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
                 default=0,
@@ -217,7 +221,7 @@ class RunPlan:
             pieces = jax.process_count() * self.config.train.accumulate
             need += 4 * patches * data.batch_size / pieces
         memory.check_fits(need, what=f"data.batch_size={data.batch_size}")
-        size, axis = data.eval_batch_size, 1 if parts.mode == "pmap" else 0
+        size, axis = data.eval_batch_size, 1 if components.mode == "pmap" else 0
         if memory.fits(need * size / data.batch_size):
             return  # without a backward pass, less than training on as many images takes
 
@@ -226,8 +230,8 @@ class RunPlan:
             dims[axis] = dims[axis] * size // data.batch_size
             return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
 
-        images = parts.dataset.splits["train"].images
-        of_bytes = images is None and not parts.dataset.is_stream
+        images = components.dataset.splits["train"].images
+        of_bytes = images is None and not components.dataset.is_stream
         shapes = {
             "image": shape(
                 batch["image"], np.uint8 if of_bytes else getattr(images, "dtype", np.float32)
@@ -235,50 +239,53 @@ class RunPlan:
             "label": shape(batch["label"], batch["label"].dtype),
             "mask": shape(batch["label"], np.float32, axis + 1),
         }
-        need = memory.needed(parts.eval_step, state.variables, shapes, None) * len(devices)
+        need = memory.needed(components.eval_step, state.variables, shapes, None) * len(devices)
         memory.check_fits(need, what=f"data.eval_batch_size={size}")
 
     def _check_batches(self) -> None:
         """Raises `UserError` for batches whose images alone do not fit into memory."""
-        data, dataset = self.config.data, self.parts.dataset
+        data, dataset = self.config.data, self.components.dataset
         images = dataset.splits["train"].images
         of_bytes = images is None or images.dtype == np.uint8  # batches to come may be either
         size_of_image = math.prod(dataset.image_shape) * (1 if of_bytes else 4)
-        ahead = 2 if self.parts.dataset.in_memory else 4  # batches that are there at once
+        ahead = 2 if self.components.dataset.in_memory else 4  # batches that are there at once
         for field in ("batch_size", "eval_batch_size"):
             size = data[field] // jax.process_count()
             memory.check_fits(ahead * size * size_of_image, what=f"data.{field}={data[field]}")
 
 
 # Which of two values is the better, of the metrics that a run logs by itself.
-MODES = {
+BEST_MODES = {
     **dict.fromkeys(("accuracy", "top5", "label_accuracy", "subset_accuracy"), "max"),
     "loss": "min",
 }
 
 
-def choose_best(parts: Parts) -> tuple[str, str]:
+def choose_best_metric(components: RunComponents) -> tuple[str, str]:
     """(name of a metric of the validation, "max" or "min") by `config.train.best_by`, `best_mode`.
 
     Raises `UserError` for a metric that there is not, and for an own one without a mode.
     """
-    config, task = parts.config.train, parts.dataset.task
+    config, task = components.config.train, components.dataset.task
     by, mode = config.best_by.removeprefix("validation/"), config.best_mode
     if by == "auto":
         by = "loss" if task == "multilabel" else "accuracy"
     metrics.check_best_by(
-        by, metrics.list_names(parts.num_classes, task=task, own_metrics=parts.own.metrics)
+        by,
+        metrics.list_names(
+            components.num_classes, task=task, own_metrics=components.own_parts.metrics
+        ),
     )
-    if mode == "auto" and by not in MODES:
+    if mode == "auto" and by not in BEST_MODES:
         raise UserError(
             f"train.best_mode: is the best {by!r} the highest or the lowest? Set max or min"
         )
-    return by, MODES[by] if mode == "auto" else mode
+    return by, BEST_MODES[by] if mode == "auto" else mode
 
 
-def rehearse(
+def dry_run(
     config: Any, sources: dict[Any, Source] | None = None, *, begun: bool = False
-) -> tuple[Parts, int]:
+) -> tuple[RunComponents, int]:
     """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
 
     `sources`: the opened ones of `config.graft`, to which this run's is added; None for a complete
@@ -288,21 +295,21 @@ def rehearse(
     configs.validate(config)
     if not begun:
         configs.raise_problems(configs.find_problems(config))
-    parts = assemble(config, begun=begun)
-    plan = RunPlan(parts)
+    components = build_components(config, begun=begun)
+    plan = RunPlan(components)
     if not begun:
         configs.raise_problems(plan.find_problems())
-    params = plan.target().params  # the rules of the optimizer too
-    dropout_rates(parts, params)
-    augment_and_mix(parts)
+    params = plan.make_abstract_state().params  # the rules of the optimizer too
+    find_dropout_rates(components, params)
+    make_augment_and_mix(components)
     plan.check_norms()
     plan.check_own_step()
     if sources is not None:
-        _check_needs(config, parts, sources)
-    return parts, plan.total
+        _check_needs(config, components, sources)
+    return components, plan.total_steps
 
 
-def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
+def _check_needs(config: Any, components: RunComponents, sources: dict[Any, Source]) -> None:
     """Raises `UserError` if wandb is missing, or if the weights of `config.graft` do not fit."""
     if config.log.wandb:
         import_wandb()
@@ -311,13 +318,13 @@ def _check_needs(config: Any, parts: Parts, sources: dict[Any, Source]) -> None:
         name = config.graft.source, options.averaged
         if name not in sources:
             sources[name] = open_source(config.graft.source, averaged=options.averaged)
-        target = jax.eval_shape(parts.fresh_variables)
+        target = jax.eval_shape(components.init_variables)
         grafting.check(sources[name], target, config.graft.rules, options)
 
 
-def find_problems(parts: Parts, fraction: float = 1.0) -> list[str]:
+def find_problems(components: RunComponents, fraction: float = 1.0) -> list[str]:
     """`RunPlan.find_problems` of a run on so much of the training examples."""
-    plan = RunPlan(parts)
+    plan = RunPlan(components)
     plan.steps_per_epoch *= fraction
-    plan.total = plan.count(parts.config.train.duration)
+    plan.total_steps = plan.count_steps(components.config.train.duration)
     return plan.find_problems()

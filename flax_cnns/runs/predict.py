@@ -24,7 +24,7 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.load import load_run
 from flax_cnns.types import Array, PyTree
 
-Guess = tuple[str, float]  # a class and its probability
+Prediction = tuple[str, float]  # a class and its probability
 
 
 class Predictor(NamedTuple):
@@ -35,7 +35,7 @@ class Predictor(NamedTuple):
     class_names: Sequence[str]  # [K]
 
 
-def predict(predictor: Predictor, photos: Sequence[Photo], most: int = 5) -> list[list[Guess]]:
+def predict(predictor: Predictor, photos: Sequence[Photo], most: int = 5) -> list[list[Prediction]]:
     """The `most` likeliest classes of each photo, the likeliest first. Raises `UserError` for a
     photo that cannot be read."""
     found = []
@@ -46,7 +46,7 @@ def predict(predictor: Predictor, photos: Sequence[Photo], most: int = 5) -> lis
     return found
 
 
-def photo_names(photos: Sequence[Photo]) -> list[str]:
+def name_photos(photos: Sequence[Photo]) -> list[str]:
     """The files' names, with their folders where two are the same; numbers for arrays."""
     paths = [
         pathlib.Path(photo) if isinstance(photo, str | os.PathLike) else pathlib.Path(f"photo {i}")
@@ -56,7 +56,9 @@ def photo_names(photos: Sequence[Photo]) -> list[str]:
     return [str(p) if names.count(p.name) > 1 else p.name for p in paths]
 
 
-def from_weights(model_name: str, source: str, path: str | os.PathLike | None = None) -> Predictor:
+def make_predictor_from_weights(
+    model_name: str, source: str, path: str | os.PathLike | None = None
+) -> Predictor:
     """The network with `load_weights(model_name, source, path)`.
 
     Classes have ImageNet's names, or numbers where the file has another number of them. Raises
@@ -72,23 +74,23 @@ def from_weights(model_name: str, source: str, path: str | os.PathLike | None = 
     return _of_row(f"{model_name}, {source}'s weights", row, model, found.tree)
 
 
-def from_folder(
+def make_predictor_from_folder(
     folder: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
 ) -> Predictor:
     """Of a run (RUN, RUN@best, RUN@latest, RUN@1200; `checkpoint` may name it instead), or of what
     `experiments.convert` wrote. `trust`: as `from_run` has it. Raises `UserError`."""
     folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
     if not os.path.isfile(folder / "about.json"):
-        return from_run(folder, checkpoint, trust=trust)
+        return make_predictor_from_run(folder, checkpoint, trust=trust)
     if checkpoint:
         raise UserError(
             f"{folder} holds converted weights, which are one checkpoint: leave out --checkpoint,"
             f" got {checkpoint!r}"
         )
-    return from_converted(folder)
+    return make_predictor_from_converted(folder)
 
 
-def from_converted(folder: str | os.PathLike) -> Predictor:
+def make_predictor_from_converted(folder: str | os.PathLike) -> Predictor:
     """The network that `experiments.convert` wrote into a folder. Raises `UserError`."""
     folder = pathlib.Path(folder)
     about = workdirs.read_json(folder / "about.json")
@@ -136,7 +138,9 @@ def _of_row(
     return Predictor(title, row, row.box, _probabilities(model, variables), names)
 
 
-def from_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False) -> Predictor:
+def make_predictor_from_run(
+    workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
+) -> Predictor:
     """The network of a run, as it evaluates; photos are read as its own images were.
 
     The data set need not be there. `checkpoint`: best, latest, a step, or "" for what RUN
@@ -174,16 +178,16 @@ def from_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
     )
 
 
-def draw(
+def draw_photos(
     predictor: Predictor,
     photos: Sequence[Photo],
-    guesses: Sequence[Sequence[Guess]],
+    guesses: Sequence[Sequence[Prediction]],
     png: str | os.PathLike,
 ) -> int:
     """What `predict` found, as a picture of each photo beside its classes; how many of the photos,
     the first `predictions.MAX_PHOTOS` at most, are in it. Raises `UserError`."""
     shown = []
-    for name, photo in zip(photo_names(photos), photos[: predictions.MAX_PHOTOS]):
+    for name, photo in zip(name_photos(photos), photos[: predictions.MAX_PHOTOS]):
         with open_photo(photo) as image:
             whole = images.upright(image, 3).copy()
             shown.append((name, whole, predictor.box(*whole.size)))

@@ -14,7 +14,7 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.train.writer import read_jsonl
 
 
-class Record(NamedTuple):
+class RunRecord(NamedTuple):
     """One run."""
 
     workdir: pathlib.Path
@@ -22,7 +22,7 @@ class Record(NamedTuple):
     lines: list[dict[str, float]]  # of the log, oldest first
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return (self.workdir / "summary.json").is_file()
 
     @property
@@ -36,7 +36,7 @@ class Record(NamedTuple):
         steps, values = np.array(points, float).reshape(-1, 2).T
         return steps, values
 
-    def last(self, name: str) -> float | None:
+    def last_value(self, name: str) -> float | None:
         """The newest value, if there is a finite one."""
         values = self.series(name)[1]
         return float(values[-1]) if values.size and np.isfinite(values[-1]) else None
@@ -61,14 +61,14 @@ class Record(NamedTuple):
         return None if began is None else total + end - began
 
 
-def read(workdir: str | os.PathLike) -> Record:
+def read_record(workdir: str | os.PathLike) -> RunRecord:
     """Raises `UserError` where there is no run, or its files are damaged."""
     config, workdir = workdirs.read_config(workdir), pathlib.Path(workdir)
     log = workdir / "metrics.jsonl"
-    return Record(workdir, config, read_jsonl(log) if log.is_file() else [])
+    return RunRecord(workdir, config, read_jsonl(log) if log.is_file() else [])
 
 
-def size(record: Record) -> tuple[int, int] | None:
+def count_params_and_macs(record: RunRecord) -> tuple[int, int] | None:
     """(parameters, MACs of an image) of the run's network; None where no `dataset.json` says what
     the images are, and for a network that is not of this package. Computes shapes only."""
     facts = record.workdir / "dataset.json"

@@ -20,7 +20,7 @@ from flax_cnns.errors import UserError, did_you_mean
 
 OPAQUE = "<opaque>"
 # The config field of each part that may be a user's; the last three hold several.
-FIELDS = {
+PART_FIELDS = {
     "model": "model.name",
     "data": "data.name",
     "optimizer": "optimizer.name",
@@ -29,7 +29,7 @@ FIELDS = {
     "regularizers": "train.regularizers",
     "callbacks": "train.callbacks",
 }
-SEVERAL = ("metrics", "regularizers", "callbacks")
+KINDS_WITH_SEVERAL = ("metrics", "regularizers", "callbacks")
 
 
 def name_of(reference: str) -> str:
@@ -41,7 +41,7 @@ def find_references(config: Any) -> dict[str, list[str]]:
     """{kind: references} of what a config names that is not this package's; kinds without any are
     left out."""
     flat, found = flatten(config), {}
-    for kind, field in FIELDS.items():
+    for kind, field in PART_FIELDS.items():
         values = flat.get(field, ())
         values = [values] if isinstance(values, str) else list(values)
         values = [re.sub(r"^\w+=", "", value) for value in values]
@@ -120,7 +120,7 @@ def _near_module(name: str) -> str:
     return "" if package else f"; modules are looked for in sys.path and in {os.getcwd()}"
 
 
-def reference_to(found: Any) -> str | None:
+def make_reference(found: Any) -> str | None:
     """ "package.module:Name" of an importable function (under jax.jit, too) or class; None for any
     other object."""
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)

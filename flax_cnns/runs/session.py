@@ -27,11 +27,11 @@ from flax_cnns.runs.build import (
     host_batches,
     make_statistics_refresh,
     make_train_step,
-    run_key,
+    make_training_key,
     train_batches,
 )
-from flax_cnns.runs.plan import MODES, RunPlan
-from flax_cnns.runs.start import initial_state
+from flax_cnns.runs.plan import BEST_MODES, RunPlan
+from flax_cnns.runs.start import make_initial_state
 from flax_cnns.runs.summary import make_summary
 from flax_cnns.runtime import launch
 from flax_cnns.runtime.preemption import Preempted, Signals
@@ -41,7 +41,7 @@ from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer, read_jsonl
 from flax_cnns.types import Array, PyTree
 
-ABSURD_LOSS = 1000  # times the loss of guessing: a run warns above this
+MAX_LOSS_RATIO = 1000  # times the loss of guessing: a run warns above this
 
 
 class Session:
@@ -51,21 +51,21 @@ class Session:
         self,
         plan: RunPlan,
         workdir: pathlib.Path,
-        opened: workdirs.Opened,
+        opened: workdirs.WorkdirHandle,
         signals: Signals,
         began: float,
         accept_changed_data: bool = False,
     ):
-        self.plan, self.parts, self.config = plan, plan.parts, plan.config
+        self.plan, self.components, self.config = plan, plan.components, plan.config
         self.workdir, self.opened, self.signals, self.began = workdir, opened, signals, began
         self.primary = jax.process_index() == 0
         self.accept_changed_data = accept_changed_data
         self.warned = False
 
-    def go(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         config = self.config
         self.plan.check_norms()
-        if config.data.workers and not self.parts.dataset.in_memory:
+        if config.data.workers and not self.components.dataset.in_memory:
             pipeline.check_main_guard(config.data.workers)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
@@ -79,7 +79,7 @@ class Session:
             )
             self.checkpoints = checkpoints
             stack.push(self._leave_if_peer_died)
-            state, host, start, digests = initial_state(self.plan, checkpoints, self.workdir)
+            state, host, start, digests = make_initial_state(self.plan, checkpoints, self.workdir)
             self.writer = Writer(
                 self.workdir,
                 resume_step=start or None,
@@ -89,16 +89,18 @@ class Session:
                 primary=self.primary,
             )
             stack.callback(self.writer.close)
-            best_first = sorted(self.parts.own.metrics, key=lambda name: name != self.plan.best_by)
+            best_first = sorted(
+                self.components.own_parts.metrics, key=lambda name: name != self.plan.best_by
+            )
             self.progress = Progress(
-                self.plan.total, start, primary=self.primary, extra_metrics=best_first
+                self.plan.total_steps, start, primary=self.primary, extra_metrics=best_first
             )
             stack.callback(self.progress.close)
             if start:
-                self.progress.print(f"resumed at step {start} of {self.plan.total}")
-            self.batches = host_batches(self.parts, start)
+                self.progress.print(f"resumed at step {start} of {self.plan.total_steps}")
+            self.batches = host_batches(self.components, start)
             stack.callback(self.batches.close)
-            if digests and start < self.plan.total:
+            if digests and start < self.plan.total_steps:
                 self._check_batch(start, digests)
             outcome = self._train(state, host, start)
             checkpoints.wait()
@@ -118,7 +120,7 @@ class Session:
 
     def _preempted(self, outcome: loop.TrainOutcome) -> Preempted:
         self.progress.print(
-            f"saved at step {outcome.step} of {self.plan.total}; the same command goes on"
+            f"saved at step {outcome.step} of {self.plan.total_steps}; the same command goes on"
         )
         return Preempted(outcome.step, self.signals.code)
 
@@ -136,20 +138,20 @@ class Session:
 
     def _call_back(self, hook: str, *given: Any) -> None:
         """Calls a hook of the user's callbacks, on the primary process."""
-        for callback in self.parts.own.callbacks if self.primary else ():
+        for callback in self.components.own_parts.callbacks if self.primary else ():
             if (function := getattr(callback, hook, None)) is not None:
                 function(*given)
 
     def _absurd_loss(self, records: list[dict[str, float]]) -> str:
         """A line on the first loss that is finite and absurd; "" if there is none, or if the loss
         is not cross-entropy."""
-        if self.parts.own.loss is not None or self.parts.dataset.task != "classes":
+        if self.components.own_parts.loss is not None or self.components.dataset.task != "classes":
             return ""
-        guessing = math.log(self.parts.num_classes)
+        guessing = math.log(self.components.num_classes)
         rate = self.config.schedule.learning_rate
         for record in records:
             for name, value in record.items():
-                if name.endswith("/loss") and ABSURD_LOSS * guessing < value < math.inf:
+                if name.endswith("/loss") and MAX_LOSS_RATIO * guessing < value < math.inf:
                     return (
                         f"{name} is {value:.3g} at step {record['step']}, and guessing gives"
                         f" {guessing:.3g}; lower schedule.learning_rate ({rate:g}), or look at the"
@@ -162,7 +164,7 @@ class Session:
         self.progress.update(step, {})
 
     def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
-        if self.parts.dataset.is_stream and step < self.plan.total:
+        if self.components.dataset.is_stream and step < self.plan.total_steps:
             host = {**host, "next_batch": self._digests(step)}
         self.checkpoints.save(step, state, host=host, metrics=found)
         self._call_back("on_save", step)
@@ -193,8 +195,8 @@ class Session:
             )
         if any(differ):
             said = (
-                f"{self.parts.dataset.name}: the factory's batch of step {step} is another than"
-                " before this run was stopped, so that it would not go on to the bit"
+                f"{self.components.dataset.name}: the factory's batch of step {step} is another"
+                " than before this run was stopped, so that it would not go on to the bit"
             )
             if not self.accept_changed_data:
                 raise UserError(
@@ -204,9 +206,9 @@ class Session:
             self.progress.print(f"accepted: {said}")
 
     def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.TrainOutcome:
-        parts, config = self.parts, self.config
-        optimizer = self.plan.optimizer_for(state.variables)
-        train_step = make_train_step(parts, optimizer, self.plan.steps_per_epoch)
+        components, config = self.components, self.config
+        optimizer = self.plan.make_optimizer(state.variables)
+        train_step = make_train_step(components, optimizer, self.plan.steps_per_epoch)
         on_validation = None
         if config.schedule.name == "plateau":
 
@@ -218,37 +220,38 @@ class Session:
                     patience=config.schedule.patience,
                     factor=config.schedule.factor,
                     min_delta=config.schedule.min_delta,
-                    signed=self.plan.best_by not in MODES or parts.own.loss is not None,
+                    signed=self.plan.best_by not in BEST_MODES
+                    or components.own_parts.loss is not None,
                 )
 
             def on_validation(state: TrainState, error: float) -> TrainState:
                 return state.replace(opt_state=observe(state.opt_state, error))
 
-        key = parallel.replicate(run_key(config), parts.mesh)
+        key = parallel.replicate(make_training_key(config), components.mesh)
 
         def validate(state: TrainState) -> dict[str, float]:
             asked = self.signals.is_asked_to_stop
-            return summarize(parts.evaluate(state.variables, "validation", asked))
+            return summarize(components.evaluate(state.variables, "validation", asked))
 
         with contextlib.closing(
-            loop.prefetch(train_batches(parts, start, self.batches))
+            loop.prefetch(train_batches(components, start, self.batches))
         ) as batches:
-            if start < self.plan.total:
+            if start < self.plan.total_steps:
                 first = next(batches)
                 self.plan.check_memory(train_step, state, first, key)
                 stream = itertools.chain([first], batches)
             else:
                 stream = batches
-            calls = self.primary and parts.own.callbacks
+            calls = self.primary and components.own_parts.callbacks
             callbacks = loop.Callbacks(
                 save=self._save,
                 write=self._write,
                 tick=self._tick,
                 should_stop=self.signals.should_stop,
-                evaluate=validate if self.plan.validates else None,
+                evaluate=validate if self.plan.has_validation else None,
                 on_validation=on_validation,
                 refresh=make_statistics_refresh(
-                    parts, optimizer, key, self.signals.is_asked_to_stop
+                    components, optimizer, key, self.signals.is_asked_to_stop
                 ),
                 on_step=functools.partial(self._call_back, "on_step") if calls else None,
             )
@@ -256,7 +259,7 @@ class Session:
                 train_step,
                 stream,
                 key,
-                stop=self.plan.total,
+                stop=self.plan.total_steps,
                 periods=self.plan.periods,
                 host=host,
                 callbacks=callbacks,
@@ -271,7 +274,7 @@ class Session:
     def _test(self, outcome: loop.TrainOutcome) -> dict[str, float]:
         """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
         as `fit/...` those of the examples that the run trained on, as they are."""
-        names = {"test": "test"} if "test" in self.parts.dataset.splits else {}
+        names = {"test": "test"} if "test" in self.components.dataset.splits else {}
         if self.config.train.evaluate_train:
             names["train"] = "fit"
         if not names:
@@ -279,13 +282,15 @@ class Session:
         state, step = outcome.state, outcome.step
         if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
             state, _, step = self.checkpoints.restore(
-                self.plan.target(), self.checkpoints.best_step()
+                self.plan.make_abstract_state(), self.checkpoints.best_step()
             )
         found: dict[str, float] = {}
         examples: dict[str, int] = {}
         for split, name in names.items():
             try:
-                sums = self.parts.evaluate(state.variables, split, self.signals.is_asked_to_stop)
+                sums = self.components.evaluate(
+                    state.variables, split, self.signals.is_asked_to_stop
+                )
             except Interrupted:
                 raise self._preempted(outcome) from None
             found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
@@ -296,18 +301,18 @@ class Session:
     def _finish(
         self, outcome: loop.TrainOutcome, host: loop.HostState, found: dict[str, float]
     ) -> dict[str, Any]:
-        parts, config = self.parts, self.config
+        components, config = self.components, self.config
         summary = make_summary(self.plan, outcome, host, found)
-        if changes := workdirs.read_facts(self.workdir).get("accepted_changes"):
+        if changes := workdirs.read_dataset_facts(self.workdir).get("accepted_changes"):
             summary["accepted_changes"] = [change["differs"] for change in changes]
         summary = files.replace_nonfinite(summary)  # as a reader of the file gets it
         if self.primary:
             warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
             summary["warnings"] = [warning] if warning else []
-            title = f"{config.model.name} on {parts.dataset.name}, seed {config.seed}"
+            title = f"{config.model.name} on {components.dataset.name}, seed {config.seed}"
             metric, mode = self.plan.best_by, self.plan.best_mode
             if metric == "loss":  # which has a panel of its own
-                metric = "accuracy" if parts.dataset.task == "classes" else "label_accuracy"
+                metric = "accuracy" if components.dataset.task == "classes" else "label_accuracy"
                 mode = "max"
             curves.draw_curves(
                 self.workdir / "metrics.jsonl",

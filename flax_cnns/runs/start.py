@@ -14,7 +14,7 @@ from flax_cnns.train import loop, parallel
 from flax_cnns.train.state import TrainState
 
 
-def initial_state(
+def make_initial_state(
     plan: RunPlan, checkpoints: Checkpoints, workdir: pathlib.Path
 ) -> tuple[TrainState, loop.HostState, int, list[str]]:
     """(state, host state, step, digests) that a session begins with, from the first of these that
@@ -28,23 +28,23 @@ def initial_state(
     after it, so that they start from the grafted weights. The digests, one a process, are those of
     the batch of that step, if the data are batches of the user's own. Raises `UserError`.
     """
-    parts, config = plan.parts, plan.config
+    components, config = plan.components, plan.config
     # 1. Restore.
     if checkpoints.latest_step() is not None:
-        restored = checkpoints.restore(plan.target())
+        restored = checkpoints.restore(plan.make_abstract_state())
         if restored is not None:
             state, saved, step = restored
             digests = saved.pop("next_batch", [])
             return state, loop.HostState(**saved), step, digests
     # 2. and 3. Fresh values, and the graft over them.
-    variables = parts.fresh_variables()
+    variables = components.init_variables()
     if config.graft.source:
         variables, grafted = graft_config(config.graft, variables, plan.layer_order)
         if jax.process_index() == 0:
             print(grafted)
             files.write_json(workdir / "graft.json", grafted.as_dict())
     # The optimizer's state and the averages.
-    variables = parts.for_steps(variables)
-    opt_state = plan.optimizer_for(variables).init(variables["params"])
+    variables = components.stack_if_scanned(variables)
+    opt_state = plan.make_optimizer(variables).init(variables["params"])
     state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
-    return parallel.replicate(state, parts.mesh), loop.HostState(), 0, []
+    return parallel.replicate(state, components.mesh), loop.HostState(), 0, []

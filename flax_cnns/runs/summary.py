@@ -17,14 +17,14 @@ def make_summary(
     plan: RunPlan, outcome: loop.TrainOutcome, host: loop.HostState, found: dict[str, Any]
 ) -> dict[str, Any]:
     """`found`: the metrics of the test."""
-    parts, device = plan.parts, jax.devices()[0]
-    dataset, own = parts.dataset, parts.describe_own()
+    components, device = plan.components, jax.devices()[0]
+    dataset, own = components.dataset, components.describe_own_parts()
     best = {"validation/best_accuracy": None, f"validation/best_{plan.best_by}": host.best}
     return {
-        "model": parts.config.model.name,
+        "model": components.config.model.name,
         "params": pytree.count(outcome.state.params),
         "dataset": dataset.name,
-        "seed": parts.config.seed,
+        "seed": components.config.seed,
         "step": outcome.step,
         "epochs": outcome.step / plan.steps_per_epoch,
         **found,

@@ -18,10 +18,10 @@ from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data.load import load_dataset, read_fingerprint
 from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
-from flax_cnns.runs import own, tables
+from flax_cnns.runs import own_parts, tables
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import assemble, check_data, check_own, start_jax
-from flax_cnns.runs.own import Objects
+from flax_cnns.runs.build import build_components, check_own_parts, check_run_data, initialize_jax
+from flax_cnns.runs.own_parts import OpaqueObjects
 from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runs.session import Session
 from flax_cnns.runtime import launch, output
@@ -78,7 +78,7 @@ def run(
     """
     began = time.perf_counter()
     config = configs.complete(config)
-    objects = own.bring(
+    objects = own_parts.write_to_config(
         config,
         dict(
             model=model,
@@ -103,7 +103,7 @@ def run(
     begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.find_problems(config)
     if not begun:
         configs.raise_problems(found)
-    start_jax(config)
+    initialize_jax(config)
     resolved = configs.to_plain(config)
     launch.check_processes_agree(
         json.dumps(resolved, sort_keys=True),
@@ -123,7 +123,7 @@ def run(
         )
         if complete:
             summary = workdirs.read_json(workdir / "summary.json")
-            check_complete(config, workdir, fingerprint, accept_changed_data, objects)
+            check_complete_run(config, workdir, fingerprint, accept_changed_data, objects)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
                 with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
@@ -131,28 +131,28 @@ def run(
             return summary
         if config.log.wandb:
             import_wandb()  # before the data is loaded
-        parts = assemble(config, objects, begun=bool(finding.steps(workdir)))
-        change = check_data(workdir, parts.dataset, accept_changed_data)
-        record = parts.describe_own()
-        changed = check_own(workdir, record, begun=begun)
-        plan = RunPlan(parts)
+        components = build_components(config, objects, begun=bool(finding.steps(workdir)))
+        change = check_run_data(workdir, components.dataset, accept_changed_data)
+        record = components.describe_own_parts()
+        changed = check_own_parts(workdir, record, begun=begun)
+        plan = RunPlan(components)
         found += plan.find_problems()
         if not begun:
             configs.raise_problems(found)
         if primary:
-            print("\n".join(parts.dataset.describe()))
+            print("\n".join(components.dataset.describe()))
             if found:
                 print(configs.format_note(workdir, found))
             if change:
-                workdirs.accept_change(workdir, change)
-            for line in (*parts.own.notes, *changed):
+                workdirs.record_accepted_change(workdir, change)
+            for line in (*components.own_parts.notes, *changed):
                 print(f"note: {line}")
             files.write_json(workdir / "config.json", resolved)
             if record:
                 files.write_json(workdir / "own.json", record)
-            workdirs.write_facts(workdir, parts.dataset.as_dict())
+            workdirs.write_dataset_facts(workdir, components.dataset.as_dict())
         try:
-            return Session(plan, workdir, opened, signals, began, accept_changed_data).go()
+            return Session(plan, workdir, opened, signals, began, accept_changed_data).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
         except DamagedImage as error:
@@ -166,12 +166,12 @@ def run(
             raise ProcessLost(f"{error}; {workdirs.describe_resume(workdir)}") from None
 
 
-def check_complete(
+def check_complete_run(
     config: Any,
     workdir: pathlib.Path,
     fingerprint: dict[str, Any] | None,
     accept: bool,
-    objects: Objects | None = None,
+    objects: OpaqueObjects | None = None,
 ) -> None:
     """Raises `ChangedData` if a complete run's data changed and this is not accepted. Data that can
     no longer be read are no error: the numbers of the run stand."""
@@ -179,11 +179,11 @@ def check_complete(
     try:
         data = None
         if fingerprint is None:
-            data = own.make_data(config, objects)
+            data = own_parts.make_data(config, objects)
             fingerprint = read_fingerprint(config.data, data)
         seen, facts = fingerprints.Seen(fingerprint), {}
-        if "fingerprint" not in workdirs.read_facts(workdir):
-            data = data or own.make_data(config, objects)
+        if "fingerprint" not in workdirs.read_dataset_facts(workdir):
+            data = data or own_parts.make_data(config, objects)
             dataset = load_dataset(config.data, data=data, begun=True)  # for the counts
             seen, facts = dataset.seen, dataset.as_dict()
     except (UserError, OSError) as error:  # OSError: of the user's own function
@@ -192,7 +192,7 @@ def check_complete(
         return
     change = workdirs.check_data(workdir, seen, accept=accept, quiet=not primary)
     if primary and change:
-        workdirs.accept_change(workdir, change)
+        workdirs.record_accepted_change(workdir, change)
     elif primary:
         workdirs.add_fingerprint(workdir, facts)
-        workdirs.move_data(workdir, config.data.dir)
+        workdirs.record_moved_data(workdir, config.data.dir)

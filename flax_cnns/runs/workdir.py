@@ -29,11 +29,11 @@ from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
 from flax_cnns.files import replace_nonfinite, write_json
 
-FILES = (
+RUN_FILES = (
     *("config.json", "dataset.json", "own.json", "metrics.jsonl", "summary.json", "curves.png"),
     "graft.json",
 )
-FOLDERS = ("checkpoints", "tensorboard")
+RUN_FOLDERS = ("checkpoints", "tensorboard")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def describe_resume(workdir: pathlib.Path) -> str:
     return "nothing of this run was saved; the same command starts it again"
 
 
-def reset_if_new(config: Any, workdir: pathlib.Path) -> Any:
+def reset_inert_if_new(config: Any, workdir: pathlib.Path) -> Any:
     """The config of a run that this package derives. In a new run, fields that cannot act get their
     defaults; an older run keeps them."""
     return config if has_begun(workdir) else configs.reset_inert_fields(config)
@@ -109,7 +109,7 @@ def check_workdir(
         if begun:
             _check_fields(workdir / "config.json", there)
         fields = configs.list_differences(config, configs.reset_inert_fields_like(config, there))
-        if accept_changed_data or "fingerprint" in read_facts(workdir):
+        if accept_changed_data or "fingerprint" in read_dataset_facts(workdir):
             fields = [field for field in fields if not field.startswith("data.dir:")]
         if begun and fields:
             moved = all(field.startswith("data.dir:") for field in fields)
@@ -129,10 +129,12 @@ def check_workdir(
                 f"note: {workdir} has optimizer.layer_decay of an older version: from here on its"
                 " layers' rates are grouped as BEiT and timm do, see CHANGELOG.md"
             )
-        for name in (*FILES, *FOLDERS):
+        for name in (*RUN_FILES, *RUN_FOLDERS):
             path = workdir / name
-            if os.path.lexists(path) and not (path.is_dir() if name in FOLDERS else path.is_file()):
-                kind = "folder" if name in FOLDERS else "file"
+            if os.path.lexists(path) and not (
+                path.is_dir() if name in RUN_FOLDERS else path.is_file()
+            ):
+                kind = "folder" if name in RUN_FOLDERS else "file"
                 raise UserError(
                     f"{path} is not a {kind}, and the run writes a {kind} of this name;"
                     " move it away or take another --workdir"
@@ -165,22 +167,22 @@ class ChangedData(UserError):
         )
 
 
-def read_facts(workdir: pathlib.Path) -> dict[str, Any]:
+def read_dataset_facts(workdir: pathlib.Path) -> dict[str, Any]:
     """What `dataset.json` holds; {} where a run of an older version has none."""
     path = workdir / "dataset.json"
     return read_json(path) if path.is_file() else {}
 
 
-def write_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
+def write_dataset_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
     """Writes `dataset.json`; the changes of the data that were accepted stay in it."""
-    kept = {k: v for k, v in read_facts(workdir).items() if k == "accepted_changes"}
+    kept = {k: v for k, v in read_dataset_facts(workdir).items() if k == "accepted_changes"}
     write_json(workdir / "dataset.json", {**facts, **kept})
 
 
-def data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str]:
+def find_data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str]:
     """What differs between the data that a run began with and those of now, in words. For a run
     of an older version: class names, the mean if it was computed, and counts if it is complete."""
-    facts = read_facts(workdir)
+    facts = read_dataset_facts(workdir)
     if "fingerprint" in facts:
         with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
             return fingerprints.differences(facts["fingerprint"], seen.fingerprint)
@@ -210,8 +212,8 @@ def check_data(
     """
     if not has_begun(workdir):
         return None
-    facts = read_facts(workdir)
-    differs = data_differences(workdir, seen)
+    facts = read_dataset_facts(workdir)
+    differs = find_data_differences(workdir, seen)
     if differs and not accept:
         raise ChangedData(workdir, fingerprints.shorten(differs))
     if differs:
@@ -232,12 +234,12 @@ def check_data(
 
 def add_fingerprint(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None:
     """Adds what a run of an older version lacks; `facts`: what `dataset.json` would hold now."""
-    there = read_facts(workdir)
+    there = read_dataset_facts(workdir)
     if "fingerprint" not in there:
         write_json(workdir / "dataset.json", {**facts, **there})
 
 
-def move_data(workdir: pathlib.Path, directory: str) -> None:
+def record_moved_data(workdir: pathlib.Path, directory: str) -> None:
     """Writes into `config.json` where the data of a run are now."""
     config = read_json(workdir / "config.json")
     if config["data"].get("dir", "") != directory:
@@ -246,9 +248,9 @@ def move_data(workdir: pathlib.Path, directory: str) -> None:
         print(f"{workdir}: its data are the same, now at data.dir={directory}")
 
 
-def accept_change(workdir: pathlib.Path, change: Mapping[str, Any]) -> None:
+def record_accepted_change(workdir: pathlib.Path, change: Mapping[str, Any]) -> None:
     """Records an accepted change in `dataset.json`, once, with the step at which the run was."""
-    facts = read_facts(workdir)
+    facts = read_dataset_facts(workdir)
     known = facts.get("accepted_changes", [])
     if change not in [{k: v for k, v in one.items() if k != "step"} for one in known]:
         facts["accepted_changes"] = [*known, {"step": max(steps(workdir), default=0), **change}]
@@ -269,21 +271,21 @@ def set_aside(workdir: pathlib.Path) -> pathlib.Path:
 # ---------------------------------------------------------------------------- the lock
 
 
-class Opened:
+class WorkdirHandle:
     """A run directory that this process may write into; `begun` once a step was taken."""
 
     begun = False
 
 
 @contextlib.contextmanager
-def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[Opened]:
+def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[WorkdirHandle]:
     """Makes and locks the run directory; a mistake before the first step leaves nothing behind.
 
     With several processes the primary one does it for all. Raises `UserError` where the directory
     is in use or cannot be written.
     """
     check_place(workdir)
-    opened = Opened()
+    opened = WorkdirHandle()
     if not primary:
         yield opened
         return

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flax_cnns.errors import UserError
-from flax_cnns.runs.references import FIELDS, OPAQUE, find_references, name_of
+from flax_cnns.runs.references import OPAQUE, PART_FIELDS, find_references, name_of
 
 
 def refuse_opaque(config: Any, why: str) -> None:
@@ -17,18 +17,18 @@ def refuse_opaque(config: Any, why: str) -> None:
             if reference.startswith(OPAQUE):
                 name = name_of(reference)
                 raise UserError(
-                    f"config.{FIELDS[kind]}: {name} is an object of one process, and {why}; name it"
-                    f" 'package.module:{name}'"
+                    f"config.{PART_FIELDS[kind]}: {name} is an object of one process, and {why};"
+                    f" name it 'package.module:{name}'"
                 )
 
 
-def names(config: Any) -> set[str]:
+def find_names(config: Any) -> set[str]:
     """The names by which `own.NAME.FIELD` may mean the own parts of a config."""
     found = find_references(config)
     return {name_of(one) for kind, of in found.items() if kind != "model" for one in of}
 
 
-def forget(config: ConfigDict, gone: set[str]) -> None:
+def remove_fields(config: ConfigDict, gone: set[str]) -> None:
     """Removes the fields of own parts that a config no longer names."""
     with config.unlocked():
         for name in gone & set(config.get("own", {})):

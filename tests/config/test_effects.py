@@ -150,8 +150,8 @@ def test_a_whole_number_beyond_floats_is_an_error_of_its_field():
 def test_the_dry_run_says_what_the_network_or_the_data_switch_off(config, fields, said):
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     with pytest.raises(UserError, match=said):
-        runs_plan.rehearse(config)
-    runs_plan.rehearse(config, begun=True)
+        runs_plan.dry_run(config)
+    runs_plan.dry_run(config, begun=True)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_a_schedule_that_would_never_change_is_cured_by_what_is_said(fields):
 def test_the_dry_run_accepts_what_acts(config):
     config.schedule.update(dict(name="steps", boundaries=("6 steps", "20 steps"), warmup="6 steps"))
     config.train.aux_weight, config.data.validation = (0.0,), 0.0  # off is off
-    runs_plan.rehearse(config)
+    runs_plan.dry_run(config)
     config.model.name, config.train.aux_weight = "dsn", (0.5,)
     config.data.mock, config.data.validation = 40, 0.2
-    runs_plan.rehearse(config)
+    runs_plan.dry_run(config)
     config.model.name, config.train.aux_weight = "cifar_resnet20", (0.3,)
     config.train.sync_batchnorm = True
-    runs_plan.rehearse(config)
+    runs_plan.dry_run(config)
 
 
 # ---- runs
@@ -189,7 +189,7 @@ def test_the_dry_run_accepts_what_acts(config):
 
 def test_a_new_run_is_refused_before_anything_is_written(config, tmp_path):
     config.optimizer.update(momentum=0.95, nesterov=True)
-    for refused in (lambda: run(config, tmp_path / "run"), lambda: runs_plan.rehearse(config)):
+    for refused in (lambda: run(config, tmp_path / "run"), lambda: runs_plan.dry_run(config)):
         with pytest.raises(UserError, match=r"momentum=0\.95: sgd and.* \| config\..*nesterov"):
             refused()
     assert not (tmp_path / "run").exists()
@@ -217,7 +217,7 @@ def test_an_older_run_goes_on_with_one_note(finished, config, tmp_path, capsys):
     assert "config.data.validation=0.2" in note
     evaluate.evaluate_run(workdir)
     assert len(notes()) == 1
-    predict.from_run(workdir)
+    predict.make_predictor_from_run(workdir)
     assert len(notes()) == 1
 
 
@@ -240,7 +240,7 @@ def test_an_absurd_loss_is_a_warning_in_log_and_summary(
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "summary.json").unlink()
-    monkeypatch.setattr(session, "ABSURD_LOSS", 0.1)
+    monkeypatch.setattr(session, "MAX_LOSS_RATIO", 0.1)
     (warning,) = run(config, workdir)["warnings"]
     assert warning.startswith("train/loss is 2.")
     assert "at step 3, and guessing gives 2.3; lower schedule.learning_rate (0.002)" in warning

@@ -30,29 +30,31 @@ def said(table):
 
 
 def test_differences_and_results(runs):
-    found = compare.read([*runs, runs[0]])
+    found = compare.read_runs([*runs, runs[0]])
     assert list(found) == ["a/plain", "b/mixed", "b/cut"]
-    text = said(compare.config_table(found)).splitlines()
+    text = said(compare.make_config_table(found)).splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text if "│" in line]
     assert cells == [["a/plain", "64", "0.0"], ["b/mixed", "32", "0.2"], ["b/cut", "64", "0.0"]]
-    two = said(compare.config_table(compare.read(runs[:2])))  # as many fields: each a line
+    two = said(
+        compare.make_config_table(compare.read_runs(runs[:2]))
+    )  # as many fields: each a line
     assert [line.split()[1::2] for line in two.splitlines() if "mix.mixup" in line] == [
         ["mix.mixup", "0.0", "0.2"]
     ]
-    text = said(compare.result_table(found)).splitlines()
+    text = said(compare.make_result_table(found)).splitlines()
     plain, _, cut = (next(line.split("│") for line in text if name in line) for name in found)
     assert [cell.strip() for cell in plain[2:4]] == ["complete", "120"]
     assert [plain[6].strip(), plain[8].strip()] == ["90.00", "7.00"]
     assert [cell.strip() for cell in cut[2:4]] == ["unfinished", "40"]
     assert [cut[6].strip(), cut[8].strip()] == ["-", "-"]
-    assert compare.config_table(compare.read(runs[:1])) is None
+    assert compare.make_config_table(compare.read_runs(runs[:1])) is None
 
 
 def test_the_curves_are_against_images_where_batches_differ(runs, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, png: saved.append(figure))
-    compare.draw(compare.read(runs), tmp_path / "x.png")
-    compare.draw(compare.read([runs[0], runs[2]]), tmp_path / "x.png")
+    compare.draw_runs(compare.read_runs(runs), tmp_path / "x.png")
+    compare.draw_runs(compare.read_runs([runs[0], runs[2]]), tmp_path / "x.png")
     both, steps = (figure.axes for figure in saved)
     assert [axes.get_xlabel() for axes in (*both, *steps)] == ["images seen"] * 3 + ["step"] * 3
     ends = [max(line.get_xdata()) for line in both[1].lines if len(line.get_xdata()) > 1]
@@ -62,23 +64,25 @@ def test_the_curves_are_against_images_where_batches_differ(runs, tmp_path, monk
 
 def test_a_run_that_has_only_begun_is_drawn(runs, tmp_path):
     (runs[2] / "metrics.jsonl").unlink()
-    found = compare.read(runs)
-    compare.draw(found, tmp_path / "x.png")
+    found = compare.read_runs(runs)
+    compare.draw_runs(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "unfinished" in said(compare.result_table(found))
+    assert "unfinished" in said(compare.make_result_table(found))
 
 
 def test_a_run_of_any_name_is_in_the_legend(runs, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, png: drawn.append(figure))
     runs[0].rename(tmp_path / "a" / "_old")
-    compare.draw(compare.read([tmp_path / "a" / "_old", tmp_path / "a" / "_old"]), "x.png")
+    compare.draw_runs(
+        compare.read_runs([tmp_path / "a" / "_old", tmp_path / "a" / "_old"]), "x.png"
+    )
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["_old"]
 
 
 def test_no_run_is_one_line(runs, tmp_path):
     with pytest.raises(UserError, match=r"none: no run here \(config.json is missing\)"):
-        compare.read([*runs, tmp_path / "none"])
+        compare.read_runs([*runs, tmp_path / "none"])
 
 
 def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
@@ -88,7 +92,7 @@ def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
     write_run(tmp_path / "run", 0.9, end=False, points=2)
     first = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     later = [line | {"time": line["time"] + 1e6} for line in first]
-    record = records.read(tmp_path / "run")
+    record = records.read_record(tmp_path / "run")
     assert record.seconds == pytest.approx(4.0)  # 2 s to the first step, 2 windows
     assert record._replace(lines=first + later).seconds == pytest.approx(8.0)
     assert record._replace(lines=[]).seconds is None
@@ -114,7 +118,7 @@ def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
 
 def columns(runs, metric):
     """The heading and the rows of the results, as texts."""
-    table = compare.result_table(compare.read(runs), metric)
+    table = compare.make_result_table(compare.read_runs(runs), metric)
     return [column.header for column in table.columns], list(zip(*(c.cells for c in table.columns)))
 
 
@@ -132,7 +136,7 @@ def test_another_metric_takes_the_place_of_the_accuracy(runs, tmp_path, monkeypa
     drawn = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, png: drawn.append(figure))
     for metric in ("f1", "loss"):
-        compare.draw(compare.read(runs), "x.png", metric)
+        compare.draw_runs(compare.read_runs(runs), "x.png", metric)
     titles = [[axes.get_title() for axes in figure.axes] for figure in drawn]
     assert titles == [["loss", "f1", "learning rate"], ["loss", "learning rate"]]
 
@@ -148,11 +152,11 @@ def test_the_best_of_an_own_metric_is_as_its_run_chose(tmp_path):
 
 
 def test_a_metric_that_no_run_logged_is_one_line(runs, tmp_path):
-    found = compare.read(runs)
+    found = compare.read_runs(runs)
     assert compare.check_metric(found, "validation/loss") == "loss"
     with pytest.raises(UserError, match=r"none of these runs logged 'los'; did you mean 'loss'"):
         compare.check_metric(found, "los")
     rename_accuracy(tmp_path, "label_accuracy")
-    found = compare.read(runs)
+    found = compare.read_runs(runs)
     assert compare.check_metric(found, "accuracy") == "accuracy"  # all -
     assert compare.find_metrics(found) == ["label_accuracy", "loss"]

@@ -25,12 +25,13 @@ from flax_cnns import run
 from flax_cnns.cli import flags as script
 from flax_cnns.config import complete, default_config
 from flax_cnns.errors import UserError
-from flax_cnns.runs import child, own, plan, references
+from flax_cnns.runs import child, plan, references
+from flax_cnns.runs import own_parts as resolving
 from flax_cnns.runs.build import make_train_step
 from flax_cnns.runs.evaluate import evaluate_run
-from flax_cnns.runs.plan import rehearse
+from flax_cnns.runs.plan import dry_run
 from flax_cnns.runs.session import Session
-from flax_cnns.runs.train import check_complete
+from flax_cnns.runs.train import check_complete_run
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.train import dropout
 from flax_cnns.train.progress import Progress
@@ -183,7 +184,7 @@ def test_another_source_is_a_note_and_another_field_is_refused(finished, tmp_pat
     record = json.loads((workdir / "own.json").read_text())
     was = json.loads(json.dumps(record))
     was["loss"][0]["digest"] = "0" * 16
-    assert own.compare_records(was, record) == [
+    assert resolving.compare_records(was, record) == [
         f"the source of {HERE}:focal changed since this run began"
     ]
     with pytest.raises(UserError, match=r"another config \(own\.focal\.gamma: 1\.0 there, 3"):
@@ -224,7 +225,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
     with pytest.raises(UserError, match="an object that only"):
         evaluate_run(tmp_path / "run", trust=True)
     with pytest.raises(UserError, match=r"Bare.* was an object of another process"):
-        rehearse(flax_cnns.runs.workdir.read_config(tmp_path / "run"))
+        dry_run(flax_cnns.runs.workdir.read_config(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
 )
 def test_mistakes_are_told_before_the_first_step(sections, words):
     with pytest.raises(UserError, match=words):
-        rehearse(complete(changed(**sections)))
+        dry_run(complete(changed(**sections)))
 
 
 def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
@@ -274,31 +275,33 @@ def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
 def test_a_partial_makes_a_regularizer_and_a_pair_is_no_data():
     config = complete({})
     given = {"regularizers": [functools.partial(own_parts.Shrink, rate=0.5)]}
-    found = own.resolve(config, own.bring(config, given)).regularizers
+    found = resolving.resolve(config, resolving.write_to_config(config, given)).regularizers
     assert found["Shrink"].penalty({"head": {"kernel": jnp.ones(2)}}, 0) == 1.0
-    objects = own.bring(config, {"data": (1, 2)})
+    objects = resolving.write_to_config(config, {"data": (1, 2)})
     with pytest.raises(UserError, match=r"expected a flax_cnns\.Dataset, .* got a tuple"):
-        own.make_data(config, objects)
+        resolving.make_data(config, objects)
 
 
 def test_an_optimizer_is_given_as_a_factory():
     config = complete({})
-    objects = own.bring(config, {"optimizer": optax.sgd(0.1)})
+    objects = resolving.write_to_config(config, {"optimizer": optax.sgd(0.1)})
     with pytest.raises(UserError, match="got an optimizer that is made already"):
-        own.resolve(config, objects)
+        resolving.resolve(config, objects)
 
 
 def test_what_has_no_name_is_called_by_its_kind():
     config = complete({})
     given = dict(model=lambda: own_parts.Bare(), loss=lambda logits, labels: logits[:, 0])
-    objects = own.bring(config, {**given, "optimizer": lambda rate: optax.sgd(rate)})
+    objects = resolving.write_to_config(
+        config, {**given, "optimizer": lambda rate: optax.sgd(rate)}
+    )
     assert list(objects) == ["<opaque>:model", "<opaque>:loss", "<opaque>:optimizer"]
-    assert own.resolve(config, objects).loss is given["loss"]
+    assert resolving.resolve(config, objects).loss is given["loss"]
 
     class Net(own_parts.Net):
         pass
 
-    twice = own.bring(complete({}), {"model": Net, "data": type("Net", (), {})()})
+    twice = resolving.write_to_config(complete({}), {"model": Net, "data": type("Net", (), {})()})
     assert list(twice) == ["<opaque>:Net", "<opaque>:Net_data"]
 
 
@@ -308,15 +311,15 @@ def test_a_partial_of_a_class_makes_the_part():
         regularizers=[functools.partial(own_parts.Shrink, rate=0.1)],
         callbacks=[functools.partial(own_parts.Recorder)],
     )
-    found = own.resolve(config, own.bring(config, given))
+    found = resolving.resolve(config, resolving.write_to_config(config, given))
     assert isinstance(found.callbacks[0], own_parts.Recorder)
     kernel = found.regularizers["Shrink"].constrain({"head": {"kernel": jnp.full((2, 2), 5.0)}})
     assert float(kernel["head"]["kernel"].max()) == 2.0
 
 
 def test_a_compiled_function_is_importable():
-    assert references.reference_to(own_parts.compiled) == f"{HERE}:compiled"
-    assert own.digest_of(own_parts.compiled)
+    assert references.make_reference(own_parts.compiled) == f"{HERE}:compiled"
+    assert resolving.compute_digest(own_parts.compiled)
 
 
 def test_a_mistake_inside_a_constructor_keeps_its_traceback():
@@ -325,14 +328,14 @@ def test_a_mistake_inside_a_constructor_keeps_its_traceback():
             self.rate = rate + "text"
 
     config = complete({})
-    objects = own.bring(config, {"regularizers": [Faulty]})
+    objects = resolving.write_to_config(config, {"regularizers": [Faulty]})
     with pytest.raises(TypeError, match="unsupported operand"):
-        own.resolve(config, objects)
+        resolving.resolve(config, objects)
 
 
 def test_a_regularizer_that_is_off_is_told():
     config = complete({"train": {"regularizers": (f"{HERE}:Shrink",)}})
-    (note,) = own.resolve(config).notes
+    (note,) = resolving.resolve(config).notes
     assert note == "the regularizer Shrink is off: rate, its first field, is 0.0"
 
 
@@ -358,9 +361,9 @@ class Mistyped:
 )
 def test_a_callback_that_would_fail_or_never_be_called(given, words):
     config = complete({})
-    objects = own.bring(config, {"callbacks": [given]})
+    objects = resolving.write_to_config(config, {"callbacks": [given]})
     with pytest.raises(UserError, match=words):
-        own.resolve(config, objects)
+        resolving.resolve(config, objects)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +384,7 @@ def test_a_network_that_is_none(name, words):
     config = changed()
     config["model"] = {"name": f"{HERE}:{name}"}
     with pytest.raises(UserError, match=words):
-        rehearse(complete(config))
+        dry_run(complete(config))
 
 
 @pytest.mark.parametrize(
@@ -397,7 +400,7 @@ def test_a_loss_and_a_metric_that_are_none(train, words):
     if "loss" not in train:
         config["train"]["loss"] = ""
     with pytest.raises(UserError, match=words):
-        rehearse(complete(config))
+        dry_run(complete(config))
 
 
 STREAM = {
@@ -435,8 +438,8 @@ def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
 
 def test_an_evaluation_makes_no_callbacks():
     config = complete({"train": {"callbacks": (f"{HERE}:Recorder",)}})
-    assert len(own.resolve(config).callbacks) == 1
-    assert own.resolve(config, callbacks=False).callbacks == ()
+    assert len(resolving.resolve(config).callbacks) == 1
+    assert resolving.resolve(config, callbacks=False).callbacks == ()
 
 
 def test_a_callback_has_numbers_of_its_own():
@@ -463,20 +466,20 @@ def test_a_complete_run_stands_where_its_data_are_gone(tmp_path, monkeypatch, ca
     def gone(config, objects):
         raise FileNotFoundError("no such file: images.npy")
 
-    monkeypatch.setattr(own, "make_data", gone)
-    check_complete(complete({}), tmp_path, None, False)
+    monkeypatch.setattr(resolving, "make_data", gone)
+    check_complete_run(complete({}), tmp_path, None, False)
     assert "are not compared: no such file: images.npy" in capsys.readouterr().out
 
 
 def test_a_child_process_looks_for_modules_where_its_parent_does(monkeypatch):
     monkeypatch.setattr(sys, "path", ["/here", "/lib"])
-    child.look_in(["/script", "/lib", "/here"])
+    child.set_import_path(["/script", "/lib", "/here"])
     assert sys.path == ["/script", "/lib", "/here"]
 
 
 def test_a_stream_has_no_training_split_to_evaluate():
     with pytest.raises(UserError, match=r"train\.evaluate_train: batches gives"):
-        rehearse(complete({**STREAM, "train": {**STREAM["train"], "evaluate_train": True}}))
+        dry_run(complete({**STREAM, "train": {**STREAM["train"], "evaluate_train": True}}))
 
 
 def test_an_own_network_is_as_fast_as_a_registered_one():
@@ -486,10 +489,10 @@ def test_an_own_network_is_as_fast_as_a_registered_one():
     programs = []
     for name in ("cifar_resnet20", "flax_cnns.models.cifar_resnet:CifarResNet"):
         model = {"name": name, "depths": (1,), "widths": (4,)}
-        parts, _ = rehearse(complete({**config, "model": model}))
+        parts, _ = dry_run(complete({**config, "model": model}))
         made = plan.RunPlan(parts)
-        state = made.target()
-        optimizer = made.optimizer_for({"params": state.params, "batch_stats": state.batch_stats})
+        state = made.make_abstract_state()
+        optimizer = made.make_optimizer({"params": state.params, "batch_stats": state.batch_stats})
         step = make_train_step(parts, optimizer, 1.0)
         batch = {
             "image": jax.ShapeDtypeStruct((8, 8, 8, 1), np.uint8),
@@ -522,13 +525,13 @@ def test_modules_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / "broken_losses.py").write_text("1 / 0\n")
     found = references.import_reference("my_losses:mine", "train.loss")
     assert found(1, 2) == 1
-    assert references.reference_to(found) == "my_losses:mine"
+    assert references.make_reference(found) == "my_losses:mine"
     with pytest.raises(UserError, match="no module 'my_loses'; did you mean 'my_losses'"):
         references.import_reference("my_loses:mine", "train.loss")
     said = r"importing broken_losses fails: ZeroDivisionError: .* \(.*broken_losses\.py, line 1\)$"
     with pytest.raises(UserError, match=said):
         references.import_reference("broken_losses:mine", "train.loss")
-    assert references.reference_to(lambda: 1) is None
+    assert references.make_reference(lambda: 1) is None
 
 
 def test_fields_that_a_config_file_lacks_come_from_the_shell(tmp_path):

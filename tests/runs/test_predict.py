@@ -37,13 +37,13 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
     from flax_cnns.runs import build, evaluate
 
     files, test = photos
-    parts = build.assemble(read_config(finished[0]))
+    parts = build.build_components(read_config(finished[0]))
     variables, _ = evaluate.load_variables(parts, finished[0])
     mean, std = np.float32(parts.dataset.mean), np.float32(parts.dataset.std)
     images = (test.images[:8] / np.float32(255) - mean) / std
     logits = np.asarray(parts.model.apply(variables, images))
     monkeypatch.setattr(load, "load_dataset", lambda _: pytest.fail("the data set was loaded"))
-    found = predict.predict(predict.from_folder(finished[0]), files, most=10)
+    found = predict.predict(predict.make_predictor_from_folder(finished[0]), files, most=10)
     for row, guesses in zip(logits, found):
         shares = np.exp(row) / np.exp(row).sum()
         assert [name for name, _ in guesses] == [str(k) for k in np.argsort(-shares)]
@@ -53,8 +53,8 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
 def test_a_run_that_did_not_write_down_its_data_set(finished, photos, tmp_path):
     shutil.copytree(finished[0], tmp_path / "old")
     (tmp_path / "old/dataset.json").unlink()
-    new = predict.predict(predict.from_run(finished[0]), photos[0][:1])
-    assert predict.predict(predict.from_run(tmp_path / "old"), photos[0][:1]) == new
+    new = predict.predict(predict.make_predictor_from_run(finished[0]), photos[0][:1])
+    assert predict.predict(predict.make_predictor_from_run(tmp_path / "old"), photos[0][:1]) == new
 
 
 def test_a_large_photo_is_seen_from_its_middle(finished, photos):
@@ -62,7 +62,7 @@ def test_a_large_photo_is_seen_from_its_middle(finished, photos):
     digit = Image.open(photos[0][0])
     wide = Image.new("L", (96, 32))
     wide.paste(digit, (32, 0))
-    run = predict.from_run(finished[0])
+    run = predict.make_predictor_from_run(finished[0])
     assert run.box(96, 32) == (32, 0, 64, 32)
     np.testing.assert_array_equal(run.read(wide), run.read(digit))
 
@@ -72,7 +72,7 @@ def test_a_run_sees_a_photo_upright_as_its_own_images(finished, photos, tmp_path
     exif[0x0112] = 6  # the camera lay on its side
     path = tmp_path / "side.png"
     digit.rotate(90).save(path, exif=exif)
-    run = predict.from_run(finished[0])
+    run = predict.make_predictor_from_run(finished[0])
     source = FileSource((str(path),), np.zeros(1, np.int32), "one")
     own, _ = decode.read(source, 0, 32, 1)
     np.testing.assert_array_equal(run.read(path)[0], own)
@@ -87,8 +87,8 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
     convert_to_folder(*given, tmp_path / "converted", tmp_path / "mine.npz")
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
     for predictor in (
-        predict.from_weights(*given, tmp_path / "mine.npz"),
-        predict.from_folder(tmp_path / "converted"),
+        predict.make_predictor_from_weights(*given, tmp_path / "mine.npz"),
+        predict.make_predictor_from_folder(tmp_path / "converted"),
     ):
         assert predictor.title == "squeezenet1_1, torchvision's weights"
         assert predictor.class_names == tuple("0123456789")
@@ -107,19 +107,19 @@ def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
     np.savez(tmp_path / "mine.npz", **tensors)
     given = ("squeezenet1_1", "torchvision", tmp_path / "small", tmp_path / "mine.npz")
     assert convert_to_folder(*given, image_size=56)["input_size"] == (56, 56, 3)
-    predictor = predict.from_folder(tmp_path / "small")
+    predictor = predict.make_predictor_from_folder(tmp_path / "small")
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
     seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
     np.testing.assert_array_equal(predictor.read(photo), seen(photo))
     convert_to_folder(*given[:2], tmp_path / "gray", given[3], channels=1, adapt_stem=True)
     with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], and photos"):
-        predict.from_folder(tmp_path / "gray")
+        predict.make_predictor_from_folder(tmp_path / "gray")
 
 
 def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
     manager.write_tree(tmp_path / "other", {"w": np.ones(3)}, {"model": "lenet5", "by": "us"})
     with pytest.raises(UserError, match=r"one checkpoint: leave out --checkpoint, got 'best'"):
-        predict.from_folder(tmp_path / "other", "best")
+        predict.make_predictor_from_folder(tmp_path / "other", "best")
     written = {"source": "us", "preprocessing": {"size": 32}}
     for about, said in (
         ({}, r"'source' is missing"),
@@ -131,7 +131,7 @@ def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
         content = json.dumps({"model": "lenet5"} | about)
         (tmp_path / "other/about.json").write_text(content)
         with pytest.raises(UserError, match="about.json is not as .*" + said) as raised:
-            predict.from_folder(tmp_path / "other")
+            predict.make_predictor_from_folder(tmp_path / "other")
         assert "\n" not in str(raised.value)
 
 
@@ -141,7 +141,7 @@ def test_a_picture_says_how_many_photos_are_in_it(monkeypatch, tmp_path):
     photos = [np.zeros((4, 4, 3), np.uint8)] * 3
     for many, drawn in ((3, 2), (2, 2), (1, 1)):
         guesses = [[("a", 0.9)]] * many
-        assert predict.draw(seer, photos[:many], guesses, tmp_path / "seen.png") == drawn
+        assert predict.draw_photos(seer, photos[:many], guesses, tmp_path / "seen.png") == drawn
 
 
 def test_weights_without_a_classifier_name_nothing(tmp_path):
@@ -156,9 +156,9 @@ def test_weights_without_a_classifier_name_nothing(tmp_path):
     assert about["leaves"] == len(body)
     said = "squeezenet1_1 from torchvision: these weights have no classifier"
     with pytest.raises(UserError, match=said):
-        predict.from_weights(*given, tmp_path / "body.npz")
+        predict.make_predictor_from_weights(*given, tmp_path / "body.npz")
     with pytest.raises(UserError, match=said):
-        predict.from_folder(tmp_path / "converted")
+        predict.make_predictor_from_folder(tmp_path / "converted")
     body["classifier.1.bias"] = tensors["classifier.1.bias"]
     with pytest.raises(UserError, match="no tensor was given for params/head/kernel"):
         convert("squeezenet1_1", body, "torchvision")
@@ -201,10 +201,10 @@ def test_a_mistake_is_one_line(finished, photos, flags, said):
 
 def test_names_of_photos():
     array = np.zeros((1, 1, 3), np.uint8)
-    assert predict.photo_names(["a/cat.jpg", "a/cat.jpg", "dog.jpg", array]) == [
+    assert predict.name_photos(["a/cat.jpg", "a/cat.jpg", "dog.jpg", array]) == [
         *("cat.jpg", "cat.jpg", "dog.jpg", "photo 4")
     ]
-    assert predict.photo_names(["a/x.jpg", "b/x.jpg"]) == ["a/x.jpg", "b/x.jpg"]
+    assert predict.name_photos(["a/x.jpg", "b/x.jpg"]) == ["a/x.jpg", "b/x.jpg"]
 
 
 def test_what_the_data_set_is_goes_through_json(config):

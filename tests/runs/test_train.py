@@ -27,10 +27,10 @@ from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.runs import plan, session
-from flax_cnns.runs.build import Parts, assemble, train_batches
+from flax_cnns.runs.build import RunComponents, build_components, train_batches
 from flax_cnns.runs.evaluate import evaluate_run
-from flax_cnns.runs.network import model_fields
-from flax_cnns.runs.plan import rehearse
+from flax_cnns.runs.network import get_model_fields
+from flax_cnns.runs.plan import dry_run
 from flax_cnns.runs.workdir import check_workdir, read_config
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.train import loop, memory
@@ -76,7 +76,7 @@ def test_the_loader_may_augment_and_the_run_is_the_same_to_the_bit(finished, con
 
 def test_batches_that_the_loader_augments_start_anywhere(config):
     config.data.augment.where = "loader"
-    parts = assemble(config)
+    parts = build_components(config)
     with contextlib.closing(train_batches(parts)) as stream:
         third = list(itertools.islice(stream, 3))[-1]
     with contextlib.closing(train_batches(parts, 2)) as stream:
@@ -146,7 +146,7 @@ def test_a_lost_process_is_said_with_where_the_same_command_goes_on(config, tmp_
 
 def test_wandb_that_is_missing_is_said_before_the_data_is_loaded(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("flax_cnns.runs.train.assemble", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("flax_cnns.runs.train.build_components", lambda _: pytest.fail("loaded"))
     config.log.wandb = "project"
     fails(config, tmp_path / "run", "wandb is not installed")
 
@@ -159,9 +159,9 @@ def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_pat
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr("flax_cnns.runtime.preemption.Signals.should_stop", lambda self, step: False)
-        evaluate = Parts.evaluate
+        evaluate = RunComponents.evaluate
         patch.setattr(
-            Parts,
+            RunComponents,
             "evaluate",
             lambda self, v, split, stop: evaluate(
                 self, v, split, lambda: len(records(tmp_path / "cut")) > 5
@@ -257,12 +257,12 @@ def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
 def test_a_signal_during_the_test_leaves_and_the_same_command_makes_up_for_it(
     finished, config, tmp_path, monkeypatch
 ):
-    wanted, evaluate = [True], Parts.evaluate
+    wanted, evaluate = [True], RunComponents.evaluate
 
     def interrupted(self, variables, split, should_stop=None):
         return evaluate(self, variables, split, lambda: split == "test" and wanted[0])
 
-    monkeypatch.setattr(Parts, "evaluate", interrupted)
+    monkeypatch.setattr(RunComponents, "evaluate", interrupted)
     with pytest.raises(Preempted):
         run(config, tmp_path / "run")
     wanted[0] = False
@@ -355,7 +355,7 @@ def test_an_image_that_is_damaged_half_way_is_said_with_the_way_on(config, tmp_p
         (self.workdir / "metrics.jsonl").touch()
         raise DamagedImage("a.png", OSError("gone"))
 
-    monkeypatch.setattr(session.Session, "go", go)
+    monkeypatch.setattr(session.Session, "run", go)
     fails(config, tmp_path / "run", r"a\.png: gone; mend .*--accept-changed-data; nothing of this")
 
 
@@ -397,7 +397,7 @@ def test_a_split_without_images_is_refused_before_anything_is_written(config, tm
     config.data.name, config.data.dir, config.data.skip_damaged = "folder", f"{tmp_path}/data", True
     for config.data.in_memory, go in itertools.product(("yes", "no"), (run, None)):
         with pytest.raises(UserError, match="none of the 24 test images can be decoded"):
-            run(config, tmp_path / "run") if go else plan.rehearse(config)
+            run(config, tmp_path / "run") if go else plan.dry_run(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -462,9 +462,9 @@ def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
 
 
 def test_first_values_are_the_papers_where_the_config_says_so(config):
-    assert "init" not in model_fields(config)  # the network's default
+    assert "init" not in get_model_fields(config)  # the network's default
     config.model.init = "paper"
-    model = create_model(**model_fields(config))
+    model = create_model(**get_model_fields(config))
     assert model.kernel_init == "paper"
 
 
@@ -639,20 +639,20 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(
         r"\[1, 1, 1, 4\].* take data\.batch_size=8,"
     )
     with pytest.raises(UserError, match=said):
-        rehearse(config)
+        dry_run(config)
     with pytest.raises(UserError, match=said):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     config.data.batch_size = 8
-    rehearse(config)
+    dry_run(config)
     config.train.accumulate = 2  # a piece after the other
     with pytest.raises(UserError, match=r"train\.accumulate: 2\).* take data\.batch_size=16,"):
-        rehearse(config)
+        dry_run(config)
     config.train.sync_batchnorm = True  # over the devices of a piece
-    rehearse(config)
+    dry_run(config)
     config.train.sync_batchnorm = False
     config.optimizer.bn = (("stage2/.*", "frozen_stats"), (".*", "train"))
-    rehearse(config)
+    dry_run(config)
 
 
 def test_a_run_under_another_config_names_the_fields(finished, config):

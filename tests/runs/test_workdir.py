@@ -39,12 +39,12 @@ def test_other_data_are_refused_or_accepted_and_recorded_once(begun, capsys):
     change = workdirs.check_data(begun, Seen(NOW), accept=True)
     assert (change["was"], change["is"]) == (WAS, NOW)
     for _ in range(2):
-        workdirs.accept_change(begun, change)
-    facts = workdirs.read_facts(begun)
+        workdirs.record_accepted_change(begun, change)
+    facts = workdirs.read_dataset_facts(begun)
     assert facts["accepted_changes"] == [{"step": 0, **change}]
-    workdirs.write_facts(begun, facts | {"fingerprint": NOW})  # as a run does that goes on
+    workdirs.write_dataset_facts(begun, facts | {"fingerprint": NOW})  # as a run does that goes on
     assert workdirs.check_data(begun, Seen(NOW)) is None
-    assert workdirs.read_facts(begun)["accepted_changes"]
+    assert workdirs.read_dataset_facts(begun)["accepted_changes"]
     assert "accepted: the data of" in capsys.readouterr().out
 
 
@@ -68,7 +68,7 @@ def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, c
         workdirs.check_data(run, Seen(digits, counts | {"train": 641}))
     with pytest.raises(workdirs.ChangedData, match="it had 10 classes, has 2"):
         workdirs.check_data(run, Seen(WAS, counts))
-    facts = workdirs.read_facts(run) | {"mean": [0.5], "normalized_by": "training images"}
+    facts = workdirs.read_dataset_facts(run) | {"mean": [0.5], "normalized_by": "training images"}
     write_json(run / "dataset.json", facts)
     with pytest.raises(workdirs.ChangedData, match=r"mean of the training images was \(0.5\), is"):
         workdirs.check_data(run, Seen(digits, counts, (0.5003,)))
@@ -85,7 +85,7 @@ def test_a_run_older_than_dataset_json_gets_a_note(tmp_path, capsys):
     assert "nothing could be compared" in capsys.readouterr().out
     workdirs.add_fingerprint(tmp_path / "run", {"name": "x", "fingerprint": WAS})
     workdirs.add_fingerprint(tmp_path / "run", {"name": "y", "fingerprint": NOW})
-    assert workdirs.read_facts(tmp_path / "run") == {"name": "x", "fingerprint": WAS}
+    assert workdirs.read_dataset_facts(tmp_path / "run") == {"name": "x", "fingerprint": WAS}
 
 
 def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
@@ -94,7 +94,7 @@ def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
     config.data.update(dict(image_size=32, batch_size=64, dir="/moved"))
     resolved = configs.to_plain(config)
     workdirs.check_workdir(begun, resolved)
-    facts = workdirs.read_facts(begun)
+    facts = workdirs.read_dataset_facts(begun)
     del facts["fingerprint"]
     write_json(begun / "dataset.json", facts)
     with pytest.raises(UserError, match=r"\(data\.dir: '' there, .*or --accept-changed-data"):

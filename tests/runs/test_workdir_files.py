@@ -25,7 +25,7 @@ def test_a_config_of_the_wrong_kind_is_one_line_with_a_cure(run, content):
     (run / "checkpoints/3").mkdir(parents=True)
     (run / "config.json").write_text(content)
     check = lambda run: workdir.check_workdir(run, CONFIG)  # noqa: E731
-    for read in (workdir.read_config, record.read, check):
+    for read in (workdir.read_config, record.read_record, check):
         with pytest.raises(UserError, match=r"config.json is damaged: .*copy it from\s") as raised:
             read(run)
         assert "\n" not in str(raised.value)

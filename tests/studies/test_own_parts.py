@@ -114,7 +114,7 @@ def test_rows_change_own_fields_and_a_part_that_is_gone_takes_its_fields_along(c
     assert (wide.model.width, wide.own.digits.examples) == (3, 80)
     assert without.own.to_dict() == {"digits": {"examples": 64}}
     assert loss.own.focal.gamma == 1.0
-    sizes = forecast.measure(plan.make_cells([rows[0], rows[3]], "nowhere", 1))
+    sizes = forecast.measure_rows(plan.make_cells([rows[0], rows[3]], "nowhere", 1))
     assert sizes["base"].metrics == ("loss", "accuracy", "top5", "recall")
     assert sizes["base"].macs > 0
     assert forecast.check_metric("test/recall", sizes) == "recall"
@@ -168,7 +168,7 @@ def test_the_steps_that_are_timed_call_nobody_back(config, monkeypatch):
     monkeypatch.setattr(child, "start", start)
     (row,) = plan.make_rows(config, [("base", {})])
     with pytest.raises(InterruptedError):
-        forecast.time_steps(row, child.Share())
+        forecast.time_steps(row, child.DeviceSlot())
     assert seen[0].train.callbacks == ()
     assert seen[0].own.Shrink.rate == 0.1
 
@@ -216,10 +216,12 @@ def make_task(**sections):
 
 def test_an_own_network_is_fine_tuned_by_its_layers():
     task = make_task(model={"name": f"{HERE}:Headless"})
-    assert (task.parts, task.classifier, task.no_features) == (("conv1",), ("head",), "")
+    assert (task.parts, task.classifier, task.why_no_features) == (("conv1",), ("head",), "")
     task = make_task()
     assert (task.parts, task.classifier) == (("conv1", "norm", "conv2"), ("head",))
-    assert task.no_features.startswith(f"{PARTS}:Net of {{target}} gives no features [N C] where")
+    assert task.why_no_features.startswith(
+        f"{PARTS}:Net of {{target}} gives no features [N C] where"
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_what_cannot_be_fine_tuned_is_told_in_a_line(tmp_path, monkeypatch, sect
     monkeypatch.setattr(compare._Runner, "cell", lambda *_: pytest.fail("started"))
     config = targets(**sections)
     with pytest.raises(UserError, match=said):
-        compare.compare(config, tmp_path / "x", **given, say=lambda line: None)
+        compare.compare_strategies(config, tmp_path / "x", **given, say=lambda line: None)
     assert not (tmp_path / "x").exists()
 
 
@@ -270,10 +272,10 @@ def test_what_is_left_out_of_all_strategies_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_check_source", lambda *_: None)
     train = {"callbacks": (f"{PARTS}:Recorder",)}
     model, data = {"name": f"{HERE}:Headless"}, {"name": f"{HERE}:stream"}
-    compare.compare(targets(model=model, train=train), tmp_path, say=said.append)
+    compare.compare_strategies(targets(model=model, train=train), tmp_path, say=said.append)
     assert said[-1] == "targets.similar: note: features, linear_stages call no train.callbacks"
     said.clear()
-    found = compare.compare(targets(model=model, data=data), tmp_path, say=said.append)
+    found = compare.compare_strategies(targets(model=model, data=data), tmp_path, say=said.append)
     why = "the training images of targets.similar come in batches without end"
     assert said[-1] == f"left out: features, linear_stages: {why}"
     assert not {"features", "linear_stages"} & set(found.strategies)
@@ -294,7 +296,7 @@ def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
         config.source, config.pretrain = "", ConfigDict(config.targets.similar.to_dict())
     said = []
     given = dict(strategies=["linear", "features"], seeds=1, say=said.append)
-    result = compare.compare(config, tmp_path, **given)
+    result = compare.compare_strategies(config, tmp_path, **given)
     at = tmp_path / "similar/1/seed0"
     trained = arrays(at / "linear")
     with np.load(at / "features/classifiers.npz") as kept:
@@ -302,7 +304,7 @@ def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
             ours = kept[f"pre_logits/{name}"]
             np.testing.assert_allclose(ours, trained[f"params/head/{name}"], atol=1e-5)
         assert np.abs(kept["pre_logits/bias"]).max() > 0.01  # from 0: it has learned
-    linear, features = (result.at("similar", 1.0, name)[0] for name in ("linear", "features"))
+    linear, features = (result.select("similar", 1.0, name)[0] for name in ("linear", "features"))
     assert linear.test == features.test
     summary = json.loads((at / "linear/summary.json").read_text())
     (found,) = features.layers.values()
@@ -320,9 +322,9 @@ def scaled():
 
 def test_an_own_network_is_scaled(scaled):
     planner = scaling.Planner(scaled)
-    base = planner.trial("base", scaling.Factors())
-    wide = planner.trial("width", scaling.Factors(width_mult=2.0))
-    large = planner.trial("resolution", scaling.Factors(resolution_mult=2.0))
+    base = planner.make_trial("base", scaling.ScalingFactors())
+    wide = planner.make_trial("width", scaling.ScalingFactors(width_mult=2.0))
+    large = planner.make_trial("resolution", scaling.ScalingFactors(resolution_mult=2.0))
     assert base.macs == 64 * (8 + 8 * 8) + 80
     assert wide.macs == 64 * (16 + 16 * 16) + 160
     assert (large.params, large.macs) == (base.params, 4 * 64 * (8 + 8 * 8) + 80)

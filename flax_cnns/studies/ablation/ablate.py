@@ -38,18 +38,18 @@ from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runtime import launch, output
 from flax_cnns.studies.ablation import forecast, plan
-from flax_cnns.studies.ablation.board import Board, Running
-from flax_cnns.studies.ablation.forecast import Size
-from flax_cnns.studies.ablation.plan import Cell
+from flax_cnns.studies.ablation.board import ProgressBoard, RunningCell
+from flax_cnns.studies.ablation.forecast import RowCost
+from flax_cnns.studies.ablation.plan import SweepCell
 from flax_cnns.train.progress import format_duration
 
 # ---------------------------------------------------------------------------- the work
 
 
-def work(
-    cells: Sequence[Cell],
-    shares: Sequence[child.Share],
-    sizes: Mapping[str, Size],
+def run_cells(
+    cells: Sequence[SweepCell],
+    shares: Sequence[child.DeviceSlot],
+    sizes: Mapping[str, RowCost],
     *,
     accept_changed_data: bool = False,
     metric: str = "accuracy",
@@ -67,22 +67,22 @@ def work(
     second signal they are killed. After SIGINT (Ctrl-C) this function ends with KeyboardInterrupt.
     """
     for cell in cells:  # complete, but nobody was there to write it
-        if (known := cell.read())["status"] == "complete":
-            cell.write(known)
+        if (known := cell.read_status())["status"] == "complete":
+            cell.write_status(known)
     console = console or make_console()
     _set_aside_changed_data(cells, sizes, accept_changed_data, console)
-    with _Signals() as signals, Board(cells, sizes, len(shares), console, metric) as board:
+    with _Signals() as signals, ProgressBoard(cells, sizes, len(shares), console, metric) as board:
         try:
-            _Crew(cells, shares, signals, board, accept_changed_data).go()
+            _Scheduler(cells, shares, signals, board, accept_changed_data).run()
         finally:
-            board.show()
+            board.update()
     if signals.interrupted:
         raise KeyboardInterrupt("interrupted; the same command goes on")
-    return dict(collections.Counter(cell.read()["status"] for cell in cells))
+    return dict(collections.Counter(cell.read_status()["status"] for cell in cells))
 
 
 def _set_aside_changed_data(
-    cells: Sequence[Cell], sizes: Mapping[str, Size], accept: bool, console: Console
+    cells: Sequence[SweepCell], sizes: Mapping[str, RowCost], accept: bool, console: Console
 ) -> None:
     """Renames the cells that began with other data, so that they run again. With `accept` they
     stay, and the change is recorded. Prints a line for each."""
@@ -91,24 +91,24 @@ def _set_aside_changed_data(
         if data is None or not workdirs.has_begun(cell.workdir):
             continue
         # None: another start of this ablation runs the cell, and has compared its data.
-        if (out := child.claim(cell.log)) is None:
+        if (out := child.lock_log(cell.log)) is None:
             continue
         with out:
-            if not (differs := workdirs.data_differences(cell.workdir, data)):
-                if facts := workdirs.read_facts(cell.workdir):
+            if not (differs := workdirs.find_data_differences(cell.workdir, data)):
+                if facts := workdirs.read_dataset_facts(cell.workdir):
                     workdirs.add_fingerprint(cell.workdir, {"fingerprint": data.fingerprint})
                 if "fingerprint" in facts:
-                    workdirs.move_data(cell.workdir, cell.config.data.dir)
+                    workdirs.record_moved_data(cell.workdir, cell.config.data.dir)
                 continue
             said = f"{cell.name}: its data changed: {fingerprints.shorten(differs)}; "
             if not accept:
                 said += f"it is renamed to {workdirs.set_aside(cell.workdir)} and runs again"
-                cell.forget()
+                cell.delete_status()
             else:
                 said += "it is kept, as --accept-changed-data asks"
-                if cell.read()["status"] == "complete":  # no child process will record it
+                if cell.read_status()["status"] == "complete":  # no child process will record it
                     change = workdirs.check_data(cell.workdir, data, accept=True, quiet=True)
-                    workdirs.accept_change(cell.workdir, change)
+                    workdirs.record_accepted_change(cell.workdir, change)
             console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -135,30 +135,32 @@ class _Signals:
         self.interrupted |= number == signal.SIGINT
 
 
-class _Crew:
+class _Scheduler:
     def __init__(
         self,
-        cells: Sequence[Cell],
-        shares: Sequence[child.Share],
+        cells: Sequence[SweepCell],
+        shares: Sequence[child.DeviceSlot],
         signals: _Signals,
-        board: Board,
+        board: ProgressBoard,
         accept: bool,
     ):
-        self.waiting = collections.deque(c for c in cells if not plan.done(c.read()["status"]))
+        self.waiting = collections.deque(
+            c for c in cells if not plan.is_final(c.read_status()["status"])
+        )
         self.free, self.signals, self.board = list(shares), signals, board
         self.accept = accept
-        self.running: list[Running] = []
+        self.running: list[RunningCell] = []
         self.elsewhere: set[str] = set()  # names of cells that another process runs
         self.look = 0.0  # when to look for more to start, and to show the time that is left
         self.tries: collections.Counter = collections.Counter()
         self.told = 0  # of the signals, so many
 
-    def go(self) -> None:
+    def run(self) -> None:
         try:
             while self.running or (self.waiting and not self.signals.asked):
                 if time.monotonic() > self.look:
                     self._begin()
-                    self.board.show(self.running, self.waiting)
+                    self.board.update(self.running, self.waiting)
                     self.look = time.monotonic() + 1
                 time.sleep(0.05)
                 self._pass_on()
@@ -176,53 +178,53 @@ class _Crew:
             if not self.free or self.signals.asked:
                 return
             cell.folder.mkdir(parents=True, exist_ok=True)
-            if (out := child.claim(cell.log)) is None:
+            if (out := child.lock_log(cell.log)) is None:
                 if cell.name not in self.elsewhere:
-                    self.board.say(f"{cell.name}: another process runs it")
+                    self.board.print(f"{cell.name}: another process runs it")
                 self.elsewhere.add(cell.name)
                 continue
             with out:
                 self.waiting.remove(cell)
-                if not plan.done(cell.read()["status"]):
+                if not plan.is_final(cell.read_status()["status"]):
                     self._start(cell, self.free.pop(0), out)
 
-    def _start(self, cell: Cell, share: child.Share, out: IO[bytes]) -> None:
-        known = cell.read()
+    def _start(self, cell: SweepCell, share: child.DeviceSlot, out: IO[bytes]) -> None:
+        known = cell.read_status()
         self.tries[cell.name] += 1
         known |= {"status": "interrupted", "attempts": known["attempts"] + 1, "error": ""}
-        cell.write(known)  # so it is, should nobody be there to write how it ended
+        cell.write_status(known)  # so it is, should nobody be there to write how it ended
         said = out.tell()
         accept = dict(accept_changed_data=self.accept)
         process = child.start(cell.config, cell.workdir, out, share, **accept)
-        self.running.append(Running(cell, share, process, said, time.monotonic(), known))
+        self.running.append(RunningCell(cell, share, process, said, time.monotonic(), known))
 
     def _pass_on(self) -> None:
         if self.told == self.signals.asked:
             return
         if not self.told:
-            self.board.say("asked to stop: what runs saves and leaves; asked again, it is killed")
+            self.board.print("asked to stop: what runs saves and leaves; asked again, it is killed")
         for one in self.running:
             one.process.send_signal(signal.SIGKILL if self.told else signal.SIGTERM)
         self.told = self.signals.asked
 
-    def _end(self, one: Running) -> None:
+    def _end(self, one: RunningCell) -> None:
         self.running.remove(one)
-        self.free.append(one.share)
+        self.free.append(one.slot)
         self.look = 0.0
         with contextlib.suppress(BrokenPipeError):  # it ended before it had read its job
             one.process.stdin.close()
         code, cell = one.process.returncode, one.cell
-        found = child.outcome(code, cell.log, one.said)
+        found = child.read_outcome(code, cell.log, one.log_start)
         if self.told and code == -signal.SIGKILL:  # we did
-            found = child.Outcome("interrupted")
-        seconds = one.known["seconds"] + time.monotonic() - one.began
+            found = child.ChildOutcome("interrupted")
+        seconds = one.previous["seconds"] + time.monotonic() - one.start_time
         ended = {"status": found.status, "error": found.error, "seconds": round(seconds, 3)}
-        cell.write(one.known | ended)
-        again = found.again and self.tries[cell.name] == 1
+        cell.write_status(one.previous | ended)
+        again = found.should_retry and self.tries[cell.name] == 1
         if again:
             self.waiting.appendleft(cell)
-        eta = self.board.show(self.running, self.waiting)
-        self.board.ended(cell, found, time.monotonic() - one.began, again, eta)
+        eta = self.board.update(self.running, self.waiting)
+        self.board.report_end(cell, found, time.monotonic() - one.start_time, again, eta)
 
 
 # ---------------------------------------------------------------------------- from plan to report
@@ -253,21 +255,21 @@ def ablate(
     _check_alone()
     workdirs.check_place(folder)
     made = plan.make_rows(config, sweep, folder)
-    cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
-    sizes = forecast.measure(cells)
+    cells = plan.select_cells(plan.make_cells(made, folder, seeds), rows=rows, index=index)
+    sizes = forecast.measure_rows(cells)
     metric = forecast.check_metric(metric, sizes)
-    shares = child.shares(jobs)
-    plan.record(folder, config, made, seeds, rows)
+    shares = child.make_device_slots(jobs)
+    plan.write_plan(folder, config, made, seeds, rows)
     interrupt = None
     try:
         given = dict(accept_changed_data=accept_changed_data, metric=metric)
-        found = work(cells, shares, sizes, **given)
+        found = run_cells(cells, shares, sizes, **given)
     except KeyboardInterrupt as error:
         interrupt = error
     # Of an array's tasks the last one writes it.
-    states = {cell.read()["status"] for cell in plan.make_cells(made, folder, seeds)}
+    states = {cell.read_status()["status"] for cell in plan.make_cells(made, folder, seeds)}
     if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
-        report(folder, interval=interval, metric=metric)
+        write_report(folder, interval=interval, metric=metric)
     if interrupt is not None:
         raise interrupt
     return found
@@ -287,25 +289,27 @@ def show_plan(
     """Prints what `ablate` would do, and what it will take; writes nothing. Raises `UserError`."""
     workdirs.check_place(folder)
     made = plan.make_rows(config, sweep, folder)
-    cells = plan.choose(plan.make_cells(made, folder, seeds), rows=rows, index=index)
-    sizes = forecast.measure(cells)
+    cells = plan.select_cells(plan.make_cells(made, folder, seeds), rows=rows, index=index)
+    sizes = forecast.measure_rows(cells)
     forecast.check_metric(metric, sizes)
-    shares = child.shares(jobs)
-    seconds, source = forecast.forecast(cells, sizes, shares[0])
+    shares = child.make_device_slots(jobs)
+    seconds, source = forecast.forecast_seconds(cells, sizes, shares[0])
     console = make_console(width=max(100, make_console().width))
-    console.print(forecast.plan_table(cells, sizes, seconds))
-    waiting = [seconds[c.row.name] for c in cells if not plan.done(c.read()["status"])]
+    console.print(forecast.make_plan_table(cells, sizes, seconds))
+    waiting = [seconds[c.row.name] for c in cells if not plan.is_final(c.read_status()["status"])]
     for cell in cells:
-        if differs := workdirs.data_differences(cell.workdir, sizes[cell.row.name].data):
+        if differs := workdirs.find_data_differences(cell.workdir, sizes[cell.row.name].data):
             differs = fingerprints.shorten(differs)
             print(f"{cell.name}: its data changed: {differs}; it will run again")
     print(
         f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
-        f"{format_duration(forecast.left(waiting, len(shares)))} left: told {source}"
+        f"{format_duration(forecast.compute_makespan(waiting, len(shares)))} left: told {source}"
     )
 
 
-def report(folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy") -> None:
+def write_report(
+    folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy"
+) -> None:
     """Writes the report of what is complete, and says where it is. Raises `UserError`."""
     folder = pathlib.Path(folder)
     if not (folder / "ablation.json").is_file():
@@ -313,7 +317,7 @@ def report(folder: str | os.PathLike, *, interval: str = "t", metric: str = "acc
     # Late: SciPy and matplotlib, which training does not need.
     from flax_cnns.studies.ablation import report as ablation_report
 
-    with plan.alone(folder):
+    with plan.lock_folder(folder):
         paths = ablation_report.write(folder, interval=interval, metric=metric)
     print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")
 

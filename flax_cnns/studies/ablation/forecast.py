@@ -20,62 +20,62 @@ from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import Parts
-from flax_cnns.runs.plan import rehearse
+from flax_cnns.runs.build import RunComponents
+from flax_cnns.runs.plan import dry_run
 from flax_cnns.studies import own_parts
-from flax_cnns.studies.ablation.plan import Cell, Row, done, recorded_rows
+from flax_cnns.studies.ablation.plan import SweepCell, SweepRow, is_final, read_recorded_rows
 from flax_cnns.train import metrics
 from flax_cnns.train.progress import format_duration
 
 
-class Size(NamedTuple):
+class RowCost(NamedTuple):
     """Of a row's run."""
 
     params: int
     macs: int  # of one image
-    images: int  # that it is trained on, each as often as it is seen
+    images_seen: int  # that it is trained on, each as often as it is seen
     data: fingerprints.Seen = fingerprints.Seen({})  # as it is now
     metrics: tuple[str, ...] = ()  # that its test logs
 
     @property
-    def work(self) -> float:
-        return float(self.macs) * self.images
+    def total_macs(self) -> float:
+        return float(self.macs) * self.images_seen
 
 
-def measure(cells: Sequence[Cell]) -> dict[str, Size]:
+def measure_rows(cells: Sequence[SweepCell]) -> dict[str, RowCost]:
     """The sizes by row. Computes shapes only, and prints what the data sets hold.
 
     Raises `UserError` for what a run would refuse before its first step: see `make_rows`."""
-    waiting = {cell.row.name for cell in cells if not done(cell.read()["status"])}
+    waiting = {cell.row.name for cell in cells if not is_final(cell.read_status()["status"])}
     sizes, sources, said = {}, {}, set()
-    recorded = recorded_rows(cells[0].folder.parent if cells else None)
+    recorded = read_recorded_rows(cells[0].folder.parent if cells else None)
     for row in {cell.row.name: cell.row for cell in cells}.values():
         try:
             begun = recorded.get(row.name) == row.overrides
             needed = sources if row.name in waiting else None
-            parts, steps = rehearse(row.config, needed, begun=begun)
+            components, steps = dry_run(row.config, needed, begun=begun)
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
-        for line in parts.dataset.describe():
+        for line in components.dataset.describe():
             if line not in said:
                 print(line)
                 said.add(line)
-        found = cost(parts.model, (1, *parts.dataset.image_shape), train=False)
+        found = cost(components.model, (1, *components.dataset.image_shape), train=False)
         images = steps * row.config.data.batch_size
-        seen, logged = parts.dataset.seen, tuple(_metrics(parts))
-        sizes[row.name] = Size(found.params, found.macs, images, seen, logged)
+        seen, logged = components.dataset.seen, tuple(_metrics(components))
+        sizes[row.name] = RowCost(found.params, found.macs, images, seen, logged)
     return sizes
 
 
-def _metrics(parts: Parts) -> list[str]:
+def _metrics(components: RunComponents) -> list[str]:
     """What the test of a run logs: none without a test split."""
-    if "test" not in parts.dataset.splits:
+    if "test" not in components.dataset.splits:
         return []
-    own = parts.own.metrics
-    return metrics.list_names(parts.num_classes, task=parts.dataset.task, own_metrics=own)
+    own = components.own_parts.metrics
+    return metrics.list_names(components.num_classes, task=components.dataset.task, own_metrics=own)
 
 
-def check_metric(metric: str, sizes: Mapping[str, Size]) -> str:
+def check_metric(metric: str, sizes: Mapping[str, RowCost]) -> str:
     """The name of a metric, without "test/". Raises `UserError` for one that a row's test will not
     log."""
     name = metric.removeprefix("test/")
@@ -86,40 +86,42 @@ def check_metric(metric: str, sizes: Mapping[str, Size]) -> str:
     return name
 
 
-def estimate(sizes: Mapping[str, Size], cells: Iterable[Cell]) -> dict[str, float]:
+def estimate_seconds(sizes: Mapping[str, RowCost], cells: Iterable[SweepCell]) -> dict[str, float]:
     """Seconds of a cell of each row: what its complete ones took, else what those of all rows took,
     by MACs and images. {} where none is complete."""
     seconds = collections.defaultdict(list)
     for cell in cells:
-        known = cell.read()
+        known = cell.read_status()
         if known["status"] == "complete" and known["seconds"] and cell.row.name in sizes:
             seconds[cell.row.name].append(known["seconds"])
     if not seconds:
         return {}
-    work = sum(len(took) * sizes[name].work for name, took in seconds.items())
+    work = sum(len(took) * sizes[name].total_macs for name, took in seconds.items())
     pace = sum(map(sum, seconds.values())) / work
     return {
-        name: float(np.mean(seconds[name])) if name in seconds else pace * size.work
+        name: float(np.mean(seconds[name])) if name in seconds else pace * size.total_macs
         for name, size in sizes.items()
     }
 
 
-TIMED = 20  # steps
+TIMING_STEPS = 20  # steps
 
 
-def time_steps(row: Row, share: child.Share) -> tuple[float, float]:
+def time_steps(row: SweepRow, share: child.DeviceSlot) -> tuple[float, float]:
     """(seconds of an image in training, seconds of everything else), by a run of a few steps."""
     config = ConfigDict(row.config.to_dict())
     config.schedule.update(dict(name="constant", warmup="0 steps"))
-    config.train.update(dict(duration=f"{TIMED} steps", eval_every="0 steps", early_stopping=0))
+    config.train.update(
+        dict(duration=f"{TIMING_STEPS} steps", eval_every="0 steps", early_stopping=0)
+    )
     config.checkpoint.every = "0 steps"
-    named, config.train.callbacks = own_parts.names(config), ()  # which may write files
-    own_parts.forget(config, named - own_parts.names(config))
+    named, config.train.callbacks = own_parts.find_names(config), ()  # which may write files
+    own_parts.remove_fields(config, named - own_parts.find_names(config))
     config = configs.reset_inert_fields(config)
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
         began = time.perf_counter()
-        with child.claim(log) as out:
+        with child.lock_log(log) as out:
             process = child.start(config, workdir, out, share)
         try:
             code = process.wait()
@@ -129,36 +131,39 @@ def time_steps(row: Row, share: child.Share) -> tuple[float, float]:
             raise
         seconds = time.perf_counter() - began
         if code:
-            raise UserError(f"row {row.name}: {child.outcome(code, log).error}")
+            raise UserError(f"row {row.name}: {child.read_outcome(code, log).error}")
         image = 1 / workdirs.read_json(workdir / "summary.json")["images_per_second"]
-    return image, max(0.0, seconds - TIMED * config.data.batch_size * image)
+    return image, max(0.0, seconds - TIMING_STEPS * config.data.batch_size * image)
 
 
-def forecast(
-    cells: Sequence[Cell], sizes: Mapping[str, Size], share: child.Share
+def forecast_seconds(
+    cells: Sequence[SweepCell], sizes: Mapping[str, RowCost], share: child.DeviceSlot
 ) -> tuple[dict[str, float], str]:
     """(seconds of a cell of each row, what that was told from). Where no cell is complete a few
     steps of the first row are timed."""
-    if seconds := estimate(sizes, cells):
+    if seconds := estimate_seconds(sizes, cells):
         return seconds, "from complete cells; for a row that has none by MACs and images"
     row = cells[0].row
     image, rest = time_steps(row, share)
     pace = image / max(sizes[row.name].macs, 1)
-    seconds = {name: rest + pace * size.work for name, size in sizes.items()}
-    return seconds, f"from {TIMED} steps of {row.name}, by MACs and images; validations left out"
+    seconds = {name: rest + pace * size.total_macs for name, size in sizes.items()}
+    return (
+        seconds,
+        f"from {TIMING_STEPS} steps of {row.name}, by MACs and images; validations left out",
+    )
 
 
-def plan_table(
-    cells: Sequence[Cell], sizes: Mapping[str, Size], seconds: Mapping[str, float]
+def make_plan_table(
+    cells: Sequence[SweepCell], sizes: Mapping[str, RowCost], seconds: Mapping[str, float]
 ) -> Table:
     """Rows with what they cost and how many of their cells are complete."""
     table = Table()
     for column in ("row", "parameters", "MACs", "images seen", "complete", "a cell", "left"):
         table.add_column(column, justify="left" if column == "row" else "right")
-    done = count(cells)
+    done = count_cells(cells)
     for name, size in sizes.items():
         left = (done[name, None] - done[name, "complete"]) * seconds[name]
-        counts = (f"{size.params:,}", f"{size.macs / 1e6:.2f} M", f"{size.images:,}")
+        counts = (f"{size.params:,}", f"{size.macs / 1e6:.2f} M", f"{size.images_seen:,}")
         complete = f"{done[name, 'complete']}/{done[name, None]}"
         table.add_row(
             name, *counts, complete, format_duration(seconds[name]), format_duration(left)
@@ -166,7 +171,7 @@ def plan_table(
     return table
 
 
-def left(seconds: Iterable[float], jobs: int) -> float:
+def compute_makespan(seconds: Iterable[float], jobs: int) -> float:
     """Seconds until all are done, each begun in turn where one of so many is free."""
     ends = [0.0] * jobs
     for one in seconds:
@@ -174,7 +179,9 @@ def left(seconds: Iterable[float], jobs: int) -> float:
     return max(ends)
 
 
-def count(cells: Iterable[Cell]) -> collections.Counter:
+def count_cells(cells: Iterable[SweepCell]) -> collections.Counter:
     """Of each row its cells, (name, None), and those of each status, (name, status)."""
-    keys = [(cell.row.name, status) for cell in cells for status in (None, cell.read()["status"])]
+    keys = [
+        (cell.row.name, status) for cell in cells for status in (None, cell.read_status()["status"])
+    ]
     return collections.Counter(keys)

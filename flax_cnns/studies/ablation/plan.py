@@ -19,19 +19,19 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.studies import own_parts
 
 # Beside the rows' directories.
-FILES = ("ablation.json", "report.md", "report.csv", "forest.png", "curves.png")
+FOLDER_FILES = ("ablation.json", "report.md", "report.csv", "forest.png", "curves.png")
 
-OPAQUE = "an ablation runs in child processes"
+WHY_NO_OBJECTS = "an ablation runs in child processes"
 
 
-class Row(NamedTuple):
+class SweepRow(NamedTuple):
     name: str
     overrides: dict[str, Any]  # by the paths of fields, as JSON has them
     config: ConfigDict  # the base with these
 
 
-class Cell(NamedTuple):
-    row: Row
+class SweepCell(NamedTuple):
+    row: SweepRow
     seed: int  # from 0
     folder: pathlib.Path  # of its row
 
@@ -51,9 +51,9 @@ class Cell(NamedTuple):
     def config(self) -> ConfigDict:
         config = ConfigDict(self.row.config.to_dict())
         config.seed += self.seed
-        return workdirs.reset_if_new(config, self.workdir)
+        return workdirs.reset_inert_if_new(config, self.workdir)
 
-    def read(self) -> dict[str, Any]:
+    def read_status(self) -> dict[str, Any]:
         """What is known of it; the status is "missing" where it was never started."""
         known = {"status": "missing", "attempts": 0, "error": "", "seconds": 0.0}
         path = self.folder / f"seed{self.seed}.json"
@@ -67,10 +67,10 @@ class Cell(NamedTuple):
         gone = known["status"] == "complete" or not (failed or self.workdir.exists())
         return known | {"status": "missing"} if gone else known
 
-    def write(self, known: Mapping[str, Any]) -> None:
+    def write_status(self, known: Mapping[str, Any]) -> None:
         files.write_json(self.folder / f"seed{self.seed}.json", known)
 
-    def forget(self) -> None:
+    def delete_status(self) -> None:
         """Deletes the status of a run that is no longer there."""
         (self.folder / f"seed{self.seed}.json").unlink(missing_ok=True)
 
@@ -91,16 +91,16 @@ def make_rows(
     config: ConfigDict,
     sweep: Iterable[tuple[str, Mapping[str, Any]]],
     folder: str | os.PathLike | None = None,
-) -> list[Row]:
+) -> list[SweepRow]:
     """The rows of a sweep on a config, for `folder`. Raises `UserError` for a name that cannot be a
     directory's or is there twice, for an override that names no field, for a value of the wrong
     kind, for an object that child processes cannot have, and for what `config.check_new_run`
     refuses.
     """
     configs.validate(config)
-    own_parts.refuse_opaque(config, OPAQUE)
-    rows: dict[str, Row] = {}
-    recorded, notes = recorded_rows(folder), []
+    own_parts.refuse_opaque(config, WHY_NO_OBJECTS)
+    rows: dict[str, SweepRow] = {}
+    recorded, notes = read_recorded_rows(folder), []
     for pair in sweep:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not _is_row(*pair):
             raise UserError(f"sweep(): expected (name, {{field: value, ...}}), got {pair!r}")
@@ -110,19 +110,19 @@ def make_rows(
                 f"sweep(): {name!r} is no name for a row, which is a directory's: letters, digits"
                 " and _ . , + = - alone"
             )
-        if name in FILES:
+        if name in FOLDER_FILES:
             raise UserError(f"sweep(): {name!r} is no name for a row: a file of the folder has it")
         if name in rows:
             raise UserError(f"sweep(): two rows have the name {name!r}")
         try:
-            changed = override(config, overrides)
+            changed = apply_overrides(config, overrides)
             configs.validate(changed)
-            own_parts.refuse_opaque(changed, OPAQUE)
+            own_parts.refuse_opaque(changed, WHY_NO_OBJECTS)
             begun = recorded.get(name) == configs.to_plain(dict(overrides))
             configs.check_new_run(changed, folder, begun=begun, say=notes.append)
         except UserError as error:
             raise UserError(f"row {name}: {error}") from None
-        rows[name] = Row(name, configs.to_plain(dict(overrides)), changed)
+        rows[name] = SweepRow(name, configs.to_plain(dict(overrides)), changed)
     if not rows:
         raise UserError("sweep(): expected a row or more, got none")
     for note in dict.fromkeys(notes):
@@ -130,7 +130,7 @@ def make_rows(
     return list(rows.values())
 
 
-def recorded_rows(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
+def read_recorded_rows(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
     """The overrides, by row, of the ablation in a folder; {} if there is none, or a damaged one."""
     with contextlib.suppress(UserError, TypeError, KeyError):
         rows = workdirs.read_json(pathlib.Path(folder or "", "ablation.json"))["rows"]
@@ -143,7 +143,7 @@ def _is_row(name: Any, overrides: Any) -> bool:
     return named and all(isinstance(field, str) for field in overrides)
 
 
-def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. Fields
     that these switch off, such as sgd's momentum under another optimizer, get their defaults, and
     those of an own part that is no longer named go. Raises `UserError` for an unknown field; those
@@ -152,7 +152,7 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     # A field that could not act before, or that the row sets, is a mistake: it must be refused.
     keep = {*configs.find_inert_fields(config), *given}
     config = ConfigDict(config.to_dict())
-    parts = own_parts.names(config)
+    parts = own_parts.find_names(config)
     for path, value in given.items():
         if path == "seed":
             raise UserError("seed: every row has the same ones; --seeds says how many")
@@ -160,23 +160,25 @@ def override(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         if path not in configs.FIELDS and not of_own:
             raise UserError(f"unknown field {path!r}{did_you_mean(path, configs.FIELDS)}")
         configs.set_config_field(config, path, value)
-    gone = parts - own_parts.names(config)
-    own_parts.forget(config, {n for n in gone if not any(p.startswith(f"own.{n}.") for p in given)})
+    gone = parts - own_parts.find_names(config)
+    own_parts.remove_fields(
+        config, {n for n in gone if not any(p.startswith(f"own.{n}.") for p in given)}
+    )
     return configs.reset_inert_fields(config, keep)
 
 
-def make_cells(rows: Sequence[Row], folder: str | os.PathLike, seeds: int) -> list[Cell]:
+def make_cells(rows: Sequence[SweepRow], folder: str | os.PathLike, seeds: int) -> list[SweepCell]:
     """Every row with seed 0, then every row with seed 1: what is complete is soon comparable, and
     with more seeds a cell's number stays its own."""
     if seeds < 1:
         raise UserError(f"--seeds: expected one or more, got {seeds}")
     folder = pathlib.Path(folder)
-    return [Cell(row, seed, folder / row.name) for seed in range(seeds) for row in rows]
+    return [SweepCell(row, seed, folder / row.name) for seed in range(seeds) for row in rows]
 
 
-def choose(
-    cells: Sequence[Cell], *, rows: Sequence[str] = (), index: int | None = None
-) -> list[Cell]:
+def select_cells(
+    cells: Sequence[SweepCell], *, rows: Sequence[str] = (), index: int | None = None
+) -> list[SweepCell]:
     """Those of some rows, by name, or the one of a number, from 0. Raises `UserError`."""
     known = list(dict.fromkeys(cell.row.name for cell in cells))
     for name in rows:
@@ -192,7 +194,7 @@ def choose(
 
 
 @contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
+def lock_folder(folder: pathlib.Path) -> Iterator[None]:
     """One process at a time, others wait: the tasks of an array share a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,10 +207,10 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def record(
+def write_plan(
     folder: str | os.PathLike,
     config: ConfigDict,
-    rows: Sequence[Row],
+    rows: Sequence[SweepRow],
     seeds: int,
     names: Sequence[str] = (),
 ) -> None:
@@ -218,7 +220,7 @@ def record(
     folder = pathlib.Path(folder)
     named = [row for row in rows if not names or row.name in names or row is rows[0]]
     ours, order = _plan(config, named, seeds), [row.name for row in rows]
-    with alone(folder):
+    with lock_folder(folder):
         path = folder / "ablation.json"
         merged = _merge(folder, ours, workdirs.read_json(path)) if path.is_file() else ours
         merged["rows"].sort(key=lambda row: [*order, row["name"]].index(row["name"]))
@@ -226,7 +228,7 @@ def record(
             files.write_json(path, merged)
 
 
-def _plan(config: ConfigDict, rows: Sequence[Row], seeds: int) -> dict[str, Any]:
+def _plan(config: ConfigDict, rows: Sequence[SweepRow], seeds: int) -> dict[str, Any]:
     named = [{"name": row.name, "overrides": row.overrides} for row in rows]
     plain = configs.to_plain(config)
     return {"config": plain, "baseline": rows[0].name, "seeds": seeds, "rows": named}
@@ -259,6 +261,6 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     return ours | {"seeds": seeds, "rows": [*ours["rows"], *gone]}
 
 
-def done(status: str) -> bool:
+def is_final(status: str) -> bool:
     """Whether another start leaves a cell as it is."""
     return status in ("complete", "diverged")

@@ -25,23 +25,23 @@ from flax_cnns.files import write_text
 from flax_cnns.names import escape_unprintable
 from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.ablation.reading import (
-    Row,
-    changed_sources,
-    check_logged,
-    count_data,
+    RowResults,
+    check_metric_logged,
+    count_datasets,
+    count_params_and_macs,
+    find_changed_sources,
     read_cells,
     read_plan,
-    size,
-    with_metric,
+    require_metric,
 )
 
-LEVEL = 0.05  # of a corrected p-value below which a difference is printed bold
+ALPHA = 0.05  # of a corrected p-value below which a difference is printed bold
 
 
-class Told(NamedTuple):
+class RowSummary(NamedTuple):
     """A line of the tables; NaN or None where nothing is known."""
 
-    row: Row
+    row: RowResults
     value: Interval  # of the metric
     error: Interval  # 1 less the metric, for shares
     difference: Difference | None  # None: the baseline
@@ -53,10 +53,10 @@ class Told(NamedTuple):
     metric: Metric = Metric("accuracy")
 
     @property
-    def bold(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the difference stands out: its interval leaves zero out, as printed too, and the
         corrected p-value is small."""
-        if self.difference is None or not self.p_holm < LEVEL:
+        if self.difference is None or not self.p_holm < ALPHA:
             return False
         found, rounded = self.difference.interval, self.metric.round
         return found._replace(low=rounded(found.low), high=rounded(found.high)).excludes_zero
@@ -75,15 +75,15 @@ def write(
     folder, name = pathlib.Path(folder), metric.removeprefix("test/")
     plan = read_plan(folder)
     rows = [
-        Row(one["name"], one["overrides"], read_cells(folder / one["name"], plan["seeds"]))
+        RowResults(one["name"], one["overrides"], read_cells(folder / one["name"], plan["seeds"]))
         for one in plan["rows"]
     ]
-    if not any(row.complete for row in rows):
+    if not any(row.records for row in rows):
         states = collections.Counter(cell.status for row in rows for cell in row.cells.values())
         counts = ", ".join(f"{n} {status}" for status, n in sorted(states.items()))
         raise UserError(f"{folder}: no cell is complete ({counts}): there is nothing to report")
-    check_logged(rows, name, folder)
-    rows = [with_metric(row, name) for row in rows]
+    check_metric_logged(rows, name, folder)
+    rows = [require_metric(row, name) for row in rows]
     values = [value for row in rows for value in row.values(f"test/{name}").values()]
     of = make_metric(name, values)
     told = _tell(rows, plan["baseline"], interval, of)
@@ -98,7 +98,9 @@ def write(
 # ---------------------------------------------------------------------------- numbers
 
 
-def _tell(rows: Sequence[Row], baseline: str, method: str, metric: Metric) -> list[Told]:
+def _tell(
+    rows: Sequence[RowResults], baseline: str, method: str, metric: Metric
+) -> list[RowSummary]:
     test = f"test/{metric.name}"
     reference = next((row.values(test) for row in rows if row.name == baseline), {})
     differences = [
@@ -111,16 +113,16 @@ def _tell(rows: Sequence[Row], baseline: str, method: str, metric: Metric) -> li
     told = []
     for row, difference, p_holm in zip(rows, differences, corrected):
         values, fit = row.values(test), row.values(f"fit/{metric.name}")
-        done = row.complete.values()
+        done = row.records.values()
         told.append(
-            Told(
+            RowSummary(
                 row,
                 statistics.mean(list(values.values()), method=method),
                 statistics.mean([1 - value for value in values.values()], method=method),
                 difference,
                 p_holm,
                 _mean(fit[s] - values[s] for s in fit),
-                next((found for record in done if (found := size(record))), None),
+                next((found for record in done if (found := count_params_and_macs(record))), None),
                 _mean(record.seconds_per_step for record in done),
                 _mean(record.seconds for record in done),
                 metric,
@@ -143,7 +145,7 @@ _COLUMNS |= {"difference", "pairs", "p", "p_holm", "gap", "parameters", "macs"}
 _COLUMNS |= {"seconds_per_step", "seconds"}
 
 
-def _csv(told: Sequence[Told], number: int, metric: Metric) -> str:
+def _csv(told: Sequence[RowSummary], number: int, metric: Metric) -> str:
     """Shares of 1, not per cent; empty where nothing is known; a column for each seed's value."""
     table, column = [], f"test_{metric.name}" if metric.name in _COLUMNS else metric.name
     for one in told:
@@ -169,7 +171,7 @@ def _csv(told: Sequence[Told], number: int, metric: Metric) -> str:
 
 
 def _markdown(
-    told: Sequence[Told],
+    told: Sequence[RowSummary],
     plan: dict[str, Any],
     method: str,
     metric: Metric,
@@ -212,7 +214,9 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
-def _notes(told: Sequence[Told], plan: dict[str, Any], method: str, metric: Metric) -> list[str]:
+def _notes(
+    told: Sequence[RowSummary], plan: dict[str, Any], method: str, metric: Metric
+) -> list[str]:
     rows, tests = [one.row for one in told], sum(not math.isnan(one.p_holm) for one in told)
     kind = (
         "Student's t over the seeds"
@@ -223,7 +227,7 @@ def _notes(told: Sequence[Told], plan: dict[str, Any], method: str, metric: Metr
     notes = [
         f"In brackets: 95 % intervals, {kind}. Differences to the baseline are paired by seed, over"
         f" the seeds that both have; p is that of the paired t-test, Holm's corrects for {tests}"
-        f" tests. Bold: zero is outside the interval, and the corrected p is below {LEVEL}. No"
+        f" tests. Bold: zero is outside the interval, and the corrected p is below {ALPHA}. No"
         " brackets: one seed, or equal values in all, which tell nothing of the spread.",
         "",
         f"Means over the complete seeds: train − test is the {metric.name} on the training examples"
@@ -235,24 +239,24 @@ def _notes(told: Sequence[Told], plan: dict[str, Any], method: str, metric: Metr
             "",
             f"A positive difference is more {metric.name}, whether that is better or not.",
         ]
-    if short := [one.row for one in told if one.row.without]:
-        named = "; ".join(f"{row.name} ({row.without})" for row in short)
+    if short := [one.row for one in told if one.row.why_incomplete]:
+        named = "; ".join(f"{row.name} ({row.why_incomplete})" for row in short)
         notes += ["", f"Not all seeds are complete: {named}."]
-    if not any(one.row.complete for one in told if one.row.name == plan["baseline"]):
+    if not any(one.row.records for one in told if one.row.name == plan["baseline"]):
         notes += ["", "No seed of the baseline is complete: there are no differences yet."]
-    if count_data(rows, plan) > 1:
+    if count_datasets(rows, plan) > 1:
         notes += [
             "",
             "**Not all cells have seen the same data**: they changed between the runs.",
         ]
         notes += ["The same command without --rows and --index runs the older cells again."]
-    if changed := changed_sources(rows):
+    if changed := find_changed_sources(rows):
         named = ", ".join(f"`{name}`" for name in changed)
         notes += ["", f"**Not all cells ran the same code**: the source of {named} changed."]
     return notes
 
 
-def _line(one: Told) -> list[str]:
+def _line(one: RowSummary) -> list[str]:
     row, apart, metric = one.row, one.difference, one.metric
     parameters, macs = one.size or (None, None)
     difference = "baseline" if apart is None else _interval(apart.interval, metric, "+")
@@ -260,10 +264,11 @@ def _line(one: Told) -> list[str]:
         difference += f" ({apart.interval.n} pairs)"
     return [
         row.name,
-        f"{one.value.n} of {len(row.cells)}" + (f" ({row.without})" if row.without else ""),
+        f"{one.value.n} of {len(row.cells)}"
+        + (f" ({row.why_incomplete})" if row.why_incomplete else ""),
         _interval(one.value, metric),
         *([_interval(one.error, metric)] if metric.is_share else []),
-        f"**{difference}**" if one.bold else difference,
+        f"**{difference}**" if one.is_significant else difference,
         _p(math.nan if apart is None else apart.p),
         _p(one.p_holm),
         "-" if one.gap is None else metric.write(one.gap, "+"),
@@ -288,7 +293,9 @@ def _p(p: float) -> str:
 # ---------------------------------------------------------------------------- pictures
 
 
-def _forest(told: Sequence[Told], plan: dict[str, Any], metric: Metric, png: pathlib.Path) -> None:
+def _forest(
+    told: Sequence[RowSummary], plan: dict[str, Any], metric: Metric, png: pathlib.Path
+) -> None:
     baseline = next((one for one in told if one.row.name == plan["baseline"]), None)
     effects, test, factor = [], f"test/{metric.name}", metric.factor
     for one in told:
@@ -299,7 +306,7 @@ def _forest(told: Sequence[Told], plan: dict[str, Any], metric: Metric, png: pat
         ours = one.row.values(test)
         theirs = baseline.row.values(test) if baseline else {}
         pairs = [factor * (ours[s] - theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
-        without = f" ({one.row.without})" if one.row.without else ""
+        without = f" ({one.row.why_incomplete})" if one.row.why_incomplete else ""
         effects.append(forest.ForestRow(one.row.name, points, pairs, f"no complete pair{without}"))
     title = f"against {plan['baseline']}"
     if baseline and baseline.value.n:
@@ -315,10 +322,10 @@ def _forest(told: Sequence[Told], plan: dict[str, Any], metric: Metric, png: pat
     )
 
 
-def _curves(rows: Sequence[Row], baseline: str, metric: Metric, png: pathlib.Path) -> None:
+def _curves(rows: Sequence[RowResults], baseline: str, metric: Metric, png: pathlib.Path) -> None:
     """Against the images seen, since batch sizes may differ; of the training batches, as they are
     augmented and mixed, where most runs validate too seldom for a curve."""
-    logs = [record for row in rows for record in row.complete.values()]
+    logs = [record for row in rows for record in row.records.values()]
 
     def points(split: str) -> float:
         return float(
@@ -332,7 +339,7 @@ def _curves(rows: Sequence[Row], baseline: str, metric: Metric, png: pathlib.Pat
     drawn = {}
     for row in rows:
         drawn[row.name] = []
-        for record in row.complete.values():
+        for record in row.records.values():
             steps, values = record.series(f"{split}/{metric.name}")
             if not often:
                 steps, values = _windows(steps), _windows(values)

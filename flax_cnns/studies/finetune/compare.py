@@ -33,10 +33,10 @@ from flax_cnns.runtime import output
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.studies import own_parts
 from flax_cnns.studies.finetune import probe
-from flax_cnns.studies.finetune.strategies import COPY, STRATEGIES, Phase, Task, make_task
+from flax_cnns.studies.finetune.strategies import COPY_OPTIONS, STRATEGIES, Phase, Task, make_task
 
 
-class Record(NamedTuple):
+class StrategyRecord(NamedTuple):
     """What one strategy reached once."""
 
     target: str
@@ -50,15 +50,15 @@ class Record(NamedTuple):
     layers: dict[str, Any]  # of classifiers on several layers
 
 
-class Result(NamedTuple):
+class StrategyComparison(NamedTuple):
     source: str
     targets: tuple[str, ...]
     fractions: tuple[float, ...]  # rising
     strategies: tuple[str, ...]
     seeds: int
-    records: list[Record]
+    records: list[StrategyRecord]
 
-    def at(self, target: str, fraction: float, strategy: str) -> list[Record]:
+    def select(self, target: str, fraction: float, strategy: str) -> list[StrategyRecord]:
         wanted = target, fraction, strategy
         return [r for r in self.records if (r.target, r.fraction, r.strategy) == wanted]
 
@@ -85,7 +85,7 @@ def _check_new(config: ConfigDict, folder: pathlib.Path, say: Callable[[str], No
         say(note)
 
 
-def validate(config: ConfigDict) -> None:
+def validate_config(config: ConfigDict) -> None:
     """Raises `UserError` where `config` is not as configs/finetune/*.py make it."""
     wanted = {"source", "targets", "strategy"} | (set() if config.get("source") else {"pretrain"})
     for name in wanted - set(config):
@@ -104,7 +104,7 @@ def validate(config: ConfigDict) -> None:
 
 
 @output.safe()
-def compare(
+def compare_strategies(
     config: ConfigDict,
     folder: str | os.PathLike,
     *,
@@ -113,7 +113,7 @@ def compare(
     seeds: int = 3,
     accept_changed_data: bool = False,
     say: Callable[[str], None] = print,
-) -> Result:
+) -> StrategyComparison:
     """Every strategy on every target with every fraction of its training examples, `seeds` times.
 
     Each seed draws initialization, order, the examples of the fraction, and the validation split,
@@ -122,8 +122,8 @@ def compare(
     complete run, except those whose data changed: these are renamed to old-data-1-STRATEGY and run
     again. With `accept_changed_data` they are kept. Raises `UserError`.
     """
-    validate(config)
-    chosen = choose(strategies)
+    validate_config(config)
+    chosen = select_strategies(strategies)
     fractions = tuple(sorted(set(fractions)))
     if not fractions or seeds < 1:
         raise UserError("expected one fraction and one seed at least")
@@ -147,7 +147,7 @@ def compare(
     for name, task in tasks.items():
         size, smallest = task.config.data.batch_size, round(fractions[0] * task.examples)
         note = batch_note(size, smallest) if size <= task.examples else ""
-        for line in (*task.held, *([f"note: {note}"] if note else [])):
+        for line in (*task.description, *([f"note: {note}"] if note else [])):
             say(f"targets.{name}: {line}")
     chosen = _possible(chosen, strategies, tasks, say)
     for name, task in tasks.items():
@@ -175,10 +175,10 @@ def compare(
             for seed in range(seeds):
                 records += runner.cell(target, task, fraction, seed, chosen)
                 jax.clear_caches()  # dozens of programs, none of which comes again
-    return Result(source, tuple(targets), fractions, chosen, seeds, records)
+    return StrategyComparison(source, tuple(targets), fractions, chosen, seeds, records)
 
 
-def choose(names: Sequence[str]) -> tuple[str, ...]:
+def select_strategies(names: Sequence[str]) -> tuple[str, ...]:
     """Names of strategies in the table's order; "all" is every one. Raises `UserError`."""
     for name in names:
         if name not in STRATEGIES and name != "all":
@@ -195,12 +195,12 @@ def _possible(
 ) -> tuple[str, ...]:
     """Without the classifiers on features where these cannot be: of "all" they are left out, with
     a line. Raises `UserError` where one was asked for by name."""
-    target = next((name for name, task in tasks.items() if task.no_features), None)
+    target = next((name for name, task in tasks.items() if task.why_no_features), None)
     if target is None:
         return chosen
     task = tasks[target]
     out = _on_features(chosen, task)
-    why = task.no_features.format(target=f"targets.{target}")
+    why = task.why_no_features.format(target=f"targets.{target}")
     if asked := [name for name in out if name in named]:
         raise UserError(f"--strategies: leave out {', '.join(asked)}: {why}")
     if out:
@@ -262,7 +262,7 @@ class _Runner:
 
     def cell(
         self, target: str, task: Task, fraction: float, seed: int, strategies: Sequence[str]
-    ) -> list[Record]:
+    ) -> list[StrategyRecord]:
         """All strategies on the same examples."""
         config = ConfigDict(task.config.to_dict())
         config.data.fraction = float(fraction)
@@ -274,7 +274,7 @@ class _Runner:
 
     def _strategy(
         self, target: str, task: Task, fraction: float, seed: int, name: str, folder: pathlib.Path
-    ) -> Record:
+    ) -> StrategyRecord:
         at = f"{target}, {fraction:g} of the examples, seed {seed}, {name}"
         began = time.perf_counter()
         try:
@@ -292,10 +292,10 @@ class _Runner:
         if self.accept:
             seen = fingerprints.Seen(task.fingerprint)
             runs = {path.parent for path in (folder / name).rglob("dataset.json")}
-            if any(workdirs.data_differences(one, seen) for one in runs):
+            if any(workdirs.find_data_differences(one, seen) for one in runs):
                 said += "; trained on the data before they changed"
         self.say(said)
-        return Record(
+        return StrategyRecord(
             target=target,
             fraction=fraction,
             images=round(fraction * task.examples),
@@ -318,8 +318,8 @@ class _Runner:
             new |= not (workdir / "summary.json").is_file()
             if previous:
                 everything = ((r"(.*)", r"\1"),)
-                phase.config.graft.update(source=previous, rules=everything, **COPY)
-            kept = (*task.parts, probe.LAST)
+                phase.config.graft.update(source=previous, rules=everything, **COPY_OPTIONS)
+            kept = (*task.parts, probe.LAST_LAYER)
             summary = _train(phase, workdir, kept, self.accept, task.fingerprint)
             seconds += _training_seconds(summary, phase.config)
             previous = f"{workdir}@latest"
@@ -334,14 +334,14 @@ def _train(
     fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The phase's summary. Beside its directory are what it printed, `.txt`, and the features."""
-    phase = phase._replace(config=workdirs.reset_if_new(phase.config, workdir))
+    phase = phase._replace(config=workdirs.reset_inert_if_new(phase.config, workdir))
     workdir.parent.mkdir(parents=True, exist_ok=True)
     data = dict(accept_changed_data=accept, fingerprint=fingerprint)
     layers, cache = phase.layers, workdir.parent / "features.npz"
     try:
         with open_log(workdir.with_suffix(".txt")) as log, contextlib.redirect_stdout(log):
             if layers:
-                summary = probe.probe(
+                summary = probe.run_probe(
                     phase.config, workdir, layers, every_layer=kept, cache=cache, **data
                 )
             else:

@@ -32,16 +32,16 @@ from flax_cnns.data import augment, mix, pipeline
 from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import Parts, assemble
-from flax_cnns.runs.train import check_complete
+from flax_cnns.runs.build import RunComponents, build_components
+from flax_cnns.runs.train import check_complete_run
 from flax_cnns.train import losses, metrics, optimizers, regularizers, schedules
 from flax_cnns.types import Array, PyTree
 
-LAST = "pre_logits"  # what the network gives without its classifier
+LAST_LAYER = "pre_logits"  # what the network gives without its classifier
 Features = dict[str, dict[str, np.ndarray]]  # split -> {"labels": i32 [N], layer: f32 [N C]}
 
 
-def probe(
+def run_probe(
     config: ConfigDict,
     workdir: str | os.PathLike,
     layers: Sequence[str],
@@ -65,30 +65,30 @@ def probe(
     with workdirs.open_workdir(workdir, primary=True) as opened:
         workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
         if (workdir / "summary.json").is_file():
-            check_complete(config, workdir, fingerprint, accept_changed_data)
+            check_complete_run(config, workdir, fingerprint, accept_changed_data)
             return workdirs.read_json(workdir / "summary.json")
-        parts = assemble(config)
+        components = build_components(config)
         files.write_json(workdir / "config.json", resolved)
-        files.write_json(workdir / "dataset.json", parts.dataset.as_dict())
-        shape = (1, *parts.dataset.image_shape)
-        order = [layer.path for layer in cost(parts.model, shape, train=False).layers]
-        variables = parts.fresh_variables()
+        files.write_json(workdir / "dataset.json", components.dataset.as_dict())
+        shape = (1, *components.dataset.image_shape)
+        order = [layer.path for layer in cost(components.model, shape, train=False).layers]
+        variables = components.init_variables()
         if config.graft.source:
             variables, report = graft_config(config.graft, variables, order)
             print(report)
         wanted = list(dict.fromkeys([*every_layer, *layers]))
-        found, passing = cached_features(parts, variables, wanted, cache)
+        found, passing = load_or_compute_features(components, variables, wanted, cache)
         opened.begun = True
         tried, heads = {}, {}
         for layer in layers:
-            head, tried[layer] = _classify(parts, variables, layer, found)
+            head, tried[layer] = _classify(components, variables, layer, found)
             heads |= {f"{layer}/{name}": array for name, array in head.items()}
         np.savez(workdir / "classifiers.npz", **heads)
         best = max(tried, key=lambda name: tried[name].get("validation/accuracy", 0.0))
         chosen = tried[best if "validation" in found else layers[-1]]
         summary = {
             "model": config.model.name,
-            "dataset": parts.dataset.name,
+            "dataset": components.dataset.name,
             "seed": config.seed,
             "validation/best_accuracy": chosen.get("validation/accuracy"),
             "test/accuracy": chosen["test/accuracy"],
@@ -107,14 +107,14 @@ def probe(
 # ---------------------------------------------------------------------------- features
 
 
-def cached_features(
-    parts: Parts, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
+def load_or_compute_features(
+    components: RunComponents, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
 ) -> tuple[Features, float]:
     """What `features` gives. It is read from `cache` if that holds the features of this config,
     these weights and these examples undamaged; else it is computed and kept there."""
-    config = configs.to_plain(parts.config)
+    config = configs.to_plain(components.config)
     data = config["data"] | {"dir": ""}  # the digest covers the data, wherever they lie
-    key = json.dumps([config["model"], data, list(layers), _digest(parts, variables)])
+    key = json.dumps([config["model"], data, list(layers), _digest(components, variables)])
     if cache.is_file():
         # A damaged file may raise anything.
         with contextlib.suppress(Exception), np.load(cache) as kept:
@@ -125,7 +125,7 @@ def cached_features(
                     split, layer = name.split("/", 1)
                     found.setdefault(split, {})[layer] = array
                 return found, float(kept["seconds"])
-    found, seconds = features(parts, variables, layers)
+    found, seconds = compute_features(components, variables, layers)
     flat = {f"{split}/{n}": array for split, of in found.items() for n, array in of.items()}
     cache.parent.mkdir(parents=True, exist_ok=True)
     with files.replace_atomically(cache) as beside, beside.open("wb") as file:
@@ -133,7 +133,7 @@ def cached_features(
     return found, seconds
 
 
-def _digest(parts: Parts, variables: PyTree) -> str:
+def _digest(components: RunComponents, variables: PyTree) -> str:
     """A digest of the weights and of the examples of all splits: of pixels and labels in memory,
     else of the fingerprint and the reader's version. A folder or a run may hold others today under
     the same name."""
@@ -141,7 +141,7 @@ def _digest(parts: Parts, variables: PyTree) -> str:
     for path, leaf in pytree.flatten(jax.device_get(variables)).items():
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(leaf))
-    for role, split in parts.dataset.splits.items():
+    for role, split in components.dataset.splits.items():
         digest.update(f"{role} {len(split)}".encode())
         if split.labels is not None:
             digest.update(np.ascontiguousarray(split.labels))
@@ -149,20 +149,22 @@ def _digest(parts: Parts, variables: PyTree) -> str:
             digest.update(np.ascontiguousarray(split.images))
         else:
             digest.update(f"reader {img.READER}".encode())
-    digest.update(json.dumps(parts.dataset.fingerprint, sort_keys=True).encode())
+    digest.update(json.dumps(components.dataset.fingerprint, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Features, float]:
+def compute_features(
+    components: RunComponents, variables: PyTree, layers: Sequence[str]
+) -> tuple[Features, float]:
     """Each image of each split through the network once, in evaluation mode. Whatever stands
     between examples and channels is averaged. Beside them the seconds that the training images
     took, without compiling: the others any strategy must pass to be evaluated."""
-    dataset = parts.dataset
+    dataset = components.dataset
     # Every block by its name: inside a stack nothing can be captured.
-    named = {"scan": False} if hasattr(parts.model, "scan") else {}
-    model = parts.model.clone(num_classes=None, **named)
+    named = {"scan": False} if hasattr(components.model, "scan") else {}
+    model = components.model.clone(num_classes=None, **named)
     normalize = augment.make_normalize(
-        parts.config.data.augment, mean=dataset.mean, std=dataset.std
+        components.config.data.augment, mean=dataset.mean, std=dataset.std
     )
 
     @jax.jit
@@ -178,12 +180,12 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
         maps = {path.removesuffix("/__call__/0"): x for path, x in captured.items()}
         return {
             layer: x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32).mean(1)
-            for layer, x in {**maps, LAST: pre_logits}.items()
+            for layer, x in {**maps, LAST_LAYER: pre_logits}.items()
             if layer in layers
         }
 
     def batches(split: str) -> Any:
-        return pipeline.eval_batches(dataset, split, parts.config.data)
+        return pipeline.eval_batches(dataset, split, components.config.data)
 
     first = next(batches("test"))["image"]
     jax.block_until_ready(forward(variables, first))  # compiled now
@@ -201,7 +203,7 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
             raise UserError(f"{dataset.name}: no image of the {split} split could be decoded")
         seconds[split] = time.perf_counter() - began
     if missing := set(layers) - set(found["train"]):
-        raise UserError(f"{parts.config.model.name} has no layer {sorted(missing)[0]!r}")
+        raise UserError(f"{components.config.model.name} has no layer {sorted(missing)[0]!r}")
     return found, seconds["train"]
 
 
@@ -209,18 +211,18 @@ def features(parts: Parts, variables: PyTree, layers: Sequence[str]) -> tuple[Fe
 
 
 def _classify(
-    parts: Parts, variables: PyTree, layer: str, found: Features
+    components: RunComponents, variables: PyTree, layer: str, found: Features
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The classifier on a layer, {"kernel" [C K], "bias" [K]} of the features as they are, and
     {"validation/accuracy", "test/accuracy", "seconds"}, beside the user's own metrics of both."""
-    config = parts.config
+    config = components.config
     per_epoch = len(found["train"]["labels"]) / config.data.batch_size
     total = schedules.parse_duration(config.train.duration, per_epoch, what="train.duration")
     schedule = schedules.make_schedule(
         config.schedule, total_steps=total, steps_per_epoch=per_epoch
     )
     params, batch_stats = variables["params"], variables.get("batch_stats")
-    own = parts.own
+    own = components.own_parts
     optimizer = optimizers.make_optimizer(
         config.optimizer,
         params,
@@ -232,7 +234,7 @@ def _classify(
     loss_of = own.loss or losses.cross_entropy
     head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
     soften = mix.make_mix(
-        ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), parts.num_classes
+        ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), components.num_classes
     )
     size = config.data.batch_size
     places = range(total * size)
@@ -257,7 +259,7 @@ def _classify(
 
     x, labels = found["train"][layer], found["train"]["labels"]
     mean, std = 0.0, 1.0
-    if layer != LAST:
+    if layer != LAST_LAYER:
         # Each layer has another scale, and the rate was chosen for the last.
         mean, std = x.mean(0), x.std(0) + 1e-6
     inputs = head, (x - mean) / std, labels, order
@@ -267,7 +269,7 @@ def _classify(
     numbers = {"seconds": time.perf_counter() - began}
     kernel, bias = map(np.asarray, _kernel_and_bias(head))
     kernel = kernel / np.reshape(std, (-1, 1))
-    bias = bias - mean @ kernel if layer != LAST else bias
+    bias = bias - mean @ kernel if layer != LAST_LAYER else bias
     for split in found.keys() - {"train"}:
         logits, true = found[split][layer] @ kernel + bias, found[split]["labels"]
         classes = true if true.ndim == 1 else np.argmax(true, -1)  # rows of soft labels
@@ -280,7 +282,7 @@ def _classify(
     return {"kernel": kernel, "bias": bias}, numbers
 
 
-def dense_kernel(leaves: Mapping[str, Any]) -> str | None:
+def find_dense_kernel(leaves: Mapping[str, Any]) -> str | None:
     """The path of the kernel of a classifier that is one dense layer; None of another one."""
     kernels = [path for path in leaves if path.endswith("/kernel") and leaves[path].ndim == 2]
     return kernels[0] if len(kernels) == 1 and len(leaves) <= 2 else None
@@ -289,12 +291,12 @@ def dense_kernel(leaves: Mapping[str, Any]) -> str | None:
 def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     """The network's fresh classifier; on another layer than its own one of zeros."""
     flat = pytree.flatten(head)
-    if not (kernel := dense_kernel(flat)):
+    if not (kernel := find_dense_kernel(flat)):
         raise UserError(
             "a linear classifier on features: expected one dense layer (no convolution) alone to be"
             f" trainable, got {', '.join(flat)}"
         )
-    if layer == LAST:
+    if layer == LAST_LAYER:
         return head
     flat = {path: jnp.zeros_like(leaf) for path, leaf in flat.items()}
     flat[kernel] = jnp.zeros((x.shape[-1], flat[kernel].shape[-1]), jnp.float32)

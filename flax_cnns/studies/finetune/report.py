@@ -15,10 +15,10 @@ from flax_cnns import files
 from flax_cnns.analysis import statistics
 from flax_cnns.analysis.plots import style
 from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes
-from flax_cnns.studies.finetune.compare import Result
+from flax_cnns.studies.finetune.compare import StrategyComparison
 
 # The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
-ADVICE = {
+LECTURE_ADVICE = {
     "similar": ("linear classifier on the top", "fine-tune a few layers"),
     "dissimilar": ("linear classifiers on several stages", "fine-tune many layers"),
 }
@@ -30,7 +30,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.1f}{spread}"
 
 
-def tables(result: Result) -> list[Table]:
+def make_tables(result: StrategyComparison) -> list[Table]:
     """Two for each target, the second to scratch, and the lectures' two by two where validation
     chose the best."""
     found = []
@@ -39,11 +39,11 @@ def tables(result: Result) -> list[Table]:
         table = Table(title=f"{target}: test accuracy in %{spread}")
         table.add_column("strategy")
         for fraction in result.fractions:
-            images = result.at(target, fraction, result.strategies[0])[0].images
+            images = result.select(target, fraction, result.strategies[0])[0].images
             table.add_column(f"{fraction:.4g} ({images:,} images)", justify="right")
         table.add_column("training, s", justify="right")
         for strategy in result.strategies:
-            cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
+            cells = [result.select(target, fraction, strategy) for fraction in result.fractions]
             seconds = np.mean([r.seconds for cell in cells for r in cell])
             row = [_mean([r.test for r in cell]) for cell in cells]
             table.add_row(strategy, *row, f"{seconds:.1f}")
@@ -53,7 +53,7 @@ def tables(result: Result) -> list[Table]:
     return [*found, _two_by_two(result)] if _validated(result) else found
 
 
-def _differences(result: Result, target: str) -> Table:
+def _differences(result: StrategyComparison, target: str) -> Table:
     """Of each strategy to scratch; a seed's validation split and examples are the same in both."""
     table = Table(title=f"{target}: difference to scratch in points, 95 % t interval over seeds")
     table.add_column("strategy")
@@ -61,7 +61,7 @@ def _differences(result: Result, target: str) -> Table:
         table.add_column(f"{fraction:.4g}", justify="right")
 
     def accuracies(fraction: float, strategy: str) -> dict[int, float]:
-        return {r.seed: 100 * r.test for r in result.at(target, fraction, strategy)}
+        return {r.seed: 100 * r.test for r in result.select(target, fraction, strategy)}
 
     for strategy in result.strategies:
         row = []
@@ -75,7 +75,7 @@ def _differences(result: Result, target: str) -> Table:
     return table
 
 
-def _two_by_two(result: Result) -> Table:
+def _two_by_two(result: StrategyComparison) -> Table:
     ends = tuple(dict.fromkeys((result.fractions[0], result.fractions[-1])))
     table = Table(title="best by validation: test accuracy in %", show_lines=True)
     table.add_column("target")
@@ -84,45 +84,45 @@ def _two_by_two(result: Result) -> Table:
     for target in result.targets:
         cells = []
         for i, fraction in enumerate(ends):
-            best = best_strategy(result, target, fraction)
-            lines = [f"{best} {_mean([r.test for r in result.at(target, fraction, best)])}"]
+            best = find_best_strategy(result, target, fraction)
+            lines = [f"{best} {_mean([r.test for r in result.select(target, fraction, best)])}"]
             if "scratch" in result.strategies and best != "scratch":
                 lines += [
-                    f"scratch {_mean([r.test for r in result.at(target, fraction, 'scratch')])}"
+                    f"scratch {_mean([r.test for r in result.select(target, fraction, 'scratch')])}"
                 ]
-            if target in ADVICE and len(ends) == 2:
-                lines += [f"the lectures: {ADVICE[target][i]}"]
+            if target in LECTURE_ADVICE and len(ends) == 2:
+                lines += [f"the lectures: {LECTURE_ADVICE[target][i]}"]
             cells.append("\n".join(lines))
         table.add_row(target, *cells)
     return table
 
 
-def _validated(result: Result) -> bool:
+def _validated(result: StrategyComparison) -> bool:
     return all(record.validation is not None for record in result.records)
 
 
-def best_strategy(result: Result, target: str, fraction: float) -> str:
+def find_best_strategy(result: StrategyComparison, target: str, fraction: float) -> str:
     """By the mean validation accuracy; of equal ones the first."""
 
     def accuracy(strategy: str) -> float:
-        return np.mean([r.validation for r in result.at(target, fraction, strategy)])
+        return np.mean([r.validation for r in result.select(target, fraction, strategy)])
 
     return max(result.strategies, key=accuracy)
 
 
-def speed(result: Result) -> list[str]:
+def describe_speed(result: StrategyComparison) -> list[str]:
     """How much sooner than by `linear` the classifier is there by `features`, for each fraction."""
     if not {"linear", "features"} <= set(result.strategies):
         return []
     lines = []
     for fraction in result.fractions:
-        seconds = [
-            np.mean([r.seconds for t in result.targets for r in result.at(t, fraction, strategy)])
-            for strategy in ("linear", "features")
-        ]
+        linear, features = (
+            np.mean([r.seconds for t in result.targets for r in result.select(t, fraction, name)])
+            for name in ("linear", "features")
+        )
         lines.append(
-            f"{fraction:g} of the examples: features {seconds[1]:.2f} s, linear {seconds[0]:.2f} s,"
-            f" {seconds[0] / seconds[1]:.1f} times as long"
+            f"{fraction:g} of the examples: features {features:.2f} s, linear {linear:.2f} s,"
+            f" {linear / features:.1f} times as long"
         )
     return lines
 
@@ -143,7 +143,7 @@ _STYLES = {
 }
 
 
-def draw(result: Result, png: pathlib.Path) -> None:
+def draw(result: StrategyComparison, png: pathlib.Path) -> None:
     """Test accuracy against the number of training images, a panel for each target."""
     number = len(result.targets)
     columns = min(number, 4)
@@ -154,7 +154,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
         panel.set_visible(False)
     for panel, target in zip(panels, result.targets):
         for i, strategy in enumerate(result.strategies):
-            cells = [result.at(target, fraction, strategy) for fraction in result.fractions]
+            cells = [result.select(target, fraction, strategy) for fraction in result.fractions]
             images = np.array([cell[0].images for cell in cells])
             # A little beside each other, so that the bars can be told apart.
             images = images * 1.02 ** (i - (len(result.strategies) - 1) / 2)
@@ -173,7 +173,7 @@ def draw(result: Result, png: pathlib.Path) -> None:
                 **_STYLES[strategy],
             )
         panel.set(xscale="log", xlabel="training images", title=shorten(target, 44))
-        sizes = [result.at(target, f, result.strategies[0])[0].images for f in result.fractions]
+        sizes = [result.select(target, f, result.strategies[0])[0].images for f in result.fractions]
         # Points of one size stay together, however few sizes there are.
         low, high = min(sizes) / 1.5, max(sizes) * 1.5
         panel.set_xlim(low, high)
@@ -193,10 +193,10 @@ def draw(result: Result, png: pathlib.Path) -> None:
     save_picture(figure, png)
 
 
-def save(result: Result, path: pathlib.Path, command: dict[str, Any]) -> None:
+def save(result: StrategyComparison, path: pathlib.Path, command: dict[str, Any]) -> None:
     """Everything as JSON."""
     best = {
-        target: {f"{f:g}": best_strategy(result, target, f) for f in result.fractions}
+        target: {f"{f:g}": find_best_strategy(result, target, f) for f in result.fractions}
         for target in (result.targets if _validated(result) else ())
     }
     content = {

@@ -16,11 +16,11 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
-from flax_cnns.runs.build import Parts, assemble
+from flax_cnns.runs.build import RunComponents, build_components
 from flax_cnns.runs.plan import find_problems
 from flax_cnns.studies.finetune import probe
 
-COPY = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
+COPY_OPTIONS = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
 
 
 class Phase(NamedTuple):
@@ -40,10 +40,10 @@ class Task(NamedTuple):
     classifier: tuple[str, ...]  # the layers whose shape depends on the number of classes
     shapes: Any  # of the network's variables
     examples: int  # of the whole training split
-    held: tuple[str, ...]  # what its data set holds, as lines
-    knobs: Any  # `strategy` of the config: last, rate, head_share, layer_decay
+    description: tuple[str, ...]  # what its data set holds, as lines
+    hyperparameters: Any  # `strategy` of the config: last, rate, head_share, layer_decay
     fingerprint: dict[str, Any] = {}  # noqa: RUF012 (never changed) of its data
-    no_features: str = ""  # why no classifier can learn on its features; "": one can
+    why_no_features: str = ""  # why no classifier can learn on its features; "": one can
 
     def phase(
         self,
@@ -61,7 +61,7 @@ class Task(NamedTuple):
         config = ConfigDict(self.config.to_dict())
         load, train = (self.parts if p is None else tuple(p) for p in (load, train))
         if not load:
-            config.graft.update(**COPY)
+            config.graft.update(**COPY_OPTIONS)
         else:
             config.graft.source = self.source
             fresh = [part for part in self.parts if part not in load]
@@ -75,9 +75,9 @@ class Task(NamedTuple):
         config.schedule.learning_rate *= rate
         config.schedule.end = min(config.schedule.end, config.schedule.learning_rate)
         for section, field in (("train", "duration"), ("schedule", "warmup")):
-            config[section][field] = scaled(config[section][field], share)
+            config[section][field] = scale_duration(config[section][field], share)
         boundaries = config.schedule.boundaries
-        config.schedule.boundaries = tuple(scaled(at, share) for at in boundaries)
+        config.schedule.boundaries = tuple(scale_duration(at, share) for at in boundaries)
         return Phase(name, config, tuple(layers))
 
 
@@ -93,7 +93,7 @@ def linear(task: Task) -> list[Phase]:
 
 def features(task: Task) -> list[Phase]:
     """The same on features that are computed once: fast, but without augmentation."""
-    return [task.phase(train=(), layers=(probe.LAST,))]
+    return [task.phase(train=(), layers=(probe.LAST_LAYER,))]
 
 
 def linear_stages(task: Task) -> list[Phase]:
@@ -103,21 +103,21 @@ def linear_stages(task: Task) -> list[Phase]:
 
 def last_k(task: Task) -> list[Phase]:
     """The last parts learn, slowly, and the classifier."""
-    last = task.parts[-task.knobs.last :]
-    return [task.phase(train=last, rate=task.knobs.rate)]
+    last = task.parts[-task.hyperparameters.last :]
+    return [task.phase(train=last, rate=task.hyperparameters.rate)]
 
 
 def all_slowly(task: Task) -> list[Phase]:
     """The whole network learns, at a tenth of the rate."""
-    return [task.phase(rate=task.knobs.rate)]
+    return [task.phase(rate=task.hyperparameters.rate)]
 
 
 def head_then_all(task: Task) -> list[Phase]:
     """The classifier first, so that its first gradients spoil nothing; then all, slowly."""
-    share = task.knobs.head_share
+    share = task.hyperparameters.head_share
     return [
         task.phase("1-head", train=(), share=share),
-        task.phase("2-all", rate=task.knobs.rate, share=1 - share),
+        task.phase("2-all", rate=task.hyperparameters.rate, share=1 - share),
     ]
 
 
@@ -128,14 +128,16 @@ def gradual(task: Task) -> list[Phase]:
     for i in range(1, number):
         name = f"{i + 1}-{task.parts[-i]}"
         train = task.parts[-i:]
-        phases.append(task.phase(name, train=train, rate=task.knobs.rate, share=1 / number))
+        phases.append(
+            task.phase(name, train=train, rate=task.hyperparameters.rate, share=1 / number)
+        )
     return phases
 
 
 def layer_decay(task: Task) -> list[Phase]:
     """The whole network learns, the slower the lower a layer."""
     phase = task.phase()
-    phase.config.optimizer.layer_decay = task.knobs.layer_decay
+    phase.config.optimizer.layer_decay = task.hyperparameters.layer_decay
     return [phase]
 
 
@@ -168,23 +170,28 @@ def _any(layers: Sequence[str]) -> str:
     return f"({'|'.join(map(re.escape, layers))})"
 
 
-def scaled(duration: str, share: float) -> str:
+def scale_duration(duration: str, share: float) -> str:
     number, unit = re.fullmatch(r"\s*([\d.]+)\s*(\w+)\s*", duration).groups()
     return f"{round(float(number) * share, 4)} {unit}" if share != 1 else duration
 
 
 def make_task(
-    config: ConfigDict, source: str, knobs: Any, *, new: bool = False, fraction: float = 1.0
+    config: ConfigDict,
+    source: str,
+    hyperparameters: Any,
+    *,
+    new: bool = False,
+    fraction: float = 1.0,
 ) -> Task:
     """Looks at the shapes of the target's network; nothing is computed. Raises `UserError`; `new`:
     also for what no new run of this network may have on these data, or on a `fraction` of them."""
-    parts = assemble(config)
-    _check_parts(parts, fraction)
+    components = build_components(config)
+    _check_parts(components, fraction)
     if new:
-        configs.raise_problems(find_problems(parts))
-        if found := find_problems(parts, fraction):  # durations in epochs are fewer steps
+        configs.raise_problems(find_problems(components))
+        if found := find_problems(components, fraction):  # durations in epochs are fewer steps
             raise UserError(f"with --fractions={fraction:g}: {' | '.join(found)}")
-    shape = (1, *parts.dataset.image_shape)
+    shape = (1, *components.dataset.image_shape)
 
     def shapes(model: Any) -> Any:
         return jax.eval_shape(lambda: registry.init_variables(model, jax.random.key(0), shape))
@@ -192,14 +199,14 @@ def make_task(
     def params(variables: Any) -> dict[str, tuple[int, ...]]:
         return {path: leaf.shape for path, leaf in pytree.flatten(variables["params"]).items()}
 
-    model, name, variables = parts.model, config.model.name, shapes(parts.model)
+    model, name, variables = components.model, config.model.name, shapes(components.model)
     try:
-        wide = shapes(model.clone(num_classes=parts.num_classes + 1))
+        wide = shapes(model.clone(num_classes=components.num_classes + 1))
     except Exception as error:
-        if parts.own.network is None:
+        if components.own_parts.network is None:
             raise
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{name} with num_classes={parts.num_classes + 1}: {said}") from error
+        raise UserError(f"{name} with num_classes={components.num_classes + 1}: {said}") from error
     here, wider = params(variables), params(wide)
     classifier = {path.rpartition("/")[0] for path in here if here[path] != wider.get(path)}
     if not classifier or here.keys() != wider.keys():
@@ -214,15 +221,20 @@ def make_task(
     own = tuple(name for name in order if name in owners and not name.startswith("aux"))
     if not own:
         raise UserError(f"fine-tuning: {name} has no layers below its classifier to start from")
-    examples, held = len(parts.dataset.splits["train"]), tuple(parts.dataset.describe())
-    classifier, data = tuple(sorted(classifier)), parts.dataset.fingerprint
-    task = Task(config, source, own, classifier, variables, examples, held, knobs, data)
-    return task._replace(no_features=_why_no_features(parts, task))
+    examples, description = (
+        len(components.dataset.splits["train"]),
+        tuple(components.dataset.describe()),
+    )
+    classifier, data = tuple(sorted(classifier)), components.dataset.fingerprint
+    task = Task(
+        config, source, own, classifier, variables, examples, description, hyperparameters, data
+    )
+    return task._replace(why_no_features=_why_no_features(components, task))
 
 
-def _check_parts(parts: Parts, fraction: float) -> None:
+def _check_parts(components: RunComponents, fraction: float) -> None:
     """Raises `UserError` for data and networks that no strategy can take."""
-    dataset, name = parts.dataset, parts.config.model.name
+    dataset, name = components.dataset, components.config.model.name
     if dataset.task != "classes":
         raise UserError(
             f"fine-tuning by strategies compares accuracies, and an image of {dataset.name} has"
@@ -233,30 +245,30 @@ def _check_parts(parts: Parts, fraction: float) -> None:
             f"--fractions={fraction:g}: no fraction can be taken of {dataset.name}, which come in"
             " an order of their own; leave it at 1, or give Dataset.from_arrays"
         )
-    if "num_classes" not in {field.name for field in dataclasses.fields(parts.model)}:
+    if "num_classes" not in {field.name for field in dataclasses.fields(components.model)}:
         raise UserError(
             "fine-tuning gives the network another classifier, and needs a field 'num_classes' of"
             f" it, the number of logits; {name} has none; add one"
         )
 
 
-def _why_no_features(parts: Parts, task: Task) -> str:
+def _why_no_features(components: RunComponents, task: Task) -> str:
     """Why no classifier can learn on the features of a task's network; "" if one can."""
     layers = [layer for layer in task.classifier if not layer.startswith("aux")]
     leaves = pytree.flatten(task.shapes["params"])
     own = {path: x for path, x in leaves.items() if path.rpartition("/")[0] in layers}
-    name = parts.config.model.name
-    if (kernel := probe.dense_kernel(own)) is None:
+    name = components.config.model.name
+    if (kernel := probe.find_dense_kernel(own)) is None:
         classifier = ", ".join(task.classifier)
         return f"the classifier of {{target}} ({name}: {classifier}) is no dense layer on features"
-    if parts.own.regularizers:
-        named = ", ".join(parts.own.regularizers)
+    if components.own_parts.regularizers:
+        named = ", ".join(components.own_parts.regularizers)
         return f"{named}, of the train.regularizers of {{target}}, cannot act on features"
-    if parts.dataset.is_stream:
+    if components.dataset.is_stream:
         return "the training images of {target} come in batches without end"
-    if parts.own.network is not None:
-        shape = (1, *parts.dataset.image_shape)
-        features = _features_shape(parts.model, task.shapes, shape)
+    if components.own_parts.network is not None:
+        shape = (1, *components.dataset.image_shape)
+        features = _features_shape(components.model, task.shapes, shape)
         if features != (1, own[kernel].shape[0]):
             return f"{name} of {{target}} gives no features [N C] where num_classes is None"
     return ""

@@ -41,19 +41,19 @@ from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 from flax_cnns.names import open_log
-from flax_cnns.runs import own
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.network import make_model, model_fields
+from flax_cnns.runs.network import get_model_fields, make_model
+from flax_cnns.runs.own_parts import find_network
 from flax_cnns.runs.train import run
 from flax_cnns.runtime import output
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.studies import own_parts
 
-TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
-COUNTED = 0.15  # of the MACs from budget times the base's, relative
+FORMULA_TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
+MACS_TOLERANCE = 0.15  # of the MACs from budget times the base's, relative
 
 
-class Factors(NamedTuple):
+class ScalingFactors(NamedTuple):
     """On the base network's width, depth and resolution."""
 
     width_mult: float = 1.0
@@ -65,7 +65,7 @@ class Trial(NamedTuple):
     """A network to train: the base, scaled."""
 
     kind: str  # base, grid, depth, width, resolution, compound
-    scale: Factors
+    scale: ScalingFactors
     resolution: int  # pixels
     params: int
     macs: int  # of one image
@@ -84,32 +84,32 @@ class Trial(NamedTuple):
         return config
 
 
-class Found(NamedTuple):
+class TrialResult(NamedTuple):
     """A trial with what its runs reached."""
 
     trial: Trial
     accuracy: list[float]  # of each seed: the grid's on validation, else on test
 
 
-class Result(NamedTuple):
-    base: Found
-    grid: list[Found]  # in the order of trials
+class SearchResult(NamedTuple):
+    base: TrialResult
+    grid: list[TrialResult]  # in the order of trials
     winner: tuple[float, float, float]  # alpha, beta, gamma
-    scaled: list[Found]  # depth, width, resolution, compound
+    scaled: list[TrialResult]  # depth, width, resolution, compound
 
 
-def grid(budget: float = 2.0, step: float = 0.1) -> list[tuple[float, float, float]]:
+def make_grid(budget: float = 2.0, step: float = 0.1) -> list[tuple[float, float, float]]:
     """(alpha, beta, gamma), multiples of `step` from 1 with alpha * beta^2 * gamma^2 within 10 % of
     `budget`; sorted. Raises `UserError` where there are none."""
     if budget <= 1 or step <= 0:
         raise UserError(f"expected a budget above 1 and a step above 0, got {budget} and {step}")
-    steps = [1 + i * step for i in range(int((budget * (1 + TOLERANCE) - 1) / step) + 1)]
+    steps = [1 + i * step for i in range(int((budget * (1 + FORMULA_TOLERANCE) - 1) / step) + 1)]
     points = [
         (round(a, 6), round(b, 6), round(c, 6))
         for a in steps
         for b in steps
         for c in steps
-        if abs(a * b**2 * c**2 / budget - 1) <= TOLERANCE
+        if abs(a * b**2 * c**2 / budget - 1) <= FORMULA_TOLERANCE
     ]
     if not points:
         raise UserError(f"no multiples of {step} give {budget} within 10 %; take a smaller --step")
@@ -123,13 +123,13 @@ class Planner:
         dataset = load_dataset(config.data)
         self.fingerprint = dataset.fingerprint
         self.size, self.channels = config.data.image_size, dataset.image_shape[-1]
-        self.config, self.dataset, self.network = config, dataset, own.find_network(config)
-        self.fields = {"num_classes": dataset.num_classes, **model_fields(config)}
+        self.config, self.dataset, self.network = config, dataset, find_network(config)
+        self.fields = {"num_classes": dataset.num_classes, **get_model_fields(config)}
         self.width = self.fields.pop("width_mult", 1.0)
         self.depth = self.fields.pop("depth_mult", 1.0)
         self._counted: dict[tuple, tuple[int, int]] = {}
 
-    def trial(self, kind: str, scale: Factors) -> Trial:
+    def make_trial(self, kind: str, scale: ScalingFactors) -> Trial:
         size = round(self.size * scale.resolution_mult)
         key = (self.width * scale.width_mult, self.depth * scale.depth_mult, size)
         if key not in self._counted:
@@ -148,41 +148,43 @@ class Planner:
         dataset = dataclasses.replace(self.dataset, image_shape=shape)
         return make_model(config, dataset, self.network)
 
-    def near(self, macs: float, points: list[tuple[float, float, float]]) -> list[Trial]:
+    def select_near(self, macs: float, points: list[tuple[float, float, float]]) -> list[Trial]:
         """Of a grid's points those within 15 % of these MACs, each network once. Raises `UserError`
         where there is none."""
-        trials = [self.trial("grid", compound(point, 1.0)) for point in points]
-        near = [trial for trial in trials if abs(trial.macs / macs - 1) <= COUNTED]
+        trials = [self.make_trial("grid", make_compound_factors(point, 1.0)) for point in points]
+        near = [trial for trial in trials if abs(trial.macs / macs - 1) <= MACS_TOLERANCE]
         if not near:
             raise UserError(
                 f"none of the grid's {len(points)} networks has {macs:.3g} MACs within "
-                f"{COUNTED:.0%}; take a smaller --step"
+                f"{MACS_TOLERANCE:.0%}; take a smaller --step"
             )
         unique = {trial.network: trial for trial in reversed(near)}
         return list(reversed(unique.values()))
 
-    def at_macs(self, kind: str, macs: float, scale: Callable[[float], Factors]) -> Trial:
+    def find_at_macs(
+        self, kind: str, macs: float, scale: Callable[[float], ScalingFactors]
+    ) -> Trial:
         """Of the trials `scale(x)`, x from 0 on, the one whose MACs, which grow by steps, are
         nearest. Raises `UserError` where they do not reach so many."""
         low, high = 0.0, 1.0
-        while self.trial(kind, scale(high)).macs < macs:
+        while self.make_trial(kind, scale(high)).macs < macs:
             if high > 1e3:
                 raise UserError(f"scaling by {kind} does not reach {macs:.3g} MACs")
             low, high = high, 2 * high
         while high - low > 1e-3:
             middle = (low + high) / 2
-            if self.trial(kind, scale(middle)).macs < macs:
+            if self.make_trial(kind, scale(middle)).macs < macs:
                 low = middle
             else:
                 high = middle
         return min(
-            (self.trial(kind, scale(x)) for x in (low, high)), key=lambda t: abs(t.macs - macs)
+            (self.make_trial(kind, scale(x)) for x in (low, high)), key=lambda t: abs(t.macs - macs)
         )
 
 
-def compound(winner: tuple[float, float, float], phi: float) -> Factors:
+def make_compound_factors(winner: tuple[float, float, float], phi: float) -> ScalingFactors:
     alpha, beta, gamma = winner
-    return Factors(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
+    return ScalingFactors(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
 
 @output.safe()
@@ -196,7 +198,7 @@ def search(
     seeds: int = 3,
     accept_changed_data: bool = False,
     say: Callable[[str], None] = print,
-) -> Result:
+) -> SearchResult:
     """The grid, its winner, and the ways to spend budget^phi times the base network's MACs.
 
     `config` is that of a run; its network has the fields `width_mult` and `depth_mult`, and its
@@ -211,31 +213,31 @@ def search(
     configs.check_new_run(config, folder, begun=any(folder.glob("*/config.json")), say=say)
     _check_own(config)
     planner = Planner(config)
-    base = planner.trial("base", Factors())
+    base = planner.make_trial("base", ScalingFactors())
     say("counting the grid's networks")
-    trials = planner.near(base.macs * budget, grid(budget, step))
+    trials = planner.select_near(base.macs * budget, make_grid(budget, step))
     say(f"{len(trials)} points of the grid, then 5 networks with {seeds} seeds each")
     data = dict(accept_changed_data=accept_changed_data, fingerprint=planner.fingerprint)
     runner = _Runner(config, folder, len(trials) + 5 * seeds, say, data)
-    tried = [Found(t, [runner.accuracy(t, config.seed, "validation")]) for t in trials]
+    tried = [TrialResult(t, [runner.accuracy(t, config.seed, "validation")]) for t in trials]
     # Of equal ones the cheapest, then the first.
     best = max(tried, key=lambda found: (found.accuracy[0], -found.trial.macs)).trial.scale
     winner = best.depth_mult, best.width_mult, best.resolution_mult
     macs = base.macs * budget**phi
     trials = [
         base,
-        planner.at_macs("depth", macs, lambda x: Factors(depth_mult=1 + x)),
-        planner.at_macs("width", macs, lambda x: Factors(width_mult=1 + x)),
-        planner.at_macs("resolution", macs, lambda x: Factors(resolution_mult=1 + x)),
-        planner.at_macs("compound", macs, lambda x: compound(winner, x)),
+        planner.find_at_macs("depth", macs, lambda x: ScalingFactors(depth_mult=1 + x)),
+        planner.find_at_macs("width", macs, lambda x: ScalingFactors(width_mult=1 + x)),
+        planner.find_at_macs("resolution", macs, lambda x: ScalingFactors(resolution_mult=1 + x)),
+        planner.find_at_macs("compound", macs, lambda x: make_compound_factors(winner, x)),
     ]
     others = range(config.seed + 1, config.seed + 1 + seeds)
     told: dict[tuple, list[float]] = {}  # a winner of one way alone is that network: trained once
     for trial in trials:
         if trial.network not in told:
             told[trial.network] = [runner.accuracy(trial, seed, "test") for seed in others]
-    found = [Found(trial, told[trial.network]) for trial in trials]
-    return Result(found[0], tried, winner, found[1:])
+    found = [TrialResult(trial, told[trial.network]) for trial in trials]
+    return SearchResult(found[0], tried, winner, found[1:])
 
 
 def _check_own(config: ConfigDict) -> None:
@@ -256,14 +258,14 @@ def _check_own(config: ConfigDict) -> None:
 # ---------------------------------------------------------------------------- what it found
 
 
-def table(result: Result) -> Table:
+def make_table(result: SearchResult) -> Table:
     """The grid, best first, and below it the networks of equal MACs."""
     out = Table(title="compound scaling: depth, width and resolution are factors on the base's")
     columns = ("network", "depth", "width", "resolution", "parameters", "MACs", "of the base's")
     for column in (*columns, "accuracy"):
         out.add_column(column, justify="left" if column == "network" else "right")
 
-    def add(name: str, found: Found) -> None:
+    def add(name: str, found: TrialResult) -> None:
         trial, s = found.trial, found.trial.scale
         mean, accuracies = np.mean(found.accuracy), found.accuracy
         n = len(accuracies)
@@ -285,7 +287,7 @@ def table(result: Result) -> Table:
     return out
 
 
-def draw(result: Result, png: pathlib.Path) -> None:
+def draw(result: SearchResult, png: pathlib.Path) -> None:
     """Left what the grid saw, right what each way of scaling reached."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -313,10 +315,10 @@ def draw(result: Result, png: pathlib.Path) -> None:
     save_picture(figure, png)
 
 
-def save(result: Result, path: pathlib.Path, flags: dict[str, float]) -> None:
+def save(result: SearchResult, path: pathlib.Path, flags: dict[str, float]) -> None:
     """Everything as JSON."""
 
-    def row(found: Found) -> dict:
+    def row(found: TrialResult) -> dict:
         trial = found.trial
         return trial._asdict() | {"scale": trial.scale._asdict(), "accuracy": found.accuracy}
 
@@ -330,7 +332,7 @@ def save(result: Result, path: pathlib.Path, flags: dict[str, float]) -> None:
     files.write_json(path, content)
 
 
-def _point(found: Found) -> tuple[float, float, float]:
+def _point(found: TrialResult) -> tuple[float, float, float]:
     s = found.trial.scale
     return s.depth_mult, s.width_mult, s.resolution_mult
 
@@ -350,7 +352,7 @@ class _Runner:
         workdir, began = self.folder / name, time.perf_counter()
         new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = workdirs.reset_if_new(trial.config(self.config, seed), workdir)
+        config = workdirs.reset_inert_if_new(trial.config(self.config, seed), workdir)
         try:
             with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
                 summary = run(config, workdir, **self.data)

@@ -15,9 +15,9 @@ from experiments.benchmarks import report
 from flax_cnns.analysis.plots import confusion, curves, forest, predictions, style
 from flax_cnns.analysis.statistics import Interval
 from flax_cnns.runs import compare
-from flax_cnns.runs.record import Record as Run
+from flax_cnns.runs.record import RunRecord as Run
 from flax_cnns.studies.finetune import report as finetune_report
-from flax_cnns.studies.finetune.compare import Record, Result
+from flax_cnns.studies.finetune.compare import StrategyComparison, StrategyRecord
 
 LONG = [
     f"a class with quite a long name, as the synsets of ImageNet have, n0{i}" for i in range(10)
@@ -58,13 +58,13 @@ def test_shortened_names_keep_both_ends():
 
 def result(targets, fractions, strategies, base=1000):
     records = [
-        Record(target, fraction, round(base * fraction), strategy, seed, 0.9, 0.9, 1.0, {})
+        StrategyRecord(target, fraction, round(base * fraction), strategy, seed, 0.9, 0.9, 1.0, {})
         for target in targets
         for fraction in fractions
         for strategy in strategies
         for seed in range(2)
     ]
-    return Result("run", tuple(targets), fractions, strategies, 2, records)
+    return StrategyComparison("run", tuple(targets), fractions, strategies, 2, records)
 
 
 def test_strategies_of_one_size_stand_together(figures):
@@ -125,13 +125,13 @@ def run(lines, step=1):
 
 
 def test_runs_beside_each_other(figures):
-    compare.draw({f"run{i}": run(2) for i in range(64)}, "x.png")
+    compare.draw_runs({f"run{i}": run(2) for i in range(64)}, "x.png")
     figure = figures.pop()
     lines = figure.axes[0].get_lines()[-64:]
     styles = {(*np.atleast_1d(line.get_color()), line.get_linestyle()) for line in lines}
     assert len(styles) == 64
     assert max(figure.get_size_inches()) < 20
-    compare.draw({"a" * 200: run(1), "b": run(0)}, "x.png")
+    compare.draw_runs({"a" * 200: run(1), "b": run(0)}, "x.png")
     loss, accuracy, _ = laid_out(figures.pop()).axes
     assert loss.get_xlim() == (0, 2)
     assert texts(accuracy.texts) == ["not logged"]

@@ -137,11 +137,11 @@ def test_seeds_are_paired_over_rows(config, tmp_path):
 
     def drawn(name, seed):
         """(the first images, first values by path)."""
-        parts = build.assemble(at[name, seed])
+        parts = build.build_components(at[name, seed])
         stream = pipeline.train_batches(parts.dataset, parts.config.data, seed=parts.config.seed)
         with contextlib.closing(stream):
             images = next(stream)["image"]
-        return images, pytree.flatten(parts.fresh_variables()["params"])
+        return images, pytree.flatten(parts.init_variables()["params"])
 
     images, params = drawn("base", 1)
     chex.assert_trees_all_equal(drawn("mixed", 1), (images, params))
@@ -160,18 +160,20 @@ def test_a_cell_keeps_its_number_when_seeds_are_added(config, tmp_path):
     rows = plan.make_rows(config, [("a", {}), ("b", {})])
     few, many = (plan.make_cells(rows, tmp_path, n) for n in (2, 3))
     assert [c.name for c in many[:4]] == [c.name for c in few]
-    assert [c.name for c in plan.choose(many, rows=["b"])] == [f"b, seed {s}" for s in range(3)]
-    assert [c.name for c in plan.choose(many, index=3)] == ["b, seed 1"]
+    assert [c.name for c in plan.select_cells(many, rows=["b"])] == [
+        f"b, seed {s}" for s in range(3)
+    ]
+    assert [c.name for c in plan.select_cells(many, index=3)] == ["b, seed 1"]
     with pytest.raises(UserError, match="expected 0 to 5, got 6"):
-        plan.choose(many, index=6)
+        plan.select_cells(many, index=6)
     with pytest.raises(UserError, match="there is no row 'c'"):
-        plan.choose(many, rows=["c"])
+        plan.select_cells(many, rows=["c"])
 
 
 def test_a_folder_takes_more_seeds_and_rows_and_no_other_ablation(config, tmp_path):
     def record(sweep, seeds=2, names=()):
         rows = plan.make_rows(config, sweep)
-        plan.record(tmp_path, config, rows, seeds, names)
+        plan.write_plan(tmp_path, config, rows, seeds, names)
         return json.loads((tmp_path / "ablation.json").read_text())
 
     first = [("a", {}), ("b", {"mix.mixup": 0.1})]
@@ -201,21 +203,25 @@ def test_a_folder_takes_more_seeds_and_rows_and_no_other_ablation(config, tmp_pa
 def test_each_job_has_a_gpu_or_cores_to_itself(monkeypatch):
     monkeypatch.setattr(child, "_devices", lambda: ("gpu", 3))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    seen = lambda jobs: [s.environment["CUDA_VISIBLE_DEVICES"] for s in child.shares(jobs)]  # noqa: E731
+
+    def seen(jobs):
+        slots = child.make_device_slots(jobs)
+        return [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots]
+
     assert seen(None) == ["0", "1", "2"]
     assert seen(2) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,8")
     assert seen(None) == ["5", "7", "8"]
     with pytest.raises(UserError, match="4 at once"):
-        child.shares(4)
+        child.make_device_slots(4)
     monkeypatch.setattr(child, "_devices", lambda: ("tpu", 8))
-    assert child.shares() == [child.Share()]
+    assert child.make_device_slots() == [child.DeviceSlot()]
 
     monkeypatch.setattr(child, "_devices", lambda: ("cpu", 1))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 4, 5}, raising=False)
-    assert [share.cores for share in child.shares(2)] == [(0, 1), (2, 4, 5)]
-    assert child.shares() == [child.Share()]
-    assert len(child.shares(7)) == 7
+    assert [share.cores for share in child.make_device_slots(2)] == [(0, 1), (2, 4, 5)]
+    assert child.make_device_slots() == [child.DeviceSlot()]
+    assert len(child.make_device_slots(7)) == 7
 
 
 # ---- the work, with children that only pretend to be runs
@@ -264,11 +270,11 @@ def pretend(monkeypatch, config, tmp_path):
         started.clear()
         rows = plan.make_rows(config, [(name, {}) for name in names])
         cells = plan.make_cells(rows, tmp_path, seeds)
-        sizes = {name: forecast.Size(1, 1, 1, data) for name in names}
+        sizes = {name: forecast.RowCost(1, 1, 1, data) for name in names}
         with (tmp_path / "said.txt").open("w") as file:
             console = Console(file=file)
-            shares = [child.Share()] * jobs
-            counts = ablate.work(cells, shares, sizes, console=console, **given)
+            shares = [child.DeviceSlot()] * jobs
+            counts = ablate.run_cells(cells, shares, sizes, console=console, **given)
         return counts, list(started), (tmp_path / "said.txt").read_text()
 
     return work
@@ -356,7 +362,7 @@ def test_a_cell_that_ended_when_nobody_looked_is_complete(pretend, tmp_path):
 
 def test_a_cell_that_another_process_runs_is_waited_for(pretend, tmp_path):
     (tmp_path / "theirs/seed0").mkdir(parents=True)
-    out = child.claim(tmp_path / "theirs/seed0.txt")
+    out = child.lock_log(tmp_path / "theirs/seed0.txt")
 
     def end():
         while not (tmp_path / "fine/seed0/summary.json").exists():
@@ -414,17 +420,17 @@ def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
 def test_the_time_of_a_cell_is_told_from_complete_ones(config, tmp_path):
     rows = plan.make_rows(config, [("a", {}), ("b", {})])
     cells = plan.make_cells(rows, tmp_path, 2)
-    sizes = {"a": forecast.Size(1, 100, 10), "b": forecast.Size(1, 300, 20)}
-    assert forecast.estimate(sizes, cells) == {}
+    sizes = {"a": forecast.RowCost(1, 100, 10), "b": forecast.RowCost(1, 300, 20)}
+    assert forecast.estimate_seconds(sizes, cells) == {}
     cells[0].workdir.mkdir(parents=True)
     (cells[0].workdir / "summary.json").write_text("{}")
     cells[0].write({"status": "complete", "attempts": 1, "error": "", "seconds": 10.0})
-    seconds = forecast.estimate(sizes, cells)
+    seconds = forecast.estimate_seconds(sizes, cells)
     assert seconds == {"a": 10.0, "b": pytest.approx(60.0)}
-    assert forecast.left([60.0, 10.0, 60.0], 1) == pytest.approx(130.0)
-    assert forecast.left([60.0, 10.0, 60.0], 2) == pytest.approx(70.0)
-    assert forecast.left([60.0], 2) == pytest.approx(60.0)
-    assert forecast.left([], 2) == 0.0
+    assert forecast.compute_makespan([60.0, 10.0, 60.0], 1) == pytest.approx(130.0)
+    assert forecast.compute_makespan([60.0, 10.0, 60.0], 2) == pytest.approx(70.0)
+    assert forecast.compute_makespan([60.0], 2) == pytest.approx(60.0)
+    assert forecast.compute_makespan([], 2) == 0.0
 
 
 # ---- the work, with runs
@@ -466,18 +472,18 @@ def test_a_cell_saves_and_leaves_when_its_parent_is_gone(config, tmp_path, monke
     config.train.duration = "1000000 steps"
     config.log.every = "5 steps"
     workdir, log = tmp_path / "run", tmp_path / "run.txt"
-    with child.claim(log) as out:
-        process = child.start(config, workdir, out, child.Share())
-    assert child.claim(log) is None
+    with child.lock_log(log) as out:
+        process = child.start(config, workdir, out, child.DeviceSlot())
+    assert child.lock_log(log) is None
     while not (workdir / "metrics.jsonl").exists():
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
     process.stdin.close()  # as when the parent is killed
-    assert child.outcome(process.wait(timeout=60), log).status == "interrupted"
-    child.claim(log).close()
+    assert child.read_outcome(process.wait(timeout=60), log).status == "interrupted"
+    child.lock_log(log).close()
     assert list((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def test_a_report_over_nothing_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no ablation here"):
-        ablate.report(tmp_path)
+        ablate.write_report(tmp_path)

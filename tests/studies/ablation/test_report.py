@@ -90,12 +90,12 @@ def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
 
 
 def test_an_interval_that_is_printed_with_a_zero_is_not_bold():
-    told = ablation_report.Told(*[None] * 4, 0.01, *[None] * 4)
+    told = ablation_report.RowSummary(*[None] * 4, 0.01, *[None] * 4)
     for low, bold in ((0.0002, True), (0.00004, False), (-0.0002, False), (float("nan"), False)):
         interval = ablation_report.Interval(0.01, low, 0.02 if low == low else low, 5)
         difference = ablation_report.Difference(interval, 0.01)
-        assert told._replace(difference=difference).bold == bold
-        assert not told._replace(difference=difference, p_holm=0.06).bold
+        assert told._replace(difference=difference).is_significant == bold
+        assert not told._replace(difference=difference, p_holm=0.06).is_significant
 
 
 def test_what_a_row_costs(report):

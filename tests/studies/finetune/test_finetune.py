@@ -26,8 +26,8 @@ from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.types import Split
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import assemble
-from flax_cnns.runs.network import model_fields
+from flax_cnns.runs.build import build_components
+from flax_cnns.runs.network import get_model_fields
 from flax_cnns.studies.finetune import compare, probe, report, strategies
 from flax_cnns.weights import preprocessing
 from tests.test_configs import modes
@@ -73,7 +73,7 @@ def test_a_comparison_refuses_what_cannot_act_before_anything_runs(tmp_path):
     config.targets.similar.graft.averaged = True  # of the source that the phases set
     config.targets.similar.optimizer.b1 = 0.8
     with pytest.raises(UserError, match=r"targets\.similar: config\.optimizer\.b1=0\.8"):
-        compare.compare(config, tmp_path / "new")
+        compare.compare_strategies(config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -87,8 +87,8 @@ def test_a_slower_phase_has_no_last_rate_above_its_first(task):
 
 def leaves(task):
     """Paths of the network's leaves: "params/stem/conv/kernel" ..."""
-    parts = assemble(task.config)
-    return list(pytree.flatten(jax.eval_shape(parts.fresh_variables)))
+    parts = build_components(task.config)
+    return list(pytree.flatten(jax.eval_shape(parts.init_variables)))
 
 
 def tops(paths):
@@ -190,9 +190,9 @@ def test_every_strategy_is_planned_above():
 
 def test_layers_for_the_classifiers_and_the_decay(task):
     (features,), (stages,) = strategies.features(task), strategies.linear_stages(task)
-    assert (features.layers, stages.layers) == ((probe.LAST,), task.parts)
+    assert (features.layers, stages.layers) == ((probe.LAST_LAYER,), task.parts)
     (phase,) = strategies.layer_decay(task)
-    assert phase.config.optimizer.layer_decay == task.knobs.layer_decay
+    assert phase.config.optimizer.layer_decay == task.hyperparameters.layer_decay
 
 
 # ---------------------------------------------------------------------------- real runs
@@ -204,7 +204,7 @@ def compared(digits_dir, tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("finetune"), []
     config = make_config(digits_dir)
     names = ("linear", "features", "linear_stages")
-    result = compare.compare(config, folder, strategies=names, seeds=1, say=lines.append)
+    result = compare.compare_strategies(config, folder, strategies=names, seeds=1, say=lines.append)
     return folder, result, lines
 
 
@@ -215,10 +215,10 @@ def test_features_computed_once_give_the_classifier_of_the_frozen_network(compar
     trained = arrays(cell / "linear")
     with np.load(cell / "features/classifiers.npz") as kept:
         for name in ("kernel", "bias"):
-            ours = kept[f"{probe.LAST}/{name}"]
+            ours = kept[f"{probe.LAST_LAYER}/{name}"]
             np.testing.assert_allclose(ours, trained[f"params/head/{name}"], atol=1e-4)
-        assert np.abs(kept[f"{probe.LAST}/bias"]).max() > 0.01  # from 0: it has learned
-    linear, features = (result.at("similar", 1.0, name)[0] for name in ("linear", "features"))
+        assert np.abs(kept[f"{probe.LAST_LAYER}/bias"]).max() > 0.01  # from 0: it has learned
+    linear, features = (result.select("similar", 1.0, name)[0] for name in ("linear", "features"))
     assert (linear.test, linear.validation) == (features.test, features.validation)
     # Frozen, statistics too: what the run ends with is what the source ended with.
     source = arrays(folder / "pretrain", "best")
@@ -230,14 +230,14 @@ def test_features_computed_once_give_the_classifier_of_the_frozen_network(compar
 @pytest.mark.slow
 def test_classifiers_on_stages_are_told_apart_by_validation(compared):
     folder, result, _ = compared
-    (record,) = result.at("similar", 1.0, "linear_stages")
+    (record,) = result.select("similar", 1.0, "linear_stages")
     assert list(record.layers) == ["stem", "stage1"]
     best = max(record.layers.values(), key=lambda found: found["validation/accuracy"])
     assert record.validation == best["validation/accuracy"]
     assert record.test == best["test/accuracy"]
     assert record.test > 0.4  # five classes: on what a few steps learned, far above chance
     with np.load(folder / "similar/1/seed0/features.npz") as kept:  # from one pass for all
-        assert {"train/stem", "train/stage1", f"test/{probe.LAST}"} <= set(kept.files)
+        assert {"train/stem", "train/stage1", f"test/{probe.LAST_LAYER}"} <= set(kept.files)
         assert kept["train/stem"].shape == (result.records[0].images, 4)
 
 
@@ -249,34 +249,39 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("this has been computed")
 
-    monkeypatch.setattr(probe, "assemble", never)
-    monkeypatch.setattr("flax_cnns.runs.train.assemble", never)
+    monkeypatch.setattr(probe, "build_components", never)
+    monkeypatch.setattr("flax_cnns.runs.train.build_components", never)
     names = ("linear_stages", "features", "linear")
-    again = compare.compare(make_config(digits_dir), folder, strategies=names, seeds=1)
+    again = compare.compare_strategies(make_config(digits_dir), folder, strategies=names, seeds=1)
     assert again == result
     changed = make_config(digits_dir)
     changed.targets.similar.optimizer.b1 = 0.8
     with pytest.raises(UserError, match=r"another config \(optimizer.b1: 0.9 there, 0.8 here\)"):
-        compare.compare(changed, folder, strategies=names, seeds=1)
+        compare.compare_strategies(changed, folder, strategies=names, seeds=1)
 
 
 def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path, monkeypatch):
     """Under the same config: the source was trained again, the folder holds other images."""
-    parts, cache = assemble(task.config), tmp_path / "features.npz"
-    variables = parts.fresh_variables()
+    parts, cache = build_components(task.config), tmp_path / "features.npz"
+    variables = parts.init_variables()
 
     def computed(parts, variables):
-        found, seconds = probe.cached_features(parts, variables, [probe.LAST], cache)
-        assert probe.cached_features(parts, variables, [probe.LAST], cache)[1] == seconds
-        return found["test"][probe.LAST]
+        found, seconds = probe.load_or_compute_features(parts, variables, [probe.LAST_LAYER], cache)
+        assert (
+            probe.load_or_compute_features(parts, variables, [probe.LAST_LAYER], cache)[1]
+            == seconds
+        )
+        return found["test"][probe.LAST_LAYER]
 
     first = computed(parts, variables)
     cache.write_bytes(cache.read_bytes()[:-100])  # what isn't whole is computed again
     np.testing.assert_array_equal(computed(parts, variables), first)
     moved = ConfigDict(parts.config.to_dict())
     moved.data.dir = "elsewhere"
-    monkeypatch.setattr(probe, "features", lambda *_: pytest.fail("computed again"))
-    probe.cached_features(parts._replace(config=moved), variables, [probe.LAST], cache)
+    monkeypatch.setattr(probe, "compute_features", lambda *_: pytest.fail("computed again"))
+    probe.load_or_compute_features(
+        parts._replace(config=moved), variables, [probe.LAST_LAYER], cache
+    )
     monkeypatch.undo()
     stem = {"conv": {"kernel": 2 * variables["params"]["stem"]["conv"]["kernel"]}}
     stem = variables["params"]["stem"] | stem
@@ -303,8 +308,10 @@ def test_features_of_a_network_that_scans_are_those_of_its_blocks():
     given = dict(depths=(3,), widths=(4,))
     found = []
     for more in ({}, dict(scan=True, remat=True)):
-        parts = assemble(make_task(**given, **more).config)
-        features, _ = probe.features(parts, parts.fresh_variables(), ["stage1", probe.LAST])
+        parts = build_components(make_task(**given, **more).config)
+        features, _ = probe.compute_features(
+            parts, parts.init_variables(), ["stage1", probe.LAST_LAYER]
+        )
         found.append(features["test"])
     chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
     assert np.abs(found[0]["stage1"]).max() > 0.1
@@ -329,7 +336,7 @@ def test_a_classifier_that_is_no_dense_layer():
     with pytest.raises(
         UserError, match=r"expected one dense layer .*, got conv10/bias, conv10/ker"
     ):
-        probe._head(head, probe.LAST, np.zeros((3, 4)))
+        probe._head(head, probe.LAST_LAYER, np.zeros((3, 4)))
 
 
 # ---------------------------------------------------------------------------- the comparison
@@ -349,7 +356,7 @@ def ran(monkeypatch):
         return summary | times | {"layers": {}}
 
     monkeypatch.setattr(compare, "run", run)
-    monkeypatch.setattr(probe, "probe", run)
+    monkeypatch.setattr(probe, "run_probe", run)
     monkeypatch.setattr(compare, "_check_source", lambda *_: None)  # there is none
     return seen
 
@@ -367,7 +374,7 @@ def two_targets():
 def test_each_seed_draws_its_own_examples_and_phases_follow_each_other(ran, tmp_path):
     config = two_targets()
     given = dict(strategies=["gradual", "scratch"], fractions=(1, 0.2), seeds=2)
-    result = compare.compare(config, tmp_path, **given, say=lambda line: None)
+    result = compare.compare_strategies(config, tmp_path, **given, say=lambda line: None)
     assert result.strategies == ("scratch", "gradual")
     assert result.targets == ("similar", "dissimilar")
     assert len(result.records) == 2 * 2 * 2 * 2
@@ -392,9 +399,9 @@ def test_a_warm_up_longer_than_the_run_on_the_fewest_images_is_told_first(ran, t
     config.targets.similar.schedule.warmup = "5 steps"
     given = dict(strategies=["scratch"], seeds=1, say=lambda line: None)
     with pytest.raises(UserError, match=r"--fractions=0\.2: config\.schedule\.warmup='5 steps'"):
-        compare.compare(config, tmp_path, **given, fractions=(1, 0.2))
+        compare.compare_strategies(config, tmp_path, **given, fractions=(1, 0.2))
     assert not ran
-    compare.compare(config, tmp_path, **given, fractions=(1, 0.5))
+    compare.compare_strategies(config, tmp_path, **given, fractions=(1, 0.5))
     assert len(ran) == 4
 
 
@@ -413,9 +420,9 @@ def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkey
     config, said = two_targets(), []
     del config.targets["dissimilar"]
     given = dict(strategies=["head_then_all"], seeds=1, say=said.append)
-    compare.compare(config, tmp_path, **given, accept_changed_data=True)
+    compare.compare_strategies(config, tmp_path, **given, accept_changed_data=True)
     assert len(ran) == 2
-    compare.compare(config, tmp_path, **given)
+    compare.compare_strategies(config, tmp_path, **given)
     assert len(ran) == 4  # both phases, anew
     assert (at.with_name("old-data-1-head_then_all") / "1-head/of-other-data").exists()
     assert not (at / "1-head/of-other-data").exists()
@@ -427,9 +434,9 @@ def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkey
 
 def test_tables_picture_and_file(ran, tmp_path):
     given = dict(strategies=["all"], fractions=(0.2, 1), seeds=2)
-    result = compare.compare(two_targets(), tmp_path, **given, say=lambda line: None)
+    result = compare.compare_strategies(two_targets(), tmp_path, **given, say=lambda line: None)
     console = Console(width=120, record=True)
-    for table in report.tables(result):
+    for table in report.make_tables(result):
         console.print(table)
     text = console.export_text()
     assert "similar: test accuracy in %, mean ± sd, n=2" in text
@@ -439,7 +446,7 @@ def test_tables_picture_and_file(ran, tmp_path):
     assert "the lectures: linear classifier on the top" in text
     assert "difference to scratch" in " ".join(text.split())
     assert "│ linear        │ +10.0 │ +10.0 │" in text  # the same with both seeds: no interval
-    (line, _) = report.speed(result)
+    (line, _) = report.describe_speed(result)
     assert line == "0.2 of the examples: features 1.00 s, linear 1.00 s, 1.0 times as long"
     report.draw(result, tmp_path / "finetune.png")
     assert (tmp_path / "finetune.png").read_bytes()[:4] == b"\x89PNG"
@@ -451,11 +458,11 @@ def test_tables_picture_and_file(ran, tmp_path):
 
 def test_without_a_validation_split_no_strategy_is_called_the_best(ran, tmp_path):
     given = dict(strategies=["scratch", "linear"], fractions=(1,), seeds=1)
-    result = compare.compare(two_targets(), tmp_path, **given, say=lambda line: None)
-    assert len(report.tables(result)) == 3
+    result = compare.compare_strategies(two_targets(), tmp_path, **given, say=lambda line: None)
+    assert len(report.make_tables(result)) == 3
     records = [record._replace(validation=None) for record in result.records]
     result = result._replace(records=records)
-    titles = [table.title for table in report.tables(result)]
+    titles = [table.title for table in report.make_tables(result)]
     assert titles == ["similar: test accuracy in %", "dissimilar: test accuracy in %"]
     report.save(result, tmp_path / "finetune.json", {})
     assert json.loads((tmp_path / "finetune.json").read_text())["best_by_validation"] == {}
@@ -469,9 +476,9 @@ def test_every_mode_is_valid(name):
     module = importlib.import_module(f"configs.finetune.{name}")
     for mode in modes(f"finetune.{name}"):
         config = module.get_config(mode) if mode else module.get_config()
-        compare.validate(config)
+        compare.validate_config(config)
         for target in config.targets.values():
-            create_model(**model_fields(target))
+            create_model(**get_model_fields(target))
         assert f"configs/finetune/{name}.py{mode and ':'}{mode}" in module.__doc__
     with pytest.raises(ValueError, match="it has smoke"):
         module.get_config("smok")
@@ -498,7 +505,7 @@ def test_a_config_that_makes_no_sense(tmp_path, change, said):
     with config.unlocked():
         change(config)
     with pytest.raises(UserError, match=said):
-        compare.compare(config, tmp_path / "none")
+        compare.compare_strategies(config, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -507,7 +514,7 @@ def test_results_of_a_source_that_is_gone_are_not_mixed_with_others(ran, tmp_pat
     config.source = ""
     (tmp_path / "similar/1/seed0/linear").mkdir(parents=True)
     with pytest.raises(UserError, match=r"from a source that is gone .*; remove them, or take"):
-        compare.compare(config, tmp_path, seeds=1, say=lambda line: None)
+        compare.compare_strategies(config, tmp_path, seeds=1, say=lambda line: None)
     assert not ran
 
 
@@ -523,7 +530,7 @@ def test_mistakes_are_told_before_anything_is_trained(ran, tmp_path, classes, fr
     config = two_targets()
     config.source, config.targets.similar.data.classes = "", classes
     with pytest.raises(UserError, match=said):
-        compare.compare(config, tmp_path, fractions=fractions, say=lambda line: None)
+        compare.compare_strategies(config, tmp_path, fractions=fractions, say=lambda line: None)
     assert not ran
 
 
@@ -547,7 +554,7 @@ def compare_untrained(monkeypatch, config, folder, **given):
     what its data sets hold."""
     said = []
     monkeypatch.setattr(compare._Runner, "cell", lambda *_: [])
-    compare.compare(config, folder, **given, say=said.append)
+    compare.compare_strategies(config, folder, **given, say=said.append)
     return [line for line in said if not line.startswith("targets.")]
 
 
@@ -555,7 +562,7 @@ def test_what_the_targets_hold_is_said_and_a_batch_above_the_smallest_fraction(r
     config, said = two_targets(), []
     config.targets.similar.data.batch_size = 64
     given = dict(strategies=["scratch"], fractions=(0.2, 1), seeds=1)
-    compare.compare(config, tmp_path, **given, say=said.append)
+    compare.compare_strategies(config, tmp_path, **given, say=said.append)
     one, note, other, *_ = said
     for line, name in ((one, "similar"), (other, "dissimilar")):
         assert re.match(rf"targets.{name}: \w+: \d+ classes; images: train 200, ", line)

@@ -15,7 +15,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.data.load import read_fingerprint
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
-from flax_cnns.runs.network import model_fields
+from flax_cnns.runs.network import get_model_fields
 from flax_cnns.studies.search import scaling
 
 
@@ -46,24 +46,26 @@ def config(digits_dir, monkeypatch):
 
 
 def test_the_grid_keeps_the_constraint():
-    points = scaling.grid(2.0, 0.05)
+    points = scaling.make_grid(2.0, 0.05)
     assert (1.2, 1.1, 1.15) in points  # the paper's, 1.92
     assert points == sorted(set(points))
     for alpha, beta, gamma in points:
         assert min(alpha, beta, gamma) >= 1
         assert alpha * beta**2 * gamma**2 == pytest.approx(2, rel=0.1)
-    assert len(scaling.grid(2.0, 0.1)) < len(points)
+    assert len(scaling.make_grid(2.0, 0.1)) < len(points)
     for budget, step in ((1.0, 0.1), (2.0, 0.0), (2.0, -1.0)):
         with pytest.raises(UserError, match="expected a budget above 1 and a step above 0"):
-            scaling.grid(budget, step)
+            scaling.make_grid(budget, step)
     with pytest.raises(UserError, match="no multiples of 5"):
-        scaling.grid(2.0, 5.0)
+        scaling.make_grid(2.0, 5.0)
 
 
 def test_plans_count_the_network_that_the_config_builds(config):
     planner = scaling.Planner(config)
-    base = planner.trial("base", scaling.Factors())
-    trial = planner.at_macs("width", 2 * base.macs, lambda x: scaling.Factors(width_mult=1 + x))
+    base = planner.make_trial("base", scaling.ScalingFactors())
+    trial = planner.find_at_macs(
+        "width", 2 * base.macs, lambda x: scaling.ScalingFactors(width_mult=1 + x)
+    )
     assert trial.macs == pytest.approx(2 * base.macs, rel=0.1)
     assert trial.scale.depth_mult == trial.scale.resolution_mult == 1
     built = trial.config(config, 3)
@@ -73,13 +75,13 @@ def test_plans_count_the_network_that_the_config_builds(config):
     model = Tiny(built.model.width_mult, built.model.depth_mult, size)
     assert (cost(model).params, cost(model).macs) == (trial.params, trial.macs)
     points = [(2.0, 1.0, 1.0), (2.01, 1.0, 1.0), (1.0, 1.0, 1.4), (1.0, 1.0, 3.0)]
-    near = planner.near(2 * base.macs, points)
+    near = planner.select_near(2 * base.macs, points)
     # The second is the first, and the last is far off.
     assert [(t.scale.depth_mult, t.scale.resolution_mult) for t in near] == [(2.0, 1.0), (1.0, 1.4)]
     with pytest.raises(UserError, match="none of the grid's 1 networks"):
-        planner.near(2 * base.macs, [(1.0, 1.0, 3.0)])
+        planner.select_near(2 * base.macs, [(1.0, 1.0, 3.0)])
     with pytest.raises(UserError, match="does not reach"):
-        planner.at_macs("nothing", 2 * base.macs, lambda x: scaling.Factors())
+        planner.find_at_macs("nothing", 2 * base.macs, lambda x: scaling.ScalingFactors())
 
 
 def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
         }
 
     monkeypatch.setattr(scaling, "run", run)
-    monkeypatch.setattr(scaling, "grid", lambda budget, step: points)
+    monkeypatch.setattr(scaling, "make_grid", lambda budget, step: points)
     said = []
     found = read_fingerprint(config.data)
     given = dict(accept_changed_data=True, fingerprint=found)
@@ -126,7 +128,7 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
     saved = json.loads((tmp_path / "scaling.json").read_text())
     assert saved["winner"] == {"alpha": 1.0, "beta": 1.2, "gamma": 1.2}
     assert saved["scaled"][3]["accuracy"] == result.scaled[3].accuracy
-    assert scaling.table(result).row_count == len(result.grid) + 5
+    assert scaling.make_table(result).row_count == len(result.grid) + 5
     scaling.draw(result, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
@@ -135,9 +137,9 @@ def test_a_trials_config_is_the_scaled_network(digits_dir):
     config = get_config()
     config.data.dir = digits_dir
     planner = scaling.Planner(config)
-    trial = planner.trial("compound", scaling.compound((1.2, 1.1, 1.15), 1.0))
+    trial = planner.make_trial("compound", scaling.make_compound_factors((1.2, 1.1, 1.15), 1.0))
     built = trial.config(config, 0)
-    fields = {"num_classes": 10, **model_fields(built)}
+    fields = {"num_classes": 10, **get_model_fields(built)}
     size = (built.data.image_size, built.data.image_size, 1)
     counted = cost(create_model(**fields, input_size=size))
     assert (counted.params, counted.macs) == (trial.params, trial.macs)
@@ -148,4 +150,4 @@ def test_a_network_that_cannot_be_scaled(digits_dir):
     config.data.dir = digits_dir
     config.model = ConfigDict({"name": "cifar_resnet20", "num_classes": 0, "dtype": "float32"})
     with pytest.raises(UserError, match="cifar_resnet20 has no field 'width_mult'"):
-        scaling.Planner(config).trial("base", scaling.Factors())
+        scaling.Planner(config).make_trial("base", scaling.ScalingFactors())

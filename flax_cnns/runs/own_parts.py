@@ -20,30 +20,30 @@ from typing import Any, NamedTuple
 from flax_cnns.config import flatten, to_plain
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.runs.network import as_tuples
+from flax_cnns.runs.network import to_tuples
 from flax_cnns.runs.references import (
-    FIELDS,
+    KINDS_WITH_SEVERAL,
     OPAQUE,
-    SEVERAL,
+    PART_FIELDS,
     find_references,
     import_reference,
+    make_reference,
     name_of,
-    reference_to,
 )
 from flax_cnns.train import checks, regularizers
 from flax_cnns.train.regularizers import Regularizer
 
 # What each hook of a callback is called with.
-CALLBACKS = {
+CALLBACK_HOOKS = {
     "on_step": ("step", "numbers"),
     "on_validation": ("step", "numbers"),
     "on_save": ("step",),
 }
-LENGTH = 16  # of a digest
-Objects = Mapping[str, Any]  # reference -> the object that was given in this process
+DIGEST_LENGTH = 16  # of a digest
+OpaqueObjects = Mapping[str, Any]  # reference -> the object that was given in this process
 
 
-class Own(NamedTuple):
+class OwnParts(NamedTuple):
     """The own parts of a run, ready to use; what a run does without is None or empty."""
 
     network: Any = None  # a class, function or instance of a linen module
@@ -61,7 +61,7 @@ class Own(NamedTuple):
 # ---------------------------------------------------------------------------- objects into a config
 
 
-def bring(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def write_to_config(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the names of the objects that `run` was given into `config`, a ConfigDict, and returns
     {reference: object} of the opaque ones. A text is a reference, or a name of the package's own.
     Raises `UserError` for what cannot be such a part."""
@@ -69,8 +69,8 @@ def bring(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for kind, value in given.items():
         if value is None:
             continue
-        section, _, field = FIELDS[kind].partition(".")
-        if kind in SEVERAL:
+        section, _, field = PART_FIELDS[kind].partition(".")
+        if kind in KINDS_WITH_SEVERAL:
             names = tuple(
                 _bring_one(kind, one, objects, alias) for alias, one in _listed(kind, value)
             )
@@ -92,11 +92,11 @@ def _listed(kind: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 def _bring_one(kind: str, value: Any, objects: dict[str, Any], alias: str = "") -> str:
     """The value of the config's field; an opaque object goes into `objects`."""
-    reference = value if isinstance(value, str) else reference_to(value)
+    reference = value if isinstance(value, str) else make_reference(value)
     if reference is None:
         name = alias or _object_name(value) or kind
         reference = f"{OPAQUE}:{name}"
-        if kind not in SEVERAL and objects.get(reference, value) is not value:
+        if kind not in KINDS_WITH_SEVERAL and objects.get(reference, value) is not value:
             reference = f"{OPAQUE}:{name}_{kind}"  # another kind has one of this name
         if objects.get(reference, value) is not value:
             raise UserError(f"{kind}: two objects are called {name!r}; give them by name: {{...}}")
@@ -121,7 +121,9 @@ def _object_name(value: Any) -> str:
 # ---------------------------------------------------------------------------- a config into objects
 
 
-def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = True) -> Own:
+def resolve(
+    config: Any, objects: OpaqueObjects | None = None, *, callbacks: bool = True
+) -> OwnParts:
     """The own parts that a config names; `objects` are the opaque ones. Without `callbacks` none of
     these is made, which may begin a file anew. Raises `UserError` for a
     name that cannot be imported, a field that its part does not take, and fields of no part."""
@@ -132,7 +134,7 @@ def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = Tr
 
     def get(kind: str, reference: str) -> Any:
         given = objects.get(reference)
-        found = import_reference(reference, FIELDS[kind]) if given is None else given
+        found = import_reference(reference, PART_FIELDS[kind]) if given is None else given
         record.setdefault(kind, []).append(_describe(reference, found, fields, config, kind))
         return found
 
@@ -181,7 +183,7 @@ def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = Tr
     make_data = None
     if data is not None:
         make_data = functools.partial(_make_data, data, data_fields, references["data"][0])
-    return Own(
+    return OwnParts(
         network,
         make_data,
         optimizer,
@@ -195,23 +197,23 @@ def resolve(config: Any, objects: Objects | None = None, *, callbacks: bool = Tr
     )
 
 
-def make_data(config: Any, objects: Objects | None = None) -> Dataset | None:
+def make_data(config: Any, objects: OpaqueObjects | None = None) -> Dataset | None:
     """The own data of a config; None if it names a data set of the package."""
     found = find_references(config).get("data")
     if not found:
         return None
     data = (objects or {}).get(found[0])
-    data = import_reference(found[0], FIELDS["data"]) if data is None else data
+    data = import_reference(found[0], PART_FIELDS["data"]) if data is None else data
     return _make_data(data, _fields_for(found[0], to_plain(config.get("own", {}) or {})), found[0])
 
 
-def find_network(config: Any, objects: Objects | None = None) -> Any:
+def find_network(config: Any, objects: OpaqueObjects | None = None) -> Any:
     """The own network of a config, as `network.make_model` takes it; None for a registered one."""
     found = find_references(config).get("model")
     if not found:
         return None
     network = (objects or {}).get(found[0])
-    return import_reference(found[0], FIELDS["model"]) if network is None else network
+    return import_reference(found[0], PART_FIELDS["model"]) if network is None else network
 
 
 def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any]) -> None:
@@ -233,7 +235,7 @@ def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any])
 
 
 def _fields_for(reference: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: as_tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
+    return {name: to_tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
 
 
 def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
@@ -317,17 +319,18 @@ def _why_off(found: Any, fields: Mapping[str, Any]) -> str:
 def _callback(found: Any) -> Any:
     what = f"train.callbacks: {type(found).__name__}"
     for name in dir(found):
-        if name.startswith("on_") and name not in CALLBACKS and callable(getattr(found, name)):
-            near = did_you_mean(name, CALLBACKS)
+        if name.startswith("on_") and name not in CALLBACK_HOOKS and callable(getattr(found, name)):
+            near = did_you_mean(name, CALLBACK_HOOKS)
             raise UserError(f"{what} has {name!r}, which nothing calls{near}")
-    hooks = [name for name in CALLBACKS if callable(getattr(found, name, None))]
+    hooks = [name for name in CALLBACK_HOOKS if callable(getattr(found, name, None))]
     if not hooks:
         known = [name for name in dir(found) if not name.startswith("_")]
         raise UserError(
-            f"{what} has none of {', '.join(CALLBACKS)}; it has {', '.join(known[:8]) or 'nothing'}"
+            f"{what} has none of {', '.join(CALLBACK_HOOKS)}; it has"
+            f" {', '.join(known[:8]) or 'nothing'}"
         )
     for name in hooks:
-        checks.check_arguments(f"{what}, {name}", getattr(found, name), CALLBACKS[name])
+        checks.check_arguments(f"{what}, {name}", getattr(found, name), CALLBACK_HOOKS[name])
     return found
 
 
@@ -352,13 +355,13 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
 # ---------------------------------------------------------------------------- the record
 
 
-def digest_of(found: Any) -> str | None:
+def compute_digest(found: Any) -> str | None:
     """A digest of the source of a function or class; None where there is none."""
     try:
         source = inspect.getsource(found)
     except (OSError, TypeError):
         return None
-    return hashlib.sha256(source.encode()).hexdigest()[:LENGTH]
+    return hashlib.sha256(source.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def _describe(
@@ -370,7 +373,7 @@ def _describe(
         of_it = dict(fields.get(name_of(reference), {}))
     if reference.startswith(OPAQUE):
         return {"name": name_of(reference), "opaque": True, "fields": of_it}
-    return {"name": reference, "opaque": False, "fields": of_it, "digest": digest_of(found)}
+    return {"name": reference, "opaque": False, "fields": of_it, "digest": compute_digest(found)}
 
 
 def compare_records(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
