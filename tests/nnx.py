@@ -32,7 +32,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.interop.nnx import pop_aux_logits, to_linen, to_nnx
 from flax_cnns.types import Array, PyTree
-from tests.models.captured import blank
+from tests.models.shapes import blank_model
 
 LIMIT = 1e-6  # of the numbers, which are of the order of 1
 FEW = 130  # leaves: what compiles within seconds
@@ -112,7 +112,7 @@ def differ(ours: PyTree, theirs: PyTree) -> float:
 
 def compare(name: str, numbers: bool = False) -> Result:
     began = time.perf_counter()
-    model = blank(name)
+    model = blank_model(name)
     images = jax.ShapeDtypeStruct((2, *model.input_size), jnp.float32)
     shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
     linen, returned = trace(run_linen, model, shapes, make_keys(), images)

@@ -35,8 +35,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.weights import convert
 from tests.models import foreign
-from tests.models.captured import FAMILY_OF
 from tests.models.published import UNVERIFIED
+from tests.models.shapes import FAMILY_OF
 from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 
 ROOT = Path(__file__).parents[1]

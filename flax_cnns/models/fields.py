@@ -32,7 +32,7 @@ class Between:
     low: float
     high: float
 
-    def fits(self, value: float) -> bool:
+    def allows(self, value: float) -> bool:
         return self.low <= value < self.high
 
     def describe(self, value: Any) -> str:
@@ -50,7 +50,7 @@ class AtLeast:
     high: float = 100_000
     above: bool = False
 
-    def fits(self, value: float) -> bool:
+    def allows(self, value: float) -> bool:
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def describe(self, value: Any) -> str:
@@ -67,7 +67,7 @@ class AtLeast:
 class NotEmpty:
     """Of a sequence."""
 
-    def fits(self, value: Sequence) -> bool:
+    def allows(self, value: Sequence) -> bool:
         return len(value) > 0
 
     def describe(self, value: Any) -> str:
@@ -75,12 +75,12 @@ class NotEmpty:
 
 
 @dataclasses.dataclass(frozen=True)
-class Called:
+class DescribedAs:
     """What a message calls it."""
 
     name: str
 
-    def fits(self, value: Any) -> bool:
+    def allows(self, value: Any) -> bool:
         return True
 
 
@@ -90,13 +90,13 @@ Factor = Annotated[float, AtLeast(0, 1000, above=True)]  # on widths or depths
 Count = Annotated[int, AtLeast(1)]
 CountOrZero = Annotated[int, AtLeast(0)]
 Counts = Annotated[Sequence[Count], NotEmpty()]  # one for each stage, as a rule
-Classes = Annotated[int, AtLeast(1, 10_000_000), Called("a positive number or None")]
-ImageSize = Annotated[tuple[Count, Count, Count], Called("(height, width, channels)")]
+Classes = Annotated[int, AtLeast(1, 10_000_000), DescribedAs("a positive number or None")]
+ImageSize = Annotated[tuple[Count, Count, Count], DescribedAs("(height, width, channels)")]
 
 # ---------------------------------------------------------------------------- the check
 
 
-class _Misfit(Exception):
+class _InvalidValue(Exception):
     """A value that is not what an annotation says."""
 
 
@@ -113,7 +113,7 @@ _SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check(name: str, network: type, values: dict[str, Any]) -> dict[str, Any]:
+def check_values(name: str, network: type, values: dict[str, Any]) -> dict[str, Any]:
     """The values of fields of the class `network`, as its instances want them: lists as tuples.
 
     Raises `UserError`, which begins with `name`, for the first that its annotation does not allow.
@@ -124,8 +124,8 @@ def check(name: str, network: type, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check(name: str, field: str, value: Any, hint: Any) -> Any:
     try:
-        return _fit(value, hint)
-    except _Misfit:
+        return _convert(value, hint)
+    except _InvalidValue:
         if hint == Dtype:
             near = did_you_mean(str(value), DTYPES)
             raise UserError(f"unknown {field} {value!r}{near}") from None
@@ -150,60 +150,60 @@ def _is_row(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as a field of this annotation; raises `_Misfit`."""
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as a field of this annotation; raises `_InvalidValue`."""
     kind, args, bounds = _parse(hint)
     if hint == Dtype:
-        return _fit_dtype(value)
+        return _convert_dtype(value)
     if kind is Union:
-        value = _fit_union(value, args)
+        value = _convert_union(value, args)
     elif kind is NoneType and value is not None:
-        raise _Misfit
+        raise _InvalidValue
     elif kind in (Sequence, tuple) or _is_row(kind):
-        value = _fit_sequence(value, kind, args)
+        value = _convert_sequence(value, kind, args)
     elif kind in _SCALARS and not _SCALARS[kind][1](value):
-        raise _Misfit
-    if not all(bound.fits(value) for bound in bounds):
-        raise _Misfit
+        raise _InvalidValue
+    if not all(bound.allows(value) for bound in bounds):
+        raise _InvalidValue
     return int(value) if kind is int else value
 
 
-def _fit_dtype(value: Any) -> jnp.dtype:
+def _convert_dtype(value: Any) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise _Misfit from None
+        raise _InvalidValue from None
     if dtype.name not in DTYPES:
-        raise _Misfit
+        raise _InvalidValue
     return dtype
 
 
-def _fit_union(value: Any, hints: Sequence[Any]) -> Any:
+def _convert_union(value: Any, hints: Sequence[Any]) -> Any:
     for hint in hints:
         try:
-            return _fit(value, hint)
-        except _Misfit:
+            return _convert(value, hint)
+        except _InvalidValue:
             continue
-    raise _Misfit
+    raise _InvalidValue
 
 
-def _fit_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
+def _convert_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
     if not isinstance(value, tuple | list):
-        raise _Misfit
+        raise _InvalidValue
     if _is_row(kind):
         args = tuple(_hints(kind).values())
     elif kind is Sequence or args[-1] is ...:
         args = args[:1] * len(value)
     if len(value) != len(args):
-        raise _Misfit
-    values = [_fit(v, hint) for v, hint in zip(value, args)]
+        raise _InvalidValue
+    values = [_convert(v, hint) for v, hint in zip(value, args)]
     return kind(*values) if _is_row(kind) else tuple(values)
 
 
 def _describe(hint: Any, value: Any) -> str:
     """What would fit, said to who gave `value`."""
     kind, args, bounds = _parse(hint)
-    if names := [bound.name for bound in bounds if isinstance(bound, Called)]:
+    if names := [bound.name for bound in bounds if isinstance(bound, DescribedAs)]:
         ends = [bound.describe_end(value) for bound in bounds if isinstance(bound, AtLeast)]
         return "".join(names + ends)
     said = [bound.describe(value) for bound in bounds]
@@ -214,15 +214,19 @@ def _describe(hint: Any, value: Any) -> str:
     if kind is tuple and args[-1] is not ...:
         return f"({', '.join(_describe(arg, None) for arg in args)})"
     if kind in (Sequence, tuple):
-        odd = [v for v in value if not _fits(v, args[0])] if isinstance(value, tuple | list) else []
+        odd = (
+            [v for v in value if not _is_valid(v, args[0])]
+            if isinstance(value, tuple | list)
+            else []
+        )
         each = f"each {_describe(args[0], odd[0] if odd else None)}"
         return f"{' '.join(['a sequence', *filter(None, said)])}, {each}"
     return " ".join([_SCALARS[kind][0], *said])
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _is_valid(value: Any, hint: Any) -> bool:
     try:
-        _fit(value, hint)
-    except _Misfit:
+        _convert(value, hint)
+    except _InvalidValue:
         return False
     return True

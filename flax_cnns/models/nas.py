@@ -37,7 +37,7 @@ PAPER = Paper(
 
 
 class Layer(NamedTuple):
-    window: tuple[Count, Count]  # height, width
+    kernel_size: tuple[Count, Count]  # height, width
     width: Count
     sources: Sequence[CountOrZero]  # layers from 1, whose maps it takes; 0: the images
 
@@ -85,9 +85,9 @@ class NAS(nn.Module):
         conv, norm = layers.building_blocks(self, train, paper=None, use_bias=self.norm == "none")
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
         maps = [images]  # all [N H W .]
-        for i, (window, width, sources) in enumerate(self.table, 1):
+        for i, (kernel_size, width, sources) in enumerate(self.table, 1):
             x = jnp.concatenate([maps[j] for j in sources], axis=-1)
-            maps.append(unit(width, window, name=f"conv{i}")(x))
+            maps.append(unit(width, kernel_size, name=f"conv{i}")(x))
         return layers.classify(self, maps[-1])
 
 

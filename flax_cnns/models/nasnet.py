@@ -40,8 +40,8 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1707.07012",
 )
 
-_CUT = "truncated_normal"  # at two deviations
-slim = layers.tensorflow_fan_out(_CUT)  # `kernel_init="paper"`
+_TRUNCATED = "truncated_normal"  # at two deviations
+slim_initializer = layers.tensorflow_fan_out(_TRUNCATED)  # `kernel_init="paper"`
 
 # Figure 4. The output of the normal cell has "p" although rows use it.
 NORMAL = CellRecipe(
@@ -193,7 +193,7 @@ class NASNet(nn.Module):
             raise UserError(f"zero_pools are among 'max' and 'mean', got {sorted(wrong)}")
         # So that p is larger than x behind each reduction, by which a cell knows it.
         layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
-        conv, norm = layers.building_blocks(self, train, paper=slim)
+        conv, norm = layers.building_blocks(self, train, paper=slim_initializer)
         cells = [n + (i > 0) for i, n in enumerate(self.depths)]
         drops = layers.make_drop_paths(self, (self.stem_cells, *cells), train)
         cell = partial(
@@ -206,7 +206,7 @@ class NASNet(nn.Module):
         reduction = partial(cell, recipe=self.reduction, stride=2)
         # In comments the sizes for 331x331 and 224x224.
         widths = [self.width // 2**i for i in range(self.stem_cells, 0, -1)]
-        first_init = variance_scaling(2.0, "fan_out", _CUT)
+        first_init = variance_scaling(2.0, "fan_out", _TRUNCATED)
         first_init = layers.get_initializer(self.kernel_init, paper=first_init)
         first = partial(conv, kernel_init=first_init)
         stem = Stem(self.stem_width, widths, first, norm, reduction, name="stem")
@@ -223,10 +223,10 @@ class NASNet(nn.Module):
             x, p = stage(x, p, drops[i + 1])
             wanted = self.aux and self.num_classes and i == len(self.depths) - 2
             if wanted and (train or self.is_initializing()):
-                head = partial(layers.make_head(self, slim), self.num_classes)
+                head = partial(layers.make_head(self, slim_initializer), self.num_classes)
                 Aux(self.aux, conv, norm, head, name="aux1")(x, train)
         dropout = nn.Dropout(self.dropout, deterministic=not train)
-        return layers.classify(self, nn.relu(x), dropout=dropout, paper=slim)
+        return layers.classify(self, nn.relu(x), dropout=dropout, paper=slim_initializer)
 
 
 def _n_at_p(n: int, p: int, **fields: object) -> partial:

@@ -38,7 +38,7 @@ PAPER = Paper(
 class Row(NamedTuple):
     """An mlpconv, and what follows it: a pooling (not after the last), dropout."""
 
-    window: Count
+    kernel_size: Count
     widths: Counts  # of the convolution and of the 1x1 convolutions
     stride: Count = 1
     padding: CountOrZero = 0
@@ -57,10 +57,10 @@ class MlpConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         row = self.row
-        window = (row.window, row.window)
+        kernel_size = (row.kernel_size, row.kernel_size)
         init = layers.get_initializer(self.kernel_init, paper=layers.gaussian(row.std))
         conv = partial(self.conv, strides=row.stride, padding=row.padding, kernel_init=init)
-        x = nn.relu(conv(row.widths[0], window, name="conv")(x))
+        x = nn.relu(conv(row.widths[0], kernel_size, name="conv")(x))
         init = layers.get_initializer(self.kernel_init, paper=layers.gaussian(0.05))
         for i, width in enumerate(row.widths[1:], 1):
             x = nn.relu(self.conv(width, (1, 1), kernel_init=init, name=f"cccp{i}")(x))

@@ -90,7 +90,7 @@ class Bottleneck(nn.Module):
         return layers.residual(shortcut, branch, self, x, drop)
 
 
-class LateStage(nn.Module):
+class LateStrideStage(nn.Module):
     """`layers.Stage`, unrolled, whose last block has the stride in place of the first."""
 
     block: ModuleDef
@@ -159,7 +159,7 @@ class PreActResNet(nn.Module):
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.width, conv, self.bias, self.pad_zeros, name="stem")(images)  # H/4
         drops = layers.make_drop_paths(self, self.depths, train)
-        stage = partial(LateStage if self.late_stride else layers.Stage, remat=self.remat)
+        stage = partial(LateStrideStage if self.late_stride else layers.Stage, remat=self.remat)
         if self.scan:
             stage = partial(stage, scan=True)
         strides = [2] * (len(self.depths) - 1)

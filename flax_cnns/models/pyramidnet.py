@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.models.fields import AtLeast, Called, Classes, Count, ImageSize, Rate
+from flax_cnns.models.fields import AtLeast, Classes, Count, DescribedAs, ImageSize, Rate
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper, PyTree
 
 PAPER = Paper(
@@ -133,7 +133,7 @@ class PyramidNet(nn.Module):
     # architecture
     depth: Count  # in convolutions along the branches, with the stem and the head
     # By how many channels the last block is wider than the stem.
-    alpha: Annotated[float, AtLeast(0), Called("what widths grow by, 0 at least")]
+    alpha: Annotated[float, AtLeast(0), DescribedAs("what widths grow by, 0 at least")]
     block: ModuleDef = BasicBlock
     rounding: str = "down"  # of widths; or "nearest", the released code's
     input_size: ImageSize = (32, 32, 3)
@@ -157,7 +157,7 @@ class PyramidNet(nn.Module):
     # compilation
     remat: bool = False  # compute the inside of each block again in the backward pass
 
-    def widths(self) -> list[list[int]]:
+    def compute_widths(self) -> list[list[int]]:
         """Channels inside the blocks of the three stages."""
         convs = 3 * self.block.branch_depth  # that a block in each stage adds
         depth, rest = divmod(self.depth - 2, convs)
@@ -183,7 +183,7 @@ class PyramidNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
-        widths = self.widths()
+        widths = self.compute_widths()
         conv, norm = layers.building_blocks(self, train)
         depths = [len(stage) for stage in widths]
         drops = layers.make_drop_paths(self, depths, train)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.models.fields import check
+from flax_cnns.models.fields import check_values
 
 FAMILIES = tuple(
     import_module(f"flax_cnns.models.{name}")
@@ -62,7 +62,7 @@ FAMILIES = tuple(
         "vit",
     )
 )
-MOST_LEAVES = 1000  # that are initialized by one program: more take long to compile
+MAX_FUSED_LEAVES = 1000  # that are initialized by one program: more take long to compile
 
 
 class ModelInfo(NamedTuple):
@@ -77,7 +77,7 @@ class ModelInfo(NamedTuple):
     sources: tuple[str, ...]  # whose tensors `weights.convert` takes: torchvision, timm, keras ...
 
 
-def merge(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType]]:
+def merge_variants(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType]]:
     """`{name: (variant, its family)}` of all families; a name in two of them raises ValueError."""
     table: dict[str, tuple[partial, ModuleType]] = {}
     for family in families:
@@ -88,7 +88,7 @@ def merge(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType
     return table
 
 
-_MODELS = merge(FAMILIES)
+_MODELS = merge_variants(FAMILIES)
 
 
 def _find(name: str) -> tuple[partial, ModuleType]:
@@ -118,7 +118,7 @@ def create_model(name: str, **fields: Any) -> nn.Module:
             takes = f"it takes {', '.join(sorted(known))}"
             hint = f"{near} ({takes})" if near.startswith("; did you mean") else f"; {takes}"
             raise UserError(f"{name} has no field {field!r}{hint}")
-    return variant(**check(name, variant.func, fields))
+    return variant(**check_values(name, variant.func, fields))
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -174,7 +174,7 @@ def init_variables(
     if isinstance(key, jax.core.Tracer):  # inside the caller's own jit or eval_shape
         return init(key)
     traced = jax.jit(init).trace(key)
-    if len(jax.tree.leaves(traced.out_info)) > MOST_LEAVES:  # one program for each shape
+    if len(jax.tree.leaves(traced.out_info)) > MAX_FUSED_LEAVES:  # one program for each shape
         return kept(model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32), train=False))
     # Compiling the random numbers of all kernels is what takes time on a CPU: ten times less at
     # this level, for a function that runs once.

@@ -64,7 +64,7 @@ def shortcut(
     return norm(name="projection_norm")(x)
 
 
-def add(
+def add_branch(
     block: nn.Module, branch: Callable, x: Array, width: int, drop: layers.DropPath | None
 ) -> Array:
     """The sum of a block's shortcut and its branch, or without shortcut the branch alone."""
@@ -99,7 +99,7 @@ class BasicBlock(nn.Module):
             y = y if self.attention is None else self.attention(name="se")(y)
             return layers.shake_drop(y, shake_drop)
 
-        return nn.relu(add(self, branch, x, self.width, drop))
+        return nn.relu(add_branch(self, branch, x, self.width, drop))
 
 
 class Bottleneck(nn.Module):
@@ -141,7 +141,7 @@ class Bottleneck(nn.Module):
             y = self.norm(name="norm3", scale_init=last)(y)
             return y if self.attention is None else self.attention(name="se")(y)
 
-        return nn.relu(add(self, branch, x, 4 * self.width, drop))
+        return nn.relu(add_branch(self, branch, x, 4 * self.width, drop))
 
 
 class ResNet(nn.Module):

@@ -40,7 +40,7 @@ def farthest_and_nearest(maps: Sequence[Array], path: int) -> Sequence[Array]:
     return [*maps[: path // 2], *maps[len(maps) - (path - path // 2) :]]
 
 
-class Attention(nn.Module):
+class ChannelAttention(nn.Module):
     """x + x * F(x): [N H W C] -> [N H W C], section 3.3.
 
     F pools x over H and W, and sends that and its 1x1 through another 1x1, norm and ReLU before
@@ -74,5 +74,5 @@ _bc = partial(
 VARIANTS = {
     "sparse_densenet": partial(_bc, bottleneck=False, compression=1.0),
     "sparse_densenet_bc": _bc,
-    "sparse_densenet_abc": partial(_bc, attention=Attention),
+    "sparse_densenet_abc": partial(_bc, attention=ChannelAttention),
 }

@@ -33,7 +33,7 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1409.1556",
 )
 
-SMALLEST = 32  # halved five times
+MIN_IMAGE_SIZE = 32  # halved five times
 
 
 class Stage(nn.Module):
@@ -83,7 +83,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         paper = layers.gaussian(0.01)
         init = layers.get_initializer(self.kernel_init, paper=paper)
         dense = partial(nn.Dense, kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype)

@@ -36,7 +36,7 @@ PAPER = Paper(
     year=2020,
     url="https://arxiv.org/abs/2010.11929",
 )
-RESIZES = {"bicubic": "cubic", "bilinear": "linear"}
+RESIZE_METHODS = {"bicubic": "cubic", "bilinear": "linear"}
 
 
 class Block(nn.Module):
@@ -69,7 +69,7 @@ class Block(nn.Module):
             y = layers.MultiHeadAttention(block.heads, block.dense, name="attention")(y)
             return dropped(0, y)
 
-        def think(block: Block, x: Array) -> Array:
+        def mlp(block: Block, x: Array) -> Array:
             y = block.norm(name="norm2")(x)
             y = block.dense(block.expansion * x.shape[-1], name="expand")(y)
             y = dropped(1, nn.gelu(y, approximate=False))
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
         first, second = layers.split_by_branch(drop, 2)
         x = layers.residual(x, attend, self, x, first)
-        return layers.residual(x, think, self, x, second)
+        return layers.residual(x, mlp, self, x, second)
 
 
 class ViT(nn.Module):
@@ -199,8 +199,8 @@ def resize_positions(
     """
     if "position_embedding" not in params:
         raise UserError(f'expected a ViT\'s variables["params"], got a tree of {sorted(params)}')
-    if method not in RESIZES:
-        raise UserError(f"unknown method {method!r}{did_you_mean(method, RESIZES)}")
+    if method not in RESIZE_METHODS:
+        raise UserError(f"unknown method {method!r}{did_you_mean(method, RESIZE_METHODS)}")
     positions, patch = params["position_embedding"], params["patches"]["kernel"].shape[0]
     before, after = _grid(old, patch), _grid(new, patch)
     tokens = positions.shape[1]
@@ -218,7 +218,7 @@ def resize_grid(
     """[1 1+T C] of a grid of `before` (rows, columns) -> that of `after`, as `resize_positions`."""
     width = positions.shape[-1]
     grid = positions[:, 1:].reshape(1, *before, width)
-    grid = jax.image.resize(grid, (1, *after, width), RESIZES[method])
+    grid = jax.image.resize(grid, (1, *after, width), RESIZE_METHODS[method])
     return jnp.concatenate([positions[:, :1], grid.reshape(1, -1, width)], axis=1)
 
 

@@ -130,7 +130,7 @@ class Xception(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.stem, conv, norm, name="stem")(images)  # H/2
         block = partial(Block, norm=norm, padding=self.padding, zero_init=self.zero_init)
@@ -147,7 +147,7 @@ class Xception(nn.Module):
         return layers.classify(self, x, dropout=dropout)
 
 
-SMALLEST = 7  # of which the stem leaves one pixel
+MIN_IMAGE_SIZE = 7  # of which the stem leaves one pixel
 VARIANTS = {
     "xception": partial(Xception),
     "legacy_xception": partial(Xception),

@@ -25,7 +25,7 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1311.2901",
 )
 
-SMALLEST = 47  # what leaves one pixel behind the third pooling
+MIN_IMAGE_SIZE = 47  # what leaves one pixel behind the third pooling
 
 
 class ZFNet(nn.Module):
@@ -59,7 +59,7 @@ class ZFNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        layers.check_images(images, self.input_size, SMALLEST)
+        layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         conv, dense, head, _ = make_layers(self, bias=0)
         unit = partial(layers.ConvUnit, conv=conv)
         pool = partial(layers.MaxPool, 3, 2, ceil=True)

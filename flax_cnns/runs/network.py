@@ -18,7 +18,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import registry
-from flax_cnns.models.fields import check
+from flax_cnns.models.fields import check_values
 from flax_cnns.types import PyTree
 
 # What a step keeps of a network's variables, and what it lets a network write beside them.
@@ -115,7 +115,7 @@ def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset)
         raise UserError(f"config.model.{field}: {name} has no field {field!r}{near}")
     if inspect.isclass(network):
         with contextlib.suppress(NameError, TypeError, KeyError):  # annotations of no known name
-            fields = check(name, network, fields)
+            fields = check_values(name, network, fields)
     if "dtype" in fields:
         fields["dtype"] = jnp.dtype(fields["dtype"])
     try:

@@ -20,7 +20,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.interop.nnx import pop_aux_logits, to_linen, to_nnx, to_state
 from flax_cnns.models.registry import init_variables
 from tests import nnx as beside
-from tests.models.captured import blank
+from tests.models.shapes import blank_model
 
 
 class Case(NamedTuple):
@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_linen(name):
 
 def test_auxiliary_heads_trace_to_the_program_of_linen():
     name = "googlenet_tv_aux"
-    model = blank(name, num_classes=3, **CASES[name].fields | dict(table=TABLE[:1]))
+    model = blank_model(name, num_classes=3, **CASES[name].fields | dict(table=TABLE[:1]))
     shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
     args = model, shapes, beside.make_keys(), jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
     linen, through_nnx = (beside.trace(run, *args) for run in (beside.run_linen, beside.run_nnx))
@@ -114,7 +114,7 @@ def variables():
 
 def network(**fields):
     given = dict(depths=(3,), widths=(4,), input_size=(8, 8, 3), num_classes=3, scan=True)
-    return blank("cifar_resnet20", **given | fields)
+    return blank_model("cifar_resnet20", **given | fields)
 
 
 def same(ours, theirs):

@@ -10,9 +10,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import alexnet
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured as captured_of
-from tests.models.captured import cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 # Section 3.5: (window, maps that a unit sees, maps) of conv1 ... conv5, then (in, out).
 TWO_GPUS = [(11, 3, 96), (5, 48, 256), (3, 256, 384), (3, 192, 384), (3, 192, 256)]
@@ -52,7 +51,7 @@ def test_each_layer_of_two_gpus():
 
 def captured(name, height, width, **fields):
     """The logits' shape, and that of what each module gives, by path."""
-    out, shapes = captured_of(name, height, width, **fields)
+    out, shapes = capture_shapes(name, height, width, **fields)
     return out, {path: shape[1:] for path, shape in shapes.items()}
 
 

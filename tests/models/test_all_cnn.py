@@ -11,8 +11,8 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import all_cnn
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 # Window, input and output channels, and the side of the output for 32x32; all have biases.
 LAST = [(3, 192, 192, 6), (1, 192, 192, 6)]
@@ -85,7 +85,7 @@ def test_padded_everywhere_it_averages_over_8x8():
 @pytest.mark.parametrize("form", all_cnn.FORMS)
 @pytest.mark.parametrize(("size", "sides"), [(32, (16, 8, 6)), (33, (17, 9, 7)), (9, (5, 3, 1))])
 def test_stages_have_one_shape_in_all_forms(form, size, sides):
-    logits, shapes = captured("all_cnn_c", size, form=form)
+    logits, shapes = capture_shapes("all_cnn_c", size, form=form)
     for i, (side, width) in enumerate(zip(sides, (96, 192, 192)), 1):
         assert shapes[f"stage{i}"] == (2, side, side, width)
     assert logits.shape == (2, 10)
@@ -93,11 +93,11 @@ def test_stages_have_one_shape_in_all_forms(form, size, sides):
 
 def test_errors():
     with pytest.raises(UserError, match="unknown form 'stride'; did you mean 'strided'"):
-        captured("all_cnn_c", 32, form="stride")
+        capture_shapes("all_cnn_c", 32, form="stride")
 
 
 def test_dropout_is_where_the_paper_has_it():
-    _, shapes = captured("all_cnn_c", 32)
+    _, shapes = capture_shapes("all_cnn_c", 32)
     assert {path: shape for path, shape in shapes.items() if path.startswith("dropout")} == {
         "dropout0": (2, 32, 32, 3),
         "dropout1": (2, 16, 16, 96),

@@ -15,9 +15,9 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.cifar_preact import ORDERS, Unit
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of, variables_of
 from tests.models.counting import count_params
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of, variable_shapes
 
 BASIC = dict(windows=(3, 3), expansion=1)
 BOTTLENECK = dict(windows=(1, 3, 1), expansion=4)
@@ -62,8 +62,8 @@ def test_the_original_order_with_option_a_is_cifar_resnet110():
     depths = create_model("cifar_preact110").depths
     assert depths == create_model("cifar_resnet110").depths
     few = dict(depths=(2, 2, 2))
-    ours = variables_of("cifar_preact110", order="original", shortcut="A", **few)
-    assert ours == variables_of("cifar_resnet110", **few)
+    ours = variable_shapes("cifar_preact110", order="original", shortcut="A", **few)
+    assert ours == variable_shapes("cifar_resnet110", **few)
 
 
 def test_the_original_order_with_option_a_computes_what_cifar_resnet_computes():
@@ -208,7 +208,7 @@ def test_what_is_pooled_has_passed_a_relu(order):
 def test_output_shape_of_each_stage(size):
     half, quarter = -(-size // 2), -(-size // 4)
     for name, expansion in (("cifar_preact110", 1), ("cifar_preact164", 4)):
-        logits, shapes = captured(name, size, depths=(2, 2, 2))
+        logits, shapes = capture_shapes(name, size, depths=(2, 2, 2))
         assert shapes["stem"] == (2, size, size, 16)
         for i, side in enumerate((size, half, quarter)):
             assert shapes[f"stage{i + 1}"] == (2, side, side, expansion * 16 * 2**i)

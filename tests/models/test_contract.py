@@ -21,10 +21,10 @@ import pytest
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, list_models, model_info
-from tests.models.captured import FAMILY_OF, blank, cost_of
 from tests.models.counting import count_params
 from tests.models.networks import NETWORKS, Network
 from tests.models.published import PUBLISHED, UNVERIFIED
+from tests.models.shapes import FAMILY_OF, blank_model, cost_of
 
 ROWS = {row.name: row for rows in NETWORKS.values() for row in rows}
 # Fields that change no parameter: a network that has one of them says so in its options.
@@ -55,7 +55,7 @@ def small(row: Network, **fields: Any) -> nn.Module:
     """The network of a row with few layers, for its smallest images; kernels start at 0."""
     channels = create_model(row.name).input_size[-1]
     given = {"input_size": (row.smallest, row.smallest, channels), "num_classes": 5}
-    return blank(row.name, **given | dict(row.fields) | fields)
+    return blank_model(row.name, **given | dict(row.fields) | fields)
 
 
 def images_of(model: nn.Module, height: int = 0, width: int = 0, more: int = 0) -> Any:

@@ -16,8 +16,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import convnext
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.weights import convert
-from tests.models.captured import captured, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, variable_shapes
 
 
 def of_section_3(depths: tuple[int, ...], widths: tuple[int, ...]) -> int:
@@ -44,7 +44,7 @@ def test_xlarge_by_hand_and_by_timms_rounded_count():
 )
 def test_output_shape_of_each_stage(size, sides):
     """Rounded down."""
-    logits, shapes = captured("convnext_tiny", size)
+    logits, shapes = capture_shapes("convnext_tiny", size)
     for i, side in enumerate(sides):
         assert shapes[f"stage{i + 1}"] == (2, side, side, 96 * 2**i)
         if i:
@@ -116,7 +116,7 @@ def test_layer_scale_starts_where_it_is_told_and_can_be_left_out(tiny):
 
 def test_drop_path_is_per_image_and_leaves_evaluation_and_names_alone(tiny):
     variables, images = tiny
-    shapes = variables_of("convnext_tiny", **TINY, drop_path=0.5)
+    shapes = variable_shapes("convnext_tiny", **TINY, drop_path=0.5)
     assert jax.tree.structure(shapes) == jax.tree.structure(variables)
     plain = logits(variables, images)
     np.testing.assert_array_equal(logits(variables, images, drop_path=0.5), plain)
@@ -159,7 +159,7 @@ def test_scan_and_remat_change_no_result(tiny, fields):
 
 @pytest.mark.parametrize(("norm", "statistics"), [("batch", True), ("layer", False)])
 def test_other_norms(norm, statistics):
-    shapes = variables_of("convnext_tiny", **TINY | dict(width=16), norm=norm)
+    shapes = variable_shapes("convnext_tiny", **TINY | dict(width=16), norm=norm)
     assert bool(shapes["batch_stats"]) is statistics
 
 

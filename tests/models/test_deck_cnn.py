@@ -10,8 +10,8 @@ import pytest
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import cost_of
 
 NAME = "deck003_cifar100_example"
 

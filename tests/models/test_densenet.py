@@ -13,8 +13,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import densenet
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 FAST = {"xla_backend_optimization_level": 0}  # nearly all of the time is the compiler's
 TINY = dict(depth=10, growth_rate=4, input_size=(8, 8, 3), num_classes=3)  # 2 layers a block
@@ -98,7 +98,7 @@ def test_b_and_c_apart(bottleneck, theta, stem):
 
 def test_output_shape_of_each_stage_and_macs():
     """Table 1."""
-    logits, shapes = captured("densenet121", 224)
+    logits, shapes = capture_shapes("densenet121", 224)
     assert logits.shape == (2, 1000)
     for name, expected in {
         "stem/conv": (112, 112, 64),
@@ -120,7 +120,7 @@ def test_output_shape_of_each_stage_and_macs():
 
 
 def test_shapes_on_cifar():
-    _, shapes = captured("densenet_40_12", 32, **(TINY | dict(growth_rate=12)))
+    _, shapes = capture_shapes("densenet_40_12", 32, **(TINY | dict(growth_rate=12)))
     assert shapes["stem"] == (2, 32, 32, 16)
     assert shapes["block1"] == shapes["transition1/conv"] == (2, 32, 32, 40)
     assert shapes["block3/layer2"] == (2, 8, 8, 12)
@@ -139,7 +139,7 @@ def test_shapes_on_cifar():
 )
 def test_what_does_not_fit(fields, message):
     with pytest.raises(UserError, match=message):
-        captured("densenet_40_12", 32, **fields)
+        capture_shapes("densenet_40_12", 32, **fields)
 
 
 def test_group_norm_where_the_widths_allow_it():

@@ -11,8 +11,8 @@ from configs import cifar10_dsn
 from flax_cnns import tree as pytree
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train.losses import make_aux_weights
-from tests.models.captured import blank, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import blank_model, cost_of
 
 # The release: name, window, input and output channels, and the side of the output for 32x32.
 CONVS = [
@@ -45,7 +45,7 @@ def test_count_and_cost_of_every_layer_by_hand():
 
 def run(size, train=False, **fields):
     """Shapes of the logits and of what is captured and sown."""
-    model = blank("dsn", **fields)
+    model = blank_model("dsn", **fields)
 
     def run():
         images = jnp.zeros((2, size, size, 3))

@@ -15,8 +15,8 @@ from flax_cnns.models import efficientnet
 from flax_cnns.models.efficientnet import compound_scale
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.studies.search.scaled_networks import mobilenet_v1, mobilenet_v2, resnet
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 
 def by_hand(stem: int, widths: tuple, depths: tuple, top: int) -> int:
@@ -60,7 +60,7 @@ def test_derived_count(name, millions):
 )
 def test_output_shape_of_each_stage(padding, size, sides):
     """Table 1."""
-    logits, shapes = captured("efficientnet_b0", size, padding=padding)
+    logits, shapes = capture_shapes("efficientnet_b0", size, padding=padding)
     assert shapes["stem"] == (2, sides[0], sides[0], 32)
     for i, (side, width) in enumerate(zip(sides, (16, 24, 40, 80, 112, 192, 320))):
         assert shapes[f"stage{i + 1}"] == (2, side, side, width)
@@ -69,7 +69,7 @@ def test_output_shape_of_each_stage(padding, size, sides):
 
 
 def test_squeeze_is_a_fourth_of_what_enters_the_block():
-    _, shapes = captured("efficientnet_b0", 64)
+    _, shapes = capture_shapes("efficientnet_b0", 64)
     assert shapes["stage3/block1/se/reduce"] == (2, 24 // 4)
     assert shapes["stage3/block2/se/reduce"] == (2, 40 // 4)
     assert shapes["stage3/block2/se/expand"] == (2, 240)
@@ -83,7 +83,7 @@ def test_lite_has_fixed_ends_and_no_squeeze():
         [24, 32, 56, 112, 160, 272, 448],
         [32, 1280],
     )
-    _, shapes = captured("efficientnet_lite4", 64)
+    _, shapes = capture_shapes("efficientnet_lite4", 64)
     assert not [path for path in shapes if "/se" in path]
     assert shapes["stem"] == (2, 32, 32, 32)
 
@@ -224,4 +224,4 @@ def test_zero_init_is_only_where_a_shortcut_is():
 )
 def test_errors(fields, said):
     with pytest.raises(UserError, match=said):
-        captured("efficientnet_b0", 32, **fields)
+        capture_shapes("efficientnet_b0", 32, **fields)

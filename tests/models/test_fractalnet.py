@@ -16,8 +16,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import fractalnet
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train import parallel, steps
-from tests.models.captured import captured, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 WIDE, NARROW = (64, 128, 256, 512, 512), (16, 32, 64, 128, 128)
 # Widths of the blocks, columns, classes; parameters that the paper's ultra-deep table has, in
@@ -66,7 +66,7 @@ def test_macs_by_hand():
 
 @pytest.mark.parametrize(("size", "sides"), [(32, (16, 8, 4, 2, 1)), (24, (12, 6, 3, 2, 1))])
 def test_output_shape_of_each_block_and_unit(size, sides):
-    logits, shapes = captured("fractalnet_20", size)
+    logits, shapes = capture_shapes("fractalnet_20", size)
     before = size
     for i, (side, width) in enumerate(zip(sides, WIDE), 1):
         assert shapes[f"block{i}"] == (2, side, side, width)
@@ -82,7 +82,7 @@ def test_output_shape_of_each_block_and_unit(size, sides):
 
 
 def test_imagenet_has_resnet34s_first_and_last_layers():
-    logits, shapes = captured("fractalnet_34", 224)
+    logits, shapes = capture_shapes("fractalnet_34", 224)
     assert shapes["stem"] == (2, 56, 56, 64)
     for i, (side, width) in enumerate(((28, 128), (14, 256), (7, 512), (7, 1024)), 1):
         assert shapes[f"block{i}"] == (2, side, side, width)

@@ -16,8 +16,8 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import googlenet
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import blank, cost_of, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import blank_model, cost_of, variable_shapes
 
 # Table 1: side and depth of the output; input depth and the widths #1x1, #3x3 reduce, #3x3,
 # #5x5 reduce, #5x5, pool proj; params in Ki (1024 weights, no biases), ops in millions.
@@ -62,7 +62,7 @@ def test_count(name):
 
 def captured(name, size, train=False, **fields):
     """(logits, {path: shape of its output}, aux logits), without computing."""
-    model = blank(name, **fields)
+    model = blank_model(name, **fields)
 
     def run():
         images = jnp.zeros((2, size, size, 3))
@@ -232,7 +232,7 @@ def test_papers_first_values():
     ("name", "window"), [("googlenet", 3), ("googlenet_bn_5x5", 5), ("googlenet_2014", 5)]
 )
 def test_the_5x5_branch(name, window):
-    shapes = variables_of(name)
+    shapes = variable_shapes(name)
     assert shapes["params"]["mixed3a"]["conv5x5"]["conv"]["kernel"].shape[:2] == (window, window)
 
 

@@ -10,8 +10,8 @@ from jax.scipy.special import expit
 from flax_cnns import tree as pytree
 from flax_cnns.models import highway
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 # The paper's table 2: layers, parameters in millions. The stages: width, window of every layer (of
 # the 19 layers from the released file, of the 32 ours), side of the maps of a 32x32 image.
@@ -69,7 +69,7 @@ def test_count_and_shape_of_every_layer_of_the_release():
 )
 @pytest.mark.parametrize(("size", "sides"), [(32, (32, 16, 8)), (27, (27, 14, 7)), (1, (1, 1, 1))])
 def test_output_shape_of_each_stage(name, widths, size, sides):
-    logits, shapes = captured(name, size)
+    logits, shapes = capture_shapes(name, size)
     for i, (side, width) in enumerate(zip(sides, widths), 1):
         assert shapes[f"stage{i}"] == (2, side, side, width)
     assert shapes["pool1"] == (2, sides[1], sides[1], widths[0])
@@ -117,7 +117,7 @@ def test_last_by_its_name_is_behind_relu():
 
 
 def test_dropout_is_where_the_release_has_it():
-    _, shapes = captured("highway_19", 32)
+    _, shapes = capture_shapes("highway_19", 32)
     assert {path: shape for path, shape in shapes.items() if path.startswith("dropout")} == {
         "dropout0": (2, 32, 32, 3),
         "dropout1": (2, 16, 16, 32),

@@ -15,9 +15,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.models import inception_resnet
 from flax_cnns.models.registry import create_model
 from tests.models import foreign
-from tests.models.captured import blank, cost_of
-from tests.models.captured import captured as captured_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import blank_model, capture_shapes, cost_of
 
 NAMES = ("inception_resnet_v2", "keras_inception_resnet_v2")
 
@@ -97,7 +96,7 @@ def test_cost_of_each_part(name, per_norm, published):
     assert sum(macs for _, macs in expected.values()) == pytest.approx(13.18e9, rel=3e-3)
 
 
-captured = partial(captured_of, "inception_resnet_v2")
+captured = partial(capture_shapes, "inception_resnet_v2")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_output_shape_of_each_stage(size, sides):
 @pytest.mark.parametrize("norm", ["group", "none"])
 @pytest.mark.parametrize("name", NAMES)
 def test_other_norms_in_bfloat16(name, norm):
-    model = blank(name, dtype="bfloat16", norm=norm, depths=(1, 1, 1))
+    model = blank_model(name, dtype="bfloat16", norm=norm, depths=(1, 1, 1))
     images = jnp.zeros((1, 75, 75, 3))
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     assert logits.dtype == jnp.float32

@@ -14,8 +14,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.models import inception_v3
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.weights.inception_v3 import KERAS_ORDER
-from tests.models.captured import blank, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import blank_model, cost_of
 
 # (height, width, in, out) of each convolution, of the release.
 STEM = [(3, 3, 3, 32), (3, 3, 32, 32), (3, 3, 32, 64), (1, 1, 64, 80), (3, 3, 80, 192)]
@@ -89,7 +89,7 @@ def test_parameters_and_operations_by_block():
 
 def captured(name, size, train=False, **fields):
     """(logits, {path: shape of its output}, aux logits), without computing."""
-    model = blank(name, **fields)
+    model = blank_model(name, **fields)
 
     def run():
         images = jnp.zeros((2, size, size, 3))

@@ -15,9 +15,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.models import inception_v4
 from flax_cnns.models.registry import create_model
 from tests.models import foreign
-from tests.models.captured import blank, cost_of
-from tests.models.captured import captured as captured_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import blank_model, capture_shapes, cost_of
 
 # Figures 3 to 8: (height, width, in, out) of each convolution and the side of its output.
 STEM = {
@@ -95,7 +94,7 @@ def test_cost_of_each_part():
     assert measured == expected | {"head": (HEAD + 1000, HEAD)}
 
 
-captured = partial(captured_of, "inception_v4")
+captured = partial(capture_shapes, "inception_v4")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_sizes_inside_the_stem():
 
 @pytest.mark.parametrize("norm", ["group", "none"])
 def test_other_norms_in_bfloat16(norm):
-    model = blank("inception_v4", dtype="bfloat16", norm=norm, depths=(1, 1, 1))
+    model = blank_model("inception_v4", dtype="bfloat16", norm=norm, depths=(1, 1, 1))
     images = jnp.zeros((1, 75, 75, 3))
     logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     assert logits.dtype == jnp.float32

@@ -16,8 +16,8 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.models import mobilenet_v1
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import called, captured, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_modules, capture_shapes, variable_shapes
 
 # Table 1: the channels that each pair of a depthwise and a 1x1 convolution takes and gives.
 TABLE_1 = [
@@ -62,14 +62,14 @@ def test_published_macs(name, size, millions):
     ("size", "sides"), [(224, (112, 112, 56, 28, 14, 7)), (97, (49, 49, 25, 13, 7, 4))]
 )
 def test_output_shape_of_each_stage(name, size, sides):
-    logits, shapes = captured(name, size)
+    logits, shapes = capture_shapes(name, size)
     assert shapes["stem"] == (2, sides[0], sides[0], 32)
     for i, (side, width) in enumerate(zip(sides[1:], (64, 128, 256, 512, 1024)), 1):
         assert shapes[f"stage{i}"] == (2, side, side, width)
     assert shapes["stage4/block1/depthwise"] == (2, sides[4], sides[4], 256)
     assert shapes["stage4/block6"] == (2, sides[4], sides[4], 512)
     assert logits.shape == (2, 1000)
-    assert captured(name, 1)[1]["stage5"] == (2, 1, 1, 1024)
+    assert capture_shapes(name, 1)[1]["stage5"] == (2, 1, 1, 1024)
 
 
 def test_a_block_is_its_definition():
@@ -91,7 +91,7 @@ def test_a_block_is_its_definition():
     [("mobilenetv1_100", 1, 0.9, 1e-5, 0.0), ("keras_mobilenet", "SAME", 0.99, 1e-3, 1e-3)],
 )
 def test_arithmetic_of_each_source(name, padding, momentum, epsilon, dropout):
-    modules = called(name, 32)
+    modules = capture_modules(name, 32)
     convs = [m for m in modules.values() if isinstance(m, nn.Conv) and m.kernel_size == (3, 3)]
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm)]
     assert (len(convs), len(norms)) == (14, 27)
@@ -133,21 +133,21 @@ def test_scan_remat_and_activation():
 
 
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
-    logits, _ = captured("mobilenet_v1_025", 32, dtype="bfloat16")
+    logits, _ = capture_shapes("mobilenet_v1_025", 32, dtype="bfloat16")
     assert logits.dtype == jnp.float32
-    modules = called("mobilenet_v1_025", 32, dtype="bfloat16", param_dtype="float32")
+    modules = capture_modules("mobilenet_v1_025", 32, dtype="bfloat16", param_dtype="float32")
     assert modules["stage1/block1/depthwise"].dtype == jnp.bfloat16
     assert modules["stage1/block1/depthwise_norm"].axis_name is None
-    synchronised = called("mobilenet_v1_025", 32, axis_name="batch")
+    synchronised = capture_modules("mobilenet_v1_025", 32, axis_name="batch")
     assert synchronised["stage1/block1/depthwise_norm"].axis_name == "batch"
 
 
 def test_norm_is_a_field():
-    shapes = variables_of("mobilenet_v1_100", norm="none")
+    shapes = variable_shapes("mobilenet_v1_100", norm="none")
     assert not shapes["batch_stats"]
     assert all(p.endswith(("kernel", "head/bias")) for p in pytree.flatten(shapes["params"]))
 
 
 def test_errors():
     with pytest.raises(UserError, match="unknown padding 'tensorflow'"):
-        captured("mobilenet_v1_025", 32, padding="tensorflow")
+        capture_shapes("mobilenet_v1_025", 32, padding="tensorflow")

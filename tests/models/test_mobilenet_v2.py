@@ -15,8 +15,14 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import mobilenet_v2
 from flax_cnns.models.mobilenet_v2 import Row
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import called, captured, cost_of, starting_at_zero, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import (
+    capture_modules,
+    capture_shapes,
+    cost_of,
+    norms_starting_at_zero,
+    variable_shapes,
+)
 
 # Table 2's widths for each width multiplier: stem, the seven stages, what is behind them.
 WIDTHS = {
@@ -73,7 +79,7 @@ def test_published_macs(name, size, macs, parameters):
     ("size", "sides"), [(224, (112, 112, 56, 28, 14, 14, 7, 7)), (97, (49, 49, 25, 13, 7, 7, 4, 4))]
 )
 def test_output_shape_of_each_stage(name, size, sides):
-    logits, shapes = captured(name, size)
+    logits, shapes = capture_shapes(name, size)
     stem, *stages, top = WIDTHS["100"]
     assert shapes["stem"] == (2, sides[0], sides[0], stem)
     for i, (side, width) in enumerate(zip(sides[1:], stages), 1):
@@ -84,12 +90,12 @@ def test_output_shape_of_each_stage(name, size, sides):
 
 def test_blocks_are_inverted_residuals():
     """Wide inside, where the stride is; the first stage does not expand."""
-    _, shapes = captured("mobilenet_v2", 224)
+    _, shapes = capture_shapes("mobilenet_v2", 224)
     assert "stage1/block1/expand" not in shapes
     assert shapes["stage2/block1/expand"] == (2, 112, 112, 96)
     assert shapes["stage2/block1/depthwise"] == (2, 56, 56, 96)
     assert shapes["stage2/block2/expand"] == (2, 56, 56, 144)
-    assert captured("mobilenet_v2", 1)[1]["top"] == (2, 1, 1, 1280)
+    assert capture_shapes("mobilenet_v2", 1)[1]["top"] == (2, 1, 1, 1280)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,7 @@ def test_blocks_are_inverted_residuals():
     ],
 )
 def test_arithmetic_of_each_source(name, padding, momentum, epsilon, dropout):
-    modules = called(name, 32)
+    modules = capture_modules(name, 32)
     convs = [m for m in modules.values() if isinstance(m, nn.Conv) and m.kernel_size == (3, 3)]
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm)]
     assert (len(convs), len(norms)) == (18, 52)
@@ -176,27 +182,27 @@ def test_drop_path_changes_no_name_and_drops_images_in_training(tiny):
 
 
 def test_zero_init_starts_branches_with_a_shortcut_at_zero():
-    found = starting_at_zero(called("mobilenet_v2", 32, zero_init=True))
+    found = norms_starting_at_zero(capture_modules("mobilenet_v2", 32, zero_init=True))
     repeats = [(i, j) for i, depth in enumerate(DEPTHS, 1) for j in range(2, depth + 1)]
     assert found == {f"stage{i}/block{j}/project_norm" for i, j in repeats}
-    assert not starting_at_zero(called("mobilenet_v2", 32))
+    assert not norms_starting_at_zero(capture_modules("mobilenet_v2", 32))
 
 
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
-    logits, _ = captured("mobilenet_v2_025", 32, dtype="bfloat16")
+    logits, _ = capture_shapes("mobilenet_v2_025", 32, dtype="bfloat16")
     assert logits.dtype == jnp.float32
-    modules = called("mobilenet_v2_025", 32, dtype="bfloat16", axis_name="batch")
+    modules = capture_modules("mobilenet_v2_025", 32, dtype="bfloat16", axis_name="batch")
     assert modules["stage2/block1/depthwise"].dtype == jnp.bfloat16
     assert modules["stage2/block1/depthwise_norm"].axis_name == "batch"
     assert modules["head"].dtype == jnp.float32
 
 
 def test_norm_is_a_field():
-    shapes = variables_of("mobilenet_v2", norm="none")
+    shapes = variable_shapes("mobilenet_v2", norm="none")
     assert not shapes["batch_stats"]
     assert all(p.endswith(("kernel", "head/bias")) for p in pytree.flatten(shapes["params"]))
 
 
 def test_errors():
     with pytest.raises(UserError, match="unknown padding 'tensorflow'"):
-        captured("mobilenet_v2", 32, padding="tensorflow")
+        capture_shapes("mobilenet_v2", 32, padding="tensorflow")

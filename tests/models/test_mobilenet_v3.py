@@ -13,8 +13,13 @@ import pytest
 from flax_cnns.errors import UserError
 from flax_cnns.models.mobilenet_v3 import HS, RE, Row
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import called, captured, starting_at_zero, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import (
+    capture_modules,
+    capture_shapes,
+    norms_starting_at_zero,
+    variable_shapes,
+)
 
 # Tables 1 and 2: kernel, inner width, width and the squeezed width (0: none), all at width 1.
 LARGE = [
@@ -67,7 +72,7 @@ SIDES = {  # of the maps that each block gives, for 224 and for 97 pixels
 @pytest.mark.parametrize("name", ["mobilenet_v3_{}", "keras_mobilenetv3{}"])
 @pytest.mark.parametrize(("which", "pixels"), [(0, 224), (1, 97)])
 def test_output_shape_of_each_block(size, name, which, pixels):
-    logits, shapes = captured(name.format(size), pixels)
+    logits, shapes = capture_shapes(name.format(size), pixels)
     half = (112, 49)[which]
     assert shapes["stem"] == (2, half, half, 16)
     rows = LARGE if size == "large" else SMALL
@@ -91,7 +96,7 @@ def test_output_shape_of_each_block(size, name, which, pixels):
     ],
 )
 def test_arithmetic_of_each_source(name, same, momentum, epsilon, dropout):
-    modules = called(name, 32)
+    modules = capture_modules(name, 32)
     convs = [m for m in modules.values() if isinstance(m, nn.Conv) and m.kernel_size != (1, 1)]
     assert {m.kernel_size for m in convs} == {(3, 3), (5, 5)}
     for conv in convs:
@@ -106,7 +111,7 @@ def test_arithmetic_of_each_source(name, same, momentum, epsilon, dropout):
 def test_activations_are_the_tables():
     """ReLU up to block 6 of the large network and block 3 of the small one, then hard swish."""
     for name, first in (("mobilenet_v3_large", 6), ("mobilenet_v3_small", 3)):
-        modules = called(name, 32)
+        modules = capture_modules(name, 32)
         blocks = len(create_model(name).table)
         found = [modules[f"block{i}"].activation for i in range(1, blocks + 1)]
         assert found == [RE] * first + [HS] * (blocks - first)
@@ -158,35 +163,35 @@ def test_drop_path_and_remat(tiny):
 
 
 def test_zero_init_starts_branches_with_a_shortcut_at_zero():
-    found = starting_at_zero(called("mobilenet_v3_small", 32, zero_init=True))
+    found = norms_starting_at_zero(capture_modules("mobilenet_v3_small", 32, zero_init=True))
     assert found == {f"block{i}/project_norm" for i in (3, 5, 6, 8, 10, 11)}
-    assert not starting_at_zero(called("mobilenet_v3_small", 32))
+    assert not norms_starting_at_zero(capture_modules("mobilenet_v3_small", 32))
 
 
 def test_width_mult_is_for_every_layer_but_the_classes():
     """timm's mobilenetv3_small_075 has these widths up to the last convolution."""
-    _, shapes = captured("mobilenet_v3_small", 64, width_mult=0.75)
+    _, shapes = capture_shapes("mobilenet_v3_small", 64, width_mult=0.75)
     widths = [shapes[f"block{i}"][-1] for i in range(1, 12)]
     assert widths == [16, 24, 24, 32, 32, 32, 40, 40, 72, 72, 72]
     assert (shapes["stem"][-1], shapes["top"][-1], shapes["hidden_layer"][-1]) == (16, 432, 768)
 
 
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
-    logits, _ = captured("mobilenet_v3_small", 32, dtype="bfloat16")
+    logits, _ = capture_shapes("mobilenet_v3_small", 32, dtype="bfloat16")
     assert logits.dtype == jnp.float32
-    modules = called("mobilenet_v3_small", 32, dtype="bfloat16", axis_name="batch")
+    modules = capture_modules("mobilenet_v3_small", 32, dtype="bfloat16", axis_name="batch")
     assert modules["block1/depthwise"].dtype == modules["block1/se"].dtype == jnp.bfloat16
     assert modules["block1/depthwise_norm"].axis_name == "batch"
     assert modules["hidden_layer"].dtype == modules["head"].dtype == jnp.float32
 
 
 def test_norm_is_a_field():
-    shapes = variables_of("mobilenet_v3_small", norm="none")
+    shapes = variable_shapes("mobilenet_v3_small", norm="none")
     assert not shapes["batch_stats"]
 
 
 def test_errors():
     with pytest.raises(UserError, match="unknown padding 'tensorflow'"):
-        captured("mobilenet_v3_small", 32, padding="tensorflow")
+        capture_shapes("mobilenet_v3_small", 32, padding="tensorflow")
     with pytest.raises(UserError, match="unknown drop_path_mode 'nobody'"):
-        captured("mobilenet_v3_small", 32, drop_path_mode="nobody")
+        capture_shapes("mobilenet_v3_small", 32, drop_path_mode="nobody")

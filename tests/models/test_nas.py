@@ -6,8 +6,8 @@ import pytest
 
 from flax_cnns import tree as pytree
 from flax_cnns.models import nas
-from tests.models.captured import captured, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, variable_shapes
 
 # Figure 7, from the image upwards: height, width and number of the filters.
 BOXES = [
@@ -43,11 +43,11 @@ def test_table_1():
 
 
 def test_every_layer_keeps_the_size():
-    logits, shapes = captured("nas_v1", 32)
+    logits, shapes = capture_shapes("nas_v1", 32)
     for i, width in enumerate(WIDTHS, 1):
         assert shapes[f"conv{i}"] == (2, 32, 32, width)
     assert logits.shape == (2, 10)
-    features, shapes = captured("nas_v1", 5, 7, num_classes=None)
+    features, shapes = capture_shapes("nas_v1", 5, 7, num_classes=None)
     assert (features.shape, shapes["conv15"]) == ((2, 48), (2, 5, 7, 48))
 
 
@@ -59,7 +59,7 @@ def test_no_layer_is_left_out():
 
 @pytest.mark.parametrize(("norm", "leaves"), [("none", {"kernel", "bias"}), ("layer", None)])
 def test_norms(norm, leaves):
-    shapes = variables_of("nas_v1", norm=norm)
+    shapes = variable_shapes("nas_v1", norm=norm)
     assert not shapes["batch_stats"]
     found = {path.rpartition("/")[2] for path in pytree.flatten(shapes["params"])}
     assert found == (leaves or {"kernel", "bias", "scale"})

@@ -16,8 +16,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.layers import cell as cells
 from flax_cnns.models import nasnet
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import called, captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_modules, capture_shapes
 
 TINY = dict(depths=(1, 1), width=8, stem_width=8, num_classes=3)
 NO_OPTIMIZATION = {"xla_backend_optimization_level": 0}
@@ -100,7 +100,7 @@ def test_table_1():
 )
 def test_output_shape_of_each_stage(name, size, sides):
     model = create_model(name)
-    logits, shapes = captured(name, size, depths=(1, 1, 1))
+    logits, shapes = capture_shapes(name, size, depths=(1, 1, 1))
     f = model.width
     assert shapes["stem/norm"] == (2, sides[0], sides[0], model.stem_width)
     for i, width in enumerate((f // 4, f // 2), 1):
@@ -171,7 +171,7 @@ def test_padding(padding, first):
     x = jnp.array([[0.0, 1, 2, 3], [4, 5, 6, 0], [0, 0, 7, 0], [0, 0, 0, 0]])[None, ..., None]
     y = cells.Pool(1, "max", conv, norm, padding_rules, 2).apply({}, x)
     assert (y.shape, float(y[0, 0, 0, 0])) == ((1, 2, 2, 1), first)
-    modules = called("nasnet_a_mobile", 32, **TINY, padding=padding)
+    modules = capture_modules("nasnet_a_mobile", 32, **TINY, padding=padding)
     paddings = {m.padding for m in modules.values() if isinstance(m, layers.SeparableConv)}
     assert paddings == {padding}
 
@@ -281,7 +281,7 @@ def test_remat_and_norms(field):
 
 def test_statistics_and_dropout():
     def found(name):
-        modules = called(name, 32, **TINY)
+        modules = capture_modules(name, 32, **TINY)
         norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm)]
         return {(m.momentum, m.epsilon) for m in norms}, modules["Dropout_0"].rate
 
@@ -293,14 +293,14 @@ def test_statistics_and_dropout():
 
 def test_slims_first_values():
     for shape, fan_out in [((3, 3, 1, 400), 9), ((1, 1, 50, 400), 400)]:
-        values = np.asarray(nasnet.slim(jax.random.key(0), shape))
+        values = np.asarray(nasnet.slim_initializer(jax.random.key(0), shape))
         assert values.std() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
     assert shapes_of("nasnet_a_6_768", **TINY, kernel_init="paper")
 
 
 def test_errors():
     with pytest.raises(UserError, match=r"unknown padding 'sane'.*'same'"):
-        captured("nasnet_a_mobile", 32, padding="sane")
+        capture_shapes("nasnet_a_mobile", 32, padding="sane")
     wrong = cells.CellRecipe(rows=(("mean4", "x", "identity", "x"),), output=("1",))
     with pytest.raises(UserError, match=r"unknown operation 'mean4' of a cell.*'mean3'"):
-        captured("nasnet_a_mobile", 32, normal=wrong)
+        capture_shapes("nasnet_a_mobile", 32, normal=wrong)

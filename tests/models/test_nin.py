@@ -9,8 +9,8 @@ import pytest
 from flax_cnns import tree as pytree
 from flax_cnns.models import nin
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 # The released files: window, input and output channels of every convolution, all with biases, and
 # the side of its output for the released input.
@@ -61,7 +61,7 @@ def test_count_and_cost_of_every_layer_by_hand(name):
     ],
 )
 def test_output_shape_of_each_stage(name, size, stages):
-    logits, shapes = captured(name, size)
+    logits, shapes = capture_shapes(name, size)
     for i, (side, width) in enumerate(stages, 1):
         assert shapes[f"mlpconv{i}"] == (2, side, side, width)
     assert logits.shape == (2, create_model(name).num_classes)
@@ -78,7 +78,7 @@ def test_second_pooling_of_cifar_averages():
     ("name", "where"), [("nin_cifar10", {"dropout1", "dropout2"}), ("nin_imagenet", {"dropout3"})]
 )
 def test_dropout_is_where_the_files_have_it(name, where):
-    _, shapes = captured(name, 64)
+    _, shapes = capture_shapes(name, 64)
     assert {path for path in shapes if path.startswith("dropout")} == where
     assert create_model(name).dropout == 0.5
 

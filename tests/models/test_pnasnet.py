@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from flax_cnns import tree as pytree
 from flax_cnns.models.registry import create_model
-from tests.models.captured import captured, variables_of
+from tests.models.shapes import capture_shapes, variable_shapes
 
 
 def shapes_of(name: str, **fields) -> dict:
-    return pytree.flatten(variables_of(name, **fields))
+    return pytree.flatten(variable_shapes(name, **fields))
 
 
 def test_output_shape_of_each_stage():
-    logits, shapes = captured("pnasnet5large", 331, depths=(1, 0, 1))
+    logits, shapes = capture_shapes("pnasnet5large", 331, depths=(1, 0, 1))
     assert shapes["stem/norm"] == (2, 165, 165, 96)
     sides = {
         "stem/reduction1": (83, 54),
@@ -25,7 +25,7 @@ def test_output_shape_of_each_stage():
     for path, (side, width) in sides.items():
         assert shapes[path] == (2, side, side, 5 * width), path
     assert logits.shape == (2, 1000)
-    features, _ = captured("pnasnet5large", 64, depths=(1, 0, 1), num_classes=None)
+    features, _ = capture_shapes("pnasnet5large", 64, depths=(1, 0, 1), num_classes=None)
     assert features.shape == (2, 4320)
 
 

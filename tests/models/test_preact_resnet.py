@@ -14,8 +14,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import preact_resnet
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 TINY = dict(depths=(1, 3), width=4, num_classes=3, input_size=(24, 24, 3))
 IMAGES = np.random.RandomState(0).randn(4, 24, 24, 3).astype(np.float32)
@@ -45,7 +45,7 @@ def test_the_200_layers_by_hand():
     ("name", "sides"), [("resnetv2_50", (56, 28, 14, 7)), ("keras_resnet50v2", (28, 14, 7, 7))]
 )
 def test_output_shape_of_each_stage(name, sides):
-    logits, shapes = captured(name, 224)
+    logits, shapes = capture_shapes(name, 224)
     assert shapes["stem"] == (2, 56, 56, 64)
     for i, side in enumerate(sides):
         assert shapes[f"stage{i + 1}"] == (2, side, side, 256 * 2**i)
@@ -54,11 +54,11 @@ def test_output_shape_of_each_stage(name, sides):
 
 
 def test_the_first_block_of_a_stage_strides_or_keras_s_last():
-    _, shapes = captured("resnetv2_50", 224)
+    _, shapes = capture_shapes("resnetv2_50", 224)
     assert shapes["stage2/block1/conv1"] == (2, 56, 56, 128)
     assert shapes["stage2/block1/conv2"] == (2, 28, 28, 128)
     assert shapes["stage2/block1/projection"] == (2, 28, 28, 512)
-    _, shapes = captured("keras_resnet50v2", 224)
+    _, shapes = capture_shapes("keras_resnet50v2", 224)
     assert shapes["stage1/block1/projection"] == (2, 56, 56, 256)
     assert shapes["stage1/block3/conv1"] == (2, 56, 56, 64)
     assert shapes["stage1/block3/conv2"] == (2, 28, 28, 64)

@@ -14,8 +14,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.pyramidnet import Bottleneck, shortcut
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 TINY = dict(depth=8, alpha=9, input_size=(8, 8, 3))  # a block a stage: 19, 22, 25 wide
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
@@ -72,7 +72,7 @@ def test_what_others_count_with_rounded_widths():
     pyramidnet110_a48, for 10."""
     assert by_hand(90, 200, True, 100, extra=45)[0] == 26_288_692
     assert by_hand(54, 48, extra=27)[0] == 1_772_706
-    nearest = create_model("pyramidnet_110_a48", rounding="nearest").widths()
+    nearest = create_model("pyramidnet_110_a48", rounding="nearest").compute_widths()
     assert [width for stage in nearest for width in stage] == [
         16 + (48 * k + 27) // 54 for k in range(1, 55)
     ]
@@ -81,7 +81,7 @@ def test_what_others_count_with_rounded_widths():
 @pytest.mark.parametrize("alpha", [48, 84, 270, 0, 7.5])
 def test_widths_grow_without_errors_of_rounding(alpha):
     """Equation 2. Summed up in floating point, alpha 48 would lose a channel in four blocks."""
-    stages = create_model("pyramidnet_110_a48", alpha=alpha).widths()
+    stages = create_model("pyramidnet_110_a48", alpha=alpha).compute_widths()
     assert [len(stage) for stage in stages] == [18, 18, 18]
     assert [width for stage in stages for width in stage] == [
         16 + int(2 * alpha) * k // 108 for k in range(1, 55)
@@ -89,7 +89,7 @@ def test_widths_grow_without_errors_of_rounding(alpha):
 
 
 def test_output_shape_of_each_stage():
-    logits, shapes = captured("pyramidnet_272_a200", 32, depth=29)
+    logits, shapes = capture_shapes("pyramidnet_272_a200", 32, depth=29)
     for name, expected in {  # 9 units: 16 + 200 k / 9
         "stem": (2, 32, 32, 16),
         "stage1/block1/norm1": (2, 32, 32, 16),
@@ -103,7 +103,7 @@ def test_output_shape_of_each_stage():
     }.items():
         assert shapes[name] == expected
     assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
-    _, shapes = captured("pyramidnet_110_a48", 29, depth=8)
+    _, shapes = capture_shapes("pyramidnet_110_a48", 29, depth=8)
     assert [shapes[f"stage{i}"] for i in (1, 2, 3)] == [
         (2, 29, 29, 32),
         (2, 15, 15, 48),

@@ -219,7 +219,7 @@ def test_a_name_in_two_families_is_refused():
     one = SimpleNamespace(__name__="one", VARIANTS={"net": partial(nn.Dense)})
     two = SimpleNamespace(__name__="two", VARIANTS={"net": partial(nn.Dense)})
     with pytest.raises(ValueError, match="'net' is in one and two"):
-        registry.merge([one, two])
+        registry.merge_variants([one, two])
 
 
 _SMALL = dict(depths=(1, 1, 1), widths=(4, 4, 8), input_size=(8, 8, 3))
@@ -230,7 +230,7 @@ _SMALL = dict(depths=(1, 1, 1), widths=(4, 4, 8), input_size=(8, 8, 3))
     [("lenet5", {}, 1000), ("cifar_resnet20", _SMALL, 1000), ("cifar_resnet20", _SMALL, 0)],
 )
 def test_init_variables_gives_the_values_of_init(name, fields, most, monkeypatch):
-    monkeypatch.setattr(registry, "MOST_LEAVES", most)
+    monkeypatch.setattr(registry, "MAX_FUSED_LEAVES", most)
     model = create_model(name, **fields)
     expected = model.init(jax.random.key(3), jnp.zeros((1, *model.input_size)))
     ours = init_variables(model, jax.random.key(3))

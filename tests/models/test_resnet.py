@@ -16,8 +16,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.models import resnet
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.types import ModuleDef
-from tests.models.captured import captured, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, variable_shapes
 
 
 def of_table_1(depths: tuple[int, ...], projected: str) -> int:
@@ -49,7 +49,7 @@ def test_derived_count(name):
     ("size", "sides"), [(224, (56, 28, 14, 7)), (97, (25, 13, 7, 4)), (1, (1, 1, 1, 1))]
 )
 def test_output_shape_of_each_stage(name, expansion, size, sides):
-    logits, shapes = captured(name, size)
+    logits, shapes = capture_shapes(name, size)
     assert shapes["stem"] == (2, sides[0], sides[0], 64)
     for i, side in enumerate(sides):
         assert shapes[f"stage{i + 1}"] == (2, side, side, 64 * 2**i * expansion)
@@ -57,7 +57,7 @@ def test_output_shape_of_each_stage(name, expansion, size, sides):
 
 
 def test_a_bottleneck_strides_on_its_3x3():
-    _, shapes = captured("resnet50", 224)
+    _, shapes = capture_shapes("resnet50", 224)
     assert shapes["stage2/block1/conv1"] == (2, 56, 56, 128)
     assert shapes["stage2/block1/conv2"] == (2, 28, 28, 128)
     assert shapes["stage2/block1/projection"] == (2, 28, 28, 512)
@@ -65,15 +65,15 @@ def test_a_bottleneck_strides_on_its_3x3():
 
 
 def test_v1_strides_on_the_first_1x1():
-    _, shapes = captured("resnet50_v1", 224)
+    _, shapes = capture_shapes("resnet50_v1", 224)
     assert shapes["stage2/block1/conv1"] == (2, 28, 28, 128)
-    _, shapes = captured("keras_resnet50", 224)
+    _, shapes = capture_shapes("keras_resnet50", 224)
     assert shapes["stage2/block1/conv1"] == (2, 28, 28, 128)
 
 
 def test_resnet_d_has_a_deep_stem_and_projects_means():
     """Of odd maps too: a mean at the border is of the pixels that there are."""
-    _, shapes = captured("resnet50d", 100)
+    _, shapes = capture_shapes("resnet50d", 100)
     assert [shapes[f"stem/conv{i}"] for i in (1, 2, 3)] == [(2, 50, 50, n) for n in (32, 32, 64)]
     assert [shapes[f"stage{i}"][1] for i in (1, 2, 3, 4)] == [25, 13, 7, 4]
     x = jnp.arange(9.0).reshape(1, 3, 3, 1)
@@ -115,7 +115,7 @@ def test_shortcut_a_skips_pixels_and_adds_zeros():
     ],
 )
 def test_projections(option, first, projections):
-    shapes = variables_of("resnet18", depths=(2, 2), shortcut=option)
+    shapes = variable_shapes("resnet18", depths=(2, 2), shortcut=option)
     kernels = {
         path: leaf.shape[:2]
         for path, leaf in pytree.flatten(shapes["params"]).items()
@@ -127,10 +127,10 @@ def test_projections(option, first, projections):
 
 def test_groups_and_base_width_are_those_of_a_bottleneck():
     fields = dict(depths=(1,), groups=4, base_width=32)
-    _, shapes = captured("resnet50", 32, **fields)
+    _, shapes = capture_shapes("resnet50", 32, **fields)
     assert shapes["stage1/block1/conv2"][-1] == 64 * 32 // 64 * 4
     with pytest.raises(UserError, match="a bottleneck's: got 4 and 32"):
-        captured("resnet18", 32, **fields)
+        capture_shapes("resnet18", 32, **fields)
 
 
 TINY = dict(depths=(1, 2), width=4, num_classes=3, input_size=(16, 16, 3))
@@ -148,7 +148,7 @@ def test_stochastic_depth_scales_branches_and_changes_no_name(tiny):
     """Three blocks, linear: in evaluation their branches count 5/6, 2/3 and 1/2 times."""
     variables, images = tiny
     model = create_model("resnet18", **TINY, drop_path=0.5)
-    shapes = variables_of("resnet18", **TINY, drop_path=0.5)
+    shapes = variable_shapes("resnet18", **TINY, drop_path=0.5)
     assert jax.tree.structure(shapes) == jax.tree.structure(variables)
     flat = pytree.flatten(variables)
     rates = {"stage1/block1": 5 / 6, "stage2/block1": 2 / 3, "stage2/block2": 1 / 2}

@@ -14,8 +14,8 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import init_variables
 from flax_cnns.models.resnet_in_resnet import Block, Unit
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 TINY = dict(depths=(1, 1), widths=(4, 6), input_size=(8, 8, 3))
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
@@ -45,7 +45,7 @@ def test_count_by_hand(name, widths, expected):
 def test_output_shape_of_each_stage():
     for size in (32, 29):
         half, quarter = -(-size // 2), -(-size // 4)
-        out, shapes = captured("rir_18_wide", size)
+        out, shapes = capture_shapes("rir_18_wide", size)
         assert out.shape == (2, 10)
         assert shapes["stem_r"] == shapes["stem_t"] == (2, size, size, 48)
         assert shapes["stage1/block2/unit2/t_to_r"] == (2, size, size, 48)
@@ -123,7 +123,7 @@ def test_scanned_networks_take_stacked_variables():
 
 
 def test_bfloat16_and_other_norms():
-    out, _ = captured("rir_18", 8, **TINY, dtype="bfloat16")
+    out, _ = capture_shapes("rir_18", 8, **TINY, dtype="bfloat16")
     assert out.dtype == jnp.float32
     for norm in ("layer", "none"):
         shapes = jax.eval_shape(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 
 def of_section_5_3(groups: int) -> int:
@@ -33,7 +33,7 @@ def test_the_paper_s_rounded_counts():
 
 
 def test_table_1():
-    logits, shapes = captured("resnext50_32x4d", 224)
+    logits, shapes = capture_shapes("resnext50_32x4d", 224)
     for i, (side, width) in enumerate(((56, 128), (28, 256), (14, 512), (7, 1024)), 1):
         assert shapes[f"stage{i}/block2/conv2"] == (2, side, side, width)
         assert shapes[f"stage{i}"] == (2, side, side, 2 * width)
@@ -42,7 +42,7 @@ def test_table_1():
 
 
 def test_cifar_has_three_stages_without_pooling():
-    logits, shapes = captured("resnext29_8x64d", 32)
+    logits, shapes = capture_shapes("resnext29_8x64d", 32)
     assert shapes["stem"] == (2, 32, 32, 64)
     for i, (side, width) in enumerate(((32, 256), (16, 512), (8, 1024)), 1):
         assert shapes[f"stage{i}/block1/conv2"] == (2, side, side, 2 * width)

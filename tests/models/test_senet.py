@@ -10,7 +10,7 @@ from flax_cnns import create_model, init_variables, layers
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import senet
-from tests.models.captured import captured
+from tests.models.shapes import capture_shapes
 
 
 def test_names_of_the_paper_are_the_authors_networks():
@@ -20,7 +20,7 @@ def test_names_of_the_paper_are_the_authors_networks():
 
 
 def test_the_squeeze_is_the_last_of_a_branch():
-    _, shapes = captured("seresnet50", 224)
+    _, shapes = capture_shapes("seresnet50", 224)
     for i, (side, width) in enumerate(((56, 256), (28, 512), (14, 1024), (7, 2048)), 1):
         assert shapes[f"stage{i}/block1/se/reduce"] == (2, width // 16)
         assert shapes[f"stage{i}/block1/se/expand"] == (2, width)
@@ -28,23 +28,23 @@ def test_the_squeeze_is_the_last_of_a_branch():
 
 
 def test_caffe_s_conventions_and_timm_s():
-    _, caffe = captured("legacy_seresnet50", 113)
-    _, timm = captured("seresnet50", 113)
+    _, caffe = capture_shapes("legacy_seresnet50", 113)
+    _, timm = capture_shapes("seresnet50", 113)
     assert (caffe["stem/conv"][1], timm["stem/conv"][1]) == (57, 57)
     assert (caffe["stem"][1], timm["stem"][1]) == (28, 29)  # the pool
     assert caffe["stage2/block1/conv1"] == (2, 14, 14, 128)
     assert timm["stage2/block1/conv1"] == (2, 29, 29, 128)
-    _, caffe = captured("legacy_seresnet18", 224)
-    _, timm = captured("seresnet18", 224)
+    _, caffe = capture_shapes("legacy_seresnet18", 224)
+    _, timm = capture_shapes("seresnet18", 224)
     assert caffe["stage1/block1/se/reduce"] == (2, 4)
     assert timm["stage1/block1/se/reduce"] == (2, 8)
     with pytest.raises(UserError, match="2x2 are too small: the smallest is 3x3"):
-        captured("legacy_seresnet18", 2)
+        capture_shapes("legacy_seresnet18", 2)
 
 
 def test_senet_154():
     """Appendix: deep stem, halved first 1x1, 3x3 projections but in the first stage, dropout."""
-    logits, shapes = captured("legacy_senet154", 224)
+    logits, shapes = capture_shapes("legacy_senet154", 224)
     assert [shapes[f"stem/conv{i}"][-1] for i in (1, 2, 3)] == [64, 64, 128]
     for i, (side, out) in enumerate(((56, 256), (28, 512), (14, 1024), (7, 2048)), 1):
         assert shapes[f"stage{i}/block2/conv1"][-1] == out // 2

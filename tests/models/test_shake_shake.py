@@ -12,9 +12,9 @@ import pytest
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables, list_models
-from tests.models.captured import captured, cost_of
 from tests.models.counting import count_params
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of
 
 TINY = dict(depths=(1, 3), width=4, input_size=(8, 8, 3))
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
@@ -68,7 +68,7 @@ def test_macs(width):
 
 @pytest.mark.parametrize("size", [32, 29])
 def test_output_shape_of_each_stage(size):
-    logits, shapes = captured("shakeshake_26_2x96d", size)
+    logits, shapes = capture_shapes("shakeshake_26_2x96d", size)
     half, quarter = -(-size // 2), -(-size // 4)
     for name, expected in {
         "stem": (2, size, size, 16),

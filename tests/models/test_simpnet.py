@@ -11,8 +11,8 @@ import pytest
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import cost_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import cost_of
 
 # The authors' network definitions for CIFAR-10: (input, output channels) of each 3x3 with bias,
 # BatchNorm with scale and bias behind it; then what the dense layer sees, and its classes.

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from flax_cnns import layers
-from flax_cnns.models.sparse_densenet import Attention, farthest_and_nearest
-from tests.models.captured import captured
+from flax_cnns.models.sparse_densenet import ChannelAttention, farthest_and_nearest
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 
 def test_a_layer_takes_the_farthest_and_the_nearest():
@@ -44,7 +44,7 @@ def test_count_by_hand(name):
 
 
 def test_output_shape_of_each_stage():
-    logits, shapes = captured("sparse_densenet_abc", 32)
+    logits, shapes = capture_shapes("sparse_densenet_abc", 32)
     assert logits.shape == (2, 10)
     assert shapes["stem"] == (2, 32, 32, 32)
     assert shapes["block1"] == (2, 32, 32, 32 + 9 * 16)
@@ -60,7 +60,7 @@ def test_attention_in_closed_form():
 
     Evaluated, so that norms with their first values divide by sqrt(1 + epsilon).
     """
-    attention = Attention(
+    attention = ChannelAttention(
         conv=partial(layers.Conv, use_bias=False), norm=layers.make_norm("batch", train=False)
     )
     x = np.random.RandomState(0).randn(2, 3, 3, 4).astype(np.float32)

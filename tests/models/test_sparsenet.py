@@ -14,8 +14,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.models.densenet import all_before
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.models.sparsenet import powers_of_two
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 FAST = {"xla_backend_optimization_level": 0}
 IMAGES = np.random.RandomState(0).randn(2, 8, 8, 3).astype(np.float32)
@@ -89,7 +89,7 @@ def test_a_sum_takes_no_parameter():
 
 
 def test_output_shape_of_each_stage():
-    logits, shapes = captured("sparsenet_40_24", 32)
+    logits, shapes = capture_shapes("sparsenet_40_24", 32)
     assert logits.shape == (2, 10)
     assert shapes["stem"] == (2, 32, 32, 48)
     assert shapes["block1/layer12/norm1"] == (2, 32, 32, 4 * 24)  # 1, 2, 4, 8 before it
@@ -97,7 +97,7 @@ def test_output_shape_of_each_stage():
     assert shapes["transition1"] == (2, 16, 16, 4 * 24)
     assert shapes["block3"] == (2, 8, 8, 4 * 24)
     assert shapes["block3/layer8/norm1"] == (2, 8, 8, 3 * 24 + 4 * 24)  # the input is 8 before
-    _, shapes = captured("sparsenet_sum_164", 29, depth=29)
+    _, shapes = capture_shapes("sparsenet_sum_164", 29, depth=29)
     assert shapes["stage1"] == (2, 29, 29, 64)
     assert shapes["stage2/projection"] == shapes["stage2"] == (2, 15, 15, 128)
     assert shapes["stage3"] == shapes["norm"] == (2, 8, 8, 256)
@@ -163,4 +163,4 @@ def test_features_bfloat16_group_norm_and_remat():
 )
 def test_depth_of_no_three_equal_stages(fields, message):
     with pytest.raises(UserError, match=message):
-        captured("sparsenet_sum_164", 32, **fields)
+        capture_shapes("sparsenet_sum_164", 32, **fields)

@@ -13,8 +13,8 @@ from flax_cnns import layers
 from flax_cnns import tree as pytree
 from flax_cnns.models import squeezenet
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of, variable_shapes
 
 # Table 1, column "# parameter before pruning", with biases, and the factors of each sum:
 # squeeze in * s + s, expand1x1 s * e + e, expand3x3 9 * s * e + e.
@@ -63,7 +63,7 @@ def test_the_tables_parameters_of_each_row():
     ],
 )
 def test_output_shape_of_each_module(name, size, pools, sides):
-    logits, shapes = captured(name, size, size)
+    logits, shapes = capture_shapes(name, size, size)
     classes = create_model(name).num_classes
     widths = (128, 128, 256, 256, 384, 384, 512, 512)
     assert shapes["conv1"][:3] == (2, sides[0], sides[0])
@@ -166,7 +166,7 @@ def test_the_papers_initialization():
 
 
 def test_batch_norm_where_it_is_asked_for():
-    shapes = variables_of("squeezenet1_1_c10", norm="batch")
+    shapes = variable_shapes("squeezenet1_1_c10", norm="batch")
     # Scale and shift of conv1's 64 channels, and of 16 + 128, 32 + 256, 48 + 384, 64 + 512 twice.
     extra = 2 * (64 + 2 * (144 + 288 + 432 + 576))
     assert (

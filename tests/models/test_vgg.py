@@ -10,8 +10,8 @@ import pytest
 
 from flax_cnns import tree as pytree
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured, cost_of, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes, cost_of, variable_shapes
 
 # Table 1 as (window, in, out) of each convolution.
 A = [
@@ -118,7 +118,7 @@ def test_each_layer_of_d():
     ],
 )
 def test_output_shape_of_each_stage(name, size, sides):
-    logits, shapes = captured(name, *size)
+    logits, shapes = capture_shapes(name, *size)
     for i, (side, channels) in enumerate(zip(sides, (64, 128, 256, 512, 512))):
         assert shapes[f"stage{i + 1}"] == (2, *side, channels)
     assert shapes["fc6"] == shapes["fc7"] == (2, 4096)
@@ -126,11 +126,11 @@ def test_output_shape_of_each_stage(name, size, sides):
 
 
 def test_the_cifar_head_sees_one_pixel():
-    logits, shapes = captured("cifar_vgg16", 32, 32)
+    logits, shapes = capture_shapes("cifar_vgg16", 32, 32)
     assert shapes["stage5"] == (2, 1, 1, 512)
     assert "fc6" not in shapes
     assert logits.shape == (2, 10)
-    logits, _ = captured("cifar_vgg16", 70, 64)
+    logits, _ = capture_shapes("cifar_vgg16", 70, 64)
     assert logits.shape == (2, 10)
 
 
@@ -184,7 +184,7 @@ def test_lrn_follows_the_first_convolution():
 
 
 def test_c_has_its_1x1_last_in_three_stages():
-    shapes = variables_of("vgg16_c_bn")
+    shapes = variable_shapes("vgg16_c_bn")
     flat = pytree.flatten(shapes)
     small = [path for path, leaf in flat.items() if leaf.shape[:2] == (1, 1)]
     assert small == [f"params/stage{i}/conv3/kernel" for i in (3, 4, 5)]

@@ -15,8 +15,8 @@ from flax_cnns.models import vit
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.models.vit import resize_positions
 from flax_cnns.weights import convert
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 
 def of_table_1(patch: int, width: int, depth: int) -> int:
@@ -45,7 +45,7 @@ def test_aliases():
     [("vit_b_16", 14, 768, 12), ("vit_b_32", 7, 768, 12), ("vit_small_patch16_224", 14, 384, 12)],
 )
 def test_shapes(name, side, width, depth):
-    logits, shapes = captured(name, 224)
+    logits, shapes = capture_shapes(name, 224)
     tokens = 1 + side * side
     assert shapes["patches"] == (2, side, side, width)
     for i in range(depth):
@@ -150,7 +150,7 @@ def test_first_values_are_torchvisions():
 
 def test_without_classes_it_gives_the_normed_class_token(tiny):
     variables, images = tiny
-    features, shapes = captured("vit_b_32", 224, num_classes=None)
+    features, shapes = capture_shapes("vit_b_32", 224, num_classes=None)
     assert (features.shape, features.dtype) == ((2, 768), jnp.float32)
     assert "head" not in shapes
     head = variables["params"]["head"]

@@ -11,8 +11,8 @@ import pytest
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import captured
 from tests.models.published import PUBLISHED
+from tests.models.shapes import capture_shapes
 
 CIFAR = {  # (d, k): what tables 4 and 5 print, in millions
     (16, 4): 2.8,
@@ -58,7 +58,7 @@ def test_a_hundred_classes():
 
 @pytest.mark.parametrize("size", [32, 29])
 def test_output_shape_of_each_stage(size):
-    logits, shapes = captured("wrn_16_4", size)
+    logits, shapes = capture_shapes("wrn_16_4", size)
     half, quarter = -(-size // 2), -(-size // 4)
     assert shapes["stem"] == (2, size, size, 16)
     assert shapes["stage1"] == (2, size, size, 64)
@@ -67,9 +67,9 @@ def test_output_shape_of_each_stage(size):
     assert shapes["stage2/block1/conv1"] == (2, half, half, 128)
     assert shapes["stage1/block1/projection"] == (2, size, size, 64)
     assert logits.shape == (2, 10)
-    _, thin = captured("wrn_40_1", size)
+    _, thin = capture_shapes("wrn_40_1", size)
     assert "stage1/block1/projection" not in thin  # 16 to 16
-    _, wide = captured("wide_resnet50_2", 64)
+    _, wide = capture_shapes("wide_resnet50_2", 64)
     assert wide["stage1/block1/conv2"] == (2, 16, 16, 128)
     assert wide["stage4"] == (2, 2, 2, 2048)
 

@@ -15,8 +15,13 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models import xception
 from flax_cnns.models.registry import create_model, init_variables
-from tests.models.captured import called, captured, starting_at_zero, variables_of
 from tests.models.published import PUBLISHED
+from tests.models.shapes import (
+    capture_modules,
+    capture_shapes,
+    norms_starting_at_zero,
+    variable_shapes,
+)
 
 # Figure 5: what each residual block takes, and the widths of its separable convolutions.
 FIGURE_5 = [
@@ -56,7 +61,7 @@ SIDES = {  # stem, entry flow, middle flow and exit flow, behind 299, 224 and th
 @pytest.mark.parametrize("name", ["xception", "keras_xception"])
 @pytest.mark.parametrize("size", SIDES)
 def test_output_shape_of_each_flow(name, size):
-    logits, shapes = captured(name, size)
+    logits, shapes = capture_shapes(name, size)
     stem, *entry, middle, end = SIDES[size]
     assert shapes["stem"] == (2, stem, stem, 64)
     for i, (side, width) in enumerate(zip(entry, (128, 256, 728)), 1):
@@ -100,7 +105,7 @@ def test_a_block_is_its_definition(padding, size):
 
 
 def test_the_first_block_begins_without_a_relu():
-    modules = called("xception", 71)
+    modules = capture_modules("xception", 71)
     begins = {path: m.begins_with_relu for path, m in modules.items() if type(m) is xception.Block}
     assert len(begins) == 12
     assert [path for path, relu in begins.items() if not relu] == ["entry1"]
@@ -111,7 +116,7 @@ def test_the_first_block_begins_without_a_relu():
     [("legacy_xception", "torch", 0.9, 1e-5, 0.5), ("keras_xception", "same", 0.99, 1e-3, 0.0)],
 )
 def test_arithmetic_of_each_source(name, padding, momentum, epsilon, dropout):
-    modules = called(name, 71)
+    modules = capture_modules(name, 71)
     blocks = [m for m in modules.values() if type(m) is xception.Block]
     norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm)]
     assert {m.padding for m in blocks} == {padding}
@@ -150,25 +155,25 @@ def test_scan_and_remat_change_nothing():
 
 
 def test_zero_init_starts_every_branch_at_zero():
-    found = starting_at_zero(called("xception", 71, zero_init=True))
+    found = norms_starting_at_zero(capture_modules("xception", 71, zero_init=True))
     middle = {f"middle/block{i}/norm3" for i in range(1, 9)}
     assert found == middle | {f"entry{i}/norm2" for i in (1, 2, 3)} | {"exit/norm2"}
-    assert not starting_at_zero(called("xception", 71))
+    assert not norms_starting_at_zero(capture_modules("xception", 71))
 
 
 def test_bfloat16_leaves_logits_and_parameters_in_float32():
-    logits, _ = captured("xception", 71, dtype="bfloat16")
+    logits, _ = capture_shapes("xception", 71, dtype="bfloat16")
     assert logits.dtype == jnp.float32
-    modules = called("xception", 71, dtype="bfloat16", axis_name="batch")
+    modules = capture_modules("xception", 71, dtype="bfloat16", axis_name="batch")
     assert modules["entry1/conv1/depthwise"].dtype == jnp.bfloat16
     assert modules["entry1/norm1"].axis_name == "batch"
 
 
 def test_norm_is_a_field():
-    shapes = variables_of("xception", norm="none")
+    shapes = variable_shapes("xception", norm="none")
     assert not shapes["batch_stats"]
 
 
 def test_errors():
     with pytest.raises(UserError, match="unknown padding 'tensorflow'"):
-        captured("xception", 71, padding="tensorflow")
+        capture_shapes("xception", 71, padding="tensorflow")

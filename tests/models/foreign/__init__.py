@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_cnns import create_model
-from tests.models.captured import FAMILY_OF
 from tests.models.foreign.builders import Case, torchvision
+from tests.models.shapes import FAMILY_OF
 
 __all__ = ["CASES", "KERAS", "KERAS_SHAPES", "TIMM", "TORCHVISION", "Case", "torchvision"]
 

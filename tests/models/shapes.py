@@ -21,17 +21,17 @@ FAMILY_OF = {
 }
 
 
-def blank(name: str, **fields: Any) -> nn.Module:
+def blank_model(name: str, **fields: Any) -> nn.Module:
     """The network, its kernels 0 at first: tracing random numbers takes half of the time."""
     model = create_model(name, **fields)
     chosen = {"init", "kernel_init"} & set(fields)
     return model if chosen else model.clone(kernel_init=nn.initializers.zeros)
 
 
-def captured(name: str, height: int, width: int | None = None, /, **fields: Any) -> tuple:
+def capture_shapes(name: str, height: int, width: int | None = None, /, **fields: Any) -> tuple:
     """(the output's shape and dtype, {path: shape of what the module there gives}) for two images
     of `height` by `width`, square without it. Auxiliary heads are among the paths."""
-    model = blank(name, **fields)
+    model = blank_model(name, **fields)
     shape = (2, height, height if width is None else width, 3)
 
     def run(key):
@@ -43,15 +43,17 @@ def captured(name: str, height: int, width: int | None = None, /, **fields: Any)
     return out, {path.removesuffix("/__call__/0"): leaf.shape for path, leaf in flat.items()}
 
 
-def variables_of(name: str, **fields: Any) -> dict[str, Any]:
+def variable_shapes(name: str, **fields: Any) -> dict[str, Any]:
     """Shapes of a network's "params" and "batch_stats"."""
-    model = blank(name, **fields)
+    model = blank_model(name, **fields)
     return jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
 
 
-def called(name: str, size: int, /, train: bool = False, **fields: Any) -> dict[str, nn.Module]:
+def capture_modules(
+    name: str, size: int, /, train: bool = False, **fields: Any
+) -> dict[str, nn.Module]:
     """{path: the module that was called there, with its fields} for two images."""
-    model, found = blank(name, **fields), {}
+    model, found = blank_model(name, **fields), {}
 
     def note(call, args, kwargs, context):
         if context.method_name == "__call__":
@@ -66,7 +68,7 @@ def called(name: str, size: int, /, train: bool = False, **fields: Any) -> dict[
     return found
 
 
-def starting_at_zero(modules: dict[str, nn.Module]) -> set[str]:
+def norms_starting_at_zero(modules: dict[str, nn.Module]) -> set[str]:
     """Paths of the BatchNorms among `called`'s whose scales start at 0."""
     norms = {path: m for path, m in modules.items() if isinstance(m, nn.BatchNorm)}
     return {path for path, norm in norms.items() if norm.scale_init is nn.initializers.zeros}
@@ -75,4 +77,4 @@ def starting_at_zero(modules: dict[str, nn.Module]) -> set[str]:
 @cache
 def cost_of(name: str, **fields: Any) -> Cost:
     """`cost` of a network, traced once a process."""
-    return cost(blank(name, **fields))
+    return cost(blank_model(name, **fields))
