@@ -44,7 +44,7 @@ from experiments.benchmarks import (
     torch_side,
     training,
 )
-from experiments.benchmarks.report import Report
+from experiments.benchmarks.report import BenchmarkReport
 from flax_cnns.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from flax_cnns.runtime import compilation_cache, launch, output
 
@@ -53,50 +53,63 @@ class Command(NamedTuple):
     title: str
     columns: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, Report], int | None]  # an exit code; None: 0
+    run: Callable[[argparse.Namespace, BenchmarkReport], int | None]  # an exit code; None: 0
     at_least: float | None = 0.2  # seconds a round; None: nothing is timed in rounds
 
 
 COMMANDS = {
     "step": Command(
-        "Training and inference", training.STEP_COLUMNS, training.add_step, training.step
+        "Training and inference",
+        training.STEP_COLUMNS,
+        training.add_step_flags,
+        training.measure_steps,
     ),
     "conv": Command(
-        "Convolutions", convolutions.COLUMNS, convolutions.add_conv, convolutions.conv, 0.05
+        "Convolutions",
+        convolutions.COLUMNS,
+        convolutions.add_conv_flags,
+        convolutions.measure_convolutions,
+        0.05,
     ),
-    "pipeline": Command("Input pipeline", inputs.COLUMNS, inputs.add_pipeline, inputs.pipeline),
+    "pipeline": Command(
+        "Input pipeline", inputs.COLUMNS, inputs.add_pipeline_flags, inputs.measure_pipeline
+    ),
     "vs-torch": Command(
         "Training step against PyTorch",
         torch_side.COLUMNS,
-        torch_side.add_vs_torch,
-        torch_side.vs_torch,
+        torch_side.add_vs_torch_flags,
+        torch_side.compare_with_torch,
     ),
     "cond": Command(
         "Skipped branches against masked ones",
         convolutions.COND_COLUMNS,
-        convolutions.add_cond,
-        convolutions.cond,
+        convolutions.add_cond_flags,
+        convolutions.measure_cond,
     ),
     "compile": Command(
         "Compilation of the training step",
         training.COMPILE_COLUMNS,
-        training.add_compile,
-        training.compile,
+        training.add_compile_flags,
+        training.measure_compilation,
     ),
     "frozen": Command(
         "Training step with the lower layers frozen",
         savings.FROZEN_COLUMNS,
-        savings.add_frozen,
-        savings.frozen,
+        savings.add_frozen_flags,
+        savings.measure_frozen,
     ),
     "drop-path": Command(
         "Training step against the rate of stochastic depth",
         savings.DROP_COLUMNS,
-        savings.add_drop_path,
-        savings.drop_path,
+        savings.add_drop_path_flags,
+        savings.measure_drop_path,
     ),
     "learn": Command(
-        "Learning of the digits", learning.COLUMNS, learning.add_learn, learning.learn, None
+        "Learning of the digits",
+        learning.COLUMNS,
+        learning.add_learn_flags,
+        learning.measure_learning,
+        None,
     ),
 }
 
@@ -106,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="experiments.benchmark",
         description=__doc__,
@@ -124,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         if command.at_least is not None:
             sub.add_argument(
-                "--rounds", type=flags.positive, default=5, help="what the median is of"
+                "--rounds", type=flags.parse_positive_int, default=5, help="what the median is of"
             )
             sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
             sub.add_argument(
@@ -160,13 +173,13 @@ def main(argv: list[str]) -> int:
     """Exit codes: 0 done; 1 a network did not learn; 2 something that the user can mend, said in
     one line; 130 interrupted, with what was measured so far written."""
     try:
-        args = parser().parse_args(argv)
+        args = make_parser().parse_args(argv)
         command = COMMANDS[args.command]
         if args.memory == "keep":
             launch.keep_memory()
         _choose_device(args.device)
         compilation_cache.enable(args.compilation_cache)
-        report = Report(command.title, command.columns, _out(args), vars(args))
+        report = BenchmarkReport(command.title, command.columns, _out(args), vars(args))
         try:
             code = command.run(args, report)
         except KeyboardInterrupt:

@@ -150,7 +150,7 @@ def test_skipped_and_masked_branches_compute_the_same():
 @pytest.mark.slow
 def test_compile(run, monkeypatch):
     one_stage = partial(CifarResNet, depths=(3,), widths=(2,), input_size=(8, 8, 3))
-    monkeypatch.setattr(training, "make", lambda name, args, **fields: one_stage(**fields))
+    monkeypatch.setattr(training, "make_network", lambda name, args, **fields: one_stage(**fields))
     code, _, _, found = run("compile", "--batch=4")
     assert code == 0
     assert [row["scan"] for row in found["rows"]] == [False, True]
@@ -161,8 +161,10 @@ def test_compile(run, monkeypatch):
 @pytest.mark.slow
 def test_drop_path(run, monkeypatch):
     tiny = dict(depths=(3,), widths=(4,), input_size=(4, 4, 3))
-    make = training.make
-    monkeypatch.setattr(savings, "make", lambda *args, **fields: make(*args, **tiny, **fields))
+    make = training.make_network
+    monkeypatch.setattr(
+        savings, "make_network", lambda *args, **fields: make(*args, **tiny, **fields)
+    )
     flags = ["--model=cifar_resnet20", "--batch=4", "--rates=0.6", "--steps=2"]
     code, _, _, found = run("drop-path", *flags)
     rows = found["rows"]
@@ -192,12 +194,14 @@ def test_learn(run):
 @pytest.mark.slow
 def test_learn_says_what_did_not(run, monkeypatch):
     pytest.importorskip("configs.common", exc_type=ImportError)
-    case = learning.Case(8, 6, 1e-9, dict(depths=(1,), widths=(2,)))  # a rate that moves nothing
+    case = learning.LearningCase(
+        8, 6, 1e-9, dict(depths=(1,), widths=(2,))
+    )  # a rate that moves nothing
     monkeypatch.setitem(learning.CASES, "cifar_resnet20", case)
     code, out, _, found = run("learn", "--models=cifar_resnet20", quick=False)
     (row,) = found["rows"]
     assert (code, row["learned"], row["statistics_moved"]) == (1, False, True)
-    assert "those that did not learn: cifar_resnet20" in out
+    assert "networks that did not learn: cifar_resnet20" in out
 
 
 def test_every_family_learns_by_a_network_that_is_registered():
@@ -265,14 +269,14 @@ def test_without_pytorch_one_line_says_what_to_install(run, monkeypatch):
 
 
 def test_an_interruption_keeps_what_was_measured(run, monkeypatch):
-    original = convolutions.jax_conv
+    original = convolutions.make_jax_convolution
 
     def interrupted(kind, shape, dtype, passes):
         if passes == "gradient":
             raise KeyboardInterrupt
         return original(kind, shape, dtype, passes)
 
-    monkeypatch.setattr(convolutions, "jax_conv", interrupted)
+    monkeypatch.setattr(convolutions, "make_jax_convolution", interrupted)
     code, _, err, found = run("conv", "--stage=lenet-c3", "--no-torch")
     assert (code, err) == (130, "error: interrupted\n")
     assert found["interrupted"]

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import flags, torch_side
-from experiments.benchmarks.report import Bars, Report, milliseconds
-from experiments.benchmarks.shapes import SHAPES, Shape, arrays
+from experiments.benchmarks.report import Bars, BenchmarkReport, format_milliseconds
+from experiments.benchmarks.shapes import SHAPES, ConvShape, make_arrays
 from flax_cnns import layers
 from flax_cnns.analysis.timing import Comparison, geometric_mean, time_candidates
 from flax_cnns.errors import UserError
 
-SLOWER = 1.05  # of stock nn.Conv's time: above it a shape is measured again
+MAX_TIME_RATIO = 1.05  # of stock nn.Conv's time: above it a shape is measured again
 
 OURS, STOCK, TORCH = "ours", "nn.Conv", "torch"
 COLUMNS = (
@@ -28,39 +28,41 @@ COLUMNS = (
 )
 
 
-def add_conv(parser: argparse.ArgumentParser) -> None:
+def add_conv_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", default="*", help="names of shapes, by commas; * and ? match")
-    parser.add_argument("--dtype", type=flags.dtype, default="float32", help="or bfloat16")
+    parser.add_argument("--dtype", type=flags.parse_dtype, default="float32", help="or bfloat16")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
 
 
-def conv(args: argparse.Namespace, report: Report) -> None:
+def measure_convolutions(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Forward, and forward with the gradients to input and kernel, over the shapes of networks.
 
     PyTorch (channels_last) takes part where it is installed. What is slower than 1.05 of nn.Conv is
     measured twice again and counts as slower if it is so in two of the three.
     """
-    shapes = chosen(args.stage)
+    shapes = select_shapes(args.stage)
     torch = None if args.no_torch else torch_side.find_torch()
     if torch is None and not args.no_torch:
-        report.say("PyTorch is not installed: without it")
+        report.print_line("PyTorch is not installed: without it")
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
     for shape in shapes:
         for passes in ("forward", "gradient"):
             candidates = {
-                OURS: jax_conv(layers.Conv, shape, args.dtype, passes),
-                STOCK: jax_conv(nn.Conv, shape, args.dtype, passes),
+                OURS: make_jax_convolution(layers.Conv, shape, args.dtype, passes),
+                STOCK: make_jax_convolution(nn.Conv, shape, args.dtype, passes),
             }
             if torch is not None:
-                candidates[TORCH] = torch_side.convolution(torch, shape, args.dtype, passes)
+                candidates[TORCH] = torch_side.make_torch_convolution(
+                    torch, shape, args.dtype, passes
+                )
             runs = [time_candidates(candidates, **timing)]
-            if runs[0].ratio(OURS, STOCK).median > SLOWER:
+            if runs[0].ratio(OURS, STOCK).median > MAX_TIME_RATIO:
                 runs += [time_candidates(candidates, **timing) for _ in range(2)]
             _add(report, shape, passes, runs, args.dtype)
     _summarize(report)
 
 
-def chosen(names: str) -> list[Shape]:
+def select_shapes(names: str) -> list[ConvShape]:
     """The shapes whose names match one of `names`. Raises `UserError` where none does."""
     patterns = names.split(",")
     for pattern in patterns:
@@ -70,7 +72,9 @@ def chosen(names: str) -> list[Shape]:
     return [s for s in SHAPES if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
 
 
-def jax_conv(kind: type[nn.Module], shape: Shape, dtype: str, passes: str) -> Callable[[], Any]:
+def make_jax_convolution(
+    kind: type[nn.Module], shape: ConvShape, dtype: str, passes: str
+) -> Callable[[], Any]:
     module = kind(
         shape.outputs,
         (shape.k, shape.k),
@@ -80,7 +84,7 @@ def jax_conv(kind: type[nn.Module], shape: Shape, dtype: str, passes: str) -> Ca
         use_bias=False,
         dtype=dtype,
     )
-    kernel, x, cotangent = (jnp.asarray(a, dtype) for a in arrays(shape))
+    kernel, x, cotangent = (jnp.asarray(a, dtype) for a in make_arrays(shape))
 
     def forward(kernel: jax.Array, x: jax.Array) -> jax.Array:
         return module.apply({"params": {"kernel": kernel}}, x)
@@ -93,7 +97,9 @@ def jax_conv(kind: type[nn.Module], shape: Shape, dtype: str, passes: str) -> Ca
     return lambda: function(kernel, x)
 
 
-def _add(report: Report, shape: Shape, passes: str, runs: list[Comparison], dtype: str) -> None:
+def _add(
+    report: BenchmarkReport, shape: ConvShape, passes: str, runs: list[Comparison], dtype: str
+) -> None:
     # The middle run by its ratio, where there are three.
     middle = sorted(runs, key=lambda run: run.ratio(OURS, STOCK).median)[len(runs) // 2]
     names = list(middle.seconds)
@@ -107,15 +113,17 @@ def _add(report: Report, shape: Shape, passes: str, runs: list[Comparison], dtyp
         "ratios": {name: ratio._asdict() for name, ratio in ratios.items()},
         "runs": [run.as_dict() for run in runs],
     }
-    cells = [shape.name, passes, milliseconds(middle.median(OURS))]
+    cells = [shape.name, passes, format_milliseconds(middle.median(OURS))]
     cells.append(f"{flops / middle.median(OURS) / 1e9:,.0f}")
     for name in (STOCK, TORCH):
         present = name in ratios
-        cells += [milliseconds(middle.median(name)), str(ratios[name])] if present else ["", ""]
+        cells += (
+            [format_milliseconds(middle.median(name)), str(ratios[name])] if present else ["", ""]
+        )
     report.add(row, (f"{shape.name}: {shape}", *cells[1:]))
 
 
-def _summarize(report: Report) -> None:
+def _summarize(report: BenchmarkReport) -> None:
     for other in (STOCK, TORCH):
         for passes in ("forward", "gradient"):
             found = {
@@ -125,12 +133,12 @@ def _summarize(report: Report) -> None:
             }
             if not found:
                 continue
-            slower = sum(ratio > SLOWER for ratio in found.values())
+            slower = sum(ratio > MAX_TIME_RATIO for ratio in found.values())
             worst, best = max(found, key=found.get), min(found, key=found.get)
             report.summary.append(
                 f"{passes}, ours / {other}: geometric mean "
                 f"{geometric_mean(list(found.values())):.2f}, "
-                f"{slower} of {len(found)} slower than {SLOWER}, "
+                f"{slower} of {len(found)} slower than {MAX_TIME_RATIO}, "
                 f"worst {found[worst]:.2f} ({worst}), best {found[best]:.3f} ({best})"
             )
     rows = [row for row in report.rows if row["pass"] == "gradient"]
@@ -152,13 +160,13 @@ def _summarize(report: Report) -> None:
 COND_COLUMNS = ("branches", "skipped under nn.cond", "computed and masked", "ratio")
 
 
-def add_cond(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=flags.positive, default=32)
+def add_cond_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=flags.parse_positive_int, default=32)
     parser.add_argument(
-        "--size", type=flags.positive, default=16, help="height and width of the maps"
+        "--size", type=flags.parse_positive_int, default=16, help="height and width of the maps"
     )
-    parser.add_argument("--channels", type=flags.positive, default=128)
-    parser.add_argument("--branches", type=flags.positive, default=12)
+    parser.add_argument("--channels", type=flags.parse_positive_int, default=128)
+    parser.add_argument("--branches", type=flags.parse_positive_int, default=12)
 
 
 class Branches(nn.Module):
@@ -191,7 +199,7 @@ class Branches(nn.Module):
         return x
 
 
-def cond(args: argparse.Namespace, report: Report) -> None:
+def measure_cond(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Stochastic depth per batch at rate 0.5, gradient step: branches skipped under nn.cond against
     branches computed and masked.
 
@@ -229,8 +237,8 @@ def cond(args: argparse.Namespace, report: Report) -> None:
         row | found.as_dict(),
         (
             name,
-            milliseconds(found.median("skipped")),
-            milliseconds(found.median("masked")),
+            format_milliseconds(found.median("skipped")),
+            format_milliseconds(found.median("masked")),
             str(ratio),
         ),
     )

@@ -7,20 +7,20 @@ from argparse import ArgumentTypeError
 DTYPES = ("float32", "bfloat16")
 
 
-def positive(text: str) -> int:
+def parse_positive_int(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
     return int(text)
 
 
-def size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     width, cross, height = text.partition("x")
     if not cross:
         raise ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 500x375, got {text!r}")
-    return positive(width), positive(height)
+    return parse_positive_int(width), parse_positive_int(height)
 
 
-def dtype(text: str) -> str:
+def parse_dtype(text: str) -> str:
     if text not in DTYPES:
         raise ArgumentTypeError(f"expected {' or '.join(DTYPES)}, got {text!r}")
     return text

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.flags import positive, size
-from experiments.benchmarks.report import Bars, Report
+from experiments.benchmarks.flags import parse_positive_int, parse_size
+from experiments.benchmarks.report import Bars, BenchmarkReport
 from flax_cnns import recipes
 from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.errors import UserError, did_you_mean
@@ -24,7 +24,7 @@ COLUMNS = (
 SOURCES = ("config", "folder", "arrays")
 
 
-def add_pipeline(parser: argparse.ArgumentParser) -> None:
+def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         default="configs/digits_lenet5.py",
@@ -39,10 +39,12 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mock", type=int, default=0, help="so many images of noise in its place")
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
-    parser.add_argument("--batches", type=positive, default=20, help="a round")
+    parser.add_argument("--batches", type=parse_positive_int, default=20, help="a round")
     parser.add_argument("--size", type=int, default=224, help="of the folder's images as decoded")
-    parser.add_argument("--jpegs", type=positive, default=256, help="in the folder")
-    parser.add_argument("--jpeg-size", type=size, default="500x375", metavar="WxH", help="of each")
+    parser.add_argument("--jpegs", type=parse_positive_int, default=256, help="in the folder")
+    parser.add_argument(
+        "--jpeg-size", type=parse_size, default="500x375", metavar="WxH", help="of each"
+    )
     parser.add_argument(
         "--orientation", type=int, choices=range(1, 9), default=1, help="that their EXIF says"
     )
@@ -50,7 +52,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=-1, help="processes; -1: the config's")
 
 
-def pipeline(args: argparse.Namespace, report: Report) -> None:
+def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Training batches as the host hands them out, before any device sees them."""
     from flax_cnns.data import pipeline as pipelines
     from flax_cnns.data.load import load_dataset  # Grain and TFDS, for this command only
@@ -68,7 +70,7 @@ def pipeline(args: argparse.Namespace, report: Report) -> None:
                 config.update(name="folder", source="folder", dir=root, mock=0)
                 config.update(in_memory="no", image_size=args.size, validation=0.0)
                 config.augment.random_resized_crop = (0.08, 1.0)
-            report.say(f"{source}: reading")
+            report.print_line(f"{source}: reading")
             dataset = load_dataset(config)
             datasets = {source: dataset}
             if source == "arrays":

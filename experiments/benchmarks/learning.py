@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.benchmarks.flags import positive
-from experiments.benchmarks.report import Bars, Report
+from experiments.benchmarks.flags import parse_positive_int
+from experiments.benchmarks.report import Bars, BenchmarkReport
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.models import nas
 
 
-class Case(NamedTuple):
+class LearningCase(NamedTuple):
     """How a network is trained here: Adam, its rate falling to 0 by a cosine."""
 
     size: int  # of the images, one channel, enlarged from 8x8
@@ -36,62 +36,66 @@ _GOOGLENET = (  # table 1 with four of its nine modules, those with heads among 
     ("mixed5b", (384, 192, 384, 48, 128, 128)),
 )
 CASES = {  # a variant of each family
-    "lenet5": Case(32, 200, 2e-3),
-    "lenet5_original": Case(32, 200, 2e-3),
-    "alexnet_2gpu": Case(67, 200, 3e-4, dict(hidden=256)),
-    "zfnet_fig3": Case(64, 200, 3e-4, dict(hidden=256)),
+    "lenet5": LearningCase(32, 200, 2e-3),
+    "lenet5_original": LearningCase(32, 200, 2e-3),
+    "alexnet_2gpu": LearningCase(67, 200, 3e-4, dict(hidden=256)),
+    "zfnet_fig3": LearningCase(64, 200, 3e-4, dict(hidden=256)),
     # pool=1: the last maps are 1x1, of which fc6 would see 49 copies.
-    "vgg11_bn": Case(32, 150, 1e-3, dict(widths=(16, 32, 64, 128, 128), pool=1, hidden=(256, 256))),
-    "nin_cifar10": Case(16, 300, 3e-4),
-    "all_cnn_c": Case(16, 300, 3e-4),
-    "dsn": Case(16, 300, 3e-4),
-    "highway_19": Case(16, 250, 1e-3),
-    "simpnet_slim_300k": Case(16, 100, fields=dict(momentum=0.9)),
-    "googlenet_tv_aux": Case(64, 100, fields=dict(table=_GOOGLENET)),
-    "inception_v3": Case(75, 80, fields=dict(pool_projs=(32,), widths=(128,))),
-    "inception_v4": Case(75, 80, fields=dict(depths=(1, 1, 1))),
-    "inception_resnet_v2": Case(75, 80, fields=dict(depths=(1, 1, 1))),
-    "squeezenet1_1_c10": Case(64, 150, 3e-4),
-    "deck003_cifar100_example": Case(32, 150),
-    "fractalnet_20_droppath": Case(
+    "vgg11_bn": LearningCase(
+        32, 150, 1e-3, dict(widths=(16, 32, 64, 128, 128), pool=1, hidden=(256, 256))
+    ),
+    "nin_cifar10": LearningCase(16, 300, 3e-4),
+    "all_cnn_c": LearningCase(16, 300, 3e-4),
+    "dsn": LearningCase(16, 300, 3e-4),
+    "highway_19": LearningCase(16, 250, 1e-3),
+    "simpnet_slim_300k": LearningCase(16, 100, fields=dict(momentum=0.9)),
+    "googlenet_tv_aux": LearningCase(64, 100, fields=dict(table=_GOOGLENET)),
+    "inception_v3": LearningCase(75, 80, fields=dict(pool_projs=(32,), widths=(128,))),
+    "inception_v4": LearningCase(75, 80, fields=dict(depths=(1, 1, 1))),
+    "inception_resnet_v2": LearningCase(75, 80, fields=dict(depths=(1, 1, 1))),
+    "squeezenet1_1_c10": LearningCase(64, 150, 3e-4),
+    "deck003_cifar100_example": LearningCase(32, 150),
+    "fractalnet_20_droppath": LearningCase(
         16, 300, 4e-3, fields=dict(widths=(16, 32, 64), dropout=(0, 0.1, 0.2))
     ),
-    "convnext_tiny": Case(32, 150, fields=dict(depths=(1, 1, 2), width=24, drop_path=0.1)),
-    "vit_b_16": Case(
+    "convnext_tiny": LearningCase(32, 150, fields=dict(depths=(1, 1, 2), width=24, drop_path=0.1)),
+    "vit_b_16": LearningCase(
         16, 400, fields=dict(patch=4, width=96, depth=3, heads=3, dropout=0.1, drop_path=0.1)
     ),
-    "cifar_resnet20": Case(16, 100),
-    "shakeshake_26_2x32d": Case(16, 100, fields=dict(depths=(2, 2, 2), width=16)),
-    "pyramidnet_110_a270_shakedrop": Case(16, 200, fields=dict(depth=20, alpha=48)),
-    "rir_18": Case(16, 100),
-    "resnet18": Case(64, 80, fields=dict(width=16)),
-    "efficientnet_b0": Case(
+    "cifar_resnet20": LearningCase(16, 100),
+    "shakeshake_26_2x32d": LearningCase(16, 100, fields=dict(depths=(2, 2, 2), width=16)),
+    "pyramidnet_110_a270_shakedrop": LearningCase(16, 200, fields=dict(depth=20, alpha=48)),
+    "rir_18": LearningCase(16, 100),
+    "resnet18": LearningCase(64, 80, fields=dict(width=16)),
+    "efficientnet_b0": LearningCase(
         16, 150, 2e-3, dict(width_mult=0.5, depth_mult=0.5, strides=(1, 1, 2, 1, 2, 1, 1, 1))
     ),
-    "resnext29_8x64d": Case(16, 80, fields=dict(depths=(1, 1, 1), width=16)),
-    "seresnet50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
-    "resnetv2_50": Case(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
-    "cifar_preact110": Case(16, 100, fields=dict(depths=(3, 3, 3))),
-    "wrn_16_4": Case(16, 100, fields=dict(width_mult=2, dropout=0.3)),
-    "densenet_bc_100_12": Case(16, 120, 5e-3, dict(depth=22)),
-    "sparsenet_40_24": Case(16, 120, 5e-3, dict(depth=16, growth_rate=12)),
-    "xception": Case(
+    "resnext29_8x64d": LearningCase(16, 80, fields=dict(depths=(1, 1, 1), width=16)),
+    "seresnet50": LearningCase(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
+    "resnetv2_50": LearningCase(64, 80, fields=dict(depths=(1, 1, 1, 1), width=16)),
+    "cifar_preact110": LearningCase(16, 100, fields=dict(depths=(3, 3, 3))),
+    "wrn_16_4": LearningCase(16, 100, fields=dict(width_mult=2, dropout=0.3)),
+    "densenet_bc_100_12": LearningCase(16, 120, 5e-3, dict(depth=22)),
+    "sparsenet_40_24": LearningCase(16, 120, 5e-3, dict(depth=16, growth_rate=12)),
+    "xception": LearningCase(
         32, 100, fields=dict(stem=(8, 16), entry=(16, 32, 64), depth=2, exit=(64, 96), top=(128,))
     ),
-    "mobilenet_v1_025": Case(32, 100, 2e-3, dict(depths=(1, 1, 1, 3, 1))),
-    "mobilenet_v2_025": Case(
+    "mobilenet_v1_025": LearningCase(32, 100, 2e-3, dict(depths=(1, 1, 1, 3, 1))),
+    "mobilenet_v2_025": LearningCase(
         32, 100, 2e-3, dict(table=((1, 16, 1, 1), (6, 24, 2, 2), (6, 64, 2, 2), (6, 160, 1, 2)))
     ),
-    "mobilenet_v3_small": Case(32, 100, 2e-3, dict(width_mult=0.5, hidden=128, momentum=0.9)),
-    "nas_v1": Case(16, 100, fields=dict(table=nas.FIGURE_7[:6])),
-    "nasnet_a_6_768": Case(
+    "mobilenet_v3_small": LearningCase(
+        32, 100, 2e-3, dict(width_mult=0.5, hidden=128, momentum=0.9)
+    ),
+    "nas_v1": LearningCase(16, 100, fields=dict(table=nas.FIGURE_7[:6])),
+    "nasnet_a_6_768": LearningCase(
         16, 100, fields=dict(depths=(1, 1, 1), width=8, stem_width=24, drop_path=0.1)
     ),
-    "pnasnet5large": Case(48, 100, fields=dict(depths=(1, 0), width=16, stem_width=16)),
-    "sparse_densenet_abc": Case(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
+    "pnasnet5large": LearningCase(48, 100, fields=dict(depths=(1, 0), width=16, stem_width=16)),
+    "sparse_densenet_abc": LearningCase(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
 }
-WINDOW = 5  # steps that a loss is the mean of
-DOWN = 0.5  # what the last loss may be of the first, and of a guess's, log 10
+WINDOW_STEPS = 5  # steps that a loss is the mean of
+MAX_LOSS_RATIO = 0.5  # what the last loss may be of the first, and of a guess's, log 10
 
 COLUMNS = (
     *("network", "fields", "parameters", "image", "steps", "first loss", "last loss"),
@@ -99,16 +103,16 @@ COLUMNS = (
 )
 
 
-def add_learn(parser: argparse.ArgumentParser) -> None:
+def add_learn_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=",".join(CASES), help="some of them, by commas")
-    parser.add_argument("--batch", type=positive, default=32, help="images a step")
+    parser.add_argument("--batch", type=parse_positive_int, default=32, help="images a step")
     parser.add_argument("--steps", type=int, default=0, help="in place of each network's own")
     parser.add_argument("--size", type=int, default=0, help="in place of each network's own")
     parser.add_argument("--rate", type=float, default=0, help="in place of each network's own")
     parser.add_argument("--seed", type=int, default=0, help="of first values, order and dropout")
 
 
-def learn(args: argparse.Namespace, report: Report) -> int:
+def measure_learning(args: argparse.Namespace, report: BenchmarkReport) -> int:
     """Trains each network on the digits with the step that a run takes, and says what became of it:
     its loss (means over the first and the last steps), its accuracy on the validation images,
     whether every running statistic is another than at the start, whether two evaluations agree to
@@ -120,8 +124,8 @@ def learn(args: argparse.Namespace, report: Report) -> int:
             raise UserError(f"--models: unknown {name!r}{did_you_mean(name, CASES)}")
     failed = []
     for name in names:
-        report.say(f"{name}: compiling")
-        row = learn_one(name, CASES[name], args)
+        report.print_line(f"{name}: compiling")
+        row = train_on_digits(name, CASES[name], args)
         moved = row["statistics_moved"]
         report.add(
             row,
@@ -143,7 +147,8 @@ def learn(args: argparse.Namespace, report: Report) -> int:
             failed.append(name)
         jax.clear_caches()
     report.summary.append(
-        f"losses are means over {WINDOW} steps; those that did not learn: {', '.join(failed) or 0}"
+        f"losses are means over {WINDOW_STEPS} steps; networks that did not learn:"
+        f" {', '.join(failed) or 'none'}"
     )
     report.bars = Bars(
         [row["model"] for row in report.rows],
@@ -160,7 +165,7 @@ def _short(value: Any) -> str:
     return str(value) if len(str(value)) < 40 else f"({len(value)} rows)"
 
 
-def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+def train_on_digits(name: str, case: LearningCase, args: argparse.Namespace) -> dict[str, Any]:
     from configs import common  # what a run needs, for this command only
     from flax_cnns.data import pipeline
     from flax_cnns.evaluation.exact import summarize
@@ -198,13 +203,13 @@ def learn_one(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]
             state, found = step(state, parts.shard(batch), key)
             sums.append(jax.device_get(found))
     losses = [float(found["loss"] / found["count"]) for found in sums]
-    first, last = np.mean(losses[:WINDOW]), np.mean(losses[-WINDOW:])
+    first, last = np.mean(losses[:WINDOW_STEPS]), np.mean(losses[-WINDOW_STEPS:])
 
     evaluations = [parts.evaluate(state.variables, "validation") for _ in range(2)]
     deterministic = evaluations[0] == evaluations[1]
     before, after = pytree.flatten(start), pytree.flatten(jax.device_get(state.batch_stats))
     moved = all((before[path] != after[path]).any() for path in before) if before else None
-    down = last < DOWN * min(first, np.log(parts.dataset.num_classes))
+    down = last < MAX_LOSS_RATIO * min(first, np.log(parts.dataset.num_classes))
     bad = int(sum(found["bad"] for found in sums))
     return {
         "model": name,

@@ -27,7 +27,7 @@ class Bars(NamedTuple):
     reference: float | None = None  # a line, such as 1 for ratios; the axis is then logarithmic
 
 
-class Report:
+class BenchmarkReport:
     """Filled case by case, so that an interrupted benchmark keeps what it has."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Report:
                 raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
             self._new = not out.stat().st_size
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         print(text, flush=True)
 
     def add(self, row: dict[str, Any], cells: tuple[str, ...]) -> None:
@@ -59,7 +59,7 @@ class Report:
         self.rows.append(row)
         self._cells.append(cells)
         told = (f"{column} {cell}" for column, cell in zip(self.columns[1:], cells[1:]) if cell)
-        self.say(f"{cells[0]}: {', '.join(told)}")
+        self.print_line(f"{cells[0]}: {', '.join(told)}")
 
     def close(self, *, interrupted: bool = False) -> None:
         """Prints the table; writes JSON and picture."""
@@ -76,7 +76,7 @@ class Report:
         # As wide as it needs where nobody watches: a log wraps no lines.
         make_console(width=None if sys.stdout.isatty() else 200).print(table)
         for line in self.summary:
-            self.say(line)
+            self.print_line(line)
         if self.out is None:
             return
         content = {
@@ -95,14 +95,14 @@ class Report:
         if self.bars is not None:
             picture = self.out.with_suffix(".png")
             try:
-                draw(self.bars, self.title, picture)
+                draw_bars(self.bars, self.title, picture)
                 written.append(str(picture))
             except ModuleNotFoundError as error:  # a GPU machine may have JAX and little else
-                self.say(f"no picture: {error.name} is not installed")
-        self.say(f"written: {', '.join(written)}")
+                self.print_line(f"no picture: {error.name} is not installed")
+        self.print_line(f"written: {', '.join(written)}")
 
 
-def draw(bars: Bars, title: str, png: Path) -> None:
+def draw_bars(bars: Bars, title: str, png: Path) -> None:
     """Horizontal bars, the first label on top."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
@@ -125,7 +125,7 @@ def draw(bars: Bars, title: str, png: Path) -> None:
         start = bars.reference or 0.0
         lengths = [value - start for _, value in shown]
         drawn = axes.barh([place for place, _ in shown], lengths, left=start, **drawn_as)
-        axes.bar_label(drawn, [number(value) for _, value in shown], padding=3, fontsize=7)
+        axes.bar_label(drawn, [format_number(value) for _, value in shown], padding=3, fontsize=7)
     if bars.reference is not None:
         axes.set_xscale("log")
         axes.axvline(bars.reference, color="black", linewidth=1)
@@ -151,18 +151,18 @@ def draw(bars: Bars, title: str, png: Path) -> None:
     save_picture(figure, png)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three digits, or all that stand before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def milliseconds(seconds: float) -> str:
+def format_milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.4g} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def gigabytes(size: int | None) -> str:
+def format_gigabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e9:.2f} GB"

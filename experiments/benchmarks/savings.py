@@ -6,9 +6,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from experiments.benchmarks.flags import dtype, positive
-from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number
-from experiments.benchmarks.training import Trainee, make
+from experiments.benchmarks.flags import parse_dtype, parse_positive_int
+from experiments.benchmarks.report import (
+    Bars,
+    BenchmarkReport,
+    format_gigabytes,
+    format_milliseconds,
+    format_number,
+)
+from experiments.benchmarks.training import Trainee, make_network
 from flax_cnns.analysis import device
 from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.timing import time_candidates
@@ -19,18 +25,20 @@ from flax_cnns.layers import drop_rates
 FROZEN_COLUMNS = ("learns", "parameters", "step", "images/s", "against all", "memory")
 
 
-def add_frozen(parser: argparse.ArgumentParser) -> None:
+def add_frozen_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18", help="a network")
-    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--batch", type=parse_positive_int, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
+    parser.add_argument(
+        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+    )
     parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
 
 
-def frozen(args: argparse.Namespace, report: Report) -> None:
+def measure_frozen(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """The training step that learns everything, beside those that learn the last stage and the
     head, or the head alone: what lies below is frozen, BatchNorm as well."""
-    model = make(args.model, args)
+    model = make_network(args.model, args)
     # The parts in which something is multiplied, as images pass them.
     parts = dict.fromkeys(x.path.partition("/")[0] for x in cost(model).layers if x.macs)
     *_, last, head = (part for part in parts if not part.startswith("aux"))
@@ -41,10 +49,10 @@ def frozen(args: argparse.Namespace, report: Report) -> None:
     }
     steps_of, memory, params = {}, {}, {}
     for name, rules in cases.items():
-        report.say(f"{name}: compiling")
+        report.print_line(f"{name}: compiling")
         trainee = Trainee(model, args.batch, mode=args.mode, trainable=rules)
         compiled, _, _ = trainee.compile()
-        steps_of[name] = trainee.training(compiled)
+        steps_of[name] = trainee.make_train_call(compiled)
         memory[name], params[name] = device.program_memory(compiled), trainee.trainable_params
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
     found = time_candidates(steps_of, **timing)
@@ -63,10 +71,10 @@ def frozen(args: argparse.Namespace, report: Report) -> None:
         cells = (
             name,
             f"{params[name]:,}",
-            milliseconds(seconds),
-            number(args.batch / seconds),
+            format_milliseconds(seconds),
+            format_number(args.batch / seconds),
             str(ratio),
-            gigabytes(memory[name]),
+            format_gigabytes(memory[name]),
         )
         report.add(row, cells)
     report.bars = Bars(
@@ -81,7 +89,7 @@ def frozen(args: argparse.Namespace, report: Report) -> None:
 DROP_COLUMNS = ("drop_path", "mode", "branches computed", "step", "against 0")
 
 
-def rates(text: str) -> list[float]:
+def parse_rates(text: str) -> list[float]:
     """ "0.2,0.5" -> [0.2, 0.5]"""
     try:
         found = [float(part) for part in text.split(",")]
@@ -93,17 +101,23 @@ def rates(text: str) -> list[float]:
     return found
 
 
-def add_drop_path(parser: argparse.ArgumentParser) -> None:
+def add_drop_path_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="cifar_resnet110", help="a residual network")
-    parser.add_argument("--rates", type=rates, default="0.2,0.5,0.8", help="of the last block")
-    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument(
+        "--rates", type=parse_rates, default="0.2,0.5,0.8", help="of the last block"
+    )
+    parser.add_argument("--batch", type=parse_positive_int, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
-    parser.add_argument("--steps", type=positive, default=10, help="a time is the mean of as many")
+    parser.add_argument(
+        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+    )
+    parser.add_argument(
+        "--steps", type=parse_positive_int, default=10, help="a time is the mean of as many"
+    )
     parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
 
 
-def drop_path(args: argparse.Namespace, report: Report) -> None:
+def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """The training step against the rate of stochastic depth, which skips what it drops; beside it
     drop-path image by image at the middle rate, which computes everything. Each step draws anew, so
     a round takes --steps of them."""
@@ -112,9 +126,9 @@ def drop_path(args: argparse.Namespace, report: Report) -> None:
     cases = [("batch", 0.0), *(("batch", rate) for rate in args.rates), ("sample", middle)]
     runs = {}
     for mode, rate in cases:
-        report.say(f"drop_path={rate} {mode}: compiling")
-        model = make(args.model, args, drop_path=rate, drop_path_mode=mode, **given)
-        train = Trainee(model, args.batch).training()
+        report.print_line(f"drop_path={rate} {mode}: compiling")
+        model = make_network(args.model, args, drop_path=rate, drop_path_mode=mode, **given)
+        train = Trainee(model, args.batch).make_train_call()
 
         def several(train: Callable = train) -> Any:
             for _ in range(args.steps):
@@ -138,7 +152,7 @@ def drop_path(args: argparse.Namespace, report: Report) -> None:
             "seconds": seconds,
             "ratio": ratio._asdict(),
         }
-        cells = (f"{rate:g}", mode, f"{computed:.0%}", milliseconds(seconds), str(ratio))
+        cells = (f"{rate:g}", mode, f"{computed:.0%}", format_milliseconds(seconds), str(ratio))
         report.add(row, cells)
     report.bars = Bars(
         [f"{row['drop_path']:g}, {row['mode']}" for row in report.rows],

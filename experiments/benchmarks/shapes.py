@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Shape(NamedTuple):
+class ConvShape(NamedTuple):
     """Of a convolution: images [n size size inputs] and a window of k x k."""
 
     name: str
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = tuple(
-    Shape(*row)
+    ConvShape(*row)
     for row in (
         # name                    n  size   in  out  groups k stride
         ("resnext", 16, 28, 128, 128, 32, 3, 1),
@@ -111,7 +111,7 @@ SHAPES = tuple(
 )
 
 
-def arrays(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_arrays(shape: ConvShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Kernel [k k inputs/groups outputs], images and the output's cotangent [n size size c]."""
     rng = np.random.default_rng(0)
     n, k = shape.n, shape.k

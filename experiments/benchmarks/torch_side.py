@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from experiments.benchmarks import training
-from experiments.benchmarks.flags import dtype, positive
-from experiments.benchmarks.report import Bars, Report, milliseconds
-from experiments.benchmarks.shapes import Shape, arrays
+from experiments.benchmarks.flags import parse_dtype, parse_positive_int
+from experiments.benchmarks.report import Bars, BenchmarkReport, format_milliseconds
+from experiments.benchmarks.shapes import ConvShape, make_arrays
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.errors import UserError, did_you_mean
@@ -40,14 +40,14 @@ def find_torch() -> Any | None:
     return torch
 
 
-def need_torch() -> Any:
+def import_torch() -> Any:
     torch = find_torch()
     if torch is None:
         raise UserError(INSTALL)
     return torch
 
 
-def device_of(torch: Any) -> str:
+def find_torch_device(torch: Any) -> str:
     """PyTorch's name of the device that JAX uses. Raises `UserError` where it cannot."""
     if jax.default_backend() == "cpu":
         return "cpu"
@@ -59,7 +59,7 @@ def device_of(torch: Any) -> str:
     )
 
 
-def waiter(torch: Any, device: str) -> Callable[[], None]:
+def make_wait(torch: Any, device: str) -> Callable[[], None]:
     """What `timing.compare` waits with."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
@@ -71,7 +71,7 @@ def import_torchvision() -> Any:
     Its classification networks use none of them, but importing it asks for two. Raises `UserError`
     where it is not installed.
     """
-    torch = need_torch()
+    torch = import_torch()
     found = importlib.util.find_spec("torchvision")
     if found is None:
         raise UserError(f"torchvision is not installed; {INSTALL.partition(': ')[2]}")
@@ -91,7 +91,7 @@ def import_torchvision() -> Any:
 _DECLARED: list[Any] = []
 
 
-def network(name: str, classes: int) -> Any:
+def create_torch_network(name: str, classes: int) -> Any:
     """torchvision's network of that name, else timm's. Raises `UserError` where neither has it."""
     models = import_torchvision().models
     if name in models.list_models(module=models):
@@ -109,18 +109,20 @@ def network(name: str, classes: int) -> Any:
 # ---------------------------------------------------------------------------- one convolution
 
 
-def convolution(torch: Any, shape: Shape, dtype: str, passes: str) -> Callable[[], Any]:
+def make_torch_convolution(
+    torch: Any, shape: ConvShape, dtype: str, passes: str
+) -> Callable[[], Any]:
     """`conv2d` in channels_last, without or with the gradients to input and kernel."""
-    device = device_of(torch)
+    device = find_torch_device(torch)
 
     def tensor(array: np.ndarray, order: tuple[int, ...]) -> Any:
         tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(order)))
         return tensor.to(device, getattr(torch, dtype), memory_format=torch.channels_last)
 
-    kernel, images, cotangent = arrays(shape)
+    kernel, images, cotangent = make_arrays(shape)
     w, x, y = tensor(kernel, (3, 2, 0, 1)), *(tensor(a, (0, 3, 1, 2)) for a in (images, cotangent))
     given = dict(stride=shape.stride, padding=shape.padding, groups=shape.groups)
-    wait = waiter(torch, device)
+    wait = make_wait(torch, device)
 
     def forward() -> Callable[[], None]:
         with torch.no_grad():
@@ -141,29 +143,29 @@ OTHERS = ("torch", "compiled", "nn.Conv")
 COLUMNS = ("network", "batch", "ours", *(c for name in OTHERS for c in (name, f"ours / {name}")))
 
 
-def add_vs_torch(parser: argparse.ArgumentParser) -> None:
+def add_vs_torch_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18", help="registered networks, by commas")
-    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--batch", type=parse_positive_int, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
     text = "bfloat16 (AMP) or float32; if not given, the former on a GPU, the latter on a CPU"
-    parser.add_argument("--dtype", type=dtype, help=text)
+    parser.add_argument("--dtype", type=parse_dtype, help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile, beside eager")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile: max-autotune")
     parser.add_argument("--stock", action="store_true", help="our network on nn.Conv, beside it")
 
 
-def vs_torch(args: argparse.Namespace, report: Report) -> None:
+def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Our training step against torchvision's or timm's network of the same name, in turn.
 
     Both: the same batch of uint8 images on the device, normalized there, SGD with momentum,
     cross-entropy. PyTorch: channels_last, autocast where the dtype is bfloat16.
     """
-    torch = need_torch()
-    device = device_of(torch)
+    torch = import_torch()
+    device = find_torch_device(torch)
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     for name in args.model.split(","):
-        model = training.make(name, args)
-        theirs = network(name, model.num_classes)
+        model = training.make_network(name, args)
+        theirs = create_torch_network(name, model.num_classes)
         shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
         ours_count = pytree.count(shapes["params"])
         their_count = sum(parameter.numel() for parameter in theirs.parameters())
@@ -172,21 +174,23 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
                 f"{name} has {ours_count:,} parameters here and {their_count:,} in PyTorch: they "
                 "are not the same network"
             )
-        report.say(f"{name}: compiling")
+        report.print_line(f"{name}: compiling")
         trainee = training.Trainee(model, args.batch, devices=jax.devices()[:1])
-        batch = training.examples(args.batch, model.input_size, model.num_classes)
+        batch = training.make_examples(args.batch, model.input_size, model.num_classes)
         candidates = {
-            "ours": trainee.training(),
+            "ours": trainee.make_train_call(),
             "torch": _torch_step(torch, theirs, batch, device, args.dtype),
         }
         if args.compile:
-            compiled = torch.compile(network(name, model.num_classes), mode=args.compile_mode)
+            compiled = torch.compile(
+                create_torch_network(name, model.num_classes), mode=args.compile_mode
+            )
             candidates["compiled"] = _torch_step(torch, compiled, batch, device, args.dtype)
         if args.stock:  # what nn.Conv calls, in the place of ours, while the step is traced
             library = jax.lax.conv_general_dilated
             with unittest.mock.patch.object(conv_module, "conv_general_dilated", library):
                 stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])
-                candidates["nn.Conv"] = stock.training(stock.compile()[0])
+                candidates["nn.Conv"] = stock.make_train_call(stock.compile()[0])
         found = time_candidates(
             candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
         )
@@ -204,11 +208,17 @@ def vs_torch(args: argparse.Namespace, report: Report) -> None:
             "ratios": {other: ratio._asdict() for other, ratio in ratios.items()},
             **found.as_dict(),
         }
-        cells = [name, f"{args.batch} x {model.input_size[0]}", milliseconds(found.median("ours"))]
+        cells = [
+            name,
+            f"{args.batch} x {model.input_size[0]}",
+            format_milliseconds(found.median("ours")),
+        ]
         for other in OTHERS:
             present = other in ratios
             cells += (
-                [milliseconds(found.median(other)), str(ratios[other])] if present else ["", ""]
+                [format_milliseconds(found.median(other)), str(ratios[other])]
+                if present
+                else ["", ""]
             )
         report.add(row, tuple(cells))
     report.bars = Bars(
@@ -243,7 +253,7 @@ def _torch_step(
         model.parameters(), training.RATE, training.MOMENTUM, fused=device == "cuda"
     )
     amp = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-    wait = waiter(torch, device)
+    wait = make_wait(torch, device)
 
     def step() -> Callable[[], None]:
         x = (images.float() - mean) / std

@@ -12,8 +12,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments.benchmarks.flags import dtype, positive
-from experiments.benchmarks.report import Bars, Report, gigabytes, milliseconds, number, percent
+from experiments.benchmarks.flags import parse_dtype, parse_positive_int
+from experiments.benchmarks.report import (
+    Bars,
+    BenchmarkReport,
+    format_gigabytes,
+    format_milliseconds,
+    format_number,
+    format_percent,
+)
 from flax_cnns import config
 from flax_cnns import tree as pytree
 from flax_cnns.analysis import device
@@ -32,7 +39,7 @@ SGD = SimpleNamespace(**_DEFAULTS["optimizer"] | dict(name="sgd", momentum=MOMEN
 MIX = SimpleNamespace(**_DEFAULTS["mix"])  # off
 
 
-def make(name: str, args: argparse.Namespace, **fields: Any) -> nn.Module:
+def make_network(name: str, args: argparse.Namespace, **fields: Any) -> nn.Module:
     """A registered network for the command's flags. Raises `UserError`."""
     fields["dtype"] = args.dtype
     if args.size:
@@ -41,7 +48,7 @@ def make(name: str, args: argparse.Namespace, **fields: Any) -> nn.Module:
     return create_model(name, **fields)
 
 
-def examples(batch: int, shape: tuple[int, ...], classes: int) -> dict[str, np.ndarray]:
+def make_examples(batch: int, shape: tuple[int, ...], classes: int) -> dict[str, np.ndarray]:
     """Noise: {"image" u8 [N H W C], "label" i32 [N]}."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *shape), np.uint8)
@@ -81,7 +88,7 @@ class Trainee:
         state = TrainState.create(variables, optimizer.init(variables["params"]))
         self.state = parallel.replicate(state, self.mesh)
         self.key = parallel.replicate(jax.random.key(1), self.mesh)
-        batch = examples(batch, shape, classes)
+        batch = make_examples(batch, shape, classes)
         self.batch = parallel.shard_batch(batch, self.mesh, mode)
         mask = np.ones(len(batch["label"]), np.float32)
         self.masked = parallel.shard_batch(batch | {"mask": mask}, self.mesh, mode)
@@ -108,7 +115,7 @@ class Trainee:
         compiled = lowered.compile()
         return compiled, traced - began, time.perf_counter() - traced
 
-    def training(self, step: Callable | None = None) -> Callable[[], Any]:
+    def make_train_call(self, step: Callable | None = None) -> Callable[[], Any]:
         """A function that takes one step further and returns what to wait for."""
         step = step or self._step
 
@@ -118,7 +125,7 @@ class Trainee:
 
         return train
 
-    def inference(self) -> Callable[[], Any]:
+    def make_inference_call(self) -> Callable[[], Any]:
         variables = jax.tree.map(lambda x: x.copy(), self.state.variables)  # the state is donated
         return lambda: self._eval(variables, self.masked, None)
 
@@ -138,23 +145,25 @@ class Speed(NamedTuple):
 # ---------------------------------------------------------------------------- step
 
 
-def add_step(parser: argparse.ArgumentParser) -> None:
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet18", help="names of networks, by commas")
     parser.add_argument(
-        "--batch", type=positive, default=32, help="images a step, over all devices"
+        "--batch", type=parse_positive_int, default=32, help="images a step, over all devices"
     )
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
+    parser.add_argument(
+        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+    )
     parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
     parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
     parser.add_argument("--remat", action="store_true", help="blocks computed again in backward")
 
 
-def step(args: argparse.Namespace, report: Report) -> None:
+def measure_steps(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Training and inference of each network. Compilation is timed, so no cache is used."""
     jax.config.update("jax_enable_compilation_cache", False)
     asked = {name: True for name in ("scan", "remat") if getattr(args, name)}
-    models = {name: make(name, args, **asked) for name in args.model.split(",")}
+    models = {name: make_network(name, args, **asked) for name in args.model.split(",")}
     device0 = jax.devices()[0]
     best = device.find_peak(device0, args.dtype)
     # The cores of a CPU are shared by however many devices are made of them.
@@ -171,8 +180,8 @@ def step(args: argparse.Namespace, report: Report) -> None:
             "forward passes, a MAC as two FLOPs"
         )
     for name, model in models.items():
-        report.say(f"{name}: compiling")
-        row = step_row(model, args, total)
+        report.print_line(f"{name}: compiling")
+        row = measure_network(model, args, total)
         row = {"model": name, **row}
         train, infer = row["training"], row["inference"]
         report.add(
@@ -180,13 +189,13 @@ def step(args: argparse.Namespace, report: Report) -> None:
             (
                 name,
                 f"{args.batch} x {model.input_size[0]}",
-                milliseconds(train["seconds"]),
-                number(train["images_per_second"]),
-                percent(train["mfu"]),
-                milliseconds(infer["seconds"]),
-                number(infer["images_per_second"]),
-                percent(infer["mfu"]),
-                gigabytes(row["peak_memory"] or row["program_memory"]),
+                format_milliseconds(train["seconds"]),
+                format_number(train["images_per_second"]),
+                format_percent(train["mfu"]),
+                format_milliseconds(infer["seconds"]),
+                format_number(infer["images_per_second"]),
+                format_percent(infer["mfu"]),
+                format_gigabytes(row["peak_memory"] or row["program_memory"]),
                 f"{row['init_seconds']:.1f} s",
                 f"{row['trace_seconds']:.1f} + {row['compile_seconds']:.1f} s",
                 f"{row['seconds_to_first_step']:.1f} s",
@@ -208,18 +217,20 @@ STEP_COLUMNS = (
 )
 
 
-def step_row(model: nn.Module, args: argparse.Namespace, peak: float | None) -> dict[str, Any]:
+def measure_network(
+    model: nn.Module, args: argparse.Namespace, peak: float | None
+) -> dict[str, Any]:
     before = device.peak_memory(jax.devices()[0])
     began = time.perf_counter()
     trainee = Trainee(model, args.batch, mode=args.mode)
     compiled, trace_seconds, compile_seconds = trainee.compile()
-    train = trainee.training(compiled)
+    train = trainee.make_train_call(compiled)
     jax.block_until_ready(train())
     first = time.perf_counter() - began
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
     found = time_candidates({"training": train}, **timing)
     after = device.peak_memory(jax.devices()[0])
-    found_inference = time_candidates({"inference": trainee.inference()}, **timing)
+    found_inference = time_candidates({"inference": trainee.make_inference_call()}, **timing)
     counted = cost(model, (args.batch, *model.input_size))
     flops = 2 * counted.macs
     training = Speed.of(found.median("training"), args.batch, 3 * flops, peak)
@@ -251,26 +262,32 @@ def step_row(model: nn.Module, args: argparse.Namespace, peak: float | None) -> 
 COMPILE_COLUMNS = ("model", "scan", "trace", "compile", "together", "init")
 
 
-def add_compile(parser: argparse.ArgumentParser) -> None:
+def add_compile_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="cifar_resnet110", help="names of networks, by commas")
-    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--batch", type=parse_positive_int, default=32)
     parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    parser.add_argument("--dtype", type=dtype, default="float32", help="what computes, or bfloat16")
+    parser.add_argument(
+        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+    )
     parser.add_argument("--scan", default="both", choices=("both", "on", "off"))
 
 
-def compile(args: argparse.Namespace, report: Report) -> None:
+def measure_compilation(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Seconds to trace and compile the training step, without a compilation cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     scans = {"both": (False, True), "on": (True,), "off": (False,)}[args.scan]
     names = args.model.split(",")
     for name in names:
-        make(name, args, **({} if scans == (False,) else {"scan": True}))  # mistyped, no scan
+        make_network(
+            name, args, **({} if scans == (False,) else {"scan": True})
+        )  # mistyped, no scan
     for name in names:
         for scan in scans:
-            report.say(f"{name}, scan={scan}: compiling")
+            report.print_line(f"{name}, scan={scan}: compiling")
             jax.clear_caches()
-            trainee = Trainee(make(name, args, **({"scan": True} if scan else {})), args.batch)
+            trainee = Trainee(
+                make_network(name, args, **({"scan": True} if scan else {})), args.batch
+            )
             _, traced, compiled = trainee.compile()
             seconds = (traced, compiled, traced + compiled, trainee.init_seconds)
             keys = ("trace_seconds", "compile_seconds", "seconds", "init_seconds")

@@ -180,8 +180,8 @@ def test_photos_keep_the_ends_of_names_and_a_bounded_number_of_bars(figures):
 def test_bars_of_many_series_and_of_many_decades(monkeypatch):
     saved = []
     monkeypatch.setattr(style, "save_picture", lambda figure, png: saved.append(figure))
-    report.draw(report.Bars(["a"], {f"s{i}": [1.0] for i in range(8)}, "ms"), "t", "x.png")
+    report.draw_bars(report.Bars(["a"], {f"s{i}": [1.0] for i in range(8)}, "ms"), "t", "x.png")
     colors = {bars.patches[0].get_facecolor() for bars in saved.pop().axes[0].containers}
     assert len(colors) == 8
-    report.draw(report.Bars(["a", "b"], {"s": [1e-4, 1e6]}, "ratio", 1.0), "t", "x.png")
+    report.draw_bars(report.Bars(["a", "b"], {"s": [1e-4, 1e6]}, "ratio", 1.0), "t", "x.png")
     assert len(list(filter(None, texts(laid_out(saved.pop()).axes[0].get_xticklabels())))) > 3
