@@ -1,17 +1,21 @@
-"""ResNets for CIFAR whose units have norm and ReLU in one of five orders, figure 4 and table 2.
+"""Pre-activation ResNets for CIFAR, in each of the paper's five orders of norm and ReLU.
 
-"full_preact" is the paper's proposal: 110 layers of basic units, 164 and 1001 of bottlenecks. As in
-section 4 its first unit activates right behind the first convolution, before the ways part, and
-norm and ReLU follow the last unit. As in the authors' code (resnet-1k-layers) the first unit of
-every stage activates before it splits, the first convolution of a unit has the stride, and where
-the shape changes the shortcut is a projection.
+The orders are those of figure 4 and table 2. "full_preact" is the paper's proposal: 110 layers of
+basic units, 164 and 1001 layers of bottlenecks. As in section 4, its first unit applies norm and
+ReLU right after the first convolution, before shortcut and branch separate, and norm and ReLU
+follow the last unit. As in the authors' code (resnet-1k-layers), the first unit of every stage
+applies norm and ReLU before shortcut and branch separate, the first convolution of a unit has the
+stride, and the shortcut is a projection where the shape changes.
 
-Where the paper is silent: the projection has a norm in the orders whose branch ends in one, and in
-these only do counts differ (ResNet-110 by 192, 164 by 896). "relu_only_preact" has the rest of the
-first convolution's unit, the norm, in the stem, and a ReLU behind the last unit.
-The paper takes its 110 layers from He et al. 2015, where zeros stand in place of projections: that
-is `shortcut="A"`, 1,727,962 parameters; with the two projections of the released code (written for
-bottlenecks) they are 1,730,522. The printed 10.2 M of 1001 layers are 10.33 M.
+Where the paper is silent, we choose as follows. The projection has a norm in the orders whose
+branch ends in one. This is all that changes the parameter count between orders: by 192 in
+ResNet-110, by 896 in 164. In "relu_only_preact", the stem keeps the norm of the first convolution,
+and a ReLU follows the last unit.
+
+The paper takes its 110 layers from He et al. 2015, where zeros replace projections. That is
+`shortcut="A"`, with 1,727,962 parameters; with the two projections of the released code (written
+for bottlenecks) there are 1,730,522. The paper prints 10.2 M parameters for 1001 layers; there are
+10.33 M.
 """
 
 from __future__ import annotations
@@ -38,12 +42,12 @@ PAPER = Paper(
 
 
 class Order(NamedTuple):
-    """Where norm and ReLU stand, apart from those between two convolutions of a unit."""
+    """Where norm and ReLU stand, except between two convolutions of a unit."""
 
-    stem: str  # between the first convolution of the network and the first unit
-    before: str  # at the start of a branch, and behind the last unit of the network
+    stem: str  # after the network's first convolution, before the first unit
+    before: str  # at the start of a branch, and after the network's last unit
     last: str  # at the end of a branch
-    after: str  # behind the sum
+    after: str  # after the sum
 
 
 ORDERS = {  # figure 4
@@ -55,15 +59,15 @@ ORDERS = {  # figure 4
 }
 
 
-def activate(what: str, x: Array, norm: ModuleDef, name: str) -> Array:
-    """ "norm", "relu", "norm relu" or nothing."""
-    if "norm" in what:
+def activate(kinds: str, x: Array, norm: ModuleDef, name: str) -> Array:
+    """Applies `kinds`, which is "norm", "relu", "norm relu" or "", to `x`; `name` is the norm's."""
+    if "norm" in kinds:
         x = norm(name=name)(x)
-    return nn.relu(x) if "relu" in what else x
+    return nn.relu(x) if "relu" in kinds else x
 
 
 class Stem(nn.Module):
-    """3x3 and what the order puts behind it: [N H W C] -> [N H W width]."""
+    """A 3x3 convolution and what `order` puts after it: [N H W C] -> [N H W width]."""
 
     width: int
     conv: ModuleDef
@@ -77,8 +81,11 @@ class Stem(nn.Module):
 
 
 class Unit(nn.Module):
-    """Convolutions of these windows, the last of width * expansion:
-    [N H W C] -> [N H/stride W/stride width*expansion], rounded up."""
+    """Residual unit whose convolutions have the kernel sizes `windows`.
+
+    [N H W C] -> [N H/stride W/stride width*expansion], rounded up. The last convolution has width *
+    expansion channels, the others `width`.
+    """
 
     width: int
     windows: Sequence[int]
@@ -87,17 +94,17 @@ class Unit(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     shortcut: str = "B"
-    stride: int | None = None  # the first unit of a stage, and it alone, is given one
+    stride: int | None = None  # only the first unit of a stage has one
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
         order, count, wide = self.order, len(self.windows), self.expansion * self.width
         first, stride = self.stride is not None, self.stride or 1
         if first:
-            x = activate(order.before, x, self.norm, "norm1")  # for both ways
+            x = activate(order.before, x, self.norm, "norm1")  # for shortcut and branch
         norm = self.norm if "norm" in order.last else layers.NoNorm
-        ours = shortcut(self.shortcut, x, wide, stride, self.conv, norm)
-        # Norms count in the order of their use: in front of the convolutions, or behind them.
+        skip = shortcut(self.shortcut, x, wide, stride, self.conv, norm)
+        # Norms are numbered in the order of use: before the convolutions or after them.
         number = 1 + ("norm" in order.before)
 
         def branch(unit: Unit, x: Array) -> Array:
@@ -116,40 +123,41 @@ class Unit(nn.Module):
                 y = conv(y)
             return activate(order.last, y, unit.norm, f"norm{count}")
 
-        y = layers.residual(ours, branch, self, x, drop)
+        y = layers.residual(skip, branch, self, x, drop)
         return activate(order.after, y, self.norm, f"norm{count}")
 
 
 class CifarPreAct(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """Pre-activation ResNet for CIFAR: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`, and for unknown orders and
-    shortcuts.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. Raises
+    `UserError` if the images have other channels than `input_size`, and for an unknown order or
+    shortcut.
     """
 
     # architecture
     depths: Counts  # units per stage; the first stage keeps the size, the others halve it
-    windows: Counts = (3, 3)  # of a unit's convolutions
-    expansion: Count = 1  # of a unit's last width; its other convolutions have `widths`
+    windows: Counts = (3, 3)  # kernel sizes of a unit's convolutions
+    expansion: Count = 1  # of a unit's last convolution; its others have `widths`
     widths: Counts = (16, 32, 64)
-    order: str = "full_preact"  # ORDERS
-    shortcut: str = "B"  # one of resnet.SHORTCUTS but for "none"
+    order: str = "full_preact"  # one of ORDERS
+    shortcut: str = "B"  # one of resnet.SHORTCUTS except "none"
     input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
     # head
     num_classes: Classes | None = 10
     # regularization
-    drop_path: Rate = 0.0  # of the last unit: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of the last unit: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one unit under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each unit again in the backward pass
+    scan: bool = False  # run a stage's identical units under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each unit in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -158,7 +166,7 @@ class CifarPreAct(nn.Module):
         if self.order not in ORDERS:
             raise UserError(f"unknown order {self.order!r}{did_you_mean(self.order, ORDERS)}")
         if self.shortcut == "none":
-            raise UserError('expected shortcut="B" or "A", got "none": a plain net has no sums')
+            raise UserError('expected shortcut="A" or "B", got "none": a plain net has no sums')
         order = ORDERS[self.order]
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.widths[0], conv, norm, order, name="stem")(images)
@@ -174,9 +182,9 @@ class CifarPreAct(nn.Module):
         return layers.classify(self, x)
 
 
-_BOTTLENECK = dict(windows=(1, 3, 1), expansion=4)
+_bottlenecks = partial(CifarPreAct, windows=(1, 3, 1), expansion=4)
 VARIANTS = {  # tables 2 and 4: 6n + 2 layers of basic units, 9n + 2 of bottlenecks
     "cifar_preact110": partial(CifarPreAct, depths=(18, 18, 18)),
-    "cifar_preact164": partial(CifarPreAct, depths=(18, 18, 18), **_BOTTLENECK),
-    "cifar_preact1001": partial(CifarPreAct, depths=(111, 111, 111), **_BOTTLENECK),
+    "cifar_preact164": partial(_bottlenecks, depths=(18, 18, 18)),
+    "cifar_preact1001": partial(_bottlenecks, depths=(111, 111, 111)),
 }

@@ -1,13 +1,19 @@
-"""The ResNets for CIFAR-10, section 4.2: 6n + 2 layers of widths 16, 32, 64, of ResNet-18's block.
+"""ResNets for CIFAR-10 (section 4.2): 6n + 2 layers of widths 16, 32 and 64, with ResNet-18's
+block.
 
-The paper's are option A, no weight in a shortcut, which leaves open where the zeros of the wider
-one go: ours are behind the channels that there are. Where maps shrink the shortcut takes every
-second pixel ("stride of 2"). Beside them: the paper's plain networks; option B; CIFAR-100, which is
-He et al. 2016's; stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with
-p_L = 0.5, and with their shortcut, which takes means of 2x2; ShakeDrop, as `pyramidnet` has it; and
-by `norm="fixup"` Zhang et al. 2019's without normalization, https://arxiv.org/abs/1901.09321,
-section 4.1. Their code has no scalar in front of the first convolution, where the rule and we have
-one, and adds that of a block to a shortcut that changes shape.
+The paper's networks use option A, shortcuts without weights. Option A does not say where the zeros
+go when the shortcut widens; ours come after the existing channels. Where maps shrink, the shortcut
+takes every second pixel ("stride of 2"). Other variants in this file:
+
+- the paper's plain networks, and option B
+- CIFAR-100, which comes from He et al. 2016
+- stochastic depth as in Huang et al. 2016, https://arxiv.org/abs/1603.09382, with p_L = 0.5 and
+  with their shortcut, which takes 2x2 means
+- ShakeDrop, as in `pyramidnet`
+- `norm="fixup"`: the networks without normalization of Zhang et al. 2019,
+  https://arxiv.org/abs/1901.09321, section 4.1. Their code has no scalar before the first
+  convolution, where their rule and our code have one; and it adds a block's scalar to a shortcut
+  that changes shape, which ours does not.
 """
 
 from __future__ import annotations
@@ -33,10 +39,11 @@ PAPER = Paper(
 
 
 class CifarResNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """ResNet for CIFAR: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`, or where fields do not go
-    together.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. Raises
+    `UserError` if the images have other channels than `input_size`, or if fields contradict each
+    other.
     """
 
     # architecture
@@ -44,26 +51,26 @@ class CifarResNet(nn.Module):
     widths: Counts = (16, 32, 64)
     shortcut: str = "A"  # one of models.resnet.SHORTCUTS
     input_size: ImageSize = (32, 32, 3)
-    norm: str = "batch"  # or any of layers.make_norm's, or "fixup"
+    norm: str = "batch"  # or another of layers.make_norm's, or "fixup"
     # head
     num_classes: Classes | None = 10
     # regularization
-    drop_path: Rate = 0.0  # the last block's rate of dropping, 1 - p_L: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of the last block, 1 - p_L: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
-    shake_drop: Rate = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
+    shake_drop: Rate = 0.0  # rate of the last block: layers.make_shake_drops
     shake_drop_level: str = "image"  # or "batch", "channel", "pixel"
     shake_drop_alpha: tuple[float, float] = (-1.0, 1.0)
     shake_drop_beta: tuple[float, float] = (0.0, 1.0)
     # numerics
     kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
+    zero_init: bool = False  # each block starts as the identity: its last norm is 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -72,8 +79,8 @@ class CifarResNet(nn.Module):
         needs = {"drop_path": self.drop_path, "shake_drop": self.shake_drop}
         needs['norm="fixup"'] = self.norm == "fixup"
         if self.shortcut == "none" and any(needs.values()):
-            given = next(name for name, on in needs.items() if on)
-            raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
+            field = next(name for name, is_on in needs.items() if is_on)
+            raise UserError(f"{field} needs a shortcut: without one, nothing of a block is left")
         fixup = self.norm == "fixup"
         conv, norm = layers.building_blocks(self, train, norm="none" if fixup else self.norm)
         head = layers.make_head(self)
@@ -84,12 +91,17 @@ class CifarResNet(nn.Module):
         drops = layers.make_drop_paths(self, self.depths, train)
         shake_drops = layers.make_shake_drops(self, self.depths, train)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
-        given = dict(norm=norm, shortcut=self.shortcut, zero_init=self.zero_init)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
-            block = partial(BasicBlock, width, **given)
+            block = partial(
+                BasicBlock,
+                width,
+                norm=norm,
+                shortcut=self.shortcut,
+                zero_init=self.zero_init,
+            )
             stride = 1 if i == 0 else 2
-            this = stage(block, conv, depth, stride, name=f"stage{i + 1}")
-            x = this(x, drops[i], shake_drops[i])
+            run_stage = stage(block, conv, depth, stride, name=f"stage{i + 1}")
+            x = run_stage(x, drops[i], shake_drops[i])
         return layers.classify(self, x, head=head)
 
 

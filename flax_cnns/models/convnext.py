@@ -1,10 +1,12 @@
-"""ConvNeXt: a ResNet with what transformers do otherwise, one block of 7x7 depthwise and two 1x1.
+"""ConvNeXt: a ResNet with the design choices of transformers.
 
-Tiny to XL are section 3's, atto to nano timm's smaller ones, of the same arithmetic: GELU is exact,
-LayerNorm is over channels with epsilon 1e-6, the last one behind the pooling. XL, which the paper
-trains on ImageNet-22K first, has 1000 classes here. Kernels start as torchvision's, N(0, 0.02^2),
-biases at 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1, 0.4, 0.5 and 0.5
-(table 5); here it is 0 until asked for, and each image decides for itself.
+All blocks have one layout: a depthwise 7x7 and two 1x1 convolutions. Tiny to XL are section 3's
+networks. Atto to nano are timm's smaller ones, with the same arithmetic: GELU is exact, LayerNorm
+is over channels with epsilon 1e-6, and the last LayerNorm follows the pooling. XL, which the paper
+trains on ImageNet-22K first, has 1000 classes here. Kernels start like torchvision's, N(0, 0.02^2),
+and biases at 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1, 0.4, 0.5 and
+0.5 (table 5). Here `drop_path` is 0 by default; if set, it drops a branch for each image
+separately.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ PAPER = Paper(
 
 
 class Stem(nn.Module):
-    """4x4/4 and a norm: [N H W C] -> [N H/4 W/4 width], rounded down."""
+    """4x4 convolution with stride 4, and a norm: [N H W C] -> [N H/4 W/4 width], rounded down."""
 
     width: int
     conv: ModuleDef
@@ -41,7 +43,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A norm and 2x2/2: [N H W C] -> [N H/2 W/2 width], rounded down."""
+    """A norm, and 2x2 convolution with stride 2: [N H W C] -> [N H/2 W/2 width], rounded down."""
 
     width: int
     conv: ModuleDef
@@ -54,12 +56,12 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """Figure 4: depthwise 7x7, norm, 1x1 widens, GELU, 1x1 narrows: [N H W C] -> [N H W C]."""
+    """Figure 4: depthwise 7x7, norm, widening 1x1, GELU, narrowing 1x1: [N H W C] -> [N H W C]."""
 
     conv: ModuleDef
     norm: ModuleDef
     expansion: int = 4
-    layer_scale: float | None = 1e-6  # the first value of each channel's factor; None: no factors
+    layer_scale: float | None = 1e-6  # initial factor of each channel; None: no factors
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -80,23 +82,24 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; None: normed, pooled features [N C].
+    """ConvNeXt: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 32 with four stages, and rounded down at each halving. Raises `UserError`
-    where images are smaller, or have other channels than `input_size`.
+    Returns pooled and normalized features f32 [N C] if `num_classes` is None. H and W are at least
+    32 with four stages, and are rounded down at each halving. Raises `UserError` if the images are
+    too small or have other channels than `input_size`.
     """
 
     # architecture
     depths: Counts  # blocks per stage
-    width: Count  # of the first stage; doubled from stage to stage
+    width: Count  # of the first stage; each later stage has twice as many channels
     expansion: Count = 4  # of a block
-    layer_scale: float | None = 1e-6  # first value, section A.1; None: no factors
+    layer_scale: float | None = 1e-6  # initial factor per channel (section A.1); None: no factors
     input_size: ImageSize = (224, 224, 3)
-    norm: str = "channel"  # or any of layers.make_norm's
+    norm: str = "channel"  # or another of layers.make_norm's
     # head
     num_classes: Classes | None = 1000
     # regularization
-    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of the last block: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
     # numerics
@@ -104,17 +107,19 @@ class ConvNeXt(nn.Module):
     kernel_init: str | Callable = "paper"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm, where norm is "batch"
+    axis_name: str | None = None  # "batch": synchronized BatchNorm, if norm is "batch"
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         smallest = 4 * 2 ** (len(self.depths) - 1)
         layers.check_images(images, self.input_size, smallest)
-        given = dict(paper=layers.gaussian(0.02), use_bias=True)
-        conv, norm = layers.building_blocks(self, train, **given)
+        building_blocks = partial(
+            layers.building_blocks, self, train, paper=layers.gaussian(0.02), use_bias=True
+        )
+        conv, norm = building_blocks()
         x = Stem(self.width, conv, norm, name="stem")(images)  # H/4
         drops = layers.make_drop_paths(self, self.depths, train)
         block = partial(
@@ -129,8 +134,8 @@ class ConvNeXt(nn.Module):
             if i > 0:
                 x = Downsample(self.width * 2**i, conv, norm, name=f"downsample{i}")(x)
             x = stage(depth, None, name=f"stage{i + 1}")(x, drops[i])
-        _, norm = layers.building_blocks(self, train, **given, dtype=jnp.float32)
-        x = norm(name="norm")(layers.global_avg_pool(x))  # [N H W C] -> [N C]
+        _, head_norm = building_blocks(dtype=jnp.float32)
+        x = head_norm(name="norm")(layers.global_avg_pool(x))  # [N H W C] -> [N C]
         return layers.classify(self, x, paper=layers.gaussian(0.02))
 
 

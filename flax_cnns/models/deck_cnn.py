@@ -1,7 +1,8 @@
-"""The small CIFAR-100 classifier of the lectures: three convolutions, two poolings, a dense layer.
+"""The small CIFAR-100 classifier of the HSLU deck "Image Classification and Network Architectures".
 
-The lecture gives the layers with Keras's defaults, which are `kernel_init="paper"`: glorot_uniform
-kernels and zero biases. ReLU follows each convolution; the softmax is the loss's.
+It has three convolutions, two poolings and a dense layer. The deck builds the layers with Keras's
+defaults, which `kernel_init="paper"` selects: glorot_uniform kernels and zero biases. A ReLU
+follows each convolution; the softmax is part of the loss.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from flax_cnns.types import Array, Dtype, Paper
 PAPER = Paper(
     title="Image Classification and Network Architectures (lecture)",
     authors="HSLU",
-    year=2020,  # that of the newest network which it names; it bears no date
+    year=2020,  # of the newest network that the deck names; the deck is undated
     url="",
 )
 
-MIN_IMAGE_SIZE = 18  # conv3's window needs 3x3 maps
+MIN_IMAGE_SIZE = 18  # conv3 needs 3x3 maps
 
 
 class DeckCNN(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 512] if it is None.
+    """The deck's CNN: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 18; the last maps of other images than 32x32 are averaged to 4x4. It
-    normalizes nothing and has no dropout: `train` and `axis_name` change nothing. Raises
-    `UserError` where the images are too small or have other channels than `input_size`.
+    Returns features f32 [N 512] if `num_classes` is None. H and W are at least 18; for images of
+    other sizes than 32x32, the last maps are averaged to 4x4. The network has neither norms nor
+    dropout, so `train` and `axis_name` have no effect. Raises `UserError` if the images are too
+    small or have other channels than `input_size`.
     """
 
     # architecture

@@ -1,11 +1,12 @@
-"""DenseNet: every layer takes the maps of all layers before it in its block, side by side.
+"""DenseNet: each layer takes the concatenated maps of all layers before it in its block.
 
-Table 1 for ImageNet, table 2 for CIFAR: L layers and growth rate k, three blocks of equal depth,
-with B (bottlenecks), C (compression), both or neither. `densenet161` is no row of the paper's table
-but the k = 48 network that its authors released; `densenet264d` is timm's: k = 48 and three 3x3 in
-the place of the 7x7. `keras_densenet121` and its like have another epsilon and momentum in their
-norms, 1.001e-5 and 0.99, and are the same networks else. The head starts with LeCun's variance
-whatever `kernel_init` is; the paper uses He's for all layers.
+ImageNet's networks are those of table 1. CIFAR's are those of table 2: L layers and growth rate k
+in three blocks of equal depth, with B (bottlenecks), C (compression), both or neither.
+`densenet161` is not in the paper's table; it is the k = 48 network that the authors released.
+`densenet264d` is timm's: k = 48, and three 3x3 convolutions instead of the 7x7. The
+`keras_densenet*` networks differ only in the epsilon and momentum of their norms, 1.001e-5 and
+0.99. The head starts with LeCun's variance whatever `kernel_init` is; the paper uses He's for all
+layers.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ PAPER = Paper(
 
 
 def all_before(maps: Sequence[Array]) -> Sequence[Array]:
-    """Equation 2: of the maps in a block, its input first, a layer takes all."""
+    """Returns all maps of a block, its input first: a layer's inputs in equation 2."""
     return maps
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 3x3; a bottleneck has norm, ReLU, 1x1 to 4 `width` before it.
+    """Norm, ReLU and 3x3 convolution; a bottleneck first has norm, ReLU and a 1x1 to 4 * `width`
+    channels.
 
-    The maps that it takes, each [N H W C] with its own C, -> [N H W width].
+    Takes any number of maps, each [N H W C] with its own C, and returns [N H W width].
     """
 
     width: int  # the growth rate k
@@ -46,7 +48,7 @@ class DenseLayer(nn.Module):
     norm: ModuleDef
     drop: ModuleDef
     bottleneck: bool = True
-    attention: ModuleDef | None = None  # for what the layer gives, [N H W k] -> [N H W k]
+    attention: ModuleDef | None = None  # on the layer's output: [N H W k] -> [N H W k]
     remat: bool = False
 
     @nn.compact
@@ -58,8 +60,8 @@ class DenseLayer(nn.Module):
                 return layer.conv(4 * layer.width, (1, 1), padding=0, name="conv1")(x)
             return layer.conv(layer.width, (3, 3), padding=1, name="conv1")(x)
 
-        # The convolution is inside, or its input would be kept for its kernel's gradient. It is
-        # not computed again: nothing in here needs what it gives.
+        # `entry` includes the convolution, whose input would otherwise be kept for the kernel's
+        # gradient. `remat` does not recompute the convolution: nothing in `entry` needs its output.
         x = (nn.remat(entry) if self.remat else entry)(self, maps)
         x = self.drop(name="dropout1")(x)
         if self.bottleneck:
@@ -72,7 +74,9 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """`depth` layers: [N H W C] -> [N H W C + depth * k] where each takes all before it."""
+    """`depth` layers, each with the inputs that `links` selects: [N H W C] ->
+    [N H W C + depth * k].
+    """
 
     depth: int
     layer: ModuleDef
@@ -87,7 +91,7 @@ class DenseBlock(nn.Module):
 
 
 class Transition(nn.Module):
-    """Norm, ReLU, 1x1, 2x2 average: [N H W C] -> [N H/2 W/2 width], rounded down."""
+    """Norm, ReLU, 1x1 convolution, 2x2 mean: [N H W C] -> [N H/2 W/2 width], rounded down."""
 
     width: int
     conv: ModuleDef
@@ -102,7 +106,7 @@ class Transition(nn.Module):
 
 
 class FirstConv(nn.Module):
-    """CIFAR's stem, a 3x3 and nothing else: [N H W C] -> [N H W width]."""
+    """CIFAR's stem, a single 3x3 convolution: [N H W C] -> [N H W width]."""
 
     width: int
     conv: ModuleDef
@@ -114,27 +118,28 @@ class FirstConv(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """DenseNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W from 29 (three transitions behind the ImageNet stem), from 4 on CIFAR. Raises
-    `UserError` for smaller images, where C is not that of `input_size`, and for a `depth` that
-    makes no three equal blocks.
+    Returns pooled features f32 [N C] if `num_classes` is None. H and W are at least 29 with
+    ImageNet's stem and three transitions, at least 4 in CIFAR's networks. Raises `UserError` if the
+    images are too small or have other channels than `input_size`, and for a `depth` that does not
+    give three equal blocks.
 
-    `remat` is the memory-saving DenseNet (Pleiss et al. 2017, https://arxiv.org/abs/1707.06990):
-    the backward pass joins and normalizes the maps again, which every layer would keep otherwise,
-    memory that grows with the square of a block's depth. By the shapes of what `jax.vjp` keeps,
-    densenet_40_12 on eight images: 48 in place of 310 MB. On a CPU the compiler undoes it inside
-    one program.
+    `remat` makes it the memory-efficient DenseNet (Pleiss et al. 2017,
+    https://arxiv.org/abs/1707.06990): the backward pass concatenates and normalizes the maps again.
+    Otherwise every layer keeps them, in memory that grows with the square of a block's depth. By
+    the shapes of what `jax.vjp` keeps, densenet_40_12 needs 48 instead of 310 MB on eight images.
+    On a CPU the compiler undoes `remat` inside a single program.
     """
 
     # architecture
-    depths: Counts | None = None  # layers (bottlenecks count once) of each block
-    depth: Count | None = None  # in their place: CIFAR's L, three blocks of equal depth
-    growth_rate: Count | Counts = 32  # k; of each block, where there are several
+    depths: Counts | None = None  # layers of each block; a bottleneck counts as one
+    depth: Count | None = None  # instead of `depths`: CIFAR's L, three equal blocks
+    growth_rate: Count | Counts = 32  # k, one for all blocks or one for each
     bottleneck: bool = True  # B
-    compression: float = 0.5  # C's theta, the part of the maps that a transition leaves
+    compression: float = 0.5  # C's theta, the fraction of maps that a transition keeps
     stem: ModuleDef = layers.ImageNetStem
-    stem_width: Count | None = None  # None: 2k for the networks that are both B and C, else 16
+    stem_width: Count | None = None  # None: 2k with both B and C, else 16
     links: Callable[[Sequence[Array]], Sequence[Array]] = all_before
     attention: ModuleDef | None = None
     input_size: ImageSize = (224, 224, 3)
@@ -142,21 +147,21 @@ class DenseNet(nn.Module):
     # head
     num_classes: Classes | None = 1000
     # regularization
-    dropout: Rate = 0.0  # behind every convolution but the first; 0.2 without augmentation
+    dropout: Rate = 0.0  # after every convolution but the first; 0.2 without augmentation
     # numerics
-    momentum: Rate = 0.9  # of BatchNorm's statistics
+    momentum: Rate = 0.9  # of BatchNorm's running statistics
     epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
     remat: bool = False
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         depths = self._depths()
-        smallest = 2 ** (len(depths) - 1)  # where the first block is
+        smallest = 2 ** (len(depths) - 1)  # at the first block
         if self.stem is not FirstConv:
             smallest = 4 * smallest - 3
         layers.check_images(images, self.input_size, smallest)
@@ -193,19 +198,23 @@ class DenseNet(nn.Module):
         return layers.classify(self, x)
 
     def _depths(self) -> Sequence[int]:
-        """Layers of each block; L counts the stem, two transitions, the head, bottlenecks twice."""
+        """Returns the number of layers of each block.
+
+        `depth` counts the stem, both transitions, the head, and each bottleneck as two layers.
+        """
         if (self.depth is None) == (self.depths is None):
             raise UserError(f"expected depth or depths, got {self.depth} and {self.depths}")
-        if self.depth is None:
+        if self.depths is not None:
             return self.depths
+        assert self.depth is not None  # one of the two is given
         each = 6 if self.bottleneck else 3
         n, rest = divmod(self.depth - 4, each)
         if rest or n < 1:
             low = max(n, 1) * each + 4
             kind = "with" if self.bottleneck else "without"
             raise UserError(
-                f"expected a depth of {each}n + 4 {kind} bottlenecks, as {low} or {low + each}, "
-                f"got {self.depth}"
+                f"expected a depth of {each}n + 4 {kind} bottlenecks, such as {low} or "
+                f"{low + each}, got {self.depth}"
             )
         return (n, n, n)
 

@@ -1,28 +1,30 @@
 """Deeply-Supervised Nets: the CIFAR network that the authors released (github.com/s9xie/DSN).
 
-It is Network in Network's CIFAR network with max pooling throughout and without ReLU on the maps of
-the classes, and with a companion classifier on each of its three convolutions: a dense layer that
-sees all of their maps, flattened, before ReLU. Companions act in training only. Each adds its loss,
-weighted by alpha_m: `config.train.aux_weight` for the heads `aux1`, `aux2` and `aux3`.
+It is Network in Network's CIFAR network with three changes. All pooling is max pooling, no ReLU
+follows the maps of the classes, and each of the three convolutions has a companion classifier: a
+dense layer on all maps of the convolution, flattened, before ReLU. Companions act in training only.
+Each adds its loss with the weight alpha_m: `config.train.aux_weight` for the heads `aux1`, `aux2`
+and `aux3`.
 
-966,986 parameters classify: the "about 1 M" of the tables. The companions have 2,580,510 more, most
-of them in `aux1` (192 maps of 32x32, ten classes), so that there are 3,547,496 in training; this
-number depends on the size of the images that the network is initialized with.
+The network that classifies has 966,986 parameters, the "about 1 M" of the tables. The companions
+have 2,580,510 more, most of them in `aux1` (192 maps of 32x32, ten classes), so training has
+3,547,496. This number depends on the size of the images that the network is initialized with.
 
-What the paper leaves open, and what we take:
-    - Which layers have companions, and what these see. The release has them on the convolutions
-      conv1, conv2, conv3 and not on the 1x1 convolutions; so have we.
-    - The loss. The paper has squared hinge (an SVM) and softmax, for output and companions alike;
-      the release takes squared hinge for CIFAR-10 and softmax for CIFAR-100 and SVHN. Our training
-      takes softmax.
-    - alpha_m, which decays as 0.1 (1 - t/N) with the epoch t. N may be all epochs or those with
-      companions; configs/cifar10_dsn.py takes the latter. The release does not decay its losses:
-      it removes the companions after 50,000 of 200,000 steps, and until then lets them themselves
-      learn 1000 times slower than the rest.
-    - gamma, the loss below which a companion adds nothing: it has no published value; ours is 0.
+What the paper leaves open, and what we do:
 
-`kernel_init="paper"` is the release's: N(0, 0.05^2), companions uniform with variance 1 / fan_in
-(Caffe's "xavier"); biases start at zero.
+- Which layers have companions, and what the companions see. In the release they are on the
+  convolutions conv1, conv2 and conv3, and not on the 1x1 convolutions. So are ours.
+- The loss. The paper has squared hinge (an SVM) and softmax, for output and companions alike. The
+  release takes squared hinge for CIFAR-10, and softmax for CIFAR-100 and SVHN. Our training takes
+  softmax.
+- alpha_m, which decays as 0.1 (1 - t/N) with the epoch t. N may be the number of all epochs or of
+  those with companions; configs/cifar10_dsn.py takes the latter. The release does not decay its
+  losses. It removes the companions after 50,000 of 200,000 steps; until then the companions
+  themselves learn 1000 times more slowly than the rest.
+- gamma, the loss below which a companion adds nothing. It has no published value; ours is 0.
+
+`kernel_init="paper"` is the release's: N(0, 0.05^2), and for companions uniform with variance 1 /
+fan_in (Caffe's "xavier"). Biases start at zero.
 """
 
 from __future__ import annotations
@@ -44,14 +46,16 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1409.5185",
 )
 
-MIN_IMAGE_SIZE = 4  # two poolings that round up bring 4 pixels down to 2 and 1, and 3 to none
+MIN_IMAGE_SIZE = 4  # the two poolings, rounding up, turn 4 pixels into 2 and 1, but 3 into 1 and 0
 
-# Of each part: the window and width of its convolution, the widths of the 1x1 convolutions on it.
+# For each stage: kernel size and width of its convolution, widths of its 1x1 convolutions.
 STAGES = ((5, 192, (160, 96)), (5, 192, (192, 192)), (3, 192, (192,)))
 
 
 class MlpConv(nn.Module):
-    """ReLU of a convolution's maps, then 1x1 convolutions with ReLU: [N H W C] -> [N H W width]."""
+    """ReLU of a convolution's maps, then 1x1 convolutions with ReLU: [N H W C] -> [N H W
+    widths[-1]].
+    """
 
     widths: Sequence[int]
     conv: ModuleDef
@@ -65,7 +69,7 @@ class MlpConv(nn.Module):
 
 
 class Companion(nn.Module):
-    """All maps to one classifier: [N H W C] -> logits f32 [N num_classes], sown in training."""
+    """Dense layer on all maps: [N H W C] -> logits f32 [N num_classes], sown in training."""
 
     head: ModuleDef
 
@@ -78,12 +82,13 @@ class Companion(nn.Module):
 
 
 class DSN(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N 192] if None.
+    """Deeply-Supervised Net: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    In training the companions, if there are classes, sow `aux_logits` aux1/logits, aux2/logits and
-    aux3/logits. H and W are at least 4; a network trains on images of the size that it was
-    initialized with, and classifies any. It normalizes nothing: `axis_name` changes nothing. Raises
-    `UserError` where the images are too small or have other channels than `input_size`.
+    Returns pooled features f32 [N 192] if `num_classes` is None. In training, if there are classes,
+    the companions sow `aux_logits` aux1/logits, aux2/logits and aux3/logits. H and W are at least
+    4. Training needs images of the size that the network was initialized with; classifying works at
+    any size. The network normalizes nothing, so `axis_name` has no effect. Raises `UserError` if
+    the images are too small or have other channels than `input_size`.
     """
 
     # architecture
@@ -105,7 +110,7 @@ class DSN(nn.Module):
         conv, _ = layers.building_blocks(self, train, paper=paper, use_bias=True)
         companion = partial(layers.make_head(self, layers.caffe_xavier), self.num_classes)
         x = images
-        for i, (window, width, widths) in enumerate(STAGES, 1):  # sides of 32x32 images: 32, 16, 8
+        for i, (window, width, widths) in enumerate(STAGES, 1):  # 32x32 images: H = 32, 16, 8
             x = conv(width, (window, window), padding=window // 2, name=f"conv{i}")(x)
             if self.num_classes is not None and (train or self.is_initializing()):
                 Companion(companion, name=f"aux{i}")(x, train)

@@ -1,10 +1,11 @@
-"""EfficientNet B0 to B8, L2 and Lite0 to Lite4: one searched network, scaled three ways at once.
+"""EfficientNet B0 to B8, L2 and Lite0 to Lite4: one searched network, scaled in three ways at once.
 
-Everything is computed from `B0`, table 1 of the paper, by two factors. `make_efficientnet` builds
-any point, with `compound_scale` those of the paper's formula, equation 3, from alpha 1.2 (depth),
-beta 1.1 (width) and gamma 1.15 (resolution), the result of its grid search at phi = 1. The released
-networks do not follow it: they come from a table by hand (`POINTS`; Tan & Le's code), which
-deepens less than the formula as networks grow. At the phi that is nearest by resolution:
+Two factors turn `B0`, table 1 of the paper, into every network of this file. `make_efficientnet`
+takes any factors. `compound_scale` computes those of the paper's formula, equation 3, with alpha
+1.2 (depth), beta 1.1 (width) and gamma 1.15 (resolution), the result of the paper's grid search at
+phi = 1. The released networks do not follow the formula: they come from a handmade table (`POINTS`;
+Tan & Le's code), which deepens less than the formula as networks grow. This compares the two, at
+the phi whose resolution is nearest:
 
     network   phi   formula: width, depth, resolution   table: width, depth, resolution
     B1        0.5   1.05    1.10    240                 1.0     1.1     240
@@ -15,16 +16,17 @@ deepens less than the formula as networks grow. At the phi that is nearest by re
     B6        6     1.77    2.99    518                 1.8     2.6     528
     B7        7     1.95    3.58    596                 2.0     3.1     600
 
-B8 (https://arxiv.org/abs/1911.09665) and L2 (https://arxiv.org/abs/1911.04252) are points of later
-papers. Lite is the same authors' for integer arithmetic: ReLU6, no squeeze-and-excitation, a stem
-and a head that stay, a first and a last stage that are not deepened.
+B8 (https://arxiv.org/abs/1911.09665) and L2 (https://arxiv.org/abs/1911.04252) come from later
+papers. Lite is the same authors' family for integer arithmetic: ReLU6, no squeeze-and-excitation,
+fixed widths of stem and top, fixed depths of the first and last stage.
 
-Plain names are torchvision's (B2 for 288 pixels, where the table has 260) and timm's: symmetric
-padding, and but for torchvision's B5 to B7 PyTorch's own BatchNorm. `tf_` and `keras_` are the
-released arithmetic: TensorFlow's padding, epsilon 1e-3, momentum 0.99. `tf_efficientnet_lite3` and
-`4` are for 280 and 300 pixels, as released; timm has 300 and 380. Keras's networks begin with
-layers that take images from 0 to 255, with its ImageNet weights to (x / 255 - mean) / std; ours are
-what follows them, and expect that done.
+Plain names are torchvision's networks (B2 for 288 pixels, where the table has 260) and timm's. They
+have symmetric padding, and PyTorch's default BatchNorm except in torchvision's B5 to B7. `tf_` and
+`keras_` networks compute as released: TensorFlow's padding, epsilon 1e-3, momentum 0.99.
+`tf_efficientnet_lite3` and `tf_efficientnet_lite4` are for 280 and 300 pixels, as released; timm
+has 300 and 380. Keras's networks begin with layers that take images from 0 to 255 and, with its
+ImageNet weights, turn them into (x / 255 - mean) / std. Our networks begin after these layers and
+expect images that are scaled in this way.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Row(NamedTuple):
     """A stage of table 1."""
 
     expansion: int
-    kernel: int
+    kernel_size: int  # of the depthwise convolution
     stride: int  # of the first block
     width: int
     depth: int
@@ -70,7 +72,7 @@ B0 = (
     Row(6, 5, 2, 192, 4),
     Row(6, 3, 1, 320, 1),
 )
-STEM_WIDTH, TOP_WIDTH = 32, 1280  # widths in front of the stages and behind them
+STEM_WIDTH, TOP_WIDTH = 32, 1280  # widths before and after the stages
 
 
 class Scale(NamedTuple):
@@ -82,11 +84,11 @@ class Scale(NamedTuple):
 
 
 def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15) -> Scale:
-    """Equation 3: depth alpha^phi, width beta^phi, resolution gamma^phi.
+    """Returns equation 3's factors: depth alpha^phi, width beta^phi, resolution gamma^phi.
 
-    The constraint is alpha * beta^2 * gamma^2 ~ 2 (here 1.92), since operations grow as depth,
-    width^2 and resolution^2 do: then they grow about 2^phi times. Any phi, 0.5 or -1 as well.
-    Raises `UserError` where alpha, beta or gamma is below 1.
+    The paper's constraint is alpha * beta^2 * gamma^2 ~ 2 (here 1.92). Operations grow with depth,
+    width^2 and resolution^2, so under this constraint they grow about 2^phi times. `phi` may be any
+    number, such as 0.5 or -1. Raises `UserError` if alpha, beta or gamma is below 1.
     """
     if min(alpha, beta, gamma) < 1:
         raise UserError(
@@ -96,49 +98,51 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
     return Scale(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
 
-# `kernel_init="paper"`: the released code's.
+# The released code's initializers, for `kernel_init="paper"`.
 paper_init = layers.tensorflow_fan_out("normal")
-paper_head_init = variance_scaling(1 / 3, "fan_out", "uniform")  # within 1 / sqrt(classes)
+paper_head_init = variance_scaling(1 / 3, "fan_out", "uniform")  # within +- 1 / sqrt(classes)
 
 
 class EfficientNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """EfficientNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W; sizes round up at each halving, of which there are five. Widths are rounded to
-    multiples of 8 (`layers.round_width`), depths up. Raises `UserError` where C is not that of
-    `input_size`, or `strides` are not as many as stem and stages.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
+    each of the five halvings. Widths are rounded to multiples of 8 (`layers.round_width`), depths
+    are rounded up. Raises `UserError` if the images have other channels than `input_size`, or if
+    the number of `strides` is not that of the stem and the stages.
     """
 
     # architecture
     width_mult: Factor = 1.0
     depth_mult: Factor = 1.0
-    strides: tuple[Count, ...] = (2, *(row.stride for row in B0))  # of stem and stages
-    fixed_ends: bool = False  # Lite: widths of stem and top stay, depths of first and last stage
+    strides: tuple[Count, ...] = (2, *(row.stride for row in B0))  # of the stem and the stages
+    fixed_ends: bool = False  # Lite: `width_mult` spares stem and top, `depth_mult` both end stages
     activation: Callable = nn.silu
-    se: ModuleDef | None = layers.SqueezeExcite  # to a fourth of a block's own input; None: Lite
+    # Reduces to a fourth of a block's input channels; None in Lite.
+    se: ModuleDef | None = layers.SqueezeExcite
     padding: str = "torch"  # or "same": layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
-    norm: str = "batch"  # or of layers.make_norm's those that its widths allow: not "group"
+    norm: str = "batch"  # or another of layers.make_norm's, but "group" does not fit the widths
     # head
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.2  # of the pooled features
-    drop_path: Rate = 0.2  # the last block's rate of dropping, nearly: layers.make_drop_paths
+    drop_path: Rate = 0.2  # the last block's rate is slightly lower: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
     # numerics
-    momentum: Rate = 0.9  # of the running statistics
+    momentum: Rate = 0.9  # of BatchNorm's running statistics
     epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"  # "paper": `paper_init`
-    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
+    zero_init: bool = False  # branches with a shortcut end in a norm whose scale starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
-    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
+    # Layer groups for optimizer.layer_decay, as in timm: train.optimizers.layer_exponents.
     layer_groups = (("top", "below"),)
 
     @nn.compact
@@ -147,15 +151,15 @@ class EfficientNet(nn.Module):
         depths, widths, (stem_width, top_width) = self.compute_sizes()
         if len(self.strides) != len(B0) + 1:
             raise UserError(
-                f"expected {len(B0) + 1} strides, of stem and stages, got {self.strides}"
+                f"expected {len(B0) + 1} strides, of the stem and the stages, got {self.strides}"
             )
-        first, *strides = self.strides
+        stem_stride, *strides = self.strides
         conv, norm = layers.building_blocks(self, train, paper=paper_init)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=self.activation)
-        sides = layers.resolve_padding(self.padding, 3)
+        padding = layers.resolve_padding(self.padding, 3)
         stem_init = layers.get_initializer(self.kernel_init, paper=layers.he)
         stem = partial(unit, conv=partial(conv, kernel_init=stem_init))
-        x = stem(stem_width, (3, 3), stride=first, padding=sides, name="stem")(images)
+        x = stem(stem_width, (3, 3), stride=stem_stride, padding=padding, name="stem")(images)
         drops = layers.make_drop_paths(self, depths, train)
         se = self.se and partial(
             self.se,
@@ -171,7 +175,7 @@ class EfficientNet(nn.Module):
                 widths[i],
                 norm=norm,
                 expansion=row.expansion,
-                kernel_size=row.kernel,
+                kernel_size=row.kernel_size,
                 activation=self.activation,
                 se=se,
                 padding=self.padding,
@@ -183,7 +187,9 @@ class EfficientNet(nn.Module):
         return layers.classify(self, x, dropout=dropout, paper=paper_head_init)
 
     def compute_sizes(self) -> tuple[list[int], list[int], list[int]]:
-        """B0's (depths, widths) of the stages, and widths of stem and top, by the two factors."""
+        """Returns B0 after scaling: depths of the stages, widths of the stages, widths of stem and
+        top.
+        """
         at_ends = 1.0 if self.fixed_ends else self.width_mult
         last = len(B0) - 1
         depths = [
@@ -203,11 +209,13 @@ class EfficientNet(nn.Module):
 def make_efficientnet(
     *, width_mult: float, depth_mult: float, resolution: int, **fields: Any
 ) -> EfficientNet:
-    """Any point: B0 with these factors, for images of `resolution` pixels a side, a whole number.
+    """Builds B0, scaled by these factors, for square images of `resolution` pixels.
 
-    scale = compound_scale(3)
-    make_efficientnet(width_mult=scale.width_mult, depth_mult=scale.depth_mult,
-                 resolution=round(224 * scale.resolution_mult), num_classes=10)
+        scale = compound_scale(3)
+        make_efficientnet(width_mult=scale.width_mult, depth_mult=scale.depth_mult,
+                          resolution=round(224 * scale.resolution_mult), num_classes=10)
+
+    Raises `UserError` if `resolution` is not a whole number.
     """
     if not isinstance(resolution, Integral):
         raise UserError(f"resolution is a whole number of pixels, got {resolution}; round it")
@@ -216,7 +224,7 @@ def make_efficientnet(
 
 
 class Point(NamedTuple):
-    """A row of the released code's table."""
+    """A row of the released code's table: factors, image size and dropout."""
 
     width_mult: float
     depth_mult: float
@@ -241,8 +249,8 @@ POINTS = {
     "lite3": Point(1.2, 1.4, 280, 0.3),
     "lite4": Point(1.4, 1.8, 300, 0.3),
 }
-_TF = dict(padding="same", momentum=0.99, epsilon=1e-3, kernel_init="paper")
-_TV_LARGE = dict(momentum=0.99, epsilon=1e-3)  # torchvision's from B5
+_TF: dict[str, Any] = dict(padding="same", momentum=0.99, epsilon=1e-3, kernel_init="paper")
+_TV_LARGE: dict[str, Any] = dict(momentum=0.99, epsilon=1e-3)  # torchvision's, from B5 on
 
 
 def _variant(name: str, resolution: int | None = None, **fields: Any) -> partial:

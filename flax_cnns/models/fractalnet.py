@@ -1,26 +1,29 @@
 """FractalNet for CIFAR and ImageNet: f_1(z) = conv(z), f_C+1(z) = join(f_C(f_C(z)), conv(z)).
 
-A block is f_C: C columns, of which the first has one convolution and the last 2^(C-1). Joins that
-follow one another are one join, the mean over all columns that end there (figure 1, right). As in
-the experiments, and in the authors' generator for Caffe (github.com/gustavla/fractalnet), the
-columns are pooled before the last join of a block (figure 1 pools after it), dropout is between a
-convolution and its norm, and poolings round sizes up.
+A block is f_C. It has C columns: the first has one convolution, the last 2^(C-1). Joins that
+directly follow one another are one join, the mean over all columns that end there (figure 1,
+right). As in the paper's experiments and in the authors' generator for Caffe
+(github.com/gustavla/fractalnet), columns are pooled before the last join of a block (figure 1 pools
+after it), dropout comes between a convolution and its norm, and poolings round sizes up.
 
-Where we differ: the generator's convolutions have biases, and its norms neither scale nor shift;
-ours are those of the paper that it cites, with scale and shift and hence no biases. Caffe's running
-statistics move by a thousandth; ours by a tenth.
+Where we differ: the generator's convolutions have biases, and its norms neither scale nor shift.
+Our norms are those of the BatchNorm paper that FractalNet's cites: they scale and shift, so our
+convolutions have no biases. Running statistics move by a thousandth per step in Caffe, by a tenth
+here.
 
-Parameters. With the paper's widths (64, 128, 256, 512, 512) and three columns every block has three
-convolutions from the width before and four of its own: 33,724,618 with ten classes, where table 1
-says 38.6 M. Biases, 100 classes, four columns (76.1 M) or a last block of 1024 maps (69.1 M) do not
-give that. The widths (16, 32, 64, 128, 128) of the ultra-deep networks give what the paper says of
-them, 2.1, 4.8, 10.2 and 21.1 M for three to six columns: `fractalnet_narrow*`. Table 1's network of
-40 layers (22.9 M) is not here: its columns are 128, 64, 32 and 16 wide at the start and joined by
-projections, with "a mix" of 1x1 and 3x3 that the paper does not give; no mix that we tried, halves
-of a layer's filters or layers in turn, comes to it.
+Parameters. With the paper's widths (64, 128, 256, 512, 512) and three columns, every block has
+three convolutions from the previous width and four of its own width. With ten classes that is
+33,724,618 parameters, where table 1 says 38.6 M. Biases, 100 classes, four columns (76.1 M) or a
+last block of 1024 maps (69.1 M) do not give that number. The widths (16, 32, 64, 128, 128) of the
+ultra-deep networks give the paper's counts, 2.1, 4.8, 10.2 and 21.1 M for three to six columns:
+`fractalnet_narrow*`. Table 1's network of 40 layers (22.9 M) is not here. Its columns are 128, 64,
+32 and 16 channels wide at the start and are joined by projections, with "a mix" of 1x1 and 3x3 that
+the paper does not specify. No mix that we tried (half of each layer's filters, or alternate layers)
+has 22.9 M.
 
-`fractalnet_34` is ResNet-34's first and last layers around four blocks of four columns. That the
-fourth block does not pool, so that the last layer is ResNet-34's mean over 7x7, is our reading.
+`fractalnet_34` has four blocks of four columns between ResNet-34's first and last layers. Its
+fourth block does not pool, so that the last layer is ResNet-34's mean over 7x7. This is our
+reading.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ PAPER = Paper(
 
 
 class Unit(nn.Module):
-    """3x3, dropout, norm, ReLU: [N H W C] -> [N H W width]."""
+    """3x3 convolution, dropout, norm, ReLU: [N H W C] -> [N H W width]."""
 
     width: int
     conv: ModuleDef
@@ -62,15 +65,16 @@ class Unit(nn.Module):
 class Block(nn.Module):
     """f_C: [N H W C'] -> [N H/2 W/2 width], rounded up; without `pool`, [N H W width].
 
-    Unit i of a column, from 1, is `column<c>_unit<i>`. Given a sample for the whole batch, a unit
-    from which no kept path leads to the last join is not computed; its statistics stay. Given one
-    an image, all are computed, and statistics are those of all images.
+    Unit i of column c, both counted from 1, is `column<c>_unit<i>`. If drop-path draws one sample
+    for the whole batch, a unit without a kept path to the last join is not computed, and its
+    statistics do not change. If drop-path draws a sample per image, all units are computed, and
+    their statistics are those of all images.
     """
 
     columns: int
-    column: int | None  # this one alone: a plain network
+    column: int | None  # only this column: a plain network
     pool: bool
-    unit: ModuleDef  # without name
+    unit: ModuleDef  # without its name
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.ColumnDrop | None, number: int) -> Array:
@@ -89,58 +93,65 @@ class Block(nn.Module):
             return nn.cond(needed, compute, lambda module, x: nothing, module, x)
 
         def keep(column: int, i: int) -> Array | None:
-            return drop and drop.keep(column, self.columns, number, column, i)
+            return None if drop is None else drop.keep(column, self.columns, number, column, i)
 
         def paths(column: int, i: int, x: Array, needed: Array | None) -> list[Array]:
-            """What the columns from this one on bring to their i-th join, if that is `needed`."""
+            """Returns what columns `column` and higher bring to their i-th join, where `needed`."""
             first = unit(column, i, x, None if needed is None else needed[0])
             if column == self.columns:
                 return [first]
-            kept, rest = keep(column + 1, 2 * i - 1), None if needed is None else needed[1:]
-            half = None if needed is None else kept & rest.any()
-            x = layers.fractal_join(paths(column + 1, 2 * i - 1, x, half), kept)
-            return [first, *paths(column + 1, 2 * i, x, rest)]
+            kept = keep(column + 1, 2 * i - 1)
+            first_half = second_half = None
+            if needed is not None:
+                assert kept is not None  # `needed` comes from a drop
+                second_half = needed[1:]
+                first_half = kept & second_half.any()
+            x = layers.fractal_join(paths(column + 1, 2 * i - 1, x, first_half), kept)
+            return [first, *paths(column + 1, 2 * i, x, second_half)]
 
         if self.column is not None:
             for i in range(1, 2 ** (self.column - 1) + 1):
                 x = unit(self.column, i, x)
             return pool(x)
         kept = keep(1, 1)
-        whole = drop is not None and drop.column.ndim == 0
-        return layers.fractal_join([pool(y) for y in paths(1, 1, x, kept if whole else None)], kept)
+        per_batch = drop is not None and drop.column.ndim == 0
+        return layers.fractal_join(
+            [pool(y) for y in paths(1, 1, x, kept if per_batch else None)], kept
+        )
 
 
 class FractalNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """FractalNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. `column` is one column of every block alone, the plain network that the paper
-    extracts: it takes the whole network's variables, or has its own alone.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. `column` selects
+    one column of every block: the plain network that the paper extracts. It takes the variables of
+    the whole network, or only its own.
 
-    Raises `UserError` where C is not that of `input_size`, for a column that there is not, for
-    rates that do not fit.
+    Raises `UserError` if the images have other channels than `input_size`, if `column` does not
+    exist, and for invalid rates.
     """
 
     # architecture
     widths: Counts  # of the blocks
     columns: Annotated[int, AtLeast(1, 12)]
-    column: Count | None = None  # 1, the shallowest, to `columns`
+    column: Count | None = None  # from 1, the shallowest, to `columns`
     input_size: ImageSize = (32, 32, 3)
     stem: ModuleDef | None = None  # before the first block
-    last_pool: bool = True  # of the last block
+    last_pool: bool = True  # whether the last block pools
     norm: str = "batch"
     # head
     num_classes: Classes | None = 10
     # regularization
-    dropout: Sequence[Rate] = ()  # of each block's units
-    drop_path: Rate = 0.0  # of a join's inputs, where sampling is local: layers.draw_columns
-    drop_path_global: float = 0.0  # the part of samples that are global
-    drop_path_mode: str = "batch"  # one sample a step; "sample": one an image
+    dropout: Sequence[Rate] = ()  # for the units of each block
+    drop_path: Rate = 0.0  # of a join's inputs in local samples: layers.draw_columns
+    drop_path_global: float = 0.0  # the fraction of samples that are global
+    drop_path_mode: str = "batch"  # one sample per step; "sample": one per image
     # numerics
-    momentum: Rate = 0.9  # of BatchNorm's statistics; of any unit, the steps that computed it
+    momentum: Rate = 0.9  # of BatchNorm's running statistics, which move if their unit is computed
     kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -150,7 +161,7 @@ class FractalNet(nn.Module):
         rates = self.dropout or (0.0,) * len(self.widths)
         if len(rates) != len(self.widths):
             raise UserError(
-                f"expected a rate of dropout for each of {len(self.widths)} blocks or none at all, "
+                f"expected a rate of dropout for each of {len(self.widths)} blocks, or no rates, "
                 f"got {tuple(rates)}"
             )
         train_all = train and self.column is None

@@ -1,19 +1,18 @@
-"""GoogLeNet (Inception v1), table 1 and figures 2 and 3: the paper's, and torchvision's.
+"""GoogLeNet (Inception v1), table 1 and figures 2 and 3: the paper's network and torchvision's.
 
-`googlenet_2014` is the paper's network: biases, no BatchNorm, local response normalization,
-dropout 40 %; `_aux` adds the heads of section 5, whose losses the paper weighs by 0.3
-(`config.train.aux_weight`). 6,998,552 and 13,378,280 parameters; the columns of table 1 add up to
-about 6.8 M, with the errors that the tests name. The paper is silent on the constants of the
-response normalization, on biases, on the padding of its poolings and on the first values of the
-weights: all four are those of the network that Caffe released (BVLC GoogLeNet: windows of 5
-channels, alpha 1e-4, which Caffe divides by 5, beta 0.75, k 1; poolings that round up; Xavier's
-uniform weights, biases of 0.2). That release says its authors' own weights were Gaussian and gives
-no deviation.
+`googlenet_2014` is the paper's network: biases, no BatchNorm, local response normalization, 40 %
+dropout. It has 6,998,552 parameters. `googlenet_2014_aux` adds the heads of section 5, whose losses
+the paper weights by 0.3 (`config.train.aux_weight`), and has 13,378,280. The columns of table 1 add
+up to about 6.8 M, with the errors that the tests name. The paper gives neither the constants of the
+response normalization, nor biases, nor the padding of its poolings, nor initial weights. All four
+are those of Caffe's release (BVLC GoogLeNet): windows of 5 channels, alpha 1e-4, which Caffe
+divides by 5, beta 0.75 and k 1; poolings that round up; Xavier's uniform weights; biases of 0.2.
+The release says that the paper's authors used Gaussian weights, without giving the deviation.
 
-`googlenet` is torchvision's: BatchNorm in place of biases and response normalization, 3x3 where the
-paper has 5x5 (https://github.com/pytorch/vision/issues/906: 0.38 M fewer parameters), 2x2 windows
-in the last max pooling, dropout 20 %, and heads that see a 4x4 adaptive mean. `googlenet_bn_5x5` is
-it with the paper's 5x5.
+`googlenet` is torchvision's. It has BatchNorm instead of biases and response normalization, 3x3
+where the paper has 5x5 (https://github.com/pytorch/vision/issues/906: 0.38 M fewer parameters), 2x2
+windows in the last max pooling, 20 % dropout, and heads on a 4x4 adaptive mean. `googlenet_bn_5x5`
+is the same network with the paper's 5x5.
 """
 
 from __future__ import annotations
@@ -38,7 +37,9 @@ PAPER = Paper(
 
 
 class NaiveInception(nn.Module):
-    """Figure 2a: [N H W C] -> [N H W width1 + width3 + width5 + C], by `unit` a layers.ConvUnit."""
+    """Figure 2a, made of `unit`, a layers.ConvUnit: [N H W C] ->
+    [N H W width1 + width3 + width5 + C].
+    """
 
     width1: int
     width3: int
@@ -47,41 +48,43 @@ class NaiveInception(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one = self.unit(self.width1, (1, 1), name="conv1x1")(x)
-        three = self.unit(self.width3, (3, 3), name="conv3x3")(x)
-        five = self.unit(self.width5, (5, 5), name="conv5x5")(x)
-        return jnp.concatenate([one, three, five, layers.max_pool(x, 3, 1, padding=1)], axis=-1)
+        branch1 = self.unit(self.width1, (1, 1), name="conv1x1")(x)
+        branch3 = self.unit(self.width3, (3, 3), name="conv3x3")(x)
+        branch5 = self.unit(self.width5, (5, 5), name="conv5x5")(x)
+        pool = layers.max_pool(x, 3, 1, padding=1)
+        return jnp.concatenate([branch1, branch3, branch5, pool], axis=-1)
 
 
 class Inception(nn.Module):
-    """Figure 2b, with reduction: [N H W C] -> [N H W width1 + width3 + width5 + pool_proj]."""
+    """Figure 2b, with reductions: [N H W C] -> [N H W width1 + width3 + width5 + pool_proj]."""
 
-    width1: int  # the columns of table 1
+    # The columns of table 1.
+    width1: int
     reduce3: int
     width3: int
     reduce5: int
     width5: int
     pool_proj: int
     unit: ModuleDef
-    window5: int = 5  # torchvision: 3
+    window5: int = 5  # in torchvision 3
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one = self.unit(self.width1, (1, 1), name="conv1x1")(x)
-        three = self.unit(self.reduce3, (1, 1), name="reduce3x3")(x)
-        three = self.unit(self.width3, (3, 3), name="conv3x3")(three)
-        five = self.unit(self.reduce5, (1, 1), name="reduce5x5")(x)
-        five = self.unit(self.width5, (self.window5,) * 2, name="conv5x5")(five)
+        branch1 = self.unit(self.width1, (1, 1), name="conv1x1")(x)
+        branch3 = self.unit(self.reduce3, (1, 1), name="reduce3x3")(x)
+        branch3 = self.unit(self.width3, (3, 3), name="conv3x3")(branch3)
+        branch5 = self.unit(self.reduce5, (1, 1), name="reduce5x5")(x)
+        branch5 = self.unit(self.width5, (self.window5,) * 2, name="conv5x5")(branch5)
         pool = layers.max_pool(x, 3, 1, padding=1)
         pool = self.unit(self.pool_proj, (1, 1), name="pool_proj")(pool)
-        return jnp.concatenate([one, three, five, pool], axis=-1)
+        return jnp.concatenate([branch1, branch3, branch5, pool], axis=-1)
 
 
 class Aux(nn.Module):
     """Section 5's auxiliary head: [N H W C] -> logits f32 [N num_classes], sown in training.
 
-    The paper's 5x5/3 mean makes 4x4 of 14x14 maps; maps of another size, and all of torchvision's,
-    have an adaptive mean of 4x4.
+    The paper's 5x5 means with stride 3 turn 14x14 maps into 4x4. Maps of another size, and all maps
+    in torchvision's network, are averaged to 4x4 adaptively.
     """
 
     num_classes: int
@@ -105,7 +108,7 @@ class Aux(nn.Module):
             self.sow("aux_logits", "logits", x)
 
 
-# From 3a on, table 1's columns: #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5, pool proj.
+# Table 1 from 3a on, its columns #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5 and pool proj.
 TABLE = (
     ("mixed3a", (64, 96, 128, 16, 32, 32)),
     ("mixed3b", (128, 128, 192, 32, 96, 64)),
@@ -119,29 +122,30 @@ TABLE = (
     ("mixed5a", (256, 160, 320, 32, 128, 128)),
     ("mixed5b", (384, 192, 384, 48, 128, 128)),
 )
-AUX = {"mixed4a": "aux1", "mixed4d": "aux2"}  # the heads, and what they see
+AUX = {"mixed4a": "aux1", "mixed4d": "aux2"}  # modules whose outputs the heads take
 
 
 class GoogLeNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N 1024] if it is None.
+    """GoogLeNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 31 in the paper's network, 15 in torchvision's. In training the heads, if
-    there are any, sow `aux_logits` aux1/logits (at 4a) and aux2/logits (at 4d). Raises `UserError`
-    where the images are too small or have other channels than `input_size`, and for group
-    normalization, whose 16 channels do not divide the paper's widths of 24.
+    Returns pooled features f32 [N 1024] if `num_classes` is None. H and W are at least 31 in the
+    paper's network, 15 in torchvision's. In training, the auxiliary heads, if there are any, sow
+    `aux_logits` aux1/logits (at 4a) and aux2/logits (at 4d). Raises `UserError` if the images are
+    too small or have other channels than `input_size`, and for group normalization, because its
+    groups of 16 channels do not divide the paper's widths of 24.
     """
 
     # architecture
     input_size: ImageSize = (224, 224, 3)
     table: Sequence[tuple[str, Sequence[Count] | None]] = TABLE
-    norm: str = "batch"  # "none" comes with biases
+    norm: str = "batch"  # with "none", convolutions have biases
     response_norm: bool = False
-    window5: Count = 5  # of the 5x5 branch
+    window5: Count = 5  # kernel size in the 5x5 branch
     pool4: Count = 3  # window of the max pooling between 4e and 5a
     # head
     num_classes: Classes | None = 1000
-    aux: bool = False
-    adaptive: bool = False  # what the heads see
+    aux: bool = False  # whether there are auxiliary heads
+    adaptive: bool = False  # whether the auxiliary heads average adaptively
     # regularization
     dropout: Rate = 0.4
     aux_dropout: Rate = 0.7
@@ -153,7 +157,7 @@ class GoogLeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        # Where each max pooling of 3x3 sees two pixels at least.
+        # At these sizes each 3x3 max pooling sees at least two pixels.
         layers.check_images(images, self.input_size, 31 if self.pool4 == 3 else 15)
         xavier = layers.caffe_xavier
         conv, norm = layers.building_blocks(
@@ -170,11 +174,21 @@ class GoogLeNet(nn.Module):
         )
         head = layers.make_head(self, xavier)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
-        aux = partial(Aux, self.num_classes, unit, dense, head, self.adaptive, self.aux_dropout)
-        response_norm = partial(layers.local_response_norm, size=5, alpha=1e-4 / 5, beta=0.75, k=1)
-        if not self.response_norm:
-            response_norm = lambda x: x  # noqa: E731
+        aux_head: ModuleDef = partial(
+            Aux,
+            unit=unit,
+            dense=dense,
+            head=head,
+            adaptive=self.adaptive,
+            dropout=self.aux_dropout,
+        )
+        inception: ModuleDef = partial(Inception, unit=unit, window5=self.window5)
         pool = partial(layers.MaxPool, window=3, stride=2, ceil=True)
+
+        def response_norm(x: Array) -> Array:
+            if not self.response_norm:
+                return x
+            return layers.local_response_norm(x, size=5, alpha=1e-4 / 5, beta=0.75, k=1)
 
         x = unit(64, (7, 7), stride=2, padding=3, name="conv1")(images)  # H/2
         x = response_norm(pool(name="pool1")(x))  # H/4
@@ -185,10 +199,10 @@ class GoogLeNet(nn.Module):
             if widths is None:
                 x = pool(window=self.pool4 if name == "pool4" else 3, name=name)(x)
                 continue
-            x = Inception(*widths, unit, self.window5, name=name)(x)
+            x = inception(*widths, name=name)(x)
             has_head = self.aux and self.num_classes is not None and name in AUX
             if has_head and (train or self.is_initializing()):
-                aux(name=AUX[name])(x, train)
+                aux_head(self.num_classes, name=AUX[name])(x, train)
         dropout = nn.Dropout(self.dropout, deterministic=not train, name="dropout")
         return layers.classify(self, x, dropout=dropout, head=head)
 

@@ -1,21 +1,21 @@
-"""Highway networks for CIFAR-10, the 19 and 32 layers of table 2 of "Training Very Deep Networks".
+"""Highway networks for CIFAR-10, of 19 and 32 layers: table 2 of "Training Very Deep Networks".
 
-`highway_19` is Highway B as the authors released it for Caffe (github.com/flukeskywalker/
-highway-networks): three stages, each a plain convolution that sets the width and then highway
-layers, a 1x1 convolution to 100 maps and their mean. 2,256,838 parameters, published as about
-2.3 M. The released CIFAR-10 file still has CIFAR-100's 100 outputs (9,090 parameters more); ours
-has ten.
+`highway_19` is Highway B as the authors released it for Caffe
+(github.com/flukeskywalker/highway-networks). Its three stages each have a plain convolution that
+sets the width, and then highway layers; a 1x1 convolution to 100 maps and their mean follow. It has
+2,256,838 parameters, published as about 2.3 M. The released CIFAR-10 file still has CIFAR-100's 100
+outputs (9,090 parameters more); ours has ten.
 
-`highway_32`, Highway C, is a reconstruction, unverified: the paper says no more than 32 layers,
-"alternating receptive fields of size 3x3 and 1x1", thinner than B, about 1.25 M. We keep B's plan:
-ten convolutions in each stage, 3x3 and 1x1 in turn, beginning with the plain one. The widths 32, 64
-and 96 then give 1,264,502, which is 1.2 % more; other widths come as near.
+`highway_32`, Highway C, is an unverified reconstruction. The paper says only: 32 layers,
+"alternating receptive fields of size 3x3 and 1x1", thinner than B, about 1.25 M. We keep B's plan,
+with ten convolutions in each stage: 3x3 and 1x1 in turn, beginning with the plain 3x3. The widths
+32, 64 and 96 then give 1,264,502 parameters, which is 1.2 % more; other widths come as near.
 
-The transform gate's bias starts at -2, as in the release, so that layers start by passing on what
-they see; the paper searched from -1 to -10 on MNIST. Dropout of 0.2 is the release's.
-`kernel_init="paper"` is N(0, 2 / fan_in), what the "xavier" of the authors' Caffe draws, and
-N(0, 0.05^2) in the head. Their first convolution asks for the latter too, in a field that Caffe
-does not read (`value`, not `std`), which would make it N(0, 1): we take N(0, 2 / fan_in).
+The biases of the transform gates start at -2, as in the release, so that layers at first pass on
+their inputs. The paper searched from -1 to -10 on MNIST. Dropout of 0.2 is the release's.
+`kernel_init="paper"` is N(0, 2 / fan_in), which the "xavier" of the authors' Caffe draws, and N(0,
+0.05^2) in the head. Their first convolution also asks for N(0, 0.05^2), but in a field that Caffe
+does not read (`value` instead of `std`), which would make it N(0, 1). We take N(0, 2 / fan_in).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ PAPER = Paper(
 
 
 class Highway(nn.Module):
-    """y = H(x) T(x) + x (1 - T(x)), equation 3: [N H W C] -> [N H W C].
+    """Highway layer: y = H(x) T(x) + x (1 - T(x)), equation 3: [N H W C] -> [N H W C].
 
-    H is a convolution with ReLU, the transform gate T another one with a sigmoid.
+    H is a convolution with ReLU; the transform gate T is a convolution with a sigmoid.
     """
 
-    window: int
+    window: int  # kernel size
     gate_bias: float
     conv: ModuleDef
 
@@ -63,7 +63,7 @@ class Stage(nn.Module):
     """A 3x3 convolution with ReLU, then highway layers: [N H W C] -> [N H W width]."""
 
     width: int
-    windows: Sequence[int]  # of the highway layers
+    windows: Sequence[int]  # kernel sizes of the highway layers
     gate_bias: float
     conv: ModuleDef
 
@@ -76,23 +76,24 @@ class Stage(nn.Module):
 
 
 class HighwayNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N 100] if None.
+    """Highway network: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W; the two poolings round sizes up, as Caffe does. It normalizes nothing: `axis_name`
-    changes nothing. Raises `UserError` where C is not that of `input_size`.
+    Returns pooled features f32 [N 100] if `num_classes` is None. Takes any H and W; both poolings
+    round sizes up, as Caffe does. The network normalizes nothing, so `axis_name` has no effect.
+    Raises `UserError` if the images have other channels than `input_size`.
     """
 
     # architecture
     widths: Counts  # of the stages
-    windows: Sequence[Counts]  # of the highway layers of each stage
+    windows: Sequence[Counts]  # kernel sizes of the highway layers in each stage
     last: Count = 100  # maps of the 1x1 convolution before the head
     input_size: ImageSize = (32, 32, 3)
     # head
     num_classes: Classes | None = 10
     # regularization
-    dropout: Rate = 0.2  # of the images, after each pooling and before the head
+    dropout: Rate = 0.2  # on the images, after each pooling and before the head
     # numerics
-    gate_bias: float = -2.0  # first value of the transform gates' biases
+    gate_bias: float = -2.0  # initial bias of the transform gates
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -106,7 +107,7 @@ class HighwayNet(nn.Module):
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
         x = drop(name="dropout0")(images)
         for i, (width, windows) in enumerate(zip(self.widths, self.windows), 1):
-            if i > 1:  # sides of a 32x32 image: 32, 16, 8
+            if i > 1:  # 32x32 images: H = 32, 16, 8
                 x = layers.MaxPool(2, 2, ceil=True, name=f"pool{i - 1}")(x)
                 x = drop(name=f"dropout{i - 1}")(x)
             x = Stage(width, windows, self.gate_bias, conv, name=f"stage{i}")(x)

@@ -1,13 +1,13 @@
-"""Inception-ResNet-v2, figures 15 to 20 of Inception-v4's paper, as Google released it.
+"""Inception-ResNet-v2, figures 15 to 20 of the Inception-v4 paper, as Google released it.
 
-The release, TensorFlow's slim network, which timm and Keras took over, differs from the paper:
-another stem (Inception-v3's, and `mixed_5b`: 320 maps in place of 384), twice the blocks (10, 20,
-10 in place of 5, 10, 5), a last block that is neither scaled nor activated, and a 1x1 to 1536 maps
-before the pooling. The widths drawn in the paper cannot be built: figure 7 gives 1152 maps where
-figure 17 adds 1154, figure 18 makes 2144 of 1152 and figure 19 adds 2048; the release has 320, 1088
-and 2080. Its auxiliary head, for training only, is not in the paper and not here. Its BatchNorm has
-no scale, whereas timm's and ours have one. `keras_inception_resnet_v2` is Keras's: no scale,
-momentum 0.99, no dropout.
+The release is TensorFlow's slim network, which timm and Keras adopted. It differs from the paper in
+four ways: another stem (Inception-v3's, followed by `mixed_5b`: 320 maps instead of 384); twice as
+many blocks (10, 20, 10 instead of 5, 10, 5); a last block that is neither scaled nor activated; and
+a 1x1 convolution to 1536 maps before the pooling. The widths drawn in the paper cannot be built:
+figure 7 gives 1152 maps where figure 17 adds 1154, and figure 18 makes 2144 of 1152 where figure 19
+adds 2048. The release has 320, 1088 and 2080. Its auxiliary head, for training only, is neither in
+the paper nor here. Its BatchNorm has no scale, whereas timm's and ours have one.
+`keras_inception_resnet_v2` is Keras's: no scale, momentum 0.99, no dropout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAPER = inception_v4.PAPER
 
 
 class Stem(nn.Module):
-    """Inception-v3's, in place of figure 3: [N 299 299 3] -> [N 35 35 192]."""
+    """Inception-v3's stem, in place of figure 3: [N 299 299 3] -> [N 35 35 192]."""
 
     conv: ModuleDef
     norm: ModuleDef
@@ -43,10 +43,10 @@ class Stem(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """relu(x + scale * linear(branches beside each other)): [N H W C] -> the same shape.
+    """relu(x + scale * linear(concatenated branches)): [N H W C] -> [N H W C].
 
     Figure 20 and section 3.3: without the scaling, wide networks died early in training. `linear`
-    is a 1x1 with a bias and no norm.
+    is a 1x1 convolution with a bias and without a norm.
     """
 
     branches: Sequence[Convs]
@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     relu: bool = True
-    stride: int = 1  # `layers.Stage` says so
+    stride: int = 1  # set by `layers.Stage`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -90,32 +90,33 @@ ResidualC = partial(  # figure 19: [N 8 8 2080]
 
 
 class InceptionResNetV2(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N 1536] if it is None.
+    """Inception-ResNet-v2: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 75. Raises `UserError` where they are smaller, or where C is not that of
-    `input_size`. The paper gives no first values: `kernel_init="paper"` is the release's, Xavier's.
+    Returns pooled features f32 [N 1536] if `num_classes` is None. H and W are at least 75. The
+    paper gives no initial weights: `kernel_init="paper"` is the release's, Xavier's. Raises
+    `UserError` if the images are too small or have other channels than `input_size`.
     """
 
     # architecture
-    depths: tuple[Count, Count, Count] = (10, 20, 9)  # blocks A, B and C, without the last C
+    depths: tuple[Count, Count, Count] = (10, 20, 9)  # blocks A, B and C, not counting the last C
     input_size: ImageSize = (299, 299, 3)
-    norm: str = "batch"  # "none" comes with biases
-    scale: bool = True  # BatchNorm's gamma
+    norm: str = "batch"  # with "none", convolutions have biases
+    scale: bool = True  # whether BatchNorm has a gamma
     # head
     num_classes: Classes | None = 1000
     # regularization
-    dropout: Rate = 0.2  # figure 15 writes what it keeps: 0.8
+    dropout: Rate = 0.2  # figure 15 gives the rate of keeping, 0.8
     # numerics
-    momentum: Rate = 0.9  # of BatchNorm's statistics
+    momentum: Rate = 0.9  # of BatchNorm's running statistics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
-    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
+    # Layer groups for optimizer.layer_decay, as in timm: train.optimizers.layer_exponents.
     layer_groups = (
         ("stem/entry", "stem"),
         ("stem/middle", "middle"),

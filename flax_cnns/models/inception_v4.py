@@ -1,9 +1,9 @@
 """Inception-v4, figures 3 to 9, as Google released it.
 
-The release is that of TensorFlow's slim models, which timm took over. It differs from the paper in
-the order of the 7x1 and 1x7, or 3x1 and 1x3, in three branches, at equal cost. Its auxiliary head,
-for training only, is not in the paper and not here. Its BatchNorm has no scale; timm's and ours
-have one.
+The release belongs to TensorFlow's slim models; timm adopted it. It differs from the paper in three
+branches, where 7x1 and 1x7, or 3x1 and 1x3, have the other order, at equal cost. Its auxiliary
+head, for training only, is neither in the paper nor here. Its BatchNorm has no scale, whereas
+timm's and ours have one.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1602.07261",
 )
 
-MIN_IMAGE_SIZE = 75  # what leaves one pixel after the stem's three halvings and the two reductions
+MIN_IMAGE_SIZE = 75  # leaves one pixel after the stem's three halvings and the two reductions
 
-# A convolution is (width, kernel), which keeps the size, or (width, kernel, stride), which does not
-# pad: "V" in the figures. A kernel is k or (height, width). A branch is convolutions in a row.
+# The convolutions of a branch. (width, kernel) is padded so that it keeps the size. (width, kernel,
+# stride) has no padding: "V" in the figures. A kernel is (height, width), or k for k x k.
 Convs = Sequence[tuple]
 
 
 def concat(*xs: Array) -> Array:
-    """The figures' "filter concat": [N H W C1], [N H W C2], ... -> [N H W C1 + C2 + ...]."""
+    """Concatenates channels, the figures' "filter concat": [N H W C1], ... -> [N H W C1 + ...]."""
     return jnp.concatenate(xs, axis=-1)
 
 
 class Branch(nn.Module):
-    """Convolutions in a row, each normalized, ReLU: [N H W C] -> [N H' W' last width]."""
+    """A sequence of convolutions, each with norm and ReLU: [N H W C] -> [N H' W' last width]."""
 
     convs: Convs
     conv: ModuleDef
@@ -48,18 +48,20 @@ class Branch(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i, (width, kernel, *stride) in enumerate(self.convs, 1):
-            how = dict(strides=stride[0], padding="VALID") if stride else dict(padding="SAME")
             kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-            x = self.conv(width, kernel, **how, name=f"conv{i}")(x)
+            strides, padding = (stride[0], "VALID") if stride else (1, "SAME")
+            conv = self.conv(width, kernel, strides=strides, padding=padding, name=f"conv{i}")
+            x = conv(x)
             x = nn.relu(self.norm(name=f"norm{i}")(x))
         return x
 
 
 class Mixed(nn.Module):
-    """Branches beside each other, the last a pooling one: [N H W C] -> [N H W sum of widths].
+    """Parallel branches and a pooling one, concatenated: [N H W C] -> [N H' W' sum of widths].
 
-    At stride 1 this one is a 3x3 mean and the convolutions `pooled`; at stride 2, a reduction, a
-    3x3 maximum, unpadded like the branches' last convolutions: sides of (n - 1) // 2.
+    At stride 1 the pooling branch is a 3x3 mean followed by the convolutions `pooled`. At stride 2,
+    in a reduction, it is a 3x3 maximum without padding, as in the last convolutions of the other
+    branches: H' is (H - 1) // 2.
     """
 
     branches: Sequence[Convs]
@@ -79,7 +81,7 @@ class Mixed(nn.Module):
 
 
 class Stem(nn.Module):
-    """Figure 3: [N 299 299 3] -> [N 35 35 384]; the parts' names are the release's."""
+    """Figure 3, with the release's names of its parts: [N 299 299 3] -> [N 35 35 384]."""
 
     conv: ModuleDef
     norm: ModuleDef
@@ -88,7 +90,7 @@ class Stem(nn.Module):
     def __call__(self, x: Array) -> Array:
         branch = partial(Branch, conv=self.conv, norm=self.norm)
         x = branch(((32, 3, 2), (32, 3, 1), (64, 3)), name="entry")(x)  # [N 147 147 64]
-        x = concat(layers.max_pool(x, 3, 2), branch(((96, 3, 2),), name="mixed_3a")(x))  # 73
+        x = concat(layers.max_pool(x, 3, 2), branch(((96, 3, 2),), name="mixed_3a")(x))  # H = 73
         long = ((64, 1), (64, (1, 7)), (64, (7, 1)), (96, 3, 1))
         x = concat(  # [N 73 73 160] -> [N 71 71 192]
             branch(((64, 1), (96, 3, 1)), name="mixed_4a_branch1")(x),
@@ -122,11 +124,11 @@ ReductionB = partial(  # figure 8: [N 17 17 1024] -> [N 8 8 1536]
 
 
 class InceptionC(nn.Module):
-    """Figure 6, two of whose branches fork into a row and a column: [N H W C] -> [N H W 1536]."""
+    """Figure 6, two of whose branches split into 1x3 and 3x1: [N H W C] -> [N H W 1536]."""
 
     conv: ModuleDef
     norm: ModuleDef
-    stride: int = 1  # `layers.Stage` says so
+    stride: int = 1  # set by `layers.Stage`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -146,31 +148,32 @@ class InceptionC(nn.Module):
 
 
 class InceptionV4(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N 1536] if it is None.
+    """Inception-v4: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 75. Raises `UserError` where they are smaller, or where C is not that of
-    `input_size`. The paper gives no first values: `kernel_init="paper"` is the release's, a normal
-    of variance 2 / fan_in, cut at two deviations, and Xavier's in the head.
+    Returns pooled features f32 [N 1536] if `num_classes` is None. H and W are at least 75. The
+    paper gives no initial weights: `kernel_init="paper"` is the release's, a normal of variance 2 /
+    fan_in that is truncated at two deviations, and Xavier's in the head. Raises `UserError` if the
+    images are too small or have other channels than `input_size`.
     """
 
     # architecture
     depths: tuple[Count, Count, Count] = (4, 7, 3)  # blocks A, B and C
     input_size: ImageSize = (299, 299, 3)
-    norm: str = "batch"  # "none" comes with biases
+    norm: str = "batch"  # with "none", convolutions have biases
     # head
     num_classes: Classes | None = 1000
     # regularization
-    dropout: Rate = 0.2  # figure 9 writes what it keeps: 0.8
+    dropout: Rate = 0.2  # figure 9 gives the rate of keeping, 0.8
     # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
-    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
+    # Layer groups for optimizer.layer_decay, as in timm: train.optimizers.layer_exponents.
     layer_groups = (("stem/entry", "stem"), (r"stem/(mixed_\d)\w*", r"\1"))
 
     @nn.compact

@@ -1,12 +1,12 @@
-"""LeNet-5, the network of section II-B, with its layers' names from there.
+"""LeNet-5, the network of section II-B, with the layer names that the section uses.
 
-`lenet5` differs from 1998 as everyone since does: C3 sees all six maps of S2 (the paper's table I
-connects them sparsely), pooling is a plain mean without a trainable coefficient and bias, tanh is
-not scaled to 1.7159 tanh(2x/3), and the output is linear with softmax loss in place of RBF units.
-That makes 61,706 parameters.
+`lenet5` differs from the network of 1998 in the four ways that have become usual: C3 sees all six
+maps of S2 (the paper's table I connects them sparsely); pooling is a plain mean without a trainable
+coefficient and bias; tanh is not scaled to 1.7159 tanh(2x/3); and the output is linear with softmax
+loss instead of RBF units. This gives 61,706 parameters.
 
-`lenet5_original` has all four as they were, and 60,000 parameters. The bitmaps that its output is
-compared with are drawn again, after figure 3: its print does not show every pixel. The paper's
+`lenet5_original` has all four as in 1998, and 60,000 parameters. We redrew the bitmaps with which
+its output is compared from figure 3, because the print does not show every pixel. The paper's
 images are -0.1 where white and 1.175 where black.
 """
 
@@ -32,7 +32,7 @@ PAPER = Paper(
     url="http://yann.lecun.com/exdb/publis/pdf/lecun-98.pdf",
 )
 
-MIN_IMAGE_SIZE = 32  # C5's 5x5 window needs 5x5 maps of S4
+MIN_IMAGE_SIZE = 32  # C5's 5x5 kernel needs 5x5 maps of S4
 
 
 def paper_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
@@ -42,17 +42,18 @@ def paper_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -
 
 
 def paper_coefficient_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
-    """The same for a coefficient that four inputs share."""
+    """Appendix A for a coefficient that four inputs share: F is 4."""
     return jax.random.uniform(key, shape, dtype, -2.4 / 4, 2.4 / 4)
 
 
 class LeNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 84] if it is None.
+    """LeNet-5 as it is usual today: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 32; larger images give C5 maps of more than 1x1, of which the mean is
-    taken. What c1, c3, c5 and f6 give by name is before tanh, s2 and s4 come after it. It
-    normalizes nothing and has no dropout: `train` and `axis_name` change nothing. Raises
-    `UserError` where the images are too small or have other channels than `input_size`.
+    Returns features f32 [N 84] if `num_classes` is None. H and W are at least 32; larger images
+    give C5 maps larger than 1x1, which are averaged. The modules c1, c3, c5 and f6 return values
+    before tanh; s2 and s4 return values after it. The network has neither norms nor dropout, so
+    `train` and `axis_name` have no effect. Raises `UserError` if the images are too small or have
+    other channels than `input_size`.
     """
 
     # architecture
@@ -69,20 +70,22 @@ class LeNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         kernel_init = layers.get_initializer(self.kernel_init, paper=paper_init)
-        given = dict(param_dtype=self.param_dtype, kernel_init=kernel_init)
-        conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", dtype=self.dtype, **given)
-        # In comments the shapes for 32x32.
+        shared = dict(param_dtype=self.param_dtype, kernel_init=kernel_init)
+        conv: ModuleDef = partial(
+            layers.Conv, kernel_size=(5, 5), padding="VALID", dtype=self.dtype, **shared
+        )
+        # Comments show the shapes for 32x32 images.
         x = jnp.tanh(conv(6, name="c1")(images))  # [N 28 28 6]
         x = layers.AvgPool(2, 2, name="s2")(x)  # [N 14 14 6]
         x = jnp.tanh(conv(16, name="c3")(x))  # [N 10 10 16]
         x = layers.AvgPool(2, 2, name="s4")(x)  # [N 5 5 16]
         x = jnp.tanh(conv(120, name="c5")(x))  # [N 1 1 120]
         x = jnp.mean(x, axis=(1, 2))  # [N 120]
-        x = jnp.tanh(nn.Dense(84, dtype=self.dtype, name="f6", **given)(x))  # [N 84]
-        return layers.classify(self, x, head=partial(nn.Dense, dtype=jnp.float32, **given))
+        x = jnp.tanh(nn.Dense(84, dtype=self.dtype, name="f6", **shared)(x))  # [N 84]
+        return layers.classify(self, x, head=partial(nn.Dense, dtype=jnp.float32, **shared))
 
 
-# Table I: the maps of S2 that each map of C3 sees, from 0, by how many they are.
+# Table I: the maps of S2, from 0, that each map of C3 sees, grouped by how many it sees.
 TABLE_I = {
     "three": ((0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5)),
     "four": (
@@ -92,7 +95,7 @@ TABLE_I = {
     "six": ((0, 1, 2, 3, 4, 5),),
 }
 
-# The ten digits on 7x12 pixels each, side by side.
+# The ten digits side by side, each of 7x12 pixels.
 DIGITS = """
 ..###.. ...##.. .#####. ####### ....##. ####### ..####. ####### .#####. .#####.
 .##.##. ..###.. ##...## .....## ...###. ##..... .##.... .....## ##...## ##...##
@@ -110,10 +113,11 @@ DIGITS = """
 
 
 def make_rbf_codes(num_classes: int) -> np.ndarray:
-    """f32 [num_classes 84] of +1 (ink) and -1, row by row of the bitmap.
+    """Returns the code of each class, f32 [num_classes 84]: +1 (ink) or -1, row by row of its
+    bitmap.
 
-    Beyond the ten digits they are drawn at random, always the same ones: what the paper names as
-    another choice (it has bitmaps of all ASCII).
+    Classes beyond the ten digits have random codes, which are always the same. The paper names
+    random codes as another choice (it has bitmaps of all ASCII).
     """
     lines = [line.split() for line in DIGITS.split("\n") if line]
     digits = np.array([[list(row) for row in column] for column in zip(*lines)]) == "#"
@@ -123,12 +127,12 @@ def make_rbf_codes(num_classes: int) -> np.ndarray:
 
 
 def squash(x: Array) -> Array:
-    """Appendix A: the sigmoid that is 1 at 1 and -1 at -1."""
+    """Appendix A: 1.7159 tanh(2x/3), the sigmoid that is 1 at 1 and -1 at -1."""
     return 1.7159 * jnp.tanh(2 / 3 * x)
 
 
 class Squashed(nn.Module):
-    """A layer of weighted sums, squashed."""
+    """A layer of weighted sums, then `squash`."""
 
     sums: ModuleDef
 
@@ -138,9 +142,9 @@ class Squashed(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """The sum of each 2x2, times a coefficient, plus a bias, squashed: [N H W C] -> [N H/2 W/2 C].
+    """Sum of each 2x2, times a coefficient, plus a bias, squashed: [N H W C] -> [N H/2 W/2 C].
 
-    A coefficient and a bias for each map.
+    Each map has its own coefficient and bias.
     """
 
     coefficient_init: Callable
@@ -149,17 +153,18 @@ class Subsampling(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one_a_map = (x.shape[-1:], self.param_dtype)
-        coefficient = self.param("coefficient", self.coefficient_init, *one_a_map)
-        bias = self.param("bias", nn.initializers.zeros, *one_a_map)
+        per_map = (x.shape[-1:], self.param_dtype)
+        coefficient = self.param("coefficient", self.coefficient_init, *per_map)
+        bias = self.param("bias", nn.initializers.zeros, *per_map)
         x, coefficient, bias = nn.dtypes.promote_dtype(x, coefficient, bias, dtype=self.dtype)
         return squash(4 * layers.avg_pool(x, 2, 2) * coefficient + bias)
 
 
 class SparseC3(nn.Module):
-    """The connections of table I, squashed: [N H W 6] -> [N H-4 W-4 16].
+    """C3 with the connections of table I, squashed: [N H W 6] -> [N H-4 W-4 16].
 
-    Maps that see equally many are one grouped convolution, on a copy of what they see.
+    Maps that see equally many maps of S2 are one grouped convolution, on a copy of the maps they
+    see.
     """
 
     conv: ModuleDef
@@ -174,7 +179,7 @@ class SparseC3(nn.Module):
 
 
 class RBF(nn.Module):
-    """Minus the squared distance to each class's code, which nothing trains: [N 84] -> [N K]."""
+    """Minus the squared distance to each class's fixed code: [N 84] -> [N num_classes]."""
 
     num_classes: int
 
@@ -183,13 +188,14 @@ class RBF(nn.Module):
 
 
 class OriginalLeNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; features f32 [N 84] if it is None.
+    """LeNet-5 of 1998: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Logits are minus the squared distances of F6 to the codes of `make_rbf_codes`, so that softmax
-    cross entropy is the paper's equation 9 without its constant j, the "rubbish" class. At most ten
-    classes are digits; further ones have random codes. `kernel_init="paper"` is appendix A, for
-    the coefficients of S2 and S4 too (four inputs; else they start as a mean's); it does not speak
-    of biases, which start at 0. Sizes and errors as in `LeNet`.
+    Returns features f32 [N 84] if `num_classes` is None. Logits are minus the squared distances of
+    F6 to the codes of `make_rbf_codes`, so that softmax cross entropy is the paper's equation 9
+    without its constant j, the "rubbish" class. The first ten classes are the digits; any others
+    have random codes. `kernel_init="paper"` is appendix A, also for the coefficients of S2 and S4,
+    which have four inputs; otherwise the coefficients start at 1/4, as in a mean. Appendix A does
+    not mention biases, which start at 0. Sizes and errors are those of `LeNet`.
     """
 
     # architecture
@@ -207,19 +213,19 @@ class OriginalLeNet(nn.Module):
         layers.check_images(images, self.input_size, MIN_IMAGE_SIZE)
         kernel_init = layers.get_initializer(self.kernel_init, paper=paper_init)
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        given = dict(kernel_init=kernel_init, **dtypes)
-        conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", **given)
-        of_mean = nn.initializers.constant(1 / 4)
-        coefficient_init = paper_coefficient_init if self.kernel_init == "paper" else of_mean
+        shared = dict(kernel_init=kernel_init, **dtypes)
+        conv = partial(layers.Conv, kernel_size=(5, 5), padding="VALID", **shared)
+        mean_init = nn.initializers.constant(1 / 4)
+        coefficient_init = paper_coefficient_init if self.kernel_init == "paper" else mean_init
         subsampling = partial(Subsampling, coefficient_init, **dtypes)
-        # In comments the shapes for 32x32.
+        # Comments show the shapes for 32x32 images.
         x = Squashed(partial(conv, 6), name="c1")(images)  # [N 28 28 6]
         x = subsampling(name="s2")(x)  # [N 14 14 6]
         x = SparseC3(conv, name="c3")(x)  # [N 10 10 16]
         x = subsampling(name="s4")(x)  # [N 5 5 16]
         x = Squashed(partial(conv, 120), name="c5")(x)  # [N 1 1 120]
         x = jnp.mean(x, axis=(1, 2))  # [N 120]
-        x = Squashed(partial(nn.Dense, 84, **given), name="f6")(x)  # [N 84]
+        x = Squashed(partial(nn.Dense, 84, **shared), name="f6")(x)  # [N 84]
         return layers.classify(self, x, head=RBF)
 
 

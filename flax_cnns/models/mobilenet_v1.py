@@ -1,14 +1,16 @@
-"""MobileNet v1: behind the first layer, every 3x3 is one per channel with a 1x1 behind it.
+"""MobileNet v1: after the stem, each 3x3 convolution is depthwise and is followed by a 1x1.
 
-Table 1 of the paper. Its last depthwise 3x3 has stride 2 there, on maps of 7x7 that stay 7x7: it is
-1 here, as in everybody's code. The paper has ReLU; the released code, and with it Keras, timm and
-this file, ReLU6 (`activation=nn.relu` is the paper's). `width_mult` is the paper's alpha, section
-3.3, for every layer but the classes. Its resolution multiplier, section 3.4, is the size of the
-images and no field: with 224, 192, 160 and 128 pixels the network of width 1 needs 569, 418, 290
-and 186 million multiplications (table 7), with the same parameters.
+Table 1 of the paper. In the table the last depthwise 3x3 has stride 2, on maps of 7x7 that stay
+7x7; here its stride is 1, as in everybody's code. The paper has ReLU. The released code, Keras,
+timm and this file have ReLU6 (`activation=nn.relu` is the paper's). `width_mult` is the paper's
+alpha (section 3.3), for every layer except the classifier. The paper's resolution multiplier
+(section 3.4) is not a field but the size of the images: at 224, 192, 160 and 128 pixels, the
+network of width 1 needs 569, 418, 290 and 186 million multiplications (table 7), with the same
+parameters.
 
-`keras_mobilenet` has TensorFlow's padding, at even sizes: Keras pads strided convolutions behind
-only, which makes a map of odd size one row less than here. Sizes that 32 divides meet no such map.
+`keras_mobilenet` has TensorFlow's padding, which equals Keras's only on maps of even size. Keras
+pads strided convolutions only at the end, so that a map of odd size becomes one row smaller than
+here. Image sizes that are multiples of 32 have no such map.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ PAPER = Paper(
     year=2017,
     url="https://arxiv.org/abs/1704.04861",
 )
-STEM_WIDTH, STAGE_WIDTHS = 32, (64, 128, 256, 512, 1024)  # of the first layer and of the stages
+STEM_WIDTH, STAGE_WIDTHS = 32, (64, 128, 256, 512, 1024)  # of the stem and the stages
 
 
 class Block(layers.SeparableConv):
@@ -47,16 +49,17 @@ class Block(layers.SeparableConv):
 
 
 class MobileNetV1(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """MobileNet v1: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W; sizes round up at each of five halvings. Raises `UserError` where C is not that of
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
+    each of the five halvings. Raises `UserError` if the images have other channels than
     `input_size`.
     """
 
     # architecture
-    width_mult: Factor = 1.0  # alpha: widths are rounded by layers.round_width
-    depths: Counts = (1, 2, 2, 6, 2)  # of the stages; all but the first halve
-    depth_multiplier: Count = 1  # maps that a depthwise convolution makes of each channel
+    width_mult: Factor = 1.0  # alpha; layers.round_width rounds the widths
+    depths: Counts = (1, 2, 2, 6, 2)  # blocks per stage; all stages but the first halve H and W
+    depth_multiplier: Count = 1  # maps per channel of a depthwise convolution
     activation: Callable = nn.relu6
     padding: str = "torch"  # or "same", TensorFlow's: layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
@@ -66,31 +69,45 @@ class MobileNetV1(nn.Module):
     # regularization
     dropout: Rate = 0.0  # of the pooled features
     # numerics
-    momentum: Rate = 0.9  # of the running statistics
+    momentum: Rate = 0.9  # of BatchNorm's running statistics
     epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         conv, norm = layers.building_blocks(self, train)
-        like = dict(norm=norm, activation=self.activation)
         layers.check_stages(self.depths, STAGE_WIDTHS)
-        first, *widths = (
+        stem_width, *widths = (
             layers.round_width(n * self.width_mult) for n in (STEM_WIDTH, *STAGE_WIDTHS)
         )
-        stem = partial(layers.ConvUnit, first, (3, 3), conv, stride=2, **like)
-        x = stem(padding=layers.resolve_padding(self.padding, 3), name="stem")(images)  # H/2
+        stem = layers.ConvUnit(
+            stem_width,
+            (3, 3),
+            conv,
+            norm,
+            stride=2,
+            padding=layers.resolve_padding(self.padding, 3),
+            activation=self.activation,
+            name="stem",
+        )
+        x = stem(images)  # H/2
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
-        like |= dict(padding=self.padding, depth_multiplier=self.depth_multiplier)
         for i, (width, depth) in enumerate(zip(widths, self.depths), 1):  # H/2 to H/32
-            block = partial(Block, width, **like)
+            block = partial(
+                Block,
+                width,
+                norm=norm,
+                activation=self.activation,
+                padding=self.padding,
+                depth_multiplier=self.depth_multiplier,
+            )
             x = stage(block, conv, depth, 1 if i == 1 else 2, name=f"stage{i}")(x)
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         return layers.classify(self, x, dropout=dropout)

@@ -1,17 +1,18 @@
-"""MobileNet v2: inverted residuals, wide inside and narrow where they are added.
+"""MobileNet v2: inverted residuals, which are wide inside and narrow where they are added.
 
 Table 2 of the paper. The rule for `width_mult` is the released code's, which everybody follows:
 widths are rounded to multiples of 8 and never by more than 10 % down (`layers.round_width`), and
-the last convolution keeps its 1280 channels below 1 (the paper, section 4). Of parameters the paper
-has 3.4 million, and 6.9 million at 1.4; the authors' own table of the released networks 3.47 and
-6.06, as many as there are here without the scales and shifts of the norms, 3.50 and 6.11 with them.
-GluonCV's networks, some tables' source, differ: they expand in the first block too, cut widths off,
-and have no bias in the classes, 3,504,960 in place of 3,504,872 parameters.
+the last convolution keeps its 1280 channels if `width_mult` is below 1 (the paper, section 4). The
+paper states 3.4 million parameters, and 6.9 million at 1.4. The authors' own table of the released
+networks has 3.47 and 6.06. That is our count without the scales and shifts of the norms; with them
+it is 3.50 and 6.11. GluonCV's networks, the source of some tables, differ: they expand in the first
+block too, truncate widths, and have no bias in the classifier. They have 3,504,960 instead of
+3,504,872 parameters.
 
-`mobilenet_v2` is torchvision's; timm's `mobilenetv2_100` computes the same without its dropout.
-The other widths are timm's, under its names and under torchvision's. `keras_mobilenetv2` has
-TensorFlow's padding, epsilon 1e-3 and momentum 0.999. The head starts with LeCun's variance
-whatever `kernel_init` is; the paper names no first values.
+`mobilenet_v2` is torchvision's; timm's `mobilenetv2_100` computes the same without its dropout. The
+other widths are timm's, under timm's names and under names in torchvision's style.
+`keras_mobilenetv2` has TensorFlow's padding, epsilon 1e-3 and momentum 0.999. The head starts with
+LeCun's variance whatever `kernel_init` is; the paper gives no initial weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PAPER = Paper(
 
 
 class Row(NamedTuple):
-    """A stage of table 2, under the paper's letters t, c, n, s."""
+    """A stage of table 2: the paper's t, c, n and s."""
 
     expansion: Count
     width: Count
@@ -53,14 +54,15 @@ TABLE_2 = (
     Row(6, 160, 3, 2),
     Row(6, 320, 1, 1),
 )
-STEM_WIDTH, TOP_WIDTH = 32, 1280  # widths in front of the stages and behind them
+STEM_WIDTH, TOP_WIDTH = 32, 1280  # widths before and after the stages
 
 
 class MobileNetV2(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """MobileNet v2: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W; sizes round up at each of the five halvings. Raises `UserError` where C is not that
-    of `input_size`.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
+    each of the five halvings. Raises `UserError` if the images have other channels than
+    `input_size`.
     """
 
     # architecture
@@ -74,22 +76,22 @@ class MobileNetV2(nn.Module):
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.2  # of the pooled features
-    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drop_paths
+    drop_path: Rate = 0.0  # the last block's rate is slightly lower: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
     # numerics
-    momentum: Rate = 0.9  # of the running statistics
+    momentum: Rate = 0.9  # of BatchNorm's running statistics
     epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
+    zero_init: bool = False  # branches with a shortcut end in a norm whose scale starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
-    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
+    # Layer groups for optimizer.layer_decay, as in timm: train.optimizers.layer_exponents.
     layer_groups = (("top", "below"),)
 
     @nn.compact
@@ -130,7 +132,7 @@ VARIANTS = {
         MobileNetV2, padding="same", momentum=0.999, epsilon=1e-3, dropout=0.0
     ),
 }
-# Names of ours -> timm's.
+# Our names -> timm's.
 ALIASES = {f"mobilenet_v2_{n}": f"mobilenetv2_{n}" for n in _WIDTHS if n != "025"}
 SOURCES = (
     {"mobilenet_v2": ("torchvision",), "mobilenetv2_100": ("timm",)}

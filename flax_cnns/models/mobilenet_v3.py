@@ -1,14 +1,16 @@
-"""MobileNet v3, large and small: inverted residuals found by search, some with gates per channel.
+"""MobileNet v3, large and small: inverted residuals found by search, some with
+squeeze-and-excitation.
 
-Tables 1 and 2 of the paper. Everywhere the gates are squeeze-and-excitation to a fourth of the
-inner channels, rounded to a multiple of 8, with ReLU and a hard sigmoid. Table 2 marks one behind
-the small network's last convolution as well, which no code has, nor its count of parameters: 2.5
-million is what there is without it. Behind the pooling there is a layer more than the classes.
+Tables 1 and 2 of the paper. Squeeze-and-excitation always reduces to a fourth of the inner
+channels, rounded to a multiple of 8, and has ReLU and a hard sigmoid. Table 2 also marks a
+squeeze-and-excitation after the small network's last convolution. No code has it, and neither does
+the paper's parameter count: 2.5 million is the count without it. Between the pooling and the
+classifier there is one more layer.
 
-`mobilenet_v3_*` are torchvision's, with the paper's momentum 0.99 and epsilon 1e-3;
-`mobilenetv3_*_100` timm's, with PyTorch's 0.9 and 1e-5, and without dropout; `keras_*` have
-TensorFlow's padding, momentum 0.999 and epsilon 1e-3. Keras's own first layer brings pixels from
-0 ... 255 to -1 ... 1: ours want that done.
+`mobilenet_v3_*` are torchvision's, with the paper's momentum 0.99 and epsilon 1e-3.
+`mobilenetv3_*_100` are timm's, with PyTorch's 0.9 and 1e-5, and without dropout. `keras_*` have
+TensorFlow's padding, momentum 0.999 and epsilon 1e-3. Keras's own first layer brings pixels from 0
+... 255 to -1 ... 1; our networks expect pixels that are already scaled.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ PAPER = Paper(
 
 
 class Row(NamedTuple):
-    """A block of the tables."""
+    """A block of table 1 or 2."""
 
-    kernel: Count
+    kernel_size: Count  # of the depthwise convolution
     inner: Count  # "exp size": channels between the two 1x1
     width: Count
     se: bool
@@ -74,52 +76,56 @@ SMALL = (  # table 2
     Row(5, 576, 96, True, HS, 1),
     Row(5, 576, 96, True, HS, 1),
 )
-STEM_WIDTH = 16  # width in front of the blocks
+STEM_WIDTH = 16  # width before the blocks
 
 
 class MobileNetV3(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; what the head would see if it is None.
+    """MobileNet v3: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    That is [N hidden], in training behind the dropout. Any H and W; sizes round up at each of the
-    five halvings. Raises `UserError` where C is not that of `input_size`.
+    Returns the head's input f32 [N hidden] if `num_classes` is None, in training after dropout.
+    Takes any H and W; sizes round up at each of the five halvings. Raises `UserError` if the images
+    have other channels than `input_size`.
     """
 
     # architecture
     table: Annotated[Sequence[Row], NotEmpty()]
-    hidden: Count  # behind the pooling
-    width_mult: Factor = 1.0  # of all of these, rounded by layers.round_width
+    hidden: Count  # units of the layer after the pooling
+    width_mult: Factor = 1.0  # on all widths; layers.round_width rounds them
     padding: str = "torch"  # or "same", TensorFlow's: layers.resolve_padding
     input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
     # head
     num_classes: Classes | None = 1000
     # regularization
-    dropout: Rate = 0.2  # in front of the classes
-    drop_path: Rate = 0.0  # the last block's rate of dropping, nearly: layers.make_drop_paths
+    dropout: Rate = 0.2  # before the classifier
+    drop_path: Rate = 0.0  # the last block's rate is slightly lower: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "efficientnet"
     # numerics
-    momentum: Rate = 0.99  # of the running statistics
+    momentum: Rate = 0.99  # of BatchNorm's running statistics
     epsilon: Positive = 1e-3
     kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last scale of each branch with a shortcut starts at 0
+    zero_init: bool = False  # branches with a shortcut end in a norm whose scale starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
-    # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
+    # Layer groups for optimizer.layer_decay, as in timm: train.optimizers.layer_exponents.
     layer_groups = (("hidden_layer", "head"),)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         conv, norm = layers.building_blocks(self, train)
-        wide = lambda n: layers.round_width(n * self.width_mult)  # noqa: E731
+
+        def scale(width: int) -> int:
+            return layers.round_width(width * self.width_mult)
+
         unit = partial(layers.ConvUnit, conv=conv, norm=norm, activation=HS)
-        sides = layers.resolve_padding(self.padding, 3)
-        x = unit(wide(STEM_WIDTH), (3, 3), stride=2, padding=sides, name="stem")(images)  # H/2
+        padding = layers.resolve_padding(self.padding, 3)
+        x = unit(scale(STEM_WIDTH), (3, 3), stride=2, padding=padding, name="stem")(images)  # H/2
 
         def run(block: nn.Module, x: Array, drop: layers.DropPath | None) -> Array:
             return block(x, drop)
@@ -131,14 +137,14 @@ class MobileNetV3(nn.Module):
         se = partial(layers.SqueezeExcite, gate=nn.hard_sigmoid, kernel_init=kernel_init, **types)
         inner = 0
         for i, row in enumerate(self.table):
-            row, inner = Row(*row), wide(row[1])
+            row, inner = Row(*row), scale(row[1])
             block = layers.MBConv(
-                wide(row.width),
+                scale(row.width),
                 conv,
                 norm,
                 stride=row.stride,
                 inner=inner,
-                kernel_size=row.kernel,
+                kernel_size=row.kernel_size,
                 activation=row.activation,
                 se=se if row.se else None,
                 squeeze=layers.round_width(inner / 4),
@@ -147,10 +153,10 @@ class MobileNetV3(nn.Module):
                 name=f"block{i + 1}",
             )
             x = run(block, x, layers.for_block(drops, i))
-        x = unit(inner, (1, 1), name="top")(x)  # as wide as the last block is inside
+        x = unit(inner, (1, 1), name="top")(x)  # as wide as the inside of the last block
         x = layers.global_avg_pool(x)  # [N H W C] -> [N C]
         dense = partial(layers.make_head(self), kernel_init=kernel_init)
-        x = HS(dense(wide(self.hidden), name="hidden_layer")(x))
+        x = HS(dense(scale(self.hidden), name="hidden_layer")(x))
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         return layers.classify(self, x, dropout=dropout)
 

@@ -21,7 +21,7 @@ def _mobilenet_v3() -> Any:
     rows = []
     for row, width in zip(_V3, entering):
         name = "HS" if row.activation is mobilenet_v3.HS else "RE"
-        given = (width, row.kernel, row.inner, row.width, row.se, name, row.stride, 1, 1.0)
+        given = (width, row.kernel_size, row.inner, row.width, row.se, name, row.stride, 1, 1.0)
         rows.append(theirs.InvertedResidualConfig(*given))
     return theirs.MobileNetV3(rows, last_channel=64, num_classes=10)
 
