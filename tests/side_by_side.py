@@ -216,10 +216,10 @@ def compare(name: str, scratch: pathlib.Path) -> list[str]:
     from flax_cnns.checkpoint import finding, reading
 
     old, new, differs = scratch / "old" / name, scratch / "new" / name, []
-    if finding.steps(old) != finding.steps(new):
-        differs.append(f"checkpoints: {finding.steps(old)}, {finding.steps(new)}")
+    if finding.all_steps(old) != finding.all_steps(new):
+        differs.append(f"checkpoints: {finding.all_steps(old)}, {finding.all_steps(new)}")
     leaves = 0
-    for step in sorted({*finding.steps(old)} & {*finding.steps(new)}):
+    for step in sorted({*finding.all_steps(old)} & {*finding.all_steps(new)}):
         paths = list(reading.read_metadata(f"{old}@{step}"))
         if sorted(paths) != sorted(reading.read_metadata(f"{new}@{step}")):
             differs.append(f"step {step}: other leaves")
@@ -259,7 +259,7 @@ def compare(name: str, scratch: pathlib.Path) -> list[str]:
             if a != b:
                 differs.append(f"{which}: {what}")
     print(
-        f"{name}: steps {finding.steps(old)}, {leaves} leaves, {len(records(old))} records, "
+        f"{name}: steps {finding.all_steps(old)}, {leaves} leaves, {len(records(old))} records, "
         f"test accuracy {first['test/accuracy']:.3f}: {'differs' if differs else 'equal'}"
     )
     return [f"{name}: {text}" for text in differs]

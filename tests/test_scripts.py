@@ -88,7 +88,7 @@ def test_a_signal_exits_with_75(config, tmp_path):
     config.train.duration = "100000 steps"
     process = start("train", f"--workdir={tmp_path / 'run'}", *overrides(config))
     deadline = time.time() + 120
-    while not finding.steps(tmp_path / "run") and time.time() < deadline:
+    while not finding.all_steps(tmp_path / "run") and time.time() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError, did_you_mean
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a save that is under way
+UNFINISHED_MARK = ".orbax-checkpoint-tmp"  # in the name of a save that is under way
 
 
 class DamagedError(UserError):
     """A checkpoint that cannot be what was written."""
 
 
-def step_of(folder_name: str) -> int | None:
+def parse_step(folder_name: str) -> int | None:
     """The step whose folder has this name: digits 0 to 9 without leading zeros. None for other
     names, such as "007", or "\u0663", which is a digit for `str.isdigit`.
     """
@@ -29,21 +29,21 @@ def step_of(folder_name: str) -> int | None:
     return step if str(step) == folder_name else None
 
 
-def steps(run: str | os.PathLike) -> list[int]:
+def all_steps(run: str | os.PathLike) -> list[int]:
     """The steps that are whole on disk, ascending, of a run directory or of its `checkpoints`
     folder.
     """
-    directory = checkpoints_of(run)
+    directory = checkpoints_folder(run)
     if not directory.is_dir():
         return []
     # An unfinished save has another name until it is complete (`120.orbax-checkpoint-tmp`).
-    found = (step_of(path.name) for path in directory.iterdir() if path.is_dir())
+    found = (parse_step(path.name) for path in directory.iterdir() if path.is_dir())
     return sorted(step for step in found if step is not None)
 
 
 def latest_step(run: str | os.PathLike) -> int | None:
     """The newest step on disk, or None."""
-    return max(steps(run), default=None)
+    return max(all_steps(run), default=None)
 
 
 def best_step(run: str | os.PathLike) -> int | None:
@@ -51,7 +51,7 @@ def best_step(run: str | os.PathLike) -> int | None:
     is the best), the newest of equals; the latest step where none has a
     (finite) metric. Raises `DamagedError` where a step's metrics are not what was written.
     """
-    scores = {step: read_metrics(run, step).get("score") for step in steps(run)}
+    scores = {step: read_metrics(run, step).get("score") for step in all_steps(run)}
     scored = [(score, step) for step, score in scores.items() if score is not None]
     return max(scored)[1] if scored else latest_step(run)
 
@@ -60,7 +60,7 @@ def read_metrics(run: str | os.PathLike, step: int) -> dict[str, float]:
     """The metrics saved with a step; {} where there are none. Raises `DamagedError` where they are
     not what was written. Older manifests have no checksum of them, and are not compared.
     """
-    folder = checkpoints_of(run) / str(step)
+    folder = checkpoints_folder(run) / str(step)
     file, manifest = folder / "metrics" / "metrics", folder / "manifest" / "metadata"
     metrics = read_json(file) if file.exists() else {}
     written = read_json(manifest) if manifest.exists() else {}
@@ -78,11 +78,11 @@ def crc_of_metrics(metrics: Mapping[str, float] | None) -> int | None:
     return crc_of_json(metrics) if metrics else None
 
 
-class Chosen(NamedTuple):
+class StepChoice(NamedTuple):
     """The checkpoint of a run that is taken, and the reason."""
 
     step: int
-    why: str  # "best", "latest", "named", "tested for summary.json", "latest, unfinished"
+    reason: str  # "best", "latest", "named", "tested for summary.json", "latest, unfinished"
 
 
 def split_source(source: str | os.PathLike) -> tuple[str, str]:
@@ -93,15 +93,15 @@ def split_source(source: str | os.PathLike) -> tuple[str, str]:
     return text, which
 
 
-def choose_step(run: str | os.PathLike, which: str = "") -> Chosen:
+def choose_step(run: str | os.PathLike, which: str = "") -> StepChoice:
     """The step that `which` (best, latest, a number) means. "" means the one whose test numbers
     `summary.json` has. In a run without one, and in a folder that is not a run, it means the
     latest.
 
     Raises `UserError` where there is no such step; it names those there are.
     """
-    known = steps(run)
-    step, why = step_of(which), "named"
+    known = all_steps(run)
+    step, why = parse_step(which), "named"
     if which in ("best", "latest"):
         step, why = (best_step if which == "best" else latest_step)(run), which
     elif not which:
@@ -114,11 +114,11 @@ def choose_step(run: str | os.PathLike, which: str = "") -> Chosen:
             f"{os.fspath(run)} has no checkpoint {named}; it has best, latest,"
             f" {', '.join(map(str, known))}"
         )
-    return Chosen(step, why)
+    return StepChoice(step, why)
 
 
 def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
-    folder = checkpoints_of(run)
+    folder = checkpoints_folder(run)
     run = folder.parent if folder.name == "checkpoints" else folder
     if not (run / "summary.json").is_file():
         unfinished = (run / "config.json").is_file()
@@ -135,16 +135,16 @@ def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
     return latest_step(folder), "latest"
 
 
-def resolve(source: str | os.PathLike) -> Path:
+def find_arrays(source: str | os.PathLike) -> Path:
     """The folder of arrays that is meant by RUN, RUN@best, RUN@latest, RUN@1200, or an Orbax
     checkpoint's path. `choose_step` says what RUN alone means.
 
     Raises `UserError` where there is no such run or step; it names those there are.
     """
-    return arrays_of(*split_source(source))
+    return find_step_arrays(*split_source(source))
 
 
-def arrays_of(run: str | os.PathLike, which: str = "") -> Path:
+def find_step_arrays(run: str | os.PathLike, which: str = "") -> Path:
     """Like `resolve`, with the run or checkpoint, and the step of a run, as two arguments."""
     text = os.fspath(run)
     path = Path(os.path.abspath(text))
@@ -152,10 +152,10 @@ def arrays_of(run: str | os.PathLike, which: str = "") -> Path:
         parent = path.parent
         near = [p.name for p in parent.iterdir() if p.is_dir()] if os.path.isdir(parent) else []
         raise UserError(f"there is no checkpoint or run {text!r}{did_you_mean(path.name, near)}")
-    if unfinished := [name for name in path.parts if UNFINISHED in name]:
+    if unfinished := [name for name in path.parts if UNFINISHED_MARK in name]:
         raise UserError(f"{text} is no whole checkpoint: saving {unfinished[0]} was never finished")
-    if known := steps(path):
-        path = checkpoints_of(path) / str(choose_step(text, which).step)
+    if known := all_steps(path):
+        path = checkpoints_folder(path) / str(choose_step(text, which).step)
     elif which:
         raise UserError(f"{text} has no checkpoint {which!r}: it is no run with checkpoints")
     if (path / "_METADATA").is_file():
@@ -171,13 +171,13 @@ def arrays_of(run: str | os.PathLike, which: str = "") -> Path:
     raise UserError(f"{text} holds no checkpoint (yet): neither a run's nor an Orbax one")
 
 
-def checkpoints_of(run: str | os.PathLike) -> Path:
+def checkpoints_folder(run: str | os.PathLike) -> Path:
     path = Path(os.path.abspath(run))
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 # The cheapest way to mend each of a run's own files.
-CURES = {
+REPAIRS = {
     "config.json": "the same command with another --workdir writes the same file: copy it from"
     " there",
     "summary.json": "remove it, and the command that trained the run writes it again",
@@ -186,7 +186,7 @@ CURES = {
 
 
 def read_json(file: Path) -> dict:
-    with damage(file, CURES.get(file.name, "")):
+    with explain_damage(file, REPAIRS.get(file.name, "")):
         value = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, got a {type(value).__name__}")
@@ -194,7 +194,7 @@ def read_json(file: Path) -> dict:
 
 
 @contextlib.contextmanager
-def damage(path: Path, cure: str = ""):
+def explain_damage(path: Path, cure: str = ""):
     """Makes a `DamagedError` of what reading raises, unless it says nothing about the file."""
     try:
         yield

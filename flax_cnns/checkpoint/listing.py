@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flax_cnns.checkpoint import finding, reading
-from flax_cnns.checkpoint.graft.report import by_name
-from flax_cnns.checkpoint.graft.sources import Source, open_source
+from flax_cnns.checkpoint.graft.report import network_order
+from flax_cnns.checkpoint.graft.sources import GraftSource, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.names import make_console
 from flax_cnns.tree import find_nearest
@@ -50,19 +50,19 @@ def print_listing(
     of_all = f" of {len(found.leaves)}" if len(leaves) < len(found.leaves) else ""
     total = f"{len(leaves)}{of_all} leaves, {_numbers(leaves):,} numbers, {_size(leaves)} in memory"
     if found.folder is not None:
-        total += f", {decimal(reading.bytes_on_disk(found.folder))} on disk in all"
+        total += f", {decimal(reading.count_bytes_on_disk(found.folder))} on disk in all"
     say(total)
     if found.folder is None:
         return
     if verify:
         _verify(found, leaves, console)
-    if found.checksums:
+    if found.has_checksums:
         say("read, and equal to their CRC32s" if verify else "CRC32s: yes (--verify compares them)")
     else:
         say(f"{'read; ' if verify else ''}CRC32s: none, a flipped bit would not be noticed")
 
 
-def _matching(found: Source, pattern: str) -> dict[str, Any]:
+def _matching(found: GraftSource, pattern: str) -> dict[str, Any]:
     try:
         chosen = re.compile(pattern or ".*")
     except re.error as error:
@@ -76,14 +76,14 @@ def _matching(found: Source, pattern: str) -> dict[str, Any]:
     return leaves
 
 
-def _about(found: Source) -> Iterator[str]:
+def _about(found: GraftSource) -> Iterator[str]:
     """Where it lies, and what is known of its step and its neighbors."""
     yield found.name if found.folder is None else str(found.folder)
-    yield from (note for note in (found.note, *found.notes) if note)
+    yield from (note for note in (found.preprocessing_note, *found.notes) if note)
     if found.folder is None:
         return
-    step, run = finding.step_of(found.folder.parent.name), found.folder.parent.parent
-    if step is None or step not in (known := finding.steps(run)):
+    step, run = finding.parse_step(found.folder.parent.name), found.folder.parent.parent
+    if step is None or step not in (known := finding.all_steps(run)):
         return
     try:
         metrics = finding.read_metrics(run, step)
@@ -105,7 +105,7 @@ def _table(leaves: Mapping[str, Any], depth: int) -> Table:
     table.add_column("numbers", no_wrap=True, justify="right")
     table.add_column("size", no_wrap=True, justify="right")
     inside: dict[tuple[str, ...], dict[str, Any]] = {}  # in the order of the rows
-    for path in sorted(leaves, key=by_name):
+    for path in sorted(leaves, key=network_order):
         names = tuple(path.split("/"))
         for level in range(1, min(len(names), depth or len(names)) + 1):
             inside.setdefault(names[:level], {})[path] = leaves[path]
@@ -126,13 +126,13 @@ def _numbers(leaves: Mapping[str, Any]) -> int:
 
 
 def _size(leaves: Mapping[str, Any]) -> str:
-    return decimal(reading.bytes_of({path: (x.shape, x.dtype) for path, x in leaves.items()}))
+    return decimal(reading.count_bytes({path: (x.shape, x.dtype) for path, x in leaves.items()}))
 
 
-def _verify(found: Source, leaves: Mapping[str, Any], console: Console) -> None:
+def _verify(found: GraftSource, leaves: Mapping[str, Any], console: Console) -> None:
     sizes = {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for group in track(
-        list(reading.in_portions(sizes)),
+        list(reading.split_into_portions(sizes)),
         "verifying",
         console=console,
         transient=True,

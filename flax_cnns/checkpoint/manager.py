@@ -26,8 +26,8 @@ from jax.experimental import multihost_utils
 
 from flax_cnns.checkpoint import finding, reading
 from flax_cnns.checkpoint.finding import DamagedError, crc_of_json, crc_of_metrics
+from flax_cnns.checkpoint.locations import check_location, orbax_alias
 from flax_cnns.checkpoint.manifest import make_manifest, to_host
-from flax_cnns.checkpoint.place import check_place, for_orbax
 from flax_cnns.checkpoint.reading import drop_late_callbacks, read_host, read_tree
 from flax_cnns.errors import UserError
 from flax_cnns.tree import flatten, unstack_blocks
@@ -36,10 +36,10 @@ from flax_cnns.types import PyTree
 BEST_BY = "validation/accuracy"
 
 
-def new_folder(folder: str | os.PathLike) -> Path:
+def check_new_folder(folder: str | os.PathLike) -> Path:
     """The absolute path of a folder to be written. Raises `UserError` if it exists already, or
     cannot hold checkpoints."""
-    check_place(folder, "--out")
+    check_location(folder, "--out")
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise UserError(f"{path} exists already; name a folder that does not")
@@ -47,13 +47,13 @@ def new_folder(folder: str | os.PathLike) -> Path:
 
 
 def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]) -> Path:
-    """Writes a tree of host arrays as a checkpoint of no run, which `resolve(folder)` finds.
+    """Writes a tree of host arrays as a checkpoint of no run, which `find_arrays(folder)` finds.
 
     It has a manifest as a run's has, and `about` (JSON-able) as `about.json`. The folder, which is
     returned, appears when it is whole. Raises `UserError` where it exists already or cannot be
     written.
     """
-    folder = new_folder(folder)
+    folder = check_new_folder(folder)
     partial = folder.with_name(f"{folder.name[:50]}.{os.getpid()}.partial")
     with _writing(folder.parent):
         try:
@@ -61,7 +61,7 @@ def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]
                 (partial / "manifest").mkdir(parents=True)
             except OSError as error:
                 raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-            with for_orbax(partial / "state") as alias:
+            with orbax_alias(partial / "state") as alias:
                 ocp.PyTreeCheckpointer().save(alias, tree)
             manifest = {"format": 1, "leaves": make_manifest(flatten(tree))}
             _write_json(partial / "manifest" / "metadata", manifest)
@@ -121,7 +121,7 @@ class Checkpoints:
         self._put_back()
         self._check_directory()
         # Orbax stumbles over damaged metrics as it starts.
-        for step in finding.steps(self.directory):
+        for step in finding.all_steps(self.directory):
             file, problem = self.directory / str(step) / "metrics" / "metrics", ""
             try:
                 found = finding.read_metrics(self.directory, step)
@@ -146,7 +146,7 @@ class Checkpoints:
         )
         with contextlib.ExitStack() as stack, _writing(self.directory):
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            alias = stack.enter_context(for_orbax(self.directory))
+            alias = stack.enter_context(orbax_alias(self.directory))
             self._manager = _Manager(
                 alias, options=options, item_names=("state", "host", "manifest")
             )
@@ -154,13 +154,13 @@ class Checkpoints:
 
     def _check_directory(self) -> None:
         """Raises `UserError` for what breaks Orbax, and for what Orbax silently ignores."""
-        check_place(self.directory)
+        check_location(self.directory)
         if os.path.lexists(self.directory) and not self.directory.is_dir():
             raise UserError(
                 f"{self.directory} is not a folder, and checkpoints are written there; move it away"
             )
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name.isdigit() and finding.step_of(path.name) is None and path.is_dir():
+            if path.name.isdigit() and finding.parse_step(path.name) is None and path.is_dir():
                 raise UserError(
                     f"{path} is not a step: expected a name of the digits 0 to 9 without leading"
                     " zeros; rename it or move it away"
@@ -239,7 +239,7 @@ class Checkpoints:
         for a checkpoint of another network, and where a `step` asked for is damaged or missing.
         """
         self.wait()
-        known = finding.steps(self.directory)
+        known = finding.all_steps(self.directory)
         if step is not None and step not in known:
             raise UserError(
                 f"{self.directory} has no step {step};"
@@ -264,9 +264,9 @@ class Checkpoints:
             self._report(f"no intact checkpoint is left in {self.directory}: starting at step 0")
         return None
 
-    def steps(self) -> list[int]:
+    def all_steps(self) -> list[int]:
         """The steps that are whole on disk, ascending."""
-        return finding.steps(self.directory)
+        return finding.all_steps(self.directory)
 
     def latest_step(self) -> int | None:
         """The newest step on disk, or None."""
@@ -309,7 +309,7 @@ class Checkpoints:
         problem = ""
         if jax.process_index() == 0:
             try:
-                reading.verify(self.directory / str(step))
+                reading.verify_step(self.directory / str(step))
             except UserError as error:
                 problem = str(error)
         if _anywhere(bool(problem)):

@@ -31,7 +31,7 @@ def make_manifest(leaves: Mapping[str, np.ndarray]) -> Manifest:
     }
 
 
-def is_key(leaf: Any) -> bool:
+def is_prng_key(leaf: Any) -> bool:
     """Whether a leaf (array or `ShapeDtypeStruct`) is made of typed PRNG keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -40,7 +40,7 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
     """Of the array as it is saved: a typed PRNG key is saved as its numbers."""
     if not hasattr(leaf, "dtype"):  # a Python number
         leaf = np.asarray(leaf)
-    if is_key(leaf):
+    if is_prng_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return tuple(leaf.shape), np.dtype(leaf.dtype)
 
@@ -50,20 +50,20 @@ def to_host(leaf: Any) -> np.ndarray:
     array's memory.
     """
     if isinstance(leaf, jax.Array):
-        if is_key(leaf):
+        if is_prng_key(leaf):
             leaf = jax.random.key_data(leaf)
         leaf = leaf.addressable_data(0)
     return np.array(leaf)
 
 
-def place(array: np.ndarray, like: Any) -> Any:
+def place_like(array: np.ndarray, like: Any) -> Any:
     """A host array as a leaf like `like`: its dtype, and its sharding where it has one, over any
     number of processes.
     """
     if isinstance(like, np.ndarray | np.generic | int | float):
         return np.asarray(array, getattr(like, "dtype", None))
     sharding = getattr(like, "sharding", None)
-    if is_key(like):
+    if is_prng_key(like):
         keys = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
         return keys if sharding is None else jax.device_put(keys, sharding)
     array = np.asarray(array, like.dtype)

@@ -22,21 +22,21 @@ from absl import logging as absl_logging
 from flax_cnns.checkpoint.finding import (
     DamagedError,
     crc_of_json,
-    damage,
+    explain_damage,
+    find_arrays,
+    parse_step,
     read_json,
     read_metrics,
-    resolve,
-    step_of,
 )
-from flax_cnns.checkpoint.manifest import Manifest, crc32, place, shape_and_dtype
-from flax_cnns.checkpoint.place import for_orbax
+from flax_cnns.checkpoint.locations import orbax_alias
+from flax_cnns.checkpoint.manifest import Manifest, crc32, place_like, shape_and_dtype
 from flax_cnns.errors import UserError
 from flax_cnns.tree import expand_stack, flatten
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
 _CHUNK = 1 << 20  # bytes; a chunk up to this size may be larger than its array
-AT_ONCE = 1 << 28  # bytes that verifying reads together
+MAX_PORTION_BYTES = 1 << 28  # bytes that verifying reads together
 
 # Orbax logs the traceback of every error up to five times before it raises it; what matters is
 # raised.
@@ -63,14 +63,14 @@ def drop_late_callbacks() -> None:
 
 
 def read_metadata(source: str | os.PathLike) -> Metadata:
-    """`{path: (shape, dtype)}` of what `resolve(source)` holds, without reading an array.
+    """`{path: (shape, dtype)}` of what `find_arrays(source)` holds, without reading an array.
 
     Raises `DamagedError` where it cannot be read or contradicts the manifest.
     """
-    path = resolve(source)
+    path = find_arrays(source)
     stored = {name: shape_and_dtype(leaf) for name, leaf in flatten(_metadata_tree(path)).items()}
     if (manifest := _manifest_of(path)) is not None:
-        with damage(path):
+        with explain_damage(path):
             written = {k: (tuple(v["shape"]), v["dtype"]) for k, v in manifest.items()}
         if written != {name: (shape, dtype.name) for name, (shape, dtype) in stored.items()}:
             raise DamagedError(f"{path} is damaged: its leaves are not those of its manifest")
@@ -78,26 +78,27 @@ def read_metadata(source: str | os.PathLike) -> Metadata:
 
 
 def has_checksums(source: str | os.PathLike) -> bool:
-    """Whether reading what `resolve(source)` holds notices a flipped bit: where it has our manifest
-    of CRCs. Orbax's own formats do not.
+    """Whether `find_arrays(source)` has our manifest of CRC32s: reading then notices a flipped bit.
+
+    Orbax's own formats have no checksums.
     """
-    return _manifest_of(resolve(source)) is not None
+    return _manifest_of(find_arrays(source)) is not None
 
 
 def read_about(source: str | os.PathLike) -> dict[str, Any]:
-    """What `write_tree` was told about `resolve(source)`; {} for other checkpoints."""
-    file = resolve(source).parent / "about.json"
+    """What `write_tree` was told about `find_arrays(source)`; {} for other checkpoints."""
+    file = find_arrays(source).parent / "about.json"
     return read_json(file) if file.is_file() else {}
 
 
 def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, np.ndarray]:
-    """Reads these leaves, and only these, of what `resolve(source)` holds as host arrays.
+    """Reads these leaves, and only these, of what `find_arrays(source)` holds as host arrays.
 
     Raises `DamagedError` where a leaf cannot be read, its CRC32 is not that of the manifest (where
     there is one), or the arrays are declared so large that the files cannot hold them. A path that
     is not there is a KeyError.
     """
-    path, wanted = resolve(source), set(paths)
+    path, wanted = find_arrays(source), set(paths)
     drop_late_callbacks()
     tree = _metadata_tree(path)
     leaves = flatten(tree)
@@ -115,7 +116,7 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
 
     item = jax.tree_util.tree_map_with_path(choose, tree)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    with damage(path), for_orbax(path) as alias:
+    with explain_damage(path), orbax_alias(path) as alias:
         # The handler by itself: a Checkpointer would wait for the other processes, and damage may
         # strike just one.
         restored = ocp.PyTreeCheckpointHandler().restore(
@@ -131,42 +132,42 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
     return leaves
 
 
-def in_portions(leaves: Metadata) -> Iterator[list[str]]:
-    """The paths in groups of `AT_ONCE` bytes at most, for reading more than memory should hold."""
-    group, room = [], AT_ONCE
+def split_into_portions(leaves: Metadata) -> Iterator[list[str]]:
+    """Groups of paths, each of at most `MAX_PORTION_BYTES`, so that reading needs little memory."""
+    group, room = [], MAX_PORTION_BYTES
     for path, leaf in leaves.items():
-        size = bytes_of({path: leaf})
+        size = count_bytes({path: leaf})
         if size > room and group:
             yield group
-            group, room = [], AT_ONCE
+            group, room = [], MAX_PORTION_BYTES
         group.append(path)
         room -= size
     yield group
 
 
-def verify(step: Path) -> None:
+def verify_step(step: Path) -> None:
     """Reads a whole step of a run. Raises `DamagedError` where it is not what was written."""
-    for group in in_portions(read_metadata(step)):
+    for group in split_into_portions(read_metadata(step)):
         read_leaves(step, group)
     read_host(step)
     read_metrics(step.parent, int(step.name))
 
 
-def bytes_of(leaves: Metadata) -> int:
+def count_bytes(leaves: Metadata) -> int:
     """The bytes of arrays of these shapes and dtypes in memory."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves.values())
 
 
-def bytes_on_disk(source: str | os.PathLike) -> int:
-    """The bytes of the files of what `resolve(source)` holds."""
-    return sum(file.stat().st_size for file in resolve(source).rglob("*") if file.is_file())
+def count_bytes_on_disk(source: str | os.PathLike) -> int:
+    """The bytes of the files of what `find_arrays(source)` holds."""
+    return sum(file.stat().st_size for file in find_arrays(source).rglob("*") if file.is_file())
 
 
 def _check_plausible(path: Path, leaves: Metadata) -> None:
     """A file of a kilobyte can declare arrays of any size, which reading would allocate. Arrays
     that are all zeros take no room on disk, hence the margin."""
-    declared = bytes_of(leaves)
-    if declared > 1 << 30 and declared > 1000 * (held := bytes_on_disk(path)):
+    declared = count_bytes(leaves)
+    if declared > 1 << 30 and declared > 1000 * (held := count_bytes_on_disk(path)):
         raise DamagedError(
             f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes: that is a"
             " damaged or a hostile checkpoint, and it is not read"
@@ -188,13 +189,13 @@ def _check_chunks(path: Path, name: str, leaf: Any) -> None:
 
 def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False) -> PyTree:
     """Reads a tree like `target` (arrays or `ShapeDtypeStruct`s, which give the shardings) from
-    `resolve(source)`.
+    `find_arrays(source)`.
 
     Only the target's leaves are read; with `exact` the checkpoint must hold no others. The target
     may have stacks of blocks. Raises `UserError` where names, shapes or dtypes differ (looked at
     before anything is read), `DamagedError` for a damaged checkpoint.
     """
-    path = resolve(source)
+    path = find_arrays(source)
     wanted: Metadata = {}
     for name, like in flatten(target).items():
         shape, dtype = shape_and_dtype(like)
@@ -207,7 +208,7 @@ def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False)
         names = expand_stack(name)
         return leaves[name] if names == [name] else np.stack([leaves[n] for n in names])
 
-    placed = [place(whole(name), like) for name, like in flatten(target).items()]
+    placed = [place_like(whole(name), like) for name, like in flatten(target).items()]
     return jax.tree.unflatten(jax.tree.structure(target), placed)
 
 
@@ -231,7 +232,7 @@ def _check_same(path: Path, wanted: Metadata, stored: Metadata, *, exact: bool) 
 
 
 def _metadata_tree(path: Path) -> PyTree:
-    with damage(path), for_orbax(path) as alias:
+    with explain_damage(path), orbax_alias(path) as alias:
         return ocp.PyTreeCheckpointHandler().metadata(alias).tree
 
 
@@ -241,13 +242,13 @@ def _manifest_of(path: Path) -> Manifest | None:
     if path.name != "state" or not (file.exists() or (path.parent / "host").exists()):
         return None
     manifest = _manifest_json(path.parent)
-    with damage(path):
+    with explain_damage(path):
         return {k: dict(v, crc32=int(v["crc32"])) for k, v in manifest["leaves"].items()}
 
 
 def _manifest_json(step: Path) -> dict:
     """The manifest of a step. Raises `DamagedError` if the folder has the name of another step."""
-    manifest, named = read_json(step / "manifest" / "metadata"), step_of(step.name)
+    manifest, named = read_json(step / "manifest" / "metadata"), parse_step(step.name)
     if named is not None and (saved := manifest.get("step", named)) != named:
         raise DamagedError(
             f"{step} was saved as step {saved} and renamed since; rename it to {saved}"

@@ -37,7 +37,7 @@ def convert(
     Raises `UserError` as `load_weights` and `manager.write_tree` do.
     """
     seen = weights.preprocessing(model_name, source)
-    out = manager.new_folder(out)  # told before anything is downloaded or read
+    out = manager.check_new_folder(out)  # told before anything is downloaded or read
     file = Path(path).expanduser() if path else hub.fetch(model_name, source)
     fields: dict[str, Any] = {} if head else {"num_classes": None}
     found = weights.open_weights(

@@ -31,14 +31,14 @@ def list_class_names(dataset: Dataset, width: int) -> list[str]:
 
 def load_variables(
     components: RunComponents, workdir: str | os.PathLike, checkpoint: str = ""
-) -> tuple[PyTree, finding.Chosen]:
+) -> tuple[PyTree, finding.StepChoice]:
     """(variables, the checkpoint that was taken) of a run as it evaluates them: its averaged
     weights where it has some. Every block has its name, whether the run scans or not.
 
     `checkpoint`: best, latest, a step, or "" (`finding.choose_step`). Only what is asked for is
     read. Raises `UserError`.
     """
-    source = finding.arrays_of(workdir, checkpoint)
+    source = finding.find_step_arrays(workdir, checkpoint)
     sharding = jax.sharding.NamedSharding(components.mesh, jax.sharding.PartitionSpec())
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

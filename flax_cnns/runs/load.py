@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from flax_cnns.checkpoint.finding import CURES, damage
+from flax_cnns.checkpoint.finding import REPAIRS, explain_damage
 from flax_cnns.data import augment
 from flax_cnns.data.load import load_dataset
 from flax_cnns.data.types import Dataset
@@ -50,7 +50,7 @@ def load_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
     check_trust({"model": {"name": network[0]}} if network else {}, trust, str(workdir))
     facts = workdir / "dataset.json"
     if facts.is_file():
-        with damage(facts, CURES[facts.name]):
+        with explain_damage(facts, REPAIRS[facts.name]):
             dataset = Dataset.from_dict(workdirs.read_json(facts))
     else:  # a run of before it was written
         dataset = load_dataset(config.data)

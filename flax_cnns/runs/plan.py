@@ -16,7 +16,7 @@ import numpy as np
 from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft as grafting
-from flax_cnns.checkpoint.graft.sources import Source, open_source
+from flax_cnns.checkpoint.graft.sources import GraftSource, open_source
 from flax_cnns.errors import UserError
 from flax_cnns.layers import norm
 from flax_cnns.runs.build import (
@@ -284,7 +284,7 @@ def choose_best_metric(components: RunComponents) -> tuple[str, str]:
 
 
 def dry_run(
-    config: Any, sources: dict[Any, Source] | None = None, *, begun: bool = False
+    config: Any, sources: dict[Any, GraftSource] | None = None, *, begun: bool = False
 ) -> tuple[RunComponents, int]:
     """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
 
@@ -309,17 +309,17 @@ def dry_run(
     return components, plan.total_steps
 
 
-def _check_needs(config: Any, components: RunComponents, sources: dict[Any, Source]) -> None:
+def _check_needs(config: Any, components: RunComponents, sources: dict[Any, GraftSource]) -> None:
     """Raises `UserError` if wandb is missing, or if the weights of `config.graft` do not fit."""
     if config.log.wandb:
         import_wandb()
     if config.graft.source:
-        options = grafting.options_of(config.graft)
+        options = grafting.read_options(config.graft)
         name = config.graft.source, options.averaged
         if name not in sources:
             sources[name] = open_source(config.graft.source, averaged=options.averaged)
         target = jax.eval_shape(components.init_variables)
-        grafting.check(sources[name], target, config.graft.rules, options)
+        grafting.check_graft(sources[name], target, config.graft.rules, options)
 
 
 def find_problems(components: RunComponents, fraction: float = 1.0) -> list[str]:

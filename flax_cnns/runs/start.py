@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from flax_cnns import files
-from flax_cnns.checkpoint.graft.graft import graft_config
+from flax_cnns.checkpoint.graft.graft import graft_from_config
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.runs.plan import RunPlan
 from flax_cnns.train import loop, parallel
@@ -39,7 +39,7 @@ def make_initial_state(
     # 2. and 3. Fresh values, and the graft over them.
     variables = components.init_variables()
     if config.graft.source:
-        variables, grafted = graft_config(config.graft, variables, plan.layer_order)
+        variables, grafted = graft_from_config(config.graft, variables, plan.layer_order)
         if jax.process_index() == 0:
             print(grafted)
             files.write_json(workdir / "graft.json", grafted.as_dict())

@@ -117,7 +117,7 @@ def run(
         # Each process looks for itself, and one that saw another state would wait for ever.
         complete = (workdir / "summary.json").is_file()
         launch.check_processes_agree(
-            f"{complete} {finding.steps(workdir)}",
+            f"{complete} {finding.all_steps(workdir)}",
             what="what the run directory holds",
             cure=f"{workdir} must be one directory that all of them see",
         )
@@ -126,12 +126,14 @@ def run(
             check_complete_run(config, workdir, fingerprint, accept_changed_data, objects)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
-                with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
+                with finding.explain_damage(
+                    workdir / "summary.json", finding.REPAIRS["summary.json"]
+                ):
                     tables.print_summary(summary)
             return summary
         if config.log.wandb:
             import_wandb()  # before the data is loaded
-        components = build_components(config, objects, begun=bool(finding.steps(workdir)))
+        components = build_components(config, objects, begun=bool(finding.all_steps(workdir)))
         change = check_run_data(workdir, components.dataset, accept_changed_data)
         record = components.describe_own_parts()
         changed = check_own_parts(workdir, record, begun=begun)

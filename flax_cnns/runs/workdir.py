@@ -22,9 +22,9 @@ from typing import Any
 
 from flax_cnns import config as configs
 from flax_cnns.checkpoint import finding
-from flax_cnns.checkpoint.finding import steps
-from flax_cnns.checkpoint.lock import lock
-from flax_cnns.checkpoint.place import check_place
+from flax_cnns.checkpoint.finding import all_steps
+from flax_cnns.checkpoint.locations import check_location
+from flax_cnns.checkpoint.lock import DirectoryLock
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
 from flax_cnns.files import replace_nonfinite, write_json
@@ -42,7 +42,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         return replace_nonfinite(finding.read_json(path))
     except finding.DamagedError as error:
-        cure = "" if path.name in finding.CURES else "; put it right or remove the run"
+        cure = "" if path.name in finding.REPAIRS else "; put it right or remove the run"
         raise finding.DamagedError(f"{error}{cure}") from None
 
 
@@ -73,18 +73,18 @@ def read_config(workdir: str | os.PathLike) -> Any:
 def _check_fields(path: pathlib.Path, complete: dict[str, Any]) -> None:
     if missing := sorted(configs.FIELDS.keys() - configs.flatten(complete).keys()):
         raise finding.DamagedError(
-            f"{path} is damaged: the field {missing[0]!r} is missing; {finding.CURES[path.name]}"
+            f"{path} is damaged: the field {missing[0]!r} is missing; {finding.REPAIRS[path.name]}"
         )
 
 
 def _completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
-    with finding.damage(path, finding.CURES[path.name]):
+    with finding.explain_damage(path, finding.REPAIRS[path.name]):
         return configs.add_missing_fields(read_json(path))
 
 
 def describe_resume(workdir: pathlib.Path) -> str:
     """The end of a message: what the same command does after this run was interrupted."""
-    if saved := steps(workdir):
+    if saved := all_steps(workdir):
         return f"the same command goes on from step {saved[-1]}"
     return "nothing of this run was saved; the same command starts it again"
 
@@ -150,7 +150,7 @@ def check_workdir(
 
 def has_begun(workdir: pathlib.Path) -> bool:
     """Whether the run has taken a step."""
-    return bool(steps(workdir)) or (workdir / "metrics.jsonl").is_file()
+    return bool(all_steps(workdir)) or (workdir / "metrics.jsonl").is_file()
 
 
 # ---------------------------------------------------------------------------- the run's data
@@ -184,11 +184,11 @@ def find_data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> lis
     of an older version: class names, the mean if it was computed, and counts if it is complete."""
     facts = read_dataset_facts(workdir)
     if "fingerprint" in facts:
-        with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
+        with finding.explain_damage(workdir / "dataset.json", finding.REPAIRS["dataset.json"]):
             return fingerprints.differences(facts["fingerprint"], seen.fingerprint)
     found = []
     if seen.fingerprint and "class_names" in facts:
-        with finding.damage(workdir / "dataset.json", finding.CURES["dataset.json"]):
+        with finding.explain_damage(workdir / "dataset.json", finding.REPAIRS["dataset.json"]):
             found += fingerprints.class_differences(
                 facts["class_names"], seen.fingerprint["classes"]
             )
@@ -197,7 +197,7 @@ def find_data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> lis
     if (workdir / "summary.json").is_file():
         size = read_config(workdir).data.batch_size
         summary = read_json(workdir / "summary.json")
-        with finding.damage(workdir / "summary.json", finding.CURES["summary.json"]):
+        with finding.explain_damage(workdir / "summary.json", finding.REPAIRS["summary.json"]):
             found += fingerprints.count_differences(summary, size, seen.counts)
     return found
 
@@ -253,7 +253,7 @@ def record_accepted_change(workdir: pathlib.Path, change: Mapping[str, Any]) -> 
     facts = read_dataset_facts(workdir)
     known = facts.get("accepted_changes", [])
     if change not in [{k: v for k, v in one.items() if k != "step"} for one in known]:
-        facts["accepted_changes"] = [*known, {"step": max(steps(workdir), default=0), **change}]
+        facts["accepted_changes"] = [*known, {"step": max(all_steps(workdir), default=0), **change}]
         write_json(workdir / "dataset.json", facts)
 
 
@@ -284,14 +284,14 @@ def open_workdir(workdir: pathlib.Path, *, primary: bool) -> Iterator[WorkdirHan
     With several processes the primary one does it for all. Raises `UserError` where the directory
     is in use or cannot be written.
     """
-    check_place(workdir)
+    check_location(workdir)
     opened = WorkdirHandle()
     if not primary:
         yield opened
         return
     made = [p for p in (workdir, *workdir.parents) if not p.exists()]
     locked_before = (workdir / ".lock").exists()
-    with lock(workdir):
+    with DirectoryLock(workdir):
         try:
             yield opened
         except BaseException:

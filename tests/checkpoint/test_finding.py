@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flax_cnns.checkpoint import finding
-from flax_cnns.checkpoint.finding import DamagedError, resolve
+from flax_cnns.checkpoint.finding import DamagedError, find_arrays
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.reading import read_metadata
 from flax_cnns.errors import UserError
@@ -27,7 +27,7 @@ def run(tmp_path):
 
 def test_run_alone_means_what_its_summary_tested_and_the_latest_of_an_unfinished_one(run):
     def step(source=run):
-        return int(resolve(source).parent.name)
+        return int(find_arrays(source).parent.name)
 
     (run / "config.json").write_text('{"train": {"test_on": "best"}}')
     assert step() == step(run / "checkpoints") == 3
@@ -43,18 +43,18 @@ def test_run_alone_means_what_its_summary_tested_and_the_latest_of_an_unfinished
     with pytest.raises(
         UserError, match=r"no checkpoint 12, which was tested for its summary.json; it h"
     ):
-        resolve(run)
+        find_arrays(run)
     (run / "summary.json").write_text("[]")
     with pytest.raises(DamagedError, match=r"summary.json is damaged: .* a list; remove it, and"):
-        resolve(run)
+        find_arrays(run)
     assert step(f"{run}@best") == 1
 
 
 def test_a_flipped_bit_in_metrics_makes_no_other_checkpoint_the_best(run):
     change_metrics(run / "checkpoints/3")
     with pytest.raises(DamagedError, match="3/metrics/metrics is damaged: its CRC32 is not"):
-        resolve(f"{run}@best")
-    assert resolve(f"{run}@3") == run / "checkpoints/3/state"
+        find_arrays(f"{run}@best")
+    assert find_arrays(f"{run}@3") == run / "checkpoints/3/state"
 
 
 def test_a_step_that_was_renamed_is_not_taken_for_another(run):
@@ -82,8 +82,8 @@ def test_manifests_without_step_and_metrics_are_older_and_as_good(run):
 @pytest.mark.parametrize("name", ["\u00b2", "\u0663", "007"])
 def test_folders_named_by_digits_that_are_not_steps(run, name):
     (run / "checkpoints" / name).mkdir()
-    assert finding.steps(run) == [1, 2, 3]
+    assert finding.all_steps(run) == [1, 2, 3]
     with pytest.raises(UserError, match="is not a step: expected"):
         Checkpoints(run / "checkpoints")
     with pytest.raises(UserError, match="it has best, latest, 1, 2, 3"):
-        resolve(f"{run}@{name}")
+        find_arrays(f"{run}@{name}")

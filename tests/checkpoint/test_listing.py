@@ -50,7 +50,7 @@ def misuse(source, **options):
 def test_the_tree_is_listed_and_no_array_read(run, monkeypatch):
     monkeypatch.setattr(reading, "read_leaves", None)
     lines = listing(run)
-    on_disk = reading.bytes_on_disk(run)
+    on_disk = reading.count_bytes_on_disk(run)
     assert lines[:3] == [
         f"{run}/checkpoints/7/state",
         "step 7 (tested for summary.json), validation/accuracy 0.9",
@@ -89,7 +89,7 @@ def test_a_part_of_the_tree(run):
 
 
 def test_verifying(run, monkeypatch):
-    monkeypatch.setattr("flax_cnns.checkpoint.reading.AT_ONCE", 50)  # several reads
+    monkeypatch.setattr("flax_cnns.checkpoint.reading.MAX_PORTION_BYTES", 50)  # several reads
     assert listing(run, verify=True)[-1] == "read, and equal to their CRC32s"
     flip_a_bit(run / "checkpoints/7")
     assert listing(run)[-1] == "CRC32s: yes (--verify compares them)"

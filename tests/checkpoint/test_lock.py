@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from flax_cnns.checkpoint.lock import DirectoryLock, lock
+from flax_cnns.checkpoint.lock import DirectoryLock
 from flax_cnns.errors import UserError
 
 HOLD = """
 import sys, time
-from flax_cnns.checkpoint.lock import lock
-with lock(sys.argv[1]):
+from flax_cnns.checkpoint.lock import DirectoryLock
+with DirectoryLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -24,25 +24,25 @@ def test_a_second_process_reads_who_holds_it_and_kill_9_frees_it(tmp_path):
     try:
         assert child.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=rf"{run} is in use by pid {child.pid} on host \S+;"):
-            lock(run)
+            DirectoryLock(run)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    with lock(run):
+    with DirectoryLock(run):
         assert (run / ".lock").read_text().startswith(f"pid {os.getpid()} on host ")
 
 
 def test_one_process_too_takes_it_once(tmp_path):
-    with lock(tmp_path), pytest.raises(UserError, match="in use by pid"):
-        lock(tmp_path)
-    lock(tmp_path).release()
+    with DirectoryLock(tmp_path), pytest.raises(UserError, match="in use by pid"):
+        DirectoryLock(tmp_path)
+    DirectoryLock(tmp_path).release()
 
 
 def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
-    with lock(tmp_path):
+    with DirectoryLock(tmp_path):
         child = subprocess.Popen(["sleep", "60"])
     try:
-        lock(tmp_path).release()
+        DirectoryLock(tmp_path).release()
     finally:
         child.kill()
         child.wait()
@@ -57,14 +57,14 @@ def test_a_directory_cleared_away_between_open_and_lock(tmp_path, monkeypatch):
         take(self)
 
     monkeypatch.setattr(DirectoryLock, "_take", take_after_another_process_left)
-    with lock(tmp_path), pytest.raises(UserError, match="in use"):
-        lock(tmp_path)
+    with DirectoryLock(tmp_path), pytest.raises(UserError, match="in use"):
+        DirectoryLock(tmp_path)
 
 
 def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write into .*file/run: not a directory"):
-        lock(tmp_path / "file" / "run")
+        DirectoryLock(tmp_path / "file" / "run")
 
 
 def test_locking_imports_no_jax():

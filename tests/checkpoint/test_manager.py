@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_cnns.checkpoint import finding
-from flax_cnns.checkpoint.finding import DamagedError, resolve
+from flax_cnns.checkpoint.finding import DamagedError, find_arrays
 from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.checkpoint.reading import read_leaves, read_metadata, read_tree
 from flax_cnns.errors import UserError
@@ -132,7 +132,7 @@ def test_bit_exact_between_device_counts(tmp_path):
     state = make_state(7, sharding=mesh_of(1))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.restore(state) is None
-        assert checkpoints.steps() == []
+        assert checkpoints.all_steps() == []
         assert checkpoints.latest_step() is checkpoints.best_step() is None
         host = {"window": {"loss": 7.0}, "best": 0.25}
         checkpoints.save(7, state, host=host, metrics=None)
@@ -176,13 +176,13 @@ def test_the_latest_and_the_best_are_kept_and_nan_is_never_the_best(tmp_path):
             found = None if value is None else accuracy(value)
             checkpoints.save(step, {"w": np.ones(2)}, host={}, metrics=found)
         checkpoints.wait()
-        assert checkpoints.steps() == [3, 6, 7]  # the newest of equals
+        assert checkpoints.all_steps() == [3, 6, 7]  # the newest of equals
         assert checkpoints.best_step() == 3
     # The metrics outlive the process.
     with Checkpoints(tmp_path, keep_latest=1, keep_best=2) as checkpoints:
         checkpoints.save(8, {"w": np.ones(2)}, host={}, metrics=accuracy(0.7))
         checkpoints.wait()
-        assert checkpoints.steps() == [3, 8]
+        assert checkpoints.all_steps() == [3, 8]
         assert checkpoints.best_step() == 8
 
 
@@ -192,7 +192,7 @@ def test_the_best_may_be_the_lowest_of_another_metric(tmp_path):
             found = {"validation/loss": loss, "validation/accuracy": 0.1 * step}
             checkpoints.save(step, {"w": np.ones(2)}, host={}, metrics=found)
         checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 3, 4], 1)
+        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([1, 3, 4], 1)
     assert finding.best_step(tmp_path) == 1
     assert finding.read_metrics(tmp_path, 1)["score"] == 0.5
 
@@ -202,7 +202,7 @@ def test_without_validation_the_best_is_the_latest(tmp_path):
         for step in (1, 2, 3):
             checkpoints.save(step, {"w": np.ones(2)}, host={})
         checkpoints.wait()
-        assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3], 3)
+        assert (checkpoints.all_steps(), checkpoints.best_step()) == ([2, 3], 3)
 
 
 def test_the_newest_step_saved_again_is_replaced(run):
@@ -294,7 +294,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_taken(run, damage):
         assert (run / "checkpoints.damaged/3").is_dir()
         checkpoints.save(3, make_state(3), host={})
         checkpoints.wait()
-        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.all_steps() == [1, 2, 3]
 
 
 def test_all_damaged(run):
@@ -304,7 +304,7 @@ def test_all_damaged(run):
     (run / "checkpoints.damaged/3").mkdir(parents=True)  # from another time
     with Checkpoints(run / "checkpoints", report=lines.append) as checkpoints:
         assert checkpoints.restore(make_state()) is None
-        assert checkpoints.steps() == []
+        assert checkpoints.all_steps() == []
     assert sorted(p.name for p in (run / "checkpoints.damaged").iterdir()) == ["1", "2", "3", "3.1"]
     assert len(lines) == 4
     assert "no intact checkpoint is left" in lines[-1]
@@ -318,7 +318,7 @@ def test_an_explicit_step(run):
         flip_a_bit(run / "checkpoints/1")
         with pytest.raises(UserError, match=r"checkpoints/1/state is damaged: .* was written"):
             checkpoints.restore(make_state(), 1)
-        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.all_steps() == [1, 2, 3]
 
 
 def test_no_bit_flips_unseen(run):
@@ -353,7 +353,7 @@ def test_another_network(run):
         more.params["stage1"] = {"kernel": jnp.ones(2)}
         with pytest.raises(UserError, match="params/stage1/kernel is only here"):
             checkpoints.restore(more)
-        assert checkpoints.steps() == [1, 2, 3]  # nothing was moved
+        assert checkpoints.all_steps() == [1, 2, 3]  # nothing was moved
 
 
 def test_a_small_file_that_declares_huge_arrays_is_refused_before_it_is_read(tmp_path):
@@ -413,31 +413,31 @@ def test_reading_a_part(run):
 def test_opening_for_reading_makes_nothing(run):
     everything = lambda: sorted(map(str, run.rglob("*")))  # noqa: E731
     before = everything()
-    assert finding.steps(run) == finding.steps(run / "checkpoints") == [1, 2, 3]
+    assert finding.all_steps(run) == finding.all_steps(run / "checkpoints") == [1, 2, 3]
     assert (finding.latest_step(run), finding.best_step(run)) == (3, 1)
     assert finding.read_metrics(run, 2)["validation/accuracy"] == 0.5
-    assert resolve(f"{run}@best") == run / "checkpoints/1/state"
-    assert resolve(f"{run}@latest") == resolve(f"{run}@3") == run / "checkpoints/3/state"
-    assert resolve(run / "checkpoints/2") == resolve(f"{run}@2")
+    assert find_arrays(f"{run}@best") == run / "checkpoints/1/state"
+    assert find_arrays(f"{run}@latest") == find_arrays(f"{run}@3") == run / "checkpoints/3/state"
+    assert find_arrays(run / "checkpoints/2") == find_arrays(f"{run}@2")
     assert everything() == before
     empty = run.parent / "empty"
-    assert finding.steps(empty) == []
+    assert finding.all_steps(empty) == []
     assert finding.latest_step(empty) is finding.best_step(empty) is None
     assert not empty.exists()
 
 
 def test_sources_that_are_not_there(run):
     with pytest.raises(UserError, match="has no checkpoint '7'; it has best, latest, 1, 2, 3"):
-        resolve(f"{run}@7")
+        find_arrays(f"{run}@7")
     with pytest.raises(UserError, match="has no checkpoint 'bset'; it has best, latest, 1, 2, 3"):
-        resolve(f"{run}@bset")
+        find_arrays(f"{run}@bset")
     with pytest.raises(UserError, match=r"no checkpoint or run .*rum'; did you mean 'run'\?"):
-        resolve(run.parent / "rum")
+        find_arrays(run.parent / "rum")
     (run.parent / "empty@home").mkdir()
     with pytest.raises(UserError, match=r"empty@home holds no checkpoint \(yet\)"):
-        resolve(run.parent / "empty@home")
+        find_arrays(run.parent / "empty@home")
     with pytest.raises(UserError, match="has no checkpoint 'best': it is no run"):
-        resolve(f"{run.parent}/empty@home@best")
+        find_arrays(f"{run.parent}/empty@home@best")
 
 
 def test_what_kill_9_left_is_cleared_away(run):
@@ -510,7 +510,7 @@ def test_leaving_waits_and_does_not_hide_what_was_raised(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert finding.steps(tmp_path) == [1]
+    assert finding.all_steps(tmp_path) == [1]
 
 
 def test_settings_are_checked(tmp_path):

@@ -36,7 +36,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
         checkpoints.save(step, state(step), host={"step": step}, metrics=found)
     checkpoints.save(3, state(3), host={"step": "again"}, metrics={})
     checkpoints.wait()
-    assert checkpoints.steps() == [1, 2, 3], checkpoints.steps()
+    assert checkpoints.all_steps() == [1, 2, 3], checkpoints.all_steps()
     # What only one of them can read, both leave.
     from flax_cnns.checkpoint import reading
     from flax_cnns.errors import UserError

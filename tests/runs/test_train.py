@@ -55,7 +55,7 @@ def test_a_run_writes_what_it_returns(finished, config, capsys):
     assert [r["step"] for r in logged if "train/loss" in r] == [3, 6, 9, 12]
     assert [r["step"] for r in logged if "validation/loss" in r] == [5, 10, 12]
     assert sum("test/loss" in r for r in logged) == 1
-    assert finding.steps(workdir)[-1] == 12
+    assert finding.all_steps(workdir)[-1] == 12
     raw = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     first = [(r["step"], r["time/first_step"]) for r in raw if "time/first_step" in r]
     assert first == [(1, summary["seconds_to_first_step"])]
@@ -173,7 +173,7 @@ def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_pat
     run(config, tmp_path / "cut")
     chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
-    assert finding.steps(tmp_path / "cut") == finding.steps(tmp_path / "whole")
+    assert finding.all_steps(tmp_path / "cut") == finding.all_steps(tmp_path / "whole")
 
 
 def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_path):
@@ -374,7 +374,7 @@ def test_a_run_whose_test_met_no_image_is_finished_by_the_same_command(
     )
     with pytest.raises(UserError, match="digits: no image of the test split could be decoded"):
         run(config, tmp_path)
-    assert finding.steps(tmp_path)[-1] == 2
+    assert finding.all_steps(tmp_path)[-1] == 2
     assert not (tmp_path / "summary.json").exists()
     monkeypatch.undo()
     summarize = session.summarize
@@ -663,7 +663,7 @@ def test_a_run_under_another_config_names_the_fields(finished, config):
 
 
 def test_a_directory_in_use_or_of_something_else(config, tmp_path):
-    with lock.lock(tmp_path / "a"):
+    with lock.DirectoryLock(tmp_path / "a"):
         fails(config, tmp_path / "a", rf"in use by pid {os.getpid()} on host")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()

@@ -26,16 +26,16 @@ import numpy as np
 from flax_cnns import tree as pytree
 from flax_cnns.checkpoint.graft.report import (
     COLLECTIONS,
-    Report,
-    by_depth,
-    depths,
-    layer_of,
-    left_behind,
-    shorten,
-    skipped_below,
+    GraftReport,
+    find_left_behind,
+    find_skipped_below,
+    join_names,
+    make_depth_key,
+    sort_by_depth,
+    split_layer,
 )
-from flax_cnns.checkpoint.graft.sources import Source, open_source
-from flax_cnns.checkpoint.manifest import place, shape_and_dtype
+from flax_cnns.checkpoint.graft.sources import GraftSource, open_source
+from flax_cnns.checkpoint.manifest import place_like, shape_and_dtype
 from flax_cnns.errors import UserError
 from flax_cnns.types import PyTree
 from flax_cnns.weights import adapt
@@ -52,7 +52,7 @@ def graft(
     adapt_stem: bool = False,
     resize_positions: bool = False,
     averaged: bool = False,
-) -> tuple[PyTree, Report]:
+) -> tuple[PyTree, GraftReport]:
     r"""`(variables, report)`: the target with the leaves that the rules take from the source.
 
     `source`: RUN (see `finding.choose_step`), RUN@best, RUN@latest, RUN@1200, the path of any Orbax
@@ -79,7 +79,7 @@ def graft(
     """
     wanted = pytree.flatten(target)
     decided = pytree.decide(rules, wanted, what="graft")  # before anything is fetched or read
-    options = Options(adapt_stem, resize_positions, averaged)
+    options = GraftOptions(adapt_stem, resize_positions, averaged)
     found = open_source(source, averaged=averaged)
     chosen, plans = _plan(decided, wanted, found, options, order)
     arrays = found.read(set(chosen.values()))
@@ -88,12 +88,14 @@ def graft(
         for path, there in chosen.items()
     }
     _check_finite(chosen, wanted, made, found)
-    leaves = [place(made[path], like) if path in made else like for path, like in wanted.items()]
+    leaves = [
+        place_like(made[path], like) if path in made else like for path, like in wanted.items()
+    ]
     report = _report(chosen, plans, wanted, found, order)
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
 
 
-class Options(NamedTuple):
+class GraftOptions(NamedTuple):
     """What `graft` may do beyond copying; the fields of `config.graft` of these names."""
 
     adapt_stem: bool = False
@@ -101,22 +103,24 @@ class Options(NamedTuple):
     averaged: bool = False
 
 
-def options_of(config: Any) -> Options:
+def read_options(config: Any) -> GraftOptions:
     """The options that `config.graft` sets."""
-    return Options(*(config[name] for name in Options._fields))
+    return GraftOptions(*(config[name] for name in GraftOptions._fields))
 
 
-def graft_config(config: Any, target: PyTree, order: Sequence[str]) -> tuple[PyTree, Report]:
+def graft_from_config(
+    config: Any, target: PyTree, order: Sequence[str]
+) -> tuple[PyTree, GraftReport]:
     """Runs `graft` with the fields of `config.graft`."""
-    options = options_of(config)._asdict()
+    options = read_options(config)._asdict()
     return graft(config.source, target, config.rules, order, **options)
 
 
-def check(
-    source: Source,
+def check_graft(
+    source: GraftSource,
     target: PyTree,
     rules: pytree.Rules,
-    options: Options = Options(),  # noqa: B008
+    options: GraftOptions = GraftOptions(),  # noqa: B008
 ) -> None:
     """Raises the `UserError` that `graft` would, as far as it can be told without an array."""
     wanted = pytree.flatten(target)
@@ -126,8 +130,8 @@ def check(
 def _plan(
     decided: Mapping[str, tuple[int, Any, re.Match]],
     wanted: Mapping[str, Any],
-    found: Source,
-    options: Options,
+    found: GraftSource,
+    options: GraftOptions,
     order: Sequence[str] = (),
 ) -> tuple[dict[str, str], dict[str, adapt.Plan]]:
     """(`{path in the target: path in the source}` without the fresh ones, `{path in the target: how
@@ -147,15 +151,15 @@ def _plan(
 def _adapted(
     chosen: Mapping[str, str],
     wanted: Mapping[str, Any],
-    source: Source,
-    options: Options,
+    source: GraftSource,
+    options: GraftOptions,
     order: Sequence[str],
 ) -> dict[str, adapt.Plan]:
     """The plans of the leaves that options fit. Raises `UserError` if an option that is off
     would."""
-    depth = depths(order)
+    depth = make_depth_key(order)
     lowest = min(
-        (depth(layer_of(path)[1]) for path in wanted if _is_kernel(wanted[path])), default=()
+        (depth(split_layer(path)[1]) for path in wanted if _is_kernel(wanted[path])), default=()
     )
     plans = {}
     for path, there in chosen.items():
@@ -166,7 +170,7 @@ def _adapted(
             tuple(came),
             stem=options.adapt_stem,
             positions=options.resize_positions,
-            first=depth(layer_of(path)[1]) == lowest,
+            first=depth(split_layer(path)[1]) == lowest,
         )
         if found is None:
             continue
@@ -186,7 +190,7 @@ def _is_kernel(leaf: Any) -> bool:
 
 def _fresh_pattern(path: str) -> str:
     """A regex for the layer of a leaf; for the leaf itself if it lies in no layer."""
-    collection, layer = layer_of(path)
+    collection, layer = split_layer(path)
     return f"{path.rpartition('/')[0]}/.*" if layer or not collection else re.escape(path)
 
 
@@ -194,21 +198,21 @@ def _report(
     chosen: dict[str, str],
     plans: Mapping[str, adapt.Plan],
     wanted: Mapping[str, Any],
-    source: Source,
+    source: GraftSource,
     order: Sequence[str],
-) -> Report:
-    shapes = {path: list(wanted[path].shape) for path in by_depth(wanted, order)}
+) -> GraftReport:
+    shapes = {path: list(wanted[path].shape) for path in sort_by_depth(wanted, order)}
     there = {path: list(leaf.shape) for path, leaf in source.leaves.items()}
     fresh = tuple(path for path in wanted if path not in chosen)
-    notes = [source.note] if source.note else []
+    notes = [source.preprocessing_note] if source.preprocessing_note else []
     notes += source.notes
     notes += [f"{path}: {plan.text}" for path, plan in plans.items()]
-    if not source.checksums:
+    if not source.has_checksums:
         notes.append("the source has no checksums: a flipped bit in it would not be noticed")
     averaged = any(path.startswith("ema/") for path in source.leaves)
     if averaged and not any(path.startswith("ema/") for path in chosen.values()):
         notes.append("the source has averaged weights too, which a rule takes from r'ema/\\1'")
-    return Report(
+    return GraftReport(
         source=source.name,
         folder="" if source.folder is None else str(source.folder),
         chosen=source.chosen,
@@ -219,8 +223,8 @@ def _report(
             for path in fresh
             if path in there and there[path] != shapes[path]
         },
-        left_behind=left_behind(set(chosen.values()), source.leaves),
-        skipped_below=skipped_below(chosen, wanted, order),
+        left_behind=find_left_behind(set(chosen.values()), source.leaves),
+        skipped_below=find_skipped_below(chosen, wanted, order),
         notes=tuple(notes),
         shapes=shapes,
         adapted={path: plan.text for path, plan in plans.items()},
@@ -228,10 +232,10 @@ def _report(
 
 
 def _choose(
-    decided: Mapping[str, tuple[int, Any, re.Match]], source: Source, averaged: bool
+    decided: Mapping[str, tuple[int, Any, re.Match]], source: GraftSource, averaged: bool
 ) -> dict[str, str]:
     chosen, missing = {}, []
-    prefix = "ema/" if averaged and not source.averaged else ""
+    prefix = "ema/" if averaged and not source.is_averaged else ""
     if prefix and not any(path.startswith(prefix) for path in source.leaves):
         raise UserError(
             f"graft: averaged=True, but {source.name} has no averaged weights; set averaged=False"
@@ -261,7 +265,9 @@ def _choose(
     return chosen
 
 
-def _check_shapes(chosen: Mapping[str, str], wanted: Mapping[str, Any], source: Source) -> None:
+def _check_shapes(
+    chosen: Mapping[str, str], wanted: Mapping[str, Any], source: GraftSource
+) -> None:
     problems = []
     for path, there in chosen.items():
         (shape, dtype), (came, came_dtype) = map(
@@ -277,7 +283,7 @@ def _check_shapes(chosen: Mapping[str, str], wanted: Mapping[str, Any], source: 
     if problems:
         pattern = _fresh_pattern(problems[0].split(" ")[0])
         raise UserError(
-            f"graft: {shorten(problems, 3)} in {source.name}; nothing is padded or cut:"
+            f"graft: {join_names(problems, 3)} in {source.name}; nothing is padded or cut:"
             f" make such layers fresh with a rule before the others, ({pattern!r}, None)"
         )
 
@@ -286,7 +292,7 @@ def _check_finite(
     chosen: Mapping[str, str],
     wanted: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray],
-    source: Source,
+    source: GraftSource,
 ) -> None:
     """`arrays` are by paths in the target. In its dtypes large numbers may overflow."""
     for path, there in chosen.items():
@@ -306,8 +312,8 @@ def _check_not_parted(chosen: Mapping[str, str], wanted: Collection[str]) -> Non
     # collections, where the names say nothing about what belongs together}}
     origins: dict[str, dict[str, set[str | None]]] = {}
     for path in wanted:
-        collection, layer = layer_of(path)
-        known, there = layer_of(chosen[path]) if path in chosen else ("", None)
+        collection, layer = split_layer(path)
+        known, there = split_layer(chosen[path]) if path in chosen else ("", None)
         origin = there if known or there is None else ""
         origins.setdefault(layer, {}).setdefault(collection, set()).add(origin)
     for layer, collections in origins.items():

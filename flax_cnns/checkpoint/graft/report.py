@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from flax_cnns.checkpoint.finding import step_of
+from flax_cnns.checkpoint.finding import parse_step
 from flax_cnns.names import make_console
 
 COLLECTIONS = ("params", "batch_stats")
-MOST_ROWS = 40  # of a table; the rest is in graft.json
+MAX_ROWS = 40  # of a table; the rest is in graft.json
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class GraftReport:
     """What became of every leaf, by path. `print(report)` gives the table, `report.summary` the
     line below it."""
 
@@ -42,20 +42,20 @@ class Report:
         text = f"grafted {len(self.grafted)}, fresh {len(self.fresh)}"
         text += f", left behind {len(self.left_behind)}"
         if self.left_behind:
-            text += f": {shorten(_tops(self.left_behind))}"
+            text += f": {join_names(_tops(self.left_behind))}"
         return text
 
     def __str__(self) -> str:
         file = io.StringIO()
         make_console(file=file, width=100).print(self._table())
         lines = [line.rstrip() for line in file.getvalue().splitlines()]
-        step = step_of(pathlib.PurePath(self.folder).parent.name)
+        step = parse_step(pathlib.PurePath(self.folder).parent.name)
         title = f"grafted from {self.source}{f', step {step}' if step is not None else ''}"
         title += f" ({self.chosen})" if self.chosen else ""
         notes = list(self.notes)
         if self.skipped_below:
             notes.append(
-                f"{shorten(self.skipped_below)} fresh, with loaded layers above: it makes little"
+                f"{join_names(self.skipped_below)} fresh, with loaded layers above: it makes little"
                 " sense to load a layer when a layer below was skipped"
             )
         return "\n".join([title, *lines, self.summary, *(f"note: {note}" for note in notes)])
@@ -92,10 +92,10 @@ class _Leaf(NamedTuple):
     origin: str | None  # the source's place; None: fresh
 
 
-Row = tuple[str, list[_Leaf], str | None]
+_Row = tuple[str, list[_Leaf], str | None]
 
 
-def _parts(leaves: Iterable[_Leaf], depth: int = 1) -> Iterator[Row]:
+def _parts(leaves: Iterable[_Leaf], depth: int = 1) -> Iterator[_Row]:
     """(part, its leaves, where they start from): parts as large as one origin explains them."""
     parts: dict[str, list[_Leaf]] = {}
     for leaf in leaves:
@@ -119,10 +119,10 @@ def _origin_of(part: str, leaf: _Leaf) -> str | None:
 
 
 def _add_rows(
-    table: Table, rows: Iterable[Row], mismatched: dict[str, Any], fresh: str = "fresh"
+    table: Table, rows: Iterable[_Row], mismatched: dict[str, Any], fresh: str = "fresh"
 ) -> None:
     rows = list(rows)
-    for part, leaves, origin in rows[:MOST_ROWS]:
+    for part, leaves, origin in rows[:MAX_ROWS]:
         sizes = [leaf.size for leaf in leaves]
         numbers = "" if None in sizes else f"{sum(sizes):,}"
         text = fresh if origin is None else origin
@@ -130,7 +130,7 @@ def _add_rows(
             here, there = wrong[-1]["here"], wrong[-1]["there"]
             text += f": {here} here, {there} there"
         table.add_row(*map(Text, (part, str(len(leaves)), numbers, text)))
-    if hidden := rows[MOST_ROWS:]:
+    if hidden := rows[MAX_ROWS:]:
         table.add_row("…", str(sum(len(row[1]) for row in hidden)), "", f"{len(hidden)} more parts")
 
 
@@ -138,7 +138,7 @@ def _place(path: str | None) -> str | None:
     return None if path is None else _split(path)[1]
 
 
-def layer_of(path: str) -> tuple[str, str]:
+def split_layer(path: str) -> tuple[str, str]:
     """`("params", "ema/stem/norm")` of "ema/params/stem/norm/scale"; ("", ...) without a
     collection.
     """
@@ -154,18 +154,18 @@ def _split(path: str) -> tuple[str, str]:
     return collection, "/".join(names)
 
 
-def by_depth(paths: Iterable[str], order: Sequence[str]) -> list[str]:
+def sort_by_depth(paths: Iterable[str], order: Sequence[str]) -> list[str]:
     """The paths as images pass their layers: by `order`, then by their names."""
-    depth = depths(order)
-    return sorted(paths, key=lambda path: depth(layer_of(path)[1]))
+    depth = make_depth_key(order)
+    return sorted(paths, key=lambda path: depth(split_layer(path)[1]))
 
 
-def depths(order: Sequence[str]) -> Any:
+def make_depth_key(order: Sequence[str]) -> Any:
     places = {layer: place for place, layer in enumerate(order)}
-    return lambda layer: (places.get(layer, len(places)), by_name(layer))
+    return lambda layer: (places.get(layer, len(places)), network_order(layer))
 
 
-def left_behind(used: Collection[str], stored: Collection[str]) -> tuple[str, ...]:
+def find_left_behind(used: Collection[str], stored: Collection[str]) -> tuple[str, ...]:
     """The weights that nothing took: the averaged ones count only where some of them were taken."""
     averaged = {path.startswith("ema/") for path in used}
 
@@ -179,13 +179,13 @@ def left_behind(used: Collection[str], stored: Collection[str]) -> tuple[str, ..
     return tuple(path for path in stored if counts(path) and path not in used)
 
 
-def skipped_below(
+def find_skipped_below(
     chosen: Collection[str], wanted: Collection[str], order: Sequence[str]
 ) -> tuple[str, ...]:
     """The fresh layers that lie below a grafted one, the lowest first. Auxiliary heads stand beside
     the way of the images, and count as neither."""
-    depth = depths(order)
-    layers = {path: layer_of(path)[1] for path in wanted}
+    depth = make_depth_key(order)
+    layers = {path: split_layer(path)[1] for path in wanted}
     layers = {path: layer for path, layer in layers.items() if not layer.startswith("aux")}
     highest = max((depth(layers[path]) for path in chosen if path in layers), default=())
     # The network's own leaves, such as position embeddings, lie in no layer.
@@ -197,7 +197,7 @@ def skipped_below(
     return tuple(sorted(fresh, key=fresh.get))
 
 
-def by_name(path: str) -> tuple:
+def network_order(path: str) -> tuple:
     """Sorts paths as images pass them, by our names: the stem, then by number, then the head.
 
     JAX sorts the names of every tree that it touches, so the order of creation is not to be had.
@@ -213,7 +213,7 @@ def by_name(path: str) -> tuple:
 
 def _tops(paths: Collection[str]) -> list[str]:
     """The first names of the layers, each once; of a leaf in no layer, its own name."""
-    layers = {path: layer_of(path)[1].removeprefix("ema/").removesuffix("ema") for path in paths}
+    layers = {path: split_layer(path)[1].removeprefix("ema/").removesuffix("ema") for path in paths}
     return list(
         dict.fromkeys(
             f"{layer.split('/')[0]}/…" if layer else path.rpartition("/")[2]
@@ -222,6 +222,6 @@ def _tops(paths: Collection[str]) -> list[str]:
     )
 
 
-def shorten(words: Any, most: int = 6) -> str:
+def join_names(words: Any, most: int = 6) -> str:
     words = list(words)
     return ", ".join(words[:most]) + (f", … ({len(words)} in all)" if len(words) > most else "")

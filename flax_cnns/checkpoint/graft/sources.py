@@ -25,19 +25,21 @@ BGR_NOTE = (
 _FOREIGN = re.compile(r"(\w+):([^/=]+)(?:=(.+))?")
 
 
-class Source(NamedTuple):
+class GraftSource(NamedTuple):
     name: str  # what was asked for
     folder: Path | None  # of a checkpoint's arrays
     leaves: dict[str, jax.ShapeDtypeStruct]  # all there are, by path
     read: Callable[[Collection[str]], dict[str, np.ndarray]]  # only these, as host arrays
-    checksums: bool  # whether reading notices a flipped bit; a tree in memory has none to notice
-    note: str = ""  # what one should know who trains on with it
+    has_checksums: (
+        bool  # whether reading notices a flipped bit; a tree in memory has none to notice
+    )
+    preprocessing_note: str = ""  # what one should know who trains on with it
     notes: tuple[str, ...] = ()  # what was chosen, renamed or left out on reading it
-    averaged: bool = False  # whether the leaves are the averaged weights that were asked for
+    is_averaged: bool = False  # whether the leaves are the averaged weights that were asked for
     chosen: str = ""  # why this checkpoint of a run was taken
 
 
-def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -> Source:
+def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -> GraftSource:
     """Finds a source and what leaves it has; a checkpoint's arrays are not read.
 
     `source`: RUN (see `finding.choose_step`), RUN@best, RUN@latest, RUN@1200, the path of any Orbax
@@ -60,21 +62,23 @@ def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -
 
         found = weights.open_weights(model, library, path, averaged=averaged, optional_head=True)
         note = _trained_on(model, library, weights.preprocessing(model, library)._asdict())
-        return _of_tree(found.tree, name)._replace(note=note, notes=found.notes, averaged=averaged)
+        return _of_tree(found.tree, name)._replace(
+            preprocessing_note=note, notes=found.notes, is_averaged=averaged
+        )
     if os.path.isfile(name):
         raise UserError(
             f"{name} is a file: expected a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE"
             f" for the file of another library, such as timm:resnet50={name}"
         )
-    folder = finding.resolve(source)
+    folder = finding.find_arrays(source)
     run, which = finding.split_source(source)
-    chosen = finding.choose_step(run, which).why if finding.steps(run) else ""
+    chosen = finding.choose_step(run, which).reason if finding.all_steps(run) else ""
     leaves = {k: jax.ShapeDtypeStruct(*v) for k, v in reading.read_metadata(folder).items()}
     about = reading.read_about(folder)
     seen = about.get("preprocessing")
     converted = {"model", "source"} <= about.keys() and isinstance(seen, dict)
     converted = converted and {"size", "mean", "std", "scale", "channels"} <= seen.keys()
-    return Source(
+    return GraftSource(
         name,
         folder,
         leaves,
@@ -98,9 +102,9 @@ def _trained_on(model: str, library: str, seen: Mapping[str, Any]) -> str:
     )
 
 
-def _of_tree(tree: PyTree, name: str) -> Source:
+def _of_tree(tree: PyTree, name: str) -> GraftSource:
     arrays = pytree.flatten(tree)
     leaves = {k: jax.ShapeDtypeStruct(*shape_and_dtype(v)) for k, v in arrays.items()}
-    return Source(
+    return GraftSource(
         name, None, leaves, lambda paths: {path: to_host(arrays[path]) for path in paths}, True
     )

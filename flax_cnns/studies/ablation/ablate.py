@@ -253,7 +253,7 @@ def ablate(
     saved.
     """
     _check_alone()
-    workdirs.check_place(folder)
+    workdirs.check_location(folder)
     made = plan.make_rows(config, sweep, folder)
     cells = plan.select_cells(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = forecast.measure_rows(cells)
@@ -287,7 +287,7 @@ def show_plan(
     metric: str = "accuracy",
 ) -> None:
     """Prints what `ablate` would do, and what it will take; writes nothing. Raises `UserError`."""
-    workdirs.check_place(folder)
+    workdirs.check_location(folder)
     made = plan.make_rows(config, sweep, folder)
     cells = plan.select_cells(plan.make_cells(made, folder, seeds), rows=rows, index=index)
     sizes = forecast.measure_rows(cells)

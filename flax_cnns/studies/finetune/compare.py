@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from flax_cnns import config as configs
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.checkpoint.graft.sources import open_source
-from flax_cnns.checkpoint.place import check_place
+from flax_cnns.checkpoint.locations import check_location
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data.splits import batch_note
 from flax_cnns.errors import UserError, did_you_mean
@@ -131,7 +131,7 @@ def compare_strategies(
         raise UserError(f"--fractions: expected numbers above 0 to 1, got {list(fractions)}")
     if jax.process_count() > 1:
         raise UserError("fine-tuning by strategies runs in one process; start it without others")
-    check_place(folder)
+    check_location(folder)
     folder = pathlib.Path(folder)
     _check_new(config, folder, say)
     source = config.source or f"{folder}/pretrain"
@@ -241,16 +241,16 @@ def _check_source(
     ]
     opened = {}
     for name, task, phase in loading:
-        options = graft.options_of(phase.config.graft)
+        options = graft.read_options(phase.config.graft)
         if options.averaged not in opened:
             opened[options.averaged] = open_source(source, averaged=options.averaged)
         found = opened[options.averaged]
         try:
-            graft.check(found, task.shapes, phase.config.graft.rules, options)
+            graft.check_graft(found, task.shapes, phase.config.graft.rules, options)
         except UserError as error:
             raise UserError(f"targets.{name}: {error}") from None
     for found in opened.values():
-        for note in (found.note, *found.notes):
+        for note in (found.preprocessing_note, *found.notes):
             if note:
                 say(f"note: {note}")
 

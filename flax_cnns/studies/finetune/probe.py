@@ -27,7 +27,7 @@ from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
-from flax_cnns.checkpoint.graft.graft import graft_config
+from flax_cnns.checkpoint.graft.graft import graft_from_config
 from flax_cnns.data import augment, mix, pipeline
 from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
@@ -74,7 +74,7 @@ def run_probe(
         order = [layer.path for layer in cost(components.model, shape, train=False).layers]
         variables = components.init_variables()
         if config.graft.source:
-            variables, report = graft_config(config.graft, variables, order)
+            variables, report = graft_from_config(config.graft, variables, order)
             print(report)
         wanted = list(dict.fromkeys([*every_layer, *layers]))
         found, passing = load_or_compute_features(components, variables, wanted, cache)

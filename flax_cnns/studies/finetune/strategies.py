@@ -20,7 +20,7 @@ from flax_cnns.runs.build import RunComponents, build_components
 from flax_cnns.runs.plan import find_problems
 from flax_cnns.studies.finetune import probe
 
-COPY_OPTIONS = graft.Options()._asdict()  # fields of config.graft: leaves are taken as they are
+COPY_OPTIONS = graft.GraftOptions()._asdict()  # of config.graft: leaves are copied as they are
 
 
 class Phase(NamedTuple):

@@ -205,7 +205,7 @@ def search(
     `data.image_size` is the base resolution. `accept_changed_data`: as in `run`. Raises `UserError`
     as a run does.
     """
-    workdirs.check_place(folder)
+    workdirs.check_location(folder)
     folder = pathlib.Path(folder)
     if not 0 < phi < math.inf:
         raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")

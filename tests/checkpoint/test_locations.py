@@ -7,9 +7,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flax_cnns.checkpoint import reading
-from flax_cnns.checkpoint.finding import resolve
+from flax_cnns.checkpoint.finding import find_arrays
+from flax_cnns.checkpoint.locations import check_location
 from flax_cnns.checkpoint.manager import Checkpoints, write_tree
-from flax_cnns.checkpoint.place import check_place
 from flax_cnns.checkpoint.reading import read_tree
 from flax_cnns.errors import UserError
 from tests.checkpoint.test_manager import assert_same, flip_a_bit
@@ -36,8 +36,8 @@ def test_checkpoints_do_not_depend_on_the_name_of_a_folder_above(tmp_path, name)
 def test_names_that_orbax_misreads_are_refused_where_they_have_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "isdir", lambda path: False)
     with pytest.raises(UserError, match=r"below a name with '\[\*'.*, such as /x/a_b\]/_$"):
-        check_place("/x/a[b]/*")
-    check_place("/x/a]b")
+        check_location("/x/a[b]/*")
+    check_location("/x/a]b")
 
 
 def test_a_first_save_that_cannot_be_read_back_ends_the_run(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_a_first_save_that_cannot_be_read_back_ends_the_run(tmp_path, monkeypatc
 def test_only_the_first_save_of_a_process_is_read_back(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, SMALL, host={})
-        monkeypatch.setattr(reading, "verify", None)
+        monkeypatch.setattr(reading, "verify_step", None)
         checkpoints.save(2, SMALL, host={})
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.restore(SMALL)  # what was there can be read
@@ -79,7 +79,7 @@ def test_places_that_cannot_hold_checkpoints_are_refused(tmp_path):
         "a/" * 2100: "the path has 4",
     }.items():
         with pytest.raises(UserError, match=words):
-            check_place(tmp_path / name)
+            check_location(tmp_path / name)
         with pytest.raises(UserError, match="no checkpoint or run"):
-            resolve(tmp_path / name)
-    check_place("b" * 255)
+            find_arrays(tmp_path / name)
+    check_location("b" * 255)

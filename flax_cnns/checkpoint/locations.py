@@ -15,7 +15,7 @@ from pathlib import Path
 
 from etils import epath
 
-from flax_cnns.checkpoint.finding import UNFINISHED
+from flax_cnns.checkpoint.finding import UNFINISHED_MARK
 from flax_cnns.errors import UserError
 
 _MISREAD = re.compile("[*?\\[\\\\\udc80-\udcff]")
@@ -23,7 +23,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux has 255 and 4,095, some
 
 
 @contextlib.contextmanager
-def for_orbax(path: Path) -> Iterator[epath.Path]:
+def orbax_alias(path: Path) -> Iterator[epath.Path]:
     """The absolute `path`; if Orbax would misread it, another name of the same place, which is
     valid only inside the context. The parent of `path` must exist. Raises `UserError` if the system
     has no other name for it.
@@ -43,7 +43,7 @@ def for_orbax(path: Path) -> Iterator[epath.Path]:
         os.close(folder)
 
 
-def check_place(folder: str | os.PathLike, flag: str = "--workdir") -> None:
+def check_location(folder: str | os.PathLike, flag: str = "--workdir") -> None:
     """Raises `UserError` if checkpoints below `folder` could not be written or read back. `folder`
     need not exist, and nothing is written. Messages name `flag`."""
     path = Path(os.path.abspath(folder))
@@ -53,10 +53,10 @@ def check_place(folder: str | os.PathLike, flag: str = "--workdir") -> None:
                 f"{flag}: the name {name[:20]}… has {len(os.fsencode(name))} bytes; file systems"
                 f" take {_LONGEST_NAME} at most: choose a shorter one"
             )
-        if UNFINISHED in name:
+        if UNFINISHED_MARK in name:
             raise UserError(
                 f"{flag}: {name!r} contains the mark of Orbax's unfinished saves, which Orbax"
-                f" deletes; choose a name without {UNFINISHED}"
+                f" deletes; choose a name without {UNFINISHED_MARK}"
             )
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise UserError(
