@@ -8,15 +8,17 @@ import numpy as np
 
 from flax_cnns.data.decode import read_labels
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import Raw, Relabeled, Source, Subset, take_rows
+from flax_cnns.data.types import ImageSource, RawDataset, Relabeled, Subset, take_rows
 from flax_cnns.errors import UserError, did_you_mean
 
 
-def choose_classes(raw: Raw, config: Any, begun: bool, name: str = "") -> tuple[Raw, list[str]]:
+def select_classes(
+    raw: RawDataset, config: Any, begun: bool, name: str = ""
+) -> tuple[RawDataset, list[str]]:
     """The examples of `config.classes` alone, labeled in the order in which these are given; and
     notes. `name`: what messages call the data set; "": `config.name`."""
     name = name or config.name
-    chosen, notes = find_classes(config, raw.class_names, begun, name)
+    chosen, notes = find_class_indices(config, raw.class_names, begun, name)
     if not chosen:
         return raw, notes
     new = np.full(raw.num_classes, -1, np.int32)
@@ -24,7 +26,7 @@ def choose_classes(raw: Raw, config: Any, begun: bool, name: str = "") -> tuple[
 
     class_names = tuple(raw.class_names[i] for i in chosen)
 
-    def choose(role: str, source: Source) -> Source:
+    def choose(role: str, source: ImageSource) -> ImageSource:
         labels = new[read_labels(source)]
         rows, said = np.flatnonzero(labels >= 0), f"classes {chosen}"
         if not len(rows):
@@ -44,7 +46,7 @@ def choose_classes(raw: Raw, config: Any, begun: bool, name: str = "") -> tuple[
     return raw, notes
 
 
-def find_classes(
+def find_class_indices(
     config: Any, names: tuple[str, ...], begun: bool = False, name: str = ""
 ) -> tuple[list[int], list[str]]:
     """`config.classes` as numbers, and notes. Raises UserError for one that there is not, or there

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from flax_cnns.data.images import DAMAGE, center_box, random_box, read_box
+from flax_cnns.data.images import DECODING_ERRORS, center_box, random_box, read_box
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import DamagedImage, Source, WrongLabel
+from flax_cnns.data.types import DamagedImage, ImageSource, WrongLabel
 
 
-def read(
-    source: Source,
+def read_example(
+    source: ImageSource,
     i: int,
     size: int,
     channels: int,
@@ -35,12 +35,12 @@ def read(
             return read_box(image, box_of, size, channels), label
     except WrongLabel:
         raise
-    except DAMAGE as why:
-        raise DamagedImage(source.where(i), why) from why
+    except DECODING_ERRORS as why:
+        raise DamagedImage(source.location(i), why) from why
 
 
 def read_all(
-    source: Source, size: int, channels: int, *, share: float, threads: int, skip_damaged: bool
+    source: ImageSource, size: int, channels: int, *, share: float, threads: int, skip_damaged: bool
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """All examples: images u8 [N size size channels], labels i32 [N], what was skipped.
 
@@ -52,13 +52,13 @@ def read_all(
     labels = np.full(len(source), -1, np.int32)
     damaged = {}
 
-    def fill(part: Source, i: int) -> None:
+    def fill(part: ImageSource, i: int) -> None:
         try:
-            images[i], labels[i] = read(part, i, size, channels, share=share)
+            images[i], labels[i] = read_example(part, i, size, channels, share=share)
         except DamagedImage as error:
             if not skip_damaged:
                 raise
-            damaged[i] = error.where
+            damaged[i] = error.location
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
@@ -72,7 +72,7 @@ def read_all(
     return images, labels, [damaged[i] for i in sorted(damaged)]
 
 
-def read_labels(source: Source) -> np.ndarray:
+def read_labels(source: ImageSource) -> np.ndarray:
     """i32 [N]; reads every example, without decoding it, where the source does not know them.
 
     Raises DamagedImage.
@@ -88,6 +88,6 @@ def read_labels(source: Source) -> np.ndarray:
                 image.close()
             except WrongLabel:
                 raise
-            except DAMAGE as why:
-                raise DamagedImage(source.where(i), why) from why
+            except DECODING_ERRORS as why:
+                raise DamagedImage(source.location(i), why) from why
     return labels

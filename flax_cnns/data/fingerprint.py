@@ -26,13 +26,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MOST_SIZES = 100_000  # files whose sizes are asked for: on a network each is a round trip
-LENGTH = 16  # of a digest, against accidents: a data set may have 20,000 classes
-SHOWN = 6  # differences in one message
-SAME_MEAN = 1e-4  # of values in 0..1: decoders of JPEG differ by less, an image in 1000 makes more
+MAX_SIZED_FILES = 100_000  # files whose sizes are asked for: on a network each is a round trip
+DIGEST_LENGTH = 16  # of a digest, against accidents: a data set may have 20,000 classes
+MAX_SHOWN = 6  # differences in one message
+MEAN_TOLERANCE = (
+    1e-4  # of values in 0..1: decoders of JPEG differ by less, an image in 1000 makes more
+)
 
 
-class Seen(NamedTuple):
+class DataSnapshot(NamedTuple):
     """A data set as it is now."""
 
     fingerprint: dict[str, Any]
@@ -53,7 +55,7 @@ def compute(
     found = {**about, "classes": list(class_names)}
     files = sum(len(rows) for base, rows in bases.values() if hasattr(base, "paths"))
     if files:
-        found["sized"] = files <= MOST_SIZES
+        found["sized"] = files <= MAX_SIZED_FILES
     found["splits"] = {}
     for split, (base, rows) in bases.items():
         one: dict[str, Any] = {"images": len(rows)}
@@ -83,12 +85,12 @@ def _base(source: Any) -> tuple[Any, np.ndarray]:
 def _of_files(
     files: Any, rows: np.ndarray, labels: np.ndarray, class_names: Sequence[str], sized: bool
 ) -> list[str]:
-    digests, names = [hashlib.sha256() for _ in class_names], files.names
+    digests, names = [hashlib.sha256() for _ in class_names], files.relative_paths
     for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
         name = _within_class(names[row], class_names[label])
         size = _size(files.paths[row]) if sized else 0
         digests[label].update(os.fsencode(name) + b"\0%d\n" % size)
-    return [digest.hexdigest()[:LENGTH] for digest in digests]
+    return [digest.hexdigest()[:DIGEST_LENGTH] for digest in digests]
 
 
 def _within_class(path: str, name: str) -> str:
@@ -115,13 +117,13 @@ def _of_arrays(images: Any, rows: np.ndarray, labels: np.ndarray) -> str:
         part = slice(start, start + 4096)
         digest.update(np.ascontiguousarray(images[part if whole else rows[part]]))
     digest.update(np.ascontiguousarray(labels, np.int32 if labels.ndim == 1 else np.float32))
-    return digest.hexdigest()[:LENGTH]
+    return digest.hexdigest()[:DIGEST_LENGTH]
 
 
 # ---------------------------------------------------------------------------- comparing
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def find_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words; [] where nothing does."""
     if not was or not now:
         return []
@@ -130,7 +132,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             name
         ):  # the order of examples differs: nothing else is comparable
             return [f"it was read as {_reader(was)}, and is read as {_reader(now)} now"]
-    found = class_differences(was["classes"], now["classes"])
+    found = find_class_differences(was["classes"], now["classes"])
     place = {name: i for i, name in enumerate(was["classes"])}
     pairs = [(place[name], i) for i, name in enumerate(now["classes"]) if name in place]
     for split in dict.fromkeys([*was["splits"], *now["splits"]]):
@@ -149,7 +151,7 @@ def _reader(fingerprint: Mapping[str, Any]) -> str:
     return " ".join(filter(None, (fingerprint.get("reader"), fingerprint.get("builder"))))
 
 
-def class_differences(was: Sequence[str], now: Sequence[str]) -> list[str]:
+def find_class_differences(was: Sequence[str], now: Sequence[str]) -> list[str]:
     """Of the classes' names: "class 0 was 'arch', is 'vault'"."""
     was, now = list(was), list(now)
     if was == now:
@@ -159,7 +161,9 @@ def class_differences(was: Sequence[str], now: Sequence[str]) -> list[str]:
             ("gone", [n for n in was if n not in now]),
             ("new", [n for n in now if n not in was]),
         )
-        lists = [f"{word}: {shorten(map(repr, names), 3, ', ')}" for word, names in sides if names]
+        lists = [
+            f"{word}: {join_first(map(repr, names), 3, ', ')}" for word, names in sides if names
+        ]
         listed = f" ({'; '.join(lists)})" if lists else ""
         return [f"it had {len(was)} classes, has {len(now)}{listed}"]
     changed = [(i, a, b) for i, (a, b) in enumerate(zip(was, now)) if a != b]
@@ -196,7 +200,7 @@ def _of_split(
     return found
 
 
-def count_differences(
+def find_count_differences(
     summary: Mapping[str, Any], batch_size: int, counts: Mapping[str, int]
 ) -> list[str]:
     """What differs in the number of examples, for a run without a fingerprint."""
@@ -212,15 +216,15 @@ def count_differences(
     ]
 
 
-def mean_differences(was: Sequence[float], now: Sequence[float]) -> list[str]:
+def find_mean_differences(was: Sequence[float], now: Sequence[float]) -> list[str]:
     """What differs in the mean of the training images, for a run without a fingerprint."""
-    if len(was) == len(now) and np.allclose(was, now, rtol=0, atol=SAME_MEAN):
+    if len(was) == len(now) and np.allclose(was, now, rtol=0, atol=MEAN_TOLERANCE):
         return []
     old, new = (", ".join(f"{value:.4g}" for value in values) for values in (was, now))
     return [f"the mean of the training images was ({old}), is ({new})"]
 
 
-def shorten(found: Iterable[str], most: int = SHOWN, between: str = "; ") -> str:
+def join_first(found: Iterable[str], most: int = MAX_SHOWN, between: str = "; ") -> str:
     """The first ones, and how many more there are."""
     found = list(found)
     more = f"{between}and {len(found) - most} more" if len(found) > most else ""

@@ -18,10 +18,10 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
 # Incremented whenever a file gives other pixels than before. 2 obeys EXIF and every transparency.
-READER = 2
+READER_VERSION = 2
 
 # What PIL raises for a file that it cannot decode.
-DAMAGE = (
+DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -90,7 +90,7 @@ def read_box(
         image.draft(None, (math.ceil(width * size / wide), math.ceil(height * size / high)))
         sx, sy = image.width / width, image.height / height
         box = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-    image = to_channels(image, channels)
+    image = convert_channels(image, channels)
     box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     if turn in _TURNS:  # now that it is small
@@ -98,10 +98,10 @@ def read_box(
     return np.asarray(image).reshape(size, size, channels)
 
 
-def upright(image: Image.Image, channels: int) -> Image.Image:
+def load_upright(image: Image.Image, channels: int) -> Image.Image:
     """The whole image, turned as its EXIF says, at its full size, L or RGB."""
     turn = _orientation(image)
-    image = to_channels(image, channels)
+    image = convert_channels(image, channels)
     return image.transpose(_TURNS[turn]) if turn in _TURNS else image
 
 
@@ -146,7 +146,7 @@ def _stored_box(box: Box, turn: int, width: int, height: int) -> Box:
     return left, top, right, bottom
 
 
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
+def convert_channels(image: Image.Image, channels: int) -> Image.Image:
     """To gray (ITU-R 601 luma) or RGB; what is transparent becomes white, 16 bits become 8."""
     mode = "L" if channels == 1 else "RGB"
     _load(image)
@@ -189,8 +189,8 @@ Photo = str | os.PathLike | Image.Image | np.ndarray
 
 @contextlib.contextmanager
 def open_photo(photo: Photo) -> Iterator[Image.Image]:
-    """The photograph as it is stored, perhaps not decoded yet: `read_box` and `upright` turn it as
-    its EXIF says, also if it is a PIL image.
+    """The photograph as it is stored, perhaps not decoded yet: `read_box` and `load_upright` turn
+    it as its EXIF says, also if it is a PIL image.
 
     Arrays are u8 [H W], [H W 1] or [H W 3]. Raises `UserError` where there is no such file, and for
     what fails to decode in the `with` block.
@@ -220,7 +220,7 @@ def _named(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except DAMAGE as why:
+    except DECODING_ERRORS as why:
         reason = f"{why.strerror}" if getattr(why, "strerror", None) else str(why)
         raise UserError(f"cannot read the {what}: {reason}") from why
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_cnns.config import validate_section
-from flax_cnns.data import factory, own
+from flax_cnns.data import array_dataset, batch_dataset
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.data.classes import choose_classes
+from flax_cnns.data.classes import select_classes
 from flax_cnns.data.decode import read_all
-from flax_cnns.data.mock import make_mock
+from flax_cnns.data.mock import make_mock_dataset
 from flax_cnns.data.readers import archives, folder, npz
 from flax_cnns.data.splits import (
     assign_roles,
@@ -26,12 +26,12 @@ from flax_cnns.data.splits import (
     check_source,
     decoding_error,
     find_notes,
-    fits_memory,
+    fits_in_memory,
     keep_fraction,
     take_from_train,
 )
 from flax_cnns.data.statistics import find_covariance, find_mean_and_std
-from flax_cnns.data.types import Dataset, Raw, Split
+from flax_cnns.data.types import Dataset, RawDataset, Split
 from flax_cnns.errors import UserError
 
 EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
@@ -47,20 +47,24 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
     """
     validate_section(config, "data")
     data = _read_own(config) if data is None else data
-    if data is not None and data.read is None:
-        return factory.finish(data, config) if data.is_stream else own.finish(data, config, begun)
+    if data is not None and data.reader is None:
+        return (
+            batch_dataset.apply_config(data, config)
+            if data.is_stream
+            else array_dataset.apply_config(data, config, begun)
+        )
     if config.mock > 0 and data is not None:
         raise UserError(f"data.mock does not act on a data set of your own ({data.name})")
     if config.mock > 0:
-        return make_mock(config)
+        return make_mock_dataset(config)
     raw = _read(config) if data is None else _read_given(data)
     name = config.name if data is None else data.name
     for split, source in raw.sources.items():
         check_source(source, f"{name}, {split} split", raw.num_classes)
-    raw, notes = choose_classes(raw, config, begun, name)
+    raw, notes = select_classes(raw, config, begun, name)
     if raw.num_classes < 2:
         raise UserError(f"expected two classes or more; {name} has {raw.num_classes}")
-    found = fingerprints.compute(raw.sources, raw.class_names, raw.about)
+    found = fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
     sources = assign_roles(raw.sources, name, config.split_seed)
     own_channels = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own_channels
@@ -69,7 +73,7 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
     varies = None in raw.image_shape
     crops = bool(config.augment.random_resized_crop)
     share = EVAL_SHARE if varies and crops else 1.0
-    in_memory = fits_memory(config, sum(map(len, sources.values())) * size * size * channels)
+    in_memory = fits_in_memory(config, sum(map(len, sources.values())) * size * size * channels)
     if in_memory and varies and crops and config.in_memory == "auto":
         # Crops of what has been shrunk to image_size already would be enlarged and dull.
         in_memory = False
@@ -91,8 +95,8 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
             raise decoding_error(role, source)
         splits[role] = Split(labels=labels, images=images)
         damaged += skipped
-    own_validation = "validation" in splits
-    if not own_validation and config.validation:
+    has_own_validation = "validation" in splits
+    if not has_own_validation and config.validation:
         splits = take_from_train(splits, "validation", config.validation, config.split_seed)
     if config.fraction < 1:
         splits = keep_fraction(splits, config.fraction, config.split_seed)
@@ -117,10 +121,10 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
         eval_share=share,
         damaged=damaged,
         left_out=raw.left_out,
-        several=set() if raw.several is None else raw.several,
+        multi_frame_files=set() if raw.multi_frame_files is None else raw.multi_frame_files,
         notes=tuple(notes),
         fingerprint=found,
-        own_validation=own_validation,
+        has_own_validation=has_own_validation,
     )
 
 
@@ -130,15 +134,15 @@ def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]
     validate_section(config, "data")
     data = _read_own(config) if data is None else data
     if data is not None and data.is_stream:
-        return factory.find_fingerprint(data)
-    if data is not None and data.read is None:
-        return own.read_fingerprint(data, config)
+        return batch_dataset.make_fingerprint(data)
+    if data is not None and data.reader is None:
+        return array_dataset.read_fingerprint(data, config)
     if config.mock > 0:
         return {}
     given = data is not None
     raw = _read_given(data, prepare=False) if given else _read(config, prepare=False)
-    raw, _ = choose_classes(raw, config, begun=True)
-    return fingerprints.compute(raw.sources, raw.class_names, raw.about)
+    raw, _ = select_classes(raw, config, begun=True)
+    return fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
 
 
 def _read_own(config: Any) -> Dataset | None:
@@ -148,12 +152,12 @@ def _read_own(config: Any) -> Dataset | None:
     return None
 
 
-def _read_given(data: Dataset, *, prepare: bool = True) -> Raw:
-    raw = data.read(prepare)
-    return raw._replace(about={"reader": "tfds", **raw.about})
+def _read_given(data: Dataset, *, prepare: bool = True) -> RawDataset:
+    raw = data.reader(prepare)
+    return raw._replace(provenance={"reader": "tfds", **raw.provenance})
 
 
-def _find_size(data: Dataset, raw: Raw) -> tuple[int, int]:
+def _find_size(data: Dataset, raw: RawDataset) -> tuple[int, int]:
     """Height and width, and channels, that a network sees of the user's own builder."""
     size, _, channels = data.image_shape
     height, width, own_channels = raw.image_shape
@@ -166,22 +170,22 @@ def _find_size(data: Dataset, raw: Raw) -> tuple[int, int]:
     return size or height, channels or own_channels
 
 
-def _read(config: Any, *, prepare: bool = True) -> Raw:
+def _read(config: Any, *, prepare: bool = True) -> RawDataset:
     source = _find_source(config) if config.source == "auto" else config.source
     raw = READERS[source](config, prepare)
-    return raw._replace(about={"reader": source, **raw.about})
+    return raw._replace(provenance={"reader": source, **raw.provenance})
 
 
 def _find_source(config: Any) -> str:
     """The reader that "auto" is, by what lies in `dir`."""
     if config.name == "folder":
         return "folder"
-    if config.name != "digits" and config.dir and archives.find(config.name, config.dir):
+    if config.name != "digits" and config.dir and archives.exists(config.name, config.dir):
         return "archive"
     return "tfds"
 
 
-def _read_tfds(config: Any, prepare: bool) -> Raw:
+def _read_tfds(config: Any, prepare: bool) -> RawDataset:
     # TFDS takes half a second to import, and the others need none of it.
     from flax_cnns.data.readers import tfds
 
@@ -189,7 +193,7 @@ def _read_tfds(config: Any, prepare: bool) -> Raw:
 
 
 # By `data.source`. With `prepare`, a reader may download and prepare what is not there.
-READERS: dict[str, Callable[[Any, bool], Raw]] = {
+READERS: dict[str, Callable[[Any, bool], RawDataset]] = {
     "folder": lambda config, prepare: folder.read(config.dir, config.name),
     "archive": lambda config, prepare: archives.read(config.name, config.dir, config.labels),
     "tfds": _read_tfds,

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.classes import find_classes
-from flax_cnns.data.known import DIGITS
+from flax_cnns.data.classes import find_class_indices
+from flax_cnns.data.known_datasets import DIGIT_NAMES
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.splits import fits_memory, keep_fraction
+from flax_cnns.data.splits import fits_in_memory, keep_fraction
 from flax_cnns.data.statistics import find_covariance
 from flax_cnns.data.types import Dataset, Split
 
 
-def make_mock(config: Any) -> Dataset:
+def make_mock_dataset(config: Any) -> Dataset:
     """Random images of the data set's own classes and channels: nothing is read or downloaded."""
     num_classes, class_names, own = _facts(config)
-    chosen, notes = find_classes(config, class_names)
+    chosen, notes = find_class_indices(config, class_names)
     if chosen:
         num_classes, class_names = len(chosen), tuple(class_names[i] for i in chosen)
     size, channels = config.image_size, config.channels or own
@@ -29,7 +29,7 @@ def make_mock(config: Any) -> Dataset:
     for role, count in counts.items():
         images = rng.integers(0, 256, (count, size, size, channels), np.uint8)
         labels = rng.permutation(np.arange(count, dtype=np.int32) % num_classes)
-        if fits_memory(config, images.nbytes):
+        if fits_in_memory(config, images.nbytes):
             splits[role] = Split(labels=labels, images=images)
         else:
             source = ArraySource(images, labels, f"mock {config.name} {role}")
@@ -53,7 +53,7 @@ def make_mock(config: Any) -> Dataset:
 def _facts(config: Any) -> tuple[int, tuple[str, ...], int]:
     """Classes, their names and channels of a data set that need not be there."""
     if config.name == "folder":
-        return 10, DIGITS, 3
+        return 10, DIGIT_NAMES, 3
     from flax_cnns.data.readers import tfds  # half a second to import
 
-    return tfds.facts(config.name, config.dir, config.labels)
+    return tfds.read_facts(config.name, config.dir, config.labels)

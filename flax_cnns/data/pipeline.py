@@ -23,9 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data import batches, decode
+from flax_cnns.data import batch_stream, decode
 from flax_cnns.data.splits import decoding_error
-from flax_cnns.data.types import DamagedImage, Dataset, Rows, Source, find_several
+from flax_cnns.data.types import (
+    ArrayRows,
+    DamagedImage,
+    Dataset,
+    ImageSource,
+    find_multi_frame_files,
+)
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.types import Batch
 
@@ -41,36 +47,30 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[Batch]:
-    """This process's slice of every global batch from batch `start_step` on: {"image": u8 [n H W
-    C], "label": i32 [n]}, without end. To be closed, which stops threads and worker processes.
-    A user's own images may be f32, and labels f32 [n K]. Batches of a user's own factory come as
-    they are (`batches.TrainBatches`, which can tell the `digest` of one).
+    """Yields this process's rows of each global batch from batch `start_step` on, without end:
+    {"image": u8 [n H W C], "label": i32 [n]}; images of a user's own data may be f32, and labels
+    f32 [n K]. Closing the generator stops its threads and worker processes. A data set made by
+    `from_batches` gives a `batch_stream.TrainBatches`, which can also compute a batch's `digest`.
 
-    `config` is `config.data`; n = batch_size / process_count, rows process_index*n to
-    (process_index+1)*n. Batch number s is positions s*B to (s+1)*B of the epochs' permutations put
-    end to end; nothing is dropped, and a batch may be larger than the training set. The stream
-    depends on neither processes nor threads nor workers, so that the step is the whole position,
-    and Grain's own state, which fits one number of workers only, isn't needed. Raises UserError if
-    the batch doesn't divide over the processes, and, while iterating, DamagedImage.
+    `config` is `config.data`; n = batch_size / process_count, and this process has the rows
+    process_index*n to (process_index+1)*n. Global batch s holds the positions s*B to (s+1)*B of
+    all epochs' permutations, one after the other. No example is dropped, and a batch may be larger
+    than the training set. The order depends on neither processes nor threads nor workers. So the
+    step alone is the position, and Grain's own state, which fits a single number of workers, is
+    not saved. Raises UserError if `batch_size` is not a multiple of `process_count`, and
+    DamagedImage while iterating.
     """
     train, batch_size = dataset.splits["train"], config.batch_size
     n = _local_size("batch_size", batch_size, process_count)
     first = process_index * n
     if dataset.is_stream:
-        return batches.TrainBatches(dataset, batch_size, start_step, (process_index, process_count))
+        process = process_index, process_count
+        return batch_stream.TrainBatches(dataset, batch_size, start_step, process)
     if train.images is not None:
         return _gather_batches(train.images, train.labels, seed, start_step, batch_size, first, n)
-    stream = TrainStream(
-        train.source,
-        dataset.image_shape,
-        tuple(config.augment.random_resized_crop),
-        seed,
-        start_step * batch_size,
-        batch_size,
-        first,
-        n,
-        config.skip_damaged,
-    )
+    crop, start = tuple(config.augment.random_resized_crop), start_step * batch_size
+    order = seed, start, batch_size, first, n
+    stream = TrainStream(train.source, dataset.image_shape, crop, *order, config.skip_damaged)
     return _note_found(_through_grain(stream, n, config), stream, dataset)
 
 
@@ -94,7 +94,7 @@ def eval_batches(
     part, batch_size = dataset.splits[split], config.eval_batch_size
     n = _local_size("eval_batch_size", batch_size, process_count)
     if dataset.is_stream:
-        return batches.eval_batches(dataset, split, batch_size, (process_index, process_count))
+        return batch_stream.eval_batches(dataset, split, batch_size, (process_index, process_count))
     number = -(-len(part) // batch_size)
     first = process_index * n
     if part.images is not None:
@@ -141,7 +141,7 @@ def row_at(position: int, seed: int, size: int) -> int:
 
 
 def _gather_batches(
-    images: np.ndarray | Rows,
+    images: np.ndarray | ArrayRows,
     labels: np.ndarray,
     seed: int,
     step: int,
@@ -158,7 +158,12 @@ def _gather_batches(
 
 
 def _eval_in_memory(
-    images: np.ndarray | Rows, labels: np.ndarray, number: int, batch_size: int, first: int, n: int
+    images: np.ndarray | ArrayRows,
+    labels: np.ndarray,
+    number: int,
+    batch_size: int,
+    first: int,
+    n: int,
 ) -> Generator[Batch]:
     for b in range(number):
         rows = b * batch_size + first + np.arange(n)
@@ -178,7 +183,7 @@ def _eval_in_memory(
 class TrainStream:
     """One process's training examples, decoded and cropped, as Grain's random-access source."""
 
-    source: Source
+    source: ImageSource
     image_shape: tuple[int, int, int]
     crop: tuple[float, float] | tuple[()]
     seed: int
@@ -203,11 +208,11 @@ class TrainStream:
                 np.random.Philox(np.random.SeedSequence([self.seed, position, 1]))
             )
             try:
-                image, label = decode.read(
+                image, label = decode.read_example(
                     self.source, example, size, channels, crop=self.crop, rng=rng
                 )
                 seen = {"image": image, "label": np.int32(label), "skipped": skipped}
-                return seen | {"several": _if_several(self.source, example)}
+                return seen | _find_multi_frame(self.source, example)
             except DamagedImage:
                 if not self.skip_damaged:
                     raise
@@ -220,7 +225,7 @@ class TrainStream:
 class EvalStream:
     """One process's examples of a split, in order, filled up to whole batches."""
 
-    source: Source
+    source: ImageSource
     image_shape: tuple[int, int, int]
     share: float
     number: int
@@ -239,43 +244,44 @@ class EvalStream:
         skipped = -1
         if example < len(self.source):
             try:
-                image, label = decode.read(self.source, example, size, channels, share=self.share)
+                source, share = self.source, self.share
+                image, label = decode.read_example(source, example, size, channels, share=share)
                 seen = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
-                return seen | {"skipped": skipped, "several": _if_several(self.source, example)}
+                return seen | {"skipped": -1} | _find_multi_frame(self.source, example)
             except DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
         black = np.zeros(self.image_shape, np.uint8)
         unseen = {"image": black, "label": np.int32(0), "mask": np.float32(0)}
-        return unseen | {"skipped": skipped, "several": -1}
+        return unseen | {"skipped": skipped, "multi_frame": -1}
 
 
-def _if_several(source: Source, example: int) -> int:
-    """The example if its file holds several pictures, else -1."""
-    several = find_several(source)
-    return example if several and source.where(example) in several else -1
+def _find_multi_frame(source: ImageSource, example: int) -> dict[str, int]:
+    """{"multi_frame": the example's number if its file holds several pictures, else -1}."""
+    files = find_multi_frame_files(source)
+    return {"multi_frame": example if files and source.location(example) in files else -1}
 
 
 def _note_found(
     examples: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
 ) -> Generator[Batch]:
-    """The batches without "skipped" and "several". The names of these examples (-1: none) go to
-    `dataset.damaged` and `dataset.several`.
+    """The batches without "skipped" and "multi_frame". The names of these examples (-1: none) go to
+    `dataset.damaged` and `dataset.multi_frame_files`.
 
     They travel with the batches because worker processes keep what they note to themselves.
     """
-    damaged, where = dataset.damaged, stream.source.where
+    damaged, location = dataset.damaged, stream.source.location
     examples = iter(examples)
     try:
         for batch in examples:
             batch = dict(batch)
             for example in batch.pop("skipped"):
-                if example >= 0 and (name := where(int(example))) not in damaged:
+                if example >= 0 and (name := location(int(example))) not in damaged:
                     damaged.append(name)
-            for example in batch.pop("several"):
+            for example in batch.pop("multi_frame"):
                 if example >= 0:
-                    dataset.several.add(where(int(example)))
+                    dataset.multi_frame_files.add(location(int(example)))
             yield batch
     finally:
         examples.close()

@@ -22,7 +22,7 @@ from jax import lax
 
 from flax_cnns.types import Array
 
-STRONGEST = 30
+MAX_MAGNITUDE = 30
 _ONE = 2**16  # in fixed point; see augment.py for why
 _TABLES = ("identity", "auto_contrast", "equalize", "posterize", "solarize")
 _BLENDS = ("color", "contrast", "brightness", "sharpness")
@@ -37,11 +37,11 @@ def randaugment(key: Array, image: Array, number: int, magnitude: float) -> Arra
     signs = jax.random.rademacher(key_sign, (number,), jnp.float32)
     image = jnp.round(image).astype(jnp.int32)
     for i in range(number):
-        image = operate(image, operations[i], signs[i] * (magnitude / STRONGEST))
+        image = apply_operation(image, operations[i], signs[i] * (magnitude / MAX_MAGNITUDE))
     return image.astype(jnp.float32)
 
 
-def operate(image: Array, operation: Array, strength: Array) -> Array:
+def apply_operation(image: Array, operation: Array, strength: Array) -> Array:
     """Operation number `operation` of `OPERATIONS`: i32 [H W C] -> i32 [H W C]. `strength` is in
     -1..1; its sign counts for blends (less, more) but color's on gray images, and for maps."""
     image = _look_up(image, _tables(image, jnp.abs(strength)), operation)

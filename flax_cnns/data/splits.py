@@ -7,19 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.decode import read
+from flax_cnns.data.decode import read_example
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import DamagedImage, Source, Split, Subset, WrongLabel, take_rows
+from flax_cnns.data.types import DamagedImage, ImageSource, Split, Subset, WrongLabel, take_rows
 from flax_cnns.errors import UserError
 
 TEST_SHARE = 0.2  # of the training images, where a data set has no test split
-TRIED = 8  # images of a streamed split, evenly spread, that are decoded before a run begins
+NUM_PROBED_IMAGES = (
+    8  # images of a streamed split, evenly spread, that are decoded before a run begins
+)
 
 
 # ---- roles, and what is taken from train
 
 
-def assign_roles(own: dict[str, Source], name: str, seed: int) -> dict[str, Source]:
+def assign_roles(own: dict[str, ImageSource], name: str, seed: int) -> dict[str, ImageSource]:
     """The splits that the data set `name` has itself, by role. Raises UserError."""
     if "train" not in own:
         raise UserError(f"{name} has no train split; it has: {', '.join(sorted(own))}")
@@ -118,7 +120,7 @@ def split_rows(
 # ---- what a split must hold
 
 
-def check_source(source: Source, where: str, num_classes: int) -> None:
+def check_source(source: ImageSource, where: str, num_classes: int) -> None:
     """Raises UserError if a split has no example, images without a pixel, or a label outside 0 to
     num_classes - 1. Labels that have to be read first are checked as they are read."""
     if not len(source):
@@ -130,37 +132,37 @@ def check_source(source: Source, where: str, num_classes: int) -> None:
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
         if len(wrong):
             i = int(wrong[0])
-            raise WrongLabel(source.where(i), int(source.labels[i]), num_classes)
+            raise WrongLabel(source.location(i), int(source.labels[i]), num_classes)
 
 
-def decoding_error(role: str, source: Source) -> UserError:
+def decoding_error(role: str, source: ImageSource) -> UserError:
     """The error for a split without an image that can be decoded; reads the first for the
     reason."""
     try:
-        read(source, 0, 8, 3)
+        read_example(source, 0, 8, 3)
         why = ""
     except DamagedImage as error:
-        why = f"; the first, {error.where}: {error.why}"
+        why = f"; the first, {error.location}: {error.why}"
     return UserError(f"none of the {len(source)} {role} images can be decoded{why}")
 
 
-def check_decodes(role: str, source: Source, skip_damaged: bool) -> None:
-    """Decodes TRIED images of a streamed split, evenly spread. With `skip_damaged`, tries the
-    others until one can be decoded.
+def check_decodes(role: str, source: ImageSource, skip_damaged: bool) -> None:
+    """Decodes NUM_PROBED_IMAGES images of a streamed split, evenly spread. With `skip_damaged`,
+    tries the others until one can be decoded.
 
     Raises DamagedImage for a damaged image; with `skip_damaged`, UserError if all are damaged.
     """
     total = len(source)
-    tried = np.unique(np.linspace(0, total - 1, min(TRIED, total)).astype(int))
+    tried = np.unique(np.linspace(0, total - 1, min(NUM_PROBED_IMAGES, total)).astype(int))
     if any([_decodes(source, i, skip_damaged) for i in tried]):
         return
     if not any(_decodes(source, i, skip_damaged) for i in range(total)):
         raise decoding_error(role, source)
 
 
-def _decodes(source: Source, i: int, skip_damaged: bool) -> bool:
+def _decodes(source: ImageSource, i: int, skip_damaged: bool) -> bool:
     try:
-        read(source, int(i), 8, 3)
+        read_example(source, int(i), 8, 3)
     except DamagedImage:
         if not skip_damaged:
             raise
@@ -181,7 +183,7 @@ def find_notes(
     """Lines on what may be intended, but would otherwise go unnoticed. Raises UserError if all
     training images are of one class."""
     train, found = splits["train"], []
-    if note := batch_note(batch_size, len(train)):
+    if note := make_batch_note(batch_size, len(train)):
         found.append(note)
     if train.labels is not None:
         soft = train.labels.ndim > 1
@@ -200,7 +202,7 @@ def find_notes(
     return found
 
 
-def batch_note(batch_size: int, images: int) -> str:
+def make_batch_note(batch_size: int, images: int) -> str:
     """A line if a batch is larger than the training set, else ""."""
     if batch_size <= images:
         return ""
@@ -213,7 +215,7 @@ def batch_note(batch_size: int, images: int) -> str:
 # ---- where it is kept
 
 
-def fits_memory(config: Any, size: int) -> bool:
+def fits_in_memory(config: Any, size: int) -> bool:
     """Whether so many bytes of images go to memory."""
     if config.in_memory == "auto":
         return size < config.memory_limit * 2**30

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from flax_cnns.data.decode import read_all
-from flax_cnns.data.known import IMAGENET, KNOWN, Known, base_name
+from flax_cnns.data.known_datasets import IMAGENET, KNOWN_DATASETS, KnownDataset, base_name
 from flax_cnns.data.splits import decoding_error
-from flax_cnns.data.types import Rows, Split, Subset
+from flax_cnns.data.types import ArrayRows, Split, Subset
 from flax_cnns.errors import UserError
 
-COVARIANCE_OF = 2000  # images, evenly spread over those that are streamed
+MAX_COVARIANCE_IMAGES = 2000  # images, evenly spread over those that are streamed
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL has it
 
 
@@ -24,8 +24,10 @@ def find_mean_and_std(
     """Mean and std per channel in 0..1 of the data set `name`, which has `own` channels itself, and
     where they come from."""
     if config.mean:
-        return *spread(config.mean, config.std, channels, "data.mean and data.std"), "config"
-    known, by = KNOWN.get(base_name(name)), "published"
+        return *broadcast_to_channels(
+            config.mean, config.std, channels, "data.mean and data.std"
+        ), "config"
+    known, by = KNOWN_DATASETS.get(base_name(name)), "published"
     if known is None or (own == 3 and channels == 1):
         # The spread of the gray image doesn't follow from those of the colors, which go together.
         if train.images is not None:
@@ -33,10 +35,12 @@ def find_mean_and_std(
             return mean, std, "training images"
         if known is None:
             known, by = IMAGENET, "ImageNet"
-    return *for_channels(known, channels), by
+    return *convert_to_channels(known, channels), by
 
 
-def for_channels(known: Known, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def convert_to_channels(
+    known: KnownDataset, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Published mean and std, of images turned to so many channels."""
     mean, std = np.array(known.mean), np.array(known.std)
     if channels == 1 and len(mean) == 3:
@@ -45,7 +49,7 @@ def for_channels(known: Known, channels: int) -> tuple[tuple[float, ...], tuple[
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def spread(
+def broadcast_to_channels(
     mean: Sequence[float], std: Sequence[float], channels: int, what: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std for each channel, of one number or of one for each. Raises UserError."""
@@ -57,7 +61,7 @@ def spread(
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def moments(images: np.ndarray | Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel in 0..1: of u8 [N H W C], exactly, by counting the 256 values; of
     f32 in 0..1, of their values to 20 bits."""
     if images.dtype != np.uint8:
@@ -77,7 +81,9 @@ def moments(images: np.ndarray | Rows) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean), tuple(std)
 
 
-def _moments_of_floats(images: np.ndarray | Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments_of_floats(
+    images: np.ndarray | ArrayRows,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Sums of whole numbers do not depend on their order, and so not on the machine."""
     channels, one = images.shape[-1], 2**20
     total, squares = [0] * channels, [0] * channels
@@ -92,7 +98,7 @@ def _moments_of_floats(images: np.ndarray | Rows) -> tuple[tuple[float, ...], tu
     return tuple(a / (count * one) for a in total), tuple(math.sqrt(v) or 1.0 for v in variance)
 
 
-def _pixels(images: np.ndarray | Rows) -> Iterator[np.ndarray]:
+def _pixels(images: np.ndarray | ArrayRows) -> Iterator[np.ndarray]:
     """[n C], at most 2**20 of them at a time."""
     height, width, channels = images.shape[1:]
     some = max(1, 2**20 // (height * width))
@@ -104,12 +110,13 @@ def _pixels(images: np.ndarray | Rows) -> Iterator[np.ndarray]:
 def find_covariance(
     config: Any, size: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], ...]:
-    """Of the colors of all training images; of up to COVARIANCE_OF where they are streamed."""
+    """The covariance of the colors of all training images, or of up to MAX_COVARIANCE_IMAGES if
+    they are streamed."""
     if not config.augment.pca:
         return ()
     images = train.images
     if images is None:
-        count = min(COVARIANCE_OF, len(train))
+        count = min(MAX_COVARIANCE_IMAGES, len(train))
         some = Subset(train.source, np.arange(count) * len(train) // count, "for colors")
         images, _, _ = read_all(
             some,
@@ -124,7 +131,7 @@ def find_covariance(
     return covariance(images)
 
 
-def covariance(images: np.ndarray | Rows) -> tuple[tuple[float, ...], ...]:
+def covariance(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], ...]:
     """Between the channels of u8 [N H W C], or f32 in 0..1, over all pixels, of values in 0..1:
     [C C]."""
     scale = 255 if images.dtype == np.uint8 else 1.0

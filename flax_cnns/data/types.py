@@ -20,31 +20,31 @@ from flax_cnns.errors import UserError
 
 
 class DamagedImage(UserError):
-    """An image that cannot be decoded; `where` names it."""
+    """An image that cannot be decoded; `location` names it."""
 
-    def __init__(self, where: str, why: Exception):
+    def __init__(self, location: str, why: Exception):
         super().__init__(
-            f"cannot decode {where}: {why}; mend or delete it, or set data.skip_damaged=True"
+            f"cannot decode {location}: {why}; mend or delete it, or set data.skip_damaged=True"
         )
-        self.where, self.why = where, why
+        self.location, self.why = location, why
 
     def __reduce__(self):  # Errors of worker processes travel pickled.
-        return DamagedImage, (self.where, self.why)
+        return DamagedImage, (self.location, self.why)
 
 
 class WrongLabel(UserError):
-    """A label that is none of the data set's classes; `where` names the example."""
+    """A label that is none of the data set's classes; `location` names the example."""
 
-    def __init__(self, where: str, label: int, num_classes: int):
+    def __init__(self, location: str, label: int, num_classes: int):
         said = "it has no label (-1)" if label == -1 else f"its label is {label}"
-        super().__init__(f"{where}: {said}; expected 0 to {num_classes - 1}")
-        self.where, self.label, self.num_classes = where, label, num_classes
+        super().__init__(f"{location}: {said}; expected 0 to {num_classes - 1}")
+        self.location, self.label, self.num_classes = location, label, num_classes
 
     def __reduce__(self):
-        return WrongLabel, (self.where, self.label, self.num_classes)
+        return WrongLabel, (self.location, self.label, self.num_classes)
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images that are decoded when they are read. Its `repr` is stable: Grain saves it."""
 
     labels: np.ndarray | None  # i32 [N]; None where it would take reading every example
@@ -54,10 +54,10 @@ class Source(Protocol):
     def open(self, i: int) -> tuple[Image.Image, int]:
         """Image (of any size and mode, perhaps not decoded yet) and label."""
 
-    def where(self, i: int) -> str:
+    def location(self, i: int) -> str:
         """What to call example `i` in an error message."""
 
-    def fetch(self, rows: np.ndarray) -> Source:
+    def fetch(self, rows: np.ndarray) -> ImageSource:
         """The same source with these rows at hand, where reading many at once is quicker."""
 
 
@@ -65,7 +65,7 @@ class Source(Protocol):
 class Subset:
     """Some rows of another source."""
 
-    source: Source
+    source: ImageSource
     rows: np.ndarray
     name: str
 
@@ -79,10 +79,10 @@ class Subset:
     def open(self, i: int) -> tuple[Image.Image, int]:
         return self.source.open(self.rows[i])
 
-    def where(self, i: int) -> str:
-        return self.source.where(self.rows[i])
+    def location(self, i: int) -> str:
+        return self.source.location(self.rows[i])
 
-    def fetch(self, rows: np.ndarray) -> Source:
+    def fetch(self, rows: np.ndarray) -> ImageSource:
         return dataclasses.replace(self, source=self.source.fetch(self.rows[rows]))
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ class Subset:
 class Relabeled:
     """Another source under labels of our own."""
 
-    source: Source
+    source: ImageSource
     labels: np.ndarray  # i32 [N]
     name: str
 
@@ -103,26 +103,26 @@ class Relabeled:
     def open(self, i: int) -> tuple[Image.Image, int]:
         return self.source.open(i)[0], self.labels[i]
 
-    def where(self, i: int) -> str:
-        return self.source.where(i)
+    def location(self, i: int) -> str:
+        return self.source.location(i)
 
-    def fetch(self, rows: np.ndarray) -> Source:
+    def fetch(self, rows: np.ndarray) -> ImageSource:
         return dataclasses.replace(self, source=self.source.fetch(rows))
 
     def __repr__(self) -> str:
         return f"Relabeled({self.source!r}, {self.name}, {len(self)})"
 
 
-def find_several(source: Source) -> set[str]:
-    """`FileSource.several` (readers/folder.py) of a source, also below Subset and Relabeled; else
-    empty."""
+def find_multi_frame_files(source: ImageSource) -> set[str]:
+    """`FileSource.multi_frame_files` (readers/folder.py) of a source, also below Subset and
+    Relabeled; else empty."""
     while isinstance(source, Subset | Relabeled):
         source = source.source
-    return getattr(source, "several", set())
+    return getattr(source, "multi_frame_files", set())
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class ArrayRows:
     """Some rows of a user's array: indexing gathers them; nothing is copied before."""
 
     array: np.ndarray  # [N ...]
@@ -151,11 +151,11 @@ class Rows:
         return np.asarray(self[:], dtype)
 
 
-def take_rows(images: np.ndarray | Rows, which: np.ndarray) -> np.ndarray | Rows:
-    """These rows: a copy of an array, and of `Rows` only other numbers."""
-    if not isinstance(images, Rows):
+def take_rows(images: np.ndarray | ArrayRows, which: np.ndarray) -> np.ndarray | ArrayRows:
+    """These rows: a copy of an array, and of `ArrayRows` only other numbers."""
+    if not isinstance(images, ArrayRows):
         return images[which]
-    return Rows(images.array, which if images.rows is None else images.rows[which])
+    return ArrayRows(images.array, which if images.rows is None else images.rows[which])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +164,8 @@ class Split:
 
     # i32 [N]; f32 [N K] of soft labels and of multilabel data; None for a streamed TFDS split
     labels: np.ndarray | None
-    images: np.ndarray | Rows | None = None  # u8 [N H W C], or f32 of a user's own
-    source: Source | None = None
+    images: np.ndarray | ArrayRows | None = None  # u8 [N H W C], or f32 of a user's own
+    source: ImageSource | None = None
     count: int = 0  # of a split of which a user's factory gives batches; else 0
 
     def __len__(self) -> int:
@@ -190,9 +190,9 @@ class Dataset:
     damaged: list[str] = dataclasses.field(default_factory=list)
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
     # Files with several pictures, of which the first is used; grows while a split is streamed.
-    several: set[str] = dataclasses.field(default_factory=set)
+    multi_frame_files: set[str] = dataclasses.field(default_factory=set)
     notes: tuple[str, ...] = ()  # what may be intended, but would otherwise go unnoticed
-    own_validation: bool = False  # the validation split is the data set's, not taken from train
+    has_own_validation: bool = False  # the validation split is the data set's, not taken from train
     # See flax_cnns/data/fingerprint.py; {} for noise, and if it was not computed.
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
     task: str = "classes"  # or multilabel, whose labels are f32 [N K] of 0 and 1
@@ -201,8 +201,8 @@ class Dataset:
     # `factory(split, start_step, process_index, process_count)` of `from_batches`, else None.
     factory: Callable[[str, int, int, int], Iterable[Any]] | None = None
 
-    # `read(prepare) -> Raw` of `from_tfds`, for the loader; else None.
-    read: Callable[[bool], Raw] | None = None
+    # `reader(prepare) -> RawDataset` of `from_tfds`, for the loader; else None.
+    reader: Callable[[bool], RawDataset] | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -212,13 +212,13 @@ class Dataset:
     @property
     def is_decoded(self) -> bool:
         """False: images are a user's own arrays or batches."""
-        return not (self.is_stream or isinstance(self.splits["train"].images, Rows))
+        return not (self.is_stream or isinstance(self.splits["train"].images, ArrayRows))
 
     @property
-    def seen(self) -> fingerprints.Seen:
+    def snapshot(self) -> fingerprints.DataSnapshot:
         counts = {role: len(split) for role, split in self.splits.items()}
         mean = self.mean if self.normalized_by == "training images" else ()
-        return fingerprints.Seen(self.fingerprint, counts, mean)
+        return fingerprints.DataSnapshot(self.fingerprint, counts, mean)
 
     @property
     def in_memory(self) -> bool:
@@ -228,8 +228,15 @@ class Dataset:
 
     def as_dict(self) -> dict[str, Any]:
         """What it is, without its images, as JSON has it."""
-        found = ("splits", "damaged", "left_out", "several", "notes", "own_validation")
-        found += ("factory", "read")
+        found = (
+            "splits",
+            "damaged",
+            "left_out",
+            "multi_frame_files",
+            "notes",
+            "has_own_validation",
+        )
+        found += ("factory", "reader")
         fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
         return {name: getattr(self, name) for name in fields}
 
@@ -239,9 +246,10 @@ class Dataset:
         lines = [f"{self.name}: {self.num_classes} classes; images: {counts}"]
         if said := describe_counts(self.left_out):
             lines.append(f"left out: {said}")
-        if self.several:
+        if self.multi_frame_files:
             lines.append(
-                f"files with several pictures, of which the first is used: {len(self.several)}"
+                "files with several pictures, of which the first is used: "
+                f"{len(self.multi_frame_files)}"
             )
         return lines + [f"note: {note}" for note in self.notes]
 
@@ -274,8 +282,8 @@ class Dataset:
         floats of another precision are used as they are, without a copy: do not change them while
         a run reads them. Raises UserError.
         """
-        # By name: flax_cnns/data/own.py imports this module.
-        return importlib.import_module("flax_cnns.data.own").from_arrays(
+        # By name: flax_cnns/data/array_dataset.py imports this module.
+        return importlib.import_module("flax_cnns.data.array_dataset").from_arrays(
             dict(train=train, test=test, validation=validation),
             class_names=class_names,
             num_classes=num_classes,
@@ -316,7 +324,7 @@ class Dataset:
         Without `mean` and `std` those of ImageNet are used. Raises UserError, for a batch when it
         is pulled.
         """
-        return importlib.import_module("flax_cnns.data.factory").from_batches(
+        return importlib.import_module("flax_cnns.data.batch_dataset").from_batches(
             factory,
             sizes,
             image_shape,
@@ -360,16 +368,16 @@ class Dataset:
         return cls(**plain, splits={})
 
 
-class Raw(NamedTuple):
+class RawDataset(NamedTuple):
     """What a reader found, before roles, sizes and memory."""
 
-    sources: dict[str, Source]  # by the data set's own split names
+    sources: dict[str, ImageSource]  # by the data set's own split names
     num_classes: int
     class_names: tuple[str, ...]
     image_shape: tuple[int | None, int | None, int]  # None: they vary
     left_out: Mapping[str, int] = MappingProxyType({})  # as Dataset has them
-    several: set[str] | None = None
-    about: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.compute`
+    multi_frame_files: set[str] | None = None
+    provenance: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.compute`
 
 
 def describe_counts(counts: Mapping[str, int], most: int = 8) -> str:

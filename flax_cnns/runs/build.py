@@ -285,4 +285,4 @@ def check_run_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dic
         cure="all must read the same files",
     )
     quiet = jax.process_index() > 0
-    return workdirs.check_data(workdir, dataset.seen, accept=accept, quiet=quiet)
+    return workdirs.check_data(workdir, dataset.snapshot, accept=accept, quiet=quiet)

@@ -97,7 +97,7 @@ class RunPlan:
             total=self.total_steps,
             count=self.count_steps,
             validates=self.has_validation,
-            own_validation=components.dataset.own_validation,
+            own_validation=components.dataset.has_own_validation,
             has_batchnorm=lambda: bool(shapes()["batch_stats"]),
             has_aux_heads=has_aux_heads,
             decodes=components.dataset.is_decoded,

@@ -189,7 +189,7 @@ def draw_photos(
     shown = []
     for name, photo in zip(name_photos(photos), photos[: predictions.MAX_PHOTOS]):
         with open_photo(photo) as image:
-            whole = images.upright(image, 3).copy()
+            whole = images.load_upright(image, 3).copy()
             shown.append((name, whole, predictor.box(*whole.size)))
     predictions.draw_predictions(shown, guesses, png, predictor.title)
     return len(shown)

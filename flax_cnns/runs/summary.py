@@ -34,7 +34,7 @@ def make_summary(
         "normalized_by": dataset.normalized_by,
         "images": {role: len(split) for role, split in dataset.splits.items()},
         "left_out": dict(dataset.left_out),
-        "files_of_several_pictures": len(dataset.several),
+        "files_of_several_pictures": len(dataset.multi_frame_files),
         "damaged_images": sorted(dataset.damaged),
         "seconds": host.seconds,
         "seconds_to_first_step": outcome.seconds_to_first_step,

@@ -161,7 +161,7 @@ def run(
             if not workdirs.has_begun(workdir):
                 raise
             # The config of a run that has begun cannot change, and a mended file changes the data.
-            text = f"cannot decode {error.where}: {error.why}; mend or delete it, and then"
+            text = f"cannot decode {error.location}: {error.why}; mend or delete it, and then"
             there = workdirs.describe_resume(workdir)
             raise UserError(f"{text} add --accept-changed-data; {there}") from None
         except ProcessLost as error:
@@ -183,11 +183,11 @@ def check_complete_run(
         if fingerprint is None:
             data = own_parts.make_data(config, objects)
             fingerprint = read_fingerprint(config.data, data)
-        seen, facts = fingerprints.Seen(fingerprint), {}
+        seen, facts = fingerprints.DataSnapshot(fingerprint), {}
         if "fingerprint" not in workdirs.read_dataset_facts(workdir):
             data = data or own_parts.make_data(config, objects)
             dataset = load_dataset(config.data, data=data, begun=True)  # for the counts
-            seen, facts = dataset.seen, dataset.as_dict()
+            seen, facts = dataset.snapshot, dataset.as_dict()
     except (UserError, OSError) as error:  # OSError: of the user's own function
         if primary:
             print(f"the data of {workdir} are not compared: {error}")

@@ -179,31 +179,35 @@ def write_dataset_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None
     write_json(workdir / "dataset.json", {**facts, **kept})
 
 
-def find_data_differences(workdir: pathlib.Path, seen: fingerprints.Seen) -> list[str]:
+def find_data_differences(workdir: pathlib.Path, seen: fingerprints.DataSnapshot) -> list[str]:
     """What differs between the data that a run began with and those of now, in words. For a run
     of an older version: class names, the mean if it was computed, and counts if it is complete."""
     facts = read_dataset_facts(workdir)
     if "fingerprint" in facts:
         with finding.explain_damage(workdir / "dataset.json", finding.REPAIRS["dataset.json"]):
-            return fingerprints.differences(facts["fingerprint"], seen.fingerprint)
+            return fingerprints.find_differences(facts["fingerprint"], seen.fingerprint)
     found = []
     if seen.fingerprint and "class_names" in facts:
         with finding.explain_damage(workdir / "dataset.json", finding.REPAIRS["dataset.json"]):
-            found += fingerprints.class_differences(
+            found += fingerprints.find_class_differences(
                 facts["class_names"], seen.fingerprint["classes"]
             )
             if not found and seen.mean and facts["normalized_by"] == "training images":
-                found += fingerprints.mean_differences(facts["mean"], seen.mean)
+                found += fingerprints.find_mean_differences(facts["mean"], seen.mean)
     if (workdir / "summary.json").is_file():
         size = read_config(workdir).data.batch_size
         summary = read_json(workdir / "summary.json")
         with finding.explain_damage(workdir / "summary.json", finding.REPAIRS["summary.json"]):
-            found += fingerprints.count_differences(summary, size, seen.counts)
+            found += fingerprints.find_count_differences(summary, size, seen.counts)
     return found
 
 
 def check_data(
-    workdir: pathlib.Path, seen: fingerprints.Seen, *, accept: bool = False, quiet: bool = False
+    workdir: pathlib.Path,
+    seen: fingerprints.DataSnapshot,
+    *,
+    accept: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
     """Compares the data with those that a run began with. Returns the change if there is one and
     it is accepted: {"differs": [words], "was", "is": fingerprints}, and prints it unless `quiet`.
@@ -215,10 +219,10 @@ def check_data(
     facts = read_dataset_facts(workdir)
     differs = find_data_differences(workdir, seen)
     if differs and not accept:
-        raise ChangedData(workdir, fingerprints.shorten(differs))
+        raise ChangedData(workdir, fingerprints.join_first(differs))
     if differs:
         if not quiet:
-            print(f"accepted: the data of {workdir} changed: {fingerprints.shorten(differs)}")
+            print(f"accepted: the data of {workdir} changed: {fingerprints.join_first(differs)}")
         was = facts.get("fingerprint", {"classes": facts.get("class_names", [])})
         return {"differs": differs, "was": was, "is": seen.fingerprint}
     if "fingerprint" not in facts and not quiet:

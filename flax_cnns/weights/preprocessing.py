@@ -73,10 +73,10 @@ class Preprocessing(NamedTuple):
             raise UserError(
                 "photographs are read and resized by Pillow: pip install pillow"
             ) from None
-        from flax_cnns.data.images import open_photo, upright
+        from flax_cnns.data.images import load_upright, open_photo
 
         with open_photo(image) as photo:
-            photo = upright(photo, 3)
+            photo = load_upright(photo, 3)
             how = Image.Resampling[self.interpolation.upper()]
             if self.crop_first:
                 photo = photo.crop(self.box(*photo.size)).resize((self.size, self.size), how)

@@ -3,12 +3,12 @@
 import numpy as np
 
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import Raw
+from flax_cnns.data.types import RawDataset
 
 
 def raw(shape=(8, 8, 3), **sizes):
     rng = np.random.default_rng(0)
-    return Raw(
+    return RawDataset(
         {
             name: ArraySource(
                 rng.integers(0, 256, (n, 8, 8, 3), np.uint8), np.arange(n, dtype=np.int32) % 2, name

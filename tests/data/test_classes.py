@@ -6,7 +6,7 @@ import pytest
 from flax_cnns.data import decode, load
 from flax_cnns.data.load import load_dataset
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import Raw
+from flax_cnns.data.types import RawDataset
 from flax_cnns.errors import UserError
 from tests.data.sources import raw
 
@@ -18,7 +18,9 @@ def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory
     images = np.tile(labels.astype(np.uint8)[:, None, None, None], (1, 8, 8, 1))
     source = ArraySource(images, labels, "train")
     names = tuple(str(i**2) for i in range(100))
-    monkeypatch.setattr(load, "_read", lambda c: Raw({"train": source}, 100, names, (8, 8, 1)))
+    monkeypatch.setattr(
+        load, "_read", lambda c: RawDataset({"train": source}, 100, names, (8, 8, 1))
+    )
     config.name, config.in_memory, config.image_size, config.validation = "own", in_memory, 8, 3
     config.classes = ("2500", "16", 8)
     dataset = load_dataset(config)
@@ -27,7 +29,11 @@ def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory
     assert counts == {"train": 7, "validation": 3, "test": 2}
     for split in dataset.splits.values():
         for i, label in enumerate(split.labels):
-            image = split.images[i] if in_memory == "yes" else decode.read(split.source, i, 8, 1)[0]
+            image = (
+                split.images[i]
+                if in_memory == "yes"
+                else decode.read_example(split.source, i, 8, 1)[0]
+            )
             assert image[0, 0, 0] == (50, 4, 8)[label]  # as the images of those classes are filled
 
 
@@ -55,7 +61,7 @@ def test_classes_that_a_split_lacks(monkeypatch, config):
     )
     sources = {"train": of(0, 1, 2, 1, 2), "test": of(0, 0)}
     names = ("cat", "dog", "frog")
-    monkeypatch.setattr(load, "_read", lambda c: Raw(sources, 3, names, (8, 8, 1)))
+    monkeypatch.setattr(load, "_read", lambda c: RawDataset(sources, 3, names, (8, 8, 1)))
     config.name, config.image_size, config.classes = "own", 8, ("dog", "frog")
     with pytest.raises(UserError, match=r"data.classes: the test split of own .* dog, frog"):
         load_dataset(config)

@@ -71,7 +71,7 @@ def rewrite(folder):
 def test_a_difference_names_split_and_class(folder, config, change, said):
     was = read_fingerprint(config)
     change(folder)
-    assert fingerprint.differences(was, read_fingerprint(config)) == said
+    assert fingerprint.find_differences(was, read_fingerprint(config)) == said
 
 
 def test_classes_that_are_not_chosen_do_not_matter(folder, config):
@@ -84,20 +84,20 @@ def test_classes_that_are_not_chosen_do_not_matter(folder, config):
     add(folder)  # to bench
     assert read_fingerprint(config) == was
     rewrite(folder)  # of arch
-    found = fingerprint.differences(was, read_fingerprint(config))
+    found = fingerprint.find_differences(was, read_fingerprint(config))
     assert found == ["train/arch has other files (3 still)"]
 
 
 def test_very_many_files_are_not_asked_for_their_sizes(folder, config, monkeypatch):
-    monkeypatch.setattr(fingerprint, "MOST_SIZES", 9)
+    monkeypatch.setattr(fingerprint, "MAX_SIZED_FILES", 9)
     monkeypatch.setattr(fingerprint, "_size", lambda path: pytest.fail("asked"))
     was = read_fingerprint(config)
     rewrite(folder)
     assert read_fingerprint(config) == was
     replace(folder)
-    assert len(fingerprint.differences(was, read_fingerprint(config))) == 1
+    assert len(fingerprint.find_differences(was, read_fingerprint(config))) == 1
     # Digests with sizes and without say nothing of each other.
-    assert fingerprint.differences({**was, "sized": True}, read_fingerprint(config)) == []
+    assert fingerprint.find_differences({**was, "sized": True}, read_fingerprint(config)) == []
 
 
 def test_names_need_not_be_utf_8(folder, config):
@@ -116,12 +116,12 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
     was, brighter = take(pixels, labels), pixels.copy()
     brighter[3, 1, 1] = 1
     for other in (take(brighter, labels), take(pixels, labels[::-1].copy())):
-        assert fingerprint.differences(was, other) == [
+        assert fingerprint.find_differences(was, other) == [
             "train has other pixels or labels (4 images still)"
         ]
-    assert fingerprint.differences(was, take(pixels.copy(), labels)) == []
+    assert fingerprint.find_differences(was, take(pixels.copy(), labels)) == []
     other = was | {"reader": "tfds", "builder": "x/1.0.0"}
-    assert fingerprint.differences(was, other) == [
+    assert fingerprint.find_differences(was, other) == [
         "it was read as archive, and is read as tfds x/1.0.0 now"
     ]
 
@@ -139,21 +139,21 @@ def test_a_fingerprint_has_the_builder_of_tfds_and_nothing_of_noise(config):
     fewer = json.loads(json.dumps(found))
     fewer["splits"]["test"]["images"] = 300
     del fewer["splits"]["validation"]
-    assert fingerprint.differences(fewer, found) == [
+    assert fingerprint.find_differences(fewer, found) == [
         "test had 300 images, has 360",
         "the split validation is new (360 images)",
     ]
     config.mock = 20
     assert read_fingerprint(config) == load_dataset(config).fingerprint == {}
-    assert fingerprint.differences({}, found) == []
+    assert fingerprint.find_differences({}, found) == []
 
 
 def test_many_differences_are_a_short_line():
     names = [f"class{i}" for i in range(1000)]
-    found = fingerprint.class_differences(names, names[::-1])
+    found = fingerprint.find_class_differences(names, names[::-1])
     assert found[0] == "class 0 was 'class0', is 'class999'"
     assert found[3:] == ["997 more classes have other names"]
-    assert fingerprint.class_differences(names, names[:-5]) == [
+    assert fingerprint.find_class_differences(names, names[:-5]) == [
         "it had 1000 classes, has 995 (gone: 'class995', 'class996', 'class997', and 2 more)"
     ]
-    assert fingerprint.shorten(map(str, range(9)), 2) == "0; 1; and 7 more"
+    assert fingerprint.join_first(map(str, range(9)), 2) == "0; 1; and 7 more"

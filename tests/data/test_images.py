@@ -80,14 +80,16 @@ def test_a_photograph_is_read_upright_however_the_camera_was_held(tmp_path, suff
     with Image.open(path) as image:
         np.testing.assert_allclose(img.read_box(image, part, 64, 3), wanted, atol=6)
     with Image.open(path) as image:
-        assert img.upright(image, 3).size == (400, 300)
+        assert img.load_upright(image, 3).size == (400, 300)
     row = Preprocessing(64, 80, mean=(0,) * 3, std=(1,) * 3, scale=1.0)
     np.testing.assert_allclose(row(path), row(upright), atol=6)
     records = [{"image": path.read_bytes(), "label": 0}]
     whole = ArraySource(np.asarray(upright)[None], np.zeros(1, np.int32), "array")
     for own in ({"share": 0.8}, {"crop": (0.1, 0.6)}):  # evaluation, training
         array, file, record = (
-            decode.read(source, 0, 64, 3, rng=np.random.default_rng(7), **own)[0].astype(int)
+            decode.read_example(source, 0, 64, 3, rng=np.random.default_rng(7), **own)[0].astype(
+                int
+            )
             for source in (whole, reader(path), TfdsSource(records, "image", "label", "t", 1))
         )
         np.testing.assert_allclose(file, array, atol=6)
@@ -109,7 +111,7 @@ def test_a_large_jpeg_that_lies_on_its_side_is_still_decoded_small():
 def test_broken_exif_is_no_damage(tmp_path, suffix, broken):
     path = tmp_path / f"photo.{suffix}"
     scene().save(path, exif=broken, **FORMATS[suffix])
-    seen, _ = decode.read(reader(path), 0, 64, 3)
+    seen, _ = decode.read_example(reader(path), 0, 64, 3)
     wanted = img.read_box(scene(), img.center_box, 64, 3).astype(int)
     np.testing.assert_allclose(seen, wanted, atol=6)
 
@@ -117,7 +119,7 @@ def test_broken_exif_is_no_damage(tmp_path, suffix, broken):
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_unknown_orientation_turns_nothing(orientation):
     image = saved(scene(), "PNG", exif=exif(orientation))
-    np.testing.assert_array_equal(img.upright(image, 3), scene())
+    np.testing.assert_array_equal(img.load_upright(image, 3), scene())
 
 
 def png(depth: int, color: int, row: bytes, transparent: bytes, palette: bytes = b"") -> bytes:
@@ -159,7 +161,7 @@ TRANSPARENT = {  # the first pixel is; what the second one is
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_transparent_becomes_white_in_every_kind_of_png(kind, channels):
     data, second = TRANSPARENT[kind]
-    for read in (img.upright, img.to_channels):
+    for read in (img.load_upright, img.convert_channels):
         pixels = np.asarray(read(Image.open(io.BytesIO(data)), channels))
         wanted = np.array([255, second])
         np.testing.assert_array_equal(
@@ -179,7 +181,7 @@ def test_what_is_transparent_becomes_white_in_every_mode(channels):
     )
     clear = [Image.new(mode, (2, 2)) for mode in ("LA", "PA", "RGBA", "RGBa")]
     for image in (palette, gif, saved(Image.new("LA", (2, 2)), "PNG"), *clear):
-        assert (np.asarray(img.to_channels(image, channels)) == 255).all(), image.mode
+        assert (np.asarray(img.convert_channels(image, channels)) == 255).all(), image.mode
 
 
 def test_bits_above_eight_are_scaled_and_numbers_without_a_white_are_refused(tmp_path):
@@ -187,17 +189,17 @@ def test_bits_above_eight_are_scaled_and_numbers_without_a_white_are_refused(tmp
     big = Image.frombytes("I;16B", (5, 1), values.astype(">u2").tobytes())
     for image in (saved(Image.fromarray(values), "PNG"), saved(big, "TIFF"), big):
         for channels in (1, 3):
-            pixels = np.asarray(img.to_channels(image, channels)).reshape(5, channels)
+            pixels = np.asarray(img.convert_channels(image, channels)).reshape(5, channels)
             np.testing.assert_array_equal(pixels[:, 0], [0, 0, 1, 128, 255])
     for numbers, wanted in (([0, 0.5, 1], [0, 128, 255]), ([0, 0.5, 200], [0, 0, 200])):
         image = saved(Image.fromarray(np.array([numbers], np.float32)), "TIFF")
-        np.testing.assert_array_equal(np.asarray(img.to_channels(image, 1))[0], wanted)
+        np.testing.assert_array_equal(np.asarray(img.convert_channels(image, 1))[0], wanted)
     for numbers in (np.float32([[-1, 2]]), np.float32([[0, np.nan]]), np.int32([[0, 65536]])):
         Image.fromarray(numbers).save(tmp_path / "a.tif")
         with pytest.raises(
             UserError, match=r"a\.tif: its pixels are numbers from .* expected 0 to"
         ):
-            decode.read(reader(tmp_path / "a.tif"), 0, 1, 1)
+            decode.read_example(reader(tmp_path / "a.tif"), 0, 1, 1)
 
 
 def test_the_inks_of_a_jpeg_are_colors():
@@ -240,7 +242,7 @@ def test_how_a_runs_evaluation_differs_from_resize_and_center_crop():
     ]
     assert 0.5 < max(pixel) <= 1
     jpeg = [saved(grainy(512, 512), "JPEG", quality=90) for _ in range(2)]
-    halved = abs(img.read_box(jpeg[0], own, 224, 3) - theirs(img.upright(jpeg[1], 3))[0])
+    halved = abs(img.read_box(jpeg[0], own, 224, 3) - theirs(img.load_upright(jpeg[1], 3))[0])
     assert 2 < halved.mean() < 4
     assert 15 < halved.max() <= 24
 

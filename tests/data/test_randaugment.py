@@ -19,11 +19,11 @@ RGB = (40 + 200 * RNG.beta(1, 3, (36, 31, 3))).astype(np.uint8)
 GRAY = RGB[..., :1]
 KEYS = jax.random.split(jax.random.key(0), 1000)
 
-operate = quick_jit(randaugment.operate)
+apply_operation = quick_jit(randaugment.apply_operation)
 
 
 def ours(name, image, strength):
-    out = operate(image.astype(np.int32), OPERATIONS.index(name), strength)
+    out = apply_operation(image.astype(np.int32), OPERATIONS.index(name), strength)
     assert out.dtype == jnp.int32
     return np.asarray(out)
 
@@ -113,5 +113,5 @@ def test_a_translation_takes_the_nearest_pixel(pixels, moved):
     """As Pillow; torchvision makes two pixels of 2.9."""
     row = jnp.broadcast_to(jnp.arange(1, 33)[None, :, None], (2, 32, 1))
     strength = jnp.float32(pixels / (150 / 331 * 32))
-    found = operate(row, jnp.int32(OPERATIONS.index("translate_x")), strength)
+    found = apply_operation(row, jnp.int32(OPERATIONS.index("translate_x")), strength)
     assert int(found[0, 0, 0]) == 1 + moved

@@ -87,7 +87,7 @@ def test_a_fraction_of_the_training_examples(monkeypatch, config, in_memory):
 
     def seen(dataset):
         train = dataset.splits["train"]
-        read = lambda i: decode.read(train.source, i, 8, 3)[0]  # noqa: E731
+        read = lambda i: decode.read_example(train.source, i, 8, 3)[0]  # noqa: E731
         images = train.images if in_memory == "yes" else map(read, range(len(train)))
         return {np.asarray(image).tobytes() for image in images}
 

@@ -19,7 +19,7 @@ def test_the_colors_covariance_is_made_where_pca_wants_it(monkeypatch, config, i
     source = dataset.splits["train"].source
     images = dataset.splits["train"].images
     if images is None:
-        images = np.stack([decode.read(source, i, 8, 3)[0] for i in range(len(source))])
+        images = np.stack([decode.read_example(source, i, 8, 3)[0] for i in range(len(source))])
     expected = np.cov(images.reshape(-1, 3).T / 255, bias=True)
     np.testing.assert_allclose(dataset.covariance, expected, rtol=1e-9)
     config.channels = 1

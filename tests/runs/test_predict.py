@@ -74,7 +74,7 @@ def test_a_run_sees_a_photo_upright_as_its_own_images(finished, photos, tmp_path
     digit.rotate(90).save(path, exif=exif)
     run = predict.make_predictor_from_run(finished[0])
     source = FileSource((str(path),), np.zeros(1, np.int32), "one")
-    own, _ = decode.read(source, 0, 32, 1)
+    own, _ = decode.read_example(source, 0, 32, 1)
     np.testing.assert_array_equal(run.read(path)[0], own)
     np.testing.assert_array_equal(run.read(path), run.read(digit))
 

@@ -11,7 +11,7 @@ import pytest
 from configs.common import get_config
 from flax_cnns import config as configs
 from flax_cnns import files
-from flax_cnns.data.fingerprint import Seen
+from flax_cnns.data.fingerprint import DataSnapshot
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from tests.sweeps import write_json, write_run
@@ -31,26 +31,26 @@ def begun(tmp_path):
 
 
 def test_other_data_are_refused_or_accepted_and_recorded_once(begun, capsys):
-    assert workdirs.check_data(begun, Seen(WAS)) is None
+    assert workdirs.check_data(begun, DataSnapshot(WAS)) is None
     said = r"the data of .*run changed since it began: train/bench had 3 images, has 4; .* with "
     with pytest.raises(workdirs.ChangedData, match=said + "--accept-changed-data") as raised:
-        workdirs.check_data(begun, Seen(NOW))
+        workdirs.check_data(begun, DataSnapshot(NOW))
     assert isinstance(raised.value, UserError)
-    change = workdirs.check_data(begun, Seen(NOW), accept=True)
+    change = workdirs.check_data(begun, DataSnapshot(NOW), accept=True)
     assert (change["was"], change["is"]) == (WAS, NOW)
     for _ in range(2):
         workdirs.record_accepted_change(begun, change)
     facts = workdirs.read_dataset_facts(begun)
     assert facts["accepted_changes"] == [{"step": 0, **change}]
     workdirs.write_dataset_facts(begun, facts | {"fingerprint": NOW})  # as a run does that goes on
-    assert workdirs.check_data(begun, Seen(NOW)) is None
+    assert workdirs.check_data(begun, DataSnapshot(NOW)) is None
     assert workdirs.read_dataset_facts(begun)["accepted_changes"]
     assert "accepted: the data of" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_begun_is_not_compared(tmp_path):
     write_json(tmp_path / "dataset.json", {"fingerprint": WAS})
-    assert workdirs.check_data(tmp_path, Seen(NOW)) is None
+    assert workdirs.check_data(tmp_path, DataSnapshot(NOW)) is None
 
 
 def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, capsys):
@@ -60,28 +60,28 @@ def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, c
     counts = {"train": 640, "test": 100}
     summary = {"step": 20, "epochs": 2.0, "test/examples": 100}  # of batches of 64
     write_json(run / "summary.json", summary)
-    assert workdirs.check_data(run, Seen(digits, counts)) is None
+    assert workdirs.check_data(run, DataSnapshot(digits, counts)) is None
     assert "its class names and counts could be compared" in capsys.readouterr().out
     with pytest.raises(workdirs.ChangedData, match="test had 100 images, has 90; put"):
-        workdirs.check_data(run, Seen(digits, counts | {"test": 90}))
+        workdirs.check_data(run, DataSnapshot(digits, counts | {"test": 90}))
     with pytest.raises(workdirs.ChangedData, match="train had 640 images, has 641"):
-        workdirs.check_data(run, Seen(digits, counts | {"train": 641}))
+        workdirs.check_data(run, DataSnapshot(digits, counts | {"train": 641}))
     with pytest.raises(workdirs.ChangedData, match="it had 10 classes, has 2"):
-        workdirs.check_data(run, Seen(WAS, counts))
+        workdirs.check_data(run, DataSnapshot(WAS, counts))
     facts = workdirs.read_dataset_facts(run) | {"mean": [0.5], "normalized_by": "training images"}
     write_json(run / "dataset.json", facts)
     with pytest.raises(workdirs.ChangedData, match=r"mean of the training images was \(0.5\), is"):
-        workdirs.check_data(run, Seen(digits, counts, (0.5003,)))
-    assert workdirs.check_data(run, Seen(digits, counts, (0.50005,))) is None
+        workdirs.check_data(run, DataSnapshot(digits, counts, (0.5003,)))
+    assert workdirs.check_data(run, DataSnapshot(digits, counts, (0.50005,))) is None
     # Images that were left out count for the data set, but were not tested.
     write_json(run / "summary.json", summary | {"damaged_images": ["a.png"]})
-    assert workdirs.check_data(run, Seen(digits, counts | {"test": 103})) is None
+    assert workdirs.check_data(run, DataSnapshot(digits, counts | {"test": 103})) is None
 
 
 def test_a_run_older_than_dataset_json_gets_a_note(tmp_path, capsys):
     write_run(tmp_path / "run", 0.5, end=False)
     (tmp_path / "run/dataset.json").unlink()
-    assert workdirs.check_data(tmp_path / "run", Seen(WAS)) is None
+    assert workdirs.check_data(tmp_path / "run", DataSnapshot(WAS)) is None
     assert "nothing could be compared" in capsys.readouterr().out
     workdirs.add_fingerprint(tmp_path / "run", {"name": "x", "fingerprint": WAS})
     workdirs.add_fingerprint(tmp_path / "run", {"name": "y", "fingerprint": NOW})
@@ -106,7 +106,7 @@ def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
 def test_a_damaged_dataset_json_is_one_line_with_a_way_out(begun, text):
     (begun / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json is damaged: .*; remove it"):
-        workdirs.check_data(begun, Seen(WAS))
+        workdirs.check_data(begun, DataSnapshot(WAS))
 
 
 def test_what_is_set_aside_is_kept(tmp_path):

@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.known import KNOWN
+from flax_cnns.data.known_datasets import KNOWN_DATASETS
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import Raw
+from flax_cnns.data.types import RawDataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
-CIFAR = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
-IDX = {
+CIFAR_FILES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
@@ -38,18 +38,18 @@ _DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, struct.error)
 _RATIO, _FLOOR = 100, 1 << 26
 
 
-def find(name: str, directory: str) -> bool:
+def exists(name: str, directory: str) -> bool:
     """Whether the archives of data set `name` lie in `directory`: all that isn't CIFAR is IDX."""
-    if name in CIFAR:
-        return (Path(directory).expanduser() / CIFAR[name]).exists()
-    return _idx_file(directory, IDX["train"][0]) is not None
+    if name in CIFAR_FILES:
+        return (Path(directory).expanduser() / CIFAR_FILES[name]).exists()
+    return _idx_file(directory, IDX_FILES["train"][0]) is not None
 
 
-def read(name: str, directory: str, labels: str) -> Raw:
+def read(name: str, directory: str, labels: str) -> RawDataset:
     """Both splits, in memory. `labels`: for cifar100 "fine" (default) or "coarse". Raises
     UserError."""
-    if name in CIFAR:
-        return _read_cifar(name, Path(directory).expanduser() / CIFAR[name], labels)
+    if name in CIFAR_FILES:
+        return _read_cifar(name, Path(directory).expanduser() / CIFAR_FILES[name], labels)
     if labels not in ("", "label"):
         raise UserError(f"{name} has no labels {labels!r}; leave data.labels empty")
     return _read_idx(name, directory)
@@ -63,30 +63,30 @@ def _idx_file(directory: str, stem: str) -> Path | None:
     return next((p for p in (folder / f"{stem}.gz", folder / stem) if p.exists()), None)
 
 
-def _read_idx(name: str, directory: str) -> Raw:
+def _read_idx(name: str, directory: str) -> RawDataset:
     sources, most = {}, {}
-    known = KNOWN.get(name)
-    for split, stems in IDX.items():
+    known = KNOWN_DATASETS.get(name)
+    for split, stems in IDX_FILES.items():
         files = [_idx_file(directory, stem) for stem in stems]
         for stem, file in zip(stems, files):
             if file is None:
                 raise UserError(f"{directory!r} holds no {stem}.gz, nor {stem}")
-        images, labels = (idx_array(file, ndim) for file, ndim in zip(files, (3, 1)))
+        images, labels = (read_idx_array(file, ndim) for file, ndim in zip(files, (3, 1)))
         if len(images) != len(labels):
             raise UserError(
                 f"{files[0]} holds {len(images)} images, but {files[1]} {len(labels)} labels"
             )
         sources[split] = ArraySource(images[..., None], labels.astype(np.int32), f"{name} {split}")
         most[split] = int(labels.max(initial=0))
-        # A data set that is not in KNOWN has the classes of its train split.
+        # A data set that is not in KNOWN_DATASETS has the classes of its train split.
         classes = known.classes if known else most["train"] + 1
         if most[split] >= classes:
             raise UserError(f"{files[1]} holds label {most[split]}; {name} has {classes} classes")
     names = known.class_names if known else tuple(str(i) for i in range(classes))
-    return Raw(sources, len(names), names, sources["train"].images.shape[1:])
+    return RawDataset(sources, len(names), names, sources["train"].images.shape[1:])
 
 
-def idx_array(file: Path, ndim: int) -> np.ndarray:
+def read_idx_array(file: Path, ndim: int) -> np.ndarray:
     """The uint8 array of `ndim` dimensions in an IDX file, gzipped or not. Raises UserError."""
     check_regular_file(file)
     try:
@@ -96,7 +96,7 @@ def idx_array(file: Path, ndim: int) -> np.ndarray:
                 raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions")
             shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
             count = math.prod(shape)
-            check_size(file, count)
+            check_declared_size(file, count)
             data = stream.read(count + 1)  # no more, even if the gzip goes on
     except _DAMAGE as why:
         raise UserError(f"{file} is damaged: {why}; get it again") from why
@@ -106,7 +106,7 @@ def idx_array(file: Path, ndim: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def check_size(file: Path, declared: int) -> None:
+def check_declared_size(file: Path, declared: int) -> None:
     """Raises UserError if a file declares more data than its size can hold."""
     held = file.stat().st_size
     if declared > _FLOOR + _RATIO * held:
@@ -116,7 +116,7 @@ def check_size(file: Path, declared: int) -> None:
 # ---- CIFAR (https://www.cs.toronto.edu/~kriz/cifar.html)
 
 
-def _read_cifar(name: str, file: Path, labels: str) -> Raw:
+def _read_cifar(name: str, file: Path, labels: str) -> RawDataset:
     ten = name == "cifar10"
     if ten:
         keys = {"": "labels", "label": "labels"}
@@ -149,7 +149,7 @@ def _read_cifar(name: str, file: Path, labels: str) -> Raw:
             )
     except (LookupError, ValueError, TypeError, OverflowError) as why:
         raise UserError(f"{file} is not {name}'s archive: {why!r}") from why
-    return Raw(sources, len(names), names, (32, 32, 3))
+    return RawDataset(sources, len(names), names, (32, 32, 3))
 
 
 def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
@@ -168,7 +168,7 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
                     if member.issparse() or name in found:
                         why = "is sparse" if member.issparse() else "is there twice"
                         raise UserError(f"{file} is not CIFAR's archive: its {name} {why}")
-                    check_size(file, member.size)
+                    check_declared_size(file, member.size)
                     found[name] = _unpickle(tar.extractfile(member).read(), f"{file}: {name}")
             while stream.read(2**20):  # to the end, where gzip's checksum is
                 pass
@@ -188,7 +188,7 @@ class _Bounded:
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
         self.given += len(data)
-        check_size(self.file, self.given)
+        check_declared_size(self.file, self.given)
         return data
 
 

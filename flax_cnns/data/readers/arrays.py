@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from flax_cnns.data.types import Source
+from flax_cnns.data.types import ImageSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class ArraySource:
         image = self.images[i]
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), self.labels[i]
 
-    def where(self, i: int) -> str:
+    def location(self, i: int) -> str:
         return f"{self.name}, image {i}"
 
-    def fetch(self, rows: np.ndarray) -> Source:
+    def fetch(self, rows: np.ndarray) -> ImageSource:
         return self
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 SPLIT_SEED = 0  # not chosen by its score
-VALIDATION = TEST = 360
+VALIDATION_SIZE = TEST_SIZE = 360
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -55,8 +55,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
                 rows, test_size=count, stratify=labels[rows], random_state=SPLIT_SEED
             )
 
-        rest, test = cut(np.arange(len(labels)), TEST)
-        train, validation = cut(rest, VALIDATION)
+        rest, test = cut(np.arange(len(labels)), TEST_SIZE)
+        train, validation = cut(rest, VALIDATION_SIZE)
         return {
             name: self._generate_examples(images, labels, rows)
             for name, rows in dict(train=train, validation=validation, test=test).items()

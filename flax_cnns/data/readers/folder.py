@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from flax_cnns.data.types import Raw, Source, describe_counts
+from flax_cnns.data.types import ImageSource, RawDataset, describe_counts
 from flax_cnns.errors import UserError
 
 SUFFIXES = (
@@ -27,14 +27,22 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif"),
 )
 CODECS = {".webp": "webp", ".jp2": "jpg_2000", ".avif": "avif"}  # Pillow may be built without them
-SPLITS = dict.fromkeys(("train", "training"), "train")
-SPLITS |= dict.fromkeys(("test", "testing"), "test")
-SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
+SPLIT_NAMES = dict.fromkeys(("train", "training"), "train")
+SPLIT_NAMES |= dict.fromkeys(("test", "testing"), "test")
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
 # What operating systems leave behind (copies, thumbnails, indices), besides names with a dot.
-SYSTEM = {"system volume information", "thumbs.db", "desktop.ini"}
-SYSTEM |= {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
+SYSTEM_NAMES = {"system volume information", "thumbs.db", "desktop.ini"}
+SYSTEM_NAMES |= {
+    "__macosx",
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "lost+found",
+}
 UNKNOWN_INODES = {0, 2**32 - 1, 2**64 - 1}  # that user-space file systems may give to every file
-LFS = b"version https://git-lfs"  # how a pointer begins, whose file was not fetched
+LFS_PREFIX = b"version https://git-lfs"  # how a pointer begins, whose file was not fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +52,10 @@ class FileSource:
     name: str
     root: str = ""  # of the data set: all paths begin with it
     # Paths of opened files that hold more than one picture; each process has its own.
-    several: set[str] = dataclasses.field(default_factory=set)
+    multi_frame_files: set[str] = dataclasses.field(default_factory=set)
 
     @property
-    def names(self) -> list[str]:
+    def relative_paths(self) -> list[str]:
         """The paths below the root, which do not change when the data set moves."""
         return [path[len(self.root) + 1 :] for path in self.paths]
 
@@ -60,19 +68,19 @@ class FileSource:
             image = Image.open(path)
         except UnidentifiedImageError:
             with open(path, "rb") as file:
-                if file.read(len(LFS)) != LFS:
+                if file.read(len(LFS_PREFIX)) != LFS_PREFIX:
                     raise
             raise UnidentifiedImageError(
-                "it is a pointer of Git LFS, not an image; run git lfs pull"
+                "it is a pointer of Git LFS_PREFIX, not an image; run git lfs pull"
             ) from None
         if getattr(image, "is_animated", False) and image.format != "MPO":
-            self.several.add(path)  # only the first is used
+            self.multi_frame_files.add(path)  # only the first is used
         return image, self.labels[i]
 
-    def where(self, i: int) -> str:
+    def location(self, i: int) -> str:
         return self.paths[i]
 
-    def fetch(self, rows: np.ndarray) -> Source:
+    def fetch(self, rows: np.ndarray) -> ImageSource:
         return self
 
     def __repr__(self) -> str:
@@ -86,7 +94,7 @@ class _Image(NamedTuple):
     inode: int
 
 
-def read(directory: str, name: str) -> Raw:
+def read(directory: str, name: str) -> RawDataset:
     """Paths and labels; nothing is decoded yet. Classes are the folders of train, sorted.
 
     A file counts once in its class, however many links lead to it. Raises UserError: a folder,
@@ -124,7 +132,7 @@ def read(directory: str, name: str) -> Raw:
             labels += [label] * len(images)
         labels = np.array(labels, np.int32)
         sources[split] = FileSource(tuple(paths), labels, f"{name} {split}", root, several)
-    return Raw(sources, len(classes), classes, (None, None, 3), dict(left_out), several)
+    return RawDataset(sources, len(classes), classes, (None, None, 3), dict(left_out), several)
 
 
 # ---- splits and classes
@@ -136,7 +144,7 @@ def _split_folders(root: str, left_out: collections.Counter[str]) -> dict[str, s
     """{split: folder}; train is `root` itself if no folder has the name of a split."""
     roots, others = {}, []
     for one in _folders(root):
-        split, path = SPLITS.get(one.lower()), os.path.join(root, one)
+        split, path = SPLIT_NAMES.get(one.lower()), os.path.join(root, one)
         if split in roots:
             raise UserError(f"{roots[split]} and {path} are both the {split} split; keep one")
         if split is None:
@@ -203,7 +211,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.readers.archives import check_size
+from flax_cnns.data.readers.archives import check_declared_size
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
@@ -29,11 +29,11 @@ KEYS = {
         "validation": ("val_images", "val_labels"),
     },
 }
-NAMES = "class_names"
+CLASS_NAMES_KEY = "class_names"
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError)
 
 
-def find(name: str, directory: str) -> Path:
+def find_file(name: str, directory: str) -> Path:
     """The file: in `directory` where it is given. Raises UserError."""
     path = Path(directory).expanduser() / Path(name).expanduser()
     if not path.exists():
@@ -46,13 +46,13 @@ def find(name: str, directory: str) -> Path:
 
 def read(name: str, directory: str) -> Dataset:
     """The data set of FILE.npz, as `Dataset.from_arrays` makes it. Raises UserError."""
-    path = find(name, directory)
+    path = find_file(name, directory)
     try:
         with zipfile.ZipFile(path) as file:
             found = {member.removesuffix(".npy"): member for member in file.namelist()}
             keys = _find_keys(path, set(found))
             wanted = [key for pair in keys.values() for key in pair]
-            wanted += [NAMES] if NAMES in found else []
+            wanted += [CLASS_NAMES_KEY] if CLASS_NAMES_KEY in found else []
             arrays = {key: _array(path, file, found[key], key) for key in wanted}
     except UserError:
         raise
@@ -60,7 +60,7 @@ def read(name: str, directory: str) -> Dataset:
         raise UserError(f"{path} is not a file that np.savez writes, or is damaged: {why}") from why
     except _DAMAGE as why:
         raise UserError(f"{path} is damaged: {why or type(why).__name__}; get it again") from why
-    class_names = arrays.pop(NAMES, None)
+    class_names = arrays.pop(CLASS_NAMES_KEY, None)
     labels = [arrays[pair[1]] for pair in keys.values()]
     task = "multilabel" if any(map(_has_several, labels)) else "classes"
     dataset = Dataset.from_arrays(
@@ -98,7 +98,7 @@ def _listed(found: set[str]) -> str:
 def _array(path: Path, file: zipfile.ZipFile, member: str, key: str) -> np.ndarray:
     """One array; nothing is unpickled, and no more memory taken than the file's size justifies."""
     info = file.getinfo(member)
-    check_size(path, info.file_size)
+    check_declared_size(path, info.file_size)
     with file.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         read_header = {

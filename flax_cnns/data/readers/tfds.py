@@ -21,18 +21,18 @@ from absl import logging
 from PIL import Image
 
 from flax_cnns import files
-from flax_cnns.data.known import KNOWN, base_name
+from flax_cnns.data.known_datasets import KNOWN_DATASETS, base_name
 from flax_cnns.data.readers import (
     archives,
     digits,  # noqa: F401  registers the builder
 )
-from flax_cnns.data.types import Dataset, Raw, Source, WrongLabel
+from flax_cnns.data.types import Dataset, ImageSource, RawDataset, WrongLabel
 from flax_cnns.errors import UserError, did_you_mean
 
-SECONDS = 4.0  # to reach the host that a data set is downloaded from
+NETWORK_TIMEOUT = 4.0  # to reach the host that a data set is downloaded from
 
 # The user's word -> TFDS's key, where they differ; "" is the default.
-LABELS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
+LABEL_KEYS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +51,16 @@ class TfdsSource:
         record = self.records[int(i)]
         image, label = record[self.image_key], int(record[self.label_key])
         if not 0 <= label < self.num_classes:
-            raise WrongLabel(self.where(i), label, self.num_classes)
+            raise WrongLabel(self.location(i), label, self.num_classes)
         if isinstance(image, bytes):
             return Image.open(io.BytesIO(image)), label
         image = np.asarray(image)
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), label
 
-    def where(self, i: int) -> str:
+    def location(self, i: int) -> str:
         return f"{self.name}, example {i}"
 
-    def fetch(self, rows: np.ndarray) -> Source:
+    def fetch(self, rows: np.ndarray) -> ImageSource:
         rows = [int(row) for row in rows]  # many at a time is quicker than one by one
         records = dict(zip(rows, self.records.__getitems__(rows)))
         return dataclasses.replace(self, records=records)
@@ -93,7 +93,7 @@ def from_builder(
         given = ", ".join([*fields, *(["data_dir"] if data_dir else [])])
         raise UserError(f"from_tfds: {given} act on a class, and {kind.name} is made already")
 
-    def read_it(prepare: bool) -> Raw:
+    def read_it(prepare: bool) -> RawDataset:
         return _read(lambda: _made(builder, fields, data_dir), kind.name, labels, prepare)
 
     return Dataset(
@@ -105,7 +105,7 @@ def from_builder(
         std=(),
         normalized_by="",
         splits={},
-        read=read_it,
+        reader=read_it,
     )
 
 
@@ -120,14 +120,14 @@ def _made(builder: Any, fields: Mapping[str, Any], directory: str) -> tfds.core.
         raise UserError(f"cannot make {builder.__name__}: {_line(why)}") from why
 
 
-def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> Raw:
+def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> RawDataset:
     """The data set `name`; with `prepare` it is prepared first if needed. Raises UserError."""
     return _read(lambda: _builder(name, directory), name, labels, prepare)
 
 
 def _read(
     make: Callable[[], tfds.core.DatasetBuilder], name: str, labels: str, prepare: bool
-) -> Raw:
+) -> RawDataset:
     builder = make()
     label_key = _label_key(builder, labels)
     image_key = _image_key(builder)
@@ -167,8 +167,8 @@ def _read(
         if split == "train":
             raise UserError(f"the train split of {builder.data_dir} has no {why}")
         left_out[f"{split} split, which has no {why}"] = 1
-    raw = Raw(sources, num_classes, class_names, _shape(builder, image_key), left_out)
-    return raw._replace(about=_about(builder, sources))
+    raw = RawDataset(sources, num_classes, class_names, _shape(builder, image_key), left_out)
+    return raw._replace(provenance=_about(builder, sources))
 
 
 def _about(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _about(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> dict[str
     return about
 
 
-def facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...], int]:
+def read_facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...], int]:
     """Classes, class names and channels of a data set that need not be prepared."""
     builder = _builder(name, directory)
     return *_classes(builder, _label_key(builder, labels)), _shape(builder, _image_key(builder))[2]
@@ -241,7 +241,7 @@ def _label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
     keys = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
     if not keys:
         raise UserError(f"{builder.name} has no class labels; it has: {', '.join(features)}")
-    names = LABELS.get(builder.name, {key: key for key in keys})
+    names = LABEL_KEYS.get(builder.name, {key: key for key in keys})
     if not wanted:
         return "label" if "label" in keys else keys[0]
     if wanted in names:
@@ -251,7 +251,7 @@ def _label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
 
 def _classes(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int, tuple[str, ...]]:
     feature = builder.info.features[key]
-    known = KNOWN.get(builder.name)
+    known = KNOWN_DATASETS.get(builder.name)
     # Some builders know their names only once they are prepared, or never (svhn).
     names = known.class_names if known and known.class_names else feature.names
     return feature.num_classes, tuple(names)
@@ -311,8 +311,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
 
 def _archives(name: str) -> str:
     """What else the user may put into data.dir."""
-    if name in archives.CIFAR:
-        return f", or put {archives.CIFAR[name]} into DIR,"
+    if name in archives.CIFAR_FILES:
+        return f", or put {archives.CIFAR_FILES[name]} into DIR,"
     if "mnist" in name:
         return ", or put train-images-idx3-ubyte.gz and its three companions into DIR,"
     return ""
@@ -324,7 +324,7 @@ def _download_host(builder: tfds.core.DatasetBuilder) -> str:
 
 
 def _reachable(host: str) -> bool:
-    return files.is_reachable(host, SECONDS)
+    return files.is_reachable(host, NETWORK_TIMEOUT)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def _set_aside_changed_data(
                 if "fingerprint" in facts:
                     workdirs.record_moved_data(cell.workdir, cell.config.data.dir)
                 continue
-            said = f"{cell.name}: its data changed: {fingerprints.shorten(differs)}; "
+            said = f"{cell.name}: its data changed: {fingerprints.join_first(differs)}; "
             if not accept:
                 said += f"it is renamed to {workdirs.set_aside(cell.workdir)} and runs again"
                 cell.delete_status()
@@ -299,7 +299,7 @@ def show_plan(
     waiting = [seconds[c.row.name] for c in cells if not plan.is_final(c.read_status()["status"])]
     for cell in cells:
         if differs := workdirs.find_data_differences(cell.workdir, sizes[cell.row.name].data):
-            differs = fingerprints.shorten(differs)
+            differs = fingerprints.join_first(differs)
             print(f"{cell.name}: its data changed: {differs}; it will run again")
     print(
         f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "

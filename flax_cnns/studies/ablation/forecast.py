@@ -34,7 +34,7 @@ class RowCost(NamedTuple):
     params: int
     macs: int  # of one image
     images_seen: int  # that it is trained on, each as often as it is seen
-    data: fingerprints.Seen = fingerprints.Seen({})  # as it is now
+    data: fingerprints.DataSnapshot = fingerprints.DataSnapshot({})  # as it is now
     metrics: tuple[str, ...] = ()  # that its test logs
 
     @property
@@ -62,7 +62,7 @@ def measure_rows(cells: Sequence[SweepCell]) -> dict[str, RowCost]:
                 said.add(line)
         found = cost(components.model, (1, *components.dataset.image_shape), train=False)
         images = steps * row.config.data.batch_size
-        seen, logged = components.dataset.seen, tuple(_metrics(components))
+        seen, logged = components.dataset.snapshot, tuple(_metrics(components))
         sizes[row.name] = RowCost(found.params, found.macs, images, seen, logged)
     return sizes
 

@@ -24,7 +24,7 @@ from flax_cnns.checkpoint.graft import graft
 from flax_cnns.checkpoint.graft.sources import open_source
 from flax_cnns.checkpoint.locations import check_location
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.data.splits import batch_note
+from flax_cnns.data.splits import make_batch_note
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.names import open_log
 from flax_cnns.runs import workdir as workdirs
@@ -146,7 +146,7 @@ def compare_strategies(
     }
     for name, task in tasks.items():
         size, smallest = task.config.data.batch_size, round(fractions[0] * task.examples)
-        note = batch_note(size, smallest) if size <= task.examples else ""
+        note = make_batch_note(size, smallest) if size <= task.examples else ""
         for line in (*task.description, *([f"note: {note}"] if note else [])):
             say(f"targets.{name}: {line}")
     chosen = _possible(chosen, strategies, tasks, say)
@@ -290,7 +290,7 @@ class _Runner:
             left = np.mean(self.seconds) * (self.total - self.done) / 60
             said += f", about {left:.0f} min left"
         if self.accept:
-            seen = fingerprints.Seen(task.fingerprint)
+            seen = fingerprints.DataSnapshot(task.fingerprint)
             runs = {path.parent for path in (folder / name).rglob("dataset.json")}
             if any(workdirs.find_data_differences(one, seen) for one in runs):
                 said += "; trained on the data before they changed"

@@ -148,7 +148,7 @@ def _digest(components: RunComponents, variables: PyTree) -> str:
         if split.images is not None:
             digest.update(np.ascontiguousarray(split.images))
         else:
-            digest.update(f"reader {img.READER}".encode())
+            digest.update(f"reader {img.READER_VERSION}".encode())
     digest.update(json.dumps(components.dataset.fingerprint, sort_keys=True).encode())
     return digest.hexdigest()
 

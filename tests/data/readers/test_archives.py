@@ -36,7 +36,7 @@ def mnist(tmp_path, config):
             RNG.integers(0, 256, (n, 28, 28), np.uint8),
             np.arange(n, dtype=np.uint8) % 10,
         )
-        for stem, array in zip(archives.IDX[split], (images, labels)):
+        for stem, array in zip(archives.IDX_FILES[split], (images, labels)):
             (tmp_path / f"{stem}.gz").write_bytes(gzip.compress(idx(array)))
         arrays[split] = images, labels
     return arrays

@@ -10,7 +10,7 @@ from PIL import Image
 from configs.common import get_config
 from flax_cnns import config as configs
 from flax_cnns.data import load
-from flax_cnns.data.decode import read
+from flax_cnns.data.decode import read_example
 from flax_cnns.data.load import load_dataset, read_fingerprint
 from flax_cnns.errors import UserError
 
@@ -80,14 +80,14 @@ def test_a_reader(source, tmp_path, config):
         assert repr(opened) == repr(ours)  # Grain saves it
         rows = np.array([len(split) - 1, 0])
         for i in rows:
-            image, label = read(opened, i, 8, held.image_shape[-1])
+            image, label = read_example(opened, i, 8, held.image_shape[-1])
             for other in (ours, opened.fetch(rows)):  # by its place here and in any other process
-                there, of_it = read(other, i, 8, held.image_shape[-1])
+                there, of_it = read_example(other, i, 8, held.image_shape[-1])
                 np.testing.assert_array_equal(image, there)
                 assert label == of_it
             assert 0 <= label < held.num_classes
-            assert opened.where(i) == ours.where(i)
-        assert opened.where(0) != opened.where(1)
+            assert opened.location(i) == ours.location(i)
+        assert opened.location(0) != opened.location(1)
 
     fingerprint = json.loads(json.dumps(held.fingerprint))
     assert fingerprint["reader"] == source

@@ -146,7 +146,7 @@ def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, worke
     config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 6, workers
     config.skip_damaged = True
     dataset = load_dataset(config)
-    dataset.several.clear()  # those that were tried before the run
+    dataset.multi_frame_files.clear()  # those that were tried before the run
     batches = pipeline.train_batches(dataset, config, seed=0)
     batch = next(batches)
     batches.close()
@@ -156,7 +156,7 @@ def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, worke
     (test,) = pipeline.eval_batches(dataset, "test", config)
     assert test["mask"].sum() == 2
     assert len(dataset.damaged) == 2
-    assert dataset.several == {str(moving)}
+    assert dataset.multi_frame_files == {str(moving)}
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -206,7 +206,7 @@ def test_images_of_every_type(folder, config):
     images = np.concatenate([split.images for split in dataset.splits.values()])
     assert (images[:, 4, 4].max(-1) < 5).sum() == len(reader.SUFFIXES) == len(images) - 3
     assert dataset.left_out == {".heic": 1, "files without a suffix": 1}
-    assert len(dataset.several) == 4
+    assert len(dataset.multi_frame_files) == 4
     assert "left out: .heic: 1, files without a suffix: 1" in dataset.describe()
 
 
@@ -312,7 +312,7 @@ def test_names_are_below_the_root(folder, config):
     """What tells a data set that moved from another one."""
     fill(folder / "train", 1)
     source = reader.read(f"{folder}/", "folder").sources["train"]
-    assert source.names == ["train/blue/00.jpg", "train/green/00.jpg", "train/red/00.jpg"]
+    assert source.relative_paths == ["train/blue/00.jpg", "train/green/00.jpg", "train/red/00.jpg"]
 
 
 def test_folders_that_are_wrong(folder, config):

@@ -53,7 +53,7 @@ def test_keras(config, save, compressed, monkeypatch):
 def test_medmnist(config, save):
     save(**MEDMNIST)
     dataset = load_dataset(config)
-    assert dataset.own_validation
+    assert dataset.has_own_validation
     assert dataset.num_classes == 3
     several = RNG.integers(0, 2, (30, 4))
     save(**{k: several if "labels" in k else v for k, v in MEDMNIST.items()})

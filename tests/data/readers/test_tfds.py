@@ -101,10 +101,10 @@ def test_labels_out_of_range_are_named_and_never_skipped(config):
     Image.new("RGB", (4, 4)).save(png, format="PNG")
     records = [{"image": png.getvalue(), "label": label} for label in (0, 1, -1, 12)]
     source = TfdsSource(Records(records), "image", "label", "shapes train", num_classes=2)
-    assert decode.read(source, 1, 4, 3)[1] == 1
+    assert decode.read_example(source, 1, 4, 3)[1] == 1
     for i, said in ((2, "it has no label"), (3, "its label is 12")):
         with pytest.raises(WrongLabel, match=rf"shapes train, example {i}: {said}.* 0 to 1"):
-            decode.read(source, i, 4, 3)
+            decode.read_example(source, i, 4, 3)
     for read in (
         lambda: decode.read_all(source, 4, 3, share=1.0, threads=2, skip_damaged=True),
         lambda: decode.read_labels(source),
@@ -138,7 +138,7 @@ def test_no_network_whether_the_resolver_hangs_or_fails(monkeypatch, config, tmp
         raise socket.gaierror("no such host")
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(tfds_reader, "SECONDS", 0.3)
+    monkeypatch.setattr(tfds_reader, "NETWORK_TIMEOUT", 0.3)
     config.name, config.dir = "cifar10", str(tmp_path)
     start = time.time()
     with pytest.raises(UserError, match=r"www.cs.toronto.edu cannot be reached: prepare it"):

@@ -19,7 +19,7 @@ from rich.console import Console
 from configs.common import get_config
 from flax_cnns import tree as pytree
 from flax_cnns.data import pipeline
-from flax_cnns.data.fingerprint import Seen
+from flax_cnns.data.fingerprint import DataSnapshot
 from flax_cnns.errors import UserError
 from flax_cnns.runs import build, child
 from flax_cnns.studies.ablation import ablate, forecast, plan
@@ -266,7 +266,7 @@ def pretend(monkeypatch, config, tmp_path):
 
     monkeypatch.setattr(child, "start", start)
 
-    def work(names, jobs=1, seeds=1, data=Seen({}), **given):  # noqa: B008
+    def work(names, jobs=1, seeds=1, data=DataSnapshot({}), **given):  # noqa: B008
         started.clear()
         rows = plan.make_rows(config, [(name, {}) for name in names])
         cells = plan.make_cells(rows, tmp_path, seeds)
@@ -333,18 +333,20 @@ def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, config
         (tmp_path / name / "seed0/dataset.json").write_text(json.dumps(facts))
         (tmp_path / name / "seed0/metrics.jsonl").touch()
         (tmp_path / name / "seed0/config.json").write_text(old)
-    assert pretend(["fine", "diverge", "old"], data=Seen(was))[1] == []
+    assert pretend(["fine", "diverge", "old"], data=DataSnapshot(was))[1] == []
     assert json.loads((tmp_path / "old/seed0/dataset.json").read_text())["fingerprint"] == was
     assert json.loads((tmp_path / "fine/seed0/config.json").read_text())["data"]["dir"] == ""
 
-    started, said = pretend(["fine", "diverge"], data=Seen(now), accept_changed_data=True)[1:]
+    started, said = pretend(["fine", "diverge"], data=DataSnapshot(now), accept_changed_data=True)[
+        1:
+    ]
     assert started == []
     assert "fine, seed 0: its data changed: train had 4 images, has 5; it is kept" in said
     facts = json.loads((tmp_path / "fine/seed0/dataset.json").read_text())
     (change,) = facts["accepted_changes"]
     assert (facts["fingerprint"], change["was"], change["is"]) == (was, was, now)
 
-    started, said = pretend(["fine", "diverge"], data=Seen(now))[1:]
+    started, said = pretend(["fine", "diverge"], data=DataSnapshot(now))[1:]
     assert started == ["fine/seed0", "diverge/seed0"]
     assert "fine, seed 0: its data changed: train had 4 images, has 5; it is renamed to" in said
     assert (tmp_path / "fine/old-data-1-seed0/summary.json").exists()

@@ -299,7 +299,7 @@ def test_features_of_photographs_that_another_reader_saw_are_computed_anew(monke
     parts = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits, fingerprint={}))
     before = probe._digest(parts, {})
     assert probe._digest(parts, {}) == before
-    monkeypatch.setattr(images, "READER", images.READER + 1)
+    monkeypatch.setattr(images, "READER_VERSION", images.READER_VERSION + 1)
     assert probe._digest(parts, {}) != before
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Known(NamedTuple):
+class KnownDataset(NamedTuple):
     """What is published about a data set; mean and std per channel in 0..1, of the training
     images."""
 
@@ -15,7 +15,7 @@ class Known(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-DIGITS = tuple("0123456789")
+DIGIT_NAMES = tuple("0123456789")
 _CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -24,16 +24,18 @@ _CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-IMAGENET = Known(1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = KnownDataset(1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-KNOWN = {
+KNOWN_DATASETS = {
     # tests/data/readers/test_digits.py computes them
-    "digits": Known(10, (0.3054,), (0.3758,), DIGITS),
-    "mnist": Known(10, (0.1307,), (0.3081,), DIGITS),
-    "fashion_mnist": Known(10, (0.2860,), (0.3530,), _CLOTHES),
-    "cifar10": Known(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10),
-    "cifar100": Known(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn_cropped": Known(10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), DIGITS),
+    "digits": KnownDataset(10, (0.3054,), (0.3758,), DIGIT_NAMES),
+    "mnist": KnownDataset(10, (0.1307,), (0.3081,), DIGIT_NAMES),
+    "fashion_mnist": KnownDataset(10, (0.2860,), (0.3530,), _CLOTHES),
+    "cifar10": KnownDataset(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10),
+    "cifar100": KnownDataset(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn_cropped": KnownDataset(
+        10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), DIGIT_NAMES
+    ),
     "imagenet2012": IMAGENET,
     "imagenet2012_subset": IMAGENET,
 }

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from flax_cnns.config import DEFAULTS
-from flax_cnns.data import given
-from flax_cnns.data.known import IMAGENET
-from flax_cnns.data.own import check_augment, find_mean_and_std
+from flax_cnns.data import input_checks
+from flax_cnns.data.array_dataset import check_augment, resolve_mean_and_std
+from flax_cnns.data.known_datasets import IMAGENET
 from flax_cnns.data.splits import find_notes
-from flax_cnns.data.statistics import for_channels
+from flax_cnns.data.statistics import convert_to_channels
 from flax_cnns.data.types import Dataset, Split
 from flax_cnns.errors import UserError, did_you_mean
 
@@ -38,17 +38,17 @@ def from_batches(
     name: str,
 ) -> Dataset:
     """See `Dataset.from_batches`."""
-    given.check_task(task)
+    input_checks.check_task(task)
     _check_factory(factory)
     _check_sizes(sizes)
     shape = tuple(image_shape)
     if len(shape) != 3 or not all(_is_count(side) for side in shape):
         raise UserError(f"image_shape: expected (height, width, channels), got {image_shape!r}")
-    count = given.check_class_count(class_names, num_classes)
+    count = input_checks.check_class_count(class_names, num_classes)
     if count < (2 if task == "classes" else 1):
         said = f"got {count}" if count else "give num_classes= or class_names="
         raise UserError(f"expected two classes or more; {said}")
-    mean, std = given.check_mean_and_std(mean, std, shape[2], normalize)
+    mean, std = input_checks.check_mean_and_std(mean, std, shape[2], normalize)
     return Dataset(
         name=name,
         num_classes=count,
@@ -69,7 +69,7 @@ def _check_factory(factory: Any) -> None:
         "a function of (split, start_step, process_index, process_count) that returns batches"
     )
     if not callable(factory):
-        raise UserError(f"factory: expected {expected}, got {given.describe(factory)}")
+        raise UserError(f"factory: expected {expected}, got {input_checks.describe_value(factory)}")
     try:
         inspect.signature(factory).bind("train", 0, 0, 1)
     except TypeError as why:
@@ -97,17 +97,17 @@ def _is_count(value: Any) -> bool:
 # ---- what a run makes of it
 
 
-def finish(data: Dataset, config: Any) -> Dataset:
+def apply_config(data: Dataset, config: Any) -> Dataset:
     """The data set of a run, of one that `from_batches` made; `config` is `config.data`. Raises
     UserError for what would need examples in another order; `data.validation` at its default is a
     note."""
-    own_validation = "validation" in data.splits
+    has_own_validation = "validation" in data.splits
     asked = config.validation not in (0, DEFAULTS["data.validation"])
     impossible = {
         "mock": config.mock,
         "classes": config.classes,
         "fraction": config.fraction < 1,
-        "validation": asked and not own_validation,
+        "validation": asked and not has_own_validation,
     }
     cures = {
         "validation": "give sizes['validation'], or set data.validation=0",
@@ -125,9 +125,9 @@ def finish(data: Dataset, config: Any) -> Dataset:
             "data.augment.pca needs the colors of all training images before the first step, and"
             f" {data.name} gives batches; set it to 0"
         )
-    mean, std, normalized_by = find_mean_and_std(data, config, lambda: _of_imagenet(data))
+    mean, std, normalized_by = resolve_mean_and_std(data, config, lambda: _of_imagenet(data))
     notes = find_notes(data.splits, data.class_names, config.batch_size)
-    if not own_validation:
+    if not has_own_validation:
         notes.append("there is no validation split; from_batches takes sizes['validation']")
     if normalized_by == "ImageNet":
         notes.append("normalized by ImageNet's mean and std; from_batches takes mean= and std=")
@@ -137,12 +137,12 @@ def finish(data: Dataset, config: Any) -> Dataset:
         std=std,
         normalized_by=normalized_by,
         notes=(*data.notes, *notes),
-        own_validation=own_validation,
-        fingerprint=find_fingerprint(data),
+        has_own_validation=has_own_validation,
+        fingerprint=make_fingerprint(data),
     )
 
 
-def find_fingerprint(data: Dataset) -> dict[str, Any]:
+def make_fingerprint(data: Dataset) -> dict[str, Any]:
     """What can be known without reading: see flax_cnns/data/fingerprint.py."""
     return {
         "reader": "batches",
@@ -155,4 +155,4 @@ def _of_imagenet(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...], s
     channels = data.image_shape[-1]
     if channels not in (1, 3):
         raise UserError(f"{data.name} has {channels} channels: give from_batches mean= and std=")
-    return *for_channels(IMAGENET, channels), "ImageNet"
+    return *convert_to_channels(IMAGENET, channels), "ImageNet"

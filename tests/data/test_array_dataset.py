@@ -9,7 +9,7 @@ import pytest
 
 from flax_cnns.data import augment, pipeline
 from flax_cnns.data.load import load_dataset, read_fingerprint
-from flax_cnns.data.types import Dataset, Rows, Split
+from flax_cnns.data.types import ArrayRows, Dataset, Split
 from flax_cnns.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -142,11 +142,11 @@ def test_a_validation_split_without_a_test_split_serves_as_test(config):
     assert {role: len(split) for role, split in dataset.splits.items()} == dict(
         train=54, validation=6, test=9
     )
-    assert not dataset.own_validation
+    assert not dataset.has_own_validation
     assert "the validation split serves as test" in dataset.notes[-1]
     both = Dataset.from_arrays((BYTES, LABELS), (BYTES, LABELS), (BYTES[:9], LABELS[:9]))
     both = load_dataset(config, data=both)
-    assert both.own_validation
+    assert both.has_own_validation
     assert len(both.splits["validation"]) == 9
 
 
@@ -265,7 +265,7 @@ def test_facts_and_fingerprint(config):
 
 
 def test_rows_are_an_array():
-    rows = Rows(BYTES, np.array([3, 5, 1]))
+    rows = ArrayRows(BYTES, np.array([3, 5, 1]))
     assert (rows.shape, rows.dtype, rows.size, len(rows)) == ((3, 8, 6, 3), np.uint8, 432, 3)
     np.testing.assert_array_equal(np.asarray(rows), BYTES[[3, 5, 1]])
     np.testing.assert_array_equal(rows[1:], BYTES[[5, 1]])

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data.statistics import spread
+from flax_cnns.data.statistics import broadcast_to_channels
 from flax_cnns.data.types import WrongLabel
 from flax_cnns.errors import UserError
 
 TASKS = ("classes", "multilabel")
-SLACK = 1e-5  # above 1 and below 0: x * (1 / 255) may be more than 1
-SUM_SLACK = 1e-3  # of a row of soft labels
+VALUE_TOLERANCE = 1e-5  # above 1 and below 0: x * (1 / 255) may be more than 1
+SUM_TOLERANCE = 1e-3  # of a row of soft labels
 
 
 def check_task(task: str) -> None:
@@ -24,7 +24,7 @@ def check_task(task: str) -> None:
 
 def check_images(what: str, given: Any, normalize: bool) -> np.ndarray:
     """`what` images as u8 or f32 [N H W C], without a copy where they are."""
-    images = as_array(f"{what} images", given)
+    images = to_numpy(f"{what} images", given)
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:
@@ -64,7 +64,7 @@ def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
         low, high = np.minimum(low, part.min()), np.maximum(high, part.max())
     if not np.isfinite([low, high]).all():
         raise UserError(f"{what} have values that are not finite (NaN or infinite)")
-    if normalize and (low < -SLACK or high > 1 + SLACK):
+    if normalize and (low < -VALUE_TOLERANCE or high > 1 + VALUE_TOLERANCE):
         raise UserError(
             f"{what} are floats from {low:.6g} to {high:.6g}; expected 0 to 1: divide by 255, give"
             " uint8, or let the network see them as they are with normalize=False"
@@ -81,7 +81,7 @@ def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
 def check_labels(what: str, given: Any, task: str) -> np.ndarray:
     """`what` labels as i32 [N], or f32 [N K] of soft labels and of multilabel data."""
     what = f"{what} labels"
-    labels = as_array(what, given)
+    labels = to_numpy(what, given)
     if labels.dtype.kind in "US":
         raise UserError(
             f"{what} are texts; expected numbers: names, labels = np.unique(labels,"
@@ -92,7 +92,7 @@ def check_labels(what: str, given: Any, task: str) -> np.ndarray:
     if task == "multilabel":
         if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
             raise UserError(
-                f"{what} of task='multilabel': expected 0 and 1 [N K], got {describe(labels)}"
+                f"{what} of task='multilabel': expected 0 and 1 [N K], got {describe_value(labels)}"
             )
         return np.asarray(labels, np.float32)
     if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype.kind in "biu":
@@ -100,18 +100,18 @@ def check_labels(what: str, given: Any, task: str) -> np.ndarray:
     if labels.ndim == 1:
         if labels.dtype.kind == "f":
             raise UserError(f"{what} are {labels.dtype} [N]; expected integers: labels.astype(int)")
-        return as_integers(labels)
+        return to_int32(labels)
     if labels.ndim != 2:
         raise UserError(
             f"{what}: expected integers [N] or soft labels [N K], got {list(labels.shape)}"
         )
-    check_soft(what, labels)
+    check_soft_labels(what, labels)
     return np.asarray(labels, np.float32)
 
 
-def check_soft(what: str, labels: np.ndarray) -> None:
+def check_soft_labels(what: str, labels: np.ndarray) -> None:
     sums = labels.sum(1, dtype=np.float64)
-    wrong = np.flatnonzero(~((labels >= 0).all(1) & (np.abs(sums - 1) <= SUM_SLACK)))
+    wrong = np.flatnonzero(~((labels >= 0).all(1) & (np.abs(sums - 1) <= SUM_TOLERANCE)))
     if len(wrong):
         i = int(wrong[0])
         several = "; several classes an image are task='multilabel'"
@@ -122,28 +122,30 @@ def check_soft(what: str, labels: np.ndarray) -> None:
         )
 
 
-def as_integers(labels: np.ndarray) -> np.ndarray:
+def to_int32(labels: np.ndarray) -> np.ndarray:
     """i32. What 32 bits do not hold is left to the check of the range."""
     bounds = np.iinfo(np.int32)
     return np.clip(labels.astype(np.int64), bounds.min, bounds.max).astype(np.int32)
 
 
-def as_array(what: str, given: Any) -> np.ndarray:
+def to_numpy(what: str, given: Any) -> np.ndarray:
     """NumPy's view of arrays of NumPy, JAX, torch and TensorFlow."""
     try:
         array = np.asarray(given)
     except (ValueError, TypeError, RuntimeError) as why:
         first = (str(why).strip().splitlines() or [type(why).__name__])[0]
-        raise UserError(f"{what}: expected one array, got {describe(given)}: {first}") from why
+        raise UserError(
+            f"{what}: expected one array, got {describe_value(given)}: {first}"
+        ) from why
     if array.dtype == object:
         raise UserError(
-            f"{what}: expected one array of numbers, got {describe(given)} of objects; images of"
-            " several sizes are a folder (data.name=folder)"
+            f"{what}: expected one array of numbers, got {describe_value(given)} of objects; images"
+            " of several sizes are a folder (data.name=folder)"
         )
     return array
 
 
-def describe(given: Any) -> str:
+def describe_value(given: Any) -> str:
     if isinstance(given, np.ndarray):
         return f"{given.dtype} {list(given.shape)}"
     shape = f" {list(given.shape)}" if hasattr(given, "shape") else ""
@@ -167,7 +169,7 @@ def check_class_count(class_names: Sequence[str] | None, num_classes: int | None
     return len(names)
 
 
-def check_range(what: str, labels: np.ndarray, num_classes: int) -> None:
+def check_label_range(what: str, labels: np.ndarray, num_classes: int) -> None:
     """Raises WrongLabel for the first of labels i32 [N] that is no class."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
@@ -186,7 +188,7 @@ def check_mean_and_std(
     if not normalize:
         raise UserError("mean and std do nothing with normalize=False; leave them away")
     mean, std = (np.atleast_1d(np.asarray(one, float)).tolist() for one in (mean, std))
-    mean, std = spread(mean, std, channels, "mean and std")
+    mean, std = broadcast_to_channels(mean, std, channels, "mean and std")
     if not (np.isfinite(mean + std).all() and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1):
         raise UserError(
             f"mean and std are those of images in 0..1, std above 0; got {mean} and {std}"

@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax_cnns.data import fingerprint as fingerprints
-from flax_cnns.data import given
-from flax_cnns.data.classes import choose_classes
+from flax_cnns.data import input_checks
+from flax_cnns.data.classes import select_classes
 from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.splits import TEST_SHARE, find_notes, keep_fraction, take_from_train
-from flax_cnns.data.statistics import find_covariance, moments, spread
-from flax_cnns.data.types import Dataset, Raw, Rows, Split
+from flax_cnns.data.statistics import broadcast_to_channels, find_covariance, moments
+from flax_cnns.data.types import ArrayRows, Dataset, RawDataset, Split
 from flax_cnns.errors import UserError
 
 # Augmentation that takes values of 0..1 for granted. Padding and cutout put 0, whatever it means.
-COLORS = ("randaugment", "pca", "erase")
+COLOR_AUGMENTATIONS = ("randaugment", "pca", "erase")
 
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...], str]  # mean, std, where they come from
+Normalization = tuple[tuple[float, ...], tuple[float, ...], str]  # mean, std, where they come from
 
 
 # ---- what is given
@@ -38,18 +38,20 @@ def from_arrays(
 ) -> Dataset:
     """See `Dataset.from_arrays`; `arrays`: (images, labels) by split, None for one that there is
     not."""
-    given.check_task(task)
+    input_checks.check_task(task)
     splits = {}
     for split, pair in arrays.items():
         if pair is None and split != "train":
             continue
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UserError(f"{split}: expected (images, labels), got {given.describe(pair)}")
-        images = given.check_images(split, pair[0], normalize)
-        labels = given.check_labels(split, pair[1], task)
+            raise UserError(
+                f"{split}: expected (images, labels), got {input_checks.describe_value(pair)}"
+            )
+        images = input_checks.check_images(split, pair[0], normalize)
+        labels = input_checks.check_labels(split, pair[1], task)
         if len(images) != len(labels):
             raise UserError(f"{split} has {len(images)} images and {len(labels)} labels")
-        splits[split] = Split(labels=labels, images=Rows(images))
+        splits[split] = Split(labels=labels, images=ArrayRows(images))
     train = splits["train"].images
     for split, one in splits.items():
         if one.images.shape[1:] != train.shape[1:] or one.images.dtype != train.dtype:
@@ -58,7 +60,7 @@ def from_arrays(
                 f" images {train.dtype} {list(train.shape[1:])}; expected the same"
             )
     class_names, notes = find_class_names(splits, class_names, num_classes, task)
-    mean, std = given.check_mean_and_std(mean, std, train.shape[-1], normalize)
+    mean, std = input_checks.check_mean_and_std(mean, std, train.shape[-1], normalize)
     return Dataset(
         name=name,
         num_classes=len(class_names),
@@ -88,7 +90,7 @@ def find_class_names(
         shapes = ", ".join(f"{split} {list(one.shape)}" for split, one in labels.items())
         raise UserError(f"labels: expected the same kind in all splits, got {shapes}")
     found = max(columns)
-    count = given.check_class_count(class_names, num_classes) or found
+    count = input_checks.check_class_count(class_names, num_classes) or found
     if not count:
         count = 1 + max(int(one.max()) for one in labels.values())
         if count > sum(map(len, labels.values())):
@@ -104,7 +106,7 @@ def find_class_names(
         raise UserError(f"expected two classes or more, got {count}")
     for split, one in labels.items():
         if one.ndim == 1:
-            given.check_range(split, one, count)
+            input_checks.check_label_range(split, one, count)
     names = class_names if class_names is not None else range(count)
     return tuple(map(str, names)), notes
 
@@ -112,7 +114,7 @@ def find_class_names(
 # ---- what a run makes of it
 
 
-def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
+def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
     """The data set of a run, of one that `from_arrays` made; `config` is `config.data`. Raises
     UserError."""
     if config.mock:
@@ -120,9 +122,9 @@ def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
     if data.splits["train"].images is None:
         raise UserError(f"{data.name} is read by its name (data.name), and cannot be given")
     check_augment(data, config)
-    raw, notes = _choose(data, config, begun)
+    raw, notes = _select(data, config, begun)
     splits = {role: Split(s.labels, s.images) for role, s in raw.sources.items()}
-    own_validation = "validation" in splits and "test" in splits
+    has_own_validation = "validation" in splits and "test" in splits
     task, seed = data.task, config.split_seed
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
@@ -131,12 +133,12 @@ def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
         what = f"{data.name} has no test split; the fifth of train that becomes it"
         splits = take_from_train(splits, "test", TEST_SHARE, seed, task=task, what=what)
         notes.append(f"there is no test split: {len(splits['test'])} images of train serve as test")
-    if not own_validation and config.validation:
+    if not has_own_validation and config.validation:
         splits = take_from_train(splits, "validation", config.validation, seed, task=task)
     if config.fraction < 1:
         splits = keep_fraction(splits, config.fraction, seed, task=task)
     notes += find_notes(splits, raw.class_names, config.batch_size, task=task)
-    mean, std, normalized_by = find_mean_and_std(
+    mean, std, normalized_by = resolve_mean_and_std(
         data, config, lambda: (*moments(splits["train"].images), "training images")
     )
     return dataclasses.replace(
@@ -149,21 +151,21 @@ def finish(data: Dataset, config: Any, begun: bool) -> Dataset:
         splits=splits,
         covariance=find_covariance(config, 0, data.image_shape[-1], splits["train"]),
         notes=(*data.notes, *notes),
-        own_validation=own_validation,
+        has_own_validation=has_own_validation,
         fingerprint=_fingerprint(raw),
     )
 
 
 def read_fingerprint(data: Dataset, config: Any) -> dict[str, Any]:
-    """As `finish` gives it."""
-    return _fingerprint(_choose(data, config, begun=True)[0])
+    """As `apply_config` gives it."""
+    return _fingerprint(_select(data, config, begun=True)[0])
 
 
-def _fingerprint(raw: Raw) -> dict[str, Any]:
-    return fingerprints.compute(raw.sources, raw.class_names, raw.about)
+def _fingerprint(raw: RawDataset) -> dict[str, Any]:
+    return fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
 
 
-def _choose(data: Dataset, config: Any, begun: bool) -> tuple[Raw, list[str]]:
+def _select(data: Dataset, config: Any, begun: bool) -> tuple[RawDataset, list[str]]:
     """The classes of `config.classes` alone, and notes."""
     if config.classes and data.splits["train"].labels.ndim > 1:
         kind = "multilabel data" if data.task == "multilabel" else "soft labels"
@@ -172,13 +174,13 @@ def _choose(data: Dataset, config: Any, begun: bool) -> tuple[Raw, list[str]]:
         role: ArraySource(split.images, split.labels, f"{data.name} {role}")
         for role, split in data.splits.items()
     }
-    raw = Raw(sources, data.num_classes, data.class_names, data.image_shape)
-    return choose_classes(raw._replace(about={"reader": "arrays"}), config, begun, data.name)
+    raw = RawDataset(sources, data.num_classes, data.class_names, data.image_shape)
+    return select_classes(raw._replace(provenance={"reader": "arrays"}), config, begun, data.name)
 
 
 def check_augment(data: Dataset, config: Any) -> None:
     """Raises UserError for augmentation that these images cannot have."""
-    wanted = [name for name in COLORS if config.augment[name]]
+    wanted = [name for name in COLOR_AUGMENTATIONS if config.augment[name]]
     if wanted and not data.normalize:
         raise UserError(
             f"data.augment.{wanted[0]} takes colors from 0 to 1, and {data.name} was given with"
@@ -189,9 +191,9 @@ def check_augment(data: Dataset, config: Any) -> None:
         raise UserError(f"data.augment.randaugment: expected 1 or 3 channels, got {channels}")
 
 
-def find_mean_and_std(
-    data: Dataset, config: Any, otherwise: Callable[[], Statistics]
-) -> Statistics:
+def resolve_mean_and_std(
+    data: Dataset, config: Any, otherwise: Callable[[], Normalization]
+) -> Normalization:
     """Mean, std and where they come from: config, data set, or `otherwise`. Raises UserError."""
     channels = data.image_shape[-1]
     if not data.normalize:
@@ -201,7 +203,9 @@ def find_mean_and_std(
             )
         return (0.0,) * channels, (1.0,) * channels, "nothing"
     if config.mean:
-        return *spread(config.mean, config.std, channels, "data.mean and data.std"), "config"
+        return *broadcast_to_channels(
+            config.mean, config.std, channels, "data.mean and data.std"
+        ), "config"
     if data.mean:
         return data.mean, data.std, data.normalized_by
     return otherwise()

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.data import given
+from flax_cnns.data import input_checks
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.types import Batch
 
 # Batches that a training stream keeps: the one that the next step takes, and what a thread may have
 # pulled after it: two in its queue and one in hand.
-KEPT = 4
+KEPT_BATCHES = 4
 
 
 # ---- one split
@@ -48,9 +48,8 @@ class _Stream:
         if self._batches is None:
             made = self.data.factory(self.split, self.start, *self.process)
             if not isinstance(made, Iterable):
-                raise UserError(
-                    f"{self.call} returned {given.describe(made)}; expected an iterable of batches"
-                )
+                got = input_checks.describe_value(made)
+                raise UserError(f"{self.call} returned {got}; expected an iterable of batches")
             self._batches = iter(made)
         try:
             got = next(self._batches)
@@ -73,17 +72,17 @@ class _Stream:
 
     def _check_images(self, where: str, got: Any, count: int | None) -> np.ndarray:
         what, shape = f"{where}: images", self.data.image_shape
-        images = given.as_array(what, got)
+        images = input_checks.to_numpy(what, got)
         if images.ndim == 3 and shape[2] == 1:
             images = images[..., None]
         if images.shape[1:] == (shape[2], *shape[:2]) != shape:
-            raise given.layout_error(what, images.shape)
+            raise input_checks.layout_error(what, images.shape)
         if images.shape[1:] != shape or images.ndim != 4:
             raise UserError(f"{what}: expected [n {_join(shape)}], got {list(images.shape)}")
         if count is not None and len(images) != count:
             raise UserError(f"{what}: expected {count} {self._why()}, got {len(images)}")
         if self.kinds is None and len(images):
-            return given.check_values(what, images, self.data.normalize)
+            return input_checks.check_values(what, images, self.data.normalize)
         kind = {"u1": np.uint8, "f2": np.float32, "f4": np.float32, "f8": np.float32}
         if images.dtype.str[1:] not in kind:
             raise UserError(f"{what} are {images.dtype}; expected uint8 or floats, as before")
@@ -99,11 +98,11 @@ class _Stream:
 
     def _check_labels(self, where: str, got: Any, count: int) -> np.ndarray:
         what, classes = f"{where}: labels", self.data.num_classes
-        labels = given.check_labels(f"{where}:", got, self.data.task)
+        labels = input_checks.check_labels(f"{where}:", got, self.data.task)
         if len(labels) != count:
             raise UserError(f"{what}: expected {count}, as there are images, got {len(labels)}")
         if labels.ndim == 1:
-            given.check_range(where, labels, classes)
+            input_checks.check_label_range(where, labels, classes)
         elif labels.shape[1] != classes:
             raise UserError(f"{what} have {labels.shape[1]} columns, for {classes} classes")
         return labels
@@ -129,7 +128,7 @@ def _unpack(where: str, got: Any) -> tuple[Any, Any]:
         return got[0], got[1]
     raise UserError(
         f"{where}: expected {{'image': ..., 'label': ...}} or (images, labels), got"
-        f" {given.describe(got)}"
+        f" {input_checks.describe_value(got)}"
     )
 
 
@@ -146,7 +145,7 @@ class TrainBatches:
         self._stream = _Stream(data, "train", start, batch_size, process)
         self._n = batch_size // process[1]
         self._lock = threading.Lock()  # of the stream, and of what follows
-        self._kept: dict[int, Batch] = {}  # the last KEPT that were pulled
+        self._kept: dict[int, Batch] = {}  # the last KEPT_BATCHES that were pulled
         self._ahead: collections.deque[Batch] = collections.deque()  # pulled for a digest
         self._error: Exception | None = None
         self._closed = False
@@ -176,7 +175,7 @@ class TrainBatches:
             self._error = error
             raise
         self._kept[step] = batch
-        self._kept.pop(step - KEPT, None)
+        self._kept.pop(step - KEPT_BATCHES, None)
         return batch
 
     def digest(self, step: int) -> str:
@@ -184,7 +183,7 @@ class TrainBatches:
         computed now. It waits for a batch that is being pulled, and pulls one that is not.
 
         "" if there is no such batch: the factory failed or ended, which the step itself reports.
-        Raises ValueError for a batch of KEPT batches ago.
+        Raises ValueError for a batch of KEPT_BATCHES batches ago.
         """
         batch = self._kept.get(step)
         if batch is None:

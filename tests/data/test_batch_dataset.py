@@ -158,7 +158,7 @@ def test_arrays_that_are_filled_again(config):
 
 def test_facts(config):
     data = loaded(config, sizes={**SIZES, "validation": 5})
-    assert (data.is_stream, data.in_memory, data.own_validation) == (True, True, True)
+    assert (data.is_stream, data.in_memory, data.has_own_validation) == (True, True, True)
     assert {role: len(split) for role, split in data.splits.items()} == {**SIZES, "validation": 5}
     assert "factory" not in data.as_dict()
     assert data.fingerprint == read_fingerprint(config, make(sizes={**SIZES, "validation": 5}))
