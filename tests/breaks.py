@@ -66,8 +66,8 @@ BREAKS = [
     ),
     Break(
         f"{P}config/versions.py",
-        "if path not in there}",
-        "if path in there}",
+        "if path not in present",
+        "if path in present",
         "tests/config tests/test_old_run.py",
         "a run of an older version lacks fields",
     ),

@@ -53,10 +53,10 @@ def doubts(config):
         return bool(shapes["batch_stats"])
 
     facts = configs.RunFacts(
-        total=count(config.train.duration),
-        count=count,
-        validates=bool(config.data.validation),
-        own_validation=config.data.name == "digits",
+        total_steps=count(config.train.duration),
+        count_steps=count,
+        has_validation=bool(config.data.validation),
+        has_own_validation=config.data.name == "digits",
         has_batchnorm=has_batchnorm,
         has_aux_heads=lambda: config.model.name == "dsn",
     )

@@ -98,7 +98,7 @@ def plain(digits_dir):
 
 
 def test_every_field_of_the_table_that_regularizes_is_tried():
-    assert HOW.keys() == {n for n, row in effects.EFFECTS.items() if row.beside in REGULARIZERS}
+    assert HOW.keys() == {n for n, row in effects.EFFECTS.items() if row.needs in REGULARIZERS}
     rows = dict(regularizers.sweep()) | ON
     assert REGULARIZERS.keys() <= set().union(*rows.values())
 

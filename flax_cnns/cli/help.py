@@ -119,8 +119,8 @@ def make_fields_page(pattern: str = "") -> str:
         if isinstance(part, Section):
             lines += ["", f"{path}: {part.meaning}", ""]
             continue
-        expected = part.check(None) or ""
-        meaning = f"{expected}; {part.meaning}" if expected else part.meaning
+        expected = part.check(None)
+        meaning = f"{part.meaning} Expected: {expected}." if expected else part.meaning
         lines += _entry(f"--config.{path}={part.default!r}", meaning)
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Configs: one table of fields (`fields.py`), what is checked, and what older runs had. No JAX."""
+"""Configs: the table of fields (`fields.py`), validation, and configs of older runs. No JAX."""
 
 from flax_cnns.config.default import complete, default_config, set_config_field
 from flax_cnns.config.effects import RunFacts

@@ -1,4 +1,4 @@
-"""What a value may be: each check returns None, or a text that says what was expected."""
+"""Checks of config values: each returns None, or a string that says what was expected."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from flax_cnns.errors import did_you_mean
 
-Check = Callable[[Any], str | None]  # None, or what was expected
+Check = Callable[[Any], str | None]
 
 DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 
 
 def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> Check:
+    """A finite number from `low` to `high`; `above` excludes `low`."""
+
     def check(value: Any) -> str | None:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
         fine = fine and low <= value <= high and abs(value) <= sys.float_info.max
@@ -23,12 +25,14 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
             return None
         if high == math.inf:
             return f"a number {'above' if above else 'of at least'} {low:g}"
-        return f"a number {'above' if above else 'from'} {low:g} to {high:g}"
+        return f"a number {f'above {low:g} and at most' if above else f'from {low:g} to'} {high:g}"
 
     return check
 
 
 def integer(low: int = 0) -> Check:
+    """An integer of at least `low` that fits into 32 bits."""
+
     def check(value: Any) -> str | None:
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             return f"a whole number of at least {low}"
@@ -38,6 +42,8 @@ def integer(low: int = 0) -> Check:
 
 
 def one_of(*names: str) -> Check:
+    """One of the names; the message suggests a near one."""
+
     def check(value: Any) -> str | None:
         known = ", ".join(names)
         return None if value in names else f"one of {known}{_near(value, names)}"
@@ -55,7 +61,7 @@ def boolean(value: Any) -> str | None:
 
 
 def string(value: Any) -> str | None:
-    return None if isinstance(value, str) else "a text"
+    return None if isinstance(value, str) else "a string"
 
 
 def nonempty_string(value: Any) -> str | None:
@@ -73,21 +79,26 @@ def durations(value: Any) -> str | None:
 
 
 def area_range(value: Any) -> str | None:
+    """(), or (smallest, largest) with 0 < smallest <= largest <= 1."""
     fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
     fine = fine and all(isinstance(v, (int, float)) and 0 < v <= 1 for v in value)
     fine = fine and list(value) == sorted(value)
-    return None if fine else "() or (smallest, largest) share of the area, within 0 to 1"
+    return (
+        None if fine else "() or (smallest, largest) share of the area, both above 0 and at most 1"
+    )
 
 
 def randaugment(value: Any) -> str | None:
+    """(), or (number of operations, magnitude)."""
     fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
     if fine and value:
         fine = integer(1)(value[0]) is None and number(0, 30)(value[1]) is None
-    return None if fine else "() or (operations an image, magnitude from 0 to 30) such as (2, 9)"
+    return None if fine else "() or (operations per image, magnitude from 0 to 30) such as (2, 9)"
 
 
 def rules(of: Check, what: str, *, single: bool = False) -> Check:
-    """Pairs (regex, value); with `single` also one value alone, for every path."""
+    """Pairs (regex, value) whose values pass the check `of`. With `single`, also (value,) for every
+    path."""
 
     def check(value: Any) -> str | None:
         expected = f"rules ((regex, {what}), …)" + (f" or ({what},)" if single else "")
@@ -108,27 +119,27 @@ def rules(of: Check, what: str, *, single: bool = False) -> Check:
 
 
 def weight_over_time(value: Any) -> str | None:
-    """A number, or corners ((duration, number), …)."""
+    """A number, or points ((duration, number), …)."""
     if number(-math.inf)(value) is None:
         return None
     fine = isinstance(value, (tuple, list)) and len(value) > 0
     fine = fine and all(
-        isinstance(c, (tuple, list))
-        and len(c) == 2
-        and duration(c[0]) is None
-        and number(-math.inf)(c[1]) is None
-        for c in value
+        isinstance(point, (tuple, list))
+        and len(point) == 2
+        and duration(point[0]) is None
+        and number(-math.inf)(point[1]) is None
+        for point in value
     )
     return None if fine else "a number"
 
 
 _DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
-# "package.module:Name", and not a version, as TFDS has them: "digits:1.0.0"
+# Matches "package.module:Name" but not a TFDS version such as "digits:1.0.0".
 REFERENCE = re.compile(rf"<opaque>:\w+|{_DOTTED}:{_DOTTED}")
 
 
 def is_reference(value: Any) -> bool:
-    """Whether a value names an object of the user's, as "package.module:Name"."""
+    """Whether a value names an object of the user's own, as "package.module:Name"."""
     return isinstance(value, str) and REFERENCE.fullmatch(value) is not None
 
 
@@ -164,7 +175,7 @@ def best_by(value: Any) -> str | None:
 
 def compute_dtype(value: Any) -> str | None:
     if value == "float16":  # its gradients vanish below 6e-8
-        return "bfloat16 or float32 (training in float16 needs a scaled loss, and ours is not)"
+        return "bfloat16 or float32 (float16 needs a scaled loss, which is not implemented)"
     return one_of("float32", "bfloat16")(value)
 
 
@@ -180,6 +191,8 @@ def class_list(value: Any) -> str | None:
 
 
 def per_channel(low: float) -> Check:
+    """A number of at least `low` for each channel, or ()."""
+
     def check(value: Any) -> str | None:
         fine = isinstance(value, (tuple, list)) and all(number(low)(v) is None for v in value)
         return None if fine else "a number per channel such as (0.485, 0.456, 0.406), or ()"
@@ -193,6 +206,7 @@ def channel_count(value: Any) -> str | None:
 
 
 def split_size(value: Any) -> str | None:
+    """A fraction below 1, or a whole number of examples."""
     if expected := number()(value):
         return expected
     return None if value < 1 or value % 1 == 0 else "a fraction below 1, a count, or 0"

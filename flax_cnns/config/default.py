@@ -1,4 +1,4 @@
-"""The config from which every other one starts, and configs that say only what differs."""
+"""The default config, and configs that set only the fields that differ from it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from flax_cnns.errors import UserError, did_you_mean
 
 
 def default_config() -> Any:
-    """A ConfigDict of every field with its default (docs/config.md)."""
-    from ml_collections import ConfigDict  # late: tables and checks need none
+    """Returns a ConfigDict of all fields with their defaults (docs/config.md)."""
+    from ml_collections import ConfigDict  # here, as the tables and checks do not need it
 
     return ConfigDict(make_defaults())
 
 
 def complete(config: Any) -> Any:
-    """A ConfigDict of its own: a copy of a ConfigDict, or the defaults with the fields of a mapping
-    in their places, such as `{"model": {"name": "resnet18"}, "seed": 1}`.
+    """Returns a new ConfigDict: a copy of a ConfigDict, or the defaults updated with a mapping such
+    as `{"model": {"name": "resnet18"}, "seed": 1}`.
 
-    Raises `UserError` for an unknown field, or if `config` is neither.
+    Raises `UserError` if a field is unknown, or if `config` is neither a ConfigDict nor a mapping.
     """
     from ml_collections import ConfigDict
 
@@ -38,14 +38,14 @@ def complete(config: Any) -> Any:
 
 
 def set_config_field(config: Any, path: str, value: Any) -> None:
-    """Sets the field `path` of a ConfigDict, whatever its type was; sections of `own` are made."""
+    """Sets the field `path` of a ConfigDict, whatever type its value had. Adds missing sections."""
     from ml_collections import ConfigDict
 
     *sections, field = path.split(".")
     with config.unlocked(), config.ignore_type():
-        at = config
+        section = config
         for name in sections:
-            if name not in at:
-                at[name] = ConfigDict()
-            at = at[name]
-        at[field] = value
+            if name not in section:
+                section[name] = ConfigDict()
+            section = section[name]
+        section[field] = value

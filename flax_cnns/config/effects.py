@@ -1,8 +1,8 @@
-"""Which config fields act under which other choices, and values that make no sense in a new run.
+"""When config fields have an effect, and values that make no sense in a new run.
 
-`EFFECTS` and `IN_A_RUN` hold a row for each field that other fields, the network or the data can
-switch off. A field at its default is never wrong. Fields that are missing here act always, or
-whether they act is unknown until the run has begun.
+`EFFECTS` and `IN_A_RUN` have a row for each field that other fields, the network or the data can
+switch off. A field at its default is never wrong. Fields without a row always have an effect, or
+only the run itself can tell whether they do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flax_cnns.config.checks import DURATION, is_reference
 from flax_cnns.config.fields import DEFAULTS
 
-Flat = Mapping[str, Any]  # a config by paths: {"optimizer.name": "sgd", ...}
+Flat = Mapping[str, Any]  # a flat config: {"optimizer.name": "sgd", ...}
 
 FLOAT32_MAX, FLOAT32_MIN = (
     3.4028234e38,
@@ -25,36 +25,38 @@ MAX_STEPS = 2**31  # steps are counted by int32
 
 
 class RunFacts(NamedTuple):
-    """What is known of a run once network and data are there. The functions trace the network."""
+    """Facts about a run that need its network and data. `has_batchnorm` and `has_aux_heads` trace
+    the network."""
 
-    total: int  # steps
-    count: Callable[[str], int]  # a duration in steps
-    validates: bool  # whether there is a validation split
-    own_validation: bool  # whether that is the data set's own, not taken from train
+    total_steps: int
+    count_steps: Callable[[str], int]  # of a duration
+    has_validation: bool
+    has_own_validation: bool  # the data set has a validation split; none is taken from train
     has_batchnorm: Callable[[], bool]
     has_aux_heads: Callable[[], bool]
-    decodes: bool = True  # whether images are decoded, and not a user's own arrays or batches
+    decodes_images: bool = True  # False for a user's own arrays and batches
 
 
 class Effect(NamedTuple):
-    """When a field acts. `why` says in words what it belongs to; `{optimizer.name}` stands for the
-    value of that field."""
+    """When a field has an effect. `reason` is the message if it has none; in the message,
+    `{optimizer.name}` stands for the value of that field."""
 
-    why: str
-    acts: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and RunFacts
-    cure: str = ""  # in place of "leave it at" the default
-    resets: bool = True  # False: to reset it would change the run
-    beside: str = ""  # the field that must be on, where that decides
+    reason: str
+    has_effect: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and RunFacts
+    fix: str = ""  # replaces "leave it at" the default in the message
+    can_reset: bool = True  # False: resetting the field to its default would change the run
+    needs: str = ""  # the field that must be on for this field to have an effect
 
 
 def parse_amount(duration: Any) -> float:
-    """The number of a duration; NaN for another text."""
+    """Returns the number of a duration; NaN for any other string."""
     match = DURATION.fullmatch(str(duration))
     return float(match[1]) if match else math.nan
 
 
 def is_on(value: Any) -> bool:
-    """Whether a value is neither empty nor 0; for rules (regex, number), whether any number is."""
+    """Whether a value is neither empty nor 0; for rules (regex, number), whether any number is not
+    0."""
     if isinstance(value, (tuple, list)):
         return any(v for v in _leaves(value) if not isinstance(v, str))
     return bool(value)
@@ -62,13 +64,13 @@ def is_on(value: Any) -> bool:
 
 def _only(field: str, *names: str) -> Effect:
     *most, last = names
-    known = f"{', '.join(most)} and {last} have it" if most else f"{last} has it"
-    return Effect(f"{known}, and {field} is {{{field}}}", lambda flat: flat[field] in names)
+    users = f"{', '.join(most)} and {last} use it" if most else f"{last} uses it"
+    return Effect(f"only {users}, and {field} is {{{field}}}", lambda flat: flat[field] in names)
 
 
-def _beside(field: str, what: str) -> Effect:
-    why = f"{what}, and {field} is {{{field}}}"
-    return Effect(why, lambda flat: is_on(flat[field]), beside=field)
+def _needs(field: str, purpose: str) -> Effect:
+    reason = f"{purpose}, and {field} is {{{field}}}"
+    return Effect(reason, lambda flat: is_on(flat[field]), needs=field)
 
 
 def _validates(flat: Flat) -> bool:
@@ -79,90 +81,93 @@ def _looks_at_validation(flat: Flat) -> bool:
     return flat["schedule.name"] == "plateau" or is_on(flat["train.early_stopping"])
 
 
-_NEVER = "and train.eval_every is {train.eval_every}: only the last step validates"
+_ONLY_LAST = "but train.eval_every is {train.eval_every}: only the last step validates"
 _EVERY = "set train.eval_every='1 epochs'"
+_BEST_BY_VALIDATIONS = f"validations during the run choose the best checkpoint, {_ONLY_LAST}"
 
 
-def _is_own(flat: Flat) -> bool:
-    """Whether the data are arrays or batches of the user's."""
+def _is_own_data(flat: Flat) -> bool:
+    """Whether the data are the user's own arrays or batches."""
     return is_reference(flat["data.name"]) or flat["data.name"].endswith(".npz")
 
 
-def _is_read(otherwise: Effect | None = None) -> Effect:
-    """Of a field that says how data are read: no own data, and what `otherwise` says."""
-    why = "own data are not read but come as they are, and data.name is {data.name}"
-    if otherwise is None:
-        return Effect(why, lambda flat: not _is_own(flat))
-    why = f"{otherwise.why} (or {why})"
-    return Effect(why, lambda flat: not _is_own(flat) and otherwise.acts(flat))
+def _needs_reading(also: Effect | None = None) -> Effect:
+    """The effect of a field that says how data are read. It needs data that are not the user's own,
+    and the effect `also`."""
+    reason = "your own data are used as they are, and data.name is {data.name}"
+    if also is None:
+        return Effect(reason, lambda flat: not _is_own_data(flat))
+    reason = f"{also.reason} (or {reason})"
+    return Effect(reason, lambda flat: not _is_own_data(flat) and also.has_effect(flat))
 
 
-def _is_decoded(otherwise: Effect | None = None) -> Effect:
-    """Of a field that says how images are decoded, those of a user's own TFDS builder too: no file
-    of arrays, and what `otherwise` says. `IN_A_RUN` knows of other own data."""
-    why = "arrays are not decoded, and data.name is {data.name}"
+def _needs_decoding(also: Effect | None = None) -> Effect:
+    """The effect of a field that says how images are decoded, also those of a user's own TFDS
+    builder. It needs data that are not a file of arrays, and the effect `also`. `IN_A_RUN` covers
+    other data of the user's own."""
+    reason = "arrays are not decoded, and data.name is {data.name}"
     return Effect(
-        f"{otherwise.why} (or {why})" if otherwise else why,
+        f"{also.reason} (or {reason})" if also else reason,
         lambda flat: (
-            not flat["data.name"].endswith(".npz") and (otherwise is None or otherwise.acts(flat))
+            not flat["data.name"].endswith(".npz") and (also is None or also.has_effect(flat))
         ),
     )
 
 
 EFFECTS: dict[str, Effect] = {
     "data.dir": Effect(
-        "own data come as they are, and data.name is {data.name}",
-        lambda flat: not is_reference(flat["data.name"]),  # a file's name may be below it
+        "your own data are used as they are, and data.name is {data.name}",
+        lambda flat: not is_reference(flat["data.name"]),  # a file of arrays may lie in data.dir
     ),
-    "data.source": _is_read(),
-    "data.image_size": _is_read(),
-    "data.channels": _is_read(),
-    "data.in_memory": _is_decoded(),
-    "data.threads": _is_decoded(),
-    "data.skip_damaged": _is_decoded(),
-    "data.mock": _is_read(),
-    "data.labels": _is_read(
+    "data.source": _needs_reading(),
+    "data.image_size": _needs_reading(),
+    "data.channels": _needs_reading(),
+    "data.in_memory": _needs_decoding(),
+    "data.threads": _needs_decoding(),
+    "data.skip_damaged": _needs_decoding(),
+    "data.mock": _needs_reading(),
+    "data.labels": _needs_reading(
         Effect(
-            "data sets of TFDS and of archives may have several kinds, and a folder has one",
+            "only TFDS data sets and archives may have several kinds of labels; a folder has one",
             lambda flat: (
                 flat["data.source"] != "folder"
                 and (flat["data.source"] != "auto" or flat["data.name"] != "folder")
             ),
         )
     ),
-    "data.memory_limit": _is_decoded(_only("data.in_memory", "auto")),
-    "data.workers": _is_decoded(
+    "data.memory_limit": _needs_decoding(_only("data.in_memory", "auto")),
+    "data.workers": _needs_decoding(
         Effect(
-            "they decode what is streamed, and data.in_memory is {data.in_memory}",
+            "they decode streamed images, and data.in_memory is {data.in_memory}",
             lambda flat: flat["data.in_memory"] != "yes",
         )
     ),
-    "data.mean": _beside("data.augment.normalize", "normalization subtracts it"),
-    "data.std": _beside("data.augment.normalize", "normalization divides by it"),
+    "data.mean": _needs("data.augment.normalize", "normalization subtracts it"),
+    "data.std": _needs("data.augment.normalize", "normalization divides by it"),
     "optimizer.momentum": _only("optimizer.name", "sgd", "rmsprop"),
     "optimizer.nesterov": Effect(
-        "sgd with momentum has it, and optimizer.name is {optimizer.name}, optimizer.momentum"
-        " {optimizer.momentum}",
+        "only sgd with momentum uses it, and optimizer.name is {optimizer.name},"
+        " optimizer.momentum is {optimizer.momentum}",
         lambda flat: flat["optimizer.name"] == "sgd" and is_on(flat["optimizer.momentum"]),
     ),
     "optimizer.b1": _only("optimizer.name", "adam", "adamw", "lamb"),
     "optimizer.b2": _only("optimizer.name", "adam", "adamw", "lamb"),
     "optimizer.eps": _only("optimizer.name", "adam", "adamw", "lamb", "rmsprop"),
     "optimizer.decay_rate": _only("optimizer.name", "rmsprop"),
-    "optimizer.weight_decay_mode": _beside(
+    "optimizer.weight_decay_mode": _needs(
         "optimizer.weight_decay", "it says how weight decay acts"
     ),
-    "optimizer.grad_noise_decay": _beside(
+    "optimizer.grad_noise_decay": _needs(
         "optimizer.grad_noise", "it says how gradient noise falls"
     ),
     "schedule.name": Effect(
-        f"plateau looks at validations, {_NEVER}",
+        f"plateau needs validations during the run, {_ONLY_LAST}",
         lambda flat: flat["schedule.name"] != "plateau" or _validates(flat),
-        cure=_EVERY,
-        resets=False,
+        fix=_EVERY,
+        can_reset=False,
     ),
     "schedule.warmup": Effect(
-        "one_cycle rises by itself, and schedule.name is {schedule.name}",
+        "one_cycle has its own warm-up, and schedule.name is {schedule.name}",
         lambda flat: (
             flat["schedule.name"] != "one_cycle" or parse_amount(flat["schedule.warmup"]) == 0
         ),
@@ -177,52 +182,52 @@ EFFECTS: dict[str, Effect] = {
     "schedule.final_div_factor": _only("schedule.name", "one_cycle"),
     "schedule.patience": _only("schedule.name", "plateau"),
     "schedule.min_delta": _only("schedule.name", "plateau"),
-    "train.ema_warmup": _beside("train.ema", "it says how the averaged weights begin"),
-    "train.dropout_mode": _beside("train.dropout", "it says what dropout drops"),
-    "train.best_by": Effect(f"the best is chosen by validations on the way, {_NEVER}", _validates),
+    "train.ema_warmup": _needs("train.ema", "it says how the averaged weights begin"),
+    "train.dropout_mode": _needs("train.dropout", "it says what dropout drops"),
+    "train.best_by": Effect(_BEST_BY_VALIDATIONS, _validates),
     "train.best_mode": Effect(
-        "it says which value of train.best_by is the best, and that is {train.best_by}",
+        "it is for a metric that train.best_by names, and train.best_by is {train.best_by}",
         lambda flat: flat["train.best_by"] != "auto",
     ),
-    "train.test_on": Effect(f"the best is chosen by validations on the way, {_NEVER}", _validates),
+    "train.test_on": Effect(_BEST_BY_VALIDATIONS, _validates),
     "train.early_stopping": Effect(
-        f"it counts validations on the way, {_NEVER}", _validates, cure=_EVERY
+        f"it counts validations during the run, {_ONLY_LAST}", _validates, fix=_EVERY
     ),
     "checkpoint.keep_best": Effect(
-        f"the best are chosen by validations on the way, {_NEVER}",
+        _BEST_BY_VALIDATIONS,
         lambda flat: flat["checkpoint.keep_best"] == 0 or _validates(flat),
     ),
-    "graft.rules": _beside("graft.source", "they say what is taken from the source"),
-    "graft.adapt_stem": _beside("graft.source", "it changes what is taken"),
-    "graft.resize_positions": _beside("graft.source", "it changes what is taken"),
-    "graft.averaged": _beside("graft.source", "it chooses among a file's weights"),
+    "graft.rules": _needs("graft.source", "they say which weights are taken from the source"),
+    "graft.adapt_stem": _needs("graft.source", "it changes what is taken"),
+    "graft.resize_positions": _needs("graft.source", "it changes what is taken"),
+    "graft.averaged": _needs("graft.source", "it chooses among a file's weights"),
 }
 
 
-# ---- what depends on the network or the data
+# ---- effects that depend on the network or the data
 
 
 def _ends_before(field: str) -> Callable[[Flat, RunFacts], bool]:
-    return lambda flat, facts: facts.count(flat[field]) <= facts.total
+    return lambda flat, facts: facts.count_steps(flat[field]) <= facts.total_steps
 
 
 def _constant(*fields: str) -> str:
-    """The cure for a rate that never changes: to say so. The fields of the schedule would be
-    refused then."""
+    """The fix for a rate that never changes: a constant schedule. The `fields` must then be at
+    their defaults, because a new run refuses fields without effect."""
     *most, last = (f"schedule.{field}={DEFAULTS[f'schedule.{field}']!r}" for field in fields)
     return f"schedule.name='constant' with {', '.join(most)} and {last}"
 
 
 _NO_BATCHNORM = "the network {model.name} has no BatchNorm"
-_NO_VALIDATION = "validations choose the best, and there is no validation split"
+_NO_VALIDATION = "validations choose the best checkpoint, and there is no validation split"
 
 IN_A_RUN: dict[str, Effect] = {
     "data.validation": Effect(
-        "{data.name} has a validation split of its own, and that is taken",
-        # 0 takes nothing from train, and nothing is taken. Where something looks at validations, 0
-        # contradicts it.
+        "{data.name} has a validation split of its own, which is used",
+        # 0 takes nothing from train, which is what happens. But 0 contradicts a schedule or early
+        # stopping that needs validations.
         lambda flat, facts: (
-            not facts.own_validation
+            not facts.has_own_validation
             or (flat["data.validation"] == 0 and not _looks_at_validation(flat))
         ),
     ),
@@ -230,25 +235,27 @@ IN_A_RUN: dict[str, Effect] = {
         "the warm-up is longer than the run, train.duration={train.duration}: the rate would never"
         " reach schedule.learning_rate",
         _ends_before("schedule.warmup"),
-        cure="shorten it, or train longer",
+        fix="shorten it, or train longer",
     ),
     "schedule.boundaries": Effect(
-        "the run, train.duration={train.duration}, ends before the first of them: the rate would"
+        "the run, train.duration={train.duration}, ends before the first boundary: the rate would"
         " never change",
         lambda flat, facts: (
             flat["schedule.name"] != "steps"
-            or any(facts.count(at) < facts.total for at in flat["schedule.boundaries"])
+            or any(facts.count_steps(at) < facts.total_steps for at in flat["schedule.boundaries"])
         ),
-        cure=f"take earlier ones, or {_constant('boundaries', 'factor')}",
+        fix=f"take earlier ones, or {_constant('boundaries', 'factor')}",
     ),
     "schedule.every": Effect(
-        "the run, train.duration={train.duration}, ends before that: the rate would never change",
+        "the run, train.duration={train.duration}, ends before the first change: the rate would"
+        " never change",
         lambda flat, facts: (
             flat["schedule.name"] != "exponential"
-            or facts.count(flat["schedule.warmup"]) + facts.count(flat["schedule.every"])
-            < facts.total
+            or facts.count_steps(flat["schedule.warmup"])
+            + facts.count_steps(flat["schedule.every"])
+            < facts.total_steps
         ),
-        cure=f"take a shorter one, or {_constant('every', 'rate', 'end')}",
+        fix=f"take a shorter one, or {_constant('every', 'rate', 'end')}",
     ),
     "train.sync_batchnorm": Effect(_NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
     "train.precise_bn": Effect(_NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
@@ -258,86 +265,97 @@ IN_A_RUN: dict[str, Effect] = {
     ),
     **{
         f"data.{field}": Effect(
-            "arrays and batches of your own are not decoded, and data.name is {data.name}",
-            lambda flat, facts: facts.decodes,
+            "your own arrays and batches are not decoded, and data.name is {data.name}",
+            lambda flat, facts: facts.decodes_images,
         )
         for field in ("in_memory", "memory_limit", "workers", "threads", "skip_damaged")
     },
-    "train.best_by": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
-    "train.test_on": Effect(_NO_VALIDATION, lambda flat, facts: facts.validates),
+    "train.best_by": Effect(_NO_VALIDATION, lambda flat, facts: facts.has_validation),
+    "train.test_on": Effect(_NO_VALIDATION, lambda flat, facts: facts.has_validation),
     "checkpoint.keep_best": Effect(
         _NO_VALIDATION,
-        lambda flat, facts: flat["checkpoint.keep_best"] == 0 or facts.validates,
+        lambda flat, facts: flat["checkpoint.keep_best"] == 0 or facts.has_validation,
     ),
 }
 
 
 def find_inert(flat: Flat, facts: RunFacts | None = None) -> dict[str, str]:
-    """{field: a line that says why} for the fields that are set and cannot act. Without `facts` the
-    config alone decides; with `facts` the network and the data alone do."""
-    found = {}
+    """{field: message} for the fields that are not at their defaults and have no effect.
+
+    Without `facts` only effects that depend on the config are checked; with `facts` only those that
+    depend on the network or the data.
+    """
+    messages = {}
     for field, effect in (EFFECTS if facts is None else IN_A_RUN).items():
         given = (flat,) if facts is None else (flat, facts)
-        if _plain(flat[field]) == _plain(DEFAULTS[field]) or effect.acts(*given):
+        if _to_lists(flat[field]) == _to_lists(DEFAULTS[field]) or effect.has_effect(*given):
             continue
-        why = re.sub(r"\{([\w.]+)\}", lambda match: repr(flat[match[1]]), effect.why)
-        cure = effect.cure or f"leave it at {DEFAULTS[field]!r}"
-        found[field] = f"config.{field}={flat[field]!r}: {why}; {cure}"
-    return found
+        reason = re.sub(r"\{([\w.]+)\}", lambda match: repr(flat[match[1]]), effect.reason)
+        fix = effect.fix or f"leave it at {DEFAULTS[field]!r}"
+        messages[field] = f"config.{field}={flat[field]!r}: {reason}; {fix}"
+    return messages
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+def _to_lists(value: Any) -> Any:
+    return [_to_lists(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 # ---- values that make no sense
 
 
 def find_bad_values(flat: Flat) -> Iterator[str]:
-    """A line for each value that a new run may not have; older runs go on with theirs. `flat` has
-    passed the checks of its fields."""
+    """Yields a message for each value that a new run refuses; older runs continue with theirs.
+    `flat` has passed the checks of its fields."""
 
-    def say(field: str, expected: str) -> str:
+    def describe(field: str, expected: str) -> str:
         return f"config.{field}: expected {expected}, got {flat[field]!r}"
 
     for field in ("data.mean", "data.std"):
         if any(value > 1 for value in flat[field]):
-            yield say(field, "numbers of images in 0..1, such as 0.485 (those of 0..255, over 255)")
+            yield describe(
+                field, "values for images in 0..1, such as 0.485 (divide those for 0..255 by 255)"
+            )
     for field in ("optimizer.b1", "optimizer.b2"):
         if flat[field] == 1:
-            yield say(field, "a number from 0 to below 1, as Adam divides by 1 - b^step")
+            yield describe(
+                field, "a number of at least 0 and below 1, as Adam divides by 1 - b^step"
+            )
     if flat["train.ema"] == 1 and not flat["train.ema_warmup"]:
-        yield say("train.ema", "a number from 0 to below 1: with 1 the average never moves")
+        yield describe(
+            "train.ema", "a number of at least 0 and below 1: with 1 the average never moves"
+        )
     if flat["mix.label_smoothing"] == 1:
-        yield say("mix.label_smoothing", "a number from 0 to below 1: with 1 no label is left")
+        yield describe(
+            "mix.label_smoothing", "a number of at least 0 and below 1: with 1 all labels are equal"
+        )
     name, rate = flat["schedule.name"], flat["schedule.learning_rate"]
     if name in ("cosine", "exponential") and flat["schedule.end"] > rate:
-        yield say("schedule.end", f"a last rate of at most schedule.learning_rate={rate!r}")
+        yield describe("schedule.end", f"a rate of at most schedule.learning_rate={rate!r}")
     for field in ("schedule.div_factor", "schedule.final_div_factor"):
         if name == "one_cycle" and flat[field] < 1:
-            yield say(field, "a number of at least 1: the rate starts low, and ends lower")
+            yield describe(field, "a number of at least 1: the rate starts low and ends lower")
     for field in flat:
         if any(parse_amount(value) >= MAX_STEPS for value in _durations(flat[field])):
-            yield say(field, "a duration below 2**31")
+            yield describe(field, "a duration below 2**31")
         if any(
             value and not FLOAT32_MIN <= abs(value) <= FLOAT32_MAX
             for value in _numbers(flat[field])
         ):
-            yield say(field, "a number that float32 holds: 0, or 1.2e-38 to 3.4e38")
+            yield describe(field, "a number that float32 holds: 0, or 1.2e-38 to 3.4e38")
 
 
 def find_long_durations(flat: Flat, facts: RunFacts) -> Iterator[str]:
-    """A line for each duration in epochs that is too many steps."""
+    """Yields a message for each duration in epochs that is too many steps."""
     for field, value in flat.items():
         for duration in _durations(value):
-            if (count := facts.count(duration)) >= MAX_STEPS:
-                yield f"config.{field}: {duration!r} are {count:,} steps; expected fewer than 2**31"
+            if (count := facts.count_steps(duration)) >= MAX_STEPS:
+                yield f"config.{field}: {duration!r} is {count:,} steps; expected fewer than 2**31"
 
 
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _leaves(one)
+        for item in value:
+            yield from _leaves(item)
     else:
         yield value
 

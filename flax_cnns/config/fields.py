@@ -1,13 +1,13 @@
-"""Every config field there is: its default, what it may be, what it means, and what older runs had.
+"""The table of all config fields: default, check, meaning, and the value in older runs.
 
-`configs/common.py`, the checks, the notes on older runs and docs/config.md are made of this table.
-A new field is one row here, with `older_runs`: the value by which all is as it was before.
+`configs/common.py`, the checks, the notes on older runs and docs/config.md are generated from this
+table. A new field is one row with `older_runs`: the value with which an older run stays the same.
 
-Durations are texts, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training
-examples. Every `"0 steps"` is never, but the last step always logs, validates and saves. Rules are
-tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`: the first regex
-that matches the whole path decides, and every path must be decided. Which fields act under which
-choices: `effects.py`. Names that only a registry knows (models, data sets) are checked by it.
+A duration is a string, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training
+examples. `"0 steps"` means never, but the last step always logs, validates and saves. Rules are
+tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`. The first regex
+that matches the whole path decides, and every path must be decided. `effects.py` says which fields
+act under which choices. Registries check the names that only they know (models, data sets).
 """
 
 from __future__ import annotations
@@ -44,315 +44,361 @@ from flax_cnns.config.checks import (
     weight_over_time,
 )
 
-IN_ALL_RUNS = object()  # `older_runs` of a field that the first version had
+IN_ALL_RUNS = object()  # `older_runs` of a field that the first version already had
 
 
 class Field(NamedTuple):
+    """A config field. `regularizer`: it sets the strength of a regularizer, which is off by default
+    and compared with the others in configs/ablations/regularizers.py."""
+
     default: Any
     check: Check
     meaning: str
-    older_runs: Any = IN_ALL_RUNS  # the value by which a run that lacks the field is the same run
-    # A strength: off by default, and compared with the others in configs/ablations/regularizers.py.
+    older_runs: Any = IN_ALL_RUNS  # the value with which a run that lacks the field stays the same
     regularizer: bool = False
 
 
 class Section(NamedTuple):
+    """A group of config fields and further sections."""
+
     meaning: str
     fields: dict[str, Field | Section]
 
 
 def section(meaning: str, **fields: Field | Section) -> Section:
+    """A `Section` with its fields as keyword arguments."""
     return Section(meaning, fields)
 
 
-# A page to read: each field's prose below its default.
+# A page to read: each field's meaning stands below its default.
 # fmt: off
-TABLE = section("A config",
-    seed=Field(0, integer(), "initialization, data order, augmentation, dropout"),
+TABLE = section("A config.",
+    seed=Field(0, integer(), "Seed of initialization, data order, augmentation and dropout."),
 
     model=section(
-        "the network: all of it goes to create_model; a config may add its family's fields",
+        "The network. All of these fields go to create_model; a config may add fields of the"
+        " network's family.",
         name=Field("lenet5", nonempty_string,
-            "as flax_cnns.list_models names them, or 'package.module:Network' of your own"),
-        num_classes=Field(0, integer(), "0: as many as the data set has"),
+            "A name from flax_cnns.list_models(), or your own network as"
+            " 'package.module:Network'."),
+        num_classes=Field(0, integer(), "Number of classes; 0: as many as the data set has."),
         dtype=Field("float32", compute_dtype,
-            "what computes, or bfloat16; parameters and loss stay float32"),
+            "Dtype of the computation. Parameters and loss stay float32."),
         init=Field("", string,
-            "First values: paper, he, lecun, xavier, gaussian (0.01), orthogonal; '': the"
-            " network's default. The head of ResNets, DenseNets, MobileNets and their relatives"
-            " starts with lecun, whatever is given here (paper too)."),
+            "Initializer of the weights: paper, he, lecun, xavier, gaussian (0.01), orthogonal;"
+            " '': the network's default. The head of ResNets, DenseNets, MobileNets and their"
+            " relatives always starts with lecun, even with paper."),
         scan=Field(False, boolean,
-            "repeats of a block as a loop: deep networks compile in seconds"),
-        remat=Field(False, boolean, "compute each block again in the backward pass: less memory"),
+            "Run repeated blocks as a loop: deep networks compile in seconds."),
+        remat=Field(False, boolean, "Recompute each block in the backward pass: less memory."),
     ),
 
-    data=section("images and labels",
+    data=section("Images and labels.",
         name=Field("digits", nonempty_string,
-            "digits, any TFDS name, folder (of images, in dir), a file FILE.npz, or"
-            " 'package.module:function' of your own, which returns a flax_cnns.Dataset"),
-        dir=Field("", string, "TFDS data_dir, folder of archives or of images; '': TFDS's default"),
+            "digits, any TFDS name, folder (images in the folder dir), a file of arrays FILE.npz,"
+            " or your own function 'package.module:function', which returns a flax_cnns.Dataset."),
+        dir=Field("", string,
+            "TFDS's data_dir, or the folder of archives or of images; '': TFDS's default."),
         source=Field("auto", one_of("auto", "tfds", "archive", "folder"),
-            "tfds, archive, folder; auto: archives if dir has them, else TFDS"),
+            "Where the data are read from. auto: archives if dir has them, else TFDS."),
         labels=Field("", string,
-            "where there are several kinds: cifar100 has fine (default) and coarse"),
+            "Which kind of label to use if the data set has several: cifar100 has fine (the"
+            " default) and coarse."),
         classes=Field((), class_list,
-            "Only these, labeled 0, 1, ... in this order: by name, or by number, unless another"
-            " class has that number as its name."),
-        image_size=Field(32, integer(1), "height and width that the network sees"),
-        channels=Field(0, channel_count, "0: the data set's own; 1 or 3 converts"),
+            "Use only these classes, labeled 0, 1, ... in this order. A class is given by name or"
+            " by number, but not by a number that is the name of another class."),
+        image_size=Field(32, integer(1), "Height and width of the images that the network sees."),
+        channels=Field(0, channel_count,
+            "Channels of the images; 1 or 3 converts. 0: the data set's own."),
         validation=Field(0.1, split_size,
-            "Taken from train where there is no such split: a fraction, a count, or 0 for none."),
+            "What is taken from train if the data set has no validation split: a fraction, a"
+            " count, or 0 for none."),
         fraction=Field(1.0, number(0, 1, above=True),
-            "of the training examples, each class alike; no other split changes"),
+            "Fraction of the training examples to use, the same for each class. Other splits do"
+            " not change."),
         split_seed=Field(0, integer(),
-            "of validation, of fraction, and of an image folder's test split"),
-        batch_size=Field(64, integer(1), "over all devices and processes"),
-        eval_batch_size=Field(256, integer(1), "likewise, where nothing is learned"),
+            "Seed that draws validation, fraction, and the test split of an image folder."),
+        batch_size=Field(64, integer(1), "Training batch size, over all devices and processes."),
+        eval_batch_size=Field(256, integer(1),
+            "Batch size where nothing is trained, over all devices and processes."),
         in_memory=Field("auto", one_of("auto", "yes", "no"),
-            "yes, no, or auto: when they take less than memory_limit and are not photographs that"
-            " random_resized_crop cuts out of their full size."),
-        memory_limit=Field(4.0, number(), "GiB"),
-        threads=Field(8, integer(), "decoding threads of the streaming loader"),
-        workers=Field(0, integer(), "worker processes of the streaming loader"),
+            "Whether all images are decoded once and kept in memory. auto: if they take less than"
+            " memory_limit, and are not photographs that random_resized_crop crops at full size."),
+        memory_limit=Field(4.0, number(), "Limit for in_memory=auto, in GiB."),
+        threads=Field(8, integer(), "Decoding threads of the streaming loader."),
+        workers=Field(0, integer(), "Worker processes of the streaming loader."),
         skip_damaged=Field(False, boolean,
-            "skip and count images that cannot be decoded; else stop"),
+            "Skip and count images that cannot be decoded. False: the first one ends the run."),
         mock=Field(0, integer(),
-            "> 0: so many random images in place of the data set's own (smoke runs)"),
+            "Use this many random images in place of the data set's own, for smoke runs; 0: off."),
         augment=section(
-            "Per image. AlexNet's: pad_crop (translations; the paper takes 224 pixels of 256"
-            " rather than black ones around), flip and pca=0.1.",
+            "Augmentation of single images. AlexNet's scheme is pad_crop (translations; the paper"
+            " crops 224 of 256 pixels instead of padding with black), flip, and pca=0.1.",
             where=Field("device", one_of("device", "loader"),
-                "device: in the training step; loader: in the thread that fetches batches, on the"
-                " CPU, where images go to the device as float32, four times the bytes. Both make"
-                " the same images.",
+                "device: inside the training step. loader: on the CPU, in the thread that fetches"
+                " batches; images then go to the device as float32, four times the bytes. Both"
+                " produce the same images.",
                 older_runs="device"),
             pad_crop=Field(0, integer(),
-                "pixels of padding on each side before a random crop; 0: off", regularizer=True),
-            flip=Field(False, boolean, "left-right, half of the time", regularizer=True),
-            rotate=Field(0.0, number(0, 180), "degrees, uniform in +-rotate"),
+                "Pixels of padding on each side before a random crop; 0: off.", regularizer=True),
+            flip=Field(False, boolean,
+                "Flip left and right with probability 0.5.", regularizer=True),
+            rotate=Field(0.0, number(0, 180),
+                "Rotate by an angle drawn uniformly from -rotate to +rotate degrees."),
             scale=Field(0.0, number(0, 0.99),
-                "relative, uniform in 1 +- scale: 0.1 means 0.9 to 1.1"),
+                "Zoom by a factor drawn uniformly from 1 - scale to 1 + scale: 0.1 means 0.9 to"
+                " 1.1."),
             random_resized_crop=Field((), area_range,
-                "(smallest, largest) share of the area; (): off"),
+                "(smallest, largest) share of the area to crop; (): off."),
             cutout=Field(0, integer(),
-                "side of the square set to the mean; 0: off", regularizer=True),
+                "Side of a square that is set to the mean; 0: off.", regularizer=True),
             erase=Field(0.0, number(0, 1),
-                "probability of a box of noise (random erasing)", older_runs=0.0, regularizer=True),
+                "Probability of filling a random box with noise (random erasing).",
+                older_runs=0.0, regularizer=True),
             randaugment=Field((), randaugment,
-                "RandAugment: (operations an image, magnitude 0 to 30), such as (2, 9), on"
-                " torchvision's scale, where 30 is what the paper calls 10; (): off",
+                "RandAugment: (operations per image, magnitude from 0 to 30), such as (2, 9). The"
+                " scale is torchvision's, where 30 is what the paper calls 10. (): off.",
                 older_runs=(), regularizer=True),
             pca=Field(0.0, number(0, 1),  # above 1 the sums of pca_color leave 32 bits
-                "Standard deviation along the principal components of the data set's own colors,"
-                " of which gray images have one; to 1, the paper's is 0.1; 0: off",
+                "Standard deviation of the color noise along the principal components of the data"
+                " set's colors (gray images have one component); the paper's is 0.1; 0: off.",
                 older_runs=0.0, regularizer=True),
-            normalize=Field(True, boolean, "by mean and standard deviation"),
+            normalize=Field(True, boolean,
+                "Subtract the mean of each channel and divide by its standard deviation."),
         ),
         mean=Field((), per_channel(0.0),
-            "Per channel, of images in 0..1; (): the data set's own. A network that starts from"
-            " published weights wants those that these were trained with."),
-        std=Field((), per_channel(1e-6), "likewise; both, or neither"),
+            "Mean of each channel, for images in 0..1; (): the data set's own. A network that"
+            " starts from published weights needs the values that these were trained with."),
+        std=Field((), per_channel(1e-6),
+            "Standard deviation of each channel, likewise. Set both mean and std, or neither."),
     ),
 
-    mix=section("per batch, inside the step",
+    mix=section("Changes to a whole batch, inside the step.",
         label_smoothing=Field(0.0, number(0, 1),
-            "share of a label that all classes get alike", regularizer=True),
-        mixup=Field(0.0, number(), "alpha of the Beta distribution; 0: off", regularizer=True),
+            "Share of each label that is spread evenly over all classes.", regularizer=True),
+        mixup=Field(0.0, number(),
+            "Mixup: alpha of the Beta distribution; 0: off.", regularizer=True),
         cutmix=Field(0.0, number(),
-            "likewise; with mixup on too, a coin for each batch says which",
+            "CutMix: alpha of the Beta distribution; 0: off. If mixup is on too, a coin flip"
+            " chooses one of the two for each batch.",
             older_runs=0.0, regularizer=True),
     ),
 
-    optimizer=section("the optimizer",
+    optimizer=section("The optimizer.",
         name=Field("sgd", optimizer_name,
-            "Your own factory 'package.module:function', or sgd, adam, adamw, rmsprop"
-            " (TensorFlow's), lamb. lamb adapts the rate of every parameter. timm's adapts only"
-            " those with weight decay, and clips the gradient first, as clip_norm=1.0 does here."),
-        momentum=Field(0.9, number(0, 1), "sgd, rmsprop"),
-        nesterov=Field(False, boolean, "sgd only"),
-        b1=Field(0.9, number(0, 1), "adam, adamw, lamb"),
-        b2=Field(0.999, number(0, 1), "adam, adamw, lamb"),
-        eps=Field(1e-8, number(), "adam, adamw, lamb, rmsprop"),
-        decay_rate=Field(0.9, number(0, 1), "rmsprop: of the running mean of squares"),
+            "sgd, adam, adamw, rmsprop (TensorFlow's), lamb, or your own factory"
+            " 'package.module:function'. lamb adapts the learning rate of every parameter. timm's"
+            " lamb adapts only the parameters with weight decay, and clips the gradient first, as"
+            " clip_norm=1.0 does here."),
+        momentum=Field(0.9, number(0, 1), "Momentum of sgd and rmsprop."),
+        nesterov=Field(False, boolean, "Nesterov momentum, for sgd only."),
+        b1=Field(0.9, number(0, 1), "beta_1 of adam, adamw and lamb."),
+        b2=Field(0.999, number(0, 1), "beta_2 of adam, adamw and lamb."),
+        eps=Field(1e-8, number(), "epsilon of adam, adamw, lamb and rmsprop."),
+        decay_rate=Field(0.9, number(0, 1), "rmsprop: decay of the running mean of squares."),
         weight_decay=Field((), rules(number(), "number", single=True),
-            "() none, (1e-4,) every parameter, or rules (regex, number).", regularizer=True),
+            "(): none; (1e-4,): every parameter; or rules (regex, number).", regularizer=True),
         weight_decay_mode=Field("auto", one_of("auto", "coupled", "decoupled"),
-            "coupled: added to the gradient (after clip_norm); decoupled: the weights shrink by"
-            " learning rate x decay beside it; auto: decoupled in adamw and lamb, else coupled.",
+            "coupled: decay x weight is added to the gradient (after clip_norm). decoupled: apart"
+            " from the update, the weights shrink by learning rate x decay. auto: decoupled in"
+            " adamw and lamb, else coupled.",
             older_runs="auto"),
         l2=Field((), rules(number(), "number", single=True),
-            "In the loss, of every optimizer: a in J + a/2 ||w||^2 over what is trainable; as"
-            " weight_decay. clip_norm and norm/grads see it; logged as train/l2.",
+            "L2 penalty in the loss, for every optimizer: the a in J + a/2 ||w||^2 over the"
+            " trainable parameters, given like weight_decay. clip_norm and norm/grads include its"
+            " gradient. It is logged as train/l2.",
             older_runs=(), regularizer=True),
         max_norm=Field((), rules(number(), "number", single=True),
-            "After each step every unit's incoming weights are scaled back to this norm: (3.0,)"
-            " every kernel, or rules (regex, number) over the kernels; 0 is none.",
+            "Limit on the norm of every unit's incoming weights: after each step, larger weights"
+            " are scaled back to it. (3.0,): every kernel; or rules (regex, number) over the"
+            " kernels; 0: no limit.",
             older_runs=(), regularizer=True),
         grad_noise=Field(0.0, number(),
-            "eta of the variance eta / (1 + step)^decay; 0: off", older_runs=0.0, regularizer=True),
-        grad_noise_decay=Field(0.55, number(), "the decay in that variance", older_runs=0.55),
-        sam=Field(0.0, number(),
-            "rho of sharpness-aware minimization: two gradients a step; 0: off",
+            "Gradient noise: eta of the variance eta / (1 + step)^decay; 0: off.",
             older_runs=0.0, regularizer=True),
-        trainable=Field((), rules(boolean, "True or False"), "rules (regex, bool); (): all"),
+        grad_noise_decay=Field(0.55, number(),
+            "The decay in the variance of the gradient noise.", older_runs=0.55),
+        sam=Field(0.0, number(),
+            "Sharpness-aware minimization: its rho. Each step computes two gradients. 0: off.",
+            older_runs=0.0, regularizer=True),
+        trainable=Field((), rules(boolean, "True or False"),
+            "Which parameters are trained: rules (regex, bool); (): all."),
         bn=Field((), rules(batchnorm_mode, "train, frozen_stats or frozen"),
-            "BatchNorm: rules (regex over paths such as 'stage1/block1/norm1', mode). train: by"
-            " the batch, and the running statistics move; frozen_stats: by those, which stay;"
-            " frozen: scale and bias stay too. (): frozen where `trainable` freezes the layer's"
-            " parameters, train elsewhere."),
+            "Modes of BatchNorm: rules (regex over paths such as 'stage1/block1/norm1', mode)."
+            " train: normalize by the batch and update the running statistics. frozen_stats:"
+            " normalize by the running statistics, which stay fixed. frozen: scale and bias stay"
+            " fixed too. (): frozen where `trainable` freezes the layer's parameters, train"
+            " elsewhere."),
         lr_mult=Field((), rules(number(), "number", single=True),
-            "rules (regex, number): factors on the learning rate; (): all 1"),
+            "Factors on the learning rate: rules (regex, number); (): all 1."),
         layer_decay=Field(0.0, number(0, 1),
-            "A factor on the learning rate from each layer to the one below it; 0: off. A layer is"
-            " a block, grouped as in BEiT for transformers and as in timm for the others"
+            "Factor on the learning rate from each layer to the layer below it; 0: off. A layer is"
+            " a block, grouped as in BEiT for transformers and as in timm for other networks"
             " (train.optimizers.layer_decay)."),
-        clip_norm=Field(0.0, number(), "global norm of the gradient; 0: off"),
+        clip_norm=Field(0.0, number(), "Limit on the global norm of the gradient; 0: off."),
     ),
 
-    schedule=section("the learning rate",
-        name=Field("cosine", schedule_name,
-            "constant, steps, cosine, exponential, one_cycle, plateau"),
-        learning_rate=Field(0.1, number(above=True), "the highest"),
-        warmup=Field("0 steps", duration, "linear, before the schedule proper"),
-        boundaries=Field((), durations, "steps: durations from the start of training"),
-        factor=Field(0.1, number(0, 1), "steps, plateau: what the rate is multiplied by"),
-        every=Field("1 epochs", duration, "exponential: how often"),
-        rate=Field(0.97, number(0, 1), "exponential: by how much"),
-        end=Field(0.0, number(), "cosine, exponential: the lowest rate"),
+    schedule=section("The learning rate.",
+        name=Field("cosine", schedule_name, "Shape of the schedule after the warm-up."),
+        learning_rate=Field(0.1, number(above=True), "The highest rate."),
+        warmup=Field("0 steps", duration, "Length of a linear warm-up before the schedule."),
+        boundaries=Field((), durations,
+            "steps: when the rate changes, as durations from the start of training."),
+        factor=Field(0.1, number(0, 1), "steps, plateau: what the rate is multiplied by."),
+        every=Field("1 epochs", duration, "exponential: how often the rate changes."),
+        rate=Field(0.97, number(0, 1), "exponential: what the rate is multiplied by."),
+        end=Field(0.0, number(), "cosine, exponential: the lowest rate."),
         pct_start=Field(0.3, number(0, 1),
-            "one_cycle: share of the run in which the rate rises. Momentum stays as it is."),
-        div_factor=Field(25.0, number(above=True), "one_cycle: highest over initial rate"),
-        final_div_factor=Field(1e4, number(above=True), "one_cycle: initial over last rate"),
+            "one_cycle: share of the run in which the rate rises. Momentum does not change."),
+        div_factor=Field(25.0, number(above=True), "one_cycle: highest rate / initial rate."),
+        final_div_factor=Field(1e4, number(above=True), "one_cycle: initial rate / last rate."),
         patience=Field(5, integer(1),
-            "plateau: the rate is lowered at the fifth validation without a better error, as with"
-            " patience=4 in PyTorch's ReduceLROnPlateau."),
-        min_delta=Field(1e-4, number(0, 1), "plateau: what counts as better, relative"),
+            "plateau: the rate falls after this many validations in a row without a better error."
+            " PyTorch's ReduceLROnPlateau counts one less: patience=4 is 5 here."),
+        min_delta=Field(1e-4, number(0, 1),
+            "plateau: the relative improvement that counts as better."),
     ),
 
-    train=section("the run",
-        duration=Field("40 epochs", duration, "all of it"),
-        parallel=Field("shard_map", one_of("shard_map", "pmap"), "shard_map (under jit) or pmap"),
-        sync_batchnorm=Field(False, boolean, "statistics over all devices, or each device alone"),
+    train=section("The run.",
+        duration=Field("40 epochs", duration, "Length of the run."),
+        parallel=Field("shard_map", one_of("shard_map", "pmap"),
+            "How a step uses several devices: shard_map (under jit) or pmap."),
+        sync_batchnorm=Field(False, boolean,
+            "Compute BatchNorm's statistics over all devices. False: each device computes its"
+            " own."),
         accumulate=Field(1, integer(1),
-            "batches are cut into this many pieces whose gradients are averaged"),
+            "Cut each batch into this many pieces and average their gradients."),
         ema=Field(0.0, number(0, 1),
-            "decay of the averaged weights and statistics, evaluated then; 0: off",
+            "Decay of an exponential moving average of weights and statistics; evaluations use the"
+            " average. 0: off.",
             regularizer=True),
         ema_warmup=Field(True, boolean,
-            "The decay of a step is the smaller of ema and (1 + step) / (10 + step), as in"
-            " TensorFlow's ExponentialMovingAverage; timm has another formula."),
+            "Each step uses min(ema, (1 + step) / (10 + step)) as the decay, as in TensorFlow's"
+            " ExponentialMovingAverage. timm has another formula."),
         aux_weight=Field((0.3,), rules(weight_over_time, "number", single=True),
-            "Of the auxiliary heads' losses: (0.3,) every head, or rules (regex of its name,"
-            " weight) such as ((r'aux1', 0.3), (r'.*', 0.0)); a weight is a number, or corners"
-            " ((duration, number), ...) and the straight lines between them."),
+            "Weights of the auxiliary heads' losses: (0.3,) for every head, or rules (regex over"
+            " names of heads, weight) such as ((r'aux1', 0.3), (r'.*', 0.0)). A weight is a number,"
+            " or points ((duration, number), ...) joined by straight lines."),
         dropout=Field((), rules(number(0, 0.99), "rate", single=True),
-            "Beside the network's own dropout: (rate,) behind every convolution, or rules (regex"
-            " over modules such as 'stage1/block1/conv1', rate); (): off",
+            "Dropout in addition to the network's own: (rate,) after every convolution, or rules"
+            " (regex over modules such as 'stage1/block1/conv1', rate); (): off.",
             older_runs=(), regularizer=True),
         dropout_mode=Field("unit", one_of("unit", "channel"),
-            "unit: single responses; channel: whole maps", older_runs="unit"),
+            "What train.dropout drops. unit: single activations; channel: whole feature maps.",
+            older_runs="unit"),
         loss=Field("", reference,
-            "Your own, 'package.module:function' of (logits [N K], labels [N K]) -> [N]. '':"
-            " cross-entropy; for multilabel data the sum of sigmoid cross-entropies.",
+            "Your own loss, 'package.module:function' of (logits [N K], labels [N K]) -> [N]. '':"
+            " cross-entropy, or the sum of sigmoid cross-entropies for multilabel data.",
             older_runs=""),
         metrics=Field((), named_references,
-            "Your own, 'package.module:function' of (logits [N K], labels [N K], mask [N]) ->"
-            " (sum, count), logged under the function's name; 'NAME=package.module:function'"
-            " gives another.",
+            "Your own metrics, each 'package.module:function' of (logits [N K], labels [N K],"
+            " mask [N]) -> (sum, count). Each is logged under the function's name, or under NAME"
+            " if given as 'NAME=package.module:function'.",
             older_runs=()),
         regularizers=Field((), references,
-            "Your own, 'package.module:Name' each; own.NAME.FIELD are their fields. One whose"
-            " first field is 0, False, None or empty is off.",
+            "Your own regularizers, each 'package.module:Name'. Their fields are own.NAME.FIELD. A"
+            " regularizer whose first field is 0, False, None or empty is off.",
             older_runs=()),
         callbacks=Field((), references,
-            "Your own, 'package.module:Name' each: on_step, on_validation, on_save.",
+            "Your own callbacks, each 'package.module:Name', with methods on_step, on_validation"
+            " or on_save.",
             older_runs=()),
         best_by=Field("auto", best_by,
-            "What the best checkpoint is chosen by, such as 'validation/loss'. auto:"
-            " validation/accuracy, for multilabel data validation/loss.",
+            "The metric that chooses the best checkpoint, such as 'validation/loss'. auto:"
+            " validation/accuracy, or validation/loss for multilabel data.",
             older_runs="auto"),
         best_mode=Field("auto", one_of("auto", "max", "min"),
-            "Whether the best is the highest or the lowest. auto: the highest accuracy or top5, the"
-            " lowest loss; for your own metric say which.",
+            "Whether the highest or the lowest value of best_by is the best. auto: the highest"
+            " accuracy or top5, the lowest loss. Set it for a metric of your own.",
             older_runs="auto"),
         max_bad_steps=Field(10, integer(),
-            "so many in a row with non-finite gradients stop the run"),
+            "Stop the run after this many steps in a row with non-finite gradients."),
         precise_bn=Field(0, integer(),
-            "Before each validation, and at the end, BatchNorm's running statistics are computed"
-            " from so many batches of training images, and kept; 0: off."),
-        deterministic=Field(False, boolean, "GPU: XLA's deterministic kernels; before JAX starts"),
-        eval_every=Field("1 epochs", duration, "on the validation split, where there is one"),
+            "Before each validation and at the end, compute BatchNorm's running statistics from"
+            " this many batches of training images, and keep them; 0: off."),
+        deterministic=Field(False, boolean,
+            "Use XLA's deterministic kernels on GPUs. This acts only if JAX has not started yet."),
+        eval_every=Field("1 epochs", duration,
+            "How often to evaluate on the validation split, if there is one."),
         test_on=Field("latest", one_of("latest", "best"),
-            "which checkpoint the test split sees at the end: latest or best"),
+            "Which checkpoint is evaluated on the test split at the end."),
         evaluate_train=Field(False, boolean,
-            "At the end also the examples that were trained on, neither augmented nor mixed:"
-            " logged as fit/loss, fit/accuracy, fit/top5.",
+            "At the end, also evaluate the training examples, neither augmented nor mixed. Logged"
+            " as fit/loss, fit/accuracy, fit/top5.",
             older_runs=False),
         early_stopping=Field(0, integer(),
-            "stop after so many validations without a better one; 0: off", regularizer=True),
+            "Stop after this many validations without a better one; 0: off.", regularizer=True),
     ),
 
-    checkpoint=section("checkpoints",
-        every=Field("5 epochs", duration, "how often one is saved"),
-        keep_latest=Field(2, integer(1), "so many of the newest"),
-        keep_best=Field(1, integer(), "by validation accuracy; without that split best is latest"),
+    checkpoint=section("Checkpoints.",
+        every=Field("5 epochs", duration, "How often to save one."),
+        keep_latest=Field(2, integer(1), "Keep this many of the newest checkpoints."),
+        keep_best=Field(1, integer(),
+            "Keep this many of the best checkpoints by train.best_by. Without a validation split,"
+            " the best is the latest."),
     ),
 
     graft=section(
-        "start from other weights. The last three say how weights may be fitted to the network"
-        " (flax_cnns/weights/adapt.py). The report names each leaf that was.",
+        "Start from other weights. adapt_stem, resize_positions and averaged allow weights to be"
+        " adapted to the network (flax_cnns/weights/adapt.py); the graft report names each leaf"
+        " that was adapted.",
         source=Field("", string,
-            "RUN (the checkpoint tested for its summary.json), RUN@best, RUN@latest, RUN@1200, an"
-            " Orbax checkpoint's path, or other libraries' weights: torchvision:resnet50,"
-            " timm:resnet50d=/path/file.safetensors; '': none"),
+            "A run as RUN (the checkpoint tested for its summary.json), RUN@best, RUN@latest or"
+            " RUN@1200; the path of an Orbax checkpoint; or weights of another library, as"
+            " torchvision:resnet50 or timm:resnet50d=/path/file.safetensors. '': none."),
         rules=Field(((r"(.*)", r"\1"),), rules(source_path, "path in the source or None"),
-            "(regex over this network's paths, path in the source or None for fresh), ..."),
+            "Rules (regex over this network's paths, path in the source). With None for the path,"
+            " the leaf is initialized afresh."),
         adapt_stem=Field(False, boolean,
-            "sum the first kernels to 1 channel, or repeat them from 1 or 3", older_runs=False),
+            "Adapt the first kernels to the images' channels: sum them to 1 channel, or repeat"
+            " them from 1 or 3.", older_runs=False),
         resize_positions=Field(False, boolean,
-            "resize a ViT's position embeddings bicubically", older_runs=False),
+            "Resize a ViT's position embeddings bicubically.", older_runs=False),
         averaged=Field(False, boolean,
-            "take the averaged weights of a run or a training script's file", older_runs=False),
+            "Take the averaged weights of a run or of a training script's file.",
+            older_runs=False),
     ),
 
     own=section(
-        "Fields of your own parts: own.NAME.FIELD goes to the one that is called NAME, as in"
-        " 'package.module:NAME'. A network's fields are under model."),
+        "Fields of your own parts. own.NAME.FIELD goes to the part that is called NAME, as in"
+        " 'package.module:NAME'. Fields of your own network are under model instead."),
 
-    log=section("what is written down",
-        every=Field("20 steps", duration, "the training metrics"),
-        tensorboard=Field(True, boolean, "files for TensorBoard too"),
-        wandb=Field("", string, "a project's name; '': off"),
+    log=section("Logging.",
+        every=Field("20 steps", duration, "How often to log the training metrics."),
+        tensorboard=Field(True, boolean, "Also write files for TensorBoard."),
+        wandb=Field("", string, "Name of a Weights & Biases project; '': off."),
     ),
 )
 
 STRATEGY = section(
-    "what a config of fine-tuning has beside the configs of its runs: the strategies' numbers",
-    last=Field(1, integer(1), "stages that last_k trains"),
+    "Numbers of the fine-tuning strategies. Only a config of fine-tuning has this section, next to"
+    " the configs of its runs.",
+    last=Field(1, integer(1), "last_k: how many stages are trained."),
     rate=Field(0.1, number(above=True),
-        "of the learning rate, wherever more than the classifier is fine-tuned"),
-    head_share=Field(0.25, number(0.01, 0.99), "of head_then_all's steps"),
+        "Factor on the learning rate wherever more than the classifier is fine-tuned."),
+    head_share=Field(0.25, number(0.01, 0.99),
+        "head_then_all: share of the steps that train the head alone."),
     layer_decay=Field(0.5, number(0, 1, above=True),
-        "of the rate, from each block to the one below"),
+        "Factor on the learning rate from each block to the block below it."),
 )
 # fmt: on
 
 
 def walk(part: Section, prefix: str = "") -> Iterator[tuple[str, Field | Section]]:
-    """(path such as "data.augment", the section or field), in the order of the page."""
-    for name, found in part.fields.items():
-        yield prefix + name, found
-        if isinstance(found, Section):
-            yield from walk(found, f"{prefix}{name}.")
+    """Yields (path such as "data.augment", section or field) in the order of the table."""
+    for name, entry in part.fields.items():
+        yield prefix + name, entry
+        if isinstance(entry, Section):
+            yield from walk(entry, f"{prefix}{name}.")
 
 
 def make_defaults(part: Section = TABLE) -> dict[str, Any]:
-    """{field: its default}, sections as dicts in it."""
+    """`{field: default}`, with sections as nested dicts."""
     return {
-        name: make_defaults(found) if isinstance(found, Section) else found.default
-        for name, found in part.fields.items()
+        name: make_defaults(entry) if isinstance(entry, Section) else entry.default
+        for name, entry in part.fields.items()
     }
 
 
-FIELDS = {path: found for path, found in walk(TABLE) if isinstance(found, Field)}
+FIELDS = {path: entry for path, entry in walk(TABLE) if isinstance(entry, Field)}
 DEFAULTS = {path: field.default for path, field in FIELDS.items()}

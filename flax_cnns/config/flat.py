@@ -1,4 +1,4 @@
-"""Configs as plain data: nested as JSON has them, or flat by the paths of their fields."""
+"""Configs as plain data: nested dicts as in JSON, or flat dicts by field path."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from flax_cnns.errors import UserError
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A ConfigDict or mapping -> nested dicts and lists as JSON has them (tuples become lists)."""
+    """Converts a ConfigDict or mapping to nested dicts and lists as in JSON: tuples become lists.
+
+    Raises `UserError` if JSON cannot hold a value.
+    """
     config = config.to_dict() if hasattr(config, "to_dict") else config
     try:
         return json.loads(json.dumps(config))
     except TypeError as error:
-        raise UserError(f"config: every value is a number, text, tuple or dict: {error}") from None
+        raise UserError(f"config: expected numbers, strings, tuples and dicts: {error}") from None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"name": "x"}}`, a mapping or ConfigDict -> `{"model.name": "x"}`."""
+    """Flattens a mapping or ConfigDict: `{"model": {"name": "x"}}` -> `{"model.name": "x"}`."""
     flat: dict[str, Any] = {}
     for name, value in (config.to_dict() if hasattr(config, "to_dict") else config).items():
         path = f"{prefix}{name}"
@@ -28,7 +31,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def set_field(config: dict[str, Any], path: str, value: Any) -> None:
-    """Sets `config["a"]["b"]` for the path "a.b"; makes the sections that are not there."""
+    """Sets `config["a"]["b"]` for the path "a.b". Adds missing sections."""
     *sections, field = path.split(".")
     for name in sections:
         config = config.setdefault(name, {})
@@ -36,14 +39,16 @@ def set_field(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def list_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The fields in which two plain configs differ, as `"seed: 0 there, 1 here"`."""
+    """Lists the fields in which two plain configs differ, as `"seed: 0 there, 1 here"`, where
+    `theirs` is there and `ours` is here."""
     here, there, missing = flatten(ours), flatten(theirs), object()
 
-    def say(value: Any) -> str:
+    def describe(value: Any) -> str:
         return "absent" if value is missing else repr(value)
 
     return [
-        f"{name}: {say(there.get(name, missing))} there, {say(here.get(name, missing))} here"
+        f"{name}: {describe(there.get(name, missing))} there,"
+        f" {describe(here.get(name, missing))} here"
         for name in sorted(here.keys() | there.keys())
         if here.get(name, missing) != there.get(name, missing)
     ]

@@ -1,4 +1,4 @@
-"""Whether a config is valid, and whether a new run may have it; before JAX starts."""
+"""Validates configs, and finds what only a new run refuses. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from flax_cnns.errors import UserError, did_you_mean
 
 
 def validate(config: Any) -> None:
-    """Raises `UserError` for an unknown or missing field, a value of the wrong kind, or fields that
-    do not go together. Fields under `model` beyond the common ones are the network's to check, and
-    those under `own` the user's parts'."""
+    """Raises `UserError` if a field is unknown or missing, has an invalid value, or contradicts
+    another field.
+
+    The network checks its own fields under `model`, and the user's parts check theirs under `own`.
+    """
     flat = flatten(config)
     for name in flat:
         if name not in FIELDS and not name.startswith(("model.", "own.")):
@@ -25,10 +27,13 @@ def validate(config: Any) -> None:
 
 
 def validate_section(section: Any, path: str) -> None:
-    """Raises `UserError` for a missing field or a value of the wrong kind in one section, such as
-    "data.augment", of a config: for callers who have no whole config."""
-    below = f"{path}."
-    _check_values(flatten(section, below), [name for name in FIELDS if name.startswith(below)])
+    """Validates one section of a config, such as "data.augment", for callers without a whole
+    config.
+
+    Raises `UserError` if a field is missing or has an invalid value.
+    """
+    prefix = f"{path}."
+    _check_values(flatten(section, prefix), [name for name in FIELDS if name.startswith(prefix)])
 
 
 def _check_values(flat: Mapping[str, Any], names: Collection[str]) -> None:
@@ -43,55 +48,64 @@ def _check_together(flat: Mapping[str, Any]) -> None:
     size, pieces = flat["data.batch_size"], flat["train.accumulate"]
     if size % pieces:
         raise UserError(
-            f"config.train.accumulate: a batch of {size} does not divide into {pieces} pieces"
+            f"config.train.accumulate: data.batch_size={size} is not divisible by {pieces}"
         )
     if size % 2 and (flat["mix.mixup"] or flat["mix.cutmix"]):
         raise UserError(
-            f"config.data.batch_size: mixup and cutmix pair neighbors; {size} images leave one"
+            f"config.data.batch_size: mixup and cutmix pair neighbors; expected an even number,"
+            f" got {size}"
         )
     if bool(flat["data.mean"]) != bool(flat["data.std"]):
         raise UserError("config.data.mean and config.data.std: set both, or neither")
     if flat["schedule.name"] == "exponential" and not float(flat["schedule.every"].split()[0]):
-        raise UserError("config.schedule.every: exponential needs some, such as '2 epochs'")
+        raise UserError(
+            "config.schedule.every: 'exponential' needs a duration above 0, such as '2 epochs'"
+        )
     if flat["schedule.name"] == "steps" and not flat["schedule.boundaries"]:
-        raise UserError("config.schedule.boundaries: 'steps' needs some, such as ('30 epochs',)")
+        raise UserError(
+            "config.schedule.boundaries: 'steps' needs boundaries, such as ('30 epochs',)"
+        )
     everything = [list(rule) for rule in DEFAULTS["graft.rules"]]
     if not flat["graft.source"] and [list(rule) for rule in flat["graft.rules"]] != everything:
         raise UserError(
-            "config.graft.rules: there is nothing to take from; set config.graft.source, or leave"
-            " the rules as they are"
+            "config.graft.rules: there is no source to take weights from; set config.graft.source,"
+            " or leave the rules at their default"
         )
     if flat["data.augment.cutout"] > 2 * flat["data.image_size"]:
         raise UserError(
-            "config.data.augment.cutout: the square is larger than the image twice over"
+            "config.data.augment.cutout: expected at most twice data.image_size, as a larger square"
+            f" always covers the image; got {flat['data.augment.cutout']}"
         )
 
 
-# ---- what only a new run is refused for
+# ---- problems for which only a new run is refused
 
 
 def find_problems(config: Any, facts: effects.RunFacts | None = None) -> list[str]:
-    """A line for each thing that a new run may not have: a field that is set and cannot act, a
-    value that makes no sense. Older runs go on with theirs. `config` must be valid. With `facts`:
-    only the lines that depend on the network or the data."""
+    """Returns a message for each problem for which a new run is refused: a field that is set and
+    has no effect, or a value that makes no sense. Older runs continue with theirs.
+
+    `config` must be valid. With `facts`, only problems that depend on the network or the data.
+    """
     flat = flatten(config)
-    more = effects.find_long_durations(flat, facts) if facts else effects.find_bad_values(flat)
-    return [*effects.find_inert(flat, facts).values(), *more]
+    values = effects.find_long_durations(flat, facts) if facts else effects.find_bad_values(flat)
+    return [*effects.find_inert(flat, facts).values(), *values]
 
 
 def find_inert_fields(config: Any) -> list[str]:
-    """The fields that are not at their defaults and cannot act under the other choices."""
+    """Returns the fields that differ from their defaults but have no effect under the other
+    choices."""
     return list(effects.find_inert(flatten(config)))
 
 
 def reset_inert_fields(config: Any, keep: Collection[str] = ()) -> Any:
-    """A copy of a ConfigDict or mapping in which each field that cannot act under the other choices
-    has its default. The run is the same. Fields in `keep` stay."""
+    """Returns a copy of a ConfigDict or mapping in which each field without effect has its default.
+    The run is the same. Fields in `keep` are not reset."""
     is_config = hasattr(config, "to_dict")
     copy = config.to_dict() if is_config else json.loads(json.dumps(config))
     flat = flatten(copy)
     for name in effects.find_inert(flat) if flat.keys() >= FIELDS.keys() else ():
-        if name not in keep and effects.EFFECTS[name].resets:
+        if name not in keep and effects.EFFECTS[name].can_reset:
             set_field(copy, name, DEFAULTS[name])
     return type(config)(copy) if is_config else to_plain(copy)
 
@@ -99,22 +113,21 @@ def reset_inert_fields(config: Any, keep: Collection[str] = ()) -> Any:
 def check_new_run(
     config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print
 ) -> None:
-    """Checks the config of runs in `where`. Raises `UserError` for its doubts; if `begun`, `where`
-    already holds such runs, and a note goes to `say` instead."""
-    found = find_problems(config)
+    """Checks the config of the runs in the folder `where`. Raises `UserError` if it has problems.
+    If `begun`, the folder already holds such runs, and `say` gets a note instead."""
+    problems = find_problems(config)
     if not begun:
-        raise_problems(found)
-    elif found:
-        say(format_note(where, found))
+        raise_problems(problems)
+    elif problems:
+        say(format_note(where, problems))
 
 
-def raise_problems(found: Collection[str]) -> None:
-    """Raises `UserError` with all the doubts that were found, so that they can be mended at
-    once."""
-    if found:
-        raise UserError(" | ".join(found))
+def raise_problems(problems: Collection[str]) -> None:
+    """Raises one `UserError` with all problems, if there are any."""
+    if problems:
+        raise UserError(" | ".join(problems))
 
 
-def format_note(where: Any, found: Collection[str]) -> str:
-    """The line to print for older runs of which doubts were found."""
-    return f"note: {where} was made before this was refused, and keeps it: {' | '.join(found)}"
+def format_note(where: Any, problems: Collection[str]) -> str:
+    """The line to print for an older run whose config has problems."""
+    return f"note: {where} was made before this was refused, and keeps it: {' | '.join(problems)}"

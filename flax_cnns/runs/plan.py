@@ -94,13 +94,13 @@ class RunPlan:
             return bool(jax.eval_shape(call, variables, images)[1].get("aux_logits"))
 
         facts = configs.RunFacts(
-            total=self.total_steps,
-            count=self.count_steps,
-            validates=self.has_validation,
-            own_validation=components.dataset.has_own_validation,
+            total_steps=self.total_steps,
+            count_steps=self.count_steps,
+            has_validation=self.has_validation,
+            has_own_validation=components.dataset.has_own_validation,
             has_batchnorm=lambda: bool(shapes()["batch_stats"]),
             has_aux_heads=has_aux_heads,
-            decodes=components.dataset.is_decoded,
+            decodes_images=components.dataset.is_decoded,
         )
         return configs.find_problems(self.config, facts)
 

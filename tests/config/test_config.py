@@ -61,7 +61,7 @@ def changed(path, value):
         ("data.augment.pca", 1.5, "a number from 0 to 1"),
         ("data.validation", 1.5, "a fraction below 1, a count, or 0, got 1.5"),
         ("data.channels", 2, "0 .*1 or 3, got 2"),
-        ("data.fraction", 0.0, "a number above 0 to 1, got 0"),
+        ("data.fraction", 0.0, "a number above 0 and at most 1, got 0"),
         ("data.classes", (0, 1.5), "numbers or names of classes"),
         ("data.mean", (0.5,), "set both, or neither"),
         ("data.std", (0.0,), "a number per channel"),
@@ -81,8 +81,8 @@ def changed(path, value):
         ("optimizer.layer_decay", 1.5, "a number from 0 to 1"),
         ("graft.rules", (("a", 1),), "path in the source or None"),
         ("graft.rules", (("a", None),), "set config.graft.source"),
-        ("train.accumulate", 3, "a batch of 64 does not divide into 3 pieces"),
-        ("schedule.name", "steps", "'steps' needs some"),
+        ("train.accumulate", 3, "data.batch_size=64 is not divisible by 3"),
+        ("schedule.name", "steps", "'steps' needs boundaries"),
         ("model.dtype", "float31", "did you mean 'float32'"),
         ("model.dtype", "float16", r"expected bfloat16 or float32 \(.*\), got 'float16'"),
     ],
@@ -97,7 +97,7 @@ def test_an_odd_batch_leaves_an_image_without_a_neighbor():
     odd = configs.to_plain(changed("data.batch_size", 15))
     configs.validate(odd)
     for name in ("mixup", "cutmix"):
-        with pytest.raises(UserError, match=r"data\.batch_size: .* neighbors; 15 images"):
+        with pytest.raises(UserError, match=r"data\.batch_size: .* neighbors; .* got 15"):
             configs.validate(odd | {"mix": odd["mix"] | {name: 1.0}})
 
 

@@ -239,7 +239,7 @@ def test_what_the_loader_has_cropped_is_not_cropped_again():
         ("erase", 1.5, "erase: expected a number from 0 to 1"),
         ("pca", -0.1, "pca: expected a number from 0 to 1"),
         ("pca", 1.5, "pca: expected a number from 0 to 1, got 1.5"),
-        ("randaugment", (2,), r"operations an image, magnitude"),
+        ("randaugment", (2,), r"operations per image, magnitude"),
         ("randaugment", (2, 31), r"magnitude from 0 to 30"),
         ("random_resized_crop", (0.5,), "smallest, largest"),
         ("random_resized_crop", (0.5, 0.2), "smallest, largest"),

@@ -76,7 +76,7 @@ def test_gray_is_luma(monkeypatch, config):
         ("validation", 1.5, "a fraction below 1, a count, or 0, got 1.5"),
         ("validation", -1.0, "a number of at least 0, got -1.0"),
         ("image_size", 0, "data.image_size"),
-        ("fraction", 1.5, "data.fraction: expected a number above 0 to 1, got 1.5"),
+        ("fraction", 1.5, "data.fraction: expected a number above 0 and at most 1, got 1.5"),
         ("classes", (3, 10), r"digits has no class 10; it has 0 to 9"),
         ("classes", (3, "four"), r"digits has no class 'four'; known: 0, 1"),
         ("classes", (3,), "two classes or more"),

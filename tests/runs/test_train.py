@@ -683,7 +683,11 @@ def test_a_directory_in_use_or_of_something_else(config, tmp_path):
         ("schedule.name", "sine", "did you mean 'cosine'"),
         ("optimizer.trainable", ((r"params/haed/.*", True), (".*", False)), "params/head"),
         ("graft.source", "nowhere/run", "no checkpoint or run 'nowhere/run'"),
-        ("optimizer.nesterov", True, "sgd with momentum has it, and optimizer.name is .adam."),
+        (
+            "optimizer.nesterov",
+            True,
+            "only sgd with momentum uses it, and optimizer.name is .adam.",
+        ),
     ],
 )
 def test_mistakes_leave_nothing_behind(config, tmp_path, path, value, said):
