@@ -1,4 +1,4 @@
-"""One family of networks a file, each with its `PAPER` and its table `VARIANTS`.
+"""Networks: one family per file, with its `PAPER` and its table `VARIANTS`.
 
-`registry` knows them by name, `fields` says what their fields may hold.
+`registry` finds a network by its name. `fields` checks the values of its fields.
 """

@@ -1,8 +1,9 @@
-"""What the fields of networks hold: annotations with bounds, and the check of a value by them.
+"""Annotations with bounds for the fields of networks, and the check of values against them.
 
-A network says `dropout: Rate = 0.5` or `depths: Counts`, and `create_model` refuses what does not
-fit, in one line. Checked are `int`, `float`, `bool`, `str`, callables, dtypes, `Sequence`, tuples,
-NamedTuples (the rows of a table) and unions of these; values of other annotations pass.
+A network declares `dropout: Rate = 0.5` or `depths: Counts`, and `create_model` refuses a value
+that does not fit, in one line. The check knows `int`, `float`, `bool`, `str`, callables, dtypes,
+`Sequence`, tuples, NamedTuples (the rows of a table) and unions of these. Fields with any other
+annotation are not checked.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """Of a number: from `low` to below `high`."""
+    """Bounds of a number: `low <= number < high`."""
 
     low: float
     high: float
@@ -41,9 +42,9 @@ class Between:
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-    """Of a number: from `low` to `high`; `above` excludes `low` itself.
+    """Bounds of a number: `low <= number <= high`, or `low < number` if `above`.
 
-    `high` is where a slip of the keyboard would run for hours or ask for terabytes.
+    `high` catches typing errors: a network of that size would take hours or terabytes.
     """
 
     low: int
@@ -54,18 +55,18 @@ class AtLeast:
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def describe(self, value: Any) -> str:
-        low = "above 0" if self.above or self.low == 1 else f"from {self.low}"
+        low = "above 0" if self.above or self.low == 1 else f"of at least {self.low}"
         return low + self.describe_end(value)
 
     def describe_end(self, value: Any) -> str:
-        """Of a value beyond the upper end; else nothing."""
+        """Describes the upper bound if `value` exceeds it, else returns ""."""
         beyond = isinstance(value, int | float) and self.high < value < math.inf
         return f", at most {self.high:,}" if beyond else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class NotEmpty:
-    """Of a sequence."""
+    """Bound of a sequence: it has at least one item."""
 
     def allows(self, value: Sequence) -> bool:
         return len(value) > 0
@@ -76,7 +77,7 @@ class NotEmpty:
 
 @dataclasses.dataclass(frozen=True)
 class DescribedAs:
-    """What a message calls it."""
+    """The words that describe valid values in a message, in place of those of the type."""
 
     name: str
 
@@ -84,39 +85,43 @@ class DescribedAs:
         return True
 
 
-Rate = Annotated[float, Between(0, 1)]  # of dropping, or a running mean's momentum
+Rate = Annotated[float, Between(0, 1)]  # a rate of dropping, or the momentum of statistics
 Positive = Annotated[float, AtLeast(0, math.inf, above=True)]
-Factor = Annotated[float, AtLeast(0, 1000, above=True)]  # on widths or depths
+Factor = Annotated[float, AtLeast(0, 1000, above=True)]  # multiplies widths or depths
 Count = Annotated[int, AtLeast(1)]
 CountOrZero = Annotated[int, AtLeast(0)]
-Counts = Annotated[Sequence[Count], NotEmpty()]  # one for each stage, as a rule
+Counts = Annotated[Sequence[Count], NotEmpty()]  # usually one per stage
 Classes = Annotated[int, AtLeast(1, 10_000_000), DescribedAs("a positive number or None")]
 ImageSize = Annotated[tuple[Count, Count, Count], DescribedAs("(height, width, channels)")]
 
-# ---------------------------------------------------------------------------- the check
+# ---------------------------------------------------------------------------- checking
 
 
 class _InvalidValue(Exception):
-    """A value that is not what an annotation says."""
+    """A value does not fit its annotation."""
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    number: Any = value  # numbers.Real does not declare `abs`
+    return abs(number) < math.inf
 
 
 _SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("a whole number", lambda v: _is_number(v, Integral)),
     float: ("a number", lambda v: _is_number(v, Real)),
     bool: ("True or False", lambda v: isinstance(v, bool)),
-    str: ("a text", lambda v: isinstance(v, str)),
+    str: ("a string", lambda v: isinstance(v, str)),
     Callable: ("a function or a module", callable),
 }
 
 
 def check_values(name: str, network: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of fields of the class `network`, as its instances want them: lists as tuples.
+    """Returns `values`, fields of the class `network`, as its instances hold them: lists as tuples.
 
-    Raises `UserError`, which begins with `name`, for the first that its annotation does not allow.
+    Raises `UserError` for the first value that its annotation does not allow. The message begins
+    with `name`.
     """
     hints = _hints(network)
     return {field: _check(name, field, value, hints[field]) for field, value in values.items()}
@@ -129,7 +134,9 @@ def _check(name: str, field: str, value: Any, hint: Any) -> Any:
         if hint == Dtype:
             near = did_you_mean(str(value), DTYPES)
             raise UserError(f"unknown {field} {value!r}{near}") from None
-        raise UserError(f"{name}: {field} is {_describe(hint, value)}, got {value!r}") from None
+        raise UserError(
+            f"{name}: {field} must be {_describe(hint, value)}, got {value!r}"
+        ) from None
 
 
 @cache
@@ -138,8 +145,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _parse(hint: Any) -> tuple[Any, tuple, tuple]:
-    """An annotation as (kind, arguments, bounds); a kind is `int`, `Sequence`, `Union` ..."""
-    bounds = ()
+    """Splits an annotation into (kind, arguments, bounds); a kind is `int`, `Sequence`, ..."""
+    bounds: tuple = ()
     if get_origin(hint) is Annotated:
         hint, bounds = hint.__origin__, hint.__metadata__
     kind = get_origin(hint) or hint
@@ -151,7 +158,7 @@ def _is_row(kind: Any) -> bool:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as a field of this annotation; raises `_InvalidValue`."""
+    """Returns `value` as a field with the annotation `hint` holds it, or raises `_InvalidValue`."""
     kind, args, bounds = _parse(hint)
     if hint == Dtype:
         return _convert_dtype(value)
@@ -193,7 +200,7 @@ def _convert_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
     if _is_row(kind):
         args = tuple(_hints(kind).values())
     elif kind is Sequence or args[-1] is ...:
-        args = args[:1] * len(value)
+        args = (args[0],) * len(value)
     if len(value) != len(args):
         raise _InvalidValue
     values = [_convert(v, hint) for v, hint in zip(value, args)]
@@ -201,12 +208,12 @@ def _convert_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
 
 
 def _describe(hint: Any, value: Any) -> str:
-    """What would fit, said to who gave `value`."""
+    """Describes valid values, with the bound that the invalid `value` exceeds."""
     kind, args, bounds = _parse(hint)
     if names := [bound.name for bound in bounds if isinstance(bound, DescribedAs)]:
         ends = [bound.describe_end(value) for bound in bounds if isinstance(bound, AtLeast)]
         return "".join(names + ends)
-    said = [bound.describe(value) for bound in bounds]
+    limits = [bound.describe(value) for bound in bounds]
     if kind is Union:
         return ", or ".join(_describe(arg, value) for arg in args if arg is not NoneType)
     if _is_row(kind):
@@ -220,8 +227,8 @@ def _describe(hint: Any, value: Any) -> str:
             else []
         )
         each = f"each {_describe(args[0], odd[0] if odd else None)}"
-        return f"{' '.join(['a sequence', *filter(None, said)])}, {each}"
-    return " ".join([_SCALARS[kind][0], *said])
+        return f"{' '.join(['a sequence', *filter(None, limits)])}, {each}"
+    return " ".join([_SCALARS[kind][0], *limits])
 
 
 def _is_valid(value: Any, hint: Any) -> bool:

@@ -177,7 +177,7 @@ class NASNet(nn.Module):
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
     remat: bool = False  # compute the inside of each cell again in the backward pass
 

@@ -52,7 +52,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 narrows, 3x3 looks around, 1x1 widens: [N H W C] -> [N H/stride W/stride 4*width]."""
+    """1x1 (narrows), 3x3, 1x1 (widens): [N H W C] -> [N H/stride W/stride 4*width]."""
 
     width: int
     conv: ModuleDef
@@ -131,7 +131,7 @@ class PreActResNet(nn.Module):
     # head
     num_classes: Classes | None = 1000
     # regularization
-    drop_path: Rate = 0.0  # of the last block: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
@@ -140,10 +140,10 @@ class PreActResNet(nn.Module):
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
     layer_groups = (("norm", "below"),)

@@ -72,7 +72,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 narrows, 3x3 looks around, 1x1 widens: [N H W C] -> [N H/stride W/stride 4*width]."""
+    """1x1 (narrows), 3x3, 1x1 (widens): [N H W C] -> [N H/stride W/stride 4*width]."""
 
     branch_depth: ClassVar[int] = 3
 
@@ -133,7 +133,7 @@ class PyramidNet(nn.Module):
     # architecture
     depth: Count  # in convolutions along the branches, with the stem and the head
     # By how many channels the last block is wider than the stem.
-    alpha: Annotated[float, AtLeast(0), DescribedAs("what widths grow by, 0 at least")]
+    alpha: Annotated[float, AtLeast(0), DescribedAs("a number of at least 0")]
     block: ModuleDef = BasicBlock
     rounding: str = "down"  # of widths; or "nearest", the released code's
     input_size: ImageSize = (32, 32, 3)
@@ -153,9 +153,9 @@ class PyramidNet(nn.Module):
     zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     def compute_widths(self) -> list[list[int]]:
         """Channels inside the blocks of the three stages."""
@@ -168,7 +168,7 @@ class PyramidNet(nn.Module):
                 f"the next are {' and '.join(map(str, near))}"
             )
         if self.alpha < 0:
-            raise UserError(f"alpha is what widths grow by, 0 at least, got {self.alpha}")
+            raise UserError(f"alpha must be a number of at least 0, got {self.alpha}")
         if self.rounding not in ROUNDINGS:
             raise UserError(
                 f"unknown rounding {self.rounding!r}{did_you_mean(self.rounding, ROUNDINGS)}"

@@ -1,4 +1,4 @@
-"""Networks by name: every family's table `VARIANTS` in one."""
+"""Finds networks by name, in the tables `VARIANTS` of all families."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ FAMILIES = tuple(
         "vit",
     )
 )
-MAX_FUSED_LEAVES = 1000  # that are initialized by one program: more take long to compile
+MAX_FUSED_LEAVES = 1000  # arrays that one program initializes; more take long to compile
 
 
 class ModelInfo(NamedTuple):
-    """What `model_info` says about a network."""
+    """Facts about a network: what `model_info` returns."""
 
     name: str
-    family: str  # the file of flax_cnns.models
+    family: str  # its file in flax_cnns/models, without ".py"
     paper: Any  # a flax_cnns.types.Paper: title, authors, year, url
     input_size: tuple[int, int, int]  # (H, W, C)
     num_classes: int
-    params: int  # trainable numbers, without running statistics
-    sources: tuple[str, ...]  # whose tensors `weights.convert` takes: torchvision, timm, keras ...
+    params: int  # number of trainable parameters; running statistics do not count
+    sources: tuple[str, ...]  # libraries whose weights `weights.convert` takes: "timm" ...
 
 
 def merge_variants(families: Sequence[ModuleType]) -> dict[str, tuple[partial, ModuleType]]:
-    """`{name: (variant, its family)}` of all families; a name in two of them raises ValueError."""
+    """Returns `{name: (variant, its family)}`; raises ValueError if two families share a name."""
     table: dict[str, tuple[partial, ModuleType]] = {}
     for family in families:
         for name, variant in family.VARIANTS.items():
@@ -95,51 +95,52 @@ def _find(name: str) -> tuple[partial, ModuleType]:
     if name not in _MODELS:
         near = did_you_mean(name, _MODELS)
         if set(name) & set(":./"):
-            near = "; a network of your own is 'package.module:Name'"
+            near = "; name a network of your own as 'package.module:Name'"
         raise UserError(f"unknown model {name!r}{near}")
     return _MODELS[name]
 
 
 def create_model(name: str, **fields: Any) -> nn.Module:
-    """The network `name` with some of its fields set: `create_model("resnet50", num_classes=10)`.
+    """Creates the network `name` with the given fields: `create_model("resnet50", num_classes=10)`.
 
-    `dtype` and `param_dtype` may be texts ("bfloat16"). `num_classes=None` gives what the head
-    would see: pooled features f32 [N C], in training behind the last dropout. `init` is another
-    name of `kernel_init`: "paper" for the paper's own first values. Raises `UserError` for an
-    unknown name, field or dtype, or for senseless values.
+    `dtype` and `param_dtype` may be strings ("bfloat16"). With `num_classes=None` the network
+    returns the input of its head: pooled features f32 [N C], in training after the last dropout.
+    `init` is another name of `kernel_init`; "paper" selects the paper's own initialization. Raises
+    `UserError` for an unknown name, field or dtype, and for an invalid value.
     """
     variant, _ = _find(name)
-    if "init" in fields:  # no field of the module's: it would hide its method `init`
+    if "init" in fields:  # cannot be a field: it would hide the module's method `init`
         fields["kernel_init"] = fields.pop("init")
-    known = {field.name for field in dataclasses.fields(variant.func)} - {"name", "parent"}
+    network: Any = variant.func  # a dataclass, as every linen module
+    known = {field.name for field in dataclasses.fields(network)} - {"name", "parent"}
     for field in fields:
         if field not in known:
             near = did_you_mean(field, known)
             takes = f"it takes {', '.join(sorted(known))}"
             hint = f"{near} ({takes})" if near.startswith("; did you mean") else f"; {takes}"
             raise UserError(f"{name} has no field {field!r}{hint}")
-    return variant(**check_values(name, variant.func, fields))
+    return variant(**check_values(name, network, fields))
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that match a shell pattern, sorted, `resnet18` before `resnet101`."""
+    """Lists the names that match a shell pattern, sorted with `resnet18` before `resnet101`."""
     names = (name for name in _MODELS if fnmatchcase(name, pattern))
     return sorted(names, key=_natural_key)
 
 
 def _natural_key(name: str) -> list[str | int]:
-    """Text and numbers in turn, by which `sorted` compares numbers as such."""
+    """Splits a name into text and numbers, so that `sorted` compares the numbers by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 @cache
 def model_info(name: str) -> ModelInfo:
-    """Family, paper, input size, classes and parameter count; computes shapes only.
+    """Returns family, paper, input size, classes and parameter count; computes only shapes.
 
     Raises `UserError` for an unknown name.
     """
     model, (_, family) = create_model(name), _find(name)
-    # Tracing the random numbers of all kernels would take almost half of the time.
+    # Zero kernels, since tracing their random numbers takes almost half of the time.
     blank = model.clone(kernel_init=nn.initializers.zeros)
     shapes = jax.eval_shape(lambda: init_variables(blank, jax.random.key(0)))
     return ModelInfo(
@@ -156,27 +157,29 @@ def model_info(name: str) -> ModelInfo:
 def init_variables(
     model: nn.Module, key: jax.Array, images_shape: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """`{"params": ..., "batch_stats": ...}` and nothing else; batch_stats may be {}.
+    """Returns `{"params": ..., "batch_stats": ...}` and nothing else; batch_stats may be {}.
 
-    `images_shape` is [N H W C], by default one image of `model.input_size`. The values are those of
-    `model.init(key, images)` up to float32 rounding. Raises `UserError` where the network cannot
-    take such images.
+    `images_shape` is [N H W C], by default one image of `model.input_size`. The values equal those
+    of `model.init(key, images)` up to float32 rounding. Raises `UserError` if the network cannot
+    take images of this shape.
     """
     shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
 
-    def kept(variables: dict[str, Any]) -> dict[str, Any]:
-        variables = nn.unbox(variables)  # a user's network may say how they are partitioned
+    def keep_state(variables: Any) -> dict[str, Any]:
+        variables = nn.unbox(variables)  # a user's network may annotate how they are partitioned
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def init(key: jax.Array) -> dict[str, Any]:
-        return kept(model.init(key, jnp.zeros(shape), train=False))
+        return keep_state(model.init(key, jnp.zeros(shape), train=False))
 
-    if isinstance(key, jax.core.Tracer):  # inside the caller's own jit or eval_shape
+    if isinstance(key, jax.core.Tracer):  # inside the caller's jit or eval_shape
         return init(key)
     traced = jax.jit(init).trace(key)
-    if len(jax.tree.leaves(traced.out_info)) > MAX_FUSED_LEAVES:  # one program for each shape
-        return kept(model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32), train=False))
-    # Compiling the random numbers of all kernels is what takes time on a CPU: ten times less at
-    # this level, for a function that runs once.
+    if len(jax.tree.leaves(traced.out_info)) > MAX_FUSED_LEAVES:  # one program per shape
+        return keep_state(
+            model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32), train=False)
+        )
+    # On a CPU, compiling the random numbers of all kernels takes most of the time. At this level it
+    # takes a tenth, and the function runs only once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return traced.lower().compile(compiler_options=options)(key)

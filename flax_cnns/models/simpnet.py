@@ -59,7 +59,7 @@ class SimpNet(nn.Module):
     gaussian: Sequence[Count] = (3, 4, 5)  # convolutions that "paper" starts with N(0, 0.01^2)
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:

@@ -110,9 +110,9 @@ class SparseSumNet(nn.Module):
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:

@@ -80,7 +80,7 @@ class SqueezeNet(nn.Module):
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:

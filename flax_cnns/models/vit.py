@@ -97,7 +97,7 @@ class ViT(nn.Module):
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.0  # behind each dense layer but qkv, and behind the positions: section B.1
-    drop_path: Rate = 0.0  # the last block's rate of dropping: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of the last block: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
     # numerics
@@ -108,7 +108,7 @@ class ViT(nn.Module):
     axis_name: str | None = None  # nothing here looks at other images
     # compilation
     scan: bool = False  # all blocks but the first as one under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:

@@ -80,17 +80,17 @@ class WideResNet(nn.Module):
     num_classes: Classes | None = 10
     # regularization
     dropout: Rate = 0.0  # rate, between the two convolutions of a block; the paper's is 0.3
-    drop_path: Rate = 0.0  # of the last block: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
     # numerics
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the repeats of a stage as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each block again in the backward pass
+    scan: bool = False  # run a stage's identical blocks under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:

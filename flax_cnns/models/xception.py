@@ -120,7 +120,7 @@ class Xception(nn.Module):
     zero_init: bool = False  # the last norm of each branch starts at 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # "batch": synchronised BatchNorm
+    axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
     scan: bool = False  # the middle flow as one block under nn.scan: layers.Stage
     remat: bool = False  # compute the inside of each of its blocks again in the backward pass

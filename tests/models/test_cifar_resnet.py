@@ -286,7 +286,11 @@ def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
         ("cifar_resnet20", dict(shortcut="E"), "unknown shortcut 'E'"),
         ("cifar_plain20", dict(drop_path=0.5), "drop_path needs a shortcut"),
         ("cifar_plain20", dict(shake_drop=0.5), "shake_drop needs a shortcut"),
-        ("cifar_resnet20", dict(drop_path=1.0), "drop_path is a number from 0 to below 1, got 1.0"),
+        (
+            "cifar_resnet20",
+            dict(drop_path=1.0),
+            "must be a number from 0 to below 1, got 1.0",
+        ),
     ],
 )
 def test_fields_that_do_not_go_together(name, fields, message):

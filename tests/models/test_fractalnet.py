@@ -300,7 +300,7 @@ def test_dropout_is_between_convolution_and_norm():
     ("fields", "message"),
     [
         (dict(column=4), "a column from 1 to 3, got 4"),
-        (dict(column=0), "column is a whole number above 0, got 0"),
+        (dict(column=0), "column must be a whole number above 0, got 0"),
         (dict(dropout=(0.1,)), "each of 2 blocks, or no rates, got"),
         (dict(drop_path_mode="image"), "unknown drop_path_mode 'image'"),
     ],

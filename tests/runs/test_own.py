@@ -234,7 +234,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(model={"name": "no_such_package:Net"}), "no module 'no_such_package'"),
         (dict(model={"name": f"{HERE}:Nat"}), "has no 'Nat'; did you mean 'Net'"),
         (dict(model={"widht": 3}), "has no field 'widht'; did you mean 'width'"),
-        (dict(model={"width": "wide"}), "width is a whole number, got 'wide'"),
+        (dict(model={"width": "wide"}), "width must be a whole number, got 'wide'"),
         (dict(model={"scan": True}), "model.scan needs a field 'scan' of the network"),
         (dict(train={"sync_batchnorm": True}), "sync_batchnorm needs a field 'axis_name'"),
         (
