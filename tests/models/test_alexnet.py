@@ -1,4 +1,7 @@
-"""AlexNet: counts by the paper's table, published rows and shapes, LRN, dropout, first values."""
+"""AlexNet: counts from the paper's table, published shapes, LRN, dropout, initial values.
+
+"The deck" is the lecture deck "Convolutional Neural Networks".
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-# Section 3.5: (window, maps that a unit sees, maps) of conv1 ... conv5, then (in, out).
+# Section 3.5: (kernel size, input maps of a unit, output maps) of conv1 to conv5. DENSE: (in, out).
 TWO_GPUS = [(11, 3, 96), (5, 48, 256), (3, 256, 384), (3, 192, 384), (3, 192, 256)]
 ONE_TOWER = [(11, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)]
 TORCHVISION = [(11, 3, 64), (5, 64, 192), (3, 192, 384), (3, 384, 256), (3, 256, 256)]
@@ -23,7 +26,7 @@ TABLES = {
     "alexnet_single_tower": ONE_TOWER,
     "alexnet": TORCHVISION,
 }
-NORMALISED = ["alexnet_2gpu", "alexnet_single_tower"]
+NORMALIZED = ["alexnet_2gpu", "alexnet_single_tower"]
 
 
 @pytest.mark.parametrize("name", alexnet.VARIANTS)
@@ -38,7 +41,7 @@ def test_count_by_hand(name):
 def test_each_layer_of_two_gpus():
     rows = {layer.path: layer for layer in cost_of("alexnet_2gpu").layers}
     assert {path: (row.params, row.macs) for path, row in rows.items()} == {
-        "conv1/conv": (34_944, 55 * 55 * 96 * 11 * 11 * 3),  # the lectures' 35 K
+        "conv1/conv": (34_944, 55 * 55 * 96 * 11 * 11 * 3),  # 35 K in the deck
         "conv2/conv": (307_456, 27 * 27 * 256 * 5 * 5 * 48),
         "conv3/conv": (885_120, 13 * 13 * 384 * 3 * 3 * 256),
         "conv4/conv": (663_936, 13 * 13 * 384 * 3 * 3 * 192),
@@ -50,12 +53,12 @@ def test_each_layer_of_two_gpus():
 
 
 def captured(name, height, width, **fields):
-    """The logits' shape, and that of what each module gives, by path."""
+    """Returns the logits' shape, and the shape of each module's output by path."""
     out, shapes = capture_shapes(name, height, width, **fields)
     return out, {path: shape[1:] for path, shape in shapes.items()}
 
 
-def test_the_lectures_list_of_shapes():
+def test_the_decks_list_of_shapes():
     logits, shapes = captured("alexnet_single_tower", 227, 227)
     listed = {
         "conv1": (55, 55, 96),
@@ -77,7 +80,7 @@ def test_the_lectures_list_of_shapes():
 
 
 def test_the_papers_shapes():
-    """Figure 2. It normalizes before it pools; torchvision pools only."""
+    """Figure 2 normalizes before pooling; torchvision's network only pools."""
     _, shapes = captured("alexnet_2gpu", 227, 227)
     assert shapes["norm1"] == shapes["conv1"] == (55, 55, 96)
     assert shapes["norm2"] == shapes["conv2"] == (27, 27, 256)
@@ -114,7 +117,7 @@ TINY = dict(hidden=400, num_classes=5)
 
 
 def run(name, init="he", **fields):
-    """(variables, logits, what each module gives, the same in training, its logits)."""
+    """Returns (variables, logits, modules' outputs, training's logits, training's outputs)."""
     model = create_model(name, **TINY, init=init, **fields)
     variables = init_variables(model, jax.random.key(0), IMAGES.shape)
     capture = dict(capture_intermediates=True, mutable=["intermediates"])
@@ -125,7 +128,7 @@ def run(name, init="he", **fields):
         trained, train_state = model.apply(variables, IMAGES, train=True, rngs=rngs, **capture)
         return logits, state["intermediates"], trained, train_state["intermediates"]
 
-    # Nearly all of the time is the compiler's.
+    # Compiling takes nearly all of the time.
     both = jax.jit(both, compiler_options={"xla_backend_optimization_level": 0})
     logits, seen, trained, train_seen = jax.tree.map(np.asarray, both(variables))
     short = [
@@ -140,11 +143,11 @@ def runs():
     return {name: run(name, init="paper" if "2gpu" in name else "he") for name in alexnet.VARIANTS}
 
 
-@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.parametrize("name", NORMALIZED)
 def test_response_normalization_by_its_definition(runs, name):
     _, _, seen, *_ = runs[name]
     x = seen["conv1"] if name == "alexnet_2gpu" else seen["pool1"]
-    assert x.min() == 0  # behind ReLU
+    assert x.min() == 0  # after ReLU
     expected = np.empty_like(x)
     for i in range(96):
         near = x[..., max(i - 2, 0) : min(i + 2, 95) + 1]
@@ -168,12 +171,12 @@ def test_each_gpu_sees_its_own_maps(runs):
 
 @pytest.mark.parametrize("name", alexnet.VARIANTS)
 def test_half_is_dropped_in_training_only(runs, name):
-    """The paper drops what fc6 and fc7 give, torchvision what they take in."""
+    """The paper drops outputs of fc6 and fc7, torchvision drops their inputs."""
     assert create_model(name).dropout == 0.5
     _, logits, seen, trained, train_seen = runs[name]
     assert np.abs(logits - trained).max() > 1e-3 * np.abs(logits).max()
     if name == "alexnet":
-        pooled = np.broadcast_to(train_seen["pool5"], (2, 6, 6, 256)).reshape(2, -1)  # from 1x1
+        pooled = np.broadcast_to(train_seen["pool5"], (2, 6, 6, 256)).reshape(2, -1)  # of 1x1
         befores = pooled, np.maximum(train_seen["fc6"], 0)
     else:
         befores = np.maximum(train_seen["fc6"], 0), np.maximum(train_seen["fc7"], 0)
@@ -185,7 +188,7 @@ def test_half_is_dropped_in_training_only(runs, name):
         assert (seen[f"dropout{i}"] > 0).mean() > 1.5 * (after > 0).mean()
 
 
-def test_first_values_of_the_paper(runs):
+def test_initial_values_of_the_paper(runs):
     """Section 5: N(0, 0.01^2); biases 1 in conv2, conv4, conv5 and the hidden dense layers."""
     params, *_ = runs["alexnet_2gpu"]
     flat = pytree.flatten(params)
@@ -201,7 +204,7 @@ def test_first_values_of_the_paper(runs):
             assert (leaf == 0).all(), path
 
 
-def test_first_values_of_he(runs):
+def test_initial_values_of_he(runs):
     params, *_ = runs["alexnet_single_tower"]
     std = np.std(params["conv3"]["conv"]["kernel"])
     assert std == pytest.approx(np.sqrt(2 / (3 * 3 * 384)), rel=0.01)

@@ -1,4 +1,4 @@
-"""All-CNN: counts by hand from tables 1 and 2, shapes and costs in all forms, dropout."""
+"""All-CNN: counts by hand from tables 1 and 2, shapes and costs of all forms, dropout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-# Window, input and output channels, and the side of the output for 32x32; all have biases.
+# Kernel size, input and output channels, and the output's side for 32x32; all have biases.
 LAST = [(3, 192, 192, 6), (1, 192, 192, 6)]
 ALL_C = [
     *((3, 3, 96, 32), (3, 96, 96, 32), (3, 96, 96, 16)),
@@ -122,7 +122,7 @@ def test_training_is_random_and_evaluation_is_not(rates):
     assert (logits(0, False) >= 0).all()  # ReLU before the mean
 
 
-def test_first_values_are_uniform_where_the_paper_is_silent():
+def test_initial_values_are_uniform_where_the_paper_is_silent():
     variables = init_variables(create_model("all_cnn_a", init="paper"), jax.random.key(0))
     for path, leaf in pytree.flatten(variables["params"]).items():
         if path.endswith("bias"):

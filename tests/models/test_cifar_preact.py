@@ -1,4 +1,6 @@
-"""The five orders of a residual unit, each beside its column of figure 4; counts by hand."""
+"""Pre-activation ResNets for CIFAR: each order compared with its column of figure 4, counts by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
 
 
 def test_count_of_110_layers_by_hand():
-    """As He et al. 2015's 110, with two projections: the norms are elsewhere, not more of them."""
+    """He et al. 2015's ResNet-110 and two projections.
+
+    The norms are in other places, but there are not more of them.
+    """
     convs = 3 * 3 * (3 * 16 + 36 * 16 * 16)
     convs += 3 * 3 * (16 * 32 + 35 * 32 * 32) + 3 * 3 * (32 * 64 + 35 * 64 * 64)
     norms = 2 * (36 * 16 + (16 + 35 * 32) + (32 + 35 * 64) + 64)
@@ -50,7 +55,7 @@ def test_count_of_bottlenecks_by_hand(name, printed):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_differ_in_the_norms_of_projections_only(order):
-    """Those have 2 (32 + 64) numbers in 110 layers, 2 (64 + 128 + 256) in 164."""
+    """These norms have 2 (32 + 64) parameters in 110 layers, 2 (64 + 128 + 256) in 164."""
     norms = order in ("original", "relu_before_add", "relu_only_preact")
     for name, more in (("cifar_preact110", 192), ("cifar_preact164", 896)):
         counted = count_params(create_model(name, order=order))
@@ -58,7 +63,7 @@ def test_orders_differ_in_the_norms_of_projections_only(order):
 
 
 def test_the_original_order_with_option_a_is_cifar_resnet110():
-    """The same parameters under the same names: those of all depths, by those of (2, 2, 2)."""
+    """The parameters have the same names and shapes; compared at depths (2, 2, 2)."""
     depths = create_model("cifar_preact110").depths
     assert depths == create_model("cifar_resnet110").depths
     few = dict(depths=(2, 2, 2))
@@ -75,7 +80,7 @@ def test_the_original_order_with_option_a_computes_what_cifar_resnet_computes():
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-# ---- one unit, straight down its column of figure 4
+# ---- one unit, written out along its column of figure 4
 
 
 def conv(v, name, x, stride=1):
@@ -100,7 +105,7 @@ def relu(x):
 
 
 def basic(order, v, x, first, stride):
-    """Two weights. `first`: what it activates goes both ways."""
+    """Two convolutions. `first`: the activated input feeds shortcut and branch."""
     c1, c2 = partial(conv, v, "conv1", stride=stride), partial(conv, v, "conv2")
     n1, n2 = partial(bn, v, "norm1"), partial(bn, v, "norm2")
     project = partial(conv, v, "projection", stride=stride)
@@ -164,7 +169,7 @@ def test_a_unit_is_its_column_of_figure_4(order, straight, kind, channels):
     x = random.randn(2, 5, 5, channels).astype(np.float32)
     norm = partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)
     conv = partial(layers.Conv, use_bias=False)
-    # Not the first; the first of a network, whose shape stays; the first of a later stage.
+    # A later unit; the first of the network, which keeps the shape; the first of a later stage.
     for width, stride in ((3, None), (3, 1), (6, 2)):
         unit = Unit(width, **kind, order=ORDERS[order], conv=conv, norm=norm, stride=stride)
         shapes = jax.eval_shape(unit.init, jax.random.key(0), x)
@@ -198,7 +203,7 @@ def test_where_a_network_has_norms_outside_of_units(order, stem, end):
 
 @pytest.mark.parametrize("order", [o for o in ORDERS if o != "relu_before_add"])
 def test_what_is_pooled_has_passed_a_relu(order):
-    """In the order left out only stem and branches have, projections not."""
+    """Leaves out "relu_before_add", in which projections do not end in a ReLU."""
     model = create_model("cifar_preact110", **TINY | dict(num_classes=None), order=order)
     variables = init_variables(model, jax.random.key(0))
     assert (jax.jit(model.apply)(variables, IMAGES) >= 0).all()
@@ -212,13 +217,13 @@ def test_output_shape_of_each_stage(size):
         assert shapes["stem"] == (2, size, size, 16)
         for i, side in enumerate((size, half, quarter)):
             assert shapes[f"stage{i + 1}"] == (2, side, side, expansion * 16 * 2**i)
-        assert shapes["stage2/block1/conv1"] == (2, half, half, 32)  # the first has the stride
+        assert shapes["stage2/block1/conv1"] == (2, half, half, 32)  # conv1 has the stride
         assert logits.shape == (2, 10)
     assert "stage1/block2/projection" not in shapes
 
 
 def test_macs_of_164_layers():
-    """With the stride on a unit's first convolution."""
+    """A unit's first convolution has the stride."""
     macs = 3 * 9 * 16 * 32**2 + 256 * 10
     channels = 16
     for width, side in ((16, 32), (32, 16), (64, 8)):
@@ -230,7 +235,7 @@ def test_macs_of_164_layers():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_options_keep_the_parameters(order):
-    """And bfloat16 leaves logits and parameters in float32."""
+    """bfloat16 also leaves logits and parameters in float32."""
 
     def run(**fields):
         model = create_model("cifar_preact164", **TINY | dict(depths=(3, 1)), order=order, **fields)

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets: counts by hand, shapes, shortcuts and stochastic depth in closed form."""
+"""CIFAR ResNets: counts by hand, shapes, shortcuts and stochastic depth in closed form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def variables():
     [(20, 0.27e6), (32, 0.46e6), (44, 0.66e6), (56, 0.85e6), (110, 1.7e6), (1202, 19.4e6)],
 )
 def test_count_by_hand(layers, published):
-    """Section 4.2: a 3x3 on 16 channels, 6n 3x3 on 16, 32, 64, a norm behind each, the head."""
+    """Section 4.2: a 3x3 on 16 channels, 6n 3x3 on 16, 32 and 64, a norm after each, the head."""
     n = (layers - 2) // 6
     convs = 3 * 3 * (3 * 16 + 2 * n * 16 * 16)
     convs += 3 * 3 * (16 * 32 + (2 * n - 1) * 32 * 32)
@@ -40,7 +40,7 @@ def test_count_by_hand(layers, published):
     assert count == convs + norms + head
     assert count == pytest.approx(published, rel=0.02)  # table 6, rounded
     if layers == 110:
-        projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # 1x1 with norms, where widths change
+        projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # 1x1 with norms, where the width changes
         assert PUBLISHED["cifar_resnet110_optB"].params == count + projections
         assert PUBLISHED["cifar_resnet110_c100"].params == count + 90 * (64 + 1)
 
@@ -83,7 +83,7 @@ def test_paths(variables):
 
 
 def test_option_a_takes_every_second_pixel_and_adds_zeros():
-    """With every branch at zero only the shortcuts are left: a closed form."""
+    """With every branch at zero, only the shortcuts remain: a closed form."""
     model = create_model("cifar_resnet20", **TINY, zero_init=True, num_classes=None)
     variables = init_variables(model, jax.random.key(0))
     features, state = jax.jit(
@@ -112,7 +112,7 @@ def test_training_moves_every_statistic_and_evaluation_none(variables):
         np.testing.assert_array_equal(evaluated[path], before)
 
 
-def test_synchronised_statistics_are_those_of_the_whole_batch(variables):
+def test_synchronized_statistics_are_those_of_the_whole_batch(variables):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(axis_name):
@@ -138,7 +138,7 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(variables):
     np.testing.assert_allclose(sync_logits, logits, atol=2e-5)
     for path, leaf in pytree.flatten(state["batch_stats"]).items():
         np.testing.assert_allclose(pytree.flatten(sync_state)[path], leaf, atol=1e-6, err_msg=path)
-    local_logits, _ = on_four(None)  # each device by its own two images: something else
+    local_logits, _ = on_four(None)  # each device normalizes its own two images
     assert np.abs(local_logits - logits).max() > 0.01
 
 
@@ -219,7 +219,7 @@ def test_options_b_and_c_project_where_the_shape_changes_and_everywhere():
 
 
 def test_a_plain_network_has_no_shortcut():
-    """With every branch at zero nothing is left."""
+    """With every branch at zero, the output is zero."""
     model = create_model("cifar_plain20", **TINY, zero_init=True, num_classes=None)
     variables = init_variables(model, jax.random.key(0))
     np.testing.assert_array_equal(jax.jit(model.apply)(variables, IMAGES), 0)
@@ -227,8 +227,11 @@ def test_a_plain_network_has_no_shortcut():
 
 @pytest.mark.parametrize("field", ["drop_path", "shake_drop"])
 def test_evaluation_counts_each_branch_by_its_survival(variables, field):
-    """p_l = 1 - l/L (1 - p_L): what the last norm of a branch gives is linear in its scale and its
-    bias, so that they may be multiplied in its place."""
+    """Scales by p_l = 1 - l/L (1 - p_L).
+
+    The output of a branch's last norm is linear in the norm's scale and bias, so multiplying these
+    is the same as multiplying the branch.
+    """
     model = create_model("cifar_resnet20", **TINY, **{field: 0.5})
     fresh = init_variables(model, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, fresh, variables)
@@ -250,7 +253,7 @@ def test_evaluation_counts_each_branch_by_its_survival(variables, field):
 
 @pytest.mark.slow
 def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
-    """Loss, gradients and statistics, for a key by which some branches stay and some do not."""
+    """Compares loss, gradients and statistics; the key keeps some branches and drops others."""
     fields = dict(TINY, depths=(4,), widths=(4,), drop_path=0.8, shake_drop=0.5)
     rngs = {"shared": jax.random.key(1), "dropout": jax.random.key(2)}
 

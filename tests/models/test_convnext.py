@@ -20,8 +20,8 @@ from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, variable_shapes
 
 
-def of_section_3(depths: tuple[int, ...], widths: tuple[int, ...]) -> int:
-    """Parameters by hand: stem, blocks, downsampling, the last norm and 1000 classes."""
+def count_section_3(depths: tuple[int, ...], widths: tuple[int, ...]) -> int:
+    """Returns the parameters by hand: stem, blocks, downsampling, last norm and 1000 classes."""
     count = 4 * 4 * 3 * widths[0] + 3 * widths[0]
     for depth, c in zip(depths, widths):
         block = (49 * c + c) + 2 * c + (4 * c * c + 4 * c) + (4 * c * c + c) + c
@@ -32,18 +32,18 @@ def of_section_3(depths: tuple[int, ...], widths: tuple[int, ...]) -> int:
 
 
 def test_xlarge_by_hand_and_by_timms_rounded_count():
-    by_hand = of_section_3((3, 3, 27, 3), (256, 512, 1024, 2048))
+    by_hand = count_section_3((3, 3, 27, 3), (256, 512, 1024, 2048))
     assert PUBLISHED["convnext_xlarge"].params == by_hand
     assert by_hand / 1e6 == pytest.approx(350.2, abs=0.05)  # timm's table
-    tiny = of_section_3((3, 3, 9, 3), (96, 192, 384, 768))
-    assert tiny == PUBLISHED["convnext_tiny"].params  # the formula is right
+    tiny = count_section_3((3, 3, 9, 3), (96, 192, 384, 768))
+    assert tiny == PUBLISHED["convnext_tiny"].params  # checks the formula
 
 
 @pytest.mark.parametrize(
     ("size", "sides"), [(224, (56, 28, 14, 7)), (111, (27, 13, 6, 3)), (32, (8, 4, 2, 1))]
 )
 def test_output_shape_of_each_stage(size, sides):
-    """Rounded down."""
+    """Sizes round down."""
     logits, shapes = capture_shapes("convnext_tiny", size)
     for i, side in enumerate(sides):
         assert shapes[f"stage{i + 1}"] == (2, side, side, 96 * 2**i)
@@ -62,7 +62,7 @@ def block(**fields):
 
 
 def test_a_block_by_hand():
-    """In NumPy, with a kernel that only looks at the middle."""
+    """Compares with NumPy, for a kernel that is zero except in the middle."""
     random = np.random.RandomState(0)
     x = random.randn(2, 3, 3, 4).astype(np.float32)
     shapes = jax.eval_shape(lambda: block().init(jax.random.key(0), x))["params"]
@@ -88,7 +88,7 @@ NO_OPTIMIZATION = {"xla_backend_optimization_level": 0}
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(variables of TINY, images)."""
+    """Returns (variables of TINY, images)."""
     variables = init_variables(create_model("convnext_tiny", **TINY), jax.random.key(0))
     return variables, jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
 
@@ -103,7 +103,7 @@ def logits(variables, images, train=False, **fields):
     return jax.jit(apply, compiler_options=NO_OPTIMIZATION)(variables)
 
 
-def test_layer_scale_starts_where_it_is_told_and_can_be_left_out(tiny):
+def test_layer_scale_has_the_given_initial_value_and_can_be_left_out(tiny):
     flat = pytree.flatten(tiny[0]["params"])
     scales = {path: value for path, value in flat.items() if path.endswith("layer_scale")}
     assert len(scales) == 4
@@ -123,7 +123,7 @@ def test_drop_path_is_per_image_and_leaves_evaluation_and_names_alone(tiny):
     dropped = logits(variables, images, train=True, drop_path=0.9)
     changed = (np.abs(dropped - plain) > 1e-3).any(-1)
     assert changed.any()
-    # The first block always stays: with it alone nothing is ever dropped.
+    # The first block is never dropped, so a network of one block drops nothing.
     one = dict(depths=(1,), drop_path=0.9)
     first = {**variables, "params": dict(variables["params"])}
     for name in ("downsample1", "stage2"):
@@ -163,7 +163,7 @@ def test_other_norms(norm, statistics):
     assert bool(shapes["batch_stats"]) is statistics
 
 
-def test_kernels_start_as_the_papers(tiny):
+def test_kernels_start_as_torchvisions(tiny):
     flat = pytree.flatten(tiny[0]["params"])
     kernels = np.concatenate([np.ravel(v) for path, v in flat.items() if path.endswith("kernel")])
     assert kernels.std() == pytest.approx(0.02, rel=0.05)
@@ -171,7 +171,10 @@ def test_kernels_start_as_the_papers(tiny):
 
 
 def test_timms_names_of_dense_layers_and_of_convolutions():
-    """A tensor of each kind, told by its values: 1x1 are convolutions in timm's atto to nano."""
+    """Identifies one tensor of each kind by its values.
+
+    timm's atto to nano have 1x1 convolutions where its larger networks have dense layers.
+    """
     model = create_model("convnext_atto", depths=(1, 1), width=4, num_classes=3)
     shapes = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
     names = {

@@ -1,4 +1,4 @@
-"""The lectures' CIFAR-100 classifier: the published summary, layers, sizes, initialization."""
+"""The CIFAR-100 classifier of the HSLU deck "Image Classification and Network Architectures"."""
 
 from __future__ import annotations
 

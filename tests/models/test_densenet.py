@@ -1,4 +1,4 @@
-"""DenseNets: published counts, table 1's shapes, B and C apart, dropout, and what remat saves."""
+"""DenseNets: published counts, table 1's shapes, B and C separately, dropout, savings of remat."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-FAST = {"xla_backend_optimization_level": 0}  # nearly all of the time is the compiler's
-TINY = dict(depth=10, growth_rate=4, input_size=(8, 8, 3), num_classes=3)  # 2 layers a block
+FAST = {"xla_backend_optimization_level": 0}  # compiling takes nearly all of the time
+TINY = dict(depth=10, growth_rate=4, input_size=(8, 8, 3), num_classes=3)  # 2 layers per block
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
 
 
 def by_hand(depths, k, stem, *, bottleneck, theta, classes, window, channels=3):
-    """Table 1 and section 3: every convolution, two numbers a channel for every norm, the head."""
+    """Counts table 1 and section 3: convolutions, two per channel of each norm, the head."""
     count = window * window * channels * stem
     c = stem
     for i, depth in enumerate(depths):
@@ -85,7 +85,7 @@ def test_keras_differs_in_its_norms_only(n):
 @pytest.mark.parametrize(
     ("bottleneck", "theta", "stem"), [(False, 0.5, 16), (True, 1.0, 16), (True, 0.3, 24)]
 )
-def test_b_and_c_apart(bottleneck, theta, stem):
+def test_b_and_c_separately(bottleneck, theta, stem):
     depth = 16 if bottleneck else 10
     model = create_model(
         "densenet_40_12", depth=depth, bottleneck=bottleneck, compression=theta, num_classes=10
@@ -137,7 +137,7 @@ def test_shapes_on_cifar():
         (dict(growth_rate=(12, 24)), r"a growth rate for each of the 3 blocks, got \(12, 24\)"),
     ],
 )
-def test_what_does_not_fit(fields, message):
+def test_invalid_depths_and_growth_rates(fields, message):
     with pytest.raises(UserError, match=message):
         capture_shapes("densenet_40_12", 32, **fields)
 
@@ -153,8 +153,8 @@ def test_group_norm_where_the_widths_allow_it():
         shapes_of(create_model("densenet_40_12", norm="group"))
 
 
-def test_dropout_behind_every_convolution_but_the_first():
-    """Section 4.2; a rate of 0.5 here."""
+def test_dropout_after_every_convolution_but_the_first():
+    """Section 4.2, here with a rate of 0.5."""
     fields = TINY | dict(depth=None, depths=(2, 1))
     model = create_model("densenet_bc_100_12", **fields, dropout=0.5)
     variables = init_variables(model, jax.random.key(0))
@@ -189,8 +189,11 @@ def test_dropout_behind_every_convolution_but_the_first():
     [("densenet_40_12", 0.25), ("densenet_bc_100_12", 0.55)],
 )
 def test_remat_changes_no_result_and_keeps_less(name, share):
-    """What the forward pass keeps for the backward one: without, the input of every layer joined
-    and again normalized; with it each map once, and what bottlenecks give."""
+    """Compares the values that the forward pass keeps for the backward pass.
+
+    Without remat these include each layer's input, concatenated and then again normalized. With
+    remat they are each map once, and the bottlenecks' outputs.
+    """
 
     def build(depth, remat):
         fields = TINY | dict(depth=None, depths=(depth,), remat=remat)

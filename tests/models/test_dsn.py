@@ -1,4 +1,4 @@
-"""Deeply-Supervised Nets: counts by hand, companions and when they act, first values."""
+"""Deeply-Supervised Nets: counts by hand, when companions act, initial values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax_cnns.train.losses import make_aux_weights
 from tests.models.published import PUBLISHED
 from tests.models.shapes import blank_model, cost_of
 
-# The release: name, window, input and output channels, and the side of the output for 32x32.
+# The release: name, kernel size, input and output channels, and the output's side for 32x32.
 CONVS = [
     ("conv1", 5, 3, 192, 32),
     ("mlpconv1/cccp1", 1, 192, 160, 32),
@@ -26,7 +26,11 @@ CONVS = [
     ("mlpconv3/cccp1", 1, 192, 192, 8),
     ("head", 1, 192, 10, 8),
 ]
-COMPANIONS = {"aux1": 32 * 32 * 192, "aux2": 16 * 16 * 192, "aux3": 8 * 8 * 192}  # what they see
+COMPANIONS = {
+    "aux1": 32 * 32 * 192,
+    "aux2": 16 * 16 * 192,
+    "aux3": 8 * 8 * 192,
+}  # inputs
 
 
 def test_count_and_cost_of_every_layer_by_hand():
@@ -44,7 +48,7 @@ def test_count_and_cost_of_every_layer_by_hand():
 
 
 def run(size, train=False, **fields):
-    """Shapes of the logits and of what is captured and sown."""
+    """Returns shapes: of the logits, of captured outputs by path, of sown values by path."""
     model = blank_model("dsn", **fields)
 
     def run():
@@ -117,7 +121,7 @@ def test_weight_of_the_companions_falls_as_in_the_paper():
     assert weight(150_000) == 0
 
 
-def test_papers_first_values():
+def test_papers_initial_values():
     model = create_model("dsn", init="paper", input_size=(8, 8, 3), num_classes=20)
     params = init_variables(model, jax.random.key(0))["params"]
     for path, leaf in pytree.flatten(params).items():

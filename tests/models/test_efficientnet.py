@@ -1,4 +1,4 @@
-"""EfficientNet: published counts and MACs, table 1's shapes, the scaling, and each field."""
+"""EfficientNet: published counts and MACs, table 1's shapes, scaling, and each field."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def by_hand(stem: int, widths: tuple, depths: tuple, top: int) -> int:
     return count + before * top + 2 * top + top * 1000 + 1000
 
 
-DERIVED = {  # factors 2.2 and 3.6, 4.3 and 5.3, rounded by hand; timm says 87.41 M and 480.31 M
+DERIVED = {  # factors 2.2 and 3.6, 4.3 and 5.3, rounded by hand; timm has 87.41 M and 480.31 M
     "efficientnet_b8": by_hand(
         72, (32, 56, 88, 176, 248, 424, 704), (4, 8, 8, 11, 11, 15, 4), 2816
     ),
@@ -59,7 +59,7 @@ def test_derived_count(name, millions):
     ("size", "sides"), [(224, (112, 56, 28, 14, 14, 7, 7)), (65, (33, 17, 9, 5, 5, 3, 3))]
 )
 def test_output_shape_of_each_stage(padding, size, sides):
-    """Table 1."""
+    """Sides and widths of table 1."""
     logits, shapes = capture_shapes("efficientnet_b0", size, padding=padding)
     assert shapes["stem"] == (2, sides[0], sides[0], 32)
     for i, (side, width) in enumerate(zip(sides, (16, 24, 40, 80, 112, 192, 320))):
@@ -68,7 +68,7 @@ def test_output_shape_of_each_stage(padding, size, sides):
     assert logits.shape == (2, 1000)
 
 
-def test_squeeze_is_a_fourth_of_what_enters_the_block():
+def test_squeeze_is_a_fourth_of_the_blocks_input():
     _, shapes = capture_shapes("efficientnet_b0", 64)
     assert shapes["stage3/block1/se/reduce"] == (2, 24 // 4)
     assert shapes["stage3/block2/se/reduce"] == (2, 40 // 4)
@@ -76,7 +76,9 @@ def test_squeeze_is_a_fourth_of_what_enters_the_block():
 
 
 def test_lite_has_fixed_ends_and_no_squeeze():
-    """Lite4: factors 1.4 and 1.8 on all but stem, top, and the depths of both ends."""
+    """Lite4 has factors 1.4 and 1.8, except for stem, top, and the depths of the first and last
+    stage.
+    """
     model = create_model("efficientnet_lite4")
     assert model.compute_sizes() == (
         [1, 4, 4, 6, 6, 8, 1],
@@ -92,9 +94,9 @@ def test_lite_has_fixed_ends_and_no_squeeze():
 
 
 def test_compound_scale_is_equation_3():
-    one = compound_scale(1)
-    assert one == (1.1, 1.2, 1.15)
-    assert one._fields == ("width_mult", "depth_mult", "resolution_mult")
+    scale = compound_scale(1)
+    assert scale == (1.1, 1.2, 1.15)
+    assert scale._fields == ("width_mult", "depth_mult", "resolution_mult")
     assert compound_scale(0) == (1, 1, 1)
     np.testing.assert_allclose(compound_scale(3), (1.331, 1.728, 1.520875))
     other = compound_scale(2, alpha=1.3, beta=1.0, gamma=1.25)
@@ -106,7 +108,7 @@ def test_compound_scale_is_equation_3():
 
 @pytest.mark.slow
 def test_operations_double_with_phi():
-    """Nearly, by 1.92; from B0 to phi = 1 by more, since every stage then gains a block."""
+    """Nearly: by 1.92. From B0 to phi = 1 they grow more, because every stage gains a block."""
 
     def macs(phi):
         scale = compound_scale(phi)
@@ -120,8 +122,8 @@ def test_operations_double_with_phi():
     assert macs(2) / macs(1) == pytest.approx(1.92, rel=0.06)
 
 
-def test_the_table_by_hand_is_where_it_says():
-    """The module's table: formula and released networks."""
+def test_the_modules_table_of_formula_and_released_networks():
+    """Recomputes both halves of the table in the module's docstring."""
     rows = [line.split() for line in efficientnet.__doc__.splitlines() if line[:5] == "    B"]
     assert [row[0] for row in rows] == [f"B{i}" for i in range(1, 8)]
     for name, phi, *numbers in rows:
@@ -132,7 +134,7 @@ def test_the_table_by_hand_is_where_it_says():
         assert efficientnet.POINTS[name.lower()][:3] == (w, d, r)
 
 
-def test_any_point():
+def test_any_factors():
     model = efficientnet.make_efficientnet(width_mult=2.0, depth_mult=3.1, resolution=600)
     b7 = create_model("efficientnet_b7")
     assert model.input_size == (600, 600, 3)
@@ -147,7 +149,7 @@ def test_any_point():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "factors", "gmacs"),
-    [  # table 3, where the two rows with 14.7 and 16.2 are each other's
+    [  # table 3, which has 14.7 and 16.2 the other way around
         *((mobilenet_v1, (1, 1, 224), 0.6), (mobilenet_v1, (2, 1, 224), 2.2)),
         *((mobilenet_v1, (1, 1, 448), 2.2), (mobilenet_v1, (1.2, 1.4, 291), 2.3)),
         *((mobilenet_v2, (1, 1, 224), 0.3), (mobilenet_v2, (1, 4, 224), 1.2)),
@@ -161,13 +163,13 @@ def test_table_3_scales_mobilenet_and_resnet(build, factors, gmacs):
     model = build(width_mult=width_mult, depth_mult=depth_mult, resolution=resolution)
     assert model.input_size == (resolution, resolution, 3)
     model = model.clone(kernel_init=nn.initializers.zeros)  # quicker to trace
-    assert cost(model).macs / 1e9 == pytest.approx(gmacs, rel=0.08)  # 1.4 blocks are 2
+    assert cost(model).macs / 1e9 == pytest.approx(gmacs, rel=0.08)  # 1.4 blocks become 2
 
 
 # ------------------------------------------------------------------------- fields
 
 
-def test_epsilon_and_momentum_are_the_source_s():
+def test_epsilon_and_momentum_are_the_sources():
     def of(name):
         model = create_model(name)
         return model.momentum, model.epsilon, model.padding
@@ -197,8 +199,10 @@ def test_stochastic_depth_changes_no_name_and_needs_its_stream():
     assert logits.shape == (2, 3)
 
 
-def test_first_values_are_the_released_code_s():
-    """A depthwise kernel's variance goes by its window, 2 / 9; by "he" it goes by C too."""
+def test_initial_values_are_the_released_codes():
+    """A depthwise kernel has variance 2 / 9, for its 3x3 window; with "he" the variance also
+    depends on C.
+    """
     kernel = efficientnet.paper_init(jax.random.key(0), (3, 3, 1, 4096))
     assert float(jnp.var(kernel)) == pytest.approx(2 / 9, rel=0.05)
     kernel = efficientnet.paper_init(jax.random.key(0), (1, 1, 64, 512))
@@ -210,18 +214,18 @@ def test_zero_init_is_only_where_a_shortcut_is():
     model = create_model("efficientnet_b0", **SMALL, zero_init=True, init=nn.initializers.zeros)
     flat = pytree.flatten(init_variables(model, jax.random.key(0))["params"])
     zero = {path for path in flat if path.endswith("scale") and not flat[path].any()}
-    # Widths 8, 8, 16, 24, 32, 48, 80 behind a stem of 8: the first stage adds its input too.
+    # Stem of width 8, stages of 8, 8, 16, 24, 32, 48, 80: the first stage has a shortcut too.
     blocks = ("stage1/block1", "stage4/block2", "stage5/block2", "stage6/block2")
     assert zero == {f"{block}/project_norm/scale" for block in blocks}
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (dict(padding="valid"), "unknown padding 'valid'"),
         (dict(drop_path_schedule="cosine"), "unknown drop_path_schedule"),
     ],
 )
-def test_errors(fields, said):
-    with pytest.raises(UserError, match=said):
+def test_errors(fields, message):
+    with pytest.raises(UserError, match=message):
         capture_shapes("efficientnet_b0", 32, **fields)

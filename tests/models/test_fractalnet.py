@@ -1,4 +1,4 @@
-"""FractalNet: counts by the paper's widths, the fractal by its definition, drop-path in it."""
+"""FractalNet: counts from the paper's widths, the fractal by its definition, drop-path in it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
 WIDE, NARROW = (64, 128, 256, 512, 512), (16, 32, 64, 128, 128)
-# Widths of the blocks, columns, classes; parameters that the paper's ultra-deep table has, in
-# millions, of CIFAR-100's networks.
+# Widths of the blocks, columns, classes, and parameters in millions from the paper's table of
+# ultra-deep networks for CIFAR-100.
 NETWORKS = {
     "fractalnet_20": (WIDE, 3, 10, None),
     "fractalnet_20_droppath": (WIDE, 3, 10, None),
@@ -38,7 +38,7 @@ IMAGES = jax.random.normal(jax.random.key(1), (8, 6, 6, 3))
 @pytest.mark.parametrize("name", fractalnet.VARIANTS)
 def test_count_by_hand(name):
     widths, columns, classes, millions = NETWORKS[name]
-    convolutions = 2**columns - 1  # of a block: 1 + 2 + ... + 2^(C-1)
+    convolutions = 2**columns - 1  # in a block: 1 + 2 + ... + 2^(C-1)
     count, before = 0, 3
     if name == "fractalnet_34":
         count, before = 7 * 7 * 3 * 64 + 2 * 64, 64
@@ -96,7 +96,7 @@ def make(columns=3, **fields):
 
 
 class Fixed:
-    """A sample that a test chose: which inputs each join keeps, by (column, i)."""
+    """A sample chosen by a test: which inputs each join keeps, by (column, i)."""
 
     column = jnp.int32(0)
 
@@ -108,7 +108,7 @@ class Fixed:
 
 
 def test_three_columns_by_their_definition_whatever_is_dropped():
-    """f_3(z) = join(f_2(f_2(z)), conv(z)), two joins in a row as one, for every local sample."""
+    """f_3(z) = join(f_2(f_2(z)), conv(z)), two joins in a row being one, for every local sample."""
     conv = partial(layers.Conv, use_bias=False)
     unit = partial(
         fractalnet.Unit,
@@ -148,7 +148,7 @@ def test_three_columns_by_their_definition_whatever_is_dropped():
 
 
 def train(model, variables, key, images=IMAGES):
-    """{"out", "batch_stats", "grads"} of a training pass."""
+    """Returns {"out", "batch_stats", "grads"} of a training pass."""
     rngs = {"shared": key, "dropout": jax.random.fold_in(key, 1)}
 
     def loss(params):
@@ -179,7 +179,7 @@ def test_global_sampling_is_the_plain_network_of_one_column():
         found = run(variables, key)
         ran = units_that_ran(found, variables)
         (column,) = {int(path.split("column")[1][0]) for path in ran}
-        assert len(ran) == 2 * 2 ** (column - 1)  # all of it, in both blocks
+        assert len(ran) == 2 * 2 ** (column - 1)  # the whole column, in both blocks
         if column not in seen:
             plain = forward(make(2, column=column)[0], variables, key)
             for path, value in pytree.flatten(plain).items():
@@ -190,7 +190,7 @@ def test_global_sampling_is_the_plain_network_of_one_column():
 
 
 def test_local_sampling_computes_what_leads_to_the_end():
-    """What is not needed leaves its statistics and has no gradient; columns are mixed."""
+    """Units off the kept paths keep their statistics and have no gradient; columns are mixed."""
     model, variables = make(drop_path=0.6, drop_path_global=0.0, widths=(4,))
     run = jax.jit(partial(train, model))
     seen = set()
@@ -207,7 +207,7 @@ def test_local_sampling_computes_what_leads_to_the_end():
 
 
 def test_a_dropped_path_is_not_computed():
-    """It is a branch of a conditional in what is compiled, not a product with zero."""
+    """The compiled program has a conditional, not a product with zero."""
 
     def conditionals(mode):
         model, variables = make(drop_path=0.15, drop_path_mode=mode, widths=(4,))
@@ -215,17 +215,19 @@ def test_a_dropped_path_is_not_computed():
             "cond["
         )
 
-    # Forward and backward, of each of seven units; poolings have some too, by platform.
+    # Forward and backward for each of seven units. Poolings have conditionals too, by platform.
     assert conditionals("batch") - conditionals("sample") == 2 * 7
 
 
 @pytest.mark.parametrize(("mode", "axis_name"), [("batch", "batch"), ("sample", None)])
 def test_four_devices(mode, axis_name):
-    """With the streams of train/steps.py: one sample for all devices, or one an image; another
-    step draws another, the same step again the same."""
+    """With the streams of train/steps.py: one sample for all devices, or one per image.
+
+    Another step draws another sample; the same step draws the same again.
+    """
     mesh = parallel.make_mesh()
     model, variables = make(2, drop_path=0.5, drop_path_mode=mode, axis_name=axis_name, widths=(4,))
-    once = IMAGES[:1].repeat(8, 0)  # all alike: what differs is the sample
+    once = IMAGES[:1].repeat(8, 0)  # identical images: only samples differ
 
     def step(variables, batch, state):
         key, number = state
@@ -276,7 +278,7 @@ def test_a_column_alone_has_its_own_parameters_and_takes_the_whole_networks():
 
 
 def test_dropout_is_between_convolution_and_norm():
-    """As the authors' generator has it; the paper's rates, of each block."""
+    """As in the authors' generator, with the paper's rates for each block."""
     assert create_model("fractalnet_20_droppath").dropout == (0.0, 0.1, 0.2, 0.3, 0.4)
     model, variables = make(dropout=(0.0, 0.5), columns=1)
     rngs = {"dropout": jax.random.key(2)}
@@ -291,7 +293,7 @@ def test_dropout_is_between_convolution_and_norm():
         mask = np.asarray(dropped) == 0
         zeros.append(mask.mean())
         np.testing.assert_allclose(dropped, np.where(mask, 0, conv / (1 - (i - 1) / 2)), rtol=1e-5)
-        assert abs(np.mean(parts["norm"]["__call__"][0])) < 1e-3  # the norm is behind it
+        assert abs(np.mean(parts["norm"]["__call__"][0])) < 1e-3  # the norm follows the dropout
     assert zeros[0] == 0
     assert 0.4 < zeros[1] < 0.6
 
@@ -318,7 +320,7 @@ def test_training_without_the_shared_stream():
         model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
 
 
-def test_papers_first_values():
+def test_papers_initial_values():
     params = init_variables(
         create_model("fractalnet_20", widths=(32, 48), columns=2, init="paper"), jax.random.key(0)
     )["params"]

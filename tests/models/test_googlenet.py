@@ -1,4 +1,4 @@
-"""GoogLeNet: table 1's counts, shapes and operations, its heads, dropout and first values."""
+"""GoogLeNet: table 1's counts, shapes and operations; its heads, dropout and initial values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TABLE1 = {
     "mixed5a": (7, 832, 832, (256, 160, 320, 32, 128, 128), 1072, 54),
     "mixed5b": (7, 1024, 832, (384, 192, 384, 48, 128, 128), 1388, 71),
 }
-# Where the table's own widths give something else.
+# Values that follow from the table's widths, where its columns have others.
 RIGHT_PARAMS = {"mixed4c": 497.5, "mixed4d": 590.5, "mixed5a": 1018, "mixed5b": 1409}
 RIGHT_OPS = {"mixed5a": 51}
 
@@ -40,11 +40,11 @@ TINY = (("mixed4a", (4, 4, 4, 4, 4, 4)), ("mixed4d", (4, 4, 4, 4, 4, 4)))
 
 
 def by_hand(window5: int, norm: bool, aux: bool) -> int:
-    """Weights, and for each output of a convolution a bias, or a scale and a bias."""
+    """Counts weights, and for each output of a convolution a bias, or a scale and a bias."""
     convs = [(7, 3, 64), (1, 64, 64), (3, 64, 192)]
-    for _, _, depth, (one, reduce3, three, reduce5, five, proj), _, _ in TABLE1.values():
-        convs += [(1, depth, one), (1, depth, reduce3), (3, reduce3, three)]
-        convs += [(1, depth, reduce5), (window5, reduce5, five), (1, depth, proj)]
+    for _, _, depth, (width1, reduce3, width3, reduce5, width5, proj), _, _ in TABLE1.values():
+        convs += [(1, depth, width1), (1, depth, reduce3), (3, reduce3, width3)]
+        convs += [(1, depth, reduce5), (window5, reduce5, width5), (1, depth, proj)]
     dense = [(1024, 1000)]
     if aux:
         convs += [(1, 512, 128), (1, 528, 128)]
@@ -107,11 +107,11 @@ def test_table_1s_parameters_and_operations():
         weights = sum(row.params - row.output_shape[-1] for row in own)
         return weights / 1024, sum(row.macs for row in own) / 1e6
 
-    # "2.7K" and "34M" in the paper: 7 x 7 x 3 x 64 weights at 112 x 112 places.
+    # 7 x 7 x 3 x 64 weights at 112 x 112 places; the paper has "2.7K" and "34M".
     assert counted("conv1") == (9408 / 1024, pytest.approx(118, rel=0.01))
-    reduce, three = counted("conv2_reduce"), counted("conv2")
-    assert reduce[0] + three[0] == pytest.approx(112, rel=0.01)
-    assert reduce[1] + three[1] == pytest.approx(360, rel=0.01)
+    reduce, conv2 = counted("conv2_reduce"), counted("conv2")
+    assert reduce[0] + conv2[0] == pytest.approx(112, rel=0.01)
+    assert reduce[1] + conv2[1] == pytest.approx(360, rel=0.01)
     for stage, (*_, params, ops) in TABLE1.items():
         weights, macs = counted(stage)
         assert weights == pytest.approx(RIGHT_PARAMS.get(stage, params), rel=0.01), stage
@@ -119,8 +119,10 @@ def test_table_1s_parameters_and_operations():
 
 
 def test_the_modules_operations():
-    """The worked example of Stanford's CS231n, 28x28x256; its slide says 358M for the second, whose
-    six products add up to 271M."""
+    """Stanford CS231n's worked example for 28x28x256.
+
+    Its slide has 358M for the second module, but the slide's six products add up to 271M.
+    """
     unit = partial(
         layers.ConvUnit,
         conv=partial(layers.Conv, use_bias=False),
@@ -141,7 +143,7 @@ def test_the_modules_operations():
         assert out.shape == (1, 28, 28, depth)
 
 
-def test_the_naive_module_hands_the_maximum_on():
+def test_the_naive_module_passes_the_maximum_on():
     unit = partial(layers.ConvUnit, conv=layers.Conv)
     x = jax.random.normal(jax.random.key(0), (1, 6, 6, 2))
     out, _ = googlenet.NaiveInception(1, 1, 1, unit).init_with_output(jax.random.key(1), x)
@@ -163,7 +165,7 @@ def test_heads_in_training_only(size):
     assert not captured("googlenet_2014", size, train=True)[2]
 
 
-def test_the_papers_heads_see_5x5_means():
+def test_the_papers_heads_take_5x5_means():
     seen = []
 
     def unit(width, window, name):
@@ -207,13 +209,13 @@ def test_training_is_random_and_evaluation_is_not():
     np.testing.assert_array_equal(still, still2)
     assert np.abs(noisy - noisy2).max() > 1e-4
     for head in ("aux1", "aux2"):
-        one, other = (s["aux_logits"][head]["logits"][0] for s in (state, state2))
-        assert one.shape == (2, 3)
-        assert np.abs(one - other).max() > 1e-4
+        logits, logits2 = (s["aux_logits"][head]["logits"][0] for s in (state, state2))
+        assert logits.shape == (2, 3)
+        assert np.abs(logits - logits2).max() > 1e-4
 
 
-def test_papers_first_values():
-    """Caffe's: uniform up to sqrt(3 / fan_in), biases of 0.2, those of the classifiers 0."""
+def test_papers_initial_values():
+    """Caffe's: uniform up to sqrt(3 / fan_in), biases of 0.2, and of 0 in the classifiers."""
     model = create_model("googlenet_2014_aux", table=TINY, num_classes=3, init="paper")
     variables = init_variables(model, jax.random.key(0))["params"]
     for path, leaf in pytree.flatten(variables).items():

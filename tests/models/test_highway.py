@@ -1,4 +1,4 @@
-"""Highway networks: counts by hand, the gate by its equation, shapes, first values."""
+"""Highway networks: counts by hand, the gate by its equation, shapes, initial values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-# The paper's table 2: layers, parameters in millions. The stages: width, window of every layer (of
-# the 19 layers from the released file, of the 32 ours), side of the maps of a 32x32 image.
+# PRINTED: layers and parameters in millions, from the paper's table 2.
+# STAGES: width, kernel size of each layer, and side of the maps of a 32x32 image. The kernel sizes
+# of highway_19 are the released file's, those of highway_32 are ours.
 PRINTED = {"highway_19": (19, 2.3), "highway_32": (32, 1.25)}
 STAGES = {
     "highway_19": [(32, [3] * 5, 32), (80, [3] * 6, 16), (128, [3] * 6, 8)],
@@ -34,9 +35,9 @@ def test_count_and_cost_by_hand(name):
         params += first + width
         macs += first * side**2
         for window in windows[1:]:
-            one = window**2 * width * width
-            params += 2 * (one + width)  # the block's convolution and its gate's
-            macs += 2 * one * side**2
+            weights = window**2 * width * width
+            params += 2 * (weights + width)  # the block's convolution and its gate's
+            macs += 2 * weights * side**2
         layers, before = layers + len(windows), width
     params += before * 100 + 100 + 100 * 10 + 10
     macs += before * 100 * 8 * 8 + 100 * 10
@@ -109,7 +110,7 @@ def test_closed_gates_carry_and_open_gates_transform():
     np.testing.assert_allclose(seen["highway1"]["__call__"][0], h, atol=1e-6)
 
 
-def test_last_by_its_name_is_behind_relu():
+def test_the_output_named_last_is_after_relu():
     _, seen = variables_and_layer()
     (sums,), (maps,) = seen["last"]["conv"]["__call__"], seen["last"]["__call__"]
     assert np.min(sums) < 0
@@ -140,7 +141,7 @@ def test_training_is_random_and_evaluation_is_not():
     assert (logits(0, True) != logits(1, True)).any()
 
 
-def test_papers_first_values():
+def test_papers_initial_values():
     fields = dict(widths=(24, 48), windows=((3,), (1,)), last=100, num_classes=50)
     params = init_variables(create_model("highway_19", **fields, init="paper"), jax.random.key(0))
     for path, leaf in pytree.flatten(params["params"]).items():

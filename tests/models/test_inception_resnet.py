@@ -1,4 +1,4 @@
-"""Inception-ResNet-v2: counts and MACs by hand, sizes of each stage, the scaled residual, Keras."""
+"""Inception-ResNet-v2: counts and MACs by hand, each stage's size, the scaled residual, Keras."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.models.shapes import blank_model, capture_shapes, cost_of
 
 NAMES = ("inception_resnet_v2", "keras_inception_resnet_v2")
 
-# Figures 7 and 16 to 19 with the released widths; the stem and what follows it as released:
-# (height, width, in, out) of each convolution with a norm, by the side of its output.
+# (height, width, in, out) of each convolution with a norm, by the side of its output: figures 7 and
+# 16 to 19 with the released widths; the stem and `mixed_5b` as released.
 STEM = {
     149: [(3, 3, 3, 32)],
     147: [(3, 3, 32, 32), (3, 3, 32, 64)],
@@ -53,7 +53,7 @@ REDUCTION_B = {
 }
 C = {8: [(1, 1, 2080, 192), (1, 1, 2080, 192), (1, 3, 192, 224), (3, 1, 224, 256)]}
 CONV_7B = {8: [(1, 1, 2080, 1536)]}
-NETWORK = {  # (how often, convolutions, side and in and out of the 1x1 with a bias)
+NETWORK = {  # (repeats, convolutions, (side, in, out) of the 1x1 with a bias)
     "stem": (1, STEM, None),
     "mixed_5b": (1, MIXED_5B, None),
     "inception_resnet_a": (10, A, (35, 128, 320)),
@@ -68,7 +68,7 @@ HEAD = 1536 * 1000
 
 
 def by_hand(times, part, linear, per_norm):
-    """(parameters, MACs); a norm has `per_norm` parameters for each channel."""
+    """Returns (parameters, MACs); a norm has `per_norm` parameters per channel."""
     rows = [(side, *conv) for side, convs in part.items() for conv in convs]
     params = sum(h * w * i * o + per_norm * o for _, h, w, i, o in rows)
     macs = sum(side**2 * h * w * i * o for side, h, w, i, o in rows)
@@ -78,7 +78,7 @@ def by_hand(times, part, linear, per_norm):
     return times * params, times * macs
 
 
-# timm 1.0.31's network, and Keras's trainable parameters.
+# Parameters of timm 1.0.31's network, and trainable parameters of Keras's.
 @pytest.mark.parametrize(
     ("name", "per_norm", "published"), [(NAMES[0], 2, 55_843_464), (NAMES[1], 1, 55_813_192)]
 )
@@ -134,8 +134,8 @@ def test_other_norms_in_bfloat16(name, norm):
     ("name", "rate", "momentum", "scale"),
     [(NAMES[0], 0.2, 0.9, True), (NAMES[1], 0.0, 0.99, False)],
 )
-def test_what_norms_and_dropout_are_told(name, rate, momentum, scale, train):
-    """Dropout of a fifth before the head, in training only, none in Keras; epsilon 1e-3."""
+def test_settings_of_norms_and_dropout(name, rate, momentum, scale, train):
+    """Dropout of 0.2 before the head in training only, none in Keras's; epsilon 1e-3."""
     model, images = create_model(name, depths=(1, 1, 1)), jnp.zeros((2, 75, 75, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     dropouts, norms = [], set()
@@ -158,8 +158,8 @@ def test_what_norms_and_dropout_are_told(name, rate, momentum, scale, train):
     assert norms == {(1e-3, momentum, scale)}
 
 
-def test_first_values():
-    """The release's, Xavier's; biases zero."""
+def test_initial_values():
+    """Kernels are Xavier's, as in the release; biases are zero."""
     model = create_model(NAMES[0], init="paper", depths=(1, 1, 1))
 
     @jax.jit
@@ -175,14 +175,14 @@ def test_first_values():
 
 
 def narrow(**fields):
-    """A block with two branches on maps of 6 channels."""
+    """Returns a block with two branches for maps of 6 channels."""
     norm = layers.make_norm("batch", train=fields.pop("train", False), epsilon=1e-3)
     block = inception_resnet.ResidualBlock
     return partial(block, (((4, 1),), ((4, 1), (4, (1, 3)))), norm=norm, scale=0.5, **fields)
 
 
 def test_residual_scaling():
-    """Figure 20, and the last block: neither scaled nor activated."""
+    """Figure 20, and the last block, which is neither scaled nor activated."""
     conv = partial(layers.Conv, use_bias=False)
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 6))
     block = narrow()(conv=conv)
@@ -234,7 +234,7 @@ def test_scan_and_remat_of_the_network():
         args = variables["params"], variables["batch_stats"], jax.random.key(0)
         return jax.eval_shape(grad, *args), str(jax.make_jaxpr(grad)(*args)).count("scan[")
 
-    (outputs, none), (scanned_outputs, some) = shapes(plain), shapes(scanned)
+    (outputs, scans), (scanned_outputs, scanned_scans) = shapes(plain), shapes(scanned)
     assert outputs == scanned_outputs
-    assert none == 0
-    assert some > 0
+    assert scans == 0
+    assert scanned_scans > 0

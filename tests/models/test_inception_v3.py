@@ -17,26 +17,26 @@ from flax_cnns.weights.inception_v3 import KERAS_ORDER
 from tests.models.published import PUBLISHED
 from tests.models.shapes import blank_model, cost_of
 
-# (height, width, in, out) of each convolution, of the release.
+# (height, width, in, out) of each convolution in the release.
 STEM = [(3, 3, 3, 32), (3, 3, 32, 32), (3, 3, 32, 64), (1, 1, 64, 80), (3, 3, 80, 192)]
 
 
 def block_a(depth, pool):
     double = [(1, 1, depth, 64), (3, 3, 64, 96), (3, 3, 96, 96)]
-    five = [(1, 1, depth, 48), (5, 5, 48, 64)]
-    return [(1, 1, depth, 64), *five, *double, (1, 1, depth, pool)]
+    branch5 = [(1, 1, depth, 48), (5, 5, 48, 64)]
+    return [(1, 1, depth, 64), *branch5, *double, (1, 1, depth, pool)]
 
 
 def block_c(width):
-    seven = [(1, 1, 768, width), (1, 7, width, width), (7, 1, width, 192)]
+    branch7 = [(1, 1, 768, width), (1, 7, width, width), (7, 1, width, 192)]
     double = [(1, 1, 768, width), *[(7, 1, width, width)] * 3, (1, 7, width, 192)]
-    return [(1, 1, 768, 192), *seven, *double, (1, 1, 768, 192)]
+    return [(1, 1, 768, 192), *branch7, *double, (1, 1, 768, 192)]
 
 
 def block_e(depth):
-    three = [(1, 1, depth, 384), (1, 3, 384, 384), (3, 1, 384, 384)]
+    branch3 = [(1, 1, depth, 384), (1, 3, 384, 384), (3, 1, 384, 384)]
     double = [(1, 1, depth, 448), (3, 3, 448, 384), (1, 3, 384, 384), (3, 1, 384, 384)]
-    return [(1, 1, depth, 320), *three, *double, (1, 1, depth, 192)]
+    return [(1, 1, depth, 320), *branch3, *double, (1, 1, depth, 192)]
 
 
 BLOCKS = {
@@ -67,7 +67,7 @@ def by_hand(convs, scale=True):
     [
         ("inception_v3", 27_161_264),  # torchvision 0.28.0's meta["num_params"]
         ("inception_v3_noaux", 23_834_568),  # timm 1.0.31's
-        ("keras_inception_v3", 23_817_352),  # trainable, of Keras's model.summary
+        ("keras_inception_v3", 23_817_352),  # trainable, from Keras's model.summary
     ],
 )
 def test_count(name, published):
@@ -88,7 +88,7 @@ def test_parameters_and_operations_by_block():
 
 
 def captured(name, size, train=False, **fields):
-    """(logits, {path: shape of its output}, aux logits), without computing."""
+    """Returns (logits, {path: output shape}, auxiliary logits), without computing."""
     model = blank_model(name, **fields)
 
     def run():
@@ -165,7 +165,7 @@ def test_dropout_and_norms(name, rate):
     assert norms == {(0.99 if keras else 0.9, 1e-3, not keras)}
 
 
-def test_keras_counts_no_padding_in_its_means():
+def test_keras_excludes_the_padding_from_its_means():
     for name in ("inception_v3", "keras_inception_v3"):
         model, means = create_model(name), []
 
@@ -180,14 +180,14 @@ def test_keras_counts_no_padding_in_its_means():
         assert corner == pytest.approx(1.0 if name.startswith("keras") else 4 / 9)
 
 
-def test_kerass_order_of_creation_is_that_in_which_ours_run():
+def test_keras_creates_layers_in_the_order_in_which_ours_run():
     ran = [row.path for row in cost_of("keras_inception_v3").layers if row.macs]
     assert [f"{path}/conv" for path in KERAS_ORDER] == ran[:-1]
     assert ran[-1] == "head"
 
 
-def test_tensorflows_first_values():
-    """Normal of deviation 0.1, cut at two deviations; 0.01 and 0.001 at the end of the head."""
+def test_tensorflows_initial_values():
+    """Normal of deviation 0.1, truncated at two; 0.01 and 0.001 at the end of the head."""
     inits = {}
 
     def note(call, args, kwargs, context):
@@ -200,7 +200,7 @@ def test_tensorflows_first_values():
     found = {}
     for path, init in inits.items():
         values = init(jax.random.key(0), (100, 200), jnp.float32)
-        # Of a normal of deviation 1 that is cut at two, the deviation is 0.88.
+        # A normal of deviation 1 that is truncated at two has the deviation 0.88.
         found[path] = round(float(np.std(values) / 0.8796), 4)
         assert np.abs(values).max() == pytest.approx(2 * found[path], rel=0.02)
     ends = {"aux1/conv2/conv": 0.01, "aux1/head": 0.001}

@@ -1,4 +1,4 @@
-"""Inception-v4: counts and MACs out of the figures, sizes of figure 9, dropout, first values."""
+"""Inception-v4: counts and MACs from the figures, figure 9's sizes, dropout, initial values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models import foreign
 from tests.models.published import PUBLISHED
 from tests.models.shapes import blank_model, capture_shapes, cost_of
 
-# Figures 3 to 8: (height, width, in, out) of each convolution and the side of its output.
+# Figures 3 to 8: (height, width, in, out) of each convolution, by the side of its output.
 STEM = {
     149: [(3, 3, 3, 32)],
     147: [(3, 3, 32, 32), (3, 3, 32, 64)],
@@ -57,7 +57,7 @@ C = {
         *[(3, 1, 512, 256), (1, 3, 512, 256)],
     ]
 }
-NETWORK = {  # figure 9: (how often, convolutions)
+NETWORK = {  # figure 9: (repeats, convolutions)
     "stem": (1, STEM),
     "inception_a": (4, A),
     "reduction_a": (1, REDUCTION_A),
@@ -69,7 +69,7 @@ HEAD = 1536 * 1000
 
 
 def by_hand(part):
-    """(parameters, MACs); a norm has a scale and a bias for each channel."""
+    """Returns (parameters, MACs); a norm has a scale and a bias per channel."""
     rows = [(side, *conv) for side, convs in part.items() for conv in convs]
     params = sum(h * w * i * o + 2 * o for _, h, w, i, o in rows)
     return params, sum(side**2 * h * w * i * o for side, h, w, i, o in rows)
@@ -153,8 +153,8 @@ def test_dropout_of_a_fifth_before_the_head_in_training_only(train):
     assert seen == [(0.2, True, (2, 1536)), (0.2, not train, (2, 1536))]
 
 
-def first_values(*paths, **fields):
-    """Some leaves of the parameters; what makes the others is never compiled."""
+def initial_values(*paths, **fields):
+    """Returns the initial values at `paths`; the other parameters are not compiled."""
     model = create_model("inception_v4", **fields)
 
     @jax.jit
@@ -165,21 +165,21 @@ def first_values(*paths, **fields):
     return map(np.asarray, leaves(jax.random.key(0)))
 
 
-def test_first_values():
+def test_initial_values():
     paths = "reduction_a/branch2/conv2/kernel", "head/kernel"  # 3x3, 192 to 224
-    paper, head = first_values(*paths, init="paper")
+    paper, head = initial_values(*paths, init="paper")
     assert paper.shape == (3, 3, 192, 224)
     std = np.sqrt(2 / (9 * 192))
     np.testing.assert_allclose(paper.std(), std, rtol=0.01)
-    assert np.abs(paper).max() <= 2 * std / 0.8796  # cut, then scaled to that deviation
+    assert np.abs(paper).max() <= 2 * std / 0.8796  # truncated, then scaled to the deviation std
     np.testing.assert_allclose(head.std(), np.sqrt(2 / (1536 + 1000)), rtol=0.01)
-    he, head = first_values(*paths)
+    he, head = initial_values(*paths)
     np.testing.assert_allclose(he.std(), np.sqrt(2 / (9 * 224)), rtol=0.01)
     np.testing.assert_allclose(head.std(), 1536**-0.5, rtol=0.01)
 
 
-def test_the_mean_leaves_the_padding_out():
-    """Pixels that are all alike have the same 3x3 mean everywhere, at the border too."""
+def test_the_mean_excludes_the_padding():
+    """Identical pixels have the same 3x3 mean everywhere, also at the border."""
     conv = partial(layers.Conv, use_bias=False, kernel_init=nn.initializers.ones)
     norm = layers.make_norm("none", train=False)
     block = inception_v4.Mixed(branches=(), pooled=((3, 1),), conv=conv, norm=norm)
@@ -187,7 +187,7 @@ def test_the_mean_leaves_the_padding_out():
     np.testing.assert_allclose(y, np.full((1, 4, 4, 3), 2.0), rtol=1e-6)
 
 
-NARROW = partial(  # as wide as what it sees
+NARROW = partial(  # as wide as its input
     inception_v4.Mixed, (((4, 1),), ((4, 1), (4, (1, 3)))), pooled=((4, 1),)
 )
 

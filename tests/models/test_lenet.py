@@ -1,4 +1,4 @@
-"""LeNet-5, dense and of 1998: counts by hand, layers by their definition, the sizes they take."""
+"""LeNet-5 with dense connections and of 1998: counts by hand, layers by definition, image sizes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_forward_is_the_definition(variables):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_s2_and_s4_by_name_are_means_behind_tanh(variables):
+def test_outputs_named_s2_and_s4_are_means_after_tanh(variables):
     images = np.random.RandomState(0).randn(3, 32, 32, 1).astype(np.float32)
     capture = dict(capture_intermediates=True, mutable="intermediates")
     _, state = create_model("lenet5").apply(variables, images, **capture)
@@ -92,7 +92,7 @@ def test_computes_in_bfloat16(variables):
     assert 0 < np.abs(logits - exact).max() < 0.05
 
 
-# The network of 1998. Table I as printed: a row for each map of S2, a column for each of C3.
+# The network of 1998. Table I as printed: a row per map of S2, a column per map of C3.
 PRINTED = """
 X...XXX..XXXX.XX
 XX...XXX..XXXX.X
@@ -110,7 +110,7 @@ def squash(a):
 
 @pytest.fixture(scope="module")
 def original():
-    """Variables, images, and what every module makes of them."""
+    """Returns variables, images, and the output of every module."""
     model = create_model("lenet5_original", init="paper")
     variables = init_variables(model, jax.random.key(0))
     images = np.random.RandomState(0).uniform(-0.1, 1.175, (3, 32, 32, 1)).astype(np.float32)
@@ -124,7 +124,7 @@ def original():
 
 
 def test_count_of_1998_by_hand():
-    """The numbers of trainable parameters in section II-B."""
+    """Section II-B gives these numbers of trainable parameters."""
     c1, s2, c3, s4 = 6 * (5 * 5 + 1), 6 * 2, int(CONNECTED.sum()) * 5 * 5 + 16, 16 * 2
     c5, f6 = 120 * (16 * 5 * 5 + 1), 84 * (120 + 1)
     assert (c1, s2, c3, s4, c5, f6) == (156, 12, 1516, 32, 48120, 10164)
@@ -132,7 +132,7 @@ def test_count_of_1998_by_hand():
 
 
 def test_connections_of_1998():
-    """A bias is a connection too: the paper has 122,304 in C1, 151,600 in C3 and 48,120 in C5."""
+    """The paper counts, with biases, 122,304 connections in C1, 151,600 in C3 and 48,120 in C5."""
     macs = {layer.path: layer.macs for layer in cost_of("lenet5_original").layers}
     assert macs["c1/sums"] + 28 * 28 * 6 == 122_304
     c3 = macs["c3/three"] + macs["c3/four"] + macs["c3/six"]
@@ -155,7 +155,7 @@ def test_shapes_of_1998(original):
 
 
 def test_table_1(original):
-    """A map of S2 moves the maps of C3 that the table connects it with, and no others."""
+    """Changing a map of S2 changes only the maps of C3 that the table connects with it."""
     variables, _, seen = original
     module = lenet.SparseC3(lambda n, **given: lenet.layers.Conv(n, (5, 5), padding=0, **given))
     given = {"params": variables["params"]["c3"]}
@@ -206,7 +206,7 @@ def test_codes_of_other_numbers_of_classes():
     np.testing.assert_array_equal(many[:50], lenet.make_rbf_codes(50))
     assert set(many.flat) == {-1.0, 1.0}
     differing = (many[:, None] != many).sum(-1) + 84 * np.eye(96, dtype=int)
-    assert differing.min() >= 5  # pixels between any two
+    assert differing.min() >= 5  # pixels that differ between any two codes
     model = create_model("lenet5_original", num_classes=12)
     assert init_shapes(model) == init_shapes(create_model("lenet5_original"))
 
@@ -215,8 +215,8 @@ def init_shapes(model):
     return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
 
 
-def test_first_values_of_1998(original):
-    """Appendix A: uniform within 2.4 / inputs of the unit."""
+def test_initial_values_of_1998(original):
+    """Appendix A: uniform within 2.4 / (inputs of the unit)."""
     params = pytree.flatten(original[0]["params"])
     inputs = {
         "c1/sums/kernel": 5 * 5,
@@ -239,7 +239,7 @@ def test_first_values_of_1998(original):
             assert np.abs(leaf).max() > 0.98 * limit, path
             assert np.std(leaf) == pytest.approx(limit / np.sqrt(3), rel=0.1), path
     plain = init_variables(create_model("lenet5_original"), jax.random.key(0))["params"]
-    np.testing.assert_array_equal(plain["s2"]["coefficient"], 0.25)  # of a mean
+    np.testing.assert_array_equal(plain["s2"]["coefficient"], 0.25)  # as in a mean
 
 
 def test_sizes_of_1998():

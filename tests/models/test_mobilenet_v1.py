@@ -1,4 +1,4 @@
-"""MobileNet v1: counts out of the paper's table, its shapes and MACs, and what each field does."""
+"""MobileNet v1: counts from the paper's table, shapes and MACs, and each field."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_modules, capture_shapes, variable_shapes
 
-# Table 1: the channels that each pair of a depthwise and a 1x1 convolution takes and gives.
+# Table 1: input and output channels of each pair of a depthwise and a 1x1 convolution.
 TABLE_1 = [
     *((32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)),
     *([(512, 512)] * 5),
@@ -27,25 +27,25 @@ TABLE_1 = [
 ]
 
 
-def of_table_1(percent: int) -> int:
-    """Parameters with alpha = percent / 100, a scale and a shift for each channel of each norm."""
-    part = lambda n: n * percent // 100  # noqa: E731
-    count = 27 * part(32) + 2 * part(32) + part(1024) * 1000 + 1000
-    for taken, given in TABLE_1:
-        count += 9 * part(taken) + 2 * part(taken) + part(taken) * part(given) + 2 * part(given)
+def count_table_1(percent: int) -> int:
+    """Returns the parameters for alpha = percent / 100; norms have two per channel."""
+    scale = lambda n: n * percent // 100  # noqa: E731
+    count = 27 * scale(32) + 2 * scale(32) + scale(1024) * 1000 + 1000
+    for inputs, outputs in TABLE_1:
+        count += (9 + 2) * scale(inputs) + scale(inputs) * scale(outputs) + 2 * scale(outputs)
     return count
 
 
 def test_counts_by_hand():
     for percent in (25, 50, 75, 100):
-        assert PUBLISHED[f"mobilenet_v1_{percent:03}"].params == of_table_1(percent)
-    assert PUBLISHED["mobilenetv1_125"].params == of_table_1(125)
+        assert PUBLISHED[f"mobilenet_v1_{percent:03}"].params == count_table_1(percent)
+    assert PUBLISHED["mobilenetv1_125"].params == count_table_1(125)
 
 
 @pytest.mark.parametrize(
     ("name", "size", "millions"),
     [
-        # Table 6, and table 7 for smaller images; parts of a million are cut off there.
+        # Table 6, and table 7 for smaller images; the tables cut off fractions of a million.
         *(("mobilenet_v1_100", 224, 569), ("mobilenet_v1_075", 224, 325)),
         *(("mobilenet_v1_050", 224, 149), ("mobilenet_v1_025", 224, 41)),
         *(("mobilenet_v1_100", 192, 418), ("mobilenet_v1_100", 160, 290)),
@@ -73,7 +73,7 @@ def test_output_shape_of_each_stage(name, size, sides):
 
 
 def test_a_block_is_its_definition():
-    """Figure 3; each channel gives two with depth_multiplier=2."""
+    """Figure 3; with depth_multiplier=2, each channel has two depthwise outputs."""
     norm = layers.make_norm("none", train=False)
     block = mobilenet_v1.Block(3, layers.Conv, norm=norm, activation=nn.relu, depth_multiplier=2)
     x = np.random.RandomState(0).randn(2, 4, 5, 2).astype(np.float32)
@@ -106,7 +106,7 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 @pytest.mark.slow
 def test_scan_remat_and_activation():
-    """The first two change nothing, and the third what it says."""
+    """Scan and remat change nothing; `activation` replaces ReLU6."""
     images = 9 * jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     plain = create_model("mobilenet_v1_100", **TINY)
     variables = init_variables(plain, jax.random.key(0))
@@ -138,8 +138,8 @@ def test_bfloat16_leaves_logits_and_parameters_in_float32():
     modules = capture_modules("mobilenet_v1_025", 32, dtype="bfloat16", param_dtype="float32")
     assert modules["stage1/block1/depthwise"].dtype == jnp.bfloat16
     assert modules["stage1/block1/depthwise_norm"].axis_name is None
-    synchronised = capture_modules("mobilenet_v1_025", 32, axis_name="batch")
-    assert synchronised["stage1/block1/depthwise_norm"].axis_name == "batch"
+    synchronized = capture_modules("mobilenet_v1_025", 32, axis_name="batch")
+    assert synchronized["stage1/block1/depthwise_norm"].axis_name == "batch"
 
 
 def test_norm_is_a_field():

@@ -1,4 +1,4 @@
-"""MobileNet v2: counts out of the paper's table, its shapes and MACs, and what each field does."""
+"""MobileNet v2: counts from the paper's table, shapes and MACs, and each field."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.models.shapes import (
     variable_shapes,
 )
 
-# Table 2's widths for each width multiplier: stem, the seven stages, what is behind them.
+# Table 2's widths for each width multiplier: stem, seven stages, last convolution.
 WIDTHS = {
     "025": (8, 8, 8, 8, 16, 24, 40, 80, 1280),
     "035": (16, 8, 8, 16, 24, 32, 56, 112, 1280),
@@ -36,31 +36,31 @@ WIDTHS = {
 DEPTHS = (1, 2, 3, 4, 3, 3, 1)
 
 
-def of_table_2(widths: tuple[int, ...]) -> int:
-    """Parameters, a scale and a shift for each channel of each norm."""
+def count_table_2(widths: tuple[int, ...]) -> int:
+    """Returns the parameters; norms have a scale and a shift per channel."""
     stem, *stages, top = widths
     count = 27 * stem + 2 * stem
-    taken = stem
+    channels = stem
     for i, (width, depth) in enumerate(zip(stages, DEPTHS)):
         for _ in range(depth):
-            inner = taken if i == 0 else 6 * taken
-            count += 0 if i == 0 else taken * inner + 2 * inner
+            inner = channels if i == 0 else 6 * channels
+            count += 0 if i == 0 else channels * inner + 2 * inner
             count += 9 * inner + 2 * inner + inner * width + 2 * width
-            taken = width
-    return count + taken * top + 2 * top + top * 1000 + 1000
+            channels = width
+    return count + channels * top + 2 * top + top * 1000 + 1000
 
 
 @pytest.mark.parametrize("name", mobilenet_v2.VARIANTS)
 def test_count(name):
     multiplier = name[-3:] if name[-3:] in WIDTHS else "100"
-    assert PUBLISHED[name].params == of_table_2(WIDTHS[multiplier])
+    assert PUBLISHED[name].params == count_table_2(WIDTHS[multiplier])
 
 
 @pytest.mark.parametrize(
     ("name", "size", "macs", "parameters"),
-    [  # millions, of the authors' table of released networks, whose parameters leave out norms'
+    [  # millions, from the authors' table of released networks; its parameters exclude norms'
         ("mobilenet_v2_140", 224, 582, 6.06),
-        ("mobilenet_v2", 224, 301, 3.47),  # 300 there, 0.301 GMACs torchvision's
+        ("mobilenet_v2", 224, 301, 3.47),  # 300 in that table, 0.301 GMACs in torchvision's
         ("mobilenet_v2", 96, 56, 3.47),
         ("mobilenet_v2_075", 224, 209, 2.61),
         ("mobilenet_v2_050", 224, 97, 1.95),
@@ -89,7 +89,7 @@ def test_output_shape_of_each_stage(name, size, sides):
 
 
 def test_blocks_are_inverted_residuals():
-    """Wide inside, where the stride is; the first stage does not expand."""
+    """Blocks are wide inside, where the stride is; the first stage does not expand."""
     _, shapes = capture_shapes("mobilenet_v2", 224)
     assert "stage1/block1/expand" not in shapes
     assert shapes["stage2/block1/expand"] == (2, 112, 112, 96)
@@ -128,7 +128,7 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(network, variables, images)."""
+    """Returns (network, variables, images)."""
     model = create_model("mobilenet_v2", **TINY)
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     return model, init_variables(model, jax.random.key(0)), images
@@ -148,7 +148,7 @@ def test_scan_and_remat_change_nothing(tiny):
 
 
 def test_drop_path_changes_no_name_and_drops_images_in_training(tiny):
-    """Five blocks; those of rates 0 and without a shortcut always stay."""
+    """Of five blocks, those with rate 0 or without a shortcut are never dropped."""
     model, variables, images = tiny
     dropping = model.clone(drop_path=0.9)
     shapes = jax.eval_shape(lambda: init_variables(dropping, jax.random.key(0)))
@@ -171,13 +171,13 @@ def test_drop_path_changes_no_name_and_drops_images_in_training(tiny):
     for image, gone in enumerate(dropped):
         added = 0 if gone else branch[image] / (1 - rate)
         np.testing.assert_allclose(last[image] - before[image], added, atol=1e-4)
-    for mode in ("batch", "nobody"):
+    for mode in ("batch", "pixel"):
         copy = model.clone(drop_path=0.5, drop_path_mode=mode)
         trace = partial(jax.eval_shape, lambda c=copy: c.apply(variables, images))
         if mode == "batch":
             assert trace().shape == (4, 3)
         else:
-            with pytest.raises(UserError, match="unknown drop_path_mode 'nobody'"):
+            with pytest.raises(UserError, match="unknown drop_path_mode 'pixel'"):
                 trace()
 
 

@@ -1,4 +1,4 @@
-"""MobileNet v3: counts out of the paper's tables, its shapes and MACs, and what each field does."""
+"""MobileNet v3: counts from the paper's tables, shapes and MACs, and each field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.models.shapes import (
     variable_shapes,
 )
 
-# Tables 1 and 2: kernel, inner width, width and the squeezed width (0: none), all at width 1.
+# Tables 1 and 2: kernel size, inner width, width, and squeezed width (0: no squeeze).
 LARGE = [
     *((3, 16, 16, 0), (3, 64, 24, 0), (3, 72, 24, 0), (5, 72, 40, 24), (5, 120, 40, 32)),
     *((5, 120, 40, 32), (3, 240, 80, 0), (3, 200, 80, 0), (3, 184, 80, 0), (3, 184, 80, 0)),
@@ -35,28 +35,28 @@ SMALL = [
 ]
 
 
-def of_table(rows: list[tuple[int, int, int, int]], hidden: int) -> int:
-    """Parameters, a scale and a shift for each channel of each norm."""
-    count, taken = 27 * 16 + 2 * 16, 16
+def count_table(rows: list[tuple[int, int, int, int]], hidden: int) -> int:
+    """Returns the parameters; norms have a scale and a shift per channel."""
+    count, channels = 27 * 16 + 2 * 16, 16
     for kernel, inner, width, squeezed in rows:
-        count += 0 if inner == taken else taken * inner + 2 * inner
+        count += 0 if inner == channels else channels * inner + 2 * inner
         count += kernel * kernel * inner + 2 * inner + inner * width + 2 * width
         count += 2 * inner * squeezed + squeezed + inner if squeezed else 0
-        taken = width
+        channels = width
     last = rows[-1][1]
-    count += taken * last + 2 * last + last * hidden + hidden
+    count += channels * last + 2 * last + last * hidden + hidden
     return count + hidden * 1000 + 1000
 
 
 def test_counts_by_hand():
     large, small = (PUBLISHED[f"mobilenet_v3_{size}"].params for size in ("large", "small"))
-    assert large == of_table(LARGE, 1280)
-    assert small == of_table(SMALL, 1024)
-    # The gate that table 2 has behind its last convolution would be more than the paper's 2.5 M.
+    assert large == count_table(LARGE, 1280)
+    assert small == count_table(SMALL, 1024)
+    # With the gate that table 2 has after its last convolution, it would exceed the paper's 2.5 M.
     assert small + 2 * 576 * 144 + 144 + 576 > 2.7e6
 
 
-SIDES = {  # of the maps that each block gives, for 224 and for 97 pixels
+SIDES = {  # of each block's output, for images of 224 and 97 pixels
     "large": [
         *((112, 49), (56, 25), (56, 25), (28, 13), (28, 13), (28, 13), (14, 7), (14, 7), (14, 7)),
         *((14, 7), (14, 7), (14, 7), (7, 4), (7, 4), (7, 4)),
@@ -109,7 +109,7 @@ def test_arithmetic_of_each_source(name, same, momentum, epsilon, dropout):
 
 
 def test_activations_are_the_tables():
-    """ReLU up to block 6 of the large network and block 3 of the small one, then hard swish."""
+    """ReLU up to block 6 of the large and block 3 of the small network, then hard swish."""
     for name, first in (("mobilenet_v3_large", 6), ("mobilenet_v3_small", 3)):
         modules = capture_modules(name, 32)
         blocks = len(create_model(name).table)
@@ -130,7 +130,7 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(network, variables, images)."""
+    """Returns (network, variables, images)."""
     model = create_model("mobilenet_v3_small", **TINY)
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     return model, init_variables(model, jax.random.key(0)), images
@@ -138,7 +138,7 @@ def tiny():
 
 @pytest.mark.slow
 def test_drop_path_and_remat(tiny):
-    """Dropping changes no name, and nothing in evaluation; computing again changes nothing."""
+    """Dropping changes no name and no evaluation; remat changes no result."""
     model, variables, images = tiny
     dropping = model.clone(drop_path=0.99, remat=True)
     shapes = jax.eval_shape(lambda: init_variables(dropping, jax.random.key(0)))
@@ -168,7 +168,7 @@ def test_zero_init_starts_branches_with_a_shortcut_at_zero():
     assert not norms_starting_at_zero(capture_modules("mobilenet_v3_small", 32))
 
 
-def test_width_mult_is_for_every_layer_but_the_classes():
+def test_width_mult_scales_every_layer_but_the_classifier():
     """timm's mobilenetv3_small_075 has these widths up to the last convolution."""
     _, shapes = capture_shapes("mobilenet_v3_small", 64, width_mult=0.75)
     widths = [shapes[f"block{i}"][-1] for i in range(1, 12)]
@@ -193,5 +193,5 @@ def test_norm_is_a_field():
 def test_errors():
     with pytest.raises(UserError, match="unknown padding 'tensorflow'"):
         capture_shapes("mobilenet_v3_small", 32, padding="tensorflow")
-    with pytest.raises(UserError, match="unknown drop_path_mode 'nobody'"):
-        capture_shapes("mobilenet_v3_small", 32, drop_path_mode="nobody")
+    with pytest.raises(UserError, match="unknown drop_path_mode 'pixel'"):
+        capture_shapes("mobilenet_v3_small", 32, drop_path_mode="pixel")

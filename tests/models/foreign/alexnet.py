@@ -1,4 +1,4 @@
-"""torchvision's AlexNet, with narrow dense layers."""
+"""torchvision's AlexNet with narrow dense layers."""
 
 from __future__ import annotations
 

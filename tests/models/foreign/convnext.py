@@ -1,4 +1,4 @@
-"""torchvision's ConvNeXt, two narrow stages; Keras's names."""
+"""torchvision's ConvNeXt with two narrow stages; Keras's names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, torchvision
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # because blocks add up: see `redraw`
 
 KERAS = {
-    f"convnext_{size}": f"ConvNeXt{there}"
-    for size, there in (
+    f"convnext_{size}": f"ConvNeXt{keras_size}"
+    for size, keras_size in (
         ("tiny", "Tiny"),
         ("small", "Small"),
         ("base", "Base"),

@@ -1,4 +1,4 @@
-"""torchvision's DenseNet, short and narrow; Keras's names."""
+"""torchvision's DenseNet with few, narrow layers; Keras's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchvision's EfficientNet, a fourth as wide and half as deep; Keras's names."""
+"""torchvision's EfficientNet at a fourth of the width and half the depth; Keras's names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, torchvision
 
-# By the names of kernels, theirs and ours: what
-# blocks with shortcuts add up grows, and what passes those without fades.
+# By the names of kernels in each library and here. Sums of blocks with shortcuts would grow, and
+# values that pass blocks without shortcuts would fade.
 GAIN = (
     (
         r"features\.\d\.[1-9]\d*\.block\.[23]\.0\.weight"
@@ -28,14 +28,14 @@ KERAS_SHAPES = ("keras_efficientnetb0",)
 
 
 def without_preprocessing(model: Any) -> Any:
-    """Keras's network from the first convolution on."""
+    """Returns Keras's network from its first convolution on."""
     import keras
 
     return keras.Model(model.get_layer("stem_conv_pad").input, model.output)
 
 
 def _efficientnet() -> Any:
-    """A fourth as wide, half as deep; no branch is dropped."""
+    """A fourth of the width, half the depth; no branch is dropped."""
     theirs = torchvision().models.efficientnet
     rows, _ = theirs._efficientnet_conf("efficientnet_b0", width_mult=0.25, depth_mult=0.5)
     return theirs.EfficientNet(rows, dropout=0.2, stochastic_depth_prob=0.0, num_classes=10)

@@ -1,4 +1,4 @@
-"""torchvision's GoogLeNet, with fewer modules."""
+"""torchvision's GoogLeNet with fewer modules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from flax_cnns.models import googlenet
 from tests.models.foreign.builders import Case, of_torchvision
 
 TORCHVISION = {"googlenet_tv_aux": "googlenet"}
-TORCHVISION_FIELDS = {"init_weights": False}  # takes long
+TORCHVISION_FIELDS = {"init_weights": False}  # initializing takes long
 _SHORT = dict(aux_logits=True, init_weights=False)
 _REPEATED = ("mixed4b", "mixed4c", "mixed5a")
 

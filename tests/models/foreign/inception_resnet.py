@@ -1,4 +1,4 @@
-"""timm's Inception-ResNet-v2, each block once; Keras's names."""
+"""timm's Inception-ResNet-v2 with each block once; Keras's names."""
 
 from __future__ import annotations
 

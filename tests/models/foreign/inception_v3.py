@@ -1,4 +1,4 @@
-"""torchvision's Inception v3, with fewer modules; timm's and Keras's names."""
+"""torchvision's Inception v3 with fewer modules; timm's and Keras's names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.models.foreign.builders import Case, of_torchvision
 
 TIMM = {"inception_v3_noaux": "inception_v3"}
 TORCHVISION = {"inception_v3_noaux": "inception_v3"}
-TORCHVISION_FIELDS = {"init_weights": False}  # takes long
+TORCHVISION_FIELDS = {"init_weights": False}  # initializing takes long
 KERAS = {"keras_inception_v3": "InceptionV3"}
 KERAS_SHAPES = ("keras_inception_v3",)
 _SHORT = dict(aux_logits=True, init_weights=False)

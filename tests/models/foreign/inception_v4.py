@@ -1,4 +1,4 @@
-"""timm's Inception-v4, each block once."""
+"""timm's Inception-v4 with each block once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm's MobileNet v1, narrow, the longest stage short; Keras's names."""
+"""timm's MobileNet v1, narrow and with a short stage 4; Keras's names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KERAS_SHAPES = ("keras_mobilenet",)
 
 
 def _mobilenet_v1() -> Any:
-    """Narrow, the longest stage short."""
+    """Narrow, and with two blocks in the longest stage."""
     torchvision()
     from timm.models.efficientnet import _gen_mobilenet_v1
 

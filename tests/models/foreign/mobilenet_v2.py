@@ -1,4 +1,4 @@
-"""torchvision's MobileNet v2, narrow and short; timm's and Keras's names."""
+"""torchvision's MobileNet v2 with few, narrow stages; timm's and Keras's names."""
 
 from __future__ import annotations
 

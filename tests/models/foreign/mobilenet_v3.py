@@ -1,4 +1,4 @@
-"""torchvision's MobileNet v3, its first blocks; Keras's names."""
+"""torchvision's MobileNet v3 with its first blocks only; Keras's names."""
 
 from __future__ import annotations
 

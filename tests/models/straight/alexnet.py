@@ -1,5 +1,7 @@
-"""AlexNet, layer by layer: Krizhevsky et al. 2012, section 3.5 and figure 2; at 227x227, where the
-maps are the paper's 55, 27, 13 and 6."""
+"""AlexNet, layer by layer: Krizhevsky et al. 2012, section 3.5 and figure 2.
+
+For images of 227x227, where the maps have the paper's sizes 55, 27, 13 and 6.
+"""
 
 from tests.models.straight.numpy_layers import (
     conv,
@@ -27,8 +29,11 @@ def classify(p, x):
 
 
 def alexnet_2gpu(p, x):
-    """Conv2, conv4 and conv5 see the maps of their own half; section 3.5: normalization follows
-    conv1 and conv2, pooling (3x3 with stride 2, section 3.4) both and conv5."""
+    """Conv2, conv4 and conv5 see the maps of their own half.
+
+    Section 3.5: normalization follows conv1 and conv2. Pooling (3x3 with stride 2, section 3.4)
+    follows both normalizations and conv5.
+    """
     x = layer(p, "conv1", x, stride=4)  # 55x55x96
     x = max_pool(norm(x), 3, 2)  # 27x27
     x = layer(p, "conv2", x, padding=2, groups=2)  # 27x27x256
@@ -41,7 +46,7 @@ def alexnet_2gpu(p, x):
 
 
 def alexnet_single_tower(p, x):
-    """The lectures' table: CONV1, MAX POOL1, NORM1, CONV2, MAX POOL2, NORM2, CONV3, ..."""
+    """The table in the deck "Convolutional Neural Networks": CONV1, MAX POOL1, NORM1, CONV2, ..."""
     x = layer(p, "conv1", x, stride=4)
     x = norm(max_pool(x, 3, 2))
     x = layer(p, "conv2", x, padding=2)

@@ -1,16 +1,17 @@
-"""The All Convolutional Net (Springenberg et al. 2015): the base models of table 1, with a 3x3
-convolution of stride 2 in place of each 3x3 max pooling, as table 2 shows for C.
+"""The All Convolutional Net (Springenberg et al. 2015): table 1's base models without max pooling.
 
-Every row of the tables has a ReLU, the last 1x1 convolution's too. The paper does not say what is
-padded; everything so that the size stays, but not the first 3x3 convolution after the second
-pooling, whence the 6x6 maps that table 1 averages over.
+A 3x3 convolution with stride 2 replaces each 3x3 max pooling, as table 2 shows for C.
+
+Every row of the tables has a ReLU, including the last 1x1 convolution. The paper does not say what
+is padded. Here padding keeps all sizes, except for the first 3x3 convolution after the second
+pooling. This gives the 6x6 maps that table 1 averages over.
 """
 
 from tests.models.straight.numpy_layers import conv, global_avg_pool, relu
 
 
-def _conv(p, path, x, **how):
-    return relu(conv(x, p[f"params/{path}/kernel"], p[f"params/{path}/bias"], **how))
+def _conv(p, path, x, **geometry):
+    return relu(conv(x, p[f"params/{path}/kernel"], p[f"params/{path}/bias"], **geometry))
 
 
 def all_cnn_a(p, x):

@@ -1,9 +1,11 @@
-"""The CIFAR networks of He et al. 2015, section 4.2 (table 6): a 3x3 convolution, three stages of n
-blocks of two 3x3 each, the first block of stages 2 and 3 with stride 2, the mean, 10 classes.
+"""The CIFAR networks of He et al. 2015, section 4.2 (table 6).
+
+A 3x3 convolution, three stages of n blocks of two 3x3 each, the mean, and 10 classes. The first
+blocks of stages 2 and 3 have stride 2.
 
 Stochastic depth in evaluation (Huang et al. 2016, equation 5): branch l of L is added times its
-survival probability p_l = 1 - l/L (1 - p_L), p_L = 0.5, and shortcuts take means of 2x2 where
-He et al.'s take every other pixel.
+survival probability p_l = 1 - l/L (1 - p_L), with p_L = 0.5. Its shortcuts take 2x2 means where He
+et al. take every second pixel.
 """
 
 from functools import partial
@@ -12,7 +14,7 @@ import numpy as np
 
 from tests.models.straight.numpy_layers import batch_norm, conv, dense, global_avg_pool, relu
 
-EPSILON = 1e-5  # of Torch, with which the authors' own and the others' networks were released
+EPSILON = 1e-5  # Torch's, in which the authors and others released their networks
 
 
 def bias_free(p, path, x, **geometry):
@@ -30,31 +32,31 @@ def classify(p, x):
 
 
 def zero_padded(x, channels):
-    """Zeros for the channels that are new, behind those that were there."""
+    """Appends zeros as new channels after the existing ones."""
     return np.concatenate([x, np.zeros((*x.shape[:3], channels - x.shape[3]))], axis=3)
 
 
 def shortcut_a(p, block, x, channels, stride):
-    """Section 3.3: no parameters, every other pixel."""
+    """Section 3.3: no parameters, every second pixel."""
     return zero_padded(x[:, ::stride, ::stride], channels)
 
 
 def shortcut_of_means(p, block, x, channels, stride):
-    """Huang et al., "Implementation details"; even sizes."""
+    """Huang et al., "Implementation details"; for even sizes."""
     n, height, width, old = x.shape
     means = x.reshape(n, height // stride, stride, width // stride, stride, old).mean((2, 4))
     return zero_padded(means, channels)
 
 
 def shortcut_b(p, block, x, channels, stride):
-    """A 1x1 convolution with normalization where the shape changes, else the identity."""
+    """A 1x1 convolution and a norm where the shape changes, otherwise the identity."""
     if stride == 1 and x.shape[3] == channels:
         return x
     return shortcut_c(p, block, x, channels, stride)
 
 
 def shortcut_c(p, block, x, channels, stride):
-    """A 1x1 convolution with normalization around every block."""
+    """A 1x1 convolution and a norm around every block."""
     x = bias_free(p, f"{block}/projection", x, stride=stride)
     return norm(p, f"{block}/projection_norm", x)
 
@@ -64,7 +66,7 @@ def no_shortcut(p, block, x, channels, stride):
 
 
 def basic(p, block, x, stride, shortcut, survival=1.0):
-    """Figure 2, and the left of figure 5."""
+    """Figure 2, and figure 5, left."""
     y = bias_free(p, f"{block}/conv1", x, stride=stride, padding=1)
     y = relu(norm(p, f"{block}/norm1", y))
     y = bias_free(p, f"{block}/conv2", y, padding=1)

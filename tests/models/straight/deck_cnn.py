@@ -1,4 +1,7 @@
-"""The lectures' classifier of CIFAR-100, layer by layer: 3x3 without padding, 2x2 max pooling."""
+"""The CIFAR-100 classifier of the HSLU deck "Image Classification and Network Architectures".
+
+3x3 convolutions without padding and 2x2 max pooling, layer by layer.
+"""
 
 from tests.models.straight.numpy_layers import conv, dense, flatten, max_pool, relu
 

@@ -1,9 +1,9 @@
-"""DenseNet for CIFAR (Huang, Liu, van der Maaten, Weinberger 2017, section 3), as its authors
-released it (`models/densenet.lua` and `DenseConnectLayer.lua` for Torch).
+"""DenseNet for CIFAR (Huang, Liu, van der Maaten, Weinberger 2017, section 3) as released.
 
-Three dense blocks around transitions; maps that are new stand behind those that were there. A layer
-is normalization, ReLU, 3x3, and in -B a 1x1 of its own kind before it. A transition is
-normalization, ReLU, 1x1, mean of 2x2 (rounding sizes down); a last normalization and ReLU precede
+The authors released `models/densenet.lua` and `DenseConnectLayer.lua` for Torch. There are three
+dense blocks, with transitions between them; new maps come after the existing ones. A layer is
+normalization, ReLU and 3x3; in -B, normalization, ReLU and 1x1 come before it. A transition is
+normalization, ReLU, 1x1 and a 2x2 mean (rounding sizes down). A last normalization and ReLU precede
 the mean over the maps.
 """
 
@@ -19,7 +19,7 @@ def plain(p, layer, x):
 
 
 def bottleneck(p, layer, x):
-    """-B"""
+    """A layer of -B."""
     x = relu(norm(p, f"{layer}/norm1", x))
     x = bias_free(p, f"{layer}/conv1", x)  # 1x1
     x = relu(norm(p, f"{layer}/norm2", x))
@@ -40,7 +40,7 @@ def transition(p, path, x):
 
 def densenet(p, x, layer, depth):
     """`depth` layers in each block."""
-    x = bias_free(p, "stem/conv", x, padding=1)  # nothing behind it: the layers begin with it
+    x = bias_free(p, "stem/conv", x, padding=1)  # no norm or ReLU here: layers begin with them
     x = dense_block(p, "block1", x, layer, depth)
     x = transition(p, "transition1", x)
     x = dense_block(p, "block2", x, layer, depth)

@@ -1,16 +1,16 @@
 """The Deeply-Supervised Net for CIFAR-10 (Lee et al. 2015, section 3.2) as the authors released it.
 
-`examples/best_cifar10_9.65/cifar-10.prototxt` of their Caffe: Network in Network with max pooling
-in both places and no ReLU on the classes' maps; Caffe's pooling rounds up. The companion heads
-`ip_svm1` to `ip_svm3` are dense layers on a copy of each 3x3 or 5x5 convolution's output, before
-its ReLU.
+From `examples/best_cifar10_9.65/cifar-10.prototxt` of their Caffe: Network in Network with max
+pooling in both places and without ReLU on the maps of the classes. Caffe's pooling rounds up. The
+companion heads `ip_svm1` to `ip_svm3` are dense layers on each 3x3 or 5x5 convolution's output
+before its ReLU.
 """
 
 from tests.models.straight.numpy_layers import conv, dense, flatten, global_avg_pool, max_pool, relu
 
 
-def _conv(p, path, x, **how):
-    return conv(x, p[f"params/{path}/kernel"], p[f"params/{path}/bias"], **how)
+def _conv(p, path, x, **geometry):
+    return conv(x, p[f"params/{path}/kernel"], p[f"params/{path}/bias"], **geometry)
 
 
 def _companion(p, path, x):
@@ -22,7 +22,7 @@ def dsn(p, x):
 
 
 def dsn_companions(p, x):
-    """What training sees beside the logits: {"aux1": [N K], ...}, without dropout."""
+    """Returns the companions' logits in training, without dropout: {"aux1": [N K], ...}."""
     heads = _all(p, x)
     del heads["head"]
     return heads

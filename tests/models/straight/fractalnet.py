@@ -1,9 +1,9 @@
 """FractalNet on CIFAR in evaluation (Larsson, Maire, Shakhnarovich 2017, section 2 and figure 1).
 
-Column c of C begins a unit (3x3, normalization, ReLU) after every 2^(C - c) of the last column's.
-Where several columns end, one join: the mean of all that end there, seen by each of them next (as
-the authors' `generation/fractalnet.py` wires it). It pools the columns one by one, 2x2, before the
-last join of a block; Caffe's pooling rounds up.
+Column c of C begins a unit (3x3, normalization, ReLU) after every 2^(C - c) units of the last
+column. Columns that end at the same place share one join: the mean of them all, which each of them
+takes next (as the authors' `generation/fractalnet.py` connects them). Before the last join of a
+block, each column is pooled separately, 2x2; Caffe's pooling rounds up.
 """
 
 import numpy as np
@@ -17,16 +17,16 @@ def unit(p, path, x):
 
 
 def fractal_of_3(p, block, x):
-    """f3, written out: column 1 has one unit, column 2 two, column 3 four."""
-    one = unit(p, f"{block}/column1_unit1", x)
-    two = unit(p, f"{block}/column2_unit1", x)
-    three = unit(p, f"{block}/column3_unit1", x)
-    three = unit(p, f"{block}/column3_unit2", three)
-    half = np.mean([two, three], axis=0)
-    two = unit(p, f"{block}/column2_unit2", half)
-    three = unit(p, f"{block}/column3_unit3", half)
-    three = unit(p, f"{block}/column3_unit4", three)
-    return np.mean([max_pool(y, 2, 2, ceil=True) for y in (one, two, three)], axis=0)
+    """f_3, written out: column 1 has one unit, column 2 two, column 3 four."""
+    column1 = unit(p, f"{block}/column1_unit1", x)
+    column2 = unit(p, f"{block}/column2_unit1", x)
+    column3 = unit(p, f"{block}/column3_unit1", x)
+    column3 = unit(p, f"{block}/column3_unit2", column3)
+    half = np.mean([column2, column3], axis=0)
+    column2 = unit(p, f"{block}/column2_unit2", half)
+    column3 = unit(p, f"{block}/column3_unit3", half)
+    column3 = unit(p, f"{block}/column3_unit4", column3)
+    return np.mean([max_pool(y, 2, 2, ceil=True) for y in (column1, column2, column3)], axis=0)
 
 
 def fractalnet(p, x, blocks):

@@ -1,8 +1,8 @@
 """GoogLeNet, layer by layer: Szegedy et al. 2014, table 1 and figures 2(b) and 3.
 
-Where the paper is silent: the network that Caffe released (bvlc_googlenet), with poolings that
-round up and normalization over 5 maps, alpha 1e-4 (which Caffe divides by the 5), beta 0.75, k 1,
-behind the first pooling and before the second.
+Where the paper is silent, this is the network that Caffe released (bvlc_googlenet): poolings round
+up; normalization is over 5 maps with alpha 1e-4 (which Caffe divides by the 5), beta 0.75 and k 1,
+after the first pooling and before the second.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def conv_bias(p, name, x, **geometry):
 
 
 def conv_bn(p, name, x, **geometry):
-    """torchvision's: no bias, and BatchNorm with epsilon 1e-3."""
+    """torchvision's: no bias, BatchNorm with epsilon 1e-3."""
     x = conv(x, p[f"params/{name}/conv/kernel"], **geometry)
     scale, bias = p[f"params/{name}/norm/scale"], p[f"params/{name}/norm/bias"]
     mean, var = p[f"batch_stats/{name}/norm/mean"], p[f"batch_stats/{name}/norm/var"]
@@ -31,8 +31,7 @@ def conv_bn(p, name, x, **geometry):
 
 
 def inception(p, name, x, layer):
-    """Figure 2(b): four paths side by side, of which the 3x3 and 5x5 keep the size, and so does the
-    3x3 pooling with stride 1."""
+    """Figure 2(b): four parallel branches, all of which keep the size."""
     a = layer(p, f"{name}/conv1x1", x)
     b = layer(p, f"{name}/reduce3x3", x)
     b = layer(p, f"{name}/conv3x3", b, padding=1)
@@ -68,7 +67,7 @@ def googlenet_2014(p, x):
 
 
 def googlenet_bn_5x5(p, x):
-    """torchvision's, whose last pooling is 2x2, with the 5x5 of the paper."""
+    """torchvision's network, whose last pooling is 2x2, with the paper's 5x5."""
     x = conv_bn(p, "conv1", x, stride=2, padding=3)
     x = max_pool(x, 3, 2, ceil=True)
     x = conv_bn(p, "conv2_reduce", x)

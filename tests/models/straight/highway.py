@@ -1,9 +1,9 @@
 """Highway networks for CIFAR-10 (Srivastava, Greff, Schmidhuber 2015).
 
 `highway_19` is `examples/highways/cifar10-19layers/cifar10_network.prototxt` of the authors' Caffe.
-A highway layer is equation 3: y = H(x) T(x) + x (1 - T(x)), H a convolution with ReLU, T one with
-the sigmoid. Of `highway_32` (table 2's Highway C) the paper says 32 layers, "alternating receptive
-fields of size 3x3 and 1x1"; the rest is the 19-layer network's plan.
+A highway layer is equation 3: y = H(x) T(x) + x (1 - T(x)), where H is a convolution with ReLU and
+T a convolution with a sigmoid. For `highway_32` (table 2's Highway C), the paper says 32 layers and
+"alternating receptive fields of size 3x3 and 1x1"; the rest follows the 19-layer network.
 """
 
 from tests.models.straight.numpy_layers import (
@@ -53,7 +53,7 @@ def highway_19(p, x):
 
 def highway_32(p, x):
     x = relu(_conv(p, "stage1/conv", x, padding=1))  # 3x3
-    x = _highway(p, "stage1/highway1", x, padding=0)  # 1x1, then in turn
+    x = _highway(p, "stage1/highway1", x, padding=0)  # 1x1, then 3x3 and 1x1 in turn
     x = _highway(p, "stage1/highway2", x, padding=1)
     x = _highway(p, "stage1/highway3", x, padding=0)
     x = _highway(p, "stage1/highway4", x, padding=1)

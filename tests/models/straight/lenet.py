@@ -1,11 +1,14 @@
-"""LeNet-5 of 1998, layer by layer: LeCun et al., "Gradient-based learning applied to document
-recognition", section II-B, with the squashing function of appendix A."""
+"""LeNet-5 of 1998, layer by layer: LeCun et al., section II-B, with appendix A's squashing
+function.
+
+The paper is "Gradient-based learning applied to document recognition".
+"""
 
 import numpy as np
 
 from tests.models.straight.numpy_layers import conv, dense, flatten
 
-# Table I: the maps of S2 that each map of C3 sees; three, four or all six of them.
+# Table I: the maps of S2 that each map of C3 sees: three or four; the last map sees all six.
 THREE = [(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5)]
 FOUR = [(0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (0, 3, 4, 5), (0, 1, 4, 5), (0, 1, 2, 5)]
 FOUR += [(0, 1, 3, 4), (1, 2, 4, 5), (0, 2, 3, 5)]
@@ -16,13 +19,16 @@ def squash(a):
 
 
 def subsample(p, name, x):
-    """The four inputs are added, multiplied by a coefficient, and a bias is added."""
+    """Adds the four inputs, multiplies the sum by a coefficient, and adds a bias."""
     total = x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]
     return squash(p[f"params/{name}/coefficient"] * total + p[f"params/{name}/bias"])
 
 
 def lenet5(p, x):
-    """The layout of the lectures: every map sees all, plain means, tanh, a linear output."""
+    """The layout in the deck "Convolutional Neural Networks".
+
+    Every map sees all maps, pooling is a plain mean, tanh is not scaled, the output is linear.
+    """
 
     def mean(x):
         return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
@@ -35,7 +41,7 @@ def lenet5(p, x):
 
 
 def lenet5_original(p, x):
-    """`p` has the bitmaps of the output too: "codes" [10 84], +1 and -1."""
+    """`p` also has the bitmaps of the output: "codes" [10 84], +1 and -1."""
     x = squash(conv(x, p["params/c1/sums/kernel"], p["params/c1/sums/bias"]))  # C1 6@28x28
     x = subsample(p, "s2", x)  # S2 6@14x14
 
