@@ -1,15 +1,15 @@
 """AlexNet: the two-GPU network of 2012, its single-tower form, and torchvision's layout of 2014.
 
 The paper's images of 224 pixels give 55x55 maps only with three pixels of padding in total. Like
-the authors' own code, we take 227 pixels instead. The grouped convolutions compute
-what two GPUs compute that exchange maps only before conv3, fc6, fc7 and the head. Section 3.3 sums
-over neighbors among *all* maps of a layer, so we normalize across the border between the two
-halves, as Caffe does. Two GPUs that do not communicate there could not do so, and the four maps at
-the border would differ.
+the authors' own code, we take 227 pixels instead. The grouped convolutions give the result of two
+GPUs that exchange maps only before conv3, fc6, fc7 and the head. Section 3.3 sums over neighbors
+among *all* maps of a layer, so we normalize across the border between the two halves, as Caffe
+does. Two GPUs that exchange nothing there could not do this, and the four maps at the border would
+differ.
 
 `alexnet_single_tower` is the network of the lecture deck "Convolutional Neural Networks". It has no
 groups, which costs 1.4 million parameters and 57 % more multiplications. It normalizes after the
-pooling instead of before (so does Caffe's CaffeNet).
+pooling instead of before, as Caffe's CaffeNet does.
 
 `alexnet` is torchvision's. It follows the single-tower network of "One weird trick for
 parallelizing convolutional neural networks" (Krizhevsky 2014, https://arxiv.org/abs/1404.5997):

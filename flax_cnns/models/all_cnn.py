@@ -7,8 +7,8 @@
     "convpool"  one more 3x3 convolution, then the pooling (ConvPool-CNN)
     "all"       a 3x3 convolution with stride 2 instead of the pooling (All-CNN); the default
 
-So `create_model("all_cnn_c", form="base")` and `form="all"` compare max pooling with a strided
-convolution; all their shapes are the same.
+So `create_model("all_cnn_c", form="base")`, compared with `form="all"`, tests max pooling against a
+strided convolution, with the same shapes everywhere.
 
 The paper does not say what is padded. Its table averages over 6x6 maps. We pad everything (maps of
 32, 16 and 8 pixels) except the 3x3 convolution after the second stage (6). Another reading that
@@ -53,8 +53,9 @@ FORMS = ("base", "strided", "convpool", "all")
 
 
 class Stage(nn.Module):
-    """Convolutions with ReLU, halving H and W at the end: [N H W C] -> [N H/2 W/2 width], rounded
-    up.
+    """Convolutions with ReLU, and a halving of the size at the end.
+
+    [N H W C] -> [N H/2 W/2 width], rounded up. `form` selects how the size is halved.
     """
 
     width: int

@@ -83,8 +83,8 @@ class Stem(nn.Module):
 class Unit(nn.Module):
     """Residual unit whose convolutions have the kernel sizes `windows`.
 
-    [N H W C] -> [N H/stride W/stride width*expansion], rounded up. The last convolution has width *
-    expansion channels, the others `width`.
+    [N H W C] -> [N H/stride W/stride width*expansion], rounded up. All convolutions but the last
+    have `width` channels.
     """
 
     width: int
@@ -104,7 +104,7 @@ class Unit(nn.Module):
             x = activate(order.before, x, self.norm, "norm1")  # for shortcut and branch
         norm = self.norm if "norm" in order.last else layers.NoNorm
         skip = shortcut(self.shortcut, x, wide, stride, self.conv, norm)
-        # Norms are numbered in the order of use: before the convolutions or after them.
+        # Norms are numbered in the order of use, whether before or after the convolutions.
         number = 1 + ("norm" in order.before)
 
         def branch(unit: Unit, x: Array) -> Array:

@@ -1,7 +1,6 @@
-"""ResNets for CIFAR-10 (section 4.2): 6n + 2 layers of widths 16, 32 and 64, with ResNet-18's
-block.
+"""ResNets for CIFAR-10, section 4.2: 6n + 2 layers of widths 16, 32, 64, with ResNet-18's block.
 
-The paper's networks use option A, shortcuts without weights. Option A does not say where the zeros
+The paper's networks use option A, shortcuts without weights. The paper leaves open where the zeros
 go when the shortcut widens; ours come after the existing channels. Where maps shrink, the shortcut
 takes every second pixel ("stride of 2"). Other variants in this file:
 

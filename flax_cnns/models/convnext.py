@@ -5,8 +5,8 @@ networks. Atto to nano are timm's smaller ones, with the same arithmetic: GELU i
 is over channels with epsilon 1e-6, and the last LayerNorm follows the pooling. XL, which the paper
 trains on ImageNet-22K first, has 1000 classes here. Kernels start like torchvision's, N(0, 0.02^2),
 and biases at 0. The paper trains T, S, B and L on ImageNet-1K with `drop_path` 0.1, 0.4, 0.5 and
-0.5 (table 5). Here `drop_path` is 0 by default; if set, it drops a branch for each image
-separately.
+0.5 (table 5). Here `drop_path` is 0 by default; if set, each image decides separately whether a
+branch is dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PAPER = Paper(
 
 
 class Stem(nn.Module):
-    """4x4 convolution with stride 4, and a norm: [N H W C] -> [N H/4 W/4 width], rounded down."""
+    """4x4 convolution with stride 4, then norm: [N H W C] -> [N H/4 W/4 width], rounded down."""
 
     width: int
     conv: ModuleDef
@@ -43,7 +43,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A norm, and 2x2 convolution with stride 2: [N H W C] -> [N H/2 W/2 width], rounded down."""
+    """Norm, then 2x2 convolution with stride 2: [N H W C] -> [N H/2 W/2 width], rounded down."""
 
     width: int
     conv: ModuleDef

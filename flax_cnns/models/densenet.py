@@ -1,7 +1,7 @@
 """DenseNet: each layer takes the concatenated maps of all layers before it in its block.
 
-ImageNet's networks are those of table 1. CIFAR's are those of table 2: L layers and growth rate k
-in three blocks of equal depth, with B (bottlenecks), C (compression), both or neither.
+The ImageNet networks come from table 1. The CIFAR networks come from table 2: L layers and growth
+rate k, three blocks of equal depth, with B (bottlenecks), C (compression), both or neither.
 `densenet161` is not in the paper's table; it is the k = 48 network that the authors released.
 `densenet264d` is timm's: k = 48, and three 3x3 convolutions instead of the 7x7. The
 `keras_densenet*` networks differ only in the epsilon and momentum of their norms, 1.001e-5 and
@@ -37,8 +37,7 @@ def all_before(maps: Sequence[Array]) -> Sequence[Array]:
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU and 3x3 convolution; a bottleneck first has norm, ReLU and a 1x1 to 4 * `width`
-    channels.
+    """Norm, ReLU, 3x3; a bottleneck has norm, ReLU and a 1x1 to 4 * `width` channels before them.
 
     Takes any number of maps, each [N H W C] with its own C, and returns [N H W width].
     """
@@ -74,9 +73,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """`depth` layers, each with the inputs that `links` selects: [N H W C] ->
-    [N H W C + depth * k].
-    """
+    """`depth` layers with inputs selected by `links`: [N H W C] -> [N H W C + depth * k]."""
 
     depth: int
     layer: ModuleDef
@@ -147,7 +144,7 @@ class DenseNet(nn.Module):
     # head
     num_classes: Classes | None = 1000
     # regularization
-    dropout: Rate = 0.0  # after every convolution but the first; 0.2 without augmentation
+    dropout: Rate = 0.0  # after all convolutions but the first; paper: 0.2 without augmentation
     # numerics
     momentum: Rate = 0.9  # of BatchNorm's running statistics
     epsilon: Positive = 1e-5

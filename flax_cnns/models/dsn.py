@@ -23,8 +23,8 @@ What the paper leaves open, and what we do:
   themselves learn 1000 times more slowly than the rest.
 - gamma, the loss below which a companion adds nothing. It has no published value; ours is 0.
 
-`kernel_init="paper"` is the release's: N(0, 0.05^2), and for companions uniform with variance 1 /
-fan_in (Caffe's "xavier"). Biases start at zero.
+`kernel_init="paper"` is the release's: N(0, 0.05^2), and for companions uniform with variance
+1 / fan_in (Caffe's "xavier"). Biases start at zero.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ STAGES = ((5, 192, (160, 96)), (5, 192, (192, 192)), (3, 192, (192,)))
 
 
 class MlpConv(nn.Module):
-    """ReLU of a convolution's maps, then 1x1 convolutions with ReLU: [N H W C] -> [N H W
-    widths[-1]].
-    """
+    """ReLU, then 1x1 convolutions with ReLU: [N H W C] -> [N H W widths[-1]]."""
 
     widths: Sequence[int]
     conv: ModuleDef

@@ -4,8 +4,8 @@ Two factors turn `B0`, table 1 of the paper, into every network of this file. `m
 takes any factors. `compound_scale` computes those of the paper's formula, equation 3, with alpha
 1.2 (depth), beta 1.1 (width) and gamma 1.15 (resolution), the result of the paper's grid search at
 phi = 1. The released networks do not follow the formula: they come from a handmade table (`POINTS`;
-Tan & Le's code), which deepens less than the formula as networks grow. This compares the two, at
-the phi whose resolution is nearest:
+Tan & Le's code), which deepens less than the formula as networks grow. The table below
+compares both, at the phi whose resolution is nearest:
 
     network   phi   formula: width, depth, resolution   table: width, depth, resolution
     B1        0.5   1.05    1.10    240                 1.0     1.1     240
@@ -116,7 +116,7 @@ class EfficientNet(nn.Module):
     width_mult: Factor = 1.0
     depth_mult: Factor = 1.0
     strides: tuple[Count, ...] = (2, *(row.stride for row in B0))  # of the stem and the stages
-    fixed_ends: bool = False  # Lite: `width_mult` spares stem and top, `depth_mult` both end stages
+    fixed_ends: bool = False  # Lite: stem and top keep their widths, end stages their depths
     activation: Callable = nn.silu
     # Reduces to a fourth of a block's input channels; None in Lite.
     se: ModuleDef | None = layers.SqueezeExcite
@@ -187,9 +187,7 @@ class EfficientNet(nn.Module):
         return layers.classify(self, x, dropout=dropout, paper=paper_head_init)
 
     def compute_sizes(self) -> tuple[list[int], list[int], list[int]]:
-        """Returns B0 after scaling: depths of the stages, widths of the stages, widths of stem and
-        top.
-        """
+        """Returns B0's sizes after scaling: stage depths, stage widths, [stem width, top width]."""
         at_ends = 1.0 if self.fixed_ends else self.width_mult
         last = len(B0) - 1
         depths = [

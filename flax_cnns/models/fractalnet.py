@@ -7,9 +7,9 @@ right). As in the paper's experiments and in the authors' generator for Caffe
 after it), dropout comes between a convolution and its norm, and poolings round sizes up.
 
 Where we differ: the generator's convolutions have biases, and its norms neither scale nor shift.
-Our norms are those of the BatchNorm paper that FractalNet's cites: they scale and shift, so our
-convolutions have no biases. Running statistics move by a thousandth per step in Caffe, by a tenth
-here.
+Our norms are those of the BatchNorm paper that the FractalNet paper cites: they scale and shift, so
+our convolutions have no biases. Running statistics move by a thousandth per step in Caffe, by a
+tenth here.
 
 Parameters. With the paper's widths (64, 128, 256, 512, 512) and three columns, every block has
 three convolutions from the previous width and four of its own width. With ten classes that is
@@ -96,7 +96,9 @@ class Block(nn.Module):
             return None if drop is None else drop.keep(column, self.columns, number, column, i)
 
         def paths(column: int, i: int, x: Array, needed: Array | None) -> list[Array]:
-            """Returns what columns `column` and higher bring to their i-th join, where `needed`."""
+            """Returns what `column` and deeper columns bring to the join after its unit i, where
+            `needed`.
+            """
             first = unit(column, i, x, None if needed is None else needed[0])
             if column == self.columns:
                 return [first]
@@ -124,8 +126,8 @@ class FractalNet(nn.Module):
     """FractalNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
     Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. `column` selects
-    one column of every block: the plain network that the paper extracts. It takes the variables of
-    the whole network, or only its own.
+    one column of every block: the plain network that the paper extracts. This plain network takes
+    the variables of the whole network, or only its own.
 
     Raises `UserError` if the images have other channels than `input_size`, if `column` does not
     exist, and for invalid rates.
@@ -147,7 +149,7 @@ class FractalNet(nn.Module):
     drop_path_global: float = 0.0  # the fraction of samples that are global
     drop_path_mode: str = "batch"  # one sample per step; "sample": one per image
     # numerics
-    momentum: Rate = 0.9  # of BatchNorm's running statistics, which move if their unit is computed
+    momentum: Rate = 0.9  # of BatchNorm's running statistics, which move when the unit is computed
     kernel_init: str | Callable = "he"  # "paper": Caffe's xavier
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -37,14 +37,12 @@ PAPER = Paper(
 
 
 class NaiveInception(nn.Module):
-    """Figure 2a, made of `unit`, a layers.ConvUnit: [N H W C] ->
-    [N H W width1 + width3 + width5 + C].
-    """
+    """Figure 2a: [N H W C] -> [N H W width1 + width3 + width5 + C]."""
 
     width1: int
     width3: int
     width5: int
-    unit: ModuleDef
+    unit: ModuleDef  # a layers.ConvUnit
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -66,7 +64,7 @@ class Inception(nn.Module):
     width5: int
     pool_proj: int
     unit: ModuleDef
-    window5: int = 5  # in torchvision 3
+    window5: int = 5  # torchvision has 3
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

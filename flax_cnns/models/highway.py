@@ -13,9 +13,10 @@ with ten convolutions in each stage: 3x3 and 1x1 in turn, beginning with the pla
 
 The biases of the transform gates start at -2, as in the release, so that layers at first pass on
 their inputs. The paper searched from -1 to -10 on MNIST. Dropout of 0.2 is the release's.
-`kernel_init="paper"` is N(0, 2 / fan_in), which the "xavier" of the authors' Caffe draws, and N(0,
-0.05^2) in the head. Their first convolution also asks for N(0, 0.05^2), but in a field that Caffe
-does not read (`value` instead of `std`), which would make it N(0, 1). We take N(0, 2 / fan_in).
+`kernel_init="paper"` is N(0, 2 / fan_in), which the "xavier" of the authors' Caffe draws, and
+N(0, 0.05^2) in the head. The release's first convolution also asks for N(0, 0.05^2), but in a field
+that Caffe does not read (`value` instead of `std`), which would make it N(0, 1). We take
+N(0, 2 / fan_in).
 """
 
 from __future__ import annotations

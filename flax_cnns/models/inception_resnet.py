@@ -5,8 +5,8 @@ four ways: another stem (Inception-v3's, followed by `mixed_5b`: 320 maps instea
 many blocks (10, 20, 10 instead of 5, 10, 5); a last block that is neither scaled nor activated; and
 a 1x1 convolution to 1536 maps before the pooling. The widths drawn in the paper cannot be built:
 figure 7 gives 1152 maps where figure 17 adds 1154, and figure 18 makes 2144 of 1152 where figure 19
-adds 2048. The release has 320, 1088 and 2080. Its auxiliary head, for training only, is neither in
-the paper nor here. Its BatchNorm has no scale, whereas timm's and ours have one.
+adds 2048. The release has 320, 1088 and 2080. The release's auxiliary head, for training only, is
+neither in the paper nor here. The release's BatchNorm has no scale; timm's and ours have one.
 `keras_inception_resnet_v2` is Keras's: no scale, momentum 0.99, no dropout.
 """
 
@@ -28,7 +28,7 @@ PAPER = inception_v4.PAPER
 
 
 class Stem(nn.Module):
-    """Inception-v3's stem, in place of figure 3: [N 299 299 3] -> [N 35 35 192]."""
+    """Inception-v3's stem, which replaces figure 3: [N 299 299 3] -> [N 35 35 192]."""
 
     conv: ModuleDef
     norm: ModuleDef

@@ -2,11 +2,12 @@
 
 The release differs from table 1 in the stem: it has a 1x1 of 80, a 3x3 of 192 and a max pooling
 where the table has a 3x3 of 80, a 3x3/2 of 192 and a 3x3 of 288. It differs from figure 5 in the
-35x35 blocks: it has a 5x5 where one branch of the figure has a 3x3. The table's sizes hold. The
-network in the last line of table 3, which the paper calls Inception-v3, has the auxiliary head with
-BatchNorm (section 4) and label smoothing 0.1 (`config.mix`). The paper gives the head's loss no
-weight; TensorFlow's training took 0.4. The paper mentions neither dropout nor initial weights. Our
-dropout is torchvision's 50 % (TensorFlow has 20 %). `init="paper"` is TensorFlow's normal of
+35x35 blocks: it has a 5x5 where one branch of the figure has a 3x3. The table's sizes hold.
+
+The network in the last line of table 3, which the paper calls Inception-v3, has the auxiliary head
+with BatchNorm (section 4) and label smoothing 0.1 (`config.mix`). The paper gives no weight for the
+head's loss; TensorFlow's training took 0.4. The paper mentions neither dropout nor initial weights.
+Our dropout is torchvision's 50 % (TensorFlow has 20 %). `init="paper"` is TensorFlow's normal of
 deviation 0.1, truncated at two deviations, with deviations 0.01 and 0.001 in the last two layers of
 the auxiliary head.
 
@@ -212,7 +213,7 @@ class InceptionV3(nn.Module):
         x = unit(192, (3, 3), padding="VALID", name="conv4a")(x)  # [N 71 71 192]
         x = layers.MaxPool(3, 2, name="pool2")(x)  # [N 35 35 192]
         for letter, width in zip(ascii_lowercase[1:], self.pool_projs):
-            x = BlockA(width, unit, mean, name=f"mixed5{letter}")(x)  # at last [N 35 35 288]
+            x = BlockA(width, unit, mean, name=f"mixed5{letter}")(x)  # finally [N 35 35 288]
         x = BlockB(unit, name="mixed6a")(x)  # [N 17 17 768]
         for letter, width in zip(ascii_lowercase[1:], self.widths):
             x = BlockC(width, unit, mean, name=f"mixed6{letter}")(x)

@@ -1,9 +1,9 @@
 """Inception-v4, figures 3 to 9, as Google released it.
 
 The release belongs to TensorFlow's slim models; timm adopted it. It differs from the paper in three
-branches, where 7x1 and 1x7, or 3x1 and 1x3, have the other order, at equal cost. Its auxiliary
-head, for training only, is neither in the paper nor here. Its BatchNorm has no scale, whereas
-timm's and ours have one.
+branches, where 7x1 and 1x7, or 3x1 and 1x3, have the other order, at equal cost. The release's
+auxiliary head, for training only, is neither in the paper nor here. The release's BatchNorm has no
+scale; timm's and ours have one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Mixed(nn.Module):
     """Parallel branches and a pooling one, concatenated: [N H W C] -> [N H' W' sum of widths].
 
     At stride 1 the pooling branch is a 3x3 mean followed by the convolutions `pooled`. At stride 2,
-    in a reduction, it is a 3x3 maximum without padding, as in the last convolutions of the other
+    in a reduction, it is a 3x3 maximum without padding, like the last convolutions of the other
     branches: H' is (H - 1) // 2.
     """
 
@@ -151,9 +151,9 @@ class InceptionV4(nn.Module):
     """Inception-v4: images f32 [N H W C] -> logits f32 [N num_classes].
 
     Returns pooled features f32 [N 1536] if `num_classes` is None. H and W are at least 75. The
-    paper gives no initial weights: `kernel_init="paper"` is the release's, a normal of variance 2 /
-    fan_in that is truncated at two deviations, and Xavier's in the head. Raises `UserError` if the
-    images are too small or have other channels than `input_size`.
+    paper gives no initial weights: `kernel_init="paper"` is the release's, a normal of variance
+    2 / fan_in that is truncated at two deviations, and Xavier's in the head. Raises `UserError` if
+    the images are too small or have other channels than `input_size`.
     """
 
     # architecture

@@ -1,13 +1,13 @@
 """LeNet-5, the network of section II-B, with the layer names that the section uses.
 
-`lenet5` differs from the network of 1998 in the four ways that have become usual: C3 sees all six
-maps of S2 (the paper's table I connects them sparsely); pooling is a plain mean without a trainable
-coefficient and bias; tanh is not scaled to 1.7159 tanh(2x/3); and the output is linear with softmax
-loss instead of RBF units. This gives 61,706 parameters.
+`lenet5` differs from the network of 1998 in the four usual ways: C3 sees all six maps of S2 (the
+paper's table I connects them sparsely); pooling is a plain mean without a trainable coefficient and
+bias; tanh is not scaled to 1.7159 tanh(2x/3); and the output is linear with softmax loss instead of
+RBF units. This gives 61,706 parameters.
 
-`lenet5_original` has all four as in 1998, and 60,000 parameters. We redrew the bitmaps with which
-its output is compared from figure 3, because the print does not show every pixel. The paper's
-images are -0.1 where white and 1.175 where black.
+`lenet5_original` has all four as in 1998, and 60,000 parameters. The bitmaps with which its output
+is compared are redrawn from figure 3, whose print does not show every pixel. The paper's images are
+-0.1 where white and 1.175 where black.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def paper_coefficient_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jn
 
 
 class LeNet(nn.Module):
-    """LeNet-5 as it is usual today: images f32 [N H W C] -> logits f32 [N num_classes].
+    """LeNet-5 in today's usual form: images f32 [N H W C] -> logits f32 [N num_classes].
 
     Returns features f32 [N 84] if `num_classes` is None. H and W are at least 32; larger images
     give C5 maps larger than 1x1, which are averaged. The modules c1, c3, c5 and f6 return values
@@ -85,7 +85,7 @@ class LeNet(nn.Module):
         return layers.classify(self, x, head=partial(nn.Dense, dtype=jnp.float32, **shared))
 
 
-# Table I: the maps of S2, from 0, that each map of C3 sees, grouped by how many it sees.
+# Table I: the maps of S2, numbered from 0, that each map of C3 sees; grouped by their number.
 TABLE_I = {
     "three": ((0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5)),
     "four": (
@@ -113,8 +113,7 @@ DIGITS = """
 
 
 def make_rbf_codes(num_classes: int) -> np.ndarray:
-    """Returns the code of each class, f32 [num_classes 84]: +1 (ink) or -1, row by row of its
-    bitmap.
+    """Returns each class's code, f32 [num_classes 84]: +1 (ink) or -1, row by row of its bitmap.
 
     Classes beyond the ten digits have random codes, which are always the same. The paper names
     random codes as another choice (it has bitmaps of all ASCII).
@@ -163,8 +162,8 @@ class Subsampling(nn.Module):
 class SparseC3(nn.Module):
     """C3 with the connections of table I, squashed: [N H W 6] -> [N H-4 W-4 16].
 
-    Maps that see equally many maps of S2 are one grouped convolution, on a copy of the maps they
-    see.
+    Maps of C3 that see equally many maps of S2 are one grouped convolution, on a copy of these
+    maps.
     """
 
     conv: ModuleDef

@@ -1,16 +1,15 @@
-"""MobileNet v3, large and small: inverted residuals found by search, some with
-squeeze-and-excitation.
+"""MobileNet v3, large and small: searched inverted residuals, some with squeeze-and-excitation.
 
 Tables 1 and 2 of the paper. Squeeze-and-excitation always reduces to a fourth of the inner
 channels, rounded to a multiple of 8, and has ReLU and a hard sigmoid. Table 2 also marks a
-squeeze-and-excitation after the small network's last convolution. No code has it, and neither does
-the paper's parameter count: 2.5 million is the count without it. Between the pooling and the
-classifier there is one more layer.
+squeeze-and-excitation after the small network's last convolution. No code has it, and the paper's
+2.5 million parameters do not include it. A dense layer stands between the pooling and the
+classifier.
 
 `mobilenet_v3_*` are torchvision's, with the paper's momentum 0.99 and epsilon 1e-3.
 `mobilenetv3_*_100` are timm's, with PyTorch's 0.9 and 1e-5, and without dropout. `keras_*` have
-TensorFlow's padding, momentum 0.999 and epsilon 1e-3. Keras's own first layer brings pixels from 0
-... 255 to -1 ... 1; our networks expect pixels that are already scaled.
+TensorFlow's padding, momentum 0.999 and epsilon 1e-3. Keras's own first layer scales pixels from
+0..255 to -1..1; our networks expect pixels that are already scaled.
 """
 
 from __future__ import annotations
