@@ -109,15 +109,15 @@ class Unit(nn.Module):
 
         def branch(unit: Unit, x: Array) -> Array:
             y = x if first else activate(order.before, x, unit.norm, "norm1")
-            for i, window in enumerate(unit.windows):
+            for i, kernel_size in enumerate(unit.windows):
                 if i:
                     y = activate("norm relu", y, unit.norm, f"norm{i - 1 + number}")
                 width, strides = (wide if i == count - 1 else unit.width), (1 if i else stride)
                 conv = unit.conv(
                     width,
-                    (window, window),
+                    (kernel_size, kernel_size),
                     strides=strides,
-                    padding=window // 2,
+                    padding=kernel_size // 2,
                     name=f"conv{i + 1}",
                 )
                 y = conv(y)
@@ -166,7 +166,9 @@ class CifarPreAct(nn.Module):
         if self.order not in ORDERS:
             raise UserError(f"unknown order {self.order!r}{did_you_mean(self.order, ORDERS)}")
         if self.shortcut == "none":
-            raise UserError('expected shortcut="A" or "B", got "none": a plain net has no sums')
+            raise UserError(
+                'expected shortcut="A" or "B", got "none": a plain net has no residual sum'
+            )
         order = ORDERS[self.order]
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.widths[0], conv, norm, order, name="stem")(images)

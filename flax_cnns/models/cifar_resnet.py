@@ -27,7 +27,7 @@ from flax_cnns import layers
 from flax_cnns.errors import UserError
 from flax_cnns.models.fields import Classes, Counts, ImageSize, Rate
 from flax_cnns.models.resnet import BasicBlock
-from flax_cnns.types import Array, Dtype, Paper
+from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
 PAPER = Paper(
     title="Deep Residual Learning for Image Recognition",
@@ -75,15 +75,17 @@ class CifarResNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         layers.check_stages(self.depths, self.widths)
+        use_fixup = self.norm == "fixup"
         needs = {"drop_path": self.drop_path, "shake_drop": self.shake_drop}
-        needs['norm="fixup"'] = self.norm == "fixup"
+        needs['norm="fixup"'] = use_fixup
         if self.shortcut == "none" and any(needs.values()):
             field = next(name for name, is_on in needs.items() if is_on)
             raise UserError(f"{field} needs a shortcut: without one, nothing of a block is left")
-        fixup = self.norm == "fixup"
-        conv, norm = layers.building_blocks(self, train, norm="none" if fixup else self.norm)
-        head = layers.make_head(self)
-        if fixup:
+        conv, norm = layers.building_blocks(self, train, norm="none" if use_fixup else self.norm)
+        head: ModuleDef = layers.make_head(self)
+        if use_fixup:
+            assert isinstance(conv, partial)
+            assert isinstance(head, partial)
             depth = BasicBlock.branch_depth
             conv, norm, head = layers.fixup(conv, head, branches=sum(self.depths), depth=depth)
         x = layers.CifarStem(self.widths[0], conv, norm, name="stem")(images)

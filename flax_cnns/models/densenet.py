@@ -163,7 +163,7 @@ class DenseNet(nn.Module):
             smallest = 4 * smallest - 3
         layers.check_images(images, self.input_size, smallest)
         if not 0 < self.compression <= 1:
-            raise UserError(f"compression is above 0 and at most 1, got {self.compression}")
+            raise UserError(f"compression must be above 0 and at most 1, got {self.compression}")
         conv, norm = layers.building_blocks(self, train)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
         rates = self.growth_rate
@@ -200,7 +200,7 @@ class DenseNet(nn.Module):
         `depth` counts the stem, both transitions, the head, and each bottleneck as two layers.
         """
         if (self.depth is None) == (self.depths is None):
-            raise UserError(f"expected depth or depths, got {self.depth} and {self.depths}")
+            raise UserError(f"expected either depth or depths, got {self.depth} and {self.depths}")
         if self.depths is not None:
             return self.depths
         assert self.depth is not None  # one of the two is given

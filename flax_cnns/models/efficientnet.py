@@ -92,8 +92,8 @@ def compound_scale(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: flo
     """
     if min(alpha, beta, gamma) < 1:
         raise UserError(
-            f"alpha, beta and gamma are 1 or more, got {alpha}, {beta} and {gamma}; "
-            f"a smaller network has a negative phi"
+            f"alpha, beta and gamma must be at least 1, got {alpha}, {beta} and {gamma}; "
+            f"for a smaller network use a negative phi"
         )
     return Scale(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
@@ -216,7 +216,7 @@ def make_efficientnet(
     Raises `UserError` if `resolution` is not a whole number.
     """
     if not isinstance(resolution, Integral):
-        raise UserError(f"resolution is a whole number of pixels, got {resolution}; round it")
+        raise UserError(f"resolution must be a whole number of pixels, got {resolution}; round it")
     size = (resolution, resolution, 3)
     return EfficientNet(width_mult, depth_mult, **{"input_size": size} | fields)
 

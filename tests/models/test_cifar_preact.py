@@ -269,7 +269,7 @@ def test_a_dropped_unit_leaves_its_statistics():
 def test_errors():
     for fields, message in (
         (dict(order="full_preactivation"), "unknown order .*did you mean 'full_preact'"),
-        (dict(shortcut="none"), 'got "none": a plain net has no sums'),
+        (dict(shortcut="none"), 'got "none": a plain net has no residual sum'),
         (dict(shortcut="E"), "unknown shortcut 'E'"),
     ):
         model = create_model("cifar_preact110", **TINY, **fields)

@@ -133,7 +133,7 @@ def test_shapes_on_cifar():
         (dict(depth=41), "3n . 4 without bottlenecks, such as 40 or 43, got 41"),
         (dict(depth=5), "such as 7 or 10, got 5"),
         (dict(bottleneck=True, depth=39), "6n . 4 with bottlenecks, such as 34 or 40, got 39"),
-        (dict(depths=(2, 2)), r"expected depth or depths, got 40 and \(2, 2\)"),
+        (dict(depths=(2, 2)), r"expected either depth or depths, got 40 and \(2, 2\)"),
         (dict(growth_rate=(12, 24)), r"a growth rate for each of the 3 blocks, got \(12, 24\)"),
     ],
 )

@@ -137,7 +137,11 @@ def test_model_info(name):
             "a whole number of at least 0, got -1",
         ),
         ("nasnet_a_mobile", dict(zero_pools=("mx",)), "zero_pools are among 'max' and 'mean'"),
-        ("densenet121", dict(compression=2.0), "compression is above 0 and at most 1, got 2.0"),
+        (
+            "densenet121",
+            dict(compression=2.0),
+            "compression must be above 0 and at most 1, got 2.0",
+        ),
         ("resnext50_32x4d", dict(width=8), "32 groups do not divide the 0 channels"),
         ("legacy_senet154", dict(width=16), "64 groups do not divide the 32 channels"),
         ("cifar_preact110", dict(depths=(1, 1)), "expected a depth and a width for each stage"),
