@@ -1,8 +1,30 @@
-"""Convolutional networks in JAX and Flax linen: the public face; a name loads when first used."""
+"""Convolutional networks in JAX and Flax linen. Public names are loaded when first used."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-_WHERE = {
+if TYPE_CHECKING:  # for IDEs and type checkers
+    from flax_cnns import config as config
+    from flax_cnns import interop as interop
+    from flax_cnns import launch as launch
+    from flax_cnns import layers as layers
+    from flax_cnns import models as models
+    from flax_cnns import weights as weights
+    from flax_cnns.checkpoint.graft.graft import FRESH as FRESH
+    from flax_cnns.checkpoint.graft.graft import graft as graft
+    from flax_cnns.data.types import Dataset as Dataset
+    from flax_cnns.errors import UserError as UserError
+    from flax_cnns.models.registry import create_model as create_model
+    from flax_cnns.models.registry import init_variables as init_variables
+    from flax_cnns.models.registry import list_models as list_models
+    from flax_cnns.models.registry import model_info as model_info
+    from flax_cnns.runs.load import load_run as load_run
+    from flax_cnns.runs.train import run as run
+    from flax_cnns.weights import load_weights as load_weights
+
+    __version__: str
+
+_MODULE_OF = {
     "create_model": "flax_cnns.models.registry",
     "list_models": "flax_cnns.models.registry",
     "model_info": "flax_cnns.models.registry",
@@ -15,25 +37,26 @@ _WHERE = {
     "Dataset": "flax_cnns.data.types",
     "UserError": "flax_cnns.errors",
 }
-# By their name, without a further import.
-_MODULES = ("config", "interop", "launch", "layers", "models", "weights")
-__all__ = sorted([*_WHERE, *_MODULES])
+_SUBMODULES = ("config", "interop", "launch", "layers", "models", "weights")
+__all__ = sorted([*_MODULE_OF, *_SUBMODULES])
 
 
-def __getattr__(name: str):
-    # Late, so that `import flax_cnns` is quick and a launcher can set the environment before JAX is
-    # imported.
-    if name in _MODULES:
-        return importlib.import_module(f"flax_cnns.{name}")
-    if name == "__version__":
-        return _find_version()
-    if name not in _WHERE:
-        raise AttributeError(f"module 'flax_cnns' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+if not TYPE_CHECKING:  # with it, a type checker would accept any name
+
+    def __getattr__(name: str) -> Any:
+        # Loading names late keeps `import flax_cnns` quick, and lets a launcher set the environment
+        # before JAX is imported.
+        if name in _SUBMODULES:
+            return importlib.import_module(f"flax_cnns.{name}")
+        if name == "__version__":
+            return _find_version()
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'flax_cnns' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def _find_version() -> str:
-    """The version of the installed package; "0+unknown" if the package is not installed."""
+    """Returns the version of the installed package; "0+unknown" if it is not installed."""
     from importlib import metadata
 
     try:
@@ -42,5 +65,5 @@ def _find_version() -> str:
         return "0+unknown"
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return [*__all__, "__version__"]

@@ -1,5 +1,4 @@
-"""What kind a file is, before it is opened; files written whole or not at all; and hosts, before
-they are asked."""
+"""Checks before a file is opened or a host is asked, and atomic writes."""
 
 from __future__ import annotations
 
@@ -27,57 +26,59 @@ _SPECIAL = {
 
 
 def check_regular_file(path: str | os.PathLike) -> None:
-    """Raises `UserError` where `path` is a pipe, a socket or a device: reading it might never end.
+    """Raises `UserError` if `path` is a pipe, a socket or a device, as reading it might never end.
 
-    Folders and missing files are left to the caller.
+    Folders and missing files pass.
     """
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        file_type = stat.S_IFMT(os.stat(path).st_mode)
     except (OSError, ValueError):
         return
-    if kind in _SPECIAL:
+    if file_type in _SPECIAL:
         raise UserError(
-            f"{os.fspath(path)} is {_SPECIAL[kind]}; expected a file: copy what it gives into one"
+            f"{os.fspath(path)} is {_SPECIAL[file_type]}; expected a file: copy its content into"
+            " a file"
         )
 
 
-# ---- whole or not at all
+# ---- atomic writes
 
 
 @contextlib.contextmanager
 def replace_atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which takes its place at the end of the block. Where
-    the block fails, or the file cannot be moved, `path` stays as it was and the error goes on.
+    """Yields a temporary path to write to. At the end of the block, its file replaces `path`.
 
-    A process that is killed leaves `path` with .tmp behind its name.
+    If the block or the replacement fails, `path` stays as it was and the error is raised. A killed
+    process leaves the temporary file, whose name is that of `path` with .tmp appended.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes all of it or nothing, as UTF-8. Raises `UserError`."""
+    """Writes a text file in UTF-8 atomically. Raises `UserError` if it cannot be written."""
     try:
-        with replace_atomically(path) as beside:
-            beside.write_text(text, encoding="utf-8")
+        with replace_atomically(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes all of it or nothing, with null for what is not finite. Raises `UserError`."""
+    """Writes a JSON file atomically, with null for NaN and infinities. Raises `UserError` if it
+    cannot be written."""
     write_text(path, json.dumps(replace_nonfinite(content), indent=2, allow_nan=False) + "\n")
 
 
 def replace_nonfinite(content: Any) -> Any:
-    """`content` for JSON: with None in place of NaN and infinities, which JSON lacks."""
+    """Returns `content` with None in place of NaN and infinities, which JSON lacks."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
@@ -91,24 +92,26 @@ def replace_nonfinite(content: Any) -> Any:
 
 # ---- hosts
 
-CONNECT_TIMEOUT = 4.0
+CONNECT_TIMEOUT = 4.0  # seconds
 
 
 def find_host(url: str) -> str:
-    """`host` or `host:port` that must be reached for a URL: the proxy where there is one."""
-    plain = urlparse(url)
-    host = plain.netloc
+    """Returns the `host` or `host:port` to connect to for a URL: that of its proxy, if any."""
+    parts = urlparse(url)
+    host = parts.netloc
     if not urllib.request.proxy_bypass(host):
-        proxy = urllib.request.getproxies().get(plain.scheme, "")  # with http:// before it or not
+        proxy = urllib.request.getproxies().get(parts.scheme, "")  # with or without http://
         host = proxy.rpartition("://")[2].partition("/")[0] or host
     return host.split("@")[-1]
 
 
 def is_reachable(host: str, seconds: float = CONNECT_TIMEOUT) -> bool:
-    """Whether `host` or `host:port` answers in that time. A resolver can hang for minutes: it is
-    left behind, in a thread."""
+    """Whether `host` or `host:port` accepts a connection within `seconds`.
+
+    The attempt runs in a thread, because resolving a name can hang for minutes.
+    """
     name, _, port = host.partition(":")
-    answers = []
+    answers: list[bool] = []
 
     def connect() -> None:
         with contextlib.suppress(OSError):

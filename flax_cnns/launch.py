@@ -1,11 +1,15 @@
-"""The command `python -m flax_cnns.launch`, which job scripts know by this name.
+"""The command `python -m flax_cnns.launch`.
 
-As a module it is `flax_cnns.runtime.launch` itself.
+Imported as a module, `flax_cnns.launch` is `flax_cnns.runtime.launch`.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from flax_cnns.runtime import launch
+
+if TYPE_CHECKING:
+    from flax_cnns.runtime.launch import *  # noqa: F403
 
 if __name__ == "__main__":
     sys.exit(launch.main())

@@ -1,7 +1,7 @@
-"""Names as other people give them (classes, files, folders), shown as they are.
+"""Prints names of classes, files and folders literally, whatever characters they contain.
 
-`[red]` is no color for a terminal, `$x$` no formula for a picture, and what is not UTF-8 or cannot
-be encoded is shown as an escape: `caf\\xe9`.
+A terminal does not read `[red]` as a color, and a picture does not read `$x$` as a formula.
+Characters that are not UTF-8 or cannot be encoded are shown as escapes: `caf\\xe9`.
 """
 
 from __future__ import annotations
@@ -19,33 +19,36 @@ _NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def escape_unprintable(text: str) -> str:
-    """The text with escapes for bytes that are not UTF-8 and for control characters; tabs and ends
-    of lines stay."""
-    return _NOT_SHOWN.sub(lambda found: _escape(found[0]), text)
+    """Returns the text with escapes for bytes that are not UTF-8 and for control characters other
+    than tabs and newlines."""
+    return _NOT_SHOWN.sub(lambda match: _escape(match[0]), text)
 
 
 def make_console(**options: Any) -> rich.console.Console:
-    """A rich console that takes no text as markup; styles are passed as arguments."""
+    """Returns a rich console that reads no text as markup. Styles are passed as arguments."""
     escape_unencodable()
     return rich.console.Console(markup=False, emoji=False, **options)
 
 
 def escape_unencodable() -> None:
-    """Makes standard output and standard error escape what their encoding lacks, so that printing a
-    name never fails."""
+    """Makes standard output and standard error escape characters that their encoding lacks, so that
+    printing a name never fails."""
     for stream in (sys.stdout, sys.stderr):
-        strict = getattr(stream, "errors", None) in ("strict", "surrogateescape")  # this: LANG=C
+        strict = getattr(stream, "errors", None) in (
+            "strict",
+            "surrogateescape",
+        )  # the latter if LANG=C
         if strict and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
 
 
 def open_log(path: Path) -> TextIO:
-    """Opens a file to append what a run prints; it takes every name."""
+    """Opens a file to append a run's output to. Characters that cannot be encoded are escaped."""
     return path.open("a", encoding="utf-8", errors=_ERRORS)
 
 
 def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a file's name
+    if "\udc80" <= character <= "\udcff":  # how Python represents a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 

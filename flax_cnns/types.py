@@ -1,4 +1,4 @@
-"""The words that the signatures use."""
+"""Type aliases for signatures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Batch = dict[str, Any]
 
 
 class Paper(NamedTuple):
-    """Where a family of networks comes from."""
+    """The paper that a family of networks comes from."""
 
     title: str
     authors: str

@@ -353,7 +353,7 @@ BREAKS = [
     ),
     Break(
         f"{P}files.py",
-        "os.replace(beside, path)",
+        "os.replace(temporary, path)",
         "path.write_bytes(beside.read_bytes())",
         "tests/test_files.py tests/runs/test_workdir_files.py",
         "a file of a run is written in place: kill -9 leaves half of it",

@@ -159,7 +159,7 @@ def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
         script.main(lambda argv: None)
     err = capsys.readouterr().err
     assert (left.value.code, err.count("\n")) == (2, 1), err
-    assert err.startswith(f"error: out of memory: {str(error).splitlines()[0]}; ask for less")
+    assert err.startswith(f"error: out of memory: {str(error).splitlines()[0]}; use less memory")
 
 
 @pytest.mark.slow

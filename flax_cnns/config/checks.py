@@ -112,7 +112,7 @@ def rules(of: Check, what: str, *, single: bool = False) -> Check:
             try:
                 re.compile(rule[0])
             except (re.error, TypeError) as error:
-                return f"{expected}; {rule[0]!r} is no regular expression ({error})"
+                return f"{expected}; {rule[0]!r} is not a regular expression ({error})"
         return None
 
     return check

@@ -1,4 +1,4 @@
-"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`: paths, rules, stacks of blocks."""
+"""Pytrees as `{"params/stage1/block2/conv1/kernel": leaf}`: paths, rules, stacked blocks."""
 
 from flax_cnns.tree.paths import count, flatten, merge, partition, unflatten
 from flax_cnns.tree.rules import (

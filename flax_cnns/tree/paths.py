@@ -1,4 +1,4 @@
-"""Trees as `{"params/stage1/block2/conv1/kernel": leaf}`."""
+"""Converts pytrees to and from flat dicts `{"params/stage1/block2/conv1/kernel": leaf}`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from flax_cnns.types import PyTree
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a/b": 1}`, in the tree's own order.
-
-    Takes any pytree; `None` leaves vanish.
-    """
+    """Flattens any pytree in its own order: `{"a": {"b": 1}}` -> `{"a/b": 1}`. Drops `None`
+    leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten` for nested dicts."""
+    """Inverts `flatten` for nested dicts."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -33,16 +31,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def partition(tree: PyTree, keep: PyTree) -> tuple[dict, dict]:
-    """Splits nested dicts by a tree of bools: `(kept, rest)`, each without the other's leaves."""
-    flat, chosen = flatten(tree), flatten(keep)
+    """Splits nested dicts by a tree of bools into `(kept, rest)`."""
+    flat, is_kept = flatten(tree), flatten(keep)
     return (
-        unflatten({path: leaf for path, leaf in flat.items() if chosen[path]}),
-        unflatten({path: leaf for path, leaf in flat.items() if not chosen[path]}),
+        unflatten({path: leaf for path, leaf in flat.items() if is_kept[path]}),
+        unflatten({path: leaf for path, leaf in flat.items() if not is_kept[path]}),
     )
 
 
 def merge(*trees: PyTree) -> dict:
-    """Puts together what `partition` split, sorted as JAX flattens dicts."""
+    """Inverts `partition`. Paths are sorted, as JAX sorts the keys of dicts."""
     flat: dict[str, Any] = {}
     for tree in trees:
         flat.update(flatten(tree))
@@ -50,5 +48,5 @@ def merge(*trees: PyTree) -> dict:
 
 
 def count(tree: PyTree) -> int:
-    """How many numbers the leaves hold together; takes arrays and `jax.ShapeDtypeStruct`s."""
+    """Returns the total number of elements of the leaves, arrays or `jax.ShapeDtypeStruct`s."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

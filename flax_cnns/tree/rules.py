@@ -1,7 +1,8 @@
-"""The one idiom for choosing leaves of a tree: a sequence of rules `(regex, value)`.
+"""Selects leaves of a tree by a sequence of rules `(regex, value)`.
 
-A rule decides a path when its regex matches the whole path; the first such rule wins; every path
-must be decided. It serves freezing, learning rates, weight decay and grafting alike.
+A rule matches a path if its regex matches the whole path. The first rule that matches decides the
+path, and every path must be decided. Freezing, learning rates, weight decay and grafting all use
+these rules.
 """
 
 from __future__ import annotations
@@ -23,30 +24,34 @@ Rules = Sequence[tuple[str, Any]]
 
 
 def find_nearest(pattern: str, paths: Iterable[str]) -> str | None:
-    """The path that looks most like `pattern`, regex signs aside; None where there is no path."""
-    plain = re.sub(r"\\[dwsDWSb]|[\\()\[\]^$.*+?|]", "", pattern)
+    """Returns the path most similar to `pattern` without its regex characters; None if there are no
+    paths."""
+    literal = re.sub(r"\\[dwsDWSb]|[\\()\[\]^$.*+?|]", "", pattern)
     return max(
-        paths, key=lambda path: difflib.SequenceMatcher(None, plain, path).ratio(), default=None
+        paths, key=lambda path: difflib.SequenceMatcher(None, literal, path).ratio(), default=None
     )
 
 
 def compile_rules(rules: Rules, *, what: str) -> list[tuple[re.Pattern, Any]]:
-    """Compiles the regexes. Raises `UserError` for a rule that is no pair or no regex."""
+    """Compiles the regexes. Raises `UserError` if a rule is not a pair or its regex is invalid.
+
+    `what` opens the error messages ("optimizer.trainable").
+    """
     compiled = []
     for rule in rules:
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
-            raise UserError(f"{what}: a rule is a pair (regex, value), got {rule!r}")
+            raise UserError(f"{what}: expected rules (regex, value), got {rule!r}")
         pattern, value = rule
         try:
             compiled.append((re.compile(pattern), value))
         except (re.error, TypeError) as error:
-            raise UserError(f"{what}: {pattern!r} is no regular expression: {error}") from None
+            raise UserError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
     return compiled
 
 
 def find_first_match(rules: Iterable[Sequence], path: str) -> tuple[int, re.Match] | None:
-    """(index, match) of the first rule whose regex, its first item, matches the whole path; None
-    where there is none."""
+    """Returns (index, match) of the first rule whose regex, its first item, matches the whole path;
+    None if no rule matches."""
     for index, rule in enumerate(rules):
         if match := re.fullmatch(rule[0], path):
             return index, match
@@ -56,48 +61,50 @@ def find_first_match(rules: Iterable[Sequence], path: str) -> tuple[int, re.Matc
 def decide(
     rules: Rules, paths: Iterable[str], *, what: str
 ) -> dict[str, tuple[int, Any, re.Match]]:
-    """For each path the rule that decides it: `{path: (index of the rule, its value, the match)}`.
+    """Returns `{path: (index of the rule that decides the path, its value, the match)}`.
 
-    `what` opens the error messages ("optimizer.trainable"). Raises `UserError` where a path is
-    decided by no rule, or a rule decides no path (a mistyped name); a closing catch-all `.*` may be
-    left with nothing to decide.
+    Raises `UserError` if no rule decides a path, or if a rule decides no path (a mistyped name). A
+    catch-all `.*` as the last rule may decide no path. `what` opens the error messages
+    ("optimizer.trainable").
     """
     paths, compiled = list(paths), compile_rules(rules, what=what)
     decided: dict[str, tuple[int, Any, re.Match]] = {}
     used: set[int] = set()
     for path in paths:
-        if found := find_first_match(compiled, path):
-            index, match = found
+        if first := find_first_match(compiled, path):
+            index, match = first
             decided[path] = (index, compiled[index][1], match)
             used.add(index)
     for index, (pattern, _) in enumerate(compiled):
         last_catch_all = index == len(compiled) - 1 and pattern.pattern in (".*", "(.*)")
         if index not in used and not last_catch_all:
             shadowed = [path for path in paths if pattern.fullmatch(path)]
-            why = f"the nearest path is {find_nearest(pattern.pattern, paths)!r}"
+            reason = f"the nearest path is {find_nearest(pattern.pattern, paths)!r}"
             if not paths:
-                why = "there are no paths to decide"
+                reason = "there are no paths to decide"
             if shadowed:
-                why = f"earlier rules decide all that it matches ({shadowed[0]} ...)"
-            raise UserError(f"{what}: the rule {pattern.pattern!r} decides nothing; {why}")
+                reason = f"earlier rules decide every path that it matches ({shadowed[0]} ...)"
+            raise UserError(f"{what}: the rule {pattern.pattern!r} decides nothing; {reason}")
     if undecided := [path for path in paths if path not in decided]:
         shown = ", ".join(undecided[:5]) + (
             f", … ({len(undecided)} in all)" if len(undecided) > 5 else ""
         )
-        raise UserError(f"{what}: no rule decides {shown}; close the rules with ('.*', value)")
+        raise UserError(f"{what}: no rule decides {shown}; end the rules with ('.*', value)")
     return decided
 
 
 def match(rules: Rules, paths: Iterable[str], *, what: str) -> dict[str, Any]:
-    """`{path: value}` by the first rule that matches the whole path; raises as `decide` does."""
+    """Returns `{path: value}` by the first rule that matches the whole path. Raises like
+    `decide`."""
     return {path: value for path, (_, value, _) in decide(rules, paths, what=what).items()}
 
 
 def mask(rules: Rules, tree: PyTree, *, what: str, prefix: str = "") -> PyTree:
-    """A tree like `tree` with each leaf's value by the rules, which see `prefix + path`.
+    """Returns a tree like `tree` in which each leaf is the value that the rules give to `prefix +
+    path`.
 
-    They see the named path of every block of a stack. Where values differ inside it, they become an
-    array that goes along the stack and broadcasts to its leaf.
+    The rules see the path of each block of a stack. If the values of a stack's blocks differ, they
+    become an array along the stack that broadcasts against the stacked leaf. Raises like `decide`.
     """
     flat = flatten(tree)
     named = [prefix + name for path in flat for name in expand_stack(path)]
@@ -109,16 +116,15 @@ def mask(rules: Rules, tree: PyTree, *, what: str, prefix: str = "") -> PyTree:
             return first
         return np.asarray([first, *rest]).reshape(-1, *(1,) * (np.ndim(leaf) - 1))
 
-    found = [value(path, leaf) for path, leaf in flat.items()]
-    return jax.tree.unflatten(jax.tree.structure(tree), found)
+    leaves = [value(path, leaf) for path, leaf in flat.items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def expand_per_parameter(spec: tuple, params: PyTree, *, what: str, default: Any) -> PyTree:
-    """`()`, `(number,)` or rules (regex, value) -> a tree of values in the shape of `params`.
+    """Expands `()`, `(number,)` or rules (regex, value) to a tree of values like `params`.
 
-    The regexes see `"params/" + path`; in a stack of blocks that of each block, and where the
-    values differ they are an array along the stack (`mask`). Raises `UserError` for a rule
-    that decides nothing.
+    `()` gives each parameter the default. The regexes see `"params/" + path`, and stacks of blocks
+    are handled as in `mask`. Raises like `decide`.
     """
     if isinstance(spec, (int, float)):
         spec = (spec,)

@@ -1,4 +1,4 @@
-"""Stacks: blocks that are alike as one, for networks that scan over them."""
+"""Stacks the parameters of equal blocks, for networks that scan over their blocks."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ import numpy as np
 
 from flax_cnns.types import PyTree
 
-# ---- stacks: blocks that are alike as one, for networks that scan over them
-
 _STACK = re.compile(r"(\w+?)(\d+)-(\d+)")
 
 
 def expand_stack(path: str) -> list[str]:
-    """What a stacked leaf holds, in order: `"stage1/block2-4/kernel"` -> `["stage1/block2/kernel",
-    "stage1/block3/kernel", "stage1/block4/kernel"]`. Any other path -> itself alone."""
+    """Returns the paths of the blocks in a stacked leaf, in order: `"stage1/block2-4/kernel"` ->
+    `["stage1/block2/kernel", "stage1/block3/kernel", "stage1/block4/kernel"]`. Returns `[path]` for
+    any other path."""
 
-    def names(part: str) -> list[str]:
-        if not (found := _STACK.fullmatch(part)) or int(found[2]) > int(found[3]):
+    def expand(part: str) -> list[str]:
+        if not (match := _STACK.fullmatch(part)) or int(match[2]) > int(match[3]):
             return [part]
-        return [f"{found[1]}{i}" for i in range(int(found[2]), int(found[3]) + 1)]
+        return [f"{match[1]}{i}" for i in range(int(match[2]), int(match[3]) + 1)]
 
-    return ["/".join(parts) for parts in itertools.product(*map(names, path.split("/")))]
+    return ["/".join(parts) for parts in itertools.product(*map(expand, path.split("/")))]
 
 
 def stack_blocks(tree: PyTree) -> PyTree:
-    """The tree with `block2` ... `blockN` of every stage as one `block2-N`, its
-    N - 1 blocks along a new first axis.
+    """Stacks `block2` ... `blockN` of every stage as `block2-N`, along a new first axis of N - 1.
 
-    Only where there are two at least, alike in names, shapes and dtypes. `block1`, which may have a
-    stride, is left alone, and so is what is stacked already. Takes any pytree (a whole `TrainState`
-    or optimizer state) of arrays or `ShapeDtypeStruct`s; NumPy's stay NumPy's.
+    Only stages with at least two such blocks are stacked, and only if the blocks are equal in
+    names, shapes and dtypes. `block1`, which may have a stride, and blocks that are already stacked
+    stay as they are. `tree` is any pytree (a whole `TrainState` or optimizer state) of arrays or
+    `ShapeDtypeStruct`s. NumPy arrays stay NumPy arrays.
     """
     return _over_dicts(_stack, tree)
 
 
 def unstack_blocks(tree: PyTree) -> PyTree:
-    """The inverse of `stack_blocks`, to the bit; needs only the names. NumPy's leaves are views."""
+    """Inverts `stack_blocks` bit-exactly, by the names alone. NumPy leaves are returned as
+    views."""
     return _over_dicts(_unstack, tree)
 
 
 def _over_dicts(convert: Any, tree: PyTree) -> PyTree:
-    """The outermost dicts of a pytree (a NamedTuple of them, say) converted."""
+    """Converts the outermost dicts of a pytree, such as a NamedTuple of dicts."""
     is_dict = lambda node: isinstance(node, dict)  # noqa: E731
     return jax.tree.map(lambda x: convert(x) if is_dict(x) else x, tree, is_leaf=is_dict)
 
@@ -71,8 +71,8 @@ def _unstack(node: dict[str, Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, child in node.items():
         for i, member in enumerate(names := expand_stack(name)):
-            own = jax.tree.map(lambda x, i=i: _take(x, i), child) if len(names) > 1 else child
-            named[member] = unstack_blocks(own)
+            block = jax.tree.map(lambda x, i=i: _take(x, i), child) if len(names) > 1 else child
+            named[member] = unstack_blocks(block)
     return named
 
 
@@ -86,7 +86,7 @@ def _join(leaves: Sequence[Any]) -> Any:
 def _take(leaf: Any, i: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return _shape_like(leaf, leaf.shape[1:])
-    return leaf[i, ...]  # a view, and an array even of one number
+    return leaf[i, ...]  # with "...", a single number is an array too, and a view
 
 
 def _shape_like(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

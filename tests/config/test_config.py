@@ -72,7 +72,7 @@ def changed(path, value):
         ("schedule.warmup", 5, "a duration such as '20 epochs'"),
         ("schedule.boundaries", ("30",), "durations such as"),
         ("optimizer.trainable", ((".*",),), "rules"),
-        ("optimizer.trainable", (("(", True),), "is no regular expression"),
+        ("optimizer.trainable", (("(", True),), "is not a regular expression"),
         ("optimizer.weight_decay", ("a", 1), "rules"),
         ("optimizer.bn", ((".*", "freeze"),), "train, frozen_stats or frozen"),
         ("optimizer.weight_decay_mode", "decouple", "did you mean 'decoupled'"),

@@ -103,23 +103,23 @@ def test_partition_may_leave_nothing(everything):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([(r"head/.*", 1)], r"test: no rule decides stage1/.*; close the rules with \('\.\*', v"),
-        ([], "test: no rule decides head/bias, .* … \\(6 in all\\); close the rules"),
+        ([(r"head/.*", 1)], r"test: no rule decides stage1/.*; end the rules with \('\.\*', v"),
+        ([], "test: no rule decides head/bias, .* … \\(6 in all\\); end the rules"),
         (
             [(r"haed/.*", 1), (r".*", 0)],
             r"test: the rule 'haed/\.\*' decides nothing; the nearest path is 'head/",
         ),
         (
             [(r".*", 0), (r"head/.*", 1)],
-            r"'head/\.\*' decides nothing; earlier rules decide all that it matches \(head/bias",
+            r"decides nothing; earlier rules decide every path that it matches \(head/bias",
         ),
         ([(r"head", 1), (r".*", 0)], "'head' decides nothing"),  # the whole path, not its start
-        ([(r"(head", 1)], r"test: '\(head' is no regular expression"),
-        ([(3, 1)], "test: 3 is no regular expression"),
-        ([r"head/.*"], r"test: a rule is a pair \(regex, value\), got 'head/\.\*'"),
-        ([("ab")], "test: a rule is a pair"),
-        ([(r"head/.*", 1, 2)], "test: a rule is a pair"),
-        ([7], "test: a rule is a pair"),
+        ([(r"(head", 1)], r"test: '\(head' is not a regular expression"),
+        ([(3, 1)], "test: 3 is not a regular expression"),
+        ([r"head/.*"], r"test: expected rules \(regex, value\), got 'head/\.\*'"),
+        ([("ab")], "test: expected rules"),
+        ([(r"head/.*", 1, 2)], "test: expected rules"),
+        ([7], "test: expected rules"),
     ],
 )
 def test_misuse(rules, message):

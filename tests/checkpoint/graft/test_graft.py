@@ -372,7 +372,7 @@ def test_a_leaf_that_no_rule_decides(run):
     )
     assert text == (
         "graft: no rule decides params/head/bias, params/head/kernel, params/stage2/conv/kernel,"
-        " params/stage2/norm/scale; close the rules with ('.*', value)"
+        " params/stage2/norm/scale; end the rules with ('.*', value)"
     )
 
 
@@ -439,10 +439,10 @@ def test_a_run_or_step_that_is_not_there(run):
 
 
 def test_rules_that_are_none(run):
-    assert "'(' is no regular expression" in misuse(run, [("(", FRESH), ALL])
+    assert "'(' is not a regular expression" in misuse(run, [("(", FRESH), ALL])
     assert "rule 2 gives '\\\\2', which is no path" in misuse(run, [NEW_HEAD, (r"(.*)", r"\2")])
     assert "rule 1 gives 5, which is no path" in misuse(run, [(r"(.*)", 5)])
-    assert "a rule is a pair" in misuse(run, ["params"])
+    assert "expected rules (regex, value), got" in misuse(run, ["params"])
 
 
 def test_a_damaged_checkpoint(run, tmp_path):
