@@ -129,8 +129,8 @@ BREAKS = [
     ),
     Break(
         f"{P}train/optimizers.py",
-        "decay ** exponents[part]",
-        "decay ** (exponents[part] - 1)",
+        "decay ** exponents[module]",
+        "decay ** (exponents[module] - 1)",
         "tests/train/test_optimizers.py",
         "layer decay is one layer off",
     ),
@@ -255,8 +255,8 @@ BREAKS = [
     ),
     Break(
         f"{P}evaluation/exact.py",
-        "        late = sums\n    add(late)",
-        "        late = sums",
+        "        pending = sums\n    add_to_total(pending)",
+        "        pending = sums",
         "tests/evaluation",
         "the last batch of an evaluation is not counted",
     ),

@@ -57,7 +57,8 @@ def make_mix(
             missing = num_classes - labels.shape[1]
             if missing < 0:
                 raise UserError(
-                    f"labels have {labels.shape[1]} columns, and the network {num_classes} classes"
+                    f"labels have {labels.shape[1]} columns, but the network has {num_classes}"
+                    " classes"
                 )
             soft = jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
         if smoothing:

@@ -1,1 +1,1 @@
-"""Metrics of a network on a split, each example counted once."""
+"""Metrics of a network on a split; each example counts once."""

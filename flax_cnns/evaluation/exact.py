@@ -1,4 +1,4 @@
-"""Exact evaluation: every example counted once, on any number of devices."""
+"""Exact evaluation: every example counts once, on any number of devices."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """The sums of `eval_step(variables, batch, None)` over `batches`, in float64.
+    """Returns the sums of `eval_step(variables, batch, None)` over `batches`, in float64.
 
-    They are fetched while the next batch is computed: added on the device, in float32, the losses
-    of many batches would be rounded. Raises `Interrupted` when `should_stop()` says so between two
-    batches.
+    The sums of a batch are fetched while the next batch is computed. They are not added on the
+    device, because float32 would round the losses of many batches. Raises `Interrupted` if
+    `should_stop()` returns True between two batches.
     """
     total: dict[str, Any] = {}
 
-    def add(sums: dict[str, Any]) -> None:
+    def add_to_total(sums: dict[str, Any]) -> None:
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
 
-    late: dict[str, Any] = {}
+    pending: dict[str, Any] = {}
     for batch in batches:
         if should_stop():
             raise Interrupted
         sums = eval_step(variables, batch, None)
-        add(late)
-        late = sums
-    add(late)
+        add_to_total(pending)
+        pending = sums
+    add_to_total(pending)
     return total
 
 
 def summarize(total: dict[str, Any]) -> dict[str, float]:
-    """Sums -> {"loss", "accuracy", "top5"} or those of multilabel data, and own metrics by name."""
+    """Sums -> metrics by name: {"loss", "accuracy", "top5"} or those of multilabel data, and the
+    user's."""
     return metrics.compute(total)
 
 
 def per_class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Counts [K K], rows true -> "count", "recall" (accuracy in the class), "precision", each [K].
+    """Confusion matrix [K K], rows true -> {"count", "recall", "precision"}, each [K].
 
-    NaN where nothing is of the class, or nothing was predicted to be.
+    The recall of a class is NaN if it has no examples; the precision, if it was never predicted.
     """
     confusion = np.asarray(confusion, np.float64)
-    hits, true, guessed = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {"count": true, "recall": hits / true, "precision": hits / guessed}
+        return {"count": true, "recall": hits / true, "precision": hits / predicted}

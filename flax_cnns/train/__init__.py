@@ -1,1 +1,1 @@
-"""Training steps and the loop around them. Knows no network, no data set and no config."""
+"""Training steps and the training loop, independent of networks, data sets and configs."""

@@ -1,6 +1,6 @@
-"""What each BatchNorm does in training: learn, keep its statistics, or keep everything.
+"""Modes of BatchNorm layers in training: learn everything, freeze the statistics, or freeze all.
 
-No network knows of it: `intercept` changes the layers as they are called.
+Networks contain no code for this: `intercept` changes the layers as they are called.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.types import PyTree
 
-# "train": normalizes by the batch, and the running statistics move.
-# "frozen_stats": by the running statistics, which stay; scale and bias learn.
-# "frozen": as that, and scale and bias stay too.
+# "train": the layer normalizes by the batch and updates its running statistics.
+# "frozen_stats": the layer normalizes by its fixed running statistics; scale and bias learn.
+# "frozen": as "frozen_stats", but scale and bias are fixed too.
 MODES = ("train", "frozen_stats", "frozen")
 
 
 def decide_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) -> dict[str, str]:
-    """`{"stage1/block1/norm1": mode}` for each BatchNorm that `batch_stats` has, a stack being one.
+    """Returns `{"stage1/block1/norm1": mode}` for each BatchNorm of `batch_stats`.
 
-    `rules` (regex over such paths, mode) are `config.optimizer.bn`. Without any a layer is "frozen"
-    where `trainable`, bools in the shape of the params, freezes all that it has; where it has
-    neither scale nor bias, all that stands beside it. Raises `UserError` for a rule that decides
-    nothing, a layer that none decides, and a stack whose blocks differ.
+    A stack of blocks has one entry. `rules`, from `config.optimizer.bn`, are (regex of the path,
+    mode). `trainable` has a bool for each parameter.
+
+    Without rules, a layer is "frozen" if none of its parameters learn. A layer without scale and
+    bias is "frozen" if no parameter of the nearest enclosing module that has parameters learns.
+
+    Raises `UserError` if a rule decides nothing, if no rule decides a layer, or if the blocks of a
+    stack get different modes.
     """
     leaves = (path.rpartition("/") for path in pytree.flatten(batch_stats))
     layers = [layer for layer, _, name in leaves if layer and name == "mean"]
@@ -38,36 +42,40 @@ def decide_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) ->
     decided = pytree.match(rules, named, what="optimizer.bn")
     modes = {}
     for layer in layers:
-        found = {decided[name] for name in pytree.expand_stack(layer)}
-        if len(found) > 1:
+        block_modes = {decided[name] for name in pytree.expand_stack(layer)}
+        if len(block_modes) > 1:
             raise UserError(
                 f"optimizer.bn: the rules treat the blocks of the stack {layer!r} differently; let "
                 "them agree, or set model.scan=False"
             )
-        (modes[layer],) = found
+        (modes[layer],) = block_modes
     return modes
 
 
 def _learns(layer: str, trainable: Mapping[str, bool]) -> bool:
-    """Whether a parameter of the layer learns, or of the nearest module around it that has any."""
+    """Whether a parameter of the layer learns, or of the nearest enclosing module that has any."""
     while True:
         prefix = f"{layer}/" if layer else ""
-        own = [learns for path, learns in trainable.items() if path.startswith(prefix)]
-        if own or not layer:
-            return any(own)
+        inside = [learns for path, learns in trainable.items() if path.startswith(prefix)]
+        if inside or not layer:
+            return any(inside)
         layer = layer.rpartition("/")[0]
 
 
 def has_mode(tree: PyTree, modes: Mapping[str, str], mode: str) -> PyTree:
-    """Bools in the shape of `tree` (params or batch_stats): whether the leaf's layer has that mode.
-    What is of no BatchNorm counts as "train"."""
-    found = [modes.get(path.rpartition("/")[0], "train") == mode for path in pytree.flatten(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree), found)
+    """Returns a bool for each leaf of `tree` (params or batch_stats): whether its layer has `mode`.
+
+    Leaves outside BatchNorm layers count as "train".
+    """
+    leaves = [modes.get(path.rpartition("/")[0], "train") == mode for path in pytree.flatten(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def intercept(modes: Mapping[str, str], *, momentum: float | None = None) -> Any:
-    """A context in which every BatchNorm that is called in training follows its mode, and those
-    that train move their running statistics by `momentum`, if given, in place of their own."""
+    """Returns a context in which every BatchNorm that is called in training follows its mode.
+
+    `momentum`, if given, replaces the momentum of the layers whose mode is "train".
+    """
 
     def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
         layer = at.module
@@ -81,7 +89,7 @@ def intercept(modes: Mapping[str, str], *, momentum: float | None = None) -> Any
             changes["momentum"] = momentum
         if not changes:
             return function(*args, **kwargs)
-        # The same layer with other fields: it shares the scope, and so the variables.
+        # The clone shares the layer's scope, and so its variables.
         return layer.clone(parent=layer.scope, **changes)(*args, **kwargs)
 
     return nn.intercept_methods(call)

@@ -1,4 +1,4 @@
-"""What the checks of a user's own functions share: their arguments, and the words for what came."""
+"""Checks of functions that a user wrote: their arguments and what they return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flax_cnns.types import Array, PyTree
 
 
 def describe(value: Any) -> str:
-    """What a function returned, in a few words: "float32 [8 7]", "(float32 [], int32 [])"."""
+    """Describes a function's result in a few words: "float32 [8 7]", "(float32 [], int32 [])"."""
     if value is None:
         return "None"
     if isinstance(value, Mapping):
@@ -29,7 +29,7 @@ def describe(value: Any) -> str:
 
 
 def is_array(value: Any) -> bool:
-    """Whether JAX computes with it: an array, a tracer, or a number."""
+    """Whether JAX can compute with `value`: an array, a tracer, or a number."""
     return isinstance(value, (int, float, bool, jax.Array)) or (
         hasattr(value, "dtype") and hasattr(value, "shape")
     )
@@ -40,14 +40,14 @@ def _dtype(value: Any) -> Any:
 
 
 def is_float_array(value: Any, shape: Sequence[int]) -> bool:
-    """Whether it is a floating-point array of that shape."""
+    """Whether `value` is a floating-point array of this shape."""
     if not is_array(value) or jnp.shape(value) != tuple(shape):
         return False
     return jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def name_of(function: Any) -> str:
-    """A function's name, a partial's or an object's too."""
+    """Returns the name of a function, of the function in a partial, or of an object's class."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
 
@@ -55,26 +55,28 @@ def name_of(function: Any) -> str:
 def check_arguments(
     what: str, function: Callable, arguments: Sequence[str], fields: Mapping[str, Any] = {}
 ) -> None:
-    """Raises `UserError` unless the function can be called with so many positional arguments, and
-    with `fields` by name."""
+    """Checks that `function` accepts these positional `arguments`, and `fields` by keyword.
+
+    Raises `UserError` if it does not.
+    """
     if not callable(function):
-        raise UserError(f"{what}: expected a function, came {describe(function)}")
+        raise UserError(f"{what}: expected a function, got {describe(function)}")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a compiled function that does not say
+    except (TypeError, ValueError):  # a compiled function without a signature
         return
     try:
         signature.bind(*arguments, **fields)
     except TypeError:
         given = ", ".join([*arguments, *(f"{name}=" for name in fields)])
         raise UserError(
-            f"{what}: it is called with ({given}), and takes ({', '.join(signature.parameters)})"
+            f"{what}: it is called with ({given}) but takes ({', '.join(signature.parameters)})"
         ) from None
 
 
 @contextlib.contextmanager
 def explain_errors(what: str, arguments: str) -> Iterator[None]:
-    """Adds to an error of the user's function what it was called with; its traceback says where."""
+    """Adds a note to an error of the user's function: with which arguments it was called."""
     try:
         yield
     except UserError:
@@ -84,33 +86,37 @@ def explain_errors(what: str, arguments: str) -> Iterator[None]:
         raise
 
 
-def check_like(what: str, found: Any, expected: Array) -> Array:
-    """`found`. Raises `UserError` if its shape or dtype is not that of `expected`."""
-    same = is_array(found) and jnp.shape(found) == jnp.shape(expected)
-    if not same or _dtype(found) != _dtype(expected):
-        raise UserError(f"{what}: expected {describe(expected)}, came {describe(found)}")
-    return jnp.asarray(found)
+def check_like(what: str, result: Any, expected: Array) -> Array:
+    """Returns `result`. Raises `UserError` unless it has the shape and dtype of `expected`."""
+    same = is_array(result) and jnp.shape(result) == jnp.shape(expected)
+    if not same or _dtype(result) != _dtype(expected):
+        raise UserError(f"{what}: expected {describe(expected)}, got {describe(result)}")
+    return jnp.asarray(result)
 
 
 def restack(named: PyTree, stacked: PyTree) -> PyTree:
-    """The inverse of `tree.unstack_blocks`: the leaves of `named` in the form of `stacked`."""
+    """Inverts `tree.unstack_blocks`: returns the leaves of `named` in the form of `stacked`."""
     flat = pytree.flatten(named)
 
-    def one(path: str, leaf: Array) -> Array:
-        parts = [flat[name] for name in pytree.expand_stack(path)]
-        return parts[0] if len(parts) == 1 else jnp.stack(parts).reshape(leaf.shape)
+    def restack_leaf(path: str, leaf: Array) -> Array:
+        blocks = [flat[name] for name in pytree.expand_stack(path)]
+        return blocks[0] if len(blocks) == 1 else jnp.stack(blocks).reshape(leaf.shape)
 
-    leaves = [one(path, leaf) for path, leaf in pytree.flatten(stacked).items()]
+    leaves = [restack_leaf(path, leaf) for path, leaf in pytree.flatten(stacked).items()]
     return jax.tree.unflatten(jax.tree.structure(stacked), leaves)
 
 
-def check_tree_like(what: str, found: Any, expected: PyTree) -> PyTree:
-    """`found`, of the structure of `expected`. Raises `UserError` if it has other leaves."""
-    leaves, flat = pytree.flatten(found), pytree.flatten(expected)
+def check_tree_like(what: str, result: Any, expected: PyTree) -> PyTree:
+    """Returns the leaves of `result` in the structure of `expected`.
+
+    Raises `UserError` if paths, shapes or dtypes differ.
+    """
+    leaves, flat = pytree.flatten(result), pytree.flatten(expected)
     if differing := sorted(leaves.keys() ^ flat.keys()):
-        verb = "lacks" if differing[0] in flat else "has also"
+        verb = "lacks" if differing[0] in flat else "has an extra"
         raise UserError(
-            f"{what}: expected the tree that it was given; what came {verb} {differing[0]!r}"
+            f"{what}: expected a tree like its argument; the tree it returned {verb}"
+            f" {differing[0]!r}"
         )
-    found = [check_like(f"{what}: {path}", leaves[path], leaf) for path, leaf in flat.items()]
-    return jax.tree.unflatten(jax.tree.structure(expected), found)
+    checked = [check_like(f"{what}: {path}", leaves[path], leaf) for path, leaf in flat.items()]
+    return jax.tree.unflatten(jax.tree.structure(expected), checked)

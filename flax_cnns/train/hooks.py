@@ -25,31 +25,35 @@ from flax_cnns.types import Array, PyTree
 
 
 class Regularizer(NamedTuple):
-    """What one does in a step, by any of these hooks. `params` are the trainable leaves, n is the
-    number of examples on a device, and whatever is the same on all devices stays so."""
+    """The hooks by which a regularizer acts in a training step; a hook may be None.
 
-    # (images f32 [n H W C], keys [n]) -> images: behind the built-in augmentation; an image's key
+    `params` are the trainable leaves and n is the number of examples on a device. Hooks must keep
+    values that are equal on all devices equal.
+    """
+
+    # (images f32 [n H W C], keys [n]) -> images: after the built-in augmentation; an image's key
     # does not depend on the number of devices
     augment: Callable[[Array, Array], Array] | None = None
-    # (images f32 [n H W C], labels f32 [n K], key) -> (images, labels): behind the built-in mixing;
+    # (images f32 [n H W C], labels f32 [n K], key) -> (images, labels): after the built-in mixing;
     # the key is the same on every device
     mix: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
-    # (next_function, args, kwargs, context) -> what the method returns: flax's interceptor of the
-    # network's methods, in training alone
+    # (next_function, args, kwargs, context) -> result of the method: a flax interceptor of the
+    # network's methods, active only in training
     intercept: Callable[[Callable, tuple, dict, Any], Any] | None = None
-    # (params, step) -> what is added to the loss f32 []; logged as train/NAME, and no part of
-    # train/loss
+    # (params, step) -> f32 []: added to the loss that is minimized; logged as train/NAME and not
+    # included in train/loss
     penalty: Callable[[PyTree, Array], Array] | None = None
     # (gradients, params, key, step) -> gradients: after clipping, before the optimizer's momentum;
-    # the key is that of the step, the same on every device
+    # the key differs in each step and is the same on every device
     gradients: Callable[[PyTree, PyTree, Array, Array], PyTree] | None = None
-    # (params, gradients) -> the point whose gradient the update takes: a second one in each step
+    # (params, gradients) -> params at which the gradient of the update is computed; this costs a
+    # second gradient in each step
     perturb: Callable[[PyTree, PyTree], PyTree] | None = None
     # (params) -> params: after each update
     constrain: Callable[[PyTree], PyTree] | None = None
 
 
-# What each hook is called with.
+# The arguments of each hook.
 HOOKS: dict[str, tuple[str, ...]] = {
     "augment": ("images", "keys"),
     "mix": ("images", "labels", "key"),
@@ -62,28 +66,31 @@ HOOKS: dict[str, tuple[str, ...]] = {
 
 
 def make_regularizer(name: str, given: Any) -> Regularizer:
-    """The hooks that an object has as methods, as the regularizer `name`.
+    """Makes the regularizer `name` of the object `given`, whose methods are hooks.
 
-    Its keys are folded with the name, so that another regularizer changes none of its draws, and
-    what it returns is checked as a step is traced. Raises `UserError` for an object without a hook,
-    a method whose name is nearly that of a hook that it lacks, and one that takes other arguments.
+    The hooks' keys are folded with `name`, so that other regularizers do not change its random
+    draws. The hooks' results are checked while a step is traced.
+
+    Raises `UserError` if the object has no hook, if the name of another method is close to that of
+    a missing hook, or if a hook takes other arguments.
     """
     what = f"regularizer {name!r}"
     if isinstance(given, type):
-        raise UserError(f"{what}: {given.__name__} is a class; give an object of it")
-    hooks = {hook: getattr(given, hook, None) for hook in HOOKS}
-    hooks = {hook: method for hook, method in hooks.items() if method is not None}
+        raise UserError(f"{what}: {given.__name__} is a class; give an instance of it")
+    hooks: dict[str, Any] = {
+        hook: method for hook in HOOKS if (method := getattr(given, hook, None)) is not None
+    }
     for other in dir(given):
         if other.startswith("_") or other in HOOKS or not _is_method(given, other):
             continue
         if near := difflib.get_close_matches(other, HOOKS.keys() - hooks, n=1, cutoff=0.75):
             raise UserError(
-                f"{what}: {other!r} is no hook; did you mean {near[0]!r}? The name of a method that"
-                " is something else begins with _"
+                f"{what}: {other!r} is not a hook; did you mean {near[0]!r}? Start the names of"
+                " other methods with _"
             )
     if not hooks:
         raise UserError(
-            f"{what}: {checks.describe(given)} has no hook; expected some of the methods"
+            f"{what}: {checks.describe(given)} has no hook; expected at least one of the methods"
             f" {', '.join(HOOKS)}"
         )
     for hook, method in hooks.items():
@@ -92,12 +99,12 @@ def make_regularizer(name: str, given: Any) -> Regularizer:
 
 
 def _is_method(given: Any, name: str) -> bool:
-    found = inspect.getattr_static(given, name)  # a property is not computed
-    return callable(found) or isinstance(found, staticmethod | classmethod)
+    member = inspect.getattr_static(given, name)  # does not evaluate properties
+    return callable(member) or isinstance(member, staticmethod | classmethod)
 
 
 def _own_key(key: Array, name: str) -> Array:
-    """Of the regularizer `name`, from that of a stream; or [n] keys from [n]."""
+    """Returns the key, or the [n] keys, of the regularizer `name`, made of those of a stream."""
     fold = partial(jax.random.fold_in, data=np.uint32(zlib.crc32(name.encode())))
     return jax.vmap(fold)(key) if key.ndim else fold(key)
 
@@ -111,19 +118,17 @@ def _checked_augment(what: str, name: str, method: Callable) -> Callable:
 
 def _checked_mix(what: str, name: str, method: Callable) -> Callable:
     def mix(images: Array, labels: Array, key: Array) -> tuple[Array, Array]:
-        found = method(images, labels, _own_key(key, name))
-        if not isinstance(found, (tuple, list)) or len(found) != 2:
-            raise UserError(
-                f"{what}, mix: expected (images, labels), came {checks.describe(found)}"
-            )
-        new_images = checks.check_like(f"{what}, mix: images", found[0], images)
-        return new_images, checks.check_like(f"{what}, mix: labels", found[1], labels)
+        mixed = method(images, labels, _own_key(key, name))
+        if not isinstance(mixed, (tuple, list)) or len(mixed) != 2:
+            raise UserError(f"{what}, mix: expected (images, labels), got {checks.describe(mixed)}")
+        new_images = checks.check_like(f"{what}, mix: images", mixed[0], images)
+        return new_images, checks.check_like(f"{what}, mix: labels", mixed[1], labels)
 
     return mix
 
 
 def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
-    # A module may run as another one with the same scope: its method is intercepted once.
+    # A module may delegate to another one with the same scope: the method is intercepted once.
     inside: list[tuple] = []
 
     def intercept(function: Callable, args: tuple, kwargs: dict, at: Any) -> Any:
@@ -141,25 +146,26 @@ def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
 
 def _checked_penalty(what: str, name: str, method: Callable) -> Callable:
     def penalty(params: PyTree, step: Array) -> Array:
-        found = method(pytree.unstack_blocks(params), step)
-        if not checks.is_float_array(found, ()):
+        value = method(pytree.unstack_blocks(params), step)
+        if not checks.is_float_array(value, ()):
             raise UserError(
-                f"{what}, penalty: expected one number, float32 [], came {checks.describe(found)}"
+                f"{what}, penalty: expected one number, float32 [], got {checks.describe(value)}"
             )
-        return jnp.asarray(found, jnp.float32)
+        return jnp.asarray(value, jnp.float32)
 
     return penalty
 
 
 def _checked_tree(hook: str, what: str, name: str, method: Callable) -> Callable:
     def change(*given: Any) -> PyTree:
-        trees, rest = given, ()
+        trees: tuple[PyTree, ...] = given
+        rest: tuple[Array, ...] = ()
         if hook == "gradients":
-            *trees, key, step = given
-            rest = _own_key(key, name), step
+            *gradients_and_params, key, step = given
+            trees, rest = tuple(gradients_and_params), (_own_key(key, name), step)
         named = [pytree.unstack_blocks(tree) for tree in trees]
-        found = checks.check_tree_like(f"{what}, {hook}", method(*named, *rest), named[0])
-        return checks.restack(found, given[0])
+        result = checks.check_tree_like(f"{what}, {hook}", method(*named, *rest), named[0])
+        return checks.restack(result, given[0])
 
     return change
 

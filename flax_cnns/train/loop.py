@@ -1,4 +1,4 @@
-"""Iterate, log, evaluate, save. Knows iterators and steps, no network and no data set."""
+"""The training loop: take steps, log, validate, save. Independent of networks and data sets."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from flax_cnns.types import Array, PyTree
 
 @dataclasses.dataclass
 class HostState:
-    """What a run knows beside its arrays. Saved with every checkpoint as JSON, so that the log of a
-    resumed run goes on in the middle of a window and early stopping counts on."""
+    """The state of a run outside its arrays, saved as JSON with every checkpoint.
 
-    # Sums since the last log; those of a metric of M ratios are lists.
+    With it, a resumed run continues the current window of the log and the count of early stopping.
+    """
+
+    # Sums since the last log; lists for a metric that is a mean of M ratios.
     window: dict[str, float | list[float]] = dataclasses.field(default_factory=dict)
     bad_in_a_row: int = 0
     bad_steps: int = 0
-    best: float | None = None  # of the validation metric that `TrainLoop.best_by` names
+    best: float | None = None  # best value of the validation metric `TrainLoop.best_by`
     wait: int = 0  # validations since the best
-    due: bool = False  # the validation of this step is still to be made
-    stopped: bool = False  # early
+    due: bool = False  # whether the validation of this step has yet to run
+    stopped: bool = False  # whether early stopping ended the run
     seconds: float = 0.0  # of training, over all sessions
 
 
 @dataclasses.dataclass(frozen=True)
 class Periods:
-    """Periods in steps; 0 means never, except that the last step always logs and saves."""
+    """Periods in steps. 0 means never; the last step always logs, validates and saves."""
 
     log: int
     evaluate: int
@@ -45,26 +47,33 @@ class Periods:
 
 @dataclasses.dataclass
 class TrainOutcome:
+    """The result of a session: its last state and step, why it ended, and how fast it was."""
+
     state: PyTree
     step: int
     preempted: bool = False
     seconds_to_first_step: float | None = None
-    images_per_second: float | None = None  # compiling, evaluating and saving left out
+    images_per_second: float | None = None  # without compiling, evaluating and saving
 
 
 @dataclasses.dataclass(frozen=True)
 class Callbacks:
-    """What the loop calls; those that are None are left out. Every process calls all of them, but
-    `on_step`, which is None on all but the primary one.
+    """Functions that the loop calls; optional ones may be None.
 
-    `save(step, state, host, metrics)` gets a JSON-able host; `write(step, record)` one line of the
-    log; `tick(step)` follows every step, and `should_stop(step)` is asked once a step.
-    `evaluate(state)` gives {"loss", "accuracy", ...} of the validation split, or raises
-    `Interrupted`; `on_validation(state, error)` may change the state (the plateau schedule), and so
-    may `refresh(state)` before each validation, be there a validation split or not (precise_bn).
-    `on_step(step, numbers)` gets the metrics of each step, as floats, once they are fetched, which
-    is while the next step runs: those of the log without its "train/", of this step alone (NaN
-    where it was rejected: then "bad_steps" is 1).
+    Every process calls all of them. `on_step` is None on all processes except the primary one.
+
+    - `save(step, state, host, metrics)` saves a checkpoint; `host` can be written as JSON.
+    - `write(step, record)` writes one record of the log.
+    - `tick(step)` is called after every step.
+    - `should_stop(step)` is called once a step and says whether the session must end.
+    - `evaluate(state)` returns {"loss", "accuracy", ...} of the validation split, or raises
+      `Interrupted`.
+    - `on_validation(state, error)` may change the state (the plateau schedule).
+    - `refresh(state)` may change the state before each validation (precise_bn). It is called also
+      if there is no validation split.
+    - `on_step(step, metrics)` gets the metrics of each single step as floats, while the next step
+      runs. The names are those of the log without "train/". If the step was rejected, "bad_steps"
+      is 1 and the means are NaN.
     """
 
     save: Callable[[int, PyTree, dict[str, Any], dict[str, float]], None]
@@ -78,9 +87,9 @@ class Callbacks:
 
 
 class Stopwatch:
-    """Counts from when it is made."""
+    """Measures seconds, starting when it is created."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
@@ -90,9 +99,9 @@ class Stopwatch:
 
 
 class _Pace:
-    """Images a second; what lies between `lap` and `restart` does not count."""
+    """Images per second. Time between `lap` and `restart` is not counted."""
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int) -> None:
         self.batch_size, self.steps, self.seconds = batch_size, 0, 0.0
         self.restart()
 
@@ -100,7 +109,7 @@ class _Pace:
         self.since, self.new = time.perf_counter(), steps
 
     def lap(self) -> float | None:
-        """The pace since the last lap; None where no step was counted."""
+        """Returns the images per second since the last lap; None if no step was counted."""
         new, seconds = self.new, time.perf_counter() - self.since
         self.restart()
         if new <= 0:
@@ -113,8 +122,11 @@ class _Pace:
 
 
 def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
-    """The same items, made in a thread, up to `size` of them ahead: the device never waits for the
-    gathering and copying of its next batch. An exception there is raised here, in its place."""
+    """Yields the items of `iterator`, produced in a thread up to `size` items ahead.
+
+    The device then never waits until its next batch is gathered and copied. An exception of the
+    iterator is raised here, after the items before it.
+    """
     items: queue.Queue = queue.Queue(maxsize=size)
     closed, end = threading.Event(), object()
 
@@ -125,7 +137,7 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for item in iterator:
                 put((item, None))
@@ -135,10 +147,10 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
         except BaseException as error:
             put((end, error))
         finally:
-            if hasattr(iterator, "close"):  # its own threads and worker processes
+            if hasattr(iterator, "close"):  # ends the iterator's threads and worker processes
                 iterator.close()
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     try:
         while True:
@@ -154,7 +166,7 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
 
 
 def _describe(window: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Sums of some steps -> what is logged of them, but for the pace."""
+    """Returns the metrics to log for the sums of some steps, without images_per_second."""
     record = metrics.compute(window, prefix)
     good = window["steps"] - window["bad"] if "steps" in window else 0.0
     record["norm/grads"] = window["norm"] / good if good else float("nan")
@@ -167,16 +179,20 @@ def _describe(window: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 @dataclasses.dataclass
 class TrainLoop:
-    """The steps of a session, and what follows them.
+    """The training loop of one session.
 
-    `train_step(state, batch, key)` gives (state, sums); `batches` are on the devices; `stop` is the
-    run's last step; `host` is changed as the loop goes; `began` is the `time.perf_counter()` from
-    which the time to the first step counts. `max_bad_steps`: so many in a row stop the run;
-    `early_stopping`: so many validations without a better one do; 0 is off. The better one has a
-    higher `best_by`, a metric of the validation, or a lower one where `best_mode` is "min".
+    - `train_step(state, batch, key)` returns (state, sums).
+    - `batches` are already on the devices.
+    - `stop` is the run's last step.
+    - `host` is updated while the loop runs.
+    - `began` is the `time.perf_counter()` from which the time to the first step is measured.
+    - `max_bad_steps` bad steps in a row stop the run; 0: never.
+    - `early_stopping` validations without a new best one stop the run; 0: never.
+    - `best_by` names the validation metric that decides which validation is best: the one with the
+      highest value, or with the lowest if `best_mode` is "min".
 
-    Metrics are fetched, and logged, while the next step runs, so that the device never waits for
-    Python; only before a validation or a save are they all fetched at once.
+    Metrics are fetched and logged while the next step runs, so that the device never waits for
+    Python. Only before a validation or a save are all of them fetched at once.
     """
 
     train_step: Callable[[PyTree, Any, Array], tuple[PyTree, dict[str, Array]]]
@@ -194,24 +210,24 @@ class TrainLoop:
     best_mode: str = "max"  # or "min"
 
     def run(self, state: PyTree, start: int) -> TrainOutcome:
-        """From step `start` to the last, or until `should_stop` says so.
+        """Runs from step `start` to the last step, or until `should_stop` returns True.
 
         Raises `Diverged` after `max_bad_steps` steps in a row whose gradients were not finite.
         """
-        # Steps whose metrics were not fetched: (step, sums, whether they end a window of the log).
-        self._late: collections.deque[tuple[int, dict[str, Array], bool]] = collections.deque()
+        # Steps whose metrics are not fetched yet: (step, sums, whether it ends a window of the log)
+        self._late: collections.deque[tuple[int, dict[str, Any], bool]] = collections.deque()
         self._pace, self._stopwatch = _Pace(self.batch_size), Stopwatch()
         self._outcome = outcome = TrainOutcome(state, start)
-        going = not self.host.stopped
-        if self.host.due:  # the last session was stopped during this step's validation
-            going = self._follow_step(saving=self._is_time(self.periods.save), validating=True)
-        while going and outcome.step < self.stop:
-            going = self._take_step()
+        continues = not self.host.stopped
+        if self.host.due:  # the last session was interrupted in this step's validation
+            continues = self._follow_step(saving=self._is_time(self.periods.save), validating=True)
+        while continues and outcome.step < self.stop:
+            continues = self._take_step()
         outcome.images_per_second = self._pace.mean()
         return outcome
 
     def _take_step(self) -> bool:
-        """One step and what follows it; whether the run goes on."""
+        """Takes a step, then validates and saves if due. Returns whether the run continues."""
         outcome, call = self._outcome, self.callbacks
         outcome.state, sums = self.train_step(outcome.state, next(self.batches), self.key)
         outcome.step += 1
@@ -230,26 +246,26 @@ class TrainLoop:
             self._absorb()
         self._pace.lap()
         if stopping and not last:
-            # The events of this step must not be lost: the next session starts with them.
-            self.host.due = validating and self._looks
+            # The next session starts with the validation that this step still owes.
+            self.host.due = validating and self._has_validation
             self._save({})
             outcome.preempted = True
             return False
-        going = self._follow_step(saving, validating)
+        continues = self._follow_step(saving, validating)
         self._pace.restart()
-        return going
+        return continues
 
     def _follow_step(self, saving: bool, validating: bool) -> bool:
-        """The validation and the checkpoint of a step; whether the run goes on."""
-        found: dict[str, float] = {}
+        """Validates and saves after a step. Returns whether the run continues."""
+        record: dict[str, float] = {}
         host, outcome, call = self.host, self._outcome, self.callbacks
-        host.due = validating and self._looks
+        host.due = validating and self._has_validation
         if host.due:
             try:
                 if call.refresh is not None:
                     outcome.state = call.refresh(outcome.state)
                 if call.evaluate is not None:
-                    found, better = self._validate()
+                    record, better = self._validate(call.evaluate)
                     saving = saving or better or host.stopped
             except Interrupted:
                 self._save({})
@@ -259,17 +275,19 @@ class TrainLoop:
         if host.stopped and host.window:
             self._log(outcome.step)
         if saving:
-            self._save(found)
+            self._save(record)
         return not host.stopped
 
-    def _validate(self) -> tuple[dict[str, float], bool]:
-        """(metrics, whether this is the best so far). Raises `Interrupted`."""
+    def _validate(
+        self, evaluate: Callable[[PyTree], dict[str, float]]
+    ) -> tuple[dict[str, float], bool]:
+        """Returns (metrics, whether this validation is the best so far). Raises `Interrupted`."""
         host, outcome, call = self.host, self._outcome, self.callbacks
-        found = call.evaluate(outcome.state)
-        record = {f"validation/{name}": value for name, value in found.items()}
+        results = evaluate(outcome.state)
+        record = {f"validation/{name}": value for name, value in results.items()}
         call.write(outcome.step, record)
-        metrics.check_best_by(self.best_by, found)
-        value, lowest = found[self.best_by], self.best_mode == "min"
+        metrics.check_best_by(self.best_by, results)
+        value, lowest = results[self.best_by], self.best_mode == "min"
         is_better = host.best is None or (value < host.best if lowest else value > host.best)
         better = math.isfinite(value) and is_better
         host.best, host.wait = (value, 0) if better else (host.best, host.wait + 1)
@@ -279,7 +297,7 @@ class TrainLoop:
         return record, better
 
     def _absorb(self) -> None:
-        """Waits for the oldest step whose metrics were not fetched; logs the window it ends."""
+        """Fetches the metrics of the oldest pending step; if it ends a window, logs the window."""
         host = self.host
         step, sums, logging = self._late.popleft()
         values = jax.device_get(sums)
@@ -294,38 +312,38 @@ class TrainLoop:
         if self.max_bad_steps and host.bad_in_a_row >= self.max_bad_steps:
             raise Diverged(
                 f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
-                f"finite, and nothing of them was kept. Lower schedule.learning_rate ({rate:g} "
+                f"finite, and these steps were discarded. Lower schedule.learning_rate ({rate:g} "
                 "now), warm up longer, or set optimizer.clip_norm, in another --workdir"
             )
         if logging:
             self._log(step)
 
     def _log(self, step: int) -> None:
-        """Writes the window that ends with this step, and begins another."""
+        """Logs the window that ends with this step, and starts a new one."""
         window, self.host.window = self.host.window, {}
         record = _describe(window, "train/")
         if (images_per_second := self._pace.lap()) is not None:
             record["images_per_second"] = images_per_second
         self.callbacks.write(step, record)
 
-    def _save(self, found: dict[str, float]) -> None:
+    def _save(self, record: dict[str, float]) -> None:
         outcome = self._outcome
         self.host.seconds += self._stopwatch.lap()
-        self.callbacks.save(outcome.step, outcome.state, dataclasses.asdict(self.host), found)
+        self.callbacks.save(outcome.step, outcome.state, dataclasses.asdict(self.host), record)
 
     def _time_first_step(self, sums: dict[str, Array]) -> None:
         outcome = self._outcome
         jax.block_until_ready(sums)
         outcome.seconds_to_first_step = time.perf_counter() - self.began
         self.callbacks.write(outcome.step, {"time/first_step": outcome.seconds_to_first_step})
-        self._pace.restart(-1)  # compiling does not count
+        self._pace.restart(-1)  # excludes the compilation
 
     def _is_time(self, period: int) -> bool:
-        """Whether something with that period is due at this step; it always is at the last."""
+        """Whether an event with this period is due at this step; at the last step it always is."""
         step = self._outcome.step
         return step == self.stop or bool(period and step % period == 0)
 
     @property
-    def _looks(self) -> bool:
-        """Whether anything is done at a validation."""
+    def _has_validation(self) -> bool:
+        """Whether a validation does anything."""
         return self.callbacks.evaluate is not None or self.callbacks.refresh is not None

@@ -1,5 +1,4 @@
-"""Losses, one number an example, in float32 whatever the network computes in; and those of
-auxiliary heads with their weights."""
+"""Losses of single examples, computed in float32, and the weighted losses of auxiliary heads."""
 
 from __future__ import annotations
 
@@ -26,12 +25,13 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
-    """-sum_k labels_k log sigmoid(logits)_k + (1 - labels_k) log(1 - sigmoid(logits)_k): logits
-    [N K], labels [N K] in 0..1 -> [N].
+    """-sum_k labels_k log sigmoid(logits_k) + (1 - labels_k) log(1 - sigmoid(logits_k)).
 
-    The sum over the labels, as in big_vision, not their mean, as in PyTorch's BCEWithLogitsLoss: it
-    is the negative log-likelihood of an example, as `cross_entropy` is, and the gradient of a logit
-    does not depend on how many others there are.
+    logits [N K], labels [N K] in 0..1 -> [N].
+
+    It is summed over the labels, as in big_vision; PyTorch's BCEWithLogitsLoss takes the mean. The
+    sum is the negative log-likelihood of an example, as `cross_entropy` is, and the gradient of a
+    logit does not depend on the number of labels.
     """
     logits = logits.astype(jnp.float32)
     yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
@@ -39,9 +39,11 @@ def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def select_loss(loss: Loss | None, task: str) -> Loss:
-    """The loss of a step: a user's own, which is given float32 and checked while tracing, or that
-    of the task if `loss` is None. Raises `UserError` for one that takes other arguments, and for an
-    unknown task."""
+    """Returns the loss of a step: the user's `loss`, or the task's if `loss` is None.
+
+    A user's loss gets float32, and its result is checked while the step is traced. Raises
+    `UserError` if the loss takes other arguments or the task is unknown.
+    """
     if task not in TASKS:
         raise UserError(f"task: unknown {task!r}{did_you_mean(task, TASKS)}")
     if loss is None:
@@ -50,12 +52,12 @@ def select_loss(loss: Loss | None, task: str) -> Loss:
     checks.check_arguments(name, loss, ("logits", "labels"))
 
     def checked(logits: Array, labels: Array) -> Array:
-        with checks.explain_errors(name, "logits f32 [N K] and labels f32 [N K], a row an example"):
+        with checks.explain_errors(name, "f32: logits [N K] and labels [N K], one row per example"):
             each = loss(logits.astype(jnp.float32), labels)
         if not checks.is_float_array(each, logits.shape[:1]):
             raise UserError(
-                f"{name} gave {checks.describe(each)}, expected float32 [{len(logits)}]: one number"
-                " an example; the step takes their mean"
+                f"{name} returned {checks.describe(each)}, expected float32 [{len(logits)}]: one"
+                " number per example, of which the step takes the mean"
             )
         return jnp.asarray(each, jnp.float32)
 
@@ -63,23 +65,25 @@ def select_loss(loss: Loss | None, task: str) -> Loss:
 
 
 def check_logits(logits: Any, n: int, num_classes: int) -> None:
-    """Raises `UserError` unless a network gave [n K]."""
+    """Raises `UserError` unless `logits` is a floating-point array [n num_classes]."""
     if not checks.is_float_array(logits, (n, num_classes)):
         raise UserError(
-            f"the network gave {checks.describe(logits)}, expected logits float32"
-            f" [{n} {num_classes}], a row an image and a column a class"
+            f"the network returned {checks.describe(logits)}, expected logits float32"
+            f" [{n} {num_classes}]: one row per image, one column per class"
         )
 
 
 def soft_labels(labels: Array, num_classes: int) -> Array:
-    """labels i32 [n] or f32 [n k] -> f32 [n K], where the classes that the data set lacks are 0.
-    Raises `UserError` while tracing where k is larger than K."""
+    """labels i32 [n] or f32 [n k] -> f32 [n K]; classes that the data set lacks get 0.
+
+    Raises `UserError` while tracing if k is larger than K.
+    """
     if labels.ndim == 1:
         return jax.nn.one_hot(labels, num_classes)
     missing = num_classes - labels.shape[-1]
     if missing < 0:
         raise UserError(
-            f"labels have {labels.shape[-1]} columns, and the network {num_classes} classes"
+            f"labels have {labels.shape[-1]} columns, but the network has {num_classes} classes"
         )
     return jnp.pad(labels.astype(jnp.float32), ((0, 0), (0, missing)))
 
@@ -91,8 +95,11 @@ def aux_loss(
     step: Array,
     loss: Loss = cross_entropy,
 ) -> Array:
-    """The weighted sum of the mean losses of all heads sown into `aux_logits`, by head name."""
-    # A head `aux1` sows its "logits", and sow keeps a tuple of all that is sown under a name.
+    """Returns the weighted sum of the mean losses of all heads sown into `aux_logits`.
+
+    `weights`: (regex of a head's name, its weight as a schedule); the first match decides.
+    """
+    # A head `aux1` sows "logits" into a tuple: sow keeps everything that is sown under a name.
     heads = {
         path.rpartition("/")[0].removesuffix("/logits"): logits
         for path, logits in pytree.flatten(aux_logits).items()
@@ -106,8 +113,10 @@ def aux_loss(
 
 
 def make_aux_weights(config: Any, steps_per_epoch: float) -> list[tuple[str, Schedule]]:
-    """`config.aux_weight`, of the section `config.train`, as rules (regex of the head's name,
-    schedule of the step). Raises `UserError` for a duration that is none."""
+    """Returns `config.aux_weight` as rules (regex of the head's name, weight as a schedule).
+
+    `config` is the section `config.train`. Raises `UserError` if a duration is invalid.
+    """
 
     def schedule(weight: Any) -> Schedule:
         if isinstance(weight, (int, float)):

@@ -1,6 +1,6 @@
-"""Whether a batch fits into a CPU's memory: checked before XLA aborts the process.
+"""Checks that a batch fits into a CPU's memory, before XLA aborts the process.
 
-Accelerators raise an error of their own.
+Accelerators raise an error by themselves.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ GIB = 2**30
 
 
 def available() -> int | None:
-    """The bytes that this process may still take: the least that the machine, its control group and
-    its own limit allow. None if the system does not say."""
-    found = []
+    """Returns the bytes that this process may still allocate; None if the system does not tell.
+
+    This is the smallest of what the machine, the control group and the process limit allow.
+    """
+    limits = []
     machine = _table("/proc/meminfo")
     if "MemAvailable" in machine:
-        found.append((machine["MemAvailable"] + machine.get("SwapFree", 0)) * 1024)
+        limits.append((machine["MemAvailable"] + machine.get("SwapFree", 0)) * 1024)
     group = pathlib.Path("/sys/fs/cgroup")
     try:
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            found.append(int(most) - _table(group / "memory.stat")["anon"])
+        group_limit = (group / "memory.max").read_text().strip()
+        if group_limit != "max":
+            limits.append(int(group_limit) - _table(group / "memory.stat")["anon"])
     except (OSError, ValueError, KeyError):
         pass
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        found.append(limit - _table("/proc/self/status").get("VmSize", 0) * 1024)
-    return max(0, min(found)) if found else None
+        limits.append(limit - _table("/proc/self/status").get("VmSize", 0) * 1024)
+    return max(0, min(limits)) if limits else None
 
 
 def _table(file: str | pathlib.Path) -> dict[str, int]:
-    """{name: number} of a file of such lines; {} if it cannot be read."""
+    """Returns {name: number} of a file with lines "name number"; {} if it cannot be read."""
     try:
         text = pathlib.Path(file).read_text()
     except OSError:
@@ -46,8 +48,10 @@ def _table(file: str | pathlib.Path) -> dict[str, int]:
 
 
 def needed(step: Callable, *arguments: Any) -> int:
-    """The bytes that a compiled step takes on one device besides its arguments; 0 if XLA does not
-    say. Compiles the step; its first call does not compile it again."""
+    """Returns the bytes that a compiled step needs on one device in addition to its arguments.
+
+    Returns 0 if XLA does not tell. Compiles the step; its first call does not compile it again.
+    """
     if not hasattr(step, "lower"):
         return 0
     stats = step.lower(*arguments).compile().memory_analysis()
@@ -63,10 +67,10 @@ def fits(need: float) -> bool:
 
 
 def check_fits(need: float, *, what: str) -> None:
-    """Raises UserError if `need` bytes are not available. `what`: the field and its value."""
+    """Raises `UserError` if `need` bytes are not available; `what` is the field with its value."""
     if not fits(need):
         free = available() or 0
         raise UserError(
-            f"{what}: such a batch needs {need / GIB:.1f} GiB of memory, and {free / GIB:.1f} GiB "
-            "are free; take a smaller one"
+            f"{what}: a batch of this size needs {need / GIB:.1f} GiB of memory, but only "
+            f"{free / GIB:.1f} GiB are free; choose a smaller one"
         )

@@ -1,8 +1,9 @@
-"""Metrics travel as sums and counts, are added over steps and devices, and divided once.
+"""Metrics as sums and counts: added over steps and devices, divided once.
 
-A user's own metric is a function (logits f32 [N K], labels f32 [N K], mask f32 [N]) -> (sum, count)
-or {"sum", "count"}, of numbers, or of arrays [M] for M ratios whose mean it is (those that counted
-nothing left out). Its sums are "metric/NAME/sum" and "metric/NAME/count".
+A user's metric is a function (logits f32 [N K], labels f32 [N K], mask f32 [N]) that returns
+(sum, count) or {"sum", "count"}. Both are numbers, or arrays [M] for a metric that is the mean of M
+ratios; ratios with count 0 are left out of the mean. Its sums are named "metric/NAME/sum" and
+"metric/NAME/count".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flax_cnns.types import Array
 
 Metric = Callable[[Array, Array, Array], Any]
 
-# Sum -> the metric that it is divided by the number of examples.
+# Name of a sum -> name of the metric: that sum divided by the number of examples.
 _PER_EXAMPLE = {
     "loss": "loss",
     "correct": "accuracy",
@@ -30,13 +31,13 @@ _PER_EXAMPLE = {
 }
 _OWN = "metric/"
 
-# What a step's sums may hold besides the values of penalties and a user's own metrics.
+# The sums of a step, apart from the values of penalties and a user's metrics.
 SUM_NAMES = frozenset({*_PER_EXAMPLE, "count", "bad", "norm", "rate", "steps", "confusion"})
-# Names of metrics that a user's own cannot have.
+# Names that a user's metric cannot have.
 RESERVED_NAMES = frozenset(
     {
         *(*_PER_EXAMPLE.values(), "learning_rate", "bad_steps", "images_per_second", "norm/grads"),
-        # what stands beside metrics in summary.json and in the file of an evaluation
+        # other keys of summary.json and of an evaluation's file
         *("step", "examples", "split", "checkpoint", "classes", "confusion", "changed_data"),
     }
 )
@@ -50,17 +51,18 @@ def sum_task_metrics(
     *,
     task: str = "classes",
 ) -> dict[str, Array]:
-    """losses [N], logits [N K], labels i32 [N] or f32 [N K], mask f32 [N] -> sums.
+    """losses [N], logits [N K], labels i32 [N] or f32 [N K], mask f32 [N] -> sums by name.
 
-    "loss" and "count"; for classes "correct", and with more than five classes also "correct5": how
-    often the label, the largest of a row [K], is among the five highest logits. For the task
-    "multilabel" instead "correct_labels", the share of an example's K labels that are right where a
-    logit above 0 says yes, and "correct_subsets": whether all of them are.
+    Every task has "loss" and "count". The task "classes" has "correct", and with more than five
+    classes "correct5": how often the label is among the five highest logits. The label of a row [K]
+    is its largest entry. The task "multilabel" has "correct_labels", the fraction of an example's K
+    labels that are predicted correctly (a logit above 0 predicts the label), and "correct_subsets":
+    1 if all of them are correct.
     """
     if task == "classes" and labels.ndim > 1:
         labels = jnp.argmax(labels, -1)
     mask = jnp.ones_like(losses) if mask is None else mask
-    # A masked row may hold anything, a NaN too, and 0 * NaN is NaN.
+    # A masked row may hold anything, also NaN, and 0 * NaN is NaN.
     total = {"loss": jnp.sum(jnp.where(mask > 0, losses, 0.0)), "count": jnp.sum(mask)}
     if task == "multilabel":
         right = (logits > 0) == (labels > 0.5)
@@ -85,7 +87,10 @@ def sum_metrics(
     task: str = "classes",
     own_metrics: Mapping[str, Metric] = {},
 ) -> dict[str, Array]:
-    """All sums of some examples: labels i32 [N] or f32 [N K], and as f32 [N K] in any case."""
+    """Returns all sums of some examples: those of the task and those of the user's metrics.
+
+    labels: i32 [N] or f32 [N K]; soft_labels: the same labels as f32 [N K].
+    """
     labels = labels if task == "classes" else soft_labels
     total = sum_task_metrics(losses, logits, labels, mask, task=task)
     return total | sum_own_metrics(own_metrics, logits, soft_labels, mask)
@@ -94,11 +99,11 @@ def sum_metrics(
 def sum_own_metrics(
     own_metrics: Mapping[str, Metric], logits: Array, labels: Array, mask: Array | None = None
 ) -> dict[str, Array]:
-    """The sums of a user's own metrics, by name: logits [N K], labels f32 [N K], mask f32 [N].
+    """Returns the sums of a user's metrics: logits [N K], labels f32 [N K], mask f32 [N].
 
-    Masked rows are copies of the first one that is not, so that a NaN there does no harm, and a
-    device that has none but masked rows adds 0. Raises `UserError` while tracing for what is no sum
-    and count.
+    Masked rows are replaced by the first unmasked row, so that a NaN in them does no harm. A device
+    with only masked rows adds 0. Raises `UserError` while tracing if a metric does not return a sum
+    and a count.
     """
     if not own_metrics:
         return {}
@@ -114,49 +119,52 @@ def sum_own_metrics(
     total = {}
     for name, metric in own_metrics.items():
         with checks.explain_errors(f"metric {name!r}", "f32: logits [N K], labels [N K], mask [N]"):
-            found = metric(logits, labels, mask)
-        found = _sum_and_count(name, found)
-        _check_added(name, metric, found[0], (logits, labels, mask))
-        for what, value in zip(("sum", "count"), found):
-            total[f"{_OWN}{name}/{what}"] = jnp.where(counts, value, 0.0)
+            result = metric(logits, labels, mask)
+        sum_and_count = _sum_and_count(name, result)
+        _check_added(name, metric, sum_and_count[0], (logits, labels, mask))
+        for key, value in zip(("sum", "count"), sum_and_count):
+            total[f"{_OWN}{name}/{key}"] = jnp.where(counts, value, 0.0)
     return total
 
 
-def _sum_and_count(name: str, found: Any) -> tuple[Array, Array]:
-    """Both f32, [] or [M]."""
-    pair = found
-    if isinstance(found, Mapping):
-        pair = (found["sum"], found["count"]) if found.keys() == {"sum", "count"} else ()
+def _sum_and_count(name: str, result: Any) -> tuple[Array, Array]:
+    """Returns the sum and the count in a metric's `result`, both f32, [] or [M]."""
+    pair = result
+    if isinstance(result, Mapping):
+        pair = (result["sum"], result["count"]) if result.keys() == {"sum", "count"} else ()
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(checks.is_array, pair)):
         raise UserError(
-            f"metric {name!r}: expected (sum, count) or a dict of 'sum', 'count', came"
-            f" {checks.describe(found)}"
+            f"metric {name!r}: expected (sum, count) or a dict of 'sum', 'count', got"
+            f" {checks.describe(result)}"
         )
     total, count = (jnp.asarray(value, jnp.float32) for value in pair)
     if total.ndim > 1 or count.shape not in ((), total.shape):
         raise UserError(
-            f"metric {name!r}: expected a sum and a count of one shape, [] or [M], came"
-            f" {checks.describe(found)}"
+            f"metric {name!r}: expected a sum and a count of one shape, [] or [M], got"
+            f" {checks.describe(result)}"
         )
     return total, jnp.broadcast_to(count, total.shape)
 
 
 def _check_added(name: str, metric: Metric, total: Array, given: Sequence[Array]) -> None:
-    """Raises `UserError` for numbers of single examples, which would be added over batches."""
+    """Raises `UserError` if a metric returns a value per example, not a sum over the examples."""
     if total.shape != given[-1].shape:
         return
     larger = [jax.ShapeDtypeStruct((len(x) + 1, *x.shape[1:]), x.dtype) for x in given]
     more, _ = jax.eval_shape(lambda *x: _sum_and_count(name, metric(*x)), *larger)
     if more.shape != total.shape:
         raise UserError(
-            f"metric {name!r}: expected the sum and the count over the examples, came"
-            f" {checks.describe(total)}, a number an example; give its .sum() and mask.sum()"
+            f"metric {name!r}: expected the sum and the count over the examples, got"
+            f" {checks.describe(total)}, one number per example; return its .sum() and mask.sum()"
         )
 
 
 def check_own_metrics(own_metrics: Mapping[str, Metric], taken: Iterable[str] = ()) -> None:
-    """Raises `UserError` for a metric whose name is taken, such as by a penalty (`taken`), and for
-    a function that takes other arguments."""
+    """Checks the names and the arguments of a user's metrics.
+
+    Raises `UserError` if a name is reserved or in `taken` (the penalties' names), or if a metric
+    takes other arguments.
+    """
     for name, metric in own_metrics.items():
         if name in RESERVED_NAMES or name in taken:
             raise UserError(
@@ -170,7 +178,7 @@ def check_own_metrics(own_metrics: Mapping[str, Metric], taken: Iterable[str] = 
 def list_names(
     num_classes: int, *, task: str = "classes", own_metrics: Iterable[str] = ()
 ) -> list[str]:
-    """What `compute` gives of an evaluation: those of the task, then a user's own."""
+    """Returns the names of the metrics that `compute` returns: the task's, then the user's."""
     built_in = ["loss", "accuracy", *(["top5"] if num_classes > 5 else [])]
     if task == "multilabel":
         built_in = ["loss", "label_accuracy", "subset_accuracy"]
@@ -178,23 +186,25 @@ def list_names(
 
 
 def check_best_by(name: str, known: Iterable[str]) -> None:
-    """Raises `UserError` if a validation gives no metric of this name."""
+    """Raises `UserError` if a validation has no metric `name`; `known` are the metrics it has."""
     known = list(known)
     if name not in known:
         raise UserError(
-            f"train.best_by: a validation has no {name!r}{did_you_mean(name, known)}; take"
-            f" validation/NAME, NAME one of {', '.join(known)}"
+            f"train.best_by: a validation has no metric {name!r}{did_you_mean(name, known)}; set"
+            f" validation/NAME, where NAME is one of {', '.join(known)}"
         )
 
 
 def is_penalty(name: str) -> bool:
-    """Whether a step's sum of this name is the value of a penalty."""
+    """Whether the sum `name` of a step is the value of a penalty."""
     return name not in SUM_NAMES and not name.startswith(_OWN)
 
 
 def add_sums(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums of two parts, as Python floats (float64), so that many small ones lose nothing; of
-    arrays [M] as lists."""
+    """Adds `more` to `total` in float64, so that many small numbers lose no precision.
+
+    Returns Python floats; for arrays [M], lists of floats.
+    """
     return {
         name: (
             np.asarray(total.get(name, 0.0), np.float64) + np.asarray(value, np.float64)
@@ -204,10 +214,12 @@ def add_sums(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 
 def compute(total: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Sums -> {"loss", "accuracy", "top5"} per example, and a user's own metrics by name; NaN where
-    nothing was counted."""
+    """Sums -> metrics by name: the means over the examples, and a user's metrics.
+
+    A metric is NaN if its count is 0.
+    """
     count = float(total.get("count", 0.0))
-    found = {
+    metrics = {
         prefix + name: float(total[key]) / count if count else float("nan")
         for key, name in _PER_EXAMPLE.items()
         if key in total
@@ -216,13 +228,13 @@ def compute(total: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         if key.startswith(_OWN) and key.endswith("/count"):
             name = key.removesuffix("/count")
             ratios = _ratios(total[f"{name}/sum"], total[key])
-            found[prefix + name.removeprefix(_OWN)] = (
+            metrics[prefix + name.removeprefix(_OWN)] = (
                 float(np.mean(ratios)) if ratios.size else float("nan")
             )
-    return found
+    return metrics
 
 
 def _ratios(total: Any, count: Any) -> np.ndarray:
-    """Of those that counted anything."""
+    """Returns the ratios whose count is not 0."""
     total, count = (np.ravel(np.asarray(value, np.float64)) for value in (total, count))
     return total[count != 0] / count[count != 0]

@@ -1,7 +1,8 @@
-"""Optimizers: Optax, over the trainable leaves only, with rules (regex, value) for what differs.
+"""Optimizers made of Optax transformations of the trainable leaves.
 
-The learning rate is a function of `state.step`, which the step hands over, and is multiplied by a
-scale in the optimizer's state when the schedule is "plateau".
+Rules (regex, value) set what differs between parameters. The learning rate is a function of
+`state.step`, which the training step passes on. The schedule "plateau" multiplies it by a scale in
+the optimizer's state.
 """
 
 from __future__ import annotations
@@ -29,33 +30,37 @@ OptimizerFactory = Callable[..., optax.GradientTransformation]  # (learning_rate
 
 
 class Optimizer(NamedTuple):
-    # Over the trainable leaves; update(..., step=, key=), the key being for gradient noise.
+    """An Optax transformation of the trainable leaves, and what a training step needs with it."""
+
+    # Of the trainable leaves; its update takes `step` and, for gradient noise, `key`.
     tx: optax.GradientTransformationExtraArgs
-    trainable: PyTree  # bools in the shape of params
-    learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> the rate of that step
+    trainable: PyTree  # a bool for each leaf of params
+    learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> that step's rate
     batchnorm_modes: Mapping[str, str]  # BatchNorm layer -> its mode (batchnorm_modes.MODES)
-    regularizers: Mapping[str, Regularizer] = {}  # those that are on, by name
+    regularizers: Mapping[str, Regularizer] = {}  # the active ones, by name
 
     def init(self, params: PyTree) -> PyTree:
-        """The optimizer's state for `params`: frozen leaves take no memory."""
+        """Returns the optimizer's state for `params`; frozen leaves take no memory."""
         return self.tx.init(pytree.partition(params, self.trainable)[0])
 
     def update(
         self, weights: PyTree, grads: PyTree, opt_state: PyTree, *, step: Array, key: Array
     ) -> tuple[PyTree, PyTree]:
-        """(weights, opt_state) after a step, of the trainable leaves alone; `grads` are those of
-        the whole loss, its penalties included."""
+        """Returns (weights, opt_state) after a step.
+
+        `weights` are the trainable leaves; `grads` are gradients of the loss with its penalties.
+        """
         updates, opt_state = self.tx.update(grads, opt_state, weights, step=step, key=key)
         weights = optax.apply_updates(weights, updates)
         return regularizers.constrain(self.regularizers, weights), opt_state
 
 
 class PlateauState(NamedTuple):
-    """ "Divide by ten when the validation error plateaus", as arrays that the checkpoint keeps."""
+    """The state of the schedule "plateau", as arrays that checkpoints hold."""
 
-    best: Array  # f32, the lowest error seen
-    wait: Array  # i32, validations since
-    scale: Array  # f32, on the learning rate
+    best: Array  # f32: the lowest validation error
+    wait: Array  # i32: validations since the lowest one
+    scale: Array  # f32: factor on the learning rate
 
 
 def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
@@ -72,20 +77,21 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
 
 
 class OwnOptimizerState(NamedTuple):
-    """Of a user's optimizer."""
+    """The state of a user's optimizer, with the plateau of its learning rate."""
 
     rate: PlateauState
-    inner: PyTree  # its own
+    inner: PyTree  # the state of the user's optax transformation
 
 
 def _own_optimizer(
     factory: OptimizerFactory, fields: Mapping[str, Any], schedule: Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """A user's optimizer, whose learning rate is that of `step` and of the plateau.
+    """Wraps a user's optimizer so that its learning rate follows `step` and the plateau.
 
-    Optax counts updates by itself, and knows neither of rejected steps nor of the plateau: so it is
-    made anew in each update, with a schedule that is the step's rate whatever count it is given.
-    Every block has its own name in what it is given, and in its state, where the network scans too.
+    Optax counts updates by itself and ignores rejected steps and the plateau. Therefore the
+    optimizer is made anew in each update, with a schedule that returns the step's rate for any
+    count. The user's optimizer always sees every block under its own name, also if the network
+    scans.
     """
     what = f"optimizer.name: {checks.name_of(factory)}"
     checks.check_arguments(what, factory, ("learning_rate_schedule",), fields)
@@ -96,8 +102,9 @@ def _own_optimizer(
         def learning_rate(count: Array) -> Array:
             if making:
                 raise UserError(
-                    f"{what} asks for the learning rate as it is made, and so for one step's;"
-                    " give the schedule itself to Optax, as in optax.sgd(learning_rate_schedule)"
+                    f"{what} calls the schedule while the optimizer is made, so it gets the rate of"
+                    " one step only; pass the schedule to Optax, as in"
+                    " optax.sgd(learning_rate_schedule)"
                 )
             return rate(count)
 
@@ -105,59 +112,58 @@ def _own_optimizer(
         making = False
         if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
             raise UserError(
-                f"{what}: expected an optax.GradientTransformation, came {checks.describe(tx)}"
+                f"{what}: expected an optax.GradientTransformation, got {checks.describe(tx)}"
             )
         return optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> OwnOptimizerState:
         start = PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
         inner = make_with(schedule).init(pytree.unstack_blocks(params))
-        # A copy: it may hold the weights themselves, and a step is given each buffer once.
+        # A copy: the state may hold the weights themselves, and a buffer can be donated only once.
         return OwnOptimizerState(start, jax.tree.map(jnp.copy, inner))
 
     def update(updates, state, params=None, *, step, **_):
         rate = schedule(step) * state.rate.scale
         grads, named = (pytree.unstack_blocks(tree) for tree in (updates, params))
         try:
-            found, inner = make_with(lambda count: rate).update(grads, state.inner, named)
+            changes, inner = make_with(lambda count: rate).update(grads, state.inner, named)
         except TypeError as error:
             if "required keyword-only" in str(error):
                 raise UserError(
-                    f"{what} is given gradients, state and params alone: {error}"
+                    f"{what}: its update gets only gradients, state and params: {error}"
                 ) from None
             raise
-        found = checks.restack(checks.check_tree_like(f"{what}, updates", found, grads), updates)
-        return found, OwnOptimizerState(
-            state.rate, checks.check_tree_like(f"{what}, state", inner, state.inner)
-        )
+        changes = checks.check_tree_like(f"{what}, updates", changes, grads)
+        inner = checks.check_tree_like(f"{what}, state", inner, state.inner)
+        return checks.restack(changes, updates), OwnOptimizerState(state.rate, inner)
 
-    make_with(schedule)  # what is wrong with it, before the data is loaded
+    make_with(schedule)  # reports mistakes now, before the data is loaded
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _beside(
+def _add_decoupled(
     chain: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds what `chain` makes of no gradient at all to the updates that it is given."""
+    """Adds to the updates what `chain` returns for gradients of zero: decoupled weight decay."""
 
     def update(updates, state, params=None, **extra):
-        nothing = jax.tree.map(jnp.zeros_like, updates)
-        more, state = chain.update(nothing, state, params, **extra)
-        return jax.tree.map(jnp.add, updates, more), state
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        decay, state = chain.update(zeros, state, params, **extra)
+        return jax.tree.map(jnp.add, updates, decay), state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 def _scale_by_trust_ratio() -> optax.GradientTransformation:
-    """LAMB's, by the norms of each layer, of the layers in a stack too."""
+    """LAMB's trust ratio, for each leaf; in a stack, for each block's leaf."""
     scale = optax.scale_by_trust_ratio()
 
-    def one(path: tuple, update: Array, weight: Array) -> Array:
+    def scale_leaf(path: tuple, update: Array, weight: Array) -> Array:
         ratio = lambda u, w: scale.update(u, optax.EmptyState(), w)[0]  # noqa: E731
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return (jax.vmap(ratio) if len(pytree.expand_stack(name)) > 1 else ratio)(update, weight)
 
-    return optax.stateless(partial(jax.tree_util.tree_map_with_path, one))
+    return optax.stateless(partial(jax.tree_util.tree_map_with_path, scale_leaf))
 
 
 def _plateau_states(opt_state: PyTree) -> list[PlateauState]:
@@ -174,13 +180,13 @@ def update_plateau(
     min_delta: float,
     signed: bool = False,
 ) -> PyTree:
-    """The state after a validation error: after `patience` of them that were not better than the
-    best by the share `min_delta`, the learning rate is multiplied by `factor`.
+    """Returns `opt_state` updated by a validation error.
 
-    `signed`: errors may be negative, as 1 - value is of a metric that exceeds 1.
+    After `patience` errors in a row that are not below the best one by the fraction `min_delta`,
+    the learning rate is multiplied by `factor`. The last of these errors already lowers the rate.
+    PyTorch's ReduceLROnPlateau waits for one more: its `patience=4` is 5 here.
 
-    The last of these lowers the rate: PyTorch's ReduceLROnPlateau waits for one more, so that its
-    `patience=4` is 5 here.
+    `signed`: errors may be negative, as 1 - value is for a metric above 1.
     """
 
     def step(state: PlateauState) -> PlateauState:
@@ -203,65 +209,67 @@ def update_plateau(
     )
 
 
-# The layer, for `layer_decay`, of each module: rules (regex over the beginning of its path, layer),
-# of which the first that matches decides. A layer is any name, "head", or "below" or "above": the
-# next layer on that side. A network's own rules, `layer_groups`, come before these.
+# The layer of each module for `layer_decay`: rules (regex of the start of its path, layer), where
+# the first match decides. A layer is "head", "below" or "above" (the next layer on that side), or
+# any other name. A network's own rules, `layer_groups`, come before these.
 _GROUPS = (
     (r"head\w*|aux\w*", "head"),
-    (r"norm", "head"),  # behind the last block: BEiT's, and timm's of ConvNeXt and DenseNet
-    (r"transition\w*", "below"),  # DenseNet's
-    (r"downsample\w*", "above"),  # ConvNeXt's
-    (r"stem\w*|patches|", "stem"),  # "": what is the network's own, such as positions
+    (r"norm", "head"),  # after the last block: as in BEiT, and in timm's ConvNeXt and DenseNet
+    (r"transition\w*", "below"),  # DenseNet
+    (r"downsample\w*", "above"),  # ConvNeXt
+    (r"stem\w*|patches|", "stem"),  # "": parameters of the network itself, such as positions
     (r"[^/]+/(?:block|layer|normal|highway)\d+|[^/]+", r"\g<0>"),
 )
 
 
 def layer_exponents(order: Sequence[str], groups: Sequence[tuple[str, str]] = ()) -> dict[str, int]:
-    """{path of a part: exponent of `layer_decay`}: 0 for the head, 1 for the layer below it, ..."""
-    parts: dict[str, str] = {}  # in the order of the images' way: part -> its layer
+    """Returns {path of a module: exponent of `layer_decay`}: 0 for the head, 1 for the layer below.
+
+    `order`: paths of modules in the order in which images pass them.
+    """
+    layer_of: dict[str, str] = {}  # module -> its layer, in that order
     for path in order:
         for regex, layer in (*groups, *_GROUPS):
-            if found := re.match(rf"(?:{regex})(?=/|$)", path):
-                parts.setdefault(found[0], found.expand(layer))
+            if match := re.match(rf"(?:{regex})(?=/|$)", path):
+                layer_of.setdefault(match[0], match.expand(layer))
                 break
-    names = list(parts)
-    for step, side, inward in ((-1, "below", names), (1, "above", names[::-1])):
-        for part in inward:
-            if parts[part] == side:
-                at = names.index(part) + step
-                parts[part] = parts[names[at]] if 0 <= at < len(names) else part
-    layers = list(dict.fromkeys(layer for layer in parts.values() if layer != "head"))
+    modules = list(layer_of)
+    for step, side, inward in ((-1, "below", modules), (1, "above", modules[::-1])):
+        for module in inward:
+            if layer_of[module] == side:
+                at = modules.index(module) + step
+                layer_of[module] = layer_of[modules[at]] if 0 <= at < len(modules) else module
+    layers = list(dict.fromkeys(layer for layer in layer_of.values() if layer != "head"))
     return {
-        part: 0 if layer == "head" else len(layers) - layers.index(layer)
-        for part, layer in parts.items()
+        module: 0 if layer == "head" else len(layers) - layers.index(layer)
+        for module, layer in layer_of.items()
     }
 
 
 def layer_decay(
     order: Sequence[str], decay: float, groups: Sequence[tuple[str, str]] = ()
 ) -> list[tuple[str, float]]:
-    """Rules for `lr_mult`: the head's rate whole, that of each layer below it `decay` times that of
-    the one above.
+    """Returns rules for `lr_mult`: 1 for the head, decay^n for the n-th layer below it.
 
     Transformers are grouped as in BEiT (Bao et al. 2021, https://arxiv.org/abs/2106.08254,
     get_num_layer_for_vit in its optim_factory.py): a block is a layer; patches, class token and
-    positions are one layer; the last norm counts with the head. Convolutional networks are grouped
+    positions are one layer; the last norm belongs to the head. Convolutional networks are grouped
     as in timm (`group_matcher`): the stem is one layer, ConvNeXt's downsampling belongs to the
-    block above it, DenseNet's transition to the layer below it. `groups` are a network's own rules,
-    its `layer_groups`. In networks that timm lacks, whatever stands by itself is a layer.
+    block above it, DenseNet's transition to the layer below it. In networks that timm lacks, each
+    remaining module is a layer. Auxiliary heads learn at the head's rate.
 
-    `order`: paths of modules as images pass them,
-    `[layer.path for layer in analysis.cost.cost(model).layers]`. Auxiliary heads learn as the head
-    does.
+    `order`: paths of modules in the order in which images pass them,
+    `[layer.path for layer in analysis.cost.cost(model).layers]`. `groups`: a network's own rules,
+    its `layer_groups`.
     """
     exponents = layer_exponents(order, groups)
-    # What stands deeper in the tree first: "stage1/block1" before what else there is in "stage1".
+    # Deeper modules first: "stage1/block1" before the rest of "stage1".
     return [
         (
-            f"params/{re.escape(part)}/.*" if part else "params/[^/]+",
-            1.0 if exponents[part] == 0 else decay ** exponents[part],
+            f"params/{re.escape(module)}/.*" if module else "params/[^/]+",
+            1.0 if exponents[module] == 0 else decay ** exponents[module],
         )
-        for part in sorted(exponents, key=lambda part: -part.count("/"))
+        for module in sorted(exponents, key=lambda module: -module.count("/"))
     ]
 
 
@@ -277,25 +285,35 @@ def make_optimizer(
     factory: OptimizerFactory | None = None,
     factory_fields: Mapping[str, Any] = {},
 ) -> Optimizer:
-    """The optimizer that `config.optimizer` describes, for the parameters `params`.
+    """Makes the optimizer that `config`, the section `config.optimizer`, describes.
 
-    `batch_stats` are the network's, for `config.optimizer.bn`; `order` its layers from below and
-    `groups` its `layer_groups`, for `layer_decay`. `own_regularizers` are a user's, by name; they
-    act behind the built-in ones. `factory(learning_rate_schedule, **factory_fields)`, if given, is
-    a user's optimizer in place of the one that `config.name` names. Its gradients are clipped, and
-    have the coupled weight decay ("auto" is coupled); its updates are multiplied by `lr_mult`;
-    decoupled weight decay stands beside it.
+    Args:
+      config: the section `config.optimizer`.
+      params: the network's parameters.
+      schedule: the learning rate.
+      batch_stats: the network's running statistics, for `config.bn`.
+      order: the paths of the network's layers from the input on, for `layer_decay`.
+      groups: the network's `layer_groups`, for `layer_decay`.
+      own_regularizers: a user's regularizers by name; they act after the built-in ones.
+      factory: a user's optimizer in place of `config.name`, called as
+        `factory(learning_rate_schedule, **factory_fields)`. Its gradients are clipped and include
+        coupled weight decay ("auto" is coupled). Its updates are multiplied by `lr_mult`.
+        Decoupled weight decay is added to them.
+      factory_fields: the fields of `factory`.
 
-    Decoupled weight decay is multiplied by the learning rate, as in optax and PyTorch (and not by
-    the schedule alone, as Loshchilov & Hutter 2019 write it), and stays out of every momentum.
-    Gradient noise follows clipping, so that its size is its own.
+    Decoupled weight decay is multiplied by the learning rate, as in optax and PyTorch, and is part
+    of no momentum. (Loshchilov & Hutter 2019 multiply it by the schedule alone.) Gradient noise is
+    added after clipping, so clipping does not change its size.
 
-    lamb scales the update of every leaf by its trust ratio and clips nothing by itself; timm's Lamb
-    does so only where there is weight decay (`always_adapt=False`), behind a global norm of 1
-    (`max_grad_norm`, our `clip_norm`).
+    lamb scales the update of every leaf by its trust ratio and does not clip by itself. timm's Lamb
+    uses the ratio only for leaves with weight decay (`always_adapt=False`) and clips to a global
+    norm of 1 before (`max_grad_norm`, our `clip_norm`).
 
-    rmsprop is TensorFlow's, which EfficientNet and Inception v3 were trained with: the mean of
-    squares starts at 1, epsilon stands inside the root, and the rate inside the momentum.
+    rmsprop is TensorFlow's, which trained EfficientNet and Inception v3: the mean of squares starts
+    at 1, epsilon is inside the root, and the learning rate is inside the momentum.
+
+    Raises `UserError` for rules that are invalid or freeze everything, an unknown optimizer, and a
+    factory or a regularizer that does not fit.
     """
     trainable = pytree.expand_per_parameter(
         config.trainable, params, what="optimizer.trainable", default=True
@@ -309,12 +327,12 @@ def make_optimizer(
     if bad := {type(v).__name__ for v in jax.tree.leaves(trainable)} - {"bool"}:
         raise UserError(f"optimizer.trainable: values are True or False, got {sorted(bad)}")
     modes = batchnorm_modes.decide_modes(config.bn, trainable, batch_stats or {})
-    still = batchnorm_modes.has_mode(params, modes, "frozen")
-    trainable = jax.tree.map(lambda learns, frozen: learns and not frozen, trainable, still)
+    frozen = batchnorm_modes.has_mode(params, modes, "frozen")
+    trainable = jax.tree.map(lambda learns, frozen: learns and not frozen, trainable, frozen)
     if not any(jax.tree.leaves(trainable)):
-        raise UserError("optimizer.trainable: every parameter is frozen; let one rule say True")
+        raise UserError("optimizer.trainable: every parameter is frozen; set True for at least one")
 
-    def over_trainable(spec: tuple, field: str, default: float) -> PyTree:
+    def over_trainable(spec: Sequence, field: str, default: float) -> PyTree:
         tree = pytree.expand_per_parameter(spec, params, what=f"optimizer.{field}", default=default)
         return pytree.partition(tree, trainable)[0]
 
@@ -362,8 +380,8 @@ def make_optimizer(
         mode = "decoupled" if own_decay else "coupled"
     if mode == "coupled":
         chain = [add_decay, *before, *after]
-    elif factory is not None or config.name == "rmsprop":  # the rate is inside, or momentum behind
-        chain = [*before, *after, _beside(optax.chain(add_decay, *scaled))]
+    elif factory is not None or config.name == "rmsprop":  # rate inside, or momentum last
+        chain = [*before, *after, _add_decoupled(optax.chain(add_decay, *scaled))]
     else:
         chain = [*before, add_decay, *after]
     regularizers.check_names(own_regularizers)
@@ -375,7 +393,7 @@ def make_optimizer(
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
 
     def learning_rate(step: Array, opt_state: PyTree) -> Array:
-        plateau, *_ = _plateau_states(opt_state)  # a second one, if any, is the same
+        plateau, *_ = _plateau_states(opt_state)  # further ones, if any, are equal
         return schedule(step) * plateau.scale
 
     tx = optax.with_extra_args_support(optax.chain(*chain))

@@ -1,4 +1,4 @@
-"""One step on all devices: `parallelize` maps it, `shard_batch` and `replicate` feed it."""
+"""Runs one step on all devices: `parallelize` maps it, `shard_batch` and `replicate` feed it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flax_cnns.types import Batch, PyTree
 
 
 def make_mesh(devices: list[Any] | None = None, *, axis_name: str = "batch") -> Mesh:
-    """One axis over all devices of all processes, each process's own devices side by side."""
+    """Makes a mesh with one axis over the devices of all processes, ordered by process."""
     devices = jax.devices() if devices is None else devices
-    # A process feeds one contiguous slice of the global batch, so its devices must be neighbors.
+    # A process feeds one contiguous slice of the global batch, so its devices must be adjacent.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.asarray(devices), (axis_name,))
 
@@ -35,10 +35,11 @@ def parallelize(
     mode: str = "shard_map",
     donate: bool = True,
 ) -> Callable:
-    """`step(state, batch, key)` on all devices: state and key equal everywhere, the batch split.
+    """Maps `step(state, batch, key)` over all devices.
 
-    Takes what `shard_batch(batch, mesh, mode)` made ([N ...], or for pmap [devices N/devices ...])
-    and a state that `replicate(state, mesh)` made. Evaluation: `donate=False`.
+    State and key are replicated, and the batch is split. The mapped step takes a batch from
+    `shard_batch(batch, mesh, mode)`, [N ...] or for pmap [devices N/devices ...], and a state from
+    `replicate(state, mesh)`. `donate` donates the state's buffers; set False for evaluation.
     """
     donated = (0,) if donate else ()
     if mode == "pmap":
@@ -52,8 +53,8 @@ def parallelize(
         )
         if jax.process_count() == 1:
             return mapped
-        # Out of a pmap over several processes come host-local arrays, and those cannot be donated
-        # to the next call nor saved: give them their global form again (no copy is made).
+        # With several processes, pmap returns host-local arrays, which can neither be donated to
+        # the next call nor saved. This makes them global again, without a copy.
         return lambda state, batch, key: replicate(mapped(state, batch, key), mesh)
     step = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P(axis_name), P()), out_specs=P(), check_vma=False
@@ -62,7 +63,7 @@ def parallelize(
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The same values on every device, as global arrays without a device axis."""
+    """Puts the same values on every device, as global arrays without a device axis."""
     sharding = NamedSharding(mesh, P())
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -70,20 +71,20 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def check_batch(size: int, mesh: Mesh, *, what: str) -> None:
-    """Raises `UserError` unless a batch of `size` examples divides over the devices of the mesh."""
+    """Raises `UserError` unless `size` is divisible by the number of devices of the mesh."""
     devices = mesh.devices.size
     if size % devices:
         near = [max(size // devices, 1) * devices, -(-size // devices) * devices]
         raise UserError(
-            f"{what}: {size} examples do not divide over {devices} devices; "
-            f"take {' or '.join(str(n) for n in sorted(set(near)))}"
+            f"{what}: {size} examples cannot be split evenly over {devices} devices; "
+            f"choose {' or '.join(str(n) for n in sorted(set(near)))}"
         )
 
 
 def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map") -> Batch:
     """This process's rows [n ...] -> the global batch [N ...]; for pmap [devices n/devices ...].
 
-    The copies to the devices are under way when it returns.
+    Returns while the copies to the devices are still in progress.
     """
     axis = P(mesh.axis_names[0])
     if mode == "pmap":

@@ -1,9 +1,9 @@
-"""BatchNorm's running statistics computed anew, for the weights as they are.
+"""PreciseBN: recomputes BatchNorm's running statistics for the current weights.
 
-A moving average mixes statistics of all the weights that there were lately; averaged over devices
-it also lacks what lies between these (steps.py). Here the statistics of many training batches under
-one set of weights are pooled: the mean of the means, and the variance from the mean of the squares,
-as PreciseBN in Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, section 3.
+A moving average mixes the statistics of many recent weights. Averaged over devices, it also lacks
+the variance between devices (steps.py). Here the statistics of many training batches under one set
+of weights are pooled: the mean of the means, and the variance from the mean of the squares, as in
+Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, section 3.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ def make_moments_step(
     active: Mapping[str, Regularizer] = {},
     axis_name: str = "batch",
 ) -> Callable[[tuple[PyTree, Any], Batch, Array], Moments]:
-    """`step((variables, index), batch, key)`: what each BatchNorm that trains sees of the global
-    batch, augmented and mixed as in training step number `index`; nothing is dropped, and no method
-    intercepted, as in evaluation.
+    """Returns `step((variables, index), batch, key)`, which returns the moments of a global batch.
+
+    The moments are those that each BatchNorm with the mode "train" sees. The batch is augmented and
+    mixed as in training step number `index`. As in evaluation, `train.dropout` and the `intercept`
+    hooks of regularizers are off.
 
     `modes` are `Optimizer.batchnorm_modes`, `active` are `Optimizer.regularizers`. The variance of
     a layer is negative if the layer was not computed because stochastic depth dropped its branch.
@@ -50,7 +52,7 @@ def make_moments_step(
         stats = pytree.flatten(variables["batch_stats"])
         for layer in layers:
             stats[f"{layer}/var"] = -jnp.ones_like(stats[f"{layer}/var"])
-        # The running statistics become the batch's.
+        # With momentum 0 the running statistics become those of the batch.
         with batchnorm_modes.intercept(modes, momentum=0.0):
             _, updates = apply_fn(
                 {"params": variables["params"], "batch_stats": pytree.unflatten(stats)},
@@ -59,12 +61,12 @@ def make_moments_step(
                 mutable=["batch_stats", "aux_logits"],
                 rngs=rngs,
             )
-        found = pytree.flatten(updates["batch_stats"])
+        new_stats = pytree.flatten(updates["batch_stats"])
         moments = {}
         for layer in layers:
-            local, variance = found[f"{layer}/mean"], found[f"{layer}/var"]
+            local, variance = new_stats[f"{layer}/mean"], new_stats[f"{layer}/var"]
             mean = lax.pmean(local, axis_name)
-            # Within devices and between them.
+            # The variance within devices plus the variance between them.
             moments[layer] = mean, lax.pmean(variance + jnp.square(local - mean), axis_name)
         return moments
 
@@ -79,13 +81,14 @@ def estimate_statistics(
     *,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> PyTree:
-    """`variables["batch_stats"]` with the statistics of all `batches` pooled, as NumPy arrays;
-    layers that keep theirs, or that no batch has reached, are as they were.
+    """Returns `variables["batch_stats"]` with pooled statistics of all `batches`, as NumPy arrays.
 
-    The old statistics have no influence, so that doing it again gives the same to the bit. Raises
-    `Interrupted` when `should_stop()` says so between two batches.
+    Layers that `step` leaves out, and layers that no batch reached, keep their statistics. The old
+    statistics of the others have no influence, so a second call returns the same to the bit.
+
+    Raises `Interrupted` if `should_stop()` returns True between two batches.
     """
-    totals: dict[str, np.ndarray] = {}  # how often, means, squares: [3 C]
+    totals: dict[str, np.ndarray] = {}  # sums of counts, means and mean squares: [3 C]
     for index, batch in enumerate(batches):
         if should_stop():
             raise Interrupted

@@ -1,4 +1,4 @@
-"""How a run shows itself: a bar where there is a terminal, plain lines where there is none."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich import progress as bars
@@ -17,33 +17,33 @@ from flax_cnns.names import make_console
 
 COMPILING_MESSAGE = "compiling the first step"
 ANNOUNCE_AFTER_SECONDS = 5.0  # seconds without a first step
-MAX_EXTRA_METRICS = 2  # of a user's own metrics, so that a line stays one
+MAX_EXTRA_METRICS = 2  # of a user's metrics, so that they fit into one line
 
 
 class Progress:
-    """Shows steps, time left, images/s, loss, accuracy and some own metrics. A context manager;
-    `close` otherwise.
+    """Shows steps, time left, images/s, loss, accuracy and some of a user's metrics.
 
-    On a terminal a few lines at the bottom, redrawn in place:
+    It is a context manager; without `with`, call `close`. On a terminal it redraws a few lines at
+    the bottom in place:
 
         step 120/680 18 % ━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━ 0:00:09 ETA 0:00:41
         train       loss 0.4321  accuracy 0.9100  2 310 images/s
         validation  loss 0.3012  accuracy 0.9310
 
-    Elsewhere, in a file or a pipe, one line for every event:
+    In a file or a pipe it prints one line per event:
 
         step 120/680  18 %  loss 0.4321  accuracy 0.9100  2 310 images/s  ETA 0:00:41
         step 120/680  18 %  validation loss 0.3012  accuracy 0.9310  ETA 0:00:41
 
     Args:
-      total_steps: of the whole run.
-      start: the step that this session starts from; 0, or the checkpoint's.
+      total_steps: steps of the whole run.
+      start: the step from which this session starts; 0, or the checkpoint's.
       primary: whether this process shows anything.
-      file: where to; standard output where None.
-      extra_metrics: names of further metrics, the first two of which are shown behind the others.
+      file: the output; standard output if None.
+      extra_metrics: names of further metrics; the first two are shown after the others.
 
-    A first step that takes more than a few seconds is announced by a line of its own: it compiles.
-    The time left is measured from the end of this session's first step: compiling does not count.
+    If the first step takes more than a few seconds, a line announces that it compiles. The time
+    left is measured from the end of this session's first step, so it excludes the compilation.
     """
 
     def __init__(
@@ -70,8 +70,10 @@ class Progress:
             self._compiling.start()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """To be called after every step, and with the metrics of every record that is logged, which
-        may be of the step before."""
+        """Updates the display. Call it after every step, and with the metrics of every record.
+
+        With metrics, `step` may be the earlier step to which the record belongs.
+        """
         if not self._primary:
             return
         self._compiling.cancel()
@@ -90,7 +92,7 @@ class Progress:
             print("  ".join(filter(None, [*parts, self._eta()])), file=self._file, flush=True)
 
     def print(self, text: str) -> None:
-        """A line of its own; on a terminal above the bar."""
+        """Prints a line; on a terminal, above the bar."""
         if not self._primary:
             return
         if self._bar is not None:
@@ -99,7 +101,7 @@ class Progress:
             print(text, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the terminal back; again does nothing."""
+        """Stops the bar and leaves its last state on the terminal. A second call does nothing."""
         self._compiling.cancel()
         if self._bar is not None:
             self._bar.stop()
@@ -112,16 +114,17 @@ class Progress:
         self.close()
 
     def _eta(self) -> str:
+        assert self._since is not None  # `update` sets it before it calls this
         first, clock = self._since
-        left = self._total - self._step
-        if self._step == first or left <= 0:
+        remaining = self._total - self._step
+        if self._step == first or remaining <= 0:
             return ""
-        pace = (time.perf_counter() - clock) / (self._step - first)
-        return f"ETA {format_duration(left * pace)}"
+        seconds_per_step = (time.perf_counter() - clock) / (self._step - first)
+        return f"ETA {format_duration(remaining * seconds_per_step)}"
 
 
 class _Bar(bars.Progress):
-    """rich's bar, with the newest metrics of each split on a line below it."""
+    """A progress bar of rich with a line of the newest metrics of each split below it."""
 
     def __init__(self, file: TextIO):
         self.compiling = True
@@ -146,7 +149,7 @@ class _Bar(bars.Progress):
 
 
 class _Column(bars.ProgressColumn):
-    def __init__(self, text):
+    def __init__(self, text: Callable[[bars.Task], str]):
         super().__init__()
         self._text = text
 
@@ -155,9 +158,8 @@ class _Column(bars.ProgressColumn):
 
 
 def _describe(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, str]:
-    """`{"validation": "loss 0.3012  accuracy 0.9310"}`: the splits that the metrics speak of, by
-    the metrics of these names."""
-    found = {}
+    """Returns the metrics called `names` of each split: {"validation": "loss 0.3012  ..."}."""
+    texts = {}
     for split in ("train", "validation", "test"):
         parts = [
             f"{name} {metrics[f'{split}/{name}']:.4f}"
@@ -167,8 +169,8 @@ def _describe(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, s
         if split == "train" and "images_per_second" in metrics:
             parts.append(f"{metrics['images_per_second']:,.0f} images/s".replace(",", " "))
         if parts:
-            found[split] = "  ".join(parts)
-    return found
+            texts[split] = "  ".join(parts)
+    return texts
 
 
 def _percent(step: float, total: float) -> str:

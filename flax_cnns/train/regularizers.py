@@ -1,16 +1,15 @@
-"""What keeps weights small or minima flat: L2 in the loss, max-norm, gradient noise, SAM; and a
-user's own regularizers, which use the same hooks.
+"""Regularizers of weights and gradients: L2 in the loss, max-norm, gradient noise, SAM.
 
-A built-in regularizer is a function and its row in `REGULARIZERS`: given the section
-`config.optimizer`, the parameters and which of them learn, it returns what a training step does by
-it (`Regularizer`), or None where its field is off. All are over the trainable leaves alone, and a
-stack of blocks is treated as its blocks would be.
+A user's regularizers use the same hooks. A built-in regularizer is a function with a row in
+`REGULARIZERS`. It takes the section `config.optimizer`, the parameters, and which of them learn. It
+returns its hooks (`Regularizer`), or None if its field is off. Regularizers act on the trainable
+leaves only. A stack of blocks is treated like its separate blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from flax_cnns.types import Array, PyTree
 def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
     """Adds to the loss the sum over all leaves of a / 2 ||w||^2, whose gradient is a w.
 
-    `config.l2` are the a (an array along a stack whose blocks differ).
+    `config.l2` holds the coefficients a; a stack whose blocks differ gets an array along its axis.
     """
     coefficients = pytree.expand_per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
     coefficients, _ = pytree.partition(coefficients, trainable)
@@ -41,20 +40,23 @@ def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
     def penalty(weights: PyTree, step: Array) -> Array:
         del step
 
-        def one(w: Array, a: Any) -> Array:
+        def half_square(w: Array, a: Any) -> Array | float:
             return 0.5 * jnp.sum(jnp.asarray(a, w.dtype) * jnp.square(w)) if np.any(a) else 0.0
 
-        return sum(jax.tree.leaves(jax.tree.map(one, weights, coefficients)))
+        # One coefficient is not 0, so the sum is an array.
+        return sum(jax.tree.leaves(jax.tree.map(half_square, weights, coefficients)))
 
     return Regularizer(penalty=penalty)
 
 
 def max_norm(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
-    """Scales the incoming weights of each unit back to its limit where their Euclidean norm is
-    above it (Srivastava et al. 2014, section 5.1, "max-norm regularization").
+    """Rescales the incoming weights of each unit whose Euclidean norm exceeds its limit.
 
-    `config.max_norm` decides kernels [... out] alone: no bias, no norm layer, no token; 0 is none.
-    A unit is one of the outputs: a filter in a convolution, a column in a dense layer.
+    Srivastava et al. 2014, section 5.1, "max-norm regularization". A unit is one of the outputs: a
+    filter of a convolution, a column of a dense layer.
+
+    `config.max_norm` applies to kernels [... out] only, not to biases, norm layers or tokens; 0: no
+    limit.
     """
     kernels = {p: leaf for p, leaf in pytree.flatten(params).items() if p.endswith("kernel")}
     limits = pytree.expand_per_parameter(
@@ -82,7 +84,7 @@ def gradient_noise(config: Any, params: PyTree, trainable: PyTree) -> Regularize
     """Adds normal noise of variance eta / (1 + t)^decay to the gradient of step t, counted from 0
     (Neelakantan et al. 2015, https://arxiv.org/abs/1511.06807, equation 1).
 
-    `config.grad_noise` is eta, `config.grad_noise_decay` the decay.
+    `config.grad_noise` is eta, and `config.grad_noise_decay` is the decay.
     """
     del params, trainable
     eta, decay = config.grad_noise, config.grad_noise_decay
@@ -92,15 +94,15 @@ def gradient_noise(config: Any, params: PyTree, trainable: PyTree) -> Regularize
 def add_noise(
     grads: PyTree, weights: PyTree, key: Array, step: Array, *, eta: float, decay: float
 ) -> PyTree:
-    """`grads` with the noise of a step."""
+    """Returns `grads` with the noise of a step."""
     del weights
     flat = pytree.flatten(grads)
-    sizes = {}
+    sizes: dict[str, int] = {}
     for path, leaf in flat.items():
         blocks = pytree.expand_stack(path)
         sizes |= dict.fromkeys(blocks, leaf.size // len(blocks))
-    # One draw for all leaves, in the order of their names: XLA compiles one generator, and a
-    # network that scans is given what its blocks would be given.
+    # One draw for all leaves, in the order of their names: XLA compiles a single generator, and a
+    # network that scans gets the same noise as one that does not.
     names = sorted(sizes)
     draw = jax.random.normal(key, (sum(sizes.values()),))
     ends = np.cumsum([sizes[name] for name in names])[:-1]
@@ -113,25 +115,28 @@ def add_noise(
 
 
 def sam(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
-    """Takes the gradient uphill of the weights, at the distance `config.sam` (`ascend`).
+    """Takes the gradient of the update at a point uphill of the weights, at distance `config.sam`.
 
-    The point is found by the gradient of the whole global batch (of all devices: in the paper each
-    climbs by its own, and their number matters), and has the gradient of the same images and random
-    keys. Neither L2 nor weight decay is of the point (equation 1).
+    The point (`ascend`) follows the gradient of the whole global batch. In the paper each device
+    follows its own gradient, which makes the result depend on the number of devices. The gradient
+    at the point is computed on the same images with the same random keys. L2 and weight decay are
+    computed at the weights, not at the point (equation 1).
     """
     del params, trainable
     return Regularizer(perturb=partial(ascend, rho=config.sam)) if config.sam else None
 
 
 def ascend(weights: PyTree, grads: PyTree, rho: float) -> PyTree:
-    """The point at distance `rho` where the loss is highest to first order: w + rho g / ||g||
-    (SAM: Foret et al. 2021, https://arxiv.org/abs/2010.01412, equation 2 with p = 2)."""
+    """Returns the point at distance `rho` with the highest loss to first order, w + rho g / ||g||.
+
+    SAM: Foret et al. 2021, https://arxiv.org/abs/2010.01412, equation 2 with p = 2.
+    """
     scale = rho / jnp.maximum(optax.global_norm(grads), 1e-12)
     return jax.tree.map(lambda w, g: w + (scale * g).astype(w.dtype), weights, grads)
 
 
-# The name is that of the field of `config.optimizer` that turns a regularizer on. Where several do
-# the same kind of thing, they do it in this order.
+# The name is the field of `config.optimizer` that turns the regularizer on. Regularizers with the
+# same hook act in this order.
 REGULARIZERS: dict[str, Callable[[Any, PyTree, PyTree], Regularizer | None]] = {
     "l2": l2,
     "max_norm": max_norm,
@@ -140,27 +145,30 @@ REGULARIZERS: dict[str, Callable[[Any, PyTree, PyTree], Regularizer | None]] = {
 }
 
 
-# ---- what a step does by those that are on, {name: Regularizer}
+# ---- stages of a step, given the active regularizers {name: Regularizer}
 
 
 def make_regularizers(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularizer]:
-    """Those that `config`, the section `config.optimizer`, turns on. Raises `UserError` for a rule
-    that decides nothing."""
-    made = {name: one(config, params, trainable) for name, one in REGULARIZERS.items()}
+    """Makes the regularizers that `config`, the section `config.optimizer`, turns on, by name.
+
+    Raises `UserError` if a rule decides nothing.
+    """
+    made = {name: make(config, params, trainable) for name, make in REGULARIZERS.items()}
     return {name: regularizer for name, regularizer in made.items() if regularizer is not None}
 
 
 def check_names(regularizers: Mapping[str, Regularizer]) -> None:
-    """Raises `UserError` where one of a user's own has a name that is taken."""
+    """Raises `UserError` if one of a user's regularizers has a name that is taken."""
     for name in regularizers:
         if name in REGULARIZERS or name in metrics.SUM_NAMES or name in metrics.RESERVED_NAMES:
             raise UserError(
-                f"regularizer {name!r}: the name is taken, and train/{name} would be its penalty's;"
-                " call it something else"
+                f"regularizer {name!r}: the name is taken: its penalty would be logged as"
+                f" train/{name}, which exists; choose another name"
             )
 
 
 def augment(regularizers: Mapping[str, Regularizer], images: Array, keys: Array) -> Array:
+    """Applies all `augment` hooks: images [n H W C], keys [n] -> images."""
     for regularizer in regularizers.values():
         if regularizer.augment is not None:
             images = regularizer.augment(images, keys)
@@ -170,6 +178,7 @@ def augment(regularizers: Mapping[str, Regularizer], images: Array, keys: Array)
 def mix(
     regularizers: Mapping[str, Regularizer], images: Array, labels: Array, key: Array
 ) -> tuple[Array, Array]:
+    """Applies all `mix` hooks: images [n H W C], labels [n K] -> (images, labels)."""
     for regularizer in regularizers.values():
         if regularizer.mix is not None:
             images, labels = regularizer.mix(images, labels, key)
@@ -177,8 +186,8 @@ def mix(
 
 
 @contextlib.contextmanager
-def intercept(regularizers: Mapping[str, Regularizer]):
-    """A context in which the methods of the network are intercepted."""
+def intercept(regularizers: Mapping[str, Regularizer]) -> Iterator[None]:
+    """A context in which all `intercept` hooks intercept the methods of the network."""
     with contextlib.ExitStack() as stack:
         for regularizer in regularizers.values():
             if regularizer.intercept is not None:
@@ -187,29 +196,29 @@ def intercept(regularizers: Mapping[str, Regularizer]):
 
 
 def list_penalties(regularizers: Mapping[str, Regularizer]) -> list[str]:
-    """The names of those that add to the loss."""
-    return [name for name, one in regularizers.items() if one.penalty is not None]
+    """Returns the names of the regularizers that have a penalty."""
+    return [name for name, reg in regularizers.items() if reg.penalty is not None]
 
 
 def add_penalties(
     regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyTree, step: Array
 ) -> tuple[PyTree, dict[str, Array]]:
-    """(the gradients with those of all penalties, {name: value of the penalty})."""
+    """Returns (`grads` plus the gradients of all penalties, {name: value of the penalty})."""
     values = {}
     for name, regularizer in regularizers.items():
         if regularizer.penalty is not None:
-            values[name], slope = jax.value_and_grad(regularizer.penalty)(weights, step)
-            grads = jax.tree.map(jnp.add, grads, slope)
+            values[name], penalty_grads = jax.value_and_grad(regularizer.penalty)(weights, step)
+            grads = jax.tree.map(jnp.add, grads, penalty_grads)
     return grads, values
 
 
 def perturbs(regularizers: Mapping[str, Regularizer]) -> bool:
-    """Whether a step takes its gradient elsewhere than at the weights."""
+    """Whether a step takes the gradient of its update at a point other than the weights."""
     return any(regularizer.perturb is not None for regularizer in regularizers.values())
 
 
 def perturb(regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyTree) -> PyTree:
-    """The point at which the update's gradient is taken; `grads` are those at the weights."""
+    """Returns the point for the gradient of the update; `grads` are those at the weights."""
     for regularizer in regularizers.values():
         if regularizer.perturb is not None:
             weights = regularizer.perturb(weights, grads)
@@ -219,7 +228,7 @@ def perturb(regularizers: Mapping[str, Regularizer], weights: PyTree, grads: PyT
 def make_transformations(
     regularizers: Mapping[str, Regularizer],
 ) -> list[optax.GradientTransformationExtraArgs]:
-    """An optax transformation for each that changes gradients; its update takes `step`, `key`."""
+    """Makes an optax transformation of each `gradients` hook; its update takes `step` and `key`."""
 
     def transformation(change: Callable) -> optax.GradientTransformationExtraArgs:
         def update(updates: PyTree, state: Any, params: PyTree = None, *, step, key, **_):
@@ -227,11 +236,12 @@ def make_transformations(
 
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
-    found = (regularizer.gradients for regularizer in regularizers.values())
-    return [transformation(change) for change in found if change is not None]
+    changes = (regularizer.gradients for regularizer in regularizers.values())
+    return [transformation(change) for change in changes if change is not None]
 
 
 def constrain(regularizers: Mapping[str, Regularizer], weights: PyTree) -> PyTree:
+    """Applies all `constrain` hooks to `weights`."""
     for regularizer in regularizers.values():
         if regularizer.constrain is not None:
             weights = regularizer.constrain(weights)

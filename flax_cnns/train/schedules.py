@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, and durations in words."""
+"""Learning rates as functions of the step, and durations such as "20 epochs"."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 
 
 def parse_duration(duration: str, steps_per_epoch: float, *, what: str = "duration") -> int:
-    """`"20 epochs"` or `"500 steps"` -> steps, rounded to the nearest; 0 only for `"0 ..."`.
+    """ "20 epochs" or "500 steps" -> steps, rounded to the nearest; 0 only for "0 ...".
 
-    Raises `UserError`.
+    Raises `UserError` if `duration` is not of this form.
     """
     match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
     if match is None:
@@ -34,13 +34,13 @@ def constant(rate: float) -> Schedule:
 
 
 def piecewise_constant(rate: float, boundaries: list[int], factor: float) -> Schedule:
-    """`rate`, times `factor` from each boundary on (the step at it included)."""
+    """`rate`, multiplied by `factor` from each boundary on, including the step at the boundary."""
     edges = jnp.asarray(sorted(boundaries), jnp.int32)
     return lambda step: rate * jnp.float32(factor) ** jnp.sum(step >= edges)
 
 
 def cosine(rate: float, total: int, end: float = 0.0) -> Schedule:
-    """end + (rate - end) (1 + cos(pi t / T)) / 2: Loshchilov & Hutter 2016, eq. 5, no restart."""
+    """end + (rate - end) (1 + cos(pi t / T)) / 2: Loshchilov & Hutter 2016, eq. 5, no restarts."""
 
     def schedule(step: Array) -> Array:
         share = jnp.clip(step / max(total, 1), 0.0, 1.0)
@@ -50,18 +50,18 @@ def cosine(rate: float, total: int, end: float = 0.0) -> Schedule:
 
 
 def exponential(rate: float, every: int, factor: float, end: float = 0.0) -> Schedule:
-    """`rate * factor ** floor(step / every)`, as the Inception and EfficientNet papers decay it."""
+    """max(rate * factor^floor(step / every), end), as in the Inception and EfficientNet papers."""
     return lambda step: jnp.maximum(rate * jnp.float32(factor) ** (step // max(every, 1)), end)
 
 
 def one_cycle(
     rate: float, total: int, pct_start: float, div_factor: float, final_div_factor: float
 ) -> Schedule:
-    """Up to `rate` and down again, both as cosines: Smith & Topin 2017, with fast.ai's curves.
+    """Rises to `rate` and falls again, both as cosines: Smith & Topin 2017, with fast.ai's curves.
 
-    Only the rate moves; momentum stays. The last rate belongs to step `total`, one after the run's
-    last step. PyTorch's OneCycleLR gives the same curve with `total_steps` = total + 1 and with
-    (pct_start * total + 1) / (total + 1) as its `pct_start`.
+    Only the rate changes; momentum is constant. The final rate is that of step `total`, one after
+    the run's last step. PyTorch's OneCycleLR gives the same curve with `total_steps` = total + 1
+    and `pct_start` = (pct_start * total + 1) / (total + 1).
     """
     first, last = rate / div_factor, rate / div_factor / final_div_factor
     peak = max(pct_start * total, 1e-6)
@@ -77,9 +77,9 @@ def one_cycle(
 
 
 def with_warmup(schedule: Schedule, warmup: int) -> Schedule:
-    """Rises in a line over `warmup` steps to the schedule's first value, then runs the schedule.
+    """Rises linearly over `warmup` steps to the first value of `schedule`, then follows `schedule`.
 
-    The first step has 1 / warmup of it, not 0: a step at rate 0 would be wasted.
+    The first step has 1 / warmup of that value, not 0: a step at rate 0 would be wasted.
     """
     if not warmup:
         return schedule
@@ -92,15 +92,18 @@ def with_warmup(schedule: Schedule, warmup: int) -> Schedule:
 
 
 def piecewise_linear(points: list[tuple[int, float]]) -> Schedule:
-    """Straight lines through (step, value); level before the first and after the last."""
-    at, values = zip(*sorted(points))
-    at, values = jnp.asarray(at, jnp.float32), jnp.asarray(values, jnp.float32)
+    """Interpolates linearly between (step, value) points; constant before and after them."""
+    xs, ys = zip(*sorted(points))
+    at, values = jnp.asarray(xs, jnp.float32), jnp.asarray(ys, jnp.float32)
     return lambda step: jnp.interp(jnp.asarray(step, jnp.float32), at, values)
 
 
 def make_schedule(config: Any, *, total_steps: int, steps_per_epoch: float) -> Schedule:
-    """The schedule that `config.schedule` describes. `plateau` is constant here: what divides it
-    lives in the optimizer's state, because it depends on the validation error."""
+    """Makes the schedule that `config`, the section `config.schedule`, describes.
+
+    `plateau` is constant here: its factor is in the optimizer's state, because it depends on the
+    validation error. Raises `UserError` if the name or a duration is invalid.
+    """
 
     def count(duration: str, field: str) -> int:
         return parse_duration(duration, steps_per_epoch, what=f"schedule.{field}")
@@ -110,7 +113,7 @@ def make_schedule(config: Any, *, total_steps: int, steps_per_epoch: float) -> S
     def shifted(schedule: Schedule) -> Schedule:  # runs from the end of the warm-up
         return lambda step: schedule(jnp.maximum(step - warmup, 0))
 
-    rest = max(total_steps - warmup, 1)
+    remaining = max(total_steps - warmup, 1)
     match config.name:
         case "constant" | "plateau":
             schedule = constant(rate)
@@ -119,13 +122,13 @@ def make_schedule(config: Any, *, total_steps: int, steps_per_epoch: float) -> S
                 rate, [count(b, "boundaries") for b in config.boundaries], config.factor
             )
         case "cosine":
-            schedule = shifted(cosine(rate, rest, config.end))
+            schedule = shifted(cosine(rate, remaining, config.end))
         case "exponential":
             every = count(config.every, "every")
             schedule = shifted(exponential(rate, every, config.rate, config.end))
         case "one_cycle":
             if warmup:
-                raise UserError("schedule.warmup: one_cycle rises by itself; set '0 steps'")
+                raise UserError("schedule.warmup: one_cycle has its own warm-up; set '0 steps'")
             schedule = one_cycle(
                 rate, total_steps, config.pct_start, config.div_factor, config.final_div_factor
             )

@@ -1,6 +1,8 @@
-"""What a training step takes and gives back."""
+"""The state that a training step takes and returns."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +13,38 @@ from flax_cnns.types import Array, PyTree
 
 @struct.dataclass
 class TrainState:
-    """The arrays of a run, without any device axis: equal on all devices.
+    """The arrays of a run, equal on all devices and without a device axis.
 
-    `ema` is None, or a tree `{"params", "batch_stats"}` of averaged weights and statistics.
+    `ema` is a tree `{"params", "batch_stats"}` of averaged weights and statistics, or None.
     """
 
-    step: Array  # i32, how many steps were taken
+    step: Array  # i32: number of steps taken
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     ema: PyTree | None = None
 
+    if TYPE_CHECKING:  # flax's decorator adds it
+
+        def replace(self, **updates: Any) -> TrainState: ...
+
     @classmethod
     def create(cls, variables: PyTree, opt_state: PyTree, *, ema: bool = False) -> TrainState:
-        """Step 0 from `{"params", "batch_stats"}` (grafted ones: the average starts from them)."""
+        """Makes the state of step 0 of `{"params", "batch_stats"}`; the average starts there."""
         variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-        # A copy: the state is donated, and one buffer cannot be donated under two names.
+        # A copy: the state is donated, and a buffer cannot be donated twice.
         average = jax.tree.map(jnp.copy, variables) if ema else None
         return cls(jnp.zeros((), jnp.int32), **variables, opt_state=opt_state, ema=average)
 
     @property
     def variables(self) -> PyTree:
-        """What evaluation uses: the average where there is one."""
+        """The variables that evaluation uses: the average if there is one."""
         if self.ema is not None:
             return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def with_statistics(self, batch_stats: PyTree) -> TrainState:
-        """The state with other statistics for evaluation."""
+        """Returns the state with other BatchNorm statistics for evaluation."""
         if self.ema is not None:
             return self.replace(ema=self.ema | {"batch_stats": batch_stats})
         return self.replace(batch_stats=batch_stats)

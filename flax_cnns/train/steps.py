@@ -1,14 +1,14 @@
-"""The training and the evaluation step, written as if there were one device.
+"""The training step and the evaluation step, written as if there were one device.
 
-Both run inside `parallel.parallelize`, which names the mapped axis. `take_step` reads as a training
-step does on paper; what it calls, in that order, are its stages.
+Both run inside `parallel.parallelize`, which names the mapped axis. `take_step` is the training
+step; the functions below it are its stages, in the order in which it calls them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, Batch, PyTree
 
-Augment = Callable[[Array, Array], Array]  # images, a key an image -> images
+Augment = Callable[[Array, Array], Array]  # images, a key per image -> images
 Mix = Callable[[Array, Array, Array], tuple[Array, Array]]  # images, labels, key -> images, soft
 Sums = dict[str, Array]
 
@@ -36,31 +36,35 @@ Sums = dict[str, Array]
 
 
 class Stream(enum.IntEnum):
-    """Constants of the random streams: each stream is `fold_in` of the run's key with its constant
-    and the step, so nothing is stored. Never renumber them: every run would differ."""
+    """Random streams: a stream's key is the run's key folded with its constant and the step.
 
-    AUGMENT = 0  # then with the image's place in the global batch, so that device counts agree
-    MIX = 1  # the same on every device, for what concerns the batch
-    SHARED = 2  # the same on every device, for what concerns a whole branch
-    DROPOUT = 3  # then with the device: different on each
-    NOISE = 4  # the same on every device, for what concerns the gradient
+    So no generator state is stored. Never renumber the constants: every run would change.
+    """
+
+    AUGMENT = 0  # then folded with the image's position in the global batch
+    MIX = 1  # equal on all devices: decisions about the batch
+    SHARED = 2  # equal on all devices: decisions about a whole branch
+    DROPOUT = 3  # then folded with the device's index: different on each device
+    NOISE = 4  # equal on all devices: gradient noise
 
 
 def stream_key(key: Array, constant: Stream, step: Array) -> Array:
+    """Returns the key of a random stream in a step; `key` is the run's."""
     return jax.random.fold_in(jax.random.fold_in(key, int(constant)), step)
 
 
-def image_keys(key: Array, step: Array, first: Array, n: int) -> Array:
-    """[n] keys, of the places from `first` on in the global batch of a step."""
-    places = first + jnp.arange(n)
-    return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(key, Stream.AUGMENT, step), places)
+def image_keys(key: Array, step: Array, first: Array | int, n: int) -> Array:
+    """Returns the keys [n] of the images at positions first .. first + n - 1 of a global batch."""
+    positions = first + jnp.arange(n)
+    augment_key = stream_key(key, Stream.AUGMENT, step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(augment_key, positions)
 
 
 # ---------------------------------------------------------------------------- examples
 
 
 class Examples(NamedTuple):
-    """A device's examples as the network takes them, and the network's keys of the step."""
+    """A device's examples as the network takes them, and the network's random keys for the step."""
 
     images: Array  # f32 [n H W C]
     labels: Array  # f32 [n K], soft
@@ -76,7 +80,7 @@ def prepare_examples(
     axis_name: str,
     active: Mapping[str, Regularizer] = {},
 ) -> Examples:
-    """A device's examples in a step, augmented and mixed; behind that by the regularizers."""
+    """Augments and mixes a device's examples; the hooks of `active` regularizers act after that."""
     device, n = lax.axis_index(axis_name), batch["label"].shape[0]
     keys = image_keys(key, step, device * n, n)
     images = regularizers.augment(active, augment(batch["image"], keys), keys)
@@ -91,31 +95,31 @@ def prepare_examples(
 def make_loader_augment(
     augment: Augment, seed_key: Callable[[], Array], *, first: int
 ) -> Callable[[Batch, int], Batch]:
-    """`augmented(batch, step)`: what `prepare_examples` does to the images of that step, but on the
-    CPU, for the loader's thread. For a training step on a CPU the images are equal to the bit.
+    """Returns `augment_batch(batch, step)`, which augments on the CPU, in the loader's thread.
 
+    It does to the images what `prepare_examples` does; if training runs on a CPU, equal to the bit.
     `seed_key()` makes the run's key; this process's rows start at `first` in the global batch.
-    Raises `UserError` where JAX has no CPU.
+    Raises `UserError` if JAX has no CPU backend.
     """
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         raise UserError(
-            "data.augment.where='loader' needs JAX's CPU beside the accelerator: add it to "
-            "JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
+            "data.augment.where='loader' needs JAX's CPU backend in addition to the accelerator: "
+            "add it to JAX_PLATFORMS, as in JAX_PLATFORMS=cuda,cpu"
         ) from None
     with jax.default_device(cpu):
         key = seed_key()
 
     @jax.jit
-    def of_images(images: Array, key: Array, step: Array) -> Array:
+    def augment_images(images: Array, key: Array, step: Array) -> Array:
         return augment(images, image_keys(key, step, first, len(images)))
 
-    def augmented(batch: Batch, step: int) -> Batch:
+    def augment_batch(batch: Batch, step: int) -> Batch:
         images, at = jax.device_put((batch["image"], np.int32(step)), cpu)
-        return batch | {"image": np.asarray(of_images(images, key, at))}
+        return batch | {"image": np.asarray(augment_images(images, key, at))}
 
-    return augmented
+    return augment_batch
 
 
 # ---------------------------------------------------------------------------- the training step
@@ -123,12 +127,12 @@ def make_loader_augment(
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What a training step does, whatever the state and the batch.
+    """The parts of a training step that do not depend on the state and the batch.
 
-    `augment(images, keys)` takes a key an image; `mix(images, labels, key)` gives soft labels
-    [n K]. `accumulate` cuts each device's examples into that many pieces, one after another.
-    `loss(logits [N K], labels f32 [N K])` gives [N], of the heads too; None: that of the `task`,
-    "classes" or "multilabel". `metrics` are those besides the task's (metrics.py), by name.
+    `augment(images, keys)` takes a key per image; `mix(images, labels, key)` returns soft labels
+    [n K]. `loss(logits [N K], labels f32 [N K])` returns [N], also for auxiliary heads; None: the
+    loss of the `task`, "classes" or "multilabel". `metrics` are the user's, by name, in addition to
+    the task's (metrics.py). `accumulate` splits each device's examples into that many pieces.
     """
 
     apply_fn: Callable
@@ -138,7 +142,7 @@ class StepConfig:
     loss: losses.Loss | None = None
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
     task: str = "classes"
-    aux_weights: list[tuple[str, Schedule]] = ()
+    aux_weights: Sequence[tuple[str, Schedule]] = ()
     ema_decay: float = 0.0
     ema_warmup: bool = True
     accumulate: int = 1
@@ -148,10 +152,10 @@ class StepConfig:
 def make_train_step(
     apply_fn: Callable, optimizer: Optimizer, **fields: Any
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Sums]]:
-    """`step(state, batch, key) -> (state, sums)`: `take_step` with these fields of `StepConfig`.
+    """Returns `step(state, batch, key) -> (state, sums)`; `fields` are those of `StepConfig`.
 
-    Raises `UserError` for a metric whose name is taken, and for a loss or a metric that takes other
-    arguments; what they return is checked while the step is traced.
+    Raises `UserError` if the name of a metric is taken, or if a loss or a metric takes other
+    arguments. Their results are checked while the step is traced.
     """
     config = StepConfig(apply_fn, optimizer, **fields)
     check_own_metrics(config.metrics, regularizers.list_penalties(optimizer.regularizers))
@@ -166,20 +170,23 @@ def make_train_step(
 def take_step(
     config: StepConfig, state: TrainState, batch: Batch, key: Array
 ) -> tuple[TrainState, Sums]:
-    """(the next state, sums over the global batch).
+    """Takes a training step; returns (the next state, sums over the global batch).
 
-    batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K]}, n examples a device; key: the
-    run's, always the same. Sums: loss, correct, count and own metrics (metrics.py), "bad" (1 when
-    the gradient, the loss or the statistics were not finite: then nothing but `step` changes),
-    "norm", "rate", and the value of each penalty by its name, such as "l2" (it is no part of
-    "loss", as auxiliary heads are none of it; "norm" is of the gradient of it all).
+    batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K]} with n examples per device. key: the
+    run's key, equal in all steps.
 
-    A regularizer that perturbs the weights, SAM, takes the gradient elsewhere, from the same images
-    and random keys. Statistics and sums are those of the weights themselves, and penalties and
-    weight decay are too.
+    The sums are loss, correct, count and the user's metrics (metrics.py); "bad", "norm", "rate";
+    and the value of each penalty by its name, such as "l2". "bad" is 1 if the gradient, the loss,
+    the statistics or the new weights were not finite; then only `step` changes in the state.
+    Neither the penalties nor the auxiliary losses are part of "loss". "norm" is the norm of the
+    full gradient, both included.
 
-    Raises `UserError` while tracing where the pieces do not divide, and where the network, the loss
-    or a user's own hook gives something of another shape.
+    A regularizer that perturbs the weights, as SAM does, takes the gradient of the update at
+    another point, for the same images and random keys. Statistics, sums, penalties and weight decay
+    are still those of the weights themselves.
+
+    Raises `UserError` while tracing if the pieces of `accumulate` are unequal, or if the network,
+    the loss or a user's hook returns something of another shape.
     """
     optimizer = config.optimizer
     active = optimizer.regularizers
@@ -223,7 +230,7 @@ def compute_loss(
     batch_stats: PyTree,
     examples: Examples,
 ) -> tuple[Array, tuple[PyTree, Sums]]:
-    """The mean loss of some examples, auxiliary heads' included, and (statistics, sums)."""
+    """Returns the mean loss of some examples, with auxiliary losses, and (statistics, sums)."""
     variables = {"params": pytree.merge(weights, frozen), "batch_stats": batch_stats}
     with (
         regularizers.intercept(config.optimizer.regularizers),
@@ -249,29 +256,29 @@ def compute_loss(
 def compute_gradients(
     config: StepConfig, state: TrainState, frozen: PyTree, examples: Examples, weights: PyTree
 ) -> tuple[PyTree, PyTree, Sums]:
-    """(gradients at `weights`, statistics, sums) of this device's examples."""
+    """Returns (gradients at `weights`, statistics, sums) of this device's examples."""
 
     def loss_of_piece(weights, batch_stats, images, labels, index):
-        # Decisions about a whole batch are one a step, whatever pieces it comes in.
+        # Pieces differ only in the key of "dropout"; decisions about the whole batch are shared.
         dropout = jax.random.fold_in(examples.rngs["dropout"], index)
         piece = Examples(images, labels, examples.rngs | {"dropout": dropout})
         return compute_loss(config, state.step, frozen, weights, batch_stats, piece)
 
-    slope = jax.grad(loss_of_piece, has_aux=True)
+    gradient = jax.grad(loss_of_piece, has_aux=True)
     images, labels, _ = examples
     if config.accumulate == 1:
-        grads, (batch_stats, sums) = slope(weights, state.batch_stats, images, labels, 0)
+        grads, (batch_stats, sums) = gradient(weights, state.batch_stats, images, labels, 0)
         return grads, batch_stats, sums
 
-    def one(carry, piece):
+    def accumulate_piece(carry, piece):
         batch_stats, grads = carry
-        piece_grads, (batch_stats, sums) = slope(weights, batch_stats, *piece)
+        piece_grads, (batch_stats, sums) = gradient(weights, batch_stats, *piece)
         return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
 
-    # Unrolled on CPU, where XLA's convolutions are many times slower inside a loop.
+    # Unrolled on a CPU, where XLA's convolutions are many times slower inside a loop.
     n = config.accumulate
     (batch_stats, grads), sums = lax.scan(
-        one,
+        accumulate_piece,
         (state.batch_stats, jax.tree.map(jnp.zeros_like, weights)),
         (split_batch(images, n), split_batch(labels, n), jnp.arange(n)),
         unroll=n if jax.default_backend() == "cpu" else 1,
@@ -281,10 +288,11 @@ def compute_gradients(
 
 
 def split_batch(x: Array, pieces: int) -> Array:
-    """[n ...] -> [pieces n/pieces ...]. Raises `UserError` where n does not divide."""
+    """[n ...] -> [pieces n/pieces ...]. Raises `UserError` if n is not divisible by `pieces`."""
     if x.shape[0] % pieces:
         raise UserError(
-            f"train.accumulate: {x.shape[0]} examples a device do not divide into {pieces} pieces"
+            f"train.accumulate: {x.shape[0]} examples per device cannot be split into {pieces}"
+            " equal pieces"
         )
     return x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
 
@@ -292,30 +300,30 @@ def split_batch(x: Array, pieces: int) -> Array:
 def average_over_devices(
     config: StepConfig, grads: PyTree, batch_stats: PyTree, sums: Sums
 ) -> tuple[PyTree, PyTree, PyTree, Sums]:
-    """(gradients, statistics that move, those that stay, sums) of all devices together."""
-    # With local statistics the variances are averaged: what each device normalized by.
+    """Averages over devices, but adds sums: (gradients, moving statistics, fixed ones, sums)."""
+    # With unsynchronized BatchNorm, this averages the variances that the devices normalized by.
     moved, kept = pytree.partition(batch_stats, find_moving_statistics(config, batch_stats))
     grads, moved = lax.pmean((grads, moved), config.axis_name)
     return grads, moved, kept, lax.psum(sums, config.axis_name)
 
 
 def find_moving_statistics(config: StepConfig, batch_stats: PyTree) -> PyTree:
-    """Bools in the shape of `batch_stats`: whether the running statistics move in training."""
+    """Returns a bool for each leaf of `batch_stats`: whether training updates it."""
     return batchnorm_modes.has_mode(batch_stats, config.optimizer.batchnorm_modes, "train")
 
 
 def is_finite(norm: Array, loss: Array, batch_stats: PyTree, weights: PyTree) -> Array:
-    """Whether a step may be taken: bool []."""
-    # The loss alone would not show it: on CPU a NaN image was seen to give a finite one. The
-    # new parameters are watched too: a huge rate overflows with gradients that are finite.
-    # (One sum of squares: a flag for each leaf makes XLA's CPU compiler very slow.)
+    """Whether all results of a step are finite: bool []."""
+    # The loss is not enough: on a CPU, a NaN image gave a finite loss. The new weights are checked
+    # too, because a huge learning rate overflows with finite gradients. (One sum of squares: a flag
+    # for each leaf makes XLA's CPU compiler very slow.)
     return jnp.isfinite(norm + loss + optax.global_norm((batch_stats, weights)))
 
 
 def update_ema(
     config: StepConfig, state: TrainState, weights: PyTree, batch_stats: PyTree
 ) -> PyTree | None:
-    """The moving average with a step's weights and statistics, those that move, in it."""
+    """Returns the moving average updated by a step's weights and moving statistics; None if off."""
     if state.ema is None:
         return None
     decay = jnp.float32(config.ema_decay)
@@ -323,7 +331,7 @@ def update_ema(
         decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
 
     def blend(old: PyTree, new: PyTree, moves: PyTree) -> PyTree:
-        # Frozen leaves are left out: their average is themselves, to the bit.
+        # Frozen leaves are left out, so that they stay equal to the bit.
         old, still = pytree.partition(old, moves)
         new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, new)
         return pytree.merge(new, still)
@@ -340,7 +348,7 @@ def update_ema(
 def reject_non_finite(
     finite: Array, new: TrainState, old: TrainState, sums: Sums, norm: Array
 ) -> tuple[TrainState, Sums]:
-    """(the new state, its sums with "bad" and "norm"), or the old one and zeros if not `finite`."""
+    """Returns (new state, sums) if `finite`, else (old state, zeros); adds "bad" and "norm"."""
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     sums = {name: jnp.where(finite, value, 0.0) for name, value in sums.items()}
     sums["bad"] = jnp.where(finite, 0.0, 1.0)
@@ -362,17 +370,18 @@ def make_eval_step(
     confusion: bool = False,
     axis_name: str = "batch",
 ) -> Callable[[PyTree, Batch, Any], dict[str, Array]]:
-    """`step(variables, batch, key) -> sums` over the global batch; the key is not used.
+    """Returns `step(variables, batch, key) -> sums` over the global batch; the key is not used.
 
     batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K], "mask" f32 [n]}; rows with mask 0
-    count nowhere. `loss`, `metrics` and `task` are as in `StepConfig`. With `confusion`, beside
-    metrics.py's sums: "confusion" f32 [K K], rows true, columns predicted. Raises `UserError` where
-    `make_train_step` does, and for a confusion matrix of multilabel data.
+    are not counted. `loss`, `metrics` and `task` are as in `StepConfig`. `confusion` adds the sum
+    "confusion" f32 [K K]: rows are true classes, columns predicted ones.
+
+    Raises `UserError` as `make_train_step` does, and for a confusion matrix of multilabel data.
     """
     check_own_metrics(metrics)
     loss = losses.select_loss(loss, task)
     if confusion and task == "multilabel":
-        raise UserError("a confusion matrix needs one class an example; multilabel data has none")
+        raise UserError("a confusion matrix needs one class per example, not multilabel data")
 
     def eval_step(variables: PyTree, batch: Batch, key: Any = None):
         del key

@@ -1,18 +1,19 @@
-"""What a run writes down: `metrics.jsonl` (the truth), TensorBoard event files, optionally wandb.
+"""The log of a run: `metrics.jsonl`, TensorBoard event files, and optionally wandb.
 
-A record is one JSON object on one line, the metrics of one event (a training window, a validation,
-the test):
+`metrics.jsonl` is the file that the rest of the project reads. A record is one JSON object on one
+line with the metrics of one event (a training window, a validation, the test):
 
     {"step": 120, "time": 1767225600.0, "train/loss": 0.4321, "train/accuracy": 0.91}
 
-A value that is not finite (NaN or an infinity) is written as `null`, because JSON has no name for
-it; `read_jsonl` gives it back as `nan`. Every record is one write to the file, so that a killed
-process leaves at most one torn line, the last.
+A value that is not finite (NaN or an infinity) is written as `null`, because JSON cannot represent
+it; `read_jsonl` returns it as `nan`. Every record is one write to the file, so a killed process
+leaves at most one incomplete line, the last one.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -28,9 +29,10 @@ from flax_cnns.files import replace_atomically
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, oldest first, `nan` for `null`, without a torn last line.
+    """Returns the records of a `metrics.jsonl`, oldest first, with `nan` for `null`.
 
-    Raises `UserError` where the file cannot be read or an earlier line is no record.
+    An incomplete last line is skipped. Raises `UserError` if the file cannot be read, or if an
+    earlier line is not a record.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -44,32 +46,34 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
             record = json.loads(line)
             record["step"], record["time"]
             records.append({k: math.nan if v is None else v for k, v in record.items()})
-        except (ValueError, TypeError, KeyError):  # no JSON, no object, no record
-            if number == len(lines):  # nothing follows the last newline but a torn line
+        except (ValueError, TypeError, KeyError):  # not JSON, not an object, or not a record
+            if number == len(lines):  # only an incomplete line has no newline after it
                 break
             raise UserError(
                 f"{path}, line {number}: expected a record with step and time, "
-                f"came {line[:40]!r}; delete that line to go on"
+                f"got {line[:40]!r}; delete this line to continue"
             ) from None
     return records
 
 
 class Writer:
-    """Logs one run, from its start or after a resume. A context manager; `close` otherwise.
+    """Logs one run, from its start or after a resume.
+
+    It is a context manager; without `with`, call `close`.
 
     Args:
-      workdir: gets `metrics.jsonl` and `tensorboard/`; made if it isn't there.
-      resume_step: None for a fresh run, which replaces any older log. Else the step of the
-        checkpoint that the run goes on from: records of later steps are dropped (in TensorBoard:
-        purged), since these steps come again. What the log already holds of `resume_step` itself
-        is not written a second time.
-      tensorboard: write event files, with the names of the JSONL.
-      wandb: a project's name, or "" for off. The run's id is kept in `workdir/wandb_id` and used
-        again on resume.
-      config: what wandb is told of the run; a dict or ConfigDict.
-      primary: whether this process writes; the others only find out whether wandb is there.
+      workdir: the directory for `metrics.jsonl` and `tensorboard/`; created if missing.
+      resume_step: None for a new run, which replaces an older log. Otherwise the step of the
+        checkpoint from which the run resumes. Records of later steps are dropped (in TensorBoard:
+        purged), because these steps run again. Records of `resume_step` that the log already holds
+        are not written again.
+      tensorboard: whether to write event files; they use the same names as the JSONL.
+      wandb: the name of a wandb project, or "" for off. The run's id is stored in
+        `workdir/wandb_id` and used again on resume.
+      config: the config that wandb records; a dict or ConfigDict.
+      primary: whether this process writes; the others only check that wandb is installed.
 
-    Raises `UserError` where wandb is asked for and not installed, or the files cannot be written.
+    Raises `UserError` if `wandb` is set but not installed, or if the files cannot be written.
     """
 
     def __init__(
@@ -82,9 +86,11 @@ class Writer:
         config: Mapping[str, Any] | None = None,
         primary: bool = True,
     ):
-        self._file = self._events = self._wandb = None
+        self._file: io.FileIO | None = None
+        self._events: Any = None
+        self._wandb: Any = None
         self._logged: set[tuple[int, frozenset[str]]] = set()
-        wandb_module = import_wandb() if wandb else None  # all processes stop here, or none
+        wandb_module = import_wandb() if wandb else None  # fails on all processes or on none
         if not primary:
             return
         workdir = Path(workdir)
@@ -104,9 +110,9 @@ class Writer:
             raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one record, through to the operating system; values are what `float` takes.
+        """Writes one record without buffering; `float` must accept the values of `metrics`.
 
-        Raises `UserError` where the disk is full or the file has gone.
+        Raises `UserError` if the disk is full or the file is gone.
         """
         if self._file is None or not metrics or (step, frozenset(metrics)) in self._logged:
             return
@@ -122,13 +128,13 @@ class Writer:
                 self._events.write_event(_scalars(step, now, values))
                 self._events.flush()
         except OSError as error:
-            self._events = None  # closing it would write the same again, and fail again
+            self._events = None  # closing it would write again, and fail again
             raise _cannot_write(error, self._path) from error
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Ends the log; again does nothing."""
+        """Closes the log. A second call does nothing."""
         file, events, run = self._file, self._events, self._wandb
         self._file = self._events = self._wandb = None
         if file is not None:
@@ -145,7 +151,7 @@ class Writer:
         self.close()
 
     def _open_jsonl(self, resume_step: int | None) -> None:
-        kept = []
+        lines = []
         if resume_step is not None and self._path.exists():
             for record in read_jsonl(self._path):
                 if record["step"] > resume_step:
@@ -154,10 +160,10 @@ class Writer:
                 if record["step"] == resume_step:
                     self._logged.add((resume_step, names))
                 finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-                kept.append(json.dumps(finite) + "\n")
-        with replace_atomically(self._path) as beside:
-            beside.write_text("".join(kept), encoding="utf-8")
-        # Unbuffered: one record is one write, and there even if the process is killed right after.
+                lines.append(json.dumps(finite) + "\n")
+        with replace_atomically(self._path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+        # Unbuffered: one record is one write, so it survives if the process is killed.
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
 
     def _open_tensorboard(self, directory: Path, resume_step: int | None, wanted: bool) -> None:
@@ -165,14 +171,14 @@ class Writer:
             shutil.rmtree(directory)
         if not wanted:
             return
-        # The writer without a thread: SummaryWriter's loses what is queued when the process is
-        # killed, and blocks training for ever once its thread has died of a full disk.
+        # A writer without a thread. SummaryWriter's thread loses queued events when the process is
+        # killed, and blocks training forever if it dies because the disk is full.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(exist_ok=True)
-        # TensorBoard reads the files in the order of their names, which begin with the second they
-        # were opened in; the number keeps order where a run is resumed within a second.
+        # TensorBoard reads the files in the order of their names, which start with the second in
+        # which they were opened. The number keeps the order if a run resumes within that second.
         number = sum(1 for _ in directory.iterdir())
         self._events = EventsWriter(str(directory / "events"), f".{number:04d}")
         if resume_step is not None:
@@ -190,14 +196,15 @@ class Writer:
         project: str,
         config: Mapping[str, Any] | None,
     ) -> None:
-        kept = workdir / "wandb_id"
-        if resume_step is None or not kept.exists():
-            kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-        plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-        # wandb itself leaves out steps below its newest, where a resumed run logs the same again.
+        id_file = workdir / "wandb_id"
+        if resume_step is None or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        to_dict = getattr(config, "to_dict", None)  # ConfigDict's
+        plain = dict(config or {}) if to_dict is None else to_dict()
+        # A resumed run logs some steps again; wandb itself ignores steps below its newest one.
         self._wandb = wandb.init(
             project=project,
-            id=kept.read_text(encoding="utf-8").strip(),
+            id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(workdir),
             name=workdir.name,
@@ -214,7 +221,7 @@ def _scalars(step: int, now: float, values: Mapping[str, float]) -> Any:
 
 
 def import_wandb() -> Any:
-    """wandb's module. Raises `UserError` where it is not installed."""
+    """Returns the module wandb. Raises `UserError` if it is not installed."""
     try:
         import wandb
     except ImportError:

@@ -268,7 +268,7 @@ def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
     net = own_parts.Net(num_classes=10)
     rates = dropout.decide_rates((0.1,), net, params={}, images_shape=(1, 8, 8, 1))
     assert rates == {"conv1": 0.1, "conv2": 0.1}
-    with pytest.raises(UserError, match=r"dropout: Bare has no layer that it drops"):
+    with pytest.raises(UserError, match=r"dropout: it would drop nothing in Bare"):
         dropout.decide_rates((0.1,), own_parts.Bare(), params={}, images_shape=(1, 8, 8, 1))
 
 
@@ -355,7 +355,7 @@ class Mistyped:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (Short(), r"on_validation: it is called with \(step, numbers\), and takes \(numbers\)"),
+        (Short(), r"on_validation: it is called with \(step, numbers\) but takes \(numbers\)"),
         (Mistyped(), "has 'on_validate', which nothing calls; did you mean 'on_validation'"),
     ],
 )
@@ -390,7 +390,7 @@ def test_a_network_that_is_none(name, words):
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ({"loss": f"{HERE}:scalar_loss"}, r"gave float32 \[\], expected float32 \[4\]"),
+        ({"loss": f"{HERE}:scalar_loss"}, r"returned float32 \[\], expected float32 \[4\]"),
         ({"metrics": (f"{HERE}:count_less",), "best_by": "auto", "best_mode": "auto"}, "count"),
     ],
 )

@@ -677,7 +677,11 @@ def test_a_directory_in_use_or_of_something_else(config, tmp_path):
     [
         ("model.name", "lenet6", "unknown model 'lenet6'; did you mean 'lenet5'"),
         ("data.name", "digitz", "unknown data set 'digitz'.*did you mean 'digits'"),
-        ("data.batch_size", 18, "18 examples do not divide over 4 devices; take 16 or 20"),
+        (
+            "data.batch_size",
+            18,
+            "18 examples cannot be split evenly over 4 devices; choose 16 or 20",
+        ),
         ("model.num_classes", 5, "5 classes are too few for digits, which has 10"),
         ("data.image_size", 8, r"8x8.*smallest|smallest.*32"),
         ("schedule.name", "sine", "did you mean 'cosine'"),

@@ -81,16 +81,19 @@ def test_an_object_has_the_hooks_that_are_its_methods():
     [
         (
             having(penality=lambda params, step: 0.0),
-            "'penality' is no hook; did you mean 'penalty'",
+            "'penality' is not a hook; did you mean 'penalty'",
         ),
         (having(mix=Turning().mix, gradient=lambda *a: a), "'gradient' .* mean 'gradients'"),
-        (having(strength=3.0), "has no hook; expected some of the methods augment, mix, intercept"),
+        (
+            having(strength=3.0),
+            "has no hook; expected at least one of the methods augment, mix, intercept",
+        ),
         (lambda params, step: 0.0, "has no hook"),
-        (Cutting, "Cutting is a class; give an object of it"),
-        (having(penalty=0.1), r"penalty: expected a function, came float32 \[\]"),
+        (Cutting, "Cutting is a class; give an instance of it"),
+        (having(penalty=0.1), r"penalty: expected a function, got float32 \[\]"),
         (
             having(penalty=lambda params: 0.0),
-            r"penalty: it is called with \(params, step\), and takes \(params\)",
+            r"penalty: it is called with \(params, step\) but takes \(params\)",
         ),
     ],
 )
@@ -105,16 +108,16 @@ def test_what_is_no_regularizer(given, message):
         (
             "augment",
             lambda i, k: i[:, :4],
-            r"expected float32 \[4 8 8 1\], came float32 \[4 4 8 1\]",
+            r"expected float32 \[4 8 8 1\], got float32 \[4 4 8 1\]",
         ),
-        ("augment", lambda i, k: i > 0, r"came bool \[4 8 8 1\]"),
-        ("mix", lambda i, y, k: i, r"expected \(images, labels\), came float32 \[4 8 8 1\]"),
-        ("mix", lambda i, y, k: (i, y.argmax(-1)), r"labels: expected float32 \[4 7\], came int32"),
-        ("penalty", lambda p, s: p["a"], r"expected one number, float32 \[\], came float32 \[4\]"),
-        ("penalty", lambda p, s: None, "came None"),
-        ("gradients", lambda g, p, k, s: {"a": g["a"]}, "came lacks 'b/c'"),
-        ("perturb", lambda p, g: p | {"d": g["a"]}, "came has also 'd'"),
-        ("constrain", lambda p: p | {"a": p["a"][:2]}, r"a: expected float32 \[4\], came .* \[2\]"),
+        ("augment", lambda i, k: i > 0, r"got bool \[4 8 8 1\]"),
+        ("mix", lambda i, y, k: i, r"expected \(images, labels\), got float32 \[4 8 8 1\]"),
+        ("mix", lambda i, y, k: (i, y.argmax(-1)), r"labels: expected float32 \[4 7\], got int32"),
+        ("penalty", lambda p, s: p["a"], r"expected one number, float32 \[\], got float32 \[4\]"),
+        ("penalty", lambda p, s: None, "got None"),
+        ("gradients", lambda g, p, k, s: {"a": g["a"]}, "returned lacks 'b/c'"),
+        ("perturb", lambda p, g: p | {"d": g["a"]}, "returned has an extra 'd'"),
+        ("constrain", lambda p: p | {"a": p["a"][:2]}, r"a: expected float32 \[4\], got .* \[2\]"),
     ],
 )
 def test_what_a_hook_gives_is_checked_while_tracing(hook, method, message):

@@ -261,7 +261,9 @@ def test_the_best_is_chosen_by_another_metric(monkeypatch):
 
 
 def test_a_metric_that_no_validation_has(monkeypatch):
-    with pytest.raises(UserError, match=r"no 'f1'.*validation/NAME, NAME one of loss, accuracy"):
+    with pytest.raises(
+        UserError, match=r"no metric 'f1'.*validation/NAME, where NAME is one of loss, accuracy"
+    ):
         validations(Device(monkeypatch), [0.5], best_by="f1")
 
 

@@ -114,12 +114,12 @@ def test_ratios_are_added_before_they_are_divided_and_survive_json():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (jnp.ones(()), r"expected \(sum, count\) or a dict .* came float32 \[\]"),
-        ({"sum": 1.0}, "came a dict of 'sum'"),
-        ((1.0, None), r"came \(float32 \[\], None\)"),
+        (jnp.ones(()), r"expected \(sum, count\) or a dict .* got float32 \[\]"),
+        ({"sum": 1.0}, "got a dict of 'sum'"),
+        ((1.0, None), r"got \(float32 \[\], None\)"),
         (
             (jnp.ones(3), jnp.ones(2)),
-            r"one shape, \[\] or \[M\], came \(float32 \[3\], float32 \[2\]",
+            r"one shape, \[\] or \[M\], got \(float32 \[3\], float32 \[2\]",
         ),
         ((jnp.ones((2, 2)), jnp.ones((2, 2))), r"one shape"),
     ],
@@ -131,7 +131,9 @@ def test_what_is_no_sum_and_count(found, message):
 
 def test_numbers_of_single_examples_are_no_sums():
     logits = jnp.ones((3, 3))
-    with pytest.raises(UserError, match=r"came float32 \[3\], a number an example; give its .sum"):
+    with pytest.raises(
+        UserError, match=r"got float32 \[3\], one number per example; return its .sum"
+    ):
         metrics.sum_own_metrics({"mine": lambda logits, labels, mask: (mask, mask)}, logits, logits)
     each = {"mine": lambda logits, labels, mask: (logits.sum(0), labels.sum(0))}  # 3 classes
     assert metrics.sum_own_metrics(each, logits, logits)["metric/mine/sum"].shape == (3,)
@@ -141,7 +143,7 @@ def test_an_error_of_a_loss_says_what_it_was_given():
     of_numbers = optax.softmax_cross_entropy_with_integer_labels
     with pytest.raises(TypeError) as caught:
         losses.select_loss(of_numbers, "classes")(jnp.ones((3, 4)), jnp.ones((3, 4)))
-    assert "labels f32 [N K], a row an example" in caught.value.__notes__[0]
+    assert "labels [N K], one row per example" in caught.value.__notes__[0]
 
 
 def test_a_count_of_all_ratios():
@@ -164,11 +166,9 @@ def test_an_unknown_task():
 
 
 def test_a_function_that_takes_other_arguments():
-    with pytest.raises(UserError, match=r"metric 'm': it is called with .*mask\), and takes \(a\)"):
+    with pytest.raises(UserError, match=r"metric 'm': it is called with .*mask\) but takes \(a\)"):
         tiny.setup(tiny.config(), metrics={"m": lambda a: a})
-    with pytest.raises(
-        UserError, match=r"train\.loss: .* with \(logits, labels\), and takes \(a\)"
-    ):
+    with pytest.raises(UserError, match=r"train\.loss: .* with \(logits, labels\) but takes \(a\)"):
         tiny.setup(tiny.config(), loss=lambda a: a)
 
 
@@ -188,9 +188,9 @@ def test_soft_labels_are_mixed_as_classes_are():
     np.testing.assert_array_equal(mixed(soft, **fields), mixed(labels, **fields))
     np.testing.assert_array_equal(mixed(soft[:, :4]), np.pad(soft[:, :4], ((0, 0), (0, K - 4))))
     for labels in (np.eye(9, dtype=np.float32),):
-        with pytest.raises(UserError, match="labels have 9 columns, and the network 7 classes"):
+        with pytest.raises(UserError, match="labels have 9 columns, but the network has 7 classes"):
             mixed(labels)
-        with pytest.raises(UserError, match="labels have 9 columns, and the network 7 classes"):
+        with pytest.raises(UserError, match="labels have 9 columns, but the network has 7 classes"):
             losses.soft_labels(labels, K)
 
 
@@ -294,11 +294,14 @@ def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads():
     [
         (
             lambda logits, labels: jnp.mean(logits),
-            r"gave float32 \[\], expected float32 \[4\]: one",
+            r"returned float32 \[\], expected float32 \[4\]: one",
         ),
-        (lambda logits, labels: logits, r"gave float32 \[4 7\], expected float32 \[4\]"),
-        (lambda logits, labels: (logits[:, 0], {}), r"gave \(float32 \[4\], a dict of nothing\)"),
-        (lambda logits, labels: labels[:, 0] > 0, r"gave bool \[4\]"),
+        (lambda logits, labels: logits, r"returned float32 \[4 7\], expected float32 \[4\]"),
+        (
+            lambda logits, labels: (logits[:, 0], {}),
+            r"returned \(float32 \[4\], a dict of nothing\)",
+        ),
+        (lambda logits, labels: labels[:, 0] > 0, r"returned bool \[4\]"),
     ],
 )
 def test_a_loss_that_is_not_one_number_an_example(loss, message):
@@ -324,13 +327,13 @@ def test_a_network_that_gives_no_logits(logits, came):
     )
     mapped = parallel.parallelize(step, parallel.make_mesh(jax.devices()[:1]))
     data = tiny.examples(8) | {"mask": np.ones(8, np.float32)}
-    expected = rf"the network gave {came}, expected logits float32 \[8 7\]"
+    expected = rf"the network returned {came}, expected logits float32 \[8 7\]"
     with pytest.raises(UserError, match=expected):
         jax.eval_shape(mapped, {}, data, None)
 
 
 def test_many_labels_have_no_confusion_matrix():
-    with pytest.raises(UserError, match="multilabel data has none"):
+    with pytest.raises(UserError, match="not multilabel data"):
         steps.make_eval_step(
             tiny.Tiny().apply,
             normalize=jnp.asarray,

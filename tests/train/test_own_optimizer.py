@@ -167,11 +167,15 @@ def test_what_optax_has_does_as_it_does_alone(factory, fields):
         (
             lambda rate: rate,
             {},
-            r"expected an optax\.GradientTransformation, came an object of the",
+            r"expected an optax\.GradientTransformation, got an object of the",
         ),
-        (lambda rate: optax.sgd(rate(0)), {}, "asks for the learning rate as it is made.*itself"),
-        (momentum_sgd, {"momentum": 0.9}, r"with \(learning_rate_schedule, momentum=\), and takes"),
-        ("sgd", {}, "expected a function, came an object of the class str"),
+        (
+            lambda rate: optax.sgd(rate(0)),
+            {},
+            "calls the schedule while the optimizer is made.*one step only",
+        ),
+        (momentum_sgd, {"momentum": 0.9}, r"with \(learning_rate_schedule, momentum=\) but takes"),
+        ("sgd", {}, "expected a function, got an object of the class str"),
     ],
 )
 def test_what_is_no_factory(factory, fields, message):
@@ -182,16 +186,16 @@ def test_what_is_no_factory(factory, fields, message):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (optax.polyak_sgd, "is given gradients, state and params alone: .*'value'"),
+        (optax.polyak_sgd, "its update gets only gradients, state and params: .*'value'"),
         (
             lambda rate: optax.GradientTransformation(
                 lambda p: {}, lambda g, s, p: (g, {"n": 1.0})
             ),
-            "state: expected the tree .* has also 'n'",
+            "state: expected a tree .* has an extra 'n'",
         ),
         (
             lambda rate: optax.stateless(lambda g, p: {"head": g["head"]}),
-            "updates: expected the tree that it was given; what came lacks 'stage1",
+            "updates: expected a tree like its argument; the tree it returned lacks 'stage1",
         ),
     ],
 )

@@ -48,5 +48,7 @@ def test_bytes_travel_before_the_step_and_nothing_in_it(parts):
 
 @pytest.mark.parametrize(("size", "near"), [(6, "4 or 8"), (10, "8 or 12"), (3, "4")])
 def test_a_batch_that_does_not_divide(size, near):
-    with pytest.raises(UserError, match=f"{size} examples do not divide .* 4 devices; take {near}"):
+    with pytest.raises(
+        UserError, match=f"{size} examples cannot be split .* 4 devices; choose {near}"
+    ):
         parallel.check_batch(size, parallel.make_mesh(), what="data.batch_size")

@@ -85,5 +85,5 @@ def test_one_cycle_is_torchs_of_one_step_more_and_another_share():
 
 
 def test_one_cycle_refuses_a_second_warmup():
-    with pytest.raises(UserError, match="rises by itself"):
+    with pytest.raises(UserError, match="has its own warm-up"):
         make(name="one_cycle", warmup="5 steps")

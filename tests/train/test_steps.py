@@ -92,7 +92,9 @@ def test_accumulation_equals_the_whole_batch():
 
 def test_pieces_that_do_not_divide():
     state, step, _, mesh = plain_setup(tiny.config(**{"train.accumulate": 3}))
-    with pytest.raises(UserError, match="8 examples a device do not divide into 3 pieces"):
+    with pytest.raises(
+        UserError, match="8 examples per device cannot be split into 3 equal pieces"
+    ):
         step(state, parallel.shard_batch(tiny.examples(8), mesh), jax.random.key(0))
 
 
