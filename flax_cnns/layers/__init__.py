@@ -1,4 +1,4 @@
-"""The parts that networks share. A layer knows no network."""
+"""Layers and building blocks that networks share. None depends on a network."""
 
 from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head

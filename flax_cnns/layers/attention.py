@@ -1,4 +1,4 @@
-"""Attention of many heads: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2."""
+"""Multi-head attention: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from flax_cnns.types import Array, ModuleDef
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v for each head: three of [N T heads D] -> [N T heads D].
+    """softmax(q k^T / sqrt(D)) v for each head: q, k and v [N T heads D] -> [N T heads D].
 
-    Without parameters. The softmax is computed in float32, whatever the products are.
+    The layer has no parameters. The softmax is computed in float32, whatever the inputs' dtype.
     """
 
     @nn.compact
@@ -21,15 +21,15 @@ class Attention(nn.Module):
         return jax.nn.dot_product_attention(q, k, v)
 
     def macs(self, q: Array, k: Array, v: Array) -> int:
-        """Of both products, for `analysis.cost`: q k^T, and the weights by v."""
+        """Returns the multiply-adds of q k^T and of the weights times v, for `analysis.cost`."""
         return q.size * k.shape[1] + v.size * q.shape[1]
 
 
 class MultiHeadAttention(nn.Module):
-    """Every token looks at every token: [N T C] -> [N T C].
+    """Self-attention, in which every token attends to every token: [N T C] -> [N T C].
 
-    `qkv` is one dense layer to 3 C channels: the queries of all heads, then keys, then values.
-    Raises `UserError` where the heads do not divide C.
+    The dense layer `qkv` has 3 C outputs: the queries of all heads, then the keys, then the values.
+    Raises `UserError` if `heads` does not divide C.
     """
 
     heads: int
@@ -39,7 +39,9 @@ class MultiHeadAttention(nn.Module):
     def __call__(self, x: Array) -> Array:
         *batch, width = x.shape
         if width % self.heads:
-            raise UserError(f"expected heads that divide {width} channels, got {self.heads}")
+            raise UserError(
+                f"expected a number of heads that divides {width} channels, got {self.heads}"
+            )
         qkv = self.dense(3 * width, name="qkv")(x)
         qkv = qkv.reshape(*batch, 3, self.heads, width // self.heads)
         y = Attention(name="products")(*jnp.moveaxis(qkv, -3, 0))

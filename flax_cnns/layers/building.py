@@ -1,10 +1,10 @@
-"""What networks do alike around their blocks: what they build of, and how they end."""
+"""What networks share around their blocks: the layers they hand down, and the classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,35 +27,36 @@ def building_blocks(
     dtype: Dtype = None,
     **norm_fields: Any,
 ) -> tuple[ModuleDef, ModuleDef]:
-    """The convolution and the norm that a network hands down to its blocks, by its own fields.
+    """Returns (conv, norm), the partials that a network hands down to its blocks.
 
-    `kernel_init`, of which `paper` is the value "paper", `dtype`, `param_dtype` and `axis_name`
-    are fields of every network; `norm`, `momentum`, `epsilon` and `scale` are taken if it has them.
-    A network without the field `norm` normalizes nothing. The arguments `norm`, `dtype` and
-    `norm_fields` (`make_norm`'s) take the place of the network's own fields.
-    Raises `UserError` for unknown names of initializers and norms, and for a network that lacks one
-    of the four fields.
+    They are set by the network's fields `kernel_init`, `dtype`, `param_dtype` and `axis_name`,
+    which every network has, and by `norm`, `momentum`, `epsilon` and `scale` if it has them.
+    `paper` is the initializer that `kernel_init="paper"` stands for. A network without the field
+    `norm` normalizes nothing. The arguments `norm`, `dtype` and `norm_fields` (arguments of
+    `make_norm`) override the network's fields.
+
+    Raises `UserError` for unknown names of initializers and norms, and if the network lacks one of
+    the first four fields (`dtype` is not needed if it is given as an argument).
     """
-    asked = () if dtype is not None else ("dtype",)
-    check_fields(network, "building_blocks", *asked, "kernel_init", "param_dtype", "axis_name")
+    required = () if dtype is not None else ("dtype",)
+    check_fields(network, "building_blocks", *required, "kernel_init", "param_dtype", "axis_name")
     dtype = network.dtype if dtype is None else dtype
-    types = dict(dtype=dtype, param_dtype=network.param_dtype)
+    types: dict[str, Any] = dict(dtype=dtype, param_dtype=network.param_dtype)
     kernel_init = get_initializer(network.kernel_init, paper=paper)
     for field in ("momentum", "epsilon", "scale"):
         if hasattr(network, field):
             norm_fields.setdefault(field, getattr(network, field))
-    make = partial(make_norm, train=train, axis_name=network.axis_name, **types, **norm_fields)
-    return (
-        partial(Conv, use_bias=use_bias, kernel_init=kernel_init, **types),
-        make(norm or getattr(network, "norm", "none")),
-    )
+    norm_name = cast(str, norm or getattr(network, "norm", "none"))
+    conv = partial(Conv, use_bias=use_bias, kernel_init=kernel_init, **types)
+    norm_fields = dict(axis_name=network.axis_name, **types, **norm_fields)
+    return conv, make_norm(norm_name, train=train, **norm_fields)
 
 
 def make_head(network: nn.Module, paper: Callable = lecun) -> partial:
-    """The dense layer that gives the classes, in float32, without their number and its name.
+    """Returns the classifier, a float32 `nn.Dense`, as a partial without `features` and `name`.
 
-    Its kernel starts as `paper` says if the network's `kernel_init` is "paper", else by LeCun.
-    Raises `UserError` for a network without the fields `kernel_init` and `param_dtype`.
+    Its kernel's initializer is `paper` if the network's `kernel_init` is "paper", else LeCun's.
+    Raises `UserError` if the network lacks the field `kernel_init` or `param_dtype`.
     """
     check_fields(network, "make_head", "kernel_init", "param_dtype")
     kernel_init = get_head_initializer(network.kernel_init, paper=paper)
@@ -74,9 +75,10 @@ def classify(
 ) -> Array:
     """The end of a network: maps [N H W C] or features [N C] -> logits f32 [N num_classes].
 
-    Maps are averaged over H and W; `dropout` comes before the layer "head", which is
-    `make_head(network, paper)` or the one given. Without classes: features f32 [N C].
-    Raises `UserError` for a network without the field `num_classes`.
+    Maps are averaged over H and W. Then `dropout` is applied, and the layer "head", which is made
+    by the argument `head`, or by `make_head(network, paper)` if that is None. If `num_classes` is
+    None, the result is the input of "head": features f32 [N C].
+    Raises `UserError` if the network lacks the field `num_classes`.
     """
     check_fields(network, "classify", "num_classes")
     x = global_avg_pool(x) if x.ndim == 4 else x.astype(jnp.float32)
@@ -90,11 +92,12 @@ def classify(
 def classify_by_maps(
     network: nn.Module, x: Array, *, paper: Callable, activation: Callable | None = nn.relu
 ) -> Array:
-    """The end of Network in Network and of what follows it: maps [N H W C] -> logits f32 [N K].
+    """The end of Network in Network and its successors: maps [N H W C] -> logits f32 [N K].
 
-    The 1x1 convolution "head" makes a map for each class, and the logits are the means of the maps
-    behind the activation. Without classes: features f32 [N C], the means of what comes in.
-    Raises `UserError` for a network without the fields that this takes.
+    The 1x1 convolution "head" makes one map for each class. The logits are the means of these maps
+    after `activation`. If `num_classes` is None, the result is the mean of each input map: features
+    f32 [N C].
+    Raises `UserError` if the network lacks `num_classes`, `kernel_init` or `param_dtype`.
     """
     check_fields(network, "classify_by_maps", "num_classes", "kernel_init", "param_dtype")
     if network.num_classes is None:

@@ -1,19 +1,25 @@
-"""Cells of searched networks, as data: NASNet's and PNASNet's, and any of their operations.
+"""Cells of NASNet, PNASNet and other networks built from their operations, described as data.
 
-Zoph et al. 2017, https://arxiv.org/abs/1707.07012. A cell is rows (operation, input, operation,
-input) whose two results are added, and what stands side by side in its output. What the paper does
-not say is as in its authors' release, TensorFlow's slim network: ReLU, convolution, norm in that
-order; each separable convolution twice; a 1x1 squeezes both inputs of a cell to its width; the cell
-behind a reduction halves the older input by two shifted 1x1 (`FactorizedReduction`). Where slim
-leaves an older input of the cell's width and size as it is, which happens in none of its networks,
-here it is squeezed too.
+Zoph et al. 2017, https://arxiv.org/abs/1707.07012. A cell has rows (operation, input, operation,
+input) and a list of outputs. The two results of a row are added; the outputs are concatenated. The
+paper leaves some details open. They follow its authors' release, TensorFlow's slim network:
+
+- The order is ReLU, convolution, norm.
+- Each separable convolution is applied twice.
+- A 1x1 convolution squeezes each of a cell's two inputs to the cell's width.
+- The cell after a reduction halves the older input by two shifted 1x1 convolutions
+  (`FactorizedReduction`).
+
+There is one difference. If the older input already has the cell's width and size, slim does not
+squeeze it, and this module does. None of slim's networks has such an input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,21 +34,25 @@ from flax_cnns.types import Array, ModuleDef
 
 
 class CellRecipe(NamedTuple):
-    """A cell. Inputs are "x", the last cell's output, "p", the one's before, and rows from "1"."""
+    """The rows and outputs of a cell.
 
-    rows: Sequence[tuple[str, str, str, str]]  # OPERATIONS and their inputs, left and right
-    output: Sequence[str]
+    An input is "x" (the output of the last cell), "p" (the output of the cell before that), or a
+    row's number, from "1".
+    """
+
+    rows: Sequence[tuple[str, str, str, str]]  # two operations, each with its input
+    output: Sequence[str]  # the inputs and rows that are concatenated
 
 
 class PaddingRules(NamedTuple):
-    """What is around the maps."""
+    """How a cell's operations pad their input."""
 
-    padding: str  # of convolutions and poolings: mbconv.resolve_padding
-    zero_pools: Sequence[str]  # "max", "mean": those of stride 2 take the padding for zeros
+    padding: str  # of convolutions and pooling: mbconv.resolve_padding
+    zero_pools: Sequence[str]  # kinds of pooling ("max", "mean") that pad with zeros at stride 2
 
 
 class Separable(nn.Module):
-    """ReLU, depthwise, 1x1, norm, twice: [N H W C] -> [N H/stride W/stride width]."""
+    """(ReLU, depthwise, 1x1, norm) twice: [N H W C] -> [N H/stride W/stride width]."""
 
     width: int
     kernel_size: int
@@ -61,7 +71,10 @@ class Separable(nn.Module):
 
 
 class Pool(nn.Module):
-    """3x3; where C is not `width`, a 1x1 and a norm: [N H W C] -> [N H/stride W/stride width]."""
+    """3x3 pooling: [N H W C] -> [N H/stride W/stride width].
+
+    If C is not `width`, a 1x1 convolution and a norm follow.
+    """
 
     width: int
     kind: str  # "max" or "mean"
@@ -88,7 +101,7 @@ class Pool(nn.Module):
 
 
 class Squeeze(nn.Module):
-    """ReLU, 1x1, norm: [N H W C] -> [N H W width]."""
+    """ReLU, 1x1 convolution, norm: [N H W C] -> [N H W width]."""
 
     width: int
     conv: ModuleDef
@@ -101,7 +114,10 @@ class Squeeze(nn.Module):
 
 
 class Identity(nn.Module):
-    """x itself; as `Squeeze` where the shape changes: [N H W C] -> [N H/stride W/stride width]."""
+    """Returns x, or ReLU, 1x1 convolution and norm of x if the shape changes.
+
+    [N H W C] -> [N H/stride W/stride width].
+    """
 
     width: int
     conv: ModuleDef
@@ -118,7 +134,11 @@ class Identity(nn.Module):
 
 
 class FactorizedReduction(nn.Module):
-    """[N H W C] -> [N H/2 W/2 width]: even rows and columns beside odd ones, each by a 1x1."""
+    """Halves the map by two 1x1 convolutions: [N H W C] -> [N H/2 W/2 width].
+
+    After a ReLU, one convolution reads the even rows and columns and the other the odd ones. Their
+    results are concatenated and normalized.
+    """
 
     width: int
     conv: ModuleDef
@@ -133,7 +153,7 @@ class FactorizedReduction(nn.Module):
         return self.norm(name="norm")(jnp.concatenate([even, odd], axis=-1))
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., nn.Module]] = {
     "identity": Identity,
     **{f"separable{k}": partial(Separable, kernel_size=k) for k in (3, 5, 7)},
     "max3": partial(Pool, kind="max"),
@@ -142,12 +162,13 @@ OPERATIONS = {
 
 
 class Cell(nn.Module):
-    """`recipe` on the outputs of the last two cells, x [N H W C] and p: [N H/stride W/stride C'].
+    """Applies `recipe` to x [N H W C] and p, the outputs of the last two cells.
 
-    C' is `width` for each part of the output. p is squeezed, or halved where it is larger than x;
-    a first cell, which has none, takes x as it is for p. Only operations on x and p stride. All
-    but identities are dropped, each for itself, as `drop` says. Raises `UserError` for an unknown
-    operation.
+    Returns [N H/stride W/stride C'], where C' is `width` times the number of outputs. p is
+    squeezed, or halved if its map is larger than x's. In a first cell p is None; x takes its place
+    and is not squeezed. Only operations on x and p have the stride. Each operation except
+    identities is dropped independently with the rate of `drop`.
+    Raises `UserError` for an unknown operation.
     """
 
     width: int
@@ -159,7 +180,7 @@ class Cell(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, p: Array | None, drop: DropPath | None = None) -> Array:
-        given = dict(conv=self.conv, norm=self.norm)
+        given: dict[str, Any] = dict(conv=self.conv, norm=self.norm)
         states = {"x": Squeeze(self.width, **given, name="squeeze")(x)}
         if p is None:
             states["p"] = x
@@ -183,10 +204,11 @@ class Cell(nn.Module):
                     name=f"block{i}_{side}",
                     **given,
                 )
-                drops = operation != "identity" and drop is not None
-                own = _own(drop, 2 * i + (side == "right")) if drops else None
+                operation_drop = None
+                if drop is not None and operation != "identity":
+                    operation_drop = _for_operation(drop, 2 * i + (side == "right"))
                 branch = lambda _, x, module=module: module()(x)  # noqa: E731
-                total = residual(total, branch, self, states[source], own)
+                total = residual(total, branch, self, states[source], operation_drop)
             states[str(i)] = total
         parts = [states[name] for name in self.recipe.output]
         if parts[0].shape[-1] != self.width:  # a first cell's p
@@ -195,6 +217,7 @@ class Cell(nn.Module):
         return jnp.concatenate(parts, axis=-1)
 
 
-def _own(drop: DropPath, i: int) -> DropPath:
-    """The cell's rate, and a key for its i-th operation alone."""
-    return drop.replace(key=None if drop.key is None else jax.random.fold_in(drop.key, i))
+def _for_operation(drop: DropPath, i: int) -> DropPath:
+    """Returns the cell's rate with a key of the cell's operation `i`."""
+    key = None if drop.key is None else jax.random.fold_in(drop.key, i)
+    return dataclasses.replace(drop, key=key)

@@ -1,4 +1,4 @@
-"""What networks ask of their images and fields, refused in one line."""
+"""Checks of images and of networks' fields. Each error is one line."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ FIELD_DECLARATIONS = {
 
 
 def check_images(images: Array, input_size: Sequence[int], smallest: int = 1) -> None:
-    """Raises `UserError` unless images are [N H W C], H and W at least `smallest`, C as expected.
+    """Raises `UserError` unless images are [N H W C], with the expected C and H, W >= `smallest`.
 
-    `input_size` is the network's (H, W, C): only C is binding.
+    `input_size` is the network's (H, W, C). Only C must match.
     """
     if images.ndim != 4:
         raise UserError(f"expected images [N H W C], got the shape {tuple(images.shape)}")
@@ -57,7 +57,7 @@ def check_images(images: Array, input_size: Sequence[int], smallest: int = 1) ->
 
 
 def check_stages(depths: Sequence[int], widths: Sequence[int]) -> None:
-    """Raises `UserError` unless there are as many of the ones as of the others."""
+    """Raises `UserError` unless there are as many `depths` as `widths`."""
     if len(depths) != len(widths):
         raise UserError(
             f"expected a depth and a width for each stage, got depths {tuple(depths)} "
@@ -73,6 +73,6 @@ def check_fields(network: nn.Module, asker: str, *names: str) -> None:
     for name in names:
         if not hasattr(network, name):
             raise UserError(
-                f"{type(network).__name__} has no field {name!r}, which layers.{asker} takes from "
+                f"{type(network).__name__} has no field {name!r}, which layers.{asker} reads from "
                 f"the network: add `{name}: {FIELD_DECLARATIONS[name]}` to its class"
             )

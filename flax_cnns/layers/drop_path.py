@@ -1,15 +1,16 @@
-"""Residual branches that are dropped at random: stochastic depth, and drop-path image by image.
+"""Residual branches that are dropped at random, for a whole batch (stochastic depth) or per image.
 
-A network has the fields `drop_path` (the last block's rate of dropping; its survival is 1 - that),
-`drop_path_mode` and `drop_path_schedule`. `make_drop_paths` makes one `DropPath` for each stage of
-them, `Stage` hands each block its own, and the block calls
+A network has the fields `drop_path` (the last block's rate of dropping, which is 1 - p_L for the
+survival probability p_L), `drop_path_mode` and `drop_path_schedule`. `make_drop_paths` turns them
+into one `DropPath` per stage. `Stage` gives each block its own, and the block calls
 `residual(shortcut, branch, self, x, drop)`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -23,33 +24,36 @@ from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
 
-# Rates of blocks 1 to L, by the rate of the last: the three growths that are found in the wild.
+# The rates of blocks 1 to L from the last block's rate: the three schedules in common use.
 DROP_SCHEDULES: dict[str, Callable[[float, int], np.ndarray]] = {
     # Huang et al. 2016, section 3: 1 - p_l = l/L (1 - p_L), l = 1 ... L.
     "linear": lambda rate, L: rate * np.arange(1, L + 1) / L,
-    # EfficientNet's released code: i/N, i = 0 ... N-1. The first block always stays, and no block
-    # reaches the rate.
+    # EfficientNet's released code: i/N, i = 0 ... N-1. The first block is never dropped, and no
+    # block reaches `rate`.
     "efficientnet": lambda rate, L: rate * np.arange(L) / L,
-    # ConvNeXt's and timm's: from 0 in the first block to the rate in the last.
+    # ConvNeXt and timm: from 0 in the first block to `rate` in the last.
     "convnext": lambda rate, L: np.linspace(0.0, rate, L),
 }
 DROP_MODES = ("batch", "sample")
+State = TypeVar("State")  # a dataclass of arrays [blocks ...], or None
 
 
 @flax.struct.dataclass
 class DropPath:
-    """What blocks are told about dropping their branches; `rate` and `key` have an axis of blocks
-    until `Stage` or `for_block` takes one of them."""
+    """Drop-path state of one block or of a whole stage.
 
-    rate: Array  # f32: of dropping
+    A stage's `rate` and `key` have a leading block axis. `Stage` and `for_block` index it.
+    """
+
+    rate: Array  # f32: probability of dropping
     key: Array | None  # None: evaluation
-    mode: str = flax.struct.field(pytree_node=False)
+    mode: str = flax.struct.field(pytree_node=False)  # of DROP_MODES
 
 
 def drop_rates(rate: float, depth: int, schedule: str = "linear") -> np.ndarray:
-    """f32 [depth]: each block's rate of dropping, the last one's being about `rate`.
+    """Returns each block's rate of dropping, f32 [depth]; the last block's is close to `rate`.
 
-    Raises `UserError` for an unknown schedule, or a rate outside of [0, 1).
+    Raises `UserError` for an unknown schedule, or a rate outside [0, 1).
     """
     if schedule not in DROP_SCHEDULES:
         hint = did_you_mean(schedule, DROP_SCHEDULES)
@@ -62,18 +66,20 @@ def drop_rates(rate: float, depth: int, schedule: str = "linear") -> np.ndarray:
 def make_drop_paths(
     network: nn.Module, depths: Sequence[int], train: bool
 ) -> list[DropPath | None]:
-    """A `DropPath` for each stage of `depths` blocks, by the network's fields; None where all stay.
+    """Returns the `DropPath` of each stage of `depths` blocks, from the network's fields.
 
-    `drop_path_mode="batch"` is stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382):
-    one decision a block and step, out of the stream "shared", which is the same on all devices,
-    since a step is as slow as its slowest device, and for all pieces of a step that accumulates
-    gradients. A dropped branch is not computed, its statistics
-    stay, and in evaluation each branch counts p_l times.
-    "sample" is timm's and torchvision's: one decision an image, out of "dropout"; branches that
-    stay count 1 / p_l times, and evaluation is left alone.
+    The entries are None if `drop_path` is 0. The field `drop_path_mode` is one of:
 
-    Raises `UserError` for unknown names, a rate that is none, or a field or a stream that is
-    missing.
+    - "batch": stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382). There is one
+      decision per block and step, drawn from the stream "shared". So it is the same on all devices,
+      because a step is as slow as its slowest device, and in all parts of a step that accumulates
+      gradients. A dropped branch is not computed, and its BatchNorm statistics are not updated. In
+      evaluation each branch is scaled by its survival probability p_l.
+    - "sample": as in timm and torchvision. There is one decision per image, drawn from the stream
+      "dropout". Kept branches are scaled by 1 / p_l, and evaluation is unchanged.
+
+    Raises `UserError` for an unknown mode or schedule, a rate outside [0, 1), or a missing field or
+    stream.
     """
     fields = ("drop_path", "drop_path_mode", "drop_path_schedule")
     check_fields(network, "make_drop_paths", *fields)
@@ -91,16 +97,19 @@ def make_drop_paths(
     return split_by_stage(all_blocks, depths)
 
 
-def for_block(drop: DropPath | None, i: int) -> DropPath | None:
-    """The i-th block's, from 0, for who calls blocks without `Stage`."""
+def for_block(drop: State, i: int) -> State:
+    """Returns the state of block `i` (0-based) from a stage's, for networks without `Stage`.
+
+    `drop` is a `DropPath`, a `ShakeDrop` or None.
+    """
     return jax.tree.map(lambda a: a[i], drop)
 
 
 def split_by_branch(drop: DropPath | None, n: int) -> list[DropPath | None]:
-    """For the `n` branches of one block: the same rate, a decision each."""
+    """Returns the states of one block's `n` branches: the same rate, independent decisions."""
     if drop is None or drop.key is None:
         return [drop] * n
-    return [drop.replace(key=key) for key in jax.random.split(drop.key, n)]
+    return [dataclasses.replace(drop, key=key) for key in jax.random.split(drop.key, n)]
 
 
 def residual(
@@ -110,35 +119,36 @@ def residual(
     x: Array,
     drop: DropPath | None,
 ) -> Array:
-    """`shortcut + branch(block, x)`, the branch dropped as `drop` says.
+    """Returns `shortcut + branch(block, x)`, where the branch is dropped as `drop` says.
 
-    The branch makes its layers by `block`, the module that it is given, never by the `self` around
-    it: inside `nn.cond` that is another one. Both terms have one shape and dtype.
+    `branch` must make its layers from its argument `block`, not from the `self` of the enclosing
+    method: inside `nn.cond` they are different modules. `shortcut` and the branch's result have the
+    same shape and dtype. If `drop` is None, the branch is never dropped.
     """
     if drop is None:
         return shortcut + branch(block, x)
-    stay = (1 - drop.rate).astype(shortcut.dtype)
+    keep_prob = (1 - drop.rate).astype(shortcut.dtype)
     if drop.key is None:
         y = branch(block, x)
-        return shortcut + (stay * y if drop.mode == "batch" else y)
+        return shortcut + (keep_prob * y if drop.mode == "batch" else y)
     if drop.mode == "sample":
         y = branch(block, x)
-        stays = jax.random.bernoulli(drop.key, 1 - drop.rate, (len(y), *[1] * (y.ndim - 1)))
-        return shortcut + jnp.where(stays, y / stay, 0)
+        keep = jax.random.bernoulli(drop.key, 1 - drop.rate, (len(y), *[1] * (y.ndim - 1)))
+        return shortcut + jnp.where(keep, y / keep_prob, 0)
 
-    def add(block: nn.Module, shortcut: Array, x: Array) -> Array:
+    def add_branch(block: nn.Module, shortcut: Array, x: Array) -> Array:
         with inside_control_flow():
             y = branch(block, x)
         return shortcut + y
 
     keep = jax.random.bernoulli(drop.key, 1 - drop.rate)
-    return nn.cond(keep, add, lambda block, shortcut, x: shortcut, block, shortcut, x)
+    return nn.cond(keep, add_branch, lambda block, shortcut, x: shortcut, block, shortcut, x)
 
 
 def make_key(module: nn.Module, stream: str) -> Any:
-    """`module.make_rng(stream)`; raises `UserError` where `apply` was not given the stream."""
+    """Returns `module.make_rng(stream)`. Raises `UserError` if `apply` was not given the stream."""
     if not module.has_rng(stream):
-        where = "the same on every device" if stream == "shared" else "another one on each device"
+        where = "the same on every device" if stream == "shared" else "different on each device"
         raise UserError(
             f"{type(module).__name__} draws random numbers in training: "
             f'expected apply(..., rngs={{"{stream}": key}}), {where}'

@@ -1,8 +1,9 @@
-"""The join of a fractal network and what drop-path keeps of its inputs (Larsson et al. 2017)."""
+"""FractalNet's join layer, and drop-path for its inputs (Larsson et al. 2017)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
@@ -17,21 +18,21 @@ from flax_cnns.types import Array
 
 @flax.struct.dataclass
 class ColumnDrop:
-    """One step's sample of a fractal network, by which every join knows what it keeps.
+    """One step's drop-path sample: it decides for every join of the network which inputs to keep.
 
-    `column`, i32 [] or one an image [N], is the column that global sampling chose, from 1, the
-    shallowest, and 0 where sampling is local.
+    `column` is i32 [], or [N] with one number per image: the column that global sampling chose,
+    from 1 (the shallowest), or 0 if sampling is local.
     """
 
     column: Array
     key: Array
-    rate: float = flax.struct.field(pytree_node=False)  # local: of dropping an input of a join
+    rate: float = flax.struct.field(pytree_node=False)  # local sampling: of dropping a join's input
 
     def keep(self, first: int, last: int, *place: int) -> Array:
-        """bool [inputs] or [inputs N]: which of the columns `first` to `last` their join takes.
+        """Returns which of the columns `first` to `last` a join keeps: bool [inputs] or [inputs N].
 
-        `place`, numbers that no other join has. A join off the way of the chosen column takes all;
-        nothing of it goes on.
+        `place` identifies the join by integers that no other join has. A join without the chosen
+        column keeps all its inputs; its output is not used.
         """
         key, shape = self.key, (last - first + 1, *self.column.shape)
         for number in place:
@@ -43,22 +44,26 @@ class ColumnDrop:
 
 
 def keep_at_least_one(key: Array, rate: float, shape: Sequence[int]) -> Array:
-    """bool [inputs ...]: each input is dropped with the rate; where all would be, one stays."""
-    each, one = jax.random.split(key)
-    kept = jax.random.bernoulli(each, 1 - rate, shape)
-    chance = jax.nn.one_hot(jax.random.randint(one, shape[1:], 0, shape[0]), shape[0], axis=0)
-    return jnp.where(kept.any(axis=0), kept, chance.astype(bool))
+    """Drops each input with probability `rate`, but keeps one where all would be dropped.
+
+    Returns bool [inputs ...], of the given shape.
+    """
+    keep_key, index_key = jax.random.split(key)
+    kept = jax.random.bernoulli(keep_key, 1 - rate, shape)
+    index = jax.random.randint(index_key, shape[1:], 0, shape[0])
+    single = jax.nn.one_hot(index, shape[0], axis=0)
+    return jnp.where(kept.any(axis=0), kept, single.astype(bool))
 
 
 def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> ColumnDrop | None:
-    """A step's sample by the network's fields; None where every path stays.
+    """Returns a step's drop-path sample from the network's fields; None if every path is kept.
 
-    `drop_path_global` of the samples are global, one column of all; the others are local, by the
-    rate `drop_path`. `drop_path_mode="batch"`: one sample a step, out of the stream "shared", which
-    is the same on all devices. "sample": one an image, out of "dropout".
+    The fraction `drop_path_global` of the samples is global: one column is kept. The others are
+    local: each input of a join is dropped with the rate `drop_path`. With `drop_path_mode="batch"`
+    there is one sample per step, drawn from the stream "shared", which is the same on all devices.
+    With "sample" there is one per image, drawn from the stream "dropout".
 
-    Raises `UserError` for an unknown mode, rates that are none, or a field or a stream that is
-    missing.
+    Raises `UserError` for an unknown mode, rates out of range, or a missing field or stream.
     """
     check_fields(network, "draw_columns", "drop_path", "drop_path_global", "drop_path_mode")
     mode = network.drop_path_mode
@@ -67,24 +72,27 @@ def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> 
     if not 0 <= network.drop_path < 1 or not 0 <= network.drop_path_global <= 1:
         raise UserError(
             f"drop_path is a join's rate of dropping an input, 0 to below 1, and drop_path_global "
-            f"the part of global samples, 0 to 1, got {network.drop_path} and "
+            f"the fraction of global samples, 0 to 1, got {network.drop_path} and "
             f"{network.drop_path_global}"
         )
-    drops = network.drop_path or network.drop_path_global
-    if not drops or not train or network.is_initializing():
+    is_on = network.drop_path or network.drop_path_global
+    if not is_on or not train or network.is_initializing():
         return None
     key = make_key(network, {"batch": "shared", "sample": "dropout"}[mode])
-    key, which, coin = jax.random.split(key, 3)
-    shape = {"batch": (), "sample": (images,)}[mode]
-    chosen = jax.random.randint(which, shape, 1, columns + 1)
-    is_global = jax.random.bernoulli(coin, network.drop_path_global, shape)
+    key, column_key, global_key = jax.random.split(key, 3)
+    shape = (images,) if mode == "sample" else ()
+    chosen = jax.random.randint(column_key, shape, 1, columns + 1)
+    is_global = jax.random.bernoulli(global_key, network.drop_path_global, shape)
     return ColumnDrop(jnp.where(is_global, chosen, 0), key, network.drop_path)
 
 
 def fractal_join(inputs: Sequence[Array], keep: Array | None = None) -> Array:
-    """The mean of what is kept: [N H W C], as many as `keep` [inputs] or [inputs N] is long."""
+    """Returns the mean [N H W C] of the inputs that are kept.
+
+    `keep` is bool [inputs] or [inputs N]. If it is None, all inputs are kept.
+    """
     if keep is None:
-        return sum(inputs) / len(inputs)
+        return cast(Array, sum(inputs)) / len(inputs)
     keep = keep.reshape(len(inputs), -1, 1, 1, 1)
     total = jnp.where(keep, jnp.stack(inputs), 0).sum(axis=0)
     return total / keep.sum(axis=0).astype(total.dtype)

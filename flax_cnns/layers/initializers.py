@@ -1,11 +1,12 @@
-"""First values of the kernels, by the name of the paper that proposed them.
+"""Initializers of kernels, named after the papers that proposed them.
 
-Networks call the field `kernel_init`: `init` is a method of every linen module.
+The field of networks is called `kernel_init` because every linen module has a method `init`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,30 +26,32 @@ lecun = variance_scaling(1.0, "fan_in", "normal")
 # Glorot & Bengio 2010, equation 16: uniform with variance 2 / (fan_in + fan_out). Keras's default.
 xavier = variance_scaling(1.0, "fan_avg", "uniform")
 
-# Caffe's filler of that name: uniform with variance 1 / fan_in. What many released files ask for.
+# Caffe's filler "xavier": uniform with variance 1 / fan_in. Many released definitions use it.
 caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
 
 
-def tensorflow_fan_out(distribution: str) -> Callable:
-    """Variance 2 / fan_out, and 2 / k^2 for a depthwise kernel [k k 1 C], whose fan-out TensorFlow
-    counts so: the released EfficientNet's ("normal") and slim's ("truncated_normal").
+def tensorflow_fan_out(distribution: Literal["normal", "truncated_normal"]) -> Callable:
+    """Returns an initializer with variance 2 / fan_out, where fan_out is counted as in TensorFlow.
 
-    The first kernel for images of one channel looks like a depthwise one: give it `he`.
+    For a depthwise kernel [k k 1 C] that count is k^2. The released EfficientNet uses "normal",
+    slim uses "truncated_normal". The first kernel of a network for images of one channel also has
+    the shape [k k 1 C], but is not depthwise: initialize it with `he`.
     """
-    window = variance_scaling(2.0, "fan_in", distribution)
-    fan_out = variance_scaling(2.0, "fan_out", distribution)
+    depthwise = variance_scaling(2.0, "fan_in", distribution)
+    dense = variance_scaling(2.0, "fan_out", distribution)
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
-        return (window if shape[-2] == 1 else fan_out)(key, shape, dtype)
+        return (depthwise if shape[-2] == 1 else dense)(key, shape, dtype)
 
     return init
 
 
-# `gaussian(0.01)`: N(0, 0.01^2), what most papers before Xavier and He used.
+# `gaussian(0.01)` is N(0, 0.01^2), as in most papers before Xavier and He.
 gaussian = jax.nn.initializers.normal
 
-# Saxe et al. 2013, https://arxiv.org/abs/1312.6120: a kernel as the matrix [k * k * input channels,
-# output channels] has orthonormal columns, or rows where it is wider than high.
+# Saxe et al. 2013, https://arxiv.org/abs/1312.6120: the kernel, reshaped to the matrix [k * k *
+# input channels, output channels], has orthonormal columns, or orthonormal rows if it is wider than
+# high.
 orthogonal = jax.nn.initializers.orthogonal()
 
 INITIALIZERS = {
@@ -61,9 +64,10 @@ INITIALIZERS = {
 
 
 def get_initializer(init: str | Callable, paper: Callable | None = None) -> Callable:
-    """`"he"` -> the function (key, shape, dtype) -> kernel; a function stays what it is.
+    """Returns the initializer (key, shape, dtype) -> kernel of a name, such as "he".
 
-    `paper` is what `"paper"` means for a network. Raises `UserError` for an unknown name.
+    A function is returned as it is. `paper` is the initializer that the name "paper" stands for.
+    Raises `UserError` for an unknown name.
     """
     if callable(init):
         return init
@@ -74,8 +78,8 @@ def get_initializer(init: str | Callable, paper: Callable | None = None) -> Call
 
 
 def get_head_initializer(init: str | Callable, paper: Callable) -> Callable:
-    """Of the layer that gives the classes: `paper` where `init` is "paper", else "lecun".
+    """Returns the classifier's initializer: `paper` if `init` is "paper", else LeCun's.
 
-    He's variance, 2 / fan_out, would start few classes with logits far from zero.
+    With He's variance, 2 / fan_out, the initial logits of a few classes would be far from zero.
     """
     return paper if init == "paper" else lecun

@@ -1,6 +1,6 @@
-"""Depthwise convolutions and what is built of them; and how widths and depths are rounded.
+"""Depthwise separable convolutions and inverted residuals; rounding of widths and depths.
 
-A network's field `padding` selects TensorFlow's or PyTorch's padding: `resolve_padding`.
+A network's field `padding` selects TensorFlow's or PyTorch's padding: see `resolve_padding`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ PADDINGS = ("torch", "same")
 
 
 def resolve_padding(padding: str, kernel_size: int) -> int | str:
-    """What `Conv` takes as `padding`, of a kernel of odd size; sizes round up either way.
+    """Returns the argument `padding` of `Conv` for an odd kernel size.
 
-    `"torch"`: as much on both sides, (kernel_size - 1) / 2. `"same"`: TensorFlow's, no more than is
-    needed, which at stride 2 and an even size is one row less in front. Raises `UserError` for
-    another name.
+    "torch" pads both sides by (kernel_size - 1) / 2. "same" is TensorFlow's: it pads no more than
+    needed, which at stride 2 and an even size is one row less at the top. With both, output sizes
+    are rounded up. Raises `UserError` for another name.
     """
     if padding not in PADDINGS:
         raise UserError(f"unknown padding {padding!r}{did_you_mean(padding, PADDINGS)}")
@@ -31,11 +31,11 @@ def resolve_padding(padding: str, kernel_size: int) -> int | str:
 
 
 def round_width(width: float, divisor: int = 8) -> int:
-    """The nearest multiple of `divisor` (half of it goes up), or the next where that would be
-    less than 90 % of `width`: 42.0 -> 40, 10.0 -> 16.
+    """Returns the multiple of `divisor` nearest to `width`: 42.0 -> 40.
 
-    So in the released code of MobileNetV2, https://arxiv.org/abs/1801.04381, and since. Raises
-    `UserError` where the width is not above 0.
+    Halves are rounded up. If the result were below 90 % of `width`, the next multiple is returned:
+    10.0 -> 16. This is the rule of MobileNetV2's released code, https://arxiv.org/abs/1801.04381,
+    and of later networks. Raises `UserError` if the width is not above 0.
     """
     _check_above_zero("width", width)
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)
@@ -43,16 +43,18 @@ def round_width(width: float, divisor: int = 8) -> int:
 
 
 def round_depth(depth: float) -> int:
-    """Blocks of a stage, rounded up (EfficientNet's released code): 2.2 -> 3. Raises `UserError`
-    where the depth is not above 0."""
+    """Returns a stage's number of blocks, rounded up as in EfficientNet's released code: 2.2 -> 3.
+
+    Raises `UserError` if the depth is not above 0.
+    """
     _check_above_zero("depth", depth)
     return math.ceil(depth)
 
 
-def _check_above_zero(what: str, value: float) -> None:
+def _check_above_zero(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise UserError(
-            f"expected a {what} above 0, got {value:g}; is {what}_mult, a factor above 0, right?"
+            f"expected a {name} above 0, got {value:g}; {name}_mult must be a factor above 0"
         )
 
 
@@ -65,7 +67,7 @@ def _depthwise(
     padding: str,
     depth_multiplier: int = 1,
 ) -> Array:
-    """Called inside a block: each channel on its own, kernel [k k 1 C * depth_multiplier]."""
+    """Applies the layer "depthwise", kernel [k k 1 C * depth_multiplier], of the calling block."""
     channels = x.shape[-1]
     return conv(
         channels * depth_multiplier,
@@ -78,12 +80,13 @@ def _depthwise(
 
 
 class SeparableConv(nn.Module):
-    """A convolution per channel, then a 1x1 over them: [N H W C] -> [N H/stride W/stride width].
+    """A depthwise and then a 1x1 convolution: [N H W C] -> [N H/stride W/stride width].
 
-    Each channel gives `depth_multiplier` of its own, numbers c * depth_multiplier and following,
-    which `pointwise` mixes. Without a norm and an activation between them, both together are one
-    convolution whose kernel is [k k C width], of low rank (Chollet 2016,
-    https://arxiv.org/abs/1610.02357, section 1.2); MobileNet has both between.
+    The depthwise convolution makes `depth_multiplier` channels from each channel c, beginning at
+    channel c * depth_multiplier. The 1x1 convolution `pointwise` mixes all of them. Without a norm
+    and an activation in between, the two are one convolution whose kernel [k k C width] has a low
+    rank (Chollet 2016, https://arxiv.org/abs/1610.02357, section 1.2). MobileNet has both in
+    between.
     """
 
     width: int
@@ -91,8 +94,8 @@ class SeparableConv(nn.Module):
     kernel_size: int = 3
     stride: int = 1
     depth_multiplier: int = 1
-    norm: ModuleDef = NoNorm  # behind the depthwise one
-    activation: Callable | None = None  # behind that
+    norm: ModuleDef = NoNorm  # after the depthwise convolution
+    activation: Callable | None = None  # after `norm`
     padding: str = "torch"  # or "same": `resolve_padding`
 
     @nn.compact
@@ -111,11 +114,11 @@ class SeparableConv(nn.Module):
 
 
 class MBConv(nn.Module):
-    """The inverted residual: 1x1 widens, depthwise k x k, 1x1 narrows, and nothing behind it.
+    """Inverted residual: 1x1 expansion, k x k depthwise convolution, linear 1x1 projection.
 
     [N H W C] -> [N H/stride W/stride width], rounded up. Sandler et al. 2018,
-    https://arxiv.org/abs/1801.04381, section 3.3. Where the stride is 1 and C is `width`, the
-    input is added. No `expand` where it would not widen (expansion 1).
+    https://arxiv.org/abs/1801.04381, section 3.3. The input is added if the stride is 1 and C is
+    `width`. The layer `expand` is left out if it would not change the width (expansion 1).
     """
 
     width: int
@@ -123,15 +126,13 @@ class MBConv(nn.Module):
     norm: ModuleDef
     stride: int = 1
     expansion: float = 6  # inner channels / C
-    inner: int | None = None  # that many inner channels, whatever the expansion
+    inner: int | None = None  # the number of inner channels; overrides `expansion`
     kernel_size: int = 3
     activation: Callable = nn.relu6
-    # A SqueezeExcite that lacks its `inner`, which is `squeeze`; None: a fourth of C, the channels
-    # that enter the block (EfficientNet).
-    se: ModuleDef | None = None
-    squeeze: int | None = None
+    se: ModuleDef | None = None  # a partial of SqueezeExcite without `inner`
+    squeeze: int | None = None  # `inner` of `se`; None: C / 4 (EfficientNet)
     padding: str = "torch"  # or "same": `resolve_padding`
-    zero_init: bool = False  # the last scale starts at 0, where there is a shortcut
+    zero_init: bool = False  # in a block with a shortcut, the last norm's scale starts at 0
 
     @nn.compact
     def __call__(self, x: Array, drop: DropPath | None = None) -> Array:
@@ -139,7 +140,7 @@ class MBConv(nn.Module):
         inner = self.inner or round(channels * self.expansion)
         shortcut = self.stride == 1 and channels == self.width
         zero = self.zero_init and shortcut
-        last = nn.initializers.zeros if zero else nn.initializers.ones
+        last_scale = nn.initializers.zeros if zero else nn.initializers.ones
 
         def branch(self, x: Array) -> Array:
             if inner != channels:
@@ -153,6 +154,6 @@ class MBConv(nn.Module):
                 squeeze = self.squeeze or max(1, channels // 4)
                 x = self.se(inner=squeeze, name="se")(x)
             x = self.conv(self.width, (1, 1), padding=0, name="project")(x)
-            return self.norm(name="project_norm", scale_init=last)(x)
+            return self.norm(name="project_norm", scale_init=last_scale)(x)
 
         return residual(x, branch, self, x, drop) if shortcut else branch(self, x)

@@ -1,10 +1,14 @@
-"""Normalization, all called alike: `make_norm` decides, a block says `norm(name=...)(x)`."""
+"""Normalization layers with one interface.
+
+`make_norm` selects the layer, and a block calls `norm(name=...)(x)`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,8 +21,8 @@ from flax_cnns.types import Array, Dtype, ModuleDef
 
 NORMS = ("batch", "group", "layer", "channel", "none")
 _GROUP_SIZE = 16  # channels
-# Flax's methods without the wrapper that interceptors and captured outputs see: called through
-# `super()`, a norm would appear twice.
+# Flax's methods without the wrapper for interceptors and captured outputs: if they were called
+# through `super()`, each norm would appear twice there.
 _batch_norm = inspect.unwrap(nn.BatchNorm.__call__)
 _group_norm = inspect.unwrap(nn.GroupNorm.__call__)
 
@@ -34,24 +38,30 @@ def make_norm(
     epsilon: float = 1e-5,
     scale: bool = True,
 ) -> ModuleDef:
-    """The network's normalization as a module that lacks only its name (and `scale_init`, at will).
+    """Returns the network's norm as a partial that lacks its `name` and may be given `scale_init`.
 
-    `"batch"`: Ioffe & Szegedy 2015. In training it normalizes by the batch (with `axis_name` by all
-    devices' batches together) and moves the running statistics, else it uses those. `momentum`
-    means `new = momentum * old + (1 - momentum) * batch`: PyTorch's 0.1 is 0.9 here. The running
-    variance is the biased one; PyTorch keeps the unbiased one. With n values per channel and batch
-    it moves toward (n - 1) / n of PyTorch's: 0.969 at n = 32, 0.984 at n = 64. Statistics are
-    float32 whatever `dtype` is. Training on one value per channel raises `OneValueError` as it is
-    traced; PyTorch refuses it too.
-    `"group"`: Wu & He 2018 with 16 channels a group (their table 3), no statistics kept.
-    `"layer"`: Ba, Kiros & Hinton 2016 as Wu & He 2018 take it for maps (their equation 4): mean and
-    variance over H, W and C of each image, that is one group; gamma and beta per channel.
-    `"channel"`: over C alone, at each pixel or token: ConvNeXt's and the transformers'.
-    `"none"`: nothing, called alike. Convolutions in front of norms have no biases, and so neither
-    a shift nor a scale is learned in its place: `layers.fixup` is how networks do without.
-    `scale=False` leaves out gamma, the trainable scale.
+    The names are:
 
-    Raises `UserError` for an unknown name, and when called for channels that 16 does not divide.
+    - "batch": Ioffe & Szegedy 2015. In training it normalizes by the statistics of the batch (with
+      `axis_name`, of all devices' batches together) and updates the running statistics; in
+      evaluation it normalizes by the running statistics. `momentum` means
+      `new = momentum * old + (1 - momentum) * batch`: PyTorch's 0.1 is 0.9 here. The running
+      variance is biased; PyTorch's is unbiased. With n values per channel and batch ours approaches
+      (n - 1) / n of PyTorch's: 0.969 at n = 32, 0.984 at n = 64. Statistics are float32 for every
+      `dtype`. Tracing a training step with one value per channel raises `OneValueError`; PyTorch
+      raises an error too.
+    - "group": Wu & He 2018 with 16 channels per group (their table 3). It keeps no statistics.
+    - "layer": Ba, Kiros & Hinton 2016, in the form of Wu & He 2018 for maps (their equation 4).
+      Mean and variance are over H, W and C of each image, as with a single group; gamma and beta
+      are per channel.
+    - "channel": normalizes over C at each pixel or token, as in ConvNeXt and transformers.
+    - "none": the identity. Convolutions before a norm have no bias, so the network then learns no
+      shifts and scales at these places. `layers.fixup` is a way to train without norms.
+
+    `scale=False` omits gamma, the trainable scale.
+
+    Raises `UserError` for an unknown name. The layer of "group" raises `UserError` if 16 does not
+    divide the number of channels.
     """
     if norm == "batch":
         return partial(
@@ -98,20 +108,24 @@ def make_norm(
 
 
 class OneValueError(UserError):
-    """A BatchNorm would be trained on one value per channel. Its result would be its bias, whatever
-    the image, and no layer before it would learn."""
+    """A BatchNorm would be trained on one value per channel.
+
+    Its output would be its bias for every image, and no layer before it would learn.
+    """
 
     def __init__(self, path: str, shape: tuple[int, ...]):
         super().__init__(
-            f"{path}: BatchNorm of {list(shape)} would train on 1 value per channel, and give all"
-            " images the same result; give it 2 images or more at a time, or larger images"
+            f"{path}: BatchNorm of {list(shape)} would train on 1 value per channel and give the"
+            " same output for all images; use 2 images or more per batch, or larger images"
         )
         self.path, self.shape = path, shape
 
 
 def check_value_count(layer: nn.BatchNorm, x: Array) -> None:
-    """Raises `OneValueError` unless `layer` normalizes two values per channel or more of `x`, over
-    all devices if it has an `axis_name`."""
+    """Raises `OneValueError` unless `layer` has two values per channel or more in `x`.
+
+    If `layer` has an `axis_name`, the values on all devices count.
+    """
     axes = (layer.axis,) if isinstance(layer.axis, int) else layer.axis
     values = x.size // max(math.prod(x.shape[axis] for axis in axes), 1)
     if values == 1 and layer.axis_name is not None:
@@ -124,52 +138,56 @@ def _name(layer: nn.Module) -> str:
     return "/".join(layer.path) or "the network"
 
 
-def check_batch_norms() -> Any:
-    """A context in which Flax's own BatchNorm raises `OneValueError`, too."""
+def check_batch_norms() -> AbstractContextManager[None]:
+    """Returns a context in which Flax's own BatchNorm raises `OneValueError` too."""
 
-    def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
-        layer = at.module
-        trains = isinstance(layer, nn.BatchNorm) and layer.use_running_average is False
-        if trains and at.method_name == "__call__":
+    def check_and_call(
+        function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        layer, is_call = context.module, context.method_name == "__call__"
+        if isinstance(layer, nn.BatchNorm) and layer.use_running_average is False and is_call:
             check_value_count(layer, args[0])
         return function(*args, **kwargs)
 
-    return nn.intercept_methods(call)
+    return nn.intercept_methods(check_and_call)
 
 
 class BatchNorm(nn.BatchNorm):
-    """Raises `OneValueError` in training on one value per channel, and `UserError` where the
-    running statistics, which training moves, are not mutable."""
+    """`nn.BatchNorm` that explains two mistakes in training.
+
+    Raises `OneValueError` if there is one value per channel, and `UserError` if the running
+    statistics, which training updates, are not mutable.
+    """
 
     @nn.compact
     def __call__(self, x: Array, use_running_average: bool | None = None, **kwargs: Any) -> Array:
-        keeps = self.use_running_average if use_running_average is None else use_running_average
-        if not keeps and not self.is_initializing():
+        is_eval = self.use_running_average if use_running_average is None else use_running_average
+        if not is_eval and not self.is_initializing():
             check_value_count(self, x)
             if not self.is_mutable_collection("batch_stats"):
                 raise UserError(
-                    f"train=True moves the running statistics of {_name(self)}: expected "
-                    'apply(..., train=True, mutable=["batch_stats"]), which returns what moved too'
+                    f"train=True updates the running statistics of {_name(self)}: expected "
+                    'apply(..., train=True, mutable=["batch_stats"]), which also returns them'
                 )
         return _batch_norm(self, x, use_running_average, **kwargs)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Raises `UserError` where the channels are not whole groups."""
+    """`nn.GroupNorm` that raises `UserError` if `group_size` does not divide the channels."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        if x.shape[-1] % self.group_size:
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        if self.group_size and x.shape[-1] % self.group_size:
             raise UserError(
-                f'expected norm="batch", "layer", "channel" or "none", got "group": its '
-                f"{self.group_size} channels do not divide the {x.shape[-1]} of "
-                f"{'/'.join(self.path)}"
+                f'norm="group": expected a multiple of {self.group_size} channels, got '
+                f'{x.shape[-1]} in {"/".join(self.path)}; norm can be "batch", "layer", "channel" '
+                'or "none"'
             )
-        return _group_norm(self, x)
+        return _group_norm(self, x, mask=mask)
 
 
 class NoNorm(nn.Module):
-    """What stands in a norm's place: x -> x, without parameters."""
+    """The identity in a norm's place: x -> x, without parameters."""
 
     scale_init: Callable | None = None
 
@@ -180,11 +198,11 @@ class NoNorm(nn.Module):
 def local_response_norm(
     x: Array, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
 ) -> Array:
-    """x / (k + alpha * sum of x^2 over `size` neighboring channels)^beta: [... C] -> [... C].
+    """Returns x / (k + alpha * sum of x^2 over `size` neighboring channels)^beta, [... C].
 
-    Krizhevsky et al. 2012, section 3.3, with their constants; a sum, cut at the first and the last
-    channel. Caffe and PyTorch divide alpha by `size`: pass alpha / size for theirs. Computed in
-    float32.
+    Krizhevsky et al. 2012, section 3.3, with their constants. The sum is truncated at the first and
+    the last channel. Caffe and PyTorch divide alpha by `size`: pass alpha / size to reproduce them.
+    The computation is in float32.
     """
     square = jnp.square(x.astype(jnp.float32))
     before = size // 2

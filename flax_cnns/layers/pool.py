@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -16,27 +16,34 @@ from flax_cnns.types import Array
 
 
 def _out_size(n: int, window: int, stride: int, padding: int, ceil: bool) -> int:
-    """PyTorch's: with `ceil` a last window that is partly outside counts, if it starts inside."""
-    reach = n + 2 * padding - window
+    """Returns PyTorch's output size.
+
+    With `ceil`, a last window that is partly outside counts if it starts inside.
+    """
+    last_start = n + 2 * padding - window
     if not ceil:
-        return reach // stride + 1
-    size = -(-reach // stride) + 1
+        return last_start // stride + 1
+    size = -(-last_start // stride) + 1
     return size - 1 if (size - 1) * stride >= n + padding else size
 
 
 def _geometry(
     x: Array, window: int, stride: int, padding: int | str, ceil: bool
-) -> tuple[tuple[int, int], dict[str, tuple]]:
-    """([H' W'], the arguments of flax's pooling that give it)."""
-    sides = x.shape[-3:-1]
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Returns ((H', W'), the keyword arguments of Flax's pooling functions)."""
+    in_size = x.shape[-3:-1]
     if padding == "SAME":
-        size = tuple(-(-n // stride) for n in sides)
-        before = [max((m - 1) * stride + window - n, 0) // 2 for m, n in zip(size, sides)]
+        height, width = (-(-n // stride) for n in in_size)
+        before = [
+            max((m - 1) * stride + window - n, 0) // 2 for m, n in zip((height, width), in_size)
+        ]
     else:
-        size = tuple(_out_size(n, window, stride, padding, ceil) for n in sides)
-        before = [padding, padding]
+        pad = cast(int, padding)
+        height, width = (_out_size(n, window, stride, pad, ceil) for n in in_size)
+        before = [pad, pad]
+    size = height, width
     pads = tuple(
-        (p, max((m - 1) * stride + window - n - p, 0)) for m, n, p in zip(size, sides, before)
+        (p, max((m - 1) * stride + window - n - p, 0)) for m, n, p in zip(size, in_size, before)
     )
     return size, dict(window_shape=(window, window), strides=(stride, stride), padding=pads)
 
@@ -44,41 +51,46 @@ def _geometry(
 def max_pool(
     x: Array, window: int, stride: int, padding: int | str = 0, ceil: bool = False
 ) -> Array:
-    """[N H W C] -> [N H' W' C], H' = floor((H + 2 padding - window) / stride) + 1, as PyTorch.
+    """Max pooling as in PyTorch: [N H W C] -> [N H' W' C].
 
-    `ceil` rounds up instead, as Caffe always does. `padding="SAME"` is TensorFlow's: H / stride
-    rounded up, with no more padding than that needs, and of an odd number the larger part behind.
-    Where several pixels of a window are the largest, the first has the gradient.
+    H' = floor((H + 2 padding - window) / stride) + 1; `ceil` rounds up instead, as Caffe always
+    does. `padding="SAME"` is TensorFlow's: H' = ceil(H / stride), with no more padding than needed.
+    If the padding is odd, the larger part is at the bottom and on the right. If several pixels of a
+    window are the largest, the first gets the gradient.
     """
     size, args = _geometry(x, window, stride, padding, ceil)
-    library = partial(nn.max_pool, **args)
+
+    def library(x: Array) -> Array:
+        return nn.max_pool(x, **args)
+
     out = jax.eval_shape(library, x)
     plain = x.ndim == 4 and 0 not in out.shape and not is_sharded(x)
     if not plain or not jnp.issubdtype(x.dtype, jnp.floating):
         return library(x)
 
-    def compared(x: Array) -> Array:
-        # XLA's own has a slow gradient on a CPU, several times this one's.
-        first = [before for before, _ in args["padding"]]
-        best, *taps = _taps(x, window, stride, first, size)
+    def compare_taps(x: Array) -> Array:
+        # On a CPU, the gradient of XLA's own max pooling takes several times as long.
+        before = [start for start, _ in args["padding"]]
+        largest, *taps = _taps(x, window, stride, before, size)
         for tap in taps:
-            best = jnp.where((tap > best) | jnp.isnan(tap), tap, best)
-        return best
+            largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
+        return largest
 
-    return lax.platform_dependent(x, cpu=compared, default=library)
+    return lax.platform_dependent(x, cpu=compare_taps, default=library)
 
 
 def _taps(
     x: Array, window: int, stride: int, before: Sequence[int], size: tuple[int, int]
 ) -> list[Array]:
-    """What each place of a window sees: window * window arrays [N H' W' C], -inf in the padding.
+    """Returns what each position of a window sees: window * window arrays [N H' W' C].
 
-    Strides are taken by splitting, whose gradient joins; that of a strided slice is slower.
+    The padding is -inf. The strides are applied by splits, whose gradient is a concatenation. The
+    gradient of a strided slice is slower.
     """
-    cells = [n + (window - 1) // stride for n in size]
-    pads = [(p, c * stride - n - p, 0) for p, c, n in zip(before, cells, x.shape[1:3])]
+    counts = [n + (window - 1) // stride for n in size]  # of strides
+    pads = [(p, c * stride - n - p, 0) for p, c, n in zip(before, counts, x.shape[1:3])]
     x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
-    x = x.reshape(x.shape[0], cells[0], stride, cells[1], stride, x.shape[-1])
+    x = x.reshape(x.shape[0], counts[0], stride, counts[1], stride, x.shape[-1])
     phases = [jnp.split(rows, stride, axis=4) for rows in jnp.split(x, stride, axis=2)]
     phases = lax.optimization_barrier([[p[:, :, 0, :, 0] for p in line] for line in phases])
     taps = []
@@ -97,10 +109,10 @@ def avg_pool(
     ceil: bool = False,
     count_padding: bool = True,
 ) -> Array:
-    """[N H W C] -> [N H' W' C], sizes as `max_pool`'s, means as PyTorch's.
+    """Average pooling as in PyTorch: [N H W C] -> [N H' W' C], with the sizes of `max_pool`.
 
-    The padding counts as zeros, or with `count_padding=False` not at all, as it never does with
-    `padding="SAME"`, TensorFlow's; what `ceil` adds beyond it never counts.
+    Padding counts as zeros. It is left out of the means if `count_padding` is False, and always
+    with TensorFlow's `padding="SAME"`. The pixels that `ceil` adds beyond the padding never count.
     """
     size, args = _geometry(x, window, stride, padding, ceil)
     counts = []
@@ -116,10 +128,10 @@ def avg_pool(
 
 
 def adaptive_avg_pool(x: Array, size: int) -> Array:
-    """[N H W C] -> [N size size C], PyTorch's AdaptiveAvgPool2d; x itself where it has that size.
+    """PyTorch's AdaptiveAvgPool2d: [N H W C] -> [N size size C]; x if it already has that size.
 
-    Cell i is the mean of the pixels from floor(i H / size) to ceil((i + 1) H / size), likewise
-    along W; so smaller maps are stretched.
+    Row i is the mean of the rows from floor(i H / size) to below ceil((i + 1) H / size). Columns
+    are likewise. So maps smaller than `size` are stretched.
     """
     if x.shape[-3:-1] == (size, size):
         return x
@@ -131,10 +143,10 @@ def adaptive_avg_pool(x: Array, size: int) -> Array:
         return jnp.asarray(inside / inside.sum(1, keepdims=True), x.dtype)
 
     rows, columns = (means(n) for n in x.shape[-3:-1])
-    # As exact as sums are on every device, where products may be rounded to bfloat16.
+    # Some devices round the factors of matmuls to bfloat16 unless the precision is the highest.
     return jnp.einsum("nhwc,ih,jw->nijc", x, rows, columns, precision=lax.Precision.HIGHEST)
 
 
 def global_avg_pool(x: Array) -> Array:
-    """[N H W C] -> [N C] in float32, whatever computed x: the head and the loss are float32."""
+    """Means over H and W: [N H W C] -> f32 [N C] for every dtype, since the head is float32."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

@@ -1,8 +1,8 @@
-"""SAF pooling (simple adaptive feature composition): the best features, some of them missing.
+"""SAF pooling (simple adaptive feature composition): max pooling, then dropout of its results.
 
 Hasanpour et al. 2018, https://arxiv.org/abs/1802.06205: "essentially the max-pooling operation
 carried out before a dropout operation". The network learns to do without some of the strongest
-responses, as it must where they are occluded or noisy.
+responses, as it must if they are occluded or noisy.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ CHOICES = ("strongest", "random")
 
 
 class SAFPool(nn.Module):
-    """[N H W C] -> [N H/window W/window C], rounded down; [N C] where `window` is None.
+    """Max pooling that drops responses: [N H W C] -> [N H/window W/window C], rounded down.
 
-    In training the share `rate` of the pooled responses is turned off, in evaluation none. Which
-    ones the paper does not put in a formula; there are two readings:
+    If `window` is None, the maximum is over the whole map: [N C]. In training, the fraction `rate`
+    of the pooled responses is set to zero. In evaluation, none is. The paper has no formula for
+    which responses to drop. There are two readings:
 
-    - `choose="strongest"`, the name taken at its word: of each image's pooled responses, all places
-      and channels together, the round(rate * count) largest; nothing random. Responses equal to the
-      last of them go with it. The others stay as they are: the paper names no scaling, and what
-      keeps the mean under a random choice does not here.
-    - `choose="random"`, what its authors' published networks do (max pooling, then Caffe's
-      dropout): every pooled response, each the strongest of its window, independently with
-      probability `rate`, by the rng stream "dropout"; the others are multiplied by 1 / (1 - rate).
+    - `choose="strongest"` takes the method's name literally. In each image, over all positions and
+      channels, the round(rate * count) largest pooled responses are set to zero. So are others that
+      equal the smallest of these. Nothing is random. The remaining responses are not rescaled: the
+      paper names no factor, and dropout's factor would not keep the mean here.
+    - `choose="random"` is what the authors' published networks do: max pooling, then Caffe's
+      dropout. Each pooled response is set to zero independently with probability `rate`, drawn from
+      the stream "dropout". The others are multiplied by 1 / (1 - rate).
 
-    Raises `UserError` where rate is not in [0, 1) or `choose` is unknown.
+    Raises `UserError` if `rate` is not in [0, 1) or `choose` is unknown.
     """
 
     rate: float = 0.0
@@ -42,10 +43,10 @@ class SAFPool(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         if not 0 <= self.rate < 1:
-            raise UserError(f"the rate of SAF pooling is from 0 to below 1, got {self.rate}")
+            raise UserError(f"SAF pooling: expected a rate from 0 to below 1, got {self.rate}")
         if self.choose not in CHOICES:
-            near = did_you_mean(self.choose, CHOICES)
-            raise UserError(f"unknown choice of SAF pooling {self.choose!r}{near}")
+            hint = did_you_mean(self.choose, CHOICES)
+            raise UserError(f"SAF pooling: unknown choice {self.choose!r}{hint}")
         if self.window is None:
             x = jnp.max(x, axis=(1, 2))
         else:
@@ -56,5 +57,5 @@ class SAFPool(nn.Module):
         count = round(self.rate * flat.shape[1])
         if not train or count == 0:
             return x
-        weakest = lax.top_k(flat, count)[0][:, -1:]  # of those that are turned off
-        return jnp.where(flat < weakest, flat, 0).reshape(x.shape)
+        threshold = lax.top_k(flat, count)[0][:, -1:]  # the smallest response to drop
+        return jnp.where(flat < threshold, flat, 0).reshape(x.shape)

@@ -1,8 +1,8 @@
-"""Branches under random gates, one in the forward and another in the backward pass.
+"""Branches with random gates that differ between the forward and the backward pass.
 
-Shake-Shake mixes two branches (Gastaldi 2017, https://arxiv.org/abs/1705.07485), ShakeDrop disturbs
-one (Yamada et al. 2018, https://arxiv.org/abs/1802.02375). A network makes its gates' keys by
-`make_shakes` or `make_shake_drops`, hands each block its own, and the block calls `shake_shake` or
+Shake-Shake mixes two branches (Gastaldi 2017, https://arxiv.org/abs/1705.07485). ShakeDrop perturbs
+one (Yamada et al. 2018, https://arxiv.org/abs/1802.02375). A network draws the gates' keys by
+`make_shakes` or `make_shake_drops` and gives each block its own. The block calls `shake_shake` or
 `shake_drop`.
 """
 
@@ -29,7 +29,10 @@ SHAKE_DROP_LEVELS = ("batch", "image", "channel", "pixel")
 
 @jax.custom_jvp
 def gate(x: Array, forward: Array, backward: Array) -> Array:
-    """`forward * x`, whose derivative in x is `backward`; both as x [N H W C], or ones for axes."""
+    """Returns `forward * x`, with the derivative `backward` in x.
+
+    x is [N H W C]; `forward` and `backward` broadcast to it.
+    """
     return forward.astype(x.dtype) * x
 
 
@@ -39,19 +42,23 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return gate(*primals), backward.astype(x.dtype) * tangents[0]
 
 
-def _shape(level: str, x: Array) -> tuple[int, ...]:
-    """Of the gates on x: [N H W C], with 1 for each axis that shares one number."""
+def _gate_shape(level: str, x: Array) -> tuple[int, ...]:
+    """Returns the shape of the gates of x [N H W C]: 1 for each axis that shares a number."""
     n, h, w, c = x.shape
     shapes = {"batch": (1, 1, 1, 1), "image": (n, 1, 1, 1), "channel": (n, 1, 1, c)}
     return shapes.get(level, (n, h, w, c))
 
 
 def _stream(level: str) -> str:
-    """One number for the batch is one for all devices; what images have, each has for itself."""
+    """Returns the random stream of the gates.
+
+    A gate of a whole batch is drawn from "shared", the same on all devices. Gates of an image are
+    drawn from "dropout", which differs between devices.
+    """
     return "shared" if level == "batch" else "dropout"
 
 
-def _known(field: str, value: str, known: Sequence[str]) -> None:
+def _check_known(field: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f"unknown {field} {value!r}{did_you_mean(value, known)}")
 
@@ -61,7 +68,7 @@ def _known(field: str, value: str, known: Sequence[str]) -> None:
 
 @flax.struct.dataclass
 class Shake:
-    """How blocks mix their two branches; `key` has an axis of blocks until `Stage` takes one."""
+    """Shake-Shake's state of one block, or, with a leading block axis of `key`, of a stage."""
 
     key: Array
     forward: str = flax.struct.field(pytree_node=False, default="shake")
@@ -70,22 +77,25 @@ class Shake:
 
 
 def make_shakes(network: nn.Module, depths: Sequence[int], train: bool) -> list[Shake | None]:
-    """A `Shake` for each stage of `depths` blocks, by the network's fields; None where each branch
-    counts half: in evaluation, and with "even" both ways.
+    """Returns the `Shake` of each stage of `depths` blocks, from the network's fields.
 
-    The rows of the paper's table 1: `forward` draws alpha ("shake") or takes 0.5 ("even");
-    `backward` draws beta, takes 0.5, or takes alpha again ("keep"); `level` is "image" (a number
-    for each, out of the stream "dropout") or "batch" (one for all images of all devices, out of
-    "shared").
+    The fields are those of the paper's table 1:
 
-    Raises `UserError` for unknown names, or a field or a stream that is missing.
+    - `forward` draws alpha ("shake") or sets it to 0.5 ("even").
+    - `backward` draws beta ("shake"), or sets it to 0.5 ("even") or to alpha ("keep").
+    - `level` draws one number for each image from the stream "dropout" ("image"), or one for all
+      images on all devices from the stream "shared" ("batch").
+
+    The entries are None if alpha and beta are always 0.5, as in evaluation.
+
+    Raises `UserError` for unknown names, or a missing field or stream.
     """
     check_fields(network, "make_shakes", "forward", "backward", "level")
-    _known("forward", network.forward, FORWARDS)
-    _known("backward", network.backward, BACKWARDS)
-    _known("level", network.level, SHAKE_LEVELS)
-    still = network.forward == "even" and network.backward != "shake"
-    if still or not train or network.is_initializing():
+    _check_known("forward", network.forward, FORWARDS)
+    _check_known("backward", network.backward, BACKWARDS)
+    _check_known("level", network.level, SHAKE_LEVELS)
+    is_random = network.forward == "shake" or network.backward == "shake"
+    if not is_random or not train or network.is_initializing():
         return [None] * len(depths)
     keys = jax.random.split(make_key(network, _stream(network.level)), sum(depths))
     all_blocks = Shake(keys, network.forward, network.backward, network.level)
@@ -93,15 +103,15 @@ def make_shakes(network: nn.Module, depths: Sequence[int], train: bool) -> list[
 
 
 def shake_shake(x1: Array, x2: Array, shake: Shake | None) -> Array:
-    """`alpha x1 + (1 - alpha) x2`, whose derivatives are beta and 1 - beta: [N H W C] of each.
+    """Returns `alpha x1 + (1 - alpha) x2`, with the derivatives beta and 1 - beta, all [N H W C].
 
-    alpha and beta are uniform from 0 to 1, independent of each other, or as `shake` says; 0.5 both
-    if it is None.
+    alpha and beta are uniform from 0 to 1 and independent, unless `shake` sets them otherwise. If
+    `shake` is None, both are 0.5.
     """
     if shake is None:
         return 0.5 * (x1 + x2)
     alpha_key, beta_key = jax.random.split(shake.key)
-    shape = _shape(shake.level, x1)
+    shape = _gate_shape(shake.level, x1)
     alpha = beta = jnp.full(shape, 0.5)
     if shake.forward == "shake":
         alpha = jax.random.uniform(alpha_key, shape)
@@ -117,11 +127,13 @@ def shake_shake(x1: Array, x2: Array, shake: Shake | None) -> Array:
 
 @flax.struct.dataclass
 class ShakeDrop:
-    """How blocks disturb their branch; `rate` and `keys` have an axis of blocks until `Stage` or
-    `for_block` takes one of them."""
+    """ShakeDrop's state of one block or of a whole stage.
 
-    rate: Array  # f32: of b = 0, disturbing
-    keys: tuple[Array, Array] | None  # of b, of alpha and beta; None: evaluation
+    A stage's `rate` and `keys` have a leading block axis. `Stage` and `for_block` index it.
+    """
+
+    rate: Array  # f32: probability that b is 0, which perturbs the branch
+    keys: tuple[Array, Array] | None  # for b, and for alpha and beta; None: evaluation
     alpha: tuple[float, float] = flax.struct.field(pytree_node=False, default=(-1.0, 1.0))
     beta: tuple[float, float] = flax.struct.field(pytree_node=False, default=(0.0, 1.0))
     level: str = flax.struct.field(pytree_node=False, default="image")
@@ -130,45 +142,51 @@ class ShakeDrop:
 def make_shake_drops(
     network: nn.Module, depths: Sequence[int], train: bool
 ) -> list[ShakeDrop | None]:
-    """A `ShakeDrop` for each stage of `depths` blocks, by the network's fields; None where off.
+    """Returns the `ShakeDrop` of each stage of `depths` blocks, from the network's fields.
 
-    `shake_drop` is the last block's rate 1 - p_L, and p_l = 1 - l/L (1 - p_L), l = 1 ... L.
-    `shake_drop_alpha` and `shake_drop_beta` are the ranges that the gates are drawn from; (0, 0)
-    for both is stochastic depth. `shake_drop_level` says what shares an alpha and a beta: the
-    "batch", an "image", a "channel" of an image, a "pixel" of a channel. b is one for the batch on
-    all devices, out of the stream "shared", as are the gates of the level "batch"; the others are
-    out of "dropout".
+    - `shake_drop` is the last block's rate 1 - p_L, and p_l = 1 - l/L (1 - p_L) for l = 1 ... L. If
+      it is 0, the entries are None.
+    - `shake_drop_alpha` and `shake_drop_beta` are the ranges from which the gates are drawn. With
+      (0, 0) for both, ShakeDrop is stochastic depth.
+    - `shake_drop_level` is the part that shares an alpha and a beta: the "batch", an "image", a
+      "channel" of an image, or a "pixel" of a channel.
 
-    Raises `UserError` for an unknown level, senseless numbers, or a field or a stream that is
-    missing.
+    b is drawn from the stream "shared": one number for the batch on all devices. So are alpha and
+    beta of the level "batch". Those of the other levels are drawn from the stream "dropout".
+
+    Raises `UserError` for an unknown level, a rate outside [0, 1), an invalid range, or a missing
+    field or stream.
     """
     fields = ("shake_drop", "shake_drop_alpha", "shake_drop_beta", "shake_drop_level")
     check_fields(network, "make_shake_drops", *fields)
-    _known("shake_drop_level", network.shake_drop_level, SHAKE_DROP_LEVELS)
+    _check_known("shake_drop_level", network.shake_drop_level, SHAKE_DROP_LEVELS)
     ranges = dict(alpha=tuple(network.shake_drop_alpha), beta=tuple(network.shake_drop_beta))
     for name, given in ranges.items():
         if len(given) != 2 or given[0] > given[1]:
-            raise UserError(f"shake_drop_{name} is a range (lowest, highest), got {given}")
+            raise UserError(f"shake_drop_{name}: expected a range (lowest, highest), got {given}")
     if not 0 <= network.shake_drop < 1:
         raise UserError(
             f"shake_drop is the last block's rate, 0 to below 1, got {network.shake_drop}"
         )
     if not network.shake_drop:
         return [None] * len(depths)
-    keys, total = None, sum(depths)
+    total = sum(depths)
+    keys: tuple[Array, Array] | None = None
     if train and not network.is_initializing():
-        streams = ("shared", _stream(network.shake_drop_level))
-        keys = tuple(jax.random.split(make_key(network, stream), total) for stream in streams)
+        b_keys = jax.random.split(make_key(network, "shared"), total)
+        gate_stream = _stream(network.shake_drop_level)
+        keys = b_keys, jax.random.split(make_key(network, gate_stream), total)
     rates = jnp.asarray(drop_rates(network.shake_drop, total, "linear"))
     all_blocks = ShakeDrop(rates, keys, **ranges, level=network.shake_drop_level)
     return split_by_stage(all_blocks, depths)
 
 
 def shake_drop(x: Array, drop: ShakeDrop | None) -> Array:
-    """`(b + alpha - b alpha) x`, with the derivative `b + beta - b beta`: [N H W C] -> the same.
+    """Returns `(b + alpha - b alpha) x`, with the derivative `b + beta - b beta`, all [N H W C].
 
-    b is 1 at the rate p_l; so x and its gradient are left alone (b = 1) or disturbed. In evaluation
-    the factor is its expectation, p_l + (1 - p_l) E[alpha]: p_l for the paper's alpha. None: x.
+    b is 1 with probability p_l = 1 - `drop.rate`. Then x and its gradient are unchanged. If b is 0,
+    they are multiplied by alpha and beta. In evaluation the factor is the expectation
+    p_l + (1 - p_l) E[alpha], which is p_l for the paper's alpha. If `drop` is None, returns x.
     """
     if drop is None:
         return x
@@ -177,7 +195,7 @@ def shake_drop(x: Array, drop: ShakeDrop | None) -> Array:
         return factor.astype(x.dtype) * x
     key, gates_key = drop.keys
     alpha_key, beta_key = jax.random.split(gates_key)
-    shape = _shape(drop.level, x)
+    shape = _gate_shape(drop.level, x)
     alpha = jax.random.uniform(alpha_key, shape, jnp.float32, *drop.alpha)
     beta = jax.random.uniform(beta_key, shape, jnp.float32, *drop.beta)
     b = jax.random.bernoulli(key, 1 - drop.rate)

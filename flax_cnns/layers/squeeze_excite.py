@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation: channels weighed by what the whole image says."""
+"""Squeeze-and-excitation: channels are weighted by features of the whole image."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from flax_cnns.types import Array, Dtype
 
 
 class SqueezeExcite(nn.Module):
-    """x times a gate in (0, 1) for each image and channel: [N H W C] -> [N H W C].
+    """Multiplies each channel of each image by a gate in (0, 1): [N H W C] -> [N H W C].
 
-    Hu et al. 2017, https://arxiv.org/abs/1709.01507, equations 2 to 4: means over the image, a
-    dense layer to C / reduction (`reduce`), ReLU, a dense layer back to C (`expand`), sigmoid.
-    Both have biases, as in the authors' networks.
+    Hu et al. 2017, https://arxiv.org/abs/1709.01507, equations 2 to 4. The gate is the result of
+    means over H and W, a dense layer to C / reduction (`reduce`), ReLU, a dense layer back to C
+    (`expand`), and sigmoid. Both dense layers have biases, as in the authors' networks.
     """
 
     reduction: int = 16  # r
-    divisor: int = 1  # C / r is rounded to a multiple of it, not 0: 8 in timm's SEModule
-    inner: int | None = None  # that many channels in place of C / r
+    divisor: int = 1  # C / r is rounded to a multiple of this above 0; 8 in timm's SEModule
+    inner: int | None = None  # the number of inner channels; overrides `reduction`
     activation: Callable = nn.relu
     gate: Callable = nn.sigmoid  # MobileNetV3: nn.hard_sigmoid
     kernel_init: Callable = he

@@ -1,4 +1,4 @@
-"""A stage: blocks in a row, unrolled, or as one compiled block that runs over all of them."""
+"""A stage of blocks, unrolled, or compiled as one block that is scanned over all of them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from flax_cnns.types import Array, ModuleDef, PyTree
 
 
 class Stage(nn.Module):
-    """`depth` blocks, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
+    """`depth` blocks, the first of them with the stride: [N H W C] -> [N H/stride W/stride C'].
 
-    Blocks of a transformer have neither convolution nor stride: [N T C] -> [N T C], both None.
+    For blocks of a transformer, [N T C] -> [N T C], `conv` and `stride` are None.
 
-    Whatever changes from block to block is an argument of the call: `stage(x, rates, keys)` calls
-    `block(x, rates[i], keys[i])`, where each is an array (or a tree of them) with `depth` in front,
-    or None. What is the same for all blocks, `train` included, is in the partial. Random keys are
-    among the former: `jax.random.split(self.make_rng("dropout"), depth)`, made by the network and
-    used as `nn.Dropout(rate)(x, rng=key)`; `make_rng` inside a block raises under `scan`, since its
-    numbers would depend on the block's name.
+    What differs between blocks is an argument of the call: `stage(x, rates, keys)` calls
+    `block(x, rates[i], keys[i])`. Each argument is an array with a leading axis of `depth`, a tree
+    of such arrays, or None. What is the same for all blocks, such as `train`, belongs in the
+    partial `block`. Random keys differ between blocks: the network makes them by
+    `jax.random.split(self.make_rng("dropout"), depth)`, and a block uses its own by
+    `nn.Dropout(rate)(x, rng=key)`. Under `scan`, `make_rng` inside a block raises an error, because
+    its numbers would depend on the block's name.
 
-    `scan`: block2 to the last, which must be alike, run under `nn.scan`: what is compiled does not
-    grow with depth, the results are the same. Variables may be stacked (`tree.stack_blocks`), as
-    in a run, or named; those are stacked in passing, which takes
-    compile time for each leaf. Initialization, and
-    features by name (a mutable "intermediates"), are always unrolled; for features the variables
-    must be named, or `UserError` says so. Of what a block sows, only batch_stats outlive the scan:
-    a family with auxiliary heads inside its blocks must not offer it.
+    `scan`: block2 to the last, which must be alike, run under `nn.scan`. The results are the same,
+    and the size of the compiled program does not grow with depth. The variables may be stacked
+    (`tree.stack_blocks`), as in a run, or named. Named variables are stacked inside the program,
+    which takes compile time for each leaf. Initialization, and features by name (a mutable
+    collection "intermediates"), are always unrolled. Features need named variables; stacked ones
+    raise `UserError`. Of the variables that a block sows, only batch_stats survive the scan, so a
+    family with auxiliary heads in its blocks must not offer `scan`.
 
-    `remat`: the backward pass computes the inside of a block again in place of keeping it. On a CPU
-    only together with `scan` does the compiler let it save memory, ResNet-110 on 32 images 0.14
-    in place of 0.47 GB:
+    `remat`: the backward pass recomputes the activations inside a block instead of storing them. On
+    a CPU, the compiler saves memory only with `scan` as well: 0.14 instead of 0.47 GB for
+    ResNet-110 on 32 images, by
     python -m experiments.benchmark step --model=cifar_resnet110 --scan --remat
     """
 
-    block: ModuleDef  # without conv, stride and name
+    block: ModuleDef  # a partial without conv, stride and name
     conv: ModuleDef | None
     depth: int
     stride: int | None = 1  # None: the blocks have no such field
@@ -50,52 +51,52 @@ class Stage(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, *each: PyTree) -> Array:
-        def run(block: nn.Module, x: Array, own: PyTree) -> Array:
-            return block(x, *own)
+    def __call__(self, x: Array, *stage_args: PyTree) -> Array:
+        def run(block: nn.Module, x: Array, args: PyTree) -> Array:
+            return block(x, *args)
 
         if self.remat:
             run = nn.remat(run)
-        own = [jax.tree.map(lambda a, i=i: a[i], each) for i in range(self.depth)]
+        block_args = [jax.tree.map(lambda a, i=i: a[i], stage_args) for i in range(self.depth)]
         conv = {} if self.conv is None else {"conv": self.conv}
         stride = {} if self.stride is None else {"stride": self.stride}
-        x = run(self.block(**conv, **stride, name="block1"), x, own[0])
+        x = run(self.block(**conv, **stride, name="block1"), x, block_args[0])
         name = f"block2-{self.depth}"
         stacked = self.has_variable("params", name)
         unrolled = self.is_initializing() or self.is_mutable_collection("intermediates")
         if stacked and unrolled:
             raise UserError(
-                f"{name} is a stack, and features are had by name: "
+                f"features by name need named blocks, but {name} is stacked: "
                 "apply the network to flax_cnns.tree.unstack_blocks(variables)"
             )
         if unrolled or self.depth < 3 or not (self.scan or stacked):
             for i in range(1, self.depth):
-                x = run(self.block(**conv, name=f"block{i + 1}"), x, own[i])
+                x = run(self.block(**conv, name=f"block{i + 1}"), x, block_args[i])
             return x
 
-        def scanned(stage: Stage, x: Array, each: PyTree) -> Array:
-            def body(block: nn.Module, x: Array, own: PyTree) -> tuple[Array, None]:
+        def run_scan(stage: Stage, x: Array, args: PyTree) -> Array:
+            def body(block: nn.Module, x: Array, args: PyTree) -> tuple[Array, None]:
                 with inside_control_flow():
-                    return run(block, x, own), None
+                    return run(block, x, args), None
 
             block = stage.block(**conv, name=name)
             x, _ = nn.scan(
                 body,
                 variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"layer_dropout": True},  # train/dropout.py's
+                split_rngs={"layer_dropout": True},  # of train/dropout.py
                 length=stage.depth - 1,
-            )(block, x, each)
+            )(block, x, args)
             return x
 
         if not stacked:
             as_stack: Any = partial(nn.map_variables, trans_in_fn=stack_blocks)
-            scanned = as_stack(scanned, "params")
-            scanned = as_stack(scanned, "batch_stats", trans_out_fn=unstack_blocks, mutable=True)
-        return scanned(self, x, jax.tree.map(lambda a: a[1:], each))
+            run_scan = as_stack(run_scan, "params")
+            run_scan = as_stack(run_scan, "batch_stats", trans_out_fn=unstack_blocks, mutable=True)
+        return run_scan(self, x, jax.tree.map(lambda a: a[1:], stage_args))
 
 
 def split_by_stage(tree: PyTree, depths: Sequence[int]) -> list[PyTree]:
-    """One tree for each stage of `depths` blocks, of a tree of arrays [all blocks ...]."""
+    """Splits a tree of arrays [all blocks ...] into one tree for each stage of `depths` blocks."""
     ends = np.cumsum(depths)
     return [
         jax.tree.map(lambda a, i=end - depth, j=end: a[i:j], tree)

@@ -1,4 +1,4 @@
-"""The first layers, where images enter."""
+"""Stems: the first layers of a network, which take images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flax_cnns.types import Array, ModuleDef
 
 
 class ImageNetStem(nn.Module):
-    """7x7/2, norm, ReLU, 3x3/2 max pool: [N H W C] -> [N H/4 W/4 width], rounded up."""
+    """7x7/2 convolution, norm, ReLU, 3x3/2 max pool: [N H W C] -> [N H/4 W/4 width], rounded up."""
 
     width: int
     conv: ModuleDef
     norm: ModuleDef
-    ceil: bool = False  # Caffe's pool: no padding, and its halving rounds down
+    ceil: bool = False  # Caffe's pool, without padding: halves H and W, rounded down
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -28,10 +28,11 @@ class ImageNetStem(nn.Module):
 
 
 class DeepStem(nn.Module):
-    """Three 3x3, the first with stride 2, in the place of the 7x7; then ImageNetStem's pool.
+    """Three 3x3 convolutions, the first with stride 2, replace the 7x7 of ImageNetStem.
 
-    He et al. 2018, https://arxiv.org/abs/1812.01187, figure 2b: width/2, width/2 and width
-    channels, each behind a norm and a ReLU. [N H W C] -> [N H/4 W/4 width], rounded up.
+    [N H W C] -> [N H/4 W/4 width], rounded up. He et al. 2018, https://arxiv.org/abs/1812.01187,
+    figure 2b. The convolutions have width/2, width/2 and width channels, each followed by a norm
+    and a ReLU. The max pool is ImageNetStem's.
     """
 
     width: int
@@ -49,9 +50,9 @@ class DeepStem(nn.Module):
 
 
 def _stem_pool(images: Array, ceil: bool) -> Callable[[Array], Array]:
-    """The 3x3/2 max pool behind a convolution of stride 2.
+    """Returns the 3x3/2 max pool that follows a convolution with stride 2.
 
-    Raises `UserError` where Caffe's would have no window on these images.
+    Raises `UserError` if Caffe's pool (`ceil`) would have no window on these images.
     """
     if not ceil:
         return partial(max_pool, window=3, stride=2, padding=1)
@@ -60,7 +61,7 @@ def _stem_pool(images: Array, ceil: bool) -> Callable[[Array], Array]:
 
 
 class CifarStem(nn.Module):
-    """3x3, norm, ReLU: [N H W C] -> [N H W width]."""
+    """3x3 convolution, norm, ReLU: [N H W C] -> [N H W width]."""
 
     width: int
     conv: ModuleDef

@@ -1,4 +1,4 @@
-"""Rows of a network's table as modules, so that what a row gives can be had by the row's name."""
+"""The rows of a network's table as modules, whose outputs can be captured by their names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ConvUnit(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """`max_pool` under a name."""
+    """`max_pool` as a module: [N H W C] -> [N H' W' C]."""
 
     window: int
     stride: int
@@ -42,7 +42,7 @@ class MaxPool(nn.Module):
 
 
 class AvgPool(nn.Module):
-    """`avg_pool` under a name."""
+    """`avg_pool` as a module: [N H W C] -> [N H' W' C]."""
 
     window: int
     stride: int

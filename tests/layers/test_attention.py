@@ -52,5 +52,5 @@ def test_macs_are_those_of_the_dense_layers_and_of_both_products():
 
 
 def test_heads_that_do_not_divide():
-    with pytest.raises(UserError, match="expected heads that divide 12 channels, got 5"):
+    with pytest.raises(UserError, match="a number of heads that divides 12 channels, got 5"):
         MultiHeadAttention(5, nn.Dense).init(jax.random.key(0), X)

@@ -93,9 +93,9 @@ def test_rounding_as_published():
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_factor_that_is_not_above_zero_is_named(factor):
-    with pytest.raises(UserError, match=r"a width above 0, got .* is width_mult, a factor above 0"):
+    with pytest.raises(UserError, match=r"a width above 0, got .* width_mult must be a factor"):
         layers.round_width(32 * factor)
-    with pytest.raises(UserError, match=r"a depth above 0, got .* is depth_mult, a factor above 0"):
+    with pytest.raises(UserError, match=r"a depth above 0, got .* depth_mult must be a factor"):
         layers.round_depth(2 * factor)
 
 

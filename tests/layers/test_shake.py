@@ -385,8 +385,8 @@ def test_bfloat16_stays():
         (Shaken(level="images"), "unknown level 'images'; did you mean 'image'"),
         (Dropped(shake_drop_level="pixels"), "did you mean 'pixel'"),
         (Dropped(1.0), "shake_drop is the last block's rate, 0 to below 1, got 1.0"),
-        (Dropped(shake_drop_alpha=(1, -1)), r"shake_drop_alpha is a range .*got \(1, -1\)"),
-        (Dropped(shake_drop_beta=(1,)), r"shake_drop_beta is a range"),
+        (Dropped(shake_drop_alpha=(1, -1)), r"shake_drop_alpha: expected a range .*got \(1, -1\)"),
+        (Dropped(shake_drop_beta=(1,)), r"shake_drop_beta: expected a range"),
     ],
 )
 def test_senseless_fields(model, message):

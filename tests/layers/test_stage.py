@@ -159,7 +159,7 @@ def test_initialization_and_features_have_names(variables):
     features = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
     _, state = jax.eval_shape(features, variables, IMAGES)
     assert state["intermediates"]["stage"]["block3"]["conv1"]["__call__"][0].shape == (8, 4, 4, 3)
-    with pytest.raises(UserError, match=r"block2-4 is a stack.*unstack_blocks\(variables\)"):
+    with pytest.raises(UserError, match=r"block2-4 is stacked.*unstack_blocks\(variables\)"):
         features(pytree.stack_blocks(variables), IMAGES)
 
 

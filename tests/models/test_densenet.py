@@ -149,7 +149,7 @@ def test_group_norm_where_the_widths_allow_it():
         ]
         == {}
     )
-    with pytest.raises(UserError, match="do not divide the 28 of block1/layer2/norm1"):
+    with pytest.raises(UserError, match="16 channels, got 28 in block1/layer2/norm1"):
         shapes_of(create_model("densenet_40_12", norm="group"))
 
 

@@ -135,7 +135,7 @@ def test_bfloat16_and_other_norms():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(norm="group"), "its 16 channels do not divide the"),
+        (dict(norm="group"), "expected a multiple of 16 channels"),
         (dict(widths=(4,)), "a depth and a width for each stage"),
         (dict(widths=(6, 4)), "shortcut A only adds channels"),
     ],

@@ -168,7 +168,7 @@ def test_without_classes_it_gives_the_normed_class_token(tiny):
             r"expected images of 8x12, whose positions are learned, got 8x8; .*resize_pos",
         ),
         (dict(input_size=(9, 12, 3)), (9, 12), "multiples of 4, got 9x12"),
-        (dict(heads=5), (8, 12), "heads that divide 12 channels, got 5"),
+        (dict(heads=5), (8, 12), "a number of heads that divides 12 channels, got 5"),
     ],
 )
 def test_sizes_that_do_not_fit(fields, size, said):

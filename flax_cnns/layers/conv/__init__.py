@@ -1,13 +1,16 @@
-"""The convolution that every network uses: the meaning of `nn.Conv`, the fastest lowering known.
+"""The convolution of all networks: it computes what `nn.Conv` does, by the fastest algorithm known.
 
-module.py        `Conv` and `conv2d`: what is a plain image convolution, and the library's own
-                 for the rest
-geometry.py      everything about a convolution but its arrays
-control_flow.py  whether it stands in a scan, a cond or a loop
-primitive.py     its three products, and how they are differentiated, mapped and lowered
-cpu.py           the products on a CPU, by the algorithm that choose.py names: those of matmul.py,
-                 winograd.py, depthwise.py and grouped.py, made of taps.py
-xla.py           the products everywhere else
+module.py        `Conv` and `conv2d`. They bind the primitive for plain image convolutions, and call
+                 `lax.conv_general_dilated` for all others.
+geometry.py      the geometry of a convolution: all its parameters except the arrays
+control_flow.py  whether a convolution is traced inside a scan, a cond or a loop
+primitive.py     the three products of a convolution as primitives, with derivatives and vmap
+cpu.py           the products on a CPU
+choose.py        the choice of the algorithm for each product on a CPU
+matmul.py, winograd.py, depthwise.py, grouped.py
+                 the algorithms
+taps.py          the views, slices and padding that the algorithms share
+xla.py           the products on all other devices, by XLA's own convolution
 """
 
 from flax_cnns.layers.conv.control_flow import inside_control_flow

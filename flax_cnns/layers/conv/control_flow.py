@@ -1,7 +1,8 @@
-"""Whether the code that is being traced stands in the body of a scan, a cond or a loop.
+"""A flag that tells convolutions that they are traced in the body of a scan, a cond or a loop.
 
-XLA's own convolution is 10 to 100 times slower there on a CPU, and no lowering can see where it
-stands. So whoever traces such a body says so, and convolutions read it while they are traced:
+XLA's own convolution is 10 to 100 times slower there on a CPU, and a lowering cannot see where its
+primitive is. So the code that traces such a body sets the flag, and convolutions read it while they
+are traced:
 
     def body(x):
         with inside_control_flow():
@@ -9,11 +10,11 @@ stands. So whoever traces such a body says so, and convolutions read it while th
 
     lax.cond(keep, body, skip, x)
 
-`layers.Stage` and `layers.residual` do. The value is part of the key of JAX's caches: a function
-under `jax.jit`, `nn.jit` or `jax.checkpoint` that is called inside and outside is traced for each.
-Gradients keep it. The rules of a `jax.custom_vjp` or `jax.custom_jvp` are traced only when JAX
-differentiates, which is after the body: a rule that convolves opens the context itself. Where it is
-forgotten, results are the same and a CPU is slow.
+`layers.Stage` and `layers.residual` set it. The flag is part of the key of JAX's caches: a function
+under `jax.jit`, `nn.jit` or `jax.checkpoint` that is called inside and outside such a body is
+traced for each. Gradients keep the flag. JAX traces the rules of a `jax.custom_vjp` or
+`jax.custom_jvp` when it differentiates, which is after the body. So a rule that convolves must open
+the context itself. If the flag is not set, results are the same, but slow on a CPU.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ _inside = jax.make_user_context(False)
 
 
 def inside_control_flow() -> AbstractContextManager[None]:
-    """A context for the body of a scan, a cond or a loop: its convolutions avoid XLA's own."""
+    """Returns a context for the body of a scan, a cond or a loop.
+
+    On a CPU, the convolutions inside it avoid XLA's own.
+    """
     return _inside(True)
 
 
 def is_inside_control_flow() -> bool:
+    """Returns whether the code that is being traced is in the context `inside_control_flow`."""
     return _inside.value

@@ -1,13 +1,14 @@
-"""The three products of a convolution on a CPU, by the algorithms that choose.py names.
+"""The three products of a convolution on a CPU, by the algorithms that choose.py selects.
 
 forward(x, kernel) -> y         [N H W C], [kh kw C/groups O] -> [N H' W' O]
-input_grad(dy, kernel) -> dx    the transpose of forward in x
-kernel_grad(x, dy) -> dkernel   the transpose of forward in the kernel
+input_grad(dy, kernel) -> dx    the transpose of forward with respect to x
+kernel_grad(x, dy) -> dkernel   the transpose of forward with respect to the kernel
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,8 +20,12 @@ from flax_cnns.types import Array
 
 
 def forward(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = False) -> Array:
-    """`transposed` (without groups only): the kernel is [kh kw O C], its taps in reverse, as the
-    gradient needs it. Transposing the arrays themselves would cost more than the product."""
+    """Returns the output [N H' W' O].
+
+    With `transposed`, which is for one group only, the kernel is [kh kw O C] with its taps in
+    reverse order, as the input's gradient needs it. To transpose the arrays themselves would cost
+    more than the product.
+    """
     features = kernel.shape[2] if transposed else kernel.shape[3]
     name = choose.forward_algorithm(_images(x), x.shape[-1], features, geometry)
     if geometry.groups > 1:
@@ -29,21 +34,23 @@ def forward(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = 
 
 
 def kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
+    """Returns the gradient of the kernel, [kh kw C/groups O]."""
     name = choose.kernel_grad_algorithm(_images(x), x.shape[-1], dy.shape[-1], geometry)
     return KERNEL_GRAD[name](x, dy, geometry)
 
 
 def input_grad(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
+    """Returns the gradient of the input, [N H W C]."""
     name = choose.input_grad_algorithm(kernel.shape[2], kernel.shape[3], geometry)
     return INPUT_GRAD[name](dy, kernel, geometry)
 
 
 def _images(x: Array) -> int:
-    return x.shape[0] if isinstance(x.shape[0], int) else 1  # exported for any number
+    return x.shape[0] if isinstance(x.shape[0], int) else 1  # symbolic in an exported program
 
 
 def library(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = False) -> Array:
-    """XLA's own."""
+    """XLA's own convolution."""
     if transposed:
         kernel = kernel[::-1, ::-1].swapaxes(2, 3)
     return xla.forward(x, kernel, geometry)
@@ -53,12 +60,13 @@ def library(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = 
 
 
 def phases(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """As convolutions of `dy` with the transposed kernel: one for each phase of the strides.
+    """The input's gradient by one convolution of `dy` for each phase of the strides.
 
-    An input row h takes part in output row (h + top - i * dilation) / stride for those taps i that
-    make it whole: with stride 2, even rows meet other taps than odd ones.
+    The convolutions use the transposed kernel. Input row h contributes to output row
+    (h + top - i * dilation) / stride for each tap i for which that is an integer. So with stride 2,
+    even rows meet other taps than odd rows.
     """
-    transposed = geometry.groups == 1  # else the kernel itself is
+    transposed = geometry.groups == 1  # for more groups, the kernel itself is transposed here
     if not transposed:
         kernel = _transpose(kernel, geometry.groups)
     lines = []
@@ -76,7 +84,7 @@ def phases(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
             part = kernel[tuple(slice(t.start, t.stop, t.step) for t in taps)]
             inner = ConvGeometry(
                 in_size=geometry.out_size,
-                kernel_size=part.shape[:2],
+                kernel_size=(part.shape[0], part.shape[1]),
                 out_size=size,
                 strides=(1, 1),
                 padding=(row.padding, column.padding),
@@ -90,12 +98,12 @@ def phases(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
 
 
 class _Phase(NamedTuple):
-    """The rows r, r + stride, ... of dx: which taps they meet, and dy's padding for them."""
+    """The rows r, r + stride, ... of dx, the taps that they meet, and the convolution for them."""
 
-    size: int  # how many rows
+    size: int  # the number of rows
     taps: range
-    reversed_taps: range  # where these lie in a kernel with its taps in reverse
-    padding: tuple[int, int]
+    reversed_taps: range  # the positions of `taps` in a kernel with its taps in reverse order
+    padding: tuple[int, int]  # of dy
     dilation: int
 
 
@@ -103,25 +111,25 @@ def _phases(axis: int, geometry: ConvGeometry) -> list[_Phase]:
     stride, dilation = geometry.strides[axis], geometry.dilation[axis]
     kernel, in_size = geometry.kernel_size[axis], geometry.in_size[axis]
     top, step = geometry.padding[axis][0], stride // math.gcd(stride, dilation)
-    found = []
+    phases = []
     for r in range(stride):
         size = max(0, -(-(in_size - r) // stride))
         taps = [i for i in range(kernel) if (r + top - i * dilation) % stride == 0]
         if not taps:
-            found.append(_Phase(size, range(0), range(0), (0, 0), 1))
+            phases.append(_Phase(size, range(0), range(0), (0, 0), 1))
             continue
         first, last = taps[0], taps[-1]
         gap = dilation * step // stride  # rows of dy between neighboring taps
-        offset = (r + top - first * dilation) // stride  # dx row 0 of the phase: dy row at tap 0
+        offset = (r + top - first * dilation) // stride  # the row of dy at row 0 and tap 0
         before = (len(taps) - 1) * gap - offset
         after = size - 1 + offset - (geometry.out_size[axis] - 1)
         backwards = range(kernel - 1 - last, kernel - first, step)
-        found.append(_Phase(size, range(first, last + 1, step), backwards, (before, after), gap))
-    return found
+        phases.append(_Phase(size, range(first, last + 1, step), backwards, (before, after), gap))
+    return phases
 
 
 def _interleave(pieces: list[Array], axis: int, size: int) -> Array:
-    """[a0 a1 ...], [b0 b1 ...] -> [a0 b0 a1 b1 ...] along an axis, `size` in all."""
+    """[a0 a1 ...], [b0 b1 ...] -> [a0 b0 a1 b1 ...] along `axis`, cut to `size` entries."""
     if len(pieces) == 1:
         return pieces[0]
     longest = pieces[0].shape[axis]
@@ -133,15 +141,15 @@ def _interleave(pieces: list[Array], axis: int, size: int) -> Array:
 
 
 def _transpose(kernel: Array, groups: int) -> Array:
-    """The kernel of the transpose: [kh kw C/groups O] -> [kh kw O/groups C], taps reversed."""
+    """Transposes the kernel, taps reversed: [kh kw C/groups O] -> [kh kw O/groups C]."""
     kh, kw, per_group, features = kernel.shape
     kernel = kernel[::-1, ::-1].reshape(kh, kw, per_group, groups, features // groups)
     return kernel.transpose(0, 1, 4, 3, 2).reshape(kh, kw, features // groups, groups * per_group)
 
 
-# ---------------------------------------------------------------------------- by name
+# ---------------------------------------------------------------------------- tables of algorithms
 
-FORWARD = {
+FORWARD: dict[str, Callable[..., Array]] = {
     "library": library,
     "pointwise": matmul.pointwise,
     "patches": matmul.patches,
@@ -152,12 +160,12 @@ FORWARD = {
     "batched": grouped.batched,
     "blocks": grouped.blocks,
 }
-INPUT_GRAD = {
+INPUT_GRAD: dict[str, Callable[..., Array]] = {
     "library": xla.input_grad,
     "patches": matmul.patches_input_grad,
     "phases": phases,
 }
-KERNEL_GRAD = {
+KERNEL_GRAD: dict[str, Callable[..., Array]] = {
     "library": xla.kernel_grad,
     "pointwise": matmul.pointwise_kernel_grad,
     "patches": matmul.patches_kernel_grad,

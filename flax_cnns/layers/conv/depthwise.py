@@ -1,6 +1,8 @@
-"""Depthwise convolutions: the shifted images times their weights, added."""
+"""Depthwise convolutions as sums of shifted images times their weights."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,31 +13,33 @@ from flax_cnns.types import Array
 
 
 def depthwise(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """One channel in, `features / channels` out."""
+    """Returns the output. Each input channel gives `features / channels` output channels."""
     return sum_weighted(_repeated_views(x, kernel.shape[-1], geometry), kernel[:, :, 0])
 
 
 def depthwise_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
+    """Returns the gradient of the kernel."""
     views = _repeated_views(x, dy.shape[-1], geometry)
     return _correlate(views, dy).reshape(*geometry.kernel_size, 1, -1)
 
 
 def _repeated_views(x: Array, features: int, geometry: ConvGeometry) -> list[Array]:
-    """What each tap sees: kh * kw views [N H' W' features], each channel once for each feature."""
+    """Returns what each tap sees, kh * kw views [N H' W' features], with channels repeated."""
     times = features // x.shape[-1]
     repeated = jnp.repeat(x, times, -1) if times > 1 else x
     return tap_views(pad_or_crop(repeated, geometry.padding), geometry)
 
 
 def sum_weighted(views: list[Array], kernel: Array) -> Array:
-    """Views [N H W C] of all taps, kernel [kh kw C]: their products, added."""
-    return sum(view * weight for view, weight in zip(views, kernel.reshape(-1, kernel.shape[-1])))
+    """Returns the sum of all taps' views [N H W C] times their weights in the kernel [kh kw C]."""
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    return cast(Array, sum(view * weight for view, weight in zip(views, weights)))
 
 
 def _correlate(views: list[Array], dy: Array) -> Array:
-    """sum over N H W of view * dy, for all taps in one pass over the rows: [taps, C].
+    """Returns the sums over N H W of view * dy, [taps C], for all taps in one pass over the rows.
 
-    Separate sums would read both arrays once for each tap, and XLA would not vectorise them.
+    Separate sums would read both arrays once for each tap, and XLA would not vectorize them.
     """
     products = [view * dy for view in views]
     zeros = [jnp.zeros((), dy.dtype)] * len(views)

@@ -1,6 +1,8 @@
-"""Convolutions of groups: a sum of depthwise ones, batched matmuls, or dense blocks of groups."""
+"""Grouped convolutions: as sums of depthwise ones, as batched matmuls, or as dense blocks."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -20,27 +22,29 @@ from flax_cnns.types import Array
 
 
 def rotated(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """Few channels a group, as many out as in: a sum of depthwise ones, the r-th of which sees the
-    channels of every group rotated by r."""
+    """A sum of depthwise convolutions, for few channels per group and as many outputs as inputs.
+
+    The r-th depthwise convolution sees the channels of every group rotated by r.
+    """
     size, channels = x.shape[-1] // geometry.groups, x.shape[-1]
     x = pad_or_crop(x, geometry.padding)
     x = x.reshape(*x.shape[:3], geometry.groups, size)
     kernel = kernel.reshape(*geometry.kernel_size, size, geometry.groups, size)
-    total = None
+    total: Array | None = None
     for r in range(size):
         channels_rotated = jnp.roll(x, -r, -1).reshape(*x.shape[:3], channels)
         weights = [kernel[:, :, (o + r) % size, :, o] for o in range(size)]
         weights = fence(jnp.stack(weights, -1).reshape(*geometry.kernel_size, channels))
         part = sum_weighted(tap_views(channels_rotated, geometry), weights)
         total = part if total is None else fence(total + part)
-    return total
+    return cast(Array, total)
 
 
 # ---------------------------------------------------------------------------- batched matmuls
 
 
 def batched(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """matmul.py's `shifted` for groups: matmuls with the group as their batch."""
+    """`matmul.shifted` for groups, by matmuls that are batched over the groups."""
     groups, (per_group, features) = geometry.groups, kernel.shape[2:]
     x = _split_groups(x, groups)  # [G N H W C/G]
     kernel = kernel.reshape(*geometry.kernel_size, per_group, groups, features // groups)
@@ -52,6 +56,7 @@ def batched(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
 
 
 def batched_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
+    """Returns the gradient of the kernel, as `batched`."""
     groups, features = geometry.groups, dy.shape[-1]
     per_group = x.shape[-1] // groups
     x, dy, taps = _split_groups(x, groups), _split_groups(dy, groups), {}
@@ -75,7 +80,7 @@ def _split_groups(x: Array, groups: int) -> Array:
 
 
 def blocks(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """Dense convolutions of neighboring groups, with zeros between different groups."""
+    """A dense convolution for each block of neighboring groups, with zeros between the groups."""
     groups = geometry.groups
     per_block = groups_per_block(x.shape[-1] // groups, groups)
     kernel, count = _widen(kernel, groups, per_block), groups // per_block
@@ -84,6 +89,7 @@ def blocks(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
 
 
 def blocks_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
+    """Returns the gradient of the kernel, as `blocks`."""
     groups = geometry.groups
     per_block = groups_per_block(x.shape[-1] // groups, groups)
     count, inner = groups // per_block, geometry._replace(groups=1)
@@ -97,7 +103,7 @@ def _cut(x: Array, count: int) -> list[Array]:
 
 
 def _widen(kernel: Array, groups: int, per_block: int) -> Array:
-    """[kh kw C/groups O] -> [kh kw per_block*C/groups O], zero between different groups."""
+    """[kh kw C/groups O] -> [kh kw per_block*C/groups O], with zeros between the groups."""
     kh, kw, size, features = kernel.shape
     kernel = kernel.reshape(kh, kw, 1, size, groups // per_block, per_block, features // groups)
     same = jnp.eye(per_block, dtype=kernel.dtype)[:, None, None, :, None]

@@ -1,9 +1,9 @@
-"""The three products of a convolution as primitives, each of whose derivatives are the other two.
+"""The three products of a convolution as primitives. The derivatives of each are the other two.
 
-A convolution is bilinear, and so are the two transposes that its gradients are. So gradients of any
-order work, forward and reverse, and each product is lowered as fast as it can be: on a CPU as
-choose.py says, elsewhere as the library's convolution. The choice is made while a program is
-lowered for its platform, and costs nothing when it runs.
+A convolution is bilinear, and so are its two transposes, which are its gradients. So gradients of
+any order work, in forward and reverse mode. Each product has its own lowering: on a CPU by the
+algorithm that choose.py selects, elsewhere by XLA's convolution. The choice is made while a program
+is lowered for its platform, and costs nothing when the program runs.
 """
 
 from __future__ import annotations
@@ -34,40 +34,48 @@ def _kernel_shape(x: Any, dy: Any, geometry: ConvGeometry) -> tuple[int, ...]:
     return (*geometry.kernel_size, x.shape[-1] // geometry.groups, dy.shape[-1])
 
 
-def _primitive(name: str, shape: Callable, library: Callable, cpu: Callable) -> Primitive:
+def _make_primitive(
+    name: str, out_shape: Callable, library: Callable, on_cpu: Callable
+) -> Primitive:
+    """Returns a primitive with two array operands.
+
+    `library` is its lowering on all platforms except the CPU, and `on_cpu` that on a CPU.
+    """
     primitive = Primitive(name)
     compiled = jax.jit(primitive.bind, static_argnames=("geometry", "precision"))
 
     def impl(a, b, **fields):
-        with jax.disable_jit(False):  # else the primitive would call itself
+        with jax.disable_jit(False):  # without jit, the primitive would call itself
             return compiled(a, b, **fields)
 
     primitive.def_impl(impl)
 
     def abstract(a, b, *, geometry, precision):
         del precision
-        return a.update(shape=shape(a, b, geometry), weak_type=False)
+        return a.update(shape=out_shape(a, b, geometry), weak_type=False)
 
-    def on_cpu(a, b, *, geometry, precision):
-        del precision  # float32 is float32 there
-        # Sums of products in half precision would not be those that accelerators make, nor faster.
+    def lower_on_cpu(a, b, *, geometry, precision):
+        del precision  # on a CPU, float32 products have full precision
+        # In half precision a CPU would be no faster, and its sums would differ from accelerators'.
         wide = jnp.promote_types(a.dtype, jnp.float32)
-        return cpu(a.astype(wide), b.astype(wide), geometry).astype(a.dtype)
+        return on_cpu(a.astype(wide), b.astype(wide), geometry).astype(a.dtype)
 
-    def anywhere(a, b, *, geometry, precision):
+    def lower_elsewhere(a, b, *, geometry, precision):
         return library(a, b, geometry, precision)
 
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(anywhere, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), "cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(lower_elsewhere, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(lower_on_cpu, multiple_results=False), "cpu")
     return primitive
 
 
-forward_p = _primitive("conv2d", _output_shape, xla.forward, cpu.forward)
-input_grad_p = _primitive("conv2d_input_grad", _input_shape, xla.input_grad, cpu.input_grad)
-kernel_grad_p = _primitive("conv2d_kernel_grad", _kernel_shape, xla.kernel_grad, cpu.kernel_grad)
+forward_p = _make_primitive("conv2d", _output_shape, xla.forward, cpu.forward)
+input_grad_p = _make_primitive("conv2d_input_grad", _input_shape, xla.input_grad, cpu.input_grad)
+kernel_grad_p = _make_primitive(
+    "conv2d_kernel_grad", _kernel_shape, xla.kernel_grad, cpu.kernel_grad
+)
 
-# (what comes back, the two operands): the transpose of each product in either operand.
+# The transpose of each product in either operand: (cotangent, the two operands).
 ad.defbilinear(
     forward_p,
     lambda dy, x, kernel, **fields: input_grad_p.bind(dy, kernel, **fields),
@@ -89,44 +97,49 @@ ad.defbilinear(
 
 
 def _batcher(primitive: Primitive, images: tuple[bool, bool], image_out: bool) -> Callable:
-    """vmap: more images where the kernel is shared, more groups where there are many kernels."""
+    """Returns the vmap rule of a product.
+
+    If only images are mapped, they become more images. If kernels are mapped, they become more
+    groups. `images` tells which operands are images, and `image_out` whether the result is.
+    """
 
     def rule(operands, axes, *, geometry, precision):
         size = next(v.shape[a] for v, a in zip(operands, axes) if a is not None)
         if size == 0:
-            one = [v if a is None else _without(v, a) for v, a in zip(operands, axes)]
+            single = [v if a is None else _without_axis(v, a) for v, a in zip(operands, axes)]
             out = jax.eval_shape(
-                partial(primitive.bind, geometry=geometry, precision=precision), *one
+                partial(primitive.bind, geometry=geometry, precision=precision), *single
             )
             return jnp.zeros((0, *out.shape), out.dtype), 0
-        shared = image_out and all(a is None or i for a, i in zip(axes, images))
-        if not shared:
-            axes, operands = zip(*(_mapped(v, a, size) for v, a in zip(operands, axes)))
+        only_images = image_out and all(a is None or i for a, i in zip(axes, images))
+        if not only_images:
+            axes, operands = zip(*(_broadcast(v, a, size) for v, a in zip(operands, axes)))
             geometry = geometry._replace(groups=geometry.groups * size)
         operands = [
-            v if a is None else _fold(v, a, 0 if shared else v.ndim - 2)
+            v if a is None else _fold(v, a, 0 if only_images else v.ndim - 2)
             for v, a in zip(operands, axes)
         ]
         out = primitive.bind(*operands, geometry=geometry, precision=precision)
-        axis = 0 if shared else out.ndim - 1
+        axis = 0 if only_images else out.ndim - 1
         out = out.reshape(*out.shape[:axis], size, -1, *out.shape[axis + 1 :])
         return out, axis
 
     return rule
 
 
-def _mapped(v: Array, axis: int | None, size: int) -> tuple[int, Array]:
+def _broadcast(v: Array, axis: int | None, size: int) -> tuple[int, Array]:
+    """Returns (mapped axis, array); an array without a mapped axis is repeated `size` times."""
     if axis is not None:
         return axis, v
     return 0, jnp.broadcast_to(v, (size, *v.shape))
 
 
-def _without(v: Array, axis: int) -> jax.ShapeDtypeStruct:
+def _without_axis(v: Array, axis: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(v.shape[:axis] + v.shape[axis + 1 :], v.dtype)
 
 
 def _fold(v: Array, axis: int, place: int) -> Array:
-    """Moves a mapped axis in front of the axis `place` of what is mapped, and into it."""
+    """Merges the mapped axis into the axis that has the index `place` without it."""
     v = jnp.moveaxis(v, axis, place)
     return v.reshape(*v.shape[:place], -1, *v.shape[place + 2 :])
 

@@ -1,10 +1,13 @@
-"""Winograd's F(2x2, 3x3): 3x3 at stride 1 with 2.25 times fewer multiplications, as 16 matmuls.
+"""Winograd's F(2x2, 3x3): 3x3 convolutions with stride 1 as 16 matmuls.
 
-Lavin & Gray 2015, https://arxiv.org/abs/1509.09308, section 4.1: two by two outputs from 16
-products in the place of 36.
+Lavin & Gray 2015, https://arxiv.org/abs/1509.09308, section 4.1. Four outputs (2x2) need 16
+products instead of 36, so there are 2.25 times fewer multiplications.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -13,16 +16,18 @@ from flax_cnns.layers.conv.matmul import multiply
 from flax_cnns.layers.conv.taps import fence, flatten_positions, pad_or_crop
 from flax_cnns.types import Array
 
-# Each row is a sum of inputs.
+Matrix = tuple[tuple[float, ...], ...]
+# Each row has the factors of a sum of inputs.
 _B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T: 4 pixels -> 4
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G: 3 taps -> 4
 _A = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T: 4 products -> 2 outputs
 
 
 def winograd(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = False) -> Array:
-    """`transposed`: as in matmul.py.
+    """Returns the output; `transposed` is explained in matmul.py.
 
-    An infinite pixel may give NaN where XLA's own gives infinity: tiles are differences of pixels.
+    An infinite pixel may give NaN where XLA's own convolution gives infinity, because tiles are
+    differences of pixels.
     """
     order = (2, 1, 0) if transposed else (0, 1, 2)
     kernels = fence(_transform(_G, _G, [[kernel[i, j] for j in order] for i in order]))
@@ -38,8 +43,9 @@ def winograd(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool =
 
 
 def winograd_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    odd = tuple((0, n % 2) for n in geometry.out_size)
-    dy = fence(pad_or_crop(dy, odd))
+    """Returns the gradient of the kernel."""
+    height, width = geometry.out_size
+    dy = fence(pad_or_crop(dy, ((0, height % 2), (0, width % 2))))  # to even sizes
     outputs = [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)]
     outputs = fence(_transform(_transpose(_A), _transpose(_A), outputs))
     products = [
@@ -51,7 +57,7 @@ def winograd_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
 
 
 def _tiles(x: Array, geometry: ConvGeometry) -> list[list[Array]]:
-    """The transformed pixels of each tile of 2x2 outputs: 4 x 4 arrays [N tiles_h tiles_w C]."""
+    """Returns the transformed pixels of all tiles, as 4x4 arrays [N tiles_h tiles_w C]."""
     th, tw = -(-geometry.out_size[0] // 2), -(-geometry.out_size[1] // 2)
     (height, width), ((top, _), (left, _)) = geometry.in_size, geometry.padding
     below, right = 2 * th + 2 - height - top, 2 * tw + 2 - width - left
@@ -59,24 +65,26 @@ def _tiles(x: Array, geometry: ConvGeometry) -> list[list[Array]]:
     pixels = [
         [x[:, i : i + 2 * th - 1 : 2, j : j + 2 * tw - 1 : 2] for j in range(4)] for i in range(4)
     ]
-    # Fences and four axes: with all positions in one axis XLA's loops compute with indices instead.
+    # The fences and the four axes make XLA's loops fast: with all positions in one axis, they would
+    # compute indices.
     return fence(_transform(_B, _B, pixels))
 
 
-def _transpose(matrix: tuple) -> tuple:
+def _transpose(matrix: Matrix) -> Matrix:
     return tuple(zip(*matrix))
 
 
-def _transform(left, right, grid: list[list[Array]]) -> list[list[Array]]:
-    """left @ grid @ right^T, where the entries of the grid are arrays."""
+def _transform(left: Matrix, right: Matrix, grid: list[list[Array]]) -> list[list[Array]]:
+    """Returns left @ grid @ right^T, where the entries of the grid are arrays."""
     half = [[_combine(row, column) for column in zip(*grid)] for row in left]
     return [[_combine(row, line) for row in right] for line in half]
 
 
-def _combine(factors, arrays) -> Array:
-    total = None
+def _combine(factors: Sequence[float], arrays: Iterable[Array]) -> Array:
+    """Returns the sum of the arrays times their factors, at least one of which is not 0."""
+    total: Array | None = None
     for factor, x in zip(factors, arrays):
         if factor:
             term = x if factor == 1 else -x if factor == -1 else jnp.asarray(factor, x.dtype) * x
             total = term if total is None else total + term
-    return total
+    return cast(Array, total)

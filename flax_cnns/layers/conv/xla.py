@@ -1,5 +1,8 @@
-"""The three products of a convolution as XLA's own, written as the derivatives of
-`lax.conv_general_dilated` are: what runs on GPU and TPU, and on a CPU where nothing is faster."""
+"""The three products of a convolution by XLA's own convolution.
+
+They are written like the derivatives of `lax.conv_general_dilated`. They run on GPU and TPU, and on
+a CPU where no algorithm of ours is faster.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from flax_cnns.types import Array
 
 
 def forward(x: Array, kernel: Array, geometry: ConvGeometry, precision: Any = None) -> Array:
-    """[N H W C], [kh kw C/groups O] -> [N H' W' O]."""
+    """Returns the output: [N H W C], [kh kw C/groups O] -> [N H' W' O]."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -26,7 +29,10 @@ def forward(x: Array, kernel: Array, geometry: ConvGeometry, precision: Any = No
 
 
 def input_grad(dy: Array, kernel: Array, geometry: ConvGeometry, precision: Any = None) -> Array:
-    """[N H' W' O], [kh kw C/groups O] -> [N H W C]: the strides' gaps filled with zeros."""
+    """Returns the gradient of the input: [N H' W' O], [kh kw C/groups O] -> [N H W C].
+
+    The strides become gaps of zeros in dy.
+    """
     groups = geometry.groups
     if groups > 1:
         kh, kw, size, features = kernel.shape
@@ -49,7 +55,10 @@ def input_grad(dy: Array, kernel: Array, geometry: ConvGeometry, precision: Any 
 
 
 def kernel_grad(x: Array, dy: Array, geometry: ConvGeometry, precision: Any = None) -> Array:
-    """[N H W C], [N H' W' O] -> [kh kw C/groups O]: dy as the kernel, images summed."""
+    """Returns the gradient of the kernel: [N H W C], [N H' W' O] -> [kh kw C/groups O].
+
+    dy takes the place of the kernel, and the images are summed.
+    """
     padding = []
     for n, before, reach, spread in _axes(geometry):
         padding.append((before, reach + spread - n - before))
@@ -66,8 +75,11 @@ def kernel_grad(x: Array, dy: Array, geometry: ConvGeometry, precision: Any = No
 
 
 def _axes(geometry: ConvGeometry) -> list[tuple[int, int, int, int]]:
-    """Of height and width: pixels, padding before them, what the kernel's last tap and the last
-    output are away from the first."""
+    """Returns (pixels, padding before them, reach, spread) for height and for width.
+
+    `reach` is the distance from the kernel's first tap to its last. `spread` is the number of
+    pixels from the first output's position to the last's.
+    """
     g = geometry
     axes = []
     for axis in (0, 1):
