@@ -171,10 +171,10 @@ BREAKS = [
     ),
     Break(
         f"{P}layers/drop_path.py",
-        "jnp.where(stays, y / stay, 0)",
-        "jnp.where(stays, y, 0)",
+        "jnp.where(keep, y / keep_prob, 0)",
+        "jnp.where(keep, y, 0)",
         "tests/layers/test_drop_path.py",
-        "branches that stay are not scaled up",
+        "kept branches are not scaled up",
     ),
     Break(
         f"{P}layers/initializers.py",
