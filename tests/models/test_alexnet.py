@@ -16,7 +16,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-# Section 3.5: (kernel size, input maps of a unit, output maps) of conv1 to conv5. DENSE: (in, out).
+# Section 3.5: (kernel size, input maps of a unit, output maps) of conv1 to conv5; (in, out).
 TWO_GPUS = [(11, 3, 96), (5, 48, 256), (3, 256, 384), (3, 192, 384), (3, 192, 256)]
 ONE_TOWER = [(11, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)]
 TORCHVISION = [(11, 3, 64), (5, 64, 192), (3, 192, 384), (3, 384, 256), (3, 256, 256)]
@@ -176,7 +176,8 @@ def test_half_is_dropped_in_training_only(runs, name):
     _, logits, seen, trained, train_seen = runs[name]
     assert np.abs(logits - trained).max() > 1e-3 * np.abs(logits).max()
     if name == "alexnet":
-        pooled = np.broadcast_to(train_seen["pool5"], (2, 6, 6, 256)).reshape(2, -1)  # of 1x1
+        # fc6 takes 6x6 means, here copies of the 1x1 maps.
+        pooled = np.broadcast_to(train_seen["pool5"], (2, 6, 6, 256)).reshape(2, -1)
         befores = pooled, np.maximum(train_seen["fc6"], 0)
     else:
         befores = np.maximum(train_seen["fc6"], 0), np.maximum(train_seen["fc7"], 0)

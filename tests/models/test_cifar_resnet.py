@@ -164,9 +164,9 @@ def test_scanned_networks_take_stacked_variables(name):
     assert named["batch_stats"] == variables["batch_stats"]
 
 
-@pytest.mark.slow  # compiled as users do
+@pytest.mark.slow  # compiles with all optimizations, as users do
 def test_remat_saves_memory():
-    """Of a scanned network, on a CPU; measured for a deep one in layers/stage.py."""
+    """Checks a scanned network on a CPU; layers/stage.py has numbers of a deep network."""
 
     def temporaries(remat):
         model = create_model(

@@ -26,11 +26,8 @@ CONVS = [
     ("mlpconv3/cccp1", 1, 192, 192, 8),
     ("head", 1, 192, 10, 8),
 ]
-COMPANIONS = {
-    "aux1": 32 * 32 * 192,
-    "aux2": 16 * 16 * 192,
-    "aux3": 8 * 8 * 192,
-}  # inputs
+# Number of inputs of each companion.
+COMPANIONS = {"aux1": 32 * 32 * 192, "aux2": 16 * 16 * 192, "aux3": 8 * 8 * 192}
 
 
 def test_count_and_cost_of_every_layer_by_hand():
@@ -43,7 +40,7 @@ def test_count_and_cost_of_every_layer_by_hand():
     assert main == expected
     assert sum(params for _, params, _ in main.values()) == 966_986  # "about 1 M"
     companions = {row.path: row.params for row in rows[len(CONVS) :]}
-    assert companions == {f"{name}/head": seen * 10 + 10 for name, seen in COMPANIONS.items()}
+    assert companions == {f"{name}/head": n * 10 + 10 for name, n in COMPANIONS.items()}
     assert PUBLISHED["dsn"].params == 966_986 + sum(companions.values())
 
 

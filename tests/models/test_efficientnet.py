@@ -76,8 +76,9 @@ def test_squeeze_is_a_fourth_of_the_blocks_input():
 
 
 def test_lite_has_fixed_ends_and_no_squeeze():
-    """Lite4 has factors 1.4 and 1.8, except for stem, top, and the depths of the first and last
-    stage.
+    """Lite4 has factors 1.4 and 1.8.
+
+    They do not apply to stem and top, nor to the depths of the first and last stage.
     """
     model = create_model("efficientnet_lite4")
     assert model.compute_sizes() == (
@@ -200,9 +201,7 @@ def test_stochastic_depth_changes_no_name_and_needs_its_stream():
 
 
 def test_initial_values_are_the_released_codes():
-    """A depthwise kernel has variance 2 / 9, for its 3x3 window; with "he" the variance also
-    depends on C.
-    """
+    """A depthwise kernel has variance 2 / 9, by its 3x3 window; "he" would also divide by C."""
     kernel = efficientnet.paper_init(jax.random.key(0), (3, 3, 1, 4096))
     assert float(jnp.var(kernel)) == pytest.approx(2 / 9, rel=0.05)
     kernel = efficientnet.paper_init(jax.random.key(0), (1, 1, 64, 512))

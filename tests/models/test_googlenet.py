@@ -61,7 +61,7 @@ def test_count(name):
 
 
 def captured(name, size, train=False, **fields):
-    """(logits, {path: shape of its output}, aux logits), without computing."""
+    """Returns (logits, {path: output shape}, auxiliary logits), without computing."""
     model = blank_model(name, **fields)
 
     def run():

@@ -1,7 +1,7 @@
-"""LeNet-5 of 1998, layer by layer: LeCun et al., section II-B, with appendix A's squashing
-function.
+"""LeNet-5 of 1998, layer by layer.
 
-The paper is "Gradient-based learning applied to document recognition".
+LeCun et al., "Gradient-based learning applied to document recognition", section II-B, with the
+squashing function of appendix A.
 """
 
 import numpy as np
