@@ -4,8 +4,8 @@ Two factors turn `B0`, table 1 of the paper, into every network of this file. `m
 takes any factors. `compound_scale` computes those of the paper's formula, equation 3, with alpha
 1.2 (depth), beta 1.1 (width) and gamma 1.15 (resolution), the result of the paper's grid search at
 phi = 1. The released networks do not follow the formula: they come from a handmade table (`POINTS`;
-Tan & Le's code), which deepens less than the formula as networks grow. The table below
-compares both, at the phi whose resolution is nearest:
+Tan & Le's code), which deepens less than the formula as networks grow. The table below compares
+both, at the phi whose resolution is nearest:
 
     network   phi   formula: width, depth, resolution   table: width, depth, resolution
     B1        0.5   1.05    1.10    240                 1.0     1.1     240

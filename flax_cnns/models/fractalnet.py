@@ -96,9 +96,7 @@ class Block(nn.Module):
             return None if drop is None else drop.keep(column, self.columns, number, column, i)
 
         def paths(column: int, i: int, x: Array, needed: Array | None) -> list[Array]:
-            """Returns what `column` and deeper columns bring to the join after its unit i, where
-            `needed`.
-            """
+            """Returns the inputs of the join after unit i of `column`, computed where `needed`."""
             first = unit(column, i, x, None if needed is None else needed[0])
             if column == self.columns:
                 return [first]
