@@ -114,7 +114,7 @@ def split_by_branch(drop: DropPath | None, n: int) -> list[DropPath | None]:
 
 def residual(
     shortcut: Array,
-    branch: Callable[[nn.Module, Array], Array],
+    branch: Callable[[Any, Array], Array],
     block: nn.Module,
     x: Array,
     drop: DropPath | None,
