@@ -39,6 +39,8 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.batch_size = 8
         config.data.eval_batch_size = 8
         config.schedule.warmup = "1 steps"
+        config.schedule.learning_rate = 0.01
+        config.train.precise_bn = 2  # four steps are too few for the running statistics
         config.train.duration = "4 steps"
         config.log.every = "1 steps"
     return config

@@ -34,9 +34,12 @@ def get_config(mode: str = "") -> ConfigDict:
     config.train.duration = "64000 steps"
     config.log.every = "100 steps"
     if mode == "smoke":
+        config.model.scan = True  # compiles a third faster
+        config.train.precise_bn = 2  # four steps are too few for the running statistics
         config.data.mock = 256
         config.data.batch_size = 16
         config.data.eval_batch_size = 64
+        config.schedule.learning_rate = 0.01
         config.schedule.warmup = "1 steps"
         config.schedule.boundaries = ("2 steps", "3 steps")
         config.train.duration = "4 steps"
