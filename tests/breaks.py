@@ -297,8 +297,8 @@ BREAKS = [
     ),
     Break(
         f"{P}runs/references.py",
-        "if found and not trust:",
-        "if found and trust is None:",
+        "if references and not trust:",
+        "if references and trust is None:",
         "tests/runs/test_own.py",
         "somebody's run imports its code without being trusted",
     ),

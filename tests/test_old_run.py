@@ -110,7 +110,9 @@ def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch
     config.data.dir = "moved"
     run(config, "run")
     add_an_image(folder / "moved")
-    with pytest.raises(workdir.ChangedData, match="train/ring had 20 images, has 21; put the data"):
+    with pytest.raises(
+        workdir.ChangedData, match="train/ring had 20 images, has 21; restore the data"
+    ):
         run(config, "run")
     run(config, "run", accept_changed_data=True)
     run(config, "run")  # it is the run's now

@@ -45,7 +45,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
         if "step 21/60" in line:
             cut.send_signal(signal.SIGTERM)
     assert cut.wait(timeout=60) == 75, said
-    assert "the same command goes on" in said
+    assert "run the same command again to resume" in said
     step = finding.latest_step(tmp_path / "cut")
     assert 21 <= step < 60
 

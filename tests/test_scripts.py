@@ -94,7 +94,7 @@ def test_a_signal_exits_with_75(config, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert "the same command goes on" in out
+    assert "run the same command again to resume" in out
     assert finding.latest_step(tmp_path / "run") >= 5
 
 

@@ -64,6 +64,6 @@ def ablate(argv: list[str]) -> int:
     given |= dict(interval=_INTERVAL.value, accept_changed_data=_ACCEPT.value)
     found = ablation.ablate(_CONFIG.value, sweep, folder, **given)
     if "interrupted" in found or "missing" in found:
-        print("interrupted; the same command goes on")
+        print("interrupted; run the same command again to resume")
         return EXIT_PREEMPTED
     return EXIT_FAULT if "failed" in found else 0

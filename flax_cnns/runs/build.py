@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 
@@ -35,14 +35,14 @@ from flax_cnns.types import Array, PyTree
 
 
 class RunComponents(NamedTuple):
-    """What a config means: everything that training and evaluation need, nothing trained yet."""
+    """Everything that training and evaluation need, built from a config and not trained yet."""
 
-    config: Any
-    model: Any
+    config: Any  # a ConfigDict
+    model: Any  # a linen module
     dataset: Dataset
-    mesh: Any
-    eval_step: Callable[[PyTree, Any, Any], dict[str, Array]]
-    num_classes: int  # the width of the logits
+    mesh: Any  # of the devices that the run uses
+    eval_step: Any  # (variables, batch, key) -> {metric: sum}, parallelized; None if only loading
+    num_classes: int  # the number of logits
     own_parts: OwnParts = OwnParts()
 
     @property
@@ -50,6 +50,7 @@ class RunComponents(NamedTuple):
         return self.config.train.parallel
 
     def shard(self, batch: dict[str, Any]) -> Any:
+        """Puts a batch of this process on its devices."""
         return parallel.shard_batch(batch, self.mesh, self.mode)
 
     def evaluate(
@@ -58,7 +59,11 @@ class RunComponents(NamedTuple):
         split: str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Sums over a split, every example once; the variables named or stacked."""
+        """Returns the metrics' sums over a split, with every example counted once.
+
+        The blocks of `variables` may be named or stacked. Raises UserError if no image of the split
+        can be decoded.
+        """
         variables = self.stack_if_scanned(variables)
         batches = pipeline.eval_batches(
             self.dataset,
@@ -71,21 +76,26 @@ class RunComponents(NamedTuple):
             sums = evaluate(self.eval_step, variables, sharded, should_stop=should_stop)
         if not sums.get("count"):
             raise UserError(
-                f"{self.dataset.name}: no image of the {split} split could be decoded, so that "
-                "there is nothing to evaluate; mend the images, and the same command goes on with"
+                f"{self.dataset.name}: no image of the {split} split could be decoded, so there is"
+                " nothing to evaluate; repair the images, then continue with the same command and"
                 " --accept-changed-data"
             )
         return sums
 
     def stack_if_scanned(self, variables: PyTree) -> PyTree:
-        """As training and evaluation steps take them: stacked for a network that scans. All others
-        (checkpoints, grafting, whoever asks for variables) have every block under its name."""
+        """Returns `variables` in the layout that the training and evaluation steps use.
+
+        A network with `scan` gets its blocks stacked. Everywhere else (checkpoints, grafting,
+        `load_variables`) every block has a name.
+        """
         scans = getattr(self.model, "scan", False)
         return pytree.stack_blocks(variables) if scans else variables
 
     def describe_own_parts(self) -> dict[str, Any]:
-        """What `own.json` holds, {kind: [name, fields, digest]}; an opaque network has its
-        parameters' shapes."""
+        """Returns the content of `own.json`: {kind: [{name, opaque, fields, digest}]}.
+
+        An opaque network also has the shapes of its parameters.
+        """
         record = {
             kind: [dict(part) for part in parts] for kind, parts in self.own_parts.record.items()
         }
@@ -95,7 +105,10 @@ class RunComponents(NamedTuple):
         return record
 
     def init_variables(self) -> PyTree:
-        """Named, initialized on one device from the seed alone: equal for any number of devices."""
+        """Initializes the network on one device, with named blocks.
+
+        Depends on the seed alone, so the values are equal for any number of devices.
+        """
         height, width, channels = self.dataset.image_shape
         shape = (1, height, width, channels)
         return registry.init_variables(self.model, jax.random.key(self.config.seed), shape)
@@ -109,34 +122,37 @@ def build_components(
     begun: bool = False,
     callbacks: bool = True,
 ) -> RunComponents:
-    """Loads the data and builds network, mesh and evaluation step. `objects`: those of `own.bring`;
-    `begun`: as `load_dataset` has it; `callbacks`: as `own_parts.resolve`. Raises `UserError`."""
-    brought = own_parts.resolve(config, objects, callbacks=callbacks)
-    if brought.network is None:
-        registry.create_model(
-            **get_model_fields(config)
-        )  # a mistyped name, before the data is loaded
+    """Loads the data and builds the network, the mesh and the evaluation step.
+
+    `objects`: what `own_parts.write_to_config` returned. `begun`: whether the run has begun, see
+    `load_dataset`. `callbacks`: whether to create the own callbacks, see `own_parts.resolve`.
+    `confusion`: whether the evaluation step also counts a confusion matrix. Raises UserError.
+    """
+    own = own_parts.resolve(config, objects, callbacks=callbacks)
+    if own.network is None:
+        registry.create_model(**get_model_fields(config))  # reports a typo before loading the data
     mesh = parallel.make_mesh()
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
-    data = brought.make_data() if brought.make_data else None
+    data = own.make_data() if own.make_data else None
     dataset = load_dataset(config.data, data=data, begun=begun)
-    model = make_model(config, dataset, brought.network)
-    width = model.num_classes if brought.network is None else check_network(model, dataset)
+    model = make_model(config, dataset, own.network)
+    width = model.num_classes if own.network is None else check_network(model, dataset)
     eval_step = steps.make_eval_step(
         model.apply,
         normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
         num_classes=width,
         confusion=confusion and dataset.task == "classes",
-        loss=brought.loss,
-        metrics=brought.metrics,
+        loss=own.loss,
+        metrics=own.metrics,
         task=dataset.task,
     )
     eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
-    return RunComponents(config, model, dataset, mesh, eval_step, width, brought)
+    return RunComponents(config, model, dataset, mesh, eval_step, width, own)
 
 
 def make_augment(components: RunComponents) -> steps.Augment:
+    """Returns the function that augments and normalizes a batch of images."""
     dataset = components.dataset
     return augment.make_augment(
         components.config.data.augment,
@@ -144,12 +160,22 @@ def make_augment(components: RunComponents) -> steps.Augment:
         mean=dataset.mean,
         std=dataset.std,
         covariance=dataset.covariance,
-        cropped=not dataset.in_memory,  # by the loader
+        cropped=not dataset.in_memory,  # the loader has cropped the images of a stream
     )
 
 
-def make_augment_and_mix(components: RunComponents) -> dict[str, Callable]:
-    """What the step does; images from a loader that augments are left as they come."""
+class AugmentAndMix(TypedDict):
+    """Keyword arguments of the training step and of the moments step."""
+
+    augment: steps.Augment
+    mix: steps.Mix
+
+
+def make_augment_and_mix(components: RunComponents) -> AugmentAndMix:
+    """Returns what the step applies to its images and labels.
+
+    `augment` does nothing if the loader has augmented the images.
+    """
     augment_images = make_augment(components)
     if components.config.data.augment.where == "loader":
         augment_images = lambda images, keys: images  # noqa: E731
@@ -162,13 +188,16 @@ def make_augment_and_mix(components: RunComponents) -> dict[str, Callable]:
 
 
 def make_training_key(config: Any) -> Array:
-    """The key of all that is random in training, another than that of the initialization."""
+    """Returns the random key of the whole training, distinct from the initialization's."""
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def host_batches(components: RunComponents, start: int = 0) -> Generator[Any]:
-    """This process's rows of the training batches from step `start` on, as the data set gives them.
-    Of batches of the user's own it can tell the digest of a step's. To be closed."""
+    """Yields this process's rows of the training batches, from step `start` on, on the host.
+
+    The caller must close the generator. For `Dataset.from_batches` it also has a method
+    `digest(step)`.
+    """
     return pipeline.train_batches(
         components.dataset,
         components.config.data,
@@ -181,23 +210,27 @@ def host_batches(components: RunComponents, start: int = 0) -> Generator[Any]:
 
 def train_batches(
     components: RunComponents, start: int = 0, batches: Generator[Any] | None = None
-) -> Iterator[Any]:
-    """What the training step takes, from step `start` on, without end: batches on the devices, the
-    images augmented where the config has the loader do it. To be closed. `batches`: the
-    `host_batches` from `start` on."""
+) -> Generator[Any]:
+    """Yields batches on the devices for the training step, from step `start` on, without end.
+
+    The images are augmented if the config lets the loader augment. `batches`: the `host_batches`
+    from `start` on; None makes them. The caller must close the generator.
+    """
     config = components.config
     batches = host_batches(components, start) if batches is None else batches
+    prepared: Iterator[Any] = batches
     with contextlib.closing(batches):
         if config.data.augment.where == "loader":
             first = jax.process_index() * (config.data.batch_size // jax.process_count())
             augmented = steps.make_loader_augment(
                 make_augment(components), lambda: make_training_key(config), first=first
             )
-            batches = map(augmented, batches, itertools.count(start))
-        yield from map(components.shard, batches)
+            prepared = map(augmented, batches, itertools.count(start))
+        yield from map(components.shard, prepared)
 
 
 def find_dropout_rates(components: RunComponents, params: PyTree) -> dict[str, float]:
+    """Returns {path of a module: rate} for `config.train.dropout`."""
     shape = (1, *components.dataset.image_shape)
     return dropout.decide_rates(components.config.train.dropout, components.model, shape, params)
 
@@ -205,6 +238,7 @@ def find_dropout_rates(components: RunComponents, params: PyTree) -> dict[str, f
 def make_train_step(
     components: RunComponents, optimizer: optimizers.Optimizer, steps_per_epoch: float
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    """Returns the parallelized training step of the run."""
     config = components.config
     rates = find_dropout_rates(components, optimizer.trainable)
     step = steps.make_train_step(
@@ -228,7 +262,10 @@ def make_statistics_refresh(
     key: Array,
     should_stop: Callable[[], bool],
 ) -> Callable[[TrainState], TrainState] | None:
-    """What computes the running statistics anew before a validation, if anything does."""
+    """Returns the function that recomputes the BatchNorm statistics before a validation.
+
+    Returns None if the config or the network does not need this.
+    """
     n = components.config.train.precise_bn
     if not n or "train" not in optimizer.batchnorm_modes.values():
         return None
@@ -241,7 +278,7 @@ def make_statistics_refresh(
     step = parallel.parallelize(step, components.mesh, mode=components.mode, donate=False)
 
     def refresh(state: TrainState) -> TrainState:
-        # The first batches of the run: what is validated differs by its weights alone.
+        # Always the run's first batches, so that validations differ by the weights alone.
         with contextlib.closing(train_batches(components)) as stream:
             batches = itertools.islice(stream, n)
             stats = precise_bn.estimate_statistics(
@@ -253,8 +290,11 @@ def make_statistics_refresh(
 
 
 def check_own_parts(workdir: pathlib.Path, record: dict[str, Any], *, begun: bool) -> list[str]:
-    """Notes on own parts whose source changed since the run began. Raises `UserError` if the hosts
-    have different code, or an opaque network other parameters than before."""
+    """Returns notes on own parts whose source changed since the run began.
+
+    Raises UserError if the processes have different code, or if the parameters of an opaque network
+    changed.
+    """
     if not record:
         return []
     launch.check_processes_agree(
@@ -269,7 +309,7 @@ def check_own_parts(workdir: pathlib.Path, record: dict[str, Any], *, begun: boo
 
 
 def initialize_jax(config: Any) -> None:
-    """Before JAX's first operation: its flags, and the other processes."""
+    """Sets XLA flags and connects the processes. Must come before JAX's first operation."""
     if config.train.deterministic:
         flag = "--xla_gpu_deterministic_ops=true"
         if flag not in os.environ.get("XLA_FLAGS", ""):
@@ -278,7 +318,10 @@ def initialize_jax(config: Any) -> None:
 
 
 def check_run_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dict[str, Any] | None:
-    """The change of a run's data that is accepted, if there is one. Raises `UserError`."""
+    """Returns the accepted change of a run's data, or None if the data did not change.
+
+    Raises UserError if the processes read different data, or if the data changed without `accept`.
+    """
     launch.check_processes_agree(
         json.dumps(dataset.fingerprint, sort_keys=True),
         what="the data",

@@ -1,13 +1,13 @@
-"""A run in a process of its own: one that crashes, is killed for memory or diverges harms no other.
+"""Runs a config in a child process, so that a crash or an out-of-memory kill stays in that process.
 
-    with claim(log) as out:
-        process = start(config, workdir, out, share)
+    with lock_log(log) as out:
+        process = start(config, workdir, out, slot)
     ... process.poll() ...
-    outcome(code, log)
+    read_outcome(code, log)
 
-The child reads its job from its standard input, which stays open for as long as its parent lives:
-when that ends, however it ends, the run saves and leaves as after SIGTERM. Until it has, it holds
-its log, so that nobody starts the same run beside it.
+The child reads its job from standard input. Its standard input closes when the parent ends for any
+reason; the child then saves and exits as after SIGTERM. Until it exits it holds the lock on its
+log, which keeps other processes from starting the same run.
 """
 
 from __future__ import annotations
@@ -42,23 +42,25 @@ from flax_cnns.runtime import compilation_cache, launch, output
 
 
 class DeviceSlot(NamedTuple):
-    """Of this machine, for one run at a time."""
+    """The devices of this machine that one run at a time may use."""
 
-    environment: dict[str, str] = {}  # noqa: RUF012 (never changed) which GPU it sees
-    cores: tuple[int, ...] = ()  # it runs on these; (): on all
+    environment: dict[str, str] = {}  # noqa: RUF012 (never changed) selects the GPU
+    cores: tuple[int, ...] = ()  # the run's CPU cores; (): all
 
 
 class ChildOutcome(NamedTuple):
+    """How a child process ended."""
+
     status: str  # complete, diverged, failed, interrupted
-    error: str = ""  # in one line
+    error: str = ""  # one line
     should_retry: bool = False  # whether another attempt may succeed
 
 
 def make_device_slots(number: int | None = None) -> list[DeviceSlot]:
-    """So many shares of this machine: a GPU each, or an equal part of the CPU's cores. None: as
-    many as there are GPUs, or one. A TPU's chips belong to one process and are one share.
+    """Divides this machine into `number` slots: one GPU each, or equal parts of the CPU cores.
 
-    Raises `UserError` where there are fewer devices.
+    `number=None` makes one slot for each GPU, or one slot on a CPU or TPU. The chips of a TPU
+    belong to one process and form one slot. Raises UserError if there are fewer devices.
     """
     platform, count = _devices()
     if platform == "cpu":
@@ -73,7 +75,9 @@ def make_device_slots(number: int | None = None) -> list[DeviceSlot]:
     if platform != "gpu":
         count = 1
     if number is not None and number > count:
-        raise UserError(f"--jobs: {number} at once, but there is a {platform} for {count} alone")
+        raise UserError(
+            f"--jobs: {number} at once, but this machine has {platform.upper()} slots for {count}"
+        )
     if platform != "gpu":
         return [DeviceSlot()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
@@ -82,7 +86,7 @@ def make_device_slots(number: int | None = None) -> list[DeviceSlot]:
 
 
 def _devices() -> tuple[str, int]:
-    """("gpu", 4): asked in another process, for one that has opened a GPU keeps its memory."""
+    """("gpu", 4): found in another process, because a process that opens a GPU keeps its memory."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return "cpu", 1
     ask = "import jax; print(jax.default_backend(), jax.local_device_count())"
@@ -94,15 +98,17 @@ def _devices() -> tuple[str, int]:
 
 
 def lock_log(log: pathlib.Path) -> IO[bytes] | None:
-    """The log of a run, open for more; None while another process writes there. It is let go when
-    it is closed here and in the child that got it."""
+    """Opens the log of a run for appending and locks it; None if another process holds the lock.
+
+    The lock lasts until the file is closed both here and in the child that inherited it.
+    """
     out = log.open("ab")
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         out.close()
         return None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         pass
     return out
 
@@ -111,78 +117,83 @@ def start(
     config: Any,
     workdir: pathlib.Path,
     out: IO[bytes],
-    share: DeviceSlot,
+    slot: DeviceSlot,
     *,
     accept_changed_data: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Runs `config` in `workdir`; `out` gets what it prints."""
+    """Starts a process that runs `config` in `workdir` and prints to `out`."""
     import jax
 
-    on = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    flags: Any = jax.config
+    cache = flags.jax_enable_compilation_cache and flags.jax_compilation_cache_dir
     job = {
         "config": config,
         "workdir": str(workdir),
         "accept_changed_data": accept_changed_data,
-        "cores": share.cores,
-        "path": sys.path,  # where the user's own parts are imported from
-        "cache": on or compilation_cache.OFF,
+        "cores": slot.cores,
+        "path": sys.path,  # where to import the user's own parts from
+        "cache": cache or compilation_cache.OFF,
     }
-    ours = str(pathlib.Path(__file__).resolve().parents[2])  # works without installation too
+    ours = str(pathlib.Path(__file__).resolve().parents[2])  # needs no installed package
     path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, "-m", "flax_cnns.runs.child"],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **share.environment},
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **slot.environment},
         stdin=subprocess.PIPE,
         stdout=out,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # so that the terminal's Ctrl-C comes once, through the parent
+        start_new_session=True,  # the terminal's Ctrl-C reaches the child once, through the parent
     )
-    with contextlib.suppress(BrokenPipeError):  # it has ended already; its code says how
+    assert process.stdin is not None  # it is a pipe
+    with contextlib.suppress(BrokenPipeError):  # the child has ended; its exit code says why
         pickle.dump(job, process.stdin)
         process.stdin.flush()
     return process
 
 
 def read_outcome(code: int, log: pathlib.Path, since: int = 0) -> ChildOutcome:
-    """What the exit code of a child means; the words are the last that it said, from the byte
-    `since` of its log on."""
+    """Interprets the exit code of a child.
+
+    The error is the last line "error: ..." in its log after byte `since`.
+    """
     if code == 0:
         return ChildOutcome("complete")
-    asked = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
-    if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED, *asked):
+    stopped = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)
+    if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED, *stopped):
         return ChildOutcome("interrupted")
     if code < 0:
         name = signal.Signals(-code).name
         why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return ChildOutcome("failed", f"killed by {name}{why}", should_retry=True)
     lines = log.read_bytes()[since:].decode(errors="replace").splitlines()
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    error = said[-1] if said else f"exit code {code}"
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    error = errors[-1] if errors else f"exit code {code}"
     if code == EXIT_DIVERGED:
         return ChildOutcome("diverged", error)
     return ChildOutcome("failed", error, should_retry=code != EXIT_USER_ERROR)
 
 
-# ---- in the child
+# ---- in the child process
 
 
 def set_import_path(path: Sequence[str]) -> None:
-    """Finds modules where the parent does, in its order: a name is the same module in both."""
+    """Makes imports search `path` first, so that a name means the same module as in the parent."""
     sys.path[:] = [*path, *(other for other in sys.path if other not in path)]
 
 
 @output.safe()
 def main() -> int:
+    """Runs the job on standard input. Returns the exit code."""
     job = pickle.load(sys.stdin.buffer)
     set_import_path(job["path"])
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])
     launch.keep_memory()
     escape_unencodable()
     compilation_cache.enable(job["cache"])
     try:
-        from flax_cnns.runs.train import run  # after the cores, for its threads
+        from flax_cnns.runs.train import run  # its threads inherit the CPU cores set above
 
         accept = job["accept_changed_data"]
         run(job["config"], job["workdir"], accept_changed_data=accept)
@@ -195,7 +206,7 @@ def main() -> int:
     except Exception as error:
         if line := describe_out_of_memory(error):
             print(f"error: {line}")
-            return EXIT_FAULT  # another process may have held the memory: a second try may succeed
+            return EXIT_FAULT  # another process may have held the memory, so a retry may succeed
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"error: {type(error).__name__}: {first}")
@@ -203,8 +214,8 @@ def main() -> int:
     return 0
 
 
-def _leave_with_the_parent() -> None:
-    # Not by sys.stdin, whose lock a thread must not hold when the interpreter ends.
+def _exit_with_parent() -> None:
+    # Reads the file descriptor: a thread must not hold the lock of sys.stdin at interpreter exit.
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -25,18 +25,17 @@ from flax_cnns.types import PyTree
 
 
 def list_class_names(dataset: Dataset, width: int) -> list[str]:
-    """The classes in words; a head may be wider than the data set."""
+    """Returns the names of all logits: a head may have more classes than the data set."""
     return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
 
 
 def load_variables(
     components: RunComponents, workdir: str | os.PathLike, checkpoint: str = ""
 ) -> tuple[PyTree, finding.StepChoice]:
-    """(variables, the checkpoint that was taken) of a run as it evaluates them: its averaged
-    weights where it has some. Every block has its name, whether the run scans or not.
+    """Returns (variables, chosen checkpoint) as the run evaluates them, with named blocks.
 
-    `checkpoint`: best, latest, a step, or "" (`finding.choose_step`). Only what is asked for is
-    read. Raises `UserError`.
+    The variables are the averaged weights if the run has them. `checkpoint`: best, latest, a step,
+    or "" (see `finding.choose_step`). Reads only the needed arrays. Raises UserError.
     """
     source = finding.find_step_arrays(workdir, checkpoint)
     sharding = jax.sharding.NamedSharding(components.mesh, jax.sharding.PartitionSpec())
@@ -60,32 +59,36 @@ def evaluate_run(
     accept_changed_data: bool = False,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a run on a split, prints tables, and writes `evaluation_SPLIT_STEP.json` and `.png`
-    into its directory. Returns the content of the former.
+    """Evaluates a run on a split and prints tables.
 
-    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name it instead. RUN alone is
-    the checkpoint that was tested for its summary.json; in an unfinished run, the latest. Raises
-    `UserError` if there is no such run, split or checkpoint, or if the data changed since the run
-    began; with `accept_changed_data` both fingerprints go into the file instead. A run with own
-    parts imports their code, and needs `trust`. A run on multilabel data has neither classes nor a
-    confusion matrix in its file, and no picture.
+    Writes `evaluation_SPLIT_STEP.json` and `.png` into the run's directory and returns the content
+    of the JSON file. A run on multilabel data has no classes and no confusion matrix, and gets no
+    picture.
+
+    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name the checkpoint instead.
+    RUN alone means the checkpoint that was tested for `summary.json`, or the latest checkpoint of
+    an unfinished run. `trust` allows importing the code of the run's own parts. With
+    `accept_changed_data` changed data are evaluated, and both fingerprints go into the file.
+
+    Raises UserError if the run, the split or the checkpoint does not exist, if the data changed
+    since the run began, or if the run has own parts and is not trusted.
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
     configs.validate(config)
     check_trust(config, trust, str(workdir))
-    found = configs.find_problems(config)
+    problems = configs.find_problems(config)
     initialize_jax(config)
     try:
         components = build_components(config, confusion=True, begun=True, callbacks=False)
     except UserError as error:
-        there = config.data.dir
-        if not there or os.path.exists(os.path.expanduser(there)):
+        directory = config.data.dir
+        if not directory or os.path.exists(os.path.expanduser(directory)):
             raise
-        cure = "if the data moved, start the run's own command with their new data.dir first"
+        cure = "if the data moved, first start the run's own command with the new data.dir"
         raise UserError(f"{error}; {cure}") from None
-    if found and jax.process_index() == 0:
-        print(configs.format_note(workdir, found))
+    if problems and jax.process_index() == 0:
+        print(configs.format_note(workdir, problems))
     dataset = components.dataset
     change = check_run_data(workdir, dataset, accept_changed_data)
     if split not in dataset.splits:
@@ -95,33 +98,33 @@ def evaluate_run(
     variables, (step, why) = load_variables(components, workdir, checkpoint)
     sums = components.evaluate(variables, split)
     confusion = sums.get("confusion")
-    found = {
+    results: dict[str, Any] = {
         "split": split,
         "step": step,
         "checkpoint": why,
         "examples": int(sums["count"]),
         **summarize(sums),
-        **(_by_class(confusion, dataset) if confusion is not None else {}),
+        **(_describe_classes(confusion, dataset) if confusion is not None else {}),
         **({"changed_data": change} if change else {}),
     }
     if jax.process_index() > 0:
-        return found
+        return results
     if not change:
         workdirs.add_fingerprint(workdir, dataset.as_dict())
     name = f"evaluation_{split}_{step}"
-    files.write_json(workdir / f"{name}.json", found)
+    files.write_json(workdir / f"{name}.json", results)
     written = f"{name}.json"
     if confusion is not None:
         names = list_class_names(dataset, len(confusion))
         confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
         written += f", {name}.png"
-    tables.print_evaluation(found)
+    tables.print_evaluation(results)
     print(f"written to {workdir}: {written}")
-    return found
+    return results
 
 
-def _by_class(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
-    """ "classes" and "confusion" of the file, from counts [K K]."""
+def _describe_classes(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
+    """The entries "classes" and "confusion" of the JSON file, from counts [K K]."""
     classes = per_class_metrics(confusion)
     numbers = zip(classes["count"], classes["recall"], classes["precision"])
     rows = [

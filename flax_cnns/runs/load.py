@@ -1,4 +1,4 @@
-"""A run as objects: its network, its weights, and how its images were prepared."""
+"""Loads a run as objects: its network, its weights and its preprocessing."""
 
 from __future__ import annotations
 
@@ -24,44 +24,47 @@ from flax_cnns.types import Array, PyTree
 
 
 class LoadedRun(NamedTuple):
-    """`network.apply(variables, preprocessing(images), train=False)` gives the logits of images u8
-    [N H W C] (or floats, if the run's images were)."""
+    """A trained network with what it needs to predict.
+
+    `network.apply(variables, preprocessing(images), train=False)` gives the logits of images u8
+    [N H W C] (floats if the run was trained on floats).
+    """
 
     network: nn.Module
-    variables: PyTree  # {"params", "batch_stats"}, the averaged ones where the run evaluates these
+    variables: PyTree  # {"params", "batch_stats"}; averaged weights if the run evaluates them
     config: Any  # a ConfigDict
     class_names: Sequence[str]  # [K]
     preprocessing: Callable[[Array], Array]  # images -> f32 [N H W C], normalized as in the run
     dataset: Dataset  # its facts, without examples
     step: int
-    checkpoint: str  # why this one: "the one that was tested", "the best" ...
+    checkpoint: str  # why this checkpoint: best, latest, named, tested for summary.json ...
 
 
 def load_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False) -> LoadedRun:
-    """The network of a run with its weights: `load_run("runs/digits@best")`.
+    """Loads the network of a run with its weights: `load_run("runs/digits@best")`.
 
-    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name it instead. RUN alone is
-    the checkpoint that was tested; in an unfinished run, the latest. The data need not be there. A
-    network of the user's own is imported only with `trust`. Raises `UserError`.
+    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name the checkpoint instead.
+    RUN alone means the checkpoint that was tested, or the latest checkpoint of an unfinished run.
+    The data set is not needed. `trust` allows importing the code of a network of the user's own.
+    Raises UserError.
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
-    network = find_references(config).get("model", [])
-    check_trust({"model": {"name": network[0]}} if network else {}, trust, str(workdir))
+    names = find_references(config).get("model", [])
+    check_trust({"model": {"name": names[0]}} if names else {}, trust, str(workdir))
     facts = workdir / "dataset.json"
     if facts.is_file():
         with explain_damage(facts, REPAIRS[facts.name]):
             dataset = Dataset.from_dict(workdirs.read_json(facts))
-    else:  # a run of before it was written
+    else:  # older versions did not write this file
         dataset = load_dataset(config.data)
-    found = own_parts.find_network(config)
-    model = make_model(config, dataset, found)
-    width = model.num_classes if found is None else check_network(model, dataset)
+    network = own_parts.find_network(config)
+    model = make_model(config, dataset, network)
+    width = model.num_classes if network is None else check_network(model, dataset)
     mesh = parallel.make_mesh(jax.devices()[:1])
     components = RunComponents(config, model, dataset, mesh, None, width)
     variables, (step, why) = load_variables(components, workdir, checkpoint)
     normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
     names = list_class_names(dataset, width)
-    return LoadedRun(
-        model, components.stack_if_scanned(variables), config, names, normalize, dataset, step, why
-    )
+    variables = components.stack_if_scanned(variables)
+    return LoadedRun(model, variables, config, names, normalize, dataset, step, why)

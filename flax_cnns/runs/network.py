@@ -1,4 +1,4 @@
-"""The network of a run: a registered one by name, or the user's own class, function or instance."""
+"""Builds the network of a run, from the registry or from the user's class, function or module."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from flax_cnns.models import registry
 from flax_cnns.models.fields import check_values
 from flax_cnns.types import PyTree
 
-# What a step keeps of a network's variables, and what it lets a network write beside them.
+# The variable collections that a step keeps, and those that a network may also write in a call.
 KEPT_COLLECTIONS = {"params", "batch_stats"}
 TEMPORARY_COLLECTIONS = {"aux_logits", "intermediates"}
 
 
 def get_model_fields(config: Any) -> dict[str, Any]:
-    """`config.model` as `create_model` takes it; fields that some networks lack only where set."""
+    """Returns `config.model` as keyword arguments for `create_model`.
+
+    Fields that some networks lack are included only if they are set. Raises UserError for
+    `model.input_size`.
+    """
     if "input_size" in config.model:
         raise UserError(
-            "config: unknown field 'model.input_size'; data.image_size and data.channels say it"
+            "config: unknown field 'model.input_size'; set data.image_size and data.channels"
         )
     optional = ("num_classes", "init", "scan", "remat")
     fields = {name: v for name, v in config.model.items() if v or name not in optional}
@@ -40,45 +44,51 @@ def get_model_fields(config: Any) -> dict[str, Any]:
 
 
 def make_model(config: Any, dataset: Dataset, network: Any = None) -> nn.Module:
-    """The network of a run: as many classes as the data set has, unless the config says more.
+    """Builds the network of a run.
 
-    `network`: the user's own, a class or function of its fields, or an instance. Raises
-    `UserError`.
+    The network has the data set's number of classes, unless the config has more.
+
+    `network`: the user's own class, function or module instance; None takes `config.model.name`
+    from the registry. Raises UserError.
     """
     fields = get_model_fields(config)
     classes = fields.get("num_classes", dataset.num_classes)
     if classes < dataset.num_classes:
         raise UserError(
             f"model.num_classes: {classes} classes are too few for {dataset.name}, "
-            f"which has {dataset.num_classes}; 0 takes the data set's"
+            f"which has {dataset.num_classes}; set 0 to use the data set's number"
         )
     if network is None:
         fields["num_classes"] = classes
         return registry.create_model(**fields, input_size=dataset.image_shape)
     del fields["name"]
     if isinstance(network, nn.Module):
-        return _as_given(network, fields)
+        return _configure_instance(network, fields)
     return _make_own(config.model.name, network, fields, dataset)
 
 
-def _as_given(network: nn.Module, fields: dict[str, Any]) -> nn.Module:
-    """An instance, whose fields are its own."""
+def _configure_instance(network: nn.Module, fields: dict[str, Any]) -> nn.Module:
+    """Returns the user's module instance with the config's `axis_name`.
+
+    Raises UserError for all other fields, because an instance already has its own.
+    """
     axis = fields.pop("axis_name", None)
     if fields.pop("dtype", "float32") != "float32" or fields:
         names = sorted(fields) or ["dtype"]
         raise UserError(
             f"config.model.{names[0]}: the network is an instance of {type(network).__name__} with"
-            " fields of its own; set them there, or give the class"
+            " fields of its own; set them there, or pass the class"
         )
     if axis:
         if not hasattr(network, "axis_name"):
-            raise UserError(_lacks("axis_name", type(network).__name__, "train.sync_batchnorm"))
+            name = type(network).__name__
+            raise UserError(_format_missing("axis_name", name, "train.sync_batchnorm"))
         network = network.clone(axis_name=axis)
     return network
 
 
-# What a config may ask of a network, which not every own one has: field -> what asks for it.
-_ASKS = {
+# Fields that a network of the user's own may lack -> the config field that needs them.
+_OPTIONAL_FIELDS = {
     "num_classes": "model.num_classes",
     "dtype": "model.dtype",
     "kernel_init": "model.init",
@@ -88,20 +98,22 @@ _ASKS = {
 }
 
 
-def _lacks(field: str, name: str, asked: str) -> str:
+def _format_missing(field: str, name: str, config_field: str) -> str:
     return (
-        f"{asked} needs a field {field!r} of the network, and {name} has none; add one, or leave it"
+        f"{config_field} needs a field {field!r} of the network, and {name} has none; add it, or"
+        f" leave {config_field} unset"
     )
 
 
 def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset) -> nn.Module:
+    """Calls the user's class or function with the fields that the config and the data set give."""
     _check_kind(name, network)
     known = _known_fields(network)
     fields = {field: to_tuples(value) for field, value in fields.items()}
     if "init" in fields:
         fields["kernel_init"] = fields.pop("init")
     if fields.get("dtype") == "float32" and "dtype" not in known:
-        del fields["dtype"]  # what every network computes in by itself
+        del fields["dtype"]  # the default computation of every network
     if "num_classes" in known:
         fields.setdefault("num_classes", dataset.num_classes)
     if "input_size" in known:
@@ -109,12 +121,12 @@ def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset)
     for field in fields:
         if field in known:
             continue
-        if field in _ASKS:
-            raise UserError(_lacks(field, name, _ASKS[field]))
+        if field in _OPTIONAL_FIELDS:
+            raise UserError(_format_missing(field, name, _OPTIONAL_FIELDS[field]))
         near = did_you_mean(field, known)
         raise UserError(f"config.model.{field}: {name} has no field {field!r}{near}")
     if inspect.isclass(network):
-        with contextlib.suppress(NameError, TypeError, KeyError):  # annotations of no known name
+        with contextlib.suppress(NameError, TypeError, KeyError):  # unknown names in annotations
             fields = check_values(name, network, fields)
     if "dtype" in fields:
         fields["dtype"] = jnp.dtype(fields["dtype"])
@@ -122,25 +134,25 @@ def _make_own(name: str, network: Any, fields: dict[str, Any], dataset: Dataset)
         inspect.signature(network).bind(**fields)
     except TypeError as error:
         raise UserError(f"{name}: {error}; its fields are config.model.FIELD") from None
-    made = network(**fields)
-    if not isinstance(made, nn.Module):
-        _check_kind(name, made)
-        raise UserError(f"{name}: expected a flax.linen module, got a {type(made).__name__}")
-    return made
+    model = network(**fields)
+    if not isinstance(model, nn.Module):
+        _check_kind(name, model)
+        raise UserError(f"{name}: expected a flax.linen module, got a {type(model).__name__}")
+    return model
 
 
 def _check_kind(name: str, network: Any) -> None:
-    """Raises `UserError` for a module of NNX, and for what makes no network."""
+    """Raises UserError for an NNX module and for an object that cannot make a network."""
     bases = (network if inspect.isclass(network) else type(network)).__mro__
     if nn.Module not in bases and any(base.__module__.startswith("flax.nnx") for base in bases):
         raise UserError(
-            f"{name}: expected a flax.linen module, got one of Flax NNX; give"
+            f"{name}: expected a flax.linen module, got a Flax NNX module; pass"
             " flax.nnx.bridge.to_linen(CLASS, ...)"
         )
     if not callable(network):
         raise UserError(
-            f"{name}: expected a flax.linen module, its class, or a function that makes it; got a"
-            f" {type(network).__name__}"
+            f"{name}: expected a flax.linen module, its class, or a function that returns it;"
+            f" got a {type(network).__name__}"
         )
 
 
@@ -151,24 +163,25 @@ def _known_fields(network: Any) -> set[str]:
 
 
 def to_tuples(value: Any) -> Any:
-    """Lists of a config as tuples."""
+    """Converts the lists of a config to tuples, also inside each other."""
     return tuple(map(to_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-# ---------------------------------------------------------------------------- what it must do
+# ---------------------------------------------------------------------------- checks
 
 
 def check_network(model: nn.Module, dataset: Dataset) -> int:
-    """The number of logits that an own network gives. Computes shapes only.
+    """Returns the number of logits of a network of the user's own. Computes shapes only.
 
-    Raises `UserError` unless it takes `(images, train=...)`, keeps no variables but `params` and
-    `batch_stats`, and gives logits [N K] of the data set's classes or more, in training too.
+    Raises UserError unless the network takes `(images, train=...)`, keeps no variables except
+    `params` and `batch_stats`, and gives logits [N K], with K at least the data set's number of
+    classes, both in evaluation and in training.
     """
     name = type(model).__name__
     parameters = inspect.signature(type(model).__call__).parameters.values()
     kind = inspect.Parameter
     if not any(p.name == "train" or p.kind is kind.VAR_KEYWORD for p in parameters):
-        raise UserError(f"{name}: expected __call__(self, images, *, train), and it has no train")
+        raise UserError(f"{name}: expected __call__(self, images, *, train), got no train argument")
     try:
         inspect.signature(type(model).__call__).bind(model, "images", train=False)
     except TypeError as error:
@@ -179,11 +192,11 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
     keys = {"params": jax.random.key(0)}
     variables = jax.eval_shape(partial(model.init, train=False), keys, images)
     if "params" not in variables:
-        raise UserError(f"{name}: it has no parameters, so that there is nothing to train")
+        raise UserError(f"{name}: the network has no parameters, so there is nothing to train")
     if extra := sorted(variables.keys() - KEPT_COLLECTIONS - TEMPORARY_COLLECTIONS):
         raise UserError(
-            f"{name}: it keeps variables of {', '.join(extra)}, and a run keeps params and"
-            " batch_stats alone; put running values into batch_stats"
+            f"{name}: the network keeps variables of {', '.join(extra)}, but a run keeps only"
+            " params and batch_stats; put running values into batch_stats"
         )
     kept = {key: value for key, value in variables.items() if key in KEPT_COLLECTIONS}
     logits = jax.eval_shape(partial(model.apply, train=False), kept, images)
@@ -191,29 +204,30 @@ def check_network(model: nn.Module, dataset: Dataset) -> int:
     logits = _shapes_in_training(name, model, kept, images)
     if _check_logits(f"{name}, in training", logits, dataset) != classes:
         raise UserError(
-            f"{name}: it gives {classes} logits an image, and {logits.shape[1]} in training"
+            f"{name}: the network gives {classes} logits per image in evaluation and"
+            f" {logits.shape[1]} in training"
         )
     return classes
 
 
 def _check_logits(name: str, logits: Any, dataset: Dataset) -> int:
-    """K of logits [N K] of 2 images."""
+    """Returns K of logits [N K] of 2 images."""
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2 or shape[1] < dataset.num_classes:
         got = f"[{' '.join(map(str, shape))}]" if shape is not None else type(logits).__name__
         raise UserError(
-            f"{name}: expected logits [N K] with K of at least {dataset.num_classes}, the classes"
-            f" of {dataset.name}; for 2 images of {list(dataset.image_shape)} it gives {got}"
+            f"{name}: expected logits [N K], K at least {dataset.num_classes} (the classes of"
+            f" {dataset.name}); for 2 images of {list(dataset.image_shape)} it gives {got}"
         )
     return shape[1]
 
 
-# What flax says of a network that trains otherwise than a run lets it -> what a run does.
-_IN_TRAINING = {
+# Flax's error in a training call -> what a run offers to a network in training.
+_TRAINING_ERRORS: dict[type[Exception], str] = {
     flax.errors.InvalidRngError: "a run gives the streams dropout and shared",
     flax.errors.ModifyScopeVariableError: "a run lets it write batch_stats, and sow aux_logits",
-    flax.errors.ScopeParamNotFoundError: "parameters are made with train=False: make all of them",
-    flax.errors.ScopeCollectionNotFound: "variables are made with train=False: make all of them",
+    flax.errors.ScopeParamNotFoundError: "create all parameters also with train=False",
+    flax.errors.ScopeCollectionNotFound: "create all variables also with train=False",
 }
 
 
@@ -226,12 +240,13 @@ def _shapes_in_training(name: str, model: nn.Module, variables: PyTree, images: 
     )
     try:
         return jax.eval_shape(call, variables, images)[0]
-    except tuple(_IN_TRAINING) as error:
-        said = str(error).partition(" (https://")[0].rstrip(".")
-        raise UserError(f"{name}, in training: {said}; {_IN_TRAINING[type(error)]}") from None
+    except tuple(_TRAINING_ERRORS) as error:
+        message = str(error).partition(" (https://")[0].rstrip(".")
+        cure = _TRAINING_ERRORS[type(error)]
+        raise UserError(f"{name}, in training: {message}; {cure}") from None
 
 
 def describe_parameters(variables: PyTree) -> dict[str, list[int]]:
-    """{path: shape} of all parameters."""
+    """Returns {path: shape} of all parameters."""
     leaves: Mapping[str, Any] = pytree.flatten(variables["params"])
     return {path: list(leaf.shape) for path, leaf in leaves.items()}

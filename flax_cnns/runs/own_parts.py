@@ -1,10 +1,10 @@
-"""A user's own parts of a run: network, data, loss, metrics, optimizer, regularizers, callbacks.
+"""The user's own parts of a run: network, data, loss, metrics, optimizer, regularizers, callbacks.
 
-A config names them "package.module:Name", which is imported, also from the current folder. `run`
-takes objects, too: an importable function or class becomes its name in the config; any other object
-is opaque, "<opaque>:Name", and exists in this process alone.
+A config names own parts as "package.module:Name". They are imported, also from the current folder.
+`run` also takes objects. An importable function or class is written into the config by its name.
+Any other object is opaque: its reference is "<opaque>:Name", and it exists in this process only.
 
-`own.NAME.FIELD` of a config are keyword arguments of the part that is called NAME.
+`own.NAME.FIELD` in a config are the keyword arguments of the own part NAME.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from flax_cnns.runs.references import (
 from flax_cnns.train import checks, regularizers
 from flax_cnns.train.regularizers import Regularizer
 
-# What each hook of a callback is called with.
+# The arguments of each hook of a callback.
 CALLBACK_HOOKS = {
     "on_step": ("step", "numbers"),
     "on_validation": ("step", "numbers"),
     "on_save": ("step",),
 }
-DIGEST_LENGTH = 16  # of a digest
-OpaqueObjects = Mapping[str, Any]  # reference -> the object that was given in this process
+DIGEST_LENGTH = 16
+OpaqueObjects = Mapping[str, Any]  # reference -> object that only this process has
 
 
 class OwnParts(NamedTuple):
-    """The own parts of a run, ready to use; what a run does without is None or empty."""
+    """The own parts of a run, ready to use. Kinds that the run does not have are None or empty."""
 
     network: Any = None  # a class, function or instance of a linen module
     make_data: Callable[[], Dataset] | None = None
@@ -54,17 +54,20 @@ class OwnParts(NamedTuple):
     metrics: Mapping[str, Callable] = {}
     regularizers: Mapping[str, Regularizer] = {}
     callbacks: tuple[Any, ...] = ()
-    record: Mapping[str, Any] = {}
-    notes: tuple[str, ...] = ()  # what may be intended, but would otherwise go unnoticed
+    record: Mapping[str, Any] = {}  # {kind: [{name, opaque, fields, digest}]}, see `own.json`
+    notes: tuple[str, ...] = ()  # about own parts that have no effect
 
 
-# ---------------------------------------------------------------------------- objects into a config
+# ---------------------------------------------------------------------------- objects to config
 
 
 def write_to_config(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the names of the objects that `run` was given into `config`, a ConfigDict, and returns
-    {reference: object} of the opaque ones. A text is a reference, or a name of the package's own.
-    Raises `UserError` for what cannot be such a part."""
+    """Writes references to the objects that `run` got into `config`, a ConfigDict.
+
+    `given` is {kind: object}. A string is a reference, or the name of a part of this package.
+    Returns {reference: object} of the opaque objects. Raises UserError for an object that cannot be
+    such a part.
+    """
     objects: dict[str, Any] = {}
     for kind, value in given.items():
         if value is None:
@@ -72,34 +75,35 @@ def write_to_config(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         section, _, field = PART_FIELDS[kind].partition(".")
         if kind in KINDS_WITH_SEVERAL:
             names = tuple(
-                _bring_one(kind, one, objects, alias) for alias, one in _listed(kind, value)
+                _make_field_value(kind, part, objects, alias)
+                for alias, part in _list_parts(kind, value)
             )
             with config.ignore_type():
                 config[section][field] = names
         else:
-            config[section][field] = _bring_one(kind, value, objects)
+            config[section][field] = _make_field_value(kind, value, objects)
     return objects
 
 
-def _listed(kind: str, value: Any) -> Iterable[tuple[str, Any]]:
-    """(alias or "", object) of each."""
+def _list_parts(kind: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """Returns (alias or "", object) of each part."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise UserError(f"{kind}: expected a list (or {{name: ...}}), got {value!r}")
-    return [("", one) for one in value]
+    return [("", part) for part in value]
 
 
-def _bring_one(kind: str, value: Any, objects: dict[str, Any], alias: str = "") -> str:
-    """The value of the config's field; an opaque object goes into `objects`."""
+def _make_field_value(kind: str, value: Any, objects: dict[str, Any], alias: str = "") -> str:
+    """Returns the value for the config field. Adds an opaque object to `objects`."""
     reference = value if isinstance(value, str) else make_reference(value)
     if reference is None:
         name = alias or _object_name(value) or kind
         reference = f"{OPAQUE}:{name}"
         if kind not in KINDS_WITH_SEVERAL and objects.get(reference, value) is not value:
-            reference = f"{OPAQUE}:{name}_{kind}"  # another kind has one of this name
+            reference = f"{OPAQUE}:{name}_{kind}"  # a part of another kind has this name
         if objects.get(reference, value) is not value:
-            raise UserError(f"{kind}: two objects are called {name!r}; give them by name: {{...}}")
+            raise UserError(f"{kind}: two objects are called {name!r}; name them: {{NAME: ...}}")
         objects[reference] = value
     if not alias or alias == name_of(reference):
         return reference
@@ -109,7 +113,7 @@ def _bring_one(kind: str, value: Any, objects: dict[str, Any], alias: str = "") 
 
 
 def _object_name(value: Any) -> str:
-    """ "" of a lambda, which has none."""
+    """Returns the name of an object; "" for a lambda."""
     if isinstance(value, functools.partial):
         value = value.func
     if isinstance(value, Dataset):
@@ -118,64 +122,73 @@ def _object_name(value: Any) -> str:
     return "" if name == "<lambda>" else re.sub(r"\W", "", name)
 
 
-# ---------------------------------------------------------------------------- a config into objects
+# ---------------------------------------------------------------------------- config to objects
 
 
 def resolve(
     config: Any, objects: OpaqueObjects | None = None, *, callbacks: bool = True
 ) -> OwnParts:
-    """The own parts that a config names; `objects` are the opaque ones. Without `callbacks` none of
-    these is made, which may begin a file anew. Raises `UserError` for a
-    name that cannot be imported, a field that its part does not take, and fields of no part."""
+    """Imports and creates the own parts that a config names.
+
+    `objects` are the opaque ones. With `callbacks=False` no callback is created: a callback may
+    truncate a file. Raises UserError for a name that cannot be imported, a field that its part does
+    not take, and fields that belong to no part.
+    """
     references = find_references(config)
     fields = to_plain(config.get("own", {}) or {})
     _check_names(references, fields)
-    objects, flat, record = objects or {}, flatten(config), {}
+    objects, flat = objects or {}, flatten(config)
+    record: dict[str, list[dict[str, Any]]] = {}
 
     def get(kind: str, reference: str) -> Any:
-        given = objects.get(reference)
-        found = import_reference(reference, PART_FIELDS[kind]) if given is None else given
-        record.setdefault(kind, []).append(_describe(reference, found, fields, config, kind))
-        return found
+        part = objects.get(reference)
+        part = import_reference(reference, PART_FIELDS[kind]) if part is None else part
+        record.setdefault(kind, []).append(_describe(reference, part, fields, config, kind))
+        return part
 
-    def get_one(kind: str) -> tuple[Any, dict[str, Any]]:
+    def get_single(kind: str) -> tuple[Any, dict[str, Any]]:
         if kind not in references:
             return None, {}
         (reference,) = references[kind]
-        found = get(kind, reference)
-        return found, _fields_for(reference, fields)
+        return get(kind, reference), _fields_for(reference, fields)
 
-    network, _ = get_one("model")
-    data, data_fields = get_one("data")
-    optimizer, optimizer_fields = get_one("optimizer")
-    loss, loss_fields = get_one("loss")
-    metrics, hooks, called, notes = {}, {}, [], []
+    network, _ = get_single("model")
+    data, data_fields = get_single("data")
+    optimizer, optimizer_fields = get_single("optimizer")
+    loss, loss_fields = get_single("loss")
+    metrics: dict[str, Callable] = {}
+    active: dict[str, Regularizer] = {}
+    created_callbacks, notes = [], []
     for value in flat.get("train.metrics", ()):
-        alias, reference = re.fullmatch(r"(?:(\w+)=)?(.*)", value).groups()
-        with_fields = _fields_for(reference, fields)
-        found = _with_fields(get("metrics", reference), with_fields, reference)
+        match = re.fullmatch(r"(?:(\w+)=)?(.*)", value)
+        assert match is not None  # matches every line
+        alias, reference = match.groups()
+        function = _with_fields(
+            get("metrics", reference), _fields_for(reference, fields), reference
+        )
         if (name := alias or name_of(reference)) in metrics:
             raise UserError(
-                f"train.metrics: two of them are called {name!r}; name one NAME={value}"
+                f"train.metrics: two metrics are called {name!r}; rename one: NAME={value}"
             )
-        metrics[name] = found
+        metrics[name] = function
     for reference in references.get("regularizers", ()):
-        found = get("regularizers", reference)
-        of_it = _fields_for(reference, fields)
-        _check_fields(found, of_it, reference)  # of one that is off, too
-        if why := _why_off(found, of_it):
+        part, part_fields = get("regularizers", reference), _fields_for(reference, fields)
+        _check_fields(part, part_fields, reference)  # also of a regularizer that is off
+        if why := _why_off(part, part_fields):
             notes.append(f"the regularizer {name_of(reference)} is off: {why}")
         else:
-            one = _instance(found, of_it, reference)
-            hooks[name_of(reference)] = regularizers.make_regularizer(name_of(reference), one)
+            instance = _make_instance(part, part_fields, reference)
+            active[name_of(reference)] = regularizers.make_regularizer(name_of(reference), instance)
     for reference in references.get("callbacks", ()) if callbacks else ():
-        of_it = _fields_for(reference, fields)
-        called.append(_callback(_instance(get("callbacks", reference), of_it, reference)))
+        part, part_fields = get("callbacks", reference), _fields_for(reference, fields)
+        instance = _make_instance(part, part_fields, reference)
+        _check_callback(instance)
+        created_callbacks.append(instance)
     if optimizer is not None:
         if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
             raise UserError(
                 "optimizer: expected a factory (learning_rate_schedule, **fields), got an optimizer"
-                " that is made already; give lambda rate: optax.sgd(rate)"
+                " that already exists; pass lambda rate: optax.sgd(rate)"
             )
         _check_call(optimizer, {**optimizer_fields}, references["optimizer"][0], skip=1)
     if loss is not None:
@@ -184,46 +197,49 @@ def resolve(
     if data is not None:
         make_data = functools.partial(_make_data, data, data_fields, references["data"][0])
     return OwnParts(
-        network,
-        make_data,
-        optimizer,
-        optimizer_fields,
-        loss,
-        metrics,
-        hooks,
-        tuple(called),
-        record,
-        tuple(notes),
+        network=network,
+        make_data=make_data,
+        optimizer=optimizer,
+        optimizer_fields=optimizer_fields,
+        loss=loss,
+        metrics=metrics,
+        regularizers=active,
+        callbacks=tuple(created_callbacks),
+        record=record,
+        notes=tuple(notes),
     )
 
 
 def make_data(config: Any, objects: OpaqueObjects | None = None) -> Dataset | None:
-    """The own data of a config; None if it names a data set of the package."""
-    found = find_references(config).get("data")
-    if not found:
+    """Makes the own data that a config names; None if the data set is one of this package."""
+    references = find_references(config).get("data")
+    if not references:
         return None
-    data = (objects or {}).get(found[0])
-    data = import_reference(found[0], PART_FIELDS["data"]) if data is None else data
-    return _make_data(data, _fields_for(found[0], to_plain(config.get("own", {}) or {})), found[0])
+    (reference,) = references
+    data = (objects or {}).get(reference)
+    data = import_reference(reference, PART_FIELDS["data"]) if data is None else data
+    fields = to_plain(config.get("own", {}) or {})
+    return _make_data(data, _fields_for(reference, fields), reference)
 
 
 def find_network(config: Any, objects: OpaqueObjects | None = None) -> Any:
-    """The own network of a config, as `network.make_model` takes it; None for a registered one."""
-    found = find_references(config).get("model")
-    if not found:
+    """Returns the own network of a config for `network.make_model`; None for a registered one."""
+    references = find_references(config).get("model")
+    if not references:
         return None
-    network = (objects or {}).get(found[0])
-    return import_reference(found[0], PART_FIELDS["model"]) if network is None else network
+    network = (objects or {}).get(references[0])
+    return import_reference(references[0], PART_FIELDS["model"]) if network is None else network
 
 
 def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any]) -> None:
+    """Raises UserError if `own.NAME` fits no part or several, or if two parts share a name."""
     names = [name_of(ref) for kind, refs in references.items() if kind != "model" for ref in refs]
     for name in fields:
         if name in map(name_of, references.get("model", ())) and name not in names:
             raise UserError(f"config.own.{name}: a network's fields are config.model.FIELD")
         if name not in names:
-            near = did_you_mean(name, names) or "; there are no own parts"
-            raise UserError(f"config.own.{name}: none of the own parts is called {name!r}{near}")
+            near = did_you_mean(name, names) or "; the config names no own parts"
+            raise UserError(f"config.own.{name}: no own part is called {name!r}{near}")
         if names.count(name) > 1:
             raise UserError(f"config.own.{name}: {names.count(name)} own parts have this name")
         if not isinstance(fields[name], Mapping):
@@ -231,23 +247,23 @@ def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any])
     for kind in ("regularizers", "callbacks"):
         known = [name_of(ref) for ref in references.get(kind, ())]
         if twice := [name for name in known if known.count(name) > 1]:
-            raise UserError(f"train.{kind}: two of them are called {twice[0]!r}")
+            raise UserError(f"train.{kind}: two {kind} are called {twice[0]!r}")
 
 
 def _fields_for(reference: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: to_tuples(v) for name, v in fields.get(name_of(reference), {}).items()}
 
 
-def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
-    """Raises `UserError` unless `found` can be called and takes these keyword arguments; the first
-    `skip` of its arguments are ours."""
+def _check_call(part: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
+    """Raises UserError unless `part` is callable and takes these keyword arguments.
+
+    The first `skip` of its parameters are not the user's fields.
+    """
     name = name_of(reference)
-    if not callable(found):
-        raise UserError(
-            f"{reference}: expected a function or a class, got a {type(found).__name__}"
-        )
+    if not callable(part):
+        raise UserError(f"{reference}: expected a function or a class, got a {type(part).__name__}")
     try:
-        parameters = list(inspect.signature(found).parameters.values())[skip:]
+        parameters = list(inspect.signature(part).parameters.values())[skip:]
     except (TypeError, ValueError):
         return
     kinds = inspect.Parameter
@@ -258,80 +274,81 @@ def _check_call(found: Any, fields: Mapping[str, Any], reference: str, skip: int
     ]
     for field in fields:
         if field not in known:
-            near = did_you_mean(field, known) or "; it takes none"
+            near = did_you_mean(field, known) or "; it has no fields"
             raise UserError(f"config.own.{name}.{field}: {reference} has no such field{near}")
 
 
-def _with_fields(found: Callable, fields: dict[str, Any], reference: str) -> Callable:
-    _check_call(found, fields, reference)
-    return functools.partial(found, **fields) if fields else found
+def _with_fields(function: Callable, fields: dict[str, Any], reference: str) -> Callable:
+    _check_call(function, fields, reference)
+    return functools.partial(function, **fields) if fields else function
 
 
-def _makes(found: Any) -> bool:
-    """Whether it is a class or a function, which makes the part of its fields; else it is the
-    part."""
-    return isinstance(found, (type, functools.partial)) or hasattr(found, "__qualname__")
+def _is_factory(part: Any) -> bool:
+    """Whether `part` is a class or a function that makes the own part, and not the part itself."""
+    return isinstance(part, (type, functools.partial)) or hasattr(part, "__qualname__")
 
 
-def _check_fields(found: Any, fields: dict[str, Any], reference: str) -> None:
-    """Raises `UserError` for fields that a class, a factory or an object does not take."""
-    if _makes(found):
-        _check_call(found, fields, reference)
+def _check_fields(part: Any, fields: dict[str, Any], reference: str) -> None:
+    """Raises UserError for fields that the class, function or object does not take."""
+    if _is_factory(part):
+        _check_call(part, fields, reference)
     elif fields:
         raise UserError(
-            f"config.own.{name_of(reference)}: {reference} is an object, which has its fields; give"
-            " run() the class to set them by the config"
+            f"config.own.{name_of(reference)}: {reference} is an object, whose fields are already"
+            " set; pass the class to run() to set them in the config"
         )
 
 
-def _instance(found: Any, fields: dict[str, Any], reference: str) -> Any:
-    """What a class or factory makes of its fields; any other object is itself."""
-    _check_fields(found, fields, reference)
-    if not _makes(found):
-        return found
+def _make_instance(part: Any, fields: dict[str, Any], reference: str) -> Any:
+    """Calls a class or a function with its fields. Returns any other object unchanged."""
+    _check_fields(part, fields, reference)
+    if not _is_factory(part):
+        return part
     try:
-        inspect.signature(found).bind(**fields)
+        inspect.signature(part).bind(**fields)
     except TypeError as error:
-        what = "" if inspect.isclass(found) else "expected a class, or a function that makes one; "
+        expected = (
+            "" if inspect.isclass(part) else "expected a class, or a function that makes one; "
+        )
         raise UserError(
-            f"{reference}: {what}{error}; its fields are own.{name_of(reference)}.*"
+            f"{reference}: {expected}{error}; its fields are own.{name_of(reference)}.*"
         ) from None
-    return found(**fields)
+    return part(**fields)
 
 
-def _why_off(found: Any, fields: Mapping[str, Any]) -> str:
-    """In words, that a regularizer's first field is 0, False, None or empty; "" of one that is
-    on."""
-    if _makes(found):
-        first = next(iter(inspect.signature(found).parameters.values()), None)
+def _why_off(part: Any, fields: Mapping[str, Any]) -> str:
+    """Says why a regularizer is off: its first field is 0, False, None or empty. "" if it is on."""
+    if _is_factory(part):
+        first = next(iter(inspect.signature(part).parameters.values()), None)
         if first is None or (first.name not in fields and first.default is first.empty):
             return ""
         name, value = first.name, fields.get(first.name, first.default)
-    elif dataclasses.is_dataclass(found) and dataclasses.fields(found):
-        name = dataclasses.fields(found)[0].name
-        value = getattr(found, name)
+    elif dataclasses.is_dataclass(part) and dataclasses.fields(part):
+        name = dataclasses.fields(part)[0].name
+        value = getattr(part, name)
     else:
         return ""
     off = value is None or (isinstance(value, (bool, int, float, str, tuple, list)) and not value)
     return f"{name}, its first field, is {value!r}" if off else ""
 
 
-def _callback(found: Any) -> Any:
-    what = f"train.callbacks: {type(found).__name__}"
-    for name in dir(found):
-        if name.startswith("on_") and name not in CALLBACK_HOOKS and callable(getattr(found, name)):
+def _check_callback(callback: Any) -> None:
+    """Raises UserError unless the object has a hook, and only hooks with the right arguments."""
+    what = f"train.callbacks: {type(callback).__name__}"
+    methods = [name for name in dir(callback) if callable(getattr(callback, name))]
+    for name in methods:
+        if name.startswith("on_") and name not in CALLBACK_HOOKS:
             near = did_you_mean(name, CALLBACK_HOOKS)
-            raise UserError(f"{what} has {name!r}, which nothing calls{near}")
-    hooks = [name for name in CALLBACK_HOOKS if callable(getattr(found, name, None))]
+            raise UserError(f"{what} has {name!r}, which is never called{near}")
+    hooks = [name for name in CALLBACK_HOOKS if name in methods]
     if not hooks:
-        known = [name for name in dir(found) if not name.startswith("_")]
+        known = [name for name in dir(callback) if not name.startswith("_")]
         raise UserError(
             f"{what} has none of {', '.join(CALLBACK_HOOKS)}; it has"
             f" {', '.join(known[:8]) or 'nothing'}"
         )
     for name in hooks:
-        checks.check_arguments(f"{what}, {name}", getattr(found, name), CALLBACK_HOOKS[name])
-    return found
+        checks.check_arguments(f"{what}, {name}", getattr(callback, name), CALLBACK_HOOKS[name])
 
 
 def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
@@ -339,7 +356,7 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
         if fields:
             raise UserError(f"config.own.{name_of(reference)}: a Dataset takes no fields")
         return data
-    if hasattr(data, "as_data_source"):  # a TFDS builder, or its class
+    if hasattr(data, "as_data_source"):  # a TFDS builder, or the class of one
         return Dataset.from_tfds(data, **fields)
     if callable(data):
         _check_call(data, fields, reference)
@@ -355,30 +372,33 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
 # ---------------------------------------------------------------------------- the record
 
 
-def compute_digest(found: Any) -> str | None:
-    """A digest of the source of a function or class; None where there is none."""
+def compute_digest(part: Any) -> str | None:
+    """Returns a digest of the source of a function or class; None if the source is unknown."""
     try:
-        source = inspect.getsource(found)
+        source = inspect.getsource(part)
     except (OSError, TypeError):
         return None
     return hashlib.sha256(source.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def _describe(
-    reference: str, found: Any, fields: Mapping[str, Any], config: Any, kind: str
+    reference: str, part: Any, fields: Mapping[str, Any], config: Any, kind: str
 ) -> dict[str, Any]:
     if kind == "model":
-        of_it = {name: v for name, v in to_plain(config.model).items() if name != "name"}
+        own_fields = {name: v for name, v in to_plain(config.model).items() if name != "name"}
     else:
-        of_it = dict(fields.get(name_of(reference), {}))
+        own_fields = dict(fields.get(name_of(reference), {}))
     if reference.startswith(OPAQUE):
-        return {"name": name_of(reference), "opaque": True, "fields": of_it}
-    return {"name": reference, "opaque": False, "fields": of_it, "digest": compute_digest(found)}
+        return {"name": name_of(reference), "opaque": True, "fields": own_fields}
+    digest = compute_digest(part)
+    return {"name": reference, "opaque": False, "fields": own_fields, "digest": digest}
 
 
 def compare_records(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Notes on own parts whose source changed since a run began. Raises `UserError` if an opaque
-    network has other parameters now."""
+    """Returns notes on own parts whose source changed since a run began.
+
+    Raises UserError if the parameters of an opaque network changed.
+    """
     notes = []
     for kind, parts in now.items():
         known = {part["name"]: part for part in was.get(kind, ())}
@@ -388,12 +408,11 @@ def compare_records(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
                 notes.append(f"the source of {part['name']} changed since this run began")
             if before and part.get("params") != before.get("params"):
                 old, new = before.get("params") or {}, part.get("params") or {}
-                differ = sorted(
-                    name for name in old.keys() | new.keys() if old.get(name) != new.get(name)
-                )
+                names = old.keys() | new.keys()
+                differ = sorted(name for name in names if old.get(name) != new.get(name))
                 raise UserError(
                     f"{part['name']}: this run began with another network: {differ[0]} was"
                     f" {old.get(differ[0], 'absent')}, is {new.get(differ[0], 'absent')}"
-                    f" ({len(differ)} parameters differ); take another --workdir"
+                    f" ({len(differ)} parameters differ); use another --workdir"
                 )
     return notes

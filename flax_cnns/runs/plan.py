@@ -1,6 +1,6 @@
-"""What a run will do, known from shapes alone: its steps, when it looks and saves, its optimizer.
+"""Plans a run from shapes alone: its steps, when it validates and saves, its optimizer.
 
-Nothing is written here and nothing computed, so that sweeps can check all their runs first.
+Writes nothing and computes nothing, so that a sweep can check all its runs first.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ from flax_cnns.types import Array, PyTree
 
 
 class RunPlan:
-    """The steps of a run, and what each of them needs.
+    """The number of steps of a run, and what the steps need.
 
-    `total`: steps in all; `steps_per_epoch`: may be a fraction; `periods`: how often, in steps, the
-    run logs, validates and saves; `validates`: whether there is a validation split; `best_by`,
-    `best_mode`: the metric of a validation that says which is the best, by "max" or "min". Raises
-    `UserError` for a duration of no step, batches that do not fit into memory, and for a schedule
-    or early stopping that would look at a validation split that is not there.
+    Attributes:
+        total_steps: of the whole run.
+        steps_per_epoch: may be a fraction.
+        periods: how often, in steps, the run logs, validates and saves.
+        has_validation: whether there is a validation split.
+        best_by, best_mode: the validation metric that selects the best checkpoint, "max" or "min".
+
+    Raises UserError for a duration of less than one step, for batches that do not fit into memory,
+    and for a plateau schedule or early stopping without a validation split.
     """
 
     def __init__(self, components: RunComponents):
@@ -51,7 +55,7 @@ class RunPlan:
         self.best_by, self.best_mode = choose_best_metric(components)
         self.total_steps = self.count_steps(config.train.duration, "train.duration")
         if self.total_steps < 1:
-            raise UserError(f"train.duration: {config.train.duration!r} is no step at all")
+            raise UserError(f"train.duration: {config.train.duration!r} is less than one step")
         self.periods = loop.Periods(
             log=self.count_steps(config.log.every, "log.every"),
             evaluate=self.count_steps(config.train.eval_every, "train.eval_every"),
@@ -60,32 +64,32 @@ class RunPlan:
         if components.dataset.is_stream and config.train.evaluate_train:
             raise UserError(
                 f"train.evaluate_train: {components.dataset.name} gives training batches without"
-                " end, and not each example once; give a part of them as another split"
+                " end, not each example once; pass some of its examples as another split"
             )
         if not self.has_validation and (
             config.schedule.name == "plateau" or config.train.early_stopping
         ):
             raise UserError(
-                f"data.validation: {components.dataset.name} has no validation split, and the"
-                " plateau schedule and early stopping look at nothing else; set data.validation=0.1"
+                f"data.validation: {components.dataset.name} has no validation split, which the"
+                " plateau schedule and early stopping need; set data.validation=0.1"
             )
 
     def count_steps(self, duration: str, field: str = "duration") -> int:
-        """The steps of a duration ("3 epochs"); `field` opens the message of an error."""
+        """Returns the steps of a duration ("3 epochs"). `field` is named in an error message."""
         return schedules.parse_duration(duration, self.steps_per_epoch, what=field)
 
     def find_problems(self) -> list[str]:
-        """`config.find_problems` that take the network or the data to know."""
+        """Returns the problems that `config.find_problems` can see only with network and data."""
         components = self.components
 
-        def shapes() -> PyTree:
+        def find_shapes() -> PyTree:
             return jax.eval_shape(components.init_variables)
 
         def has_aux_heads() -> bool:
             # The axis of synchronized statistics exists only inside a step.
-            alone = {"axis_name": None} if hasattr(components.model, "axis_name") else {}
-            model = components.model.clone(**alone)
-            variables = components.stack_if_scanned(shapes())
+            no_axis = {"axis_name": None} if hasattr(components.model, "axis_name") else {}
+            model = components.model.clone(**no_axis)
+            variables = components.stack_if_scanned(find_shapes())
             images = jax.ShapeDtypeStruct((2, *components.dataset.image_shape), "float32")
             rngs = {"shared": jax.random.key(0), "dropout": jax.random.key(0)}
             call = functools.partial(
@@ -98,7 +102,7 @@ class RunPlan:
             count_steps=self.count_steps,
             has_validation=self.has_validation,
             has_own_validation=components.dataset.has_own_validation,
-            has_batchnorm=lambda: bool(shapes()["batch_stats"]),
+            has_batchnorm=lambda: bool(find_shapes()["batch_stats"]),
             has_aux_heads=has_aux_heads,
             decodes_images=components.dataset.is_decoded,
         )
@@ -106,11 +110,12 @@ class RunPlan:
 
     @functools.cached_property
     def layer_order(self) -> list[str]:
-        """The paths of the network's layers, as images pass them."""
+        """The paths of the network's layers, in the order in which they run."""
         shape = (1, *self.components.dataset.image_shape)
         return [layer.path for layer in cost(self.components.model, shape, train=False).layers]
 
     def make_optimizer(self, variables: PyTree) -> optimizers.Optimizer:
+        """Makes the optimizer of the config for the network's variables."""
         schedule = schedules.make_schedule(
             self.config.schedule, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
         )
@@ -127,7 +132,7 @@ class RunPlan:
         )
 
     def make_abstract_state(self) -> TrainState:
-        """Shapes and shardings of the state, without a number in it."""
+        """Returns the shapes and shardings of the training state; computes no values."""
 
         def make() -> TrainState:
             variables = self.components.stack_if_scanned(
@@ -147,9 +152,11 @@ class RunPlan:
         )
 
     def check_norms(self) -> None:
-        """Raises `UserError` if a BatchNorm that learns would see one value per channel in a step.
-        Computes shapes only, and only if a device takes its images one at a time: two images have
-        two values per channel."""
+        """Raises UserError if a training BatchNorm would see one value per channel in a step.
+
+        Computes shapes only, and only if a device takes one image at a time: two images already
+        have two values per channel.
+        """
         components, config = self.components, self.config
         devices, pieces = components.mesh.devices.size, config.train.accumulate
         if config.data.batch_size != devices * pieces:
@@ -179,13 +186,15 @@ class RunPlan:
             raise UserError(
                 f"data.batch_size={config.data.batch_size} (devices: {devices}, train.accumulate:"
                 f" {pieces}) gives a device 1 image at a time, and {error.path} gets"
-                f" {list(error.shape)}: BatchNorm of 1 value per channel makes all images the same;"
-                f" take data.batch_size={2 * devices * pieces}, or larger images"
+                f" {list(error.shape)}: BatchNorm of 1 value per channel makes all images equal;"
+                f" set data.batch_size={2 * devices * pieces}, or use larger images"
             ) from None
 
     def check_own_step(self) -> None:
-        """Raises `UserError` if an own loss, metric, regularizer or optimizer cannot be part of a
-        training step. Traces the step; does nothing if the run has none of these."""
+        """Raises UserError if an own loss, metric, regularizer or optimizer fails in a step.
+
+        Traces the training step. Does nothing if the run has none of these own parts.
+        """
         components, own = self.components, self.components.own_parts
         if not (own.loss or own.metrics or own.regularizers or own.optimizer):
             return
@@ -203,58 +212,57 @@ class RunPlan:
         jax.eval_shape(step, state, batch, jax.random.key(0))
 
     def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
-        """Raises `UserError` for batches that a CPU has no memory for; compiles the step."""
+        """Raises UserError if the batches do not fit into a CPU's memory. Compiles the step."""
         components, data = self.components, self.config.data
         devices = parallel.local_devices(components.mesh)
         if devices[0].platform != "cpu":
             return
         need = memory.needed(train_step, state, batch, key) * len(devices)
         if not memory.fits(20 * need):
-            # XLA does not count the patches that a convolution's gradient lays out as it runs.
-            layers = cost(
-                components.model, (1, *components.dataset.image_shape), train=False
-            ).layers
+            # XLA does not count the patches that a convolution's gradient creates at run time.
+            image_shape = (1, *components.dataset.image_shape)
+            layers = cost(components.model, image_shape, train=False).layers
+            shapes_of_maps = ((x.macs, x.output_shape or ()) for x in layers)
             patches = max(
-                (x.macs / x.output_shape[-1] for x in layers if len(x.output_shape or ()) == 4),
-                default=0,
+                (m / shape[-1] for m, shape in shapes_of_maps if len(shape) == 4), default=0
             )
             pieces = jax.process_count() * self.config.train.accumulate
             need += 4 * patches * data.batch_size / pieces
         memory.check_fits(need, what=f"data.batch_size={data.batch_size}")
         size, axis = data.eval_batch_size, 1 if components.mode == "pmap" else 0
         if memory.fits(need * size / data.batch_size):
-            return  # without a backward pass, less than training on as many images takes
+            return  # evaluation has no backward pass, so it needs less than training
 
-        def shape(x: Array, dtype: Any, rank: int | None = None) -> jax.ShapeDtypeStruct:
+        def resize(x: Array, dtype: Any, rank: int | None = None) -> jax.ShapeDtypeStruct:
             dims = list(x.shape[:rank])
             dims[axis] = dims[axis] * size // data.batch_size
             return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
 
         images = components.dataset.splits["train"].images
-        of_bytes = images is None and not components.dataset.is_stream
+        is_uint8 = images is None and not components.dataset.is_stream
+        image_dtype = np.uint8 if is_uint8 else getattr(images, "dtype", np.float32)
         shapes = {
-            "image": shape(
-                batch["image"], np.uint8 if of_bytes else getattr(images, "dtype", np.float32)
-            ),
-            "label": shape(batch["label"], batch["label"].dtype),
-            "mask": shape(batch["label"], np.float32, axis + 1),
+            "image": resize(batch["image"], image_dtype),
+            "label": resize(batch["label"], batch["label"].dtype),
+            "mask": resize(batch["label"], np.float32, axis + 1),
         }
         need = memory.needed(components.eval_step, state.variables, shapes, None) * len(devices)
         memory.check_fits(need, what=f"data.eval_batch_size={size}")
 
     def _check_batches(self) -> None:
-        """Raises `UserError` for batches whose images alone do not fit into memory."""
+        """Raises UserError if the images of the batches alone do not fit into memory."""
         data, dataset = self.config.data, self.components.dataset
         images = dataset.splits["train"].images
-        of_bytes = images is None or images.dtype == np.uint8  # batches to come may be either
-        size_of_image = math.prod(dataset.image_shape) * (1 if of_bytes else 4)
-        ahead = 2 if self.components.dataset.in_memory else 4  # batches that are there at once
+        is_uint8 = images is None or images.dtype == np.uint8  # a stream's images may be floats
+        image_bytes = math.prod(dataset.image_shape) * (1 if is_uint8 else 4)
+        batches_ahead = 2 if self.components.dataset.in_memory else 4
         for field in ("batch_size", "eval_batch_size"):
             size = data[field] // jax.process_count()
-            memory.check_fits(ahead * size * size_of_image, what=f"data.{field}={data[field]}")
+            what = f"data.{field}={data[field]}"
+            memory.check_fits(batches_ahead * size * image_bytes, what=what)
 
 
-# Which of two values is the better, of the metrics that a run logs by itself.
+# For each metric that a run logs by itself: whether the highest or the lowest value is the best.
 BEST_MODES = {
     **dict.fromkeys(("accuracy", "top5", "label_accuracy", "subset_accuracy"), "max"),
     "loss": "min",
@@ -262,23 +270,20 @@ BEST_MODES = {
 
 
 def choose_best_metric(components: RunComponents) -> tuple[str, str]:
-    """(name of a metric of the validation, "max" or "min") by `config.train.best_by`, `best_mode`.
+    """Returns (validation metric, "max" or "min") from `train.best_by` and `train.best_mode`.
 
-    Raises `UserError` for a metric that there is not, and for an own one without a mode.
+    Raises UserError for an unknown metric, and for an own metric without a mode.
     """
     config, task = components.config.train, components.dataset.task
     by, mode = config.best_by.removeprefix("validation/"), config.best_mode
     if by == "auto":
         by = "loss" if task == "multilabel" else "accuracy"
-    metrics.check_best_by(
-        by,
-        metrics.list_names(
-            components.num_classes, task=task, own_metrics=components.own_parts.metrics
-        ),
-    )
+    own_metrics = components.own_parts.metrics
+    names = metrics.list_names(components.num_classes, task=task, own_metrics=own_metrics)
+    metrics.check_best_by(by, names)
     if mode == "auto" and by not in BEST_MODES:
         raise UserError(
-            f"train.best_mode: is the best {by!r} the highest or the lowest? Set max or min"
+            f"train.best_mode: is the highest or the lowest {by!r} the best? Set max or min"
         )
     return by, BEST_MODES[by] if mode == "auto" else mode
 
@@ -286,11 +291,11 @@ def choose_best_metric(components: RunComponents) -> tuple[str, str]:
 def dry_run(
     config: Any, sources: dict[Any, GraftSource] | None = None, *, begun: bool = False
 ) -> tuple[RunComponents, int]:
-    """What a run of `config` is made of, and its number of steps; shapes only, nothing is computed.
+    """Builds a run of `config` from shapes alone. Returns its components and its number of steps.
 
-    `sources`: the opened ones of `config.graft`, to which this run's is added; None for a complete
-    run, which needs none. Raises `UserError` for what the run would refuse before its first step;
-    what only a new run refuses is allowed if `begun`.
+    `sources`: the opened sources of `config.graft`, to which this run's source is added; None skips
+    the checks that a complete run does not need. `begun`: skips the checks of a new run. Raises
+    UserError for everything that the run would refuse before its first step.
     """
     configs.validate(config)
     if not begun:
@@ -299,17 +304,19 @@ def dry_run(
     plan = RunPlan(components)
     if not begun:
         configs.raise_problems(plan.find_problems())
-    params = plan.make_abstract_state().params  # the rules of the optimizer too
+    params = plan.make_abstract_state().params  # also checks the optimizer's rules
     find_dropout_rates(components, params)
     make_augment_and_mix(components)
     plan.check_norms()
     plan.check_own_step()
     if sources is not None:
-        _check_needs(config, components, sources)
+        _check_wandb_and_graft(config, components, sources)
     return components, plan.total_steps
 
 
-def _check_needs(config: Any, components: RunComponents, sources: dict[Any, GraftSource]) -> None:
+def _check_wandb_and_graft(
+    config: Any, components: RunComponents, sources: dict[Any, GraftSource]
+) -> None:
     """Raises `UserError` if wandb is missing, or if the weights of `config.graft` do not fit."""
     if config.log.wandb:
         import_wandb()
@@ -323,7 +330,7 @@ def _check_needs(config: Any, components: RunComponents, sources: dict[Any, Graf
 
 
 def find_problems(components: RunComponents, fraction: float = 1.0) -> list[str]:
-    """`RunPlan.find_problems` of a run on so much of the training examples."""
+    """Returns `RunPlan.find_problems` for a run on a fraction of the training examples."""
     plan = RunPlan(components)
     plan.steps_per_epoch *= fraction
     plan.total_steps = plan.count_steps(components.config.train.duration)

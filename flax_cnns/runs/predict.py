@@ -1,4 +1,4 @@
-"""What a network says of photographs: published weights with their own preprocessing, or a run."""
+"""Classifies photos with a run's network, or with published weights and their preprocessing."""
 
 from __future__ import annotations
 
@@ -28,26 +28,32 @@ Prediction = tuple[str, float]  # a class and its probability
 
 
 class Predictor(NamedTuple):
+    """A network that classifies photos."""
+
     title: str
-    read: Callable[[Photo], np.ndarray]  # -> [1 H W C], what `probabilities` takes
-    box: Callable[[int, int], images.Box]  # what is seen of an image of that width and height
+    read: Callable[[Photo], np.ndarray]  # -> [1 H W C], the input of `probabilities`
+    box: Callable[[int, int], images.Box]  # (width, height) of an image -> the part that is used
     probabilities: Callable[[np.ndarray], Array]  # -> f32 [1 K]
     class_names: Sequence[str]  # [K]
 
 
-def predict(predictor: Predictor, photos: Sequence[Photo], most: int = 5) -> list[list[Prediction]]:
-    """The `most` likeliest classes of each photo, the likeliest first. Raises `UserError` for a
-    photo that cannot be read."""
-    found = []
+def predict(
+    predictor: Predictor, photos: Sequence[Photo], max_classes: int = 5
+) -> list[list[Prediction]]:
+    """Returns the `max_classes` most likely classes of each photo, the most likely first.
+
+    Raises UserError if a photo cannot be read.
+    """
+    results = []
     for photo in photos:
-        share = np.asarray(predictor.probabilities(predictor.read(photo)))[0]
-        top = np.argsort(-share, kind="stable")[:most]
-        found.append([(predictor.class_names[k], float(share[k])) for k in top])
-    return found
+        probabilities = np.asarray(predictor.probabilities(predictor.read(photo)))[0]
+        top = np.argsort(-probabilities, kind="stable")[:max_classes]
+        results.append([(predictor.class_names[k], float(probabilities[k])) for k in top])
+    return results
 
 
 def name_photos(photos: Sequence[Photo]) -> list[str]:
-    """The files' names, with their folders where two are the same; numbers for arrays."""
+    """Returns the files' names, with folders if two names are equal; numbers for arrays."""
     paths = [
         pathlib.Path(photo) if isinstance(photo, str | os.PathLike) else pathlib.Path(f"photo {i}")
         for i, photo in enumerate(photos, 1)
@@ -59,108 +65,115 @@ def name_photos(photos: Sequence[Photo]) -> list[str]:
 def make_predictor_from_weights(
     model_name: str, source: str, path: str | os.PathLike | None = None
 ) -> Predictor:
-    """The network with `load_weights(model_name, source, path)`.
+    """Makes a predictor with the weights of `load_weights(model_name, source, path)`.
 
-    Classes have ImageNet's names, or numbers where the file has another number of them. Raises
-    `UserError`.
+    Classes have ImageNet's names, or numbers if the file has another number of classes. Raises
+    UserError.
     """
     row = weights.preprocessing(model_name, source)
-    found = weights.open_weights(model_name, source, path)
-    for note in found.notes:
+    opened = weights.open_weights(model_name, source, path)
+    for note in opened.notes:
         print(f"note: {note}")
-    head = found.tree["params"].get("head")
+    head = opened.tree["params"].get("head")
     row = row._replace(num_classes=0 if head is None else head["kernel"].shape[-1])
-    model, row = _with_classifier(model_name, source, row, found.input_size)
-    return _of_row(f"{model_name}, {source}'s weights", row, model, found.tree)
+    model, row = _make_classifier(model_name, source, row, opened.input_size)
+    title = f"{model_name}, {source}'s weights"
+    return _make_predictor(title, row, model, opened.tree)
 
 
 def make_predictor_from_folder(
     folder: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
 ) -> Predictor:
-    """Of a run (RUN, RUN@best, RUN@latest, RUN@1200; `checkpoint` may name it instead), or of what
-    `experiments.convert` wrote. `trust`: as `from_run` has it. Raises `UserError`."""
+    """Makes a predictor from a run, or from a folder that `experiments.convert` wrote.
+
+    A run is RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name the checkpoint instead.
+    `trust`: see `make_predictor_from_run`. Raises UserError.
+    """
     folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
     if not os.path.isfile(folder / "about.json"):
         return make_predictor_from_run(folder, checkpoint, trust=trust)
     if checkpoint:
         raise UserError(
-            f"{folder} holds converted weights, which are one checkpoint: leave out --checkpoint,"
+            f"{folder} holds converted weights, which have no checkpoints: remove --checkpoint,"
             f" got {checkpoint!r}"
         )
     return make_predictor_from_converted(folder)
 
 
 def make_predictor_from_converted(folder: str | os.PathLike) -> Predictor:
-    """The network that `experiments.convert` wrote into a folder. Raises `UserError`."""
+    """Makes a predictor from a folder that `experiments.convert` wrote. Raises UserError."""
     folder = pathlib.Path(folder)
     about = workdirs.read_json(folder / "about.json")
     try:
         name, source = about["model"], about["source"]
         row = weights.Preprocessing.from_dict(about["preprocessing"])
-        own = registry.create_model(name).input_size
-        height, width, channels = about.get("input_size", own)  # that came later
+        default_size = registry.create_model(name).input_size
+        height, width, channels = about.get("input_size", default_size)  # absent in old folders
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        problem = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{folder}/about.json is not as experiments.convert writes it ({said}); convert the"
-            " weights again"
+            f"{folder}/about.json is not as experiments.convert writes it ({problem}); convert"
+            " the weights again"
         ) from None
-    model, row = _with_classifier(name, source, row, (height, width, channels))
+    model, row = _make_classifier(name, source, row, (height, width, channels))
     shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
     variables = reading.read_tree(folder, shapes)
-    return _of_row(f"{name}, {source}'s weights", row, model, variables)
+    return _make_predictor(f"{name}, {source}'s weights", row, model, variables)
 
 
-def _with_classifier(
+def _make_classifier(
     model_name: str, source: str, row: weights.Preprocessing, input_size: tuple[int, ...]
 ) -> tuple[nn.Module, weights.Preprocessing]:
-    """The network for images of `input_size`, and how these are prepared: the same share of a
-    photo, at their size."""
+    """Returns the network for images of `input_size`, and their preprocessing.
+
+    The preprocessing uses the same fraction of a photo as `row`, scaled to `input_size`.
+    """
     if not row.num_classes:
         raise UserError(f"{model_name} from {source}: these weights have no classifier")
-    own = registry.create_model(model_name).input_size
+    default_size = registry.create_model(model_name).input_size
     height, width, channels = input_size
     if channels != 3 or height != width:
         raise UserError(
-            f"{model_name} from {source}: these weights take images {list(input_size)}, and photos"
+            f"{model_name} from {source}: these weights take images {list(input_size)}, but photos"
             " are prepared as squares of 3 channels; graft them into a run (config.graft.source)"
         )
-    if input_size != own:
+    fields: dict[str, Any] = {}
+    if input_size != default_size:
         row = row._replace(size=height, resize=round(row.resize * height / row.size))
-    fields = {} if input_size == own else {"input_size": input_size}
+        fields["input_size"] = input_size
     return registry.create_model(model_name, num_classes=row.num_classes, **fields), row
 
 
-def _of_row(
+def _make_predictor(
     title: str, row: weights.Preprocessing, model: nn.Module, variables: PyTree
 ) -> Predictor:
     names = row.class_names() or tuple(map(str, range(row.num_classes)))
-    return Predictor(title, row, row.box, _probabilities(model, variables), names)
+    return Predictor(title, row.__call__, row.box, _make_probabilities(model, variables), names)
 
 
 def make_predictor_from_run(
     workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
 ) -> Predictor:
-    """The network of a run, as it evaluates; photos are read as its own images were.
+    """Makes a predictor with a run's network, which prepares photos like the run's own images.
 
-    The data set need not be there. `checkpoint`: best, latest, a step, or "" for what RUN
-    alone means (`finding.choose_step`). `trust` allows to import an own network. Raises
-    `UserError`.
+    The data set is not needed. `checkpoint`: best, latest, a step, or "" for what RUN alone means
+    (see `finding.choose_step`). `trust` allows importing a network of the user's own. Raises
+    UserError.
     """
     loaded = load_run(workdir, checkpoint, trust=trust)
     config, dataset, model = loaded.config, loaded.dataset, loaded.network
     variables, step, why = loaded.variables, loaded.step, loaded.checkpoint
     workdir, _ = workdirs.split_checkpoint(workdir, checkpoint)
-    if found := configs.find_problems(config):
-        print(configs.format_note(workdir, found))
+    if problems := configs.find_problems(config):
+        print(configs.format_note(workdir, problems))
     if dataset.task != "classes":
-        raise UserError(f"{workdir}: a run on {dataset.task} data has no likeliest class")
+        raise UserError(f"{workdir}: a run on {dataset.task} data has no most likely class")
     if not dataset.normalize:
-        raise UserError(f"{workdir}: its images were floats of another range than photos have")
+        raise UserError(f"{workdir}: its images were floats in another range than photos")
     height, size, channels = dataset.image_shape
     if height != size:
         raise UserError(
-            f"{workdir}: its images are {height}x{size}, and photos are prepared as squares"
+            f"{workdir}: its images are {height}x{size}, but photos are prepared as squares"
         )
     box = partial(images.center_box, share=dataset.eval_share)
 
@@ -173,7 +186,7 @@ def make_predictor_from_run(
         f"{workdir.name}, step {step} ({why}): {config.model.name} on {dataset.name}",
         read,
         box,
-        _probabilities(model, variables, normalize),
+        _make_probabilities(model, variables, normalize),
         loaded.class_names,
     )
 
@@ -184,8 +197,10 @@ def draw_photos(
     guesses: Sequence[Sequence[Prediction]],
     png: str | os.PathLike,
 ) -> int:
-    """What `predict` found, as a picture of each photo beside its classes; how many of the photos,
-    the first `predictions.MAX_PHOTOS` at most, are in it. Raises `UserError`."""
+    """Draws each photo beside its predicted classes into a PNG file.
+
+    Returns the number of photos drawn, at most `predictions.MAX_PHOTOS`. Raises UserError.
+    """
     shown = []
     for name, photo in zip(name_photos(photos), photos[: predictions.MAX_PHOTOS]):
         with open_photo(photo) as image:
@@ -195,11 +210,12 @@ def draw_photos(
     return len(shown)
 
 
-def _probabilities(
+def _make_probabilities(
     model: nn.Module, variables: PyTree, normalize: Callable[[Array], Array] = lambda x: x
 ) -> Callable[[Any], Array]:
     @jax.jit
     def softmax(variables: PyTree, images: Array) -> Array:
-        return jax.nn.softmax(model.apply(variables, normalize(images), train=False))
+        logits: Any = model.apply(variables, normalize(images), train=False)
+        return jax.nn.softmax(logits)
 
     return partial(softmax, jax.device_put(variables))

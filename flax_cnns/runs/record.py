@@ -1,4 +1,4 @@
-"""What a run's directory tells of it, finished or not: its config and its `metrics.jsonl`."""
+"""Reads a run's directory, complete or not: its config and its `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flax_cnns.train.writer import read_jsonl
 
 
 class RunRecord(NamedTuple):
-    """One run."""
+    """The config and the log of one run."""
 
     workdir: pathlib.Path
     config: Any  # a ConfigDict
-    lines: list[dict[str, float]]  # of the log, oldest first
+    lines: list[dict[str, float]]  # the log, oldest line first
 
     @property
     def is_complete(self) -> bool:
@@ -27,31 +27,34 @@ class RunRecord(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The newest that was logged; 0 before any was."""
-        return max((line["step"] for line in self.lines), default=0)
+        """The newest logged step; 0 if nothing was logged."""
+        return max((int(line["step"]) for line in self.lines), default=0)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values), [points] each; a value may be NaN."""
+        """Returns (steps, values) of a metric, [points] each. A value may be NaN."""
         points = [(line["step"], line[name]) for line in self.lines if name in line]
         steps, values = np.array(points, float).reshape(-1, 2).T
         return steps, values
 
     def last_value(self, name: str) -> float | None:
-        """The newest value, if there is a finite one."""
+        """The newest value of a metric; None if it is missing or not finite."""
         values = self.series(name)[1]
         return float(values[-1]) if values.size and np.isfinite(values[-1]) else None
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median over the log's windows, which leave out compiling, evaluating and saving."""
+        """Median over the log's windows, which exclude compiling, evaluating and saving."""
         rates = self.series("images_per_second")[1]
         rates = rates[np.isfinite(rates) & (rates > 0)]
         return float(self.config.data.batch_size / np.median(rates)) if rates.size else None
 
     @property
     def seconds(self) -> float | None:
-        """From the start of the run to its newest line, compiling and evaluating included; of one
-        that was cut the sum over its sessions, each of which logs when its first step was done."""
+        """Seconds from the start to the newest line, with compiling and evaluating.
+
+        For a run that was interrupted, the sum over its sessions. Each session logs
+        "time/first_step".
+        """
         began, end, total = None, 0.0, 0.0
         for line in self.lines:
             if "time/first_step" in line:
@@ -62,26 +65,29 @@ class RunRecord(NamedTuple):
 
 
 def read_record(workdir: str | os.PathLike) -> RunRecord:
-    """Raises `UserError` where there is no run, or its files are damaged."""
+    """Reads a run. Raises UserError if there is no run or if its files are damaged."""
     config, workdir = workdirs.read_config(workdir), pathlib.Path(workdir)
     log = workdir / "metrics.jsonl"
     return RunRecord(workdir, config, read_jsonl(log) if log.is_file() else [])
 
 
 def count_params_and_macs(record: RunRecord) -> tuple[int, int] | None:
-    """(parameters, MACs of an image) of the run's network; None where no `dataset.json` says what
-    the images are, and for a network that is not of this package. Computes shapes only."""
+    """Returns (parameters, MACs of one image) of the run's network. Computes shapes only.
+
+    Returns None if `dataset.json` is missing, because it holds the image size, and for a network of
+    the user's own.
+    """
     facts = record.workdir / "dataset.json"
     if not facts.is_file() or ":" in record.config.model.name:
         return None
     model, train = record.config.model.to_dict(), record.config.train.sync_batchnorm
-    return _size(json.dumps([model, train, workdirs.read_json(facts)], sort_keys=True))
+    return _count_cached(json.dumps([model, train, workdirs.read_json(facts)], sort_keys=True))
 
 
 @functools.lru_cache
-def _size(network: str) -> tuple[int, int]:
-    """Of the JSON: counted once for all the runs that share a network."""
-    # Late: whoever reads a log needs no JAX.
+def _count_cached(network: str) -> tuple[int, int]:
+    """Counts from the JSON of [model, sync_batchnorm, facts], once for all runs of one network."""
+    # Imported late, because reading a log needs no JAX.
     from ml_collections import ConfigDict
 
     from flax_cnns.analysis.cost import cost
@@ -91,5 +97,5 @@ def _size(network: str) -> tuple[int, int]:
     model, sync, facts = json.loads(network)
     config = ConfigDict(dict(model=model, train=dict(sync_batchnorm=sync)))
     dataset = Dataset.from_dict(facts)
-    found = cost(make_model(config, dataset), (1, *dataset.image_shape))
-    return found.params, found.macs
+    total = cost(make_model(config, dataset), (1, *dataset.image_shape))
+    return total.params, total.macs

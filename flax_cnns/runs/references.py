@@ -1,7 +1,7 @@
-"""Names of a user's code in a config: "package.module:Name", and what they stand for.
+"""References to a user's code in a config: "package.module:Name".
 
-An object that has no such name is opaque: "<opaque>:Name" stands for it, and it exists in one
-process alone.
+An object without an importable name is opaque: its reference is "<opaque>:Name", and it exists in
+one process only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax_cnns.config.checks import is_reference
 from flax_cnns.errors import UserError, did_you_mean
 
 OPAQUE = "<opaque>"
-# The config field of each part that may be a user's; the last three hold several.
+# The config field of each kind of own part. The kinds below hold several references.
 PART_FIELDS = {
     "model": "model.name",
     "data": "data.name",
@@ -38,47 +38,52 @@ def name_of(reference: str) -> str:
 
 
 def find_references(config: Any) -> dict[str, list[str]]:
-    """{kind: references} of what a config names that is not this package's; kinds without any are
-    left out."""
-    flat, found = flatten(config), {}
+    """Returns {kind: references} of the own parts in a config, without kinds that have none."""
+    flat = flatten(config)
+    references: dict[str, list[str]] = {}
     for kind, field in PART_FIELDS.items():
         values = flat.get(field, ())
         values = [values] if isinstance(values, str) else list(values)
         values = [re.sub(r"^\w+=", "", value) for value in values]
         if values := [value for value in values if is_reference(value)]:
-            found[kind] = values
-    return found
+            references[kind] = values
+    return references
 
 
 def check_trust(config: Any, trust: bool, what: str) -> None:
-    """Raises `UserError` if `config`, of the run `what`, names code and is not trusted, or names
-    objects of another process."""
-    found = [ref for refs in find_references(config).values() for ref in refs]
-    if opaque := [ref for ref in found if ref.startswith(OPAQUE)]:
+    """Raises UserError if `config` names code without `trust`, or objects of another process.
+
+    `what` is the run in the message.
+    """
+    references = [ref for refs in find_references(config).values() for ref in refs]
+    if opaque := [ref for ref in references if ref.startswith(OPAQUE)]:
         raise UserError(
-            f"{what} was trained with {', '.join(map(name_of, opaque))}, an object that only the"
-            " process of its run() had; start a run with 'package.module:Name' instead"
+            f"{what} was trained with {', '.join(map(name_of, opaque))}, an object that existed"
+            " only in the process of its run(); start a run with 'package.module:Name' instead"
         )
-    if found and not trust:
+    if references and not trust:
         raise UserError(
-            f"{what} imports {', '.join(found)}; look at this code, and add --trust"
+            f"{what} imports {', '.join(references)}; read this code, and add --trust"
             " (in Python: trust=True) if it may run here"
         )
 
 
 def import_reference(reference: str, field: str) -> Any:
-    """What "package.module:Name" is; the current folder is looked at last. Raises `UserError` if
-    there is no such module or name, or if the module fails as it is imported."""
+    """Imports what "package.module:Name" refers to. The current folder is searched last.
+
+    `field` is the config field in the messages. Raises UserError if the module or the name does not
+    exist, or if importing the module fails.
+    """
     module_name, _, path = reference.partition(":")
     if reference.startswith(OPAQUE):
         raise UserError(
             f"{field}={reference!r} was an object of another process: give it to run() again, or"
             " name an importable 'package.module:Name'"
         )
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
     try:
-        found = importlib.import_module(module_name)
+        target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             near = _near_module(module_name)
@@ -87,48 +92,50 @@ def import_reference(reference: str, field: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
+        message = (str(error).strip().splitlines() or [""])[0]
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, SyntaxError) else f" ({at.filename}, line {at.lineno})"
         raise UserError(
             f"{field}={reference!r}: importing {module_name} fails: {type(error).__name__}:"
-            f" {said}{where}"
+            f" {message}{where}"
         ) from error
     for name in path.split("."):
-        if not hasattr(found, name):
-            known = [other for other in vars(found) if not other.startswith("_")]
+        if not hasattr(target, name):
+            known = [other for other in vars(target) if not other.startswith("_")]
             raise UserError(
                 f"{field}={reference!r}: {module_name} has no {name!r}{did_you_mean(name, known)}"
             )
-        found = getattr(found, name)
-    return found
+        target = getattr(target, name)
+    return target
 
 
 def _near_module(name: str) -> str:
-    """The nearest module of the same package, or of the current folder."""
+    """Suggests the nearest module of the same package or of the current folder, for a message."""
     package, _, last = name.rpartition(".")
-    places = None
+    folders = None
     if package:
         try:
-            places = list(importlib.import_module(package).__path__)
+            folders = list(importlib.import_module(package).__path__)
         except (ImportError, AttributeError):
             return ""
-    found = pkgutil.iter_modules(places if package else [os.getcwd()])
-    near = did_you_mean(last, [module.name for module in found])
+    modules = pkgutil.iter_modules(folders if package else [os.getcwd()])
+    near = did_you_mean(last, [module.name for module in modules])
     if near.startswith("; did you mean"):
         return near
-    return "" if package else f"; modules are looked for in sys.path and in {os.getcwd()}"
+    return "" if package else f"; modules are searched in sys.path and in {os.getcwd()}"
 
 
-def make_reference(found: Any) -> str | None:
-    """ "package.module:Name" of an importable function (under jax.jit, too) or class; None for any
-    other object."""
-    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-    if not callable(found) or not module or not name:
+def make_reference(part: Any) -> str | None:
+    """Returns "package.module:Name" of an importable class or function; None for other objects.
+
+    A function may be wrapped in jax.jit.
+    """
+    module, name = getattr(part, "__module__", None), getattr(part, "__qualname__", None)
+    if not callable(part) or not module or not name:
         return None
     if module == "__main__" or "<" in name:
         return None
-    at = sys.modules.get(module)
-    for part in name.split("."):
-        at = getattr(at, part, None)
-    return f"{module}:{name}" if at is found else None
+    target: Any = sys.modules.get(module)
+    for attribute in name.split("."):
+        target = getattr(target, attribute, None)
+    return f"{module}:{name}" if target is part else None

@@ -1,13 +1,15 @@
-"""A session of a run: training, validations, checkpoints, the test, and the summary."""
+"""A session of a run: training, validations, checkpoints, the test and the summary."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -39,30 +41,33 @@ from flax_cnns.train import loop, optimizers, parallel
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer, read_jsonl
-from flax_cnns.types import Array, PyTree
+from flax_cnns.types import PyTree
 
-MAX_LOSS_RATIO = 1000  # times the loss of guessing: a run warns above this
+MAX_LOSS_RATIO = 1000  # a loss above this many times the loss of guessing causes a warning
 
 
 class Session:
-    """One start of a run: from its newest checkpoint, or from step 0, to its end or to a signal."""
+    """One start of a run: from its newest checkpoint or step 0 to its end or to a signal."""
+
+    batches: Any  # `host_batches`; has `digest` if the data are `Dataset.from_batches`
 
     def __init__(
         self,
         plan: RunPlan,
         workdir: pathlib.Path,
-        opened: workdirs.WorkdirHandle,
+        handle: workdirs.WorkdirHandle,
         signals: Signals,
         began: float,
         accept_changed_data: bool = False,
     ):
         self.plan, self.components, self.config = plan, plan.components, plan.config
-        self.workdir, self.opened, self.signals, self.began = workdir, opened, signals, began
+        self.workdir, self.handle, self.signals, self.began = workdir, handle, signals, began
         self.primary = jax.process_index() == 0
         self.accept_changed_data = accept_changed_data
         self.warned = False
 
     def run(self) -> dict[str, Any]:
+        """Trains, tests and returns the summary. Raises `Preempted` after a signal."""
         config = self.config
         self.plan.check_norms()
         if config.data.workers and not self.components.dataset.in_memory:
@@ -78,7 +83,7 @@ class Session:
                 )
             )
             self.checkpoints = checkpoints
-            stack.push(self._leave_if_peer_died)
+            stack.push(self._exit_if_peer_died)
             state, host, start, digests = make_initial_state(self.plan, checkpoints, self.workdir)
             self.writer = Writer(
                 self.workdir,
@@ -105,26 +110,30 @@ class Session:
             outcome = self._train(state, host, start)
             checkpoints.wait()
             if outcome.preempted:
-                raise self._preempted(outcome)
-            found = self._test(outcome)
+                raise self._report_preempted(outcome)
+            test_metrics = self._test(outcome)
             self.progress.close()
-        return self._finish(outcome, host, found)
+        return self._finish(outcome, host, test_metrics)
 
-    def _leave_if_peer_died(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Ends this process with one line if another process of the run has died: closing the
-        checkpoints would wait for that one until JAX aborts."""
-        if said := launch.describe_lost_peer(error):
-            text = f"another process of this run has died ({said})"
+    def _exit_if_peer_died(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Ends this process with one line if another process of the run has died.
+
+        Closing the checkpoints would wait for the dead process until JAX aborts.
+        """
+        if death := launch.describe_lost_peer(error):
+            text = f"another process of this run has died ({death})"
             print(f"error: {text}; {workdirs.describe_resume(self.workdir)}", file=sys.stderr)
             launch.exit_if_distributed(EXIT_FAULT)
 
-    def _preempted(self, outcome: loop.TrainOutcome) -> Preempted:
+    def _report_preempted(self, outcome: loop.TrainOutcome) -> Preempted:
         self.progress.print(
-            f"saved at step {outcome.step} of {self.plan.total_steps}; the same command goes on"
+            f"saved at step {outcome.step} of {self.plan.total_steps}; run the same command again"
+            " to resume"
         )
         return Preempted(outcome.step, self.signals.code)
 
     def _write(self, step: int, record: dict[str, float]) -> None:
+        """Logs the metrics of a step and shows them."""
         self.writer.write(step, record)
         if not self.warned and (warning := self._absurd_loss([{"step": step} | record])):
             self.warned = True
@@ -134,17 +143,20 @@ class Session:
             self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
         if any(name.startswith("validation/") for name in record):
-            self._call_back("on_validation", step, dict(record))  # the checkpoint's score is of it
+            # With all metrics, of which the checkpoint's score is one.
+            self._call_back("on_validation", step, dict(record))
 
-    def _call_back(self, hook: str, *given: Any) -> None:
+    def _call_back(self, hook: str, *arguments: Any) -> None:
         """Calls a hook of the user's callbacks, on the primary process."""
         for callback in self.components.own_parts.callbacks if self.primary else ():
             if (function := getattr(callback, hook, None)) is not None:
-                function(*given)
+                function(*arguments)
 
     def _absurd_loss(self, records: list[dict[str, float]]) -> str:
-        """A line on the first loss that is finite and absurd; "" if there is none, or if the loss
-        is not cross-entropy."""
+        """Returns a warning about the first absurdly high, finite loss; "" if there is none.
+
+        Also "" if the loss is not cross-entropy.
+        """
         if self.components.own_parts.loss is not None or self.components.dataset.task != "classes":
             return ""
         guessing = math.log(self.components.num_classes)
@@ -153,59 +165,62 @@ class Session:
             for name, value in record.items():
                 if name.endswith("/loss") and MAX_LOSS_RATIO * guessing < value < math.inf:
                     return (
-                        f"{name} is {value:.3g} at step {record['step']}, and guessing gives"
-                        f" {guessing:.3g}; lower schedule.learning_rate ({rate:g}), or look at the"
+                        f"{name} is {value:.3g} at step {record['step']}, but guessing gives"
+                        f" {guessing:.3g}; lower schedule.learning_rate ({rate:g}), or check the"
                         " data"
                     )
         return ""
 
     def _tick(self, step: int) -> None:
-        self.opened.begun = True
+        self.handle.begun = True
         self.progress.update(step, {})
 
-    def _save(self, step: int, state: TrainState, host: dict, found: dict[str, float]) -> None:
+    def _save(self, step: int, state: TrainState, host: dict, metrics: dict[str, float]) -> None:
         if self.components.dataset.is_stream and step < self.plan.total_steps:
             host = {**host, "next_batch": self._digests(step)}
-        self.checkpoints.save(step, state, host=host, metrics=found)
+        self.checkpoints.save(step, state, host=host, metrics=metrics)
         self._call_back("on_save", step)
 
     def _digests(self, step: int) -> list[str]:
-        """Of the batch that a step takes, by process."""
+        """Digests of the batch that a step takes, one for each process."""
         digest = self.batches.digest(step)
         if jax.process_count() == 1:
             return [digest]
         rows = np.frombuffer(digest.encode().ljust(64), np.uint8)
-        found = np.asarray(multihost_utils.process_allgather(rows))
-        return [bytes(row).decode().strip() for row in found]
+        gathered = np.asarray(multihost_utils.process_allgather(rows))
+        return [bytes(row).decode().strip() for row in gathered]
 
     def _check_batch(self, step: int, was: list[str]) -> None:
-        """Raises `UserError` if the factory's batch of a step is another than when it was saved. ""
-        in `was`: there was none."""
+        """Raises UserError if the factory's batch of a step changed since the run was saved.
+
+        `was`: the saved digests by process; "" where the factory had no batch.
+        """
         if len(was) != jax.process_count():
             self.progress.print(
-                f"note: {len(was)} processes had saved what batch comes next, and"
-                f" {jax.process_count()} cannot compare it"
+                f"note: the next batch was saved by {len(was)} processes;"
+                f" {jax.process_count()} processes cannot compare it"
             )
             return
         differ = [a != b for a, b in zip(was, self._digests(step)) if a and b]
         if not all(was):
             self.progress.print(
-                f"note: the factory had no batch of step {step} as this run was saved, and it"
+                f"note: the factory had no batch of step {step} when this run was saved, so it"
                 " cannot be compared"
             )
         if any(differ):
-            said = (
-                f"{self.components.dataset.name}: the factory's batch of step {step} is another"
-                " than before this run was stopped, so that it would not go on to the bit"
+            problem = (
+                f"{self.components.dataset.name}: the factory's batch of step {step} is not the"
+                " same as before this run was stopped, so the run would not resume bit for bit"
             )
             if not self.accept_changed_data:
                 raise UserError(
-                    f"{said}; let it depend on start_step alone, or go on all the same with"
+                    f"{problem}; make it depend on start_step alone, or continue anyway with"
                     " --accept-changed-data"
                 )
-            self.progress.print(f"accepted: {said}")
+            self.progress.print(f"accepted: {problem}")
 
     def _train(self, state: TrainState, host: loop.HostState, start: int) -> loop.TrainOutcome:
+        """Trains from step `start` to the end or to a signal."""
         components, config = self.components, self.config
         optimizer = self.plan.make_optimizer(state.variables)
         train_step = make_train_step(components, optimizer, self.plan.steps_per_epoch)
@@ -213,7 +228,7 @@ class Session:
         if config.schedule.name == "plateau":
 
             @jax.jit
-            def observe(opt_state: PyTree, error: Array) -> PyTree:
+            def observe(opt_state: PyTree, error: Any) -> PyTree:
                 return optimizers.update_plateau(
                     opt_state,
                     error,
@@ -225,24 +240,23 @@ class Session:
                 )
 
             def on_validation(state: TrainState, error: float) -> TrainState:
-                return state.replace(opt_state=observe(state.opt_state, error))
+                return dataclasses.replace(state, opt_state=observe(state.opt_state, error))
 
         key = parallel.replicate(make_training_key(config), components.mesh)
 
         def validate(state: TrainState) -> dict[str, float]:
-            asked = self.signals.is_asked_to_stop
-            return summarize(components.evaluate(state.variables, "validation", asked))
+            should_stop = self.signals.is_asked_to_stop
+            return summarize(components.evaluate(state.variables, "validation", should_stop))
 
         with contextlib.closing(
             loop.prefetch(train_batches(components, start, self.batches))
         ) as batches:
+            stream: Iterator[Any] = batches
             if start < self.plan.total_steps:
                 first = next(batches)
                 self.plan.check_memory(train_step, state, first, key)
                 stream = itertools.chain([first], batches)
-            else:
-                stream = batches
-            calls = self.primary and components.own_parts.callbacks
+            has_callbacks = self.primary and components.own_parts.callbacks
             callbacks = loop.Callbacks(
                 save=self._save,
                 write=self._write,
@@ -253,7 +267,7 @@ class Session:
                 refresh=make_statistics_refresh(
                     components, optimizer, key, self.signals.is_asked_to_stop
                 ),
-                on_step=functools.partial(self._call_back, "on_step") if calls else None,
+                on_step=functools.partial(self._call_back, "on_step") if has_callbacks else None,
             )
             return loop.TrainLoop(
                 train_step,
@@ -272,8 +286,10 @@ class Session:
             ).run(state, start)
 
     def _test(self, outcome: loop.TrainOutcome) -> dict[str, float]:
-        """Of one checkpoint: the test split's metrics as `test/...` and, if `train.evaluate_train`,
-        as `fit/...` those of the examples that the run trained on, as they are."""
+        """Evaluates one checkpoint on the test split: metrics `test/...`.
+
+        With `train.evaluate_train` also on the training examples, without augmentation: `fit/...`.
+        """
         names = {"test": "test"} if "test" in self.components.dataset.splits else {}
         if self.config.train.evaluate_train:
             names["train"] = "fit"
@@ -281,10 +297,12 @@ class Session:
             return {}
         state, step = outcome.state, outcome.step
         if self.config.train.test_on == "best" and self.checkpoints.best_step() not in (None, step):
-            state, _, step = self.checkpoints.restore(
+            restored = self.checkpoints.restore(
                 self.plan.make_abstract_state(), self.checkpoints.best_step()
             )
-        found: dict[str, float] = {}
+            assert restored is not None  # there is a best step
+            state, _, step = restored
+        results: dict[str, float] = {}
         examples: dict[str, int] = {}
         for split, name in names.items():
             try:
@@ -292,26 +310,27 @@ class Session:
                     state.variables, split, self.signals.is_asked_to_stop
                 )
             except Interrupted:
-                raise self._preempted(outcome) from None
-            found |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
+                raise self._report_preempted(outcome) from None
+            results |= {f"{name}/{metric}": value for metric, value in summarize(sums).items()}
             examples |= {f"{name}/step": step, f"{name}/examples": int(sums["count"])}
-        self._write(outcome.step, found)
-        return found | examples
+        self._write(outcome.step, results)
+        return results | examples
 
     def _finish(
-        self, outcome: loop.TrainOutcome, host: loop.HostState, found: dict[str, float]
+        self, outcome: loop.TrainOutcome, host: loop.HostState, test_metrics: dict[str, float]
     ) -> dict[str, Any]:
+        """Draws the curves, writes `summary.json` and prints the table. Returns the summary."""
         components, config = self.components, self.config
-        summary = make_summary(self.plan, outcome, host, found)
+        summary = make_summary(self.plan, outcome, host, test_metrics)
         if changes := workdirs.read_dataset_facts(self.workdir).get("accepted_changes"):
             summary["accepted_changes"] = [change["differs"] for change in changes]
-        summary = files.replace_nonfinite(summary)  # as a reader of the file gets it
+        summary = files.replace_nonfinite(summary)  # equal to what is read back from the file
         if self.primary:
             warning = self._absurd_loss(read_jsonl(self.workdir / "metrics.jsonl"))
             summary["warnings"] = [warning] if warning else []
             title = f"{config.model.name} on {components.dataset.name}, seed {config.seed}"
             metric, mode = self.plan.best_by, self.plan.best_mode
-            if metric == "loss":  # which has a panel of its own
+            if metric == "loss":  # the loss has its own panel
                 metric = "accuracy" if components.dataset.task == "classes" else "label_accuracy"
                 mode = "max"
             curves.draw_curves(

@@ -17,16 +17,17 @@ from flax_cnns.train.state import TrainState
 def make_initial_state(
     plan: RunPlan, checkpoints: Checkpoints, workdir: pathlib.Path
 ) -> tuple[TrainState, loop.HostState, int, list[str]]:
-    """(state, host state, step, digests) that a session begins with, from the first of these that
-    it has:
+    """Returns (state, host state, step, digests) that a session starts with.
 
-    1. Restore: the newest intact checkpoint of this run, all of it.
+    The state is the first available of:
+
+    1. Restore: this run's newest intact checkpoint, all of it.
     2. Graft: the weights that `config.graft` takes from its source.
-    3. Fresh: the network's own initial values, from the seed alone.
+    3. Fresh: the network's initial values, from the seed alone.
 
-    A graft may leave some weights fresh. The optimizer's state and the averaged weights are made
-    after it, so that they start from the grafted weights. The digests, one a process, are those of
-    the batch of that step, if the data are batches of the user's own. Raises `UserError`.
+    A graft may leave some weights fresh. The optimizer's state and the averaged weights are created
+    after the graft, so they start from the grafted weights. The digests (one for each process) are
+    of the batch of that step; empty unless the data are `Dataset.from_batches`. Raises UserError.
     """
     components, config = plan.components, plan.config
     # 1. Restore.
@@ -36,14 +37,14 @@ def make_initial_state(
             state, saved, step = restored
             digests = saved.pop("next_batch", [])
             return state, loop.HostState(**saved), step, digests
-    # 2. and 3. Fresh values, and the graft over them.
+    # 2. and 3. Initialize, then graft over the fresh values.
     variables = components.init_variables()
     if config.graft.source:
         variables, grafted = graft_from_config(config.graft, variables, plan.layer_order)
         if jax.process_index() == 0:
             print(grafted)
             files.write_json(workdir / "graft.json", grafted.as_dict())
-    # The optimizer's state and the averages.
+    # The optimizer's state and the averaged weights.
     variables = components.stack_if_scanned(variables)
     opt_state = plan.make_optimizer(variables).init(variables["params"])
     state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)

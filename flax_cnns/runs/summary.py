@@ -1,4 +1,4 @@
-"""What a complete run says about itself: the content of `summary.json`."""
+"""Makes the content of `summary.json`, which describes a complete run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flax_cnns.train import loop
 
 
 def make_summary(
-    plan: RunPlan, outcome: loop.TrainOutcome, host: loop.HostState, found: dict[str, Any]
+    plan: RunPlan, outcome: loop.TrainOutcome, host: loop.HostState, test_metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """`found`: the metrics of the test."""
+    """Returns the content of `summary.json`."""
     components, device = plan.components, jax.devices()[0]
     dataset, own = components.dataset, components.describe_own_parts()
     best = {"validation/best_accuracy": None, f"validation/best_{plan.best_by}": host.best}
@@ -27,7 +27,7 @@ def make_summary(
         "seed": components.config.seed,
         "step": outcome.step,
         "epochs": outcome.step / plan.steps_per_epoch,
-        **found,
+        **test_metrics,
         **best,
         "stopped_early": host.stopped,
         "bad_steps": host.bad_steps,

@@ -1,4 +1,4 @@
-"""The tables that a run and an evaluation close with."""
+"""Prints the tables at the end of a run, an evaluation and a prediction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from flax_cnns.names import make_console
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The closing table."""
+    """Prints the final table of a run, and notes on its data and its own parts."""
     table = Table(title=f"{summary['model']} on {summary['dataset']}", show_header=False)
 
     def row(name: str, key: str, form: str) -> None:
         if summary.get(key) is not None:
             table.add_row(name, form.format(summary[key]))
+
+    def print_line(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     row("parameters", "params", "{:,}")
     row("steps", "step", "{:,}")
@@ -40,44 +43,47 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = make_console()
     console.print(table)
     if left_out := summary.get("left_out"):
-        said = ", ".join(f"{kind}: {count:,}" for kind, count in left_out.items())
-        console.print(f"left out: {said}", markup=False, highlight=False, soft_wrap=True)
+        counts = ", ".join(f"{kind}: {count:,}" for kind, count in left_out.items())
+        print_line(f"left out: {counts}")
     if several := summary.get("files_of_several_pictures"):
-        console.print(f"files with several pictures, of which the first was used: {several}")
+        console.print(f"files with several pictures, of which only the first was used: {several}")
     if damaged := summary["damaged_images"]:
-        shown = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
-        console.print(f"left out {len(damaged)} images that cannot be decoded: {shown}")
-    opaque = [part["name"] for parts in summary.get("own", {}).values() for part in parts]
-    opaque = [name for name in opaque if ":" not in name]
-    if opaque:
-        said = f"objects of this process alone, which no other can import: {', '.join(opaque)}"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
-    for warning in summary.get("warnings", ()):  # older runs have none
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        names = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
+        console.print(f"left out {len(damaged)} images that cannot be decoded: {names}")
+    parts = [part["name"] for parts in summary.get("own", {}).values() for part in parts]
+    if opaque := [name for name in parts if ":" not in name]:
+        print_line(f"objects that only this process can use: {', '.join(opaque)}")
+    for warning in summary.get("warnings", ()):  # summaries of older versions have no such entry
+        print_line(f"warning: {warning}")
 
 
-def print_evaluation(found: dict[str, Any], most: int = 30) -> None:
-    """Accuracy per class with what each is most often taken for; the `most` worst classes."""
+def print_evaluation(results: dict[str, Any], max_classes: int = 30) -> None:
+    """Prints the loss and the accuracies.
+
+    With a confusion matrix also prints, for the `max_classes` worst classes, the accuracy and the
+    classes they are most often mistaken for.
+    """
     console = make_console()
-    title = f"{found['split']}, step {found['step']} ({found['checkpoint']})"
-    if "confusion" in found:
-        _print_classes(console, found, f"{title}: {found['examples']} examples", most)
+    title = f"{results['split']}, step {results['step']} ({results['checkpoint']})"
+    title += f": {results['examples']} examples"
+    if "confusion" in results:
+        _print_classes(console, results, title, max_classes)
     else:
-        console.print(f"{title}: {found['examples']} examples", highlight=False)
-    said = [f"loss {found['loss']:.4f}"]
-    said += [f"accuracy {found['accuracy']:.2%}"] if "accuracy" in found else []
-    said += [f"top-5 {found['top5']:.2%}"] if "top5" in found else []
+        console.print(title, highlight=False)
+    numbers = [f"loss {results['loss']:.4f}"]
+    numbers += [f"accuracy {results['accuracy']:.2%}"] if "accuracy" in results else []
+    numbers += [f"top-5 {results['top5']:.2%}"] if "top5" in results else []
     known = ("loss", "accuracy", "top5", "split", "step", "checkpoint", "examples")
-    said += [
+    numbers += [
         f"{name} {value:.4g}"
-        for name, value in found.items()
+        for name, value in results.items()
         if name not in known and isinstance(value, (int, float))
     ]
-    console.print("   ".join(said))
+    console.print("   ".join(numbers))
 
 
-def _print_classes(console: Any, found: dict[str, Any], title: str, most: int) -> None:
-    counts, names = found["confusion"], [c["class"] for c in found["classes"]]
+def _print_classes(console: Any, results: dict[str, Any], title: str, max_classes: int) -> None:
+    counts, names = results["confusion"], [c["class"] for c in results["classes"]]
     table = Table(title=title)
     for column in ("class", "examples", "accuracy", "precision", "most often taken for"):
         table.add_column(column, justify="left" if column.startswith(("c", "m")) else "right")
@@ -85,9 +91,10 @@ def _print_classes(console: Any, found: dict[str, Any], title: str, most: int) -
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2%}"
 
-    rows = list(enumerate(found["classes"]))
-    if len(rows) > most:
-        rows = sorted(rows, key=lambda row: (row[1]["accuracy"] is None, row[1]["accuracy"]))[:most]
+    rows = list(enumerate(results["classes"]))
+    if len(rows) > max_classes:
+        rows.sort(key=lambda row: (row[1]["accuracy"] is None, row[1]["accuracy"]))
+        rows = rows[:max_classes]
     for i, c in rows:
         wrong = [(n, j) for j, n in enumerate(counts[i]) if j != i and n]
         taken = ", ".join(f"{names[j]} ({n})" for n, j in sorted(wrong, reverse=True)[:3])
@@ -107,15 +114,15 @@ def _print_classes(console: Any, found: dict[str, Any], title: str, most: int) -
 def print_predictions(
     title: str, photos: Sequence[str], guesses: Sequence[Sequence[tuple[str, float]]]
 ) -> None:
-    """The likeliest classes of each photo with their probabilities."""
+    """Prints the most likely classes of each photo with their probabilities."""
     table = Table()
     table.add_column("photo")
     table.add_column("class")
     table.add_column("probability", justify="right")
-    for photo, guessed in zip(photos, guesses):
-        for i, (name, share) in enumerate(guessed):
-            last = i == len(guessed) - 1
-            table.add_row("" if i else photo, name, f"{share:.1%}", end_section=last)
+    for photo, photo_guesses in zip(photos, guesses):
+        for i, (name, probability) in enumerate(photo_guesses):
+            is_last = i == len(photo_guesses) - 1
+            table.add_row("" if i else photo, name, f"{probability:.1%}", end_section=is_last)
     console = make_console()
-    console.print(title, highlight=False, soft_wrap=True)  # no table's title, which it would narrow
+    console.print(title, highlight=False, soft_wrap=True)  # as the table's title it would be cut
     console.print(table)

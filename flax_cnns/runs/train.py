@@ -1,4 +1,4 @@
-"""`run(config, workdir)`: trains what a config describes, or goes on with it."""
+"""`run(config, workdir)` trains what a config describes, or resumes it."""
 
 from __future__ import annotations
 
@@ -47,34 +47,37 @@ def run(
     """Trains what `config` describes and returns what it writes to `workdir/summary.json`.
 
     `config`: a ConfigDict such as `flax_cnns.config.default_config()`, or a dict of the fields that
-    differ from it. The other arguments are the user's own parts (docs/extending.md), in place of
-    those that the config names:
+    differ from it. The other arguments are the user's own parts (docs/extending.md). They replace
+    the parts that the config names:
 
-    model: a class or function of fields (`config.model.*`) that makes a linen module, or a module;
-        it needs `__call__(images, *, train) -> logits` f32 [N K].
+    model: a class or function that makes a linen module from the fields `config.model.*`, or a
+        module. Its call is `(images, *, train) -> logits` f32 [N K].
     data: a `flax_cnns.Dataset`, or a function that returns one.
     optimizer: `(learning_rate_schedule, **fields) -> optax.GradientTransformation`.
     loss: `(logits f32 [N K], labels f32 [N K]) -> f32 [N]`.
     metrics: `{name: function(logits, labels f32 [N K], mask f32 [N]) -> (sum, count)}`, or a list
-        of such functions, logged under their names.
-    regularizers: classes of fields, or objects, with some of the hooks `augment`, `mix`, `penalty`,
+        of such functions, logged under their own names.
+    regularizers: classes, or objects, with some of the hooks `augment`, `mix`, `penalty`,
         `gradients`, `perturb`, `constrain`, `intercept` (`train.regularizers.Regularizer`).
     callbacks: objects with some of `on_step(step, numbers)`, `on_validation(step, numbers)` and
-        `on_save(step)`, which the primary process calls with plain floats.
+        `on_save(step)`. The primary process calls them with plain floats.
 
-    Importable functions and classes are recorded as "package.module:Name". Anything else works in
-    this process alone: the same command with the same objects goes on, but nothing else can load
-    the run's network.
+    Importable functions and classes are recorded as "package.module:Name". Any other object works
+    only with this call: the same call with the same objects resumes the run, but nothing else can
+    load the run's network.
 
-    Started again with the same config it goes on from the newest intact checkpoint, to the bit.
-    If the data changed since, it raises `ChangedData`, a `UserError`. With `accept_changed_data` it
-    goes on, and records the change with both fingerprints in `dataset.json`. `fingerprint` is that
-    of the data, from callers that have just read them: a complete run is compared with it.
+    Called again with the same config, `run` resumes from the newest intact checkpoint and gives the
+    same bits as an uninterrupted run. If the data changed since the run began, `run` raises
+    `ChangedData`, a UserError. With `accept_changed_data` it continues, and records the change with
+    both fingerprints in `dataset.json`. `fingerprint`: that of the data, if the caller has just
+    read them; a complete run is compared with it.
 
-    Raises `UserError` for what the user can mend; `Preempted` once everything is saved, after
-    SIGTERM or SIGUSR1 (exit code 75) or Ctrl-C (130); KeyboardInterrupt for Ctrl-C before the first
-    step, and for a second one; `ProcessLost` if a process that the run needs has died. Output that
-    cannot be written does not end the run; a file that cannot be written does.
+    Raises:
+        UserError: for what the user can correct, also for a file that cannot be written. Printed
+            output that cannot be written does not end the run.
+        Preempted: after SIGTERM or SIGUSR1 (exit code 75) or Ctrl-C (130), once all is saved.
+        KeyboardInterrupt: for Ctrl-C before the first step, and for a second Ctrl-C.
+        ProcessLost: if a process that the run needs has died.
     """
     began = time.perf_counter()
     config = configs.complete(config)
@@ -96,30 +99,31 @@ def run(
     directory, which = finding.split_source(workdir)
     if which and workdirs.has_begun(pathlib.Path(directory)):
         raise UserError(
-            f"--workdir: {os.fspath(workdir)} is a checkpoint of the run {directory}; to go on with"
-            f" that run give its name, and to start from its weights a new --workdir with"
+            f"--workdir: {os.fspath(workdir)} is a checkpoint of the run {directory}; to resume"
+            " that run, give its name; to start from its weights, give a new --workdir and"
             f" config.graft.source={os.fspath(workdir)}"
         )
-    begun, found = workdirs.has_begun(pathlib.Path(workdir)), configs.find_problems(config)
+    begun = workdirs.has_begun(pathlib.Path(workdir))
+    problems = configs.find_problems(config)
     if not begun:
-        configs.raise_problems(found)
+        configs.raise_problems(problems)
     initialize_jax(config)
     resolved = configs.to_plain(config)
     launch.check_processes_agree(
         json.dumps(resolved, sort_keys=True),
         what="the config",
-        cure="start all with the same command and code",
+        cure="start all processes with the same command and code",
     )
     workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
-    with workdirs.open_workdir(workdir, primary=primary) as opened, Signals() as signals:
+    with workdirs.open_workdir(workdir, primary=primary) as handle, Signals() as signals:
         if primary:
             workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
-        # Each process looks for itself, and one that saw another state would wait for ever.
+        # Each process looks by itself. If they saw different states, one would wait forever.
         complete = (workdir / "summary.json").is_file()
         launch.check_processes_agree(
             f"{complete} {finding.all_steps(workdir)}",
             what="what the run directory holds",
-            cure=f"{workdir} must be one directory that all of them see",
+            cure=f"{workdir} must be one directory that all processes see",
         )
         if complete:
             summary = workdirs.read_json(workdir / "summary.json")
@@ -132,38 +136,38 @@ def run(
                     tables.print_summary(summary)
             return summary
         if config.log.wandb:
-            import_wandb()  # before the data is loaded
+            import_wandb()  # fails before the data are loaded
         components = build_components(config, objects, begun=bool(finding.all_steps(workdir)))
         change = check_run_data(workdir, components.dataset, accept_changed_data)
         record = components.describe_own_parts()
-        changed = check_own_parts(workdir, record, begun=begun)
+        source_notes = check_own_parts(workdir, record, begun=begun)
         plan = RunPlan(components)
-        found += plan.find_problems()
+        problems += plan.find_problems()
         if not begun:
-            configs.raise_problems(found)
+            configs.raise_problems(problems)
         if primary:
             print("\n".join(components.dataset.describe()))
-            if found:
-                print(configs.format_note(workdir, found))
+            if problems:
+                print(configs.format_note(workdir, problems))
             if change:
                 workdirs.record_accepted_change(workdir, change)
-            for line in (*components.own_parts.notes, *changed):
+            for line in (*components.own_parts.notes, *source_notes):
                 print(f"note: {line}")
             files.write_json(workdir / "config.json", resolved)
             if record:
                 files.write_json(workdir / "own.json", record)
             workdirs.write_dataset_facts(workdir, components.dataset.as_dict())
         try:
-            return Session(plan, workdir, opened, signals, began, accept_changed_data).run()
+            return Session(plan, workdir, handle, signals, began, accept_changed_data).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
         except DamagedImage as error:
             if not workdirs.has_begun(workdir):
                 raise
-            # The config of a run that has begun cannot change, and a mended file changes the data.
-            text = f"cannot decode {error.location}: {error.why}; mend or delete it, and then"
-            there = workdirs.describe_resume(workdir)
-            raise UserError(f"{text} add --accept-changed-data; {there}") from None
+            # The config of a begun run cannot change, and repairing a file changes the data.
+            text = f"cannot decode {error.location}: {error.why}; repair or delete it, and then"
+            resume = workdirs.describe_resume(workdir)
+            raise UserError(f"{text} add --accept-changed-data; {resume}") from None
         except ProcessLost as error:
             raise ProcessLost(f"{error}; {workdirs.describe_resume(workdir)}") from None
 
@@ -175,8 +179,10 @@ def check_complete_run(
     accept: bool,
     objects: OpaqueObjects | None = None,
 ) -> None:
-    """Raises `ChangedData` if a complete run's data changed and this is not accepted. Data that can
-    no longer be read are no error: the numbers of the run stand."""
+    """Raises `ChangedData` if a complete run's data changed and `accept` is not set.
+
+    Data that can no longer be read are no error, because the run's numbers stay valid.
+    """
     primary = jax.process_index() == 0
     try:
         data = None
@@ -188,9 +194,9 @@ def check_complete_run(
             data = data or own_parts.make_data(config, objects)
             dataset = load_dataset(config.data, data=data, begun=True)  # for the counts
             seen, facts = dataset.snapshot, dataset.as_dict()
-    except (UserError, OSError) as error:  # OSError: of the user's own function
+    except (UserError, OSError) as error:  # OSError: raised by the user's own function
         if primary:
-            print(f"the data of {workdir} are not compared: {error}")
+            print(f"the data of {workdir} were not compared: {error}")
         return
     change = workdirs.check_data(workdir, seen, accept=accept, quiet=not primary)
     if primary and change:

@@ -1,4 +1,4 @@
-"""What studies ask of a user's own parts in a config."""
+"""Handles the user's own parts in the configs of studies."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from flax_cnns.runs.references import OPAQUE, PART_FIELDS, find_references, name
 
 
 def refuse_opaque(config: Any, why: str) -> None:
-    """Raises `UserError` for an object of one process, which a study cannot have; `why` says so."""
+    """Raises UserError if the config has an opaque object, which child processes cannot import.
+
+    `why` is the reason in the message.
+    """
     for kind, references in find_references(config).items():
         for reference in references:
             if reference.startswith(OPAQUE):
                 name = name_of(reference)
                 raise UserError(
-                    f"config.{PART_FIELDS[kind]}: {name} is an object of one process, and {why};"
+                    f"config.{PART_FIELDS[kind]}: {name} is an object of one process, but {why};"
                     f" name it 'package.module:{name}'"
                 )
 
 
 def find_names(config: Any) -> set[str]:
-    """The names by which `own.NAME.FIELD` may mean the own parts of a config."""
-    found = find_references(config)
-    return {name_of(one) for kind, of in found.items() if kind != "model" for one in of}
+    """Returns the names of a config's own parts, as `own.NAME.FIELD` uses them."""
+    references = find_references(config)
+    return {name_of(ref) for kind, refs in references.items() if kind != "model" for ref in refs}
 
 
-def remove_fields(config: ConfigDict, gone: set[str]) -> None:
-    """Removes the fields of own parts that a config no longer names."""
+def remove_fields(config: ConfigDict, names: set[str]) -> None:
+    """Removes `own.NAME` for each of `names` from a config."""
     with config.unlocked():
-        for name in gone & set(config.get("own", {})):
+        for name in names & set(config.get("own", {})):
             del config.own[name]

@@ -256,7 +256,7 @@ def test_an_absurd_loss_is_a_warning_in_log_and_summary(
     monkeypatch.setattr(session, "MAX_LOSS_RATIO", 0.1)
     (warning,) = run(config, workdir)["warnings"]
     assert warning.startswith("train/loss is 2.")
-    assert "at step 3, and guessing gives 2.3; lower schedule.learning_rate (0.002)" in warning
+    assert "at step 3, but guessing gives 2.3; lower schedule.learning_rate (0.002)" in warning
     assert capsys.readouterr().out.count("warning: ") == 2  # the test's as it is logged, the first
 
 

@@ -213,7 +213,10 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         run(config, tmp_path / "run", **{**given, "metrics": given["metrics"][0]})
     given["metrics"] = {"one": given["metrics"][0]}
     summary = run(config, tmp_path / "run", **given)
-    assert "no other can import: Bare, arrays, focal, one, Recorder" in capsys.readouterr().out
+    assert (
+        "objects that only this process can use: Bare, arrays, focal, one, Recorder"
+        in capsys.readouterr().out
+    )
     assert summary["test/one"] == 1.0
     assert [step for step, _ in seen.steps] == [1, 2]
     assert all(isinstance(v, float) for _, numbers in seen.steps for v in numbers.values())
@@ -245,7 +248,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(own={"Shrink": {"rat": 1.0, "rate": 0.0}}), "own.Shrink.rat: .*mean 'rate'"),
         (
             dict(own={"Shrnk": {"rate": 1.0}}),
-            "none of the own parts is called 'Shrnk'; did you mean",
+            "no own part is called 'Shrnk'; did you mean",
         ),
         (dict(train={"best_by": "validation/recal"}), "has no 'recal'; did you mean 'recall'"),
         (dict(train={"best_mode": "auto"}), "is the best 'recall' the highest or the lowest"),
@@ -285,7 +288,7 @@ def test_a_partial_makes_a_regularizer_and_a_pair_is_no_data():
 def test_an_optimizer_is_given_as_a_factory():
     config = complete({})
     objects = resolving.write_to_config(config, {"optimizer": optax.sgd(0.1)})
-    with pytest.raises(UserError, match="got an optimizer that is made already"):
+    with pytest.raises(UserError, match="got an optimizer that already exists"):
         resolving.resolve(config, objects)
 
 
@@ -356,7 +359,7 @@ class Mistyped:
     ("given", "words"),
     [
         (Short(), r"on_validation: it is called with \(step, numbers\) but takes \(numbers\)"),
-        (Mistyped(), "has 'on_validate', which nothing calls; did you mean 'on_validation'"),
+        (Mistyped(), "has 'on_validate', which is never called; did you mean 'on_validation'"),
     ],
 )
 def test_a_callback_that_would_fail_or_never_be_called(given, words):
@@ -374,10 +377,10 @@ def test_a_callback_that_would_fail_or_never_be_called(given, words):
         ("Keeps", "keeps variables of cache"),
         ("NeedsKey", r"expected __call__\(self, images, \*, train\): missing .*'key'"),
         ("Streams", "in training: .*noise.; a run gives the streams dropout and shared"),
-        ("LateHead", "in training: .*parameters are made with train=False"),
+        ("LateHead", "in training: .*create all parameters also with train=False"),
         ("TwoHeads", "in training: expected logits .*it gives tuple"),
-        ("OfNNX", r"got one of Flax NNX; give flax\.nnx\.bridge\.to_linen"),
-        ("NUMBER", "a function that makes it; got a int"),
+        ("OfNNX", r"got a Flax NNX module; pass flax\.nnx\.bridge\.to_linen"),
+        ("NUMBER", "a function that returns it; got a int"),
     ],
 )
 def test_a_network_that_is_none(name, words):
@@ -468,7 +471,7 @@ def test_a_complete_run_stands_where_its_data_are_gone(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(resolving, "make_data", gone)
     check_complete_run(complete({}), tmp_path, None, False)
-    assert "are not compared: no such file: images.npy" in capsys.readouterr().out
+    assert "were not compared: no such file: images.npy" in capsys.readouterr().out
 
 
 def test_a_child_process_looks_for_modules_where_its_parent_does(monkeypatch):

@@ -43,7 +43,7 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
     images = (test.images[:8] / np.float32(255) - mean) / std
     logits = np.asarray(parts.model.apply(variables, images))
     monkeypatch.setattr(load, "load_dataset", lambda _: pytest.fail("the data set was loaded"))
-    found = predict.predict(predict.make_predictor_from_folder(finished[0]), files, most=10)
+    found = predict.predict(predict.make_predictor_from_folder(finished[0]), files, max_classes=10)
     for row, guesses in zip(logits, found):
         shares = np.exp(row) / np.exp(row).sum()
         assert [name for name, _ in guesses] == [str(k) for k in np.argsort(-shares)]
@@ -96,7 +96,7 @@ def test_somebodys_weights_have_numbers_for_classes_converted_or_not(tmp_path):
         np.testing.assert_equal(
             predictor.probabilities.args[0], convert("squeezenet1_1", tensors, "torchvision")
         )
-    (guesses,) = predict.predict(predictor, [photo], most=20)
+    (guesses,) = predict.predict(predictor, [photo], max_classes=20)
     assert len(guesses) == 10
     assert sum(share for _, share in guesses) == pytest.approx(1, abs=1e-5)
 
@@ -112,13 +112,13 @@ def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
     seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
     np.testing.assert_array_equal(predictor.read(photo), seen(photo))
     convert_to_folder(*given[:2], tmp_path / "gray", given[3], channels=1, adapt_stem=True)
-    with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], and photos"):
+    with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], but photos"):
         predict.make_predictor_from_folder(tmp_path / "gray")
 
 
 def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
     manager.write_tree(tmp_path / "other", {"w": np.ones(3)}, {"model": "lenet5", "by": "us"})
-    with pytest.raises(UserError, match=r"one checkpoint: leave out --checkpoint, got 'best'"):
+    with pytest.raises(UserError, match=r"no checkpoints: remove --checkpoint, got 'best'"):
         predict.make_predictor_from_folder(tmp_path / "other", "best")
     written = {"source": "us", "preprocessing": {"size": 32}}
     for about, said in (

@@ -130,7 +130,9 @@ def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
 
 def test_ctrl_c_before_the_first_step_promises_no_checkpoint(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.TrainLoop, "run", lambda *_: os.kill(os.getpid(), 2))
-    with pytest.raises(KeyboardInterrupt, match="nothing of this run was saved; the same command"):
+    with pytest.raises(
+        KeyboardInterrupt, match="nothing of this run was saved; run the same command"
+    ):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -212,7 +214,7 @@ def test_a_run_of_an_older_version_goes_on_to_the_bit(
     capsys.readouterr()
     run(config, workdir)
     said = (
-        "was made by an older version that lacks the fields mix.cutmix, optimizer.sam: it goes on"
+        "was made by an older version that lacks the fields mix.cutmix, optimizer.sam: it resumes"
     )
     assert said in capsys.readouterr().out
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
@@ -230,7 +232,7 @@ def test_a_run_whose_layers_were_grouped_in_another_way_is_told(config, tmp_path
             del there["graft"]["adapt_stem"]
         (tmp_path / "config.json").write_text(json.dumps(there))
         check_workdir(tmp_path, today)
-        assert ("grouped as BEiT and timm do" in capsys.readouterr().out) == older
+        assert ("grouped as in BEiT and timm" in capsys.readouterr().out) == older
 
 
 @pytest.mark.slow
@@ -636,7 +638,7 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(
     config.data.mock = 40
     said = (
         r"batch_size=4 \(devices: 4, train.accumulate: 1\) .* stage2/block1/\w+ gets "
-        r"\[1, 1, 1, 4\].* take data\.batch_size=8,"
+        r"\[1, 1, 1, 4\].* set data\.batch_size=8,"
     )
     with pytest.raises(UserError, match=said):
         dry_run(config)
@@ -646,7 +648,7 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(
     config.data.batch_size = 8
     dry_run(config)
     config.train.accumulate = 2  # a piece after the other
-    with pytest.raises(UserError, match=r"train\.accumulate: 2\).* take data\.batch_size=16,"):
+    with pytest.raises(UserError, match=r"train\.accumulate: 2\).* set data\.batch_size=16,"):
         dry_run(config)
     config.train.sync_batchnorm = True  # over the devices of a piece
     dry_run(config)

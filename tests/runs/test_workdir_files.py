@@ -58,7 +58,7 @@ def test_a_checkpoint_is_named_once():
     assert workdir.split_checkpoint("runs/x@best") == workdir.split_checkpoint("runs/x", "best")
     assert workdir.split_checkpoint("runs/x@3", "3")[1] == "3"
     assert workdir.split_checkpoint("runs/x")[1] == ""
-    with pytest.raises(UserError, match="are two checkpoints; name one"):
+    with pytest.raises(UserError, match="name two checkpoints; name one"):
         workdir.split_checkpoint("runs/x@best", "latest")
 
 

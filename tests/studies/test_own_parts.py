@@ -133,12 +133,12 @@ def test_rows_change_own_fields_and_a_part_that_is_gone_takes_its_fields_along(c
         ),
         (
             WITHOUT | {"own.Shrink.rate": 0.1},
-            r"row b: config\.own\.Shrink: none of the own parts is",
+            r"row b: config\.own\.Shrink: no own part is",
         ),
         ({"train.loss": f"{PARTS}:foca"}, r"row b: train\.loss=.* has no 'foca'; did you mean"),
         (
             {"train.regularizers": ("<opaque>:Noise",)},
-            r"row b: config\.train\.regularizers: Noise is an object of one process, and an"
+            r"row b: config\.train\.regularizers: Noise is an object of one process, but an"
             r" ablation runs in child processes; name it 'package\.module:Noise'",
         ),
         ({"data.name": "digits", "data.mock": 40}, r"--metric: the test of row b logs no 'recall'"),
@@ -219,9 +219,7 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
     assert (task.parts, task.classifier, task.why_no_features) == (("conv1",), ("head",), "")
     task = make_task()
     assert (task.parts, task.classifier) == (("conv1", "norm", "conv2"), ("head",))
-    assert task.why_no_features.startswith(
-        f"{PARTS}:Net of {{target}} gives no features [N C] where"
-    )
+    assert task.why_no_features.startswith(f"{PARTS}:Net of {{target}} gives no features [N C] if")
 
 
 @pytest.mark.parametrize(
@@ -230,17 +228,17 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
         (
             dict(model={"name": f"{PARTS}:Bare"}),
             {},
-            r"needs a field 'num_classes' of it, .*:Bare has none; add one",
+            r"needs a field 'num_classes' of the network, .*:Bare has none; add it",
         ),
         (
             dict(data={"name": f"{HERE}:two_labels"}),
             {},
-            r"compares accuracies, and an image of arrays has several labels \(multilabel\)",
+            r"compares accuracies, but an image of arrays has several labels \(multilabel\)",
         ),
         (
             dict(train={"loss": "<opaque>:huber"}),
             {},
-            r"targets\.similar: config\.train\.loss: huber is an object of one process, and fine",
+            r"targets\.similar: config\.train\.loss: huber is an object of one process, but fine",
         ),
         (
             dict(
@@ -254,12 +252,12 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
         (
             dict(data={"name": f"{HERE}:stream"}),
             dict(fractions=(0.5, 1)),
-            r"--fractions=0\.5: no fraction can be taken of batches, which come in an order",
+            r"--fractions=0\.5: batches has a fixed stream of batches, which cannot be divided",
         ),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_told_in_a_line(tmp_path, monkeypatch, sections, given, said):
-    monkeypatch.setattr(compare._Runner, "cell", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: pytest.fail("started"))
     config = targets(**sections)
     with pytest.raises(UserError, match=said):
         compare.compare_strategies(config, tmp_path / "x", **given, say=lambda line: None)
@@ -268,7 +266,7 @@ def test_what_cannot_be_fine_tuned_is_told_in_a_line(tmp_path, monkeypatch, sect
 
 def test_what_is_left_out_of_all_strategies_is_said(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(compare._Runner, "cell", lambda *_: [])
+    monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: [])
     monkeypatch.setattr(compare, "_check_source", lambda *_: None)
     train = {"callbacks": (f"{PARTS}:Recorder",)}
     model, data = {"name": f"{HERE}:Headless"}, {"name": f"{HERE}:stream"}
@@ -333,7 +331,7 @@ def test_an_own_network_is_scaled(scaled):
 @pytest.mark.parametrize(
     ("section", "fields", "said"),
     [
-        ("data", {"name": f"{PARTS}:digits", "mock": 0}, "own data come at their own size"),
+        ("data", {"name": f"{PARTS}:digits", "mock": 0}, "own data have a fixed size"),
         ("train", {"best_by": "validation/loss"}, "the search compares validation accuracies"),
         ("train", {"loss": "<opaque>:huber"}, "and the search starts its runs from configs"),
         ("model", {"name": f"{PARTS}:Net"}, r"Net has no field '(width|depth)_mult'"),

@@ -1,19 +1,20 @@
-"""Ablations: rows, each a change to one config, trained with several seeds and compared.
+"""Ablations: changes to one config, trained with several seeds and compared.
 
-A row is a name and overrides, `("mixup", {"mix.mixup": 0.2})`; the first is the baseline. A cell is
-a row with a seed: a run (`flax_cnns.run`) in a directory and a process of its own. Seed s adds s to
-`config.seed` in every row, so that rows are paired: the same first values where shapes agree, the
-same order of the images, the same augmentation, the same split.
+A row is a name and overrides, `("mixup", {"mix.mixup": 0.2})`; the first row is the baseline. A
+cell is a row with a seed: a run (`flax_cnns.run`) in its own directory and process. Seed s adds s
+to `config.seed` in every row. This pairs the rows: cells of one seed have the same initial values
+where shapes agree, the same order of the images, the same augmentation and the same split.
 
 ablation.json     the config, the baseline's name, the number of seeds, rows with their overrides
 ROW/seedS/        the run
 ROW/seedS.json    {"status": complete, failed, diverged or interrupted, "attempts", "error" (one
-                  line), "seconds" (of the attempts whose end was seen)}; a cell that runs is
-                  interrupted till it ends
-ROW/seedS.txt     what it printed
+                  line), "seconds" (of the attempts that were seen to end)}; the status of a running
+                  cell is interrupted
+ROW/seedS.txt     the run's output
 
-Started again, what is complete is skipped, what was cut goes on, and what failed is tried again.
-What diverged would diverge again, to the bit: it stays as it is until its directory is removed.
+When an ablation is started again, complete cells are skipped, interrupted cells resume, and failed
+cells are tried again. A diverged cell is skipped too, because it would diverge again bit for bit;
+remove its directory to rerun it.
 """
 
 from __future__ import annotations
@@ -43,54 +44,56 @@ from flax_cnns.studies.ablation.forecast import RowCost
 from flax_cnns.studies.ablation.plan import SweepCell
 from flax_cnns.train.progress import format_duration
 
-# ---------------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------------- running cells
 
 
 def run_cells(
     cells: Sequence[SweepCell],
-    shares: Sequence[child.DeviceSlot],
-    sizes: Mapping[str, RowCost],
+    slots: Sequence[child.DeviceSlot],
+    costs: Mapping[str, RowCost],
     *,
     accept_changed_data: bool = False,
     metric: str = "accuracy",
     console: Console | None = None,
 ) -> dict[str, int]:
-    """Runs the cells that are not done, one on each share of the machine, and returns how many of
-    all have which status. A cell that fails is tried twice. A cell that began with other data is
-    renamed and runs again; with `accept_changed_data` it is kept. `metric`: the one of its test
-    that a cell says when it ends.
+    """Runs the cells that are not final, one on each slot. Returns {status: number of cells}.
 
-    A cell that another process runs (another start of the same ablation, or what a killed one left
-    behind and still saves) is waited for.
+    A cell that fails is tried twice. A cell that began with other data is renamed and runs again;
+    with `accept_changed_data` it is kept. `metric`: the test metric to print when a cell ends.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on: cells save and leave, and no other is begun. At the
-    second signal they are killed. After SIGINT (Ctrl-C) this function ends with KeyboardInterrupt.
+    Waits for a cell that another process is running: another start of the same ablation, or a child
+    of a killed start that is still saving.
+
+    SIGTERM, SIGINT and SIGUSR1 make the running cells save and exit, and no new cell starts. A
+    second signal kills them. After SIGINT (Ctrl-C) this function raises KeyboardInterrupt.
     """
-    for cell in cells:  # complete, but nobody was there to write it
+    for cell in cells:  # a cell may have completed after its parent was killed
         if (known := cell.read_status())["status"] == "complete":
             cell.write_status(known)
     console = console or make_console()
-    _set_aside_changed_data(cells, sizes, accept_changed_data, console)
-    with _Signals() as signals, ProgressBoard(cells, sizes, len(shares), console, metric) as board:
+    _set_aside_changed_data(cells, costs, accept_changed_data, console)
+    with _Signals() as signals, ProgressBoard(cells, costs, len(slots), console, metric) as board:
         try:
-            _Scheduler(cells, shares, signals, board, accept_changed_data).run()
+            _Scheduler(cells, slots, signals, board, accept_changed_data).run()
         finally:
             board.update()
     if signals.interrupted:
-        raise KeyboardInterrupt("interrupted; the same command goes on")
+        raise KeyboardInterrupt("interrupted; run the same command again to resume")
     return dict(collections.Counter(cell.read_status()["status"] for cell in cells))
 
 
 def _set_aside_changed_data(
-    cells: Sequence[SweepCell], sizes: Mapping[str, RowCost], accept: bool, console: Console
+    cells: Sequence[SweepCell], costs: Mapping[str, RowCost], accept: bool, console: Console
 ) -> None:
-    """Renames the cells that began with other data, so that they run again. With `accept` they
-    stay, and the change is recorded. Prints a line for each."""
+    """Renames the cells that began with other data, so that they run again.
+
+    With `accept` they are kept and the change is recorded. Prints a line for each.
+    """
     for cell in cells:
-        data = sizes[cell.row.name].data if cell.row.name in sizes else None
+        data = costs[cell.row.name].data if cell.row.name in costs else None
         if data is None or not workdirs.has_begun(cell.workdir):
             continue
-        # None: another start of this ablation runs the cell, and has compared its data.
+        # If it is locked, another start of this ablation runs the cell and has compared its data.
         if (out := child.lock_log(cell.log)) is None:
             continue
         with out:
@@ -100,134 +103,143 @@ def _set_aside_changed_data(
                 if "fingerprint" in facts:
                     workdirs.record_moved_data(cell.workdir, cell.config.data.dir)
                 continue
-            said = f"{cell.name}: its data changed: {fingerprints.join_first(differs)}; "
+            line = f"{cell.name}: its data changed: {fingerprints.join_first(differs)}; "
             if not accept:
-                said += f"it is renamed to {workdirs.set_aside(cell.workdir)} and runs again"
+                line += f"it is renamed to {workdirs.set_aside(cell.workdir)} and runs again"
                 cell.delete_status()
             else:
-                said += "it is kept, as --accept-changed-data asks"
+                line += "it is kept because of --accept-changed-data"
                 if cell.read_status()["status"] == "complete":  # no child process will record it
                     change = workdirs.check_data(cell.workdir, data, accept=True, quiet=True)
+                    assert change is not None  # the data differ
                     workdirs.record_accepted_change(cell.workdir, change)
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Signals:
-    """Counts those that ask to leave."""
+    """Counts the signals that ask to stop."""
 
     def __init__(self) -> None:
-        self.asked, self.interrupted, self._old = 0, False, {}
+        self.count, self.interrupted = 0, False
+        self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGTERM, signal.SIGUSR1]
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
+            # A shell makes its background processes ignore SIGINT; respect this.
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
                 numbers.append(signal.SIGINT)
-            self._old = {number: signal.signal(number, self._count) for number in numbers}
+            self._old_handlers = {number: signal.signal(number, self._count) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
     def _count(self, number: int, _: Any) -> None:
-        self.asked += 1
+        self.count += 1
         self.interrupted |= number == signal.SIGINT
 
 
 class _Scheduler:
+    """Keeps the device slots busy with cells until all cells are final or a signal comes."""
+
     def __init__(
         self,
         cells: Sequence[SweepCell],
-        shares: Sequence[child.DeviceSlot],
+        slots: Sequence[child.DeviceSlot],
         signals: _Signals,
         board: ProgressBoard,
         accept: bool,
     ):
         self.waiting = collections.deque(
-            c for c in cells if not plan.is_final(c.read_status()["status"])
+            cell for cell in cells if not plan.is_final(cell.read_status()["status"])
         )
-        self.free, self.signals, self.board = list(shares), signals, board
+        self.free_slots, self.signals, self.board = list(slots), signals, board
         self.accept = accept
         self.running: list[RunningCell] = []
         self.elsewhere: set[str] = set()  # names of cells that another process runs
-        self.look = 0.0  # when to look for more to start, and to show the time that is left
+        self.next_poll = 0.0  # when to try to start cells and to update the board
         self.tries: collections.Counter = collections.Counter()
-        self.told = 0  # of the signals, so many
+        self.signals_handled = 0
 
     def run(self) -> None:
         try:
-            while self.running or (self.waiting and not self.signals.asked):
-                if time.monotonic() > self.look:
-                    self._begin()
+            while self.running or (self.waiting and not self.signals.count):
+                if time.monotonic() > self.next_poll:
+                    self._start_cells()
                     self.board.update(self.running, self.waiting)
-                    self.look = time.monotonic() + 1
+                    self.next_poll = time.monotonic() + 1
                 time.sleep(0.05)
-                self._pass_on()
-                for one in list(self.running):
-                    if one.process.poll() is not None:
-                        self._end(one)
+                self._forward_signals()
+                for running in list(self.running):
+                    if running.process.poll() is not None:
+                        self._end(running)
         finally:
-            for one in self.running:  # only after a fault of ours
-                one.process.terminate()
+            for running in self.running:  # nonempty only after a bug in this process
+                running.process.terminate()
 
-    def _begin(self) -> None:
-        """Starts as many cells as there is room for; those that another start of this ablation
-        runs, or the last one's children that still save, are left for later."""
+    def _start_cells(self) -> None:
+        """Starts cells on all free slots.
+
+        Leaves for later the cells that another start of this ablation runs, and those that a child
+        of the previous start is still saving.
+        """
         for cell in list(self.waiting):
-            if not self.free or self.signals.asked:
+            if not self.free_slots or self.signals.count:
                 return
             cell.folder.mkdir(parents=True, exist_ok=True)
             if (out := child.lock_log(cell.log)) is None:
                 if cell.name not in self.elsewhere:
-                    self.board.print(f"{cell.name}: another process runs it")
+                    self.board.print(f"{cell.name}: another process is running it")
                 self.elsewhere.add(cell.name)
                 continue
             with out:
                 self.waiting.remove(cell)
                 if not plan.is_final(cell.read_status()["status"]):
-                    self._start(cell, self.free.pop(0), out)
+                    self._start(cell, self.free_slots.pop(0), out)
 
-    def _start(self, cell: SweepCell, share: child.DeviceSlot, out: IO[bytes]) -> None:
+    def _start(self, cell: SweepCell, slot: child.DeviceSlot, out: IO[bytes]) -> None:
         known = cell.read_status()
         self.tries[cell.name] += 1
         known |= {"status": "interrupted", "attempts": known["attempts"] + 1, "error": ""}
-        cell.write_status(known)  # so it is, should nobody be there to write how it ended
-        said = out.tell()
-        accept = dict(accept_changed_data=self.accept)
-        process = child.start(cell.config, cell.workdir, out, share, **accept)
-        self.running.append(RunningCell(cell, share, process, said, time.monotonic(), known))
+        cell.write_status(known)  # stays "interrupted" if we are killed before the cell ends
+        log_start = out.tell()
+        process = child.start(cell.config, cell.workdir, out, slot, accept_changed_data=self.accept)
+        self.running.append(RunningCell(cell, slot, process, log_start, time.monotonic(), known))
 
-    def _pass_on(self) -> None:
-        if self.told == self.signals.asked:
+    def _forward_signals(self) -> None:
+        if self.signals_handled == self.signals.count:
             return
-        if not self.told:
-            self.board.print("asked to stop: what runs saves and leaves; asked again, it is killed")
-        for one in self.running:
-            one.process.send_signal(signal.SIGKILL if self.told else signal.SIGTERM)
-        self.told = self.signals.asked
+        if not self.signals_handled:
+            self.board.print("stopping: running cells save and exit; a second signal kills them")
+        for running in self.running:
+            running.process.send_signal(signal.SIGKILL if self.signals_handled else signal.SIGTERM)
+        self.signals_handled = self.signals.count
 
-    def _end(self, one: RunningCell) -> None:
-        self.running.remove(one)
-        self.free.append(one.slot)
-        self.look = 0.0
-        with contextlib.suppress(BrokenPipeError):  # it ended before it had read its job
-            one.process.stdin.close()
-        code, cell = one.process.returncode, one.cell
-        found = child.read_outcome(code, cell.log, one.log_start)
-        if self.told and code == -signal.SIGKILL:  # we did
-            found = child.ChildOutcome("interrupted")
-        seconds = one.previous["seconds"] + time.monotonic() - one.start_time
-        ended = {"status": found.status, "error": found.error, "seconds": round(seconds, 3)}
-        cell.write_status(one.previous | ended)
-        again = found.should_retry and self.tries[cell.name] == 1
-        if again:
+    def _end(self, running: RunningCell) -> None:
+        """Records how a cell ended, and queues it again if another attempt may succeed."""
+        self.running.remove(running)
+        self.free_slots.append(running.slot)
+        self.next_poll = 0.0
+        with contextlib.suppress(BrokenPipeError):  # the child ended before it read its job
+            running.process.stdin.close()
+        code, cell = running.process.returncode, running.cell
+        outcome = child.read_outcome(code, cell.log, running.log_start)
+        if self.signals_handled and code == -signal.SIGKILL:  # our own signal
+            outcome = child.ChildOutcome("interrupted")
+        took = time.monotonic() - running.start_time
+        seconds = round(running.previous["seconds"] + took, 3)
+        ended = {"status": outcome.status, "error": outcome.error, "seconds": seconds}
+        cell.write_status(running.previous | ended)
+        is_retried = outcome.should_retry and self.tries[cell.name] == 1
+        if is_retried:
             self.waiting.appendleft(cell)
         eta = self.board.update(self.running, self.waiting)
-        self.board.report_end(cell, found, time.monotonic() - one.start_time, again, eta)
+        self.board.report_end(cell, outcome, took, is_retried, eta)
 
 
-# ---------------------------------------------------------------------------- from plan to report
+# ---------------------------------------------------------------------------- the whole ablation
 
 
 @output.safe()
@@ -244,35 +256,38 @@ def ablate(
     metric: str = "accuracy",
     accept_changed_data: bool = False,
 ) -> dict[str, int]:
-    """Runs all cells of a sweep that are not done, or those of some `rows`, or the one of number
-    `index`; then writes the report. Returns how many cells have which status.
+    """Runs the cells of a sweep that are not final, then writes the report.
 
-    `jobs`: so many at once; see `runs.child.shares`. `interval`, `metric`: see `report.write`.
-    `accept_changed_data`: see `work`. Raises `UserError` before anything runs for what a run would
-    refuse before its first step, and KeyboardInterrupt after Ctrl-C, once the cells that ran have
-    saved.
+    `rows` selects rows by name, `index` selects one cell by its number. `jobs`: how many cells run
+    at once, see `child.make_device_slots`. `interval`, `metric`: see `report.write`.
+    `accept_changed_data`: see `run_cells`. Returns {status: number of cells}.
+
+    Raises UserError, before anything runs, for everything that a run would refuse before its first
+    step. Raises KeyboardInterrupt after Ctrl-C, when the running cells have saved.
     """
-    _check_alone()
+    _check_single_process()
     workdirs.check_location(folder)
-    made = plan.make_rows(config, sweep, folder)
-    cells = plan.select_cells(plan.make_cells(made, folder, seeds), rows=rows, index=index)
-    sizes = forecast.measure_rows(cells)
-    metric = forecast.check_metric(metric, sizes)
-    shares = child.make_device_slots(jobs)
-    plan.write_plan(folder, config, made, seeds, rows)
-    interrupt = None
+    sweep_rows = plan.make_rows(config, sweep, folder)
+    all_cells = plan.make_cells(sweep_rows, folder, seeds)
+    cells = plan.select_cells(all_cells, rows=rows, index=index)
+    costs = forecast.measure_rows(cells)
+    metric = forecast.check_metric(metric, costs)
+    slots = child.make_device_slots(jobs)
+    plan.write_plan(folder, config, sweep_rows, seeds, rows)
+    interrupt, counts = None, {}
     try:
-        given = dict(accept_changed_data=accept_changed_data, metric=metric)
-        found = run_cells(cells, shares, sizes, **given)
+        counts = run_cells(
+            cells, slots, costs, accept_changed_data=accept_changed_data, metric=metric
+        )
     except KeyboardInterrupt as error:
         interrupt = error
-    # Of an array's tasks the last one writes it.
-    states = {cell.read_status()["status"] for cell in plan.make_cells(made, folder, seeds)}
+    # Of the tasks of an array, the last one to finish writes the report.
+    states = {cell.read_status()["status"] for cell in all_cells}
     if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
         write_report(folder, interval=interval, metric=metric)
     if interrupt is not None:
         raise interrupt
-    return found
+    return counts
 
 
 def show_plan(
@@ -286,35 +301,39 @@ def show_plan(
     rows: Sequence[str] = (),
     metric: str = "accuracy",
 ) -> None:
-    """Prints what `ablate` would do, and what it will take; writes nothing. Raises `UserError`."""
+    """Prints what `ablate` would run and how long that would take. Writes nothing.
+
+    Raises UserError as `ablate` does.
+    """
     workdirs.check_location(folder)
-    made = plan.make_rows(config, sweep, folder)
-    cells = plan.select_cells(plan.make_cells(made, folder, seeds), rows=rows, index=index)
-    sizes = forecast.measure_rows(cells)
-    forecast.check_metric(metric, sizes)
-    shares = child.make_device_slots(jobs)
-    seconds, source = forecast.forecast_seconds(cells, sizes, shares[0])
+    sweep_rows = plan.make_rows(config, sweep, folder)
+    cells = plan.select_cells(plan.make_cells(sweep_rows, folder, seeds), rows=rows, index=index)
+    costs = forecast.measure_rows(cells)
+    forecast.check_metric(metric, costs)
+    slots = child.make_device_slots(jobs)
+    seconds, basis = forecast.forecast_seconds(cells, costs, slots[0])
     console = make_console(width=max(100, make_console().width))
-    console.print(forecast.make_plan_table(cells, sizes, seconds))
+    console.print(forecast.make_plan_table(cells, costs, seconds))
     waiting = [seconds[c.row.name] for c in cells if not plan.is_final(c.read_status()["status"])]
     for cell in cells:
-        if differs := workdirs.find_data_differences(cell.workdir, sizes[cell.row.name].data):
-            differs = fingerprints.join_first(differs)
-            print(f"{cell.name}: its data changed: {differs}; it will run again")
+        if differs := workdirs.find_data_differences(cell.workdir, costs[cell.row.name].data):
+            changes = fingerprints.join_first(differs)
+            print(f"{cell.name}: its data changed: {changes}; it will run again")
+    remaining = format_duration(forecast.compute_makespan(waiting, len(slots)))
     print(
-        f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(shares)} at once, about "
-        f"{format_duration(forecast.compute_makespan(waiting, len(shares)))} left: told {source}"
+        f"{len(cells)} cells, {len(cells) - len(waiting)} done; {len(slots)} at once, about"
+        f" {remaining} left (estimated {basis})"
     )
 
 
 def write_report(
     folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy"
 ) -> None:
-    """Writes the report of what is complete, and says where it is. Raises `UserError`."""
+    """Writes the report of the complete cells and prints the files' names. Raises UserError."""
     folder = pathlib.Path(folder)
     if not (folder / "ablation.json").is_file():
         raise UserError(f"{folder}: no ablation here (ablation.json is missing)")
-    # Late: SciPy and matplotlib, which training does not need.
+    # Imported late: the report needs SciPy and matplotlib, training does not.
     from flax_cnns.studies.ablation import report as ablation_report
 
     with plan.lock_folder(folder):
@@ -322,10 +341,10 @@ def write_report(
     print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")
 
 
-def _check_alone() -> None:
+def _check_single_process() -> None:
     several = launch.find_cluster(os.environ) in ("SLURM", "Open MPI", "Kubernetes")
     if several or os.environ.get(launch.COORDINATOR):
         raise UserError(
-            "an ablation is one process that starts others; start one alone, as by"
-            " srun --ntasks=1, or an array of them with --index"
+            "an ablation is one process that starts others; start a single process, for example"
+            " with srun --ntasks=1, or an array of single processes with --index"
         )

@@ -1,4 +1,4 @@
-"""What is shown while the cells of an ablation run: a bar, a line for each that ends, the ETA."""
+"""Shows the progress of an ablation: a bar, the ETA, and a line for each cell that ends."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from flax_cnns.train.progress import format_duration
 
 
 class RunningCell(NamedTuple):
+    """A cell whose process runs."""
+
     cell: SweepCell
     slot: child.DeviceSlot
-    process: Any
-    log_start: int  # bytes of the log before
+    process: Any  # a subprocess.Popen
+    log_start: int  # where this attempt's output begins in the log, in bytes
     start_time: float
-    previous: dict[str, Any]  # of the cell before
+    previous: dict[str, Any]  # the cell's status at the start of this attempt
 
 
 class ProgressBoard:
-    """Shows how far all cells are: a bar on a terminal, and a line for each that ends."""
+    """Shows the progress of all cells: a bar on a terminal, and a line for each cell that ends."""
 
     def __init__(
         self,
         cells: Sequence[SweepCell],
-        sizes: Mapping[str, RowCost],
+        costs: Mapping[str, RowCost],
         jobs: int,
         console: Console,
         metric: str,
     ):
-        self.cells, self.sizes, self.jobs, self.console = cells, sizes, jobs, console
+        self.cells, self.costs, self.jobs, self.console = cells, costs, jobs, console
         self.metric = metric
         self.bar = bars.Progress(
             bars.TextColumn("{task.completed:.0f}/{task.total:.0f} cells"),
@@ -53,48 +55,54 @@ class ProgressBoard:
         self.bar.start()
         self.task = self.bar.add_task("", total=len(self.cells), eta="", running="")
         self.update()
-        if skipped := self._done():
-            self.print(f"{skipped} of {len(self.cells)} cells are done already")
+        if skipped := self._count_final():
+            self.print(f"{skipped} of {len(self.cells)} cells are already done")
         for cell in self.cells:
             if cell.read_status()["status"] == "diverged":
-                self.print(f"{cell.name} diverged before; remove {cell.workdir} to try it again")
+                self.print(f"{cell.name} diverged before; remove {cell.workdir} to rerun it")
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.bar.stop()
 
-    def _done(self) -> int:
+    def _count_final(self) -> int:
         return sum(plan.is_final(cell.read_status()["status"]) for cell in self.cells)
 
     def _eta(self, running: Iterable[RunningCell], waiting: Iterable[SweepCell]) -> str:
-        if not (seconds := forecast.estimate_seconds(self.sizes, self.cells)):
+        if not (seconds := forecast.estimate_seconds(self.costs, self.cells)):
             return ""
         now = time.monotonic()
-        each = [max(0.0, seconds[one.cell.row.name] - (now - one.start_time)) for one in running]
+        each = [max(0.0, seconds[r.cell.row.name] - (now - r.start_time)) for r in running]
         waiting = [cell for cell in waiting if not plan.is_final(cell.read_status()["status"])]
-        remaining = forecast.compute_makespan(
-            each + [seconds[cell.row.name] for cell in waiting], self.jobs
-        )
+        each += [seconds[cell.row.name] for cell in waiting]
+        remaining = forecast.compute_makespan(each, self.jobs)
         return f"ETA {format_duration(remaining)}" if remaining else ""
 
     def print(self, text: str) -> None:
+        """Prints a line above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, running: Sequence[RunningCell] = (), waiting: Iterable[SweepCell] = ()) -> str:
-        """Returns the ETA."""
-        names, eta = "; ".join(one.cell.name for one in running), self._eta(running, waiting)
-        self.bar.update(self.task, completed=self._done(), eta=eta, running=names)
+        """Updates the bar. Returns the ETA."""
+        names, eta = "; ".join(r.cell.name for r in running), self._eta(running, waiting)
+        self.bar.update(self.task, completed=self._count_final(), eta=eta, running=names)
         return eta
 
     def report_end(
-        self, cell: SweepCell, found: child.ChildOutcome, seconds: float, again: bool, eta: str
+        self,
+        cell: SweepCell,
+        outcome: child.ChildOutcome,
+        seconds: float,
+        is_retried: bool,
+        eta: str,
     ) -> None:
-        said = f"{self._done()}/{len(self.cells)}  {cell.name}: {found.status}"
-        if found.status == "complete":
+        """Prints how a cell ended."""
+        line = f"{self._count_final()}/{len(self.cells)}  {cell.name}: {outcome.status}"
+        if outcome.status == "complete":
             value = workdirs.read_json(cell.workdir / "summary.json").get(f"test/{self.metric}")
-            said += f", {describe_test_value(self.metric, value)}" if value is not None else ""
-        said += f", {format_duration(seconds)}"
-        said += f", {found.error}" if found.error else ""
-        said += "; once more" if again else ""
-        said += f" (see {cell.log})" if found.status in ("failed", "diverged") else ""
-        self.print(f"{said}  {eta}" if eta else said)
+            line += f", {describe_test_value(self.metric, value)}" if value is not None else ""
+        line += f", {format_duration(seconds)}"
+        line += f", {outcome.error}" if outcome.error else ""
+        line += "; trying again" if is_retried else ""
+        line += f" (see {cell.log})" if outcome.status in ("failed", "diverged") else ""
+        self.print(f"{line}  {eta}" if eta else line)

@@ -1,4 +1,4 @@
-"""How long the cells of an ablation will take, and the table that shows it."""
+"""Forecasts how long the cells of an ablation will take, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -29,25 +29,29 @@ from flax_cnns.train.progress import format_duration
 
 
 class RowCost(NamedTuple):
-    """Of a row's run."""
+    """What a run of a row costs, and what it will see and log."""
 
     params: int
     macs: int  # of one image
-    images_seen: int  # that it is trained on, each as often as it is seen
-    data: fingerprints.DataSnapshot = fingerprints.DataSnapshot({})  # as it is now
-    metrics: tuple[str, ...] = ()  # that its test logs
+    images_seen: int  # training images, each counted as often as it is seen
+    data: fingerprints.DataSnapshot = fingerprints.DataSnapshot({})  # the data as they are now
+    metrics: tuple[str, ...] = ()  # the test metrics that the run will log
 
     @property
     def total_macs(self) -> float:
+        """Multiply-adds of one forward pass over all images seen."""
         return float(self.macs) * self.images_seen
 
 
 def measure_rows(cells: Sequence[SweepCell]) -> dict[str, RowCost]:
-    """The sizes by row. Computes shapes only, and prints what the data sets hold.
+    """Returns the cost of each row. Computes shapes only, and prints what the data sets hold.
 
-    Raises `UserError` for what a run would refuse before its first step: see `make_rows`."""
+    Raises UserError for everything that a run would refuse before its first step, see `dry_run`.
+    """
     waiting = {cell.row.name for cell in cells if not is_final(cell.read_status()["status"])}
-    sizes, sources, said = {}, {}, set()
+    costs: dict[str, RowCost] = {}
+    sources: dict[Any, Any] = {}
+    printed: set[str] = set()
     recorded = read_recorded_rows(cells[0].folder.parent if cells else None)
     for row in {cell.row.name: cell.row for cell in cells}.values():
         try:
@@ -57,131 +61,153 @@ def measure_rows(cells: Sequence[SweepCell]) -> dict[str, RowCost]:
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
         for line in components.dataset.describe():
-            if line not in said:
+            if line not in printed:
                 print(line)
-                said.add(line)
-        found = cost(components.model, (1, *components.dataset.image_shape), train=False)
-        images = steps * row.config.data.batch_size
-        seen, logged = components.dataset.snapshot, tuple(_metrics(components))
-        sizes[row.name] = RowCost(found.params, found.macs, images, seen, logged)
-    return sizes
+                printed.add(line)
+        network = cost(components.model, (1, *components.dataset.image_shape), train=False)
+        costs[row.name] = RowCost(
+            params=network.params,
+            macs=network.macs,
+            images_seen=steps * row.config.data.batch_size,
+            data=components.dataset.snapshot,
+            metrics=tuple(_list_test_metrics(components)),
+        )
+    return costs
 
 
-def _metrics(components: RunComponents) -> list[str]:
-    """What the test of a run logs: none without a test split."""
+def _list_test_metrics(components: RunComponents) -> list[str]:
+    """The metrics that the run's test will log; none without a test split."""
     if "test" not in components.dataset.splits:
         return []
     own = components.own_parts.metrics
     return metrics.list_names(components.num_classes, task=components.dataset.task, own_metrics=own)
 
 
-def check_metric(metric: str, sizes: Mapping[str, RowCost]) -> str:
-    """The name of a metric, without "test/". Raises `UserError` for one that a row's test will not
-    log."""
+def check_metric(metric: str, costs: Mapping[str, RowCost]) -> str:
+    """Returns the metric's name without "test/".
+
+    Raises UserError if the test of a row will not log it.
+    """
     name = metric.removeprefix("test/")
-    for row, size in sizes.items():
-        if name not in size.metrics:
-            near = did_you_mean(name, size.metrics) or "; its data have no test split"
+    for row, row_cost in costs.items():
+        if name not in row_cost.metrics:
+            near = did_you_mean(name, row_cost.metrics) or "; its data have no test split"
             raise UserError(f"--metric: the test of row {row} logs no {name!r}{near}")
     return name
 
 
-def estimate_seconds(sizes: Mapping[str, RowCost], cells: Iterable[SweepCell]) -> dict[str, float]:
-    """Seconds of a cell of each row: what its complete ones took, else what those of all rows took,
-    by MACs and images. {} where none is complete."""
+def estimate_seconds(costs: Mapping[str, RowCost], cells: Iterable[SweepCell]) -> dict[str, float]:
+    """Returns the expected seconds of a cell of each row; {} if no cell is complete.
+
+    A row's complete cells give its time. A row without complete cells is estimated from all rows'
+    complete cells in proportion to `RowCost.total_macs`.
+    """
     seconds = collections.defaultdict(list)
     for cell in cells:
         known = cell.read_status()
-        if known["status"] == "complete" and known["seconds"] and cell.row.name in sizes:
+        if known["status"] == "complete" and known["seconds"] and cell.row.name in costs:
             seconds[cell.row.name].append(known["seconds"])
     if not seconds:
         return {}
-    work = sum(len(took) * sizes[name].total_macs for name, took in seconds.items())
-    pace = sum(map(sum, seconds.values())) / work
+    macs = sum(len(times) * costs[name].total_macs for name, times in seconds.items())
+    seconds_per_mac = sum(map(sum, seconds.values())) / macs
     return {
-        name: float(np.mean(seconds[name])) if name in seconds else pace * size.total_macs
-        for name, size in sizes.items()
+        name: float(np.mean(seconds[name]))
+        if name in seconds
+        else seconds_per_mac * row_cost.total_macs
+        for name, row_cost in costs.items()
     }
 
 
-TIMING_STEPS = 20  # steps
+TIMING_STEPS = 20
 
 
-def time_steps(row: SweepRow, share: child.DeviceSlot) -> tuple[float, float]:
-    """(seconds of an image in training, seconds of everything else), by a run of a few steps."""
+def time_steps(row: SweepRow, slot: child.DeviceSlot) -> tuple[float, float]:
+    """Times a run of `TIMING_STEPS` steps.
+
+    Returns (seconds per training image, seconds of everything else).
+    """
     config = ConfigDict(row.config.to_dict())
     config.schedule.update(dict(name="constant", warmup="0 steps"))
     config.train.update(
         dict(duration=f"{TIMING_STEPS} steps", eval_every="0 steps", early_stopping=0)
     )
     config.checkpoint.every = "0 steps"
-    named, config.train.callbacks = own_parts.find_names(config), ()  # which may write files
-    own_parts.remove_fields(config, named - own_parts.find_names(config))
+    names, config.train.callbacks = own_parts.find_names(config), ()  # callbacks may write files
+    own_parts.remove_fields(config, names - own_parts.find_names(config))
     config = configs.reset_inert_fields(config)
     with tempfile.TemporaryDirectory() as folder:
         workdir, log = pathlib.Path(folder) / "run", pathlib.Path(folder) / "log.txt"
-        began = time.perf_counter()
-        with child.lock_log(log) as out:
-            process = child.start(config, workdir, out, share)
+        start_time = time.perf_counter()
+        out = child.lock_log(log)
+        assert out is not None  # the folder is new
+        with out:
+            process = child.start(config, workdir, out, slot)
         try:
             code = process.wait()
-        except BaseException:  # Ctrl-C does not reach its session
+        except BaseException:  # the child does not get Ctrl-C, because it has its own session
             process.kill()
             process.wait()
             raise
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start_time
         if code:
             raise UserError(f"row {row.name}: {child.read_outcome(code, log).error}")
-        image = 1 / workdirs.read_json(workdir / "summary.json")["images_per_second"]
-    return image, max(0.0, seconds - TIMING_STEPS * config.data.batch_size * image)
+        per_image = 1 / workdirs.read_json(workdir / "summary.json")["images_per_second"]
+    return per_image, max(0.0, seconds - TIMING_STEPS * config.data.batch_size * per_image)
 
 
 def forecast_seconds(
-    cells: Sequence[SweepCell], sizes: Mapping[str, RowCost], share: child.DeviceSlot
+    cells: Sequence[SweepCell], costs: Mapping[str, RowCost], slot: child.DeviceSlot
 ) -> tuple[dict[str, float], str]:
-    """(seconds of a cell of each row, what that was told from). Where no cell is complete a few
-    steps of the first row are timed."""
-    if seconds := estimate_seconds(sizes, cells):
-        return seconds, "from complete cells; for a row that has none by MACs and images"
+    """Returns (seconds of a cell of each row, the basis of this estimate in words).
+
+    If no cell is complete, times a few steps of the first row.
+    """
+    if seconds := estimate_seconds(costs, cells):
+        return seconds, "from complete cells; for a row without any, by MACs and images"
     row = cells[0].row
-    image, rest = time_steps(row, share)
-    pace = image / max(sizes[row.name].macs, 1)
-    seconds = {name: rest + pace * size.total_macs for name, size in sizes.items()}
-    return (
-        seconds,
-        f"from {TIMING_STEPS} steps of {row.name}, by MACs and images; validations left out",
-    )
+    per_image, rest = time_steps(row, slot)
+    per_mac = per_image / max(costs[row.name].macs, 1)
+    seconds = {name: rest + per_mac * row_cost.total_macs for name, row_cost in costs.items()}
+    basis = f"from {TIMING_STEPS} steps of {row.name}, by MACs and images, without validations"
+    return seconds, basis
 
 
 def make_plan_table(
-    cells: Sequence[SweepCell], sizes: Mapping[str, RowCost], seconds: Mapping[str, float]
+    cells: Sequence[SweepCell], costs: Mapping[str, RowCost], seconds: Mapping[str, float]
 ) -> Table:
-    """Rows with what they cost and how many of their cells are complete."""
+    """Makes a table of the rows: what they cost and how many of their cells are complete."""
     table = Table()
-    for column in ("row", "parameters", "MACs", "images seen", "complete", "a cell", "left"):
+    columns = ("row", "parameters", "MACs", "images seen", "complete", "per cell", "left")
+    for column in columns:
         table.add_column(column, justify="left" if column == "row" else "right")
-    done = count_cells(cells)
-    for name, size in sizes.items():
-        left = (done[name, None] - done[name, "complete"]) * seconds[name]
-        counts = (f"{size.params:,}", f"{size.macs / 1e6:.2f} M", f"{size.images_seen:,}")
-        complete = f"{done[name, 'complete']}/{done[name, None]}"
+    counts = count_cells(cells)
+    for name, row_cost in costs.items():
+        total, complete = counts[name, None], counts[name, "complete"]
         table.add_row(
-            name, *counts, complete, format_duration(seconds[name]), format_duration(left)
+            name,
+            f"{row_cost.params:,}",
+            f"{row_cost.macs / 1e6:.2f} M",
+            f"{row_cost.images_seen:,}",
+            f"{complete}/{total}",
+            format_duration(seconds[name]),
+            format_duration((total - complete) * seconds[name]),
         )
     return table
 
 
 def compute_makespan(seconds: Iterable[float], jobs: int) -> float:
-    """Seconds until all are done, each begun in turn where one of so many is free."""
+    """Returns the seconds until all cells are done, if `jobs` of them run at once, in order."""
     ends = [0.0] * jobs
-    for one in seconds:
-        heapq.heapreplace(ends, ends[0] + one)
+    for cell_seconds in seconds:
+        heapq.heapreplace(ends, ends[0] + cell_seconds)
     return max(ends)
 
 
 def count_cells(cells: Iterable[SweepCell]) -> collections.Counter:
-    """Of each row its cells, (name, None), and those of each status, (name, status)."""
-    keys = [
-        (cell.row.name, status) for cell in cells for status in (None, cell.read_status()["status"])
-    ]
-    return collections.Counter(keys)
+    """Counts the cells of each row, (name, None), and of each status, (name, status)."""
+    counts: collections.Counter = collections.Counter()
+    for cell in cells:
+        counts[cell.row.name, None] += 1
+        counts[cell.row.name, cell.read_status()["status"]] += 1
+    return counts

@@ -1,4 +1,4 @@
-"""What an ablation runs: rows, cells, the record in its folder, and what all of it will take."""
+"""What an ablation runs: its rows, its cells, and the plan in its folder."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.studies import own_parts
 
-# Beside the rows' directories.
+# Files in the folder of an ablation, which no row may have as its name.
 FOLDER_FILES = ("ablation.json", "report.md", "report.csv", "forest.png", "curves.png")
 
-WHY_NO_OBJECTS = "an ablation runs in child processes"
+WHY_NO_OBJECTS = "an ablation runs in child processes"  # the end of an error message
 
 
 class SweepRow(NamedTuple):
+    """A named change to the base config."""
+
     name: str
-    overrides: dict[str, Any]  # by the paths of fields, as JSON has them
-    config: ConfigDict  # the base with these
+    overrides: dict[str, Any]  # {path of a field: value}, with values as in JSON
+    config: ConfigDict  # the base config with the overrides
 
 
 class SweepCell(NamedTuple):
+    """A row with a seed: one run."""
+
     row: SweepRow
     seed: int  # from 0
-    folder: pathlib.Path  # of its row
+    folder: pathlib.Path  # of the row
 
     @property
     def name(self) -> str:
@@ -54,36 +58,39 @@ class SweepCell(NamedTuple):
         return workdirs.reset_inert_if_new(config, self.workdir)
 
     def read_status(self) -> dict[str, Any]:
-        """What is known of it; the status is "missing" where it was never started."""
+        """Returns the content of the cell's JSON file, with the status "missing" if not started."""
         known = {"status": "missing", "attempts": 0, "error": "", "seconds": 0.0}
         path = self.folder / f"seed{self.seed}.json"
         if path.is_file():
-            with contextlib.suppress(UserError, TypeError, ValueError):  # damaged: as if not there
+            with contextlib.suppress(UserError, TypeError, ValueError):  # damaged: like missing
                 known |= workdirs.read_json(path)
         if (self.workdir / "summary.json").is_file():
             return known | {"status": "complete", "error": ""}
-        # A cell that failed before its first step has no directory; that of any other was removed.
+        # A cell that failed before its first step has no directory. Any other cell without a
+        # directory was removed.
         failed = known["status"] == "failed"
-        gone = known["status"] == "complete" or not (failed or self.workdir.exists())
-        return known | {"status": "missing"} if gone else known
+        is_removed = known["status"] == "complete" or not (failed or self.workdir.exists())
+        return known | {"status": "missing"} if is_removed else known
 
     def write_status(self, known: Mapping[str, Any]) -> None:
         files.write_json(self.folder / f"seed{self.seed}.json", known)
 
     def delete_status(self) -> None:
-        """Deletes the status of a run that is no longer there."""
+        """Deletes the status of a run whose directory was renamed."""
         (self.folder / f"seed{self.seed}.json").unlink(missing_ok=True)
 
 
 def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
-    """What `sweep()` in a config's file yields. Raises `UserError` where it is not there, or yields
-    nothing."""
+    """Returns the rows that `sweep()` in a config file gives.
+
+    Raises UserError if the file has no `sweep()` or if it returns no rows.
+    """
     sweep = getattr(recipes.load(file), "sweep", None)
     if not callable(sweep):
-        raise UserError(f"{file} has no sweep(), which yields the rows; see configs/ablations")
+        raise UserError(f"{file} has no sweep() that gives the rows; see configs/ablations")
     rows = sweep()
     if not isinstance(rows, Iterable):
-        raise UserError(f"{file}: sweep() is to return a list of rows or to yield them, got {rows}")
+        raise UserError(f"{file}: sweep() must return or yield rows, got {rows}")
     return list(rows)
 
 
@@ -92,26 +99,28 @@ def make_rows(
     sweep: Iterable[tuple[str, Mapping[str, Any]]],
     folder: str | os.PathLike | None = None,
 ) -> list[SweepRow]:
-    """The rows of a sweep on a config, for `folder`. Raises `UserError` for a name that cannot be a
-    directory's or is there twice, for an override that names no field, for a value of the wrong
-    kind, for an object that child processes cannot have, and for what `config.check_new_run`
+    """Makes the rows of a sweep over a config, for `folder`.
+
+    Raises UserError for a name that is used twice or cannot name a directory, for an override of an
+    unknown field or with a bad value, for an opaque own part, and for what `config.check_new_run`
     refuses.
     """
     configs.validate(config)
     own_parts.refuse_opaque(config, WHY_NO_OBJECTS)
     rows: dict[str, SweepRow] = {}
-    recorded, notes = read_recorded_rows(folder), []
+    recorded = read_recorded_rows(folder)
+    notes: list[str] = []
     for pair in sweep:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not _is_row(*pair):
             raise UserError(f"sweep(): expected (name, {{field: value, ...}}), got {pair!r}")
         name, overrides = pair
         if not re.fullmatch(r"\w[\w.,+=-]*", name):
             raise UserError(
-                f"sweep(): {name!r} is no name for a row, which is a directory's: letters, digits"
-                " and _ . , + = - alone"
+                f"sweep(): the row name {name!r} must also name a directory: use only letters,"
+                " digits and _ . , + = -"
             )
         if name in FOLDER_FILES:
-            raise UserError(f"sweep(): {name!r} is no name for a row: a file of the folder has it")
+            raise UserError(f"sweep(): a row cannot be called {name!r}, as a file of the folder is")
         if name in rows:
             raise UserError(f"sweep(): two rows have the name {name!r}")
         try:
@@ -124,14 +133,14 @@ def make_rows(
             raise UserError(f"row {name}: {error}") from None
         rows[name] = SweepRow(name, configs.to_plain(dict(overrides)), changed)
     if not rows:
-        raise UserError("sweep(): expected a row or more, got none")
+        raise UserError("sweep(): expected at least one row, got none")
     for note in dict.fromkeys(notes):
         print(note)
     return list(rows.values())
 
 
 def read_recorded_rows(folder: str | os.PathLike | None) -> dict[str, dict[str, Any]]:
-    """The overrides, by row, of the ablation in a folder; {} if there is none, or a damaged one."""
+    """Returns {row: overrides} of the ablation in a folder; {} if it is missing or damaged."""
     with contextlib.suppress(UserError, TypeError, KeyError):
         rows = workdirs.read_json(pathlib.Path(folder or "", "ablation.json"))["rows"]
         return {row["name"]: row["overrides"] for row in rows}
@@ -144,32 +153,36 @@ def _is_row(name: Any, overrides: Any) -> bool:
 
 
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` with `{"mix.mixup": 0.2, "data.augment": {"flip": True}}` changed. Fields
-    that these switch off, such as sgd's momentum under another optimizer, get their defaults, and
-    those of an own part that is no longer named go. Raises `UserError` for an unknown field; those
-    of a network and of a user's own parts are theirs to know."""
+    """Returns a copy of `config` with overrides such as `{"mix.mixup": 0.2}`.
+
+    Nested overrides work too: `{"data.augment": {"flip": True}}`. Fields that lose their effect,
+    such as sgd's momentum under another optimizer, get their defaults. The fields of own parts that
+    the config no longer names are removed. Raises UserError for an unknown field, except for fields
+    of networks and of own parts, which are checked later.
+    """
     given = configs.flatten(overrides)
-    # A field that could not act before, or that the row sets, is a mistake: it must be refused.
+    # If a field already had no effect, or if the row sets it, it is a mistake and must be refused.
     keep = {*configs.find_inert_fields(config), *given}
     config = ConfigDict(config.to_dict())
-    parts = own_parts.find_names(config)
+    names_before = own_parts.find_names(config)
     for path, value in given.items():
         if path == "seed":
-            raise UserError("seed: every row has the same ones; --seeds says how many")
-        of_own = path.startswith("own.") or path.rpartition(".")[0] == "model"
-        if path not in configs.FIELDS and not of_own:
+            raise UserError("seed: every row has the same seeds; --seeds sets their number")
+        is_open = path.startswith("own.") or path.rpartition(".")[0] == "model"
+        if path not in configs.FIELDS and not is_open:
             raise UserError(f"unknown field {path!r}{did_you_mean(path, configs.FIELDS)}")
         configs.set_config_field(config, path, value)
-    gone = parts - own_parts.find_names(config)
-    own_parts.remove_fields(
-        config, {n for n in gone if not any(p.startswith(f"own.{n}.") for p in given)}
-    )
+    removed = names_before - own_parts.find_names(config)
+    unset = {name for name in removed if not any(p.startswith(f"own.{name}.") for p in given)}
+    own_parts.remove_fields(config, unset)
     return configs.reset_inert_fields(config, keep)
 
 
 def make_cells(rows: Sequence[SweepRow], folder: str | os.PathLike, seeds: int) -> list[SweepCell]:
-    """Every row with seed 0, then every row with seed 1: what is complete is soon comparable, and
-    with more seeds a cell's number stays its own."""
+    """Returns every row with seed 0, then every row with seed 1, and so on.
+
+    In this order rows can be compared early, and more seeds do not change the number of a cell.
+    """
     if seeds < 1:
         raise UserError(f"--seeds: expected one or more, got {seeds}")
     folder = pathlib.Path(folder)
@@ -179,13 +192,13 @@ def make_cells(rows: Sequence[SweepRow], folder: str | os.PathLike, seeds: int) 
 def select_cells(
     cells: Sequence[SweepCell], *, rows: Sequence[str] = (), index: int | None = None
 ) -> list[SweepCell]:
-    """Those of some rows, by name, or the one of a number, from 0. Raises `UserError`."""
+    """Returns the cells of the named rows, or cell number `index` (from 0). Raises UserError."""
     known = list(dict.fromkeys(cell.row.name for cell in cells))
     for name in rows:
         if name not in known:
             raise UserError(f"--rows: there is no row {name!r}{did_you_mean(name, known)}")
     if index is not None and rows:
-        raise UserError("--index counts the cells of all rows; leave out --rows")
+        raise UserError("--index counts the cells of all rows; remove --rows")
     if index is not None and not 0 <= index < len(cells):
         raise UserError(f"--index: expected 0 to {len(cells) - 1}, got {index}")
     if index is not None:
@@ -195,14 +208,14 @@ def select_cells(
 
 @contextlib.contextmanager
 def lock_folder(folder: pathlib.Path) -> Iterator[None]:
-    """One process at a time, others wait: the tasks of an array share a folder."""
+    """Waits until this process alone has the folder, which the tasks of an array share."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from None
     with file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -214,12 +227,14 @@ def write_plan(
     seeds: int,
     names: Sequence[str] = (),
 ) -> None:
-    """Writes ablation.json, or adds to it what is new: seeds, and rows, all or the baseline and
-    those of some names. Raises `UserError` where the folder holds runs of another config, or of a
-    row by this name that was another."""
+    """Writes ablation.json, or adds new seeds and rows to it.
+
+    `names`: the rows to add besides the baseline; () adds all. Raises UserError if the folder has
+    runs of another config, or of another row with the same name.
+    """
     folder = pathlib.Path(folder)
     named = [row for row in rows if not names or row.name in names or row is rows[0]]
-    ours, order = _plan(config, named, seeds), [row.name for row in rows]
+    ours, order = _make_plan(config, named, seeds), [row.name for row in rows]
     with lock_folder(folder):
         path = folder / "ablation.json"
         merged = _merge(folder, ours, workdirs.read_json(path)) if path.is_file() else ours
@@ -228,13 +243,17 @@ def write_plan(
             files.write_json(path, merged)
 
 
-def _plan(config: ConfigDict, rows: Sequence[SweepRow], seeds: int) -> dict[str, Any]:
-    named = [{"name": row.name, "overrides": row.overrides} for row in rows]
-    plain = configs.to_plain(config)
-    return {"config": plain, "baseline": rows[0].name, "seeds": seeds, "rows": named}
+def _make_plan(config: ConfigDict, rows: Sequence[SweepRow], seeds: int) -> dict[str, Any]:
+    return {
+        "config": configs.to_plain(config),
+        "baseline": rows[0].name,
+        "seeds": seeds,
+        "rows": [{"name": row.name, "overrides": row.overrides} for row in rows],
+    }
 
 
 def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Merges the plan in the folder into ours. Rows without a run are dropped."""
     begun = {path.parents[1].name for path in folder.glob("*/seed*/config.json")}
     kept = {row["name"]: row["overrides"] for row in theirs["rows"] if row["name"] in begun}
     if not kept:
@@ -242,7 +261,7 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     fields = configs.list_differences(
         ours["config"], configs.add_missing_fields(theirs["config"])[0]
     )
-    # The fingerprint of each cell tells whether the data only moved.
+    # A changed data.dir is no difference here: each cell's fingerprint tells if the data changed.
     fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
@@ -253,14 +272,14 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
         fields += [f"row {row['name']}: {field}" for field in changed]
     if fields:
         raise UserError(
-            f"{folder} holds another ablation ({'; '.join(fields)}); take another --workdir, or"
-            " the same config and rows to go on"
+            f"{folder} holds another ablation ({'; '.join(fields)}); use another --workdir, or"
+            " the same config and rows to resume"
         )
-    gone = [{"name": name, "overrides": overrides} for name, overrides in kept.items()]
+    only_theirs = [{"name": name, "overrides": overrides} for name, overrides in kept.items()]
     seeds = max(ours["seeds"], theirs["seeds"])
-    return ours | {"seeds": seeds, "rows": [*ours["rows"], *gone]}
+    return ours | {"seeds": seeds, "rows": [*ours["rows"], *only_theirs]}
 
 
 def is_final(status: str) -> bool:
-    """Whether another start leaves a cell as it is."""
+    """Whether a cell with this status does not run again."""
     return status in ("complete", "diverged")

@@ -1,7 +1,7 @@
-"""The report of an ablation: tables and pictures of what is complete.
+"""Writes the report of an ablation: tables and pictures of the complete cells.
 
-Everything is made anew from `ablation.json` and each run's config and `metrics.jsonl`; a cell's own
-JSON says only why it has no result.
+Everything is computed anew from `ablation.json` and each run's config and `metrics.jsonl`. A cell's
+JSON file only says why the cell has no result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,18 +35,18 @@ from flax_cnns.studies.ablation.reading import (
     require_metric,
 )
 
-ALPHA = 0.05  # of a corrected p-value below which a difference is printed bold
+ALPHA = 0.05  # a difference may be printed bold if its corrected p-value is below this
 
 
 class RowSummary(NamedTuple):
-    """A line of the tables; NaN or None where nothing is known."""
+    """One line of the report's tables; NaN or None for unknown values."""
 
     row: RowResults
     value: Interval  # of the metric
-    error: Interval  # 1 less the metric, for shares
-    difference: Difference | None  # None: the baseline
+    error: Interval  # 1 - metric, for a metric that is a fraction
+    difference: Difference | None  # to the baseline; None for the baseline
     p_holm: float
-    gap: float | None  # of the metric, on the training examples less the test's
+    gap: float | None  # the metric on the training examples minus that on the test split
     size: tuple[int, int | None] | None  # parameters, MACs
     seconds_per_step: float | None
     seconds: float | None
@@ -54,51 +54,52 @@ class RowSummary(NamedTuple):
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference stands out: its interval leaves zero out, as printed too, and the
-        corrected p-value is small."""
+        """Whether the corrected p-value is small and the interval, as printed, excludes zero."""
         if self.difference is None or not self.p_holm < ALPHA:
             return False
-        found, rounded = self.difference.interval, self.metric.round
-        return found._replace(low=rounded(found.low), high=rounded(found.high)).excludes_zero
+        interval, rounded = self.difference.interval, self.metric.round
+        low, high = rounded(interval.low), rounded(interval.high)
+        return interval._replace(low=low, high=high).excludes_zero
 
 
 def write(
     folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy"
 ) -> list[pathlib.Path]:
-    """report.md, report.csv, forest.png and curves.png of an ablation's folder.
+    """Writes report.md, report.csv, forest.png and curves.png into an ablation's folder.
 
-    `interval`: t or bootstrap (see `analysis.statistics`); p-values are those of paired t-tests
-    with either. `metric`: NAME of `test/NAME` in the runs' logs. Raises `UserError` where there is
-    no ablation, no cell of it is complete, or no complete one logged the metric.
+    `interval`: t or bootstrap (see `analysis.statistics`); the p-values are from paired t-tests in
+    both cases. `metric`: NAME of `test/NAME` in the runs' logs. Returns the paths. Raises UserError
+    if there is no ablation, if no cell is complete, or if no complete cell logged the metric.
     """
     statistics.check_method(interval)
     folder, name = pathlib.Path(folder), metric.removeprefix("test/")
     plan = read_plan(folder)
     rows = [
-        RowResults(one["name"], one["overrides"], read_cells(folder / one["name"], plan["seeds"]))
-        for one in plan["rows"]
+        RowResults(row["name"], row["overrides"], read_cells(folder / row["name"], plan["seeds"]))
+        for row in plan["rows"]
     ]
     if not any(row.records for row in rows):
         states = collections.Counter(cell.status for row in rows for cell in row.cells.values())
         counts = ", ".join(f"{n} {status}" for status, n in sorted(states.items()))
-        raise UserError(f"{folder}: no cell is complete ({counts}): there is nothing to report")
+        raise UserError(f"{folder}: no cell is complete ({counts}), so there is nothing to report")
     check_metric_logged(rows, name, folder)
     rows = [require_metric(row, name) for row in rows]
     values = [value for row in rows for value in row.values(f"test/{name}").values()]
-    of = make_metric(name, values)
-    told = _tell(rows, plan["baseline"], interval, of)
+    form = make_metric(name, values)
+    summaries = _summarize(rows, plan["baseline"], interval, form)
     paths = [folder / name for name in ("report.md", "report.csv", "forest.png", "curves.png")]
-    _forest(told, plan, of, paths[2])
-    _curves(rows, plan["baseline"], of, paths[3])
-    write_text(paths[1], escape_unprintable(_csv(told, plan["seeds"], of)))
-    write_text(paths[0], escape_unprintable(_markdown(told, plan, interval, of, folder)))
+    _draw_forest(summaries, plan, form, paths[2])
+    _draw_curves(rows, plan["baseline"], form, paths[3])
+    write_text(paths[1], escape_unprintable(_format_csv(summaries, plan["seeds"], form)))
+    markdown = _format_markdown(summaries, plan, interval, form, folder)
+    write_text(paths[0], escape_unprintable(markdown))
     return paths
 
 
 # ---------------------------------------------------------------------------- numbers
 
 
-def _tell(
+def _summarize(
     rows: Sequence[RowResults], baseline: str, method: str, metric: Metric
 ) -> list[RowSummary]:
     test = f"test/{metric.name}"
@@ -110,58 +111,69 @@ def _tell(
         for row in rows
     ]
     corrected = statistics.holm([math.nan if d is None else d.p for d in differences])
-    told = []
+    summaries = []
     for row, difference, p_holm in zip(rows, differences, corrected):
         values, fit = row.values(test), row.values(f"fit/{metric.name}")
-        done = row.records.values()
-        told.append(
+        records = row.records.values()
+        sizes = map(count_params_and_macs, records)
+        summaries.append(
             RowSummary(
-                row,
-                statistics.mean(list(values.values()), method=method),
-                statistics.mean([1 - value for value in values.values()], method=method),
-                difference,
-                p_holm,
-                _mean(fit[s] - values[s] for s in fit),
-                next((found for record in done if (found := count_params_and_macs(record))), None),
-                _mean(record.seconds_per_step for record in done),
-                _mean(record.seconds for record in done),
-                metric,
+                row=row,
+                value=statistics.mean(list(values.values()), method=method),
+                error=statistics.mean([1 - value for value in values.values()], method=method),
+                difference=difference,
+                p_holm=p_holm,
+                gap=_mean(fit[s] - values[s] for s in fit),
+                size=next((size for size in sizes if size), None),
+                seconds_per_step=_mean(record.seconds_per_step for record in records),
+                seconds=_mean(record.seconds for record in records),
+                metric=metric,
             )
         )
-    return told
+    return summaries
 
 
-def _mean(values: Any) -> float | None:
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-# Columns of every report.csv; a metric that is called like one of them is `test_NAME` there.
+# Columns of every report.csv. The values of a metric with such a name are in column `test_NAME`.
 _COLUMNS = {"row", "seeds", "complete", "failed", "diverged", "interrupted", "damaged", "missing"}
 _COLUMNS |= {"difference", "pairs", "p", "p_holm", "gap", "parameters", "macs"}
 _COLUMNS |= {"seconds_per_step", "seconds"}
 
 
-def _csv(told: Sequence[RowSummary], number: int, metric: Metric) -> str:
-    """Shares of 1, not per cent; empty where nothing is known; a column for each seed's value."""
+def _format_csv(summaries: Sequence[RowSummary], seeds: int, metric: Metric) -> str:
+    """Formats report.csv: fractions from 0 to 1, unknown values empty, a column per seed."""
     table, column = [], f"test_{metric.name}" if metric.name in _COLUMNS else metric.name
-    for one in told:
-        row, line = one.row, {"row": one.row.name, "seeds": number, "complete": one.value.n}
+    for summary in summaries:
+        row = summary.row
+        line: dict[str, Any] = {"row": row.name, "seeds": seeds, "complete": summary.value.n}
         states = collections.Counter(cell.status for cell in row.cells.values())
         for status in ("failed", "diverged", "interrupted", "damaged", "missing"):
             line[status] = states[status]
-        apart = one.difference or Difference(Interval(*[math.nan] * 3, 0), math.nan)
-        columns = {column: one.value} | ({"error": one.error} if metric.is_share else {})
-        for name, found in (*columns.items(), ("difference", apart.interval)):
-            line |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        line |= {"pairs": apart.interval.n, "p": apart.p, "p_holm": one.p_holm, "gap": one.gap}
-        line |= dict(zip(("parameters", "macs"), one.size or (None, None)))
-        line |= {"seconds_per_step": one.seconds_per_step, "seconds": one.seconds}
+        unknown = Difference(Interval(math.nan, math.nan, math.nan, 0), math.nan)
+        difference = summary.difference or unknown
+        intervals = {column: summary.value}
+        intervals |= {"error": summary.error} if metric.is_fraction else {}
+        intervals |= {"difference": difference.interval}
+        for name, interval in intervals.items():
+            line |= {
+                name: interval.mean,
+                f"{name}_low": interval.low,
+                f"{name}_high": interval.high,
+            }
+        line |= {"pairs": difference.interval.n, "p": difference.p, "p_holm": summary.p_holm}
+        line |= {"gap": summary.gap}
+        line |= dict(zip(("parameters", "macs"), summary.size or (None, None)))
+        line |= {"seconds_per_step": summary.seconds_per_step, "seconds": summary.seconds}
         values = row.values(f"test/{metric.name}")
-        line |= {f"{column}_seed{s}": values.get(s) for s in range(number)}
+        line |= {f"{column}_seed{s}": values.get(s) for s in range(seeds)}
         table.append({k: "" if v is None or v != v else v for k, v in line.items()})
     text = io.StringIO()
     out = csv.DictWriter(text, list(table[0]), lineterminator="\n")
@@ -170,192 +182,203 @@ def _csv(told: Sequence[RowSummary], number: int, metric: Metric) -> str:
     return text.getvalue()
 
 
-def _markdown(
-    told: Sequence[RowSummary],
+def _format_markdown(
+    summaries: Sequence[RowSummary],
     plan: dict[str, Any],
     method: str,
     metric: Metric,
     folder: pathlib.Path,
 ) -> str:
+    points = metric.difference_unit
     columns = [
         *("row", "seeds", f"test {metric.name}{metric.unit}"),
-        *(("test error, %",) if metric.is_share else ()),
-        *(f"difference{metric.points}", "p", "p Holm", f"train − test{metric.points}"),
+        *(("test error, %",) if metric.is_fraction else ()),
+        *(f"difference{points}", "p", "p Holm", f"train − test{points}"),
         *("parameters", "MACs", "s per step", "time, s"),
     ]
     lines = [
         f"# Ablation: {folder.resolve().name}",
         "",
-        f"{len(told)} rows × {plan['seeds']} seeds; the baseline is `{plan['baseline']}`.",
+        f"{len(summaries)} rows × {plan['seeds']} seeds; the baseline is `{plan['baseline']}`.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|",
     ]
-    lines += ["| " + " | ".join(_line(one)) + " |" for one in told]
+    lines += ["| " + " | ".join(_format_row(summary)) + " |" for summary in summaries]
     lines += [
         "",
-        *_notes(told, plan, method, metric),
+        *_make_notes(summaries, plan, method, metric),
         "",
-        "![differences to the baseline](forest.png)",
+        "![differences from the baseline](forest.png)",
         "",
     ]
     lines += ["![learning curves](curves.png)", "", "## Rows", ""]
-    for one in told:
-        changed = ", ".join(f"`{name}={value!r}`" for name, value in one.row.overrides.items())
-        lines.append(f"- {one.row.name}: {changed or 'the config as it is'}")
-    broken = [
-        f"- {one.row.name}, seed {s}: {cell.status}" + (f": {cell.error}" if cell.error else "")
-        for one in told
-        for s, cell in one.row.cells.items()
+    for summary in summaries:
+        overrides = summary.row.overrides.items()
+        changes = ", ".join(f"`{name}={value!r}`" for name, value in overrides)
+        lines.append(f"- {summary.row.name}: {changes or 'the config as it is'}")
+    incomplete = [
+        f"- {summary.row.name}, seed {s}: {cell.status}" + (f": {cell.error}" if cell.error else "")
+        for summary in summaries
+        for s, cell in summary.row.cells.items()
         if cell.record is None
     ]
-    if broken:
-        lines += ["", "## Cells without a result", "", *broken]
+    if incomplete:
+        lines += ["", "## Cells without a result", "", *incomplete]
     return "\n".join(lines) + "\n"
 
 
-def _notes(
-    told: Sequence[RowSummary], plan: dict[str, Any], method: str, metric: Metric
+def _make_notes(
+    summaries: Sequence[RowSummary], plan: dict[str, Any], method: str, metric: Metric
 ) -> list[str]:
-    rows, tests = [one.row for one in told], sum(not math.isnan(one.p_holm) for one in told)
+    """Returns the lines below the table: how to read it, and what may make it misleading."""
+    rows = [summary.row for summary in summaries]
+    tests = sum(not math.isnan(summary.p_holm) for summary in summaries)
     kind = (
         "Student's t over the seeds"
         if method == "t"
-        else f"the percentile bootstrap of {statistics.RESAMPLES:,} resamples, too narrow from a"
-        " few seeds"
+        else f"percentile bootstrap with {statistics.RESAMPLES:,} resamples, too narrow for few"
+        " seeds"
     )
     notes = [
-        f"In brackets: 95 % intervals, {kind}. Differences to the baseline are paired by seed, over"
-        f" the seeds that both have; p is that of the paired t-test, Holm's corrects for {tests}"
-        f" tests. Bold: zero is outside the interval, and the corrected p is below {ALPHA}. No"
-        " brackets: one seed, or equal values in all, which tell nothing of the spread.",
+        f"Brackets: 95 % intervals ({kind}). Differences from the baseline are paired by seed, over"
+        " the seeds that both rows have. p is from the paired t-test; p Holm is corrected for"
+        f" {tests} tests. Bold: the interval excludes zero, and the corrected p is below {ALPHA}."
+        " No brackets: one seed, or the same value for all seeds, so the spread is unknown.",
         "",
         f"Means over the complete seeds: train − test is the {metric.name} on the training examples"
-        " as they are (`train.evaluate_train`) less the test's; seconds per step leave out"
-        " compiling, evaluating and saving, the time of a run does not.",
+        " without augmentation (`train.evaluate_train`) minus that on the test split. Seconds per"
+        " step exclude compiling, evaluating and saving; the time of a run includes them.",
     ]
-    if not metric.is_share:
+    if not metric.is_fraction:
         notes += [
             "",
-            f"A positive difference is more {metric.name}, whether that is better or not.",
+            f"A positive difference means more {metric.name}, which may be better or worse.",
         ]
-    if short := [one.row for one in told if one.row.why_incomplete]:
-        named = "; ".join(f"{row.name} ({row.why_incomplete})" for row in short)
-        notes += ["", f"Not all seeds are complete: {named}."]
-    if not any(one.row.records for one in told if one.row.name == plan["baseline"]):
-        notes += ["", "No seed of the baseline is complete: there are no differences yet."]
+    if incomplete := [row for row in rows if row.why_incomplete]:
+        names = "; ".join(f"{row.name} ({row.why_incomplete})" for row in incomplete)
+        notes += ["", f"Not all seeds are complete: {names}."]
+    if not any(row.records for row in rows if row.name == plan["baseline"]):
+        notes += ["", "No seed of the baseline is complete, so there are no differences yet."]
     if count_datasets(rows, plan) > 1:
-        notes += [
-            "",
-            "**Not all cells have seen the same data**: they changed between the runs.",
-        ]
+        notes += ["", "**Not all cells saw the same data**: the data changed between the runs."]
         notes += ["The same command without --rows and --index runs the older cells again."]
     if changed := find_changed_sources(rows):
-        named = ", ".join(f"`{name}`" for name in changed)
-        notes += ["", f"**Not all cells ran the same code**: the source of {named} changed."]
+        names = ", ".join(f"`{name}`" for name in changed)
+        notes += ["", f"**Not all cells ran the same code**: the source of {names} changed."]
     return notes
 
 
-def _line(one: RowSummary) -> list[str]:
-    row, apart, metric = one.row, one.difference, one.metric
-    parameters, macs = one.size or (None, None)
-    difference = "baseline" if apart is None else _interval(apart.interval, metric, "+")
-    if apart is not None and apart.interval.n < one.value.n:
-        difference += f" ({apart.interval.n} pairs)"
+def _format_row(summary: RowSummary) -> list[str]:
+    """Returns the cells of a row of the table."""
+    row, difference, metric = summary.row, summary.difference, summary.metric
+    parameters, macs = summary.size or (None, None)
+    text = "baseline"
+    if difference is not None:
+        text = _format_interval(difference.interval, metric, "+")
+        if difference.interval.n < summary.value.n:
+            text += f" ({difference.interval.n} pairs)"
+    seeds = f"{summary.value.n} of {len(row.cells)}"
     return [
         row.name,
-        f"{one.value.n} of {len(row.cells)}"
-        + (f" ({row.why_incomplete})" if row.why_incomplete else ""),
-        _interval(one.value, metric),
-        *([_interval(one.error, metric)] if metric.is_share else []),
-        f"**{difference}**" if one.is_significant else difference,
-        _p(math.nan if apart is None else apart.p),
-        _p(one.p_holm),
-        "-" if one.gap is None else metric.write(one.gap, "+"),
+        seeds + (f" ({row.why_incomplete})" if row.why_incomplete else ""),
+        _format_interval(summary.value, metric),
+        *([_format_interval(summary.error, metric)] if metric.is_fraction else []),
+        f"**{text}**" if summary.is_significant else text,
+        _format_p(math.nan if difference is None else difference.p),
+        _format_p(summary.p_holm),
+        "-" if summary.gap is None else metric.format(summary.gap, "+"),
         "-" if parameters is None else f"{parameters:,}",
         "-" if macs is None else f"{macs:,}",
-        "-" if one.seconds_per_step is None else f"{one.seconds_per_step:.3g}",
-        "-" if one.seconds is None else f"{one.seconds:.0f}",
+        "-" if summary.seconds_per_step is None else f"{summary.seconds_per_step:.3g}",
+        "-" if summary.seconds is None else f"{summary.seconds:.0f}",
     ]
 
 
-def _interval(found: Interval, metric: Metric, sign: str = "") -> str:
-    if not found.n:
+def _format_interval(interval: Interval, metric: Metric, sign: str = "") -> str:
+    if not interval.n:
         return "-"
-    mean, low, high = (metric.write(value, sign) for value in found[:3])
-    return f"{mean} [{low}, {high}]" if found.is_known else mean
+    mean, low, high = (metric.format(value, sign) for value in interval[:3])
+    return f"{mean} [{low}, {high}]" if interval.is_known else mean
 
 
-def _p(p: float) -> str:
+def _format_p(p: float) -> str:
     return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # ---------------------------------------------------------------------------- pictures
 
 
-def _forest(
-    told: Sequence[RowSummary], plan: dict[str, Any], metric: Metric, png: pathlib.Path
+def _draw_forest(
+    summaries: Sequence[RowSummary], plan: dict[str, Any], metric: Metric, png: pathlib.Path
 ) -> None:
-    baseline = next((one for one in told if one.row.name == plan["baseline"]), None)
-    effects, test, factor = [], f"test/{metric.name}", metric.factor
-    for one in told:
-        if one.difference is None:
+    baseline = next((s for s in summaries if s.row.name == plan["baseline"]), None)
+    forest_rows, test, factor = [], f"test/{metric.name}", metric.factor
+    for summary in summaries:
+        if summary.difference is None:
             continue
-        mean, low, high, n = one.difference.interval
+        row = summary.row
+        mean, low, high, n = summary.difference.interval
         points = Interval(factor * mean, factor * low, factor * high, n)
-        ours = one.row.values(test)
+        ours = row.values(test)
         theirs = baseline.row.values(test) if baseline else {}
         pairs = [factor * (ours[s] - theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
-        without = f" ({one.row.why_incomplete})" if one.row.why_incomplete else ""
-        effects.append(forest.ForestRow(one.row.name, points, pairs, f"no complete pair{without}"))
+        why = f" ({row.why_incomplete})" if row.why_incomplete else ""
+        forest_rows.append(forest.ForestRow(row.name, points, pairs, f"no complete pair{why}"))
     title = f"against {plan['baseline']}"
     if baseline and baseline.value.n:
-        unit = " %" if metric.is_share else ""
-        title += f": {metric.write(baseline.value.mean)}{unit}, n={baseline.value.n}"
+        unit = " %" if metric.is_fraction else ""
+        title += f": {metric.format(baseline.value.mean)}{unit}, n={baseline.value.n}"
     forest.draw_forest(
-        effects,
+        forest_rows,
         png,
         title=title,
-        what=f"difference of test {metric.name}{metric.points}",
+        what=f"difference of test {metric.name}{metric.difference_unit}",
         decimals=metric.decimals,
-        more_is_better=metric.is_share,
+        more_is_better=metric.is_fraction,
     )
 
 
-def _curves(rows: Sequence[RowResults], baseline: str, metric: Metric, png: pathlib.Path) -> None:
-    """Against the images seen, since batch sizes may differ; of the training batches, as they are
-    augmented and mixed, where most runs validate too seldom for a curve."""
-    logs = [record for row in rows for record in row.records.values()]
+def _draw_curves(
+    rows: Sequence[RowResults], baseline: str, metric: Metric, png: pathlib.Path
+) -> None:
+    """Draws learning curves over the images seen, because batch sizes may differ.
 
-    def points(split: str) -> float:
-        return float(
-            np.median([record.series(f"{split}/{metric.name}")[0].size for record in logs])
-        )
+    If most runs validate too rarely for a curve, draws the metric of the training batches, with
+    their augmentation.
+    """
+    records = [record for row in rows for record in row.records.values()]
 
-    often = points("validation") > 2 or not points("train")
-    split, what = ("validation", "validation") if often else ("train", "training batches'")
-    most = max(record.step * record.config.data.batch_size for record in logs)
-    unit, word = (1000, "thousand images seen") if most >= 10_000 else (1, "images seen")
-    drawn = {}
+    def count_points(split: str) -> float:
+        counts = [record.series(f"{split}/{metric.name}")[0].size for record in records]
+        return float(np.median(counts))
+
+    is_validation = count_points("validation") > 2 or not count_points("train")
+    split = "validation" if is_validation else "train"
+    what = "validation" if is_validation else "training batches'"
+    max_images = max(record.step * record.config.data.batch_size for record in records)
+    unit, x_label = (1000, "thousand images seen") if max_images >= 10_000 else (1, "images seen")
+    curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for row in rows:
-        drawn[row.name] = []
+        curves[row.name] = []
         for record in row.records.values():
             steps, values = record.series(f"{split}/{metric.name}")
-            if not often:
-                steps, values = _windows(steps), _windows(values)
+            if not is_validation:
+                steps, values = _average_windows(steps), _average_windows(values)
             images = steps * record.config.data.batch_size / unit
-            drawn[row.name].append((images, metric.factor * values))
+            curves[row.name].append((images, metric.factor * values))
     forest.draw_row_curves(
-        drawn,
+        curves,
         baseline,
         png,
         what=f"{what} {metric.name}{metric.unit}",
-        across=word,
+        across=x_label,
         decimals=metric.decimals,
-        more_is_better=metric.is_share,
+        more_is_better=metric.is_fraction,
     )
 
 
-def _windows(series: np.ndarray, most: int = 25) -> np.ndarray:
-    """Means of `most` windows at most: a few batches' accuracy is too noisy for a picture."""
-    return np.array([part.mean() for part in np.array_split(series, most) if part.size])
+def _average_windows(series: np.ndarray, max_windows: int = 25) -> np.ndarray:
+    """Averages a series over at most `max_windows` windows, as single batches are too noisy."""
+    windows = np.array_split(series, max_windows)
+    return np.array([window.mean() for window in windows if window.size])

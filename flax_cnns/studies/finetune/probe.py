@@ -1,10 +1,11 @@
-"""Linear classifiers on a network's fixed features: "bottom features can be precomputed".
+"""Linear classifiers on a network's fixed features (CS231n: "bottom features can be precomputed").
 
 The features of all splits are computed once, without augmentation, pooled to [N C], and kept in a
-file; each classifier then trains on them with the config's own loss, optimizer (but without SAM:
-the problem is convex), schedule, number of steps and order of examples. On the network's last
-features that is, but for rounding and for gradient noise, which is another, what a run computes in
-which all but the classifier is frozen and nothing is augmented; it passes each image once.
+file. Each classifier is then trained on them with the config's own loss, optimizer (without SAM,
+because the problem is convex), schedule, number of steps and order of examples. With the last
+features this equals, up to rounding, a run with everything but the classifier frozen and no
+augmentation, but the network sees each image only once. Gradient noise, if on, is drawn
+differently.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from flax_cnns.runs.train import check_complete_run
 from flax_cnns.train import losses, metrics, optimizers, regularizers, schedules
 from flax_cnns.types import Array, PyTree
 
-LAST_LAYER = "pre_logits"  # what the network gives without its classifier
+LAST_LAYER = "pre_logits"  # the network's output without its classifier
 Features = dict[str, dict[str, np.ndarray]]  # split -> {"labels": i32 [N], layer: f32 [N C]}
 
 
@@ -46,23 +47,25 @@ def run_probe(
     workdir: str | os.PathLike,
     layers: Sequence[str],
     *,
-    every_layer: Sequence[str] = (),
+    cached_layers: Sequence[str] = (),
     cache: str | os.PathLike,
     accept_changed_data: bool = False,
     fingerprint: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains a linear classifier on each of `layers` (module paths such as "stage2", or `LAST`) and
-    returns what it writes to `workdir/summary.json`, beside `classifiers.npz` with kernels and
-    biases by layer; a directory that is complete is only read.
+    """Trains a linear classifier on the features of each of `layers`.
 
-    `config` is that of a run in which `optimizer.trainable` leaves the classifier alone. The
-    accuracy is that of the layer with the best validation accuracy (without that split: the last).
-    `every_layer`: those to be kept in the file `cache`, for other calls. `accept_changed_data` and
-    `fingerprint`: as in `runs.train.run`. Raises `UserError`.
+    Layers are module paths such as "stage2", or `LAST_LAYER`. Writes `summary.json` and
+    `classifiers.npz` (kernels and biases by layer) into `workdir` and returns the summary. If the
+    directory is complete, only reads it. The summary's accuracy is from the layer with the best
+    validation accuracy, or from the last layer without a validation split.
+
+    `config`: of a run in which `optimizer.trainable` selects only the classifier. `cached_layers`:
+    more layers to keep in the file `cache`, for other calls. `accept_changed_data` and
+    `fingerprint`: as in `runs.train.run`. Raises UserError.
     """
     workdir, cache = pathlib.Path(workdir).absolute(), pathlib.Path(cache)
     resolved = configs.to_plain(config) | {"probe": list(layers)}
-    with workdirs.open_workdir(workdir, primary=True) as opened:
+    with workdirs.open_workdir(workdir, primary=True) as handle:
         workdirs.check_workdir(workdir, resolved, accept_changed_data=accept_changed_data)
         if (workdir / "summary.json").is_file():
             check_complete_run(config, workdir, fingerprint, accept_changed_data)
@@ -76,29 +79,30 @@ def run_probe(
         if config.graft.source:
             variables, report = graft_from_config(config.graft, variables, order)
             print(report)
-        wanted = list(dict.fromkeys([*every_layer, *layers]))
-        found, passing = load_or_compute_features(components, variables, wanted, cache)
-        opened.begun = True
-        tried, heads = {}, {}
+        all_layers = list(dict.fromkeys([*cached_layers, *layers]))
+        features, seconds = load_or_compute_features(components, variables, all_layers, cache)
+        handle.begun = True
+        results: dict[str, dict[str, float]] = {}
+        heads: dict[str, Any] = {}
         for layer in layers:
-            head, tried[layer] = _classify(components, variables, layer, found)
+            head, results[layer] = _train_classifier(components, variables, layer, features)
             heads |= {f"{layer}/{name}": array for name, array in head.items()}
         np.savez(workdir / "classifiers.npz", **heads)
-        best = max(tried, key=lambda name: tried[name].get("validation/accuracy", 0.0))
-        chosen = tried[best if "validation" in found else layers[-1]]
+        best = max(results, key=lambda name: results[name].get("validation/accuracy", 0.0))
+        chosen = results[best if "validation" in features else layers[-1]]
         summary = {
             "model": config.model.name,
             "dataset": components.dataset.name,
             "seed": config.seed,
             "validation/best_accuracy": chosen.get("validation/accuracy"),
             "test/accuracy": chosen["test/accuracy"],
-            "layers": tried,
+            "layers": results,
             # Without compiling.
-            "features_seconds": passing,
-            "training_seconds": sum(layer["seconds"] for layer in tried.values()),
+            "features_seconds": seconds,
+            "training_seconds": sum(numbers["seconds"] for numbers in results.values()),
         }
         with (workdir / "metrics.jsonl").open("w") as log:
-            for layer, numbers in tried.items():
+            for layer, numbers in results.items():
                 log.write(json.dumps({"layer": layer} | numbers) + "\n")
         files.write_json(workdir / "summary.json", summary)
         return summary
@@ -110,43 +114,56 @@ def run_probe(
 def load_or_compute_features(
     components: RunComponents, variables: PyTree, layers: Sequence[str], cache: pathlib.Path
 ) -> tuple[Features, float]:
-    """What `features` gives. It is read from `cache` if that holds the features of this config,
-    these weights and these examples undamaged; else it is computed and kept there."""
+    """Returns what `compute_features` returns.
+
+    Reads it from `cache` if the file is intact and belongs to this config, these weights and these
+    examples; else computes it and writes the file.
+    """
     config = configs.to_plain(components.config)
-    data = config["data"] | {"dir": ""}  # the digest covers the data, wherever they lie
+    data = config["data"] | {"dir": ""}  # the digest covers the data, wherever they are
     key = json.dumps([config["model"], data, list(layers), _digest(components, variables)])
     if cache.is_file():
-        # A damaged file may raise anything.
-        with contextlib.suppress(Exception), np.load(cache) as kept:
-            if str(kept["key"]) == key:
-                flat = {name: kept[name] for name in kept.files if "/" in name}
-                found: Features = {}
-                for name, array in flat.items():
-                    split, layer = name.split("/", 1)
-                    found.setdefault(split, {})[layer] = array
-                return found, float(kept["seconds"])
-    found, seconds = compute_features(components, variables, layers)
-    flat = {f"{split}/{n}": array for split, of in found.items() for n, array in of.items()}
+        # A damaged file may raise any exception.
+        with contextlib.suppress(Exception), np.load(cache) as saved:
+            if str(saved["key"]) == key:
+                cached: Features = {}
+                for name in saved.files:
+                    if "/" in name:
+                        split, layer = name.split("/", 1)
+                        cached.setdefault(split, {})[layer] = saved[name]
+                return cached, float(saved["seconds"])
+    features, seconds = compute_features(components, variables, layers)
+    flat: dict[str, Any] = {
+        f"{split}/{name}": array
+        for split, arrays in features.items()
+        for name, array in arrays.items()
+    }
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with files.replace_atomically(cache) as beside, beside.open("wb") as file:
+    with files.replace_atomically(cache) as temporary, temporary.open("wb") as file:
         np.savez(file, key=np.str_(key), seconds=seconds, **flat)
-    return found, seconds
+    return features, seconds
 
 
 def _digest(components: RunComponents, variables: PyTree) -> str:
-    """A digest of the weights and of the examples of all splits: of pixels and labels in memory,
-    else of the fingerprint and the reader's version. A folder or a run may hold others today under
-    the same name."""
+    """Returns a digest of the weights and of the examples of all splits.
+
+    Covers pixels and labels in memory, or else the data's fingerprint and the reader's version. The
+    same folder or run name may hold other data later.
+    """
     digest = hashlib.sha256()
+
+    def update(array: Any) -> None:
+        digest.update(np.ascontiguousarray(array).data)
+
     for path, leaf in pytree.flatten(jax.device_get(variables)).items():
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf))
+        update(leaf)
     for role, split in components.dataset.splits.items():
         digest.update(f"{role} {len(split)}".encode())
         if split.labels is not None:
-            digest.update(np.ascontiguousarray(split.labels))
+            update(split.labels)
         if split.images is not None:
-            digest.update(np.ascontiguousarray(split.images))
+            update(split.images)
         else:
             digest.update(f"reader {img.READER_VERSION}".encode())
     digest.update(json.dumps(components.dataset.fingerprint, sort_keys=True).encode())
@@ -156,13 +173,16 @@ def _digest(components: RunComponents, variables: PyTree) -> str:
 def compute_features(
     components: RunComponents, variables: PyTree, layers: Sequence[str]
 ) -> tuple[Features, float]:
-    """Each image of each split through the network once, in evaluation mode. Whatever stands
-    between examples and channels is averaged. Beside them the seconds that the training images
-    took, without compiling: the others any strategy must pass to be evaluated."""
+    """Computes the features of all images of all splits, in evaluation mode.
+
+    All axes between examples and channels are averaged. Returns (features, seconds for the training
+    images without compiling). The other splits are not timed, because every strategy must pass them
+    through the network to be evaluated.
+    """
     dataset = components.dataset
-    # Every block by its name: inside a stack nothing can be captured.
-    named = {"scan": False} if hasattr(components.model, "scan") else {}
-    model = components.model.clone(num_classes=None, **named)
+    # Without scan, so that every block has a name: inside a stack nothing can be captured.
+    unscanned = {"scan": False} if hasattr(components.model, "scan") else {}
+    model = components.model.clone(num_classes=None, **unscanned)
     normalize = augment.make_normalize(
         components.config.data.augment, mean=dataset.mean, std=dataset.std
     )
@@ -188,35 +208,39 @@ def compute_features(
         return pipeline.eval_batches(dataset, split, components.config.data)
 
     first = next(batches("test"))["image"]
-    jax.block_until_ready(forward(variables, first))  # compiled now
-    found, seconds = {}, {}
+    jax.block_until_ready(forward(variables, first))  # compiles
+    features: Features = {}
+    seconds: dict[str, float] = {}
     for split in dataset.splits:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         rows: dict[str, list] = {}
         for batch in batches(split):
-            there = batch["mask"] > 0
+            is_real = batch["mask"] > 0
             computed = jax.device_get(forward(variables, batch["image"]))
             for name, array in (computed | {"labels": batch["label"]}).items():
-                rows.setdefault(name, []).append(array[there])
-        found[split] = {name: np.concatenate(arrays) for name, arrays in rows.items()}
-        if not len(found[split]["labels"]):
+                rows.setdefault(name, []).append(array[is_real])
+        features[split] = {name: np.concatenate(arrays) for name, arrays in rows.items()}
+        if not len(features[split]["labels"]):
             raise UserError(f"{dataset.name}: no image of the {split} split could be decoded")
-        seconds[split] = time.perf_counter() - began
-    if missing := set(layers) - set(found["train"]):
+        seconds[split] = time.perf_counter() - start_time
+    if missing := set(layers) - set(features["train"]):
         raise UserError(f"{components.config.model.name} has no layer {sorted(missing)[0]!r}")
-    return found, seconds["train"]
+    return features, seconds["train"]
 
 
 # ---------------------------------------------------------------------------- the classifier
 
 
-def _classify(
-    components: RunComponents, variables: PyTree, layer: str, found: Features
+def _train_classifier(
+    components: RunComponents, variables: PyTree, layer: str, features: Features
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """The classifier on a layer, {"kernel" [C K], "bias" [K]} of the features as they are, and
-    {"validation/accuracy", "test/accuracy", "seconds"}, beside the user's own metrics of both."""
+    """Trains the classifier on a layer.
+
+    Returns {"kernel" [C K], "bias" [K]} for unscaled features, and {"validation/accuracy",
+    "test/accuracy", "seconds"} with the user's own metrics of both splits.
+    """
     config = components.config
-    per_epoch = len(found["train"]["labels"]) / config.data.batch_size
+    per_epoch = len(features["train"]["labels"]) / config.data.batch_size
     total = schedules.parse_duration(config.train.duration, per_epoch, what="train.duration")
     schedule = schedules.make_schedule(
         config.schedule, total_steps=total, steps_per_epoch=per_epoch
@@ -232,14 +256,15 @@ def _classify(
         factory_fields=own.optimizer_fields,
     )
     loss_of = own.loss or losses.cross_entropy
-    head = _head(pytree.partition(params, optimizer.trainable)[0], layer, found["train"][layer])
+    x, labels = features["train"][layer], features["train"]["labels"]
+    head = _make_head(pytree.partition(params, optimizer.trainable)[0], layer, x)
     soften = mix.make_mix(
         ConfigDict(config.mix.to_dict() | {"mixup": 0.0, "cutmix": 0.0}), components.num_classes
     )
     size = config.data.batch_size
-    places = range(total * size)
-    order = [pipeline.row_at(i, config.seed, len(found["train"]["labels"])) for i in places]
-    order = jnp.asarray(order).reshape(total, size)
+    positions = range(total * size)
+    rows_in_order = [pipeline.row_at(i, config.seed, len(labels)) for i in positions]
+    order = jnp.asarray(rows_in_order).reshape(total, size)
 
     def train(head: PyTree, x: Array, labels: Array, order: Array) -> PyTree:
         def step(carry: tuple, inputs: tuple) -> tuple:
@@ -247,7 +272,7 @@ def _classify(
 
             def loss(head: PyTree) -> Array:
                 _, soft = soften(x[rows], labels[rows], jax.random.key(0))
-                kernel, bias = _kernel_and_bias(head)
+                kernel, bias = _get_kernel_and_bias(head)
                 return jnp.mean(loss_of(x[rows] @ kernel + bias, soft))
 
             grads, key = jax.grad(loss)(head), jax.random.fold_in(jax.random.key(config.seed), i)
@@ -257,44 +282,44 @@ def _classify(
         carry = head, optimizer.tx.init(head)
         return jax.lax.scan(step, carry, (jnp.arange(total), order))[0][0]
 
-    x, labels = found["train"][layer], found["train"]["labels"]
-    mean, std = 0.0, 1.0
+    mean: Any = 0.0
+    std: Any = 1.0
     if layer != LAST_LAYER:
-        # Each layer has another scale, and the rate was chosen for the last.
+        # Layers have different scales, and the learning rate was chosen for the last layer.
         mean, std = x.mean(0), x.std(0) + 1e-6
     inputs = head, (x - mean) / std, labels, order
     compiled = jax.jit(train).lower(*inputs).compile()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     head = jax.block_until_ready(compiled(*inputs))
-    numbers = {"seconds": time.perf_counter() - began}
-    kernel, bias = map(np.asarray, _kernel_and_bias(head))
+    numbers = {"seconds": time.perf_counter() - start_time}
+    kernel, bias = map(np.asarray, _get_kernel_and_bias(head))
     kernel = kernel / np.reshape(std, (-1, 1))
     bias = bias - mean @ kernel if layer != LAST_LAYER else bias
-    for split in found.keys() - {"train"}:
-        logits, true = found[split][layer] @ kernel + bias, found[split]["labels"]
-        classes = true if true.ndim == 1 else np.argmax(true, -1)  # rows of soft labels
+    for split in features.keys() - {"train"}:
+        logits, true = features[split][layer] @ kernel + bias, features[split]["labels"]
+        classes = true if true.ndim == 1 else np.argmax(true, -1)  # soft labels are rows [N K]
         numbers[f"{split}/accuracy"] = float(np.mean(np.argmax(logits, -1) == classes))
         if own.metrics:
-            hot = np.eye(logits.shape[-1], dtype=np.float32)[true] if true.ndim == 1 else true
-            soft = np.pad(hot, ((0, 0), (0, logits.shape[-1] - hot.shape[-1])))
+            one_hot = np.eye(logits.shape[-1], dtype=np.float32)[true] if true.ndim == 1 else true
+            soft = np.pad(one_hot, ((0, 0), (0, logits.shape[-1] - one_hot.shape[-1])))
             sums = metrics.sum_own_metrics(own.metrics, jnp.asarray(logits), jnp.asarray(soft))
             numbers |= metrics.compute(jax.device_get(sums), f"{split}/")
     return {"kernel": kernel, "bias": bias}, numbers
 
 
 def find_dense_kernel(leaves: Mapping[str, Any]) -> str | None:
-    """The path of the kernel of a classifier that is one dense layer; None of another one."""
+    """Returns the path of the kernel if the classifier is one dense layer; else None."""
     kernels = [path for path in leaves if path.endswith("/kernel") and leaves[path].ndim == 2]
     return kernels[0] if len(kernels) == 1 and len(leaves) <= 2 else None
 
 
-def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
-    """The network's fresh classifier; on another layer than its own one of zeros."""
+def _make_head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
+    """Returns the network's fresh classifier for the last layer, or zeros for another layer."""
     flat = pytree.flatten(head)
     if not (kernel := find_dense_kernel(flat)):
         raise UserError(
-            "a linear classifier on features: expected one dense layer (no convolution) alone to be"
-            f" trainable, got {', '.join(flat)}"
+            "a linear classifier on features: expected one dense layer (no convolution) to be the"
+            f" only trainable layer, got {', '.join(flat)}"
         )
     if layer == LAST_LAYER:
         return head
@@ -303,7 +328,7 @@ def _head(head: PyTree, layer: str, x: np.ndarray) -> PyTree:
     return pytree.unflatten(flat)
 
 
-def _kernel_and_bias(head: PyTree) -> tuple[Array, Array | float]:
+def _get_kernel_and_bias(head: PyTree) -> tuple[Array, Array | float]:
     flat = pytree.flatten(head)
     kernel = next(leaf for path, leaf in flat.items() if path.endswith("/kernel"))
     return kernel, next((leaf for path, leaf in flat.items() if path.endswith("/bias")), 0.0)

@@ -1,4 +1,4 @@
-"""What the strategies of fine-tuning reached: tables, a picture, JSON."""
+"""Reports the results of fine-tuning strategies: tables, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flax_cnns.analysis.plots import style
 from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes
 from flax_cnns.studies.finetune.compare import StrategyComparison
 
-# The lecture's advice (Stanford CS231n) for (little, much) data, by the target's name.
+# The advice of Stanford's CS231n for (little, much) data, by the target's name.
 LECTURE_ADVICE = {
     "similar": ("linear classifier on the top", "fine-tune a few layers"),
     "dissimilar": ("linear classifiers on several stages", "fine-tune many layers"),
@@ -25,15 +25,18 @@ LECTURE_ADVICE = {
 
 
 def _mean(values: Sequence[float]) -> str:
-    """ "81.2 ± 0.4": per cent, with the standard deviation where there is one."""
+    """ "81.2 ± 0.4": a percentage, with the standard deviation if there are several values."""
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
 
 
 def make_tables(result: StrategyComparison) -> list[Table]:
-    """Two for each target, the second to scratch, and the lectures' two by two where validation
-    chose the best."""
-    found = []
+    """Makes the tables of a comparison.
+
+    Each target has a table of accuracies and, if possible, a table of differences from scratch. If
+    all runs have a validation split, a last table shows the best strategies and CS231n's advice.
+    """
+    tables = []
     for target in result.targets:
         spread = f", mean ± sd, n={result.seeds}" if result.seeds > 1 else ""
         table = Table(title=f"{target}: test accuracy in %{spread}")
@@ -47,15 +50,15 @@ def make_tables(result: StrategyComparison) -> list[Table]:
             seconds = np.mean([r.seconds for cell in cells for r in cell])
             row = [_mean([r.test for r in cell]) for cell in cells]
             table.add_row(strategy, *row, f"{seconds:.1f}")
-        found.append(table)
+        tables.append(table)
         if "scratch" in result.strategies and len(result.strategies) > 1 and result.seeds > 1:
-            found.append(_differences(result, target))
-    return [*found, _two_by_two(result)] if _validated(result) else found
+            tables.append(_make_difference_table(result, target))
+    return [*tables, _make_best_table(result)] if _is_validated(result) else tables
 
 
-def _differences(result: StrategyComparison, target: str) -> Table:
-    """Of each strategy to scratch; a seed's validation split and examples are the same in both."""
-    table = Table(title=f"{target}: difference to scratch in points, 95 % t interval over seeds")
+def _make_difference_table(result: StrategyComparison, target: str) -> Table:
+    """Differences of each strategy from scratch, paired by seed: both see the same examples."""
+    table = Table(title=f"{target}: difference from scratch in points, 95 % t interval over seeds")
     table.add_column("strategy")
     for fraction in result.fractions:
         table.add_column(f"{fraction:.4g}", justify="right")
@@ -67,15 +70,16 @@ def _differences(result: StrategyComparison, target: str) -> Table:
         row = []
         for fraction in result.fractions:
             both = accuracies(fraction, strategy), accuracies(fraction, "scratch")
-            found = statistics.paired_difference(*both).interval
-            ends = f" ({found.low:+.1f} to {found.high:+.1f})" if found.is_known else ""
-            row.append(f"{found.mean:+.1f}{ends}")
+            interval = statistics.paired_difference(*both).interval
+            ends = f" ({interval.low:+.1f} to {interval.high:+.1f})" if interval.is_known else ""
+            row.append(f"{interval.mean:+.1f}{ends}")
         if strategy != "scratch":
             table.add_row(strategy, *row)
     return table
 
 
-def _two_by_two(result: StrategyComparison) -> Table:
+def _make_best_table(result: StrategyComparison) -> Table:
+    """The best strategy of each target with the least and the most data, and CS231n's advice."""
     ends = tuple(dict.fromkeys((result.fractions[0], result.fractions[-1])))
     table = Table(title="best by validation: test accuracy in %", show_lines=True)
     table.add_column("target")
@@ -91,27 +95,29 @@ def _two_by_two(result: StrategyComparison) -> Table:
                     f"scratch {_mean([r.test for r in result.select(target, fraction, 'scratch')])}"
                 ]
             if target in LECTURE_ADVICE and len(ends) == 2:
-                lines += [f"the lectures: {LECTURE_ADVICE[target][i]}"]
+                lines += [f"CS231n: {LECTURE_ADVICE[target][i]}"]
             cells.append("\n".join(lines))
         table.add_row(target, *cells)
     return table
 
 
-def _validated(result: StrategyComparison) -> bool:
+def _is_validated(result: StrategyComparison) -> bool:
     return all(record.validation is not None for record in result.records)
 
 
 def find_best_strategy(result: StrategyComparison, target: str, fraction: float) -> str:
-    """By the mean validation accuracy; of equal ones the first."""
+    """Returns the strategy with the best mean validation accuracy; the first of equal ones."""
 
     def accuracy(strategy: str) -> float:
-        return np.mean([r.validation for r in result.select(target, fraction, strategy)])
+        records = result.select(target, fraction, strategy)
+        values = [r.validation for r in records if r.validation is not None]
+        return float(np.mean(values))
 
     return max(result.strategies, key=accuracy)
 
 
 def describe_speed(result: StrategyComparison) -> list[str]:
-    """How much sooner than by `linear` the classifier is there by `features`, for each fraction."""
+    """Compares the training times of `features` and `linear`, one line for each fraction."""
     if not {"linear", "features"} <= set(result.strategies):
         return []
     lines = []
@@ -127,8 +133,8 @@ def describe_speed(result: StrategyComparison) -> list[str]:
     return lines
 
 
-# Dashed: the network is frozen; dotted: a part of it is not loaded.
-_STYLES = {
+# Dashed: the network is frozen. Dotted: part of it is not loaded.
+_STYLES: dict[str, dict[str, Any]] = {
     "scratch": dict(color=style.BLACK, marker="o", linewidth=2),
     "linear": dict(color=style.SKY_BLUE, marker="s", linestyle="--"),
     "features": dict(color=style.BLUE, marker="D", linestyle="--"),
@@ -144,7 +150,7 @@ _STYLES = {
 
 
 def draw(result: StrategyComparison, png: pathlib.Path) -> None:
-    """Test accuracy against the number of training images, a panel for each target."""
+    """Draws the test accuracy over the number of training images, a panel for each target."""
     number = len(result.targets)
     columns = min(number, 4)
     rows = -(-number // columns)
@@ -156,7 +162,7 @@ def draw(result: StrategyComparison, png: pathlib.Path) -> None:
         for i, strategy in enumerate(result.strategies):
             cells = [result.select(target, fraction, strategy) for fraction in result.fractions]
             images = np.array([cell[0].images for cell in cells])
-            # A little beside each other, so that the bars can be told apart.
+            # Shifted slightly, so that the error bars do not overlap.
             images = images * 1.02 ** (i - (len(result.strategies) - 1) / 2)
             accuracy = [100 * np.mean([r.test for r in cell]) for cell in cells]
             spread = [
@@ -174,11 +180,11 @@ def draw(result: StrategyComparison, png: pathlib.Path) -> None:
             )
         panel.set(xscale="log", xlabel="training images", title=shorten(target, 44))
         sizes = [result.select(target, f, result.strategies[0])[0].images for f in result.fractions]
-        # Points of one size stay together, however few sizes there are.
+        # Wide limits keep the shifted points of one size together, even with a single size.
         low, high = min(sizes) / 1.5, max(sizes) * 1.5
         panel.set_xlim(low, high)
         ticks = sizes[:1]
-        for size in sizes[1:]:  # a number's width apart
+        for size in sizes[1:]:  # at least the width of a number apart
             if math.log(size / ticks[-1]) > 0.12 * math.log(high / low):
                 ticks.append(size)
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -194,10 +200,10 @@ def draw(result: StrategyComparison, png: pathlib.Path) -> None:
 
 
 def save(result: StrategyComparison, path: pathlib.Path, command: dict[str, Any]) -> None:
-    """Everything as JSON."""
+    """Writes everything into a JSON file."""
     best = {
         target: {f"{f:g}": find_best_strategy(result, target, f) for f in result.fractions}
-        for target in (result.targets if _validated(result) else ())
+        for target in (result.targets if _is_validated(result) else ())
     }
     content = {
         "command": command,

@@ -1,17 +1,17 @@
-"""Compound scaling, searched for as Tan & Le 2019 do, section 3.3: https://arxiv.org/abs/1905.11946
+"""Compound scaling search, as in Tan & Le 2019, section 3.3: https://arxiv.org/abs/1905.11946
 
-First a grid over alpha (depth), beta (width) and gamma (resolution) with alpha * beta^2 * gamma^2
-close to a budget, each point trained once; the best on the validation split wins. Widths and depths
-are rounded, so that the formula is far off for small networks: only points count whose MACs, as
-counted, are close to the budget too, and of points that are one network the first (with few blocks
-a stage many alphas are: the smallest stands for them). Then, as in the
-paper's table 7, the network scaled in one way alone, by depth, width or resolution, and in all
-three by the winner, to the same number of MACs, as near as the rounding lets it. Those are trained
-anew with other seeds than the grid's, and told by the test split, since the winner was chosen by
-the other one.
+1. A grid over alpha (depth), beta (width) and gamma (resolution) with alpha * beta^2 * gamma^2
+   close to a budget. Each point is trained once, and the best on the validation split wins. Widths
+   and depths are rounded, so the formula is far off for small networks. Therefore points whose
+   measured MACs miss the budget are skipped, and points that round to the same network are trained
+   once (with few blocks in a stage, many alphas do; the smallest is taken).
+2. As in table 7 of the paper, the base network is scaled by depth alone, by width alone, by
+   resolution alone, and by all three in the winner's proportions, each to the same number of MACs
+   as far as the rounding allows. These networks are trained with other seeds than the grid and
+   compared on the test split, because the validation split chose the winner.
 
-Every trial is a run (`flax_cnns.run`) in a directory of its own under the search's: started again,
-the search repeats none that is complete.
+Every trial is a run (`flax_cnns.run`) in its own directory under the search's folder. When the
+search is started again, it skips complete trials.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -49,12 +49,12 @@ from flax_cnns.runtime import output
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.studies import own_parts
 
-FORMULA_TOLERANCE = 0.1  # of alpha * beta^2 * gamma^2 from the budget, relative
-MACS_TOLERANCE = 0.15  # of the MACs from budget times the base's, relative
+FORMULA_TOLERANCE = 0.1  # relative difference of alpha * beta^2 * gamma^2 from the budget
+MACS_TOLERANCE = 0.15  # relative difference of the MACs from budget times the base's MACs
 
 
 class ScalingFactors(NamedTuple):
-    """On the base network's width, depth and resolution."""
+    """Factors on the base network's width, depth and resolution."""
 
     width_mult: float = 1.0
     depth_mult: float = 1.0
@@ -62,7 +62,7 @@ class ScalingFactors(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A network to train: the base, scaled."""
+    """A scaled network to train."""
 
     kind: str  # base, grid, depth, width, resolution, compound
     scale: ScalingFactors
@@ -72,10 +72,11 @@ class Trial(NamedTuple):
 
     @property
     def network(self) -> tuple[int, int, int]:
-        """Equal for equal networks: rounding makes one of many factors."""
+        """Equal for equal networks: rounding can map many factors to one network."""
         return self.resolution, self.params, self.macs
 
     def config(self, base: ConfigDict, seed: int) -> ConfigDict:
+        """Returns the config of a run of this trial."""
         config = ConfigDict(base.to_dict())
         config.model.width_mult = base.model.get("width_mult", 1.0) * self.scale.width_mult
         config.model.depth_mult = base.model.get("depth_mult", 1.0) * self.scale.depth_mult
@@ -85,22 +86,27 @@ class Trial(NamedTuple):
 
 
 class TrialResult(NamedTuple):
-    """A trial with what its runs reached."""
+    """A trial with the accuracies of its runs."""
 
     trial: Trial
-    accuracy: list[float]  # of each seed: the grid's on validation, else on test
+    accuracy: list[float]  # for each seed; of the validation split in the grid, else of the test
 
 
 class SearchResult(NamedTuple):
+    """What `search` found."""
+
     base: TrialResult
-    grid: list[TrialResult]  # in the order of trials
+    grid: list[TrialResult]  # in the order of the trials
     winner: tuple[float, float, float]  # alpha, beta, gamma
     scaled: list[TrialResult]  # depth, width, resolution, compound
 
 
 def make_grid(budget: float = 2.0, step: float = 0.1) -> list[tuple[float, float, float]]:
-    """(alpha, beta, gamma), multiples of `step` from 1 with alpha * beta^2 * gamma^2 within 10 % of
-    `budget`; sorted. Raises `UserError` where there are none."""
+    """Returns all (alpha, beta, gamma) within 10 % of the budget, sorted.
+
+    The values are 1 plus multiples of `step`, and alpha * beta^2 * gamma^2 is compared with
+    `budget`. Raises UserError if there are none.
+    """
     if budget <= 1 or step <= 0:
         raise UserError(f"expected a budget above 1 and a step above 0, got {budget} and {step}")
     steps = [1 + i * step for i in range(int((budget * (1 + FORMULA_TOLERANCE) - 1) / step) + 1)]
@@ -112,12 +118,12 @@ def make_grid(budget: float = 2.0, step: float = 0.1) -> list[tuple[float, float
         if abs(a * b**2 * c**2 / budget - 1) <= FORMULA_TOLERANCE
     ]
     if not points:
-        raise UserError(f"no multiples of {step} give {budget} within 10 %; take a smaller --step")
+        raise UserError(f"no multiples of {step} give {budget} within 10 %; use a smaller --step")
     return points
 
 
 class Planner:
-    """Scales the config's network and counts it; nothing is trained."""
+    """Scales the config's network and counts its parameters and MACs. Trains nothing."""
 
     def __init__(self, config: ConfigDict):
         dataset = load_dataset(config.data)
@@ -130,33 +136,36 @@ class Planner:
         self._counted: dict[tuple, tuple[int, int]] = {}
 
     def make_trial(self, kind: str, scale: ScalingFactors) -> Trial:
+        """Scales the network and counts it, once for each network."""
         size = round(self.size * scale.resolution_mult)
         key = (self.width * scale.width_mult, self.depth * scale.depth_mult, size)
         if key not in self._counted:
             width, depth, _ = key
             shape = (size, size, self.channels)
-            mults = dict(width_mult=width, depth_mult=depth)
-            found = cost(self._make(mults, shape), (1, *shape))
-            self._counted[key] = found.params, found.macs
+            multipliers: dict[str, Any] = dict(width_mult=width, depth_mult=depth)
+            total = cost(self._make_network(multipliers, shape), (1, *shape))
+            self._counted[key] = total.params, total.macs
         return Trial(kind, scale, size, *self._counted[key])
 
-    def _make(self, mults: dict[str, float], shape: tuple[int, int, int]) -> nn.Module:
+    def _make_network(self, multipliers: dict[str, Any], shape: tuple[int, int, int]) -> nn.Module:
         if self.network is None:
-            return create_model(**self.fields, **mults, input_size=shape)
+            return create_model(**self.fields, **multipliers, input_size=shape)
         config = ConfigDict(self.config.to_dict())
-        config.model.update(mults)
+        config.model.update(multipliers)
         dataset = dataclasses.replace(self.dataset, image_shape=shape)
         return make_model(config, dataset, self.network)
 
     def select_near(self, macs: float, points: list[tuple[float, float, float]]) -> list[Trial]:
-        """Of a grid's points those within 15 % of these MACs, each network once. Raises `UserError`
-        where there is none."""
+        """Returns the trials of a grid's points within 15 % of these MACs, each network once.
+
+        Raises UserError if there are none.
+        """
         trials = [self.make_trial("grid", make_compound_factors(point, 1.0)) for point in points]
         near = [trial for trial in trials if abs(trial.macs / macs - 1) <= MACS_TOLERANCE]
         if not near:
             raise UserError(
-                f"none of the grid's {len(points)} networks has {macs:.3g} MACs within "
-                f"{MACS_TOLERANCE:.0%}; take a smaller --step"
+                f"none of the grid's {len(points)} networks has {macs:.3g} MACs within"
+                f" {MACS_TOLERANCE:.0%}; use a smaller --step"
             )
         unique = {trial.network: trial for trial in reversed(near)}
         return list(reversed(unique.values()))
@@ -164,8 +173,10 @@ class Planner:
     def find_at_macs(
         self, kind: str, macs: float, scale: Callable[[float], ScalingFactors]
     ) -> Trial:
-        """Of the trials `scale(x)`, x from 0 on, the one whose MACs, which grow by steps, are
-        nearest. Raises `UserError` where they do not reach so many."""
+        """Returns the trial `scale(x)`, x >= 0, whose MACs are nearest to `macs`.
+
+        The MACs must grow with x; they grow in steps. Raises UserError if they stay below `macs`.
+        """
         low, high = 0.0, 1.0
         while self.make_trial(kind, scale(high)).macs < macs:
             if high > 1e3:
@@ -183,6 +194,7 @@ class Planner:
 
 
 def make_compound_factors(winner: tuple[float, float, float], phi: float) -> ScalingFactors:
+    """Returns depth alpha^phi, width beta^phi and resolution gamma^phi."""
     alpha, beta, gamma = winner
     return ScalingFactors(width_mult=beta**phi, depth_mult=alpha**phi, resolution_mult=gamma**phi)
 
@@ -199,19 +211,19 @@ def search(
     accept_changed_data: bool = False,
     say: Callable[[str], None] = print,
 ) -> SearchResult:
-    """The grid, its winner, and the ways to spend budget^phi times the base network's MACs.
+    """Trains the grid, then compares ways to spend budget^phi times the base network's MACs.
 
-    `config` is that of a run; its network has the fields `width_mult` and `depth_mult`, and its
-    `data.image_size` is the base resolution. `accept_changed_data`: as in `run`. Raises `UserError`
-    as a run does.
+    `config` is the config of a run. Its network must have the fields `width_mult` and `depth_mult`;
+    its `data.image_size` is the base resolution. `accept_changed_data`: as in `run`. Raises
+    UserError as a run does.
     """
     workdirs.check_location(folder)
     folder = pathlib.Path(folder)
     if not 0 < phi < math.inf:
-        raise UserError(f"phi is above 0, got {phi}: what is compared is larger than the base")
+        raise UserError(f"expected phi above 0, got {phi}: the compared networks exceed the base")
     configs.validate(config)
     configs.check_new_run(config, folder, begun=any(folder.glob("*/config.json")), say=say)
-    _check_own(config)
+    _check_own_parts(config)
     planner = Planner(config)
     base = planner.make_trial("base", ScalingFactors())
     say("counting the grid's networks")
@@ -219,9 +231,9 @@ def search(
     say(f"{len(trials)} points of the grid, then 5 networks with {seeds} seeds each")
     data = dict(accept_changed_data=accept_changed_data, fingerprint=planner.fingerprint)
     runner = _Runner(config, folder, len(trials) + 5 * seeds, say, data)
-    tried = [TrialResult(t, [runner.accuracy(t, config.seed, "validation")]) for t in trials]
-    # Of equal ones the cheapest, then the first.
-    best = max(tried, key=lambda found: (found.accuracy[0], -found.trial.macs)).trial.scale
+    grid = [TrialResult(t, [runner.get_accuracy(t, config.seed, "validation")]) for t in trials]
+    # Ties: the cheapest network, then the first.
+    best = max(grid, key=lambda result: (result.accuracy[0], -result.trial.macs)).trial.scale
     winner = best.depth_mult, best.width_mult, best.resolution_mult
     macs = base.macs * budget**phi
     trials = [
@@ -231,22 +243,25 @@ def search(
         planner.find_at_macs("resolution", macs, lambda x: ScalingFactors(resolution_mult=1 + x)),
         planner.find_at_macs("compound", macs, lambda x: make_compound_factors(winner, x)),
     ]
-    others = range(config.seed + 1, config.seed + 1 + seeds)
-    told: dict[tuple, list[float]] = {}  # a winner of one way alone is that network: trained once
+    test_seeds = range(config.seed + 1, config.seed + 1 + seeds)
+    # If the winner scales in one way alone, two trials are the same network: trained once.
+    accuracies: dict[tuple, list[float]] = {}
     for trial in trials:
-        if trial.network not in told:
-            told[trial.network] = [runner.accuracy(trial, seed, "test") for seed in others]
-    found = [TrialResult(trial, told[trial.network]) for trial in trials]
-    return SearchResult(found[0], tried, winner, found[1:])
+        if trial.network not in accuracies:
+            accuracies[trial.network] = [
+                runner.get_accuracy(trial, seed, "test") for seed in test_seeds
+            ]
+    results = [TrialResult(trial, accuracies[trial.network]) for trial in trials]
+    return SearchResult(results[0], grid, winner, results[1:])
 
 
-def _check_own(config: ConfigDict) -> None:
-    """Raises `UserError` for own parts with which there is nothing to search or to compare."""
+def _check_own_parts(config: ConfigDict) -> None:
+    """Raises UserError for own parts with which the search cannot scale or compare networks."""
     own_parts.refuse_opaque(config, "the search starts its runs from configs")
     if is_reference(config.data.name) or config.data.name.endswith(".npz"):
         raise UserError(
-            f"data.name={config.data.name!r}: the search scales data.image_size, and own data come"
-            " at their own size; name a data set of the package, such as folder"
+            f"data.name={config.data.name!r}: the search scales data.image_size, but own data have"
+            " a fixed size; use a data set of the package, such as folder"
         )
     if config.train.best_by not in ("auto", "validation/accuracy"):
         raise UserError(
@@ -255,44 +270,46 @@ def _check_own(config: ConfigDict) -> None:
         )
 
 
-# ---------------------------------------------------------------------------- what it found
+# ---------------------------------------------------------------------------- results
 
 
 def make_table(result: SearchResult) -> Table:
-    """The grid, best first, and below it the networks of equal MACs."""
+    """Makes a table of the grid, best first, and of the networks with equal MACs."""
     out = Table(title="compound scaling: depth, width and resolution are factors on the base's")
     columns = ("network", "depth", "width", "resolution", "parameters", "MACs", "of the base's")
     for column in (*columns, "accuracy"):
         out.add_column(column, justify="left" if column == "network" else "right")
 
-    def add(name: str, found: TrialResult) -> None:
-        trial, s = found.trial, found.trial.scale
-        mean, accuracies = np.mean(found.accuracy), found.accuracy
-        n = len(accuracies)
-        spread = f" sd {np.std(accuracies, ddof=1):.2%}, n={n}" if n > 1 else ", n=1"
-        factors = (
+    def add(name: str, result: TrialResult, base_macs: int) -> None:
+        trial, s = result.trial, result.trial.scale
+        mean, n = np.mean(result.accuracy), len(result.accuracy)
+        spread = f" sd {np.std(result.accuracy, ddof=1):.2%}, n={n}" if n > 1 else ", n=1"
+        out.add_row(
+            name,
             f"{s.depth_mult:.2f}",
             f"{s.width_mult:.2f}",
             f"{s.resolution_mult:.2f} ({trial.resolution})",
+            f"{trial.params:,}",
+            f"{trial.macs / 1e6:.2f} M",
+            f"{trial.macs / base_macs:.2f}",
+            f"{mean:.2%}{spread}",
         )
-        counts = (f"{trial.params:,}", f"{trial.macs / 1e6:.2f} M")
-        counts += (f"{trial.macs / result.base.trial.macs:.2f}",)
-        out.add_row(name, *factors, *counts, f"{mean:.2%}{spread}")
 
-    for found in sorted(result.grid, key=lambda found: -found.accuracy[0]):
-        add("grid, validation", found)
+    base_macs = result.base.trial.macs
+    for grid_result in sorted(result.grid, key=lambda r: -r.accuracy[0]):
+        add("grid, validation", grid_result, base_macs)
     out.add_section()
-    for found in (result.base, *result.scaled):
-        add(f"{found.trial.kind}, test", found)
+    for scaled in (result.base, *result.scaled):
+        add(f"{scaled.trial.kind}, test", scaled, base_macs)
     return out
 
 
 def draw(result: SearchResult, png: pathlib.Path) -> None:
-    """Left what the grid saw, right what each way of scaling reached."""
+    """Draws the grid's accuracies (left) and those of each way of scaling (right)."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    alpha, beta, gamma = np.array([_point(found) for found in result.grid]).T
-    best = [found.accuracy[0] for found in result.grid]
+    alpha, beta, gamma = np.array([_get_point(r) for r in result.grid]).T
+    best = [r.accuracy[0] for r in result.grid]
     dots = left.scatter(
         beta, gamma, c=np.multiply(best, 100), s=30 + 400 * (alpha - 1), cmap="viridis", alpha=0.8
     )
@@ -300,73 +317,81 @@ def draw(result: SearchResult, png: pathlib.Path) -> None:
     figure.colorbar(dots, ax=left, label="validation accuracy, %")
     left.set(xlabel="beta: width", ylabel="gamma: resolution", title="grid; size of a dot: alpha")
     left.legend()
-    for found in (result.base, *result.scaled):
-        accuracy = np.multiply(found.accuracy, 100)
-        macs = found.trial.macs / 1e6
-        (line,) = right.plot([macs], [accuracy.mean()], "o", label=found.trial.kind)
+    for scaled in (result.base, *result.scaled):
+        accuracy = np.multiply(scaled.accuracy, 100)
+        macs = scaled.trial.macs / 1e6
+        (line,) = right.plot([macs], [accuracy.mean()], "o", label=scaled.trial.kind)
         right.plot([macs] * len(accuracy), accuracy, "_", color=line.get_color(), markersize=10)
-        if found is not result.base:
+        if scaled is not result.base:
             start = result.base.trial.macs / 1e6, 100 * np.mean(result.base.accuracy)
             ends = zip(start, (macs, accuracy.mean()))
             right.plot(*ends, color=line.get_color(), alpha=0.4)
     right.set(xlabel="MACs of an image, millions", ylabel="test accuracy, %")
-    right.set_title(f"each seed a dash; {len(result.base.accuracy)} seeds")
+    right.set_title(f"dashes: single seeds ({len(result.base.accuracy)})")
     right.legend(fontsize=8)
     save_picture(figure, png)
 
 
 def save(result: SearchResult, path: pathlib.Path, flags: dict[str, float]) -> None:
-    """Everything as JSON."""
+    """Writes everything into a JSON file."""
 
-    def row(found: TrialResult) -> dict:
-        trial = found.trial
-        return trial._asdict() | {"scale": trial.scale._asdict(), "accuracy": found.accuracy}
+    def to_dict(result: TrialResult) -> dict:
+        trial = result.trial
+        return trial._asdict() | {"scale": trial.scale._asdict(), "accuracy": result.accuracy}
 
     content = {
         "flags": flags,
         "winner": dict(zip(("alpha", "beta", "gamma"), result.winner)),
-        "grid": [row(found) for found in result.grid],  # validation accuracy
-        "base": row(result.base),  # test accuracy from here on
-        "scaled": [row(found) for found in result.scaled],
+        "grid": [to_dict(r) for r in result.grid],  # validation accuracy
+        "base": to_dict(result.base),  # test accuracy from here on
+        "scaled": [to_dict(r) for r in result.scaled],
     }
     files.write_json(path, content)
 
 
-def _point(found: TrialResult) -> tuple[float, float, float]:
-    s = found.trial.scale
+def _get_point(result: TrialResult) -> tuple[float, float, float]:
+    s = result.trial.scale
     return s.depth_mult, s.width_mult, s.resolution_mult
 
 
 class _Runner:
+    """Trains trials one after the other and prints the progress."""
+
     def __init__(
         self, config: ConfigDict, folder: pathlib.Path, total: int, say: Callable, data: dict
     ):
         self.config, self.folder, self.total, self.say = config, folder, total, say
         self.data = data  # arguments of `run`
-        self.done, self.seconds = 0, []
+        self.done = 0
+        self.seconds: list[float] = []
 
-    def accuracy(self, trial: Trial, seed: int, split: str) -> float:
-        """Of the finished run on `split`; what the run itself prints is in its output.txt."""
+    def get_accuracy(self, trial: Trial, seed: int, split: str) -> float:
+        """Trains a trial unless its run is complete. Returns the accuracy on `split`.
+
+        The run's output goes into a text file with the name of its directory.
+        """
         s = trial.scale
         name = f"{trial.kind}-d{s.depth_mult:.3f}-w{s.width_mult:.3f}-r{trial.resolution}-{seed}"
-        workdir, began = self.folder / name, time.perf_counter()
-        new = not (workdir / "summary.json").is_file()
+        workdir, start_time = self.folder / name, time.perf_counter()
+        is_new = not (workdir / "summary.json").is_file()
         self.folder.mkdir(parents=True, exist_ok=True)
         config = workdirs.reset_inert_if_new(trial.config(self.config, seed), workdir)
         try:
             with open_log(self.folder / f"{name}.txt") as log, contextlib.redirect_stdout(log):
                 summary = run(config, workdir, **self.data)
-        except Preempted as left:
-            self.say(f"{name}: saved at step {left.step}; the same command goes on")
+        except Preempted as preempted:
+            step = preempted.step
+            self.say(f"{name}: saved at step {step}; run the same command again to resume")
             raise
-        jax.clear_caches()  # dozens of programs, none of which comes again
+        jax.clear_caches()  # dozens of programs, none of which is used again
         self.done += 1
-        if new:
-            self.seconds.append(time.perf_counter() - began)
-        left = sum(self.seconds) / max(len(self.seconds), 1) * (self.total - self.done) / 60
+        if is_new:
+            self.seconds.append(time.perf_counter() - start_time)
+        mean_seconds = sum(self.seconds) / max(len(self.seconds), 1)
+        minutes_left = mean_seconds * (self.total - self.done) / 60
         accuracy = summary["test/accuracy" if split == "test" else "validation/best_accuracy"]
         self.say(
             f"{self.done}/{self.total} {name}: {trial.macs / 1e6:.1f} MMACs, {accuracy:.2%} "
-            f"{split}, about {left:.0f} min left"
+            f"{split}, about {minutes_left:.0f} min left"
         )
         return accuracy

@@ -71,14 +71,14 @@ def test_a_row_is_the_config_with_its_overrides(config):
         ),
         ([("a", {"mix.mixup": "much"})], "row a: config.mix.mixup: expected a number"),
         ([("a", {}), ("b", {}), ("a", {"mix.mixup": 0.2})], "two rows have the name 'a'"),
-        ([("a/b", {})], "'a/b' is no name for a row"),
-        ([("..", {})], "'..' is no name for a row"),
-        ([("", {})], "'' is no name for a row"),
-        ([("report.md", {})], "'report.md' is no name for a row: a file of the folder"),
+        ([("a/b", {})], "row name 'a/b' must also name a directory"),
+        ([("..", {})], "row name '..' must also name a directory"),
+        ([("", {})], "row name '' must also name a directory"),
+        ([("report.md", {})], "a row cannot be called 'report.md'"),
         ([("a", {"seed": 3})], "row a: seed: every row has the same ones"),
         (["a"], "expected (name, {field: value, ...}), got 'a'"),
         ([("a", {1: 2})], "expected (name, {field: value, ...})"),
-        ([], "expected a row or more, got none"),
+        ([], "expected at least one row, got none"),
     ],
 )
 def test_a_mistake_in_a_row_is_said(config, sweep, said):
@@ -119,7 +119,7 @@ def test_a_file_without_a_sweep(tmp_path):
     with pytest.raises(UserError, match=r"none\.py has no sweep\(\)"):
         plan.load_sweep(file)
     file.write_text("def sweep():\n    [('a', {})]\n")
-    with pytest.raises(UserError, match=r"return a list of rows or to yield them, got None"):
+    with pytest.raises(UserError, match=r"must return or yield rows, got None"):
         plan.load_sweep(file)
 
 
@@ -375,7 +375,7 @@ def test_a_cell_that_another_process_runs_is_waited_for(pretend, tmp_path):
     threading.Thread(target=end, daemon=True).start()
     counts, started, said = pretend(["theirs", "fine"])
     assert (counts, started) == ({"complete": 2}, ["fine/seed0"])
-    assert said.count("theirs, seed 0: another process runs it") == 1
+    assert said.count("theirs, seed 0: another process is running it") == 1
 
 
 def test_a_cell_is_told_by_its_newest_words(pretend, tmp_path):
@@ -403,7 +403,7 @@ def ask_when_it_is_slow(tmp_path, number):
 
 def test_ctrl_c_stops_the_cells_and_is_an_interrupt(pretend, tmp_path):
     ask_when_it_is_slow(tmp_path, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         pretend(["slow", "fine"])
     assert state(tmp_path, "slow")["status"] == "interrupted"
     assert not (tmp_path / "fine/seed0").exists()
@@ -426,7 +426,7 @@ def test_the_time_of_a_cell_is_told_from_complete_ones(config, tmp_path):
     assert forecast.estimate_seconds(sizes, cells) == {}
     cells[0].workdir.mkdir(parents=True)
     (cells[0].workdir / "summary.json").write_text("{}")
-    cells[0].write({"status": "complete", "attempts": 1, "error": "", "seconds": 10.0})
+    cells[0].write_status({"status": "complete", "attempts": 1, "error": "", "seconds": 10.0})
     seconds = forecast.estimate_seconds(sizes, cells)
     assert seconds == {"a": 10.0, "b": pytest.approx(60.0)}
     assert forecast.compute_makespan([60.0, 10.0, 60.0], 1) == pytest.approx(130.0)

@@ -141,7 +141,7 @@ def test_a_damaged_log_is_its_cells_matter_and_changed_data_are_said(tmp_path):
         path.write_text(json.dumps(facts | {"fingerprint": {"last": "seed2" in str(path)}}))
     ablation_report.write(folder)
     markdown = (folder / "report.md").read_text()
-    assert "**Not all cells have seen the same data**" in markdown
+    assert "**Not all cells saw the same data**" in markdown
     assert line(markdown, "plain")[1] == "2 of 3 (1 damaged)"
     assert line(markdown, "better")[4].endswith("(2 pairs)")
     assert "seed1/metrics.jsonl, line 1" in markdown
@@ -221,7 +221,7 @@ def test_a_report_of_the_loss_has_plain_numbers_and_no_error(two_rows, monkeypat
         "0.009",
     ]
     assert "train − test is the loss on" in markdown
-    assert "A positive difference is more loss" in markdown
+    assert "A positive difference means more loss" in markdown
     assert numbers(rows["better"], "loss", "loss_seed2") == pytest.approx([0.078, 0.066])
     assert not {"accuracy", "error"} & set(rows["better"])
     (((effect,), words),) = drawn
@@ -242,7 +242,7 @@ def test_a_report_of_an_own_metric_and_a_cell_without_it(two_rows, tmp_path):
     assert line(markdown, "row")[2] == "test gap"
     assert line(markdown, "better")[1] == "2 of 3 (1 without gap)"
     assert line(markdown, "better")[3] == "+0.0120 [-0.0134, +0.0374]"
-    assert "- better, seed 1: without gap: its run is complete, without a finite" in markdown
+    assert "- better, seed 1: without gap: its run is complete, but has no finite" in markdown
     assert numbers(rows["plain"], "test_gap", "gap") == pytest.approx([0.91, 0.07])
     with pytest.raises(UserError, match=r"no complete cell of .* logged test/gpa; did you mean 'g"):
         ablation_report.write(folder, metric="gpa")
@@ -265,7 +265,7 @@ def test_a_complete_run_without_a_test_is_complete(tmp_path):
     folder = write_sweep(tmp_path, {"plain": ROWS["plain"]})
     for log in folder.glob("*/*/metrics.jsonl"):
         log.write_text("\n".join(x for x in log.read_text().splitlines() if "test/" not in x))
-    with pytest.raises(UserError, match="logged test/accuracy; nor any other metric of a test"):
+    with pytest.raises(UserError, match="logged test/accuracy; they logged no test metric"):
         ablation_report.write(folder)
 
 

@@ -443,8 +443,8 @@ def test_tables_picture_and_file(ran, tmp_path):
     assert "38.5 ± 0.7" in text  # scratch, 0.2: 38 and 39
     assert "80.5 ± 0.7" in text  # loaded, 1
     assert "linear 48.5 ± 0.7" in text  # best by validation: the first of equals
-    assert "the lectures: linear classifier on the top" in text
-    assert "difference to scratch" in " ".join(text.split())
+    assert "CS231n: linear classifier on the top" in text
+    assert "difference from scratch" in " ".join(text.split())
     assert "│ linear        │ +10.0 │ +10.0 │" in text  # the same with both seeds: no interval
     (line, _) = report.describe_speed(result)
     assert line == "0.2 of the examples: features 1.00 s, linear 1.00 s, 1.0 times as long"
@@ -513,7 +513,7 @@ def test_results_of_a_source_that_is_gone_are_not_mixed_with_others(ran, tmp_pat
     config = two_targets()
     config.source = ""
     (tmp_path / "similar/1/seed0/linear").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"from a source that is gone .*; remove them, or take"):
+    with pytest.raises(UserError, match=r"from a source that is gone .*; remove them, or use"):
         compare.compare_strategies(config, tmp_path, seeds=1, say=lambda line: None)
     assert not ran
 
@@ -521,8 +521,8 @@ def test_results_of_a_source_that_is_gone_are_not_mixed_with_others(ran, tmp_pat
 @pytest.mark.parametrize(
     ("classes", "fractions", "said"),
     [
-        ((), (0.1, 0.0), r"--fractions: expected numbers above 0 to 1, got \[0.0, 0.1\]"),
-        ((), (1.5,), "--fractions: expected numbers above 0 to 1"),
+        ((), (0.1, 0.0), r"--fractions: expected numbers in \(0, 1\], got \[0.0, 0.1\]"),
+        ((), (1.5,), r"--fractions: expected numbers in \(0, 1\]"),
         ((5, 99), (1.0,), "data.classes: digits has no class 99"),
     ],
 )
@@ -553,7 +553,7 @@ def compare_untrained(monkeypatch, config, folder, **given):
     """What `compare` says before it trains, where a mistake has to be told, but for the lines of
     what its data sets hold."""
     said = []
-    monkeypatch.setattr(compare._Runner, "cell", lambda *_: [])
+    monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: [])
     compare.compare_strategies(config, folder, **given, say=said.append)
     return [line for line in said if not line.startswith("targets.")]
 
@@ -616,7 +616,7 @@ def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
     why = r"the classifier of targets.similar \(squeezenet1_1: head\) is no dense layer on features"
     (line,) = compare_untrained(monkeypatch, config, tmp_path)
     assert re.fullmatch(f"left out: features, linear_stages: {why}", line)
-    with pytest.raises(UserError, match=f"--strategies: leave out features: {why}"):
+    with pytest.raises(UserError, match=f"--strategies: remove features: {why}"):
         compare_untrained(monkeypatch, config, tmp_path, strategies=["all", "features"])
     given = ("scratch", "linear")
     assert compare_untrained(monkeypatch, config, tmp_path, strategies=given) == []
@@ -625,7 +625,10 @@ def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
 @pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
     for flag, said in (
-        ("--strategies=scratch,linaer", "--strategies: there is no 'linaer'; did you mean 'linear"),
+        (
+            "--strategies=scratch,linaer",
+            "--strategies: no strategy is called 'linaer'; did you mean 'linear",
+        ),
         ("--fractions=0.1,many", "--fractions: expected numbers, got ['0.1', 'many']"),
         (
             "--config.targets.similar.schedule.leraning_rate=1",

@@ -119,7 +119,7 @@ def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, mon
     for found in result.scaled:
         assert found.trial.macs == pytest.approx(2 * result.base.trial.macs, rel=0.25)
         assert np.ptp(found.accuracy) == pytest.approx(0.01)
-    with pytest.raises(UserError, match="phi is above 0, got -1"):
+    with pytest.raises(UserError, match="expected phi above 0, got -1"):
         scaling.search(config, tmp_path / "none", phi=-1.0)
     log = next((tmp_path / "all").glob("base*.txt"))
     assert log.read_text() == "what a run prints\n"
