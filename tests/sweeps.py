@@ -1,4 +1,4 @@
-"""A folder as an ablation leaves it, by hand: nothing is trained."""
+"""Writes the folder of an ablation by hand, without training."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ def write_json(path, content):
 
 
 def write_run(workdir, accuracy, *, fit=None, end=True, points=POINTS, **fields):
-    """A run whose validation accuracy rises to about `accuracy`, its test's; `end`: complete.
-    `fields`: of its config, dots as __. It takes 2 s to the first step, then 1 s a window."""
+    """Writes a run whose validation and test accuracy rise to about `accuracy`.
+
+    `end`: whether the run is complete. `fields`: of its config, with `__` for a dot. The first step
+    takes 2 s, each window after it 1 s.
+    """
     config = get_config()
     config.model.name = "lenet5"
     config.data.update(dict(image_size=32, batch_size=BATCH))
@@ -53,8 +56,10 @@ def write_run(workdir, accuracy, *, fit=None, end=True, points=POINTS, **fields)
 
 
 def write_sweep(folder, rows, *, seeds=3):
-    """`rows`: {name: (overrides, [a cell for each seed])}; a cell is (test accuracy, fit accuracy),
-    (status, error), or None for one that was never begun."""
+    """Writes an ablation. `rows`: {name: (overrides, [a cell for each seed])}.
+
+    A cell is (test accuracy, fit accuracy), (status, error), or None if it was never started.
+    """
     plan = {"config": configs.to_plain(get_config()), "baseline": next(iter(rows)), "seeds": seeds}
     plan["rows"] = [{"name": name, "overrides": row[0]} for name, row in rows.items()]
     write_json(folder / "ablation.json", plan)
@@ -75,6 +80,6 @@ def write_sweep(folder, rows, *, seeds=3):
 
 
 def rename_accuracy(folder, name, cells="*/*"):
-    """Calls the accuracy of all logs another metric."""
+    """Renames the accuracy in all logs to another metric."""
     for log in folder.glob(f"{cells}/metrics.jsonl"):
         log.write_text(log.read_text().replace('/accuracy"', f'/{name}"'))

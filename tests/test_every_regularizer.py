@@ -1,6 +1,7 @@
-"""Every regularizer that is a field: off it is the plain run, on another one, and all go together.
+"""Every regularizer that is a config field: off, on, and all of them together.
 
-By the program of the training step as a run makes it: where that is the same, the numbers are.
+Off must equal the plain run, on must change it. The training step's compiled program is compared:
+if the programs are equal, the numbers are equal.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from flax_cnns.train import optimizers, parallel, schedules
 from flax_cnns.train.state import TrainState
 
 REGULARIZERS = {name: field for name, field in configs.FIELDS.items() if field.regularizer}
-# What says how a regularizer works does nothing where it is off.
+# Fields that only say how a regularizer works have no effect while it is off.
 HOW = {
     "optimizer.weight_decay_mode": "decoupled",
     "optimizer.grad_noise_decay": 0.9,
     "train.dropout_mode": "channel",
     "train.ema_warmup": False,
 }
-# (0.0,) where that is a value: the default (), and 0 for every parameter or module, are both off.
+# (0.0,) if possible: the default () and 0 for every parameter or module both mean off.
 OFF = {
     name: field.default if field.check((0.0,)) else (0.0,) for name, field in REGULARIZERS.items()
 }
 OFF |= HOW | {
     "train.dropout": ((r".*", 0.0),),
-    "train.aux_weight": (0.7,),  # of heads that the network has not
+    "train.aux_weight": (0.7,),  # for heads that the network does not have
     "model.drop_path": 0.0,
     "model.drop_path_mode": "sample",
     "model.shake_drop": 0.0,
@@ -61,7 +62,7 @@ def make_config(digits_dir, *changes):
 
 
 def make_step(config):
-    """(parts, optimizer, the step of a run)."""
+    """Returns (components, optimizer, the training step of a run)."""
     parts = build.build_components(config)
     variables = jax.eval_shape(parts.init_variables)
     optimizer = optimizers.make_optimizer(
@@ -133,7 +134,7 @@ def test_all_together_train(digits_dir):
     for i in range(4):
         rows = slice(i * n, (i + 1) * n)
         batch = parts.shard({"image": train.images[rows], "label": train.labels[rows]})
-        if i == 0:  # compiled in a third of the time
+        if i == 0:  # without optimizations, it compiles in a third of the time
             quick = {"xla_backend_optimization_level": 0}
             step = step.lower(state, batch, key).compile(compiler_options=quick)
         state, sums = step(state, batch, key)

@@ -1,4 +1,4 @@
-"""Two real processes of two devices each train together; one process of four goes on."""
+"""Two real processes with two devices each train together; a single process with four resumes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     config.train.duration = "60 steps"
     config.train.eval_every = "20 steps"
     config.checkpoint.every = "20 steps"
-    run(config, tmp_path / "whole")  # in this process, on its four devices
+    run(config, tmp_path / "whole")  # in this process, which has four devices
     cut = launch(tmp_path / "cut", config)
     said = ""
     for line in cut.stdout:
@@ -63,7 +63,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
 
 
 def test_processes_that_see_other_directories_say_so(config, tmp_path):
-    """As when the run directory lies on each host's own disk, and only one holds the run."""
+    """As if the run directory was on each host's own disk, and only one of them has the run."""
     config.train.duration = "1 steps"
     run(config, tmp_path / "0")
     code = (
@@ -120,7 +120,7 @@ def get_config():
 
 
 def test_own_parts_in_two_processes_of_which_one_is_killed(tmp_path):
-    """From a folder that is not the repository's, with batches of a factory."""
+    """Started in another folder than the repository, with batches from a factory."""
     (tmp_path / "mine.py").write_text(OWN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 

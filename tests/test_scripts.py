@@ -1,4 +1,4 @@
-"""The scripts as their users start them: exit codes, one line for a mistake, kill -9."""
+"""Scripts started as users start them: exit codes, one-line errors, kill -9."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def finish(script, *flags):
 
 
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again_end_equal_to_the_bit(config, tmp_path):
+def test_after_kill_9_the_same_command_resumes_bit_for_bit(config, tmp_path):
     config.train.duration = "160 steps"
     config.train.eval_every = "40 steps"
     config.checkpoint.every = "20 steps"
@@ -154,7 +154,7 @@ def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(script.app, "run", run)
-    monkeypatch.setattr(script, "_on_interrupt", lambda handler: None)  # pytest's stays
+    monkeypatch.setattr(script, "_on_interrupt", lambda handler: None)  # keeps pytest's handler
     with pytest.raises(SystemExit) as left:
         script.main(lambda argv: None)
     err = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_memory_that_runs_out_is_one_line(error, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_at_once_while_jax_is_imported_and_at_the_end():
-    """KeyboardInterrupt in the midst of JAX's import is an ImportError or a crash."""
+    """KeyboardInterrupt during JAX's import becomes an ImportError or a crash."""
     code = (
         "import signal, sys\n"
         "from flax_cnns.cli import flags as script\n"
@@ -197,7 +197,7 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path, join):
 
 
 @pytest.mark.slow
-def test_a_missing_workdir_is_said(tmp_path):
+def test_a_missing_workdir_is_reported(tmp_path):
     code, _, err = finish("train")
     assert code != 0
     assert "--workdir" in err

@@ -1,4 +1,4 @@
-"""The run that the tests share: LeNet-5 for a dozen steps on the real digits; what a run leaves."""
+"""The small run that the tests share: LeNet-5 on the real digits for a dozen steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_config(digits_dir):
 
 
 def overrides(config):
-    """The flags that make configs/common.py into `config`."""
+    """The flags that turn configs/common.py into `config`."""
     default, wanted = flatten(get_config().to_dict()), flatten(config.to_dict())
     changed = {k: v for k, v in wanted.items() if v != default[k]}
     return ["--config=configs/common.py", *(f"--config.{k}={v}" for k, v in changed.items())]
@@ -43,7 +43,7 @@ def arrays(workdir, which="latest"):
 
 
 def records(workdir):
-    """What was logged, without how long it took."""
+    """The logged metrics, without times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
     return [record for record in found if set(record) != {"step"}]

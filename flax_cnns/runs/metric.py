@@ -35,6 +35,7 @@ class Metric(NamedTuple):
         """The unit that follows the metric's name in a heading."""
         return ", %" if self.is_fraction else ""
 
+    @property
     def difference_unit(self) -> str:
         """The unit that follows the name of a difference in a heading."""
         return ", points" if self.is_fraction else ""

@@ -1,4 +1,4 @@
-"""What a user might bring, for test_own.py: it is imported by its name, as theirs would be."""
+"""Own parts as a user might write them, for test_own.py, which names them in configs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flax_cnns import Dataset
 
 
 class Net(nn.Module):
-    """Two convolutions and a head, of stock linen."""
+    """Two convolutions and a head, in plain linen."""
 
     num_classes: int
     width: int = 4
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 class Bare(nn.Module):
-    """The least that a network can be: no fields, ten logits."""
+    """The smallest possible network: no fields, ten logits."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -64,13 +64,13 @@ def compiled(logits, labels):
 
 
 def recall(logits, labels, mask):
-    """Of each class, and the mean over those that occur."""
+    """Recall of each class, averaged over the classes that occur."""
     right = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
     return (labels * (mask * right)[:, None]).sum(0), (labels * mask[:, None]).sum(0)
 
 
 def margin(logits, labels, mask):
-    """The logit of the label over the mean of all."""
+    """The logit of the label minus the mean of all logits."""
     apart = jnp.sum(labels * logits, -1) - logits.mean(-1)
     return jnp.sum(jnp.where(mask > 0, apart, 0.0)), mask.sum()
 
@@ -81,7 +81,7 @@ def momentum(learning_rate, beta=0.5):
 
 @dataclasses.dataclass
 class Shrink:
-    """A penalty on the head, noise on the images, and a bound on the head's kernel."""
+    """A penalty on the head, noise on the images, and a constraint on the head's kernel."""
 
     rate: float = 0.0
     bound: float = 3.0
@@ -99,7 +99,7 @@ class Shrink:
 
 
 class Recorder:
-    """Writes down what it is called with."""
+    """Writes its calls into a file."""
 
     def __init__(self):
         self.steps, self.validations, self.saves = [], [], []
@@ -130,7 +130,7 @@ def no_data():
 
 
 class Wrong(nn.Module):
-    """Gives maps, not logits."""
+    """Returns maps, not logits."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -144,7 +144,7 @@ class NoTrain(nn.Module):
 
 
 class NeedsKey(nn.Module):
-    """Is called with more than images."""
+    """Needs a second argument besides the images."""
 
     @nn.compact
     def __call__(self, images, key, *, train):
@@ -152,7 +152,7 @@ class NeedsKey(nn.Module):
 
 
 class Streams(nn.Module):
-    """Draws from a stream that a run does not have."""
+    """Draws from a random stream that a run does not have."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -161,7 +161,7 @@ class Streams(nn.Module):
 
 
 class LateHead(nn.Module):
-    """Has parameters in training alone."""
+    """Creates parameters only in training."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -172,7 +172,7 @@ class LateHead(nn.Module):
 
 
 class TwoHeads(nn.Module):
-    """Gives a pair of logits in training."""
+    """Returns a pair of logits in training."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -189,7 +189,7 @@ NUMBER = 3
 
 
 class Keeps(nn.Module):
-    """Keeps a variable of a collection of its own."""
+    """Keeps a variable in its own collection."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -201,8 +201,8 @@ class Keeps(nn.Module):
 
 
 def batches(seed=0, *, drifts=False):
-    """The digits as a stream, whose order depends on `seed` and on the step alone; with `drifts`
-    also on where it began."""
+    """The digits as a stream whose order depends on `seed` and the step; with `drifts` also on the
+    step where the stream began."""
     data = load_digits()
     images = (data.images[..., None] / 16).astype("float32")[:120]
     labels = data.target[:120]

@@ -1,4 +1,4 @@
-"""Runs beside each other, of folders written by hand."""
+"""Comparing runs, in folders written by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def runs(tmp_path):
     write_run(tmp_path / "a" / "plain", 0.9, fit=0.97)
     write_run(tmp_path / "b" / "mixed", 0.92, mix__mixup=0.2, data__batch_size=32)
     write_run(tmp_path / "b" / "cut", 0.8, end=False, points=4)
-    (tmp_path / "b" / "cut" / "metrics.jsonl").open("a").write('{"step": 5')  # torn
+    (tmp_path / "b" / "cut" / "metrics.jsonl").open("a").write('{"step": 5')  # an incomplete line
     return [tmp_path / "a" / "plain", tmp_path / "b" / "mixed", tmp_path / "b" / "cut"]
 
 
@@ -50,7 +50,7 @@ def test_differences_and_results(runs):
     assert compare.make_config_table(compare.read_runs(runs[:1])) is None
 
 
-def test_the_curves_are_against_images_where_batches_differ(runs, tmp_path, monkeypatch):
+def test_curves_are_over_images_seen_if_batch_sizes_differ(runs, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, png: saved.append(figure))
     compare.draw_runs(compare.read_runs(runs), tmp_path / "x.png")
@@ -58,7 +58,7 @@ def test_the_curves_are_against_images_where_batches_differ(runs, tmp_path, monk
     both, steps = (figure.axes for figure in saved)
     assert [axes.get_xlabel() for axes in (*both, *steps)] == ["images seen"] * 3 + ["step"] * 3
     ends = [max(line.get_xdata()) for line in both[1].lines if len(line.get_xdata()) > 1]
-    assert ends == [7680, 7680, 3840, 3840, 2560, 2560]  # training, validation of each
+    assert ends == [7680, 7680, 3840, 3840, 2560, 2560]  # training and validation of each run
     assert [text.get_text() for text in saved[0].legends[0].get_texts()][2] == "b/cut (unfinished)"
 
 
@@ -80,12 +80,12 @@ def test_a_run_of_any_name_is_in_the_legend(runs, tmp_path, monkeypatch):
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["_old"]
 
 
-def test_no_run_is_one_line(runs, tmp_path):
+def test_a_folder_without_a_run_is_a_one_line_error(runs, tmp_path):
     with pytest.raises(UserError, match=r"none: no run here \(config.json is missing\)"):
         compare.read_runs([*runs, tmp_path / "none"])
 
 
-def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
+def test_the_time_of_an_interrupted_run_is_the_sum_of_its_sessions(tmp_path):
     from flax_cnns.runs import record as records
     from flax_cnns.train.writer import read_jsonl
 
@@ -93,7 +93,7 @@ def test_what_a_cut_run_took_is_the_sum_of_its_sessions(tmp_path):
     first = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     later = [line | {"time": line["time"] + 1e6} for line in first]
     record = records.read_record(tmp_path / "run")
-    assert record.seconds == pytest.approx(4.0)  # 2 s to the first step, 2 windows
+    assert record.seconds == pytest.approx(4.0)  # 2 s until the first step, then 2 windows of 1 s
     assert record._replace(lines=first + later).seconds == pytest.approx(8.0)
     assert record._replace(lines=[]).seconds is None
 
@@ -117,7 +117,7 @@ def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
 
 
 def columns(runs, metric):
-    """The heading and the rows of the results, as texts."""
+    """The heading and the rows of the results, as strings."""
     table = compare.make_result_table(compare.read_runs(runs), metric)
     return [column.header for column in table.columns], list(zip(*(c.cells for c in table.columns)))
 
@@ -126,12 +126,12 @@ def test_another_metric_takes_the_place_of_the_accuracy(runs, tmp_path, monkeypa
     head, rows = columns(runs, "loss")
     assert head[3:7] == ["validation loss", "best", "test loss", "train − test"]
     assert rows[0][5] == "0.1"
-    assert float(rows[0][4]) == pytest.approx(0.2, abs=0.02)  # the lowest
+    assert float(rows[0][4]) == pytest.approx(0.2, abs=0.02)  # the lowest value
     rename_accuracy(tmp_path, "f1", "b/mixed")
     head, rows = columns(runs, "f1")
     assert head[3:7] == ["validation f1", "best", "test f1", "test loss"]
     assert [row[5] for row in rows] == ["-", "0.92", "-"]
-    assert rows[1][4] == "-"  # nobody said whether more is better
+    assert rows[1][4] == "-"  # the config does not say whether more is better
     assert columns(runs, "accuracy")[1][1][3:6] == ("-", "-", "-")
     drawn = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, png: drawn.append(figure))
@@ -141,7 +141,7 @@ def test_another_metric_takes_the_place_of_the_accuracy(runs, tmp_path, monkeypa
     assert titles == [["loss", "f1", "learning rate"], ["loss", "learning rate"]]
 
 
-def test_the_best_of_an_own_metric_is_as_its_run_chose(tmp_path):
+def test_the_best_value_of_an_own_metric_uses_its_runs_mode(tmp_path):
     for mode in ("min", "max"):
         chosen = dict(train__best_by="validation/f1", train__best_mode=mode)
         write_run(tmp_path / mode / "seed0", 0.9, **chosen)
@@ -151,12 +151,12 @@ def test_the_best_of_an_own_metric_is_as_its_run_chose(tmp_path):
     assert low < 0.6 < 0.85 < high
 
 
-def test_a_metric_that_no_run_logged_is_one_line(runs, tmp_path):
+def test_a_metric_that_no_run_logged_is_a_one_line_error(runs, tmp_path):
     found = compare.read_runs(runs)
     assert compare.check_metric(found, "validation/loss") == "loss"
     with pytest.raises(UserError, match=r"none of these runs logged 'los'; did you mean 'loss'"):
         compare.check_metric(found, "los")
     rename_accuracy(tmp_path, "label_accuracy")
     found = compare.read_runs(runs)
-    assert compare.check_metric(found, "accuracy") == "accuracy"  # all -
+    assert compare.check_metric(found, "accuracy") == "accuracy"  # its columns show "-"
     assert compare.find_metrics(found) == ["label_accuracy", "loss"]

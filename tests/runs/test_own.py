@@ -1,4 +1,4 @@
-"""A user's own parts through `run`: by name and as objects, resumed, evaluated, refused."""
+"""Own parts in `run`: by name and as objects; resuming, evaluating, and mistakes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ OBJECTS = dict(
 
 
 def changed(**sections):
-    """CONFIG with fields of sections changed."""
+    """CONFIG with some fields of its sections changed."""
     config = json.loads(json.dumps(CONFIG))
     for section, fields in sections.items():
         config[section] = {**config.get(section, {}), **fields}
@@ -120,7 +120,7 @@ def test_everything_own_is_logged_and_summarized(finished):
     assert summary["own"]["loss"][0]["fields"] == {"gamma": 1.0}
 
 
-def test_the_command_goes_on_to_the_bit(finished, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     workdir, tick = tmp_path / "run", Progress.update
 
     def update(self, at, metrics):
@@ -225,7 +225,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
     assert part["opaque"]
     assert part["params"] == {"Dense_0/bias": [10], "Dense_0/kernel": [64, 10]}
     assert run(config, tmp_path / "run", **given) == summary
-    with pytest.raises(UserError, match="an object that only"):
+    with pytest.raises(UserError, match="an object that existed only"):
         evaluate_run(tmp_path / "run", trust=True)
     with pytest.raises(UserError, match=r"Bare.* was an object of another process"):
         dry_run(flax_cnns.runs.workdir.read_config(tmp_path / "run"))
@@ -251,7 +251,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
             "no own part is called 'Shrnk'; did you mean",
         ),
         (dict(train={"best_by": "validation/recal"}), "has no 'recal'; did you mean 'recall'"),
-        (dict(train={"best_mode": "auto"}), "is the best 'recall' the highest or the lowest"),
+        (dict(train={"best_mode": "auto"}), "is the highest or the lowest 'recall' the best"),
         (dict(data={"image_size": 16}), "data.image_size=16: own data are not read"),
         (dict(data={"workers": 2}), "data.workers=2: arrays and batches of your own are not"),
         (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: sgd and rmsprop"),
@@ -262,7 +262,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(model={"name": f"{HERE}.Net"}), "your own is 'package.module:Name'"),
     ],
 )
-def test_mistakes_are_told_before_the_first_step(sections, words):
+def test_mistakes_are_reported_before_the_first_step(sections, words):
     with pytest.raises(UserError, match=words):
         dry_run(complete(changed(**sections)))
 
@@ -292,7 +292,7 @@ def test_an_optimizer_is_given_as_a_factory():
         resolving.resolve(config, objects)
 
 
-def test_what_has_no_name_is_called_by_its_kind():
+def test_an_object_without_a_name_is_called_by_its_kind():
     config = complete({})
     given = dict(model=lambda: own_parts.Bare(), loss=lambda logits, labels: logits[:, 0])
     objects = resolving.write_to_config(
@@ -336,7 +336,7 @@ def test_a_mistake_inside_a_constructor_keeps_its_traceback():
         resolving.resolve(config, objects)
 
 
-def test_a_regularizer_that_is_off_is_told():
+def test_a_regularizer_that_is_off_gets_a_note():
     config = complete({"train": {"regularizers": (f"{HERE}:Shrink",)}})
     (note,) = resolving.resolve(config).notes
     assert note == "the regularizer Shrink is off: rate, its first field, is 0.0"
@@ -373,7 +373,7 @@ def test_a_callback_that_would_fail_or_never_be_called(given, words):
     ("name", "words"),
     [
         ("Wrong", r"expected logits \[N K\].*it gives \[2 8 8 3\]"),
-        ("NoTrain", "has no train"),
+        ("NoTrain", "got no train argument"),
         ("Keeps", "keeps variables of cache"),
         ("NeedsKey", r"expected __call__\(self, images, \*, train\): missing .*'key'"),
         ("Streams", "in training: .*noise.; a run gives the streams dropout and shared"),
@@ -383,7 +383,7 @@ def test_a_callback_that_would_fail_or_never_be_called(given, words):
         ("NUMBER", "a function that returns it; got a int"),
     ],
 )
-def test_a_network_that_is_none(name, words):
+def test_invalid_networks_are_refused(name, words):
     config = changed()
     config["model"] = {"name": f"{HERE}:{name}"}
     with pytest.raises(UserError, match=words):
@@ -397,7 +397,7 @@ def test_a_network_that_is_none(name, words):
         ({"metrics": (f"{HERE}:count_less",), "best_by": "auto", "best_mode": "auto"}, "count"),
     ],
 )
-def test_a_loss_and_a_metric_that_are_none(train, words):
+def test_invalid_losses_and_metrics_are_refused(train, words):
     config = changed(train=train)
     config["own"].pop("focal")
     if "loss" not in train:
@@ -415,12 +415,12 @@ STREAM = {
 }
 
 
-def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
+def test_batches_of_a_factory_resume_bit_for_bit_or_not_at_all(tmp_path, capsys):
     summary = run(STREAM, tmp_path / "whole")
     assert summary["test/examples"] == 120
 
     def cut(name):
-        """The run as it was at step 3."""
+        """Restores the run as it was at step 3."""
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         (tmp_path / name / "summary.json").unlink()
         shutil.rmtree(tmp_path / name / "checkpoints" / "6")
@@ -433,7 +433,7 @@ def test_batches_of_a_factory_go_on_to_the_bit_or_not_at_all(tmp_path, capsys):
     config["own"] = drifting["own"]
     workdir = cut("drifts")
     (workdir / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="the factory's batch of step 3 is another than before"):
+    with pytest.raises(UserError, match="the factory's batch of step 3 is not the same as before"):
         run(drifting, workdir)
     run(drifting, workdir, accept_changed_data=True)
     assert "accepted: batches: the factory's batch of step 3" in capsys.readouterr().out
@@ -445,7 +445,7 @@ def test_an_evaluation_makes_no_callbacks():
     assert resolving.resolve(config, callbacks=False).callbacks == ()
 
 
-def test_a_callback_has_numbers_of_its_own():
+def test_a_callback_gets_its_own_copy_of_the_numbers():
     session = types.SimpleNamespace(
         writer=types.SimpleNamespace(write=lambda *_: None),
         progress=types.SimpleNamespace(update=lambda *_: None),
@@ -456,7 +456,7 @@ def test_a_callback_has_numbers_of_its_own():
     assert record == {"validation/accuracy": 0.5}
 
 
-def test_a_batch_that_was_not_there_is_not_compared():
+def test_a_missing_batch_is_not_compared():
     said = []
     session = types.SimpleNamespace(
         progress=types.SimpleNamespace(print=said.append), _digests=lambda step: ["0123"]
@@ -465,7 +465,7 @@ def test_a_batch_that_was_not_there_is_not_compared():
     assert "the factory had no batch of step 3" in said[0]
 
 
-def test_a_complete_run_stands_where_its_data_are_gone(tmp_path, monkeypatch, capsys):
+def test_a_complete_run_needs_no_data(tmp_path, monkeypatch, capsys):
     def gone(config, objects):
         raise FileNotFoundError("no such file: images.npy")
 
@@ -486,7 +486,7 @@ def test_a_stream_has_no_training_split_to_evaluate():
 
 
 def test_an_own_network_is_as_fast_as_a_registered_one():
-    """Its training step is the same program."""
+    """Its training step compiles to the same program."""
     config = {"data": {"name": f"{HERE}:digits", "batch_size": 8}, "own": {"digits": {}}}
     config["train"] = {"duration": "2 steps", "eval_every": "0 steps"}
     programs = []
@@ -513,7 +513,7 @@ def test_partial_dicts_and_unknown_fields():
         complete({"modle": {"name": "resnet18"}})
 
 
-def test_a_version_of_a_data_set_is_no_name_of_code():
+def test_a_data_set_version_is_not_a_reference_to_code():
     config = complete({"data": {"name": "cifar10:3.0.2"}})
     assert references.find_references(config) == {}
     references.check_trust(config, False, "runs/old")
@@ -548,7 +548,7 @@ def test_fields_that_a_config_file_lacks_come_from_the_shell(tmp_path):
 
 
 def test_the_shell_gives_fields_to_own_parts(tmp_path):
-    """Through the whole parser, in a process of its own: flags are defined once."""
+    """Runs the whole parser in its own process, because flags can be defined only once."""
     (tmp_path / "c.py").write_text(
         "from flax_cnns.config import default_config\n"
         "def get_config():\n"

@@ -1,4 +1,4 @@
-"""What a network says of photos: a run without its data, foreign weights, the command."""
+"""Predicting photos: a run without its data, published weights, the command."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
         np.testing.assert_allclose([p for _, p in guesses], sorted(shares)[::-1], atol=1e-5)
 
 
-def test_a_run_that_did_not_write_down_its_data_set(finished, photos, tmp_path):
+def test_a_run_without_dataset_json_predicts_too(finished, photos, tmp_path):
     shutil.copytree(finished[0], tmp_path / "old")
     (tmp_path / "old/dataset.json").unlink()
     new = predict.predict(predict.make_predictor_from_run(finished[0]), photos[0][:1])
     assert predict.predict(predict.make_predictor_from_run(tmp_path / "old"), photos[0][:1]) == new
 
 
-def test_a_large_photo_is_seen_from_its_middle(finished, photos):
-    """A run sees the central square, as its own images were cut."""
+def test_a_large_photo_is_cropped_at_its_center(finished, photos):
+    """A run sees the central square, like its own images."""
     digit = Image.open(photos[0][0])
     wide = Image.new("L", (96, 32))
     wide.paste(digit, (32, 0))
@@ -109,7 +109,7 @@ def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
     assert convert_to_folder(*given, image_size=56)["input_size"] == (56, 56, 3)
     predictor = predict.make_predictor_from_folder(tmp_path / "small")
     photo = np.random.default_rng(0).integers(0, 256, (240, 300, 3), np.uint8)
-    seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # 224 and 256
+    seen = preprocessing(*given[:2])._replace(size=56, resize=64)  # instead of 224 and 256
     np.testing.assert_array_equal(predictor.read(photo), seen(photo))
     convert_to_folder(*given[:2], tmp_path / "gray", given[3], channels=1, adapt_stem=True)
     with pytest.raises(UserError, match=r"these weights take images \[224, 224, 1\], but photos"):
@@ -144,8 +144,8 @@ def test_a_picture_says_how_many_photos_are_in_it(monkeypatch, tmp_path):
         assert predict.draw_photos(seer, photos[:many], guesses, tmp_path / "seen.png") == drawn
 
 
-def test_weights_without_a_classifier_name_nothing(tmp_path):
-    """As timm published its vit_large_patch32_224: they can be converted, to start from."""
+def test_weights_without_a_classifier_predict_no_classes(tmp_path):
+    """Like timm's vit_large_patch32_224, which can be converted as a start for training."""
     case = foreign.CASES["squeezenet"]
     tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", case.source)
     body = {name: array for name, array in tensors.items() if not name.startswith("classifier")}

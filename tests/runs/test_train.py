@@ -101,11 +101,10 @@ def test_a_logged_window_is_the_mean_of_its_own_steps(finished, config, tmp_path
         pytest.param(12, signal.SIGTERM, 75, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_the_same_command_ends_equal_to_the_bit(
+def test_after_a_signal_the_same_command_resumes_bit_for_bit(
     finished, config, tmp_path, monkeypatch, step, number, code
 ):
-    """Step 4 lies in the middle of a logging window; at step 5 a validation and a save are due,
-    and 12 is the last."""
+    """Step 4 is inside a logging window, step 5 has a validation and a save, and 12 is the last."""
     workdir, tick = tmp_path / "run", Progress.update
 
     def update(self, at, metrics):
@@ -137,7 +136,7 @@ def test_ctrl_c_before_the_first_step_promises_no_checkpoint(config, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lost_process_is_said_with_where_the_same_command_goes_on(config, tmp_path, monkeypatch):
+def test_a_lost_process_is_reported_with_how_to_resume(config, tmp_path, monkeypatch):
     def lose(*_):
         raise ProcessLost("a worker process was killed")
 
@@ -146,7 +145,7 @@ def test_a_lost_process_is_said_with_where_the_same_command_goes_on(config, tmp_
         run(config, tmp_path / "run")
 
 
-def test_wandb_that_is_missing_is_said_before_the_data_is_loaded(config, tmp_path, monkeypatch):
+def test_missing_wandb_is_reported_before_the_data_are_loaded(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("flax_cnns.runs.train.build_components", lambda _: pytest.fail("loaded"))
     config.log.wandb = "project"
@@ -155,7 +154,7 @@ def test_wandb_that_is_missing_is_said_before_the_data_is_loaded(config, tmp_pat
 
 @pytest.mark.slow
 def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):
-    """Its outcome changes the optimizer's state, and must be saved although it is no new best."""
+    """It changes the optimizer's state, which must be saved even without a new best value."""
     config.schedule.name, config.schedule.patience = "plateau", 1
     config.schedule.learning_rate = 1e-9
     run(config, tmp_path / "whole")
@@ -183,7 +182,7 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
     (tmp_path / "a/config.json").write_text('{"seed": ')
     fails(config, tmp_path / "a", r"config\.json is damaged")
     (tmp_path / "b").mkdir()
-    (tmp_path / "b/config.json.tmp").touch()  # what a full disk or kill -9 left
+    (tmp_path / "b/config.json.tmp").touch()  # as left by a full disk or kill -9
     config.train.duration = "1 steps"
     assert run(config.to_dict(), tmp_path / "b")["step"] == 1
     (tmp_path / "b/summary.json").write_text('{"step": 1}')
@@ -193,10 +192,10 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_of_an_older_version_goes_on_to_the_bit(
+def test_a_run_of_an_older_version_resumes_bit_for_bit(
     finished, config, tmp_path, monkeypatch, capsys
 ):
-    """Its config lacks fields of today, which are as if they had been there."""
+    """Its config lacks newer fields, whose defaults must have been in effect."""
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -222,7 +221,7 @@ def test_a_run_of_an_older_version_goes_on_to_the_bit(
     assert json.loads((workdir / "config.json").read_text())["mix"]["cutmix"] == 0.0
 
 
-def test_a_run_whose_layers_were_grouped_in_another_way_is_told(config, tmp_path, capsys):
+def test_a_run_with_an_older_grouping_of_layers_gets_a_note(config, tmp_path, capsys):
     config.optimizer.layer_decay = 0.5
     today = configs.to_plain(config)
     (tmp_path / "metrics.jsonl").touch()
@@ -239,7 +238,7 @@ def test_a_run_whose_layers_were_grouped_in_another_way_is_told(config, tmp_path
 def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
     finished, config, tmp_path, monkeypatch
 ):
-    """Stopped with the validation of step 5 due; stopped again right after it was made up for."""
+    """First stopped with the validation of step 5 due, then again right after that validation."""
     workdir = tmp_path / "run"
     for asked, step in [(True, 5), (False, 6)]:
         with monkeypatch.context() as patch:
@@ -250,7 +249,7 @@ def test_a_best_step_that_is_validated_after_a_resume_can_be_resumed_itself(
             )
             with pytest.raises(Preempted):
                 run(config, workdir)
-    shutil.rmtree(workdir / "checkpoints/6")  # as if killed before it was saved
+    shutil.rmtree(workdir / "checkpoints/6")  # as if the process was killed before saving it
     run(config, workdir)
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
@@ -294,8 +293,8 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(
 
 
 def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, caplog):
-    """Over validations, saves, the end of an epoch in the middle of a batch, the test, a resume."""
-    config.data.batch_size = 360  # of 1293
+    """Through validations, saves, an epoch that ends inside a batch, the test, and a resume."""
+    config.data.batch_size = 360  # of 1293 images
     config.train.duration = "7 steps"
     config.train.eval_every = "3 steps"
 
@@ -315,7 +314,7 @@ def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, cap
 
 @pytest.fixture
 def photographs(tmp_path):
-    """root/class/*.png: two classes of 24 pictures of other sizes."""
+    """Makes root/class/*.png: two classes of 24 pictures in different sizes."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
         (tmp_path / "photographs" / name).mkdir(parents=True)
@@ -352,13 +351,15 @@ def test_a_streamed_folder_resumes_to_the_bit_and_counts_what_it_skips(
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
 
 
-def test_an_image_that_is_damaged_half_way_is_said_with_the_way_on(config, tmp_path, monkeypatch):
+def test_an_image_damaged_during_the_run_is_reported_with_a_remedy(config, tmp_path, monkeypatch):
     def go(self):
         (self.workdir / "metrics.jsonl").touch()
         raise DamagedImage("a.png", OSError("gone"))
 
     monkeypatch.setattr(session.Session, "run", go)
-    fails(config, tmp_path / "run", r"a\.png: gone; mend .*--accept-changed-data; nothing of this")
+    fails(
+        config, tmp_path / "run", r"a\.png: gone; repair .*--accept-changed-data; nothing of this"
+    )
 
 
 @pytest.mark.slow
@@ -384,7 +385,7 @@ def test_a_run_whose_test_met_no_image_is_finished_by_the_same_command(
     summary = run(config, tmp_path)
     assert summary["test/examples"] == 360
     assert summary["images"] == {"train": 1077, "test": 360, "validation": 360}
-    assert summary["test/loss"] is None  # JSON has no name for NaN
+    assert summary["test/loss"] is None  # JSON has no NaN
     assert "NaN" not in (tmp_path / "summary.json").read_text()
 
 
@@ -406,12 +407,12 @@ def test_a_split_without_images_is_refused_before_anything_is_written(config, tm
 def test_a_batch_that_memory_cannot_hold_is_one_line(config, tmp_path, monkeypatch):
     config.data.eval_batch_size, free = 16, {}
     monkeypatch.setattr(memory, "available", lambda: free["bytes"])
-    for name in ("batch_size", "eval_batch_size"):  # what is read
+    for name in ("batch_size", "eval_batch_size"):  # memory for reading the images
         free["bytes"] = 2 * 16 * 1024 - 1
         with pytest.raises(UserError, match=rf"data.{name}=16: .* are free; take a smaller"):
             run(config, tmp_path / "run")
         config.data.batch_size = 4
-    config.data.batch_size, free["bytes"] = 16, 200_000  # what the step takes
+    config.data.batch_size, free["bytes"] = 16, 200_000  # memory for the step
     with pytest.raises(UserError, match=r"data.batch_size=16: .* are free; take a smaller"):
         run(config, tmp_path / "run")
     config.data.eval_batch_size, free["bytes"] = 8192, 20_000_000
@@ -440,8 +441,8 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
         evaluate_run(workdir, checkpoint="7000")
 
 
-def test_what_was_trained_on_is_evaluated_as_it_is(finished, config, tmp_path):
-    """Beside it the run is the same; the numbers are those of `evaluate` on that split."""
+def test_training_examples_are_evaluated_without_augmentation(finished, config, tmp_path):
+    """The run itself does not change, and the numbers equal those of `evaluate` on that split."""
     config.train.evaluate_train = True
     summary = run(config, tmp_path / "run")
     chex.assert_trees_all_equal(arrays(tmp_path / "run"), arrays(finished[0]))
@@ -463,7 +464,7 @@ def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
     assert [c["class"] for c in found["classes"]][8:] == ["8", "9", "10", "11"]
 
 
-def test_first_values_are_the_papers_where_the_config_says_so(config):
+def test_initial_values_are_the_papers_if_the_config_says_so(config):
     assert "init" not in get_model_fields(config)  # the network's default
     config.model.init = "paper"
     model = create_model(**get_model_fields(config))
@@ -498,7 +499,7 @@ def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
     config.train.duration = "200 steps"
     config.train.ema = 0.0
     config.schedule.name = "plateau"
-    config.schedule.learning_rate = 1e-9  # nothing gets better
+    config.schedule.learning_rate = 1e-9  # nothing improves
     config.schedule.patience = 1
     summary = run(config, tmp_path / "run")
     assert summary["stopped_early"]
@@ -506,7 +507,7 @@ def test_early_stopping_and_the_best_checkpoint(config, tmp_path):
     assert summary["test/step"] == finding.best_step(tmp_path / "run")
     rates = [r["learning_rate"] for r in records(tmp_path / "run") if "learning_rate" in r]
     assert rates[-1] < 1e-9
-    # Started again, a run that stopped early stays stopped.
+    # A run that stopped early stays stopped when it is started again.
     (tmp_path / "run/summary.json").unlink()
     assert run(config, tmp_path / "run")["step"] == summary["step"]
 
@@ -542,8 +543,8 @@ def test_graft_starts_from_a_run(finished, config, tmp_path):
 
 @pytest.fixture
 def scanning(config):
-    """A residual network with one stage of repeats, branches that are dropped at random, and rules
-    that part the stack."""
+    """A residual network with one stage of repeated blocks, stochastic depth, and rules that split
+    the stack."""
     config.model.update(dict(name="cifar_resnet20", scan=True))
     with config.unlocked():
         config.model.update(dict(depths=(3,), widths=(4,), drop_path=0.5))
@@ -555,7 +556,7 @@ def scanning(config):
 
 @pytest.mark.slow
 def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypatch):
-    """Its numbers and, name by name, its checkpoints; it resumes to the bit, and drops the same."""
+    """Equal numbers, equal checkpoints name by name, equal drops; it resumes bit for bit."""
     config, scan, plain, cut = scanning, *(tmp_path / name for name in ("scan", "plain", "cut"))
     summary = run(config, scan)
     with monkeypatch.context() as patch:
@@ -599,10 +600,10 @@ def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
     found = arrays(whole)
     for tree in ("", "ema/"):
         mean = found[f"{tree}batch_stats/stem/norm/mean"]
-        np.testing.assert_array_equal(mean, np.zeros(4))  # as it was initialized
+        np.testing.assert_array_equal(mean, np.zeros(4))  # its initial value
         assert np.any(found[f"{tree}batch_stats/stage1/block1/norm1/mean"] != 0)
     assert evaluate_run(whole)["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
-    # Statistics that are computed anew carry nothing of the moving ones.
+    # Recomputed statistics do not depend on the moving ones.
     name = "ema/batch_stats/stage1/block1/norm1/var"
     assert np.all(np.abs(found[name] - found[name.removeprefix("ema/")]) > 1e-7)
     with monkeypatch.context() as patch:
@@ -616,7 +617,7 @@ def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
     assert records(cut) == records(whole)
 
 
-def test_a_scan_that_cannot_be(scanning, tmp_path):
+def test_an_impossible_scan_is_refused(scanning, tmp_path):
     scanning.optimizer.trainable = ((r"params/stage1/block2/.*", False), (r".*", True))
     fails(scanning, tmp_path / "run", r"stack 'stage1/block2-3/conv1/kernel'.*model\.scan=False")
     scanning.model.name = "lenet5"
@@ -630,7 +631,7 @@ def fails(config, workdir, said):
 
 
 def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(config, tmp_path):
-    """Maps of one pixel in the last stage, on four devices."""
+    """The last stage has maps of one pixel, on four devices."""
     config.model.name = "cifar_resnet20"
     with config.unlocked():
         config.model.update(dict(depths=(1, 1), widths=(4, 4)))
@@ -647,10 +648,10 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
     config.data.batch_size = 8
     dry_run(config)
-    config.train.accumulate = 2  # a piece after the other
+    config.train.accumulate = 2  # the pieces run one after the other
     with pytest.raises(UserError, match=r"train\.accumulate: 2\).* set data\.batch_size=16,"):
         dry_run(config)
-    config.train.sync_batchnorm = True  # over the devices of a piece
+    config.train.sync_batchnorm = True  # over the devices that share a piece
     dry_run(config)
     config.train.sync_batchnorm = False
     config.optimizer.bn = (("stage2/.*", "frozen_stats"), (".*", "train"))

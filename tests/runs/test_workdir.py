@@ -1,4 +1,4 @@
-"""The run directory: whether the data are those that the run began with; its JSON files."""
+"""The run directory: comparing the data with those at the run's beginning; its JSON files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOW = WAS | {"splits": {"train": {"images": 7, "classes": [3, 4], "digests": ["a
 
 @pytest.fixture
 def begun(tmp_path):
-    """A run that is not complete and keeps a fingerprint."""
+    """A run that is not complete and has a fingerprint."""
     write_run(tmp_path / "run", 0.5, end=False, points=3)
     facts = json.loads((tmp_path / "run/dataset.json").read_text())
     write_json(tmp_path / "run/dataset.json", facts | {"fingerprint": WAS})
@@ -42,7 +42,7 @@ def test_other_data_are_refused_or_accepted_and_recorded_once(begun, capsys):
         workdirs.record_accepted_change(begun, change)
     facts = workdirs.read_dataset_facts(begun)
     assert facts["accepted_changes"] == [{"step": 0, **change}]
-    workdirs.write_dataset_facts(begun, facts | {"fingerprint": NOW})  # as a run does that goes on
+    workdirs.write_dataset_facts(begun, facts | {"fingerprint": NOW})  # as a resumed run does
     assert workdirs.check_data(begun, DataSnapshot(NOW)) is None
     assert workdirs.read_dataset_facts(begun)["accepted_changes"]
     assert "accepted: the data of" in capsys.readouterr().out
@@ -58,10 +58,10 @@ def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, c
     write_run(run, 0.5)
     digits = WAS | {"classes": [str(digit) for digit in range(10)]}
     counts = {"train": 640, "test": 100}
-    summary = {"step": 20, "epochs": 2.0, "test/examples": 100}  # of batches of 64
+    summary = {"step": 20, "epochs": 2.0, "test/examples": 100}  # with batches of 64
     write_json(run / "summary.json", summary)
     assert workdirs.check_data(run, DataSnapshot(digits, counts)) is None
-    assert "its class names and counts could be compared" in capsys.readouterr().out
+    assert "its class names and counts were compared" in capsys.readouterr().out
     with pytest.raises(workdirs.ChangedData, match="test had 100 images, has 90; put"):
         workdirs.check_data(run, DataSnapshot(digits, counts | {"test": 90}))
     with pytest.raises(workdirs.ChangedData, match="train had 640 images, has 641"):
@@ -73,7 +73,7 @@ def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, c
     with pytest.raises(workdirs.ChangedData, match=r"mean of the training images was \(0.5\), is"):
         workdirs.check_data(run, DataSnapshot(digits, counts, (0.5003,)))
     assert workdirs.check_data(run, DataSnapshot(digits, counts, (0.50005,))) is None
-    # Images that were left out count for the data set, but were not tested.
+    # Left-out images count as part of the data set, but were not tested.
     write_json(run / "summary.json", summary | {"damaged_images": ["a.png"]})
     assert workdirs.check_data(run, DataSnapshot(digits, counts | {"test": 103})) is None
 
@@ -82,13 +82,13 @@ def test_a_run_older_than_dataset_json_gets_a_note(tmp_path, capsys):
     write_run(tmp_path / "run", 0.5, end=False)
     (tmp_path / "run/dataset.json").unlink()
     assert workdirs.check_data(tmp_path / "run", DataSnapshot(WAS)) is None
-    assert "nothing could be compared" in capsys.readouterr().out
+    assert "nothing was compared" in capsys.readouterr().out
     workdirs.add_fingerprint(tmp_path / "run", {"name": "x", "fingerprint": WAS})
     workdirs.add_fingerprint(tmp_path / "run", {"name": "y", "fingerprint": NOW})
     assert workdirs.read_dataset_facts(tmp_path / "run") == {"name": "x", "fingerprint": WAS}
 
 
-def test_another_data_dir_is_the_same_run_where_a_fingerprint_can_tell(begun):
+def test_another_data_dir_is_allowed_if_a_fingerprint_proves_equal_data(begun):
     config = get_config()
     config.model.name = "lenet5"
     config.data.update(dict(image_size=32, batch_size=64, dir="/moved"))
@@ -109,7 +109,7 @@ def test_a_damaged_dataset_json_is_one_line_with_a_way_out(begun, text):
         workdirs.check_data(begun, DataSnapshot(WAS))
 
 
-def test_what_is_set_aside_is_kept(tmp_path):
+def test_set_aside_renames_and_keeps_the_directory(tmp_path):
     for i in (1, 2):
         (tmp_path / "seed0").mkdir()
         (tmp_path / "seed0" / str(i)).touch()
@@ -117,7 +117,7 @@ def test_what_is_set_aside_is_kept(tmp_path):
     assert (tmp_path / "old-data-2-seed0/2").exists()
 
 
-def test_what_is_not_finite_is_null_in_json_and_none_when_it_is_read(tmp_path):
+def test_numbers_that_are_not_finite_are_null_in_json_and_none_when_read(tmp_path):
     file = tmp_path / "summary.json"
     given = {
         "loss": math.nan,
@@ -133,5 +133,5 @@ def test_what_is_not_finite_is_null_in_json_and_none_when_it_is_read(tmp_path):
     expected = {"loss": None, "rates": [1.5, None], "deep": [{"a": None}], "n": 3}
     assert json.loads(file.read_text(), parse_constant=refuse) == expected
     assert workdirs.read_json(file) == files.replace_nonfinite(given) == expected
-    file.write_text('{"loss": NaN, "rates": [1.5, -Infinity], "n": 3}')  # of an older version
+    file.write_text('{"loss": NaN, "rates": [1.5, -Infinity], "n": 3}')  # by an older version
     assert workdirs.read_json(file) == {"loss": None, "rates": [1.5, None], "n": 3}

@@ -1,4 +1,4 @@
-"""A run's directory: what may be in it, and one line for what is not what it should be."""
+"""A run's directory: which files may be in it, and one-line errors for bad files."""
 
 import pytest
 
@@ -40,9 +40,9 @@ def test_json_that_is_no_object_is_one_line_with_the_cheapest_cure(run, name, cu
         workdir.read_json(run / name)
 
 
-def test_a_name_that_the_run_needs_for_something_else_is_told_before_it_starts(run):
+def test_a_file_where_the_run_needs_a_folder_is_reported_before_it_starts(run):
     (run / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="checkpoints is not a folder, and the run writes a folder"):
+    with pytest.raises(UserError, match="checkpoints is not a folder, but the run writes a folder"):
         workdir.check_workdir(run, CONFIG)
     (run / "checkpoints").unlink()
     (run / "checkpoints").symlink_to(run / "nowhere")
@@ -50,7 +50,7 @@ def test_a_name_that_the_run_needs_for_something_else_is_told_before_it_starts(r
         workdir.check_workdir(run, CONFIG)
     (run / "checkpoints").unlink()
     (run / "summary.json").mkdir()
-    with pytest.raises(UserError, match=r"summary.json is not a file, and the run writes a file"):
+    with pytest.raises(UserError, match=r"summary.json is not a file, but the run writes a file"):
         workdir.check_workdir(run, CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""A user's own parts in ablations and fine-tuning: rows, what is refused before anything starts."""
+"""Own parts in ablations, fine-tuning and searches: what works and what is refused at the start."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WITHOUT = {"train.regularizers": ()}
 
 
 class Scaled(nn.Module):
-    """Wider and deeper by factors."""
+    """A network with fields for its width and depth."""
 
     num_classes: int
     width_mult: float = 1.0
@@ -55,7 +55,7 @@ class Scaled(nn.Module):
 
 
 class Headless(own_parts.Net):
-    """Gives features where it has no classes."""
+    """A network that gives features if `num_classes` is None."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -69,7 +69,7 @@ def two_labels():
 
 
 def soft_digits():
-    """Digits whose labels are a tenth unsure."""
+    """Digits with soft labels: a tenth of the weight is on all classes."""
     images, labels = load_digits(return_X_y=True)
     images, soft = (
         images.reshape(-1, 8, 8, 1).astype(np.uint8) * 15,
@@ -79,7 +79,7 @@ def soft_digits():
 
 
 def stream():
-    """Batches of noise, without end."""
+    """Endless batches of noise."""
 
     def batches(split, start_step, process_index, process_count):
         while True:
@@ -97,7 +97,7 @@ def config():
 # ---- ablations
 
 
-def test_rows_change_own_fields_and_a_part_that_is_gone_takes_its_fields_along(config):
+def test_rows_change_own_fields_and_a_removed_part_loses_its_fields(config):
     rows = plan.make_rows(
         config,
         [
@@ -144,7 +144,7 @@ def test_rows_change_own_fields_and_a_part_that_is_gone_takes_its_fields_along(c
         ({"data.name": "digits", "data.mock": 40}, r"--metric: the test of row b logs no 'recall'"),
     ],
 )
-def test_mistakes_in_own_parts_are_told_before_anything_runs(
+def test_mistakes_in_own_parts_are_reported_before_anything_runs(
     config, tmp_path, monkeypatch, overrides, said
 ):
     monkeypatch.setattr(child, "start", lambda *_, **__: pytest.fail("started"))
@@ -157,7 +157,7 @@ def test_mistakes_in_own_parts_are_told_before_anything_runs(
     assert not (tmp_path / "x").exists()
 
 
-def test_the_steps_that_are_timed_call_nobody_back(config, monkeypatch):
+def test_timing_steps_call_no_callbacks(config, monkeypatch):
     config.train.callbacks = (f"{PARTS}:Recorder",)
     seen = []
 
@@ -175,8 +175,8 @@ def test_the_steps_that_are_timed_call_nobody_back(config, monkeypatch):
 
 @pytest.mark.slow
 def test_an_ablation_of_own_parts(config, tmp_path, monkeypatch, capsys):
-    """A rate of 0 is the run without the regularizer, to the bit."""
-    monkeypatch.delenv("XLA_FLAGS")  # one device is quicker
+    """A rate of 0 equals the run without the regularizer, bit for bit."""
+    monkeypatch.delenv("XLA_FLAGS")  # one device is faster
     sweep = [("base", WITHOUT), ("off", {"own.Shrink.rate": 0.0}), ("on", {})]
     given = dict(seeds=1, jobs=2, metric="recall")
     assert ablate.ablate(config, sweep, tmp_path, **given) == {"complete": 3}
@@ -195,7 +195,7 @@ def test_an_ablation_of_own_parts(config, tmp_path, monkeypatch, capsys):
 
 
 def targets(**sections):
-    """A config of fine-tuning with one target."""
+    """A fine-tuning config with one target."""
     config, target = get_config("smoke"), complete(CONFIG | {"own": {}})
     target.train.regularizers = ()
     with target.unlocked(), target.ignore_type():
@@ -247,7 +247,7 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
                 own={"Shrink": {"rate": 0.1}},
             ),
             dict(strategies=["features"]),
-            r"leave out features: Shrink, of the train\.regularizers of targets\.similar, cannot",
+            r"remove features: Shrink, of the train\.regularizers of targets\.similar, cannot",
         ),
         (
             dict(data={"name": f"{HERE}:stream"}),
@@ -256,7 +256,9 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
         ),
     ],
 )
-def test_what_cannot_be_fine_tuned_is_told_in_a_line(tmp_path, monkeypatch, sections, given, said):
+def test_what_cannot_be_fine_tuned_is_a_one_line_error(
+    tmp_path, monkeypatch, sections, given, said
+):
     monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: pytest.fail("started"))
     config = targets(**sections)
     with pytest.raises(UserError, match=said):
@@ -264,7 +266,7 @@ def test_what_cannot_be_fine_tuned_is_told_in_a_line(tmp_path, monkeypatch, sect
     assert not (tmp_path / "x").exists()
 
 
-def test_what_is_left_out_of_all_strategies_is_said(tmp_path, monkeypatch):
+def test_strategies_left_out_of_all_are_reported(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: [])
     monkeypatch.setattr(compare, "_check_source", lambda *_: None)
@@ -281,7 +283,7 @@ def test_what_is_left_out_of_all_strategies_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
-    """As the run does in which all but the classifier is frozen."""
+    """They learn the same as a run with everything but the classifier frozen."""
     config = targets(
         model={"name": f"{HERE}:Headless"},
         train={"loss": f"{PARTS}:focal", "duration": "12 steps"},
@@ -301,7 +303,7 @@ def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
         for name in ("kernel", "bias"):
             ours = kept[f"pre_logits/{name}"]
             np.testing.assert_allclose(ours, trained[f"params/head/{name}"], atol=1e-5)
-        assert np.abs(kept["pre_logits/bias"]).max() > 0.01  # from 0: it has learned
+        assert np.abs(kept["pre_logits/bias"]).max() > 0.01  # it was 0 before training
     linear, features = (result.select("similar", 1.0, name)[0] for name in ("linear", "features"))
     assert linear.test == features.test
     summary = json.loads((at / "linear/summary.json").read_text())
@@ -333,11 +335,11 @@ def test_an_own_network_is_scaled(scaled):
     [
         ("data", {"name": f"{PARTS}:digits", "mock": 0}, "own data have a fixed size"),
         ("train", {"best_by": "validation/loss"}, "the search compares validation accuracies"),
-        ("train", {"loss": "<opaque>:huber"}, "and the search starts its runs from configs"),
+        ("train", {"loss": "<opaque>:huber"}, "but the search starts its runs from configs"),
         ("model", {"name": f"{PARTS}:Net"}, r"Net has no field '(width|depth)_mult'"),
     ],
 )
-def test_what_cannot_be_scaled_is_told_in_a_line(scaled, tmp_path, section, fields, said):
+def test_what_cannot_be_scaled_is_a_one_line_error(scaled, tmp_path, section, fields, said):
     scaled[section].update(fields)
     if section == "data":
         scaled.data.image_size = 32

@@ -1,4 +1,4 @@
-"""Rows and their mistakes, paired seeds, and cells that fail, diverge or are cut."""
+"""Rows and their mistakes, paired seeds, and cells that fail, diverge or are interrupted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_row_is_the_config_with_its_overrides(config):
     assert decayed.optimizer.weight_decay == decay
     assert (nested.data.augment.flip, nested.data.augment.cutout) == (True, 4)
     assert nested.data.augment.pad_crop == 0
-    assert own.model.dropout == 0.3  # no field of configs/common.py
+    assert own.model.dropout == 0.3  # not a field of configs/common.py
     assert "dropout" not in config.model
     assert rows[1].overrides == {"optimizer.weight_decay": [[".*/kernel", 1e-4], [".*", 0.0]]}
 
@@ -75,13 +75,13 @@ def test_a_row_is_the_config_with_its_overrides(config):
         ([("..", {})], "row name '..' must also name a directory"),
         ([("", {})], "row name '' must also name a directory"),
         ([("report.md", {})], "a row cannot be called 'report.md'"),
-        ([("a", {"seed": 3})], "row a: seed: every row has the same ones"),
+        ([("a", {"seed": 3})], "row a: seed: every row has the same seeds"),
         (["a"], "expected (name, {field: value, ...}), got 'a'"),
         ([("a", {1: 2})], "expected (name, {field: value, ...})"),
         ([], "expected at least one row, got none"),
     ],
 )
-def test_a_mistake_in_a_row_is_said(config, sweep, said):
+def test_a_mistake_in_a_row_is_reported(config, sweep, said):
     with pytest.raises(UserError) as error:
         plan.make_rows(config, sweep)
     assert said in str(error.value)
@@ -96,7 +96,7 @@ def test_a_mistake_in_a_row_is_said(config, sweep, said):
         ({"train.duration": "0 steps"}, "row wrong: train.duration"),
     ],
 )
-def test_what_a_run_would_refuse_is_said_before_any_runs(config, tmp_path, overrides, said):
+def test_what_a_run_would_refuse_is_reported_before_any_runs(config, tmp_path, overrides, said):
     sweep = [("right", {}), ("wrong", overrides)]
     with pytest.raises(UserError, match=said):
         ablate.ablate(config, sweep, tmp_path / "sweep", seeds=1)
@@ -136,7 +136,7 @@ def test_seeds_are_paired_over_rows(config, tmp_path):
     assert len({at[key].data.split_seed for key in at}) == 1
 
     def drawn(name, seed):
-        """(the first images, first values by path)."""
+        """Returns (the first images, initial values by path)."""
         parts = build.build_components(at[name, seed])
         stream = pipeline.train_batches(parts.dataset, parts.config.data, seed=parts.config.seed)
         with contextlib.closing(stream):
@@ -177,16 +177,16 @@ def test_a_folder_takes_more_seeds_and_rows_and_no_other_ablation(config, tmp_pa
         return json.loads((tmp_path / "ablation.json").read_text())
 
     first = [("a", {}), ("b", {"mix.mixup": 0.1})]
-    record([("a", {}), ("b", {"mix.mixup": 0.7})])  # nothing was run yet
+    record([("a", {}), ("b", {"mix.mixup": 0.7})])  # nothing has run yet
     assert record(first)["rows"][1] == {"name": "b", "overrides": {"mix.mixup": 0.1}}
     for name in "ab":
         (tmp_path / name / "seed0").mkdir(parents=True)
         (tmp_path / name / "seed0/config.json").write_text("{}")
     more = record([*first, ("c", {"train.ema": 0.9})], seeds=4)
     assert (more["seeds"], [row["name"] for row in more["rows"]]) == (4, ["a", "b", "c"])
-    fewer = record(first[:1], seeds=1)  # what was run stays
+    fewer = record(first[:1], seeds=1)  # rows that have run stay
     assert (fewer["seeds"], [row["name"] for row in fewer["rows"]]) == (4, ["a", "b"])
-    some = record([*first, ("c", {}), ("d", {})], names=["d"])  # b has runs: it keeps its place
+    some = record([*first, ("c", {}), ("d", {})], names=["d"])  # b has runs and keeps its place
     assert [row["name"] for row in some["rows"]] == ["a", "b", "d"]
     with pytest.raises(UserError, match=r"row b: mix.mixup: 0.1 there, 0.4 here"):
         record([("a", {}), ("b", {"mix.mixup": 0.4})])
@@ -197,7 +197,7 @@ def test_a_folder_takes_more_seeds_and_rows_and_no_other_ablation(config, tmp_pa
         record(first)
 
 
-# ---- shares of the machine
+# ---- device slots
 
 
 def test_each_job_has_a_gpu_or_cores_to_itself(monkeypatch):
@@ -224,7 +224,7 @@ def test_each_job_has_a_gpu_or_cores_to_itself(monkeypatch):
     assert len(child.make_device_slots(7)) == 7
 
 
-# ---- the work, with children that only pretend to be runs
+# ---- running cells, with children that only pretend to be runs
 
 CHILD = """
 import pathlib, signal, sys, time
@@ -256,7 +256,7 @@ if name in ("diverge", "mistake"):
 
 @pytest.fixture
 def pretend(monkeypatch, config, tmp_path):
-    """(rows, jobs, seeds) -> (counts, what was started, what was said)."""
+    """(rows, jobs, seeds) -> (counts, started cells, printed lines)."""
     started = []
 
     def start(config, workdir, out, share, *, accept_changed_data):
@@ -284,7 +284,7 @@ def state(tmp_path, name, seed=0):
     return json.loads((tmp_path / name / f"seed{seed}.json").read_text())
 
 
-def test_a_broken_cell_is_marked_and_spoils_no_other(pretend, tmp_path):
+def test_a_broken_cell_is_marked_and_does_not_affect_the_others(pretend, tmp_path):
     names = ["crash", "killed", "diverge", "mistake", "crash_once", "fine"]
     counts, started, said = pretend(names, jobs=2)
     assert counts == {"failed": 3, "diverged": 1, "complete": 2}
@@ -293,10 +293,10 @@ def test_a_broken_cell_is_marked_and_spoils_no_other(pretend, tmp_path):
     assert state(tmp_path, "crash")["error"] == "boom"
     assert "SIGKILL" in state(tmp_path, "killed")["error"]
     assert state(tmp_path, "fine")["status"] == "complete"
-    assert "6/6" not in said  # what failed is not done
+    assert "6/6" not in said  # a failed cell is not done
     assert "fine, seed 0: complete, 50.00% test" in said
     assert "crash, seed 0: failed" in said
-    assert "ETA" not in said.splitlines()[-1]  # what failed is left for another start
+    assert "ETA" not in said.splitlines()[-1]  # a failed cell waits for another start
 
     counts, started, said = pretend(names)  # the same command again
     assert sorted(set(started)) == ["crash/seed0", "killed/seed0", "mistake/seed0"]
@@ -305,7 +305,7 @@ def test_a_broken_cell_is_marked_and_spoils_no_other(pretend, tmp_path):
 
 
 def test_a_cell_that_fails_before_its_first_step_has_failed(pretend, tmp_path):
-    """It leaves no directory. Called missing, it was started again by SLURM for ever."""
+    """It has no directory. When it was called missing, SLURM restarted it forever."""
     counts, _, _ = pretend(["early"])
     assert counts == {"failed": 1}
     assert state(tmp_path, "early")["error"] == "before the first step"
@@ -321,7 +321,7 @@ def test_a_run_that_is_removed_is_made_again(pretend, tmp_path):
     assert pretend(["fine", "diverge"])[1] == ["fine/seed0", "diverge/seed0"]
 
 
-def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, config, tmp_path):
+def test_a_cell_whose_data_changed_is_renamed_and_runs_again(pretend, config, tmp_path):
     was = dict(reader="folder", classes=["a", "b"], splits={"train": {"images": 4}})
     now = was | {"splits": {"train": {"images": 5}}}
     pretend(["fine", "diverge", "old"])
@@ -350,10 +350,10 @@ def test_a_cell_whose_data_changed_is_kept_beside_and_runs_again(pretend, config
     assert started == ["fine/seed0", "diverge/seed0"]
     assert "fine, seed 0: its data changed: train had 4 images, has 5; it is renamed to" in said
     assert (tmp_path / "fine/old-data-1-seed0/summary.json").exists()
-    assert state(tmp_path, "fine")["attempts"] == 1  # what is known is of the new run alone
+    assert state(tmp_path, "fine")["attempts"] == 1  # the status is of the new run only
 
 
-def test_a_cell_that_ended_when_nobody_looked_is_complete(pretend, tmp_path):
+def test_a_cell_that_ended_after_its_parent_is_complete(pretend, tmp_path):
     (tmp_path / "fine/seed0").mkdir(parents=True)
     (tmp_path / "fine/seed0/summary.json").write_text("{}")
     cut = {"status": "interrupted", "attempts": 1, "error": "", "seconds": 0.0}
@@ -378,14 +378,14 @@ def test_a_cell_that_another_process_runs_is_waited_for(pretend, tmp_path):
     assert said.count("theirs, seed 0: another process is running it") == 1
 
 
-def test_a_cell_is_told_by_its_newest_words(pretend, tmp_path):
+def test_the_error_of_a_cell_is_in_its_newest_output(pretend, tmp_path):
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent/seed0.txt").write_text("error: an older one\n")
     assert pretend(["silent"])[0] == {"failed": 1}
     assert state(tmp_path, "silent")["error"] == "exit code 1"
 
 
-def test_what_is_known_of_a_cell_may_be_damaged(pretend, tmp_path):
+def test_the_status_file_of_a_cell_may_be_damaged(pretend, tmp_path):
     for name, text in (("fine", ""), ("fine2", "[1]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "seed0.json").write_text(text)
@@ -415,11 +415,11 @@ def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
     counts, started, said = pretend(["slow", "fine"])
     assert counts == {"interrupted": 1, "missing": 1}
     assert started == ["slow/seed0"]
-    assert "asked to stop" in said
+    assert "stopping: running cells save" in said
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_time_of_a_cell_is_told_from_complete_ones(config, tmp_path):
+def test_the_time_of_a_cell_is_estimated_from_complete_cells(config, tmp_path):
     rows = plan.make_rows(config, [("a", {}), ("b", {})])
     cells = plan.make_cells(rows, tmp_path, 2)
     sizes = {"a": forecast.RowCost(1, 100, 10), "b": forecast.RowCost(1, 300, 20)}
@@ -435,12 +435,12 @@ def test_the_time_of_a_cell_is_told_from_complete_ones(config, tmp_path):
     assert forecast.compute_makespan([], 2) == 0.0
 
 
-# ---- the work, with runs
+# ---- running cells, with real runs
 
 
 @pytest.mark.slow
 def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("XLA_FLAGS")  # one device is quicker
+    monkeypatch.delenv("XLA_FLAGS")  # one device is faster
     sweep = [("base", {}), ("hot", {"schedule.learning_rate": 1e30})]
     found = ablate.ablate(config, sweep, tmp_path, seeds=1, jobs=2)
     assert found == {"complete": 1, "diverged": 1}
@@ -458,7 +458,7 @@ def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys)
         ({"log.wandb": "project"}, "row own: log.wandb is set, but wandb is not installed"),
     ],
 )
-def test_what_a_row_needs_is_there_before_anything_runs(
+def test_what_a_row_needs_is_checked_before_anything_runs(
     config, tmp_path, monkeypatch, overrides, said
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -480,12 +480,12 @@ def test_a_cell_saves_and_leaves_when_its_parent_is_gone(config, tmp_path, monke
     while not (workdir / "metrics.jsonl").exists():
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
-    process.stdin.close()  # as when the parent is killed
+    process.stdin.close()  # as if the parent was killed
     assert child.read_outcome(process.wait(timeout=60), log).status == "interrupted"
     child.lock_log(log).close()
     assert list((workdir / "checkpoints").glob("[0-9]*"))
 
 
-def test_a_report_over_nothing_is_one_line(tmp_path):
+def test_a_report_without_results_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match="no ablation here"):
         ablate.write_report(tmp_path)

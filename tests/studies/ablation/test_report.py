@@ -1,4 +1,4 @@
-"""An ablation's report, of a folder written by hand: numbers, broken cells, what is bold."""
+"""An ablation's report on a folder written by hand: numbers, broken cells, bold print."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = {
     "plain": ({}, BASE),
     # Differences 0.010, 0.012, 0.014: t = 0.012 / (0.002 / sqrt 3) = 10.39, p = 0.00913.
     "better": ({"mix.mixup": 0.2}, [(0.91, 0.95), (0.922, 0.95), (0.934, 0.95)]),
-    # 0.04, 0.00, -0.04.
+    # Differences 0.04, 0.00, -0.04.
     "unsure": ({"mix.label_smoothing": 0.1}, [(0.94, None), (0.91, None), (0.88, None)]),
     "broken": (
         {"schedule.learning_rate": 9.0, "data.batch_size": 32},
@@ -70,7 +70,7 @@ def test_means_and_paired_differences_by_hand(report):
     assert numbers(rows["better"], "accuracy_seed0", "accuracy_seed2") == [0.91, 0.934]
 
 
-def test_bold_is_what_stands_out_and_no_more(report):
+def test_only_significant_differences_are_bold(report):
     _, _, markdown = report
     assert line(markdown, "better")[4] == "**+1.20 [+0.70, +1.70]**"
     assert line(markdown, "unsure")[4] == "+0.00 [-9.94, +9.94]"
@@ -78,7 +78,7 @@ def test_bold_is_what_stands_out_and_no_more(report):
 
 
 def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
-    """p = 0.0091 alone, and with five more rows 0.055."""
+    """p is 0.0091 alone, and 0.055 with five more rows."""
     rows = {"plain": ROWS["plain"], "better": ROWS["better"]}
     rows |= {f"other{i}": ROWS["unsure"] for i in range(5)}
     ablation_report.write(write_sweep(tmp_path, rows))
@@ -100,16 +100,16 @@ def test_an_interval_that_is_printed_with_a_zero_is_not_bold():
 
 def test_what_a_row_costs(report):
     _, rows, markdown = report
-    # A window's 640 images a second at a batch of 64; the first line's 2 s and 13 s to the last.
+    # 640 images a second in each window, batches of 64; 2 s to the first line, 13 s to the last.
     assert numbers(rows["plain"], "seconds_per_step", "seconds") == pytest.approx([0.1, 15.0])
-    assert float(rows["broken"]["seconds_per_step"]) == pytest.approx(0.05)  # batches of 32
+    assert float(rows["broken"]["seconds_per_step"]) == pytest.approx(0.05)  # with batches of 32
     assert rows["plain"]["parameters"] == rows["better"]["parameters"]
     assert int(rows["plain"]["macs"]) > 0
     assert rows["unborn"]["parameters"] == ""
     assert line(markdown, "unborn")[7:] == ["-"] * 5
 
 
-def test_broken_cells_are_told_and_spoil_nothing(report):
+def test_broken_cells_are_listed_and_do_not_affect_the_others(report):
     _, rows, markdown = report
     assert line(markdown, "broken")[1] == "1 of 3 (1 diverged, 1 failed)"
     assert line(markdown, "broken")[4:7] == ["+3.00", "-", "-"]  # one pair: no interval
@@ -118,7 +118,7 @@ def test_broken_cells_are_told_and_spoil_nothing(report):
     assert "- broken, seed 1: diverged: step 7: not finite" in markdown
     assert "- broken, seed 2: failed: out of memory" in markdown
     assert "`mix.mixup=0.2`" in markdown
-    assert rows["unsure"]["gap"] == ""  # was not evaluated
+    assert rows["unsure"]["gap"] == ""  # the training examples were not evaluated
 
 
 def test_the_same_report_from_the_logs_alone(report, tmp_path):
@@ -132,11 +132,11 @@ def test_the_same_report_from_the_logs_alone(report, tmp_path):
     assert (copy / "report.csv").read_text() == (folder / "report.csv").read_text()
 
 
-def test_a_damaged_log_is_its_cells_matter_and_changed_data_are_said(tmp_path):
+def test_a_damaged_log_affects_only_its_cell_and_changed_data_are_reported(tmp_path):
     folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
     log = folder / "plain/seed1/metrics.jsonl"
     log.write_text("what is this\n" + log.read_text())
-    for path in folder.glob("*/seed*/dataset.json"):  # and the data changed before the last seed
+    for path in folder.glob("*/seed*/dataset.json"):  # the data changed before the last seed
         facts = json.loads(path.read_text())
         path.write_text(json.dumps(facts | {"fingerprint": {"last": "seed2" in str(path)}}))
     ablation_report.write(folder)
@@ -161,11 +161,11 @@ def test_without_a_baseline_there_are_no_differences(tmp_path):
     ("cells", "said"),
     [
         (None, "no ablation here"),
-        ([None] * 3, r"no cell is complete \(3 missing\): there is nothing to report"),
+        ([None] * 3, r"no cell is complete \(3 missing\), so there is nothing to report"),
         ([None, ("failed", "x"), ("failed", "y")], r"\(2 failed, 1 missing\)"),
     ],
 )
-def test_a_report_over_nothing_is_one_line(tmp_path, cells, said):
+def test_a_report_without_results_is_a_one_line_error(tmp_path, cells, said):
     if cells:
         write_sweep(tmp_path, {"plain": ({}, cells)})
     with pytest.raises(UserError, match=said) as error:
@@ -174,8 +174,8 @@ def test_a_report_over_nothing_is_one_line(tmp_path, cells, said):
     assert not list(tmp_path.glob("report.*"))
 
 
-def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
-    """Of the validations, or where each run has one alone of the training, smoothed."""
+def test_curves_use_the_split_that_was_logged_often_enough(tmp_path, monkeypatch):
+    """Validation curves, or smoothed training curves if each run validated only once."""
     drawn = {}
     save = lambda rows, baseline, png, **words: drawn.update(rows=rows, **words)  # noqa: E731
     monkeypatch.setattr(ablation_report.forest, "draw_row_curves", save)
@@ -193,7 +193,7 @@ def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
     assert drawn["what"] == "training batches' accuracy, %"
     x, y = drawn["rows"]["plain"][0]
     assert len(x) == len(y) == 25
-    np.testing.assert_allclose(y[-15:], 50, atol=11)  # each of four or five batches
+    np.testing.assert_allclose(y[-15:], 50, atol=11)  # each point averages four or five batches
     assert (np.diff(x) > 0).all()
 
 
@@ -202,7 +202,7 @@ def test_curves_are_of_what_is_known_often_enough(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def two_rows(tmp_path_factory):
-    """A folder, whose report a test may write anew."""
+    """A folder whose report a test may write again."""
     rows = {name: ROWS[name] for name in ("plain", "better")}
     return write_sweep(tmp_path_factory.mktemp("metrics") / "sweep", rows)
 
@@ -211,7 +211,7 @@ def test_a_report_of_the_loss_has_plain_numbers_and_no_error(two_rows, monkeypat
     drawn = []
     keep = lambda effects, png, **words: drawn.append((effects, words))  # noqa: E731
     monkeypatch.setattr(ablation_report.forest, "draw_forest", keep)
-    ablation_report.write(two_rows, metric="test/loss")  # 1 less the accuracy
+    ablation_report.write(two_rows, metric="test/loss")  # the logged loss is 1 - accuracy
     markdown, rows = (two_rows / "report.md").read_text(), read(two_rows)
     assert line(markdown, "row")[2:7] == ["test loss", "difference", "p", "p Holm", "train − test"]
     assert line(markdown, "plain")[2:4] == ["0.09000 [0.06516, 0.11484]", "baseline"]
@@ -234,7 +234,7 @@ def test_a_report_of_the_loss_has_plain_numbers_and_no_error(two_rows, monkeypat
 def test_a_report_of_an_own_metric_and_a_cell_without_it(two_rows, tmp_path):
     folder = tmp_path / "sweep"
     shutil.copytree(two_rows, folder)
-    rename_accuracy(folder, "gap")  # as a column of each report is called
+    rename_accuracy(folder, "gap")  # also the name of a column in every report
     log = folder / "better/seed1/metrics.jsonl"
     log.write_text(log.read_text().replace('/gap"', '/other"'))
     ablation_report.write(folder, metric="gap")
@@ -250,7 +250,7 @@ def test_a_report_of_an_own_metric_and_a_cell_without_it(two_rows, tmp_path):
         ablation_report.write(folder)
 
 
-def test_shares_are_in_per_cent_with_their_error(two_rows, tmp_path):
+def test_fractions_are_percentages_with_their_error(two_rows, tmp_path):
     folder = tmp_path / "sweep"
     shutil.copytree(two_rows, folder)
     rename_accuracy(folder, "label_accuracy")
@@ -269,12 +269,12 @@ def test_a_complete_run_without_a_test_is_complete(tmp_path):
         ablation_report.write(folder)
 
 
-def test_an_own_network_has_its_parameters_and_code_that_changed_is_said(two_rows, tmp_path):
+def test_an_own_network_has_its_parameters_and_changed_code_is_reported(two_rows, tmp_path):
     folder = tmp_path / "sweep"
     shutil.copytree(two_rows, folder)
     for path in folder.glob("*/seed?"):
         config = json.loads((path / "config.json").read_text())
-        config["model"]["name"] = "mine:Net"  # is not imported
+        config["model"]["name"] = "mine:Net"  # a report does not import it
         write_json(path / "config.json", config)
         write_json(path / "summary.json", {"params": 1234})
         digest = "b" if path.name == "seed2" else "a"
@@ -292,7 +292,7 @@ def test_curves_of_a_metric_that_falls_show_where_they_end(two_rows, tmp_path, m
     ablation_report.write(two_rows, metric="loss")
     ablation_report.write(two_rows)
     (falls, rises) = (drawn[i].axes[0] for i in (1, 3))
-    curve = falls.get_lines()[0].get_ydata()  # 1.1 less the accuracy
+    curve = falls.get_lines()[0].get_ydata()  # 1.1 - accuracy
     low, high = falls.get_ylim()
     assert low < curve.min() < curve[len(curve) // 5] < high < curve[0]
     assert rises.get_title().splitlines() == ["plain", f"{100 * (1.1 - curve[-1]):.2f}"]

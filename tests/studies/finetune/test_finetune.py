@@ -1,4 +1,4 @@
-"""Strategies of fine-tuning: what each loads and trains, features computed once, the comparison."""
+"""Fine-tuning strategies: what each loads and trains, features computed once, the comparison."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FILES = sorted(p.stem for p in (ROOT / "configs/finetune").glob("[a-z]*.py"))
 
 
 def make_config(digits_dir, steps=20):
-    """Digits 0 to 4, then 5 to 9: a stem, a block and a classifier."""
+    """Digits 0 to 4 as the source, 5 to 9 as the target: a stem, a block and a classifier."""
     config = get_config("smoke")
     for one in (config.pretrain, config.targets.similar):
         one.data.dir = digits_dir
@@ -46,13 +46,13 @@ def make_config(digits_dir, steps=20):
         one.data.augment.pad_crop = 0
         one.train.duration = f"{steps} steps"
         one.schedule.warmup = "0 steps"
-    # What it would be without these rules, for runs and for classifiers on features.
+    # Without these rules, the value for runs and for classifiers on features.
     config.targets.similar.optimizer.bn = ((r"stem/.*", "frozen"), (r".*", "frozen"))
     return config
 
 
 def make_task(model="cifar_resnet20", **fields):
-    """Of noise: nothing is read."""
+    """A target of noise, which needs no files."""
     config = get_config("smoke")
     target = config.targets.similar
     target.data.mock, target.data.image_size, target.model.name = 40, 32, model
@@ -68,9 +68,9 @@ def task():
     return make_task(depths=(1, 1, 1), widths=(4, 8, 8))
 
 
-def test_a_comparison_refuses_what_cannot_act_before_anything_runs(tmp_path):
+def test_fields_without_effect_are_refused_before_anything_runs(tmp_path):
     config = get_config("smoke")
-    config.targets.similar.graft.averaged = True  # of the source that the phases set
+    config.targets.similar.graft.averaged = True  # has effect, because the phases set a source
     config.targets.similar.optimizer.b1 = 0.8
     with pytest.raises(UserError, match=r"targets\.similar: config\.optimizer\.b1=0\.8"):
         compare.compare_strategies(config, tmp_path / "new")
@@ -96,7 +96,7 @@ def tops(paths):
 
 
 def planned(task, name):
-    """[(what comes from the source, what learns, rate, steps)] of a strategy, by part."""
+    """Describes each phase of a strategy: (loaded parts, trained parts, rate, steps)."""
     paths, found = leaves(task), []
     for phase in strategies.STRATEGIES[name](task):
         config = phase.config
@@ -111,7 +111,7 @@ def planned(task, name):
         trained = {
             p for p, learns in pytree.match(rules, params, what="trainable").items() if learns
         }
-        # No part is torn: all of its leaves or none.
+        # A part is loaded as a whole or not at all.
         assert not tops(set(paths) - loaded) & tops(loaded)
         assert not tops(set(params) - trained) & tops(trained)
         steps = float(config.train.duration.split()[0])
@@ -217,10 +217,10 @@ def test_features_computed_once_give_the_classifier_of_the_frozen_network(compar
         for name in ("kernel", "bias"):
             ours = kept[f"{probe.LAST_LAYER}/{name}"]
             np.testing.assert_allclose(ours, trained[f"params/head/{name}"], atol=1e-4)
-        assert np.abs(kept[f"{probe.LAST_LAYER}/bias"]).max() > 0.01  # from 0: it has learned
+        assert np.abs(kept[f"{probe.LAST_LAYER}/bias"]).max() > 0.01  # it was 0 before training
     linear, features = (result.select("similar", 1.0, name)[0] for name in ("linear", "features"))
     assert (linear.test, linear.validation) == (features.test, features.validation)
-    # Frozen, statistics too: what the run ends with is what the source ended with.
+    # The run's frozen weights and statistics still equal the source's at the end.
     source = arrays(folder / "pretrain", "best")
     for path in source:
         if path.startswith(("params/", "batch_stats/")) and "/head/" not in path:
@@ -228,15 +228,15 @@ def test_features_computed_once_give_the_classifier_of_the_frozen_network(compar
 
 
 @pytest.mark.slow
-def test_classifiers_on_stages_are_told_apart_by_validation(compared):
+def test_the_best_classifier_on_stages_is_chosen_by_validation(compared):
     folder, result, _ = compared
     (record,) = result.select("similar", 1.0, "linear_stages")
     assert list(record.layers) == ["stem", "stage1"]
     best = max(record.layers.values(), key=lambda found: found["validation/accuracy"])
     assert record.validation == best["validation/accuracy"]
     assert record.test == best["test/accuracy"]
-    assert record.test > 0.4  # five classes: on what a few steps learned, far above chance
-    with np.load(folder / "similar/1/seed0/features.npz") as kept:  # from one pass for all
+    assert record.test > 0.4  # far above chance (five classes) after a few steps
+    with np.load(folder / "similar/1/seed0/features.npz") as kept:  # all layers, from one pass
         assert {"train/stem", "train/stage1", f"test/{probe.LAST_LAYER}"} <= set(kept.files)
         assert kept["train/stem"].shape == (result.records[0].images, 4)
 
@@ -261,7 +261,7 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
 
 
 def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path, monkeypatch):
-    """Under the same config: the source was trained again, the folder holds other images."""
+    """Even under the same config: the source was trained again, or the folder has other images."""
     parts, cache = build_components(task.config), tmp_path / "features.npz"
     variables = parts.init_variables()
 
@@ -274,7 +274,7 @@ def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path,
         return found["test"][probe.LAST_LAYER]
 
     first = computed(parts, variables)
-    cache.write_bytes(cache.read_bytes()[:-100])  # what isn't whole is computed again
+    cache.write_bytes(cache.read_bytes()[:-100])  # a damaged file is computed again
     np.testing.assert_array_equal(computed(parts, variables), first)
     moved = ConfigDict(parts.config.to_dict())
     moved.data.dir = "elsewhere"
@@ -336,7 +336,7 @@ def test_a_classifier_that_is_no_dense_layer():
     with pytest.raises(
         UserError, match=r"expected one dense layer .*, got conv10/bias, conv10/ker"
     ):
-        probe._head(head, probe.LAST_LAYER, np.zeros((3, 4)))
+        probe._make_head(head, probe.LAST_LAYER, np.zeros((3, 4)))
 
 
 # ---------------------------------------------------------------------------- the comparison
@@ -344,7 +344,7 @@ def test_a_classifier_that_is_no_dense_layer():
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Runs stood in for: [(config, workdir)]; accuracy grows with data, seed and loading."""
+    """Replaces runs, records [(config, workdir)]; accuracy grows with data, seed and loading."""
     seen = []
 
     def run(config, workdir, *args, **kwargs):
@@ -357,7 +357,7 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(probe, "run_probe", run)
-    monkeypatch.setattr(compare, "_check_source", lambda *_: None)  # there is none
+    monkeypatch.setattr(compare, "_check_source", lambda *_: None)  # there is no source
     return seen
 
 
@@ -389,13 +389,13 @@ def test_each_seed_draws_its_own_examples_and_phases_follow_each_other(ran, tmp_
     gradual = [f"{w}@latest" for _, w in ours[1:-1]]
     assert sources == ["", "runs/source", *gradual]
     for one, _ in ours[2:]:
-        assert one["graft"]["rules"] == [["(.*)", r"\1"]]  # the classifier of the phase before, too
+        assert one["graft"]["rules"] == [["(.*)", r"\1"]]  # also the previous phase's classifier
 
 
-def test_a_warm_up_longer_than_the_run_on_the_fewest_images_is_told_first(ran, tmp_path):
+def test_a_warmup_longer_than_the_run_on_the_fewest_images_is_reported_first(ran, tmp_path):
     config = two_targets()
     config.targets.similar.data.batch_size = 20
-    config.targets.similar.train.duration = "2 epochs"  # of 10 steps
+    config.targets.similar.train.duration = "2 epochs"  # 10 steps
     config.targets.similar.schedule.warmup = "5 steps"
     given = dict(strategies=["scratch"], seeds=1, say=lambda line: None)
     with pytest.raises(UserError, match=r"--fractions=0\.2: config\.schedule\.warmup='5 steps'"):
@@ -405,7 +405,7 @@ def test_a_warm_up_longer_than_the_run_on_the_fewest_images_is_told_first(ran, t
     assert len(ran) == 4
 
 
-def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkeypatch, tmp_path):
+def test_a_strategy_whose_data_changed_is_renamed_and_runs_again(ran, monkeypatch, tmp_path):
     stand_in, accepts = compare.run, []
 
     def run(config, workdir, *, accept_changed_data, fingerprint):
@@ -423,13 +423,13 @@ def test_a_strategy_whose_data_changed_is_kept_beside_and_runs_again(ran, monkey
     compare.compare_strategies(config, tmp_path, **given, accept_changed_data=True)
     assert len(ran) == 2
     compare.compare_strategies(config, tmp_path, **given)
-    assert len(ran) == 4  # both phases, anew
+    assert len(ran) == 4  # both phases ran again
     assert (at.with_name("old-data-1-head_then_all") / "1-head/of-other-data").exists()
     assert not (at / "1-head/of-other-data").exists()
     (moved,) = [line for line in said if "it is renamed to" in line]
     assert "1-head changed since it began: train had 4 images, has 5" in moved
     assert said[1].startswith("1/1 similar, 1 of the examples, seed 0, head_then_all: ")
-    assert accepts == [(True, {})] * 2 + [(False, {})] * 3  # {}: of noise
+    assert accepts == [(True, {})] * 2 + [(False, {})] * 3  # {}: noise has no fingerprint
 
 
 def test_tables_picture_and_file(ran, tmp_path):
@@ -440,12 +440,12 @@ def test_tables_picture_and_file(ran, tmp_path):
         console.print(table)
     text = console.export_text()
     assert "similar: test accuracy in %, mean ± sd, n=2" in text
-    assert "38.5 ± 0.7" in text  # scratch, 0.2: 38 and 39
-    assert "80.5 ± 0.7" in text  # loaded, 1
-    assert "linear 48.5 ± 0.7" in text  # best by validation: the first of equals
+    assert "38.5 ± 0.7" in text  # scratch, fraction 0.2: 38 and 39
+    assert "80.5 ± 0.7" in text  # loaded, fraction 1
+    assert "linear 48.5 ± 0.7" in text  # best by validation, the first of equal ones
     assert "CS231n: linear classifier on the top" in text
     assert "difference from scratch" in " ".join(text.split())
-    assert "│ linear        │ +10.0 │ +10.0 │" in text  # the same with both seeds: no interval
+    assert "│ linear        │ +10.0 │ +10.0 │" in text  # equal for both seeds, so no interval
     (line, _) = report.describe_speed(result)
     assert line == "0.2 of the examples: features 1.00 s, linear 1.00 s, 1.0 times as long"
     report.draw(result, tmp_path / "finetune.png")
@@ -526,7 +526,7 @@ def test_results_of_a_source_that_is_gone_are_not_mixed_with_others(ran, tmp_pat
         ((5, 99), (1.0,), "data.classes: digits has no class 99"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(ran, tmp_path, classes, fractions, said):
+def test_mistakes_are_reported_before_anything_is_trained(ran, tmp_path, classes, fractions, said):
     config = two_targets()
     config.source, config.targets.similar.data.classes = "", classes
     with pytest.raises(UserError, match=said):
@@ -536,7 +536,7 @@ def test_mistakes_are_told_before_anything_is_trained(ran, tmp_path, classes, fr
 
 @pytest.fixture
 def source(tmp_path):
-    """Writes a checkpoint that fits the smoke config's network but for its classifier."""
+    """Writes a checkpoint that fits the smoke config's network except for its classifier."""
 
     def write(about, **fields):
         config = two_targets()
@@ -550,15 +550,14 @@ def source(tmp_path):
 
 
 def compare_untrained(monkeypatch, config, folder, **given):
-    """What `compare` says before it trains, where a mistake has to be told, but for the lines of
-    what its data sets hold."""
+    """Returns the lines that `compare` prints before it trains, without those about data sets."""
     said = []
     monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: [])
     compare.compare_strategies(config, folder, **given, say=said.append)
     return [line for line in said if not line.startswith("targets.")]
 
 
-def test_what_the_targets_hold_is_said_and_a_batch_above_the_smallest_fraction(ran, tmp_path):
+def test_targets_are_described_and_a_batch_above_the_smallest_fraction_is_noted(ran, tmp_path):
     config, said = two_targets(), []
     config.targets.similar.data.batch_size = 64
     given = dict(strategies=["scratch"], fractions=(0.2, 1), seeds=1)
@@ -577,7 +576,7 @@ def test_what_the_targets_hold_is_said_and_a_batch_above_the_smallest_fraction(r
         ("{folder}/source", r"targets\.similar: graft: .*norm1/mean is \[8\] here and \[4\] there"),
     ],
 )
-def test_a_mistake_in_the_source_is_told_before_anything_is_trained(
+def test_a_mistake_in_the_source_is_reported_before_anything_is_trained(
     monkeypatch, tmp_path, source, name, said
 ):
     source({}, widths=(4, 8, 8))
@@ -587,12 +586,12 @@ def test_a_mistake_in_the_source_is_told_before_anything_is_trained(
         compare_untrained(monkeypatch, config, tmp_path / "runs")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "runs").exists()
-    # What loads nothing asks for none.
+    # A strategy that loads nothing needs no source.
     assert compare_untrained(monkeypatch, config, tmp_path / "runs", strategies=["scratch"]) == []
 
 
-def test_what_the_source_was_trained_on_is_said(monkeypatch, tmp_path, source):
-    """Above all that its images were BGR, which no field of a run can be."""
+def test_the_sources_training_images_are_described(monkeypatch, tmp_path, source):
+    """Most importantly that its images were BGR, which no field of a run can express."""
     seen = preprocessing("vgg16", "keras")._asdict()
     config = two_targets()
     config.source = source(dict(model="vgg16", source="keras", preprocessing=seen))

@@ -1,4 +1,4 @@
-"""The search for compound scaling: what it plans, chooses and writes; runs are stood in for."""
+"""The compound scaling search: what it plans, chooses and writes, with fake runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flax_cnns.studies.search import scaling
 
 
 class Tiny(nn.Module):
-    """Counted in no time; its width takes small steps, its depth whole ones."""
+    """A network that is fast to count. Its width changes in small steps, its depth by blocks."""
 
     width_mult: float
     depth_mult: float
@@ -47,7 +47,7 @@ def config(digits_dir, monkeypatch):
 
 def test_the_grid_keeps_the_constraint():
     points = scaling.make_grid(2.0, 0.05)
-    assert (1.2, 1.1, 1.15) in points  # the paper's, 1.92
+    assert (1.2, 1.1, 1.15) in points  # the paper's values, with a product of 1.92
     assert points == sorted(set(points))
     for alpha, beta, gamma in points:
         assert min(alpha, beta, gamma) >= 1
@@ -76,7 +76,7 @@ def test_plans_count_the_network_that_the_config_builds(config):
     assert (cost(model).params, cost(model).macs) == (trial.params, trial.macs)
     points = [(2.0, 1.0, 1.0), (2.01, 1.0, 1.0), (1.0, 1.0, 1.4), (1.0, 1.0, 3.0)]
     near = planner.select_near(2 * base.macs, points)
-    # The second is the first, and the last is far off.
+    # The second point is the same network as the first; the last is far off.
     assert [(t.scale.depth_mult, t.scale.resolution_mult) for t in near] == [(2.0, 1.0), (1.0, 1.4)]
     with pytest.raises(UserError, match="none of the grid's 1 networks"):
         planner.select_near(2 * base.macs, [(1.0, 1.0, 3.0)])
@@ -84,7 +84,7 @@ def test_plans_count_the_network_that_the_config_builds(config):
         planner.find_at_macs("nothing", 2 * base.macs, lambda x: scaling.ScalingFactors())
 
 
-def test_a_search_chooses_by_validation_and_tells_the_test(config, tmp_path, monkeypatch):
+def test_a_search_chooses_by_validation_and_reports_the_test(config, tmp_path, monkeypatch):
     seen, points = [], [(1.0, 1.0, 1.4), (1.0, 1.4, 1.0), (1.0, 1.2, 1.2)]
 
     def run(config, workdir, **data):
