@@ -1,1 +1,1 @@
-"""One run: its directory, its parts, training, evaluation, prediction, its tables."""
+"""A single run: its directory, components, training, evaluation, prediction and tables."""

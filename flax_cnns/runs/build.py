@@ -1,4 +1,4 @@
-"""A config -> the objects of a run: network, data, steps."""
+"""Builds the objects of a run from its config: network, data, steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RunComponents(NamedTuple):
         split: str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Returns the metrics' sums over a split, with every example counted once.
+        """Returns the sums of the metrics over a split, with every example counted once.
 
         The blocks of `variables` may be named or stacked. Raises UserError if no image of the split
         can be decoded.

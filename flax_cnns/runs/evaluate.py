@@ -1,4 +1,4 @@
-"""A finished run: its variables, and its evaluation on a split."""
+"""Evaluates a run on a split, with the variables of one of its checkpoints."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SIGNIFICANT_DIGITS = 4  # of a plain number
 
 
 class Metric(NamedTuple):
-    """How to format the values of `test/NAME`.
+    """A logged metric `test/NAME` and the format of its values.
 
     A fraction is written as a percentage and its differences in points; other metrics as they are.
     """

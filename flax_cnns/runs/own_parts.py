@@ -232,7 +232,7 @@ def find_network(config: Any, objects: OpaqueObjects | None = None) -> Any:
 
 
 def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any]) -> None:
-    """Raises UserError if `own.NAME` fits no part or several, or if two parts share a name."""
+    """Raises UserError if `own.NAME` names no or several parts, or if two parts share a name."""
     names = [name_of(ref) for kind, refs in references.items() if kind != "model" for ref in refs]
     for name in fields:
         if name in map(name_of, references.get("model", ())) and name not in names:
@@ -335,12 +335,12 @@ def _why_off(part: Any, fields: Mapping[str, Any]) -> str:
 def _check_callback(callback: Any) -> None:
     """Raises UserError unless the object has a hook, and only hooks with the right arguments."""
     what = f"train.callbacks: {type(callback).__name__}"
-    methods = [name for name in dir(callback) if callable(getattr(callback, name))]
-    for name in methods:
-        if name.startswith("on_") and name not in CALLBACK_HOOKS:
+    for name in dir(callback):
+        is_hook = name.startswith("on_") and callable(getattr(callback, name))
+        if is_hook and name not in CALLBACK_HOOKS:
             near = did_you_mean(name, CALLBACK_HOOKS)
             raise UserError(f"{what} has {name!r}, which is never called{near}")
-    hooks = [name for name in CALLBACK_HOOKS if name in methods]
+    hooks = [name for name in CALLBACK_HOOKS if callable(getattr(callback, name, None))]
     if not hooks:
         known = [name for name in dir(callback) if not name.startswith("_")]
         raise UserError(

@@ -317,7 +317,7 @@ def dry_run(
 def _check_wandb_and_graft(
     config: Any, components: RunComponents, sources: dict[Any, GraftSource]
 ) -> None:
-    """Raises `UserError` if wandb is missing, or if the weights of `config.graft` do not fit."""
+    """Raises UserError if wandb is missing, or if the weights of `config.graft` do not fit."""
     if config.log.wandb:
         import_wandb()
     if config.graft.source:

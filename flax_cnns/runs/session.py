@@ -143,7 +143,7 @@ class Session:
             self.progress.print(f"first step after {record['time/first_step']:.1f} s")
         self.progress.update(step, record)
         if any(name.startswith("validation/") for name in record):
-            # With all metrics, of which the checkpoint's score is one.
+            # A copy, because the checkpoint's score is taken from `record` afterwards.
             self._call_back("on_validation", step, dict(record))
 
     def _call_back(self, hook: str, *arguments: Any) -> None:

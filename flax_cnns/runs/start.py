@@ -26,8 +26,9 @@ def make_initial_state(
     3. Fresh: the network's initial values, from the seed alone.
 
     A graft may leave some weights fresh. The optimizer's state and the averaged weights are created
-    after the graft, so they start from the grafted weights. The digests (one for each process) are
-    of the batch of that step; empty unless the data are `Dataset.from_batches`. Raises UserError.
+    after the graft, so they start from the grafted weights. The digests, one for each process,
+    identify the batch of that step; the list is empty unless the data are `Dataset.from_batches`.
+    Raises UserError.
     """
     components, config = plan.components, plan.config
     # 1. Restore.

@@ -51,7 +51,7 @@ def run(
     the parts that the config names:
 
     model: a class or function that makes a linen module from the fields `config.model.*`, or a
-        module. Its call is `(images, *, train) -> logits` f32 [N K].
+        module. The module is called with `(images, *, train)` and returns logits f32 [N K].
     data: a `flax_cnns.Dataset`, or a function that returns one.
     optimizer: `(learning_rate_schedule, **fields) -> optax.GradientTransformation`.
     loss: `(logits f32 [N K], labels f32 [N K]) -> f32 [N]`.
@@ -75,7 +75,7 @@ def run(
     Raises:
         UserError: for what the user can correct, also for a file that cannot be written. Printed
             output that cannot be written does not end the run.
-        Preempted: after SIGTERM or SIGUSR1 (exit code 75) or Ctrl-C (130), once all is saved.
+        Preempted: after SIGTERM or SIGUSR1 (exit code 75) or Ctrl-C (130), after saving.
         KeyboardInterrupt: for Ctrl-C before the first step, and for a second Ctrl-C.
         ProcessLost: if a process that the run needs has died.
     """
@@ -181,7 +181,7 @@ def check_complete_run(
 ) -> None:
     """Raises `ChangedData` if a complete run's data changed and `accept` is not set.
 
-    Data that can no longer be read are no error, because the run's numbers stay valid.
+    Data that can no longer be read cause no error, because the run's numbers stay valid.
     """
     primary = jax.process_index() == 0
     try:

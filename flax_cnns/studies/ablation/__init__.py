@@ -1,1 +1,1 @@
-"""Ablations: rows of a sweep times seeds, each cell a run, and the paired report."""
+"""Ablations: each row of a sweep is trained with several seeds, and rows are compared in pairs."""

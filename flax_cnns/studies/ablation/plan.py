@@ -120,7 +120,9 @@ def make_rows(
                 " digits and _ . , + = -"
             )
         if name in FOLDER_FILES:
-            raise UserError(f"sweep(): a row cannot be called {name!r}, as a file of the folder is")
+            raise UserError(
+                f"sweep(): a row cannot be called {name!r}: the report writes this file"
+            )
         if name in rows:
             raise UserError(f"sweep(): two rows have the name {name!r}")
         try:

@@ -1,1 +1,1 @@
-"""Fine-tuning: strategies, each as runs, and classifiers on frozen features."""
+"""Fine-tuning: strategies of transfer learning, and classifiers on frozen features."""

@@ -96,7 +96,7 @@ def validate_config(config: ConfigDict) -> None:
     for name in wanted - set(config):
         raise UserError(f"config: {name!r} is missing; start from configs/finetune")
     if not config.targets:
-        raise UserError("config.targets: expected at least one config of a run, got none")
+        raise UserError("config.targets: expected at least one target's config, got none")
     for name, run_config in _find_run_configs(config).items():
         try:
             configs.validate(run_config)
