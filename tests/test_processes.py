@@ -39,13 +39,13 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     config.checkpoint.every = "20 steps"
     run(config, tmp_path / "whole")  # in this process, which has four devices
     cut = launch(tmp_path / "cut", config)
-    said = ""
+    output = ""
     for line in cut.stdout:
-        said += line
+        output += line
         if "step 21/60" in line:
             cut.send_signal(signal.SIGTERM)
-    assert cut.wait(timeout=60) == 75, said
-    assert "run the same command again to resume" in said
+    assert cut.wait(timeout=60) == 75, output
+    assert "run the same command again to resume" in output
     step = finding.latest_step(tmp_path / "cut")
     assert 21 <= step < 60
 
@@ -81,9 +81,9 @@ def test_processes_that_see_other_directories_say_so(config, tmp_path):
 def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):
     config.model.name = "lenet6"
     process = launch(tmp_path / "run", config)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 2, said
-    assert "unknown model 'lenet6'" in said
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, output
+    assert "unknown model 'lenet6'" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -137,18 +137,18 @@ def test_own_parts_in_two_processes_of_which_one_is_killed(tmp_path):
 
     two = ("-m", "flax_cnns.launch", "--local=2", "--devices=2", "--", sys.executable)
     run(runpy.run_path(str(tmp_path / "mine.py"))["get_config"](), tmp_path / "alone")
-    cut, said = start("cut", *two), ""
+    cut, output = start("cut", *two), ""
     for line in cut.stdout:
-        said += line
+        output += line
         if "step 15/40" in line:
             children = Path(f"/proc/{cut.pid}/task/{cut.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
-    assert cut.wait(timeout=60) == 128 + signal.SIGKILL, said
+    assert cut.wait(timeout=60) == 128 + signal.SIGKILL, output
     assert finding.latest_step(tmp_path / "cut") >= 10
     again = start("cut", *two)
-    said = again.communicate(timeout=120)[0]
-    assert again.returncode == 0, said
-    assert "resumed at step" in said
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output
+    assert "resumed at step" in output
     found, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "alone")
     assert found.keys() == expected.keys()
     for name, value in expected.items():

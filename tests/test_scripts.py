@@ -107,7 +107,7 @@ def test_the_config_may_be_named_after_a_space(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
         slow(["--config.seed=zero"], "seed"),
@@ -120,26 +120,26 @@ def test_the_config_may_be_named_after_a_space(tmp_path):
         slow(["--config.data.name=cifar11"], "did you mean 'cifar10"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, said):
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, message):
     code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
     assert code == 2, err
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_search_says_what_it_can_search(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
-    for args, said in (
+    for args, message in (
         (["scalin", workdir], "got 'scalin'; did you mean 'scaling'"),
         ([workdir], "expected scaling first, got ''"),
         (["scaling", workdir, "--step=7", "--config.data.name=cifar11"], "did you mean 'cifar10"),
     ):
         code, _, err = finish("search", *args)
         assert (code, err.count("\n")) == (2, 1), err
-        assert said in err
+        assert message in err
 
 
 @pytest.mark.parametrize(

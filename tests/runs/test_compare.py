@@ -22,7 +22,7 @@ def runs(tmp_path):
     return [tmp_path / "a" / "plain", tmp_path / "b" / "mixed", tmp_path / "b" / "cut"]
 
 
-def said(table):
+def render(table):
     console = Console(width=200)
     with console.capture() as capture:
         console.print(table)
@@ -32,16 +32,16 @@ def said(table):
 def test_differences_and_results(runs):
     found = compare.read_runs([*runs, runs[0]])
     assert list(found) == ["a/plain", "b/mixed", "b/cut"]
-    text = said(compare.make_config_table(found)).splitlines()
+    text = render(compare.make_config_table(found)).splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text if "│" in line]
     assert cells == [["a/plain", "64", "0.0"], ["b/mixed", "32", "0.2"], ["b/cut", "64", "0.0"]]
-    two = said(
+    two = render(
         compare.make_config_table(compare.read_runs(runs[:2]))
     )  # as many fields: each a line
     assert [line.split()[1::2] for line in two.splitlines() if "mix.mixup" in line] == [
         ["mix.mixup", "0.0", "0.2"]
     ]
-    text = said(compare.make_result_table(found)).splitlines()
+    text = render(compare.make_result_table(found)).splitlines()
     plain, _, cut = (next(line.split("│") for line in text if name in line) for name in found)
     assert [cell.strip() for cell in plain[2:4]] == ["complete", "120"]
     assert [plain[6].strip(), plain[8].strip()] == ["90.00", "7.00"]
@@ -67,7 +67,7 @@ def test_a_run_that_has_only_begun_is_drawn(runs, tmp_path):
     found = compare.read_runs(runs)
     compare.draw_runs(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "unfinished" in said(compare.make_result_table(found))
+    assert "unfinished" in render(compare.make_result_table(found))
 
 
 def test_a_run_of_any_name_is_in_the_legend(runs, tmp_path, monkeypatch):

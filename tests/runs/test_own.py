@@ -457,12 +457,12 @@ def test_a_callback_gets_its_own_copy_of_the_numbers():
 
 
 def test_a_missing_batch_is_not_compared():
-    said = []
+    lines = []
     session = types.SimpleNamespace(
-        progress=types.SimpleNamespace(print=said.append), _digests=lambda step: ["0123"]
+        progress=types.SimpleNamespace(print=lines.append), _digests=lambda step: ["0123"]
     )
     Session._check_batch(session, 3, [""])
-    assert "the factory had no batch of step 3" in said[0]
+    assert "the factory had no batch of step 3" in lines[0]
 
 
 def test_a_complete_run_needs_no_data(tmp_path, monkeypatch, capsys):
@@ -531,8 +531,10 @@ def test_modules_of_the_current_folder(tmp_path, monkeypatch):
     assert references.make_reference(found) == "my_losses:mine"
     with pytest.raises(UserError, match="no module 'my_loses'; did you mean 'my_losses'"):
         references.import_reference("my_loses:mine", "train.loss")
-    said = r"importing broken_losses fails: ZeroDivisionError: .* \(.*broken_losses\.py, line 1\)$"
-    with pytest.raises(UserError, match=said):
+    message = (
+        r"importing broken_losses fails: ZeroDivisionError: .* \(.*broken_losses\.py, line 1\)$"
+    )
+    with pytest.raises(UserError, match=message):
         references.import_reference("broken_losses:mine", "train.loss")
     assert references.make_reference(lambda: 1) is None
 

@@ -121,7 +121,7 @@ def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoints: remove --checkpoint, got 'best'"):
         predict.make_predictor_from_folder(tmp_path / "other", "best")
     written = {"source": "us", "preprocessing": {"size": 32}}
-    for about, said in (
+    for about, message in (
         ({}, r"'source' is missing"),
         (written, r"missing 1 required positional argument: 'resize'"),
         (written | {"preprocessing": {"size": 32, "sise": 3}}, r"unexpected .* 'sise'"),
@@ -130,7 +130,7 @@ def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
     ):
         content = json.dumps({"model": "lenet5"} | about)
         (tmp_path / "other/about.json").write_text(content)
-        with pytest.raises(UserError, match="about.json is not as .*" + said) as raised:
+        with pytest.raises(UserError, match="about.json is not as .*" + message) as raised:
             predict.make_predictor_from_folder(tmp_path / "other")
         assert "\n" not in str(raised.value)
 
@@ -154,10 +154,10 @@ def test_weights_without_a_classifier_predict_no_classes(tmp_path):
     about = convert_to_folder(*given, tmp_path / "converted", tmp_path / "body.npz")
     assert about["preprocessing"]["num_classes"] == 0
     assert about["leaves"] == len(body)
-    said = "squeezenet1_1 from torchvision: these weights have no classifier"
-    with pytest.raises(UserError, match=said):
+    message = "squeezenet1_1 from torchvision: these weights have no classifier"
+    with pytest.raises(UserError, match=message):
         predict.make_predictor_from_weights(*given, tmp_path / "body.npz")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         predict.make_predictor_from_folder(tmp_path / "converted")
     body["classifier.1.bias"] = tensors["classifier.1.bias"]
     with pytest.raises(UserError, match="no tensor was given for params/head/kernel"):
@@ -168,17 +168,17 @@ def test_weights_without_a_classifier_predict_no_classes(tmp_path):
 def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
     out = tmp_path / "seen.png"
     files = list(map(str, photos[0][:2]))
-    code, said, err = finish("predict", *files, f"--workdir={finished[0]}", f"--out={out}")
+    code, output, err = finish("predict", *files, f"--workdir={finished[0]}", f"--out={out}")
     assert code == 0, err
     for text in ("lenet5 on digits", "0.png", "1.png", "probability", "%"):
-        assert text in said
+        assert text in output
     with Image.open(out) as picture:
         assert min(picture.size) > 300
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--workdir={run}", "{photos}/9.png"], "there is no photo"),
         (["--workdir={run}", "{run}/config.json"], "cannot read the photo"),
@@ -192,11 +192,11 @@ def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
         (["--model=resnet50", "--weights=keras", "{photos}/0.png"], "expected torchvision"),
     ],
 )
-def test_a_mistake_is_one_line(finished, photos, flags, said):
+def test_a_mistake_is_one_line(finished, photos, flags, message):
     places = dict(run=finished[0], photos=photos[0][0].parent)
     code, _, err = finish("predict", *(flag.format(**places) for flag in flags))
     assert (code, err.count("\n")) == (2, 1), err
-    assert said in err
+    assert message in err
 
 
 def test_names_of_photos():

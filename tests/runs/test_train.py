@@ -212,10 +212,10 @@ def test_a_run_of_an_older_version_resumes_bit_for_bit(
     assert read_config(workdir).optimizer.sam == 0.0
     capsys.readouterr()
     run(config, workdir)
-    said = (
+    message = (
         "was made by an older version that lacks the fields mix.cutmix, optimizer.sam: it resumes"
     )
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     chex.assert_trees_all_equal(arrays(workdir), arrays(finished[0]))
     assert records(workdir) == records(finished[0])
     assert json.loads((workdir / "config.json").read_text())["mix"]["cutmix"] == 0.0
@@ -624,8 +624,8 @@ def test_an_impossible_scan_is_refused(scanning, tmp_path):
     fails(scanning, tmp_path / "run", "lenet5 has no field '(depths|scan)'")
 
 
-def fails(config, workdir, said):
-    with pytest.raises(UserError, match=said) as error:
+def fails(config, workdir, message):
+    with pytest.raises(UserError, match=message) as error:
         run(config, workdir)
     assert "\n" not in str(error.value)
 
@@ -637,13 +637,13 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(
         config.model.update(dict(depths=(1, 1), widths=(4, 4)))
     config.data.image_size, config.data.batch_size, config.data.augment.pad_crop = 2, 4, 0
     config.data.mock = 40
-    said = (
+    message = (
         r"batch_size=4 \(devices: 4, train.accumulate: 1\) .* stage2/block1/\w+ gets "
         r"\[1, 1, 1, 4\].* set data\.batch_size=8,"
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         dry_run(config)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     config.data.batch_size = 8
@@ -661,8 +661,8 @@ def test_a_batch_norm_that_would_see_one_value_is_refused_before_the_first_step(
 def test_a_run_under_another_config_names_the_fields(finished, config):
     config.seed = 7
     config.data.augment.rotate = 3.0
-    said = r"data\.augment\.rotate: 10\.0 there, 3\.0 here; seed: 0 there, 7 here"
-    fails(config, finished[0], said)
+    message = r"data\.augment\.rotate: 10\.0 there, 3\.0 here; seed: 0 there, 7 here"
+    fails(config, finished[0], message)
 
 
 def test_a_directory_in_use_or_of_something_else(config, tmp_path):
@@ -676,7 +676,7 @@ def test_a_directory_in_use_or_of_something_else(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("model.name", "lenet6", "unknown model 'lenet6'; did you mean 'lenet5'"),
         ("data.name", "digitz", "unknown data set 'digitz'.*did you mean 'digits'"),
@@ -697,7 +697,7 @@ def test_a_directory_in_use_or_of_something_else(config, tmp_path):
         ),
     ],
 )
-def test_mistakes_leave_nothing_behind(config, tmp_path, path, value, said):
+def test_mistakes_leave_nothing_behind(config, tmp_path, path, value, message):
     config.update_from_flattened_dict({path: value})
-    fails(config, tmp_path / "new" / "run", said)
+    fails(config, tmp_path / "new" / "run", message)
     assert not (tmp_path / "new").exists()

@@ -32,8 +32,8 @@ def begun(tmp_path):
 
 def test_other_data_are_refused_or_accepted_and_recorded_once(begun, capsys):
     assert workdirs.check_data(begun, DataSnapshot(WAS)) is None
-    said = r"the data of .*run changed since it began: train/bench had 3 images, has 4; .* with "
-    with pytest.raises(workdirs.ChangedData, match=said + "--accept-changed-data") as raised:
+    message = r"the data of .*run changed since it began: train/bench had 3 images, has 4; .* with "
+    with pytest.raises(workdirs.ChangedData, match=message + "--accept-changed-data") as raised:
         workdirs.check_data(begun, DataSnapshot(NOW))
     assert isinstance(raised.value, UserError)
     change = workdirs.check_data(begun, DataSnapshot(NOW), accept=True)

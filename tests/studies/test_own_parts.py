@@ -125,7 +125,7 @@ def test_rows_change_own_fields_and_a_removed_part_loses_its_fields(config):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             {"own.Shrink.rat": 0.1},
@@ -145,12 +145,12 @@ def test_rows_change_own_fields_and_a_removed_part_loses_its_fields(config):
     ],
 )
 def test_mistakes_in_own_parts_are_reported_before_anything_runs(
-    config, tmp_path, monkeypatch, overrides, said
+    config, tmp_path, monkeypatch, overrides, message
 ):
     monkeypatch.setattr(child, "start", lambda *_, **__: pytest.fail("started"))
     if "data.name" in overrides:
         overrides = overrides | {"train.metrics": ()}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         ablate.ablate(
             config, [("a", {}), ("b", overrides)], tmp_path / "x", seeds=1, metric="recall"
         )
@@ -223,7 +223,7 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
 
 
 @pytest.mark.parametrize(
-    ("sections", "given", "said"),
+    ("sections", "given", "message"),
     [
         (
             dict(model={"name": f"{PARTS}:Bare"}),
@@ -257,27 +257,27 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
     ],
 )
 def test_what_cannot_be_fine_tuned_is_a_one_line_error(
-    tmp_path, monkeypatch, sections, given, said
+    tmp_path, monkeypatch, sections, given, message
 ):
     monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: pytest.fail("started"))
     config = targets(**sections)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compare.compare_strategies(config, tmp_path / "x", **given, say=lambda line: None)
     assert not (tmp_path / "x").exists()
 
 
 def test_strategies_left_out_of_all_are_reported(tmp_path, monkeypatch):
-    said = []
+    lines = []
     monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: [])
     monkeypatch.setattr(compare, "_check_source", lambda *_: None)
     train = {"callbacks": (f"{PARTS}:Recorder",)}
     model, data = {"name": f"{HERE}:Headless"}, {"name": f"{HERE}:stream"}
-    compare.compare_strategies(targets(model=model, train=train), tmp_path, say=said.append)
-    assert said[-1] == "targets.similar: note: features, linear_stages call no train.callbacks"
-    said.clear()
-    found = compare.compare_strategies(targets(model=model, data=data), tmp_path, say=said.append)
+    compare.compare_strategies(targets(model=model, train=train), tmp_path, say=lines.append)
+    assert lines[-1] == "targets.similar: note: features, linear_stages call no train.callbacks"
+    lines.clear()
+    found = compare.compare_strategies(targets(model=model, data=data), tmp_path, say=lines.append)
     why = "the training images of targets.similar come in batches without end"
-    assert said[-1] == f"left out: features, linear_stages: {why}"
+    assert lines[-1] == f"left out: features, linear_stages: {why}"
     assert not {"features", "linear_stages"} & set(found.strategies)
 
 
@@ -294,8 +294,8 @@ def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
     config.targets.similar.schedule.learning_rate = 0.1
     with config.unlocked():
         config.source, config.pretrain = "", ConfigDict(config.targets.similar.to_dict())
-    said = []
-    given = dict(strategies=["linear", "features"], seeds=1, say=said.append)
+    lines = []
+    given = dict(strategies=["linear", "features"], seeds=1, say=lines.append)
     result = compare.compare_strategies(config, tmp_path, **given)
     at = tmp_path / "similar/1/seed0"
     trained = arrays(at / "linear")
@@ -331,7 +331,7 @@ def test_an_own_network_is_scaled(scaled):
 
 
 @pytest.mark.parametrize(
-    ("section", "fields", "said"),
+    ("section", "fields", "message"),
     [
         ("data", {"name": f"{PARTS}:digits", "mock": 0}, "own data have a fixed size"),
         ("train", {"best_by": "validation/loss"}, "the search compares validation accuracies"),
@@ -339,10 +339,10 @@ def test_an_own_network_is_scaled(scaled):
         ("model", {"name": f"{PARTS}:Net"}, r"Net has no field '(width|depth)_mult'"),
     ],
 )
-def test_what_cannot_be_scaled_is_a_one_line_error(scaled, tmp_path, section, fields, said):
+def test_what_cannot_be_scaled_is_a_one_line_error(scaled, tmp_path, section, fields, message):
     scaled[section].update(fields)
     if section == "data":
         scaled.data.image_size = 32
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         scaling.search(scaled, tmp_path / "x", say=lambda line: None)
     assert not (tmp_path / "x").exists()

@@ -63,7 +63,7 @@ def test_a_row_is_the_config_with_its_overrides(config):
 
 
 @pytest.mark.parametrize(
-    ("sweep", "said"),
+    ("sweep", "message"),
     [
         (
             [("a", {"mix.mixupp": 0.2})],
@@ -81,14 +81,14 @@ def test_a_row_is_the_config_with_its_overrides(config):
         ([], "expected at least one row, got none"),
     ],
 )
-def test_a_mistake_in_a_row_is_reported(config, sweep, said):
+def test_a_mistake_in_a_row_is_reported(config, sweep, message):
     with pytest.raises(UserError) as error:
         plan.make_rows(config, sweep)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ({"model.widht": 3}, "row wrong: lenet5 has no field 'widht'"),
         ({"model.num_classes": 3}, "row wrong: model.num_classes: 3 classes are too few"),
@@ -96,9 +96,9 @@ def test_a_mistake_in_a_row_is_reported(config, sweep, said):
         ({"train.duration": "0 steps"}, "row wrong: train.duration"),
     ],
 )
-def test_what_a_run_would_refuse_is_reported_before_any_runs(config, tmp_path, overrides, said):
+def test_what_a_run_would_refuse_is_reported_before_any_runs(config, tmp_path, overrides, message):
     sweep = [("right", {}), ("wrong", overrides)]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         ablate.ablate(config, sweep, tmp_path / "sweep", seeds=1)
     assert not (tmp_path / "sweep").exists()
 
@@ -271,11 +271,11 @@ def pretend(monkeypatch, config, tmp_path):
         rows = plan.make_rows(config, [(name, {}) for name in names])
         cells = plan.make_cells(rows, tmp_path, seeds)
         sizes = {name: forecast.RowCost(1, 1, 1, data) for name in names}
-        with (tmp_path / "said.txt").open("w") as file:
+        with (tmp_path / "output.txt").open("w") as file:
             console = Console(file=file)
             shares = [child.DeviceSlot()] * jobs
             counts = ablate.run_cells(cells, shares, sizes, console=console, **given)
-        return counts, list(started), (tmp_path / "said.txt").read_text()
+        return counts, list(started), (tmp_path / "output.txt").read_text()
 
     return work
 
@@ -286,22 +286,22 @@ def state(tmp_path, name, seed=0):
 
 def test_a_broken_cell_is_marked_and_does_not_affect_the_others(pretend, tmp_path):
     names = ["crash", "killed", "diverge", "mistake", "crash_once", "fine"]
-    counts, started, said = pretend(names, jobs=2)
+    counts, started, output = pretend(names, jobs=2)
     assert counts == {"failed": 3, "diverged": 1, "complete": 2}
     attempts = {name: state(tmp_path, name)["attempts"] for name in names}
     assert attempts == dict(crash=2, killed=2, diverge=1, mistake=1, crash_once=2, fine=1)
     assert state(tmp_path, "crash")["error"] == "boom"
     assert "SIGKILL" in state(tmp_path, "killed")["error"]
     assert state(tmp_path, "fine")["status"] == "complete"
-    assert "6/6" not in said  # a failed cell is not done
-    assert "fine, seed 0: complete, 50.00% test" in said
-    assert "crash, seed 0: failed" in said
-    assert "ETA" not in said.splitlines()[-1]  # a failed cell waits for another start
+    assert "6/6" not in output  # a failed cell is not done
+    assert "fine, seed 0: complete, 50.00% test" in output
+    assert "crash, seed 0: failed" in output
+    assert "ETA" not in output.splitlines()[-1]  # a failed cell waits for another start
 
-    counts, started, said = pretend(names)  # the same command again
+    counts, started, output = pretend(names)  # the same command again
     assert sorted(set(started)) == ["crash/seed0", "killed/seed0", "mistake/seed0"]
     assert state(tmp_path, "crash")["attempts"] == 4
-    assert "diverge, seed 0 diverged before; remove" in said
+    assert "diverge, seed 0 diverged before; remove" in output
 
 
 def test_a_cell_that_fails_before_its_first_step_has_failed(pretend, tmp_path):
@@ -337,18 +337,18 @@ def test_a_cell_whose_data_changed_is_renamed_and_runs_again(pretend, config, tm
     assert json.loads((tmp_path / "old/seed0/dataset.json").read_text())["fingerprint"] == was
     assert json.loads((tmp_path / "fine/seed0/config.json").read_text())["data"]["dir"] == ""
 
-    started, said = pretend(["fine", "diverge"], data=DataSnapshot(now), accept_changed_data=True)[
-        1:
-    ]
+    started, output = pretend(
+        ["fine", "diverge"], data=DataSnapshot(now), accept_changed_data=True
+    )[1:]
     assert started == []
-    assert "fine, seed 0: its data changed: train had 4 images, has 5; it is kept" in said
+    assert "fine, seed 0: its data changed: train had 4 images, has 5; it is kept" in output
     facts = json.loads((tmp_path / "fine/seed0/dataset.json").read_text())
     (change,) = facts["accepted_changes"]
     assert (facts["fingerprint"], change["was"], change["is"]) == (was, was, now)
 
-    started, said = pretend(["fine", "diverge"], data=DataSnapshot(now))[1:]
+    started, output = pretend(["fine", "diverge"], data=DataSnapshot(now))[1:]
     assert started == ["fine/seed0", "diverge/seed0"]
-    assert "fine, seed 0: its data changed: train had 4 images, has 5; it is renamed to" in said
+    assert "fine, seed 0: its data changed: train had 4 images, has 5; it is renamed to" in output
     assert (tmp_path / "fine/old-data-1-seed0/summary.json").exists()
     assert state(tmp_path, "fine")["attempts"] == 1  # the status is of the new run only
 
@@ -373,9 +373,9 @@ def test_a_cell_that_another_process_runs_is_waited_for(pretend, tmp_path):
         out.close()
 
     threading.Thread(target=end, daemon=True).start()
-    counts, started, said = pretend(["theirs", "fine"])
+    counts, started, output = pretend(["theirs", "fine"])
     assert (counts, started) == ({"complete": 2}, ["fine/seed0"])
-    assert said.count("theirs, seed 0: another process is running it") == 1
+    assert output.count("theirs, seed 0: another process is running it") == 1
 
 
 def test_the_error_of_a_cell_is_in_its_newest_output(pretend, tmp_path):
@@ -412,10 +412,10 @@ def test_ctrl_c_stops_the_cells_and_is_an_interrupt(pretend, tmp_path):
 def test_a_signal_reaches_the_cells_and_begins_no_other(pretend, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     ask_when_it_is_slow(tmp_path, signal.SIGTERM)
-    counts, started, said = pretend(["slow", "fine"])
+    counts, started, output = pretend(["slow", "fine"])
     assert counts == {"interrupted": 1, "missing": 1}
     assert started == ["slow/seed0"]
-    assert "stopping: running cells save" in said
+    assert "stopping: running cells save" in output
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -452,18 +452,18 @@ def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ({"graft.source": "nowhere/run"}, "row own: there is no checkpoint or run 'nowhere/run'"),
         ({"log.wandb": "project"}, "row own: log.wandb is set, but wandb is not installed"),
     ],
 )
 def test_what_a_row_needs_is_checked_before_anything_runs(
-    config, tmp_path, monkeypatch, overrides, said
+    config, tmp_path, monkeypatch, overrides, message
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(child, "start", lambda *_, **__: pytest.fail("started"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         ablate.ablate(config, [("base", {}), ("own", overrides)], tmp_path / "a", seeds=1)
     assert not (tmp_path / "a").exists()
 

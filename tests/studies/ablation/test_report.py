@@ -158,17 +158,17 @@ def test_without_a_baseline_there_are_no_differences(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cells", "said"),
+    ("cells", "message"),
     [
         (None, "no ablation here"),
         ([None] * 3, r"no cell is complete \(3 missing\), so there is nothing to report"),
         ([None, ("failed", "x"), ("failed", "y")], r"\(2 failed, 1 missing\)"),
     ],
 )
-def test_a_report_without_results_is_a_one_line_error(tmp_path, cells, said):
+def test_a_report_without_results_is_a_one_line_error(tmp_path, cells, message):
     if cells:
         write_sweep(tmp_path, {"plain": ({}, cells)})
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         ablation_report.write(tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("report.*"))

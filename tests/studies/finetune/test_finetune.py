@@ -417,18 +417,18 @@ def test_a_strategy_whose_data_changed_is_renamed_and_runs_again(ran, monkeypatc
     monkeypatch.setattr(compare, "run", run)
     at = tmp_path / "similar/1/seed0/head_then_all"
     (at / "1-head/of-other-data").mkdir(parents=True)
-    config, said = two_targets(), []
+    config, lines = two_targets(), []
     del config.targets["dissimilar"]
-    given = dict(strategies=["head_then_all"], seeds=1, say=said.append)
+    given = dict(strategies=["head_then_all"], seeds=1, say=lines.append)
     compare.compare_strategies(config, tmp_path, **given, accept_changed_data=True)
     assert len(ran) == 2
     compare.compare_strategies(config, tmp_path, **given)
     assert len(ran) == 4  # both phases ran again
     assert (at.with_name("old-data-1-head_then_all") / "1-head/of-other-data").exists()
     assert not (at / "1-head/of-other-data").exists()
-    (moved,) = [line for line in said if "it is renamed to" in line]
+    (moved,) = [line for line in lines if "it is renamed to" in line]
     assert "1-head changed since it began: train had 4 images, has 5" in moved
-    assert said[1].startswith("1/1 similar, 1 of the examples, seed 0, head_then_all: ")
+    assert lines[1].startswith("1/1 similar, 1 of the examples, seed 0, head_then_all: ")
     assert accepts == [(True, {})] * 2 + [(False, {})] * 3  # {}: noise has no fingerprint
 
 
@@ -492,7 +492,7 @@ def test_one_field_names_the_folder_of_all():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda c: c.strategy.update(rate=0.0), r"config.strategy.rate: expected .* above 0"),
         (lambda c: c.targets.similar.train.update(duration="3"), r"targets.similar: config.train"),
@@ -500,11 +500,11 @@ def test_one_field_names_the_folder_of_all():
         (lambda c: c.__delitem__("strategy"), "'strategy' is missing"),
     ],
 )
-def test_a_config_that_makes_no_sense(tmp_path, change, said):
+def test_a_config_that_makes_no_sense(tmp_path, change, message):
     config = get_config("smoke")
     with config.unlocked():
         change(config)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compare.compare_strategies(config, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -519,17 +519,19 @@ def test_results_of_a_source_that_is_gone_are_not_mixed_with_others(ran, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("classes", "fractions", "said"),
+    ("classes", "fractions", "message"),
     [
         ((), (0.1, 0.0), r"--fractions: expected numbers in \(0, 1\], got \[0.0, 0.1\]"),
         ((), (1.5,), r"--fractions: expected numbers in \(0, 1\]"),
         ((5, 99), (1.0,), "data.classes: digits has no class 99"),
     ],
 )
-def test_mistakes_are_reported_before_anything_is_trained(ran, tmp_path, classes, fractions, said):
+def test_mistakes_are_reported_before_anything_is_trained(
+    ran, tmp_path, classes, fractions, message
+):
     config = two_targets()
     config.source, config.targets.similar.data.classes = "", classes
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compare.compare_strategies(config, tmp_path, fractions=fractions, say=lambda line: None)
     assert not ran
 
@@ -551,25 +553,25 @@ def source(tmp_path):
 
 def compare_untrained(monkeypatch, config, folder, **given):
     """Returns the lines that `compare` prints before it trains, without those about data sets."""
-    said = []
+    lines = []
     monkeypatch.setattr(compare._Runner, "run_strategies", lambda *_: [])
-    compare.compare_strategies(config, folder, **given, say=said.append)
-    return [line for line in said if not line.startswith("targets.")]
+    compare.compare_strategies(config, folder, **given, say=lines.append)
+    return [line for line in lines if not line.startswith("targets.")]
 
 
 def test_targets_are_described_and_a_batch_above_the_smallest_fraction_is_noted(ran, tmp_path):
-    config, said = two_targets(), []
+    config, lines = two_targets(), []
     config.targets.similar.data.batch_size = 64
     given = dict(strategies=["scratch"], fractions=(0.2, 1), seeds=1)
-    compare.compare_strategies(config, tmp_path, **given, say=said.append)
-    one, note, other, *_ = said
+    compare.compare_strategies(config, tmp_path, **given, say=lines.append)
+    one, note, other, *_ = lines
     for line, name in ((one, "similar"), (other, "dissimilar")):
         assert re.match(rf"targets.{name}: \w+: \d+ classes; images: train 200, ", line)
     assert "data.batch_size=64 is more than the 40 training images" in note
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("{folder}/sorce", r"there is no checkpoint or run .*; did you mean 'source'"),
         ("torchvison:resnet18", "did you mean 'torchvision'"),
@@ -577,12 +579,12 @@ def test_targets_are_described_and_a_batch_above_the_smallest_fraction_is_noted(
     ],
 )
 def test_a_mistake_in_the_source_is_reported_before_anything_is_trained(
-    monkeypatch, tmp_path, source, name, said
+    monkeypatch, tmp_path, source, name, message
 ):
     source({}, widths=(4, 8, 8))
     config = two_targets()
     config.source = name.format(folder=tmp_path)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         compare_untrained(monkeypatch, config, tmp_path / "runs")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "runs").exists()
@@ -623,7 +625,7 @@ def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
 
 @pytest.mark.slow
 def test_mistakes_are_one_line(tmp_path):
-    for flag, said in (
+    for flag, message in (
         (
             "--strategies=scratch,linaer",
             "--strategies: no strategy is called 'linaer'; did you mean 'linear",
@@ -636,5 +638,5 @@ def test_mistakes_are_one_line(tmp_path):
     ):
         code, _, err = finish("finetune", f"--workdir={tmp_path / 'run'}", flag)
         assert (code, err.count("\n")) == (2, 1), err
-        assert said in err
+        assert message in err
     assert not (tmp_path / "run").exists()

@@ -102,11 +102,11 @@ def test_a_search_chooses_by_validation_and_reports_the_test(config, tmp_path, m
 
     monkeypatch.setattr(scaling, "run", run)
     monkeypatch.setattr(scaling, "make_grid", lambda budget, step: points)
-    said = []
+    lines = []
     found = read_fingerprint(config.data)
     given = dict(accept_changed_data=True, fingerprint=found)
     result = scaling.search(
-        config, tmp_path / "all", phi=1.0, seeds=2, accept_changed_data=True, say=said.append
+        config, tmp_path / "all", phi=1.0, seeds=2, accept_changed_data=True, say=lines.append
     )
     assert result.winner == (1.0, 1.2, 1.2)
     assert [found.trial.kind for found in result.scaled] == [
@@ -115,7 +115,7 @@ def test_a_search_chooses_by_validation_and_reports_the_test(config, tmp_path, m
     assert [seed for name, seed in seen if name.startswith("grid")] == [0] * len(result.grid)
     assert {seed for name, seed in seen if not name.startswith("grid")} == {1, 2}
     assert len(seen) == len(set(seen)) == len(result.grid) + 5 * 2
-    assert said[-1].startswith(f"{len(seen)}/{len(seen)} compound-")
+    assert lines[-1].startswith(f"{len(seen)}/{len(seen)} compound-")
     for found in result.scaled:
         assert found.trial.macs == pytest.approx(2 * result.base.trial.macs, rel=0.25)
         assert np.ptp(found.accuracy) == pytest.approx(0.01)
