@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -121,7 +121,7 @@ class _Pace:
         return self.steps * self.batch_size / self.seconds if self.steps else None
 
 
-def prefetch(iterator: Iterable[Any], size: int = 2) -> Iterator[Any]:
+def prefetch(iterator: Iterable[Any], size: int = 2) -> Generator[Any]:
     """Yields the items of `iterator`, produced in a thread up to `size` items ahead.
 
     The device then never waits until its next batch is gathered and copied. An exception of the
