@@ -65,8 +65,7 @@ def write_to_config(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Writes references to the objects that `run` got into `config`, a ConfigDict.
 
     `given` is {kind: object}. A string is a reference, or the name of a part of this package.
-    Returns {reference: object} of the opaque objects. Raises UserError for an object that cannot be
-    such a part.
+    Returns {reference: object} of the opaque objects. Raises UserError for unsuitable objects.
     """
     objects: dict[str, Any] = {}
     for kind, value in given.items():
@@ -163,13 +162,10 @@ def resolve(
         match = re.fullmatch(r"(?:(\w+)=)?(.*)", value)
         assert match is not None  # matches every line
         alias, reference = match.groups()
-        function = _with_fields(
-            get("metrics", reference), _fields_for(reference, fields), reference
-        )
+        part, part_fields = get("metrics", reference), _fields_for(reference, fields)
+        function = _with_fields(part, part_fields, reference)
         if (name := alias or name_of(reference)) in metrics:
-            raise UserError(
-                f"train.metrics: two metrics are called {name!r}; rename one: NAME={value}"
-            )
+            raise UserError(f"train.metrics: two are called {name!r}; rename one: NAME={value}")
         metrics[name] = function
     for reference in references.get("regularizers", ()):
         part, part_fields = get("regularizers", reference), _fields_for(reference, fields)
@@ -255,10 +251,7 @@ def _fields_for(reference: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_call(part: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
-    """Raises UserError unless `part` is callable and takes these keyword arguments.
-
-    The first `skip` of its parameters are not the user's fields.
-    """
+    """Raises UserError unless `part` takes these keyword arguments, after `skip` other arguments."""
     name = name_of(reference)
     if not callable(part):
         raise UserError(f"{reference}: expected a function or a class, got a {type(part).__name__}")
@@ -269,9 +262,8 @@ def _check_call(part: Any, fields: Mapping[str, Any], reference: str, skip: int 
     kinds = inspect.Parameter
     if any(p.kind is kinds.VAR_KEYWORD for p in parameters):
         return
-    known = [
-        p.name for p in parameters if p.kind in (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
+    by_name = (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    known = [p.name for p in parameters if p.kind in by_name]
     for field in fields:
         if field not in known:
             near = did_you_mean(field, known) or "; it has no fields"
@@ -307,9 +299,7 @@ def _make_instance(part: Any, fields: dict[str, Any], reference: str) -> Any:
     try:
         inspect.signature(part).bind(**fields)
     except TypeError as error:
-        expected = (
-            "" if inspect.isclass(part) else "expected a class, or a function that makes one; "
-        )
+        expected = "" if inspect.isclass(part) else "expected a class or its factory; "
         raise UserError(
             f"{reference}: {expected}{error}; its fields are own.{name_of(reference)}.*"
         ) from None
@@ -343,10 +333,8 @@ def _check_callback(callback: Any) -> None:
     hooks = [name for name in CALLBACK_HOOKS if callable(getattr(callback, name, None))]
     if not hooks:
         known = [name for name in dir(callback) if not name.startswith("_")]
-        raise UserError(
-            f"{what} has none of {', '.join(CALLBACK_HOOKS)}; it has"
-            f" {', '.join(known[:8]) or 'nothing'}"
-        )
+        has = ", ".join(known[:8]) or "nothing"
+        raise UserError(f"{what} has none of {', '.join(CALLBACK_HOOKS)}; it has {has}")
     for name in hooks:
         checks.check_arguments(f"{what}, {name}", getattr(callback, name), CALLBACK_HOOKS[name])
 
@@ -367,9 +355,6 @@ def _make_data(data: Any, fields: dict[str, Any], reference: str) -> Dataset:
             f" {type(made).__name__}; Dataset.from_arrays(train=(images, labels)) makes one"
         )
     return made
-
-
-# ---------------------------------------------------------------------------- the record
 
 
 def compute_digest(part: Any) -> str | None:
@@ -395,10 +380,7 @@ def _describe(
 
 
 def compare_records(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns notes on own parts whose source changed since a run began.
-
-    Raises UserError if the parameters of an opaque network changed.
-    """
+    """Returns notes on changed sources. Raises UserError if an opaque network's parameters changed."""
     notes = []
     for kind, parts in now.items():
         known = {part["name"]: part for part in was.get(kind, ())}
