@@ -251,7 +251,7 @@ def _fields_for(reference: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_call(part: Any, fields: Mapping[str, Any], reference: str, skip: int = 0) -> None:
-    """Raises UserError unless `part` takes these keyword arguments, after `skip` other arguments."""
+    """Raises UserError unless `part` takes these keyword arguments, after `skip` other ones."""
     name = name_of(reference)
     if not callable(part):
         raise UserError(f"{reference}: expected a function or a class, got a {type(part).__name__}")
@@ -380,7 +380,7 @@ def _describe(
 
 
 def compare_records(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns notes on changed sources. Raises UserError if an opaque network's parameters changed."""
+    """Returns notes on changed sources. Raises UserError if an opaque network was changed."""
     notes = []
     for kind, parts in now.items():
         known = {part["name"]: part for part in was.get(kind, ())}
