@@ -354,7 +354,7 @@ BREAKS = [
     Break(
         f"{P}files.py",
         "os.replace(temporary, path)",
-        "path.write_bytes(beside.read_bytes())",
+        "path.write_bytes(temporary.read_bytes())",
         "tests/test_files.py tests/runs/test_workdir_files.py",
         "a file of a run is written in place: kill -9 leaves half of it",
     ),

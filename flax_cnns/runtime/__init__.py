@@ -1,1 +1,1 @@
-"""Processes: starting several, leaving in time, what they print and compile."""
+"""Processes: launching several, stopping on signals, safe output, the compilation cache."""

@@ -1,10 +1,10 @@
-"""The persistent compilation cache: what XLA compiled once, a later process reads from disk.
+"""Turns on JAX's persistent compilation cache: later processes read compiled programs from disk.
 
-JAX's own, a file an executable, turned on before JAX's first operation. Its key holds the program,
-the compiler's version and options, and for a CPU its name and instruction sets (so machines of
-several types may share a home directory). Its content is a zlib stream, whose checksum finds what
-is cut off or altered; JAX then compiles anew, and this module removes the damaged file, which JAX
-never would. Whoever can write into the folder can run code as you: keep it your own.
+The cache has one file for each executable. Its key covers the program, the compiler's version and
+options, and for a CPU its name and instruction sets, so different machines may share a home
+directory. Each file is a zlib stream, whose checksum detects truncated or altered files. JAX then
+compiles again but keeps the damaged file; this module removes it. Anyone who can write into the
+folder can run code as you, so keep it private.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 OFF = "off"
-MAX_BYTES = 4 * 2**30  # bytes; beyond, what was not read for longest goes
+MAX_BYTES = 4 * 2**30  # above this size, the least recently read entries are removed
 _PROBLEM = re.compile(
     r"Error (reading|writing) persistent compilation cache entry for '(\w+)': (.*)"
 )
 
 
 def find_default_folder(environment: Mapping[str, str]) -> str:
-    """JAX_COMPILATION_CACHE_DIR, else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache."""
+    """Returns JAX_COMPILATION_CACHE_DIR, or else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache."""
     if folder := environment.get("JAX_COMPILATION_CACHE_DIR"):
         return folder
     base = environment.get("XDG_CACHE_HOME", "")
-    base = base if os.path.isabs(base) else "~/.cache"  # the standard: a relative one is ignored
+    base = base if os.path.isabs(base) else "~/.cache"  # XDG: relative paths are ignored
     return os.path.join(base, "flax_cnns", "xla")
 
 
 def enable(where: str = "") -> str:
-    """Turns the cache on; returns its folder, "" where it is off.
+    """Turns the cache on and returns its folder, or "" if the cache is off.
 
-    `where`: a folder, "off", or "" for `find_default_folder`. Call this before JAX's first
-    operation.
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is kept where it is set. A folder that cannot be
-    written costs a line on stderr and the cache.
+    `where` is a folder, "off", or "" for `find_default_folder`. Call this before JAX's first
+    operation. If the folder cannot be written, prints a warning and turns the cache off.
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is respected if it is set.
     """
     import jax
 
@@ -48,7 +48,7 @@ def enable(where: str = "") -> str:
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
     name = where or find_default_folder(os.environ)
-    if "://" in name:  # a bucket: JAX's business
+    if "://" in name:  # a bucket, which JAX checks itself
         jax.config.update("jax_compilation_cache_dir", name)
         return name
     folder = Path(os.path.abspath(os.path.expanduser(name)))
@@ -58,8 +58,9 @@ def enable(where: str = "") -> str:
             pass
     except OSError as error:
         _warn(
-            f"no compilation cache, for {folder} cannot be written ({error.strerror});"
-            " --compilation-cache=DIR names another folder, off does without"
+            f"no compilation cache: {folder} cannot be written ({error.strerror}); choose another"
+            " folder with --compilation-cache=DIR, or turn the cache off with"
+            " --compilation-cache=off"
         )
         jax.config.update("jax_enable_compilation_cache", False)
         return ""
@@ -67,20 +68,21 @@ def enable(where: str = "") -> str:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    _mend(folder)
+    _handle_warnings(folder)
     return str(folder)
 
 
 def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
     """Removes the least recently read entries until `max_bytes` are left.
 
-    JAX's own limit (jax_compilation_cache_max_size) takes one more package and a lock a read.
+    JAX's own limit (jax_compilation_cache_max_size) needs another package and takes a lock for each
+    read.
     """
     entries = []
     for path in folder.glob("*-cache"):
-        with contextlib.suppress(OSError):  # another process prunes too
-            found = path.stat()
-            entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+        with contextlib.suppress(OSError):  # another process may prune too
+            info = path.stat()
+            entries.append((max(info.st_atime, info.st_mtime), info.st_size, path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
         if total <= max_bytes:
@@ -90,27 +92,34 @@ def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
         total -= size
 
 
-def _mend(folder: Path) -> None:
-    """Removes the entries that JAX warns it cannot read, so that they are written again; its
-    warnings become one line each."""
-    show, said = warnings.showwarning, set()
+def _handle_warnings(folder: Path) -> None:
+    """Installs a warnings handler that removes entries that JAX cannot read, so that they are
+    written again. It prints each of JAX's warnings about the cache as one line."""
+    show, warned_of = warnings.showwarning, set()
 
-    def mend(message, category, filename, lineno, file=None, line=None) -> None:
+    def handle(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         problem = _PROBLEM.match(str(message))
         if problem is None:
             show(message, category, filename, lineno, file, line)
             return
-        doing, function, why = problem.groups()
-        if doing == "reading":  # which of the function's entries it was, the warning does not say
+        operation, function, reason = problem.groups()
+        if operation == "reading":  # the warning does not say which of the function's entries
             for path in folder.glob(f"{function}-*-cache"):
                 with contextlib.suppress(OSError):
                     path.unlink()
-            _warn(f"the compilation cache held a damaged {function}; it is compiled anew ({why})")
-        elif "writing" not in said:
-            said.add("writing")
-            _warn(f"cannot write into the compilation cache {folder}: {why}")
+            _warn(f"damaged {function} in the compilation cache; compiling it again ({reason})")
+        elif "writing" not in warned_of:
+            warned_of.add("writing")
+            _warn(f"cannot write into the compilation cache {folder}: {reason}")
 
-    warnings.showwarning = mend
+    warnings.showwarning = handle
 
 
 def _warn(text: str) -> None:

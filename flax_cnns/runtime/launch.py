@@ -1,8 +1,8 @@
-"""One process or many: how a process finds the others, and how to start several on one machine.
+"""Connects the processes of a run, and launches several processes on one machine.
 
     python -m flax_cnns.launch --local=2 --devices=2 -- python -m experiments.train --workdir=runs/x
 
-starts two processes of two fake CPU devices each. On a cluster its own launcher starts the
+starts two processes with two fake CPU devices each. On a cluster, the cluster's launcher starts the
 processes (see `experiments/launch/`), and each of them calls `initialize`.
 """
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,7 +34,7 @@ from flax_cnns.errors import (
 )
 from flax_cnns.runtime import output
 
-# JAX and NumPy are imported where they are used: the launcher itself needs neither.
+# JAX and NumPy are imported where they are used, because the launcher itself needs neither.
 
 COORDINATOR = "FLAX_CNNS_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "FLAX_CNNS_NUM_PROCESSES"
@@ -42,16 +42,16 @@ PROCESS_ID = "FLAX_CNNS_PROCESS_ID"
 GRACE_SECONDS = 5.0  # for the other processes to end after one has failed
 
 
-# ---- in every process
+# ---- called in every process
 
 
 def keep_memory() -> bool:
-    """Lets the C library keep the memory that this process frees, until it ends.
+    """Makes the C library keep the memory that this process frees. Returns whether it could.
 
-    XLA takes the scratch memory of a training step anew for every step on a CPU, hundreds of MB
-    that the system hands out page by page: with the system's own way a step of MobileNet v2 (16
-    images of 96 pixels, 2 cores) took 143 ms, with this 91 ms. To be called before JAX's first
-    operation. False where the C library is not glibc, or its settings come by the environment.
+    On a CPU, XLA allocates the scratch memory of every training step again: hundreds of MB that the
+    system hands out page by page. A step of MobileNet v2 (16 images of 96 pixels, 2 cores) took 143
+    ms with the system's settings and 91 ms with these. Call this before JAX's first operation.
+    Returns False if the C library is not glibc, or if the environment sets its options.
 
     python -m experiments.benchmark vs-torch --block=mobilenet_v2 --batch=16 --size=96 --rounds=9
     and the same with --memory=system
@@ -63,7 +63,7 @@ def keep_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     arena_max, mmap_max, trim_threshold = -8, -4, -1  # <malloc.h>
-    # One heap for all threads, no mapping of its own for any block, nothing given back.
+    # One heap for all threads, no separate mapping for large blocks, no memory returned.
     settings = ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1))
     return all([mallopt(name, value) == 1 for name, value in settings])
 
@@ -77,19 +77,23 @@ def initialize(
     heartbeat_timeout: int = 60,
     shutdown_timeout: int = 120,
 ) -> None:
-    """Joins this process to the others, before JAX's first operation; does nothing for one alone.
+    """Connects this process to the run's other processes, if there are any. Call this before JAX's
+    first operation.
 
-    Who the others are: the arguments, else the environment (FLAX_CNNS_COORDINATOR=host:port,
-    FLAX_CNNS_NUM_PROCESSES, FLAX_CNNS_PROCESS_ID), else what JAX finds out by itself under SLURM,
-    Open MPI, on TPU pods and in an indexed Kubernetes job, else nobody. The timeouts, in seconds:
-    how long to wait for all to come, until a silent process counts as dead, and how long the first
-    to end waits for the last. Raises `UserError` for settings that are incomplete or make no sense.
+    The other processes are given by the arguments, or else by the environment
+    (FLAX_CNNS_COORDINATOR=host:port, FLAX_CNNS_NUM_PROCESSES, FLAX_CNNS_PROCESS_ID), or else
+    detected by JAX: under SLURM and Open MPI, on TPU pods, and in an indexed Kubernetes job.
+
+    The timeouts are in seconds. `initialization_timeout`: how long to wait for all processes to
+    connect. `heartbeat_timeout`: after how long a silent process counts as dead.
+    `shutdown_timeout`: how long the first process to end waits for the last. Raises `UserError` if
+    the settings are incomplete or invalid.
     """
     import jax
 
     if jax.distributed.is_initialized():
         return
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "initialization_timeout": initialization_timeout,
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "shutdown_timeout_seconds": shutdown_timeout,
@@ -103,7 +107,7 @@ def initialize(
         except ValueError as error:
             if "should be defined" not in str(error):
                 raise
-            return  # it looked like a cluster, but not to JAX
+            return  # JAX does not recognize the cluster
     if jax.distributed.is_initialized():
         sys.excepthook = _leave_at_once
 
@@ -114,19 +118,22 @@ def _settings(
     process_id: int | None,
     environment: Mapping[str, str],
 ) -> tuple[str, int, int] | None:
-    """What is said explicitly; None where nothing is."""
+    """Returns the explicit settings (address, number of processes, index); None if there are
+    none."""
     values = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
-    given = {
+    given: dict[str, str | int | None] = {
         name: environment.get(name) or None if value is None else value
         for name, value in values.items()
     }
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) == len(given):
             return None
-        raise UserError(f"several processes: {', '.join(missing)} missing; set all three or none")
-    address, count, index = given.values()
+        raise UserError(
+            f"several processes: {', '.join(missing)} missing; set all three or none of them"
+        )
+    address, *numbers = map(str, given.values())
     try:
-        count, index = int(count), int(index)
+        count, index = map(int, numbers)
     except ValueError:
         count, index = 0, 0
     if not 0 <= index < count or not re.fullmatch(r".+:\d+", address):
@@ -138,10 +145,11 @@ def _settings(
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """The name of what started this process among others, where JAX should ask it for the rest.
+    """Returns the name of the cluster system that started this process and others; None if there is
+    none. JAX can then ask that system about the other processes.
 
-    Stricter than JAX, which joins up with itself in a single task, and fails in a Kubernetes pod
-    that is no part of a job.
+    This is stricter than JAX's own detection, which also connects a single task to itself, and
+    fails in a Kubernetes pod that does not belong to a job. Raises `UserError` for Open MPI 5.
     """
     several = lambda name: int(environment.get(name) or 1) > 1  # noqa: E731
     slurm = ("JOB_ID", "STEP_NODELIST", "PROCID", "LOCALID")
@@ -153,22 +161,22 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
         raise UserError(
             f"Open MPI started {environment['OMPI_COMM_WORLD_SIZE']} processes but does not say"
             f" where the first one is (version 5 does not); set {COORDINATOR}, {NUM_PROCESSES} and"
-            f" {PROCESS_ID} for each, or use version 4"
+            f" {PROCESS_ID} for each process, or use version 4"
         )
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     if "," in hosts or several("MEGASCALE_NUM_SLICES"):
         return "TPU"
-    # A TPU VM's environment says nothing; its metadata server, which JAX asks, does.
+    # A TPU VM has no such variables. JAX asks its metadata server instead.
     chips = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
     return "TPU" if chips and importlib.util.find_spec("libtpu") else None
 
 
 def exit_if_distributed(code: int) -> None:
-    """Ends this process at once where there are several; returns where it is alone.
+    """Ends this process at once if it is one of several; returns if it is the only one.
 
-    An ordinary exit waits for the others, who wait for this process inside their step.
+    An ordinary exit would wait for the other processes, which wait for this one inside their step.
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
@@ -183,23 +191,23 @@ def _leave_at_once(kind: type[BaseException], error: BaseException, trace: Any) 
 
 
 def describe_lost_peer(error: BaseException | None) -> str:
-    """JAX's message, in one line, if JAX failed because another process of this run has died; ""
-    for any other error."""
+    """Returns JAX's message in one line if JAX failed because another process of this run has died;
+    "" for any other error."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return ""
     text = str(error).strip()
-    jaxs = isinstance(error, RuntimeError | ValueError) and not isinstance(error, UserError)
-    return text.partition("\n")[0] if jaxs and _PEER_LOST.search(text) else ""
+    from_jax = isinstance(error, RuntimeError | ValueError) and not isinstance(error, UserError)
+    return text.partition("\n")[0] if from_jax and _PEER_LOST.search(text) else ""
 
 
 _PEER_LOST = re.compile(r"(?i)gloo|nccl|by peer|socket closed|heartbeat|coordination service")
 
 
 def check_processes_agree(text: str, *, what: str, cure: str) -> None:
-    """Raises `UserError`, on every process, where the processes hold different texts.
+    """Raises `UserError` on every process if the processes hold different texts.
 
-    `what` the text is about ("the config") and the `cure` go into the message.
+    The message contains `what` the text is about ("the config") and the `cure`.
     """
     import jax
     import numpy as np
@@ -216,7 +224,7 @@ def check_processes_agree(text: str, *, what: str, cure: str) -> None:
     if others:
         raise UserError(
             f"the hosts disagree about {what}: process {', '.join(map(str, others))} of"
-            f" {len(digests)} has another than process 0; {cure}"
+            f" {len(digests)} differs from process 0; {cure}"
         )
 
 
@@ -224,22 +232,25 @@ def check_processes_agree(text: str, *, what: str, cure: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: that of the process that failed first."""
+    """Runs the command line. Returns the exit code of the process that failed first, as `run_local`
+    does."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m flax_cnns.launch",
         usage="%(prog)s --local=N [--devices=M] -- command ...",
     )
-    parser.add_argument("--local", type=int, required=True, help="processes on this machine")
     parser.add_argument(
-        "--devices", type=int, help="fake CPU devices of each, for trying things out"
+        "--local", type=int, required=True, help="number of processes on this machine"
     )
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options, command = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    parser.add_argument(
+        "--devices", type=int, help="number of fake CPU devices of each process, for trials"
+    )
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
     if not command:
         parser.error("the command is missing: --local=2 -- python -m experiments.train ...")
     if options.local < 1 or (options.devices is not None and options.devices < 1):
-        parser.error("--local and --devices are numbers from 1")
+        parser.error("--local and --devices must be at least 1")
     try:
         return run_local(command, options.local, devices=options.devices)
     except UserError as error:
@@ -251,12 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_local_environment(
     environment: Mapping[str, str], port: int, count: int, index: int, devices: int | None
 ) -> dict[str, str]:
-    """The environment of process `index` of `count` that meet at a port of this machine."""
+    """Returns the environment of process `index` of `count`, which connect at a port of this
+    machine."""
     ours = {
         COORDINATOR: f"127.0.0.1:{port}",
         NUM_PROCESSES: str(count),
         PROCESS_ID: str(index),
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # not for the network to see
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # not reachable from the network
         "PYTHONUNBUFFERED": "1",
     }
     if devices is not None:
@@ -268,21 +280,25 @@ def make_local_environment(
 
 @output.safe()
 def run_local(command: Sequence[str], count: int, *, devices: int | None = None) -> int:
-    """Runs `count` processes of a command to their end, each line of output preceded by "[1] ".
+    """Runs `count` processes of a command until all have ended. Prefixes each line of output with
+    the index of its process, "[1] ".
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to all. When one fails, the others have a few seconds
-    before they are killed. Its "error: ..." line, or how it ended, is printed again as the last
-    line. Returns the exit code of the first that failed (128 + n for signal n); else 130 or 75 if
-    one has it; else 0. After SIGINT 130 is no failure. After a second SIGINT all have the same few
-    seconds.
+    SIGTERM, SIGINT and SIGUSR1 are passed on to all processes. If a process fails, the others have
+    `GRACE_SECONDS` to end before they are killed. The last line printed is then the "error: ..."
+    line of the failed process, or how it ended. After a second SIGINT, all processes have the same
+    `GRACE_SECONDS`.
+
+    Returns the exit code of the first process that failed (128 + n for signal n). If none failed,
+    returns 130 or 75 if a process ended with that code, and else 0. After SIGINT, 130 is not a
+    failure.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children: list[subprocess.Popen] = []
     writing = threading.Lock()
-    threads = []
-    errors: dict[int, str] = {}  # of each process the first
+    threads: list[threading.Thread] = []
+    errors: dict[int, str] = {}  # the first "error: ..." line of each process
 
     def copy(index: int, pipe: TextIO, out: TextIO) -> None:
         for line in pipe:
@@ -296,7 +312,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
                     flush=True,
                 )
 
-    def send(number: int) -> None:
+    def send_to_all(number: int) -> None:
         for child in children:
             if child.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -307,7 +323,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
     def pass_on(number: int, _: Any) -> None:
         if number == signal.SIGINT:
             interrupts.append(time.monotonic())
-        send(number)
+        send_to_all(number)
 
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, pass_on) for number in caught}
@@ -321,68 +337,71 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
                     stderr=subprocess.PIPE,
                     text=True,
                     errors="replace",
-                    start_new_session=True,  # so that the terminal's Ctrl-C comes once, through us
+                    start_new_session=True,  # Ctrl-C then reaches it once, through this process
                 )
             except OSError as error:
                 raise UserError(f"cannot start {command[0]!r}: {error.strerror}") from None
             children.append(child)
             for pipe, out in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+                assert pipe is not None  # both are subprocess.PIPE
                 threads.append(threading.Thread(target=copy, args=(index, pipe, out), daemon=True))
                 threads[-1].start()
-        code, first, how = _wait(children, send, writing, interrupts)
+        code, first, how = _wait(children, send_to_all, writing, interrupts)
     finally:
-        send(signal.SIGKILL)
+        send_to_all(signal.SIGKILL)
         for child in children:
             child.wait()
         for thread in threads:
-            thread.join(timeout=1)  # a grandchild may hold the pipe
+            thread.join(timeout=1)  # a grandchild may hold the pipe open
         for number, handler in before.items():
             signal.signal(number, handler)
     if count > 1 and first is not None:
-        said = f": {errors[first]}" if first in errors else f" failed first, {how}"
-        print(f"[launch] process {first}{said}", file=sys.stderr, flush=True)
+        reason = f": {errors[first]}" if first in errors else f" failed first, {how}"
+        print(f"[launch] process {first}{reason}", file=sys.stderr, flush=True)
     return code
 
 
 def _wait(
     children: Sequence[subprocess.Popen],
-    send: Any,
+    send_to_all: Callable[[int], None],
     writing: threading.Lock,
     interrupts: Sequence[float],
 ) -> tuple[int, int | None, str]:
-    """(exit code, which process failed first, how)."""
-    running, good, deadline = dict(enumerate(children)), 0, float("inf")
-    failed, first, how = 0, None, ""
+    """Waits for all processes. Returns (exit code, which process failed first or None, how)."""
+    running, good_code, deadline = dict(enumerate(children)), 0, float("inf")
+    failure_code, first, how = 0, None, ""
     while running:
         time.sleep(0.02)
-        ended = {index: child.poll() for index, child in running.items()}
-        ended = {index: code for index, code in ended.items() if code is not None}
-        # One that was killed comes before those that failed because of it.
-        for index, code in sorted(ended.items(), key=lambda item: item[1] != -signal.SIGKILL):
+        codes = ((index, child.poll()) for index, child in running.items())
+        ended = [(index, code) for index, code in codes if code is not None]
+        # A killed process comes before the processes that failed because of it.
+        for index, code in sorted(ended, key=lambda item: item[1] != -signal.SIGKILL):
             del running[index]
             fine = (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) if interrupts else (0, EXIT_PREEMPTED)
             if code in fine:
-                good = max(good, code)
-            elif not failed:
-                failed, first, how = code if code > 0 else 128 - code, index, _ending(code)
+                good_code = max(good_code, code)
+            elif not failure_code:
+                failure_code = code if code > 0 else 128 - code
+                first, how = index, _describe_end(code)
                 deadline = time.monotonic() + GRACE_SECONDS
                 with writing:
-                    # Before the others' coordination service blames whom it likes.
+                    # Before JAX's coordination service may blame the wrong process.
                     print(
                         f"[launch] process {index} failed first, {how}", file=sys.stderr, flush=True
                     )
         if len(interrupts) > 1:
             deadline = min(deadline, interrupts[1] + GRACE_SECONDS)
         if time.monotonic() > deadline:
-            send(signal.SIGKILL)
-    return failed or good, first, how
+            send_to_all(signal.SIGKILL)
+    return failure_code or good_code, first, how
 
 
-def _ending(code: int) -> str:
+def _describe_end(code: int) -> str:
     if code > 0:
         return f"with exit code {code}"
     why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-    return f"by {signal.Signals(-code).name}{why}; the same command goes on from what is saved"
+    name = signal.Signals(-code).name
+    return f"by {name}{why}; the same command continues from the last checkpoint"
 
 
 if __name__ == "__main__":

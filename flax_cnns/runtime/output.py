@@ -1,9 +1,11 @@
-"""Printing that ends no run: a full disk, `| head -1` or a closed terminal only loses lines.
+"""Printing that never ends a run.
+
+With a full disk, `| head -1` or a closed terminal, only lines are lost:
 
 with output.safe():
-    ...  # print, rich and tracebacks lose what cannot be written
+    ...  # print, rich and tracebacks drop what cannot be written
 
-A file that cannot be written stays an error.
+Writing to other files still raises errors.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 
 class _Safe:
-    """A stream like the one that it wraps, which drops what that one cannot write."""
+    """Wraps a stream and drops what the stream cannot write."""
 
-    def __init__(self, stream: TextIO, name: str):
-        self._stream, self._name, self._said = stream, name, False
+    def __init__(self, stream: Any, name: str):  # a TextIO, or what took its place in sys
+        self._stream, self._name, self._has_failed = stream, name, False
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._stream, attribute)
@@ -29,7 +31,7 @@ class _Safe:
             self._stream.write(text)
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -38,7 +40,7 @@ class _Safe:
             self._stream.flush()
 
     def reconfigure(self, **options: Any) -> None:
-        with self._dropping():  # it flushes
+        with self._dropping():  # reconfigure flushes
             self._stream.reconfigure(**options)
 
     @contextlib.contextmanager
@@ -47,32 +49,33 @@ class _Safe:
             yield
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not self._stream.closed:
-                raise  # not about writing
+                raise  # not an error of writing
             # A reader that closed the pipe, such as head, needs no warning.
-            if not self._said and self._name == "stdout" and not isinstance(error, BrokenPipeError):
-                said = getattr(error, "strerror", None) or error
-                print(f"warning: standard output cannot be written: {said}", file=sys.stderr)
-            self._said = True
+            is_pipe = isinstance(error, BrokenPipeError)
+            if not self._has_failed and self._name == "stdout" and not is_pipe:
+                reason = getattr(error, "strerror", None) or error
+                print(f"warning: standard output cannot be written: {reason}", file=sys.stderr)
+            self._has_failed = True
 
     def empty_buffer(self) -> None:
-        """Leaves nothing in the stream's buffer that would fail at the interpreter's end."""
+        """Empties the stream's buffer, so that the interpreter's final flush cannot fail."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
             self.flush()  # prints the warning
             with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
                 self._stream.flush()
 
 
 @contextlib.contextmanager
 def safe() -> Iterator[None]:
-    """A context in which standard output and standard error raise nothing if they cannot be
-    written; nor do they at the interpreter's end. What goes to a stream that is closed is lost.
+    """A context in which writing to standard output and standard error raises no errors, also when
+    the interpreter exits. Output to a closed stream is lost.
 
-    One warning on standard error says that standard output is lost, unless a reader closed a pipe.
+    If standard output is lost, one warning goes to standard error, unless a reader closed a pipe.
     """
     with contextlib.ExitStack() as stack:
         for name in ("stderr", "stdout"):  # stdout is restored first: its warning needs stderr

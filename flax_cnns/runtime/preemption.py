@@ -1,7 +1,7 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: save within a step, leave with 75, after Ctrl-C with 130.
+"""Handles SIGTERM, SIGUSR1 and Ctrl-C: the run saves after its current step and exits.
 
-Several processes agree on a step to stop at; an evaluation that is under way they finish. A second
-Ctrl-C leaves at once, without saving.
+The exit code is 75, or 130 after Ctrl-C. Several processes agree on a step to stop at, and finish
+an evaluation that has begun. A second Ctrl-C exits at once, without saving.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from flax_cnns.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
-EXIT_TIMEOUT = 1.0  # seconds from the second Ctrl-C until the process ends, whatever it does
+EXIT_TIMEOUT = 1.0  # seconds after the second Ctrl-C until the process is ended by force
 
 
 class Preempted(SystemExit):
-    """The run saved and left because of a signal; the process exits with 75, or 130 for Ctrl-C."""
+    """The run saved and stopped because of a signal. The process exits with 75, or 130 after
+    Ctrl-C."""
 
     def __init__(self, step: int, code: int = EXIT_PREEMPTED):
         super().__init__(code)
@@ -29,17 +31,17 @@ class Preempted(SystemExit):
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to save and leave. With several processes
-    JAX's own service sees the SIGTERM of any of them and picks a step at which all stop.
+    """A context in which SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to save and stop.
 
-    Until `begun` there is nothing to save, and Ctrl-C raises KeyboardInterrupt. A second Ctrl-C
-    always does. If this takes long, a thread ends the process: Python's handlers wait for a
-    compilation to end. Ctrl-C is left alone if it has another handler than Python's own, or is
-    ignored, as in the background of a shell script.
+    With several processes, JAX's own service sees a SIGTERM to any process and picks a step at
+    which all stop. Until `begun`, there is nothing to save, and Ctrl-C raises KeyboardInterrupt. A
+    second Ctrl-C always raises it. Python's handlers wait until a compilation ends, so if that
+    takes long, a thread ends the process. Ctrl-C is not handled if its handler is not Python's own,
+    or if it is ignored, as in the background of a shell script.
     """
 
-    begun = False  # a step of this session was taken
-    code = EXIT_PREEMPTED  # with which the process ends
+    begun = False  # this session has taken a step
+    code = EXIT_PREEMPTED  # the exit code of the process
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -51,14 +53,16 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return self
         several = jax.process_count() > 1
-        # A Python handler for SIGTERM would switch JAX's service off; SIGUSR1 is passed on to it.
-        handlers = {signal.SIGUSR1: self._pass_on if several else self._ask}
+        # A Python handler for SIGTERM would turn JAX's service off, so SIGUSR1 is passed on to it.
+        handlers: dict[int, Callable[..., None]] = {
+            signal.SIGUSR1: self._pass_on if several else self._ask
+        }
         if not several:
             handlers[signal.SIGTERM] = self._ask
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             handlers[signal.SIGINT] = self._interrupt
             self._watch_interrupts()
-        self._old = {number: signal.signal(number, h) for number, h in handlers.items()}
+        self._old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -94,21 +98,24 @@ class Signals:
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
 
     def _watch(self, reading: int) -> None:
-        """Gets the number of every signal as it comes, also while the main thread is in C++."""
+        """Reads the number of each signal as it arrives, even while the main thread is in C++."""
         seen = 0
         while number := os.read(reading, 1):
             if number[0] != signal.SIGINT:
                 continue
             seen += 1
             if seen == 1 and self.begun:
-                _say("interrupted: saves after this step and leaves; Ctrl-C again leaves at once")
+                _say(
+                    "interrupted: saving after this step, then exiting; Ctrl-C again exits at once"
+                )
             elif not self._left.wait(EXIT_TIMEOUT):
                 if seen > 1:
                     _leave_at_once()
-                _say("interrupted: leaves as soon as JAX lets it; Ctrl-C again leaves at once")
+                _say("interrupted: exiting as soon as JAX allows it; Ctrl-C again exits at once")
         os.close(reading)
 
     def should_stop(self, step: int) -> bool:
+        """Whether to save and stop after `step`. Several processes get the same answer."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -116,7 +123,8 @@ class Signals:
         return self.asked.is_set()
 
     def is_asked_to_stop(self) -> bool:
-        """For between two batches of an evaluation, where several processes cannot agree."""
+        """Whether to stop between two batches of an evaluation; always False with several
+        processes, which cannot agree there."""
         return jax.process_count() == 1 and self.asked.is_set()
 
 
@@ -125,11 +133,11 @@ def _say(text: str) -> None:
 
 
 def _leave_at_once() -> None:
-    # Without locks, which the main thread may hold. A progress bar hides the cursor.
+    # Uses no locks, as the main thread may hold them. Shows the cursor, which a progress bar hides.
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")
-        os.write(2, b"error: interrupted twice, left at once\n")
+        os.write(2, b"error: interrupted twice, exited at once\n")
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -137,7 +145,7 @@ _WAKEUPS: set[int] = set()  # file descriptors
 
 
 def _forget_wakeup() -> None:
-    # A forked child has the pipe too: a Ctrl-C at the terminal would be counted twice.
+    # A forked child shares the pipe, so a Ctrl-C at the terminal would be counted twice.
     if _WAKEUPS and (before := signal.set_wakeup_fd(-1)) not in _WAKEUPS:
         signal.set_wakeup_fd(before)
 

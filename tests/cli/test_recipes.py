@@ -62,7 +62,7 @@ def test_recipes_are_loaded_as_one_package_and_own_files_alone(tmp_path):
     file.write_text("from flax_cnns.recipes import common\nget_config = common.get_config\n")
     assert recipes.load(file).get_config() == module.common.get_config()
     file.write_text("from . import common\n")
-    with pytest.raises(UserError, match="a copy of a recipe says `from flax_cnns"):
+    with pytest.raises(UserError, match="in a copy of a recipe, write `from flax_cnns"):
         recipes.load(file)
 
 

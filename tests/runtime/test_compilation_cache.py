@@ -89,7 +89,7 @@ def test_a_damaged_entry_is_said_removed_and_made_again(filled, how):
     found, said = program(folder)
     assert found["value"] == value
     assert found["read"].endswith("written 1")
-    assert said.startswith("warning: the compilation cache held a damaged jit_f; it is compiled")
+    assert said.startswith("warning: damaged jit_f in the compilation cache; compiling it again")
     assert said.count("\n") == 1
     found, said = program(folder)
     assert (found["value"], said) == (value, "")
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path):
     found, said = program(tmp_path / "file" / "cache")
     assert found["folder"] == ""
     assert found["read"] == "0 written 0"
-    assert said.startswith(f"warning: no compilation cache, for {tmp_path}/file/cache cannot be")
+    assert said.startswith(f"warning: no compilation cache: {tmp_path}/file/cache cannot be")
     assert said.count("\n") == 1
 
 

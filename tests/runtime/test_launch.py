@@ -233,7 +233,7 @@ def test_a_process_that_was_killed_is_named_last(monkeypatch, capsys):
     assert code == 128 + 9
     assert err.endswith(
         "\n[launch] process 1 failed first, by SIGKILL, as the system does when memory runs out;"
-        " the same command goes on from what is saved\n"
+        " the same command continues from the last checkpoint\n"
     )
 
 
@@ -284,8 +284,8 @@ def test_a_command_that_is_not_there(capfd):
     [
         (["--local=2"], "the command is missing"),
         (["--local=2", "--"], "the command is missing"),
-        (["--local=0", "--", "true"], "numbers from 1"),
-        (["--local=2", "--devices=0", "--", "true"], "numbers from 1"),
+        (["--local=0", "--", "true"], "must be at least 1"),
+        (["--local=2", "--devices=0", "--", "true"], "must be at least 1"),
         (["--local=x", "--", "true"], "invalid int value"),
         (["--", "true"], "required: --local"),
         (["--locale=2", "--", "true"], "required: --local"),

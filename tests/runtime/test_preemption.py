@@ -49,7 +49,7 @@ def test_ctrl_c_asks_to_save_and_a_second_one_interrupts(said, monkeypatch):
         assert signals.should_stop(1)
         assert signals.code == 130
         wait_for(lambda: said)
-        assert "Ctrl-C again leaves at once" in said[0]
+        assert "Ctrl-C again exits at once" in said[0]
         with pytest.raises(KeyboardInterrupt):
             interrupt()
         assert not left
