@@ -77,12 +77,12 @@ def initialize(
     heartbeat_timeout: int = 60,
     shutdown_timeout: int = 120,
 ) -> None:
-    """Connects this process to the run's other processes, if there are any. Call this before JAX's
-    first operation.
+    """Connects this process to the run's other processes, before JAX's first operation.
 
     The other processes are given by the arguments, or else by the environment
     (FLAX_CNNS_COORDINATOR=host:port, FLAX_CNNS_NUM_PROCESSES, FLAX_CNNS_PROCESS_ID), or else
-    detected by JAX: under SLURM and Open MPI, on TPU pods, and in an indexed Kubernetes job.
+    detected by JAX: under SLURM and Open MPI, on TPU pods, and in an indexed Kubernetes job. Does
+    nothing for a single process.
 
     The timeouts are in seconds. `initialization_timeout`: how long to wait for all processes to
     connect. `heartbeat_timeout`: after how long a silent process counts as dead.
@@ -118,8 +118,7 @@ def _settings(
     process_id: int | None,
     environment: Mapping[str, str],
 ) -> tuple[str, int, int] | None:
-    """Returns the explicit settings (address, number of processes, index); None if there are
-    none."""
+    """Returns (address, number of processes, index) if they are set explicitly; else None."""
     values = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
     given: dict[str, str | int | None] = {
         name: environment.get(name) or None if value is None else value
@@ -128,9 +127,7 @@ def _settings(
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) == len(given):
             return None
-        raise UserError(
-            f"several processes: {', '.join(missing)} missing; set all three or none of them"
-        )
+        raise UserError(f"several processes: {', '.join(missing)} missing; set all three or none")
     address, *numbers = map(str, given.values())
     try:
         count, index = map(int, numbers)
@@ -145,8 +142,7 @@ def _settings(
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """Returns the name of the cluster system that started this process and others; None if there is
-    none. JAX can then ask that system about the other processes.
+    """Returns the name of the cluster system whose processes JAX can connect, or None.
 
     This is stricter than JAX's own detection, which also connects a single task to itself, and
     fails in a Kubernetes pod that does not belong to a job. Raises `UserError` for Open MPI 5.
@@ -232,8 +228,7 @@ def check_processes_agree(text: str, *, what: str, cure: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code of the process that failed first, as `run_local`
-    does."""
+    """Runs the command line and returns its exit code (see `run_local`)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m flax_cnns.launch",
@@ -262,8 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_local_environment(
     environment: Mapping[str, str], port: int, count: int, index: int, devices: int | None
 ) -> dict[str, str]:
-    """Returns the environment of process `index` of `count`, which connect at a port of this
-    machine."""
+    """Returns the environment of process `index` of `count`. They connect at a local port."""
     ours = {
         COORDINATOR: f"127.0.0.1:{port}",
         NUM_PROCESSES: str(count),
@@ -280,8 +274,7 @@ def make_local_environment(
 
 @output.safe()
 def run_local(command: Sequence[str], count: int, *, devices: int | None = None) -> int:
-    """Runs `count` processes of a command until all have ended. Prefixes each line of output with
-    the index of its process, "[1] ".
+    """Runs `count` processes of a command to their end, and prefixes their output with "[1] ".
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to all processes. If a process fails, the others have
     `GRACE_SECONDS` to end before they are killed. The last line printed is then the "error: ..."
@@ -386,9 +379,8 @@ def _wait(
                 deadline = time.monotonic() + GRACE_SECONDS
                 with writing:
                     # Before JAX's coordination service may blame the wrong process.
-                    print(
-                        f"[launch] process {index} failed first, {how}", file=sys.stderr, flush=True
-                    )
+                    line = f"[launch] process {index} failed first, {how}"
+                    print(line, file=sys.stderr, flush=True)
         if len(interrupts) > 1:
             deadline = min(deadline, interrupts[1] + GRACE_SECONDS)
         if time.monotonic() > deadline:
@@ -400,8 +392,7 @@ def _describe_end(code: int) -> str:
     if code > 0:
         return f"with exit code {code}"
     why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-    name = signal.Signals(-code).name
-    return f"by {name}{why}; the same command continues from the last checkpoint"
+    return f"by {signal.Signals(-code).name}{why}; the same command continues from a checkpoint"
 
 
 if __name__ == "__main__":

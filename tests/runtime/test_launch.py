@@ -233,7 +233,7 @@ def test_a_process_that_was_killed_is_named_last(monkeypatch, capsys):
     assert code == 128 + 9
     assert err.endswith(
         "\n[launch] process 1 failed first, by SIGKILL, as the system does when memory runs out;"
-        " the same command continues from the last checkpoint\n"
+        " the same command continues from a checkpoint\n"
     )
 
 
