@@ -1,1 +1,1 @@
-"""The commands: flags in, one call of the library, honest exit codes. No JAX before the flags."""
+"""The commands. Each reads its flags and calls the library; JAX is imported only after that."""

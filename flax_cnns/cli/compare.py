@@ -1,11 +1,11 @@
-"""Runs side by side: what differs between their configs, where they ended, and their curves.
+"""Compares runs: the differences between their configs, their results and their curves.
 
 flax-cnns compare runs/plain runs/mixup
 flax-cnns compare runs/sweep/*/seed0 --out=pictures/seed0.png
 flax-cnns compare runs/tags runs/tags_mixup --metric=label_accuracy
 
-Unfinished runs are compared up to where they are. Writes the file that --out names; without it
-comparison.png, or comparison-2.png if the first exists.
+Unfinished runs are compared up to their last step. Writes the file that --out names. Without
+--out, writes comparison.png, or comparison-2.png if that file exists.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from flax_cnns.cli.flags import choose_picture_path, define_arguments
 _OUT = flags.DEFINE_string(
     "out",
     "comparison.png",
-    "The picture to write; its suffix is its format. Without this flag no file is replaced.",
+    "The picture to write, in the format of its suffix. Without this flag, no file is replaced.",
 )
 _METRIC = flags.DEFINE_string(
-    "metric", "accuracy", "Compared instead of the accuracy: a metric of the logs, or your own."
+    "metric", "accuracy", "The metric to compare: one of the logs, or your own."
 )
-define_arguments("runs (the directories of trained or half-trained networks)", "RUN...")
+define_arguments("one or more runs (directories of finished or unfinished runs)", "RUN...")
 
 
 def compare(argv: list[str]) -> None:
@@ -38,7 +38,7 @@ def compare(argv: list[str]) -> None:
     metric = comparison.check_metric(runs, _METRIC.value)
     console.print(comparison.make_result_table(runs, metric))
     if (known := comparison.find_metrics(runs)) and metric not in known:
-        print(f"none of these runs logged {metric}; --metric may be {', '.join(known)}")
-    out, told = choose_picture_path(_OUT)
+        print(f"none of these runs logged {metric}; they logged {', '.join(known)}")
+    out, description = choose_picture_path(_OUT)
     comparison.draw_runs(runs, out, metric)
-    print(f"written: {told}")
+    print(f"written: {description}")

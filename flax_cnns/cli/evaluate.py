@@ -1,10 +1,10 @@
-"""Exact metrics of a run: loss, accuracy, per class, and the confusion matrix as table and picture.
+"""Evaluates a run exactly: loss, accuracy, metrics of each class, confusion matrix.
 
 flax-cnns evaluate --workdir=runs/digits
 flax-cnns evaluate --workdir=runs/digits@best --split=validation
 
-Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. It refuses if the data
-changed since the run began; --accept-changed-data evaluates on the changed data.
+Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. The command refuses if the
+data changed since the run began; with --accept-changed-data it evaluates on the changed data.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from flax_cnns.cli.flags import define_accept, define_trust
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory: RUN, RUN@best, RUN@latest or RUN@STEP.", required=True
 )
-_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_SPLIT = flags.DEFINE_string(
+    "split", "test", "The split to evaluate on: train, validation or test."
+)
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "best, latest or a step. Without this flag: the one that was tested for the run's summary.json;"
-    " in an unfinished run, the latest.",
+    "The checkpoint to evaluate: best, latest or a step. Without this flag, the checkpoint that was"
+    " tested for summary.json, or in an unfinished run the latest.",
 )
 _ACCEPT = define_accept()
 _TRUST = define_trust()

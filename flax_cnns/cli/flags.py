@@ -1,4 +1,4 @@
-"""What every command shares: flags in, one line for what the user can mend, honest exit codes."""
+"""Shared by all commands: flags, one-line messages for user errors, and exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -38,18 +38,23 @@ from flax_cnns.runtime import compilation_cache, launch, output
 _CACHE = flags.DEFINE_string(
     "compilation-cache",
     "",
-    "The folder in which compiled programs are kept for later runs, or off. Where it is not given"
-    " JAX_COMPILATION_CACHE_DIR, else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache.",
+    "The folder that keeps compiled programs for later runs, or off. By default, the folder is"
+    " JAX_COMPILATION_CACHE_DIR, or else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache.",
 )
 
 
 def main(function: Callable[[list[str]], int | None]) -> None:
-    """Runs `function(argv)` after absl has read the flags, with JAX's compilation cache on.
+    """Reads the flags, turns JAX's compilation cache on and runs `function(argv)`.
 
-    Exit codes: 0 done; 1 a fault of ours, with its traceback, or a process that this one needs has
-    died, in one line; 2 something that the user can mend, in one line; 75 saved after SIGTERM or
-    SIGUSR1, run the same command again; 130 Ctrl-C. A run saves after Ctrl-C, unless this came
-    before the first step, or twice. Output that cannot be written changes no exit code.
+    Exit codes:
+    - 0: success.
+    - 1: a bug in flax_cnns, with its traceback, or a process that this one needs has died, in one
+      line.
+    - 2: user error, explained in one line.
+    - 75: the run saved after SIGTERM or SIGUSR1; the same command continues it.
+    - 130: Ctrl-C. A run saves first, unless Ctrl-C came before the first step, or twice.
+
+    Output that cannot be written does not change the exit code.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -67,7 +72,8 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         return function(argv)
 
     with output.safe():
-        _on_interrupt(_leave_at_once)  # JAX is imported, which KeyboardInterrupt can crash
+        # A KeyboardInterrupt could crash the import of JAX.
+        _on_interrupt(_exit_at_once)
         try:
             app.run(start, flags_parser=parse)
         except UserError as error:
@@ -84,39 +90,40 @@ def main(function: Callable[[list[str]], int | None]) -> None:
                 _say(line)
                 _leave(EXIT_USER_ERROR)
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-                named = os.fspath(error.filename or "")
-                _say(f"{named[:100]}…: expected names of at most 255 bytes; choose a shorter one")
+                name = os.fspath(error.filename or "")
+                _say(f"{name[:100]}…: expected names of at most 255 bytes; choose a shorter one")
                 _leave(EXIT_USER_ERROR)
             first = (str(error).strip().splitlines() or [""])[0]
             _say(f"{type(error).__name__}: {first}")
             traceback.print_exception(error)
             _leave(EXIT_FAULT)
         finally:
-            _on_interrupt(signal.SIG_DFL)  # nothing is left to save, and JAX's end may take long
+            _on_interrupt(signal.SIG_DFL)  # nothing is left to save, and JAX may take long to exit
 
 
 def _on_interrupt(handler: Any) -> None:
-    """What Ctrl-C does from here on, unless it is ignored, as in a shell script's background."""
-    ours = (signal.default_int_handler, _leave_at_once)
+    """Sets what Ctrl-C does from now on, unless it is ignored, as in a shell script's
+    background."""
+    ours = (signal.default_int_handler, _exit_at_once)
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and signal.getsignal(signal.SIGINT) in ours:
         signal.signal(signal.SIGINT, handler)
 
 
-def _leave_at_once(*_: Any) -> None:
+def _exit_at_once(*_: Any) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"error: {_INTERRUPTED}\n".encode())
     os._exit(EXIT_INTERRUPTED)
 
 
-_INTERRUPTED = "interrupted; the same command starts again"
+_INTERRUPTED = "interrupted; run the same command again to restart"
 
 
-def _say(what: object) -> None:
-    print(f"error: {what}", file=sys.stderr)
+def _say(message: object) -> None:
+    print(f"error: {message}", file=sys.stderr)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     launch.exit_if_distributed(
         code
     )  # with several processes: at once, for the others wait for this one
@@ -124,14 +131,16 @@ def _leave(code: int) -> None:
 
 
 def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
-    """The flag --config, which is `configs/<default>.py` where it is not given. `runs`: a regex of
-    the fields that hold the configs of whole runs, where the config is none itself."""
-    # No default for ml_collections, which would apply overrides, and fail, while it defines it.
+    """Defines the flag --config, whose default is `configs/<default>.py`.
+
+    If the config holds configs of whole runs, `runs` is a regex of the fields that hold them.
+    """
+    # With a default, ml_collections would apply overrides while it defines the flag, and fail.
     _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
     _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
     text = (
-        "A recipe by its name, or a config file of yours; MODE is one that the file has, such as"
-        f" smoke. Default: {default}."
+        "The name of a recipe, or your own config file. MODE is a mode of that file, such as smoke."
+        f" Default: {default}."
     )
     holder = config_flags.DEFINE_config_file("config", None, text)
     flags.FLAGS["config"].parser = _ConfigParser()
@@ -143,20 +152,20 @@ _RUNS: list[re.Pattern] = []
 
 
 def define_accept() -> flags.FlagHolder:
-    """The flag --accept-changed-data."""
-    text = "Go on although the data changed since a run began; the change is recorded."
+    """Defines the flag --accept-changed-data."""
+    text = "Continue although the data changed since a run began; the change is recorded."
     return flags.DEFINE_bool("accept-changed-data", False, text)
 
 
 def define_trust() -> flags.FlagHolder:
-    """The flag --trust."""
-    text = "Import the code that the run names (package.module:Name): it may do anything."
+    """Defines the flag --trust."""
+    text = "Import the code that the run names (package.module:Name). That code can do anything."
     return flags.DEFINE_bool("trust", False, text)
 
 
 def _as_defined(argument: str) -> str:
-    """The argument, with its flag spelled as it is defined: `--image_size` is `--image-size`, and
-    `--no-head` is `--nohead`."""
+    """Returns the argument with its flag spelled as defined: `--image_size` becomes `--image-size`,
+    and `--no-head` becomes `--nohead`."""
     name, equals, value = argument.removeprefix("--").partition("=")
     if argument.startswith("--"):
         if name.startswith(("no-", "no_")) and name not in flags.FLAGS:
@@ -168,7 +177,7 @@ def _as_defined(argument: str) -> str:
 
 
 def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
-    """Raises `UserError` if a flag is a config's field without `config.` in front of it."""
+    """Raises `UserError` if a flag is a config field without `config.` in front."""
     if "config" not in flags.FLAGS:
         return
     for argument in itertools.takewhile(lambda argument: argument != "--", argv):
@@ -182,17 +191,17 @@ def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
             right = " or ".join(f"--config.{place}{name}{equals}{value}" for place in places)
         elif field.partition(".")[0] in _SECTIONS and "." in field:
             near = did_you_mean(f"--config.{field}", (f"--config.{known}" for known in FIELDS))
-            raise UserError(f"--{name}: no flag or field{near}")
+            raise UserError(f"--{name}: there is no such flag or field{near}")
         else:
             continue
-        raise UserError(f"--{name}: fields are set with config. in front; write {right}")
+        raise UserError(f"--{name}: a config field needs config. in front; write {right}")
 
 
 _SECTIONS = {path.partition(".")[0] for path in FIELDS if "." in path}
 
 
 def define_commands(*names: str) -> None:
-    """The command's first argument is one of these."""
+    """Makes the command's first argument one of these names."""
     _COMMANDS.extend(names)
 
 
@@ -200,8 +209,11 @@ _COMMANDS: list[str] = []
 
 
 def define_arguments(what: str, word: str, most: int | None = None) -> None:
-    """The command takes arguments beside its flags, in any order: one at least and `most` at most.
-    `what` says in messages what they are, `word` is their place in the usage."""
+    """Lets the command take at least one and at most `most` arguments, mixed with flags in any
+    order.
+
+    Messages describe the arguments as `what`, and the usage line shows `word`.
+    """
     flags.FLAGS.set_gnu_getopt()
     _ARGUMENTS.append((what, word, most))
 
@@ -210,23 +222,25 @@ _ARGUMENTS: list[tuple[str, str, int | None]] = []
 
 
 def _places() -> list[str]:
-    """The parts of the config that are configs of whole runs, as a user writes them."""
+    """Returns the parts of the config that are configs of whole runs, as a user writes them."""
     pattern = _RUNS[0].pattern if _RUNS else ""
     parts = pattern.removeprefix("(").removesuffix(r")\.").split("|") if pattern else []
     return [part.replace(r"\w+", "NAME").replace("\\", "") for part in parts]
 
 
 def _usage() -> str:
-    """What the command takes beside its flags, as a word of its usage."""
+    """Returns the word in the usage line for the command's arguments."""
     if _COMMANDS:
         return "|".join(_COMMANDS)
     return _ARGUMENTS[0][1] if _ARGUMENTS else ""
 
 
 def choose_picture_path(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
-    """(the file for a picture, its name for a message). The file is the flag's value; without the
-    flag it is the default, with a number if that file exists. Raises `UserError` if the file is one
-    of the `inputs`."""
+    """Returns (path of the picture to write, its description for a message).
+
+    The path is the flag's value. Without the flag, the path is the default, with a number if that
+    file exists. Raises `UserError` if the file is one of the `inputs`.
+    """
     path = pathlib.Path(flag.value)
     if not flags.FLAGS[flag.name].present:
         names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
@@ -245,9 +259,9 @@ def _check_arguments(given: list[str]) -> None:
 
 
 def _find_config(argv: list[str]) -> tuple[list[str], str]:
-    """(the arguments with --config=PATH for the file or recipe that --config names, PATH); "" for
-    PATH without the flag. Raises `UserError` if there is no such file or recipe."""
-    found, file, rest = [], "", iter(argv)
+    """Returns (`argv` with --config=PATH for the file or recipe that --config names, PATH). PATH is
+    "" if there is no --config. Raises `UserError` if there is no such file or recipe."""
+    arguments, file, rest = [], "", iter(argv)
     for argument in rest:
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):
@@ -257,19 +271,19 @@ def _find_config(argv: list[str]) -> tuple[list[str], str]:
             except UserError as error:
                 raise UserError(f"--config: {error}") from None
             argument = f"--config={file}{colon}{mode}"
-        found.append(argument)
-    return found, file
+        arguments.append(argument)
+    return arguments, file
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Loads a recipe as a module of its package; other files as ml_collections does."""
+    """Loads recipes as modules of their package, and other files like ml_collections."""
 
     def parse(self, argument: str) -> Any:
         file, colon, mode = argument.partition(":")
         try:
             module = recipes.load(file)
             if not callable(getattr(module, "get_config", None)):
-                raise UserError(f"{file} has no get_config(), which returns the config")
+                raise UserError(f"{file} has no function get_config() that returns the config")
             config = module.get_config(*([mode] if colon else []))
         except UserError:
             raise
@@ -284,26 +298,28 @@ class _ConfigParser(flags.ArgumentParser):
 
 
 def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, Any]]:
-    """(the other arguments, {path: value} of fields that the config file lacks): those of the
-    network and of the user's own parts, which only these know."""
+    """Returns (the remaining arguments, {path: value} of the fields that the config file lacks).
+
+    These are fields of the network and of the user's own parts, which check the fields themselves.
+    """
     run = f"(?:{_RUNS[0].pattern})?" if _RUNS else ""
     fields = r"(model\.\w+|own\.\w+\.\w+)"
     new = re.compile(rf"--?config\.(?P<path>{run}{fields})=(?P<value>.*)", re.S)
-    found = {argument: match for argument in argv if (match := new.fullmatch(argument))}
-    if not any(match["path"] not in FIELDS for match in found.values()):
+    matches = {argument: match for argument in argv if (match := new.fullmatch(argument))}
+    if not any(match["path"] not in FIELDS for match in matches.values()):
         return argv, {}
     mode = next((a.partition(":")[2] for a in argv if re.match(r"--?config=", a)), "")
     try:
         make = recipes.load(file).get_config
-        there = flatten(make(mode) if mode else make())
-    except Exception:  # the parser says what is wrong
+        known = flatten(make(mode) if mode else make())
+    except Exception:  # the parser will raise it again with a message
         return argv, {}
-    added = {m["path"]: _literal(m["value"]) for m in found.values() if m["path"] not in there}
-    return [a for a in argv if a not in found or found[a]["path"] in there], added
+    added = {m["path"]: _literal(m["value"]) for m in matches.values() if m["path"] not in known}
+    return [a for a in argv if a not in matches or matches[a]["path"] in known], added
 
 
 def _literal(text: str) -> Any:
-    """A number, tuple, True, False or None; else the text."""
+    """Parses a number, tuple, True, False or None; returns any other text as it is."""
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError):
@@ -311,7 +327,7 @@ def _literal(text: str) -> Any:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with its mistakes as one line each."""
+    """Parses the flags with absl. Raises `UserError` with one line for each kind of mistake."""
     if _COMMANDS:
         command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         if command not in _COMMANDS:
@@ -336,27 +352,28 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
-            logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
+            logging.set_verbosity(logging.WARNING)  # JAX reports every missing backend
         if "config" in flags.FLAGS:
-            flags.FLAGS[
-                "config"
-            ].value.keys()  # the file is read now, so that its mistakes end here
+            config: Any = flags.FLAGS["config"].value
+            config.keys()  # reads the file now, so that its errors are caught here
             for path, value in added.items():
-                set_config_field(flags.FLAGS["config"].value, path, value)
+                set_config_field(config, path, value)
         _check_arguments(rest[1:])
         return rest
     except OSError as error:
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error.__context__, UserError):  # of the config file
-            said = str(error.__context__).removeprefix("config: ")
-            raise UserError(f"--config: {said}") from None
+        if isinstance(error.__context__, UserError):  # raised by the config file
+            message = str(error.__context__).removeprefix("config: ")
+            raise UserError(f"--config: {message}") from None
         lines = str(error.args[0] if error.args else error).strip().splitlines()
-        # ml_collections puts a config file's traceback into the message; its last line says it.
-        said = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)
-        said = said.removeprefix("ValueError: ")
+        # ml_collections puts a config file's traceback into the message. Its last line is enough.
+        message = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)
+        message = message.removeprefix("ValueError: ")
         if isinstance(error, (AttributeError, KeyError)):
-            said = f"config: unknown field {said.strip(chr(34))}; a config file may add such"
-        raise UserError(f"{said} (--help lists the flags)") from None
+            message = (
+                f"config: unknown field {message.strip(chr(34))}; a config file may add fields"
+            )
+        raise UserError(f"{message} (--help lists the flags)") from None
     finally:
         sys.argv = before

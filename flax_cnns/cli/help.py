@@ -1,4 +1,4 @@
-"""What `COMMAND --help` and `COMMAND --help-fields [PATTERN]` show. No JAX."""
+"""The texts of `COMMAND --help` and `COMMAND --help-fields [PATTERN]`. No JAX."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ _VALUES = {
     "float": "NUMBER",
     "comma separated list of strings": "A,B",
 }
-_IN_PATTERNS = set("*?[")
+_PATTERN_CHARACTERS = set("*?[")
 
 
 def find_help(
     argv: Sequence[str], module: str, doc: str, arguments: str, places: Sequence[str] = ()
 ) -> str:
-    """The text that the flags `argv` of a command ask for; "" if they ask for no help. `module`:
-    the command's, whose docstring is `doc`. `arguments`: what it takes beside flags, as a word.
-    `places`: the parts of its config that are configs of runs. Raises `UserError` if no field fits
-    the pattern."""
+    """Returns the help text that the flags in `argv` ask for; "" if they do not ask for help.
+
+    `module` is the name of the command's module, and `doc` its docstring. `arguments` is a word for
+    the arguments of the command that are not flags. `places` are the parts of its config that are
+    configs of runs. Raises `UserError` if no field matches the pattern.
+    """
     given = list(itertools.takewhile(lambda argument: argument != "--", argv[1:]))
-    for argument, after in zip(given, [*given[1:], ""]):
+    for argument, following in zip(given, [*given[1:], ""]):
         flag, equals, _ = argument.replace("_", "-").lstrip("-").partition("=")
         if not argument.startswith("-"):
             continue
         if flag == "help-fields":
-            pattern = argument.partition("=")[2] if equals else after
+            pattern = argument.partition("=")[2] if equals else following
             return make_fields_page("" if pattern.startswith("-") else pattern)
         if flag in ("help", "h", "helpshort") and not equals:
             return make_page(name_command(argv[0], module), module, doc, arguments, places)
@@ -44,13 +46,13 @@ def find_help(
 
 
 def name_command(started: str, module: str) -> str:
-    """How the command was started: `flax-cnns train` or `python -m experiments.train`."""
+    """Returns how the command was started: `flax-cnns train` or `python -m experiments.train`."""
     name = module.rpartition(".")[2]
     return started if started.startswith("flax-cnns ") else f"python -m experiments.{name}"
 
 
 def make_page(command: str, module: str, doc: str, arguments: str, places: Sequence[str]) -> str:
-    """Purpose, examples and flags of a command."""
+    """Returns the help page of a command: purpose, examples and flags."""
     prefix = command.removesuffix(module.rpartition(".")[2])
     doc = re.sub(r"(?m)^flax-cnns (?=\w)", prefix, doc.strip())
     return "\n".join(
@@ -59,35 +61,36 @@ def make_page(command: str, module: str, doc: str, arguments: str, places: Seque
             "",
             doc,
             "",
-            "Flags (dashes may be underscores):",
+            "Flags (underscores also work in place of dashes):",
             *itertools.chain.from_iterable(_entry(*entry) for entry in _flags(module, places)),
         ]
     )
 
 
 def _flags(module: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(a flag with what it takes, its meaning) of the command and of what all commands share."""
+    """Yields (flag with its kind of value, meaning), first for the command's own flags, then for
+    those that all commands share."""
     known = flags.FLAGS.flags_by_module_dict()
-    of_all = [flag for flag in known.get("flax_cnns.cli.flags", []) if flag.name != "config"]
+    shared = [flag for flag in known.get("flax_cnns.cli.flags", []) if flag.name != "config"]
     for flag in known.get(module, []):
-        yield _spelled(flag), _meaning(flag)
+        yield _format_flag(flag), _describe(flag)
     if "config" in flags.FLAGS:
         yield "--config=RECIPE[:MODE] or FILE.py[:MODE]", flags.FLAGS["config"].help
         for place in places or [""]:
             front = f"--config.{place}{place and '.'}"
             text = f"Sets a field, such as {front}optimizer.name=adam or {front}seed=1."
             yield f"{front}SECTION.FIELD=VALUE", text
-    for flag in of_all:
-        yield _spelled(flag), _meaning(flag)
+    for flag in shared:
+        yield _format_flag(flag), _describe(flag)
     yield "--help", "Shows this page."
     yield (
         "--help-fields [PATTERN]",
-        "Shows the fields of a config with their defaults: all, or those that fit a shell pattern"
-        " or a part of a name, such as 'optimizer.*' or decay.",
+        "Shows the fields of a config with their defaults. PATTERN selects some of them by a shell"
+        " pattern or a part of their names, such as 'optimizer.*' or decay.",
     )
 
 
-def _spelled(flag: flags.Flag) -> str:
+def _format_flag(flag: flags.Flag) -> str:
     if flag.boolean:
         return f"--no-{flag.name}" if flag.default else f"--{flag.name}"
     if values := getattr(flag.parser, "enum_values", None):
@@ -95,7 +98,7 @@ def _spelled(flag: flags.Flag) -> str:
     return f"--{flag.name}={_VALUES.get(flag.flag_type(), 'VALUE')}"
 
 
-def _meaning(flag: flags.Flag) -> str:
+def _describe(flag: flags.Flag) -> str:
     default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
     if flag.default is None and flag.validators:
         return f"{flag.help} Required."
@@ -105,17 +108,17 @@ def _meaning(flag: flags.Flag) -> str:
 
 
 def make_fields_page(pattern: str = "") -> str:
-    """The config fields whose path fits a shell pattern or holds a text: default, expected value
-    and meaning. Raises `UserError` if there are none."""
+    """Returns the page of config fields whose path matches a shell pattern or contains `pattern`:
+    their defaults, meanings and expected values. Raises `UserError` if there are none."""
     pattern = pattern.removeprefix("--").removeprefix("config.").partition("=")[0]
     known = dict(walk(TABLE))
     known |= {"strategy": STRATEGY, **dict(walk(STRATEGY, "strategy."))}
-    found = dict(_select(known, pattern))
-    if not found:
+    selected = dict(_select(known, pattern))
+    if not selected:
         hint = did_you_mean(pattern, [p for p, field in known.items() if isinstance(field, Field)])
-        raise UserError(f"--help-fields: no field fits {pattern!r}{hint}")
+        raise UserError(f"--help-fields: no field matches {pattern!r}{hint}")
     lines = []
-    for path, part in found.items():
+    for path, part in selected.items():
         if isinstance(part, Section):
             lines += ["", f"{path}: {part.meaning}", ""]
             continue
@@ -130,12 +133,12 @@ def _select(
 ) -> Iterable[tuple[str, Field | Section]]:
     if not pattern:
         return known.items()
-    fits = (
+    is_match = (
         (lambda path: fnmatch.fnmatchcase(path, pattern))
-        if _IN_PATTERNS & set(pattern)
+        if _PATTERN_CHARACTERS & set(pattern)
         else (lambda path: pattern in path)
     )
-    return ((p, part) for p, part in known.items() if isinstance(part, Field) and fits(p))
+    return ((p, part) for p, part in known.items() if isinstance(part, Field) and is_match(p))
 
 
 def _entry(name: str, meaning: str) -> list[str]:

@@ -1,14 +1,13 @@
-"""What a network says of photographs: the likeliest classes as a table and as a picture.
+"""Classifies photos and shows the most likely classes as a table and as a picture.
 
 flax-cnns predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
 flax-cnns predict --model=resnet50 --weights=torchvision=resnet50.pth cat.jpg dog.png
 flax-cnns predict --workdir=runs/flowers@best mine.jpg
 flax-cnns predict --workdir=weights/resnet50 cat.jpg
 
-Published weights go with the preprocessing that they were evaluated with, also those that
-convert made a checkpoint of; a run with its own.
---weights names whose they are (torchvision, timm, keras, efficientnet_lite) and, behind a =, the
-file; without one they are downloaded once.
+Published weights use the preprocessing that they were evaluated with, also after `convert`; a run
+uses its own. --weights is SOURCE (torchvision, timm, keras or efficientnet_lite) or SOURCE=FILE.
+Without FILE, the weights are downloaded once.
 """
 
 from __future__ import annotations
@@ -19,40 +18,41 @@ from flax_cnns.cli.flags import choose_picture_path, define_arguments, define_tr
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", "", "The network whose published weights are taken.")
-_WEIGHTS = flags.DEFINE_string("weights", "", "SOURCE or SOURCE=FILE.")
+_MODEL = flags.DEFINE_string("model", "", "The network whose published weights are used.")
+_WEIGHTS = flags.DEFINE_string("weights", "", "The published weights: SOURCE or SOURCE=FILE.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     "",
-    "A run's directory (RUN, RUN@best, RUN@latest, RUN@STEP), or what convert wrote, in"
-    " place of these two.",
+    "A run's directory (RUN, RUN@best, RUN@latest, RUN@STEP) or a folder that convert wrote. Used"
+    " instead of --model and --weights.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "Of a run: best, latest or a step. Without this flag: the one that was tested for its"
-    " summary.json; in an unfinished run, the latest.",
+    "The checkpoint of a run: best, latest or a step. Without this flag, the checkpoint that was"
+    " tested for summary.json, or in an unfinished run the latest.",
 )
-_TOP = flags.DEFINE_integer("top", 5, "How many classes are shown.", lower_bound=1)
+_TOP = flags.DEFINE_integer("top", 5, "Number of classes to show.", lower_bound=1)
 _TRUST = define_trust()
 _OUT = flags.DEFINE_string(
     "out",
     "predictions.png",
-    'The picture; "" for none. Without this flag no file is replaced: predictions-2.png is next.',
+    'The picture to write; "": none. Without this flag, no file is replaced: if predictions.png'
+    " exists, predictions-2.png is written.",
 )
-define_arguments("the files of one or more photos", "PHOTO...")
+define_arguments("one or more photos (files)", "PHOTO...")
 
 
 def predict(argv: list[str]) -> None:
     if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
         raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
     if bool(_MODEL.value) != bool(_WEIGHTS.value):
-        raise UserError("--model=NAME and --weights=SOURCE go together")
+        raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
     if _CHECKPOINT.value and not _WORKDIR.value:
-        raise UserError("--checkpoint is one of a run's: it goes with --workdir=RUN")
+        raise UserError("--checkpoint chooses a checkpoint of a run; also give --workdir=RUN")
     photos = argv[1:]
     check_photos(photos)
-    out, told = choose_picture_path(_OUT, photos) if _OUT.value else ("", "")
+    out, description = choose_picture_path(_OUT, photos) if _OUT.value else ("", "")
     from flax_cnns.runs import predict as prediction
     from flax_cnns.runs import tables
 
@@ -68,4 +68,4 @@ def predict(argv: list[str]) -> None:
     if out:
         drawn = prediction.draw_photos(predictor, photos, guesses, out)
         part = f": the first {drawn} of {len(photos)} photos" if drawn < len(photos) else ""
-        print(f"written to {told}{part}")
+        print(f"written to {description}{part}")

@@ -4,8 +4,8 @@ flax-cnns train --workdir=runs/digits
 flax-cnns train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
 flax-cnns train --workdir=runs/y --config.schedule.learning_rate=1e-3 --config.seed=1
 
-The same command again goes on where the run stopped, to the bit. It refuses if the data changed
-since the run began; with --accept-changed-data it goes on.
+If you repeat the command, the run continues where it stopped, bit-exactly. The command refuses if
+the data changed since the run began; with --accept-changed-data it continues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _ACCEPT = define_accept()
 
 
 def train(argv: list[str]) -> None:
-    from flax_cnns.runs.train import run  # after the flags: JAX is not started for a mistyped one
+    from flax_cnns.runs.train import (
+        run,
+    )  # imported here, so that a mistyped flag does not start JAX
 
     del argv
     run(_CONFIG.value, _WORKDIR.value, accept_changed_data=_ACCEPT.value)

@@ -65,7 +65,7 @@ def test_config_names_a_file_or_a_recipe(tmp_path, monkeypatch):
     ("text", "error", "said"),
     [
         ("def get_config(mode='none'): return dict(mode=mode)", None, ""),
-        ("x = 1", UserError, r"c\.py has no get_config\(\)"),
+        ("x = 1", UserError, r"c\.py has no function get_config\(\)"),
         ("def get_config(): raise ValueError('what it says')", ValueError, "what it says\n$"),
         ("import no_such_module", ModuleNotFoundError, "no_such_module"),
     ],

@@ -74,7 +74,9 @@ def test_the_table_of_fields_by_pattern():
     assert shown("mixup") == shown("mix.mix*") == shown("--config.mix.mixup=1") == found
     assert all("decay" in name for name in shown("decay"))
     assert "--config.strategy.layer_decay" in shown("decay")
-    with pytest.raises(UserError, match=r"no field fits 'weightdecay'; did you mean 'optimizer\.w"):
+    with pytest.raises(
+        UserError, match=r"no field matches 'weightdecay'; did you mean 'optimizer\.w"
+    ):
         help.make_fields_page("weightdecay")
 
 

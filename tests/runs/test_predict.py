@@ -182,12 +182,12 @@ def test_the_command_writes_a_table_and_a_picture(finished, photos, tmp_path):
     [
         (["--workdir={run}", "{photos}/9.png"], "there is no photo"),
         (["--workdir={run}", "{run}/config.json"], "cannot read the photo"),
-        (["--workdir={run}"], "expected the files of one or more photos, got none"),
+        (["--workdir={run}"], "expected one or more photos (files), got none"),
         (["{photos}/0.png"], "expected --model=NAME --weights=SOURCE, or --workdir=RUN"),
-        (["--model=resnet50", "{photos}/0.png"], "go together"),
+        (["--model=resnet50", "{photos}/0.png"], "expected both"),
         (
             ["--model=resnet50", "--weights=timm", "--checkpoint=best", "{photos}/0.png"],
-            "--checkpoint is one of a run's: it goes with --workdir=RUN",
+            "--checkpoint chooses a checkpoint of a run; also give --workdir=RUN",
         ),
         (["--model=resnet50", "--weights=keras", "{photos}/0.png"], "expected torchvision"),
     ],
