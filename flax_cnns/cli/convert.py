@@ -1,4 +1,4 @@
-"""Converts weights of other libraries to a checkpoint of flax_cnns.
+r"""Converts weights of other libraries to a checkpoint of flax_cnns.
 
 flax-cnns convert --model=resnet50 --source=torchvision --out=weights/resnet50
 flax-cnns convert --model=resnet50d --source=timm --path=model.safetensors --out=FOLDER

@@ -99,12 +99,14 @@ def _format_flag(flag: flags.Flag) -> str:
 
 
 def _describe(flag: flags.Flag) -> str:
+    meaning = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl puts the values of an enum in front
     default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
-    if flag.default is None and flag.validators:
-        return f"{flag.help} Required."
+    # A flag with bounds has a validator too.
+    if any("must have a value" in validator.message for validator in flag.validators):
+        return f"{meaning} Required."
     if flag.boolean or default in ("", None):
-        return flag.help
-    return f"{flag.help} Default: {default}."
+        return meaning
+    return f"{meaning} Default: {default}."
 
 
 def make_fields_page(pattern: str = "") -> str:
