@@ -63,15 +63,15 @@ def make_config(digits_dir, *changes):
 
 def make_step(config):
     """Returns (components, optimizer, the training step of a run)."""
-    parts = build.build_components(config)
-    variables = jax.eval_shape(parts.init_variables)
+    components = build.build_components(config)
+    variables = jax.eval_shape(components.init_variables)
     optimizer = optimizers.make_optimizer(
         config.optimizer,
         variables["params"],
         schedules.constant(0.05),
         batch_stats=variables["batch_stats"],
     )
-    return parts, optimizer, build.make_train_step(parts, optimizer, 10.0)
+    return components, optimizer, build.make_train_step(components, optimizer, 10.0)
 
 
 def make_state(config, optimizer, variables):
@@ -81,12 +81,12 @@ def make_state(config, optimizer, variables):
 
 
 def program(config):
-    parts, optimizer, step = make_step(config)
+    components, optimizer, step = make_step(config)
     make = functools.partial(make_state, config, optimizer)
-    state = jax.eval_shape(make, jax.eval_shape(parts.init_variables))
+    state = jax.eval_shape(make, jax.eval_shape(components.init_variables))
     n = config.data.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((n, *parts.dataset.image_shape), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((n, *components.dataset.image_shape), jnp.uint8),
         "label": jax.ShapeDtypeStruct((n,), jnp.int32),
     }
     text = str(step.trace(state, batch, jax.random.key(0)).jaxpr)
@@ -124,16 +124,16 @@ def test_all_together_are_one_step(digits_dir, plain):
 def test_all_together_train(digits_dir):
     """For a few steps, on four devices."""
     config = make_config(digits_dir, *TOGETHER)
-    parts, optimizer, step = make_step(config)
-    state = make_state(config, optimizer, parts.init_variables())
+    components, optimizer, step = make_step(config)
+    state = make_state(config, optimizer, components.init_variables())
     before = jax.device_get(state.params)
-    state = parallel.replicate(state, parts.mesh)
-    key = parallel.replicate(jax.random.key(0), parts.mesh)
-    train = parts.dataset.splits["train"]
+    state = parallel.replicate(state, components.mesh)
+    key = parallel.replicate(jax.random.key(0), components.mesh)
+    train = components.dataset.splits["train"]
     bad, n = 0.0, config.data.batch_size
     for i in range(4):
         rows = slice(i * n, (i + 1) * n)
-        batch = parts.shard({"image": train.images[rows], "label": train.labels[rows]})
+        batch = components.shard({"image": train.images[rows], "label": train.labels[rows]})
         if i == 0:  # without optimizations, it compiles in a third of the time
             quick = {"xla_backend_optimization_level": 0}
             step = step.lower(state, batch, key).compile(compiler_options=quick)

@@ -52,10 +52,10 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     summary = run(config, tmp_path / "cut")  # in this process
     assert summary["processes"] == 1
     assert summary["devices"] == 4
-    found, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "whole")
-    assert found.keys() == expected.keys()
+    resumed, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "whole")
+    assert resumed.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(resumed[name], value, rtol=0, atol=1e-6, err_msg=name)
     ours, theirs = records(tmp_path / "cut"), records(tmp_path / "whole")
     assert [list(r) for r in ours] == [list(r) for r in theirs]
     for a, b in zip(ours, theirs):
@@ -73,9 +73,9 @@ def test_processes_that_see_other_directories_say_so(config, tmp_path):
     )
     command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=2", "--"]
     command += [sys.executable, "-c", code, f"--workdir={tmp_path / 'RANK'}", *overrides(config)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2, found.stderr
-    assert "the hosts disagree about what the run directory holds" in found.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "the hosts disagree about what the run directory holds" in result.stderr
 
 
 def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):
@@ -149,7 +149,7 @@ def test_own_parts_in_two_processes_of_which_one_is_killed(tmp_path):
     output = again.communicate(timeout=120)[0]
     assert again.returncode == 0, output
     assert "resumed at step" in output
-    found, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "alone")
-    assert found.keys() == expected.keys()
+    resumed, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "alone")
+    assert resumed.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(resumed[name], value, rtol=0, atol=1e-5, err_msg=name)

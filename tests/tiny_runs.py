@@ -45,5 +45,5 @@ def arrays(workdir, which="latest"):
 def records(workdir):
     """The logged metrics, without times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    return [record for record in found if set(record) != {"step"}]
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [record for record in records if set(record) != {"step"}]

@@ -89,11 +89,13 @@ def _devices() -> tuple[str, int]:
     """("gpu", 4): found in another process, because a process that opens a GPU keeps its memory."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return "cpu", 1
-    ask = "import jax; print(jax.default_backend(), jax.local_device_count())"
-    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise UserError(f"JAX finds no device: {asked.stderr.strip().splitlines()[-1]}")
-    platform, count = asked.stdout.split()[-2:]
+    code = "import jax; print(jax.default_backend(), jax.local_device_count())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise UserError(f"JAX finds no device: {result.stderr.strip().splitlines()[-1]}")
+    platform, count = result.stdout.split()[-2:]
     return platform, int(count)
 
 

@@ -30,9 +30,9 @@ def render(table):
 
 
 def test_differences_and_results(runs):
-    found = compare.read_runs([*runs, runs[0]])
-    assert list(found) == ["a/plain", "b/mixed", "b/cut"]
-    text = render(compare.make_config_table(found)).splitlines()
+    records = compare.read_runs([*runs, runs[0]])
+    assert list(records) == ["a/plain", "b/mixed", "b/cut"]
+    text = render(compare.make_config_table(records)).splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text if "│" in line]
     assert cells == [["a/plain", "64", "0.0"], ["b/mixed", "32", "0.2"], ["b/cut", "64", "0.0"]]
     two = render(
@@ -41,8 +41,8 @@ def test_differences_and_results(runs):
     assert [line.split()[1::2] for line in two.splitlines() if "mix.mixup" in line] == [
         ["mix.mixup", "0.0", "0.2"]
     ]
-    text = render(compare.make_result_table(found)).splitlines()
-    plain, _, cut = (next(line.split("│") for line in text if name in line) for name in found)
+    text = render(compare.make_result_table(records)).splitlines()
+    plain, _, cut = (next(line.split("│") for line in text if name in line) for name in records)
     assert [cell.strip() for cell in plain[2:4]] == ["complete", "120"]
     assert [plain[6].strip(), plain[8].strip()] == ["90.00", "7.00"]
     assert [cell.strip() for cell in cut[2:4]] == ["unfinished", "40"]
@@ -64,10 +64,10 @@ def test_curves_are_over_images_seen_if_batch_sizes_differ(runs, tmp_path, monke
 
 def test_a_run_that_has_only_begun_is_drawn(runs, tmp_path):
     (runs[2] / "metrics.jsonl").unlink()
-    found = compare.read_runs(runs)
-    compare.draw_runs(found, tmp_path / "x.png")
+    records = compare.read_runs(runs)
+    compare.draw_runs(records, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "unfinished" in render(compare.make_result_table(found))
+    assert "unfinished" in render(compare.make_result_table(records))
 
 
 def test_a_run_of_any_name_is_in_the_legend(runs, tmp_path, monkeypatch):
@@ -152,11 +152,11 @@ def test_the_best_value_of_an_own_metric_uses_its_runs_mode(tmp_path):
 
 
 def test_a_metric_that_no_run_logged_is_a_one_line_error(runs, tmp_path):
-    found = compare.read_runs(runs)
-    assert compare.check_metric(found, "validation/loss") == "loss"
+    records = compare.read_runs(runs)
+    assert compare.check_metric(records, "validation/loss") == "loss"
     with pytest.raises(UserError, match=r"none of these runs logged 'los'; did you mean 'loss'"):
-        compare.check_metric(found, "los")
+        compare.check_metric(records, "los")
     rename_accuracy(tmp_path, "label_accuracy")
-    found = compare.read_runs(runs)
-    assert compare.check_metric(found, "accuracy") == "accuracy"  # its columns show "-"
-    assert compare.find_metrics(found) == ["label_accuracy", "loss"]
+    records = compare.read_runs(runs)
+    assert compare.check_metric(records, "accuracy") == "accuracy"  # its columns show "-"
+    assert compare.find_metrics(records) == ["label_accuracy", "loss"]

@@ -159,8 +159,8 @@ def test_evaluating_imports_only_what_is_trusted(finished, capsys):
     workdir, summary = finished
     with pytest.raises(UserError, match=rf"imports {HERE}:Net.*--trust"):
         evaluate_run(workdir)
-    found = evaluate_run(workdir, trust=True)
-    assert found["recall"] == pytest.approx(summary["test/recall"])
+    results = evaluate_run(workdir, trust=True)
+    assert results["recall"] == pytest.approx(summary["test/recall"])
     assert "recall" in capsys.readouterr().out
     with pytest.raises(UserError, match="--trust"):
         flax_cnns.load_run(workdir)
@@ -278,8 +278,8 @@ def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
 def test_a_partial_makes_a_regularizer_and_a_pair_is_no_data():
     config = complete({})
     given = {"regularizers": [functools.partial(own_parts.Shrink, rate=0.5)]}
-    found = resolving.resolve(config, resolving.write_to_config(config, given)).regularizers
-    assert found["Shrink"].penalty({"head": {"kernel": jnp.ones(2)}}, 0) == 1.0
+    active = resolving.resolve(config, resolving.write_to_config(config, given)).regularizers
+    assert active["Shrink"].penalty({"head": {"kernel": jnp.ones(2)}}, 0) == 1.0
     objects = resolving.write_to_config(config, {"data": (1, 2)})
     with pytest.raises(UserError, match=r"expected a flax_cnns\.Dataset, .* got a tuple"):
         resolving.make_data(config, objects)
@@ -314,9 +314,9 @@ def test_a_partial_of_a_class_makes_the_part():
         regularizers=[functools.partial(own_parts.Shrink, rate=0.1)],
         callbacks=[functools.partial(own_parts.Recorder)],
     )
-    found = resolving.resolve(config, resolving.write_to_config(config, given))
-    assert isinstance(found.callbacks[0], own_parts.Recorder)
-    kernel = found.regularizers["Shrink"].constrain({"head": {"kernel": jnp.full((2, 2), 5.0)}})
+    resolved = resolving.resolve(config, resolving.write_to_config(config, given))
+    assert isinstance(resolved.callbacks[0], own_parts.Recorder)
+    kernel = resolved.regularizers["Shrink"].constrain({"head": {"kernel": jnp.full((2, 2), 5.0)}})
     assert float(kernel["head"]["kernel"].max()) == 2.0
 
 
@@ -492,11 +492,11 @@ def test_an_own_network_is_as_fast_as_a_registered_one():
     programs = []
     for name in ("cifar_resnet20", "flax_cnns.models.cifar_resnet:CifarResNet"):
         model = {"name": name, "depths": (1,), "widths": (4,)}
-        parts, _ = dry_run(complete({**config, "model": model}))
-        made = plan.RunPlan(parts)
+        components, _ = dry_run(complete({**config, "model": model}))
+        made = plan.RunPlan(components)
         state = made.make_abstract_state()
         optimizer = made.make_optimizer({"params": state.params, "batch_stats": state.batch_stats})
-        step = make_train_step(parts, optimizer, 1.0)
+        step = make_train_step(components, optimizer, 1.0)
         batch = {
             "image": jax.ShapeDtypeStruct((8, 8, 8, 1), np.uint8),
             "label": jax.ShapeDtypeStruct((8,), np.int32),
@@ -526,9 +526,9 @@ def test_modules_of_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "my_losses.py").write_text("def mine(logits, labels):\n    return 1\n")
     (tmp_path / "broken_losses.py").write_text("1 / 0\n")
-    found = references.import_reference("my_losses:mine", "train.loss")
-    assert found(1, 2) == 1
-    assert references.make_reference(found) == "my_losses:mine"
+    function = references.import_reference("my_losses:mine", "train.loss")
+    assert function(1, 2) == 1
+    assert references.make_reference(function) == "my_losses:mine"
     with pytest.raises(UserError, match="no module 'my_loses'; did you mean 'my_losses'"):
         references.import_reference("my_loses:mine", "train.loss")
     message = (
@@ -565,7 +565,7 @@ def test_the_shell_gives_fields_to_own_parts(tmp_path):
     """
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(code)
     command = [sys.executable, "-c", code, "--config=c.py", "--config.model.width=3"]
-    found = subprocess.run(
+    result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )
-    assert found.stdout == "3 0.001\n"
+    assert result.stdout == "3 0.001\n"

@@ -37,14 +37,16 @@ def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, mo
     from flax_cnns.runs import build, evaluate
 
     files, test = photos
-    parts = build.build_components(read_config(finished[0]))
-    variables, _ = evaluate.load_variables(parts, finished[0])
-    mean, std = np.float32(parts.dataset.mean), np.float32(parts.dataset.std)
+    components = build.build_components(read_config(finished[0]))
+    variables, _ = evaluate.load_variables(components, finished[0])
+    mean, std = np.float32(components.dataset.mean), np.float32(components.dataset.std)
     images = (test.images[:8] / np.float32(255) - mean) / std
-    logits = np.asarray(parts.model.apply(variables, images))
+    logits = np.asarray(components.model.apply(variables, images))
     monkeypatch.setattr(load, "load_dataset", lambda _: pytest.fail("the data set was loaded"))
-    found = predict.predict(predict.make_predictor_from_folder(finished[0]), files, max_classes=10)
-    for row, guesses in zip(logits, found):
+    predictions = predict.predict(
+        predict.make_predictor_from_folder(finished[0]), files, max_classes=10
+    )
+    for row, guesses in zip(logits, predictions):
         shares = np.exp(row) / np.exp(row).sum()
         assert [name for name, _ in guesses] == [str(k) for k in np.argsort(-shares)]
         np.testing.assert_allclose([p for _, p in guesses], sorted(shares)[::-1], atol=1e-5)

@@ -76,10 +76,10 @@ def test_the_loader_may_augment_and_the_run_is_the_same_to_the_bit(finished, con
 
 def test_batches_that_the_loader_augments_start_anywhere(config):
     config.data.augment.where = "loader"
-    parts = build_components(config)
-    with contextlib.closing(train_batches(parts)) as stream:
+    components = build_components(config)
+    with contextlib.closing(train_batches(components)) as stream:
         third = list(itertools.islice(stream, 3))[-1]
-    with contextlib.closing(train_batches(parts, 2)) as stream:
+    with contextlib.closing(train_batches(components, 2)) as stream:
         chex.assert_trees_all_equal(next(stream), third)
     assert third["image"].dtype == np.float32
 
@@ -304,8 +304,8 @@ def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, cap
         caplog.clear()
         with jax.log_compiles(), contextlib.suppress(Preempted):
             run(config, tmp_path / "run")
-        found = re.findall(r"Compiling jit\((\w+_step)\)", caplog.text)
-        return sorted(found)
+        compiled = re.findall(r"Compiling jit\((\w+_step)\)", caplog.text)
+        return sorted(compiled)
 
     assert compiled(4) == ["eval_step", "train_step"]
     assert compiled(None) == ["eval_step", "train_step"]
@@ -423,14 +423,14 @@ def test_a_batch_that_memory_cannot_hold_is_one_line(config, tmp_path, monkeypat
 
 def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
     workdir, summary = finished
-    found = evaluate_run(workdir)
-    assert found["accuracy"] == summary["test/accuracy"]
-    np.testing.assert_allclose(found["loss"], summary["test/loss"], rtol=1e-6)
-    counts = np.array(found["confusion"])
-    assert counts.sum() == found["examples"] == 360
-    assert np.trace(counts) == round(found["accuracy"] * 360)
-    assert [c["examples"] for c in found["classes"]] == counts.sum(1).tolist()
-    assert (found["step"], found["checkpoint"]) == (12, "tested for summary.json")
+    results = evaluate_run(workdir)
+    assert results["accuracy"] == summary["test/accuracy"]
+    np.testing.assert_allclose(results["loss"], summary["test/loss"], rtol=1e-6)
+    counts = np.array(results["confusion"])
+    assert counts.sum() == results["examples"] == 360
+    assert np.trace(counts) == round(results["accuracy"] * 360)
+    assert [c["examples"] for c in results["classes"]] == counts.sum(1).tolist()
+    assert (results["step"], results["checkpoint"]) == (12, "tested for summary.json")
     assert (workdir / "evaluation_test_12.png").stat().st_size > 10_000
     assert "most often taken for" in capsys.readouterr().out
     best = evaluate_run(f"{workdir}@best", split="validation")
@@ -446,9 +446,9 @@ def test_training_examples_are_evaluated_without_augmentation(finished, config, 
     config.train.evaluate_train = True
     summary = run(config, tmp_path / "run")
     chex.assert_trees_all_equal(arrays(tmp_path / "run"), arrays(finished[0]))
-    found = evaluate_run(tmp_path / "run", split="train")
-    assert summary["fit/examples"] == found["examples"]
-    assert summary["fit/accuracy"] == found["accuracy"]
+    results = evaluate_run(tmp_path / "run", split="train")
+    assert summary["fit/examples"] == results["examples"]
+    assert summary["fit/accuracy"] == results["accuracy"]
     last = records(tmp_path / "run")[-1]
     fit = {name for name in last if name.startswith("fit/")}
     assert fit == {"fit/loss", "fit/accuracy", "fit/top5"}
@@ -460,8 +460,8 @@ def test_a_head_wider_than_the_data_set_is_evaluated(config, tmp_path):
     config.model.num_classes = 12
     config.train.duration = "1 steps"
     run(config, tmp_path / "run")
-    found = evaluate_run(tmp_path / "run")
-    assert [c["class"] for c in found["classes"]][8:] == ["8", "9", "10", "11"]
+    results = evaluate_run(tmp_path / "run")
+    assert [c["class"] for c in results["classes"]][8:] == ["8", "9", "10", "11"]
 
 
 def test_initial_values_are_the_papers_if_the_config_says_so(config):
@@ -487,8 +487,8 @@ def test_auxiliary_weights_by_head_and_step(config, spec, expected):
     rules = make_aux_weights(config.train, steps_per_epoch=10.0)
     chosen = pytree.match(rules, ["a", "b"], what="aux")
     for name, weights in expected.items():
-        found = [float(chosen[name](step)) for step in (0, 50)]
-        np.testing.assert_allclose(found, weights, rtol=1e-6)
+        values = [float(chosen[name](step)) for step in (0, 50)]
+        np.testing.assert_allclose(values, weights, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -532,11 +532,11 @@ def test_graft_starts_from_a_run(finished, config, tmp_path):
     config.optimizer.trainable = ((r"params/head/.*", True), (r".*", False))
     config.train.duration = "2 steps"
     run(config, tmp_path / "run")
-    source, found = arrays(finished[0], "best"), arrays(tmp_path / "run")
+    source, grafted = arrays(finished[0], "best"), arrays(tmp_path / "run")
     kept = [path for path in source if path.startswith("ema/") and "/head/" not in path]
     assert kept
     for path in kept:
-        np.testing.assert_array_equal(found[path.removeprefix("ema/")], source[path])
+        np.testing.assert_array_equal(grafted[path.removeprefix("ema/")], source[path])
     report = json.loads((tmp_path / "run/graft.json").read_text())
     assert any("head" in path for path in report["fresh"])
 
@@ -597,15 +597,15 @@ def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
     config.optimizer.layer_decay = 0.8
     config.train.precise_bn = 3
     summary = run(config, whole)
-    found = arrays(whole)
+    saved = arrays(whole)
     for tree in ("", "ema/"):
-        mean = found[f"{tree}batch_stats/stem/norm/mean"]
+        mean = saved[f"{tree}batch_stats/stem/norm/mean"]
         np.testing.assert_array_equal(mean, np.zeros(4))  # its initial value
-        assert np.any(found[f"{tree}batch_stats/stage1/block1/norm1/mean"] != 0)
+        assert np.any(saved[f"{tree}batch_stats/stage1/block1/norm1/mean"] != 0)
     assert evaluate_run(whole)["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
     # Recomputed statistics do not depend on the moving ones.
     name = "ema/batch_stats/stage1/block1/norm1/var"
-    assert np.all(np.abs(found[name] - found[name.removeprefix("ema/")]) > 1e-7)
+    assert np.all(np.abs(saved[name] - saved[name.removeprefix("ema/")]) > 1e-7)
     with monkeypatch.context() as patch:
         patch.setattr(
             "flax_cnns.runtime.preemption.Signals.should_stop", lambda self, step: step == 5
@@ -613,7 +613,7 @@ def test_frozen_layers_and_precise_statistics_are_saved_as_evaluated(
         with pytest.raises(Preempted):
             run(config, cut)
     run(config, cut)
-    chex.assert_trees_all_equal(arrays(cut), found)
+    chex.assert_trees_all_equal(arrays(cut), saved)
     assert records(cut) == records(whole)
 
 

@@ -275,10 +275,10 @@ def test_strategies_left_out_of_all_are_reported(tmp_path, monkeypatch):
     compare.compare_strategies(targets(model=model, train=train), tmp_path, say=lines.append)
     assert lines[-1] == "targets.similar: note: features, linear_stages call no train.callbacks"
     lines.clear()
-    found = compare.compare_strategies(targets(model=model, data=data), tmp_path, say=lines.append)
+    result = compare.compare_strategies(targets(model=model, data=data), tmp_path, say=lines.append)
     why = "the training images of targets.similar come in batches without end"
     assert lines[-1] == f"left out: features, linear_stages: {why}"
-    assert not {"features", "linear_stages"} & set(found.strategies)
+    assert not {"features", "linear_stages"} & set(result.strategies)
 
 
 @pytest.mark.slow
@@ -307,8 +307,8 @@ def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
     linear, features = (result.select("similar", 1.0, name)[0] for name in ("linear", "features"))
     assert linear.test == features.test
     summary = json.loads((at / "linear/summary.json").read_text())
-    (found,) = features.layers.values()
-    assert found["test/recall"] == pytest.approx(summary["test/recall"], abs=1e-6)
+    (metrics,) = features.layers.values()
+    assert metrics["test/recall"] == pytest.approx(summary["test/recall"], abs=1e-6)
 
 
 # ---- the search for scaling

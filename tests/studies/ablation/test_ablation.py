@@ -137,11 +137,13 @@ def test_seeds_are_paired_over_rows(config, tmp_path):
 
     def drawn(name, seed):
         """Returns (the first images, initial values by path)."""
-        parts = build.build_components(at[name, seed])
-        stream = pipeline.train_batches(parts.dataset, parts.config.data, seed=parts.config.seed)
+        components = build.build_components(at[name, seed])
+        stream = pipeline.train_batches(
+            components.dataset, components.config.data, seed=components.config.seed
+        )
         with contextlib.closing(stream):
             images = next(stream)["image"]
-        return images, pytree.flatten(parts.init_variables()["params"])
+        return images, pytree.flatten(components.init_variables()["params"])
 
     images, params = drawn("base", 1)
     chex.assert_trees_all_equal(drawn("mixed", 1), (images, params))
@@ -442,8 +444,8 @@ def test_the_time_of_a_cell_is_estimated_from_complete_cells(config, tmp_path):
 def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("XLA_FLAGS")  # one device is faster
     sweep = [("base", {}), ("hot", {"schedule.learning_rate": 1e30})]
-    found = ablate.ablate(config, sweep, tmp_path, seeds=1, jobs=2)
-    assert found == {"complete": 1, "diverged": 1}
+    counts = ablate.ablate(config, sweep, tmp_path, seeds=1, jobs=2)
+    assert counts == {"complete": 1, "diverged": 1}
     assert "the gradients of 2 steps in a row were not finite" in state(tmp_path, "hot")["error"]
     summary = json.loads((tmp_path / "base/seed0/summary.json").read_text())
     assert summary["seed"] == config.seed

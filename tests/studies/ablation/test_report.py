@@ -43,8 +43,8 @@ def read(folder):
 
 
 def line(markdown, name):
-    found = next(text for text in markdown.splitlines() if text.startswith(f"| {name} |"))
-    return [cell.strip() for cell in found.strip("|").split("|")]
+    row = next(text for text in markdown.splitlines() if text.startswith(f"| {name} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def numbers(row, *names):
@@ -55,11 +55,11 @@ def test_means_and_paired_differences_by_hand(report):
     _, rows, markdown = report
     # Standard deviation 0.01, t(0.975, 2) = 4.302653.
     half = 4.302653 * 0.01 / 3**0.5
-    found = numbers(rows["plain"], "accuracy", "accuracy_low", "accuracy_high", "error_high")
-    np.testing.assert_allclose(found, [0.91, 0.91 - half, 0.91 + half, 0.09 + half], atol=1e-7)
+    values = numbers(rows["plain"], "accuracy", "accuracy_low", "accuracy_high", "error_high")
+    np.testing.assert_allclose(values, [0.91, 0.91 - half, 0.91 + half, 0.09 + half], atol=1e-7)
     half = 4.302653 * 0.002 / 3**0.5
-    found = numbers(rows["better"], "difference", "difference_low", "difference_high", "p")
-    np.testing.assert_allclose(found, [0.012, 0.012 - half, 0.012 + half, 0.009132], atol=1e-6)
+    values = numbers(rows["better"], "difference", "difference_low", "difference_high", "p")
+    np.testing.assert_allclose(values, [0.012, 0.012 - half, 0.012 + half, 0.009132], atol=1e-6)
     np.testing.assert_allclose(float(rows["better"]["p_holm"]), 2 * 0.009132, atol=1e-5)
     assert line(markdown, "plain")[2:5] == [
         "91.00 [88.52, 93.48]",
@@ -90,12 +90,12 @@ def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
 
 
 def test_an_interval_that_is_printed_with_a_zero_is_not_bold():
-    told = ablation_report.RowSummary(*[None] * 4, 0.01, *[None] * 4)
+    summary = ablation_report.RowSummary(*[None] * 4, 0.01, *[None] * 4)
     for low, bold in ((0.0002, True), (0.00004, False), (-0.0002, False), (float("nan"), False)):
         interval = ablation_report.Interval(0.01, low, 0.02 if low == low else low, 5)
         difference = ablation_report.Difference(interval, 0.01)
-        assert told._replace(difference=difference).is_significant == bold
-        assert not told._replace(difference=difference, p_holm=0.06).is_significant
+        assert summary._replace(difference=difference).is_significant == bold
+        assert not summary._replace(difference=difference, p_holm=0.06).is_significant
 
 
 def test_what_a_row_costs(report):

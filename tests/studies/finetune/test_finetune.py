@@ -87,8 +87,8 @@ def test_a_slower_phase_has_no_last_rate_above_its_first(task):
 
 def leaves(task):
     """Paths of the network's leaves: "params/stem/conv/kernel" ..."""
-    parts = build_components(task.config)
-    return list(pytree.flatten(jax.eval_shape(parts.init_variables)))
+    components = build_components(task.config)
+    return list(pytree.flatten(jax.eval_shape(components.init_variables)))
 
 
 def tops(paths):
@@ -97,7 +97,7 @@ def tops(paths):
 
 def planned(task, name):
     """Describes each phase of a strategy: (loaded parts, trained parts, rate, steps)."""
-    paths, found = leaves(task), []
+    paths, phases = leaves(task), []
     for phase in strategies.STRATEGIES[name](task):
         config = phase.config
         configs.validate(config)
@@ -115,8 +115,8 @@ def planned(task, name):
         assert not tops(set(paths) - loaded) & tops(loaded)
         assert not tops(set(params) - trained) & tops(trained)
         steps = float(config.train.duration.split()[0])
-        found.append((tops(loaded), tops(trained), config.schedule.learning_rate, steps))
-    return found
+        phases.append((tops(loaded), tops(trained), config.schedule.learning_rate, steps))
+    return phases
 
 
 def test_the_parts_of_a_network_and_its_classifier(task):
@@ -168,13 +168,13 @@ BODY = ALL - {"head"}
     ],
 )
 def test_what_a_strategy_loads_and_trains(task, name, expected):
-    found = planned(task, name)
-    assert [phase[:2] for phase in found] == [phase[:2] for phase in expected]
-    np.testing.assert_allclose([p[2:] for p in found], [p[2:] for p in expected])
+    phases = planned(task, name)
+    assert [phase[:2] for phase in phases] == [phase[:2] for phase in expected]
+    np.testing.assert_allclose([p[2:] for p in phases], [p[2:] for p in expected])
 
 
 def test_of_an_odd_number_of_parts_the_lower_half_has_one_more(task):
-    odd = task._replace(parts=task.parts[:3])
+    odd = task._replace(components=task.parts[:3])
     (upper,), (lower,) = (strategies.STRATEGIES[f"{half}_only"](odd) for half in ("upper", "lower"))
     fresh = [{regex for regex, value in p.config.graft.rules if not value} for p in (upper, lower)]
     of_head = "(params|batch_stats)/(head)/.*"
@@ -232,7 +232,7 @@ def test_the_best_classifier_on_stages_is_chosen_by_validation(compared):
     folder, result, _ = compared
     (record,) = result.select("similar", 1.0, "linear_stages")
     assert list(record.layers) == ["stem", "stage1"]
-    best = max(record.layers.values(), key=lambda found: found["validation/accuracy"])
+    best = max(record.layers.values(), key=lambda metrics: metrics["validation/accuracy"])
     assert record.validation == best["validation/accuracy"]
     assert record.test == best["test/accuracy"]
     assert record.test > 0.4  # far above chance (five classes) after a few steps
@@ -262,59 +262,61 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
 
 def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path, monkeypatch):
     """Even under the same config: the source was trained again, or the folder has other images."""
-    parts, cache = build_components(task.config), tmp_path / "features.npz"
-    variables = parts.init_variables()
+    components, cache = build_components(task.config), tmp_path / "features.npz"
+    variables = components.init_variables()
 
-    def computed(parts, variables):
-        found, seconds = probe.load_or_compute_features(parts, variables, [probe.LAST_LAYER], cache)
+    def computed(components, variables):
+        cached, seconds = probe.load_or_compute_features(
+            components, variables, [probe.LAST_LAYER], cache
+        )
         assert (
-            probe.load_or_compute_features(parts, variables, [probe.LAST_LAYER], cache)[1]
+            probe.load_or_compute_features(components, variables, [probe.LAST_LAYER], cache)[1]
             == seconds
         )
-        return found["test"][probe.LAST_LAYER]
+        return cached["test"][probe.LAST_LAYER]
 
-    first = computed(parts, variables)
+    first = computed(components, variables)
     cache.write_bytes(cache.read_bytes()[:-100])  # a damaged file is computed again
-    np.testing.assert_array_equal(computed(parts, variables), first)
-    moved = ConfigDict(parts.config.to_dict())
+    np.testing.assert_array_equal(computed(components, variables), first)
+    moved = ConfigDict(components.config.to_dict())
     moved.data.dir = "elsewhere"
     monkeypatch.setattr(probe, "compute_features", lambda *_: pytest.fail("computed again"))
     probe.load_or_compute_features(
-        parts._replace(config=moved), variables, [probe.LAST_LAYER], cache
+        components._replace(config=moved), variables, [probe.LAST_LAYER], cache
     )
     monkeypatch.undo()
     stem = {"conv": {"kernel": 2 * variables["params"]["stem"]["conv"]["kernel"]}}
     stem = variables["params"]["stem"] | stem
     others = variables | {"params": variables["params"] | {"stem": stem}}
-    assert np.abs(computed(parts, others) - first).max() > 1e-3
-    splits = dict(parts.dataset.splits)
+    assert np.abs(computed(components, others) - first).max() > 1e-3
+    splits = dict(components.dataset.splits)
     splits["test"] = dataclasses.replace(splits["test"], images=255 - splits["test"].images)
-    dataset = dataclasses.replace(parts.dataset, splits=splits)
-    assert np.abs(computed(parts._replace(dataset=dataset), variables) - first).max() > 1e-3
+    dataset = dataclasses.replace(components.dataset, splits=splits)
+    assert np.abs(computed(components._replace(dataset=dataset), variables) - first).max() > 1e-3
 
 
 def test_features_of_photographs_that_another_reader_saw_are_computed_anew(monkeypatch):
     source = ArraySource(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int32), "two")
     splits = {"train": Split(labels=source.labels, source=source)}
-    parts = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits, fingerprint={}))
-    before = probe._digest(parts, {})
-    assert probe._digest(parts, {}) == before
+    components = types.SimpleNamespace(dataset=types.SimpleNamespace(splits=splits, fingerprint={}))
+    before = probe._digest(components, {})
+    assert probe._digest(components, {}) == before
     monkeypatch.setattr(images, "READER_VERSION", images.READER_VERSION + 1)
-    assert probe._digest(parts, {}) != before
+    assert probe._digest(components, {}) != before
 
 
 @pytest.mark.slow
 def test_features_of_a_network_that_scans_are_those_of_its_blocks():
     given = dict(depths=(3,), widths=(4,))
-    found = []
+    results = []
     for more in ({}, dict(scan=True, remat=True)):
-        parts = build_components(make_task(**given, **more).config)
+        components = build_components(make_task(**given, **more).config)
         features, _ = probe.compute_features(
-            parts, parts.init_variables(), ["stage1", probe.LAST_LAYER]
+            components, components.init_variables(), ["stage1", probe.LAST_LAYER]
         )
-        found.append(features["test"])
-    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
-    assert np.abs(found[0]["stage1"]).max() > 0.1
+        results.append(features["test"])
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+    assert np.abs(results[0]["stage1"]).max() > 0.1
 
 
 @pytest.mark.parametrize(

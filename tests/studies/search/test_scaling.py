@@ -103,22 +103,20 @@ def test_a_search_chooses_by_validation_and_reports_the_test(config, tmp_path, m
     monkeypatch.setattr(scaling, "run", run)
     monkeypatch.setattr(scaling, "make_grid", lambda budget, step: points)
     lines = []
-    found = read_fingerprint(config.data)
-    given = dict(accept_changed_data=True, fingerprint=found)
+    fingerprint = read_fingerprint(config.data)
+    given = dict(accept_changed_data=True, fingerprint=fingerprint)
     result = scaling.search(
         config, tmp_path / "all", phi=1.0, seeds=2, accept_changed_data=True, say=lines.append
     )
     assert result.winner == (1.0, 1.2, 1.2)
-    assert [found.trial.kind for found in result.scaled] == [
-        *("depth", "width", "resolution", "compound")
-    ]
+    assert [r.trial.kind for r in result.scaled] == [*("depth", "width", "resolution", "compound")]
     assert [seed for name, seed in seen if name.startswith("grid")] == [0] * len(result.grid)
     assert {seed for name, seed in seen if not name.startswith("grid")} == {1, 2}
     assert len(seen) == len(set(seen)) == len(result.grid) + 5 * 2
     assert lines[-1].startswith(f"{len(seen)}/{len(seen)} compound-")
-    for found in result.scaled:
-        assert found.trial.macs == pytest.approx(2 * result.base.trial.macs, rel=0.25)
-        assert np.ptp(found.accuracy) == pytest.approx(0.01)
+    for trained in result.scaled:
+        assert trained.trial.macs == pytest.approx(2 * result.base.trial.macs, rel=0.25)
+        assert np.ptp(trained.accuracy) == pytest.approx(0.01)
     with pytest.raises(UserError, match="expected phi above 0, got -1"):
         scaling.search(config, tmp_path / "none", phi=-1.0)
     log = next((tmp_path / "all").glob("base*.txt"))
