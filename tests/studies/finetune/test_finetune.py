@@ -174,7 +174,7 @@ def test_what_a_strategy_loads_and_trains(task, name, expected):
 
 
 def test_of_an_odd_number_of_parts_the_lower_half_has_one_more(task):
-    odd = task._replace(components=task.parts[:3])
+    odd = task._replace(parts=task.parts[:3])
     (upper,), (lower,) = (strategies.STRATEGIES[f"{half}_only"](odd) for half in ("upper", "lower"))
     fresh = [{regex for regex, value in p.config.graft.rules if not value} for p in (upper, lower)]
     of_head = "(params|batch_stats)/(head)/.*"
