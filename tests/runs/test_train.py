@@ -409,14 +409,16 @@ def test_a_batch_that_memory_cannot_hold_is_one_line(config, tmp_path, monkeypat
     monkeypatch.setattr(memory, "available", lambda: free["bytes"])
     for name in ("batch_size", "eval_batch_size"):  # memory for reading the images
         free["bytes"] = 2 * 16 * 1024 - 1
-        with pytest.raises(UserError, match=rf"data.{name}=16: .* are free; take a smaller"):
+        with pytest.raises(UserError, match=rf"data.{name}=16: .* are free; choose a smaller"):
             run(config, tmp_path / "run")
         config.data.batch_size = 4
     config.data.batch_size, free["bytes"] = 16, 200_000  # memory for the step
-    with pytest.raises(UserError, match=r"data.batch_size=16: .* are free; take a smaller"):
+    with pytest.raises(UserError, match=r"data.batch_size=16: .* are free; choose a smaller"):
         run(config, tmp_path / "run")
     config.data.eval_batch_size, free["bytes"] = 8192, 20_000_000
-    with pytest.raises(UserError, match=r"data.eval_batch_size=8192: .* are free; take a smaller"):
+    with pytest.raises(
+        UserError, match=r"data.eval_batch_size=8192: .* are free; choose a smaller"
+    ):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

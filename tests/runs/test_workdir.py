@@ -62,7 +62,7 @@ def test_a_run_without_a_fingerprint_is_compared_by_names_and_counts(tmp_path, c
     write_json(run / "summary.json", summary)
     assert workdirs.check_data(run, DataSnapshot(digits, counts)) is None
     assert "its class names and counts were compared" in capsys.readouterr().out
-    with pytest.raises(workdirs.ChangedData, match="test had 100 images, has 90; put"):
+    with pytest.raises(workdirs.ChangedData, match="test had 100 images, has 90; restore"):
         workdirs.check_data(run, DataSnapshot(digits, counts | {"test": 90}))
     with pytest.raises(workdirs.ChangedData, match="train had 640 images, has 641"):
         workdirs.check_data(run, DataSnapshot(digits, counts | {"train": 641}))
