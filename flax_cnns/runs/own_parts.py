@@ -299,7 +299,7 @@ def _make_instance(part: Any, fields: dict[str, Any], reference: str) -> Any:
     try:
         inspect.signature(part).bind(**fields)
     except TypeError as error:
-        expected = "" if inspect.isclass(part) else "expected a class or its factory; "
+        expected = "" if inspect.isclass(part) else "expected a class or a factory function; "
         raise UserError(
             f"{reference}: {expected}{error}; its fields are own.{name_of(reference)}.*"
         ) from None

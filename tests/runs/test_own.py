@@ -260,7 +260,7 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: only sgd and rmsprop"),
         (dict(data={"name": f"{HERE}:no_data"}, own={"digits": 3}), "own.digits"),
         (dict(train={"callbacks": (f"{HERE}:Shrink",)}), "Shrink"),
-        (dict(train={"callbacks": (f"{HERE}:scalar_loss",)}), "expected a class, or a"),
+        (dict(train={"callbacks": (f"{HERE}:scalar_loss",)}), "expected a class or a factory"),
         (dict(own={"Net": {"width": 1}}), "a network's fields are config.model.FIELD"),
         (dict(model={"name": f"{HERE}.Net"}), "network of your own as 'package.module:Name'"),
     ],
