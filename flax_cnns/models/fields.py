@@ -77,7 +77,7 @@ class NotEmpty:
 
 @dataclasses.dataclass(frozen=True)
 class DescribedAs:
-    """The words that describe valid values in a message, in place of those of the type."""
+    """Describes valid values in messages, instead of the type."""
 
     name: str
 

@@ -1,18 +1,19 @@
-"""The network of 15 layers that the first neural architecture search found (v1), for CIFAR-10.
+"""The 15-layer network (v1) for CIFAR-10 that the first neural architecture search found.
 
-Figure 7 of the paper's appendix, without strides or poolings: for each layer height and width of
-the filters, their number, and which layers it takes, side by side. The boxes are printed; the lines
-between them are read off the drawing, as others have read them, and come to 4,201,630 parameters,
-where the paper says 4.2 M. `nas_v1_dense` (every layer takes all before it) and `nas_v1_no_skips`
-are section 4.1's perturbations of it.
+Figure 7 of the paper's appendix shows the network without strides and pooling: each layer's filter
+height and width, its number of filters, and the layers whose maps it concatenates. The figure
+prints the sizes. The connections are read off the drawing, as others have read them. The network
+has 4,201,630 parameters; the paper says 4.2 M. `nas_v1_dense` (every layer takes all layers before
+it) and `nas_v1_no_skips` are the perturbations of section 4.1.
 
-Of two public transcriptions the other has layer 15 take layer 2 where ours has 6, which changes no
-count. Section 4.1 names ReLU and BatchNorm and not their order (here as in ResNet), nor what is in
-front of the softmax (here the mean of the maps and a dense layer: a dense layer on all pixels would
-alone have half a million numbers).
+There are two public transcriptions of the figure. In the other one, layer 15 takes layer 2 instead
+of layer 6, which does not change the number of parameters. Section 4.1 mentions ReLU and BatchNorm
+but not their order, which is ResNet's here. It does not say what precedes the softmax: here the
+mean of the maps and a dense layer, since a dense layer on all pixels would alone have half a
+million parameters.
 
-v2 (strides predicted, 20 layers, 2.5 M), v3 (with max poolings, 39 layers, 7.1 M) and its wider
-form (37.4 M) are not here: the paper prints no layer of them.
+The paper prints no layers of v2 (with predicted strides, 20 layers, 2.5 M), v3 (with max pooling,
+39 layers, 7.1 M) and the wider v3 (37.4 M), so this file does not have them.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ PAPER = Paper(
 
 
 class Layer(NamedTuple):
+    """A convolution of the network, a row of figure 7."""
+
     kernel_size: tuple[Count, Count]  # height, width
     width: Count
-    sources: Sequence[CountOrZero]  # layers from 1, whose maps it takes; 0: the images
+    sources: Sequence[CountOrZero]  # numbers of the layers it takes, from 1; 0: the images
 
 
 FIGURE_7 = (
@@ -62,15 +65,16 @@ FIGURE_7 = (
 
 
 class NAS(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N 48] if it is None.
+    """Searched network v1: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`.
+    Returns pooled features f32 [N 48] if `num_classes` is None. Takes any H and W. Raises
+    `UserError` if the images have other channels than `input_size`.
     """
 
     # architecture
     table: Sequence[Layer] = FIGURE_7
     input_size: ImageSize = (32, 32, 3)
-    norm: str = "batch"  # "none" comes with biases
+    norm: str = "batch"  # with "none" the convolutions have biases
     # head
     num_classes: Classes | None = 10
     # numerics

@@ -1,27 +1,29 @@
 """NASNet-A: two searched cells, stacked by hand as "N @ P".
 
-The cells are data, and `layers/cell.py` computes them; here is how they are stacked. N cells are in
-each of three stages, P channels in the last maps. The paper draws the cells (figure 4) and leaves
-the rest to its authors' release, TensorFlow's slim network, which is followed here.
+N is the number of cells in each of three stages, P the number of channels of the last maps. This
+file holds the cells as data and stacks them; `layers/cell.py` computes a cell. The paper draws the
+cells (figure 4) and leaves the rest to its authors' release, TensorFlow's slim network. We follow
+the release.
 
-- `nasnet_a_*` are slim's networks, with the auxiliary head behind the last stage but one, whose
-  loss slim weighs by 0.4 (`config.train.aux_weight`). The paper's counts are without it.
-- `nasnetalarge` is timm's and `keras_*` are Keras's, without it. They pad their poolings of stride
-  2 with zeros that count: `zero_pools`.
-- ScheduledDropPath drops each operation of a cell, image by image, at a rate that grows with the
-  cell's place, up to `drop_path` in the last cell, and over the training steps from 0. The growth
-  over the steps is left out: from the first step on the rate is what slim ends with, 0.4 on CIFAR,
-  0.3 for the large network, 0 for the mobile one.
+- `nasnet_a_*` are slim's networks. They have an auxiliary head after the second to last stage. Slim
+  weights its loss by 0.4 (`config.train.aux_weight`). The paper's parameter counts leave it out.
+- `nasnetalarge` is timm's network, and `keras_*` are Keras's. They have no auxiliary head. In their
+  pooling with stride 2 the padding counts as zeros: `zero_pools`.
+- ScheduledDropPath drops each operation of a cell, for each image, at a rate that grows with the
+  depth of the cell, up to `drop_path` in the last cell. In the paper the rate also grows over the
+  training steps, from 0. We leave this out: from the first step the rate is slim's final one, 0.4
+  on CIFAR, 0.3 for the large network, 0 for the mobile network.
 
-7 @ 2304 has 32,590,954 parameters so, where table 1 says 27.6 M; 6 @ 2304 would have 28.2 M. The
-same sum gives the table's 3.3 M for 6 @ 768, and both counts for ImageNet to the last digit. Cells
-B and C are not here.
+Without the auxiliary head, 7 @ 2304 has 32,590,954 parameters; table 1 says 27.6 M, and 6 @ 2304
+would have 28.2 M. The same calculation gives the table's 3.3 M for 6 @ 768, and both ImageNet
+counts to the last digit. Cells B and C are not implemented.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -40,10 +42,10 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1707.07012",
 )
 
-_TRUNCATED = "truncated_normal"  # at two deviations
+_TRUNCATED: Literal["truncated_normal"] = "truncated_normal"  # at two standard deviations
 slim_initializer = layers.tensorflow_fan_out(_TRUNCATED)  # `kernel_init="paper"`
 
-# Figure 4. The output of the normal cell has "p" although rows use it.
+# Figure 4. The normal cell's output includes "p", although its rows use "p" as well.
 NORMAL = CellRecipe(
     rows=(
         ("separable5", "x", "separable3", "p"),
@@ -67,12 +69,12 @@ REDUCTION = CellRecipe(
 
 
 class Stem(nn.Module):
-    """A 3x3, and on ImageNet reduction cells: [N H W C] -> the outputs of the last two.
+    """A 3x3 convolution, and on ImageNet reduction cells: [N H W C] -> the last two outputs.
 
-    Without cells the 3x3 keeps the size; with n of them it comes to H/2^(n + 1).
+    Without cells the output is [N H W width]. With n cells it has the size H/2^(n + 1).
     """
 
-    width: int  # of the 3x3
+    width: int  # of the convolution
     widths: Sequence[int]  # of the cells
     conv: ModuleDef
     norm: ModuleDef
@@ -90,10 +92,10 @@ class Stem(nn.Module):
 
 
 class CellStage(nn.Module):
-    """A reduction cell in all stages but the first, and `depth` normal ones.
+    """A reduction cell, except in the first stage, and `depth` normal cells.
 
-    Takes and gives the outputs of the last two cells, [N H W C] and the older one; the newer comes
-    to H/2 where there is a reduction.
+    Takes and returns the outputs of the last two cells: x [N H W C] and the older output p. A
+    reduction halves H and W of x.
     """
 
     depth: int
@@ -119,8 +121,8 @@ class CellStage(nn.Module):
 class Aux(nn.Module):
     """slim's auxiliary head: [N H W C] -> logits f32 [N num_classes], sown in training.
 
-    Its second convolution spans all that a 5x5/3 mean leaves of the maps, `side` by `side` for the
-    published images; maps of other sizes have an adaptive mean of that size.
+    At the published image sizes a 5x5/3 mean leaves maps of `side` x `side`, all of which the
+    second convolution spans. Maps of other sizes go through an adaptive mean to `side` x `side`.
     """
 
     side: int
@@ -137,38 +139,39 @@ class Aux(nn.Module):
         x = nn.relu(self.norm(name="norm1")(x))
         x = self.conv(768, (self.side, self.side), padding=0, name="conv2")(x)
         x = nn.relu(self.norm(name="norm2")(x))
-        x = self.head(name="head")(layers.global_avg_pool(x))  # of one pixel
+        x = self.head(name="head")(layers.global_avg_pool(x))  # x is one pixel
         if train:
             self.sow("aux_logits", "logits", x)
 
 
 class NASNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N P] if it is None.
+    """NASNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 19 with cells in the stem, else 3. In training the auxiliary head, if there
-    is one, sows `aux_logits` aux1/logits. Raises `UserError` where the images are too small or have
-    other channels than `input_size`, for unknown operations, and for fields that are none.
+    Returns pooled features f32 [N P] if `num_classes` is None. H and W are at least 19 with cells
+    in the stem, else 3. In training a network with an auxiliary head sows its logits into
+    `aux_logits` as aux1/logits. Raises `UserError` if the images are too small or have other
+    channels than `input_size`, and for unknown operations or invalid fields.
     """
 
     # architecture
-    width: Count  # of the first stage's cells, doubled from stage to stage: P / 24 for NASNet-A
+    width: Count  # of the cells in the first stage; each stage doubles it. NASNet-A: P / 24
     stem_width: Count  # of the first convolution
     depths: Sequence[CountOrZero]  # normal cells in each stage
     normal: CellRecipe = NORMAL
     reduction: CellRecipe = REDUCTION
-    stem_cells: CountOrZero = 2  # reductions in the stem, of 1/2 the width, 1/4 ...; CIFAR: 0
-    # The normal cell behind a reduction has the reduction's p for its own, in place of its x.
+    stem_cells: CountOrZero = 2  # reductions in the stem, the last of width / 2; CIFAR: 0
+    # The first normal cell after a reduction takes the reduction's p as its p, not its x.
     skip_reduction: bool = False
-    padding: str = "same"  # TensorFlow's; "torch": the same on both sides
-    zero_pools: Sequence[str] = ()  # of "max" and "mean": those of stride 2 take padding for zeros
+    padding: str = "same"  # TensorFlow's; "torch": symmetric
+    zero_pools: Sequence[str] = ()  # "max", "mean": with stride 2 their padding is zeros
     input_size: ImageSize = (224, 224, 3)
     norm: str = "batch"
     # head
-    aux: Count | None = None  # an auxiliary head of this `side`
+    aux: Count | None = None  # `side` of the auxiliary head; None: no such head
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.0  # of the pooled features
-    drop_path: Rate = 0.0  # of operations in the last cell: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of operations in the last cell: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "linear"
     # numerics
@@ -183,15 +186,16 @@ class NASNet(nn.Module):
 
     @property
     def layer_groups(self) -> tuple:
-        """For optimizer.layer_decay, as timm: PNASNet's reductions are cells like the others."""
-        own = self.normal == self.reduction
-        return () if own else ((r"stage\d+/reduction", "above"),)
+        """Groups for optimizer.layer_decay, as timm's; PNASNet's reductions are ordinary cells."""
+        is_one_cell = self.normal == self.reduction
+        return () if is_one_cell else ((r"stage\d+/reduction", "above"),)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         if wrong := set(self.zero_pools) - {"max", "mean"}:
-            raise UserError(f"zero_pools are among 'max' and 'mean', got {sorted(wrong)}")
-        # So that p is larger than x behind each reduction, by which a cell knows it.
+            raise UserError(f"zero_pools may hold 'max' and 'mean', got {sorted(wrong)}")
+        # With smaller images p would not be larger than x after each reduction, by which a cell
+        # recognizes the reduction.
         layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
         conv, norm = layers.building_blocks(self, train, paper=slim_initializer)
         cells = [n + (i > 0) for i, n in enumerate(self.depths)]
@@ -204,7 +208,7 @@ class NASNet(nn.Module):
         )
         normal = partial(cell, recipe=self.normal)
         reduction = partial(cell, recipe=self.reduction, stride=2)
-        # In comments the sizes for 331x331 and 224x224.
+        # Comments give the sizes of maps for images of 331x331 and 224x224.
         widths = [self.width // 2**i for i in range(self.stem_cells, 0, -1)]
         first_init = variance_scaling(2.0, "fan_out", _TRUNCATED)
         first_init = layers.get_initializer(self.kernel_init, paper=first_init)
@@ -221,26 +225,26 @@ class NASNet(nn.Module):
                 name=f"stage{i + 1}",
             )
             x, p = stage(x, p, drops[i + 1])
-            wanted = self.aux and self.num_classes and i == len(self.depths) - 2
-            if wanted and (train or self.is_initializing()):
+            is_before_aux = self.num_classes and i == len(self.depths) - 2
+            if self.aux and is_before_aux and (train or self.is_initializing()):
                 head = partial(layers.make_head(self, slim_initializer), self.num_classes)
                 Aux(self.aux, conv, norm, head, name="aux1")(x, train)
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         return layers.classify(self, nn.relu(x), dropout=dropout, paper=slim_initializer)
 
 
-def _n_at_p(n: int, p: int, **fields: object) -> partial:
+def _n_at_p(n: int, p: int, **fields: Any) -> partial:
     return partial(NASNet, depths=(n, n, n), width=p // 24, **fields)
 
 
 def _cifar(n: int, p: int) -> partial:  # slim's stem is three times as wide as the first cells
-    fields = dict(momentum=0.9, epsilon=1e-5, input_size=(32, 32, 3), num_classes=10)
+    fields: Any = dict(momentum=0.9, epsilon=1e-5, input_size=(32, 32, 3), num_classes=10)
     return _n_at_p(n, p, stem_width=p // 8, stem_cells=0, aux=4, drop_path=0.4, **fields)
 
 
 _MOBILE = _n_at_p(4, 1056, stem_width=32)
 _LARGE = _n_at_p(6, 4032, stem_width=96, skip_reduction=True, input_size=(331, 331, 3))
-_KERAS = dict(zero_pools=("max", "mean"))
+_KERAS: Any = dict(zero_pools=("max", "mean"))
 VARIANTS = {
     "nasnet_a_mobile": partial(_MOBILE, aux=4, dropout=0.5),
     "nasnet_a_large": partial(_LARGE, aux=6, dropout=0.5, drop_path=0.3),

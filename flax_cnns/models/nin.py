@@ -1,17 +1,18 @@
 """Network in Network: the CIFAR and ImageNet networks that the first author released for Caffe.
 
-The paper gives no widths; the released files do: CIFAR-10's (gist mavenlin/e56253735ef32c3c296d,
+The paper gives no widths. The released files do: CIFAR-10's (gist mavenlin/e56253735ef32c3c296d,
 about 1 M parameters) and ImageNet's (gist mavenlin/d802a5849de39225bcc6). `nin_cifar100` is
-CIFAR-10's with 100 classes. They say what the paper does not: all pooling is 3x3 with stride 2 and
-rounds sizes up, as Caffe does, and ReLU also follows the last 1x1 convolution, whose maps, one for
-each class, are averaged to the logits. And they differ from its section 4.1: the second pooling of
-the CIFAR network averages, where the paper has max pooling; the ImageNet network drops before its
-last mlpconv only, where the paper drops between all of them.
+CIFAR-10's network with 100 classes. The files settle what the paper leaves open: all pooling is 3x3
+with stride 2 and rounds sizes up, as Caffe does; ReLU also follows the last 1x1 convolution, which
+gives one map per class, and the mean of each map is the class's logit. The files differ from the
+paper's section 4.1 in two points: the second pooling of the CIFAR network is average pooling, where
+the paper has max pooling; the ImageNet network has dropout only before its last mlpconv, where the
+paper has it between all of them.
 
-The last 1x1 convolution of the last mlpconv is named `head`, so that it can be learned again.
-`kernel_init="paper"` is the released files': N(0, 0.05^2), but on ImageNet N(0, 0.01^2) in conv1,
-conv3 and the head; biases start at zero. The first author's older cuda-convnet files start smaller,
-at 0.001 and 0.01; the paper names no numbers.
+The last 1x1 convolution of the last mlpconv is named `head`, so that fine-tuning can replace it.
+`kernel_init="paper"` is the initialization of the released files: N(0, 0.05^2), but N(0, 0.01^2)
+for ImageNet's conv1, conv3 and head; biases start at zero. The first author's older cuda-convnet
+files have smaller standard deviations, 0.001 and 0.01. The paper gives no numbers.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ PAPER = Paper(
 
 
 class Row(NamedTuple):
-    """An mlpconv, and what follows it: a pooling (not after the last), dropout."""
+    """An mlpconv, the pooling after it (None after the last), and whether dropout follows."""
 
     kernel_size: Count
     widths: Counts  # of the convolution and of the 1x1 convolutions
     stride: Count = 1
     padding: CountOrZero = 0
-    std: float = 0.05  # of the released first values of the convolution
+    std: float = 0.05  # standard deviation of the convolution's initial values, as released
     pool: Callable | None = layers.max_pool
     drop: bool = True
 
@@ -68,24 +69,24 @@ class MlpConv(nn.Module):
 
 
 class NIN(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features f32 [N C] if it is None.
+    """Network in Network: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    The features are those of the last mlpconv without its last convolution, which is the head: 192
-    (CIFAR) or 1024 channels. H and W are at least `smallest`: 4 (CIFAR) or 39. It normalizes
-    nothing: `axis_name` changes nothing. Raises `UserError` where the images are too small or have
-    other channels than `input_size`.
+    Returns pooled features f32 [N C] if `num_classes` is None: the last mlpconv without its last
+    convolution, the head, has 192 (CIFAR) or 1024 channels. H and W are at least `smallest`: 4
+    (CIFAR) or 39. The network has no norms, so `axis_name` changes nothing. Raises `UserError` if
+    the images are too small or have other channels than `input_size`.
     """
 
     # architecture
     rows: Sequence[Row]
-    smallest: Count = 4  # the least that the poolings leave something of
+    smallest: Count = 4  # pixels; of smaller images the pooling would leave nothing
     input_size: ImageSize = (32, 32, 3)
     # head
     num_classes: Classes | None = 10
     # regularization
-    dropout: Rate = 0.5  # after those poolings whose row says so
+    dropout: Rate = 0.5  # after the mlpconvs whose row has `drop`
     # numerics
-    head_std: float = 0.05
+    head_std: float = 0.05  # standard deviation of the head's initial values in the paper
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -96,7 +97,7 @@ class NIN(nn.Module):
         layers.check_images(images, self.input_size, self.smallest)
         conv = partial(layers.Conv, dtype=self.dtype, param_dtype=self.param_dtype)
         x = images
-        for i, row in enumerate(self.rows, 1):  # CIFAR: 32, 16, 8; ImageNet: 54, 27, 13, 6
+        for i, row in enumerate(self.rows, 1):  # H: 32, 16, 8 (CIFAR); 54, 27, 13, 6 (ImageNet)
             x = MlpConv(row, conv, self.kernel_init, name=f"mlpconv{i}")(x)
             if row.pool:
                 x = row.pool(x, 3, 2, ceil=True)

@@ -1,13 +1,14 @@
-"""PNASNet-5: one cell for everything, found from simple to complex; stacked as NASNet is.
+"""PNASNet-5: a single cell, found by searching from simple to complex cells, stacked as in NASNet.
 
-Figure 1's cell, computed by `layers/cell.py`; where it strides it is the reduction. What
-the paper does not say is as in its authors' release, TensorFlow's slim network: NASNet's stem of
-two such cells, "N = 4, F = 216" (table 5) as three times four cells, of which the first of the
-second and of the third stage stride, and all five rows in the output.
+The cell of figure 1 serves as normal cell and, with stride 2, as reduction; `layers/cell.py`
+computes it. We take what the paper leaves open from its authors' release, TensorFlow's slim
+network: NASNet's stem with two such cells; "N = 4, F = 216" (table 5) as three stages of four
+cells, where the first cells of the second and third stages have stride 2; and an output of all five
+rows.
 
-`pnasnet5large` is timm's network, `pnasnet5_large` slim's training of it: drop-path up to 0.4
-(NASNet's, without the growth over the steps), dropout 0.5, the auxiliary head, whose loss slim
-weighs by 0.4 (`config.train.aux_weight`), and its slower running statistics.
+`pnasnet5large` is timm's network. `pnasnet5_large` adds what slim trains with: drop-path up to 0.4
+(as in NASNet, without the growth over the steps), dropout 0.5, the auxiliary head, whose loss slim
+weights by 0.4 (`config.train.aux_weight`), and slower running statistics.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LARGE = partial(
     NASNet,
     width=216,
     stem_width=96,
-    depths=(4, 3, 3),  # besides the cells that stride
+    depths=(4, 3, 3),  # without the cells that have stride 2
     normal=CELL,
     reduction=CELL,
     input_size=(331, 331, 3),

@@ -1,15 +1,16 @@
-"""Pre-activation ResNets for ImageNet: norm and ReLU before each convolution, bare sums.
+"""Pre-activation ResNets for ImageNet: norm and ReLU before each convolution, none after the sum.
 
-The unit is the paper's "full pre-activation", figure 4 (e), which is all that it tries on ImageNet;
-the five orders that it compares, on CIFAR, are in cifar_preact.py.
-As in section 4's text the first block of a stage activates before it splits, so that its projection
-sees what its branch sees, and norm and ReLU follow the last sum; the stem has neither. We stride on
-the 3x3 as timm does, where the paper's ResNets stride on the first 1x1: 4.1 in place of 3.9 GMACs
-(50 layers). `resnetv2_*` are timm's names of the same networks.
+The block is the paper's "full pre-activation", figure 4 (e), the only one it tries on ImageNet.
+cifar_preact.py has the five orders that the paper compares on CIFAR. As section 4 describes, the
+first block of a stage applies norm and ReLU before it splits, so that its projection and its branch
+have the same input; norm and ReLU also follow the last sum; the stem has neither. The stride is on
+the 3x3, as in timm. The paper's ResNets have it on the first 1x1. This costs 4.1 instead of 3.9
+GMACs (50 layers). `resnetv2_*` are timm's names of the same networks.
 
-`keras_*` are Keras's: the last block of a stage strides (its shortcut takes every second pixel), so
-that each stage works on larger maps in all but its last block, here and there with a bias, and the
-stem's pooling sees zeros around the maps, which without a ReLU before it can be the largest.
+`keras_*` are Keras's networks. The last block of a stage has the stride, and its shortcut takes
+every second pixel, so all other blocks of a stage work on larger maps. Stem, projections and the
+ends of branches have biases. The stem's max pooling sees zeros around the maps; as no ReLU precedes
+it, a zero can be the largest value.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PAPER = Paper(
 
 
 class Stem(nn.Module):
-    """7x7/2, 3x3/2 max pool: [N H W C] -> [N H/4 W/4 width], rounded up."""
+    """7x7/2 convolution, 3x3/2 max pooling: [N H W C] -> [N H/4 W/4 width], rounded up."""
 
     width: int
     conv: ModuleDef
@@ -58,14 +59,14 @@ class Bottleneck(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     stride: int = 1
-    bias: bool = False  # of what is added up
+    bias: bool = False  # in the projection and the last convolution
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
         projects = x.shape[-1] != 4 * self.width
         shortcut = x
         if projects:
-            x = nn.relu(self.norm(name="norm1")(x))  # for both ways
+            x = nn.relu(self.norm(name="norm1")(x))  # for shortcut and branch
             projection = self.conv(
                 4 * self.width,
                 (1, 1),
@@ -91,7 +92,7 @@ class Bottleneck(nn.Module):
 
 
 class LateStrideStage(nn.Module):
-    """`layers.Stage`, unrolled, whose last block has the stride in place of the first."""
+    """An unrolled `layers.Stage` whose last block has the stride, instead of the first."""
 
     block: ModuleDef
     conv: ModuleDef
@@ -114,19 +115,20 @@ class LateStrideStage(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """Pre-activation ResNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W; sizes round up at each of the five halvings. Raises `UserError` where C is not that
-    of `input_size`, and for `scan` with `late_stride`.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
+    each of the five halvings. Raises `UserError` if the images have other channels than
+    `input_size`, and for `scan` with `late_stride`.
     """
 
     # architecture
     depths: Counts  # blocks per stage
-    width: Count = 64  # of the stem and the first stage; doubled from stage to stage
+    width: Count = 64  # of the stem and the first stage; each stage doubles it
     input_size: ImageSize = (224, 224, 3)
-    bias: bool = False  # in the stem, in each projection and at the end of each branch
-    late_stride: bool = False  # in the last block of stages 1 to 3, not the first of 2 to 4
-    pad_zeros: bool = False  # around what the stem pools, where else nothing is larger than it
+    bias: bool = False  # in the stem, the projections and the last convolutions of branches
+    late_stride: bool = False  # in the last blocks of stages 1 to 3, not the first of 2 to 4
+    pad_zeros: bool = False  # the padding of the stem's pooling is 0, not -inf
     norm: str = "batch"
     # head
     num_classes: Classes | None = 1000
@@ -153,8 +155,8 @@ class PreActResNet(nn.Module):
         layers.check_images(images, self.input_size)
         if self.scan and self.late_stride:
             raise UserError(
-                "expected scan=False, got True: with late_stride a stage ends in a block unlike "
-                "the others; remat=True saves its memory, and resnetv2_50 can be scanned"
+                "expected scan=False, got True: with late_stride the last block of a stage differs "
+                "from the others; remat=True saves memory too, and resnetv2_50 can be scanned"
             )
         conv, norm = layers.building_blocks(self, train)
         x = Stem(self.width, conv, self.bias, self.pad_zeros, name="stem")(images)  # H/4
@@ -192,7 +194,7 @@ VARIANTS = {
     "keras_resnet152v2": partial(_Keras, depths=DEPTHS[152]),
 }
 _TIMM = ("preact_resnet50", "preact_resnet101", "preact_resnet152")
-_TIMM += ("resnetv2_50", "resnetv2_101", "resnetv2_152")
-SOURCES = {name: ("timm",) for name in _TIMM} | {
+_TIMM_V2 = ("resnetv2_50", "resnetv2_101", "resnetv2_152")
+SOURCES = {name: ("timm",) for name in _TIMM + _TIMM_V2} | {
     name: ("keras",) for name in VARIANTS if name.startswith("keras_")
 }

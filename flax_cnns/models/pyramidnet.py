@@ -1,16 +1,17 @@
-"""PyramidNets for CIFAR: every unit is wider than the one before, by alpha / N of N units.
+"""PyramidNets for CIFAR: each of N units is wider than the unit before it, by alpha / N channels.
 
-The additive networks of section 2.2 with the units of figure 6d: no ReLU in front of a unit's first
-convolution, a norm behind its last one; the shortcut has no weights, zeros behind its channels and
-means of 2x2 where maps shrink. Unit k of N is floor(16 + alpha k / N) channels wide, equation 2 in
-exact numbers, so that the last has 16 + alpha, as table 4 prints. (In floating point, one addition
-after the other, some sums fall short of a whole number and lose a channel: 110 layers with alpha 48
-would end in 63, and have 1,732,856 parameters in place of 1,739,730; 272 layers with alpha 200
-26,046,428 in place of 26,049,562.) The authors' released code,
-and most work since, rounds to the nearest: `rounding="nearest"`. For alpha 270 both are the same
-28,485,477 parameters, where the paper prints 28.3M and we found no reading that gives it.
+These are the additive networks of section 2.2 with the units of figure 6d. A unit has no ReLU
+before its first convolution and a norm after its last. Its shortcut has no weights: it appends
+zeros to the channels, and takes 2x2 means where maps shrink. Unit k of N has
+floor(16 + alpha k / N) channels (equation 2 in exact arithmetic), so that the last unit has
+16 + alpha, as table 4 prints. If the widths are summed up in floating point, some sums fall short
+of a whole number and lose a channel: 110 layers with alpha 48 would end in 63 channels and have
+1,732,856 parameters instead of 1,739,730; 272 layers with alpha 200 would have 26,046,428 instead
+of 26,049,562. The authors' released code, and most work since, rounds to the nearest integer:
+`rounding="nearest"`. For alpha 270 both roundings give 28,485,477 parameters. The paper prints
+28.3M; we found no interpretation that gives this number.
 
-ShakeDrop (Yamada et al. 2018, https://arxiv.org/abs/1802.02375) stands behind the last norm.
+ShakeDrop (Yamada et al. 2018, https://arxiv.org/abs/1802.02375) follows the last norm of a unit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -38,9 +39,10 @@ ROUNDINGS = {"down": math.floor, "nearest": lambda width: math.floor(width + 0.5
 
 
 def shortcut(x: Array, width: int, stride: int) -> Array:
-    """[N H W C] -> [N H/stride W/stride width]: means of 2x2 at stride 2, zeros behind C.
+    """Shortcut without weights: [N H W C] -> [N H/stride W/stride width], sizes rounded up.
 
-    Sizes are rounded up: at an odd edge the mean is of what there is.
+    Takes 2x2 means if `stride` is 2, and appends zeros to the channels. At the edge of maps of odd
+    size the means are over the existing pixels.
     """
     if stride == 2:
         x = layers.avg_pool(x, 2, 2, ceil=True)
@@ -48,7 +50,7 @@ def shortcut(x: Array, width: int, stride: int) -> Array:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
+    """Two 3x3 convolutions: [N H W C] -> [N H/stride W/stride width], rounded up."""
 
     branch_depth: ClassVar[int] = 2  # convolutions
 
@@ -99,9 +101,9 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of these widths, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
+    """Blocks of different widths, the first with the stride: [N H W C] -> [N H/stride W/stride C'].
 
-    As `layers.Stage`, for blocks that are not alike, which `nn.scan` could not run over.
+    Works like `layers.Stage`, but without `scan`, since `nn.scan` needs identical blocks.
     """
 
     block: ModuleDef  # without width, stride and name
@@ -111,8 +113,8 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *each: PyTree) -> Array:
-        def run(block: nn.Module, x: Array, own: PyTree) -> Array:
-            return block(x, *own)
+        def run(block: Any, x: Array, drops: PyTree) -> Array:
+            return block(x, *drops)
 
         if self.remat:
             run = nn.remat(run)
@@ -124,33 +126,34 @@ class Stage(nn.Module):
 
 
 class PyramidNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """PyramidNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`, for a depth that is not
-    three equal stages of whole blocks, or a pyramid that narrows.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. Raises
+    `UserError` if the images have other channels than `input_size`, if `depth` does not give three
+    equal stages of whole blocks, or if `alpha` is negative.
     """
 
     # architecture
-    depth: Count  # in convolutions along the branches, with the stem and the head
-    # By how many channels the last block is wider than the stem.
+    depth: Count  # layers: convolutions of branches, stem and head
+    # The last block has this many more channels than the stem.
     alpha: Annotated[float, AtLeast(0), DescribedAs("a number of at least 0")]
     block: ModuleDef = BasicBlock
-    rounding: str = "down"  # of widths; or "nearest", the released code's
+    rounding: str = "down"  # of widths; "nearest" as in the released code
     input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
     # head
     num_classes: Classes | None = 10
     # regularization
-    drop_path: Rate = 0.0  # stochastic depth's rate in the last block: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of stochastic depth in the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
-    shake_drop: Rate = 0.0  # ShakeDrop's rate in the last block: layers.make_shake_drops
+    shake_drop: Rate = 0.0  # rate of ShakeDrop in the last block: layers.make_shake_drops
     shake_drop_level: str = "image"  # or "batch", "channel", "pixel"
     shake_drop_alpha: tuple[float, float] = (-1.0, 1.0)
     shake_drop_beta: tuple[float, float] = (0.0, 1.0)
     # numerics
     kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last norm of each branch starts at 0: the block is the identity
+    zero_init: bool = False  # each block starts as the identity: its last norm is 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronized BatchNorm
@@ -158,14 +161,15 @@ class PyramidNet(nn.Module):
     remat: bool = False  # recompute the inside of each block in the backward pass
 
     def compute_widths(self) -> list[list[int]]:
-        """Channels inside the blocks of the three stages."""
-        convs = 3 * self.block.branch_depth  # that a block in each stage adds
+        """Returns the channels inside each block, for each of the three stages."""
+        block: Any = self.block
+        convs = 3 * block.branch_depth  # added by one more block in each stage
         depth, rest = divmod(self.depth - 2, convs)
         if rest or depth < 1:
             near = (convs * n + 2 for n in (max(depth, 1), max(depth, 1) + 1))
             raise UserError(
-                f"expected a depth of {convs}n + 2 for {self.block.__name__}, got {self.depth}; "
-                f"the next are {' and '.join(map(str, near))}"
+                f"expected a depth of {convs}n + 2 for {block.__name__}, got {self.depth}; "
+                f"the nearest are {' and '.join(map(str, near))}"
             )
         if self.alpha < 0:
             raise UserError(f"alpha must be a number of at least 0, got {self.alpha}")
@@ -173,7 +177,7 @@ class PyramidNet(nn.Module):
             raise UserError(
                 f"unknown rounding {self.rounding!r}{did_you_mean(self.rounding, ROUNDINGS)}"
             )
-        # Products, since sums of alpha / N collect errors that make 63 of 64.
+        # Not a running sum of alpha / N: its rounding errors would turn 64 into 63.
         total = 3 * depth
         widths = [
             ROUNDINGS[self.rounding](16 + self.alpha * k / total) for k in range(1, total + 1)

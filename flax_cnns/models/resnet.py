@@ -1,20 +1,21 @@
-"""ResNet for ImageNet and its relatives: v1, v1.5, -D, plain, with each kind of shortcut.
+"""ResNet for ImageNet and its relatives: v1, v1.5, -D and plain networks, all kinds of shortcuts.
 
-`resnet50` is table 1 of the paper in the form called v1.5, torchvision's: the paper strides on the
-first 1x1 of a bottleneck (`resnet50_v1`), v1.5 on its 3x3, which costs 4.1 in place of 3.9 GMACs
-(`analysis.cost.cost`). Shortcuts are option B (projections where the shape changes); the paper's
-own table 2 has ResNet-18 and 34 with option A, `resnet34_optA`. ResNet-200 is He et al. 2016's,
-https://arxiv.org/abs/1603.05027, there with pre-activation; here it is the same stages of this
-file's block, as timm has it. ResNet-D: He et al. 2018, https://arxiv.org/abs/1812.01187. Keras
-has v1 with biases in front of its BatchNorms, `keras_resnet50`. The head starts with LeCun's
-variance whatever `kernel_init` is; the paper uses He's for all layers.
+`resnet50` is table 1 of the paper in the form called v1.5, which is torchvision's. In the paper
+(`resnet50_v1`) the first 1x1 of a bottleneck has the stride; in v1.5 the 3x3 has it, which costs
+4.1 instead of 3.9 GMACs (`analysis.cost.cost`). Shortcuts are option B: projections where the shape
+changes. In the paper's table 2, ResNet-18 and 34 have option A: `resnet34_optA`. ResNet-200 comes
+from He et al. 2016, https://arxiv.org/abs/1603.05027, with pre-activation; here it has the same
+stages with this file's block, as in timm. ResNet-D: He et al. 2018,
+https://arxiv.org/abs/1812.01187. Keras's networks, `keras_resnet50` and others, are v1 with biases
+before the BatchNorms. The head is initialized with LeCun's variance for every `kernel_init`; the
+paper uses He's for all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,24 +31,26 @@ PAPER = Paper(
     year=2015,
     url="https://arxiv.org/abs/1512.03385",
 )
-# What the branch of a block is added to. x itself where its shape stays (but for C), else:
+# The shortcut of a block whose input and output differ in shape ("C": of every block). If the
+# shapes are equal, the shortcut is the input itself.
 SHORTCUTS = {
-    "A": "every stride-th pixel, zeros behind the channels that there are: no parameters",
-    "A-mean": "means of 2x2 where the stride is 2, zeros behind (Huang et al. 2016)",
+    "A": "every stride-th pixel, with zeros appended to the channels: no parameters",
+    "A-mean": "2x2 means if the stride is 2, with zeros appended (Huang et al. 2016)",
     "B": "a 1x1 projection",
     "C": "a 1x1 projection, in all blocks",
-    "D": "a 1x1 projection, of means of 2x2 where the stride is 2 (ResNet-D, figure 2c)",
-    "3x3": "a projection, 3x3 where the stride is 2 (SENet-154)",
-    "none": "nothing: the plain networks",
+    "D": "a 1x1 projection, of 2x2 means if the stride is 2 (ResNet-D, figure 2c)",
+    "3x3": "a projection, 3x3 if the stride is 2 (SENet-154)",
+    "none": "no shortcut: the plain networks",
 }
 
 
 def shortcut(
     option: str, x: Array, width: int, stride: int, conv: ModuleDef, norm: ModuleDef
 ) -> Array:
-    """Called inside a block: [N H W C] -> [N H/stride W/stride width] by one of `SHORTCUTS`.
+    """Applies one of `SHORTCUTS`: [N H W C] -> [N H/stride W/stride width].
 
-    Raises `UserError` for an unknown option, and where A would have to drop channels.
+    A block calls it, so that the projection is the block's own. Raises `UserError` for an unknown
+    option, and if option A would have to drop channels.
     """
     if option not in SHORTCUTS:
         raise UserError(f"unknown shortcut {option!r}{did_you_mean(option, SHORTCUTS)}")
@@ -57,7 +60,9 @@ def shortcut(
         x, stride = layers.avg_pool(x, stride, stride, ceil=True), 1
     if option in ("A", "A-mean"):
         if (more := width - x.shape[-1]) < 0:
-            raise UserError(f"shortcut A only adds channels: {x.shape[-1]} are more than {width}")
+            raise UserError(
+                f"shortcut A cannot drop channels: the input has {x.shape[-1]}, the output {width}"
+            )
         return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, more)))
     k = 3 if option == "3x3" and stride > 1 else 1
     x = conv(width, (k, k), strides=stride, padding=k // 2, name="projection")(x)
@@ -65,9 +70,9 @@ def shortcut(
 
 
 def add_branch(
-    block: nn.Module, branch: Callable, x: Array, width: int, drop: layers.DropPath | None
+    block: Any, branch: Callable, x: Array, width: int, drop: layers.DropPath | None
 ) -> Array:
-    """The sum of a block's shortcut and its branch, or without shortcut the branch alone."""
+    """Adds a block's branch to its shortcut; without a shortcut returns the branch alone."""
     if block.shortcut == "none":
         return branch(block, x)
     first = shortcut(block.shortcut, x, width, block.stride, block.conv, block.norm)
@@ -75,7 +80,7 @@ def add_branch(
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
+    """Two 3x3 convolutions: [N H W C] -> [N H/stride W/stride width], rounded up."""
 
     branch_depth: ClassVar[int] = 2  # convolutions
 
@@ -116,8 +121,8 @@ class Bottleneck(nn.Module):
     zero_init: bool = False
     groups: int = 1  # ResNeXt's cardinality
     base_width: int = 64  # channels per group where width is 64
-    stride_first: bool = False  # on the 1x1, as the paper; else on the 3x3
-    first_reduction: int = 1  # conv1 is that much narrower than conv2 (SENet-154: 2)
+    stride_first: bool = False  # the stride is on the 1x1, as in the paper, not on the 3x3
+    first_reduction: int = 1  # conv2 is this many times as wide as conv1 (SENet-154: 2)
 
     @nn.compact
     def __call__(self, x: Array, drop: layers.DropPath | None = None) -> Array:
@@ -145,24 +150,25 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """ResNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W; sizes round up at each halving, five on ImageNet's stems. Raises `UserError` where
-    C is not that of `input_size`, or where fields do not go together.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
+    each halving, of which networks with ImageNet's stems have five. Raises `UserError` if the
+    images have other channels than `input_size`, or if fields contradict each other.
     """
 
     # architecture
     depths: Counts  # blocks per stage; the first stage keeps the size, the others halve it
     block: ModuleDef = Bottleneck
-    width: Count = 64  # of the first stage; doubled from stage to stage
+    width: Count = 64  # of the first stage; each stage doubles it
     groups: Count = 1  # of a bottleneck's 3x3: ResNeXt's cardinality
-    base_width: Count = 64  # channels per group where width is 64: 128 is twice as wide inside
+    base_width: Count = 64  # channels per group if width is 64; 128 makes the 3x3 twice as wide
     shortcut: str = "B"  # one of SHORTCUTS
-    attention: ModuleDef | None = None  # behind each branch: layers.SqueezeExcite
+    attention: ModuleDef | None = None  # at the end of each branch: layers.SqueezeExcite
     stem: ModuleDef = layers.ImageNetStem
     stem_width: Count | None = None  # None: width
     input_size: ImageSize = (224, 224, 3)
-    norm: str = "batch"  # or any of layers.make_norm's, or "fixup": layers/fixup.py
+    norm: str = "batch"  # or another of layers.make_norm's, or "fixup": layers/fixup.py
     conv_bias: bool = False
     # head
     num_classes: Classes | None = 1000
@@ -175,8 +181,8 @@ class ResNet(nn.Module):
     momentum: Rate = 0.9  # of the running statistics
     epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
-    # The last norm of each branch starts at 0, so that a block starts as the identity (Goyal et al.
-    # 2017, section 5.1). Off, as in torchvision.
+    # The last norm of each branch starts at 0, so that each block starts as the identity (Goyal et
+    # al. 2017, section 5.1). Off by default, as in torchvision.
     zero_init: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -189,28 +195,30 @@ class ResNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         layers.check_images(images, self.input_size)
         if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
-            given = "drop_path" if self.drop_path else 'norm="fixup"'
-            raise UserError(f"{given} needs a shortcut: without, nothing is left of a block")
+            field = "drop_path" if self.drop_path else 'norm="fixup"'
+            raise UserError(f"{field} needs a shortcut: without one, nothing of a block is left")
         fixup = self.norm == "fixup"
         conv, norm = layers.building_blocks(
             self, train, use_bias=self.conv_bias, norm="none" if fixup else self.norm
         )
-        head = layers.make_head(self)
-        block_class = getattr(self.block, "func", self.block)  # what a partial is of
+        head: ModuleDef = layers.make_head(self)
+        block_class: Any = getattr(self.block, "func", self.block)  # without partial
         if fixup:
             if self.stem is not layers.ImageNetStem:
-                raise UserError('norm="fixup" goes with the stem of a single convolution')
+                raise UserError(
+                    'norm="fixup" needs the stem with a single convolution: ImageNetStem'
+                )
             conv, norm, head = layers.fixup(
                 conv, head, branches=sum(self.depths), depth=block_class.branch_depth
             )
-        grouped = {}
+        grouped: dict[str, int] = {}
         if hasattr(block_class, "groups"):
             grouped = dict(groups=self.groups, base_width=self.base_width)
         elif (self.groups, self.base_width) != (1, 64):
-            # Two 3x3 with groups would be one wide block (ResNeXt, section 3.3).
+            # Groups would turn two 3x3 into a wide block without groups (ResNeXt, section 3.3).
             raise UserError(
-                f"groups and base_width are a bottleneck's: got {self.groups} and "
-                f"{self.base_width} for blocks of two 3x3; take those of resnet50"
+                f"groups and base_width belong to bottlenecks: got {self.groups} and "
+                f"{self.base_width} for blocks of two 3x3; use the blocks of resnet50"
             )
         attention = self.attention and partial(
             self.attention,
@@ -249,8 +257,8 @@ BottleneckV1 = partial(Bottleneck, stride_first=True)
 _18 = partial(ResNet, depths=DEPTHS[18], block=BasicBlock)
 _34 = partial(ResNet, depths=DEPTHS[34], block=BasicBlock)
 _50, _101, _152, _200 = (partial(ResNet, depths=DEPTHS[n]) for n in (50, 101, 152, 200))
-_KERAS = dict(block=BottleneckV1, conv_bias=True, momentum=0.99, epsilon=1.001e-5)
-_D = dict(stem=layers.DeepStem, shortcut="D")
+_KERAS: Any = dict(block=BottleneckV1, conv_bias=True, momentum=0.99, epsilon=1.001e-5)
+_D: Any = dict(stem=layers.DeepStem, shortcut="D")
 VARIANTS = {
     "resnet18": _18,
     "resnet34": _34,

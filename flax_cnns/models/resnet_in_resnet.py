@@ -1,28 +1,34 @@
-"""ResNet in ResNet (RiR) for CIFAR: two streams, one with shortcuts, in blocks with a shortcut.
+"""ResNet in ResNet (RiR) for CIFAR: blocks with a shortcut, made of units with two streams.
 
-A generalized residual unit (equation 1, figure 1b) has a residual stream r and a transient stream
-t, and four convolutions within and between them. Stacked they are the "ResNet Init" networks; two
-of them in the place of the two convolutions of He et al.'s block are a block of RiR (figure 1d).
+A generalized residual unit (equation 1, figure 1b) has a residual stream r with a shortcut, a
+transient stream t without, and four convolutions within and between the streams. Stacked units are
+the "ResNet Init" networks. A block of RiR (figure 1d) is He et al.'s block with two such units in
+place of its two convolutions.
 
-Reconstructed, counts unverified: what we know of the 18 wide layers is what networks that others
-released have in common (pytorchcv's, nutszebra's and weiaicunzai's): a 3x3 convolution for each
-stream, 16 units, of which 4, 6 and 6 have 48, 96 and 192 channels a stream, a 1x1 convolution of
-both streams to the classes, and the mean of its maps. They differ, and so we chose, in
-- shortcuts: ours take every stride-th pixel and add zeros, which leaves 9,469,940 parameters;
-  pytorchcv's two 1x1 projections (23,040) make it 9,492,980;
-- the outer shortcut: ours joins the residual streams alone, behind the unit's ReLU (nutszebra);
-  the others have none, which is `resnet_init_18_wide` here;
-- the stride: on a stage's first unit, on its second in one;
-- the head: BatchNorm behind it, without ReLU (pytorchcv).
-ResNet Init proper adds the identity to a kernel's first values, where we have a shortcut: the same
-network, but that weight decay does not pull at the identity. `rir_18` is as many layers with 8, 16
-and 32 channels a stream, 16, 32 and 64 in all as in He et al.'s networks; that is our choice.
+This is a reconstruction, and the parameter counts are unverified. What we know about the 18-layer
+wide network is what three released implementations (pytorchcv's, nutszebra's and weiaicunzai's)
+have in common: one 3x3 convolution per stream, 16 units, of which 4, 6 and 6 have 48, 96 and 192
+channels per stream, a 1x1 convolution from both streams to the classes, and the mean of its maps.
+Where they differ, we chose:
+
+- Shortcuts: ours take every stride-th pixel and append zeros, which gives 9,469,940 parameters.
+  pytorchcv's two 1x1 projections (23,040 parameters) make it 9,492,980.
+- The outer shortcut: ours joins only the residual streams, after the unit's ReLU (nutszebra). The
+  other implementations have no outer shortcut, as `resnet_init_18_wide` here.
+- The stride: ours is on the first unit of a stage. One implementation has it on the second.
+- The head: BatchNorm follows it, without ReLU (pytorchcv).
+
+The paper's ResNet Init adds the identity to the initial values of a kernel. We have a shortcut
+instead: the same network, except that weight decay does not shrink the identity. `rir_18` is our
+choice: as many layers with 8, 16 and 32 channels per stream, that is, 16, 32 and 64 in total as in
+He et al.'s networks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -38,13 +44,14 @@ PAPER = Paper(
     year=2016,
     url="https://arxiv.org/abs/1603.08029",
 )
-Streams = tuple[Array, Array]  # residual and transient, [N H W C] both
+Streams = tuple[Array, Array]  # residual and transient, both [N H W C]
 
 
 class Unit(nn.Module):
     """Equation 1: r' = s(W_rr * r + W_tr * t + shortcut(r)), t' = s(W_rt * r + W_tt * t).
 
-    s is norm and ReLU, each W a 3x3. [N H W C] -> [N H/stride W/stride width], rounded up.
+    s is norm and ReLU, each W a 3x3 convolution. Each stream: [N H W C] -> [N H/stride W/stride
+    width], rounded up.
     """
 
     width: int  # of each stream
@@ -63,7 +70,7 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Two units, and around them the residual stream's own shortcut, if `nested`."""
+    """Two units, and if `nested` a shortcut of the residual stream around both."""
 
     width: int
     conv: ModuleDef
@@ -81,17 +88,18 @@ class Block(nn.Module):
 
 
 class ResNetInResNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """ResNet in ResNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    The features are those of both streams: 384 channels in `rir_18_wide`. Any H and W. Raises
-    `UserError` where C is not that of `input_size`, for depths and widths that do not go together,
-    and for `norm="group"`, which the classes' norm does not fit.
+    Returns pooled features f32 [N C] of both streams if `num_classes` is None: 384 channels in
+    `rir_18_wide`. Takes any H and W. Raises `UserError` if the images have other channels than
+    `input_size`, if `depths` and `widths` differ in length, and for `norm="group"`, since the norm
+    after the head has one channel per class.
     """
 
     # architecture
-    depths: Counts = (2, 3, 3)  # blocks per stage, of two units
+    depths: Counts = (2, 3, 3)  # blocks per stage; a block has two units
     widths: Counts = (48, 96, 192)  # of each stream
-    nested: bool = True  # RiR; without the outer shortcuts ResNet Init
+    nested: bool = True  # RiR; False: ResNet Init, without the outer shortcuts
     input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
     # head
@@ -111,12 +119,14 @@ class ResNetInResNet(nn.Module):
         layers.check_stages(self.depths, self.widths)
         conv, norm = layers.building_blocks(self, train)
         stem = partial(layers.CifarStem, self.widths[0], conv, norm)
-        x = stem(name="stem_r")(images), stem(name="stem_t")(images)
+        streams: Any = stem(name="stem_r")(images), stem(name="stem_t")(images)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
             block = partial(Block, width, norm=norm, nested=self.nested)
-            x = stage(block, conv, depth, stride=1 if i == 0 else 2, name=f"stage{i + 1}")(x)
-        x = jnp.concatenate(x, axis=-1)
+            streams = stage(block, conv, depth, stride=1 if i == 0 else 2, name=f"stage{i + 1}")(
+                streams
+            )
+        x = jnp.concatenate(streams, axis=-1)
         if self.num_classes is None:
             return layers.global_avg_pool(x)
         conv, norm = layers.building_blocks(self, train, dtype=jnp.float32)

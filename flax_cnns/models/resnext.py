@@ -1,10 +1,10 @@
-"""ResNeXt: ResNet's bottleneck with the 3x3 in groups, the form of figure 3(c).
+"""ResNeXt: ResNet's bottleneck with a grouped 3x3 convolution, in the form of figure 3(c).
 
-A row says groups x width of each: 32x4d has 32 groups of 4 channels where the bottleneck is 64
-wide. Strides are on the 3x3, as in torchvision and the authors' code. Of ImageNet's networks the
-paper has 50 and 101 32x4d and 101 64x4d; 101 32x8d is torchvision's (Mahajan et al. 2018). For
-CIFAR, section 5.3: three stages of three bottlenecks, 9n + 2 = 29 layers; what the first stage
-gives is 256 wide, as on ImageNet.
+A name gives groups x channels per group: 32x4d has 32 groups of 4 channels in the first stage,
+where `width` is 64. Strides are on the 3x3, as in torchvision and the authors' code. The paper has
+50 and 101 layers with 32x4d and 101 with 64x4d for ImageNet; 101 with 32x8d is torchvision's
+(Mahajan et al. 2018). CIFAR's networks are those of section 5.3: three stages of three bottlenecks,
+9n + 2 = 29 layers. The first stage has 256 output channels, as on ImageNet.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """Squeeze-and-excitation in ResNet, ResNeXt and SENet-154, the winner of ILSVRC 2017.
 
-Each branch ends in `layers.SqueezeExcite`. `se_resnet50` and its like are the authors' networks,
-which are Caffe's, as timm has them under the names `legacy_seresnet50`: a bottleneck strides on its
-first 1x1 (ResNeXt's and SENet-154's on the 3x3), and the stem's max pool rounds up in place of
-padding. Blocks of two 3x3, which the authors did not release, have timm's ReLU in front of the
-squeeze. `seresnet50` and its like are timm's own: torchvision's networks, and no fewer than 8
-channels between the two dense layers.
+Each branch ends in `layers.SqueezeExcite`. There are two kinds of networks:
 
-SENet-154 is the paper's section 6.1 and its appendix: a ResNeXt-152 64x4d whose first 1x1 is half
-as wide, whose projections are 3x3 where the size changes, with a deep stem and dropout 0.2 before
-the classes. `legacy_senet154` is the authors', `senet154` timm's own: a padded pool, no dropout.
+- `se_resnet50` and others are the authors' Caffe networks, which timm calls `legacy_seresnet50` and
+  so on. The first 1x1 of a bottleneck has the stride (in ResNeXt and SENet-154 the 3x3), and the
+  stem's max pooling rounds sizes up instead of padding. The authors released no networks with
+  blocks of two 3x3; these blocks have a ReLU before the squeeze, as in timm.
+- `seresnet50` and others are timm's own: torchvision's networks, with at least 8 channels between
+  the two dense layers of a squeeze-and-excitation.
+
+SENet-154 comes from the paper's section 6.1 and its appendix: a ResNeXt-152 64x4d with half as many
+channels in the first 1x1 of a bottleneck, 3x3 projections where the size changes, a deep stem, and
+dropout 0.2 before the classes. `legacy_senet154` is the authors' network. `senet154` is timm's own,
+with padded pooling and without dropout.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 
@@ -31,15 +35,15 @@ PAPER = Paper(
 
 
 class RectifiedSqueezeExcite(layers.SqueezeExcite):
-    """Behind a ReLU: [N H W C] -> [N H W C]."""
+    """Squeeze-and-excitation after a ReLU: [N H W C] -> [N H W C]."""
 
     def __call__(self, x: Array) -> Array:
         return super().__call__(nn.relu(x))
 
 
-_CAFFE = dict(stem=partial(layers.ImageNetStem, ceil=True), attention=layers.SqueezeExcite)
-_CAFFE_BASIC = _CAFFE | dict(block=BasicBlock, attention=RectifiedSqueezeExcite)
-_32X4D = dict(groups=32, base_width=4)
+_CAFFE: Any = dict(stem=partial(layers.ImageNetStem, ceil=True), attention=layers.SqueezeExcite)
+_CAFFE_BASIC: Any = _CAFFE | dict(block=BasicBlock, attention=RectifiedSqueezeExcite)
+_32X4D: Any = dict(groups=32, base_width=4)
 _154 = partial(
     ResNet,
     depths=DEPTHS[152],
@@ -49,7 +53,7 @@ _154 = partial(
     shortcut="3x3",
     stem_width=128,
 )
-_TIMM = dict(attention=partial(layers.SqueezeExcite, divisor=8))
+_TIMM: Any = dict(attention=partial(layers.SqueezeExcite, divisor=8))
 VARIANTS = {
     "legacy_seresnet18": partial(ResNet, depths=DEPTHS[18], **_CAFFE_BASIC),
     "legacy_seresnet34": partial(ResNet, depths=DEPTHS[34], **_CAFFE_BASIC),
@@ -70,7 +74,7 @@ VARIANTS = {
     "seresnext101_32x4d": partial(ResNet, depths=DEPTHS[101], **_32X4D, **_TIMM),
     "senet154": partial(_154, stem=layers.DeepStem, **_TIMM),
 }
-# The authors' networks by the authors' names: `se_resnet50` is `legacy_seresnet50`.
+# The authors' networks also have the authors' names: `se_resnet50` is `legacy_seresnet50`.
 ALIASES = {
     name.replace("legacy_se", "se_"): name for name in VARIANTS if name.startswith("legacy_seres")
 }

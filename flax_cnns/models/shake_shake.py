@@ -1,11 +1,12 @@
-"""Shake-Shake networks for CIFAR-10, section 2.1: two residual branches under random gates.
+"""Shake-Shake networks for CIFAR-10 (section 2.1): two residual branches mixed with random weights.
 
-26 layers: a 3x3, three stages of four blocks with two convolutions in depth, the head. "2x32d" is
-two branches of 32 channels in the first stage. Each stage starts with another width, so each has a
-shortcut of the paper's two flows: 1x1 convolutions of every second pixel, and of every second pixel
-of the maps moved by one pixel right and down. The paper is silent on the ReLU in front of them,
-which the author's released code has, as has ours. Others (google-research/sam) move the maps left
-and up instead, and leave that ReLU out; counts are the same.
+The 26 layers are a 3x3 convolution, three stages of four blocks that are two convolutions deep, and
+the head. "2x32d" means two branches of 32 channels in the first stage. Every stage starts with a
+new width, so the first block of each has the paper's shortcut of two flows: a 1x1 convolution of
+every second pixel, and a 1x1 convolution of every second pixel of the maps shifted right and down
+by one pixel. The paper does not mention the ReLU before the two flows; the author's released code
+has it, and so does ours. Others (google-research/sam) shift the maps left and up and leave this
+ReLU out; the number of parameters is the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PAPER = Paper(
 
 
 class Branch(nn.Module):
-    """ReLU, 3x3, norm, twice: [N H W C] -> [N H/stride W/stride width], rounded up."""
+    """Twice ReLU, 3x3, norm: [N H W C] -> [N H/stride W/stride width], rounded up."""
 
     width: int
     conv: ModuleDef
@@ -46,7 +47,7 @@ class Branch(nn.Module):
 
 
 class Block(nn.Module):
-    """The shortcut and the mix of two branches: [N H W C] -> [N H/stride W/stride width]."""
+    """Adds a mix of two branches to a shortcut: [N H W C] -> [N H/stride W/stride width]."""
 
     width: int
     conv: ModuleDef
@@ -63,7 +64,7 @@ class Block(nn.Module):
         return self.shortcut(x) + layers.shake_shake(y1, y2, shake)
 
     def shortcut(self, x: Array) -> Array:
-        """x itself where the shape stays, else ReLU, two flows side by side, a norm."""
+        """Returns x if the shape stays, else applies ReLU, two concatenated flows and a norm."""
         if x.shape[-1] == self.width and self.stride == 1:
             return x
         x = nn.relu(x)
@@ -77,14 +78,16 @@ class Block(nn.Module):
 
 
 class ShakeShake(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """Shake-Shake network: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. In training `apply` needs the stream "dropout", or "shared" for level "batch".
-    Raises `UserError` where C is not that of `input_size`, or for names that table 1 does not have.
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. In training
+    `apply` needs the random stream "dropout", or "shared" for level "batch". Raises `UserError` if
+    the images have other channels than `input_size`, and for an unknown `forward`, `backward` or
+    `level`.
     """
 
     # architecture
-    width: Count  # of the first stage; doubled from stage to stage
+    width: Count  # of the first stage; each stage doubles it
     depths: Counts = (4, 4, 4)  # blocks per stage; the first keeps the size, others halve it
     input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"
@@ -92,8 +95,8 @@ class ShakeShake(nn.Module):
     num_classes: Classes | None = 10
     # regularization
     forward: str = "shake"  # or "even": layers.make_shakes
-    backward: str = "shake"  # or "even", or "keep": the forward pass's
-    level: str = "image"  # or "batch": what shares a number
+    backward: str = "shake"  # or "even", or "keep": the numbers of the forward pass
+    level: str = "image"  # one random number per image, or per "batch"
     # numerics
     kernel_init: str | Callable = "he"
     zero_init: bool = False  # the last norm of each branch starts at 0
@@ -118,7 +121,7 @@ class ShakeShake(nn.Module):
         return layers.classify(self, nn.relu(x))
 
 
-VARIANTS = {  # table 1, and the 2x112d of later work (Cubuk et al. 2018, AutoAugment)
+VARIANTS = {  # table 1; 2x112d comes from later work (Cubuk et al. 2018, AutoAugment)
     "shakeshake_26_2x32d": partial(ShakeShake, width=32),
     "shakeshake_26_2x64d": partial(ShakeShake, width=64),
     "shakeshake_26_2x96d": partial(ShakeShake, width=96),

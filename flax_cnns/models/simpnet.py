@@ -1,16 +1,16 @@
-"""SimpNet: thirteen 3x3 convolutions, three of them with SAF pooling, which is max pooling with
-some of the best responses missing.
+"""SimpNet: 13 convolutions of 3x3, and 3 SAF poolings that drop some of the best responses.
 
-Widths, rates of dropout, constants of BatchNorm and first values are those of the network
-definitions its authors publish for CIFAR-10 (https://github.com/Coderx7/SimpNet, in SimpNetV2:
-Architectures/CIFAR10 and Experiments/Slim Test/CIFAR10); convolutions are counted from 1 to 13 here
-where those say conv1_0, conv4_2. Dropout stands behind every convolution and every pooling: 0.2 and
-from the second pooling on 0.3 (5M); 0.2 (9M); 0.1 and from there on 0.2 (600K); none (300K; its
-CIFAR-100 network has saf_rate=(0.1, 0.2, 0.2)). The README's 5.4M are 5,478,223 parameters.
+Widths, dropout rates, BatchNorm constants and initial values come from the network definitions that
+the authors publish for CIFAR-10 (https://github.com/Coderx7/SimpNet, in SimpNetV2:
+Architectures/CIFAR10 and Experiments/Slim Test/CIFAR10). Their conv1_0, conv4_2 and so on are
+numbered from 1 to 13 here. Dropout follows every convolution and every pooling: 0.2, and 0.3 from
+the second pooling on (5M); 0.2 (9M); 0.1, and 0.2 from the second pooling on (600K); none (300K;
+its CIFAR-100 network has saf_rate=(0.1, 0.2, 0.2)). The README's 5.4M are 5,478,223 parameters.
 
-We differ in the running statistics: Caffe divides its moving sum by the sum of its weights, so it
-starts at the first batch's; ours starts at mean 0 and variance 1, which a run of a few
-hundred steps notices: after 100 of them 0.95^100 = 0.006, or 0.99^100 = 0.37, is still the start's.
+Our running statistics differ. Caffe divides its moving sum by the sum of the weights, so that the
+statistics start at those of the first batch. Ours start at mean 0 and variance 1, which matters in
+runs of a few hundred steps: after 100 steps the initial values still have a weight of 0.95^100 =
+0.006, or 0.99^100 = 0.37.
 """
 
 from __future__ import annotations
@@ -35,28 +35,33 @@ PAPER = Paper(
 
 
 class SimpNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """SimpNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W from 4 on. Raises `UserError` where the images are smaller or have other channels
-    than `input_size`, and where there are not as many rates as groups.
+    Returns pooled features f32 [N C] if `num_classes` is None. H and W are at least 4. Raises
+    `UserError` if the images are too small or have other channels than `input_size`, and if the
+    number of rates is not the number of groups.
     """
 
     # architecture
-    widths: Sequence[Counts]  # of the convolutions up to each of the poolings
+    widths: Sequence[Counts]  # of the convolutions, in one group for each pooling
     input_size: ImageSize = (32, 32, 3)
-    norm: str = "batch"  # "group" for widths that 16 divides; "none"
+    norm: str = "batch"  # or "group", for widths divisible by 16, or "none"
     # head
     num_classes: Classes | None = 10
     # regularization
-    # Behind a convolution that no pooling follows: one rate, or one for each group of `widths`.
+    # After convolutions that no pooling follows: one rate, or one for each group of `widths`.
     dropout: Rate | Sequence[Rate] = 0.0
-    # Of the pooling behind each group, the last over the whole map; `saf`: layers.SAFPool.choose.
+    # Of the pooling after each group; the last pools the whole map.
     saf_rate: Rate | Sequence[Rate] = 0.0
-    saf: str = "random"
+    saf: str = "random"  # layers.SAFPool.choose
     # numerics
     momentum: Rate = 0.95  # of the running statistics
     kernel_init: str | Callable = "he"
-    gaussian: Sequence[Count] = (3, 4, 5)  # convolutions that "paper" starts with N(0, 0.01^2)
+    gaussian: Sequence[Count] = (
+        3,
+        4,
+        5,
+    )  # convolutions that `kernel_init="paper"` draws from N(0, 0.01^2)
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronized BatchNorm
@@ -73,20 +78,22 @@ class SimpNet(nn.Module):
                 paper = layers.gaussian(0.01) if number in self.gaussian else layers.caffe_xavier
                 conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
                 x = layers.ConvUnit(width, (3, 3), conv, norm, name=f"conv{number}")(x)
-                if place < len(group):  # else the pooling drops
+                if place < len(group):  # after the last one the pooling drops
                     drop = nn.Dropout(dropout[i], name=f"dropout{number}")
                     x = drop(x, deterministic=not train)
             window = 2 if i + 1 < len(self.widths) else None
             x = layers.SAFPool(saf_rate[i], window, self.saf, name=f"pool{i + 1}")(x, train)
-        return layers.classify(self, x, paper=layers.caffe_xavier)  # of [N C]
+        return layers.classify(self, x, paper=layers.caffe_xavier)  # x: [N C]
 
     def _rates(self, field: str) -> Sequence[float]:
-        """The field as one rate for each group of `widths`."""
+        """Returns the rates in `field`, one for each group of `widths`."""
         rates, groups = getattr(self, field), len(self.widths)
         if isinstance(rates, int | float):
             return (rates,) * groups
         if len(rates) != groups:
-            raise UserError(f"{field} is one rate or {groups}, one a pooling; got {len(rates)}")
+            raise UserError(
+                f"{field} must be one rate, or {groups}: one for each pooling; got {len(rates)}"
+            )
         return rates
 
 

@@ -1,17 +1,18 @@
-"""SparseNet of Liu & Zeng, a DenseNet whose layers take only the farthest and the nearest maps.
+"""SparseNet (Liu and Zeng): a DenseNet whose layers take only the farthest and the nearest maps.
 
-Of the maps before it a layer takes the first n/2 and the last n/2 of the block, n being the `path`
-(section 3.2; 7 and 7 of path 14 in section 5.1). Basic, with the bottlenecks and the compression of
-DenseNet-BC ("bc"), and with attention on what each layer gives besides ("abc").
+Of the maps before it in its block, a layer takes the first n/2 and the last n/2, where n is the
+`path` (section 3.2; 7 and 7 for path 14 in section 5.1). There is a basic network, "bc" with the
+bottlenecks and the compression of DenseNet-BC, and "abc", which adds attention on each layer's
+output.
 
-What could be established: the wiring, that blocks are deeper and deeper (V1 to V4 have 8, 12, 16;
-12, 18, 24; 16, 24, 32; 20, 30, 40 layers), and path 14 for V1. The growth rates and the other paths
-are in a table that we could not read, and the paper prints no count that settles them ("x2.6
-smaller" than DenseNet's 25.6 M, for one). So the rows are the defaults of the programs that the
-authors published: 10, 15 and 20 layers, k = 16, path 10. Where those programs part from the paper
-we follow the paper: no biases, ReLU before a bottleneck's 1x1 too, none in the stem, with bc half
-of the channels behind a transition, and `path` maps with the block's input among them (the programs
-keep one more).
+We could establish the connections, the growing depth of the blocks (V1 to V4 have 8, 12, 16; 12,
+18, 24; 16, 24, 32; 20, 30, 40 layers), and path 14 for V1. The growth rates and the other paths are
+in a table that we could not read, and no count that the paper prints determines them (one of them
+is "x2.6 smaller" than DenseNet's 25.6 M). So the variants have the defaults of the programs that
+the authors published: 10, 15 and 20 layers, k = 16, path 10. Where those programs differ from the
+paper, we follow the paper: no biases, ReLU also before a bottleneck's 1x1, no ReLU in the stem,
+half of the channels after a transition in "bc", and `path` maps including the block's input (the
+programs keep one map more).
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ PAPER = Paper(
 
 
 def farthest_and_nearest(maps: Sequence[Array], path: int) -> Sequence[Array]:
-    """Of more than `path` maps the first half and the last half of so many, in their order."""
+    """Returns the first and last `path` / 2 of more than `path` maps, in order, else all maps."""
     if len(maps) <= path:
         return maps
     return [*maps[: path // 2], *maps[len(maps) - (path - path // 2) :]]
 
 
 class ChannelAttention(nn.Module):
-    """x + x * F(x): [N H W C] -> [N H W C], section 3.3.
+    """Channel attention x + x * F(x) of section 3.3: [N H W C] -> [N H W C].
 
-    F pools x over H and W, and sends that and its 1x1 through another 1x1, norm and ReLU before
-    each, a sigmoid behind the last (which the authors' program has and the paper does not name).
+    F averages x over H and W. A 1x1 convolution takes the means, a second one takes its output and
+    the means; norm and ReLU precede each, and a sigmoid follows the second (in the authors' program
+    but not in the paper).
     """
 
     conv: ModuleDef

@@ -1,22 +1,23 @@
-"""SparseNet of Zhu et al.: a layer takes the maps of the layers 1, 2, 4, 8 ... before it.
+"""SparseNet (Zhu et al.): a layer takes the maps of the layers 1, 2, 4, 8 ... before it.
 
-As DenseNet does by `densenet.all_before`, side by side (`sparsenet_40_24`: 40 layers, growth rate
-24; `_bc_` as there; three growth rates where each block has its own), or added up as in a ResNet
-(`sparsenet_sum_164`). A block gives what its next layer would take. For ImageNet `sparsenet121` and
-its like are DenseNet's rows with these links: we found no list of the paper's for them; pytorchcv
-has the same, to the parameter.
+The maps are concatenated as in a DenseNet (`sparsenet_40_24` has 40 layers and growth rate 24;
+`_bc_` means bottlenecks and compression; three growth rates are those of the three blocks), or
+summed up as in a ResNet (`sparsenet_sum_164`). A block returns what its next layer would take. For
+ImageNet we found no list of layers in the paper: `sparsenet121` and others are DenseNet's rows with
+these connections. pytorchcv's networks have exactly as many parameters.
 
-The counts that the paper's authors publish for CIFAR are those of 100 classes and stems of 2k
-channels, with and without BC, their DenseNets' included: 0.76, 2.52, 5.65, 7.22; 1.46 and 4.38 M.
-Not so sparsenet_bc_100_32_64_128: 16.72 M, where this list of layers gives 17.34 M (and without
-bottlenecks, or with the stem, the compression or the depth of another row, something further from
-it). For 16, 32, 64 with BC we are at 4.37 M.
+For CIFAR the paper's authors publish counts with 100 classes and stems of 2k channels, with and
+without BC, also for their DenseNets: 0.76, 2.52, 5.65, 7.22; 1.46 and 4.38 M. Our networks match
+them; for 16, 32, 64 with BC we have 4.37 M. The exception is sparsenet_bc_100_32_64_128: the
+authors publish 16.72 M, and this list of layers gives 17.34 M. Without bottlenecks, or with the
+stem, compression or depth of another row, the difference is larger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,13 +37,13 @@ PAPER = Paper(
 
 
 def powers_of_two(maps: Sequence[Array]) -> Sequence[Array]:
-    """Of the maps so far those 1, 2, 4, 8 ... from the end, in their order."""
+    """Selects the maps 1, 2, 4, 8 ... from the end, in their order."""
     last = len(maps)
     return [maps[last - 2**i] for i in reversed(range(last.bit_length()))]
 
 
 class Branch(nn.Module):
-    """Norm and ReLU before a 1x1, a 3x3, a 1x1: [N H W C] -> [N H/stride W/stride 4*width]."""
+    """1x1, 3x3, 1x1, each after norm and ReLU: [N H W C] -> [N H/stride W/stride 4*width]."""
 
     width: int
     conv: ModuleDef
@@ -60,12 +61,14 @@ class Branch(nn.Module):
 
 
 class SumStage(nn.Module):
-    """`depth` branches, each of the sum of those before it that `links` names; their sum likewise.
+    """`depth` branches whose inputs are sparse sums: [N H W C] -> [N H/stride W/stride 4*width].
 
-    [N H W C] -> [N H/stride W/stride 4*width]. Before the first branch's output stands the 1x1
-    projection of what the stage takes, bare, as a ResNet's shortcut: with `densenet.all_before` the
-    stage is a ResNet's. The paper's sums are not released; the 3x3 has the stride (where the units
-    of cifar_preact.py, as released, project what is normalized and stride in the first 1x1).
+    A branch takes the sum of the earlier outputs that `links` selects, and the stage returns the
+    sum that a next branch would take. The first of the outputs is a 1x1 projection of the stage's
+    input, without norm, as the shortcut of a ResNet: with `densenet.all_before` the stage is that
+    of a ResNet. The code of the paper's sums is not released. Here the 3x3 has the stride. The
+    released units of cifar_preact.py differ: they project the normalized input, and their first 1x1
+    has the stride.
     """
 
     depth: int
@@ -78,24 +81,30 @@ class SumStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        branch = nn.remat(Branch) if self.remat else Branch
-        branch = partial(branch, self.width, self.conv, self.norm)
+        branch_class: Any = nn.remat(Branch) if self.remat else Branch
+        branch = partial(branch_class, self.width, self.conv, self.norm)
         project = self.conv(
             4 * self.width, (1, 1), strides=self.stride, padding=0, name="projection"
         )
         maps = [project(x), branch(self.stride, name="block1")(x)]
         for i in range(1, self.depth):
-            maps.append(branch(name=f"block{i + 1}")(sum(self.links(maps))))
-        return sum(self.links(maps))
+            maps.append(branch(name=f"block{i + 1}")(_add_up(self.links(maps))))
+        return _add_up(self.links(maps))
+
+
+def _add_up(maps: Sequence[Array]) -> Array:
+    total: Any = sum(maps)  # typed as a sum that may be the 0 of no maps
+    return total
 
 
 class SparseSumNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """SparseNet with sums: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    The CIFAR ResNet of bottlenecks with pre-activation (He et al. 2016) whose sums are sparse. The
-    paper does not say what happens where maps shrink: here sums begin anew, with a projection of
-    the last. Any H and W. Raises `UserError` where C is not that of `input_size`, and for a `depth`
-    that makes no three equal stages.
+    This is the pre-activation CIFAR ResNet with bottlenecks (He et al. 2016), with sparse sums. The
+    paper does not say what happens where maps shrink; here the sums of a stage start from a
+    projection of the last output. Returns pooled features f32 [N C] if `num_classes` is None. Takes
+    any H and W. Raises `UserError` if the images have other channels than `input_size`, and if
+    `depth` does not give three equal stages.
     """
 
     # architecture
@@ -120,7 +129,9 @@ class SparseSumNet(nn.Module):
         n, rest = divmod(self.depth - 2, 9)
         if rest or n < 1:
             low = 9 * max(n, 1) + 2
-            raise UserError(f"expected a depth of 9n + 2, as {low} or {low + 9}, got {self.depth}")
+            raise UserError(
+                f"expected a depth of 9n + 2, such as {low} or {low + 9}, got {self.depth}"
+            )
         conv, norm = layers.building_blocks(self, train)
         x = FirstConv(self.widths[0], conv, norm, name="stem")(images)
         for i, width in enumerate(self.widths):

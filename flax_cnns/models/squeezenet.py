@@ -1,27 +1,30 @@
-"""SqueezeNet, table 1, its simple bypass (figure 2), and the authors' version 1.1.
+"""SqueezeNet: table 1, its simple bypass (figure 2), and the authors' version 1.1.
 
-Where the paper is silent we follow the authors' release (github.com/forresti/SqueezeNet): pooling
-rounds sizes up as Caffe does, ReLU also follows conv10 (here `head`), and `kernel_init="paper"` is
-its "xavier" filler, uniform with variance 1 / fan_in, N(0, 0.01^2) in the head, zero biases. Table
-1's shapes are those of 227x227 images, though it says 224. The released 1.0 pads conv10, whose
-border then averages in nothing but biases; torchvision does not, and neither do we.
+Where the paper leaves details open we follow the authors' release (github.com/forresti/SqueezeNet):
+pooling rounds sizes up as Caffe does, ReLU also follows conv10 (here `head`), and
+`kernel_init="paper"` is its "xavier" filler, which is uniform with variance 1 / fan_in, with
+N(0, 0.01^2) in the head and zero biases. The shapes in table 1 are those of 227x227 images, though
+it says 224. The released 1.0 pads conv10, so that at the border the mean takes in nothing but
+biases. torchvision does not pad it, and neither do we.
 
-Version 1.1 is not in the paper: a smaller conv1 and earlier pooling, 2.3 times fewer MACs.
+Version 1.1 is not in the paper. It has a smaller conv1, earlier pooling and 2.3 times fewer MACs.
 
-`squeezenet1_1_c10` is 1.1 as it stands with ten classes: its last four modules see 1x1 maps of a
-CIFAR image. `cifar_squeezenet1_1` is what Hasanpour et al. 2018 (https://arxiv.org/abs/1802.06205)
-trained on CIFAR-10: 1.1 with stride 1 in conv1 and in the first pooling, so that those modules see
-7x7 (github.com/Coderx7/SimpNet, SimpNetV2/Experiments/SqueezeNet_v1.1_tests). "Optimized" in their
-table is with BatchNorm, here `norm="batch"`, but not in fire2's squeeze and fire4's expand1x1. The
-768K of that table is unverified: their own list has 727,626 parameters, as both of ours have, or
-733,226 with its BatchNorm (ours 733,514); with 100 classes it is 773,796, and 1.0 with ten classes
-has 740,554.
+`squeezenet1_1_c10` is 1.1 with ten classes and no other change: with a CIFAR image its last four
+modules see 1x1 maps. `cifar_squeezenet1_1` is what Hasanpour et al. 2018
+(https://arxiv.org/abs/1802.06205) trained on CIFAR-10: 1.1 with stride 1 in conv1 and in the first
+pooling, so that the last four modules see 7x7 maps (github.com/Coderx7/SimpNet,
+SimpNetV2/Experiments/SqueezeNet_v1.1_tests). "Optimized" in their table means with BatchNorm, here
+`norm="batch"`, except after fire2's squeeze and fire4's expand1x1. The 768K of that table is
+unverified. Their own list of layers has 727,626 parameters, as both of our networks have, or
+733,226 with its BatchNorm (ours: 733,514). With 100 classes it has 773,796, and 1.0 with ten
+classes has 740,554.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,17 +40,17 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1602.07360",
 )
 
-# Channels of fire2 to fire9: squeezed, and of each of the two expanding convolutions.
+# Channels of fire2 to fire9: of the squeeze, and of each of the two expanding convolutions.
 FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
 
 
 class Fire(nn.Module):
-    """1x1 squeezes, 1x1 and 3x3 side by side expand: [N H W C] -> [N H W 2*expand]."""
+    """Fire module: a 1x1 (squeeze), then 1x1 and 3x3 (expand): [N H W C] -> [N H W 2*expand]."""
 
     squeeze: int
     expand: int
     unit: ModuleDef  # a layers.ConvUnit
-    bypass: bool = False  # adds the input, which must have as many channels as the output
+    bypass: bool = False  # adds the input, which needs as many channels as the output
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -59,17 +62,18 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled fire9 f32 [N 512] if it is None.
+    """SqueezeNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    H and W are at least 21 in 1.0, 17 in 1.1, 8 with the CIFAR stem. Raises `UserError` where the
-    images are too small or have other channels than `input_size`.
+    Returns the pooled output of fire9, f32 [N 512], if `num_classes` is None. H and W are at least
+    21 in 1.0, 17 in 1.1, 8 with CIFAR's stem. Raises `UserError` if the images are too small or
+    have other channels than `input_size`.
     """
 
     # architecture
-    conv1: tuple[Count, Count, Count, CountOrZero]  # width, window, stride, padding
-    pool_after: Sequence[Count]  # the numbers of the fire modules before a pooling
-    pool1_stride: Count = 2  # of the pooling behind conv1
-    bypass: Sequence[Count] = ()  # the numbers of the fire modules with a bypass
+    conv1: tuple[Count, Count, Count, CountOrZero]  # width, kernel size, stride, padding
+    pool_after: Sequence[Count]  # numbers of the fire modules that a pooling follows
+    pool1_stride: Count = 2  # of the pooling after conv1
+    bypass: Sequence[Count] = ()  # numbers of the fire modules with a bypass
     input_size: ImageSize = (224, 224, 3)
     norm: str = "none"
     # head
@@ -85,28 +89,28 @@ class SqueezeNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         width, window, stride, padding = self.conv1
-        # The last two poolings, which round up, bring 4 pixels down to 2 and 1, and fewer to none.
-        # The first makes 4 of 2 * stride + 4.
+        # The last two poolings round up: they reduce 4 pixels to 2 and 1, and 3 pixels to none. The
+        # first pooling reduces 2 * pool1_stride + 4 pixels to 4.
         smallest = (2 * self.pool1_stride + 3) * stride + window - 2 * padding
         layers.check_images(images, self.input_size, smallest)
         paper = layers.caffe_xavier
         conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
-        # In comments the sides for 227x227: of 1.0, of 1.1.
+        # Comments give the size of maps for images of 227x227, in 1.0 and in 1.1.
         conv1 = unit(width, (window, window), stride=stride, padding=padding, name="conv1")
         x = conv1(images)  # 111, 113
         x = layers.MaxPool(3, self.pool1_stride, ceil=True, name="pool1")(x)  # 55, 56
         for i, (squeeze, expand) in enumerate(FIRES, 2):
             x = Fire(squeeze, expand, unit, i in self.bypass, name=f"fire{i}")(x)
             if i in self.pool_after:
-                x = layers.MaxPool(3, 2, ceil=True, name=f"pool{i}")(x)  # 27 and 13, 28 and 14
+                x = layers.MaxPool(3, 2, ceil=True, name=f"pool{i}")(x)  # 27, 28; then 13, 14
         x = nn.Dropout(self.dropout, deterministic=not train, name="dropout9")(x)
         return layers.classify_by_maps(self, x, paper=layers.gaussian(0.01))
 
 
 _1_0 = partial(SqueezeNet, conv1=(96, 7, 2, 0), pool_after=(4, 8))
 _1_1 = partial(SqueezeNet, pool_after=(3, 5))
-_C10 = dict(num_classes=10, input_size=(32, 32, 3))
+_C10: Any = dict(num_classes=10, input_size=(32, 32, 3))
 
 VARIANTS = {
     "squeezenet1_0": partial(_1_0),

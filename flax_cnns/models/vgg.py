@@ -1,17 +1,18 @@
-"""VGG, the configurations A to E of table 1, with and without BatchNorm, and with a CIFAR head.
+"""VGG: configurations A to E of table 1, with and without BatchNorm, and with a CIFAR head.
 
 The paper has neither BatchNorm nor CIFAR. With BatchNorm the convolutions keep their biases, as in
-torchvision, though the norm's shift makes them idle: 8,448 parameters more than vgg16. The CIFAR
-rows are the layout of github.com/kuangliu/pytorch-cifar: the same five stages bring 32x32 down to
-1x1, and one dense layer stands in place of three, without dropout; 14.7 M in place of 138.4 M.
+torchvision, although the norm's shift makes them redundant; vgg16_bn has 8,448 parameters more than
+vgg16. The CIFAR networks have the layout of github.com/kuangliu/pytorch-cifar: the same five stages
+reduce 32x32 to 1x1, and a single dense layer without dropout replaces three. cifar_vgg16 has 14.7 M
+parameters instead of 138.4 M.
 
-For images other than 224x224 the last maps are averaged to 7x7, as torchvision does, where the
-paper slides the dense layers over larger maps as convolutions and averages the scores.
+For images other than 224x224 the last maps are averaged to 7x7, as in torchvision. The paper
+instead slides the dense layers over larger maps as convolutions and averages the scores.
 
-`kernel_init="paper"` is N(0, 0.01^2) with zero biases. Section 3.1 says "10^-2 variance"; He
-et al. (https://arxiv.org/abs/1502.01852, section 2.2) read it as the standard deviation, and so do
-we. Only A learned from it: the paper started the deeper ones with the first four convolutions and
-the dense layers of a trained A.
+`kernel_init="paper"` is N(0, 0.01^2) with zero biases. Section 3.1 says "10^-2 variance". He et al.
+(https://arxiv.org/abs/1502.01852, section 2.2) read this as the standard deviation, and so do we.
+In the paper only A learned from this initialization. The deeper networks started with the first
+four convolutions and the dense layers of a trained A.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1409.1556",
 )
 
-MIN_IMAGE_SIZE = 32  # halved five times
+MIN_IMAGE_SIZE = 32  # five halvings leave one pixel
 
 
 class Stage(nn.Module):
-    """Convolutions with ReLU, then a 2x2 max pooling: [N H W C] -> [N H/2 W/2 width]."""
+    """Convolutions with ReLU, then 2x2 max pooling: [N H W C] -> [N H/2 W/2 width]."""
 
     width: int
-    windows: Sequence[int]  # of each convolution: 3, or 1 in C
+    windows: Sequence[int]  # kernel size of each convolution: 3, in C also 1
     conv: ModuleDef
     norm: ModuleDef
     lrn: bool = False  # local response normalization before the pooling
@@ -51,23 +52,23 @@ class Stage(nn.Module):
             conv = self.conv(self.width, (window, window), padding=window // 2, name=f"conv{i}")
             x = nn.relu(self.norm(name=f"norm{i}")(conv(x)))
         if self.lrn:
-            x = layers.local_response_norm(x)  # section 2.1: with AlexNet's constants
+            x = layers.local_response_norm(x)  # with AlexNet's constants: section 2.1
         return layers.max_pool(x, 2, 2)
 
 
 class VGG(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes].
+    """VGG: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    If it is None, what the head would see: f32 [N 4096] of fc7, [N 512] with a CIFAR head. H and W
-    are at least 32. Raises `UserError` where the images are too small or have other channels than
-    `input_size`.
+    Returns the head's input if `num_classes` is None: fc7's output, f32 [N 4096], or pooled
+    features f32 [N 512] with a CIFAR head. H and W are at least 32. Raises `UserError` if the
+    images are too small or have other channels than `input_size`.
     """
 
     # architecture
-    windows: Sequence[Counts]  # of the convolutions of each stage
+    windows: Sequence[Counts]  # kernel sizes of the convolutions of each stage
     widths: Counts = (64, 128, 256, 512, 512)  # of the stages
-    pool: Count = 7  # side of the maps that the dense layers see
-    lrn: bool = False  # after the first convolution: A-LRN
+    pool: Count = 7  # height and width of the maps that the dense layers take
+    lrn: bool = False  # local response normalization after the first convolution: A-LRN
     input_size: ImageSize = (224, 224, 3)
     norm: str = "none"
     # head

@@ -1,15 +1,15 @@
-"""Vision Transformer: patches as tokens, blocks of attention and of two dense layers in a row.
+"""Vision Transformer: patches of an image as tokens, in blocks of attention and an MLP.
 
-B and L are table 1's, Ti and S those of https://arxiv.org/abs/2012.12877 and
-https://arxiv.org/abs/2106.10270; /16 and /32 are patches of that side. GELU is exact, as in
-torchvision and timm, where the authors' released code has its approximation by a tanh. Kernels
-start as torchvision's: Glorot's, the patches LeCun's, the classes 0 (section 3.2); but attention's
-last layer, which PyTorch starts smaller, is Glorot's here, and biases start at 0, where its dense
-pairs' have a standard deviation of 1e-6. The hidden layer that pre-training has
-in front of its classes is left out, as in both libraries.
+B and L come from table 1, Ti and S from https://arxiv.org/abs/2012.12877 and
+https://arxiv.org/abs/2106.10270. /16 and /32 are the height and width of a patch. GELU is exact, as
+in torchvision and timm; the authors' released code has the tanh approximation. Initial kernels are
+torchvision's: Glorot's, LeCun's for the patches, zero for the head (section 3.2). There are two
+differences from torchvision. The last layer of the attention has Glorot's initialization, where
+PyTorch's is smaller. Biases start at 0, where torchvision's MLP has a standard deviation of 1e-6.
+The hidden layer that pre-training puts before the head is left out, as in both libraries.
 
-The position embeddings are one for each patch of `input_size`: images have exactly that size. For
-others, `resize_positions`.
+There is one position embedding per patch of `input_size`, so images must have exactly this size.
+For another size use `resize_positions`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESIZE_METHODS = {"bicubic": "cubic", "bilinear": "linear"}
 
 
 class Block(nn.Module):
-    """Equations 2 and 3: attention, then two dense layers, each behind a norm and added up.
+    """Encoder block (equations 2 and 3): attention and an MLP, each residual and after a norm.
 
     [N T C] -> [N T C].
     """
@@ -55,7 +55,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, drop: layers.DropPath | None = None, key: jax.Array | None = None
     ) -> Array:
-        """`key`: of the dropout; None: evaluation."""
+        """Applies the block; `key` is the dropout's random key, None in evaluation."""
         keys = None if key is None else jax.random.split(key, 3)
 
         def dropped(i: int, x: Array) -> Array:
@@ -81,22 +81,23 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; None: the normed class token [N width].
+    """Vision Transformer: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Raises `UserError` where images are not of `input_size`, or where that is not whole patches.
+    Returns the normalized class token, f32 [N width], if `num_classes` is None. Raises `UserError`
+    if the images do not have `input_size`, or if `input_size` is not a multiple of `patch`.
     """
 
     # architecture
-    patch: Count  # the side of a patch
+    patch: Count  # height and width of a patch, in pixels
     width: Count  # of a token
     depth: Count  # blocks
     heads: Count
-    expansion: Count = 4  # of the two dense layers
+    expansion: Count = 4  # of the MLP's hidden layer
     input_size: ImageSize = (224, 224, 3)
     # head
     num_classes: Classes | None = 1000
     # regularization
-    dropout: Rate = 0.0  # behind each dense layer but qkv, and behind the positions: section B.1
+    dropout: Rate = 0.0  # after the positions and each dense layer except qkv: section B.1
     drop_path: Rate = 0.0  # rate of the last block: layers.make_drop_paths
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "convnext"
@@ -105,9 +106,9 @@ class ViT(nn.Module):
     kernel_init: str | Callable = "paper"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # nothing here looks at other images
+    axis_name: str | None = None  # changes nothing: no layer combines images
     # compilation
-    scan: bool = False  # all blocks but the first as one under nn.scan: layers.Stage
+    scan: bool = False  # run all blocks but the first under nn.scan: layers.Stage
     remat: bool = False  # recompute the inside of each block in the backward pass
 
     @nn.compact
@@ -117,11 +118,11 @@ class ViT(nn.Module):
         if images.shape[1:3] != tuple(self.input_size[:2]):
             (h, w), (height, width) = images.shape[1:3], self.input_size[:2]
             raise UserError(
-                f"expected images of {height}x{width}, whose positions are learned, got {h}x{w}; "
+                f"expected images of {height}x{width}, the grid of the positions, got {h}x{w}; "
                 f"create_model(..., input_size=({h}, {w}, {images.shape[-1]})) takes them, "
                 "with trained positions from flax_cnns.models.vit.resize_positions"
             )
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        types: Any = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         glorot, lecun = map(layers.get_initializer, ("xavier", "lecun"))
         kernel_init = layers.get_initializer(self.kernel_init, paper=glorot)
         patches = layers.Conv(
@@ -170,11 +171,11 @@ class ViT(nn.Module):
 
 
 def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:
-    """Patches along H and W; raises `UserError` where they are not whole."""
+    """Counts patches along H and W; raises `UserError` if `size` is not a multiple of `patch`."""
     height, width = size[:2]
     if height % patch or width % patch or not height or not width:
         raise UserError(
-            f"expected an input_size of whole patches, multiples of {patch}, got {height}x{width}"
+            f"expected height and width to be multiples of the patch, {patch}, got {height}x{width}"
         )
     return height // patch, width // patch
 
@@ -185,20 +186,20 @@ def resize_positions(
     new: Sequence[int],
     method: str = "bicubic",
 ) -> dict[str, Any]:
-    """`params` of a ViT for images of the size `old`, (H, W) in pixels, -> for those of `new`.
+    """Converts `params` of a ViT for images of `old` size, (H, W) in pixels, to the size `new`.
 
-    The grid of the positions is interpolated, by `method` "bicubic" or "bilinear", with
-    antialiasing where it shrinks; the class token's own and all else stay. For fine-tuning at
-    another resolution (section 3.2):
+    Interpolates the grid of position embeddings by `method`, "bicubic" or "bilinear", with
+    antialiasing if the grid shrinks. The class token's embedding and all other parameters stay. For
+    fine-tuning at another resolution (section 3.2):
 
     params = resize_positions(params, (224, 224), (384, 384))
     model = create_model("vit_b_16", input_size=(384, 384, 3))
 
-    Raises `UserError` for an unknown method, for sizes that are not whole patches, and where
-    `params` are not those for `old`.
+    Raises `UserError` for an unknown method, for sizes that are not multiples of the patch, and if
+    `params` are not those of a ViT for `old`.
     """
     if "position_embedding" not in params:
-        raise UserError(f'expected a ViT\'s variables["params"], got a tree of {sorted(params)}')
+        raise UserError(f'expected variables["params"] of a ViT, got a tree of {sorted(params)}')
     if method not in RESIZE_METHODS:
         raise UserError(f"unknown method {method!r}{did_you_mean(method, RESIZE_METHODS)}")
     positions, patch = params["position_embedding"], params["patches"]["kernel"].shape[0]
@@ -207,7 +208,7 @@ def resize_positions(
     if tokens != 1 + before[0] * before[1]:
         raise UserError(
             f"expected positions of {before[0]}x{before[1]} patches of {patch}x{patch} and the "
-            f"class token, got {tokens}: params are not those for {old[0]}x{old[1]}"
+            f"class token, got {tokens}: these params are not for images of {old[0]}x{old[1]}"
         )
     return {**params, "position_embedding": resize_grid(positions, before, after, method)}
 
@@ -215,7 +216,7 @@ def resize_positions(
 def resize_grid(
     positions: Array, before: Sequence[int], after: Sequence[int], method: str = "bicubic"
 ) -> Array:
-    """[1 1+T C] of a grid of `before` (rows, columns) -> that of `after`, as `resize_positions`."""
+    """Interpolates embeddings [1 1+T C] of a grid `before`, (rows, columns), to one `after`."""
     width = positions.shape[-1]
     grid = positions[:, 1:].reshape(1, *before, width)
     grid = jax.image.resize(grid, (1, *after, width), RESIZE_METHODS[method])
@@ -235,7 +236,7 @@ VARIANTS = {
     "vit_l_16": partial(_L, patch=16),
     "vit_l_32": partial(_L, patch=32),
 }
-# timm's names, and short ones: `vit_base_patch16_224` is `vit_b_16`.
+# timm's names and short names: `vit_base_patch16_224` is `vit_b_16`.
 ALIASES = {
     "vit_tiny16": "vit_tiny_patch16_224",
     "vit_small16": "vit_small_patch16_224",

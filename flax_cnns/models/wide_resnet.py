@@ -1,17 +1,19 @@
-"""Wide residual networks: few pre-activation blocks of two 3x3, k times as wide as a ResNet's.
+"""Wide residual networks: a few pre-activation blocks of two 3x3, k times as wide as a ResNet's.
 
-WRN-d-k for CIFAR is the released code's: d = 6n + 4 counts the stem, the 6n convolutions of the
-blocks and three projections (of widths 16 to 16k, to 32k, to 64k; k = 1 needs but two). A block
-whose width changes activates before it splits. `dropout` (0.3 in the paper) stands between the two
-convolutions, behind norm and ReLU.
+WRN-d-k for CIFAR follows the released code. d = 6n + 4 counts the stem, the 6n convolutions of the
+blocks and three projections (from 16 to 16k channels, to 32k, to 64k; k = 1 needs only two). A
+block whose width changes applies norm and ReLU before it splits. `dropout` (0.3 in the paper) is
+between the two convolutions, after norm and ReLU.
+
 `wide_resnet50_2` and `wide_resnet101_2` for ImageNet are torchvision's: ResNets whose 3x3 are twice
-as wide, with the activation behind the sum.
+as wide, with ReLU after the sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +34,7 @@ PAPER = Paper(
 
 
 class Block(nn.Module):
-    """Two 3x3: [N H W C] -> [N H/stride W/stride width], rounded up."""
+    """Two 3x3 convolutions: [N H W C] -> [N H/stride W/stride width], rounded up."""
 
     width: int
     conv: ModuleDef
@@ -44,11 +46,11 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, drop: layers.DropPath | None = None, key: jax.Array | None = None
     ) -> Array:
-        """`key`: of the dropout; None: evaluation."""
+        """Applies the block; `key` is the dropout's random key, None in evaluation."""
         projects = x.shape[-1] != self.width
         shortcut = x
         if projects:
-            x = nn.relu(self.norm(name="norm1")(x))  # for both ways
+            x = nn.relu(self.norm(name="norm1")(x))  # for shortcut and branch
             shortcut = self.conv(
                 self.width, (1, 1), strides=self.stride, padding=0, name="projection"
             )(x)
@@ -65,10 +67,11 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """Wide ResNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W. Raises `UserError` where C is not that of `input_size`, for a depth that is not
-    6n + 4, or where training with dropout lacks the stream "dropout".
+    Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W. Raises
+    `UserError` if the images have other channels than `input_size`, if `depth` is not 6n + 4, or if
+    training with dropout lacks the random stream "dropout".
     """
 
     # architecture
@@ -79,7 +82,7 @@ class WideResNet(nn.Module):
     # head
     num_classes: Classes | None = 10
     # regularization
-    dropout: Rate = 0.0  # rate, between the two convolutions of a block; the paper's is 0.3
+    dropout: Rate = 0.0  # between the two convolutions of a block; 0.3 in the paper
     drop_path: Rate = 0.0  # rate of the last block: layers.make_drop_paths
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
@@ -101,12 +104,12 @@ class WideResNet(nn.Module):
             near = f"{below} or {below + 6}" if self.depth > 10 else "10"
             raise UserError(
                 f"expected a depth of 6n + 4, n blocks in each of three stages, "
-                f"got {self.depth}; near it is {near}"
+                f"got {self.depth}; the nearest is {near}"
             )
         conv, norm = layers.building_blocks(self, train)
         x = conv(16, (3, 3), padding=1, name="stem")(images)
         drops = layers.make_drop_paths(self, (n, n, n), train)
-        keys = [None] * 3
+        keys: Any = [None] * 3
         if self.dropout and train and not self.is_initializing():
             keys = jax.random.split(layers.make_key(self, "dropout"), (3, n))
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)

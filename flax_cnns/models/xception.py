@@ -1,15 +1,16 @@
-"""Xception: Inception's idea to its end, separable convolutions only, with shortcuts around them.
+"""Xception: blocks of depthwise separable convolutions with shortcuts.
 
-Figure 5 of the paper: entry flow, a middle flow of eight equal blocks, exit flow. Each separable
-convolution is a 3x3 per channel and a 1x1 over them with nothing between, since the paper found
-that activations there hurt (figure 10), then a norm. Shortcuts are before the ReLU that a block
-begins with; only the first block begins without one.
+Figure 5 of the paper shows an entry flow, a middle flow of eight identical blocks and an exit flow.
+A separable convolution is a 3x3 per channel and a 1x1 over all channels, with nothing between them,
+since the paper found that an activation there hurts (figure 10); a norm follows. A block starts
+with a ReLU, except the first block. The shortcut takes the block's input before this ReLU.
 
-The figure gives no padding. `keras_xception` is the author's code: two first convolutions without,
-TensorFlow's in the pools, epsilon 1e-3, momentum 0.99. `xception` and `legacy_xception`, timm's old
-and new names, pad pools by one on all sides, which at 74x74, the first even size of those behind
-299, sees other windows; with PyTorch's BatchNorm, and the paper's dropout of 0.5 (section 4.3),
-which Keras and timm leave out.
+The figure gives no padding. `keras_xception` is the author's code: no padding in the first two
+convolutions, TensorFlow's padding in pooling, epsilon 1e-3, momentum 0.99. `xception` and
+`legacy_xception`, timm's old and new names, pad pooling by one pixel on all sides. This makes a
+difference at 74x74, the first even size that images of 299x299 give: pooling sees other windows.
+They have PyTorch's BatchNorm, and the paper's dropout of 0.5 (section 4.3), which Keras and timm
+leave out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PAPER = Paper(
 
 
 class Stem(nn.Module):
-    """3x3/2, norm, ReLU, 3x3, norm, ReLU, none padded: [N H W C] -> [N H/2 W/2 C'], less 2."""
+    """Two unpadded 3x3 with norm and ReLU: [N H W C] -> [N (H-1)/2-2 (W-1)/2-2 C']."""
 
     widths: Sequence[int]
     conv: ModuleDef
@@ -49,10 +50,10 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """ReLU, separable 3x3, norm, as often as there are widths; at stride 2 a 3x3 max pool.
+    """ReLU, separable 3x3 and norm for each of `widths`; 3x3 max pooling if `stride` is 2.
 
-    [N H W C] -> [N H/stride W/stride C'], rounded up. What is added is the input, or where its
-    shape changes a 1x1 projection of it.
+    [N H W C] -> [N H/stride W/stride C'], rounded up. The shortcut is the input, or a 1x1
+    projection of it if the shape changes.
     """
 
     widths: Sequence[int]
@@ -94,19 +95,20 @@ class SeparableUnit(nn.Module):
 
 
 class Xception(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; pooled features [N C] if it is None.
+    """Xception: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    Any H and W from 7; behind the stem sizes round up. Raises `UserError` for smaller images, and
-    where C is not that of `input_size`.
+    Returns pooled features f32 [N C] if `num_classes` is None. H and W are at least 7; after the
+    stem sizes round up. Raises `UserError` if the images are too small or have other channels than
+    `input_size`.
     """
 
     # architecture
     stem: Counts = (32, 64)  # widths
-    entry: Counts = (128, 256, 728)  # of the blocks, each with two convolutions and stride 2
-    depth: Count = 8  # blocks of the middle flow, as wide as the last one
-    exit: Counts = (728, 1024)  # of the convolutions in the last block, of stride 2
-    top: Counts = (1536, 2048)  # of those behind it
-    padding: str = "torch"  # of the pools; or "same", TensorFlow's
+    entry: Counts = (128, 256, 728)  # widths of blocks with two convolutions and stride 2
+    depth: Count = 8  # blocks of the middle flow, as wide as the last entry block
+    exit: Counts = (728, 1024)  # widths of the convolutions in the last block, which has stride 2
+    top: Counts = (1536, 2048)  # widths of the convolutions after the last block
+    padding: str = "torch"  # of pooling; or "same", TensorFlow's
     input_size: ImageSize = (299, 299, 3)
     norm: str = "batch"
     # head
@@ -117,13 +119,13 @@ class Xception(nn.Module):
     momentum: Rate = 0.9  # of the running statistics
     epsilon: Positive = 1e-5
     kernel_init: str | Callable = "he"
-    zero_init: bool = False  # the last norm of each branch starts at 0
+    zero_init: bool = False  # each block starts as its shortcut: its last norm is 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    scan: bool = False  # the middle flow as one block under nn.scan: layers.Stage
-    remat: bool = False  # compute the inside of each of its blocks again in the backward pass
+    scan: bool = False  # run the middle flow under nn.scan: layers.Stage
+    remat: bool = False  # recompute the inside of the middle flow's blocks in the backward pass
 
     # Layers of optimizer.layer_decay, as in timm: see train.optimizers.layer_exponents.
     layer_groups = (("top2", "below"),)
@@ -135,11 +137,10 @@ class Xception(nn.Module):
         x = Stem(self.stem, conv, norm, name="stem")(images)  # H/2
         block = partial(Block, norm=norm, padding=self.padding, zero_init=self.zero_init)
         for i, n in enumerate(self.entry, 1):  # H/4, H/8, H/16
-            first = dict(begins_with_relu=False) if i == 1 else {}
-            x = block((n, n), conv, stride=2, **first, name=f"entry{i}")(x)
-        same = partial(block, (self.entry[-1],) * 3)
+            x = block((n, n), conv, stride=2, begins_with_relu=i > 1, name=f"entry{i}")(x)
+        middle_block = partial(block, (self.entry[-1],) * 3)
         stage = partial(layers.Stage, scan=self.scan, remat=self.remat)
-        x = stage(same, conv, self.depth, name="middle")(x)
+        x = stage(middle_block, conv, self.depth, name="middle")(x)
         x = block(self.exit, conv, stride=2, name="exit")(x)  # H/32
         for i, n in enumerate(self.top, 1):
             x = SeparableUnit(n, conv, norm, name=f"top{i}")(x)
@@ -147,7 +148,7 @@ class Xception(nn.Module):
         return layers.classify(self, x, dropout=dropout)
 
 
-MIN_IMAGE_SIZE = 7  # of which the stem leaves one pixel
+MIN_IMAGE_SIZE = 7  # the stem leaves one pixel
 VARIANTS = {
     "xception": partial(Xception),
     "legacy_xception": partial(Xception),

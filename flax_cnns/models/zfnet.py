@@ -1,7 +1,8 @@
-"""ZFNet: AlexNet with a first layer of 7x7/2 in place of 11x11/4, and no groups. Figure 3.
+"""ZFNet (figure 3): AlexNet with a first layer of 7x7/2 instead of 11x11/4, and without groups.
 
-The figure's sizes (224, 110, 55, 26, 13, 6) need a padding of 1 in conv1, none in conv2, 1 in the
-3x3, and pooling whose last window may reach over the edge (110 -> 55, 26 -> 13).
+The figure's sizes (224, 110, 55, 26, 13, 6) require a padding of 1 in conv1, 0 in conv2 and 1 in
+the 3x3 convolutions, and pooling with a last window that may extend beyond the edge (110 -> 55,
+26 -> 13).
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ PAPER = Paper(
     url="https://arxiv.org/abs/1311.2901",
 )
 
-MIN_IMAGE_SIZE = 47  # what leaves one pixel behind the third pooling
+MIN_IMAGE_SIZE = 47  # leaves one pixel after the third pooling
 
 
 class ZFNet(nn.Module):
-    """Images f32 [N H W C] -> logits f32 [N num_classes]; fc7's f32 [N hidden] if it is None.
+    """ZFNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
-    The maps are "contrast normalized across feature maps" behind the first two poolings; the paper
-    gives no constants, so these are AlexNet's. Its training scales filters down whose root mean
-    square is above 0.1; that is no part of the network and not done here.
+    Returns fc7's output, f32 [N hidden], if `num_classes` is None. The maps are "contrast
+    normalized across feature maps" after the first two poolings. The paper gives no constants for
+    this; ours are AlexNet's. The paper's training scales down filters whose root mean square is
+    above 0.1; this is not a part of the network and not done here.
 
-    `kernel_init="paper"`: section 3 starts all weights from 10^-2 and biases from 0. Read as
-    N(0, 0.01^2), AlexNet's: from a constant all units of a layer would stay equal for ever.
+    `kernel_init="paper"` is AlexNet's N(0, 0.01^2) with zero biases. Section 3 says that all
+    weights start from 10^-2 and biases from 0; with equal weights the units of a layer would stay
+    equal forever.
 
-    H and W are at least 47; where the last maps are not 6x6, fc6 takes means of them that are
-    (adaptive pooling, an addition of ours). Raises `UserError` where images are too small or have
-    other channels than `input_size`.
+    H and W are at least 47. If the last maps are not 6x6, fc6 takes their adaptive means of 6x6,
+    which is our addition. Raises `UserError` if the images are too small or have other channels
+    than `input_size`.
     """
 
     # architecture
@@ -55,7 +58,7 @@ class ZFNet(nn.Module):
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    axis_name: str | None = None  # there is nothing to synchronise
+    axis_name: str | None = None  # changes nothing: no layer combines images
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -64,7 +67,7 @@ class ZFNet(nn.Module):
         unit = partial(layers.ConvUnit, conv=conv)
         pool = partial(layers.MaxPool, 3, 2, ceil=True)
         drop = partial(nn.Dropout, self.dropout, deterministic=not train)
-        # In comments the shapes for 224x224.
+        # Comments give the shapes for images of 224x224.
         x = unit(96, (7, 7), stride=2, padding=1, name="conv1")(images)  # [N 110 110 96]
         x = pool(name="pool1")(x)  # [N 55 55 96]
         x = ResponseNorm(name="norm1")(x)
@@ -82,5 +85,5 @@ class ZFNet(nn.Module):
 
 VARIANTS = {
     "zfnet_fig3": partial(ZFNet),
-    "zfnet_big": partial(ZFNet, widths=(512, 1024, 512)),  # table 2, last but one row
+    "zfnet_big": partial(ZFNet, widths=(512, 1024, 512)),  # table 2, second to last row
 }

@@ -285,7 +285,11 @@ def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
     ("name", "fields", "message"),
     [
         ("cifar_resnet20", dict(widths=(4, 6)), "a depth and a width for each stage"),
-        ("cifar_resnet20", dict(widths=(8, 4, 8)), "shortcut A only adds channels: 8 are more"),
+        (
+            "cifar_resnet20",
+            dict(widths=(8, 4, 8)),
+            "shortcut A cannot drop channels: the input has 8",
+        ),
         ("cifar_resnet20", dict(shortcut="E"), "unknown shortcut 'E'"),
         ("cifar_plain20", dict(drop_path=0.5), "drop_path needs a shortcut"),
         ("cifar_plain20", dict(shake_drop=0.5), "shake_drop needs a shortcut"),

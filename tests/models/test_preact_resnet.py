@@ -112,7 +112,7 @@ def test_options_keep_the_parameters(name):
     if name == "resnetv2_50":
         assert run(scan=True, drop_path=0.5) == plain
     else:
-        with pytest.raises(UserError, match="late_stride a stage ends in a block unlike"):
+        with pytest.raises(UserError, match="with late_stride the last block of a stage differs"):
             run(scan=True)
     variables, (features, _) = run(num_classes=None)
     assert features.shape == (4, 32)

@@ -228,8 +228,8 @@ def test_shake_drop_rows_are_the_papers():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(depth=100), "depth of 6n \\+ 2 for BasicBlock, got 100; the next are 98 and 104"),
-        (dict(depth=2), "the next are 8 and 14"),
+        (dict(depth=100), "depth of 6n \\+ 2 for BasicBlock, got 100; the nearest are 98 and 104"),
+        (dict(depth=2), "the nearest are 8 and 14"),
         (dict(depth=109, block=Bottleneck), "9n \\+ 2 for Bottleneck, got 109; .* 101 and 110"),
         (dict(alpha=-1), "0 at least, got -1"),
         (dict(rounding="up"), "unknown rounding 'up'; known: down, nearest"),

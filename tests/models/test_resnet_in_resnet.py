@@ -137,7 +137,7 @@ def test_bfloat16_and_other_norms():
     [
         (dict(norm="group"), "expected a multiple of 16 channels"),
         (dict(widths=(4,)), "a depth and a width for each stage"),
-        (dict(widths=(6, 4)), "shortcut A only adds channels"),
+        (dict(widths=(6, 4)), "shortcut A cannot drop channels"),
     ],
 )
 def test_errors(fields, message):

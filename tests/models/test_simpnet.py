@@ -171,7 +171,9 @@ def test_saf_of_the_strongest_is_an_option():
 
 
 def test_rates_for_other_groups():
-    with pytest.raises(UserError, match="saf_rate is one rate or 3, one a pooling; got 2"):
+    with pytest.raises(
+        UserError, match="saf_rate must be one rate, or 3: one for each pooling; got 2"
+    ):
         run(create_model("simpnet_9m", saf_rate=(0.1, 0.2)), 32)
 
 

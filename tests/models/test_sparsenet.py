@@ -159,7 +159,7 @@ def test_features_bfloat16_group_norm_and_remat():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [(dict(depth=165), "9n . 2, as 164 or 173, got 165"), (dict(depth=9), "as 11 or 20, got 9")],
+    [(dict(depth=165), "such as 164 or 173, got 165"), (dict(depth=9), "such as 11 or 20, got 9")],
 )
 def test_depth_of_no_three_equal_stages(fields, message):
     with pytest.raises(UserError, match=message):

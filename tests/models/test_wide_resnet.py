@@ -76,7 +76,7 @@ def test_output_shape_of_each_stage(size):
 
 @pytest.mark.parametrize(("depth", "near"), [(30, "28 or 34"), (5, "10"), (4, "10")])
 def test_depths_that_there_are_not(depth, near):
-    with pytest.raises(UserError, match=rf"6n \+ 4.* got {depth}; near it is {near}"):
+    with pytest.raises(UserError, match=rf"6n \+ 4.* got {depth}; the nearest is {near}"):
         init_variables(create_model("wrn_28_10", depth=depth), jax.random.key(0))
 
 
