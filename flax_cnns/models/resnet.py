@@ -208,6 +208,8 @@ class ResNet(nn.Module):
                 raise UserError(
                     'norm="fixup" needs the stem with a single convolution: ImageNetStem'
                 )
+            assert isinstance(conv, partial)
+            assert isinstance(head, partial)
             conv, norm, head = layers.fixup(
                 conv, head, branches=sum(self.depths), depth=block_class.branch_depth
             )

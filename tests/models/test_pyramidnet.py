@@ -231,7 +231,7 @@ def test_shake_drop_rows_are_the_papers():
         (dict(depth=100), "depth of 6n \\+ 2 for BasicBlock, got 100; the nearest are 98 and 104"),
         (dict(depth=2), "the nearest are 8 and 14"),
         (dict(depth=109, block=Bottleneck), "9n \\+ 2 for Bottleneck, got 109; .* 101 and 110"),
-        (dict(alpha=-1), "0 at least, got -1"),
+        (dict(alpha=-1), "of at least 0, got -1"),
         (dict(rounding="up"), "unknown rounding 'up'; known: down, nearest"),
         (dict(shake_drop=1.0), "0 to below 1, got 1.0"),
         (dict(drop_path_mode="batches"), "did you mean 'batch'"),

@@ -103,7 +103,7 @@ def test_shortcut_a_skips_pixels_and_adds_zeros():
         for j in range(2):
             expected[0, i, j, :2] = x[0, 2 * i, 2 * j]
     np.testing.assert_array_equal(y, expected)
-    with pytest.raises(UserError, match="2 are more than 1"):
+    with pytest.raises(UserError, match="the input has 2, the output 1"):
         InBlock("A", 1, 1).init(jax.random.key(0), x)
 
 
@@ -129,7 +129,7 @@ def test_groups_and_base_width_are_those_of_a_bottleneck():
     fields = dict(depths=(1,), groups=4, base_width=32)
     _, shapes = capture_shapes("resnet50", 32, **fields)
     assert shapes["stage1/block1/conv2"][-1] == 64 * 32 // 64 * 4
-    with pytest.raises(UserError, match="a bottleneck's: got 4 and 32"):
+    with pytest.raises(UserError, match="belong to bottlenecks: got 4 and 32"):
         capture_shapes("resnet18", 32, **fields)
 
 

@@ -167,7 +167,7 @@ def test_without_classes_it_gives_the_normed_class_token(tiny):
             (8, 8),
             r"expected images of 8x12, the grid of the positions, got 8x8; .*resize_pos",
         ),
-        (dict(input_size=(9, 12, 3)), (9, 12), "multiples of 4, got 9x12"),
+        (dict(input_size=(9, 12, 3)), (9, 12), "multiples of the patch, 4, got 9x12"),
         (dict(heads=5), (8, 12), "a number of heads that divides 12 channels, got 5"),
     ],
 )
@@ -213,7 +213,7 @@ def test_positions_of_the_same_size_are_the_same(tiny):
     ("given", "said"),
     [
         (((8, 12), (16, 24), "nearest"), "unknown method 'nearest'"),
-        (((8, 12), (16, 25)), "multiples of 4, got 16x25"),
+        (((8, 12), (16, 25)), "multiples of the patch, 4, got 16x25"),
         (((12, 12), (16, 24)), r"3x3 patches of 4x4 and the class token, got 7: .* 12x12"),
     ],
 )
