@@ -1,13 +1,14 @@
-"""The lectures' exercise: a small network on CIFAR-100, trained as Keras's tutorials do.
+"""A lecture exercise: a small network on CIFAR-100, trained as in Keras's tutorials.
 
   python -m experiments.train --workdir=runs/deck --config=configs/cifar100_deck.py
   python -m experiments.train --workdir=runs/smoke --config=configs/cifar100_deck.py:smoke
 
-Three 3x3 convolutions of 32 channels, two poolings and a dense layer: 70,692 parameters, Keras's
-first values. The lectures give no recipe: Adam and batches of 32 are Keras's defaults, ten epochs
-what the TensorFlow tutorial on CIFAR takes. We normalize the images, where that divides by 255.
-Cost: 2.5 million multiply-accumulates an image forward; minutes not measured yet.
-Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
+The network is from the HSLU slides "Image Classification and Network Architectures": three 3x3
+convolutions with 32 channels, two poolings and a dense layer, 70,692 parameters, with Keras's
+initializers. The slides give no recipe. Adam and batches of 32 are Keras's defaults, and ten epochs
+are from the TensorFlow tutorial on CIFAR. We normalize the images; the tutorial divides by 255.
+Cost: 2.5 million multiply-accumulates for an image in the forward pass; minutes not measured yet.
+Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
   python -m experiments.train --workdir=runs/c100 --config=configs/cifar100_resnet50.py
   python -m experiments.train --workdir=runs/smoke --config=configs/cifar100_resnet50.py:smoke
 
-The decks' exercise is to classify CIFAR-100; ResNet-50 (https://arxiv.org/abs/1512.03385, here
-v1.5) is the ImageNet network, whose stem divides by four: at 32x32 its last maps would be 1x1, at
-128x128 its stages see 32, 16, 8 and 4 pixels. No paper trained just this. With
---config.data.labels=coarse it learns the 20 superclasses.
-Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
+ResNet-50 (https://arxiv.org/abs/1512.03385, here v1.5) is the ImageNet network, whose stem reduces
+the resolution by four. With 32x32 images the last feature maps would be 1x1; with 128x128 images
+the stages have 32, 16, 8 and 4 pixels. No paper trained exactly this. With
+--config.data.labels=coarse the network learns the 20 superclasses.
+Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def get_config(mode: str = "") -> ConfigDict:
         config.data.eval_batch_size = 8
         config.schedule.warmup = "1 steps"
         config.schedule.learning_rate = 0.01
-        config.train.precise_bn = 2  # four steps are too few for the running statistics
+        config.train.precise_bn = 2  # four steps are too few for good running statistics
         config.train.duration = "4 steps"
         config.log.every = "1 steps"
     return config

@@ -3,11 +3,11 @@
   python -m experiments.train --workdir=runs/r110sd --config=configs/cifar10_resnet110_sd.py
   python -m experiments.train --workdir=runs/smoke --config=configs/cifar10_resnet110_sd.py:smoke
 
-Paper: 5.23 % test error where the validation error was lowest (6.41 % without stochastic depth),
-p_L = 0.5 with linear decay: 500 epochs of 128 images on 45 k of the training images, the rate 0.1
-divided by ten at half and at three quarters, Nesterov's momentum 0.9, weight decay 1e-4.
-We differ: which 5 k images are held out is our draw; mean and deviation are per channel.
-Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
+Paper: 5.23 % test error at the lowest validation error (6.41 % without stochastic depth), with
+p_L = 0.5 and linear decay; 500 epochs with batches of 128 on 45 k training images, a rate of 0.1
+divided by ten after half and three quarters of the run, Nesterov momentum 0.9, weight decay 1e-4.
+We differ: we draw the 5 k held-out images ourselves; mean and standard deviation are per channel.
+Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def get_config(mode: str = "") -> ConfigDict:
     config.train.test_on = "best"
     config.log.every = "100 steps"
     if mode == "smoke":
-        config.model.scan = True  # compiles one block a stage, not eighteen
+        config.model.scan = True  # compiles one block per stage instead of eighteen
         config.data.mock = 256
         config.data.validation = 64
         config.data.batch_size = 16
         config.data.eval_batch_size = 64
         config.schedule.boundaries = ("2 steps", "3 steps")
         config.schedule.learning_rate = 0.01
-        config.train.precise_bn = 2  # four steps are too few for the running statistics
+        config.train.precise_bn = 2  # four steps are too few for good running statistics
         config.train.duration = "4 steps"
         config.log.every = "1 steps"
     return config

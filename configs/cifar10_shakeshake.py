@@ -3,14 +3,14 @@
   python -m experiments.train --workdir=runs/ss --config=configs/cifar10_shakeshake.py
   python -m experiments.train --workdir=runs/smoke --config=configs/cifar10_shakeshake.py:smoke
 
-The other networks and rows of table 1: --config.model.name=shakeshake_26_2x96d,
+Options for the other networks and rows of table 1: --config.model.name=shakeshake_26_2x96d,
 --config.model.forward=even, --config.model.backward=keep, --config.model.level=batch.
 
 Paper: 3.55 % test error (shake, shake, image; mean of three runs), 2.98 % for 2x64d and 2.86 % for
-2x96d (five runs). 1800 epochs of 128 images, the rate from 0.2 to 0 by a cosine; two GPUs of 64
-images each, each of which normalized alone. The rest is fb.resnet.torch's: Nesterov's momentum 0.9,
-weight decay 1e-4, random crops and flips.
-Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
+2x96d (five runs). 1800 epochs with batches of 128; the rate falls from 0.2 to 0 as a cosine. The
+paper used two GPUs with 64 images each, and each GPU normalized its own images. The other settings
+are from fb.resnet.torch: Nesterov momentum 0.9, weight decay 1e-4, random crops and flips.
+Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.model.backward = "shake"
     config.model.level = "image"
     config.data.name = "cifar10"
-    config.data.validation = 0  # all 50 k, as the reported runs: nothing is chosen on the way
+    config.data.validation = 0  # train on all 50 k, like the reported runs: nothing is selected
     config.data.batch_size = 128
     config.data.augment.pad_crop = 4
     config.data.augment.flip = True

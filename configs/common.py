@@ -1,9 +1,9 @@
-"""Every field there is, with its default. A config starts from `get_config()`, sets what differs.
+"""The default config. A recipe starts from `get_config()` and sets the fields that differ.
 
-flax_cnns/config/fields.py is the page that lists them: default, what each may be, what it means.
-Durations are texts, `"20 epochs"` or `"500 steps"`; rules are tuples of `(regex, value)`: that page
-says more of both. A new run refuses a field that is not at its default and cannot act under the
-other choices, such as momentum with adam.
+flax_cnns/config/fields.py lists all fields with their defaults, allowed values and meanings, and
+explains durations (`"20 epochs"`, `"500 steps"`) and rules (tuples of `(regex, value)`). A new run
+refuses a field that differs from its default but has no effect under the other choices, such as
+momentum with adam.
 """
 
 from ml_collections import ConfigDict
@@ -12,10 +12,11 @@ from flax_cnns.config import make_defaults
 
 
 def get_config() -> ConfigDict:
+    """Returns a ConfigDict of all fields with their defaults."""
     return ConfigDict(make_defaults())
 
 
 def check_mode(mode: str, *modes: str) -> None:
-    """Raises ValueError for `--config=file.py:mode` with a mode that the file does not have."""
+    """Raises ValueError if `mode`, from `--config=file.py:mode`, is not one of `modes`."""
     if mode and mode not in modes:
         raise ValueError(f"unknown mode {mode!r} of this config; it has {', '.join(modes)}")

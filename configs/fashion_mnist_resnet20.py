@@ -1,14 +1,14 @@
-"""CIFAR ResNet-20 on Fashion-MNIST, 32x32 gray.
+"""CIFAR ResNet-20 on Fashion-MNIST, 32x32 gray images.
 
   python -m experiments.train --workdir=runs/fashion --config=configs/fashion_mnist_resnet20.py \
       --config.data.dir=FOLDER
   python -m experiments.train --workdir=runs/smoke --config=configs/fashion_mnist_resnet20.py:smoke
 
 FOLDER holds the four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without --config.data.dir TFDS downloads them.
-Xiao et al. 2017 (https://arxiv.org/abs/1708.07747) list no ResNet-20; Zhong et al. 2017
-(https://arxiv.org/abs/1708.04896) report 4.39 % test error for theirs, trained longer.
-Ours: not measured yet; whoever runs it enters mean, spread, seeds, device and hours here.
+/usr/share/datasets/fashion-mnist). Without --config.data.dir, TFDS downloads the data.
+Xiao et al. 2017 (https://arxiv.org/abs/1708.07747) have no results for ResNet-20. Zhong et al. 2017
+(https://arxiv.org/abs/1708.04896) report 4.39 % test error for a ResNet-20 that is trained longer.
+Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.
 """
 
 from __future__ import annotations

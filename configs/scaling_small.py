@@ -1,15 +1,16 @@
-"""The base network of a compound-scaling search: EfficientNet-B0's table, half as wide and deep.
+"""The base of a compound-scaling search: EfficientNet-B0, half as wide and half as deep.
 
   python -m experiments.search scaling --workdir=runs/scaling --config=configs/scaling_small.py
   python -m experiments.search scaling --workdir=runs/fashion \
       --config=configs/scaling_small.py:fashion_mnist --config.data.dir=FOLDER
   python -m experiments.train --workdir=runs/smoke --config=configs/scaling_small.py:smoke
 
-For images of 14 pixels and more the strides are 1 but for two. The digits are 8x8 by themselves: of
-more pixels they have no more to show. Fashion-MNIST has 28x28; a search trains on 10,000 of its
-images; FOLDER holds the four .gz files (Debian's package dataset-fashion-mnist puts them under
+All strides except two are 1, for images of 14 pixels and more. The digits are 8x8 originally, so a
+higher resolution adds no detail. Fashion-MNIST has 28x28 pixels, and the search trains on 10,000 of
+its images. FOLDER holds its four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist).
-Ours, on Fashion-MNIST: alpha 1, beta 1.2, gamma 1.2; experiments/results/README.md has the table.
+Ours, on Fashion-MNIST: alpha 1, beta 1.2, gamma 1.2; the table is in
+experiments/results/scaling.md.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def get_config(mode: str = "") -> ConfigDict:
     config.schedule.learning_rate = 2e-3
     config.schedule.warmup = "50 steps"
     config.train.duration = "400 steps"
-    config.train.eval_every = "0 steps"  # at the end alone
+    config.train.eval_every = "0 steps"  # only at the end
     config.checkpoint.every = "0 steps"
     config.log.every = "50 steps"
     config.log.tensorboard = False
     if mode == "fashion_mnist":
-        config.data.image_size = 14  # twice as many are those that there are
+        config.data.image_size = 14  # half the original, so that up to twice as many are real
         config.data.name = "fashion_mnist"
         config.data.validation = 50_000
         config.data.augment.flip = True

@@ -1,4 +1,4 @@
-"""The run that the ablations vary: a ResNet of eight layers on few images, which it can overfit."""
+"""The base config of the ablations: a ResNet-8 on so few images that it overfits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from .. import common
 
 
 def small(mode: str = "") -> ConfigDict:
-    """On 1100 of Fashion-MNIST's training images, 28x28; in the mode "digits" on 538 of the digits,
-    16x16; in "smoke" on as many digits, 8x8, for a few steps. Fields of the network are given where
-    a row may override them."""
+    """Returns the base config for a mode.
+
+    "": 1100 training images of Fashion-MNIST, 28x28. "digits": 538 images of the digits, 16x16.
+    "smoke": as many digits, 8x8, for a few steps. The config sets every field of the network that a
+    row may override.
+    """
     config = common.get_config()
     config.model.name = "cifar_resnet20"
     with config.unlocked():
@@ -24,7 +27,7 @@ def small(mode: str = "") -> ConfigDict:
     config.schedule.learning_rate = 0.1 / 64 * config.data.batch_size
     config.schedule.warmup = "20 steps"
     config.train.duration = "400 steps"
-    config.train.eval_every = "0 steps"  # at the end alone
+    config.train.eval_every = "0 steps"  # only at the end
     config.checkpoint.every = "0 steps"
     config.checkpoint.keep_latest = 1
     config.train.evaluate_train = True
@@ -32,7 +35,7 @@ def small(mode: str = "") -> ConfigDict:
     if mode in ("digits", "smoke"):
         config.data.name = "digits"
         config.data.image_size = 16
-        config.data.validation = 0.1  # the digits have a split of their own
+        config.data.validation = 0.1  # the default, as the digits have their own validation split
         config.data.fraction = 0.5
     if mode == "smoke":
         config.model.widths = (4, 8, 8)

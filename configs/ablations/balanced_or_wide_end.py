@@ -1,4 +1,4 @@
-"""SimpNet of balanced widths against one with a wide end, of the same number of parameters.
+"""SimpNets with equal numbers of parameters: balanced widths, or a wide end or start.
 
   python -m experiments.ablate --config=configs/ablations/balanced_or_wide_end.py --seeds=5 \
       --workdir=runs/widths --config.data.dir=FOLDER
@@ -8,11 +8,13 @@
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without it TFDS downloads them. Eight
-convolutions learn 1100 images for 400 steps of 64. Early maps are large, so that the rows' MACs
-differ where their parameters do not. The lectures' numbers, 95.19 and 95.51 %, 87.20 and 89.70 %,
-are SimpNet's authors' (https://github.com/Coderx7/SimpNet), the wide end first.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+/usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
+
+The networks have eight convolutions and train on 1100 images for 400 steps of 64. Early feature
+maps are large, so the rows differ in MACs although their numbers of parameters are equal. SimpNet's
+authors (https://github.com/Coderx7/SimpNet) report 95.19 % with a wide end and 95.51 % with
+balanced widths in one experiment, 87.20 % and 89.70 % in another.
+Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 
 from .. import ablations, common
 
-# 37.3 thousand parameters each.
+# 37.3 k parameters each.
 WIDTHS = {
     "balanced": ((24, 24, 24), (24, 24, 24), (24, 24)),
     "wide_end": ((8, 8, 8), (24, 24, 24), (40, 40)),
@@ -36,7 +38,7 @@ def get_config(mode: str = "") -> ConfigDict:
     del config.model["depths"]
     config.model.widths = WIDTHS["balanced"]
     with config.unlocked():
-        config.model.momentum = 0.9  # its 0.99 is for longer runs
+        config.model.momentum = 0.9  # BatchNorm's; the default 0.99 is for longer runs
     return config
 
 

@@ -1,4 +1,4 @@
-"""Dropout at the end against dropout behind every layer: a principle of SimpNet's authors.
+"""Dropout only at the end, or after every layer as SimpNet's authors recommend.
 
   python -m experiments.ablate --config=configs/ablations/dropout_everywhere.py --seeds=5 \
       --workdir=runs/dropout --config.data.dir=FOLDER
@@ -8,12 +8,14 @@
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without it TFDS downloads them. A SimpNet of
-eight narrow convolutions learns 1100 images for 400 steps of 64. "last_0.5" drops the pooled
-features, as older networks do. "all_0.2" is behind norm and ReLU of each convolution, where
-SimpNet's authors (https://arxiv.org/abs/1802.06205) have it, "maps_0.2" the same of whole maps;
-"before_norm_0.2" stands between convolution and norm. "saf_0.2" is their SAF pooling.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+/usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
+
+A SimpNet with eight narrow convolutions trains on 1100 images for 400 steps of 64. Rows: "last_0.5"
+drops pooled features, as older networks do. "all_0.2" drops activations after norm and ReLU of each
+convolution, as SimpNet's authors do (https://arxiv.org/abs/1802.06205). "maps_0.2" drops whole maps
+there. "before_norm_0.2" drops activations between convolution and norm. "saf_0.2" is the authors'
+SAF pooling.
+Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""First values of the convolutions, with BatchNorm behind each and without.
+"""Initializers of the convolutions, with and without BatchNorm.
 
   python -m experiments.ablate --config=configs/ablations/initializers.py --seeds=5 \
       --workdir=runs/init --config.data.dir=FOLDER
@@ -8,13 +8,15 @@
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without it TFDS downloads them. ResNet-14 of
-widths 8, 16, 32 learns 1100 images for 400 steps of 64, at a fifth of the other ablations' rate,
-which a network without norms stands. A row is named first values, norm; the head's are LeCun's in
-all but "fixup", which is He's, scaled as its paper says (https://arxiv.org/abs/1901.09321), the
-head and the end of each branch zero, but its scalars learn at the rate of all. The lectures: N(0,
-0.01) lets the activations of deep networks vanish, and a norm makes up for it.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+/usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
+
+A ResNet-14 with widths 8, 16, 32 trains on 1100 images for 400 steps of 64. The learning rate is a
+fifth of the other ablations' rate, so that networks without norms do not diverge. Rows are named
+INITIALIZER_NORM. The head's initializer is LeCun's in all rows except "he_fixup". That row scales
+He's initializer as the Fixup paper does (https://arxiv.org/abs/1901.09321), with zeros in the head
+and at the end of each branch; unlike in the paper, the scalars use the common learning rate. The
+expectation: with N(0, 0.01), the activations of deep networks vanish unless a norm rescales them.
+Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 
 from __future__ import annotations

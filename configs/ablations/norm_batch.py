@@ -1,4 +1,4 @@
-"""BatchNorm needs images: batches of 2 to 32 under BatchNorm, GroupNorm and LayerNorm.
+"""Batch sizes from 2 to 32 with BatchNorm, GroupNorm and LayerNorm.
 
   python -m experiments.ablate --config=configs/ablations/norm_batch.py --seeds=5 \
       --workdir=runs/norm --config.data.dir=FOLDER
@@ -8,15 +8,18 @@
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without it TFDS downloads them. The lectures: at least 8 images,
-better 16 to 32; Wu & He 2018 (https://arxiv.org/abs/1803.08494, figure 1) say so of ImageNet.
-Every row sees the same number of images, and its rate is proportional to its batch, 0.1 / 64 an
-image, so that small batches take more and smaller steps; the momentum is the same. So is that of
-BatchNorm's running statistics, a tenth a step: those of small batches are of fewer images, and with
---config.train.precise_bn=100 the rows differ by training alone. GroupNorm's groups are 16 channels:
-in the first stage, which has 16, that is LayerNorm. For one device: of several each would normalize
-by its own part of the batch.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+/usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
+
+BatchNorm is said to need batches of at least 8 images, better 16 to 32; Wu & He 2018
+(https://arxiv.org/abs/1803.08494, figure 1) show this on ImageNet.
+
+Every row sees the same number of images. The learning rate is 0.1 / 64 for each image of a batch,
+so small batches take more and smaller steps. Momentum is the same in all rows. The momentum of
+BatchNorm's running statistics is 0.9 in all rows, so small batches average over fewer images; with
+--config.train.precise_bn=100 the rows differ only by training. A group of GroupNorm has 16
+channels, so in the first stage, which has 16 channels, GroupNorm is LayerNorm. Run this on one
+device: with several, each device would normalize its own part of the batch.
+Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from ml_collections import ConfigDict
 
 from .. import ablations, common
 
-RATE = 0.1 / 64  # an image
+RATE = 0.1 / 64  # for each image of a batch
 NORMS = {"batch": (32, 16, 8, 4, 2), "group": (32, 8, 2), "layer": (32, 8, 2)}
 
 

@@ -1,4 +1,4 @@
-"""Shake-Shake's forward and backward gates, by image and by batch: the paper's table 1.
+"""Shake-Shake's forward and backward modes, drawn for each image or batch: table 1 of the paper.
 
   python -m experiments.ablate --config=configs/ablations/shake_modes.py --seeds=5 \
       --workdir=runs/shake --config.data.dir=FOLDER
@@ -8,11 +8,13 @@
       --workdir=runs/smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without it TFDS downloads them. A block a
-stage, two branches of 8, 16, 32 channels; 1100 images for 400 steps of 64. A row is named forward,
-backward, level, as in the paper (https://arxiv.org/abs/1705.07485, table 1), whose order on
-CIFAR-10 comes of 1800 epochs: here are 23.
-Ours: not measured yet; whoever runs it enters the table's place, seeds, device and hours here.
+/usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
+
+Each stage has one block, with two branches of 8, 16 or 32 channels. The networks train on 1100
+images for 400 steps of 64. Rows are named FORWARD_BACKWARD_LEVEL, as in the paper
+(https://arxiv.org/abs/1705.07485, table 1). The paper's ranking on CIFAR-10 is after 1800 epochs;
+here there are 23.
+Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 
 from __future__ import annotations

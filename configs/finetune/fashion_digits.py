@@ -1,7 +1,8 @@
-"""Clothes of five kinds to clothes of five others, and to digits: a narrow ResNet-8, 28x28 gray.
+"""Transfer from five classes of clothes to five others, and to digits: a narrow ResNet-8, 28x28.
 
-The source learns T-shirts, trousers, pullovers, sandals and ankle boots; near it are dresses,
-coats, shirts, sneakers and bags; far from it scikit-learn's handwritten digits.
+The source network learns T-shirts, trousers, pullovers, sandals and ankle boots. The similar target
+has dresses, coats, shirts, sneakers and bags. The dissimilar target is scikit-learn's handwritten
+digits.
 
   python -m experiments.finetune --workdir=runs/finetune --config.dir=FOLDER --strategies=all \\
       --fractions=0.01,0.1,1 --seeds=3
@@ -9,11 +10,12 @@ coats, shirts, sneakers and bags; far from it scikit-learn's handwritten digits.
       --config=configs/finetune/fashion_digits.py:smoke
 
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
-/usr/share/datasets/fashion-mnist); without --config.dir TFDS downloads them. The smoke mode learns
-the digits 0 to 4, then 5 to 9, and needs no files.
-Ours: experiments/results/README.md, "Transfer": 198 runs, 3 seeds, 40 minutes on 2 CPU cores shared
-with other work. Slower low layers (layer_decay) 85.7, 88.4, 88.8 % (sd 1.5, 0.3, 0.1) on the five
-other clothes from 275, 2,750 and 27,500 images; from scratch 83.4, 85.2, 85.8 (0.1, 1.5, 0.4).
+/usr/share/datasets/fashion-mnist). Without --config.dir, TFDS downloads the data. The smoke mode
+transfers from the digits 0 to 4 to the digits 5 to 9 and needs no files.
+Ours: experiments/results/transfer.md: 198 runs, 3 seeds, 40 minutes on 2 CPU cores shared with
+other work. On the similar target with 275, 2,750 and 27,500 images, slower lower layers
+(layer_decay) reach 85.7, 88.4 and 88.8 % (sd 1.5, 0.3, 0.1), and training from scratch 83.4, 85.2
+and 85.8 % (sd 0.1, 1.5, 0.4).
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ def get_config(mode: str = "") -> ConfigDict:
     config = ConfigDict(
         dict(
             dir="",  # data.dir of Fashion-MNIST
-            source="",  # what all start from, as graft.source has it; "": pretrain is run first
+            source="",  # as graft.source; "": start from the run `pretrain`
             pretrain=run("fashion_mnist", (0, 1, 2, 5, 9), 2500),
-            # Their names stand for the rows of the lectures' table.
+            # The names are those of the table in CS231n.
             targets=dict(
                 similar=run("fashion_mnist", (3, 4, 6, 7, 8), 2500),
                 dissimilar=run("digits", (), 0.1),
@@ -69,7 +71,7 @@ def run(name: str, classes: tuple[int, ...], validation: float) -> ConfigDict:
     config.schedule.learning_rate = 0.1
     config.schedule.warmup = "20 steps"
     config.train.duration = "300 steps"
-    config.train.eval_every = "0 steps"  # at the end alone
+    config.train.eval_every = "0 steps"  # only at the end
     config.checkpoint.every = "0 steps"
     config.checkpoint.keep_latest = 1
     config.log.tensorboard = False

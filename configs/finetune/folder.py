@@ -1,14 +1,14 @@
-"""Published weights, fine-tuned on one's own folder of images: root/class/*.jpg.
+"""Fine-tunes published weights on your own folder of images: root/class/*.jpg.
 
   python -m experiments.finetune --workdir=runs/own --config=configs/finetune/folder.py \\
       --config.dir=FOLDER --config.source=torchvision:resnet18 --strategies=scratch,head_then_all
   python -m experiments.finetune --workdir=runs/smoke --config=configs/finetune/folder.py:smoke \\
       --strategies=features --seeds=1
 
-Other weights want their own network and normalization: --config.targets.own.model.name,
-.data.image_size, .data.mean and .data.std. The smoke mode learns noise and needs no files.
-Ours: experiments/results/README.md, "Transfer": EfficientNet-Lite0 on 121 photographs of five
-kinds, linear classifiers on its features 84.3 % (sd 6.8, 3 seeds), from scratch 56.9 % (sd 3.4).
+Other weights need their own network and normalization: set --config.targets.own.model.name,
+.data.image_size, .data.mean and .data.std. The smoke mode trains on noise and needs no files.
+Ours: experiments/results/transfer.md: EfficientNet-Lite0 on 121 photos of five classes. A linear
+classifier on its features reaches 84.3 % (sd 6.8, 3 seeds), training from scratch 56.9 % (sd 3.4).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def get_config(mode: str = "") -> ConfigDict:
         dict(
             dir="",
             source="torchvision:resnet18",
-            pretrain=run(),  # where there is no source
+            pretrain=run(),  # used if `source` is ""
             targets=dict(own=run()),
             strategy=make_defaults(STRATEGY) | dict(layer_decay=0.75),
         )
@@ -56,7 +56,7 @@ def run() -> ConfigDict:
     config.optimizer.weight_decay = ((r".*/kernel", 1e-4), (r".*", 0.0))
     config.schedule.learning_rate = 0.02
     config.train.duration = "20 epochs"
-    config.train.eval_every = "0 steps"  # at the end alone
+    config.train.eval_every = "0 steps"  # only at the end
     config.checkpoint.every = "0 steps"
     config.checkpoint.keep_latest = 1
     config.log.tensorboard = False
