@@ -64,9 +64,9 @@ def test_the_original_order_with_option_a_is_cifar_resnet110():
     """The parameters have the same names and shapes; compared at depths (2, 2, 2)."""
     depths = create_model("cifar_preact110").depths
     assert depths == create_model("cifar_resnet110").depths
-    few = dict(depths=(2, 2, 2))
-    ours = variable_shapes("cifar_preact110", order="original", shortcut="A", **few)
-    assert ours == variable_shapes("cifar_resnet110", **few)
+    fields = dict(depths=(2, 2, 2))
+    shapes = variable_shapes("cifar_preact110", order="original", shortcut="A", **fields)
+    assert shapes == variable_shapes("cifar_resnet110", **fields)
 
 
 def test_the_original_order_with_option_a_computes_what_cifar_resnet_computes():
@@ -238,13 +238,13 @@ def test_options_keep_the_parameters(order):
     def run(**fields):
         model = create_model("cifar_preact164", **TINY | dict(depths=(3, 1)), order=order, **fields)
 
-        def both(key):
+        def init_and_train(key):
             variables = model.init(key, IMAGES)
             rngs = {"shared": key, "dropout": key}
-            given = dict(train=True, mutable=["batch_stats"], rngs=rngs)
-            return variables, model.apply(variables, IMAGES, **given)
+            training = dict(train=True, mutable=["batch_stats"], rngs=rngs)
+            return variables, model.apply(variables, IMAGES, **training)
 
-        return jax.eval_shape(both, jax.random.key(0))
+        return jax.eval_shape(init_and_train, jax.random.key(0))
 
     plain = run()
     assert run(drop_path=0.5, scan=True, remat=True, dtype="bfloat16") == plain
@@ -256,8 +256,8 @@ def test_a_dropped_unit_leaves_its_statistics():
         "cifar_preact110", **TINY | dict(depths=(2,), widths=(4,)), drop_path=0.9999
     )
     variables = init_variables(model, jax.random.key(0))
-    given = dict(train=True, mutable=["batch_stats"], rngs={"shared": jax.random.key(1)})
-    after = jax.jit(lambda v: model.apply(v, IMAGES, **given)[1]["batch_stats"])(variables)
+    training = dict(train=True, mutable=["batch_stats"], rngs={"shared": jax.random.key(1)})
+    after = jax.jit(lambda v: model.apply(v, IMAGES, **training)[1]["batch_stats"])(variables)
     before = pytree.flatten(variables["batch_stats"])
     moved = {path for path, leaf in pytree.flatten(after).items() if (leaf != before[path]).all()}
     assert {"stage1/block1/norm1/mean", "norm/mean"} <= moved

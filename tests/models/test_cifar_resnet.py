@@ -101,12 +101,12 @@ def test_training_moves_every_statistic_and_evaluation_none(variables):
     model = create_model("cifar_resnet20", **TINY)
 
     @jax.jit
-    def both(variables):
+    def apply(variables):
         _, trained = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
         _, evaluated = model.apply(variables, IMAGES, train=False, mutable=["batch_stats"])
         return trained["batch_stats"], evaluated["batch_stats"]
 
-    trained, evaluated = (pytree.flatten(tree) for tree in both(variables))
+    trained, evaluated = (pytree.flatten(tree) for tree in apply(variables))
     for path, before in pytree.flatten(variables["batch_stats"]).items():
         assert (trained[path] != before).all(), path
         np.testing.assert_array_equal(evaluated[path], before)
@@ -211,8 +211,8 @@ def test_options_b_and_c_project_where_the_shape_changes_and_everywhere():
     for option in "ABC":
         model = create_model("cifar_resnet20", **TINY | dict(depths=(2, 2, 2)), shortcut=option)
         shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
-        found = [path for path in pytree.flatten(shapes) if path.endswith("projection/kernel")]
-        projections[option] = [path.split("/")[1:3] for path in found]
+        paths = [path for path in pytree.flatten(shapes) if path.endswith("projection/kernel")]
+        projections[option] = [path.split("/")[1:3] for path in paths]
     wider = [["stage2", "block1"], ["stage3", "block1"]]
     every = [[f"stage{i}", f"block{j}"] for i in (1, 2, 3) for j in (1, 2)]
     assert projections == {"A": [], "B": wider, "C": every}
@@ -239,16 +239,16 @@ def test_evaluation_counts_each_branch_by_its_survival(variables, field):
     for path in flat:
         if path.endswith(("norm2/scale", "norm2/bias")):
             flat[path] = rng.uniform(0.5, 1.5, flat[path].shape).astype(np.float32)
-    given = pytree.unflatten(flat)
+    redrawn = pytree.unflatten(flat)
     for i, survival in enumerate((5 / 6, 4 / 6, 3 / 6), 1):
         for name in ("scale", "bias"):
             path = f"params/stage{i}/block1/norm2/{name}"
             flat[path] = survival * flat[path]
     full = create_model("cifar_resnet20", **TINY)
     expected = jax.jit(full.apply)(pytree.unflatten(flat), IMAGES)
-    found = jax.jit(model.apply)(given, IMAGES)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(found - jax.jit(full.apply)(given, IMAGES)).max() > 0.01
+    logits = jax.jit(model.apply)(redrawn, IMAGES)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(logits - jax.jit(full.apply)(redrawn, IMAGES)).max() > 0.01
 
 
 @pytest.mark.slow
@@ -257,12 +257,14 @@ def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
     fields = dict(TINY, depths=(4,), widths=(4,), drop_path=0.8, shake_drop=0.5)
     rngs = {"shared": jax.random.key(1), "dropout": jax.random.key(2)}
 
-    def step(variables, **more):
-        model = create_model("cifar_resnet20", **fields, **more)
+    def step(variables, **compilation):
+        model = create_model("cifar_resnet20", **fields, **compilation)
 
         def loss_fn(params):
-            given = {**variables, "params": params}
-            logits, new = model.apply(given, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs)
+            inputs = {**variables, "params": params}
+            logits, new = model.apply(
+                inputs, IMAGES, train=True, mutable=["batch_stats"], rngs=rngs
+            )
             return jnp.sum(logits**2), new["batch_stats"]
 
         return jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
@@ -272,10 +274,10 @@ def test_a_scanned_step_with_disturbed_branches_is_the_unrolled_one():
     (loss, stats), grads = jax.jit(step)(variables)
     (scan_loss, scan_stats), scan_grads = jax.jit(partial(step, scan=True, remat=True))(stacked)
     np.testing.assert_allclose(scan_loss, loss, rtol=1e-4)
-    for expected, found in ((stats, scan_stats), (grads, scan_grads)):
-        found = pytree.flatten(pytree.unstack_blocks(found))
+    for expected, scanned in ((stats, scan_stats), (grads, scan_grads)):
+        scanned = pytree.flatten(pytree.unstack_blocks(scanned))
         for path, leaf in pytree.flatten(expected).items():
-            np.testing.assert_allclose(found[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
+            np.testing.assert_allclose(scanned[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
     moved = [np.any(stats["stage1"][f"block{i}"]["norm1"]["mean"]) for i in (1, 2, 3, 4)]
     assert any(moved)
     assert not all(moved)

@@ -124,14 +124,16 @@ def test_drop_path_is_per_image_and_leaves_evaluation_and_names_alone(tiny):
     changed = (np.abs(dropped - plain) > 1e-3).any(-1)
     assert changed.any()
     # The first block is never dropped, so a network of one block drops nothing.
-    one = dict(depths=(1,), drop_path=0.9)
+    one_block = dict(depths=(1,), drop_path=0.9)
     first = {**variables, "params": dict(variables["params"])}
     for name in ("downsample1", "stage2"):
         del first["params"][name]
     first["params"]["norm"] = dict(scale=np.ones(8), bias=np.zeros(8))
     first["params"]["head"] = dict(kernel=np.eye(8, 3), bias=np.zeros(3))
     np.testing.assert_allclose(
-        logits(first, images, train=True, **one), logits(first, images, **one), rtol=1e-5
+        logits(first, images, train=True, **one_block),
+        logits(first, images, **one_block),
+        rtol=1e-5,
     )
 
 
@@ -148,10 +150,10 @@ def test_drop_path_needs_its_stream(tiny):
 )
 def test_scan_and_remat_change_no_result(tiny, fields):
     variables, images = tiny
-    given = dict(train=True, drop_path=0.5)
+    training = dict(train=True, drop_path=0.5)
     np.testing.assert_allclose(
-        logits(variables, images, **given, **fields),
-        logits(variables, images, **given),
+        logits(variables, images, **training, **fields),
+        logits(variables, images, **training),
         rtol=1e-4,
         atol=1e-5,
     )

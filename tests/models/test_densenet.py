@@ -181,8 +181,8 @@ def test_dropout_after_every_convolution_but_the_first():
         kept = after != 0
         np.testing.assert_allclose(after[kept], 2 * before[kept], rtol=1e-6)
         assert 0.2 < kept.mean() < 0.8, path
-    still = jax.jit(model.clone(dropout=0.0).apply, compiler_options=FAST)
-    np.testing.assert_allclose(run(False)[0], still(variables, IMAGES), atol=1e-5)
+    without_dropout = jax.jit(model.clone(dropout=0.0).apply, compiler_options=FAST)
+    np.testing.assert_allclose(run(False)[0], without_dropout(variables, IMAGES), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -96,17 +96,17 @@ def test_companions_are_linear_in_the_convolutions_and_dropout_is_random():
             variables, images, train=train, rngs=rngs, mutable=keep, capture_intermediates=True
         )
 
-    (out, state), (other, _) = logits(0, True), logits(1, True)
+    (logits1, state), (logits2, _) = logits(0, True), logits(1, True)
     for i in (1, 2, 3):
         maps = np.asarray(state["intermediates"][f"conv{i}"]["__call__"][0]).reshape(2, -1)
         assert (maps < 0).any()  # before ReLU
         companion = variables["params"][f"aux{i}"]["head"]
         expected = maps @ companion["kernel"] + companion["bias"]
         np.testing.assert_allclose(state["aux_logits"][f"aux{i}"]["logits"][0], expected, atol=1e-4)
-    assert (out != other).any()
-    out, other = logits(0, False)[0], logits(1, False)[0]
-    np.testing.assert_array_equal(out, other)
-    assert (out < 0).any()  # no ReLU on the maps of the classes
+    assert (logits1 != logits2).any()
+    logits1, logits2 = logits(0, False)[0], logits(1, False)[0]
+    np.testing.assert_array_equal(logits1, logits2)
+    assert (logits1 < 0).any()  # no ReLU on the maps of the classes
     assert create_model("dsn").dropout == 0.5
 
 

@@ -141,10 +141,10 @@ def test_three_columns_by_their_definition_whatever_is_dropped():
         z = mean(first, two)
         outs = [last, run("column2_unit2", z), run("column3_unit4", run("column3_unit3", z))]
         expected = mean([pool(out) for out in outs], three)
-        found = apply(jnp.array(two), jnp.array(three))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        output = apply(jnp.array(two), jnp.array(three))
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-5)
     whole = block.apply(variables, IMAGES, None, 1)
-    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)  # the last pattern keeps all
+    np.testing.assert_allclose(output, whole, rtol=1e-5, atol=1e-5)  # the last pattern keeps all
 
 
 def train(model, variables, key, images=IMAGES):
@@ -152,38 +152,38 @@ def train(model, variables, key, images=IMAGES):
     rngs = {"shared": key, "dropout": jax.random.fold_in(key, 1)}
 
     def loss(params):
-        given = {**variables, "params": params}
-        out, new = model.apply(given, images, train=True, mutable=["batch_stats"], rngs=rngs)
+        inputs = {**variables, "params": params}
+        out, new = model.apply(inputs, images, train=True, mutable=["batch_stats"], rngs=rngs)
         return jnp.sum(out**2), (out, new["batch_stats"])
 
     (_, (out, stats)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
     return {"out": out, "batch_stats": stats, "grads": grads}
 
 
-def units_that_ran(found, variables):
-    before, after = (pytree.flatten(tree["batch_stats"]) for tree in (variables, found))
+def units_that_ran(result, variables):
+    before, after = (pytree.flatten(tree["batch_stats"]) for tree in (variables, result))
     moved = {path: bool((before[path] != after[path]).any()) for path in before}
     return {path.rpartition("/norm")[0] for path in moved if moved[path]}
 
 
 def test_global_sampling_is_the_plain_network_of_one_column():
     def forward(model, variables, key):
-        given = dict(train=True, mutable=["batch_stats"], rngs={"shared": key})
-        out, new = model.apply(variables, IMAGES, **given)
+        training = dict(train=True, mutable=["batch_stats"], rngs={"shared": key})
+        out, new = model.apply(variables, IMAGES, **training)
         return {"out": out, **new}
 
     model, variables = make(2, drop_path=0.15, drop_path_global=1.0)
     run = jax.jit(partial(forward, model))
     seen = set()
     for key in jax.random.split(jax.random.key(3), 8):
-        found = run(variables, key)
-        ran = units_that_ran(found, variables)
+        result = run(variables, key)
+        ran = units_that_ran(result, variables)
         (column,) = {int(path.split("column")[1][0]) for path in ran}
         assert len(ran) == 2 * 2 ** (column - 1)  # the whole column, in both blocks
         if column not in seen:
             plain = forward(make(2, column=column)[0], variables, key)
             for path, value in pytree.flatten(plain).items():
-                got = pytree.flatten(found)[path]
+                got = pytree.flatten(result)[path]
                 np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5, err_msg=path)
         seen.add(column)
     assert seen == {1, 2}
@@ -195,9 +195,9 @@ def test_local_sampling_computes_what_leads_to_the_end():
     run = jax.jit(partial(train, model))
     seen = set()
     for key in jax.random.split(jax.random.key(4), 10):
-        found = run(variables, key)
-        ran = units_that_ran(found, variables)
-        grads = pytree.flatten(found["grads"])
+        result = run(variables, key)
+        ran = units_that_ran(result, variables)
+        grads = pytree.flatten(result["grads"])
         for path, grad in grads.items():
             if path.endswith("/conv/kernel"):
                 assert np.any(grad) == (path.removesuffix("/conv/kernel") in ran), path
@@ -235,8 +235,8 @@ def test_four_devices(mode, axis_name):
         shared = steps.stream_key(key, steps.Stream.SHARED, number)
         dropout = jax.random.fold_in(steps.stream_key(key, steps.Stream.DROPOUT, number), device)
         rngs = {"shared": shared, "dropout": dropout}
-        given = dict(train=True, mutable=["batch_stats"], rngs=rngs)
-        out, _ = model.apply(variables, batch["image"], **given)
+        training = dict(train=True, mutable=["batch_stats"], rngs=rngs)
+        out, _ = model.apply(variables, batch["image"], **training)
         return jax.lax.all_gather(out, "batch", tiled=True)
 
     mapped = parallel.parallelize(step, mesh, donate=False)
@@ -258,23 +258,25 @@ def test_evaluation_keeps_all_paths_and_needs_no_keys():
     expected = model.apply(variables, IMAGES)
     for mode in ("batch", "sample"):
         fields = dict(drop_path=0.5, drop_path_mode=mode, dropout=(0.1, 0.2))
-        other = create_model("fractalnet_20", **TINY, columns=2, **fields)
-        np.testing.assert_array_equal(other.apply(variables, IMAGES), expected)
+        dropping = create_model("fractalnet_20", **TINY, columns=2, **fields)
+        np.testing.assert_array_equal(dropping.apply(variables, IMAGES), expected)
 
 
 def test_a_column_alone_has_its_own_parameters_and_takes_the_whole_networks():
     model, variables = make()
     for column in (1, 2, 3):
         model = model.copy(column=column)
-        own = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
-        paths = set(pytree.flatten(own["params"]))
+        column_variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+        paths = set(pytree.flatten(column_variables["params"]))
         assert paths < set(pytree.flatten(variables["params"]))
         units = {path.split("/")[1] for path in paths if path.startswith("block")}
         assert units == {f"column{column}_unit{i}" for i in range(1, 2 ** (column - 1) + 1)}
         assert jax.eval_shape(model.apply, variables, IMAGES).shape == (8, 3)
-    one, _ = make(columns=1)
-    alone, own = make(columns=1, column=1)
-    np.testing.assert_array_equal(one.apply(own, IMAGES), alone.apply(own, IMAGES))
+    whole, _ = make(columns=1)
+    plain, column_variables = make(columns=1, column=1)
+    np.testing.assert_array_equal(
+        whole.apply(column_variables, IMAGES), plain.apply(column_variables, IMAGES)
+    )
 
 
 def test_dropout_is_between_convolution_and_norm():

@@ -103,9 +103,9 @@ def test_table_1s_parameters_and_operations():
     rows = cost_of("googlenet_2014").layers
 
     def counted(stage):  # Ki of weights, millions of operations
-        own = [row for row in rows if row.path.startswith(f"{stage}/")]
-        weights = sum(row.params - row.output_shape[-1] for row in own)
-        return weights / 1024, sum(row.macs for row in own) / 1e6
+        modules = [row for row in rows if row.path.startswith(f"{stage}/")]
+        weights = sum(row.params - row.output_shape[-1] for row in modules)
+        return weights / 1024, sum(row.macs for row in modules) / 1e6
 
     # 7 x 7 x 3 x 64 weights at 112 x 112 places; the paper has "2.7K" and "34M".
     assert counted("conv1") == (9408 / 1024, pytest.approx(118, rel=0.01))
@@ -204,10 +204,10 @@ def test_training_is_random_and_evaluation_is_not():
         train = partial(model.apply, variables, images, train=True, mutable=["aux_logits"])
         return model.apply(variables, images), train(rngs={"dropout": key})
 
-    still, (noisy, state) = run(jax.random.key(1))
-    still2, (noisy2, state2) = run(jax.random.key(2))
-    np.testing.assert_array_equal(still, still2)
-    assert np.abs(noisy - noisy2).max() > 1e-4
+    evaluated, (trained, state) = run(jax.random.key(1))
+    evaluated2, (trained2, state2) = run(jax.random.key(2))
+    np.testing.assert_array_equal(evaluated, evaluated2)
+    assert np.abs(trained - trained2).max() > 1e-4
     for head in ("aux1", "aux2"):
         logits, logits2 = (s["aux_logits"][head]["logits"][0] for s in (state, state2))
         assert logits.shape == (2, 3)
@@ -239,5 +239,5 @@ def test_the_5x5_branch(name, window):
 
 
 def test_group_normalization_does_not_fit():
-    with pytest.raises(UserError, match='got "group": its 16 channels'):
+    with pytest.raises(UserError, match='norm="group": expected a multiple of 16 channels'):
         captured("googlenet", 64, norm="group")

@@ -140,7 +140,7 @@ def test_settings_of_norms_and_dropout(name, rate, momentum, scale, train):
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     dropouts, norms = [], set()
 
-    def look(run, args, kwargs, context):
+    def record(run, args, kwargs, context):
         module = context.module
         if isinstance(module, nn.Dropout):
             dropouts.append((module.rate, module.deterministic, args[0].shape))
@@ -152,7 +152,7 @@ def test_settings_of_norms_and_dropout(name, rate, momentum, scale, train):
         rngs = {"dropout": key}
         return model.apply(variables, images, train=train, rngs=rngs, mutable="batch_stats")
 
-    with nn.intercept_methods(look):
+    with nn.intercept_methods(record):
         jax.eval_shape(apply, shapes, jax.random.key(0))
     assert dropouts == [(rate, not train, (2, 1536))]
     assert norms == {(1e-3, momentum, scale)}

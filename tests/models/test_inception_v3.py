@@ -181,9 +181,9 @@ def test_keras_excludes_the_padding_from_its_means():
 
 
 def test_keras_creates_layers_in_the_order_in_which_ours_run():
-    ran = [row.path for row in cost_of("keras_inception_v3").layers if row.macs]
-    assert [f"{path}/conv" for path in KERAS_ORDER] == ran[:-1]
-    assert ran[-1] == "head"
+    paths = [row.path for row in cost_of("keras_inception_v3").layers if row.macs]
+    assert [f"{path}/conv" for path in KERAS_ORDER] == paths[:-1]
+    assert paths[-1] == "head"
 
 
 def test_tensorflows_initial_values():
@@ -197,19 +197,19 @@ def test_tensorflows_initial_values():
 
     with nn.intercept_methods(note):
         captured("inception_v3", 75, init="paper")
-    found = {}
+    deviations = {}
     for path, init in inits.items():
         values = init(jax.random.key(0), (100, 200), jnp.float32)
         # A normal of deviation 1 that is truncated at two has the deviation 0.88.
-        found[path] = round(float(np.std(values) / 0.8796), 4)
-        assert np.abs(values).max() == pytest.approx(2 * found[path], rel=0.02)
+        deviations[path] = round(float(np.std(values) / 0.8796), 4)
+        assert np.abs(values).max() == pytest.approx(2 * deviations[path], rel=0.02)
     ends = {"aux1/conv2/conv": 0.01, "aux1/head": 0.001}
-    assert found == pytest.approx({path: ends.get(path, 0.1) for path in inits}, rel=0.02)
+    assert deviations == pytest.approx({path: ends.get(path, 0.1) for path in inits}, rel=0.02)
 
 
 @pytest.mark.parametrize("norm", ["group", "none"])
 @pytest.mark.parametrize("name", ["inception_v3", "keras_inception_v3"])
 def test_other_norms(name, norm):
-    few = dict(pool_projs=(32,), widths=(128,))
-    logits, _, _ = captured(name, 75, norm=norm, **few)
+    short = dict(pool_projs=(32,), widths=(128,))
+    logits, _, _ = captured(name, 75, norm=norm, **short)
     assert logits.shape == (2, 1000)

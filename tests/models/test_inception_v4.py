@@ -138,7 +138,7 @@ def test_dropout_of_a_fifth_before_the_head_in_training_only(train):
     model, images = create_model("inception_v4"), jnp.zeros((2, 75, 75, 3))
     seen = []
 
-    def look(run, args, kwargs, context):
+    def record(run, args, kwargs, context):
         if isinstance(context.module, nn.Dropout):
             seen.append((context.module.rate, context.module.deterministic, args[0].shape))
         return run(*args, **kwargs)
@@ -148,7 +148,7 @@ def test_dropout_of_a_fifth_before_the_head_in_training_only(train):
             model.init(key, images), images, train=train, rngs={"dropout": key}, mutable=True
         )
 
-    with nn.intercept_methods(look):
+    with nn.intercept_methods(record):
         jax.eval_shape(apply, jax.random.key(0))
     assert seen == [(0.2, True, (2, 1536)), (0.2, not train, (2, 1536))]
 

@@ -162,10 +162,10 @@ def test_table_1(original):
     before = np.asarray(module.apply(given, seen["s2"]))
     np.testing.assert_allclose(before, seen["c3"], atol=1e-6)
     for i in range(6):
-        other = seen["s2"].copy()
-        other[..., i] += 1
-        moved = np.any(np.asarray(module.apply(given, other)) != before, axis=(0, 1, 2))
-        np.testing.assert_array_equal(moved, CONNECTED[i])
+        changed = seen["s2"].copy()
+        changed[..., i] += 1
+        differs = np.any(np.asarray(module.apply(given, changed)) != before, axis=(0, 1, 2))
+        np.testing.assert_array_equal(differs, CONNECTED[i])
 
 
 def test_subsampling_by_its_definition(original):

@@ -156,10 +156,10 @@ def test_drop_path_changes_no_name_and_drops_images_in_training(tiny):
 
     @quick_jit
     def run(variables, key):
-        still = [m.apply(variables, images) for m in (model, dropping)]
-        given = dict(train=True, rngs={"dropout": key}, mutable=True, capture_intermediates=True)
-        _, state = dropping.apply(variables, images, **given)
-        return still, state["intermediates"]["stage2"]
+        evaluations = [m.apply(variables, images) for m in (model, dropping)]
+        training = dict(train=True, rngs={"dropout": key}, mutable=True, capture_intermediates=True)
+        _, state = dropping.apply(variables, images, **training)
+        return evaluations, state["intermediates"]["stage2"]
 
     (plain, evaluated), stage = run(variables, jax.random.key(3))
     np.testing.assert_allclose(evaluated, plain, atol=1e-6)  # "sample" leaves evaluation alone
@@ -182,9 +182,9 @@ def test_drop_path_changes_no_name_and_drops_images_in_training(tiny):
 
 
 def test_zero_init_starts_branches_with_a_shortcut_at_zero():
-    found = norms_starting_at_zero(capture_modules("mobilenet_v2", 32, zero_init=True))
+    norms = norms_starting_at_zero(capture_modules("mobilenet_v2", 32, zero_init=True))
     repeats = [(i, j) for i, depth in enumerate(DEPTHS, 1) for j in range(2, depth + 1)]
-    assert found == {f"stage{i}/block{j}/project_norm" for i, j in repeats}
+    assert norms == {f"stage{i}/block{j}/project_norm" for i, j in repeats}
     assert not norms_starting_at_zero(capture_modules("mobilenet_v2", 32))
 
 

@@ -113,8 +113,8 @@ def test_activations_are_the_tables():
     for name, first in (("mobilenet_v3_large", 6), ("mobilenet_v3_small", 3)):
         modules = capture_modules(name, 32)
         blocks = len(create_model(name).table)
-        found = [modules[f"block{i}"].activation for i in range(1, blocks + 1)]
-        assert found == [RE] * first + [HS] * (blocks - first)
+        activations = [modules[f"block{i}"].activation for i in range(1, blocks + 1)]
+        assert activations == [RE] * first + [HS] * (blocks - first)
         assert modules["stem"].activation == modules["top"].activation == HS
 
 
@@ -146,10 +146,10 @@ def test_drop_path_and_remat(tiny):
 
     @quick_jit
     def run(variables, key):
-        still = [m.apply(variables, images) for m in (model, dropping)]
-        given = dict(train=True, rngs={"dropout": key}, mutable=True, capture_intermediates=True)
-        _, state = dropping.apply(variables, images, **given)
-        return still, state["intermediates"]
+        evaluations = [m.apply(variables, images) for m in (model, dropping)]
+        training = dict(train=True, rngs={"dropout": key}, mutable=True, capture_intermediates=True)
+        _, state = dropping.apply(variables, images, **training)
+        return evaluations, state["intermediates"]
 
     (plain, evaluated), seen = run(variables, jax.random.key(3))
     np.testing.assert_allclose(evaluated, plain, atol=1e-6)
@@ -163,8 +163,8 @@ def test_drop_path_and_remat(tiny):
 
 
 def test_zero_init_starts_branches_with_a_shortcut_at_zero():
-    found = norms_starting_at_zero(capture_modules("mobilenet_v3_small", 32, zero_init=True))
-    assert found == {f"block{i}/project_norm" for i in (3, 5, 6, 8, 10, 11)}
+    norms = norms_starting_at_zero(capture_modules("mobilenet_v3_small", 32, zero_init=True))
+    assert norms == {f"block{i}/project_norm" for i in (3, 5, 6, 8, 10, 11)}
     assert not norms_starting_at_zero(capture_modules("mobilenet_v3_small", 32))
 
 
