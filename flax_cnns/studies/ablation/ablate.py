@@ -87,7 +87,7 @@ def _set_aside_changed_data(
 ) -> None:
     """Renames the cells that began with other data, so that they run again.
 
-    With `accept` they are kept and the change is recorded. Prints a line for each.
+    With `accept`, keeps them and records the change. Prints a line for each.
     """
     for cell in cells:
         data = costs[cell.row.name].data if cell.row.name in costs else None

@@ -83,7 +83,7 @@ class SweepCell(NamedTuple):
 def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
     """Returns the rows that `sweep()` in a config file gives.
 
-    Raises UserError if the file has no `sweep()` or if it returns no rows.
+    Raises UserError if the file has no `sweep()`, or if `sweep()` does not return or yield rows.
     """
     sweep = getattr(recipes.load(file), "sweep", None)
     if not callable(sweep):
@@ -163,7 +163,8 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigD
     of networks and of own parts, which are checked later.
     """
     given = configs.flatten(overrides)
-    # If a field already had no effect, or if the row sets it, it is a mistake and must be refused.
+    # Fields that had no effect before, or that the row sets, are not reset: a later check must
+    # refuse them as mistakes.
     keep = {*configs.find_inert_fields(config), *given}
     config = ConfigDict(config.to_dict())
     names_before = own_parts.find_names(config)
@@ -283,5 +284,5 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
 
 
 def is_final(status: str) -> bool:
-    """Whether a cell with this status does not run again."""
+    """Whether a cell with this status is skipped when the ablation is started again."""
     return status in ("complete", "diverged")

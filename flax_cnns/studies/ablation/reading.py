@@ -67,7 +67,7 @@ def read_cells(folder: pathlib.Path, number: int) -> dict[int, CellResult]:
 
 
 def _read_cell(workdir: pathlib.Path) -> CellResult:
-    """Reads a cell. It is complete if it has a summary or logged a test; it may be damaged."""
+    """Reads a cell, which is complete if it has a summary or logged a test. It may be damaged."""
     try:
         record = records.read_record(workdir) if (workdir / "config.json").is_file() else None
         if record is not None and (record.is_complete or _list_test_metrics(record)):

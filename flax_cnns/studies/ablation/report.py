@@ -44,7 +44,7 @@ class RowSummary(NamedTuple):
     row: RowResults
     value: Interval  # of the metric
     error: Interval  # 1 - metric, for a metric that is a fraction
-    difference: Difference | None  # to the baseline; None for the baseline
+    difference: Difference | None  # from the baseline; None for the baseline
     p_holm: float
     gap: float | None  # the metric on the training examples minus that on the test split
     size: tuple[int, int | None] | None  # parameters, MACs

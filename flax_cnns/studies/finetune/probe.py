@@ -55,9 +55,9 @@ def run_probe(
     """Trains a linear classifier on the features of each of `layers`.
 
     Layers are module paths such as "stage2", or `LAST_LAYER`. Writes `summary.json` and
-    `classifiers.npz` (kernels and biases by layer) into `workdir` and returns the summary. If the
-    directory is complete, only reads it. The summary's accuracy is from the layer with the best
-    validation accuracy, or from the last layer without a validation split.
+    `classifiers.npz` (kernels and biases by layer) into `workdir` and returns the summary. Only
+    reads a complete directory. The summary's accuracy is from the layer with the best validation
+    accuracy, or from the last layer if there is no validation split.
 
     `config`: of a run in which `optimizer.trainable` selects only the classifier. `cached_layers`:
     more layers to keep in the file `cache`, for other calls. `accept_changed_data` and
@@ -176,8 +176,8 @@ def compute_features(
     """Computes the features of all images of all splits, in evaluation mode.
 
     All axes between examples and channels are averaged. Returns (features, seconds for the training
-    images without compiling). The other splits are not timed, because every strategy must pass them
-    through the network to be evaluated.
+    images without compiling). The time for the other splits does not count, because every strategy
+    evaluates them.
     """
     dataset = components.dataset
     # Without scan, so that every block has a name: inside a stack nothing can be captured.

@@ -101,7 +101,7 @@ def features(task: Task) -> list[Phase]:
 
 
 def linear_stages(task: Task) -> list[Phase]:
-    """Trains a linear classifier on each part's pooled features; the best by validation counts."""
+    """Trains a linear classifier on each part's pooled features; keeps the best by validation."""
     return [task.make_phase(train=(), layers=task.parts)]
 
 

@@ -89,7 +89,7 @@ class TrialResult(NamedTuple):
     """A trial with the accuracies of its runs."""
 
     trial: Trial
-    accuracy: list[float]  # for each seed; of the validation split in the grid, else of the test
+    accuracy: list[float]  # one for each seed; on validation in the grid, else on test
 
 
 class SearchResult(NamedTuple):
