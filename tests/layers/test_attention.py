@@ -1,4 +1,4 @@
-"""Multi-head attention beside Flax's own, and its MACs."""
+"""Multi-head attention compared with Flax's own, and its MACs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What networks build of and how they end: each argument comes from the network's own field."""
+"""Building blocks and classifiers take each argument from the network's fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flax_cnns.layers.norm import BatchNorm, NoNorm
 
 
 class Plain(nn.Module):
-    """A network without norms, as its fields say."""
+    """A network without the field `norm`."""
 
     num_classes: int | None = 3
     kernel_init: Any = "lecun"
@@ -35,7 +35,7 @@ class Normed(Plain):
     momentum: float = 0.5
 
 
-def test_norms_have_the_networks_fields_or_the_arguments():
+def test_norms_get_the_networks_fields_or_the_arguments():
     conv, norm = layers.building_blocks(Normed(axis_name="x"), True, epsilon=0.1)
     assert norm.func is BatchNorm
     given = {field: norm.keywords[field] for field in ("momentum", "epsilon", "axis_name")}
@@ -50,7 +50,7 @@ def test_norms_have_the_networks_fields_or_the_arguments():
         layers.building_blocks(Normed(norm="bath"), True)
 
 
-def test_kernels_start_as_the_network_says():
+def test_kernels_are_initialized_as_the_network_says():
     paper = nn.initializers.ones
     conv, _ = layers.building_blocks(Plain(kernel_init="paper"), True, paper=paper)
     assert conv.keywords["kernel_init"] is paper

@@ -1,4 +1,4 @@
-"""Stochastic depth and drop-path by what they mean: rates, what is skipped, what is left alone."""
+"""Stochastic depth and drop-path: rates, skipped branches, evaluation and random streams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGES = np.random.RandomState(0).randn(8, 6, 6, 3).astype(np.float32)
 
 
 class Block(nn.Module):
-    """x + norm(conv(x)), the addition in whatever way `drop` says: [N H W C] -> [N H W C]."""
+    """x + norm(conv(x)), where the branch is dropped as `drop` says: [N H W C] -> [N H W C]."""
 
     conv: Any
     norm: Any
@@ -72,7 +72,7 @@ def test_schedules(schedule, rates):
 
 
 def test_linear_decay_is_the_papers_survival():
-    """Equation 4 for ResNet-110: 54 blocks; a quarter of them are dropped, section 4's 25 %."""
+    """Equation 4 for ResNet-110: a quarter of its 54 blocks is dropped, the 25 % of section 4."""
     L, p_L = 54, 0.5
     survival = [1 - l / L * (1 - p_L) for l in range(1, L + 1)]  # noqa: E741
     np.testing.assert_allclose(1 - layers.drop_rates(1 - p_L, L), survival, rtol=1e-6)
@@ -84,7 +84,7 @@ def keys_of(n, key=1):
 
 
 class Branch(nn.Module):
-    """`residual` alone, on a branch that adds 1."""
+    """`residual` with a branch that adds 1."""
 
     @nn.compact
     def __call__(self, x, drop):
@@ -101,11 +101,11 @@ def test_rates_are_kept_over_many_steps(mode):
 
     added = np.asarray(jax.jit(jax.vmap(run))(keys_of(n)))  # [steps, images]
     deviation = np.sqrt(rate * (1 - rate) / n)
-    if mode == "batch":  # one decision a step, unscaled
+    if mode == "batch":  # one decision per step, not scaled
         assert set(np.unique(added)) == {0.0, 1.0}
         assert (added == added[:, :1]).all()
         assert abs(added[:, 0].mean() - 0.7) < 4 * deviation
-    else:  # one an image, and scaled so that the expectation stays
+    else:  # one decision per image, scaled so that the expectation is unchanged
         np.testing.assert_allclose(np.unique(added), [0, 1 / 0.7], rtol=1e-6)
         assert np.abs((added == 0).mean(0) - rate).max() < 4 * deviation
         joint = np.mean((added[:, 0] == 0) & (added[:, 1] == 0))
@@ -129,7 +129,7 @@ def test_an_image_is_dropped_whole():
 
 
 def train(model, variables, key, x=IMAGES):
-    """(output, statistics, gradients) of a training pass, `key` for both streams."""
+    """Returns output, statistics and gradients of a training pass with `key` for both streams."""
     rngs = {"shared": key, "dropout": jax.random.fold_in(key, 1)}
 
     def loss(params):
@@ -141,10 +141,10 @@ def train(model, variables, key, x=IMAGES):
     return {"out": out, "batch_stats": stats, "grads": grads}
 
 
-def kept(found, variables):
-    """Which blocks ran, by their statistics."""
+def find_kept(result, variables):
+    """Returns {block: whether it ran}. A block that ran has updated its statistics."""
     before, after = (
-        pytree.flatten(tree) for tree in (variables["batch_stats"], found["batch_stats"])
+        pytree.flatten(tree) for tree in (variables["batch_stats"], result["batch_stats"])
     )
     moved = {path: bool((before[path] != after[path]).any()) for path in before}
     blocks = {path.rpartition("/norm1")[0]: moved[path] for path in moved}
@@ -156,27 +156,28 @@ def test_a_dropped_block_leaves_its_statistics_and_has_no_gradient(variables):
     run = jax.jit(partial(train, Network(drop_path=0.8)))
     seen = set()
     for key in keys_of(8, 2):
-        found = run(variables, key)
-        ran = kept(found, variables)
-        grads = pytree.flatten(found["grads"])
+        result = run(variables, key)
+        ran = find_kept(result, variables)
+        grads = pytree.flatten(result["grads"])
         assert all(bool((grads[f"{block}/conv1/kernel"] != 0).any()) == ran[block] for block in ran)
         x = IMAGES
-        for block, runs in ran.items():  # the blocks that ran, alone, make what came out
+        # The blocks that ran give the same output without the others.
+        for block, runs in ran.items():
             if runs:
-                own = {
+                block_variables = {
                     name: variables[name][block.split("/")[0]][block.split("/")[1]]
                     for name in variables
                 }
                 norm = layers.make_norm("batch", train=True)
                 alone = Block(layers.Conv, norm)
-                x, _ = alone.apply(own, x, mutable=["batch_stats"])
-        np.testing.assert_allclose(found["out"], x, rtol=1e-4, atol=1e-5)
+                x, _ = alone.apply(block_variables, x, mutable=["batch_stats"])
+        np.testing.assert_allclose(result["out"], x, rtol=1e-4, atol=1e-5)
         seen.add(tuple(ran.values()))
-    assert len(seen) > 3  # another decision each step
+    assert len(seen) > 3  # the decisions differ between steps
 
 
 def test_a_dropped_branch_is_not_computed():
-    """It is a branch of a conditional in what is compiled, not a product with zero."""
+    """In the program it is a branch of a conditional, not a product with zero."""
 
     def lowered(mode):
         model = Network(drop_path_mode=mode)
@@ -199,20 +200,23 @@ def test_a_dropped_branch_is_not_computed():
 def test_scanned_networks_drop_the_same(variables, mode, fields):
     expected = jax.jit(partial(train, Network(drop_path_mode=mode)))(variables, jax.random.key(5))
     model = Network(drop_path_mode=mode, **fields)
-    found = jax.jit(partial(train, model))(pytree.stack_blocks(variables), jax.random.key(5))
-    found = pytree.flatten(pytree.unstack_blocks(found))
+    result = jax.jit(partial(train, model))(pytree.stack_blocks(variables), jax.random.key(5))
+    result = pytree.flatten(pytree.unstack_blocks(result))
     for path, leaf in pytree.flatten(expected).items():
-        np.testing.assert_allclose(found[path], leaf, rtol=1e-4, atol=1e-3, err_msg=path)
+        np.testing.assert_allclose(result[path], leaf, rtol=1e-4, atol=1e-3, err_msg=path)
 
 
 @pytest.mark.parametrize("axis_name", [None, "batch"])
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 def test_four_devices(variables, mode, axis_name):
-    """With the streams of train/steps.py: whole branches are decided alike on all devices, images
-    each for itself; another step decides otherwise, the same step again the same."""
+    """The random streams are those of train/steps.py.
+
+    Decisions about whole branches are the same on all devices, and those about images differ.
+    Another step makes other decisions. The same step makes the same decisions again.
+    """
     mesh = parallel.make_mesh()
     model = Network(drop_path_mode=mode, axis_name=axis_name)
-    once = IMAGES[:1].repeat(8, 0)  # all alike: what differs is the noise
+    once = IMAGES[:1].repeat(8, 0)  # equal images: only the random numbers differ
 
     def step(variables, batch, state):
         key, number = state
@@ -249,8 +253,8 @@ def test_evaluation_needs_no_keys_and_scales_by_survival(variables):
     rates = iter(layers.drop_rates(0.5, sum(DEPTHS)))
     for i, depth in enumerate(DEPTHS, 1):
         for j in range(1, depth + 1):
-            own = {name: variables[name][f"stage{i}"][f"block{j}"] for name in variables}
-            branch = Block(layers.Conv, layers.make_norm("batch", train=False)).apply(own, x) - x
+            block = {name: variables[name][f"stage{i}"][f"block{j}"] for name in variables}
+            branch = Block(layers.Conv, layers.make_norm("batch", train=False)).apply(block, x) - x
             x = x + (1 - next(rates)) * branch
     np.testing.assert_allclose(out, x, rtol=1e-4, atol=1e-5)
     plain = Network(drop_path=0.0).apply(variables, IMAGES)
@@ -276,18 +280,18 @@ def test_bfloat16_stays():
         (dict(drop_path=0.0, drop_path_mode="batc"), "did you mean 'batch'"),
     ],
 )
-def test_senseless_fields(fields, message):
+def test_invalid_fields(fields, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(Network(**fields).init, jax.random.key(0), IMAGES)
 
 
 @pytest.mark.parametrize(("mode", "stream"), [("batch", "shared"), ("sample", "dropout")])
-def test_a_stream_that_is_missing(variables, mode, stream):
+def test_a_missing_stream(variables, mode, stream):
     with pytest.raises(UserError, match=rf'rngs=\{{"{stream}": key\}}'):
         Network(drop_path_mode=mode).apply(variables, IMAGES, train=True, mutable=["batch_stats"])
 
 
-def test_branches_of_one_block_decide_apart_at_one_rate():
+def test_branches_of_one_block_decide_independently_with_one_rate():
     drop = DropPath(jnp.float32(0.5), jax.random.key(0), "sample")
     shape = (1000, 1, 1)  # images, tokens, channels
 

@@ -1,4 +1,4 @@
-"""Fixup: its three rules one by one, and what they are for: depth without normalization."""
+"""Fixup: each of its three rules, and their purpose: deep networks without normalization."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def variables():
         ("conv", 54, 2, 1),  # the stem
     ],
 )
-def test_first_values_by_place(name, branches, depth, gain):
-    """Rules 1 and 2: He's N(0, 2 / (k k out)) times L^(-1/(2m-2)) inside a branch, 0 at its end."""
+def test_initial_scale_by_role(name, branches, depth, gain):
+    """Rules 1 and 2: He's N(0, 2 / (k k out)) times L^(-1/(2m-2)) in a branch, and 0 at its end."""
     conv, *_ = layers.fixup(CONV, DENSE, branches=branches, depth=depth)
     kernel = conv(64, (3, 3), name=name).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))
     std = np.std(kernel["params"]["kernel"])
@@ -51,8 +51,8 @@ def test_first_values_by_place(name, branches, depth, gain):
 @pytest.mark.parametrize(
     ("name", "depth"), [("cifar_resnet20", 2), ("resnet18", 2), ("resnet50", 3)]
 )
-def test_every_layer_of_our_networks_is_named_by_its_place(name, depth):
-    """A layer that is renamed would silently start as another: the names are what Fixup goes by."""
+def test_layers_of_our_networks_have_the_names_that_fixup_needs(name, depth):
+    """A renamed layer would silently get another initialization."""
     fields = dict(norm="fixup", depths=(1, 2), shortcut="C")
     fields |= dict(widths=(4, 8)) if name.startswith("cifar") else dict(width=4)
     params = jax.eval_shape(
@@ -71,7 +71,7 @@ def test_every_layer_of_our_networks_is_named_by_its_place(name, depth):
 
 
 def test_what_the_scalars_do():
-    """Rule 3: before the convolution, before the activation, and the multiplier of the branch."""
+    """Rule 3: shifts before convolutions and activations, and the multiplier of the branch."""
     conv, norm, dense = layers.fixup(CONV, DENSE, branches=4, depth=2)
     x = IMAGES[..., :1]
     kernel = jnp.ones((1, 1, 1, 1))
@@ -92,8 +92,10 @@ def test_what_the_scalars_do():
 
 
 def test_the_number_of_scalars_by_hand():
-    """CIFAR-20: five in each of 9 blocks (two before convolutions, two before activations, the
-    multiplier), two at the stem, one before the classifier; and no more than 1, 0 at the start."""
+    """ResNet-20 for CIFAR has five in each of its 9 blocks, two in the stem and one in the head.
+
+    The five are two before convolutions, two before activations, and the multiplier.
+    """
     model = create_model("cifar_resnet20", norm="fixup")
     shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
     flat = pytree.flatten(shapes)
@@ -105,7 +107,7 @@ def test_the_number_of_scalars_by_hand():
 
 
 def test_it_starts_as_the_identity(variables):
-    """What the pooling sees are the stem's maps, by option A; logits are 0; scalars 0 or 1."""
+    """The last maps are the stem's (by shortcut A), logits are 0, and scalars are 0 or 1."""
     model = create_model("cifar_resnet20", **TINY)
 
     @jax.jit
@@ -125,8 +127,10 @@ def test_it_starts_as_the_identity(variables):
 
 
 def test_gradients_reach_everything_in_the_third_step(variables):
-    """At first only the classifier, which is 0; it lets them through to the ends of the branches,
-    which are 0; and those to the beginnings."""
+    """In the first step they reach only the classifier, because it is 0.
+
+    In the second they reach the ends of the branches, which are 0, and in the third the beginnings.
+    """
     model = create_model("cifar_resnet20", **TINY)
 
     @jax.jit
@@ -142,7 +146,7 @@ def test_gradients_reach_everything_in_the_third_step(variables):
         grads = gradients(params)
         reached.append({path for path, g in pytree.flatten(grads).items() if np.any(g)})
         params = jax.tree.map(lambda p, g: p - g, params, grads)
-    assert reached[0] == {"head/kernel"}  # its bias is at rest: there are equally many of a label
+    assert reached[0] == {"head/kernel"}  # not its bias: the labels are balanced
     assert "stage1/block1/conv2/kernel" in reached[1]
     assert "stage1/block1/conv1/kernel" not in reached[1]
     assert reached[2] == set(pytree.flatten(params))
@@ -150,8 +154,10 @@ def test_gradients_reach_everything_in_the_third_step(variables):
 
 @pytest.mark.slow
 def test_110_layers_train_without_normalization():
-    """Steps of SGD at the paper's rate, 0.1: the loss falls, and maps stay as large as they were.
-    He's values alone start with maps that are a million times as large."""
+    """With SGD at the paper's rate, 0.1, the loss decreases and the maps do not grow.
+
+    With He's initialization alone, the initial maps are a million times as large.
+    """
     model = create_model("cifar_resnet110", **dict(TINY, depths=(54,), widths=(4,)), scan=True)
     params = pytree.stack_blocks(model.init(jax.random.key(0), IMAGES[:1]))["params"]
 
@@ -179,7 +185,7 @@ def test_110_layers_train_without_normalization():
 
     rng, flat = np.random.RandomState(0), pytree.flatten(params)
     for path, leaf in flat.items():
-        if leaf.ndim > 2:  # a convolution's
+        if leaf.ndim > 2:  # a convolution's kernel
             flat[path] = (2 / (9 * leaf.shape[-1])) ** 0.5 * rng.randn(*leaf.shape)
     assert largest(pytree.unflatten(flat)) > 1e6 * before
 
@@ -189,5 +195,5 @@ def test_errors():
         layers.fixup(CONV, DENSE, branches=4, depth=1)
     with pytest.raises(UserError, match='norm="fixup" needs a shortcut'):
         init_variables(create_model("cifar_plain20", norm="fixup"), jax.random.key(0))
-    with pytest.raises(UserError, match="unknown norm 'fixup'"):  # of a family that has none
+    with pytest.raises(UserError, match="unknown norm 'fixup'"):  # a family without Fixup
         init_variables(create_model("vgg11_bn", norm="fixup"), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""FractalNet's join and its drop-path, by what they mean."""
+"""FractalNet's join and drop-path: distributions, means and gradients."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def keys_of(n, seed=0):
 
 
 @pytest.mark.parametrize(("n", "rate"), [(1, 0.5), (2, 0.15), (3, 0.15), (3, 0.8), (4, 0.9)])
-def test_local_sampling_has_the_distribution_that_the_paper_says(n, rate):
-    """Every pattern as often as independent drops give it, what would be nothing shared evenly."""
+def test_local_sampling_has_the_papers_distribution(n, rate):
+    """Inputs are dropped independently. If all would be dropped, each is kept equally often."""
     draws = 20_000
     kept = np.asarray(jax.jit(lambda key: keep_at_least_one(key, rate, (n, draws)))(keys_of(1)[0]))
     assert kept.any(axis=0).all()
     for pattern in itertools.product((False, True), repeat=n):
         expected = (1 - rate) ** sum(pattern) * rate ** (n - sum(pattern)) if any(pattern) else 0
         expected += rate**n / n if sum(pattern) == 1 else 0
-        found = (kept == np.array(pattern)[:, None]).all(axis=0).mean()
+        frequency = (kept == np.array(pattern)[:, None]).all(axis=0).mean()
         deviation = np.sqrt(expected * (1 - expected) / draws)
-        assert abs(found - expected) <= 4.5 * deviation, pattern
+        assert abs(frequency - expected) <= 4.5 * deviation, pattern
 
 
 class Network(nn.Module):
@@ -47,7 +47,7 @@ def draw(key, images=2, train=True, **fields):
     return network.apply({}, images, train, rngs={"shared": key, "dropout": key})
 
 
-def test_half_of_the_steps_are_global_and_their_columns_even():
+def test_half_of_the_steps_are_global_with_uniform_columns():
     columns = np.asarray(jax.jit(jax.vmap(lambda key: draw(key).column))(keys_of(6000)))
     for column, expected in ((0, 1 / 2), (1, 1 / 6), (2, 1 / 6), (3, 1 / 6)):
         deviation = np.sqrt(expected * (1 - expected) / 6000)
@@ -60,7 +60,7 @@ def test_all_or_none_are_global(part):
     assert ((columns > 0) == bool(part)).all()
 
 
-def test_images_are_drawn_each_for_itself():
+def test_each_image_has_its_own_sample():
     drop = draw(keys_of(1)[0], images=6000, drop_path_mode="sample")
     columns = np.asarray(drop.column)
     assert columns.shape == (6000,)
@@ -77,18 +77,18 @@ def test_a_global_sample_keeps_one_column_in_every_join():
     drop = ColumnDrop(jnp.int32(2), jax.random.key(0), 0.15)
     np.testing.assert_array_equal(drop.keep(1, 4, 1), [False, True, False, False])
     np.testing.assert_array_equal(drop.keep(2, 4, 1), [True, False, False])
-    np.testing.assert_array_equal(drop.keep(3, 4, 1), [True, True])  # leads nowhere
+    np.testing.assert_array_equal(drop.keep(3, 4, 1), [True, True])  # outside the chosen column
 
 
-def test_each_join_draws_for_itself_and_the_same_again():
+def test_joins_draw_independently_and_reproducibly():
     drop = ColumnDrop(jnp.zeros(4000, jnp.int32), jax.random.key(0), 0.5)
     one, other = (np.asarray(drop.keep(1, 2, *place)) for place in ((1, 1, 1), (1, 2, 1)))
     np.testing.assert_array_equal(one, drop.keep(1, 2, 1, 1, 1))
-    both = (one[0] & other[0]).mean()  # an input stays with 1/2 + 1/8
+    both = (one[0] & other[0]).mean()  # an input is kept with probability 1/2 + 1/8
     assert abs(both - 0.625**2) < 4.5 * np.sqrt(0.25 / 4000)
 
 
-def test_a_join_is_the_mean_of_what_is_kept():
+def test_a_join_is_the_mean_of_the_kept_inputs():
     inputs = list(np.random.default_rng(0).standard_normal((3, 2, 4, 4, 5)).astype(np.float32))
     np.testing.assert_allclose(fractal_join(inputs), np.mean(inputs, axis=0), rtol=1e-5, atol=1e-6)
     kept = fractal_join(inputs, jnp.array([True, False, True]))
@@ -100,7 +100,7 @@ def test_a_join_is_the_mean_of_what_is_kept():
     assert fractal_join(halves, jnp.ones(3, bool)).dtype == jnp.bfloat16
 
 
-def test_what_is_dropped_has_no_gradient_and_does_no_harm():
+def test_dropped_inputs_have_no_gradient_and_no_influence():
     inputs = [jnp.full((1, 1, 1, 1), value) for value in (1.0, jnp.inf, 3.0)]
     out, grads = jax.value_and_grad(
         lambda inputs: fractal_join(inputs, jnp.array([True, False, True])).sum()
@@ -140,12 +140,12 @@ def test_global_samples_need_no_local_ones():
         (dict(drop_path_mode="batc"), "did you mean 'batch'"),
     ],
 )
-def test_senseless_fields(fields, message):
+def test_invalid_fields(fields, message):
     with pytest.raises(UserError, match=message):
         Network(**fields).apply({}, 2, train=False)
 
 
 @pytest.mark.parametrize(("mode", "stream"), [("batch", "shared"), ("sample", "dropout")])
-def test_a_stream_that_is_missing(mode, stream):
+def test_a_missing_stream(mode, stream):
     with pytest.raises(UserError, match=rf'rngs=\{{"{stream}": key\}}'):
         Network(drop_path_mode=mode).apply({}, 2)

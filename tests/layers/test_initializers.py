@@ -22,7 +22,7 @@ from flax_cnns.layers import caffe_xavier, gaussian, get_head_initializer, get_i
 def test_standard_deviation_of_a_kernel(name, std):
     kernel = get_initializer(name)(jax.random.key(0), (3, 3, 64, 128), jnp.float32)
     assert np.std(kernel) == pytest.approx(std, rel=0.02)
-    # Not truncated at two standard deviations: 0.27 % of a normal distribution is beyond three.
+    # Not truncated: 0.27 % of a normal distribution is beyond three standard deviations.
     assert np.mean(np.abs(kernel) > 3 * std) == pytest.approx(0.0027, rel=0.2)
 
 
@@ -40,7 +40,7 @@ def test_takes_a_function_or_a_known_name():
         get_initializer("hee")
 
 
-def test_xavier_is_uniform_and_paper_is_what_the_network_says():
+def test_xavier_is_uniform_and_paper_is_the_given_initializer():
     kernel = get_initializer("xavier")(jax.random.key(0), (3, 3, 64, 128), jnp.float32)
     bound = np.sqrt(6 / (3 * 3 * (64 + 128)))  # equation 16
     assert 0.999 * bound < np.abs(kernel).max() <= bound
@@ -58,7 +58,7 @@ def test_caffes_xavier_is_uniform_by_the_fan_in():
     assert np.std(kernel) == pytest.approx(bound / np.sqrt(3), rel=0.01)
 
 
-def test_a_head_starts_as_the_paper_says_or_by_its_fan_in():
+def test_a_head_is_initialized_as_in_the_paper_or_by_its_fan_in():
     assert get_head_initializer("paper", paper=max) is max
     for init in ("he", "xavier", min):
         assert get_head_initializer(init, paper=max) is get_initializer("lecun")

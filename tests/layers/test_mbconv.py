@@ -1,4 +1,4 @@
-"""Depthwise convolutions and the inverted residual: what they mean, and rounding."""
+"""Depthwise separable convolutions, inverted residuals, and rounding of widths and depths."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def x():
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, "torch"), (2, "torch"), (2, "same")])
 def test_separable_is_a_dense_convolution_of_low_rank(x, stride, padding):
-    """Chollet 2016: of depthwise D and pointwise P, K[h w c o] = sum_m D[h w c*mult+m] P[., o]."""
+    """Chollet 2016: K[h w c o] = sum_m D[h w c*mult+m] P[c*mult+m o], D depthwise, P pointwise."""
     mult, width = 3, 5
     module = layers.SeparableConv(
         width, conv, stride=stride, depth_multiplier=mult, padding=padding
@@ -56,7 +56,7 @@ def test_separable_with_a_norm_and_an_activation_between(x):
 
 
 def test_the_two_paddings_differ_at_stride_2_on_even_sizes():
-    """A kernel that copies its first pixel: the one before the map, or its first."""
+    """The kernel copies its first pixel, which is in the padding (torch) or in the map (same)."""
     image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
     kernel = np.zeros((3, 3, 1, 1), np.float32)
     kernel[0, 0] = 1
@@ -100,7 +100,7 @@ def test_a_factor_that_is_not_above_zero_is_named(factor):
 
 
 @pytest.mark.parametrize(("width", "stride", "added"), [(4, 1, True), (4, 2, False), (8, 1, False)])
-def test_input_is_added_where_the_shape_stays(x, width, stride, added):
+def test_input_is_added_if_the_shape_does_not_change(x, width, stride, added):
     block = layers.MBConv(width, conv, norm, stride, zero_init=True)
     y, variables = block.init_with_output(KEY, x)
     assert y.shape == (2, -(-6 // stride), -(-5 // stride), width)
@@ -112,7 +112,7 @@ def test_input_is_added_where_the_shape_stays(x, width, stride, added):
 
 
 def test_the_projection_is_linear_and_the_rest_is_not(x):
-    """-1 in front of the last norm gives -y; the activation is behind the other two."""
+    """A negated projection gives -y. The activation follows the other two convolutions."""
     seen = []
     block = layers.MBConv(8, conv, norm, activation=lambda v: seen.append(v.shape) or nn.relu6(v))
     y, variables = block.init_with_output(KEY, x)

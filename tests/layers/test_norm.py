@@ -1,4 +1,4 @@
-"""Normalization: closed forms, what the statistics remember, and their precision."""
+"""Normalization: closed forms, running statistics, precision and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flax_cnns.layers.norm import check_batch_norms
 X = np.random.RandomState(0).randn(8, 4, 4, 32).astype(np.float32) * 3 + 1
 
 
-def test_batch_norm_in_training_normalizes_the_batch_and_moves_the_statistics_by_a_tenth():
+def test_batch_norm_in_training_normalizes_the_batch_and_updates_the_statistics_by_a_tenth():
     norm = make_norm("batch", train=True)()
     variables = norm.init(jax.random.key(0), X)
     y, moved = norm.apply(variables, X, mutable=["batch_stats"])
@@ -59,7 +59,7 @@ def test_batch_norm_refuses_to_train_on_one_value_per_channel():
         jax.eval_shape(apply, more)
     frozen = make_norm("batch", train=False)()
     assert frozen.apply(variables, X[:1, :1, :1]).shape == (1, 1, 1, 32)
-    # Over all devices where they normalize together.
+    # With an axis name, the values on all devices count.
     both = lambda x: apply(x, make_norm("batch", train=True, axis_name="batch")())  # noqa: E731
     devices = jax.vmap(both, axis_name="batch")
     jax.eval_shape(devices, X[:2, None, :1, :1])
@@ -103,15 +103,15 @@ def test_batch_norm_says_that_its_statistics_must_be_mutable(lift):
         add = lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype)  # noqa: E731
         variables = jax.tree.map(add, variables)
     network = Nested(LIFTS[lift])
-    said = r'the running statistics of norm: expected apply\(.*mutable=\["batch_stats"\]\)'
-    with pytest.raises(UserError, match=said) as error:
+    message = r'the running statistics of norm: expected apply\(.*mutable=\["batch_stats"\]\)'
+    with pytest.raises(UserError, match=message) as error:
         jax.eval_shape(network.apply, variables, X)
     assert "\n" not in str(error.value)
     _, moved = jax.eval_shape(partial(network.apply, mutable=["batch_stats"]), variables, X)
     assert moved == {"batch_stats": variables["batch_stats"]}
 
 
-def test_flax_own_batch_norm_is_checked_where_that_is_asked_for():
+def test_flax_own_batch_norm_is_checked_in_the_context():
     layer = nn.BatchNorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), X[:1, :1, :1])
     apply = lambda: layer.apply(variables, X[:1, :1, :1], mutable=["batch_stats"])  # noqa: E731
@@ -138,7 +138,7 @@ def test_group_norm_normalizes_sixteen_channels_of_each_image_and_keeps_nothing(
     np.testing.assert_allclose(groups.var((1, 2, 4)), 1, atol=1e-4)
 
 
-def test_group_norm_of_channels_that_are_no_whole_groups():
+def test_group_norm_with_channels_that_16_does_not_divide():
     with pytest.raises(UserError, match='norm="group": expected a multiple of 16 channels, got '):
         make_norm("group", train=True)().init(jax.random.key(0), X[..., :24])
 
@@ -164,7 +164,7 @@ def test_layer_norm_of_bfloat16_maps_has_float32_statistics_and_parameters():
 
 def test_channel_norm_is_over_the_channels_of_each_pixel():
     norm = make_norm("channel", train=True, axis_name="batch", epsilon=1e-6)()
-    x = X + 1000  # a mean that would drown the variance of a difference of squares
+    x = X + 1000  # with this mean, E[x^2] - E[x]^2 would lose the variance to rounding
     variables = norm.init(jax.random.key(0), x)
     assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (32,), "bias": (32,)}}
     y = norm.apply(variables, x)
@@ -189,7 +189,7 @@ def test_unknown_norm_names_the_near_miss():
         make_norm("bach", train=True)
 
 
-def test_no_norm_is_called_alike_and_has_nothing():
+def test_no_norm_has_the_same_interface_and_no_variables():
     norm = make_norm("none", train=True, axis_name="batch")(name=None, scale_init=max)
     y, variables = norm.init_with_output(jax.random.key(0), X)
     np.testing.assert_array_equal(y, X)

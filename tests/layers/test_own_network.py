@@ -1,4 +1,4 @@
-"""A network of one's own, of the public names of `flax_cnns.layers` and linen alone."""
+"""A user's network that is built only from linen and the public names of `flax_cnns.layers`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def trained(variables):
-    """{scan: function of the seeds of the streams "dropout" and "shared"}"""
+    """Returns {scan: training pass}; its arguments are the seeds of "dropout" and "shared"."""
 
     def train(scan, dropout, shared):
         rngs = {"dropout": jax.random.key(dropout), "shared": jax.random.key(shared)}
@@ -106,17 +106,17 @@ def test_it_draws_from_both_streams(trained):
     assert any((logits(1, seed) != first).any() for seed in (3, 4, 5))
 
 
-def test_what_it_must_be_given(variables):
+def test_missing_arguments_of_apply(variables):
     apply = lambda **given: jax.eval_shape(  # noqa: E731
         partial(OwnNet().apply, variables, train=True, **given), IMAGES
     )
     key, mutable = jax.random.key(0), ["batch_stats"]
-    for given, said in (
+    for given, message in (
         (dict(rngs={"dropout": key}, mutable=mutable), r'rngs=\{"shared": key\}'),
         (dict(rngs={"shared": key}, mutable=mutable), r'rngs=\{"dropout": key\}'),
         (dict(rngs={"shared": key, "dropout": key}), r'stem/norm: .*mutable=\["batch_stats"\]'),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             apply(**given)
 
 
@@ -140,25 +140,26 @@ class Bare(nn.Module):
         (lambda net: layers.draw_columns(net, 2, 4, True), "drop_path"),
     ],
 )
-def test_fields_that_parts_take_from_the_network(part, field):
+def test_fields_that_layers_read_from_the_network(part, field):
     with pytest.raises(UserError, match=rf"Bare has no field '{field}', .* add `{field}: "):
         part(Bare())
 
 
-def used(source: str) -> set[str]:
-    """The names that a file takes from `flax_cnns.layers` or below."""
-    found = set()
+def find_used_names(source: str) -> set[str]:
+    """Returns the names that a file imports or reads from `flax_cnns.layers` and its modules."""
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and re.match(r"flax_cnns\.layers\b", node.module or ""):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "layers":
-            found.add(node.attr)
-    return found
+            names.add(node.attr)
+    return names
 
 
 def test_networks_are_made_of_public_names():
     assert layers.__all__ == sorted(set(layers.__all__))
     assert all(hasattr(layers, name) for name in layers.__all__)
-    assert used("from flax_cnns.layers.norm import a\nlayers.b(1)\nx: layers.C") == {"a", "b", "C"}
+    source = "from flax_cnns.layers.norm import a\nlayers.b(1)\nx: layers.C"
+    assert find_used_names(source) == {"a", "b", "C"}
     for path in MODELS:
-        assert used(path.read_text()) <= set(layers.__all__), path
+        assert find_used_names(path.read_text()) <= set(layers.__all__), path

@@ -1,4 +1,4 @@
-"""Pooling: windows, padding, ties, precision, derivatives; nn.max_pool on accelerators."""
+"""Pooling: windows, padding, ties, precision and derivatives; accelerators run nn.max_pool."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from flax_cnns.layers import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
 
-# Nearly all of the time here is the compiler's.
+# Nearly all of the time of these tests is compile time.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -23,12 +23,12 @@ def library(x, window, stride, padding=0):
 
 
 def images(*shape, dtype=np.float32):
-    """Small whole numbers: many ties."""
+    """Returns small integers, which have many ties."""
     return np.random.RandomState(0).randint(-3, 4, shape).astype(dtype)
 
 
 def with_gradient(pool, **fields):
-    """x -> its pooled values, and a gradient in which no two windows count the same."""
+    """Returns x -> (pooled values, a gradient in which each window has its own weight)."""
 
     def run(x):
         y, transpose = jax.vjp(partial(pool, **fields), x)
@@ -42,8 +42,8 @@ def equal(ours, theirs):
     assert [v.dtype for v in jax.tree.leaves(ours)] == [v.dtype for v in jax.tree.leaves(theirs)]
 
 
-def test_max_pool_never_sees_its_padding():
-    x = -jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)  # all negative: zeros in the padding would win
+def test_max_pool_ignores_its_padding():
+    x = -jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)  # negative: zeros in the padding would be maxima
     y = max_pool(x, 3, 2, padding=1)
     np.testing.assert_array_equal(y[0, :, :, 0], [[-1, -2], [-5, -6]])
 
@@ -64,13 +64,13 @@ def test_max_pool_never_sees_its_padding():
         (3, 2, "SAME"),
     ],
 )
-def test_max_pool_is_flax_ties_included(window, stride, padding):
-    x = images(2, 7, 6, 3)  # sizes that do not divide
+def test_max_pool_is_flaxs_also_with_ties(window, stride, padding):
+    x = images(2, 7, 6, 3)  # sizes that the strides do not divide
     fields = {"window": window, "stride": stride, "padding": padding}
     equal(with_gradient(max_pool, **fields)(x), with_gradient(library, **fields)(x))
 
 
-def test_the_first_of_equal_pixels_has_the_gradient():
+def test_the_first_of_equal_pixels_gets_the_gradient():
     grad = jax.grad(lambda x: max_pool(x, 2, 2).sum())
     np.testing.assert_array_equal(
         grad(jnp.ones((1, 4, 4, 1)))[0, :, :, 0],
@@ -78,7 +78,7 @@ def test_the_first_of_equal_pixels_has_the_gradient():
     )
 
 
-def test_nothing_but_minus_infinity_is_a_maximum_too():
+def test_minus_infinity_can_be_the_maximum():
     x = np.full((1, 4, 4, 1), -np.inf, np.float32)
     fields = {"window": 3, "stride": 2, "padding": 1}
     y, grad = with_gradient(max_pool, **fields)(x)
@@ -111,7 +111,7 @@ def test_max_pool_of_integers_and_of_nothing():
     assert max_pool(jnp.zeros((1, 2, 2, 2)), 3, 2).shape == (1, 0, 0, 2)
 
 
-def test_max_pool_mapped_and_derived_twice():
+def test_max_pool_under_vmap_and_second_derivatives():
     x = np.random.RandomState(0).randn(3, 2, 6, 5, 2).astype(np.float32)
 
     def run(pool):
@@ -141,36 +141,37 @@ def test_accelerators_run_flax_and_nothing_else(platform):
         return run.trace(images(2, 8, 8, 3)).lower(lowering_platforms=(platform,)).as_text()
 
     def operations(text):
-        # Zeros stand for what the gradient on a CPU would have kept; XLA removes them.
+        # Zeros replace the residuals of the CPU's gradient; XLA removes them.
         free = {"stablehlo.constant", "stablehlo.broadcast_in_dim", "stablehlo.case"}
-        found = re.findall(r" = \"?(stablehlo\.\w+)", text)
-        return sorted(name for name in found if name not in free)
+        names = re.findall(r" = \"?(stablehlo\.\w+)", text)
+        return sorted(name for name in names if name not in free)
 
     ours = operations(lowered(max_pool))
     assert ours == operations(lowered(library))
     assert {"stablehlo.reduce_window", "stablehlo.select_and_scatter"} <= set(ours)
 
 
-def test_avg_pool_drops_what_fills_no_window():
+def test_avg_pool_drops_pixels_that_fill_no_window():
     x = jnp.arange(25.0).reshape(1, 5, 5, 1)
     np.testing.assert_array_equal(avg_pool(x, 2, 2)[0, :, :, 0], [[3, 5], [13, 15]])
 
 
 def test_avg_pool_with_tensorflows_padding_is_flax_without_counting_it():
-    x = np.random.RandomState(0).randn(2, 7, 6, 3).astype(np.float32)  # one in front, none in front
+    # The height is padded by 1 at the top, the width by 0 on the left.
+    x = np.random.RandomState(0).randn(2, 7, 6, 3).astype(np.float32)
     theirs = nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
     np.testing.assert_allclose(avg_pool(x, 3, 2, padding="SAME"), theirs, atol=1e-6)
 
 
 def test_global_avg_pool_adds_in_float32():
     x = jnp.ones((1, 32, 32, 1), jnp.bfloat16).at[0, 0, 0, 0].set(2)
-    y = global_avg_pool(x)  # bfloat16 has 8 bits: the sum of 1025 would come out as 1024
+    y = global_avg_pool(x)  # in bfloat16, which has 8 bits, the sum 1025 is 1024
     assert y.dtype == jnp.float32
     assert y[0, 0] == 1025 / 1024
 
 
 def windows(n, window, stride, padding, ceil):
-    """(begin, end) of each along one axis, padding included: PyTorch's rule, window by window."""
+    """Yields (begin, end) of each window along one axis, with padding, by PyTorch's rule."""
     begin, reached = -padding, False
     while begin + window <= n + padding or (ceil and begin < n and not reached):
         yield begin, min(begin + window, n + padding)
@@ -199,7 +200,7 @@ def test_pools_are_their_definition_window_by_window(window, stride, padding, ce
     np.testing.assert_allclose(avg_pool(x, *given, count_padding=False)[0], inner_means, atol=1e-6)
 
 
-def test_ceil_mode_has_a_gradient_where_the_last_window_is_cut():
+def test_ceil_mode_has_a_gradient_if_the_last_window_is_cut():
     x = np.random.RandomState(0).randn(2, 6, 6, 3).astype(np.float32)
     grad = quick_jit(jax.grad(lambda x: max_pool(x, 3, 2, ceil=True).sum()))(x)
     assert max_pool(x, 3, 2, ceil=True).shape == (2, 3, 3, 3)

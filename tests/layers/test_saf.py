@@ -1,4 +1,4 @@
-"""SAF pooling: which responses go, what happens to the others, nothing in evaluation."""
+"""SAF pooling: which responses are dropped, how the others are scaled, and evaluation."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def test_evaluation_is_max_pooling(choose, window):
     np.testing.assert_array_equal(out, expected)
 
 
-def test_random_turns_off_a_share_and_scales_the_others():
+def test_random_drops_a_fraction_and_scales_the_others():
     pooled = np.asarray(max_pool(IMAGES, 2, 2))
     pool = SAFPool(0.25, 2, "random")
     out = np.asarray(pool.apply({}, IMAGES, True, rngs=KEY))
     off = out == 0
-    assert 0.15 < off.mean() < 0.35  # of 480: the deviation is 0.02
+    assert 0.15 < off.mean() < 0.35  # of 480: the standard deviation is 0.02
     np.testing.assert_allclose(out[~off], pooled[~off] / 0.75, rtol=1e-6)
     other = pool.apply({}, IMAGES, True, rngs={"dropout": jax.random.key(1)})
     assert (np.asarray(other) != out).any()
 
 
 @pytest.mark.parametrize("window", [2, None])
-def test_strongest_turns_off_the_largest_of_each_image(window):
+def test_strongest_drops_the_largest_of_each_image(window):
     pooled = np.asarray(max_pool(IMAGES, 2, 2) if window else IMAGES.max((1, 2))).reshape(3, -1)
     out = SAFPool(0.2, window, "strongest").apply({}, IMAGES, True)  # no random stream
     for before, after in zip(pooled, np.asarray(out).reshape(3, -1)):
@@ -44,12 +44,12 @@ def test_strongest_turns_off_the_largest_of_each_image(window):
         np.testing.assert_array_equal(after, expected)
 
 
-def test_gradients_reach_what_is_left():
+def test_gradients_reach_the_kept_responses():
     def total(images):
         return SAFPool(0.2, 2, "strongest").apply({}, images, True).sum()
 
     grad = np.asarray(jax.grad(total)(IMAGES))
-    assert grad.sum() == 3 * (160 - 32)  # of 4 x 4 x 10 responses an image 32 are off
+    assert grad.sum() == 3 * (160 - 32)  # 32 of the 4 x 4 x 10 responses per image are dropped
 
 
 @pytest.mark.parametrize("choose", ["random", "strongest"])

@@ -1,5 +1,4 @@
-"""Shake-Shake and ShakeDrop by definition: which gate is in the value, which in the gradient, how
-they are distributed, what shares one."""
+"""Shake-Shake and ShakeDrop: the gates of values and gradients, their distribution and sharing."""
 
 from __future__ import annotations
 
@@ -32,28 +31,30 @@ def random(*shape, seed=0):
 
 
 def shake_gates(key, shape=(2, 1, 1, 1), **modes):
-    """(alpha, beta) by the definition: the share of the first branch in the value, and in the
-    gradient: what comes out of (1, 0), and what a cotangent of ones gives back to x1."""
+    """Returns (alpha, beta), the weights of the first branch in the value and in the gradient.
+
+    They are measured as the output for (1, 0), and as the gradient in x1 for a cotangent of ones.
+    """
     run = lambda x1, x2: layers.shake_shake(x1, x2, Shake(key, **modes))  # noqa: E731
     alpha, vjp = jax.vjp(run, jnp.ones(shape), jnp.zeros(shape))
     return alpha, vjp(jnp.ones(shape))[0]
 
 
 def drop_gates(key, shape=(2, 1, 1, 1), rate=0.5, **fields):
-    """(factor of the value, factor of the gradient) of ShakeDrop."""
+    """Returns ShakeDrop's factors of the value and of the gradient."""
     drop = ShakeDrop(jnp.float32(rate), tuple(jax.random.split(key)), **fields)
     value, vjp = jax.vjp(lambda x: layers.shake_drop(x, drop), jnp.ones(shape))
     return value, vjp(jnp.ones(shape))[0]
 
 
-def many(gates, **fields):
-    """[steps, images] of each gate."""
-    found = jax.jit(jax.vmap(partial(gates, **fields)))(keys_of(DRAWS))
-    return [np.asarray(gate)[:, :, 0, 0, 0] for gate in found]
+def draw_many(gates, **fields):
+    """Returns [steps, images] of each gate."""
+    result = jax.jit(jax.vmap(partial(gates, **fields)))(keys_of(DRAWS))
+    return [np.asarray(gate)[:, :, 0, 0, 0] for gate in result]
 
 
-def is_uniform(sample, low=0.0, high=1.0):
-    """Mean, variance, and the distance of Kolmogorov and Smirnov, exceeded once in 10,000."""
+def check_uniform(sample, low=0.0, high=1.0):
+    """Checks mean, variance and the Kolmogorov-Smirnov distance (exceeded once in 10,000)."""
     sample, n = (np.sort(sample) - low) / (high - low), len(sample)
     assert sample[0] >= 0
     assert sample[-1] <= 1
@@ -79,7 +80,7 @@ TABLE_1 = [  # forward, backward, level
 
 @pytest.mark.parametrize(("forward", "backward", "level"), TABLE_1)
 def test_value_and_gradient_are_the_definition(forward, backward, level):
-    """With alpha and beta as measured on (1, 0), on whatever two branches, backward and forward."""
+    """alpha and beta, measured on (1, 0), hold for any two branches, in values and gradients."""
     modes = dict(forward=forward, backward=backward, level=level)
     key, shape = jax.random.key(3), (4, 3, 2, 5)
     alpha, beta = shake_gates(key, shape, **modes)
@@ -88,8 +89,8 @@ def test_value_and_gradient_are_the_definition(forward, backward, level):
 
     value, vjp = jax.vjp(mix, x1, x2)
     np.testing.assert_allclose(value, alpha * x1 + (1 - alpha) * x2, rtol=1e-5, atol=1e-6)
-    for found, expected in zip(vjp(jnp.asarray(g)), (beta * g, (1 - beta) * g)):
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    for result, expected in zip(vjp(jnp.asarray(g)), (beta * g, (1 - beta) * g)):
+        np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
     same, tangent = jax.jvp(mix, (x1, x2), (dx1, dx2))
     np.testing.assert_array_equal(same, value)
     np.testing.assert_allclose(tangent, beta * dx1 + (1 - beta) * dx2, rtol=1e-5, atol=1e-6)
@@ -102,36 +103,36 @@ def test_value_and_gradient_are_the_definition(forward, backward, level):
         np.testing.assert_array_equal(beta, alpha)
     for gate, mode in ((alpha, forward), (beta, backward)):
         gate = np.asarray(gate).reshape(4, -1)
-        assert (gate == gate[:, :1]).all()  # one for all of an image
+        assert (gate == gate[:, :1]).all()  # one gate for the whole image
         if mode == "shake":
             assert len(np.unique(gate[:, 0])) == (4 if level == "image" else 1)
 
 
 @pytest.mark.parametrize("level", SHAKE_LEVELS)
 def test_alpha_and_beta_are_uniform_and_independent(level):
-    alpha, beta = many(shake_gates, level=level)
+    alpha, beta = draw_many(shake_gates, level=level)
     bound = 4 / np.sqrt(DRAWS)
-    is_uniform(alpha[:, 0])
-    is_uniform(beta[:, 0])
+    check_uniform(alpha[:, 0])
+    check_uniform(beta[:, 0])
     assert correlation(alpha[:, 0], beta[:, 0]) < bound
     assert correlation(alpha[:-1, 0], alpha[1:, 0]) < bound  # from step to step
     for gate in (alpha, beta):
         if level == "image":
             assert correlation(gate[:, 0], gate[:, 1]) < bound
-            is_uniform(gate[:, 1])
+            check_uniform(gate[:, 1])
         else:
             np.testing.assert_array_equal(gate[:, 0], gate[:, 1])
 
 
 def test_the_value_is_not_the_rounded_sum_of_two_gates():
-    """beta leaves no trace in the value, whatever the sizes: alpha * x1 to the bit."""
+    """The value is alpha * x1 to the bit: beta does not influence it, not even by rounding."""
     key = jax.random.key(5)
     x = 1e6 * random(8, 2, 2, 3)
     alpha, _ = shake_gates(key, x.shape)
-    found = layers.shake_shake(jnp.asarray(x), jnp.zeros_like(x), Shake(key))
-    np.testing.assert_array_equal(found, np.asarray(alpha) * x)
+    result = layers.shake_shake(jnp.asarray(x), jnp.zeros_like(x), Shake(key))
+    np.testing.assert_array_equal(result, np.asarray(alpha) * x)
     keep = layers.shake_shake(jnp.asarray(x), jnp.zeros_like(x), Shake(key, backward="even"))
-    np.testing.assert_array_equal(found, keep)
+    np.testing.assert_array_equal(result, keep)
 
 
 def test_evaluation_is_the_expectation_of_training():
@@ -149,7 +150,7 @@ def test_evaluation_is_the_expectation_of_training():
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("level", ["batch", "image", "channel", "pixel"])
 def test_shake_drop_value_and_gradient_are_the_definition(level, rate):
-    """Either both factors are 1, or they are an alpha and a beta, shared as the level says."""
+    """Both factors are 1, or they are an alpha and a beta that are shared as the level says."""
     shape = (4, 3, 2, 5)
     shared = {"batch": (0, 1, 2, 3), "image": (1, 2, 3), "channel": (1, 2), "pixel": ()}[level]
     seen = set()
@@ -162,9 +163,9 @@ def test_shake_drop_value_and_gradient_are_the_definition(level, rate):
         np.testing.assert_array_equal(value, forward * x)
         np.testing.assert_array_equal(vjp(g)[0], backward * g)
         np.testing.assert_array_equal(jax.jvp(run, (x,), (g,))[1], backward * g)
-        stays = bool((forward == 1).all())
-        seen.add(stays)
-        if stays:
+        is_kept = bool((forward == 1).all())
+        seen.add(is_kept)
+        if is_kept:
             np.testing.assert_array_equal(backward, 1)
             continue
         for factor in (forward, backward):
@@ -176,16 +177,16 @@ def test_shake_drop_value_and_gradient_are_the_definition(level, rate):
 
 
 def test_alpha_beta_and_b_are_as_published():
-    """alpha from -1 to 1, beta from 0 to 1, p_l of the steps left alone, for all images alike."""
+    """alpha is from -1 to 1, beta from 0 to 1. The fraction p_l of the steps is not perturbed."""
     rate = 0.7
-    forward, backward = many(drop_gates, rate=rate)
-    stays = forward == 1
-    np.testing.assert_array_equal(stays[:, 0], stays[:, 1])
-    np.testing.assert_array_equal(backward[stays], 1)
-    assert abs(stays[:, 0].mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / DRAWS)
-    alpha, beta = forward[~stays[:, 0]], backward[~stays[:, 0]]
-    is_uniform(alpha[:, 0], -1, 1)
-    is_uniform(beta[:, 0])
+    forward, backward = draw_many(drop_gates, rate=rate)
+    is_kept = forward == 1
+    np.testing.assert_array_equal(is_kept[:, 0], is_kept[:, 1])
+    np.testing.assert_array_equal(backward[is_kept], 1)
+    assert abs(is_kept[:, 0].mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / DRAWS)
+    alpha, beta = forward[~is_kept[:, 0]], backward[~is_kept[:, 0]]
+    check_uniform(alpha[:, 0], -1, 1)
+    check_uniform(beta[:, 0])
     for a, b in ((alpha[:, 0], beta[:, 0]), alpha.T, beta.T):
         assert correlation(a, b) < 4 / np.sqrt(len(a))
 
@@ -193,15 +194,15 @@ def test_alpha_beta_and_b_are_as_published():
 @pytest.mark.parametrize("alpha", [(-1.0, 1.0), (0.0, 1.0), (0.0, 0.0), (-1.0, -0.5)])
 def test_shake_drop_evaluation_is_the_expectation_of_training(alpha):
     rate = 0.4
-    forward, _ = many(drop_gates, rate=rate, alpha=alpha)
+    forward, _ = draw_many(drop_gates, rate=rate, alpha=alpha)
     drop = ShakeDrop(jnp.float32(rate), None, alpha=alpha)
-    found = float(layers.shake_drop(ONES, drop)[0, 0, 0, 0])
-    assert found == pytest.approx(1 - rate + rate * sum(alpha) / 2, rel=1e-6)
-    assert abs(forward[:, 0].mean() - found) < 4 * forward.std() / np.sqrt(DRAWS)
+    result = float(layers.shake_drop(ONES, drop)[0, 0, 0, 0])
+    assert result == pytest.approx(1 - rate + rate * sum(alpha) / 2, rel=1e-6)
+    assert abs(forward[:, 0].mean() - result) < 4 * forward.std() / np.sqrt(DRAWS)
 
 
 def test_without_ranges_it_is_stochastic_depth():
-    forward, backward = many(drop_gates, rate=0.5, alpha=(0.0, 0.0), beta=(0.0, 0.0))
+    forward, backward = draw_many(drop_gates, rate=0.5, alpha=(0.0, 0.0), beta=(0.0, 0.0))
     np.testing.assert_array_equal(forward, backward)
     assert set(np.unique(forward)) == {0.0, 1.0}
 
@@ -254,18 +255,18 @@ class Dropped(nn.Module):
 
 
 def test_rates_decay_linearly():
-    """Evaluation with branches x: the product of 1 + p_l, p_l = 1 - l/L (1 - p_L), p_L = 0.5."""
-    found = Dropped().apply({}, ONES)
+    """With branches x, evaluation gives the product of 1 + p_l, p_l = 1 - l/L (1 - p_L)."""
+    result = Dropped().apply({}, ONES)
     expected = np.prod([1 + 1 - l / 4 * 0.5 for l in (1, 2, 3, 4)])  # noqa: E741
-    np.testing.assert_allclose(found, np.full_like(ONES, expected), rtol=1e-6)
+    np.testing.assert_allclose(result, np.full_like(ONES, expected), rtol=1e-6)
     np.testing.assert_array_equal(Dropped(shake_drop=0.0).apply({}, ONES, train=True), 16)
 
 
 @pytest.mark.parametrize(
     "fields", [slow(dict(scan=True)), dict(scan=True, remat=True), slow(dict(remat=True))]
 )
-def test_scanned_and_rematerialised_stages_shake_the_same(fields):
-    """The backward pass with remat computes the forward one again, by the same gates."""
+def test_scanned_and_rematerialized_stages_shake_the_same(fields):
+    """With remat, the backward pass recomputes the forward pass with the same gates."""
     x = random(4, 2, 2, 3)
     variables = Shaken().init(jax.random.key(0), x)
     rngs = {"dropout": jax.random.key(1)}
@@ -275,13 +276,13 @@ def test_scanned_and_rematerialised_stages_shake_the_same(fields):
         return pytree.flatten(jax.jit(jax.value_and_grad(loss))(variables)[1])
 
     given = pytree.stack_blocks(variables) if "scan" in fields else variables
-    found = pytree.flatten(pytree.unstack_blocks(pytree.unflatten(run(given, **fields))))
+    result = pytree.flatten(pytree.unstack_blocks(pytree.unflatten(run(given, **fields))))
     for path, leaf in run(variables).items():
-        np.testing.assert_allclose(found[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(result[path], leaf, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-def once_a_block(model, variables, x, train_rngs):
-    """What tells gates apart: the values and the gradient in x of one pass."""
+def value_and_gradient(model, variables, x, train_rngs):
+    """Returns the values and the gradient in x of one pass, which depend on all gates."""
     value, vjp = jax.vjp(lambda x: model.apply(variables, x, train=True, rngs=train_rngs), x)
     return jnp.concatenate([value[:, 0, 0], vjp(jnp.ones_like(value))[0][:, 0, 0]], -1)
 
@@ -289,11 +290,13 @@ def once_a_block(model, variables, x, train_rngs):
 @pytest.mark.parametrize("level", SHAKE_LEVELS)
 @pytest.mark.parametrize("network", [Shaken, Dropped])
 def test_four_devices(network, level):
-    """With the streams of train/steps.py, on images that are all alike: what is drawn for the batch
-    is the same on all devices, what is drawn for an image differs on all; another step draws again,
-    and the same step, as after a resume, the same."""
+    """The random streams are those of train/steps.py, and all images are equal.
+
+    Gates of a batch are the same on all devices, and gates of an image differ everywhere. Another
+    step draws other gates. The same step, as after a resume, draws the same gates.
+    """
     mesh = parallel.make_mesh()
-    # Both gates of an image are drawn only where b is 0: the highest rate.
+    # Gates act only if b is 0, so the rate is high.
     model = Shaken(level=level) if network is Shaken else Dropped(0.9, level)
     once = random(1, 2, 2, 3).repeat(8, 0)
     variables = model.init(jax.random.key(0), once)
@@ -307,8 +310,8 @@ def test_four_devices(network, level):
                 steps.stream_key(key, steps.Stream.DROPOUT, number), device
             ),
         }
-        found = once_a_block(model, variables, batch["image"], rngs)
-        return jax.lax.all_gather(found, "batch", tiled=True)
+        result = value_and_gradient(model, variables, batch["image"], rngs)
+        return jax.lax.all_gather(result, "batch", tiled=True)
 
     mapped = parallel.parallelize(step, mesh, donate=False)
     batch = parallel.shard_batch({"image": once}, mesh)
@@ -326,8 +329,8 @@ def test_four_devices(network, level):
         assert len(images) == (8 if level == "image" else 1)
 
 
-def test_whether_shake_drop_disturbs_is_decided_for_all_devices():
-    """b is one for a block and step; alpha and beta are each image's."""
+def test_b_is_the_same_on_all_devices():
+    """b is one number per block and step; alpha and beta are drawn for each image."""
     mesh = parallel.make_mesh()
     model = Dropped(0.5)
 
@@ -336,12 +339,12 @@ def test_whether_shake_drop_disturbs_is_decided_for_all_devices():
             "shared": number,
             "dropout": jax.random.fold_in(number, jax.lax.axis_index("batch")),
         }
-        undisturbed = []
+        unchanged = []
         (drops,) = layers.make_shake_drops(model.bind({}, rngs=rngs), (4,), train=True)
         for i in range(4):
             x = layers.shake_drop(batch["image"], layers.for_block(drops, i))
-            undisturbed.append((x == batch["image"]).all((1, 2, 3)))
-        return jax.lax.all_gather(jnp.stack(undisturbed, 1), "batch", tiled=True)
+            unchanged.append((x == batch["image"]).all((1, 2, 3)))
+        return jax.lax.all_gather(jnp.stack(unchanged, 1), "batch", tiled=True)
 
     mapped = parallel.parallelize(step, mesh, donate=False)
     batch = parallel.shard_batch({"image": np.ones((8, 1, 1, 1), np.float32)}, mesh)
@@ -354,16 +357,17 @@ def test_whether_shake_drop_disturbs_is_decided_for_all_devices():
 def test_evaluation_and_initialization_need_no_keys(model):
     x = random(4, 2, 2, 3)
     variables = model.init(jax.random.key(0), x, train=True)
-    found = model.apply(variables, x)
-    np.testing.assert_array_equal(found, model.apply(variables, x, rngs={"dropout": keys_of(1)[0]}))
+    result = model.apply(variables, x)
+    with_keys = model.apply(variables, x, rngs={"dropout": keys_of(1)[0]})
+    np.testing.assert_array_equal(result, with_keys)
 
 
-def test_even_both_ways_needs_no_keys():
+def test_even_in_both_passes_needs_no_keys():
     x = random(4, 2, 2, 3)
     variables = Shaken().init(jax.random.key(0), x)
     for backward in ("even", "keep"):
-        found = Shaken("even", backward).apply(variables, x, train=True)
-        np.testing.assert_array_equal(found, Shaken().apply(variables, x))
+        result = Shaken("even", backward).apply(variables, x, train=True)
+        np.testing.assert_array_equal(result, Shaken().apply(variables, x))
 
 
 def test_bfloat16_stays():
@@ -389,7 +393,7 @@ def test_bfloat16_stays():
         (Dropped(shake_drop_beta=(1,)), r"shake_drop_beta: expected a range"),
     ],
 )
-def test_senseless_fields(model, message):
+def test_invalid_fields(model, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
 
@@ -403,7 +407,7 @@ def test_senseless_fields(model, message):
         (Dropped(), ("shared",), "dropout"),
     ],
 )
-def test_a_stream_that_is_missing(model, streams, missing):
+def test_a_missing_stream(model, streams, missing):
     variables = model.init(jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
     rngs = {stream: jax.random.key(0) for stream in streams}
     with pytest.raises(UserError, match=rf'rngs=\{{"{missing}": key\}}'):

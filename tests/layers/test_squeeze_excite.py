@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation by its equations."""
+"""Squeeze-and-excitation is its paper's equations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_width_between(channels, fields, hidden):
 
 
 def test_given_width_activation_and_gate():
-    """MobileNetV3's: hard sigmoid, 0 below -3 and 1 above 3."""
+    """MobileNetV3 uses hard sigmoid, which is 0 below -3 and 1 above 3."""
     x = jnp.ones((1, 1, 1, 4))
     module = SqueezeExcite(inner=3, activation=nn.silu, gate=nn.hard_sigmoid)
     params = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(0), x)["params"])

@@ -1,4 +1,4 @@
-"""Stages under `nn.scan` and `nn.remat`: the same network, on named and on stacked variables."""
+"""Stages under `nn.scan` and `nn.remat`, with named and with stacked variables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEPTH = 4
 
 
 class Noisy(nn.Module):
-    """All that may be random in a block: dropout, and a branch that is skipped for a whole batch.
+    """A block with all kinds of randomness: dropout, and a branch that is skipped for a batch.
 
     [N H W C] -> [N H/stride W/stride width]
     """
@@ -72,7 +72,7 @@ IMAGES = np.random.RandomState(0).randn(8, 8, 8, 3).astype(np.float32)
 
 
 def step(model):
-    """(loss, statistics, gradients) of a training step on several devices, as train/steps.py."""
+    """Returns a training step on several devices: loss, statistics, gradients."""
 
     def run(variables, batch, key):
         rngs = {"dropout": jax.random.fold_in(key, jax.lax.axis_index("batch")), "shared": key}
@@ -122,19 +122,19 @@ def unrolled(variables):
     ],
 )
 def test_the_same_results_as_the_unrolled_network(variables, unrolled, fields, stacked, mode):
-    """Gradients, statistics, dropout masks and skipped branches, over synchronised devices."""
+    """Gradients, statistics, dropout masks and skipped branches agree on synchronized devices."""
     given = pytree.stack_blocks(variables) if stacked else variables
-    found = on_four_devices(Network(axis_name="batch", **fields), given, mode)
+    results = on_four_devices(Network(axis_name="batch", **fields), given, mode)
     for name in variables:
-        assert jax.tree.structure(found[name]) == jax.tree.structure(given[name])
-    found = pytree.flatten(pytree.unstack_blocks(found))
-    assert list(found) == list(pytree.flatten(unrolled))
+        assert jax.tree.structure(results[name]) == jax.tree.structure(given[name])
+    results = pytree.flatten(pytree.unstack_blocks(results))
+    assert list(results) == list(pytree.flatten(unrolled))
     for path, expected in pytree.flatten(unrolled).items():
-        np.testing.assert_allclose(found[path], expected, rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(results[path], expected, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_the_branches_of_some_blocks_were_skipped(variables, unrolled):
-    """Else the test above would not have looked at skipping."""
+    """Checks that the test above covers skipped branches."""
     before, after = (pytree.flatten(tree["batch_stats"]) for tree in (variables, unrolled))
     moved = [not np.array_equal(before[path], after[path]) for path in before]
     assert any(moved)
@@ -142,7 +142,7 @@ def test_the_branches_of_some_blocks_were_skipped(variables, unrolled):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_what_is_compiled_does_not_grow_with_depth(scan):
+def test_the_scanned_program_does_not_grow_with_depth(scan):
     def lines(depth):
         model = Network(depth, scan=scan)
         variables = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES))
@@ -152,7 +152,7 @@ def test_what_is_compiled_does_not_grow_with_depth(scan):
     assert (lines(3) == lines(9)) is scan
 
 
-def test_initialization_and_features_have_names(variables):
+def test_initialization_and_features_use_named_blocks(variables):
     model = Network(scan=True)
     rngs = dict(zip(("params", "dropout", "shared"), jax.random.split(jax.random.key(0), 3)))
     jax.tree.map(np.testing.assert_array_equal, jax.jit(model.init)(rngs, IMAGES), variables)
@@ -163,7 +163,7 @@ def test_initialization_and_features_have_names(variables):
         features(pytree.stack_blocks(variables), IMAGES)
 
 
-def test_a_key_that_hangs_on_the_name_of_a_block_is_refused(variables):
+def test_a_key_that_depends_on_the_name_of_a_block_raises(variables):
     class Wrong(Noisy):
         @nn.compact
         def __call__(self, x, *_):

@@ -1,4 +1,4 @@
-"""The first layers' shapes, and what they say of images that do not fit."""
+"""The shapes of stems, and the errors for images that do not fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_output_shape(stem, size, expected):
 
 @pytest.mark.parametrize(
     ("ceil", "size", "expected"),
-    # Caffe's pool of 112, 57 and 2: no padding, rounded up.
+    # The inputs of Caffe's pool are 112, 57 and 2 wide. It has no padding and rounds up.
     [(False, 224, 56), (True, 224, 56), (False, 113, 29), (True, 113, 28), (True, 3, 1)],
 )
 @pytest.mark.parametrize("stem", [ImageNetStem, DeepStem])
@@ -45,7 +45,7 @@ def test_pool_of_the_stem(stem, ceil, size, expected):
             module.init(jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
 
 
-def test_deep_stem_is_as_wide_as_it_says():
+def test_widths_of_the_deep_stem():
     module = DeepStem(64, partial(Conv, use_bias=False), make_norm("batch", train=False))
     tree = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
     kernels = [tree["params"][f"conv{i}"]["kernel"].shape for i in (1, 2, 3)]
@@ -65,9 +65,11 @@ def test_images_that_do_not_fit():
 
 def test_images_with_their_channels_first():
     for shape, channels in (((2, 3, 32, 32), 3), ((1, 1, 28, 30), 1)):
-        said = rf"^images are \[N H W C\]: transpose \(0, 2, 3, 1\); expected {channels} channels"
-        with pytest.raises(UserError, match=said):
+        message = (
+            rf"^images are \[N H W C\]: transpose \(0, 2, 3, 1\); expected {channels} channels"
+        )
+        with pytest.raises(UserError, match=message):
             check_images(jnp.zeros(shape), (32, 32, channels))
-    # Three rows of images with alpha.
+    # Images of three rows with an alpha channel are not mistaken for channels first.
     with pytest.raises(UserError, match="expected images of 3 channels, got 4"):
         check_images(jnp.zeros((2, 3, 3, 4)), (32, 32, 3))

@@ -1,4 +1,4 @@
-"""Convolutions to test, and what the library and NumPy say of them."""
+"""Convolutions to test, with reference results of XLA's convolution and of NumPy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flax_cnns.layers import inside_control_flow
 from flax_cnns.layers.conv import conv2d
 from flax_cnns.layers.conv.geometry import ConvGeometry
 
-# Most of the time here is the compiler's. The slow sweep and tests on devices let it optimize.
+# Most of the time of these tests is compile time. Slow tests and tests on devices use `jax.jit`.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Case(NamedTuple):
-    """A convolution; `channels` and `features` are those of one group."""
+    """A convolution; `channels` and `features` are the numbers per group."""
 
     size: tuple[int, int, int]  # images, height, width
     channels: int
@@ -49,7 +49,7 @@ class Case(NamedTuple):
         )
 
     def pads(self):
-        """`padding` as the library wants it: pairs, or a name."""
+        """Returns `padding` in the library's form: pairs, or a name."""
         if isinstance(self.padding, str):
             return self.padding
         sides = (self.padding,) * 2 if isinstance(self.padding, int) else self.padding
@@ -61,7 +61,7 @@ class Case(NamedTuple):
         return jax.eval_shape(self.library, x, jax.ShapeDtypeStruct(shape, np.float32)).shape
 
     def operands(self, seed=0):
-        """x, kernel, the gradient of the output."""
+        """Returns x, the kernel, and the gradient of the output."""
         draw = np.random.RandomState(seed).randn
         x = draw(*self.size, self.channels * self.groups)
         kernel = draw(*self.kernel, self.channels, self.features * self.groups)
@@ -85,7 +85,7 @@ class Case(NamedTuple):
 
 
 def products(function):
-    """Of function(x, kernel): (x, kernel, dy) -> its output and the gradients to x and kernel."""
+    """Returns (x, kernel, dy) -> output and gradients in x and kernel of `function(x, kernel)`."""
 
     def all_three(x, kernel, dy):
         y, transpose = jax.vjp(function, x, kernel)
@@ -95,7 +95,7 @@ def products(function):
 
 
 def exact(case, operands):
-    """All three products in float64 by NumPy, tap by tap, and the error allowed to each."""
+    """Computes the products in float64 by NumPy. Returns them and the error allowed for each."""
     x, kernel, dy = (v.astype(np.float64) for v in operands)
     g = case.geometry()
     kernel = kernel.reshape(*g.kernel_size, case.channels, g.groups, case.features)
@@ -128,7 +128,7 @@ def error(result, reference):
 
 
 def same(ours, theirs, tolerance=1e-5):
-    """Two trees are equal up to rounding."""
+    """Checks that two trees are equal up to rounding."""
 
     def check(a, b):
         assert a.dtype == b.dtype

@@ -1,4 +1,4 @@
-"""The CPU's algorithms: each is right, the tables choose every one of them, programs stay small."""
+"""The CPU's algorithms: each is correct, the tables select each, and programs are small."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.layers.conv.cases import KINDS, Case, error, exact, lowered, products
 
 # ---------------------------------------------------------------------------- by name
 
-# By name, whatever the choice is today. An algorithm that is missing here fails the test below.
+# The tests call algorithms by name, whatever the tables select. The next test covers all names.
 DENSE = Case((2, 7, 6), 5, 4, padding=((1, 0), (2, 1)))
 POINTWISE = Case((2, 5, 4), 3, 6, (1, 1), (2, 1), padding=1)
 PATCHES = Case((2, 7, 6), 3, 4, (3, 2), (3, 2), padding=0)
@@ -44,7 +44,7 @@ def test_every_algorithm_is_tested_by_name():
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda c: f"{c.size[1]}x{c.size[2]}-{c.groups}")
-def test_each_algorithm_that_may_serve_a_shape_is_right(case):
+def test_each_algorithm_for_a_shape_is_correct(case):
     geometry, names = case.geometry(), {"phases", *NAMED[case]}
     operands = case.operands()
     references, _ = exact(case, operands)
@@ -69,10 +69,10 @@ def test_each_algorithm_that_may_serve_a_shape_is_right(case):
             assert error(result, reference) < 1e-5, (product, name)
 
 
-# ---------------------------------------------------------------------------- through the choice
+# ---------------------------------------------------------------------------- by the tables
 
 TABLES = ("FORWARD", "INPUT_GRAD", "KERNEL_GRAD")
-# Small ones that are computed in every way together.
+# Small cases that together reach every algorithm.
 REACHING = [
     Case((1, 9, 7), 2, 3, strides=(2, 2), padding=1),  # library
     Case((2, 4, 3), 3, 5, (1, 1), (1, 2), padding=0),
@@ -96,18 +96,18 @@ REACHING = [
 
 @pytest.fixture
 def reached(monkeypatch):
-    """The names that the choice came upon, with Winograd on tests' small shapes too."""
+    """The algorithms that have run. Winograd is allowed for small shapes too."""
     monkeypatch.setattr(choose, "MIN_WINOGRAD_MULTIPLICATIONS", 0)
-    found = set()
+    names = set()
     for table in TABLES:
         for name, algorithm in list(getattr(cpu, table).items()):
 
             def seen(*args, algorithm=algorithm, label=(table, name)):
-                found.add(label)
+                names.add(label)
                 return algorithm(*args)
 
             monkeypatch.setitem(getattr(cpu, table), name, seen)
-    return found
+    return names
 
 
 def check(cases, jit):
@@ -129,23 +129,24 @@ def test_every_algorithm_is_chosen_and_exact(reached):
 
 def test_the_tables_name_every_algorithm_and_every_row_decides():
     draw = np.random.RandomState(0)
-    some = lambda *values: int(draw.choice(values))  # noqa: E731
+    draw_one = lambda *values: int(draw.choice(values))  # noqa: E731
     deciding = {table: set() for table in TABLES}
     for _ in range(3000):
-        groups, channels, features = some(1, 1, 2, 8, 64), some(1, 2, 8, 64), some(1, 2, 8, 64)
-        kernel, size = some(1, 2, 3, 3, 11), some(1, 7, 14, 56)
+        groups = draw_one(1, 1, 2, 8, 64)
+        channels, features = draw_one(1, 2, 8, 64), draw_one(1, 2, 8, 64)
+        kernel, size = draw_one(1, 2, 3, 3, 11), draw_one(1, 7, 14, 56)
         geometry = ConvGeometry(
             in_size=(size, size),
             kernel_size=(kernel, kernel),
             out_size=(size, size),
-            strides=(some(1, 1, 2),) * 2,
-            padding=((some(0, 1),) * 2,) * 2,
+            strides=(draw_one(1, 1, 2),) * 2,
+            padding=((draw_one(0, 1),) * 2,) * 2,
             dilation=(1, 1),
             groups=groups,
-            control_flow=some(0, 0, 1) == 1,
+            control_flow=draw_one(0, 0, 1) == 1,
         )
         of_group = choose.Product(1, channels, features * groups, geometry)
-        whole = choose.Product(some(1, 64), channels * groups, features * groups, geometry)
+        whole = choose.Product(draw_one(1, 64), channels * groups, features * groups, geometry)
         for table in TABLES:
             product = of_group if table == "INPUT_GRAD" else whole
             rows = getattr(choose, table)
@@ -157,7 +158,7 @@ def test_the_tables_name_every_algorithm_and_every_row_decides():
         assert all(row.why for row in rows)
 
 
-# What random cases are unlikely to meet.
+# Cases that random ones are unlikely to contain.
 CHOSEN = [
     Case((2, 11, 11), 264, 264, padding=0),  # many channels, odd maps
     Case((3, 9, 8), 256, 260, padding=((2, 0), (-1, 3))),
@@ -167,10 +168,10 @@ CHOSEN = [
     Case((2, 34, 33), 4, 6, (7, 7), (2, 2), padding=3),  # a stem
     Case((2, 9, 9), 5, 4, (2, 5), dilation=(2, 1)),
     Case((2, 9, 9), 8, 8, (1, 1)),
-    Case((2, 8, 7), 8, 6, (1, 1), (2, 3), padding=1),  # outputs that see padding alone
+    Case((2, 8, 7), 8, 6, (1, 1), (2, 3), padding=1),  # outputs that see only padding
     Case((2, 9, 11), 3, 5, (4, 2), (4, 2), padding=0),  # patches, with pixels left over
-    Case((2, 9, 8), 3, 5, (4, 3), (4, 3), padding=0),  # patches, with a rest
-    Case((3, 1, 1), 16, 8),  # tiny maps: most taps see padding alone
+    Case((2, 9, 8), 3, 5, (4, 3), (4, 3), padding=0),  # patches, with rows left over
+    Case((3, 1, 1), 16, 8),  # tiny maps: most taps see only padding
     Case((3, 2, 2), 8, 16, strides=(2, 2), padding=1),
     Case((2, 3, 3), 8, 8),
     Case((2, 3, 2), 4, 4, (7, 5), padding=3),  # the kernel is larger than the map
@@ -231,7 +232,7 @@ CASES = [*CHOSEN, *random_cases(8)]
 
 @pytest.mark.slow
 def test_many_shapes_are_exact(reached):
-    """As they are compiled for use, and more of them than anyone would write down."""
+    """Uses the default compiler options, and random cases besides the chosen ones."""
     check([*CHOSEN, *random_cases(8)], jax.jit)
     assert reached == {(table, name) for table in TABLES for name in getattr(cpu, table)}
 
@@ -241,7 +242,7 @@ def test_control_flow_leaves_no_convolution_of_many_shapes_to_a_cpu():
     leaves_no_convolution([*CHOSEN, *random_cases(8)])
 
 
-# ---------------------------------------------------------------------------- what is compiled
+# ---------------------------------------------------------------------------- compiled programs
 
 
 def leaves_no_convolution(cases):
@@ -263,7 +264,7 @@ def test_control_flow_leaves_no_convolution_to_a_cpu():
         ((1, 32, 32, 64), (31, 31, 1, 64), 1, 64),  # RepLKNet
     ],
 )
-def test_what_is_compiled_stays_small(images, kernel, strides, groups):
+def test_programs_are_small(images, kernel, strides, groups):
     f = jax.grad(lambda x, k: conv2d(x, k, strides=strides, groups=groups).sum(), (0, 1))
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (images, kernel)]
     assert len(jax.jit(f).lower(*shapes).as_text().splitlines()) < 1500

@@ -1,4 +1,4 @@
-"""Convolutions know that they stand in control flow, whatever is cached between it and them."""
+"""Convolutions know that they are in control flow, even if functions in between are cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KERNEL = np.random.RandomState(1).randn(3, 3, 3, 3).astype(np.float32)
 
 
 def convolutions(jaxpr, inside=False):
-    """Of each convolution in a program: (whether it stands in control flow, whether it knows)."""
+    """Yields (is in control flow, has the flag) for each convolution in a program."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name.startswith("conv2d"):
@@ -38,7 +38,7 @@ def is_program(value):
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
-def found(function, *args):
+def find_convolutions(function, *args):
     return list(convolutions(jax.make_jaxpr(function)(*args).jaxpr))
 
 
@@ -73,8 +73,8 @@ WRAPPED = {
 
 @pytest.mark.parametrize("order", ["outside first", "inside first"])
 @pytest.mark.parametrize("name", WRAPPED)
-def test_what_is_cached_on_one_side_does_not_serve_the_other(name, order):
-    """The same function outside of control flow and inside, and its gradients."""
+def test_inside_and_outside_do_not_share_a_cache(name, order):
+    """Calls one function, and its gradients, outside and inside control flow."""
     wrapped = WRAPPED[name](conv2d)
 
     def loss(x, kernel):
@@ -84,7 +84,7 @@ def test_what_is_cached_on_one_side_does_not_serve_the_other(name, order):
         return jnp.sin(x if order == "outside first" else f(x)).sum()
 
     for function, count in ((loss, 3), (jax.grad(loss, (0, 1)), 9)):
-        pairs = found(function, X, KERNEL)
+        pairs = find_convolutions(function, X, KERNEL)
         assert len(pairs) >= count
         assert {inside for inside, _ in pairs} == {False, True}
         assert all(knows == inside for inside, knows in pairs)
@@ -99,26 +99,26 @@ def test_a_compiled_function_is_compiled_again_inside():
     assert "stablehlo.convolution" in f.lower(X, KERNEL).as_text()
 
 
-@pytest.mark.parametrize("says_so", [False, True])
-def test_a_rule_of_ones_own_is_traced_too_late_to_know(says_so):
-    """A known limit: JAX asks for it when the body has been left. It may say so itself."""
+@pytest.mark.parametrize("opens_context", [False, True])
+def test_a_custom_rule_is_traced_too_late_to_know(opens_context):
+    """A known limit: JAX traces the rule after the body, so the rule must open the context."""
 
     def rule(x):
-        with inside_control_flow() if says_so else contextlib.nullcontext():
+        with inside_control_flow() if opens_context else contextlib.nullcontext():
             return conv2d(x, KERNEL)
 
     f = jax.custom_vjp(lambda x: conv2d(x, KERNEL))
     f.defvjp(lambda x: (rule(x), None), lambda _, dy: (rule(dy),))
-    pairs = found(jax.grad(lambda x: inside_cond(f, x).sum()), X)
+    pairs = find_convolutions(jax.grad(lambda x: inside_cond(f, x).sum()), X)
     assert {inside for inside, _ in pairs} == {True}
-    assert all(knows for _, knows in pairs) is says_so
+    assert all(knows for _, knows in pairs) is opens_context
 
 
-# ---------------------------------------------------------------------------- of Stage, residual
+# ---------------------------------------------------------------------------- Stage and residual
 
 
 class Block(nn.Module):
-    """shortcut(x) + conv(conv(x)), dropped as `drop` says."""
+    """shortcut(x) + conv(conv(x)), where the branch is dropped as `drop` says."""
 
     conv: Any
 
@@ -137,7 +137,7 @@ WRAPPED_BLOCKS = {"plain": lambda block: block, "jit": nn.jit, "remat": nn.remat
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", WRAPPED_BLOCKS)
-def test_stage_and_residual_say_so(name, scan):
+def test_stage_and_residual_open_the_context(name, scan):
     stage = layers.Stage(WRAPPED_BLOCKS[name](Block), Conv, 3, None, scan=scan)
     keys = jax.random.split(jax.random.key(0), 3)
     drop = DropPath(jnp.full(3, 0.5), keys, "batch")
@@ -147,24 +147,24 @@ def test_stage_and_residual_say_so(name, scan):
     for given in (None, drop):
         loss = lambda v, given=given: stage.apply(v, X, given).sum()  # noqa: E731
         for function in (loss, jax.grad(loss)):
-            pairs = found(function, variables)
+            pairs = find_convolutions(function, variables)
             assert {inside for inside, _ in pairs} == {False, scan or given is not None}
             assert all(knows == inside for inside, knows in pairs)
 
 
-# ---------------------------------------------------------------------------- the results
+# ---------------------------------------------------------------------------- results
 
 
 class Transformed(nn.Module):
-    """Three convolutions: rematerialised, under a branch that runs, and scanned over."""
+    """Three convolutions: rematerialized, in a conditional, and scanned."""
 
     conv: Any
-    says_so: bool = False
+    opens_context: bool = False
 
     @nn.compact
     def __call__(self, x, kept):
         def body(conv, x):
-            if not self.says_so:
+            if not self.opens_context:
                 return conv(x)
             with inside_control_flow():
                 return conv(x)
@@ -182,10 +182,10 @@ class Transformed(nn.Module):
         return run(self.conv(4, (3, 3), name="scanned"), x, None)[0]
 
 
-@pytest.mark.parametrize("says_so", [False, True])
-def test_results_under_remat_cond_and_scan(says_so):
+@pytest.mark.parametrize("opens_context", [False, True])
+def test_results_under_remat_cond_and_scan(opens_context):
     x = np.random.RandomState(0).randn(2, 4, 4, 4).astype(np.float32)
-    theirs, ours = Transformed(nn.Conv), Transformed(Conv, says_so)
+    theirs, ours = Transformed(nn.Conv), Transformed(Conv, opens_context)
     params = theirs.init(jax.random.key(0), x, True)
 
     def run(model):

@@ -1,4 +1,4 @@
-"""Conv and conv2d: nn.Conv's parameters, meaning and errors."""
+"""Conv and conv2d have nn.Conv's parameters, results and errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_has_the_parameters_and_results_of_flax(name):
     (ours, own), (theirs, params) = quick_jit(lambda: (run(Conv), run(nn.Conv)))()
     assert jax.tree.structure(own) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, own, params)
-    half = ours.dtype.itemsize == 2  # summed in half precision by the library
+    half = ours.dtype.itemsize == 2  # the library adds in half precision
     same(np.float32(ours), np.float32(theirs), 2e-2 if half else 1e-5)
     assert ours.dtype == theirs.dtype
 

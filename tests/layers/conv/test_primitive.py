@@ -1,5 +1,7 @@
-"""The three primitives: the library's results in every precision, transformation and order of
-derivative, on several devices, and nothing of the CPU's algorithms elsewhere."""
+"""The three primitives give the library's results in each precision, transformation and derivative.
+
+They do so on several devices too, and accelerators run none of the CPU's algorithms.
+"""
 
 from __future__ import annotations
 
@@ -75,13 +77,13 @@ def test_higher_derivatives_are_those_of_the_library(case):
             }
         )
 
-    # The sine's argument is off by rounding, and so is its slope.
+    # The argument of the sine has rounding errors, and so does its slope.
     same(derivatives(case.ours)(x, kernel), derivatives(case.library)(x, kernel), 1e-4)
 
 
 # ---------------------------------------------------------------------------- vmap and jit
 
-MAPPED = {  # in_axes of (x, kernel); the axes of the mapped arrays, two where it is nested
+MAPPED = {  # in_axes of (x, kernel), once for each nested vmap
     "images": [(0, None)],
     "images, last axis": [(-1, None)],
     "kernels": [(None, 0)],
@@ -127,14 +129,14 @@ def test_gradients_of_each_example(case):
 
 @pytest.fixture(scope="module")
 def batch():
-    """A case with an image for each of four devices, its operands and its products."""
+    """A case with one image for each of four devices, its operands and its products."""
     case = Case((4, 5, 4), 2, 3, groups=2, padding=1)
     operands = case.operands()
     return case, operands, jax.jit(products(case.library))(*operands)
 
 
 def summed(case, x, kernel, dy):
-    """On one device: its share of the output and of dx, the kernel's whole gradient."""
+    """On one device, returns its part of the output and of dx, and the kernel's whole gradient."""
     results = products(case.ours)(x, kernel, dy)
     return {**results, "dkernel": lax.psum(results["dkernel"], "batch")}
 
@@ -151,7 +153,7 @@ def test_pmap(batch):
 def test_shard_map(batch, check_vma):
     case, operands, expected = batch
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
-    # Where JAX keeps account of what varies, the gradient of what all share arrives summed.
+    # With check_vma, JAX adds the kernel's gradients of all devices by itself.
     step = products(case.ours) if check_vma else partial(summed, case)
     step = jax.shard_map(
         step,
@@ -181,7 +183,7 @@ def test_jit_on_a_sharded_batch(batch, axis_type):
 
 
 def operations(text):
-    """Every operation of a lowered program that computes, without the names of its values."""
+    """Returns the operations of a lowered program, without the names of values."""
     lines = [re.sub(r"%\w+|^\s*return.*", "", line).strip() for line in text.splitlines()]
     return sorted(line for line in lines if "stablehlo." in line)
 
@@ -220,12 +222,12 @@ def test_an_export_for_every_size_of_image_is_the_librarys():
     same(export.call(x, kernel), jax.jit(case.library)(x, kernel))
 
 
-# ---------------------------------------------------------------------------- found in review
+# ---------------------------------------------------------------------------- regressions
 
 
 @pytest.mark.parametrize("strides", [1, 2])
-def test_varying_gradients_of_the_library_s_way(strides):
-    """check_vma=True, and shapes that go to the library on a CPU too: nothing is summed twice."""
+def test_varying_gradients_of_the_library(strides):
+    """With check_vma=True, and shapes that use the library on a CPU too, nothing is added twice."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     x = jax.random.normal(jax.random.key(0), (2, 20, 20, 8))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
