@@ -1,1 +1,1 @@
-"""From files to batches: readers, splits, augmentation and mixing, in a reproducible order."""
+"""Data, from files to batches in a reproducible order: readers, splits, augmentation, mixing."""

@@ -1,10 +1,12 @@
-"""A user's own arrays as a data set: checked when they are given, finished when a run begins."""
+"""Data sets of a user's own arrays: checked by `Dataset.from_arrays`, split when a run starts."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data import input_checks
@@ -15,14 +17,14 @@ from flax_cnns.data.statistics import broadcast_to_channels, find_covariance, mo
 from flax_cnns.data.types import ArrayRows, Dataset, RawDataset, Split
 from flax_cnns.errors import UserError
 
-# Augmentation that takes values of 0..1 for granted. Padding and cutout put 0, whatever it means.
+# Augmentation that needs values in 0..1. Padding and cutout write 0 whatever the range is.
 COLOR_AUGMENTATIONS = ("randaugment", "pca", "erase")
 
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...], str]  # mean, std, where they come from
+Normalization = tuple[tuple[float, ...], tuple[float, ...], str]  # mean, std, their origin
 
 
-# ---- what is given
+# ---- checking the arrays
 
 
 def from_arrays(
@@ -36,40 +38,40 @@ def from_arrays(
     std: Sequence[float] | None,
     name: str,
 ) -> Dataset:
-    """See `Dataset.from_arrays`; `arrays`: (images, labels) by split, None for one that there is
-    not."""
+    """See `Dataset.from_arrays`. `arrays` maps each split to (images, labels), or to None if there
+    is no such split."""
     input_checks.check_task(task)
-    splits = {}
+    images, labels = {}, {}
     for split, pair in arrays.items():
         if pair is None and split != "train":
             continue
         if not isinstance(pair, tuple | list) or len(pair) != 2:
+            got = input_checks.describe_value(pair)
+            raise UserError(f"{split}: expected (images, labels), got {got}")
+        images[split] = input_checks.check_images(split, pair[0], normalize)
+        labels[split] = input_checks.check_labels(split, pair[1], task)
+        if len(images[split]) != len(labels[split]):
             raise UserError(
-                f"{split}: expected (images, labels), got {input_checks.describe_value(pair)}"
+                f"{split} has {len(images[split])} images and {len(labels[split])} labels"
             )
-        images = input_checks.check_images(split, pair[0], normalize)
-        labels = input_checks.check_labels(split, pair[1], task)
-        if len(images) != len(labels):
-            raise UserError(f"{split} has {len(images)} images and {len(labels)} labels")
-        splits[split] = Split(labels=labels, images=ArrayRows(images))
-    train = splits["train"].images
-    for split, one in splits.items():
-        if one.images.shape[1:] != train.shape[1:] or one.images.dtype != train.dtype:
+    train = images["train"]
+    for split, array in images.items():
+        if array.shape[1:] != train.shape[1:] or array.dtype != train.dtype:
             raise UserError(
-                f"{split} images are {one.images.dtype} {list(one.images.shape[1:])}, and train"
-                f" images {train.dtype} {list(train.shape[1:])}; expected the same"
+                f"{split} images are {array.dtype} {list(array.shape[1:])}, but train images are"
+                f" {train.dtype} {list(train.shape[1:])}; expected the same"
             )
-    class_names, notes = find_class_names(splits, class_names, num_classes, task)
-    mean, std = input_checks.check_mean_and_std(mean, std, train.shape[-1], normalize)
+    names, notes = find_class_names(labels, class_names, num_classes, task)
+    means, stds = input_checks.check_mean_and_std(mean, std, train.shape[-1], normalize)
     return Dataset(
         name=name,
-        num_classes=len(class_names),
-        class_names=class_names,
-        image_shape=train.shape[1:],
-        mean=mean,
-        std=std,
-        normalized_by="data set" if mean else "",
-        splits=splits,
+        num_classes=len(names),
+        class_names=names,
+        image_shape=cast(tuple[int, int, int], train.shape[1:]),
+        mean=means,
+        std=stds,
+        normalized_by="data set" if means else "",
+        splits={split: Split(labels[split], ArrayRows(images[split])) for split in images},
         notes=notes,
         task=task,
         normalize=normalize,
@@ -77,53 +79,61 @@ def from_arrays(
 
 
 def find_class_names(
-    splits: Mapping[str, Split],
+    labels: Mapping[str, np.ndarray],
     class_names: Sequence[str] | None,
     num_classes: int | None,
     task: str,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the classes, and notes. Raises UserError where labels do not fit them."""
-    labels = {split: one.labels for split, one in splits.items()}
-    notes = ()
-    columns = {one.shape[1] if one.ndim == 2 else 0 for one in labels.values()}
+    """Returns the names of the classes, and notes. `labels` are those of each split.
+
+    Raises UserError if the labels do not fit the classes.
+    """
+    notes: tuple[str, ...] = ()
+    columns = {array.shape[1] if array.ndim == 2 else 0 for array in labels.values()}
     if len(columns) > 1:
-        shapes = ", ".join(f"{split} {list(one.shape)}" for split, one in labels.items())
+        shapes = ", ".join(f"{split} {list(array.shape)}" for split, array in labels.items())
         raise UserError(f"labels: expected the same kind in all splits, got {shapes}")
-    found = max(columns)
-    count = input_checks.check_class_count(class_names, num_classes) or found
+    num_columns = max(columns)
+    count = input_checks.check_class_count(class_names, num_classes) or num_columns
     if not count:
-        count = 1 + max(int(one.max()) for one in labels.values())
+        count = 1 + max(int(array.max()) for array in labels.values())
         if count > sum(map(len, labels.values())):
             raise UserError(
-                f"the largest label is {count - 1}, of fewer images: give num_classes= or"
-                " class_names="
+                f"the largest label is {count - 1}, but there are fewer images: give num_classes="
+                " or class_names="
             )
-        said = f"{count} classes, as the largest label is {count - 1}; num_classes= may say more"
-        notes = (said,)
-    if found and count != found:
-        raise UserError(f"labels have {found} columns, for {count} classes")
+        notes = (
+            f"assuming {count} classes, because the largest label is {count - 1}; num_classes= sets"
+            " more",
+        )
+    if num_columns and count != num_columns:
+        raise UserError(f"labels have {num_columns} columns, but there are {count} classes")
     if task == "classes" and count < 2:
         raise UserError(f"expected two classes or more, got {count}")
-    for split, one in labels.items():
-        if one.ndim == 1:
-            input_checks.check_label_range(split, one, count)
+    for split, array in labels.items():
+        if array.ndim == 1:
+            input_checks.check_label_range(split, array, count)
     names = class_names if class_names is not None else range(count)
     return tuple(map(str, names)), notes
 
 
-# ---- what a run makes of it
+# ---- fitting the data set to a run
 
 
 def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
-    """The data set of a run, of one that `from_arrays` made; `config` is `config.data`. Raises
-    UserError."""
+    """Returns a data set of `from_arrays` as a run uses it: with the selected classes, all splits,
+    mean and std. `config` is `config.data`; `begun` is as in `load_dataset`. Raises UserError if
+    the config does not fit the data set."""
     if config.mock:
-        raise UserError(f"data.mock does not act on a data set of your own ({data.name})")
+        raise UserError(f"data.mock does not apply to your own data set ({data.name})")
     if data.splits["train"].images is None:
-        raise UserError(f"{data.name} is read by its name (data.name), and cannot be given")
+        raise UserError(f"{data.name} is read by its name (data.name), and cannot be passed")
     check_augment(data, config)
     raw, notes = _select(data, config, begun)
-    splits = {role: Split(s.labels, s.images) for role, s in raw.sources.items()}
+    splits = {}
+    for role, source in raw.sources.items():
+        assert isinstance(source, ArraySource)
+        splits[role] = Split(source.labels, source.images)
     has_own_validation = "validation" in splits and "test" in splits
     task, seed = data.task, config.split_seed
     if "test" not in splits and "validation" in splits:
@@ -138,8 +148,10 @@ def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
     if config.fraction < 1:
         splits = keep_fraction(splits, config.fraction, seed, task=task)
     notes += find_notes(splits, raw.class_names, config.batch_size, task=task)
+    images = splits["train"].images
+    assert images is not None
     mean, std, normalized_by = resolve_mean_and_std(
-        data, config, lambda: (*moments(splits["train"].images), "training images")
+        data, config, lambda: (*moments(images), "training images")
     )
     return dataclasses.replace(
         data,
@@ -157,7 +169,7 @@ def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
 
 
 def read_fingerprint(data: Dataset, config: Any) -> dict[str, Any]:
-    """As `apply_config` gives it."""
+    """Returns the fingerprint of `apply_config`'s data set."""
     return _fingerprint(_select(data, config, begun=True)[0])
 
 
@@ -166,24 +178,26 @@ def _fingerprint(raw: RawDataset) -> dict[str, Any]:
 
 
 def _select(data: Dataset, config: Any, begun: bool) -> tuple[RawDataset, list[str]]:
-    """The classes of `config.classes` alone, and notes."""
-    if config.classes and data.splits["train"].labels.ndim > 1:
+    """Returns the examples of the classes in `config.classes`, and notes."""
+    labels = data.splits["train"].labels
+    if config.classes and labels is not None and labels.ndim > 1:
         kind = "multilabel data" if data.task == "multilabel" else "soft labels"
-        raise UserError(f"data.classes chooses by integer labels, and {data.name} has {kind}")
-    sources = {
-        role: ArraySource(split.images, split.labels, f"{data.name} {role}")
-        for role, split in data.splits.items()
-    }
+        raise UserError(f"data.classes needs integer labels, but {data.name} has {kind}")
+    sources = {}
+    for role, split in data.splits.items():
+        assert split.images is not None
+        assert split.labels is not None
+        sources[role] = ArraySource(split.images, split.labels, f"{data.name} {role}")
     raw = RawDataset(sources, data.num_classes, data.class_names, data.image_shape)
     return select_classes(raw._replace(provenance={"reader": "arrays"}), config, begun, data.name)
 
 
 def check_augment(data: Dataset, config: Any) -> None:
-    """Raises UserError for augmentation that these images cannot have."""
+    """Raises UserError if the config asks for augmentation that these images do not support."""
     wanted = [name for name in COLOR_AUGMENTATIONS if config.augment[name]]
     if wanted and not data.normalize:
         raise UserError(
-            f"data.augment.{wanted[0]} takes colors from 0 to 1, and {data.name} was given with"
+            f"data.augment.{wanted[0]} needs colors from 0 to 1, but {data.name} was made with"
             " normalize=False: switch it off, or give images from 0 to 1"
         )
     channels = data.image_shape[-1]
@@ -192,20 +206,20 @@ def check_augment(data: Dataset, config: Any) -> None:
 
 
 def resolve_mean_and_std(
-    data: Dataset, config: Any, otherwise: Callable[[], Normalization]
+    data: Dataset, config: Any, default: Callable[[], Normalization]
 ) -> Normalization:
-    """Mean, std and where they come from: config, data set, or `otherwise`. Raises UserError."""
+    """Returns mean, std and their origin: the config, otherwise the data set, otherwise
+    `default()`. Raises UserError if the config's do not fit."""
     channels = data.image_shape[-1]
     if not data.normalize:
         if config.mean:
             raise UserError(
-                f"data.mean and data.std do nothing: {data.name} was given with normalize=False"
+                f"data.mean and data.std have no effect: {data.name} was made with normalize=False"
             )
         return (0.0,) * channels, (1.0,) * channels, "nothing"
     if config.mean:
-        return *broadcast_to_channels(
-            config.mean, config.std, channels, "data.mean and data.std"
-        ), "config"
+        where = "data.mean and data.std"
+        return *broadcast_to_channels(config.mean, config.std, channels, where), "config"
     if data.mean:
         return data.mean, data.std, data.normalized_by
-    return otherwise()
+    return default()

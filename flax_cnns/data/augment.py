@@ -1,16 +1,18 @@
-"""Augmentation per image, on the device: uint8 images in, normalized float32 out, shapes static.
-A user's own images may be float32, from 0 to 1; then the operations on colors work at 255 times
-these, and RandAugment rounds them to 256 values.
+"""Augmentation of single images on the device, with static shapes.
 
-Every image has its own key, so what happens to it depends neither on its place in the local array
-nor on the number of devices. The geometric operations (crop, flip, rotation, scale) are composed
-into one map from output to input pixels and the image is read once, bilinearly: cheaper than one
-pass each, and nothing is blurred twice. What comes from outside is black.
+Images come in as uint8 and leave as normalized float32. A user's own images may be float32 from 0
+to 1. They are multiplied by 255 for the color operations, and RandAugment rounds them to 256
+values.
 
-Sums of products are of whole numbers, or of such that float32 holds them exactly: a compiler fuses
-the product and the sum of some floats in one program and not in another, and an image is to be the
-same, to the bit, wherever it is made. (Float images that are rotated, scaled or resized are the
-same only to float32's rounding in a loader and on a device.)
+Every image has its own key, so the result depends neither on the image's place in the local array
+nor on the number of devices. Crop, flip, rotation and scale are composed into one map from output
+to input pixels, and the image is read once, bilinearly. That is cheaper than one pass each, and no
+pixel is blurred twice. Pixels outside the image are black.
+
+Sums of products use integers, or numbers that float32 represents exactly. The reason is that a
+compiler fuses a product and a sum of floats in one program and not in another, but an image must be
+the same, to the bit, wherever it is augmented. (Float images that are rotated, scaled or resized
+are the exception: in a loader and on a device they agree up to float32's rounding.)
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ _STEPS = 1000
 def make_normalize(
     config: Any, *, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Array], Array]:
-    """`normalize(images u8 [... C]) -> f32 [... C]`: (x/255 - mean) / std, or x/255 where
-    `config.normalize` is False; of f32 images x, which are in 0..1 already, in place of x/255."""
+    """Returns `normalize(images u8 [... C]) -> f32 [... C]`: (x/255 - mean) / std, or x/255 if
+    `config.normalize` is False. f32 images are in 0..1 already, and are not divided by 255."""
     of_bytes, of_floats = _normalizers(config, mean, std)
 
     def normalize(images: Array) -> Array:
@@ -45,22 +47,22 @@ def make_normalize(
 
 
 def is_float(images: Array) -> bool:
-    """Whether images are 0 to 1, not 0 to 255."""
+    """Returns whether images are floats in 0..1; others are in 0..255."""
     return jnp.issubdtype(images.dtype, jnp.floating)
 
 
 def _normalizers(
     config: Any, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Of images in 0..255, of any dtype, and of images in 0..1."""
-    mean = jnp.asarray(mean if config.normalize else 0.0, jnp.float32)
-    std = jnp.asarray(std if config.normalize else 1.0, jnp.float32)
+    """Returns (a function of images in 0..255, a function of images in 0..1), for any dtype."""
+    means = jnp.asarray(mean if config.normalize else 0.0, jnp.float32)
+    stds = jnp.asarray(std if config.normalize else 1.0, jnp.float32)
 
     def of_bytes(images: Array) -> Array:
-        return (images.astype(jnp.float32) - 255 * mean) / (255 * std)
+        return (images.astype(jnp.float32) - 255 * means) / (255 * stds)
 
     def of_floats(images: Array) -> Array:
-        return (images.astype(jnp.float32) - mean) / std
+        return (images.astype(jnp.float32) - means) / stds
 
     return of_bytes, of_floats
 
@@ -74,14 +76,14 @@ def make_augment(
     covariance: Sequence[Sequence[float]] = (),
     cropped: bool = False,
 ) -> Callable[[Array, Array], Array]:
-    """`augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit; f32 images
-    are in 0..1.
+    """Returns `augment(images u8 [n H W C], keys [n]) -> f32 [n H W C]`, to be called under jit.
+    Images may also be f32 in 0..1.
 
-    `config` is `config.data.augment`; `covariance` [C C] of the colors of images in 0..1 is what
-    `config.pca` needs; `cropped` says that the loader has done the random resized crop already, as
-    it does for streamed images. In this order: crop, flip and move; RandAugment; PCA color;
-    erasing; normalization; cutout. With everything off this is `make_normalize` exactly. Raises
-    UserError for values that make no sense.
+    `config` is `config.data.augment`. `config.pca` needs `covariance` [C C], of the colors of
+    images in 0..1. `cropped` says that the loader has already done the random resized crop, as for
+    streamed images. The order is: crop, flip and move; RandAugment; PCA color; erasing;
+    normalization; cutout. With everything off, the result is exactly that of `make_normalize`.
+    Raises UserError if a value is out of range.
     """
     height, width, _ = image_shape
     validate_section(config, "data.augment")
@@ -133,7 +135,8 @@ def _check_sizes(config: Any, height: int, width: int) -> None:
 
 
 def _draw_flip_and_shift(key: Array, config: Any) -> tuple[Array, Array, Array]:
-    """A coin, and a shift in pixels [2], uniform over the whole pixels of +-pad_crop."""
+    """Draws (flip or not, a shift [2] in whole pixels, uniform in +-pad_crop, a key for the
+    rest)."""
     key_flip, key_shift, key_rest = jax.random.split(key, 3)
     flip = jax.random.bernoulli(key_flip) if config.flip else jnp.array(False)
     pad = config.pad_crop
@@ -141,7 +144,7 @@ def _draw_flip_and_shift(key: Array, config: Any) -> tuple[Array, Array, Array]:
 
 
 def _flip_and_crop(key: Array, image: Array, config: Any) -> Array:
-    """Whole pixels only: [H W C] -> [H W C], values untouched."""
+    """Flips and shifts by whole pixels, without changing values: [H W C] -> [H W C]."""
     flip, shift, _ = _draw_flip_and_shift(key, config)
     if config.flip:
         image = jnp.where(flip, image[:, ::-1], image)
@@ -152,9 +155,9 @@ def _flip_and_crop(key: Array, image: Array, config: Any) -> Array:
 
 
 def _affine(key: Array, image: Array, config: Any) -> Array:
-    """Flip, rotate, scale and shift in one bilinear reading: [H W C] -> [H W C] f32.
+    """Flips, rotates, scales and shifts in one bilinear reading: [H W C] -> f32 [H W C].
 
-    Angle and zoom are drawn from a thousand steps each way.
+    Angle and zoom are each drawn from 2 * 1000 + 1 evenly spaced values.
     """
     height, width, _ = image.shape
     flip, shift, key = _draw_flip_and_shift(key, config)
@@ -166,8 +169,8 @@ def _affine(key: Array, image: Array, config: Any) -> Array:
         jnp.round(jnp.asarray(f(angles), jnp.float32)[angle] * shrink).astype(jnp.int32)
         for f in (np.cos, np.sin)
     )
-    # From the output pixel back to the input's: twice the distance from the center, which may lie
-    # between pixels, then 2**-15 of a pixel.
+    # From each output pixel back to its input pixel. First the unit is half a pixel, because the
+    # center may lie between pixels; after the product it is 2**-15 of a pixel.
     y = 2 * (jnp.arange(height)[:, None] + shift[0]) - (height - 1)
     x = 2 * (jnp.arange(width) + shift[1]) - (width - 1)
     y, x = cos * y - sin * x, sin * y + cos * x  # [H W]
@@ -177,11 +180,13 @@ def _affine(key: Array, image: Array, config: Any) -> Array:
 
 
 def bilinear(image: Array, y: Array, x: Array) -> Array:
-    """`image` [H W C] read at the points `y`, `x` i32 [h w] (in 1/256 of a pixel, the first one's
-    center at 0): f32 [h w C], without rounding where the image has whole values; outside is 0."""
+    """Reads `image` [H W C] at the points `y`, `x` i32 [h w]: f32 [h w C].
+
+    The unit of `y` and `x` is 1/256 of a pixel, and 0 is the center of the first pixel. Points
+    outside the image give 0. The result is exact if the image has integer values.
+    """
     height, width, channels = image.shape
-    # Two black pixels on each side, so that a point outside reads black without a mask for each of
-    # the four corners.
+    # Two black pixels on each side replace a mask for each of the four neighbors of a point.
     padded = jnp.pad(image, ((2, 2), (2, 2), (0, 0))).reshape(-1, channels)
     y = jnp.clip(y + 2 * 256, 0, (height + 2) * 256)
     x = jnp.clip(x + 2 * 256, 0, (width + 2) * 256)
@@ -202,11 +207,12 @@ def random_resized_crop(
     share: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Array:
-    """A box of a random share of the area and a random ratio of sides, resized to the whole: [H W
-    C] -> f32 [H W C], whole values as the loader's crops have, unless the image is of floats.
+    """Crops a box with a random share of the area and a random aspect ratio, and resizes the box to
+    the image's size: [H W C] -> f32 [H W C]. Values are rounded to integers, as in the loader's
+    crops, unless the image has floats.
 
-    Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as torchvision does it:
-    ten tries, the first box that fits; the whole image where none does.
+    This is Inception's augmentation (https://arxiv.org/abs/1409.4842, section 6) as in torchvision:
+    ten boxes are drawn and the first that fits is used, or the whole image if none fits.
     """
     height, width, _ = image.shape
     key_area, key_ratio, key_place = jax.random.split(key, 3)
@@ -228,10 +234,9 @@ def random_resized_crop(
 
 
 def cutout(key: Array, image: Array, side: int) -> Array:
-    """A square of `side` pixels set to 0, which is the mean once the image is normalized: [H W C]
-    -> [H W C].
+    """Sets a square of `side` pixels to 0, the mean of a normalized image: [H W C] -> [H W C].
 
-    Its center is uniform over the image, so that part of it may lie outside
+    The square's center is uniform over the image, so part of the square may lie outside
     (https://arxiv.org/abs/1708.04552).
     """
     height, width, _ = image.shape
@@ -243,12 +248,13 @@ def cutout(key: Array, image: Array, side: int) -> Array:
 def pca_color(
     key: Array, image: Array, deviation: float, covariance: Sequence[Sequence[float]]
 ) -> Array:
-    """AlexNet's change of the light's color: [H W C] of 0..255 -> f32 [H W C], not clipped.
+    """Changes the color of the light, as AlexNet: [H W C] in 0..255 -> f32 [H W C], not clipped.
 
     Section 4.1 of the paper adds to every pixel the eigenvectors of the colors' covariance, each
-    times its eigenvalue and a normal number of standard deviation 0.1. That sum has the
-    distribution of the covariance times normal numbers, with no eigenvector to compute. Eigenvalues
-    are those of colors in 0..1: of 0..255 they would be 255 times as large beside the pixels.
+    times its eigenvalue and a normal random number with standard deviation 0.1. The sum has the
+    same distribution as the covariance times normal random numbers, which needs no eigenvectors.
+    `covariance` is for colors in 0..1; for colors in 0..255 the change would be 255 times as large
+    relative to the pixels.
     """
     matrix = np.round(2**10 * 255 * deviation * np.asarray(covariance)).astype(np.int32)
     drawn = jnp.round(2**8 * jax.random.normal(key, matrix.shape[:1])).astype(jnp.int32)
@@ -263,12 +269,12 @@ def erase(
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
     white: float = 255.0,
 ) -> Array:
-    """With that probability a box of noise, each value one of 256 from 0 to `white`: [H W C] -> f32
-    [H W C].
+    """With `probability`, fills a random box with noise: [H W C] -> f32 [H W C]. Each value of the
+    noise is one of 256 evenly spaced values from 0 to `white`.
 
-    Random erasing (https://arxiv.org/abs/1708.04896, algorithm 1), its shares of the area and
-    ratios of height to width. There a box that does not fit is drawn again with its corner, which
-    favors small ones; here ten sizes are drawn, and the first that fits is put anywhere.
+    Random erasing (https://arxiv.org/abs/1708.04896, algorithm 1), with the paper's shares of the
+    area and ratios of height to width. The paper draws box and corner again until the box fits,
+    which favors small boxes. Here ten sizes are drawn, and the first that fits is placed uniformly.
     """
     height, width, _ = image.shape
     key_coin, key_area, key_ratio, key_place, key_noise = jax.random.split(key, 5)
@@ -286,7 +292,8 @@ def erase(
 
 
 def _inside(low: Array, box: Array, height: int, width: int) -> Array:
-    """Where a box of height and width `box` [2] lies whose upper left corner is `low`: [H W 1]."""
+    """Returns a mask [H W 1] of a box with upper left corner `low` [2], height and width `box`
+    [2]."""
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     inside = (y >= low[0]) & (y < low[0] + box[0]) & (x >= low[1]) & (x < low[1] + box[1])
     return inside[..., None]

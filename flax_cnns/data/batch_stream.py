@@ -1,11 +1,11 @@
-"""The batches that a user's factory yields: checked, copied, padded, and told apart by a digest."""
+"""The batches of a user's factory: checks, copies, padding and digests."""
 
 from __future__ import annotations
 
 import collections
 import hashlib
 import threading
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.types import Batch
 
-# Batches that a training stream keeps: the one that the next step takes, and what a thread may have
-# pulled after it: two in its queue and one in hand.
+# Batches that a training stream keeps for digests: the next step's, and those that a prefetching
+# thread may have pulled after it (two in its queue and one in hand).
 KEPT_BATCHES = 4
 
 
@@ -24,8 +24,8 @@ KEPT_BATCHES = 4
 
 
 class _Stream:
-    """The batches of one split, of this process's rows, checked and copied. `process`: its index,
-    and how many there are."""
+    """This process's batches of one split, checked and copied. `process` is (its index, the number
+    of processes)."""
 
     def __init__(
         self, data: Dataset, split: str, start: int, batch_size: int, process: tuple[int, int]
@@ -33,38 +33,40 @@ class _Stream:
         self.data, self.split, self.start, self.process = data, split, start, process
         self.batch_size = batch_size
         self.step = start  # of the next batch
-        self.kinds: tuple[Any, int] | None = None  # images' dtype and labels' dimensions
-        self._batches = None
+        self.kinds: tuple[np.dtype, int] | None = None  # dtype of images, dimensions of labels
+        self._batches: Iterator[Any] | None = None
 
     @property
     def call(self) -> str:
-        """For messages."""
+        """The call of the factory, for error messages."""
         index, count = self.process
         return f"factory({self.split!r}, {self.start}, {index}, {count})"
 
     def take(self, count: int | None) -> Batch | None:
-        """The next batch, of `count` rows (None: of any number): {"image": u8 or f32 [count H W C],
-        "label": i32 [count] or f32 [count K]}; None at the end. Raises UserError."""
+        """Returns the next batch, {"image": u8 or f32 [count H W C], "label": i32 [count] or f32
+        [count K]}, or None at the end. If `count` is None, a batch may have any number of rows.
+        Raises UserError if the batch does not fit the data set."""
         if self._batches is None:
-            made = self.data.factory(self.split, self.start, *self.process)
-            if not isinstance(made, Iterable):
-                got = input_checks.describe_value(made)
+            assert self.data.factory is not None
+            batches = self.data.factory(self.split, self.start, *self.process)
+            if not isinstance(batches, Iterable):
+                got = input_checks.describe_value(batches)
                 raise UserError(f"{self.call} returned {got}; expected an iterable of batches")
-            self._batches = iter(made)
+            self._batches = iter(batches)
         try:
             got = next(self._batches)
         except StopIteration:
             return None
         where = f"{self.split}, {'step' if self.split == 'train' else 'batch'} {self.step}"
         images, labels = _unpack(where, got)
-        # Copies: a factory may fill the same arrays again.
+        # Copied, because a factory may reuse its arrays.
         images = np.array(self._check_images(where, images, count), order="C")
         labels = np.array(self._check_labels(where, labels, len(images)), order="C")
         kinds = images.dtype, labels.ndim
-        if self.kinds not in (None, kinds):
+        if self.kinds is not None and self.kinds != kinds:
             raise UserError(
-                f"{where}: images are {images.dtype} and labels have {labels.ndim} dimensions;"
-                f" before they were {self.kinds[0]} and had {self.kinds[1]}"
+                f"{where}: images are {images.dtype} and labels have {labels.ndim} dimensions, but"
+                f" in earlier batches images were {self.kinds[0]} and labels had {self.kinds[1]}"
             )
         self.kinds = kinds
         self.step += 1
@@ -80,16 +82,18 @@ class _Stream:
         if images.shape[1:] != shape or images.ndim != 4:
             raise UserError(f"{what}: expected [n {_join(shape)}], got {list(images.shape)}")
         if count is not None and len(images) != count:
-            raise UserError(f"{what}: expected {count} {self._why()}, got {len(images)}")
+            raise UserError(f"{what}: expected {count} {self._explain_count()}, got {len(images)}")
         if self.kinds is None and len(images):
             return input_checks.check_values(what, images, self.data.normalize)
         kind = {"u1": np.uint8, "f2": np.float32, "f4": np.float32, "f8": np.float32}
         if images.dtype.str[1:] not in kind:
-            raise UserError(f"{what} are {images.dtype}; expected uint8 or floats, as before")
+            raise UserError(
+                f"{what} are {images.dtype}; expected uint8 or floats, as in earlier batches"
+            )
         return np.asarray(images, kind[images.dtype.str[1:]])
 
-    def _why(self) -> str:
-        """Why so many rows are expected."""
+    def _explain_count(self) -> str:
+        """Says which settings decide the number of rows."""
         shared = f" over {self.process[1]} processes" if self.process[1] > 1 else ""
         if self.split == "train":
             return f"(data.batch_size={self.batch_size}{shared}, also at the end of the data)"
@@ -100,15 +104,18 @@ class _Stream:
         what, classes = f"{where}: labels", self.data.num_classes
         labels = input_checks.check_labels(f"{where}:", got, self.data.task)
         if len(labels) != count:
-            raise UserError(f"{what}: expected {count}, as there are images, got {len(labels)}")
+            raise UserError(f"{what}: expected {count}, as many as images, got {len(labels)}")
         if labels.ndim == 1:
             input_checks.check_label_range(where, labels, classes)
         elif labels.shape[1] != classes:
-            raise UserError(f"{what} have {labels.shape[1]} columns, for {classes} classes")
+            raise UserError(
+                f"{what} have {labels.shape[1]} columns, but there are {classes} classes"
+            )
         return labels
 
     def close(self) -> None:
-        batches, self._batches = self._batches, iter(())
+        batches: Any = self._batches
+        self._batches = iter(())
         if hasattr(batches, "close"):
             batches.close()
 
@@ -136,17 +143,19 @@ def _unpack(where: str, got: Any) -> tuple[Any, Any]:
 
 
 class TrainBatches:
-    """An iterator over this process's training batches from a step on.
+    """An iterator over this process's training batches, from a given step on.
 
-    A thread may pull batches ahead of the steps that take them, while another asks for a digest.
+    One thread may pull batches ahead of the steps that use them, while another asks for a digest.
     """
 
     def __init__(self, data: Dataset, batch_size: int, start: int, process: tuple[int, int]):
         self._stream = _Stream(data, "train", start, batch_size, process)
         self._n = batch_size // process[1]
-        self._lock = threading.Lock()  # of the stream, and of what follows
-        self._kept: dict[int, Batch] = {}  # the last KEPT_BATCHES that were pulled
-        self._ahead: collections.deque[Batch] = collections.deque()  # pulled for a digest
+        self._lock = threading.Lock()  # guards the stream and the attributes below
+        self._kept: dict[int, Batch] = {}  # the last KEPT_BATCHES pulled, by step
+        self._ahead: collections.deque[Batch] = (
+            collections.deque()
+        )  # pulled for a digest, not used yet
         self._error: Exception | None = None
         self._closed = False
 
@@ -168,8 +177,8 @@ class TrainBatches:
             if batch is None:
                 raise UserError(
                     f"{self._stream.call} ended before step {step}, after"
-                    f" {step - self._stream.start} batches; expected batches without end: begin"
-                    " the data anew"
+                    f" {step - self._stream.start} batches; expected batches without end: start"
+                    " over when the data ends"
                 )
         except Exception as error:
             self._error = error
@@ -179,11 +188,11 @@ class TrainBatches:
         return batch
 
     def digest(self, step: int) -> str:
-        """Of the images and labels, on this process, of the batch that step number `step` takes;
-        computed now. It waits for a batch that is being pulled, and pulls one that is not.
+        """Computes a digest of the images and labels of this process's batch for step `step`.
+        Pulls the batch if that has not happened yet, and waits if it is being pulled.
 
-        "" if there is no such batch: the factory failed or ended, which the step itself reports.
-        Raises ValueError for a batch of KEPT_BATCHES batches ago.
+        Returns "" if there is no such batch because the factory failed or ended; the step itself
+        reports that. Raises ValueError if the batch is no longer among the last KEPT_BATCHES.
         """
         batch = self._kept.get(step)
         if batch is None:
@@ -196,7 +205,7 @@ class TrainBatches:
                     except Exception:
                         return ""
                 if step not in self._kept:
-                    raise ValueError(f"the batch of step {step} is not kept any more")
+                    raise ValueError(f"the batch of step {step} is no longer kept")
                 batch = self._kept[step]
         digest = hashlib.blake2b(digest_size=8)
         for key in ("image", "label"):
@@ -216,12 +225,12 @@ class TrainBatches:
 def eval_batches(
     data: Dataset, split: str, batch_size: int, process: tuple[int, int]
 ) -> Generator[Batch]:
-    """As `pipeline.eval_batches` has them. Raises UserError, while iterating where the batches are
-    not as `sizes` has it."""
+    """Yields the batches of `pipeline.eval_batches`. Raises UserError for the training split, and
+    while iterating if the number of examples differs from the data set's `sizes`."""
     if split == "train":
         raise UserError(
-            f"the training batches of {data.name} come without end, augmented as their factory"
-            " likes, and cannot be evaluated (train.evaluate_train)"
+            f"the training batches of {data.name} never end, and the factory may augment them;"
+            " they cannot be evaluated (train.evaluate_train)"
         )
     return _eval_batches(data, split, batch_size, process)
 
@@ -232,23 +241,23 @@ def _eval_batches(
     n, total = batch_size // process[1], len(data.splits[split])
     first, number = process[0] * n, -(-total // batch_size)
     stream = _Stream(data, split, 0, batch_size, process)
-    said = f"sizes[{split!r}]={total} and data.eval_batch_size={batch_size} make {number}"
+    expected = f"sizes[{split!r}]={total} and data.eval_batch_size={batch_size} make {number}"
     try:
         for b in range(number):
             rows = min(max(total - b * batch_size - first, 0), n)
             batch = stream.take(rows)
             if batch is None and rows:
-                raise UserError(f"{stream.call} ended after {b} batches; {said}")
+                raise UserError(f"{stream.call} ended after {b} batches; {expected}")
             yield _pad(batch or _empty(data, stream), n)
-        # A process without rows in the last batch may have ended, or not.
+        # A process without rows in the last batch may or may not yield an empty batch.
         if stream.take(None) is not None:
-            raise UserError(f"{stream.call} goes on after {number} batches; {said}")
+            raise UserError(f"{stream.call} goes on after {number} batches; {expected}")
     finally:
         stream.close()
 
 
 def _empty(data: Dataset, stream: _Stream) -> Batch:
-    """A batch of no rows, of the kind that other processes have."""
+    """Returns a batch of 0 rows, with the dtypes and dimensions of other processes' batches."""
     if stream.kinds is None:
         training = _Stream(data, "train", 0, 0, stream.process)
         try:
@@ -257,13 +266,14 @@ def _empty(data: Dataset, stream: _Stream) -> Batch:
         finally:
             training.close()
         stream.kinds = training.kinds
+    assert stream.kinds is not None
     dtype, ndim = stream.kinds
     labels = np.zeros(0, np.int32) if ndim == 1 else np.zeros((0, data.num_classes), np.float32)
     return {"image": np.zeros((0, *data.image_shape), dtype), "label": labels}
 
 
 def _pad(batch: Batch, n: int) -> Batch:
-    """{"image", "label", "mask"}, of `n` rows."""
+    """Returns {"image", "label", "mask"}, padded with zeros to `n` rows."""
     rows = len(batch["label"])
     padded = {
         key: np.concatenate([array, np.zeros((n - rows, *array.shape[1:]), array.dtype)])

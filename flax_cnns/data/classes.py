@@ -1,4 +1,4 @@
-"""The classes that `data.classes` chooses, by name or number."""
+"""The classes that `data.classes` selects, by name or number."""
 
 from __future__ import annotations
 
@@ -15,32 +15,36 @@ from flax_cnns.errors import UserError, did_you_mean
 def select_classes(
     raw: RawDataset, config: Any, begun: bool, name: str = ""
 ) -> tuple[RawDataset, list[str]]:
-    """The examples of `config.classes` alone, labeled in the order in which these are given; and
-    notes. `name`: what messages call the data set; "": `config.name`."""
+    """Returns the examples of the classes in `config.classes`, labeled by their order there, and
+    notes.
+
+    `name` is the data set's name for messages; "" stands for `config.name`. `begun` is as in
+    `find_class_indices`. Raises UserError if a split has no image of these classes.
+    """
     name = name or config.name
-    chosen, notes = find_class_indices(config, raw.class_names, begun, name)
-    if not chosen:
+    selected, notes = find_class_indices(config, raw.class_names, begun, name)
+    if not selected:
         return raw, notes
     new = np.full(raw.num_classes, -1, np.int32)
-    new[chosen] = np.arange(len(chosen))
+    new[selected] = np.arange(len(selected))
 
-    class_names = tuple(raw.class_names[i] for i in chosen)
+    class_names = tuple(raw.class_names[i] for i in selected)
 
-    def choose(role: str, source: ImageSource) -> ImageSource:
+    def select(role: str, source: ImageSource) -> ImageSource:
         labels = new[read_labels(source)]
-        rows, said = np.flatnonzero(labels >= 0), f"classes {chosen}"
+        rows, suffix = np.flatnonzero(labels >= 0), f"classes {selected}"
         if not len(rows):
             raise UserError(
                 f"data.classes: the {role} split of {name} has no image of {', '.join(class_names)}"
             )
-        if isinstance(source, ArraySource):  # arrays stay arrays: nothing is decoded
+        if isinstance(source, ArraySource):  # stays an array, so that nothing is decoded
             images = take_rows(source.images, rows)
-            return ArraySource(images, labels[rows], f"{source.name}, {said}")
-        return Relabeled(Subset(source, rows, said), labels[rows], said)
+            return ArraySource(images, labels[rows], f"{source.name}, {suffix}")
+        return Relabeled(Subset(source, rows, suffix), labels[rows], suffix)
 
     raw = raw._replace(
-        sources={role: choose(role, source) for role, source in raw.sources.items()},
-        num_classes=len(chosen),
+        sources={role: select(role, source) for role, source in raw.sources.items()},
+        num_classes=len(selected),
         class_names=class_names,
     )
     return raw, notes
@@ -49,30 +53,37 @@ def select_classes(
 def find_class_indices(
     config: Any, names: tuple[str, ...], begun: bool = False, name: str = ""
 ) -> tuple[list[int], list[str]]:
-    """`config.classes` as numbers, and notes. Raises UserError for one that there is not, or there
-    twice, and for a number that is another class's name, which is a note where a run is `begun`."""
+    """Returns the indices of the classes in `config.classes`, and notes.
+
+    A number that is also another class's name is ambiguous. `begun` says that a run with this
+    config exists; then the number is an index and a note says so. Otherwise that raises UserError,
+    as do unknown and repeated classes.
+    """
     name = name or config.name
-    chosen, notes = [], []
+    indices, notes = [], []
     for given in config.classes:
         if isinstance(given, int) and str(given) in names and names.index(str(given)) != given:
-            counted = names[given : given + 1] if given >= 0 else ()
-            said = (
-                f"data.classes: {given} is ambiguous: {name} has a class named "
-                f"{str(given)!r}, and number {given} is {repr(*counted) if counted else 'none'}"
+            has_index = 0 <= given < len(names)
+            other = (
+                f"number {given} is {names[given]!r}" if has_index else f"no class number {given}"
             )
-            if not begun or not counted:
-                raise UserError(f"{said}; give names, in quotes: {str(given)!r}")
-            notes.append(f"{said}; this run took the number")
+            problem = (
+                f"data.classes: {given} is ambiguous: {name} has a class named {str(given)!r}, and"
+                f" {other}"
+            )
+            if not begun or not has_index:
+                raise UserError(f"{problem}; give names, in quotes: {str(given)!r}")
+            notes.append(f"{problem}; this run took the number")
         if given in names:
-            chosen.append(names.index(given))
+            indices.append(names.index(given))
         elif isinstance(given, int) and 0 <= given < len(names):
-            chosen.append(given)
+            indices.append(given)
         else:
             near = did_you_mean(given, names) if isinstance(given, str) else ""
             known = near or f"; it has 0 to {len(names) - 1}"
             raise UserError(f"data.classes: {name} has no class {given!r}{known}")
-    if len(chosen) == 1 or len(set(chosen)) < len(chosen):
+    if len(indices) == 1 or len(set(indices)) < len(indices):
         raise UserError(
             f"data.classes: expected two classes or more, each once; got {tuple(config.classes)}"
         )
-    return chosen, notes
+    return indices, notes

@@ -1,4 +1,4 @@
-"""Examples of a source -> uint8 squares of the size that the network sees, and their labels."""
+"""Reading examples of a source: uint8 squares of the network's image size, and labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_cnns.data.images import DECODING_ERRORS, center_box, random_box, read_box
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.types import DamagedImage, ImageSource, WrongLabel
+from flax_cnns.data.types import ArrayRows, DamagedImage, ImageSource, WrongLabel
 
 
 def read_example(
@@ -19,38 +19,41 @@ def read_example(
     channels: int,
     *,
     share: float = 1.0,
-    crop: tuple[float, float] = (),
+    crop: tuple[float, float] | tuple[()] = (),
     rng: np.random.Generator | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Example `i` as u8 [size size channels], and its label: the central square, or a random crop.
+    """Reads example `i` as u8 [size size channels], and its label.
 
-    Raises DamagedImage.
+    The image is the central square, with `share` of the shorter side. If `crop` is given, it is a
+    random crop instead, which needs `rng`. Raises DamagedImage if the image cannot be decoded.
     """
     try:
         image, label = source.open(i)
         with image:
             box_of = functools.partial(center_box, share=share)
             if crop:
+                assert rng is not None
                 box_of = functools.partial(random_box, rng, share=crop)
             return read_box(image, box_of, size, channels), label
     except WrongLabel:
         raise
-    except DECODING_ERRORS as why:
-        raise DamagedImage(source.location(i), why) from why
+    except DECODING_ERRORS as error:
+        raise DamagedImage(source.location(i), error) from error
 
 
 def read_all(
     source: ImageSource, size: int, channels: int, *, share: float, threads: int, skip_damaged: bool
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """All examples: images u8 [N size size channels], labels i32 [N], what was skipped.
+) -> tuple[np.ndarray | ArrayRows, np.ndarray, list[str]]:
+    """Reads all examples: images u8 [N size size channels], labels i32 [N], locations of the images
+    that were skipped.
 
-    Raises DamagedImage, or skips if `skip_damaged`.
+    Damaged images are skipped if `skip_damaged`; otherwise they raise DamagedImage.
     """
     if isinstance(source, ArraySource) and source.images.shape[1:] == (size, size, channels):
         return source.images, source.labels, []
     images = np.empty((len(source), size, size, channels), np.uint8)
     labels = np.full(len(source), -1, np.int32)
-    damaged = {}
+    damaged: dict[int, str] = {}
 
     def fill(part: ImageSource, i: int) -> None:
         try:
@@ -63,7 +66,7 @@ def read_all(
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for rows in np.array_split(np.arange(len(source)), len(source) // 1024 + 1):
             part = source.fetch(rows)
-            # With small images, passing work to threads takes longer than the work.
+            # Small images take less time to decode than to pass to a thread.
             for _ in (pool.map if threads > 1 else map)(functools.partial(fill, part), rows):
                 pass
     if damaged:
@@ -73,9 +76,10 @@ def read_all(
 
 
 def read_labels(source: ImageSource) -> np.ndarray:
-    """i32 [N]; reads every example, without decoding it, where the source does not know them.
+    """Returns the labels i32 [N]. If the source does not know them, this opens every example
+    without decoding it.
 
-    Raises DamagedImage.
+    Raises DamagedImage if an example cannot be opened.
     """
     if source.labels is not None:
         return source.labels
@@ -88,6 +92,6 @@ def read_labels(source: ImageSource) -> np.ndarray:
                 image.close()
             except WrongLabel:
                 raise
-            except DECODING_ERRORS as why:
-                raise DamagedImage(source.location(i), why) from why
+            except DECODING_ERRORS as error:
+                raise DamagedImage(source.location(i), error) from error
     return labels

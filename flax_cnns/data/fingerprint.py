@@ -1,20 +1,20 @@
-"""The fingerprint of a data set: a run keeps it, to notice when its data changed.
+"""The fingerprint of a data set. A run stores it, and so notices when its data changes.
 
-A fingerprint is plain JSON; {} stands for noise (`data.mock`), which never changes.
+A fingerprint is plain JSON with these keys. It is {} for noise (`data.mock`), which never changes.
 
-reader    folder, archive, tfds, or arrays of the user's own
+reader    folder, archive, tfds, or arrays or batches of the user's own
 builder   of TFDS: name, config and version
-classes   their names, in the order of the labels
-sized     of a folder: whether the digests hold the sizes of the files
-splits    by the data set's own names, before roles:
-          images   how many
-          classes  how many of each class; absent where it would take reading every example, and
-                   where an example has more than one
-          digests  of a folder: one for each class (names within the class's folder, and sizes);
+classes   class names, in the order of the labels
+sized     of a folder: whether the digests include file sizes
+splits    by the data set's own split names, before roles are assigned:
+          images   number of images
+          classes  images per class; absent if the labels are not known without reading every
+                   example, and if an example may have several classes
+          digests  of a folder: one per class (file names within the class folder, and sizes);
                    of arrays: one (pixels and labels)
-          bytes    of a user's own TFDS builder, whose version may stay the same
+          bytes    of a user's own TFDS builder: its version may not change when its data does
 
-It does not depend on where the data lies, and needs no extra walk over the files.
+The fingerprint does not depend on the data's location, and needs no extra walk over the files.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_SIZED_FILES = 100_000  # files whose sizes are asked for: on a network each is a round trip
-DIGEST_LENGTH = 16  # of a digest, against accidents: a data set may have 20,000 classes
+MAX_SIZED_FILES = 100_000  # above, sizes are not read: each is a round trip on a network drive
+DIGEST_LENGTH = 16  # hex digits; short, because a data set may have 20,000 classes
 MAX_SHOWN = 6  # differences in one message
 MEAN_TOLERANCE = (
     1e-4  # of values in 0..1: decoders of JPEG differ by less, an image in 1000 makes more
@@ -35,46 +35,48 @@ MEAN_TOLERANCE = (
 
 
 class DataSnapshot(NamedTuple):
-    """A data set as it is now."""
+    """The facts about a data set that a run compares with those it stored."""
 
     fingerprint: dict[str, Any]
     counts: dict[str, int] = {}  # noqa: RUF012 (never changed) examples by role
-    mean: tuple[float, ...] = ()  # per channel, where it was computed from the training images
+    mean: tuple[float, ...] = ()  # per channel, if it was computed from the training images
 
 
 def compute(
-    sources: Mapping[str, Any], class_names: Sequence[str], about: Mapping[str, Any]
+    sources: Mapping[str, Any], class_names: Sequence[str], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fingerprint of the sources of the data set's own splits.
+    """Computes the fingerprint from the sources of the data set's own splits.
 
-    `about`: what the reader adds, {"reader": "tfds", "builder": ...}; "bytes" go to their splits.
+    `provenance` is what the reader adds, as {"reader": "tfds", "builder": ...}. Its "bytes", by
+    split, are moved to the entries of the splits.
     """
-    about = dict(about)
-    sizes = about.pop("bytes", {})
+    facts = dict(provenance)
+    sizes = facts.pop("bytes", {})
     bases = {split: _base(source) for split, source in sources.items()}
-    found = {**about, "classes": list(class_names)}
+    fingerprint = {**facts, "classes": list(class_names)}
     files = sum(len(rows) for base, rows in bases.values() if hasattr(base, "paths"))
     if files:
-        found["sized"] = files <= MAX_SIZED_FILES
-    found["splits"] = {}
+        fingerprint["sized"] = files <= MAX_SIZED_FILES
+    fingerprint["splits"] = {}
     for split, (base, rows) in bases.items():
-        one: dict[str, Any] = {"images": len(rows)}
+        entry: dict[str, Any] = {"images": len(rows)}
         labels = sources[split].labels
         if labels is not None and np.ndim(labels) == 1:
             labels = np.asarray(labels)
-            one["classes"] = np.bincount(labels, minlength=len(class_names)).tolist()
+            entry["classes"] = np.bincount(labels, minlength=len(class_names)).tolist()
         if hasattr(base, "paths"):
-            one["digests"] = _of_files(base, rows, labels, class_names, found["sized"])
+            sized = fingerprint["sized"]
+            entry["digests"] = _digest_files(base, rows, labels, class_names, sized)
         elif hasattr(base, "images"):
-            one["digests"] = [_of_arrays(base.images, rows, labels)]
+            entry["digests"] = [_digest_arrays(base.images, rows, labels)]
         if split in sizes:
-            one["bytes"] = int(sizes[split])
-        found["splits"][split] = one
-    return found
+            entry["bytes"] = int(sizes[split])
+        fingerprint["splits"][split] = entry
+    return fingerprint
 
 
 def _base(source: Any) -> tuple[Any, np.ndarray]:
-    """(the innermost source, below Subset and Relabeled, the rows of it that are used)."""
+    """Returns (the innermost source inside Subset and Relabeled, the rows of it that are used)."""
     rows = np.arange(len(source))
     while hasattr(source, "source"):
         rows = getattr(source, "rows", np.arange(len(source)))[rows]
@@ -82,20 +84,20 @@ def _base(source: Any) -> tuple[Any, np.ndarray]:
     return source, rows
 
 
-def _of_files(
+def _digest_files(
     files: Any, rows: np.ndarray, labels: np.ndarray, class_names: Sequence[str], sized: bool
 ) -> list[str]:
     digests, names = [hashlib.sha256() for _ in class_names], files.relative_paths
     for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
-        name = _within_class(names[row], class_names[label])
-        size = _size(files.paths[row]) if sized else 0
+        name = _strip_class(names[row], class_names[label])
+        size = _file_size(files.paths[row]) if sized else 0
         digests[label].update(os.fsencode(name) + b"\0%d\n" % size)
     return [digest.hexdigest()[:DIGEST_LENGTH] for digest in digests]
 
 
-def _within_class(path: str, name: str) -> str:
-    """train/CLASS/a/b.png and CLASS/a/b.png -> a/b.png, so that a renamed class differs in its
-    name alone."""
+def _strip_class(path: str, name: str) -> str:
+    """Returns a/b.png for train/CLASS/a/b.png and CLASS/a/b.png, so that renaming a class does not
+    change its digest."""
     first, _, rest = path.partition(os.sep)
     if first == name:
         return rest
@@ -103,56 +105,58 @@ def _within_class(path: str, name: str) -> str:
     return below if second == name else path
 
 
-def _size(path: str) -> int:
+def _file_size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:  # reading the file gives a better error
+    except OSError:  # reading the file will give a better error
         return -1
 
 
-def _of_arrays(images: Any, rows: np.ndarray, labels: np.ndarray) -> str:
+def _digest_arrays(images: Any, rows: np.ndarray, labels: np.ndarray) -> str:
     digest = hashlib.sha256(str((len(rows), *images.shape[1:])).encode())
     whole = len(rows) == len(images)
     for start in range(0, len(rows), 4096):
         part = slice(start, start + 4096)
-        digest.update(np.ascontiguousarray(images[part if whole else rows[part]]))
-    digest.update(np.ascontiguousarray(labels, np.int32 if labels.ndim == 1 else np.float32))
+        digest.update(np.ascontiguousarray(images[part if whole else rows[part]]).data)
+    dtype = np.int32 if labels.ndim == 1 else np.float32
+    digest.update(np.ascontiguousarray(labels, dtype).data)
     return digest.hexdigest()[:DIGEST_LENGTH]
 
 
-# ---------------------------------------------------------------------------- comparing
+# ---- comparing
 
 
 def find_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words; [] where nothing does."""
+    """Describes the differences between two fingerprints; [] if there are none."""
     if not was or not now:
         return []
     for name in ("reader", "builder"):
-        if was.get(name) != now.get(
-            name
-        ):  # the order of examples differs: nothing else is comparable
-            return [f"it was read as {_reader(was)}, and is read as {_reader(now)} now"]
-    found = find_class_differences(was["classes"], now["classes"])
-    place = {name: i for i, name in enumerate(was["classes"])}
-    pairs = [(place[name], i) for i, name in enumerate(now["classes"]) if name in place]
+        # Another reader orders the examples differently: nothing else is comparable.
+        if was.get(name) != now.get(name):
+            return [f"it was read as {_name_reader(was)}, now it is read as {_name_reader(now)}"]
+    differences = find_class_differences(was["classes"], now["classes"])
+    index = {name: i for i, name in enumerate(was["classes"])}
+    pairs = [(index[name], i) for i, name in enumerate(now["classes"]) if name in index]
     for split in dict.fromkeys([*was["splits"], *now["splits"]]):
         old, new = was["splits"].get(split), now["splits"].get(split)
         if old is None:
-            found.append(f"the split {split} is new ({new['images']} images)")
+            differences.append(f"the split {split} is new ({new['images']} images)")
         elif new is None:
-            found.append(f"the split {split} is gone (it had {old['images']} images)")
+            differences.append(f"the split {split} is gone (it had {old['images']} images)")
         else:
-            same_names = was.get("sized") == now.get("sized")
-            found += _of_split(split, old, new, pairs, now["classes"], same_names)
-    return found
+            is_comparable = was.get("sized") == now.get("sized")
+            differences += _find_split_differences(
+                split, old, new, pairs, now["classes"], is_comparable
+            )
+    return differences
 
 
-def _reader(fingerprint: Mapping[str, Any]) -> str:
+def _name_reader(fingerprint: Mapping[str, Any]) -> str:
     return " ".join(filter(None, (fingerprint.get("reader"), fingerprint.get("builder"))))
 
 
 def find_class_differences(was: Sequence[str], now: Sequence[str]) -> list[str]:
-    """Of the classes' names: "class 0 was 'arch', is 'vault'"."""
+    """Describes the differences between class names: "class 0 was 'arch', is 'vault'"."""
     was, now = list(was), list(now)
     if was == now:
         return []
@@ -172,39 +176,41 @@ def find_class_differences(was: Sequence[str], now: Sequence[str]) -> list[str]:
     return [*shown, f"{more} more classes have other names"] if more else shown
 
 
-def _of_split(
+def _find_split_differences(
     split: str,
     old: Mapping[str, Any],
     new: Mapping[str, Any],
     pairs: Sequence[tuple[int, int]],
     names: Sequence[str],
-    comparable: bool,
+    is_comparable: bool,
 ) -> list[str]:
-    counts = old.get("classes"), new.get("classes")
-    digests = old.get("digests", []), new.get("digests", [])
-    per_class = len(digests[1]) == len(names) > 1
-    found = []
-    if all(counts):
+    """Describes the differences in a split. `pairs` holds the (old, new) index of each class that
+    both have; `is_comparable` says that the digests of files were made in the same way."""
+    old_counts, new_counts = old.get("classes"), new.get("classes")
+    old_digests, new_digests = old.get("digests", []), new.get("digests", [])
+    per_class = len(new_digests) == len(names) > 1
+    differences = []
+    if old_counts and new_counts:
         for a, b in pairs:
-            here = f"{split}/{names[b]}"
-            if counts[0][a] != counts[1][b]:
-                found.append(f"{here} had {counts[0][a]} images, has {counts[1][b]}")
-            elif per_class and comparable and digests[0][a] != digests[1][b]:
-                found.append(f"{here} has other files ({counts[1][b]} still)")
-    if not found and old["images"] != new["images"]:
-        found.append(f"{split} had {old['images']} images, has {new['images']}")
-    if not found and not per_class and digests[0] != digests[1]:
-        found.append(f"{split} has other pixels or labels ({new['images']} images still)")
-    if not found and old.get("bytes") != new.get("bytes"):
-        found.append(f"{split} had {old.get('bytes')} bytes, has {new.get('bytes')}")
-    return found
+            where = f"{split}/{names[b]}"
+            if old_counts[a] != new_counts[b]:
+                differences.append(f"{where} had {old_counts[a]} images, has {new_counts[b]}")
+            elif per_class and is_comparable and old_digests[a] != new_digests[b]:
+                differences.append(f"{where} has other files (still {new_counts[b]})")
+    if not differences and old["images"] != new["images"]:
+        differences.append(f"{split} had {old['images']} images, has {new['images']}")
+    if not differences and not per_class and old_digests != new_digests:
+        differences.append(f"{split} has other pixels or labels (still {new['images']} images)")
+    if not differences and old.get("bytes") != new.get("bytes"):
+        differences.append(f"{split} had {old.get('bytes')} bytes, has {new.get('bytes')}")
+    return differences
 
 
 def find_count_differences(
     summary: Mapping[str, Any], batch_size: int, counts: Mapping[str, int]
 ) -> list[str]:
-    """What differs in the number of examples, for a run without a fingerprint."""
-    if summary.get("damaged_images"):  # they were left out, perhaps while they were streamed
+    """Describes the differences in the number of examples, for a run without a fingerprint."""
+    if summary.get("damaged_images"):  # these were left out, perhaps while streaming
         return []
     then = {"test": summary.get("test/examples")}
     if summary.get("epochs"):
@@ -217,15 +223,15 @@ def find_count_differences(
 
 
 def find_mean_differences(was: Sequence[float], now: Sequence[float]) -> list[str]:
-    """What differs in the mean of the training images, for a run without a fingerprint."""
+    """Describes a difference in the training images' mean, for a run without a fingerprint."""
     if len(was) == len(now) and np.allclose(was, now, rtol=0, atol=MEAN_TOLERANCE):
         return []
     old, new = (", ".join(f"{value:.4g}" for value in values) for values in (was, now))
     return [f"the mean of the training images was ({old}), is ({new})"]
 
 
-def join_first(found: Iterable[str], most: int = MAX_SHOWN, between: str = "; ") -> str:
-    """The first ones, and how many more there are."""
-    found = list(found)
-    more = f"{between}and {len(found) - most} more" if len(found) > most else ""
-    return between.join(found[:most]) + more
+def join_first(items: Iterable[str], limit: int = MAX_SHOWN, separator: str = "; ") -> str:
+    """Joins the first `limit` items, and says how many more there are."""
+    items = list(items)
+    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more

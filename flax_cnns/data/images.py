@@ -1,4 +1,4 @@
-"""Image files and arrays -> uint8 squares of the size that the network sees, by PIL on the host."""
+"""Decoding and cropping of images on the host, by PIL, to uint8 squares of the network's size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -17,10 +16,11 @@ from PIL import ExifTags, Image
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
-# Incremented whenever a file gives other pixels than before. 2 obeys EXIF and every transparency.
+# Incremented whenever a file gives other pixels than before. 2 follows EXIF and all kinds of
+# transparency.
 READER_VERSION = 2
 
-# What PIL raises for a file that it cannot decode.
+# The errors of PIL for files that it cannot decode.
 DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -32,14 +32,15 @@ DECODING_ERRORS = (
 )
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in the image's own pixels
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
 
 
 def center_box(width: int, height: int, share: float = 1.0) -> Box:
-    """The central square; `share` of the shorter side: 0.875 is the 224 of 256 of the papers.
+    """Returns the central square with `share` of the shorter side.
 
-    Resize(256) and CenterCrop(224) take the same part of a square image. Of others they round the
-    longer side down, and the corner to a whole pixel: an edge is up to one of 224 pixels away.
+    With a share of 0.875, the box of a square image is that of the papers' Resize(256) and
+    CenterCrop(224). For other images these round the longer side down, and the corner to a whole
+    pixel: an edge of their box is up to one pixel (of 224) away.
     """
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
@@ -49,7 +50,8 @@ def center_box(width: int, height: int, share: float = 1.0) -> Box:
 def random_box(
     rng: np.random.Generator, width: int, height: int, share: tuple[float, float]
 ) -> Box:
-    """As `augment.random_resized_crop`: ten tries at a random share and ratio, else the center."""
+    """Returns a box with a random share of the area and a random aspect ratio, as
+    `augment.random_resized_crop`. If ten tries do not fit, returns the central square."""
     for _ in range(10):
         area = rng.uniform(*share) * width * height
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -60,7 +62,7 @@ def random_box(
     return center_box(width, height)
 
 
-# What turns the stored image upright, by EXIF's orientation (1 is upright).
+# The operation that turns a stored image upright, by its EXIF orientation (1 is upright).
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -75,17 +77,17 @@ _TURNS = {
 def read_box(
     image: Image.Image, box_of: Callable[[int, int], Box], size: int, channels: int
 ) -> np.ndarray:
-    """A part of the image, upright and resized (bilinear, antialiased): u8 [size size channels].
+    """Reads a box of the image, upright and resized (bilinear, antialiased): u8 [size size
+    channels].
 
-    `box_of(width, height)` gives the part, in pixels of the upright image.
+    `box_of(width, height)` returns the box, in pixels of the upright image.
     """
     turn = _orientation(image)
     width, height = image.size
     box = box_of(height, width) if turn > 4 else box_of(width, height)
     box = _stored_box(box, turn, width, height)
     if image.format == "JPEG":
-        # A large JPEG for a small square: let the decoder halve it once or thrice, never below the
-        # wanted size.
+        # The decoder may reduce a large JPEG to 1/2, 1/4 or 1/8, but not below the wanted size.
         wide, high = box[2] - box[0], box[3] - box[1]
         image.draft(None, (math.ceil(width * size / wide), math.ceil(height * size / high)))
         sx, sy = image.width / width, image.height / height
@@ -93,37 +95,39 @@ def read_box(
     image = convert_channels(image, channels)
     box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if turn in _TURNS:  # now that it is small
+    if turn in _TURNS:  # cheaper now that the image is small
         image = image.transpose(_TURNS[turn])
     return np.asarray(image).reshape(size, size, channels)
 
 
 def load_upright(image: Image.Image, channels: int) -> Image.Image:
-    """The whole image, turned as its EXIF says, at its full size, L or RGB."""
+    """Returns the whole image at full size, turned upright by its EXIF orientation, as L or RGB."""
     turn = _orientation(image)
     image = convert_channels(image, channels)
     return image.transpose(_TURNS[turn]) if turn in _TURNS else image
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where it is absent or unreadable. Decodes all but JPEG."""
+    """Returns the EXIF orientation, 1 to 8; 1 if absent or unreadable. Decodes the image, except
+    JPEG."""
     if image.format is None and not image.info:
-        return 1  # an array
+        return 1  # made from an array
     if image.format != "JPEG":
-        _load(image)  # PNG may have EXIF behind its pixels
+        _load(image)  # PNG may have EXIF after its pixels
     if image.format == "TIFF":
-        return 1  # PIL has turned it while decoding
+        return 1  # PIL turns it while decoding
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # PIL raises a dozen kinds; broken EXIF does not matter for pixels
+    except Exception:  # PIL raises a dozen kinds; the pixels do not need the broken EXIF
         return 1
     return turn if isinstance(turn, int) and turn in _TURNS else 1
 
 
 def _load(image: Image.Image) -> None:
-    """Decodes. PIL scales grays of 2 and 4 bits and colors of 16 bits to 8 bits, but not the
-    transparent value: that is scaled here."""
-    packed = image.tile[0][3] if getattr(image, "tile", None) else None  # how PNG stores pixels
+    """Decodes the image. PIL scales grays of 2 and 4 bits and colors of 16 bits to 8 bits, but not
+    the transparent value, so this function scales it."""
+    tile = getattr(image, "tile", None)
+    packed = tile[0][3] if tile else None  # PNG's pixel format
     image.load()
     clear = image.info.get("transparency")
     if clear is None:
@@ -135,7 +139,8 @@ def _load(image: Image.Image) -> None:
 
 
 def _stored_box(box: Box, turn: int, width: int, height: int) -> Box:
-    """A box of the upright image in pixels of the stored one, which is `width` x `height`."""
+    """Converts a box of the upright image to pixels of the stored image, which is `width` x
+    `height`."""
     left, top, right, bottom = box
     if turn in (5, 6, 7, 8):
         left, top, right, bottom = top, left, bottom, right
@@ -147,7 +152,7 @@ def _stored_box(box: Box, turn: int, width: int, height: int) -> Box:
 
 
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:
-    """To gray (ITU-R 601 luma) or RGB; what is transparent becomes white, 16 bits become 8."""
+    """Converts to gray (ITU-R 601 luma) or RGB, with 8 bits. Transparent pixels become white."""
     mode = "L" if channels == 1 else "RGB"
     _load(image)
     clear, palette = image.info.get("transparency"), image.palette
@@ -156,7 +161,7 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
     if image.mode[0] in "IF":
         image = _eight_bits(image, clear)
     elif alpha or clear is not None:
-        if image.mode == "1" and clear:  # PIL 10 has 1 where later ones have 255
+        if image.mode == "1" and clear:  # PIL 10 gives 1, later versions 255
             image.info["transparency"] = 255
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -164,49 +169,48 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, clear: int | None) -> Image.Image:
-    """The image with 8 bits. Integers up to 65535 keep their upper 8 bits. Floats are 0 to 1, or 0
-    to 255 if one is above 1. Raises ValueError for other numbers, whose white is unknown."""
+    """Converts to 8 bits. Integers up to 65535 keep their upper 8 bits. Floats are 0 to 1, or 0 to
+    255 if any is above 1. Raises ValueError for other ranges, because their white is unknown."""
     numbers = np.asarray(image)
     low, high = numbers.min(), numbers.max()
-    most = 255 if image.mode == "F" else 65535
-    if not (low >= 0 and high <= most):  # NaN is neither
+    limit = 255 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= limit):  # also true for NaN
         expected = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 65535"
         raise ValueError(
-            f"its pixels are numbers from {low:g} to {high:g}, expected {expected}; save it with 8 "
-            "or 16 bits"
+            f"its pixels are numbers from {low:g} to {high:g}, expected {expected}; save the image "
+            "with 8 or 16 bits"
         )
     if image.mode == "F":
-        small = np.round(numbers * 255) if high <= 1 else numbers
+        scaled = np.round(numbers * 255) if high <= 1 else numbers
     else:
-        small = numbers >> 8
-    return Image.fromarray(np.where(numbers == clear, 255, small).astype(np.uint8))
+        scaled = numbers >> 8
+    return Image.fromarray(np.where(numbers == clear, 255, scaled).astype(np.uint8))
 
 
-# ---- a photograph that somebody hands over
+# ---- photos from the user
 
 Photo = str | os.PathLike | Image.Image | np.ndarray
 
 
 @contextlib.contextmanager
 def open_photo(photo: Photo) -> Iterator[Image.Image]:
-    """The photograph as it is stored, perhaps not decoded yet: `read_box` and `load_upright` turn
-    it as its EXIF says, also if it is a PIL image.
+    """Opens a photo: a path, a PIL image, or an array u8 [H W], [H W 1] or [H W 3].
 
-    Arrays are u8 [H W], [H W 1] or [H W 3]. Raises `UserError` where there is no such file, and for
-    what fails to decode in the `with` block.
+    The image may not be decoded yet, and is not upright yet: `read_box` and `load_upright` do both.
+    Raises `UserError` if there is no such file, and if decoding fails inside the `with` block.
     """
     if isinstance(photo, np.ndarray):
-        yield _of_array(photo)
+        yield _from_array(photo)
     elif isinstance(photo, Image.Image):
         with _named(f"photo {getattr(photo, 'filename', '') or photo}"):
-            # `read_box` decodes JPEG small: the caller's own keeps its size.
+            # A copy, because `read_box` reduces a JPEG, and the caller's image must keep its size.
             yield photo.copy() if photo.format == "JPEG" else photo
     else:
         path = Path(photo)
         if not path.exists():
             folder = path.parent
-            near = [other.name for other in folder.iterdir()] if folder.is_dir() else []
-            near = did_you_mean(path.name, near)
+            names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
+            near = did_you_mean(path.name, names)
             raise UserError(f"there is no photo {os.fspath(photo)!r}{near}")
         check_regular_file(path)
         with _named(f"photo {path}"), Image.open(path) as image:
@@ -215,24 +219,25 @@ def open_photo(photo: Photo) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _named(what: str) -> Iterator[None]:
-    """A context that makes a `UserError`, which names `what`, of a failure to decode."""
+    """Turns an error of decoding in this context into a `UserError` that names `what`."""
     try:
         yield
     except UserError:
         raise
-    except DECODING_ERRORS as why:
-        reason = f"{why.strerror}" if getattr(why, "strerror", None) else str(why)
-        raise UserError(f"cannot read the {what}: {reason}") from why
+    except DECODING_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the {what}: {reason}") from error
 
 
 def check_photos(photos: Iterable[Photo]) -> None:
-    """Raises `UserError` for the first that is no image, before anything slow is done for it."""
+    """Raises `UserError` for the first photo that cannot be opened. It is quick: call it before
+    slow work."""
     for photo in photos:
         with open_photo(photo):
             pass
 
 
-def _of_array(photo: np.ndarray) -> Any:
+def _from_array(photo: np.ndarray) -> Image.Image:
     gray = photo.ndim == 2 or (photo.ndim == 3 and photo.shape[2] == 1)
     if photo.dtype != np.uint8 or not (gray or (photo.ndim == 3 and photo.shape[2] == 3)):
         raise UserError(

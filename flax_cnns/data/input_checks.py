@@ -1,5 +1,4 @@
-"""What a user gives of a data set, checked: images, labels, classes, mean and std. All functions
-raise UserError."""
+"""Checks of a user's images, labels, classes, mean and std. All checks raise UserError."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from flax_cnns.data.types import WrongLabel
 from flax_cnns.errors import UserError
 
 TASKS = ("classes", "multilabel")
-VALUE_TOLERANCE = 1e-5  # above 1 and below 0: x * (1 / 255) may be more than 1
-SUM_TOLERANCE = 1e-3  # of a row of soft labels
+VALUE_TOLERANCE = 1e-5  # outside 0..1: x * (1 / 255) may be slightly more than 1
+SUM_TOLERANCE = 1e-3  # of the sum of a row of soft labels
 
 
 def check_task(task: str) -> None:
@@ -23,7 +22,7 @@ def check_task(task: str) -> None:
 
 
 def check_images(what: str, given: Any, normalize: bool) -> np.ndarray:
-    """`what` images as u8 or f32 [N H W C], without a copy where they are."""
+    """Returns the images of split `what` as u8 or f32 [N H W C], without a copy if possible."""
     images = to_numpy(f"{what} images", given)
     if images.ndim == 3:
         images = images[..., None]
@@ -32,59 +31,65 @@ def check_images(what: str, given: Any, normalize: bool) -> np.ndarray:
     if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
         raise layout_error(f"{what} images", images.shape)
     if not images.size:
-        raise UserError(f"{what} images: expected an image of a pixel or more, got {images.shape}")
+        raise UserError(
+            f"{what} images: expected at least one image of at least one pixel, got {images.shape}"
+        )
     return check_values(f"{what} images", images, normalize)
 
 
 def layout_error(what: str, shape: Sequence[int]) -> UserError:
-    return UserError(f"{what} are [N H W C]: transpose (0, 2, 3, 1); got {list(shape)}")
+    return UserError(
+        f"{what}: expected [N H W C], got {list(shape)}; transpose them by (0, 2, 3, 1)"
+    )
 
 
 def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
-    """Images [N H W C] as u8 or f32."""
+    """Returns images [N H W C] as u8 or f32, after checking their range."""
     if images.dtype == np.uint8:
         if not normalize:
             raise UserError(
-                f"{what} are uint8, and normalize=False is for floats that the network sees as they"
-                " are; give floats, or set data.augment.normalize=False, which divides by 255 alone"
+                f"{what} are uint8, but normalize=False is for floats that the network sees"
+                " unchanged; give floats, or set data.augment.normalize=False, which only divides"
+                " by 255"
             )
         return images
     if images.dtype.kind != "f":
-        cure = "images.astype(np.uint8)" if images.dtype.kind in "iu" else "a float32 array"
-        if images.dtype.kind in "iu" and images.max() > 255:  # which uint8 would wrap around
-            cure = "(images / WHITE).astype(np.float32), WHITE the value of white"
+        remedy = "images.astype(np.uint8)" if images.dtype.kind in "iu" else "a float32 array"
+        if images.dtype.kind in "iu" and images.max() > 255:  # uint8 would wrap around
+            remedy = "(images / WHITE).astype(np.float32), where WHITE is the value of white"
         elif images.dtype == bool:
-            cure = "images.astype(np.float32)"
+            remedy = "images.astype(np.float32)"
         raise UserError(
-            f"{what} are {images.dtype}; expected uint8 (0 to 255) or floats (0 to 1): give {cure}"
+            f"{what} are {images.dtype}; expected uint8 (0 to 255) or floats (0 to 1): give"
+            f" {remedy}"
         )
     images = np.asarray(images, np.float32)
     low, high = np.inf, -np.inf
-    for part in _parts(images):
-        low, high = np.minimum(low, part.min()), np.maximum(high, part.max())
+    for chunk in _split_into_chunks(images):
+        low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())
     if not np.isfinite([low, high]).all():
         raise UserError(f"{what} have values that are not finite (NaN or infinite)")
     if normalize and (low < -VALUE_TOLERANCE or high > 1 + VALUE_TOLERANCE):
         raise UserError(
             f"{what} are floats from {low:.6g} to {high:.6g}; expected 0 to 1: divide by 255, give"
-            " uint8, or let the network see them as they are with normalize=False"
+            " uint8, or set normalize=False, so that the network sees them unchanged"
         )
     return images
 
 
-def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
-    """A few MiB at a time: nothing as large as the whole is made."""
-    some = max(1, 2**24 // images[0].nbytes)
-    return (images[start : start + some] for start in range(0, len(images), some))
+def _split_into_chunks(images: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields a few MiB of images at a time, so that temporary arrays stay small."""
+    size = max(1, 2**24 // images[0].nbytes)
+    return (images[start : start + size] for start in range(0, len(images), size))
 
 
 def check_labels(what: str, given: Any, task: str) -> np.ndarray:
-    """`what` labels as i32 [N], or f32 [N K] of soft labels and of multilabel data."""
+    """Returns the labels of split `what`: i32 [N], or f32 [N K] if soft or multilabel."""
     what = f"{what} labels"
     labels = to_numpy(what, given)
     if labels.dtype.kind in "US":
         raise UserError(
-            f"{what} are texts; expected numbers: names, labels = np.unique(labels,"
+            f"{what} are strings; expected numbers: names, labels = np.unique(labels,"
             " return_inverse=True)"
         )
     if labels.dtype.kind not in "biuf":
@@ -96,7 +101,7 @@ def check_labels(what: str, given: Any, task: str) -> np.ndarray:
             )
         return np.asarray(labels, np.float32)
     if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype.kind in "biu":
-        labels = labels[:, 0]  # as Keras has them
+        labels = labels[:, 0]  # Keras has this shape
     if labels.ndim == 1:
         if labels.dtype.kind == "f":
             raise UserError(f"{what} are {labels.dtype} [N]; expected integers: labels.astype(int)")
@@ -110,42 +115,44 @@ def check_labels(what: str, given: Any, task: str) -> np.ndarray:
 
 
 def check_soft_labels(what: str, labels: np.ndarray) -> None:
+    """Raises UserError for the first row of [N K] that is not a distribution over classes."""
     sums = labels.sum(1, dtype=np.float64)
     wrong = np.flatnonzero(~((labels >= 0).all(1) & (np.abs(sums - 1) <= SUM_TOLERANCE)))
     if len(wrong):
         i = int(wrong[0])
-        several = "; several classes an image are task='multilabel'"
+        remedy = "; if an image may have several classes, give task='multilabel'"
         raise UserError(
             f"{what}: row {i} has the sum {sums[i]:.6g} and the smallest value"
             f" {labels[i].min():.6g}; expected values of at least 0 with the sum 1"
-            + (several if np.isin(labels, (0, 1)).all() else "")
+            + (remedy if np.isin(labels, (0, 1)).all() else "")
         )
 
 
 def to_int32(labels: np.ndarray) -> np.ndarray:
-    """i32. What 32 bits do not hold is left to the check of the range."""
+    """Converts to i32. Larger values are clipped, which `check_label_range` then finds."""
     bounds = np.iinfo(np.int32)
     return np.clip(labels.astype(np.int64), bounds.min, bounds.max).astype(np.int32)
 
 
 def to_numpy(what: str, given: Any) -> np.ndarray:
-    """NumPy's view of arrays of NumPy, JAX, torch and TensorFlow."""
+    """Returns an array of NumPy, JAX, torch or TensorFlow as NumPy, without a copy if possible."""
     try:
         array = np.asarray(given)
-    except (ValueError, TypeError, RuntimeError) as why:
-        first = (str(why).strip().splitlines() or [type(why).__name__])[0]
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what}: expected one array, got {describe_value(given)}: {first}"
-        ) from why
+            f"{what}: expected one array, got {describe_value(given)}: {reason}"
+        ) from error
     if array.dtype == object:
         raise UserError(
-            f"{what}: expected one array of numbers, got {describe_value(given)} of objects; images"
-            " of several sizes are a folder (data.name=folder)"
+            f"{what}: expected one array of numbers, got {describe_value(given)} of objects; put"
+            " images of different sizes into a folder (data.name=folder)"
         )
     return array
 
 
 def describe_value(given: Any) -> str:
+    """Returns the type, and the shape of an array, for error messages."""
     if isinstance(given, np.ndarray):
         return f"{given.dtype} {list(given.shape)}"
     shape = f" {list(given.shape)}" if hasattr(given, "shape") else ""
@@ -153,9 +160,10 @@ def describe_value(given: Any) -> str:
 
 
 def check_class_count(class_names: Sequence[str] | None, num_classes: int | None) -> int:
-    """How many classes there are, by their names or number; 0: neither is given."""
-    whole = isinstance(num_classes, int | np.integer)
-    if num_classes is not None and (not whole or num_classes < 1):
+    """Returns the number of classes, from their names or `num_classes`; 0 if neither is given."""
+    if num_classes is not None and (
+        not isinstance(num_classes, int | np.integer) or num_classes < 1
+    ):
         raise UserError(f"num_classes: expected a whole number above 0, got {num_classes!r}")
     if class_names is None:
         return num_classes or 0
@@ -163,14 +171,14 @@ def check_class_count(class_names: Sequence[str] | None, num_classes: int | None
         raise UserError(f"class_names: expected a sequence of names, got {class_names!r}")
     names = list(map(str, class_names))
     if num_classes not in (None, len(names)):
-        raise UserError(f"num_classes={num_classes}, and class_names has {len(names)}")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"class_names: {twice[0]!r} is there twice")
+        raise UserError(f"num_classes={num_classes}, but class_names has {len(names)}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"class_names: {repeated[0]!r} is given more than once")
     return len(names)
 
 
 def check_label_range(what: str, labels: np.ndarray, num_classes: int) -> None:
-    """Raises WrongLabel for the first of labels i32 [N] that is no class."""
+    """Raises WrongLabel for the first label of i32 [N] outside 0 to `num_classes` - 1."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         i = int(wrong[0])
@@ -180,17 +188,19 @@ def check_label_range(what: str, labels: np.ndarray, num_classes: int) -> None:
 def check_mean_and_std(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, normalize: bool
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Both for each channel; () and () where they are not given."""
+    """Returns mean and std per channel; (), () if neither is given."""
     if mean is None and std is None:
         return (), ()
     if mean is None or std is None:
         raise UserError("mean and std: give both, or neither")
     if not normalize:
-        raise UserError("mean and std do nothing with normalize=False; leave them away")
-    mean, std = (np.atleast_1d(np.asarray(one, float)).tolist() for one in (mean, std))
-    mean, std = broadcast_to_channels(mean, std, channels, "mean and std")
-    if not (np.isfinite(mean + std).all() and min(std) > 0 and 0 <= min(mean) <= max(mean) <= 1):
+        raise UserError("mean and std have no effect with normalize=False; remove them")
+    mean, std = (np.atleast_1d(np.asarray(values, float)).tolist() for values in (mean, std))
+    means, stds = broadcast_to_channels(mean, std, channels, "mean and std")
+    is_finite = np.isfinite(means + stds).all()
+    if not (is_finite and min(stds) > 0 and 0 <= min(means) <= max(means) <= 1):
         raise UserError(
-            f"mean and std are those of images in 0..1, std above 0; got {mean} and {std}"
+            "mean and std: expected those of images in 0..1, with std above 0; got"
+            f" {means} and {stds}"
         )
-    return mean, std
+    return means, stds

@@ -1,4 +1,4 @@
-"""What is published about data sets: classes, statistics and names, by TFDS's name."""
+"""Published facts about data sets: classes, mean and std, class names, by TFDS's name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class KnownDataset(NamedTuple):
-    """What is published about a data set; mean and std per channel in 0..1, of the training
-    images."""
+    """Published facts about a data set. `mean` and `std` are those of the training images, per
+    channel in 0..1."""
 
     classes: int
     mean: tuple[float, ...]
@@ -27,7 +27,7 @@ _CIFAR10 = (
 IMAGENET = KnownDataset(1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 KNOWN_DATASETS = {
-    # tests/data/readers/test_digits.py computes them
+    # tests/data/readers/test_digits.py computes mean and std.
     "digits": KnownDataset(10, (0.3054,), (0.3758,), DIGIT_NAMES),
     "mnist": KnownDataset(10, (0.1307,), (0.3081,), DIGIT_NAMES),
     "fashion_mnist": KnownDataset(10, (0.2860,), (0.3530,), _CLOTHES),
@@ -42,5 +42,6 @@ KNOWN_DATASETS = {
 
 
 def base_name(name: str) -> str:
-    """TFDS's name without config and version: imagenet2012_subset/10pct:5.0.0."""
+    """Returns TFDS's name without config and version, as imagenet2012_subset of
+    imagenet2012_subset/10pct:5.0.0."""
     return name.split("/")[0].split(":")[0]

@@ -1,11 +1,13 @@
-"""The one entry: a config -> a data set: digits, TFDS, official archives, a folder of images, a
-file of arrays, the user's own, or noise.
+"""Loading a config's data set: digits, TFDS, official archives, a folder of images, a file of
+arrays, the user's own data, or noise.
 
-Whatever the source, the splits get their roles here (types.py says which). Where a data set has no
-labeled test split its validation split serves as test (ImageNet); where it has neither, a fifth of
-train does, seeded and stratified. Where no validation split is left it is taken from train. Of the
-classes a config may choose some, before all that; of the training examples that are left it may
-keep a fraction.
+For every source, the splits get their roles in this order (types.py explains the roles):
+
+1. Only the examples of `data.classes` stay, if the config selects classes.
+2. If there is no labeled test split, the validation split serves as test, as for ImageNet. Without
+   either, a seeded and stratified fifth of train does.
+3. If there is no other validation split, one is cut from train.
+4. Only `data.fraction` of the remaining training examples stays.
 """
 
 from __future__ import annotations
@@ -34,37 +36,37 @@ from flax_cnns.data.statistics import find_covariance, find_mean_and_std
 from flax_cnns.data.types import Dataset, RawDataset, Split
 from flax_cnns.errors import UserError
 
-EVAL_SHARE = 0.875  # of the shorter side, in evaluation of networks trained on random crops
+EVAL_SHARE = 0.875  # of the shorter side, in evaluation after training on random crops
 
 
 def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = False) -> Dataset:
-    """The data set that `config` (`config.data` of configs/common.py) describes. `data`, a data set
-    of the user's own (`Dataset.from_arrays` ...), takes its place, as `config` wants it.
+    """Loads the data set that `config` describes (`config.data` of configs/common.py).
 
-    Raises UserError: unknown name, label or folder; no network; missing package; damaged file; a
-    split that cannot be made, or of which no image can be decoded; one class alone. `begun`: a
-    run of this config exists, and goes on with an ambiguous `data.classes`.
+    `data`, a data set of the user's own (`Dataset.from_arrays` ...), replaces the one that `config`
+    names; the other settings of `config` apply to it. `begun` says that a run with this config
+    exists, which may continue with an ambiguous `data.classes`.
+
+    Raises UserError for an unknown name, label or folder, a missing network or package, a damaged
+    file, a split that cannot be made or decoded, and a data set with a single class.
     """
     validate_section(config, "data")
-    data = _read_own(config) if data is None else data
+    data = _read_user_file(config) if data is None else data
+    if data is not None and data.is_stream:
+        return batch_dataset.apply_config(data, config)
     if data is not None and data.reader is None:
-        return (
-            batch_dataset.apply_config(data, config)
-            if data.is_stream
-            else array_dataset.apply_config(data, config, begun)
-        )
+        return array_dataset.apply_config(data, config, begun)
     if config.mock > 0 and data is not None:
-        raise UserError(f"data.mock does not act on a data set of your own ({data.name})")
+        raise UserError(f"data.mock does not apply to your own data set ({data.name})")
     if config.mock > 0:
         return make_mock_dataset(config)
-    raw = _read(config) if data is None else _read_given(data)
+    raw = _read(config) if data is None else _read_user_tfds(data)
     name = config.name if data is None else data.name
-    for split, source in raw.sources.items():
-        check_source(source, f"{name}, {split} split", raw.num_classes)
+    for own_name, source in raw.sources.items():
+        check_source(source, f"{name}, {own_name} split", raw.num_classes)
     raw, notes = select_classes(raw, config, begun, name)
     if raw.num_classes < 2:
         raise UserError(f"expected two classes or more; {name} has {raw.num_classes}")
-    found = fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
+    fingerprint = fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
     sources = assign_roles(raw.sources, name, config.split_seed)
     own_channels = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own_channels
@@ -75,10 +77,11 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
     share = EVAL_SHARE if varies and crops else 1.0
     in_memory = fits_in_memory(config, sum(map(len, sources.values())) * size * size * channels)
     if in_memory and varies and crops and config.in_memory == "auto":
-        # Crops of what has been shrunk to image_size already would be enlarged and dull.
+        # Crops of images that are already reduced to image_size would be enlarged and blurred.
         in_memory = False
 
-    splits, damaged = {}, []
+    splits: dict[str, Split] = {}
+    damaged: list[str] = []
     for role, source in sources.items():
         if not in_memory:
             splits[role] = Split(labels=source.labels, source=source)
@@ -123,51 +126,52 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
         left_out=raw.left_out,
         multi_frame_files=set() if raw.multi_frame_files is None else raw.multi_frame_files,
         notes=tuple(notes),
-        fingerprint=found,
+        fingerprint=fingerprint,
         has_own_validation=has_own_validation,
     )
 
 
 def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]:
-    """The fingerprint of the data set that `config` describes, as `load_dataset` gives it; no image
-    is decoded and nothing is downloaded. Raises UserError."""
+    """Returns the fingerprint that `load_dataset` would give, without decoding images or
+    downloading. Raises UserError as `load_dataset` does, also if the data set is not prepared."""
     validate_section(config, "data")
-    data = _read_own(config) if data is None else data
+    data = _read_user_file(config) if data is None else data
     if data is not None and data.is_stream:
         return batch_dataset.make_fingerprint(data)
     if data is not None and data.reader is None:
         return array_dataset.read_fingerprint(data, config)
     if config.mock > 0:
         return {}
-    given = data is not None
-    raw = _read_given(data, prepare=False) if given else _read(config, prepare=False)
+    raw = _read(config, prepare=False) if data is None else _read_user_tfds(data, prepare=False)
     raw, _ = select_classes(raw, config, begun=True)
     return fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
 
 
-def _read_own(config: Any) -> Dataset | None:
-    """The user's own data set that `config` names: a file of arrays; None if it names another."""
+def _read_user_file(config: Any) -> Dataset | None:
+    """Returns the data set of the file of arrays that `config` names; None if it names no file."""
     if config.source == "auto" and config.name.endswith(".npz"):
         return npz.read(config.name, config.dir)
     return None
 
 
-def _read_given(data: Dataset, *, prepare: bool = True) -> RawDataset:
+def _read_user_tfds(data: Dataset, *, prepare: bool = True) -> RawDataset:
+    assert data.reader is not None
     raw = data.reader(prepare)
     return raw._replace(provenance={"reader": "tfds", **raw.provenance})
 
 
 def _find_size(data: Dataset, raw: RawDataset) -> tuple[int, int]:
-    """Height and width, and channels, that a network sees of the user's own builder."""
+    """Returns (height and width, channels) that a network sees of the user's own TFDS builder."""
     size, _, channels = data.image_shape
     height, width, own_channels = raw.image_shape
     if not size and (height is None or height != width):
-        has = "several sizes" if height is None or width is None else f"{height}x{width}"
+        sizes = "several sizes" if height is None or width is None else f"{height}x{width}"
         raise UserError(
-            f"{data.name} has images of {has}, and a network sees squares: give"
+            f"{data.name} has images of {sizes}, but a network sees squares: give"
             " Dataset.from_tfds(builder, image_size=...)"
         )
-    return size or height, channels or own_channels
+    assert size or height is not None
+    return size or height or 0, channels or own_channels
 
 
 def _read(config: Any, *, prepare: bool = True) -> RawDataset:
@@ -177,7 +181,7 @@ def _read(config: Any, *, prepare: bool = True) -> RawDataset:
 
 
 def _find_source(config: Any) -> str:
-    """The reader that "auto" is, by what lies in `dir`."""
+    """Returns the reader that "auto" stands for, by the files in `config.dir`."""
     if config.name == "folder":
         return "folder"
     if config.name != "digits" and config.dir and archives.exists(config.name, config.dir):
@@ -186,13 +190,13 @@ def _find_source(config: Any) -> str:
 
 
 def _read_tfds(config: Any, prepare: bool) -> RawDataset:
-    # TFDS takes half a second to import, and the others need none of it.
+    # Imported late: TFDS takes half a second to import, and other readers do not need it.
     from flax_cnns.data.readers import tfds
 
     return tfds.read(config.name, config.dir, config.labels, prepare=prepare)
 
 
-# By `data.source`. With `prepare`, a reader may download and prepare what is not there.
+# Readers by `data.source`. With `prepare`, a reader may download and prepare a missing data set.
 READERS: dict[str, Callable[[Any, bool], RawDataset]] = {
     "folder": lambda config, prepare: folder.read(config.dir, config.name),
     "archive": lambda config, prepare: archives.read(config.name, config.dir, config.labels),

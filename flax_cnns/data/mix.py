@@ -1,4 +1,4 @@
-"""Mixing per batch, inside the step: mixup, cutmix and label smoothing make soft labels."""
+"""Mixing of whole batches inside the training step: mixup, cutmix and label smoothing."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from flax_cnns.types import Array
 def make_mix(
     config: Any, num_classes: int, *, task: str = "classes"
 ) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
-    """`mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`; `config` is
-    `config.mix`; labels are i32 [n], or f32 [n K] of K classes or fewer.
+    """Returns `mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`. `config` is
+    `config.mix`, K is `num_classes`. Labels are i32 [n], or f32 [n k] with k <= K.
 
-    Label smoothing gives the right class 1 - s + s/K and every other s/K
-    (https://arxiv.org/abs/1512.00567, section 7), and soft labels p the mean (1 - s) p + s/K; a
-    label y of multilabel data, 0 or 1, becomes (1 - s) y + s/2.
+    Label smoothing s gives the correct class 1 - s + s/K and every other class s/K
+    (https://arxiv.org/abs/1512.00567, section 7). Soft labels p become (1 - s) p + s/K. A label y,
+    0 or 1, of multilabel data becomes (1 - s) y + s/2.
 
-    Mixup (https://arxiv.org/abs/1710.09412) draws one weight for the batch, from Beta(alpha,
-    alpha); cutmix (https://arxiv.org/abs/1905.04899) one box, see `cutmix_weights`; with both on a
-    fair coin a batch says which. Both pair neighbors, i with i ^ 1, not a random permutation: the
-    batch is in random order anyway, and neighbors stay on one device, so that with the same `key`
-    everywhere the number of devices doesn't matter. All off: one-hot labels, images untouched.
-    Raises UserError, at trace time where an odd batch is to be paired.
+    Mixup (https://arxiv.org/abs/1710.09412) draws one weight per batch from Beta(alpha, alpha).
+    Cutmix (https://arxiv.org/abs/1905.04899) draws one box per batch, see `cutmix_weights`. If both
+    are on, a fair coin per batch chooses between them. Both mix each image i with its neighbor
+    i ^ 1 instead of a random partner: the batch is in random order anyway, and neighbors are on one
+    device. With the same `key` on all devices, the result does not depend on their number. If all
+    are off, labels become one-hot and images are unchanged.
+
+    Raises UserError if a value is out of range, and `mix` raises UserError at trace time if it must
+    pair an odd number of images.
     """
     smoothing, mixup, cutmix = config.label_smoothing, config.mixup, config.cutmix
     if not 0 <= smoothing < 1:
@@ -38,8 +41,8 @@ def make_mix(
                 f"mix.{name} is the alpha of a Beta distribution, 0 for off; got {alpha}"
             )
 
-    def weights(key: Array, height: int, width: int) -> tuple[Array, Array]:
-        """Of the own image, [] or per pixel [H W 1]; of the own label []."""
+    def draw_weights(key: Array, height: int, width: int) -> tuple[Array, Array]:
+        """Draws the weight of an image's own pixels, [] or [H W 1], and of its own label, []."""
         if not cutmix:
             weight = jax.random.beta(key, mixup, mixup)
             return weight, weight
@@ -66,23 +69,25 @@ def make_mix(
         if mixup or cutmix:
             if len(labels) % 2:
                 raise UserError(
-                    "mixup and cutmix pair neighbors, so that each device needs an even number "
-                    f"of images; got {len(labels)}"
+                    "mixup and cutmix pair neighbors, so each device needs an even number of "
+                    f"images; got {len(labels)}"
                 )
-            of_images, of_labels = weights(key, *images.shape[1:3])
-            images, soft = _blend(images, of_images), _blend(soft, of_labels)
+            image_weight, label_weight = draw_weights(key, *images.shape[1:3])
+            images, soft = _blend(images, image_weight), _blend(soft, label_weight)
         return images, soft
 
     return mix
 
 
 def cutmix_weights(key: Array, alpha: float, height: int, width: int) -> tuple[Array, Array]:
-    """(weights f32 [H W 1], 0 in a box that the partner fills and 1 around it; their mean []).
+    """Draws a box for the partner's pixels. Returns (weights f32 [H W 1], 0 inside the box and 1
+    outside; their mean []).
 
-    The box has the image's proportions and 1 - w of its area, w from Beta(alpha, alpha); its center
-    is uniform over the image, and what would lie outside is cut off. So the label's weight is what
-    is left of the image, not w. Sides are whole pixels, rounded down, as in timm; the authors' code
-    and torchvision's halve them first, so that theirs are even.
+    The box has the image's aspect ratio and 1 - w of its area, with w from Beta(alpha, alpha). Its
+    center is uniform over the image, and the part outside the image is cut off. The label's weight
+    is therefore the share of the image outside the box, not w. Sides are rounded down to whole
+    pixels, as in timm. The code of the authors and of torchvision rounds half the side, so their
+    sides are even.
     """
     key_weight, key_center = jax.random.split(key)
     size = jnp.array([height, width])
@@ -96,6 +101,6 @@ def cutmix_weights(key: Array, alpha: float, height: int, width: int) -> tuple[A
 
 
 def _blend(x: Array, weight: Array) -> Array:
-    """Each row with its neighbor's, by a weight that all share: [n ...] -> [n ...]."""
+    """Mixes each row with its neighbor: weight * own + (1 - weight) * neighbor, [n ...]."""
     pairs = x.reshape(-1, 2, *x.shape[1:])
     return (weight * pairs + (1 - weight) * pairs[:, ::-1]).reshape(x.shape).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Noise in the place of a data set (`data.mock`), for runs that try the machinery."""
+"""Noise in place of a data set (`data.mock`), for test runs without data."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from flax_cnns.data.types import Dataset, Split
 
 
 def make_mock_dataset(config: Any) -> Dataset:
-    """Random images of the data set's own classes and channels: nothing is read or downloaded."""
-    num_classes, class_names, own = _facts(config)
-    chosen, notes = find_class_indices(config, class_names)
-    if chosen:
-        num_classes, class_names = len(chosen), tuple(class_names[i] for i in chosen)
-    size, channels = config.image_size, config.channels or own
+    """Makes random images with the classes and channels of the data set `config.name`, which is not
+    read or downloaded."""
+    num_classes, class_names, own_channels = _read_facts(config)
+    selected, notes = find_class_indices(config, class_names)
+    if selected:
+        num_classes, class_names = len(selected), tuple(class_names[i] for i in selected)
+    size, channels = config.image_size, config.channels or own_channels
     rng = np.random.default_rng(config.split_seed)
     counts = {"train": config.mock, "test": max(1, config.mock // 5)}
     if config.validation:
@@ -42,7 +43,7 @@ def make_mock_dataset(config: Any) -> Dataset:
         class_names=class_names,
         image_shape=(size, size, channels),
         mean=(0.5,) * channels,
-        std=(0.2887,) * channels,  # 1/sqrt(12): uniform
+        std=(0.2887,) * channels,  # 1/sqrt(12), of a uniform distribution
         covariance=find_covariance(config, size, channels, splits["train"]),
         normalized_by="uniform noise",
         splits=splits,
@@ -50,8 +51,9 @@ def make_mock_dataset(config: Any) -> Dataset:
     )
 
 
-def _facts(config: Any) -> tuple[int, tuple[str, ...], int]:
-    """Classes, their names and channels of a data set that need not be there."""
+def _read_facts(config: Any) -> tuple[int, tuple[str, ...], int]:
+    """Returns the number of classes, their names and the number of channels. The data set need not
+    be on disk."""
     if config.name == "folder":
         return 10, DIGIT_NAMES, 3
     from flax_cnns.data.readers import tfds  # half a second to import

@@ -1,8 +1,8 @@
-"""Examples -> batches of this process, in an order that is a function of the seed and step alone.
+"""Batches of this process, in an order that depends only on the seed and the step.
 
-What is in memory is gathered by NumPy, a hundred thousand small images a second, and augmented on
-the device. What isn't is decoded and cropped by Grain's threads or worker processes. Both hand out
-the same examples in the same order, so that a run may move from one to the other.
+Images in memory are gathered by NumPy, a hundred thousand small images a second, and augmented on
+the device. Other images are decoded and cropped by Grain's threads or worker processes. Both give
+the same examples in the same order, so a run may switch from one to the other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flax_cnns.data.types import (
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.types import Batch
 
-_ENDLESS = 2**60  # examples: what Grain is told, as it wants a length
+_ENDLESS = 2**60  # the number of examples for Grain, which needs a length
 
 
 def train_batches(
@@ -46,7 +46,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Generator[Batch]:
+) -> Generator[Batch] | batch_stream.TrainBatches:
     """Yields this process's rows of each global batch from batch `start_step` on, without end:
     {"image": u8 [n H W C], "label": i32 [n]}; images of a user's own data may be f32, and labels
     f32 [n K]. Closing the generator stops its threads and worker processes. A data set made by
@@ -67,11 +67,13 @@ def train_batches(
         process = process_index, process_count
         return batch_stream.TrainBatches(dataset, batch_size, start_step, process)
     if train.images is not None:
+        assert train.labels is not None
         return _gather_batches(train.images, train.labels, seed, start_step, batch_size, first, n)
+    assert train.source is not None
     crop, start = tuple(config.augment.random_resized_crop), start_step * batch_size
     order = seed, start, batch_size, first, n
     stream = TrainStream(train.source, dataset.image_shape, crop, *order, config.skip_damaged)
-    return _note_found(_through_grain(stream, n, config), stream, dataset)
+    return _collect_notes(_through_grain(stream, n, config), stream, dataset)
 
 
 def eval_batches(
@@ -82,37 +84,34 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[Batch]:
-    """Every example of `split` once, in order: {"image", "label", "mask" f32 [n]}, n =
+    """Yields every example of `split` once, in order: {"image", "label", "mask" f32 [n]}, with n =
     eval_batch_size / process_count.
 
-    The last batches are filled up with black images of mask 0, so that every process has the same
-    number of batches; so is what cannot be decoded, where `config.skip_damaged`. Raises UserError.
+    Black images with mask 0 fill the last batches, so that every process has the same number of
+    batches. They also replace damaged images if `config.skip_damaged`. Raises UserError if the data
+    set has no such split, or `eval_batch_size` is not a multiple of `process_count`; and
+    DamagedImage while iterating.
     """
     if split not in dataset.splits:
         known = ", ".join(sorted(dataset.splits))
-        raise UserError(f"{dataset.name} has no {split!r} split here; it has: {known}")
-    part, batch_size = dataset.splits[split], config.eval_batch_size
+        raise UserError(f"{dataset.name} has no {split!r} split; it has: {known}")
+    examples, batch_size = dataset.splits[split], config.eval_batch_size
     n = _local_size("eval_batch_size", batch_size, process_count)
     if dataset.is_stream:
         return batch_stream.eval_batches(dataset, split, batch_size, (process_index, process_count))
-    number = -(-len(part) // batch_size)
-    first = process_index * n
-    if part.images is not None:
-        return _eval_in_memory(part.images, part.labels, number, batch_size, first, n)
-    stream = EvalStream(
-        part.source,
-        dataset.image_shape,
-        dataset.eval_share,
-        number,
-        batch_size,
-        first,
-        n,
-        config.skip_damaged,
-    )
-    return _note_found(_through_grain(stream, n, config), stream, dataset)
+    number, first = -(-len(examples) // batch_size), process_index * n
+    if examples.images is not None:
+        assert examples.labels is not None
+        return _eval_in_memory(examples.images, examples.labels, number, batch_size, first, n)
+    assert examples.source is not None
+    order = number, batch_size, first, n
+    crop = dataset.image_shape, dataset.eval_share
+    stream = EvalStream(examples.source, *crop, *order, config.skip_damaged)
+    return _collect_notes(_through_grain(stream, n, config), stream, dataset)
 
 
 def _local_size(name: str, batch_size: int, process_count: int) -> int:
+    """Returns the rows of each process in a global batch."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"data.{name} must be a positive multiple of the number of processes, "
@@ -126,15 +125,15 @@ def _local_size(name: str, batch_size: int, process_count: int) -> int:
 
 @functools.lru_cache(maxsize=3)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of `size` examples in an epoch, the same on every machine."""
+    """Returns the order of `size` examples in an epoch. It is the same on every machine."""
     stream = np.random.SeedSequence([seed, epoch])
     return np.random.Generator(np.random.Philox(stream)).permutation(size)
 
 
-def row_at(position: int, seed: int, size: int) -> int:
-    """The example at a position of the endless stream."""
-    epoch, place = divmod(position, size)
-    return int(permutation(seed, epoch, size)[place])
+def find_row(position: int, seed: int, size: int) -> int:
+    """Returns the example at a position of the endless stream."""
+    epoch, offset = divmod(position, size)
+    return int(permutation(seed, epoch, size)[offset])
 
 
 # ---- in memory
@@ -152,7 +151,7 @@ def _gather_batches(
     size = len(images)
     while True:
         start = step * batch_size + first
-        rows = [row_at(start + i, seed, size) for i in range(n)]
+        rows = [find_row(start + i, seed, size) for i in range(n)]
         yield {"image": images[rows], "label": labels[rows]}
         step += 1
 
@@ -181,7 +180,7 @@ def _eval_in_memory(
 
 @dataclasses.dataclass(frozen=True)
 class TrainStream:
-    """One process's training examples, decoded and cropped, as Grain's random-access source."""
+    """One process's training examples, decoded and cropped, as a random-access source of Grain."""
 
     source: ImageSource
     image_shape: tuple[int, int, int]
@@ -189,7 +188,7 @@ class TrainStream:
     seed: int
     start: int  # position of the first global batch
     batch_size: int
-    first: int  # this process's rows of each global batch
+    first: int  # this process's first row in each global batch, and its number of rows
     n: int
     skip_damaged: bool
 
@@ -200,30 +199,29 @@ class TrainStream:
         batch, row = divmod(int(i), self.n)
         position = self.start + batch * self.batch_size + self.first + row
         size, _, channels = self.image_shape
-        example, skipped = row_at(position, self.seed, len(self.source)), -1
+        example, skipped = find_row(position, self.seed, len(self.source)), -1
         for _ in range(len(self.source)):
-            # Keyed by the place in the global stream, as on the device. The 1 keeps it apart from
-            # the permutations.
-            rng = np.random.Generator(
-                np.random.Philox(np.random.SeedSequence([self.seed, position, 1]))
-            )
+            # Seeded by the position in the global stream, as on the device. The 1 gives other
+            # random numbers than the permutations have.
+            seeds = np.random.SeedSequence([self.seed, position, 1])
+            rng = np.random.Generator(np.random.Philox(seeds))
             try:
                 image, label = decode.read_example(
                     self.source, example, size, channels, crop=self.crop, rng=rng
                 )
-                seen = {"image": image, "label": np.int32(label), "skipped": skipped}
-                return seen | _find_multi_frame(self.source, example)
+                result = {"image": image, "label": np.int32(label), "skipped": skipped}
+                return result | _find_multi_frame(self.source, example)
             except DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
-                example = (example + 1) % len(self.source)  # the next one takes its place
+                example = (example + 1) % len(self.source)  # takes its place
         raise decoding_error("training", self.source)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalStream:
-    """One process's examples of a split, in order, filled up to whole batches."""
+    """One process's examples of a split, in order, padded to whole batches."""
 
     source: ImageSource
     image_shape: tuple[int, int, int]
@@ -246,35 +244,35 @@ class EvalStream:
             try:
                 source, share = self.source, self.share
                 image, label = decode.read_example(source, example, size, channels, share=share)
-                seen = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
-                return seen | {"skipped": -1} | _find_multi_frame(self.source, example)
+                result = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
+                return result | {"skipped": -1} | _find_multi_frame(self.source, example)
             except DamagedImage:
                 if not self.skip_damaged:
                     raise
                 skipped = example
         black = np.zeros(self.image_shape, np.uint8)
-        unseen = {"image": black, "label": np.int32(0), "mask": np.float32(0)}
-        return unseen | {"skipped": skipped, "multi_frame": -1}
+        padding = {"image": black, "label": np.int32(0), "mask": np.float32(0)}
+        return padding | {"skipped": skipped, "multi_frame": -1}
 
 
 def _find_multi_frame(source: ImageSource, example: int) -> dict[str, int]:
-    """{"multi_frame": the example's number if its file holds several pictures, else -1}."""
+    """Returns {"multi_frame": `example` if its file has several frames, otherwise -1}."""
     files = find_multi_frame_files(source)
     return {"multi_frame": example if files and source.location(example) in files else -1}
 
 
-def _note_found(
+def _collect_notes(
     examples: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
 ) -> Generator[Batch]:
-    """The batches without "skipped" and "multi_frame". The names of these examples (-1: none) go to
-    `dataset.damaged` and `dataset.multi_frame_files`.
+    """Yields the batches without "skipped" and "multi_frame". Adds the locations of these examples
+    (-1: none) to `dataset.damaged` and `dataset.multi_frame_files`.
 
-    They travel with the batches because worker processes keep what they note to themselves.
+    They travel inside the batches because worker processes do not share the data set's lists.
     """
     damaged, location = dataset.damaged, stream.source.location
-    examples = iter(examples)
+    batches: Any = iter(examples)
     try:
-        for batch in examples:
+        for batch in batches:
             batch = dict(batch)
             for example in batch.pop("skipped"):
                 if example >= 0 and (name := location(int(example))) not in damaged:
@@ -284,24 +282,24 @@ def _note_found(
                     dataset.multi_frame_files.add(location(int(example)))
             yield batch
     finally:
-        examples.close()
+        batches.close()
 
 
 def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Iterable[Batch]:
-    import grain  # a second to import, for streamed data only
+    import grain  # takes a second, and only streamed data needs it
 
     examples = grain.MapDataset.source(stream)
     threads = max(1, config.threads)
     if not config.workers:
-        # Examples are decoded side by side, so that the first batch is there soon.
+        # Threads share the examples of a batch, so that the first batch is ready soon.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * n + threads)
         return examples.to_iter_dataset(options).batch(n)
     check_main_guard(config.workers)
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads some; without absl.app none are parsed
-    # Whole batches go round the workers: they come out in the same order as without workers.
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags, which only absl.app parses
+    # Workers take turns with whole batches, so the order is the same as without workers.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     processes = grain.MultiprocessingOptions(num_workers=config.workers)
     return _from_workers(
@@ -311,17 +309,19 @@ def _through_grain(stream: TrainStream | EvalStream, n: int, config: Any) -> Ite
 
 # ---- worker processes
 
-_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent answers these
+_PARENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent handles these
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs in every worker before its first example. The worker ends with its parent, however the
-    parent ends; Python's resource tracker then removes what Grain shares with the worker. It
-    ignores Ctrl-C and a cluster's SIGTERM, which come to all processes: the parent still has to
-    save."""
-    for number in _PARENTS:
+    """Runs in every worker before its first example.
+
+    The worker ends when its parent does; Python's resource tracker then removes the shared memory.
+    The worker ignores Ctrl-C and a cluster's SIGTERM, because the parent must still save.
+    """
+    for number in _PARENT_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow() -> None:
         parent.join()
@@ -332,64 +332,69 @@ def _start_worker(index: int, count: int) -> None:
 
 @contextlib.contextmanager
 def _starting_processes() -> Iterator[None]:
-    """A context in which started processes inherit a mask against the parent's signals. Python's
-    resource tracker is started too, without its warnings: it would report what Grain had under way,
-    even at an ordinary end."""
+    """A context in which new processes start with the parent's signals blocked.
+
+    It also starts Python's resource tracker, with warnings off: the tracker would report Grain's
+    batches under way even when a run ends normally.
+    """
     before, ignore = os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)
     try:
         os.environ["PYTHONWARNINGS"] = f"{before},{ignore}" if before else ignore
         multiprocessing.resource_tracker.ensure_running()
         del os.environ["PYTHONWARNINGS"]
         if before:
             os.environ["PYTHONWARNINGS"] = before
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)  # the tracker's start unblocked them
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, _PARENT_SIGNALS
+        )  # the tracker's start unblocked them
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _from_workers(examples: Iterable[Batch]) -> Generator[Batch]:
-    """The same examples; raises `ProcessLost` if Grain says that a worker process has ended."""
-    examples = iter(examples)
+    """Yields the examples. Raises `ProcessLost` if Grain reports that a worker has ended."""
+    batches: Any = iter(examples)
     try:
         with _starting_processes():
-            first = next(examples)
+            first = next(batches)
         yield first
-        yield from examples
+        yield from batches
     except StopIteration:
         return
     except RuntimeError as error:
-        found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-        if found is None:
+        match = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if match is None:
             raise
-        code = int(found[1])
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        why = {-signal.SIGKILL: ", as the system does when memory runs out"}
-        why |= {-signal.SIGBUS: ", as the system does when /dev/shm is full"}
+        code = int(match[1])
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        causes = {-int(signal.SIGKILL): ", as the system does when memory runs out"}
+        causes |= {-int(signal.SIGBUS): ", as the system does when /dev/shm is full"}
         raise ProcessLost(
-            f"a worker process that reads images (data.workers) {how}{why.get(code, '')}"
+            f"a worker process that reads images (data.workers) {end}{causes.get(code, '')}"
         ) from None
     finally:
-        examples.close()
+        batches.close()
 
 
 def check_main_guard(workers: int) -> None:
-    """Raises `UserError` if the running script would start itself again in every worker, which
-    imports it: if it makes this call outside `if __name__ == "__main__":`."""
+    """Raises `UserError` if the running script makes this call outside `if __name__ ==
+    "__main__":`. Every worker imports the script, and would run that call again."""
     main = sys.modules["__main__"]
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):
         frame = frame.f_back
     try:
-        file = main.__file__
+        file = str(main.__file__)
         statements = ast.parse(pathlib.Path(file).read_bytes()).body
     except (AttributeError, OSError, SyntaxError, ValueError):  # a notebook, a prompt
         return
-    at = [s for s in statements if frame and s.lineno <= frame.f_lineno <= s.end_lineno]
-    if at and not any(isinstance(inner, ast.If) for s in at for inner in ast.walk(s)):
+    line = frame.f_lineno if frame else -1
+    running = [s for s in statements if s.lineno <= line <= (s.end_lineno or s.lineno)]
+    if running and not any(isinstance(inner, ast.If) for s in running for inner in ast.walk(s)):
         raise UserError(
-            f"data.workers={workers}: each of these processes imports {file}, which would run"
-            f" again from line {at[0].lineno}; put what it does below"
+            f"data.workers={workers}: each worker process imports {file}, which would run again"
+            f" from line {running[0].lineno}; move its code below"
             ' `if __name__ == "__main__":`, or set data.workers=0'
         )

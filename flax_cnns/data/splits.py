@@ -1,8 +1,8 @@
-"""Splits: how they are cut out of one another, and what each must hold before a run begins."""
+"""Splits: cutting one out of another, checks before a run, and notes for the user."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,21 @@ from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.types import DamagedImage, ImageSource, Split, Subset, WrongLabel, take_rows
 from flax_cnns.errors import UserError
 
-TEST_SHARE = 0.2  # of the training images, where a data set has no test split
+TEST_SHARE = 0.2  # of the training images, if a data set has no test split
 NUM_PROBED_IMAGES = (
     8  # images of a streamed split, evenly spread, that are decoded before a run begins
 )
 
 
-# ---- roles, and what is taken from train
+# ---- roles, and cutting splits from train
 
 
-def assign_roles(own: dict[str, ImageSource], name: str, seed: int) -> dict[str, ImageSource]:
-    """The splits that the data set `name` has itself, by role. Raises UserError."""
+def assign_roles(own: Mapping[str, ImageSource], name: str, seed: int) -> dict[str, ImageSource]:
+    """Returns the splits of the data set `name` by role. `own` holds them by their own names.
+
+    Without a test split, validation serves as test, and without either a fifth of train does.
+    Raises UserError if there is no train split, or if train is too small.
+    """
     if "train" not in own:
         raise UserError(f"{name} has no train split; it has: {', '.join(sorted(own))}")
     train = own["train"]
@@ -39,8 +43,8 @@ def assign_roles(own: dict[str, ImageSource], name: str, seed: int) -> dict[str,
 
 
 def find_strata(labels: np.ndarray | None, task: str) -> np.ndarray | None:
-    """The class of each example, by which a split is stratified: i32 [N]; the likeliest one of soft
-    labels. None: the split is random, as of multilabel data."""
+    """Returns the class by which each example is stratified, i32 [N]: the likeliest class if labels
+    are soft. None for multilabel data and unknown labels, which are split at random."""
     if labels is None or task == "multilabel":
         return None
     return labels if labels.ndim == 1 else labels.argmax(-1)
@@ -55,7 +59,8 @@ def take_from_train(
     task: str = "classes",
     what: str = "",
 ) -> dict[str, Split]:
-    """Gives `role` its share of train. `what`: as `split_rows` has it."""
+    """Returns the splits with `role` cut out of train. `amount` and `what` are as in
+    `split_rows`."""
     train = splits["train"]
     strata = find_strata(train.labels, task)
     keep, taken = split_rows(strata, len(train), amount, seed, what=what)
@@ -66,35 +71,39 @@ def take_from_train(
 def keep_fraction(
     splits: dict[str, Split], fraction: float, seed: int, *, task: str = "classes"
 ) -> dict[str, Split]:
-    """Of train that share, every class alike. A smaller fraction is part of a larger one."""
+    """Returns the splits with that fraction of train, stratified. A smaller fraction is part of a
+    larger one. Raises UserError if a class would lose all its images."""
     train = splits["train"]
     what = f"data.fraction={fraction:g}"
     strata = find_strata(train.labels, task)
     _, kept = split_rows(strata, len(train), fraction, seed, what=what)
     if strata is not None and (lost := set(strata) - set(strata[kept])):
         raise UserError(
-            f"{what} keeps {len(kept)} of {len(train)} training images, and of "
-            f"{len(lost)} classes none; take a larger one"
+            f"{what} keeps {len(kept)} of {len(train)} training images, and none of {len(lost)} "
+            "classes; choose a larger fraction"
         )
     return {**splits, "train": _rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
 
 
 def _rows(split: Split, which: np.ndarray, name: str) -> Split:
     if split.images is None:
+        assert split.source is not None
         source = Subset(split.source, which, name)
         return Split(labels=source.labels, source=source)
+    assert split.labels is not None
     return Split(labels=split.labels[which], images=take_rows(split.images, which))
 
 
 def split_rows(
     labels: np.ndarray | None, total: int, amount: float, seed: int, what: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that stay, rows that are taken), both sorted; `amount` is a fraction below 1 or a
-    count. `what` names in a message what takes them; "" is data.validation.
+    """Splits rows into (those that stay, those that are taken), both sorted.
 
-    Stratified: each class gives its share, to within one example, and a class of one example stays
-    whole. Where `labels` is None (a streamed TFDS split, whose labels would take reading every
-    image) the rows are random. Raises UserError if nothing would be left to train on.
+    `amount` is a fraction below 1, or a count. `what` names the setting for messages; "" stands for
+    data.validation. The split is stratified: each class gives its share, to within one example, and
+    a class with a single example keeps it. The split is random if `labels` is None, as for a
+    streamed TFDS split, whose labels are known only after reading every image. Raises UserError if
+    no row would be taken, or none would stay.
     """
     count = round(amount * total) if amount < 1 else int(amount)
     if not 0 < count < total:
@@ -105,29 +114,30 @@ def split_rows(
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(total)
     if labels is not None:
-        # The k-th of a class's n examples stands at (k + 1/2) / n: the lowest `count` take from all
-        # classes alike.
+        # The k-th of a class's n examples gets the position (k + 1/2) / n. The `count` lowest
+        # positions then hold the same share of every class.
         mine = labels[shuffled]
         order = np.argsort(mine, kind="stable")
         _, starts, sizes = np.unique(mine[order], return_index=True, return_counts=True)
-        place = np.empty(total)
+        position = np.empty(total)
         rank = np.arange(total) - np.repeat(starts, sizes)
-        place[order] = (rank + 0.5) / np.repeat(sizes, sizes)
-        shuffled = shuffled[np.argsort(place, kind="stable")]
+        position[order] = (rank + 0.5) / np.repeat(sizes, sizes)
+        shuffled = shuffled[np.argsort(position, kind="stable")]
     return np.sort(shuffled[count:]), np.sort(shuffled[:count])
 
 
-# ---- what a split must hold
+# ---- checks
 
 
 def check_source(source: ImageSource, where: str, num_classes: int) -> None:
-    """Raises UserError if a split has no example, images without a pixel, or a label outside 0 to
-    num_classes - 1. Labels that have to be read first are checked as they are read."""
+    """Raises UserError if a split has no examples, images without pixels, or a label outside 0 to
+    num_classes - 1. `where` names the split. Labels that are not known yet are checked when they
+    are read."""
     if not len(source):
-        raise UserError(f"{where}: expected an example or more, got none")
+        raise UserError(f"{where}: expected at least one example, got none")
     if isinstance(source, ArraySource) and not source.images.size:
         shape = "x".join(map(str, source.images.shape[1:3]))
-        raise UserError(f"{where}: expected images of a pixel or more, got {shape}")
+        raise UserError(f"{where}: expected images of at least one pixel, got {shape}")
     if source.labels is not None:
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
         if len(wrong):
@@ -136,25 +146,25 @@ def check_source(source: ImageSource, where: str, num_classes: int) -> None:
 
 
 def decoding_error(role: str, source: ImageSource) -> UserError:
-    """The error for a split without an image that can be decoded; reads the first for the
+    """Returns the error for a split whose images are all damaged. Reads the first image to give the
     reason."""
     try:
         read_example(source, 0, 8, 3)
-        why = ""
+        reason = ""
     except DamagedImage as error:
-        why = f"; the first, {error.location}: {error.why}"
-    return UserError(f"none of the {len(source)} {role} images can be decoded{why}")
+        reason = f"; the first, {error.location}: {error.cause}"
+    return UserError(f"none of the {len(source)} {role} images can be decoded{reason}")
 
 
 def check_decodes(role: str, source: ImageSource, skip_damaged: bool) -> None:
-    """Decodes NUM_PROBED_IMAGES images of a streamed split, evenly spread. With `skip_damaged`,
-    tries the others until one can be decoded.
+    """Checks that a streamed split can be decoded, by NUM_PROBED_IMAGES evenly spaced images.
 
-    Raises DamagedImage for a damaged image; with `skip_damaged`, UserError if all are damaged.
+    Raises DamagedImage if one of them is damaged. With `skip_damaged`, raises UserError if all
+    images of the split are damaged.
     """
     total = len(source)
-    tried = np.unique(np.linspace(0, total - 1, min(NUM_PROBED_IMAGES, total)).astype(int))
-    if any([_decodes(source, i, skip_damaged) for i in tried]):
+    probed = np.unique(np.linspace(0, total - 1, min(NUM_PROBED_IMAGES, total)).astype(int))
+    if any([_decodes(source, i, skip_damaged) for i in probed]):
         return
     if not any(_decodes(source, i, skip_damaged) for i in range(total)):
         raise decoding_error(role, source)
@@ -170,7 +180,7 @@ def _decodes(source: ImageSource, i: int, skip_damaged: bool) -> bool:
     return True
 
 
-# ---- what is said
+# ---- notes
 
 
 def find_notes(
@@ -180,11 +190,11 @@ def find_notes(
     *,
     task: str = "classes",
 ) -> list[str]:
-    """Lines on what may be intended, but would otherwise go unnoticed. Raises UserError if all
+    """Returns lines on settings and data that may be intended or a mistake. Raises UserError if all
     training images are of one class."""
-    train, found = splits["train"], []
+    train, notes = splits["train"], []
     if note := make_batch_note(batch_size, len(train)):
-        found.append(note)
+        notes.append(note)
     if train.labels is not None:
         soft = train.labels.ndim > 1
         counts = (
@@ -194,29 +204,29 @@ def find_notes(
         )
         missing = [name for name, count in zip(class_names, counts) if not count]
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        said = f"{len(missing)} of {len(class_names)} classes have no training image: {shown}"
+        note = f"{len(missing)} of {len(class_names)} classes have no training image: {shown}"
         if task == "classes" and len(missing) == len(class_names) - 1:
-            raise UserError(f"{said}; expected images of two classes or more")
+            raise UserError(f"{note}; expected images of two classes or more")
         if missing:
-            found.append(said)
-    return found
+            notes.append(note)
+    return notes
 
 
 def make_batch_note(batch_size: int, images: int) -> str:
-    """A line if a batch is larger than the training set, else ""."""
+    """Returns a line if a batch is larger than the training set, otherwise ""."""
     if batch_size <= images:
         return ""
     return (
         f"data.batch_size={batch_size} is more than the {images} training images: a batch holds "
-        f"each of them {batch_size / images:.1f} times on average"
+        f"each image {batch_size / images:.1f} times on average"
     )
 
 
-# ---- where it is kept
+# ---- memory
 
 
 def fits_in_memory(config: Any, size: int) -> bool:
-    """Whether so many bytes of images go to memory."""
+    """Whether `size` bytes of images are to be kept in memory, by `config.in_memory`."""
     if config.in_memory == "auto":
         return size < config.memory_limit * 2**30
     return config.in_memory == "yes"

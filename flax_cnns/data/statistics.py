@@ -14,34 +14,38 @@ from flax_cnns.data.splits import decoding_error
 from flax_cnns.data.types import ArrayRows, Split, Subset
 from flax_cnns.errors import UserError
 
-MAX_COVARIANCE_IMAGES = 2000  # images, evenly spread over those that are streamed
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL has it
+MAX_COVARIANCE_IMAGES = 2000  # for streamed images, evenly spaced
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in PIL
 
 
 def find_mean_and_std(
-    config: Any, name: str, own: int, channels: int, train: Split
+    config: Any, name: str, own_channels: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Mean and std per channel in 0..1 of the data set `name`, which has `own` channels itself, and
-    where they come from."""
+    """Returns mean and std per channel in 0..1, and their origin.
+
+    They come from the config, otherwise from KNOWN_DATASETS, otherwise from the training images if
+    these are in memory, otherwise from ImageNet. `own_channels` is the data set's own number of
+    channels, before conversion to `channels`.
+    """
     if config.mean:
         return *broadcast_to_channels(
             config.mean, config.std, channels, "data.mean and data.std"
         ), "config"
-    known, by = KNOWN_DATASETS.get(base_name(name)), "published"
-    if known is None or (own == 3 and channels == 1):
-        # The spread of the gray image doesn't follow from those of the colors, which go together.
+    known, origin = KNOWN_DATASETS.get(base_name(name)), "published"
+    if known is None or (own_channels == 3 and channels == 1):
+        # The std of gray images does not follow from those of the colors, which are correlated.
         if train.images is not None:
             mean, std = moments(train.images)
             return mean, std, "training images"
         if known is None:
-            known, by = IMAGENET, "ImageNet"
-    return *convert_to_channels(known, channels), by
+            known, origin = IMAGENET, "ImageNet"
+    return *convert_to_channels(known, channels), origin
 
 
 def convert_to_channels(
     known: KnownDataset, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Published mean and std, of images turned to so many channels."""
+    """Returns the published mean and std for images converted to `channels` channels."""
     mean, std = np.array(known.mean), np.array(known.std)
     if channels == 1 and len(mean) == 3:
         mean, std = _LUMA @ mean[:, None], _LUMA @ std[:, None]
@@ -52,23 +56,24 @@ def convert_to_channels(
 def broadcast_to_channels(
     mean: Sequence[float], std: Sequence[float], channels: int, what: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std for each channel, of one number or of one for each. Raises UserError."""
+    """Returns mean and std per channel, each given as one number or one per channel. Raises
+    UserError, which names `what`, for another length."""
     if {len(mean), len(std)} - {1, channels}:
         raise UserError(
             f"{what}: expected 1 or {channels} numbers each, got {tuple(mean)} and {tuple(std)}"
         )
-    mean, std = (np.broadcast_to(given, channels) for given in (mean, std))
-    return tuple(map(float, mean)), tuple(map(float, std))
+    means, stds = (np.broadcast_to(given, channels) for given in (mean, std))
+    return tuple(map(float, means)), tuple(map(float, stds))
 
 
 def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel in 0..1: of u8 [N H W C], exactly, by counting the 256 values; of
-    f32 in 0..1, of their values to 20 bits."""
+    """Returns mean and std per channel in 0..1, of images [N H W C]. They are exact for u8, by
+    counting the 256 values; f32 in 0..1 are rounded to 20 bits first."""
     if images.dtype != np.uint8:
         return _moments_of_floats(images)
     values = np.arange(256) / 255
     shares = np.zeros((images.shape[-1], 256))
-    for start in range(0, len(images), 4096):  # bincount makes int64 of what it counts
+    for start in range(0, len(images), 4096):  # in parts: bincount converts to int64
         part = images[start : start + 4096]
         for channel, share in enumerate(shares):
             share += np.bincount(part[..., channel].ravel(), minlength=256)
@@ -76,7 +81,7 @@ def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[fl
     for share in shares:
         share /= share.sum()
         mean.append(float(share @ values))
-        # A constant channel is left at 0, not divided by 0.
+        # A constant channel has std 1, so that it becomes 0 and is not divided by 0.
         std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)) or 1.0)
     return tuple(mean), tuple(std)
 
@@ -84,42 +89,46 @@ def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[fl
 def _moments_of_floats(
     images: np.ndarray | ArrayRows,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Sums of whole numbers do not depend on their order, and so not on the machine."""
+    """Sums in fixed point: integer sums do not depend on their order, and so not on the machine."""
     channels, one = images.shape[-1], 2**20
     total, squares = [0] * channels, [0] * channels
-    for pixels in _pixels(images):
+    for pixels in _iterate_pixels(images):
         whole = np.rint(pixels.astype(np.float64) * one).astype(np.int64)
         for channel in range(channels):
             total[channel] += int(whole[:, channel].sum())
             squares[channel] += int((whole[:, channel] ** 2).sum())
     count = images.size // channels
-    # In Python's whole numbers, of any size: a difference of large numbers.
+    # The difference of large numbers is exact, because Python's integers do not overflow.
     variance = [(count * b - a * a) / (count * one) ** 2 for a, b in zip(total, squares)]
     return tuple(a / (count * one) for a in total), tuple(math.sqrt(v) or 1.0 for v in variance)
 
 
-def _pixels(images: np.ndarray | ArrayRows) -> Iterator[np.ndarray]:
-    """[n C], at most 2**20 of them at a time."""
+def _iterate_pixels(images: np.ndarray | ArrayRows) -> Iterator[np.ndarray]:
+    """Yields all pixels, at most 2**20 at a time: [n C]."""
     height, width, channels = images.shape[1:]
-    some = max(1, 2**20 // (height * width))
-    for start in range(0, len(images), some):
-        pixels = images[start : start + some].reshape(-1, channels)
+    step = max(1, 2**20 // (height * width))
+    for start in range(0, len(images), step):
+        pixels = images[start : start + step].reshape(-1, channels)
         yield from np.array_split(pixels, -(-len(pixels) // 2**20))
 
 
 def find_covariance(
     config: Any, size: int, channels: int, train: Split
 ) -> tuple[tuple[float, ...], ...]:
-    """The covariance of the colors of all training images, or of up to MAX_COVARIANCE_IMAGES if
-    they are streamed."""
+    """Returns the covariance of the training images' colors; () if `config.augment.pca` is off.
+
+    Streamed images are sampled: at most MAX_COVARIANCE_IMAGES are read. Raises UserError if none of
+    them can be decoded.
+    """
     if not config.augment.pca:
         return ()
     images = train.images
     if images is None:
+        assert train.source is not None
         count = min(MAX_COVARIANCE_IMAGES, len(train))
-        some = Subset(train.source, np.arange(count) * len(train) // count, "for colors")
+        sample = Subset(train.source, np.arange(count) * len(train) // count, "for colors")
         images, _, _ = read_all(
-            some,
+            sample,
             size,
             channels,
             share=1.0,
@@ -127,13 +136,13 @@ def find_covariance(
             skip_damaged=config.skip_damaged,
         )
         if not len(images):
-            raise decoding_error("train", some)
+            raise decoding_error("train", sample)
     return covariance(images)
 
 
 def covariance(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], ...]:
-    """Between the channels of u8 [N H W C], or f32 in 0..1, over all pixels, of values in 0..1:
-    [C C]."""
+    """Returns the covariance of the channels over all pixels, for values in 0..1: [C C]. Images are
+    u8 [N H W C], or f32 in 0..1."""
     scale = 255 if images.dtype == np.uint8 else 1.0
     channels = images.shape[-1]
     total, products = np.zeros(channels), np.zeros((channels, channels))

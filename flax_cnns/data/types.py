@@ -1,7 +1,7 @@
-"""What a data set is: sources of images, splits with a role, and what a reader hands over.
+"""Image sources, splits and data sets.
 
-The roles: `train`; `test`, looked at once, at the end; `validation`, by which everything else is
-chosen.
+A split has one of three roles. `train` is trained on. `validation` chooses epochs, checkpoints and
+hyperparameters. `test` is looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from flax_cnns.errors import UserError
 
 
 class DamagedImage(UserError):
-    """An image that cannot be decoded; `location` names it."""
+    """An image that cannot be decoded: `location` names the image, `cause` is the error."""
 
-    def __init__(self, location: str, why: Exception):
+    def __init__(self, location: str, cause: Exception):
         super().__init__(
-            f"cannot decode {location}: {why}; mend or delete it, or set data.skip_damaged=True"
+            f"cannot decode {location}: {cause}; repair or delete it, or set data.skip_damaged=True"
         )
-        self.location, self.why = location, why
+        self.location, self.cause = location, cause
 
-    def __reduce__(self):  # Errors of worker processes travel pickled.
-        return DamagedImage, (self.location, self.why)
+    def __reduce__(self):  # Worker processes pickle their errors.
+        return DamagedImage, (self.location, self.cause)
 
 
 class WrongLabel(UserError):
-    """A label that is none of the data set's classes; `location` names the example."""
+    """A label outside the range of the data set's classes. `location` names the example."""
 
     def __init__(self, location: str, label: int, num_classes: int):
-        said = "it has no label (-1)" if label == -1 else f"its label is {label}"
-        super().__init__(f"{location}: {said}; expected 0 to {num_classes - 1}")
+        problem = "it has no label (-1)" if label == -1 else f"its label is {label}"
+        super().__init__(f"{location}: {problem}; expected 0 to {num_classes - 1}")
         self.location, self.label, self.num_classes = location, label, num_classes
 
     def __reduce__(self):
@@ -45,20 +45,22 @@ class WrongLabel(UserError):
 
 
 class ImageSource(Protocol):
-    """Images that are decoded when they are read. Its `repr` is stable: Grain saves it."""
+    """Images that are decoded when they are read. The `repr` must be stable: Grain saves it."""
 
-    labels: np.ndarray | None  # i32 [N]; None where it would take reading every example
+    @property
+    def labels(self) -> np.ndarray | None:
+        """i32 [N]; None if every example would have to be read to know the labels."""
 
     def __len__(self) -> int: ...
 
     def open(self, i: int) -> tuple[Image.Image, int]:
-        """Image (of any size and mode, perhaps not decoded yet) and label."""
+        """Returns the image (of any size and mode, perhaps not decoded yet) and the label."""
 
     def location(self, i: int) -> str:
-        """What to call example `i` in an error message."""
+        """Returns the name of example `i` for error messages."""
 
     def fetch(self, rows: np.ndarray) -> ImageSource:
-        """The same source with these rows at hand, where reading many at once is quicker."""
+        """Returns this source with these rows loaded, if loading many at once is faster."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class Relabeled:
-    """Another source under labels of our own."""
+    """Another source with new labels."""
 
     source: ImageSource
     labels: np.ndarray  # i32 [N]
@@ -114,8 +116,8 @@ class Relabeled:
 
 
 def find_multi_frame_files(source: ImageSource) -> set[str]:
-    """`FileSource.multi_frame_files` (readers/folder.py) of a source, also below Subset and
-    Relabeled; else empty."""
+    """Returns the `multi_frame_files` of a `FileSource` (readers/folder.py), also if the source is
+    wrapped in Subset or Relabeled. Returns an empty set for other sources."""
     while isinstance(source, Subset | Relabeled):
         source = source.source
     return getattr(source, "multi_frame_files", set())
@@ -123,7 +125,7 @@ def find_multi_frame_files(source: ImageSource) -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRows:
-    """Some rows of a user's array: indexing gathers them; nothing is copied before."""
+    """Some rows of a user's array. Only indexing copies rows."""
 
     array: np.ndarray  # [N ...]
     rows: np.ndarray | None = None  # i64; None: all
@@ -144,7 +146,7 @@ class ArrayRows:
         return len(self.array if self.rows is None else self.rows)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """`index`: whole numbers or a slice, of rows."""
+        """Returns the rows of `index`: an integer, integers or a slice."""
         return self.array[index if self.rows is None else self.rows[index]]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -152,7 +154,7 @@ class ArrayRows:
 
 
 def take_rows(images: np.ndarray | ArrayRows, which: np.ndarray) -> np.ndarray | ArrayRows:
-    """These rows: a copy of an array, and of `ArrayRows` only other numbers."""
+    """Returns the rows `which`: a copy if `images` is an array, a view if it is `ArrayRows`."""
     if not isinstance(images, ArrayRows):
         return images[which]
     return ArrayRows(images.array, which if images.rows is None else images.rows[which])
@@ -160,97 +162,101 @@ def take_rows(images: np.ndarray | ArrayRows, which: np.ndarray) -> np.ndarray |
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Arrays in memory, or a source that decodes, or a number of examples that come in batches."""
+    """The examples of a split: arrays in memory, a source to decode, or the number of examples in
+    the batches of a user's factory."""
 
-    # i32 [N]; f32 [N K] of soft labels and of multilabel data; None for a streamed TFDS split
+    # i32 [N]; f32 [N K] if labels are soft or multilabel; None for a streamed TFDS split.
     labels: np.ndarray | None
-    images: np.ndarray | ArrayRows | None = None  # u8 [N H W C], or f32 of a user's own
+    images: np.ndarray | ArrayRows | None = None  # u8 [N H W C]; a user's own may be f32
     source: ImageSource | None = None
-    count: int = 0  # of a split of which a user's factory gives batches; else 0
+    count: int = 0  # examples in the batches of a user's factory; otherwise 0
 
     def __len__(self) -> int:
-        return self.count or len(self.source if self.images is None else self.images)
+        if self.images is not None:
+            return len(self.images)
+        return self.count if self.source is None else len(self.source)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
+    """Splits of images with labels, and facts about them.
+
+    `from_arrays`, `from_batches` and `from_tfds` make data sets of a user's own data.
+    """
+
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # H, W, C as the network sees it
+    image_shape: tuple[int, int, int]  # H, W, C as the network sees them
     mean: tuple[float, ...]  # per channel, in 0..1
     std: tuple[float, ...]
-    # Where mean and std come from: published, training images, ImageNet, config, data set, nothing.
+    # The origin of mean and std: published, training images, ImageNet, config, data set, nothing.
     normalized_by: str
     splits: dict[str, Split]  # train, test, and validation if there is one
-    eval_share: float = 1.0  # of the shorter side that evaluation sees
-    # [C C] of the training images' colors in 0..1; (): not needed, as data.augment.pca is off.
+    eval_share: float = 1.0  # evaluation crops this share of the shorter side
+    # [C C] of the training images' colors in 0..1; () if data.augment.pca is off.
     covariance: tuple[tuple[float, ...], ...] = ()
-    # Images left out because they could not be decoded; it grows while a split is streamed.
+    # Images that could not be decoded and were skipped. Streaming a split adds to the list.
     damaged: list[str] = dataclasses.field(default_factory=list)
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
-    # Files with several pictures, of which the first is used; grows while a split is streamed.
+    # Files with more than one frame, whose first frame is used. Streaming a split adds to the set.
     multi_frame_files: set[str] = dataclasses.field(default_factory=set)
-    notes: tuple[str, ...] = ()  # what may be intended, but would otherwise go unnoticed
-    has_own_validation: bool = False  # the validation split is the data set's, not taken from train
-    # See flax_cnns/data/fingerprint.py; {} for noise, and if it was not computed.
+    notes: tuple[str, ...] = ()  # lines for the user on what may be intended or a mistake
+    # Whether the data set came with its validation split; False: that split was cut from train.
+    has_own_validation: bool = False
+    # See flax_cnns/data/fingerprint.py; {} for noise, and if no fingerprint was computed.
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
-    task: str = "classes"  # or multilabel, whose labels are f32 [N K] of 0 and 1
-    # False: images are floats of any range, which the network sees as they are.
+    task: str = "classes"  # or "multilabel": labels are f32 [N K] of 0 and 1
+    # False: images are floats of any range, and the network sees them unchanged.
     normalize: bool = True
-    # `factory(split, start_step, process_index, process_count)` of `from_batches`, else None.
+    # `factory(split, start_step, process_index, process_count)` of `from_batches`, otherwise None.
     factory: Callable[[str, int, int, int], Iterable[Any]] | None = None
-
-    # `reader(prepare) -> RawDataset` of `from_tfds`, for the loader; else None.
+    # `reader(prepare) -> RawDataset` of `from_tfds`, which `load_dataset` calls; otherwise None.
     reader: Callable[[bool], RawDataset] | None = None
 
     @property
     def is_stream(self) -> bool:
-        """Whether a user's factory gives the batches: examples cannot be read in another order."""
+        """Whether a user's factory gives the batches, so that the order of examples is fixed."""
         return self.factory is not None
 
     @property
     def is_decoded(self) -> bool:
-        """False: images are a user's own arrays or batches."""
+        """Whether this package decodes the images; False for a user's own arrays and batches."""
         return not (self.is_stream or isinstance(self.splits["train"].images, ArrayRows))
 
     @property
     def snapshot(self) -> fingerprints.DataSnapshot:
+        """What a run compares to notice that its data changed."""
         counts = {role: len(split) for role, split in self.splits.items()}
         mean = self.mean if self.normalized_by == "training images" else ()
         return fingerprints.DataSnapshot(self.fingerprint, counts, mean)
 
     @property
     def in_memory(self) -> bool:
-        """False: images are decoded as they come, and our loader does the random resized crop.
-        Batches of the user's own are not decoded here."""
+        """Whether images need no decoding in the loader, as arrays and a user's own batches.
+
+        False: the loader decodes images as they are read, and does the random resized crop.
+        """
         return self.is_stream or self.splits["train"].images is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """What it is, without its images, as JSON has it."""
-        found = (
-            "splits",
-            "damaged",
-            "left_out",
-            "multi_frame_files",
-            "notes",
-            "has_own_validation",
-        )
-        found += ("factory", "reader")
-        fields = (f.name for f in dataclasses.fields(self) if f.name not in found)
+        """Returns the facts about the data set, without its images, ready for JSON."""
+        omitted = {
+            *("splits", "damaged", "left_out", "multi_frame_files", "notes", "has_own_validation"),
+            *("factory", "reader"),
+        }
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in omitted)
         return {name: getattr(self, name) for name in fields}
 
     def describe(self) -> list[str]:
-        """Lines for the user: how many images each split has, what was left out, notes."""
+        """Returns lines for the user: images per split, files left out, notes."""
         counts = ", ".join(f"{role} {len(split):,}" for role, split in self.splits.items())
         lines = [f"{self.name}: {self.num_classes} classes; images: {counts}"]
-        if said := describe_counts(self.left_out):
-            lines.append(f"left out: {said}")
+        if left_out := describe_counts(self.left_out):
+            lines.append(f"left out: {left_out}")
         if self.multi_frame_files:
-            lines.append(
-                "files with several pictures, of which the first is used: "
-                f"{len(self.multi_frame_files)}"
-            )
+            count = len(self.multi_frame_files)
+            lines.append(f"files with several frames (only the first is used): {count}")
         return lines + [f"note: {note}" for note in self.notes]
 
     @classmethod
@@ -268,21 +274,21 @@ class Dataset:
         std: Sequence[float] | None = None,
         name: str = "arrays",
     ) -> Dataset:
-        """A data set of your own arrays, (images, labels) for each split, to give to `run`.
+        """Makes a data set of your own arrays, (images, labels) for each split. Pass it to `run`.
 
-        Images: uint8 [N H W C] or [N H W], or floats from 0 to 1; floats of another range need
-        `normalize=False`, and the network sees them as they are. Labels: integers [N]; rows of
-        soft labels [N K], each at least 0, with sum 1; or, with `task="multilabel"`, 0 and 1
-        [N K]. There are as many classes as `class_names`, else `num_classes`, else the largest
-        label + 1. `mean` and `std`, per channel of images in 0..1, are those of the training
-        images where they are not given.
+        Images are uint8 or floats from 0 to 1, [N H W C] or [N H W]. Floats of another range need
+        `normalize=False`; the network then sees them unchanged. Labels are integers [N], or soft
+        labels [N K] with rows of numbers >= 0 that sum to 1, or with `task="multilabel"` 0 and 1
+        [N K]. The number of classes is that of `class_names`, otherwise `num_classes`, otherwise
+        the largest label + 1. `mean` and `std` are per channel of images in 0..1; by default they
+        are computed from the training images.
 
-        Where there is no test split the validation split serves as test, or else a fifth of train;
-        `data.validation` of train is the validation split where there is none. All arrays but
-        floats of another precision are used as they are, without a copy: do not change them while
-        a run reads them. Raises UserError.
+        Without a test split the validation split serves as test, and without either a fifth of
+        train does. Without a validation split, `data.validation` of train becomes one. Arrays are
+        used without a copy, except floats that are not float32: do not change them while a run
+        reads them. Raises UserError if arrays or arguments do not fit.
         """
-        # By name: flax_cnns/data/array_dataset.py imports this module.
+        # Imported late: flax_cnns/data/array_dataset.py imports this module.
         return importlib.import_module("flax_cnns.data.array_dataset").from_arrays(
             dict(train=train, test=test, validation=validation),
             class_names=class_names,
@@ -309,20 +315,21 @@ class Dataset:
         std: Sequence[float] | None = None,
         name: str = "batches",
     ) -> Dataset:
-        """A data set of batches that a function of yours makes (Grain, torch, tf.data), to give to
+        """Makes a data set of batches from your own function (Grain, torch, tf.data). Pass it to
         `run`.
 
         `factory(split, start_step, process_index, process_count)` returns an iterable of {"image":
-        [n H W C], "label": [n] or [n K]} or (images, labels): this process's rows of each global
-        batch, rows process_index*n to (process_index+1)*n of `data.batch_size` (`eval_batch_size`
-        for other splits), n = batch size / process_count. "train" goes on without end from batch
-        number `start_step`, all batches of one size; the others come once, in order, with a short
-        last batch. Resuming is exact if train from a step on is always the same.
+        [n H W C], "label": [n] or [n K]} or (images, labels). Each is this process's part of a
+        global batch: rows process_index*n to (process_index+1)*n of `data.batch_size`
+        (`data.eval_batch_size` for test and validation), with n = batch size / process_count.
+        "train" starts at batch number `start_step` and never ends; all its batches have the same
+        size. The other splits are read once, in order, and their last batch may be smaller. A run
+        resumes exactly if "train" always gives the same batches from a given step on.
 
-        `sizes`: {"train": N, "test": M}, and "validation" if there is one; N images are an epoch.
-        `image_shape` is (H, W, C). Images, labels, `task`, `normalize`: as `from_arrays` has them.
-        Without `mean` and `std` those of ImageNet are used. Raises UserError, for a batch when it
-        is pulled.
+        `sizes` is {"train": N, "test": M}, and "validation" if there is one; N images are an epoch.
+        `image_shape` is (H, W, C). Images, labels, `task` and `normalize` are as in `from_arrays`.
+        `mean` and `std` default to ImageNet's. Raises UserError if the arguments do not fit, and
+        during the run if a batch does not fit.
         """
         return importlib.import_module("flax_cnns.data.batch_dataset").from_batches(
             factory,
@@ -348,13 +355,14 @@ class Dataset:
         data_dir: str = "",
         **fields: Any,
     ) -> Dataset:
-        """A data set of a TFDS builder of yours, a class or an instance, to give to `run`.
+        """Makes a data set of your own TFDS builder, a class or an instance. Pass it to `run`.
 
-        It is prepared first if needed: without TensorFlow, if it yields images that are encoded
-        already (a PNG in io.BytesIO). `image_size`: height and width that the network sees; 0: the
-        images' own, where all have one. `channels`: 1 or 3; 0: their own. `labels`: the key of the
-        class labels, where there are several. `data_dir`: "" is TFDS's default. `fields`: config
-        and version of a class. Raises UserError.
+        If the data set is not prepared yet, the run prepares it first. That needs no TensorFlow if
+        the builder yields encoded images (a PNG in io.BytesIO). `image_size` is the height and
+        width that the network sees; 0 is the images' own size, which must then be the same for all.
+        `channels` is 1 or 3; 0 is the images' own number. `labels` is the key of the class labels
+        if the data set has several. `data_dir=""` is TFDS's default. `fields`, such as config and
+        version, are passed to a class. Raises UserError if the arguments do not fit.
         """
         return importlib.import_module("flax_cnns.data.readers.tfds").from_builder(
             builder, fields, (image_size, image_size, channels), labels, data_dir
@@ -362,27 +370,34 @@ class Dataset:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Dataset:
-        """Of `as_dict`, perhaps by way of JSON: a data set of no splits."""
+        """Makes a data set without splits from `as_dict`'s facts, perhaps after a trip through
+        JSON."""
         known = {f.name for f in dataclasses.fields(cls)}
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in known}
-        return cls(**plain, splits={})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in facts.items()
+            if key in known
+        }
+        return cls(**values, splits={})
 
 
 class RawDataset(NamedTuple):
-    """What a reader found, before roles, sizes and memory."""
+    """A reader's result, before roles are assigned and images are resized or loaded."""
 
-    sources: dict[str, ImageSource]  # by the data set's own split names
+    sources: Mapping[str, ImageSource]  # by the data set's own split names
     num_classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int | None, int | None, int]  # None: they vary
-    left_out: Mapping[str, int] = MappingProxyType({})  # as Dataset has them
+    image_shape: tuple[int | None, int | None, int]  # None: sizes vary
+    left_out: Mapping[str, int] = MappingProxyType({})  # as in Dataset
     multi_frame_files: set[str] | None = None
-    provenance: dict[str, Any] = {}  # noqa: RUF012 (never changed) see `fingerprints.compute`
+    # What the reader adds to the fingerprint: see `fingerprint.compute`.
+    provenance: dict[str, Any] = {}  # noqa: RUF012 (never changed)
 
 
-def describe_counts(counts: Mapping[str, int], most: int = 8) -> str:
-    """Counts by kind as a text, the most frequent first; "" for none."""
+def describe_counts(counts: Mapping[str, int], limit: int = 8) -> str:
+    """Formats counts by kind, most frequent first and at most `limit` kinds; "" if there is
+    none."""
     kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    said = [f"{kind}: {count:,}" for kind, count in kinds[:most]]
-    rest = sum(count for _, count in kinds[most:])
-    return ", ".join(said) + (f", other kinds: {rest:,}" if rest else "")
+    parts = [f"{kind}: {count:,}" for kind, count in kinds[:limit]]
+    rest = sum(count for _, count in kinds[limit:])
+    return ", ".join(parts) + (f", other kinds: {rest:,}" if rest else "")

@@ -165,7 +165,7 @@ def run(
             if not workdirs.has_begun(workdir):
                 raise
             # The config of a begun run cannot change, and repairing a file changes the data.
-            text = f"cannot decode {error.location}: {error.why}; repair or delete it, and then"
+            text = f"cannot decode {error.location}: {error.cause}; repair or delete it, and then"
             resume = workdirs.describe_resume(workdir)
             raise UserError(f"{text} add --accept-changed-data; {resume}") from None
         except ProcessLost as error:

@@ -131,7 +131,9 @@ def test_classes_and_their_names():
     assert (named.num_classes, named.class_names, named.notes) == (3, ("a", "b", "c"), ())
     counted = Dataset.from_arrays((BYTES, LABELS), (BYTES, LABELS + 1))
     assert counted.num_classes == 4
-    assert counted.notes == ("4 classes, as the largest label is 3; num_classes= may say more",)
+    assert counted.notes == (
+        "assuming 4 classes, because the largest label is 3; num_classes= sets more",
+    )
     assert Dataset.from_arrays((BYTES, LABELS > 1)).splits["train"].labels.dtype == np.int32
 
 
@@ -230,11 +232,11 @@ def test_a_range_of_their_own_is_left_alone(config):
         with config.unlocked():
             config.augment.update(randaugment=(), pca=0.0, erase=0.0)
             config.augment.update({name: value})
-        with pytest.raises(UserError, match=rf"data\.augment\.{name} takes colors from 0 to 1"):
+        with pytest.raises(UserError, match=rf"data\.augment\.{name} needs colors from 0 to 1"):
             load_dataset(config, data=given)
     config.augment.erase = 0.0
     config.mean, config.std = (0.5,), (0.2,)
-    with pytest.raises(UserError, match=r"data\.mean and data\.std do nothing"):
+    with pytest.raises(UserError, match=r"data\.mean and data\.std have no effect"):
         load_dataset(config, data=given)
 
 
@@ -277,9 +279,14 @@ def test_rows_are_an_array():
 @pytest.mark.parametrize(
     ("images", "labels", "more", "said"),
     [
-        (np.moveaxis(BYTES, 3, 1), LABELS, {}, r"train images are \[N H W C\]: transpose \(0, 2"),
+        (
+            np.moveaxis(BYTES, 3, 1),
+            LABELS,
+            {},
+            r"expected \[N H W C\], got \[60, 3.*transpose them by \(0, 2",
+        ),
         (BYTES[0, 0], LABELS, {}, r"expected \[N H W C\] or \[N H W\], got \[6, 3\]"),
-        (BYTES[:0], LABELS[:0], {}, "of a pixel or more"),
+        (BYTES[:0], LABELS[:0], {}, "of at least one pixel"),
         (BYTES, LABELS[:-1], {}, "train has 60 images and 59 labels"),
         (BYTES.astype(int), LABELS, {}, r"are int64; expected uint8 .*: give images\.astype"),
         (BYTES > 9, LABELS, {}, r"are bool; .*: give images\.astype\(np\.float32\)"),
@@ -287,28 +294,28 @@ def test_rows_are_an_array():
         (BYTES * 1.0, LABELS, {}, "floats from 0 to 255; expected 0 to 1: divide by 255"),
         (FLOATS * np.nan, LABELS, {}, "not finite"),
         (FLOATS + np.inf, LABELS, dict(normalize=False), "not finite"),
-        (BYTES, LABELS, dict(normalize=False), "are uint8, and normalize=False is for floats"),
+        (BYTES, LABELS, dict(normalize=False), "are uint8, but normalize=False is for floats"),
         ([BYTES[0], BYTES[1, :2]], LABELS, {}, "expected one array, got list"),
         (np.array([None, BYTES], object), LABELS, {}, "of objects"),
         (BYTES, LABELS * 1.0, {}, r"are float64 \[N\]; expected integers: labels.astype\(int\)"),
-        (BYTES, LABELS.astype(str), {}, "texts"),
+        (BYTES, LABELS.astype(str), {}, "are strings"),
         (BYTES, LABELS - 1, {}, r"train, image 0: it has no label \(-1\); expected 0 to 1"),
         (BYTES, LABELS, dict(num_classes=2), "train, image 2: its label is 2; expected 0 to 1"),
-        (BYTES, LABELS * 2**40, {}, "the largest label is .* of fewer images: give num_classes="),
+        (BYTES, LABELS * 2**40, {}, "the largest label is .* fewer images: give num_classes="),
         (BYTES, soft(LABELS) * 1.01, {}, r"row 0 has the sum 1\.01"),
         (BYTES, soft(LABELS, 1.5), {}, r"smallest value -0\.25"),
-        (BYTES, SEVERAL, {}, "several classes an image are task='multilabel'"),
-        (BYTES, soft(LABELS), dict(num_classes=4), "3 columns, for 4 classes"),
+        (BYTES, SEVERAL, {}, "several classes, give task='multilabel'"),
+        (BYTES, soft(LABELS), dict(num_classes=4), "3 columns, but there are 4 classes"),
         (BYTES, LABELS, dict(task="multilabel"), r"0 and 1 \[N K\], got int64 \[60\]"),
         (BYTES, LABELS, dict(task="multi"), "task: expected one of classes, multilabel"),
         (BYTES, LABELS * 0, {}, "two classes or more, got 1"),
         (BYTES, LABELS, dict(class_names="abc"), "a sequence of names"),
-        (BYTES, LABELS, dict(class_names=["a", "b", "a"]), "'a' is there twice"),
+        (BYTES, LABELS, dict(class_names=["a", "b", "a"]), "'a' is given more than once"),
         (BYTES, LABELS, dict(class_names=["a", "b", "c"], num_classes=4), "class_names has 3"),
         (BYTES, LABELS, dict(mean=0.5), "give both, or neither"),
-        (BYTES, LABELS, dict(mean=127, std=60), r"of images in 0\.\.1"),
+        (BYTES, LABELS, dict(mean=127, std=60), r"those of images in 0\.\.1"),
         (BYTES, LABELS, dict(mean=(0.5, 0.5), std=0.2), "mean and std: expected 1 or 3 numbers"),
-        (BYTES, LABELS, dict(test=(FLOATS, LABELS)), r"test images are float32 \[8, 6, 3\], and"),
+        (BYTES, LABELS, dict(test=(FLOATS, LABELS)), r"test images are float32 \[8, 6, 3\], but"),
         (BYTES, LABELS, dict(test=BYTES), r"test: expected \(images, labels\), got uint8 \[60"),
         (BYTES, LABELS, dict(test=(BYTES, soft(LABELS))), "the same kind in all splits"),
     ],
@@ -323,10 +330,10 @@ def test_what_a_run_refuses(config):
     given = Dataset.from_arrays((BYTES, LABELS), name="mine")
     rows = Dataset.from_arrays((BYTES, soft(LABELS)))
     config.classes = (0, 7)
-    with pytest.raises(UserError, match=r"data\.classes chooses by integer labels, and arrays has"):
+    with pytest.raises(UserError, match=r"data\.classes needs integer labels, but arrays has"):
         load_dataset(config, data=rows)
     with pytest.raises(UserError, match="mine has no class 7; it has 0 to 2"):
         load_dataset(config, data=given)
     config.classes, config.mock = (), 10
-    with pytest.raises(UserError, match=r"data\.mock does not act"):
+    with pytest.raises(UserError, match=r"data\.mock does not apply"):
         load_dataset(config, data=given)

@@ -196,7 +196,7 @@ def test_digests_follow_steps_through_a_thread_that_prefetches(config):
         np.testing.assert_array_equal(next(batches)["image"], take(data, config, 7)[step]["image"])
         assert stream.digest(step + 1) == expected[step + 1]
     batches.close()
-    with pytest.raises(ValueError, match="step 0 is not kept"):
+    with pytest.raises(ValueError, match="step 0 is no longer kept"):
         stream.digest(0)
 
 
@@ -271,17 +271,25 @@ def changed(at, change):
     [
         (0, lambda b: b | {"mask": 1}, "train, step 0: expected the keys image and label, got"),
         (0, lambda b: b["image"], r"step 0: expected \{'image'.*\(images, labels\), got uint8"),
-        (0, lambda b: (np.moveaxis(b["image"], 3, 1), b["label"]), r"transpose \(0, 2, 3, 1\)"),
+        (
+            0,
+            lambda b: (np.moveaxis(b["image"], 3, 1), b["label"]),
+            r"transpose them by \(0, 2, 3, 1",
+        ),
         (0, lambda b: (b["image"][:, 1:], b["label"]), r"expected \[n 8 6 3\], got \[12, 7, 6, 3"),
         (0, lambda b: (b["image"] * 1.0, b["label"]), "step 0: images are floats from 0 to 25"),
         (0, lambda b: (b["image"], b["label"] * 2), "train, step 0, image 2: its label is 4; exp"),
         (3, lambda b: (b["image"], b["label"] - 1), r"step 3, image 0: it has no label \(-1\)"),
         (0, lambda b: (b["image"], b["label"] * 1.0), "step 0: labels are float64 .* integers"),
-        (0, lambda b: (b["image"], np.eye(4)[b["label"]]), "have 4 columns, for 3 classes"),
-        (0, lambda b: (b["image"], b["label"][1:]), "labels: expected 12, as there are images"),
+        (
+            0,
+            lambda b: (b["image"], np.eye(4)[b["label"]]),
+            "have 4 columns, but there are 3 classes",
+        ),
+        (0, lambda b: (b["image"], b["label"][1:]), "labels: expected 12, as many as images"),
         (2, lambda b: (b["image"][1:], b["label"][1:]), r"train, step 2: images: expected 12 \(d"),
         (2, lambda b: (b["image"] / 255, b["label"]), "step 2: images are float32 .* were uint8"),
-        (2, lambda b: (b["image"] + 1, b["label"].astype("U1")), "step 2: labels are texts"),
+        (2, lambda b: (b["image"] + 1, b["label"].astype("U1")), "step 2: labels are strings"),
         (2, lambda b: (b["image"].astype(int), b["label"]), "step 2: images are int64; expected"),
     ],
 )
@@ -317,15 +325,15 @@ def test_an_evaluation_that_ends_early(config):
     ("more", "said"),
     [
         (dict(factory=3), r"factory: expected a function of \(split, .*, got int"),
-        (dict(factory=lambda split: []), "it takes other arguments: too many positional"),
-        (dict(sizes={"train": 40}), "there is no 'test'"),
+        (dict(factory=lambda split: []), "but it takes other arguments: too many positional"),
+        (dict(sizes={"train": 40}), "'test' is missing"),
         (dict(sizes={"train": 40, "tset": 3}), "no split 'tset'; did you mean 'test'"),
         (dict(sizes={"train": 40, "test": 0}), r"sizes\['test'\]: expected a whole number above 0"),
         (dict(sizes=[40, 10]), r"expected \{'train': N, 'test': M\}, got \[40, 10\]"),
         (dict(image_shape=(8, 6)), r"expected \(height, width, channels\), got \(8, 6\)"),
         (dict(num_classes=None), "give num_classes= or class_names="),
         (dict(num_classes=1), "two classes or more; got 1"),
-        (dict(normalize=False, mean=0.5, std=0.5), "do nothing with normalize=False"),
+        (dict(normalize=False, mean=0.5, std=0.5), "have no effect with normalize=False"),
     ],
 )
 def test_what_is_refused(more, said):
@@ -344,14 +352,14 @@ def test_what_is_refused(more, said):
 )
 def test_what_needs_another_order_is_refused(config, field, value, said):
     config[field] = value
-    with pytest.raises(UserError, match=rf"data\.{field}=.* does not act on batches .*{said}"):
+    with pytest.raises(UserError, match=rf"data\.{field}=.* does not apply to batches .*{said}"):
         loaded(config)
     config.update(validation=0.0, fraction=1.0, classes=(), mock=0)
     config.augment.pca = 0.1
     with pytest.raises(UserError, match=r"data\.augment\.pca needs the colors of all"):
         loaded(config)
     config.augment.pca = 0.0
-    with pytest.raises(UserError, match="come without end"):
+    with pytest.raises(UserError, match="never end, and the factory may augment"):
         pipeline.eval_batches(loaded(config), "train", config)
 
 

@@ -48,7 +48,7 @@ def test_a_number_that_is_the_name_of_another_class_is_ambiguous(monkeypatch, co
     assert dataset.class_names == ("1", "10")
     assert "1 is ambiguous" in "".join(dataset.describe())
     config.classes = (0, 10)
-    with pytest.raises(UserError, match=r"10 is ambiguous: .* number 10 is none; give names"):
+    with pytest.raises(UserError, match=r"10 is ambiguous: .* and no class number 10; give names"):
         load_dataset(config, begun=True)
     config.classes = ("1", "10")
     assert load_dataset(config).class_names == ("1", "10")

@@ -64,8 +64,8 @@ def rewrite(folder):
         (rename, ["class 0 was 'arch', is 'bench'", "class 1 was 'bench', is 'vault'"]),
         (add, ["train/bench had 3 images, has 4"]),
         (move, ["test/arch had 2 images, has 3", "train/arch had 3 images, has 2"]),
-        (replace, ["test/bench has other files (2 still)"]),
-        (rewrite, ["train/arch has other files (3 still)"]),
+        (replace, ["test/bench has other files (still 2)"]),
+        (rewrite, ["train/arch has other files (still 3)"]),
     ],
 )
 def test_a_difference_names_split_and_class(folder, config, change, said):
@@ -85,12 +85,12 @@ def test_classes_that_are_not_chosen_do_not_matter(folder, config):
     assert read_fingerprint(config) == was
     rewrite(folder)  # of arch
     found = fingerprint.find_differences(was, read_fingerprint(config))
-    assert found == ["train/arch has other files (3 still)"]
+    assert found == ["train/arch has other files (still 3)"]
 
 
 def test_very_many_files_are_not_asked_for_their_sizes(folder, config, monkeypatch):
     monkeypatch.setattr(fingerprint, "MAX_SIZED_FILES", 9)
-    monkeypatch.setattr(fingerprint, "_size", lambda path: pytest.fail("asked"))
+    monkeypatch.setattr(fingerprint, "_file_size", lambda path: pytest.fail("asked"))
     was = read_fingerprint(config)
     rewrite(folder)
     assert read_fingerprint(config) == was
@@ -117,12 +117,12 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
     brighter[3, 1, 1] = 1
     for other in (take(brighter, labels), take(pixels, labels[::-1].copy())):
         assert fingerprint.find_differences(was, other) == [
-            "train has other pixels or labels (4 images still)"
+            "train has other pixels or labels (still 4 images)"
         ]
     assert fingerprint.find_differences(was, take(pixels.copy(), labels)) == []
     other = was | {"reader": "tfds", "builder": "x/1.0.0"}
     assert fingerprint.find_differences(was, other) == [
-        "it was read as archive, and is read as tfds x/1.0.0 now"
+        "it was read as archive, now it is read as tfds x/1.0.0"
     ]
 
 

@@ -46,8 +46,8 @@ def test_tasks_without_meaning(monkeypatch, config):
         wrong = {"train": ArraySource(source.images, labels, "train")}
         refused(given._replace(sources=wrong), r"train, image 7: .*expected 0 to 1")
     dots = {"train": ArraySource(source.images[:, :0], source.labels, "train")}
-    refused(given._replace(sources=dots), "own, train split: .* of a pixel or more, got 0x8")
-    refused(raw(train=50, test=0), "own, test split: expected an example or more, got none")
+    refused(given._replace(sources=dots), "own, train split: .* at least one pixel, got 0x8")
+    refused(raw(train=50, test=0), "own, test split: expected at least one example, got none")
 
 
 def test_channels(config):

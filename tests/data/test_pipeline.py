@@ -238,5 +238,5 @@ def test_batches_that_do_not_divide(config, name):
 
 
 def test_a_split_that_is_not_there(config):
-    with pytest.raises(UserError, match="no 'validation' split here; it has: test, train"):
+    with pytest.raises(UserError, match="no 'validation' split; it has: test, train"):
         pipeline.eval_batches(load_dataset(config), "validation", config)

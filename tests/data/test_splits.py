@@ -101,7 +101,7 @@ def test_a_fraction_of_the_training_examples(monkeypatch, config, in_memory):
 
 def test_a_fraction_that_loses_a_class(config):
     config.image_size, config.fraction, config.validation = 8, 0.005, 360
-    with pytest.raises(UserError, match=r"fraction=0.005 keeps 5 of 1077 .* of 5 classes none"):
+    with pytest.raises(UserError, match=r"fraction=0.005 keeps 5 of 1077 .* none of 5 classes"):
         load_dataset(config)
     config.fraction = 0.0001
     with pytest.raises(UserError, match=r"data.fraction=0.0001 takes 0 of"):

@@ -1,8 +1,8 @@
-"""The files as their authors publish them, in a folder: MNIST's four IDX files and CIFAR's tar.gz.
+"""Archives as their authors publish them: MNIST's four IDX files and CIFAR's tar.gz.
 
-CIFAR's are pickles, which may hold any code. A restricted unpickler reads them: it makes lists,
-texts and numbers, keeps the descriptions of arrays, and refuses everything else. Reading takes no
-more memory than the size of the file justifies, whatever its headers declare.
+CIFAR's archives hold pickles, which may run any code. A restricted unpickler reads them: it makes
+only lists, strings and numbers, keeps the descriptions of arrays, and refuses everything else. The
+memory for reading is bounded by the size of the file, whatever its headers declare.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -34,20 +34,21 @@ IDX_FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, struct.error)
-# Photographs hardly compress, digits fivefold, drawings more; a bomb a thousandfold.
-_RATIO, _FLOOR = 100, 1 << 26
+# Photos hardly compress, digits compress to a fifth, drawings further; a bomb to a thousandth.
+_MAX_RATIO, _FREE_BYTES = 100, 1 << 26
 
 
 def exists(name: str, directory: str) -> bool:
-    """Whether the archives of data set `name` lie in `directory`: all that isn't CIFAR is IDX."""
+    """Returns whether `directory` holds the archives of data set `name`. Data sets other than CIFAR
+    are IDX files."""
     if name in CIFAR_FILES:
         return (Path(directory).expanduser() / CIFAR_FILES[name]).exists()
-    return _idx_file(directory, IDX_FILES["train"][0]) is not None
+    return _find_idx_file(directory, IDX_FILES["train"][0]) is not None
 
 
 def read(name: str, directory: str, labels: str) -> RawDataset:
-    """Both splits, in memory. `labels`: for cifar100 "fine" (default) or "coarse". Raises
-    UserError."""
+    """Reads both splits into memory. For cifar100, `labels` is "fine" (default) or "coarse". Raises
+    UserError if a file is missing, damaged or does not fit."""
     if name in CIFAR_FILES:
         return _read_cifar(name, Path(directory).expanduser() / CIFAR_FILES[name], labels)
     if labels not in ("", "label"):
@@ -58,67 +59,74 @@ def read(name: str, directory: str, labels: str) -> RawDataset:
 # ---- IDX (http://yann.lecun.com/exdb/mnist)
 
 
-def _idx_file(directory: str, stem: str) -> Path | None:
+def _find_idx_file(directory: str, stem: str) -> Path | None:
     folder = Path(directory).expanduser()
     return next((p for p in (folder / f"{stem}.gz", folder / stem) if p.exists()), None)
 
 
 def _read_idx(name: str, directory: str) -> RawDataset:
-    sources, most = {}, {}
+    sources, largest = {}, {}
     known = KNOWN_DATASETS.get(name)
     for split, stems in IDX_FILES.items():
-        files = [_idx_file(directory, stem) for stem in stems]
-        for stem, file in zip(stems, files):
+        files = []
+        for stem in stems:
+            file = _find_idx_file(directory, stem)
             if file is None:
-                raise UserError(f"{directory!r} holds no {stem}.gz, nor {stem}")
+                raise UserError(f"{directory!r} holds neither {stem}.gz nor {stem}")
+            files.append(file)
         images, labels = (read_idx_array(file, ndim) for file, ndim in zip(files, (3, 1)))
         if len(images) != len(labels):
             raise UserError(
                 f"{files[0]} holds {len(images)} images, but {files[1]} {len(labels)} labels"
             )
         sources[split] = ArraySource(images[..., None], labels.astype(np.int32), f"{name} {split}")
-        most[split] = int(labels.max(initial=0))
-        # A data set that is not in KNOWN_DATASETS has the classes of its train split.
-        classes = known.classes if known else most["train"] + 1
-        if most[split] >= classes:
-            raise UserError(f"{files[1]} holds label {most[split]}; {name} has {classes} classes")
+        largest[split] = int(labels.max(initial=0))
+        # Unknown data sets have the classes of their train split.
+        classes = known.classes if known else largest["train"] + 1
+        if largest[split] >= classes:
+            raise UserError(
+                f"{files[1]} holds label {largest[split]}, but {name} has {classes} classes"
+            )
     names = known.class_names if known else tuple(str(i) for i in range(classes))
-    return RawDataset(sources, len(names), names, sources["train"].images.shape[1:])
+    height, width, channels = sources["train"].images.shape[1:]
+    return RawDataset(sources, len(names), names, (height, width, channels))
 
 
 def read_idx_array(file: Path, ndim: int) -> np.ndarray:
-    """The uint8 array of `ndim` dimensions in an IDX file, gzipped or not. Raises UserError."""
+    """Reads the uint8 array of an IDX file, gzipped or not. Raises UserError if the file is damaged
+    or the array has not `ndim` dimensions."""
     check_regular_file(file)
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
             zeros, kind, dims = struct.unpack(">HBB", stream.read(4))
             if zeros or kind != 8 or dims != ndim:
-                raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions")
+                raise UserError(f"{file} is not an IDX file of bytes in {ndim} dimensions")
             shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
             count = math.prod(shape)
             check_declared_size(file, count)
-            data = stream.read(count + 1)  # no more, even if the gzip goes on
-    except _DAMAGE as why:
-        raise UserError(f"{file} is damaged: {why}; get it again") from why
+            data = stream.read(count + 1)  # one byte more shows whether gzip goes on
+    except _DAMAGE as error:
+        raise UserError(f"{file} is damaged: {error}; download it again") from error
     if len(data) != count:
-        held = "more" if len(data) > count else len(data)
-        raise UserError(f"{file} is damaged: it declares {count} bytes and holds {held}")
+        actual = "more" if len(data) > count else len(data)
+        raise UserError(f"{file} is damaged: it declares {count} bytes, but holds {actual}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def check_declared_size(file: Path, declared: int) -> None:
-    """Raises UserError if a file declares more data than its size can hold."""
-    held = file.stat().st_size
-    if declared > _FLOOR + _RATIO * held:
-        raise UserError(f"{file} is refused: its {held:,} bytes declare {declared:,} of data")
+    """Raises UserError if a file declares more data than a file of its size can hold."""
+    size = file.stat().st_size
+    if declared > _FREE_BYTES + _MAX_RATIO * size:
+        raise UserError(
+            f"{file} is not read: it has {size:,} bytes, but declares {declared:,} bytes of data"
+        )
 
 
 # ---- CIFAR (https://www.cs.toronto.edu/~kriz/cifar.html)
 
 
 def _read_cifar(name: str, file: Path, labels: str) -> RawDataset:
-    ten = name == "cifar10"
-    if ten:
+    if name == "cifar10":
         keys = {"": "labels", "label": "labels"}
         parts = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
         meta, names_key = "batches.meta", "label_names"
@@ -131,95 +139,99 @@ def _read_cifar(name: str, file: Path, labels: str) -> RawDataset:
             f"{name} has no labels {labels!r}{did_you_mean(labels, filter(None, keys))}"
         )
     wanted = {meta, *parts["train"], *parts["test"]}
-    found = _unpickle_members(file, wanted)
-    if missing := sorted(wanted - set(found)):
+    contents = _unpickle_members(file, wanted)
+    if missing := sorted(wanted - set(contents)):
         raise UserError(f"{file} is not {name}'s archive: it lacks {', '.join(missing)}")
     try:
-        names = tuple(_texts(found[meta][names_key]))
+        names = tuple(_strings(contents[meta][names_key]))
         sources = {}
         for split, members in parts.items():
-            # Rows of 3072: all red, all green, all blue.
-            images = np.concatenate([_array(found[m]["data"], (np.uint8,), 2) for m in members])
+            # Rows of 3072: red, then green, then blue.
+            images = np.concatenate([_array(contents[m]["data"], (np.uint8,), 2) for m in members])
             images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            targets = np.concatenate([_numbers(found[m][keys[labels]]) for m in members])
+            targets = np.concatenate([_integers(contents[m][keys[labels]]) for m in members])
             if len(targets) != len(images) or not np.all((targets >= 0) & (targets < len(names))):
-                raise ValueError("images, labels and class names don't agree")
+                raise ValueError("images, labels and class names do not agree")
             sources[split] = ArraySource(
                 np.ascontiguousarray(images), targets.astype(np.int32), f"{name} {split}"
             )
-    except (LookupError, ValueError, TypeError, OverflowError) as why:
-        raise UserError(f"{file} is not {name}'s archive: {why!r}") from why
+    except (LookupError, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{file} is not {name}'s archive: {error!r}") from error
     return RawDataset(sources, len(names), names, (32, 32, 3))
 
 
 def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
-    """The wanted members of a tar.gz, by their last name."""
-    found = {}
+    """Returns the contents of the wanted members of a tar.gz, by file name without folder."""
+    contents: dict[str, dict] = {}
     check_regular_file(file)
     try:
         with gzip.open(file) as unpacked:
-            stream = _Bounded(unpacked, file)
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            stream = _BoundedStream(unpacked, file)
+            # tarfile needs no more than `read`.
+            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
                 for member in tar:
                     name = member.name.rsplit("/", 1)[-1]
                     if not member.isfile() or name not in wanted:
                         continue
-                    # A sparse member may declare any size, and hold nothing.
-                    if member.issparse() or name in found:
-                        why = "is sparse" if member.issparse() else "is there twice"
-                        raise UserError(f"{file} is not CIFAR's archive: its {name} {why}")
+                    # A sparse member may declare any size without holding data.
+                    if member.issparse() or name in contents:
+                        problem = "is sparse" if member.issparse() else "occurs twice"
+                        raise UserError(f"{file} is not CIFAR's archive: its {name} {problem}")
                     check_declared_size(file, member.size)
-                    found[name] = _unpickle(tar.extractfile(member).read(), f"{file}: {name}")
-            while stream.read(2**20):  # to the end, where gzip's checksum is
+                    data = tar.extractfile(member)
+                    assert data is not None  # a regular file
+                    contents[name] = _unpickle(data.read(), f"{file}: {name}")
+            while stream.read(2**20):  # to the end, which has gzip's checksum
                 pass
-    except FileNotFoundError as why:
-        raise UserError(f"there is no {file}; data.dir names the folder that holds it") from why
-    except _DAMAGE as why:
-        raise UserError(f"{file} is damaged: {why}; get it again") from why
-    return found
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {file}; set data.dir to the folder that holds it") from error
+    except _DAMAGE as error:
+        raise UserError(f"{file} is damaged: {error}; download it again") from error
+    return contents
 
 
-class _Bounded:
-    """The unpacked stream of `file`; raises UserError if it is too long for the file's size."""
+class _BoundedStream:
+    """The unpacked stream of `file`. Reading raises UserError if the stream is too long for the
+    file's size."""
 
     def __init__(self, stream: gzip.GzipFile, file: Path):
-        self.stream, self.file, self.given = stream, file, 0
+        self.stream, self.file, self.bytes_read = stream, file, 0
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
-        self.given += len(data)
-        check_declared_size(self.file, self.given)
+        self.bytes_read += len(data)
+        check_declared_size(self.file, self.bytes_read)
         return data
 
 
-class _Described:
-    """The description of an object in a pickle, its arguments and state. The object is never
+class _Description:
+    """The description of an object in a pickle: its arguments and state. The object itself is never
     made."""
 
     def __init__(self, *args: Any):
-        self.args, self.state = args, ()
+        self.args, self.state = args, cast(tuple, ())
 
     def __setstate__(self, state: tuple) -> None:
         self.state = state
 
 
-class _Array(_Described): ...
+class _Array(_Description): ...
 
 
-class _Dtype(_Described): ...
+class _Dtype(_Description): ...
 
 
-class _Encoded(_Described): ...  # bytes, as Python 3 writes them for Python 2: a text in latin1
+class _Encoded(_Description): ...  # bytes that Python 3 wrote for Python 2: a latin1 string
 
 
 def _array(value: Any, kinds: Sequence[type], ndim: int) -> np.ndarray:
-    """The array that `value` describes. Raises ValueError if it describes none, or one of other
-    kinds or dimensions, or if its bytes do not fill it."""
+    """Returns the array that `value` describes. Raises ValueError if `value` is not an array of
+    these `kinds` and dimensions, or if its bytes do not fill the shape."""
     if not isinstance(value, _Array):
         raise ValueError(f"expected an array, got a {type(value).__name__}")
     _, shape, dtype, fortran, data = value.state
     if not isinstance(dtype, _Dtype) or not re.fullmatch("[iu][1248]", dtype.args[0]):
-        raise ValueError("expected an array of whole numbers")
+        raise ValueError("expected an array of integers")
     kind = np.dtype(dtype.args[0]).newbyteorder(">" if ">" in dtype.state[1:2] else "<")
     if kind.type not in kinds or len(shape) != ndim:
         raise ValueError(f"expected {ndim} dimensions of {kinds[0].__name__}, got {kind} {shape}")
@@ -228,23 +240,23 @@ def _array(value: Any, kinds: Sequence[type], ndim: int) -> np.ndarray:
     return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
 
 
-def _numbers(value: Any) -> np.ndarray:
-    """i64 [N]"""
+def _integers(value: Any) -> np.ndarray:
+    """Returns i64 [N] from an array or a list."""
     if isinstance(value, _Array):
         return _array(value, (np.int64, np.int32, np.uint8), 1).astype(np.int64)
     if not isinstance(value, list) or not all(type(number) is int for number in value):
-        raise ValueError(f"expected a list of whole numbers, got a {type(value).__name__}")
+        raise ValueError(f"expected a list of integers, got a {type(value).__name__}")
     return np.array(value, np.int64)
 
 
-def _texts(value: Any) -> list[str]:
+def _strings(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"expected a list of texts, got a {type(value).__name__}")
+        raise ValueError(f"expected a list of strings, got a {type(value).__name__}")
     return value
 
 
-class _PlainOnly(pickle.Unpickler):
-    """Makes no object that a pickle asks for, and keeps its description."""
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Keeps the description of each object in a pickle, and never makes the object."""
 
     ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _Array,
@@ -263,16 +275,16 @@ class _PlainOnly(pickle.Unpickler):
 def _unpickle(data: bytes, where: str) -> dict:
     try:
         for op, argument, at in pickletools.genops(data):
-            # An unpickler makes room for as many entries as the highest number that it meets.
-            if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > at:
+            # An unpickler allocates as many memo entries as the highest index in the pickle.
+            if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > (at or 0):
                 raise pickle.UnpicklingError("it has an absurd number of entries")
-        value = _PlainOnly(io.BytesIO(data), encoding="latin1").load()
+        value = _RestrictedUnpickler(io.BytesIO(data), encoding="latin1").load()
     except MemoryError:
         raise
-    except Exception as why:  # a broken pickle raises whatever its bytes happen to say
+    except Exception as error:  # a broken pickle may raise any error
         raise UserError(
-            f"{where} is refused: {why}; CIFAR's own files hold arrays, lists and text only"
-        ) from why
+            f"{where} is not read: {error}; CIFAR's own files hold only arrays, lists and strings"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{where} is no CIFAR file: a {type(value).__name__}, not a dict")
+        raise UserError(f"{where} is not a CIFAR file: expected a dict, got {type(value).__name__}")
     return value

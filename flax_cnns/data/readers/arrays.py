@@ -1,4 +1,4 @@
-"""Arrays in memory."""
+"""Arrays in memory as an image source."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from flax_cnns.data.types import ImageSource
+from flax_cnns.data.types import ArrayRows, ImageSource
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    images: np.ndarray  # u8 [N H W C]
+    """Images and labels in memory."""
+
+    images: np.ndarray | ArrayRows  # u8 [N H W C]
     labels: np.ndarray
     name: str
 

@@ -1,12 +1,12 @@
-"""The embedded default: scikit-learn's handwritten digits as a TFDS data set, made in seconds
+"""The default data set: scikit-learn's handwritten digits as a TFDS data set, prepared in seconds
 without network or TensorFlow.
 
 1797 images of 8x8 pixels with values 0 to 16 (E. Alpaydin and C. Kaynak, Optical Recognition of
-Handwritten Digits, UCI, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0; the copy that
-scikit-learn ships is the original's test part). The split is ours, stratified and fixed: 1077 to
-train, 360 to validate, 360 to test.
+Handwritten Digits, UCI, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0; scikit-learn's copy is
+the test part of the original). The split is ours, stratified and fixed: 1077 for training, 360 for
+validation, 360 for test.
 
-This module imports tensorflow_datasets: import it where it is used, not at the top.
+This module imports tensorflow_datasets: import it inside functions, not at the top of a module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-SPLIT_SEED = 0  # not chosen by its score
+SPLIT_SEED = 0  # not chosen by a score
 VALIDATION_SIZE = TEST_SIZE = 360
 
 
@@ -42,8 +42,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        # Here and not above: once the data set is prepared, scikit-learn (a second to import) isn't
-        # needed.
+        # Imported here because scikit-learn takes a second, and is not needed once the data set is
+        # prepared.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -64,7 +64,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, images, labels, rows):
         for row in rows:
-            # Encoded here: to encode an array TFDS would need TensorFlow.
+            # Encoded here, because TFDS needs TensorFlow to encode an array.
             png = io.BytesIO()
             Image.fromarray(images[row]).save(png, format="PNG")
             png.seek(0)

@@ -1,4 +1,4 @@
-"""A file of NumPy arrays, FILE.npz, as Keras and MedMNIST name them."""
+"""A file of NumPy arrays, FILE.npz, with the array names of Keras or MedMNIST."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
-# The keys of images and labels by split, of which a file has either all of Keras's or MedMNIST's.
+# The names of images and labels by split. A file has those of Keras or those of MedMNIST.
 KEYS = {
     "keras": {
         "train": ("x_train", "y_train"),
@@ -34,7 +34,7 @@ _DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.err
 
 
 def find_file(name: str, directory: str) -> Path:
-    """The file: in `directory` where it is given. Raises UserError."""
+    """Returns the path of `name` in `directory`. Raises UserError if there is no such file."""
     path = Path(directory).expanduser() / Path(name).expanduser()
     if not path.exists():
         folder = path.parent
@@ -45,58 +45,64 @@ def find_file(name: str, directory: str) -> Path:
 
 
 def read(name: str, directory: str) -> Dataset:
-    """The data set of FILE.npz, as `Dataset.from_arrays` makes it. Raises UserError."""
+    """Reads FILE.npz into a data set of `Dataset.from_arrays`. Raises UserError if the file is
+    missing or damaged, or if its arrays do not fit."""
     path = find_file(name, directory)
     try:
         with zipfile.ZipFile(path) as file:
-            found = {member.removesuffix(".npy"): member for member in file.namelist()}
-            keys = _find_keys(path, set(found))
+            members = {member.removesuffix(".npy"): member for member in file.namelist()}
+            keys = _find_keys(path, set(members))
             wanted = [key for pair in keys.values() for key in pair]
-            wanted += [CLASS_NAMES_KEY] if CLASS_NAMES_KEY in found else []
-            arrays = {key: _array(path, file, found[key], key) for key in wanted}
+            wanted += [CLASS_NAMES_KEY] if CLASS_NAMES_KEY in members else []
+            arrays = {key: _read_array(path, file, members[key], key) for key in wanted}
     except UserError:
         raise
-    except zipfile.BadZipFile as why:
-        raise UserError(f"{path} is not a file that np.savez writes, or is damaged: {why}") from why
-    except _DAMAGE as why:
-        raise UserError(f"{path} is damaged: {why or type(why).__name__}; get it again") from why
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{path} is not a file written by np.savez, or is damaged: {error}"
+        ) from error
+    except _DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is damaged: {reason}; get another copy") from error
     class_names = arrays.pop(CLASS_NAMES_KEY, None)
     labels = [arrays[pair[1]] for pair in keys.values()]
-    task = "multilabel" if any(map(_has_several, labels)) else "classes"
+    task = "multilabel" if any(map(_has_multiple_labels, labels)) else "classes"
+    splits: dict[str, Any] = {split: (arrays[a], arrays[b]) for split, (a, b) in keys.items()}
     dataset = Dataset.from_arrays(
-        **{split: (arrays[a], arrays[b]) for split, (a, b) in keys.items()},
+        **splits,
         class_names=None if class_names is None else class_names.reshape(-1).tolist(),
         task=task,
         name=name,
     )
     notes = list(dataset.notes)
     if task == "multilabel":
-        notes.append(f"{path.name} has several labels an image: the task is multilabel")
-    if unread := sorted(set(found) - set(wanted)):
+        notes.append(f"{path.name} has several labels per image: the task is multilabel")
+    if unread := sorted(set(members) - set(wanted)):
         notes.append(f"{path.name} has arrays that are not read: {', '.join(unread[:8])}")
     return dataclasses.replace(dataset, notes=tuple(notes))
 
 
-def _find_keys(path: Path, found: set[str]) -> dict[str, tuple[str, str]]:
-    """The keys of images and labels of each split that the file has. Raises UserError."""
-    for names in KEYS.values():
-        if not found & set(names["train"]):
+def _find_keys(path: Path, names: set[str]) -> dict[str, tuple[str, str]]:
+    """Returns the names of images and labels of each split in the file, given the `names` of all
+    its arrays. Raises UserError if one of a pair is missing, or both of train."""
+    for convention in KEYS.values():
+        if not names & set(convention["train"]):
             continue
-        keys = {split: pair for split, pair in names.items() if found & set(pair)}
+        keys = {split: pair for split, pair in convention.items() if names & set(pair)}
         for image, label in keys.values():
-            if missing := {image, label} - found:
-                raise UserError(f"{path} has no {missing.pop()}; it has: {_listed(found)}")
+            if missing := {image, label} - names:
+                raise UserError(f"{path} has no {missing.pop()}; it has: {_list_names(names)}")
         return keys
-    expected = " or ".join(", ".join(names["train"] + names["test"]) for names in KEYS.values())
-    raise UserError(f"{path}: expected arrays called {expected}; it has: {_listed(found)}")
+    expected = " or ".join(", ".join(keys["train"] + keys["test"]) for keys in KEYS.values())
+    raise UserError(f"{path}: expected arrays called {expected}; it has: {_list_names(names)}")
 
 
-def _listed(found: set[str]) -> str:
-    return ", ".join(sorted(found)[:12]) or "none"
+def _list_names(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:12]) or "none"
 
 
-def _array(path: Path, file: zipfile.ZipFile, member: str, key: str) -> np.ndarray:
-    """One array; nothing is unpickled, and no more memory taken than the file's size justifies."""
+def _read_array(path: Path, file: zipfile.ZipFile, member: str, key: str) -> np.ndarray:
+    """Reads one array without unpickling. The memory is bounded by the size of the file."""
     info = file.getinfo(member)
     check_declared_size(path, info.file_size)
     with file.open(member) as stream:
@@ -106,12 +112,12 @@ def _array(path: Path, file: zipfile.ZipFile, member: str, key: str) -> np.ndarr
             (2, 0): np.lib.format.read_array_header_2_0,
         }.get(version)
         if read_header is None:
-            raise ValueError(f"{key} is of the format {version}")
+            raise ValueError(f"{key} has the unknown format {version}")
         shape, _, dtype = read_header(stream)
     if dtype.hasobject:
         raise UserError(
-            f"{path}: {key} is a pickled array of objects, which may hold any code and is not"
-            " read; save numbers, or names as np.array(names, str)"
+            f"{path}: {key} is a pickled array of objects, which is not read because a pickle may"
+            " run any code; save numbers, or names as np.array(names, str)"
         )
     if math.prod(shape) * dtype.itemsize > info.file_size:
         raise ValueError(f"{key} declares {list(shape)} of {dtype} in {info.file_size} bytes")
@@ -119,8 +125,8 @@ def _array(path: Path, file: zipfile.ZipFile, member: str, key: str) -> np.ndarr
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def _has_several(labels: Any) -> bool:
-    """Whether rows of 0 and 1 have another number of ones than one."""
+def _has_multiple_labels(labels: np.ndarray) -> bool:
+    """Returns whether labels are rows of 0 and 1, and some row does not have exactly one 1."""
     if labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype.kind not in "biu":
         return False
     return bool(np.isin(labels, (0, 1)).all() and (labels.sum(1) != 1).any())

@@ -1,7 +1,7 @@
-"""Data sets through TFDS: what is prepared is read (array_record, no TensorFlow), what isn't is
-prepared if that is possible.
+"""Data sets through TFDS. Prepared data sets are read without TensorFlow (array_record); others are
+prepared first, if possible.
 
-This module imports tensorflow_datasets (half a second): import it where it is used.
+This module imports tensorflow_datasets (half a second): import it inside functions.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from flax_cnns.data.readers import (
 from flax_cnns.data.types import Dataset, ImageSource, RawDataset, WrongLabel
 from flax_cnns.errors import UserError, did_you_mean
 
-NETWORK_TIMEOUT = 4.0  # to reach the host that a data set is downloaded from
+NETWORK_TIMEOUT = 4.0  # seconds, to reach the host of a download
 
-# The user's word -> TFDS's key, where they differ; "" is the default.
+# By data set: the name of a kind of labels (`data.labels`) -> its key in TFDS, if they differ.
 LABEL_KEYS = {"cifar100": {"fine": "label", "coarse": "coarse_label"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
+    """The examples of a split that TFDS has prepared."""
+
     records: Any  # tfds.data_source whose images are not decoded
     image_key: str
     label_key: str
@@ -61,8 +63,8 @@ class TfdsSource:
         return f"{self.name}, example {i}"
 
     def fetch(self, rows: np.ndarray) -> ImageSource:
-        rows = [int(row) for row in rows]  # many at a time is quicker than one by one
-        records = dict(zip(rows, self.records.__getitems__(rows)))
+        indices = [int(row) for row in rows]
+        records = dict(zip(indices, self.records.__getitems__(indices)))  # faster than one by one
         return dataclasses.replace(self, records=records)
 
     def __repr__(self) -> str:
@@ -76,8 +78,8 @@ def from_builder(
     labels: str,
     data_dir: str,
 ) -> Dataset:
-    """See `Dataset.from_tfds`; 0 in `image_shape` stands for the builder's own."""
-    kind = builder if isinstance(builder, type) else type(builder)
+    """See `Dataset.from_tfds`. 0 in `image_shape` stands for the builder's own."""
+    kind: Any = builder if isinstance(builder, type) else type(builder)
     if not issubclass(kind, tfds.core.DatasetBuilder):
         raise UserError(
             "from_tfds: expected a tfds.core.DatasetBuilder, a class or an instance, got"
@@ -91,10 +93,12 @@ def from_builder(
         raise UserError(f"channels: expected 0 (the images' own), 1 or 3, got {channels!r}")
     if kind is not builder and (fields or data_dir):
         given = ", ".join([*fields, *(["data_dir"] if data_dir else [])])
-        raise UserError(f"from_tfds: {given} act on a class, and {kind.name} is made already")
+        raise UserError(
+            f"from_tfds: {given} apply to a builder class, but this {kind.name} is an instance"
+        )
 
-    def read_it(prepare: bool) -> RawDataset:
-        return _read(lambda: _made(builder, fields, data_dir), kind.name, labels, prepare)
+    def read_builder(prepare: bool) -> RawDataset:
+        return _read(lambda: _make_builder(builder, fields, data_dir), kind.name, labels, prepare)
 
     return Dataset(
         name=kind.name,
@@ -105,32 +109,35 @@ def from_builder(
         std=(),
         normalized_by="",
         splits={},
-        reader=read_it,
+        reader=read_builder,
     )
 
 
-def _made(builder: Any, fields: Mapping[str, Any], directory: str) -> tfds.core.DatasetBuilder:
-    """The instance, of a class too. Raises UserError."""
+def _make_builder(
+    builder: Any, fields: Mapping[str, Any], directory: str
+) -> tfds.core.DatasetBuilder:
+    """Returns `builder`, or an instance if `builder` is a class. Raises UserError if that fails."""
     if not isinstance(builder, type):
         return builder
     try:
         with _quiet():
             return builder(data_dir=_data_dir(directory), file_format="array_record", **fields)
-    except Exception as why:  # of the user's own code
-        raise UserError(f"cannot make {builder.__name__}: {_line(why)}") from why
+    except Exception as error:  # any error of the user's own code
+        raise UserError(f"cannot make {builder.__name__}: {_one_line(error)}") from error
 
 
 def read(name: str, directory: str, labels: str, *, prepare: bool = True) -> RawDataset:
-    """The data set `name`; with `prepare` it is prepared first if needed. Raises UserError."""
-    return _read(lambda: _builder(name, directory), name, labels, prepare)
+    """Reads the data set `name`. With `prepare`, prepares it first if needed. Raises UserError if
+    the data set is unknown, not prepared or damaged, or has no such labels."""
+    return _read(lambda: _find_builder(name, directory), name, labels, prepare)
 
 
 def _read(
     make: Callable[[], tfds.core.DatasetBuilder], name: str, labels: str, prepare: bool
 ) -> RawDataset:
     builder = make()
-    label_key = _label_key(builder, labels)
-    image_key = _image_key(builder)
+    label_key = _find_label_key(builder, labels)
+    image_key = _find_image_key(builder)
     if not _is_prepared(builder):
         if not prepare:
             raise UserError(f"{name} is not prepared in {builder.data_dir}")
@@ -140,53 +147,58 @@ def _read(
         raise UserError(
             f"{builder.data_dir} is prepared as {builder.info.file_format.value}, which cannot be "
             "read without TensorFlow; prepare it as array_record in another data.dir: "
-            + _command(name)
+            + _prepare_command(name)
         )
     sources, left_out = {}, {}
-    num_classes, class_names = _classes(builder, label_key)
+    num_classes, class_names = _find_classes(builder, label_key)
     for split in builder.info.splits:
         try:
             records = builder.as_data_source(
                 split=split, decoders={image_key: tfds.decode.SkipDecoding()}
             )
-            # TFDS marks the labels of a test split that nobody has published by -1: such a split is
-            # of no use.
-            some = np.unique(np.linspace(0, len(records) - 1, 5).astype(int)) if records else []
-            hidden = all(int(records[int(i)][label_key]) == -1 for i in some)
-        except (OSError, ValueError, RuntimeError, KeyError, IndexError) as why:
+            # TFDS marks unpublished labels of a test split by -1: such a split cannot be used.
+            last = len(records) - 1
+            probed: Any = np.unique(np.linspace(0, last, 5).astype(int)) if records else []
+            is_unlabeled = all(int(records[int(i)][label_key]) == -1 for i in probed)
+        except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
             raise UserError(
-                f"cannot read {builder.data_dir}: {_line(why)}; "
-                "delete the folder to prepare it anew"
-            ) from why
-        if not hidden:
+                f"cannot read {builder.data_dir}: {_one_line(error)}; "
+                "delete the folder to prepare it again"
+            ) from error
+        if not is_unlabeled:
             sources[split] = TfdsSource(
                 records, image_key, label_key, f"{name} {split}", num_classes
             )
             continue
-        why = "labels" if len(records) else "examples"
+        missing = "labels" if len(records) else "examples"
         if split == "train":
-            raise UserError(f"the train split of {builder.data_dir} has no {why}")
-        left_out[f"{split} split, which has no {why}"] = 1
-    raw = RawDataset(sources, num_classes, class_names, _shape(builder, image_key), left_out)
-    return raw._replace(provenance=_about(builder, sources))
+            raise UserError(f"the train split of {builder.data_dir} has no {missing}")
+        left_out[f"{split} split, which has no {missing}"] = 1
+    raw = RawDataset(sources, num_classes, class_names, _find_shape(builder, image_key), left_out)
+    return raw._replace(provenance=_describe_provenance(builder, sources))
 
 
-def _about(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> dict[str, Any]:
-    """What the fingerprint has of the builder. Bytes only of a user's own: the version of a stock
-    data set says what it holds, and its bytes depend on the encoder of the images."""
-    about: dict[str, Any] = {"builder": builder.info.full_name}
+def _describe_provenance(
+    builder: tfds.core.DatasetBuilder, splits: Iterable[str]
+) -> dict[str, Any]:
+    """Returns the builder's part of the fingerprint. Only a user's own builder has bytes: the
+    version of a stock data set identifies its content, and its bytes depend on the image encoder.
+    """
+    provenance: dict[str, Any] = {"builder": builder.info.full_name}
     if builder.name not in tfds.list_builders(with_community_datasets=False):
-        about["bytes"] = {split: int(builder.info.splits[split].num_bytes) for split in splits}
-    return about
+        provenance["bytes"] = {split: int(builder.info.splits[split].num_bytes) for split in splits}
+    return provenance
 
 
 def read_facts(name: str, directory: str, labels: str) -> tuple[int, tuple[str, ...], int]:
-    """Classes, class names and channels of a data set that need not be prepared."""
-    builder = _builder(name, directory)
-    return *_classes(builder, _label_key(builder, labels)), _shape(builder, _image_key(builder))[2]
+    """Returns the number of classes, their names and the number of channels. The data set need not
+    be prepared."""
+    builder = _find_builder(name, directory)
+    classes = _find_classes(builder, _find_label_key(builder, labels))
+    return *classes, _find_shape(builder, _find_image_key(builder))[2]
 
 
-def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
+def _find_builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     base = base_name(name)
     known = tfds.list_builders(with_community_datasets=False)
     path = _data_dir(directory)
@@ -201,15 +213,13 @@ def _builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
             if not _is_prepared(builder):
                 builder = tfds.builder(name, data_dir=path, file_format="array_record")
             return builder
-    except (
-        Exception
-    ) as why:  # TFDS has a dozen kinds, of unknown configs, versions and damaged metadata
+    except Exception as error:  # a dozen kinds: unknown configs and versions, damaged metadata
         if (path / base).is_dir():
             raise UserError(
-                f"what {path / base} holds cannot be read ({_line(why)}); "
-                "remove it to have it prepared again"
-            ) from why
-        raise UserError(f"TFDS has no {name!r} in {path}: {_line(why)}") from why
+                f"cannot read the files in {path / base} ({_one_line(error)}); remove the folder"
+                " to prepare it again"
+            ) from error
+        raise UserError(f"TFDS has no {name!r} in {path}: {_one_line(error)}") from error
 
 
 def _data_dir(directory: str) -> Path:
@@ -217,16 +227,16 @@ def _data_dir(directory: str) -> Path:
 
 
 def _is_stock(builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether TFDS has the builder, and not the user or this package."""
+    """Returns whether the builder comes with TFDS, not from the user or this package."""
     return type(builder).__module__.partition(".")[0] == "tensorflow_datasets"
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    # builder.is_prepared() says the same, but warns where the answer is no.
+    # builder.is_prepared() is the same check, but warns if the data set is not prepared.
     return (Path(builder.data_dir) / "dataset_info.json").exists()
 
 
-def _image_key(builder: tfds.core.DatasetBuilder) -> str:
+def _find_image_key(builder: tfds.core.DatasetBuilder) -> str:
     features = builder.info.features
     for key in ("image", *features):
         if key in features and isinstance(features[key], tfds.features.Image):
@@ -236,7 +246,7 @@ def _image_key(builder: tfds.core.DatasetBuilder) -> str:
     )
 
 
-def _label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
+def _find_label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
     features = builder.info.features
     keys = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
     if not keys:
@@ -249,21 +259,21 @@ def _label_key(builder: tfds.core.DatasetBuilder, wanted: str) -> str:
     raise UserError(f"{builder.name} has no labels {wanted!r}{did_you_mean(wanted, names)}")
 
 
-def _classes(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int, tuple[str, ...]]:
+def _find_classes(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int, tuple[str, ...]]:
     feature = builder.info.features[key]
     known = KNOWN_DATASETS.get(builder.name)
-    # Some builders know their names only once they are prepared, or never (svhn).
+    # Some builders know the class names only once they are prepared, or never (svhn).
     names = known.class_names if known and known.class_names else feature.names
     return feature.num_classes, tuple(names)
 
 
-def _shape(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int | None, int | None, int]:
+def _find_shape(builder: tfds.core.DatasetBuilder, key: str) -> tuple[int | None, int | None, int]:
     height, width, channels = builder.info.features[key].shape
     return height, width, 1 if channels == 1 else 3
 
 
-def _command(name: str) -> str:
-    # Not TFDS's own command line: that needs Apache Beam as well.
+def _prepare_command(name: str) -> str:
+    # Not TFDS's own command line, which also needs Apache Beam.
     return (
         "pip install 'flax_cnns[prepare]' && python -c \"import tensorflow_datasets as tfds; "
         f"tfds.builder('{name}', data_dir='DIR', file_format='array_record')"
@@ -274,43 +284,46 @@ def _command(name: str) -> str:
 def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     path = Path(builder.data_dir)
     stock = _is_stock(builder)
-    if stock or builder.url_infos:  # a builder of the user's own may download nothing
+    if stock or builder.url_infos:  # a user's own builder may need no download
         host = _download_host(builder)
         if not _reachable(host):
             raise UserError(
-                f"{name} is not prepared in {path} and {host} cannot be reached: prepare it where "
-                f"there is a network ({_command(name)}){_archives(builder.name)} and set "
-                "data.dir=DIR, or try data.name=digits or data.mock=1000"
+                f"{name} is not prepared in {path} and {host} cannot be reached: prepare it on a "
+                f"machine with a network ({_prepare_command(name)})"
+                f"{_describe_archives(builder.name)} and set data.dir=DIR, or try data.name=digits "
+                "or data.mock=1000"
             )
         if stock and importlib.util.find_spec("tensorflow") is None:
             raise UserError(
-                f"{name} is not prepared in {path}, and to prepare it, not to read it, TFDS needs "
-                "TensorFlow: pip install 'flax_cnns[prepare]'"
+                f"{name} is not prepared in {path}, and TFDS needs TensorFlow to prepare it (not "
+                "to read it): pip install 'flax_cnns[prepare]'"
             )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent / ".lock"):
-            # Another process may have been first. TFDS writes into a folder of another name and
-            # renames it: a process killed half-way leaves nothing that looks prepared.
+            # Another process may have prepared it meanwhile. TFDS writes to a folder of another
+            # name and renames it at the end: a killed process leaves nothing that looks prepared.
             if not _is_prepared(builder):
                 with _quiet() if builder.name == "digits" else contextlib.nullcontext():
                     builder.download_and_prepare(file_format="array_record")
-    except OSError as why:
-        raise UserError(f"cannot prepare {name} in {path}: {why}; choose another data.dir") from why
-    except ImportError as why:
-        if importlib.util.find_spec("tensorflow") is not None:
-            raise UserError(f"TFDS cannot prepare {name} in {path}: {_line(why)}") from why
+    except OSError as error:
         raise UserError(
-            f"to prepare {name}, not to read it, TFDS needs TensorFlow (pip install"
-            " 'flax_cnns[prepare]'), unless its builder yields images that are encoded already: a"
-            " PNG in io.BytesIO, or the path of a file"
-        ) from why
-    except Exception as why:  # of downloads, checksums, missing manual files, missing packages
-        raise UserError(f"TFDS cannot prepare {name} in {path}: {_line(why)}") from why
+            f"cannot prepare {name} in {path}: {error}; choose another data.dir"
+        ) from error
+    except ImportError as error:
+        if importlib.util.find_spec("tensorflow") is not None:
+            raise UserError(f"TFDS cannot prepare {name} in {path}: {_one_line(error)}") from error
+        raise UserError(
+            f"TFDS needs TensorFlow to prepare {name} (not to read it): pip install"
+            " 'flax_cnns[prepare]', or let the builder yield encoded images, as a PNG in io.BytesIO"
+            " or the path of a file"
+        ) from error
+    except Exception as error:  # downloads, checksums, missing manual files, missing packages
+        raise UserError(f"TFDS cannot prepare {name} in {path}: {_one_line(error)}") from error
 
 
-def _archives(name: str) -> str:
-    """What else the user may put into data.dir."""
+def _describe_archives(name: str) -> str:
+    """Says which archives may be put into data.dir instead."""
     if name in archives.CIFAR_FILES:
         return f", or put {archives.CIFAR_FILES[name]} into DIR,"
     if "mnist" in name:
@@ -329,7 +342,7 @@ def _reachable(host: str) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel opens the lock of one that dies."""
+    """Admits one process at a time. The kernel releases the lock if its process dies."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -337,7 +350,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's progress bars, its lines of "Unknown size" and its log of what it loads."""
+    """Silences TFDS: its progress bars, its "Unknown size" lines and its log."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()
@@ -349,7 +362,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _line(why: Exception) -> str:
-    """The first line of an error, for errors that are pages."""
-    text = " ".join(str(why).split()) or type(why).__name__
+def _one_line(error: Exception) -> str:
+    """Returns an error as one line of at most 300 characters; some errors fill pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else text[:300] + " …"

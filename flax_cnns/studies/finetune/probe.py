@@ -263,7 +263,7 @@ def _train_classifier(
     )
     size = config.data.batch_size
     positions = range(total * size)
-    rows_in_order = [pipeline.row_at(i, config.seed, len(labels)) for i in positions]
+    rows_in_order = [pipeline.find_row(i, config.seed, len(labels)) for i in positions]
     order = jnp.asarray(rows_in_order).reshape(total, size)
 
     def train(head: PyTree, x: Array, labels: Array, order: Array) -> PyTree:

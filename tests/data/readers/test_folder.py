@@ -248,10 +248,12 @@ def test_links_are_followed_and_each_file_counts_once(folder, config):
     assert dataset.left_out == {
         "broken links": 2,
         "folders that are linked twice": 1,
-        "links to images that are there already": 2,
+        "links to images that are already counted": 2,
     }
     os.symlink("../blue", red / "more")
-    with pytest.raises(UserError, match=r"blue.00.jpg and .*more.00.jpg are one file in two clas"):
+    with pytest.raises(
+        UserError, match=r"blue.00.jpg and .*more.00.jpg are the same file in two clas"
+    ):
         load_dataset(config)
 
 
@@ -260,21 +262,23 @@ def test_a_file_in_two_splits_is_an_error_that_names_both(folder, config, link):
     fill(folder / "train", 2)
     fill(folder / "test", 1)
     link(folder / "train" / "red" / "01.jpg", folder / "test" / "red" / "02.jpg")
-    with pytest.raises(UserError, match=r"red.0\d.jpg and .*red.0\d.jpg are one file in two sp"):
+    with pytest.raises(
+        UserError, match=r"red.0\d.jpg and .*red.0\d.jpg are the same file in two sp"
+    ):
         load_dataset(config)
 
 
 def test_files_that_a_network_drive_numbers_alike_are_not_one_file(folder, config, monkeypatch):
     fill(folder / "train", 2)
     fill(folder / "test", 1)
-    entries = reader._images
+    entries = reader._find_images
 
     def alike(*given):
         return [image._replace(inode=7) for image in entries(*given)]
 
     status = os.stat(folder / "train" / "red" / "01.jpg")
     drive = types.SimpleNamespace(**vars(os) | {"stat": lambda path: status})
-    monkeypatch.setattr(reader, "_images", alike)
+    monkeypatch.setattr(reader, "_find_images", alike)
     monkeypatch.setattr(reader, "os", drive)
     assert counts(load_dataset(config))["test"] == [1, 1, 1]
 
@@ -302,7 +306,7 @@ def test_splits_by_other_names_are_splits_and_each_is_there_once(folder, config)
     (folder / "masks").mkdir()
     dataset = load_dataset(config)
     assert counts(dataset)["test"] == [2, 2, 2]
-    assert dataset.left_out == {"folders that are no split (masks)": 1}
+    assert dataset.left_out == {"folders that are not splits (masks)": 1}
     fill(folder / "testing", 1)
     with pytest.raises(UserError, match=r"TEST and .*testing are both the test split"):
         load_dataset(config)

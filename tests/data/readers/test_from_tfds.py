@@ -115,14 +115,14 @@ def test_sizes_and_labels(config, tmp_path):
     with pytest.raises(UserError, match=r"wide_stripes has images of 4x8, .*image_size="):
         load_dataset(config, data=Dataset.from_tfds(WideStripes, **where))
     config.mock = 10
-    with pytest.raises(UserError, match=r"data\.mock does not act on .* \(stripes\)"):
+    with pytest.raises(UserError, match=r"data\.mock does not apply to .* \(stripes\)"):
         load_dataset(config, data=Dataset.from_tfds(Stripes, **where))
 
 
 @pytest.mark.skipif(not WITHOUT, reason="TensorFlow encodes them")
 def test_what_needs_tensorflow_is_said(config, tmp_path):
-    said = "needs TensorFlow .*, unless its builder yields images that are encoded already: a PNG"
-    with pytest.raises(UserError, match=f"to prepare bare_stripes, .* {said}"):
+    message = "needs TensorFlow to prepare bare_stripes .*, or let the builder yield encoded images"
+    with pytest.raises(UserError, match=message):
         load_dataset(config, data=Dataset.from_tfds(BareStripes, data_dir=str(tmp_path)))
 
 
@@ -132,7 +132,9 @@ def test_errors_of_the_builder_are_lines(config, tmp_path):
     with pytest.raises(UserError, match=r"expected a tfds.core.DatasetBuilder, .*, got int"):
         Dataset.from_tfds(3)
     made = Stripes(data_dir=tmp_path)
-    with pytest.raises(UserError, match="version, data_dir act on a class, and stripes is made"):
+    with pytest.raises(
+        UserError, match="version, data_dir apply to a builder class, but this stripes is"
+    ):
         Dataset.from_tfds(made, version="1.0.0", data_dir="x")
     with pytest.raises(UserError, match=r"image_size: expected a whole number .*, got -3"):
         Dataset.from_tfds(Stripes, image_size=-3)

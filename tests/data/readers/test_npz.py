@@ -82,8 +82,8 @@ def test_files_that_are_something_else(config, save):
     path = save(**KERAS)
     whole = path.read_bytes()
     for damaged, said in (
-        (pickle.dumps(IMAGES), "is not a file that np.savez writes"),
-        (whole[: len(whole) // 2], "is not a file that np.savez writes"),
+        (pickle.dumps(IMAGES), "is not a file written by np.savez"),
+        (whole[: len(whole) // 2], "is not a file written by np.savez"),
         (whole.replace(IMAGES.tobytes()[:64], bytes(64), 1), "is damaged: Bad CRC-32"),
     ):
         path.write_bytes(damaged)
@@ -117,5 +117,7 @@ def test_a_file_that_declares_more_than_it_holds(config, save):
         if whole[at : at + 4] == b"PK\x01\x02":
             whole[at + 24 : at + 28] = struct.pack("<I", 2**31)
     path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"is refused: its .* bytes declare 2,147,483,648"):
+    with pytest.raises(
+        UserError, match=r"is not read: it has .* bytes, but declares 2,147,483,648"
+    ):
         load_dataset(config)

@@ -167,7 +167,7 @@ def test_what_tfds_says_of_a_failed_download_is_one_line(monkeypatch, config, tm
 
 
 def test_a_proxy_is_what_must_be_reached(monkeypatch):
-    builder = tfds_reader._builder("cifar10", "none")
+    builder = tfds_reader._find_builder("cifar10", "none")
     for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     assert tfds_reader._download_host(builder) == "www.cs.toronto.edu"
