@@ -1,4 +1,4 @@
-"""A config of the data alone."""
+"""The config of data tests: `config.data`, with the digits."""
 
 import pytest
 

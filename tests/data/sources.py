@@ -1,4 +1,4 @@
-"""What a reader may hand over, for tests."""
+"""A reader's result, for tests."""
 
 import numpy as np
 

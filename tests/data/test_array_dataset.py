@@ -1,4 +1,4 @@
-"""A user's own arrays: what is taken, what is refused and how, and what a run makes of them."""
+"""A user's own arrays: accepted arrays, refusals, and the data set of a run."""
 
 import json
 
@@ -36,7 +36,7 @@ def soft(labels, share=0.9):
     return rows
 
 
-# ---- what is taken
+# ---- accepted arrays
 
 
 def test_arrays_are_not_copied():
@@ -63,8 +63,8 @@ def test_splits_are_cut_without_copies(config):
 
 
 @pytest.mark.parametrize("labels", [LABELS, soft(LABELS)], ids=["integers", "soft"])
-def test_the_order_is_that_of_registered_sets(config, labels):
-    """As pipeline.py says, by (seed, step), whatever is cut from train before."""
+def test_the_order_is_that_of_named_data_sets(config, labels):
+    """It depends on (seed, step), as pipeline.py says, whatever was cut from train before."""
     config.validation = 0.1
     dataset = load_dataset(config, data=Dataset.from_arrays((BYTES, labels), (BYTES, labels)))
     strata = np.argmax(labels, -1) if np.ndim(labels) == 2 else labels
@@ -152,7 +152,7 @@ def test_a_validation_split_without_a_test_split_serves_as_test(config):
     assert len(both.splits["validation"]) == 9
 
 
-# ---- numbers
+# ---- statistics and augmentation
 
 
 def test_mean_and_std(config):
@@ -193,7 +193,7 @@ def test_covariance_for_pca(config):
 
 @pytest.fixture(scope="module")
 def augmented():
-    """Bytes and the same as floats, under the same augmentation, before normalization."""
+    """Bytes and equal floats after the same augmentation, without normalization."""
     from configs.common import get_config
 
     fields = get_config().data.augment
@@ -221,7 +221,7 @@ def test_floats_are_normalized_without_division(config):
     np.testing.assert_array_equal(normalize(FLOATS), FLOATS)
 
 
-def test_a_range_of_their_own_is_left_alone(config):
+def test_floats_of_another_range_are_not_changed(config):
     images = 1000 * FLOATS - 500
     given = Dataset.from_arrays((images, LABELS), normalize=False)
     dataset = load_dataset(config, data=given)
@@ -240,7 +240,7 @@ def test_a_range_of_their_own_is_left_alone(config):
         load_dataset(config, data=given)
 
 
-# ---- what a run keeps
+# ---- facts and fingerprint
 
 
 def test_facts_and_fingerprint(config):
@@ -273,7 +273,7 @@ def test_rows_are_an_array():
     np.testing.assert_array_equal(rows[1:], BYTES[[5, 1]])
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize(

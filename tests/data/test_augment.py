@@ -1,4 +1,4 @@
-"""What augmentation does to an image, and on what it depends."""
+"""Augmentation: its effects on an image, and its dependence on keys."""
 
 from functools import cache, partial
 
@@ -43,7 +43,7 @@ def make(cropped=False, shape=SHAPE, **fields):
 
 @cache
 def plain(**fields):
-    """Without normalization, in 0..255: what was done to the pixels."""
+    """Returns an augmentation without normalization, with pixels in 0..255."""
     function = quick_jit(make(normalize=False, **fields))
     return lambda images=IMAGES, keys=KEYS: np.asarray(function(images, keys) * 255)
 
@@ -83,7 +83,7 @@ def test_flip_is_left_right_half_of_the_time():
 
 def test_the_affine_map_without_rotation_and_scale_is_the_crop():
     exact = plain(pad_crop=2, flip=True)()
-    # So small an angle that bilinear reading gives the pixels back.
+    # The angle is so small that bilinear reading returns the pixels.
     affine = plain(pad_crop=2, flip=True, rotate=1e-6)()
     mirrored = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0)))
     assert exact.shape == affine.shape
@@ -123,22 +123,24 @@ def test_rotation_turns_and_scale_zooms():
     keys = jax.random.split(jax.random.key(2), 64)
     images = np.repeat(disc, 64, axis=0)
     zoomed = plain(scale=0.5)(images, keys)[..., 0].sum((1, 2)) / (16 * 255)
-    assert 0.2 < zoomed.min() < 0.5  # (1/2)^2 of the area at the least
-    assert 1.7 < zoomed.max() < 2.6  # (3/2)^2 at the most
+    assert 0.2 < zoomed.min() < 0.5  # at least (1/2)^2 of the area
+    assert 1.7 < zoomed.max() < 2.6  # at most (3/2)^2
     turned = plain(rotate=90.0)(images, keys)[..., 0]
-    np.testing.assert_allclose(turned.sum((1, 2)) / (16 * 255), 1, atol=0.05)  # none is lost
-    assert turned.std(0).max() > 20  # and it does turn
+    np.testing.assert_allclose(
+        turned.sum((1, 2)) / (16 * 255), 1, atol=0.05
+    )  # no brightness is lost
+    assert turned.std(0).max() > 20  # it turns
 
 
 def test_random_resized_crop_of_everything_is_the_image_and_of_a_part_a_part():
-    # Ratios other than 1 don't fit once the area is 12 x 10 itself: the whole image is left.
+    # No box with the area of the whole image fits, except the image itself.
     np.testing.assert_allclose(plain(random_resized_crop=(1.0, 1.0))(), IMAGES, atol=0.05)
     ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None] * 20, SHAPE)
     images = np.broadcast_to(ramp, (64, *SHAPE))
     out = plain(random_resized_crop=(0.25, 0.5))(images, jax.random.split(jax.random.key(3), 64))
     height = (out[:, -2] - out[:, 1]).mean((1, 2)) / (
         180 / 12 * 12
-    )  # share of the ramp that is seen
+    )  # share of the ramp inside the crop
     assert 0.3 < height.min() < height.max() < 0.95
     assert out[:, 6].mean((1, 2)).std() > 10  # in different places
 
@@ -149,13 +151,13 @@ def test_cutout_sets_a_square_to_the_mean():
     assert (cut[hole] == 0).all()
     sizes = hole.sum((1, 2))
     assert sizes.max() == 16
-    assert (sizes >= 4).all()  # its center is inside
+    assert (sizes >= 4).all()  # the center is always inside
 
 
 def test_erasing_puts_a_whole_box_of_noise_into_some_images():
     shape, n = (20, 16, 1), 400
     keys = jax.random.split(jax.random.key(4), n)
-    # Brighter than any noise, so that what was erased shows.
+    # Brighter than any noise, so that erased pixels show.
     images = np.full((n, *shape), 300.0, np.float32)
     draw = quick_jit(jax.vmap(lambda key, image: augment.erase(key, image, 0.4)))
     out = np.asarray(draw(keys, images))[..., 0]
@@ -170,12 +172,12 @@ def test_erasing_puts_a_whole_box_of_noise_into_some_images():
         np.testing.assert_array_equal(box, whole)
         shares.append(box.mean())
         ratios.append(len(rows) / len(columns))
-    # Sides are whole pixels: 0.02 of 320 is 6.4, which 2 x 3 come next to.
+    # Sides are whole pixels: 0.02 of 320 pixels is 6.4, and 2 x 3 is the nearest.
     assert 0.01 < min(shares) < 0.06
     assert 0.33 < max(shares) < 0.45
     assert 0.25 < min(ratios) < 0.7
     assert 2 < max(ratios) < 4
-    assert hole.any(0).all()  # it comes everywhere
+    assert hole.any(0).all()  # boxes occur everywhere
     noise = out[hole]
     assert noise.min() < 5
     assert noise.max() in range(251, 256)
@@ -187,7 +189,7 @@ def test_pca_adds_one_color_along_the_principal_components():
     keys = jax.random.split(jax.random.key(5), 3000)
     images = np.broadcast_to(IMAGES[0], (3000, *SHAPE))
     added = normal(images, keys) - IMAGES[0]
-    assert np.ptp(added, axis=(1, 2)).max() < 1e-3  # every pixel alike
+    assert np.ptp(added, axis=(1, 2)).max() < 1e-3  # the same for every pixel
     drawn = added[:, 0, 0] / 255
     values, vectors = np.linalg.eigh(COVARIANCE)
     along = drawn @ vectors  # the paper's alpha times the eigenvalue
@@ -196,16 +198,16 @@ def test_pca_adds_one_color_along_the_principal_components():
     assert abs(along.mean(0) / along.std(0)).max() < 0.08
 
 
-def test_gray_images_have_all_of_it():
+def test_gray_images_take_every_augmentation():
     out = jax.eval_shape(make(shape=(12, 10, 1), **ALL), IMAGES[..., :1], KEYS)
     assert out.shape == (16, 12, 10, 1)
     light = quick_jit(make(shape=(12, 10, 1), pca=0.5, normalize=False))(IMAGES[..., :1], KEYS)
-    added = np.asarray(light) - IMAGES[..., :1] / 255  # the one component is the light itself
+    added = np.asarray(light) - IMAGES[..., :1] / 255  # the only component is the brightness
     assert np.ptp(added, axis=(1, 2)).max() < 1e-5
     assert 0.3 < added[:, 0, 0].std() / (0.5 * 0.06) < 2
 
 
-def test_what_is_on_draws_the_same_beside_others():
+def test_an_augmentation_draws_the_same_whatever_else_is_on():
     rest = dict(pad_crop=2, flip=True)
     without, erased = plain(**rest)(), plain(**rest, **ERASE)()
     changed = (without != erased).any(-1)

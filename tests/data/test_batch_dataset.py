@@ -1,4 +1,4 @@
-"""A user's own batches: how they are cut over steps and processes, checked, and told apart."""
+"""A user's own batches: divided over steps and processes, checked, and compared by digests."""
 
 import threading
 
@@ -26,7 +26,7 @@ def config(config):
 
 
 def rows_of(split, start, index, count):
-    """The rows of `IMAGES` that this process's batches hold."""
+    """Yields the rows of `IMAGES` in each of this process's batches."""
     if split == "train":
         n = B // count
         while True:
@@ -56,7 +56,7 @@ def take(data, config, count=5, **more):
     return [next(batches) for _ in range(count)]
 
 
-# ---- what a run gets
+# ---- batches of a run
 
 
 def test_steps_and_processes(config):
@@ -86,8 +86,8 @@ def test_evaluation_is_padded_and_masked(config, processes):
     assert not images[mask == 0].any()
 
 
-def test_a_process_without_rows_has_the_kind_of_the_others(config):
-    """One example over two processes: the second has none, be it an empty batch or no batch."""
+def test_a_process_without_rows_has_the_dtypes_of_the_others(config):
+    """One example over two processes: the second process has no rows, and yields no batch."""
     soft = np.eye(3, dtype=np.float32)[LABELS]
 
     def scarce(split, start_step, process_index, process_count):
@@ -140,7 +140,7 @@ def test_gray_and_raw(config):
 
 
 def test_arrays_that_are_filled_again(config):
-    """A factory may reuse its arrays: what was pulled before keeps its values."""
+    """A factory may reuse its arrays: batches that were pulled before keep their values."""
 
     def reuse(*where):
         images, labels = np.empty((12, *SHAPE), np.uint8), np.empty(12, int)
@@ -252,11 +252,11 @@ def test_the_iterator_is_closed(config):
     assert ended == ["train", "test"]
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def changed(at, change):
-    """The factory, with batch number `at` of each split changed."""
+    """Returns the factory with batch number `at` of each split changed."""
 
     def other(split, start_step, process_index, process_count):
         batches = factory(split, start_step, process_index, process_count)

@@ -1,4 +1,4 @@
-"""Some classes of a data set, by name or number."""
+"""Selecting classes of a data set, by name or number."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.data.sources import raw
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
 def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory):
-    """Of 100 classes, whose names are their numbers' squares, three in an order of our own."""
+    """Three of 100 classes in a new order. The name of a class is its number squared."""
     labels = np.arange(400, dtype=np.int32) % 100
     images = np.tile(labels.astype(np.uint8)[:, None, None, None], (1, 8, 8, 1))
     source = ArraySource(images, labels, "train")
@@ -34,7 +34,7 @@ def test_some_classes_are_a_data_set_of_their_own(monkeypatch, config, in_memory
                 if in_memory == "yes"
                 else decode.read_example(split.source, i, 8, 1)[0]
             )
-            assert image[0, 0, 0] == (50, 4, 8)[label]  # as the images of those classes are filled
+            assert image[0, 0, 0] == (50, 4, 8)[label]  # images are filled with their class number
 
 
 def test_a_number_that_is_the_name_of_another_class_is_ambiguous(monkeypatch, config):
@@ -43,7 +43,7 @@ def test_a_number_that_is_the_name_of_another_class_is_ambiguous(monkeypatch, co
     config.name, config.image_size, config.classes = "own", 8, (0, 1)
     with pytest.raises(UserError, match=r"1 is ambiguous: .* named '1', and number 1 is '10'"):
         load_dataset(config)
-    # A run that is there took numbers, and its config cannot change.
+    # An existing run took numbers, and its config cannot change.
     dataset = load_dataset(config, begun=True)
     assert dataset.class_names == ("1", "10")
     assert "1 is ambiguous" in "".join(dataset.describe())
@@ -55,7 +55,7 @@ def test_a_number_that_is_the_name_of_another_class_is_ambiguous(monkeypatch, co
 
 
 def test_classes_that_a_split_lacks(monkeypatch, config):
-    """Accuracy over no image at all would be no number."""
+    """The accuracy over zero images is undefined."""
     of = lambda *labels: ArraySource(  # noqa: E731
         np.zeros((len(labels), 8, 8, 1), np.uint8), np.array(labels, np.int32), "some"
     )

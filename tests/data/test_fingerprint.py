@@ -1,4 +1,4 @@
-"""Fingerprints: what changes them, what does not, and how a difference is told."""
+"""Fingerprints: what changes them, what does not, and how differences are described."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from flax_cnns.data.readers.arrays import ArraySource
 
 @pytest.fixture
 def folder(tmp_path, config):
-    """Files that nothing decodes: root/{train,test}/{arch,bench}/NUMBER.png, 3 and 2 of each."""
+    """root/{train,test}/{arch,bench}/NUMBER.png, 3 and 2 per class. The files are not images."""
     config.name, config.dir = "folder", str(tmp_path / "images")
     for split, count in (("train", 3), ("test", 2)):
         for name in ("arch", "bench"):
@@ -74,7 +74,7 @@ def test_a_difference_names_split_and_class(folder, config, change, said):
     assert fingerprint.find_differences(was, read_fingerprint(config)) == said
 
 
-def test_classes_that_are_not_chosen_do_not_matter(folder, config):
+def test_classes_that_are_not_selected_do_not_matter(folder, config):
     for split in ("train", "test"):
         (folder / split / "cave").mkdir()
         (folder / split / "cave/0.png").write_bytes(b"")
@@ -88,15 +88,15 @@ def test_classes_that_are_not_chosen_do_not_matter(folder, config):
     assert found == ["train/arch has other files (still 3)"]
 
 
-def test_very_many_files_are_not_asked_for_their_sizes(folder, config, monkeypatch):
+def test_the_sizes_of_very_many_files_are_not_read(folder, config, monkeypatch):
     monkeypatch.setattr(fingerprint, "MAX_SIZED_FILES", 9)
-    monkeypatch.setattr(fingerprint, "_file_size", lambda path: pytest.fail("asked"))
+    monkeypatch.setattr(fingerprint, "_file_size", lambda path: pytest.fail("a size was read"))
     was = read_fingerprint(config)
     rewrite(folder)
     assert read_fingerprint(config) == was
     replace(folder)
     assert len(fingerprint.find_differences(was, read_fingerprint(config))) == 1
-    # Digests with sizes and without say nothing of each other.
+    # Digests with and without sizes are not comparable.
     assert fingerprint.find_differences({**was, "sized": True}, read_fingerprint(config)) == []
 
 
@@ -126,7 +126,7 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
     ]
 
 
-def test_a_fingerprint_has_the_builder_of_tfds_and_nothing_of_noise(config):
+def test_a_fingerprint_has_the_builder_of_tfds_and_is_empty_for_noise(config):
     loaded, found = load_dataset(config), read_fingerprint(config)
     assert loaded.fingerprint == found
     assert found["builder"] == "digits/1.0.0"
@@ -135,7 +135,7 @@ def test_a_fingerprint_has_the_builder_of_tfds_and_nothing_of_noise(config):
         "validation": 360,
         "test": 360,
     }
-    assert not any("bytes" in one for one in found["splits"].values())  # the encoder's, not ours
+    assert not any("bytes" in one for one in found["splits"].values())  # they depend on the encoder
     fewer = json.loads(json.dumps(found))
     fewer["splits"]["test"]["images"] = 300
     del fewer["splits"]["validation"]

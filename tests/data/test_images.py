@@ -1,4 +1,4 @@
-"""One reader for photographs: upright, on white, in 8 bits, and as small as it may be decoded."""
+"""Reading photos: upright, on white, in 8 bits, and decoded at the smallest possible size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flax_cnns.data.readers.tfds import TfdsSource
 from flax_cnns.errors import UserError
 from flax_cnns.weights import Preprocessing
 
-LAID = {  # orientation: how a camera that was held so stores an upright picture
+STORED = {  # by EXIF orientation: the operation from the upright image to the stored one
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,7 +36,7 @@ FORMATS = {"jpg": dict(quality=95, subsampling=0), "png": {}, "webp": {"lossless
 
 
 def scene(width=400, height=300) -> Image.Image:
-    """Smooth, and the same nowhere."""
+    """A smooth image without repetition."""
     small = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -69,11 +69,11 @@ def part(width: int, height: int) -> img.Box:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("orientation", LAID)
+@pytest.mark.parametrize("orientation", STORED)
 def test_a_photograph_is_read_upright_however_the_camera_was_held(tmp_path, suffix, orientation):
-    """The crop, the whole and what published weights see, of all of EXIF's orientations."""
-    upright, laid = scene(), LAID[orientation]
-    stored = upright if laid is None else upright.transpose(laid)
+    """A crop, the whole image, and the input of published weights, for all EXIF orientations."""
+    upright, operation = scene(), STORED[orientation]
+    stored = upright if operation is None else upright.transpose(operation)
     path = tmp_path / f"photo.{suffix}"
     stored.save(path, exif=exif(orientation), **FORMATS[suffix])
     wanted = img.read_box(upright, part, 64, 3).astype(int)
@@ -123,7 +123,7 @@ def test_an_unknown_orientation_turns_nothing(orientation):
 
 
 def png(depth: int, color: int, row: bytes, transparent: bytes, palette: bytes = b"") -> bytes:
-    """A file of two pixels; PIL writes neither few nor 16 bits."""
+    """Returns a PNG of two pixels. PIL writes neither fewer than 8 bits nor 16 bits."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -140,7 +140,7 @@ def u16(*values: int) -> bytes:
     return struct.pack(f">{len(values)}H", *values)
 
 
-TRANSPARENT = {  # the first pixel is; what the second one is
+TRANSPARENT = {  # (PNG whose first pixel is transparent, value of the second pixel)
     "1 bit, black": (png(1, 0, b"\x40", u16(0)), 255),
     "1 bit, white": (png(1, 0, b"\x80", u16(1)), 0),
     "2 bits": (png(2, 0, b"\x60", u16(1)), 170),
@@ -159,7 +159,7 @@ TRANSPARENT = {  # the first pixel is; what the second one is
 
 @pytest.mark.parametrize("kind", TRANSPARENT)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_transparent_becomes_white_in_every_kind_of_png(kind, channels):
+def test_transparent_pixels_become_white_in_every_kind_of_png(kind, channels):
     data, second = TRANSPARENT[kind]
     for read in (img.load_upright, img.convert_channels):
         pixels = np.asarray(read(Image.open(io.BytesIO(data)), channels))
@@ -170,7 +170,7 @@ def test_what_is_transparent_becomes_white_in_every_kind_of_png(kind, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_transparent_becomes_white_in_every_mode(channels):
+def test_transparent_pixels_become_white_in_every_mode(channels):
     palette = Image.new("P", (2, 2))
     palette.putpalette([10, 20, 30, 0] * 4, "RGBA")
     gif = saved(
@@ -203,7 +203,7 @@ def test_bits_above_eight_are_scaled_and_numbers_without_a_white_are_refused(tmp
 
 
 def test_the_inks_of_a_jpeg_are_colors():
-    """Adobe's JPEGs, which PIL writes too, store them inverted."""
+    """Adobe's JPEGs store inks inverted, and so does PIL."""
     for ink, color in (((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 155), (100, 100, 100))):
         image = saved(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95)
         assert image.mode == "CMYK"
@@ -221,7 +221,7 @@ def test_only_the_first_of_several_frames_is_read():
 
 
 def test_how_a_runs_evaluation_differs_from_resize_and_center_crop():
-    """The numbers of the README. `Preprocessing` is torchvision's to 1e-6 (tests/weights)."""
+    """The numbers in docs/runs.md. `Preprocessing` is torchvision's to 1e-6 (tests/weights)."""
     theirs = Preprocessing(224, 256, mean=(0,) * 3, std=(1,) * 3, scale=1.0)
     own = functools.partial(img.center_box, share=0.875)
 
@@ -231,7 +231,7 @@ def test_how_a_runs_evaluation_differs_from_resize_and_center_crop():
     for side in (224, 300, 512):
         assert differs(grainy(side, side)).max() <= 2
     for size in ((500, 375), (375, 500)):
-        assert differs(grainy(*size), theirs.box).max() <= 2  # in their window: the same
+        assert differs(grainy(*size), theirs.box).max() <= 2  # their box: the same
         off = differs(grainy(*size))
         assert 3 < off.mean() < 5
         assert 15 < off.max() <= 24
@@ -247,7 +247,7 @@ def test_how_a_runs_evaluation_differs_from_resize_and_center_crop():
     assert 15 < halved.max() <= 24
 
 
-def test_a_photograph_that_is_handed_over_is_read_as_its_file_and_stays_as_it_is(tmp_path):
+def test_a_pil_image_is_read_as_its_file_and_is_not_changed(tmp_path):
     scene().transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif(6))
     row = Preprocessing(24, 32)
     own = Image.open(tmp_path / "a.jpg")

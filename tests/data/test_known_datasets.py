@@ -1,4 +1,4 @@
-"""What is published about data sets, against TFDS's own descriptions."""
+"""Published facts about data sets, compared with TFDS's own descriptions."""
 
 import pytest
 import tensorflow_datasets as tfds

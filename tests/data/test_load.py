@@ -1,4 +1,4 @@
-"""What goes to memory, channels, and the errors of the config."""
+"""Loading: memory or streaming, channels, and errors in the config."""
 
 import numpy as np
 import pytest
@@ -20,14 +20,14 @@ def test_memory_limit_and_random_crops_decide_what_streams(monkeypatch, config):
     config.memory_limit = 1.0
     config.augment.random_resized_crop = (0.2, 1.0)
     assert load_dataset(config).in_memory
-    # Photographs of all sizes: a crop of a shrunk copy would be enlarged.
+    # For photos of all sizes, a crop of a reduced copy would be enlarged.
     monkeypatch.setattr(load, "_read", lambda config: raw((None, None, 3), train=50, test=10))
     dataset = load_dataset(config)
     assert not dataset.in_memory
     assert dataset.eval_share == 0.875
 
 
-def test_tasks_without_meaning(monkeypatch, config):
+def test_data_sets_that_cannot_be_learned(monkeypatch, config):
     config.name, config.image_size = "own", 8
 
     def refused(raw, message):

@@ -1,4 +1,4 @@
-"""Soft labels, and pairs that blend."""
+"""Label smoothing, mixup and cutmix."""
 
 import functools
 
@@ -44,8 +44,8 @@ def test_mixup_blends_neighbors_by_one_weight():
 
 @functools.cache  # a draw from Beta compiles for a second
 def draw_both(count=6000, height=9, width=6):
-    """Of many keys, with mixup and cutmix on, where neighbors are all 0 and all 1: (those that are
-    blended, the others), each (images, labels' own weights)."""
+    """Draws many batches of two images, one of 0 and one of 1, with mixup and cutmix on. Returns
+    (the batches that mixup blended, the others), each as (images, weights of their own labels)."""
     function = make(mixup=0.5, cutmix=1.0)
     images = np.broadcast_to(np.arange(2.0)[:, None, None, None], (2, height, width, 1))
     draw = jax.jit(jax.vmap(lambda key: function(images.astype(np.float32), np.arange(2), key)))
@@ -61,7 +61,7 @@ def test_cutmix_puts_one_box_of_the_neighbor_and_weighs_labels_by_its_area():
     foreign = images[:, 0] == 1
     assert (foreign | (images[:, 0] == 0)).all()  # nothing is blended
     np.testing.assert_allclose(own, 1 - foreign.mean((1, 2)), atol=1e-6)
-    for box in foreign:  # as wide in each row that has some, and in one piece
+    for box in foreign:  # it is one rectangle
         rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
         whole = np.zeros_like(box)
         if len(rows):
@@ -78,12 +78,12 @@ def test_cutmix_of_a_box_that_is_not_cut_off_has_the_drawn_area():
     inside = [box for box in np.asarray(pixels)[..., 0] if box[0].all() and box[:, 0].all()]
     inside = [box for box in inside if box[-1].all() and box[:, -1].all()]
     assert len(inside) > 2
-    # Beta(50, 50) lies close about 1/2: sides of sqrt(1/2).
+    # Beta(50, 50) is close to 1/2, so the sides are close to sqrt(1/2).
     np.testing.assert_allclose(np.mean([(box == 0).mean() for box in inside]), 0.5, atol=0.05)
     box = inside[0]
     assert np.isclose((box == 0).any(1).mean(), (box == 0).any(0).mean(), atol=0.02)
     assert (np.asarray(share) >= 0.35).all()
-    # Sides may be odd, as timm's; the authors halve them first.
+    # Sides may be odd, as in timm; in the authors' code they are even.
     whole = [box for box in np.asarray(pixels)[..., 0] if box[0].all() and box[-1].all()]
     heights = [(box == 0).any(1).sum() for box in whole]
     assert {int(height) % 2 for height in heights} == {0, 1}

@@ -1,4 +1,4 @@
-"""Noise in the place of a data set."""
+"""Noise in place of a data set."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The order of examples: a function of the seed and the step, in memory as through Grain."""
+"""The order of examples depends only on seed and step, in memory and through Grain."""
 
 import os
 import runpy
@@ -17,7 +17,7 @@ from tests.tiny_runs import ROOT
 
 @pytest.fixture
 def config(config):
-    """Fifty random images of 8x8: 40 to train, 10 to test, no epoch a whole number of batches."""
+    """Random 8x8 images: 40 to train, 8 to test. An epoch is not a whole number of batches."""
     config.mock, config.image_size, config.validation = 40, 8, 0
     config.batch_size, config.eval_batch_size = 12, 4
     return config
@@ -44,7 +44,7 @@ def same(a, b):
 
 
 def numbers(config, batches):
-    """Which training images the batches hold."""
+    """Returns the indices of the training images in the batches."""
     images = load_dataset(config).splits["train"].images
     rows = {image.tobytes(): i for i, image in enumerate(images)}
     return [rows[image.tobytes()] for batch in batches for image in batch["image"]]
@@ -73,7 +73,7 @@ def test_the_seed_decides(both):
     assert not np.array_equal(first[0]["image"], other[0]["image"])
 
 
-def test_resumed_it_goes_on_to_the_bit(both):
+def test_a_resumed_stream_is_the_same_to_the_bit(both):
     both.augment.random_resized_crop = (0.2, 1.0)  # done by the loader when streaming
     dataset = load_dataset(both)
     whole = take(pipeline.train_batches(dataset, both, seed=3), 9)
@@ -95,7 +95,7 @@ def test_worker_processes_change_nothing(config):
     dataset = load_dataset(config)
     without = take(pipeline.train_batches(dataset, config, seed=0), 5)
     config.workers = 2
-    # From another step: it fits any number of workers.
+    # From another step: resuming works with any number of workers.
     batches = pipeline.train_batches(dataset, config, seed=0, start_step=2)
     same(without[2:], take(batches, 3))
     batches.close()
@@ -134,13 +134,15 @@ def test_workers_leave_signals_to_their_parent_and_die_with_it():
     )
     worker = int(process.stdout.readline() or 0)
     try:
-        rest, said = process.communicate(timeout=20)  # until all who hold the pipes have ended
+        rest, said = process.communicate(
+            timeout=20
+        )  # until all processes with these pipes have ended
     except subprocess.TimeoutExpired:
         os.kill(worker, 9)
         raise
     assert (process.returncode, rest, said) == (-9, "", "")
     left = shared_memory() - before
-    deadline = time.monotonic() + 5  # other tests have some too, for a while
+    deadline = time.monotonic() + 5  # other tests use shared memory too, for a while
     while left & shared_memory() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left & shared_memory()
@@ -237,6 +239,6 @@ def test_batches_that_do_not_divide(config, name):
         make[name]()
 
 
-def test_a_split_that_is_not_there(config):
+def test_a_missing_split_is_named(config):
     with pytest.raises(UserError, match="no 'validation' split; it has: test, train"):
         pipeline.eval_batches(load_dataset(config), "validation", config)

@@ -1,4 +1,4 @@
-"""RandAugment's operations against Pillow's, and how often each is drawn."""
+"""RandAugment's operations compared with Pillow's, and how often each is drawn."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from flax_cnns.data.randaugment import OPERATIONS
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RNG = np.random.default_rng(0)
-# From 40 on, and most of it dark: stretching and equalizing change much.
+# Values from 40, mostly dark, so that stretching and equalizing change many pixels.
 RGB = (40 + 200 * RNG.beta(1, 3, (36, 31, 3))).astype(np.uint8)
 GRAY = RGB[..., :1]
 KEYS = jax.random.split(jax.random.key(0), 1000)
@@ -60,16 +60,16 @@ def test_an_operation_is_pillows(name, image):
         theirs = np.asarray(theirs).reshape(image.shape).astype(int)
         off = np.abs(ours(name, image, strength) - theirs)
         if name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
-            assert (off > 0).any(-1).mean() < 0.02  # a pixel that lies between two
+            assert (off > 0).any(-1).mean() < 0.02  # a point halfway between two pixels
         else:
-            assert off.max() <= 1  # a product of floats that all but reaches a whole number
+            assert off.max() <= 1  # a float product just below an integer
             assert (off > 0).mean() < 0.02
         if name != "identity" and not (name == "color" and image is GRAY):
             assert (theirs != image).any()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_without_strength_only_tables_that_have_none_change_anything(name):
+def test_at_strength_0_only_operations_without_a_strength_change_the_image(name):
     same = (ours(name, RGB, 0.0) == RGB).all()
     assert same == (name not in ("auto_contrast", "equalize"))
 
@@ -80,7 +80,7 @@ def test_an_image_of_one_color_stays(name):
 
 
 def test_each_operation_has_equal_chances_and_both_signs():
-    """Told by what becomes of an image that all of them change in another way."""
+    """An operation is known by its result, because each changes this image differently."""
 
     def draw(key):
         return randaugment.randaugment(key, RGB, 1, 30)
@@ -102,7 +102,7 @@ def test_two_operations_follow_one_another():
     )
     assert (two == RGB).all((1, 2, 3)).mean() < 0.03  # 1/196; of one it is 1/14
     outcomes = len(np.unique(two.reshape(300, -1), axis=0))
-    assert outcomes > len(OPERATIONS) + len(TWO_WAYS)  # all that one could make
+    assert outcomes > len(OPERATIONS) + len(TWO_WAYS)  # more than a single operation could make
     assert (two == np.round(two)).all()
     assert two.min() >= 0
     assert two.max() <= 255
@@ -110,7 +110,7 @@ def test_two_operations_follow_one_another():
 
 @pytest.mark.parametrize(("pixels", "moved"), [(1.45, 1), (2.9, 3)])
 def test_a_translation_takes_the_nearest_pixel(pixels, moved):
-    """As Pillow; torchvision makes two pixels of 2.9."""
+    """As in Pillow; in torchvision 2.9 pixels become 2."""
     row = jnp.broadcast_to(jnp.arange(1, 33)[None, :, None], (2, 32, 1))
     strength = jnp.float32(pixels / (150 / 331 * 32))
     found = apply_operation(row, jnp.int32(OPERATIONS.index("translate_x")), strength)

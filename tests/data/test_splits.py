@@ -1,4 +1,4 @@
-"""Roles of splits, what is taken from train, stratified, and what is noted or refused."""
+"""Roles of splits, stratified cutting from train, notes and refusals."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_split_rows_gives_each_class_its_share():
     counts = np.bincount(labels[taken], minlength=4)
     np.testing.assert_allclose(counts, [60, 30, 10, 0], atol=1)
     assert counts.sum() == 100
-    assert counts[3] == 0  # the only one of its class stays to be learned
+    assert counts[3] == 0  # the only example of its class stays in train
 
     same = splits.split_rows(labels, 1000, 100, seed=0)[1]  # a count
     np.testing.assert_array_equal(taken, same)
@@ -94,7 +94,7 @@ def test_a_fraction_of_the_training_examples(monkeypatch, config, in_memory):
     config.fraction = 0.02
     fiftieth = seen(load_dataset(config))
     assert len(fiftieth) == 18
-    assert fiftieth < seen(tenth) < seen(whole)  # more data is the same data and more
+    assert fiftieth < seen(tenth) < seen(whole)  # a larger fraction contains a smaller one
     config.split_seed = 1
     assert seen(load_dataset(config)) != fiftieth
 
@@ -108,7 +108,7 @@ def test_a_fraction_that_loses_a_class(config):
         load_dataset(config)
 
 
-def test_what_may_be_intended_is_a_note(monkeypatch, config):
+def test_a_large_batch_and_a_class_without_images_are_notes(monkeypatch, config):
     given = raw(train=11, test=5)._replace(num_classes=3, class_names=("a", "b", "c"))
     monkeypatch.setattr(load, "_read", lambda config: given)
     config.name, config.image_size, config.validation, config.batch_size = "own", 8, 0, 64

@@ -1,4 +1,4 @@
-"""Official archives, made small: IDX and CIFAR's pickles, and what is refused."""
+"""Small archives in the official formats, IDX and CIFAR's pickles, and refusals."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ def idx(array):
 
 @pytest.fixture
 def mnist(tmp_path, config):
-    """A folder with the four files; its images and labels."""
+    """Writes the four files, and returns the images and labels of each split."""
     config.name, config.dir, config.image_size = "fashion_mnist", str(tmp_path), 28
     arrays = {}
     for split, n in dict(train=40, test=10).items():
@@ -111,7 +111,7 @@ def test_idx_files_missing_and_labels_out_of_range(mnist, config, tmp_path):
     labels.write_bytes(gzip.compress(idx(np.full(10, 11, np.uint8))))
     with pytest.raises(UserError, match=r"t10k-labels.*holds label 11, but fashion_mnist has 10"):
         load_dataset(config)
-    config.name = "runes"  # has as many classes as train shows
+    config.name = "runes"  # has the classes of its train split
     with pytest.raises(UserError, match=r"t10k-labels.*holds label 11, but runes has 10"):
         load_dataset(config)
     config.name = "fashion_mnist"
@@ -130,7 +130,7 @@ def test_idx_files_missing_and_labels_out_of_range(mnist, config, tmp_path):
 
 
 def python2_pickle(value):
-    """What cPickle of Python 2 wrote in CIFAR's files: byte strings, and arrays by numpy.core."""
+    """Pickles as Python 2 did for CIFAR's files: byte strings, and arrays of numpy.core."""
     return pickle.dumps(value, protocol=2).replace(b"numpy._core", b"numpy.core")
 
 
@@ -164,7 +164,7 @@ def test_cifar10(cifar10, config):
     dataset = load_dataset(config)
     assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=45, validation=5, test=10)
     assert dataset.class_names[3] == "class 3"
-    # Channels come one after the other in the file, rows first.
+    # The file holds one channel after the other, each row by row.
     image = dataset.splits["test"].images[4]
     np.testing.assert_array_equal(image[5, 6], cifar10["test_batch"]["data"][4][5 * 32 + 6 :: 1024])
 
@@ -211,7 +211,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(cifar10, config, tmp_path, prot
 
 
 def test_a_codec_cannot_be_smuggled_in():
-    # _codecs.encode is admitted by name, and is never called.
+    # _codecs.encode is allowed by name, but never called.
     pickled = b"(dVdata\nc_codecs\nencode\n(Vabc\nVrot13\ntRs."
     assert archives._unpickle(pickled, "x")["data"].args == ("abc", "rot13")
 
@@ -269,7 +269,7 @@ def test_a_member_is_not_taken_for_larger_than_its_archive_can_hold(
     with pytest.raises(UserError, match=r"its batches\.meta occurs twice"):
         load_dataset(config)
     monkeypatch.setattr(archives, "_FREE_BYTES", 1000)
-    for name in ("test_batch", "readme.html"):  # also where it is passed over
+    for name in ("test_batch", "readme.html"):  # also for a member that is skipped
         cifar(file, {name: bytes(1 << 24)})
         with pytest.raises(UserError, match=r"is not read: it has [\d,]+ bytes, but declares"):
             load_dataset(config)
@@ -279,7 +279,7 @@ def test_cifar_damage_is_named(cifar10, config, tmp_path):
     file = tmp_path / "cifar-10-python.tar.gz"
     whole = file.read_bytes()
     flipped = bytearray(whole)
-    flipped[-6] ^= 1  # in gzip's checksum, behind all that tar looks at
+    flipped[-6] ^= 1  # in gzip's checksum, after all that tar reads
     for damage in (whole[: len(whole) // 2], whole[:-4], bytes(flipped), b"<html>"):
         file.write_bytes(damage)
         with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is damaged"):

@@ -1,4 +1,4 @@
-"""The embedded data set: its split, and how it is prepared."""
+"""The default data set, digits: its split, and how it is prepared."""
 
 import shutil
 import subprocess
@@ -40,7 +40,7 @@ def test_the_split_is_fixed_stratified_and_complete(digits):
         share = np.bincount(split.labels) / len(split)
         np.testing.assert_allclose(share, np.bincount(load_digits().target) / 1797, atol=2 / 360)
 
-    # Every image of scikit-learn's, once, with its label: 0..16 became 0..255.
+    # Every image of scikit-learn occurs once, with its label; values 0..16 became 0..255.
     ours = np.concatenate([s.images.reshape(len(s), 64) for s in digits.splits.values()])
     labels = np.concatenate([s.labels for s in digits.splits.values()])
     theirs = np.round(load_digits().data * 255 / 16)
@@ -63,7 +63,7 @@ def test_two_processes_prepare_at_once_without_tensorflow(tmp_path):
 
 
 def test_killed_half_way_it_is_prepared_anew(tmp_path, config):
-    # What TFDS leaves behind: a folder of another name, with some files.
+    # TFDS leaves a folder of another name behind, with some files.
     left = tmp_path / "digits" / "incomplete.ABCDEF_1.0.0"
     left.mkdir(parents=True)
     (left / "digits-train.array_record-00000-of-00001").write_bytes(b"half")

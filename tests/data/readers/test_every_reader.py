@@ -1,4 +1,4 @@
-"""What every reader promises, whatever it reads."""
+"""The contract of every reader."""
 
 import json
 import struct
@@ -37,10 +37,10 @@ def make_archive(directory, config):
 
 
 def make_tfds(directory, config):
-    pass  # the digits, which the config has
+    pass  # the config already names the digits
 
 
-# A few images in `directory`, and the config that reads them.
+# Each writes a few images into `directory`, and sets the config to read them.
 MAKERS = {"folder": make_folder, "archive": make_archive, "tfds": make_tfds}
 
 
@@ -81,10 +81,10 @@ def test_a_reader(source, tmp_path, config):
         rows = np.array([len(split) - 1, 0])
         for i in rows:
             image, label = read_example(opened, i, 8, held.image_shape[-1])
-            for other in (ours, opened.fetch(rows)):  # by its place here and in any other process
-                there, of_it = read_example(other, i, 8, held.image_shape[-1])
-                np.testing.assert_array_equal(image, there)
-                assert label == of_it
+            for other in (ours, opened.fetch(rows)):  # in another process, and after fetching
+                other_image, other_label = read_example(other, i, 8, held.image_shape[-1])
+                np.testing.assert_array_equal(image, other_image)
+                assert label == other_label
             assert 0 <= label < held.num_classes
             assert opened.location(i) == ours.location(i)
         assert opened.location(0) != opened.location(1)
@@ -97,7 +97,7 @@ def test_a_reader(source, tmp_path, config):
 
 @pytest.mark.parametrize("source", load.READERS)
 def test_labels_that_it_does_not_have_are_refused(source, tmp_path, config):
-    """By the reader, or by the field that cannot act: see config/effects.py."""
+    """The reader refuses them, or `data.labels` has no effect: see config/effects.py."""
     config.dir = config.dir if source == "tfds" else str(tmp_path)
     MAKERS[source](tmp_path, config)
     config.source, config.labels = source, "no_such_kind"

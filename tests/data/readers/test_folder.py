@@ -1,4 +1,4 @@
-"""Folders of images: layouts, sizes and modes, and what is damaged, empty or missing."""
+"""Folders of images: layouts, sizes, modes, and damaged, empty or missing parts."""
 
 import os
 import types
@@ -39,10 +39,10 @@ def test_classes_without_splits_are_cut_with_the_seed(folder, config):
     assert dataset.class_names == ("blue", "green", "red")
     assert dataset.image_shape == (8, 8, 3)
     assert counts(dataset)["test"] == [2, 2, 2]
-    # A tenth of the 24 that are left, each class to within one.
+    # A tenth of the remaining 24 images, each class to within one.
     assert sorted(np.bincount(dataset.splits["validation"].labels, minlength=3)) == [0, 1, 1]
     assert len(dataset.splits["train"]) == 22
-    for split in dataset.splits.values():  # each image is the color of its label
+    for split in dataset.splits.values():  # each image has the color of its label
         colors = np.array([COLORS[name] for name in dataset.class_names])[split.labels]
         np.testing.assert_allclose(split.images[:, 4, 4], colors, atol=6)
 
@@ -76,7 +76,7 @@ def test_images_of_every_mode(folder, config):
     middle = images[:, 4, 4].astype(int)
     # 00.jpg gray.png ink.jpg palette.bmp sixteen.png transparent.png
     np.testing.assert_allclose(middle[[1, 2, 4]], 100, atol=3)
-    np.testing.assert_allclose(middle[3], 100, atol=6)  # the nearest of the palette
+    np.testing.assert_allclose(middle[3], 100, atol=6)  # the nearest color of the palette
     np.testing.assert_array_equal(middle[5], 255)  # on white
 
 
@@ -90,7 +90,7 @@ def test_the_center_is_seen_undistorted_and_large_jpegs_are_decoded_small(folder
     images = np.concatenate([split.images for split in dataset.splits.values()])
     light = [i for i in images if (abs(i[4, 4].astype(int) - 200) < 3).all()]
     assert len(light) == 1
-    # At its edge the resampling filter sees the black beside it, as when one resizes first.
+    # At the edge the resampling filter sees the black outside, as if resizing came first.
     assert (light[0][:, 1:-1] > 195).all()
     assert (light[0][:, 0] > 150).all()
 
@@ -125,7 +125,7 @@ def test_streamed_a_truncated_image_is_named(folder, config, workers):
     fill(folder / "train", 6)
     fill(folder / "test", 1)
     config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 18, workers
-    truncate(folder / "train" / "blue" / "01.jpg")  # not among those that are tried before a run
+    truncate(folder / "train" / "blue" / "01.jpg")  # not one that is probed before a run
     dataset = load_dataset(config)
     batches = pipeline.train_batches(dataset, config, seed=0)
     with pytest.raises(UserError, match=r"cannot decode .*train.*01\.jpg: .*data\.skip_damaged"):
@@ -146,12 +146,12 @@ def test_streamed_a_truncated_image_is_skipped_and_counted(folder, config, worke
     config.in_memory, config.validation, config.batch_size, config.workers = "no", 0, 6, workers
     config.skip_damaged = True
     dataset = load_dataset(config)
-    dataset.multi_frame_files.clear()  # those that were tried before the run
+    dataset.multi_frame_files.clear()  # found by the probe before the run
     batches = pipeline.train_batches(dataset, config, seed=0)
     batch = next(batches)
     batches.close()
     assert list(batch) == ["image", "label"]
-    # An epoch: the next image, green's other one, took the place.
+    # In an epoch, the other green image comes next and replaces the damaged one.
     assert np.bincount(batch["label"]).tolist() == [2, 2, 2]
     (test,) = pipeline.eval_batches(dataset, "test", config)
     assert test["mask"].sum() == 2
@@ -164,7 +164,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_of_which_nothing_can_be_decoded_is_refused(folder, config, in_memory, split):
+def test_a_split_with_only_damaged_images_is_refused(folder, config, in_memory, split):
     for one in ("train", "val", "test"):
         fill(folder / one, 6)
     for file in (folder / split).glob("*/*.jpg"):
@@ -183,14 +183,14 @@ def test_a_split_without_class_folders_is_named(folder, config, split):
     (folder / split).mkdir()
     with pytest.raises(UserError, match=rf"{split} holds no class folders; .*\(blue, green, red\)"):
         load_dataset(config)
-    for i in range(5):  # as raw ImageNet has it
+    for i in range(5):  # as in raw ImageNet
         Image.new("RGB", (9, 9)).save(folder / split / f"{i}.jpg")
     with pytest.raises(UserError, match=rf"{split} holds 5 images but no class folders"):
         load_dataset(config)
 
 
 def test_images_of_every_type(folder, config):
-    """Of several pictures in a file the first, which is black here, is taken."""
+    """Only the first frame of a file is used. It is black here."""
     fill(folder, 1)
     for i, suffix in enumerate(reader.SUFFIXES):
         pictures = [Image.new("RGB", (9, 9), (80 * k, 0, 0)) for k in range(3)]
@@ -312,8 +312,8 @@ def test_splits_by_other_names_are_splits_and_each_is_there_once(folder, config)
         load_dataset(config)
 
 
-def test_names_are_below_the_root(folder, config):
-    """What tells a data set that moved from another one."""
+def test_relative_paths_start_below_the_root(folder, config):
+    """They show that a data set has only moved."""
     fill(folder / "train", 1)
     source = reader.read(f"{folder}/", "folder").sources["train"]
     assert source.relative_paths == ["train/blue/00.jpg", "train/green/00.jpg", "train/red/00.jpg"]

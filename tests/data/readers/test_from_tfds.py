@@ -1,4 +1,4 @@
-"""TFDS builders of a user's own: prepared without network and TensorFlow where TFDS can."""
+"""A user's own TFDS builders, prepared without network and TensorFlow if TFDS can."""
 
 import importlib.util
 import io
@@ -17,7 +17,7 @@ WITHOUT = importlib.util.find_spec("tensorflow") is None
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder):
-    """Twenty images of 8x8 to train and eight to test, handed over as PNG."""
+    """Twenty 8x8 images to train and eight to test, yielded as PNG."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -40,7 +40,7 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
 
 
 class BareStripes(Stripes):
-    """Hands over arrays, which only TensorFlow encodes."""
+    """Yields arrays, which only TensorFlow can encode."""
 
     def _generate_examples(self, count):
         for row in range(count):
@@ -48,7 +48,7 @@ class BareStripes(Stripes):
 
 
 class WideStripes(Stripes):
-    """Of 4x8, or so it says."""
+    """Declares images of 4x8."""
 
     def _info(self):
         features = {
@@ -66,7 +66,7 @@ class BrokenStripes(Stripes):
 @pytest.fixture
 def config(config, tmp_path, monkeypatch):
     def no_network(*_):
-        raise AssertionError("it looked for a network")
+        raise AssertionError("it tried to reach a network")
 
     monkeypatch.setattr(tfds_reader, "_reachable", no_network)
     config.dir, config.image_size, config.validation = str(tmp_path), 8, 0.0

@@ -1,4 +1,4 @@
-"""Files of arrays: the keys of Keras and MedMNIST, and what is refused."""
+"""Files of arrays: the names of Keras and MedMNIST, and refusals."""
 
 import io
 import pickle
@@ -24,7 +24,7 @@ MEDMNIST = {
 
 @pytest.fixture
 def save(tmp_path, config):
-    """Writes the arrays to mine.npz in `data.dir`, and names it."""
+    """Returns a function that writes arrays to mine.npz in `data.dir`, and sets `data.name`."""
 
     def write(compressed=False, **arrays):
         (np.savez_compressed if compressed else np.savez)(tmp_path / "mine.npz", **arrays)

@@ -1,5 +1,4 @@
-"""Stock TFDS data sets: prepared ones are read without TensorFlow, others end in a clear
-sentence."""
+"""Stock TFDS data sets: prepared ones are read without TensorFlow, others raise a clear error."""
 
 import io
 import socket
@@ -19,8 +18,7 @@ from flax_cnns.errors import UserError
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Twelve images of several sizes; two kinds of labels; a test split that nobody has
-    labeled."""
+    """Twelve images of several sizes, two kinds of labels, and an unlabeled test split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -70,7 +68,7 @@ def shapes_dir(tmp_path_factory):
 def test_a_prepared_data_set(config, shapes_dir):
     config.name, config.dir, config.image_size, config.validation = "shapes", shapes_dir, 8, 2
     dataset = load_dataset(config)
-    # Like ImageNet's: the labels of test are hidden, so that validation is what is tested on.
+    # As for ImageNet: the labels of test are hidden, so validation serves as test.
     assert {k: len(v) for k, v in dataset.splits.items()} == dict(train=10, validation=2, test=12)
     assert dataset.class_names == ("dark", "light")
     test = dataset.splits["test"]
@@ -119,7 +117,7 @@ def test_a_split_without_labels_is_counted_as_left_out(config, shapes_dir):
     assert load_dataset(config).left_out == {"test split, which has no labels": 1}
 
 
-def test_no_network_is_told_within_ten_seconds(config, tmp_path):
+def test_no_network_is_reported_within_ten_seconds(config, tmp_path):
     # Nothing is simulated here.
     if tfds_reader._reachable("www.cs.toronto.edu"):
         pytest.skip("there is a network")
@@ -154,7 +152,7 @@ def test_with_a_network_tensorflow_is_asked_for(monkeypatch, config, tmp_path):
         load_dataset(config)
 
 
-def test_what_tfds_says_of_a_failed_download_is_one_line(monkeypatch, config, tmp_path):
+def test_the_error_of_a_failed_download_is_one_line(monkeypatch, config, tmp_path):
     def fail(self, **kwargs):
         raise RuntimeError("first\n\n   second")
 
