@@ -179,10 +179,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Splits of images with labels, and facts about them.
-
-    `from_arrays`, `from_batches` and `from_tfds` make data sets of a user's own data.
-    """
+    """Splits of images with labels. The methods `from_...` make one of a user's own data."""
 
     name: str
     num_classes: int
@@ -241,10 +238,8 @@ class Dataset:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the facts about the data set, without its images, ready for JSON."""
-        omitted = {
-            *("splits", "damaged", "left_out", "multi_frame_files", "notes", "has_own_validation"),
-            *("factory", "reader"),
-        }
+        omitted = {"splits", "damaged", "left_out", "multi_frame_files", "notes", "factory"}
+        omitted |= {"has_own_validation", "reader"}
         fields = (f.name for f in dataclasses.fields(self) if f.name not in omitted)
         return {name: getattr(self, name) for name in fields}
 
@@ -395,8 +390,7 @@ class RawDataset(NamedTuple):
 
 
 def describe_counts(counts: Mapping[str, int], limit: int = 8) -> str:
-    """Formats counts by kind, most frequent first and at most `limit` kinds; "" if there is
-    none."""
+    """Formats the counts of the `limit` most frequent kinds; "" if `counts` is empty."""
     kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{kind}: {count:,}" for kind, count in kinds[:limit]]
     rest = sum(count for _, count in kinds[limit:])
