@@ -1,10 +1,10 @@
-"""What a network costs: parameters, multiply-accumulates and output shape of every layer.
+"""The cost of a network: parameters, multiply-accumulates (MACs) and output shape of every layer.
 
-Counted at the boundary of the modules, from the shapes of kernels and outputs, as the papers count:
-not from what our convolution is lowered to, nor from what a compiler makes of it. A multiply and
-its add are one MAC, two FLOPs. Convolutions and dense layers count, and modules that say so by a
-method `macs`, called with what the module is called with: the two products inside attention. Norms,
-activations and pooling do not.
+MACs are counted per module, from the shapes of kernels and outputs, as papers count them. They do
+not depend on how a convolution is lowered or compiled. A multiplication and its addition are one
+MAC and two FLOPs. Convolutions and dense layers count, and modules with a method `macs`, which is
+called with the arguments of the module: attention uses it for its two products. Norms, activations
+and pooling do not count.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ Shape = tuple[int, ...]
 
 class LayerCost(NamedTuple):
     path: str  # stage1/block1/conv1; "" is the network itself
-    kind: str  # the module's class
-    output_shape: Shape | None  # of one call; None: not run, or several outputs
-    params: int  # its own; of all repeats where `nn.scan` stacks them under one name
-    macs: int  # of all its calls
+    kind: str  # class of the module
+    output_shape: Shape | None  # of one call; None if it is not called or has several outputs
+    params: int  # without submodules; of all repeats if `nn.scan` stacks them under one name
+    macs: int  # of all calls
 
 
 class Cost(NamedTuple):
-    """A row for each module that has parameters or MACs of its own, in the order in which they run.
+    """The cost of a network, with a row for each module that has parameters or MACs of its own.
 
-    The blocks that a network with `scan=True` stacks have a row each, as without it.
+    Rows are in the order in which the modules run. Blocks that a network stacks with `scan=True`
+    have a row each.
     """
 
     layers: tuple[LayerCost, ...]
@@ -61,23 +62,23 @@ class Cost(NamedTuple):
 
 
 def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: Any) -> Cost:
-    """Parameters and MACs of `model(images)`; computes shapes only.
+    """Counts parameters and MACs of `model(images)`; computes only shapes.
 
-    `images_shape` is [N H W C], by default one image of `model.input_size`; any other shape that
-    the module takes will do. `call` goes to the module's call; `train=False` where it has that
-    argument.
+    `images_shape` is [N H W C], by default one image of `model.input_size`. It may be any shape
+    that the module accepts. `call` holds further arguments of the module's call. `train` is False
+    unless `call` sets it.
 
-    A module that is called twice, or under `nn.scan`, `nn.vmap` or `nn.jit`, counts as often as it
-    runs. Every branch of `nn.cond` and `nn.switch` counts as if taken, the body of `nn.while_loop`
-    once. Layers that only training runs (auxiliary heads) have parameters and no MACs.
+    A module that is called several times, also by `nn.scan`, `nn.vmap` or `nn.jit`, counts each
+    time. Every branch of `nn.cond` and `nn.switch` counts, and the body of `nn.while_loop` counts
+    once. Layers that run only in training (auxiliary heads) have parameters but no MACs.
     """
     shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     if "train" in inspect.signature(type(model).__call__).parameters:
         call = {"train": False} | call
-    # Kinds from the initialization too: it builds what evaluation does not run.
+    # The initialization also shows the kinds of modules that evaluation does not run.
     kinds: dict[str, str] = {}
-    with nn.intercept_methods(lambda f, args, kwargs, at: _note(kinds, f, args, kwargs, at)):
+    with nn.intercept_methods(lambda f, args, kwargs, at: _record_kind(kinds, f, args, kwargs, at)):
         variables = jax.eval_shape(
             lambda key, x: model.init(key, x, **call), jax.random.key(0), images
         )
@@ -96,14 +97,14 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
     for path, leaf in pytree.flatten(nn.meta.unbox(variables.get("params", {}))).items():
         for name in (names := pytree.expand_stack(path)):
             params[name.rpartition("/")[0]] += math.prod(leaf.shape) // len(names)
-    # A module may share its scope with another, or hold plain parameters: then the path's outermost
-    # module gives the row its kind, or its own counted layer does.
+    # Several modules may share a scope. The row has the kind of the counted one, else that of the
+    # outermost one.
     ran = {name: path for name, path in _named(boundary.outputs) if name in params or name in macs}
     rows = tuple(
         LayerCost(
             name,
-            boundary.kinds.get(ran.get(name)) or kinds.get(name, ""),
-            boundary.outputs.get(ran.get(name)),
+            (boundary.kinds.get(ran[name]) if name in ran else None) or kinds.get(name, ""),
+            boundary.outputs[ran[name]] if name in ran else None,
             params[name],
             macs[name],
         )
@@ -113,29 +114,32 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
 
 
 def _named(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(name, path) of each; a stack's `block2-4/conv` becomes block2/conv ..., block by block."""
+    """Yields (name, path) of each path; `block2-4/conv` of a stack gives one name per block.
 
-    def stack(path: str) -> str:
+    The names of a stack are ordered block by block.
+    """
+
+    def find_stack(path: str) -> str:
         parts = path.split("/")
         inside = (i for i, part in enumerate(parts, 1) if len(pytree.expand_stack(part)) > 1)
         return "/".join(parts[: next(inside, None)])
 
-    for _, group in itertools.groupby(paths, stack):
-        together = list(group)
-        for names in zip(*map(pytree.expand_stack, together)):
-            yield from zip(names, together)
+    for _, group in itertools.groupby(paths, find_stack):
+        stacked = list(group)
+        for names in zip(*map(pytree.expand_stack, stacked)):
+            yield from zip(names, stacked)
 
 
-# ---- MACs of one call, by the shapes of kernel, input and output
+# ---- MACs of one call, from the shapes of kernel, input and output
 
 
 def _macs(module: nn.Module, kernel: Shape, x: Shape, y: Shape) -> int:
     match module:
-        case nn.Conv():  # kernel [*window in/groups out], a window for each output
+        case nn.Conv():  # kernel [*window in/groups out], one window per output
             return math.prod(y) * math.prod(kernel[:-1])
-        case nn.ConvLocal():  # kernel [*places window*in/groups out]
+        case nn.ConvLocal():  # kernel [*positions window*in/groups out]
             return math.prod(y) * kernel[-2]
-        case nn.ConvTranspose():  # kernel [*window in out], spread from each input place
+        case nn.ConvTranspose():  # kernel [*window in out], one window per input position
             return math.prod(x[:-1]) * math.prod(kernel)
         case nn.Dense():  # kernel [in out]
             return math.prod(y) * kernel[0]
@@ -149,23 +153,23 @@ _COUNTED = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
 
 
 class _Boundary:
-    """The interceptor: notes each module's output, and marks that of each counted call.
+    """An interceptor that records output shapes, and marks the outputs of counted calls.
 
-    How often a call is noted says little: `nn.scan` traces its body twice and runs it n times. So
-    the output is marked with the call's number, and the program, which is asked for nothing else,
-    tells how often each mark is passed.
+    The number of traced calls is not the number of runs: `nn.scan` traces its body twice and runs
+    it n times. Therefore each output is marked with the number of its call, and the traced program
+    shows how often each mark runs.
     """
 
     def __init__(self) -> None:
         self.macs: list[tuple[str, int]] = []  # (path, MACs) of each counted call
-        self.sizes: list[int] = []  # numbers in its output
-        self.outputs: dict[str, Shape | None] = {}  # in the order of the calls
+        self.sizes: list[int] = []  # elements of the output of each counted call
+        self.outputs: dict[str, Shape | None] = {}  # by path, in the order of the calls
         self.kinds: dict[str, str] = {}
-        self._inside: list[nn.Module] = []  # calls that have not returned
+        self._inside: list[nn.Module] = []  # modules whose call has not returned yet
 
     def __call__(self, function: Callable, args: tuple, kwargs: dict, at: Any) -> Any:
         module, path = at.module, "/".join(at.module.path)
-        # `super().__call__` of a subclass comes here again, with the same module.
+        # `super().__call__` of a subclass gets here again with the same module.
         if at.method_name != "__call__" or any(module is outer for outer in self._inside):
             return function(*args, **kwargs)
         kind = type(module).__name__
@@ -191,13 +195,15 @@ class _Boundary:
         return checkpoint_name(y, f"flax_cnns.cost {len(self.macs) - 1}")
 
 
-def _note(kinds: dict[str, str], function: Callable, args: tuple, kwargs: dict, at: Any) -> Any:
+def _record_kind(
+    kinds: dict[str, str], function: Callable, args: tuple, kwargs: dict, at: Any
+) -> Any:
     kinds.setdefault("/".join(at.module.path), type(at.module).__name__)
     return function(*args, **kwargs)
 
 
 def _runs(jaxpr: Any, sizes: list[int], times: int = 1) -> Iterator[tuple[int, int]]:
-    """(number of the call, how often it runs) of each mark in the program."""
+    """Yields (number of the call, how often it runs) of each mark in the program."""
     for equation in jaxpr.eqns:
         name, fields = equation.primitive.name, equation.params
         if name == "name" and (mark := re.fullmatch(r"flax_cnns\.cost (\d+)", fields["name"])):

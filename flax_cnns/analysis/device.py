@@ -1,4 +1,4 @@
-"""What ran it: versions and device for the record, its peak speed, the memory that was used."""
+"""The machine that runs a program: versions, device, peak FLOP/s, and used memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flax_cnns.analysis.timing import time_candidates
 
 
 class Peak(NamedTuple):
-    flops: float  # a second
+    flops: float  # per second
     source: str
 
 
-# Dense TFLOP/s of one JAX device: (bfloat16, what XLA makes of float32 unless told otherwise: TF32
-# on NVIDIA's tensor cores from Ampere on, one bfloat16 pass on TPUs).
+# Dense TFLOP/s of one JAX device: (bfloat16, float32, source). float32 is in XLA's default
+# precision: TF32 on NVIDIA's tensor cores from Ampere on, one bfloat16 pass on TPUs.
 _NVIDIA, _CLOUD = "NVIDIA's datasheet, dense", "Google Cloud's documentation"
-PEAKS = {
+PEAKS: dict[str, tuple[float | None, float, str]] = {
     "Tesla V100-SXM2-16GB": (None, 15.7, _NVIDIA),
     "Tesla V100-SXM2-32GB": (None, 15.7, _NVIDIA),
     "Tesla T4": (None, 8.1, _NVIDIA),
@@ -48,26 +48,31 @@ PEAKS = {
 
 
 def find_peak(device: Any, dtype: str = "float32") -> Peak | None:
-    """The FLOP/s that `device` is said to reach in `dtype`; None where nobody said.
+    """Returns the peak FLOP/s of `device` in `dtype`; None if it is not in `PEAKS`.
 
-    A CPU's is measured: the best of five products of 2048x2048 float32 matrices on all its cores.
+    For a CPU it is measured: the fastest of five products of 2048x2048 float32 matrices on all
+    cores.
     """
     if device.platform == "cpu":
         size = 2048
         a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
         product = jax.jit(jnp.matmul)
-        found = time_candidates({"matmul": lambda: product(a, a)}, rounds=5)
+        timing = time_candidates({"matmul": lambda: product(a, a)}, rounds=5)
         return Peak(
-            2 * size**3 / min(found.seconds["matmul"]), "a float32 matmul of 2048, measured"
+            2 * size**3 / min(timing.seconds["matmul"]), "a float32 matmul of 2048, measured"
         )
-    bfloat16, float32, source = PEAKS.get(device.device_kind, (None, None, ""))
-    tera = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
-    return None if tera is None else Peak(1e12 * tera, source)
+    if device.device_kind not in PEAKS:
+        return None
+    bfloat16, float32, source = PEAKS[device.device_kind]
+    teraflops = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
+    return None if teraflops is None else Peak(1e12 * teraflops, source)
 
 
 def program_memory(compiled: Any) -> int | None:
-    """Bytes that a compiled program holds while it runs, arguments and results included, as the
-    compiler planned it on each device; None where it doesn't say."""
+    """Returns the bytes per device that the compiler planned for a program; None if unknown.
+
+    Arguments and results are included.
+    """
     plan = compiled.memory_analysis()
     if plan is None:
         return None
@@ -80,14 +85,14 @@ def program_memory(compiled: Any) -> int | None:
 
 
 def peak_memory(device: Any) -> int | None:
-    """The most bytes that were in use on `device` since the process began; None on a CPU."""
+    """Returns the largest number of bytes used on `device` since the start; None on a CPU."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def describe_environment() -> dict[str, Any]:
-    """For the record: versions, device, cores, the variables that change what is measured."""
+    """Returns what a measurement depends on: versions, device, cores, environment variables."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "timm")
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
@@ -107,7 +112,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _cores() -> int | None:
-    """That this process may use, not that the machine has."""
+    """Returns the number of cores that this process may use, which may be fewer than all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -1,9 +1,8 @@
-"""What a few seeds tell: a mean with its interval, a paired difference with its p-value, and Holm's
-correction of many of those.
+"""Statistics over a few seeds: intervals of means, paired differences, and Holm's correction.
 
-From one value, or from values that are all equal, nothing is known of the spread: then there is no
-interval (its ends are NaN), rather than one of no width, which would claim that there is none.
-Accuracies are counts over a few hundred or thousand examples, so that equal ones are common.
+One value, or several equal values, say nothing about the spread. The ends of the interval are then
+NaN. An interval of width 0 would claim that there is no spread. Equal values are common, because
+accuracies are counts over a few hundred or thousand examples.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
-    """A mean and what it lies within; NaN where nothing is known."""
+    """A mean with a confidence interval; ends that are unknown are NaN."""
 
     mean: float
     low: float
@@ -31,22 +30,22 @@ class Interval(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether there is an interval."""
+        """Whether the interval is known."""
         return math.isfinite(self.low)
 
     @property
     def excludes_zero(self) -> bool:
-        """False too where there is no interval."""
+        """Whether 0 is outside the interval; False if the interval is unknown."""
         return self.low > 0 or self.high < 0
 
 
 class Difference(NamedTuple):
     interval: Interval
-    p: float  # of the two-sided paired t-test; NaN where it is unknown
+    p: float  # p-value of the two-sided paired t-test; NaN if unknown
 
 
 def check_method(method: str) -> None:
-    """Raises `UserError` where there is no such interval."""
+    """Raises `UserError` unless `method` is one of `METHODS`."""
     if method not in METHODS:
         near = did_you_mean(method, METHODS)
         raise UserError(f"interval: expected {' or '.join(METHODS)}, got {method!r}{near}")
@@ -55,14 +54,14 @@ def check_method(method: str) -> None:
 def mean(
     values: Sequence[float], *, method: str = "t", level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Of independent values, the seeds' of one row.
+    """Returns the mean of independent values, such as those of several seeds, with its interval.
 
-    `t`: Student's, exact where the values are normal. `bootstrap`: the percentile interval (Efron
-    1979) of 10,000 resamples, which `seed` draws; it assumes nothing of the distribution, and from
-    a few values it is too narrow: it never leaves their range.
+    `t` is Student's interval, exact if the values are normally distributed. `bootstrap` is the
+    percentile interval (Efron 1979) of 10,000 resamples, drawn with `seed`. It assumes nothing
+    about the distribution. For a few values it is too narrow: it never leaves their range.
     """
-    values = np.asarray(values, float)
-    return _interval(values, _flat(values, values), method, level, seed)
+    array = np.asarray(values, float)
+    return _interval(array, _flat(array, array), method, level, seed)
 
 
 def paired_difference(
@@ -73,12 +72,12 @@ def paired_difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """{seed: value} minus the baseline's, over the seeds that both have.
+    """Returns the mean difference of `values` to `baseline`, both {seed: value}, over shared seeds.
 
-    The p-value is that of the paired t-test, whatever the interval; 1 where both are the same.
+    The p-value is always that of the paired t-test. It is 1 if all differences are 0.
     """
-    both = sorted(values.keys() & baseline.keys())
-    ours, theirs = (np.array([of[s] for s in both], float) for of in (values, baseline))
+    seeds = sorted(values.keys() & baseline.keys())
+    ours, theirs = (np.array([of[s] for s in seeds], float) for of in (values, baseline))
     difference = ours - theirs
     flat = _flat(difference, np.concatenate([ours, theirs]))
     interval = _interval(difference, flat, method, level, seed)
@@ -92,8 +91,12 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979), in the order given: whoever believes all that are below
-    alpha errs in any of them with a probability of alpha at most. NaN stays, and is no test."""
+    """Returns the p-values with Holm's step-down correction (1979), in the same order.
+
+    It controls the family-wise error rate: rejecting the hypotheses whose corrected value is below
+    alpha makes any error with a probability of at most alpha. NaN stays NaN and is not counted as a
+    test.
+    """
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     corrected, highest = [math.nan] * len(p_values), 0.0
     for rank, (p, i) in enumerate(tested):
@@ -103,7 +106,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _flat(values: np.ndarray, inputs: np.ndarray) -> bool:
-    """Whether the values are equal, but for the rounding of the inputs that they come from."""
+    """Whether all `values` are equal, up to the rounding of `inputs`, which they came from."""
     return values.size == 0 or np.ptp(values) <= 1e-9 * np.abs(inputs).max()
 
 

@@ -1,7 +1,7 @@
-"""An honest clock: candidates in turn, A B A B, waited for, medians, ratios with their spread.
+"""Times functions against each other: in turn (A B A B), with medians and ratios per round.
 
-A machine that slows down for a minute slows down all candidates of that minute, so what is compared
-is each round's ratio and not two averages from different times.
+If the machine slows down for a minute, it slows down all candidates of that minute. Therefore the
+ratio is taken in each round, instead of between averages of different times.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from flax_cnns.errors import UserError, did_you_mean
 
 
 class Spread(NamedTuple):
+    """The median and the range of some values."""
+
     median: float
-    low: float  # the smallest
-    high: float  # the largest
+    low: float  # smallest value
+    high: float  # largest value
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
@@ -31,20 +33,22 @@ class Spread(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    seconds: dict[str, list[float]]  # name -> seconds of one call, round by round
-    calls: dict[str, int]  # name -> calls a round, over which the seconds are the mean
+    """The times of several candidates."""
+
+    seconds: dict[str, list[float]]  # name -> seconds of one call in each round
+    calls: dict[str, int]  # name -> calls per round; the seconds are their mean
 
     def median(self, name: str) -> float:
-        """Seconds of one call."""
+        """Returns the median seconds of one call."""
         return self._of(name, lambda rounds: statistics.median(rounds))
 
     def ratio(self, name: str, baseline: str) -> Spread:
-        """The time of `name` over that of `baseline`, round by round: below 1 is faster."""
-        own, other = self._of(name, list), self._of(baseline, list)
-        return Spread.of([a / b for a, b in zip(own, other)])
+        """Returns the time of `name` divided by that of `baseline` per round; below 1 is faster."""
+        times, others = self._of(name, list), self._of(baseline, list)
+        return Spread.of([a / b for a, b in zip(times, others)])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: every round."""
+        """Returns all rounds, for JSON."""
         return {
             name: {"median": self.median(name), "rounds": rounds, "calls": self.calls[name]}
             for name, rounds in self.seconds.items()
@@ -65,23 +69,25 @@ def time_candidates(
     settle: float = 0.03,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Times each candidate once a round, in their order, after `warmup` calls of each.
+    """Times each candidate once per round, in their order, after `warmup` calls of each.
 
-    A candidate returns the arrays that must be ready, or a function that waits for them (PyTorch's
-    `torch.cuda.synchronize`). What takes less than `at_least` seconds is called so many times a
-    round, waited for at the end: short times would measure the clock, and on an accelerator how
-    long it takes to ask. Between candidates there is a pause of `settle` seconds: the threads of
-    PyTorch's OpenMP go on spinning for some milliseconds, on the next candidate's account.
+    A candidate returns the arrays to wait for, or a function that waits (PyTorch's
+    `torch.cuda.synchronize`). A candidate that takes less than `at_least` seconds is called several
+    times per round and waited for at the end. A single short call would measure the clock and, on
+    an accelerator, the dispatch.
 
-    Raises `UserError` for no candidate, or no round.
+    Between candidates there is a pause of `settle` seconds: the threads of PyTorch's OpenMP keep
+    spinning for some milliseconds, which would slow down the next candidate.
+
+    Raises `UserError` if there is no candidate or no round, or if `warmup` is negative.
     """
     if not candidates or rounds < 1 or warmup < 0:
         raise UserError(
-            f"expected a candidate, a round and no negative warm-up, got {len(candidates)} "
-            f"candidates, {rounds} rounds and a warm-up of {warmup}"
+            f"expected at least one candidate, at least one round and a warm-up of 0 or more; got "
+            f"{len(candidates)} candidates, {rounds} rounds and a warm-up of {warmup}"
         )
 
-    def once(candidate: Callable[[], Any], calls: int) -> float:
+    def time_once(candidate: Callable[[], Any], calls: int) -> float:
         began = clock()
         for _ in range(calls):
             result = candidate()
@@ -93,18 +99,18 @@ def time_candidates(
         for _ in range(warmup):
             wait(candidate())
         calls[name] = 1
-        if at_least:  # one call more tells how many fit
-            calls[name] = max(1, math.ceil(at_least / max(once(candidate, 1), 1e-6)))
+        if at_least:  # one more call shows how many calls are needed
+            calls[name] = max(1, math.ceil(at_least / max(time_once(candidate, 1), 1e-6)))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
             time.sleep(settle if len(candidates) > 1 else 0)
-            seconds[name].append(once(candidate, calls[name]))
+            seconds[name].append(time_once(candidate, calls[name]))
     return Comparison(seconds, calls)
 
 
 def wait(result: Any) -> None:
-    """Until the arrays are there; what is a function waits by itself."""
+    """Waits until the arrays in `result` are ready; if `result` is a function, calls it instead."""
     if callable(result):
         result()
     else:
@@ -112,5 +118,5 @@ def wait(result: Any) -> None:
 
 
 def geometric_mean(values: list[float]) -> float:
-    """Of ratios: the mean to which 2 and 1/2 together are 1."""
+    """Returns the geometric mean, the mean for ratios: that of 2 and 1/2 is 1."""
     return statistics.geometric_mean(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ def soft_labels(labels: Array, num_classes: int) -> Array:
 def aux_loss(
     aux_logits: PyTree,
     labels: Array,
-    weights: list[tuple[str, Schedule]],
+    weights: Sequence[tuple[str, Schedule]],
     step: Array,
     loss: Loss = cross_entropy,
 ) -> Array:

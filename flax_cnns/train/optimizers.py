@@ -190,7 +190,7 @@ def update_plateau(
     """
 
     def step(state: PlateauState) -> PlateauState:
-        share = 1.0 - min_delta
+        share: Array | float = 1.0 - min_delta
         if signed:
             share = jnp.where(state.best < 0, 1.0 + min_delta, share)
         better = error < state.best * share
@@ -332,7 +332,7 @@ def make_optimizer(
     if not any(jax.tree.leaves(trainable)):
         raise UserError("optimizer.trainable: every parameter is frozen; set True for at least one")
 
-    def over_trainable(spec: Sequence, field: str, default: float) -> PyTree:
+    def over_trainable(spec: tuple, field: str, default: float) -> PyTree:
         tree = pytree.expand_per_parameter(spec, params, what=f"optimizer.{field}", default=default)
         return pytree.partition(tree, trainable)[0]
 
@@ -340,7 +340,7 @@ def make_optimizer(
     factors = over_trainable(config.lr_mult, "lr_mult", 1.0)
     if config.layer_decay:
         rules = layer_decay(order, config.layer_decay, groups)
-        decays = over_trainable(rules, "layer_decay", 1.0)
+        decays = over_trainable(tuple(rules), "layer_decay", 1.0)
         factors = jax.tree.map(lambda a, b: a * b, factors, decays)
     add_decay = optax.stateless(
         lambda updates, p: jax.tree.map(

@@ -173,7 +173,7 @@ def _describe(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, s
     return texts
 
 
-def _percent(step: float, total: float) -> str:
+def _percent(step: float, total: float | None) -> str:
     return f"{100 * step / total if total else 100:.0f} %"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -44,7 +44,7 @@ def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
             return 0.5 * jnp.sum(jnp.asarray(a, w.dtype) * jnp.square(w)) if np.any(a) else 0.0
 
         # One coefficient is not 0, so the sum is an array.
-        return sum(jax.tree.leaves(jax.tree.map(half_square, weights, coefficients)))
+        return cast(Array, sum(jax.tree.leaves(jax.tree.map(half_square, weights, coefficients))))
 
     return Regularizer(penalty=penalty)
 

@@ -55,9 +55,8 @@ def stream_key(key: Array, constant: Stream, step: Array) -> Array:
 
 def image_keys(key: Array, step: Array, first: Array | int, n: int) -> Array:
     """Returns the keys [n] of the images at positions first .. first + n - 1 of a global batch."""
-    positions = first + jnp.arange(n)
-    augment_key = stream_key(key, Stream.AUGMENT, step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(augment_key, positions)
+    index = first + jnp.arange(n)
+    return jax.vmap(jax.random.fold_in, (None, 0))(stream_key(key, Stream.AUGMENT, step), index)
 
 
 # ---------------------------------------------------------------------------- examples
@@ -245,6 +244,7 @@ def compute_loss(
         )
     labels = examples.labels
     losses.check_logits(logits, *labels.shape)
+    assert config.loss is not None  # `make_train_step` sets it
     each = config.loss(logits, labels)
     total = jnp.mean(each) + losses.aux_loss(
         updates.get("aux_logits", {}), labels, config.aux_weights, step, config.loss

@@ -118,7 +118,7 @@ class Writer:
             return
         step, now = int(step), time.time()
         values = {name: float(value) for name, value in metrics.items()}
-        record = {"step": step, "time": now}
+        record: dict[str, float | None] = {"step": step, "time": now}
         record |= {name: v if math.isfinite(v) else None for name, v in values.items()}
         try:
             line = json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -1,1 +1,1 @@
-"""The pictures, and the one style that they share."""
+"""Figures, and the style that they share."""

@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""Draws confusion matrices."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from matplotlib.figure import Figure
 
 from flax_cnns.analysis.plots.style import save_picture, shorten
 
-MAX_ANNOTATED_CLASSES = 20  # classes, up to which the counts are written into the cells
-MAX_NAMED_CLASSES = 60  # classes, up to which every class is named
-MAX_NAME_LENGTH = 32  # characters of a name
+MAX_ANNOTATED_CLASSES = 20  # above, cells have no counts
+MAX_NAMED_CLASSES = 60  # above, classes have no names
+MAX_NAME_LENGTH = 32  # characters of a class name
 
 
 def draw_confusion(
     matrix: np.ndarray, class_names: Sequence[str], png: str | os.PathLike, title: str = ""
 ) -> None:
-    """Draws `matrix` [true class, predicted class] of counts; the color is the share of its row.
+    """Draws the counts `matrix` [true class, predicted class]; colors are fractions of the row.
 
-    Up to 20 classes the counts stand in the cells (none for a zero), up to 60 every class is named.
-    Raises `ValueError` where matrix and names don't agree, `UserError` where it cannot be written.
+    With at most 20 classes, cells show their counts, except zeros. With at most 60, every class is
+    named. Raises `ValueError` if matrix and names do not agree, and `UserError` if the file cannot
+    be written.
     """
     matrix = np.asarray(matrix).astype(np.int64)
     classes = len(class_names)
     if matrix.shape != (classes, classes):
-        raise ValueError(f"expected a matrix of {classes} x {classes} classes, came {matrix.shape}")
+        raise ValueError(f"expected a matrix of {classes} x {classes} classes, got {matrix.shape}")
     totals = matrix.sum(axis=1, keepdims=True)
     shares = matrix / np.maximum(totals, 1)
     size = float(np.clip(0.48 * classes, 4.5, 11.0))
@@ -38,11 +39,11 @@ def draw_confusion(
         if classes <= MAX_NAMED_CLASSES
         else []
     )
-    # The names have room of their own: the matrix is not made smaller.
+    # The names get extra space, so that they do not shrink the matrix.
     room = 0.6 * small / 72 * max(map(len, names), default=0)
     figure = Figure(figsize=(size + 1.6 + room, size + 0.8 + room), layout="constrained")
     axes = figure.subplots()
-    # The square root lifts the few mistakes of a good network out of the white.
+    # The square root makes the few mistakes of a good network visible.
     image = axes.imshow(
         shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest"
     )
@@ -51,12 +52,12 @@ def draw_confusion(
         [0, 0.01, 0.05, 0.1, 0.25, 0.5, 1],
         labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"],
     )
-    bar.set_label("share of the true class")
+    bar.set_label("fraction of the true class")
     numbers = "" if names else ", numbered from 0"
     axes.set_xlabel(f"predicted class{numbers}")
     axes.set_ylabel(f"true class{numbers}")
     correct, count = np.trace(matrix), matrix.sum()
-    axes.set_title(title or f"{correct} of {count} right ({100 * correct / max(count, 1):.2f} %)")
+    axes.set_title(title or f"{correct} of {count} correct ({100 * correct / max(count, 1):.2f} %)")
     if names:
         axes.set_xticks(range(classes), names, rotation=90, fontsize=small)
         axes.set_yticks(range(classes), names, fontsize=small)
@@ -64,7 +65,7 @@ def draw_confusion(
             axes.tick_params(axis="x", rotation=0)
     if classes <= MAX_ANNOTATED_CLASSES:
         digits = len(str(matrix.max(initial=0)))
-        count_size = min(8.0, 72 * size / classes / (0.8 * digits))  # at most as wide as its cell
+        count_size = min(8.0, 72 * size / classes / (0.8 * digits))  # fits into its cell
         for row, column in np.argwhere(matrix):
             axes.text(
                 column,

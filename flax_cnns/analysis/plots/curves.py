@@ -1,10 +1,11 @@
-"""Learning curves: what `metrics.jsonl` says, as a picture."""
+"""Draws the learning curves of a `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,18 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flax_cnns.analysis.plots import style
-from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
+from flax_cnns.analysis.plots.style import (
+    collect_x,
+    save_picture,
+    shorten,
+    tidy_axes,
+    widen_single_point,
+)
 from flax_cnns.errors import UserError
 
-STYLES = {  # line and marker differ too
+STYLES: dict[str, dict[str, Any]] = {  # not only colors differ, but also lines and markers
     "train": dict(color=style.BLUE, linestyle="-", marker=""),
     "validation": dict(color=style.VERMILION, linestyle="--", marker="o", markersize=3.5),
     "test": dict(color=style.BLACK, linestyle="", marker="*", markersize=13),
 }
-MIN_SMOOTHED_POINTS = 100  # from so many points on, the running mean is drawn above the points
+MIN_SMOOTHED_POINTS = 100  # with this many points, a running mean is drawn above the points
 PANELS = ("loss", "accuracy", "learning_rate")
 
-Series = tuple[np.ndarray, np.ndarray]  # steps and values, [points] each; a value may be NaN
+Series = tuple[np.ndarray, np.ndarray]  # (steps, values), [points] each; values may be NaN
 
 
 def draw_curves(
@@ -34,12 +41,11 @@ def draw_curves(
     metric: str = "accuracy",
     mode: str = "max",
 ) -> None:
-    """Draws loss, accuracy and learning rate over the steps into a PNG, whole or not at all.
+    """Draws loss, accuracy and learning rate over the steps into a PNG, which it writes atomically.
 
-    `metric` takes the place of accuracy; its best value is the highest, or the lowest if `mode` is
-    "min". A panel that the log has nothing for is left out; values that are not finite are marked
-    at the panel's foot. Raises `UserError` where the log cannot be read or the picture not be
-    written.
+    `metric` replaces accuracy; its best value is the highest, or the lowest if `mode` is "min".
+    Panels without data are left out. Values that are not finite are marked at the bottom of the
+    panel. Raises `UserError` if the log cannot be read or the picture cannot be written.
     """
     series = _read(Path(metrics_jsonl))
     panels = [metric if name == "accuracy" else name for name in PANELS]
@@ -64,7 +70,7 @@ def draw_curves(
 
 
 def _read(path: Path) -> dict[str, Series]:
-    """{"train/loss": (steps, values)}; lines that are no JSON (a torn last one) are skipped."""
+    """Returns {"train/loss": (steps, values)}; skips lines that are not JSON, or incomplete."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -78,22 +84,25 @@ def _read(path: Path) -> dict[str, Series]:
         for name, value in record.items():
             if name not in ("step", "time"):
                 points.setdefault(name, []).append((record["step"], value))
-    # As floats, the log's null becomes NaN.
-    return {name: tuple(np.array(columns, float).T) for name, columns in points.items()}
+    series = {}
+    for name, pairs in points.items():
+        steps, values = np.array(pairs, float).T  # the log's null becomes NaN
+        series[name] = steps, values
+    return series
 
 
 def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None], lowest: bool) -> None:
-    """One panel: `name` of each split that has it, the best and the test's value in words."""
+    """Draws `name` of each split into a panel, with the best and the test value in the legend."""
     best = np.nanargmin if lowest else np.nanargmax
-    seen = []
-    for split, found in series.items():
-        if found is None:
+    finite_values = []
+    for split, points in series.items():
+        if points is None:
             continue
-        steps, values = found
+        steps, values = points
         finite = np.isfinite(values)
         style, label = STYLES[split], split
         if finite.any():
-            seen.append(values[finite])
+            finite_values.append(values[finite])
             at = best(values)
             if split == "validation":
                 label = f"validation, best {_number(values[at])} at {steps[at]:.0f}"
@@ -102,21 +111,21 @@ def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None], low
             elif split == "test":
                 label = f"test {_number(values[at])}"
             elif len(values) < MIN_SMOOTHED_POINTS:
-                style = style | dict(marker=".")  # a lone point must show, too
+                style = style | dict(marker=".")  # a single point must be visible
             else:
                 axes.plot(steps, values, color=style["color"], alpha=0.3, linewidth=0.8)
                 values = _running_mean(values, len(values) // (MIN_SMOOTHED_POINTS // 2))
                 label = "train, running mean"
             axes.plot(steps, values, label=label, **style)
         _mark_not_finite(axes, steps[~finite], split)
-    everything = np.concatenate([*seen, []])
+    everything = np.concatenate([*finite_values, []])
     if name == "loss" and everything.size and 0 < 20 * everything.min() < everything.max():
         _log_scale(axes)
     if not everything.size:
-        axes.set_yticks([])  # they would be numbers about nothing
+        axes.set_yticks([])  # there is nothing to measure
     axes.set_title(name)
-    alone = len({float(x) for line in axes.get_lines() for x in line.get_xdata()}) == 1
-    axes.legend(frameon=False, fontsize="small", loc="center right" if alone else "best")
+    is_single = len(collect_x(axes)) == 1
+    axes.legend(frameon=False, fontsize="small", loc="center right" if is_single else "best")
 
 
 def _number(value: float) -> str:
@@ -127,12 +136,12 @@ def _learning_rate(axes: Axes, series: Series) -> None:
     steps, values = series
     finite = np.isfinite(values)
     marker = "." if len(values) < 2 else ""
-    # Drawn over the axis, where a rate of zero lies.
+    # Not clipped, because a rate of zero is on the axis.
     axes.plot(steps, values, color=STYLES["train"]["color"], marker=marker, zorder=3, clip_on=False)
     _mark_not_finite(axes, steps[~finite], "rate")
     rates = values[finite & (values > 0)]
-    # Where a quarter of the run has less than an eighth of the highest rate (steps, exponential
-    # decay), a linear axis would hide it; a cosine stays linear.
+    # A linear axis would hide the rates of steps or exponential decay: there, a quarter of the run
+    # has less than an eighth of the highest rate. A cosine keeps the linear axis.
     if rates.size and np.quantile(rates, 0.25) < rates.max() / 8:
         _log_scale(axes)
     else:
@@ -147,14 +156,14 @@ def _mark_not_finite(axes: Axes, steps: np.ndarray, split: str) -> None:
             np.zeros_like(steps),
             "x",
             color="#CC79A7",
-            transform=axes.get_xaxis_transform(),  # the foot of the panel, whatever its scale
+            transform=axes.get_xaxis_transform(),  # bottom of the panel at any scale
             clip_on=False,
             label=f"{split}: {steps.size} not finite",
         )
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """[points]: the mean of the `width` values around each, near the ends of those there are."""
+    """Returns the mean of the `width` values around each point, [points]; fewer near the ends."""
     finite, window = np.isfinite(values), np.ones(width)
     sums = np.convolve(np.where(finite, values, 0.0), window, "same")
     counts = np.convolve(finite, window, "same")

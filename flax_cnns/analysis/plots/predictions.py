@@ -1,4 +1,4 @@
-"""Photographs with what a network says of them, as a picture."""
+"""Draws photographs with the predictions of a network."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from flax_cnns.analysis.plots.style import BLUE, save_picture, shorten
 
-MAX_PHOTOS = 40  # photos in one picture
-MAX_CLASSES = 15  # classes of a photo
-PALE = "#A6CBE3"  # of the classes behind the first
+MAX_PHOTOS = 40  # in one picture
+MAX_CLASSES = 15  # drawn for each photo
+PALE = "#A6CBE3"  # color of all classes except the first
 
 
 def draw_predictions(
     photos: Sequence[tuple[str, Image.Image, tuple[float, float, float, float]]],
-    guesses: Sequence[Sequence[tuple[str, float]]],
+    predictions: Sequence[Sequence[tuple[str, float]]],
     png: str | os.PathLike,
     title: str = "",
 ) -> None:
@@ -27,16 +28,14 @@ def draw_predictions(
 
     Only the first `MAX_PHOTOS` photos and the first `MAX_CLASSES` classes of each are drawn.
 
-    photos: (name, image, box that the network sees); guesses: (class, probability) of each photo,
-    the most likely first. Raises `UserError` if the picture cannot be written.
+    photos: (name, image, box that the network sees). predictions: for each photo, (class,
+    probability), the most likely first. Raises `UserError` if the picture cannot be written.
     """
-    photos, guesses = (
-        photos[:MAX_PHOTOS],
-        [guessed[:MAX_CLASSES] for guessed in guesses[:MAX_PHOTOS]],
-    )
+    photos = photos[:MAX_PHOTOS]
+    predictions = [classes[:MAX_CLASSES] for classes in predictions[:MAX_PHOTOS]]
     columns = 1 if len(photos) <= 4 else 2
     rows = -(-len(photos) // columns)
-    height = max(2.5, 0.26 * max(map(len, guesses), default=0))
+    height = max(2.5, 0.26 * max(map(len, predictions), default=0))
     figure = Figure(figsize=(7.6 * columns, height * rows + 0.4), layout="constrained")
     if title:
         figure.suptitle(shorten(title, 80 * columns))
@@ -44,18 +43,20 @@ def draw_predictions(
     for axes in grid.flat:
         axes.set_axis_off()
     pairs = grid.reshape(-1, 2)  # row by row
-    for (left, right), (name, image, box), guessed in zip(pairs, photos, guesses):
-        _photo(left, name, image, box)
-        _bars(right, guessed)
+    for (left, right), (name, image, box), classes in zip(pairs, photos, predictions):
+        _draw_photo(left, name, image, box)
+        _draw_bars(right, classes)
     save_picture(figure, png)
 
 
-def _photo(axes, name: str, image: Image.Image, box: tuple[float, float, float, float]) -> None:
-    """What the network does not see is pale."""
+def _draw_photo(
+    axes: Axes, name: str, image: Image.Image, box: tuple[float, float, float, float]
+) -> None:
+    """Draws a photo; the part outside the network's `box` is pale."""
     width, height = image.size
     small = image.convert("RGB")
     small.thumbnail((480, 480))
-    edges = (0, width, height, 0)  # in the photo's own pixels, as the box is
+    edges = (0, width, height, 0)  # in pixels of the photo, like the box
     axes.imshow(np.asarray(small), extent=edges, alpha=0.35)
     seen = axes.imshow(np.asarray(small), extent=edges)
     left, top, right, bottom = box
@@ -63,17 +64,17 @@ def _photo(axes, name: str, image: Image.Image, box: tuple[float, float, float, 
     axes.set_title(shorten(name, 44), fontsize=9)
 
 
-def _bars(axes, guessed: Sequence[tuple[str, float]]) -> None:
+def _draw_bars(axes: Axes, classes: Sequence[tuple[str, float]]) -> None:
     axes.set_axis_on()
-    shares = [share for _, share in guessed]
-    places = range(len(guessed))
-    axes.barh(places, shares, color=[BLUE] + [PALE] * (len(guessed) - 1), height=0.62)
-    for place, share in zip(places, shares):
-        axes.text(share + 0.015, place, f"{share:.1%}", va="center", fontsize=9)
-    names = [shorten(name, 26) for name, _ in guessed]
+    probabilities = [probability for _, probability in classes]
+    places = range(len(classes))
+    axes.barh(places, probabilities, color=[BLUE] + [PALE] * (len(classes) - 1), height=0.62)
+    for place, probability in zip(places, probabilities):
+        axes.text(probability + 0.015, place, f"{probability:.1%}", va="center", fontsize=9)
+    names = [shorten(name, 26) for name, _ in classes]
     axes.set_yticks(places, names, fontsize=9)
-    axes.set_ylim(max(len(guessed), 3) - 0.5, -0.5)  # the likeliest on top
-    axes.set_xlim(0, 1.18)  # room for the number of a full bar
+    axes.set_ylim(max(len(classes), 3) - 0.5, -0.5)  # the most likely on top
+    axes.set_xlim(0, 1.18)  # space for the number of a full bar
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -333,7 +333,7 @@ def _draw_forest(
         forest_rows,
         png,
         title=title,
-        what=f"difference of test {metric.name}{metric.difference_unit}",
+        x_label=f"difference of test {metric.name}{metric.difference_unit}",
         decimals=metric.decimals,
         more_is_better=metric.is_fraction,
     )
@@ -371,8 +371,8 @@ def _draw_curves(
         curves,
         baseline,
         png,
-        what=f"{what} {metric.name}{metric.unit}",
-        across=x_label,
+        y_label=f"{what} {metric.name}{metric.unit}",
+        x_label=x_label,
         decimals=metric.decimals,
         more_is_better=metric.is_fraction,
     )

@@ -26,7 +26,7 @@ def test_counts_and_shares_of_the_rows(figures):
     np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 1, 0], [0, 0, 0]])
     assert axes.get_ylabel() == "true class"
     assert [t.get_text() for t in axes.get_yticklabels()] == ["cat", "dog", "emu"]
-    assert axes.get_title() == "48 of 50 right (96.00 %)"
+    assert axes.get_title() == "48 of 50 correct (96.00 %)"
 
 
 @pytest.mark.parametrize(("classes", "named"), [(21, True), (100, False)])
@@ -44,5 +44,5 @@ def test_the_picture_is_written(tmp_path):
 
 
 def test_names_must_fit_the_matrix():
-    with pytest.raises(ValueError, match="expected a matrix of 2 x 2 classes, came"):
+    with pytest.raises(ValueError, match="expected a matrix of 2 x 2 classes, got"):
         draw_confusion(np.eye(3), ["a", "b"], "confusion.png")

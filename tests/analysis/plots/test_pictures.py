@@ -141,27 +141,27 @@ def test_runs_beside_each_other(figures):
 def test_rows_with_long_names_and_many_of_them(figures):
     series = (np.arange(3.0), np.arange(3.0))
     forest.draw_row_curves(
-        {name: [series] for name in LONG}, LONG[0], "x.png", what="w", across="a"
+        {name: [series] for name in LONG}, LONG[0], "x.png", y_label="w", x_label="a"
     )
     figure = laid_out(figures.pop())
     assert not overlap([axes.title for axes in figure.axes if axes.get_visible()])
     rows = {f"row{i}": [series] for i in range(36)}
-    forest.draw_row_curves(rows, "row0", "x.png", what="w", across="a")
+    forest.draw_row_curves(rows, "row0", "x.png", y_label="w", x_label="a")
     width, height = figures.pop().get_size_inches()
     assert height < width
     one = (np.array([100.0]), np.array([50.0]))
-    forest.draw_row_curves({"a": [one], "b": [one]}, "a", "x.png", what="w", across="a")
+    forest.draw_row_curves({"a": [one], "b": [one]}, "a", "x.png", y_label="w", x_label="a")
     assert [axes.get_xlim() for axes in figures.pop().axes] == [(99, 101)] * 2
 
 
 def test_a_forest_of_long_names_and_of_none(figures):
     effects = [forest.ForestRow(name, Interval(1.0, 0.5, 1.5, 3), [1.0]) for name in LONG]
-    forest.draw_forest(effects, "x.png", title="t" * 300, what="w")
+    forest.draw_forest(effects, "x.png", title="t" * 300, x_label="w")
     figure = laid_out(figures.pop())
     (axes,) = figure.axes
     assert axes.get_window_extent().width > 0.25 * figure.bbox.width
     assert axes.get_yticklabels()[0].get_window_extent().x0 >= 0
-    forest.draw_forest([], "x.png", title="t", what="w")
+    forest.draw_forest([], "x.png", title="t", x_label="w")
     assert texts(figures.pop().axes[0].texts) == ["only the baseline "]
 
 

@@ -181,7 +181,7 @@ def test_curves_use_the_split_that_was_logged_often_enough(tmp_path, monkeypatch
     monkeypatch.setattr(ablation_report.forest, "draw_row_curves", save)
     folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
     ablation_report.write(folder)
-    assert drawn["what"] == "validation accuracy, %"
+    assert drawn["y_label"] == "validation accuracy, %"
     assert len(drawn["rows"]["plain"][0][0]) == 12
     for log in folder.glob("*/*/metrics.jsonl"):
         lines = log.read_text().splitlines()
@@ -190,7 +190,7 @@ def test_curves_use_the_split_that_was_logged_often_enough(tmp_path, monkeypatch
         more = [train % (120 + step, step % 2) for step in range(1, 101)]
         log.write_text("\n".join([*kept, *more]) + "\n")
     ablation_report.write(folder)
-    assert drawn["what"] == "training batches' accuracy, %"
+    assert drawn["y_label"] == "training batches' accuracy, %"
     x, y = drawn["rows"]["plain"][0]
     assert len(x) == len(y) == 25
     np.testing.assert_allclose(y[-15:], 50, atol=11)  # each point averages four or five batches
@@ -227,7 +227,7 @@ def test_a_report_of_the_loss_has_plain_numbers_and_no_error(two_rows, monkeypat
     (((effect,), words),) = drawn
     assert effect.interval.mean == pytest.approx(-0.012)
     assert words["title"] == "against plain: 0.09000, n=3"
-    assert words["what"] == "difference of test loss"
+    assert words["x_label"] == "difference of test loss"
     assert not words["more_is_better"]
 
 
