@@ -47,6 +47,7 @@ class RunComponents(NamedTuple):
 
     @property
     def mode(self) -> str:
+        """How the steps are parallelized: `config.train.parallel`."""
         return self.config.train.parallel
 
     def shard(self, batch: dict[str, Any]) -> Any:

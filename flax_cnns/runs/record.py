@@ -23,6 +23,7 @@ class RunRecord(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
+        """Whether the run has written its summary."""
         return (self.workdir / "summary.json").is_file()
 
     @property

@@ -53,6 +53,7 @@ class SweepCell(NamedTuple):
 
     @property
     def config(self) -> ConfigDict:
+        """The config of the cell's run."""
         config = ConfigDict(self.row.config.to_dict())
         config.seed += self.seed
         return workdirs.reset_inert_if_new(config, self.workdir)
@@ -73,6 +74,7 @@ class SweepCell(NamedTuple):
         return known | {"status": "missing"} if is_removed else known
 
     def write_status(self, known: Mapping[str, Any]) -> None:
+        """Writes the cell's JSON file."""
         files.write_json(self.folder / f"seed{self.seed}.json", known)
 
     def delete_status(self) -> None:
