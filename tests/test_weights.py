@@ -57,9 +57,13 @@ def test_tensors_of_pytorch_that_need_a_gradient_or_are_bfloat16(tensors):
 
 def test_a_dense_layer_of_other_maps():
     given = {"fc.weight": np.zeros((7, 61))}
-    with pytest.raises(UserError, match=r"wrong shapes: 'fc.weight' is \(7, 61\), which is none"):
-        name_maps.apply(
-            [("fc", "fc6", name_maps.flattened(5))], given, "timm", ["params/fc6/kernel"], "net"
+    with pytest.raises(UserError, match=r"'fc.weight' has shape \(7, 61\), which does not fit"):
+        name_maps.apply_rules(
+            [("fc", "fc6", name_maps.dense_after_flatten(5))],
+            given,
+            "timm",
+            ["params/fc6/kernel"],
+            "net",
         )
 
 
@@ -67,14 +71,14 @@ def test_a_dense_layer_behind_flattened_maps():
     maps = np.random.RandomState(0).randn(2, 3, 4, 5)  # [N H W C]
     kernel = np.random.RandomState(1).randn(7, 5 * 3 * 4)  # of a layer that sees [C H W]
     theirs = maps.transpose(0, 3, 1, 2).reshape(2, -1) @ kernel.T
-    ours = maps.reshape(2, -1) @ name_maps.flattened(5)(kernel)
+    ours = maps.reshape(2, -1) @ name_maps.dense_after_flatten(5)(kernel)
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
 def test_keras_counts_on_from_network_to_network():
     names = ["conv2d_94/kernel", "block1_conv1/bias", "conv2d_96/bias", "batch_normalization/beta"]
     names += ["conv2d_95/kernel", "batch_normalization_1/beta"]
-    assert name_maps.renumber(names) == {
+    assert name_maps.renumber_keras_names(names) == {
         "conv2d_94/kernel": "conv2d_0/kernel",
         "block1_conv1/bias": "block1_conv1/bias",
         "conv2d_96/bias": "conv2d_2/bias",
@@ -160,7 +164,7 @@ def test_every_tensor_of_keras_has_its_place(name, pairs, first):
     """Whatever number its automatic names begin with; each tensor is marked by its own number."""
     with np.load(cases.FOLDER / f"{name}.npz") as kept:
         shapes = json.loads(str(kept["shapes"]))
-    numbers = name_maps.renumber(shapes)
+    numbers = name_maps.renumber_keras_names(shapes)
 
     def moved(original):  # `conv2d_5/kernel` of a network made after others
         renumbered = numbers[original]
@@ -196,11 +200,11 @@ def test_every_tensor_of_keras_has_its_place(name, pairs, first):
         ),
         (
             lambda t: t | {"features.0.bias": np.zeros(3)},
-            r"wrong shapes: params/conv1/conv/bias \(3,\) in place of \(64,\)",
+            r"wrong shapes: params/conv1/conv/bias has shape \(3,\), expected \(64,\)",
         ),
         (
             lambda t: t | {"features.0.weight": np.zeros((64, 3, 3))},
-            r"wrong shapes: params/conv1/conv/kernel \(64, 3, 3\) in place of \(3, 3, 3, 64\)",
+            r"wrong shapes: params/conv1/conv/kernel has shape \(64, 3, 3\), expected \(3, 3, ",
         ),
         (lambda t: list(t), r"mapping of names to arrays \(model.state_dict\(\)\), got list"),
         (lambda t: {}, "no tensor was given for params/conv1/conv/bias, .* and 47 more"),
@@ -214,19 +218,19 @@ def test_tensors_that_do_not_fit(tensors, change, message):
 def test_two_tensors_of_one_place():
     table, given = [(r"a|b", "head")], {"a.bias": np.zeros(1), "b.bias": np.zeros(1)}
     with pytest.raises(UserError, match="both belong at 'params/head/bias'"):
-        name_maps.apply(table, given, "timm", ["params/head/bias"], "net")
+        name_maps.apply_rules(table, given, "timm", ["params/head/bias"], "net")
 
 
 def test_unused_tensors_are_named_so():
     table = [(r"aux\..*", name_maps.UNUSED), (r"fc", "head")]
     given = {"aux.fc.weight": np.zeros((2, 2)), "fc.bias": np.ones(1), "fc.num_batches_tracked": 0}
-    found = name_maps.apply(table, given, "timm", ["params/head/bias"], "net")
+    found = name_maps.apply_rules(table, given, "timm", ["params/head/bias"], "net")
     assert list(found) == ["params/head/bias"]
 
 
 def test_unknown_sources():
     with pytest.raises(
-        UserError, match=r"vgg16 from timm: expected tensors of torchvision or keras"
+        UserError, match=r"vgg16 from timm: expected torchvision or keras as the source"
     ):
         convert("vgg16", {}, "timm")
     with pytest.raises(UserError, match="lenet5 from keras: no other library has"):

@@ -1,4 +1,7 @@
-"""Other libraries' tensors in our networks: one file of rules a family, one table a source."""
+"""Weights of other libraries for our networks.
+
+Each family of networks has a file with its name rules, one table per source.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,15 @@ import numpy as np
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables, model_info
-from flax_cnns.weights import adapt, files, wrappers
-from flax_cnns.weights import name_maps as _rules
+from flax_cnns.weights import adapt, files, name_maps, wrappers
 from flax_cnns.weights.preprocessing import Preprocessing, preprocessing
 
 
-class Converted(NamedTuple):
-    """What `open_weights` makes of a file."""
+class ConvertedWeights(NamedTuple):
+    """Weights in our layout, as `open_weights` returns them."""
 
     tree: dict[str, dict]  # {"params": ..., "batch_stats": ...}
-    input_size: tuple[int, int, int]  # of the images that it takes: H, W, C
+    input_size: tuple[int, int, int]  # (H, W, C) of the images that the weights take
     notes: tuple[str, ...]  # what was chosen, renamed or adapted
 
 
@@ -39,28 +41,33 @@ def load_weights(
     say: Callable[[str], Any] = print,
     **fields: Any,
 ) -> dict[str, dict] | tuple[dict[str, dict], Preprocessing]:
-    """`{"params": ..., "batch_stats": ...}` of `model_name` with the weights of a file.
+    """Returns `{"params": ..., "batch_stats": ...}` of `model_name` with the weights of a file.
 
-    `source`, whose names and layout the tensors have, is one of `model_info(model_name).sources`:
-    "torchvision", "timm", "keras" or "efficientnet_lite". `path` is a file that `files.read` can
-    read; where it is left out, the source's published ImageNet weights are downloaded once
-    (`hub.fetch`). `fields` are the network's. Without `num_classes` the head has the file's own
-    classes, and is left out where the file has none or with `num_classes=None`; without
-    `input_size` the stem takes the file's own channels, and positions are the file's own grid.
-    Arrays are NumPy's.
+    `source` is the library whose names and layout the tensors have, one of
+    `model_info(model_name).sources`: "torchvision", "timm", "keras" or "efficientnet_lite". `path`
+    is a file that `files.read` can read. If `path` is None, the source's published ImageNet weights
+    are downloaded once (`hub.fetch`). `fields` are fields of the network:
 
-    `averaged` takes the running averages that a training script put beside the weights. If the
-    given `input_size` is not the file's, `adapt_stem` and `resize_positions` fit the weights to it
-    (see `adapt`). What was chosen, renamed or adapted goes to `say`, a line each.
+    - Without `num_classes`, the head has as many classes as the file. The head is left out if the
+      file has no head, or with `num_classes=None`.
+    - Without `input_size`, the stem takes as many channels as in the file, and the grid of position
+      embeddings is the file's.
 
-    `with_preprocessing` returns `(variables, preprocessing)`: `preprocessing(photo)`, f32
-    [1 size size 3], is what these weights were evaluated on, at the size that they take, and its
-    `num_classes` is the file's, 0 without a head. The numbers are those of the source's published
-    weights: weights that were trained with others take `preprocessing._replace(mean=...)`.
+    The arrays are NumPy arrays.
+
+    `averaged` takes the running averages that a training script saved with the weights. If the
+    given `input_size` differs from the file's, `adapt_stem` and `resize_positions` fit the weights
+    to `input_size` (see `adapt`). `say` is called with one line for each thing that was chosen,
+    renamed or adapted.
+
+    `with_preprocessing` returns `(variables, preprocessing)`. `preprocessing(photo)` is f32
+    [1 size size 3], prepared as for the evaluation of the published weights, at the size that these
+    weights take. Its `num_classes` is that of the file, 0 without a head. If your weights were
+    trained with other numbers, use `preprocessing._replace(mean=...)`.
 
     Raises `UserError` for an unknown name or source, for a file that is missing, damaged, refused
-    or of another network, and where a download fails; with the preprocessing also for weights whose
-    images are no squares of 3 channels.
+    or of another network, and if a download fails. With `with_preprocessing` also for weights whose
+    images are not squares of 3 channels.
     """
     found = open_weights(
         model_name,
@@ -78,8 +85,8 @@ def load_weights(
     return found.tree, _preprocessing_of(model_name, source, found)
 
 
-def _preprocessing_of(model_name: str, source: str, found: Converted) -> Preprocessing:
-    """At the size and with the number of classes that the weights have."""
+def _preprocessing_of(model_name: str, source: str, found: ConvertedWeights) -> Preprocessing:
+    """The preprocessing, with the image size and the number of classes of the weights."""
     head = found.tree["params"].get("head")
     row = preprocessing(model_name, source)._replace(
         num_classes=0 if head is None else int(head["kernel"].shape[-1])
@@ -97,10 +104,12 @@ def open_weights(
     *,
     averaged: bool = False,
     **options: Any,
-) -> Converted:
-    """Like `load_weights`, but returns the notes too. There are three more options: `optional_head`
-    leaves out a head that is not one layer; `image_size` and `channels` are those of the images, in
-    place of `input_size`, or 0 for the file's own."""
+) -> ConvertedWeights:
+    """Like `load_weights`, but returns the notes too.
+
+    Three more options: `optional_head` leaves out a head of several layers. `image_size` and
+    `channels` describe the images, in place of `input_size`; 0 means as in the file.
+    """
     _check_source(model_name, source)
     if path is None:
         from flax_cnns.weights import hub
@@ -112,7 +121,7 @@ def open_weights(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except MemoryError:
-        raise UserError(f"{path}: its arrays take more memory than there is") from None
+        raise UserError(f"{path}: its arrays need more memory than there is") from None
     return found._replace(notes=(*notes, *found.notes))
 
 
@@ -126,17 +135,18 @@ def convert(
     say: Callable[[str], Any] = print,
     **fields: Any,
 ) -> dict[str, dict]:
-    """`{"params": ..., "batch_stats": ...}` of `model_name` out of another library's tensors.
+    """Converts another library's tensors to `{"params": ..., "batch_stats": ...}` of `model_name`.
 
-    `tensors` maps the source's names to arrays in its own order: a state dict (`source` is
-    "torchvision", "timm" or "efficientnet_lite"), or `{w.path: w.numpy() for w in model.weights}`
-    ("keras", whatever number its automatic names begin with). `model_info(model_name).sources`
-    lists what a network takes. Head, stem, positions, `fields`, `adapt_stem`, `resize_positions`
-    and `say` are as in `load_weights`. Arrays are copies in NumPy, laid out as ours.
+    `tensors` maps the source's names to arrays in the source's layout. For "torchvision", "timm"
+    and "efficientnet_lite" that is a state dict. For "keras" it is
+    `{w.path: w.numpy() for w in model.weights}`; its automatic names may start at any number.
+    `model_info(model_name).sources` lists the sources of a network. Head, stem, positions,
+    `fields`, `adapt_stem`, `resize_positions` and `say` are as in `load_weights`. The arrays are
+    NumPy copies in our layout.
 
-    Raises `UserError` for an unknown name or source, for a tensor that is not used (unless the
-    rules name it so), for one that is missing or of another shape, and for numbers that are not
-    real.
+    Raises `UserError` for an unknown name or source, for a tensor without a place in the network
+    (unless a rule marks the tensor as unused), for a tensor that is missing or has another shape,
+    and for numbers that are not real.
     """
     options = dict(adapt_stem=adapt_stem, resize_positions=resize_positions)
     found = _convert(model_name, tensors, source, **options, **fields)
@@ -156,7 +166,7 @@ def _convert(
     image_size: int = 0,
     channels: int = 0,
     **fields: Any,
-) -> Converted:
+) -> ConvertedWeights:
     what = _check_source(model_name, source)
     family = model_info(model_name).family
     table = importlib.import_module(f"flax_cnns.weights.{family}").TABLES[source]
@@ -164,8 +174,8 @@ def _convert(
     paths = pytree.flatten(_shapes(model))
     notes: list[str] = []
     if isinstance(tensors, Mapping) and source != "keras" and all(type(n) is str for n in tensors):
-        tensors = wrappers.unwrap(tensors, notes)
-    found = _rules.apply(
+        tensors = wrappers.remove_prefixes(tensors, notes)
+    found = name_maps.apply_rules(
         table(model) if callable(table) else table,
         tensors,
         source,
@@ -180,7 +190,7 @@ def _convert(
         if kernel is not None:
             fields["num_classes"] = int(kernel.shape[-1])
         elif found and not any(path.startswith(("params/head/", "params/aux")) for path in found):
-            fields["num_classes"] = None  # a network that was saved without its head
+            fields["num_classes"] = None  # the network was saved without its head
         model = create_model(model_name, **fields)
         paths = pytree.flatten(_shapes(model))
     if "input_size" not in fields:
@@ -194,21 +204,27 @@ def _convert(
         found = _adapted(
             found, paths, what, model.input_size[2], adapt_stem, resize_positions, notes
         )
-    return Converted(_rules.fit(found, paths, what), tuple(model.input_size), tuple(notes))
+    return ConvertedWeights(
+        name_maps.make_tree(found, paths, what), tuple(model.input_size), tuple(notes)
+    )
 
 
 def _own_size(
     size: tuple[int, int, int], found: Mapping[str, np.ndarray], shapes: Mapping[str, Any]
 ) -> tuple[int, int, int]:
-    """(H, W, C) of the images that tensors are for, as far as stem and positions say it."""
+    """(H, W, C) of the images that the tensors take, as far as stem and positions determine it.
+
+    `size` gives what they do not determine.
+    """
     height, width, channels = size
     for path, array in found.items():
         here = tuple(shapes[path].shape) if path in shapes else array.shape
         if adapt.is_stem(here, array.shape, first=here[2:3] == (size[2],)):
             channels = array.shape[2]
-        elif adapt.is_positions(path, here, array.shape):
+        elif adapt.is_position_embedding(path, here, array.shape):
             patch, tokens = shapes["params/patches/kernel"].shape[0], array.shape[1] - 1
-            rows = adapt.side(array.shape[1]) or 1  # not a square: only their number matters
+            # If the grid is not a square, any image with this number of patches will do.
+            rows = adapt.grid_side(array.shape[1]) or 1
             height, width = rows * patch, tokens // rows * patch
     return height, width, channels
 
@@ -222,32 +238,34 @@ def _adapted(
     positions: bool,
     notes: list[str],
 ) -> dict[str, np.ndarray]:
-    """The tensors with stem and positions fitted to `shapes`, if `stem` and `positions` say so.
-    Raises `UserError` if they do not, and it would help."""
+    """The tensors, with the stem (if `stem`) and positions (if `positions`) fitted to `shapes`.
+
+    Raises `UserError` if one of these options is off and would make the tensors fit.
+    """
     new = dict(found)
     for path, array in found.items():
         here = tuple(shapes[path].shape) if path in shapes else array.shape
         first = here[2:3] == (channels,)
-        plan = adapt.plan(path, here, array.shape, stem=stem, positions=positions, first=first)
+        plan = adapt.make_plan(path, here, array.shape, stem=stem, positions=positions, first=first)
         if plan is None:
             continue
-        if plan.make is None:
+        if plan.adapt is None:
             raise UserError(
-                f"{what}: {path} is {list(here)} here and {list(array.shape)} in the file;"
-                f" {plan.text}"
+                f"{what}: {path} is {list(here)} in the network and {list(array.shape)} in the"
+                f" file; {plan.description}"
             )
-        new[path] = plan.make(array)
-        notes.append(f"{path}: {plan.text}")
+        new[path] = plan.adapt(array)
+        notes.append(f"{path}: {plan.description}")
     return new
 
 
 def _check_source(model_name: str, source: str) -> str:
-    """How messages begin. Raises `UserError` where the source does not have the network."""
+    """The beginning of messages. Raises `UserError` if the source does not have the network."""
     what, sources = f"{model_name} from {source}", model_info(model_name).sources
     if not sources:
-        raise UserError(f"{what}: no other library has this network")
+        raise UserError(f"{what}: no other library has weights for this network")
     if source not in sources:
-        raise UserError(f"{what}: expected tensors of {' or '.join(sources)}")
+        raise UserError(f"{what}: expected {' or '.join(sources)} as the source")
     return what
 
 

@@ -1,4 +1,4 @@
-"""What the readers of weight files share."""
+"""Helpers of the readers of weight files."""
 
 from __future__ import annotations
 
@@ -12,35 +12,43 @@ import numpy as np
 from flax_cnns.errors import UserError
 
 Tensors = dict[str, np.ndarray]
-Choose = Callable[[Any], Any]  # what a pickle holds -> the weights in it
+ChooseWeights = Callable[[Any], Any]  # content of a pickle -> the weights in it
 
 
 def check_size(path: Path, declared: int) -> None:
-    """Weights are all but random: they do not compress twentyfold, nor are they full of holes."""
-    found = path.stat()
-    blocks = 512 * getattr(found, "st_blocks", 0)  # what a sparse file really takes, where known
-    size = min(found.st_size, blocks) if blocks else found.st_size
+    """Raises `UserError` if a file declares far more bytes of arrays than it can hold.
+
+    Weights are nearly random numbers: they do not compress 20 times, and their files are not
+    sparse.
+    """
+    info = path.stat()
+    blocks = 512 * getattr(info, "st_blocks", 0)  # bytes on disk, also of a sparse file; 0: unknown
+    size = min(info.st_size, blocks) if blocks else info.st_size
     if declared > (1 << 26) + 20 * size:
-        raise UserError(f"{path} is refused: its {size:,} bytes declare {declared:,} of arrays")
+        raise UserError(
+            f"{path} is refused: it declares {declared:,} bytes of arrays but has only {size:,}"
+        )
 
 
 def import_package(name: str, path: Path) -> Any:
+    """The package that reading `path` needs. Raises `UserError` if it is not installed."""
     try:
         return __import__(name)
     except ImportError:
-        raise UserError(f"reading {path} takes {name}: pip install {name}") from None
+        raise UserError(f"reading {path} needs {name}: pip install {name}") from None
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """The bytes of a member. Raises ValueError if they are not as many as the directory says.
+    """The bytes of a member. Raises ValueError if their number is not the one in the directory.
 
-    `archive.read` unpacks first and counts later: a wrong directory would fill the memory.
+    `archive.read` unpacks a whole member before it counts the bytes: a wrong directory could fill
+    the memory.
     """
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name[:60]} is compressed by method {info.compress_type}")
+        raise ValueError(f"{name[:60]} has the unknown compression method {info.compress_type}")
     with archive.open(info) as member:
         data = member.read(info.file_size)
         if len(data) != info.file_size or member.read(1):
-            raise ValueError(f"{name[:60]} does not hold the {info.file_size:,} bytes declared")
+            raise ValueError(f"{name[:60]} does not hold the declared {info.file_size:,} bytes")
     return data

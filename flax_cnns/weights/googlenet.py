@@ -1,7 +1,7 @@
-"""GoogLeNet: torchvision's branches 1 to 4 are table 1's columns.
+"""GoogLeNet. torchvision's branches 1 to 4 are the columns of the paper's table 1.
 
-torchvision's published weights are for images scaled to (x - 0.5) / 0.5 in every channel, x from 0
-to 1, whatever its transforms did (its `transform_input`).
+torchvision's published weights take images scaled to (x - 0.5) / 0.5 in every channel, with x from
+0 to 1. torchvision's own transforms normalize otherwise, and `transform_input` corrects that.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LEAVES = {"conv": "conv", "bn": "norm"}
 STEM = {"conv1": "conv1", "conv2": "conv2_reduce", "conv3": "conv2"}
 
 
-def torchvision(model: GoogLeNet) -> name_maps.Rules:
+def torchvision_rules(model: GoogLeNet) -> name_maps.Rules:
     heads = [
         (r"(aux\d)\.conv\.(conv|bn)", lambda m: f"{m[1]}/conv/{LEAVES[m[2]]}"),
-        (r"(aux\d)\.fc1", r"\1/fc", name_maps.flattened(128)),
+        (r"(aux\d)\.fc1", r"\1/fc", name_maps.dense_after_flatten(128)),
         (r"(aux\d)\.fc2", r"\1/head"),
     ]
     return [
@@ -38,4 +38,4 @@ def torchvision(model: GoogLeNet) -> name_maps.Rules:
     ]
 
 
-TABLES = {"torchvision": torchvision}
+TABLES = {"torchvision": torchvision_rules}

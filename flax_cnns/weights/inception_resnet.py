@@ -1,13 +1,14 @@
-"""Inception-ResNet-v2, whose parts timm names, and whose unnamed layers Keras counts."""
+"""Inception-ResNet-v2. timm names the parts; Keras counts the layers that it does not name."""
 
 from __future__ import annotations
 
 from flax_cnns.models.inception_resnet import InceptionResNetV2
-from flax_cnns.weights.inception_v4 import layer, part
+from flax_cnns.weights.inception_v4 import branch_rules, layer_rules
+from flax_cnns.weights.name_maps import Rules
 
 
-def _timm(model: InceptionResNetV2) -> list[tuple]:
-    rules = [("classif", "head"), ("block8.conv2d", "last_c/linear")]
+def _timm_rules(model: InceptionResNetV2) -> Rules:
+    rules: Rules = [("classif", "head"), ("block8.conv2d", "last_c/linear")]
     for theirs, ours in (
         ("1a", "stem/entry/{}1"),
         ("2a", "stem/entry/{}2"),
@@ -16,19 +17,19 @@ def _timm(model: InceptionResNetV2) -> list[tuple]:
         ("4a", "stem/middle/{}2"),
         ("7b", "conv_7b/{}1"),
     ):
-        rules += layer(f"conv2d_{theirs}", ours)
-    rules += part("mixed_5b", "mixed_5b") + part("block8", "last_c")
-    rules += part("mixed_6a", "reduction_a") + part("mixed_7a", "reduction_b")
+        rules += layer_rules(f"conv2d_{theirs}", ours)
+    rules += branch_rules("mixed_5b", "mixed_5b") + branch_rules("block8", "last_c")
+    rules += branch_rules("mixed_6a", "reduction_a") + branch_rules("mixed_7a", "reduction_b")
     for stage, repeat, depth in zip("abc", ("repeat", "repeat_1", "repeat_2"), model.depths):
         for i in range(depth):
             ours = f"inception_resnet_{stage}/block{i + 1}"
-            rules += part(rf"{repeat}\.{i}", ours)
+            rules += branch_rules(rf"{repeat}\.{i}", ours)
             rules += [(rf"{repeat}\.{i}\.conv2d", f"{ours}/linear")]
     return rules
 
 
-def _keras(model: InceptionResNetV2) -> list[tuple]:
-    """Unnamed layers, in the order in which they are created; the rest by name."""
+def _keras_rules(model: InceptionResNetV2) -> Rules:
+    """Rules for unnamed layers, by their order of creation, and for named ones."""
     c = model.depths[2]
 
     def branches(ours: str, *lengths: int) -> list[str]:
@@ -65,4 +66,4 @@ def _keras(model: InceptionResNetV2) -> list[tuple]:
     ]
 
 
-TABLES = {"timm": _timm, "keras": _keras}
+TABLES = {"timm": _timm_rules, "keras": _keras_rules}

@@ -1,7 +1,8 @@
-"""Inception v3: our names are torchvision's and timm's in lower case; Keras counts its layers.
+"""Inception v3. Our names are those of torchvision and timm in lower case; Keras counts its layers.
 
-torchvision's published weights are for images scaled to (x - 0.5) / 0.5 in every channel, x from 0
-to 1, whatever its transforms did (its `transform_input`); so are Keras's.
+The published weights of torchvision and Keras take images scaled to (x - 0.5) / 0.5 in every
+channel, with x from 0 to 1. torchvision's own transforms normalize otherwise, and `transform_input`
+corrects that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from flax_cnns.weights import name_maps
 LEAVES = {"conv": "conv", "bn": "norm"}
 
 
-def _torch(model: InceptionV3) -> name_maps.Rules:
+def _torch_rules(model: InceptionV3) -> name_maps.Rules:
     heads = [
         (r"AuxLogits\.conv0\.(conv|bn)", lambda m: f"aux1/conv1/{LEAVES[m[1]]}"),
         (r"AuxLogits\.conv1\.(conv|bn)", lambda m: f"aux1/conv2/{LEAVES[m[1]]}"),
@@ -34,7 +35,7 @@ _E = ["1x1", "3x3_1", "3x3_2a", "3x3_2b", "3x3dbl_1", "3x3dbl_2", "3x3dbl_3a", "
 _BLOCKS = {"5b": _A, "5c": _A, "5d": _A, "6a": _B, "6b": _C, "6c": _C, "6d": _C, "6e": _C}
 _BLOCKS |= {"7a": _D, "7b": _E, "7c": _E}
 
-# Our convolutions in the order in which Keras creates its own: conv2d_0, conv2d_1, ...
+# Our convolutions, in the order in which Keras creates conv2d_0, conv2d_1, ...
 KERAS_ORDER = [
     *("conv1a", "conv2a", "conv2b", "conv3b", "conv4a"),
     *(f"mixed{block}/branch{name}" for block, names in _BLOCKS.items() for name in names),
@@ -45,4 +46,4 @@ KERAS = [
     (r"predictions", "head"),
 ]
 
-TABLES = {"torchvision": _torch, "timm": _torch, "keras": KERAS}
+TABLES = {"torchvision": _torch_rules, "timm": _torch_rules, "keras": KERAS}

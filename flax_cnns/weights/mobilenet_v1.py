@@ -1,11 +1,11 @@
-"""MobileNet v1: timm numbers stages and blocks, Keras the blocks alone."""
+"""MobileNet v1. timm numbers stages and blocks; Keras only blocks, across stages."""
 
 from __future__ import annotations
 
 import re
 
 from flax_cnns.models.mobilenet_v1 import MobileNetV1
-from flax_cnns.weights.name_maps import keras_dense, keras_depthwise
+from flax_cnns.weights.name_maps import Rules, keras_dense, keras_depthwise
 
 _PARTS = {"conv_dw": "depthwise", "conv_pw": "pointwise"}
 _NORMS = {"bn1": "depthwise_norm", "bn2": "pointwise_norm"}
@@ -24,8 +24,8 @@ TIMM = [
 ]
 
 
-def keras(model: MobileNetV1) -> list[tuple]:
-    rules = [
+def keras_rules(model: MobileNetV1) -> Rules:
+    rules: Rules = [
         ("conv1", "stem/conv"),
         ("conv1_bn", "stem/norm"),
         ("conv_preds", "head", keras_dense),
@@ -40,4 +40,4 @@ def keras(model: MobileNetV1) -> list[tuple]:
     return rules
 
 
-TABLES = {"timm": TIMM, "keras": keras}
+TABLES = {"timm": TIMM, "keras": keras_rules}

@@ -1,21 +1,21 @@
-"""MobileNet v2: torchvision and Keras number the blocks through, timm by stages."""
+"""MobileNet v2. torchvision and Keras number the blocks across stages; timm by stage and block."""
 
 from __future__ import annotations
 
 from flax_cnns.models.mobilenet_v2 import MobileNetV2
 from flax_cnns.weights.efficientnet import TIMM
-from flax_cnns.weights.name_maps import keras_depthwise
+from flax_cnns.weights.name_maps import Rules, keras_depthwise
 
 
 def _blocks(model: MobileNetV2) -> list[str]:
-    """Our places of all blocks in a row."""
+    """Our paths of all blocks, in order."""
     rows = enumerate(model.table, 1)
     return [f"stage{i}/block{j + 1}" for i, row in rows for j in range(row.depth)]
 
 
-def torchvision(model: MobileNetV2) -> list[tuple]:
+def torchvision_rules(model: MobileNetV2) -> Rules:
     blocks = _blocks(model)
-    rules = [("classifier.1", "head")]
+    rules: Rules = [("classifier.1", "head")]
     for number, place in [(0, "stem"), (len(blocks) + 1, "top")]:
         rules.append((rf"features\.{number}\.0", f"{place}/conv"))
         rules.append((rf"features\.{number}\.1", f"{place}/norm"))
@@ -30,8 +30,8 @@ def torchvision(model: MobileNetV2) -> list[tuple]:
     return rules
 
 
-def keras(model: MobileNetV2) -> list[tuple]:
-    rules = [
+def keras_rules(model: MobileNetV2) -> Rules:
+    rules: Rules = [
         ("Conv1", "stem/conv"),
         ("bn_Conv1", "stem/norm"),
         ("Conv_1", "top/conv"),
@@ -46,4 +46,4 @@ def keras(model: MobileNetV2) -> list[tuple]:
     return rules
 
 
-TABLES = {"torchvision": torchvision, "timm": TIMM, "keras": keras}
+TABLES = {"torchvision": torchvision_rules, "timm": TIMM, "keras": keras_rules}

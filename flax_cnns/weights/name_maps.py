@@ -1,14 +1,15 @@
-"""Rules that carry another library's tensors into our trees: names, leaves, layouts.
+"""Name rules that place another library's tensors in our trees: names, leaves, layouts.
 
-A rule is `(regex over the source's module, our module)`, or with a third part that says how its
-kernels are laid out. The first regex that matches the whole name decides. Our module is a path that
-may use the regex's groups, a function of the match, or `UNUSED`. For what is no layer's kernel,
-scale, bias or statistic (`class_token`), the regex is over the tensor's whole name, and the path is
-that of our leaf.
+A rule is `(regex, target)` or `(regex, target, layout)`. The regex matches the whole name of a
+module in the source; the first rule that matches decides. The target is the path of our module
+(groups of the regex may be used), a function of the match that returns the path, or `UNUSED`. The
+layout is a function that changes the module's kernels to our layout. Parameters that belong to no
+layer (`class_token`) are matched by the tensor's full name, and the target is the path of our leaf.
 
-The rules are not `tree.rules.decide`'s, which refuses a rule that decides nothing: a table serves
-all variants of a family, of which each has a part of the layers. A mistyped rule is caught all the
-same: `apply` refuses a tensor that no rule knows, and `fit` a leaf of ours without a tensor.
+`tree.rules.decide` is not used here, because it refuses a rule that decides nothing: one table
+serves all variants of a family, and each variant has only some of the layers. A mistyped rule is
+still noticed: `apply_rules` refuses a tensor that no rule matches, and `make_tree` refuses a leaf
+without a tensor.
 """
 
 from __future__ import annotations
@@ -24,23 +25,26 @@ import numpy as np
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.tree.rules import find_first_match
+from flax_cnns.types import PyTree
 from flax_cnns.weights import wrappers
 
-UNUSED = None  # a rule that leaves tensors out, and says so
+UNUSED = None  # target of a rule that leaves tensors out
 
-Path = str | Callable[[re.Match], str] | None
+Target = str | Callable[[re.Match], str] | None
 Layout = Callable[[np.ndarray], np.ndarray]
-Rules = Iterable[tuple[str, Path] | tuple[str, Path, Layout]]
+Rule = tuple[str, Target] | tuple[str, Target, Layout]
+Rules = list[Rule]
+Leaves = dict[str, tuple[str, ...] | None]
 
-# The source's leaf -> ours: the first of them that our module has.
-_TORCH_LEAVES = {
+# Leaf in the source -> our candidates, of which the first that our module has is taken.
+_TORCH_LEAVES: Leaves = {
     "weight": ("params/{}/kernel", "params/{}/scale"),
     "bias": ("params/{}/bias",),
     "running_mean": ("batch_stats/{}/mean",),
     "running_var": ("batch_stats/{}/var",),
     "num_batches_tracked": UNUSED,
 }
-_KERAS_LEAVES = {
+_KERAS_LEAVES: Leaves = {
     "kernel": ("params/{}/kernel",),
     "depthwise_kernel": ("params/{}/depthwise/kernel",),  # SeparableConv2D's
     "pointwise_kernel": ("params/{}/pointwise/kernel",),
@@ -52,8 +56,11 @@ _KERAS_LEAVES = {
 }
 
 
-def flattened(channels: int) -> Layout:
-    """Of a PyTorch dense layer behind flattened maps [C H W]: ours are flattened as [H W C]."""
+def dense_after_flatten(channels: int) -> Layout:
+    """Layout of a PyTorch dense layer on flattened maps of `channels` channels.
+
+    PyTorch flattens maps as [C H W]; ours are flattened as [H W C].
+    """
 
     def layout(kernel: np.ndarray) -> np.ndarray:  # [out C*H*W] -> [H*W*C out]
         out = kernel.reshape(len(kernel), channels, -1).transpose(2, 1, 0)
@@ -69,7 +76,7 @@ def _torch_layout(kernel: np.ndarray) -> np.ndarray:
 
 
 def _array(tensor: Any) -> np.ndarray:
-    """Of NumPy, JAX, Keras or PyTorch, a parameter or bfloat16 included."""
+    """A NumPy array from a tensor of NumPy, JAX, Keras or PyTorch, also a parameter or bfloat16."""
     if hasattr(tensor, "detach"):
         tensor = tensor.detach().cpu()
         tensor = tensor.float() if tensor.is_floating_point() else tensor
@@ -77,12 +84,12 @@ def _array(tensor: Any) -> np.ndarray:
 
 
 def keras_depthwise(kernel: np.ndarray) -> np.ndarray:
-    """Keras's depthwise layers: [kh kw in depth_multiplier] -> [kh kw 1 in*depth_multiplier]."""
+    """Keras's depthwise kernel: [kh kw in depth_multiplier] -> [kh kw 1 in*depth_multiplier]."""
     return kernel.reshape(*kernel.shape[:2], 1, -1)
 
 
 def keras_dense(kernel: np.ndarray) -> np.ndarray:
-    """Keras's 1x1 convolutions that stand for dense layers: [1 1 in out] -> [in out]."""
+    """Keras's 1x1 convolution in place of a dense layer: [1 1 in out] -> [in out]."""
     return kernel[0, 0]
 
 
@@ -90,10 +97,11 @@ def _keras_layout(kernel: np.ndarray) -> np.ndarray:
     return kernel
 
 
-def renumber(names: Iterable[str]) -> dict[str, str]:
-    """Keras's names -> the same with automatic numbers from 0 in the order of creation.
+def renumber_keras_names(names: Iterable[str]) -> dict[str, str]:
+    """{Keras's name: the same name with automatic numbers from 0, in the order of creation}.
 
-    A second network of a session has `conv2d_94` where the first had `conv2d`: -> `conv2d_0`.
+    The first network of a session has `conv2d` where the second has `conv2d_94`: both become
+    `conv2d_0`.
     """
     kinds = "conv2d|depthwise_conv2d|separable_conv2d|dense|batch_normalization|layer_normalization"
     automatic = {}
@@ -101,15 +109,16 @@ def renumber(names: Iterable[str]) -> dict[str, str]:
         module, _, leaf = name.rpartition("/")
         if match := re.fullmatch(rf"({kinds})(?:_(\d+))?", module):
             automatic[name] = (match[1], int(match[2] or 0), leaf)
-    numbers = defaultdict(set)
+    numbers: defaultdict[str, set[int]] = defaultdict(set)
     for kind, number, _ in automatic.values():
         numbers[kind].add(number)
-    order = {kind: {n: i for i, n in enumerate(sorted(found))} for kind, found in numbers.items()}
+    order = {kind: {n: i for i, n in enumerate(sorted(used))} for kind, used in numbers.items()}
     new = {name: f"{k}_{order[k][n]}/{leaf}" for name, (k, n, leaf) in automatic.items()}
     return {name: new.get(name, name) for name in names}
 
 
-_STYLES = {  # source: (what is between module and leaf, leaves, layout of kernels)
+# source: (separator between module and leaf, leaves, layout of kernels)
+_STYLES: dict[str, tuple[str, Leaves, Layout]] = {
     "torchvision": (".", _TORCH_LEAVES, _torch_layout),
     "timm": (".", _TORCH_LEAVES, _torch_layout),
     "efficientnet_lite": (".", _TORCH_LEAVES, _torch_layout),
@@ -117,7 +126,7 @@ _STYLES = {  # source: (what is between module and leaf, leaves, layout of kerne
 }
 
 
-_HOW = {
+_EXPECTED = {  # the Python expression that makes the tensors of a source
     "torchvision": "model.state_dict()",
     "timm": "model.state_dict()",
     "efficientnet_lite": "model.state_dict()",
@@ -125,8 +134,8 @@ _HOW = {
 }
 
 
-def apply(
-    rules: Rules,
+def apply_rules(
+    rules: Iterable[Rule],
     tensors: Mapping[str, Any],
     source: str,
     paths: Iterable[str],
@@ -136,102 +145,108 @@ def apply(
     optional_head: bool = False,
     notes: list[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """{our path: array in our layout} of all tensors that are used; `paths` are all of ours.
+    """Returns `{our path: array in our layout}` of all tensors that are used.
 
-    `headless` leaves out all heads, `optional_head` those that are not one layer. A
-    head inside another module (`fc.1`) is taken as the head. `notes` gets what was done about
-    heads. Raises `UserError`, beginning with `what`, where no rule knows a tensor, where it has no
-    place, where two have the same one, or where numbers are not real.
+    `paths` are the paths of all leaves of our network. `headless` leaves out all heads,
+    `optional_head` a head of several layers. A head inside another module (`fc.1`) is taken as the
+    head. `notes` gets a line on what was done about heads.
+
+    Raises `UserError` if no rule matches a tensor, if our network lacks the leaf for a tensor, if
+    two tensors belong to one leaf, and if numbers are not real. Messages begin with `what`.
     """
     notes = [] if notes is None else notes
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         raise UserError(
-            f"{what}: expected a mapping of names to arrays ({_HOW[source]}), "
+            f"{what}: expected a mapping of names to arrays ({_EXPECTED[source]}), "
             f"got {type(tensors).__name__}"
         )
     paths, rules = set(paths), list(rules)
-    dot, leaves, default = _STYLES[source]
-    names = renumber(tensors) if source == "keras" else {name: name for name in tensors}
+    separator, leaves, default = _STYLES[source]
+    names = renumber_keras_names(tensors) if source == "keras" else {name: name for name in tensors}
     if source != "keras":
         names = _find_head(rules, names, headless, optional_head, what, notes)
-    found: dict[str, np.ndarray] = {}
-    origin: dict[str, str] = {}
-    strangers = []
+    arrays: dict[str, np.ndarray] = {}
+    origins: dict[str, str] = {}  # our path -> name of the tensor
+    unmatched = []
     for original, name in names.items():
-        module, _, leaf = name.rpartition(dot)
-        match, rule = _first(rules, module)
-        if rule is not None and rule[1] is UNUSED:
+        module, _, leaf = name.rpartition(separator)
+        decision = _first_rule(rules, module)
+        if decision and decision[1][1] is UNUSED:
             continue
         templates = leaves.get(leaf, ("params/{}",))
-        if leaf not in leaves:  # a parameter of no layer: the rule has its whole name
-            match, rule = _first(rules, name)
-        if rule is None:
-            strangers.append(original)
+        if leaf not in leaves:  # the parameter belongs to no layer
+            decision = _first_rule(rules, name)
+        if decision is None:
+            unmatched.append(original)
             continue
-        if templates is UNUSED:
+        match, rule = decision
+        target = rule[1]
+        if templates is UNUSED or target is UNUSED:
             continue
-        ours = rule[1](match) if callable(rule[1]) else match.expand(rule[1])
+        ours = target(match) if callable(target) else match.expand(target)
         if headless and ours.startswith(("head", "aux")):
             continue
-        places = [place.format(ours) for place in templates]
-        place = next((place for place in places if place in paths), None)
-        if place is None:
-            near = did_you_mean(places[0], paths)
+        candidates = [template.format(ours) for template in templates]
+        path = next((path for path in candidates if path in paths), None)
+        if path is None:
+            near = did_you_mean(candidates[0], paths)
             raise UserError(
-                f"{what}: {original!r} belongs at {places[0]!r}, which is not there{near}"
+                f"{what}: {original!r} belongs at {candidates[0]!r}, which the network lacks{near}"
             )
-        if place in found:
-            raise UserError(f"{what}: {origin[place]!r} and {original!r} both belong at {place!r}")
+        if path in arrays:
+            raise UserError(f"{what}: {origins[path]!r} and {original!r} both belong at {path!r}")
         array = _array(tensors[original])
         if array.dtype.kind not in "fiub" and not _is_small_float(array.dtype):
-            raise UserError(f"{what}: {original!r} is of {array.dtype}; expected real numbers")
+            raise UserError(f"{what}: {original!r} holds {array.dtype}; expected real numbers")
         layout = rule[2] if len(rule) > 2 else default
         layout = keras_depthwise if leaf == "depthwise_kernel" else layout
         try:
-            found[place] = layout(array) if array.ndim > 1 else array
+            arrays[path] = layout(array) if array.ndim > 1 else array
         except ValueError:
             raise UserError(
-                f"{what}: wrong shapes: {original!r} is {array.shape}, which is none for {place!r}"
+                f"{what}: wrong shapes: {original!r} has shape {array.shape}, which does not fit"
+                f" {path!r}"
             ) from None
-        origin[place] = original
-    if strangers:
+        origins[path] = original
+    if unmatched:
         hint = ""
         if source == "keras" and not any("/" in name for name in tensors):
-            hint = f"; expected {_HOW[source]}"
-        raise UserError(f"{what}: no place for {some(strangers)}{hint}")
-    return found
+            hint = f"; expected {_EXPECTED[source]}"
+        raise UserError(f"{what}: no place for {list_some(unmatched)}{hint}")
+    return arrays
 
 
 def _is_small_float(dtype: np.dtype) -> bool:
-    """Whether it is bfloat16 or a float8, which NumPy does not know itself."""
+    """Whether `dtype` is bfloat16 or a float8, which ml_dtypes adds to NumPy."""
     return dtype.kind == "V" and dtype.names is None and hasattr(ml_dtypes, dtype.name)
 
 
 def _find_head(
-    rules: list,
+    rules: Rules,
     names: Mapping[str, str],
     headless: bool,
     optional: bool,
     what: str,
     notes: list[str],
 ) -> dict[str, str]:
-    """{PyTorch's name: the same with the head's own module}: a head may have another name, or lie
-    inside another module.
+    """{PyTorch's name: the same name with the head under the name that the rules know}.
 
-    `torch.nn.Sequential(dropout, linear)` in place of `fc` has `fc.1.weight`; a training script may
-    have its own `classifier` behind a `backbone`.
+    A head may have another name, or lie inside another module: `torch.nn.Sequential(dropout,
+    linear)` in place of `fc` has `fc.1.weight`, and a training script may have a `classifier` of
+    its own after a `backbone`.
     """
-    inner: dict[str, str] = {}  # of a stranger -> of the head that it lies in, "" if unknown
-    own = next((rule[0].replace("\\", "") for rule in rules if rule[1] == "head"), "")
-    own = own if re.fullmatch(r"[\w.]+", own) else ""
+    # Name that no rule matches -> module of the head that it belongs to, "" if unknown.
+    inner: dict[str, str] = {}
+    usual = next((rule[0].replace("\\", "") for rule in rules if rule[1] == "head"), "")
+    usual = usual if re.fullmatch(r"[\w.]+", usual) else ""
     for original, name in names.items():
         module = name.rpartition(".")[0]
-        if _first(rules, module)[1] is None and _first(rules, name)[1] is None:
+        if _first_rule(rules, module) is None and _first_rule(rules, name) is None:
             parents = [module[:i] for i, sign in enumerate(module) if sign == "."]
             if any(_is_head(rules, parent) for parent in parents):
                 inner[original] = next(p for p in parents if _is_head(rules, p))
             elif module.partition(".")[0] in wrappers.HEADS:
-                inner[original] = own
+                inner[original] = usual
     modules = sorted({name.rpartition(".")[0] for name in inner})
     if not modules:
         return dict(names)
@@ -244,43 +259,47 @@ def _find_head(
         }
     if not headless and not optional:
         raise UserError(
-            f"{what}: the head is not one layer but {some(modules)}:"
-            " num_classes=None (convert --nohead) leaves it out"
+            f"{what}: the head is not one layer but {list_some(modules)};"
+            " num_classes=None (convert --no-head) leaves it out"
         )
-    notes.append(f"left out the head, {some(modules)}")
+    notes.append(f"left out the head, {list_some(modules)}")
     return {original: name for original, name in names.items() if original not in inner}
 
 
-def _is_head(rules: list, module: str) -> bool:
+def _is_head(rules: Rules, module: str) -> bool:
+    """Whether `module` is the head in the source."""
     return any(rule[1] == "head" and re.fullmatch(rule[0], module) for rule in rules)
 
 
-def _first(rules: list, name: str) -> tuple[re.Match, tuple] | tuple[None, None]:
-    """The first rule that matches the whole name, and how."""
-    found = find_first_match(rules, name)
-    return (found[1], rules[found[0]]) if found else (None, None)
+def _first_rule(rules: Rules, name: str) -> tuple[re.Match, Rule] | None:
+    """(match, rule) of the first rule that matches the whole name; None if none does."""
+    decision = find_first_match(rules, name)
+    return (decision[1], rules[decision[0]]) if decision else None
 
 
-def fit(found: Mapping[str, np.ndarray], shapes: Mapping[str, Any], what: str) -> pytree.PyTree:
-    """The tree of what was found, of the shapes and dtypes expected.
+def make_tree(
+    arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any], what: str
+) -> dict[str, PyTree]:
+    """`{"params": ..., "batch_stats": ...}` of `arrays` by path, with the dtypes of `shapes`.
 
-    Raises `UserError` where something is missing or has another shape.
+    Raises `UserError` if an array is missing or has another shape than in `shapes`.
     """
-    if missing := sorted(set(shapes) - set(found)):
-        raise UserError(f"{what}: no tensor was given for {some(missing)}")
+    if missing := sorted(set(shapes) - set(arrays)):
+        raise UserError(f"{what}: no tensor was given for {list_some(missing)}")
     wrong = [
-        f"{path} {tuple(array.shape)} in place of {tuple(shapes[path].shape)}"
-        for path, array in found.items()
+        f"{path} has shape {tuple(array.shape)}, expected {tuple(shapes[path].shape)}"
+        for path, array in arrays.items()
         if array.shape != shapes[path].shape
     ]
     if wrong:
-        raise UserError(f"{what}: wrong shapes: {some(wrong)}")
+        raise UserError(f"{what}: wrong shapes: {list_some(wrong)}")
     tree = pytree.unflatten(
-        {path: np.ascontiguousarray(array, shapes[path].dtype) for path, array in found.items()}
+        {path: np.ascontiguousarray(array, shapes[path].dtype) for path, array in arrays.items()}
     )
     return {"params": tree["params"], "batch_stats": tree.get("batch_stats", {})}
 
 
-def some(names: list[str], most: int = 5) -> str:
+def list_some(names: list[str], most: int = 5) -> str:
+    """At most `most` of the names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""NASNet-A: timm counts the normal cells through all stages from 0, Keras all cells together."""
+"""NASNet-A. timm counts the normal cells of all stages, Keras all cells; both from 0."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from flax_cnns.weights import name_maps
 LEAVES = {"conv": "conv", "bn": "norm"}
 
 
-def cells(model: NASNet) -> Iterator[tuple[int, str]]:
-    """(stage from 1, "reduction" or "normal1"...) of all cells behind the stem."""
+def list_cells(model: NASNet) -> Iterator[tuple[int, str]]:
+    """Yields (stage, name) of each cell after the stem: (1, "normal1"), ..., (2, "reduction")."""
     for stage, depth in enumerate(model.depths, 1):
         if stage > 1:
             yield stage, "reduction"
         yield from ((stage, f"normal{i}") for i in range(1, depth + 1))
 
 
-def torch_cell(cell: str, path: Callable[[re.Match], str]) -> name_maps.Rules:
-    """timm's, of the cells whose names the regex `cell` matches; ours are at `path(match)`."""
+def timm_cell_rules(cell: str, path: Callable[[re.Match], str]) -> name_maps.Rules:
+    """Rules for timm's cells whose names match the regex `cell`; `path(match)` is our cell."""
 
     def to(ours: Callable[[re.Match], str]) -> Callable[[re.Match], str]:
         return lambda m: f"{path(m)}/{ours(m)}"
@@ -45,21 +45,23 @@ def torch_cell(cell: str, path: Callable[[re.Match], str]) -> name_maps.Rules:
     ]
 
 
-def _timm(model: NASNet) -> name_maps.Rules:
-    normal = [f"stage{stage}/{name}" for stage, name in cells(model) if name != "reduction"]
+def _timm_rules(model: NASNet) -> name_maps.Rules:
+    normal = [f"stage{stage}/{name}" for stage, name in list_cells(model) if name != "reduction"]
     return [
         (r"conv0\.(conv|bn)", lambda m: f"stem/{LEAVES[m[1]]}"),
-        *torch_cell(r"cell_stem_(?P<cell>\d)", lambda m: f"stem/reduction{int(m['cell']) + 1}"),
-        *torch_cell(r"cell_(?P<cell>\d+)", lambda m: normal[int(m["cell"])]),
-        *torch_cell(
+        *timm_cell_rules(
+            r"cell_stem_(?P<cell>\d)", lambda m: f"stem/reduction{int(m['cell']) + 1}"
+        ),
+        *timm_cell_rules(r"cell_(?P<cell>\d+)", lambda m: normal[int(m["cell"])]),
+        *timm_cell_rules(
             r"reduction_cell_(?P<cell>\d)", lambda m: f"stage{int(m['cell']) + 2}/reduction"
         ),
         ("last_linear", "head"),
     ]
 
 
-def _keras(model: NASNet) -> name_maps.Rules:
-    # Its cells: stem_1, stem_2, 0, 1, 2, 3, reduce_4, 5, 6, 7, 8, reduce_8, 9, ...
+def _keras_rules(model: NASNet) -> name_maps.Rules:
+    # Keras's cells: stem_1, stem_2, 0, 1, 2, 3, reduce_4, 5, 6, 7, 8, reduce_8, 9, ...
     ours = {f"stem_{i}": f"stem/reduction{i}" for i in (1, 2)}
     for stage, depth in enumerate(model.depths, 1):
         before = sum(model.depths[: stage - 1])
@@ -71,7 +73,7 @@ def _keras(model: NASNet) -> name_maps.Rules:
         return lambda m: f"{ours[m['cell']]}/{m.expand(path)}"
 
     def separable(m: re.Match) -> str:
-        # The separable convolution in a reduction's fifth row has the fourth's name.
+        # In Keras the separable convolution in row 5 of a reduction has the name of row 4.
         row = "5" if (m["kind"], m["side"], m["row"]) == ("reduction", "left", "4") else m["row"]
         leaf = "norm" if m["bn"] else "conv"
         return f"{ours[m['cell']]}/block{row}_{m['side']}/{leaf}{m['n']}"
@@ -95,4 +97,4 @@ def _keras(model: NASNet) -> name_maps.Rules:
     ]
 
 
-TABLES = {"timm": _timm, "keras": _keras}
+TABLES = {"timm": _timm_rules, "keras": _keras_rules}

@@ -1,20 +1,22 @@
-"""PNASNet-5: timm counts all cells behind the stem from 0, those that stride too."""
+"""PNASNet-5. timm counts all cells after the stem from 0, with the ones that stride."""
 
 from __future__ import annotations
 
 from flax_cnns.models.nasnet import NASNet
 from flax_cnns.weights import name_maps
-from flax_cnns.weights.nasnet import LEAVES, cells, torch_cell
+from flax_cnns.weights.nasnet import LEAVES, list_cells, timm_cell_rules
 
 
-def _timm(model: NASNet) -> name_maps.Rules:
-    ours = [f"stage{stage}/{name}" for stage, name in cells(model)]
+def _timm_rules(model: NASNet) -> name_maps.Rules:
+    ours = [f"stage{stage}/{name}" for stage, name in list_cells(model)]
     return [
         (r"conv_0\.(conv|bn)", lambda m: f"stem/{LEAVES[m[1]]}"),
-        *torch_cell(r"cell_stem_(?P<cell>\d)", lambda m: f"stem/reduction{int(m['cell']) + 1}"),
-        *torch_cell(r"cell_(?P<cell>\d+)", lambda m: ours[int(m["cell"])]),
+        *timm_cell_rules(
+            r"cell_stem_(?P<cell>\d)", lambda m: f"stem/reduction{int(m['cell']) + 1}"
+        ),
+        *timm_cell_rules(r"cell_(?P<cell>\d+)", lambda m: ours[int(m["cell"])]),
         ("last_linear", "head"),
     ]
 
 
-TABLES = {"timm": _timm}
+TABLES = {"timm": _timm_rules}

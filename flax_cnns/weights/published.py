@@ -1,9 +1,12 @@
-"""Where each network's ImageNet weights are published, as their libraries have it by default
-(torchvision 0.28, timm 1.0.31, Keras 3.15). What is not here has none, or none for ImageNet."""
+"""Where the default ImageNet weights of each network are published.
+
+The entries are those of torchvision 0.28, timm 1.0.31 and Keras 3.15. Networks without an entry
+have no published weights, or none for ImageNet.
+"""
 
 from __future__ import annotations
 
-# Files under https://download.pytorch.org/models; each ends in the first digits of its SHA-256.
+# Files under https://download.pytorch.org/models, named with the first digits of their SHA-256.
 TORCHVISION = {
     "alexnet": "alexnet-owt-7be5be79.pth",
     "convnext_base": "convnext_base-6075fbad.pth",
@@ -55,8 +58,8 @@ TORCHVISION = {
     "wide_resnet50_2": "wide_resnet50_2-9ba9bcbe.pth",
 }
 
-# Repositories under https://huggingface.co/timm; with a slash, files among timm's releases on
-# GitHub, whose names end in the first digits of their SHA-256.
+# Repositories under https://huggingface.co/timm. Entries with a slash are files of timm's releases
+# on GitHub, whose names end in the first digits of their SHA-256.
 TIMM = {
     "convnext_atto": "convnext_atto.d2_in1k",
     "convnext_base": "convnext_base.fb_in22k_ft_in1k",
@@ -145,7 +148,7 @@ TIMM = {
     "xception": "v0.1-cadene/xception-43020ad28.pth",
 }
 
-# Under https://storage.googleapis.com, and the MD5 or SHA-256; of two Keras gives none.
+# (path under https://storage.googleapis.com, MD5 or SHA-256). Keras gives no digest for two files.
 _KERNELS = "weights_tf_dim_ordering_tf_kernels.h5"
 _APPLICATIONS = "tensorflow/keras-applications"
 _DENSENET, _RESNET = f"{_APPLICATIONS}/densenet/densenet", f"{_APPLICATIONS}/resnet/resnet"

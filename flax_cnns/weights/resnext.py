@@ -1,5 +1,5 @@
-"""ResNeXt: the names are ResNet's."""
+"""ResNeXt has the names of ResNet."""
 
-from flax_cnns.weights.resnet import torch
+from flax_cnns.weights.resnet import torch_rules
 
-TABLES = {"torchvision": torch, "timm": torch}
+TABLES = {"torchvision": torch_rules, "timm": torch_rules}

@@ -1,7 +1,7 @@
-"""safetensors: eight bytes with the length of a header in JSON, the header, the numbers.
+"""Reads safetensors files: eight bytes with the length of a JSON header, the header, the numbers.
 
-https://github.com/huggingface/safetensors#format. The library reads into NumPy, which has no
-float8; here ml_dtypes has it.
+The format: https://github.com/huggingface/safetensors#format. The safetensors library cannot read
+float8 into NumPy; this module uses ml_dtypes for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-MOST_HEADER = 100_000_000  # bytes, the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -36,16 +36,20 @@ _DTYPES = {
 
 
 class UnsupportedError(Exception):
-    """Numbers of a kind that NumPy does not have."""
+    """A file holds numbers of a type that neither NumPy nor ml_dtypes has."""
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays by name; raises `ValueError` where the header and the file do not agree."""
+    """The arrays by name.
+
+    Raises `ValueError` if header and file disagree, and `UnsupportedError` for a number type that
+    NumPy does not have.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MOST_HEADER):
-            raise ValueError(f"its header declares {length:,} bytes, and {size - 8:,} are there")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"its header declares {length:,} bytes, the file has {size - 8:,}")
         header = json.loads(file.read(length))
         data = size - 8 - length
         if not isinstance(header, dict):
@@ -55,10 +59,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
         end = 0
         for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
             if begin != end or stop > data:
-                raise ValueError(f"{name} declares bytes {begin} to {stop}, expected from {end}")
+                raise ValueError(f"{name} declares bytes {begin} to {stop}, expected {end} first")
             end = stop
         if end != data:
-            raise ValueError(f"its header declares {end:,} bytes of arrays, and {data:,} are there")
+            raise ValueError(f"its header declares {end:,} bytes of arrays, the file has {data:,}")
         arrays = {}
         for name, (dtype, shape, begin, stop) in places.items():
             file.seek(8 + length + begin)
@@ -71,9 +75,9 @@ def _place(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
     """(dtype, shape, first byte, one past the last byte) of an entry of the header."""
     kind, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if kind not in _DTYPES:
-        raise UnsupportedError(f"{name[:60]} is of {str(kind)[:20]}")
+        raise UnsupportedError(f"{name[:60]} has the type {str(kind)[:20]}")
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, stop)):
-        raise ValueError(f"{name[:60]} has no sensible shape")
+        raise ValueError(f"{name[:60]} has no valid shape")
     dtype = np.dtype(_DTYPES[kind])
     if math.prod(shape) * dtype.itemsize != stop - begin or len(shape) > 32:
         raise ValueError(f"{name[:60]} is {kind} {shape[:8]} and declares {stop - begin:,} bytes")

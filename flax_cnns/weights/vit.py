@@ -1,7 +1,7 @@
-"""Vision Transformers: torchvision and timm fuse queries, keys and values in our order.
+"""Vision Transformers. torchvision and timm join queries, keys and values in our order.
 
-The files that torchvision published have `mlp.linear_1` where its networks have `mlp.0`, and
-`linear_2` for `3`: either is taken.
+torchvision's networks have the names `mlp.0` and `mlp.3`, its published files `mlp.linear_1` and
+`mlp.linear_2`. Both forms are accepted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 
-def _block(match: re.Match) -> str:  # theirs count from 0
+def _block(match: re.Match) -> str:  # both libraries count from 0
     return f"encoder/block{int(match[1]) + 1}"
 
 

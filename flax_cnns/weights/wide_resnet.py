@@ -1,4 +1,4 @@
-"""The wide ResNets for ImageNet: torchvision's, named as its ResNets."""
+"""Wide ResNets for ImageNet. torchvision has them, with the names of its ResNets."""
 
 from __future__ import annotations
 

@@ -1,21 +1,22 @@
-"""Xception: timm numbers the blocks from the entry flow, Keras from the stem."""
+"""Xception. timm numbers the blocks from the entry flow on, Keras from the stem on."""
 
 from __future__ import annotations
 
 from flax_cnns.models.xception import Xception
+from flax_cnns.weights.name_maps import Rules
 
 
 def _blocks(model: Xception) -> list[str]:
-    """Our places of the residual blocks in a row."""
+    """Our paths of the residual blocks, in order."""
     entry = [f"entry{i + 1}" for i in range(len(model.entry))]
     return [*entry, *(f"middle/block{i + 1}" for i in range(model.depth)), "exit"]
 
 
-def timm(model: Xception) -> list[tuple]:
-    """A block is a list of ReLU, convolution, norm; the first one's begins with a convolution."""
-    rules = [("conv([12])", r"stem/conv\1"), ("bn([12])", r"stem/norm\1"), ("fc", "head")]
+def timm_rules(model: Xception) -> Rules:
+    """timm's block is a list of ReLU, convolution, norm, ...; block 1 has no first ReLU."""
+    rules: Rules = [("conv([12])", r"stem/conv\1"), ("bn([12])", r"stem/norm\1"), ("fc", "head")]
     for i in range(1, len(model.top) + 1):
-        theirs = i + 2  # behind the stem's two
+        theirs = i + 2  # after the two convolutions of the stem
         rules.append((rf"conv{theirs}\.conv1", f"top{i}/conv/depthwise"))
         rules.append((rf"conv{theirs}\.pointwise", f"top{i}/conv/pointwise"))
         rules.append((f"bn{theirs}", f"top{i}/norm"))
@@ -32,9 +33,9 @@ def timm(model: Xception) -> list[tuple]:
     return rules
 
 
-def keras(model: Xception) -> list[tuple]:
-    """Projections have no names but the automatic ones, in order."""
-    rules = [
+def keras_rules(model: Xception) -> Rules:
+    """In Keras the projections have only automatic names, in order."""
+    rules: Rules = [
         (r"block1_conv(\d)", r"stem/conv\1"),
         (r"block1_conv(\d)_bn", r"stem/norm\1"),
         ("predictions", "head"),
@@ -52,4 +53,4 @@ def keras(model: Xception) -> list[tuple]:
     return rules
 
 
-TABLES = {"timm": timm, "keras": keras}
+TABLES = {"timm": timm_rules, "keras": keras_rules}

@@ -116,9 +116,9 @@ def test_cifar_resnet20_out_of_torchvisions_blocks():
     live, x = foreign.load(CifarResNet(), "torchvision"), foreign.images(4, 30)
     model = create_model("cifar_resnet20")
     shapes = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
-    rules = resnet_rules.torch(create_model("resnet18"))
+    rules = resnet_rules.torch_rules(create_model("resnet18"))
     given = (rules, live.tensors, "torchvision", shapes, "cifar_resnet20")
-    variables = name_maps.fit(name_maps.apply(*given), shapes, "cifar_resnet20")
+    variables = name_maps.make_tree(name_maps.apply_rules(*given), shapes, "cifar_resnet20")
     got = np.asarray(jax.jit(model.apply)(variables, x))
     cases.check(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))
 

@@ -65,9 +65,9 @@ def test_only_kernels_that_see_images_are_stems():
     assert adapt.is_stem((3, 3, 12, 64), (3, 3, 3, 64), first=True)
     assert not adapt.is_stem((3, 3, 1, 8), (3, 3, 3, 9))
     assert not adapt.is_stem((3, 3, 3, 8), (3, 3, 3, 8))
-    plan = adapt.plan("stem/kernel", (3, 3, 3, 8), (3, 3, 4, 8), stem=True, positions=False)
-    assert plan.make is None
-    assert plan.text == "a stem of 4 channels can only be adapted to 1 channel"
+    plan = adapt.make_plan("stem/kernel", (3, 3, 3, 8), (3, 3, 4, 8), stem=True, positions=False)
+    assert plan.adapt is None
+    assert plan.description == "a stem with 4 input channels can only be adapted to 1 channel"
 
 
 @pytest.mark.oracle
@@ -100,7 +100,7 @@ def vit():
 def test_positions_are_resized_where_that_is_asked_for(vit):
     source, target = vit
     path = "params/position_embedding"
-    with pytest.raises(UserError, match=r"graft\.resize_positions=True fits them: resized to 2x2"):
+    with pytest.raises(UserError, match=r"graft\.resize_positions=True resizes the grid to 2x2"):
         graft(source, target, EVERYTHING)
     found, report = graft(source, target, EVERYTHING, resize_positions=True)
     ours, theirs = flatten(found)[path], flatten(source)[path]
@@ -111,20 +111,23 @@ def test_positions_are_resized_where_that_is_asked_for(vit):
 
 def test_the_advice_for_positions_works(vit):
     source, target = vit
-    with pytest.raises(UserError, match=r"or make it fresh .*\('params/position_embedding', None"):
+    with pytest.raises(
+        UserError, match=r"or leave the layer fresh: .*\('params/position_embedding', None"
+    ):
         graft(source, target, EVERYTHING)
     rules = [("params/position_embedding", None), *EVERYTHING]
     found, report = graft(source, target, rules)
     assert report.fresh == ("params/position_embedding",)
-    assert "position_embedding fresh, with loaded layers above" in str(report)
+    assert "fresh layers below loaded layers: position_embedding;" in str(report)
     np.testing.assert_array_equal(
         found["params"]["patches"]["kernel"], source["params"]["patches"]["kernel"]
     )
 
 
 def test_the_error_names_the_option_that_would_fit_a_stem():
-    said = r"kernel is \[3, 3, 1, 4\] here and \[3, 3, 3, 4\] there .*; graft\.adapt_stem=True fits"
-    with pytest.raises(UserError, match=f"{said} them: summed") as raised:
+    shapes = r"kernel is \[3, 3, 1, 4\] in the network and \[3, 3, 3, 4\] in the source"
+    advice = r"graft\.adapt_stem=True adapts the kernels: summed"
+    with pytest.raises(UserError, match=f"{shapes}; {advice}") as raised:
         graft(fresh(network(3)), fresh(network(1)), EVERYTHING)
     assert "('params/stem/conv/.*', None)" in str(raised.value)
 
@@ -168,12 +171,12 @@ def test_the_command_names_its_flag_that_would_fit_a_stem(tensors, tmp_path):
     command = [sys.executable, "-m", "experiments.convert", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "; --adapt-stem fits them: summed" in done.stderr
+    assert "; --adapt-stem adapts the kernels: summed" in done.stderr
 
 
 def test_load_weights_fits_a_stem_where_that_is_asked_for(tensors, tmp_path):
     size, said = (64, 64, 1), []
-    with pytest.raises(UserError, match=r"; adapt_stem=True fits them: summed"):
+    with pytest.raises(UserError, match=r"; adapt_stem=True adapts the kernels: summed"):
         squeezenet(tmp_path / "x.npz", tensors, input_size=size)
     found = squeezenet(
         tmp_path / "x.npz", tensors, input_size=size, adapt_stem=True, say=said.append

@@ -83,16 +83,16 @@ def test_a_file_is_downloaded_once(server, name, source, path):
 @pytest.mark.parametrize(
     ("content", "declared", "said"),
     [
-        (WEIGHTS[::-1], 1000, "is not what was published: its digest does not begin with"),
-        (WEIGHTS[:900], 1000, "cannot be fetched: 900 bytes of 1,000 came; try again"),
-        (b"", None, "cannot be fetched: HTTP Error 404"),
+        (WEIGHTS[::-1], 1000, "is not the published one: its digest does not begin with"),
+        (WEIGHTS[:900], 1000, "cannot be downloaded: only 900 of 1,000 bytes arrived; try again"),
+        (b"", None, "cannot be downloaded: HTTP Error 404"),
     ],
 )
 def test_what_is_not_what_was_published(server, content, declared, said):
     server.files[f"/resnet18-{SHA256[:8]}.pth"] = (content, declared)
     with pytest.raises(UserError, match=f"resnet18 from torchvision: .*{said}"):
         hub.fetch("resnet18", "torchvision")
-    assert list(hub.cache().iterdir()) == []
+    assert list(hub.cache_folder().iterdir()) == []
 
 
 def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
@@ -105,7 +105,9 @@ def test_without_a_network_a_line_says_so_within_seconds(monkeypatch, tmp_path):
     monkeypatch.setattr(files.socket, "create_connection", hangs)
     monkeypatch.setattr(files.is_reachable, "__defaults__", (0.1,))
     began = time.monotonic()
-    said = r"download.pytorch.org cannot be reached: get https://.*/resnet18-\w+.pth where there"
+    said = (
+        r"download.pytorch.org cannot be reached; download https://.*/resnet18-\w+.pth on another"
+    )
     with pytest.raises(UserError, match=said):
         hub.fetch("resnet18", "torchvision")
     assert time.monotonic() - began < 5
@@ -144,18 +146,20 @@ def test_timm_from_the_hugging_face_hub(monkeypatch, tmp_path, cached):
 def test_a_file_of_the_hub_that_was_damaged(monkeypatch, tmp_path):
     module, _ = fake_hub(tmp_path, WEIGHTS[:-1], cached=True)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    with pytest.raises(UserError, match="is damaged: its SHA-256 is another; delete it"):
+    with pytest.raises(UserError, match="is damaged: its SHA-256 is wrong; delete it"):
         hub.fetch("resnet50d", "timm")
 
 
 def test_the_hub_without_its_package_or_a_network(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    said = "takes huggingface_hub: pip install .*, or give the path of https://huggingface.co/timm/"
+    said = "needs huggingface_hub: pip install .*, or give the path of a copy of https://huggingface.co/"
     with pytest.raises(UserError, match=said):
         hub.fetch("resnet50d", "timm")
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake_hub(tmp_path, WEIGHTS)[0])
     monkeypatch.setattr(files, "is_reachable", lambda host: False)
-    with pytest.raises(UserError, match=r"resnet50d from timm: .* cannot be reached: get https://"):
+    with pytest.raises(
+        UserError, match=r"resnet50d from timm: .* cannot be reached; download https://"
+    ):
         hub.fetch("resnet50d", "timm")
 
 

@@ -62,7 +62,7 @@ def test_with_preprocessing(tensors, file, tmp_path):
     assert seen(np.zeros((50, 60, 3), np.uint8)).shape == (1, 96, 96, 3)
     gray = {**tensors, "features.0.weight": tensors["features.0.weight"][:, :1]}
     np.savez(tmp_path / "gray.npz", **gray)
-    with pytest.raises(UserError, match=r"images \[224, 224, 1\], and photographs are .* squares"):
+    with pytest.raises(UserError, match=r"images \[224, 224, 1\]; photographs can .* squares"):
         load(tmp_path / "gray.npz", say=lambda note: None)
 
 
@@ -116,7 +116,7 @@ def test_a_head_that_does_not_fit_can_be_left_out(tensors, tmp_path):
 )
 def test_numbers_that_are_not_real(tensors, change, dtype):
     given = tensors | {"features.0.weight": change(tensors["features.0.weight"])}
-    said = f"'features.0.weight' is of {dtype}; expected real numbers"
+    said = f"'features.0.weight' holds {dtype}; expected real numbers"
     with pytest.raises(UserError, match=said):
         convert("squeezenet1_1", given, "torchvision")
 
@@ -126,13 +126,15 @@ def test_wrappers_around_a_state_dict_are_told(tensors):
     given = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
     found = convert("squeezenet1_1", given, "torchvision", say=said.append)
     chex.assert_trees_all_equal(found, convert("squeezenet1_1", tensors, "torchvision"))
-    assert said == ["note: removed 'module.backbone.', the prefix of a wrapper, from the names"]
+    assert said == ["note: removed the wrapper's prefix 'module.backbone.' from the names"]
 
 
 def test_mistakes_are_said_before_a_file_is_read(file):
     with pytest.raises(UserError, match="unknown model 'squeezenet1_2'; did you mean"):
         load_weights("squeezenet1_2", "torchvision", "nowhere.pth")
-    with pytest.raises(UserError, match="squeezenet1_1 from timm: expected tensors of torchvision"):
+    with pytest.raises(
+        UserError, match="squeezenet1_1 from timm: expected torchvision as the source"
+    ):
         load_weights("squeezenet1_1", "timm", "nowhere.pth")
     with pytest.raises(UserError, match=r"there is no file 'nowhere.pth'"):
         load_weights("squeezenet1_1", "torchvision", "nowhere.pth")

@@ -44,7 +44,7 @@ def test_each_network_with_a_source_has_a_row_and_no_other():
 def test_other_names_are_refused():
     with pytest.raises(UserError, match="resnet50 from keras: expected torchvision"):
         preprocessing("resnet50", "keras")
-    with pytest.raises(UserError, match="lenet5 from timm: no other library has this network"):
+    with pytest.raises(UserError, match="lenet5 from timm: no other library has weights for this"):
         preprocessing("lenet5", "timm")
     with pytest.raises(UserError, match="did you mean 'resnet50'"):
         preprocessing("resnet_50", "timm")

@@ -18,7 +18,7 @@ def test_a_family_has_rules_for_its_sources_and_no_others(family):
     tables = importlib.import_module(f"flax_cnns.weights.{name}").TABLES
     sources = {source: model for model, of in family.SOURCES.items() for source in of}
     assert tables.keys() == sources.keys()
-    assert tables.keys() <= name_maps._STYLES.keys() == name_maps._HOW.keys()
+    assert tables.keys() <= name_maps._STYLES.keys() == name_maps._EXPECTED.keys()
     for source, model in sources.items():
         table = tables[source]
         rules = list(table(create_model(model)) if callable(table) else table)

@@ -1,1 +1,1 @@
-"""Surgical loading: rules decide where each leaf comes from, or leave it fresh."""
+"""Grafting: rules decide where each leaf of a network comes from, or leave the leaf fresh."""

@@ -1,4 +1,4 @@
-"""What grafting did, leaf by leaf, and as a table with a row for each part of the network."""
+"""The report of a graft: what became of each leaf, and a table with a row for each part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import math
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -17,28 +17,31 @@ from flax_cnns.checkpoint.finding import parse_step
 from flax_cnns.names import make_console
 
 COLLECTIONS = ("params", "batch_stats")
-MAX_ROWS = 40  # of a table; the rest is in graft.json
+MAX_ROWS = 40  # of a printed table; graft.json has all leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class GraftReport:
-    """What became of every leaf, by path. `print(report)` gives the table, `report.summary` the
-    line below it."""
+    """What became of each leaf, by path.
 
-    source: str  # as it was asked for
+    `print(report)` prints a table and, below it, `report.summary` and notes.
+    """
+
+    source: str  # as the user wrote it
     folder: str  # of the checkpoint's arrays; "" for other sources
     chosen: str  # why this checkpoint of a run: best, latest, ...; "" for other sources
     grafted: dict[str, str]  # path in the new network -> path in the source
     fresh: tuple[str, ...]
-    mismatched: dict[str, dict[str, list[int]]]  # fresh ones whose namesake has another shape
-    left_behind: tuple[str, ...]  # in the source, and used nowhere
-    skipped_below: tuple[str, ...]  # fresh layers that lie below a loaded one
-    notes: tuple[str, ...]  # what else one should know
-    shapes: dict[str, list[int]]  # of the new network's leaves, as images pass them
+    mismatched: dict[str, dict[str, list[int]]]  # fresh; the source has the path in another shape
+    left_behind: tuple[str, ...]  # in the source, and not used
+    skipped_below: tuple[str, ...]  # fresh layers below a loaded layer
+    notes: tuple[str, ...]  # what else the user should know
+    shapes: dict[str, list[int]]  # of all leaves of the new network, in the order of images
     adapted: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> what was done to it
 
     @property
     def summary(self) -> str:
+        """One line: how many leaves were grafted, are fresh and were left behind."""
         text = f"grafted {len(self.grafted)}, fresh {len(self.fresh)}"
         text += f", left behind {len(self.left_behind)}"
         if self.left_behind:
@@ -55,16 +58,16 @@ class GraftReport:
         notes = list(self.notes)
         if self.skipped_below:
             notes.append(
-                f"{join_names(self.skipped_below)} fresh, with loaded layers above: it makes little"
-                " sense to load a layer when a layer below was skipped"
+                f"fresh layers below loaded layers: {join_names(self.skipped_below)}; a loaded"
+                " layer makes little sense above a fresh one"
             )
         return "\n".join([title, *lines, self.summary, *(f"note: {note}" for note in notes)])
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able, to be kept with the run."""
-        found = dataclasses.asdict(self)
-        del found["shapes"]  # the network says them
-        return found
+        """The report for JSON, as a run keeps it in graft.json."""
+        fields = dataclasses.asdict(self)
+        del fields["shapes"]  # the network has them
+        return fields
 
     def _table(self) -> Table:
         table = Table()
@@ -72,31 +75,33 @@ class GraftReport:
         table.add_column("leaves", justify="right")
         table.add_column("numbers", justify="right")
         table.add_column("starts from")
-        ours = [
-            _Leaf(_place(path), math.prod(shape), _place(self.grafted.get(path)))
-            for path, shape in self.shapes.items()
-        ]
-        other = {_place(path): both for path, both in self.mismatched.items()}
-        _add_rows(table, _parts(ours), other)
+        ours = []
+        for path, shape in self.shapes.items():
+            origin = self.grafted.get(path)
+            origin = None if origin is None else _drop_collection(origin)
+            ours.append(_Leaf(_drop_collection(path), math.prod(shape), origin))
+        mismatched = {_drop_collection(path): both for path, both in self.mismatched.items()}
+        _add_rows(table, _parts(ours), mismatched)
         table.add_section()
-        # A part of the source is named as high as all of it was left behind.
-        theirs = [_Leaf(_place(path), None, None) for path in self.left_behind]
-        theirs += [_Leaf(_place(path), None, "") for path in self.grafted.values()]
-        _add_rows(table, (row for row in _parts(theirs) if row[2] is None), {}, "left behind")
+        # Leaves that were left behind are shown as the largest parts that were left behind whole.
+        theirs = [_Leaf(_drop_collection(path), 0, None) for path in self.left_behind]
+        theirs += [_Leaf(_drop_collection(path), 0, "") for path in self.grafted.values()]
+        left_behind = (row for row in _parts(theirs) if row[2] is None)
+        _add_rows(table, left_behind, {}, fresh="left behind", with_numbers=False)
         return table
 
 
 class _Leaf(NamedTuple):
-    place: str  # its path without the collection: stem/norm/scale
-    size: int | None
-    origin: str | None  # the source's place; None: fresh
+    place: str  # the path without its collection: stem/norm/scale
+    size: int  # 0 in the source, where sizes are not shown
+    origin: str | None  # its place in the source; None: fresh
 
 
-_Row = tuple[str, list[_Leaf], str | None]
+_Row = tuple[str, list[_Leaf], str | None]  # part, its leaves, its origin
 
 
 def _parts(leaves: Iterable[_Leaf], depth: int = 1) -> Iterator[_Row]:
-    """(part, its leaves, where they start from): parts as large as one origin explains them."""
+    """Splits leaves into the largest parts whose leaves all start from one part of the source."""
     parts: dict[str, list[_Leaf]] = {}
     for leaf in leaves:
         parts.setdefault("/".join(leaf.place.split("/")[:depth]), []).append(leaf)
@@ -104,14 +109,17 @@ def _parts(leaves: Iterable[_Leaf], depth: int = 1) -> Iterator[_Row]:
         origins = {_origin_of(part, leaf) for leaf in inside}
         if len(origins) == 1:
             yield part, inside, origins.pop()
-        elif all(leaf.place == part for leaf in inside):  # of several collections
+        elif all(leaf.place == part for leaf in inside):  # one leaf in several collections
             yield from ((part, [leaf], leaf.origin) for leaf in inside)
         else:
             yield from _parts(inside, depth + 1)
 
 
 def _origin_of(part: str, leaf: _Leaf) -> str | None:
-    """What the whole part came from, if this leaf says it all: stem/conv of stem/conv/kernel."""
+    """The origin of the whole part if all its leaves are like this one.
+
+    With the part `head`, a leaf `head/kernel` from `fc/kernel` gives `fc`.
+    """
     below = leaf.place.removeprefix(part)
     if leaf.origin is not None and leaf.origin.endswith(below):
         return leaf.origin.removesuffix(below)
@@ -119,34 +127,42 @@ def _origin_of(part: str, leaf: _Leaf) -> str | None:
 
 
 def _add_rows(
-    table: Table, rows: Iterable[_Row], mismatched: dict[str, Any], fresh: str = "fresh"
+    table: Table,
+    rows: Iterable[_Row],
+    mismatched: dict[str, dict[str, list[int]]],
+    *,
+    fresh: str = "fresh",
+    with_numbers: bool = True,
 ) -> None:
+    """Adds at most `MAX_ROWS` rows to a table; `fresh` is the text for leaves without origin."""
     rows = list(rows)
     for part, leaves, origin in rows[:MAX_ROWS]:
-        sizes = [leaf.size for leaf in leaves]
-        numbers = "" if None in sizes else f"{sum(sizes):,}"
+        numbers = f"{sum(leaf.size for leaf in leaves):,}" if with_numbers else ""
         text = fresh if origin is None else origin
         if wrong := [mismatched[leaf.place] for leaf in leaves if leaf.place in mismatched]:
             here, there = wrong[-1]["here"], wrong[-1]["there"]
-            text += f": {here} here, {there} there"
+            text += f": {here}, the source has {there}"
         table.add_row(*map(Text, (part, str(len(leaves)), numbers, text)))
     if hidden := rows[MAX_ROWS:]:
         table.add_row("…", str(sum(len(row[1]) for row in hidden)), "", f"{len(hidden)} more parts")
 
 
-def _place(path: str | None) -> str | None:
-    return None if path is None else _split(path)[1]
+def _drop_collection(path: str) -> str:
+    """The path without its collection: stem/norm/scale."""
+    return _split(path)[1]
 
 
 def split_layer(path: str) -> tuple[str, str]:
-    """`("params", "ema/stem/norm")` of "ema/params/stem/norm/scale"; ("", ...) without a
-    collection.
+    """Splits a leaf's path into (collection, layer); "" if the path has no collection.
+
+    "ema/params/stem/norm/scale" gives ("params", "ema/stem/norm").
     """
     collection, place = _split(path)
     return collection, place.rpartition("/")[0]
 
 
 def _split(path: str) -> tuple[str, str]:
+    """(collection, the path without it)."""
     names = path.split("/")
     collection = next((name for name in names[:2] if name in COLLECTIONS), "")
     if collection:
@@ -155,52 +171,60 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def sort_by_depth(paths: Iterable[str], order: Sequence[str]) -> list[str]:
-    """The paths as images pass their layers: by `order`, then by their names."""
+    """The paths in the order in which images pass their layers: by `order`, then by name."""
     depth = make_depth_key(order)
     return sorted(paths, key=lambda path: depth(split_layer(path)[1]))
 
 
-def make_depth_key(order: Sequence[str]) -> Any:
+def make_depth_key(order: Sequence[str]) -> Callable[[str], tuple]:
+    """A sort key for layers: their place in `order`; layers that it lacks come last, by name."""
     places = {layer: place for place, layer in enumerate(order)}
     return lambda layer: (places.get(layer, len(places)), network_order(layer))
 
 
 def find_left_behind(used: Collection[str], stored: Collection[str]) -> tuple[str, ...]:
-    """The weights that nothing took: the averaged ones count only where some of them were taken."""
+    """The weights in the source that are not used.
+
+    Averaged weights count only if some of them are used, and trained ones likewise. Leaves that are
+    not weights (an optimizer's) do not count.
+    """
     averaged = {path.startswith("ema/") for path in used}
 
-    def counts(path: str) -> bool:
+    def is_counted(path: str) -> bool:
         inner = path.removeprefix("ema/")
         weights = inner.split("/")[0] in COLLECTIONS or not any(
             p.startswith("params/") for p in stored
         )
         return weights and path.startswith("ema/") in averaged
 
-    return tuple(path for path in stored if counts(path) and path not in used)
+    return tuple(path for path in stored if is_counted(path) and path not in used)
 
 
 def find_skipped_below(
     chosen: Collection[str], wanted: Collection[str], order: Sequence[str]
 ) -> tuple[str, ...]:
-    """The fresh layers that lie below a grafted one, the lowest first. Auxiliary heads stand beside
-    the way of the images, and count as neither."""
+    """The fresh layers below a grafted layer, the lowest first.
+
+    Auxiliary heads are ignored: images do not pass them on their way to the head.
+    """
     depth = make_depth_key(order)
     layers = {path: split_layer(path)[1] for path in wanted}
     layers = {path: layer for path, layer in layers.items() if not layer.startswith("aux")}
     highest = max((depth(layers[path]) for path in chosen if path in layers), default=())
-    # The network's own leaves, such as position embeddings, lie in no layer.
+    # Leaves of the network itself, such as position embeddings, belong to no layer.
     fresh = {
         layer or path.rpartition("/")[2]: depth(layer)
         for path, layer in layers.items()
         if path not in chosen and depth(layer) < highest
     }
-    return tuple(sorted(fresh, key=fresh.get))
+    return tuple(sorted(fresh, key=lambda layer: fresh[layer]))
 
 
 def network_order(path: str) -> tuple:
-    """Sorts paths as images pass them, by our names: the stem, then by number, then the head.
+    """A sort key for paths, by our names: first the stem, then numbers, last the head.
 
-    JAX sorts the names of every tree that it touches, so the order of creation is not to be had.
+    It approximates the order in which images pass the layers. The order of creation is not
+    available, because JAX sorts the names of each tree that it touches.
     """
 
     def rank(name: str) -> tuple:
@@ -212,7 +236,7 @@ def network_order(path: str) -> tuple:
 
 
 def _tops(paths: Collection[str]) -> list[str]:
-    """The first names of the layers, each once; of a leaf in no layer, its own name."""
+    """The first name of each layer, without repetition; a leaf of no layer has its own name."""
     layers = {path: split_layer(path)[1].removeprefix("ema/").removesuffix("ema") for path in paths}
     return list(
         dict.fromkeys(
@@ -222,6 +246,7 @@ def _tops(paths: Collection[str]) -> list[str]:
     )
 
 
-def join_names(words: Any, most: int = 6) -> str:
-    words = list(words)
-    return ", ".join(words[:most]) + (f", … ({len(words)} in all)" if len(words) > most else "")
+def join_names(names: Iterable[str], most: int = 6) -> str:
+    """At most `most` of the names, and how many there are in all."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -121,7 +121,7 @@ def test_a_renamed_layer_and_a_fresh_stage(run):
         ["stem/norm", "3", "12", "stem/norm"],
         ["stage1", "4", "156", "stage1"],
         ["stage2", "4", "156", "fresh"],
-        ["head", "2", "25", "fresh: [4, 5] here, [4, 3] there"],
+        ["head", "2", "25", "fresh: [4, 5], the source has [4, 3]"],
         ["stage2", "4", "", "left behind"],
         ["head", "2", "", "left behind"],
     ]
@@ -192,10 +192,9 @@ def test_checkpoints_made_elsewhere(tmp_path):
         assert (variables["params"]["head"]["kernel"] == 2).all()
         assert str(report).splitlines()[-3:] == [
             "grafted 2, fresh 12, left behind 0",
-            "note: the source has no checksums: a flipped bit in it would not be noticed",
-            "note: stem/norm, stage1/conv, stage1/norm, stage2/conv, stage2/norm fresh, with"
-            " loaded layers above: it makes little sense to load a layer when a layer below was"
-            " skipped",
+            "note: the source has no checksums: a flipped bit would not be noticed",
+            "note: fresh layers below loaded layers: stem/norm, stage1/conv, stage1/norm,"
+            " stage2/conv, stage2/norm; a loaded layer makes little sense above a fresh one",
         ]
 
 
@@ -212,7 +211,7 @@ def test_statistics_kept_elsewhere_in_a_foreign_tree():
     rules = [(r"params/norm/(.*)", r"weights/bn/\1"), (r"batch_stats/norm/(.*)", r"state/bn/\1")]
     variables, _ = graft(source, target, rules)
     assert (variables["batch_stats"]["norm"]["mean"] == 0).all()
-    assert "params come from elsewhere, batch_stats from nowhere" in misuse(
+    assert "params from elsewhere, batch_stats from the initialization" in misuse(
         source, [rules[0], (r".*", FRESH)], target
     )
 
@@ -256,9 +255,9 @@ def test_a_layer_loaded_above_one_that_was_not(run):
     assert report.skipped_below == ("stem/conv",)
     assert str(report).splitlines()[-3:] == [
         "grafted 13, fresh 1, left behind 1: stem/…",
-        r"note: the source has averaged weights too, which a rule takes from r'ema/\1'",
-        "note: stem/conv fresh, with loaded layers above: it makes little sense to load a layer"
-        " when a layer below was skipped",
+        r"note: the source also has averaged weights, which a rule takes by r'ema/\1'",
+        "note: fresh layers below loaded layers: stem/conv; a loaded layer makes little sense above"
+        " a fresh one",
     ]
     # The last stage and the head are above everything that was loaded, ten above two.
     target = network(0, classes=5, stages=10)
@@ -323,28 +322,29 @@ def test_a_file_of_another_library(squeezenet):
         "torchvision's squeezenet1_1 was trained on RGB images of 224 pixels with"
         " data.mean=(0.485, 0.456, 0.406), data.std=(0.229, 0.224, 0.225)",
     )
-    shown = "│ head  │      2 │   1,539 │ fresh: [1, 1, 512, 3] here, [1, 1, 512, 10] there │"
+    shown = "│ head  │      2 │   1,539 │ fresh: [1, 1, 512, 3], the source has [1, 1, 512, 10] │"
     assert shown in str(report)
 
 
 def test_a_network_of_bgr_images_is_told_by_the_means_of_rgb():
     """What data.mean takes, and what no field of a run can change."""
     seen = preprocessing("vgg16", "keras")._asdict()
-    assert sources._trained_on("vgg16", "keras", seen) == (
+    assert sources._describe_training("vgg16", "keras", seen) == (
         "keras's vgg16 was trained on BGR images of 224 pixels with data.mean=(0.485, 0.458,"
-        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives it RGB: its first layer has to"
-        " learn the other order, and where it is frozen the network sees red as blue"
+        " 0.4076), data.std=(0.0039, 0.0039, 0.0039); a run gives the network RGB images, so the"
+        " first layer has to learn the other order; if that layer is frozen, the network sees red"
+        " as blue"
     )
 
 
 def test_another_library_misspelt(squeezenet):
     file, _ = squeezenet
     assert misuse(f"torchvison:squeezenet1_1={file}", [ALL]) == (
-        f"'torchvison:squeezenet1_1={file}' is no source: expected a run, an Orbax checkpoint's"
-        " path, or LIBRARY:MODEL; did you mean 'torchvision'?"
+        f"'torchvison:squeezenet1_1={file}' is not a source: expected a run, the path of an"
+        " Orbax checkpoint, or LIBRARY:MODEL; did you mean 'torchvision'?"
     )
     assert "did you mean 'squeezenet1_1'" in misuse(f"torchvision:squeezenet11={file}", [ALL])
-    assert "expected tensors of torchvision" in misuse(f"timm:squeezenet1_1={file}", [ALL])
+    assert "expected torchvision as the source" in misuse(f"timm:squeezenet1_1={file}", [ALL])
     assert "nowhere.npz" in misuse("torchvision:squeezenet1_1=nowhere.npz", [ALL])
     text = misuse(file, [ALL])
     assert text.endswith(f"is a file: expected {FILE_HINT}{file}")
@@ -353,7 +353,7 @@ def test_another_library_misspelt(squeezenet):
 
 
 FILE_HINT = (
-    "a run, an Orbax checkpoint's folder, or LIBRARY:MODEL=FILE for the file of another library,"
+    "a run or the folder of an Orbax checkpoint; a file of another library is LIBRARY:MODEL=FILE,"
     " such as timm:resnet50="
 )
 
@@ -384,22 +384,22 @@ def test_a_rule_that_decides_nothing(run):
 def test_a_path_that_the_checkpoint_lacks(run):
     text = misuse(run, [NEW_HEAD, (r"params/stem/(.*)", r"params/stme/\1"), ALL])
     assert "takes params/stem/conv/kernel from 'params/stme/conv/kernel', which " in text
-    assert "lacks (2 such paths); the nearest there is 'params/stem/conv/kernel'" in text
+    assert "lacks (2 such paths); the nearest path is 'params/stem/conv/kernel'" in text
 
 
 def test_shapes_that_differ(run):
     text = misuse(run, [ALL])
-    assert text.startswith(
-        "graft: params/head/bias is [5] here and [3] there, params/head/kernel is [4, 5] here and"
-        " [4, 3] there in "
-    )
-    assert "nothing is padded or cut" in text
+    assert text.startswith("graft: ")
+    assert (
+        " does not fit: params/head/bias is [5] in the network and [3] in the source,"
+        " params/head/kernel is [4, 5] in the network and [4, 3] in the source; leave"
+    ) in text
     assert "('params/head/.*', None)" in text
 
 
 def test_kinds_of_numbers_that_differ():
     source = jax.tree.map(lambda x: x.astype(jnp.int32), SOURCE)
-    assert "float32 here and int32 there" in misuse(source, [ALL], network(0))
+    assert "float32 in the network and int32 in the source" in misuse(source, [ALL], network(0))
 
 
 def test_numbers_that_are_not_finite():
@@ -408,7 +408,7 @@ def test_numbers_that_are_not_finite():
     assert graft(source, network(0), [ALL])
     target = jax.tree.map(lambda x: x.astype(jnp.float16), network(0))
     text = misuse(source, [ALL], target)
-    assert "params/stem/conv/kernel of the given tree has numbers that are not finite as" in text
+    assert "params/stem/conv/kernel in the given tree has numbers that are not finite as" in text
     source["params"]["stem"]["conv"]["kernel"][0, 0] = np.nan
     assert "not finite as float32" in misuse(source, [ALL], network(0))
 
@@ -419,16 +419,16 @@ def test_nothing_grafted_at_all(run):
 
 def test_a_layer_parted(run):
     text = misuse(run, [NEW_HEAD, (r"batch_stats/stage2/.*", FRESH), ALL])
-    assert "of the layer stage2/norm are parted: params come from stage2/norm, batch_stats" in text
     assert (
-        "from nowhere (fresh); let one rule decide both: '(params|batch_stats)/stage2/norm/.*'"
-        in text
+        "layer stage2/norm come from different layers: params from stage2/norm, batch_stats" in text
     )
+    advice = "let one rule decide both: '(params|batch_stats)/stage2/norm/.*'"
+    assert f"from the initialization (fresh); {advice}" in text
     text = misuse(run, [NEW_HEAD, (r"params/stem/norm/.*", FRESH), ALL])
-    assert "params come from nowhere (fresh), batch_stats from stem/norm" in text
+    assert "params from the initialization (fresh), batch_stats from stem/norm" in text
     # Averaged weights beside the plain statistics, and the statistics of another layer.
     text = misuse(run, [NEW_HEAD, (r"params/(.*)", r"ema/params/\1"), ALL])
-    assert "params come from ema/stage1/norm, batch_stats from stage1/norm" in text
+    assert "params from ema/stage1/norm, batch_stats from stage1/norm" in text
     text = misuse(run, [NEW_HEAD, (r"batch_stats/stage1/(.*)", r"batch_stats/stage2/\1"), ALL])
     assert "batch_stats from stage2/norm" in text
 
@@ -440,8 +440,9 @@ def test_a_run_or_step_that_is_not_there(run):
 
 def test_rules_that_are_none(run):
     assert "'(' is not a regular expression" in misuse(run, [("(", FRESH), ALL])
-    assert "rule 2 gives '\\\\2', which is no path" in misuse(run, [NEW_HEAD, (r"(.*)", r"\2")])
-    assert "rule 1 gives 5, which is no path" in misuse(run, [(r"(.*)", 5)])
+    text = misuse(run, [NEW_HEAD, (r"(.*)", r"\2")])
+    assert "rule 2 has the value '\\\\2', which does not fit its regex '(.*)'" in text
+    assert "rule 1 has the value 5, which does not fit" in misuse(run, [(r"(.*)", 5)])
     assert "expected rules (regex, value), got" in misuse(run, ["params"])
 
 
@@ -486,7 +487,9 @@ def test_a_flipped_bit_is_never_grafted(tmp_path):
 def test_a_small_file_that_declares_huge_arrays(tmp_path):
     make_bomb(tmp_path, {"params": {"head": {"kernel": np.ones(4, np.float32)}}})
     target = {"params": {"head": {"kernel": np.ones(4, np.float32)}}}
-    assert "is [4] here and [1099511627776] there" in misuse(tmp_path, [ALL], target)
+    assert "is [4] in the network and [1099511627776] in the source" in misuse(
+        tmp_path, [ALL], target
+    )
     with pytest.raises(UserError, match=r"declares arrays of 4,398,046,511,104 bytes in files of"):
         reading.read_leaves(tmp_path, ["params/head/kernel"])
 

@@ -69,7 +69,7 @@ def test_an_own_resnet_for_other_classes(resnet, source, tmp_path, capsys):
         ["stem/norm", "ema/stem/norm"],
         ["stage1", "ema/stage1"],
         ["stage2", "fresh"],
-        ["head", "fresh: [8, 3] here, [8, 10] there"],
+        ["head", "fresh: [8, 3], the source has [8, 10]"],
         ["ema/stage2", "left behind"],
         ["ema/head", "left behind"],
     ]
@@ -114,5 +114,5 @@ def test_rules_for_what_the_source_lacks(resnet, source, tmp_path):
     resnet.graft.source = str(source)
     with pytest.raises(UserError) as raised:
         run(resnet, tmp_path / "new")
-    assert "the nearest there is 'params/stem/conv_gray/kernel'" in str(raised.value)
+    assert "the nearest path is 'params/stem/conv_gray/kernel'" in str(raised.value)
     assert not (tmp_path / "new").exists()

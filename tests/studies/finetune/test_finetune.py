@@ -577,7 +577,7 @@ def test_targets_are_described_and_a_batch_above_the_smallest_fraction_is_noted(
     [
         ("{folder}/sorce", r"there is no checkpoint or run .*; did you mean 'source'"),
         ("torchvison:resnet18", "did you mean 'torchvision'"),
-        ("{folder}/source", r"targets\.similar: graft: .*norm1/mean is \[8\] here and \[4\] there"),
+        ("{folder}/source", r"targets\.similar: graft: .*norm1/mean is \[8\] in the network and"),
     ],
 )
 def test_a_mistake_in_the_source_is_reported_before_anything_is_trained(
