@@ -14,6 +14,7 @@ import jax
 
 from flax_cnns import tree as pytree
 from flax_cnns.data import augment, mix, pipeline
+from flax_cnns.data.batch_stream import TrainBatches
 from flax_cnns.data.load import load_dataset
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
@@ -193,11 +194,11 @@ def make_training_key(config: Any) -> Array:
     return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def host_batches(components: RunComponents, start: int = 0) -> Generator[Any]:
+def host_batches(components: RunComponents, start: int = 0) -> Generator[Any] | TrainBatches:
     """Yields this process's rows of the training batches, from step `start` on, on the host.
 
-    The caller must close the generator. For `Dataset.from_batches` it also has a method
-    `digest(step)`.
+    The caller must close the generator. A data set made by `Dataset.from_batches` gives a
+    `TrainBatches`, which also has a method `digest(step)`.
     """
     return pipeline.train_batches(
         components.dataset,
@@ -210,7 +211,9 @@ def host_batches(components: RunComponents, start: int = 0) -> Generator[Any]:
 
 
 def train_batches(
-    components: RunComponents, start: int = 0, batches: Generator[Any] | None = None
+    components: RunComponents,
+    start: int = 0,
+    batches: Generator[Any] | TrainBatches | None = None,
 ) -> Generator[Any]:
     """Yields batches on the devices for the training step, from step `start` on, without end.
 
