@@ -1,12 +1,12 @@
-"""Deliberate breaks: does the suite notice? Each is one wrong line that a tired person might write.
+"""Breaks the code on purpose, one plausible wrong line at a time, and checks that a test fails.
 
     python -m tests.breaks               all of them
-    python -m tests.breaks --only=3,17   some, by number
-    python -m tests.breaks --check       only whether each text still stands in its file
+    python -m tests.breaks --only=3,17   some of them, by number
+    python -m tests.breaks --check       only check that each line is still in its file
 
-A break is applied in a copy of the working tree, never in the tree itself, and the tests named
-beside it run there, in the default tier, until one fails. Exit code 1 if a break is not noticed,
-or if its text is not found exactly once.
+A break is applied in a copy of the working tree, never in the tree itself. There, the tests of the
+break run in the default tier until one fails. The exit code is 1 if no test notices a break, or if
+its line is not found exactly once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Break(NamedTuple):
     file: str
-    old: str  # stands in the file exactly once
+    old: str  # occurs in the file exactly once
     new: str
     tests: str  # files (or tests) that must notice, separated by spaces
     what: str
@@ -41,7 +41,7 @@ BREAKS = [
         "re.fullmatch(rule[0], path)",
         "re.match(rule[0], path)",
         "tests/tree",
-        "a rule decides a path of which it matches only the beginning",
+        "a rule decides a path although it matches only its beginning",
     ),
     Break(
         f"{P}tree/rules.py",
@@ -55,7 +55,7 @@ BREAKS = [
         "return leaf[i, ...]",
         "return leaf[0, ...]",
         "tests/tree",
-        "every block of a stack is unstacked as its first",
+        "unstacking gives every block the values of the first",
     ),
     Break(
         f"{P}config/checks.py",
@@ -90,7 +90,7 @@ BREAKS = [
         "else known[::-1]:",
         "else known:",
         "tests/checkpoint/test_manager.py",
-        "a run goes on from its oldest step",
+        "a run resumes from its oldest step",
     ),
     Break(
         f"{P}checkpoint/graft/graft.py",
@@ -104,7 +104,7 @@ BREAKS = [
         "if shape != came:",
         "if len(shape) != len(came):",
         "tests/checkpoint/graft/test_graft.py",
-        "shapes that differ are grafted",
+        "leaves of another shape are grafted",
     ),
     Break(
         f"{P}train/steps.py",
@@ -118,7 +118,7 @@ BREAKS = [
         "jnp.where(mask > 0, losses, 0.0)",
         "losses",
         "tests/train/test_steps.py",
-        "the filling of the last batch counts in the mean loss",
+        "the padding of the last batch counts in the mean loss",
     ),
     Break(
         f"{P}train/schedules.py",
@@ -188,7 +188,7 @@ BREAKS = [
         "momentum: float = 0.9,",
         "momentum: float = 0.1,",
         "tests/layers/test_norm.py",
-        "PyTorch's momentum where flax's is meant",
+        "PyTorch's momentum in place of flax's",
     ),
     Break(
         f"{P}models/registry.py",
@@ -202,28 +202,28 @@ BREAKS = [
         "if self.stride_first else (1, self.stride)",
         "if not self.stride_first else (1, self.stride)",
         "tests/analysis/test_cost.py",
-        "ResNet v1.5 strides where v1 does: the same parameters, other multiply-adds",
+        "ResNet v1.5 strides like v1: the same parameters, other multiply-adds",
     ),
     Break(
         f"{P}models/mobilenet_v2.py",
         "activation: Callable = nn.relu6",
         "activation: Callable = nn.relu",
         "tests/models/test_parity.py::test_recorded[mobilenet_v2]",
-        "an activation that no count shows",
+        "a wrong activation, which no count shows",
     ),
     Break(
         f"{P}weights/name_maps.py",
         "axes = {4: (2, 3, 1, 0), 2: (1, 0)}",
         "axes = {4: (3, 2, 1, 0), 2: (1, 0)}",
         "tests/test_weights.py",
-        "foreign kernels are turned by a quarter",
+        "foreign kernels have height and width swapped",
     ),
     Break(
         f"{P}weights/preprocessing.py",
         "pixels = pixels[..., ::-1]",
         "pixels = pixels[..., :]",
         "tests/weights/test_preprocessing.py",
-        "networks of BGR images see RGB",
+        "networks for BGR images see RGB",
     ),
     Break(
         f"{P}data/pipeline.py",
@@ -300,49 +300,49 @@ BREAKS = [
         "if references and not trust:",
         "if references and trust is None:",
         "tests/runs/test_own.py",
-        "somebody's run imports its code without being trusted",
+        "a run's own code is imported without --trust",
     ),
     Break(
         f"{P}train/hooks.py",
         "data=np.uint32(zlib.crc32(name.encode()))",
         "data=np.uint32(0)",
         "tests/train/test_hooks.py",
-        "two regularizers of a user draw the same numbers",
+        "two of a user's regularizers draw the same numbers",
     ),
     Break(
         f"{P}train/metrics.py",
         "logits = jnp.where(seen, logits, logits[first])",
         "logits = logits + 0.0",
         "tests/train/test_own_loss_and_metrics.py tests/evaluation",
-        "a NaN in a padded row reaches a metric of the user's",
+        "a NaN in a padded row reaches a user's metric",
     ),
     Break(
         f"{P}cli/flags.py",
         "before, sys.argv = sys.argv, argv",
         "before, sys.argv = sys.argv, sys.argv",
         "tests/cli tests/runs/test_own.py",
-        "a field that the config file lacks cannot come from the shell",
+        "a field that the config file lacks cannot be set in the shell",
     ),
     Break(
         f"{P}recipes/__init__.py",
         "    if recipe in list_recipes():\n        return",
         "    if name in list_recipes():\n        return",
         "tests/cli/test_recipes.py",
-        "configs/NAME.py is no recipe away from a checkout",
+        "configs/NAME.py is not found outside a checkout",
     ),
     Break(
         f"{P}interop/nnx.py",
         "named = pytree.unstack_blocks(unfreeze(nn.unbox(tree)))",
         "named = unfreeze(nn.unbox(tree))",
         "tests/interop",
-        "a network that scans goes to NNX with its blocks stacked",
+        "a network with `scan` keeps its blocks stacked in NNX",
     ),
     Break(
         f"{P}studies/ablation/plan.py",
         "config.seed += self.seed",
         "config.seed += self.seed + len(self.row.name)",
         "tests/studies/ablation/test_ablation.py",
-        "rows of an ablation have seeds of their own",
+        "the rows of an ablation have different seeds",
     ),
     Break(
         f"{P}studies/finetune/strategies.py",
@@ -356,7 +356,7 @@ BREAKS = [
         "os.replace(temporary, path)",
         "path.write_bytes(temporary.read_bytes())",
         "tests/test_files.py tests/runs/test_workdir_files.py",
-        "a file of a run is written in place: kill -9 leaves half of it",
+        "a file of a run is written in place, so kill -9 leaves half of it",
     ),
     Break(
         f"{P}errors.py",
@@ -370,13 +370,13 @@ BREAKS = [
         "{} if head else",
         "{} if not head else",
         "tests/weights/test_load.py tests/runs/test_predict.py",
-        "a converted network has no head where one was asked for",
+        "a converted network has no head although its head was kept",
     ),
 ]
 
 
 def copy_tree(to: Path) -> None:
-    """What git knows of the working tree, and what is new in it."""
+    """Copies the tracked and the new files of the working tree."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -386,14 +386,14 @@ def copy_tree(to: Path) -> None:
 
 
 def is_stale(each: Break) -> bool:
-    """Whether its text or its tests are no longer there."""
+    """Whether the line or the tests of a break no longer exist."""
     path = ROOT / each.file
     found = path.is_file() and path.read_text().count(each.old) == 1
     return not found or not all((ROOT / t.partition("::")[0]).exists() for t in each.tests.split())
 
 
 def try_break(each: Break, copy: Path, environment: dict[str, str]) -> str:
-    """The test that notices, "" if none does."""
+    """Returns the test that notices the break; "" if there is none."""
     path = copy / each.file
     whole = path.read_text()
     path.write_text(whole.replace(each.old, each.new))

@@ -1,5 +1,6 @@
-"""Four fake CPU devices for every test, one compilation cache for all workers and their
-subprocesses; the digits, prepared once a worker; a run that many tests look at."""
+"""Sets up all tests: four fake CPU devices, and one compilation cache for all processes.
+
+Fixtures: the digits, prepared once per worker, and a finished run that many tests share."""
 
 import gc
 import os
@@ -8,7 +9,7 @@ import tempfile
 
 import pytest
 
-# Before the first import of JAX; the workers of pytest-xdist inherit it.
+# Set before the first import of JAX. The workers of pytest-xdist inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAG = "--xla_force_host_platform_device_count=4"
 QUICK = "--xla_backend_optimization_level=0"
@@ -18,43 +19,43 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="flax
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# A shell ignores SIGINT in what it starts in the background, and children would inherit that.
+# A shell ignores SIGINT in background processes, and their children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
-    """The default tier spends two thirds of the compiler's time, for the same operations in the
-    same order; `-m slow` compiles as users do."""
+    """In the default tier, compiling takes two thirds of the time, for the same operations in the
+    same order. `-m slow` compiles as users do."""
     if config.option.markexpr == "not slow" and QUICK not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += f" {QUICK}"
 
 
 def pytest_collection_finish():
-    """Looks for garbage seldom, and not among what was imported: that took a quarter of the time of
-    tracing, which makes many small objects."""
+    """Collects garbage rarely, and not among imported objects. Tracing makes many small objects,
+    and a quarter of its time was spent on garbage collection."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
-MOST_MEMORY = 3 * 2**30  # bytes of a worker
+MAX_MEMORY = 3 * 2**30  # bytes per worker
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Forgets traces and programs between two files once a worker holds too much: they stay in
-    JAX's caches, gigabytes of them after a thousand tests of networks."""
+    """Clears JAX's caches between two files if a worker uses too much memory. After a thousand
+    tests of networks, the caches hold gigabytes of traces and programs."""
     if nextitem is None or nextitem.path == item.path or not os.path.exists("/proc/self/statm"):
         return
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1])
-    if pages * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+    if pages * os.sysconf("SC_PAGE_SIZE") > MAX_MEMORY:
         import jax
 
         jax.clear_caches()
         gc.collect()
 
 
-# Files that take minutes in the slow tier. They come first, so that no worker is left with one.
+# Files that take minutes in the slow tier. They start first, so that no worker ends with one.
 LONGEST = ("tests/test_processes.py", "tests/test_scripts.py", "tests/test_examples.py")
 
 
@@ -62,20 +63,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
-# Files whose tests look at one finished run: the worker that makes it has all of them.
+# Files whose tests share one finished run. One worker makes the run and has all of these files.
 TOGETHER = {
     "tests/config/test_effects.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
 }
-# What all networks promise: each family goes to the worker that has its own tests.
+# The contract of all networks. Each family goes to the worker that has the tests of that family.
 CONTRACT = "tests/models/test_contract.py"
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests go to one worker, which compiles and prepares once for all of them.
+    """Sends all tests of a file to one worker, which compiles and prepares once for all of them.
 
-    Marks with `xdist_group` would say the same, but have no effect since pytest 9.2."""
+    `xdist_group` marks would do the same, but have no effect since pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -90,21 +91,21 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
-    """A TFDS data_dir in which the first test to load the digits prepares them."""
+    """Returns a TFDS data_dir. The first test that loads the digits prepares them there."""
     return str(tmp_path_factory.mktemp("tfds"))
 
 
 @pytest.fixture
 def config(digits_dir):
-    """A dozen steps of LeNet-5 on the digits, for a test to change."""
-    from tests.tiny_runs import make_config  # JAX is imported after the environment is set
+    """Returns a config of a dozen steps of LeNet-5 on the digits, which a test may change."""
+    from tests.tiny_runs import make_config  # imports JAX, so after the environment is set
 
     return make_config(digits_dir)
 
 
 @pytest.fixture(scope="session")
 def finished(digits_dir, tmp_path_factory):
-    """(workdir, summary) of the run that the others are held against, never interrupted."""
+    """Returns (workdir, summary) of an uninterrupted run, the reference for other runs."""
     from flax_cnns import run
     from tests.tiny_runs import make_config
 
@@ -114,5 +115,5 @@ def finished(digits_dir, tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs draw no curves, which takes a quarter of a short one; `finished` has them."""
+    """Makes runs draw no curves, which take a quarter of the time of a short run."""
     monkeypatch.setattr("flax_cnns.analysis.plots.curves.draw_curves", lambda *_, **__: None)

@@ -1,14 +1,14 @@
-"""Every network as an NNX module, beside itself in linen: the same program, the same numbers?
+"""Compares every network as an NNX module with itself in linen: program and numbers.
 
     python -m tests.nnx                        # every network: 43 minutes of a busy core
     python -m tests.nnx lenet5 cifar_resnet20 --numbers
 
 A network evaluates two images of its own size, then trains on them: loss with auxiliary heads,
-gradients, statistics that move; once by `model.apply` and `jax.grad`, once by
-`interop.nnx.to_nnx` and `nnx.grad`. Program: the equations that both trace to are the same, and so
-is what they return, by name, shape and dtype; nothing is computed. Numbers: both are computed; the
-largest difference of all that they return. Networks of few layers for small images have numbers,
-others with --numbers.
+gradients, updated statistics. This is done once with `model.apply` and `jax.grad`, and once with
+`interop.nnx.to_nnx` and `nnx.grad`. Program: both trace to the same equations and return the same
+names, shapes and dtypes; nothing is computed. Numbers: both are computed, and the largest
+difference of their results is reported. Numbers are compared for networks of few layers on small
+images; --numbers compares them for the others too.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from flax_cnns.interop.nnx import pop_aux_logits, to_linen, to_nnx
 from flax_cnns.types import Array, PyTree
 from tests.models.shapes import blank_model
 
-LIMIT = 1e-6  # of the numbers, which are of the order of 1
-FEW = 130  # leaves: what compiles within seconds
+LIMIT = 1e-6  # on the difference of the numbers, which are of order 1
+MAX_QUICK_LEAVES = 130  # networks with at most so many leaves compile within seconds
 MUTABLE = ["batch_stats", "aux_logits"]
 
 Keys = dict[str, Array]  # "dropout" and "shared"
@@ -44,10 +44,10 @@ Keys = dict[str, Array]  # "dropout" and "shared"
 class Result(NamedTuple):
     name: str
     leaves: int
-    moving: int  # leaves of batch_stats
-    heads: int  # auxiliary
+    moving: int  # number of leaves of batch_stats
+    heads: int  # number of auxiliary heads
     program: bool
-    difference: float | None  # of numbers
+    difference: float | None  # largest difference of the numbers
     seconds: float
 
     @property
@@ -56,12 +56,12 @@ class Result(NamedTuple):
 
 
 def compute_loss(logits: Array, aux_logits: list[Array]) -> Array:
-    """Of logits [N K] and an auxiliary head's each, the first class being right."""
+    """Returns the loss of logits [N K] and those of auxiliary heads, with class 0 as the label."""
     return sum(-jax.nn.log_softmax(found)[:, 0].mean() for found in (logits, *aux_logits))
 
 
 def run_linen(model: nn.Module, variables: PyTree, keys: Keys, images: Array) -> dict[str, PyTree]:
-    """Evaluates, then trains, each with the next keys of the streams, as NNX takes them."""
+    """Evaluates, then trains. Each takes the next keys of the streams, as NNX does."""
     rngs = nnx.Rngs(**keys).fork()
     draw = lambda: {name: stream() for name, stream in rngs.items()}  # noqa: E731
     logits, drawn = model.apply(variables, images, rngs=draw()), draw()
@@ -79,7 +79,7 @@ def run_linen(model: nn.Module, variables: PyTree, keys: Keys, images: Array) ->
 
 
 def run_nnx(model: nn.Module, variables: PyTree, keys: Keys, images: Array) -> dict[str, PyTree]:
-    """The same through NNX."""
+    """Does the same as `run_linen` through NNX."""
     network = to_nnx(model, variables, nnx.Rngs(**keys))
     logits = network(images)
 
@@ -95,7 +95,7 @@ def run_nnx(model: nn.Module, variables: PyTree, keys: Keys, images: Array) -> d
 
 
 def trace(run: Callable, model: nn.Module, *args: PyTree) -> tuple[str, dict[str, Any]]:
-    """The equations as a text, and `{path: shape and dtype}` of what they return."""
+    """Returns the equations as a string, and `{path: shape and dtype}` of their results."""
     program, out = jax.make_jaxpr(partial(run, model), return_shape=True)(*args)
     return re.sub(r" at 0x[0-9a-f]+", "", str(program)), pytree.flatten(out)
 
@@ -117,7 +117,7 @@ def compare(name: str, numbers: bool = False) -> Result:
     shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
     linen, returned = trace(run_linen, model, shapes, make_keys(), images)
     through_nnx, same = trace(run_nnx, model, shapes, make_keys(), images)
-    few = model.input_size[0] <= 32 and len(jax.tree.leaves(shapes)) <= FEW
+    few = model.input_size[0] <= 32 and len(jax.tree.leaves(shapes)) <= MAX_QUICK_LEAVES
     difference = None
     if numbers or few:
         variables = init_variables(create_model(name), jax.random.key(0))
@@ -140,7 +140,7 @@ def compare(name: str, numbers: bool = False) -> Result:
 
 
 def chosen(names: list[str]) -> list[str]:
-    """Those named, or all; of a network with several names the first."""
+    """Returns the named networks, or all. A network with several names is returned once."""
     if names:
         return names
     return sorted({create_model(name): name for name in reversed(list_models())}.values())

@@ -1,15 +1,15 @@
-"""Every network that another library has, beside it: same weights, same images, same logits?
+"""Compares every network with other libraries: same weights, same images, same logits?
 
-    python -m tests.parity --all               # every pair, one at a time; goes on where it stopped
+    python -m tests.parity --all               # every pair in turn; resumes where it stopped
     python -m tests.parity resnet50 nin_cifar10    # some networks, with every source
-    python -m tests.parity --all --again       # from the start
-    python -m tests.parity resnet50 --csv      # enters the rows in experiments/results/parity.csv
+    python -m tests.parity --all --again       # start again
+    python -m tests.parity resnet50 --csv      # also write experiments/results/parity.csv
     pip install torch==2.13.0 keras==3.15 && pip install --no-deps torchvision==0.28.0 timm==1.0.31
 
-Every tensor of the other network is redrawn and carried over by `flax_cnns.weights.convert`; then
-four images, evaluation, float32. Difference: the largest of all logits, in units of their standard
-deviation over the images (root mean square over the classes); at most 1e-4 passes. Control: the
-same after one of the tensors was drawn anew, which must not pass.
+Every tensor of the other network is redrawn and converted by `flax_cnns.weights.convert`. Then both
+networks evaluate four images in float32. Difference: the largest difference of the logits, divided
+by their standard deviation over the images (root mean square over the classes). A pair passes with
+at most 1e-4. Control: the difference after one tensor was redrawn, which must not pass.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "experiments/results/parity.csv"
 ORDER = ("torchvision", "timm", "Keras", "NumPy")
-BESIDE = {"keras": "Keras"}  # as the table writes it
+DISPLAY_NAMES = {"keras": "Keras"}  # in the table
 LIMIT = 1e-4
-LARGEST = 331  # pixels: EfficientNets for larger images are compared on these
+MAX_PIXELS = 331  # EfficientNets for larger images are compared at this size
 
 NUMPY = {case.name: case for case in CASES + MORE}
 
@@ -54,11 +54,11 @@ class Result(NamedTuple):
     source: str
     params: int
     size: int
-    spread: float  # of the logits over the images: of a constant output it is zero
+    spread: float  # of the logits over the images; zero for a constant output
     scale: float  # root mean square of the logits
-    difference: float  # the largest, over `spread`
-    control: float  # the same with one tensor drawn anew
-    redrawn: str  # which one
+    difference: float  # the largest difference, divided by `spread`
+    control: float  # the same with one tensor redrawn
+    redrawn: str  # name of that tensor
     seconds: float
 
     @property
@@ -68,22 +68,23 @@ class Result(NamedTuple):
 
 
 def sources_of(name: str) -> tuple[str, ...]:
-    """As `model_info`, which traces the network. Raises `UserError` for an unknown name."""
+    """Returns the sources that `model_info` has, without tracing the network. Raises `UserError`
+    for an unknown name."""
     create_model(name)
     family = import_module(f"flax_cnns.models.{FAMILY_OF[name]}")
     return getattr(family, "SOURCES", {}).get(name, ())
 
 
 def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(network, source) of those that have an independent implementation."""
+    """Returns (network, source) for each network with an independent implementation."""
     sources = {name: (*sources_of(name), *["NumPy"] * (name in NUMPY)) for name in names}
-    # The package efficientnet_lite is held to by its published weights: tests/weights.
+    # tests/weights compares efficientnet_lite through its published weights.
     sources = {name: [s for s in of if s != "efficientnet_lite"] for name, of in sources.items()}
     return [(name, source) for name in sources for source in sources[name]]
 
 
 def every_pair() -> list[tuple[str, str]]:
-    """The pairs of `list_models()`; of a network with several names each source once."""
+    """Returns the pairs of `list_models()`. A network with several names has each source once."""
     first = {
         (create_model(name), source): (name, source)
         for name, source in reversed(pairs(list_models()))
@@ -92,7 +93,7 @@ def every_pair() -> list[tuple[str, str]]:
 
 
 def spread(logits: np.ndarray) -> float:
-    """Standard deviation of [N K] over the images, root mean square over the classes."""
+    """Returns the standard deviation of [N K] over images, as root mean square over classes."""
     return float(np.sqrt(np.mean(np.var(logits, axis=0))))
 
 
@@ -103,7 +104,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 def disturb(
     tensors: Mapping[str, np.ndarray], name: str, source: str, gain: float = 2.0
 ) -> dict[str, np.ndarray]:
-    """The same with another draw of one of them."""
+    """Returns the tensors with one of them redrawn."""
     return {**tensors, name: foreign.redraw(f"again.{name}", tensors[name].shape, source, gain)}
 
 
@@ -116,7 +117,7 @@ def compare(
     n: int = 4,
     **fields: Any,
 ) -> Result:
-    """Our `name` with fields beside the other library's network."""
+    """Compares our network `name`, with fields, with the other library's network."""
     began = time.perf_counter()
     info, x = model_info(name), foreign.images(n, size, create_model(name).input_size[-1])
     theirs = foreign.logits(live, x, source)
@@ -144,7 +145,7 @@ def compare(
 
 
 def compare_numpy(case: Case) -> Result:
-    """Our network beside a straight-line forward pass in NumPy, f64."""
+    """Compares our network with a straight-line forward pass in NumPy, f64."""
     began = time.perf_counter()
     model, tensors, x = redrawn(case)
     apply = jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})
@@ -174,7 +175,7 @@ def compare_numpy(case: Case) -> Result:
 def used_tensors(
     name: str, source: str, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]
 ) -> list[str]:
-    """The tensors that evaluation sees: whatever goes elsewhere than to an auxiliary head."""
+    """Returns the tensors that evaluation uses: all but those of auxiliary heads."""
     marks = {key: np.full(np.shape(a), i, np.float32) for i, (key, a) in enumerate(tensors.items())}
     variables = convert(name, marks, source, **fields)
     for collection in variables.values():
@@ -185,14 +186,15 @@ def used_tensors(
 
 
 def code(name: str, source: str) -> str:
-    """What a pair's result depends on: it is taken again when any of these files changes."""
+    """Returns a digest of the files that a pair's result depends on. If one of them changes, the
+    pair is compared again."""
     package, tests = ROOT / "flax_cnns", Path(__file__).parent
     families = [FAMILY_OF[name]]
     theirs = ("__init__", "builders", *families)
     files = {Path(__file__), *(tests / f"models/foreign/{file}.py" for file in theirs)}
     files |= {*(package / "layers").rglob("*.py")}
     files |= {package / "weights/__init__.py", package / "weights/name_maps.py"}
-    for family in families:  # grows by the families that it imports
+    for family in families:  # the loop adds the families that each family imports
         path = package / f"models/{family}.py"
         files |= {path, package / f"weights/{family}.py"}
         found = re.findall(r"from flax_cnns\.models(?:\.| import )(\w+)", path.read_text())
@@ -222,12 +224,12 @@ def table(results: list[Result]) -> str:
 
 
 def enter(results: Iterable[Result], path: Path) -> None:
-    """Puts the rows into the table at `path`, in place of older rows of the same pairs."""
+    """Writes the rows into the table at `path` and replaces older rows of the same pairs."""
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     table = {tuple(row[:2]): row for row in rows}
     for r in results:
-        beside = BESIDE.get(r.source, r.source)
+        beside = DISPLAY_NAMES.get(r.source, r.source)
         numbers = f"{r.difference:.1e}", f"{r.control:.1e}"
         table[r.name, beside] = [r.name, beside, str(r.params), str(r.size), *numbers]
     ordered = sorted(table.values(), key=lambda row: (ORDER.index(row[1]), row[0]))
@@ -262,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         if source == "NumPy":
             result = compare_numpy(NUMPY[name])
         else:
-            size = min(create_model(name).input_size[0], LARGEST)
+            size = min(create_model(name).input_size[0], MAX_PIXELS)
             try:
                 theirs = foreign.build(name, source, size)
                 live = foreign.load(theirs, source, foreign.gain(name))

@@ -1,12 +1,12 @@
-"""Old runs go on, to the bit: an old commit and the code at hand, side by side.
+"""Checks that old runs continue bit-exactly: compares an old commit with the current code.
 
     python -m tests.side_by_side [--old=132764f] [--keep=FOLDER]
 
-The old commit, in a worktree of its own, begins three runs and is interrupted. From there each run
-is finished twice: by the old commit, and a copy by the code at hand. Both evaluate theirs and
-predict with it, and the code at hand those of the old commit too. Parameters, optimizer states,
-statistics, what was logged (times aside), evaluations and predictions must be equal. Prints what
-differs and exits 1.
+The old commit, in a separate worktree, begins three runs and is interrupted. Each run is then
+finished twice: by the old commit, and as a copy by the current code. Each of them evaluates its
+finished run and predicts with it. The current code also evaluates and predicts with the run of the
+old commit. Parameters, optimizer states, statistics, logs (except times), evaluations and
+predictions must be equal. Prints the differences and exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMMON = {
     "train.duration": "16 steps",
     "log.tensorboard": False,
 }
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # (step of the interruption, fields)
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # name: (step of the interruption, fields)
     "regularized_lenet": (
         7,
         {
@@ -133,7 +133,7 @@ def _make_config(name: str, scratch: pathlib.Path) -> Any:
 
 
 def begin(name: str, workdir: pathlib.Path, scratch: pathlib.Path) -> None:
-    """Until the run is interrupted."""
+    """Begins a run and interrupts it."""
     from flax_cnns import run
 
     places = ("flax_cnns.runtime.preemption", "flax_cnns.preemption")
@@ -156,7 +156,7 @@ def finish(name: str, workdir: pathlib.Path, scratch: pathlib.Path) -> None:
 
 
 def look(workdir: pathlib.Path, scratch: pathlib.Path, out: pathlib.Path) -> None:
-    """Evaluation and prediction of a finished run -> `out`."""
+    """Evaluates a finished run, predicts with it, and writes the results to `out`."""
     evaluate_run = _find("evaluate_run", "flax_cnns.runs.evaluate", "flax_cnns.experiment")
     places = ("flax_cnns.runs.predict", "flax_cnns.prediction")
     from_run, predict = _find("make_predictor_from_run", *places), _find("predict", *places)
@@ -210,7 +210,7 @@ def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def compare(name: str, scratch: pathlib.Path) -> list[str]:
-    """What differs."""
+    """Returns the differences."""
     import numpy as np
 
     from flax_cnns.checkpoint import finding, reading
@@ -276,7 +276,7 @@ def main() -> int:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        sys.path.pop(0)  # this folder: its `data` or `train` are none of the code's
+        sys.path.pop(0)  # this folder, whose `data` and `train` could hide modules of the code
         child(args.child, args.keep)
         return 0
     from tests.freeze import make_folder

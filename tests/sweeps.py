@@ -1,4 +1,4 @@
-"""Writes the folder of an ablation by hand, without training."""
+"""Writes the folder of an ablation without training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def write_json(path, content):
 def write_run(workdir, accuracy, *, fit=None, end=True, points=POINTS, **fields):
     """Writes a run whose validation and test accuracy rise to about `accuracy`.
 
-    `end`: whether the run is complete. `fields`: of its config, with `__` for a dot. The first step
-    takes 2 s, each window after it 1 s.
+    `end`: whether the run is complete. `fields`: fields of its config, with `__` for a dot. The
+    first step takes 2 s, each window after it 1 s.
     """
     config = get_config()
     config.model.name = "lenet5"

@@ -1,4 +1,4 @@
-"""Networks, layers and weights with jax and flax alone: what these do not bring is not imported."""
+"""Networks, layers and weights work with only jax and flax (and their dependencies) installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.models import cases, foreign
 
 ROOT = Path(__file__).parents[1]
 
-# `pip install --no-deps flax_cnns` beside `pip install jax flax`.
+# As after `pip install jax flax` and `pip install --no-deps flax_cnns`.
 CODE = """
 import importlib, pkgutil, sys
 

@@ -1,4 +1,4 @@
-"""The benchmark program on tiny cases: tables, JSON, pictures, one-line mistakes."""
+"""The benchmark program on tiny cases: tables, JSON, pictures, one-line errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ has_torch = importlib.util.find_spec("torchvision") is not None
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """`run(arguments ...)` -> (exit code, output, errors, what the JSON holds)."""
+    """Returns a function: `run(arguments ...)` -> (exit code, output, errors, JSON content)."""
     monkeypatch.setattr(device, "find_peak", lambda device, dtype: device_peak)
     device_peak = device.Peak(1e9, "a test")
 
@@ -57,7 +57,7 @@ def test_step(run, tmp_path, mode):
     assert row["macs_per_image"] == 416_520
     training, inference = row["training"], row["inference"]
     assert len(training["rounds"]) == len(inference["rounds"]) == 2
-    # A MAC is two FLOPs and training three forward passes; the CPU's peak is that of all devices.
+    # A MAC is two FLOPs, and training costs three forward passes. The peak is for all devices.
     assert training["mfu"] * training["seconds"] * 1e9 == pytest.approx(3 * 2 * 4 * 416_520)
     assert inference["mfu"] * inference["seconds"] * 1e9 == pytest.approx(2 * 4 * 416_520)
     assert training["images_per_second"] * training["seconds"] == pytest.approx(4)
@@ -94,7 +94,7 @@ def test_conv(run):
     assert [row["pass"] for row in found["rows"]] == ["forward", "gradient"]
     for row in found["rows"]:
         assert set(row["seconds"]) == {"ours", "nn.Conv"}
-        assert len(row["runs"]) in (1, 3)  # three where the first was slower than 1.05
+        assert len(row["runs"]) in (1, 3)  # three if the first ratio was above 1.05
         assert row["ratios"]["nn.Conv"]["low"] <= row["ratios"]["nn.Conv"]["median"]
     assert len(found["summary"]) == 2
     assert "geometric mean" in out
@@ -125,7 +125,7 @@ def test_slower_shapes_are_measured_again_and_the_middle_counts(run, monkeypatch
     _, _, _, found = run("conv", "--stage=lenet-c3", "--no-torch")
     forward, gradient = found["rows"]
     assert len(forward["runs"]) == 3
-    assert forward["ratios"]["nn.Conv"]["median"] == 1.2  # of 2, 1 and 1.2: slower in two of three
+    assert forward["ratios"]["nn.Conv"]["median"] == 1.2  # the median of 2, 1 and 1.2
     assert len(gradient["runs"]) == 1
 
 
@@ -187,7 +187,7 @@ def test_learn(run):
     assert row["last_loss"] < row["first_loss"] / 2
     assert row["accuracy"] > 0.8
     assert row["deterministic"]
-    assert row["statistics_moved"] is None  # it has none
+    assert row["statistics_moved"] is None  # the network has no statistics
     assert "lenet5" in out
 
 
@@ -196,7 +196,7 @@ def test_learn_says_what_did_not(run, monkeypatch):
     pytest.importorskip("configs.common", exc_type=ImportError)
     case = learning.LearningCase(
         8, 6, 1e-9, dict(depths=(1,), widths=(2,))
-    )  # a rate that moves nothing
+    )  # a learning rate that changes nothing
     monkeypatch.setitem(learning.CASES, "cifar_resnet20", case)
     code, out, _, found = run("learn", "--models=cifar_resnet20", quick=False)
     (row,) = found["rows"]
@@ -217,7 +217,7 @@ def test_pipeline(run):
     code, _, _, found = run("pipeline", *flags, "--source=config,folder,arrays")
     assert code == 0
     mock, folder, arrays = found["rows"]
-    assert (arrays["examples"], len(arrays["speed_over_config"])) == (18, 3)  # 2 to validate
+    assert (arrays["examples"], len(arrays["speed_over_config"])) == (18, 3)  # 2 are for validation
     assert mock["in_memory"]
     assert not folder["in_memory"]
     assert folder["image_shape"] == [16, 16, 3]
@@ -295,7 +295,7 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
 
 @pytest.mark.slow
 def test_it_starts_where_only_jax_and_flax_are():
-    """A machine with a GPU may have neither Grain nor TFDS nor ml_collections."""
+    """A GPU machine may lack Grain, TFDS and ml_collections."""
     absent = ("grain", "tensorflow_datasets", "ml_collections", "tensorboardX", "sklearn", "torch")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"

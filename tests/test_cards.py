@@ -1,4 +1,4 @@
-"""docs/regularizers.md has a card for every regularizer that is a field."""
+"""docs/regularizers.md has a card for every config field that is a regularizer."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ FILES = [name for name in FILES if not name.startswith("__")]
 
 
 def modes(name):
-    """The modes that a file names in its call of `check_mode`."""
+    """Returns the modes that a file passes to `check_mode`."""
     tree = ast.parse(inspect.getsource(importlib.import_module(f"configs.{name}")))
     (call,) = [
         node
@@ -31,13 +31,13 @@ def modes(name):
     return ["", *(argument.value for argument in call.args[1:])]
 
 
-# Training images of the data sets that configs name.
+# Numbers of training images of the data sets in the configs.
 IMAGES = {"digits": 1077, "cifar10": 50_000, "cifar100": 50_000, "fashion_mnist": 60_000}
 IMAGES |= {"imagenet2012": 1_281_167, "folder": 100}
 
 
 def doubts(config):
-    """What a new run of `config` would be refused for; no data are read."""
+    """Returns the problems for which a new run of `config` would be refused. Reads no data."""
     images = config.data.mock or IMAGES[config.data.name]
     taken = 0 if config.data.mock or config.data.name == "digits" else config.data.validation
     images = (images * (1 - taken) if taken < 1 else images - taken) * config.data.fraction
@@ -105,7 +105,7 @@ def test_every_row_of_an_ablation_is_a_run_that_is_valid(name):
             assert doubts(row.config) == []
         path = f"configs/ablations/{name}.py" + (f":{mode}" if mode else "")
         assert f"experiments.ablate --config={path}" in module.__doc__
-    assert config.data.name == "digits"  # smoke: without a file
+    assert config.data.name == "digits"  # the smoke mode needs no files
 
 
 # ---- configs of fine-tuning: a source's run, and a run for each target

@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md, docs/ and experiments/results/ name is there."""
+"""The files and links named in README.md, CONTRIBUTING.md, docs/, experiments/results/ exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import flax_cnns
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 PAGES += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "experiments/results").glob("*.md")])
-OF_THE_READER = {"mine.py", "my_data.py", "sparse_sweep.py"}  # files that docs/extending.md writes
+# Files that the reader of docs/extending.md writes.
+OF_THE_READER = {"mine.py", "my_data.py", "sparse_sweep.py"}
 
 
 def pages(chosen=PAGES):
@@ -48,7 +49,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def anchors(text: str) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """Returns the anchors that GitHub makes for the headings of a page."""
     heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 

@@ -122,7 +122,7 @@ def test_all_together_are_one_step(digits_dir, plain):
 
 @pytest.mark.slow
 def test_all_together_train(digits_dir):
-    """For a few steps, on four devices."""
+    """Trains for a few steps on four devices."""
     config = make_config(digits_dir, *TOGETHER)
     components, optimizer, step = make_step(config)
     state = make_state(config, optimizer, components.init_variables())
@@ -134,7 +134,7 @@ def test_all_together_train(digits_dir):
     for i in range(4):
         rows = slice(i * n, (i + 1) * n)
         batch = components.shard({"image": train.images[rows], "label": train.labels[rows]})
-        if i == 0:  # without optimizations, it compiles in a third of the time
+        if i == 0:  # without optimizations, the step compiles in a third of the time
             quick = {"xla_backend_optimization_level": 0}
             step = step.lower(state, batch, key).compile(compiler_options=quick)
         state, sums = step(state, batch, key)

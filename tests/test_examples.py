@@ -1,4 +1,4 @@
-"""The examples run and say something meaningful; every block of docs/extending.md runs."""
+"""The examples run and print meaningful results; every code block of docs/extending.md runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 PAGE = ROOT / "docs/extending.md"
 SECTIONS = re.split(r"^(?=## )", PAGE.read_text(), flags=re.M)[1:]
-# A block of code, with what stands before it: "needs: torch".
+# A code block, with the comment before it: "needs: torch".
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?```python\n(?P<code>.*?)```", re.S)
 
 
 def blocks(text):
-    """[(needed package or "", name of the file that it is or "", code)]."""
+    """Returns [(package that the block needs or "", file that the block is or "", code)]."""
     found = []
     for match in BLOCK.finditer(text):
         file = re.match(r"# (\w+\.py)\n", match["code"])
@@ -30,7 +30,7 @@ def blocks(text):
 
 
 def start(arguments, folder, digits_dir):
-    """What a script prints, run in an empty folder."""
+    """Runs a script in an empty folder and returns its output."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -118,8 +118,8 @@ def test_own_data(tmp_path, digits_dir):
 @pytest.mark.slow
 def test_multilabel(tmp_path, digits_dir):
     said = start([EXAMPLES / "multilabel.py"], tmp_path, digits_dir)
-    assert numbers(said, "test macro F1")[0] > 0.7  # all yes: 0.32
-    assert numbers(said, "label accuracy")[0] > 0.9  # all no: 0.81
+    assert numbers(said, "test macro F1")[0] > 0.7  # predicting every label gives 0.32
+    assert numbers(said, "label accuracy")[0] > 0.9  # predicting no label gives 0.81
     logged = (tmp_path / "runs/multilabel/metrics.jsonl").read_text()
     assert "validation/macro_f1" in logged
 
@@ -170,7 +170,7 @@ def test_the_notebook(tmp_path, digits_dir):
     "section", filter(blocks, SECTIONS), ids=lambda text: text.split("\n")[0][3:]
 )
 def test_blocks_of_the_page_run(section, tmp_path, digits_dir):
-    """In one process for each section, beside the files that the page writes."""
+    """Runs each section in one process, in a folder with the files that the page writes."""
     for text in SECTIONS:
         for _, file, code in blocks(text):
             if file:
@@ -184,7 +184,7 @@ def test_blocks_of_the_page_run(section, tmp_path, digits_dir):
     start(["section.py"], tmp_path, digits_dir)
 
 
-# Of each function NAME_batches of a section, what a run relies on.
+# Checks what a run relies on for each function NAME_batches of a section.
 FACTORIES_GO_ON_EXACTLY = """
 import itertools as _it
 import numpy as _np

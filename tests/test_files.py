@@ -1,4 +1,4 @@
-"""What is no file is refused before it is opened; what is written is whole or not there at all."""
+"""Special files are refused before they are opened; files are written atomically."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def test_a_pipe_or_a_device_is_no_file(tmp_path):
         check_regular_file("/dev/zero")
     (tmp_path / "link").symlink_to("pipe")
     with pytest.raises(UserError, match="link is a named pipe"):
-        check_photos([tmp_path / "link"])  # and does not wait for a writer
+        check_photos([tmp_path / "link"])  # raises instead of waiting for a writer
     for fine in (tmp_path, __file__, "not there", "", "\0"):
         check_regular_file(fine)
 
@@ -32,7 +32,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
     assert path.read_text() == "old"
     with path.open() as reader:
         write_text(path, "new")
-        assert reader.read() == "old"  # another file: it was never half of each
+        assert reader.read() == "old"  # the old file is still open and was never half overwritten
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == [path.name]
     with pytest.raises(UserError, match=r"cannot write .*nowhere/x\.json: No such file"):

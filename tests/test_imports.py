@@ -1,4 +1,4 @@
-"""What may import what: the table, against every import statement of the package; and no cycles."""
+"""Checks every import of the package against a table of allowed imports, and for cycles."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flax_cnns"
 
-# These may be imported by all parts: they import each other and nothing else of the package.
+# All parts may import these modules, which import only each other from the package.
 COMMON = {"errors", "types", "files", "names"}
 
 # Part of the package: the parts that it may import, besides itself and COMMON. A part is a folder,
-# a folder in a folder, or a module; the longest name that fits a file is its part.
+# a folder in a folder, or a module. A file belongs to the part with the longest matching name.
 MAY_IMPORT = {
     "tree": set(),
     "config": set(),
@@ -41,14 +41,14 @@ MAY_IMPORT = {
 MAY_IMPORT["runs"] = set(MAY_IMPORT)
 MAY_IMPORT["studies"] = {"runs"} | MAY_IMPORT["runs"]
 MAY_IMPORT["cli"] = {"studies"} | MAY_IMPORT["studies"]
-MAY_IMPORT["launch"] = {"runtime"}  # the command of the old name
-# The public face names modules as texts and imports them late.
+MAY_IMPORT["launch"] = {"runtime"}  # the command `python -m flax_cnns.launch`
+# flax_cnns/__init__.py names modules as strings and imports them late.
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 def imported(source: str, path: Path) -> set[str]:
-    """The modules that a file imports anywhere in it: `from a import b` counts as `a.b`."""
+    """Returns the modules that a file imports anywhere. `from a import b` counts as `a.b`."""
     package = path.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -68,7 +68,7 @@ def is_module(name: str) -> bool:
 
 
 def modules(source: str, path: Path, root: Path = PACKAGE) -> set[str]:
-    """The modules below `root` that a file imports, without the name of `root`: `layers.conv`."""
+    """Returns the modules below `root` that a file imports, without the name of `root`."""
     found, top = set(), ".".join(root.relative_to(ROOT).parts)
     for name in imported(source, path):
         while name and not is_module(name):
@@ -96,7 +96,7 @@ def forbidden(source: str, path: Path) -> set[str]:
     allowed = COMMON if own is None else COMMON | {own} | MAY_IMPORT[own]
 
     def fits(module: str) -> bool:
-        if module in allowed:  # a module that stands in the table by its own name
+        if module in allowed:  # the table names this module itself
             return True
         return part(module) in allowed or any(is_in(module, p) for p in allowed - set(MAY_IMPORT))
 
@@ -105,7 +105,7 @@ def forbidden(source: str, path: Path) -> set[str]:
 
 @functools.cache
 def bound(module: Path) -> set[str]:
-    """The names that a module binds anywhere in it."""
+    """Returns the names that a module binds anywhere."""
     names = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -118,7 +118,7 @@ def bound(module: Path) -> set[str]:
 
 
 def test_what_a_file_imports_from_another_is_there():
-    """So that a name that moves takes all its importers along, those of untested paths too."""
+    """Finds imports of names that were moved or renamed, also on untested paths."""
     ours = [path for top in ("flax_cnns", "experiments") for path in (ROOT / top).rglob("*.py")]
     missing = []
     for path in ours:
@@ -179,13 +179,13 @@ def test_the_walk_sees_every_way_to_import(line):
     assert forbidden(line, PACKAGE / "runs/train.py") == set()
 
 
-# Imports by a name that is computed, which the walk cannot see: the public face, the families of
-# the registry, a family's name map, packages that reading a file takes.
+# Files with imports by a computed name, which the checks cannot see: the package's __init__.py, the
+# families of the registry, a family's name map, packages for reading a file.
 BY_NAME = {
     *("__init__.py", "models/registry.py", "weights/__init__.py", "weights/common.py"),
-    "data/types.py",  # what makes a Dataset of a user's own
-    "cli/__main__.py",  # the command that is asked for
-    "runs/references.py",  # the names of a user's own parts
+    "data/types.py",  # packages that a user's own data come from
+    "cli/__main__.py",  # the command to run
+    "runs/references.py",  # a user's own parts, given by name
 }
 
 
@@ -205,7 +205,7 @@ def test_the_package_imports_nothing_that_is_not_installed_with_it():
 
 
 def test_a_file_is_read_in_one_sitting():
-    """Longer files say why in their first lines."""
+    """A file has at most 400 lines."""
     long = [
         str(path.relative_to(ROOT)) for path in FILES if len(path.read_text().splitlines()) > 400
     ]
@@ -216,10 +216,10 @@ def test_a_row_may_name_one_module_of_a_part():
     exact = PACKAGE / "evaluation/exact.py"
     assert forbidden("from flax_cnns.train.metrics import zeros", exact) == set()
     assert forbidden("from flax_cnns.train import loop", exact) == {"train.loop"}
-    assert forbidden("import flax_cnns", exact) == {""}  # the whole package reaches everything
+    assert forbidden("import flax_cnns", exact) == {""}  # the package itself reaches everything
 
 
 def test_importing_the_package_leaves_jax_alone():
-    """A launcher sets the environment first; JAX reads it when it is imported."""
+    """A launcher must set the environment before JAX is imported."""
     command = "import sys, flax_cnns; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0

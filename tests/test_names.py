@@ -1,4 +1,4 @@
-"""Whatever other people's files and classes are called, they are shown so and nothing breaks."""
+"""Unusual names of files and classes are shown literally and break nothing."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def test_printable():
 
 
 def test_tables_show_names_as_they_are(monkeypatch):
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as a terminal's; pytest's is lenient
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, unlike pytest's stream
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setenv("COLUMNS", "300")
     classes = [{"class": n, "examples": 2, "accuracy": 0.5, "precision": None} for n in NAMES]
@@ -43,7 +43,8 @@ def test_tables_show_names_as_they_are(monkeypatch):
     out.flush()
     said = out.buffer.getvalue().decode()
     for name in SHOWN:
-        # A row and a column of the confusion, a row of the classes, twice in the last table.
+        # In a row and a column of the confusion matrix, a row of the classes, twice in the last
+        # table.
         assert said.count(name) >= 5, name
     assert "[b]lenet on" in said
     assert "data[/i]" in said
@@ -51,7 +52,7 @@ def test_tables_show_names_as_they_are(monkeypatch):
 
 
 def test_any_locale_prints_names(monkeypatch):
-    for errors in ("strict", "surrogateescape"):  # the latter under LANG=C
+    for errors in ("strict", "surrogateescape"):  # the latter if LANG=C
         out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
         monkeypatch.setattr(sys, "stdout", out)
         escape_unencodable()
@@ -61,7 +62,7 @@ def test_any_locale_prints_names(monkeypatch):
 
 def test_pictures_show_names_as_they_are(tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # letters that the font lacks
+        warnings.simplefilter("error")  # warnings about letters that the font lacks
         draw_confusion(np.eye(len(NAMES)), NAMES, tmp_path / "[c].png", title=NAMES[-1])
         photo = (NAMES[-1], Image.new("RGB", (9, 9)), (0, 0, 9, 9))
         draw_predictions([photo], [[(name, 0.1) for name in NAMES]], tmp_path / "p.png", NAMES[3])
@@ -82,7 +83,7 @@ def test_a_log_takes_every_name(tmp_path):
 
 @pytest.mark.slow
 def test_a_script_by_its_path_in_a_locale_without_letters(tmp_path):
-    """experiments/inspect.py has the name of one of Python's own modules."""
+    """experiments/inspect.py has the name of a module of Python's standard library."""
     place = tmp_path / "gr\u00fc\u00dfe [b]"
     with Checkpoints(place / "checkpoints") as checkpoints:
         checkpoints.save(1, {"w": np.ones(3)}, host={})

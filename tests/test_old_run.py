@@ -23,7 +23,7 @@ EXPECTED = json.loads((old_run.FOLDER / "expected.json").read_text())
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with the run and its images."""
+    """Returns the current folder, which holds the run and its images."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(old_run.FOLDER / "run", "run")
     old_run.draw_images(tmp_path)
@@ -42,10 +42,10 @@ def test_it_goes_on_as_the_version_that_made_it_went_on(folder):
         for name, value in line.items():
             assert logged[line["step"], name] == pytest.approx(value, rel=1e-4), (line, name)
 
-    # Complete: its numbers are of the data that it was trained on.
+    # The run is complete: its numbers belong to the data that it was trained on.
     (folder / "images").rename(folder / "moved")
     config = old_run.make_config()
-    assert run(config, "run") == summary  # where they cannot be read the numbers stand
+    assert run(config, "run") == summary  # the data cannot be read, so the numbers stay
     config.data.dir = "moved"
     assert run(config, "run") == summary
     assert workdir.read_config("run").data.dir == "moved"
@@ -100,7 +100,7 @@ def test_a_class_that_is_renamed_is_noticed_and_predictions_keep_its_old_name(fo
 
 
 def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch):
-    """It keeps no fingerprint: its first start adds one."""
+    """The run has no fingerprint of its data; its first start adds one."""
     monkeypatch.setattr(session.Session, "run", lambda self: {})
     config = old_run.make_config()
     run(config, "run")
@@ -115,7 +115,7 @@ def test_its_data_may_move_and_change_where_that_is_accepted(folder, monkeypatch
     ):
         run(config, "run")
     run(config, "run", accept_changed_data=True)
-    run(config, "run")  # it is the run's now
+    run(config, "run")  # the change is recorded
     facts = json.loads((folder / "run/dataset.json").read_text())
     (change,) = facts["accepted_changes"]
     assert (change["step"], change["was"], change["is"]) == (20, was, facts["fingerprint"])
@@ -135,7 +135,7 @@ def test_it_is_grafted_whole_but_for_another_head(folder):
     grafted = pytree.flatten(graft("run", fresh, rules)[0])
     there = reading.read_leaves("run@20", list(reading.read_metadata("run@20")))
     fresh = pytree.flatten(fresh)
-    assert len(grafted) == 37  # 7 kernels, 7 norms of 4, the head
+    assert len(grafted) == 37  # 7 kernels, 7 norms with 4 leaves, 2 leaves of the head
     for path, leaf in grafted.items():
         source = fresh[path] if path.startswith("params/head/") else there[path]
         np.testing.assert_array_equal(leaf, source, err_msg=path)

@@ -63,7 +63,7 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
 
 
 def test_processes_that_see_other_directories_say_so(config, tmp_path):
-    """As if the run directory was on each host's own disk, and only one of them has the run."""
+    """As if each host had its own disk, and only one of them had the run."""
     config.train.duration = "1 steps"
     run(config, tmp_path / "0")
     code = (
@@ -120,7 +120,7 @@ def get_config():
 
 
 def test_own_parts_in_two_processes_of_which_one_is_killed(tmp_path):
-    """Started in another folder than the repository, with batches from a factory."""
+    """The processes start outside the repository and get their batches from a factory."""
     (tmp_path / "mine.py").write_text(OWN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -29,7 +29,7 @@ def start(script, *flags, **kwargs):
 
 
 def finish(script, *flags):
-    """(exit code, output, errors)."""
+    """Waits for a script and returns (exit code, output, errors)."""
     process = start(script, *flags)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err

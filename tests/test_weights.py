@@ -69,7 +69,7 @@ def test_a_dense_layer_of_other_maps():
 
 def test_a_dense_layer_behind_flattened_maps():
     maps = np.random.RandomState(0).randn(2, 3, 4, 5)  # [N H W C]
-    kernel = np.random.RandomState(1).randn(7, 5 * 3 * 4)  # of a layer that sees [C H W]
+    kernel = np.random.RandomState(1).randn(7, 5 * 3 * 4)  # for a layer whose input was [C H W]
     theirs = maps.transpose(0, 3, 1, 2).reshape(2, -1) @ kernel.T
     ours = maps.reshape(2, -1) @ name_maps.dense_after_flatten(5)(kernel)
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
@@ -161,12 +161,12 @@ def test_keras_counts_on_from_network_to_network():
 )
 @pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 94])
 def test_every_tensor_of_keras_has_its_place(name, pairs, first):
-    """Whatever number its automatic names begin with; each tensor is marked by its own number."""
+    """Keras numbers its layers from any number. Each tensor is filled with its own number."""
     with np.load(cases.FOLDER / f"{name}.npz") as kept:
         shapes = json.loads(str(kept["shapes"]))
     numbers = name_maps.renumber_keras_names(shapes)
 
-    def moved(original):  # `conv2d_5/kernel` of a network made after others
+    def moved(original):  # `conv2d_5/kernel` in a network that is built after others
         renumbered = numbers[original]
         if renumbered == original and not renumbered.startswith(("conv2d_", "batch_norm")):
             return original

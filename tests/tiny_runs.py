@@ -31,7 +31,7 @@ def make_config(digits_dir):
 
 
 def overrides(config):
-    """The flags that turn configs/common.py into `config`."""
+    """Returns the flags that turn configs/common.py into `config`."""
     default, wanted = flatten(get_config().to_dict()), flatten(config.to_dict())
     changed = {k: v for k, v in wanted.items() if v != default[k]}
     return ["--config=configs/common.py", *(f"--config.{k}={v}" for k, v in changed.items())]
@@ -43,7 +43,7 @@ def arrays(workdir, which="latest"):
 
 
 def records(workdir):
-    """The logged metrics, without times."""
+    """Returns the logged metrics, without times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
     return [record for record in records if set(record) != {"step"}]

@@ -1,4 +1,4 @@
-"""Fields without `config.`, and what --config may name; other mistakes: tests/test_scripts.py."""
+"""Fields without `config.`, and values of --config. tests/test_scripts.py has other mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--help and --help-fields: what they show, and that they are quick; the command's first word."""
+"""--help and --help-fields: their content and speed; the first word of a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax_cnns.config import FIELDS
 from flax_cnns.errors import UserError
 from tests.tiny_runs import ROOT
 
-# In a process of its own, for each command defines its flags as it is imported.
+# Runs in a separate process, because each command defines its flags when it is imported.
 CODE = """
 import contextlib, importlib, io, sys
 from absl import flags

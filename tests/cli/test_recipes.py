@@ -1,4 +1,4 @@
-"""Config files by name and by path; the wheel, as another project's environment has it."""
+"""Config files by name and by path; an installed wheel in another project."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def test_a_recipe_is_found_from_any_folder_by_name_or_path(tmp_path, monkeypatch
     assert recipes.find("ablations/regularizers") == nested
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/digits_lenet5.py").touch()
-    assert recipes.find("configs/digits_lenet5") == "configs/digits_lenet5.py"  # from here first
+    # A file in the current folder comes before a recipe.
+    assert recipes.find("configs/digits_lenet5") == "configs/digits_lenet5.py"
     assert recipes.find("digits_lenet5") == str(ROOT / "configs/digits_lenet5.py")
     (tmp_path / "mine.py").touch()
     assert recipes.find("mine") == recipes.find("mine.py") == "mine.py"
@@ -67,7 +68,7 @@ def test_recipes_are_loaded_as_one_package_and_own_files_alone(tmp_path):
 
 
 def install(site):
-    """What pyproject.toml puts into a wheel; .ci/wheel builds and installs a real one."""
+    """Copies what pyproject.toml puts into a wheel. .ci/wheel builds and installs a real one."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         wheel = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"]
     leave = [pattern.removeprefix("/") for pattern in wheel["exclude"]]
@@ -100,7 +101,7 @@ def test_the_wheel_is_one_package_with_the_recipes(tmp_path):
 
 @pytest.mark.slow
 def test_an_installed_package_plans_an_ablation_in_an_empty_folder(tmp_path):
-    """It times some steps of a recipe; .ci/wheel trains."""
+    """The plan times some steps of a recipe. .ci/wheel trains."""
     install(tmp_path / "site")
     flags = ["--config=configs/ablations/regularizers.py:smoke", "--workdir=study", "--dry-run"]
     done = start(tmp_path, "-m", "flax_cnns.cli", "ablate", *flags, "--rows=cutout")
@@ -109,7 +110,7 @@ def test_an_installed_package_plans_an_ablation_in_an_empty_folder(tmp_path):
 
 
 def start(folder, *command):
-    """A process in an empty folder, with others' packages `configs` and `experiments`."""
+    """Starts a process in an empty folder, with foreign packages `configs` and `experiments`."""
     for name in ("others/configs", "others/experiments", "empty"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for name in ("configs", "experiments"):

@@ -1,5 +1,5 @@
-"""Fields that cannot act under the other choices, and values that make no sense: refused in a new
-run, kept by a run of before."""
+"""Fields without effect, and values that make no sense. A new run refuses them; an older run keeps
+them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def make(**fields):
-    """The defaults with fields changed, dots as __."""
+    """Returns the default config with some fields changed. In their names, __ stands for a dot."""
     config = common.get_config()
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return config
@@ -101,7 +101,7 @@ def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
 )
 def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
     config = make(**fields)
-    configs.validate(config)  # a run of before goes on
+    configs.validate(config)  # an older run continues
     found = configs.find_problems(config)
     assert found
     with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")) as error:
@@ -123,7 +123,8 @@ def test_a_field_that_cannot_act_is_named_with_what_it_belongs_to(fields, said):
         dict(train__early_stopping=3, train__test_on="best"),
         dict(checkpoint__keep_best=0, train__eval_every="0 steps"),
         dict(data__mean=(0.0,), data__std=(1.0,), data__workers=2),
-        dict(data__name="digits:1.0.0", data__image_size=16, data__channels=3),  # a version
+        # 1.0.0 is a version of TFDS: the name is not a reference to an object.
+        dict(data__name="digits:1.0.0", data__image_size=16, data__channels=3),
         dict(data__name="mine:tfds_builder", data__workers=2, data__skip_damaged=True),
     ],
 )
@@ -186,7 +187,7 @@ def test_a_schedule_that_would_never_change_is_cured_by_what_is_said(fields):
 
 def test_the_dry_run_accepts_what_acts(config):
     config.schedule.update(dict(name="steps", boundaries=("6 steps", "20 steps"), warmup="6 steps"))
-    config.train.aux_weight, config.data.validation = (0.0,), 0.0  # off is off
+    config.train.aux_weight, config.data.validation = (0.0,), 0.0  # both off: not refused
     runs_plan.dry_run(config)
     config.model.name, config.train.aux_weight = "dsn", (0.5,)
     config.data.mock, config.data.validation = 40, 0.2
@@ -240,7 +241,7 @@ def test_a_run_is_the_same_only_if_this_package_reset_the_field(finished, config
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "config.json").write_text(json.dumps(theirs))
-    check_workdir(workdir, ours)  # it cannot act there, and is at its default here
+    check_workdir(workdir, ours)  # without effect there, at its default here
     config.optimizer.momentum = 0.8
     with pytest.raises(UserError, match=r"optimizer\.momentum: 0\.95 there, 0\.8 here"):
         check_workdir(workdir, configs.to_plain(config))
@@ -257,7 +258,8 @@ def test_an_absurd_loss_is_a_warning_in_log_and_summary(
     (warning,) = run(config, workdir)["warnings"]
     assert warning.startswith("train/loss is 2.")
     assert "at step 3, but guessing gives 2.3; lower schedule.learning_rate (0.002)" in warning
-    assert capsys.readouterr().out.count("warning: ") == 2  # the test's as it is logged, the first
+    # One for the first loss, one for the test loss when it is logged.
+    assert capsys.readouterr().out.count("warning: ") == 2
 
 
 # ---- what the package derives
@@ -279,7 +281,7 @@ def test_a_row_resets_what_it_switches_off_and_no_more():
     rows = {"adam": {"optimizer.name": "adam", "optimizer.momentum": 0.8}}
     with pytest.raises(UserError, match=r"row adam: config\.optimizer\.momentum=0\.8"):
         plan.make_rows(base, rows.items())
-    base.optimizer.b1 = 0.8  # what the user set in the base stays to be refused
+    base.optimizer.b1 = 0.8  # the user set this in the base: it is refused, not reset
     with pytest.raises(UserError, match=r"row cosine: config\.optimizer\.b1=0\.8"):
         plan.make_rows(base, [("cosine", {"schedule.name": "cosine"})])
 

@@ -1,4 +1,4 @@
-"""Programs of a few lines in processes of their own, as the cache is a process's affair."""
+"""The compilation cache, tested with small programs in separate processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start(*arguments, **environment):
 
 
 def finish(process):
-    """({"folder": ..., "value": ..., "read": ...}, stderr)"""
+    """Returns ({"folder": ..., "value": ..., "read": ...}, stderr)."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     return dict(line.split(" ", 1) for line in out.splitlines()), err
@@ -57,14 +57,14 @@ def damage(path, how):
         raw.clear()
     elif how == "flip":
         raw[len(raw) // 2] ^= 1
-    else:  # whole for zlib, and nothing that XLA knows
+    else:  # valid for zlib, but not an executable for XLA
         raw = zlib.compress(b"\0\0\0\1" + b"no executable" * 50)
     path.write_bytes(raw)
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
-    """(folder, what the program said) of two runs: one that writes and one that reads."""
+    """Returns (folder, output of the program) of a run that writes and a run that reads."""
     folder = tmp_path_factory.mktemp("cache")
     return folder, [program(folder), program(folder)]
 
@@ -140,7 +140,7 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
         path = tmp_path / f"{name}-cache"
         path.write_bytes(bytes(100))
         os.utime(path, (1000 + i, 1000 + i))
-    os.utime(tmp_path / "a-cache", (2000, 1000))  # read since
+    os.utime(tmp_path / "a-cache", (2000, 1000))  # read more recently
     (tmp_path / "notes").write_bytes(bytes(100))
     prune(tmp_path, max_bytes=200)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "c-cache", "notes"]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(code: str, *flags: str, count: int = 2) -> subprocess.Popen:
-    """The launcher with a Python script in the place of a training run."""
+    """Starts the launcher with a Python script instead of a training run."""
     launcher = [sys.executable, "-m", "flax_cnns.launch", f"--local={count}", *flags, "--"]
     return subprocess.Popen(
         [*launcher, sys.executable, "-c", textwrap.dedent(code)],
@@ -152,7 +152,7 @@ def test_two_processes_add_up_and_compare_their_configs():
             "--devices=2",
         )
     )
-    assert code == 75, err  # saved and left: no failure, and not lost
+    assert code == 75, err  # saved and stopped: not a failure
     for index in (0, 1):
         assert f"[{index}] result {index} 2 4 10.0\n" in err
         assert (
@@ -219,7 +219,7 @@ def test_death_by_a_signal():
 
 
 def test_a_process_that_was_killed_is_named_last(monkeypatch, capsys):
-    """Below what the others say of it, though they be seen to end at the same time."""
+    """Its line comes after the errors of the others, even if all end at the same time."""
     script = f"""
         import os, sys
         if os.environ["{launch.PROCESS_ID}"] == "1":
@@ -241,7 +241,7 @@ def test_what_jax_says_of_a_lost_process(monkeypatch):
     import jax
 
     text = "UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more"
-    assert launch.describe_lost_peer(ValueError(text)) == ""  # there are no others
+    assert launch.describe_lost_peer(ValueError(text)) == ""  # there are no other processes
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert launch.describe_lost_peer(ValueError(text)) == text.partition("\n")[0]
     assert launch.describe_lost_peer(ValueError("a shape")) == ""
@@ -348,7 +348,7 @@ def test_the_slurm_template_asks_for_the_next_turn(tmp_path):
 
 @pytest.mark.slow
 def test_keep_memory():
-    """Freed memory stays: without it 200 MB go back to the system at once."""
+    """Freed memory is kept. Without `keep_memory`, 200 MB return to the system at once."""
     code = (
         "import resource, numpy as np, sys\n"
         "from flax_cnns.runtime import launch\n"

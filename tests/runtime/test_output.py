@@ -24,20 +24,20 @@ with output.safe():
 
 @pytest.fixture
 def full(monkeypatch):
-    """Standard output is a full disk."""
+    """Makes standard output write to a full disk."""
     with open("/dev/full", "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         yield stream
 
 
 def test_a_full_disk_costs_lines_and_is_said_once(full, capsys):
-    monkey = sys.stdout = full  # capsys has put its own there
+    monkey = sys.stdout = full  # capsys has replaced sys.stdout
     with output.safe():
         print("plain", flush=True)
         Console().print("rich")
         print("again", flush=True)
     assert sys.stdout is monkey
-    full.flush()  # as the interpreter does at its end
+    full.flush()  # as the interpreter does when it exits
     said = capsys.readouterr().err
     assert said == "warning: standard output cannot be written: No space left on device\n"
 

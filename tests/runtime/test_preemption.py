@@ -1,5 +1,6 @@
-"""Ctrl-C: asks to save, leaves where there is nothing to save, and leaves at once the second time.
-What a run makes of it is in tests/runs/test_train.py."""
+"""Ctrl-C asks the run to save, and exits if there is nothing to save or if it comes twice.
+
+tests/runs/test_train.py tests the effect on a run."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from flax_cnns.runtime.preemption import Signals
 
 @pytest.fixture(autouse=True)
 def python_handles_ctrl_c():
-    """Also if the tests run in the background of a shell, which ignores it."""
+    """Makes Python handle Ctrl-C also if a shell runs the tests in the background, ignoring it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -53,7 +54,7 @@ def test_ctrl_c_asks_to_save_and_a_second_one_interrupts(said, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             interrupt()
         assert not left
-        wait_for(lambda: left)  # whatever the main thread is at
+        wait_for(lambda: left)  # whatever the main thread does
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.set_wakeup_fd(-1) == -1
 

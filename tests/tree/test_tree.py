@@ -1,4 +1,4 @@
-"""Trees as paths; rules that decide every leaf, and what they say where they do not."""
+"""Trees as paths, rules for leaves and their error messages, stacks of blocks."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_partition_may_leave_nothing(everything):
             [(r".*", 0), (r"head/.*", 1)],
             r"decides nothing; earlier rules decide every path that it matches \(head/bias",
         ),
-        ([(r"head", 1), (r".*", 0)], "'head' decides nothing"),  # the whole path, not its start
+        ([(r"head", 1), (r".*", 0)], "'head' decides nothing"),  # a rule matches the whole path
         ([(r"(head", 1)], r"test: '\(head' is not a regular expression"),
         ([(3, 1)], "test: 3 is not a regular expression"),
         ([r"head/.*"], r"test: expected rules \(regex, value\), got 'head/\.\*'"),
@@ -144,9 +144,9 @@ def block(i, width=2):
 
 STAGES = {
     "stage1": {f"block{i}": block(i) for i in range(1, 13)},
-    "stage2": {f"block{i}": block(i) for i in range(1, 3)},  # only one repeat
-    "stage3": {f"block{i}": block(i, width=i) for i in range(1, 4)},  # repeats not alike
-    "stage4": {f"block{i}": block(i) for i in range(2, 5)},  # block1 is frozen, say
+    "stage2": {f"block{i}": block(i) for i in range(1, 3)},  # a single repeated block
+    "stage3": {f"block{i}": block(i, width=i) for i in range(1, 4)},  # different shapes
+    "stage4": {f"block{i}": block(i) for i in range(2, 5)},  # no block1, as if it were frozen
     "head": {"kernel": np.zeros((2, 5))},
 }
 
@@ -162,7 +162,7 @@ def test_stacks_say_what_they_hold():
     kernel = stacked["stage1/block2-12/conv1/kernel"]
     assert isinstance(kernel, np.ndarray)
     assert kernel.shape == (11, 3, 2)
-    np.testing.assert_array_equal(kernel[:, 0, 0], np.arange(2, 13))  # by number, not by text
+    np.testing.assert_array_equal(kernel[:, 0, 0], np.arange(2, 13))  # in the order of numbers
     named = [name for path in stacked for name in pytree.expand_stack(path)]
     assert sorted(named) == sorted(pytree.flatten(STAGES))
     same(pytree.stack_blocks(pytree.stack_blocks(STAGES)), pytree.stack_blocks(STAGES))
