@@ -140,8 +140,8 @@ def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
         splits["test"] = splits.pop("validation")
         notes.append("there is no test split: the validation split serves as test")
     elif "test" not in splits:
-        what = f"{data.name} has no test split; the fifth of train that becomes it"
-        splits = take_from_train(splits, "test", TEST_SHARE, seed, task=task, what=what)
+        subject = f"{data.name} has no test split; the fifth of train that becomes it"
+        splits = take_from_train(splits, "test", TEST_SHARE, seed, task=task, subject=subject)
         notes.append(f"there is no test split: {len(splits['test'])} images of train serve as test")
     if not has_own_validation and config.validation:
         splits = take_from_train(splits, "validation", config.validation, seed, task=task)

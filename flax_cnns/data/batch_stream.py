@@ -73,22 +73,22 @@ class _Stream:
         return {"image": images, "label": labels}
 
     def _check_images(self, where: str, got: Any, count: int | None) -> np.ndarray:
-        what, shape = f"{where}: images", self.data.image_shape
-        images = input_checks.to_numpy(what, got)
+        name, shape = f"{where}: images", self.data.image_shape
+        images = input_checks.to_numpy(name, got)
         if images.ndim == 3 and shape[2] == 1:
             images = images[..., None]
         if images.shape[1:] == (shape[2], *shape[:2]) != shape:
-            raise input_checks.layout_error(what, images.shape)
+            raise input_checks.layout_error(name, images.shape)
         if images.shape[1:] != shape or images.ndim != 4:
-            raise UserError(f"{what}: expected [n {_join(shape)}], got {list(images.shape)}")
+            raise UserError(f"{name}: expected [n {_join(shape)}], got {list(images.shape)}")
         if count is not None and len(images) != count:
-            raise UserError(f"{what}: expected {count} {self._explain_count()}, got {len(images)}")
+            raise UserError(f"{name}: expected {count} {self._explain_count()}, got {len(images)}")
         if self.kinds is None and len(images):
-            return input_checks.check_values(what, images, self.data.normalize)
+            return input_checks.check_values(name, images, self.data.normalize)
         kind = {"u1": np.uint8, "f2": np.float32, "f4": np.float32, "f8": np.float32}
         if images.dtype.str[1:] not in kind:
             raise UserError(
-                f"{what} are {images.dtype}; expected uint8 or floats, as in earlier batches"
+                f"{name} are {images.dtype}; expected uint8 or floats, as in earlier batches"
             )
         return np.asarray(images, kind[images.dtype.str[1:]])
 
@@ -101,15 +101,15 @@ class _Stream:
         return f"(data.eval_batch_size={self.batch_size}{shared}, sizes[{self.split!r}]={size})"
 
     def _check_labels(self, where: str, got: Any, count: int) -> np.ndarray:
-        what, classes = f"{where}: labels", self.data.num_classes
+        name, classes = f"{where}: labels", self.data.num_classes
         labels = input_checks.check_labels(f"{where}:", got, self.data.task)
         if len(labels) != count:
-            raise UserError(f"{what}: expected {count}, as many as images, got {len(labels)}")
+            raise UserError(f"{name}: expected {count}, as many as images, got {len(labels)}")
         if labels.ndim == 1:
             input_checks.check_label_range(where, labels, classes)
         elif labels.shape[1] != classes:
             raise UserError(
-                f"{what} have {labels.shape[1]} columns, but there are {classes} classes"
+                f"{name} have {labels.shape[1]} columns, but there are {classes} classes"
             )
         return labels
 
@@ -153,9 +153,8 @@ class TrainBatches:
         self._n = batch_size // process[1]
         self._lock = threading.Lock()  # guards the stream and the attributes below
         self._kept: dict[int, Batch] = {}  # the last KEPT_BATCHES pulled, by step
-        self._ahead: collections.deque[Batch] = (
-            collections.deque()
-        )  # pulled for a digest, not used yet
+        # Pulled for a digest, not used yet.
+        self._ahead: collections.deque[Batch] = collections.deque()
         self._error: Exception | None = None
         self._closed = False
 

@@ -29,9 +29,8 @@ import numpy as np
 MAX_SIZED_FILES = 100_000  # above, sizes are not read: each is a round trip on a network drive
 DIGEST_LENGTH = 16  # hex digits; short, because a data set may have 20,000 classes
 MAX_SHOWN = 6  # differences in one message
-MEAN_TOLERANCE = (
-    1e-4  # of values in 0..1: decoders of JPEG differ by less, an image in 1000 makes more
-)
+# For values in 0..1. JPEG decoders differ by less; a change of one image in 1000 makes more.
+MEAN_TOLERANCE = 1e-4
 
 
 class DataSnapshot(NamedTuple):

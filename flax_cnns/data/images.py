@@ -218,15 +218,15 @@ def open_photo(photo: Photo) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Turns an error of decoding in this context into a `UserError` that names `what`."""
+def _named(name: str) -> Iterator[None]:
+    """Turns an error of decoding in this context into a `UserError` that names `name`."""
     try:
         yield
     except UserError:
         raise
     except DECODING_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the {what}: {reason}") from error
+        raise UserError(f"cannot read the {name}: {reason}") from error
 
 
 def check_photos(photos: Iterable[Photo]) -> None:

@@ -21,34 +21,35 @@ def check_task(task: str) -> None:
         raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
 
 
-def check_images(what: str, given: Any, normalize: bool) -> np.ndarray:
-    """Returns the images of split `what` as u8 or f32 [N H W C], without a copy if possible."""
-    images = to_numpy(f"{what} images", given)
+def check_images(split: str, value: Any, normalize: bool) -> np.ndarray:
+    """Returns the images of a split as u8 or f32 [N H W C], without a copy if possible."""
+    name = f"{split} images"
+    images = to_numpy(name, value)
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:
-        raise UserError(f"{what} images: expected [N H W C] or [N H W], got {list(images.shape)}")
+        raise UserError(f"{name}: expected [N H W C] or [N H W], got {list(images.shape)}")
     if images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
-        raise layout_error(f"{what} images", images.shape)
+        raise layout_error(name, images.shape)
     if not images.size:
         raise UserError(
-            f"{what} images: expected at least one image of at least one pixel, got {images.shape}"
+            f"{name}: expected at least one image of at least one pixel, got {images.shape}"
         )
-    return check_values(f"{what} images", images, normalize)
+    return check_values(name, images, normalize)
 
 
-def layout_error(what: str, shape: Sequence[int]) -> UserError:
+def layout_error(name: str, shape: Sequence[int]) -> UserError:
     return UserError(
-        f"{what}: expected [N H W C], got {list(shape)}; transpose them by (0, 2, 3, 1)"
+        f"{name}: expected [N H W C], got {list(shape)}; transpose them by (0, 2, 3, 1)"
     )
 
 
-def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
+def check_values(name: str, images: np.ndarray, normalize: bool) -> np.ndarray:
     """Returns images [N H W C] as u8 or f32, after checking their range."""
     if images.dtype == np.uint8:
         if not normalize:
             raise UserError(
-                f"{what} are uint8, but normalize=False is for floats that the network sees"
+                f"{name} are uint8, but normalize=False is for floats that the network sees"
                 " unchanged; give floats, or set data.augment.normalize=False, which only divides"
                 " by 255"
             )
@@ -60,7 +61,7 @@ def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
         elif images.dtype == bool:
             remedy = "images.astype(np.float32)"
         raise UserError(
-            f"{what} are {images.dtype}; expected uint8 (0 to 255) or floats (0 to 1): give"
+            f"{name} are {images.dtype}; expected uint8 (0 to 255) or floats (0 to 1): give"
             f" {remedy}"
         )
     images = np.asarray(images, np.float32)
@@ -68,10 +69,10 @@ def check_values(what: str, images: np.ndarray, normalize: bool) -> np.ndarray:
     for chunk in _split_into_chunks(images):
         low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())
     if not np.isfinite([low, high]).all():
-        raise UserError(f"{what} have values that are not finite (NaN or infinite)")
+        raise UserError(f"{name} have values that are not finite (NaN or infinite)")
     if normalize and (low < -VALUE_TOLERANCE or high > 1 + VALUE_TOLERANCE):
         raise UserError(
-            f"{what} are floats from {low:.6g} to {high:.6g}; expected 0 to 1: divide by 255, give"
+            f"{name} are floats from {low:.6g} to {high:.6g}; expected 0 to 1: divide by 255, give"
             " uint8, or set normalize=False, so that the network sees them unchanged"
         )
     return images
@@ -83,38 +84,38 @@ def _split_into_chunks(images: np.ndarray) -> Iterator[np.ndarray]:
     return (images[start : start + size] for start in range(0, len(images), size))
 
 
-def check_labels(what: str, given: Any, task: str) -> np.ndarray:
-    """Returns the labels of split `what`: i32 [N], or f32 [N K] if soft or multilabel."""
-    what = f"{what} labels"
-    labels = to_numpy(what, given)
+def check_labels(split: str, value: Any, task: str) -> np.ndarray:
+    """Returns the labels of a split: i32 [N], or f32 [N K] if soft or multilabel."""
+    name = f"{split} labels"
+    labels = to_numpy(name, value)
     if labels.dtype.kind in "US":
         raise UserError(
-            f"{what} are strings; expected numbers: names, labels = np.unique(labels,"
+            f"{name} are strings; expected numbers: names, labels = np.unique(labels,"
             " return_inverse=True)"
         )
     if labels.dtype.kind not in "biuf":
-        raise UserError(f"{what} are {labels.dtype}; expected integers or floats")
+        raise UserError(f"{name} are {labels.dtype}; expected integers or floats")
     if task == "multilabel":
         if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
             raise UserError(
-                f"{what} of task='multilabel': expected 0 and 1 [N K], got {describe_value(labels)}"
+                f"{name} of task='multilabel': expected 0 and 1 [N K], got {describe_value(labels)}"
             )
         return np.asarray(labels, np.float32)
     if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype.kind in "biu":
         labels = labels[:, 0]  # Keras has this shape
     if labels.ndim == 1:
         if labels.dtype.kind == "f":
-            raise UserError(f"{what} are {labels.dtype} [N]; expected integers: labels.astype(int)")
+            raise UserError(f"{name} are {labels.dtype} [N]; expected integers: labels.astype(int)")
         return to_int32(labels)
     if labels.ndim != 2:
         raise UserError(
-            f"{what}: expected integers [N] or soft labels [N K], got {list(labels.shape)}"
+            f"{name}: expected integers [N] or soft labels [N K], got {list(labels.shape)}"
         )
-    check_soft_labels(what, labels)
+    check_soft_labels(name, labels)
     return np.asarray(labels, np.float32)
 
 
-def check_soft_labels(what: str, labels: np.ndarray) -> None:
+def check_soft_labels(name: str, labels: np.ndarray) -> None:
     """Raises UserError for the first row of [N K] that is not a distribution over classes."""
     sums = labels.sum(1, dtype=np.float64)
     wrong = np.flatnonzero(~((labels >= 0).all(1) & (np.abs(sums - 1) <= SUM_TOLERANCE)))
@@ -122,7 +123,7 @@ def check_soft_labels(what: str, labels: np.ndarray) -> None:
         i = int(wrong[0])
         remedy = "; if an image may have several classes, give task='multilabel'"
         raise UserError(
-            f"{what}: row {i} has the sum {sums[i]:.6g} and the smallest value"
+            f"{name}: row {i} has the sum {sums[i]:.6g} and the smallest value"
             f" {labels[i].min():.6g}; expected values of at least 0 with the sum 1"
             + (remedy if np.isin(labels, (0, 1)).all() else "")
         )
@@ -134,29 +135,29 @@ def to_int32(labels: np.ndarray) -> np.ndarray:
     return np.clip(labels.astype(np.int64), bounds.min, bounds.max).astype(np.int32)
 
 
-def to_numpy(what: str, given: Any) -> np.ndarray:
+def to_numpy(name: str, value: Any) -> np.ndarray:
     """Returns an array of NumPy, JAX, torch or TensorFlow as NumPy, without a copy if possible."""
     try:
-        array = np.asarray(given)
+        array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{what}: expected one array, got {describe_value(given)}: {reason}"
+            f"{name}: expected one array, got {describe_value(value)}: {reason}"
         ) from error
     if array.dtype == object:
         raise UserError(
-            f"{what}: expected one array of numbers, got {describe_value(given)} of objects; put"
+            f"{name}: expected one array of numbers, got {describe_value(value)} of objects; put"
             " images of different sizes into a folder (data.name=folder)"
         )
     return array
 
 
-def describe_value(given: Any) -> str:
+def describe_value(value: Any) -> str:
     """Returns the type, and the shape of an array, for error messages."""
-    if isinstance(given, np.ndarray):
-        return f"{given.dtype} {list(given.shape)}"
-    shape = f" {list(given.shape)}" if hasattr(given, "shape") else ""
-    return f"{type(given).__name__}{shape}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    shape = f" {list(value.shape)}" if hasattr(value, "shape") else ""
+    return f"{type(value).__name__}{shape}"
 
 
 def check_class_count(class_names: Sequence[str] | None, num_classes: int | None) -> int:
@@ -177,12 +178,12 @@ def check_class_count(class_names: Sequence[str] | None, num_classes: int | None
     return len(names)
 
 
-def check_label_range(what: str, labels: np.ndarray, num_classes: int) -> None:
+def check_label_range(location: str, labels: np.ndarray, num_classes: int) -> None:
     """Raises WrongLabel for the first label of i32 [N] outside 0 to `num_classes` - 1."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         i = int(wrong[0])
-        raise WrongLabel(f"{what}, image {i}", int(labels[i]), num_classes)
+        raise WrongLabel(f"{location}, image {i}", int(labels[i]), num_classes)
 
 
 def check_mean_and_std(

@@ -47,18 +47,19 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[Batch] | batch_stream.TrainBatches:
-    """Yields this process's rows of each global batch from batch `start_step` on, without end:
-    {"image": u8 [n H W C], "label": i32 [n]}; images of a user's own data may be f32, and labels
-    f32 [n K]. Closing the generator stops its threads and worker processes. A data set made by
-    `from_batches` gives a `batch_stream.TrainBatches`, which can also compute a batch's `digest`.
+    """Yields this process's rows of each global batch, from batch `start_step` on and without end:
+    {"image": u8 [n H W C], "label": i32 [n]}. A user's own images may be f32, and labels f32 [n K].
+    Closing the generator stops its threads and worker processes. For a data set of `from_batches`,
+    the result is a `batch_stream.TrainBatches`, which can also compute the `digest` of a batch.
 
     `config` is `config.data`; n = batch_size / process_count, and this process has the rows
-    process_index*n to (process_index+1)*n. Global batch s holds the positions s*B to (s+1)*B of
-    all epochs' permutations, one after the other. No example is dropped, and a batch may be larger
-    than the training set. The order depends on neither processes nor threads nor workers. So the
-    step alone is the position, and Grain's own state, which fits a single number of workers, is
-    not saved. Raises UserError if `batch_size` is not a multiple of `process_count`, and
-    DamagedImage while iterating.
+    process_index*n to (process_index+1)*n. The permutations of all epochs form one long sequence,
+    and global batch s is its positions s*B to (s+1)*B. No example is dropped, and a batch may be
+    larger than the training set. The order does not depend on processes, threads or workers. So a
+    checkpoint needs only the step, not Grain's own state, which fits one number of workers.
+
+    Raises UserError if `batch_size` is not a multiple of `process_count`, and DamagedImage while
+    iterating.
     """
     train, batch_size = dataset.splits["train"], config.batch_size
     n = _local_size("batch_size", batch_size, process_count)
@@ -73,7 +74,7 @@ def train_batches(
     crop, start = tuple(config.augment.random_resized_crop), start_step * batch_size
     order = seed, start, batch_size, first, n
     stream = TrainStream(train.source, dataset.image_shape, crop, *order, config.skip_damaged)
-    return _collect_notes(_through_grain(stream, n, config), stream, dataset)
+    return _record_locations(_through_grain(stream, n, config), stream, dataset)
 
 
 def eval_batches(
@@ -88,9 +89,8 @@ def eval_batches(
     eval_batch_size / process_count.
 
     Black images with mask 0 fill the last batches, so that every process has the same number of
-    batches. They also replace damaged images if `config.skip_damaged`. Raises UserError if the data
-    set has no such split, or `eval_batch_size` is not a multiple of `process_count`; and
-    DamagedImage while iterating.
+    batches. They also replace damaged images if `config.skip_damaged`. Raises UserError for an
+    unknown split or an `eval_batch_size` that does not divide, and DamagedImage while iterating.
     """
     if split not in dataset.splits:
         known = ", ".join(sorted(dataset.splits))
@@ -107,7 +107,7 @@ def eval_batches(
     order = number, batch_size, first, n
     crop = dataset.image_shape, dataset.eval_share
     stream = EvalStream(examples.source, *crop, *order, config.skip_damaged)
-    return _collect_notes(_through_grain(stream, n, config), stream, dataset)
+    return _record_locations(_through_grain(stream, n, config), stream, dataset)
 
 
 def _local_size(name: str, batch_size: int, process_count: int) -> int:
@@ -261,13 +261,13 @@ def _find_multi_frame(source: ImageSource, example: int) -> dict[str, int]:
     return {"multi_frame": example if files and source.location(example) in files else -1}
 
 
-def _collect_notes(
+def _record_locations(
     examples: Iterable[Batch], stream: TrainStream | EvalStream, dataset: Dataset
 ) -> Generator[Batch]:
-    """Yields the batches without "skipped" and "multi_frame". Adds the locations of these examples
-    (-1: none) to `dataset.damaged` and `dataset.multi_frame_files`.
+    """Yields the batches without the keys "skipped" and "multi_frame". These hold example numbers,
+    or -1; their locations are added to `dataset.damaged` and `dataset.multi_frame_files`.
 
-    They travel inside the batches because worker processes do not share the data set's lists.
+    The numbers are part of the batches because worker processes cannot change the data set.
     """
     damaged, location = dataset.damaged, stream.source.location
     batches: Any = iter(examples)
@@ -323,11 +323,11 @@ def _start_worker(index: int, count: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -93,8 +93,8 @@ def _blend(image: Array, which: Array, strength: Array) -> Array:
     gray = _gray(image)
     mean = (2 * gray.sum() + gray.size) // (2 * gray.size)  # rounded
     degenerates: list[Any] = [gray, mean, 0, _smooth(image)]
+    is_blend = (which >= 0) & (which < len(degenerates))
     images = [jnp.broadcast_to(x, image.shape).astype(jnp.int32) for x in degenerates]
-    is_blend = (which >= 0) & (which < len(images))
     degenerate = lax.select_n(jnp.where(is_blend, which, 0), *images)
     factor = jnp.where(is_blend, _fixed(0.9 * strength), 0)
     # Rounded down, as Pillow does, after adding back what rounding the factor may have taken away.

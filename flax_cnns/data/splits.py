@@ -34,8 +34,8 @@ def assign_roles(own: Mapping[str, ImageSource], name: str, seed: int) -> dict[s
         return {role: own[role] for role in ("train", "test", "validation") if role in own}
     if "validation" in own:
         return {"train": train, "test": own["validation"]}
-    what = f"data.name={name} has no test split; the fifth of train that becomes it"
-    keep, test = split_rows(train.labels, len(train), TEST_SHARE, seed, what=what)
+    subject = f"data.name={name} has no test split; the fifth of train that becomes it"
+    keep, test = split_rows(train.labels, len(train), TEST_SHARE, seed, subject=subject)
     return {
         "train": Subset(train, keep, f"without test, seed {seed}"),
         "test": Subset(train, test, f"test, seed {seed}"),
@@ -57,13 +57,13 @@ def take_from_train(
     seed: int,
     *,
     task: str = "classes",
-    what: str = "",
+    subject: str = "",
 ) -> dict[str, Split]:
-    """Returns the splits with `role` cut out of train. `amount` and `what` are as in
+    """Returns the splits with `role` cut out of train. `amount` and `subject` are as in
     `split_rows`."""
     train = splits["train"]
     strata = find_strata(train.labels, task)
-    keep, taken = split_rows(strata, len(train), amount, seed, what=what)
+    keep, taken = split_rows(strata, len(train), amount, seed, subject=subject)
     kept = _rows(train, keep, f"without {role}, seed {seed}")
     return {**splits, "train": kept, role: _rows(train, taken, f"{role}, seed {seed}")}
 
@@ -74,12 +74,12 @@ def keep_fraction(
     """Returns the splits with that fraction of train, stratified. A smaller fraction is part of a
     larger one. Raises UserError if a class would lose all its images."""
     train = splits["train"]
-    what = f"data.fraction={fraction:g}"
+    subject = f"data.fraction={fraction:g}"
     strata = find_strata(train.labels, task)
-    _, kept = split_rows(strata, len(train), fraction, seed, what=what)
+    _, kept = split_rows(strata, len(train), fraction, seed, subject=subject)
     if strata is not None and (lost := set(strata) - set(strata[kept])):
         raise UserError(
-            f"{what} keeps {len(kept)} of {len(train)} training images, and none of {len(lost)} "
+            f"{subject} keeps {len(kept)} of {len(train)} training images, and none of {len(lost)} "
             "classes; choose a larger fraction"
         )
     return {**splits, "train": _rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
@@ -95,20 +95,20 @@ def _rows(split: Split, which: np.ndarray, name: str) -> Split:
 
 
 def split_rows(
-    labels: np.ndarray | None, total: int, amount: float, seed: int, what: str = ""
+    labels: np.ndarray | None, total: int, amount: float, seed: int, subject: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows into (those that stay, those that are taken), both sorted.
 
-    `amount` is a fraction below 1, or a count. `what` names the setting for messages; "" stands for
+    `amount` is a fraction below 1, or a count. `subject` begins the error message; "" stands for
     data.validation. The split is stratified: each class gives its share, to within one example, and
-    a class with a single example keeps it. The split is random if `labels` is None, as for a
-    streamed TFDS split, whose labels are known only after reading every image. Raises UserError if
-    no row would be taken, or none would stay.
+    if less than half is taken, a class with a single example keeps it. The split is random if
+    `labels` is None, as for a streamed TFDS split, whose labels are known only after reading every
+    image. Raises UserError if no row would be taken, or none would stay.
     """
     count = round(amount * total) if amount < 1 else int(amount)
     if not 0 < count < total:
         raise UserError(
-            f"{what or f'data.validation={amount:g}'} takes {count} of {total} training images; "
+            f"{subject or f'data.validation={amount:g}'} takes {count} of {total} training images; "
             "at least one must be taken, and one must stay"
         )
     rng = np.random.default_rng(seed)
@@ -116,9 +116,9 @@ def split_rows(
     if labels is not None:
         # The k-th of a class's n examples gets the position (k + 1/2) / n. The `count` lowest
         # positions then hold the same share of every class.
-        mine = labels[shuffled]
-        order = np.argsort(mine, kind="stable")
-        _, starts, sizes = np.unique(mine[order], return_index=True, return_counts=True)
+        classes = labels[shuffled]
+        order = np.argsort(classes, kind="stable")
+        _, starts, sizes = np.unique(classes[order], return_index=True, return_counts=True)
         position = np.empty(total)
         rank = np.arange(total) - np.repeat(starts, sizes)
         position[order] = (rank + 0.5) / np.repeat(sizes, sizes)
@@ -190,8 +190,8 @@ def find_notes(
     *,
     task: str = "classes",
 ) -> list[str]:
-    """Returns lines on settings and data that may be intended or a mistake. Raises UserError if all
-    training images are of one class."""
+    """Returns notes for the user on possible mistakes in settings and data. Raises UserError if all
+    training images have the same class."""
     train, notes = splits["train"], []
     if note := make_batch_note(batch_size, len(train)):
         notes.append(note)
@@ -226,7 +226,7 @@ def make_batch_note(batch_size: int, images: int) -> str:
 
 
 def fits_in_memory(config: Any, size: int) -> bool:
-    """Whether `size` bytes of images are to be kept in memory, by `config.in_memory`."""
+    """Returns whether `size` bytes of images should be kept in memory, by `config.in_memory`."""
     if config.in_memory == "auto":
         return size < config.memory_limit * 2**30
     return config.in_memory == "yes"

@@ -54,13 +54,13 @@ def convert_to_channels(
 
 
 def broadcast_to_channels(
-    mean: Sequence[float], std: Sequence[float], channels: int, what: str
+    mean: Sequence[float], std: Sequence[float], channels: int, name: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and std per channel, each given as one number or one per channel. Raises
-    UserError, which names `what`, for another length."""
+    UserError, which names `name`, for another length."""
     if {len(mean), len(std)} - {1, channels}:
         raise UserError(
-            f"{what}: expected 1 or {channels} numbers each, got {tuple(mean)} and {tuple(std)}"
+            f"{name}: expected 1 or {channels} numbers each, got {tuple(mean)} and {tuple(std)}"
         )
     means, stds = (np.broadcast_to(given, channels) for given in (mean, std))
     return tuple(map(float, means)), tuple(map(float, stds))

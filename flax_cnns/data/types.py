@@ -198,7 +198,7 @@ class Dataset:
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
     # Files with more than one frame, whose first frame is used. Streaming a split adds to the set.
     multi_frame_files: set[str] = dataclasses.field(default_factory=set)
-    notes: tuple[str, ...] = ()  # lines for the user on what may be intended or a mistake
+    notes: tuple[str, ...] = ()  # for the user, on possible mistakes
     # Whether the data set came with its validation split; False: that split was cut from train.
     has_own_validation: bool = False
     # See flax_cnns/data/fingerprint.py; {} for noise, and if no fingerprint was computed.

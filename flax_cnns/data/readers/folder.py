@@ -334,8 +334,8 @@ def _remove_duplicates(
             elif before[:2] == (split, class_name):
                 left_out["links to images that are already counted"] += 1
             else:
-                what = "splits" if before[0] != split else "classes"
+                kind = "splits" if before[0] != split else "classes"
                 raise UserError(
-                    f"{before[2]} and {image.path} are the same file in two {what}; remove one"
+                    f"{before[2]} and {image.path} are the same file in two {kind}; remove one"
                 )
         files[split, class_name] = sorted(kept)
