@@ -124,9 +124,8 @@ def _say(message: object) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    launch.exit_if_distributed(
-        code
-    )  # with several processes: at once, for the others wait for this one
+    # An ordinary exit would wait for the other processes, which wait for this one.
+    launch.exit_if_distributed(code)
     sys.exit(code)
 
 

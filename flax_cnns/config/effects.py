@@ -17,11 +17,9 @@ from flax_cnns.config.fields import DEFAULTS
 
 Flat = Mapping[str, Any]  # a flat config: {"optimizer.name": "sgd", ...}
 
-FLOAT32_MAX, FLOAT32_MIN = (
-    3.4028234e38,
-    1.1754944e-38,
-)  # float32: the largest, and the smallest normal number
-MAX_STEPS = 2**31  # steps are counted by int32
+FLOAT32_MAX = 3.4028234e38
+FLOAT32_MIN = 1.1754944e-38  # the smallest positive normal number
+MAX_STEPS = 2**31  # steps are counted in int32
 
 
 class RunFacts(NamedTuple):
@@ -55,14 +53,14 @@ def parse_amount(duration: Any) -> float:
 
 
 def is_on(value: Any) -> bool:
-    """Whether a value is neither empty nor 0; for rules (regex, number), whether any number is not
+    """Whether a value is neither empty nor 0. Rules (regex, number) are on if any number is not
     0."""
     if isinstance(value, (tuple, list)):
         return any(v for v in _leaves(value) if not isinstance(v, str))
     return bool(value)
 
 
-def _only(field: str, *names: str) -> Effect:
+def _used_only_by(field: str, *names: str) -> Effect:
     *most, last = names
     users = f"{', '.join(most)} and {last} use it" if most else f"{last} uses it"
     return Effect(f"only {users}, and {field} is {{{field}}}", lambda flat: flat[field] in names)
@@ -77,12 +75,12 @@ def _validates(flat: Flat) -> bool:
     return parse_amount(flat["train.eval_every"]) != 0
 
 
-def _looks_at_validation(flat: Flat) -> bool:
+def _needs_validation(flat: Flat) -> bool:
     return flat["schedule.name"] == "plateau" or is_on(flat["train.early_stopping"])
 
 
 _ONLY_LAST = "but train.eval_every is {train.eval_every}: only the last step validates"
-_EVERY = "set train.eval_every='1 epochs'"
+_SET_EVERY = "set train.eval_every='1 epochs'"
 _BEST_BY_VALIDATIONS = f"validations during the run choose the best checkpoint, {_ONLY_LAST}"
 
 
@@ -92,8 +90,8 @@ def _is_own_data(flat: Flat) -> bool:
 
 
 def _needs_reading(also: Effect | None = None) -> Effect:
-    """The effect of a field that says how data are read. It needs data that are not the user's own,
-    and the effect `also`."""
+    """The effect of a field that says how data are read: it acts if the data are not the user's
+    own, and if `also` acts."""
     reason = "your own data are used as they are, and data.name is {data.name}"
     if also is None:
         return Effect(reason, lambda flat: not _is_own_data(flat))
@@ -102,9 +100,9 @@ def _needs_reading(also: Effect | None = None) -> Effect:
 
 
 def _needs_decoding(also: Effect | None = None) -> Effect:
-    """The effect of a field that says how images are decoded, also those of a user's own TFDS
-    builder. It needs data that are not a file of arrays, and the effect `also`. `IN_A_RUN` covers
-    other data of the user's own."""
+    """The effect of a field that says how images are decoded: it acts if the data are not a file of
+    arrays, and if `also` acts. A user's own TFDS builder is decoded too. `IN_A_RUN` covers other
+    data of the user's own."""
     reason = "arrays are not decoded, and data.name is {data.name}"
     return Effect(
         f"{also.reason} (or {reason})" if also else reason,
@@ -135,7 +133,7 @@ EFFECTS: dict[str, Effect] = {
             ),
         )
     ),
-    "data.memory_limit": _needs_decoding(_only("data.in_memory", "auto")),
+    "data.memory_limit": _needs_decoding(_used_only_by("data.in_memory", "auto")),
     "data.workers": _needs_decoding(
         Effect(
             "they decode streamed images, and data.in_memory is {data.in_memory}",
@@ -144,16 +142,16 @@ EFFECTS: dict[str, Effect] = {
     ),
     "data.mean": _needs("data.augment.normalize", "normalization subtracts it"),
     "data.std": _needs("data.augment.normalize", "normalization divides by it"),
-    "optimizer.momentum": _only("optimizer.name", "sgd", "rmsprop"),
+    "optimizer.momentum": _used_only_by("optimizer.name", "sgd", "rmsprop"),
     "optimizer.nesterov": Effect(
         "only sgd with momentum uses it, and optimizer.name is {optimizer.name},"
         " optimizer.momentum is {optimizer.momentum}",
         lambda flat: flat["optimizer.name"] == "sgd" and is_on(flat["optimizer.momentum"]),
     ),
-    "optimizer.b1": _only("optimizer.name", "adam", "adamw", "lamb"),
-    "optimizer.b2": _only("optimizer.name", "adam", "adamw", "lamb"),
-    "optimizer.eps": _only("optimizer.name", "adam", "adamw", "lamb", "rmsprop"),
-    "optimizer.decay_rate": _only("optimizer.name", "rmsprop"),
+    "optimizer.b1": _used_only_by("optimizer.name", "adam", "adamw", "lamb"),
+    "optimizer.b2": _used_only_by("optimizer.name", "adam", "adamw", "lamb"),
+    "optimizer.eps": _used_only_by("optimizer.name", "adam", "adamw", "lamb", "rmsprop"),
+    "optimizer.decay_rate": _used_only_by("optimizer.name", "rmsprop"),
     "optimizer.weight_decay_mode": _needs(
         "optimizer.weight_decay", "it says how weight decay acts"
     ),
@@ -163,7 +161,7 @@ EFFECTS: dict[str, Effect] = {
     "schedule.name": Effect(
         f"plateau needs validations during the run, {_ONLY_LAST}",
         lambda flat: flat["schedule.name"] != "plateau" or _validates(flat),
-        fix=_EVERY,
+        fix=_SET_EVERY,
         can_reset=False,
     ),
     "schedule.warmup": Effect(
@@ -172,16 +170,16 @@ EFFECTS: dict[str, Effect] = {
             flat["schedule.name"] != "one_cycle" or parse_amount(flat["schedule.warmup"]) == 0
         ),
     ),
-    "schedule.boundaries": _only("schedule.name", "steps"),
-    "schedule.factor": _only("schedule.name", "steps", "plateau"),
-    "schedule.every": _only("schedule.name", "exponential"),
-    "schedule.rate": _only("schedule.name", "exponential"),
-    "schedule.end": _only("schedule.name", "cosine", "exponential"),
-    "schedule.pct_start": _only("schedule.name", "one_cycle"),
-    "schedule.div_factor": _only("schedule.name", "one_cycle"),
-    "schedule.final_div_factor": _only("schedule.name", "one_cycle"),
-    "schedule.patience": _only("schedule.name", "plateau"),
-    "schedule.min_delta": _only("schedule.name", "plateau"),
+    "schedule.boundaries": _used_only_by("schedule.name", "steps"),
+    "schedule.factor": _used_only_by("schedule.name", "steps", "plateau"),
+    "schedule.every": _used_only_by("schedule.name", "exponential"),
+    "schedule.rate": _used_only_by("schedule.name", "exponential"),
+    "schedule.end": _used_only_by("schedule.name", "cosine", "exponential"),
+    "schedule.pct_start": _used_only_by("schedule.name", "one_cycle"),
+    "schedule.div_factor": _used_only_by("schedule.name", "one_cycle"),
+    "schedule.final_div_factor": _used_only_by("schedule.name", "one_cycle"),
+    "schedule.patience": _used_only_by("schedule.name", "plateau"),
+    "schedule.min_delta": _used_only_by("schedule.name", "plateau"),
     "train.ema_warmup": _needs("train.ema", "it says how the averaged weights begin"),
     "train.dropout_mode": _needs("train.dropout", "it says what dropout drops"),
     "train.best_by": Effect(_BEST_BY_VALIDATIONS, _validates),
@@ -191,27 +189,27 @@ EFFECTS: dict[str, Effect] = {
     ),
     "train.test_on": Effect(_BEST_BY_VALIDATIONS, _validates),
     "train.early_stopping": Effect(
-        f"it counts validations during the run, {_ONLY_LAST}", _validates, fix=_EVERY
+        f"it counts validations during the run, {_ONLY_LAST}", _validates, fix=_SET_EVERY
     ),
     "checkpoint.keep_best": Effect(
         _BEST_BY_VALIDATIONS,
         lambda flat: flat["checkpoint.keep_best"] == 0 or _validates(flat),
     ),
     "graft.rules": _needs("graft.source", "they say which weights are taken from the source"),
-    "graft.adapt_stem": _needs("graft.source", "it changes what is taken"),
-    "graft.resize_positions": _needs("graft.source", "it changes what is taken"),
-    "graft.averaged": _needs("graft.source", "it chooses among a file's weights"),
+    "graft.adapt_stem": _needs("graft.source", "it adapts the weights of the source"),
+    "graft.resize_positions": _needs("graft.source", "it adapts the weights of the source"),
+    "graft.averaged": _needs("graft.source", "it selects weights of the source"),
 }
 
 
 # ---- effects that depend on the network or the data
 
 
-def _ends_before(field: str) -> Callable[[Flat, RunFacts], bool]:
+def _fits_into_run(field: str) -> Callable[[Flat, RunFacts], bool]:
     return lambda flat, facts: facts.count_steps(flat[field]) <= facts.total_steps
 
 
-def _constant(*fields: str) -> str:
+def _suggest_constant(*fields: str) -> str:
     """The fix for a rate that never changes: a constant schedule. The `fields` must then be at
     their defaults, because a new run refuses fields without effect."""
     *most, last = (f"schedule.{field}={DEFAULTS[f'schedule.{field}']!r}" for field in fields)
@@ -228,13 +226,13 @@ IN_A_RUN: dict[str, Effect] = {
         # stopping that needs validations.
         lambda flat, facts: (
             not facts.has_own_validation
-            or (flat["data.validation"] == 0 and not _looks_at_validation(flat))
+            or (flat["data.validation"] == 0 and not _needs_validation(flat))
         ),
     ),
     "schedule.warmup": Effect(
         "the warm-up is longer than the run, train.duration={train.duration}: the rate would never"
         " reach schedule.learning_rate",
-        _ends_before("schedule.warmup"),
+        _fits_into_run("schedule.warmup"),
         fix="shorten it, or train longer",
     ),
     "schedule.boundaries": Effect(
@@ -244,7 +242,7 @@ IN_A_RUN: dict[str, Effect] = {
             flat["schedule.name"] != "steps"
             or any(facts.count_steps(at) < facts.total_steps for at in flat["schedule.boundaries"])
         ),
-        fix=f"take earlier ones, or {_constant('boundaries', 'factor')}",
+        fix=f"take earlier ones, or {_suggest_constant('boundaries', 'factor')}",
     ),
     "schedule.every": Effect(
         "the run, train.duration={train.duration}, ends before the first change: the rate would"
@@ -255,7 +253,7 @@ IN_A_RUN: dict[str, Effect] = {
             + facts.count_steps(flat["schedule.every"])
             < facts.total_steps
         ),
-        fix=f"take a shorter one, or {_constant('every', 'rate', 'end')}",
+        fix=f"take a shorter one, or {_suggest_constant('every', 'rate', 'end')}",
     ),
     "train.sync_batchnorm": Effect(_NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),
     "train.precise_bn": Effect(_NO_BATCHNORM, lambda flat, facts: facts.has_batchnorm()),

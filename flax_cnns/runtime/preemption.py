@@ -145,7 +145,7 @@ _WAKEUPS: set[int] = set()  # file descriptors
 
 
 def _forget_wakeup() -> None:
-    # A forked child shares the pipe, so a Ctrl-C at the terminal would be counted twice.
+    # A forked child shares the pipe, and would count a Ctrl-C at the terminal a second time.
     if _WAKEUPS and (before := signal.set_wakeup_fd(-1)) not in _WAKEUPS:
         signal.set_wakeup_fd(before)
 
