@@ -1,4 +1,4 @@
-"""What networks share around their blocks: the layers they hand down, and the classifier."""
+"""Helpers for network classes: the partials that build their blocks, and the classifier."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def classify(
     """The end of a network: maps [N H W C] or features [N C] -> logits f32 [N num_classes].
 
     Maps are averaged over H and W. Then `dropout` is applied, and the layer "head", which is made
-    by the argument `head`, or by `make_head(network, paper)` if that is None. If `num_classes` is
+    by the argument `head`, or by `make_head(network, paper)` if `head` is None. If `num_classes` is
     None, the result is the input of "head": features f32 [N C].
     Raises `UserError` if the network lacks the field `num_classes`.
     """

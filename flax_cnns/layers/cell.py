@@ -1,4 +1,4 @@
-"""Cells of NASNet, PNASNet and other networks built from their operations, described as data.
+"""Cells of NASNet and PNASNet, described as data. Other networks can use their operations too.
 
 Zoph et al. 2017, https://arxiv.org/abs/1707.07012. A cell has rows (operation, input, operation,
 input) and a list of outputs. The two results of a row are added; the outputs are concatenated. The

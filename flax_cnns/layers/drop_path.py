@@ -24,7 +24,7 @@ from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
 
-# The rates of blocks 1 to L from the last block's rate: the three schedules in common use.
+# Three common schedules: (the last block's rate, L) -> the rates of blocks 1 to L.
 DROP_SCHEDULES: dict[str, Callable[[float, int], np.ndarray]] = {
     # Huang et al. 2016, section 3: 1 - p_l = l/L (1 - p_L), l = 1 ... L.
     "linear": lambda rate, L: rate * np.arange(1, L + 1) / L,
@@ -35,7 +35,7 @@ DROP_SCHEDULES: dict[str, Callable[[float, int], np.ndarray]] = {
     "convnext": lambda rate, L: np.linspace(0.0, rate, L),
 }
 DROP_MODES = ("batch", "sample")
-State = TypeVar("State")  # a dataclass of arrays [blocks ...], or None
+State = TypeVar("State")  # DropPath, ShakeDrop or None
 
 
 @flax.struct.dataclass
@@ -71,10 +71,10 @@ def make_drop_paths(
     The entries are None if `drop_path` is 0. The field `drop_path_mode` is one of:
 
     - "batch": stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382). There is one
-      decision per block and step, drawn from the stream "shared". So it is the same on all devices,
-      because a step is as slow as its slowest device, and in all parts of a step that accumulates
-      gradients. A dropped branch is not computed, and its BatchNorm statistics are not updated. In
-      evaluation each branch is scaled by its survival probability p_l.
+      decision per block and step, drawn from the stream "shared". It is the same on all devices,
+      because a step is as slow as its slowest device. It is also the same in all parts of a step
+      that accumulates gradients. A dropped branch is not computed, and its BatchNorm statistics are
+      not updated. In evaluation each branch is scaled by its survival probability p_l.
     - "sample": as in timm and torchvision. There is one decision per image, drawn from the stream
       "dropout". Kept branches are scaled by 1 / p_l, and evaluation is unchanged.
 
@@ -98,7 +98,7 @@ def make_drop_paths(
 
 
 def for_block(drop: State, i: int) -> State:
-    """Returns the state of block `i` (0-based) from a stage's, for networks without `Stage`.
+    """Returns the state of a stage's block `i` (0-based), for networks without `Stage`.
 
     `drop` is a `DropPath`, a `ShakeDrop` or None.
     """

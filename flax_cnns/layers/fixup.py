@@ -22,9 +22,10 @@ from flax_cnns.types import Array, Dtype, ModuleDef
 def fixup(
     conv: partial, dense: partial, branches: int, depth: int
 ) -> tuple[ModuleDef, ModuleDef, ModuleDef]:
-    """Returns (conv, norm, dense) for a network whose `branches` have `depth` convolutions each.
+    """Returns a network's (conv, norm, dense) with Fixup.
 
-    `conv` and `dense` are partials of `layers.Conv` and `nn.Dense`.
+    The network has `branches` residual branches of `depth` convolutions each. The arguments `conv`
+    and `dense` are partials of `layers.Conv` and `nn.Dense`.
 
     Rule 1: The classifier and the last convolution of each branch start at 0.
     Rule 2: The other convolutions of a branch start with their `kernel_init` times

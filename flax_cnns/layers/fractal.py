@@ -44,7 +44,7 @@ class ColumnDrop:
 
 
 def keep_at_least_one(key: Array, rate: float, shape: Sequence[int]) -> Array:
-    """Drops each input with probability `rate`, but keeps one where all would be dropped.
+    """Drops each input with probability `rate`, but keeps one if all would be dropped.
 
     Returns bool [inputs ...], of the given shape.
     """

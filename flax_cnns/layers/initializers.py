@@ -26,7 +26,7 @@ lecun = variance_scaling(1.0, "fan_in", "normal")
 # Glorot & Bengio 2010, equation 16: uniform with variance 2 / (fan_in + fan_out). Keras's default.
 xavier = variance_scaling(1.0, "fan_avg", "uniform")
 
-# Caffe's filler "xavier": uniform with variance 1 / fan_in. Many released definitions use it.
+# Caffe's filler "xavier": uniform with variance 1 / fan_in. Many released Caffe networks use it.
 caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
 
 

@@ -33,9 +33,10 @@ def resolve_padding(padding: str, kernel_size: int) -> int | str:
 def round_width(width: float, divisor: int = 8) -> int:
     """Returns the multiple of `divisor` nearest to `width`: 42.0 -> 40.
 
-    Halves are rounded up. If the result were below 90 % of `width`, the next multiple is returned:
-    10.0 -> 16. This is the rule of MobileNetV2's released code, https://arxiv.org/abs/1801.04381,
-    and of later networks. Raises `UserError` if the width is not above 0.
+    A width halfway between two multiples is rounded up. If the result were below 90 % of `width`,
+    the next multiple is returned: 10.0 -> 16. This is the rule of MobileNetV2's released code,
+    https://arxiv.org/abs/1801.04381, and of later networks. Raises `UserError` if the width is not
+    above 0.
     """
     _check_above_zero("width", width)
     rounded = max(divisor, int(width + divisor / 2) // divisor * divisor)

@@ -38,9 +38,9 @@ def make_norm(
     epsilon: float = 1e-5,
     scale: bool = True,
 ) -> ModuleDef:
-    """Returns the network's norm as a partial that lacks its `name` and may be given `scale_init`.
+    """Returns a norm as a partial, which a block calls with `name` and optionally `scale_init`.
 
-    The names are:
+    `norm` is one of:
 
     - "batch": Ioffe & Szegedy 2015. In training it normalizes by the statistics of the batch (with
       `axis_name`, of all devices' batches together) and updates the running statistics; in
@@ -122,7 +122,7 @@ class OneValueError(UserError):
 
 
 def check_value_count(layer: nn.BatchNorm, x: Array) -> None:
-    """Raises `OneValueError` unless `layer` has two values per channel or more in `x`.
+    """Raises `OneValueError` if `layer` would normalize one value of `x` per channel.
 
     If `layer` has an `axis_name`, the values on all devices count.
     """

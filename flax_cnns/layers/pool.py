@@ -87,7 +87,7 @@ def _taps(
     The padding is -inf. The strides are applied by splits, whose gradient is a concatenation. The
     gradient of a strided slice is slower.
     """
-    counts = [n + (window - 1) // stride for n in size]  # of strides
+    counts = [n + (window - 1) // stride for n in size]  # strides that the windows cover
     pads = [(p, c * stride - n - p, 0) for p, c, n in zip(before, counts, x.shape[1:3])]
     x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
     x = x.reshape(x.shape[0], counts[0], stride, counts[1], stride, x.shape[-1])
@@ -130,8 +130,8 @@ def avg_pool(
 def adaptive_avg_pool(x: Array, size: int) -> Array:
     """PyTorch's AdaptiveAvgPool2d: [N H W C] -> [N size size C]; x if it already has that size.
 
-    Row i is the mean of the rows from floor(i H / size) to below ceil((i + 1) H / size). Columns
-    are likewise. So maps smaller than `size` are stretched.
+    Row i is the mean of the rows from floor(i H / size) up to, but not including,
+    ceil((i + 1) H / size). The same holds for columns. Maps smaller than `size` are stretched.
     """
     if x.shape[-3:-1] == (size, size):
         return x

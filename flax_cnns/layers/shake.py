@@ -83,8 +83,8 @@ def make_shakes(network: nn.Module, depths: Sequence[int], train: bool) -> list[
 
     - `forward` draws alpha ("shake") or sets it to 0.5 ("even").
     - `backward` draws beta ("shake"), or sets it to 0.5 ("even") or to alpha ("keep").
-    - `level` draws one number for each image from the stream "dropout" ("image"), or one for all
-      images on all devices from the stream "shared" ("batch").
+    - `level` is "image" (one number for each image, drawn from the stream "dropout") or "batch"
+      (one number for all images on all devices, drawn from the stream "shared").
 
     The entries are None if alpha and beta are always 0.5, as in evaluation.
 

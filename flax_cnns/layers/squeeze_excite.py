@@ -21,7 +21,7 @@ class SqueezeExcite(nn.Module):
     """
 
     reduction: int = 16  # r
-    divisor: int = 1  # C / r is rounded to a multiple of this above 0; 8 in timm's SEModule
+    divisor: int = 1  # C / r is rounded to a positive multiple of this; 8 in timm's SEModule
     inner: int | None = None  # the number of inner channels; overrides `reduction`
     activation: Callable = nn.relu
     gate: Callable = nn.sigmoid  # MobileNetV3: nn.hard_sigmoid

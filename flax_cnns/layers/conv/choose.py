@@ -1,14 +1,16 @@
 """Three tables that choose the algorithm of a convolution on a CPU.
 
 On a CPU, XLA's own convolution is good for dense kernels on larger maps. It is 10 to 100 times
-slower than necessary for groups, depthwise kernels and tiny maps, and inside loops. In these cases
-one of our algorithms replaces it, which XLA compiles to matmuls or plain loops. The tables are
-`FORWARD`, `KERNEL_GRAD` and `INPUT_GRAD`. The first row whose condition holds names the algorithm.
+slower than necessary for groups, depthwise kernels and tiny maps, and inside loops. In these cases,
+one of our algorithms replaces it. XLA compiles our algorithms to matmuls or plain loops. The tables
+are `FORWARD`, `KERNEL_GRAD` and `INPUT_GRAD`. The first row whose condition holds names the
+algorithm.
 Only shapes decide, so the choice is made once, when a program is lowered.
 
 The thresholds were measured on two AVX-512 cores. Each algorithm was compared with XLA's own for
 every shape of the benchmark (experiments/benchmarks/shapes.py), forward and with both gradients.
-New measurements should change this file alone. To test a change of a row, compare the times of:
+Other thresholds need changes in this file only. To measure them, change a row and compare the times
+of:
 
     python -m experiments.benchmark conv
 """

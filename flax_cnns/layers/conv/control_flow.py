@@ -14,7 +14,7 @@ are traced:
 under `jax.jit`, `nn.jit` or `jax.checkpoint` that is called inside and outside such a body is
 traced for each. Gradients keep the flag. JAX traces the rules of a `jax.custom_vjp` or
 `jax.custom_jvp` when it differentiates, which is after the body. So a rule that convolves must open
-the context itself. If the flag is not set, results are the same, but slow on a CPU.
+the context itself. Without the flag, results are the same, but convolutions on a CPU are slow.
 """
 
 from __future__ import annotations

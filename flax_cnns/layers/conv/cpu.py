@@ -23,7 +23,7 @@ def forward(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = 
     """Returns the output [N H' W' O].
 
     With `transposed`, which is for one group only, the kernel is [kh kw O C] with its taps in
-    reverse order, as the input's gradient needs it. To transpose the arrays themselves would cost
+    reverse order, as the input's gradient needs it. Transposing the arrays themselves would cost
     more than the product.
     """
     features = kernel.shape[2] if transposed else kernel.shape[3]
@@ -63,8 +63,8 @@ def phases(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
     """The input's gradient by one convolution of `dy` for each phase of the strides.
 
     The convolutions use the transposed kernel. Input row h contributes to output row
-    (h + top - i * dilation) / stride for each tap i for which that is an integer. So with stride 2,
-    even rows meet other taps than odd rows.
+    (h + top - i * dilation) / stride for each tap i that makes this an integer. So with stride 2,
+    even and odd rows meet different taps.
     """
     transposed = geometry.groups == 1  # for more groups, the kernel itself is transposed here
     if not transposed:
@@ -120,7 +120,8 @@ def _phases(axis: int, geometry: ConvGeometry) -> list[_Phase]:
             continue
         first, last = taps[0], taps[-1]
         gap = dilation * step // stride  # rows of dy between neighboring taps
-        offset = (r + top - first * dilation) // stride  # the row of dy at row 0 and tap 0
+        # The row of dy that the phase's row 0 meets at its first tap.
+        offset = (r + top - first * dilation) // stride
         before = (len(taps) - 1) * gap - offset
         after = size - 1 + offset - (geometry.out_size[axis] - 1)
         backwards = range(kernel - 1 - last, kernel - first, step)

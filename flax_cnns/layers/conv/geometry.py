@@ -27,6 +27,6 @@ class ConvGeometry(NamedTuple):
 
     @property
     def is_patchwise(self) -> bool:
-        """Whether no two positions read the same pixel because the kernel's size is its stride."""
+        """Whether the kernel's size is its stride, so that no two positions read the same pixel."""
         undilated, unpadded = self.dilation == (1, 1), not any(map(any, self.padding))
         return self.kernel_size == self.strides and undilated and unpadded

@@ -56,7 +56,7 @@ def batched(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
 
 
 def batched_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    """Returns the gradient of the kernel, as `batched`."""
+    """Returns the gradient of the kernel, computed like `batched`."""
     groups, features = geometry.groups, dy.shape[-1]
     per_group = x.shape[-1] // groups
     x, dy, taps = _split_groups(x, groups), _split_groups(dy, groups), {}
@@ -89,7 +89,7 @@ def blocks(x: Array, kernel: Array, geometry: ConvGeometry) -> Array:
 
 
 def blocks_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    """Returns the gradient of the kernel, as `blocks`."""
+    """Returns the gradient of the kernel, computed like `blocks`."""
     groups = geometry.groups
     per_block = groups_per_block(x.shape[-1] // groups, groups)
     count, inner = groups // per_block, geometry._replace(groups=1)

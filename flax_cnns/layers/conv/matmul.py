@@ -1,7 +1,7 @@
 """Dense convolutions as matmuls: of positions, of adjacent patches, or one for each tap.
 
 With `transposed`, the kernel is [kh kw O C] with its taps in reverse order, as the input's gradient
-needs it. To transpose the array itself would cost more than the product.
+needs it. Transposing the array itself would cost more than the product.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pointwise(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool 
 
 
 def pointwise_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    """Returns the gradient of the kernel, as `pointwise`."""
+    """Returns the gradient of the kernel, computed like `pointwise`."""
     (seen,) = tap_views(pad_or_crop(x, geometry.padding), geometry)
     return (flatten_positions(seen).T @ flatten_positions(dy))[None, None]
 
@@ -50,13 +50,13 @@ def patches(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = 
 
 
 def patches_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    """Returns the gradient of the kernel, as `patches`."""
+    """Returns the gradient of the kernel, computed like `patches`."""
     taps = flatten_positions(_cut_out(x, geometry)).T @ flatten_positions(dy)
     return taps.reshape(*geometry.kernel_size, x.shape[-1], dy.shape[-1])
 
 
 def patches_input_grad(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
-    """Returns the gradient of the input, as `patches`."""
+    """Returns the gradient of the input, computed like `patches`."""
     (kh, kw), (height, width) = geometry.kernel_size, geometry.out_size
     # The rows and columns that are in no patch.
     below, right = geometry.in_size[0] - height * kh, geometry.in_size[1] - width * kw
@@ -89,7 +89,7 @@ def shifted(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = 
 
 
 def shifted_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
-    """Returns the gradient of the kernel, as `shifted`."""
+    """Returns the gradient of the kernel, computed like `shifted`."""
     shape, taps = (x.shape[-1], dy.shape[-1]), {}
     for i, j, source, target in tap_overlaps(geometry):
         taps[i, j] = flatten_positions(x[source]).T @ flatten_positions(dy[target])

@@ -39,7 +39,7 @@ def _make_primitive(
 ) -> Primitive:
     """Returns a primitive with two array operands.
 
-    `library` is its lowering on all platforms except the CPU, and `on_cpu` that on a CPU.
+    `on_cpu` computes it on a CPU, and `library` on all other platforms.
     """
     primitive = Primitive(name)
     compiled = jax.jit(primitive.bind, static_argnames=("geometry", "precision"))
@@ -139,7 +139,7 @@ def _without_axis(v: Array, axis: int) -> jax.ShapeDtypeStruct:
 
 
 def _fold(v: Array, axis: int, place: int) -> Array:
-    """Merges the mapped axis into the axis that has the index `place` without it."""
+    """Merges the mapped axis into the axis `place`, counted without the mapped axis."""
     v = jnp.moveaxis(v, axis, place)
     return v.reshape(*v.shape[:place], -1, *v.shape[place + 2 :])
 
