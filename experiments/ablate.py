@@ -1,10 +1,10 @@
-"""`python -m experiments.ablate`, which is `flax-cnns ablate`: flax_cnns/cli/ablate.py."""
+"""`python -m experiments.ablate` is `flax-cnns ablate`; see flax_cnns/cli/ablate.py."""
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from flax_cnns.cli import ablate, flags

@@ -1,4 +1,4 @@
-"""Measures: steps, convolutions, the input pipeline, and all of it against stock Flax and PyTorch.
+"""Benchmarks of steps, convolutions and the input pipeline, also against stock Flax and PyTorch.
 
 python -m experiments.benchmark step --model=resnet18,resnet50 --batch=32 --size=64
 python -m experiments.benchmark conv --stage='resnext*'
@@ -10,17 +10,17 @@ python -m experiments.benchmark frozen --model=resnet18 --size=64
 python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark learn --models=lenet5
 
-What is compared runs in turn, A B A B; a time is the median of its rounds, a ratio the median of
-the rounds' ratios with the smallest and the largest. Every command prints a table and writes JSON
-with each round, the versions and the device, and a bar chart beside it. PyTorch is an extra:
-pip install -e ".[bench]".
+Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
+rounds' ratios, shown with the smallest and the largest. Every command prints a table. It writes a
+JSON file with each round, the versions and the device, and a bar chart next to the JSON file.
+PyTorch is optional: pip install -e ".[bench]".
 """
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 import argparse
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-# Before JAX starts: it would take three quarters of a GPU's memory, and PyTorch needs some.
+# Before JAX starts: it would take three quarters of a GPU's memory, and PyTorch needs some of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -50,11 +50,13 @@ from flax_cnns.runtime import compilation_cache, launch, output
 
 
 class Command(NamedTuple):
+    """A command of the benchmark."""
+
     title: str
     columns: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, BenchmarkReport], int | None]  # an exit code; None: 0
-    at_least: float | None = 0.2  # seconds a round; None: nothing is timed in rounds
+    at_least: float | None = 0.2  # seconds per round; None: no timing in rounds
 
 
 COMMANDS = {
@@ -120,6 +122,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of all commands and their flags."""
     top = _Parser(
         prog="experiments.benchmark",
         description=__doc__,
@@ -137,47 +140,50 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         if command.at_least is not None:
             sub.add_argument(
-                "--rounds", type=flags.parse_positive_int, default=5, help="what the median is of"
+                "--rounds", type=flags.parse_positive_int, default=5, help="rounds per time"
             )
             sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
             sub.add_argument(
                 "--at-least",
                 type=float,
                 default=command.at_least,
-                help="seconds a round; what is shorter is called several times",
+                help="least seconds per round; a shorter call is repeated",
             )
-        sub.add_argument("--device", default="", help="cpu, gpu or tpu; JAX's choice if not given")
+        sub.add_argument("--device", default="", help="cpu, gpu or tpu; default: JAX's choice")
         sub.add_argument(
             "--out",
             default=None,
-            help="the JSON file, with the picture beside it; none: write nothing; "
-            "runs/benchmarks/COMMAND-TIME.json if not given",
+            help="the JSON file, with the chart next to it; none: write nothing; default: "
+            "runs/benchmarks/COMMAND-TIME.json",
         )
         sub.add_argument(
             "--compilation-cache",
             default="",
-            help="its folder, or off; step and compile, which time compilation, use none",
+            help="folder of the cache, or off; step and compile never use a cache",
         )
         sub.add_argument(
             "--memory",
             choices=("keep", "system"),
             default="keep",
-            help="keep: freed memory stays with the process, for all that is compared, as in a "
-            "run; system: as the C library does by itself",
+            help="keep: the process keeps freed memory for all candidates, as in a run; system: "
+            "the C library's default",
         )
     return top
 
 
 @output.safe()
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 done; 1 a network did not learn; 2 something that the user can mend, said in
-    one line; 130 interrupted, with what was measured so far written."""
+    """Runs a command and returns an exit code.
+
+    0: success. 1: a network did not learn. 2: user error, explained in one line. 130: interrupted;
+    the results so far are written.
+    """
     try:
         args = make_parser().parse_args(argv)
         command = COMMANDS[args.command]
         if args.memory == "keep":
             launch.keep_memory()
-        _choose_device(args.device)
+        _select_device(args.device)
         compilation_cache.enable(args.compilation_cache)
         report = BenchmarkReport(command.title, command.columns, _out(args), vars(args))
         try:
@@ -189,7 +195,7 @@ def main(argv: list[str]) -> int:
         except Exception as error:
             report.close(interrupted=True)
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise UserError("the device is out of memory; take a smaller --batch") from error
+                raise UserError("the device is out of memory; choose a smaller --batch") from error
             raise
         report.close()
     except UserError as error:
@@ -198,12 +204,12 @@ def main(argv: list[str]) -> int:
     return code or 0
 
 
-def _choose_device(platform: str) -> None:
-    if platform == "cpu":  # the others are JAX's choice anyway, where they are there
+def _select_device(platform: str) -> None:
+    if platform == "cpu":  # JAX prefers an accelerator by itself
         jax.config.update("jax_platforms", "cpu")
     kind = jax.devices()[0].platform
     if platform and kind != platform:
-        raise UserError(f"--device={platform}: JAX finds no such device here; it has {kind}")
+        raise UserError(f"--device={platform}: JAX finds no such device; it has {kind}")
 
 
 def _out(args: argparse.Namespace) -> Path | None:
@@ -212,7 +218,7 @@ def _out(args: argparse.Namespace) -> Path | None:
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path(args.out or f"runs/benchmarks/{args.command}-{now}.json")
     if path.suffix != ".json":
-        raise UserError(f"--out names a .json file (the picture lies beside it); got {args.out!r}")
+        raise UserError(f"--out: expected the name of a .json file, got {args.out!r}")
     return path
 
 

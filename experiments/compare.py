@@ -1,10 +1,10 @@
-"""`python -m experiments.compare`, which is `flax-cnns compare`: flax_cnns/cli/compare.py."""
+"""`python -m experiments.compare` is `flax-cnns compare`; see flax_cnns/cli/compare.py."""
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from flax_cnns.cli import compare, flags

@@ -1,10 +1,10 @@
-"""`python -m experiments.convert`, which is `flax-cnns convert`: flax_cnns/cli/convert.py."""
+"""`python -m experiments.convert` is `flax-cnns convert`; see flax_cnns/cli/convert.py."""
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from flax_cnns.cli import convert, flags

@@ -1,10 +1,10 @@
-"""`python -m experiments.evaluate`, which is `flax-cnns evaluate`: flax_cnns/cli/evaluate.py."""
+"""`python -m experiments.evaluate` is `flax-cnns evaluate`; see flax_cnns/cli/evaluate.py."""
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from flax_cnns.cli import evaluate, flags

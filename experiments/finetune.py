@@ -1,10 +1,10 @@
-"""`python -m experiments.finetune`, which is `flax-cnns finetune`: flax_cnns/cli/finetune.py."""
+"""`python -m experiments.finetune` is `flax-cnns finetune`; see flax_cnns/cli/finetune.py."""
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from flax_cnns.cli import finetune, flags

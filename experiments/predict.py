@@ -1,10 +1,10 @@
-"""`python -m experiments.predict`, which is `flax-cnns predict`: flax_cnns/cli/predict.py."""
+"""`python -m experiments.predict` is `flax-cnns predict`; see flax_cnns/cli/predict.py."""
 
 from __future__ import annotations
 
 import sys
 
-if not __package__:  # run by its path: experiments/inspect.py must not hide Python's
+if not __package__:  # run by path: experiments/inspect.py must not shadow Python's inspect
     sys.path[0] = sys.path[0].removesuffix("experiments")
 
 from flax_cnns.cli import flags, predict

@@ -42,8 +42,8 @@ def run(tmp_path, capsys, monkeypatch):
         finally:
             for name, value in kept.items():
                 jax.config.update(name, value)
-        said = capsys.readouterr()
-        return code, said.out, said.err, json.loads(out.read_text()) if out.exists() else None
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err, json.loads(out.read_text()) if out.exists() else None
 
     return run
 
@@ -62,8 +62,8 @@ def test_step(run, tmp_path, mode):
     assert inference["mfu"] * inference["seconds"] * 1e9 == pytest.approx(2 * 4 * 416_520)
     assert training["images_per_second"] * training["seconds"] == pytest.approx(4)
     assert row["program_memory"] > 2 * 4 * 61_706  # parameters and momentum
-    together = row["init_seconds"] + row["trace_seconds"] + row["compile_seconds"]
-    assert 0 < together < row["seconds_to_first_step"]
+    total = row["init_seconds"] + row["trace_seconds"] + row["compile_seconds"]
+    assert 0 < total < row["seconds_to_first_step"]
     assert found["environment"]["versions"]["jax"] == jax.__version__
     assert found["environment"]["device_kind"]
     assert found["flags"]["batch"] == 4
@@ -169,8 +169,8 @@ def test_drop_path(run, monkeypatch):
     code, _, _, found = run("drop-path", *flags)
     rows = found["rows"]
     assert code == 0
-    told = [(row["mode"], row["drop_path"]) for row in rows]
-    assert told == [("batch", 0.0), ("batch", 0.6), ("sample", 0.6)]
+    cases = [(row["mode"], row["drop_path"]) for row in rows]
+    assert cases == [("batch", 0.0), ("batch", 0.6), ("sample", 0.6)]
     assert [row["computed"] for row in rows] == pytest.approx([1, 1 - (0.2 + 0.4 + 0.6) / 3, 1])
     assert rows[0]["ratio"]["median"] == 1
     assert all(row["seconds"] > 0 for row in rows)
@@ -194,9 +194,8 @@ def test_learn(run):
 @pytest.mark.slow
 def test_learn_says_what_did_not(run, monkeypatch):
     pytest.importorskip("configs.common", exc_type=ImportError)
-    case = learning.LearningCase(
-        8, 6, 1e-9, dict(depths=(1,), widths=(2,))
-    )  # a learning rate that changes nothing
+    # With this rate nothing changes.
+    case = learning.LearningCase(8, 6, 1e-9, dict(depths=(1,), widths=(2,)))
     monkeypatch.setitem(learning.CASES, "cifar_resnet20", case)
     code, out, _, found = run("learn", "--models=cifar_resnet20", quick=False)
     (row,) = found["rows"]
@@ -226,7 +225,7 @@ def test_pipeline(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["stpe"], "step"),
         (["step", "--model=lenet6"], "did you mean 'lenet5'"),
@@ -234,23 +233,23 @@ def test_pipeline(run):
         (["step", "--model=lenet5", "--batch=0"], "--batch"),
         (["step", "--model=lenet5", "--dtype=float8"], "float32 or bfloat16"),
         (["step", "--model=lenet5", "--scan"], "'scan'"),
-        (["step", "--batch=x"], "a whole number from 1 on, got 'x'"),
+        (["step", "--batch=x"], "a whole number of at least 1, got 'x'"),
         (["step", "--modle=lenet5"], "--modle"),
         (["step", "--device=tpu"], "it has cpu"),
         (["learn", "--models=lenet6"], "did you mean 'lenet5'"),
-        (["conv", "--stage=resnxt"], "there are resnext, depthwise"),
+        (["conv", "--stage=resnxt"], "the shapes are resnext, depthwise"),
         (["vs-torch", "--model=mobilnet_v2"], "mobilenet_v2" if has_torch else "[bench]"),
         (["pipeline", "--source=disk"], "--source"),
         (["pipeline", "--config=configs/digit_lenet5.py"], "configs/digits_lenet5.py"),
         (["pipeline", "--config=configs/digits_lenet5.py:smok"], "smoke"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments, said):
+def test_a_mistake_is_one_line_and_leaves_no_file(run, arguments, message):
     code, _, err, found = run(*arguments, quick=False)
     assert code == 2
     assert err.count("\n") == 1
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert found is None
 
 
@@ -290,7 +289,7 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
     monkeypatch.setattr(training.Trainee, "compile", compile)
     code, _, err, found = run("step", "--model=lenet5", "--batch=4")
     assert (code, found) == (2, None)
-    assert err == "error: the device is out of memory; take a smaller --batch\n"
+    assert err == "error: the device is out of memory; choose a smaller --batch\n"
 
 
 @pytest.mark.slow

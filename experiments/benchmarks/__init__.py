@@ -1,1 +1,1 @@
-"""What `experiments.benchmark` measures, a file a subject."""
+"""The commands of `experiments.benchmark`, one subject per file."""

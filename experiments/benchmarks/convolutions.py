@@ -1,8 +1,9 @@
-"""Our convolution against stock Flax's and PyTorch's (`conv`), and inside `nn.cond` (`cond`)."""
+"""Times our convolution against Flax's and PyTorch's (`conv`), and inside `nn.cond` (`cond`)."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,7 +20,7 @@ from flax_cnns import layers
 from flax_cnns.analysis.timing import Comparison, geometric_mean, time_candidates
 from flax_cnns.errors import UserError
 
-MAX_TIME_RATIO = 1.05  # of stock nn.Conv's time: above it a shape is measured again
+MAX_TIME_RATIO = 1.05  # to nn.Conv; a slower shape is measured again
 
 OURS, STOCK, TORCH = "ours", "nn.Conv", "torch"
 COLUMNS = (
@@ -29,21 +30,25 @@ COLUMNS = (
 
 
 def add_conv_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", default="*", help="names of shapes, by commas; * and ? match")
-    parser.add_argument("--dtype", type=flags.parse_dtype, default="float32", help="or bfloat16")
-    parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
+    parser.add_argument(
+        "--stage", default="*", help="names of shapes, separated by commas; * and ? are wildcards"
+    )
+    parser.add_argument(
+        "--dtype", type=flags.parse_dtype, default="float32", help="float32 or bfloat16"
+    )
+    parser.add_argument("--no-torch", action="store_true", help="do not measure PyTorch")
 
 
 def measure_convolutions(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Forward, and forward with the gradients to input and kernel, over the shapes of networks.
+    """Forward pass, and forward pass with gradients to input and kernel, for shapes of networks.
 
-    PyTorch (channels_last) takes part where it is installed. What is slower than 1.05 of nn.Conv is
-    measured twice again and counts as slower if it is so in two of the three.
+    PyTorch (channels_last) is measured if it is installed. A shape that takes more than 1.05 times
+    the time of nn.Conv is measured twice more, and the run with the median ratio counts.
     """
     shapes = select_shapes(args.stage)
     torch = None if args.no_torch else torch_side.find_torch()
     if torch is None and not args.no_torch:
-        report.print_line("PyTorch is not installed: without it")
+        report.print_line("PyTorch is not installed, so it is left out")
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
     for shape in shapes:
         for passes in ("forward", "gradient"):
@@ -63,18 +68,22 @@ def measure_convolutions(args: argparse.Namespace, report: BenchmarkReport) -> N
 
 
 def select_shapes(names: str) -> list[ConvShape]:
-    """The shapes whose names match one of `names`. Raises `UserError` where none does."""
+    """Returns the shapes whose name matches a pattern in `names`.
+
+    Raises `UserError` if a pattern matches no shape.
+    """
     patterns = names.split(",")
     for pattern in patterns:
         if not any(fnmatchcase(shape.name, pattern) for shape in SHAPES):
             known = ", ".join(shape.name for shape in SHAPES)
-            raise UserError(f"--stage: no shape is called {pattern!r}; there are {known}")
+            raise UserError(f"--stage: no shape matches {pattern!r}; the shapes are {known}")
     return [s for s in SHAPES if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
 
 
 def make_jax_convolution(
     kind: type[nn.Module], shape: ConvShape, dtype: str, passes: str
 ) -> Callable[[], Any]:
+    """Returns a call of the convolution layer `kind`; `passes` is "forward" or "gradient"."""
     module = kind(
         shape.outputs,
         (shape.k, shape.k),
@@ -90,8 +99,8 @@ def make_jax_convolution(
         return module.apply({"params": {"kernel": kernel}}, x)
 
     def gradient(kernel: jax.Array, x: jax.Array) -> Any:
-        y, pull = jax.vjp(forward, kernel, x)
-        return y, pull(cotangent)
+        y, backward = jax.vjp(forward, kernel, x)
+        return y, backward(cotangent)
 
     function = jax.jit({"forward": forward, "gradient": gradient}[passes])
     return lambda: function(kernel, x)
@@ -100,7 +109,7 @@ def make_jax_convolution(
 def _add(
     report: BenchmarkReport, shape: ConvShape, passes: str, runs: list[Comparison], dtype: str
 ) -> None:
-    # The middle run by its ratio, where there are three.
+    # Of three runs, the one with the median ratio.
     middle = sorted(runs, key=lambda run: run.ratio(OURS, STOCK).median)[len(runs) // 2]
     names = list(middle.seconds)
     ratios = {name: middle.ratio(OURS, name) for name in names[1:]}
@@ -126,20 +135,20 @@ def _add(
 def _summarize(report: BenchmarkReport) -> None:
     for other in (STOCK, TORCH):
         for passes in ("forward", "gradient"):
-            found = {
+            ratios = {
                 row["name"]: row["ratios"][other]["median"]
                 for row in report.rows
                 if row["pass"] == passes and other in row["ratios"]
             }
-            if not found:
+            if not ratios:
                 continue
-            slower = sum(ratio > MAX_TIME_RATIO for ratio in found.values())
-            worst, best = max(found, key=found.get), min(found, key=found.get)
+            slower = sum(ratio > MAX_TIME_RATIO for ratio in ratios.values())
+            worst, best = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
             report.summary.append(
                 f"{passes}, ours / {other}: geometric mean "
-                f"{geometric_mean(list(found.values())):.2f}, "
-                f"{slower} of {len(found)} slower than {MAX_TIME_RATIO}, "
-                f"worst {found[worst]:.2f} ({worst}), best {found[best]:.3f} ({best})"
+                f"{geometric_mean(list(ratios.values())):.2f}, "
+                f"{slower} of {len(ratios)} slower than {MAX_TIME_RATIO}, "
+                f"worst {ratios[worst]:.2f} ({worst}), best {ratios[best]:.3f} ({best})"
             )
     rows = [row for row in report.rows if row["pass"] == "gradient"]
     report.bars = Bars(
@@ -150,7 +159,7 @@ def _summarize(report: BenchmarkReport) -> None:
             ]
             for other in (STOCK, TORCH)
         },
-        "forward and gradient: ratio of times, below 1 is faster",
+        "forward and gradient: ratio of times (below 1: ours is faster)",
         reference=1.0,
     )
 
@@ -170,10 +179,10 @@ def add_cond_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Branches(nn.Module):
-    """Residual 3x3 convolutions; branch i counts where gates[i]: x [N H W C] -> [N H W C]."""
+    """Residual 3x3 convolutions; branch i is added if gates[i] is 1: x [N H W C] -> [N H W C]."""
 
     count: int
-    skip: bool  # under nn.cond; else computed and multiplied by the gate
+    skip: bool  # skip branches by nn.cond, or compute them and multiply by the gate
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array) -> jax.Array:
@@ -200,20 +209,20 @@ class Branches(nn.Module):
 
 
 def measure_cond(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Stochastic depth per batch at rate 0.5, gradient step: branches skipped under nn.cond against
-    branches computed and masked.
+    """Stochastic depth per batch at rate 0.5: branches skipped by nn.cond against masked branches.
 
-    Half of the gates are open in each call, another half every time, so that rounds are alike.
+    A gradient step is timed. In each call half of the gates are open, but not always the same half,
+    so that all rounds do the same amount of work.
     """
     shape = (args.batch, args.size, args.size, args.channels)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(shape, np.float32))
-    gates = np.arange(args.branches) % 2.0
-    gates = [jnp.asarray(rng.permutation(gates), jnp.float32) for _ in range(args.rounds)]
+    half = np.arange(args.branches) % 2.0
+    gates = [jnp.asarray(rng.permutation(half), jnp.float32) for _ in range(args.rounds)]
     variables = Branches(args.branches, skip=False).init(jax.random.key(0), x, gates[0])
 
     def candidate(skip: bool) -> Callable[[], Any]:
-        model, called = Branches(args.branches, skip), [0]
+        model, counter = Branches(args.branches, skip), itertools.count(1)
 
         def loss(variables: Any, x: jax.Array, gates: jax.Array) -> jax.Array:
             return jnp.mean(model.apply(variables, x, gates) ** 2)
@@ -221,29 +230,28 @@ def measure_cond(args: argparse.Namespace, report: BenchmarkReport) -> None:
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
         def call() -> Any:
-            called[0] += 1
-            return gradient(variables, x, gates[called[0] % len(gates)])
+            return gradient(variables, x, gates[next(counter) % len(gates)])
 
         return call
 
     candidates = {"skipped": candidate(True), "masked": candidate(False)}
-    found = time_candidates(
+    times = time_candidates(
         candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
     )
-    ratio = found.ratio("skipped", "masked")
+    ratio = times.ratio("skipped", "masked")
     row = {"shape": shape, "branches": args.branches, "rate": 0.5, "ratio": ratio._asdict()}
     name = f"{args.branches} of {args.batch}x{args.size}x{args.size}x{args.channels}"
     report.add(
-        row | found.as_dict(),
+        row | times.as_dict(),
         (
             name,
-            format_milliseconds(found.median("skipped")),
-            format_milliseconds(found.median("masked")),
+            format_milliseconds(times.median("skipped")),
+            format_milliseconds(times.median("masked")),
             str(ratio),
         ),
     )
     report.bars = Bars(
         ["skipped under nn.cond", "computed and masked"],
-        {"": [1e3 * found.median("skipped"), 1e3 * found.median("masked")]},
-        "milliseconds of a gradient step",
+        {"": [1e3 * times.median("skipped"), 1e3 * times.median("masked")]},
+        "milliseconds per gradient step",
     )

@@ -1,4 +1,4 @@
-"""Values of the benchmark's flags, for argparse, which puts the flag's name before the message."""
+"""Parsers of flag values for argparse, which puts the flag's name before their error messages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ DTYPES = ("float32", "bfloat16")
 
 
 def parse_positive_int(text: str) -> int:
+    """ "32" -> 32."""
     if not text.isdecimal() or not int(text):
-        raise ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:
+    """ "500x375" -> (500, 375): width and height."""
     width, cross, height = text.partition("x")
     if not cross:
         raise ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels, such as 500x375, got {text!r}")
@@ -21,6 +23,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_dtype(text: str) -> str:
+    """Returns `text` if it is one of `DTYPES`."""
     if text not in DTYPES:
         raise ArgumentTypeError(f"expected {' or '.join(DTYPES)}, got {text!r}")
     return text

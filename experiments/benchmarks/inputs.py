@@ -1,4 +1,4 @@
-"""The input pipeline alone, images a second: `pipeline`."""
+"""Times the input pipeline alone, in images per second: `pipeline`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flax_cnns.errors import UserError, did_you_mean
 
 COLUMNS = (
     *("source", "images", "batch", "images/s", "slowest to fastest round"),
-    "speed over config's, each round",
+    "speed over config's, per round",
 )
 SOURCES = ("config", "folder", "arrays")
 
@@ -28,34 +28,44 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         default="configs/digits_lenet5.py",
-        help="a config file, or file.py:mode, whose data is read",
+        help="the config, as file.py or file.py:mode, that defines the data",
     )
     parser.add_argument(
         "--source",
         default=",".join(SOURCES[:2]),
-        help="config: the config's own data; folder: JPEGs of noise, made for this, decoded and "
-        "cropped at random to --size; arrays: the config's training images as a user's own arrays,"
-        " in turn with the config's own",
+        help="config: the config's data; folder: new JPEGs of noise, decoded and cropped at random "
+        "to --size; arrays: the config's training images as a user's arrays, in turn with the "
+        "config's data",
     )
-    parser.add_argument("--mock", type=int, default=0, help="so many images of noise in its place")
-    parser.add_argument("--batch", type=int, default=0, help="0: the config's")
-    parser.add_argument("--batches", type=parse_positive_int, default=20, help="a round")
-    parser.add_argument("--size", type=int, default=224, help="of the folder's images as decoded")
-    parser.add_argument("--jpegs", type=parse_positive_int, default=256, help="in the folder")
+    parser.add_argument("--mock", type=int, default=0, help="number of noise images to use instead")
+    parser.add_argument("--batch", type=int, default=0, help="batch size; 0: the config's")
+    parser.add_argument("--batches", type=parse_positive_int, default=20, help="batches per round")
+    parser.add_argument("--size", type=int, default=224, help="size of the folder's decoded images")
     parser.add_argument(
-        "--jpeg-size", type=parse_size, default="500x375", metavar="WxH", help="of each"
+        "--jpegs", type=parse_positive_int, default=256, help="number of JPEGs in the folder"
     )
     parser.add_argument(
-        "--orientation", type=int, choices=range(1, 9), default=1, help="that their EXIF says"
+        "--jpeg-size", type=parse_size, default="500x375", metavar="WxH", help="size of the JPEGs"
     )
-    parser.add_argument("--threads", type=int, default=0, help="that decode; 0: the config's")
-    parser.add_argument("--workers", type=int, default=-1, help="processes; -1: the config's")
+    parser.add_argument(
+        "--orientation",
+        type=int,
+        choices=range(1, 9),
+        default=1,
+        help="EXIF orientation of the JPEGs",
+    )
+    parser.add_argument("--threads", type=int, default=0, help="decoding threads; 0: the config's")
+    parser.add_argument(
+        "--workers", type=int, default=-1, help="worker processes; -1: the config's"
+    )
 
 
 def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Training batches as the host hands them out, before any device sees them."""
+    """Training batches of the host, before they are copied to a device."""
     from flax_cnns.data import pipeline as pipelines
-    from flax_cnns.data.load import load_dataset  # Grain and TFDS, for this command only
+    from flax_cnns.data.load import (
+        load_dataset,
+    )  # imports Grain and TFDS, which only this command needs
 
     sources = args.source.split(",")
     for source in sources:
@@ -77,24 +87,24 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
                 datasets = {"config": dataset, source: _as_arrays(dataset, config)}
                 dataset = datasets[source]
             candidates = {}
-            for name, one in datasets.items():
+            for name, candidate in datasets.items():
                 batches = stack.enter_context(
-                    contextlib.closing(pipelines.train_batches(one, config, seed=0))
+                    contextlib.closing(pipelines.train_batches(candidate, config, seed=0))
                 )
 
-                def some(batches: Any = batches) -> Any:
+                def take_batches(batches: Any = batches) -> Any:
                     for _ in itertools.islice(batches, args.batches):
                         pass
 
-                candidates[name] = some
-            found = time_candidates(
+                candidates[name] = take_batches
+            times = time_candidates(
                 candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
             )
             images = args.batches * config.batch_size
-            speeds = [images / seconds for seconds in found.seconds[source]]
-            speed = images / found.median(source)
-            kept = "in memory" if dataset.in_memory else "decoded"
-            name = f"{dataset.name}, {kept}, {dataset.image_shape[0]}x{dataset.image_shape[1]}"
+            speeds = [images / seconds for seconds in times.seconds[source]]
+            speed = images / times.median(source)
+            storage = "in memory" if dataset.in_memory else "decoded"
+            name = f"{dataset.name}, {storage}, {dataset.image_shape[0]}x{dataset.image_shape[1]}"
             row = {
                 "source": name,
                 "examples": len(dataset.splits["train"]),
@@ -104,9 +114,9 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
                 "threads": config.threads,
                 "workers": config.workers,
                 "images_per_second": speed,
-                **found.as_dict()[source],
+                **times.as_dict()[source],
             }
-            ratio = found.ratio("config", source) if len(datasets) > 1 else None
+            ratio = times.ratio("config", source) if len(datasets) > 1 else None
             if ratio is not None:
                 row["speed_over_config"] = list(ratio)
             report.add(
@@ -123,19 +133,21 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
     report.bars = Bars(
         [row["source"] for row in report.rows],
         {"": [row["images_per_second"] for row in report.rows]},
-        "images a second",
+        "images per second",
     )
 
 
 def _as_arrays(dataset: Any, config: Any) -> Any:
-    """The training images of a data set in memory as `Dataset.from_arrays` gives them to a run, a
-    part of them for validation. Raises `UserError`."""
+    """Returns a data set in memory as a run gets it from `Dataset.from_arrays`.
+
+    Some of the training images are for validation. Raises `UserError` if data is not in memory.
+    """
     from flax_cnns.data.load import load_dataset
     from flax_cnns.data.types import Dataset
 
     train, test = (dataset.splits[split] for split in ("train", "test"))
     if train.images is None:
-        raise UserError("--source=arrays: the config's data are not in memory; try --mock=50000")
+        raise UserError("--source=arrays: the config's data is not in memory; try --mock=50000")
     given = Dataset.from_arrays(
         (train.images, train.labels), (test.images, test.labels), num_classes=dataset.num_classes
     )
@@ -144,11 +156,11 @@ def _as_arrays(dataset: Any, config: Any) -> Any:
 
 
 def _data_config(args: argparse.Namespace) -> Any:
-    """`config.data` with the command's flags. Raises `UserError` where there is no such config."""
+    """Returns `config.data` with the command's flags. Raises `UserError` without such a config."""
     file, _, mode = args.config.partition(":")
     if not Path(file).is_file():
         known = [str(path) for path in Path("configs").glob("*_*.py")]
-        raise UserError(f"--config: there is no file {file!r}{did_you_mean(file, known)}")
+        raise UserError(f"--config: no file {file!r}{did_you_mean(file, known)}")
     try:
         module = recipes.load(file)
     except ModuleNotFoundError as error:
@@ -157,7 +169,7 @@ def _data_config(args: argparse.Namespace) -> Any:
         ) from None
     try:
         data = module.get_config(*([mode] if mode else [])).data
-    except ValueError as error:  # a mode that the file does not have
+    except ValueError as error:  # an unknown mode of the file
         raise UserError(f"--config: {error}") from None
     if args.batch:
         data.batch_size = args.batch
@@ -173,7 +185,7 @@ def _data_config(args: argparse.Namespace) -> Any:
 def write_jpegs(
     root: Path, count: int, size: tuple[int, int] = (500, 375), orientation: int = 1
 ) -> None:
-    """`root/class/n.jpg`: smooth noise with grain, ten classes; `size` is (width, height)."""
+    """Writes `root/class/n.jpg`, smooth noise with grain in ten classes; size: (width, height)."""
     from PIL import ExifTags, Image
 
     exif = Image.Exif()
@@ -187,5 +199,5 @@ def write_jpegs(
         grain = rng.integers(-12, 13, image.shape, np.int16)
         folder = root / f"class{i % 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(np.clip(image + grain, 0, 255).astype(np.uint8))
-        image.save(folder / f"{i}.jpg", quality=90, exif=exif)
+        jpeg = Image.fromarray(np.clip(image + grain, 0, 255).astype(np.uint8))
+        jpeg.save(folder / f"{i}.jpg", quality=90, exif=exif)

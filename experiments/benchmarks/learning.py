@@ -1,4 +1,4 @@
-"""Whether networks learn: a few dozen of a run's own steps on scikit-learn's digits: `learn`."""
+"""Checks that networks learn: a few dozen steps of a run on scikit-learn's digits: `learn`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from flax_cnns.models import nas
 
 
 class LearningCase(NamedTuple):
-    """How a network is trained here: Adam, its rate falling to 0 by a cosine."""
+    """How a network is trained: by Adam, with a rate that falls to 0 by a cosine."""
 
-    size: int  # of the images, one channel, enlarged from 8x8
+    size: int  # of the images: one channel, enlarged from 8x8
     steps: int
     rate: float = 1e-3  # at the start
-    fields: dict[str, Any] = {}  # noqa: RUF012 - narrower or shallower, to take a minute
+    fields: dict[str, Any] = {}  # noqa: RUF012 - make the network small enough for a minute
 
 
-_GOOGLENET = (  # table 1 with four of its nine modules, those with heads among them
+_GOOGLENET = (  # table 1 with four of its nine modules, among them those with auxiliary heads
     ("mixed3a", (64, 96, 128, 16, 32, 32)),
     ("pool3", None),
     ("mixed4a", (192, 96, 208, 16, 48, 64)),
@@ -35,7 +35,7 @@ _GOOGLENET = (  # table 1 with four of its nine modules, those with heads among 
     ("pool4", None),
     ("mixed5b", (384, 192, 384, 48, 128, 128)),
 )
-CASES = {  # a variant of each family
+CASES = {  # one variant of each family
     "lenet5": LearningCase(32, 200, 2e-3),
     "lenet5_original": LearningCase(32, 200, 2e-3),
     "alexnet_2gpu": LearningCase(67, 200, 3e-4, dict(hidden=256)),
@@ -94,8 +94,8 @@ CASES = {  # a variant of each family
     "pnasnet5large": LearningCase(48, 100, fields=dict(depths=(1, 0), width=16, stem_width=16)),
     "sparse_densenet_abc": LearningCase(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
 }
-WINDOW_STEPS = 5  # steps that a loss is the mean of
-MAX_LOSS_RATIO = 0.5  # what the last loss may be of the first, and of a guess's, log 10
+WINDOW_STEPS = 5  # steps over which a loss is averaged
+MAX_LOSS_RATIO = 0.5  # of the last loss to the first, and to log 10, the loss of a guess
 
 COLUMNS = (
     *("network", "fields", "parameters", "image", "steps", "first loss", "last loss"),
@@ -104,20 +104,28 @@ COLUMNS = (
 
 
 def add_learn_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", default=",".join(CASES), help="some of them, by commas")
-    parser.add_argument("--batch", type=parse_positive_int, default=32, help="images a step")
-    parser.add_argument("--steps", type=int, default=0, help="in place of each network's own")
-    parser.add_argument("--size", type=int, default=0, help="in place of each network's own")
-    parser.add_argument("--rate", type=float, default=0, help="in place of each network's own")
-    parser.add_argument("--seed", type=int, default=0, help="of first values, order and dropout")
+    parser.add_argument("--models", default=",".join(CASES), help="networks, separated by commas")
+    parser.add_argument("--batch", type=parse_positive_int, default=32, help="images per step")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="instead of each network's own; 0: its own"
+    )
+    parser.add_argument(
+        "--size", type=int, default=0, help="instead of each network's own; 0: its own"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0, help="instead of each network's own; 0: its own"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of initial values, order and dropout")
 
 
 def measure_learning(args: argparse.Namespace, report: BenchmarkReport) -> int:
-    """Trains each network on the digits with the step that a run takes, and says what became of it:
-    its loss (means over the first and the last steps), its accuracy on the validation images,
-    whether every running statistic is another than at the start, whether two evaluations agree to
-    the bit. Exit code 1 where the loss did not fall to half of the first one and of a guess's, or
-    one of these is not so."""
+    """Trains each network on the digits with the steps of a run.
+
+    Reports the loss (means over the first and the last steps), the accuracy on the validation
+    images, whether every running statistic changed, and whether two evaluations agree to the bit.
+    Returns exit code 1 if a loss did not fall to half of the first loss and of the loss of a guess,
+    a statistic did not change, two evaluations differ, or a step was not finite.
+    """
     names = args.models.split(",")
     for name in names:
         if name not in CASES:
@@ -156,7 +164,7 @@ def measure_learning(args: argparse.Namespace, report: BenchmarkReport) -> int:
             "first": [row["first_loss"] for row in report.rows],
             "last": [row["last_loss"] for row in report.rows],
         },
-        "loss of the first and of the last steps",
+        "loss of the first and the last steps",
     )
     return int(bool(failed))
 
@@ -166,7 +174,9 @@ def _short(value: Any) -> str:
 
 
 def train_on_digits(name: str, case: LearningCase, args: argparse.Namespace) -> dict[str, Any]:
-    from configs import common  # what a run needs, for this command only
+    """Trains a network as in `case`; returns its row of the report."""
+    # Only this command needs what a run imports.
+    from configs import common
     from flax_cnns.data import pipeline
     from flax_cnns.evaluation.exact import summarize
     from flax_cnns.runs import build

@@ -1,4 +1,4 @@
-"""What every benchmark hands out: lines as it goes, a table, JSON, a bar chart."""
+"""The report of a benchmark: lines as it runs, then a table, a JSON file and a bar chart."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from flax_cnns.names import make_console
 
 
 class Bars(NamedTuple):
-    """One chart: for each label a bar of each series."""
+    """A bar chart: for each label, a bar of each series."""
 
     labels: list[str]
-    series: dict[str, list[float | None]]  # name -> value of each label; None: no bar
-    axis: str  # what the values are
-    reference: float | None = None  # a line, such as 1 for ratios; the axis is then logarithmic
+    series: dict[str, list[float | None]]  # name -> value per label; None: no bar
+    axis: str  # label of the value axis
+    reference: float | None = (
+        None  # where a line is drawn, such as 1 for ratios; makes the axis logarithmic
+    )
 
 
 class BenchmarkReport:
-    """Filled case by case, so that an interrupted benchmark keeps what it has."""
+    """Collects results row by row, so that an interrupted benchmark keeps those it has."""
 
     def __init__(
         self,
@@ -38,11 +40,11 @@ class BenchmarkReport:
         flags: dict[str, Any] | None = None,
     ) -> None:
         self.title, self.columns, self.out, self.flags = title, columns, out, flags
-        self.rows: list[dict[str, Any]] = []  # everything, for JSON
+        self.rows: list[dict[str, Any]] = []  # all values, for JSON
         self.summary: list[str] = []
         self.bars: Bars | None = None
         self._cells: list[tuple[str, ...]] = []
-        if out is not None:  # now, rather than after an hour's measuring
+        if out is not None:  # fail now and not after an hour of measuring
             try:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a"):
@@ -55,14 +57,14 @@ class BenchmarkReport:
         print(text, flush=True)
 
     def add(self, row: dict[str, Any], cells: tuple[str, ...]) -> None:
-        """A case that is done: all of it for JSON, and the table's cells."""
+        """Adds a result and prints it: `row` for JSON, `cells` for the table."""
         self.rows.append(row)
         self._cells.append(cells)
-        told = (f"{column} {cell}" for column, cell in zip(self.columns[1:], cells[1:]) if cell)
-        self.print_line(f"{cells[0]}: {', '.join(told)}")
+        texts = (f"{column} {cell}" for column, cell in zip(self.columns[1:], cells[1:]) if cell)
+        self.print_line(f"{cells[0]}: {', '.join(texts)}")
 
     def close(self, *, interrupted: bool = False) -> None:
-        """Prints the table; writes JSON and picture."""
+        """Prints the table; writes the JSON file and the chart."""
         if not self.rows:
             if self.out is not None and self._new:
                 self.out.unlink()
@@ -73,7 +75,7 @@ class BenchmarkReport:
             table.add_column(self.columns[i], justify="left" if i == 0 else "right")
         for cells in self._cells:
             table.add_row(*(cells[i] for i in used))
-        # As wide as it needs where nobody watches: a log wraps no lines.
+        # Wide unless it goes to a terminal: lines of a log need no wrapping.
         make_console(width=None if sys.stdout.isatty() else 200).print(table)
         for line in self.summary:
             self.print_line(line)
@@ -89,21 +91,21 @@ class BenchmarkReport:
             "summary": self.summary,
             "rows": self.rows,
         }
-        with replace_atomically(self.out) as beside:
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with replace_atomically(self.out) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         written = [str(self.out)]
         if self.bars is not None:
             picture = self.out.with_suffix(".png")
             try:
                 draw_bars(self.bars, self.title, picture)
                 written.append(str(picture))
-            except ModuleNotFoundError as error:  # a GPU machine may have JAX and little else
-                self.print_line(f"no picture: {error.name} is not installed")
+            except ModuleNotFoundError as error:  # a GPU machine may lack matplotlib
+                self.print_line(f"no chart: {error.name} is not installed")
         self.print_line(f"written: {', '.join(written)}")
 
 
 def draw_bars(bars: Bars, title: str, png: Path) -> None:
-    """Horizontal bars, the first label on top."""
+    """Draws horizontal bars, with the first label on top."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -121,7 +123,7 @@ def draw_bars(bars: Bars, title: str, png: Path) -> None:
         places = [row - 0.4 + (i + 0.5) * height for row in range(rows)]
         shown = [(place, value) for place, value in zip(places, values) if value]
         drawn_as = dict(height=height, color=colors[i % len(colors)], label=name)
-        # Ratios grow from their reference, to the left where they are smaller.
+        # Bars of ratios start at the reference and extend to the left if the ratio is smaller.
         start = bars.reference or 0.0
         lengths = [value - start for _, value in shown]
         drawn = axes.barh([place for place, _ in shown], lengths, left=start, **drawn_as)
@@ -131,10 +133,10 @@ def draw_bars(bars: Bars, title: str, png: Path) -> None:
         axes.axvline(bars.reference, color="black", linewidth=1)
         values = [v / bars.reference for vs in series.values() for v in vs if v]
         low, high = min([0.8, *values]), max([1.25, *values])
-        room = (high / low) ** 0.1
-        axes.set_xlim(bars.reference * low / room, bars.reference * high * room)
+        margin = (high / low) ** 0.1
+        axes.set_xlim(bars.reference * low / margin, bars.reference * high * margin)
         ticks = (1, 2, 5) if high / low > 3 else (0.6, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2)
-        ticks = ticks if high / low < 1000 else (1,)  # whole decades
+        ticks = ticks if high / low < 1000 else (1,)  # powers of ten
         axes.xaxis.set_major_locator(LogLocator(subs=ticks, numticks=12))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(NullLocator())
@@ -152,17 +154,20 @@ def draw_bars(bars: Bars, title: str, png: Path) -> None:
 
 
 def format_number(value: float) -> str:
-    """Three digits, or all that stand before the point."""
+    """1234.6 -> "1,235", 12.345 -> "12.3": at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def format_milliseconds(seconds: float) -> str:
+    """0.0123 -> "12.3 ms"; in seconds from 10 s on."""
     return f"{1e3 * seconds:,.4g} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 
-def format_percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+def format_percent(fraction: float | None) -> str:
+    """0.123 -> "12.3%"."""
+    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def format_gigabytes(size: int | None) -> str:
+    """Bytes -> "1.23 GB"."""
     return "-" if size is None else f"{size / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""What a training step saves that learns less (`frozen`) or skips blocks (`drop-path`)."""
+"""Times training steps with frozen layers (`frozen`) or skipped blocks (`drop-path`)."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ FROZEN_COLUMNS = ("learns", "parameters", "step", "images/s", "against all", "me
 
 
 def add_frozen_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet18", help="a network")
+    parser.add_argument("--model", default="resnet18", help="name of a network")
     parser.add_argument("--batch", type=parse_positive_int, default=32)
-    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
     parser.add_argument(
-        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+        "--size", type=int, default=0, help="image height and width; 0: the network's"
     )
+    parser.add_argument("--dtype", type=parse_dtype, default="float32", help="float32 or bfloat16")
     parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
 
 
 def measure_frozen(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """The training step that learns everything, beside those that learn the last stage and the
-    head, or the head alone: what lies below is frozen, BatchNorm as well."""
+    """Training steps that learn everything, only the last stage and the head, or only the head.
+
+    The layers below are frozen, with their BatchNorm.
+    """
     model = make_network(args.model, args)
-    # The parts in which something is multiplied, as images pass them.
-    parts = dict.fromkeys(x.path.partition("/")[0] for x in cost(model).layers if x.macs)
-    *_, last, head = (part for part in parts if not part.startswith("aux"))
+    # Top-level modules that have MACs, in the order in which images pass them.
+    modules = dict.fromkeys(x.path.partition("/")[0] for x in cost(model).layers if x.macs)
+    *_, last, head = (module for module in modules if not module.startswith("aux"))
     cases = {
         "all": (),
         f"{last}, {head}": ((rf"params/({last}|{head})/.*", True), (".*", False)),
@@ -55,9 +57,9 @@ def measure_frozen(args: argparse.Namespace, report: BenchmarkReport) -> None:
         steps_of[name] = trainee.make_train_call(compiled)
         memory[name], params[name] = device.program_memory(compiled), trainee.trainable_params
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
-    found = time_candidates(steps_of, **timing)
-    for name, timed in found.as_dict().items():
-        seconds, ratio = timed["median"], found.ratio(name, "all")
+    times = time_candidates(steps_of, **timing)
+    for name, timed in times.as_dict().items():
+        seconds, ratio = timed["median"], times.ratio(name, "all")
         row = {
             "model": args.model,
             "learns": name,
@@ -80,7 +82,7 @@ def measure_frozen(args: argparse.Namespace, report: BenchmarkReport) -> None:
     report.bars = Bars(
         [row["learns"] for row in report.rows],
         {"step": [row["ratio"]["median"] for row in report.rows]},
-        f"{args.model}: time of a step against that of one that learns everything",
+        f"{args.model}: step time relative to a step that learns everything",
     )
 
 
@@ -92,35 +94,40 @@ DROP_COLUMNS = ("drop_path", "mode", "branches computed", "step", "against 0")
 def parse_rates(text: str) -> list[float]:
     """ "0.2,0.5" -> [0.2, 0.5]"""
     try:
-        found = [float(part) for part in text.split(",")]
+        rates = [float(number) for number in text.split(",")]
     except ValueError:
-        found = []
-    if not found or not all(0 < rate < 1 for rate in found):
-        message = f"expected rates above 0 and below 1, by commas, got {text!r}"
+        rates = []
+    if not rates or not all(0 < rate < 1 for rate in rates):
+        message = f"expected rates above 0 and below 1, separated by commas, got {text!r}"
         raise argparse.ArgumentTypeError(message)
-    return found
+    return rates
 
 
 def add_drop_path_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="cifar_resnet110", help="a residual network")
+    parser.add_argument("--model", default="cifar_resnet110", help="name of a residual network")
     parser.add_argument(
-        "--rates", type=parse_rates, default="0.2,0.5,0.8", help="of the last block"
+        "--rates", type=parse_rates, default="0.2,0.5,0.8", help="drop rates of the last block"
     )
     parser.add_argument("--batch", type=parse_positive_int, default=32)
-    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
     parser.add_argument(
-        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+        "--size", type=int, default=0, help="image height and width; 0: the network's"
+    )
+    parser.add_argument("--dtype", type=parse_dtype, default="float32", help="float32 or bfloat16")
+    parser.add_argument(
+        "--steps", type=parse_positive_int, default=10, help="steps that are averaged per time"
     )
     parser.add_argument(
-        "--steps", type=parse_positive_int, default=10, help="a time is the mean of as many"
+        "--scan", action="store_true", help="run repeated blocks of a stage by nn.scan"
     )
-    parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
 
 
 def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """The training step against the rate of stochastic depth, which skips what it drops; beside it
-    drop-path image by image at the middle rate, which computes everything. Each step draws anew, so
-    a round takes --steps of them."""
+    """Training steps at several rates of stochastic depth.
+
+    Dropping whole batches skips the dropped branches. For comparison, dropping per image at the
+    middle rate computes all branches. Each step drops other branches, so a round takes --steps
+    steps.
+    """
     given = {"scan": True} if args.scan else {}
     middle = args.rates[len(args.rates) // 2]
     cases = [("batch", 0.0), *(("batch", rate) for rate in args.rates), ("sample", middle)]
@@ -130,20 +137,20 @@ def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None
         model = make_network(args.model, args, drop_path=rate, drop_path_mode=mode, **given)
         train = Trainee(model, args.batch).make_train_call()
 
-        def several(train: Callable = train) -> Any:
+        def take_steps(train: Callable = train) -> Any:
             for _ in range(args.steps):
                 result = train()
             return result
 
-        runs[mode, rate] = several
+        runs[mode, rate] = take_steps
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
-    found = time_candidates({f"{mode} {rate}": run for (mode, rate), run in runs.items()}, **timing)
+    times = time_candidates({f"{mode} {rate}": run for (mode, rate), run in runs.items()}, **timing)
     blocks = sum(model.depths)
     for mode, rate in cases:
         name, survival = f"{mode} {rate}", 1 - drop_rates(rate, blocks).mean()
         computed = float(survival) if mode == "batch" else 1.0
-        seconds = found.median(name) / args.steps
-        ratio = found.ratio(name, "batch 0.0")
+        seconds = times.median(name) / args.steps
+        ratio = times.ratio(name, "batch 0.0")
         row = {
             "model": args.model,
             "drop_path": rate,
@@ -157,8 +164,8 @@ def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None
     report.bars = Bars(
         [f"{row['drop_path']:g}, {row['mode']}" for row in report.rows],
         {
-            "step against none dropped": [row["ratio"]["median"] for row in report.rows],
+            "step time relative to rate 0": [row["ratio"]["median"] for row in report.rows],
             "branches computed": [row["computed"] for row in report.rows],
         },
-        f"{args.model}: ratio, by the rate of the last block and the mode",
+        f"{args.model}: ratios by the rate of the last block and the mode",
     )

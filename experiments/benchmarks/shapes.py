@@ -1,4 +1,4 @@
-"""The convolutions that are measured, by ours, stock Flax and PyTorch alike."""
+"""The convolutions that are timed in flax_cnns, stock Flax and PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class ConvShape(NamedTuple):
-    """Of a convolution: images [n size size inputs] and a window of k x k."""
+    """The shape of a convolution: images [n size size inputs] and a window of k x k."""
 
     name: str
     n: int
@@ -27,15 +27,17 @@ class ConvShape(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """On each side; patches side by side, as in ConvNeXt's stem, have none."""
+        """On each side; 0 for patches that do not overlap, as in ConvNeXt's stem."""
         return 0 if self.stride >= self.k else self.k // 2
 
     @property
     def out_size(self) -> int:
+        """Height and width of the output."""
         return (self.size + 2 * self.padding - self.k) // self.stride + 1
 
     @property
     def macs(self) -> int:
+        """Multiply-accumulates of the whole batch."""
         window = self.k**2 * self.inputs // self.groups
         return self.n * self.out_size**2 * window * self.outputs
 
@@ -53,7 +55,7 @@ SHAPES = tuple(
         ("stem3-112", 8, 112, 32, 64, 1, 3, 1),  # ResNet-D, Inception
         ("stem4-224", 8, 224, 3, 96, 1, 4, 4),
         ("stem11-224", 8, 224, 3, 64, 1, 11, 4),  # AlexNet
-        # ResNet-18 at 224: stages, and where they shrink
+        # ResNet-18 at 224: stages, and the strided convolutions between them
         ("resnet18-224-1", 8, 56, 64, 64, 1, 3, 1),
         ("resnet18-224-2", 8, 28, 128, 128, 1, 3, 1),
         ("resnet18-224-3", 8, 14, 256, 256, 1, 3, 1),
@@ -62,7 +64,7 @@ SHAPES = tuple(
         ("resnet18-224-3-down", 8, 28, 128, 256, 1, 3, 2),
         ("resnet18-224-4-down", 8, 14, 256, 512, 1, 3, 2),
         ("resnet18-224-2-project", 8, 56, 64, 128, 1, 1, 2),
-        # ResNet-18 at 64: down to maps of 2x2
+        # ResNet-18 at 64: down to 2x2
         ("resnet18-64-1", 32, 16, 64, 64, 1, 3, 1),
         ("resnet18-64-2", 32, 8, 128, 128, 1, 3, 1),
         ("resnet18-64-3", 32, 4, 256, 256, 1, 3, 1),
@@ -70,7 +72,7 @@ SHAPES = tuple(
         ("resnet18-64-2-down", 32, 16, 64, 128, 1, 3, 2),
         ("resnet18-64-4-down", 32, 4, 256, 512, 1, 3, 2),
         ("resnet18-32-4", 32, 1, 512, 512, 1, 3, 1),
-        # ResNet-50: the 1x1 of its bottlenecks
+        # ResNet-50: the 1x1 convolutions of its bottlenecks
         ("resnet50-224-1-narrow", 8, 56, 256, 64, 1, 1, 1),
         ("resnet50-224-1-widen", 8, 56, 64, 256, 1, 1, 1),
         ("resnet50-224-3-narrow", 8, 14, 1024, 256, 1, 1, 1),
@@ -96,7 +98,7 @@ SHAPES = tuple(
         ("resnext-96-4", 8, 3, 1024, 1024, 32, 3, 1),
         ("resnext-96-3-down", 8, 12, 512, 512, 32, 3, 2),
         ("groups2-alexnet", 8, 27, 96, 256, 2, 5, 1),  # AlexNet's second layer
-        # MobileNet, EfficientNet: depthwise, and the 1x1 around it
+        # MobileNet, EfficientNet: depthwise, and the 1x1 convolutions around it
         ("depthwise-112-down", 8, 112, 96, 96, 96, 3, 2),
         ("depthwise-14", 16, 14, 384, 384, 384, 3, 1),
         ("depthwise-7", 16, 7, 960, 960, 960, 3, 1),
@@ -112,7 +114,7 @@ SHAPES = tuple(
 
 
 def make_arrays(shape: ConvShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kernel [k k inputs/groups outputs], images and the output's cotangent [n size size c]."""
+    """Returns random (kernel [k k inputs/groups outputs], images, cotangent of the output)."""
     rng = np.random.default_rng(0)
     n, k = shape.n, shape.k
     sizes = (
@@ -120,4 +122,5 @@ def make_arrays(shape: ConvShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         (n, shape.size, shape.size, shape.inputs),
         (n, shape.out_size, shape.out_size, shape.outputs),
     )
-    return tuple(rng.standard_normal(size, np.float32) for size in sizes)
+    kernel, images, cotangent = (rng.standard_normal(size, np.float32) for size in sizes)
+    return kernel, images, cotangent

@@ -1,4 +1,4 @@
-"""PyTorch's side of the comparisons, and `vs-torch`. PyTorch is imported only where it is used."""
+"""PyTorch's side of the comparisons, and `vs-torch`. Imports PyTorch only when it is used."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ INSTALL = 'PyTorch is not installed: pip install -e ".[bench]" brings torch, tor
 
 
 def find_torch() -> Any | None:
-    """PyTorch, set up as fast as it goes, or None where it is not installed."""
+    """Returns PyTorch, configured for speed; None if it is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
 
     torch.backends.cudnn.benchmark = True
-    # As XLA does: float32 products on the tensor cores in TF32.
+    # As XLA does: float32 matrix products in TF32 on the tensor cores.
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("high")
     return torch
 
 
 def import_torch() -> Any:
+    """Returns PyTorch. Raises `UserError` if it is not installed."""
     torch = find_torch()
     if torch is None:
         raise UserError(INSTALL)
@@ -48,41 +49,41 @@ def import_torch() -> Any:
 
 
 def find_torch_device(torch: Any) -> str:
-    """PyTorch's name of the device that JAX uses. Raises `UserError` where it cannot."""
+    """Returns PyTorch's name of JAX's device. Raises `UserError` if PyTorch cannot use it."""
     if jax.default_backend() == "cpu":
         return "cpu"
     if jax.default_backend() == "gpu" and torch.cuda.is_available():
         return "cuda"
     raise UserError(
         f"JAX runs on {jax.default_backend()}, which this PyTorch ({torch.__version__}) cannot "
-        "use; --device=cpu compares the two on the CPU"
+        "use; add --device=cpu to compare them on the CPU"
     )
 
 
 def make_wait(torch: Any, device: str) -> Callable[[], None]:
-    """What `timing.compare` waits with."""
+    """Returns the function that `timing.time_candidates` calls to wait for the device."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-@functools.cache  # what it declares can be declared once
+@functools.cache  # operators can be declared only once
 def import_torchvision() -> Any:
-    """torchvision, beside a CPU build of torch too, where its compiled operators do not load.
+    """Imports torchvision, also if its compiled operators do not load with a CPU build of torch.
 
-    Its classification networks use none of them, but importing it asks for two. Raises `UserError`
-    where it is not installed.
+    Its classification networks do not use the operators, but its import needs two of them to be
+    declared. Raises `UserError` if torchvision is not installed.
     """
     torch = import_torch()
-    found = importlib.util.find_spec("torchvision")
-    if found is None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
         raise UserError(f"torchvision is not installed; {INSTALL.partition(': ')[2]}")
     try:
-        for library in Path(found.origin).parent.glob("_C*.so"):
+        for library in Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(str(library))
     except (OSError, RuntimeError):
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _DECLARED.append(library)  # the declarations go when it does
+        _DECLARED.append(library)  # the declarations live as long as the library
     import torchvision
 
     return torchvision
@@ -92,7 +93,7 @@ _DECLARED: list[Any] = []
 
 
 def create_torch_network(name: str, classes: int) -> Any:
-    """torchvision's network of that name, else timm's. Raises `UserError` where neither has it."""
+    """Returns torchvision's network `name`, or timm's. Raises `UserError` if neither has it."""
     models = import_torchvision().models
     if name in models.list_models(module=models):
         return models.get_model(name, weights=None, num_classes=classes)
@@ -112,7 +113,7 @@ def create_torch_network(name: str, classes: int) -> Any:
 def make_torch_convolution(
     torch: Any, shape: ConvShape, dtype: str, passes: str
 ) -> Callable[[], Any]:
-    """`conv2d` in channels_last, without or with the gradients to input and kernel."""
+    """Returns a call of `conv2d` in channels_last; `passes` is "forward" or "gradient"."""
     device = find_torch_device(torch)
 
     def tensor(array: np.ndarray, order: tuple[int, ...]) -> Any:
@@ -144,21 +145,29 @@ COLUMNS = ("network", "batch", "ours", *(c for name in OTHERS for c in (name, f"
 
 
 def add_vs_torch_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet18", help="registered networks, by commas")
+    parser.add_argument(
+        "--model", default="resnet18", help="names of networks, separated by commas"
+    )
     parser.add_argument("--batch", type=parse_positive_int, default=32)
-    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
-    text = "bfloat16 (AMP) or float32; if not given, the former on a GPU, the latter on a CPU"
+    parser.add_argument(
+        "--size", type=int, default=0, help="image height and width; 0: the network's"
+    )
+    text = "bfloat16 (AMP) or float32; default: bfloat16 on a GPU, float32 on a CPU"
     parser.add_argument("--dtype", type=parse_dtype, help=text)
-    parser.add_argument("--compile", action="store_true", help="torch.compile, beside eager")
-    parser.add_argument("--compile-mode", default="default", help="of torch.compile: max-autotune")
-    parser.add_argument("--stock", action="store_true", help="our network on nn.Conv, beside it")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument(
+        "--compile-mode", default="default", help="mode of torch.compile, such as max-autotune"
+    )
+    parser.add_argument(
+        "--stock", action="store_true", help="also measure our network with nn.Conv"
+    )
 
 
 def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Our training step against torchvision's or timm's network of the same name, in turn.
+    """Our training step and that of torchvision's or timm's network of the same name, in turn.
 
-    Both: the same batch of uint8 images on the device, normalized there, SGD with momentum,
-    cross-entropy. PyTorch: channels_last, autocast where the dtype is bfloat16.
+    Both use the same batch of uint8 images on the device, which is normalized there, SGD with
+    momentum, and cross-entropy. PyTorch uses channels_last, and autocast if the dtype is bfloat16.
     """
     torch = import_torch()
     device = find_torch_device(torch)
@@ -171,8 +180,8 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
         their_count = sum(parameter.numel() for parameter in theirs.parameters())
         if ours_count != their_count:
             raise UserError(
-                f"{name} has {ours_count:,} parameters here and {their_count:,} in PyTorch: they "
-                "are not the same network"
+                f"{name} has {ours_count:,} parameters here and {their_count:,} in PyTorch, so the "
+                "networks differ"
             )
         report.print_line(f"{name}: compiling")
         trainee = training.Trainee(model, args.batch, devices=jax.devices()[:1])
@@ -186,16 +195,18 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
                 create_torch_network(name, model.num_classes), mode=args.compile_mode
             )
             candidates["compiled"] = _torch_step(torch, compiled, batch, device, args.dtype)
-        if args.stock:  # what nn.Conv calls, in the place of ours, while the step is traced
+        if (
+            args.stock
+        ):  # while the step is traced, our convolution is the function that nn.Conv calls
             library = jax.lax.conv_general_dilated
             with unittest.mock.patch.object(conv_module, "conv_general_dilated", library):
                 stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])
                 candidates["nn.Conv"] = stock.make_train_call(stock.compile()[0])
-        found = time_candidates(
+        times = time_candidates(
             candidates, rounds=args.rounds, warmup=args.warmup, at_least=args.at_least
         )
         others = [other for other in candidates if other != "ours"]
-        ratios = {other: found.ratio("ours", other) for other in others}
+        ratios = {other: times.ratio("ours", other) for other in others}
         row = {
             "model": name,
             "batch": args.batch,
@@ -206,17 +217,17 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
             "params": ours_count,
             "compile_mode": args.compile_mode if args.compile else None,
             "ratios": {other: ratio._asdict() for other, ratio in ratios.items()},
-            **found.as_dict(),
+            **times.as_dict(),
         }
         cells = [
             name,
             f"{args.batch} x {model.input_size[0]}",
-            format_milliseconds(found.median("ours")),
+            format_milliseconds(times.median("ours")),
         ]
         for other in OTHERS:
             present = other in ratios
             cells += (
-                [format_milliseconds(found.median(other)), str(ratios[other])]
+                [format_milliseconds(times.median(other)), str(ratios[other])]
                 if present
                 else ["", ""]
             )
@@ -232,7 +243,7 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
                 *(("compiled", "torch.compile"), ("nn.Conv", "flax_cnns on nn.Conv")),
             )
         },
-        f"training, images a second, {args.dtype} on {device}",
+        f"training, images per second, {args.dtype} on {device}",
     )
 
 
@@ -260,7 +271,7 @@ def _torch_step(
         optimizer.zero_grad(set_to_none=True)
         with amp:
             logits = model(x)
-            logits = getattr(logits, "logits", logits)  # Inception's come with auxiliary ones
+            logits = getattr(logits, "logits", logits)  # Inception also returns auxiliary logits
             loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()

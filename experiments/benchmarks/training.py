@@ -1,4 +1,4 @@
-"""The project's own steps, timed: `step` and `compile`."""
+"""Times training and inference steps (`step`) and their compilation (`compile`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train import optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each channel in 0..1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel in 0..1
 RATE, MOMENTUM = 1e-3, 0.9
 _DEFAULTS = config.make_defaults()
 SGD = SimpleNamespace(**_DEFAULTS["optimizer"] | dict(name="sgd", momentum=MOMENTUM))
@@ -40,7 +40,7 @@ MIX = SimpleNamespace(**_DEFAULTS["mix"])  # off
 
 
 def make_network(name: str, args: argparse.Namespace, **fields: Any) -> nn.Module:
-    """A registered network for the command's flags. Raises `UserError`."""
+    """Makes a registered network with the command's flags. Raises `UserError` if it is unknown."""
     fields["dtype"] = args.dtype
     if args.size:
         channels = create_model(name).input_size[-1]
@@ -49,14 +49,14 @@ def make_network(name: str, args: argparse.Namespace, **fields: Any) -> nn.Modul
 
 
 def make_examples(batch: int, shape: tuple[int, ...], classes: int) -> dict[str, np.ndarray]:
-    """Noise: {"image" u8 [N H W C], "label" i32 [N]}."""
+    """Returns a batch of noise: {"image" u8 [N H W C], "label" i32 [N]}."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *shape), np.uint8)
     return {"image": images, "label": rng.integers(0, classes, batch).astype(np.int32)}
 
 
 class Trainee:
-    """A network and its state on all devices; steps that are compiled when first asked for."""
+    """A network with its state on all devices, and its steps, which compile at their first call."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Trainee:
         self._eval = parallel.parallelize(evaluation, self.mesh, mode=mode, donate=False)
 
     def compile(self) -> tuple[Any, float, float]:
-        """(the training step compiled, seconds to trace it, seconds to compile it)."""
+        """Returns (the compiled training step, seconds to trace it, seconds to compile it)."""
         began = time.perf_counter()
         lowered = self._step.lower(self.state, self.batch, self.key)
         traced = time.perf_counter()
@@ -116,7 +116,7 @@ class Trainee:
         return compiled, traced - began, time.perf_counter() - traced
 
     def make_train_call(self, step: Callable | None = None) -> Callable[[], Any]:
-        """A function that takes one step further and returns what to wait for."""
+        """Returns a function that takes a training step and returns the arrays to wait for."""
         step = step or self._step
 
         def train() -> Any:
@@ -126,16 +126,17 @@ class Trainee:
         return train
 
     def make_inference_call(self) -> Callable[[], Any]:
+        """Returns a function that takes an evaluation step and returns the arrays to wait for."""
         variables = jax.tree.map(lambda x: x.copy(), self.state.variables)  # the state is donated
         return lambda: self._eval(variables, self.masked, None)
 
 
 class Speed(NamedTuple):
-    """Of a step over a batch."""
+    """The speed of a step over a batch."""
 
     seconds: float
     images_per_second: float
-    mfu: float | None  # counted FLOPs over what the device is said to do at its best
+    mfu: float | None  # counted FLOP/s divided by the device's peak
 
     @classmethod
     def of(cls, seconds: float, batch: int, flops: int, peak: float | None) -> Speed:
@@ -146,38 +147,44 @@ class Speed(NamedTuple):
 
 
 def add_step_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet18", help="names of networks, by commas")
     parser.add_argument(
-        "--batch", type=parse_positive_int, default=32, help="images a step, over all devices"
+        "--model", default="resnet18", help="names of networks, separated by commas"
     )
-    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
     parser.add_argument(
-        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+        "--batch", type=parse_positive_int, default=32, help="images per step, over all devices"
     )
+    parser.add_argument(
+        "--size", type=int, default=0, help="image height and width; 0: the network's"
+    )
+    parser.add_argument("--dtype", type=parse_dtype, default="float32", help="float32 or bfloat16")
     parser.add_argument("--mode", default="shard_map", choices=("shard_map", "pmap"))
-    parser.add_argument("--scan", action="store_true", help="a stage's repeats under nn.scan")
-    parser.add_argument("--remat", action="store_true", help="blocks computed again in backward")
+    parser.add_argument(
+        "--scan", action="store_true", help="run repeated blocks of a stage by nn.scan"
+    )
+    parser.add_argument(
+        "--remat", action="store_true", help="recompute blocks in the backward pass"
+    )
 
 
 def measure_steps(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Training and inference of each network. Compilation is timed, so no cache is used."""
+    """Training and inference steps of each network. Compilation is timed, without a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
-    asked = {name: True for name in ("scan", "remat") if getattr(args, name)}
-    models = {name: make_network(name, args, **asked) for name in args.model.split(",")}
+    fields = {name: True for name in ("scan", "remat") if getattr(args, name)}
+    models = {name: make_network(name, args, **fields) for name in args.model.split(",")}
     device0 = jax.devices()[0]
     best = device.find_peak(device0, args.dtype)
-    # The cores of a CPU are shared by however many devices are made of them.
+    # All of JAX's CPU devices share the cores.
     count = 1 if device0.platform == "cpu" else jax.device_count()
     total = best and best.flops * count
     if best is None:
         report.summary.append(
-            f"no MFU: the table of flax_cnns/analysis/device.py has no {args.dtype} peak of "
+            f"no MFU: flax_cnns/analysis/device.py has no {args.dtype} peak for "
             f"{device0.device_kind!r}"
         )
     else:
         report.summary.append(
-            f"MFU of {total / 1e12:.4g} TFLOP/s ({best.source}); a training step counts as three "
-            "forward passes, a MAC as two FLOPs"
+            f"MFU relative to {total / 1e12:.4g} TFLOP/s ({best.source}); a training step counts"
+            " as three forward passes, a MAC as two FLOPs"
         )
     for name, model in models.items():
         report.print_line(f"{name}: compiling")
@@ -207,7 +214,7 @@ def measure_steps(args: argparse.Namespace, report: BenchmarkReport) -> None:
                 kind: [row[kind]["images_per_second"] for row in report.rows]
                 for kind in ("training", "inference")
             },
-            "images a second",
+            "images per second",
         )
 
 
@@ -220,6 +227,7 @@ STEP_COLUMNS = (
 def measure_network(
     model: nn.Module, args: argparse.Namespace, peak: float | None
 ) -> dict[str, Any]:
+    """Times the steps of a network; returns its row of the report."""
     before = device.peak_memory(jax.devices()[0])
     began = time.perf_counter()
     trainee = Trainee(model, args.batch, mode=args.mode)
@@ -228,13 +236,13 @@ def measure_network(
     jax.block_until_ready(train())
     first = time.perf_counter() - began
     timing = dict(rounds=args.rounds, warmup=args.warmup, at_least=args.at_least)
-    found = time_candidates({"training": train}, **timing)
+    training_times = time_candidates({"training": train}, **timing)
     after = device.peak_memory(jax.devices()[0])
-    found_inference = time_candidates({"inference": trainee.make_inference_call()}, **timing)
+    inference_times = time_candidates({"inference": trainee.make_inference_call()}, **timing)
     counted = cost(model, (args.batch, *model.input_size))
     flops = 2 * counted.macs
-    training = Speed.of(found.median("training"), args.batch, 3 * flops, peak)
-    inference = Speed.of(found_inference.median("inference"), args.batch, flops, peak)
+    training = Speed.of(training_times.median("training"), args.batch, 3 * flops, peak)
+    inference = Speed.of(inference_times.median("inference"), args.batch, flops, peak)
     return {
         "batch": args.batch,
         "input_size": list(model.input_size),
@@ -245,11 +253,11 @@ def measure_network(
         "params": counted.params,
         "macs_per_image": counted.macs // args.batch,
         "peak_flops": peak,
-        "training": training._asdict() | found.as_dict()["training"],
-        "inference": inference._asdict() | found_inference.as_dict()["inference"],
-        # A device tells the most since the process began: this network's only if it is a new high.
-        "peak_memory": after if after is not None and after > before else None,
-        "program_memory": device.program_memory(compiled),  # of the training step, a device
+        "training": training._asdict() | training_times.as_dict()["training"],
+        "inference": inference._asdict() | inference_times.as_dict()["inference"],
+        # The peak since the start of the process; it is this network's only if it is a new one.
+        "peak_memory": after if after is not None and after > (before or 0) else None,
+        "program_memory": device.program_memory(compiled),  # of the training step, per device
         "init_seconds": trainee.init_seconds,
         "trace_seconds": trace_seconds,
         "compile_seconds": compile_seconds,
@@ -263,12 +271,14 @@ COMPILE_COLUMNS = ("model", "scan", "trace", "compile", "together", "init")
 
 
 def add_compile_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="cifar_resnet110", help="names of networks, by commas")
-    parser.add_argument("--batch", type=parse_positive_int, default=32)
-    parser.add_argument("--size", type=int, default=0, help="height and width; 0: the network's")
     parser.add_argument(
-        "--dtype", type=parse_dtype, default="float32", help="what computes, or bfloat16"
+        "--model", default="cifar_resnet110", help="names of networks, separated by commas"
     )
+    parser.add_argument("--batch", type=parse_positive_int, default=32)
+    parser.add_argument(
+        "--size", type=int, default=0, help="image height and width; 0: the network's"
+    )
+    parser.add_argument("--dtype", type=parse_dtype, default="float32", help="float32 or bfloat16")
     parser.add_argument("--scan", default="both", choices=("both", "on", "off"))
 
 
@@ -278,9 +288,8 @@ def measure_compilation(args: argparse.Namespace, report: BenchmarkReport) -> No
     scans = {"both": (False, True), "on": (True,), "off": (False,)}[args.scan]
     names = args.model.split(",")
     for name in names:
-        make_network(
-            name, args, **({} if scans == (False,) else {"scan": True})
-        )  # mistyped, no scan
+        # Reports unknown names, and networks without scan, before anything is compiled.
+        make_network(name, args, **({} if scans == (False,) else {"scan": True}))
     for name in names:
         for scan in scans:
             report.print_line(f"{name}, scan={scan}: compiling")

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Trains on a TPU pod slice: the same command on every host, which JAX joins by itself.
+# Trains on a TPU pod slice: runs the same command on every host, and JAX connects the hosts.
 #
 #   TPU=my-pod ZONE=europe-west4-a experiments/launch/tpu_pod.sh \
 #       --workdir=/mnt/shared/runs/resnet50 --config=configs/imagenet_resnet50.py
 #
-# Before: clone the repository into ~/flax_cnns on every host, `pip install -e . "jax[tpu]"` there, and
-# mount one NFS share (such as Filestore) for the run directory: a bucket has neither locks nor renames.
+# First, on every host: clone the repository into ~/flax_cnns, run `pip install -e . "jax[tpu]"`, and
+# mount one NFS share (such as Filestore) for the run directory. A bucket has no locks and no renames.
 
 set -euo pipefail
 : "${TPU:?the name of the TPU VM}" "${ZONE:?its zone}"
