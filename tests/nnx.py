@@ -104,7 +104,7 @@ def make_keys(seed: int = 0) -> Keys:
     return {name: jax.random.key(2 * seed + i) for i, name in enumerate(("dropout", "shared"))}
 
 
-def differ(ours: PyTree, theirs: PyTree) -> float:
+def find_max_difference(ours: PyTree, theirs: PyTree) -> float:
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs))
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
@@ -127,7 +127,7 @@ def compare(name: str, numbers: bool = False) -> Result:
             jax.jit(partial(run, model), compiler_options=options)(*args)
             for run in (run_linen, run_nnx)
         ]
-        difference = differ(*both)
+        difference = find_max_difference(*both)
     return Result(
         name=name,
         leaves=len(jax.tree.leaves(shapes)),
@@ -139,7 +139,7 @@ def compare(name: str, numbers: bool = False) -> Result:
     )
 
 
-def chosen(names: list[str]) -> list[str]:
+def select_networks(names: list[str]) -> list[str]:
     """Returns the named networks, or all. A network with several names is returned once."""
     if names:
         return names
@@ -149,13 +149,13 @@ def chosen(names: list[str]) -> list[str]:
 HEAD = ("network", "leaves", "moving", "heads", "program", "difference", "seconds")
 
 
-def row(r: Result) -> tuple[str, ...]:
+def format_row(r: Result) -> tuple[str, ...]:
     program = "same" if r.program else "ANOTHER"
     difference = "" if r.difference is None else f"{r.difference:.1e}"
     return (r.name, *map(str, r[1:4]), program, difference, f"{r.seconds:.1f}")
 
 
-def show(cells: tuple[str, ...]) -> None:
+def print_row(cells: tuple[str, ...]) -> None:
     print("{:<36}{:>8}{:>8}{:>7}{:>9}{:>12}{:>9}".format(*cells), flush=True)
 
 
@@ -166,16 +166,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--numbers", action="store_true", help="compute all of them")
     args = parser.parse_args(argv)
     try:
-        names = chosen(args.names)
+        names = select_networks(args.names)
         for name in names:
             create_model(name)
     except UserError as error:
         parser.error(str(error))
-    show(HEAD)
+    print_row(HEAD)
     results = []
     for name in names:
         results.append(compare(name, args.numbers))
-        show(row(results[-1]))
+        print_row(format_row(results[-1]))
         jax.clear_caches()
     failed = [r.name for r in results if not r.passed]
     print(f"{len(results) - len(failed)} of {len(results)} pass (limit {LIMIT:g})")

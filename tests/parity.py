@@ -1,15 +1,16 @@
-"""Compares every network with other libraries: same weights, same images, same logits?
+"""Compares our networks with those of other libraries: same weights, same images, same logits?
 
-    python -m tests.parity --all               # every pair in turn; resumes where it stopped
+    python -m tests.parity --all               # every pair, one at a time; resumes if interrupted
     python -m tests.parity resnet50 nin_cifar10    # some networks, with every source
-    python -m tests.parity --all --again       # start again
-    python -m tests.parity resnet50 --csv      # also write experiments/results/parity.csv
+    python -m tests.parity --all --again       # starts over
+    python -m tests.parity resnet50 --csv      # updates experiments/results/parity.csv
     pip install torch==2.13.0 keras==3.15 && pip install --no-deps torchvision==0.28.0 timm==1.0.31
 
-Every tensor of the other network is redrawn and converted by `flax_cnns.weights.convert`. Then both
-networks evaluate four images in float32. Difference: the largest difference of the logits, divided
-by their standard deviation over the images (root mean square over the classes). A pair passes with
-at most 1e-4. Control: the difference after one tensor was redrawn, which must not pass.
+Every tensor of the other network gets random values, and `flax_cnns.weights.convert` converts them
+to our variables. Both networks then evaluate four images in float32. "Difference" is the largest
+difference of logits, divided by their standard deviation over the images (root mean square over the
+classes). A pair passes with at most 1e-4. "Control" is the difference after one of the tensors was
+drawn again, which must not pass.
 """
 
 from __future__ import annotations
@@ -42,69 +43,75 @@ from tests.models.straight.cases import CASES, MORE, Case, in_numpy, redrawn
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "experiments/results/parity.csv"
 ORDER = ("torchvision", "timm", "Keras", "NumPy")
-DISPLAY_NAMES = {"keras": "Keras"}  # in the table
+LIBRARY_NAMES = {"keras": "Keras"}  # in the recorded table
 LIMIT = 1e-4
-MAX_PIXELS = 331  # EfficientNets for larger images are compared at this size
+MAX_IMAGE_SIZE = 331  # pixels; EfficientNets for larger images are compared at this size
 
 NUMPY = {case.name: case for case in CASES + MORE}
 
 
 class Result(NamedTuple):
+    """The comparison of a network with one source."""
+
     name: str
     source: str
     params: int
     size: int
-    spread: float  # of the logits over the images; zero for a constant output
+    spread: float  # standard deviation of the logits over the images; 0 if they are constant
     scale: float  # root mean square of the logits
-    difference: float  # the largest difference, divided by `spread`
-    control: float  # the same with one tensor redrawn
-    redrawn: str  # name of that tensor
+    difference: float  # largest difference of logits / spread
+    control: float  # the difference after one tensor was drawn again
+    redrawn: str  # the name of this tensor
     seconds: float
 
     @property
     def passed(self) -> bool:
-        alive = self.spread > 1e-3 * self.scale
-        return alive and self.difference <= LIMIT < self.control
+        varies = self.spread > 1e-3 * self.scale
+        return varies and self.difference <= LIMIT < self.control
 
 
 def sources_of(name: str) -> tuple[str, ...]:
-    """Returns the sources that `model_info` has, without tracing the network. Raises `UserError`
-    for an unknown name."""
+    """Returns `model_info(name).sources` without tracing. Raises `UserError` for unknown names."""
     create_model(name)
     family = import_module(f"flax_cnns.models.{FAMILY_OF[name]}")
     return getattr(family, "SOURCES", {}).get(name, ())
 
 
-def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Returns (network, source) for each network with an independent implementation."""
+def list_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Lists (network, source) of all networks in `names` that have other implementations."""
     sources = {name: (*sources_of(name), *["NumPy"] * (name in NUMPY)) for name in names}
-    # tests/weights compares efficientnet_lite through its published weights.
-    sources = {name: [s for s in of if s != "efficientnet_lite"] for name, of in sources.items()}
-    return [(name, source) for name in sources for source in sources[name]]
+    # tests/weights compares with the package efficientnet_lite, by its published weights.
+    return [
+        (name, source)
+        for name in sources
+        for source in sources[name]
+        if source != "efficientnet_lite"
+    ]
 
 
-def every_pair() -> list[tuple[str, str]]:
-    """Returns the pairs of `list_models()`. A network with several names has each source once."""
+def list_all_pairs() -> list[tuple[str, str]]:
+    """Lists the pairs of all networks; a network with several names occurs once per source."""
     first = {
         (create_model(name), source): (name, source)
-        for name, source in reversed(pairs(list_models()))
+        for name, source in reversed(list_pairs(list_models()))
     }
     return sorted(first.values())
 
 
 def spread(logits: np.ndarray) -> float:
-    """Returns the standard deviation of [N K] over images, as root mean square over classes."""
+    """Returns the standard deviation over the images [N K], root mean square over the classes."""
     return float(np.sqrt(np.mean(np.var(logits, axis=0))))
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Returns the largest difference of logits [N K], divided by their spread."""
     return float(np.abs(ours - theirs).max() / spread(theirs))
 
 
 def disturb(
     tensors: Mapping[str, np.ndarray], name: str, source: str, gain: float = 2.0
 ) -> dict[str, np.ndarray]:
-    """Returns the tensors with one of them redrawn."""
+    """Returns the tensors with the one called `name` drawn again."""
     return {**tensors, name: foreign.redraw(f"again.{name}", tensors[name].shape, source, gain)}
 
 
@@ -117,7 +124,7 @@ def compare(
     n: int = 4,
     **fields: Any,
 ) -> Result:
-    """Compares our network `name`, with fields, with the other library's network."""
+    """Compares our network `name` with these fields to the other library's network."""
     began = time.perf_counter()
     info, x = model_info(name), foreign.images(n, size, create_model(name).input_size[-1])
     theirs = foreign.logits(live, x, source)
@@ -175,7 +182,7 @@ def compare_numpy(case: Case) -> Result:
 def used_tensors(
     name: str, source: str, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]
 ) -> list[str]:
-    """Returns the tensors that evaluation uses: all but those of auxiliary heads."""
+    """Lists the tensors that evaluation uses: all but those of auxiliary heads."""
     marks = {key: np.full(np.shape(a), i, np.float32) for i, (key, a) in enumerate(tensors.items())}
     variables = convert(name, marks, source, **fields)
     for collection in variables.values():
@@ -185,20 +192,19 @@ def used_tensors(
     return [keys[int(leaf.flat[0])] for leaf in jax.tree.leaves(variables)]
 
 
-def code(name: str, source: str) -> str:
-    """Returns a digest of the files that a pair's result depends on. If one of them changes, the
-    pair is compared again."""
+def hash_code(name: str, source: str) -> str:
+    """Hashes the files that a pair's result depends on; if one changes, it is compared again."""
     package, tests = ROOT / "flax_cnns", Path(__file__).parent
     families = [FAMILY_OF[name]]
     theirs = ("__init__", "builders", *families)
     files = {Path(__file__), *(tests / f"models/foreign/{file}.py" for file in theirs)}
     files |= {*(package / "layers").rglob("*.py")}
     files |= {package / "weights/__init__.py", package / "weights/name_maps.py"}
-    for family in families:  # the loop adds the families that each family imports
+    for family in families:  # grows by the families that each file imports
         path = package / f"models/{family}.py"
         files |= {path, package / f"weights/{family}.py"}
-        found = re.findall(r"from flax_cnns\.models(?:\.| import )(\w+)", path.read_text())
-        families += [other for other in found if other not in families]
+        imported = re.findall(r"from flax_cnns\.models(?:\.| import )(\w+)", path.read_text())
+        families += [other for other in imported if other not in families]
     if source == "NumPy":
         files |= {*(tests / "models/straight").glob("*.py")}
     digest = hashlib.sha256()
@@ -207,7 +213,7 @@ def code(name: str, source: str) -> str:
     return digest.hexdigest()
 
 
-def table(results: list[Result]) -> str:
+def format_table(results: list[Result]) -> str:
     rows = [("network", "source", "parameters", "size", "max |difference| / std", "control", "")]
     for r in results:
         verdict = "" if r.passed else "FAILS "
@@ -223,15 +229,15 @@ def table(results: list[Result]) -> str:
     )
 
 
-def enter(results: Iterable[Result], path: Path) -> None:
-    """Writes the rows into the table at `path` and replaces older rows of the same pairs."""
+def update_table(results: Iterable[Result], path: Path) -> None:
+    """Writes the rows into the table at `path`, replacing older rows of the same pairs."""
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     table = {tuple(row[:2]): row for row in rows}
     for r in results:
-        beside = DISPLAY_NAMES.get(r.source, r.source)
+        library = LIBRARY_NAMES.get(r.source, r.source)
         numbers = f"{r.difference:.1e}", f"{r.control:.1e}"
-        table[r.name, beside] = [r.name, beside, str(r.params), str(r.size), *numbers]
+        table[r.name, library] = [r.name, library, str(r.params), str(r.size), *numbers]
     ordered = sorted(table.values(), key=lambda row: (ORDER.index(row[1]), row[0]))
     path.write_text("".join(f"{','.join(row)}\n" for row in [header, *ordered]))
 
@@ -239,37 +245,37 @@ def enter(results: Iterable[Result], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("names", nargs="*", help="networks of ours")
-    parser.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--csv", action="store_true", help="enter the rows in the recorded table")
-    parser.add_argument("--again", action="store_true", help="forget what is known")
+    parser.add_argument("names", nargs="*", help="names of our networks")
+    parser.add_argument("--all", action="store_true", help="all networks")
+    parser.add_argument("--csv", action="store_true", help="update the recorded table")
+    parser.add_argument("--again", action="store_true", help="ignore earlier results")
     parser.add_argument("--results", type=Path, default=ROOT / "runs/parity.json")
     args = parser.parse_args(argv)
     if not args.names and not args.all:
         parser.error("expected names of networks, or --all")
     try:
-        chosen = every_pair() if args.all else pairs(args.names)
+        chosen = list_all_pairs() if args.all else list_pairs(args.names)
     except UserError as e:
         parser.error(str(e))
     compared = {name for name, _ in chosen}
-    if alone := sorted(set(args.names) - compared):
-        parser.error(f"there is nothing to compare with for {', '.join(alone)}")
-    saved = {}  # {"resnet18 torchvision": [code, *result]}
+    if unpaired := sorted(set(args.names) - compared):
+        parser.error(f"no other implementation of {', '.join(unpaired)}")
+    saved: dict[str, list[Any]] = {}  # {"resnet18 torchvision": [hash, *result]}
     if args.results.is_file() and not args.again:
         saved = json.loads(args.results.read_text())
-    versions = {pair: code(*pair) for pair in chosen}
+    versions = {pair: hash_code(*pair) for pair in chosen}
     missing = [p for p in chosen if saved.get(" ".join(p), [None])[0] != versions[p]]
     for i, (name, source) in enumerate(missing, 1):
         print(f"{i}/{len(missing)} {name} from {source} ...", file=sys.stderr, flush=True)
         if source == "NumPy":
             result = compare_numpy(NUMPY[name])
         else:
-            size = min(create_model(name).input_size[0], MAX_PIXELS)
+            size = min(create_model(name).input_size[0], MAX_IMAGE_SIZE)
             try:
                 theirs = foreign.build(name, source, size)
                 live = foreign.load(theirs, source, foreign.gain(name))
             except (UserError, ImportError) as e:
-                parser.error(f"{source} cannot be had: {e}; --help says what to install")
+                parser.error(f"cannot import {source}: {e}; --help shows what to install")
             result = compare(name, source, live, size)
             del live, theirs
         jax.clear_caches()
@@ -279,13 +285,13 @@ def main(argv: list[str] | None = None) -> int:
         partial.write_text(json.dumps(saved, indent=1))
         partial.replace(args.results)
     results = [Result(*saved[" ".join(pair)][1:]) for pair in chosen]
-    print(table(results))
+    print(format_table(results))
     if args.csv:
-        enter(results, TABLE)
+        update_table(results, TABLE)
     failed = [r for r in results if not r.passed]
     print(f"{len(results) - len(failed)} of {len(results)} pass (limit {LIMIT:g})")
     if args.all and (others := [name for name in list_models() if name not in compared]):
-        print(f"proven by their counts and by what they share with these: {', '.join(others)}")
+        print(f"tested only by counts and by shared code: {', '.join(others)}")
     return 1 if failed else 0
 
 

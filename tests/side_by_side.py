@@ -1,12 +1,12 @@
-"""Checks that old runs continue bit-exactly: compares an old commit with the current code.
+"""Compares the current code with an old commit: old runs continue with bit-identical results.
 
     python -m tests.side_by_side [--old=132764f] [--keep=FOLDER]
 
-The old commit, in a separate worktree, begins three runs and is interrupted. Each run is then
-finished twice: by the old commit, and as a copy by the current code. Each of them evaluates its
-finished run and predicts with it. The current code also evaluates and predicts with the run of the
-old commit. Parameters, optimizer states, statistics, logs (except times), evaluations and
-predictions must be equal. Prints the differences and exits with 1 if there are any.
+The old commit, in its own worktree, starts three runs and is interrupted. Then the old commit
+finishes each run, and the current code finishes a copy. Both evaluate their run and predict with
+it; the current code does the same with the run of the old commit. Parameters, optimizer states,
+statistics, logged values (except times), evaluations and predictions must be equal. Prints the
+differences and exits with code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMMON = {
     "train.duration": "16 steps",
     "log.tensorboard": False,
 }
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # name: (step of the interruption, fields)
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # (step of the interruption, fields)
     "regularized_lenet": (
         7,
         {
@@ -110,7 +110,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # name: (step of the interrupti
 OLDER_NAMES = {"make_predictor_from_run": "from_run"}
 
 
-def _find(name: str, *modules: str) -> Any:
+def _import_from_any(name: str, *modules: str) -> Any:
+    """Imports `name` from the first of `modules` that exists: the commits differ."""
     for module in modules:
         with contextlib.suppress(ImportError):
             found = importlib.import_module(module)
@@ -132,34 +133,42 @@ def _make_config(name: str, scratch: pathlib.Path) -> Any:
     return config
 
 
-def begin(name: str, workdir: pathlib.Path, scratch: pathlib.Path) -> None:
-    """Begins a run and interrupts it."""
+def begin_run(name: str, workdir: pathlib.Path, scratch: pathlib.Path) -> None:
+    """Starts a run, which is then interrupted."""
     from flax_cnns import run
 
     places = ("flax_cnns.runtime.preemption", "flax_cnns.preemption")
-    signals, preempted = _find("Signals", *places), _find("Preempted", *places)
-    whole, at = signals.should_stop, RUNS[name][0]
-    signals.should_stop = lambda self, step: step == at
+    signals, preempted = (
+        _import_from_any("Signals", *places),
+        _import_from_any("Preempted", *places),
+    )
+    should_stop, last_step = signals.should_stop, RUNS[name][0]
+    signals.should_stop = lambda self, step: step == last_step
     try:
         run(_make_config(name, scratch), workdir)
     except preempted:
         return
     finally:
-        signals.should_stop = whole
+        signals.should_stop = should_stop
     raise SystemExit(f"{name} was not interrupted")
 
 
-def finish(name: str, workdir: pathlib.Path, scratch: pathlib.Path) -> None:
+def finish_run(name: str, workdir: pathlib.Path, scratch: pathlib.Path) -> None:
     from flax_cnns import run
 
     run(_make_config(name, scratch), workdir)
 
 
-def look(workdir: pathlib.Path, scratch: pathlib.Path, out: pathlib.Path) -> None:
-    """Evaluates a finished run, predicts with it, and writes the results to `out`."""
-    evaluate_run = _find("evaluate_run", "flax_cnns.runs.evaluate", "flax_cnns.experiment")
+def record_outputs(workdir: pathlib.Path, scratch: pathlib.Path, out: pathlib.Path) -> None:
+    """Writes evaluations and predictions of a finished run to `out`."""
+    evaluate_run = _import_from_any(
+        "evaluate_run", "flax_cnns.runs.evaluate", "flax_cnns.experiment"
+    )
     places = ("flax_cnns.runs.predict", "flax_cnns.prediction")
-    from_run, predict = _find("make_predictor_from_run", *places), _find("predict", *places)
+    from_run, predict = (
+        _import_from_any("make_predictor_from_run", *places),
+        _import_from_any("predict", *places),
+    )
     found = [evaluate_run(workdir), evaluate_run(workdir, split="validation", checkpoint="best")]
     predictor = from_run(workdir)
     photos = sorted((scratch / "images").glob("*/0*.png"))[::5]
@@ -167,25 +176,25 @@ def look(workdir: pathlib.Path, scratch: pathlib.Path, out: pathlib.Path) -> Non
     out.write_text(json.dumps(found))
 
 
-def child(task: str, scratch: pathlib.Path) -> None:
+def run_child(task: str, scratch: pathlib.Path) -> None:
     old, new = scratch / "old", scratch / "new"
     if task == "old":
         for name in RUNS:
-            begin(name, old / name, scratch)
+            begin_run(name, old / name, scratch)
             shutil.copytree(old / name, new / name)
-            finish(name, old / name, scratch)
-            look(old / name, scratch, scratch / f"{name}.old_by_old.json")
+            finish_run(name, old / name, scratch)
+            record_outputs(old / name, scratch, scratch / f"{name}.old_by_old.json")
         return
     for name in RUNS:
-        finish(name, new / name, scratch)
-        look(new / name, scratch, scratch / f"{name}.new_by_new.json")
-        look(old / name, scratch, scratch / f"{name}.old_by_new.json")
+        finish_run(name, new / name, scratch)
+        record_outputs(new / name, scratch, scratch / f"{name}.new_by_new.json")
+        record_outputs(old / name, scratch, scratch / f"{name}.old_by_new.json")
 
 
 # ---------------------------------------------------------------------------- the comparison
 
 
-def start(task: str, tree: pathlib.Path, scratch: pathlib.Path) -> None:
+def start_child(task: str, tree: pathlib.Path, scratch: pathlib.Path) -> None:
     env = os.environ | {
         "PYTHONPATH": str(tree),
         "JAX_PLATFORMS": "cpu",
@@ -203,14 +212,14 @@ def start(task: str, tree: pathlib.Path, scratch: pathlib.Path) -> None:
         sys.exit(f"{task} failed:\n{log.read_text()[-3000:]}")
 
 
-def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
     return [record for record in found if set(record) != {"step"}]
 
 
 def compare(name: str, scratch: pathlib.Path) -> list[str]:
-    """Returns the differences."""
+    """Lists what differs between the two runs."""
     import numpy as np
 
     from flax_cnns.checkpoint import finding, reading
@@ -230,7 +239,7 @@ def compare(name: str, scratch: pathlib.Path) -> list[str]:
             x, y = np.asarray(a[path]), np.asarray(b[path])
             if x.dtype != y.dtype or x.tobytes() != y.tobytes():
                 differs.append(f"step {step}: {path}")
-    if records(old) != records(new):
+    if read_records(old) != read_records(new):
         differs.append("metrics.jsonl")
     first, second = (
         {
@@ -243,8 +252,8 @@ def compare(name: str, scratch: pathlib.Path) -> list[str]:
     differs += [
         f"summary.json: {key}" for key in first | second if first.get(key) != second.get(key)
     ]
-    if files(old) != files(new):
-        differs.append(f"files: {sorted(files(old) ^ files(new))}")
+    if list_files(old) != list_files(new):
+        differs.append(f"files: {sorted(list_files(old) ^ list_files(new))}")
     for file in ("config.json", "dataset.json"):
         if json.loads((old / file).read_text()) != json.loads((new / file).read_text()):
             differs.append(file)
@@ -258,26 +267,29 @@ def compare(name: str, scratch: pathlib.Path) -> list[str]:
         ):
             if a != b:
                 differs.append(f"{which}: {what}")
+    steps, count = finding.all_steps(old), len(read_records(old))
     print(
-        f"{name}: steps {finding.all_steps(old)}, {leaves} leaves, {len(records(old))} records, "
+        f"{name}: steps {steps}, {leaves} leaves, {count} records, "
         f"test accuracy {first['test/accuracy']:.3f}: {'differs' if differs else 'equal'}"
     )
     return [f"{name}: {text}" for text in differs]
 
 
-def files(workdir: pathlib.Path) -> set[str]:
+def list_files(workdir: pathlib.Path) -> set[str]:
     return {p.name for p in workdir.glob("*")} | {p.name for p in workdir.glob("checkpoints/*/*")}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--old", default="132764f", help="the commit that begins the runs")
-    parser.add_argument("--keep", type=pathlib.Path, help="a new folder, which stays")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--old", default="132764f", help="the commit that starts the runs")
+    parser.add_argument(
+        "--keep", type=pathlib.Path, help="a new folder for the runs, which is kept"
+    )
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        sys.path.pop(0)  # this folder, whose `data` and `train` could hide modules of the code
-        child(args.child, args.keep)
+        sys.path.pop(0)  # this folder: its `data` and `train` would hide others
+        run_child(args.child, args.keep)
         return 0
     from tests.freeze import make_folder
 
@@ -288,10 +300,10 @@ def main() -> int:
         tree, git = pathlib.Path(temporary) / "tree", ["git", "-C", str(ROOT), "worktree"]
         subprocess.check_call([*git, "add", "--quiet", "--detach", str(tree), args.old])
         try:
-            start("old", tree, scratch)
+            start_child("old", tree, scratch)
         finally:
             subprocess.check_call([*git, "remove", "--force", str(tree)])
-        start("new", ROOT, scratch)
+        start_child("new", ROOT, scratch)
         differs = [text for name in RUNS for text in compare(name, scratch)]
     print(*differs, sep="\n", end="\n" if differs else "")
     return 1 if differs else 0

@@ -1,10 +1,10 @@
-"""The comparisons that are recorded, one a family: small, always run, and without the library.
+"""The recorded comparisons with other libraries, one per family. They run without the library.
 
     python -m tests.models.make_reference [FAMILY ...]     # needs torchvision, timm or Keras
 
-writes `reference/FAMILY.npz`: the other network's names and shapes of tensors (their values follow
-by rule), its logits, and of a training step the loss and for each of our leaves the gradient's (or
-the new statistic's) norm and its product with a random direction.
+writes `reference/FAMILY.npz`. The file holds the names and shapes of the other network's tensors
+(a rule gives their values), its logits, and for a training step the loss and two numbers for each
+of our leaves: the norm of its gradient (or new statistic), and the product with a random direction.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ AUX_WEIGHT = 0.3
 
 
 class Outputs(NamedTuple):
-    """What both sides compute. Leaves are in the order of our sorted paths."""
+    """What both networks compute. Leaves are in the order of our sorted paths."""
 
     logits: np.ndarray  # [N K], in evaluation
     loss: float | None = None  # of a training step without dropout
-    leaves: np.ndarray | None = None  # [leaves 2]: of gradient or statistic (norm, product)
+    leaves: np.ndarray | None = None  # [leaves 2]: norm and product of gradient or statistic
 
 
 def _measures(tree: dict[str, dict]) -> np.ndarray:
@@ -51,8 +51,8 @@ def _batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return foreign.images(4, case.size, channels), np.array([1, 0, 3, 2])
 
 
-def theirs(case: Case) -> tuple[dict[str, np.ndarray], Outputs]:
-    """The tensors and what the live network makes of them."""
+def run_theirs(case: Case) -> tuple[dict[str, np.ndarray], Outputs]:
+    """Returns the other network's tensors and what it computes with them."""
     model = foreign.build(case.name, case.source) if case.build is None else case.build()
     live = foreign.load(model, case.source, foreign.gain(case.name))
     x, labels = _batch(case)
@@ -64,21 +64,23 @@ def theirs(case: Case) -> tuple[dict[str, np.ndarray], Outputs]:
     return live.tensors, Outputs(logits, step["loss"], _measures(tree))
 
 
-def ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Callable]:
-    """What we compute, and the function that gave the logits: variables -> [N K]."""
+def run_ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Callable]:
+    """Returns what our network computes, and the function variables -> logits [N K]."""
     variables, (x, labels) = convert(case.name, tensors, case.source, **case.fields), _batch(case)
     classes = variables["params"]["head"]["kernel"].shape[-1]
     model = create_model(case.name, **case.fields, num_classes=classes)
-    # Nearly all of the time is the compiler's.
+    # Compiling takes nearly all of the time.
     options = {"xla_backend_optimization_level": 0}
     apply = jax.jit(lambda v: model.apply(v, x), compiler_options=options)
     logits = np.asarray(apply(variables))
     if not case.train:
         return Outputs(logits), apply
-    still = model.clone(**{f: 0.0 for f in ("dropout", "aux_dropout") if hasattr(model, f)})
+    without_dropout = model.clone(
+        **{f: 0.0 for f in ("dropout", "aux_dropout") if hasattr(model, f)}
+    )
 
     def loss_fn(params):
-        out, state = still.apply(
+        out, state = without_dropout.apply(
             {"params": params, "batch_stats": variables["batch_stats"]},
             x,
             train=True,
@@ -86,8 +88,8 @@ def ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Callab
         )
         heads = [(1.0, out), *((AUX_WEIGHT, v) for v in jax.tree.leaves(state.get("aux_logits")))]
         loss = 0.0
-        for weight, each in heads:
-            picked = jnp.take_along_axis(jax.nn.log_softmax(each), labels[:, None], 1)
+        for weight, head_logits in heads:
+            picked = jnp.take_along_axis(jax.nn.log_softmax(head_logits), labels[:, None], 1)
             loss -= weight * jnp.mean(picked)
         return loss, state["batch_stats"]
 
@@ -97,8 +99,8 @@ def ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Callab
     return Outputs(logits, float(loss), _measures(tree)), apply
 
 
-def check(got: Outputs, wanted: Outputs) -> None:
-    """Raises AssertionError unless both are the same network's."""
+def check_outputs(got: Outputs, wanted: Outputs) -> None:
+    """Raises AssertionError unless both come from the same network."""
     spread = np.sqrt(np.mean(np.var(wanted.logits, axis=0)))
     assert spread > 1e-3 * np.sqrt(np.mean(wanted.logits**2)), "a constant output proves nothing"
     assert np.abs(got.logits - wanted.logits).max() <= 1e-4 * spread
@@ -107,7 +109,7 @@ def check(got: Outputs, wanted: Outputs) -> None:
     np.testing.assert_allclose(got.loss, wanted.loss, rtol=1e-4)
     norms = wanted.leaves[:, 0]
     assert (norms > 0).all(), "a leaf without a gradient proves nothing"
-    # Small gradients of large sums: a difference counts against the larger of both.
+    # The second term allows for small gradients that are sums of large numbers.
     error = np.abs(got.leaves - wanted.leaves).max(1)
     assert (error <= 2e-3 * norms + 1e-6 * np.linalg.norm(norms)).all()
 

@@ -1,4 +1,4 @@
-"""Parameters of a network, counted quickly: each kind of module is traced once a process."""
+"""Counts the parameters of a network quickly: each kind of module is traced once per process."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# (a module's class and fields, shapes of its arguments) -> (parameters, what it returns).
+# (class and fields of a module, shapes of its arguments) -> (number of parameters, return value).
 _SEEN: dict[Any, tuple[int, Any]] = {}
 
 
 def count_params(model: nn.Module) -> int:
-    """As many as `model_info` finds, which traces every block of a network of a thousand layers.
+    """Counts trainable parameters as `model_info` does, without tracing every block.
 
-    A module with the fields of another one that is given arrays of the same shapes has as many
-    parameters as that, and returns as much. Where a module's fields cannot be compared, it is
-    traced.
+    Modules with equal fields and equal shapes of arguments have equally many parameters and return
+    equal shapes, so only the first of them is traced. Modules whose fields cannot be compared are
+    all traced.
     """
     counts = [0]  # of the modules whose calls have not returned, outermost first
     inside: list[nn.Module] = []
@@ -27,7 +27,7 @@ def count_params(model: nn.Module) -> int:
 
     def note(call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        # `super().__call__` of a subclass comes here again, with the same module.
+        # A subclass's `super().__call__` arrives here again, with the same module.
         if context.method_name != "__call__" or any(module is outer for outer in inside):
             return call(*args, **kwargs)
         is_new = module.path not in paths  # a module that is called twice counts once
@@ -48,7 +48,7 @@ def count_params(model: nn.Module) -> int:
             _SEEN[key] = params, jax.tree.map(_shape, given)
         return given
 
-    # Tracing the random numbers of all kernels would take almost half of the time.
+    # Zero kernels, since tracing their random numbers takes almost half of the time.
     blank = model.clone(kernel_init=nn.initializers.zeros)
     images = jnp.zeros((1, *model.input_size))
     with nn.intercept_methods(note):
@@ -61,7 +61,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _key(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    """What decides on a module's parameters; None if that cannot be hashed."""
+    """Returns what determines a module's parameters, or None if it cannot be hashed."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     shapes = [_shape(leaf) if hasattr(leaf, "dtype") else leaf for leaf in leaves]
     try:

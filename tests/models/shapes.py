@@ -1,4 +1,4 @@
-"""What every module of a network gives, by shapes alone."""
+"""Traces networks for the output shapes of their modules, without computing anything."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ FAMILY_OF = {
 
 
 def blank_model(name: str, **fields: Any) -> nn.Module:
-    """The network, its kernels 0 at first: tracing random numbers takes half of the time."""
+    """Creates the network with zero kernels: tracing random numbers takes half of the time."""
     model = create_model(name, **fields)
-    chosen = {"init", "kernel_init"} & set(fields)
-    return model if chosen else model.clone(kernel_init=nn.initializers.zeros)
+    has_own_init = {"init", "kernel_init"} & set(fields)
+    return model if has_own_init else model.clone(kernel_init=nn.initializers.zeros)
 
 
 def capture_shapes(name: str, height: int, width: int | None = None, /, **fields: Any) -> tuple:
-    """(the output's shape and dtype, {path: shape of what the module there gives}) for two images
-    of `height` by `width`, square without it. Auxiliary heads are among the paths."""
+    """Returns the output's shape and dtype, and {path: shape of the module's output}.
+
+    For two images of `height` x `width`, by default square. Includes auxiliary heads.
+    """
     model = blank_model(name, **fields)
     shape = (2, height, height if width is None else width, 3)
 
@@ -44,7 +46,7 @@ def capture_shapes(name: str, height: int, width: int | None = None, /, **fields
 
 
 def variable_shapes(name: str, **fields: Any) -> dict[str, Any]:
-    """Shapes of a network's "params" and "batch_stats"."""
+    """Returns the shapes of a network's "params" and "batch_stats"."""
     model = blank_model(name, **fields)
     return jax.eval_shape(lambda key: init_variables(model, key), jax.random.key(0))
 
@@ -52,12 +54,12 @@ def variable_shapes(name: str, **fields: Any) -> dict[str, Any]:
 def capture_modules(
     name: str, size: int, /, train: bool = False, **fields: Any
 ) -> dict[str, nn.Module]:
-    """{path: the module that was called there, with its fields} for two images."""
-    model, found = blank_model(name, **fields), {}
+    """Returns {path: module} of all modules that are called for two images."""
+    model, modules = blank_model(name, **fields), {}
 
     def note(call, args, kwargs, context):
         if context.method_name == "__call__":
-            found["/".join(context.module.path)] = context.module
+            modules["/".join(context.module.path)] = context.module
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
@@ -65,16 +67,16 @@ def capture_modules(
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
         rngs = dict.fromkeys(("params", "dropout", "shared"), key)
         jax.eval_shape(lambda rngs, images: model.init(rngs, images, train=train), rngs, images)
-    return found
+    return modules
 
 
 def norms_starting_at_zero(modules: dict[str, nn.Module]) -> set[str]:
-    """Paths of the BatchNorms among `called`'s whose scales start at 0."""
+    """Returns the paths of the BatchNorms in `modules` whose scales start at 0."""
     norms = {path: m for path, m in modules.items() if isinstance(m, nn.BatchNorm)}
     return {path for path, norm in norms.items() if norm.scale_init is nn.initializers.zeros}
 
 
 @cache
 def cost_of(name: str, **fields: Any) -> Cost:
-    """`cost` of a network, traced once a process."""
+    """Returns the `cost` of a network, which is traced once per process."""
     return cost(blank_model(name, **fields))

@@ -1,7 +1,7 @@
-"""What every network promises: a few small networks a family, and the count of every variant.
+"""What every network promises, on a few small networks per family, and the count of every variant.
 
-The networks and what their families offer are data: networks.py and published.py. Shapes are
-traced, once a network and call, at its smallest images; nothing is compiled.
+The networks are in networks.py, the counts in published.py. Each network is traced once per kind of
+call, with the smallest images that it takes; nothing is compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.models.published import PUBLISHED, UNVERIFIED
 from tests.models.shapes import FAMILY_OF, blank_model, cost_of
 
 ROWS = {row.name: row for rows in NETWORKS.values() for row in rows}
-# Fields that change no parameter: a network that has one of them says so in its options.
+# Fields that change no parameter; the options of a network must cover those that it has.
 OPTIONS = {
     *("dropout", "aux_dropout", "input_dropout", "saf_rate", "drop_path", "shake_drop"),
     *("level", "scan", "remat", "momentum", "epsilon", "zero_init"),
@@ -35,8 +35,10 @@ OPTIONS = {
 
 
 def by_family(names: Iterable[str]) -> list[Any]:
-    """Test parameters whose ids begin with the family: conftest.py takes them to the worker that
-    has the family's own tests."""
+    """Makes test parameters with ids that begin with the family.
+
+    conftest.py sends them to the worker that runs the family's own tests.
+    """
     return [pytest.param(name, id=f"{FAMILY_OF.get(name)}/{name}") for name in names]
 
 
@@ -44,15 +46,15 @@ every_network = pytest.mark.parametrize("name", by_family(ROWS))
 
 
 class Call(NamedTuple):
-    """What a call gives, as shapes, and what it does."""
+    """A traced call: shapes of its results, and its program."""
 
     out: Any
-    variables: Any  # after it, by path; what is sown too
+    variables: Any  # after the call, by path, with what it sows
     program: Any  # the jaxpr
 
 
 def small(row: Network, **fields: Any) -> nn.Module:
-    """The network of a row with few layers, for its smallest images; kernels start at 0."""
+    """Makes a row's network with few layers, for its smallest images; kernels start at 0."""
     channels = create_model(row.name).input_size[-1]
     given = {"input_size": (row.smallest, row.smallest, channels), "num_classes": 5}
     return blank_model(row.name, **given | dict(row.fields) | fields)
@@ -74,14 +76,14 @@ STREAMS = {name: KEY for name in ("params", "dropout", "shared")}
 
 @cache
 def initialized(name: str) -> Call:
-    """As a run does it: one key, `train=False`."""
+    """Initializes as a run does: one key, `train=False`."""
     model = small(ROWS[name])
     return traced(lambda key, x: model.init_with_output(key, x), KEY, images_of(model))
 
 
 @cache
 def trained(name: str) -> Call:
-    """From the start in training, in bfloat16 and with all that the network offers turned on."""
+    """Initializes in training, in bfloat16 and with all options of the network turned on."""
     row = ROWS[name]
     model = small(row, dtype="bfloat16", **row.options)
 
@@ -93,7 +95,7 @@ def trained(name: str) -> Call:
 
 @cache
 def evaluated(name: str) -> Call:
-    """Without a random stream."""
+    """Evaluates without a random stream."""
     model = small(ROWS[name])
 
     def run(variables, x):
@@ -103,7 +105,7 @@ def evaluated(name: str) -> Call:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All of a program's, those of inner programs too."""
+    """Yields all equations of a program and of its inner programs."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -111,7 +113,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def is_random(jaxpr: Any) -> bool:
-    """Whether a program draws numbers, or calls back to Python."""
+    """Returns whether a program draws random numbers, or calls back to Python."""
     names = {equation.primitive.name for equation in equations(jaxpr)}
     return any(re.match("random_|rng_|threefry", name) or "callback" in name for name in names)
 
@@ -122,16 +124,20 @@ def is_sown(path: str) -> bool:
 
 def test_every_family_has_a_row():
     where = "tests/models/networks.py: expected"
-    assert set(NETWORKS) == set(FAMILY_OF.values()), f"{where} each family, and no other"
+    assert set(NETWORKS) == set(FAMILY_OF.values()), f"{where} exactly one entry per family"
     for family, rows in NETWORKS.items():
-        assert {FAMILY_OF.get(row.name) for row in rows} == {family}, f"{where} its own networks"
+        assert {FAMILY_OF.get(row.name) for row in rows} == {family}, (
+            f"{where} only networks of the family {family}"
+        )
     classes = {(FAMILY_OF[name], type(create_model(name))) for name in FAMILY_OF}
     here = {(FAMILY_OF[name], type(create_model(name))) for name in ROWS}
-    assert here == classes, f"{where} a network of each class of a family"
+    assert here == classes, f"{where} a network for each class of a family"
 
 
 def test_every_variant_has_published_numbers():
-    assert set(PUBLISHED) == set(list_models()), "tests/models/published.py: expected a row each"
+    assert set(PUBLISHED) == set(list_models()), (
+        "tests/models/published.py: expected one row per variant"
+    )
     assert set(UNVERIFIED) < set(PUBLISHED)
 
 
@@ -142,7 +148,7 @@ def test_published_numbers(name):
 
 
 COUNTED = [name for name, row in PUBLISHED.items() if row.gmacs is not None]
-SMALLEST = {
+CHEAPEST = {
     min(f, key=lambda n: PUBLISHED[n].gmacs)
     for f in ([n for n in COUNTED if FAMILY_OF[n] == family] for family in NETWORKS)
     if f
@@ -155,13 +161,13 @@ SMALLEST = {
         pytest.param(
             name,
             id=f"{FAMILY_OF[name]}/{name}",
-            marks=[] if name in SMALLEST else [pytest.mark.slow],
+            marks=[] if name in CHEAPEST else [pytest.mark.slow],
         )
         for name in COUNTED
     ],
 )
 def test_published_macs(name):
-    """The whole network is traced for it."""
+    """Traces the whole network."""
     row, whole = PUBLISHED[name], cost_of(name)
     assert whole.params == row.params, row.source
     source = row.gmacs_source or row.source
@@ -170,11 +176,13 @@ def test_published_macs(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", by_family(n for n in PUBLISHED if n not in COUNTED or n in SMALLEST)
+    "name", by_family(n for n in PUBLISHED if n not in COUNTED or n in CHEAPEST)
 )
 def test_model_info_counts_what_is_published(name):
-    """Every block is traced, where `count_params` traces one of each kind, and where
-    `test_published_macs` does not trace them all."""
+    """Traces every block of the networks for which only `count_params` counted so far.
+
+    `count_params` traces one block of each kind; `test_published_macs` traces the others whole.
+    """
     assert model_info(name).params == PUBLISHED[name].params
 
 
@@ -189,7 +197,7 @@ def test_a_row_says_what_can_be_changed_without_a_parameter_more(name):
 
 @every_network
 def test_logits_and_parameters_are_float32(name):
-    """Of the smallest images."""
+    """With the smallest images."""
     logits = evaluated(name).out
     assert (logits.shape, logits.dtype) == ((2, 5), jnp.float32)
     variables = initialized(name).variables
@@ -208,7 +216,7 @@ def test_bfloat16_computes_and_leaves_logits_and_parameters_in_float32(name):
         for equation in equations(call.program)
         if re.match(r"conv\d|conv_general|dot_general", equation.primitive.name)
     ]
-    assert products.count(jnp.bfloat16) > products.count(jnp.float32)  # heads
+    assert products.count(jnp.bfloat16) > products.count(jnp.float32)  # only heads
 
 
 @every_network
@@ -230,7 +238,7 @@ def test_auxiliary_heads_act_in_training_only(name):
 
 @every_network
 def test_evaluation_is_deterministic(name):
-    """Nothing is drawn, no stream is asked for, and statistics are returned as they came in."""
+    """Draws nothing, needs no random stream, and returns the statistics unchanged."""
     program = evaluated(name).program
     assert not is_random(program)
     _, *after = program.outvars

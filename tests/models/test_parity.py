@@ -1,4 +1,4 @@
-"""Our networks compute what other libraries' do: recorded (always), and live where installed."""
+"""Our networks compute what other libraries' do: recorded always, live if they are installed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_every_family_with_an_independent_implementation_has_a_case():
     assert sorted(foreign.CASES) == WITH_SOURCE
 
 
-# Those that compile for seconds; the others are of every kind of name map and every library.
+# These compile for seconds. The others cover every kind of name map and every library.
 LONG = {"convnext", "efficientnet", "googlenet", "inception_resnet", "inception_v3", "inception_v4"}
 LONG |= {"mobilenet_v1", "mobilenet_v3", "nasnet", "pnasnet", "resnext", "senet", "wide_resnet"}
 LONG |= {"xception"}
-LONG |= {"densenet", "resnet", "vgg"}  # with quick cases in NumPy
+LONG |= {"densenet", "resnet", "vgg"}  # have quick cases in NumPy
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,14 @@ def test_recorded(family):
     tensors, wanted = cases.load(
         cases.FOLDER / f"{family}.npz", case.source, foreign.gain(case.name)
     )
-    got, apply = cases.ours(case, tensors)
-    cases.check(got, wanted)
-    # The same comparison, with one tensor of each kind drawn anew, fails.
+    got, apply = cases.run_ours(case, tensors)
+    cases.check_outputs(got, wanted)
+    # The comparison fails if one tensor of each kind is drawn again.
     variables = convert(case.name, tensors, case.source, **case.fields, say=pytest.fail)
     last = {}
     for path in pytree.flatten(variables):
         if "/aux" not in path:
-            last[path.rpartition("/")[2]] = path  # deep in the network, where nothing can hide it
+            last[path.rpartition("/")[2]] = path  # the last one, which no later layer can hide
     for path in last.values():
         flat = pytree.flatten(variables)
         flat[path] = foreign.redraw(
@@ -60,7 +60,7 @@ def test_recorded(family):
         )
         wrong = np.asarray(apply(pytree.unflatten(flat)))
         with pytest.raises(AssertionError):
-            cases.check(cases.Outputs(wrong), cases.Outputs(wanted.logits))
+            cases.check_outputs(cases.Outputs(wrong), cases.Outputs(wanted.logits))
 
 
 @pytest.mark.slow
@@ -69,18 +69,18 @@ def test_recorded(family):
 def test_live(family):
     case = foreign.CASES[family]
     pytest.importorskip("keras" if case.source == "keras" else "torch")
-    tensors, wanted = cases.theirs(case)
+    tensors, wanted = cases.run_theirs(case)
     recorded, outputs = cases.load(
         cases.FOLDER / f"{family}.npz", case.source, foreign.gain(case.name)
     )
     assert {n: a.shape for n, a in tensors.items()} == {n: a.shape for n, a in recorded.items()}
     np.testing.assert_allclose(outputs.logits, wanted.logits, rtol=1e-3)
-    cases.check(cases.ours(case, tensors)[0], wanted)
+    cases.check_outputs(cases.run_ours(case, tensors)[0], wanted)
 
 
 @pytest.mark.oracle
 def test_cifar_resnet20_out_of_torchvisions_blocks():
-    """torchvision has no CIFAR ResNet: its basic block, with option A, makes one."""
+    """torchvision has no CIFAR ResNet; its basic block with option A makes one."""
     pytest.importorskip("torch")
     from torch import nn
     from torch.nn import functional
@@ -120,18 +120,18 @@ def test_cifar_resnet20_out_of_torchvisions_blocks():
     given = (rules, live.tensors, "torchvision", shapes, "cifar_resnet20")
     variables = name_maps.make_tree(name_maps.apply_rules(*given), shapes, "cifar_resnet20")
     got = np.asarray(jax.jit(model.apply)(variables, x))
-    cases.check(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))
+    cases.check_outputs(cases.Outputs(got), cases.Outputs(foreign.logits(live, x, "torchvision")))
 
 
 @pytest.mark.parametrize("error", [UserError("no torch"), ModuleNotFoundError("no torch")])
-def test_a_library_that_is_not_installed_is_one_line(error, monkeypatch, tmp_path, capsys):
+def test_a_missing_library_is_reported_in_one_line(error, monkeypatch, tmp_path, capsys):
     def build(*_):
         raise error
 
     monkeypatch.setattr(foreign, "build", build)
     with pytest.raises(SystemExit, match="2"):
         parity.main(["alexnet", "--results", str(tmp_path / "parity.json")])
-    assert "torchvision cannot be had: no torch; --help says" in capsys.readouterr().err
+    assert "cannot import torchvision: no torch; --help shows" in capsys.readouterr().err
 
 
 def test_make_reference_names_what_it_knows(capsys):

@@ -1,4 +1,4 @@
-"""Networks by name: near misses, merged tables, and fast initialization with the right values."""
+"""Networks by name: near misses, merged tables, and fast initialization with correct values."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def test_every_file_with_variants_is_registered():
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_says_who_it_is(name, monkeypatch):
-    """All but its parameters, which take a trace to count: the contract counts them."""
+    """Without the parameters, which test_contract.py counts: they would have to be traced."""
     monkeypatch.setattr(registry, "init_variables", lambda *_: {"params": {}})
-    info = model_info.__wrapped__(name)  # not to be remembered
+    info = model_info.__wrapped__(name)  # without its cache
     assert info.name == name
     assert name in __import__(f"flax_cnns.models.{info.family}", fromlist=["x"]).VARIANTS
     assert info.paper.title
     assert info.paper.authors
     assert 1980 < info.paper.year < 2100
-    assert info.paper.url == "" or info.paper.url.startswith("http")  # a lecture has none
+    assert info.paper.url == "" or info.paper.url.startswith("http")  # lecture slides have none
     assert len(info.input_size) == 3
     assert info.num_classes >= 10
     model = create_model(name)
@@ -74,7 +74,7 @@ def test_every_model_says_who_it_is(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["lenet5", "cifar_resnet20", "dsn", "convnext_atto"])
 def test_model_info(name):
-    """Of all networks: tests/models/test_contract.py, slow."""
+    """A slow test in test_contract.py checks all networks."""
     info = model_info(name)
     family = import_module(f"flax_cnns.models.{info.family}")
     assert (info.paper, info.params) == (family.PAPER, PUBLISHED[name].params)
@@ -254,7 +254,7 @@ def test_fields_may_come_from_json():
 
 
 def test_init_is_another_name_of_kernel_init():
-    """`init` itself is a method of every linen module."""
+    """It cannot be a field, since `init` is a method of every linen module."""
     assert create_model("resnet18", init="lecun").kernel_init == "lecun"
     paper = create_model("resnet18", init="paper", depths=(1,), width=2, num_classes=None)
     init_variables(paper, jax.random.key(0), (1, 8, 8, 3))
@@ -287,7 +287,7 @@ def test_init_variables_gives_the_values_of_init(name, fields, most, monkeypatch
 
 
 class Sower(nn.Module):
-    """What a network may do in its calls that is no part of its state."""
+    """A network that sows variables that do not belong to its state."""
 
     input_size: tuple[int, int, int] = (4, 4, 1)
 

@@ -1,5 +1,8 @@
-"""Networks beside second forward passes in NumPy, written from the papers (and, where they are
-silent, from what their authors, Caffe and torchvision released) alone."""
+"""Networks compared with second forward passes in NumPy.
+
+These are written only from the papers and, where a paper leaves details open, from what its
+authors, Caffe and torchvision released.
+"""
 
 import sys
 from functools import partial
@@ -28,12 +31,12 @@ def test_logits(case):
     assert result.passed, result
 
 
-NORMALISED = [case for case in CASES if case.strength > 1]
+NORMALIZED = [case for case in CASES if case.strength > 1]
 
 
-@pytest.mark.parametrize("case", by_name(NORMALISED))
+@pytest.mark.parametrize("case", by_name(NORMALIZED))
 def test_response_normalization_is_seen(case, monkeypatch):
-    """The comparison would tell Caffe's alpha, which it divides by the 5 maps, from the paper's."""
+    """The comparison would notice Caffe's alpha, which is the paper's divided by the 5 maps."""
     _, tensors, images = redrawn(case)
     right = in_numpy(case.straight, tensors, images)
     monkeypatch.setattr(
@@ -57,7 +60,7 @@ def jit(function):
 
 
 def agree(ours, theirs):
-    """Whether logits [N K] differ by at most LIMIT of their spread over the images."""
+    """Returns whether logits [N K] differ by at most LIMIT times their spread over the images."""
     assert ours.shape == theirs.shape
     assert spread(theirs) > 1e-3 * np.sqrt(np.mean(theirs**2))
     return difference(np.asarray(ours), theirs) <= LIMIT
@@ -94,7 +97,7 @@ def test_nasnet_auxiliary_head():
 
 
 def test_simpnet_in_training():
-    """SAF pooling stands where the released files have pooling and then dropout, with its rate."""
+    """SAF pooling replaces the released files' pooling and dropout, with the dropout's rate."""
     rates = (0.2, 0.3, 0.4)
     fields = {"saf": "strongest", "saf_rate": rates}
     model, tensors, images = redrawn(Case("simpnet_slim_300k", simpnet.simpnet, 12, fields))
@@ -116,7 +119,7 @@ def test_saf_pooling_of_the_strongest(window):
 
 @pytest.mark.parametrize("window", [2, None])
 def test_saf_pooling_as_released(window):
-    """Max pooling, then Caffe's dropout: off at random, the others over 1 - rate."""
+    """Max pooling, then Caffe's dropout: random zeros, all other values divided by 1 - rate."""
     x = foreign.images(4, 16, 64)
     pooled = simpnet.saf_strongest(x, window, 0)
     pool = SAFPool(0.3, window=window, choose="random")
@@ -126,6 +129,6 @@ def test_saf_pooling_as_released(window):
     assert abs(np.mean(~on) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / on.size)
     other = np.asarray(pool.apply({}, x, train=True, rngs={"dropout": jax.random.key(1)}))
     assert np.any((other != 0) != on)
-    strong = pooled > np.median(pooled)  # off by chance, not by strength
+    strong = pooled > np.median(pooled)  # dropped by chance, not by strength
     assert abs(np.mean(~on[strong]) - np.mean(~on[~strong])) < 8 * np.sqrt(0.3 * 0.7 / on.size)
     np.testing.assert_array_equal(pool.apply({}, x, train=False), pooled)
