@@ -30,7 +30,7 @@ class Break(NamedTuple):
     file: str
     old: str  # occurs in the file exactly once
     new: str
-    tests: str  # files (or tests) that must notice, separated by spaces
+    tests: str  # files (or tests) of which one must fail, separated by spaces
     what: str
 
 
@@ -69,7 +69,7 @@ BREAKS = [
         "if path not in present",
         "if path in present",
         "tests/config tests/test_old_run.py",
-        "a run of an older version lacks fields",
+        "a run of an older version gets no defaults for new fields",
     ),
     Break(
         f"{P}checkpoint/reading.py",
@@ -83,7 +83,7 @@ BREAKS = [
         "if math.isfinite(value) else None",
         "if value is not None else None",
         "tests/checkpoint/test_manager.py",
-        "a step with an accuracy of NaN or infinity may be the best",
+        "a checkpoint with an accuracy of NaN or infinity may be the best",
     ),
     Break(
         f"{P}checkpoint/manager.py",
@@ -111,7 +111,7 @@ BREAKS = [
         "decay * o + (1.0 - decay) * n",
         "(1.0 - decay) * o + decay * n",
         "tests/train/test_steps.py",
-        "the moving average keeps the new and forgets the old",
+        "the weights of old and new in the moving average are swapped",
     ),
     Break(
         f"{P}train/metrics.py",
@@ -139,7 +139,7 @@ BREAKS = [
         "chain = [*before, add_decay, *after]",
         "chain = [add_decay, *before, *after]",
         "tests/train/test_optimizers.py",
-        "decoupled weight decay goes through Adam's moments",
+        "decoupled weight decay is part of Adam's moments",
     ),
     Break(
         f"{P}train/batchnorm_modes.py",
@@ -153,7 +153,7 @@ BREAKS = [
         "max(0, -(shift // stride))",
         "max(0, -shift // stride)",
         "tests/layers/conv",
-        "strided convolutions on a CPU: the first output of some taps is off by one",
+        "strided convolutions on a CPU: the first output position of some taps is off by one",
     ),
     Break(
         f"{P}layers/conv/depthwise.py",
@@ -181,7 +181,7 @@ BREAKS = [
         'he = variance_scaling(2.0, "fan_out", "normal")',
         'he = variance_scaling(2.0, "fan_in", "normal")',
         "tests/layers/test_initializers.py",
-        "He's initialization by the wrong fan",
+        "He's initialization uses the wrong fan",
     ),
     Break(
         f"{P}layers/norm.py",
@@ -237,7 +237,7 @@ BREAKS = [
         "np.random.SeedSequence([seed, epoch])",
         "np.random.SeedSequence([seed, 0])",
         "tests/data/test_pipeline.py",
-        "every epoch has the order of the first",
+        "every epoch has the order of the first one",
     ),
     Break(
         f"{P}data/mix.py",
@@ -279,21 +279,21 @@ BREAKS = [
         "self.code = EXIT_INTERRUPTED",
         "self.code = EXIT_PREEMPTED",
         "tests/runtime/test_preemption.py tests/runs/test_train.py",
-        "after Ctrl-C a scheduler starts the run again",
+        "after Ctrl-C the exit code makes a scheduler restart the run",
     ),
     Break(
         f"{P}runs/session.py",
         "self.batches = host_batches(self.components, start)",
         "self.batches = host_batches(self.components, max(start - 1, 0))",
         "tests/runs/test_train.py",
-        "a resumed run sees the last batch again",
+        "a resumed run repeats the last batch",
     ),
     Break(
         f"{P}runs/session.py",
         "differ = [a != b for a, b in zip(was, self._digests(step)) if a and b]",
         "differ = [a != b for a, b in zip(was, was) if a and b]",
         "tests/runs/test_own.py",
-        "a factory may give other batches after a resume",
+        "a data factory may return other batches after a resume",
     ),
     Break(
         f"{P}runs/references.py",

@@ -1,4 +1,4 @@
-"""Counts against published ones, and against sums by hand."""
+"""Counts of parameters and MACs, against published ones and sums by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_torchvisions_published_counts(name, gmacs):
 
 def test_lenet_by_hand():
     found = cost(create_model("lenet5"), (2, 32, 32, 1))
-    assert found.layers == (  # two images; out positions x window x in x out
+    assert found.layers == (  # two images; output positions x window x inputs x outputs
         LayerCost("c1", "Conv", (2, 28, 28, 6), 25 * 6 + 6, 2 * 28 * 28 * 25 * 1 * 6),
         LayerCost("c3", "Conv", (2, 10, 10, 16), 25 * 6 * 16 + 16, 2 * 10 * 10 * 25 * 6 * 16),
         LayerCost("c5", "Conv", (2, 1, 1, 120), 25 * 16 * 120 + 120, 2 * 25 * 16 * 120),
@@ -48,7 +48,7 @@ def test_cifar_resnet20_by_hand():
     third = 8**2 * 9 * (32 * 64 + 5 * 64 * 64)
     expected = stem_and_first + second + third + 640
     found = cost(create_model("cifar_resnet20"))
-    assert found.macs == expected == 40_551_040  # the literature's 41 M
+    assert found.macs == expected == 40_551_040  # published: 41 M
     norms = [layer for layer in found.layers if layer.kind == "BatchNorm"]
     assert len(norms) == 19
     assert all(layer.macs == 0 and layer.params > 0 for layer in norms)
@@ -81,7 +81,7 @@ class Block(nn.Module):
         return nn.BatchNorm(use_running_average=True, name="norm")(x), None
 
 
-ONE = 8 * 8 * 9 * 4 * 4  # a block's MACs on 8x8 of 4 channels
+ONE = 8 * 8 * 9 * 4 * 4  # MACs of a block on 8x8 with 4 channels
 PARAMS = 9 * 4 * 4 + 2 * 4
 
 
@@ -211,7 +211,9 @@ def test_what_only_training_runs_has_parameters_and_no_macs():
 
 def test_the_batch_multiplies_and_dtype_changes_nothing():
     model = create_model("lenet5", dtype="bfloat16")
-    assert cost(model, (10**6, 32, 32, 1)).macs == 10**6 * 416_520  # shapes only: no such memory
+    assert (
+        cost(model, (10**6, 32, 32, 1)).macs == 10**6 * 416_520
+    )  # only shapes: there is not that much memory
 
 
 def test_the_text_is_a_table():

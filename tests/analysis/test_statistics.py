@@ -1,4 +1,4 @@
-"""Intervals, p-values and Holm's correction against numbers worked by hand and SciPy's tests."""
+"""Intervals, p-values and Holm's correction, against numbers by hand and SciPy's tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax_cnns.errors import UserError
 
 
 def test_students_interval_by_hand():
-    # Mean 2, standard deviation 1, t(0.975, 2) = 4.302653 of any table: 2 +- 4.302653 / sqrt(3).
+    # Mean 2, standard deviation 1, t(0.975, 2) = 4.302653 from a table: 2 +- 4.302653 / sqrt(3).
     found = statistics.mean([1.0, 2.0, 3.0])
     np.testing.assert_allclose(found, (2.0, -0.484138, 4.484138, 3), atol=1e-5)
     assert not found.excludes_zero
@@ -23,7 +23,7 @@ def test_students_interval_by_hand():
 
 def test_a_paired_difference_takes_what_the_seeds_share_out_of_it():
     baseline = {0: 0.70, 1: 0.80, 2: 0.90, 3: 0.95}
-    row = {0: 0.71, 1: 0.83, 2: 0.92, 7: 0.10}  # seed 3 is missing here, seed 7 there
+    row = {0: 0.71, 1: 0.83, 2: 0.92, 7: 0.10}  # one lacks seed 3, the other seed 7
     found = statistics.paired_difference(row, baseline)
     # Differences 0.01, 0.03, 0.02: t = 0.02 / (0.01 / sqrt 3) = 3.464, p = 0.0742 with 2 degrees.
     assert found.interval.n == 3
@@ -32,7 +32,7 @@ def test_a_paired_difference_takes_what_the_seeds_share_out_of_it():
     np.testing.assert_allclose(found.p, 0.0741799, atol=1e-6)
     pairs = [row[s] for s in range(3)], [baseline[s] for s in range(3)]
     np.testing.assert_allclose(found.p, stats.ttest_rel(*pairs).pvalue, rtol=1e-9)
-    assert found.p < stats.ttest_ind(*pairs).pvalue  # as it would be without the pairs
+    assert found.p < stats.ttest_ind(*pairs).pvalue  # without pairing
 
 
 def test_the_bootstrap_is_scipys_and_seeded():
@@ -64,7 +64,7 @@ def test_no_spread_no_interval(method):
 
 
 def test_equal_differences_are_known_in_spite_of_rounding():
-    """324/360 - 323/360 and 31/360 - 30/360 are not the same number in floating point."""
+    """In floating point 324/360 - 323/360 and 31/360 - 30/360 are different numbers."""
     counts = {0: 324, 1: 31, 2: 341}
     row = {s: n / 360 for s, n in counts.items()}
     baseline = {s: (n - 1) / 360 for s, n in counts.items()}
@@ -78,7 +78,7 @@ def test_equal_differences_are_known_in_spite_of_rounding():
 
 
 def test_holm_by_hand():
-    # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and never below the one before.
+    # Sorted: 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and none is below the previous one.
     np.testing.assert_allclose(statistics.holm([0.02, 0.01, 0.04, 0.03]), [0.06, 0.04, 0.06, 0.06])
     np.testing.assert_allclose(statistics.holm([0.01, math.nan, 0.6, 0.7]), [0.03, math.nan, 1, 1])
     assert statistics.holm([]) == []

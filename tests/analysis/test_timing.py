@@ -1,4 +1,4 @@
-"""The clock, by a clock of our own."""
+"""Timing, with a fake clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flax_cnns.errors import UserError
 
 
 class Fake:
-    """Functions that take as long as they are told to, and a clock that believes them."""
+    """Functions with given durations, and a clock that advances by them."""
 
     def __init__(self):
         self.now, self.log, self.waited = 0.0, [], 0
@@ -45,7 +45,7 @@ def test_candidates_run_in_turn_and_the_warm_up_counts_for_nothing():
 def test_ratios_are_taken_round_by_round():
     fake = Fake()
     found = time_candidates(
-        # Both slow down tenfold in the second round: the ratio does not see it.
+        # Both are ten times slower in the second round, which does not change the ratio.
         {"a": fake.function("a", 2, 20, 3), "b": fake.function("b", 1, 10, 1)},
         rounds=3,
         warmup=0,
@@ -62,14 +62,16 @@ def test_what_is_short_is_called_often_and_waited_for_once_a_round():
         {"short": short, "long": long}, rounds=2, at_least=0.1, clock=lambda: fake.now
     )
     assert found.calls == {"short": 10, "long": 1}
-    assert fake.log.count("s") == 1 + 1 + 2 * 10  # warm-up, one to learn its length, two rounds
+    assert (
+        fake.log.count("s") == 1 + 1 + 2 * 10
+    )  # a warm-up call, a call to estimate the time, two rounds
     assert found.median("short") == pytest.approx(0.01)
     assert found.median("long") == pytest.approx(0.5)
     assert fake.waited == 2 * (1 + 1 + 2)
 
 
 def test_it_waits_for_arrays():
-    class Array:  # jax.block_until_ready calls it on whatever has it
+    class Array:  # jax.block_until_ready calls this method of any object
         ready = False
 
         def block_until_ready(self):

@@ -1,4 +1,4 @@
-"""Which BatchNorm does what in training; frozen means frozen."""
+"""The modes of BatchNorm layers in training; frozen layers do not change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEAD = ((r"params/head/.*", True), (r".*", False))
 
 
 def before_and_after(config, *, devices=1, mode="shard_map", batch=8):
-    """The state before and after three steps; its statistics are such that rounding shows."""
+    """Returns the state before and after three steps, with statistics that would show rounding."""
     state, step, _, mesh = tiny.setup(config, devices=devices, mode=mode)
     rng = np.random.default_rng(0)
     odd = jax.tree.map(lambda x: np.float32(rng.uniform(0.1, 0.9, x.shape)), state.batch_stats)
@@ -38,7 +38,7 @@ def before_and_after(config, *, devices=1, mode="shard_map", batch=8):
     return before, jax.device_get(state)
 
 
-# Three devices: the mean of three equal numbers need not be that number.
+# Three devices: the mean of three equal numbers may be rounded.
 @pytest.mark.parametrize(
     ("devices", "mode", "sync"),
     [(3, "shard_map", False), (3, "pmap", True)],
@@ -151,7 +151,7 @@ def test_rules_for_a_network_without_batchnorm():
         batchnorm_modes.decide_modes((("stem/.*", "frozen"), (".*", "train")), TRAINABLE, {})
 
 
-# ---- a network with stages, scanned, rematerialised, in pieces
+# ---- a network with stages: scanned, rematerialized, with accumulation
 
 LAST = ((r"params/(head|stage2)/.*", True), (r".*", False))
 
@@ -169,8 +169,8 @@ def residual_network(depths, **fields):
 
 
 def init_residual_network(model):
-    """Named variables; the statistics are those of some run, so that it matters whether they are
-    used."""
+    """Returns named variables with statistics that differ from the initial ones, so that
+    their use matters."""
     variables = init_variables(model, jax.random.key(0), (1, *tiny.SHAPE))
     rng = np.random.default_rng(0)
     variables["batch_stats"] = jax.tree.map(
@@ -181,7 +181,7 @@ def init_residual_network(model):
 
 @functools.cache
 def shapes_of(model):
-    """Of the variables as a step takes them: stacked where the network scans."""
+    """Modes for the variables as a step takes them: stacked if the network scans."""
 
     def make():
         variables = init_variables(model, jax.random.key(0), (1, *tiny.SHAPE))
@@ -191,7 +191,7 @@ def shapes_of(model):
 
 
 def step_flops(model, trainable):
-    """Of the lowered step of a residual network."""
+    """Returns the FLOPs of the lowered step of a residual network."""
     config = tiny.config(**{"optimizer.trainable": trainable})
     variables = shapes_of(model)
     optimizer = optimizers.make_optimizer(
@@ -217,8 +217,8 @@ def step_flops(model, trainable):
     ("depths", "fields"), [((1, 1), {}), ((3, 1), {"scan": True, "remat": True})]
 )
 def test_nothing_is_computed_backwards_below_the_lowest_layer_that_learns(depths, fields):
-    """By the FLOPs of the lowered programs. A step that learns everything is about three times the
-    forward pass, four with its blocks computed again."""
+    """Compares FLOPs of lowered programs. A step that learns everything costs about three forward
+    passes, or four with rematerialized blocks."""
     model = residual_network(depths, **fields)
     everything, last, head = (step_flops(model, trainable) for trainable in ((), LAST, HEAD))
     assert head < 0.4 * everything

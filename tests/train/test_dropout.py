@@ -1,4 +1,4 @@
-"""Dropout behind any layer of a network that knows nothing of it."""
+"""Dropout after any layer of a network that has no code for it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def variables():
 
 
 def train(model, variables, rates, mode="unit", rngs=RNGS, **apply):
-    """(logits, state) of a training pass, compiled."""
+    """Returns (logits, state) of a compiled training pass."""
     run = dropout.add_dropout(model.apply, rates, mode)
     mutable = ["batch_stats", *apply.pop("mutable", ())]
     return jax.jit(lambda v: run(v, IMAGES, train=True, mutable=mutable, rngs=rngs, **apply))(
@@ -41,7 +41,7 @@ def train(model, variables, rates, mode="unit", rngs=RNGS, **apply):
     )
 
 
-# ---- what is dropped
+# ---- which values are dropped
 
 drop = jax.jit(dropout.drop, static_argnums=(1, 3))
 
@@ -56,14 +56,14 @@ def test_the_share_is_dropped_and_the_rest_scaled(mode):
     np.testing.assert_allclose(
         np.asarray(y, np.float32)[~zero], np.asarray(x, np.float32)[~zero] / 0.75, rtol=1e-2
     )
-    whole = (zero.all((1, 2)) | ~zero.any((1, 2))).mean()  # maps of an image
+    whole = (zero.all((1, 2)) | ~zero.any((1, 2))).mean()  # channels of an image
     assert whole == 1 if mode == "channel" else whole < 0.05
-    assert len(np.unique(zero.reshape(64, -1), axis=0)) > 56  # images differ
+    assert len(np.unique(zero.reshape(64, -1), axis=0)) > 56  # images get different masks
 
 
 @pytest.mark.parametrize("shape", [(512, 8), (64, 5, 8)])
 def test_features_and_tokens(shape):
-    """Of features [N C] the modes are one; of tokens [N T C] a feature goes from all of them."""
+    """For features [N C] the modes are equal; in tokens [N T C] all lose a feature."""
     unit, channel = (drop(jnp.ones(shape), 0.5, jax.random.key(0), m) for m in dropout.MODES)
     if len(shape) == 2:
         np.testing.assert_array_equal(unit, channel)
@@ -127,8 +127,8 @@ def test_blocks_of_a_stack_agree(variables):
 
 
 def test_only_that_layer_is_dropped(variables):
-    """Half of the responses, twice as large: the norm behind them sees a larger variance, and
-    nothing else is dropped, so that all is as it was where the rate is almost 0."""
+    """Half of the activations are kept and doubled, so the norm after them sees a larger variance.
+    Nothing else is dropped: with a rate of almost 0 nothing changes."""
     model = make(depths=(1,))
     rates = rates_of(FIRST, model, params={})
     plain, state = train(model, variables, {})
@@ -137,7 +137,7 @@ def test_only_that_layer_is_dropped(variables):
     dropped, new = train(model, variables, rates)
     assert not np.allclose(dropped, plain, atol=0.01)
     before, after = (s["batch_stats"]["stem"]["norm"]["var"] for s in (state, new))
-    moved = (np.asarray(after) - 0.9) / (np.asarray(before) - 0.9)  # 0.9 old + 0.1 batch's
+    moved = (np.asarray(after) - 0.9) / (np.asarray(before) - 0.9)  # 0.9 old + 0.1 batch
     np.testing.assert_allclose(moved, 2, rtol=0.2)
 
 
@@ -147,7 +147,7 @@ def test_off_is_the_function_itself():
 
 
 def test_own_draws_of_the_network_stay(variables):
-    """Dropout of rate almost 0 in a network that draws itself: its own draws are as they were."""
+    """With a rate of almost 0, the random draws of the network itself do not change."""
     model = make(depths=(1,), drop_path=0.5, drop_path_mode="sample")
     plain, _ = train(model, variables, {})
     found, _ = train(model, variables, {"stem/conv": 1e-9})
@@ -162,12 +162,12 @@ def test_a_layer_that_runs_as_another_is_dropped_once(variables):
     with batchnorm_modes.intercept({"stem/norm": "frozen"}):
         _, state = train(make(depths=(1,)), variables, {"stem/norm": 0.5}, **caught)
     stem = np.asarray(state["intermediates"]["stem"]["__call__"][0])
-    assert 0.7 < (stem == 0).mean() < 0.8  # half, and of the rest what the ReLU cuts; twice: 0.875
+    assert 0.7 < (stem == 0).mean() < 0.8  # 0.75 zeros by dropout and ReLU; 0.875 if dropped twice
 
 
 def test_scanned_blocks_draw_for_themselves(variables):
-    """Blocks whose first norm is the constant 1 and whose second convolution is 1x1 in effect, all
-    alike: which maps were dropped can be read off the second norm's mean."""
+    """Makes equal blocks whose first norm is the constant 1 and whose second convolution acts as a
+    1x1: the mean of the second norm shows which channels were dropped."""
     model = make(scan=True, remat=True)
     flat = pytree.flatten(variables)
     one = np.zeros((3, 3, 4, 4), np.float32)
@@ -182,13 +182,15 @@ def test_scanned_blocks_draw_for_themselves(variables):
     rates = rates_of(rules, model, params=stacked["params"])
     _, state = train(model, stacked, rates, "channel")
     means = 10 * np.asarray(state["batch_stats"]["stage1"]["block2-4"]["norm2"]["mean"])
-    np.testing.assert_allclose(means * 4, np.round(means * 4), atol=1e-4)  # 0 or 2 each of 8 images
+    np.testing.assert_allclose(
+        means * 4, np.round(means * 4), atol=1e-4
+    )  # 0 or 2 for each of 8 images
     assert 0 < means.mean() < 2
     assert len(np.unique(np.round(means, 3), axis=0)) == 3
 
 
 def test_skipped_and_recomputed_branches_draw_the_same(variables):
-    """Inside `nn.cond` and `nn.remat`, forwards and backwards."""
+    """Inside `nn.cond` and `nn.remat`, in the forward and the backward pass."""
     rates = {"stage1/block1/conv1": 0.5}
 
     def grads(**fields):

@@ -1,4 +1,4 @@
-"""A user's own regularizers: what counts as one, their keys, and that they act as built-in ones."""
+"""A user's regularizers: valid objects, their keys, and that they act as built-in ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def having(**hooks):
 
 
 class Cutting:
-    """Images with a row that is cut out, by their keys."""
+    """Cuts a row out of each image, chosen by its key."""
 
     def augment(self, images, keys):
         size = images.shape[1]
@@ -37,7 +37,7 @@ class Cutting:
 
 
 class Turning:
-    """Images and labels, each blended with its neighbor."""
+    """Blends each image and its labels with its neighbor."""
 
     def mix(self, images, labels, key):
         share = jax.random.uniform(key)
@@ -50,7 +50,7 @@ class Turning:
 
 
 class Halving:
-    """A network whose convolutions give half in training."""
+    """Halves the outputs of convolutions in training."""
 
     def intercept(self, next_function, args, kwargs, context):
         y = next_function(*args, **kwargs)
@@ -201,7 +201,7 @@ BUILT_IN = tiny.config(
 
 
 def test_own_hooks_do_what_built_in_ones_do():
-    """L2, SAM and max-norm as one object with three hooks: the same steps, to rounding."""
+    """L2, SAM and max-norm as one object with three hooks take the same steps, up to rounding."""
     found = regularizers.make_regularizers(
         BUILT_IN.optimizer,
         jax.device_get(tiny.train(BUILT_IN, n=0)[0].params),

@@ -1,4 +1,4 @@
-"""Augmentation in the loader's thread makes the images that the step would have made."""
+"""Augmentation in the loader's thread gives the same images as in the step."""
 
 import chex
 import jax
@@ -11,7 +11,7 @@ from flax_cnns.train import steps
 from tests.train import tiny
 
 MOVED = {"data.augment.pad_crop": 2}
-# What a compiler fuses in one program and not in another would show here.
+# This would show operations that the compiler fuses in only one of the programs.
 ALL = {
     "data.augment.pad_crop": 1,
     "data.augment.rotate": 20.0,
@@ -31,7 +31,7 @@ def loader(augment, first=0):
     return steps.make_loader_augment(augment, lambda: jax.random.key(5), first=first)
 
 
-# Slow: with the optimizations of the compiler that users have.
+# Slow: compiles with the optimizations that users' runs have.
 @pytest.mark.parametrize("fields", [MOVED, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_a_run_is_the_same_to_the_bit(monkeypatch, fields):
     augment, config, plain = make(fields), tiny.config(**fields), tiny.examples

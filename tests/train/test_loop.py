@@ -55,8 +55,9 @@ def test_prefetch_leaves_no_thread_behind():
 
 
 class Device:
-    """A training step whose metrics remember when they were fetched: in `events`, in order, are
-    +step for a step that was sent off and -step for metrics that were waited for."""
+    """A training step whose metrics record when they are fetched.
+
+    `events` holds, in order, +step for each dispatched step and -step for fetched metrics."""
 
     def __init__(self, monkeypatch):
         self.events = []
@@ -77,7 +78,7 @@ class Device:
         return {"loss": 0.0, "accuracy": 0.5}
 
     def train(self, *, stop, log=0, validate=0, save_every=0, **changes):
-        """(outcome, what was written)"""
+        """Returns (outcome, written records)."""
         written = []
         callbacks = dict(
             save=lambda step, state, host, metrics: self.events.append(f"save {step}"),
@@ -126,7 +127,7 @@ def test_images_per_second_leave_out_compiling_validations_and_saves(monkeypatch
 
     fetch, ready = device.fetch, [0.0]
 
-    def step(state, batch, key):  # sent off at once, done a second after the one before
+    def step(state, batch, key):  # dispatched at once, ready a second after the previous one
         ready.append(max(clock[0], ready[-1]) + 1.0)
         return device.step(state, batch, key)
 
@@ -145,7 +146,7 @@ def test_images_per_second_leave_out_compiling_validations_and_saves(monkeypatch
     monkeypatch.setattr(loop.jax, "block_until_ready", first)
     found, written = device.train(stop=8, log=3, validate=4, train_step=step, evaluate=validate)
     logged = [(s, r.get("images_per_second")) for s, r in written if "train/loss" in r]
-    assert logged == [(3, 2.0), (6, 2.0), (8, 2.0)]  # two images, a second
+    assert logged == [(3, 2.0), (6, 2.0), (8, 2.0)]  # two images per second
     assert found.images_per_second == 2.0
 
 
@@ -173,9 +174,9 @@ def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypa
 
     outcome, events = shown()
     assert events == ["refresh", "validation", "save 2", "refresh", "validation", "save 4"]
-    assert outcome.state == 5.0  # four steps, two halves
+    assert outcome.state == 5.0  # four steps, and 0.5 added by each refresh
     assert shown(evaluate=None)[1] == ["refresh", "refresh", "save 4"]
-    outcome, events = shown(should_stop=lambda step: step == 2)  # the next session makes up for it
+    outcome, events = shown(should_stop=lambda step: step == 2)  # the next session validates
     assert (outcome.preempted, host.due, events) == (True, True, ["save 2"])
 
     def interrupted(state):
@@ -187,7 +188,7 @@ def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypa
 
 
 def test_a_validation_that_was_interrupted_is_made_up_for_and_its_outcome_saved(monkeypatch):
-    """At the last step too, where it is no new best: it may have changed the state."""
+    """Also at the last step and without a new best: the validation may have changed the state."""
     device, host = Device(monkeypatch), loop.HostState(best=0.9)
 
     def interrupted(state):
@@ -225,11 +226,11 @@ def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
 
     with pytest.raises(Diverged, match="step 3: the gradients of 3 steps in a row"):
         device.train(stop=9, train_step=step, max_bad_steps=3)
-    assert max(device.events) == 4  # one more was on its way
+    assert max(device.events) == 4  # one more step was dispatched
 
 
 def validations(device, values, **fields):
-    """(the loop's host, errors that the plateau saw, steps at which a checkpoint was saved)."""
+    """Returns (host state, errors that the plateau saw, steps with a checkpoint)."""
     host, errors, given = loop.HostState(), [], iter(values)
 
     def observe(state, error):

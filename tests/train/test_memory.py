@@ -1,4 +1,4 @@
-"""Whether a batch fits: XLA's own count, against what the system says is free."""
+"""Memory checks: XLA's count of needed bytes, against the bytes that the system has free."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ def test_the_need_of_a_step_is_what_xla_counts_and_asking_compiles_it_once():
     assert memory.needed(step, *arguments) >= 1024 * 1024 * 4
     step(*arguments)
     assert len(traced) == 1
-    assert memory.needed(lambda state, batch, key: state, *arguments) == 0  # not compiled: unknown
+    assert (
+        memory.needed(lambda state, batch, key: state, *arguments) == 0
+    )  # cannot be compiled: unknown
 
 
 def test_what_cannot_be_had_is_refused_with_the_field_and_both_numbers(monkeypatch):
@@ -29,7 +31,7 @@ def test_what_cannot_be_had_is_refused_with_the_field_and_both_numbers(monkeypat
     memory.check_fits(3 * 2**30, what="data.batch_size=8")
     with pytest.raises(UserError, match=r"data.batch_size=9: .* needs 3.5 GiB .* 3.0 GiB are free"):
         memory.check_fits(int(3.5 * 2**30), what="data.batch_size=9")
-    monkeypatch.setattr(memory, "available", lambda: None)  # a system that does not say
+    monkeypatch.setattr(memory, "available", lambda: None)  # a system that does not tell
     assert memory.fits(2**60)
 
 

@@ -42,7 +42,7 @@ def run(optimizer, steps=3, params=PARAMS, grads=GRADS):
 
 
 def by_hand(update, w, g, steps=3):
-    """`update(memory, w, g) -> (memory, w)`, from memory None."""
+    """Applies `update(memory, w, g) -> (memory, w)` repeatedly; memory starts as None."""
     memory = None
     for _ in range(steps):
         memory, w = update(memory, w, g)
@@ -63,7 +63,7 @@ def test_sgd_with_momentum_nesterov_and_l2():
 
 
 def test_rmsprop_is_tensorflows():
-    """Mean of squares from 1, epsilon in the root, the rate inside the momentum."""
+    """The mean of squares starts at 1, epsilon is in the root, the rate is inside the momentum."""
 
     def tensorflow(memory, w, g):
         ms, mom = memory or (1.0, 0.0)
@@ -76,7 +76,7 @@ def test_rmsprop_is_tensorflows():
 
 
 def test_adamw_decouples_what_adam_couples():
-    """With a huge epsilon Adam's step is nearly nothing, and only a decoupled decay is left."""
+    """With a huge epsilon Adam's step is almost 0, so only decoupled decay changes the weights."""
     decoupled, _ = run(make(name="adamw", weight_decay=(0.5,), eps=1e8), steps=1)
     coupled, _ = run(make(name="adam", weight_decay=(0.5,), eps=1e8), steps=1)
     np.testing.assert_allclose(decoupled["head"]["kernel"], [3.0 * (1 - 0.1 * 0.5)], rtol=1e-5)
@@ -140,7 +140,7 @@ def test_plateau_divides_after_patience_validations_without_a_better_one():
     for error in [0.5, 0.4, 0.4, 0.45, 0.41, 0.3, 0.29]:
         state = optimizers.update_plateau(state, error, patience=2, factor=0.1, min_delta=1e-3)
         rates.append(float(optimizer.learning_rate(jnp.int32(0), state)))
-    # Two without a better one after 0.4: a fall; one more at 0.41, then better again.
+    # After 0.4, two errors that are not better lower the rate; then one more, then a better one.
     np.testing.assert_allclose(rates, [0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01], rtol=1e-5)
     assert np.isclose(float(optimizers._plateau_states(state)[0].best), 0.29)
 
@@ -195,7 +195,7 @@ BLOCK_GRADS = jax.tree.map(lambda w: jnp.cos(3 * w), BLOCKS)
 
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_a_stack_moves_as_its_blocks_would(name):
-    """Rules by the blocks' own names; LAMB by each block's own norm."""
+    """Rules match the names of the blocks; LAMB uses the norm of each block."""
     fields = dict(
         name=name,
         weight_decay=((r"params/stage1/block[23]/kernel", 0.3), (r".*", 0.01)),
@@ -233,7 +233,7 @@ def test_layer_decay_goes_down_from_the_head():
     order = ["", "stem/conv", "stem/norm", "stage1/proj", "stage1/block1/conv1", "stage1/block1"]
     order += ["stage1/block2/conv1", "fire.2/a/b", "norm", "aux1/head", "head"]
     assert optimizers.layer_decay(order, 0.5) == [
-        (r"params/stage1/block1/.*", 0.5**3),  # before what else there is in stage1
+        (r"params/stage1/block1/.*", 0.5**3),  # before the rest of stage1
         (r"params/stage1/block2/.*", 0.5**2),
         (r"params/[^/]+", 0.5**5),
         (r"params/stem/.*", 0.5**5),
@@ -255,7 +255,7 @@ def test_layer_decay_of_a_transformer_is_beits():
     """get_num_layer_for_vit with 3 blocks: the head and the last norm are layer 4 of 4."""
     found = exponents("vit_tiny_patch16_224", depth=3, width=12, input_size=(32, 32, 3))
     assert found == {
-        "": 4,  # class token and positions
+        "": 4,  # class token, positions
         "patches": 4,
         **{f"encoder/block{i}": 4 - i for i in range(1, 4)},
         "norm": 0,
@@ -274,7 +274,7 @@ def test_layer_decay_of_convnext_is_timms():
 
 @pytest.mark.parametrize(
     ("order", "groups", "expected"),
-    [  # as the families' own `layer_groups` have it
+    [  # as in the families' `layer_groups`
         (
             ["stem/conv", "block1/layer1", "transition1/norm", "block2/layer1", "norm", "head"],
             (),
@@ -292,7 +292,7 @@ def test_layers_of_layer_decay(order, groups, expected):
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100"])
 def test_layer_decay_is_timms(name):
-    """Each of timm's tensors holds its own exponent, and comes out where ours has that one too."""
+    """Each tensor of timm holds its exponent; converted, it must equal our exponent there."""
     torch = pytest.importorskip("torch")
     foreign.torchvision()
     from timm.models._manipulate import group_parameters

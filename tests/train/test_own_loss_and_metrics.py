@@ -1,4 +1,4 @@
-"""A user's own loss and metrics, soft labels and multilabel data, against NumPy."""
+"""A user's loss and metrics, soft labels and multilabel data, against NumPy."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ K = tiny.CLASSES
 
 
 def focal(logits, labels):
-    """The loss of Lin et al. 2017, of one-hot labels."""
+    """The focal loss of Lin et al. 2017, for one-hot labels."""
     log_p = jax.nn.log_softmax(logits)
     return -jnp.sum(labels * (1 - jnp.exp(log_p)) ** 2 * log_p, axis=-1)
 
 
 def recall(logits, labels, mask):
-    """Of each class, and so their mean."""
+    """The sums and counts of each class: the metric is the mean over the classes."""
     right = labels * jax.nn.one_hot(jnp.argmax(logits, -1), K) * mask[:, None]
     return jnp.sum(right, 0), jnp.sum(labels * mask[:, None], 0)
 
@@ -42,7 +42,7 @@ OWN = {"recall": recall, "confidence": confidence}
 
 
 def numbers(logits, labels, loss):
-    """The metrics of whole classes, by NumPy; labels int [N]."""
+    """Computes the metrics of integer labels [N] by NumPy."""
     guess, p = logits.argmax(-1), np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     seen = [k for k in range(K) if np.any(labels == k)]
@@ -82,7 +82,7 @@ def test_soft_labels_count_by_their_largest():
 
 
 def test_masked_rows_reach_no_metric_of_the_user():
-    """Not as a NaN, nor as a 0 whose logarithm is none."""
+    """Neither as NaN nor as 0, whose logarithm is infinite."""
 
     def entropy(logits, labels, mask):
         return jnp.sum(mask * jnp.sum(labels * jnp.log(jnp.abs(logits)), -1)), jnp.sum(mask)
@@ -198,7 +198,7 @@ def test_soft_labels_are_mixed_as_classes_are():
 
 
 def padded(data, n):
-    """Two batches of 8 of which all behind the first n rows is masked."""
+    """Two batches of 8 in which all rows after the first n are masked."""
     more = 16 - n
     soft = data["label"].ndim > 1
     full = {
@@ -217,7 +217,7 @@ def logits_of(state, data):
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])
 def test_evaluation_by_own_loss_and_metrics_counts_every_example_once(mode):
-    def poisoned(logits, labels):  # a NaN where nothing counts
+    def poisoned(logits, labels):  # NaN in a masked row
         return jnp.where(jnp.any(labels > 0, -1), focal(logits, labels), jnp.nan)
 
     state, _, evaluation, mesh = tiny.setup(
@@ -245,8 +245,8 @@ def many_labels(n, seed=0):
 
 
 def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads():
-    """And its sums are those of NumPy, from two devices in two pieces each; then labels that are
-    NaN count for nothing."""
+    """Its sums, from two devices with two pieces each, are those of NumPy. NaN labels then make a
+    bad step."""
     config = tiny.config(
         **{
             "optimizer.momentum": 0.0,
@@ -263,7 +263,7 @@ def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads():
     normal = (data["image"].astype(np.float32) / 255 - 0.5) / 0.25
 
     def loss(params):
-        # Frozen statistics: as in evaluation, where the auxiliary head is not sown.
+        # Statistics are frozen, as in evaluation, where the auxiliary head is not sown.
         features = model.clone(aux=True)
         logits = features.apply({"params": params, "batch_stats": stats}, normal)
         of = optax.sigmoid_binary_cross_entropy

@@ -1,4 +1,4 @@
-"""A user's own optimizer: a factory of Optax, against Optax alone and against the built-in ones."""
+"""A user's optimizer, made by a factory, against plain Optax and the built-in optimizers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_sgd_of_optax_is_the_built_in_one(fields):
 
 
 def of_trainable(fields):
-    """Gradients and parameters, of the leaves that learn."""
+    """Returns gradients and parameters of the trainable leaves."""
     trainable = make(**fields).trainable
     return pytree.partition(GRADS, trainable)[0], pytree.partition(PARAMS, trainable)[0]
 
@@ -76,7 +76,7 @@ def test_decoupled_decay_stands_beside_it():
     found = move(make(momentum_sgd, **fields), zero, steps=steps)
     rates = np.prod([1 - 0.5 * 2.0 * float(FALLING(i)) for i in range(steps)])
     np.testing.assert_allclose(found["head"]["kernel"], rates * PARAMS["head"]["kernel"], rtol=1e-5)
-    # The same as that of the built-in one, whose momentum it stays out of as well.
+    # The same as for the built-in optimizer: the decay is not part of the momentum.
     chex.assert_trees_all_close(found, move(make(**fields), zero, steps=steps), rtol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_a_state_that_holds_the_weights_has_buffers_of_its_own():
 
 
 def two_parts(learning_rate_schedule, slow=0.1):
-    """Kernels by Lion, all else by SGD at another rate."""
+    """Lion for kernels, SGD with another rate for the rest."""
     label = lambda path, leaf: "kernel" if path[-1].key == "kernel" else "rest"  # noqa: E731
     return optax.multi_transform(
         {
@@ -136,7 +136,7 @@ FROZEN = {
     ids=["lion", "adamw", "muon", "multi_transform", "inject_hyperparams"],
 )
 def test_what_optax_has_does_as_it_does_alone(factory, fields):
-    """Over the leaves that learn, of a tree of which others are frozen."""
+    """Both optimize the trainable leaves; ours gets a tree that also has frozen leaves."""
     optimizer = make(factory, factory_fields=fields, **FROZEN)
     grads, learns = of_trainable(FROZEN)
     alone = factory(FALLING, **fields)
@@ -206,7 +206,7 @@ def test_what_a_step_finds_wrong_with_it(factory, message):
 
 
 def test_a_step_with_all_that_works_around_it_and_its_state_from_a_checkpoint(tmp_path):
-    """SAM, EMA, max-norm, frozen leaves; and four devices go on from what one saved."""
+    """With SAM, EMA, max-norm and frozen leaves; four devices resume from the state of one."""
     config = tiny.config(
         **{
             "optimizer.sam": 0.1,

@@ -1,4 +1,4 @@
-"""What a step costs beside its arithmetic: no second copy of the state, no transfer."""
+"""Overhead of a step: no second copy of the state, and no transfers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODES = ("shard_map", "pmap")
 
 @pytest.fixture(params=MODES)
 def parts(request):
-    """(mode, state, train step, evaluation step, mesh, key) over four devices, with an average."""
+    """Returns (mode, state, train step, evaluation step, mesh, key), on four devices with EMA."""
     config = tiny.config(**{"train.ema": 0.9, "optimizer.name": "adam"})
     state, step, evaluation, mesh = tiny.setup(config, devices=4, mode=request.param)
     key = parallel.replicate(jax.random.key(0), mesh)
@@ -27,7 +27,7 @@ def test_the_state_is_given_away_and_its_memory_used_again(parts):
     batch = parallel.shard_batch(tiny.examples(8), mesh, mode)
     memory = step.lower(state, batch, key).compile().memory_analysis()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    assert memory.alias_size_in_bytes >= size  # a device's
+    assert memory.alias_size_in_bytes >= size  # per device
     new, _ = step(state, batch, key)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, batch)))

@@ -16,7 +16,7 @@ BATCHES = 3
 
 
 def moments_step(model, modes, *, devices=1, mode="shard_map"):
-    """(step, mesh): images in 0..1, labels left alone."""
+    """Returns (step, mesh): images are scaled to 0..1, labels are unchanged."""
     mesh = parallel.make_mesh(jax.devices()[:devices])
     step = precise_bn.make_moments_step(
         model.apply,
@@ -38,7 +38,7 @@ def estimate(model, variables, modes, *, devices=1, mode="shard_map", **kwargs):
 
 @pytest.fixture(scope="module")
 def network():
-    """(model, variables, mean and variance [4] over all examples of what the norm sees)"""
+    """Returns (model, variables, mean [4], variance [4]) of the norm's inputs over all examples."""
     model = tiny.Tiny(dropout=0.5, aux=True)
     variables = model.init(jax.random.key(0), jnp.zeros((1, *tiny.SHAPE)))
     images = np.concatenate([tiny.examples(8, i)["image"] for i in range(BATCHES)])
@@ -50,7 +50,7 @@ def network():
 
 @pytest.mark.parametrize(("devices", "mode"), [(1, "shard_map"), (4, "shard_map"), (2, "pmap")])
 def test_it_is_the_mean_and_variance_over_all_examples(network, devices, mode):
-    """Whatever the devices, each of which normalizes alone, and whatever the statistics were."""
+    """For any number of devices, which normalize separately, and any old statistics."""
     model, variables, mean, var = network
     strange = variables | {"batch_stats": {"norm": {"mean": mean + 3, "var": 100 * var}}}
     found = estimate(model, strange, {"norm": "train"}, devices=devices, mode=mode)
@@ -84,7 +84,7 @@ def test_a_branch_counts_where_it_was_computed():
             def branch(self, x):
                 return nn.BatchNorm(not train, name="norm")(x)
 
-            stays = images.max() > 0  # stochastic depth, without the dice
+            stays = images.max() > 0  # stochastic depth, but not random
             if self.is_initializing():
                 return branch(self, images)
             return nn.cond(stays, branch, lambda self, x: x, self, images)
@@ -103,7 +103,7 @@ def test_a_branch_counts_where_it_was_computed():
         return precise_bn.estimate_statistics(step, variables, sharded, key)["norm"]
 
     np.testing.assert_array_equal(found(empty, full, empty)["mean"], [1.0])
-    np.testing.assert_array_equal(found(empty)["mean"], [0.0])  # as it was
+    np.testing.assert_array_equal(found(empty)["mean"], [0.0])  # unchanged
     np.testing.assert_array_equal(found(empty)["var"], [1.0])
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, whole lines in a file."""
+"""Progress of a run: a bar on a terminal, whole lines in a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still; `clock.now += 5` moves it."""
+    """A clock that only `clock.now += 5` advances."""
 
     class Clock:
         now = 1000.0
@@ -63,7 +63,7 @@ def test_time_left_counts_this_sessions_steps_without_the_first(clock):
     clock.now += 60
     shown.update(501, {"train/loss": 1.0})
     clock.now += 9
-    shown.update(510, {"train/loss": 1.0})  # one second a step, 490 to go
+    shown.update(510, {"train/loss": 1.0})  # one second per step, 490 steps left
     first, second = file.getvalue().splitlines()
     assert "ETA" not in first
     assert second.endswith("ETA 0:08:10")
@@ -81,15 +81,15 @@ def test_a_bar_on_a_terminal(monkeypatch):
         shown.update(50, {"validation/loss": 0.25, "validation/accuracy": 0.9})
         shown.update(60)
     text = file.getvalue()
-    assert "saved [red]checkpoint[/red] " + 100 * "x" in text  # as it is, and not cut
-    last = text[text.rindex("step ") :]  # the last picture holds the newest of each split
+    assert "saved [red]checkpoint[/red] " + 100 * "x" in text  # unchanged and complete
+    last = text[text.rindex("step ") :]  # the last screen shows the newest metrics of each split
     assert last.startswith("step 60/100")
     assert "60 %" in last
     assert "ETA 0:00:0" in last
     assert "train       loss 0.5000  12 345 images/s" in last
     assert "validation  loss 0.2500  accuracy 0.9000" in last
     assert "compiling" not in last
-    shown.close()  # again: nothing
+    shown.close()  # a second time does nothing
     assert file.getvalue() == text
 
 

@@ -1,4 +1,4 @@
-"""L2, max-norm, gradient noise, SAM and the modes of weight decay, by what they mean."""
+"""L2, max-norm, gradient noise, SAM and the modes of weight decay, against their definitions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(params=PARAMS, rate=0.1, **fields):
 
 
 def move(optimizer, grads, params=PARAMS, steps=1, key=0):
-    """The weights after some updates, without max-norm."""
+    """Returns the weights after some updates, without max-norm."""
     state = optimizer.init(params)
     for step in range(steps):
         updates, state = optimizer.tx.update(
@@ -48,7 +48,7 @@ def move(optimizer, grads, params=PARAMS, steps=1, key=0):
 
 
 def on(name, params=PARAMS, **fields):
-    """The regularizer `name` of the optimizer with these fields."""
+    """Returns the regularizer `name` of the optimizer with these fields."""
     return make(params, **fields).regularizers[name]
 
 
@@ -60,11 +60,11 @@ def test_off_leaves_nothing_in_the_step():
 
 
 def test_each_is_a_field_of_the_optimizer_that_regularizes():
-    """And the other way round, but for weight decay: its place depends on the optimizer."""
+    """Weight decay is the only field without a row: its place depends on the optimizer."""
     fields = {name for name, field in FIELDS.items() if field.regularizer}
     names = {f"optimizer.{name}" for name in (*regularizers.REGULARIZERS, "weight_decay")}
     assert names == {name for name in fields if name.startswith("optimizer.")}
-    # Penalties are logged by their name, next to the other sums of a step.
+    # Penalties are logged under their name, next to the other sums of a step.
     assert regularizers.REGULARIZERS.keys().isdisjoint(metrics.SUM_NAMES)
 
 
@@ -140,7 +140,7 @@ def test_max_norm_scales_back_each_unit_that_is_too_long():
     rules = ((r"params/head/kernel", 0.0), (r".*", 6.0))
     found = jax.jit(on("max_norm", max_norm=rules).constrain)(PARAMS)
     lengths = np.stack([norms(b["conv"]["kernel"]) for b in PARAMS["stage1"].values()])
-    assert 3 < np.sum(lengths > 6) < 13  # some of each
+    assert 3 < np.sum(lengths > 6) < 13  # some units above the limit, some below
     for old, new in zip(PARAMS["stage1"].values(), found["stage1"].values()):
         old_kernel, new_kernel = old["conv"]["kernel"], new["conv"]["kernel"]
         long = norms(old_kernel) > 6
@@ -248,7 +248,7 @@ def dropout_run(rho):
 
 
 def test_both_gradients_of_sam_are_of_the_same_random_network():
-    """A radius that rounds away gives the plain step again, dropout and pieces and all."""
+    """A radius that rounding removes gives the plain step, also with dropout and accumulation."""
     (plain, sums), (found, same) = dropout_run(0.0), dropout_run(1e-30)
     assert distance(found.params, plain.params) < 1e-6
     chex.assert_trees_all_close(sums, same, rtol=1e-6)

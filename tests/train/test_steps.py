@@ -60,7 +60,7 @@ def test_local_batchnorm_differs_and_averages_what_each_device_saw():
 
 
 class Plain(nn.Module):
-    """No BatchNorm and no dropout: gradients of pieces average to the gradient of the whole."""
+    """Without BatchNorm and dropout, the pieces' gradients average to the batch's."""
 
     @nn.compact
     def __call__(self, images, *, train: bool = False):
@@ -139,7 +139,7 @@ def test_gradients_that_are_not_finite_change_nothing_but_the_step():
 
 def test_auxiliary_heads_are_weighed_by_name():
     labels = jax.nn.one_hot(jnp.array([1, 2]), 3)
-    # One sown by the network, one by the module of the head itself, as flax keeps them.
+    # One head is sown by the network, one by the module of the head, in the form flax keeps.
     heads = {"a": (jnp.ones((2, 3)),), "b": {"logits": (jnp.eye(3)[:2] * 5,)}}
     weights = [("a", lambda step: 0.3), ("b", lambda step: 0.1 * step)]
     found = float(losses.aux_loss(heads, labels, weights, 4))
@@ -162,7 +162,7 @@ def test_dropout_differs_by_device_and_step_and_shared_does_not():
         def __call__(self, images, *, train: bool = False):
             w = nn.Dense(tiny.CLASSES, name="head")(images.reshape(images.shape[0], -1))
             if train:
-                # Smuggled out through the statistics, which the step averages over devices.
+                # Passed out through the statistics, which the step averages over devices.
                 for name in ("dropout", "shared"):
                     value = jax.random.uniform(self.make_rng(name))
                     mean = self.variable("batch_stats", name, jnp.zeros, ())
@@ -250,7 +250,7 @@ def test_partition_keeps_the_state_tree():
 
 
 def equations(jaxpr):
-    """All of a jaxpr's, those of its inner ones too."""
+    """Yields all equations of a jaxpr and of its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for parameter in jax.tree.leaves(
@@ -262,9 +262,9 @@ def equations(jaxpr):
 
 
 def test_bfloat16_computes_and_float32_keeps():
-    """Of a ResNet-8 that is traced only: convolutions in bfloat16; the head, the loss, every sum,
-    what goes between devices and what is kept in float32."""
-    shape, classes = (32, 32, 3), 11  # 11 occurs at the head alone
+    """Traces a ResNet-8: convolutions are in bfloat16; the head, the loss, every sum, and values
+    that are sent between devices or kept are in float32."""
+    shape, classes = (32, 32, 3), 11  # 11 occurs only in the head
     fields = dict(depths=(1, 1, 1), num_classes=classes, dtype="bfloat16")
     model = create_model("cifar_resnet20", **fields)
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (1, *shape)))

@@ -1,4 +1,4 @@
-"""The log: whole records only, each step once, the same in JSONL and in TensorBoard."""
+"""The log: only complete records, each step once, equal in JSONL and TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def steps(path, name="train/loss"):
 
 
 def tensorboard_scalars(path, tag):
-    """[(step, value)] as tensorboard itself reads them."""
+    """Returns [(step, value)] as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
@@ -55,7 +55,7 @@ def test_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
         assert strict["train/loss"] is None
     values = [record["train/loss"] for record in read_jsonl(tmp_path / "metrics.jsonl")]
     assert np.isnan(values).tolist() == [True, True, True, False]
-    log(tmp_path, [(5, 1.0)], resume_step=4)  # a rewritten file keeps them valid
+    log(tmp_path, [(5, 1.0)], resume_step=4)  # they are still valid after the file is rewritten
     assert (tmp_path / "metrics.jsonl").read_text().count("null") == 3
     assert np.isnan(tensorboard_scalars(tmp_path, "train/loss")[0][1])
 
@@ -76,8 +76,8 @@ def test_an_event_of_the_resumed_step_is_not_written_twice(tmp_path):
         writer.write(40, {"train/loss": 1.0})
         writer.write(40, {"test/loss": 2.0})
     with Writer(tmp_path, resume_step=40) as writer:
-        writer.write(40, {"test/loss": 2.0})  # a finished run, started again
-        writer.write(40, {"validation/loss": 3.0})  # this one the last session did not come to
+        writer.write(40, {"test/loss": 2.0})  # a complete run that is started again
+        writer.write(40, {"validation/loss": 3.0})  # the last session did not reach this one
     assert steps(tmp_path, "test/loss") == [40]
     assert steps(tmp_path, "validation/loss") == [40]
     assert tensorboard_scalars(tmp_path, "test/loss") == [(40, 2.0)]
@@ -94,9 +94,9 @@ def test_tensorboard_reads_each_step_once_after_resumes(tmp_path):
     log(tmp_path, [(s, 1.0) for s in (20, 40, 60)])
     [first] = (tmp_path / "tensorboard").iterdir()
     with open(first, "ab") as file:
-        file.write(b"\x20\0\0\0\0\0\0\0torn")  # the process was killed inside an event
+        file.write(b"\x20\0\0\0\0\0\0\0torn")  # the process was killed while it wrote an event
     log(tmp_path, [(s, 2.0) for s in (60, 80, 100)], resume_step=40)
-    log(tmp_path, [(s, 3.0) for s in (100, 120)], resume_step=80)  # all within one second
+    log(tmp_path, [(s, 3.0) for s in (100, 120)], resume_step=80)  # all in one second
     expected = [(20, 1.0), (40, 1.0), (60, 2.0), (80, 2.0), (100, 3.0), (120, 3.0)]
     assert tensorboard_scalars(tmp_path, "train/loss") == expected
     found = [(r["step"], r["train/loss"]) for r in read_jsonl(tmp_path / "metrics.jsonl")]

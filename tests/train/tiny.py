@@ -1,4 +1,4 @@
-"""A network of one convolution, with BatchNorm, dropout, an auxiliary head: compiles in a blink."""
+"""A network of one convolution with BatchNorm, dropout and an auxiliary head, fast to compile."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def examples(n: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def config(**changes) -> ConfigDict:
-    """configs/common.py with `{"optimizer.name": "adam"}` changed."""
+    """Returns the config of configs/common.py with changes such as {"optimizer.name": "adam"}."""
     config = get_config()
     config.schedule.name = "constant"
     with config.unlocked():
@@ -69,7 +69,7 @@ def setup(
     factory_fields=None,
     **parts,
 ):
-    """(state, train_step, eval_step, mesh): as the run wires them, over the first devices.
+    """Returns (state, train_step, eval_step, mesh) as in a run, on the first devices.
 
     `own`: objects with hooks by name; `parts`: loss, metrics, task.
     """
@@ -120,7 +120,7 @@ def setup(
 
 
 class _Training:
-    """Steps on fixed batches, compiled once; the state after each of them is kept."""
+    """Takes steps on fixed batches, compiled once, and keeps the state after each step."""
 
     def __init__(self, config: ConfigDict, batch: int, **kwargs):
         self._batch, self._mode = batch, kwargs.get("mode", "shard_map")
@@ -141,8 +141,8 @@ _trainings: dict[tuple, _Training] = {}
 
 
 def train(config: ConfigDict, n: int = 3, batch: int = 8, **kwargs):
-    """The state and the last sums after n steps on fixed batches; n=0: the state before, and None.
-    Tests of one process that ask for the same training share it."""
+    """Returns the state and the last sums after n steps on fixed batches; for n=0, the initial
+    state and None. Tests in one process share equal trainings."""
     given = config.to_json_best_effort(sort_keys=True), batch, tuple(sorted(kwargs.items()))
     if given not in _trainings:
         _trainings[given] = _Training(config, batch, **kwargs)

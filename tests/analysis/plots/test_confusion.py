@@ -1,4 +1,4 @@
-"""The confusion matrix: counts where there is room, shares of the true class as colors."""
+"""The confusion matrix: counts if there is space, colors as fractions of the true class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def figures(monkeypatch):
 
 
 def test_counts_and_shares_of_the_rows(figures):
-    matrix = np.array([[8, 2, 0], [0, 40, 0], [0, 0, 0]])  # a class without examples, too
+    matrix = np.array([[8, 2, 0], [0, 40, 0], [0, 0, 0]])  # one class has no examples
     draw_confusion(matrix, ["cat", "dog", "emu"], "confusion.png")
     axes = figures[0].axes[0]
     counts = {tuple(int(i) for i in t.get_position()[::-1]): t.get_text() for t in axes.texts}

@@ -1,4 +1,4 @@
-"""Learning curves from the log: what is drawn, where, and what happens to odd logs."""
+"""Learning curves from the log: what is drawn, where, and how unusual logs are handled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flax_cnns.errors import UserError
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved, to look at their lines."""
+    """The figures that were saved, for a look at their lines."""
     saved, save = [], curves.save_picture
 
     def keep(figure, png):

@@ -1,4 +1,4 @@
-"""Every picture of one point, of one row, of hundreds, and with long names: where things stand."""
+"""The layout of every figure with one point, one row, hundreds of rows, and long names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG = [
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What would have been saved."""
+    """The figures that would have been saved."""
     saved: list[Figure] = []
     for module in (compare, confusion, curves, finetune_report, predictions, forest):
         monkeypatch.setattr(module, "save_picture", lambda figure, png: saved.append(figure))
@@ -38,7 +38,7 @@ def texts(labels):
 
 
 def laid_out(figure):
-    """The figure, once its layout is made."""
+    """Returns the figure after its layout is computed."""
     figure.draw_without_rendering()
     return figure
 
@@ -114,7 +114,7 @@ def test_one_step_stands_on_its_number_and_beside_the_legend(figures, tmp_path):
         point = axes.transData.transform((7, axes.get_ylim()[1]))
         legend = axes.get_legend()
         assert legend is None or legend.get_window_extent().x0 > point[0] + 10
-    assert not figure.axes[2].get_lines()[0].get_clip_on()  # a rate of zero lies on the axis
+    assert not figure.axes[2].get_lines()[0].get_clip_on()  # a rate of zero is on the axis
     assert figure._suptitle.get_window_extent().width < figure.bbox.width
 
 
