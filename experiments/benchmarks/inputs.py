@@ -62,10 +62,9 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
 
 def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
     """Training batches of the host, before they are copied to a device."""
+    # Only this command needs Grain and TFDS, which the data package imports.
     from flax_cnns.data import pipeline as pipelines
-    from flax_cnns.data.load import (
-        load_dataset,
-    )  # imports Grain and TFDS, which only this command needs
+    from flax_cnns.data.load import load_dataset
 
     sources = args.source.split(",")
     for source in sources:
@@ -148,11 +147,11 @@ def _as_arrays(dataset: Any, config: Any) -> Any:
     train, test = (dataset.splits[split] for split in ("train", "test"))
     if train.images is None:
         raise UserError("--source=arrays: the config's data is not in memory; try --mock=50000")
-    given = Dataset.from_arrays(
+    from_arrays = Dataset.from_arrays(
         (train.images, train.labels), (test.images, test.labels), num_classes=dataset.num_classes
     )
     with config.unlocked():
-        return load_dataset(type(config)({**config.to_dict(), "mock": 0}), data=given)
+        return load_dataset(type(config)({**config.to_dict(), "mock": 0}), data=from_arrays)
 
 
 def _data_config(args: argparse.Namespace) -> Any:

@@ -184,8 +184,8 @@ def train_on_digits(name: str, case: LearningCase, args: argparse.Namespace) -> 
     from flax_cnns.train.state import TrainState
 
     began = time.perf_counter()
-    given = {field: getattr(args, field) for field in ("steps", "size", "rate")}
-    case = case._replace(**{field: value for field, value in given.items() if value})
+    flags = {field: getattr(args, field) for field in ("steps", "size", "rate")}
+    case = case._replace(**{field: value for field, value in flags.items() if value})
     steps = case.steps
     config = common.get_config()
     config.seed = args.seed
@@ -195,37 +195,37 @@ def train_on_digits(name: str, case: LearningCase, args: argparse.Namespace) -> 
     config.optimizer.name = "adam"
     config.schedule.learning_rate = case.rate
 
-    parts = build.build_components(config)
-    epoch = len(parts.dataset.splits["train"]) / args.batch
-    variables = parts.init_variables()
+    components = build.build_components(config)
+    epoch = len(components.dataset.splits["train"]) / args.batch
+    variables = components.init_variables()
     schedule = schedules.make_schedule(config.schedule, total_steps=steps, steps_per_epoch=epoch)
     optimizer = optimizers.make_optimizer(config.optimizer, variables["params"], schedule)
     state = TrainState.create(variables, optimizer.init(variables["params"]))
-    state = parallel.replicate(state, parts.mesh)
-    key = parallel.replicate(jax.random.fold_in(jax.random.key(args.seed), 1), parts.mesh)
-    step = build.make_train_step(parts, optimizer, epoch)
+    state = parallel.replicate(state, components.mesh)
+    key = parallel.replicate(jax.random.fold_in(jax.random.key(args.seed), 1), components.mesh)
+    step = build.make_train_step(components, optimizer, epoch)
     start = jax.device_get(state.batch_stats)  # the state is donated
 
     sums = []
-    batches = pipeline.train_batches(parts.dataset, config.data, seed=args.seed)
+    batches = pipeline.train_batches(components.dataset, config.data, seed=args.seed)
     with contextlib.closing(batches):
         for batch in itertools.islice(batches, steps):
-            state, found = step(state, parts.shard(batch), key)
-            sums.append(jax.device_get(found))
-    losses = [float(found["loss"] / found["count"]) for found in sums]
+            state, step_sums = step(state, components.shard(batch), key)
+            sums.append(jax.device_get(step_sums))
+    losses = [float(s["loss"] / s["count"]) for s in sums]
     first, last = np.mean(losses[:WINDOW_STEPS]), np.mean(losses[-WINDOW_STEPS:])
 
-    evaluations = [parts.evaluate(state.variables, "validation") for _ in range(2)]
+    evaluations = [components.evaluate(state.variables, "validation") for _ in range(2)]
     deterministic = evaluations[0] == evaluations[1]
     before, after = pytree.flatten(start), pytree.flatten(jax.device_get(state.batch_stats))
     moved = all((before[path] != after[path]).any() for path in before) if before else None
-    down = last < MAX_LOSS_RATIO * min(first, np.log(parts.dataset.num_classes))
-    bad = int(sum(found["bad"] for found in sums))
+    fell = last < MAX_LOSS_RATIO * min(first, np.log(components.dataset.num_classes))
+    bad = int(sum(s["bad"] for s in sums))
     return {
         "model": name,
         "fields": case.fields,
         "params": pytree.count(variables["params"]),
-        "input_size": list(parts.dataset.image_shape),
+        "input_size": list(components.dataset.image_shape),
         "batch": args.batch,
         "steps": steps,
         "rate": case.rate,
@@ -239,6 +239,6 @@ def train_on_digits(name: str, case: LearningCase, args: argparse.Namespace) -> 
         "statistics": len(before),
         "statistics_moved": moved,
         "deterministic": deterministic,
-        "learned": bool(down and moved is not False and deterministic and not bad),
+        "learned": bool(fell and moved is not False and deterministic and not bad),
         "seconds": time.perf_counter() - began,
     }

@@ -24,9 +24,8 @@ class Bars(NamedTuple):
     labels: list[str]
     series: dict[str, list[float | None]]  # name -> value per label; None: no bar
     axis: str  # label of the value axis
-    reference: float | None = (
-        None  # where a line is drawn, such as 1 for ratios; makes the axis logarithmic
-    )
+    # Position of a reference line, such as 1 for ratios; it makes the axis logarithmic.
+    reference: float | None = None
 
 
 class BenchmarkReport:

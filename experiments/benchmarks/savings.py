@@ -128,13 +128,13 @@ def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None
     middle rate computes all branches. Each step drops other branches, so a round takes --steps
     steps.
     """
-    given = {"scan": True} if args.scan else {}
+    scan_field = {"scan": True} if args.scan else {}
     middle = args.rates[len(args.rates) // 2]
     cases = [("batch", 0.0), *(("batch", rate) for rate in args.rates), ("sample", middle)]
     runs = {}
     for mode, rate in cases:
         report.print_line(f"drop_path={rate} {mode}: compiling")
-        model = make_network(args.model, args, drop_path=rate, drop_path_mode=mode, **given)
+        model = make_network(args.model, args, drop_path=rate, drop_path_mode=mode, **scan_field)
         train = Trainee(model, args.batch).make_train_call()
 
         def take_steps(train: Callable = train) -> Any:

@@ -122,16 +122,16 @@ def make_torch_convolution(
 
     kernel, images, cotangent = make_arrays(shape)
     w, x, y = tensor(kernel, (3, 2, 0, 1)), *(tensor(a, (0, 3, 1, 2)) for a in (images, cotangent))
-    given = dict(stride=shape.stride, padding=shape.padding, groups=shape.groups)
+    options = dict(stride=shape.stride, padding=shape.padding, groups=shape.groups)
     wait = make_wait(torch, device)
 
     def forward() -> Callable[[], None]:
         with torch.no_grad():
-            torch.nn.functional.conv2d(x, w, **given)
+            torch.nn.functional.conv2d(x, w, **options)
         return wait
 
     def gradient() -> Callable[[], None]:
-        out = torch.nn.functional.conv2d(x.requires_grad_(), w.requires_grad_(), **given)
+        out = torch.nn.functional.conv2d(x.requires_grad_(), w.requires_grad_(), **options)
         torch.autograd.grad(out, (x, w), y)
         return wait
 

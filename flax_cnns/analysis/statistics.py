@@ -106,7 +106,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _flat(values: np.ndarray, inputs: np.ndarray) -> bool:
-    """Whether all `values` are equal, up to the rounding of `inputs`, which they came from."""
+    """Whether all `values` are equal, up to rounding of the `inputs` they depend on."""
     return values.size == 0 or np.ptp(values) <= 1e-9 * np.abs(inputs).max()
 
 

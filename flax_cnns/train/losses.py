@@ -57,7 +57,7 @@ def select_loss(loss: Loss | None, task: str) -> Loss:
         if not checks.is_float_array(each, logits.shape[:1]):
             raise UserError(
                 f"{name} returned {checks.describe(each)}, expected float32 [{len(logits)}]: one"
-                " number per example, of which the step takes the mean"
+                " number per example (the step takes their mean)"
             )
         return jnp.asarray(each, jnp.float32)
 

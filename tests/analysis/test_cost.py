@@ -211,9 +211,8 @@ def test_what_only_training_runs_has_parameters_and_no_macs():
 
 def test_the_batch_multiplies_and_dtype_changes_nothing():
     model = create_model("lenet5", dtype="bfloat16")
-    assert (
-        cost(model, (10**6, 32, 32, 1)).macs == 10**6 * 416_520
-    )  # only shapes: there is not that much memory
+    # Only shapes: such a batch would not fit into memory.
+    assert cost(model, (10**6, 32, 32, 1)).macs == 10**6 * 416_520
 
 
 def test_the_text_is_a_table():

@@ -62,9 +62,8 @@ def test_what_is_short_is_called_often_and_waited_for_once_a_round():
         {"short": short, "long": long}, rounds=2, at_least=0.1, clock=lambda: fake.now
     )
     assert found.calls == {"short": 10, "long": 1}
-    assert (
-        fake.log.count("s") == 1 + 1 + 2 * 10
-    )  # a warm-up call, a call to estimate the time, two rounds
+    # A warm-up call, a call to estimate the time, two rounds.
+    assert fake.log.count("s") == 1 + 1 + 2 * 10
     assert found.median("short") == pytest.approx(0.01)
     assert found.median("long") == pytest.approx(0.5)
     assert fake.waited == 2 * (1 + 1 + 2)

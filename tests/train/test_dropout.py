@@ -182,9 +182,8 @@ def test_scanned_blocks_draw_for_themselves(variables):
     rates = rates_of(rules, model, params=stacked["params"])
     _, state = train(model, stacked, rates, "channel")
     means = 10 * np.asarray(state["batch_stats"]["stage1"]["block2-4"]["norm2"]["mean"])
-    np.testing.assert_allclose(
-        means * 4, np.round(means * 4), atol=1e-4
-    )  # 0 or 2 for each of 8 images
+    # Each of 8 images has 0 or 2.
+    np.testing.assert_allclose(means * 4, np.round(means * 4), atol=1e-4)
     assert 0 < means.mean() < 2
     assert len(np.unique(np.round(means, 3), axis=0)) == 3
 

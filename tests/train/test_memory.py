@@ -20,9 +20,8 @@ def test_the_need_of_a_step_is_what_xla_counts_and_asking_compiles_it_once():
     assert memory.needed(step, *arguments) >= 1024 * 1024 * 4
     step(*arguments)
     assert len(traced) == 1
-    assert (
-        memory.needed(lambda state, batch, key: state, *arguments) == 0
-    )  # cannot be compiled: unknown
+    # Not a jitted function: unknown.
+    assert memory.needed(lambda state, batch, key: state, *arguments) == 0
 
 
 def test_what_cannot_be_had_is_refused_with_the_field_and_both_numbers(monkeypatch):

@@ -122,7 +122,7 @@ def _compare_splits(axes: Axes, name: str, series: dict[str, Series | None], low
     if name == "loss" and everything.size and 0 < 20 * everything.min() < everything.max():
         _log_scale(axes)
     if not everything.size:
-        axes.set_yticks([])  # there is nothing to measure
+        axes.set_yticks([])  # ticks would have no meaning
     axes.set_title(name)
     is_single = len(collect_x(axes)) == 1
     axes.legend(frameon=False, fontsize="small", loc="center right" if is_single else "best")

@@ -33,7 +33,7 @@ class ForestRow(NamedTuple):
     name: str
     interval: Interval  # of the mean difference to the baseline, in points
     seeds: Sequence[float]  # the difference of each seed
-    note: str = ""  # shown if nonempty are no differences
+    note: str = ""  # shown if no seed has a difference
 
 
 def draw_forest(
