@@ -140,21 +140,21 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         if command.at_least is not None:
             sub.add_argument(
-                "--rounds", type=flags.parse_positive_int, default=5, help="rounds per time"
+                "--rounds", type=flags.parse_positive_int, default=5, help="number of rounds"
             )
             sub.add_argument("--warmup", type=int, default=1, help="calls before the first round")
             sub.add_argument(
                 "--at-least",
                 type=float,
                 default=command.at_least,
-                help="least seconds per round; a shorter call is repeated",
+                help="minimum seconds per round; a shorter call is repeated",
             )
-        sub.add_argument("--device", default="", help="cpu, gpu or tpu; default: JAX's choice")
+        sub.add_argument("--device", default="", help="cpu, gpu or tpu; if not given, JAX's choice")
         sub.add_argument(
             "--out",
             default=None,
-            help="the JSON file, with the chart next to it; none: write nothing; default: "
-            "runs/benchmarks/COMMAND-TIME.json",
+            help="the JSON file, with the chart next to it; none: write nothing; if not "
+            "given, runs/benchmarks/COMMAND-TIME.json",
         )
         sub.add_argument(
             "--compilation-cache",

@@ -152,7 +152,7 @@ def add_vs_torch_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=0, help="image height and width; 0: the network's"
     )
-    text = "bfloat16 (AMP) or float32; default: bfloat16 on a GPU, float32 on a CPU"
+    text = "bfloat16 (AMP) or float32; if not given, bfloat16 on a GPU and float32 on a CPU"
     parser.add_argument("--dtype", type=parse_dtype, help=text)
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument(

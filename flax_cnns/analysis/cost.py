@@ -65,8 +65,8 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
     """Counts parameters and MACs of `model(images)`; computes only shapes.
 
     `images_shape` is [N H W C], by default one image of `model.input_size`. It may be any shape
-    that the module accepts. `call` holds further arguments of the module's call. `train` is False
-    unless `call` sets it.
+    that the module accepts. `call` holds further arguments of the module's call; its argument
+    `train`, if there is one, is False by default.
 
     A module that is called several times, also by `nn.scan`, `nn.vmap` or `nn.jit`, counts each
     time. Every branch of `nn.cond` and `nn.switch` counts, and the body of `nn.while_loop` counts

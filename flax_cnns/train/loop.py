@@ -65,7 +65,7 @@ class Callbacks:
     - `save(step, state, host, metrics)` saves a checkpoint; `host` can be written as JSON.
     - `write(step, record)` writes one record of the log.
     - `tick(step)` is called after every step.
-    - `should_stop(step)` is called once a step and says whether the session must end.
+    - `should_stop(step)` is called once per step and returns whether the session must end.
     - `evaluate(state)` returns {"loss", "accuracy", ...} of the validation split, or raises
       `Interrupted`.
     - `on_validation(state, error)` may change the state (the plateau schedule).
@@ -106,6 +106,7 @@ class _Pace:
         self.restart()
 
     def restart(self, steps: int = 0) -> None:
+        """Starts to measure again, with `steps` steps counted already."""
         self.since, self.new = time.perf_counter(), steps
 
     def lap(self) -> float | None:
@@ -118,6 +119,7 @@ class _Pace:
         return new * self.batch_size / seconds
 
     def mean(self) -> float | None:
+        """Returns the images per second of all laps; None if no step was counted."""
         return self.steps * self.batch_size / self.seconds if self.steps else None
 
 

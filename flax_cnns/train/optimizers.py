@@ -68,7 +68,7 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
         del params
         return PlateauState(jnp.float32(jnp.inf), jnp.int32(0), jnp.float32(1.0))
 
-    def update(updates, state, params=None, *, step, **_):
+    def update(updates: PyTree, state: PlateauState, params: Any = None, *, step: Array, **_: Any):
         del params
         rate = -schedule(step) * state.scale
         return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
@@ -122,7 +122,7 @@ def _own_optimizer(
         # A copy: the state may hold the weights themselves, and a buffer can be donated only once.
         return OwnOptimizerState(start, jax.tree.map(jnp.copy, inner))
 
-    def update(updates, state, params=None, *, step, **_):
+    def update(updates: PyTree, state: Any, params: PyTree = None, *, step: Array, **_: Any):
         rate = schedule(step) * state.rate.scale
         grads, named = (pytree.unstack_blocks(tree) for tree in (updates, params))
         try:
@@ -146,7 +146,7 @@ def _add_decoupled(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds to the updates what `chain` returns for gradients of zero: decoupled weight decay."""
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any):
         zeros = jax.tree.map(jnp.zeros_like, updates)
         decay, state = chain.update(zeros, state, params, **extra)
         return jax.tree.map(jnp.add, updates, decay), state

@@ -24,6 +24,7 @@ def make_mesh(devices: list[Any] | None = None, *, axis_name: str = "batch") -> 
 
 
 def local_devices(mesh: Mesh) -> list[Any]:
+    """Returns the devices of the mesh that belong to this process."""
     return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
 

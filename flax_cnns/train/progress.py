@@ -16,7 +16,7 @@ from rich.text import Text
 from flax_cnns.names import make_console
 
 COMPILING_MESSAGE = "compiling the first step"
-ANNOUNCE_AFTER_SECONDS = 5.0  # seconds without a first step
+ANNOUNCE_AFTER_SECONDS = 5.0  # without a completed first step
 MAX_EXTRA_METRICS = 2  # of a user's metrics, so that they fit into one line
 
 
@@ -54,7 +54,7 @@ class Progress:
         primary: bool = True,
         file: TextIO | None = None,
         extra_metrics: Sequence[str] = (),
-    ):
+    ) -> None:
         self._names = ("loss", "accuracy", "label_accuracy", *extra_metrics[:MAX_EXTRA_METRICS])
         self._total, self._step, self._primary = total_steps, start, primary
         self._file = file if file is not None else sys.stdout
@@ -126,7 +126,7 @@ class Progress:
 class _Bar(bars.Progress):
     """A progress bar of rich with a line of the newest metrics of each split below it."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: TextIO) -> None:
         self.compiling = True
         self.newest: dict[str, str] = {}
         super().__init__(
@@ -149,7 +149,7 @@ class _Bar(bars.Progress):
 
 
 class _Column(bars.ProgressColumn):
-    def __init__(self, text: Callable[[bars.Task], str]):
+    def __init__(self, text: Callable[[bars.Task], str]) -> None:
         super().__init__()
         self._text = text
 
@@ -178,4 +178,5 @@ def _percent(step: float, total: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
+    """3661.4 -> "1:01:01"."""
     return str(datetime.timedelta(seconds=round(seconds)))

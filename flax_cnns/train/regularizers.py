@@ -231,7 +231,15 @@ def make_transformations(
     """Makes an optax transformation of each `gradients` hook; its update takes `step` and `key`."""
 
     def transformation(change: Callable) -> optax.GradientTransformationExtraArgs:
-        def update(updates: PyTree, state: Any, params: PyTree = None, *, step, key, **_):
+        def update(
+            updates: PyTree,
+            state: Any,
+            params: PyTree = None,
+            *,
+            step: Array,
+            key: Array,
+            **_: Any,
+        ) -> tuple[PyTree, Any]:
             return change(updates, params, key, step), state
 
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -30,6 +30,7 @@ def parse_duration(duration: str, steps_per_epoch: float, *, what: str = "durati
 
 
 def constant(rate: float) -> Schedule:
+    """`rate` at every step."""
     return lambda step: jnp.full((), rate, jnp.float32)
 
 

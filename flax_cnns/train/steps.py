@@ -270,7 +270,7 @@ def compute_gradients(
         grads, (batch_stats, sums) = gradient(weights, state.batch_stats, images, labels, 0)
         return grads, batch_stats, sums
 
-    def accumulate_piece(carry, piece):
+    def accumulate_piece(carry: tuple, piece: tuple) -> tuple[tuple, Sums]:
         batch_stats, grads = carry
         piece_grads, (batch_stats, sums) = gradient(weights, batch_stats, *piece)
         return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums

@@ -85,7 +85,7 @@ class Writer:
         wandb: str = "",
         config: Mapping[str, Any] | None = None,
         primary: bool = True,
-    ):
+    ) -> None:
         self._file: io.FileIO | None = None
         self._events: Any = None
         self._wandb: Any = None

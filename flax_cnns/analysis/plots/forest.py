@@ -48,8 +48,7 @@ def draw_forest(
     """Draws a line per row, in the given order, with the seeds' differences, mean and interval.
 
     A row is gray if its interval includes zero or is unknown. If not `more_is_better`, all other
-    rows have one color. Raises `UserError` if the file cannot be
-    written.
+    rows have one color. Raises `UserError` if the file cannot be written.
     """
     limit = _limit(forest_rows)
     figure = Figure(figsize=(8.6, 1.5 + 0.34 * len(forest_rows)), layout="constrained")
