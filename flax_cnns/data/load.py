@@ -1,7 +1,7 @@
 """Loading a config's data set: digits, TFDS, official archives, a folder of images, a file of
 arrays, the user's own data, or noise.
 
-For every source, the splits get their roles in this order (types.py explains the roles):
+The splits of every source are made in this order (types.py explains their roles):
 
 1. Only the examples of `data.classes` stay, if the config selects classes.
 2. If there is no labeled test split, the validation split serves as test, as for ImageNet. Without

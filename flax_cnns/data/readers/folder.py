@@ -67,7 +67,7 @@ class FileSource:
                 if file.read(len(LFS_PREFIX)) != LFS_PREFIX:
                     raise
             raise UnidentifiedImageError(
-                "it is a pointer of Git LFS_PREFIX, not an image; run git lfs pull"
+                "it is a Git LFS pointer, not an image; run git lfs pull"
             ) from None
         if getattr(image, "is_animated", False) and image.format != "MPO":
             self.multi_frame_files.add(path)  # only the first frame is used
