@@ -1,4 +1,4 @@
-"""The 2016 search's network of 15 layers: figure 7 by hand, published counts, errors."""
+"""The searched 15-layer network: figure 7 by hand, published counts, errors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from flax_cnns.models import nas
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, variable_shapes
 
-# Figure 7, from the image upwards: height, width and number of the filters.
+# Figure 7, from the image up: height, width and number of filters of each layer.
 BOXES = [
     *((3, 3, 36), (3, 3, 48), (3, 3, 36), (5, 5, 36), (3, 7, 48), (7, 7, 48), (7, 7, 48)),
     *((7, 3, 36), (7, 1, 36), (7, 7, 36), (5, 7, 36), (7, 7, 48), (7, 5, 48), (7, 5, 48)),
     (7, 5, 48),
 ]
-# Channels that enter each, by the lines of the figure.
+# Input channels of each layer, by the connections in the figure.
 ENTER = [3, 36, 84, 120, 72, 168, 216, 132, 168, 324, 336, 240, 360, 180, 276]
 WIDTHS = [n for _, _, n in BOXES]
 
@@ -52,7 +52,7 @@ def test_every_layer_keeps_the_size():
 
 
 def test_no_layer_is_left_out():
-    """Section 3.3 has those that no other takes in front of the softmax: there are none."""
+    """Section 3.3 sends layers that no other layer takes to the softmax; there are none."""
     taken = {source for row in nas.FIGURE_7 for source in row.sources}
     assert taken == set(range(15))
 

@@ -37,9 +37,9 @@ def separable(k: int, c: int, width: int) -> int:
 
 
 def of_cifar(n: int, f: int) -> int:
-    """Parameters of n cells a stage, f channels in the first, by figure 4; without auxiliary head.
+    """Counts parameters by figure 4: n cells per stage, f channels at first, no auxiliary head.
 
-    The very first cell takes the stem's 3f channels for both inputs, one of them unsqueezed.
+    The first cell takes the stem's 3f channels for both inputs and does not squeeze one of them.
     """
     count = 9 * 3 * 3 * f + 2 * 3 * f  # stem
     x = p = 3 * f
@@ -53,7 +53,7 @@ def of_cifar(n: int, f: int) -> int:
             count += separable(5, width, width) + separable(3, width, width)  # of x
             first = stage == i == 0
             c = p if first else width
-            # Not squeezed: three means or identities and the output's part are projected.
+            # Without a squeeze, three means or identities and the part in the output are projected.
             count += squeezed(p, width) * (4 if first else 1)
             count += sum(separable(k, c, width) for k in (3, 5, 3))  # of p
             x, p = 6 * width, x
@@ -67,7 +67,7 @@ def of_head(channels: int, side: int, classes: int) -> int:
 @pytest.mark.parametrize(
     ("name", "without", "head"),
     [
-        # Behind the second stage: 14 and 16 pixels, of which the 5x5/3 mean makes 4.
+        # After the second stage: the 5x5/3 mean reduces 14 and 16 pixels to 4.
         ("nasnet_a_mobile", PUBLISHED["keras_nasnetmobile"].params, of_head(12 * 44, 4, 1000)),
         ("nasnet_a_6_768", of_cifar(6, 32), of_head(12 * 32, 4, 10)),
         ("nasnet_a_7_2304", of_cifar(7, 96), of_head(12 * 96, 4, 10)),
@@ -86,7 +86,7 @@ def test_large_networks_differ_in_no_field_that_makes_parameters_but_for_the_hea
 
 def test_table_1():
     assert of_cifar(6, 32) == pytest.approx(3.3e6, rel=0.02)
-    # The other row's 27.6 M are not those of seven cells, nor of six: the docstring says so.
+    # The 27.6 M of the other row fit neither seven cells nor six: see the module's docstring.
     assert (of_cifar(7, 96), of_cifar(6, 96)) == (32_590_954, 28_213_546)
 
 
@@ -125,13 +125,13 @@ def test_n_cells_in_each_stage():
 
 @pytest.mark.parametrize(("skip", "channels"), [(False, 6 * 8), (True, 4 * 4)])
 def test_what_the_cell_behind_a_reduction_takes(skip, channels):
-    """Stage 1's only cell, or what that took itself: the stem's last."""
+    """Its p is stage 1's only cell, or the input of this cell: the stem's last output."""
     shapes = shapes_of("nasnetalarge", **TINY, skip_reduction=skip)
     assert shapes["params/stage2/normal1/squeeze_previous/conv1/kernel"].shape[2] == channels
 
 
 def test_a_reduction_in_two_halves():
-    """1x1 that give even rows and columns themselves beside odd ones, zeros behind the last."""
+    """The two 1x1 return even rows and columns, and odd ones with zeros after the last."""
     x = jnp.arange(1.0, 26.0).reshape(1, 5, 5, 1)
     conv = partial(layers.Conv, use_bias=False)
     module = cells.FactorizedReduction(2, conv, layers.make_norm("none", train=False))
@@ -152,7 +152,7 @@ def test_a_reduction_in_two_halves():
     ],
 )
 def test_what_poolings_see_around_the_maps(kind, zeros, corner):
-    """Of stride 2 and an odd size; at stride 1 it is nothing."""
+    """With stride 2 and an odd size they see zeros; with stride 1 the padding does not count."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
     x = -jnp.ones((1, 5, 5, 3))
     pool = partial(cells.Pool, 3, kind, conv, norm, cells.PaddingRules("same", zeros))
@@ -165,7 +165,7 @@ def test_what_poolings_see_around_the_maps(kind, zeros, corner):
 
 @pytest.mark.parametrize(("padding", "first"), [("same", 7.0), ("torch", 5.0)])
 def test_padding(padding, first):
-    """At stride 2 and an even size "same" begins inside: the largest of [0 3) or of [0 2)."""
+    """With stride 2 and an even size "same" starts inside: the maximum is over [0 3) or [0 2)."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
     padding_rules = cells.PaddingRules(padding, ())
     x = jnp.array([[0.0, 1, 2, 3], [4, 5, 6, 0], [0, 0, 7, 0], [0, 0, 0, 0]])[None, ..., None]
@@ -190,7 +190,7 @@ def run(module, *args):
 
 
 def test_a_cell_all_of_whose_operations_are_dropped():
-    """Identities are left: those of p in the third row, of x in the fifth, and p in the output."""
+    """Only identities stay: of p in the third row, of x in the fifth, and p in the output."""
     x, p = jnp.ones((2, 4, 4, 3)), 2 * jnp.ones((2, 4, 4, 5))
     drop = layers.DropPath(jnp.float32(1 - 1e-6), jax.random.key(1), "sample")
     parts = jnp.split(run(cell(), x, p, drop), 6, axis=-1)
@@ -209,8 +209,8 @@ def test_each_operation_of_a_cell_is_dropped_for_itself_and_each_image_too():
     )
     parts = np.asarray(run(cell(recipe), x, x, drop)).reshape(16, 4, 4, 2, 4)
     whole = np.asarray(run(cell(recipe), x, x, None)).reshape(16, 4, 4, 2, 4)
-    kept = np.round(parts / whole, 3)  # 0, 1 or 2 halves, each counted twice
-    assert (kept == kept[:, :1, :1, :, :1]).all()  # an image's whole maps
+    kept = np.round(parts / whole, 3)  # 0, 1 or 2 halves, each scaled by 2
+    assert (kept == kept[:, :1, :1, :, :1]).all()  # constant over each map
     assert set(kept[:, 0, 0, :, 0].ravel()) == {0.0, 1.0, 2.0}
     assert (kept[:, 0, 0, 0, 0] != kept[:, 0, 0, 1, 0]).any()
 
@@ -229,13 +229,13 @@ def test_drop_path_grows_from_cell_to_cell_and_adds_no_parameters():
     images, key = jnp.ones((2, 19, 19, 3)), jax.random.key(0)  # any size
     mutable = ["batch_stats", "aux_logits"]
 
-    def rates(variables):  # all else is not compiled, for nobody asks for it
+    def rates(variables):  # returns only the rates, so that nothing else is compiled
         with nn.intercept_methods(note):
             model.apply(variables, images, train=True, mutable=mutable, rngs={"dropout": key})
         return jnp.stack(seen)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables)
-    # Two in the stem, a normal cell, a reduction, a normal cell.
+    # Cells: two in the stem, a normal cell, a reduction, a normal cell.
     np.testing.assert_allclose(jax.jit(rates)(zeros), [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
     assert shapes_of("nasnet_a_large", **TINY, drop_path=0.0) == pytree.flatten(variables)
 

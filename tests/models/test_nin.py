@@ -1,4 +1,4 @@
-"""Network in Network: counts by hand, the released files' shapes, costs and first values."""
+"""Network in Network: counts by hand, shapes and costs of the released files, initial values."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-# The released files: window, input and output channels of every convolution, all with biases, and
-# the side of its output for the released input.
+# The released files: kernel size, input and output channels of every convolution, all with biases,
+# and the height of its output for the released input size.
 CIFAR = [
     *((5, 3, 192, 32), (1, 192, 160, 32), (1, 160, 96, 32)),
     *((5, 96, 192, 16), (1, 192, 192, 16), (1, 192, 192, 16)),
@@ -107,4 +107,4 @@ def test_papers_first_values():
         narrow = path in ("mlpconv1/conv/kernel", "mlpconv3/conv/kernel", "head/kernel")
         std = 0.01 if narrow else 0.05
         assert np.std(leaf) == pytest.approx(std, rel=0.05), path
-        assert np.abs(leaf).max() > 3 * std, path  # not cut off
+        assert np.abs(leaf).max() > 3 * std, path  # not truncated

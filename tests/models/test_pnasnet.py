@@ -1,4 +1,4 @@
-"""PNASNet-5: published count and MACs, shapes of stages, its cell. What cells do: test_nasnet.py"""
+"""PNASNet-5: published count and MACs, shapes of stages, its cell (see also test_nasnet.py)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_where_a_cell_strides_its_identity_is_a_1x1():
     row = "block5_right/conv/kernel"
     assert shapes[f"params/stage2/reduction/{row}"].shape == (1, 1, 16, 16)
     assert f"params/stage2/normal1/{row}" not in shapes
-    # The first cell's p is the stem as it is: its pooling is followed by a 1x1.
+    # The first cell's p is the stem's output, not squeezed, so a 1x1 follows its pooling.
     assert shapes["params/stem/reduction1/block1_right/conv/kernel"].shape == (1, 1, 8, 2)
     assert "params/stem/reduction2/block1_right/conv/kernel" not in shapes
 
 
 def test_slims_network_is_timms_but_for_the_head_and_training():
-    """Of 21 pixels in the second stage the 5x5/3 mean makes 6, all of which the head sees."""
+    """The 5x5/3 mean reduces the second stage's 21 pixels to 6, and the head takes all 6."""
     free = dict(aux=None, momentum=0.9, dropout=0.0, drop_path=0.0)
     assert create_model("pnasnet5_large", **free) == create_model("pnasnet5large")
     assert create_model("pnasnet5_large").aux == 6

@@ -1,4 +1,4 @@
-"""Pre-activation ResNets for ImageNet: published counts and costs, where they stride, what pads."""
+"""Pre-activation ResNets for ImageNet: published counts and costs, strides, padding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_same_networks_under_timm_s_names():
 
 
 def test_the_200_layers_by_hand():
-    """16 more units than 152 have, at 28x28; norms have two numbers a channel."""
+    """It has 16 more units than 152, at 28x28. A norm has two parameters per channel."""
     count = 7 * 7 * 3 * 64 + 2 * 2048 + 2048 * 1000 + 1000
     channels = 64
     for depth, width in zip((3, 24, 36, 3), (64, 128, 256, 512)):
@@ -93,7 +93,7 @@ def test_zeros_around_the_maps_can_be_what_the_stem_pools():
 
 @pytest.mark.parametrize("name", ["resnetv2_50", "keras_resnet50v2"])
 def test_options_keep_the_parameters(name):
-    """And bfloat16 leaves logits and parameters in float32."""
+    """Logits and parameters stay in float32 with bfloat16."""
 
     def run(**fields):
         model = create_model(name, **TINY | fields)
@@ -132,13 +132,13 @@ def test_a_dropped_branch_leaves_its_statistics_and_a_shared_norm_moves(late_str
     after = pytree.flatten(step(variables, jax.random.key(1)))
     before = pytree.flatten(variables["batch_stats"])
     moved = {path.removesuffix("/mean") for path in before if (before[path] != after[path]).all()}
-    # The last block is dropped; the first of a stage activates for its projection too.
+    # The last block is dropped. The first block of a stage has norm and ReLU before its projection.
     assert {"norm", "stage1/block1/norm1", "stage2/block1/norm1"} <= moved
     assert not any("stage2/block3" in path for path in moved)
 
 
 def test_in_evaluation_branches_count_by_their_survival():
-    """So features before the last norm go along a line with the rate of the only block."""
+    """So the features before the last norm are linear in the rate of the only block."""
     fields = TINY | dict(depths=(1,))
     variables = init_variables(create_model("resnetv2_50", **fields), jax.random.key(0))
 

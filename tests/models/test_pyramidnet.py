@@ -17,7 +17,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes
 
-TINY = dict(depth=8, alpha=9, input_size=(8, 8, 3))  # a block a stage: 19, 22, 25 wide
+TINY = dict(depth=8, alpha=9, input_size=(8, 8, 3))  # one block per stage, with 19, 22, 25 channels
 IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
 
 
@@ -31,14 +31,18 @@ def variables():
 
 
 def by_hand(units, alpha, bottleneck=False, classes=10, extra=0):
-    """(parameters, the last width) of section 2.2, in whole numbers: `extra` is what is added to
-    the numerator before the division that rounds down."""
+    """Returns (parameters, last width) of section 2.2, in integer arithmetic.
+
+    `extra` is added to the numerator before the division that rounds down.
+    """
     before, total = 16, 3 * 3 * 3 * 16 + 2 * 16
     for k in range(1, units + 1):
         width = 16 + (alpha * k + extra) // units
         if bottleneck:
             total += before * width + 9 * width**2 + 4 * width**2
-            total += 2 * (before + width + width + 4 * width)  # a norm before each and behind all
+            total += 2 * (
+                before + width + width + 4 * width
+            )  # a norm before each convolution and after the last
             before = 4 * width
         else:
             total += 9 * before * width + 9 * width**2 + 2 * (before + width + width)
@@ -46,7 +50,7 @@ def by_hand(units, alpha, bottleneck=False, classes=10, extra=0):
     return total + 2 * before + before * classes + classes, before
 
 
-COUNTS = {  # what table 4 prints, and the feature dimension there
+COUNTS = {  # count and feature dimension in table 4
     "pyramidnet_110_a48": (1.7e6, 64),
     "pyramidnet_110_a84": (3.8e6, 100),
     "pyramidnet_110_a270": (28.3e6, 286),
@@ -64,12 +68,12 @@ def test_counts(name):
     units, bottleneck = (90, True) if "272" in name else (54, False)
     extra = units // 2 if "rounded" in name else 0
     assert by_hand(units, alpha, bottleneck, extra=extra) == (exact, features)
-    assert exact == pytest.approx(printed, rel=0.025)  # table 4 cuts 3.855 to 3.8
+    assert exact == pytest.approx(printed, rel=0.025)  # table 4 truncates 3.855 to 3.8
 
 
 def test_what_others_count_with_rounded_widths():
-    """google-research/sam, sam_jax/models/load_model_test.py, for 100 classes; and pytorchcv's
-    pyramidnet110_a48, for 10."""
+    """The counts are those of google-research/sam, sam_jax/models/load_model_test.py, with 100
+    classes, and of pytorchcv's pyramidnet110_a48, with 10."""
     assert by_hand(90, 200, True, 100, extra=45)[0] == 26_288_692
     assert by_hand(54, 48, extra=27)[0] == 1_772_706
     nearest = create_model("pyramidnet_110_a48", rounding="nearest").compute_widths()
@@ -80,7 +84,7 @@ def test_what_others_count_with_rounded_widths():
 
 @pytest.mark.parametrize("alpha", [48, 84, 270, 0, 7.5])
 def test_widths_grow_without_errors_of_rounding(alpha):
-    """Equation 2. Summed up in floating point, alpha 48 would lose a channel in four blocks."""
+    """If equation 2 were a sum of floats, alpha 48 would lose a channel in four blocks."""
     stages = create_model("pyramidnet_110_a48", alpha=alpha).compute_widths()
     assert [len(stage) for stage in stages] == [18, 18, 18]
     assert [width for stage in stages for width in stage] == [
@@ -133,7 +137,7 @@ def test_the_shortcut_is_a_mean_of_four_and_zeros():
 
 
 def test_with_branches_at_zero_only_shortcuts_are_left():
-    """Norm behind each branch, no ReLU behind the sum: a closed form."""
+    """A closed form: a norm ends each branch, and no ReLU follows the sum."""
     model = make(zero_init=True, num_classes=None)
     stem = lambda module, _: module.name == "stem"  # noqa: E731
     run = partial(model.apply, capture_intermediates=stem, mutable="intermediates")
@@ -147,7 +151,7 @@ def test_with_branches_at_zero_only_shortcuts_are_left():
 
 @cache
 def training(**fields):
-    """The compiled function (variables, key) -> logits, statistics, gradients of a network."""
+    """Compiles (variables, key) -> logits, statistics and gradients of a network."""
     model = make(**fields)
 
     def run(variables, key):
@@ -169,8 +173,8 @@ def trained(variables, key=1, **fields):
 
 
 def test_shake_drop_is_behind_the_last_norm(variables):
-    """Evaluation: each last norm's output, p_l times, is the same as its gamma and beta p_l times;
-    so is training with gates that are always p_l."""
+    """In evaluation, scaling the output of each last norm by p_l is scaling its gamma and beta by
+    p_l. Training with gates that are always p_l does the same."""
     scaled = dict(pytree.flatten(variables))
     for i in (1, 2, 3):
         p = 1 - i / 3 * 0.5
@@ -185,8 +189,8 @@ def test_shake_drop_is_behind_the_last_norm(variables):
 
 @pytest.mark.slow
 def test_shake_drop_in_training(variables):
-    """Another key, another result, the same key the same; statistics of every layer move, since
-    every branch is computed; and with the factor always 1 it is not there."""
+    """The result depends on the key. The statistics of every layer change, since every branch is
+    computed. With a factor of 1 ShakeDrop changes nothing."""
     fields = dict(shake_drop=0.9)
     first, again, other = (trained(variables, key, **fields) for key in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, first, again)

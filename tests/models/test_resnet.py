@@ -21,7 +21,7 @@ from tests.models.shapes import capture_shapes, variable_shapes
 
 
 def of_table_1(depths: tuple[int, ...], projected: str) -> int:
-    """Parameters of two 3x3 a block; `projected`: no shortcut ("none") or "all" of them."""
+    """Counts parameters with two 3x3 per block; `projected`: "none" or "all" of the shortcuts."""
     count, before = 49 * 3 * 64 + 2 * 64, 64
     for depth, width in zip(depths, (64, 128, 256, 512)):
         for _ in range(depth):
@@ -72,7 +72,7 @@ def test_v1_strides_on_the_first_1x1():
 
 
 def test_resnet_d_has_a_deep_stem_and_projects_means():
-    """Of odd maps too: a mean at the border is of the pixels that there are."""
+    """With odd maps too: a mean at the border is over the existing pixels."""
     _, shapes = capture_shapes("resnet50d", 100)
     assert [shapes[f"stem/conv{i}"] for i in (1, 2, 3)] == [(2, 50, 50, n) for n in (32, 32, 64)]
     assert [shapes[f"stage{i}"][1] for i in (1, 2, 3, 4)] == [25, 13, 7, 4]
@@ -108,7 +108,7 @@ def test_shortcut_a_skips_pixels_and_adds_zeros():
 
 
 @pytest.mark.parametrize(
-    ("option", "first", "projections"),  # kernels: the first block's, all of them of 2 + 2 blocks
+    ("option", "first", "projections"),  # kernels: of the first block, and of all 2 + 2 blocks
     [
         *(("B", (1, 1), 1), ("C", (1, 1), 4), ("D", (1, 1), 1), ("3x3", (3, 3), 1)),
         *(("A", None, 0), ("none", None, 0)),
@@ -139,13 +139,13 @@ NO_OPTIMIZATION = {"xla_backend_optimization_level": 0}
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(variables of TINY, images)."""
+    """Returns (variables of TINY, images)."""
     variables = init_variables(create_model("resnet18", **TINY), jax.random.key(0))
     return variables, jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
 
 
 def test_stochastic_depth_scales_branches_and_changes_no_name(tiny):
-    """Three blocks, linear: in evaluation their branches count 5/6, 2/3 and 1/2 times."""
+    """With three blocks and the linear schedule, evaluation scales branches by 5/6, 2/3 and 1/2."""
     variables, images = tiny
     model = create_model("resnet18", **TINY, drop_path=0.5)
     shapes = variable_shapes("resnet18", **TINY, drop_path=0.5)
@@ -180,7 +180,7 @@ def test_stochastic_depth_needs_its_stream(tiny, mode, stream):
 
 
 def test_momentum_is_the_source_s(tiny):
-    """After one step from 0, Keras's 0.99 leaves a tenth of what PyTorch's 0.9 leaves."""
+    """After one step from 0, Keras's 0.99 gives a tenth of what PyTorch's 0.9 gives."""
     variables, images = tiny
 
     def mean(model):
@@ -209,7 +209,7 @@ def test_zero_init_starts_every_branch_at_zero_and_nothing_else():
 
 
 def test_fixup_is_resnet_50_without_normalization():
-    """Zhang et al. 2019, section 4.2: scalars of rule 3 by hand, logits of zero at the start."""
+    """Zhang et al. 2019, section 4.2: rule 3's scalars counted by hand, initial logits of zero."""
     fields = dict(depths=(1, 2), width=8, num_classes=5, input_size=(32, 32, 3))
     fixed = create_model("resnet50", **fields, norm="fixup")
     variables = init_variables(fixed, jax.random.key(0))

@@ -30,7 +30,7 @@ IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
     ],
 )
 def test_count_by_hand(name, widths, expected):
-    """Two stems, 4 + 6 + 6 units of four 3x3 and two norms, the 1x1 head and its norm."""
+    """Two stems, 4 + 6 + 6 units with four 3x3 and two norms each, the 1x1 head and its norm."""
     a, b, c = widths
     stem = 2 * (9 * 3 * a + 2 * a)
     convs = 4 * 9 * (4 * a * a + a * b + 5 * b * b + b * c + 5 * c * c)
@@ -38,7 +38,7 @@ def test_count_by_hand(name, widths, expected):
     head = 2 * c * 10 + 2 * 10
     assert stem + convs + norms + head == expected
     assert PUBLISHED[name].params == expected
-    if widths[0] == 48:  # pytorchcv's projects where widths change: 1x1, no norm behind
+    if widths[0] == 48:  # pytorchcv has 1x1 projections without norm where widths change
         assert expected + a * b + b * c == 9_492_980
 
 
@@ -59,7 +59,7 @@ NORM = layers.make_norm("none", train=True)
 
 
 def test_the_unit_is_equation_1():
-    """With 3x3 kernels whose center alone is not 0 a convolution is a matrix product of pixels."""
+    """With 3x3 kernels that are 0 except in the center, a convolution is a matrix product."""
     rng = np.random.RandomState(1)
     r, t = (rng.randn(2, 4, 4, 3).astype(np.float32) for _ in range(2))
     W = {name: rng.randn(3, 5) for name in ("r_to_r", "t_to_r", "r_to_t", "t_to_t")}
@@ -75,7 +75,7 @@ def test_the_unit_is_equation_1():
 
 
 def test_the_shortcuts_inside_and_around():
-    """With kernels of 0 a unit passes r on, and forgets t: the block adds what it saw once more."""
+    """With zero kernels a unit keeps r and drops t, and the block adds its input r once more."""
     r, t = np.abs(IMAGES), np.ones_like(IMAGES)
     for nested in (True, False):
         block = Block(4, CONV, NORM, nested, stride=2)

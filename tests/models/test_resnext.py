@@ -9,7 +9,7 @@ from tests.models.shapes import capture_shapes
 
 
 def of_section_5_3(groups: int) -> int:
-    """Parameters of 29 layers with groups of 64 channels in the first stage, ten classes."""
+    """Counts parameters of 29 layers, with groups of 64 channels in the first stage, 10 classes."""
     count, before = 9 * 3 * 64 + 2 * 64, 64
     for inner, out in ((64 * groups, 256), (128 * groups, 512), (256 * groups, 1024)):
         for block in range(3):
@@ -26,7 +26,7 @@ def test_count_by_hand(groups):
 
 
 def test_the_paper_s_rounded_counts():
-    """Table 7 (34.4 M, 68.1 M), table 1 (25.0 M)."""
+    """They are in table 7 (34.4 M, 68.1 M) and table 1 (25.0 M)."""
     rounded = {"resnext29_8x64d": 34.4, "resnext29_16x64d": 68.1, "resnext50_32x4d": 25.0}
     for name, millions in rounded.items():
         assert PUBLISHED[name].params / 1e6 == pytest.approx(millions, abs=0.06)

@@ -1,4 +1,4 @@
-"""SENets: published counts and MACs, where the squeeze sits, Caffe's conventions and timm's."""
+"""SENets: published counts and MACs, place of the squeeze, conventions of Caffe and timm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_caffe_s_conventions_and_timm_s():
 
 
 def test_senet_154():
-    """Appendix: deep stem, halved first 1x1, 3x3 projections but in the first stage, dropout."""
+    """Appendix: deep stem, halved first 1x1, dropout, 3x3 projections except in the first stage."""
     logits, shapes = capture_shapes("legacy_senet154", 224)
     assert [shapes[f"stem/conv{i}"][-1] for i in (1, 2, 3)] == [64, 64, 128]
     for i, (side, out) in enumerate(((56, 256), (28, 512), (14, 1024), (7, 2048)), 1):

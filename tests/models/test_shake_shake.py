@@ -26,7 +26,7 @@ def variables():
 
 
 def convolutions(width):
-    """(kernel's side, channels in, out, side of the maps) of section 2.1, in any order."""
+    """Yields (kernel size, input channels, output channels, map size) of each convolution."""
     yield 3, 3, 16, 32
     channels = 16
     for stage in range(3):
@@ -41,7 +41,7 @@ def convolutions(width):
 
 
 def by_hand(width, classes=10):
-    """(parameters, multiply-adds): convolutions, the norms behind them, the head."""
+    """Returns (parameters, multiply-adds) of convolutions, the norms after them, and the head."""
     norms = 2 * 16 + sum(2 * (4 * 4 + 1) * width * 2**stage for stage in range(3))
     weights = sum(k * k * i * o for k, i, o, _ in convolutions(width))
     macs = sum(k * k * i * o * side**2 for k, i, o, side in convolutions(width))
@@ -49,7 +49,7 @@ def by_hand(width, classes=10):
 
 
 def test_counts():
-    """Those of the paper's text, 2.9, 11.7 and 26.2 M, and of 2x112d, to the unit."""
+    """The counts in the paper's text are 2.9, 11.7 and 26.2 M; these and 2x112d's are exact."""
     published = {32: 2_923_162, 64: 11_653_978, 96: 26_192_922, 112: 35_640_442}
     for width, count in published.items():
         assert by_hand(width)[0] == count
@@ -96,7 +96,7 @@ def test_paths(variables):
     assert not any("stage2/block2/projection" in path for path in flat)  # the identity
 
 
-def test_first_values_are_those_of_the_released_code():
+def test_initial_values_are_those_of_the_released_code():
     """N(0, 2 / fan_out) for kernels; norms as the identity; the head's bias zero."""
     model = create_model("shakeshake_26_2x32d", depths=(1, 1, 1))
     flat = pytree.flatten(init_variables(model, jax.random.key(0))["params"])
@@ -108,9 +108,9 @@ def test_first_values_are_those_of_the_released_code():
 
 
 def test_the_second_flow_sees_the_pixels_between_those_of_the_first():
-    """Moved right and down by a pixel: of row i, the first flow sees 2i and the second 2i - 1.
+    """The shift is one pixel right and down: for row i the flows see rows 2i and 2i - 1.
 
-    With branches at zero and projections that pass channel 0 on, both flows can be read.
+    With zero branches and projections that return channel 0, the output shows both flows.
     """
     model = create_model("shakeshake_26_2x32d", **TINY, zero_init=True)
     params = init_variables(model, jax.random.key(0))
@@ -145,8 +145,8 @@ def logits_of(variables, rngs=None, train=True, **fields):
 
 
 def test_modes(variables):
-    """Training draws by its streams; "even" forward is what evaluation does with the branches,
-    whatever the backward pass; the same key gives the same."""
+    """Training draws from its random streams, and equal keys give equal results. With "even" the
+    forward pass mixes the branches as in evaluation, for every backward mode."""
     rngs = {"dropout": jax.random.key(1), "shared": jax.random.key(2)}
     shaken, stats = logits_of(variables, rngs)
     np.testing.assert_array_equal(shaken, logits_of(variables, rngs)[0])

@@ -1,4 +1,4 @@
-"""SimpNet: the published layer lists, where it drops and at which rate, its first values."""
+"""SimpNet: the published layer lists, dropout and its rates, initial values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models.published import PUBLISHED
 from tests.models.shapes import cost_of
 
 # The authors' network definitions for CIFAR-10: (input, output channels) of each 3x3 with bias,
-# BatchNorm with scale and bias behind it; then what the dense layer sees, and its classes.
+# which BatchNorm with scale and bias follows; then those of the dense layer.
 LISTS = {
     "simpnet_5m": (
         [
@@ -57,7 +57,7 @@ README = {
     "simpnet_slim_300k": 300e3,
     "simpnet_slim_600k": 600e3,
 }
-# Behind layer 1 to 13; behind 5, 10 and 13 stands a pooling first.
+# After layers 1 to 13; after 5, 10 and 13 a pooling comes first.
 RATES = {
     "simpnet_5m": [0.2] * 9 + [0.3] * 4,
     "simpnet_9m": [0.2] * 13,
@@ -90,7 +90,7 @@ def test_each_layers_parameters_and_macs(name):
 
 
 def run(model, size, train=False):
-    """(what it returns, the modules' outputs by name), shapes only."""
+    """Returns (output, outputs of modules by name), as shapes."""
 
     def forward():
         images = jnp.zeros((2, size, size, 3))

@@ -26,7 +26,7 @@ def test_a_layer_takes_the_farthest_and_the_nearest():
 
 @pytest.mark.parametrize("name", ["sparse_densenet", "sparse_densenet_bc", "sparse_densenet_abc"])
 def test_count_by_hand(name):
-    """k = 16; of ten maps the block's input is one, always among the farthest."""
+    """With k = 16, the block's input is one of the ten maps, always among the farthest."""
     k, c, bc = 16, 32, name != "sparse_densenet"
     count = 27 * c
     for i, depth in enumerate((10, 15, 20)):
@@ -56,9 +56,9 @@ def test_output_shape_of_each_stage():
 
 
 def test_attention_in_closed_form():
-    """Section 3.3: x + x sigmoid(...) with kernels that make it 2 relu(mean) + 3 relu(relu(mean)).
+    """Section 3.3: x + x sigmoid(...), with kernels that give 2 relu(mean) + 3 relu(relu(mean)).
 
-    Evaluated, so that norms with their first values divide by sqrt(1 + epsilon).
+    In evaluation, norms with their initial values divide by sqrt(1 + epsilon).
     """
     attention = ChannelAttention(
         conv=partial(layers.Conv, use_bias=False), norm=layers.make_norm("batch", train=False)

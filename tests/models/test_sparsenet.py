@@ -1,4 +1,4 @@
-"""SparseNet of Zhu et al.: which maps, published counts, sums by what they mean."""
+"""SparseNet of Zhu et al.: selected maps, published counts, sums by their definition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models.shapes import capture_shapes
 
 FAST = {"xla_backend_optimization_level": 0}
 IMAGES = np.random.RandomState(0).randn(2, 8, 8, 3).astype(np.float32)
-SUM = dict(depth=47, widths=(2, 3), input_size=(8, 8, 3), num_classes=3)  # 5 blocks a stage
+SUM = dict(depth=47, widths=(2, 3), input_size=(8, 8, 3), num_classes=3)  # 5 blocks per stage
 
 
 def test_a_layer_takes_those_1_2_4_8_before_it():
@@ -37,7 +37,7 @@ def test_a_layer_takes_those_1_2_4_8_before_it():
 
 
 def by_hand(rates, layers, bc, classes):
-    """Of three blocks of so many layers: channels that come in from 1, 2, 4 ... layers before."""
+    """Counts parameters of three blocks whose layers take the maps 1, 2, 4 ... layers before."""
     c = 2 * rates[0]
     count = 27 * c
     for i, k in enumerate(rates):
@@ -76,13 +76,13 @@ def test_count_by_hand(name, rates, layers, published, within):
 
 
 def test_a_sum_takes_no_parameter():
-    """As many as ResNet-164 with pre-activation, 1.7 M in table 4 of He et al. 2016."""
+    """It has as many as pre-activation ResNet-164: 1.7 M in table 4 of He et al. 2016."""
     n, wide = 18, (64, 128, 256)
     count = 27 * 16
     for width, c in zip((16, 32, 64), (16, *wide)):
         count += c * 4 * width  # the projection
         for channels in (c, *[4 * width] * (n - 1)):
-            count += 2 * channels + channels * width  # each norm and the convolution behind it
+            count += 2 * channels + channels * width  # each norm and the convolution after it
             count += 2 * width + 9 * width * width + 2 * width + width * 4 * width
     count += 2 * 256 + 257 * 10
     assert PUBLISHED["sparsenet_sum_164"].params == count
@@ -105,7 +105,7 @@ def test_output_shape_of_each_stage():
 
 @pytest.fixture(scope="module")
 def seen():
-    """{links: {path: array}} of what the parts of a small summed network give."""
+    """Returns {links: {path: array}}, the outputs of the parts of a small summed network."""
     model = create_model("sparsenet_sum_164", **SUM)
     variables = init_variables(model, jax.random.key(0))
 
@@ -126,7 +126,7 @@ def test_sums_of_those_1_2_4_before(seen):
         given[f"stage1/{name}"] for name in ("projection", *(f"block{i}" for i in range(1, 6)))
     ]
     np.testing.assert_allclose(given["stage1"], blocks[5] + blocks[4] + blocks[2], atol=1e-5)
-    # What block5 takes is seen behind its first norm, at first the identity but for epsilon.
+    # block5's first norm shows its input: up to epsilon the norm is the identity at first.
     taken = blocks[4] + blocks[3] + blocks[1]
     np.testing.assert_allclose(given["stage1/block5/norm1"], taken / np.sqrt(1 + 1e-5), atol=1e-5)
 

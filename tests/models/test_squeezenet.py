@@ -1,4 +1,4 @@
-"""SqueezeNet: counts out of the paper's table, its shapes, the fire module, bypass, dropout."""
+"""SqueezeNet: counts and shapes of the paper's table, the fire module, bypass, dropout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLE_1 = {
     "fire9": (197_184, 512 * 64 + 64 + 64 * 256 + 256 + 9 * 64 * 256 + 256),
     "head": (513_000, 512 * 1000 + 1000),
 }
-# 1.1 has a conv1 of 64 channels and 3x3, which fire2 sees.
+# In 1.1 conv1 has 64 channels and 3x3, and fire2 takes 64 channels.
 SMALLER = (14_208 - (3 * 3 * 3 * 64 + 64)) + (96 - 64) * 16
 TEN_CLASSES = 513_000 - (512 * 10 + 10)
 
@@ -78,7 +78,7 @@ def test_output_shape_of_each_module(name, size, pools, sides):
 
 
 def fire(**fields):
-    """(module, variables, input, output), no channel of the output 0 everywhere."""
+    """Returns (module, variables, input, output); no channel of the output is 0 everywhere."""
     conv = partial(layers.Conv, bias_init=nn.initializers.normal())
     module = squeezenet.Fire(4, 3, partial(layers.ConvUnit, conv=conv), **fields)
     x = np.random.RandomState(0).randn(2, 5, 4, 6).astype(np.float32)
@@ -111,7 +111,7 @@ def variables():
     return init_variables(model, jax.random.key(0), (1, 32, 32, 3))
 
 
-# Nearly all of the time here is the compiler's.
+# Compiling takes nearly all of the time here.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 IMAGES = np.random.RandomState(0).randn(2, 32, 32, 3).astype(np.float32)
 
@@ -129,12 +129,12 @@ def test_fires_3_5_7_9_are_bypassed_and_half_of_fire9_is_dropped_in_training_onl
         return logits, state["intermediates"], model.apply(variables, IMAGES)
 
     logits, seen, evaluated = run(variables, jax.random.key(0))
-    assert np.min(seen["conv1"]["__call__"][0]) == 0  # its maps are behind ReLU
+    assert np.min(seen["conv1"]["__call__"][0]) == 0  # ReLU precedes its output
     outputs = {i: np.asarray(seen[f"fire{i}"]["__call__"][0]) for i in range(2, 10)}
     for i in (3, 5, 7, 9):
         pair = [seen[f"fire{i}"][f"expand{k}x{k}"]["__call__"][0] for k in (1, 3)]
         before = outputs[i - 1]
-        if i in (5, 9):  # a pooling comes between
+        if i in (5, 9):  # a pooling is in between
             before = layers.max_pool(before, 3, 2, ceil=True)
         added = outputs[i] - np.concatenate(pair, axis=-1)
         np.testing.assert_allclose(added, before, atol=1e-4)
@@ -142,7 +142,7 @@ def test_fires_3_5_7_9_are_bypassed_and_half_of_fire9_is_dropped_in_training_onl
     assert 0.4 < (after[before > 0] != 0).mean() < 0.6
     np.testing.assert_allclose(after[after != 0], 2 * before[after != 0], rtol=1e-6)
     assert np.abs(logits - run(variables, jax.random.key(1))[0]).max() > 1e-4
-    # In evaluation nothing is dropped: logits are means over all places of what ReLU leaves.
+    # Evaluation has no dropout: logits are means over all positions, after ReLU.
     head = jax.tree.map(np.asarray, variables["params"]["head"])
     maps = np.maximum(before @ head["kernel"][0, 0] + head["bias"], 0)
     np.testing.assert_allclose(evaluated, maps.mean((1, 2)), atol=1e-4)

@@ -1,4 +1,4 @@
-"""VGG: counts out of the paper's table, the published rows of each layer, shapes, dropout, LRN."""
+"""VGG: counts of the paper's table, published shapes of each layer, dropout, LRN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of, variable_shapes
 
-# Table 1 as (window, in, out) of each convolution.
+# Table 1 as (kernel size, input channels, output channels) of each convolution.
 A = [
     *[(3, 3, 64), (3, 64, 128), (3, 128, 256), (3, 256, 256)],
     *[(3, 256, 512), (3, 512, 512), (3, 512, 512), (3, 512, 512)],
@@ -30,7 +30,7 @@ CIFAR = [(512, 10)]
 
 
 def by_hand(convolutions, dense, batch_norm):
-    """A bias for each output; BatchNorm has a scale and a shift for each channel."""
+    """Counts parameters: a bias per output, and per channel of a BatchNorm a scale and a shift."""
     per_channel = 3 if batch_norm else 1
     return sum(k * k * i * o + per_channel * o for k, i, o in convolutions) + sum(
         i * o + o for i, o in dense
@@ -72,7 +72,8 @@ def test_the_papers_table_2():
         assert round(PUBLISHED[name].params / 1e6) == published
 
 
-# The lectures' table of D: weights without biases, side of the output, its channels.
+# Configuration D in the slides "Convolutional Neural Networks": weights without biases, height and
+# channels of the output.
 ROWS = [
     ("stage1/conv1", 3 * 3 * 3 * 64, 1_728, 224, 64),
     ("stage1/conv2", 3 * 3 * 64 * 64, 36_864, 224, 64),
@@ -103,7 +104,7 @@ def test_each_layer_of_d():
         shape = (1, channels) if side == 1 else (1, side, side, channels)
         assert layer.output_shape == shape, path
     assert sum(weights for _, _, weights, *_ in ROWS) == 138_344_128
-    # The lectures say "24M": their rows, with the image and the poolings, sum to less.
+    # The slides say "24M", but their rows, with image and poolings, have a smaller sum.
     maps = [side**2 * channels for *_, side, channels in ROWS]
     pools = [side**2 * channels for side, channels in POOLED]
     assert sum(maps) + sum(pools) + 224 * 224 * 3 == 15_237_608
@@ -135,13 +136,13 @@ def test_the_cifar_head_sees_one_pixel():
 
 
 def tiny(name="vgg11", **fields):
-    """(network, variables): few channels, the same layers."""
+    """Returns (network, variables) with few channels and the same layers."""
     fields = dict(widths=(6, 8, 8, 8, 8), hidden=(300, 200), pool=1, num_classes=3) | fields
     model = create_model(name, **fields)
     return model, init_variables(model, jax.random.key(0), (1, 32, 32, 3))
 
 
-# Nearly all of the time here is the compiler's.
+# Compiling takes nearly all of the time here.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 IMAGES = np.random.RandomState(0).randn(4, 32, 32, 3).astype(np.float32)
 
@@ -200,7 +201,7 @@ def test_the_papers_initialization():
         elif leaf.size > 1000:
             assert np.std(leaf) == pytest.approx(0.01, rel=0.1), path
             assert np.abs(leaf).max() > 0.025, path  # neither uniform nor truncated at 2
-    # The paper's 0.01 in the head too, elsewhere He's and in the head 1 / sqrt(fan_in).
+    # "paper": 0.01, also in the head. Else He's, and in the head 1 / sqrt(fan_in).
     assert np.std(variables["params"]["head"]["kernel"]) == pytest.approx(0.01, rel=0.1)
     _, variables = tiny(hidden=(400, 300))
     params = variables["params"]

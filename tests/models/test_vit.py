@@ -20,7 +20,7 @@ from tests.models.shapes import capture_shapes
 
 
 def of_table_1(patch: int, width: int, depth: int) -> int:
-    """Parameters by hand: patches, class token, positions, blocks, the last norm, 1000 classes."""
+    """Counts parameters: patches, class token, positions, blocks, the last norm, 1000 classes."""
     patches = patch * patch * 3 * width + width
     attention = (3 * width * width + 3 * width) + (width * width + width)
     dense = (4 * width * width + 4 * width) + (4 * width * width + width)
@@ -64,7 +64,7 @@ NO_OPTIMIZATION = {"xla_backend_optimization_level": 0}
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(variables of TINY with values in all places, images)."""
+    """Returns (variables of TINY with random values everywhere, images)."""
     model = create_model("vit_b_16", **TINY)
     shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     random = np.random.RandomState(0)
@@ -123,7 +123,7 @@ def test_training_needs_its_stream(tiny, field):
 
 
 def test_only_positions_tell_one_place_from_another(tiny):
-    """Patches in another order: the same logits if their positions go with them."""
+    """Reordered patches give the same logits if their positions are reordered, too."""
     variables, images = tiny
     swapped = jnp.concatenate([images[:, :, 4:], images[:, :, :4]], axis=2)  # columns of 0 1 2
     assert np.abs(logits(variables, swapped) - logits(*tiny)).max() > 1e-3
@@ -179,7 +179,7 @@ def test_sizes_that_do_not_fit(fields, size, said):
 
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])
 def test_resized_positions_serve_another_resolution(tiny, method):
-    """A ramp along H stays a ramp; the class token's position and all else stay what they are."""
+    """A ramp along H stays a ramp. The class token's position and all other parameters stay."""
     params = tiny[0]["params"]
     old, new = (32, 12), (48, 24, 3)
     ramp = np.zeros((1, 1 + 8 * 3, 12), np.float32)
@@ -239,7 +239,7 @@ def test_resized_positions_beside_timms(new):
 
 
 def test_timms_names():
-    """A tensor of each kind, told by its values."""
+    """Checks a tensor of each kind by its values."""
     fields = TINY | dict(depth=1)
     model = create_model("vit_base_patch16_224", **fields)
     shapes = pytree.flatten(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))

@@ -1,4 +1,4 @@
-"""Wide ResNets: counts by hand and as published, dropout inside the block, which depths."""
+"""Wide ResNets: counts by hand and as published, dropout inside the block, valid depths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
 
 
 def by_hand(depth, k, classes=10):
-    """Norms have two numbers a channel; the shortcut is a 1x1 where the width changes."""
+    """Counts parameters: two per channel of a norm, and a 1x1 shortcut where the width changes."""
     n, channels = (depth - 4) // 6, 16
     count = 3 * 3 * 3 * 16 + 2 * 64 * k + (64 * k + 1) * classes
     for width in (16 * k, 32 * k, 64 * k):
@@ -49,7 +49,7 @@ def test_count_by_hand(depth, k):
     assert PUBLISHED[f"wrn_{depth}_{k}"].params == exact
     assert round(exact / 1e6, 1) == pytest.approx(
         CIFAR[depth, k], abs=0.11
-    )  # 2.75 M is printed as 2.8
+    )  # the paper prints 2.75 M as 2.8
 
 
 def test_a_hundred_classes():
@@ -80,7 +80,7 @@ def test_depths_that_there_are_not(depth, near):
         init_variables(create_model("wrn_28_10", depth=depth), jax.random.key(0))
 
 
-# Most of the time is the compiler's.
+# Compiling takes most of the time.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

@@ -23,7 +23,7 @@ from tests.models.shapes import (
     variable_shapes,
 )
 
-# Figure 5: what each residual block takes, and the widths of its separable convolutions.
+# Figure 5: input channels of each residual block, and the widths of its separable convolutions.
 FIGURE_5 = [
     *((64, (128, 128)), (128, (256, 256)), (256, (728, 728))),
     *([(728, (728, 728, 728))] * 8),
@@ -32,7 +32,7 @@ FIGURE_5 = [
 
 
 def separable(taken: int, given: int) -> int:
-    """With a scale and a shift for each channel of the norm behind it."""
+    """Counts parameters, with a scale and a shift per channel of the following norm."""
     return 9 * taken + taken * given + 2 * given
 
 
@@ -51,7 +51,7 @@ def test_count_by_hand(name):
     assert PUBLISHED[name].params == of_figure_5()
 
 
-SIDES = {  # stem, entry flow, middle flow and exit flow, behind 299, 224 and the smallest
+SIDES = {  # after stem, entry, middle and exit flow, for images of 299, 224 and the smallest size
     299: (147, 74, 37, 19, 19, 10),
     224: (109, 55, 28, 14, 14, 7),
     7: (1, 1, 1, 1, 1, 1),

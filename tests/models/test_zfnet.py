@@ -1,4 +1,4 @@
-"""ZFNet: counts and shapes out of figure 3, the variant of table 2, dropout, first values."""
+"""ZFNet: counts and shapes of figure 3, the variant of table 2, dropout, initial values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax_cnns.models.registry import create_model, init_variables
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, cost_of
 
-# (window, in, out) of conv1 ... conv5, then (in, out).
+# (kernel size, input, output channels) of conv1 ... conv5, then (input, output) of fc6 ...
 FIGURE_3 = [(7, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)]
 BIG = [(7, 3, 96), (5, 96, 256), (3, 256, 512), (3, 512, 1024), (3, 1024, 512)]
 DENSE = [(4096, 4096), (4096, 1000)]
@@ -45,7 +45,7 @@ def test_each_layer_of_figure_3():
 
 
 def captured(name, height, width, **fields):
-    """The logits' shape, and that of what each module gives, by path."""
+    """Returns the shape of the logits and {path: shape of the module's output}."""
     out, shapes = capture_shapes(name, height, width, **fields)
     return out, {path: shape[1:] for path, shape in shapes.items()}
 

@@ -1,14 +1,16 @@
-"""The other libraries' networks, under weights by a rule: what they compute, in our terms.
+"""Networks of other libraries, with weights that a rule makes from names and shapes of tensors.
 
-A rule on names and shapes gives every tensor, so that whoever has the rule has the weights, on
-either side of a comparison and without the library. `build` needs the library; the rest does not.
+Since a rule gives every tensor, both sides of a comparison can make the same weights, without the
+library. Only `build`, `load`, `logits` and `train_step` need the library.
 
-What is special about a family is in the file with its name, nearly all of it optional:
-- CASE: the comparison that is recorded.
-- TORCHVISION, TIMM, KERAS: names of ours that are another one there. TORCHVISION_FIELDS,
-  KERAS_FIELDS: with which all of the family are built. `without_preprocessing(model)`: of Keras's.
-- KERAS_SHAPES: networks of Keras whose names and shapes of tensors are recorded.
-- GAIN: of `redraw`.
+The file with the name of a family holds what is special about it; nearly all of this is optional:
+
+- CASE: the recorded comparison.
+- TORCHVISION, TIMM, KERAS: {our name: the library's name} where they differ. TORCHVISION_FIELDS,
+  KERAS_FIELDS: arguments for all networks of the family. `without_preprocessing(model)`: removes
+  Keras's preprocessing.
+- KERAS_SHAPES: Keras networks with recorded names and shapes of tensors.
+- GAIN: argument of `redraw`.
 """
 
 from __future__ import annotations
@@ -36,18 +38,18 @@ FILES: dict[str, ModuleType] = {
 }
 CASES: dict[str, Case] = {family: file.CASE for family, file in FILES.items()}
 KERAS_SHAPES = tuple(name for f in FILES.values() for name in getattr(f, "KERAS_SHAPES", ()))
-# Names of ours that are another one there, and how it is built.
+# {our name: the library's name} where they differ.
 TIMM, KERAS, TORCHVISION = (
     {ours: name for file in FILES.values() for ours, name in getattr(file, source, {}).items()}
     for source in ("TIMM", "KERAS", "TORCHVISION")
 )
 
-# Of kernels: their variance times their fan-in, by the family of ours. 2 keeps what passes through
-# ReLUs as large as it was; where branches are added up, each block would double it, and nobody
-# would see a bias behind fifty blocks.
-# Where one number does not serve, (pattern, number) by the names of kernels, theirs and ours.
+# The variance of a kernel times its fan-in, by our family. 2 keeps the scale of features through
+# convolutions with ReLU. Where branches are added up, each block would double it, and after fifty
+# blocks the comparison would no longer notice a bias; these families have 1.
+# A family may need (pattern, number) pairs, matched with the names of kernels, theirs and ours.
 Gain = float | tuple[tuple[str, float], ...]
-# Of families that no other library has.
+# For families that no other library has.
 GAINS = dict.fromkeys(
     ("cifar_preact", "cifar_resnet", "pyramidnet", "resnet_in_resnet", "shake_shake"), 1.0
 )
@@ -59,9 +61,12 @@ def gain(model_name: str) -> Gain:
 
 
 def redraw(name: str, shape: tuple[int, ...], source: str, gain: Gain = 2.0) -> np.ndarray:
-    """f32 of `shape`: scales and variances from 0.5 to 1.5, kernels of variance gain / fan-in,
-    biases and means of standard deviation 0.1; nothing zero, nothing constant."""
-    # RandomState: NumPy froze its stream for good, where default_rng's may change.
+    """Draws a tensor, f32 of `shape`, without zeros; its name determines the values.
+
+    Scales and variances are from 0.5 to 1.5, kernels have the variance gain / fan-in, biases and
+    means the standard deviation 0.1.
+    """
+    # NumPy promises that the numbers of RandomState never change; those of default_rng may.
     random = np.random.RandomState(zlib.crc32(name.encode()))
     leaf = name.replace("/", ".").rpartition(".")[2]
     scales = ("scale", "var", "gamma", "moving_variance", "running_var")  # ours, Keras's, torch's
@@ -78,7 +83,7 @@ def redraw(name: str, shape: tuple[int, ...], source: str, gain: Gain = 2.0) -> 
 
 
 def images(n: int, size: int, channels: int = 3) -> np.ndarray:
-    """f32 [n size size channels], each another: noise on waves of another length and strength."""
+    """Makes different images, f32 [n size size channels]: noise and waves of various lengths."""
     random = np.random.RandomState(zlib.crc32(b"images"))
     place = np.arange(size) / size
     out = []
@@ -98,9 +103,9 @@ class Live(NamedTuple):
 
 
 def build(name: str, source: str, size: int | None = None) -> Any:
-    """The published network whose tensors `convert(name, ..., source)` takes, untrained.
+    """Builds the published network whose tensors `convert(name, ..., source)` takes, untrained.
 
-    `size`: of the images in pixels, which Keras wants to know; by default the network's own.
+    `size` is the height and width of images, which Keras needs; by default the network's own.
     """
     file = FILES[FAMILY_OF[name]]
     if source == "keras":
@@ -113,7 +118,7 @@ def build(name: str, source: str, size: int | None = None) -> Any:
         model = build(weights=None, classifier_activation=None, **given)
         return getattr(file, "without_preprocessing", lambda model: model)(model)
     if source == "timm":
-        torchvision()  # timm imports it, and it needs help
+        torchvision()  # timm imports torchvision, which must be imported this way first
         import timm
 
         classes = create_model(name).num_classes  # some were published without a head
@@ -124,7 +129,7 @@ def build(name: str, source: str, size: int | None = None) -> Any:
 
 
 def load(model: Any, source: str, gain: Gain = 2.0) -> Live:
-    """`model` with every tensor redrawn."""
+    """Redraws every tensor of `model`."""
     if source == "keras":
         tensors = {w.path: redraw(w.path, tuple(w.shape), source, gain) for w in model.weights}
         for weight in model.weights:
@@ -149,7 +154,7 @@ def _torch_images(x: np.ndarray) -> Any:
 
 
 def logits(live: Live, x: np.ndarray, source: str) -> np.ndarray:
-    """In evaluation, [N K] of images [N H W C]."""
+    """Evaluates images [N H W C] and returns logits [N K]."""
     if source == "keras":
         return np.asarray(live.model(x, training=False))
     import torch
@@ -159,20 +164,19 @@ def logits(live: Live, x: np.ndarray, source: str) -> np.ndarray:
 
 
 def train_step(live: Live, x: np.ndarray, labels: np.ndarray, aux_weight: float) -> dict[str, Any]:
-    """Of a PyTorch network without its dropout: loss, gradients and statistics after one forward.
+    """Runs a training step of a PyTorch network without dropout; returns "loss" and "tensors".
 
-    "tensors" has, under the network's own names, the gradient of each parameter, and of each
-    statistic the value afterward, variances as Flax keeps them (biased); zeros where the loss does
-    not reach a parameter.
+    "tensors" holds, under the network's names, the gradient of each parameter (zeros if the loss
+    does not depend on it) and each statistic after the step, with biased variances as in Flax.
     """
     import torch
     from torch.nn import functional
 
     model = live.model.train()
-    seen = {}  # numbers behind each statistic: PyTorch keeps n / (n - 1) times the variance
+    counts = {}  # values per statistic, n: PyTorch keeps n / (n - 1) times the variance
 
     def note(norm, args, output):
-        seen[norm] = args[0].numel() // args[0].shape[1]
+        counts[norm] = args[0].numel() // args[0].shape[1]
 
     handles = []
     for module in model.modules():
@@ -197,7 +201,7 @@ def train_step(live: Live, x: np.ndarray, labels: np.ndarray, aux_weight: float)
         value = value.numpy()
         if name.endswith("running_var"):
             norm = model.get_submodule(name.rpartition(".")[0])
-            keep, n = 1 - norm.momentum, seen[norm]
+            keep, n = 1 - norm.momentum, counts[norm]
             value = keep * live.tensors[name] + (value - keep * live.tensors[name]) * (n - 1) / n
         result[name] = value
     order = {name: result[name] for name in live.tensors}

@@ -1,4 +1,4 @@
-"""Building other libraries' networks, whole or short; each family's own are in its file."""
+"""Builds other libraries' networks, whole or shortened; the families' files use these functions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    name: str  # ours
+    """A comparison of our network with another library's."""
+
+    name: str  # our network
     source: str
-    size: int  # of the images
-    fields: Mapping[str, Any] = {}  # ours: what makes the network short
-    build: Callable[[], Any] | None = None  # theirs, as short; None: the published network
-    train: bool = False  # a training step too
+    size: int  # height and width of the images
+    fields: Mapping[str, Any] = {}  # make our network short
+    build: Callable[[], Any] | None = None  # builds theirs, as short; None: the published network
+    train: bool = False  # also compares a training step
 
 
 def torchvision() -> Any:
@@ -22,7 +24,7 @@ def torchvision() -> Any:
 
 
 def identity(model: Any, *modules: str) -> Any:
-    """Without these blocks, which keep the shape."""
+    """Replaces blocks that keep the shape by the identity."""
     from torch import nn
 
     for path in modules:
@@ -41,7 +43,7 @@ def of_torchvision(name: str, *without: str, **given: Any) -> Callable[[], Any]:
 
 def of_timm(name: str, *without: str) -> Callable[[], Any]:
     def build() -> Any:
-        torchvision()  # timm imports it, and it needs help
+        torchvision()  # timm imports torchvision, which must be imported this way first
         import timm
 
         return identity(timm.create_model(name, num_classes=10), *without)
@@ -50,7 +52,7 @@ def of_timm(name: str, *without: str) -> Callable[[], Any]:
 
 
 def narrow(model: Any, first: int, hidden: int = 64) -> Any:
-    """AlexNet or VGG with other fully connected layers."""
+    """Replaces the fully connected layers of AlexNet or VGG by narrow ones."""
     from torch import nn
 
     widths = iter([(first, hidden), (hidden, hidden), (hidden, 10)])
@@ -61,7 +63,7 @@ def narrow(model: Any, first: int, hidden: int = 64) -> Any:
 
 
 def two_stages(model: Any, head: str) -> Any:
-    """A ResNet of bottlenecks up to its second stage."""
+    """Cuts off a ResNet with bottlenecks after its second stage."""
     from torch import nn
 
     setattr(model, head, nn.Linear(512, 10))

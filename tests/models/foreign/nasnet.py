@@ -6,14 +6,14 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, torchvision
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 KERAS = {"keras_nasnetlarge": "NASNetLarge", "keras_nasnetmobile": "NASNetMobile"}
 KERAS_SHAPES = ("keras_nasnetmobile",)
 
 
 def _nasnet() -> Any:
-    """Two stages of two cells, narrow."""
+    """Builds two stages of two narrow cells."""
     torchvision()
     from timm.models.nasnet import NASNetALarge
     from torch import nn

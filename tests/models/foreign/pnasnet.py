@@ -6,11 +6,11 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, of_timm
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 
 def _pnasnet() -> Any:
-    """The stem and two cells."""
+    """Builds the stem and two cells."""
     from torch import nn
     from torch.nn import functional
 

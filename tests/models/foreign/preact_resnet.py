@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, torchvision
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 TIMM = {f"preact_resnet{n}": f"resnetv2_{n}" for n in (50, 101, 152)}
 KERAS = {f"keras_resnet{n}v2": f"ResNet{n}V2" for n in (50, 101, 152)}
@@ -14,7 +14,7 @@ KERAS_SHAPES = ("keras_resnet50v2",)
 
 
 def _preact_resnet() -> Any:
-    """Narrow and short."""
+    """Builds a narrow and short network."""
     torchvision()
     from timm.layers import BatchNormAct2d, create_conv2d
     from timm.models.resnetv2 import ResNetV2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.models.foreign.builders import Case, of_torchvision
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 KERAS = {f"keras_resnet{n}": f"ResNet{n}" for n in (50, 101, 152)}
 KERAS_SHAPES = ("keras_resnet50",)

@@ -7,7 +7,7 @@ from typing import Any
 from flax_cnns.models import senet
 from tests.models.foreign.builders import Case, torchvision, two_stages
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 TIMM = senet.ALIASES
 

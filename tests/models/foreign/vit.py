@@ -6,13 +6,13 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, torchvision
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 TIMM = {"vit_tiny16": "vit_tiny_patch16_224", "vit_small16": "vit_small_patch16_224"}
 
 
 def _vit() -> Any:
-    """Two narrow blocks."""
+    """Builds two narrow blocks."""
     vit = torchvision().models.VisionTransformer
     return vit(32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192, num_classes=10)
 

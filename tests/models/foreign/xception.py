@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, identity, torchvision
 
-GAIN = 1.0  # blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 TIMM = {"xception": "legacy_xception"}
 KERAS = {"keras_xception": "Xception"}
@@ -14,7 +14,7 @@ KERAS_SHAPES = ("keras_xception",)
 
 
 def _xception() -> Any:
-    """One block in the middle, and all that follows the stem narrow."""
+    """Builds one block in the middle flow, with narrow layers after the stem."""
     torchvision()
     from timm.models.xception import Block, SeparableConv2d, Xception
     from torch import nn

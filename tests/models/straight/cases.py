@@ -1,4 +1,4 @@
-"""The networks that are compared with a second forward pass in NumPy, and how."""
+"""The networks that are compared with a second forward pass in NumPy, and the comparison."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,12 +45,14 @@ from tests.models.straight import (
 
 
 class Case(NamedTuple):
+    """A network and its forward pass in NumPy."""
+
     name: str
     straight: Callable
-    size: int  # of the images: small, but last maps are not 1x1 (LeNet's are, in the paper)
+    size: int  # of images: small, but with last maps above 1x1 (except LeNet's, as in the paper)
     fields: Mapping[str, Any] = {}
-    strength: float = 1.0  # of the images: response normalization hardly changes weak ones
-    slow: bool = False  # where another case of the family is quick
+    strength: float = 1.0  # scale of the images; response normalization hardly changes weak ones
+    slow: bool = False  # if the family has a quick case, too
 
 
 NARROW = {"hidden": 32, "num_classes": 10}
@@ -58,7 +60,7 @@ WIDTHS = {"widths": (16, 24, 32, 40, 48)}
 SHORT = {"hidden": (32, 32), "num_classes": 10} | WIDTHS
 CELLS = {"width": 8, "stem_width": 7, "num_classes": 10}
 
-# Of residual networks: first blocks with stride 1 and with stride 2, and one that is not a first.
+# Residual networks have first blocks with stride 1 and 2, and a block that is not the first.
 DEPTHS = (2, 1, 2)
 SHALLOW = {"depths": DEPTHS, "widths": (8, 12, 16)}
 DEPTHS_IMAGENET = (1, 2, 1, 1)
@@ -66,12 +68,12 @@ SHALLOW_IMAGENET = {"depths": DEPTHS_IMAGENET, "width": 8, "num_classes": 10}
 GROUPS = {"depths": DEPTHS, "width": 8, "base_width": 32, "groups": 4}
 PYRAMID = {"depth": 14, "alpha": 10}  # 5/3 of a channel a block, rounded down
 PYRAMID_272 = {"depth": 20, "alpha": 10}
-SPARSE = (8, 2, 3)  # layer 8 sees what its block was given, eight before it
+SPARSE = (8, 2, 3)  # layer 8 takes the block's input, which is eight maps before it
 PLAIN, BC = {"layer": densenet.plain}, {"layer": densenet.bottleneck}
 PATH = {"links": partial(farthest_and_nearest, path=4), "growth_rate": 5, "stem_width": 7}
 
-# 227 for AlexNet: the paper's maps, to which nothing needs to be added. Elsewhere, where poolings
-# of 3x3 with stride 2 round up, rounding down would give other sizes.
+# 227 for AlexNet gives the paper's maps without padding. The sizes for networks whose 3x3 pooling
+# with stride 2 rounds up are chosen so that rounding down would give other sizes.
 CASES = [
     Case("lenet5", lenet.lenet5, 32),
     Case("lenet5_original", lenet.lenet5_original, 32),
@@ -101,7 +103,7 @@ CASES = [
     Case("highway_32", highway.highway_32, 12, slow=True),
     Case("simpnet_5m", simpnet.simpnet, 12, slow=True),
     Case("simpnet_slim_300k", simpnet.simpnet, 12),
-    # Odd sizes: what stride 2 leaves out.
+    # Odd sizes show which pixels stride 2 leaves out.
     Case("cifar_resnet20", partial(cifar_resnet.option_a, depths=DEPTHS), 13, SHALLOW),
     Case(
         "cifar_resnet110_optB",
@@ -145,7 +147,7 @@ CASES = [
         slow=True,
     ),
     Case("nas_v1", nas.v1, 9),
-    # 14 and 7 pixels; 34, 17 and 9: zeros on both sides of what strides, and on one.
+    # 14 and 7 pixels; 34, 17 and 9: with stride 2, padding on both sides and on one side.
     Case(
         "nasnet_a_6_768",
         partial(nasnet.cifar, depths=(1, 2)),
@@ -223,8 +225,8 @@ CASES = [
     ),
 ]
 
-# Rows that differ from one of those, or from one that another library has, in numbers or training
-# alone: `tests.parity --all` has them.
+# Variants that differ only in sizes or training from a case above, or from a network of another
+# library. Only `tests.parity --all` compares them.
 MORE = [
     Case("nin_cifar100", nin.nin_cifar10, 20),
     Case("all_cnn_c_c100", all_cnn.all_cnn_c, 20),
@@ -253,7 +255,7 @@ MORE = [
         {"depths": (2, 1)} | CELLS,
     ),
     Case("pnasnet5_large", partial(pnasnet.pnasnet, depths=(1, 1)), 37, {"depths": (1, 1)} | CELLS),
-    # Whole.
+    # Whole networks.
     Case("nasnet_a_6_768", partial(nasnet.cifar, depths=(6, 6, 6)), 14),
     Case("nasnet_a_mobile", partial(nasnet.imagenet, depths=(4, 4, 4)), 69),
     Case("nasnet_a_7_2304", partial(nasnet.cifar, depths=(7, 7, 7)), 14),
@@ -292,10 +294,10 @@ MORE = [
 
 
 def redrawn(case: Case) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
-    """(model, {path: array}, images [4 H W C]): no tensor zero, none constant.
+    """Returns (model, {path: array}, images [4 H W C]) with random values in all tensors.
 
-    Biases of transform gates lie about -2, where the authors start them: about 0, thirty layers
-    pass so little on that the logits hardly vary over the images.
+    Biases of transform gates are about -2, the authors' initial value. With biases about 0, thirty
+    layers would pass on so little that the logits would hardly vary over the images.
     """
     channels = create_model(case.name).input_size[-1]
     model = create_model(case.name, input_size=(case.size, case.size, channels), **case.fields)
@@ -315,7 +317,7 @@ def redrawn(case: Case) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
 def in_numpy(
     straight: Callable, tensors: Mapping[str, np.ndarray], images: np.ndarray, **given: Any
 ) -> Any:
-    """f64; LeNet-5's bitmaps are constants of the network, not tensors."""
+    """Runs `straight` in float64, with LeNet-5's bitmaps, which are constants, among the tensors."""
     tensors = {**tensors, "codes": make_rbf_codes(10)}
     tensors = {path: np.asarray(value, np.float64) for path, value in tensors.items()}
     return straight(tensors, images.astype(np.float64), **given)
