@@ -143,18 +143,22 @@ class MBConv(nn.Module):
         zero = self.zero_init and shortcut
         last_scale = nn.initializers.zeros if zero else nn.initializers.ones
 
-        def branch(self, x: Array) -> Array:
+        def branch(block: MBConv, x: Array) -> Array:
             if inner != channels:
-                x = self.conv(inner, (1, 1), padding=0, name="expand")(x)
-                x = self.activation(self.norm(name="expand_norm")(x))
+                x = block.conv(inner, (1, 1), padding=0, name="expand")(x)
+                x = block.activation(block.norm(name="expand_norm")(x))
             x = _depthwise(
-                self.conv, x, kernel_size=self.kernel_size, stride=self.stride, padding=self.padding
+                block.conv,
+                x,
+                kernel_size=block.kernel_size,
+                stride=block.stride,
+                padding=block.padding,
             )
-            x = self.activation(self.norm(name="depthwise_norm")(x))
-            if self.se is not None:
-                squeeze = self.squeeze or max(1, channels // 4)
-                x = self.se(inner=squeeze, name="se")(x)
-            x = self.conv(self.width, (1, 1), padding=0, name="project")(x)
-            return self.norm(name="project_norm", scale_init=last_scale)(x)
+            x = block.activation(block.norm(name="depthwise_norm")(x))
+            if block.se is not None:
+                squeeze = block.squeeze or max(1, channels // 4)
+                x = block.se(inner=squeeze, name="se")(x)
+            x = block.conv(block.width, (1, 1), padding=0, name="project")(x)
+            return block.norm(name="project_norm", scale_init=last_scale)(x)
 
         return residual(x, branch, self, x, drop) if shortcut else branch(self, x)

@@ -8,7 +8,7 @@ is lowered for its platform, and costs nothing when the program runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,23 +44,23 @@ def _make_primitive(
     primitive = Primitive(name)
     compiled = jax.jit(primitive.bind, static_argnames=("geometry", "precision"))
 
-    def impl(a, b, **fields):
+    def impl(a: Array, b: Array, **fields: Any) -> Array:
         with jax.disable_jit(False):  # without jit, the primitive would call itself
             return compiled(a, b, **fields)
 
     primitive.def_impl(impl)
 
-    def abstract(a, b, *, geometry, precision):
+    def abstract(a: Any, b: Any, *, geometry: ConvGeometry, precision: Any) -> Any:
         del precision
         return a.update(shape=out_shape(a, b, geometry), weak_type=False)
 
-    def lower_on_cpu(a, b, *, geometry, precision):
+    def lower_on_cpu(a: Array, b: Array, *, geometry: ConvGeometry, precision: Any) -> Array:
         del precision  # on a CPU, float32 products have full precision
         # In half precision a CPU would be no faster, and its sums would differ from accelerators'.
         wide = jnp.promote_types(a.dtype, jnp.float32)
         return on_cpu(a.astype(wide), b.astype(wide), geometry).astype(a.dtype)
 
-    def lower_elsewhere(a, b, *, geometry, precision):
+    def lower_elsewhere(a: Array, b: Array, *, geometry: ConvGeometry, precision: Any) -> Array:
         return library(a, b, geometry, precision)
 
     primitive.def_abstract_eval(abstract)
@@ -96,14 +96,16 @@ ad.defbilinear(
 # ---------------------------------------------------------------------------- vmap
 
 
-def _batcher(primitive: Primitive, images: tuple[bool, bool], image_out: bool) -> Callable:
+def _make_batcher(primitive: Primitive, images: tuple[bool, bool], image_out: bool) -> Callable:
     """Returns the vmap rule of a product.
 
     If only images are mapped, they become more images. If kernels are mapped, they become more
     groups. `images` tells which operands are images, and `image_out` whether the result is.
     """
 
-    def rule(operands, axes, *, geometry, precision):
+    def rule(
+        operands: Sequence[Any], axes: Sequence[Any], *, geometry: ConvGeometry, precision: Any
+    ) -> tuple[Array, int]:
         size = next(v.shape[a] for v, a in zip(operands, axes) if a is not None)
         if size == 0:
             single = [v if a is None else _without_axis(v, a) for v, a in zip(operands, axes)]
@@ -144,6 +146,6 @@ def _fold(v: Array, axis: int, place: int) -> Array:
     return v.reshape(*v.shape[:place], -1, *v.shape[place + 2 :])
 
 
-batching.primitive_batchers[forward_p] = _batcher(forward_p, (True, False), True)
-batching.primitive_batchers[input_grad_p] = _batcher(input_grad_p, (True, False), True)
-batching.primitive_batchers[kernel_grad_p] = _batcher(kernel_grad_p, (True, True), False)
+batching.primitive_batchers[forward_p] = _make_batcher(forward_p, (True, False), True)
+batching.primitive_batchers[input_grad_p] = _make_batcher(input_grad_p, (True, False), True)
+batching.primitive_batchers[kernel_grad_p] = _make_batcher(kernel_grad_p, (True, True), False)
