@@ -27,8 +27,8 @@ from flax_cnns.types import Array, PyTree
 class Regularizer(NamedTuple):
     """The hooks by which a regularizer acts in a training step; a hook may be None.
 
-    `params` are the trainable leaves and n is the number of examples on a device. Hooks must keep
-    values that are equal on all devices equal.
+    `params` are the trainable leaves and n is the number of examples on a device. Values that
+    are equal on all devices must remain equal.
     """
 
     # (images f32 [n H W C], keys [n]) -> images: after the built-in augmentation; an image's key

@@ -385,7 +385,7 @@ def make_optimizer(
     else:
         chain = [*before, add_decay, *after]
     regularizers.check_names(own_regularizers)
-    regularizing = regularizers.make_regularizers(config, params, trainable) | dict(
+    regularizing = regularizers.make_built_in_regularizers(config, params, trainable) | dict(
         own_regularizers
     )
     chain = [*regularizers.make_transformations(regularizing), *chain]

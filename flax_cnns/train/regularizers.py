@@ -148,7 +148,9 @@ REGULARIZERS: dict[str, Callable[[Any, PyTree, PyTree], Regularizer | None]] = {
 # ---- stages of a step, given the active regularizers {name: Regularizer}
 
 
-def make_regularizers(config: Any, params: PyTree, trainable: PyTree) -> dict[str, Regularizer]:
+def make_built_in_regularizers(
+    config: Any, params: PyTree, trainable: PyTree
+) -> dict[str, Regularizer]:
     """Makes the regularizers that `config`, the section `config.optimizer`, turns on, by name.
 
     Raises `UserError` if a rule decides nothing.

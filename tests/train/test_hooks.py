@@ -202,7 +202,7 @@ BUILT_IN = tiny.config(
 
 def test_own_hooks_do_what_built_in_ones_do():
     """L2, SAM and max-norm as one object with three hooks take the same steps, up to rounding."""
-    found = regularizers.make_regularizers(
+    found = regularizers.make_built_in_regularizers(
         BUILT_IN.optimizer,
         jax.device_get(tiny.train(BUILT_IN, n=0)[0].params),
         {"conv": dict.fromkeys(("kernel", "bias"), True), "head": {"kernel": True, "bias": True}}
