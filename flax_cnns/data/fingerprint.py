@@ -1,4 +1,4 @@
-"""The fingerprint of a data set. A run stores it, and so notices when its data changes.
+"""The fingerprint of a data set. A run stores it to notice later changes of the data.
 
 A fingerprint is plain JSON with these keys. It is {} for noise (`data.mock`), which never changes.
 

@@ -90,17 +90,17 @@ def _moments_of_floats(
     images: np.ndarray | ArrayRows,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Sums in fixed point: integer sums do not depend on their order, and so not on the machine."""
-    channels, one = images.shape[-1], 2**20
+    channels, scale = images.shape[-1], 2**20
     total, squares = [0] * channels, [0] * channels
     for pixels in _iterate_pixels(images):
-        whole = np.rint(pixels.astype(np.float64) * one).astype(np.int64)
+        whole = np.rint(pixels.astype(np.float64) * scale).astype(np.int64)
         for channel in range(channels):
             total[channel] += int(whole[:, channel].sum())
             squares[channel] += int((whole[:, channel] ** 2).sum())
     count = images.size // channels
     # The difference of large numbers is exact, because Python's integers do not overflow.
-    variance = [(count * b - a * a) / (count * one) ** 2 for a, b in zip(total, squares)]
-    return tuple(a / (count * one) for a in total), tuple(math.sqrt(v) or 1.0 for v in variance)
+    variance = [(count * b - a * a) / (count * scale) ** 2 for a, b in zip(total, squares)]
+    return tuple(a / (count * scale) for a in total), tuple(math.sqrt(v) or 1.0 for v in variance)
 
 
 def _iterate_pixels(images: np.ndarray | ArrayRows) -> Iterator[np.ndarray]:

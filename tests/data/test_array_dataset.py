@@ -249,9 +249,9 @@ def test_facts_and_fingerprint(config):
     facts = json.loads(json.dumps(dataset.as_dict()))
     again = Dataset.from_dict(facts)
     assert (again.name, again.image_shape, again.task) == ("mine", (8, 6, 3), "classes")
-    found = dataset.fingerprint
-    assert (found["reader"], found["splits"]["train"]["classes"]) == ("arrays", [20, 20, 20])
-    assert read_fingerprint(config, given) == found
+    stored = dataset.fingerprint
+    assert (stored["reader"], stored["splits"]["train"]["classes"]) == ("arrays", [20, 20, 20])
+    assert read_fingerprint(config, given) == stored
     other = BYTES.copy()
     other[59, 7, 5, 2] ^= 1
     changed = [
@@ -260,10 +260,10 @@ def test_facts_and_fingerprint(config):
         Dataset.from_arrays((FLOATS, LABELS)),
         Dataset.from_arrays((BYTES, soft(LABELS))),
     ]
-    assert all(read_fingerprint(config, one) != found for one in changed)
+    assert all(read_fingerprint(config, one) != stored for one in changed)
     scattered = np.concatenate([BYTES, BYTES])[::2]
     np.testing.assert_array_equal(scattered[:30], BYTES[::2])
-    assert read_fingerprint(config, Dataset.from_arrays((BYTES[:], LABELS))) == found
+    assert read_fingerprint(config, Dataset.from_arrays((BYTES[:], LABELS))) == stored
 
 
 def test_rows_are_an_array():
@@ -277,7 +277,7 @@ def test_rows_are_an_array():
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "more", "said"),
+    ("images", "labels", "more", "message"),
     [
         (
             np.moveaxis(BYTES, 3, 1),
@@ -320,8 +320,8 @@ def test_rows_are_an_array():
         (BYTES, LABELS, dict(test=(BYTES, soft(LABELS))), "the same kind in all splits"),
     ],
 )
-def test_what_is_refused(images, labels, more, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_what_is_refused(images, labels, more, message):
+    with pytest.raises(UserError, match=message) as error:
         Dataset.from_arrays((images, labels), **more)
     assert "\n" not in str(error.value)
 

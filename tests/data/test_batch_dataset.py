@@ -214,9 +214,9 @@ def test_a_digest_waits_for_the_batch_that_is_being_pulled(config):
     thread.start()
     assert pulled.wait(10)
     threading.Timer(0.05, going.set).start()
-    found = stream.digest(0)
+    digest = stream.digest(0)
     thread.join()
-    assert found == pipeline.train_batches(loaded(config), config, seed=0).digest(0)
+    assert digest == pipeline.train_batches(loaded(config), config, seed=0).digest(0)
 
 
 def test_a_digest_of_a_batch_that_never_comes(config):
@@ -267,7 +267,7 @@ def changed(at, change):
 
 
 @pytest.mark.parametrize(
-    ("at", "change", "said"),
+    ("at", "change", "message"),
     [
         (0, lambda b: b | {"mask": 1}, "train, step 0: expected the keys image and label, got"),
         (0, lambda b: b["image"], r"step 0: expected \{'image'.*\(images, labels\), got uint8"),
@@ -293,22 +293,22 @@ def changed(at, change):
         (2, lambda b: (b["image"].astype(int), b["label"]), "step 2: images are int64; expected"),
     ],
 )
-def test_batches_that_are_refused(config, at, change, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_batches_that_are_refused(config, at, change, message):
+    with pytest.raises(UserError, match=message) as error:
         take(loaded(config, changed(at, change)), config)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         (dict(SIZES, test=30), r"test, batch 2: images: expected 8 .*sizes\['test'\]=30\), got 3"),
         (dict(SIZES, test=20), r"test, batch 2: images: expected 4 .*sizes\['test'\]=20\), got 3"),
         (dict(SIZES, test=16), r"goes on after 2 batches; sizes\['test'\]=16"),
     ],
 )
-def test_sizes_that_do_not_fit(config, sizes, said):
-    with pytest.raises(UserError, match=said):
+def test_sizes_that_do_not_fit(config, sizes, message):
+    with pytest.raises(UserError, match=message):
         list(pipeline.eval_batches(loaded(config, sizes=sizes), "test", config))
 
 
@@ -322,7 +322,7 @@ def test_an_evaluation_that_ends_early(config):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (dict(factory=3), r"factory: expected a function of \(split, .*, got int"),
         (dict(factory=lambda split: []), "but it takes other arguments: too many positional"),
@@ -336,13 +336,13 @@ def test_an_evaluation_that_ends_early(config):
         (dict(normalize=False, mean=0.5, std=0.5), "have no effect with normalize=False"),
     ],
 )
-def test_what_is_refused(more, said):
-    with pytest.raises(UserError, match=said):
+def test_what_is_refused(more, message):
+    with pytest.raises(UserError, match=message):
         make(**more)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("validation", 0.2, r"give sizes\['validation'\], or set data.validation=0"),
         ("fraction", 0.5, "choose the examples in the factory"),
@@ -350,9 +350,9 @@ def test_what_is_refused(more, said):
         ("mock", 10, r"set data\.mock=0"),
     ],
 )
-def test_what_needs_another_order_is_refused(config, field, value, said):
+def test_what_needs_another_order_is_refused(config, field, value, message):
     config[field] = value
-    with pytest.raises(UserError, match=rf"data\.{field}=.* does not apply to batches .*{said}"):
+    with pytest.raises(UserError, match=rf"data\.{field}=.* does not apply to batches .*{message}"):
         loaded(config)
     config.update(validation=0.0, fraction=1.0, classes=(), mock=0)
     config.augment.pca = 0.1

@@ -59,7 +59,7 @@ def rewrite(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (rename, ["class 0 was 'arch', is 'bench'", "class 1 was 'bench', is 'vault'"]),
         (add, ["train/bench had 3 images, has 4"]),
@@ -68,10 +68,10 @@ def rewrite(folder):
         (rewrite, ["train/arch has other files (still 3)"]),
     ],
 )
-def test_a_difference_names_split_and_class(folder, config, change, said):
+def test_a_difference_names_split_and_class(folder, config, change, message):
     was = read_fingerprint(config)
     change(folder)
-    assert fingerprint.find_differences(was, read_fingerprint(config)) == said
+    assert fingerprint.find_differences(was, read_fingerprint(config)) == message
 
 
 def test_classes_that_are_not_selected_do_not_matter(folder, config):
@@ -84,8 +84,8 @@ def test_classes_that_are_not_selected_do_not_matter(folder, config):
     add(folder)  # to bench
     assert read_fingerprint(config) == was
     rewrite(folder)  # of arch
-    found = fingerprint.find_differences(was, read_fingerprint(config))
-    assert found == ["train/arch has other files (still 3)"]
+    differences = fingerprint.find_differences(was, read_fingerprint(config))
+    assert differences == ["train/arch has other files (still 3)"]
 
 
 def test_the_sizes_of_very_many_files_are_not_read(folder, config, monkeypatch):
@@ -127,32 +127,34 @@ def test_arrays_have_a_digest_of_pixels_and_labels():
 
 
 def test_a_fingerprint_has_the_builder_of_tfds_and_is_empty_for_noise(config):
-    loaded, found = load_dataset(config), read_fingerprint(config)
-    assert loaded.fingerprint == found
-    assert found["builder"] == "digits/1.0.0"
-    assert {split: one["images"] for split, one in found["splits"].items()} == {
+    loaded, current = load_dataset(config), read_fingerprint(config)
+    assert loaded.fingerprint == current
+    assert current["builder"] == "digits/1.0.0"
+    assert {split: one["images"] for split, one in current["splits"].items()} == {
         "train": 1077,
         "validation": 360,
         "test": 360,
     }
-    assert not any("bytes" in one for one in found["splits"].values())  # they depend on the encoder
-    fewer = json.loads(json.dumps(found))
+    assert not any(
+        "bytes" in one for one in current["splits"].values()
+    )  # they depend on the encoder
+    fewer = json.loads(json.dumps(current))
     fewer["splits"]["test"]["images"] = 300
     del fewer["splits"]["validation"]
-    assert fingerprint.find_differences(fewer, found) == [
+    assert fingerprint.find_differences(fewer, current) == [
         "test had 300 images, has 360",
         "the split validation is new (360 images)",
     ]
     config.mock = 20
     assert read_fingerprint(config) == load_dataset(config).fingerprint == {}
-    assert fingerprint.find_differences({}, found) == []
+    assert fingerprint.find_differences({}, current) == []
 
 
 def test_many_differences_are_a_short_line():
     names = [f"class{i}" for i in range(1000)]
-    found = fingerprint.find_class_differences(names, names[::-1])
-    assert found[0] == "class 0 was 'class0', is 'class999'"
-    assert found[3:] == ["997 more classes have other names"]
+    differences = fingerprint.find_class_differences(names, names[::-1])
+    assert differences[0] == "class 0 was 'class0', is 'class999'"
+    assert differences[3:] == ["997 more classes have other names"]
     assert fingerprint.find_class_differences(names, names[:-5]) == [
         "it had 1000 classes, has 995 (gone: 'class995', 'class996', 'class997', and 2 more)"
     ]

@@ -56,7 +56,7 @@ def draw_both(count=6000, height=9, width=6):
 
 
 def test_cutmix_puts_one_box_of_the_neighbor_and_weighs_labels_by_its_area():
-    images, own = (found[:200] for found in draw_both()[1])
+    images, own = (array[:200] for array in draw_both()[1])
     np.testing.assert_array_equal(images[:, 1], 1 - images[:, 0])  # the same box in both
     foreign = images[:, 0] == 1
     assert (foreign | (images[:, 0] == 0)).all()  # nothing is blended

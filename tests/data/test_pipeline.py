@@ -134,13 +134,13 @@ def test_workers_leave_signals_to_their_parent_and_die_with_it():
     )
     worker = int(process.stdout.readline() or 0)
     try:
-        rest, said = process.communicate(
+        rest, message = process.communicate(
             timeout=20
         )  # until all processes with these pipes have ended
     except subprocess.TimeoutExpired:
         os.kill(worker, 9)
         raise
-    assert (process.returncode, rest, said) == (-9, "", "")
+    assert (process.returncode, rest, message) == (-9, "", "")
     left = shared_memory() - before
     deadline = time.monotonic() + 5  # other tests use shared memory too, for a while
     while left & shared_memory() and time.monotonic() < deadline:
@@ -149,17 +149,17 @@ def test_workers_leave_signals_to_their_parent_and_die_with_it():
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [(-9, "killed by SIGKILL, as the system does when memory runs out$"), (1, "ended with 1$")],
 )
-def test_a_worker_that_died_is_named(code, said):
+def test_a_worker_that_died_is_named(code, message):
     def batches():
         yield {}
         raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}.")
 
     alive = pipeline._from_workers(batches())
     assert next(alive) == {}
-    with pytest.raises(ProcessLost, match=rf"\(data.workers\) (was )?{said}"):
+    with pytest.raises(ProcessLost, match=rf"\(data.workers\) (was )?{message}"):
         next(alive)
 
 

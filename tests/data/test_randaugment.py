@@ -85,15 +85,15 @@ def test_each_operation_has_equal_chances_and_both_signs():
     def draw(key):
         return randaugment.randaugment(key, RGB, 1, 30)
 
-    found = np.asarray(quick_jit(jax.vmap(draw))(KEYS)).reshape(len(KEYS), -1)
-    outcomes, counts = np.unique(found, axis=0, return_counts=True)
-    left = dict(zip(map(bytes, outcomes.astype(np.uint8)), counts / len(KEYS)))
+    results = np.asarray(quick_jit(jax.vmap(draw))(KEYS)).reshape(len(KEYS), -1)
+    outcomes, counts = np.unique(results, axis=0, return_counts=True)
+    shares = dict(zip(map(bytes, outcomes.astype(np.uint8)), counts / len(KEYS)))
     for name in OPERATIONS:
         signs = (1.0, -1.0) if name in TWO_WAYS else (1.0,)
         for sign in signs:
-            share = left.pop(bytes(ours(name, RGB, sign).astype(np.uint8)))
+            share = shares.pop(bytes(ours(name, RGB, sign).astype(np.uint8)))
             assert abs(share * len(signs) - 1 / 14) < 0.035, name
-    assert not left
+    assert not shares
 
 
 def test_two_operations_follow_one_another():
@@ -113,5 +113,5 @@ def test_a_translation_takes_the_nearest_pixel(pixels, moved):
     """As in Pillow; in torchvision 2.9 pixels become 2."""
     row = jnp.broadcast_to(jnp.arange(1, 33)[None, :, None], (2, 32, 1))
     strength = jnp.float32(pixels / (150 / 331 * 32))
-    found = apply_operation(row, jnp.int32(OPERATIONS.index("translate_x")), strength)
-    assert int(found[0, 0, 0]) == 1 + moved
+    shifted = apply_operation(row, jnp.int32(OPERATIONS.index("translate_x")), strength)
+    assert int(shifted[0, 0, 0]) == 1 + moved

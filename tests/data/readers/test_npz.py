@@ -43,11 +43,11 @@ def test_keras(config, save, compressed, monkeypatch):
     np.testing.assert_array_equal(dataset.splits["train"].images[:][..., 0], IMAGES)
     assert dataset.splits["test"].labels.tolist() == LABELS[:9].tolist()
     assert "not read: extra" in " ".join(dataset.notes)
-    found = read_fingerprint(config)
-    assert found == dataset.fingerprint
+    stored = read_fingerprint(config)
+    assert stored == dataset.fingerprint
     monkeypatch.chdir(path.parent)
     config.dir = ""
-    assert read_fingerprint(config) == found
+    assert read_fingerprint(config) == stored
 
 
 def test_medmnist(config, save):
@@ -63,7 +63,7 @@ def test_medmnist(config, save):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         (dict(images=IMAGES, labels=LABELS), "expected arrays called x_train, y_train, .*: images"),
         (dict(x_train=IMAGES, y_test=LABELS), "has no y_train; it has: x_train, y_test"),
@@ -72,22 +72,22 @@ def test_medmnist(config, save):
         (KERAS | dict(x_train=IMAGES.astype(int)), "train images are int64"),
     ],
 )
-def test_what_is_refused(config, save, arrays, said):
+def test_what_is_refused(config, save, arrays, message):
     save(**arrays)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_dataset(config)
 
 
 def test_files_that_are_something_else(config, save):
     path = save(**KERAS)
     whole = path.read_bytes()
-    for damaged, said in (
+    for damaged, message in (
         (pickle.dumps(IMAGES), "is not a file written by np.savez"),
         (whole[: len(whole) // 2], "is not a file written by np.savez"),
         (whole.replace(IMAGES.tobytes()[:64], bytes(64), 1), "is damaged: Bad CRC-32"),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load_dataset(config)
     path.rename(path.parent / "mime.npz")
     with pytest.raises(UserError, match=r"there is no file .*; did you mean 'mime\.npz'"):

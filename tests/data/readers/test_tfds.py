@@ -100,8 +100,8 @@ def test_labels_out_of_range_are_named_and_never_skipped(config):
     records = [{"image": png.getvalue(), "label": label} for label in (0, 1, -1, 12)]
     source = TfdsSource(Records(records), "image", "label", "shapes train", num_classes=2)
     assert decode.read_example(source, 1, 4, 3)[1] == 1
-    for i, said in ((2, "it has no label"), (3, "its label is 12")):
-        with pytest.raises(WrongLabel, match=rf"shapes train, example {i}: {said}.* 0 to 1"):
+    for i, problem in ((2, "it has no label"), (3, "its label is 12")):
+        with pytest.raises(WrongLabel, match=rf"shapes train, example {i}: {problem}.* 0 to 1"):
             decode.read_example(source, i, 4, 3)
     for read in (
         lambda: decode.read_all(source, 4, 3, share=1.0, threads=2, skip_damaged=True),
