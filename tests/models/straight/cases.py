@@ -317,7 +317,7 @@ def redrawn(case: Case) -> tuple[Any, dict[str, np.ndarray], np.ndarray]:
 def in_numpy(
     straight: Callable, tensors: Mapping[str, np.ndarray], images: np.ndarray, **given: Any
 ) -> Any:
-    """Runs `straight` in float64, with LeNet-5's bitmaps, which are constants, among the tensors."""
+    """Runs `straight` in float64; adds LeNet-5's bitmaps, which are constants, to the tensors."""
     tensors = {**tensors, "codes": make_rbf_codes(10)}
     tensors = {path: np.asarray(value, np.float64) for path, value in tensors.items()}
     return straight(tensors, images.astype(np.float64), **given)

@@ -1,12 +1,12 @@
-"""The network that the first architecture search found without strides or poolings (Zoph, Le 2016,
-figure 7 in the appendix), and section 4.1's two perturbations of its skip connections.
+"""The searched network without strides and pooling of Zoph and Le 2016, figure 7 in the appendix.
 
-Each layer is a convolution with zeros that keep the size, normalization, ReLU (section 4.1 names
-both), and takes the layers that lead to it side by side, the earliest first (section 3.3). The mean
-and the dense layer behind the last are ours.
+Also section 4.1's two perturbations of its skip connections. Each layer is a convolution with zero
+padding that keeps the size, normalization and ReLU (section 4.1 mentions both). A layer takes the
+concatenation of the layers that lead to it, the earliest first (section 3.3). The mean and the
+dense layer at the end are our choice.
 
-The lines of figure 7 are as two others have read them, who differ in one: layer 15 takes layer 6
-(so here) or layer 2 instead, which are as wide.
+The connections of figure 7 follow two public transcriptions. They differ in one connection: layer
+15 takes layer 6 (so here) or layer 2, which are equally wide.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ BOXES = [
     (7, 5, 48),
     (7, 5, 48),
 ]
-FIGURE_7 = {  # which layers each takes
+FIGURE_7 = {  # the layers that each layer takes
     2: [1],
     3: [1, 2],
     4: [1, 2, 3],

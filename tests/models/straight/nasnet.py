@@ -1,13 +1,14 @@
-"""NASNet-A (Zoph, Vasudevan, Shlens, Le 2017): figure 2 stacks the cells of figure 4. What those
-leave open is as in the authors' release (TensorFlow's slim, `nets/nasnet/nasnet.py` and
-`nasnet_utils.py`).
+"""NASNet-A (Zoph, Vasudevan, Shlens, Le 2017): the cells of figure 4, stacked as in figure 2.
 
-ReLU stands before a convolution, normalization behind it; a pooling has neither. Zeros are added as
-TensorFlow does it: as few as give ceil(size / stride), of an odd number one more at the far end;
-they do not count in means. A cell squeezes what it is given to its width by a 1x1, and what was
-given to the cell before it too: by two shifted halves where the sizes differ, not at all where it
-has that width. The first cell has nothing before: what it is given stands there once more, as it
-is, and whatever takes it adapts.
+What the figures leave open is as in the authors' release (TensorFlow's slim,
+`nets/nasnet/nasnet.py` and `nasnet_utils.py`).
+
+ReLU precedes a convolution, and normalization follows it; pooling has neither. Zero padding is
+TensorFlow's: as little as gives ceil(size / stride), with one more at the far end if it is odd. It
+does not count in means. A cell squeezes its input to its width by a 1x1. It also squeezes the input
+of the cell before it: by two shifted halves if the sizes differ, and not at all if it already has
+this width. The first cell has no cell before it. It takes its input a second time without
+squeezing, and the operations on it adapt the width.
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.models.straight.numpy_layers import avg_pool, batch_norm, conv, dense
 
 
 def norm(p, path, x):
-    """With the statistics of the batch where `p` has none."""
+    """Normalizes; uses the statistics of the batch if `p` has none."""
     mean = p.get(f"batch_stats/{path}/mean", x.mean(axis=(0, 1, 2)))
     var = p.get(f"batch_stats/{path}/var", x.var(axis=(0, 1, 2)))
     scale, bias = p[f"params/{path}/scale"], p[f"params/{path}/bias"]
@@ -25,7 +26,7 @@ def norm(p, path, x):
 
 
 def same(size, window, stride):
-    """(zeros before, zeros after)"""
+    """Returns the padding (before, after)."""
     zeros = max((-(-size // stride) - 1) * stride + window - size, 0)
     return zeros // 2, zeros - zeros // 2
 
@@ -37,7 +38,7 @@ def convolution(p, path, x, stride=1):
 
 
 def separable(p, path, x, window, stride=1):
-    """Twice, the second time with stride 1; nothing between the two convolutions of each."""
+    """Two separable convolutions, the second with stride 1; nothing inside each of them."""
     for i in (1, 2):
         each = p[f"params/{path}/conv{i}/depthwise/kernel"]
         assert each.shape[:2] == (window, window)
@@ -50,7 +51,7 @@ def separable(p, path, x, window, stride=1):
 
 
 def adapted(p, path, x, width):
-    """A 1x1 behind a pooling whose maps are not as many as the cell's: no ReLU."""
+    """A 1x1 without ReLU after pooling, if the number of maps is not the cell's."""
     if x.shape[3] == width:
         return x
     return norm(p, f"{path}/norm", bias_free(p, f"{path}/conv", x))
@@ -74,7 +75,7 @@ def identity(p, path, x, width, stride=1):
 
 
 def halved(p, path, x):
-    """Every other pixel, from the first and from the second (behind the last ones is zero)."""
+    """Takes every other pixel, from the first and from the second (zeros follow the last)."""
     x = relu(x)
     shifted = np.pad(x[:, 1:, 1:], ((0, 0), (0, 1), (0, 1), (0, 0)))
     first = bias_free(p, f"{path}/conv1", x, stride=2)
@@ -83,7 +84,7 @@ def halved(p, path, x):
 
 
 def given(p, cell, x, previous):
-    """(h_i, h_(i-1)) of figure 4, and the cell's width."""
+    """Returns h_i and h_(i-1) of figure 4, and the cell's width."""
     width = p[f"params/{cell}/squeeze/conv/kernel"].shape[3]
     if previous is None:
         old = x
@@ -129,17 +130,17 @@ def cifar_stem(p, x):
 
 
 def imagenet_stem(p, x, cell):
-    """No zeros around the convolution; two cells of a quarter and of half the first stage's."""
+    """An unpadded convolution, and two cells of 1/4 and 1/2 of the first stage's width."""
     x = norm(p, "stem/norm", bias_free(p, "stem/conv", x, stride=2))
     y = cell(p, "stem/reduction1", x, None)
     return [y, cell(p, "stem/reduction2", y, x)]
 
 
 def stages(p, maps, depths, normal, reduction, skip_reduction=False):
-    """[the last cell's maps of each stage], behind ReLU; `depths` normal cells in each.
+    """Returns the last maps of each stage, after ReLU; a stage has `depths` normal cells.
 
-    `skip_reduction`: what was given to a reduction before its input is given so once more, to the
-    cell behind it.
+    With `skip_reduction` the cell after a reduction takes the older of the reduction's two inputs
+    again.
     """
     ends = []
     for stage, depth in enumerate(depths, 1):
@@ -166,12 +167,12 @@ def imagenet(p, x, depths, skip_reduction=False):
 
 
 def cifar_auxiliary(p, x, depths):
-    """The head behind the second stage, in training."""
+    """The auxiliary head after the second stage, in training."""
     p = {path: value for path, value in p.items() if not path.startswith("batch_stats")}
     p["epsilon"] = 1e-5
     x = stages(p, cifar_stem(p, x), depths, normal, reduction)[1]
     x = avg_pool(x, 5, 3)
     x = relu(norm(p, "aux1/norm1", bias_free(p, "aux1/conv1", x)))  # 1x1
-    x = relu(norm(p, "aux1/norm2", bias_free(p, "aux1/conv2", x)))  # all of the map
+    x = relu(norm(p, "aux1/norm2", bias_free(p, "aux1/conv2", x)))  # spans the whole map
     assert x.shape[1:3] == (1, 1)
     return dense(x[:, 0, 0], p["params/aux1/head/kernel"], p["params/aux1/head/bias"])

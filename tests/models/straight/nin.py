@@ -1,8 +1,8 @@
 """Network in Network (Lin, Chen, Yan 2014, figure 2) as the first author released it for Caffe.
 
-The paper gives neither widths nor windows; these are those of `train_val.prototxt` in the model
-zoo's CIFAR-10 and ImageNet entries. Caffe's pooling rounds the number of places up, and its average
-divides by what of the window lies in the map. The last 1x1 convolution has its ReLU too.
+The paper gives neither widths nor kernel sizes; these come from `train_val.prototxt` in the model
+zoo's CIFAR-10 and ImageNet entries. Caffe's pooling rounds sizes up, and its average divides by the
+part of the window that lies in the map. ReLU also follows the last 1x1 convolution.
 """
 
 from tests.models.straight.numpy_layers import avg_pool, conv, global_avg_pool, max_pool, relu

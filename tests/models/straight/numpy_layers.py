@@ -1,6 +1,6 @@
-"""What the straight-line networks are made of, in NumPy alone: evaluation, [N H W C], float64.
+"""Layers of the straight-line networks in plain NumPy, in evaluation: [N H W C], float64.
 
-Written from the definitions, without looking at the layers of `flax_cnns`: nothing here is fast.
+They are written from the definitions, independently of the layers of `flax_cnns`, and slow.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 
 def _windows(x, window, stride):
-    """[N H' W' C window window]: every window that lies wholly inside."""
+    """Returns all windows that lie entirely inside: [N H' W' C window window]."""
     return sliding_window_view(x, window, axis=(1, 2))[:, ::stride, ::stride]
 
 
 def conv(x, kernel, bias=0.0, stride=1, padding=0, groups=1):
-    """[N H W C] with kernel [h w C/groups O]; zeros around, `padding` (or (before, after)) wide."""
+    """Convolves [N H W C] with kernel [h w C/groups O]; `padding` is a width or (before, after)."""
     around = padding if isinstance(padding, tuple) else (padding, padding)
     x = np.pad(x, ((0, 0), around, around, (0, 0)))
     parts = []
@@ -30,7 +30,7 @@ def dense(x, kernel, bias=0.0):
 
 
 def flatten(x):
-    """[N H*W*C], channels fastest."""
+    """[N H W C] -> [N H*W*C], channels vary fastest."""
     return x.reshape(len(x), -1)
 
 
@@ -43,10 +43,10 @@ def sigmoid(x):
 
 
 def _starts(size, window, stride, padding, ceil):
-    """Where the windows begin, in pixels of the unpadded map.
+    """Returns where the windows begin, in pixels of the unpadded map.
 
-    With `ceil`, Caffe's rule: a last window that is not full counts too, unless it would begin in
-    the padding at the far end.
+    `ceil` is Caffe's rule: there is a last, incomplete window, unless it would begin in the padding
+    at the far end.
     """
     span = size + 2 * padding - window
     n = (-(-span // stride) if ceil else span // stride) + 1
@@ -56,8 +56,11 @@ def _starts(size, window, stride, padding, ceil):
 
 
 def _pool(x, window, stride, padding, ceil, reduce):
-    """reduce(cut [N h w C], whole): of each window what lies in the map, and how many places of the
-    padded map it covers."""
+    """Calls reduce(cut, whole) for each window.
+
+    `cut` [N h w C] is the part inside the map. `whole` is the number of pixels of the padded map
+    that the window covers.
+    """
     n, height, width, channels = x.shape
     rows = _starts(height, window, stride, padding, ceil)
     columns = _starts(width, window, stride, padding, ceil)
@@ -76,7 +79,7 @@ def max_pool(x, window, stride, padding=0, ceil=False):
 
 
 def avg_pool(x, window, stride, padding=0, ceil=False, count_padding=True):
-    """Mean over the window: its zeros in the padding count, what rounding up adds does not."""
+    """Mean over each window: zeros of the padding count, pixels added by rounding up do not."""
 
     def mean(cut, whole):
         return cut.sum(axis=(1, 2)) / (whole if count_padding else cut.shape[1] * cut.shape[2])
@@ -85,7 +88,7 @@ def avg_pool(x, window, stride, padding=0, ceil=False, count_padding=True):
 
 
 def adaptive_avg_pool(x, size):
-    """[N size size C]: cell i is the mean of rows floor(i H / size) to ceil((i + 1) H / size)."""
+    """[N size size C]: row i is the mean of rows floor(i H / size) to ceil((i + 1) H / size)."""
     n, height, width, channels = x.shape
     out = np.empty((n, size, size, channels))
     for i in range(size):
@@ -97,12 +100,12 @@ def adaptive_avg_pool(x, size):
 
 
 def global_avg_pool(x):
-    """[N C]"""
+    """[N H W C] -> [N C]."""
     return x.mean(axis=(1, 2))
 
 
 def local_response_norm(x, size, alpha, beta, k):
-    """x / (k + alpha sum x^2)^beta, the sum over the `size` channels around each (AlexNet, 3.3)."""
+    """x / (k + alpha sum x^2)^beta, the sum over `size` channels around each (AlexNet, 3.3)."""
     channels, half = x.shape[3], size // 2
     out = np.empty_like(x)
     for c in range(channels):

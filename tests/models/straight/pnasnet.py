@@ -1,6 +1,8 @@
-"""PNASNet-5 (Liu et al. 2017): figure 1's cell alone, as in the authors' release (TensorFlow's
-slim, `nets/nasnet/pnasnet.py`): within NASNet's arithmetic and behind its stem, now of two such
-cells; with stride 2 the cell is what leads from a stage to the next.
+"""PNASNet-5 (Liu et al. 2017): the cell of figure 1, stacked as in the authors' release.
+
+The release is TensorFlow's slim, `nets/nasnet/pnasnet.py`. The cell computes as NASNet's and
+follows NASNet's stem, which has two of these cells. With stride 2 the cell leads from a stage to
+the next.
 """
 
 from functools import partial
@@ -27,7 +29,7 @@ def cell(p, cell, x, previous, stride=1):
 
 
 def pnasnet(p, x, depths):
-    """`depths` cells with stride 1 in each stage."""
+    """PNASNet with `depths` cells of stride 1 in each stage."""
     p = {**p, "epsilon": 1e-3}
     striding = partial(cell, stride=2)
     maps = imagenet_stem(p, x, striding)

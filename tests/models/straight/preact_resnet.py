@@ -1,9 +1,9 @@
 """He et al. 2016: the five orders of convolution, normalization, ReLU and addition of figure 4.
 
-Appendix: the first pre-activation stands right behind conv1, before the fork, and behind the last
-unit is one more. As released (`resnet-pre-act.lua`, the full pre-activation): units that change the
-width share their first activation with the shortcut, a 1x1 convolution without normalization, and
-the first 1x1 of a bottleneck has the stride.
+Appendix: the first pre-activation directly follows conv1, before the unit splits, and there is
+another one after the last unit. As in the released code (`resnet-pre-act.lua`, the full
+pre-activation), units that change the width share their first activation with the shortcut, which
+is a 1x1 convolution without normalization; the first 1x1 of a bottleneck has the stride.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from tests.models.straight.numpy_layers import relu
 
 
 def weight(p, unit, i, x, stride):
-    """Convolution i: 3x3 or, in a bottleneck, 1x1; the first has the stride."""
+    """Convolution i, 3x3 or in a bottleneck 1x1; the first has the stride."""
     name = f"{unit}/conv{i}"
     around = p[f"params/{name}/kernel"].shape[0] // 2
     return bias_free(p, name, x, stride=stride if i == 1 else 1, padding=around)
@@ -28,7 +28,7 @@ def widens(p, unit):
 
 
 def original(p, unit, x, stride):
-    """(a)"""
+    """Order (a)."""
     y = x
     for i in convolutions(p, unit):
         y = norm(p, f"{unit}/norm{i}", weight(p, unit, i, y, stride))
@@ -38,7 +38,7 @@ def original(p, unit, x, stride):
 
 
 def bn_after_add(p, unit, x, stride):
-    """(b): the last normalization behind the sum, whose shortcut therefore has none of its own."""
+    """Order (b): the last norm follows the sum, so the shortcut has no norm."""
     y, *_, last = x, *convolutions(p, unit)
     for i in convolutions(p, unit):
         y = weight(p, unit, i, y, stride)
@@ -50,7 +50,7 @@ def bn_after_add(p, unit, x, stride):
 
 
 def relu_before_add(p, unit, x, stride):
-    """(c)"""
+    """Order (c)."""
     y = x
     for i in convolutions(p, unit):
         y = relu(norm(p, f"{unit}/norm{i}", weight(p, unit, i, y, stride)))
@@ -58,7 +58,7 @@ def relu_before_add(p, unit, x, stride):
 
 
 def relu_only_preact(p, unit, x, stride, first=False):
-    """(d)"""
+    """Order (d)."""
     y = relu(x)
     if first or widens(p, unit):
         x = y
@@ -68,7 +68,7 @@ def relu_only_preact(p, unit, x, stride, first=False):
 
 
 def full_preact(p, unit, x, stride, first=False):
-    """(e)"""
+    """Order (e)."""
     y = relu(norm(p, f"{unit}/norm1", x))
     if first:
         x = y

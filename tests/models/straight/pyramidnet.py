@@ -1,11 +1,11 @@
-"""PyramidNet on CIFAR (Han, Kim, Kim 2017, figure 6 (d)), as its authors released it
-(`addpyramidnet.lua` for Torch), and ShakeDrop on it in evaluation (Yamada et al. 2019).
+"""PyramidNet on CIFAR (Han, Kim, Kim 2017, figure 6 (d)), with ShakeDrop in evaluation.
 
-The stem has no ReLU; a block begins with normalization without ReLU and ends with normalization. A
-shortcut is the mean of 2x2 where the block has stride 2, with zeros for the channels that are new.
+The network follows its authors' code (`addpyramidnet.lua` for Torch). The stem has no ReLU. A block
+begins with normalization without ReLU and ends with normalization. With stride 2 the shortcut takes
+2x2 means; it has zeros for new channels.
 
-ShakeDrop's branch l of L counts E[b + alpha - b alpha] = p_l times, alpha being even around zero,
-with p_l = 1 - l/L (1 - p_L) and p_L = 0.5.
+ShakeDrop (Yamada et al. 2019) scales branch l of L by E[b + alpha - b alpha] = p_l, since alpha is
+symmetric around zero, with p_l = 1 - l/L (1 - p_L) and p_L = 0.5.
 """
 
 from tests.models.straight.cifar_resnet import bias_free, classify, norm, zero_padded
@@ -31,7 +31,7 @@ def bottleneck(p, block, x, stride):
 
 
 def pyramidnet(p, x, residual, depth, last_survival=1.0):
-    """Three stages of `depth` blocks."""
+    """PyramidNet with three stages of `depth` blocks."""
     x = norm(p, "stem/norm", bias_free(p, "stem/conv", x, padding=1))
     number = 0
     for stage in (1, 2, 3):

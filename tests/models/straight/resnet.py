@@ -1,6 +1,9 @@
-"""What He et al. 2015 trained on ImageNet and the libraries do not have: table 1 with the shortcuts
-A and C of section 3.3, without any (figure 3, middle), and the bottleneck whose first 1x1 has the
-stride (Caffe's prototxt of the authors; the libraries' have it in the 3x3)."""
+"""ImageNet networks of He et al. 2015 that the libraries do not have.
+
+These are table 1 with the shortcuts A and C of section 3.3, the plain networks (figure 3, middle),
+and bottlenecks with the stride in the first 1x1 (as in the authors' Caffe prototxt; the libraries
+have it in the 3x3).
+"""
 
 from functools import partial
 
@@ -32,8 +35,8 @@ def bottleneck_v1(p, block, x, stride, shortcut):
 def imagenet_resnet(p, x, depths, block, shortcut):
     x = bias_free(p, "stem/conv", x, stride=2, padding=3)
     x = relu(norm(p, "stem/norm", x))
-    # conv2_x begins with it. 56x56 from 112x112 needs a line more: one before, as Torch's; behind
-    # ReLU zeros are as good as what lies below every value.
+    # conv2_x begins with this pooling. 112x112 to 56x56 requires padding, here before, as in Torch.
+    # After ReLU padding with zeros cannot change a maximum.
     x = max_pool(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
     for stage, depth in enumerate(depths, 1):
         for i in range(1, depth + 1):

@@ -1,9 +1,9 @@
 """ResNet in ResNet on CIFAR (Targ, Almeida, Lyman 2016, equation 1 and figure 1).
 
-What the paper leaves open is as `flax_cnns/models/resnet_in_resnet.py` states it: shortcuts take
-every other pixel and zeros for the channels that are new, a block's outer shortcut joins the
-residual streams behind the ReLU of its last unit, the first unit of a stage has the stride, and a
-normalization without ReLU stands behind the 1x1 to the classes, before the mean.
+What the paper leaves open follows the docstring of `flax_cnns/models/resnet_in_resnet.py`:
+shortcuts take every other pixel and zeros for new channels; a block's outer shortcut joins the
+residual streams after the ReLU of its last unit; the first unit of a stage has the stride; a
+normalization without ReLU follows the 1x1 to the classes, before the mean.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ def stem(p, path, x):
 
 
 def unit(p, path, r, t, stride):
-    """Equation 1: r has a shortcut, t has none; what is summed is normalized together."""
+    """Equation 1: r has a shortcut, t has none; normalization follows the sum."""
 
     def to(stream, x):
         return bias_free(p, f"{path}/{stream}", x, stride=stride, padding=1)
@@ -31,7 +31,7 @@ def unit(p, path, r, t, stride):
 
 
 def block(p, path, r, t, stride, nested):
-    """Figure 1d: two units where He et al.'s block has two convolutions."""
+    """Figure 1d: two units replace the two convolutions of He et al.'s block."""
     new_r, new_t = unit(p, f"{path}/unit1", r, t, stride)
     new_r, new_t = unit(p, f"{path}/unit2", new_r, new_t, 1)
     if nested:

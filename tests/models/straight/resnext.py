@@ -1,5 +1,5 @@
 """ResNeXt-29 for CIFAR (Xie et al. 2017, section 5.3 and figure 3c): a 3x3 convolution of 64 maps,
-three stages of three blocks, shortcuts B. As released (`models/resnext.lua`): stride in the 3x3."""
+three stages of three blocks, shortcuts B. The 3x3 has the stride (`models/resnext.lua`)."""
 
 from tests.models.straight.cifar_resnet import bias_free, classify, norm, shortcut_b
 from tests.models.straight.numpy_layers import relu

@@ -1,9 +1,9 @@
-"""Shake-Shake on CIFAR in evaluation (Gastaldi 2017), as its author released it
-(`models/shakeshake.lua` and `shakeshakeblock.lua` for Torch).
+"""Shake-Shake on CIFAR in evaluation (Gastaldi 2017), as in its author's code.
 
-The stem has no ReLU; each branch begins with one, and so does the shortcut of a block that widens,
-even where it keeps the size. That shortcut is two 1x1 convolutions side by side, the second of the
-map shifted by a pixel to the right and down, with one normalization for both.
+The code is `models/shakeshake.lua` and `shakeshakeblock.lua` for Torch. The stem has no ReLU. Each
+branch begins with a ReLU, and so does the shortcut of a block that widens, even if the block keeps
+the size. This shortcut concatenates two 1x1 convolutions, the second of the map shifted right and
+down by one pixel, and normalizes the result.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def branch(p, path, x, stride):
 
 
 def shifted(x):
-    """nn.SpatialZeroPadding(1, -1, 1, -1): zeros at the left and on top, right and bottom cut."""
+    """nn.SpatialZeroPadding(1, -1, 1, -1): zeros at the left and top, right and bottom cut off."""
     return np.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))[:, :-1, :-1]
 
 

@@ -1,9 +1,9 @@
 """SimpNet's 13 layers (Hasanpour et al. 2018, section 4 and figure 4), and SAF pooling in training.
 
-The layers are those of the authors' Caffe files (Coderx7/SimpNet, `Architectures/CIFAR10/5Mil/` and
-`Experiments/Slim Test/CIFAR10/300K_93.25/`), the same in both but for widths and dropout: 3x3
+The layers come from the authors' Caffe files (Coderx7/SimpNet, `Architectures/CIFAR10/5Mil/` and
+`Experiments/Slim Test/CIFAR10/300K_93.25/`), which differ only in widths and dropout: 3x3
 convolution with bias, BatchNorm (Caffe's epsilon, 1e-5), scale and shift, ReLU; max pooling after
-the fifth and the tenth, global max pooling after the thirteenth.
+the fifth and the tenth layer, global max pooling after the thirteenth.
 """
 
 from heapq import nlargest
@@ -21,7 +21,7 @@ def _evaluation(p, path, x):
 
 
 def _training(p, path, x):
-    """With the batch's own mean and variance."""
+    """A layer in training, with the mean and variance of the batch."""
     x = conv(x, p[f"params/{path}/conv/kernel"], p[f"params/{path}/conv/bias"], padding=1)
     mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
     scale, bias = p[f"params/{path}/norm/scale"], p[f"params/{path}/norm/bias"]
@@ -49,14 +49,14 @@ def simpnet(p, x, layer=_evaluation, rates=(0, 0, 0)):
 
 
 def simpnet_training(p, x, rates):
-    """In training, with SAF pooling of these rates and no other dropout."""
+    """SimpNet in training, with SAF pooling at these rates and no other dropout."""
     return simpnet(p, x, _training, rates)
 
 
 def saf_strongest(x, window, rate):
-    """[N H W C] -> [N H/window W/window C], [N C] where `window` is None (the whole map).
+    """[N H W C] -> [N H/window W/window C], or [N C] if `window` is None (the whole map).
 
-    Of each image's maxima, all places and channels, the strongest share `rate` is turned off.
+    The strongest fraction `rate` of an image's maxima, over positions and channels, becomes 0.
     """
     n, height, width, channels = x.shape
     tall, wide = (height, width) if window is None else (window, window)

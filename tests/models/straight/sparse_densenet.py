@@ -1,10 +1,12 @@
-"""SparseNet (Liu and Zeng 2018): a DenseNet whose layers take the farthest n / 2 and the nearest
-n / 2 maps of their block, what the block was given among them (sections 3.2 and 5.1).
+"""SparseNet (Liu and Zeng 2018): a DenseNet with the farthest n / 2 and the nearest n / 2 maps.
 
-Attention on what a layer gives (section 3.3) is H + H F, where F is, of the mean of H over the
-maps, two 1x1 (each behind normalization and ReLU), the second of which sees the mean too. The
-authors' programs, not the paper's text, have the sigmoid behind F, the mean behind what the first
-1x1 gives, and that a block gives what its next layer would take.
+A layer takes them of its block, and the block's input is one of the maps (sections 3.2 and 5.1).
+
+Attention on the output H of a layer (section 3.3) is H + H F. F takes the mean of H over each map
+and applies two 1x1, each after normalization and ReLU; the second one also takes the mean. Three
+details come from the authors' programs and not from the paper: the sigmoid after F, the mean after
+the output of the first 1x1 in the concatenation, and that a block returns what its next layer would
+take.
 """
 
 import numpy as np

@@ -1,11 +1,13 @@
-"""SparseNet (Zhu, Deng, Maire, Deng, Mori, Tan 2018): layer i takes i - 1, i - 2, i - 4, i - 8 ...
-of its block, 0 being what the block was given, and a block gives what its next layer would take.
+"""SparseNet (Zhu, Deng, Maire, Deng, Mori, Tan 2018): layers take the maps 1, 2, 4, 8 ... before.
 
-Side by side in DenseNet's layers and transitions, the older maps before the newer; or added up, in
-the bottlenecks of He et al. 2016 with full pre-activation, where a projection makes a stage's 0. Of
-the sums nothing is released and two things are as `flax_cnns` has them, not as He et al. released
-theirs: the projection sees its input bare (theirs behind the first normalization and ReLU), and the
-3x3 has the stride (theirs in the first 1x1).
+Layer i takes i - 1, i - 2, i - 4, i - 8 ... of its block, where 0 is the block's input. A block
+returns what its next layer would take.
+
+DenseNet's layers and transitions concatenate the maps, older ones first. The bottlenecks of He et
+al. 2016 with full pre-activation add them up, and a projection gives a stage's map 0. The code of
+the sums is not released. In two points they follow `flax_cnns` and not He et al.'s code: the
+projection takes its input without normalization and ReLU (He et al.: after the first ones), and the
+3x3 has the stride (He et al.: the first 1x1).
 """
 
 import numpy as np
@@ -16,7 +18,7 @@ from tests.models.straight.numpy_layers import max_pool, relu
 
 
 def linked(maps):
-    """Of 0 ... i - 1, what layer i takes."""
+    """Selects what layer i takes of 0 ... i - 1."""
     i = len(maps)
     return [maps[i - offset] for offset in (32, 16, 8, 4, 2, 1) if offset <= i]
 
@@ -46,7 +48,7 @@ def imagenet(p, x, layer, depths):
 
 
 def bottleneck(p, path, y, stride):
-    """Of what is already normalized and behind ReLU."""
+    """A bottleneck whose input is already normalized and rectified."""
     y = bias_free(p, f"{path}/conv1", y)  # 1x1
     y = relu(norm(p, f"{path}/norm2", y))
     y = bias_free(p, f"{path}/conv2", y, stride=stride, padding=1)
@@ -55,7 +57,7 @@ def bottleneck(p, path, y, stride):
 
 
 def summed(p, x, depth):
-    """Three stages of `depth` bottlenecks."""
+    """SparseNet with sums: three stages of `depth` bottlenecks."""
     x = bias_free(p, "stem/conv", x, padding=1)
     for stage in (1, 2, 3):
         stride = 1 if stage == 1 else 2

@@ -1,8 +1,9 @@
-"""SqueezeNet, layer by layer: Iandola et al. 2016, table 1 and figure 2 (simple bypass in its
-middle), and the authors' version 1.1, whose prototxt pools behind conv1, fire3 and fire5.
+"""SqueezeNet, layer by layer: Iandola et al. 2016, table 1 and figure 2, and version 1.1.
 
-Of their releases: poolings 3x3 with stride 2 that round up, ReLU behind conv10 too. Version 1.0 of
-them pads conv10, and table 1, whose conv10 is 13x13 as fire9 is, does not.
+Figure 2 has the simple bypass in the middle. The prototxt of the authors' version 1.1 has pooling
+after conv1, fire3 and fire5. From the released files come 3x3 pooling with stride 2 that rounds up,
+and the ReLU after conv10. The released version 1.0 pads conv10. Table 1 does not: there conv10 is
+13x13, as fire9.
 """
 
 import numpy as np
@@ -15,7 +16,7 @@ def layer(p, name, x, **geometry):
 
 
 def classify(p, x):
-    """Conv10, ReLU, and the mean of each class's map."""
+    """conv10, ReLU, and the mean of each class's map."""
     return global_avg_pool(relu(conv(x, p["params/head/kernel"], p["params/head/bias"])))
 
 
@@ -28,7 +29,7 @@ def fire(p, name, x):
 
 
 def squeezenet1_0_bypass(p, x):
-    """Bypass around fire3, fire5, fire7 and fire9, which have as many maps as they see."""
+    """Bypass around fire3, fire5, fire7 and fire9, whose inputs and outputs have equal shapes."""
     x = layer(p, "conv1", x, stride=2)
     x = max_pool(x, 3, 2, ceil=True)
     x = fire(p, "fire2", x)
@@ -50,8 +51,10 @@ def squeezenet1_1(p, x):
 
 
 def cifar_squeezenet1_1(p, x):
-    """The prototxt of Coderx7/SimpNet, SqueezeNet_v1.1_tests: version 1.1, but stride 1 in conv1
-    and pool1: maps of 30x30, 28x28, 14x14, 7x7."""
+    """Version 1.1 with stride 1 in conv1 and pool1: maps of 30x30, 28x28, 14x14, 7x7.
+
+    From the prototxt of Coderx7/SimpNet, SqueezeNet_v1.1_tests.
+    """
     x = layer(p, "conv1", x)
     return behind_pool1_of_1_1(p, max_pool(x, 3, 1, ceil=True))
 

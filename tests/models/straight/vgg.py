@@ -1,8 +1,8 @@
-"""VGG, layer by layer: Simonyan and Zisserman 2014, table 1 (columns A-LRN and C), section 2.1:
-3x3 with padding 1, 1x1 without, stride 1, ReLU behind each, pooling 2x2 with stride 2.
+"""VGG, layer by layer: Simonyan and Zisserman 2014, table 1 (columns A-LRN and C).
 
-BatchNorm, which the paper does not have, stands between convolution and ReLU with epsilon 1e-5, as
-in torchvision.
+Section 2.1: 3x3 convolutions with padding 1, 1x1 without padding, stride 1, ReLU after each, 2x2
+pooling with stride 2. BatchNorm, which the paper does not have, is between convolution and ReLU,
+with epsilon 1e-5, as in torchvision.
 """
 
 from tests.models.straight.numpy_layers import (
@@ -120,7 +120,7 @@ def cifar_vgg11_bn(p, x):
 
 
 def cifar_vgg(p, x, depths):
-    """Any column: `depths` are its convolutions in each stage; BatchNorm where `p` has it."""
+    """Any column, with `depths` convolutions in the stages, and BatchNorm if `p` has it."""
     for i, depth in enumerate(depths, 1):
         for j in range(1, depth + 1):
             x = conv3(p, f"stage{i}/conv{j}", x)

@@ -1,8 +1,9 @@
-"""Wide ResNets for CIFAR (Zagoruyko, Komodakis 2016, table 1): (depth - 4) / 6 blocks of two 3x3 a
-stage, normalization and ReLU before each.
+"""Wide ResNets for CIFAR (Zagoruyko, Komodakis 2016, table 1).
 
-As released (`models/wide-resnet.lua`): where the width changes, the first normalization with ReLU
-stands before the fork, and the shortcut is a 1x1 convolution alone; last normalization and ReLU.
+A stage has (depth - 4) / 6 blocks of two 3x3, each after normalization and ReLU. As in the released
+code (`models/wide-resnet.lua`), a block that changes the width applies its first normalization and
+ReLU before it splits, and its shortcut is a bare 1x1 convolution. The network ends with
+normalization and ReLU.
 """
 
 from tests.models.straight.cifar_resnet import bias_free, classify, norm
@@ -15,7 +16,7 @@ def wide_basic(p, block, x, stride):
         x = bias_free(p, f"{block}/projection", y, stride=stride)
     y = bias_free(p, f"{block}/conv1", y, stride=stride, padding=1)
     y = relu(norm(p, f"{block}/norm2", y))
-    y = bias_free(p, f"{block}/conv2", y, padding=1)  # dropout before it, while training
+    y = bias_free(p, f"{block}/conv2", y, padding=1)  # in training, dropout precedes it
     return x + y
 
 

@@ -1,8 +1,11 @@
-"""ZFNet, layer by layer: Zeiler and Fergus 2013, figure 3 and its caption, which has maps of 110,
-55, 26, 13 and 6 for 224x224. The 512-1024-512 maps of table 2 are in the weights' shapes.
+"""ZFNet, layer by layer: Zeiler and Fergus 2013, figure 3 and its caption.
 
-The caption: convolved, rectified, pooled (3x3, stride 2), then "contrast normalized across feature
-maps" in layers 1 and 2. No constants: AlexNet's. 110 -> 55 and 26 -> 13 need rounding up.
+For images of 224x224 the maps are 110, 55, 26, 13 and 6. The shapes of the weights decide between
+figure 3 and the 512-1024-512 maps of table 2.
+
+Layers 1 and 2 are convolved, rectified, pooled (3x3, stride 2), then "contrast normalized across
+feature maps". The caption gives no constants; these are AlexNet's. 110 -> 55 and 26 -> 13 require
+rounding up.
 """
 
 from tests.models.straight.numpy_layers import (
