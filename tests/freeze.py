@@ -53,11 +53,11 @@ from configs import common
 from flax_cnns import run
 from flax_cnns.config import (
     FIELDS,
-    completed,
-    find_doubts,
+    add_missing_fields,
+    find_problems,
     flatten,
-    plain,
     reset_inert_fields,
+    to_plain,
     validate,
 )
 from flax_cnns.data import pipeline
@@ -732,7 +732,7 @@ def _variables(name: str) -> dict[str, str]:
 
 
 def config_jobs() -> Jobs:
-    jobs: Jobs = {"config/common": lambda: {"config/common": digest(plain(common.get_config()))}}
+    jobs: Jobs = {"config/common": lambda: {"config/common": digest(to_plain(common.get_config()))}}
     folder = pathlib.Path(common.__file__).parent
     for path in sorted(folder.rglob("[a-z]*.py")):
         module = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
@@ -755,10 +755,10 @@ def _modes(path: pathlib.Path) -> list[str]:
 def _config(name: str, module: str, mode: str) -> dict[str, str]:
     module = importlib.import_module(module)
     config = module.get_config(mode)
-    content = [plain(config)]
+    content = [to_plain(config)]
     if hasattr(module, "sweep"):
         content += [
-            (row.name, plain(row.overrides), plain(row.config))
+            (row.name, to_plain(row.overrides), to_plain(row.config))
             for row in make_rows(config.lock(), module.sweep())
         ]
     return {name: digest(content)}
@@ -790,8 +790,8 @@ def _field(field: str) -> dict[str, str]:
             found.append(f"{type(error).__name__}: {error}")
     for others, value in itertools.product(OTHERS, accepted):
         config = _with({**others, field: value})
-        given, reset = flatten(plain(config)), flatten(plain(reset_inert_fields(config)))
-        found.append([find_doubts(config), {k: v for k, v in reset.items() if given[k] != v}])
+        given, reset = flatten(to_plain(config)), flatten(to_plain(reset_inert_fields(config)))
+        found.append([find_problems(config), {k: v for k, v in reset.items() if given[k] != v}])
     return {f"field/{field}": digest(found)}
 
 
@@ -812,7 +812,11 @@ def _common() -> dict[str, Any]:
 def _newer() -> dict[str, str]:
     """The config of a run that lacks all that came later."""
     sections = {name.split(".")[0]: {} for name in FIELDS if "." in name}
-    return {"field/newer": digest([completed({}), completed(sections | {"data": {"augment": {}}})])}
+    return {
+        "field/newer": digest(
+            [add_missing_fields({}), add_missing_fields(sections | {"data": {"augment": {}}})]
+        )
+    }
 
 
 # ---------------------------------------------------------------------------- data
