@@ -194,7 +194,8 @@ TABLE = section("A config.",
         eps=Field(1e-8, number(), "epsilon of adam, adamw, lamb and rmsprop."),
         decay_rate=Field(0.9, number(0, 1), "rmsprop: decay of the running mean of squares."),
         weight_decay=Field((), rules(number(), "number", single=True),
-            "Weight decay. (): none; (1e-4,): every parameter; or rules (regex, number).", regularizer=True),
+            "Weight decay. (): none; (1e-4,): every parameter; or rules (regex, number).",
+            regularizer=True),
         weight_decay_mode=Field("auto", one_of("auto", "coupled", "decoupled"),
             "coupled: decay x weight is added to the gradient (after clip_norm). decoupled: apart"
             " from the update, the weights shrink by learning rate x decay. auto: decoupled in"
