@@ -1,9 +1,9 @@
-"""A part of a trained network in a network of your own, for other classes.
+"""Loads the backbone of a trained network into a network of your own, for other classes.
 
     python examples/graft_a_backbone.py
 
-A ResNet learns ten digits. Its backbone then serves a network of another shape, which says whether
-a digit is odd: only the head learns, from 40 images.
+A ResNet learns ten digits. Its backbone then becomes part of another network, which says whether a
+digit is odd. Only the head of this network learns, from 40 images.
 """
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 import flax_cnns
 
 SMALL = {"depths": (1, 1, 1), "widths": (8, 16, 32)}
-RULES = [  # path in the new network -> path in the checkpoint; the first that matches decides
+RULES = [  # (path in the new network, path in the checkpoint); the first rule that matches decides
     (r"(params|batch_stats)/backbone/(.*)", r"\1/\2"),
     (r"params/head/.*", flax_cnns.FRESH),
 ]
@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def train_head(network, variables, images, labels, steps=300):
-    """The variables after some steps of Adam on the head; the backbone stays as it is."""
+    """Returns the variables after training the head with Adam; the backbone is not trained."""
     tx, params = optax.adam(1e-2), variables["params"]
 
     def loss(head):
@@ -72,5 +72,5 @@ if __name__ == "__main__":
     odd = labels % 2
     for name, variables in {"fresh": fresh, "grafted": grafted}.items():
         trained = train_head(network, variables, images[:40], odd[:40])
-        right = np.mean(network.apply(trained, images[1200:]).argmax(-1) == odd[1200:])
-        print(f"{name} backbone: accuracy {right:.3f}")
+        accuracy = np.mean(network.apply(trained, images[1200:]).argmax(-1) == odd[1200:])
+        print(f"{name} backbone: accuracy {accuracy:.3f}")

@@ -1,8 +1,8 @@
-"""Several classes an image, with a loss and a metric of your own: which digits are in a pair?
+"""Several classes per image, with a loss and a metric of your own: which digits are in a pair?
 
     python examples/multilabel.py
 
-The best checkpoint is the one with the highest macro F1 of the validation split.
+The best checkpoint is the one with the highest macro F1 on the validation split.
 """
 
 import jax.numpy as jnp
@@ -13,42 +13,42 @@ from sklearn.datasets import load_digits
 import flax_cnns
 
 
-def pairs(seed=0):
-    """Images u8 [N 8 16 1] of two digits, and labels f32 [N 10]: 1 for each that is there."""
+def make_pairs(seed=0):
+    """A data set of images u8 [N 8 16 1] of two digits, with labels [N 10]: 1 for both digits."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(images))
 
-    def draw(rows, count):
+    def draw_pairs(rows, count):
         left, right = rng.choice(rows, (2, count))
-        both = np.maximum(np.eye(10)[labels[left]], np.eye(10)[labels[right]])
-        return np.concatenate([images[left], images[right]], axis=2), both
+        pair_labels = np.maximum(np.eye(10)[labels[left]], np.eye(10)[labels[right]])
+        return np.concatenate([images[left], images[right]], axis=2), pair_labels
 
-    return flax_cnns.Dataset.from_arrays(  # no digit is in two splits
-        train=draw(rows[:1000], 3000),
-        validation=draw(rows[1000:1400], 500),
-        test=draw(rows[1400:], 500),
+    return flax_cnns.Dataset.from_arrays(  # no image of a digit is in two splits
+        train=draw_pairs(rows[:1000], 3000),
+        validation=draw_pairs(rows[1000:1400], 500),
+        test=draw_pairs(rows[1400:], 500),
         task="multilabel",
         name="pairs",
     )
 
 
 def focal_loss(logits, labels, gamma=2.0):
-    """Lin et al. 2017 (https://arxiv.org/abs/1708.02002): [N K], [N K] -> [N]."""
+    """Focal loss (Lin et al. 2017, https://arxiv.org/abs/1708.02002): [N K], [N K] -> [N]."""
     return optax.sigmoid_focal_loss(logits, labels, gamma=gamma).sum(-1)
 
 
 def macro_f1(logits, labels, mask):
-    """The mean of the classes' F1: sums and counts [K], one ratio for each class."""
-    guesses = (logits > 0) * mask[:, None]
-    hits = jnp.sum(guesses * labels, axis=0)
-    return 2 * hits, jnp.sum(guesses + labels * mask[:, None], axis=0)
+    """Macro F1, the mean over classes: returns sums [K] and counts [K], one ratio per class."""
+    predicted = (logits > 0) * mask[:, None]
+    hits = jnp.sum(predicted * labels, axis=0)
+    return 2 * hits, jnp.sum(predicted + labels * mask[:, None], axis=0)
 
 
 CONFIG = {
     "model": {"name": "cifar_resnet20", "depths": (1, 1, 1), "widths": (8, 16, 32)},
-    "data": {"name": "multilabel:pairs"},
+    "data": {"name": "multilabel:make_pairs"},
     "optimizer": {"name": "adam"},
     "schedule": {"learning_rate": 5e-3},
     "train": {

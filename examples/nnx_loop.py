@@ -1,4 +1,4 @@
-"""A network of the package as a Flax NNX module: an NNX loop, BatchNorm, random streams, and back.
+"""Trains a network of the package as a Flax NNX module, and converts it back to linen variables.
 
 python examples/nnx_loop.py
 """
@@ -19,7 +19,9 @@ BATCH, EPOCHS = 64, 8
 @nnx.jit
 def step(network, optimizer, images, labels):
     def loss_of(network):
-        logits = network(images, train=True, mutable=["batch_stats"])  # BatchNorm moves
+        logits = network(
+            images, train=True, mutable=["batch_stats"]
+        )  # updates BatchNorm's statistics
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     loss, grads = nnx.value_and_grad(loss_of)(network)
@@ -46,6 +48,6 @@ if __name__ == "__main__":
             loss = step(network, optimizer, images[rows], labels[rows])
         print(f"epoch {epoch + 1}, loss {loss:.3f}")
 
-    variables = to_linen(network)  # as checkpoints, load_weights and graft have them
+    variables = to_linen(network)  # in the form of checkpoints, load_weights and graft
     logits = jax.jit(model.apply)(variables, test_images)
     print(f"test accuracy {np.mean(np.argmax(logits, -1) == test_labels):.3f}")

@@ -1,9 +1,10 @@
-"""A network of your own: residual blocks that are dropped at random, dropout, an auxiliary head.
+"""A network of your own, with stochastic depth, dropout and an auxiliary head.
 
     python examples/own_network.py
 
-A run needs `__call__(images, *, train) -> logits` and nothing else. The fields are set by
-config.model. The network is named, not given, so that another process can load the run.
+A run only needs `__call__(images, *, train) -> logits`. config.model sets the fields. The config
+names the network ("own_network:Net") instead of passing it as an object, so that another process
+can load the run.
 """
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, drop):
-        def branch(block, x):  # makes its layers by `block`, not by `self`
+        def branch(block, x):  # creates its layers with `block`, not `self`
             x = nn.relu(block.norm(name="norm1")(x))
             x = layers.Conv(x.shape[-1], (3, 3), use_bias=False, name="conv1")(x)
             x = nn.relu(block.norm(name="norm2")(x))
@@ -35,16 +36,16 @@ class AuxHead(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         logits = nn.Dense(self.num_classes, name="head")(layers.global_avg_pool(x))
-        if train:  # its loss counts config.train.aux_weight times
+        if train:  # config.train.aux_weight is the weight of its loss
             self.sow("aux_logits", "logits", logits)
 
 
 class Net(nn.Module):
-    num_classes: int = 10  # a run sets it to the number of classes of the data
+    num_classes: int = 10  # a run sets the number of classes of the data
     width: int = 16
     depth: int = 4
-    dropout: float = 0.0  # draws from the stream "dropout"
-    drop_path: float = 0.0  # of the last block; draws from the stream "shared"
+    dropout: float = 0.0  # uses the random stream "dropout"
+    drop_path: float = 0.0  # rate of the last block; uses the random stream "shared"
     drop_path_mode: str = "batch"
     drop_path_schedule: str = "linear"
 
@@ -73,8 +74,8 @@ if __name__ == "__main__":
     summary = flax_cnns.run(CONFIG, "runs/own_network")
     print(f"test accuracy {summary['test/accuracy']:.3f}, {summary['params']:,} parameters")
 
-    loaded = flax_cnns.load_run("runs/own_network", trust=True)  # it imports own_network
+    loaded = flax_cnns.load_run("runs/own_network", trust=True)  # allows the import of own_network
     images = (load_digits().images[:100, ..., None] * (255 / 16)).astype(np.uint8)
     logits = loaded.network.apply(loaded.variables, loaded.preprocessing(images), train=False)
-    right = np.mean(np.argmax(logits, -1) == load_digits().target[:100])
-    print(f"accuracy of the loaded network on 100 images {right:.2f}")
+    accuracy = np.mean(np.argmax(logits, -1) == load_digits().target[:100])
+    print(f"accuracy of the loaded network on 100 images {accuracy:.2f}")

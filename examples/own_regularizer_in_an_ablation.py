@@ -1,12 +1,12 @@
-"""Regularizers of your own, compared: a sweep over their rates, with two seeds each.
+"""Compares regularizers of your own in an ablation, with two seeds per row.
 
     python examples/own_regularizer_in_an_ablation.py
 
-or, in this folder, with every option of the command:
+In this folder the command does the same, with all its options:
 
     python -m experiments.ablate --config=own_regularizer_in_an_ablation.py --workdir=runs/ablation
 
-Each run is a process of its own, which imports the regularizers by their names.
+Each run is a separate process, which imports the regularizers by name.
 """
 
 import jax
@@ -18,9 +18,9 @@ HERE = "own_regularizer_in_an_ablation"
 
 
 class Orthogonal:
-    """Adds rate * ||W^T W - 1||^2 over all kernels, seen as matrices [in out], to the loss."""
+    """Adds rate * sum of ||W^T W - 1||^2 to the loss, over all kernels W as matrices [in out]."""
 
-    def __init__(self, rate=0.0):  # a regularizer whose first field is 0 is off
+    def __init__(self, rate=0.0):  # a regularizer is off if its first field is 0
         self.rate = rate
 
     def penalty(self, params, step):
@@ -29,7 +29,7 @@ class Orthogonal:
 
 
 class Noise:
-    """Adds normal noise to the training images; another draw for each image and step."""
+    """Adds normal noise to the training images, drawn anew for each image and step."""
 
     def __init__(self, std=0.0):
         self.std = std

@@ -1,4 +1,4 @@
-"""A network of the package in a loop of your own: Optax, BatchNorm, random streams, jit.
+"""Trains a network of the package in a loop of your own: Optax, BatchNorm, random streams, jit.
 
 python examples/plain_optax_loop.py
 """
@@ -25,7 +25,7 @@ def loss_of(params, batch_stats, images, labels, key):
         images,
         train=True,
         mutable=["batch_stats"],  # BatchNorm's running statistics
-        rngs={"shared": key, "dropout": key},  # drop_path draws from the first
+        rngs={"shared": key, "dropout": key},  # drop_path uses "shared"
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, updates["batch_stats"]
@@ -64,5 +64,5 @@ if __name__ == "__main__":
                 params, batch_stats, opt_state, images[rows], labels[rows], step_key
             )
         print(f"epoch {epoch + 1}, loss {loss:.3f}")
-    right = np.mean(predict(params, batch_stats, test_images) == test_labels)
-    print(f"test accuracy {right:.3f}")
+    accuracy = np.mean(predict(params, batch_stats, test_images) == test_labels)
+    print(f"test accuracy {accuracy:.3f}")

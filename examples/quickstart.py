@@ -2,8 +2,9 @@
 
     python examples/quickstart.py
 
-The run is in runs/quickstart: curves.png, metrics.jsonl, summary.json, checkpoints. If it is
-killed, the same command goes on from the last checkpoint; once it is complete, it only says so.
+The run is in runs/quickstart: curves.png, metrics.jsonl, summary.json, checkpoints. If the run is
+killed, the same command resumes from the last checkpoint. If the run is complete, the command only
+says so.
 """
 
 import jax
@@ -28,6 +29,6 @@ if __name__ == "__main__":
     images, labels = load_digits(return_X_y=True)
     images = (images[:10].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     logits = loaded.network.apply(loaded.variables, loaded.preprocessing(images), train=False)
-    chosen = jax.numpy.argmax(logits, -1)
-    print("predicted", *(loaded.class_names[k] for k in chosen))
+    predicted = jax.numpy.argmax(logits, -1)
+    print("predicted", *(loaded.class_names[k] for k in predicted))
     print("true     ", *labels[:10])

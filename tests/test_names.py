@@ -96,7 +96,7 @@ def test_a_script_by_its_path_in_a_locale_without_letters(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert b"e [b]/checkpoints/1/state" in done.stdout
-    assert b"read, and equal to their CRC32s" in done.stdout
+    assert b"CRC32s: compared, all equal" in done.stdout
 
 
 def test_every_script_leaves_its_folder_before_it_imports():

@@ -1,1 +1,1 @@
-"""Saving, resuming and surgical loading. Only `reading` and `manager` touch Orbax."""
+"""Saving, resuming and grafting. Only `reading` and `manager` use Orbax."""

@@ -1,5 +1,7 @@
-"""What lies in a run directory or an Orbax checkpoint's folder; nothing here reads an array, or
-creates or changes anything."""
+"""Finds checkpoints in a run directory or the folder of an Orbax checkpoint.
+
+Nothing here reads an array, or creates or changes a file.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +10,36 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError, did_you_mean
 
-UNFINISHED_MARK = ".orbax-checkpoint-tmp"  # in the name of a save that is under way
+UNFINISHED_MARK = ".orbax-checkpoint-tmp"  # in the folder name of a save in progress
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be what was written."""
+    """A file or checkpoint is not what was written."""
 
 
 def parse_step(folder_name: str) -> int | None:
-    """The step whose folder has this name: digits 0 to 9 without leading zeros. None for other
-    names, such as "007", or "\u0663", which is a digit for `str.isdigit`.
+    """The step whose folder has this name: digits 0 to 9 without leading zeros.
+
+    None for other names, such as "007", or "\u0663", which is a digit for `str.isdigit`.
     """
     step = int(folder_name) if re.fullmatch(r"[0-9]{1,18}", folder_name) else None
     return step if str(step) == folder_name else None
 
 
 def all_steps(run: str | os.PathLike) -> list[int]:
-    """The steps that are whole on disk, ascending, of a run directory or of its `checkpoints`
-    folder.
-    """
+    """The complete steps on disk, ascending, in a run directory or its `checkpoints` folder."""
     directory = checkpoints_folder(run)
     if not directory.is_dir():
         return []
-    # An unfinished save has another name until it is complete (`120.orbax-checkpoint-tmp`).
-    found = (parse_step(path.name) for path in directory.iterdir() if path.is_dir())
-    return sorted(step for step in found if step is not None)
+    # A save has another name until it is complete: `120.orbax-checkpoint-tmp`.
+    named = (parse_step(path.name) for path in directory.iterdir() if path.is_dir())
+    return sorted(step for step in named if step is not None)
 
 
 def latest_step(run: str | os.PathLike) -> int | None:
@@ -47,9 +48,11 @@ def latest_step(run: str | os.PathLike) -> int | None:
 
 
 def best_step(run: str | os.PathLike) -> int | None:
-    """The step with the highest score (the metric that the run chooses by, negated where the lowest
-    is the best), the newest of equals; the latest step where none has a
-    (finite) metric. Raises `DamagedError` where a step's metrics are not what was written.
+    """The step with the highest score; the newest one if scores are equal.
+
+    The score is the metric that the run chooses by, negated if lower is better. Returns the latest
+    step if no step has a (finite) score, and None if there is no step. Raises `DamagedError` if a
+    step's metrics are not what was written.
     """
     scores = {step: read_metrics(run, step).get("score") for step in all_steps(run)}
     scored = [(score, step) for step, score in scores.items() if score is not None]
@@ -57,36 +60,39 @@ def best_step(run: str | os.PathLike) -> int | None:
 
 
 def read_metrics(run: str | os.PathLike, step: int) -> dict[str, float]:
-    """The metrics saved with a step; {} where there are none. Raises `DamagedError` where they are
-    not what was written. Older manifests have no checksum of them, and are not compared.
+    """The metrics that were saved with a step; {} if there are none.
+
+    Raises `DamagedError` if the metrics do not have the CRC32 in the manifest. Older manifests have
+    no such CRC32; their metrics are not checked.
     """
     folder = checkpoints_folder(run) / str(step)
     file, manifest = folder / "metrics" / "metrics", folder / "manifest" / "metadata"
     metrics = read_json(file) if file.exists() else {}
     written = read_json(manifest) if manifest.exists() else {}
     if written.get("metrics_crc32", (crc := crc_of_metrics(metrics))) != crc:
-        raise DamagedError(f"{file} is damaged: its CRC32 is not that of the manifest")
+        raise DamagedError(f"{file} is damaged: its CRC32 differs from the manifest")
     return metrics
 
 
 def crc_of_json(value: Mapping[str, Any]) -> int:
+    """The CRC32 of a JSON object with sorted keys."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def crc_of_metrics(metrics: Mapping[str, float] | None) -> int | None:
-    """What a manifest has as `metrics_crc32`: None for a step that is saved without metrics."""
+    """The value of `metrics_crc32` in a manifest; None for a step without metrics."""
     return crc_of_json(metrics) if metrics else None
 
 
 class StepChoice(NamedTuple):
-    """The checkpoint of a run that is taken, and the reason."""
+    """The chosen checkpoint of a run, and the reason."""
 
     step: int
     reason: str  # "best", "latest", "named", "tested for summary.json", "latest, unfinished"
 
 
 def split_source(source: str | os.PathLike) -> tuple[str, str]:
-    """`("runs/x", "best")` of runs/x@best; `(source, "")` where nothing is named."""
+    """Splits "runs/x@best" into ("runs/x", "best"); without "@", returns (source, "")."""
     text, at, which = os.fspath(source).rpartition("@")
     if not at or os.path.exists(source) or "/" in which:
         return os.fspath(source), ""
@@ -94,11 +100,11 @@ def split_source(source: str | os.PathLike) -> tuple[str, str]:
 
 
 def choose_step(run: str | os.PathLike, which: str = "") -> StepChoice:
-    """The step that `which` (best, latest, a number) means. "" means the one whose test numbers
-    `summary.json` has. In a run without one, and in a folder that is not a run, it means the
-    latest.
+    """The step that `which` means: "best", "latest", a number, or "".
 
-    Raises `UserError` where there is no such step; it names those there are.
+    "" means the step that was tested for `summary.json`. If there is no `summary.json`, or the
+    folder is not a run, "" means the latest step. Raises `UserError` if the run lacks the step; the
+    message lists the steps.
     """
     known = all_steps(run)
     step, why = parse_step(which), "named"
@@ -109,7 +115,7 @@ def choose_step(run: str | os.PathLike, which: str = "") -> StepChoice:
     if step not in known:
         if not known:
             raise UserError(f"{os.fspath(run)} has no checkpoints yet; train it first")
-        named = repr(which) if which else f"{step}, which was tested for its summary.json"
+        named = repr(which) if which else f"{step}, the one that was tested for summary.json"
         raise UserError(
             f"{os.fspath(run)} has no checkpoint {named}; it has best, latest,"
             f" {', '.join(map(str, known))}"
@@ -118,6 +124,7 @@ def choose_step(run: str | os.PathLike, which: str = "") -> StepChoice:
 
 
 def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
+    """(step, reason) of the step that was tested for `summary.json`, or of the latest one."""
     folder = checkpoints_folder(run)
     run = folder.parent if folder.name == "checkpoints" else folder
     if not (run / "summary.json").is_file():
@@ -127,7 +134,7 @@ def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
     for name in ("test/step", "fit/step"):
         if isinstance(summary.get(name), int):
             return summary[name], "tested for summary.json"
-    # Nothing was tested, or a version tested it that did not record the step.
+    # Nothing was tested, or the version that tested did not record the step.
     config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
     train = config.get("train")
     if isinstance(train, dict) and train.get("test_on") == "best":
@@ -136,16 +143,16 @@ def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
 
 
 def find_arrays(source: str | os.PathLike) -> Path:
-    """The folder of arrays that is meant by RUN, RUN@best, RUN@latest, RUN@1200, or an Orbax
-    checkpoint's path. `choose_step` says what RUN alone means.
+    """The folder with the arrays of RUN, RUN@best, RUN@latest, RUN@1200 or an Orbax checkpoint.
 
-    Raises `UserError` where there is no such run or step; it names those there are.
+    `choose_step` says what RUN alone means. Raises `UserError` if there is no such run or step; the
+    message lists what there is.
     """
     return find_step_arrays(*split_source(source))
 
 
 def find_step_arrays(run: str | os.PathLike, which: str = "") -> Path:
-    """Like `resolve`, with the run or checkpoint, and the step of a run, as two arguments."""
+    """Like `find_arrays`, with the run or checkpoint and the step as two arguments."""
     text = os.fspath(run)
     path = Path(os.path.abspath(text))
     if not os.path.isdir(path):
@@ -153,11 +160,11 @@ def find_step_arrays(run: str | os.PathLike, which: str = "") -> Path:
         near = [p.name for p in parent.iterdir() if p.is_dir()] if os.path.isdir(parent) else []
         raise UserError(f"there is no checkpoint or run {text!r}{did_you_mean(path.name, near)}")
     if unfinished := [name for name in path.parts if UNFINISHED_MARK in name]:
-        raise UserError(f"{text} is no whole checkpoint: saving {unfinished[0]} was never finished")
+        raise UserError(f"{text} is not a complete checkpoint: {unfinished[0]} was never finished")
     if known := all_steps(path):
         path = checkpoints_folder(path) / str(choose_step(text, which).step)
     elif which:
-        raise UserError(f"{text} has no checkpoint {which!r}: it is no run with checkpoints")
+        raise UserError(f"{text} has no checkpoint {which!r}: it is not a run with checkpoints")
     if (path / "_METADATA").is_file():
         return path
     items = sorted(p.name for p in path.iterdir() if (p / "_METADATA").is_file())
@@ -165,27 +172,28 @@ def find_step_arrays(run: str | os.PathLike, which: str = "") -> Path:
         if name in items:
             return path / name
     if items:
-        raise UserError(f"{path} holds {', '.join(items)}: name one of these folders")
+        raise UserError(f"{path} holds {', '.join(items)}; give the path of one of these folders")
     if known:
         raise DamagedError(f"{path} is damaged: it holds no arrays")
-    raise UserError(f"{text} holds no checkpoint (yet): neither a run's nor an Orbax one")
+    raise UserError(f"{text} holds no checkpoint (yet), neither of a run nor of Orbax")
 
 
 def checkpoints_folder(run: str | os.PathLike) -> Path:
+    """The `checkpoints` folder of a run; the given folder if it has none."""
     path = Path(os.path.abspath(run))
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
-# The cheapest way to mend each of a run's own files.
+# The cheapest way to repair each file of a run.
 REPAIRS = {
-    "config.json": "the same command with another --workdir writes the same file: copy it from"
-    " there",
-    "summary.json": "remove it, and the command that trained the run writes it again",
-    "dataset.json": "remove it, and the data set itself is read instead",
+    "config.json": "the same command with another --workdir writes the same file; copy that file",
+    "summary.json": "remove the file, and the command that trained the run writes it again",
+    "dataset.json": "remove the file, and the data set itself is read instead",
 }
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `DamagedError` if the file does not hold one."""
     with explain_damage(file, REPAIRS.get(file.name, "")):
         value = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -194,8 +202,12 @@ def read_json(file: Path) -> dict:
 
 
 @contextlib.contextmanager
-def explain_damage(path: Path, cure: str = ""):
-    """Makes a `DamagedError` of what reading raises, unless it says nothing about the file."""
+def explain_damage(path: Path, repair: str = "") -> Iterator[None]:
+    """Turns an error while reading `path` into a `DamagedError` with the advice `repair`.
+
+    An error that does not mean damage (no permission, no memory) becomes another `UserError`, or
+    stays as it is.
+    """
     try:
         yield
     except (UserError, MemoryError):
@@ -205,5 +217,5 @@ def explain_damage(path: Path, cure: str = ""):
         text = str(error).partition("\n")[0]
         if (isinstance(error, OSError) and not missing) or "ermission denied" in text:
             raise UserError(f"cannot read {path}: {text}") from error
-        text = f"{type(error).__name__}: {text[:200]}{'; ' if cure else ''}{cure}"
+        text = f"{type(error).__name__}: {text[:200]}{'; ' if repair else ''}{repair}"
         raise DamagedError(f"{path} is damaged: {text}") from error

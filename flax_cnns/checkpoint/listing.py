@@ -1,4 +1,4 @@
-"""A checkpoint's tree as a table, from its metadata alone; its arrays only to be verified."""
+"""Prints a checkpoint's tree as a table. Only the metadata are read, unless arrays are verified."""
 
 from __future__ import annotations
 
@@ -31,58 +31,59 @@ def print_listing(
     verify: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Prints the tree of `source` (whatever `graft` starts from) with shapes, dtypes, sizes.
+    """Prints the tree of `source` (any source of `graft`) with shapes, dtypes and sizes.
 
-    `depth` > 0: what lies deeper is summed up; 0: everything. `pattern`: only the leaves whose
-    whole path this regex matches, as a rule would. With `verify` these are read and their CRC32s
-    compared. Raises `UserError` where the source is not there or damaged, or `pattern` matches
-    nothing.
+    `depth` > 0 shows so many levels and sums up what lies deeper; 0 shows everything. `pattern`
+    selects the leaves whose whole path the regex matches, as in a rule. `verify` reads the selected
+    leaves and compares their CRC32s. Raises `UserError` if the source is missing or damaged, or
+    `pattern` matches nothing.
     """
     if depth < 0:
         raise UserError(f"--depth: expected 0 (everything) or more, got {depth}")
     console = console or make_console(width=None if sys.stdout.isatty() else 160)
-    found = open_source(source)
-    leaves = _matching(found, pattern)
+    opened = open_source(source)
+    leaves = _matching(opened, pattern)
     say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-    for line in _about(found):
+    for line in _describe(opened):
         say(line)
     console.print(_table(leaves, depth))
-    of_all = f" of {len(found.leaves)}" if len(leaves) < len(found.leaves) else ""
+    of_all = f" of {len(opened.leaves)}" if len(leaves) < len(opened.leaves) else ""
     total = f"{len(leaves)}{of_all} leaves, {_numbers(leaves):,} numbers, {_size(leaves)} in memory"
-    if found.folder is not None:
-        total += f", {decimal(reading.count_bytes_on_disk(found.folder))} on disk in all"
+    if opened.folder is not None:
+        total += f", {decimal(reading.count_bytes_on_disk(opened.folder))} on disk in all"
     say(total)
-    if found.folder is None:
+    if opened.folder is None:
         return
     if verify:
-        _verify(found, leaves, console)
-    if found.has_checksums:
-        say("read, and equal to their CRC32s" if verify else "CRC32s: yes (--verify compares them)")
+        _verify(opened, leaves, console)
+    if opened.has_checksums:
+        say("CRC32s: compared, all equal" if verify else "CRC32s: yes (--verify compares them)")
     else:
-        say(f"{'read; ' if verify else ''}CRC32s: none, a flipped bit would not be noticed")
+        say("CRC32s: none, so a flipped bit would not be noticed" + "; all read" * verify)
 
 
-def _matching(found: GraftSource, pattern: str) -> dict[str, Any]:
+def _matching(opened: GraftSource, pattern: str) -> dict[str, Any]:
+    """The leaves that `pattern` matches; "" matches all. Raises `UserError` if none matches."""
     try:
-        chosen = re.compile(pattern or ".*")
+        regex = re.compile(pattern or ".*")
     except re.error as error:
-        raise UserError(f"--filter: {pattern!r} is no regular expression: {error}") from None
-    leaves = {path: leaf for path, leaf in found.leaves.items() if chosen.fullmatch(path)}
+        raise UserError(f"--filter: {pattern!r} is not a regular expression: {error}") from None
+    leaves = {path: leaf for path, leaf in opened.leaves.items() if regex.fullmatch(path)}
     if not leaves:
         raise UserError(
-            f"--filter: {pattern!r} matches no whole path in {found.name}; the nearest is"
-            f" {find_nearest(pattern, found.leaves)!r}"
+            f"--filter: {pattern!r} matches no whole path in {opened.name}; the nearest path is"
+            f" {find_nearest(pattern, opened.leaves)!r}"
         )
     return leaves
 
 
-def _about(found: GraftSource) -> Iterator[str]:
-    """Where it lies, and what is known of its step and its neighbors."""
-    yield found.name if found.folder is None else str(found.folder)
-    yield from (note for note in (found.preprocessing_note, *found.notes) if note)
-    if found.folder is None:
+def _describe(opened: GraftSource) -> Iterator[str]:
+    """Lines on where the source lies, on its step and on the other steps of the run."""
+    yield opened.name if opened.folder is None else str(opened.folder)
+    yield from (note for note in (opened.preprocessing_note, *opened.notes) if note)
+    if opened.folder is None:
         return
-    step, run = finding.parse_step(found.folder.parent.name), found.folder.parent.parent
+    step, run = finding.parse_step(opened.folder.parent.name), opened.folder.parent.parent
     if step is None or step not in (known := finding.all_steps(run)):
         return
     try:
@@ -90,11 +91,11 @@ def _about(found: GraftSource) -> Iterator[str]:
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name != "score"]
         best = f"best {finding.best_step(run)}"
     except finding.DamagedError as error:
-        shown, best = [], f"the best is unknown ({error})"
-    why = f" ({found.chosen})" if found.chosen else ""
+        shown, best = [], f"best unknown ({error})"
+    why = f" ({opened.chosen})" if opened.chosen else ""
     yield ", ".join([f"step {step}{why}", *shown])
     if len(known) > 1:
-        yield f"steps there: {', '.join(map(str, known))}; {best}"
+        yield f"steps of the run: {', '.join(map(str, known))}; {best}"
 
 
 def _table(leaves: Mapping[str, Any], depth: int) -> Table:
@@ -104,7 +105,7 @@ def _table(leaves: Mapping[str, Any], depth: int) -> Table:
     table.add_column("dtype", no_wrap=True)
     table.add_column("numbers", no_wrap=True, justify="right")
     table.add_column("size", no_wrap=True, justify="right")
-    inside: dict[tuple[str, ...], dict[str, Any]] = {}  # in the order of the rows
+    inside: dict[tuple[str, ...], dict[str, Any]] = {}  # row -> its leaves, in the order of rows
     for path in sorted(leaves, key=network_order):
         names = tuple(path.split("/"))
         for level in range(1, min(len(names), depth or len(names)) + 1):
@@ -122,6 +123,7 @@ def _table(leaves: Mapping[str, Any], depth: int) -> Table:
 
 
 def _numbers(leaves: Mapping[str, Any]) -> int:
+    """How many numbers the leaves have together."""
     return sum(math.prod(leaf.shape) for leaf in leaves.values())
 
 
@@ -129,7 +131,7 @@ def _size(leaves: Mapping[str, Any]) -> str:
     return decimal(reading.count_bytes({path: (x.shape, x.dtype) for path, x in leaves.items()}))
 
 
-def _verify(found: GraftSource, leaves: Mapping[str, Any], console: Console) -> None:
+def _verify(opened: GraftSource, leaves: Mapping[str, Any], console: Console) -> None:
     sizes = {path: (leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for group in track(
         list(reading.split_into_portions(sizes)),
@@ -138,4 +140,4 @@ def _verify(found: GraftSource, leaves: Mapping[str, Any], console: Console) -> 
         transient=True,
         disable=not console.is_terminal,
     ):
-        found.read(group)
+        opened.read(group)

@@ -1,10 +1,10 @@
-"""Writing checkpoints through Orbax's `CheckpointManager`, and going on from them.
+"""Writes checkpoints with Orbax's `CheckpointManager`, and restores them.
 
-On disk: `<run>/checkpoints/<step>/` with the items `state` (the arrays), `host` (JSON:
-counters), `manifest` (JSON: shape, dtype and CRC32 of every leaf) and `metrics` (JSON).
-Stacks of blocks (`tree.stack_blocks`) are written block by block, under their names, and read
-back from there: a checkpoint does not show whether its run had `model.scan`.
-What Orbax does not do and this does: pass over a damaged step, keep NaN from being the best.
+On disk a checkpoint is `<run>/checkpoints/<step>/` with the items `state` (the arrays), `host`
+(JSON: counters), `manifest` (JSON: shape, dtype and CRC32 of each leaf) and `metrics` (JSON).
+Stacks of blocks (`tree.stack_blocks`) are written and read block by block under their names, so a
+checkpoint does not depend on `model.scan`. Unlike Orbax, this module skips a damaged step, and
+never lets a step with a metric of NaN be the best.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,23 @@ BEST_BY = "validation/accuracy"
 
 
 def check_new_folder(folder: str | os.PathLike) -> Path:
-    """The absolute path of a folder to be written. Raises `UserError` if it exists already, or
-    cannot hold checkpoints."""
+    """The absolute path of a folder that is to be written.
+
+    Raises `UserError` if the folder exists already, or cannot hold checkpoints.
+    """
     check_location(folder, "--out")
     path = Path(os.path.abspath(folder))
     if path.exists():
-        raise UserError(f"{path} exists already; name a folder that does not")
+        raise UserError(f"{path} exists already; name a folder that does not exist")
     return path
 
 
 def write_tree(folder: str | os.PathLike, tree: PyTree, about: Mapping[str, Any]) -> Path:
-    """Writes a tree of host arrays as a checkpoint of no run, which `find_arrays(folder)` finds.
+    """Writes a tree of host arrays as a checkpoint outside a run; returns its folder.
 
-    It has a manifest as a run's has, and `about` (JSON-able) as `about.json`. The folder, which is
-    returned, appears when it is whole. Raises `UserError` where it exists already or cannot be
-    written.
+    `find_arrays(folder)` finds the checkpoint. It has a manifest, and `about` (for JSON) as
+    `about.json`. The folder appears only when it is complete. Raises `UserError` if the folder
+    exists already or cannot be written.
     """
     folder = check_new_folder(folder)
     partial = folder.with_name(f"{folder.name[:50]}.{os.getpid()}.partial")
@@ -78,20 +80,19 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # Orbax asks JAX's preemption service from its own thread, about a step that lies behind,
-        # which can move the step at which the processes agree to stop. The training loop is the one
-        # that asks.
+        # Orbax would ask JAX's preemption service from its own thread, about a past step. That can
+        # change the step at which the processes agree to stop. Only the training loop asks.
         return False
 
 
 class Checkpoints:
     """The checkpoints of one run, in `directory` (`<run>/checkpoints`), saved in the background.
 
-    Keeps the newest `keep_latest` steps and the `keep_best` best by the metric `best_by`, of which
-    the highest is the best, or the lowest where `best_mode` is "min". Every process of a run makes
-    one and calls the same methods with the same arguments; the caller holds the run's lock. A
-    context manager: leaving it waits for the last save, and raises what that raised. `report` gets
-    one line for each damaged checkpoint.
+    Keeps the `keep_latest` newest steps, and the `keep_best` steps with the best metric `best_by`:
+    the highest, or with `best_mode="min"` the lowest. Each process of a run makes a `Checkpoints`
+    and calls the same methods with the same arguments; the caller holds the lock of the run. As a
+    context manager it waits for the last save at the end, and raises the errors of that save.
+    `report` is called with one line for each damaged checkpoint.
     """
 
     def __init__(
@@ -106,26 +107,26 @@ class Checkpoints:
     ):
         if keep_latest < 1 or keep_best < 0:
             raise UserError(
-                "checkpoints: keep_latest is at least 1 and keep_best at least 0;"
-                f" got {keep_latest} and {keep_best}"
+                "checkpoints: expected keep_latest of at least 1 and keep_best of at least 0, got"
+                f" {keep_latest} and {keep_best}"
             )
         self.directory = Path(os.path.abspath(directory))
         if best_mode not in ("max", "min"):
-            raise UserError(f"checkpoints: best_mode is 'max' or 'min'; got {best_mode!r}")
+            raise UserError(f"checkpoints: expected best_mode 'max' or 'min', got {best_mode!r}")
         self._best_by, self._sign = best_by, 1.0 if best_mode == "max" else -1.0
         self._report = report or (lambda line: print(line, file=sys.stderr))
         drop_late_callbacks()
-        self._manager: _Manager | None = None
+        self._opened: _Manager | None = None
         self._replaced = self.directory.with_name(f"{self.directory.name}.replaced")
-        self._readable = False  # a step of this directory was read back by this process
+        self._is_readable = False  # whether this process has read a step of this directory
         self._put_back()
         self._check_directory()
-        # Orbax stumbles over damaged metrics as it starts.
+        # Damaged metrics would stop Orbax when it starts.
         for step in finding.all_steps(self.directory):
             file, problem = self.directory / str(step) / "metrics" / "metrics", ""
             try:
-                found = finding.read_metrics(self.directory, step)
-                if file.exists() and not isinstance(found.get("score"), float):
+                saved = finding.read_metrics(self.directory, step)
+                if file.exists() and not isinstance(saved.get("score"), float):
                     problem = f"{file} holds no score"
             except DamagedError as error:
                 problem = str(error)
@@ -141,29 +142,34 @@ class Checkpoints:
                     ),
                 ]
             ),
-            best_fn=score,  # without it Orbax does not write the metrics down
-            cleanup_tmp_directories=True,  # what kill -9 left of a save
+            best_fn=score,  # without this Orbax does not save metrics
+            cleanup_tmp_directories=True,  # left over from a save that was killed
         )
         with contextlib.ExitStack() as stack, _writing(self.directory):
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             alias = stack.enter_context(orbax_alias(self.directory))
-            self._manager = _Manager(
+            self._opened = _Manager(
                 alias, options=options, item_names=("state", "host", "manifest")
             )
             self._open = stack.pop_all()
 
+    @property
+    def _manager(self) -> _Manager:
+        assert self._opened is not None  # set at the end of `__init__`
+        return self._opened
+
     def _check_directory(self) -> None:
-        """Raises `UserError` for what breaks Orbax, and for what Orbax silently ignores."""
+        """Raises `UserError` for content that breaks Orbax, or that Orbax silently ignores."""
         check_location(self.directory)
         if os.path.lexists(self.directory) and not self.directory.is_dir():
             raise UserError(
-                f"{self.directory} is not a folder, and checkpoints are written there; move it away"
+                f"{self.directory} is not a folder, but checkpoints are saved there; move it away"
             )
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.name.isdigit() and finding.parse_step(path.name) is None and path.is_dir():
                 raise UserError(
-                    f"{path} is not a step: expected a name of the digits 0 to 9 without leading"
-                    " zeros; rename it or move it away"
+                    f"{path} is not a step: expected a name of digits 0 to 9 without leading zeros;"
+                    " rename the folder or move it away"
                 )
 
     def save(
@@ -176,20 +182,22 @@ class Checkpoints:
     ) -> None:
         """Copies the state to the host and returns; the files are written in the background.
 
-        `state`: any pytree of replicated global arrays (or NumPy). `host`: JSON-able. `metrics`:
-        without a finite number under `best_by` the step is never the best, and they are not saved.
-        Beside them "score" is saved, of which the highest is the best. Saving the newest step again
-        replaces it, and kill -9 at any moment leaves one of the two. A process that has restored
-        nothing waits for its first save and reads it back. Raises `UserError` where the disk is
-        full or not writable, now or about the save before, and where the first save is not what was
-        written.
+        `state`: a pytree of replicated global arrays (or NumPy arrays). `host`: an object for JSON.
+        `metrics`: saved only with a finite number under `best_by`; otherwise the step is never the
+        best. "score" is saved with them; the highest score is the best.
+
+        Saving the newest step again replaces it; a kill -9 at any moment leaves the old one or the
+        new one. A process that has restored nothing waits for its first save and reads it back.
+
+        Raises `UserError` if the disk is full or not writable, during this save or the previous
+        one, and if the first save is not what was written.
         """
         leaves = flatten(state)
         for leaf in leaves.values():
             if isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(
                 leaf.dtype, jax.dtypes.prng_key
             ):
-                leaf.addressable_data(0).copy_to_host_async()  # all of them at once
+                leaf.addressable_data(0).copy_to_host_async()  # starts all copies at once
         arrays = [to_host(leaf) for leaf in leaves.values()]
         named = unstack_blocks(jax.tree.unflatten(jax.tree.structure(state), arrays))
         manifest = make_manifest(flatten(named))
@@ -219,24 +227,24 @@ class Checkpoints:
                     ),
                 ),
                 metrics=scored,
-                force=True,  # when to save is the caller's decision
+                force=True,  # the caller decides when to save
             )
         if again:
             self.wait()
             self._put_back()
-        if not self._readable:
+        if not self._is_readable:
             self.wait()
             self._read_back(step)
 
     def restore(
         self, target: PyTree, step: int | None = None
     ) -> tuple[PyTree, dict[str, Any], int] | None:
-        """`(state, host, step)` of the newest intact step, or of `step`; None where there is none.
+        """`(state, host, step)` of the newest intact step, or of `step`; None if there is none.
 
-        `target`: a pytree of arrays or of `ShapeDtypeStruct`s; what comes back has its dtypes and
-        shardings, on whatever devices. A damaged step is reported and moved to
-        `checkpoints.damaged/` beside the directory, and the one before is tried. Raises `UserError`
-        for a checkpoint of another network, and where a `step` asked for is damaged or missing.
+        `target` is a pytree of arrays or `ShapeDtypeStruct`s; the state has its dtypes and
+        shardings. A damaged step is reported and moved to the folder `checkpoints.damaged/`, and
+        the step before it is tried. Raises `UserError` for a checkpoint of another network, and if
+        the given `step` is damaged or missing.
         """
         self.wait()
         known = finding.all_steps(self.directory)
@@ -246,7 +254,8 @@ class Checkpoints:
                 f" it has {', '.join(map(str, known)) or 'none'}"
             )
         for candidate in [step] if step is not None else known[::-1]:
-            path, problem = self.directory / str(candidate), None
+            path = self.directory / str(candidate)
+            problem: UserError | None = None
             try:
                 if not (path / "state" / "_METADATA").is_file():
                     raise DamagedError(f"{path} is damaged: its arrays are missing")
@@ -254,18 +263,18 @@ class Checkpoints:
                 host = read_host(path)
             except UserError as error:
                 problem = error
-            mendable = problem is None or (step is None and isinstance(problem, DamagedError))
-            if _anywhere(not mendable):
+            may_skip = problem is None or (step is None and isinstance(problem, DamagedError))
+            if _on_any_process(not may_skip):
                 raise problem or UserError(f"another process cannot read {path}")
             if not self._skip_damaged(candidate, str(problem or "")):
-                self._readable = True
+                self._is_readable = True
                 return state, host, candidate
         if known:
             self._report(f"no intact checkpoint is left in {self.directory}: starting at step 0")
         return None
 
     def all_steps(self) -> list[int]:
-        """The steps that are whole on disk, ascending."""
+        """The complete steps on disk, ascending."""
         return finding.all_steps(self.directory)
 
     def latest_step(self) -> int | None:
@@ -273,20 +282,19 @@ class Checkpoints:
         return finding.latest_step(self.directory)
 
     def best_step(self) -> int | None:
-        """The best step on disk; the latest where none has a finite metric; None where there is no
-        step.
+        """The best step on disk.
+
+        The latest step if none has a finite metric; None if there is no step.
         """
         return finding.best_step(self.directory)
 
     def wait(self) -> None:
-        """Waits for the save that is under way; raises `UserError` where it found the disk full or
-        not writable.
-        """
+        """Waits for the save in progress; raises `UserError` if the disk is full or read-only."""
         with _writing(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save and closes; raises as `wait` does."""
+        """Waits for the last save and closes. Raises the errors of `wait`."""
         with self._open:
             try:
                 self.wait()
@@ -302,26 +310,26 @@ class Checkpoints:
         except Exception as problem:
             if error is None:
                 raise
-            self._report(str(problem))  # and what was under way goes on being raised
+            self._report(str(problem))  # `error` is raised, not this one
 
     def _read_back(self, step: int) -> None:
-        """Raises `UserError` on every process if the first one finds that the step is not whole."""
+        """Raises `UserError` on all processes if the first one cannot read the step back."""
         problem = ""
         if jax.process_index() == 0:
             try:
                 reading.verify_step(self.directory / str(step))
             except UserError as error:
                 problem = str(error)
-        if _anywhere(bool(problem)):
+        if _on_any_process(bool(problem)):
             raise UserError(
                 f"the first checkpoint of this run cannot be read back, so {self.directory} cannot"
                 " keep checkpoints; choose another --workdir"
-                f" ({problem or 'as the first process says'})"
+                f" ({problem or 'see the error of the first process'})"
             )
-        self._readable = True
+        self._is_readable = True
 
     def _set_aside(self, step: int) -> None:
-        """Puts a step that is saved again where `_put_back` finds it, should this process die."""
+        """Moves a step that is saved again to where `_put_back` finds it after a crash."""
         if jax.process_index() == 0:
             with _writing(self._replaced):
                 self._replaced.mkdir(exist_ok=True)
@@ -331,7 +339,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _put_back(self) -> None:
-        """Ends what `_set_aside` began: the new step counts if it is whole, the old one if not."""
+        """Completes what `_set_aside` began: keeps the new step if complete, else the old one."""
         if jax.process_index() == 0 and self._replaced.is_dir():
             with _writing(self._replaced):
                 for old in self._replaced.iterdir():
@@ -344,8 +352,8 @@ class Checkpoints:
             multihost_utils.sync_global_devices("put back")
 
     def _skip_damaged(self, step: int, problem: str) -> bool:
-        """Whether some process has a problem with the step, which is then moved aside."""
-        if not _anywhere(bool(problem)):
+        """Moves the step aside if some process has a problem with it; returns whether it did."""
+        if not _on_any_process(bool(problem)):
             return False
         problem = problem or "another process cannot read it"
         if jax.process_index() == 0:
@@ -359,13 +367,16 @@ class Checkpoints:
             self._report(f"skipping checkpoint {step}, moved to {aside / name}: {problem}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"moved checkpoint {step} aside")
-        if self._manager is not None:
-            self._manager.reload()
+        if self._opened is not None:
+            self._opened.reload()
         return True
 
 
-def _anywhere(holds: bool) -> bool:
-    """Whether it holds on some process: what one raises alone, the others wait for."""
+def _on_any_process(holds: bool) -> bool:
+    """Whether `holds` is true on some process.
+
+    An error must be raised on all processes: if one raised alone, the others would wait for it.
+    """
     if jax.process_count() == 1:
         return holds
     return bool(multihost_utils.process_allgather(np.array(holds)).any())
@@ -380,15 +391,15 @@ _CANNOT_WRITE = (
 
 
 @contextlib.contextmanager
-def _writing(directory: Path):
-    """Makes one line of what a full or unwritable disk raises, from wherever Orbax raises it."""
+def _writing(directory: Path) -> Iterator[None]:
+    """Turns the errors of a full or unwritable disk, wherever Orbax raises them, into one line."""
     try:
         yield
     except Exception as error:
         for reason in _CANNOT_WRITE:
             if reason in str(error):
                 raise UserError(
-                    f"cannot write a checkpoint into {directory}: {reason.lower()};"
-                    " what was saved before is whole: mend that and start the same command again"
+                    f"cannot write a checkpoint into {directory}: {reason.lower()}; earlier"
+                    " checkpoints are intact; fix this and run the same command again"
                 ) from error
         raise

@@ -1,8 +1,8 @@
-"""What a checkpoint's leaves were when they were written, since Orbax does not notice a flipped bit
-when it reads.
+"""Manifests of checkpoints: shape, dtype and CRC32 of each leaf as it was written.
 
-A manifest is `{"params/head/kernel": {"shape": [64, 10], "dtype": "float32", "crc32": 1234}, ...}`,
-kept as JSON beside the arrays in the same Orbax step. It costs 0.04 s for 100 MB.
+They are needed because Orbax does not notice a flipped bit when it reads. A manifest is
+`{"params/head/kernel": {"shape": [64, 10], "dtype": "float32", "crc32": 1234}, ...}`, saved as JSON
+with the arrays in the same Orbax step. It takes 0.04 s for 100 MB.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Manifest = dict[str, dict[str, Any]]
 
 def crc32(array: np.ndarray) -> int:
     """The CRC32 of an array's bytes in C order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def make_manifest(leaves: Mapping[str, np.ndarray]) -> Manifest:
@@ -32,12 +32,12 @@ def make_manifest(leaves: Mapping[str, np.ndarray]) -> Manifest:
 
 
 def is_prng_key(leaf: Any) -> bool:
-    """Whether a leaf (array or `ShapeDtypeStruct`) is made of typed PRNG keys."""
+    """Whether a leaf (an array or `ShapeDtypeStruct`) holds typed PRNG keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
-    """Of the array as it is saved: a typed PRNG key is saved as its numbers."""
+    """(shape, dtype) of a leaf as it is saved: typed PRNG keys are saved as their numbers."""
     if not hasattr(leaf, "dtype"):  # a Python number
         leaf = np.asarray(leaf)
     if is_prng_key(leaf):
@@ -46,8 +46,9 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def to_host(leaf: Any) -> np.ndarray:
-    """This process's own copy of a replicated array; a copy, so that the next step may be given the
-    array's memory.
+    """This process's copy of a replicated array.
+
+    It is a copy, so that the next step may reuse the array's memory (donation).
     """
     if isinstance(leaf, jax.Array):
         if is_prng_key(leaf):
@@ -57,8 +58,9 @@ def to_host(leaf: Any) -> np.ndarray:
 
 
 def place_like(array: np.ndarray, like: Any) -> Any:
-    """A host array as a leaf like `like`: its dtype, and its sharding where it has one, over any
-    number of processes.
+    """A host array as a leaf with the dtype of `like`, and its sharding if it has one.
+
+    Works for any number of processes.
     """
     if isinstance(like, np.ndarray | np.generic | int | float):
         return np.asarray(array, getattr(like, "dtype", None))

@@ -1,7 +1,7 @@
-"""Reading checkpoints, ours and other Orbax ones, whole or in part.
+"""Reads checkpoints, ours and those of other Orbax users, whole or in part.
 
-What Orbax does not do and this does: notice flipped bits, and refuse a checkpoint of another
-network, or one that declares more than its files can hold, before it is read.
+Unlike Orbax, this module notices flipped bits. Before it reads, it refuses a checkpoint of another
+network, and a checkpoint that declares more than its files can hold.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,41 @@ from flax_cnns.tree import expand_stack, flatten
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
-_CHUNK = 1 << 20  # bytes; a chunk up to this size may be larger than its array
-MAX_PORTION_BYTES = 1 << 28  # bytes that verifying reads together
+_CHUNK = 1 << 20  # bytes; chunks up to this size may be larger than their array
+MAX_PORTION_BYTES = 1 << 28  # how much a verification reads at once
 
-# Orbax logs the traceback of every error up to five times before it raises it; what matters is
-# raised.
+# Orbax logs the traceback of an error up to five times before it raises the error. The raised error
+# is enough.
 absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-# Likewise the reads that were under way when the first one failed.
+# asyncio logs the reads that were in progress when the first one failed.
 logging.getLogger("asyncio").addFilter(lambda record: "OCDBT" not in record.getMessage())
 
 
 def drop_late_callbacks() -> None:
-    """Where one array of a checkpoint cannot be read or written, Orbax closes its event loop, and
-    TensorStore's threads report the closed loop for every other array, a traceback each. What
-    matters is raised; these are dropped, and all else goes where it went."""
-    before = sys.unraisablehook
-    if getattr(before, "drops_late_callbacks", False):
-        return
+    """Silences tracebacks about a closed event loop; the first error is raised anyway.
 
-    def hook(unraisable: Any) -> None:
+    If one array of a checkpoint cannot be read or written, Orbax closes its event loop. The threads
+    of TensorStore then report the closed loop for each other array, with a traceback. Other
+    unraisable errors are reported as before.
+    """
+    if not isinstance(sys.unraisablehook, _DropLateCallbacks):
+        sys.unraisablehook = _DropLateCallbacks(sys.unraisablehook)
+
+
+class _DropLateCallbacks:
+    def __init__(self, previous: Callable[[Any], Any]):
+        self.previous = previous
+
+    def __call__(self, unraisable: Any) -> None:
         error = unraisable.exc_value
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            before(unraisable)
-
-    hook.drops_late_callbacks = True
-    sys.unraisablehook = hook
+            self.previous(unraisable)
 
 
 def read_metadata(source: str | os.PathLike) -> Metadata:
-    """`{path: (shape, dtype)}` of what `find_arrays(source)` holds, without reading an array.
+    """`{path: (shape, dtype)}` of the leaves in `find_arrays(source)`, without reading an array.
 
-    Raises `DamagedError` where it cannot be read or contradicts the manifest.
+    Raises `DamagedError` if the metadata cannot be read or contradict the manifest.
     """
     path = find_arrays(source)
     stored = {name: shape_and_dtype(leaf) for name, leaf in flatten(_metadata_tree(path)).items()}
@@ -73,7 +77,7 @@ def read_metadata(source: str | os.PathLike) -> Metadata:
         with explain_damage(path):
             written = {k: (tuple(v["shape"]), v["dtype"]) for k, v in manifest.items()}
         if written != {name: (shape, dtype.name) for name, (shape, dtype) in stored.items()}:
-            raise DamagedError(f"{path} is damaged: its leaves are not those of its manifest")
+            raise DamagedError(f"{path} is damaged: its leaves differ from its manifest")
     return stored
 
 
@@ -86,17 +90,17 @@ def has_checksums(source: str | os.PathLike) -> bool:
 
 
 def read_about(source: str | os.PathLike) -> dict[str, Any]:
-    """What `write_tree` was told about `find_arrays(source)`; {} for other checkpoints."""
+    """The `about` that `write_tree` saved with `find_arrays(source)`; {} for other checkpoints."""
     file = find_arrays(source).parent / "about.json"
     return read_json(file) if file.is_file() else {}
 
 
 def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, np.ndarray]:
-    """Reads these leaves, and only these, of what `find_arrays(source)` holds as host arrays.
+    """Reads the leaves `paths` of `find_arrays(source)` into host arrays, and no others.
 
-    Raises `DamagedError` where a leaf cannot be read, its CRC32 is not that of the manifest (where
-    there is one), or the arrays are declared so large that the files cannot hold them. A path that
-    is not there is a KeyError.
+    Raises `DamagedError` if a leaf cannot be read, if its CRC32 differs from the manifest (if there
+    is one), or if the arrays are declared larger than the files can hold. Raises KeyError for a
+    path that the checkpoint lacks.
     """
     path, wanted = find_arrays(source), set(paths)
     drop_late_callbacks()
@@ -117,8 +121,7 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
     item = jax.tree_util.tree_map_with_path(choose, tree)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     with explain_damage(path), orbax_alias(path) as alias:
-        # The handler by itself: a Checkpointer would wait for the other processes, and damage may
-        # strike just one.
+        # A Checkpointer would wait for the other processes, but only one may meet damage.
         restored = ocp.PyTreeCheckpointHandler().restore(
             alias, args=ocp.args.PyTreeRestore(item=item, restore_args=args)
         )
@@ -126,15 +129,16 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
     for name, entry in (_manifest_of(path) or {}).items():
         if name in wanted and crc32(leaves[name]) != entry["crc32"]:
             raise DamagedError(
-                f"{path} is damaged: {name} has the CRC32 {crc32(leaves[name]):08x},"
-                f" {entry['crc32']:08x} was written"
+                f"{path} is damaged: {name} has the CRC32 {crc32(leaves[name]):08x}, expected"
+                f" {entry['crc32']:08x}"
             )
     return leaves
 
 
 def split_into_portions(leaves: Metadata) -> Iterator[list[str]]:
     """Groups of paths, each of at most `MAX_PORTION_BYTES`, so that reading needs little memory."""
-    group, room = [], MAX_PORTION_BYTES
+    group: list[str] = []
+    room = MAX_PORTION_BYTES
     for path, leaf in leaves.items():
         size = count_bytes({path: leaf})
         if size > room and group:
@@ -146,7 +150,7 @@ def split_into_portions(leaves: Metadata) -> Iterator[list[str]]:
 
 
 def verify_step(step: Path) -> None:
-    """Reads a whole step of a run. Raises `DamagedError` where it is not what was written."""
+    """Reads a whole step of a run. Raises `DamagedError` if it is not what was written."""
     for group in split_into_portions(read_metadata(step)):
         read_leaves(step, group)
     read_host(step)
@@ -154,46 +158,51 @@ def verify_step(step: Path) -> None:
 
 
 def count_bytes(leaves: Metadata) -> int:
-    """The bytes of arrays of these shapes and dtypes in memory."""
+    """How many bytes arrays of these shapes and dtypes take in memory."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves.values())
 
 
 def count_bytes_on_disk(source: str | os.PathLike) -> int:
-    """The bytes of the files of what `find_arrays(source)` holds."""
+    """How many bytes the files in `find_arrays(source)` have."""
     return sum(file.stat().st_size for file in find_arrays(source).rglob("*") if file.is_file())
 
 
 def _check_plausible(path: Path, leaves: Metadata) -> None:
-    """A file of a kilobyte can declare arrays of any size, which reading would allocate. Arrays
-    that are all zeros take no room on disk, hence the margin."""
+    """Raises `DamagedError` for arrays that are far larger than the files that hold them.
+
+    Reading would allocate the arrays, and a small file can declare arrays of any size. The margin
+    is large because arrays of zeros take no room on disk.
+    """
     declared = count_bytes(leaves)
     if declared > 1 << 30 and declared > 1000 * (held := count_bytes_on_disk(path)):
         raise DamagedError(
-            f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes: that is a"
-            " damaged or a hostile checkpoint, and it is not read"
+            f"{path} declares arrays of {declared:,} bytes in files of {held:,} bytes; this"
+            " checkpoint is damaged or malicious, and is not read"
         )
 
 
 def _check_chunks(path: Path, name: str, leaf: Any) -> None:
     """Raises `DamagedError` for chunks that are larger than their array, which Orbax never writes.
-    TensorStore allocates whole chunks, and aborts the process if there is no memory for one."""
+
+    TensorStore allocates whole chunks, and aborts the process if memory runs out.
+    """
     shape, dtype = shape_and_dtype(leaf)
     chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
     size = math.prod(chunk) * dtype.itemsize
     if size > max(math.prod(shape) * dtype.itemsize, _CHUNK):
         raise DamagedError(
-            f"{path} declares chunks of {size:,} bytes for {name}, {dtype}{list(shape)}: that is a"
-            " damaged or a hostile checkpoint, and it is not read"
+            f"{path} declares chunks of {size:,} bytes for {name}, {dtype}{list(shape)}; this"
+            " checkpoint is damaged or malicious, and is not read"
         )
 
 
 def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False) -> PyTree:
-    """Reads a tree like `target` (arrays or `ShapeDtypeStruct`s, which give the shardings) from
-    `find_arrays(source)`.
+    """Reads a tree like `target` from `find_arrays(source)`.
 
-    Only the target's leaves are read; with `exact` the checkpoint must hold no others. The target
-    may have stacks of blocks. Raises `UserError` where names, shapes or dtypes differ (looked at
-    before anything is read), `DamagedError` for a damaged checkpoint.
+    `target` has arrays or `ShapeDtypeStruct`s, whose shardings are used, and may have stacks of
+    blocks. Only its leaves are read; with `exact` the checkpoint must hold no others. Raises
+    `UserError` if names, shapes or dtypes differ, before anything is read, and `DamagedError` for a
+    damaged checkpoint.
     """
     path = find_arrays(source)
     wanted: Metadata = {}
@@ -215,19 +224,19 @@ def read_tree(source: str | os.PathLike, target: PyTree, *, exact: bool = False)
 def _check_same(path: Path, wanted: Metadata, stored: Metadata, *, exact: bool) -> None:
     show = lambda entry: f"{entry[1]}{list(entry[0])}"  # noqa: E731
     differ = [
-        f"{name} is {show(stored[name])} there and {show(wanted[name])} here"
+        f"{name} is {show(stored[name])} in the checkpoint and {show(wanted[name])} in this run"
         for name in wanted
         if name in stored and stored[name] != wanted[name]
     ]
-    differ += [f"{name} is only here" for name in wanted if name not in stored]
+    differ += [f"{name} is only in this run" for name in wanted if name not in stored]
     if exact:
-        differ += [f"{name} is only there" for name in stored if name not in wanted]
+        differ += [f"{name} is only in the checkpoint" for name in stored if name not in wanted]
     if differ:
         more = f", … ({len(differ)} differ)" if len(differ) > 3 else ""
         raise UserError(
-            f"the checkpoint {path} is of another network or optimizer:"
-            f" {', '.join(differ[:3])}{more}; use the config it was made with, another --workdir,"
-            " or config.graft to take a part"
+            f"the checkpoint {path} belongs to another network or optimizer:"
+            f" {', '.join(differ[:3])}{more}; use the config of the checkpoint, another"
+            " --workdir, or config.graft to load a part"
         )
 
 
@@ -237,7 +246,7 @@ def _metadata_tree(path: Path) -> PyTree:
 
 
 def _manifest_of(path: Path) -> Manifest | None:
-    """None for a checkpoint that was made elsewhere."""
+    """The manifest of a checkpoint; None for a checkpoint that other software wrote."""
     file = path.parent / "manifest" / "metadata"
     if path.name != "state" or not (file.exists() or (path.parent / "host").exists()):
         return None
@@ -247,18 +256,18 @@ def _manifest_of(path: Path) -> Manifest | None:
 
 
 def _manifest_json(step: Path) -> dict:
-    """The manifest of a step. Raises `DamagedError` if the folder has the name of another step."""
+    """The JSON of a step's manifest. Raises `DamagedError` if the folder names another step."""
     manifest, named = read_json(step / "manifest" / "metadata"), parse_step(step.name)
     if named is not None and (saved := manifest.get("step", named)) != named:
         raise DamagedError(
-            f"{step} was saved as step {saved} and renamed since; rename it to {saved}"
+            f"{step} was saved as step {saved} and then renamed; rename it to {saved}"
         )
     return manifest
 
 
 def read_host(step: Path) -> dict:
-    """The host JSON of a step; raises `DamagedError` where it is not what was written."""
+    """The host JSON of a step. Raises `DamagedError` if it is not what was written."""
     host = read_json(step / "host" / "metadata")
     if crc_of_json(host) != _manifest_json(step).get("host_crc32"):
-        raise DamagedError(f"{step / 'host'} is damaged: its CRC32 is not that of the manifest")
+        raise DamagedError(f"{step / 'host'} is damaged: its CRC32 differs from the manifest")
     return host

@@ -1,1 +1,1 @@
-"""To and from other libraries."""
+"""Conversion to and from other libraries."""

@@ -1,4 +1,4 @@
-"""Other libraries' weights as a checkpoint of ours, for `graft` and `experiments.inspect`."""
+"""Writes other libraries' weights as a checkpoint, for `graft` and `experiments.inspect`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ def convert(
 ) -> dict[str, Any]:
     """Writes `load_weights(model_name, source, path, **options)` into the new folder `out`.
 
-    `image_size`, `channels`: those of the images that the weights will see; 0: the file's own.
-    `head`: whether the head is kept. `options` are `averaged`, `adapt_stem` and `resize_positions`.
+    `image_size` and `channels` describe the images that the weights will get; 0 means as in the
+    file. `head`: whether the head is kept. `options` are `averaged`, `adapt_stem` and
+    `resize_positions`.
 
-    Returns what it also writes into `out`/about.json: model, source, the file and its SHA-256, the
-    number of parameters, the `input_size` [H W C] of the images that the weights take, the
-    preprocessing, and notes on what was chosen, renamed or adapted.
-    Raises `UserError` as `load_weights` and `manager.write_tree` do.
+    Returns what is also written to `out`/about.json: model, source, the file and its SHA-256, the
+    number of parameters and leaves, the `input_size` [H W C] of the images that the weights take,
+    the preprocessing, and notes on what was chosen, renamed or adapted. Raises the errors of
+    `load_weights` and `manager.write_tree`.
     """
     seen = weights.preprocessing(model_name, source)
-    out = manager.check_new_folder(out)  # told before anything is downloaded or read
+    out = manager.check_new_folder(out)  # checked before anything is downloaded or read
     file = Path(path).expanduser() if path else hub.fetch(model_name, source)
     fields: dict[str, Any] = {} if head else {"num_classes": None}
-    found = weights.open_weights(
+    converted = weights.open_weights(
         model_name,
         source,
         file,
@@ -49,7 +50,7 @@ def convert(
         **options,
         **fields,
     )
-    tree = found.tree
+    tree = converted.tree
     kernel = pytree.flatten(tree).get("params/head/kernel")
     seen = seen._replace(num_classes=0 if kernel is None else int(kernel.shape[-1]))
     with open(file, "rb") as data:
@@ -61,9 +62,9 @@ def convert(
         "sha256": sha256,
         "params": pytree.count(tree["params"]),
         "leaves": len(jax.tree.leaves(tree)),
-        "input_size": found.input_size,
+        "input_size": converted.input_size,
         "preprocessing": seen._asdict(),
-        "notes": found.notes,
+        "notes": converted.notes,
     }
     manager.write_tree(out, tree, about)
     return about

@@ -41,25 +41,25 @@ def test_run_alone_means_what_its_summary_tested_and_the_latest_of_an_unfinished
     assert step() == 1
     (run / "summary.json").write_text('{"test/step": 12}')  # removed since
     with pytest.raises(
-        UserError, match=r"no checkpoint 12, which was tested for its summary.json; it h"
+        UserError, match=r"no checkpoint 12, the one that was tested for summary.json; it h"
     ):
         find_arrays(run)
     (run / "summary.json").write_text("[]")
-    with pytest.raises(DamagedError, match=r"summary.json is damaged: .* a list; remove it, and"):
+    with pytest.raises(DamagedError, match=r"summary.json is damaged: .* a list; remove the file"):
         find_arrays(run)
     assert step(f"{run}@best") == 1
 
 
 def test_a_flipped_bit_in_metrics_makes_no_other_checkpoint_the_best(run):
     change_metrics(run / "checkpoints/3")
-    with pytest.raises(DamagedError, match="3/metrics/metrics is damaged: its CRC32 is not"):
+    with pytest.raises(DamagedError, match="3/metrics/metrics is damaged: its CRC32 differs"):
         find_arrays(f"{run}@best")
     assert find_arrays(f"{run}@3") == run / "checkpoints/3/state"
 
 
 def test_a_step_that_was_renamed_is_not_taken_for_another(run):
     (run / "checkpoints/2").rename(run / "checkpoints/20")
-    message = "checkpoints/20 was saved as step 2 and renamed since"
+    message = "checkpoints/20 was saved as step 2 and then renamed"
     with pytest.raises(DamagedError, match=message):
         read_metadata(f"{run}@20")
     lines = []

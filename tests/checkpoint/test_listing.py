@@ -54,7 +54,7 @@ def test_the_tree_is_listed_and_no_array_read(run, monkeypatch):
     assert lines[:3] == [
         f"{run}/checkpoints/7/state",
         "step 7 (tested for summary.json), validation/accuracy 0.9",
-        "steps there: 7, 9; best 7",
+        "steps of the run: 7, 9; best 7",
     ]
     assert lines[3:-2] == [
         "path          shape     dtype    numbers      size",
@@ -90,11 +90,11 @@ def test_a_part_of_the_tree(run):
 
 def test_verifying(run, monkeypatch):
     monkeypatch.setattr("flax_cnns.checkpoint.reading.MAX_PORTION_BYTES", 50)  # several reads
-    assert listing(run, verify=True)[-1] == "read, and equal to their CRC32s"
+    assert listing(run, verify=True)[-1] == "CRC32s: compared, all equal"
     flip_a_bit(run / "checkpoints/7")
     assert listing(run)[-1] == "CRC32s: yes (--verify compares them)"
     assert "checkpoints/7/state is damaged: " in misuse(run, verify=True)
-    assert listing(f"{run}@9", verify=True)[-1] == "read, and equal to their CRC32s"
+    assert listing(f"{run}@9", verify=True)[-1] == "CRC32s: compared, all equal"
 
 
 def test_a_checkpoint_made_elsewhere(tmp_path):
@@ -102,9 +102,9 @@ def test_a_checkpoint_made_elsewhere(tmp_path):
     lines = listing(tmp_path / "theirs")
     assert lines[0] == str(tmp_path / "theirs")
     assert lines[2].split() == ["layers/", "15", "54", "bytes"]
-    assert lines[-1] == "CRC32s: none, a flipped bit would not be noticed"
+    assert lines[-1] == "CRC32s: none, so a flipped bit would not be noticed"
     lines = listing(tmp_path / "theirs", verify=True)
-    assert lines[-1] == "read; CRC32s: none, a flipped bit would not be noticed"
+    assert lines[-1] == "CRC32s: none, so a flipped bit would not be noticed; all read"
 
 
 def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):
@@ -117,7 +117,7 @@ def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):
         "somebody's lite was trained on RGB images of 224 pixels with"
         " data.mean=(0.498, 0.498, 0.498), data.std=(0.502, 0.502, 0.502)",
     ]
-    assert lines[-1] == "read, and equal to their CRC32s"
+    assert lines[-1] == "CRC32s: compared, all equal"
     # Somebody else's file of that name says nothing, and is no mistake.
     for other in ({"model": "lite"}, about | {"preprocessing": {"size": 224}}):
         (tmp_path / "theirs/about.json").write_text(json.dumps(other))
@@ -138,8 +138,8 @@ def test_a_small_file_that_declares_huge_arrays_is_listed_and_not_read(tmp_path)
 
 def test_mistakes(run):
     assert "matches no whole path" in misuse(run, pattern="params/head")
-    assert "the nearest is 'params/head/" in misuse(run, pattern="params/haed/.*")
-    assert "'(' is no regular expression" in misuse(run, pattern="(")
+    assert "the nearest path is 'params/head/" in misuse(run, pattern="params/haed/.*")
+    assert "'(' is not a regular expression" in misuse(run, pattern="(")
     assert "--depth: expected 0 (everything) or more, got -1" in misuse(run, depth=-1)
     assert "it has best, latest, 7, 9" in misuse(f"{run}@8")
     assert "did you mean 'run'?" in misuse(run.parent / "runs")

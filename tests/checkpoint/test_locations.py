@@ -71,10 +71,10 @@ def test_only_the_first_save_of_a_process_is_read_back(tmp_path, monkeypatch):
 
 def test_places_that_cannot_hold_checkpoints_are_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(UserError, match="checkpoints is not a folder, and checkpoints are writ"):
+    with pytest.raises(UserError, match="checkpoints is not a folder, but checkpoints are saved"):
         Checkpoints(tmp_path / "checkpoints")
     for name, words in {
-        "run.orbax-checkpoint-tmp": "the mark of Orbax's unfinished saves",
+        "run.orbax-checkpoint-tmp": "which marks unfinished saves",
         "ä" * 128: "has 256 bytes",
         "a/" * 2100: "the path has 4",
     }.items():

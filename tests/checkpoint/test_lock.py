@@ -51,10 +51,10 @@ def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
 def test_a_directory_cleared_away_between_open_and_lock(tmp_path, monkeypatch):
     take, cleared = DirectoryLock._take, []
 
-    def take_after_another_process_left(self):
+    def take_after_another_process_left(self, file):
         if not cleared:
             cleared.append((tmp_path / ".lock").unlink())
-        take(self)
+        take(self, file)
 
     monkeypatch.setattr(DirectoryLock, "_take", take_after_another_process_left)
     with DirectoryLock(tmp_path), pytest.raises(UserError, match="in use"):

@@ -186,7 +186,7 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
     config.train.duration = "1 steps"
     assert run(config.to_dict(), tmp_path / "b")["step"] == 1
     (tmp_path / "b/summary.json").write_text('{"step": 1}')
-    fails(config, tmp_path / "b", r"summary\.json is damaged: KeyError: 'model'; remove it, and")
+    fails(config, tmp_path / "b", r"summary\.json is damaged: KeyError: 'model'; remove the file")
     fails(config, "", "--workdir: expected the name of a directory")
     fails(config, tmp_path / "b@best", "b@best is a checkpoint of the run")
 

@@ -26,13 +26,13 @@ def test_a_config_of_the_wrong_kind_is_one_line_with_a_cure(run, content):
     (run / "config.json").write_text(content)
     check = lambda run: workdir.check_workdir(run, CONFIG)  # noqa: E731
     for read in (workdir.read_config, record.read_record, check):
-        with pytest.raises(UserError, match=r"config.json is damaged: .*copy it from\s") as raised:
+        with pytest.raises(UserError, match=r"config.json is damaged: .*copy that file") as raised:
             read(run)
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "cure"), [("summary.json", "remove it, and"), ("dataset.json", "remove it, and")]
+    ("name", "cure"), [("summary.json", "remove the file"), ("dataset.json", "remove the file")]
 )
 def test_json_that_is_no_object_is_one_line_with_the_cheapest_cure(run, name, cure):
     (run / name).write_text("[1]")

@@ -80,9 +80,12 @@ def open_source(source: str | os.PathLike | PyTree, *, averaged: bool = False) -
     about = reading.read_about(folder)
     seen = about.get("preprocessing")
     note = ""
-    if isinstance(seen, dict) and {"model", "source"} <= about.keys():  # from `interop.convert`
-        if {"size", "mean", "std", "scale", "channels"} <= seen.keys():
-            note = _describe_training(about["model"], about["source"], seen)
+    if (  # written by interop.convert
+        isinstance(seen, dict)
+        and {"model", "source"} <= about.keys()
+        and {"size", "mean", "std", "scale", "channels"} <= seen.keys()
+    ):
+        note = _describe_training(about["model"], about["source"], seen)
     return GraftSource(
         name,
         folder,

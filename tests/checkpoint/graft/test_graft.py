@@ -498,5 +498,5 @@ def test_a_save_that_was_never_finished(run, tmp_path):
     cut = tmp_path / "checkpoints/40.orbax-checkpoint-tmp"
     shutil.copytree(run / "checkpoints/30", cut)
     for source in (cut, cut / "state"):
-        assert "saving 40.orbax-checkpoint-tmp was never finished" in misuse(source, [ALL])
+        assert "40.orbax-checkpoint-tmp was never finished" in misuse(source, [ALL])
     assert "holds no checkpoint (yet)" in misuse(tmp_path, [ALL])

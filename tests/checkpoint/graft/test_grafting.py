@@ -107,7 +107,7 @@ def test_a_checkpoint_is_inspected(tmp_path):
     lines = out.splitlines()
     assert lines[1] == "step 3 (latest)"
     assert lines[3].split() == ["params/", "12", "48", "bytes"]
-    assert lines[-1] == "read, and equal to their CRC32s"
+    assert lines[-1] == "CRC32s: compared, all equal"
 
 
 def test_rules_for_what_the_source_lacks(resnet, source, tmp_path):
