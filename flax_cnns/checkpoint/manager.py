@@ -37,10 +37,7 @@ BEST_BY = "validation/accuracy"
 
 
 def check_new_folder(folder: str | os.PathLike) -> Path:
-    """The absolute path of a folder that is to be written.
-
-    Raises `UserError` if the folder exists already, or cannot hold checkpoints.
-    """
+    """The absolute path of `folder`; `UserError` if it exists or cannot hold checkpoints."""
     check_location(folder, "--out")
     path = Path(os.path.abspath(folder))
     if path.exists():
@@ -282,10 +279,7 @@ class Checkpoints:
         return finding.latest_step(self.directory)
 
     def best_step(self) -> int | None:
-        """The best step on disk.
-
-        The latest step if none has a finite metric; None if there is no step.
-        """
+        """The best step on disk; the latest if none has a finite metric; None if there is none."""
         return finding.best_step(self.directory)
 
     def wait(self) -> None:

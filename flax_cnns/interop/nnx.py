@@ -73,8 +73,8 @@ def to_state(variables: Mapping[str, PyTree]) -> nnx.State:
 def to_linen(network: nnx.Module | nnx.State) -> dict[str, PyTree]:
     """`{"params": ..., "batch_stats": ...}` of an NNX module or a State, with named blocks.
 
-    The inverse of `to_nnx` and `to_state`. batch_stats may be {}; other collections are included. If
-    the network is part of another module, the parts of that module are included by the names of
+    The inverse of `to_nnx` and `to_state`. batch_stats may be {}; other collections are included.
+    If the network is part of another module, the parts of that module are included by the names of
     their attributes. Keys of random streams and sown values are left out.
     """
     state = network if isinstance(network, nnx.State) else nnx.state(network)
