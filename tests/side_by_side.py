@@ -169,11 +169,11 @@ def record_outputs(workdir: pathlib.Path, scratch: pathlib.Path, out: pathlib.Pa
         _import_from_any("make_predictor_from_run", *places),
         _import_from_any("predict", *places),
     )
-    found = [evaluate_run(workdir), evaluate_run(workdir, split="validation", checkpoint="best")]
+    outputs = [evaluate_run(workdir), evaluate_run(workdir, split="validation", checkpoint="best")]
     predictor = from_run(workdir)
     photos = sorted((scratch / "images").glob("*/0*.png"))[::5]
-    found.append([predictor.title, predict(predictor, photos, 10)])
-    out.write_text(json.dumps(found))
+    outputs.append([predictor.title, predict(predictor, photos, 10)])
+    out.write_text(json.dumps(outputs))
 
 
 def run_child(task: str, scratch: pathlib.Path) -> None:
@@ -214,8 +214,8 @@ def start_child(task: str, tree: pathlib.Path, scratch: pathlib.Path) -> None:
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    return [record for record in found if set(record) != {"step"}]
+    rows = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [record for record in rows if set(record) != {"step"}]
 
 
 def compare(name: str, scratch: pathlib.Path) -> list[str]:
@@ -257,13 +257,13 @@ def compare(name: str, scratch: pathlib.Path) -> list[str]:
     for file in ("config.json", "dataset.json"):
         if json.loads((old / file).read_text()) != json.loads((new / file).read_text()):
             differs.append(file)
-    found = {
+    outputs = {
         which: json.loads((scratch / f"{name}.{which}.json").read_text())
         for which in ("old_by_old", "new_by_new", "old_by_new")
     }
     for which in ("new_by_new", "old_by_new"):
         for what, a, b in zip(
-            ("test", "validation", "prediction"), found["old_by_old"], found[which]
+            ("test", "validation", "prediction"), outputs["old_by_old"], outputs[which]
         ):
             if a != b:
                 differs.append(f"{which}: {what}")

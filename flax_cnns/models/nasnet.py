@@ -121,8 +121,8 @@ class CellStage(nn.Module):
 class Aux(nn.Module):
     """slim's auxiliary head: [N H W C] -> logits f32 [N num_classes], sown in training.
 
-    At the published image sizes a 5x5/3 mean leaves maps of `side` x `side`, all of which the
-    second convolution spans. Maps of other sizes go through an adaptive mean to `side` x `side`.
+    At the published image sizes a 5x5/3 mean leaves maps of `side` x `side`, and the second
+    convolution spans the whole map. Maps of other sizes get an adaptive mean of `side` x `side`.
     """
 
     side: int
@@ -194,8 +194,8 @@ class NASNet(nn.Module):
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         if wrong := set(self.zero_pools) - {"max", "mean"}:
             raise UserError(f"zero_pools may hold 'max' and 'mean', got {sorted(wrong)}")
-        # With smaller images p would not be larger than x after each reduction, by which a cell
-        # recognizes the reduction.
+        # After a reduction p must be larger than x, since a cell recognizes the reduction by this.
+        # With smaller images p would not be larger.
         layers.check_images(images, self.input_size, 19 if self.stem_cells else 3)
         conv, norm = layers.building_blocks(self, train, paper=slim_initializer)
         cells = [n + (i > 0) for i, n in enumerate(self.depths)]

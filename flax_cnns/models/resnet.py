@@ -153,7 +153,7 @@ class ResNet(nn.Module):
     """ResNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
     Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
-    each halving, of which networks with ImageNet's stems have five. Raises `UserError` if the
+    each halving (five in networks with ImageNet's stems). Raises `UserError` if the
     images have other channels than `input_size`, or if fields contradict each other.
     """
 

@@ -267,10 +267,10 @@ def test_images_that_it_cannot_take(name):
     variables = pytree.unflatten(initialized(name).variables)
     evaluate = partial(jax.eval_shape, model.apply, variables)
     channels = model.input_size[-1]
-    said = f"expected images of {channels} channels, got {channels + 1}"
-    with pytest.raises(UserError, match=said):
+    message = f"expected images of {channels} channels, got {channels + 1}"
+    with pytest.raises(UserError, match=message):
         evaluate(images_of(model, more=1))
-    said = f"too small: the smallest is {smallest}x{smallest}|expected images of {smallest}x"
+    message = f"too small: the smallest is {smallest}x{smallest}|expected images of {smallest}x"
     for shorter in (dict(height=smallest - 1), dict(width=smallest - 1)) if smallest > 1 else ():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             evaluate(images_of(model, **shorter))

@@ -61,5 +61,5 @@ def test_no_layer_is_left_out():
 def test_norms(norm, leaves):
     shapes = variable_shapes("nas_v1", norm=norm)
     assert not shapes["batch_stats"]
-    found = {path.rpartition("/")[2] for path in pytree.flatten(shapes["params"])}
-    assert found == (leaves or {"kernel", "bias", "scale"})
+    kinds = {path.rpartition("/")[2] for path in pytree.flatten(shapes["params"])}
+    assert kinds == (leaves or {"kernel", "bias", "scale"})

@@ -124,7 +124,7 @@ def test_n_cells_in_each_stage():
 
 
 @pytest.mark.parametrize(("skip", "channels"), [(False, 6 * 8), (True, 4 * 4)])
-def test_what_the_cell_behind_a_reduction_takes(skip, channels):
+def test_what_the_cell_after_a_reduction_takes(skip, channels):
     """Its p is stage 1's only cell, or the input of this cell: the stem's last output."""
     shapes = shapes_of("nasnetalarge", **TINY, skip_reduction=skip)
     assert shapes["params/stage2/normal1/squeeze_previous/conv1/kernel"].shape[2] == channels
@@ -280,15 +280,15 @@ def test_remat_and_norms(field):
 
 
 def test_statistics_and_dropout():
-    def found(name):
+    def constants_of(name):
         modules = capture_modules(name, 32, **TINY)
         norms = [m for m in modules.values() if isinstance(m, nn.BatchNorm)]
         return {(m.momentum, m.epsilon) for m in norms}, modules["Dropout_0"].rate
 
-    assert found("nasnetalarge") == ({(0.9, 1e-3)}, 0.0)  # PyTorch's momentum 0.1
-    assert found("nasnet_a_large") == ({(0.9997, 1e-3)}, 0.5)
-    assert found("keras_nasnetmobile") == ({(0.9997, 1e-3)}, 0.0)
-    assert found("nasnet_a_6_768") == ({(0.9, 1e-5)}, 0.0)
+    assert constants_of("nasnetalarge") == ({(0.9, 1e-3)}, 0.0)  # PyTorch's momentum 0.1
+    assert constants_of("nasnet_a_large") == ({(0.9997, 1e-3)}, 0.5)
+    assert constants_of("keras_nasnetmobile") == ({(0.9997, 1e-3)}, 0.0)
+    assert constants_of("nasnet_a_6_768") == ({(0.9, 1e-5)}, 0.0)
 
 
 def test_slims_first_values():

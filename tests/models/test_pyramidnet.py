@@ -128,11 +128,11 @@ def test_paths(variables):
 
 def test_the_shortcut_is_a_mean_of_four_and_zeros():
     x = IMAGES[:, :7, :8]
-    found = np.asarray(shortcut(jnp.asarray(x), 5, 2))
-    assert found.shape == (4, 4, 4, 5)
-    np.testing.assert_allclose(found[:, 1, 2, :3], x[:, 2:4, 4:6].mean((1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(found[:, 3, 2, :3], x[:, 6:7, 4:6].mean((1, 2)), rtol=1e-5)
-    np.testing.assert_array_equal(found[..., 3:], 0)
+    actual = np.asarray(shortcut(jnp.asarray(x), 5, 2))
+    assert actual.shape == (4, 4, 4, 5)
+    np.testing.assert_allclose(actual[:, 1, 2, :3], x[:, 2:4, 4:6].mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(actual[:, 3, 2, :3], x[:, 6:7, 4:6].mean((1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(actual[..., 3:], 0)
     np.testing.assert_array_equal(shortcut(jnp.asarray(x), 3, 1), x)
 
 
@@ -172,7 +172,7 @@ def trained(variables, key=1, **fields):
     return jax.device_get(training(**fields)(variables, jax.random.key(key)))
 
 
-def test_shake_drop_is_behind_the_last_norm(variables):
+def test_shake_drop_follows_the_last_norm(variables):
     """In evaluation, scaling the output of each last norm by p_l is scaling its gamma and beta by
     p_l. Training with gates that are always p_l does the same."""
     scaled = dict(pytree.flatten(variables))
@@ -182,9 +182,9 @@ def test_shake_drop_is_behind_the_last_norm(variables):
             path = f"params/stage{i}/block1/norm3/{leaf}"
             scaled[path] = p * scaled[path]
     expected = jax.jit(make().apply)(pytree.unflatten(scaled), IMAGES)
-    found = jax.jit(make(shake_drop=0.5).apply)(variables, IMAGES)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    assert np.abs(found - jax.jit(make().apply)(variables, IMAGES)).max() > 1e-3
+    actual = jax.jit(make(shake_drop=0.5).apply)(variables, IMAGES)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(actual - jax.jit(make().apply)(variables, IMAGES)).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -203,16 +203,16 @@ def test_shake_drop_in_training(variables):
 
 @pytest.mark.slow
 def test_remat_draws_the_same(variables):
-    found, expected = (trained(variables, shake_drop=0.9, **f) for f in (dict(remat=True), {}))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, expected)
+    actual, expected = (trained(variables, shake_drop=0.9, **f) for f in (dict(remat=True), {}))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), actual, expected)
 
 
 def test_stochastic_depth_leaves_dropped_blocks_alone(variables):
     before = pytree.flatten(variables["batch_stats"])
     seen = set()
     for key in range(3):
-        found = trained(variables, key, drop_path=0.9)
-        grads, stats = pytree.flatten(found["grads"]), pytree.flatten(found["batch_stats"])
+        actual = trained(variables, key, drop_path=0.9)
+        grads, stats = pytree.flatten(actual["grads"]), pytree.flatten(actual["batch_stats"])
         for i in (1, 2, 3):
             block = f"stage{i}/block1"
             ran = bool((stats[f"{block}/norm2/mean"] != before[f"{block}/norm2/mean"]).any())
@@ -246,7 +246,7 @@ def test_errors(fields, message):
         jax.eval_shape(make(**fields).init, jax.random.key(0), IMAGES)
 
 
-def test_missing_streams_are_said(variables):
+def test_missing_streams_are_reported(variables):
     for stream, rngs in (("shared", {}), ("dropout", {"shared": jax.random.key(0)})):
         run = partial(make(shake_drop=0.5).apply, train=True, mutable=["batch_stats"], rngs=rngs)
         with pytest.raises(UserError, match=rf'rngs=\{{"{stream}": key\}}'):

@@ -236,7 +236,7 @@ def test_fixup_is_resnet_50_without_normalization():
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "said"),
+    ("name", "fields", "message"),
     [
         ("plain18", dict(norm="fixup"), "needs a shortcut"),
         ("plain18", dict(drop_path=0.5), "needs a shortcut"),
@@ -244,6 +244,6 @@ def test_fixup_is_resnet_50_without_normalization():
         ("resnet18", dict(shortcut="E"), "unknown shortcut 'E'"),
     ],
 )
-def test_fields_that_do_not_go_together(name, fields, said):
-    with pytest.raises(UserError, match=said):
+def test_fields_that_do_not_go_together(name, fields, message):
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: init_variables(create_model(name, **fields), jax.random.key(0)))

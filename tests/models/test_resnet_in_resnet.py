@@ -66,11 +66,11 @@ def test_the_unit_is_equation_1():
     kernels = {name: {"kernel": np.zeros((3, 3, 3, 5), np.float32)} for name in W}
     for name, matrix in W.items():
         kernels[name]["kernel"][1, 1] = matrix
-    found = Unit(5, CONV, NORM, stride=2).apply({"params": kernels}, (r, t))
+    actual = Unit(5, CONV, NORM, stride=2).apply({"params": kernels}, (r, t))
     r, t = r[:, ::2, ::2], t[:, ::2, ::2]
     shortcut = np.pad(r, [(0, 0), (0, 0), (0, 0), (0, 2)])
     expected = r @ W["r_to_r"] + t @ W["t_to_r"] + shortcut, r @ W["r_to_t"] + t @ W["t_to_t"]
-    for ours, theirs in zip(found, expected):
+    for ours, theirs in zip(actual, expected):
         np.testing.assert_allclose(ours, np.maximum(theirs, 0), atol=1e-5)
 
 

@@ -59,7 +59,7 @@ def test_senet_154():
     assert (create_model("legacy_senet154").dropout, create_model("senet154").dropout) == (0.2, 0)
 
 
-def test_the_legacy_basic_block_squeezes_behind_a_relu():
+def test_the_legacy_basic_block_squeezes_after_a_relu():
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 16))
     module = senet.RectifiedSqueezeExcite(4)
     variables = module.init(jax.random.key(1), x)

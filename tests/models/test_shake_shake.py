@@ -62,8 +62,8 @@ def test_counts():
 
 @pytest.mark.parametrize("width", [32, 96])
 def test_macs(width):
-    found = cost_of(f"shakeshake_26_2x{width}d").macs
-    assert found == by_hand(width)[1]
+    actual = cost_of(f"shakeshake_26_2x{width}d").macs
+    assert actual == by_hand(width)[1]
 
 
 @pytest.mark.parametrize("size", [32, 29])
@@ -152,8 +152,8 @@ def test_modes(variables):
     np.testing.assert_array_equal(shaken, logits_of(variables, rngs)[0])
     even, _ = logits_of(variables, forward="even", backward="even")
     assert np.abs(shaken - even).max() > 1e-3
-    found, _ = logits_of(variables, rngs, forward="even", level="batch")
-    np.testing.assert_allclose(found, even, rtol=1e-5, atol=1e-5)
+    actual, _ = logits_of(variables, rngs, forward="even", level="batch")
+    np.testing.assert_allclose(actual, even, rtol=1e-5, atol=1e-5)
     before = pytree.flatten(variables["batch_stats"])
     assert all((leaf != before[path]).any() for path, leaf in pytree.flatten(stats).items())
 
@@ -162,8 +162,8 @@ def test_modes(variables):
 def test_scan_and_remat_shake_the_same(variables, fields):
     rngs = {"dropout": jax.random.key(1)}
     given = pytree.stack_blocks(variables) if "scan" in fields else variables
-    found, _ = logits_of(given, rngs, **fields)
-    np.testing.assert_allclose(found, logits_of(variables, rngs)[0], rtol=1e-4, atol=1e-4)
+    actual, _ = logits_of(given, rngs, **fields)
+    np.testing.assert_allclose(actual, logits_of(variables, rngs)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_is_deterministic_and_has_no_use_for_keys(variables):
@@ -188,6 +188,6 @@ def test_errors(fields, message):
         jax.eval_shape(model.init, jax.random.key(0), IMAGES)
 
 
-def test_a_missing_stream_is_said(variables):
+def test_a_missing_stream_is_reported(variables):
     with pytest.raises(UserError, match=r'rngs=\{"dropout": key\}'):
         logits_of(variables)

@@ -124,20 +124,20 @@ def test_features_by_name(size, sides):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_dropout_behind_every_layer_at_the_published_rate(name):
-    found = []
+def test_dropout_after_every_layer_at_the_published_rate(name):
+    rates = []
 
     def note(call, args, kwargs, context):
         module = context.module
         if isinstance(module, nn.Dropout) and kwargs.get("deterministic") is not True:
-            found.append(("/".join(module.path), module.rate))
+            rates.append(("/".join(module.path), module.rate))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         run(create_model(name), 8, train=True)
     places = [f"dropout{number}" for number in range(1, 14)]
     places[4], places[9], places[12] = (f"pool{i}/dropout" for i in (1, 2, 3))
-    assert dict(found) == dict(zip(places, RATES[name]))
+    assert dict(rates) == dict(zip(places, RATES[name]))
 
 
 def test_evaluation_is_deterministic_and_training_random():

@@ -160,7 +160,7 @@ def test_without_classes_it_gives_the_normed_class_token(tiny):
 
 
 @pytest.mark.parametrize(
-    ("fields", "size", "said"),
+    ("fields", "size", "message"),
     [
         (
             {},
@@ -171,9 +171,9 @@ def test_without_classes_it_gives_the_normed_class_token(tiny):
         (dict(heads=5), (8, 12), "a number of heads that divides 12 channels, got 5"),
     ],
 )
-def test_sizes_that_do_not_fit(fields, size, said):
+def test_sizes_that_do_not_fit(fields, size, message):
     model = create_model("vit_b_16", **TINY | fields)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: init_variables(model, jax.random.key(0), (1, *size, 3)))
 
 
@@ -210,15 +210,15 @@ def test_positions_of_the_same_size_are_the_same(tiny):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (((8, 12), (16, 24), "nearest"), "unknown method 'nearest'"),
         (((8, 12), (16, 25)), "multiples of the patch, 4, got 16x25"),
         (((12, 12), (16, 24)), r"3x3 patches of 4x4 and the class token, got 7: .* 12x12"),
     ],
 )
-def test_what_cannot_be_resized(tiny, given, said):
-    with pytest.raises(UserError, match=said):
+def test_what_cannot_be_resized(tiny, given, message):
+    with pytest.raises(UserError, match=message):
         resize_positions(tiny[0]["params"], *given)
 
 

@@ -95,7 +95,7 @@ def train(model, variables, *capture, **rngs):
     )
 
 
-def test_dropout_is_between_the_convolutions_behind_norm_and_relu():
+def test_dropout_is_between_the_convolutions_after_norm_and_relu():
     model = create_model("wrn_28_10", **TINY | dict(depth=10), dropout=0.3)
     variables = init_variables(model, jax.random.key(0))
     run = quick(lambda seed: train(model, variables, "norm2", "dropout", dropout=seed))

@@ -155,9 +155,9 @@ def test_scan_and_remat_change_nothing():
 
 
 def test_zero_init_starts_every_branch_at_zero():
-    found = norms_starting_at_zero(capture_modules("xception", 71, zero_init=True))
+    zero_norms = norms_starting_at_zero(capture_modules("xception", 71, zero_init=True))
     middle = {f"middle/block{i}/norm3" for i in range(1, 9)}
-    assert found == middle | {f"entry{i}/norm2" for i in (1, 2, 3)} | {"exit/norm2"}
+    assert zero_norms == middle | {f"entry{i}/norm2" for i in (1, 2, 3)} | {"exit/norm2"}
     assert not norms_starting_at_zero(capture_modules("xception", 71))
 
 
