@@ -88,7 +88,7 @@ class NAS(nn.Module):
         layers.check_images(images, self.input_size)
         conv, norm = layers.building_blocks(self, train, paper=None, use_bias=self.norm == "none")
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
-        maps = [images]  # all [N H W .]
+        maps = [images]  # each [N H W C] with its own C
         for i, (kernel_size, width, sources) in enumerate(self.table, 1):
             x = jnp.concatenate([maps[j] for j in sources], axis=-1)
             maps.append(unit(width, kernel_size, name=f"conv{i}")(x))

@@ -86,7 +86,7 @@ class NIN(nn.Module):
     # regularization
     dropout: Rate = 0.5  # after the mlpconvs whose row has `drop`
     # numerics
-    head_std: float = 0.05  # standard deviation of the head's initial values in the paper
+    head_std: float = 0.05  # standard deviation of the head's initial values, as released
     kernel_init: str | Callable = "he"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -93,7 +93,7 @@ class SumStage(nn.Module):
 
 
 def _add_up(maps: Sequence[Array]) -> Array:
-    total: Any = sum(maps)  # typed as a sum that may be the 0 of no maps
+    total: Any = sum(maps)  # the type of `sum` includes 0, for no maps
     return total
 
 

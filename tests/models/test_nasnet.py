@@ -77,7 +77,7 @@ def test_count_by_hand_and_the_heads(name, without, head):
     assert PUBLISHED[name].params == without + head
 
 
-def test_large_networks_differ_in_no_field_that_makes_parameters_but_for_the_head():
+def test_large_networks_differ_only_in_the_head_and_in_fields_without_parameters():
     free = dict(momentum=0.9, dropout=0.0, drop_path=0.0, zero_pools=("mean",))
     for name in ("nasnet_a_large", "keras_nasnetlarge"):
         assert create_model(name, aux=None, **free) == create_model("nasnetalarge")

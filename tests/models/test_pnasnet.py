@@ -47,7 +47,7 @@ def test_where_a_cell_strides_its_identity_is_a_1x1():
     assert "params/stem/reduction2/block1_right/conv/kernel" not in shapes
 
 
-def test_slims_network_is_timms_but_for_the_head_and_training():
+def test_slims_network_differs_from_timms_in_head_and_training_only():
     """The 5x5/3 mean reduces the second stage's 21 pixels to 6, and the head takes all 6."""
     free = dict(aux=None, momentum=0.9, dropout=0.0, drop_path=0.0)
     assert create_model("pnasnet5_large", **free) == create_model("pnasnet5large")

@@ -55,7 +55,7 @@ def test_every_file_with_variants_is_registered():
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_says_who_it_is(name, monkeypatch):
+def test_every_model_has_its_info(name, monkeypatch):
     """Without the parameters, which test_contract.py counts: they would have to be traced."""
     monkeypatch.setattr(registry, "init_variables", lambda *_: {"params": {}})
     info = model_info.__wrapped__(name)  # without its cache

@@ -27,9 +27,9 @@ def shifted(x):
 
 def shortcut(p, block, x, stride):
     x = relu(x)
-    here = bias_free(p, f"{block}/projection1", x[:, ::stride, ::stride])
-    beside = bias_free(p, f"{block}/projection2", shifted(x)[:, ::stride, ::stride])
-    return norm(p, f"{block}/projection_norm", np.concatenate([here, beside], axis=3))
+    straight = bias_free(p, f"{block}/projection1", x[:, ::stride, ::stride])
+    moved = bias_free(p, f"{block}/projection2", shifted(x)[:, ::stride, ::stride])
+    return norm(p, f"{block}/projection_norm", np.concatenate([straight, moved], axis=3))
 
 
 def shake_block(p, block, x, stride, widens):

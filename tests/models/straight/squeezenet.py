@@ -47,7 +47,7 @@ def squeezenet1_0_bypass(p, x):
 
 def squeezenet1_1(p, x):
     x = layer(p, "conv1", x, stride=2)
-    return behind_pool1_of_1_1(p, max_pool(x, 3, 2, ceil=True))
+    return after_pool1_of_1_1(p, max_pool(x, 3, 2, ceil=True))
 
 
 def cifar_squeezenet1_1(p, x):
@@ -56,10 +56,10 @@ def cifar_squeezenet1_1(p, x):
     From the prototxt of Coderx7/SimpNet, SqueezeNet_v1.1_tests.
     """
     x = layer(p, "conv1", x)
-    return behind_pool1_of_1_1(p, max_pool(x, 3, 1, ceil=True))
+    return after_pool1_of_1_1(p, max_pool(x, 3, 1, ceil=True))
 
 
-def behind_pool1_of_1_1(p, x):
+def after_pool1_of_1_1(p, x):
     x = fire(p, "fire2", x)
     x = fire(p, "fire3", x)
     x = max_pool(x, 3, 2, ceil=True)
