@@ -1,4 +1,4 @@
-"""Rules and layouts of foreign weights, and what convert refuses."""
+"""Rules and layouts of other libraries' weights, and what convert refuses."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_keras_counts_on_from_network_to_network():
 )
 @pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 94])
 def test_every_tensor_of_keras_has_its_place(name, pairs, first):
-    """Keras numbers its layers from any number. Each tensor is filled with its own number."""
+    """Keras may start its numbers anywhere. Each tensor is filled with its own number."""
     with np.load(cases.FOLDER / f"{name}.npz") as kept:
         shapes = json.loads(str(kept["shapes"]))
     numbers = name_maps.renumber_keras_names(shapes)

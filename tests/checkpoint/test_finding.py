@@ -1,4 +1,4 @@
-"""Which checkpoint is meant, and that none is taken for what it is not."""
+"""Which checkpoint a name means; a damaged or renamed one is never taken for another."""
 
 import json
 
@@ -17,7 +17,7 @@ SMALL = {"w": np.arange(1000.0)}
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with the steps 1, 2 and 3, of which 1 is the best."""
+    """A run with the steps 1, 2 and 3; step 1 is the best."""
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
         for step, value in ((1, 0.9), (2, 0.5), (3, 0.7)):
             found = {"validation/accuracy": value}
@@ -35,11 +35,11 @@ def test_run_alone_means_what_its_summary_tested_and_the_latest_of_an_unfinished
     (run / "summary.json").write_text('{"test/step": 2}')
     assert step() == step(run / "checkpoints") == 2
     assert (step(f"{run}@best"), step(f"{run}@latest"), step(f"{run}@3")) == (1, 3, 3)
-    (run / "summary.json").write_text('{"fit/step": 2}')  # it had no test split
+    (run / "summary.json").write_text('{"fit/step": 2}')  # the run had no test split
     assert step() == 2
-    (run / "summary.json").write_text("{}")  # of a version that did not say
+    (run / "summary.json").write_text("{}")  # a version that did not record the step
     assert step() == 1
-    (run / "summary.json").write_text('{"test/step": 12}')  # removed since
+    (run / "summary.json").write_text('{"test/step": 12}')  # a step that was removed
     with pytest.raises(
         UserError, match=r"no checkpoint 12, the one that was tested for summary.json; it h"
     ):

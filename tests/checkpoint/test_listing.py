@@ -1,4 +1,4 @@
-"""experiments.inspect's listing: what it shows, that it reads nothing, and what it verifies."""
+"""The listing of experiments.inspect: it shows the tree, reads no array, and verifies."""
 
 import io
 import json
@@ -118,7 +118,7 @@ def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):
         " data.mean=(0.498, 0.498, 0.498), data.std=(0.502, 0.502, 0.502)",
     ]
     assert lines[-1] == "CRC32s: compared, all equal"
-    # Somebody else's file of that name says nothing, and is no mistake.
+    # A file of this name from other software is ignored.
     for other in ({"model": "lite"}, about | {"preprocessing": {"size": 224}}):
         (tmp_path / "theirs/about.json").write_text(json.dumps(other))
         assert "trained on" not in listing(tmp_path / "theirs")[1]

@@ -1,4 +1,4 @@
-"""Checkpoints in folders of any name, or refused before anything is written."""
+"""Folders of any name hold checkpoints, or are refused before anything is written."""
 
 import os
 
@@ -21,7 +21,7 @@ NAMES = ("a[b]", "a*", "what?", "a\\b", "caf\udce9", "tab\t$x#%41 ä")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_do_not_depend_on_the_name_of_a_folder_above(tmp_path, name):
-    """Orbax reads `[`, `*` and `?` as a glob, TensorStore a backslash as a slash."""
+    """Orbax reads `[`, `*` and `?` as a glob pattern, and TensorStore reads `\\` as `/`."""
     (tmp_path / "a/checkpoints/1/state/ocdbt.process_9").mkdir(parents=True)  # fits the glob a*
     with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
         for step in (1, 2):
@@ -65,7 +65,7 @@ def test_only_the_first_save_of_a_process_is_read_back(tmp_path, monkeypatch):
         monkeypatch.setattr(reading, "verify_step", None)
         checkpoints.save(2, SMALL, host={})
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.restore(SMALL)  # what was there can be read
+        checkpoints.restore(SMALL)  # earlier checkpoints can be read
         checkpoints.save(3, SMALL, host={})
 
 

@@ -19,7 +19,7 @@ with DirectoryLock(sys.argv[1]):
 
 
 def test_a_second_process_reads_who_holds_it_and_kill_9_frees_it(tmp_path):
-    run = tmp_path / "runs" / "x"  # made where it is missing
+    run = tmp_path / "runs" / "x"  # created if it is missing
     child = subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "held\n"

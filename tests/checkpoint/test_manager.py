@@ -39,7 +39,7 @@ def make_state(seed: int = 0, classes: int = 3, sharding: Any = None) -> State:
         "head": {"kernel": leaf(4, classes), "bias": leaf(classes).astype(jnp.bfloat16)},
     }
     stats = {"stem": {"norm": {"mean": leaf(4), "var": leaf(4)}}}
-    # NamedTuples in tuples, empty states among them
+    # NamedTuples in tuples, with empty states
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1)))
     state = State(
         step=jnp.int32(seed),
@@ -75,7 +75,7 @@ def accuracy(value: float) -> dict[str, float]:
 
 
 def test_stacks_are_written_and_read_block_by_block(tmp_path):
-    """A run that scans goes on without, and the other way round, to the bit."""
+    """A run with scan resumes without scan, and the other way round, bit for bit."""
     state = make_state()
     for i in range(1, 5):
         state.params[f"block{i}"] = {"kernel": jnp.arange(6.0).reshape(2, 3) + i}
@@ -118,7 +118,7 @@ def flip_a_bit(step_directory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A run with the steps 1, 2 and 3, of which 1 is the best; copied by whoever changes it."""
+    """A run with the steps 1, 2 and 3; step 1 is the best. Tests copy it before a change."""
     run = tmp_path_factory.mktemp("runs") / "saved"
     with Checkpoints(run / "checkpoints") as checkpoints:
         for step, value in ((1, 0.9), (2, 0.5), (3, 0.7)):
@@ -181,7 +181,7 @@ def test_the_latest_and_the_best_are_kept_and_nan_is_never_the_best(tmp_path):
         checkpoints.wait()
         assert checkpoints.all_steps() == [3, 6, 7]  # the newest of equals
         assert checkpoints.best_step() == 3
-    # The metrics outlive the process.
+    # Metrics are read from disk by a new process.
     with Checkpoints(tmp_path, keep_latest=1, keep_best=2) as checkpoints:
         checkpoints.save(8, {"w": np.ones(2)}, host={}, metrics=accuracy(0.7))
         checkpoints.wait()
@@ -293,7 +293,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_taken(run, damage):
         assert "\n" not in lines[0]
         assert "skipping checkpoint 3, moved to " in lines[0]
         assert words in lines[0]
-        # It is not deleted, and its number is free again.
+        # The damaged step is not deleted, and its number is free again.
         assert (run / "checkpoints.damaged/3").is_dir()
         checkpoints.save(3, make_state(3), host={})
         checkpoints.wait()
@@ -304,7 +304,7 @@ def test_all_damaged(run):
     lines = []
     for step in (1, 2, 3):
         flip_a_bit(run / f"checkpoints/{step}")
-    (run / "checkpoints.damaged/3").mkdir(parents=True)  # from another time
+    (run / "checkpoints.damaged/3").mkdir(parents=True)  # from an earlier damage
     with Checkpoints(run / "checkpoints", report=lines.append) as checkpoints:
         assert checkpoints.restore(make_state()) is None
         assert checkpoints.all_steps() == []
@@ -325,7 +325,7 @@ def test_an_explicit_step(run):
 
 
 def test_no_bit_flips_unseen(run):
-    """Orbax by itself reads most of these without a word."""
+    """Orbax alone reads most of these without an error."""
     rng = np.random.default_rng(0)
     file, target, noticed = data_file(run / "checkpoints/3"), make_state(), 0
     good = file.read_bytes()
@@ -337,7 +337,7 @@ def test_no_bit_flips_unseen(run):
             state = read_tree(run / "checkpoints/3/state", target, exact=True)
         except DamagedError:
             noticed += 1
-        else:  # a byte that means nothing
+        else:  # a byte that is not used
             assert_same(state, make_state(3))
     assert noticed >= 5
 
@@ -351,7 +351,7 @@ def test_another_network(run):
             "params/head/kernel is float32[4, 3] in the checkpoint and float32[4, 5] in this"
             in text
         )
-        assert "(8 differ)" in text  # head of params, of ema, of both moments
+        assert "(8 differ)" in text  # the heads of params, ema and both moments
         assert "\n" not in text
         with pytest.raises(UserError, match="ema/params/head/bias is only in the checkpoint"):
             checkpoints.restore(make_state().replace(ema=None))
@@ -359,7 +359,7 @@ def test_another_network(run):
         more.params["stage1"] = {"kernel": jnp.ones(2)}
         with pytest.raises(UserError, match="params/stage1/kernel is only in this run"):
             checkpoints.restore(more)
-        assert checkpoints.all_steps() == [1, 2, 3]  # nothing was moved
+        assert checkpoints.all_steps() == [1, 2, 3]  # nothing was moved aside
 
 
 def test_a_small_file_that_declares_huge_arrays_is_refused_before_it_is_read(tmp_path):
@@ -397,7 +397,7 @@ def test_chunks_that_are_larger_than_their_array_are_refused_before_they_are_rea
         header["chunks"] = [1 << 40]
     store[file] = json.dumps(header).encode()
     with pytest.raises(finding.DamagedError, match="chunks of 4,398,046,511,104 bytes for w"):
-        read_leaves(tmp_path / "bomb", ["w"])  # TensorStore would end the process
+        read_leaves(tmp_path / "bomb", ["w"])  # TensorStore would abort the process
     assert read_leaves(tmp_path / "bomb", ["v"])["v"].tolist() == [1, 1]
 
 
@@ -459,7 +459,7 @@ def test_what_kill_9_left_is_cleared_away(run):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one megabyte, where the tests may mount one."""
+    """A file system of one megabyte, if the tests may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]

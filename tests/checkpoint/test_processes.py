@@ -37,7 +37,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(3, state(3), host={"step": "again"}, metrics={})
     checkpoints.wait()
     assert checkpoints.all_steps() == [1, 2, 3], checkpoints.all_steps()
-    # What only one of them can read, both leave.
+    # Both skip a step that only one of them can read.
     from flax_cnns.checkpoint import reading
     from flax_cnns.errors import UserError
     read = reading.read_leaves
@@ -75,7 +75,7 @@ def test_save_restore_and_damage_between_two_processes(tmp_path):
     assert f"[0] raised another process cannot read {tmp_path}/checkpoints/3\n" in done.stderr
     moved = f"[0] skipping checkpoint 3, moved to {tmp_path}/checkpoints.damaged/3: another process"
     assert moved in done.stderr
-    # And this process alone goes on from there.
+    # This process alone resumes from there.
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         state, host, step = checkpoints.restore({"params": {"w": np.zeros(1000, np.float32)}})
     assert (step, host, state["params"]["w"][0]) == (2, {"step": 2}, 2)

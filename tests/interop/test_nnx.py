@@ -1,4 +1,4 @@
-"""Networks as NNX modules: the numbers of one a family group, and values to and fro."""
+"""Networks as NNX modules: numbers of one network per group, and conversion both ways."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Case(NamedTuple):
 TABLE = (("mixed4a", (4, 4, 4, 4, 4, 4)), ("mixed4d", (4, 4, 4, 4, 4, 4)))
 CASES = {
     "lenet5": Case(dict(), draws=False),
-    # Blocks that are scanned and skipped by the stream "shared".
+    # Blocks are scanned, and skipped by the stream "shared".
     "cifar_resnet20": Case(dict(depths=(3,), widths=(4,), drop_path=0.5, scan=True)),
     "googlenet_tv_aux": Case(dict(table=TABLE, input_size=(16, 16, 3), dropout=0.5), heads=2),
-    # Squeeze and excitation; both dropout and drop-path out of "dropout".
+    # Squeeze and excitation; dropout and drop-path both use "dropout".
     "efficientnet_b0": Case(dict(width_mult=0.1, depth_mult=0.1, drop_path=0.5)),
     "densenet_40_12": Case(dict(depth=7, growth_rate=4, dropout=0.3)),
     "shakeshake_26_2x32d": Case(dict(depths=(1,), width=4, level="batch")),
@@ -52,13 +52,13 @@ QUICK = ("lenet5", "cifar_resnet20")
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
 def test_the_numbers_are_those_of_linen(name):
-    """Logits, loss, gradients, moved statistics: to the bit, since the programs are one."""
+    """Logits, loss, gradients and new statistics are bit-identical: the programs are the same."""
     case = CASES[name]
     model = create_model(name, **dict(input_size=(16, 16, 3), num_classes=3) | case.fields)
     if name == "lenet5":
         model = create_model(name, num_classes=3)
     variables = init_variables(model, jax.random.key(0))
-    random = np.random.default_rng(0)  # heads and branches that start at 0 would hide what is drawn
+    random = np.random.default_rng(0)  # zeros in heads and branches would hide random draws
     add_noise = lambda leaf: leaf + random.normal(0, 0.1, leaf.shape).astype(np.float32)  # noqa: E731
     variables = variables | {"params": jax.tree.map(add_noise, variables["params"])}
     images = jax.random.normal(jax.random.key(1), (4, *model.input_size))
@@ -72,7 +72,7 @@ def test_the_numbers_are_those_of_linen(name):
     chex.assert_trees_all_equal(found, expected)
     before, after = (pytree.flatten(tree["batch_stats"]) for tree in (variables, found))
     stay = {path for path in before if (before[path] == after[path]).all()}
-    assert len(stay) <= len(before) / 2  # those of skipped blocks
+    assert len(stay) <= len(before) / 2  # statistics of skipped blocks
     again = [
         float(through_nnx(variables, beside.make_keys(seed), images)["loss"]) for seed in (1, 2)
     ]
@@ -106,7 +106,7 @@ def test_the_command_for_all_networks_sees_another_program(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def variables():
-    """A scanning network's, as a checkpoint has them: arrays of NumPy, blocks named."""
+    """A network that scans gives NumPy arrays of named blocks, as in a checkpoint."""
     shapes = jax.eval_shape(lambda: init_variables(network(), jax.random.key(0)))
     random = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
@@ -129,7 +129,7 @@ def test_values_go_in_and_come_out_to_the_bit(variables):
     kernel = module.stage1["block2"]["conv1"]["kernel"]
     assert isinstance(kernel, nnx.Param)
     assert isinstance(module.stem["norm"]["mean"], nnx.BatchStat)
-    # Values of a module are its own: NumPy's arrays may change.
+    # The module has copies: the NumPy arrays may change.
     array = np.ones(4, np.float32)
     state = to_state({"params": {"scale": array}})
     array[:] = 2
@@ -141,7 +141,7 @@ def test_a_module_holds_named_blocks_and_takes_stacks(variables):
     assert "block2-3" in stacked["params"]["stage1"]
     for given in (stacked, freeze(variables)):
         same(to_linen(to_nnx(network(), given)), variables)
-    # In training, too, statistics come back under the blocks' names.
+    # In training, too, statistics are under the names of blocks.
     images = jnp.zeros((2, 8, 8, 3))
 
     def train(variables):
@@ -195,7 +195,7 @@ def test_keys_and_what_was_sown_stay_outside(variables):
 
 
 def test_a_loop_of_nnx_learns_and_moves(variables):
-    """As docs/extending.md has it, traced: the optimizer takes the module, params alone move."""
+    """As in docs/extending.md, traced: the optimizer takes the module and changes only params."""
     module = to_nnx(network(drop_path=0.5), variables, nnx.Rngs(shared=0))
     optimizer = nnx.Optimizer(module, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
 

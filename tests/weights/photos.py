@@ -1,4 +1,4 @@
-"""Photographs, and weights, that installed packages bring along."""
+"""Photographs and weights in installed packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHOTOS = {  # name: (package, file)
 
 
 def folder(package: str) -> Path | None:
-    """Of a package, without importing it; None where it is not installed."""
+    """The path of a file in a package, without an import; None if the package is missing."""
     found = importlib.util.find_spec(package)
     return None if found is None else Path(found.submodule_search_locations[0])
 

@@ -22,7 +22,7 @@ SIZES = {0: 224, 1: 240, 2: 260}
 
 
 def pixels(path: Path, size: int) -> np.ndarray:
-    """f32 [1 3 size size]"""
+    """The input of the port for a photograph, f32 [1 3 size size]."""
     image = Image.open(path).convert("RGB")
     width, height = image.size
     side = int(size / (size + 32) * min(width, height))

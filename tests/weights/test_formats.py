@@ -1,4 +1,4 @@
-"""Networks of other libraries, saved in every format that they have: the same logits come back."""
+"""Networks of other libraries, saved in each of their formats, give the same logits here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models import foreign
 
 pytestmark = pytest.mark.oracle
 
-SAVED = {  # in PyTorch
+SAVED = {  # by PyTorch
     "zip.pth": lambda tensors, path: torch_save(tensors, path),
     "stream.pth": lambda tensors, path: torch_save(tensors, path, zipped=False),
     "checkpoint.pth": lambda tensors, path: torch_save({"model": tensors, "epoch": 3}, path),
@@ -36,7 +36,7 @@ def safetensors_save(tensors, path):
 
 
 def check(name, source, size, save, paths):
-    """Writes the redrawn network by `save(model)` and holds our logits against its own."""
+    """Saves the network with new random weights and compares our logits with its logits."""
     live = foreign.load(foreign.build(name, source), source, foreign.gain(name))
     x = foreign.images(2, size)
     theirs = foreign.logits(live, x, source)
@@ -64,7 +64,7 @@ def test_formats_of_pytorch(tmp_path, name, source, size):
     ("name", "size"), [("keras_mobilenetv2", 224), ("keras_inception_v3", 299)]
 )
 def test_formats_of_keras(tmp_path, name, size):
-    """One with names of its own, and one with automatic ones and norms without a scale."""
+    """One network with names of its own; one with automatic names and norms without scale."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     pytest.importorskip("keras")
     paths = [tmp_path / file for file in ("x.weights.h5", "x.h5", "x.keras")]

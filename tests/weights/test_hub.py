@@ -1,4 +1,4 @@
-"""Published weights by name, from a server on this machine."""
+"""Published weights by name, downloaded from a server on this machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """`files` {path: (content, declared length)} and `asked`; the cache is empty."""
+    """A server with `files` {path: (content, declared length)} and the requests `asked`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -70,11 +70,11 @@ def test_a_file_is_downloaded_once(server, name, source, path):
     assert server.asked == [path]
     assert list(file.parent.iterdir()) == [file]
 
-    file.write_bytes(WEIGHTS[:-1])  # damaged since
+    file.write_bytes(WEIGHTS[:-1])  # now damaged
     server.files.clear()
     with pytest.raises(UserError, match="404"):
         hub.fetch(name, source)
-    assert file.exists()  # only a whole one takes its place: another process may have put it there
+    assert file.exists()  # only a complete file replaces it
     server.files[path] = (WEIGHTS, len(WEIGHTS))
     assert hub.fetch(name, source).read_bytes() == WEIGHTS
     assert server.asked == [path] * 3
@@ -122,7 +122,7 @@ def test_a_proxy_is_what_must_be_reached(monkeypatch, proxy):
 
 
 def fake_hub(folder, content, cached=False):
-    """huggingface_hub as far as it is used: files are links to blobs named by their SHA-256."""
+    """Stands for huggingface_hub: files are links to blobs that are named by their SHA-256."""
     blob = folder / SHA256
     blob.write_bytes(content)
     (folder / "model.safetensors").symlink_to(blob)
@@ -181,14 +181,14 @@ def test_a_package_is_found_and_not_imported(monkeypatch, tmp_path):
 
 
 def names(source):
-    tables = [getattr(family, "SOURCES", {}) for family in FAMILIES]  # quicker than model_info
+    tables = [getattr(family, "SOURCES", {}) for family in FAMILIES]  # faster than model_info
     return {name for table in tables for name, sources in table.items() if source in sources}
 
 
 def test_what_is_published_is_of_networks_that_exist():
     assert set(published.TORCHVISION) == names("torchvision")
     assert set(published.KERAS) == names("keras")
-    assert set(published.TIMM) < names("timm")  # it has networks that nobody trained
+    assert set(published.TIMM) < names("timm")  # timm has no weights for some networks
     with pytest.raises(UserError, match="resnet200 from timm: no weights are published; give"):
         hub.fetch("resnet200", "timm")
 
@@ -220,7 +220,7 @@ def test_published_is_what_is_written_in_keras():
 
     files = Path(applications.__file__).parent.glob("*.py")
     text = "".join(file.read_text() for file in files)
-    text = re.sub(r'"\n *"', "", text)  # texts over several lines
+    text = re.sub(r'"\n *"', "", text)  # joins strings over several lines
     for name, (place, digest) in published.KERAS.items():
         folder, _, file = place.rpartition("/")
         assert digest in text, name

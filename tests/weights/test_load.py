@@ -1,4 +1,4 @@
-"""load_weights, and foreign weights as a checkpoint of ours."""
+"""load_weights, and the conversion of other libraries' weights to a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.test_scripts import finish
 
 @pytest.fixture(scope="module")
 def tensors():
-    """SqueezeNet's of torchvision, with ten classes."""
+    """Tensors of torchvision's SqueezeNet with ten classes."""
     case = foreign.CASES["squeezenet"]
     return cases.load(cases.FOLDER / "squeezenet.npz", case.source)[0]
 
@@ -42,7 +42,7 @@ def test_a_file_gives_what_its_tensors_give(tensors, file, monkeypatch):
     headless = load_weights("squeezenet1_1", "torchvision", file, num_classes=None)
     assert "head" not in headless["params"]
     assert flax_cnns.load_weights is load_weights
-    # Without a path: what is published.
+    # Without a path, the published weights are loaded.
     asked = []
     monkeypatch.setattr(hub, "fetch", lambda *names: asked.append(names) or file)
     chex.assert_trees_all_equal(load_weights("squeezenet1_1", "torchvision"), expected)
@@ -50,7 +50,7 @@ def test_a_file_gives_what_its_tensors_give(tensors, file, monkeypatch):
 
 
 def test_with_preprocessing(tensors, file, tmp_path):
-    """Of the file's own number of classes, and at the size of the images that it takes."""
+    """It has the number of classes in the file, and the size of the images that it takes."""
     load = partial(load_weights, "squeezenet1_1", "torchvision", with_preprocessing=True)
     variables, seen = load(file)
     chex.assert_trees_all_equal(variables, convert("squeezenet1_1", tensors, "torchvision"))
@@ -67,7 +67,7 @@ def test_with_preprocessing(tensors, file, tmp_path):
 
 
 def nested(tensors, **names):
-    """The tensors with the head's `classifier.1` renamed, or more than one layer."""
+    """The tensors, with the head `classifier.1` renamed or replaced by several layers."""
     heads = {f"classifier.1.{new}": tensors[f"classifier.1.{old}"] for new, old in names.items()}
     return {k: v for k, v in tensors.items() if not k.startswith("classifier")} | {
         name.replace("__", "."): tensor for name, tensor in heads.items()
@@ -98,7 +98,7 @@ def test_a_head_that_does_not_fit_can_be_left_out(tensors, tmp_path):
     other = {k.replace("classifier.1", "fc"): v for k, v in tensors.items()}
     found = convert("squeezenet1_1", other, "torchvision", num_classes=None, say=said.append)
     assert "head" not in found["params"]
-    # Where rules leave the head fresh, a source may have any.
+    # If rules leave the head fresh, the source may have any head.
     np.savez(tmp_path / "x.npz", **several)
     source = sources.open_source(f"torchvision:squeezenet1_1={tmp_path / 'x.npz'}")
     assert "params/head/kernel" not in source.leaves
@@ -177,7 +177,7 @@ def test_a_flipped_bit_of_such_a_checkpoint_is_noticed(file, tmp_path):
     convert_to_folder("squeezenet1_1", "torchvision", tmp_path / "out", file)
     manifest = tmp_path / "out/manifest/metadata"
     whole = json.loads(manifest.read_text())
-    whole["leaves"]["params/head/bias"]["crc32"] ^= 1  # as if the array had another
+    whole["leaves"]["params/head/bias"]["crc32"] ^= 1  # a wrong CRC32
     manifest.write_text(json.dumps(whole))
     with pytest.raises(finding.DamagedError, match="params/head/bias has the CRC32"):
         reading.read_leaves(tmp_path / "out", reading.read_metadata(tmp_path / "out"))
@@ -203,7 +203,7 @@ def test_the_lite_networks_are_told_by_their_sources():
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_lite2"])
 def test_every_tensor_of_the_lite_networks_has_its_place(name):
-    """As the port has them: blocks numbered through, the first without `_expand_conv`."""
+    """Tensors as in the port: blocks with consecutive numbers, the first without expansion."""
     model = flax_cnns.create_model(name)
     shapes = pytree.flatten(
         jax.eval_shape(lambda: flax_cnns.init_variables(model, jax.random.key(0)))
@@ -236,7 +236,7 @@ def test_every_tensor_of_the_lite_networks_has_its_place(name):
 
 
 def test_names_of_mobilenet_v3_as_keras_published_them():
-    """`Conv/BatchNorm`, which files.read makes `Conv_bn`, where Keras 3 has `conv_bn`."""
+    """The file has `Conv/BatchNorm`, files.read gives `Conv_bn`, and Keras 3 has `conv_bn`."""
     name = "keras_mobilenetv3small"
     with np.load(cases.FOLDER / f"{name}.npz") as kept:
         shapes = json.loads(str(kept["shapes"]))

@@ -1,4 +1,4 @@
-"""What published networks see of an image, and what is said of photos that cannot be read."""
+"""Preprocessing for published networks, and errors for photos that cannot be read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCES = {
 
 
 def images() -> list[Image.Image]:
-    """A wide and a high one, of odd sizes: waves and noise."""
+    """A wide and a tall image of odd sizes, with waves and noise."""
     random = np.random.default_rng(0)
     found = []
     for height, width in ((301, 467), (413, 302)):
@@ -51,7 +51,7 @@ def test_other_names_are_refused():
 
 
 def test_the_center_is_seen_and_in_which_order():
-    """Every pixel says where it stands: what is seen is the box, to a pixel of smoothing."""
+    """Each pixel encodes its position, so the input shows the box, up to a pixel of smoothing."""
     y, x = np.mgrid[:200, :255].astype(np.uint8)
     places = np.stack([x, y, x], -1)
     for row in (
@@ -95,12 +95,12 @@ def test_photos_in_every_mode_and_upright(tmp_path):
     half = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     gray = np.full((40, 40), 77, np.uint8)
     assert row(blue)[0, 5, 5].tolist() == [0, 0, 200]
-    assert row(half)[0, 5, 5].tolist() == [255, 255, 255]  # what is transparent becomes white
+    assert row(half)[0, 5, 5].tolist() == [255, 255, 255]  # transparent pixels become white
     assert row(gray)[0, 5, 5].tolist() == row(gray[..., None])[0, 5, 5].tolist() == [77] * 3
     standing = Image.new("RGB", (64, 64), "white")
-    standing.paste("black", (0, 0, 64, 32))  # its upper half
+    standing.paste("black", (0, 0, 64, 32))  # the upper half
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # the camera was rotated
     standing.rotate(90).save(tmp_path / "side.png", exif=exif)
     np.testing.assert_array_equal(row(tmp_path / "side.png"), row(standing))
 
@@ -137,7 +137,7 @@ def test_class_names(monkeypatch):
         imagenet_classes()
 
 
-# ---- beside the libraries
+# ---- compared with the libraries
 
 
 @pytest.mark.oracle
@@ -150,7 +150,7 @@ def test_torchvision(name):
     ours, transform = preprocessing(name, "torchvision"), weights.transforms()
     for image in images():
         wanted = transform(image)[None]
-        if theirs in ("googlenet", "inception_v3"):  # the network undoes it
+        if theirs in ("googlenet", "inception_v3"):  # the network corrects the normalization
             network = {"googlenet": models.GoogLeNet, "inception_v3": models.Inception3}[theirs]
             itself = types.SimpleNamespace(transform_input=True)
             wanted = network._transform_input(itself, wanted)
@@ -162,7 +162,7 @@ def test_torchvision(name):
 @pytest.mark.parametrize("name", TABLES["timm"])
 def test_timm(name):
     pytest.importorskip("torch")
-    foreign.torchvision()  # timm imports it, and it needs help
+    foreign.torchvision()  # prepares torchvision, which timm imports
     timm = pytest.importorskip("timm")
     config = timm.get_pretrained_cfg(foreign.TIMM.get(name, name))
     transform = timm.data.create_transform(
@@ -183,13 +183,15 @@ def test_keras(name, monkeypatch):
     ours = preprocessing(name, "keras")
     raw = ours._replace(scale=1.0, mean=(0,) * 3, std=(1,) * 3, channels="RGB")(images()[0])
     network = getattr(keras.applications, foreign.KERAS[name])
-    if name.startswith("convnext"):  # its first layer
+    if name.startswith("convnext"):  # its first layer normalizes
         mean, std = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
         layer = keras.layers.Normalization(mean=mean.tolist(), variance=(std**2).tolist())
         wanted = np.asarray(layer(raw))
     elif "mobilenetv3" in name:
         wanted = np.asarray(keras.layers.Rescaling(1 / 127.5, -1.0)(raw))
-    elif "efficientnet" in name:  # its first three; the weights hold the statistics
+    elif (
+        "efficientnet" in name
+    ):  # its first three layers normalize; the weights hold the statistics
         std = np.array(sys.modules[network.__module__].IMAGENET_STDDEV_RGB)
         wanted = (raw / 255 - [0.485, 0.456, 0.406]) / np.sqrt(std) / np.sqrt(std)
     else:

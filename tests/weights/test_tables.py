@@ -1,4 +1,4 @@
-"""Each family that another library has brings a table of rules for it."""
+"""Each family that another library has comes with a table of rules for that library."""
 
 import importlib
 import re

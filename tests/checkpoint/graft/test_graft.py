@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "digits"
     with Checkpoints(run / "checkpoints") as checkpoints:
         for step, variables, accuracy in ((10, OLDER, 0.5), (20, SOURCE, 0.9), (30, OLDER, 0.8)):
-            # A large optimizer state, which no graft has business to read.
+            # A large optimizer state, which a graft must not read.
             state = {**variables, "ema": AVERAGED, "step": np.int32(step)}
             state["opt_state"] = ({"mu": np.random.default_rng(step).normal(size=1 << 17)}, ())
             found = {"validation/accuracy": accuracy}
@@ -60,14 +60,14 @@ def run(tmp_path_factory):
 
 
 def taken(variables, source, paths):
-    """Whether just these leaves equal the source's."""
+    """Whether exactly these leaves equal those of the source."""
     ours, theirs = flatten(variables), flatten(source)
     same = {p for p in ours if p in theirs and np.array_equal(ours[p], theirs[p])}
     return same == set(paths)
 
 
 def make_bomb(folder, tree):
-    """A checkpoint of a kilobyte whose first array says that it has 2**40 numbers."""
+    """A checkpoint of a kilobyte whose first array declares 2**40 numbers."""
     ocp.PyTreeCheckpointer().save(folder, tree, force=True)
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
     name = next(iter(flatten(tree))).replace("/", ".") + "/.zarray"
@@ -83,7 +83,7 @@ def misuse(source, rules, target=None):
     return str(raised.value)
 
 
-# ---- what it is for
+# ---- uses
 
 
 def test_a_head_of_other_classes(run):
@@ -259,14 +259,14 @@ def test_a_layer_loaded_above_one_that_was_not(run):
         "note: fresh layers below loaded layers: stem/conv; a loaded layer makes little sense above"
         " a fresh one",
     ]
-    # The last stage and the head are above everything that was loaded, ten above two.
+    # The last stage and the head lie above all loaded layers, and stage 10 above stage 2.
     target = network(0, classes=5, stages=10)
     rules = [NEW_HEAD, (r".*/stage([3-9]|10)/.*", FRESH), ALL]
     assert graft(run, target, rules)[1].skipped_below == ()
 
 
 def test_what_lies_below_by_the_order_in_which_images_pass():
-    """Names do not say that reduction_a lies below inception_b, and aux1 beside the head."""
+    """Names do not show that reduction_a lies below inception_b, or that aux1 is a branch."""
     order = ["stem/conv", "inception_a/conv", "reduction_a/conv", "inception_b/conv", "head"]
     layer = lambda: {"kernel": np.ones(2)}  # noqa: E731
     params = {name.split("/")[0]: {"conv": layer()} for name in order[:-1]}
@@ -276,7 +276,7 @@ def test_what_lies_below_by_the_order_in_which_images_pass():
         return graft(tree, tree, [(rf"params/{fresh}/.*", FRESH), ALL], order)[1].skipped_below
 
     assert below("(reduction_a|head)", order) == ("reduction_a/conv",)
-    assert below("(reduction_a|head)", ()) == ()  # all that the names say
+    assert below("(reduction_a|head)", ()) == ()  # names alone show no more
     for order_of_cost in (order, [*order, "aux1/head"]):
         assert below("head", order_of_cost) == below("aux1", order_of_cost) == ()
     only_stem = [(r"params/stem/.*", r"\g<0>"), (r".*", FRESH)]
@@ -292,7 +292,7 @@ def test_a_network_that_is_all_renamed_has_a_table_that_ends():
     assert variables["params"]["layer7"]["kernel"].tolist() == [7, 7]
     lines = str(report).splitlines()
     assert len(lines) < 50
-    assert lines[6] == "│ layer2  │      1 │       2 │ 2             │"  # and not layer10
+    assert lines[6] == "│ layer2  │      1 │       2 │ 2             │"  # not layer10
     assert any("20 more parts" in line for line in lines)
 
 
@@ -301,7 +301,7 @@ def test_a_network_that_is_all_renamed_has_a_table_that_ends():
 
 @pytest.fixture(scope="module")
 def squeezenet(tmp_path_factory):
-    """(a file of torchvision's names and layouts with ten classes, the tensors in it)"""
+    """(file with torchvision's names, layouts and ten classes; its tensors)."""
     file = tmp_path_factory.mktemp("weights") / "squeezenet.npz"
     tensors, _ = cases.load(cases.FOLDER / "squeezenet.npz", "torchvision")
     np.savez(file, **tensors)
@@ -327,7 +327,7 @@ def test_a_file_of_another_library(squeezenet):
 
 
 def test_a_network_of_bgr_images_is_told_by_the_means_of_rgb():
-    """What data.mean takes, and what no field of a run can change."""
+    """The note has means for data.mean, and the channel order that no field can change."""
     seen = preprocessing("vgg16", "keras")._asdict()
     assert sources._describe_training("vgg16", "keras", seen) == (
         "keras's vgg16 was trained on BGR images of 224 pixels with data.mean=(0.485, 0.458,"
@@ -426,7 +426,7 @@ def test_a_layer_parted(run):
     assert f"from the initialization (fresh); {advice}" in text
     text = misuse(run, [NEW_HEAD, (r"params/stem/norm/.*", FRESH), ALL])
     assert "params from the initialization (fresh), batch_stats from stem/norm" in text
-    # Averaged weights beside the plain statistics, and the statistics of another layer.
+    # Averaged weights with the trained statistics, then with those of another layer.
     text = misuse(run, [NEW_HEAD, (r"params/(.*)", r"ema/params/\1"), ALL])
     assert "params from ema/stage1/norm, batch_stats from stage1/norm" in text
     text = misuse(run, [NEW_HEAD, (r"batch_stats/stage1/(.*)", r"batch_stats/stage2/\1"), ALL])
@@ -479,7 +479,7 @@ def test_a_flipped_bit_is_never_grafted(tmp_path):
         except UserError as error:
             assert "is damaged" in str(error)  # noqa: PT017
             noticed += 1
-        else:  # a byte that means nothing
+        else:  # a byte that is not used
             assert taken(variables, SOURCE, flatten(SOURCE))
     assert noticed >= 5
 

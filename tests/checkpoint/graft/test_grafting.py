@@ -1,5 +1,7 @@
-"""Grafting as a run does it: an own ResNet into one with other classes, a renamed stem, a fresh
-stage; what a mistake says."""
+"""Grafting in a run: a ResNet into one with other classes, a renamed stem and a fresh stage.
+
+Also the messages for mistakes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture
 def resnet(config):
-    """A step of a ResNet of two stages, at a rate that moves nothing."""
+    """One step of a ResNet of two stages, at a learning rate that changes nothing."""
     config.model.name = "cifar_resnet20"
     with config.unlocked():
         config.model.update(dict(depths=(1, 1), widths=(4, 8)))
@@ -44,7 +46,7 @@ def resnet(config):
 
 @pytest.fixture
 def source(resnet, tmp_path):
-    """A checkpoint of that ResNet for ten classes, when its stem had another name."""
+    """A checkpoint of this ResNet for ten classes, with another name for the stem."""
     fields = dict(depths=(1, 1), widths=(4, 8), num_classes=10, input_size=(8, 8, 1))
     model = create_model("cifar_resnet20", **fields)
     shapes = flatten(jax.eval_shape(partial(init_variables, model), jax.random.key(0)))
@@ -80,14 +82,14 @@ def test_an_own_resnet_for_other_classes(resnet, source, tmp_path, capsys):
     old, new = arrays(source), arrays(tmp_path / "new")
     assert new["params/head/kernel"].shape == (8, 3)
     for path, there in report["grafted"].items():
-        if path.startswith("params/"):  # a step has passed, which moves statistics
+        if path.startswith("params/"):  # the step has changed the statistics
             np.testing.assert_allclose(new[path], old[there], atol=1e-15, err_msg=path)
-            # The average starts from what was grafted.
+            # The average starts from the grafted weights.
             np.testing.assert_allclose(new[f"ema/{path}"], old[there], rtol=1e-6, atol=1e-15)
 
 
 def test_a_mistyped_rule_is_one_line_that_names_the_nearest_path(config, tmp_path):
-    config.graft.source = "torchvision:resnet50"  # is not even asked for
+    config.graft.source = "torchvision:resnet50"  # must not be fetched
     config.graft.rules = ((r"params/haed/.*", None), (r"(.*)", r"\1"))
     with pytest.raises(UserError) as raised:
         run(config, tmp_path / "run")
