@@ -603,7 +603,7 @@ def test_the_sources_training_images_are_described(monkeypatch, tmp_path, source
     assert line.startswith(
         "note: keras's vgg16 was trained on BGR images of 224 pixels with data.m"
     )
-    assert line.endswith("where it is frozen the network sees red as blue")
+    assert line.endswith("if that layer is frozen, the network sees red as blue")
 
 
 @pytest.mark.slow
