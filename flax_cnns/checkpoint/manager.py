@@ -279,7 +279,7 @@ class Checkpoints:
         return finding.latest_step(self.directory)
 
     def best_step(self) -> int | None:
-        """The best step on disk; the latest if none has a finite metric; None if there is none."""
+        """The best step on disk, the latest if no step has a finite metric, or None."""
         return finding.best_step(self.directory)
 
     def wait(self) -> None:

@@ -69,7 +69,7 @@ def load_weights(
     or of another network, and if a download fails. With `with_preprocessing` also for weights whose
     images are not squares of 3 channels.
     """
-    found = open_weights(
+    converted = open_weights(
         model_name,
         source,
         path,
@@ -78,21 +78,21 @@ def load_weights(
         resize_positions=resize_positions,
         **fields,
     )
-    for note in found.notes:
+    for note in converted.notes:
         say(f"note: {note}")
     if not with_preprocessing:
-        return found.tree
-    return found.tree, _preprocessing_of(model_name, source, found)
+        return converted.tree
+    return converted.tree, _preprocessing_of(model_name, source, converted)
 
 
-def _preprocessing_of(model_name: str, source: str, found: ConvertedWeights) -> Preprocessing:
+def _preprocessing_of(model_name: str, source: str, converted: ConvertedWeights) -> Preprocessing:
     """The preprocessing, with the image size and the number of classes of the weights."""
-    head = found.tree["params"].get("head")
+    head = converted.tree["params"].get("head")
     row = preprocessing(model_name, source)._replace(
         num_classes=0 if head is None else int(head["kernel"].shape[-1])
     )
     try:
-        return row.for_images(found.input_size, create_model(model_name).input_size)
+        return row.for_images(converted.input_size, create_model(model_name).input_size)
     except UserError as error:
         raise UserError(f"{model_name} from {source}: {error}") from None
 
@@ -117,12 +117,12 @@ def open_weights(
         path = hub.fetch(model_name, source)
     tensors, notes = files.read_contents(path, averaged=averaged)
     try:
-        found = _convert(model_name, tensors, source, **options)
+        converted = _convert(model_name, tensors, source, **options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except MemoryError:
         raise UserError(f"{path}: its arrays need more memory than there is") from None
-    return found._replace(notes=(*notes, *found.notes))
+    return converted._replace(notes=(*notes, *converted.notes))
 
 
 def convert(
@@ -149,10 +149,10 @@ def convert(
     and for numbers that are not real.
     """
     options = dict(adapt_stem=adapt_stem, resize_positions=resize_positions)
-    found = _convert(model_name, tensors, source, **options, **fields)
-    for note in found.notes:
+    converted = _convert(model_name, tensors, source, **options, **fields)
+    for note in converted.notes:
         say(f"note: {note}")
-    return found.tree
+    return converted.tree
 
 
 def _convert(
@@ -175,7 +175,7 @@ def _convert(
     notes: list[str] = []
     if isinstance(tensors, Mapping) and source != "keras" and all(type(n) is str for n in tensors):
         tensors = wrappers.remove_prefixes(tensors, notes)
-    found = name_maps.apply_rules(
+    arrays = name_maps.apply_rules(
         table(model) if callable(table) else table,
         tensors,
         source,
@@ -186,38 +186,38 @@ def _convert(
         notes=notes,
     )
     if "num_classes" not in fields:
-        kernel = found.get("params/head/kernel")
+        kernel = arrays.get("params/head/kernel")
         if kernel is not None:
             fields["num_classes"] = int(kernel.shape[-1])
-        elif found and not any(path.startswith(("params/head/", "params/aux")) for path in found):
+        elif arrays and not any(path.startswith(("params/head/", "params/aux")) for path in arrays):
             fields["num_classes"] = None  # the network was saved without its head
         model = create_model(model_name, **fields)
         paths = pytree.flatten(_shapes(model))
     if "input_size" not in fields:
-        own = _own_size(model.input_size, found, paths)
+        own = _own_size(model.input_size, arrays, paths)
         size = (image_size or own[0], image_size or own[1], channels or own[2])
         if size != tuple(model.input_size):
             model = create_model(model_name, **fields, input_size=size)
             paths = pytree.flatten(_shapes(model))
             notes.append("the weights are for images [{} {} {}]".format(*size))
     if "input_size" in fields or image_size or channels:
-        found = _adapted(
-            found, paths, what, model.input_size[2], adapt_stem, resize_positions, notes
+        arrays = _adapted(
+            arrays, paths, what, model.input_size[2], adapt_stem, resize_positions, notes
         )
     return ConvertedWeights(
-        name_maps.make_tree(found, paths, what), tuple(model.input_size), tuple(notes)
+        name_maps.make_tree(arrays, paths, what), tuple(model.input_size), tuple(notes)
     )
 
 
 def _own_size(
-    size: tuple[int, int, int], found: Mapping[str, np.ndarray], shapes: Mapping[str, Any]
+    size: tuple[int, int, int], arrays: Mapping[str, np.ndarray], shapes: Mapping[str, Any]
 ) -> tuple[int, int, int]:
     """(H, W, C) of the images that the tensors take, as far as stem and positions determine it.
 
     `size` gives what they do not determine.
     """
     height, width, channels = size
-    for path, array in found.items():
+    for path, array in arrays.items():
         here = tuple(shapes[path].shape) if path in shapes else array.shape
         if adapt.is_stem(here, array.shape, first=here[2:3] == (size[2],)):
             channels = array.shape[2]
@@ -230,7 +230,7 @@ def _own_size(
 
 
 def _adapted(
-    found: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
     shapes: Mapping[str, Any],
     what: str,
     channels: int,
@@ -242,8 +242,8 @@ def _adapted(
 
     Raises `UserError` if one of these options is off and would make the tensors fit.
     """
-    new = dict(found)
-    for path, array in found.items():
+    new = dict(arrays)
+    for path, array in arrays.items():
         here = tuple(shapes[path].shape) if path in shapes else array.shape
         first = here[2:3] == (channels,)
         plan = adapt.make_plan(path, here, array.shape, stem=stem, positions=positions, first=first)
