@@ -103,8 +103,8 @@ def find_class_names(
                 " or class_names="
             )
         notes = (
-            f"assuming {count} classes, because the largest label is {count - 1}; num_classes= sets"
-            " more",
+            f"assuming {count} classes, because the largest label is {count - 1}; for more, give"
+            " num_classes=",
         )
     if num_columns and count != num_columns:
         raise UserError(f"labels have {num_columns} columns, but there are {count} classes")
@@ -122,12 +122,15 @@ def find_class_names(
 
 def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
     """Returns a data set of `from_arrays` as a run uses it: with the selected classes, all splits,
-    mean and std. `config` is `config.data`; `begun` is as in `load_dataset`. Raises UserError if
-    the config does not fit the data set."""
+    mean and std. `config` is the section `data` of a run's config; `begun` is as in `load_dataset`.
+    Raises UserError if the config does not fit the data set."""
     if config.mock:
         raise UserError(f"data.mock does not apply to your own data set ({data.name})")
     if data.splits["train"].images is None:
-        raise UserError(f"{data.name} is read by its name (data.name), and cannot be passed")
+        raise UserError(
+            f"{data.name} was loaded by its name, and cannot be passed as your own data set; set"
+            " data.name instead"
+        )
     check_augment(data, config)
     raw, notes = _select(data, config, begun)
     splits = {}
@@ -209,7 +212,7 @@ def resolve_mean_and_std(
     data: Dataset, config: Any, default: Callable[[], Normalization]
 ) -> Normalization:
     """Returns mean, std and their origin: the config, otherwise the data set, otherwise
-    `default()`. Raises UserError if the config's do not fit."""
+    `default()`. Raises UserError if the config's mean and std do not fit."""
     channels = data.image_shape[-1]
     if not data.normalize:
         if config.mean:

@@ -6,13 +6,13 @@ values.
 
 Every image has its own key, so the result depends neither on the image's place in the local array
 nor on the number of devices. Crop, flip, rotation and scale are composed into one map from output
-to input pixels, and the image is read once, bilinearly. That is cheaper than one pass each, and no
-pixel is blurred twice. Pixels outside the image are black.
+to input pixels, and the image is read once, bilinearly. That is cheaper than one pass per
+operation, and no pixel is blurred twice. Pixels outside the image are black.
 
-Sums of products use integers, or numbers that float32 represents exactly. The reason is that a
-compiler fuses a product and a sum of floats in one program and not in another, but an image must be
-the same, to the bit, wherever it is augmented. (Float images that are rotated, scaled or resized
-are the exception: in a loader and on a device they agree up to float32's rounding.)
+Sums of products use integers, or numbers that float32 represents exactly. The reason: a compiler
+fuses a product and a sum of floats in one program and not in another, but an image must be the
+same, to the bit, wherever it is augmented. (The exception is float images that are rotated, scaled
+or resized: they agree up to float32's rounding.)
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def cutout(key: Array, image: Array, side: int) -> Array:
 def pca_color(
     key: Array, image: Array, deviation: float, covariance: Sequence[Sequence[float]]
 ) -> Array:
-    """Changes the color of the light, as AlexNet: [H W C] in 0..255 -> f32 [H W C], not clipped.
+    """Changes the color of the light, as in AlexNet: [H W C] in 0..255 -> f32 [H W C], not clipped.
 
     Section 4.1 of the paper adds to every pixel the eigenvectors of the colors' covariance, each
     times its eigenvalue and a normal random number with standard deviation 0.1. The sum has the

@@ -105,10 +105,10 @@ def _is_positive_integer(value: Any) -> bool:
 
 def apply_config(data: Dataset, config: Any) -> Dataset:
     """Returns a data set of `from_batches` as a run uses it, with mean, std, notes and fingerprint.
-    `config` is `config.data`.
+    `config` is the section `data` of a run's config.
 
-    Raises UserError if the config asks for other examples or another order of them. If
-    `data.validation` is only its default, a note says that it has no effect.
+    Raises UserError if the config asks for other examples or another order. If `data.validation`
+    has its default value but there is no validation split, a note says so.
     """
     has_own_validation = "validation" in data.splits
     wants_validation = config.validation not in (0, DEFAULTS["data.validation"])
@@ -125,8 +125,8 @@ def apply_config(data: Dataset, config: Any) -> Dataset:
     for name in (name for name, wanted in impossible.items() if wanted):
         remedy = remedies.get(name, "choose the examples in the factory")
         raise UserError(
-            f"data.{name}={config[name]!r} does not apply to batches of your own ({data.name}),"
-            f" whose order is fixed; {remedy}"
+            f"data.{name}={config[name]!r} does not apply to your own batches ({data.name}), whose"
+            f" order is fixed; {remedy}"
         )
     check_augment(data, config)
     if config.augment.pca:
@@ -137,9 +137,9 @@ def apply_config(data: Dataset, config: Any) -> Dataset:
     mean, std, normalized_by = resolve_mean_and_std(data, config, lambda: _imagenet(data))
     notes = find_notes(data.splits, data.class_names, config.batch_size)
     if not has_own_validation:
-        notes.append("there is no validation split; from_batches takes sizes['validation']")
+        notes.append("there is no validation split; pass sizes['validation'] to from_batches")
     if normalized_by == "ImageNet":
-        notes.append("normalized by ImageNet's mean and std; from_batches takes mean= and std=")
+        notes.append("normalized by ImageNet's mean and std; pass mean= and std= to from_batches")
     return dataclasses.replace(
         data,
         mean=mean,
@@ -152,7 +152,7 @@ def apply_config(data: Dataset, config: Any) -> Dataset:
 
 
 def make_fingerprint(data: Dataset) -> dict[str, Any]:
-    """Returns what is known without reading a batch: see flax_cnns/data/fingerprint.py."""
+    """Returns the part of a fingerprint that needs no batch: see flax_cnns/data/fingerprint.py."""
     return {
         "reader": "batches",
         "classes": list(data.class_names),

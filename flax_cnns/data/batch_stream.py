@@ -33,7 +33,7 @@ class _Stream:
         self.data, self.split, self.start, self.process = data, split, start, process
         self.batch_size = batch_size
         self.step = start  # of the next batch
-        self.kinds: tuple[np.dtype, int] | None = None  # dtype of images, dimensions of labels
+        self.kinds: tuple[np.dtype, int] | None = None  # dtype of images, ndim of labels
         self._batches: Iterator[Any] | None = None
 
     @property
@@ -93,7 +93,7 @@ class _Stream:
         return np.asarray(images, kind[images.dtype.str[1:]])
 
     def _explain_count(self) -> str:
-        """Says which settings decide the number of rows."""
+        """Names the settings that decide the number of rows, for error messages."""
         shared = f" over {self.process[1]} processes" if self.process[1] > 1 else ""
         if self.split == "train":
             return f"(data.batch_size={self.batch_size}{shared}, also at the end of the data)"
@@ -153,7 +153,7 @@ class TrainBatches:
         self._n = batch_size // process[1]
         self._lock = threading.Lock()  # guards the stream and the attributes below
         self._kept: dict[int, Batch] = {}  # the last KEPT_BATCHES pulled, by step
-        # Pulled for a digest, not used yet.
+        # Batches that were pulled for a digest and not used yet.
         self._ahead: collections.deque[Batch] = collections.deque()
         self._error: Exception | None = None
         self._closed = False

@@ -15,8 +15,8 @@ from flax_cnns.errors import UserError, did_you_mean
 def select_classes(
     raw: RawDataset, config: Any, begun: bool, name: str = ""
 ) -> tuple[RawDataset, list[str]]:
-    """Returns the examples of the classes in `config.classes`, labeled by their order there, and
-    notes.
+    """Returns (the examples of the classes in `config.classes`, labeled by their order there;
+    notes).
 
     `name` is the data set's name for messages; "" stands for `config.name`. `begun` is as in
     `find_class_indices`. Raises UserError if a split has no image of these classes.
@@ -55,9 +55,9 @@ def find_class_indices(
 ) -> tuple[list[int], list[str]]:
     """Returns the indices of the classes in `config.classes`, and notes.
 
-    A number that is also another class's name is ambiguous. `begun` says that a run with this
-    config exists; then the number is an index and a note says so. Otherwise that raises UserError,
-    as do unknown and repeated classes.
+    A number that is also the name of another class is ambiguous. It raises UserError, unless
+    `begun` says that a run with this config already exists: then the number is an index, and a note
+    says so. Unknown and repeated classes also raise UserError.
     """
     name = name or config.name
     indices, notes = [], []

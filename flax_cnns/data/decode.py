@@ -24,8 +24,9 @@ def read_example(
 ) -> tuple[np.ndarray, int]:
     """Reads example `i` as u8 [size size channels], and its label.
 
-    The image is the central square, with `share` of the shorter side. If `crop` is given, it is a
-    random crop instead, which needs `rng`. Raises DamagedImage if the image cannot be decoded.
+    The image is the central square, with `share` of the shorter side. If `crop` (the range of its
+    share of the area) is given, the image is a random crop drawn from `rng`. Raises DamagedImage if
+    the image cannot be decoded.
     """
     try:
         image, label = source.open(i)

@@ -2,7 +2,7 @@
 
 A fingerprint is plain JSON with these keys. It is {} for noise (`data.mock`), which never changes.
 
-reader    folder, archive, tfds, or arrays or batches of the user's own
+reader    folder, archive or tfds; arrays or batches for a user's own data
 builder   of TFDS: name, config and version
 classes   class names, in the order of the labels
 sized     of a folder: whether the digests include file sizes
@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_SIZED_FILES = 100_000  # above, sizes are not read: each is a round trip on a network drive
+# With more files, sizes are not read, because each is a round trip on a network drive.
+MAX_SIZED_FILES = 100_000
 DIGEST_LENGTH = 16  # hex digits; short, because a data set may have 20,000 classes
 MAX_SHOWN = 6  # differences in one message
-# For values in 0..1. JPEG decoders differ by less; a change of one image in 1000 makes more.
+# For values in 0..1. Means by two JPEG decoders differ by less; a change of one image in 1000
+# shifts them by more.
 MEAN_TOLERANCE = 1e-4
 
 
@@ -46,8 +48,8 @@ def compute(
 ) -> dict[str, Any]:
     """Computes the fingerprint from the sources of the data set's own splits.
 
-    `provenance` is what the reader adds, as {"reader": "tfds", "builder": ...}. Its "bytes", by
-    split, are moved to the entries of the splits.
+    `provenance` is what the reader adds, such as {"reader": "tfds", "builder": ...}. If it has
+    "bytes" by split, each number moves to the entry of its split.
     """
     facts = dict(provenance)
     sizes = facts.pop("bytes", {})

@@ -16,8 +16,8 @@ from PIL import ExifTags, Image
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
-# Incremented whenever a file gives other pixels than before. 2 follows EXIF and all kinds of
-# transparency.
+# Incremented whenever the same file decodes to other pixels than before. Version 2 applies EXIF
+# orientation and every kind of transparency.
 READER_VERSION = 2
 
 # The errors of PIL for files that it cannot decode.
@@ -38,9 +38,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of
 def center_box(width: int, height: int, share: float = 1.0) -> Box:
     """Returns the central square with `share` of the shorter side.
 
-    With a share of 0.875, the box of a square image is that of the papers' Resize(256) and
-    CenterCrop(224). For other images these round the longer side down, and the corner to a whole
-    pixel: an edge of their box is up to one pixel (of 224) away.
+    For a square image and a share of 0.875, this is the box of the papers' Resize(256) and
+    CenterCrop(224). For other images, Resize rounds the longer side down and CenterCrop rounds the
+    corner to a whole pixel, so an edge of their box may differ by up to one pixel (of 224).
     """
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
@@ -50,8 +50,8 @@ def center_box(width: int, height: int, share: float = 1.0) -> Box:
 def random_box(
     rng: np.random.Generator, width: int, height: int, share: tuple[float, float]
 ) -> Box:
-    """Returns a box with a random share of the area and a random aspect ratio, as
-    `augment.random_resized_crop`. If ten tries do not fit, returns the central square."""
+    """Returns a box with a random share of the area and a random aspect ratio, as in
+    `augment.random_resized_crop`. Returns the central square if none of ten drawn boxes fits."""
     for _ in range(10):
         area = rng.uniform(*share) * width * height
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

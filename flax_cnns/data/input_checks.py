@@ -130,7 +130,7 @@ def check_soft_labels(name: str, labels: np.ndarray) -> None:
 
 
 def to_int32(labels: np.ndarray) -> np.ndarray:
-    """Converts to i32. Larger values are clipped, which `check_label_range` then finds."""
+    """Converts to i32. Values beyond i32 are clipped; `check_label_range` then rejects them."""
     bounds = np.iinfo(np.int32)
     return np.clip(labels.astype(np.int64), bounds.min, bounds.max).astype(np.int32)
 
@@ -201,7 +201,7 @@ def check_mean_and_std(
     is_finite = np.isfinite(means + stds).all()
     if not (is_finite and min(stds) > 0 and 0 <= min(means) <= max(means) <= 1):
         raise UserError(
-            "mean and std: expected those of images in 0..1, with std above 0; got"
+            "mean and std: expected values for images in 0..1, with std above 0; got"
             f" {means} and {stds}"
         )
     return means, stds

@@ -1,4 +1,4 @@
-"""Published facts about data sets: classes, mean and std, class names, by TFDS's name."""
+"""Published facts about data sets, by their names in TFDS: classes, class names, mean and std."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ KNOWN_DATASETS = {
 
 
 def base_name(name: str) -> str:
-    """Returns TFDS's name without config and version, as imagenet2012_subset of
+    """Returns TFDS's name without config and version, such as imagenet2012_subset for
     imagenet2012_subset/10pct:5.0.0."""
     return name.split("/")[0].split(":")[0]

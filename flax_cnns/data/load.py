@@ -4,9 +4,9 @@ arrays, the user's own data, or noise.
 The splits of every source are made in this order (types.py explains their roles):
 
 1. Only the examples of `data.classes` stay, if the config selects classes.
-2. If there is no labeled test split, the validation split serves as test, as for ImageNet. Without
-   either, a seeded and stratified fifth of train does.
-3. If there is no other validation split, one is cut from train.
+2. If there is no labeled test split, the validation split serves as test (as for ImageNet). If
+   there is neither, a seeded and stratified fifth of train does.
+3. If no validation split remains, one is cut from train.
 4. Only `data.fraction` of the remaining training examples stays.
 """
 
@@ -40,11 +40,11 @@ EVAL_SHARE = 0.875  # of the shorter side, in evaluation after training on rando
 
 
 def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = False) -> Dataset:
-    """Loads the data set that `config` describes (`config.data` of configs/common.py).
+    """Loads the data set that `config` describes: the section `data` of a run's config.
 
     `data`, a data set of the user's own (`Dataset.from_arrays` ...), replaces the one that `config`
     names; the other settings of `config` apply to it. `begun` says that a run with this config
-    exists, which may continue with an ambiguous `data.classes`.
+    already exists: such a run may continue with an ambiguous `data.classes`.
 
     Raises UserError for an unknown name, label or folder, a missing network or package, a damaged
     file, a split that cannot be made or decoded, and a data set with a single class.
@@ -161,7 +161,7 @@ def _read_user_tfds(data: Dataset, *, prepare: bool = True) -> RawDataset:
 
 
 def _find_size(data: Dataset, raw: RawDataset) -> tuple[int, int]:
-    """Returns (height and width, channels) that a network sees of the user's own TFDS builder."""
+    """Returns (image size, channels) of a user's own TFDS builder as the network sees them."""
     size, _, channels = data.image_shape
     height, width, own_channels = raw.image_shape
     if not size and (height is None or height != width):

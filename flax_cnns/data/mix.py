@@ -16,7 +16,8 @@ def make_mix(
     config: Any, num_classes: int, *, task: str = "classes"
 ) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
     """Returns `mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`. `config` is
-    `config.mix`, K is `num_classes`. Labels are i32 [n], or f32 [n k] with k <= K.
+    the section `mix` of a run's config, K is `num_classes`. Labels are i32 [n], or f32 [n k] with
+    k <= K.
 
     Label smoothing s gives the correct class 1 - s + s/K and every other class s/K
     (https://arxiv.org/abs/1512.00567, section 7). Soft labels p become (1 - s) p + s/K. A label y,
@@ -26,8 +27,8 @@ def make_mix(
     Cutmix (https://arxiv.org/abs/1905.04899) draws one box per batch, see `cutmix_weights`. If both
     are on, a fair coin per batch chooses between them. Both mix each image i with its neighbor
     i ^ 1 instead of a random partner: the batch is in random order anyway, and neighbors are on one
-    device. With the same `key` on all devices, the result does not depend on their number. If all
-    are off, labels become one-hot and images are unchanged.
+    device. With the same `key` on all devices, the result does not depend on the number of devices.
+    If smoothing, mixup and cutmix are off, labels become one-hot and images are unchanged.
 
     Raises UserError if a value is out of range, and `mix` raises UserError at trace time if it must
     pair an odd number of images.

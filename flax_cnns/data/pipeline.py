@@ -52,11 +52,12 @@ def train_batches(
     Closing the generator stops its threads and worker processes. For a data set of `from_batches`,
     the result is a `batch_stream.TrainBatches`, which can also compute the `digest` of a batch.
 
-    `config` is `config.data`; n = batch_size / process_count, and this process has the rows
-    process_index*n to (process_index+1)*n. The permutations of all epochs form one long sequence,
-    and global batch s is its positions s*B to (s+1)*B. No example is dropped, and a batch may be
-    larger than the training set. The order does not depend on processes, threads or workers. So a
-    checkpoint needs only the step, not Grain's own state, which fits one number of workers.
+    `config` is the section `data` of a run's config; n = batch_size / process_count, and this
+    process has the rows process_index*n to (process_index+1)*n. The permutations of all epochs form
+    one long sequence, and global batch s is its positions s*B to (s+1)*B. No example is dropped,
+    and a batch may be larger than the training set. The order does not depend on processes, threads
+    or workers. Therefore a checkpoint needs only the step. Grain's own state would fit only one
+    number of workers.
 
     Raises UserError if `batch_size` is not a multiple of `process_count`, and DamagedImage while
     iterating.
@@ -90,7 +91,8 @@ def eval_batches(
 
     Black images with mask 0 fill the last batches, so that every process has the same number of
     batches. They also replace damaged images if `config.skip_damaged`. Raises UserError for an
-    unknown split or an `eval_batch_size` that does not divide, and DamagedImage while iterating.
+    unknown split or an `eval_batch_size` that is not a multiple of `process_count`, and
+    DamagedImage while iterating.
     """
     if split not in dataset.splits:
         known = ", ".join(sorted(dataset.splits))
@@ -188,8 +190,8 @@ class TrainStream:
     seed: int
     start: int  # position of the first global batch
     batch_size: int
-    first: int  # this process's first row in each global batch, and its number of rows
-    n: int
+    first: int  # this process's first row in each global batch
+    n: int  # this process's rows in each global batch
     skip_damaged: bool
 
     def __len__(self) -> int:
@@ -201,8 +203,8 @@ class TrainStream:
         size, _, channels = self.image_shape
         example, skipped = find_row(position, self.seed, len(self.source)), -1
         for _ in range(len(self.source)):
-            # Seeded by the position in the global stream, as on the device. The 1 gives other
-            # random numbers than the permutations have.
+            # Seeded by the position in the global stream, as on the device. The 1 separates these
+            # random numbers from those of the permutations.
             seeds = np.random.SeedSequence([self.seed, position, 1])
             rng = np.random.Generator(np.random.Philox(seeds))
             try:
@@ -215,7 +217,7 @@ class TrainStream:
                 if not self.skip_damaged:
                     raise
                 skipped = example
-                example = (example + 1) % len(self.source)  # takes its place
+                example = (example + 1) % len(self.source)  # the next one takes its place
         raise decoding_error("training", self.source)
 
 
@@ -334,8 +336,8 @@ def _start_worker(index: int, count: int) -> None:
 def _starting_processes() -> Iterator[None]:
     """A context in which new processes start with the parent's signals blocked.
 
-    It also starts Python's resource tracker, with warnings off: the tracker would report Grain's
-    batches under way even when a run ends normally.
+    It also starts Python's resource tracker, with warnings off. Otherwise the tracker would warn of
+    Grain's unread batches even when a run ends normally.
     """
     before, ignore = os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)

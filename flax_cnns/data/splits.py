@@ -13,9 +13,7 @@ from flax_cnns.data.types import DamagedImage, ImageSource, Split, Subset, Wrong
 from flax_cnns.errors import UserError
 
 TEST_SHARE = 0.2  # of the training images, if a data set has no test split
-NUM_PROBED_IMAGES = (
-    8  # images of a streamed split, evenly spread, that are decoded before a run begins
-)
+NUM_PROBED_IMAGES = 8  # of a streamed split, evenly spaced, decoded before a run begins
 
 
 # ---- roles, and cutting splits from train
@@ -24,8 +22,8 @@ NUM_PROBED_IMAGES = (
 def assign_roles(own: Mapping[str, ImageSource], name: str, seed: int) -> dict[str, ImageSource]:
     """Returns the splits of the data set `name` by role. `own` holds them by their own names.
 
-    Without a test split, validation serves as test, and without either a fifth of train does.
-    Raises UserError if there is no train split, or if train is too small.
+    If there is no test split, validation serves as test; if there is neither, a fifth of train
+    does. Raises UserError if there is no train split, or if train is too small.
     """
     if "train" not in own:
         raise UserError(f"{name} has no train split; it has: {', '.join(sorted(own))}")
@@ -71,8 +69,8 @@ def take_from_train(
 def keep_fraction(
     splits: dict[str, Split], fraction: float, seed: int, *, task: str = "classes"
 ) -> dict[str, Split]:
-    """Returns the splits with that fraction of train, stratified. A smaller fraction is part of a
-    larger one. Raises UserError if a class would lose all its images."""
+    """Returns the splits with `fraction` of train, stratified. The examples of a smaller fraction
+    are among those of a larger one. Raises UserError if a class would lose all its images."""
     train = splits["train"]
     subject = f"data.fraction={fraction:g}"
     strata = find_strata(train.labels, task)
@@ -100,10 +98,10 @@ def split_rows(
     """Splits rows into (those that stay, those that are taken), both sorted.
 
     `amount` is a fraction below 1, or a count. `subject` begins the error message; "" stands for
-    data.validation. The split is stratified: each class gives its share, to within one example, and
-    if less than half is taken, a class with a single example keeps it. The split is random if
-    `labels` is None, as for a streamed TFDS split, whose labels are known only after reading every
-    image. Raises UserError if no row would be taken, or none would stay.
+    data.validation. The split is stratified: each class gives its share, to within one example. If
+    less than half is taken, a class with a single example keeps that example. The split is random
+    if `labels` is None, as for a streamed TFDS split, whose labels are known only after reading
+    every image. Raises UserError if no row would be taken, or none would stay.
     """
     count = round(amount * total) if amount < 1 else int(amount)
     if not 0 < count < total:

@@ -45,7 +45,8 @@ def find_mean_and_std(
 def convert_to_channels(
     known: KnownDataset, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns the published mean and std for images converted to `channels` channels."""
+    """Returns the published mean and std for images converted to `channels` channels. From color to
+    gray, the std is an upper bound, reached if the colors are fully correlated."""
     mean, std = np.array(known.mean), np.array(known.std)
     if channels == 1 and len(mean) == 3:
         mean, std = _LUMA @ mean[:, None], _LUMA @ std[:, None]
@@ -67,8 +68,8 @@ def broadcast_to_channels(
 
 
 def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and std per channel in 0..1, of images [N H W C]. They are exact for u8, by
-    counting the 256 values; f32 in 0..1 are rounded to 20 bits first."""
+    """Returns mean and std per channel in 0..1, of images [N H W C]. For u8 they are exact, because
+    the 256 values are counted. Values f32 in 0..1 are first rounded to multiples of 2**-20."""
     if images.dtype != np.uint8:
         return _moments_of_floats(images)
     values = np.arange(256) / 255
@@ -81,7 +82,7 @@ def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[fl
     for share in shares:
         share /= share.sum()
         mean.append(float(share @ values))
-        # A constant channel has std 1, so that it becomes 0 and is not divided by 0.
+        # A constant channel gets std 1, so that normalization makes it 0 instead of dividing by 0.
         std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)) or 1.0)
     return tuple(mean), tuple(std)
 
@@ -89,7 +90,8 @@ def moments(images: np.ndarray | ArrayRows) -> tuple[tuple[float, ...], tuple[fl
 def _moments_of_floats(
     images: np.ndarray | ArrayRows,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Sums in fixed point: integer sums do not depend on their order, and so not on the machine."""
+    """Computes `moments` of floats in fixed point. Integer sums do not depend on the order of the
+    terms, so every machine gets the same result."""
     channels, scale = images.shape[-1], 2**20
     total, squares = [0] * channels, [0] * channels
     for pixels in _iterate_pixels(images):

@@ -179,7 +179,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Splits of images with labels. The methods `from_...` make one of a user's own data."""
+    """Splits of images with labels. The methods `from_...` make one from a user's own data."""
 
     name: str
     num_classes: int
@@ -195,7 +195,7 @@ class Dataset:
     covariance: tuple[tuple[float, ...], ...] = ()
     # Images that could not be decoded and were skipped. Streaming a split adds to the list.
     damaged: list[str] = dataclasses.field(default_factory=list)
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # files by kind
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # unused files by kind
     # Files with more than one frame, whose first frame is used. Streaming a split adds to the set.
     multi_frame_files: set[str] = dataclasses.field(default_factory=set)
     notes: tuple[str, ...] = ()  # for the user, on possible mistakes
@@ -230,7 +230,7 @@ class Dataset:
 
     @property
     def in_memory(self) -> bool:
-        """Whether images need no decoding in the loader, as arrays and a user's own batches.
+        """Whether images reach the loader decoded: as arrays, or as a user's own batches.
 
         False: the loader decodes images as they are read, and does the random resized crop.
         """
@@ -269,19 +269,20 @@ class Dataset:
         std: Sequence[float] | None = None,
         name: str = "arrays",
     ) -> Dataset:
-        """Makes a data set of your own arrays, (images, labels) for each split. Pass it to `run`.
+        """Makes a data set from your own arrays, (images, labels) for each split. Pass it to `run`.
 
         Images are uint8 or floats from 0 to 1, [N H W C] or [N H W]. Floats of another range need
         `normalize=False`; the network then sees them unchanged. Labels are integers [N], or soft
         labels [N K] with rows of numbers >= 0 that sum to 1, or with `task="multilabel"` 0 and 1
-        [N K]. The number of classes is that of `class_names`, otherwise `num_classes`, otherwise
-        the largest label + 1. `mean` and `std` are per channel of images in 0..1; by default they
-        are computed from the training images.
+        [N K]. The number of classes is the length of `class_names`, otherwise `num_classes`,
+        otherwise the largest label + 1. `mean` and `std` are per channel of images in 0..1; by
+        default they are computed from the training images.
 
-        Without a test split the validation split serves as test, and without either a fifth of
-        train does. Without a validation split, `data.validation` of train becomes one. Arrays are
-        used without a copy, except floats that are not float32: do not change them while a run
-        reads them. Raises UserError if arrays or arguments do not fit.
+        If there is no test split, the validation split serves as test; if there is neither, a fifth
+        of train does. If no validation split remains, the share or number `data.validation` of the
+        training examples becomes one. Arrays are used without a copy, except floats that are not
+        float32: do not change them while a run reads them. Raises UserError if arrays or arguments
+        do not fit.
         """
         # Imported late: flax_cnns/data/array_dataset.py imports this module.
         return importlib.import_module("flax_cnns.data.array_dataset").from_arrays(
@@ -310,11 +311,11 @@ class Dataset:
         std: Sequence[float] | None = None,
         name: str = "batches",
     ) -> Dataset:
-        """Makes a data set of batches from your own function (Grain, torch, tf.data). Pass it to
-        `run`.
+        """Makes a data set from a function of yours that returns batches (Grain, torch, tf.data).
+        Pass it to `run`.
 
         `factory(split, start_step, process_index, process_count)` returns an iterable of {"image":
-        [n H W C], "label": [n] or [n K]} or (images, labels). Each is this process's part of a
+        [n H W C], "label": [n] or [n K]} or (images, labels). Each item is this process's part of a
         global batch: rows process_index*n to (process_index+1)*n of `data.batch_size`
         (`data.eval_batch_size` for test and validation), with n = batch size / process_count.
         "train" starts at batch number `start_step` and never ends; all its batches have the same
@@ -350,7 +351,7 @@ class Dataset:
         data_dir: str = "",
         **fields: Any,
     ) -> Dataset:
-        """Makes a data set of your own TFDS builder, a class or an instance. Pass it to `run`.
+        """Makes a data set from your own TFDS builder, a class or an instance. Pass it to `run`.
 
         If the data set is not prepared yet, the run prepares it first. That needs no TensorFlow if
         the builder yields encoded images (a PNG in io.BytesIO). `image_size` is the height and

@@ -51,9 +51,10 @@ class ResponseNorm(nn.Module):
 def make_layers(network: nn.Module, bias: float) -> tuple[ModuleDef, ModuleDef, Callable, Callable]:
     """Makes a network's layers: (convolution, dense layer, head, initializer of biases).
 
-    Must be called inside `network`. The initializer gives `bias` if `kernel_init` is "paper", else
-    0. The hidden dense layers use it; a convolution starts with biases of 0 unless it is given the
-    initializer. The head is the identity if `network.num_classes` is None.
+    Must be called inside `network`. The initializer gives `bias` if `kernel_init` is "paper",
+    otherwise 0. The hidden dense layers use this initializer; a convolution starts with biases of 0
+    unless it gets the initializer as `bias_init`. The head is the identity if `network.num_classes`
+    is None.
     """
     paper = layers.gaussian(0.01)
     kernel_init = layers.get_initializer(network.kernel_init, paper=paper)
@@ -122,8 +123,8 @@ class OneWeirdTrick(nn.Module):
     """AlexNet of 2014, torchvision's: images f32 [N H W C] -> logits f32 [N num_classes].
 
     Returns fc7's output f32 [N hidden] if `num_classes` is None. H and W are at least 63; fc6 takes
-    adaptive 6x6 means of the last maps, as in torchvision. `kernel_init="paper"` is that of 2012,
-    because the paper of 2014 gives no initial values. Raises `UserError` if the images are too
+    adaptive 6x6 means of the last maps, as in torchvision. `kernel_init="paper"` gives the initial
+    values of 2012, because the paper of 2014 gives none. Raises `UserError` if the images are too
     small or have other channels than `input_size`.
     """
 

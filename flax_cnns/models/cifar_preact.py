@@ -60,7 +60,8 @@ ORDERS = {  # figure 4
 
 
 def activate(kinds: str, x: Array, norm: ModuleDef, name: str) -> Array:
-    """Applies `kinds`, which is "norm", "relu", "norm relu" or "", to `x`; `name` is the norm's."""
+    """Applies `kinds`, which is "norm", "relu", "norm relu" or "", to `x`; `name` names the
+    norm."""
     if "norm" in kinds:
         x = norm(name=name)(x)
     return nn.relu(x) if "relu" in kinds else x

@@ -10,9 +10,9 @@ takes every second pixel ("stride of 2"). Other variants in this file:
   with their shortcut, which takes 2x2 means
 - ShakeDrop, as in `pyramidnet`
 - `norm="fixup"`: the networks without normalization of Zhang et al. 2019,
-  https://arxiv.org/abs/1901.09321, section 4.1. Their code has no scalar before the first
-  convolution, where their rule and our code have one; and it adds a block's scalar to a shortcut
-  that changes shape, which ours does not.
+  https://arxiv.org/abs/1901.09321, section 4.1. Before the first convolution, their rule asks for a
+  scalar; our code has it, theirs does not. Their code adds a block's scalar to a shortcut that
+  changes shape; ours does not.
 """
 
 from __future__ import annotations

@@ -122,11 +122,11 @@ class DenseNet(nn.Module):
     images are too small or have other channels than `input_size`, and for a `depth` that does not
     give three equal blocks.
 
-    `remat` makes it the memory-efficient DenseNet (Pleiss et al. 2017,
+    `remat=True` gives the memory-efficient DenseNet (Pleiss et al. 2017,
     https://arxiv.org/abs/1707.06990): the backward pass concatenates and normalizes the maps again.
     Otherwise every layer keeps them, in memory that grows with the square of a block's depth. By
-    the shapes of what `jax.vjp` keeps, densenet_40_12 needs 48 instead of 310 MB on eight images.
-    On a CPU the compiler undoes `remat` inside a single program.
+    the shapes of the arrays that `jax.vjp` keeps, densenet_40_12 needs 48 instead of 310 MB for
+    eight images. On a CPU the compiler undoes `remat` inside a single program.
     """
 
     # architecture
@@ -136,7 +136,7 @@ class DenseNet(nn.Module):
     bottleneck: bool = True  # B
     compression: float = 0.5  # C's theta, the fraction of maps that a transition keeps
     stem: ModuleDef = layers.ImageNetStem
-    stem_width: Count | None = None  # None: 2k with both B and C, else 16
+    stem_width: Count | None = None  # None: 2k with both B and C, otherwise 16
     links: Callable[[Sequence[Array]], Sequence[Array]] = all_before
     attention: ModuleDef | None = None
     input_size: ImageSize = (224, 224, 3)

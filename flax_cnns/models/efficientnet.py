@@ -109,7 +109,7 @@ class EfficientNet(nn.Module):
     Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
     each of the five halvings. Widths are rounded to multiples of 8 (`layers.round_width`), depths
     are rounded up. Raises `UserError` if the images have other channels than `input_size`, or if
-    the number of `strides` is not that of the stem and the stages.
+    `strides` does not have one entry for the stem and one for each stage.
     """
 
     # architecture

@@ -106,7 +106,7 @@ class Aux(nn.Module):
             self.sow("aux_logits", "logits", x)
 
 
-# Table 1 from 3a on, its columns #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5 and pool proj.
+# Table 1 from row 3a on: its columns #1x1, #3x3 reduce, #3x3, #5x5 reduce, #5x5 and pool proj.
 TABLE = (
     ("mixed3a", (64, 96, 128, 16, 32, 32)),
     ("mixed3b", (128, 128, 192, 32, 96, 64)),

@@ -9,7 +9,7 @@ outputs (9,090 parameters more); ours has ten.
 `highway_32`, Highway C, is an unverified reconstruction. The paper says only: 32 layers,
 "alternating receptive fields of size 3x3 and 1x1", thinner than B, about 1.25 M. We keep B's plan,
 with ten convolutions in each stage: 3x3 and 1x1 in turn, beginning with the plain 3x3. The widths
-32, 64 and 96 then give 1,264,502 parameters, which is 1.2 % more; other widths come as near.
+32, 64 and 96 then give 1,264,502 parameters, which is 1.2 % more; other widths come equally close.
 
 The biases of the transform gates start at -2, as in the release, so that layers at first pass on
 their inputs. The paper searched from -1 to -10 on MNIST. Dropout of 0.2 is the release's.

@@ -4,9 +4,9 @@ The release is TensorFlow's slim network, which timm and Keras adopted. It diffe
 four ways: another stem (Inception-v3's, followed by `mixed_5b`: 320 maps instead of 384); twice as
 many blocks (10, 20, 10 instead of 5, 10, 5); a last block that is neither scaled nor activated; and
 a 1x1 convolution to 1536 maps before the pooling. The widths drawn in the paper cannot be built:
-figure 7 gives 1152 maps where figure 17 adds 1154, and figure 18 makes 2144 of 1152 where figure 19
-adds 2048. The release has 320, 1088 and 2080. The release's auxiliary head, for training only, is
-neither in the paper nor here. The release's BatchNorm has no scale; timm's and ours have one.
+figure 7 gives 1152 maps but figure 17 adds 1154, and figure 18 turns 1152 maps into 2144 but figure
+19 adds 2048. The release has 320, 1088 and 2080. The release's auxiliary head, for training only,
+is neither in the paper nor here. The release's BatchNorm has no scale; timm's and ours have one.
 `keras_inception_resnet_v2` is Keras's: no scale, momentum 0.99, no dropout.
 """
 

@@ -2,14 +2,15 @@
 
 The release differs from table 1 in the stem: it has a 1x1 of 80, a 3x3 of 192 and a max pooling
 where the table has a 3x3 of 80, a 3x3/2 of 192 and a 3x3 of 288. It differs from figure 5 in the
-35x35 blocks: it has a 5x5 where one branch of the figure has a 3x3. The table's sizes hold.
+35x35 blocks: it has a 5x5 where one branch of the figure has a 3x3. The map sizes are those of the
+table.
 
 The network in the last line of table 3, which the paper calls Inception-v3, has the auxiliary head
 with BatchNorm (section 4) and label smoothing 0.1 (`config.mix`). The paper gives no weight for the
 head's loss; TensorFlow's training took 0.4. The paper mentions neither dropout nor initial weights.
-Our dropout is torchvision's 50 % (TensorFlow has 20 %). `init="paper"` is TensorFlow's normal of
-deviation 0.1, truncated at two deviations, with deviations 0.01 and 0.001 in the last two layers of
-the auxiliary head.
+Our dropout is torchvision's 50 % (TensorFlow has 20 %). `kernel_init="paper"` is TensorFlow's
+normal of deviation 0.1, truncated at two deviations, with deviations 0.01 and 0.001 in the last two
+layers of the auxiliary head.
 
 `keras_inception_v3` has BatchNorm without scale (17,216 parameters fewer) and with momentum 0.99,
 3x3 means that exclude the padding, and no dropout.
@@ -135,13 +136,13 @@ class BlockE(nn.Module):
 class Aux(nn.Module):
     """Figure 8's auxiliary head: [N H W C] -> logits f32 [N num_classes], sown in training.
 
-    5x5 means with stride 3 turn 17x17 maps into 5x5. They would leave too little of smaller maps,
-    which are averaged to 5x5 adaptively (PyTorch's network takes only images of 299x299 or more in
-    training).
+    5x5 means with stride 3 turn 17x17 maps into 5x5. Smaller maps are averaged to 5x5 adaptively,
+    because such means would leave too little of them (in training, PyTorch's network takes only
+    images of 299x299 or more).
     """
 
     unit: ModuleDef
-    last: ModuleDef  # a unit whose kernels start smaller with `init="paper"`
+    last: ModuleDef  # a unit whose kernels start smaller with `kernel_init="paper"`
     head: ModuleDef  # the dense layer
 
     @nn.compact

@@ -57,7 +57,7 @@ class Branch(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parallel branches and a pooling one, concatenated: [N H W C] -> [N H' W' sum of widths].
+    """Concatenates parallel branches and a pooling branch: [N H W C] -> [N H' W' sum of widths].
 
     At stride 1 the pooling branch is a 3x3 mean followed by the convolutions `pooled`. At stride 2,
     in a reduction, it is a 3x3 maximum without padding, like the last convolutions of the other

@@ -5,9 +5,9 @@ paper's table I connects them sparsely); pooling is a plain mean without a train
 bias; tanh is not scaled to 1.7159 tanh(2x/3); and the output is linear with softmax loss instead of
 RBF units. This gives 61,706 parameters.
 
-`lenet5_original` has all four as in 1998, and 60,000 parameters. The bitmaps with which its output
-is compared are redrawn from figure 3, whose print does not show every pixel. The paper's images are
--0.1 where white and 1.175 where black.
+`lenet5_original` follows the paper in all four, and has 60,000 parameters. The bitmaps with which
+its output is compared are redrawn from figure 3, whose print does not show every pixel. The paper's
+images are -0.1 where white and 1.175 where black.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class Subsampling(nn.Module):
 class SparseC3(nn.Module):
     """C3 with the connections of table I, squashed: [N H W 6] -> [N H-4 W-4 16].
 
-    Maps of C3 that see equally many maps of S2 are one grouped convolution, on a copy of these
-    maps.
+    One grouped convolution computes all maps of C3 that see equally many maps of S2, on a copy of
+    the maps that each sees.
     """
 
     conv: ModuleDef
@@ -194,7 +194,7 @@ class OriginalLeNet(nn.Module):
     without its constant j, the "rubbish" class. The first ten classes are the digits; any others
     have random codes. `kernel_init="paper"` is appendix A, also for the coefficients of S2 and S4,
     which have four inputs; otherwise the coefficients start at 1/4, as in a mean. Appendix A does
-    not mention biases, which start at 0. Sizes and errors are those of `LeNet`.
+    not mention biases, which start at 0. Image sizes and errors are as in `LeNet`.
     """
 
     # architecture

@@ -1,11 +1,11 @@
 """MobileNet v1: after the stem, each 3x3 convolution is depthwise and is followed by a 1x1.
 
 Table 1 of the paper. In the table the last depthwise 3x3 has stride 2, on maps of 7x7 that stay
-7x7; here its stride is 1, as in everybody's code. The paper has ReLU. The released code, Keras,
-timm and this file have ReLU6 (`activation=nn.relu` is the paper's). `width_mult` is the paper's
-alpha (section 3.3), for every layer except the classifier. The paper's resolution multiplier
-(section 3.4) is not a field but the size of the images: at 224, 192, 160 and 128 pixels, the
-network of width 1 needs 569, 418, 290 and 186 million multiplications (table 7), with the same
+7x7; here its stride is 1, as in the released code, Keras and timm. The paper has ReLU. The released
+code, Keras, timm and this file have ReLU6 (`activation=nn.relu` is the paper's). `width_mult` is
+the paper's alpha (section 3.3), for every layer except the classifier. The paper's resolution
+multiplier (section 3.4) is not a field but the size of the images: at 224, 192, 160 and 128 pixels,
+the network of width 1 needs 569, 418, 290 and 186 million multiplications (table 7), with the same
 parameters.
 
 `keras_mobilenet` has TensorFlow's padding, which equals Keras's only on maps of even size. Keras

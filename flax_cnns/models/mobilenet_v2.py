@@ -1,13 +1,13 @@
 """MobileNet v2: inverted residuals, which are wide inside and narrow where they are added.
 
-Table 2 of the paper. The rule for `width_mult` is the released code's, which everybody follows:
-widths are rounded to multiples of 8 and never by more than 10 % down (`layers.round_width`), and
-the last convolution keeps its 1280 channels if `width_mult` is below 1 (the paper, section 4). The
-paper states 3.4 million parameters, and 6.9 million at 1.4. The authors' own table of the released
-networks has 3.47 and 6.06. That is our count without the scales and shifts of the norms; with them
-it is 3.50 and 6.11. GluonCV's networks, the source of some tables, differ: they expand in the first
-block too, truncate widths, and have no bias in the classifier. They have 3,504,960 instead of
-3,504,872 parameters.
+Table 2 of the paper. The rule for `width_mult` is that of the released code, which torchvision,
+timm and Keras follow: widths are rounded to multiples of 8, and down by at most 10 %
+(`layers.round_width`), and the last convolution keeps its 1280 channels if `width_mult` is below 1
+(the paper, section 4). The paper states 3.4 million parameters, and 6.9 million at 1.4. The
+authors' own table of the released networks has 3.47 and 6.06. That is our count without the scales
+and shifts of the norms; with them it is 3.50 and 6.11. GluonCV's networks, the source of some
+tables, differ: they expand in the first block too, truncate widths, and have no bias in the
+classifier. They have 3,504,960 instead of 3,504,872 parameters.
 
 `mobilenet_v2` is torchvision's; timm's `mobilenetv2_100` computes the same without its dropout. The
 other widths are timm's, under timm's names and under names in torchvision's style.

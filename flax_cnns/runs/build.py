@@ -42,7 +42,7 @@ class RunComponents(NamedTuple):
     model: Any  # a linen module
     dataset: Dataset
     mesh: Any  # of the devices that the run uses
-    eval_step: Any  # (variables, batch, key) -> {metric: sum}, parallelized; None if only loading
+    eval_step: Any  # (variables, batch, key) -> {metric: sum}, parallelized; None for `load_run`
     num_classes: int  # the number of logits
     own_parts: OwnParts = OwnParts()
 

@@ -86,7 +86,8 @@ def make_device_slots(number: int | None = None) -> list[DeviceSlot]:
 
 
 def _devices() -> tuple[str, int]:
-    """("gpu", 4): found in another process, because a process that opens a GPU keeps its memory."""
+    """Returns (platform, number of devices), such as ("gpu", 4). Another process counts them,
+    because a process that opens a GPU keeps its memory."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return "cpu", 1
     code = "import jax; print(jax.default_backend(), jax.local_device_count())"

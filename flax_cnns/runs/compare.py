@@ -118,7 +118,7 @@ def make_result_table(runs: Mapping[str, RunRecord], metric: str = "accuracy") -
 
 
 def _best(record: RunRecord, metric: str) -> float | None:
-    """The best validation value; None if it is unknown whether more is better."""
+    """Returns the best validation value; None if it is unknown whether higher is better."""
     values = record.series(f"validation/{metric}")[1]
     values = values[np.isfinite(values)]
     mode = "max" if metric in FRACTION_METRICS else "min" if metric == "loss" else "auto"
@@ -130,7 +130,7 @@ def _best(record: RunRecord, metric: str) -> float | None:
 
 
 def _format_metric(metric: Metric, value: float | None) -> str:
-    """A fraction as a percentage, another metric with four digits."""
+    """Formats a fraction as a percentage, any other metric with four significant digits."""
     if metric.is_fraction:
         return _format_percent(value)
     return _format(value, f".{SIGNIFICANT_DIGITS}g")
@@ -187,7 +187,8 @@ def draw_runs(
 
 
 def _styles(runs: int) -> list[dict[str, Any]]:
-    """A style for each run. Hundreds of runs get colors in their order along one color map."""
+    """Returns a line style for each run. If there are more runs than pairs of COLORS and DASHES,
+    colors follow one color map in the order of the runs."""
     if runs <= len(COLORS) * len(DASHES):
         return [dict(color=COLORS[i % 8], linestyle=DASHES[i // 8]) for i in range(runs)]
     turbo = colormaps["turbo"]

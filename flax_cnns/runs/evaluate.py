@@ -32,10 +32,11 @@ def list_class_names(dataset: Dataset, width: int) -> list[str]:
 def load_variables(
     components: RunComponents, workdir: str | os.PathLike, checkpoint: str = ""
 ) -> tuple[PyTree, finding.StepChoice]:
-    """Returns (variables, chosen checkpoint) as the run evaluates them, with named blocks.
+    """Returns (the variables with which the run is evaluated, the chosen checkpoint).
 
-    The variables are the averaged weights if the run has them. `checkpoint`: best, latest, a step,
-    or "" (see `finding.choose_step`). Reads only the needed arrays. Raises UserError.
+    The variables have named blocks, and are the averaged weights if the run has them. `checkpoint`:
+    best, latest, a step, or "" (see `finding.choose_step`). Reads only the needed arrays. Raises
+    UserError.
     """
     source = finding.find_step_arrays(workdir, checkpoint)
     sharding = jax.sharding.NamedSharding(components.mesh, jax.sharding.PartitionSpec())
@@ -124,7 +125,7 @@ def evaluate_run(
 
 
 def _describe_classes(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
-    """The entries "classes" and "confusion" of the JSON file, from counts [K K]."""
+    """Returns the entries "classes" and "confusion" of the JSON file, from counts [K K]."""
     classes = per_class_metrics(confusion)
     numbers = zip(classes["count"], classes["recall"], classes["precision"])
     rows = [

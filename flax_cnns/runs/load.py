@@ -50,8 +50,8 @@ def load_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
     config = workdirs.read_config(workdir)
-    names = find_references(config).get("model", [])
-    check_trust({"model": {"name": names[0]}} if names else {}, trust, str(workdir))
+    references = find_references(config).get("model", [])
+    check_trust({"model": {"name": references[0]}} if references else {}, trust, str(workdir))
     facts = workdir / "dataset.json"
     if facts.is_file():
         with explain_damage(facts, REPAIRS[facts.name]):

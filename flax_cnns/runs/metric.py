@@ -28,7 +28,7 @@ class Metric(NamedTuple):
 
     @property
     def factor(self) -> int:
-        """Converts a value to its unit."""
+        """The number that a value is multiplied by to be in its unit."""
         return 100 if self.is_fraction else 1
 
     @property

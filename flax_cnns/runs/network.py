@@ -46,7 +46,7 @@ def get_model_fields(config: Any) -> dict[str, Any]:
 def make_model(config: Any, dataset: Dataset, network: Any = None) -> nn.Module:
     """Builds the network of a run.
 
-    The network has the data set's number of classes, unless the config has more.
+    The network has the data set's number of classes, unless `model.num_classes` is larger.
 
     `network`: the user's own class, function or module instance; None takes `config.model.name`
     from the registry. Raises UserError.
@@ -163,7 +163,7 @@ def _known_fields(network: Any) -> set[str]:
 
 
 def to_tuples(value: Any) -> Any:
-    """Converts the lists of a config to tuples, also inside each other."""
+    """Converts the lists of a config to tuples, also nested lists."""
     return tuple(map(to_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -129,9 +129,9 @@ def resolve(
 ) -> OwnParts:
     """Imports and creates the own parts that a config names.
 
-    `objects` are the opaque ones. With `callbacks=False` no callback is created: a callback may
-    truncate a file. Raises UserError for a name that cannot be imported, a field that its part does
-    not take, and fields that belong to no part.
+    `objects` holds the opaque objects by reference. With `callbacks=False` no callback is created:
+    a callback may truncate a file. Raises UserError for a name that cannot be imported, a field
+    that its part does not take, and fields that belong to no part.
     """
     references = find_references(config)
     fields = to_plain(config.get("own", {}) or {})
@@ -228,7 +228,7 @@ def find_network(config: Any, objects: OpaqueObjects | None = None) -> Any:
 
 
 def _check_names(references: Mapping[str, list[str]], fields: Mapping[str, Any]) -> None:
-    """Raises UserError if `own.NAME` names no or several parts, or if two parts share a name."""
+    """Raises UserError if `own.NAME` names no part or several, or if two parts share a name."""
     names = [name_of(ref) for kind, refs in references.items() if kind != "model" for ref in refs]
     for name in fields:
         if name in map(name_of, references.get("model", ())) and name not in names:
@@ -307,7 +307,8 @@ def _make_instance(part: Any, fields: dict[str, Any], reference: str) -> Any:
 
 
 def _why_off(part: Any, fields: Mapping[str, Any]) -> str:
-    """Says why a regularizer is off: its first field is 0, False, None or empty. "" if it is on."""
+    """Returns why a regularizer is off (its first field is 0, False, None or empty); "" if it is
+    on."""
     if _is_factory(part):
         first = next(iter(inspect.signature(part).parameters.values()), None)
         if first is None or (first.name not in fields and first.default is first.empty):
@@ -323,7 +324,7 @@ def _why_off(part: Any, fields: Mapping[str, Any]) -> str:
 
 
 def _check_callback(callback: Any) -> None:
-    """Raises UserError unless the object has a hook, and only hooks with the right arguments."""
+    """Raises UserError if the object has no hook, or has a hook with wrong arguments."""
     what = f"train.callbacks: {type(callback).__name__}"
     for name in dir(callback):
         is_hook = name.startswith("on_") and callable(getattr(callback, name))

@@ -70,15 +70,15 @@ def make_predictor_from_weights(
     Classes have ImageNet's names, or numbers if the file has another number of classes. Raises
     UserError.
     """
-    row = weights.preprocessing(model_name, source)
+    transform = weights.preprocessing(model_name, source)
     opened = weights.open_weights(model_name, source, path)
     for note in opened.notes:
         print(f"note: {note}")
     head = opened.tree["params"].get("head")
-    row = row._replace(num_classes=0 if head is None else head["kernel"].shape[-1])
-    model, row = _make_classifier(model_name, source, row, opened.input_size)
+    transform = transform._replace(num_classes=0 if head is None else head["kernel"].shape[-1])
+    model, transform = _make_classifier(model_name, source, transform, opened.input_size)
     title = f"{model_name}, {source}'s weights"
-    return _make_predictor(title, row, model, opened.tree)
+    return _make_predictor(title, transform, model, opened.tree)
 
 
 def make_predictor_from_folder(
@@ -106,7 +106,7 @@ def make_predictor_from_converted(folder: str | os.PathLike) -> Predictor:
     about = workdirs.read_json(folder / "about.json")
     try:
         name, source = about["model"], about["source"]
-        row = weights.Preprocessing.from_dict(about["preprocessing"])
+        transform = weights.Preprocessing.from_dict(about["preprocessing"])
         default_size = registry.create_model(name).input_size
         height, width, channels = about.get("input_size", default_size)  # absent in old folders
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -115,20 +115,20 @@ def make_predictor_from_converted(folder: str | os.PathLike) -> Predictor:
             f"{folder}/about.json is not as experiments.convert writes it ({problem}); convert"
             " the weights again"
         ) from None
-    model, row = _make_classifier(name, source, row, (height, width, channels))
+    model, transform = _make_classifier(name, source, transform, (height, width, channels))
     shapes = jax.eval_shape(partial(registry.init_variables, model), jax.random.key(0))
     variables = reading.read_tree(folder, shapes)
-    return _make_predictor(f"{name}, {source}'s weights", row, model, variables)
+    return _make_predictor(f"{name}, {source}'s weights", transform, model, variables)
 
 
 def _make_classifier(
-    model_name: str, source: str, row: weights.Preprocessing, input_size: tuple[int, ...]
+    model_name: str, source: str, transform: weights.Preprocessing, input_size: tuple[int, ...]
 ) -> tuple[nn.Module, weights.Preprocessing]:
     """Returns the network for images of `input_size`, and their preprocessing.
 
-    The preprocessing uses the same fraction of a photo as `row`, scaled to `input_size`.
+    The preprocessing uses the same fraction of a photo as `transform`, scaled to `input_size`.
     """
-    if not row.num_classes:
+    if not transform.num_classes:
         raise UserError(f"{model_name} from {source}: these weights have no classifier")
     default_size = registry.create_model(model_name).input_size
     height, width, channels = input_size
@@ -139,16 +139,20 @@ def _make_classifier(
         )
     fields: dict[str, Any] = {}
     if input_size != default_size:
-        row = row._replace(size=height, resize=round(row.resize * height / row.size))
+        transform = transform._replace(
+            size=height, resize=round(transform.resize * height / transform.size)
+        )
         fields["input_size"] = input_size
-    return registry.create_model(model_name, num_classes=row.num_classes, **fields), row
+    return registry.create_model(model_name, num_classes=transform.num_classes, **fields), transform
 
 
 def _make_predictor(
-    title: str, row: weights.Preprocessing, model: nn.Module, variables: PyTree
+    title: str, transform: weights.Preprocessing, model: nn.Module, variables: PyTree
 ) -> Predictor:
-    names = row.class_names() or tuple(map(str, range(row.num_classes)))
-    return Predictor(title, row.__call__, row.box, _make_probabilities(model, variables), names)
+    names = transform.class_names() or tuple(map(str, range(transform.num_classes)))
+    return Predictor(
+        title, transform.__call__, transform.box, _make_probabilities(model, variables), names
+    )
 
 
 def make_predictor_from_run(

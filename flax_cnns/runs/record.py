@@ -51,7 +51,7 @@ class RunRecord(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from the start to the newest line, with compiling and evaluating.
+        """Seconds from the start to the newest line, including compiling and evaluating.
 
         For a run that was interrupted, the sum over its sessions. Each session logs
         "time/first_step".
@@ -75,8 +75,8 @@ def read_record(workdir: str | os.PathLike) -> RunRecord:
 def count_params_and_macs(record: RunRecord) -> tuple[int, int] | None:
     """Returns (parameters, MACs of one image) of the run's network. Computes shapes only.
 
-    Returns None if `dataset.json` is missing, because it holds the image size, and for a network of
-    the user's own.
+    Returns None for a network of the user's own, and if `dataset.json`, which holds the image size,
+    is missing.
     """
     facts = record.workdir / "dataset.json"
     if not facts.is_file() or ":" in record.config.model.name:

@@ -19,7 +19,8 @@ from flax_cnns.config.checks import is_reference
 from flax_cnns.errors import UserError, did_you_mean
 
 OPAQUE = "<opaque>"
-# The config field of each kind of own part. The kinds below hold several references.
+# The config field of each kind of own part. The fields of KINDS_WITH_SEVERAL hold several
+# references.
 PART_FIELDS = {
     "model": "model.name",
     "data": "data.name",
@@ -33,7 +34,7 @@ KINDS_WITH_SEVERAL = ("metrics", "regularizers", "callbacks")
 
 
 def name_of(reference: str) -> str:
-    """The NAME of "package.module:a.NAME"."""
+    """Returns the NAME of "package.module:a.NAME"."""
     return re.split(r"[:.]", reference)[-1]
 
 
@@ -51,9 +52,10 @@ def find_references(config: Any) -> dict[str, list[str]]:
 
 
 def check_trust(config: Any, trust: bool, what: str) -> None:
-    """Raises UserError if `config` names code without `trust`, or objects of another process.
+    """Raises UserError if `config` names code and `trust` is False, or names objects of another
+    process.
 
-    `what` is the run in the message.
+    `what` names the run in the message.
     """
     references = [ref for refs in find_references(config).values() for ref in refs]
     if opaque := [ref for ref in references if ref.startswith(OPAQUE)]:

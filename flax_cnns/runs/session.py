@@ -182,7 +182,7 @@ class Session:
         self._call_back("on_save", step)
 
     def _digests(self, step: int) -> list[str]:
-        """Digests of the batch that a step takes, one for each process."""
+        """Returns the digests of the batch that a step takes, one for each process."""
         digest = self.batches.digest(step)
         if jax.process_count() == 1:
             return [digest]
@@ -197,8 +197,8 @@ class Session:
         """
         if len(was) != jax.process_count():
             self.progress.print(
-                f"note: the next batch was saved by {len(was)} processes;"
-                f" {jax.process_count()} processes cannot compare it"
+                f"note: {len(was)} processes saved digests of their parts of the next batch;"
+                f" {jax.process_count()} processes cannot compare them"
             )
             return
         differ = [a != b for a, b in zip(was, self._digests(step)) if a and b]
@@ -214,8 +214,8 @@ class Session:
             )
             if not self.accept_changed_data:
                 raise UserError(
-                    f"{problem}; make it depend on start_step alone, or continue anyway with"
-                    " --accept-changed-data"
+                    f"{problem}; make its batches depend on start_step alone, or continue anyway"
+                    " with --accept-changed-data"
                 )
             self.progress.print(f"accepted: {problem}")
 

@@ -46,7 +46,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         counts = ", ".join(f"{kind}: {count:,}" for kind, count in left_out.items())
         print_line(f"left out: {counts}")
     if several := summary.get("files_of_several_pictures"):
-        console.print(f"files with several pictures, of which only the first was used: {several}")
+        console.print(f"files with several frames (only the first is used): {several}")
     if damaged := summary["damaged_images"]:
         names = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
         console.print(f"left out {len(damaged)} images that cannot be decoded: {names}")

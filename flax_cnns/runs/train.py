@@ -69,8 +69,8 @@ def run(
     Called again with the same config, `run` resumes from the newest intact checkpoint and gives the
     same bits as an uninterrupted run. If the data changed since the run began, `run` raises
     `ChangedData`, a UserError. With `accept_changed_data` it continues, and records the change with
-    both fingerprints in `dataset.json`. `fingerprint`: that of the data, if the caller has just
-    read them; a complete run is compared with it.
+    both fingerprints in `dataset.json`. `fingerprint` is the data's fingerprint, if the caller has
+    just computed it; otherwise `run` reads the data of a complete run to compare them.
 
     Raises:
         UserError: for what the user can correct, also for a file that cannot be written. Printed

@@ -1,4 +1,4 @@
-"""The run directory: checks whether a run may write into it and whether it fits the run.
+"""The run directory: checks whether a run may write into it, and reads and updates its files.
 
 config.json        the resolved config; a run with another config cannot resume here
 dataset.json       what prediction needs without the data: classes, size, mean and std; also the
@@ -92,7 +92,7 @@ def _read_completed(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def describe_resume(workdir: pathlib.Path) -> str:
-    """Ends a message: says how to resume this run after it was interrupted."""
+    """Returns the end of a message: how to resume this run after it was interrupted."""
     if saved := all_steps(workdir):
         return f"run the same command again to resume from step {saved[-1]}"
     return "nothing of this run was saved; run the same command again to restart it"
@@ -192,8 +192,8 @@ def write_dataset_facts(workdir: pathlib.Path, facts: Mapping[str, Any]) -> None
 def find_data_differences(workdir: pathlib.Path, seen: fingerprints.DataSnapshot) -> list[str]:
     """Returns the differences between the data at the beginning of the run and now, in words.
 
-    For a run of a version without fingerprints, compares the class names, the mean if the run
-    computed it, and the counts if the run is complete.
+    If the run was made by a version without fingerprints, compares the class names, the mean if the
+    run computed it, and the counts if the run is complete.
     """
     facts = read_dataset_facts(workdir)
     if "fingerprint" in facts:
@@ -225,8 +225,8 @@ def check_data(
     """Compares the data with those at the beginning of the run.
 
     Returns the change if there is one and `accept` is set: {"differs": [words], "was": fingerprint,
-    "is": fingerprint}; else None. Prints the change unless `quiet`. Raises `ChangedData` if the
-    data changed and `accept` is not set.
+    "is": fingerprint}; otherwise None. Prints the change unless `quiet`. Raises `ChangedData` if
+    the data changed and `accept` is not set.
     """
     if not has_begun(workdir):
         return None

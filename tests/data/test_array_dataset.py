@@ -132,7 +132,7 @@ def test_classes_and_their_names():
     counted = Dataset.from_arrays((BYTES, LABELS), (BYTES, LABELS + 1))
     assert counted.num_classes == 4
     assert counted.notes == (
-        "assuming 4 classes, because the largest label is 3; num_classes= sets more",
+        "assuming 4 classes, because the largest label is 3; for more, give num_classes=",
     )
     assert Dataset.from_arrays((BYTES, LABELS > 1)).splits["train"].labels.dtype == np.int32
 

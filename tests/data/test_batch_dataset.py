@@ -352,7 +352,9 @@ def test_what_is_refused(more, message):
 )
 def test_what_needs_another_order_is_refused(config, field, value, message):
     config[field] = value
-    with pytest.raises(UserError, match=rf"data\.{field}=.* does not apply to batches .*{message}"):
+    with pytest.raises(
+        UserError, match=rf"data\.{field}=.* does not apply to your own batches .*{message}"
+    ):
         loaded(config)
     config.update(validation=0.0, fraction=1.0, classes=(), mock=0)
     config.augment.pca = 0.1
@@ -367,7 +369,9 @@ def test_there_may_be_no_validation_split(config):
     config.validation = 0.1
     data = loaded(config)
     assert "validation" not in data.splits
-    assert "note: there is no validation split; from_batches takes" in "\n".join(data.describe())
+    assert "note: there is no validation split; pass sizes['validation']" in "\n".join(
+        data.describe()
+    )
 
 
 def test_a_factory_that_returns_nothing(config):

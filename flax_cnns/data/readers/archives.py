@@ -34,13 +34,14 @@ IDX_FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 _DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, struct.error)
-# Photos hardly compress, digits compress to a fifth, drawings further; a bomb to a thousandth.
+# A file of n bytes may declare _FREE_BYTES + _MAX_RATIO * n bytes of data. Photos hardly compress,
+# digits compress to a fifth, drawings further; a zip bomb compresses to a thousandth.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 26
 
 
 def exists(name: str, directory: str) -> bool:
-    """Returns whether `directory` holds the archives of data set `name`. Data sets other than CIFAR
-    are IDX files."""
+    """Returns whether `directory` holds the archives of data set `name`. For names other than
+    CIFAR's, these are IDX files."""
     if name in CIFAR_FILES:
         return (Path(directory).expanduser() / CIFAR_FILES[name]).exists()
     return _find_idx_file(directory, IDX_FILES["train"][0]) is not None
@@ -94,7 +95,7 @@ def _read_idx(name: str, directory: str) -> RawDataset:
 
 def read_idx_array(file: Path, ndim: int) -> np.ndarray:
     """Reads the uint8 array of an IDX file, gzipped or not. Raises UserError if the file is damaged
-    or the array has not `ndim` dimensions."""
+    or the array does not have `ndim` dimensions."""
     check_regular_file(file)
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
@@ -104,7 +105,7 @@ def read_idx_array(file: Path, ndim: int) -> np.ndarray:
             shape = struct.unpack(f">{ndim}I", stream.read(4 * ndim))
             count = math.prod(shape)
             check_declared_size(file, count)
-            data = stream.read(count + 1)  # one byte more shows whether gzip goes on
+            data = stream.read(count + 1)  # one byte more, to notice data after the end
     except _DAMAGE as error:
         raise UserError(f"{file} is damaged: {error}; download it again") from error
     if len(data) != count:
@@ -167,7 +168,7 @@ def _unpickle_members(file: Path, wanted: set[str]) -> dict[str, dict]:
     try:
         with gzip.open(file) as unpacked:
             stream = _BoundedStream(unpacked, file)
-            # tarfile needs no more than `read`.
+            # tarfile calls only `read`.
             with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
                 for member in tar:
                     name = member.name.rsplit("/", 1)[-1]

@@ -29,7 +29,8 @@ CODECS = {".webp": "webp", ".jp2": "jpg_2000", ".avif": "avif"}  # Pillow may be
 SPLIT_NAMES = dict.fromkeys(("train", "training"), "train")
 SPLIT_NAMES |= dict.fromkeys(("test", "testing"), "test")
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
-# Files and folders of operating systems (copies, thumbnails, indices), besides names with a dot.
+# Files and folders of operating systems (copies, thumbnails, indices). Names that begin with a dot
+# are hidden too.
 SYSTEM_NAMES = {
     *("system volume information", "thumbs.db", "desktop.ini", "__macosx", "@eadir", "@recycle"),
     *("#recycle", "#snapshot", "$recycle.bin", "lost+found"),
@@ -231,7 +232,7 @@ def _list_folders(folder: str) -> list[str]:
 
 
 def _count_loose(folder: str) -> collections.Counter[str]:
-    """Counts the other entries of a folder of class folders: hidden folders, broken links, and
+    """Counts entries next to the class folders in `folder`: hidden folders, broken links, and
     images, which have no label there."""
     counts: collections.Counter[str] = collections.Counter()
     for entry in _entries(folder):

@@ -16,7 +16,7 @@ from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
-# The names of images and labels by split. A file has those of Keras or those of MedMNIST.
+# The names of images and labels by split. A file uses the names of Keras or those of MedMNIST.
 KEYS = {
     "keras": {
         "train": ("x_train", "y_train"),
@@ -45,7 +45,7 @@ def find_file(name: str, directory: str) -> Path:
 
 
 def read(name: str, directory: str) -> Dataset:
-    """Reads FILE.npz into a data set of `Dataset.from_arrays`. Raises UserError if the file is
+    """Reads FILE.npz and makes a data set by `Dataset.from_arrays`. Raises UserError if the file is
     missing or damaged, or if its arrays do not fit."""
     path = find_file(name, directory)
     try:
@@ -84,7 +84,7 @@ def read(name: str, directory: str) -> Dataset:
 
 def _find_keys(path: Path, names: set[str]) -> dict[str, tuple[str, str]]:
     """Returns the names of images and labels of each split in the file, given the `names` of all
-    its arrays. Raises UserError if one of a pair is missing, or both of train."""
+    its arrays. Raises UserError if one array of a pair is missing, or both of train."""
     for convention in KEYS.values():
         if not names & set(convention["train"]):
             continue

@@ -242,7 +242,7 @@ def _find_image_key(builder: tfds.core.DatasetBuilder) -> str:
         if key in features and isinstance(features[key], tfds.features.Image):
             return key
     raise UserError(
-        f"{builder.name} holds no single image per example; it has: {', '.join(features)}"
+        f"{builder.name} has no feature with one image per example; it has: {', '.join(features)}"
     )
 
 

@@ -93,7 +93,8 @@ def _set_aside_changed_data(
         data = costs[cell.row.name].data if cell.row.name in costs else None
         if data is None or not workdirs.has_begun(cell.workdir):
             continue
-        # If it is locked, another start of this ablation runs the cell and has compared its data.
+        # If the log is locked, another start of this ablation runs the cell and has compared its
+        # data.
         if (out := child.lock_log(cell.log)) is None:
             continue
         with out:
@@ -182,8 +183,8 @@ class _Scheduler:
     def _start_cells(self) -> None:
         """Starts cells on all free slots.
 
-        Leaves for later the cells that another start of this ablation runs, and those that a child
-        of the previous start is still saving.
+        Skips for now the cells that another start of this ablation runs, and those that a child of
+        a killed start is still saving.
         """
         for cell in list(self.waiting):
             if not self.free_slots or self.signals.count:

@@ -76,7 +76,7 @@ def measure_rows(cells: Sequence[SweepCell]) -> dict[str, RowCost]:
 
 
 def _list_test_metrics(components: RunComponents) -> list[str]:
-    """The metrics that the run's test will log; none without a test split."""
+    """Returns the metrics that the run's test will log; [] if there is no test split."""
     if "test" not in components.dataset.splits:
         return []
     own = components.own_parts.metrics
@@ -164,7 +164,7 @@ def forecast_seconds(
     If no cell is complete, times a few steps of the first row.
     """
     if seconds := estimate_seconds(costs, cells):
-        return seconds, "from complete cells; for a row without any, by MACs and images"
+        return seconds, "from complete cells; for a row without complete cells, by MACs and images"
     row = cells[0].row
     per_image, rest = time_steps(row, slot)
     per_mac = per_image / max(costs[row.name].macs, 1)

@@ -234,8 +234,8 @@ def write_plan(
 ) -> None:
     """Writes ablation.json, or adds new seeds and rows to it.
 
-    `names`: the rows to add besides the baseline; () adds all. Raises UserError if the folder has
-    runs of another config, or of another row with the same name.
+    `names`: the rows to add in addition to the baseline; () adds all. Raises UserError if the
+    folder has runs of another config, or of another row with the same name.
     """
     folder = pathlib.Path(folder)
     named = [row for row in rows if not names or row.name in names or row is rows[0]]
@@ -266,7 +266,7 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     fields = configs.list_differences(
         ours["config"], configs.add_missing_fields(theirs["config"])[0]
     )
-    # A changed data.dir is no difference here: each cell's fingerprint tells if the data changed.
+    # A changed data.dir does not count: each cell's fingerprint tells if the data changed.
     fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")

@@ -67,7 +67,8 @@ def read_cells(folder: pathlib.Path, number: int) -> dict[int, CellResult]:
 
 
 def _read_cell(workdir: pathlib.Path) -> CellResult:
-    """Reads a cell, which is complete if it has a summary or logged a test. It may be damaged."""
+    """Reads a cell. It is complete if its run has a summary or logged a test metric. If a file is
+    damaged, its status is "damaged"."""
     try:
         record = records.read_record(workdir) if (workdir / "config.json").is_file() else None
         if record is not None and (record.is_complete or _list_test_metrics(record)):
@@ -84,7 +85,7 @@ def _read_cell(workdir: pathlib.Path) -> CellResult:
 
 
 def _list_test_metrics(record: records.RunRecord) -> set[str]:
-    """The test metrics that the run logged with finite values."""
+    """Returns the test metrics that the run logged with finite values."""
     names = {name for line in record.lines for name in line if name.startswith("test/")}
     return {name.removeprefix("test/") for name in names if record.last_value(name) is not None}
 

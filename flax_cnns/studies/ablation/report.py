@@ -134,7 +134,7 @@ def _summarize(
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are not None; None if there are none."""
+    """Returns the mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

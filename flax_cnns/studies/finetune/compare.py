@@ -123,10 +123,10 @@ def compare_strategies(
     """Trains each strategy on each target and fraction of its training examples, `seeds` times.
 
     Each seed draws the initialization, the order, the examples of the fraction, the validation
-    split, and the test split if the data set has none. All strategies of a seed see the same. The
-    source must not have seen the test examples.
+    split, and the test split if the data set has none. For one seed, these draws are the same for
+    all strategies. The source must not have seen the test examples.
 
-    Called again with the same config, it skips complete runs. Runs whose data changed are renamed
+    If called again with the same config, skips complete runs. Runs whose data changed are renamed
     to old-data-1-STRATEGY and run again; with `accept_changed_data` they are kept. Raises
     UserError.
     """
@@ -182,7 +182,7 @@ def compare_strategies(
         for fraction in fractions:
             for seed in range(seeds):
                 records += runner.run_strategies(target, task, fraction, seed, chosen)
-                jax.clear_caches()  # dozens of programs, none of which is used again
+                jax.clear_caches()  # dozens of programs that are not used again
     return StrategyComparison(source, tuple(targets), fractions, chosen, seeds, records)
 
 
@@ -201,9 +201,10 @@ def _drop_impossible(
     tasks: Mapping[str, Task],
     say: Callable[[str], None],
 ) -> tuple[str, ...]:
-    """Drops classifiers on features if a target does not allow them, with a line to the user.
+    """Drops the strategies that train classifiers on features if a target does not allow them, and
+    says so.
 
-    Raises UserError if such a strategy was named, and not only implied by "all".
+    Raises UserError if such a strategy was named itself, not only included by "all".
     """
     target = next((name for name, task in tasks.items() if task.why_no_features), None)
     if target is None:
@@ -226,7 +227,7 @@ def _make_notes(task: Task, strategies: Sequence[str]) -> list[str]:
         notes.append(f"{', '.join(probing)} call no train.callbacks")
     if config.best_by not in ("auto", "validation/accuracy"):
         notes.append(
-            f"train.best_by is {config.best_by}, so no strategy is called the best by validation"
+            f"train.best_by is {config.best_by}, so the report names no best strategy by validation"
             " accuracy"
         )
     return notes
@@ -354,7 +355,8 @@ def _train(
 ) -> dict[str, Any]:
     """Runs a phase and returns its summary.
 
-    Its output goes into a text file beside its directory; features go into features.npz there.
+    The output goes into a text file next to `workdir`, and features go into features.npz next to
+    it.
     """
     phase = phase._replace(config=workdirs.reset_inert_if_new(phase.config, workdir))
     workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -386,7 +388,7 @@ def _train(
 
 
 def _training_seconds(summary: dict[str, Any], config: ConfigDict) -> float:
-    """Seconds of a phase without compiling, evaluating and saving."""
+    """Returns the seconds of a phase without compiling, evaluating and saving."""
     if "features_seconds" in summary:
         return summary["features_seconds"] + summary["training_seconds"]
     if not summary["images_per_second"]:  # too few steps to measure

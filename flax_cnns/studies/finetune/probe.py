@@ -2,9 +2,9 @@
 
 The features of all splits are computed once, without augmentation, pooled to [N C], and kept in a
 file. Each classifier is then trained on them with the config's own loss, optimizer (without SAM,
-because the problem is convex), schedule, number of steps and order of examples. With the last
-features this equals, up to rounding, a run with everything but the classifier frozen and no
-augmentation, but the network sees each image only once. Gradient noise, if on, is drawn
+because the problem is convex), schedule, number of steps and order of examples. On the last
+features, the result equals, up to rounding, a run without augmentation that trains only the
+classifier; but here the network sees each image only once. Gradient noise, if on, is drawn
 differently.
 """
 
@@ -55,9 +55,9 @@ def run_probe(
     """Trains a linear classifier on the features of each of `layers`.
 
     Layers are module paths such as "stage2", or `LAST_LAYER`. Writes `summary.json` and
-    `classifiers.npz` (kernels and biases by layer) into `workdir` and returns the summary. Only
-    reads a complete directory. The summary's accuracy is from the layer with the best validation
-    accuracy, or from the last layer if there is no validation split.
+    `classifiers.npz` (kernels and biases by layer) into `workdir` and returns the summary. If
+    `workdir` is complete, only reads its summary. The summary's accuracy is from the layer with the
+    best validation accuracy, or from the last layer if there is no validation split.
 
     `config`: of a run in which `optimizer.trainable` selects only the classifier. `cached_layers`:
     more layers to keep in the file `cache`, for other calls. `accept_changed_data` and
@@ -117,7 +117,7 @@ def load_or_compute_features(
     """Returns what `compute_features` returns.
 
     Reads it from `cache` if the file is intact and belongs to this config, these weights and these
-    examples; else computes it and writes the file.
+    examples; otherwise computes it and writes the file.
     """
     config = configs.to_plain(components.config)
     data = config["data"] | {"dir": ""}  # the digest covers the data, wherever they are
@@ -147,8 +147,8 @@ def load_or_compute_features(
 def _digest(components: RunComponents, variables: PyTree) -> str:
     """Returns a digest of the weights and of the examples of all splits.
 
-    Covers pixels and labels in memory, or else the data's fingerprint and the reader's version. The
-    same folder or run name may hold other data later.
+    Covers the data's fingerprint, known labels, and pixels in memory. For other images, covers the
+    reader's version instead of pixels. The same folder or run name may hold other data later.
     """
     digest = hashlib.sha256()
 
@@ -308,7 +308,7 @@ def _train_classifier(
 
 
 def find_dense_kernel(leaves: Mapping[str, Any]) -> str | None:
-    """Returns the path of the kernel if the classifier is one dense layer; else None."""
+    """Returns the path of the kernel if the classifier is one dense layer; otherwise None."""
     kernels = [path for path in leaves if path.endswith("/kernel") and leaves[path].ndim == 2]
     return kernels[0] if len(kernels) == 1 and len(leaves) <= 2 else None
 

@@ -25,7 +25,7 @@ LECTURE_ADVICE = {
 
 
 def _mean(values: Sequence[float]) -> str:
-    """ "81.2 ± 0.4": a percentage, with the standard deviation if there are several values."""
+    """Formats a mean in percent, "81.2 ± 0.4", with the standard deviation of several values."""
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
 
@@ -57,7 +57,7 @@ def make_tables(result: StrategyComparison) -> list[Table]:
 
 
 def _make_difference_table(result: StrategyComparison, target: str) -> Table:
-    """Differences of each strategy from scratch, paired by seed: both see the same examples."""
+    """Makes the table of differences from scratch, paired by seed: both see the same examples."""
     table = Table(title=f"{target}: difference from scratch in points, 95 % t interval over seeds")
     table.add_column("strategy")
     for fraction in result.fractions:
@@ -79,7 +79,8 @@ def _make_difference_table(result: StrategyComparison, target: str) -> Table:
 
 
 def _make_best_table(result: StrategyComparison) -> Table:
-    """The best strategy of each target with the least and the most data, and CS231n's advice."""
+    """Makes the table of the best strategy of each target with the least and the most data, and
+    CS231n's advice."""
     ends = tuple(dict.fromkeys((result.fractions[0], result.fractions[-1])))
     table = Table(title="best by validation: test accuracy in %", show_lines=True)
     table.add_column("target")
@@ -184,7 +185,7 @@ def draw(result: StrategyComparison, png: pathlib.Path) -> None:
         low, high = min(sizes) / 1.5, max(sizes) * 1.5
         panel.set_xlim(low, high)
         ticks = sizes[:1]
-        for size in sizes[1:]:  # at least the width of a number apart
+        for size in sizes[1:]:  # ticks are at least the width of a number apart
             if math.log(size / ticks[-1]) > 0.12 * math.log(high / low):
                 ticks.append(size)
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -200,7 +201,7 @@ def draw(result: StrategyComparison, png: pathlib.Path) -> None:
 
 
 def save(result: StrategyComparison, path: pathlib.Path, command: dict[str, Any]) -> None:
-    """Writes everything into a JSON file."""
+    """Writes the results, the best strategies and the command into a JSON file."""
     best = {
         target: {f"{f:g}": find_best_strategy(result, target, f) for f in result.fractions}
         for target in (result.targets if _is_validated(result) else ())

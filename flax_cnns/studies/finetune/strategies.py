@@ -20,11 +20,12 @@ from flax_cnns.runs.build import RunComponents, build_components
 from flax_cnns.runs.plan import find_problems
 from flax_cnns.studies.finetune import probe
 
-COPY_OPTIONS = graft.GraftOptions()._asdict()  # fields of config.graft that copy leaves unchanged
+COPY_OPTIONS = graft.GraftOptions()._asdict()  # fields of config.graft for a plain copy
 
 
 class Phase(NamedTuple):
-    """A run; with `layers`, a linear classifier on the fixed features of each layer instead."""
+    """A run, or if `layers` is not empty, linear classifiers on the fixed features of these
+    layers."""
 
     name: str
     config: ConfigDict
@@ -35,7 +36,7 @@ class Task(NamedTuple):
     """A network to fine-tune: what every strategy starts from."""
 
     config: ConfigDict  # of a run from scratch
-    source: str  # in the form that `graft` takes
+    source: str  # as in `config.graft.source`
     parts: tuple[str, ...]  # of the network, from the images up: stem, stage1 ...
     classifier: tuple[str, ...]  # the layers whose shape depends on the number of classes
     shapes: Any  # of the network's variables
@@ -152,7 +153,7 @@ def layer_decay(task: Task) -> list[Phase]:
 
 
 def upper_only(task: Task) -> list[Phase]:
-    """Loads only the upper half of the parts. Is this better than from scratch?"""
+    """Loads only the upper half of the parts. Tests whether this is better than `scratch`."""
     return [task.make_phase(load=task.parts[(len(task.parts) + 1) // 2 :])]
 
 
@@ -177,7 +178,7 @@ STRATEGIES: dict[str, Callable[[Task], list[Phase]]] = {
 
 
 def _any(layers: Sequence[str]) -> str:
-    """A regex for any of these layers."""
+    """Returns a regex for any of these layers."""
     return f"({'|'.join(map(re.escape, layers))})"
 
 
@@ -199,8 +200,8 @@ def make_task(
 ) -> Task:
     """Makes a task from the shapes of the target's network; computes nothing.
 
-    With `is_new` also checks what only new runs refuse, on all data and on a `fraction` of them.
-    Raises UserError.
+    With `is_new`, also makes the checks of new runs, for all training examples and for a `fraction`
+    of them. Raises UserError.
     """
     components = build_components(config)
     _check_components(components, fraction)
@@ -275,14 +276,16 @@ def _check_components(components: RunComponents, fraction: float) -> None:
 
 
 def _why_no_features(components: RunComponents, task: Task) -> str:
-    """Says why no classifier can be trained on the features of the network; "" if one can."""
+    """Returns why no classifier can be trained on the features of the network; "" if one can."""
     layers = [layer for layer in task.classifier if not layer.startswith("aux")]
     leaves = pytree.flatten(task.shapes["params"])
     params = {path: x for path, x in leaves.items() if path.rpartition("/")[0] in layers}
     name = components.config.model.name
     if (kernel := probe.find_dense_kernel(params)) is None:
         classifier = ", ".join(task.classifier)
-        return f"the classifier of {{target}} ({name}: {classifier}) is no dense layer on features"
+        return (
+            f"the classifier of {{target}} ({name}: {classifier}) is not a dense layer on features"
+        )
     if components.own_parts.regularizers:
         names = ", ".join(components.own_parts.regularizers)
         return f"{names}, of the train.regularizers of {{target}}, cannot act on features"
@@ -297,7 +300,8 @@ def _why_no_features(components: RunComponents, task: Task) -> str:
 
 
 def _features_shape(model: Any, variables: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the network's output with `num_classes=None`; None if the network fails."""
+    """Returns the shape of the network's output with `num_classes=None`; None if the network
+    fails."""
     images = jax.ShapeDtypeStruct(shape, "float32")
     try:
         return jax.eval_shape(

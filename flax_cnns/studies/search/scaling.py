@@ -4,7 +4,7 @@
    close to a budget. Each point is trained once, and the best on the validation split wins. Widths
    and depths are rounded, so the formula is far off for small networks. Therefore points whose
    measured MACs miss the budget are skipped, and points that round to the same network are trained
-   once (with few blocks in a stage, many alphas do; the smallest is taken).
+   once (with few blocks in a stage, many values of alpha do; the smallest is used).
 2. As in table 7 of the paper, the base network is scaled by depth alone, by width alone, by
    resolution alone, and by all three in the winner's proportions, each to the same number of MACs
    as far as the rounding allows. These networks are trained with other seeds than the grid and
@@ -72,7 +72,7 @@ class Trial(NamedTuple):
 
     @property
     def network(self) -> tuple[int, int, int]:
-        """Equal for equal networks: rounding can map many factors to one network."""
+        """A key that equal networks share: rounding can map many factors to one network."""
         return self.resolution, self.params, self.macs
 
     def config(self, base: ConfigDict, seed: int) -> ConfigDict:
@@ -89,11 +89,11 @@ class TrialResult(NamedTuple):
     """A trial with the accuracies of its runs."""
 
     trial: Trial
-    accuracy: list[float]  # one for each seed; on validation in the grid, else on test
+    accuracy: list[float]  # one for each seed; on validation in the grid, otherwise on test
 
 
 class SearchResult(NamedTuple):
-    """What `search` found."""
+    """The result of `search`."""
 
     base: TrialResult
     grid: list[TrialResult]  # in the order of the trials
@@ -232,7 +232,7 @@ def search(
     data = dict(accept_changed_data=accept_changed_data, fingerprint=planner.fingerprint)
     runner = _Runner(config, folder, len(trials) + 5 * seeds, say, data)
     grid = [TrialResult(t, [runner.get_accuracy(t, config.seed, "validation")]) for t in trials]
-    # Ties: the cheapest network, then the first.
+    # Of equal accuracies, the cheapest network wins, then the first.
     best = max(grid, key=lambda result: (result.accuracy[0], -result.trial.macs)).trial.scale
     winner = best.depth_mult, best.width_mult, best.resolution_mult
     macs = base.macs * budget**phi
@@ -244,7 +244,7 @@ def search(
         planner.find_at_macs("compound", macs, lambda x: make_compound_factors(winner, x)),
     ]
     test_seeds = range(config.seed + 1, config.seed + 1 + seeds)
-    # If the winner scales in one way alone, two trials are the same network: trained once.
+    # If the winner scales in one way alone, two trials have the same network, trained once.
     accuracies: dict[tuple, list[float]] = {}
     for trial in trials:
         if trial.network not in accuracies:
@@ -333,7 +333,7 @@ def draw(result: SearchResult, png: pathlib.Path) -> None:
 
 
 def save(result: SearchResult, path: pathlib.Path, flags: dict[str, float]) -> None:
-    """Writes everything into a JSON file."""
+    """Writes the result and the command's flags into a JSON file."""
 
     def to_dict(result: TrialResult) -> dict:
         trial = result.trial
@@ -383,7 +383,7 @@ class _Runner:
             step = preempted.step
             self.say(f"{name}: saved at step {step}; run the same command again to resume")
             raise
-        jax.clear_caches()  # dozens of programs, none of which is used again
+        jax.clear_caches()  # dozens of programs that are not used again
         self.done += 1
         if is_new:
             self.seconds.append(time.perf_counter() - start_time)

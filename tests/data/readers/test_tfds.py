@@ -176,7 +176,7 @@ def test_a_proxy_is_what_must_be_reached(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("imdb_reviews", "holds no single image per example; it has: text, label"),
+        ("imdb_reviews", "has no feature with one image per example; it has: text, label"),
         ("cifar10:9.9.9", "TFDS has no 'cifar10:9.9.9'"),
         ("cifar1", "unknown data set 'cifar1'"),
     ],

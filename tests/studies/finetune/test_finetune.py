@@ -616,7 +616,8 @@ def test_a_classifier_that_is_a_convolution_leaves_classifiers_on_features_out(
     with squeezed.unlocked():
         del squeezed.model["depths"], squeezed.model["widths"]
     monkeypatch.setattr(compare, "_check_source", lambda *_: None)
-    why = r"the classifier of targets.similar \(squeezenet1_1: head\) is no dense layer on features"
+    why = r"the classifier of targets.similar \(squeezenet1_1: head\) is not a dense layer on"
+    why += " features"
     (line,) = compare_untrained(monkeypatch, config, tmp_path)
     assert re.fullmatch(f"left out: features, linear_stages: {why}", line)
     with pytest.raises(UserError, match=f"--strategies: remove features: {why}"):
