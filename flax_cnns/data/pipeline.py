@@ -52,12 +52,11 @@ def train_batches(
     Closing the generator stops its threads and worker processes. For a data set of `from_batches`,
     the result is a `batch_stream.TrainBatches`, which can also compute the `digest` of a batch.
 
-    `config` is the section `data` of a run's config; n = batch_size / process_count, and this
-    process has the rows process_index*n to (process_index+1)*n. The permutations of all epochs form
-    one long sequence, and global batch s is its positions s*B to (s+1)*B. No example is dropped,
-    and a batch may be larger than the training set. The order does not depend on processes, threads
-    or workers. Therefore a checkpoint needs only the step. Grain's own state would fit only one
-    number of workers.
+    `config` is a run's `config.data`; n = batch_size / process_count, and this process has the rows
+    process_index*n to (process_index+1)*n. The permutations of all epochs form one long sequence,
+    and global batch s is its positions s*B to (s+1)*B. No example is dropped, and a batch may be
+    larger than the training set. The order does not depend on processes, threads or workers. A
+    checkpoint therefore needs only the step; Grain's own state would fit one number of workers.
 
     Raises UserError if `batch_size` is not a multiple of `process_count`, and DamagedImage while
     iterating.
@@ -91,8 +90,8 @@ def eval_batches(
 
     Black images with mask 0 fill the last batches, so that every process has the same number of
     batches. They also replace damaged images if `config.skip_damaged`. Raises UserError for an
-    unknown split or an `eval_batch_size` that is not a multiple of `process_count`, and
-    DamagedImage while iterating.
+    unknown split, or if `process_count` does not divide `eval_batch_size`, and DamagedImage while
+    iterating.
     """
     if split not in dataset.splits:
         known = ", ".join(sorted(dataset.splits))
@@ -336,7 +335,7 @@ def _start_worker(index: int, count: int) -> None:
 def _starting_processes() -> Iterator[None]:
     """A context in which new processes start with the parent's signals blocked.
 
-    It also starts Python's resource tracker, with warnings off. Otherwise the tracker would warn of
+    It starts Python's resource tracker with warnings off. Otherwise the tracker would warn of
     Grain's unread batches even when a run ends normally.
     """
     before, ignore = os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"
@@ -347,9 +346,8 @@ def _starting_processes() -> Iterator[None]:
         del os.environ["PYTHONWARNINGS"]
         if before:
             os.environ["PYTHONWARNINGS"] = before
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, _PARENT_SIGNALS
-        )  # the tracker's start unblocked them
+        # The tracker's start unblocked the signals.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENT_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

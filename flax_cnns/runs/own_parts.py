@@ -307,8 +307,7 @@ def _make_instance(part: Any, fields: dict[str, Any], reference: str) -> Any:
 
 
 def _why_off(part: Any, fields: Mapping[str, Any]) -> str:
-    """Returns why a regularizer is off (its first field is 0, False, None or empty); "" if it is
-    on."""
+    """Returns why a regularizer is off (first field 0, False, None or empty); "" if it is on."""
     if _is_factory(part):
         first = next(iter(inspect.signature(part).parameters.values()), None)
         if first is None or (first.name not in fields and first.default is first.empty):

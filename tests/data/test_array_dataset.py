@@ -313,7 +313,7 @@ def test_rows_are_an_array():
         (BYTES, LABELS, dict(class_names=["a", "b", "a"]), "'a' is given more than once"),
         (BYTES, LABELS, dict(class_names=["a", "b", "c"], num_classes=4), "class_names has 3"),
         (BYTES, LABELS, dict(mean=0.5), "give both, or neither"),
-        (BYTES, LABELS, dict(mean=127, std=60), r"those of images in 0\.\.1"),
+        (BYTES, LABELS, dict(mean=127, std=60), r"expected values for images in 0\.\.1"),
         (BYTES, LABELS, dict(mean=(0.5, 0.5), std=0.2), "mean and std: expected 1 or 3 numbers"),
         (BYTES, LABELS, dict(test=(FLOATS, LABELS)), r"test images are float32 \[8, 6, 3\], but"),
         (BYTES, LABELS, dict(test=BYTES), r"test: expected \(images, labels\), got uint8 \[60"),

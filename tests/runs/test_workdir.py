@@ -105,7 +105,7 @@ def test_another_data_dir_is_allowed_if_a_fingerprint_proves_equal_data(begun):
 @pytest.mark.parametrize("text", ["", "[1]", '{"fingerprint": {"reader": "folder"}}'])
 def test_a_damaged_dataset_json_is_one_line_with_a_way_out(begun, text):
     (begun / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset\.json is damaged: .*; remove it"):
+    with pytest.raises(UserError, match=r"dataset\.json is damaged: .*; remove the file"):
         workdirs.check_data(begun, DataSnapshot(WAS))
 
 
