@@ -223,3 +223,22 @@ def test_importing_the_package_leaves_jax_alone():
     """A launcher must set the environment before JAX is imported."""
     command = "import sys, flax_cnns; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=False).returncode == 0
+
+
+def public_classes() -> list[tuple[str, str]]:
+    """(name, module) of the classes of the package; a family's own classes are its own."""
+    return [
+        (node.name, name_of(path))
+        for path in FILES
+        if not name_of(path).startswith("models.")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+
+
+def test_no_two_public_classes_have_one_name():
+    names: dict[str, list[str]] = {}
+    for name, module in public_classes():
+        names.setdefault(name, []).append(module)
+    assert len(names) > 50
+    assert not {name: modules for name, modules in names.items() if len(modules) > 1}
