@@ -122,8 +122,8 @@ def find_class_names(
 
 def apply_config(data: Dataset, config: Any, begun: bool) -> Dataset:
     """Returns a data set of `from_arrays` as a run uses it: with the selected classes, all splits,
-    mean and std. `config` is the section `data` of a run's config; `begun` is as in `load_dataset`.
-    Raises UserError if the config does not fit the data set."""
+    mean and std. `config` is a run's `config.data`; `begun` is as in `load_dataset`. Raises
+    UserError if the config does not fit the data set."""
     if config.mock:
         raise UserError(f"data.mock does not apply to your own data set ({data.name})")
     if data.splits["train"].images is None:

@@ -105,7 +105,7 @@ def _is_positive_integer(value: Any) -> bool:
 
 def apply_config(data: Dataset, config: Any) -> Dataset:
     """Returns a data set of `from_batches` as a run uses it, with mean, std, notes and fingerprint.
-    `config` is the section `data` of a run's config.
+    `config` is a run's `config.data`.
 
     Raises UserError if the config asks for other examples or another order. If `data.validation`
     has its default value but there is no validation split, a note says so.

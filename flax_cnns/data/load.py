@@ -40,7 +40,7 @@ EVAL_SHARE = 0.875  # of the shorter side, in evaluation after training on rando
 
 
 def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = False) -> Dataset:
-    """Loads the data set that `config` describes: the section `data` of a run's config.
+    """Loads the data set that `config` describes: a run's `config.data`.
 
     `data`, a data set of the user's own (`Dataset.from_arrays` ...), replaces the one that `config`
     names; the other settings of `config` apply to it. `begun` says that a run with this config

@@ -16,8 +16,7 @@ def make_mix(
     config: Any, num_classes: int, *, task: str = "classes"
 ) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
     """Returns `mix(images [n H W C], labels, key) -> (images, soft labels f32 [n K])`. `config` is
-    the section `mix` of a run's config, K is `num_classes`. Labels are i32 [n], or f32 [n k] with
-    k <= K.
+    a run's `config.mix`, and K is `num_classes`. Labels are i32 [n], or f32 [n k] with k <= K.
 
     Label smoothing s gives the correct class 1 - s + s/K and every other class s/K
     (https://arxiv.org/abs/1512.00567, section 7). Soft labels p become (1 - s) p + s/K. A label y,

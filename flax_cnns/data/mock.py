@@ -53,7 +53,7 @@ def make_mock_dataset(config: Any) -> Dataset:
 
 def _read_facts(config: Any) -> tuple[int, tuple[str, ...], int]:
     """Returns the number of classes, their names and the number of channels. The data set need not
-    be on disk."""
+    be on disk. A folder stands for ten classes, named as digits, in color."""
     if config.name == "folder":
         return 10, DIGIT_NAMES, 3
     from flax_cnns.data.readers import tfds  # half a second to import

@@ -187,7 +187,8 @@ class Dataset:
     image_shape: tuple[int, int, int]  # H, W, C as the network sees them
     mean: tuple[float, ...]  # per channel, in 0..1
     std: tuple[float, ...]
-    # The origin of mean and std: published, training images, ImageNet, config, data set, nothing.
+    # The origin of mean and std: published, training images, ImageNet, config, data set, uniform
+    # noise, nothing.
     normalized_by: str
     splits: dict[str, Split]  # train, test, and validation if there is one
     eval_share: float = 1.0  # evaluation crops this share of the shorter side

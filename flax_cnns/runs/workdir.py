@@ -5,6 +5,7 @@ dataset.json       what prediction needs without the data: classes, size, mean a
                    fingerprint of the data, and older fingerprints under "accepted_changes"
 own.json           the user's own parts: names, fields, digests of their source
 checkpoints/STEP/  state, host counters, CRC manifest
+graft.json         which weights were grafted, if the run started from a source
 metrics.jsonl      every logged number, once; tensorboard/ repeats them
 summary.json       the final numbers; the run is complete if this file exists
 curves.png         learning curves

@@ -64,7 +64,8 @@ def test_splits_are_cut_without_copies(config):
 
 @pytest.mark.parametrize("labels", [LABELS, soft(LABELS)], ids=["integers", "soft"])
 def test_the_order_is_that_of_named_data_sets(config, labels):
-    """It depends on (seed, step), as pipeline.py says, whatever was cut from train before."""
+    """The order depends on (seed, step), as pipeline.py says, whatever was cut from train
+    before."""
     config.validation = 0.1
     dataset = load_dataset(config, data=Dataset.from_arrays((BYTES, labels), (BYTES, labels)))
     strata = np.argmax(labels, -1) if np.ndim(labels) == 2 else labels

@@ -137,7 +137,7 @@ def test_a_fingerprint_has_the_builder_of_tfds_and_is_empty_for_noise(config):
     }
     assert not any(
         "bytes" in one for one in current["splits"].values()
-    )  # they depend on the encoder
+    )  # the bytes depend on the encoder
     fewer = json.loads(json.dumps(current))
     fewer["splits"]["test"]["images"] = 300
     del fewer["splits"]["validation"]

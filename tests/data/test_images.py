@@ -221,7 +221,8 @@ def test_only_the_first_of_several_frames_is_read():
 
 
 def test_how_a_runs_evaluation_differs_from_resize_and_center_crop():
-    """The numbers in docs/runs.md. `Preprocessing` is torchvision's to 1e-6 (tests/weights)."""
+    """Checks the numbers in docs/runs.md. `Preprocessing` equals torchvision's to 1e-6
+    (tests/weights)."""
     theirs = Preprocessing(224, 256, mean=(0,) * 3, std=(1,) * 3, scale=1.0)
     own = functools.partial(img.center_box, share=0.875)
 

@@ -80,7 +80,7 @@ def test_an_image_of_one_color_stays(name):
 
 
 def test_each_operation_has_equal_chances_and_both_signs():
-    """An operation is known by its result, because each changes this image differently."""
+    """The result reveals the operation, because each operation changes this image differently."""
 
     def draw(key):
         return randaugment.randaugment(key, RGB, 1, 30)
@@ -100,7 +100,7 @@ def test_two_operations_follow_one_another():
     two = np.asarray(
         quick_jit(jax.vmap(lambda key: randaugment.randaugment(key, RGB, 2, 15)))(KEYS[:300])
     )
-    assert (two == RGB).all((1, 2, 3)).mean() < 0.03  # 1/196; of one it is 1/14
+    assert (two == RGB).all((1, 2, 3)).mean() < 0.03  # two identities: 1/196; one: 1/14
     outcomes = len(np.unique(two.reshape(300, -1), axis=0))
     assert outcomes > len(OPERATIONS) + len(TWO_WAYS)  # more than a single operation could make
     assert (two == np.round(two)).all()

@@ -26,9 +26,8 @@ IMAGES = np.random.RandomState(0).randn(4, 8, 8, 3).astype(np.float32)
 
 
 def test_count_of_110_layers_by_hand():
-    """He et al. 2015's ResNet-110 and two projections.
-
-    The norms are in other places, but there are not more of them.
+    """ResNet-110 of He et al. 2015 plus two projections. The norms are in other places, but equally
+    many.
     """
     convs = 3 * 3 * (3 * 16 + 36 * 16 * 16)
     convs += 3 * 3 * (16 * 32 + 35 * 32 * 32) + 3 * 3 * (32 * 64 + 35 * 64 * 64)

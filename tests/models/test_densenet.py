@@ -194,7 +194,7 @@ def test_remat_changes_no_result_and_keeps_less(name, share):
     """Compares the values that the forward pass keeps for the backward pass.
 
     Without remat these include each layer's input, concatenated and then again normalized. With
-    remat they are each map once, and the bottlenecks' outputs.
+    remat, only each map once and the bottlenecks' outputs are kept.
     """
 
     def build(depth, remat):

@@ -108,7 +108,8 @@ class Fixed:
 
 
 def test_three_columns_by_their_definition_whatever_is_dropped():
-    """f_3(z) = join(f_2(f_2(z)), conv(z)), two joins in a row being one, for every local sample."""
+    """f_3(z) = join(f_2(f_2(z)), conv(z)) for every local sample; two joins in a row are one
+    join."""
     conv = partial(layers.Conv, use_bias=False)
     unit = partial(
         fractalnet.Unit,

@@ -1,4 +1,4 @@
-"""LeNet-5 with dense connections and of 1998: counts by hand, layers by definition, image sizes."""
+"""LeNet-5 in today's form and of 1998: counts by hand, layers by definition, image sizes."""
 
 from __future__ import annotations
 

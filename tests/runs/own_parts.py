@@ -144,7 +144,7 @@ class NoTrain(nn.Module):
 
 
 class NeedsKey(nn.Module):
-    """Needs a second argument besides the images."""
+    """Needs a second argument in addition to the images."""
 
     @nn.compact
     def __call__(self, images, key, *, train):

@@ -489,7 +489,7 @@ def test_a_stream_has_no_training_split_to_evaluate():
 
 
 def test_an_own_network_is_as_fast_as_a_registered_one():
-    """Its training step compiles to the same program."""
+    """The training steps of both compile to the same program."""
     config = {"data": {"name": f"{HERE}:digits", "batch_size": 8}, "own": {"digits": {}}}
     config["train"] = {"duration": "2 steps", "eval_every": "0 steps"}
     programs = []

@@ -154,7 +154,8 @@ def test_missing_wandb_is_reported_before_the_data_are_loaded(config, tmp_path, 
 
 @pytest.mark.slow
 def test_an_interrupted_last_validation_under_a_plateau_schedule(config, tmp_path, monkeypatch):
-    """It changes the optimizer's state, which must be saved even without a new best value."""
+    """The validation changes the optimizer's state, which must be saved even without a new best
+    value."""
     config.schedule.name, config.schedule.patience = "plateau", 1
     config.schedule.learning_rate = 1e-9
     run(config, tmp_path / "whole")
@@ -195,7 +196,7 @@ def test_a_run_directory_with_a_damaged_file_or_a_half_written_one(config, tmp_p
 def test_a_run_of_an_older_version_resumes_bit_for_bit(
     finished, config, tmp_path, monkeypatch, capsys
 ):
-    """Its config lacks newer fields, whose defaults must have been in effect."""
+    """The older config lacks newer fields, whose defaults must have been in effect."""
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -293,7 +294,7 @@ def test_a_damaged_newest_step_is_passed_over_and_made_again(
 
 
 def test_each_step_is_compiled_once_a_session(config, tmp_path, monkeypatch, caplog):
-    """Through validations, saves, an epoch that ends inside a batch, the test, and a resume."""
+    """Covers validations, saves, an epoch that ends inside a batch, the test, and a resume."""
     config.data.batch_size = 360  # of 1293 images
     config.train.duration = "7 steps"
     config.train.eval_every = "3 steps"
@@ -558,7 +559,7 @@ def scanning(config):
 
 @pytest.mark.slow
 def test_a_run_that_scans_is_the_run_that_does_not(scanning, tmp_path, monkeypatch):
-    """Equal numbers, equal checkpoints name by name, equal drops; it resumes bit for bit."""
+    """Numbers, checkpoints (name by name) and drops are equal, and the run resumes bit for bit."""
     config, scan, plain, cut = scanning, *(tmp_path / name for name in ("scan", "plain", "cut"))
     summary = run(config, scan)
     with monkeypatch.context() as patch:

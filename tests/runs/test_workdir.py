@@ -1,4 +1,4 @@
-"""The run directory: comparing the data with those at the run's beginning; its JSON files."""
+"""The run directory: changes of the data since the run began, and damaged JSON files."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def test_strategies_left_out_of_all_are_reported(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_classifiers_on_features_learn_by_an_own_loss_and_optimizer(tmp_path):
-    """They learn the same as a run with everything but the classifier frozen."""
+    """The classifier learns the same as in a run in which everything else is frozen."""
     config = targets(
         model={"name": f"{HERE}:Headless"},
         train={"loss": f"{PARTS}:focal", "duration": "12 steps"},

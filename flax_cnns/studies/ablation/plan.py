@@ -59,7 +59,8 @@ class SweepCell(NamedTuple):
         return workdirs.reset_inert_if_new(config, self.workdir)
 
     def read_status(self) -> dict[str, Any]:
-        """Returns the content of the cell's JSON file, with the status "missing" if not started."""
+        """Returns the content of the cell's JSON file. The status of a cell that has not started,
+        or whose run was removed, is "missing"."""
         known = {"status": "missing", "attempts": 0, "error": "", "seconds": 0.0}
         path = self.folder / f"seed{self.seed}.json"
         if path.is_file():

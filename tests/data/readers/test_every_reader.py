@@ -97,7 +97,7 @@ def test_a_reader(source, tmp_path, config):
 
 @pytest.mark.parametrize("source", load.READERS)
 def test_labels_that_it_does_not_have_are_refused(source, tmp_path, config):
-    """The reader refuses them, or `data.labels` has no effect: see config/effects.py."""
+    """The reader refuses unknown labels, or `data.labels` has no effect: see config/effects.py."""
     config.dir = config.dir if source == "tfds" else str(tmp_path)
     MAKERS[source](tmp_path, config)
     config.source, config.labels = source, "no_such_kind"

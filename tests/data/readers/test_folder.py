@@ -313,7 +313,7 @@ def test_splits_by_other_names_are_splits_and_each_is_there_once(folder, config)
 
 
 def test_relative_paths_start_below_the_root(folder, config):
-    """They show that a data set has only moved."""
+    """Equal relative paths show that a data set has only moved."""
     fill(folder / "train", 1)
     source = reader.read(f"{folder}/", "folder").sources["train"]
     assert source.relative_paths == ["train/blue/00.jpg", "train/green/00.jpg", "train/red/00.jpg"]

@@ -307,7 +307,7 @@ def test_a_broken_cell_is_marked_and_does_not_affect_the_others(pretend, tmp_pat
 
 
 def test_a_cell_that_fails_before_its_first_step_has_failed(pretend, tmp_path):
-    """It has no directory. When it was called missing, SLURM restarted it forever."""
+    """Such a cell has no directory. While its status was "missing", SLURM restarted it forever."""
     counts, _, _ = pretend(["early"])
     assert counts == {"failed": 1}
     assert state(tmp_path, "early")["error"] == "before the first step"

@@ -78,7 +78,7 @@ def test_only_significant_differences_are_bold(report):
 
 
 def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
-    """p is 0.0091 alone, and 0.055 with five more rows."""
+    """The p-value is 0.0091 alone, and 0.055 with five more rows."""
     rows = {"plain": ROWS["plain"], "better": ROWS["better"]}
     rows |= {f"other{i}": ROWS["unsure"] for i in range(5)}
     ablation_report.write(write_sweep(tmp_path, rows))

@@ -261,7 +261,7 @@ def test_started_again_it_repeats_nothing(compared, digits_dir, monkeypatch):
 
 
 def test_features_of_other_weights_or_examples_are_computed_anew(task, tmp_path, monkeypatch):
-    """Even under the same config: the source was trained again, or the folder has other images."""
+    """The config is the same, but the source was trained again, or the folder has other images."""
     components, cache = build_components(task.config), tmp_path / "features.npz"
     variables = components.init_variables()
 
@@ -346,7 +346,7 @@ def test_a_classifier_that_is_no_dense_layer():
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Replaces runs, records [(config, workdir)]; accuracy grows with data, seed and loading."""
+    """Replaces runs and records [(config, workdir)]; accuracy grows with data, seed and loading."""
     seen = []
 
     def run(config, workdir, *args, **kwargs):
@@ -595,7 +595,7 @@ def test_a_mistake_in_the_source_is_reported_before_anything_is_trained(
 
 
 def test_the_sources_training_images_are_described(monkeypatch, tmp_path, source):
-    """Most importantly that its images were BGR, which no field of a run can express."""
+    """The important fact is that the images were BGR, which no field of a run can express."""
     seen = preprocessing("vgg16", "keras")._asdict()
     config = two_targets()
     config.source = source(dict(model="vgg16", source="keras", preprocessing=seen))
