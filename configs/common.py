@@ -2,7 +2,7 @@
 
 flax_cnns/config/fields.py lists all fields with their defaults, allowed values and meanings, and
 explains durations (`"20 epochs"`, `"500 steps"`) and rules (tuples of `(regex, value)`). A new run
-refuses a field that differs from its default but has no effect under the other choices, such as
+refuses a field that differs from its default but has no effect, given the other fields, such as
 momentum with adam.
 """
 

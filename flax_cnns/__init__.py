@@ -41,7 +41,7 @@ _SUBMODULES = ("config", "interop", "launch", "layers", "models", "weights")
 __all__ = sorted([*_MODULE_OF, *_SUBMODULES])
 
 
-if not TYPE_CHECKING:  # with it, a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept any name
 
     def __getattr__(name: str) -> Any:
         # Loading names late keeps `import flax_cnns` quick, and lets a launcher set the environment

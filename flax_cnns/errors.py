@@ -8,7 +8,7 @@ from collections.abc import Iterable
 # Exit codes of all commands; 0 is success.
 EXIT_FAULT = 1  # a bug in flax_cnns, or a process that this one needs has died
 EXIT_USER_ERROR = 2  # an error that the user can fix
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved after a signal; the same command continues
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the run saved after a signal; the same command continues it
 EXIT_INTERRUPTED = 130  # stopped by Ctrl-C: a scheduler should not restart the process
 # A run in a child process diverged (runs/child.py). The parent does not retry it.
 EXIT_DIVERGED = 3

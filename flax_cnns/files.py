@@ -1,4 +1,4 @@
-"""Checks before a file is opened or a host is asked, and atomic writes."""
+"""Checks of paths and hosts before they are read, and atomic writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SPECIAL = {
 
 
 def check_regular_file(path: str | os.PathLike) -> None:
-    """Raises `UserError` if `path` is a pipe, a socket or a device, as reading it might never end.
+    """Raises `UserError` if `path` is a pipe, a socket or a device: reading it might never end.
 
     Folders and missing files pass.
     """
@@ -48,8 +48,8 @@ def check_regular_file(path: str | os.PathLike) -> None:
 def replace_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end of the block, its file replaces `path`.
 
-    If the block or the replacement fails, `path` stays as it was and the error is raised. A killed
-    process leaves the temporary file, whose name is that of `path` with .tmp appended.
+    If the block or the replacement fails, `path` stays as it was and the error is raised. The
+    temporary file is named like `path` with .tmp appended. A killed process leaves it behind.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -96,11 +96,11 @@ CONNECT_TIMEOUT = 4.0  # seconds
 
 
 def find_host(url: str) -> str:
-    """Returns the `host` or `host:port` to connect to for a URL: that of its proxy, if any."""
+    """Returns the `host` or `host:port` to connect to for a URL; the proxy's if one is set."""
     parts = urlparse(url)
     host = parts.netloc
     if not urllib.request.proxy_bypass(host):
-        proxy = urllib.request.getproxies().get(parts.scheme, "")  # with or without http://
+        proxy = urllib.request.getproxies().get(parts.scheme, "")  # may start with http://
         host = proxy.rpartition("://")[2].partition("/")[0] or host
     return host.split("@")[-1]
 

@@ -1,7 +1,7 @@
 """Prints names of classes, files and folders literally, whatever characters they contain.
 
-A terminal does not read `[red]` as a color, and a picture does not read `$x$` as a formula.
-Characters that are not UTF-8 or cannot be encoded are shown as escapes: `caf\\xe9`.
+`[red]` in a name is not a color on a terminal. Bytes that are not UTF-8, and characters that the
+output's encoding lacks, are shown as escapes: `caf\\xe9`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def escape_unencodable() -> None:
     """Makes standard output and standard error escape characters that their encoding lacks, so that
     printing a name never fails."""
     for stream in (sys.stdout, sys.stderr):
-        strict = getattr(stream, "errors", None) in (
-            "strict",
-            "surrogateescape",
-        )  # the latter if LANG=C
+        # With LANG=C, Python's own setting is "surrogateescape".
+        strict = getattr(stream, "errors", None) in ("strict", "surrogateescape")
         if strict and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
 

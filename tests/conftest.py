@@ -1,4 +1,4 @@
-"""Sets up all tests: four fake CPU devices, and one compilation cache for all processes.
+"""Sets up all tests: four simulated CPU devices, and one compilation cache for all processes.
 
 Fixtures: the digits, prepared once per worker, and a finished run that many tests share."""
 

@@ -1,1 +1,1 @@
-"""The commands. Each reads its flags and calls the library; JAX is imported only after that."""
+"""The commands. Each reads its flags and then calls the library; only then is JAX imported."""

@@ -7,10 +7,10 @@ flax-cnns ablate --config=configs/ablations/regularizers.py:digits --seeds=3 \
 flax-cnns ablate --workdir=runs/regular --report --interval=bootstrap --metric=loss
 
 Reports the results as a table with confidence intervals. The config file has a function sweep()
-that yields (name, {field: value, ...}), with the baseline first. A cell is a row with one seed, and
-a run in WORKDIR/ROW/seedS. If you repeat the command, complete cells are not run again, unless
-their data changed; --accept-changed-data keeps these cells too. Exit codes: 1 if cells failed, 75
-if cells were interrupted, 130 after Ctrl-C.
+that yields (name, {field: value, ...}) for each row, with the baseline first. A cell is a row with
+one seed: a run in WORKDIR/ROW/seedS. If you repeat the command, complete cells are not run again,
+unless their data changed; --accept-changed-data keeps these cells too. Exit codes: 1 if cells
+failed, 75 if cells were interrupted, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

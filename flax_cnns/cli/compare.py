@@ -20,7 +20,7 @@ _OUT = flags.DEFINE_string(
     "The picture to write, in the format of its suffix. Without this flag, no file is replaced.",
 )
 _METRIC = flags.DEFINE_string(
-    "metric", "accuracy", "The metric to compare: one of the logs, or your own."
+    "metric", "accuracy", "The metric to compare: any that the runs logged, or your own."
 )
 define_arguments("one or more runs (directories of finished or unfinished runs)", "RUN...")
 

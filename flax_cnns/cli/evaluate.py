@@ -22,8 +22,8 @@ _SPLIT = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "The checkpoint to evaluate: best, latest or a step. Without this flag, the checkpoint that was"
-    " tested for summary.json, or in an unfinished run the latest.",
+    "The checkpoint to evaluate: best, latest or a step. Without this flag: the checkpoint that was"
+    " tested for summary.json; in an unfinished run, the latest.",
 )
 _ACCEPT = define_accept()
 _TRUST = define_trust()

@@ -1,4 +1,4 @@
-r"""Compares strategies of transfer learning on data of different size and similarity.
+r"""Compares strategies of transfer learning on data sets of different size and similarity.
 
 flax-cnns finetune --workdir=runs/finetune --strategies=all \
     --fractions=0.01,0.1,1 --seeds=3

@@ -38,8 +38,9 @@ from flax_cnns.runtime import compilation_cache, launch, output
 _CACHE = flags.DEFINE_string(
     "compilation-cache",
     "",
-    "The folder that keeps compiled programs for later runs, or off. By default, the folder is"
-    " JAX_COMPILATION_CACHE_DIR, or else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache.",
+    "The folder that keeps compiled programs for later runs, or off. The default is"
+    " JAX_COMPILATION_CACHE_DIR if it is set, otherwise flax_cnns/xla under XDG_CACHE_HOME or"
+    " ~/.cache.",
 )
 
 
@@ -48,8 +49,8 @@ def main(function: Callable[[list[str]], int | None]) -> None:
 
     Exit codes:
     - 0: success.
-    - 1: a bug in flax_cnns, with its traceback, or a process that this one needs has died, in one
-      line.
+    - 1: a bug in flax_cnns, with its traceback; or another process of the run has died, explained
+      in one line.
     - 2: user error, explained in one line.
     - 75: the run saved after SIGTERM or SIGUSR1; the same command continues it.
     - 130: Ctrl-C. A run saves first, unless Ctrl-C came before the first step, or twice.
@@ -72,7 +73,7 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         return function(argv)
 
     with output.safe():
-        # A KeyboardInterrupt could crash the import of JAX.
+        # Until JAX is imported: a KeyboardInterrupt could crash the import.
         _on_interrupt(_exit_at_once)
         try:
             app.run(start, flags_parser=parse)
@@ -102,8 +103,8 @@ def main(function: Callable[[list[str]], int | None]) -> None:
 
 
 def _on_interrupt(handler: Any) -> None:
-    """Sets what Ctrl-C does from now on, unless it is ignored, as in a shell script's
-    background."""
+    """Sets the handler of Ctrl-C, unless Ctrl-C is ignored, as in a background job of a shell
+    script."""
     ours = (signal.default_int_handler, _exit_at_once)
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and signal.getsignal(signal.SIGINT) in ours:
@@ -132,7 +133,7 @@ def _leave(code: int) -> NoReturn:
 def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
     """Defines the flag --config, whose default is `configs/<default>.py`.
 
-    If the config holds configs of whole runs, `runs` is a regex of the fields that hold them.
+    If the config contains the configs of whole runs, the regex `runs` matches their paths.
     """
     # With a default, ml_collections would apply overrides while it defines the flag, and fail.
     _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
@@ -152,13 +153,16 @@ _RUNS: list[re.Pattern] = []
 
 def define_accept() -> flags.FlagHolder:
     """Defines the flag --accept-changed-data."""
-    text = "Continue although the data changed since a run began; the change is recorded."
+    text = "Continue even if the data changed since a run began; the change is recorded."
     return flags.DEFINE_bool("accept-changed-data", False, text)
 
 
 def define_trust() -> flags.FlagHolder:
     """Defines the flag --trust."""
-    text = "Import the code that the run names (package.module:Name). That code can do anything."
+    text = (
+        "Import the code that the run's config names (package.module:Name). It can do anything that"
+        " you can do."
+    )
     return flags.DEFINE_bool("trust", False, text)
 
 
@@ -221,7 +225,7 @@ _ARGUMENTS: list[tuple[str, str, int | None]] = []
 
 
 def _places() -> list[str]:
-    """Returns the parts of the config that are configs of whole runs, as a user writes them."""
+    """Returns the paths of the configs of whole runs in the config, as a user writes them."""
     pattern = _RUNS[0].pattern if _RUNS else ""
     parts = pattern.removeprefix("(").removesuffix(r")\.").split("|") if pattern else []
     return [part.replace(r"\w+", "NAME").replace("\\", "") for part in parts]
@@ -258,8 +262,8 @@ def _check_arguments(given: list[str]) -> None:
 
 
 def _find_config(argv: list[str]) -> tuple[list[str], str]:
-    """Returns (`argv` with --config=PATH for the file or recipe that --config names, PATH). PATH is
-    "" if there is no --config. Raises `UserError` if there is no such file or recipe."""
+    """Returns (`argv`, path) with the file or recipe that --config names replaced by its path. The
+    path is "" without --config. Raises `UserError` if the file or recipe does not exist."""
     arguments, file, rest = [], "", iter(argv)
     for argument in rest:
         flag, equals, value = argument.partition("=")
@@ -275,7 +279,7 @@ def _find_config(argv: list[str]) -> tuple[list[str], str]:
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Loads recipes as modules of their package, and other files like ml_collections."""
+    """Loads recipes as modules of `flax_cnns.recipes`, and other files as ml_collections does."""
 
     def parse(self, argument: str) -> Any:
         file, colon, mode = argument.partition(":")
@@ -299,7 +303,8 @@ class _ConfigParser(flags.ArgumentParser):
 def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, Any]]:
     """Returns (the remaining arguments, {path: value} of the fields that the config file lacks).
 
-    These are fields of the network and of the user's own parts, which check the fields themselves.
+    Only fields of the network and of the user's own parts can be new. The network and these parts
+    check them.
     """
     run = f"(?:{_RUNS[0].pattern})?" if _RUNS else ""
     fields = r"(model\.\w+|own\.\w+\.\w+)"
@@ -311,7 +316,7 @@ def _take_new_fields(argv: list[str], file: str) -> tuple[list[str], dict[str, A
     try:
         make = recipes.load(file).get_config
         known = flatten(make(mode) if mode else make())
-    except Exception:  # the parser will raise it again with a message
+    except Exception:  # the parser will raise this error again, with a message
         return argv, {}
     added = {m["path"]: _literal(m["value"]) for m in matches.values() if m["path"] not in known}
     return [a for a in argv if a not in matches or matches[a]["path"] in known], added
@@ -347,7 +352,7 @@ def _parse(argv: list[str]) -> list[str]:
         if equals and field and not field.startswith(("model.", "own.")) and field not in FIELDS:
             raise UserError(f"config: unknown field {field!r}{did_you_mean(field, FIELDS)}")
     argv, added = _take_new_fields(argv, file)
-    before, sys.argv = sys.argv, argv  # where ml_collections looks for overrides
+    before, sys.argv = sys.argv, argv  # ml_collections looks for overrides in sys.argv
     try:
         rest = flags.FLAGS(argv)
         if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):

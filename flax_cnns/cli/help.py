@@ -1,4 +1,4 @@
-"""The texts of `COMMAND --help` and `COMMAND --help-fields [PATTERN]`. No JAX."""
+"""The texts of `COMMAND --help` and `COMMAND --help-fields [PATTERN]`. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def find_help(
 ) -> str:
     """Returns the help text that the flags in `argv` ask for; "" if they do not ask for help.
 
-    `module` is the name of the command's module, and `doc` its docstring. `arguments` is a word for
-    the arguments of the command that are not flags. `places` are the parts of its config that are
-    configs of runs. Raises `UserError` if no field matches the pattern.
+    `module` is the name of the command's module, and `doc` its docstring. `arguments` is the usage
+    line's word for the arguments that are not flags. `places` are the paths of the configs of whole
+    runs in the command's config. Raises `UserError` if no field matches the pattern.
     """
     given = list(itertools.takewhile(lambda argument: argument != "--", argv[1:]))
     for argument, following in zip(given, [*given[1:], ""]):
@@ -68,8 +68,8 @@ def make_page(command: str, module: str, doc: str, arguments: str, places: Seque
 
 
 def _flags(module: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (flag with its kind of value, meaning), first for the command's own flags, then for
-    those that all commands share."""
+    """Yields (flag with its kind of value, meaning) for the command's own flags, and then for the
+    flags that all commands share."""
     known = flags.FLAGS.flags_by_module_dict()
     shared = [flag for flag in known.get("flax_cnns.cli.flags", []) if flag.name != "config"]
     for flag in known.get(module, []):
@@ -85,8 +85,8 @@ def _flags(module: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield "--help", "Shows this page."
     yield (
         "--help-fields [PATTERN]",
-        "Shows the fields of a config with their defaults. PATTERN selects some of them by a shell"
-        " pattern or a part of their names, such as 'optimizer.*' or decay.",
+        "Shows the fields of a config with their defaults. PATTERN, a shell pattern or a part of a"
+        " name, selects fields: 'optimizer.*' or decay.",
     )
 
 
@@ -110,8 +110,11 @@ def _describe(flag: flags.Flag) -> str:
 
 
 def make_fields_page(pattern: str = "") -> str:
-    """Returns the page of config fields whose path matches a shell pattern or contains `pattern`:
-    their defaults, meanings and expected values. Raises `UserError` if there are none."""
+    """Returns the page of config fields with their defaults, meanings and expected values.
+
+    The page has the fields whose path contains `pattern`, or matches it if it is a shell pattern.
+    Raises `UserError` if there are no such fields.
+    """
     pattern = pattern.removeprefix("--").removeprefix("config.").partition("=")[0]
     known = dict(walk(TABLE))
     known |= {"strategy": STRATEGY, **dict(walk(STRATEGY, "strategy."))}

@@ -5,7 +5,7 @@ flax-cnns inspect runs/digits@best --depth=2
 flax-cnns inspect runs/digits@1200 --filter='params/head/.*' --verify
 flax-cnns inspect path/of/an/orbax/checkpoint
 
-RUN alone means the checkpoint that was tested for summary.json, or in an unfinished run the latest.
+RUN alone means the checkpoint that was tested for summary.json; in an unfinished run, the latest.
 The paths are those that the rules of `graft` use. Like a rule, a filter must match the whole path.
 """
 

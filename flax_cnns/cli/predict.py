@@ -29,8 +29,8 @@ _WORKDIR = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "",
-    "The checkpoint of a run: best, latest or a step. Without this flag, the checkpoint that was"
-    " tested for summary.json, or in an unfinished run the latest.",
+    "The checkpoint of a run: best, latest or a step. Without this flag: the checkpoint that was"
+    " tested for summary.json; in an unfinished run, the latest.",
 )
 _TOP = flags.DEFINE_integer("top", 5, "Number of classes to show.", lower_bound=1)
 _TRUST = define_trust()

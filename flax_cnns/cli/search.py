@@ -1,4 +1,4 @@
-r"""Searches for the best way to scale a network up, as in the EfficientNet paper.
+r"""Searches for the best way to scale up a network, as in the EfficientNet paper.
 
 flax-cnns search scaling --workdir=runs/scaling
 flax-cnns search scaling --workdir=runs/s \

@@ -20,9 +20,7 @@ _ACCEPT = define_accept()
 
 
 def train(argv: list[str]) -> None:
-    from flax_cnns.runs.train import (
-        run,
-    )  # imported here, so that a mistyped flag does not start JAX
+    from flax_cnns.runs.train import run  # imported here, so that a mistyped flag imports no JAX
 
     del argv
     run(_CONFIG.value, _WORKDIR.value, accept_changed_data=_ACCEPT.value)

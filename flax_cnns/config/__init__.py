@@ -1,4 +1,4 @@
-"""Configs: the table of fields (`fields.py`), validation, and configs of older runs. No JAX."""
+"""Configs: the table of fields (`fields.py`), validation, and older runs. Does not import JAX."""
 
 from flax_cnns.config.default import complete, default_config, set_config_field
 from flax_cnns.config.effects import RunFacts

@@ -42,7 +42,7 @@ def integer(low: int = 0) -> Check:
 
 
 def one_of(*names: str) -> Check:
-    """One of the names; the message suggests a near one."""
+    """One of `names`; the message suggests the most similar one."""
 
     def check(value: Any) -> str | None:
         known = ", ".join(names)
@@ -97,8 +97,8 @@ def randaugment(value: Any) -> str | None:
 
 
 def rules(of: Check, what: str, *, single: bool = False) -> Check:
-    """Pairs (regex, value) whose values pass the check `of`. With `single`, also (value,) for every
-    path."""
+    """Rules ((regex, value), ...) whose values pass the check `of`. With `single`, also (value,),
+    which applies to every path. `what` describes a value in the message."""
 
     def check(value: Any) -> str | None:
         expected = f"rules ((regex, {what}), …)" + (f" or ({what},)" if single else "")
@@ -139,7 +139,7 @@ REFERENCE = re.compile(rf"<opaque>:\w+|{_DOTTED}:{_DOTTED}")
 
 
 def is_reference(value: Any) -> bool:
-    """Whether a value names an object of the user's own, as "package.module:Name"."""
+    """Whether a value names an object in the user's code, as "package.module:Name"."""
     return isinstance(value, str) and REFERENCE.fullmatch(value) is not None
 
 

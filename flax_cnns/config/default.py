@@ -12,7 +12,7 @@ from flax_cnns.errors import UserError, did_you_mean
 
 def default_config() -> Any:
     """Returns a ConfigDict of all fields with their defaults (docs/config.md)."""
-    from ml_collections import ConfigDict  # here, as the tables and checks do not need it
+    from ml_collections import ConfigDict  # imported here: the table and the checks do not need it
 
     return ConfigDict(make_defaults())
 
@@ -38,7 +38,7 @@ def complete(config: Any) -> Any:
 
 
 def set_config_field(config: Any, path: str, value: Any) -> None:
-    """Sets the field `path` of a ConfigDict, whatever type its value had. Adds missing sections."""
+    """Sets the field `path` of a ConfigDict to a value of any type. Adds missing sections."""
     from ml_collections import ConfigDict
 
     *sections, field = path.split(".")

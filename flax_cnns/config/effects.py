@@ -1,8 +1,8 @@
-"""When config fields have an effect, and values that make no sense in a new run.
+"""Finds config fields that have no effect, and values that make no sense in a new run.
 
 `EFFECTS` and `IN_A_RUN` have a row for each field that other fields, the network or the data can
-switch off. A field at its default is never wrong. Fields without a row always have an effect, or
-only the run itself can tell whether they do.
+switch off. A field at its default is never reported. A field without a row always has an effect, or
+only the run itself can tell whether it has one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MAX_STEPS = 2**31  # steps are counted in int32
 
 
 class RunFacts(NamedTuple):
-    """Facts about a run that need its network and data. `has_batchnorm` and `has_aux_heads` trace
-    the network."""
+    """Facts about a run that depend on its network and data. `has_batchnorm` and `has_aux_heads`
+    trace the network."""
 
     total_steps: int
-    count_steps: Callable[[str], int]  # of a duration
+    count_steps: Callable[[str], int]  # duration -> steps
     has_validation: bool
     has_own_validation: bool  # the data set has a validation split; none is taken from train
     has_batchnorm: Callable[[], bool]
@@ -36,12 +36,12 @@ class RunFacts(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """When a field has an effect. `reason` is the message if it has none; in the message,
+    """When a field has an effect. `reason` is the message if the field has none; in the message,
     `{optimizer.name}` stands for the value of that field."""
 
     reason: str
-    has_effect: Callable[..., bool]  # of Flat; in `IN_A_RUN` of Flat and RunFacts
-    fix: str = ""  # replaces "leave it at" the default in the message
+    has_effect: Callable[..., bool]  # (Flat) -> bool; in `IN_A_RUN` (Flat, RunFacts) -> bool
+    fix: str = ""  # replaces "leave it at DEFAULT" in the message
     can_reset: bool = True  # False: resetting the field to its default would change the run
     needs: str = ""  # the field that must be on for this field to have an effect
 
@@ -90,8 +90,8 @@ def _is_own_data(flat: Flat) -> bool:
 
 
 def _needs_reading(also: Effect | None = None) -> Effect:
-    """The effect of a field that says how data are read: it acts if the data are not the user's
-    own, and if `also` acts."""
+    """Returns the effect of a field that says how data are read: the field has an effect if the
+    data are not the user's own, and if `also`, when given, has an effect."""
     reason = "your own data are used as they are, and data.name is {data.name}"
     if also is None:
         return Effect(reason, lambda flat: not _is_own_data(flat))
@@ -100,9 +100,9 @@ def _needs_reading(also: Effect | None = None) -> Effect:
 
 
 def _needs_decoding(also: Effect | None = None) -> Effect:
-    """The effect of a field that says how images are decoded: it acts if the data are not a file of
-    arrays, and if `also` acts. A user's own TFDS builder is decoded too. `IN_A_RUN` covers other
-    data of the user's own."""
+    """Returns the effect of a field that says how images are decoded: the field has an effect if
+    the data are not a file of arrays, and if `also`, when given, has an effect. The images of a
+    user's own TFDS builder are decoded too. `IN_A_RUN` covers a user's own arrays and batches."""
     reason = "arrays are not decoded, and data.name is {data.name}"
     return Effect(
         f"{also.reason} (or {reason})" if also else reason,
@@ -210,8 +210,8 @@ def _fits_into_run(field: str) -> Callable[[Flat, RunFacts], bool]:
 
 
 def _suggest_constant(*fields: str) -> str:
-    """The fix for a rate that never changes: a constant schedule. The `fields` must then be at
-    their defaults, because a new run refuses fields without effect."""
+    """Returns the fix for a rate that never changes: a constant schedule. The `fields` must then be
+    at their defaults, because a new run refuses fields without effect."""
     *most, last = (f"schedule.{field}={DEFAULTS[f'schedule.{field}']!r}" for field in fields)
     return f"schedule.name='constant' with {', '.join(most)} and {last}"
 
@@ -222,8 +222,8 @@ _NO_VALIDATION = "validations choose the best checkpoint, and there is no valida
 IN_A_RUN: dict[str, Effect] = {
     "data.validation": Effect(
         "{data.name} has a validation split of its own, which is used",
-        # 0 takes nothing from train, which is what happens. But 0 contradicts a schedule or early
-        # stopping that needs validations.
+        # With 0, nothing is taken from train, which is true here too. But 0 contradicts a schedule
+        # or early stopping that needs validations.
         lambda flat, facts: (
             not facts.has_own_validation
             or (flat["data.validation"] == 0 and not _needs_validation(flat))
@@ -278,10 +278,10 @@ IN_A_RUN: dict[str, Effect] = {
 
 
 def find_inert(flat: Flat, facts: RunFacts | None = None) -> dict[str, str]:
-    """{field: message} for the fields that are not at their defaults and have no effect.
+    """Returns {field: message} for the fields that are not at their defaults and have no effect.
 
-    Without `facts` only effects that depend on the config are checked; with `facts` only those that
-    depend on the network or the data.
+    Without `facts`, only effects that depend on the config alone are checked. With `facts`, only
+    effects that depend on the network or the data are checked.
     """
     messages = {}
     for field, effect in (EFFECTS if facts is None else IN_A_RUN).items():
@@ -302,8 +302,8 @@ def _to_lists(value: Any) -> Any:
 
 
 def find_bad_values(flat: Flat) -> Iterator[str]:
-    """Yields a message for each value that a new run refuses; older runs continue with theirs.
-    `flat` has passed the checks of its fields."""
+    """Yields a message for each value that a new run refuses; older runs keep such values. `flat`
+    has passed the checks of its fields."""
 
     def describe(field: str, expected: str) -> str:
         return f"config.{field}: expected {expected}, got {flat[field]!r}"
@@ -343,7 +343,7 @@ def find_bad_values(flat: Flat) -> Iterator[str]:
 
 
 def find_long_durations(flat: Flat, facts: RunFacts) -> Iterator[str]:
-    """Yields a message for each duration in epochs that is too many steps."""
+    """Yields a message for each duration that has too many steps."""
     for field, value in flat.items():
         for duration in _durations(value):
             if (count := facts.count_steps(duration)) >= MAX_STEPS:

@@ -1,13 +1,13 @@
 """The table of all config fields: default, check, meaning, and the value in older runs.
 
-`configs/common.py`, the checks, the notes on older runs and docs/config.md are generated from this
-table. A new field is one row with `older_runs`: the value with which an older run stays the same.
+The default config, the checks, the notes on older runs and docs/config.md all come from this table.
+To add a field, add one row with `older_runs`: the value that leaves an older run unchanged.
 
 A duration is a string, `"20 epochs"` or `"500 steps"`; an epoch is one pass over the training
 examples. `"0 steps"` means never, but the last step always logs, validates and saves. Rules are
 tuples of `(regex, value)` over paths such as `"params/stage1/block1/conv1/kernel"`. The first regex
-that matches the whole path decides, and every path must be decided. `effects.py` says which fields
-act under which choices. Registries check the names that only they know (models, data sets).
+that matches the whole path decides, and every path must be decided. `effects.py` says when a field
+has an effect. The registries check names of models and data sets, which this table does not list.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ IN_ALL_RUNS = object()  # `older_runs` of a field that the first version already
 
 
 class Field(NamedTuple):
-    """A config field. `regularizer`: it sets the strength of a regularizer, which is off by default
-    and compared with the others in configs/ablations/regularizers.py."""
+    """A config field."""
 
     default: Any
     check: Check
     meaning: str
-    older_runs: Any = IN_ALL_RUNS  # the value with which a run that lacks the field stays the same
+    older_runs: Any = IN_ALL_RUNS  # the value that leaves a run without the field unchanged
+    # Whether the field turns on a regularizer: configs/ablations/regularizers.py compares them all.
     regularizer: bool = False
 
 
@@ -66,11 +66,11 @@ class Section(NamedTuple):
 
 
 def section(meaning: str, **fields: Field | Section) -> Section:
-    """A `Section` with its fields as keyword arguments."""
+    """Makes a `Section` with its fields as keyword arguments."""
     return Section(meaning, fields)
 
 
-# A page to read: each field's meaning stands below its default.
+# Formatted for reading: the meaning of a field is below its default.
 # fmt: off
 TABLE = section("A config.",
     seed=Field(0, integer(), "Seed of initialization, data order, augmentation and dropout."),
@@ -88,7 +88,7 @@ TABLE = section("A config.",
             " '': the network's default. The head of ResNets, DenseNets, MobileNets and their"
             " relatives always starts with lecun, even with paper."),
         scan=Field(False, boolean,
-            "Run repeated blocks as a loop: deep networks compile in seconds."),
+            "Run repeated blocks as a loop, so that deep networks compile faster."),
         remat=Field(False, boolean, "Recompute each block in the backward pass: less memory."),
     ),
 
@@ -161,11 +161,11 @@ TABLE = section("A config.",
                 " set's colors (gray images have one component); the paper's is 0.1; 0: off.",
                 older_runs=0.0, regularizer=True),
             normalize=Field(True, boolean,
-                "Subtract the mean of each channel and divide by its standard deviation."),
+                "Subtract each channel's mean and divide by the channel's standard deviation."),
         ),
         mean=Field((), per_channel(0.0),
             "Mean of each channel, for images in 0..1; (): the data set's own. A network that"
-            " starts from published weights needs the values that these were trained with."),
+            " starts from published weights needs the values that the weights were trained with."),
         std=Field((), per_channel(1e-6),
             "Standard deviation of each channel, given like mean. Set both or neither."),
     ),
@@ -203,13 +203,13 @@ TABLE = section("A config.",
             older_runs="auto"),
         l2=Field((), rules(number(), "number", single=True),
             "L2 penalty in the loss, for every optimizer: the a in J + a/2 ||w||^2 over the"
-            " trainable parameters, given like weight_decay. clip_norm and norm/grads include its"
-            " gradient. It is logged as train/l2.",
+            " trainable parameters, given like weight_decay. clip_norm and norm/grads include the"
+            " penalty's gradient. The penalty is logged as train/l2.",
             older_runs=(), regularizer=True),
         max_norm=Field((), rules(number(), "number", single=True),
-            "Limit on the norm of every unit's incoming weights: after each step, larger weights"
-            " are scaled back to it. (3.0,): every kernel; or rules (regex, number) over the"
-            " kernels; 0: no limit.",
+            "Limit on the norm of every unit's incoming weights. After each step, weights with a"
+            " larger norm are scaled back to the limit. (3.0,): every kernel; or rules (regex,"
+            " number) over the kernels; 0: no limit.",
             older_runs=(), regularizer=True),
         grad_noise=Field(0.0, number(),
             "Gradient noise: eta of the variance eta / (1 + step)^decay; 0: off.",
@@ -217,7 +217,7 @@ TABLE = section("A config.",
         grad_noise_decay=Field(0.55, number(),
             "The decay in the variance of the gradient noise.", older_runs=0.55),
         sam=Field(0.0, number(),
-            "Sharpness-aware minimization: its rho. Each step computes two gradients. 0: off.",
+            "rho of sharpness-aware minimization. Each step computes two gradients. 0: off.",
             older_runs=0.0, regularizer=True),
         trainable=Field((), rules(boolean, "True or False"),
             "Which parameters are trained: rules (regex, bool); (): all."),
@@ -251,7 +251,7 @@ TABLE = section("A config.",
         div_factor=Field(25.0, number(above=True), "one_cycle: highest rate / initial rate."),
         final_div_factor=Field(1e4, number(above=True), "one_cycle: initial rate / last rate."),
         patience=Field(5, integer(1),
-            "plateau: the rate falls after this many validations in a row without a better error."
+            "plateau: the rate falls after this many validations in a row without a lower error."
             " PyTorch's ReduceLROnPlateau counts one less: patience=4 is 5 here."),
         min_delta=Field(1e-4, number(0, 1),
             "plateau: the relative improvement that counts as better."),
@@ -270,8 +270,8 @@ TABLE = section("A config.",
             " average. 0: off.",
             regularizer=True),
         ema_warmup=Field(True, boolean,
-            "Each step uses min(ema, (1 + step) / (10 + step)) as the decay, as in TensorFlow's"
-            " ExponentialMovingAverage. timm has another formula."),
+            "Use min(ema, (1 + step) / (10 + step)) as the decay of each step, as TensorFlow's"
+            " ExponentialMovingAverage does. timm has another formula."),
         aux_weight=Field((0.3,), rules(weight_over_time, "number", single=True),
             "Weights of the auxiliary heads' losses: (0.3,) for every head, or rules (regex over"
             " names of heads, weight) such as ((r'aux1', 0.3), (r'.*', 0.0)). A weight is a number,"
@@ -314,7 +314,7 @@ TABLE = section("A config.",
             "Before each validation and at the end, compute BatchNorm's running statistics from"
             " this many batches of training images, and keep them; 0: off."),
         deterministic=Field(False, boolean,
-            "Use XLA's deterministic kernels on GPUs. This acts only if JAX has not started yet."),
+            "Use XLA's deterministic kernels on GPUs. Has no effect if JAX has already started."),
         eval_every=Field("1 epochs", duration,
             "How often to evaluate on the validation split, if there is one."),
         test_on=Field("latest", one_of("latest", "best"),
@@ -324,11 +324,11 @@ TABLE = section("A config.",
             " as fit/loss, fit/accuracy, fit/top5.",
             older_runs=False),
         early_stopping=Field(0, integer(),
-            "Stop after this many validations without a better one; 0: off.", regularizer=True),
+            "Stop after this many validations without a new best one; 0: off.", regularizer=True),
     ),
 
     checkpoint=section("Checkpoints.",
-        every=Field("5 epochs", duration, "How often to save one."),
+        every=Field("5 epochs", duration, "How often to save a checkpoint."),
         keep_latest=Field(2, integer(1), "Keep this many of the newest checkpoints."),
         keep_best=Field(1, integer(),
             "Keep this many of the best checkpoints by train.best_by. Without a validation split,"
@@ -367,8 +367,8 @@ TABLE = section("A config.",
 )
 
 STRATEGY = section(
-    "Numbers of the fine-tuning strategies. Only a config of fine-tuning has this section, next to"
-    " the configs of its runs.",
+    "Numbers of the fine-tuning strategies. Only a fine-tuning config has this section, next to the"
+    " configs of its runs.",
     last=Field(1, integer(1), "last_k: how many stages are trained."),
     rate=Field(0.1, number(above=True),
         "Factor on the learning rate wherever more than the classifier is fine-tuned."),
@@ -389,7 +389,7 @@ def walk(part: Section, prefix: str = "") -> Iterator[tuple[str, Field | Section
 
 
 def make_defaults(part: Section = TABLE) -> dict[str, Any]:
-    """`{field: default}`, with sections as nested dicts."""
+    """Returns `{field: default}`, with sections as nested dicts."""
     return {
         name: make_defaults(entry) if isinstance(entry, Section) else entry.default
         for name, entry in part.fields.items()

@@ -39,8 +39,8 @@ def set_field(config: dict[str, Any], path: str, value: Any) -> None:
 
 
 def list_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Lists the fields in which two plain configs differ, as `"seed: 0 there, 1 here"`, where
-    `theirs` is there and `ours` is here."""
+    """Lists the fields in which two plain configs differ, such as `"seed: 0 there, 1 here"`: "here"
+    means `ours`, and "there" means `theirs`."""
     here, there, missing = flatten(ours), flatten(theirs), object()
 
     def describe(value: Any) -> str:

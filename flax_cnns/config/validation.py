@@ -1,4 +1,4 @@
-"""Validates configs, and finds what only a new run refuses. Needs no JAX."""
+"""Validates configs, and finds problems that only a new run refuses. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -78,14 +78,15 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         )
 
 
-# ---- problems for which only a new run is refused
+# ---- problems that only a new run refuses
 
 
 def find_problems(config: Any, facts: effects.RunFacts | None = None) -> list[str]:
-    """Returns a message for each problem for which a new run is refused: a field that is set and
-    has no effect, or a value that makes no sense. Older runs continue with theirs.
+    """Returns a message for each problem that a new run refuses: a field that is set and has no
+    effect, or a value that makes no sense. Older runs keep such fields and values.
 
-    `config` must be valid. With `facts`, only problems that depend on the network or the data.
+    `config` must be valid. With `facts`, returns only problems that depend on the network or the
+    data.
     """
     flat = flatten(config)
     values = effects.find_long_durations(flat, facts) if facts else effects.find_bad_values(flat)
@@ -93,14 +94,14 @@ def find_problems(config: Any, facts: effects.RunFacts | None = None) -> list[st
 
 
 def find_inert_fields(config: Any) -> list[str]:
-    """Returns the fields that differ from their defaults but have no effect under the other
-    choices."""
+    """Returns the fields that differ from their defaults but have no effect, given the other
+    fields."""
     return list(effects.find_inert(flatten(config)))
 
 
 def reset_inert_fields(config: Any, keep: Collection[str] = ()) -> Any:
-    """Returns a copy of a ConfigDict or mapping in which each field without effect has its default.
-    The run is the same. Fields in `keep` are not reset."""
+    """Returns a copy of a ConfigDict or mapping in which each field without effect has its default,
+    except the fields in `keep`. The copy describes the same run."""
     is_config = hasattr(config, "to_dict")
     copy = config.to_dict() if is_config else json.loads(json.dumps(config))
     flat = flatten(copy)
@@ -113,8 +114,8 @@ def reset_inert_fields(config: Any, keep: Collection[str] = ()) -> Any:
 def check_new_run(
     config: Any, where: Any, *, begun: bool, say: Callable[[str], None] = print
 ) -> None:
-    """Checks the config of the runs in the folder `where`. Raises `UserError` if it has problems.
-    If `begun`, the folder already holds such runs, and `say` gets a note instead."""
+    """Raises `UserError` if the config of the runs in the folder `where` has problems. If the runs
+    have `begun`, calls `say` with a note instead."""
     problems = find_problems(config)
     if not begun:
         raise_problems(problems)
@@ -129,5 +130,5 @@ def raise_problems(problems: Collection[str]) -> None:
 
 
 def format_note(where: Any, problems: Collection[str]) -> str:
-    """The line to print for an older run whose config has problems."""
-    return f"note: {where} was made before this was refused, and keeps it: {' | '.join(problems)}"
+    """Returns the line to print for an older run whose config has problems."""
+    return f"note: {where} is an older run and keeps what a new run refuses: {' | '.join(problems)}"

@@ -44,15 +44,16 @@ def evaluate(
 
 
 def summarize(total: dict[str, Any]) -> dict[str, float]:
-    """Sums -> metrics by name: {"loss", "accuracy", "top5"} or those of multilabel data, and the
-    user's."""
+    """Converts sums to metrics by name: the task's ("loss", "accuracy" and "top5", or the metrics
+    of multilabel data) and the user's."""
     return metrics.compute(total)
 
 
 def per_class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Confusion matrix [K K], rows true -> {"count", "recall", "precision"}, each [K].
+    """Returns {"count", "recall", "precision"}, each [K], of a confusion matrix [K K].
 
-    The recall of a class is NaN if it has no examples; the precision, if it was never predicted.
+    The rows of the matrix are true classes. The recall of a class is NaN if the class has no
+    examples; its precision is NaN if it was never predicted.
     """
     confusion = np.asarray(confusion, np.float64)
     hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)

@@ -1,4 +1,4 @@
-"""Layers and building blocks that networks share. None depends on a network."""
+"""Layers and building blocks that networks share. They do not import any network."""
 
 from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head

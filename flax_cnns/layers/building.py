@@ -29,14 +29,14 @@ def building_blocks(
 ) -> tuple[ModuleDef, ModuleDef]:
     """Returns (conv, norm), the partials that a network hands down to its blocks.
 
-    They are set by the network's fields `kernel_init`, `dtype`, `param_dtype` and `axis_name`,
-    which every network has, and by `norm`, `momentum`, `epsilon` and `scale` if it has them.
+    The partials use the network's fields `kernel_init`, `dtype`, `param_dtype` and `axis_name`,
+    which every network has, and `norm`, `momentum`, `epsilon` and `scale` if the network has them.
     `paper` is the initializer that `kernel_init="paper"` stands for. A network without the field
-    `norm` normalizes nothing. The arguments `norm`, `dtype` and `norm_fields` (arguments of
-    `make_norm`) override the network's fields.
+    `norm` has no norms. The arguments `norm`, `dtype` and `norm_fields` (arguments of `make_norm`)
+    override the network's fields.
 
     Raises `UserError` for unknown names of initializers and norms, and if the network lacks one of
-    the first four fields (`dtype` is not needed if it is given as an argument).
+    the first four fields. The field `dtype` is not needed if the argument `dtype` is given.
     """
     required = () if dtype is not None else ("dtype",)
     check_fields(network, "building_blocks", *required, "kernel_init", "param_dtype", "axis_name")
@@ -75,8 +75,8 @@ def classify(
 ) -> Array:
     """The end of a network: maps [N H W C] or features [N C] -> logits f32 [N num_classes].
 
-    Maps are averaged over H and W. Then `dropout` is applied, and the layer "head", which is made
-    by the argument `head`, or by `make_head(network, paper)` if `head` is None. If `num_classes` is
+    Maps are averaged over H and W. Then `dropout` and the layer "head" are applied. The argument
+    `head` makes the layer; if it is None, `make_head(network, paper)` does. If `num_classes` is
     None, the result is the input of "head": features f32 [N C].
     Raises `UserError` if the network lacks the field `num_classes`.
     """

@@ -10,8 +10,8 @@ paper leaves some details open. They follow its authors' release, TensorFlow's s
 - The cell after a reduction halves the older input by two shifted 1x1 convolutions
   (`FactorizedReduction`).
 
-There is one difference. If the older input already has the cell's width and size, slim does not
-squeeze it, and this module does. None of slim's networks has such an input.
+There is one difference: this module squeezes the older input even if it already has the cell's
+width and size, and slim does not. None of slim's networks has such an input.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PaddingRules(NamedTuple):
     """How a cell's operations pad their input."""
 
     padding: str  # of convolutions and pooling: mbconv.resolve_padding
-    zero_pools: Sequence[str]  # kinds of pooling ("max", "mean") that pad with zeros at stride 2
+    zero_pools: Sequence[str]  # kinds of pooling ("max", "mean") that pad with zeros if strided
 
 
 class Separable(nn.Module):
@@ -114,7 +114,7 @@ class Squeeze(nn.Module):
 
 
 class Identity(nn.Module):
-    """Returns x, or ReLU, 1x1 convolution and norm of x if the shape changes.
+    """Returns x; if the shape changes, ReLU, 1x1 convolution and norm of x.
 
     [N H W C] -> [N H/stride W/stride width].
     """
@@ -166,8 +166,8 @@ class Cell(nn.Module):
 
     Returns [N H/stride W/stride C'], where C' is `width` times the number of outputs. p is
     squeezed, or halved if its map is larger than x's. In a first cell p is None; x takes its place
-    and is not squeezed. Only operations on x and p have the stride. Each operation except
-    identities is dropped independently with the rate of `drop`.
+    and is not squeezed. Only operations on x and p have the stride. Each operation, except
+    identities, is dropped independently with the rate of `drop`.
     Raises `UserError` for an unknown operation.
     """
 
@@ -185,14 +185,14 @@ class Cell(nn.Module):
         if p is None:
             states["p"] = x
         else:
-            match = Squeeze if p.shape[1:3] == x.shape[1:3] else FactorizedReduction
-            states["p"] = match(self.width, **given, name="squeeze_previous")(p)
+            squeeze = Squeeze if p.shape[1:3] == x.shape[1:3] else FactorizedReduction
+            states["p"] = squeeze(self.width, **given, name="squeeze_previous")(p)
         size = [-(-n // self.stride) for n in x.shape[1:3]]
         zero = jnp.zeros((len(x), *size, self.width), states["x"].dtype)
         for i, row in enumerate(self.recipe.rows, 1):
             sides = {"left": row[:2], "right": row[2:]}
             total = zero
-            for side, (operation, source) in sides.items():
+            for side, (operation, source) in sides.items():  # source: "x", "p" or a row's number
                 if operation not in OPERATIONS:
                     hint = did_you_mean(operation, OPERATIONS)
                     raise UserError(f"unknown operation {operation!r} of a cell{hint}")
@@ -218,6 +218,6 @@ class Cell(nn.Module):
 
 
 def _for_operation(drop: DropPath, i: int) -> DropPath:
-    """Returns the cell's rate with a key of the cell's operation `i`."""
+    """Returns `drop` with a key of its own for the cell's operation `i`."""
     key = None if drop.key is None else jax.random.fold_in(drop.key, i)
     return dataclasses.replace(drop, key=key)

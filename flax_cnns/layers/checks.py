@@ -10,7 +10,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
 MAX_IMAGE_CHANNELS = 4  # RGB and alpha
-# The fields that functions of `layers` read from a network, as its class would declare them.
+# The fields that functions of `layers` read from a network, with declarations for its class.
 FIELD_DECLARATIONS = {
     "axis_name": "str | None = None",
     "backward": 'str = "shake"',
@@ -34,7 +34,7 @@ FIELD_DECLARATIONS = {
 def check_images(images: Array, input_size: Sequence[int], smallest: int = 1) -> None:
     """Raises `UserError` unless images are [N H W C], with the expected C and H, W >= `smallest`.
 
-    `input_size` is the network's (H, W, C). Only C must match.
+    `input_size` is the network's (H, W, C); only its C must match.
     """
     if images.ndim != 4:
         raise UserError(f"expected images [N H W C], got the shape {tuple(images.shape)}")

@@ -24,7 +24,7 @@ from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.layers.stage import split_by_stage
 from flax_cnns.types import Array
 
-# Three common schedules: (the last block's rate, L) -> the rates of blocks 1 to L.
+# Three common schedules: (`rate`, number of blocks L) -> the rates of blocks 1 to L.
 DROP_SCHEDULES: dict[str, Callable[[float, int], np.ndarray]] = {
     # Huang et al. 2016, section 3: 1 - p_l = l/L (1 - p_L), l = 1 ... L.
     "linear": lambda rate, L: rate * np.arange(1, L + 1) / L,
@@ -51,9 +51,10 @@ class DropPath:
 
 
 def drop_rates(rate: float, depth: int, schedule: str = "linear") -> np.ndarray:
-    """Returns each block's rate of dropping, f32 [depth]; the last block's is close to `rate`.
+    """Returns the rate of dropping of each block, f32 [depth], by a schedule of DROP_SCHEDULES.
 
-    Raises `UserError` for an unknown schedule, or a rate outside [0, 1).
+    The last block has the rate `rate`, or a little less with the schedule "efficientnet". Raises
+    `UserError` for an unknown schedule, or a rate outside [0, 1).
     """
     if schedule not in DROP_SCHEDULES:
         hint = did_you_mean(schedule, DROP_SCHEDULES)
@@ -71,10 +72,10 @@ def make_drop_paths(
     The entries are None if `drop_path` is 0. The field `drop_path_mode` is one of:
 
     - "batch": stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382). There is one
-      decision per block and step, drawn from the stream "shared". It is the same on all devices,
-      because a step is as slow as its slowest device. It is also the same in all parts of a step
-      that accumulates gradients. A dropped branch is not computed, and its BatchNorm statistics are
-      not updated. In evaluation each branch is scaled by its survival probability p_l.
+      decision per block and step, drawn from the stream "shared". The decision is the same on all
+      devices, because a step is as slow as its slowest device, and in all pieces of a step that
+      accumulates gradients. A dropped branch is not computed, and its BatchNorm statistics are not
+      updated. In evaluation each branch is scaled by its survival probability p_l.
     - "sample": as in timm and torchvision. There is one decision per image, drawn from the stream
       "dropout". Kept branches are scaled by 1 / p_l, and evaluation is unchanged.
 
@@ -119,11 +120,11 @@ def residual(
     x: Array,
     drop: DropPath | None,
 ) -> Array:
-    """Returns `shortcut + branch(block, x)`, where the branch is dropped as `drop` says.
+    """Returns `shortcut + branch(block, x)`, where `drop` decides whether to drop the branch.
 
     `branch` must make its layers from its argument `block`, not from the `self` of the enclosing
-    method: inside `nn.cond` they are different modules. `shortcut` and the branch's result have the
-    same shape and dtype. If `drop` is None, the branch is never dropped.
+    method: inside `nn.cond`, `block` and `self` are different modules. `shortcut` and the branch's
+    result have the same shape and dtype. If `drop` is None, the branch is never dropped.
     """
     if drop is None:
         return shortcut + branch(block, x)
@@ -146,7 +147,8 @@ def residual(
 
 
 def make_key(module: nn.Module, stream: str) -> Any:
-    """Returns `module.make_rng(stream)`. Raises `UserError` if `apply` was not given the stream."""
+    """Returns `module.make_rng(stream)`. Raises `UserError` if the rngs of `apply` lack the
+    stream."""
     if not module.has_rng(stream):
         where = "the same on every device" if stream == "shared" else "different on each device"
         raise UserError(

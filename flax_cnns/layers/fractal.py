@@ -20,19 +20,19 @@ from flax_cnns.types import Array
 class ColumnDrop:
     """One step's drop-path sample: it decides for every join of the network which inputs to keep.
 
-    `column` is i32 [], or [N] with one number per image: the column that global sampling chose,
-    from 1 (the shallowest), or 0 if sampling is local.
+    `column` is i32 [], or [N] with one number per image. The number is the column that global
+    sampling chose, counted from 1 (the shallowest); 0 means local sampling.
     """
 
     column: Array
     key: Array
-    rate: float = flax.struct.field(pytree_node=False)  # local sampling: of dropping a join's input
+    rate: float = flax.struct.field(pytree_node=False)  # at which local sampling drops an input
 
     def keep(self, first: int, last: int, *place: int) -> Array:
         """Returns which of the columns `first` to `last` a join keeps: bool [inputs] or [inputs N].
 
-        `place` identifies the join by integers that no other join has. A join without the chosen
-        column keeps all its inputs; its output is not used.
+        The integers `place` differ for every join. A join without the globally chosen column keeps
+        all its inputs; its output is not used.
         """
         key, shape = self.key, (last - first + 1, *self.column.shape)
         for number in place:
@@ -58,10 +58,11 @@ def keep_at_least_one(key: Array, rate: float, shape: Sequence[int]) -> Array:
 def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> ColumnDrop | None:
     """Returns a step's drop-path sample from the network's fields; None if every path is kept.
 
-    The fraction `drop_path_global` of the samples is global: one column is kept. The others are
-    local: each input of a join is dropped with the rate `drop_path`. With `drop_path_mode="batch"`
-    there is one sample per step, drawn from the stream "shared", which is the same on all devices.
-    With "sample" there is one per image, drawn from the stream "dropout".
+    The fraction `drop_path_global` of the samples is global: only one column is kept. The other
+    samples are local: each input of a join is dropped with the rate `drop_path`. With
+    `drop_path_mode="batch"` there is one sample per step, drawn from the stream "shared", which is
+    the same on all devices. With "sample" there is one sample per image, drawn from the stream
+    "dropout".
 
     Raises `UserError` for an unknown mode, rates out of range, or a missing field or stream.
     """

@@ -16,8 +16,8 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Dtype
 
 # He et al. 2015, https://arxiv.org/abs/1502.01852, equation 14: N(0, 2 / fan_out), not truncated,
-# with fan_out = k * k * output channels. The paper allows either fan; its authors' ResNet code and
-# torchvision take this one.
+# with fan_out = k * k * output channels. The paper allows fan_in too; its authors' ResNet code and
+# torchvision use fan_out.
 he = variance_scaling(2.0, "fan_out", "normal")
 
 # LeCun et al. 1998, "Efficient BackProp", equation 16: standard deviation 1 / sqrt(fan_in).
@@ -33,7 +33,7 @@ caffe_xavier = variance_scaling(1.0, "fan_in", "uniform")
 def tensorflow_fan_out(distribution: Literal["normal", "truncated_normal"]) -> Callable:
     """Returns an initializer with variance 2 / fan_out, where fan_out is counted as in TensorFlow.
 
-    For a depthwise kernel [k k 1 C] that count is k^2. The released EfficientNet uses "normal",
+    For a depthwise kernel [k k 1 C], this fan_out is k^2. The released EfficientNet uses "normal",
     slim uses "truncated_normal". The first kernel of a network for images of one channel also has
     the shape [k k 1 C], but is not depthwise: initialize it with `he`.
     """
@@ -64,7 +64,7 @@ INITIALIZERS = {
 
 
 def get_initializer(init: str | Callable, paper: Callable | None = None) -> Callable:
-    """Returns the initializer (key, shape, dtype) -> kernel of a name, such as "he".
+    """Returns the initializer (key, shape, dtype) -> kernel with a name such as "he".
 
     A function is returned as it is. `paper` is the initializer that the name "paper" stands for.
     Raises `UserError` for an unknown name.
@@ -80,6 +80,6 @@ def get_initializer(init: str | Callable, paper: Callable | None = None) -> Call
 def get_head_initializer(init: str | Callable, paper: Callable) -> Callable:
     """Returns the classifier's initializer: `paper` if `init` is "paper", else LeCun's.
 
-    With He's variance, 2 / fan_out, the initial logits of a few classes would be far from zero.
+    With few classes, He's variance, 2 / fan_out, would put the initial logits far from zero.
     """
     return paper if init == "paper" else lecun

@@ -21,9 +21,9 @@ PADDINGS = ("torch", "same")
 def resolve_padding(padding: str, kernel_size: int) -> int | str:
     """Returns the argument `padding` of `Conv` for an odd kernel size.
 
-    "torch" pads both sides by (kernel_size - 1) / 2. "same" is TensorFlow's: it pads no more than
-    needed, which at stride 2 and an even size is one row less at the top. With both, output sizes
-    are rounded up. Raises `UserError` for another name.
+    "torch" pads both sides by (kernel_size - 1) / 2. "same" is TensorFlow's padding, which is no
+    larger than needed: at stride 2 and an even size, one row less at the top. Both round output
+    sizes up. Raises `UserError` for another name.
     """
     if padding not in PADDINGS:
         raise UserError(f"unknown padding {padding!r}{did_you_mean(padding, PADDINGS)}")
@@ -84,10 +84,10 @@ class SeparableConv(nn.Module):
     """A depthwise and then a 1x1 convolution: [N H W C] -> [N H/stride W/stride width].
 
     The depthwise convolution makes `depth_multiplier` channels from each channel c, beginning at
-    channel c * depth_multiplier. The 1x1 convolution `pointwise` mixes all of them. Without a norm
-    and an activation in between, the two are one convolution whose kernel [k k C width] has a low
-    rank (Chollet 2016, https://arxiv.org/abs/1610.02357, section 1.2). MobileNet has both in
-    between.
+    channel c * depth_multiplier. The 1x1 convolution `pointwise` mixes all channels. Without a norm
+    and an activation in between, the two convolutions equal one convolution whose kernel
+    [k k C width] has a low rank (Chollet 2016, https://arxiv.org/abs/1610.02357, section 1.2).
+    MobileNet has a norm and an activation in between.
     """
 
     width: int

@@ -21,8 +21,8 @@ from flax_cnns.types import Array, Dtype, ModuleDef
 
 NORMS = ("batch", "group", "layer", "channel", "none")
 _GROUP_SIZE = 16  # channels
-# Flax's methods without the wrapper for interceptors and captured outputs: if they were called
-# through `super()`, each norm would appear twice there.
+# Flax's methods without the wrapper for interceptors and captured outputs. A call through `super()`
+# would show each norm to the interceptors twice.
 _batch_norm = inspect.unwrap(nn.BatchNorm.__call__)
 _group_norm = inspect.unwrap(nn.GroupNorm.__call__)
 
@@ -43,25 +43,25 @@ def make_norm(
     `norm` is one of:
 
     - "batch": Ioffe & Szegedy 2015. In training it normalizes by the statistics of the batch (with
-      `axis_name`, of all devices' batches together) and updates the running statistics; in
+      `axis_name`, of all devices' batches together) and updates the running statistics. In
       evaluation it normalizes by the running statistics. `momentum` means
       `new = momentum * old + (1 - momentum) * batch`: PyTorch's 0.1 is 0.9 here. The running
-      variance is biased; PyTorch's is unbiased. With n values per channel and batch ours approaches
-      (n - 1) / n of PyTorch's: 0.969 at n = 32, 0.984 at n = 64. Statistics are float32 for every
-      `dtype`. Tracing a training step with one value per channel raises `OneValueError`; PyTorch
-      raises an error too.
+      variance is biased; PyTorch's is unbiased. With n values per channel in a batch, ours
+      approaches (n - 1) / n of PyTorch's: 0.969 at n = 32, 0.984 at n = 64. Statistics are float32
+      for every `dtype`. Tracing a training step with one value per channel raises `OneValueError`;
+      PyTorch raises an error too.
     - "group": Wu & He 2018 with 16 channels per group (their table 3). It keeps no statistics.
     - "layer": Ba, Kiros & Hinton 2016, in the form of Wu & He 2018 for maps (their equation 4).
       Mean and variance are over H, W and C of each image, as with a single group; gamma and beta
       are per channel.
     - "channel": normalizes over C at each pixel or token, as in ConvNeXt and transformers.
-    - "none": the identity. Convolutions before a norm have no bias, so the network then learns no
-      shifts and scales at these places. `layers.fixup` is a way to train without norms.
+    - "none": the identity. Convolutions before a norm have no bias, so with "none" the network
+      learns no shifts and scales at these places. `layers.fixup` is a way to train without norms.
 
     `scale=False` omits gamma, the trainable scale.
 
-    Raises `UserError` for an unknown name. The layer of "group" raises `UserError` if 16 does not
-    divide the number of channels.
+    Raises `UserError` for an unknown name. The layer for "group" raises `UserError` if the number
+    of channels is not a multiple of 16.
     """
     if norm == "batch":
         return partial(

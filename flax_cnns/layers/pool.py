@@ -18,7 +18,7 @@ from flax_cnns.types import Array
 def _out_size(n: int, window: int, stride: int, padding: int, ceil: bool) -> int:
     """Returns PyTorch's output size.
 
-    With `ceil`, a last window that is partly outside counts if it starts inside.
+    With `ceil`, a last window that lies partly outside the image is kept if it starts inside.
     """
     last_start = n + 2 * padding - window
     if not ceil:
@@ -111,8 +111,8 @@ def avg_pool(
 ) -> Array:
     """Average pooling as in PyTorch: [N H W C] -> [N H' W' C], with the sizes of `max_pool`.
 
-    Padding counts as zeros. It is left out of the means if `count_padding` is False, and always
-    with TensorFlow's `padding="SAME"`. The pixels that `ceil` adds beyond the padding never count.
+    Padding counts as zeros. The means leave it out if `count_padding` is False, and always with
+    TensorFlow's `padding="SAME"`. The pixels that `ceil` adds beyond the padding never count.
     """
     size, args = _geometry(x, window, stride, padding, ceil)
     counts = []
@@ -148,5 +148,5 @@ def adaptive_avg_pool(x: Array, size: int) -> Array:
 
 
 def global_avg_pool(x: Array) -> Array:
-    """Means over H and W: [N H W C] -> f32 [N C] for every dtype, since the head is float32."""
+    """Means over H and W: [N H W C] of any dtype -> f32 [N C], because the head is float32."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

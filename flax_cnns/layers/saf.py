@@ -22,13 +22,13 @@ class SAFPool(nn.Module):
     """Max pooling that drops responses: [N H W C] -> [N H/window W/window C], rounded down.
 
     If `window` is None, the maximum is over the whole map: [N C]. In training, the fraction `rate`
-    of the pooled responses is set to zero. In evaluation, none is. The paper has no formula for
-    which responses to drop. There are two readings:
+    of the pooled responses is set to zero; in evaluation, all responses are kept. The paper does
+    not define which responses to drop. There are two readings:
 
-    - `choose="strongest"` takes the method's name literally. In each image, over all positions and
-      channels, the round(rate * count) largest pooled responses are set to zero. So are others that
-      equal the smallest of these. Nothing is random. The remaining responses are not rescaled: the
-      paper names no factor, and dropout's factor would not keep the mean here.
+    - `choose="strongest"` takes the paper's description literally. In each image, over all
+      positions and channels, the round(rate * count) largest pooled responses are set to zero, with
+      all responses equal to the smallest of them. Nothing is random. The remaining responses are
+      not rescaled: the paper names no factor, and dropout's factor would not keep the mean here.
     - `choose="random"` is what the authors' published networks do: max pooling, then Caffe's
       dropout. Each pooled response is set to zero independently with probability `rate`, drawn from
       the stream "dropout". The others are multiplied by 1 / (1 - rate).

@@ -29,7 +29,7 @@ SHAKE_DROP_LEVELS = ("batch", "image", "channel", "pixel")
 
 @jax.custom_jvp
 def gate(x: Array, forward: Array, backward: Array) -> Array:
-    """Returns `forward * x`, with the derivative `backward` in x.
+    """Returns `forward * x`, whose derivative with respect to x is `backward`.
 
     x is [N H W C]; `forward` and `backward` broadcast to it.
     """
@@ -43,7 +43,7 @@ def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 def _gate_shape(level: str, x: Array) -> tuple[int, ...]:
-    """Returns the shape of the gates of x [N H W C]: 1 for each axis that shares a number."""
+    """Returns the shape of the gates of x [N H W C]: 1 for each axis that shares one gate."""
     n, h, w, c = x.shape
     shapes = {"batch": (1, 1, 1, 1), "image": (n, 1, 1, 1), "channel": (n, 1, 1, c)}
     return shapes.get(level, (n, h, w, c))
@@ -68,7 +68,8 @@ def _check_known(field: str, value: str, known: Sequence[str]) -> None:
 
 @flax.struct.dataclass
 class Shake:
-    """Shake-Shake's state of one block, or, with a leading block axis of `key`, of a stage."""
+    """Shake-Shake's state of one block or of a whole stage, whose `key` has a leading block
+    axis."""
 
     key: Array
     forward: str = flax.struct.field(pytree_node=False, default="shake")
@@ -145,14 +146,14 @@ def make_shake_drops(
     """Returns the `ShakeDrop` of each stage of `depths` blocks, from the network's fields.
 
     - `shake_drop` is the last block's rate 1 - p_L, and p_l = 1 - l/L (1 - p_L) for l = 1 ... L. If
-      it is 0, the entries are None.
+      `shake_drop` is 0, the entries are None.
     - `shake_drop_alpha` and `shake_drop_beta` are the ranges from which the gates are drawn. With
       (0, 0) for both, ShakeDrop is stochastic depth.
     - `shake_drop_level` is the part that shares an alpha and a beta: the "batch", an "image", a
       "channel" of an image, or a "pixel" of a channel.
 
-    b is drawn from the stream "shared": one number for the batch on all devices. So are alpha and
-    beta of the level "batch". Those of the other levels are drawn from the stream "dropout".
+    b is one number for the batch on all devices, drawn from the stream "shared". At the level
+    "batch", alpha and beta are drawn from "shared" too; at the other levels, from "dropout".
 
     Raises `UserError` for an unknown level, a rate outside [0, 1), an invalid range, or a missing
     field or stream.

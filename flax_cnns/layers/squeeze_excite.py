@@ -15,7 +15,7 @@ from flax_cnns.types import Array, Dtype
 class SqueezeExcite(nn.Module):
     """Multiplies each channel of each image by a gate in (0, 1): [N H W C] -> [N H W C].
 
-    Hu et al. 2017, https://arxiv.org/abs/1709.01507, equations 2 to 4. The gate is the result of
+    Hu et al. 2017, https://arxiv.org/abs/1709.01507, equations 2 to 4. The gate is computed by
     means over H and W, a dense layer to C / reduction (`reduce`), ReLU, a dense layer back to C
     (`expand`), and sigmoid. Both dense layers have biases, as in the authors' networks.
     """

@@ -1,4 +1,4 @@
-"""A stage of blocks, unrolled, or compiled as one block that is scanned over all of them."""
+"""A stage of blocks: unrolled, or under a scan that compiles the repeated block once."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from flax_cnns.types import Array, ModuleDef, PyTree
 
 
 class Stage(nn.Module):
-    """`depth` blocks, the first of them with the stride: [N H W C] -> [N H/stride W/stride C'].
+    """`depth` blocks; only the first has the stride: [N H W C] -> [N H/stride W/stride C'].
 
     For blocks of a transformer, [N T C] -> [N T C], `conv` and `stride` are None.
 
-    What differs between blocks is an argument of the call: `stage(x, rates, keys)` calls
+    Values that differ between blocks are arguments of the call: `stage(x, rates, keys)` calls
     `block(x, rates[i], keys[i])`. Each argument is an array with a leading axis of `depth`, a tree
-    of such arrays, or None. What is the same for all blocks, such as `train`, belongs in the
-    partial `block`. Random keys differ between blocks: the network makes them by
-    `jax.random.split(self.make_rng("dropout"), depth)`, and a block uses its own by
+    of such arrays, or None. Values that all blocks share, such as `train`, belong in the partial
+    `block`. Random keys differ between blocks: the network makes them by
+    `jax.random.split(self.make_rng("dropout"), depth)`, and a block uses its key by
     `nn.Dropout(rate)(x, rng=key)`. Under `scan`, `make_rng` inside a block raises an error, because
     its numbers would depend on the block's name.
 
-    `scan`: block2 to the last, which must be alike, run under `nn.scan`. The results are the same,
-    and the size of the compiled program does not grow with depth. The variables may be stacked
-    (`tree.stack_blocks`), as in a run, or named. Named variables are stacked inside the program,
-    which takes compile time for each leaf. Initialization, and features by name (a mutable
+    `scan`: the blocks from block2 on, which must be alike, run under `nn.scan`. The results are the
+    same, and the size of the compiled program does not grow with depth. The variables may be
+    stacked (`tree.stack_blocks`), as in a run, or named. Named variables are stacked inside the
+    program, which takes compile time for each leaf. Initialization, and features by name (a mutable
     collection "intermediates"), are always unrolled. Features need named variables; stacked ones
-    raise `UserError`. Of the variables that a block sows, only batch_stats survive the scan, so a
-    family with auxiliary heads in its blocks must not offer `scan`.
+    raise `UserError`. Only batch_stats are collected from scanned blocks, not the variables that
+    a block sows. So a family with auxiliary heads in its blocks must not offer `scan`.
 
     `remat`: the backward pass recomputes the activations inside a block instead of storing them. On
     a CPU, this saves memory only together with `scan`: ResNet-110 on 32 images needs 0.14 GB
@@ -83,7 +83,7 @@ class Stage(nn.Module):
             x, _ = nn.scan(
                 body,
                 variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"layer_dropout": True},  # of train/dropout.py
+                split_rngs={"layer_dropout": True},  # the stream of train/dropout.py
                 length=stage.depth - 1,
             )(block, x, args)
             return x

@@ -28,7 +28,7 @@ class ImageNetStem(nn.Module):
 
 
 class DeepStem(nn.Module):
-    """Three 3x3 convolutions, the first with stride 2, replace the 7x7 of ImageNetStem.
+    """ImageNetStem with three 3x3 convolutions, the first with stride 2, in place of the 7x7.
 
     [N H W C] -> [N H/4 W/4 width], rounded up. He et al. 2018, https://arxiv.org/abs/1812.01187,
     figure 2b. The convolutions have width/2, width/2 and width channels, each followed by a norm

@@ -33,7 +33,7 @@ def find(name: str) -> str:
 
     `name` is a path from the current folder, with or without `.py`, or the name of a recipe, with
     or without `configs/` in front. A file takes precedence over a recipe. Raises `UserError` if
-    there is neither.
+    there is neither a file nor a recipe.
     """
     for path in (name, f"{name}.py"):
         if os.path.exists(path) and not os.path.isdir(path):
@@ -50,7 +50,10 @@ def find(name: str) -> str:
 
 
 def load(file: str | os.PathLike) -> ModuleType:
-    """Executes a config file and returns its module. Errors of the file are raised as they are."""
+    """Executes a config file and returns its module. Errors that the file raises are passed on.
+
+    Raises `UserError` if the file, such as a copy of a recipe, imports relatively.
+    """
     path = Path(file).resolve()
     name = "config_config"  # ml_collections' name for the file of the flag --config
     if path.is_relative_to(FOLDER):

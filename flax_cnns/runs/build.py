@@ -304,7 +304,7 @@ def check_own_parts(workdir: pathlib.Path, record: dict[str, Any], *, begun: boo
     launch.check_processes_agree(
         json.dumps(record, sort_keys=True),
         what="the code of the own parts",
-        cure="all must have the same files",
+        fix="all must have the same files",
     )
     path = workdir / "own.json"
     if not begun or not path.is_file():
@@ -329,7 +329,7 @@ def check_run_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dic
     launch.check_processes_agree(
         json.dumps(dataset.fingerprint, sort_keys=True),
         what="the data",
-        cure="all must read the same files",
+        fix="all must read the same files",
     )
     quiet = jax.process_index() > 0
     return workdirs.check_data(workdir, dataset.snapshot, accept=accept, quiet=quiet)

@@ -112,7 +112,7 @@ def run(
     launch.check_processes_agree(
         json.dumps(resolved, sort_keys=True),
         what="the config",
-        cure="start all processes with the same command and code",
+        fix="start all processes with the same command and code",
     )
     workdir, primary = pathlib.Path(workdir).absolute(), jax.process_index() == 0
     with workdirs.open_workdir(workdir, primary=primary) as handle, Signals() as signals:
@@ -123,7 +123,7 @@ def run(
         launch.check_processes_agree(
             f"{complete} {finding.all_steps(workdir)}",
             what="what the run directory holds",
-            cure=f"{workdir} must be one directory that all processes see",
+            fix=f"{workdir} must be one directory that all processes see",
         )
         if complete:
             summary = workdirs.read_json(workdir / "summary.json")

@@ -27,7 +27,8 @@ _PROBLEM = re.compile(
 
 
 def find_default_folder(environment: Mapping[str, str]) -> str:
-    """Returns JAX_COMPILATION_CACHE_DIR, or else flax_cnns/xla under XDG_CACHE_HOME or ~/.cache."""
+    """Returns JAX_COMPILATION_CACHE_DIR if it is set; otherwise flax_cnns/xla under XDG_CACHE_HOME
+    or ~/.cache."""
     if folder := environment.get("JAX_COMPILATION_CACHE_DIR"):
         return folder
     base = environment.get("XDG_CACHE_HOME", "")
@@ -73,7 +74,7 @@ def enable(where: str = "") -> str:
 
 
 def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Removes the least recently read entries until `max_bytes` are left.
+    """Removes the least recently read entries until at most `max_bytes` are left.
 
     JAX's own limit (jax_compilation_cache_max_size) needs another package and takes a lock for each
     read.
@@ -93,8 +94,8 @@ def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
 
 
 def _handle_warnings(folder: Path) -> None:
-    """Installs a warnings handler that removes entries that JAX cannot read, so that they are
-    written again. It prints each of JAX's warnings about the cache as one line."""
+    """Installs a warnings handler that prints JAX's warnings about the cache as one line each. The
+    handler also removes entries that JAX cannot read, so that they are written again."""
     show, warned_of = warnings.showwarning, set()
 
     def handle(

@@ -2,8 +2,8 @@
 
     python -m flax_cnns.launch --local=2 --devices=2 -- python -m experiments.train --workdir=runs/x
 
-starts two processes with two fake CPU devices each. On a cluster, the cluster's launcher starts the
-processes (see `experiments/launch/`), and each of them calls `initialize`.
+starts two processes with two simulated CPU devices each. On a cluster, the cluster's launcher
+starts the processes (see `experiments/launch/`), and each of them calls `initialize`.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from flax_cnns.runtime import output
 COORDINATOR = "FLAX_CNNS_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "FLAX_CNNS_NUM_PROCESSES"
 PROCESS_ID = "FLAX_CNNS_PROCESS_ID"
-GRACE_SECONDS = 5.0  # for the other processes to end after one has failed
+GRACE_SECONDS = 5.0  # the time that the other processes have to end after one has failed
 
 
 # ---- called in every process
 
 
 def keep_memory() -> bool:
-    """Makes the C library keep the memory that this process frees. Returns whether it could.
+    """Makes the C library keep the memory that this process frees. Returns whether that worked.
 
     On a CPU, XLA allocates the scratch memory of every training step again: hundreds of MB that the
     system hands out page by page. A step of MobileNet v2 (16 images of 96 pixels, 2 cores) took 143
-    ms with the system's settings and 91 ms with these. Call this before JAX's first operation.
-    Returns False if the C library is not glibc, or if the environment sets its options.
+    ms with the system's settings and 91 ms with these. Call this function before JAX's first
+    operation. Returns False if the C library is not glibc, or if the environment sets its options.
 
+    To repeat the measurement, run this command with and without --memory=system:
     python -m experiments.benchmark vs-torch --block=mobilenet_v2 --batch=16 --size=96 --rounds=9
-    and the same with --memory=system
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return False
@@ -79,9 +79,9 @@ def initialize(
 ) -> None:
     """Connects this process to the run's other processes, before JAX's first operation.
 
-    The other processes are given by the arguments, or else by the environment
-    (FLAX_CNNS_COORDINATOR=host:port, FLAX_CNNS_NUM_PROCESSES, FLAX_CNNS_PROCESS_ID), or else
-    detected by JAX: under SLURM and Open MPI, on TPU pods, and in an indexed Kubernetes job. Does
+    An argument that is None is read from the environment: FLAX_CNNS_COORDINATOR=host:port,
+    FLAX_CNNS_NUM_PROCESSES, FLAX_CNNS_PROCESS_ID. If none of the three is set, JAX detects the
+    other processes: under SLURM and Open MPI, on TPU pods, and in an indexed Kubernetes job. Does
     nothing for a single process.
 
     The timeouts are in seconds. `initialization_timeout`: how long to wait for all processes to
@@ -118,7 +118,7 @@ def _settings(
     process_id: int | None,
     environment: Mapping[str, str],
 ) -> tuple[str, int, int] | None:
-    """Returns (address, number of processes, index) if they are set explicitly; else None."""
+    """Returns (address, number of processes, index); None if none of them is set explicitly."""
     values = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
     given: dict[str, str | int | None] = {
         name: environment.get(name) or None if value is None else value
@@ -144,7 +144,7 @@ def _settings(
 def find_cluster(environment: Mapping[str, str]) -> str | None:
     """Returns the name of the cluster system whose processes JAX can connect, or None.
 
-    This is stricter than JAX's own detection, which also connects a single task to itself, and
+    This is stricter than JAX's own detection. JAX's also connects a single task to itself, and
     fails in a Kubernetes pod that does not belong to a job. Raises `UserError` for Open MPI 5.
     """
     several = lambda name: int(environment.get(name) or 1) > 1  # noqa: E731
@@ -200,10 +200,10 @@ def describe_lost_peer(error: BaseException | None) -> str:
 _PEER_LOST = re.compile(r"(?i)gloo|nccl|by peer|socket closed|heartbeat|coordination service")
 
 
-def check_processes_agree(text: str, *, what: str, cure: str) -> None:
+def check_processes_agree(text: str, *, what: str, fix: str) -> None:
     """Raises `UserError` on every process if the processes hold different texts.
 
-    The message contains `what` the text is about ("the config") and the `cure`.
+    The message says `what` the processes disagree about ("the config"), and how to `fix` it.
     """
     import jax
     import numpy as np
@@ -220,7 +220,7 @@ def check_processes_agree(text: str, *, what: str, cure: str) -> None:
     if others:
         raise UserError(
             f"the hosts disagree about {what}: process {', '.join(map(str, others))} of"
-            f" {len(digests)} differs from process 0; {cure}"
+            f" {len(digests)} differs from process 0; {fix}"
         )
 
 
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--local", type=int, required=True, help="number of processes on this machine"
     )
     parser.add_argument(
-        "--devices", type=int, help="number of fake CPU devices of each process, for trials"
+        "--devices", type=int, help="number of simulated CPU devices of each process, for trials"
     )
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_local_environment(
     environment: Mapping[str, str], port: int, count: int, index: int, devices: int | None
 ) -> dict[str, str]:
-    """Returns the environment of process `index` of `count`. They connect at a local port."""
+    """Returns the environment of process `index` of `count`; they connect at a local `port`."""
     ours = {
         COORDINATOR: f"127.0.0.1:{port}",
         NUM_PROCESSES: str(count),
@@ -278,12 +278,12 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to all processes. If a process fails, the others have
     `GRACE_SECONDS` to end before they are killed. The last line printed is then the "error: ..."
-    line of the failed process, or how it ended. After a second SIGINT, all processes have the same
-    `GRACE_SECONDS`.
+    line of the failed process; if it printed none, the line says how it ended. After a second
+    SIGINT, all processes have `GRACE_SECONDS` to end.
 
     Returns the exit code of the first process that failed (128 + n for signal n). If none failed,
-    returns 130 or 75 if a process ended with that code, and else 0. After SIGINT, 130 is not a
-    failure.
+    returns 130 or 75 if a process ended with that code, otherwise 0. Exit code 130 counts as a
+    failure only if this process got no SIGINT.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -330,7 +330,7 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
                     stderr=subprocess.PIPE,
                     text=True,
                     errors="replace",
-                    start_new_session=True,  # Ctrl-C then reaches it once, through this process
+                    start_new_session=True,  # so that Ctrl-C reaches it once, through this process
                 )
             except OSError as error:
                 raise UserError(f"cannot start {command[0]!r}: {error.strerror}") from None
@@ -360,7 +360,8 @@ def _wait(
     writing: threading.Lock,
     interrupts: Sequence[float],
 ) -> tuple[int, int | None, str]:
-    """Waits for all processes. Returns (exit code, which process failed first or None, how)."""
+    """Waits for all processes. Returns (exit code, index of the first process that failed or None,
+    how it ended)."""
     running, good_code, deadline = dict(enumerate(children)), 0, float("inf")
     failure_code, first, how = 0, None, ""
     while running:
@@ -378,7 +379,7 @@ def _wait(
                 first, how = index, _describe_end(code)
                 deadline = time.monotonic() + GRACE_SECONDS
                 with writing:
-                    # Before JAX's coordination service may blame the wrong process.
+                    # Printed now, before JAX's coordination service can blame the wrong process.
                     line = f"[launch] process {index} failed first, {how}"
                     print(line, file=sys.stderr, flush=True)
         if len(interrupts) > 1:

@@ -1,6 +1,7 @@
 """Printing that never ends a run.
 
-With a full disk, `| head -1` or a closed terminal, only lines are lost:
+If the disk is full, the terminal is closed, or a reader such as `head -1` ends, only output is
+lost:
 
 with output.safe():
     ...  # print, rich and tracebacks drop what cannot be written

@@ -34,10 +34,11 @@ class Signals:
     """A context in which SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) ask the run to save and stop.
 
     With several processes, JAX's own service sees a SIGTERM to any process and picks a step at
-    which all stop. Until `begun`, there is nothing to save, and Ctrl-C raises KeyboardInterrupt. A
-    second Ctrl-C always raises it. Python's handlers wait until a compilation ends, so if that
-    takes long, a thread ends the process. Ctrl-C is not handled if its handler is not Python's own,
-    or if it is ignored, as in the background of a shell script.
+    which all stop. Until `begun` is True, there is nothing to save, and Ctrl-C raises
+    KeyboardInterrupt. A second Ctrl-C always raises it. Python runs its signal handlers only after
+    a compilation has ended. If that takes long after a second Ctrl-C, a thread ends the process.
+    Ctrl-C is left alone if its handler is not Python's own, or if it is ignored, as in a background
+    job of a shell script.
     """
 
     begun = False  # this session has taken a step
@@ -133,7 +134,7 @@ def _say(text: str) -> None:
 
 
 def _leave_at_once() -> None:
-    # Uses no locks, as the main thread may hold them. Shows the cursor, which a progress bar hides.
+    # Uses no locks: the main thread may hold them. Shows the cursor, which a progress bar hides.
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")

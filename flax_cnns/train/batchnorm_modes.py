@@ -27,8 +27,8 @@ def decide_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) ->
     A stack of blocks has one entry. `rules`, from `config.optimizer.bn`, are (regex of the path,
     mode). `trainable` has a bool for each parameter.
 
-    Without rules, a layer is "frozen" if none of its parameters learn. A layer without scale and
-    bias is "frozen" if no parameter of the nearest enclosing module that has parameters learns.
+    Without rules, a layer is "frozen" if none of its parameters learns. A layer without parameters
+    is "frozen" if, in the nearest enclosing module that has parameters, no parameter learns.
 
     Raises `UserError` if a rule decides nothing, if no rule decides a layer, or if the blocks of a
     stack get different modes.
@@ -53,7 +53,8 @@ def decide_modes(rules: pytree.Rules, trainable: PyTree, batch_stats: PyTree) ->
 
 
 def _learns(layer: str, trainable: Mapping[str, bool]) -> bool:
-    """Whether a parameter of the layer learns, or of the nearest enclosing module that has any."""
+    """Whether a parameter of the layer learns; of the nearest enclosing module that has parameters,
+    if the layer has none."""
     while True:
         prefix = f"{layer}/" if layer else ""
         inside = [learns for path, learns in trainable.items() if path.startswith(prefix)]

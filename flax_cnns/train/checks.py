@@ -1,4 +1,4 @@
-"""Checks of functions that a user wrote: their arguments and what they return."""
+"""Checks of functions that a user wrote: their arguments and their results."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check_arguments(
 
 @contextlib.contextmanager
 def explain_errors(what: str, arguments: str) -> Iterator[None]:
-    """Adds a note to an error of the user's function: with which arguments it was called."""
+    """Adds a note to an error of the user's function: the arguments it was called with."""
     try:
         yield
     except UserError:
@@ -95,7 +95,8 @@ def check_like(what: str, result: Any, expected: Array) -> Array:
 
 
 def restack(named: PyTree, stacked: PyTree) -> PyTree:
-    """Inverts `tree.unstack_blocks`: returns the leaves of `named` in the form of `stacked`."""
+    """Inverts `tree.unstack_blocks`: returns the leaves of `named` in the structure of
+    `stacked`."""
     flat = pytree.flatten(named)
 
     def restack_leaf(path: str, leaf: Array) -> Array:

@@ -1,13 +1,13 @@
 """Dropout after any layer of any network, of single activations or of whole channels.
 
-Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html, inverted: values that are
-kept are multiplied by 1 / (1 - rate), and evaluation is unchanged. Whole channels are dropped as in
-Tompson et al. 2015, https://arxiv.org/abs/1411.4280, section 3.2 ("SpatialDropout").
+Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html, as inverted dropout: values
+that are kept are multiplied by 1 / (1 - rate), and evaluation is unchanged. Channels are dropped as
+in Tompson et al. 2015, https://arxiv.org/abs/1411.4280, section 3.2 ("SpatialDropout").
 
 Networks contain no code for this: `intercept` changes the outputs of the layers as they are called.
-It is independent of a network's `dropout` field; both may be on. `train.precise_bn` computes its
-statistics without this dropout, as evaluation does; with it, the variances would be those of the
-scaled activations.
+This dropout is independent of a network's `dropout` field; both may be on. `train.precise_bn`
+computes its statistics without this dropout, as evaluation does. With the dropout, the variances
+would be those of the scaled activations.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def decide_rates(
 
     A stack of blocks has one entry. `rules`, from `config.train.dropout`, are either (rate,), for
     every convolution outside the head, or (regex of the path, rate) for any module, blocks and
-    norms included. `params`, or any tree with its structure, is named or stacked, as the step takes
-    it. Computes only shapes.
+    norms included. `params` is any tree with the structure that the step takes: its blocks are
+    named or stacked. Computes only shapes.
 
     Raises `UserError` if a rule decides nothing, if no rule decides a module, if the blocks of a
     stack get different rates, or if nothing in the network would be dropped.
@@ -58,7 +58,7 @@ def decide_rates(
     asked = any(rule if isinstance(rule, (int, float)) else rule[1] for rule in rules)
     if asked and not any(rates.values()):
         raise UserError(
-            f"train.dropout: it would drop nothing in {type(model).__name__}. (rate,) applies to"
+            f"train.dropout: nothing would be dropped in {type(model).__name__}. (rate,) applies to"
             " every flax.linen.Conv outside the head, (regex, rate) to the linen layers that the"
             " regex matches"
         )
@@ -119,7 +119,7 @@ def intercept(rates: Mapping[str, float], mode: str = "unit") -> Any:
 
 
 def drop(x: Array, rate: float, key: Array, mode: str) -> Array:
-    """Returns x / (1 - rate) with a fraction `rate` of it set to 0; x and the result: [N ... C]."""
+    """Returns x / (1 - rate), [N ... C], with a fraction `rate` of the values set to 0."""
     shape = x.shape if mode == "unit" else (len(x), *[1] * (x.ndim - 2), x.shape[-1])
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
 

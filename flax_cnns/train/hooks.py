@@ -1,8 +1,8 @@
 """Regularizers as hooks of the training step, and checks of the hooks that a user wrote.
 
 A user's regularizer is any object that has some of the hooks as methods; `make_regularizer` turns
-the object into a `Regularizer`. Its hooks get `params` with every block under its own name, also if
-the network scans.
+the object into a `Regularizer`. Its hooks get `params` with every block under its own name, even if
+the network scans its blocks.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Regularizer(NamedTuple):
     are equal on all devices must remain equal.
     """
 
-    # (images f32 [n H W C], keys [n]) -> images: after the built-in augmentation; an image's key
-    # does not depend on the number of devices
+    # (images f32 [n H W C], keys [n]) -> images: after the built-in augmentation; the key of an
+    # image does not depend on the number of devices
     augment: Callable[[Array, Array], Array] | None = None
     # (images f32 [n H W C], labels f32 [n K], key) -> (images, labels): after the built-in mixing;
     # the key is the same on every device
@@ -46,8 +46,8 @@ class Regularizer(NamedTuple):
     # (gradients, params, key, step) -> gradients: after clipping, before the optimizer's momentum;
     # the key differs in each step and is the same on every device
     gradients: Callable[[PyTree, PyTree, Array, Array], PyTree] | None = None
-    # (params, gradients) -> params at which the gradient of the update is computed; this costs a
-    # second gradient in each step
+    # (params, gradients) -> params at which the gradient of the update is computed; costs a second
+    # gradient in each step
     perturb: Callable[[PyTree, PyTree], PyTree] | None = None
     # (params) -> params: after each update
     constrain: Callable[[PyTree], PyTree] | None = None
@@ -66,13 +66,13 @@ HOOKS: dict[str, tuple[str, ...]] = {
 
 
 def make_regularizer(name: str, given: Any) -> Regularizer:
-    """Makes the regularizer `name` of the object `given`, whose methods are hooks.
+    """Makes the regularizer `name` from the object `given`, whose methods are hooks.
 
-    The hooks' keys are folded with `name`, so that other regularizers do not change its random
-    draws. The hooks' results are checked while a step is traced.
+    The hooks' keys are folded with `name`, so that the random draws of a regularizer do not depend
+    on other regularizers. The hooks' results are checked while a step is traced.
 
-    Raises `UserError` if the object has no hook, if the name of another method is close to that of
-    a missing hook, or if a hook takes other arguments.
+    Raises `UserError` if the object has no hook, if another method's name resembles that of a
+    missing hook, or if a hook takes other arguments.
     """
     what = f"regularizer {name!r}"
     if isinstance(given, type):
@@ -104,7 +104,7 @@ def _is_method(given: Any, name: str) -> bool:
 
 
 def _own_key(key: Array, name: str) -> Array:
-    """Returns the key, or the [n] keys, of the regularizer `name`, made of those of a stream."""
+    """Folds the key, or the [n] keys, of a stream with the name of a regularizer."""
     fold = partial(jax.random.fold_in, data=np.uint32(zlib.crc32(name.encode())))
     return jax.vmap(fold)(key) if key.ndim else fold(key)
 

@@ -22,10 +22,10 @@ from flax_cnns.types import Array, PyTree
 class HostState:
     """The state of a run outside its arrays, saved as JSON with every checkpoint.
 
-    With it, a resumed run continues the current window of the log and the count of early stopping.
+    From it, a resumed run continues the current window of the log and the count of early stopping.
     """
 
-    # Sums since the last log; lists for a metric that is a mean of M ratios.
+    # Sums since the last log; a list [M] for a metric that is a mean of M ratios.
     window: dict[str, float | list[float]] = dataclasses.field(default_factory=dict)
     bad_in_a_row: int = 0
     bad_steps: int = 0
@@ -60,7 +60,7 @@ class TrainOutcome:
 class Callbacks:
     """Functions that the loop calls; optional ones may be None.
 
-    Every process calls all of them. `on_step` is None on all processes except the primary one.
+    Every process calls all of them, except `on_step`, which is None on all but the primary process.
 
     - `save(step, state, host, metrics)` saves a checkpoint; `host` can be written as JSON.
     - `write(step, record)` writes one record of the log.
@@ -69,7 +69,7 @@ class Callbacks:
     - `evaluate(state)` returns {"loss", "accuracy", ...} of the validation split, or raises
       `Interrupted`.
     - `on_validation(state, error)` may change the state (the plateau schedule).
-    - `refresh(state)` may change the state before each validation (precise_bn). It is called also
+    - `refresh(state)` may change the state before each validation (precise_bn). It is called even
       if there is no validation split.
     - `on_step(step, metrics)` gets the metrics of each single step as floats, while the next step
       runs. The names are those of the log without "train/". If the step was rejected, "bad_steps"
@@ -93,7 +93,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """The seconds since the last lap."""
+        """Returns the seconds since the last lap."""
         since, self._since = self._since, time.perf_counter()
         return self._since - since
 
@@ -126,8 +126,8 @@ class _Pace:
 def prefetch(iterator: Iterable[Any], size: int = 2) -> Generator[Any]:
     """Yields the items of `iterator`, produced in a thread up to `size` items ahead.
 
-    The device then never waits until its next batch is gathered and copied. An exception of the
-    iterator is raised here, after the items before it.
+    So the device does not wait while its next batch is gathered and copied. An exception of the
+    iterator is raised here, after the items that came before it.
     """
     items: queue.Queue = queue.Queue(maxsize=size)
     closed, end = threading.Event(), object()
@@ -168,7 +168,7 @@ def prefetch(iterator: Iterable[Any], size: int = 2) -> Generator[Any]:
 
 
 def _describe(window: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Returns the metrics to log for the sums of some steps, without images_per_second."""
+    """Returns the metrics to log for the summed steps of `window`, without images_per_second."""
     record = metrics.compute(window, prefix)
     good = window["steps"] - window["bad"] if "steps" in window else 0.0
     record["norm/grads"] = window["norm"] / good if good else float("nan")
@@ -193,8 +193,8 @@ class TrainLoop:
     - `best_by` names the validation metric that decides which validation is best: the one with the
       highest value, or with the lowest if `best_mode` is "min".
 
-    Metrics are fetched and logged while the next step runs, so that the device never waits for
-    Python. Only before a validation or a save are all of them fetched at once.
+    The metrics of a step are fetched and logged while the next step runs, so that the device never
+    waits for Python. Before a validation or a save, all pending metrics are fetched.
     """
 
     train_step: Callable[[PyTree, Any, Array], tuple[PyTree, dict[str, Array]]]
@@ -216,7 +216,7 @@ class TrainLoop:
 
         Raises `Diverged` after `max_bad_steps` steps in a row whose gradients were not finite.
         """
-        # Steps whose metrics are not fetched yet: (step, sums, whether it ends a window of the log)
+        # Steps whose metrics are not fetched yet: (step, sums, whether the step ends a log window)
         self._late: collections.deque[tuple[int, dict[str, Any], bool]] = collections.deque()
         self._pace, self._stopwatch = _Pace(self.batch_size), Stopwatch()
         self._outcome = outcome = TrainOutcome(state, start)
@@ -248,7 +248,7 @@ class TrainLoop:
             self._absorb()
         self._pace.lap()
         if stopping and not last:
-            # The next session starts with the validation that this step still owes.
+            # The next session starts with the validation that is due at this step.
             self.host.due = validating and self._has_validation
             self._save({})
             outcome.preempted = True
@@ -299,7 +299,7 @@ class TrainLoop:
         return record, better
 
     def _absorb(self) -> None:
-        """Fetches the metrics of the oldest pending step; if it ends a window, logs the window."""
+        """Fetches the metrics of the oldest pending step. If the step ends a window, logs it."""
         host = self.host
         step, sums, logging = self._late.popleft()
         values = jax.device_get(sums)

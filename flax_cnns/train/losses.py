@@ -25,13 +25,13 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
-    """-sum_k labels_k log sigmoid(logits_k) + (1 - labels_k) log(1 - sigmoid(logits_k)).
+    """-sum_k (labels_k log sigmoid(logits_k) + (1 - labels_k) log(1 - sigmoid(logits_k))).
 
     logits [N K], labels [N K] in 0..1 -> [N].
 
-    It is summed over the labels, as in big_vision; PyTorch's BCEWithLogitsLoss takes the mean. The
-    sum is the negative log-likelihood of an example, as `cross_entropy` is, and the gradient of a
-    logit does not depend on the number of labels.
+    The loss is summed over the labels, as in big_vision; PyTorch's BCEWithLogitsLoss takes the
+    mean. The sum is the negative log-likelihood of an example, as in `cross_entropy`, and the
+    gradient of a logit does not depend on the number of labels.
     """
     logits = logits.astype(jnp.float32)
     yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
@@ -41,8 +41,8 @@ def sigmoid_cross_entropy(logits: Array, labels: Array) -> Array:
 def select_loss(loss: Loss | None, task: str) -> Loss:
     """Returns the loss of a step: the user's `loss`, or the task's if `loss` is None.
 
-    A user's loss gets float32, and its result is checked while the step is traced. Raises
-    `UserError` if the loss takes other arguments or the task is unknown.
+    A user's loss is called with float32 arrays, and its result is checked while the step is traced.
+    Raises `UserError` if the loss takes other arguments or the task is unknown.
     """
     if task not in TASKS:
         raise UserError(f"task: unknown {task!r}{did_you_mean(task, TASKS)}")
@@ -74,9 +74,9 @@ def check_logits(logits: Any, n: int, num_classes: int) -> None:
 
 
 def soft_labels(labels: Array, num_classes: int) -> Array:
-    """labels i32 [n] or f32 [n k] -> f32 [n K]; classes that the data set lacks get 0.
+    """Labels i32 [n] or f32 [n k] -> f32 [n K], where K is `num_classes`.
 
-    Raises `UserError` while tracing if k is larger than K.
+    Classes that the data set lacks get 0. Raises `UserError` while tracing if k is larger than K.
     """
     if labels.ndim == 1:
         return jax.nn.one_hot(labels, num_classes)
@@ -95,11 +95,11 @@ def aux_loss(
     step: Array,
     loss: Loss = cross_entropy,
 ) -> Array:
-    """Returns the weighted sum of the mean losses of all heads sown into `aux_logits`.
+    """Returns the weighted sum of the mean losses of all heads that are sown into `aux_logits`.
 
     `weights`: (regex of a head's name, its weight as a schedule); the first match decides.
     """
-    # A head `aux1` sows "logits" into a tuple: sow keeps everything that is sown under a name.
+    # The path of the head `aux1` is "aux1/logits/0": `sow` collects values of one name in a tuple.
     heads = {
         path.rpartition("/")[0].removesuffix("/logits"): logits
         for path, logits in pytree.flatten(aux_logits).items()

@@ -16,9 +16,9 @@ GIB = 2**30
 
 
 def available() -> int | None:
-    """Returns the bytes that this process may still allocate; None if the system does not tell.
+    """Returns the bytes that this process may still allocate; None if they are unknown.
 
-    This is the smallest of what the machine, the control group and the process limit allow.
+    The machine, the control group and the process each have a limit; the smallest one counts.
     """
     limits = []
     machine = _table("/proc/meminfo")
@@ -38,7 +38,7 @@ def available() -> int | None:
 
 
 def _table(file: str | pathlib.Path) -> dict[str, int]:
-    """Returns {name: number} of a file with lines "name number"; {} if it cannot be read."""
+    """Returns {name: number} from a file with lines "name number"; {} if it cannot be read."""
     try:
         text = pathlib.Path(file).read_text()
     except OSError:
@@ -50,7 +50,8 @@ def _table(file: str | pathlib.Path) -> dict[str, int]:
 def needed(step: Callable, *arguments: Any) -> int:
     """Returns the bytes that a compiled step needs on one device in addition to its arguments.
 
-    Returns 0 if XLA does not tell. Compiles the step; its first call does not compile it again.
+    Returns 0 if XLA does not report them. Compiles the step; the step's first call does not compile
+    it again.
     """
     if not hasattr(step, "lower"):
         return 0
@@ -72,5 +73,5 @@ def check_fits(need: float, *, what: str) -> None:
         free = available() or 0
         raise UserError(
             f"{what}: a batch of this size needs {need / GIB:.1f} GiB of memory, but only "
-            f"{free / GIB:.1f} GiB are free; choose a smaller one"
+            f"{free / GIB:.1f} GiB are free; choose a smaller batch"
         )

@@ -1,8 +1,8 @@
-"""Metrics as sums and counts: added over steps and devices, divided once.
+"""Metrics as sums and counts, which are added over steps and devices and divided once, at the end.
 
 A user's metric is a function (logits f32 [N K], labels f32 [N K], mask f32 [N]) that returns
 (sum, count) or {"sum", "count"}. Both are numbers, or arrays [M] for a metric that is the mean of M
-ratios; ratios with count 0 are left out of the mean. Its sums are named "metric/NAME/sum" and
+ratios; ratios with count 0 are left out of the mean. The two are stored as "metric/NAME/sum" and
 "metric/NAME/count".
 """
 
@@ -21,7 +21,7 @@ from flax_cnns.types import Array
 
 Metric = Callable[[Array, Array, Array], Any]
 
-# Name of a sum -> name of the metric: that sum divided by the number of examples.
+# Name of a sum -> name of the metric that is this sum divided by the number of examples.
 _PER_EXAMPLE = {
     "loss": "loss",
     "correct": "accuracy",
@@ -51,13 +51,13 @@ def sum_task_metrics(
     *,
     task: str = "classes",
 ) -> dict[str, Array]:
-    """losses [N], logits [N K], labels i32 [N] or f32 [N K], mask f32 [N] -> sums by name.
+    """Losses [N], logits [N K], labels i32 [N] or f32 [N K], mask f32 [N] -> sums by name.
 
     Every task has "loss" and "count". The task "classes" has "correct", and with more than five
-    classes "correct5": how often the label is among the five highest logits. The label of a row [K]
-    is its largest entry. The task "multilabel" has "correct_labels", the fraction of an example's K
-    labels that are predicted correctly (a logit above 0 predicts the label), and "correct_subsets":
-    1 if all of them are correct.
+    classes "correct5": how often the label is among the five highest logits. If labels are [N K],
+    the label of an example is its largest entry. The task "multilabel" has "correct_labels", the
+    fraction of an example's K labels that are predicted correctly (a logit above 0 predicts the
+    label), and "correct_subsets": 1 if all K labels are predicted correctly.
     """
     if task == "classes" and labels.ndim > 1:
         labels = jnp.argmax(labels, -1)
@@ -87,7 +87,7 @@ def sum_metrics(
     task: str = "classes",
     own_metrics: Mapping[str, Metric] = {},
 ) -> dict[str, Array]:
-    """Returns all sums of some examples: those of the task and those of the user's metrics.
+    """Returns all sums over some examples: the task's, and those of the user's metrics.
 
     labels: i32 [N] or f32 [N K]; soft_labels: the same labels as f32 [N K].
     """
@@ -186,7 +186,7 @@ def list_names(
 
 
 def check_best_by(name: str, known: Iterable[str]) -> None:
-    """Raises `UserError` if a validation has no metric `name`; `known` are the metrics it has."""
+    """Raises `UserError` unless a validation has the metric `name`; it has the metrics `known`."""
     known = list(known)
     if name not in known:
         raise UserError(
@@ -214,7 +214,7 @@ def add_sums(total: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 
 def compute(total: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Sums -> metrics by name: the means over the examples, and a user's metrics.
+    """Converts sums to metrics by name: the means over the examples, and a user's metrics.
 
     A metric is NaN if its count is 0.
     """

@@ -1,8 +1,8 @@
 """Optimizers made of Optax transformations of the trainable leaves.
 
-Rules (regex, value) set what differs between parameters. The learning rate is a function of
-`state.step`, which the training step passes on. The schedule "plateau" multiplies it by a scale in
-the optimizer's state.
+Rules (regex, value) set the values that differ between parameters. The learning rate is a function
+of `state.step`, which the training step passes to the optimizer. The schedule "plateau" multiplies
+the rate by a scale in the optimizer's state.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ OptimizerFactory = Callable[..., optax.GradientTransformation]  # (learning_rate
 
 
 class Optimizer(NamedTuple):
-    """An Optax transformation of the trainable leaves, and what a training step needs with it."""
+    """An Optax transformation of the trainable leaves, and what else a training step needs."""
 
-    # Of the trainable leaves; its update takes `step` and, for gradient noise, `key`.
+    # Transforms the trainable leaves; its update takes `step` and, for gradient noise, `key`.
     tx: optax.GradientTransformationExtraArgs
     trainable: PyTree  # a bool for each leaf of params
     learning_rate: Callable[[Array, PyTree], Array]  # (step, opt_state) -> that step's rate
@@ -77,7 +77,7 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
 
 
 class OwnOptimizerState(NamedTuple):
-    """The state of a user's optimizer, with the plateau of its learning rate."""
+    """The state of a user's optimizer, and that of the schedule "plateau"."""
 
     rate: PlateauState
     inner: PyTree  # the state of the user's optax transformation
@@ -88,10 +88,10 @@ def _own_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a user's optimizer so that its learning rate follows `step` and the plateau.
 
-    Optax counts updates by itself and ignores rejected steps and the plateau. Therefore the
-    optimizer is made anew in each update, with a schedule that returns the step's rate for any
-    count. The user's optimizer always sees every block under its own name, also if the network
-    scans.
+    Optax counts updates by itself, so it knows neither rejected steps nor the plateau. Therefore
+    the optimizer is made anew in each update, with a schedule that returns the step's rate for any
+    count. The user's optimizer always sees every block under its own name, even if the network
+    scans its blocks.
     """
     what = f"optimizer.name: {checks.name_of(factory)}"
     checks.check_arguments(what, factory, ("learning_rate_schedule",), fields)
@@ -182,9 +182,9 @@ def update_plateau(
 ) -> PyTree:
     """Returns `opt_state` updated by a validation error.
 
-    After `patience` errors in a row that are not below the best one by the fraction `min_delta`,
+    After `patience` errors in a row that are not below the best error by the fraction `min_delta`,
     the learning rate is multiplied by `factor`. The last of these errors already lowers the rate.
-    PyTorch's ReduceLROnPlateau waits for one more: its `patience=4` is 5 here.
+    PyTorch's ReduceLROnPlateau waits for one more error: its `patience=4` is 5 here.
 
     `signed`: errors may be negative, as 1 - value is for a metric above 1.
     """
@@ -209,9 +209,9 @@ def update_plateau(
     )
 
 
-# The layer of each module for `layer_decay`: rules (regex of the start of its path, layer), where
-# the first match decides. A layer is "head", "below" or "above" (the next layer on that side), or
-# any other name. A network's own rules, `layer_groups`, come before these.
+# The layer of each module for `layer_decay`: rules (regex of the start of the path, layer). The
+# first match decides. A layer is "head", any other name, or "below" or "above": the layer of the
+# next module on that side. A network's own rules, `layer_groups`, come before these.
 _GROUPS = (
     (r"head\w*|aux\w*", "head"),
     (r"norm", "head"),  # after the last block: as in BEiT, and in timm's ConvNeXt and DenseNet
@@ -301,19 +301,19 @@ def make_optimizer(
         Decoupled weight decay is added to them.
       factory_fields: the fields of `factory`.
 
-    Decoupled weight decay is multiplied by the learning rate, as in optax and PyTorch, and is part
-    of no momentum. (Loshchilov & Hutter 2019 multiply it by the schedule alone.) Gradient noise is
-    added after clipping, so clipping does not change its size.
+    Decoupled weight decay is multiplied by the learning rate, as in Optax and PyTorch, and does not
+    enter the momentum. (Loshchilov & Hutter 2019 multiply it by the schedule alone.) Gradient noise
+    is added after clipping, so clipping does not change its size.
 
-    lamb scales the update of every leaf by its trust ratio and does not clip by itself. timm's Lamb
-    uses the ratio only for leaves with weight decay (`always_adapt=False`) and clips to a global
-    norm of 1 before (`max_grad_norm`, our `clip_norm`).
+    lamb scales the update of every leaf by the leaf's trust ratio and does not clip by itself.
+    timm's Lamb uses the ratio only for leaves with weight decay (`always_adapt=False`), and first
+    clips the gradient to a global norm of 1 (`max_grad_norm`, our `clip_norm`).
 
     rmsprop is TensorFlow's, which trained EfficientNet and Inception v3: the mean of squares starts
     at 1, epsilon is inside the root, and the learning rate is inside the momentum.
 
-    Raises `UserError` for rules that are invalid or freeze everything, an unknown optimizer, and a
-    factory or a regularizer that does not fit.
+    Raises `UserError` for rules that are invalid or freeze everything, an unknown optimizer, an
+    invalid factory, or a user's regularizer whose name is taken.
     """
     trainable = pytree.expand_per_parameter(
         config.trainable, params, what="optimizer.trainable", default=True
@@ -393,7 +393,7 @@ def make_optimizer(
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
 
     def learning_rate(step: Array, opt_state: PyTree) -> Array:
-        plateau, *_ = _plateau_states(opt_state)  # further ones, if any, are equal
+        plateau, *_ = _plateau_states(opt_state)  # if there are several, they are equal
         return schedule(step) * plateau.scale
 
     tx = optax.with_extra_args_support(optax.chain(*chain))

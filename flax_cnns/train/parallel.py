@@ -1,4 +1,4 @@
-"""Runs one step on all devices: `parallelize` maps it, `shard_batch` and `replicate` feed it."""
+"""Runs a step on all devices: `parallelize` maps it, `shard_batch` and `replicate` feed it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def parallelize(
         return lambda state, batch, key: replicate(mapped(state, batch, key), mesh)
     step = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P(axis_name), P()), out_specs=P(), check_vma=False
-    )  # check_vma=False is pmap's own setting: the step does its own pmean
+    )  # check_vma=False, as in pmap: the step itself averages over the devices by pmean
     return jax.jit(step, donate_argnums=donated)
 
 
@@ -83,9 +83,10 @@ def check_batch(size: int, mesh: Mesh, *, what: str) -> None:
 
 
 def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map") -> Batch:
-    """This process's rows [n ...] -> the global batch [N ...]; for pmap [devices n/devices ...].
+    """Makes the global batch [N ...] from this process's rows [n ...].
 
-    Returns while the copies to the devices are still in progress.
+    For pmap, makes [devices n/devices ...]. Returns while the copies to the devices are still in
+    progress.
     """
     axis = P(mesh.axis_names[0])
     if mode == "pmap":

@@ -84,7 +84,7 @@ def estimate_statistics(
     """Returns `variables["batch_stats"]` with pooled statistics of all `batches`, as NumPy arrays.
 
     Layers that `step` leaves out, and layers that no batch reached, keep their statistics. The old
-    statistics of the others have no influence, so a second call returns the same to the bit.
+    statistics of the other layers have no influence, so a second call returns the same bits.
 
     Raises `Interrupted` if `should_stop()` returns True between two batches.
     """

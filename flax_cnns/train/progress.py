@@ -17,20 +17,20 @@ from flax_cnns.names import make_console
 
 COMPILING_MESSAGE = "compiling the first step"
 ANNOUNCE_AFTER_SECONDS = 5.0  # without a completed first step
-MAX_EXTRA_METRICS = 2  # of a user's metrics, so that they fit into one line
+MAX_EXTRA_METRICS = 2  # shown of a user's metrics, so that all metrics fit into one line
 
 
 class Progress:
     """Shows steps, time left, images/s, loss, accuracy and some of a user's metrics.
 
-    It is a context manager; without `with`, call `close`. On a terminal it redraws a few lines at
-    the bottom in place:
+    Use it as a context manager, or call `close` at the end. On a terminal, it redraws a few lines
+    at the bottom in place:
 
         step 120/680 18 % ━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━ 0:00:09 ETA 0:00:41
         train       loss 0.4321  accuracy 0.9100  2 310 images/s
         validation  loss 0.3012  accuracy 0.9310
 
-    In a file or a pipe it prints one line per event:
+    In a file or a pipe, it prints one line per event:
 
         step 120/680  18 %  loss 0.4321  accuracy 0.9100  2 310 images/s  ETA 0:00:41
         step 120/680  18 %  validation loss 0.3012  accuracy 0.9310  ETA 0:00:41

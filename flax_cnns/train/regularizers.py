@@ -1,9 +1,10 @@
 """Regularizers of weights and gradients: L2 in the loss, max-norm, gradient noise, SAM.
 
 A user's regularizers use the same hooks. A built-in regularizer is a function with a row in
-`REGULARIZERS`. It takes the section `config.optimizer`, the parameters, and which of them learn. It
-returns its hooks (`Regularizer`), or None if its field is off. Regularizers act on the trainable
-leaves only. A stack of blocks is treated like its separate blocks.
+`REGULARIZERS`. Its arguments are the section `config.optimizer`, the parameters, and a bool for
+each parameter: whether it learns. It returns its hooks (`Regularizer`), or None if its field is
+off. Regularizers act on the trainable leaves only. A stack of blocks is treated like its separate
+blocks.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from flax_cnns.types import Array, PyTree
 
 
 def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
-    """Adds to the loss the sum over all leaves of a / 2 ||w||^2, whose gradient is a w.
+    """Adds a / 2 ||w||^2 of each leaf to the loss, and so a w to the gradient.
 
-    `config.l2` holds the coefficients a; a stack whose blocks differ gets an array along its axis.
+    `config.l2` sets the coefficients a. If the blocks of a stack have different coefficients, a is
+    an array along the stack's axis.
     """
     coefficients = pytree.expand_per_parameter(config.l2, params, what="optimizer.l2", default=0.0)
     coefficients, _ = pytree.partition(coefficients, trainable)
@@ -52,8 +54,8 @@ def l2(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
 def max_norm(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
     """Rescales the incoming weights of each unit whose Euclidean norm exceeds its limit.
 
-    Srivastava et al. 2014, section 5.1, "max-norm regularization". A unit is one of the outputs: a
-    filter of a convolution, a column of a dense layer.
+    Srivastava et al. 2014, section 5.1, "max-norm regularization". A unit is one output: a filter
+    of a convolution, or a column of a dense layer.
 
     `config.max_norm` applies to kernels [... out] only, not to biases, norm layers or tokens; 0: no
     limit.
@@ -94,15 +96,15 @@ def gradient_noise(config: Any, params: PyTree, trainable: PyTree) -> Regularize
 def add_noise(
     grads: PyTree, weights: PyTree, key: Array, step: Array, *, eta: float, decay: float
 ) -> PyTree:
-    """Returns `grads` with the noise of a step."""
+    """Returns `grads` plus the noise of a step."""
     del weights
     flat = pytree.flatten(grads)
     sizes: dict[str, int] = {}
     for path, leaf in flat.items():
         blocks = pytree.expand_stack(path)
         sizes |= dict.fromkeys(blocks, leaf.size // len(blocks))
-    # One draw for all leaves, in the order of their names: XLA compiles a single generator, and a
-    # network that scans gets the same noise as one that does not.
+    # One draw for all leaves, in the order of their names: XLA compiles a single generator, and the
+    # noise does not depend on whether the network scans its blocks.
     names = sorted(sizes)
     draw = jax.random.normal(key, (sum(sizes.values()),))
     ends = np.cumsum([sizes[name] for name in names])[:-1]
@@ -115,7 +117,7 @@ def add_noise(
 
 
 def sam(config: Any, params: PyTree, trainable: PyTree) -> Regularizer | None:
-    """Takes the gradient of the update at a point uphill of the weights, at distance `config.sam`.
+    """Takes the gradient of the update at a point uphill from the weights, `config.sam` away.
 
     The point (`ascend`) follows the gradient of the whole global batch. In the paper each device
     follows its own gradient, which makes the result depend on the number of devices. The gradient

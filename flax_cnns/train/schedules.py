@@ -30,12 +30,12 @@ def parse_duration(duration: str, steps_per_epoch: float, *, what: str = "durati
 
 
 def constant(rate: float) -> Schedule:
-    """`rate` at every step."""
+    """Returns the schedule that is `rate` at every step."""
     return lambda step: jnp.full((), rate, jnp.float32)
 
 
 def piecewise_constant(rate: float, boundaries: list[int], factor: float) -> Schedule:
-    """`rate`, multiplied by `factor` from each boundary on, including the step at the boundary."""
+    """`rate`, multiplied by `factor` at each boundary; the boundary's step has the new rate."""
     edges = jnp.asarray(sorted(boundaries), jnp.int32)
     return lambda step: rate * jnp.float32(factor) ** jnp.sum(step >= edges)
 
@@ -60,8 +60,8 @@ def one_cycle(
 ) -> Schedule:
     """Rises to `rate` and falls again, both as cosines: Smith & Topin 2017, with fast.ai's curves.
 
-    Only the rate changes; momentum is constant. The final rate is that of step `total`, one after
-    the run's last step. PyTorch's OneCycleLR gives the same curve with `total_steps` = total + 1
+    Only the rate changes; momentum is constant. The final rate is reached at step `total`, one step
+    after the run's last. PyTorch's OneCycleLR gives the same curve with `total_steps` = total + 1
     and `pct_start` = (pct_start * total + 1) / (total + 1).
     """
     first, last = rate / div_factor, rate / div_factor / final_div_factor
@@ -80,7 +80,7 @@ def one_cycle(
 def with_warmup(schedule: Schedule, warmup: int) -> Schedule:
     """Rises linearly over `warmup` steps to the first value of `schedule`, then follows `schedule`.
 
-    The first step has 1 / warmup of that value, not 0: a step at rate 0 would be wasted.
+    The rate of the first step is 1 / warmup of that value, not 0: a step at rate 0 would be wasted.
     """
     if not warmup:
         return schedule
@@ -102,8 +102,8 @@ def piecewise_linear(points: list[tuple[int, float]]) -> Schedule:
 def make_schedule(config: Any, *, total_steps: int, steps_per_epoch: float) -> Schedule:
     """Makes the schedule that `config`, the section `config.schedule`, describes.
 
-    `plateau` is constant here: its factor is in the optimizer's state, because it depends on the
-    validation error. Raises `UserError` if the name or a duration is invalid.
+    The schedule of `plateau` is constant: its factor is in the optimizer's state, because it
+    depends on the validation error. Raises `UserError` if the name or a duration is invalid.
     """
 
     def count(duration: str, field: str) -> int:

@@ -30,7 +30,7 @@ class TrainState:
 
     @classmethod
     def create(cls, variables: PyTree, opt_state: PyTree, *, ema: bool = False) -> TrainState:
-        """Makes the state of step 0 of `{"params", "batch_stats"}`; the average starts there."""
+        """Makes the state of step 0 from `{"params", "batch_stats"}`, where the average starts."""
         variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
         # A copy: the state is donated, and a buffer cannot be donated twice.
         average = jax.tree.map(jnp.copy, variables) if ema else None

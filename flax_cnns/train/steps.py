@@ -36,7 +36,7 @@ Sums = dict[str, Array]
 
 
 class Stream(enum.IntEnum):
-    """Random streams: a stream's key is the run's key folded with its constant and the step.
+    """Random streams: the key of a stream is the run's key folded with its constant and the step.
 
     So no generator state is stored. Never renumber the constants: every run would change.
     """
@@ -96,9 +96,9 @@ def make_loader_augment(
 ) -> Callable[[Batch, int], Batch]:
     """Returns `augment_batch(batch, step)`, which augments on the CPU, in the loader's thread.
 
-    It does to the images what `prepare_examples` does; if training runs on a CPU, equal to the bit.
-    `seed_key()` makes the run's key; this process's rows start at `first` in the global batch.
-    Raises `UserError` if JAX has no CPU backend.
+    `augment` gets the same images and keys as in `prepare_examples`. If training runs on a CPU, the
+    results are equal bit for bit. `seed_key()` makes the run's key; this process's rows start at
+    `first` in the global batch. Raises `UserError` if JAX has no CPU backend.
     """
     try:
         cpu = jax.local_devices(backend="cpu")[0]
@@ -130,8 +130,8 @@ class StepConfig:
 
     `augment(images, keys)` takes a key per image; `mix(images, labels, key)` returns soft labels
     [n K]. `loss(logits [N K], labels f32 [N K])` returns [N], also for auxiliary heads; None: the
-    loss of the `task`, "classes" or "multilabel". `metrics` are the user's, by name, in addition to
-    the task's (metrics.py). `accumulate` splits each device's examples into that many pieces.
+    loss of the `task`, "classes" or "multilabel". `metrics` are the user's metrics by name, in
+    addition to the task's (metrics.py). Each device's examples are split into `accumulate` pieces.
     """
 
     apply_fn: Callable
@@ -176,16 +176,16 @@ def take_step(
 
     The sums are loss, correct, count and the user's metrics (metrics.py); "bad", "norm", "rate";
     and the value of each penalty by its name, such as "l2". "bad" is 1 if the gradient, the loss,
-    the statistics or the new weights were not finite; then only `step` changes in the state.
-    Neither the penalties nor the auxiliary losses are part of "loss". "norm" is the norm of the
-    full gradient, both included.
+    the statistics or the new weights were not finite; then only `step` changes in the state. "loss"
+    includes neither the penalties nor the auxiliary losses. "norm" is the norm of the full
+    gradient, which includes both.
 
-    A regularizer that perturbs the weights, as SAM does, takes the gradient of the update at
+    If a regularizer perturbs the weights, as SAM does, the gradient of the update is taken at
     another point, for the same images and random keys. Statistics, sums, penalties and weight decay
     are still those of the weights themselves.
 
-    Raises `UserError` while tracing if the pieces of `accumulate` are unequal, or if the network,
-    the loss or a user's hook returns something of another shape.
+    Raises `UserError` while tracing if the examples cannot be split into `accumulate` equal pieces,
+    or if the network, the loss or a user's hook returns another shape than expected.
     """
     optimizer = config.optimizer
     active = optimizer.regularizers
@@ -229,7 +229,7 @@ def compute_loss(
     batch_stats: PyTree,
     examples: Examples,
 ) -> tuple[Array, tuple[PyTree, Sums]]:
-    """Returns the mean loss of some examples, with auxiliary losses, and (statistics, sums)."""
+    """Returns (mean loss with auxiliary losses, (statistics, sums)) of some examples."""
     variables = {"params": pytree.merge(weights, frozen), "batch_stats": batch_stats}
     with (
         regularizers.intercept(config.optimizer.regularizers),
@@ -300,7 +300,10 @@ def split_batch(x: Array, pieces: int) -> Array:
 def average_over_devices(
     config: StepConfig, grads: PyTree, batch_stats: PyTree, sums: Sums
 ) -> tuple[PyTree, PyTree, PyTree, Sums]:
-    """Averages over devices, but adds sums: (gradients, moving statistics, fixed ones, sums)."""
+    """Averages gradients and moving statistics over the devices, and adds up the sums.
+
+    Returns (gradients, moving statistics, fixed statistics, sums).
+    """
     # With unsynchronized BatchNorm, this averages the variances that the devices normalized by.
     moved, kept = pytree.partition(batch_stats, find_moving_statistics(config, batch_stats))
     grads, moved = lax.pmean((grads, moved), config.axis_name)
@@ -315,8 +318,8 @@ def find_moving_statistics(config: StepConfig, batch_stats: PyTree) -> PyTree:
 def is_finite(norm: Array, loss: Array, batch_stats: PyTree, weights: PyTree) -> Array:
     """Whether all results of a step are finite: bool []."""
     # The loss is not enough: on a CPU, a NaN image gave a finite loss. The new weights are checked
-    # too, because a huge learning rate overflows with finite gradients. (One sum of squares: a flag
-    # for each leaf makes XLA's CPU compiler very slow.)
+    # too, because with a huge learning rate they overflow although the gradients are finite. There
+    # is one sum of squares, because a flag for each leaf makes XLA's CPU compiler very slow.
     return jnp.isfinite(norm + loss + optax.global_norm((batch_stats, weights)))
 
 

@@ -59,14 +59,13 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 class Writer:
     """Logs one run, from its start or after a resume.
 
-    It is a context manager; without `with`, call `close`.
+    Use it as a context manager, or call `close` at the end.
 
     Args:
       workdir: the directory for `metrics.jsonl` and `tensorboard/`; created if missing.
-      resume_step: None for a new run, which replaces an older log. Otherwise the step of the
-        checkpoint from which the run resumes. Records of later steps are dropped (in TensorBoard:
-        purged), because these steps run again. Records of `resume_step` that the log already holds
-        are not written again.
+      resume_step: None for a new run, which replaces an older log. For a resumed run, the step of
+        its checkpoint. Records of later steps are dropped (in TensorBoard: purged), because these
+        steps run again. Records of `resume_step` that the log already holds are not written again.
       tensorboard: whether to write event files; they use the same names as the JSONL.
       wandb: the name of a wandb project, or "" for off. The run's id is stored in
         `workdir/wandb_id` and used again on resume.
@@ -171,8 +170,8 @@ class Writer:
             shutil.rmtree(directory)
         if not wanted:
             return
-        # A writer without a thread. SummaryWriter's thread loses queued events when the process is
-        # killed, and blocks training forever if it dies because the disk is full.
+        # A writer without a thread. If the process is killed, SummaryWriter's thread loses queued
+        # events. If the disk is full, the thread dies, and then training blocks forever.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 

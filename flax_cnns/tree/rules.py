@@ -35,7 +35,7 @@ def find_nearest(pattern: str, paths: Iterable[str]) -> str | None:
 def compile_rules(rules: Rules, *, what: str) -> list[tuple[re.Pattern, Any]]:
     """Compiles the regexes. Raises `UserError` if a rule is not a pair or its regex is invalid.
 
-    `what` opens the error messages ("optimizer.trainable").
+    Error messages start with `what`, such as "optimizer.trainable".
     """
     compiled = []
     for rule in rules:
@@ -63,9 +63,9 @@ def decide(
 ) -> dict[str, tuple[int, Any, re.Match]]:
     """Returns `{path: (index of the rule that decides the path, its value, the match)}`.
 
-    Raises `UserError` if no rule decides a path, or if a rule decides no path (a mistyped name). A
-    catch-all `.*` as the last rule may decide no path. `what` opens the error messages
-    ("optimizer.trainable").
+    Raises `UserError` if no rule decides a path, or if a rule decides no path (a mistyped name).
+    Only a catch-all `.*` as the last rule may decide no path. Error messages start with `what`,
+    such as "optimizer.trainable".
     """
     paths, compiled = list(paths), compile_rules(rules, what=what)
     decided: dict[str, tuple[int, Any, re.Match]] = {}

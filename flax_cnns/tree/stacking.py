@@ -41,8 +41,8 @@ def stack_blocks(tree: PyTree) -> PyTree:
 
 
 def unstack_blocks(tree: PyTree) -> PyTree:
-    """Inverts `stack_blocks` bit-exactly, by the names alone. NumPy leaves are returned as
-    views."""
+    """Inverts `stack_blocks` bit-exactly; names such as `block2-4` mark the stacks. NumPy leaves
+    are returned as views."""
     return _over_dicts(_unstack, tree)
 
 
@@ -86,7 +86,7 @@ def _join(leaves: Sequence[Any]) -> Any:
 def _take(leaf: Any, i: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return _shape_like(leaf, leaf.shape[1:])
-    return leaf[i, ...]  # with "...", a single number is an array too, and a view
+    return leaf[i, ...]  # with "...", NumPy returns a view, not a scalar, if leaf is [blocks]
 
 
 def _shape_like(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

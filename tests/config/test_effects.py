@@ -223,7 +223,7 @@ def test_an_older_run_goes_on_with_one_note(finished, config, tmp_path, capsys):
 
     def notes():
         lines = capsys.readouterr().out.splitlines()
-        return [line for line in lines if "was made before this was refused" in line]
+        return [line for line in lines if "keeps what a new run refuses" in line]
 
     assert run(config, workdir)["test/accuracy"] == finished[1]["test/accuracy"]
     (note,) = notes()
@@ -291,7 +291,7 @@ def test_an_older_ablation_goes_on_with_one_note(tmp_path, capsys):
     plain = [{"name": name, "overrides": overrides} for name, overrides in sweep]
     (tmp_path / "ablation.json").write_text(json.dumps({"rows": plain}))
     rows = plan.make_rows(base, sweep, tmp_path)
-    assert capsys.readouterr().out.count("was made before this was refused") == 1
+    assert capsys.readouterr().out.count("keeps what a new run refuses") == 1
     (tmp_path / "a/seed0").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / "a/seed0" / name).write_text("{}")

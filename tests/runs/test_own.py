@@ -274,7 +274,7 @@ def test_dropout_by_rules_in_a_network_whose_train_has_no_default():
     net = own_parts.Net(num_classes=10)
     rates = dropout.decide_rates((0.1,), net, params={}, images_shape=(1, 8, 8, 1))
     assert rates == {"conv1": 0.1, "conv2": 0.1}
-    with pytest.raises(UserError, match=r"dropout: it would drop nothing in Bare"):
+    with pytest.raises(UserError, match=r"dropout: nothing would be dropped in Bare"):
         dropout.decide_rates((0.1,), own_parts.Bare(), params={}, images_shape=(1, 8, 8, 1))
 
 

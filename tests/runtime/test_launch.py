@@ -108,7 +108,7 @@ def test_alone_nothing_happens(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     launch.initialize()
     launch.initialize("127.0.0.1:1", 1, 0)
-    launch.check_processes_agree("{}", what="the config", cure="mend it")
+    launch.check_processes_agree("{}", what="the config", fix="mend it")
     launch.exit_if_distributed(3)
     assert not jax.distributed.is_initialized()
     assert sys.excepthook is not launch._leave_at_once
@@ -141,10 +141,10 @@ def test_two_processes_add_up_and_compare_their_configs():
             total = float(jax.jit(add)(x).addressable_data(0)[0])
             say = lambda *words: print(*words, file=sys.stderr)  # gloo writes into stdout's lines
             say("result", jax.process_index(), jax.process_count(), n, total)
-            launch.check_processes_agree("same", what="the config", cure="mend it")
+            launch.check_processes_agree("same", what="the config", fix="mend it")
             try:
                 seed = f"seed {jax.process_index()}"
-                launch.check_processes_agree(seed, what="the config", cure="mend it")
+                launch.check_processes_agree(seed, what="the config", fix="mend it")
             except ValueError as error:
                 say(error)
             sys.exit(75)

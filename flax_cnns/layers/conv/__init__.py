@@ -1,7 +1,7 @@
-"""The convolution of all networks: it computes what `nn.Conv` does, by the fastest algorithm known.
+"""The convolution of all networks, with the results of `nn.Conv` by the fastest known algorithm.
 
-module.py        `Conv` and `conv2d`. They bind the primitive for plain image convolutions, and call
-                 `lax.conv_general_dilated` for all others.
+module.py        `Conv` and `conv2d`, which use the primitive for plain image convolutions and
+                 `lax.conv_general_dilated` for all others
 geometry.py      the geometry of a convolution: all its parameters except the arrays
 control_flow.py  whether a convolution is traced inside a scan, a cond or a loop
 primitive.py     the three products of a convolution as primitives, with derivatives and vmap

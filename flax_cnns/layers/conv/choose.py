@@ -4,13 +4,11 @@ On a CPU, XLA's own convolution is good for dense kernels on larger maps. It is 
 slower than necessary for groups, depthwise kernels and tiny maps, and inside loops. In these cases,
 one of our algorithms replaces it. XLA compiles our algorithms to matmuls or plain loops. The tables
 are `FORWARD`, `KERNEL_GRAD` and `INPUT_GRAD`. The first row whose condition holds names the
-algorithm.
-Only shapes decide, so the choice is made once, when a program is lowered.
+algorithm. Only shapes decide, so the choice is made once, when a program is lowered.
 
-The thresholds were measured on two AVX-512 cores. Each algorithm was compared with XLA's own for
-every shape of the benchmark (experiments/benchmarks/shapes.py), forward and with both gradients.
-Other thresholds need changes in this file only. To measure them, change a row and compare the times
-of:
+The thresholds were measured on two AVX-512 cores. Each algorithm was compared with XLA's own
+convolution for every shape of the benchmark (experiments/benchmarks/shapes.py), forward and with
+both gradients. To try other thresholds, change only this file, and compare the times of:
 
     python -m experiments.benchmark conv
 """
@@ -22,11 +20,11 @@ from typing import NamedTuple
 
 from flax_cnns.layers.conv.geometry import ConvGeometry
 
-MIN_WINOGRAD_MULTIPLICATIONS = 1e8  # below, the overhead of many small operations is too large
-MAX_WINOGRAD_BYTES = 2**29  # of the transformed tiles
+MIN_WINOGRAD_MULTIPLICATIONS = 1e8  # with fewer, the overhead of many small operations dominates
+MAX_WINOGRAD_BYTES = 2**29  # size of the transformed tiles
 MIN_WINOGRAD_POSITIONS = 16
 MAX_DEPTHWISE_TAPS = 100  # each tap is an array in XLA: hundreds of them take long to compile
-MAX_BLOCKS = 16  # of groups: each block is a convolution to compile
+MAX_BLOCKS = 16  # each block of groups is a convolution to compile
 BLOCK_CHANNELS = 32
 MAX_BLOCK_CHANNELS = 128
 SMALL_BLOCK_MAP = 36  # positions: up to this size, matmuls are faster than XLA on blocks of groups
@@ -124,7 +122,7 @@ _GROUPED = (
     Choice(
         lambda p: p.is_grouped,
         "batched",
-        "it has no XLA convolution: good on tiny maps, inside loops and for any number of groups",
+        "matmuls, no XLA convolution: good on tiny maps, inside loops and for any number of groups",
     ),
 )
 _DENSE_MATMULS = (
@@ -135,7 +133,7 @@ _DENSE_REST = (
     Choice(
         lambda p: p.geometry.control_flow,
         "shifted",
-        "inside loops and branches XLA's own is 10 to 100 times slower",
+        "inside loops and branches, XLA's own is 10 to 100 times slower",
     ),
     Choice(
         lambda p: p.is_small_and_deep,
@@ -206,8 +204,8 @@ def _first(table: tuple[Choice, ...], product: Product) -> str:
 def groups_per_block(size: int, groups: int) -> int:
     """Returns how many groups of `size` channels make a block.
 
-    A block has up to BLOCK_CHANNELS channels, or up to MAX_BLOCK_CHANNELS if there would be more
-    than MAX_BLOCKS blocks otherwise. A block is never less than one group.
+    A block has up to BLOCK_CHANNELS channels. If that makes more than MAX_BLOCKS blocks, it has up
+    to MAX_BLOCK_CHANNELS channels. A block always has at least one group.
     """
     fitting = [
         n

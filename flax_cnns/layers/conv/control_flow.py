@@ -1,8 +1,8 @@
 """A flag that tells convolutions that they are traced in the body of a scan, a cond or a loop.
 
-XLA's own convolution is 10 to 100 times slower there on a CPU, and a lowering cannot see where its
-primitive is. So the code that traces such a body sets the flag, and convolutions read it while they
-are traced:
+On a CPU, XLA's own convolution is 10 to 100 times slower inside such a body, and a lowering cannot
+see whether its primitive is inside one. So the code that traces the body sets the flag, and
+convolutions read the flag while they are traced:
 
     def body(x):
         with inside_control_flow():
@@ -10,11 +10,11 @@ are traced:
 
     lax.cond(keep, body, skip, x)
 
-`layers.Stage` and `layers.residual` set it. The flag is part of the key of JAX's caches: a function
-under `jax.jit`, `nn.jit` or `jax.checkpoint` that is called inside and outside such a body is
-traced for each. Gradients keep the flag. JAX traces the rules of a `jax.custom_vjp` or
-`jax.custom_jvp` when it differentiates, which is after the body. So a rule that convolves must open
-the context itself. Without the flag, results are the same, but convolutions on a CPU are slow.
+`layers.Stage` and `layers.residual` set the flag. It is part of the key of JAX's caches: a function
+under `jax.jit`, `nn.jit` or `jax.checkpoint` that is called both inside and outside such a body is
+traced twice. Gradients keep the flag. But JAX traces the rules of a `jax.custom_vjp` or
+`jax.custom_jvp` when it differentiates, after it has traced the body. So a rule that convolves must
+open the context itself. Without the flag, results are the same, but convolutions on a CPU are slow.
 """
 
 from __future__ import annotations

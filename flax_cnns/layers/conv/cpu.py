@@ -22,9 +22,8 @@ from flax_cnns.types import Array
 def forward(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = False) -> Array:
     """Returns the output [N H' W' O].
 
-    With `transposed`, which is for one group only, the kernel is [kh kw O C] with its taps in
-    reverse order, as the input's gradient needs it. Transposing the arrays themselves would cost
-    more than the product.
+    With `transposed`, for one group only, the kernel is [kh kw O C] with its taps in reverse order,
+    as the input's gradient needs it. Transposing the array itself would cost more than the product.
     """
     features = kernel.shape[2] if transposed else kernel.shape[3]
     name = choose.forward_algorithm(_images(x), x.shape[-1], features, geometry)
@@ -63,7 +62,7 @@ def phases(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
     """The input's gradient by one convolution of `dy` for each phase of the strides.
 
     The convolutions use the transposed kernel. Input row h contributes to output row
-    (h + top - i * dilation) / stride for each tap i that makes this an integer. So with stride 2,
+    (h + top - i * dilation) / stride for each tap i for which this is an integer. So with stride 2,
     even and odd rows meet different taps.
     """
     transposed = geometry.groups == 1  # for more groups, the kernel itself is transposed here
@@ -98,7 +97,7 @@ def phases(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
 
 
 class _Phase(NamedTuple):
-    """The rows r, r + stride, ... of dx, the taps that they meet, and the convolution for them."""
+    """The rows r, r + stride, ... of dx, with the taps that they meet and their convolution."""
 
     size: int  # the number of rows
     taps: range

@@ -83,7 +83,8 @@ def conv_general_dilated(
 ) -> Array:
     """Drop-in replacement of `lax.conv_general_dilated`, with the default layout NHWC, HWIO, NHWC.
 
-    Plain image convolutions of floating-point numbers are ours. All others are JAX's own.
+    Plain image convolutions of floating-point numbers use our primitive. All others call JAX's own
+    function.
     """
     library = partial(
         lax.conv_general_dilated,

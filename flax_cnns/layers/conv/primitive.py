@@ -99,8 +99,8 @@ ad.defbilinear(
 def _make_batcher(primitive: Primitive, images: tuple[bool, bool], image_out: bool) -> Callable:
     """Returns the vmap rule of a product.
 
-    If only images are mapped, they become more images. If kernels are mapped, they become more
-    groups. `images` tells which operands are images, and `image_out` whether the result is.
+    If only images are mapped, the mapped axis becomes more images; if kernels are mapped, more
+    groups. `images` says which operands are images, and `image_out` whether the result is images.
     """
 
     def rule(

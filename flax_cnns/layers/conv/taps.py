@@ -42,7 +42,8 @@ def flatten_positions(x: Array) -> Array:
 def tap_overlaps(geometry: ConvGeometry) -> Iterator[tuple[int, int, tuple, tuple]]:
     """Yields i, j, source, target for each tap (i, j) that sees more than padding.
 
-    The tap reads the pixels `source` and adds to the outputs `target`, both as slices of [N H W].
+    The tap reads the pixels `source` and contributes to the outputs `target`; both are slices of
+    [N H W].
     """
     rows, columns = _axis_overlaps(0, geometry), _axis_overlaps(1, geometry)
     for i, row in enumerate(rows):
@@ -69,7 +70,7 @@ def _axis_overlaps(axis: int, geometry: ConvGeometry) -> list[tuple[slice, slice
 
 
 def pad_to_map(part: Array, target: tuple[slice, ...], size: tuple[int, int]) -> Array:
-    """Pads outputs [... h w O] with zeros, so that they lie at `target` of a map of `size`."""
+    """Pads outputs [... h w O] with zeros to a map of `size`, in which they lie at `target`."""
     pads = [(0, 0)] * (part.ndim - 3)
     pads += [(t.start, n - t.stop) for t, n in zip(target[1:], size)]
     return jnp.pad(part, [*pads, (0, 0)])

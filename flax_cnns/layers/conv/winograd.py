@@ -17,7 +17,7 @@ from flax_cnns.layers.conv.taps import fence, flatten_positions, pad_or_crop
 from flax_cnns.types import Array
 
 Matrix = tuple[tuple[float, ...], ...]
-# Each row has the factors of a sum of inputs.
+# A row holds the factors of a weighted sum of inputs.
 _B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T: 4 pixels -> 4
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G: 3 taps -> 4
 _A = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T: 4 products -> 2 outputs
@@ -65,8 +65,8 @@ def _tiles(x: Array, geometry: ConvGeometry) -> list[list[Array]]:
     pixels = [
         [x[:, i : i + 2 * th - 1 : 2, j : j + 2 * tw - 1 : 2] for j in range(4)] for i in range(4)
     ]
-    # The fences and the four axes make XLA's loops fast: with all positions in one axis, they would
-    # compute indices.
+    # The fences and the four axes make XLA's loops fast: with all positions in one axis, the loops
+    # would compute indices.
     return fence(_transform(_B, _B, pixels))
 
 

@@ -1,7 +1,7 @@
 """The three products of a convolution by XLA's own convolution.
 
-They are written like the derivatives of `lax.conv_general_dilated`. They run on GPU and TPU, and on
-a CPU where no algorithm of ours is faster.
+The products are computed like the derivatives of `lax.conv_general_dilated`. They run on GPU and
+TPU, and on a CPU if no algorithm of ours is faster.
 """
 
 from __future__ import annotations
