@@ -7,7 +7,7 @@ The network is from the HSLU slides "Image Classification and Network Architectu
 convolutions with 32 channels, two poolings and a dense layer, 70,692 parameters, with Keras's
 initializers. The slides give no recipe. Adam and batches of 32 are Keras's defaults, and ten epochs
 are from the TensorFlow tutorial on CIFAR. We normalize the images; the tutorial divides by 255.
-Cost: 2.5 million multiply-accumulates for an image in the forward pass; minutes not measured yet.
+Cost: 2.5 million multiply-accumulates per image in the forward pass; time not measured yet.
 Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.
 """
 

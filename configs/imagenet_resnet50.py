@@ -15,7 +15,7 @@ modern: a part of torchvision's recipe for IMAGENET1K_V2: cosine schedule over 6
 epochs of warmup, batches of 1024 with a rate of 0.5, label smoothing 0.1, mixup 0.2, EMA, no weight
 decay on biases and norms. It leaves out TrivialAugment, repeated augmentation and the lower
 training resolution, which flax_cnns does not have, and random erasing and CutMix, which are off
-here (data.augment.erase, mix.cutmix). Published with all of these: 80.86 %.
+here (data.augment.erase, mix.cutmix). Published with the whole recipe: 80.86 %.
 
 TFDS cannot download ImageNet: put its archives where TFDS asks for them.
 Ours: not measured yet. After a run, add mean, spread, seeds, device and hours here.

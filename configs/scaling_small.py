@@ -12,9 +12,9 @@ The last command tries the search: two points of the grid, then five networks
 
 All strides except two are 1, for images of 14 pixels and more. The digits are 8x8 originally, so a
 higher resolution adds no detail. Fashion-MNIST has 28x28 pixels, and the search trains on 10,000 of
-its images. FOLDER holds its four .gz files. Debian's package dataset-fashion-mnist installs them in
-/usr/share/datasets/fashion-mnist. Our search on Fashion-MNIST found alpha 1, beta 1.2 and gamma
-1.2. Its table is in experiments/results/scaling.md.
+its images. FOLDER holds the data set's four .gz files. Debian's package dataset-fashion-mnist
+installs them in /usr/share/datasets/fashion-mnist. Our search on Fashion-MNIST found alpha 1, beta
+1.2 and gamma 1.2. The table of results is in experiments/results/scaling.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.log.every = "50 steps"
     config.log.tensorboard = False
     if mode == "fashion_mnist":
-        config.data.image_size = 14  # half the original, so that up to twice as many are real
+        config.data.image_size = 14  # half of the original 28: higher resolutions add real detail
         config.data.name = "fashion_mnist"
         config.data.validation = 50_000
         config.data.augment.flip = True

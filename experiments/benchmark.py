@@ -1,4 +1,4 @@
-"""Benchmarks of steps, convolutions and the input pipeline, also against stock Flax and PyTorch.
+"""Benchmarks of steps, convolutions and the input pipeline; some against stock Flax and PyTorch.
 
 python -m experiments.benchmark step --model=resnet18,resnet50 --batch=32 --size=64
 python -m experiments.benchmark conv --stage='resnext*'
@@ -11,9 +11,9 @@ python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark learn --models=lenet5
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
-rounds' ratios, shown with the smallest and the largest. Every command prints a table. It writes a
-JSON file with each round, the versions and the device, and a bar chart next to the JSON file.
-PyTorch is optional: pip install -e ".[bench]".
+rounds' ratios, shown with the smallest and the largest. Every command prints a table and writes two
+files: a JSON file with each round, the versions and the device, and a bar chart next to it. PyTorch
+is optional: pip install -e ".[bench]".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-# Before JAX starts: it would take three quarters of a GPU's memory, and PyTorch needs some of it.
+# Set before JAX starts: JAX would take three quarters of a GPU's memory, and PyTorch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -175,8 +175,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Runs a command and returns an exit code.
 
-    0: success. 1: a network did not learn. 2: user error, explained in one line. 130: interrupted;
-    the results so far are written.
+    0: success. 1: a network did not learn. 2: user error, explained in one line. 130: interrupted,
+    after the results so far were written.
     """
     try:
         args = make_parser().parse_args(argv)

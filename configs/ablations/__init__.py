@@ -11,8 +11,8 @@ def small(mode: str = "") -> ConfigDict:
     """Returns the base config for a mode.
 
     "": 1100 training images of Fashion-MNIST, 28x28. "digits": 538 images of the digits, 16x16.
-    "smoke": as many digits, 8x8, for a few steps. The config sets every field of the network that a
-    row may override.
+    "smoke": the same 538 digits, 8x8, for ten steps. The config sets every field of the network
+    that a row may override.
     """
     config = common.get_config()
     config.model.name = "cifar_resnet20"
@@ -35,7 +35,7 @@ def small(mode: str = "") -> ConfigDict:
     if mode in ("digits", "smoke"):
         config.data.name = "digits"
         config.data.image_size = 16
-        config.data.validation = 0.1  # the default, as the digits have their own validation split
+        config.data.validation = 0.1  # the default: the digits have their own validation split
         config.data.fraction = 0.5
     if mode == "smoke":
         config.model.widths = (4, 8, 8)

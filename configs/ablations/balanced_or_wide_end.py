@@ -10,8 +10,8 @@
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
 
-The networks have eight convolutions and train on 1100 images for 400 steps of 64. Early feature
-maps are large, so the rows differ in MACs although their numbers of parameters are equal. SimpNet's
+The networks have eight convolutions and train on 1100 images for 400 steps of 64. The rows have
+equally many parameters but different MACs, because early feature maps are large. SimpNet's
 authors (https://github.com/Coderx7/SimpNet) report 95.19 % with a wide end and 95.51 % with
 balanced widths in one experiment, 87.20 % and 89.70 % in another.
 Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.

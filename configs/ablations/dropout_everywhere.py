@@ -13,8 +13,8 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 A SimpNet with eight narrow convolutions trains on 1100 images for 400 steps of 64. Rows: "last_0.5"
 drops pooled features, as older networks do. "all_0.2" drops activations after norm and ReLU of each
 convolution, as SimpNet's authors do (https://arxiv.org/abs/1802.06205). "maps_0.2" drops whole maps
-there. "before_norm_0.2" drops activations between convolution and norm. "saf_0.2" is the authors'
-SAF pooling.
+at the same places. "before_norm_0.2" drops activations between convolution and norm. "saf_0.2" is
+the authors' SAF pooling.
 Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 

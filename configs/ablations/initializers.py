@@ -14,8 +14,9 @@ A ResNet-14 with widths 8, 16, 32 trains on 1100 images for 400 steps of 64. The
 fifth of the other ablations' rate, so that networks without norms do not diverge. Rows are named
 INITIALIZER_NORM. The head's initializer is LeCun's in all rows except "he_fixup". That row scales
 He's initializer as the Fixup paper does (https://arxiv.org/abs/1901.09321), with zeros in the head
-and at the end of each branch; unlike in the paper, the scalars use the common learning rate. The
-expectation: with N(0, 0.01), the activations of deep networks vanish unless a norm rescales them.
+and at the end of each branch; unlike in the paper, the scalars use the common learning rate. We
+expect that with N(0, 0.01^2) ("gaussian"), the activations of deep networks vanish unless a norm
+rescales them.
 Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 

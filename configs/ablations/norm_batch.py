@@ -10,15 +10,16 @@
 FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mnist puts them under
 /usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
 
-BatchNorm is said to need batches of at least 8 images, better 16 to 32; Wu & He 2018
+A common rule is that BatchNorm needs batches of at least 8 images, better 16 to 32. Wu & He 2018
 (https://arxiv.org/abs/1803.08494, figure 1) show this on ImageNet.
 
 Every row sees the same number of images. The learning rate is 0.1 / 64 for each image of a batch,
 so small batches take more and smaller steps. Momentum is the same in all rows. The momentum of
-BatchNorm's running statistics is 0.9 in all rows, so small batches average over fewer images; with
---config.train.precise_bn=100 the rows differ only by training. A group of GroupNorm has 16
-channels, so in the first stage, which has 16 channels, GroupNorm is LayerNorm. Run this on one
-device: with several, each device would normalize its own part of the batch.
+BatchNorm's running statistics is 0.9 in all rows, so with small batches they average over fewer
+images. With --config.train.precise_bn=100 they do not, and the rows differ only by training. A
+group of GroupNorm has 16 channels, so in the first stage, which has 16 channels, GroupNorm is
+LayerNorm. Run this on one device: with several, each device would normalize its own part of the
+batch.
 Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 

@@ -12,8 +12,8 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 
 Each stage has one block, with two branches of 8, 16 or 32 channels. The networks train on 1100
 images for 400 steps of 64. Rows are named FORWARD_BACKWARD_LEVEL, as in the paper
-(https://arxiv.org/abs/1705.07485, table 1). The paper's ranking on CIFAR-10 is after 1800 epochs;
-here there are 23.
+(https://arxiv.org/abs/1705.07485, table 1). The paper ranks the modes on CIFAR-10 after 1800
+epochs; here there are 23.
 Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 

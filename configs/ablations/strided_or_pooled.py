@@ -11,11 +11,11 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 /usr/share/datasets/fashion-mnist). Without FOLDER, TFDS downloads the data.
 
 Model C, a quarter as wide and without dropout, trains on 1100 images for 400 steps of 64. "base"
-pools. "strided" omits the pooling and gives the convolution before it a stride. "all" replaces the
-pooling by a strided convolution. "convpool" pools, with as many convolutions as "all". So compare
-"all" with "convpool", and "strided" with "base". Paper (https://arxiv.org/abs/1412.6806, table 3):
-the test errors of model C on CIFAR-10 are 9.74 % (base), 10.19 % (strided), 9.08 % (all) and 9.31 %
-(convpool).
+pools. "strided" omits each pooling and gives the convolution before it a stride. "all" replaces
+each pooling by a strided convolution. "convpool" pools, and has as many convolutions as "all". So
+compare "all" with "convpool", and "strided" with "base". Paper (https://arxiv.org/abs/1412.6806,
+table 3): the test errors of model C on CIFAR-10 are 9.74 % (base), 10.19 % (strided), 9.08 % (all)
+and 9.31 % (convpool).
 Ours: not measured yet. After a run, add seeds, device, hours and a link to the table here.
 """
 

@@ -1,4 +1,4 @@
-"""Transfer from five classes of clothes to five others, and to digits: a narrow ResNet-8, 28x28.
+"""Transfer from five classes of clothes to five others and to digits: a narrow ResNet-8, 28x28.
 
 The source network learns T-shirts, trousers, pullovers, sandals and ankle boots. The similar target
 has dresses, coats, shirts, sneakers and bags. The dissimilar target is scikit-learn's handwritten
@@ -33,29 +33,30 @@ def get_config(mode: str = "") -> ConfigDict:
         dict(
             dir="",  # data.dir of Fashion-MNIST
             source="",  # as graft.source; "": start from the run `pretrain`
-            pretrain=run("fashion_mnist", (0, 1, 2, 5, 9), 2500),
-            # The names are those of the table in CS231n.
+            pretrain=make_run_config("fashion_mnist", (0, 1, 2, 5, 9), 2500),
+            # The targets are named as in CS231n's table (docs/transfer.md).
             targets=dict(
-                similar=run("fashion_mnist", (3, 4, 6, 7, 8), 2500),
-                dissimilar=run("digits", (), 0.1),
+                similar=make_run_config("fashion_mnist", (3, 4, 6, 7, 8), 2500),
+                dissimilar=make_run_config("digits", (), 0.1),
             ),
             strategy=make_defaults(STRATEGY),
         )
     )
-    for one in (config.pretrain, config.targets.similar):
-        one.data.dir = config.get_ref("dir")
+    for run in (config.pretrain, config.targets.similar):
+        run.data.dir = config.get_ref("dir")
     config.pretrain.train.duration = "2000 steps"
     if mode == "smoke":
-        for one, classes in ((config.pretrain, range(5)), (config.targets.similar, range(5, 10))):
-            one.data.update(dict(name="digits", classes=tuple(classes), validation=0.1))
+        for run, classes in ((config.pretrain, range(5)), (config.targets.similar, range(5, 10))):
+            run.data.update(dict(name="digits", classes=tuple(classes), validation=0.1))
         del config.targets["dissimilar"]
-        for one in (config.pretrain, config.targets.similar):
-            one.data.image_size = 8
-            one.train.duration = "20 steps"
+        for run in (config.pretrain, config.targets.similar):
+            run.data.image_size = 8
+            run.train.duration = "20 steps"
     return config
 
 
-def run(name: str, classes: tuple[int, ...], validation: float) -> ConfigDict:
+def make_run_config(name: str, classes: tuple[int, ...], validation: float) -> ConfigDict:
+    """Returns the config of a run on these classes of the data set `name`."""
     config = common.get_config()
     config.model.name = "cifar_resnet20"
     with config.unlocked():

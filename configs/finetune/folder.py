@@ -26,22 +26,23 @@ def get_config(mode: str = "") -> ConfigDict:
         dict(
             dir="",
             source="torchvision:resnet18",
-            pretrain=run(),  # used if `source` is ""
-            targets=dict(own=run()),
+            pretrain=make_run_config(),  # used if `source` is ""
+            targets=dict(own=make_run_config()),
             strategy=make_defaults(STRATEGY) | dict(layer_decay=0.75),
         )
     )
     config.targets.own.data.dir = config.get_ref("dir")
     if mode == "smoke":
         config.source = ""
-        for one in (config.pretrain, config.targets.own):
-            one.data.mock = 40
-            one.data.image_size = 32
-            one.train.duration = "3 steps"
+        for run in (config.pretrain, config.targets.own):
+            run.data.mock = 40
+            run.data.image_size = 32
+            run.train.duration = "3 steps"
     return config
 
 
-def run() -> ConfigDict:
+def make_run_config() -> ConfigDict:
+    """Returns the config of a run on a folder of images."""
     config = common.get_config()
     config.model.name = "resnet18"
     config.data.name = "folder"

@@ -20,7 +20,7 @@ from flax_cnns import layers
 from flax_cnns.analysis.timing import Comparison, geometric_mean, time_candidates
 from flax_cnns.errors import UserError
 
-MAX_TIME_RATIO = 1.05  # to nn.Conv; a slower shape is measured again
+MAX_TIME_RATIO = 1.05  # time relative to nn.Conv; a slower shape is measured again
 
 OURS, STOCK, TORCH = "ours", "nn.Conv", "torch"
 COLUMNS = (
@@ -40,10 +40,11 @@ def add_conv_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_convolutions(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Forward pass, and forward pass with gradients to input and kernel, for shapes of networks.
+    """Times the forward pass, with and without gradients, for shapes of networks.
 
-    PyTorch (channels_last) is measured if it is installed. A shape that takes more than 1.05 times
-    the time of nn.Conv is measured twice more, and the run with the median ratio counts.
+    Gradients are those with respect to input and kernel. PyTorch (channels_last) is measured if it
+    is installed. A shape that takes more than 1.05 times as long as nn.Conv is measured twice more,
+    and the measurement with the median ratio counts.
     """
     shapes = select_shapes(args.stage)
     torch = None if args.no_torch else torch_side.find_torch()
@@ -209,10 +210,10 @@ class Branches(nn.Module):
 
 
 def measure_cond(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Stochastic depth per batch at rate 0.5: branches skipped by nn.cond against masked branches.
+    """Times stochastic depth per batch at rate 0.5: branches skipped by nn.cond, or masked.
 
-    A gradient step is timed. In each call half of the gates are open, but not always the same half,
-    so that all rounds do the same amount of work.
+    A gradient step is timed. In each call, a random half of the gates is open, so that all rounds
+    do the same amount of work.
     """
     shape = (args.batch, args.size, args.size, args.channels)
     rng = np.random.default_rng(0)

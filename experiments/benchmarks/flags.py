@@ -1,4 +1,4 @@
-"""Parsers of flag values for argparse, which puts the flag's name before their error messages."""
+"""Parsers of flag values for argparse, which adds the flag's name to their error messages."""
 
 from __future__ import annotations
 

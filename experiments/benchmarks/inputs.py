@@ -34,10 +34,12 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         "--source",
         default=",".join(SOURCES[:2]),
         help="config: the config's data; folder: new JPEGs of noise, decoded and cropped at random "
-        "to --size; arrays: the config's training images as a user's arrays, in turn with the "
+        "to --size; arrays: the config's training images as a user's arrays, timed against the "
         "config's data",
     )
-    parser.add_argument("--mock", type=int, default=0, help="number of noise images to use instead")
+    parser.add_argument(
+        "--mock", type=int, default=0, help="number of noise images to use; 0: the config's data"
+    )
     parser.add_argument("--batch", type=int, default=0, help="batch size; 0: the config's")
     parser.add_argument("--batches", type=parse_positive_int, default=20, help="batches per round")
     parser.add_argument("--size", type=int, default=224, help="size of the folder's decoded images")
@@ -61,7 +63,7 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Training batches of the host, before they are copied to a device."""
+    """Times how fast the host makes training batches, before they are copied to a device."""
     # Only this command needs Grain and TFDS, which the data package imports.
     from flax_cnns.data import pipeline as pipelines
     from flax_cnns.data.load import load_dataset
@@ -137,9 +139,10 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
 
 
 def _as_arrays(dataset: Any, config: Any) -> Any:
-    """Returns a data set in memory as a run gets it from `Dataset.from_arrays`.
+    """Returns the arrays of `dataset` as a run would load them from `Dataset.from_arrays`.
 
-    Some of the training images are for validation. Raises `UserError` if data is not in memory.
+    A part of the training images becomes the validation split. Raises `UserError` if `dataset` is
+    not in memory.
     """
     from flax_cnns.data.load import load_dataset
     from flax_cnns.data.types import Dataset
@@ -155,7 +158,7 @@ def _as_arrays(dataset: Any, config: Any) -> Any:
 
 
 def _data_config(args: argparse.Namespace) -> Any:
-    """Returns `config.data` with the command's flags. Raises `UserError` without such a config."""
+    """Returns `config.data` with the command's flags. Raises `UserError` if --config is invalid."""
     file, _, mode = args.config.partition(":")
     if not Path(file).is_file():
         known = [str(path) for path in Path("configs").glob("*_*.py")]
@@ -184,7 +187,10 @@ def _data_config(args: argparse.Namespace) -> Any:
 def write_jpegs(
     root: Path, count: int, size: tuple[int, int] = (500, 375), orientation: int = 1
 ) -> None:
-    """Writes `root/class/n.jpg`, smooth noise with grain in ten classes; size: (width, height)."""
+    """Writes JPEGs of smooth noise with grain, in ten classes: `root/class/n.jpg`.
+
+    `size` is (width, height), and `orientation` the EXIF orientation.
+    """
     from PIL import ExifTags, Image
 
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Checks that networks learn: a few dozen steps of a run on scikit-learn's digits: `learn`."""
+"""Checks that networks learn in a few hundred steps on scikit-learn's digits (`learn`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LearningCase(NamedTuple):
     size: int  # of the images: one channel, enlarged from 8x8
     steps: int
     rate: float = 1e-3  # at the start
-    fields: dict[str, Any] = {}  # noqa: RUF012 - make the network small enough for a minute
+    fields: dict[str, Any] = {}  # noqa: RUF012 - fields that make the network train in a minute
 
 
 _GOOGLENET = (  # table 1 with four of its nine modules, among them those with auxiliary heads
@@ -40,7 +40,7 @@ CASES = {  # one variant of each family
     "lenet5_original": LearningCase(32, 200, 2e-3),
     "alexnet_2gpu": LearningCase(67, 200, 3e-4, dict(hidden=256)),
     "zfnet_fig3": LearningCase(64, 200, 3e-4, dict(hidden=256)),
-    # pool=1: the last maps are 1x1, of which fc6 would see 49 copies.
+    # pool=1, because the last maps are 1x1: by default, fc6 would see 49 copies of them.
     "vgg11_bn": LearningCase(
         32, 150, 1e-3, dict(widths=(16, 32, 64, 128, 128), pool=1, hidden=(256, 256))
     ),
@@ -95,7 +95,7 @@ CASES = {  # one variant of each family
     "sparse_densenet_abc": LearningCase(16, 120, 5e-3, dict(depths=(3, 4, 5), growth_rate=8)),
 }
 WINDOW_STEPS = 5  # steps over which a loss is averaged
-MAX_LOSS_RATIO = 0.5  # of the last loss to the first, and to log 10, the loss of a guess
+MAX_LOSS_RATIO = 0.5  # last loss / first loss, and last loss / log 10, the loss of a guess
 
 COLUMNS = (
     *("network", "fields", "parameters", "image", "steps", "first loss", "last loss"),
@@ -107,24 +107,27 @@ def add_learn_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=",".join(CASES), help="networks, separated by commas")
     parser.add_argument("--batch", type=parse_positive_int, default=32, help="images per step")
     parser.add_argument(
-        "--steps", type=int, default=0, help="instead of each network's own; 0: its own"
+        "--steps", type=int, default=0, help="number of steps; 0: each network's own"
     )
     parser.add_argument(
-        "--size", type=int, default=0, help="instead of each network's own; 0: its own"
+        "--size", type=int, default=0, help="image height and width; 0: each network's own"
     )
     parser.add_argument(
-        "--rate", type=float, default=0, help="instead of each network's own; 0: its own"
+        "--rate", type=float, default=0, help="first learning rate; 0: each network's own"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of initial values, order and dropout")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of initial values, data order and dropout"
+    )
 
 
 def measure_learning(args: argparse.Namespace, report: BenchmarkReport) -> int:
     """Trains each network on the digits with the steps of a run.
 
     Reports the loss (means over the first and the last steps), the accuracy on the validation
-    images, whether every running statistic changed, and whether two evaluations agree to the bit.
-    Returns exit code 1 if a loss did not fall to half of the first loss and of the loss of a guess,
-    a statistic did not change, two evaluations differ, or a step was not finite.
+    images, whether every running statistic changed, and whether two evaluations agree bit for bit.
+    Returns exit code 1 if the last loss of a network is not below half of the first loss and half
+    of the loss of a guess, if a statistic did not change, if two evaluations differ, or if a step
+    was not finite.
     """
     names = args.models.split(",")
     for name in names:

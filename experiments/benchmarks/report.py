@@ -29,7 +29,7 @@ class Bars(NamedTuple):
 
 
 class BenchmarkReport:
-    """Collects results row by row, so that an interrupted benchmark keeps those it has."""
+    """Collects results row by row, so that an interrupted benchmark keeps the rows that it has."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class BenchmarkReport:
         self.summary: list[str] = []
         self.bars: Bars | None = None
         self._cells: list[tuple[str, ...]] = []
-        if out is not None:  # fail now and not after an hour of measuring
+        if out is not None:  # fails now and not after an hour of measuring
             try:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a"):
@@ -74,7 +74,7 @@ class BenchmarkReport:
             table.add_column(self.columns[i], justify="left" if i == 0 else "right")
         for cells in self._cells:
             table.add_row(*(cells[i] for i in used))
-        # Wide unless it goes to a terminal: lines of a log need no wrapping.
+        # The table is wide unless it goes to a terminal: lines of a log need no wrapping.
         make_console(width=None if sys.stdout.isatty() else 200).print(table)
         for line in self.summary:
             self.print_line(line)
@@ -158,7 +158,7 @@ def format_number(value: float) -> str:
 
 
 def format_milliseconds(seconds: float) -> str:
-    """0.0123 -> "12.3 ms"; in seconds from 10 s on."""
+    """0.0123 -> "12.3 ms", 12.3 -> "12.3 s"; seconds are used from 10 s on."""
     return f"{1e3 * seconds:,.4g} ms" if seconds < 10 else f"{seconds:,.1f} s"
 
 

@@ -36,9 +36,9 @@ def add_frozen_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_frozen(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Training steps that learn everything, only the last stage and the head, or only the head.
+    """Times training steps that learn all layers, only the last stage and the head, or only the head.
 
-    The layers below are frozen, with their BatchNorm.
+    The other layers are frozen, with their BatchNorm.
     """
     model = make_network(args.model, args)
     # Top-level modules that have MACs, in the order in which images pass them.
@@ -114,7 +114,7 @@ def add_drop_path_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", type=parse_dtype, default="float32", help="float32 or bfloat16")
     parser.add_argument(
-        "--steps", type=parse_positive_int, default=10, help="steps that are averaged per time"
+        "--steps", type=parse_positive_int, default=10, help="number of steps averaged for a time"
     )
     parser.add_argument(
         "--scan", action="store_true", help="run repeated blocks of a stage by nn.scan"
@@ -122,11 +122,11 @@ def add_drop_path_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Training steps at several rates of stochastic depth.
+    """Times training steps at several rates of stochastic depth.
 
-    Dropping whole batches skips the dropped branches. For comparison, dropping per image at the
-    middle rate computes all branches. Each step drops other branches, so a round takes --steps
-    steps.
+    With decisions per batch, dropped branches are not computed. For comparison, one case decides
+    per image, at the middle rate, and computes all branches. Every step drops other branches, so a
+    time is the average over --steps steps.
     """
     scan_field = {"scan": True} if args.scan else {}
     middle = args.rates[len(args.rates) // 2]

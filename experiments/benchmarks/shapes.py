@@ -27,7 +27,7 @@ class ConvShape(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """On each side; 0 for patches that do not overlap, as in ConvNeXt's stem."""
+        """Padding of each side; 0 for patches that do not overlap, as in ConvNeXt's stem."""
         return 0 if self.stride >= self.k else self.k // 2
 
     @property

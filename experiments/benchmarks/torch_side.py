@@ -67,10 +67,10 @@ def make_wait(torch: Any, device: str) -> Callable[[], None]:
 
 @functools.cache  # operators can be declared only once
 def import_torchvision() -> Any:
-    """Imports torchvision, also if its compiled operators do not load with a CPU build of torch.
+    """Imports torchvision, even if its compiled operators do not load with a CPU build of torch.
 
-    Its classification networks do not use the operators, but its import needs two of them to be
-    declared. Raises `UserError` if torchvision is not installed.
+    torchvision's classification networks do not use the operators, but its import needs two of them
+    to be declared. Raises `UserError` if torchvision is not installed.
     """
     torch = import_torch()
     spec = importlib.util.find_spec("torchvision")
@@ -164,10 +164,11 @@ def add_vs_torch_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Our training step and that of torchvision's or timm's network of the same name, in turn.
+    """Times our training step against that of torchvision's or timm's network of the same name.
 
-    Both use the same batch of uint8 images on the device, which is normalized there, SGD with
-    momentum, and cross-entropy. PyTorch uses channels_last, and autocast if the dtype is bfloat16.
+    Both use SGD with momentum, cross-entropy, and the same batch of uint8 images, which is on the
+    device and is normalized there. PyTorch uses channels_last, and autocast if the dtype is
+    bfloat16.
     """
     torch = import_torch()
     device = find_torch_device(torch)
@@ -195,9 +196,8 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
                 create_torch_network(name, model.num_classes), mode=args.compile_mode
             )
             candidates["compiled"] = _torch_step(torch, compiled, batch, device, args.dtype)
-        if (
-            args.stock
-        ):  # while the step is traced, our convolution is the function that nn.Conv calls
+        if args.stock:
+            # While the step is traced, our convolution is replaced by the one that nn.Conv calls.
             library = jax.lax.conv_general_dilated
             with unittest.mock.patch.object(conv_module, "conv_general_dilated", library):
                 stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])

@@ -56,7 +56,7 @@ def make_examples(batch: int, shape: tuple[int, ...], classes: int) -> dict[str,
 
 
 class Trainee:
-    """A network with its state on all devices, and its steps, which compile at their first call."""
+    """A network with its state on all devices, and its steps, which compile when first called."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_steps(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Training and inference steps of each network. Compilation is timed, without a cache."""
+    """Times training and inference steps of each network, and their compilation without a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     fields = {name: True for name in ("scan", "remat") if getattr(args, name)}
     models = {name: make_network(name, args, **fields) for name in args.model.split(",")}
@@ -255,7 +255,7 @@ def measure_network(
         "peak_flops": peak,
         "training": training._asdict() | training_times.as_dict()["training"],
         "inference": inference._asdict() | inference_times.as_dict()["inference"],
-        # The peak since the start of the process; it is this network's only if it is a new one.
+        # The peak since the start of the process: this network's peak only if it is a new maximum.
         "peak_memory": after if after is not None and after > (before or 0) else None,
         "program_memory": device.program_memory(compiled),  # of the training step, per device
         "init_seconds": trainee.init_seconds,
@@ -283,7 +283,7 @@ def add_compile_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_compilation(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Seconds to trace and compile the training step, without a compilation cache."""
+    """Times tracing and compiling of the training step, without a compilation cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     scans = {"both": (False, True), "on": (True,), "off": (False,)}[args.scan]
     names = args.model.split(",")

@@ -1,1 +1,1 @@
-"""Look at a network, or at runs, without training: cost, timing, statistics, devices."""
+"""Analysis of networks, runs and devices: cost, timing, statistics, plots."""

@@ -2,9 +2,9 @@
 
 MACs are counted per module, from the shapes of kernels and outputs, as papers count them. They do
 not depend on how a convolution is lowered or compiled. A multiplication and its addition are one
-MAC and two FLOPs. Convolutions and dense layers count, and modules with a method `macs`, which is
-called with the arguments of the module: attention uses it for its two products. Norms, activations
-and pooling do not count.
+MAC and two FLOPs. Convolutions and dense layers count; norms, activations and pooling do not. A
+module may count its own MACs by a method `macs`, which is called with the module's arguments.
+Attention does this for its two products.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ Shape = tuple[int, ...]
 
 
 class LayerCost(NamedTuple):
+    """The cost of one module of a network."""
+
     path: str  # stage1/block1/conv1; "" is the network itself
     kind: str  # class of the module
-    output_shape: Shape | None  # of one call; None if it is not called or has several outputs
+    output_shape: Shape | None  # of one call; None if there is no call or if it has several outputs
     params: int  # without submodules; of all repeats if `nn.scan` stacks them under one name
     macs: int  # of all calls
 
@@ -64,13 +66,13 @@ class Cost(NamedTuple):
 def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: Any) -> Cost:
     """Counts parameters and MACs of `model(images)`; computes only shapes.
 
-    `images_shape` is [N H W C], by default one image of `model.input_size`. It may be any shape
-    that the module accepts. `call` holds further arguments of the module's call; its argument
-    `train`, if there is one, is False by default.
+    `images_shape` is [N H W C] or any other shape that the module accepts; the default is one image
+    of `model.input_size`. `call` holds further arguments of the module's call. If the module has an
+    argument `train`, its default here is False.
 
-    A module that is called several times, also by `nn.scan`, `nn.vmap` or `nn.jit`, counts each
-    time. Every branch of `nn.cond` and `nn.switch` counts, and the body of `nn.while_loop` counts
-    once. Layers that run only in training (auxiliary heads) have parameters but no MACs.
+    Every call of a module counts, also in `nn.scan`, `nn.vmap` and `nn.jit`. Every branch of
+    `nn.cond` and `nn.switch` counts. The body of `nn.while_loop` counts once. Layers that run only
+    in training (auxiliary heads) have parameters but no MACs.
     """
     shape = (1, *model.input_size) if images_shape is None else tuple(images_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -97,8 +99,8 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
     for path, leaf in pytree.flatten(nn.meta.unbox(variables.get("params", {}))).items():
         for name in (names := pytree.expand_stack(path)):
             params[name.rpartition("/")[0]] += math.prod(leaf.shape) // len(names)
-    # Several modules may share a scope. The row has the kind of the counted one, else that of the
-    # outermost one.
+    # Several modules may share a scope. The row has the kind of the module whose MACs are counted;
+    # if there is none, the kind of the outermost module.
     ran = {name: path for name, path in _named(boundary.outputs) if name in params or name in macs}
     rows = tuple(
         LayerCost(
@@ -114,7 +116,8 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
 
 
 def _named(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields (name, path) of each path; `block2-4/conv` of a stack gives one name per block.
+    """Yields (name, path) for each path. A path in a stack, such as `block2-4/conv`, gives one name
+    for each block.
 
     The names of a stack are ordered block by block.
     """
@@ -169,7 +172,7 @@ class _Boundary:
 
     def __call__(self, function: Callable, args: tuple, kwargs: dict, at: Any) -> Any:
         module, path = at.module, "/".join(at.module.path)
-        # `super().__call__` of a subclass gets here again with the same module.
+        # `super().__call__` in a subclass calls this interceptor again with the same module.
         if at.method_name != "__call__" or any(module is outer for outer in self._inside):
             return function(*args, **kwargs)
         kind = type(module).__name__
@@ -203,7 +206,7 @@ def _record_kind(
 
 
 def _runs(jaxpr: Any, sizes: list[int], times: int = 1) -> Iterator[tuple[int, int]]:
-    """Yields (number of the call, how often it runs) of each mark in the program."""
+    """Yields (number of the call, how often it runs) for each mark in the program."""
     for equation in jaxpr.eqns:
         name, fields = equation.primitive.name, equation.params
         if name == "name" and (mark := re.fullmatch(r"flax_cnns\.cost (\d+)", fields["name"])):

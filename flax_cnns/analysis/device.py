@@ -14,6 +14,8 @@ from flax_cnns.analysis.timing import time_candidates
 
 
 class Peak(NamedTuple):
+    """The peak speed of a device, and where the number comes from."""
+
     flops: float  # per second
     source: str
 
@@ -50,8 +52,8 @@ PEAKS: dict[str, tuple[float | None, float, str]] = {
 def find_peak(device: Any, dtype: str = "float32") -> Peak | None:
     """Returns the peak FLOP/s of `device` in `dtype`; None if it is not in `PEAKS`.
 
-    For a CPU it is measured: the fastest of five products of 2048x2048 float32 matrices on all
-    cores.
+    On a CPU, the peak is measured: the fastest of five products of 2048x2048 float32 matrices on
+    all cores.
     """
     if device.platform == "cpu":
         size = 2048

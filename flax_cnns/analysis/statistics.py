@@ -1,8 +1,8 @@
 """Statistics over a few seeds: intervals of means, paired differences, and Holm's correction.
 
 One value, or several equal values, say nothing about the spread. The ends of the interval are then
-NaN. An interval of width 0 would claim that there is no spread. Equal values are common, because
-accuracies are counts over a few hundred or thousand examples.
+NaN, because an interval of width 0 would claim that there is no spread. Equal values are common,
+because an accuracy is a count of correct examples among a few hundred or thousand.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
+    """A mean difference with its confidence interval and p-value."""
+
     interval: Interval
     p: float  # p-value of the two-sided paired t-test; NaN if unknown
 
@@ -72,7 +74,7 @@ def paired_difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """Returns the mean difference of `values` to `baseline`, both {seed: value}, over shared seeds.
+    """Returns the mean of `values` - `baseline`, both {seed: value}, over the seeds in both.
 
     The p-value is always that of the paired t-test. It is 1 if all differences are 0.
     """
@@ -93,9 +95,9 @@ def paired_difference(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns the p-values with Holm's step-down correction (1979), in the same order.
 
-    It controls the family-wise error rate: rejecting the hypotheses whose corrected value is below
-    alpha makes any error with a probability of at most alpha. NaN stays NaN and is not counted as a
-    test.
+    The correction controls the family-wise error rate: if hypotheses with a corrected value below
+    alpha are rejected, the probability of any false rejection is at most alpha. NaN stays NaN and
+    is not counted as a test.
     """
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     corrected, highest = [math.nan] * len(p_values), 0.0
@@ -106,7 +108,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _flat(values: np.ndarray, inputs: np.ndarray) -> bool:
-    """Whether all `values` are equal, up to rounding of the `inputs` they depend on."""
+    """Whether all `values` are equal, up to rounding of the `inputs` they are computed from."""
     return values.size == 0 or np.ptp(values) <= 1e-9 * np.abs(inputs).max()
 
 

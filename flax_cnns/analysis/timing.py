@@ -1,7 +1,7 @@
 """Times functions against each other: in turn (A B A B), with medians and ratios per round.
 
-If the machine slows down for a minute, it slows down all candidates of that minute. Therefore the
-ratio is taken in each round, instead of between averages of different times.
+If the machine is slow for a minute, all candidates in that minute are slow. Therefore the ratio is
+taken within each round, not between averages over all rounds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Comparison(NamedTuple):
         return self._of(name, lambda rounds: statistics.median(rounds))
 
     def ratio(self, name: str, baseline: str) -> Spread:
-        """Returns the time of `name` divided by that of `baseline` per round; below 1 is faster."""
+        """Returns the time of `name` divided by the time of `baseline`, over the rounds.
+
+        A ratio below 1 means that `name` is faster.
+        """
         times, others = self._of(name, list), self._of(baseline, list)
         return Spread.of([a / b for a, b in zip(times, others)])
 
@@ -73,11 +76,11 @@ def time_candidates(
 
     A candidate returns the arrays to wait for, or a function that waits (PyTorch's
     `torch.cuda.synchronize`). A candidate that takes less than `at_least` seconds is called several
-    times per round and waited for at the end. A single short call would measure the clock and, on
-    an accelerator, the dispatch.
+    times per round, with one wait at the end. The time of a single short call would be mostly that
+    of the clock and, on an accelerator, of the dispatch.
 
-    Between candidates there is a pause of `settle` seconds: the threads of PyTorch's OpenMP keep
-    spinning for some milliseconds, which would slow down the next candidate.
+    Between candidates there is a pause of `settle` seconds, because the threads of PyTorch's OpenMP
+    keep spinning for some milliseconds, which would slow down the next candidate.
 
     Raises `UserError` if there is no candidate or no round, or if `warmup` is negative.
     """
@@ -118,5 +121,5 @@ def wait(result: Any) -> None:
 
 
 def geometric_mean(values: list[float]) -> float:
-    """Returns the geometric mean, the mean for ratios: that of 2 and 1/2 is 1."""
+    """Returns the geometric mean, the right mean for ratios: the mean of 2 and 1/2 is 1."""
     return statistics.geometric_mean(values)

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from flax_cnns.analysis.plots.style import save_picture, shorten
 
-MAX_ANNOTATED_CLASSES = 20  # above, cells have no counts
-MAX_NAMED_CLASSES = 60  # above, classes have no names
+MAX_ANNOTATED_CLASSES = 20  # with more classes, the cells show no counts
+MAX_NAMED_CLASSES = 60  # with more classes, the axes show no class names
 MAX_NAME_LENGTH = 32  # characters of a class name
 
 
@@ -21,9 +21,9 @@ def draw_confusion(
 ) -> None:
     """Draws the counts `matrix` [true class, predicted class]; colors are fractions of the row.
 
-    With at most 20 classes, cells show their counts, except zeros. With at most 60, every class is
-    named. Raises `ValueError` if matrix and names do not agree, and `UserError` if the file cannot
-    be written.
+    With at most 20 classes, cells show their counts, except zeros. With at most 60 classes, every
+    class is named. Raises `ValueError` if the matrix does not have a row and a column for each
+    name, and `UserError` if the file cannot be written.
     """
     matrix = np.asarray(matrix).astype(np.int64)
     classes = len(class_names)
@@ -39,7 +39,7 @@ def draw_confusion(
         if classes <= MAX_NAMED_CLASSES
         else []
     )
-    # The names get extra space, so that they do not shrink the matrix.
+    # The names get extra space, in inches, so that they do not shrink the matrix.
     room = 0.6 * small / 72 * max(map(len, names), default=0)
     figure = Figure(figsize=(size + 1.6 + room, size + 0.8 + room), layout="constrained")
     axes = figure.subplots()

@@ -22,7 +22,7 @@ from flax_cnns.analysis.plots.style import (
 )
 from flax_cnns.errors import UserError
 
-STYLES: dict[str, dict[str, Any]] = {  # not only colors differ, but also lines and markers
+STYLES: dict[str, dict[str, Any]] = {  # colors, lines and markers all differ
     "train": dict(color=style.BLUE, linestyle="-", marker=""),
     "validation": dict(color=style.VERMILION, linestyle="--", marker="o", markersize=3.5),
     "test": dict(color=style.BLACK, linestyle="", marker="*", markersize=13),
@@ -41,11 +41,11 @@ def draw_curves(
     metric: str = "accuracy",
     mode: str = "max",
 ) -> None:
-    """Draws loss, accuracy and learning rate over the steps into a PNG, which it writes atomically.
+    """Draws loss, accuracy and learning rate over the steps, and writes the PNG atomically.
 
-    `metric` replaces accuracy; its best value is the highest, or the lowest if `mode` is "min".
-    Panels without data are left out. Values that are not finite are marked at the bottom of the
-    panel. Raises `UserError` if the log cannot be read or the picture cannot be written.
+    `metric` replaces accuracy. The best value of `metric` is the highest, or the lowest if `mode`
+    is "min". Panels without data are left out. Values that are not finite are marked at the bottom
+    of the panel. Raises `UserError` if the log cannot be read or the picture cannot be written.
     """
     series = _read(Path(metrics_jsonl))
     panels = [metric if name == "accuracy" else name for name in PANELS]
@@ -140,8 +140,8 @@ def _learning_rate(axes: Axes, series: Series) -> None:
     axes.plot(steps, values, color=STYLES["train"]["color"], marker=marker, zorder=3, clip_on=False)
     _mark_not_finite(axes, steps[~finite], "rate")
     rates = values[finite & (values > 0)]
-    # A linear axis would hide the rates of steps or exponential decay: there, a quarter of the run
-    # has less than an eighth of the highest rate. A cosine keeps the linear axis.
+    # A linear axis would hide the low rates of steps and exponential decay: for a quarter of such a
+    # run, the rate is below an eighth of the highest rate. A cosine keeps the linear axis.
     if rates.size and np.quantile(rates, 0.25) < rates.max() / 8:
         _log_scale(axes)
     else:
@@ -163,7 +163,7 @@ def _mark_not_finite(axes: Axes, steps: np.ndarray, split: str) -> None:
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the mean of the `width` values around each point, [points]; fewer near the ends."""
+    """Returns the mean of the `width` values around each point (fewer near the ends): [points]."""
     finite, window = np.isfinite(values), np.ones(width)
     sums = np.convolve(np.where(finite, values, 0.0), window, "same")
     counts = np.convolve(finite, window, "same")

@@ -21,10 +21,10 @@ from flax_cnns.analysis.plots.curves import Series
 from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
 from flax_cnns.analysis.statistics import Interval
 
-BETTER, WORSE, UNKNOWN = style.BLUE, style.VERMILION, "#777777"  # the sign shows it too
+BETTER, WORSE, UNKNOWN = style.BLUE, style.VERMILION, "#777777"
 MAX_NAME_LENGTH = 48  # characters of a row's name in the forest plot
 MAX_TITLE_LENGTH = 36  # characters of a row's name above its panel
-CLIP_AT_MEDIANS = 4.0  # rows that reach beyond this many medians are cut off, with an arrow
+CLIP_AT_MEDIANS = 4.0  # rows beyond this many times the median reach are cut off, with an arrow
 
 
 class ForestRow(NamedTuple):
@@ -47,8 +47,9 @@ def draw_forest(
 ) -> None:
     """Draws a line per row, in the given order, with the seeds' differences, mean and interval.
 
-    A row is gray if its interval includes zero or is unknown. If not `more_is_better`, all other
-    rows have one color. Raises `UserError` if the file cannot be written.
+    A row is gray if its interval includes zero or is unknown. The other rows have a color for
+    better or worse, or one color if `more_is_better` is False. Raises `UserError` if the file
+    cannot be written.
     """
     limit = _limit(forest_rows)
     figure = Figure(figsize=(8.6, 1.5 + 0.34 * len(forest_rows)), layout="constrained")
@@ -80,7 +81,7 @@ def _limit(forest_rows: Sequence[ForestRow]) -> float:
     return 1.05 * min(max(reach), CLIP_AT_MEDIANS * float(np.median([r for r in reach if r])))
 
 
-def _draw_row(axes: Axes, y: int, row: ForestRow, limit: float, form: str, below: str) -> None:
+def _draw_row(axes: Axes, y: int, row: ForestRow, limit: float, form: str, negative: str) -> None:
     interval = row.interval
     right = axes.get_yaxis_transform()  # x as a fraction of the panel
     if not row.seeds:
@@ -88,7 +89,7 @@ def _draw_row(axes: Axes, y: int, row: ForestRow, limit: float, form: str, below
         return
     color = UNKNOWN
     if interval.excludes_zero:
-        color = BETTER if interval.mean > 0 else below
+        color = BETTER if interval.mean > 0 else negative
     inside = [seed for seed in row.seeds if abs(seed) <= limit]
     axes.plot(inside, [y] * len(inside), "|", color=color, markersize=9, alpha=0.45)
     words = f"{interval.mean:{form}}"
@@ -116,11 +117,11 @@ def draw_row_curves(
     decimals: int = 2,
     more_is_better: bool = True,
 ) -> None:
-    """Draws a panel per row: the mean of its seeds over a band from the lowest to the highest.
+    """Draws a panel per row: the mean of the seeds, over a band from their lowest to their highest.
 
-    The mean of the baseline is dashed in every panel. All panels share their axes, which show the
-    later part of the curves, where the rows differ. The title of a panel has the last value, also
-    for a row outside the axes.
+    A dashed line shows the mean of the baseline in every panel. All panels share their axes, which
+    show the later part of the curves, where the rows differ. The title of a panel shows the last
+    value, even if the curve lies outside the axes.
     """
     columns = min(len(rows), min((5, 4, 3), key=lambda columns: -len(rows) % columns))
     columns = max(columns, math.isqrt(len(rows)))  # hundreds of rows: not a long strip
@@ -166,7 +167,7 @@ def _band(runs: Sequence[Series]) -> tuple[np.ndarray, ...]:
 
 
 def _limits(bands: Sequence[tuple[np.ndarray, ...]], must_rise: bool) -> tuple[float, float]:
-    """Returns limits of y; if the curves may fall and most of them do, they are turned around."""
+    """Returns limits of y. Curves are turned upside down for this if they may fall and most do."""
     ends = [mean[-1] - mean[0] for _, mean, _, _ in bands if len(mean)]
     if must_rise or not ends or np.median(ends) >= 0:
         return _find_late_limits(bands)

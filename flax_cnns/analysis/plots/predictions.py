@@ -13,8 +13,8 @@ from PIL import Image
 
 from flax_cnns.analysis.plots.style import BLUE, save_picture, shorten
 
-MAX_PHOTOS = 40  # in one picture
-MAX_CLASSES = 15  # drawn for each photo
+MAX_PHOTOS = 40  # photos in one picture
+MAX_CLASSES = 15  # classes drawn for each photo
 PALE = "#A6CBE3"  # color of all classes except the first
 
 

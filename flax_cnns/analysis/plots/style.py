@@ -20,8 +20,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.files import replace_atomically
 from flax_cnns.names import escape_unprintable
 
-# Okabe and Ito's colors, which all kinds of color vision can distinguish: Color Universal Design,
-# 2008, https://jfly.uni-koeln.de/color
+# Okabe and Ito's colors, which people with any kind of color vision can distinguish: Color
+# Universal Design, 2008, https://jfly.uni-koeln.de/color
 BLACK = "black"
 ORANGE = "#E69F00"
 SKY_BLUE = "#56B4E9"
@@ -61,7 +61,7 @@ def collect_x(axes: Axes) -> set[float]:
 
 
 def widen_single_point(axes: Axes, right: float = 1.0) -> None:
-    """Widens the x axis if all points have the same x, which would get fractional ticks."""
+    """Widens the x axis if all points have the same x; the ticks would be fractions of a step."""
     xs = collect_x(axes)
     if len(xs) == 1:
         (x,) = xs
@@ -98,7 +98,7 @@ def _show_names(figure: Figure) -> None:
         formatter = axis.get_major_formatter()
         if isinstance(formatter, FuncFormatter):
             axis.set_major_formatter(partial(_format_literally, formatter))
-        else:  # matplotlib's own labels, which may be formulas
+        else:  # matplotlib's own tick labels, which may be formulas
             numbers |= set(map(id, axis.get_ticklabels(which="both")))
     for text in figure.findobj(Text):
         if id(text) not in numbers:
