@@ -36,7 +36,7 @@ def add_frozen_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_frozen(args: argparse.Namespace, report: BenchmarkReport) -> None:
-    """Times training steps that learn all layers, only the last stage and the head, or only the head.
+    """Times training steps that learn all layers, the last stage and the head, or the head alone.
 
     The other layers are frozen, with their BatchNorm.
     """
