@@ -60,7 +60,8 @@ def main(function: Callable[[list[str]], int | None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         module = sys.modules[function.__module__]
-        if text := help.find_help(argv, module.__name__, module.__doc__ or "", _usage(), _places()):
+        doc = module.__doc__ or ""
+        if text := help.find_help(argv, module.__name__, doc, _usage(), _run_paths()):
             print(text)
             sys.exit(0)
         return _parse(argv)
@@ -190,8 +191,8 @@ def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
         run = _RUNS[0].match(name) if _RUNS else None
         field = name[run.end() :] if run else name
         if field in FIELDS or field.startswith(("model.", "own.")):
-            places = [""] if run else [f"{place}." for place in _places()]
-            right = " or ".join(f"--config.{place}{name}{equals}{value}" for place in places)
+            prefixes = [""] if run else [f"{path}." for path in _run_paths()]
+            right = " or ".join(f"--config.{prefix}{name}{equals}{value}" for prefix in prefixes)
         elif field.partition(".")[0] in _SECTIONS and "." in field:
             near = did_you_mean(f"--config.{field}", (f"--config.{known}" for known in FIELDS))
             raise UserError(f"--{name}: there is no such flag or field{near}")
@@ -224,7 +225,7 @@ def define_arguments(what: str, word: str, most: int | None = None) -> None:
 _ARGUMENTS: list[tuple[str, str, int | None]] = []
 
 
-def _places() -> list[str]:
+def _run_paths() -> list[str]:
     """Returns the paths of the configs of whole runs in the config, as a user writes them."""
     pattern = _RUNS[0].pattern if _RUNS else ""
     parts = pattern.removeprefix("(").removesuffix(r")\.").split("|") if pattern else []

@@ -24,13 +24,13 @@ _PATTERN_CHARACTERS = set("*?[")
 
 
 def find_help(
-    argv: Sequence[str], module: str, doc: str, arguments: str, places: Sequence[str] = ()
+    argv: Sequence[str], module: str, doc: str, arguments: str, run_paths: Sequence[str] = ()
 ) -> str:
     """Returns the help text that the flags in `argv` ask for; "" if they do not ask for help.
 
     `module` is the name of the command's module, and `doc` its docstring. `arguments` is the usage
-    line's word for the arguments that are not flags. `places` are the paths of the configs of whole
-    runs in the command's config. Raises `UserError` if no field matches the pattern.
+    line's word for the arguments that are not flags. `run_paths` are the paths of the configs of
+    whole runs in the command's config. Raises `UserError` if no field matches the pattern.
     """
     given = list(itertools.takewhile(lambda argument: argument != "--", argv[1:]))
     for argument, following in zip(given, [*given[1:], ""]):
@@ -41,7 +41,7 @@ def find_help(
             pattern = argument.partition("=")[2] if equals else following
             return make_fields_page("" if pattern.startswith("-") else pattern)
         if flag in ("help", "h", "helpshort") and not equals:
-            return make_page(name_command(argv[0], module), module, doc, arguments, places)
+            return make_page(name_command(argv[0], module), module, doc, arguments, run_paths)
     return ""
 
 
@@ -51,7 +51,7 @@ def name_command(started: str, module: str) -> str:
     return started if started.startswith("flax-cnns ") else f"python -m experiments.{name}"
 
 
-def make_page(command: str, module: str, doc: str, arguments: str, places: Sequence[str]) -> str:
+def make_page(command: str, module: str, doc: str, arguments: str, run_paths: Sequence[str]) -> str:
     """Returns the help page of a command: purpose, examples and flags."""
     prefix = command.removesuffix(module.rpartition(".")[2])
     doc = re.sub(r"(?m)^flax-cnns (?=\w)", prefix, doc.strip())
@@ -62,12 +62,12 @@ def make_page(command: str, module: str, doc: str, arguments: str, places: Seque
             doc,
             "",
             "Flags (underscores also work in place of dashes):",
-            *itertools.chain.from_iterable(_entry(*entry) for entry in _flags(module, places)),
+            *itertools.chain.from_iterable(_entry(*entry) for entry in _flags(module, run_paths)),
         ]
     )
 
 
-def _flags(module: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _flags(module: str, run_paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields (flag with its kind of value, meaning) for the command's own flags, and then for the
     flags that all commands share."""
     known = flags.FLAGS.flags_by_module_dict()
@@ -76,8 +76,8 @@ def _flags(module: str, places: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield _format_flag(flag), _describe(flag)
     if "config" in flags.FLAGS:
         yield "--config=RECIPE[:MODE] or FILE.py[:MODE]", flags.FLAGS["config"].help
-        for place in places or [""]:
-            front = f"--config.{place}{place and '.'}"
+        for path in run_paths or [""]:
+            front = f"--config.{path}{path and '.'}"
             text = f"Sets a field, such as {front}optimizer.name=adam or {front}seed=1."
             yield f"{front}SECTION.FIELD=VALUE", text
     for flag in shared:

@@ -1,6 +1,6 @@
 """Finds config fields that have no effect, and values that make no sense in a new run.
 
-`EFFECTS` and `IN_A_RUN` have a row for each field that other fields, the network or the data can
+`EFFECTS` and `RUN_EFFECTS` have a row for each field that other fields, the network or the data can
 switch off. A field at its default is never reported. A field without a row always has an effect, or
 only the run itself can tell whether it has one.
 """
@@ -40,7 +40,7 @@ class Effect(NamedTuple):
     `{optimizer.name}` stands for the value of that field."""
 
     reason: str
-    has_effect: Callable[..., bool]  # (Flat) -> bool; in `IN_A_RUN` (Flat, RunFacts) -> bool
+    has_effect: Callable[..., bool]  # (Flat) -> bool; in `RUN_EFFECTS` (Flat, RunFacts) -> bool
     fix: str = ""  # replaces "leave it at DEFAULT" in the message
     can_reset: bool = True  # False: resetting the field to its default would change the run
     needs: str = ""  # the field that must be on for this field to have an effect
@@ -102,7 +102,7 @@ def _needs_reading(also: Effect | None = None) -> Effect:
 def _needs_decoding(also: Effect | None = None) -> Effect:
     """Returns the effect of a field that says how images are decoded: the field has an effect if
     the data are not a file of arrays, and if `also`, when given, has an effect. The images of a
-    user's own TFDS builder are decoded too. `IN_A_RUN` covers a user's own arrays and batches."""
+    user's own TFDS builder are decoded too. `RUN_EFFECTS` covers users' own arrays and batches."""
     reason = "arrays are not decoded, and data.name is {data.name}"
     return Effect(
         f"{also.reason} (or {reason})" if also else reason,
@@ -156,7 +156,7 @@ EFFECTS: dict[str, Effect] = {
         "optimizer.weight_decay", "it says how weight decay acts"
     ),
     "optimizer.grad_noise_decay": _needs(
-        "optimizer.grad_noise", "it says how gradient noise falls"
+        "optimizer.grad_noise", "it says how gradient noise decays"
     ),
     "schedule.name": Effect(
         f"plateau needs validations during the run, {_ONLY_LAST}",
@@ -180,7 +180,7 @@ EFFECTS: dict[str, Effect] = {
     "schedule.final_div_factor": _used_only_by("schedule.name", "one_cycle"),
     "schedule.patience": _used_only_by("schedule.name", "plateau"),
     "schedule.min_delta": _used_only_by("schedule.name", "plateau"),
-    "train.ema_warmup": _needs("train.ema", "it says how the averaged weights begin"),
+    "train.ema_warmup": _needs("train.ema", "it changes the first steps of the average"),
     "train.dropout_mode": _needs("train.dropout", "it says what dropout drops"),
     "train.best_by": Effect(_BEST_BY_VALIDATIONS, _validates),
     "train.best_mode": Effect(
@@ -219,7 +219,7 @@ def _suggest_constant(*fields: str) -> str:
 _NO_BATCHNORM = "the network {model.name} has no BatchNorm"
 _NO_VALIDATION = "validations choose the best checkpoint, and there is no validation split"
 
-IN_A_RUN: dict[str, Effect] = {
+RUN_EFFECTS: dict[str, Effect] = {
     "data.validation": Effect(
         "{data.name} has a validation split of its own, which is used",
         # With 0, nothing is taken from train, which is true here too. But 0 contradicts a schedule
@@ -284,7 +284,7 @@ def find_inert(flat: Flat, facts: RunFacts | None = None) -> dict[str, str]:
     effects that depend on the network or the data are checked.
     """
     messages = {}
-    for field, effect in (EFFECTS if facts is None else IN_A_RUN).items():
+    for field, effect in (EFFECTS if facts is None else RUN_EFFECTS).items():
         given = (flat,) if facts is None else (flat, facts)
         if _to_lists(flat[field]) == _to_lists(DEFAULTS[field]) or effect.has_effect(*given):
             continue

@@ -73,10 +73,11 @@ class _Safe:
 
 @contextlib.contextmanager
 def safe() -> Iterator[None]:
-    """A context in which writing to standard output and standard error raises no errors, also when
-    the interpreter exits. Output to a closed stream is lost.
+    """A context in which writing to standard output and standard error never raises an error, not
+    even when the interpreter exits. Output to a closed stream is lost.
 
-    If standard output is lost, one warning goes to standard error, unless a reader closed a pipe.
+    If standard output is lost, one warning is printed to standard error, except if the reader of a
+    pipe has closed it.
     """
     with contextlib.ExitStack() as stack:
         for name in ("stderr", "stdout"):  # stdout is restored first: its warning needs stderr

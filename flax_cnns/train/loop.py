@@ -58,7 +58,7 @@ class TrainOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class Callbacks:
-    """Functions that the loop calls; optional ones may be None.
+    """Functions that the loop calls; those with a default may be None.
 
     Every process calls all of them, except `on_step`, which is None on all but the primary process.
 

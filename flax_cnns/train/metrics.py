@@ -62,7 +62,7 @@ def sum_task_metrics(
     if task == "classes" and labels.ndim > 1:
         labels = jnp.argmax(labels, -1)
     mask = jnp.ones_like(losses) if mask is None else mask
-    # A masked row may hold anything, also NaN, and 0 * NaN is NaN.
+    # A masked row may hold anything, even NaN, and 0 * NaN is NaN.
     total = {"loss": jnp.sum(jnp.where(mask > 0, losses, 0.0)), "count": jnp.sum(mask)}
     if task == "multilabel":
         right = (logits > 0) == (labels > 0.5)

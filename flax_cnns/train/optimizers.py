@@ -89,8 +89,8 @@ def _own_optimizer(
     """Wraps a user's optimizer so that its learning rate follows `step` and the plateau.
 
     Optax counts updates by itself, so it knows neither rejected steps nor the plateau. Therefore
-    the optimizer is made anew in each update, with a schedule that returns the step's rate for any
-    count. The user's optimizer always sees every block under its own name, even if the network
+    the optimizer is built again in each update, with a schedule that returns the step's rate for
+    any count. The user's optimizer always sees every block under its own name, even if the network
     scans its blocks.
     """
     what = f"optimizer.name: {checks.name_of(factory)}"

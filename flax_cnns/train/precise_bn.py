@@ -37,9 +37,9 @@ def make_moments_step(
 ) -> Callable[[tuple[PyTree, Any], Batch, Array], Moments]:
     """Returns `step((variables, index), batch, key)`, which returns the moments of a global batch.
 
-    The moments are those that each BatchNorm with the mode "train" sees. The batch is augmented and
-    mixed as in training step number `index`. As in evaluation, `train.dropout` and the `intercept`
-    hooks of regularizers are off.
+    The moments are those of the inputs of each BatchNorm with the mode "train". The batch is
+    augmented and mixed as in training step number `index`. As in evaluation, `train.dropout` and
+    the `intercept` hooks of regularizers are off.
 
     `modes` are `Optimizer.batchnorm_modes`, `active` are `Optimizer.regularizers`. The variance of
     a layer is negative if the layer was not computed because stochastic depth dropped its branch.

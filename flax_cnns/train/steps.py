@@ -334,7 +334,7 @@ def update_ema(
         decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
 
     def blend(old: PyTree, new: PyTree, moves: PyTree) -> PyTree:
-        # Frozen leaves are left out, so that they stay equal to the bit.
+        # Frozen leaves are left out, so that they stay bit-identical.
         old, still = pytree.partition(old, moves)
         new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, new)
         return pytree.merge(new, still)

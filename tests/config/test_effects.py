@@ -32,7 +32,7 @@ def make(**fields):
 
 
 def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
-    assert configs.FIELDS.keys() >= effects.EFFECTS.keys() | effects.IN_A_RUN.keys()
+    assert configs.FIELDS.keys() >= effects.EFFECTS.keys() | effects.RUN_EFFECTS.keys()
     assert configs.find_problems(common.get_config()) == []
 
 

@@ -147,7 +147,7 @@ FORWARD = (
     Choice(
         lambda p: p.is_rotatable,
         "rotated",
-        "matmuls of at most four channels are slower than a sum of that many depthwise ones",
+        "matmuls of so few channels are slower than a sum of two to four depthwise convolutions",
     ),
     *_GROUPED,
     *_DENSE_MATMULS,

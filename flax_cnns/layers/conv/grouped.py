@@ -1,4 +1,4 @@
-"""Grouped convolutions: as sums of depthwise ones, as batched matmuls, or as dense blocks."""
+"""Grouped convolutions as sums of depthwise convolutions, batched matmuls, or dense blocks."""
 
 from __future__ import annotations
 

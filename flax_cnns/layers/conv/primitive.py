@@ -1,9 +1,9 @@
 """The three products of a convolution as primitives. The derivatives of each are the other two.
 
-A convolution is bilinear, and so are its two transposes, which are its gradients. So gradients of
-any order work, in forward and reverse mode. Each product has its own lowering: on a CPU by the
-algorithm that choose.py selects, elsewhere by XLA's convolution. The choice is made while a program
-is lowered for its platform, and costs nothing when the program runs.
+A convolution is bilinear. Its two transposes, which compute its gradients, are bilinear too.
+Therefore gradients of any order work, in forward and reverse mode. Each product has its own
+lowering: on a CPU by the algorithm that choose.py selects, elsewhere by XLA's convolution. The
+choice is made while a program is lowered for its platform, and costs nothing when the program runs.
 """
 
 from __future__ import annotations
