@@ -300,10 +300,7 @@ def split_batch(x: Array, pieces: int) -> Array:
 def average_over_devices(
     config: StepConfig, grads: PyTree, batch_stats: PyTree, sums: Sums
 ) -> tuple[PyTree, PyTree, PyTree, Sums]:
-    """Averages gradients and moving statistics over the devices, and adds up the sums.
-
-    Returns (gradients, moving statistics, fixed statistics, sums).
-    """
+    """Returns (averaged gradients, averaged moving statistics, fixed statistics, total sums)."""
     # With unsynchronized BatchNorm, this averages the variances that the devices normalized by.
     moved, kept = pytree.partition(batch_stats, find_moving_statistics(config, batch_stats))
     grads, moved = lax.pmean((grads, moved), config.axis_name)
