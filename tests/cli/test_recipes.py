@@ -101,7 +101,7 @@ def test_the_wheel_is_one_package_with_the_recipes(tmp_path):
 
 @pytest.mark.slow
 def test_an_installed_package_plans_an_ablation_in_an_empty_folder(tmp_path):
-    """The plan times some steps of a recipe. .ci/wheel trains."""
+    """Planning times some steps of a recipe. .ci/wheel trains with an installed wheel."""
     install(tmp_path / "site")
     flags = ["--config=configs/ablations/regularizers.py:smoke", "--workdir=study", "--dry-run"]
     done = start(tmp_path, "-m", "flax_cnns.cli", "ablate", *flags, "--rows=cutout")

@@ -137,7 +137,7 @@ def test_a_whole_number_beyond_floats_is_an_error_of_its_field():
         configs.validate(changed("schedule.learning_rate", 10**400))
 
 
-# ---- what takes the network or the data to know
+# ---- effects that depend on the network or the data
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_an_absurd_loss_is_a_warning_in_log_and_summary(
     assert capsys.readouterr().out.count("warning: ") == 2
 
 
-# ---- what the package derives
+# ---- configs that the package derives
 
 
 def test_a_row_resets_what_it_switches_off_and_no_more():

@@ -177,7 +177,7 @@ def test_a_dropped_block_leaves_its_statistics_and_has_no_gradient(variables):
 
 
 def test_a_dropped_branch_is_not_computed():
-    """In the program it is a branch of a conditional, not a product with zero."""
+    """In the program, it is a branch of a conditional; it is not multiplied by zero."""
 
     def lowered(mode):
         model = Network(drop_path_mode=mode)

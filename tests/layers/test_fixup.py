@@ -92,9 +92,9 @@ def test_what_the_scalars_do():
 
 
 def test_the_number_of_scalars_by_hand():
-    """ResNet-20 for CIFAR has five in each of its 9 blocks, two in the stem and one in the head.
+    """ResNet-20 for CIFAR has 5 scalars in each of its 9 blocks, 2 in the stem and 1 in the head.
 
-    The five are two before convolutions, two before activations, and the multiplier.
+    In a block, 2 are before convolutions, 2 before activations, and 1 is the multiplier.
     """
     model = create_model("cifar_resnet20", norm="fixup")
     shapes = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
@@ -127,9 +127,10 @@ def test_it_starts_as_the_identity(variables):
 
 
 def test_gradients_reach_everything_in_the_third_step(variables):
-    """In the first step they reach only the classifier, because it is 0.
+    """In the first step, gradients reach only the classifier, which is 0.
 
-    In the second they reach the ends of the branches, which are 0, and in the third the beginnings.
+    In the second step, they reach the last convolutions of the branches, which are 0 too. In the
+    third step, they reach the other convolutions.
     """
     model = create_model("cifar_resnet20", **TINY)
 

@@ -31,7 +31,7 @@ def finish(process: subprocess.Popen) -> tuple[int, list[str], str]:
     return process.returncode, out.splitlines(), err
 
 
-# ---- who the others are
+# ---- how a process finds the others
 
 
 def test_explicit_settings_go_before_the_environment():
@@ -114,7 +114,7 @@ def test_alone_nothing_happens(monkeypatch):
     assert sys.excepthook is not launch._leave_at_once
 
 
-# ---- several processes here
+# ---- several processes on this machine
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_death_by_a_signal():
 
 
 def test_a_process_that_was_killed_is_named_last(monkeypatch, capsys):
-    """Its line comes after the errors of the others, even if all end at the same time."""
+    """The line about it comes after the errors of the others, even if all end at the same time."""
     script = f"""
         import os, sys
         if os.environ["{launch.PROCESS_ID}"] == "1":

@@ -16,7 +16,8 @@ from flax_cnns.runtime.preemption import Signals
 
 @pytest.fixture(autouse=True)
 def python_handles_ctrl_c():
-    """Makes Python handle Ctrl-C also if a shell runs the tests in the background, ignoring it."""
+    """Makes Python handle Ctrl-C even if a shell runs the tests in the background, where the shell
+    ignores Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -63,7 +63,8 @@ def test_the_share_is_dropped_and_the_rest_scaled(mode):
 
 @pytest.mark.parametrize("shape", [(512, 8), (64, 5, 8)])
 def test_features_and_tokens(shape):
-    """For features [N C] the modes are equal; in tokens [N T C] all lose a feature."""
+    """For features [N C], both modes are equal. In tokens [N T C], "channel" drops a feature of all
+    tokens of an image."""
     unit, channel = (drop(jnp.ones(shape), 0.5, jax.random.key(0), m) for m in dropout.MODES)
     if len(shape) == 2:
         np.testing.assert_array_equal(unit, channel)
@@ -156,7 +157,7 @@ def test_own_draws_of_the_network_stay(variables):
     assert not np.allclose(other, plain, atol=1e-2)
 
 
-def test_a_layer_that_runs_as_another_is_dropped_once(variables):
+def test_a_cloned_layer_gets_dropout_once(variables):
     """A BatchNorm with changed fields shares its scope, and so its path, with the original."""
     caught = dict(mutable=["intermediates"], capture_intermediates=lambda m, _: m.name == "stem")
     with batchnorm_modes.intercept({"stem/norm": "frozen"}):

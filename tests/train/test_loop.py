@@ -188,7 +188,8 @@ def test_statistics_are_refreshed_before_each_validation_and_at_the_end(monkeypa
 
 
 def test_a_validation_that_was_interrupted_is_made_up_for_and_its_outcome_saved(monkeypatch):
-    """Also at the last step and without a new best: the validation may have changed the state."""
+    """This holds even at the last step and without a new best value, because the validation may
+    have changed the state."""
     device, host = Device(monkeypatch), loop.HostState(best=0.9)
 
     def interrupted(state):

@@ -30,7 +30,7 @@ def test_what_cannot_be_had_is_refused_with_the_field_and_both_numbers(monkeypat
     memory.check_fits(3 * 2**30, what="data.batch_size=8")
     with pytest.raises(UserError, match=r"data.batch_size=9: .* needs 3.5 GiB .* 3.0 GiB are free"):
         memory.check_fits(int(3.5 * 2**30), what="data.batch_size=9")
-    monkeypatch.setattr(memory, "available", lambda: None)  # a system that does not tell
+    monkeypatch.setattr(memory, "available", lambda: None)  # a system that does not report it
     assert memory.fits(2**60)
 
 

@@ -292,7 +292,8 @@ def test_layers_of_layer_decay(order, groups, expected):
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100"])
 def test_layer_decay_is_timms(name):
-    """Each tensor of timm holds its exponent; converted, it must equal our exponent there."""
+    """Each tensor of timm's network is filled with its exponent. After the conversion, each of our
+    leaves must be filled with our exponent."""
     torch = pytest.importorskip("torch")
     foreign.torchvision()
     from timm.models._manipulate import group_parameters

@@ -82,7 +82,7 @@ def test_soft_labels_count_by_their_largest():
 
 
 def test_masked_rows_reach_no_metric_of_the_user():
-    """Neither as NaN nor as 0, whose logarithm is infinite."""
+    """A masked row is seen neither as NaN nor as 0, whose logarithm is infinite."""
 
     def entropy(logits, labels, mask):
         return jnp.sum(mask * jnp.sum(labels * jnp.log(jnp.abs(logits)), -1)), jnp.sum(mask)
@@ -245,8 +245,8 @@ def many_labels(n, seed=0):
 
 
 def test_a_step_on_multilabel_data_descends_by_the_loss_of_all_heads():
-    """Its sums, from two devices with two pieces each, are those of NumPy. NaN labels then make a
-    bad step."""
+    """The step's sums, over two devices with two pieces each, are equal to NumPy's. A step with NaN
+    labels is then a bad step."""
     config = tiny.config(
         **{
             "optimizer.momentum": 0.0,

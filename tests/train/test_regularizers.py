@@ -59,8 +59,9 @@ def test_off_leaves_nothing_in_the_step():
     assert states[0] == states[1]
 
 
-def test_each_is_a_field_of_the_optimizer_that_regularizes():
-    """Weight decay is the only field without a row: its place depends on the optimizer."""
+def test_each_regularizer_has_a_field_of_the_optimizer():
+    """Weight decay is the only one without a row in `REGULARIZERS`: where it acts depends on the
+    optimizer."""
     fields = {name for name, field in FIELDS.items() if field.regularizer}
     names = {f"optimizer.{name}" for name in (*regularizers.REGULARIZERS, "weight_decay")}
     assert names == {name for name in fields if name.startswith("optimizer.")}
@@ -248,7 +249,8 @@ def dropout_run(rho):
 
 
 def test_both_gradients_of_sam_are_of_the_same_random_network():
-    """A radius that rounding removes gives the plain step, also with dropout and accumulation."""
+    """With a radius so small that rounding removes it, SAM's step is the plain step, even with
+    dropout and accumulation."""
     (plain, sums), (found, same) = dropout_run(0.0), dropout_run(1e-30)
     assert distance(found.params, plain.params) < 1e-6
     chex.assert_trees_all_close(sums, same, rtol=1e-6)

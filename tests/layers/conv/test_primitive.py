@@ -227,7 +227,8 @@ def test_an_export_for_every_size_of_image_is_the_librarys():
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_varying_gradients_of_the_library(strides):
-    """With check_vma=True, and shapes that use the library on a CPU too, nothing is added twice."""
+    """With check_vma=True, gradients are not added twice. With these shapes, a CPU uses the library
+    too."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     x = jax.random.normal(jax.random.key(0), (2, 20, 20, 8))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
