@@ -156,7 +156,7 @@ TABLE = section("A config.",
                 "RandAugment: (operations per image, magnitude from 0 to 30), such as (2, 9). The"
                 " scale is torchvision's, where 30 is what the paper calls 10. (): off.",
                 older_runs=(), regularizer=True),
-            pca=Field(0.0, number(0, 1),  # above 1 the sums of pca_color leave 32 bits
+            pca=Field(0.0, number(0, 1),  # above 1, pca_color overflows 32 bits
                 "Standard deviation of the color noise along the principal components of the data"
                 " set's colors (gray images have one component); the paper's is 0.1; 0: off.",
                 older_runs=0.0, regularizer=True),

@@ -100,8 +100,9 @@ def find_inert_fields(config: Any) -> list[str]:
 
 
 def reset_inert_fields(config: Any, keep: Collection[str] = ()) -> Any:
-    """Returns a copy of a ConfigDict or mapping in which each field without effect has its default,
-    except the fields in `keep`. The copy describes the same run."""
+    """Returns a copy of a ConfigDict or mapping in which fields without effect have their defaults.
+    The copy describes the same run: fields whose reset would change the run are not reset. Fields
+    in `keep` are not reset either."""
     is_config = hasattr(config, "to_dict")
     copy = config.to_dict() if is_config else json.loads(json.dumps(config))
     flat = flatten(copy)

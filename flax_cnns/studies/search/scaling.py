@@ -228,7 +228,10 @@ def search(
     base = planner.make_trial("base", ScalingFactors())
     say("counting the grid's networks")
     trials = planner.select_near(base.macs * budget, make_grid(budget, step))
-    say(f"{len(trials)} points of the grid, then 5 networks with {seeds} seeds each")
+    say(
+        f"{len(trials)} points of the grid, then 5 networks with {seeds}"
+        f" {'seed' if seeds == 1 else 'seeds'} each"
+    )
     data = dict(accept_changed_data=accept_changed_data, fingerprint=planner.fingerprint)
     runner = _Runner(config, folder, len(trials) + 5 * seeds, say, data)
     grid = [TrialResult(t, [runner.get_accuracy(t, config.seed, "validation")]) for t in trials]
