@@ -27,7 +27,7 @@ def main() -> None:
         message = f"unknown command {name!r}" if name else "expected a command, got none"
         print(f"error: {message}{did_you_mean(name, COMMANDS)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    # As `python -m` does, but after the installed packages.
+    # Makes the user's modules importable, as `python -m` does, but after the installed packages.
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     sys.argv = [f"flax-cnns {name}", *rest]

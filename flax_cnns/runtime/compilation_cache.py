@@ -1,10 +1,11 @@
 """Turns on JAX's persistent compilation cache: later processes read compiled programs from disk.
 
-The cache has one file for each executable. Its key covers the program, the compiler's version and
-options, and for a CPU its name and instruction sets, so different machines may share a home
-directory. Each file is a zlib stream, whose checksum detects truncated or altered files. JAX then
-compiles again but keeps the damaged file; this module removes it. Anyone who can write into the
-folder can run code as you, so keep it private.
+The cache has one file for each executable. The file's key covers the program, the compiler's
+version and options, and for a CPU its name and instruction sets, so different machines may share a
+home directory. A file is a zlib stream, whose checksum detects truncated or altered files. (If the
+package zstandard is installed, or with Python 3.14, JAX writes zstd frames, by default without a
+checksum.) JAX compiles the program of a damaged file again but keeps the file; this module removes
+it. Anyone who can write into the folder can run code as you, so keep the folder private.
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ def take_step(
 ) -> tuple[TrainState, Sums]:
     """Takes a training step; returns (the next state, sums over the global batch).
 
-    batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K]} with n examples per device. key: the
-    run's key, equal in all steps.
+    batch: {"image" u8 or f32 [n H W C], "label" i32 [n] or f32 [n K]}, n examples per device. key:
+    the run's key, equal in all steps.
 
     The sums are loss, correct, count and the user's metrics (metrics.py); "bad", "norm", "rate";
     and the value of each penalty by its name, such as "l2". "bad" is 1 if the gradient, the loss,
