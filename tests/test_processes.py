@@ -75,7 +75,7 @@ def test_processes_that_see_other_directories_say_so(config, tmp_path):
     command += [sys.executable, "-c", code, f"--workdir={tmp_path / 'RANK'}", *overrides(config)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
-    assert "the hosts disagree about what the run directory holds" in result.stderr
+    assert "the processes disagree about what the run directory holds" in result.stderr
 
 
 def test_a_mistake_of_all_processes_ends_them_all(config, tmp_path):

@@ -60,7 +60,9 @@ def drop_rates(rate: float, depth: int, schedule: str = "linear") -> np.ndarray:
         hint = did_you_mean(schedule, DROP_SCHEDULES)
         raise UserError(f"unknown drop_path_schedule {schedule!r}{hint}")
     if not 0 <= rate < 1:
-        raise UserError(f"drop_path is the last block's rate of dropping, 0 to below 1, got {rate}")
+        raise UserError(
+            f"drop_path: expected the last block's rate of dropping, from 0 to below 1, got {rate}"
+        )
     return DROP_SCHEDULES[schedule](rate, depth).astype(np.float32)
 
 

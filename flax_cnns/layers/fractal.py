@@ -72,9 +72,9 @@ def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> 
         raise UserError(f"unknown drop_path_mode {mode!r}{did_you_mean(mode, DROP_MODES)}")
     if not 0 <= network.drop_path < 1 or not 0 <= network.drop_path_global <= 1:
         raise UserError(
-            f"drop_path is a join's rate of dropping an input, 0 to below 1, and drop_path_global "
-            f"the fraction of global samples, 0 to 1, got {network.drop_path} and "
-            f"{network.drop_path_global}"
+            f"expected drop_path, a join's rate of dropping an input, from 0 to below 1, and "
+            f"drop_path_global, the fraction of global samples, from 0 to 1; got "
+            f"{network.drop_path} and {network.drop_path_global}"
         )
     is_on = network.drop_path or network.drop_path_global
     if not is_on or not train or network.is_initializing():

@@ -167,7 +167,8 @@ def make_shake_drops(
             raise UserError(f"shake_drop_{name}: expected a range (lowest, highest), got {given}")
     if not 0 <= network.shake_drop < 1:
         raise UserError(
-            f"shake_drop is the last block's rate, 0 to below 1, got {network.shake_drop}"
+            f"shake_drop: expected the last block's rate, from 0 to below 1, got "
+            f"{network.shake_drop}"
         )
     if not network.shake_drop:
         return [None] * len(depths)

@@ -219,7 +219,7 @@ def check_processes_agree(text: str, *, what: str, fix: str) -> None:
     others = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
     if others:
         raise UserError(
-            f"the hosts disagree about {what}: process {', '.join(map(str, others))} of"
+            f"the processes disagree about {what}: process {', '.join(map(str, others))} of"
             f" {len(digests)} differs from process 0; {fix}"
         )
 

@@ -169,7 +169,7 @@ def check_own_metrics(own_metrics: Mapping[str, Metric], taken: Iterable[str] = 
         if name in RESERVED_NAMES or name in taken:
             raise UserError(
                 f"metric {name!r}: the name is taken by"
-                f" {'a built-in metric' if name in RESERVED_NAMES else 'a penalty'}; give it"
+                f" {'a built-in metric' if name in RESERVED_NAMES else 'a penalty'}; choose"
                 " another, as in 'NAME=package.module:function'"
             )
         checks.check_arguments(f"metric {name!r}", metric, ("logits", "labels", "mask"))

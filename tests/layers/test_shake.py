@@ -388,7 +388,7 @@ def test_bfloat16_stays():
         (Shaken(backward="kept"), "unknown backward 'kept'; did you mean 'keep'"),
         (Shaken(level="images"), "unknown level 'images'; did you mean 'image'"),
         (Dropped(shake_drop_level="pixels"), "did you mean 'pixel'"),
-        (Dropped(1.0), "shake_drop is the last block's rate, 0 to below 1, got 1.0"),
+        (Dropped(1.0), "shake_drop: expected the last block's rate, from 0 to below 1, got 1.0"),
         (Dropped(shake_drop_alpha=(1, -1)), r"shake_drop_alpha: expected a range .*got \(1, -1\)"),
         (Dropped(shake_drop_beta=(1,)), r"shake_drop_beta: expected a range"),
     ],

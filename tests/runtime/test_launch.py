@@ -156,7 +156,7 @@ def test_two_processes_add_up_and_compare_their_configs():
     for index in (0, 1):
         assert f"[{index}] result {index} 2 4 10.0\n" in err
         assert (
-            f"[{index}] the hosts disagree about the config: process 1 of 2 differs from"
+            f"[{index}] the processes disagree about the config: process 1 of 2 differs from"
             " process 0; mend it\n"
         ) in err
     assert "failed" not in err
