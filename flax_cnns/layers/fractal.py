@@ -73,7 +73,7 @@ def draw_columns(network: nn.Module, columns: int, images: int, train: bool) -> 
     if not 0 <= network.drop_path < 1 or not 0 <= network.drop_path_global <= 1:
         raise UserError(
             f"expected drop_path, a join's rate of dropping an input, from 0 to below 1, and "
-            f"drop_path_global, the fraction of global samples, from 0 to 1; got "
+            f"drop_path_global, the fraction of global samples, from 0 to 1, got "
             f"{network.drop_path} and {network.drop_path_global}"
         )
     is_on = network.drop_path or network.drop_path_global
