@@ -7,8 +7,8 @@
   python -m experiments.search scaling --workdir=runs/smoke_search \
       --config=configs/scaling_small.py:smoke --step=0.4 --phi=1 --seeds=1
 
-The last command tries the search: two points of the grid, then five networks. It took 11 minutes on
-2 CPU cores shared with other work.
+The last command tries the search: two points of the grid, then five networks. That took 11 minutes
+on 2 CPU cores shared with other work.
 
 All strides except two are 1, for images of 14 pixels and more. The digits are 8x8 originally, so a
 higher resolution adds no detail. Fashion-MNIST has 28x28 pixels, and the search trains on 10,000 of

@@ -161,8 +161,8 @@ def define_accept() -> flags.FlagHolder:
 def define_trust() -> flags.FlagHolder:
     """Defines the flag --trust."""
     text = (
-        "Import the code that the run's config names (package.module:Name). It can do anything that"
-        " you can do."
+        "Import the code that the run's config names (package.module:Name). That code can do"
+        " anything that you can do."
     )
     return flags.DEFINE_bool("trust", False, text)
 

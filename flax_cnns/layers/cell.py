@@ -1,8 +1,8 @@
 """Cells of NASNet and PNASNet, described as data. Other networks can use their operations too.
 
 Zoph et al. 2017, https://arxiv.org/abs/1707.07012. A cell has rows (operation, input, operation,
-input) and a list of outputs. The two results of a row are added; the outputs are concatenated. The
-paper leaves some details open. They follow its authors' release, TensorFlow's slim network:
+input) and a list of outputs. The two results of a row are added; the outputs are concatenated. In
+details that the paper leaves open, cells follow its authors' release, TensorFlow's slim network:
 
 - The order is ReLU, convolution, norm.
 - Each separable convolution is applied twice.
