@@ -29,7 +29,8 @@ class Interrupted(Exception):
 
 
 class Diverged(UserError):
-    """Raised if gradients were not finite for too many steps. A retry would diverge again."""
+    """Raised after too many steps in a row with values that are not finite. A retry would diverge
+    again."""
 
 
 def describe_out_of_memory(error: BaseException) -> str:

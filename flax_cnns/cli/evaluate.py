@@ -3,8 +3,9 @@
 flax-cnns evaluate --workdir=runs/digits
 flax-cnns evaluate --workdir=runs/digits@best --split=validation
 
-Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. The command refuses if the
-data changed since the run began; with --accept-changed-data it evaluates on the changed data.
+Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. If the data changed since
+the run began, the command ends with an error; with --accept-changed-data it evaluates on the
+changed data.
 """
 
 from __future__ import annotations

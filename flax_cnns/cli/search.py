@@ -5,8 +5,8 @@ flax-cnns search scaling --workdir=runs/s \
     --config=configs/scaling_small.py:fashion_mnist
 
 `scaling` searches a grid of factors for depth (alpha), width (beta) and resolution (gamma). If you
-repeat the command, complete runs are not repeated. The command refuses if the data changed;
-with --accept-changed-data it continues.
+repeat the command, complete runs are not repeated. If the data changed, the command ends with an
+error; with --accept-changed-data it continues.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from absl import flags
 from flax_cnns.cli.flags import define_accept, define_commands, define_config
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the search's runs.", required=True)
-_BUDGET = flags.DEFINE_float("budget", 2.0, "Value of alpha * beta^2 * gamma^2, within 10 %.")
+_BUDGET = flags.DEFINE_float(
+    "budget", 2.0, "Value of alpha * beta^2 * gamma^2 in the grid, within 10 %."
+)
 _STEP = flags.DEFINE_float("step", 0.1, "Step of the grid over alpha, beta and gamma.")
 _PHI = flags.DEFINE_float(
     "phi", 2.0, "The final comparison is between networks with budget^phi times the MACs."

@@ -4,8 +4,8 @@ flax-cnns train --workdir=runs/digits
 flax-cnns train --workdir=runs/x --config=configs/cifar10_resnet110.py:smoke
 flax-cnns train --workdir=runs/y --config.schedule.learning_rate=1e-3 --config.seed=1
 
-If you repeat the command, the run continues where it stopped, bit-exactly. The command refuses if
-the data changed since the run began; with --accept-changed-data it continues.
+If you repeat the command, the run continues where it stopped, bit-exactly. If the data changed
+since the run began, the command ends with an error; with --accept-changed-data it continues.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def one_of(*names: str) -> Check:
 
 
 def _near(value: Any, names: tuple[str, ...]) -> str:
-    hint = did_you_mean(str(value), names)
+    if not isinstance(value, str):  # None, for the pages of fields, would resemble names
+        return ""
+    hint = did_you_mean(value, names)
     return hint if "did you mean" in hint else ""
 
 

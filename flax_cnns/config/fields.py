@@ -272,7 +272,7 @@ TABLE = section("A config.",
         ema_warmup=Field(True, boolean,
             "Use min(ema, (1 + step) / (10 + step)) as the decay of each step, as TensorFlow's"
             " ExponentialMovingAverage does. timm has another formula."),
-        aux_weight=Field((0.3,), rules(weight_over_time, "number", single=True),
+        aux_weight=Field((0.3,), rules(weight_over_time, "weight", single=True),
             "Weights of the auxiliary heads' losses: (0.3,) for every head, or rules (regex over"
             " names of heads, weight) such as ((r'aux1', 0.3), (r'.*', 0.0)). A weight is a number,"
             " or points ((duration, number), ...) joined by straight lines."),
@@ -309,7 +309,7 @@ TABLE = section("A config.",
             " accuracy or top5, the lowest loss. Set it for a metric of your own.",
             older_runs="auto"),
         max_bad_steps=Field(10, integer(),
-            "Stop the run after this many steps in a row with non-finite gradients."),
+            "Stop after this many steps in a row with values that are not finite; 0: never."),
         precise_bn=Field(0, integer(),
             "Before each validation and at the end, compute BatchNorm's running statistics from"
             " this many batches of training images, and keep them; 0: off."),

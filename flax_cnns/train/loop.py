@@ -214,7 +214,7 @@ class TrainLoop:
     def run(self, state: PyTree, start: int) -> TrainOutcome:
         """Runs from step `start` to the last step, or until `should_stop` returns True.
 
-        Raises `Diverged` after `max_bad_steps` steps in a row whose gradients were not finite.
+        Raises `Diverged` after `max_bad_steps` bad steps in a row.
         """
         # Steps whose metrics are not fetched yet: (step, sums, whether the step ends a log window)
         self._late: collections.deque[tuple[int, dict[str, Any], bool]] = collections.deque()
@@ -313,9 +313,9 @@ class TrainLoop:
             self.callbacks.on_step(step, _describe(metrics.add_sums({}, values) | {"rate": rate}))
         if self.max_bad_steps and host.bad_in_a_row >= self.max_bad_steps:
             raise Diverged(
-                f"step {step}: the gradients of {host.bad_in_a_row} steps in a row were not "
-                f"finite, and these steps were discarded. Lower schedule.learning_rate ({rate:g} "
-                "now), warm up longer, or set optimizer.clip_norm, in another --workdir"
+                f"step {step}: the gradients, loss or weights of {host.bad_in_a_row} steps in a row"
+                " were not finite, and these steps were discarded. Lower schedule.learning_rate"
+                f" ({rate:g} now), warm up longer, or set optimizer.clip_norm, in another --workdir"
             )
         if logging:
             self._log(step)

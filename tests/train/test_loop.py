@@ -225,7 +225,7 @@ def test_bad_steps_in_a_row_stop_the_run(monkeypatch):
         state, sums = device.step(state, batch, key)
         return state, sums | {"bad": 1.0}
 
-    with pytest.raises(Diverged, match="step 3: the gradients of 3 steps in a row"):
+    with pytest.raises(Diverged, match=r"step 3: .* of 3 steps in a row"):
         device.train(stop=9, train_step=step, max_bad_steps=3)
     assert max(device.events) == 4  # one more step was dispatched
 

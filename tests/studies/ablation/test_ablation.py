@@ -446,7 +446,7 @@ def test_a_sweep_of_runs_ends_in_a_report(config, tmp_path, monkeypatch, capsys)
     sweep = [("base", {}), ("hot", {"schedule.learning_rate": 1e30})]
     counts = ablate.ablate(config, sweep, tmp_path, seeds=1, jobs=2)
     assert counts == {"complete": 1, "diverged": 1}
-    assert "the gradients of 2 steps in a row were not finite" in state(tmp_path, "hot")["error"]
+    assert "weights of 2 steps in a row were not finite" in state(tmp_path, "hot")["error"]
     summary = json.loads((tmp_path / "base/seed0/summary.json").read_text())
     assert summary["seed"] == config.seed
     assert "report.md" in capsys.readouterr().out
