@@ -2,8 +2,8 @@
 
     python examples/graft_a_backbone.py
 
-A ResNet learns ten digits. Its backbone then becomes part of another network, which says whether a
-digit is odd. Only the head of this network learns, from 40 images.
+A ResNet learns to classify ten digits. Its backbone then becomes part of another network, which
+predicts whether a digit is odd. Only the head of this network is trained, on 40 images.
 """
 
 import flax.linen as nn

@@ -14,7 +14,7 @@ import flax_cnns
 
 
 def make_pairs(seed=0):
-    """A data set of images u8 [N 8 16 1] of two digits, with labels [N 10]: 1 for both digits."""
+    """Makes a data set of images u8 [N 8 16 1] of two digits; labels [N 10] are 1 for both."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     rng = np.random.default_rng(seed)

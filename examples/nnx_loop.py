@@ -1,6 +1,6 @@
 """Trains a network of the package as a Flax NNX module, and converts it back to linen variables.
 
-python examples/nnx_loop.py
+Run it by `python examples/nnx_loop.py`.
 """
 
 import jax
@@ -19,9 +19,8 @@ BATCH, EPOCHS = 64, 8
 @nnx.jit
 def step(network, optimizer, images, labels):
     def loss_of(network):
-        logits = network(
-            images, train=True, mutable=["batch_stats"]
-        )  # updates BatchNorm's statistics
+        # This call also updates BatchNorm's statistics.
+        logits = network(images, train=True, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     loss, grads = nnx.value_and_grad(loss_of)(network)

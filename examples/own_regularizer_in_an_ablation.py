@@ -2,7 +2,7 @@
 
     python examples/own_regularizer_in_an_ablation.py
 
-In this folder the command does the same, with all its options:
+In this folder, the following command does the same and takes more options:
 
     python -m experiments.ablate --config=own_regularizer_in_an_ablation.py --workdir=runs/ablation
 

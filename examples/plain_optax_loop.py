@@ -1,6 +1,6 @@
 """Trains a network of the package in a loop of your own: Optax, BatchNorm, random streams, jit.
 
-python examples/plain_optax_loop.py
+Run it by `python examples/plain_optax_loop.py`.
 """
 
 import jax

@@ -48,11 +48,11 @@ def latest_step(run: str | os.PathLike) -> int | None:
 
 
 def best_step(run: str | os.PathLike) -> int | None:
-    """The step with the highest score; the newest one if scores are equal.
+    """The step with the highest score; the newest of them if scores are equal.
 
-    The score is the metric that the run chooses by, negated if lower is better. Returns the latest
-    step if no step has a (finite) score, and None if there is no step. Raises `DamagedError` if a
-    step's metrics are not what was written.
+    The score is the metric `train.best_by` of the run, negated if lower is better. Returns the
+    latest step if no step has a (finite) score, and None if there is no step. Raises `DamagedError`
+    if a step's metrics are not what was written.
     """
     scores = {step: read_metrics(run, step).get("score") for step in all_steps(run)}
     scored = [(score, step) for step, score in scores.items() if score is not None]
@@ -75,7 +75,7 @@ def read_metrics(run: str | os.PathLike, step: int) -> dict[str, float]:
 
 
 def crc_of_json(value: Mapping[str, Any]) -> int:
-    """The CRC32 of a JSON object with sorted keys."""
+    """The CRC32 of `value` as JSON with sorted keys."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -88,7 +88,9 @@ class StepChoice(NamedTuple):
     """The chosen checkpoint of a run, and the reason."""
 
     step: int
-    reason: str  # "best", "latest", "named", "tested for summary.json", "latest, unfinished"
+    # "best", "latest", "named", "tested for summary.json", "latest, unfinished", or
+    # "best, as train.test_on says"
+    reason: str
 
 
 def split_source(source: str | os.PathLike) -> tuple[str, str]:
@@ -102,9 +104,10 @@ def split_source(source: str | os.PathLike) -> tuple[str, str]:
 def choose_step(run: str | os.PathLike, which: str = "") -> StepChoice:
     """The step that `which` means: "best", "latest", a number, or "".
 
-    "" means the step that was tested for `summary.json`. If there is no `summary.json`, or the
-    folder is not a run, "" means the latest step. Raises `UserError` if the run lacks the step; the
-    message lists the steps.
+    "" means the step that was tested for `summary.json`; if `summary.json` does not name it, the
+    best or latest step, as `train.test_on` says. If there is no `summary.json`, or the folder is
+    not a run, "" means the latest step. Raises `UserError` if the run lacks the step; the message
+    lists the steps.
     """
     known = all_steps(run)
     step, why = parse_step(which), "named"
@@ -124,7 +127,7 @@ def choose_step(run: str | os.PathLike, which: str = "") -> StepChoice:
 
 
 def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
-    """(step, reason) of the step that was tested for `summary.json`, or of the latest one."""
+    """(step, reason) of the step that was tested for `summary.json`; `choose_step` has the rest."""
     folder = checkpoints_folder(run)
     run = folder.parent if folder.name == "checkpoints" else folder
     if not (run / "summary.json").is_file():

@@ -59,7 +59,7 @@ def print_listing(
     if opened.has_checksums:
         say("CRC32s: compared, all equal" if verify else "CRC32s: yes (--verify compares them)")
     else:
-        say("CRC32s: none, so a flipped bit would not be noticed" + "; all read" * verify)
+        say("CRC32s: none, so a flipped bit would not be noticed" + "; all were read" * verify)
 
 
 def _matching(opened: GraftSource, pattern: str) -> dict[str, Any]:

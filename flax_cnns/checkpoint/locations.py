@@ -2,7 +2,7 @@
 
 Orbax lists the files of a save with the whole path as a glob pattern: with `[`, `*` or `?` in the
 path it finds nothing, or the files of another run. TensorStore turns backslashes into slashes, and
-refuses names that are not UTF-8. Such a folder is passed to them as its descriptor,
+refuses names that are not UTF-8. A folder with such a path is passed to both as its descriptor,
 /proc/self/fd/N.
 """
 
@@ -20,18 +20,16 @@ from flax_cnns.checkpoint.finding import UNFINISHED_MARK
 from flax_cnns.errors import UserError
 
 _MISREAD = re.compile("[*?\\[\\\\\udc80-\udcff]")
-_LONGEST_NAME, _LONGEST_PATH = (
-    255,
-    4000,
-)  # bytes; Linux allows 255 and 4,095, and the run adds names
+_LONGEST_NAME = 255  # bytes, the limit of Linux
+_LONGEST_PATH = 4000  # bytes; Linux allows 4,095, and a run adds names below the folder
 
 
 @contextlib.contextmanager
 def orbax_alias(path: Path) -> Iterator[epath.Path]:
-    """Yields the absolute `path`, or another name of it if Orbax would misread `path`.
+    """Yields the absolute `path`, or another name for it if Orbax would misread `path`.
 
-    The name is valid only inside the context. The parent of `path` must exist. Raises `UserError`
-    if the system has no other name for `path`.
+    The other name is valid only inside the context. The parent of `path` must exist. Raises
+    `UserError` if the system has no other name for `path`.
     """
     if not _MISREAD.search(os.fspath(path)):
         yield epath.Path(path)

@@ -14,10 +14,10 @@ from flax_cnns.errors import UserError
 class DirectoryLock:
     """Holds a lock on `<workdir>/.lock`, as a context manager.
 
-    Without it, two processes that save the same step would write a mix of both. The kernel releases
-    the lock when the process ends for any reason, so no lock is left over; the file stays, and its
-    existence means nothing. A missing directory is created. Raises `UserError` if another process
-    holds the lock, or the directory cannot be written.
+    Without the lock, two processes that save the same step would write a mix of both. The kernel
+    releases the lock when the process ends for any reason, so no lock is left over; the file stays,
+    and its existence means nothing. A missing directory is created. Raises `UserError` if
+    another process holds the lock, or the directory cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike):

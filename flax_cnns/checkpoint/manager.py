@@ -183,11 +183,12 @@ class Checkpoints:
         `metrics`: saved only with a finite number under `best_by`; otherwise the step is never the
         best. "score" is saved with them; the highest score is the best.
 
-        Saving the newest step again replaces it; a kill -9 at any moment leaves the old one or the
-        new one. A process that has restored nothing waits for its first save and reads it back.
+        Saving the newest step again replaces it; if the process is killed in between, the old
+        version or the new one is left. A process that has restored nothing waits for its first save
+        and reads it back.
 
         Raises `UserError` if the disk is full or not writable, during this save or the previous
-        one, and if the first save is not what was written.
+        one, and if the first save cannot be read back; RuntimeError for a step before the newest.
         """
         leaves = flatten(state)
         for leaf in leaves.values():
@@ -236,7 +237,7 @@ class Checkpoints:
     def restore(
         self, target: PyTree, step: int | None = None
     ) -> tuple[PyTree, dict[str, Any], int] | None:
-        """`(state, host, step)` of the newest intact step, or of `step`; None if there is none.
+        """`(state, host, step)` of the newest intact step, or of `step`; None if no step is intact.
 
         `target` is a pytree of arrays or `ShapeDtypeStruct`s; the state has its dtypes and
         shardings. A damaged step is reported and moved to the folder `checkpoints.damaged/`, and
@@ -333,7 +334,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _put_back(self) -> None:
-        """Completes what `_set_aside` began: keeps the new step if complete, else the old one."""
+        """Ends what `_set_aside` began: keeps the new step if it is complete, else the old one."""
         if jax.process_index() == 0 and self._replaced.is_dir():
             with _writing(self._replaced):
                 for old in self._replaced.iterdir():

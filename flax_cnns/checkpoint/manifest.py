@@ -2,7 +2,7 @@
 
 They are needed because Orbax does not notice a flipped bit when it reads. A manifest is
 `{"params/head/kernel": {"shape": [64, 10], "dtype": "float32", "crc32": 1234}, ...}`, saved as JSON
-with the arrays in the same Orbax step. It takes 0.04 s for 100 MB.
+with the arrays in the same Orbax step. Making the manifest of 100 MB takes 0.04 s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def crc32(array: np.ndarray) -> int:
 
 
 def make_manifest(leaves: Mapping[str, np.ndarray]) -> Manifest:
-    """The manifest of host arrays by path."""
+    """The manifest of `leaves`, which maps paths to host arrays."""
     return {
         path: {"shape": list(array.shape), "dtype": array.dtype.name, "crc32": crc32(array)}
         for path, array in leaves.items()
@@ -58,7 +58,7 @@ def to_host(leaf: Any) -> np.ndarray:
 
 
 def place_like(array: np.ndarray, like: Any) -> Any:
-    """A host array as a leaf with the dtype of `like`, and its sharding if it has one.
+    """Turns a host array into a leaf with the dtype of `like`, and the sharding if `like` has one.
 
     Works for any number of processes.
     """

@@ -35,7 +35,7 @@ from flax_cnns.tree import expand_stack, flatten
 from flax_cnns.types import PyTree
 
 Metadata = dict[str, tuple[tuple[int, ...], np.dtype]]
-_CHUNK = 1 << 20  # bytes; chunks up to this size may be larger than their array
+_CHUNK = 1 << 20  # bytes; chunks of at most this size may be larger than their array
 MAX_PORTION_BYTES = 1 << 28  # how much a verification reads at once
 
 # Orbax logs the traceback of an error up to five times before it raises the error. The raised error
@@ -121,7 +121,7 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
     item = jax.tree_util.tree_map_with_path(choose, tree)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     with explain_damage(path), orbax_alias(path) as alias:
-        # A Checkpointer would wait for the other processes, but only one may meet damage.
+        # A Checkpointer would wait for the other processes, which may meet no damage.
         restored = ocp.PyTreeCheckpointHandler().restore(
             alias, args=ocp.args.PyTreeRestore(item=item, restore_args=args)
         )
@@ -136,7 +136,10 @@ def read_leaves(source: str | os.PathLike, paths: Collection[str]) -> dict[str, 
 
 
 def split_into_portions(leaves: Metadata) -> Iterator[list[str]]:
-    """Groups of paths, each of at most `MAX_PORTION_BYTES`, so that reading needs little memory."""
+    """Yields groups of paths of at most `MAX_PORTION_BYTES`, so that reading needs little memory.
+
+    A larger leaf is a group of its own.
+    """
     group: list[str] = []
     room = MAX_PORTION_BYTES
     for path, leaf in leaves.items():

@@ -37,7 +37,7 @@ def convert(
     the preprocessing, and notes on what was chosen, renamed or adapted. Raises the errors of
     `load_weights` and `manager.write_tree`.
     """
-    seen = weights.preprocessing(model_name, source)
+    row = weights.preprocessing(model_name, source)
     out = manager.check_new_folder(out)  # checked before anything is downloaded or read
     file = Path(path).expanduser() if path else hub.fetch(model_name, source)
     fields: dict[str, Any] = {} if head else {"num_classes": None}
@@ -52,7 +52,7 @@ def convert(
     )
     tree = converted.tree
     kernel = pytree.flatten(tree).get("params/head/kernel")
-    seen = seen._replace(num_classes=0 if kernel is None else int(kernel.shape[-1]))
+    row = row._replace(num_classes=0 if kernel is None else int(kernel.shape[-1]))
     with open(file, "rb") as data:
         sha256 = hashlib.file_digest(data, "sha256").hexdigest()
     about = {
@@ -63,7 +63,7 @@ def convert(
         "params": pytree.count(tree["params"]),
         "leaves": len(jax.tree.leaves(tree)),
         "input_size": converted.input_size,
-        "preprocessing": seen._asdict(),
+        "preprocessing": row._asdict(),
         "notes": converted.notes,
     }
     manager.write_tree(out, tree, about)

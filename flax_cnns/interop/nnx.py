@@ -36,10 +36,11 @@ def to_nnx(
     """The linen network as an NNX module with the values of `variables`.
 
     `variables`: `{"params": ..., "batch_stats": ...}` of JAX or NumPy arrays. Blocks may be named
-    or stacked, and boxes (`nn.Partitioned`) are opened. Other collections become Variables with
-    their names. `rngs` is forked; networks that draw random numbers in training need its streams
-    "dropout" and "shared". The module takes the arguments of the network and `mutable`, as in the
-    example above. Raises `UserError` for variables without "params", or rngs of another type.
+    or stacked, and boxes (`nn.Partitioned`) are opened. Other collections become Variables of types
+    named after them. `rngs` is forked; networks that draw random numbers in training need its
+    streams "dropout" and "shared". The module takes the arguments of the network and `mutable`, as
+    in the example above. Raises `UserError` for variables without "params", or rngs of another
+    type.
     """
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
         raise UserError(

@@ -80,7 +80,9 @@ class CifarResNet(nn.Module):
         needs['norm="fixup"'] = use_fixup
         if self.shortcut == "none" and any(needs.values()):
             field = next(name for name, is_on in needs.items() if is_on)
-            raise UserError(f"{field} needs a shortcut: without one, nothing of a block is left")
+            raise UserError(
+                f"{field} needs a shortcut, since it can set a branch to zero; got shortcut='none'"
+            )
         conv, norm = layers.building_blocks(self, train, norm="none" if use_fixup else self.norm)
         head: ModuleDef = layers.make_head(self)
         if use_fixup:

@@ -44,7 +44,7 @@ class Between:
 class AtLeast:
     """Bounds of a number: `low <= number <= high`, or `low < number` if `above`.
 
-    `high` catches typing errors: a network of that size would take hours or terabytes.
+    `high` catches typos: a network of that size would take hours or terabytes.
     """
 
     low: int
@@ -77,7 +77,7 @@ class NotEmpty:
 
 @dataclasses.dataclass(frozen=True)
 class DescribedAs:
-    """Describes valid values in messages, instead of the type."""
+    """Text that describes valid values in messages, in place of the type and the bounds."""
 
     name: str
 
@@ -118,10 +118,10 @@ _SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_values(name: str, network: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns `values`, fields of the class `network`, as its instances hold them: lists as tuples.
+    """Checks `values` for fields of the class `network`, and returns what its instances hold.
 
-    Raises `UserError` for the first value that its annotation does not allow. The message begins
-    with `name`.
+    Lists become tuples, and names of dtypes become dtypes. Raises `UserError` for the first value
+    that its annotation does not allow. The message begins with `name`.
     """
     hints = _hints(network)
     return {field: _check(name, field, value, hints[field]) for field, value in values.items()}
@@ -158,7 +158,7 @@ def _is_row(kind: Any) -> bool:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Returns `value` as a field with the annotation `hint` holds it, or raises `_InvalidValue`."""
+    """Converts `value` to what a field annotated with `hint` holds, or raises `_InvalidValue`."""
     kind, args, bounds = _parse(hint)
     if hint == Dtype:
         return _convert_dtype(value)

@@ -1,16 +1,16 @@
 """The 15-layer network (v1) for CIFAR-10 that the first neural architecture search found.
 
-Figure 7 of the paper's appendix shows the network without strides and pooling: each layer's filter
-height and width, its number of filters, and the layers whose maps it concatenates. The figure
-prints the sizes. The connections are read off the drawing, as others have read them. The network
-has 4,201,630 parameters; the paper says 4.2 M. `nas_v1_dense` (every layer takes all layers before
-it) and `nas_v1_no_skips` are the perturbations of section 4.1.
+Figure 7 of the paper's appendix shows this network, which has neither strides nor pooling: each
+layer's filter height and width, its number of filters, and the layers whose maps it concatenates.
+The figure prints the sizes. The connections are read off the drawing, as others have read them. The
+network has 4,201,630 parameters; the paper says 4.2 M. `nas_v1_dense` (every layer takes all layers
+before it) and `nas_v1_no_skips` are the perturbations of section 4.1.
 
-There are two public transcriptions of the figure. In the other one, layer 15 takes layer 2 instead
-of layer 6, which does not change the number of parameters. Section 4.1 mentions ReLU and BatchNorm
-but not their order, which is ResNet's here. It does not say what precedes the softmax: here the
-mean of the maps and a dense layer, since a dense layer on all pixels would alone have half a
-million parameters.
+There are two public transcriptions of the figure, and ours agrees with one. In the other, layer 15
+takes layer 2 instead of layer 6, which does not change the number of parameters. Section 4.1
+mentions ReLU and BatchNorm but not their order; ours is ResNet's. The section does not say what
+precedes the softmax. Here it is the mean of the maps and a dense layer, since a dense layer on all
+pixels would alone have half a million parameters.
 
 The paper prints no layers of v2 (with predicted strides, 20 layers, 2.5 M), v3 (with max pooling,
 39 layers, 7.1 M) and the wider v3 (37.4 M), so this file does not have them.

@@ -171,7 +171,7 @@ class NASNet(nn.Module):
     num_classes: Classes | None = 1000
     # regularization
     dropout: Rate = 0.0  # of the pooled features
-    drop_path: Rate = 0.0  # rate of operations in the last cell: layers.make_drop_paths
+    drop_path: Rate = 0.0  # rate of dropping an operation of the last cell
     drop_path_mode: str = "sample"
     drop_path_schedule: str = "linear"
     # numerics
@@ -182,7 +182,7 @@ class NASNet(nn.Module):
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronized BatchNorm
     # compilation
-    remat: bool = False  # compute the inside of each cell again in the backward pass
+    remat: bool = False  # recompute the inside of each cell in the backward pass
 
     @property
     def layer_groups(self) -> tuple:

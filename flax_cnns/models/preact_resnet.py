@@ -4,13 +4,13 @@ The block is the paper's "full pre-activation", figure 4 (e), the only one it tr
 cifar_preact.py has the five orders that the paper compares on CIFAR. As section 4 describes, the
 first block of a stage applies norm and ReLU before it splits, so that its projection and its branch
 have the same input; norm and ReLU also follow the last sum; the stem has neither. The stride is on
-the 3x3, as in timm. The paper's ResNets have it on the first 1x1. This costs 4.1 instead of 3.9
-GMACs (50 layers). `resnetv2_*` are timm's names of the same networks.
+the 3x3, as in timm, which costs 4.1 GMACs (50 layers). The paper's ResNets have the stride on the
+first 1x1, which costs 3.9 GMACs. `resnetv2_*` are timm's names of the same networks.
 
 `keras_*` are Keras's networks. The last block of a stage has the stride, and its shortcut takes
 every second pixel, so all other blocks of a stage work on larger maps. Stem, projections and the
-ends of branches have biases. The stem's max pooling sees zeros around the maps; as no ReLU precedes
-it, a zero can be the largest value.
+ends of branches have biases. The stem's max pooling pads the maps with zeros; since no ReLU
+precedes it, such a zero can be the largest value.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 These are the additive networks of section 2.2 with the units of figure 6d. A unit has no ReLU
 before its first convolution and a norm after its last. Its shortcut has no weights: it appends
-zeros to the channels, and takes 2x2 means where maps shrink. Unit k of N has
+zeros to the channels, and averages 2x2 pixels where maps shrink. Unit k of N has
 floor(16 + alpha k / N) channels (equation 2 in exact arithmetic), so that the last unit has
 16 + alpha, as table 4 prints. If the widths are summed up in floating point, some sums fall short
 of a whole number and lose a channel: 110 layers with alpha 48 would end in 63 channels and have
@@ -41,8 +41,8 @@ ROUNDINGS = {"down": math.floor, "nearest": lambda width: math.floor(width + 0.5
 def shortcut(x: Array, width: int, stride: int) -> Array:
     """Shortcut without weights: [N H W C] -> [N H/stride W/stride width], sizes rounded up.
 
-    Takes 2x2 means if `stride` is 2, and appends zeros to the channels. At the edge of maps of odd
-    size the means are over the existing pixels.
+    Averages 2x2 pixels if `stride` is 2, and appends zeros to the channels. At the edge of maps of
+    odd size it averages the pixels that exist.
     """
     if stride == 2:
         x = layers.avg_pool(x, 2, 2, ceil=True)
@@ -163,7 +163,7 @@ class PyramidNet(nn.Module):
     def compute_widths(self) -> list[list[int]]:
         """Returns the channels inside each block, for each of the three stages."""
         block: Any = self.block
-        convs = 3 * block.branch_depth  # added by one more block in each stage
+        convs = 3 * block.branch_depth  # one more block per stage adds so many
         depth, rest = divmod(self.depth - 2, convs)
         if rest or depth < 1:
             near = (convs * n + 2 for n in (max(depth, 1), max(depth, 1) + 1))

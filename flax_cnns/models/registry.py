@@ -105,7 +105,7 @@ def create_model(name: str, **fields: Any) -> nn.Module:
 
     `dtype` and `param_dtype` may be strings ("bfloat16"). With `num_classes=None` the network
     returns the input of its head: pooled features f32 [N C], in training after the last dropout.
-    `init` is another name of `kernel_init`; "paper" selects the paper's own initialization. Raises
+    `init` is another name for `kernel_init`; "paper" selects the paper's own initialization. Raises
     `UserError` for an unknown name, field or dtype, and for an invalid value.
     """
     variant, _ = _find(name)
@@ -123,7 +123,7 @@ def create_model(name: str, **fields: Any) -> nn.Module:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Lists the names that match a shell pattern, sorted with `resnet18` before `resnet101`."""
+    """Lists the names that match a shell pattern; `resnet18` comes before `resnet101`."""
     names = (name for name in _MODELS if fnmatchcase(name, pattern))
     return sorted(names, key=_natural_key)
 
@@ -179,7 +179,7 @@ def init_variables(
         return keep_state(
             model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32), train=False)
         )
-    # On a CPU, compiling the random numbers of all kernels takes most of the time. At this level it
-    # takes a tenth, and the function runs only once.
+    # On a CPU, compiling the random numbers of all kernels takes most of the time. At optimization
+    # level 0 it takes a tenth, and slower code does not matter for a function that runs once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return traced.lower().compile(compiler_options=options)(key)

@@ -35,10 +35,10 @@ PAPER = Paper(
 # shapes are equal, the shortcut is the input itself.
 SHORTCUTS = {
     "A": "every stride-th pixel, with zeros appended to the channels: no parameters",
-    "A-mean": "2x2 means if the stride is 2, with zeros appended (Huang et al. 2016)",
+    "A-mean": "2x2 average pooling if the stride is 2, with zeros appended (Huang et al. 2016)",
     "B": "a 1x1 projection",
     "C": "a 1x1 projection, in all blocks",
-    "D": "a 1x1 projection, of 2x2 means if the stride is 2 (ResNet-D, figure 2c)",
+    "D": "a 1x1 projection, after 2x2 average pooling if the stride is 2 (ResNet-D, figure 2c)",
     "3x3": "a projection, 3x3 if the stride is 2 (SENet-154)",
     "none": "no shortcut: the plain networks",
 }
@@ -153,8 +153,8 @@ class ResNet(nn.Module):
     """ResNet: images f32 [N H W C] -> logits f32 [N num_classes].
 
     Returns pooled features f32 [N C] if `num_classes` is None. Takes any H and W; sizes round up at
-    each halving (five in networks with ImageNet's stems). Raises `UserError` if the
-    images have other channels than `input_size`, or if fields contradict each other.
+    each halving (five in networks with ImageNet's stems). Raises `UserError` if the images have
+    other channels than `input_size`, or if fields contradict each other.
     """
 
     # architecture
@@ -196,7 +196,9 @@ class ResNet(nn.Module):
         layers.check_images(images, self.input_size)
         if self.shortcut == "none" and (self.drop_path or self.norm == "fixup"):
             field = "drop_path" if self.drop_path else 'norm="fixup"'
-            raise UserError(f"{field} needs a shortcut: without one, nothing of a block is left")
+            raise UserError(
+                f"{field} needs a shortcut, since it can set a branch to zero; got shortcut='none'"
+            )
         fixup = self.norm == "fixup"
         conv, norm = layers.building_blocks(
             self, train, use_bias=self.conv_bias, norm="none" if fixup else self.norm

@@ -3,9 +3,9 @@
 Widths, dropout rates, BatchNorm constants and initial values come from the network definitions that
 the authors publish for CIFAR-10 (https://github.com/Coderx7/SimpNet, in SimpNetV2:
 Architectures/CIFAR10 and Experiments/Slim Test/CIFAR10). Their conv1_0, conv4_2 and so on are
-numbered from 1 to 13 here. Dropout follows every convolution and every pooling: 0.2, and 0.3 from
-the second pooling on (5M); 0.2 (9M); 0.1, and 0.2 from the second pooling on (600K); none (300K;
-its CIFAR-100 network has saf_rate=(0.1, 0.2, 0.2)). The README's 5.4M are 5,478,223 parameters.
+numbered from 1 to 13 here. Dropout follows each convolution except the last of a group, where the
+SAF pooling drops instead. The 300K network drops nothing; its CIFAR-100 version has
+saf_rate=(0.1, 0.2, 0.2). The README's 5.4M are 5,478,223 parameters.
 
 Our running statistics differ. Caffe divides its moving sum by the sum of the weights, so that the
 statistics start at those of the first batch. Ours start at mean 0 and variance 1, which matters in
@@ -57,18 +57,15 @@ class SimpNet(nn.Module):
     # numerics
     momentum: Rate = 0.95  # of the running statistics
     kernel_init: str | Callable = "he"
-    gaussian: Sequence[Count] = (
-        3,
-        4,
-        5,
-    )  # convolutions that `kernel_init="paper"` draws from N(0, 0.01^2)
+    # Numbers of the convolutions that `kernel_init="paper"` draws from N(0, 0.01^2).
+    gaussian: Sequence[Count] = (3, 4, 5)
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None  # "batch": synchronized BatchNorm
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
-        # Every pooling but the last halves.
+        # Every pooling except the last halves H and W.
         layers.check_images(images, self.input_size, 2 ** (len(self.widths) - 1))
         dropout, saf_rate = self._rates("dropout"), self._rates("saf_rate")
         x, number = images, 0
@@ -78,7 +75,7 @@ class SimpNet(nn.Module):
                 paper = layers.gaussian(0.01) if number in self.gaussian else layers.caffe_xavier
                 conv, norm = layers.building_blocks(self, train, paper=paper, use_bias=True)
                 x = layers.ConvUnit(width, (3, 3), conv, norm, name=f"conv{number}")(x)
-                if place < len(group):  # after the last one the pooling drops
+                if place < len(group):  # after the last, the pooling drops instead
                     drop = nn.Dropout(dropout[i], name=f"dropout{number}")
                     x = drop(x, deterministic=not train)
             window = 2 if i + 1 < len(self.widths) else None

@@ -7,12 +7,12 @@ output.
 
 We could establish the connections, the growing depth of the blocks (V1 to V4 have 8, 12, 16; 12,
 18, 24; 16, 24, 32; 20, 30, 40 layers), and path 14 for V1. The growth rates and the other paths are
-in a table that we could not read, and no count that the paper prints determines them (one of them
-is "x2.6 smaller" than DenseNet's 25.6 M). So the variants have the defaults of the programs that
-the authors published: 10, 15 and 20 layers, k = 16, path 10. Where those programs differ from the
-paper, we follow the paper: no biases, ReLU also before a bottleneck's 1x1, no ReLU in the stem,
-half of the channels after a transition in "bc", and `path` maps including the block's input (the
-programs keep one map more).
+in a table that we could not read, and the parameter counts in the paper's text do not determine
+them (one count is "x2.6 smaller" than DenseNet's 25.6 M). So the variants have the defaults of the
+programs that the authors published: 10, 15 and 20 layers, k = 16, path 10. Where those programs
+differ from the paper, we follow the paper: no biases, ReLU also before a bottleneck's 1x1, no ReLU
+in the stem, half of the channels after a transition in "bc", and `path` maps including the block's
+input (the programs keep one map more).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def farthest_and_nearest(maps: Sequence[Array], path: int) -> Sequence[Array]:
 class ChannelAttention(nn.Module):
     """Channel attention x + x * F(x) of section 3.3: [N H W C] -> [N H W C].
 
-    F averages x over H and W. A 1x1 convolution takes the means, a second one takes its output and
-    the means; norm and ReLU precede each, and a sigmoid follows the second (in the authors' program
-    but not in the paper).
+    F averages x over H and W. A first 1x1 convolution takes the means; a second one takes the
+    output of the first and the means. Norm and ReLU precede each, and a sigmoid follows the second
+    (in the authors' program but not in the paper).
     """
 
     conv: ModuleDef

@@ -6,11 +6,12 @@ summed up as in a ResNet (`sparsenet_sum_164`). A block returns what its next la
 ImageNet we found no list of layers in the paper: `sparsenet121` and others are DenseNet's rows with
 these connections. pytorchcv's networks have exactly as many parameters.
 
-For CIFAR the paper's authors publish counts with 100 classes and stems of 2k channels, with and
-without BC, also for their DenseNets: 0.76, 2.52, 5.65, 7.22; 1.46 and 4.38 M. Our networks match
-them; for 16, 32, 64 with BC we have 4.37 M. The exception is sparsenet_bc_100_32_64_128: the
-authors publish 16.72 M, and this list of layers gives 17.34 M. Without bottlenecks, or with the
-stem, compression or depth of another row, the difference is larger.
+For CIFAR the paper's authors publish parameter counts with 100 classes and stems of 2k channels.
+Ours match the counts of sparsenet_40_24 (0.76 M), 100_24 (2.52), 100_36 (5.65), 100_16_32_64
+(7.22), bc_100_24 (1.46) and nearly bc_100_16_32_64 (4.38; ours has 4.37). They do not match that of
+sparsenet_bc_100_32_64_128: the authors publish 16.72 M, and this list of layers gives 17.34 M.
+Without bottlenecks, or with the stem, compression or depth of another row, the difference is
+larger.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ class SumStage(nn.Module):
     """`depth` branches whose inputs are sparse sums: [N H W C] -> [N H/stride W/stride 4*width].
 
     A branch takes the sum of the earlier outputs that `links` selects, and the stage returns the
-    sum that a next branch would take. The first of the outputs is a 1x1 projection of the stage's
-    input, without norm, as the shortcut of a ResNet: with `densenet.all_before` the stage is that
-    of a ResNet. The code of the paper's sums is not released. Here the 3x3 has the stride. The
-    released units of cifar_preact.py differ: they project the normalized input, and their first 1x1
-    has the stride.
+    sum that a next branch would take. The first of these outputs is a 1x1 projection of the stage's
+    input, without norm. With `links=densenet.all_before` the stage is that of a ResNet, and this
+    projection is its first shortcut. The authors did not release the code of their sums. Here the
+    3x3 has the stride. The units of cifar_preact.py, which follow He et al.'s released code,
+    differ: they project the normalized input, and their first 1x1 has the stride.
     """
 
     depth: int

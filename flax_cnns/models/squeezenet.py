@@ -1,11 +1,11 @@
 """SqueezeNet: table 1, its simple bypass (figure 2), and the authors' version 1.1.
 
 Where the paper leaves details open we follow the authors' release (github.com/forresti/SqueezeNet):
-pooling rounds sizes up as Caffe does, ReLU also follows conv10 (here `head`), and
-`kernel_init="paper"` is its "xavier" filler, which is uniform with variance 1 / fan_in, with
-N(0, 0.01^2) in the head and zero biases. The shapes in table 1 are those of 227x227 images, though
-it says 224. The released 1.0 pads conv10, so that at the border the mean takes in nothing but
-biases. torchvision does not pad it, and neither do we.
+pooling rounds sizes up as Caffe does, and ReLU also follows conv10 (here `head`).
+`kernel_init="paper"` is the release's initialization: its "xavier" filler (uniform, variance
+1 / fan_in), N(0, 0.01^2) in the head, and zero biases. The shapes in table 1 are those of 227x227
+images, though the table says 224. The released 1.0 pads the 1x1 convolution conv10, so the mean
+over its output includes a border of biases alone. Like torchvision, we do not pad it.
 
 Version 1.1 is not in the paper. It has a smaller conv1, earlier pooling and 2.3 times fewer MACs.
 

@@ -118,7 +118,7 @@ class ViT(nn.Module):
         if images.shape[1:3] != tuple(self.input_size[:2]):
             (h, w), (height, width) = images.shape[1:3], self.input_size[:2]
             raise UserError(
-                f"expected images of {height}x{width}, the grid of the positions, got {h}x{w}; "
+                f"expected images of {height}x{width}, as the position embeddings, got {h}x{w}; "
                 f"create_model(..., input_size=({h}, {w}, {images.shape[-1]})) takes them, "
                 "with trained positions from flax_cnns.models.vit.resize_positions"
             )
@@ -186,7 +186,7 @@ def resize_positions(
     new: Sequence[int],
     method: str = "bicubic",
 ) -> dict[str, Any]:
-    """Converts `params` of a ViT for images of `old` size, (H, W) in pixels, to the size `new`.
+    """Converts `params` of a ViT from images of the size `old` to `new`, both (H, W) in pixels.
 
     Interpolates the grid of position embeddings by `method`, "bicubic" or "bilinear", with
     antialiasing if the grid shrinks. The class token's embedding and all other parameters stay. For
@@ -216,7 +216,10 @@ def resize_positions(
 def resize_grid(
     positions: Array, before: Sequence[int], after: Sequence[int], method: str = "bicubic"
 ) -> Array:
-    """Interpolates embeddings [1 1+T C] of a grid `before`, (rows, columns), to one `after`."""
+    """Interpolates embeddings [1 T C] from the grid `before`, (rows, columns), to `after`.
+
+    T counts the class token and the grid; the class token's embedding stays.
+    """
     width = positions.shape[-1]
     grid = positions[:, 1:].reshape(1, *before, width)
     grid = jax.image.resize(grid, (1, *after, width), RESIZE_METHODS[method])

@@ -7,10 +7,10 @@ with a ReLU, except the first block. The shortcut takes the block's input before
 
 The figure gives no padding. `keras_xception` is the author's code: no padding in the first two
 convolutions, TensorFlow's padding in pooling, epsilon 1e-3, momentum 0.99. `xception` and
-`legacy_xception`, timm's old and new names, pad pooling by one pixel on all sides. This makes a
-difference at 74x74, the first even size that images of 299x299 give: pooling sees other windows.
-They have PyTorch's BatchNorm, and the paper's dropout of 0.5 (section 4.3), which Keras and timm
-leave out.
+`legacy_xception`, timm's old and new name of one network, pad pooling by one pixel on all sides.
+For images of 299x299 this makes a difference at 74x74, the first even size: the windows of the
+pooling lie elsewhere. These networks have PyTorch's BatchNorm, and the paper's dropout of 0.5
+(section 4.3), which Keras and timm leave out.
 """
 
 from __future__ import annotations

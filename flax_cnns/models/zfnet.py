@@ -38,12 +38,12 @@ class ZFNet(nn.Module):
     above 0.1; this is not a part of the network and not done here.
 
     `kernel_init="paper"` is AlexNet's N(0, 0.01^2) with zero biases. Section 3 says that all
-    weights start from 10^-2 and biases from 0; with equal weights the units of a layer would stay
-    equal forever.
+    weights start from 10^-2 and biases from 0. We do not take this literally: with equal weights
+    the units of a layer would stay equal forever.
 
-    H and W are at least 47. If the last maps are not 6x6, fc6 takes their adaptive means of 6x6,
-    which is our addition. Raises `UserError` if the images are too small or have other channels
-    than `input_size`.
+    H and W are at least 47. If the last maps are not 6x6, adaptive average pooling makes them 6x6
+    for fc6, which is our addition. Raises `UserError` if the images are too small or have
+    other channels than `input_size`.
     """
 
     # architecture
@@ -77,7 +77,7 @@ class ZFNet(nn.Module):
         for i, width in enumerate(self.widths, 3):
             x = unit(width, (3, 3), name=f"conv{i}")(x)  # [N 13 13 width]
         x = pool(name="pool5")(x)  # [N 6 6 C]
-        x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 36 C]
+        x = lax.collapse(layers.adaptive_avg_pool(x, 6), 1)  # [N 36*C]
         x = drop(name="dropout6")(nn.relu(dense(self.hidden, name="fc6")(x)))
         x = drop(name="dropout7")(nn.relu(dense(self.hidden, name="fc7")(x)))
         return head(x)

@@ -146,7 +146,7 @@ def convert(
 
     Raises `UserError` for an unknown name or source, for a tensor without a place in the network
     (unless a rule marks the tensor as unused), for a tensor that is missing or has another shape,
-    and for numbers that are not real.
+    and for a tensor that does not hold real numbers.
     """
     options = dict(adapt_stem=adapt_stem, resize_positions=resize_positions)
     converted = _convert(model_name, tensors, source, **options, **fields)

@@ -79,7 +79,7 @@ def make_plan(
 def is_stem(here: tuple[int, ...], there: tuple[int, ...], *, first: bool = False) -> bool:
     """Whether two kernel shapes [kh kw in out] differ only in the number of image channels.
 
-    `first`: the layer is the network's first, so any number of input channels is of images.
+    `first`: the layer is the network's first, so its input is images, with any number of channels.
     """
     if len(here) != 4 or len(there) != 4 or here[2] == there[2]:
         return False
@@ -98,7 +98,7 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def is_position_embedding(path: str, here: tuple[int, ...], there: tuple[int, ...]) -> bool:
-    """Whether the leaf holds position embeddings [1 tokens C] that differ only in `tokens`."""
+    """Whether the leaf holds position embeddings, and its shapes [1 T C] differ only in T."""
     named = path.rpartition("/")[2] == POSITION_LEAF and len(here) == len(there) == 3
     return named and here[1] != there[1] and here[::2] == there[::2]
 

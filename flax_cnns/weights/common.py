@@ -18,8 +18,8 @@ ChooseWeights = Callable[[Any], Any]  # content of a pickle -> the weights in it
 def check_size(path: Path, declared: int) -> None:
     """Raises `UserError` if a file declares far more bytes of arrays than it can hold.
 
-    Weights are nearly random numbers: they do not compress 20 times, and their files are not
-    sparse.
+    Weights are nearly random numbers: no compression makes them 20 times smaller, and their files
+    are not sparse.
     """
     info = path.stat()
     blocks = 512 * getattr(info, "st_blocks", 0)  # bytes on disk, also of a sparse file; 0: unknown
@@ -39,10 +39,10 @@ def import_package(name: str, path: Path) -> Any:
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """The bytes of a member. Raises ValueError if their number is not the one in the directory.
+    """The bytes of a member. Raises ValueError if the zip's directory declares another number.
 
-    `archive.read` unpacks a whole member before it counts the bytes: a wrong directory could fill
-    the memory.
+    `archive.read` unpacks a whole member before it counts the bytes: a member that is larger than
+    declared could fill the memory.
     """
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

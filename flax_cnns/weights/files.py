@@ -1,6 +1,6 @@
 """Reads weight files of other libraries as `{name: array}`, without running code in them.
 
-The first bytes of a file decide its format, not its name: safetensors; PyTorch's `.pth`, as a zip
+The first bytes of a file, not its name, decide its format: safetensors; PyTorch's `.pth`, as a zip
 or as the stream that versions before 1.6 wrote; NumPy's `.npz`; Keras's `.h5`, `.weights.h5` and
 `.keras`. PyTorch's files are pickles, which may hold any code. The unpickler here knows tensors and
 dicts and refuses everything else. Keras's files are read by the HDF5 library. A malicious file can

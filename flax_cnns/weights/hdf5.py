@@ -56,11 +56,11 @@ def read_hdf5(path: Path, content: bytes | None = None) -> Tensors:
             raise UserError(f"{path} is refused: {other[0]} lies in another file")
         check_size(path, sum(item.size * item.dtype.itemsize for item in arrays.values()))
         names = _numbered_names(arrays, items) or _legacy_names(items, file)
-        return {ours: arrays[theirs][()] for ours, theirs in names.items()}
+        return {name: arrays[place][()] for name, place in names.items()}
 
 
 def _numbered_names(arrays: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, str]:
-    """{our name: place in the file} for Keras 3's .weights.h5; {} for other files.
+    """{Keras 3's name: place in the file} for Keras 3's .weights.h5; {} for other files.
 
     A layer is named after its class and its leaves are numbered: `layers/conv2d_1/vars/0`. An
     attribute holds the layer's own name.
@@ -80,7 +80,7 @@ def _numbered_names(arrays: Mapping[str, Any], items: Mapping[str, Any]) -> dict
 
 
 def _legacy_names(items: Mapping[str, Any], file: Any) -> dict[str, str]:
-    """{our name: place in the file} for the .h5 of Keras 1 and 2.
+    """{Keras 3's name: place in the file} for the .h5 of Keras 1 and 2.
 
     It has a group for each layer, with the names of the layer's weights in an attribute.
     """

@@ -34,7 +34,7 @@ def torchvision_rules(model: MobileNetV3) -> Rules:
 
 
 def timm_rules(model: MobileNetV3) -> Rules:
-    """Consecutive blocks of one width are a stage of timm's; the last convolution is one more."""
+    """Rules for timm, where consecutive blocks of one width are a stage, and the top is another."""
     stages = [len(list(rows)) for _, rows in groupby(row.width for row in model.table)]
     places = [(i, j) for i, depth in enumerate(stages) for j in range(depth)]
     rules: Rules = [

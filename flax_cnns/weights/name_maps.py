@@ -36,7 +36,7 @@ Rule = tuple[str, Target] | tuple[str, Target, Layout]
 Rules = list[Rule]
 Leaves = dict[str, tuple[str, ...] | None]
 
-# Leaf in the source -> our candidates, of which the first that our module has is taken.
+# Leaf in the source -> our candidates; the first one that our module has is taken.
 _TORCH_LEAVES: Leaves = {
     "weight": ("params/{}/kernel", "params/{}/scale"),
     "bias": ("params/{}/bias",),
@@ -152,7 +152,8 @@ def apply_rules(
     head. `notes` gets a line on what was done about heads.
 
     Raises `UserError` if no rule matches a tensor, if our network lacks the leaf for a tensor, if
-    two tensors belong to one leaf, and if numbers are not real. Messages begin with `what`.
+    two tensors belong to one leaf, and if a tensor does not hold real numbers. Messages begin with
+    `what`.
     """
     notes = [] if notes is None else notes
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):

@@ -1,4 +1,4 @@
-"""NASNet-A. timm counts the normal cells of all stages, Keras all cells; both from 0."""
+"""NASNet-A. timm and Keras number the normal cells across stages, from 0; Keras skips one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def _timm_rules(model: NASNet) -> name_maps.Rules:
 
 
 def _keras_rules(model: NASNet) -> name_maps.Rules:
-    # Keras's cells: stem_1, stem_2, 0, 1, 2, 3, reduce_4, 5, 6, 7, 8, reduce_8, 9, ...
+    # Keras's cells, with four normal ones per stage: stem_1, stem_2, 0, 1, 2, 3, reduce_4, 5, 6, 7,
+    # 8, reduce_8, 9, 10, 11, 12. No normal cell has the number 4.
     ours = {f"stem_{i}": f"stem/reduction{i}" for i in (1, 2)}
     for stage, depth in enumerate(model.depths, 1):
         before = sum(model.depths[: stage - 1])

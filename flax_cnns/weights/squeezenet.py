@@ -7,8 +7,9 @@ from flax_cnns.weights.name_maps import Rules
 
 
 def torchvision_rules(model: SqueezeNet) -> Rules:
-    """torchvision's one list holds conv1, ReLU, pooling, fire2 (number 3), the other fire modules
-    and the poolings between them.
+    """Rules for torchvision, which numbers all layers and fire modules in one list.
+
+    The list begins with conv1 (0), ReLU, pooling and fire2 (3); poolings are counted too.
     """
     rules: Rules = [(r"features\.0", "conv1/conv"), (r"classifier\.1", "head")]
     for i in range(2, 2 + len(FIRES)):

@@ -7,7 +7,7 @@ from flax_cnns.weights.name_maps import Rule, Rules, dense_after_flatten
 
 
 def torchvision_rules(model: VGG) -> Rules:
-    """torchvision's one list holds convolutions, norms, ReLUs and poolings, numbered from 0."""
+    """Rules for torchvision, which numbers convolutions, norms, ReLUs and poolings in one list."""
     rules: list[Rule] = []
     number = 0
     norms = int(model.norm == "batch")

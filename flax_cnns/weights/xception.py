@@ -13,7 +13,10 @@ def _blocks(model: Xception) -> list[str]:
 
 
 def timm_rules(model: Xception) -> Rules:
-    """timm's block is a list of ReLU, convolution, norm, ...; block 1 has no first ReLU."""
+    """Rules for timm, whose blocks are lists of ReLU, convolution, norm, ...
+
+    Block 1 has no first ReLU.
+    """
     rules: Rules = [("conv([12])", r"stem/conv\1"), ("bn([12])", r"stem/norm\1"), ("fc", "head")]
     for i in range(1, len(model.top) + 1):
         theirs = i + 2  # after the two convolutions of the stem
@@ -34,7 +37,7 @@ def timm_rules(model: Xception) -> Rules:
 
 
 def keras_rules(model: Xception) -> Rules:
-    """In Keras the projections have only automatic names, in order."""
+    """Rules for Keras, whose projections have automatic names, numbered in their order."""
     rules: Rules = [
         (r"block1_conv(\d)", r"stem/conv\1"),
         (r"block1_conv(\d)_bn", r"stem/norm\1"),

@@ -104,7 +104,7 @@ def test_a_checkpoint_made_elsewhere(tmp_path):
     assert lines[2].split() == ["layers/", "15", "54", "bytes"]
     assert lines[-1] == "CRC32s: none, so a flipped bit would not be noticed"
     lines = listing(tmp_path / "theirs", verify=True)
-    assert lines[-1] == "CRC32s: none, so a flipped bit would not be noticed; all read"
+    assert lines[-1] == "CRC32s: none, so a flipped bit would not be noticed; all were read"
 
 
 def test_a_converted_checkpoint_says_what_it_was_trained_on(tmp_path):

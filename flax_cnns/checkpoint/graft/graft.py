@@ -66,8 +66,8 @@ def graft(
     FRESH. In a run's checkpoint the averaged weights are a separate tree: `(r"(.*)", r"ema/\1")`.
 
     `order`: the layers in the order in which images pass them, `[layer.path for layer in
-    analysis.cost.cost(model).layers]`. The report uses it to say which layer lies below which.
-    Without it the report uses the numbers in the names.
+    analysis.cost.cost(model).layers]`. The report needs the order to say which layer lies below
+    which. Without `order` it goes by the numbers in the names.
 
     Three options change what is copied, and the report says what they did (details in
     `weights.adapt`). `adapt_stem` fits the kernels that see images to another number of channels:
@@ -131,7 +131,7 @@ def check_graft(
     rules: pytree.Rules,
     options: GraftOptions = GraftOptions(),  # noqa: B008
 ) -> None:
-    """Raises the `UserError` that `graft` would raise, as far as no array is needed for it."""
+    """Raises the `UserError` that `graft` would raise, if it can be found without any array."""
     wanted = pytree.flatten(target)
     _plan(pytree.decide(rules, wanted, what="graft"), wanted, source, options)
 

@@ -29,12 +29,12 @@ class GraftReport:
 
     source: str  # as the user wrote it
     folder: str  # of the checkpoint's arrays; "" for other sources
-    chosen: str  # why this checkpoint of a run: best, latest, ...; "" for other sources
+    chosen: str  # why this checkpoint of a run was chosen: best, latest, ...; "" for other sources
     grafted: dict[str, str]  # path in the new network -> path in the source
     fresh: tuple[str, ...]
     mismatched: dict[str, dict[str, list[int]]]  # fresh; the source has the path in another shape
     left_behind: tuple[str, ...]  # in the source, and not used
-    skipped_below: tuple[str, ...]  # fresh layers below a loaded layer
+    skipped_below: tuple[str, ...]  # fresh layers below a grafted layer
     notes: tuple[str, ...]  # what else the user should know
     shapes: dict[str, list[int]]  # of all leaves of the new network, in the order of images
     adapted: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> what was done to it
@@ -221,7 +221,7 @@ def find_skipped_below(
 
 
 def network_order(path: str) -> tuple:
-    """A sort key for paths, by our names: first the stem, then numbers, last the head.
+    """A sort key for paths of our networks: first the stem, then by the numbers, last the head.
 
     It approximates the order in which images pass the layers. The order of creation is not
     available, because JAX sorts the names of each tree that it touches.
