@@ -279,6 +279,20 @@ def list_files(workdir: pathlib.Path) -> set[str]:
     return {p.name for p in workdir.glob("*")} | {p.name for p in workdir.glob("checkpoints/*/*")}
 
 
+def make_folder(folder: pathlib.Path) -> None:
+    """Writes three classes of images of several sizes."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(7)
+    for name in ("ant", "bee", "cat"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(14):
+            height, width = rng.integers(12, 40, 2)
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--old", default="132764f", help="the commit that starts the runs")
@@ -291,8 +305,6 @@ def main() -> int:
         sys.path.pop(0)  # this folder: its `data` and `train` would hide others
         run_child(args.child, args.keep)
         return 0
-    from tests.freeze import make_folder
-
     with tempfile.TemporaryDirectory() as temporary:
         scratch = args.keep or pathlib.Path(temporary) / "runs"
         scratch.mkdir(parents=True)
