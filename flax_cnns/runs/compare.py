@@ -182,7 +182,7 @@ def draw_runs(
     figure.legend(
         handles, labels, loc="outside right center", frameon=False, fontsize="small", ncols=columns
     )
-    figure.suptitle("strong: validation; thin: training; star: test", fontsize="medium")
+    figure.suptitle("thick: validation; thin: training; star: test", fontsize="medium")
     save_picture(figure, png)
 
 

@@ -224,7 +224,7 @@ def _check_logits(name: str, logits: Any, dataset: Dataset) -> int:
 
 # Flax's error in a training call -> what a run offers to a network in training.
 _TRAINING_ERRORS: dict[type[Exception], str] = {
-    flax.errors.InvalidRngError: "a run gives the streams dropout and shared",
+    flax.errors.InvalidRngError: "a run has only the random streams dropout and shared",
     flax.errors.ModifyScopeVariableError: "a run lets it write batch_stats, and sow aux_logits",
     flax.errors.ScopeParamNotFoundError: "create all parameters also with train=False",
     flax.errors.ScopeCollectionNotFound: "create all variables also with train=False",

@@ -165,7 +165,7 @@ def resolve(
         part, part_fields = get("metrics", reference), _fields_for(reference, fields)
         function = _with_fields(part, part_fields, reference)
         if (name := alias or name_of(reference)) in metrics:
-            raise UserError(f"train.metrics: two are called {name!r}; rename one: NAME={value}")
+            raise UserError(f"train.metrics: two metrics are {name!r}; rename one: NAME={value}")
         metrics[name] = function
     for reference in references.get("regularizers", ()):
         part, part_fields = get("regularizers", reference), _fields_for(reference, fields)

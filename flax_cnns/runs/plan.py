@@ -69,9 +69,11 @@ class RunPlan:
         if not self.has_validation and (
             config.schedule.name == "plateau" or config.train.early_stopping
         ):
+            is_stream = components.dataset.is_stream
+            remedy = "give sizes['validation']" if is_stream else "set data.validation=0.1"
             raise UserError(
                 f"data.validation: {components.dataset.name} has no validation split, which the"
-                " plateau schedule and early stopping need; set data.validation=0.1"
+                f" plateau schedule and early stopping need; {remedy}"
             )
 
     def count_steps(self, duration: str, field: str = "duration") -> int:

@@ -94,8 +94,8 @@ def make_predictor_from_folder(
         return make_predictor_from_run(folder, checkpoint, trust=trust)
     if checkpoint:
         raise UserError(
-            f"{folder} holds converted weights, which have no checkpoints: remove --checkpoint,"
-            f" got {checkpoint!r}"
+            f"{folder} holds converted weights, which have no checkpoints; remove"
+            f" --checkpoint={checkpoint}"
         )
     return make_predictor_from_converted(folder)
 
@@ -173,7 +173,10 @@ def make_predictor_from_run(
     if dataset.task != "classes":
         raise UserError(f"{workdir}: a run on {dataset.task} data has no most likely class")
     if not dataset.normalize:
-        raise UserError(f"{workdir}: its images were floats in another range than photos")
+        raise UserError(
+            f"{workdir}: the run was trained with normalize=False, so photos cannot be prepared"
+            " like its images"
+        )
     height, size, channels = dataset.image_shape
     if height != size:
         raise UserError(

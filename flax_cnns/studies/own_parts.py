@@ -20,8 +20,8 @@ def refuse_opaque(config: Any, why: str) -> None:
             if reference.startswith(OPAQUE):
                 name = name_of(reference)
                 raise UserError(
-                    f"config.{PART_FIELDS[kind]}: {name} is an object of one process, but {why};"
-                    f" name it 'package.module:{name}'"
+                    f"config.{PART_FIELDS[kind]}: {name} exists in one process only, but {why};"
+                    f" give an importable 'package.module:{name}'"
                 )
 
 

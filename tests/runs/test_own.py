@@ -379,7 +379,7 @@ def test_a_callback_that_would_fail_or_never_be_called(given, words):
         ("NoTrain", "got no train argument"),
         ("Keeps", "keeps variables of cache"),
         ("NeedsKey", r"expected __call__\(self, images, \*, train\): missing .*'key'"),
-        ("Streams", "in training: .*noise.; a run gives the streams dropout and shared"),
+        ("Streams", "in training: .*noise.; a run has only the random streams dropout and shared"),
         ("LateHead", "in training: .*create all parameters also with train=False"),
         ("TwoHeads", "in training: expected logits .*it gives tuple"),
         ("OfNNX", r"got a Flax NNX module; pass flax\.nnx\.bridge\.to_linen"),

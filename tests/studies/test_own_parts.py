@@ -138,8 +138,8 @@ def test_rows_change_own_fields_and_a_removed_part_loses_its_fields(config):
         ({"train.loss": f"{PARTS}:foca"}, r"row b: train\.loss=.* has no 'foca'; did you mean"),
         (
             {"train.regularizers": ("<opaque>:Noise",)},
-            r"row b: config\.train\.regularizers: Noise is an object of one process, but an"
-            r" ablation runs in child processes; name it 'package\.module:Noise'",
+            r"row b: config\.train\.regularizers: Noise exists in one process only, but an"
+            r" ablation runs in child processes; give an importable 'package\.module:Noise'",
         ),
         ({"data.name": "digits", "data.mock": 40}, r"--metric: the test of row b logs no 'recall'"),
     ],
@@ -228,7 +228,7 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
         (
             dict(model={"name": f"{PARTS}:Bare"}),
             {},
-            r"needs a field 'num_classes' of the network, .*:Bare has none; add it",
+            r"needs the network's field 'num_classes', .*; .*:Bare has no such field; add it",
         ),
         (
             dict(data={"name": f"{HERE}:two_labels"}),
@@ -238,7 +238,7 @@ def test_an_own_network_is_fine_tuned_by_its_layers():
         (
             dict(train={"loss": "<opaque>:huber"}),
             {},
-            r"targets\.similar: config\.train\.loss: huber is an object of one process, but fine",
+            r"targets\.similar: config\.train\.loss: huber exists in one process only, but fine",
         ),
         (
             dict(

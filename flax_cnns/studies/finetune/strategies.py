@@ -270,8 +270,8 @@ def _check_components(components: RunComponents, fraction: float) -> None:
         )
     if "num_classes" not in {field.name for field in dataclasses.fields(components.model)}:
         raise UserError(
-            "fine-tuning replaces the classifier, and needs a field 'num_classes' of the network,"
-            f" the number of logits; {name} has none; add it"
+            "fine-tuning replaces the classifier, and needs the network's field 'num_classes', the"
+            f" number of logits; {name} has no such field; add it"
         )
 
 

@@ -220,7 +220,7 @@ def search(
     workdirs.check_location(folder)
     folder = pathlib.Path(folder)
     if not 0 < phi < math.inf:
-        raise UserError(f"expected phi above 0, got {phi}: the compared networks exceed the base")
+        raise UserError(f"expected phi above 0, got {phi}: the search scales the base network up")
     configs.validate(config)
     configs.check_new_run(config, folder, begun=any(folder.glob("*/config.json")), say=say)
     _check_own_parts(config)
@@ -278,7 +278,7 @@ def _check_own_parts(config: ConfigDict) -> None:
 
 def make_table(result: SearchResult) -> Table:
     """Makes a table of the grid, best first, and of the networks with equal MACs."""
-    out = Table(title="compound scaling: depth, width and resolution are factors on the base's")
+    out = Table(title="compound scaling: depth, width and resolution relative to the base network")
     columns = ("network", "depth", "width", "resolution", "parameters", "MACs", "of the base's")
     for column in (*columns, "accuracy"):
         out.add_column(column, justify="left" if column == "network" else "right")
