@@ -12,7 +12,7 @@ operation, and no pixel is blurred twice. Pixels outside the image are black.
 Sums of products use integers, or numbers that float32 represents exactly. The reason: a compiler
 fuses a product and a sum of floats in one program and not in another, but an image must be the
 same, to the bit, wherever it is augmented. (The exception is float images that are rotated, scaled
-or resized: they agree up to float32's rounding.)
+or resized: a loader and a device agree on them up to float32's rounding.)
 """
 
 from __future__ import annotations
