@@ -6,7 +6,7 @@
 
 A break is applied in a copy of the working tree, never in the tree itself. There, the tests of the
 break run in the default tier until one fails. The exit code is 1 if no test notices a break, or if
-its line is not found exactly once.
+the line of a break is not found exactly once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Break(NamedTuple):
     file: str
     old: str  # occurs in the file exactly once
     new: str
-    tests: str  # files (or tests) of which one must fail, separated by spaces
+    tests: str  # files or tests, separated by spaces; at least one test must fail
     what: str
 
 

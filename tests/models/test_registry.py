@@ -56,7 +56,7 @@ def test_every_file_with_variants_is_registered():
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_has_its_info(name, monkeypatch):
-    """Without the parameters, which test_contract.py counts: they would have to be traced."""
+    """Checks all fields except `params`, which would need a trace; test_contract.py checks them."""
     monkeypatch.setattr(registry, "init_variables", lambda *_: {"params": {}})
     info = model_info.__wrapped__(name)  # without its cache
     assert info.name == name

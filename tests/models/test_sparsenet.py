@@ -76,7 +76,8 @@ def test_count_by_hand(name, rates, layers, published, within):
 
 
 def test_a_sum_takes_no_parameter():
-    """It has as many as pre-activation ResNet-164: 1.7 M in table 4 of He et al. 2016."""
+    """The network has as many parameters as pre-activation ResNet-164: 1.7 M in table 4 of He et
+    al. 2016."""
     n, wide = 18, (64, 128, 256)
     count = 27 * 16
     for width, c in zip((16, 32, 64), (16, *wide)):

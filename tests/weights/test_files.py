@@ -165,7 +165,7 @@ def test_averaged_weights_that_are_not_there(tmp_path):
     tree, storages = tensors()
     path = torch_zip(tmp_path / "x.pth", {"model": tree}, storages)
     for file in (path, npz(tmp_path / "x.npz")):
-        with pytest.raises(UserError, match=r"the file has no averaged weights .*, but") as said:
+        with pytest.raises(UserError, match=r"the file has no averaged weights .*, only") as said:
             files.read(file, averaged=True)
         assert str(file) in str(said.value)
 
@@ -182,7 +182,7 @@ def test_prefixes_of_wrappers_are_taken_away_and_told(tmp_path, prefix):
 
 
 def test_heads_losses_and_counters_may_stand_outside_a_wrapper(tmp_path):
-    """A head, a counter of averaged weights or a loss may, another part of a network may not."""
+    """Names keep their prefix if any other part of a network lacks the prefix."""
     unwrap = lambda *names: list(files.wrappers.remove_prefixes(dict.fromkeys(names, A), []))  # noqa: E731
     assert unwrap("backbone.a.weight", "head.fc.weight") == ["a.weight", "head.fc.weight"]
     assert unwrap("n_averaged", "module.a.weight") == ["a.weight"]
@@ -207,7 +207,7 @@ def test_numbers_of_a_big_endian_machine(tmp_path):
 
 
 def test_a_tensor_that_says_its_dtype_itself(tmp_path):
-    """Of types for which PyTorch has no storage class."""
+    """Such tensors have dtypes for which PyTorch has no storage class."""
     storage, hooks = Storage("x", "0", 2), collections.OrderedDict()
     storage.reference = ("storage", Global("torch.storage UntypedStorage"), "0", "cpu", 2)
     arguments = (storage, 0, (2,), (1,), False, hooks, Global("torch float8_e4m3fn"))

@@ -138,7 +138,7 @@ def test_mistakes_are_said_before_a_file_is_read(file):
         load_weights("squeezenet1_1", "timm", "nowhere.pth")
     with pytest.raises(UserError, match=r"there is no file 'nowhere.pth'"):
         load_weights("squeezenet1_1", "torchvision", "nowhere.pth")
-    said = f"{re.escape(str(file))}: squeezenet1_0 from torchvision: no place for "
+    said = f"{re.escape(str(file))}: squeezenet1_0 from torchvision: the network has no place for "
     with pytest.raises(UserError, match=said):
         load_weights("squeezenet1_0", "torchvision", file)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.models.foreign.builders import Case, torchvision
 
-GAIN = 1.0  # because blocks add up: see `redraw`
+GAIN = 1.0  # since blocks are added up: see `redraw`
 
 KERAS = {
     f"convnext_{size}": f"ConvNeXt{keras_size}"

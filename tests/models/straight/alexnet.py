@@ -1,6 +1,6 @@
 """AlexNet, layer by layer: Krizhevsky et al. 2012, section 3.5 and figure 2.
 
-For images of 227x227, where the maps have the paper's sizes 55, 27, 13 and 6.
+Images have 227x227 pixels, which gives maps of the paper's sizes 55, 27, 13 and 6.
 """
 
 from tests.models.straight.numpy_layers import (
