@@ -7,8 +7,8 @@ place of its two convolutions.
 
 This is a reconstruction, and the parameter counts are unverified. What we know about the 18-layer
 wide network is what three released implementations (pytorchcv's, nutszebra's and weiaicunzai's)
-have in common: one 3x3 convolution per stream, 16 units, of which 4, 6 and 6 have 48, 96 and 192
-channels per stream, a 1x1 convolution from both streams to the classes, and the mean of its maps.
+have in common: one 3x3 convolution per stream; 4, 6 and 6 units with 48, 96 and 192 channels per
+stream; a 1x1 convolution from both streams to the classes; and the mean of its maps.
 Where they differ, we chose:
 
 - Shortcuts: ours take every stride-th pixel and append zeros, which gives 9,469,940 parameters.

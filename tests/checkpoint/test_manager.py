@@ -104,7 +104,7 @@ def test_stacks_are_written_and_read_block_by_block(tmp_path):
 def data_file(step_directory):
     """The file that holds the numbers.
 
-    Small arrays lie in two files of one size, of which `state/d/*` is read.
+    Orbax writes small arrays into two files of the same size, and reads `state/d/*`.
     """
     files = [p for p in step_directory.glob("state/**/d/*") if p.is_file()]
     return max(files, key=lambda p: (p.stat().st_size, p.parent.parent.name == "state"))
