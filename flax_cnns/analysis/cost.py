@@ -15,6 +15,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -80,7 +81,7 @@ def cost(model: nn.Module, images_shape: Sequence[int] | None = None, **call: An
         call = {"train": False} | call
     # The initialization also shows the kinds of modules that evaluation does not run.
     kinds: dict[str, str] = {}
-    with nn.intercept_methods(lambda f, args, kwargs, at: _record_kind(kinds, f, args, kwargs, at)):
+    with nn.intercept_methods(partial(_record_kind, kinds)):
         variables = jax.eval_shape(
             lambda key, x: model.init(key, x, **call), jax.random.key(0), images
         )
@@ -170,10 +171,10 @@ class _Boundary:
         self.kinds: dict[str, str] = {}
         self._inside: list[nn.Module] = []  # modules whose call has not returned yet
 
-    def __call__(self, function: Callable, args: tuple, kwargs: dict, at: Any) -> Any:
-        module, path = at.module, "/".join(at.module.path)
+    def __call__(self, function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module, path = context.module, "/".join(context.module.path)
         # `super().__call__` in a subclass calls this interceptor again with the same module.
-        if at.method_name != "__call__" or any(module is outer for outer in self._inside):
+        if context.method_name != "__call__" or any(module is outer for outer in self._inside):
             return function(*args, **kwargs)
         kind = type(module).__name__
         self.kinds.setdefault(path, kind)
@@ -199,9 +200,9 @@ class _Boundary:
 
 
 def _record_kind(
-    kinds: dict[str, str], function: Callable, args: tuple, kwargs: dict, at: Any
+    kinds: dict[str, str], function: Callable, args: tuple, kwargs: dict, context: Any
 ) -> Any:
-    kinds.setdefault("/".join(at.module.path), type(at.module).__name__)
+    kinds.setdefault("/".join(context.module.path), type(context.module).__name__)
     return function(*args, **kwargs)
 
 

@@ -19,9 +19,9 @@ def number(low: float = 0.0, high: float = math.inf, *, above: bool = False) -> 
     """A finite number from `low` to `high`; `above` excludes `low`."""
 
     def check(value: Any) -> str | None:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        fine = fine and low <= value <= high and abs(value) <= sys.float_info.max
-        if fine and not (above and value == low):
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        valid = valid and low <= value <= high and abs(value) <= sys.float_info.max
+        if valid and not (above and value == low):
             return None
         if high == math.inf:
             return f"a number {'above' if above else 'of at least'} {low:g}"
@@ -71,31 +71,31 @@ def nonempty_string(value: Any) -> str | None:
 
 
 def duration(value: Any) -> str | None:
-    fine = isinstance(value, str) and DURATION.fullmatch(value)
-    return None if fine else "a duration such as '20 epochs' or '500 steps'"
+    valid = isinstance(value, str) and DURATION.fullmatch(value)
+    return None if valid else "a duration such as '20 epochs' or '500 steps'"
 
 
 def durations(value: Any) -> str | None:
-    fine = isinstance(value, (tuple, list)) and all(duration(v) is None for v in value)
-    return None if fine else "durations such as ('30 epochs', '60 epochs')"
+    valid = isinstance(value, (tuple, list)) and all(duration(v) is None for v in value)
+    return None if valid else "durations such as ('30 epochs', '60 epochs')"
 
 
 def area_range(value: Any) -> str | None:
     """(), or (smallest, largest) with 0 < smallest <= largest <= 1."""
-    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
-    fine = fine and all(isinstance(v, (int, float)) and 0 < v <= 1 for v in value)
-    fine = fine and list(value) == sorted(value)
+    valid = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    valid = valid and all(isinstance(v, (int, float)) and 0 < v <= 1 for v in value)
+    valid = valid and list(value) == sorted(value)
     return (
-        None if fine else "() or (smallest, largest) share of the area, both above 0 and at most 1"
+        None if valid else "() or (smallest, largest) share of the area, both above 0 and at most 1"
     )
 
 
 def randaugment(value: Any) -> str | None:
     """(), or (number of operations, magnitude)."""
-    fine = isinstance(value, (tuple, list)) and len(value) in (0, 2)
-    if fine and value:
-        fine = integer(1)(value[0]) is None and number(0, 30)(value[1]) is None
-    return None if fine else "() or (operations per image, magnitude from 0 to 30) such as (2, 9)"
+    valid = isinstance(value, (tuple, list)) and len(value) in (0, 2)
+    if valid and value:
+        valid = integer(1)(value[0]) is None and number(0, 30)(value[1]) is None
+    return None if valid else "() or (operations per image, magnitude from 0 to 30) such as (2, 9)"
 
 
 def rules(of: Check, what: str, *, single: bool = False) -> Check:
@@ -124,15 +124,15 @@ def weight_over_time(value: Any) -> str | None:
     """A number, or points ((duration, number), …)."""
     if number(-math.inf)(value) is None:
         return None
-    fine = isinstance(value, (tuple, list)) and len(value) > 0
-    fine = fine and all(
+    valid = isinstance(value, (tuple, list)) and len(value) > 0
+    valid = valid and all(
         isinstance(point, (tuple, list))
         and len(point) == 2
         and duration(point[0]) is None
         and number(-math.inf)(point[1]) is None
         for point in value
     )
-    return None if fine else "a number"
+    return None if valid else "a number"
 
 
 _DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
@@ -150,16 +150,16 @@ def reference(value: Any) -> str | None:
 
 
 def references(value: Any) -> str | None:
-    fine = isinstance(value, (tuple, list)) and all(map(is_reference, value))
-    return None if fine else "names such as ('package.module:Name',)"
+    valid = isinstance(value, (tuple, list)) and all(map(is_reference, value))
+    return None if valid else "names such as ('package.module:Name',)"
 
 
 def named_references(value: Any) -> str | None:
-    fine = isinstance(value, (tuple, list)) and all(
+    valid = isinstance(value, (tuple, list)) and all(
         isinstance(v, str) and is_reference(re.sub(r"\w+=", "", v, count=1)) for v in value
     )
     return (
-        None if fine else "functions such as ('package.module:f1', 'other_name=package.module:f1')"
+        None if valid else "functions such as ('package.module:f1', 'other_name=package.module:f1')"
     )
 
 
@@ -171,8 +171,8 @@ def optimizer_name(value: Any) -> str | None:
 
 
 def best_by(value: Any) -> str | None:
-    fine = value == "auto" or (isinstance(value, str) and re.fullmatch(r"validation/\w+", value))
-    return None if fine else "auto, or a metric such as 'validation/accuracy'"
+    valid = value == "auto" or (isinstance(value, str) and re.fullmatch(r"validation/\w+", value))
+    return None if valid else "auto, or a metric such as 'validation/accuracy'"
 
 
 def compute_dtype(value: Any) -> str | None:
@@ -186,25 +186,25 @@ schedule_name = one_of("constant", "steps", "cosine", "exponential", "one_cycle"
 
 
 def class_list(value: Any) -> str | None:
-    fine = isinstance(value, (tuple, list)) and all(
+    valid = isinstance(value, (tuple, list)) and all(
         isinstance(v, (int, str)) and not isinstance(v, bool) for v in value
     )
-    return None if fine else "numbers or names of classes such as (0, 3, 'Bag'), () for all"
+    return None if valid else "numbers or names of classes such as (0, 3, 'Bag'), () for all"
 
 
 def per_channel(low: float) -> Check:
     """A number of at least `low` for each channel, or ()."""
 
     def check(value: Any) -> str | None:
-        fine = isinstance(value, (tuple, list)) and all(number(low)(v) is None for v in value)
-        return None if fine else "a number per channel such as (0.485, 0.456, 0.406), or ()"
+        valid = isinstance(value, (tuple, list)) and all(number(low)(v) is None for v in value)
+        return None if valid else "a number per channel such as (0.485, 0.456, 0.406), or ()"
 
     return check
 
 
 def channel_count(value: Any) -> str | None:
-    fine = value in (0, 1, 3) and not isinstance(value, (bool, float))
-    return None if fine else "0 (the data set's own), 1 or 3"
+    valid = value in (0, 1, 3) and not isinstance(value, (bool, float))
+    return None if valid else "0 (the data set's own), 1 or 3"
 
 
 def split_size(value: Any) -> str | None:

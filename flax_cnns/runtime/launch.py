@@ -371,8 +371,8 @@ def _wait(
         # A killed process comes before the processes that failed because of it.
         for index, code in sorted(ended, key=lambda item: item[1] != -signal.SIGKILL):
             del running[index]
-            fine = (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) if interrupts else (0, EXIT_PREEMPTED)
-            if code in fine:
+            good = (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) if interrupts else (0, EXIT_PREEMPTED)
+            if code in good:
                 good_code = max(good_code, code)
             elif not failure_code:
                 failure_code = code if code > 0 else 128 - code

@@ -78,10 +78,10 @@ def intercept(modes: Mapping[str, str], *, momentum: float | None = None) -> Any
     `momentum`, if given, replaces the momentum of the layers whose mode is "train".
     """
 
-    def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
-        layer = at.module
+    def call(function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+        layer = context.module
         training = isinstance(layer, nn.BatchNorm) and not layer.use_running_average
-        if not training or at.method_name != "__call__":
+        if not training or context.method_name != "__call__":
             return function(*args, **kwargs)
         changes: dict[str, Any] = {}
         if modes.get("/".join(layer.path), "train") != "train":

@@ -83,11 +83,11 @@ def _find_modules(model: nn.Module, images_shape: Sequence[int]) -> dict[str, bo
     """Returns {path: whether it is a convolution} of every submodule whose output is [N ...]."""
     is_conv: dict[str, bool] = {}
 
-    def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
+    def call(function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
         y = function(*args, **kwargs)
-        if at.method_name == "__call__" and at.module.path and getattr(y, "ndim", 0) > 1:
-            path = "/".join(at.module.path)
-            is_conv[path] = is_conv.get(path, False) or isinstance(at.module, nn.Conv)
+        if context.method_name == "__call__" and context.module.path and getattr(y, "ndim", 0) > 1:
+            path = "/".join(context.module.path)
+            is_conv[path] = is_conv.get(path, False) or isinstance(context.module, nn.Conv)
         return y
 
     images = jax.ShapeDtypeStruct(tuple(images_shape), jnp.float32)
@@ -104,16 +104,16 @@ def intercept(rates: Mapping[str, float], mode: str = "unit") -> Any:
     # A module may delegate to another one with the same scope: it gets dropout once.
     inside: list[str] = []
 
-    def call(function: Callable, args: tuple, kwargs: dict, at: nn.module.InterceptorContext):
-        path = "/".join(at.module.path)
-        if at.method_name != "__call__" or path in inside or path not in rates:
+    def call(function: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+        path = "/".join(context.module.path)
+        if context.method_name != "__call__" or path in inside or path not in rates:
             return function(*args, **kwargs)
         inside.append(path)
         try:
             y = function(*args, **kwargs)
         finally:
             inside.pop()
-        return drop(y, rates[path], at.module.make_rng(STREAM), mode)
+        return drop(y, rates[path], context.module.make_rng(STREAM), mode)
 
     return nn.intercept_methods(call)
 

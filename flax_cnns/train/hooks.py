@@ -131,13 +131,13 @@ def _checked_intercept(what: str, name: str, method: Callable) -> Callable:
     # A module may delegate to another one with the same scope: the method is intercepted once.
     inside: list[tuple] = []
 
-    def intercept(function: Callable, args: tuple, kwargs: dict, at: Any) -> Any:
-        place = at.module.path, at.method_name
+    def intercept(function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        place = context.module.path, context.method_name
         if place in inside:
             return function(*args, **kwargs)
         inside.append(place)
         try:
-            return method(function, args, kwargs, at)
+            return method(function, args, kwargs, context)
         finally:
             inside.pop()
 
