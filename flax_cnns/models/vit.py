@@ -118,7 +118,7 @@ class ViT(nn.Module):
         if images.shape[1:3] != tuple(self.input_size[:2]):
             (h, w), (height, width) = images.shape[1:3], self.input_size[:2]
             raise UserError(
-                f"expected images of {height}x{width}, as the position embeddings, got {h}x{w}; "
+                f"expected images of {height}x{width}, the size of the position grid, got {h}x{w}; "
                 f"create_model(..., input_size=({h}, {w}, {images.shape[-1]})) takes them, "
                 "with trained positions from flax_cnns.models.vit.resize_positions"
             )

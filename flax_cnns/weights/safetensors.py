@@ -59,7 +59,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
         end = 0
         for name, (_, _, begin, stop) in sorted(places.items(), key=lambda item: item[1][2:]):
             if begin != end or stop > data:
-                raise ValueError(f"{name} declares bytes {begin} to {stop}, expected {end} first")
+                raise ValueError(
+                    f"{name} declares bytes {begin} to {stop}; expected to begin at {end}"
+                )
             end = stop
         if end != data:
             raise ValueError(f"its header declares {end:,} bytes of arrays, the file has {data:,}")

@@ -165,7 +165,7 @@ def test_without_classes_it_gives_the_normed_class_token(tiny):
         (
             {},
             (8, 8),
-            r"expected images of 8x12, as the position embeddings, got 8x8; .*resize_pos",
+            r"expected images of 8x12, the size of the position grid, got 8x8; .*resize_pos",
         ),
         (dict(input_size=(9, 12, 3)), (9, 12), "multiples of the patch, 4, got 9x12"),
         (dict(heads=5), (8, 12), "a number of heads that divides 12 channels, got 5"),

@@ -408,7 +408,7 @@ def test_float8_is_converted_and_unknown_kinds_are_named(tmp_path):
         (lambda h: h["a"].update(shape=[1 << 40]), "declares 24 bytes"),
         (lambda h: h["a"].update(shape=[-2, -3]), "no valid shape"),
         (lambda h: h["a"].update(data_offsets=[4, 28]), "declares bytes 4 to 28"),
-        (lambda h: h.update(b=h["a"]), "declares bytes 0 to 24, expected 24 first"),
+        (lambda h: h.update(b=h["a"]), "declares bytes 0 to 24; expected to begin at 24"),
         (lambda h: h.clear(), "declares 0 bytes of arrays"),
     ],
 )

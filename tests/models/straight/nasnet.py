@@ -6,8 +6,8 @@ What the figures leave open is as in the authors' release (TensorFlow's slim,
 ReLU precedes a convolution, and normalization follows it; pooling has neither. Zero padding is
 TensorFlow's: as little as gives ceil(size / stride), with one more at the far end if it is odd. It
 does not count in means. A cell squeezes its input to its width by a 1x1. It also squeezes the input
-of the cell before it: by two shifted halves if the sizes differ, and not at all if it already has
-this width. The first cell has no cell before it. It takes its input a second time without
+of the previous cell: by two shifted halves if the sizes differ, and not at all if that input has
+this width already. The first cell has no previous cell. It takes its input a second time without
 squeezing, and the operations on it adapt the width.
 """
 

@@ -1,6 +1,6 @@
 """SparseNet (Liu and Zeng 2018): a DenseNet with the farthest n / 2 and the nearest n / 2 maps.
 
-A layer takes them of its block, and the block's input is one of the maps (sections 3.2 and 5.1).
+A layer takes maps of its own block only; the block's input counts as one (sections 3.2 and 5.1).
 
 Attention on the output H of a layer (section 3.3) is H + H F. F takes the mean of H over each map
 and applies two 1x1, each after normalization and ReLU; the second one also takes the mean. Three

@@ -5,7 +5,7 @@ returns what its next layer would take.
 
 DenseNet's layers and transitions concatenate the maps, older ones first. The bottlenecks of He et
 al. 2016 with full pre-activation add them up, and a projection gives a stage's map 0. The code of
-the sums is not released. In two points they follow `flax_cnns` and not He et al.'s code: the
+the sums is not released. In two points this file follows `flax_cnns`, not He et al.'s code: the
 projection takes its input without normalization and ReLU (He et al.: after the first ones), and the
 3x3 has the stride (He et al.: the first 1x1).
 """

@@ -32,7 +32,7 @@ def bn(p, name, x):
 
 
 def classify(p, x):
-    x = adaptive_avg_pool(x, 7)  # nothing at 224x224
+    x = adaptive_avg_pool(x, 7)  # changes nothing at 224x224
     x = relu(dense(flatten(x), p["params/fc6/kernel"], p["params/fc6/bias"]))
     x = relu(dense(x, p["params/fc7/kernel"], p["params/fc7/bias"]))
     return dense(x, p["params/head/kernel"], p["params/head/bias"])

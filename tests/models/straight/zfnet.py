@@ -34,7 +34,7 @@ def zfnet(p, x):
     x = layer(p, "conv4", x, padding=1)
     x = layer(p, "conv5", x, padding=1)
     x = max_pool(x, 3, 2, ceil=True)  # 6x6
-    x = adaptive_avg_pool(x, 6)  # nothing at 224x224
+    x = adaptive_avg_pool(x, 6)  # changes nothing at 224x224
     x = relu(dense(flatten(x), p["params/fc6/kernel"], p["params/fc6/bias"]))
     x = relu(dense(x, p["params/fc7/kernel"], p["params/fc7/bias"]))
     return dense(x, p["params/head/kernel"], p["params/head/bias"])
