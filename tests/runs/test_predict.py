@@ -120,7 +120,7 @@ def test_converted_weights_see_images_of_the_size_that_they_take(tmp_path):
 
 def test_converted_weights_have_one_checkpoint_and_say_what_they_are(tmp_path):
     manager.write_tree(tmp_path / "other", {"w": np.ones(3)}, {"model": "lenet5", "by": "us"})
-    with pytest.raises(UserError, match=r"no checkpoints: remove --checkpoint, got 'best'"):
+    with pytest.raises(UserError, match=r"no checkpoints; remove --checkpoint=best"):
         predict.make_predictor_from_folder(tmp_path / "other", "best")
     written = {"source": "us", "preprocessing": {"size": 32}}
     for about, message in (
