@@ -1,0 +1,1 @@
+"""Look inside a network: features, class activation maps, gradients, other backward rules."""

@@ -1,0 +1,178 @@
+"""Guided backpropagation and the deconvnet: a gradient with another rule at every ReLU.
+
+The traced program is evaluated again; the calls named relu and relu6 take the other rule. Max
+pooling needs none: its gradient goes to the pixel that was the largest, which is the deconvnet's
+unpooling by recorded switches. Both methods are defined for ReLU networks alone; a network with
+another activation is refused by the activation's name.
+
+Both hardly depend on the upper layers (Adebayo et al. 2018, arXiv 1810.03292): their pictures look
+like the image, not like what the network learned. `quality.randomize` measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from flax_cnns.analysis.explain.features import Variables, unroll
+from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array
+
+Rule = Literal["guided", "deconvnet"]
+
+_HIGHEST = {"relu": jnp.inf, "relu6": 6.0}  # the value above which the activation is flat
+# Calls and primitives that are activations or gates of another kind.
+_OTHERS = {
+    *("silu", "swish", "gelu", "sigmoid", "hard_silu", "hard_swish", "hard_sigmoid", "elu", "selu"),
+    *(
+        "celu",
+        "softplus",
+        "leaky_relu",
+        "mish",
+        "softmax",
+        "log_softmax",
+        "hard_tanh",
+        "squareplus",
+    ),
+    *("tanh", "logistic", "erf", "exp"),
+}
+
+
+def guided_backprop(
+    model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
+) -> Array:
+    """The gradient [N H W C] that passes a ReLU only where it is positive and the ReLU is active
+    (Springenberg et al. 2015, arXiv 1412.6806, section 3.4).
+
+    Raises `UserError` for a network without ReLU or with another activation, and as `make_target`.
+    """
+    return _backward(model, variables, images, target, "guided")
+
+
+def deconvnet(
+    model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
+) -> Array:
+    """The gradient [N H W C] that passes a ReLU where it is positive, whatever the input was
+    (Zeiler & Fergus 2014, arXiv 1311.2901, section 2.1).
+
+    Raises `UserError` as `guided_backprop` does.
+    """
+    return _backward(model, variables, images, target, "deconvnet")
+
+
+def _backward(
+    model: nn.Module, variables: Variables, images: Array, target: TargetLike, rule: Rule
+) -> Array:
+    goal = make_target(target, model, variables, images)
+    model, variables = unroll(model, variables)
+    _check_activations(model, variables, images)
+    return _gradient(model, variables, images, goal, rule)
+
+
+@partial(jax.jit, static_argnames=("model", "rule"))
+def _gradient(
+    model: nn.Module, variables: Variables, images: Array, target: Target, rule: Rule
+) -> Array:
+    def score(images: Array) -> Array:
+        forward = lambda images: model.apply(variables, images, train=False)  # noqa: E731
+        program = jax.make_jaxpr(forward)(images)
+        (logits,) = _evaluate(program, [images], rule)
+        return target.score(logits).sum()
+
+    return jax.grad(score)(images)
+
+
+def _evaluate(program: core.ClosedJaxpr, args: Sequence[Array], rule: Rule) -> list[Array]:
+    """The outputs of a program whose activations have the gradient of `rule`."""
+    values: dict[core.Var, Any] = dict(zip(program.jaxpr.constvars, program.consts))
+    values |= dict(zip(program.jaxpr.invars, args))
+
+    def read(var: core.Var | core.Literal) -> Any:
+        return var.val if isinstance(var, core.Literal) else values[var]
+
+    for eqn in program.jaxpr.eqns:
+        given = [read(var) for var in eqn.invars]
+        inner = _inner_program(eqn)
+        if eqn.params.get("name") in _HIGHEST and len(given) == 1:
+            found = [_activation(rule, _HIGHEST[eqn.params["name"]])(given[0])]
+        elif inner is not None and any(_names(inner.jaxpr, set(_HIGHEST))):
+            found = _evaluate(inner, given, rule)
+        else:
+            found = _evaluate_one(eqn, given)
+        values |= dict(zip(eqn.outvars, found))
+    return [read(var) for var in program.jaxpr.outvars]
+
+
+def _evaluate_one(eqn: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
+    """The outputs of one equation, with its own derivative."""
+    variables = [(var, x) for var, x in zip(eqn.invars, given) if isinstance(var, core.Var)]
+    unique = dict(variables)
+    program = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))(*unique.values())
+
+
+def _activation(rule: Rule, highest: float) -> Callable[[Array], Array]:
+    """min(max(x, 0), highest) with the gradient of `rule`."""
+
+    @jax.custom_vjp
+    def activation(x: Array) -> Array:
+        return jnp.clip(x, 0, highest)
+
+    def backward(x: Array, g: Array) -> tuple[Array]:
+        passed = g > 0
+        if rule == "guided":
+            passed &= (x > 0) & (x < highest)
+        return (jnp.where(passed, g, 0),)
+
+    activation.defvjp(lambda x: (activation(x), x), backward)
+    return activation
+
+
+def _check_activations(model: nn.Module, variables: Variables, images: Array) -> None:
+    forward = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
+    program = jax.make_jaxpr(forward)(variables, images)
+    for name in _names(program.jaxpr, _OTHERS | set(_HIGHEST)):
+        if name in _OTHERS:
+            raise UserError(
+                f"{type(model).__name__} has the activation {name}: guided backpropagation and the"
+                " deconvnet are defined for ReLU; take gradient, smooth_grad or grad_cam"
+            )
+    if not any(_names(program.jaxpr, set(_HIGHEST))):
+        raise UserError(f"{type(model).__name__} has no ReLU, at which these methods differ")
+
+
+def _names(program: core.Jaxpr, wanted: set[str]) -> Iterator[str]:
+    """Names of calls and primitives in the program that are in `wanted`; an activation's own
+    program is not searched."""
+    for eqn in program.eqns:
+        for name in (eqn.params.get("name"), eqn.primitive.name):
+            if name in wanted:
+                yield name
+                break
+        else:
+            for inner in jaxprs_in(eqn):
+                yield from _names(inner, wanted)
+
+
+def _inner_program(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The program of an equation that calls it once, with its own arguments."""
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    calls = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat", "checkpoint")
+    if inner is None or eqn.primitive.name not in calls:
+        return None
+    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+
+
+def jaxprs_in(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs among an equation's parameters: of calls, branches and loops."""
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
+                yield inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner

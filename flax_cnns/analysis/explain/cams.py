@@ -1,0 +1,208 @@
+"""Class activation maps: [N h w], of the size of the maps that they weigh, as they come.
+
+No ReLU, no resizing, no scaling: `show_map` does these. `path` names the module whose output
+[N h w C] is weighed, by default the last one with spatial maps. The network stays as it is: the
+gradient is that by zeros which are added to the module's output.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_cnns.analysis.explain import features as tap
+from flax_cnns.analysis.explain.features import Variables
+from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array
+
+
+class MapsAndGradients(NamedTuple):
+    maps: Array  # f32 [N h w C]
+    gradients: Array  # of the target by them
+
+
+def grad_cam(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    target: TargetLike = None,
+    path: str | None = None,
+) -> Array:
+    """sum_k mean_xy(dS / dA_k) A_k (Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2,
+    before the ReLU); S is the logit, not the probability.
+
+    Raises `UserError` for an unknown path, one without spatial maps, and as `make_target` does.
+    """
+    maps, gradients = maps_and_gradients(model, variables, images, target, path)
+    return (maps * gradients.mean((1, 2), keepdims=True)).sum(-1)
+
+
+def grad_cam_plus_plus(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    target: TargetLike = None,
+    path: str | None = None,
+) -> Array:
+    """Grad-CAM with weights sum_xy alpha ReLU(dS / dA), alpha = g^2 / (2 g^2 + sum_xy(A) g^3)
+    (Chattopadhay et al. 2018, arXiv 1710.11063, equations 10 and 19, for exp(S))."""
+    maps, g = maps_and_gradients(model, variables, images, target, path)
+    below = 2 * g**2 + maps.sum((1, 2), keepdims=True) * g**3
+    alpha = jnp.where(g == 0, 0.0, g**2 / (below + 1e-6))
+    weights = (alpha * nn.relu(g)).sum((1, 2), keepdims=True)
+    return (maps * weights).sum(-1)
+
+
+def layer_cam(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    target: TargetLike = None,
+    path: str | None = None,
+) -> Array:
+    """sum_k ReLU(dS / dA_k) A_k, pixel by pixel (Jiang et al. 2021, IEEE TIP 30, equation 5)."""
+    maps, gradients = maps_and_gradients(model, variables, images, target, path)
+    return (nn.relu(gradients) * maps).sum(-1)
+
+
+def cam(model: nn.Module, variables: Variables, images: Array, target: TargetLike = None) -> Array:
+    """sum_k w_k A_k, with the head's weights of the class (Zhou et al. 2016, arXiv 1512.04150,
+    equation 2).
+
+    For networks whose head is one dense layer on the spatial means of maps A; the maps are the
+    output of the last module, or its ReLU, whose means the head reads. Raises `UserError` for other
+    networks, and for a target that is no class.
+    """
+    goal = make_target(target, model, variables, images)
+    if goal.function is not None:
+        raise UserError("cam weighs maps by the head's weights of a class: give a class")
+    model, variables = tap.unroll(model, variables)
+    maps, kernel = _find_pooled(model, variables, images)
+    weights = kernel[:, goal.classes]  # [C N]
+    if goal.against is not None:
+        weights = weights - kernel[:, goal.against]
+    return jnp.einsum("nhwc,cn->nhw", maps, weights, precision="highest")
+
+
+def maps_and_gradients(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    target: TargetLike = None,
+    path: str | None = None,
+) -> MapsAndGradients:
+    """The output [N h w C] of the module `path`, and the gradient of the target by it."""
+    goal = make_target(target, model, variables, images)
+    model, variables = tap.unroll(model, variables)
+    path = choose_path(model, variables, images, path)
+    return _maps_and_gradients(model, variables, images, goal, path)
+
+
+def choose_path(
+    model: nn.Module, variables: Variables, images: Array, path: str | None = None
+) -> str:
+    """`path` if it has spatial maps, the last module that has some if it is None.
+
+    Raises `UserError`.
+    """
+    outputs = tap.list_outputs(model, variables, images)
+    if path is not None:
+        tap.check_path(path, outputs, spatial=True)
+        return path
+    spatial = [name for name, output in outputs.items() if tap.is_map(output)]
+    if not spatial:
+        raise UserError(
+            f"no module of {type(model).__name__} has spatial maps for images {list(images.shape)}"
+        )
+    return spatial[-1]
+
+
+def show_map(maps: Array, size: tuple[int, int]) -> Array:
+    """[N h w] -> [N H W] in 0..1 for a picture: ReLU, resized bilinearly, over its maximum."""
+    positive = jax.image.resize(nn.relu(maps), (len(maps), *size), "bilinear")
+    return positive / jnp.maximum(positive.max((1, 2), keepdims=True), 1e-12)
+
+
+@partial(jax.jit, static_argnames=("model", "path"))
+def _maps_and_gradients(
+    model: nn.Module, variables: Variables, images: Array, target: Target, path: str
+) -> MapsAndGradients:
+    place, _, call = path.partition("[")
+    wanted = int(call[:-1]) if call else 0
+
+    def score(added: Array) -> tuple[Array, Array]:
+        seen: list[Array] = []
+
+        def add(function, args, kwargs, context):
+            out = function(*args, **kwargs)
+            if context.method_name == "__call__" and "/".join(context.module.path) == place:
+                seen.append(out)
+                if len(seen) == wanted + 1:
+                    out = out + added
+            return out
+
+        with nn.intercept_methods(add):
+            logits: Any = model.apply(variables, images, train=False)
+        return target.score(logits).sum(), seen[wanted]
+
+    shape = jax.eval_shape(lambda: tap.capture(model, variables, images, {place})[path])
+    gradients, maps = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
+    return MapsAndGradients(maps.astype(jnp.float32), gradients.astype(jnp.float32))
+
+
+def _find_pooled(model: nn.Module, variables: Variables, images: Array) -> tuple[Array, Array]:
+    """(the maps [N h w C] whose spatial means the head reads, the head's kernel [C K])."""
+    head, read = _find_head(model, variables, images)
+    outputs = tap.list_outputs(model, variables, images)
+    candidates = [
+        name
+        for name, output in outputs.items()
+        if len(output.shape) == 4 and output.shape[-1] == read.shape[-1]
+    ]
+    for path in reversed(candidates):
+        maps = tap.features(model, variables, images, [path])[path].astype(jnp.float32)
+        for found in (maps, nn.relu(maps)):
+            scale = np.abs(read).max() + 1e-12
+            if np.abs(found.mean((1, 2)) - read).max() < 1e-4 * scale:
+                return found, variables["params"][head]["kernel"]
+    raise UserError(
+        f"{type(model).__name__}: no module's output, nor its ReLU, has the means that the dense"
+        f" layer {head!r} reads; cam needs global average pooling and one dense layer; take"
+        " grad_cam"
+    )
+
+
+def _find_head(model: nn.Module, variables: Variables, images: Array) -> tuple[str, Array]:
+    """(path, input [N C]) of the dense layer whose output is the logits. Raises `UserError`."""
+    logits, layers = _dense_layers(model, variables, images)
+    for path, (read, out) in reversed(layers.items()):
+        if read.ndim == 2 and out.shape == logits.shape and bool((out == logits).all()):
+            return path, read
+    raise UserError(
+        f"the logits of {type(model).__name__} are not the output of a dense layer, as cam needs;"
+        " take grad_cam"
+    )
+
+
+@partial(jax.jit, static_argnames="model")
+def _dense_layers(
+    model: nn.Module, variables: Variables, images: Array
+) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+    """The logits, and input and output of every dense layer, in the order of calls."""
+    found: dict[str, tuple[Array, Array]] = {}
+
+    def note(function, args, kwargs, context):
+        out = function(*args, **kwargs)
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+            found["/".join(context.module.path)] = args[0], out
+        return out
+
+    with nn.intercept_methods(note):
+        logits: Any = model.apply(variables, images, train=False)
+    return logits, found

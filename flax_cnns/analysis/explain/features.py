@@ -1,0 +1,141 @@
+"""The output of any module of a network, by its path; the network stays as it is.
+
+    features(model, variables, images, ["stem", "stage2/block1"])
+
+A path is that of the parameters without the collection: `params/stage2/block1/conv1/kernel` belongs
+to the module `stage2/block1/conv1`. The empty path is the network itself. Functions such as
+`nn.relu` are no modules: the output of a norm is what comes before the activation, the output of a
+block is what comes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+
+from flax_cnns import tree as pytree
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.types import Array, PyTree
+
+Variables = Mapping[str, PyTree]
+# The name under which flax keeps what a module's `__call__` returns.
+_CALL = "__call__"
+
+
+class Unrolled(NamedTuple):
+    """A network whose blocks are modules of their own, and its variables by their names."""
+
+    model: nn.Module
+    variables: Variables
+
+
+def unroll(model: nn.Module, variables: Variables) -> Unrolled:
+    """The same network without `scan` and `remat`, and its variables with named blocks."""
+    off: dict[str, Any] = {n: False for n in ("scan", "remat") if getattr(model, n, False)}
+    named = {name: pytree.unstack_blocks(nn.unbox(tree)) for name, tree in variables.items()}
+    return Unrolled(model.clone(**off) if off else model, named)
+
+
+def features(
+    model: nn.Module, variables: Variables, images: Array, paths: Sequence[str]
+) -> dict[str, Array]:
+    """{path: output of that module} in evaluation, for images [N H W C].
+
+    A module that is called several times has its outputs under `path[0]`, `path[1]` and so on.
+    Raises `UserError` for a path that the network does not call or whose output is no array.
+    """
+    model, variables = unroll(model, variables)
+    shapes = list_outputs(model, variables, images)
+    for path in paths:
+        check_path(path, shapes)
+    return _features(model, variables, images, tuple(paths))
+
+
+def list_outputs(
+    model: nn.Module, variables: Variables, images: Array
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype of that module's output}, in the order in which the modules end.
+
+    Computes shapes only. Outputs that are no arrays are left out.
+    """
+    model, variables = unroll(model, variables)
+    order: list[str] = []
+
+    def note(
+        function: Any, args: tuple, kwargs: dict, context: nn.module.InterceptorContext
+    ) -> Any:
+        out = function(*args, **kwargs)
+        if context.method_name == _CALL:
+            order.append("/".join(context.module.path))
+        return out
+
+    with nn.intercept_methods(note):
+        captured = jax.eval_shape(partial(capture, model), variables, images)
+    return {path: captured[path] for path in _numbered(order) if path in captured}
+
+
+def check_path(
+    path: str, outputs: Mapping[str, jax.ShapeDtypeStruct], *, spatial: bool = False
+) -> None:
+    """Raises `UserError` if `path` is not in `outputs`; with `spatial` also if that module's output
+    is not a map [N H W C] of more than one pixel."""
+    if path not in outputs:
+        calls = [name for name in outputs if name.rpartition("[")[0] == path]
+        if calls:
+            raise UserError(
+                f"{path!r} is called {len(calls)} times; choose a call: {', '.join(calls)}"
+            )
+        raise UserError(f"the network calls no module {path!r}{did_you_mean(path, outputs)}")
+    if spatial and not is_map(outputs[path]):
+        spatial_paths = [name for name, output in outputs.items() if is_map(output)]
+        last = spatial_paths[-1] if spatial_paths else None
+        hint = f"; the last module with spatial maps is {last!r}" if last else ""
+        raise UserError(
+            f"{path!r} has no spatial maps: its output is {list(outputs[path].shape)}, expected"
+            f" [N H W C] of more than one pixel{hint}"
+        )
+
+
+def is_map(output: jax.ShapeDtypeStruct) -> bool:
+    return len(output.shape) == 4 and output.shape[1] * output.shape[2] > 1
+
+
+@partial(jax.jit, static_argnames=("model", "paths"))
+def _features(
+    model: nn.Module, variables: Variables, images: Array, paths: tuple[str, ...]
+) -> dict[str, Array]:
+    captured = capture(model, variables, images, {path.partition("[")[0] for path in paths})
+    return {path: captured[path] for path in paths}
+
+
+def capture(
+    model: nn.Module, variables: Variables, images: Array, paths: set[str] | None = None
+) -> dict[str, Array]:
+    """{path: output} of the modules `paths` of an unrolled network, by default of all modules."""
+
+    def is_asked(module: nn.Module, method: str) -> bool:
+        return method == _CALL and (paths is None or "/".join(module.path) in paths)
+
+    _, state = model.apply(
+        variables, images, train=False, capture_intermediates=is_asked, mutable=["intermediates"]
+    )
+    captured: dict[str, Any] = {}
+    for (*parts, name), calls in flatten_dict(state.get("intermediates", {})).items():
+        if name == _CALL:
+            captured |= dict(zip(_numbered(["/".join(parts)] * len(calls)), calls))
+    return {path: value for path, value in captured.items() if isinstance(value, jax.Array)}
+
+
+def _numbered(paths: Sequence[str]) -> list[str]:
+    """Names of calls: a path that comes once is itself, else it gets [0], [1] and so on."""
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        seen[path] = seen.get(path, -1) + 1
+        names.append(path if paths.count(path) == 1 else f"{path}[{seen[path]}]")
+    return names

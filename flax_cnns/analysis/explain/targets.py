@@ -1,0 +1,99 @@
+"""What a saliency map explains: one number for each image, made of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array, PyTree
+
+
+@struct.dataclass
+class Target:
+    """The logit of `classes`, minus that of `against` if there is one, or `function(logits)`.
+
+    `classes`, `against`: i32 [N]. `function`: logits f32 [N K] -> f32 [N]. With `of_probabilities`
+    the softmax takes the place of the logits.
+    """
+
+    classes: Array | None = None
+    against: Array | None = None
+    function: Callable[[Array], Array] | None = struct.field(pytree_node=False, default=None)
+    of_probabilities: bool = struct.field(pytree_node=False, default=False)
+
+    def score(self, logits: Array) -> Array:
+        """Logits f32 [N K] -> f32 [N]."""
+        if self.function is not None:
+            return self.function(logits)
+        if self.of_probabilities:
+            logits = nn.softmax(logits)
+        assert self.classes is not None  # `make_target` gives a function or classes
+        score = _take_class(logits, self.classes)
+        return score if self.against is None else score - _take_class(logits, self.against)
+
+
+TargetLike = Target | Callable[[Array], Array] | int | Sequence[int] | np.ndarray | Array | None
+
+
+def make_target(target: TargetLike, model: nn.Module, variables: PyTree, images: Array) -> Target:
+    """The target for images [N H W C].
+
+    None: the class that the network predicts. A number or N numbers: the logits of these classes.
+    A pair of those in a tuple: the difference of the two logits. A function: its value.
+    Raises `UserError` for a class out of range, another number of classes than images, or a
+    network without logits.
+    """
+    if isinstance(target, Target):
+        return target
+    if callable(target):
+        return Target(function=target)
+    shape = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images).shape
+    if len(shape) != 2:
+        raise UserError(f"expected logits [N K] of the network, got {list(shape)}")
+    if target is None:
+        return Target(_predict(model, variables, images))
+    if isinstance(target, tuple) and len(target) == 2:
+        classes, against = (_check_classes(given, shape) for given in target)
+        return Target(classes, against)
+    return Target(_check_classes(target, shape))
+
+
+def _check_classes(given: int | Sequence[int] | np.ndarray | Array, shape: Sequence[int]) -> Array:
+    count, classes = shape
+    values = np.asarray(given)
+    if not np.issubdtype(values.dtype, np.integer) or values.ndim > 1:
+        raise UserError(f"expected a class or {count} of them, whole numbers, got {given!r}")
+    if values.ndim and len(values) != count:
+        raise UserError(f"expected a class for each of {count} images, got {len(values)}")
+    if ((values < 0) | (values >= classes)).any():
+        wrong = values[(values < 0) | (values >= classes)] if values.ndim else values
+        raise UserError(
+            f"class {int(np.ravel(wrong)[0])} is out of range: the network has {classes} classes,"
+            f" 0 to {classes - 1}"
+        )
+    return jnp.broadcast_to(jnp.asarray(values, jnp.int32), (count,))
+
+
+@partial(jax.jit, static_argnames="model")
+def _predict(model: nn.Module, variables: PyTree, images: Array) -> Array:
+    logits: Any = model.apply(variables, images, train=False)
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+def _take_class(logits: Array, classes: Array) -> Array:
+    return jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]
+
+
+@partial(jax.jit, static_argnames="model")
+def compute_scores(model: nn.Module, variables: PyTree, images: Array, target: Target) -> Array:
+    """The target of images [N H W C]: f32 [N]."""
+    logits: Any = model.apply(variables, images, train=False)
+    return target.score(logits)
