@@ -1,4 +1,4 @@
-"""Writes reference/*.npz, the saliency maps of captum and pytorch-grad-cam on torchvision's networks.
+"""Writes reference/*.npz: saliency of captum and pytorch-grad-cam on torchvision's networks.
 
     pip install --no-deps captum==0.8.0 grad-cam==1.5.7 ttach && pip install opencv-python-headless
     python -m tests.analysis.explain.make_reference
