@@ -1,0 +1,176 @@
+"""What a network's layers give: means, spreads, dead units, histograms, gradient norms; LSUV.
+
+for layer in measure_activations(model, variables, images):
+    print(layer.path, layer.mean, layer.std, layer.dead)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_cnns import tree as pytree
+from flax_cnns.analysis.explain import features as tap
+from flax_cnns.analysis.explain.features import Variables
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array, PyTree
+
+
+class LayerActivations(NamedTuple):
+    """The outputs of one module over all images and positions."""
+
+    path: str
+    values: int  # how many
+    mean: float
+    std: float
+    dead: float  # share of the channels that are never above 0: behind a ReLU they are zero
+    counts: np.ndarray  # i64 [bins]
+    edges: np.ndarray  # f64 [bins + 1]
+
+
+def measure_activations(
+    model: nn.Module,
+    variables: Variables,
+    batches: Array | Iterable[Array],
+    paths: Sequence[str] | None = None,
+    *,
+    bins: int = 50,
+) -> list[LayerActivations]:
+    """Statistics of the outputs of `paths` over images [N H W C], or batches of them, in evaluation.
+
+    `paths` are by default all modules that have parameters of their own, in the order in which they
+    run. The histogram's edges are four standard deviations of the first batch around its mean; its
+    outer bins hold what lies beyond. Raises `UserError` for an unknown path, and without images.
+    """
+    model, variables = tap.unroll(model, variables)
+    totals: dict[str, _Totals] = {}
+    several: Iterable[Array] = [batches] if isinstance(batches, jax.Array) else batches
+    for images in several:
+        if paths is None:
+            paths = find_layers(model, variables, images)
+        for path, output in tap.features(model, variables, images, paths).items():
+            totals.setdefault(path, _Totals(bins)).add(np.asarray(output, np.float64))
+    if paths is None:
+        raise UserError("no images: activations are measured over at least one batch")
+    return [totals[path].finish(path) for path in paths]
+
+
+def find_layers(model: nn.Module, variables: Variables, images: Array) -> list[str]:
+    """Modules with parameters of their own, in the order in which they run."""
+    owners = {path.rpartition("/")[0] for path in pytree.flatten(variables["params"])}
+    outputs = tap.list_outputs(model, variables, images)
+    return [path for path in outputs if path.partition("[")[0] in owners]
+
+
+def measure_gradients(
+    model: nn.Module, variables: Variables, images: Array, labels: Array
+) -> dict[str, float]:
+    """{layer: Euclidean norm of the cross-entropy's gradient by its parameters}, in evaluation.
+
+    `labels`: i32 [N]. A layer is a module with parameters of its own, in the order in which they
+    run.
+    """
+    model, variables = tap.unroll(model, variables)
+    grads = pytree.flatten(_gradients(model, variables, images, labels))
+    squares: dict[str, float] = {}
+    for path, leaf in grads.items():
+        layer = path.rpartition("/")[0]
+        squares[layer] = squares.get(layer, 0.0) + float(jnp.vdot(leaf, leaf))
+    order = [path.partition("[")[0] for path in find_layers(model, variables, images)]
+    return {layer: squares[layer] ** 0.5 for layer in dict.fromkeys(order)}
+
+
+def lsuv(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    *,
+    key: Array,
+    tolerance: float = 0.1,
+    most: int = 10,
+) -> dict[str, PyTree]:
+    """Layer-sequential unit variance (Mishkin & Matas 2016, arXiv 1511.06422, algorithm 1).
+
+    Every kernel of a convolution or dense layer becomes orthonormal, then, layer by layer in the
+    order in which they run, is divided by the standard deviation of the layer's output over
+    `images`, until the variance is within `tolerance` of 1, at most `most` times. Biases become
+    zero. Norms normalize in evaluation, by their running statistics, as `variables` has them.
+    Returns new variables, with named blocks. Raises `UserError` if a layer's output is constant.
+    """
+    model, variables = tap.unroll(model, variables)
+    flat = dict(pytree.flatten(variables))
+    layers = [
+        path
+        for path in dict.fromkeys(
+            name.partition("[")[0] for name in find_layers(model, variables, images)
+        )
+        if f"params/{path}/kernel" in flat
+    ]
+    orthogonal = jax.nn.initializers.orthogonal()
+    for number, path in enumerate(layers):
+        kernel = flat[f"params/{path}/kernel"]
+        drawn = orthogonal(jax.random.fold_in(key, number), kernel.shape, kernel.dtype)
+        flat[f"params/{path}/kernel"] = drawn
+        if f"params/{path}/bias" in flat:
+            flat[f"params/{path}/bias"] = jnp.zeros_like(flat[f"params/{path}/bias"])
+    outputs = tap.list_outputs(model, variables, images)
+    for path in layers:
+        call = path if path in outputs else f"{path}[0]"
+        for _ in range(most):
+            found = tap.features(model, pytree.unflatten(flat), images, [call])[call]
+            variance = float(jnp.var(found.astype(jnp.float32)))
+            if not variance > 0 or not np.isfinite(variance):
+                raise UserError(
+                    f"lsuv: the output of {path!r} has the variance {variance} over"
+                    f" {len(images)} images; give other images, or more"
+                )
+            if abs(variance - 1) < tolerance:
+                break
+            flat[f"params/{path}/kernel"] = flat[f"params/{path}/kernel"] / variance**0.5
+    return pytree.unflatten(flat)
+
+
+class _Totals:
+    """Sums over batches."""
+
+    def __init__(self, bins: int):
+        self.bins, self.count, self.sum, self.squares = bins, 0, 0.0, 0.0
+        self.highest: np.ndarray | None = None  # [C]
+        self.edges, self.counts = np.zeros(0), np.zeros(bins, np.int64)
+
+    def add(self, output: np.ndarray) -> None:
+        if self.highest is None:
+            low, high = output.mean() - 4 * output.std(), output.mean() + 4 * output.std()
+            self.edges = np.linspace(low, max(high, low + 1e-12), self.bins + 1)
+        clipped = np.clip(output, self.edges[0], self.edges[-1])
+        self.counts += np.histogram(clipped, self.edges)[0]
+        self.count += output.size
+        self.sum += output.sum()
+        self.squares += (output**2).sum()
+        highest = output.reshape(-1, output.shape[-1]).max(0)
+        self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
+
+    def finish(self, path: str) -> LayerActivations:
+        assert self.highest is not None
+        mean = self.sum / self.count
+        std = max(self.squares / self.count - mean**2, 0.0) ** 0.5
+        dead = float((self.highest <= 0).mean())
+        return LayerActivations(path, self.count, mean, std, dead, self.counts, self.edges)
+
+
+@partial(jax.jit, static_argnames="model")
+def _gradients(model: nn.Module, variables: Variables, images: Array, labels: Array) -> PyTree:
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def loss(params: PyTree) -> Array:
+        logits: Any = model.apply({"params": params, **rest}, images, train=False)
+        picked = jnp.take_along_axis(nn.log_softmax(logits), labels[:, None], 1)
+        return -picked.mean()
+
+    return jax.grad(loss)(variables["params"])
