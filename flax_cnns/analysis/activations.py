@@ -42,7 +42,7 @@ def measure_activations(
     *,
     bins: int = 50,
 ) -> list[LayerActivations]:
-    """Statistics of the outputs of `paths` over images [N H W C], or batches of them, in evaluation.
+    """Statistics of the outputs of `paths` in evaluation, over images [N H W C] or batches of them.
 
     `paths` are by default all modules that have parameters of their own, in the order in which they
     run. The histogram's edges are four standard deviations of the first batch around its mean; its

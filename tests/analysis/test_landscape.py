@@ -1,0 +1,178 @@
+"""Loss landscapes against formulas that are written anew here."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_cnns import create_model, init_variables
+from flax_cnns import tree as pytree
+from flax_cnns.analysis import landscape
+from flax_cnns.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(loss, variables) of a residual network with BatchNorm."""
+    model = create_model("cifar_resnet20", depths=(1, 1, 1), widths=(4, 4, 4))
+    images = jax.random.normal(jax.random.key(1), (6, 8, 8, 3))
+    labels = jnp.arange(6) % 10
+    variables = init_variables(model, jax.random.key(0))
+    batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    return landscape.Loss(model, batches), variables
+
+
+@pytest.fixture(scope="module")
+def directions(small):
+    return tuple(landscape.random_direction(small[1]["params"], jax.random.key(i)) for i in (1, 2))
+
+
+def cross_entropy(loss, variables):
+    """The mean over all images, written anew."""
+    images, labels = (jnp.concatenate(parts) for parts in zip(*loss.batches))
+    logits = np.asarray(loss.model.apply(variables, images, train=False), np.float64)
+    shifted = logits - logits.max(1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return -log_probabilities[np.arange(len(labels)), labels].mean()
+
+
+def test_the_loss_is_the_mean_cross_entropy(small):
+    loss, variables = small
+    assert loss(variables) == pytest.approx(cross_entropy(loss, variables), rel=1e-5)
+
+
+def test_a_filter_of_a_direction_has_the_norm_of_the_weights(small, directions):
+    for path, leaf in pytree.flatten(small[1]["params"]).items():
+        drawn = pytree.flatten(directions[0])[path]
+        if leaf.ndim < 2:
+            assert not drawn.any()
+            continue
+        for out in range(leaf.shape[-1]):  # a filter is one output
+            wanted, found = (np.linalg.norm(np.asarray(a)[..., out]) for a in (leaf, drawn))
+            np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_a_plane_is_the_loss_at_its_points_and_goes_on_from_saved_rows(small, directions, tmp_path):
+    loss, variables = small
+    xs, ys = [-0.5, 0.0, 0.5], [0.0, 1.0]
+    said = []
+    given = (loss, variables, directions, xs, ys)
+    found = landscape.evaluate_plane(*given, folder=tmp_path / "plane", say=said.append)
+    assert found.shape == (2, 3)
+    assert found[0, 1] == pytest.approx(loss(variables), rel=1e-5)
+    moved = jax.tree.map(lambda w, d, e: w + 0.5 * d + e, variables["params"], *directions)
+    by_hand = cross_entropy(loss, {**variables, "params": moved})
+    assert found[1, 2] == pytest.approx(by_hand, rel=1e-4)
+    (tmp_path / "plane" / "row1.npy").unlink()
+    again = landscape.evaluate_plane(*given, folder=tmp_path / "plane", say=said.append)
+    np.testing.assert_array_equal(again, found)
+    assert [line.partition(":")[0] for line in said] == ["row 1/2", "row 2/2", "row 2/2"]
+    with pytest.raises(UserError, match=r"rows of another plane \(xs differ\)"):
+        landscape.evaluate_plane(
+            loss, variables, directions, [0.0, 1.0, 2.0], ys, folder=tmp_path / "plane"
+        )
+
+
+def test_rescaling_a_filter_in_front_of_a_batchnorm_leaves_the_picture(small):
+    """The network is the same function, and its filter-normalized plane too."""
+    loss, variables = small
+    loss = dataclasses.replace(loss, batchnorm="batch")  # statistics follow the filter
+    path = "stage1/block1/conv1/kernel"
+    flat = pytree.flatten(variables["params"])
+    scaled = {**flat, path: flat[path] * jnp.array([4.0, 0.25, 1.0, 2.0])}
+    others = {**variables, "params": pytree.unflatten(scaled)}
+    planes = []
+    for each in (variables, others):
+        pair = tuple(landscape.random_direction(each["params"], jax.random.key(i)) for i in (1, 2))
+        planes.append(
+            landscape.evaluate_plane(loss, each, pair, [-0.5, 0.5], [0.5], say=lambda line: None)
+        )
+    np.testing.assert_allclose(*planes, rtol=2e-3)
+    # Without the normalization by filter it is another picture.
+    leaves, structure = jax.tree.flatten(variables["params"])
+    drawn = [jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)]
+    plain = jax.tree.unflatten(structure, drawn)
+    rows = [loss.row(each, (plain, plain), jnp.array([0.5]), 0.0) for each in (variables, others)]
+    assert abs(rows[0] - rows[1]) > 1e-2 * abs(rows[0])
+
+
+def test_a_line_interpolates_the_running_statistics_too(small):
+    loss, variables = small
+    end = jax.tree.map(lambda a: 1.5 * a + 0.1, variables)
+    found = landscape.evaluate_line(loss, variables, end, [0.0, 0.5, 1.0])
+    middle = jax.tree.map(lambda a, b: (a + b) / 2, variables, end)
+    wanted = [cross_entropy(loss, each) for each in (variables, middle, end)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    other = {**variables, "params": {**variables["params"], "head": {"kernel": jnp.ones((4, 3))}}}
+    with pytest.raises(UserError, match="'params/head/"):
+        landscape.evaluate_line(loss, variables, other, [0.0])
+
+
+def test_a_trajectory_in_a_plane_is_found():
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((12, 2)))[0].T
+    points = np.array([[5.0, 1.0], [3.0, -1.0], [1.0, 0.5], [0.0, 0.0]])
+    end = rng.standard_normal(12)
+    checkpoints = [
+        {
+            "a": jnp.asarray((end + p @ axes)[:8].reshape(4, 2)),
+            "b": jnp.asarray((end + p @ axes)[8:]),
+        }
+        for p in points
+    ]
+    found = landscape.fit_trajectory(checkpoints)
+    np.testing.assert_allclose(found.explained.sum(), 1.0, rtol=1e-5)
+    lengths = lambda p: np.linalg.norm(p[:, None] - p[None], axis=-1)  # noqa: E731
+    np.testing.assert_allclose(lengths(found.points), lengths(points), atol=1e-4)
+    inner = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, found.directions)))
+    assert abs(inner) < 1e-5
+    with pytest.raises(UserError, match="at least 3 checkpoints, got 2"):
+        landscape.fit_trajectory(checkpoints[:2])
+    line = [{"a": t * jnp.ones(3)} for t in (3.0, 1.0, 0.0)]
+    with pytest.raises(UserError, match="on a line"):
+        landscape.fit_trajectory(line)
+
+
+def test_eigenvalues_of_a_quadratic():
+    """The Hessian of w . A w / 2 is A."""
+    values = np.array([9.0, -5.0, 1.0, 0.5, 0.1])
+    axes = np.linalg.qr(np.random.default_rng(1).standard_normal((5, 5)))[0]
+    matrix = jnp.asarray(axes @ np.diag(values) @ axes.T, jnp.float32)
+    quadratic = types.SimpleNamespace(
+        hessian_times=lambda variables, direction: {"w": matrix @ direction["w"]}
+    )
+    found = landscape.find_top_eigenvalues(
+        quadratic, {"params": {"w": jnp.ones(5)}}, 2, key=jax.random.key(0), tolerance=1e-6
+    )
+    np.testing.assert_allclose([pair.value for pair in found], [9.0, -5.0], rtol=1e-3)
+    np.testing.assert_allclose(abs(found[0].vector["w"] @ axes[:, 0]), 1.0, atol=1e-3)
+
+
+def test_the_hessian_is_that_of_differences(small, directions):
+    loss, variables = small
+    found = loss.hessian_times(variables, directions[0])
+    step = 1e-2
+    ends = [
+        loss.gradient(
+            {
+                **variables,
+                "params": jax.tree.map(
+                    lambda w, d, s=sign: w + s * step * d, variables["params"], directions[0]
+                ),
+            }
+        )
+        for sign in (1, -1)
+    ]
+    wanted = jax.tree.map(lambda a, b: (a - b) / (2 * step), *ends)
+    head, by_differences = (np.asarray(t["head"]["kernel"]) for t in (found, wanted))
+    assert np.abs(head - by_differences).max() < 0.05 * np.abs(by_differences).max()
+
+
+def test_sharpness_is_the_rise_along_the_gradient(small):
+    loss, variables = small
+    found = landscape.measure_sharpness(loss, variables, 0.01)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(loss.gradient(variables))))
+    assert found == pytest.approx(0.01 * norm, rel=0.2)
