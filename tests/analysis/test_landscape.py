@@ -82,7 +82,7 @@ def test_rescaling_a_filter_in_front_of_a_batchnorm_leaves_the_picture(small):
     loss = dataclasses.replace(loss, batchnorm="batch")  # statistics follow the filter
     path = "stage1/block1/conv1/kernel"
     flat = pytree.flatten(variables["params"])
-    scaled = {**flat, path: flat[path] * jnp.array([4.0, 0.25, 1.0, 2.0])}
+    scaled = {**flat, path: flat[path] * jnp.array([16.0, 0.1, 1.0, 4.0])}
     others = {**variables, "params": pytree.unflatten(scaled)}
     planes = []
     for each in (variables, others):
@@ -90,11 +90,10 @@ def test_rescaling_a_filter_in_front_of_a_batchnorm_leaves_the_picture(small):
         planes.append(
             landscape.evaluate_plane(loss, each, pair, [-0.5, 0.5], [0.5], say=lambda line: None)
         )
-    np.testing.assert_allclose(*planes, rtol=2e-3)
+    np.testing.assert_allclose(*planes, rtol=1e-3)
     # Without the normalization by filter it is another picture.
-    leaves, structure = jax.tree.flatten(variables["params"])
-    drawn = [jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(leaves)]
-    plain = jax.tree.unflatten(structure, drawn)
+    still = {name: jnp.zeros_like(leaf) for name, leaf in flat.items()}
+    plain = pytree.unflatten({**still, path: jax.random.normal(jax.random.key(3), (3, 3, 4, 4))})
     rows = [loss.row(each, (plain, plain), jnp.array([0.5]), 0.0) for each in (variables, others)]
     assert abs(rows[0] - rows[1]) > 1e-2 * abs(rows[0])
 
