@@ -57,7 +57,7 @@ def features(
 
 
 def list_outputs(
-    model: nn.Module, variables: Variables, images: Array
+    model: nn.Module, variables: Variables, images: Array | jax.ShapeDtypeStruct
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype of that module's output}, in the order in which the modules end.
 

@@ -1,0 +1,1 @@
+"""Images that a network's units want: feature visualization and DeepDream."""

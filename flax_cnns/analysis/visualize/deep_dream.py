@@ -1,0 +1,97 @@
+"""DeepDream: an image in which a layer sees more of what it sees, octave by octave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_cnns.analysis.explain import features as tap
+from flax_cnns.analysis.explain.features import Variables
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array
+
+
+def deep_dream(
+    model: nn.Module,
+    variables: Variables,
+    image: Array,
+    path: str,
+    *,
+    key: Array,
+    normalize: Callable[[Array], Array],
+    unit: int | None = None,
+    octaves: int = 4,
+    octave_scale: float = 1.4,
+    steps: int = 10,
+    step_size: float = 0.01,
+    tile: int = 224,
+) -> np.ndarray:
+    """Returns the image [H W C] in 0..1 after gradient ascent on the mean square of the output of
+    the module `path`, or on the mean of its channel `unit` (Mordvintsev, Olah & Tyka 2015).
+
+    The image starts `octave_scale` ** (octaves - 1) times smaller; what was added to it is enlarged
+    with it. The gradient is divided by its mean absolute value. It is computed by tiles of `tile`
+    pixels, which are shifted at random in each step, so that memory does not grow with the image.
+    Equal keys give equal images. Raises `UserError` for an unknown module, and for an image that is
+    smaller than a tile allows.
+    """
+    if min(octaves, steps) < 1 or octave_scale <= 1:
+        raise UserError(
+            "expected octaves and steps of at least 1 and octave_scale above 1, got"
+            f" {octaves}, {steps} and {octave_scale}"
+        )
+    model, variables = tap.unroll(model, variables)
+    image = jnp.asarray(image, jnp.float32)
+    height, width, channels = image.shape
+    sizes = [
+        (round(height / octave_scale**n), round(width / octave_scale**n))
+        for n in reversed(range(octaves))
+    ]
+    side = min(tile, *sizes[0])
+    shape = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    tap.check_path(path, tap.list_outputs(model, variables, shape))
+    added = jnp.zeros((*sizes[0], channels))
+    for octave, size in enumerate(sizes):
+        base = jax.image.resize(image, (*size, channels), "bilinear")
+        added = jax.image.resize(added, (*size, channels), "bilinear")
+        for step in range(steps):
+            shift = jax.random.fold_in(key, octave * 10_000 + step)
+            down, right = (int(n) for n in jax.random.randint(shift, (2,), 0, side))
+            seen = jnp.clip(base + added, 0, 1)
+            rolled = jnp.roll(seen, (down, right), (0, 1))
+            gradient = np.zeros(rolled.shape, np.float32)
+            for top in _starts(size[0], side):
+                for left in _starts(size[1], side):
+                    window = rolled[top : top + side, left : left + side][None]
+                    found = _gradient(model, variables, window, path, unit, normalize)[0]
+                    gradient[top : top + side, left : left + side] = found
+            gradient = np.roll(gradient, (-down, -right), (0, 1))
+            added += step_size * gradient / (np.abs(gradient).mean() + 1e-12)
+    return np.asarray(jnp.clip(image + added, 0, 1))
+
+
+def _starts(size: int, side: int) -> list[int]:
+    """First pixels of tiles that cover `size`; the last tile ends at the border."""
+    return [*range(0, size - side, side), size - side]
+
+
+@partial(jax.jit, static_argnames=("model", "path", "unit", "normalize"))
+def _gradient(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    path: str,
+    unit: int | None,
+    normalize: Callable[[Array], Array],
+) -> Array:
+    def score(images: Array) -> Array:
+        output = tap.capture(model, variables, normalize(images), {path.partition("[")[0]})[path]
+        output = output.astype(jnp.float32)
+        return (output**2).mean() if unit is None else output[..., unit].mean()
+
+    return jax.grad(score)(images)

@@ -1,0 +1,63 @@
+"""What a visualization makes large: a channel, a neuron, a logit, a direction."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flax_cnns.errors import UserError
+from flax_cnns.types import Array
+
+Kind = Literal["channel", "neuron", "direction"]
+
+
+class Objective(NamedTuple):
+    """A number for each image, made of the output of the module `path`.
+
+    "channel": the mean of channel `unit` over all positions; of the network's own output (path "")
+    it is the logit. "neuron": that channel in the middle of the map. "direction": the mean of the
+    product with `vector`, f32 [C].
+    """
+
+    path: str
+    unit: int = 0
+    kind: Kind = "channel"
+    vector: tuple[float, ...] = ()
+
+    def measure(self, output: Array) -> Array:
+        """Returns f32 [N] of an output [N h w C] or [N C]."""
+        if self.kind == "direction":
+            chosen = output.astype(jnp.float32) @ jnp.asarray(self.vector, jnp.float32)
+        else:
+            chosen = output[..., self.unit].astype(jnp.float32)
+        if self.kind == "neuron" and chosen.ndim == 3:
+            return chosen[:, chosen.shape[1] // 2, chosen.shape[2] // 2]
+        return chosen.reshape(len(chosen), -1).mean(1)
+
+    def check(self, output: jax.ShapeDtypeStruct) -> None:
+        """Raises `UserError` if the module's output lacks the unit or has other channels."""
+        channels = output.shape[-1]
+        if self.kind == "direction" and len(self.vector) != channels:
+            raise UserError(
+                f"{self.path!r} has {channels} channels, the direction has {len(self.vector)}"
+            )
+        if self.kind not in ("channel", "neuron", "direction"):
+            raise UserError(f"expected channel, neuron or direction, got {self.kind!r}")
+        if self.kind != "direction" and not 0 <= self.unit < channels:
+            raise UserError(
+                f"unit {self.unit} is out of range: {self.path!r} has {channels} channels,"
+                f" 0 to {channels - 1}"
+            )
+
+
+def diversity(output: Array) -> Array:
+    """Returns the mean cosine similarity of the Gram matrices of different images' maps [N h w C]
+    (Olah et al. 2017, "diversity"); 0 for one image."""
+    maps = output.reshape(len(output), -1, output.shape[-1]).astype(jnp.float32)
+    grams = jnp.einsum("npc,npd->ncd", maps, maps).reshape(len(maps), -1)
+    grams /= jnp.linalg.norm(grams, axis=1, keepdims=True) + 1e-8
+    alike = grams @ grams.T
+    count = len(maps)
+    return (alike.sum() - jnp.trace(alike)) / max(count * (count - 1), 1)
