@@ -7,6 +7,7 @@ gradient is that by zeros which are added to the module's output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -123,7 +124,7 @@ def choose_path(
     return spatial[-1]
 
 
-def show_map(maps: Array, size: tuple[int, int]) -> Array:
+def show_map(maps: Array, size: Sequence[int]) -> Array:
     """[N h w] -> [N H W] in 0..1 for a picture: ReLU, resized bilinearly, over its maximum."""
     positive = jax.image.resize(nn.relu(maps), (len(maps), *size), "bilinear")
     return positive / jnp.maximum(positive.max((1, 2), keepdims=True), 1e-12)

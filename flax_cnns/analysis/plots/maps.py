@@ -1,0 +1,87 @@
+"""Pictures of images with maps: saliency, features, filters, visualizations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from flax_cnns.analysis.plots.style import save_picture, shorten
+
+MAX_ROWS = 12  # images in one picture
+MAX_TILES = 64  # maps or filters in one picture
+
+
+def draw_saliency(
+    pixels: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    png: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """Draws each image, and beside it a map of each method over the pale image.
+
+    pixels: f32 [N H W C] in 0..1; maps: {method: f32 [N H W]}, not negative. Each map is scaled to
+    its 99th percentile. At most `MAX_ROWS` images are drawn. Raises `UserError` if the picture
+    cannot be written.
+    """
+    count = min(len(pixels), MAX_ROWS)
+    figure = Figure(figsize=(1.7 * (1 + len(maps)), 1.85 * count + 0.5), layout="constrained")
+    grid = figure.subplots(count, 1 + len(maps), squeeze=False)
+    for row in range(count):
+        _show(grid[row, 0], pixels[row])
+        grid[row, 0].set_title(shorten(names[row], 24), fontsize=8)
+        for axes, (method, found) in zip(grid[row, 1:], maps.items()):
+            _show(axes, pixels[row], pale=0.25)
+            top = max(float(np.percentile(found[row], 99)), 1e-12)
+            axes.imshow(found[row], cmap="inferno", vmin=0, vmax=top, alpha=0.8)
+            if row == 0:
+                axes.set_title(method.replace("_", " "), fontsize=8)
+    if title:
+        figure.suptitle(shorten(title, 24 * (1 + len(maps))), fontsize=9)
+    save_picture(figure, png)
+
+
+def draw_tiles(
+    tiles: Sequence[np.ndarray],
+    labels: Sequence[str],
+    png: str | os.PathLike,
+    title: str = "",
+    *,
+    signed: bool = False,
+) -> None:
+    """Draws a grid of small pictures: f32 [H W] or [H W 1] in a color map, [H W 3] in their colors.
+
+    Colors are in 0..1. `signed`: the color map is white at 0. At most `MAX_TILES` are drawn. Raises
+    `UserError` if the picture cannot be written.
+    """
+    tiles = list(tiles)[:MAX_TILES]
+    columns = min(len(tiles), 8)
+    rows = -(-len(tiles) // columns)
+    side = 1.25 if len(tiles) > 8 else 2.2
+    figure = Figure(figsize=(side * columns, (side + 0.2) * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, tile, label in zip(grid.flat, tiles, labels):
+        if signed and (tile.ndim == 2 or tile.shape[-1] == 1):
+            reach = max(float(np.abs(tile).max()), 1e-12)
+            axes.imshow(np.squeeze(tile), cmap="RdBu_r", vmin=-reach, vmax=reach)
+        else:
+            _show(axes, tile)
+        axes.set_title(shorten(label, 18), fontsize=7)
+    if title:
+        figure.suptitle(shorten(title, 16 * columns), fontsize=9)
+    save_picture(figure, png)
+
+
+def _show(axes: Axes, tile: np.ndarray, pale: float = 1.0) -> None:
+    axes.set_axis_off()
+    if tile.ndim == 3 and tile.shape[-1] == 3:
+        axes.imshow(np.clip(tile, 0, 1), alpha=pale)
+    else:
+        flat = tile if tile.ndim == 2 else tile.mean(-1)
+        axes.imshow(flat, cmap="gray", alpha=pale)
