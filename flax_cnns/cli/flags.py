@@ -205,24 +205,23 @@ _SECTIONS = {path.partition(".")[0] for path in FIELDS if "." in path}
 
 
 def define_commands(*names: str) -> None:
-    """Makes the command's first argument one of these names."""
+    """Makes the command's first argument one of these names; `argv[1]` is the one given."""
     _COMMANDS.extend(names)
 
 
 _COMMANDS: list[str] = []
 
 
-def define_arguments(what: str, word: str, most: int | None = None) -> None:
-    """Lets the command take at least one and at most `most` arguments, mixed with flags in any
-    order.
+def define_arguments(what: str, word: str, most: int | None = None, least: int = 1) -> None:
+    """Lets the command take from `least` to `most` arguments, mixed with flags in any order.
 
     Messages describe the arguments as `what`, and the usage line shows `word`.
     """
     flags.FLAGS.set_gnu_getopt()
-    _ARGUMENTS.append((what, word, most))
+    _ARGUMENTS.append((what, word, most, least))
 
 
-_ARGUMENTS: list[tuple[str, str, int | None]] = []
+_ARGUMENTS: list[tuple[str, str, int | None, int]] = []
 
 
 def _run_paths() -> list[str]:
@@ -234,18 +233,20 @@ def _run_paths() -> list[str]:
 
 def _usage() -> str:
     """Returns the word in the usage line for the command's arguments."""
-    if _COMMANDS:
-        return "|".join(_COMMANDS)
-    return _ARGUMENTS[0][1] if _ARGUMENTS else ""
+    words = ["|".join(_COMMANDS)] if _COMMANDS else []
+    return " ".join([*words, *(word for _, word, _, _ in _ARGUMENTS)])
 
 
-def choose_picture_path(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> tuple[str, str]:
+def choose_picture_path(
+    flag: flags.FlagHolder, inputs: Sequence[str] = (), default: str = ""
+) -> tuple[str, str]:
     """Returns (path of the picture to write, its description for a message).
 
-    The path is the flag's value. Without the flag, the path is the default, with a number if that
-    file exists. Raises `UserError` if the file is one of the `inputs`.
+    The path is the flag's value. Without the flag, the path is `default`, or else the flag's
+    default, with a number if that file exists. Raises `UserError` if the file is one of the
+    `inputs`.
     """
-    path = pathlib.Path(flag.value)
+    path = pathlib.Path(flag.value or default)
     if not flags.FLAGS[flag.name].present:
         names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
         path = next(name for name in itertools.chain([path], names) if not os.path.lexists(name))
@@ -255,8 +256,8 @@ def choose_picture_path(flag: flags.FlagHolder, inputs: Sequence[str] = ()) -> t
 
 
 def _check_arguments(given: list[str]) -> None:
-    what, _, most = _ARGUMENTS[0] if _ARGUMENTS else ("", "", 0)
-    if what and not given:
+    what, _, most, least = _ARGUMENTS[0] if _ARGUMENTS else ("", "", 0, 0)
+    if len(given) < least:
         raise UserError(f"expected {what}, got none")
     if most is not None and len(given) > most:
         raise UserError(f"unexpected argument {given[most]!r}; flags begin with --")
@@ -333,6 +334,7 @@ def _literal(text: str) -> Any:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags with absl. Raises `UserError` with one line for each kind of mistake."""
+    command = ""
     if _COMMANDS:
         command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         if command not in _COMMANDS:
@@ -364,7 +366,7 @@ def _parse(argv: list[str]) -> list[str]:
             for path, value in added.items():
                 set_config_field(config, path, value)
         _check_arguments(rest[1:])
-        return rest
+        return [rest[0], command, *rest[1:]] if command else rest
     except OSError as error:
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

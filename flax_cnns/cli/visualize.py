@@ -16,7 +16,13 @@ from __future__ import annotations
 
 from absl import flags
 
-from flax_cnns.cli.flags import choose_picture_path, define_commands, define_trust
+from flax_cnns.cli.flags import (
+    choose_picture_path,
+    define_arguments,
+    define_commands,
+    define_trust,
+)
+from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
 KINDS = ("saliency", "features", "filters", "units", "dream")
@@ -45,11 +51,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of random numbers: equal seeds give equ
 _TRUST = define_trust()
 _OUT = flags.DEFINE_string(
     "out",
-    "KIND.png",
-    "The picture to write. Without this flag, no file is replaced: if saliency.png exists,"
-    " saliency-2.png is written.",
+    "",
+    "The picture to write. Without this flag it is saliency.png and so on, and no file is"
+    " replaced: if saliency.png exists, saliency-2.png is written.",
 )
-define_commands(*KINDS, arguments="PHOTO...")
+define_commands(*KINDS)
+define_arguments("photos (files)", "[PHOTO...]", least=0)
 
 
 def visualize(argv: list[str]) -> None:
@@ -58,6 +65,8 @@ def visualize(argv: list[str]) -> None:
         raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
     if bool(_MODEL.value) != bool(_WEIGHTS.value):
         raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
+    if photos:
+        check_photos(photos)
     try:
         units = [int(unit) for unit in _UNITS.value]
     except ValueError:
@@ -79,7 +88,7 @@ def visualize(argv: list[str]) -> None:
             _MODEL.value, source, file or None, photos=photos
         )
     print(subject.title)
-    out, description = choose_picture_path(_OUT, photos, kind)
+    out, description = choose_picture_path(_OUT, photos, default=f"{kind}.png")
     path = _PATH.value or None
     if kind == "saliency":
         classes = None if _CLASS.value < 0 else _CLASS.value

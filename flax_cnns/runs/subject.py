@@ -81,26 +81,16 @@ def make_subject_from_run(
         f" {dataset.name}",
         loaded.network,
         loaded.variables,
-        np.asarray(pixels, np.float32) / 255,
+        pixels.astype(np.float32) / (255 if pixels.dtype == np.uint8 else 1),
         names,
-        _Scaled(loaded.preprocessing),
+        loaded.preprocessing,  # floats are in 0..1 there too
         loaded.class_names,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scaled:
-    """The preprocessing of a run, for pixels in 0..1."""
-
-    preprocessing: Callable[[Array], Array]
-
-    def __call__(self, pixels: Array) -> Array:
-        return self.preprocessing(255 * pixels)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Normalize:
-    """A library's preprocessing, for pixels in 0..1."""
+class LibraryScaling:
+    """A library's normalization, of pixels in 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -124,7 +114,7 @@ def make_subject_from_weights(
     model = registry.create_model(model_name)
     variables = weights.load_weights(model_name, source, path)
     row = weights.preprocessing(model_name, source)
-    normalize = _Normalize(row.mean, row.std, row.scale, row.channels == "BGR")
+    normalize = LibraryScaling(row.mean, row.std, row.scale, row.channels == "BGR")
     plain = row._replace(mean=(0.0,), std=(255.0,), scale=1.0, channels="RGB")
     pixels = np.zeros((0, row.size, row.size, 3), np.float32)
     if photos:

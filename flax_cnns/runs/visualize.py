@@ -42,6 +42,10 @@ def _weighed_map(
     return cams.show_map(found, images.shape[1:3])
 
 
+def _above_lowest(maps: Array) -> Array:
+    return maps - maps.min((1, 2), keepdims=True)
+
+
 # Every method gives maps [N H W], not negative, of (subject, images, target, path, key).
 METHODS: dict[str, Callable[..., Array]] = {
     "gradient": lambda s, x, t, path, key: _pixel_map(gradients.gradient, s, x, t),
@@ -77,8 +81,8 @@ METHODS: dict[str, Callable[..., Array]] = {
         ),
         0,
     ),
-    "rise": lambda s, x, t, path, key: perturbations.rise(
-        s.model, s.variables, x, t, key=key, masks=500
+    "rise": lambda s, x, t, path, key: _above_lowest(
+        perturbations.rise(s.model, s.variables, x, t, key=key, masks=500)
     ),
 }
 

@@ -1,0 +1,155 @@
+"""Pictures of what a network sees: of a run, and of published weights."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_cnns import create_model, init_variables
+from flax_cnns.analysis.plots import maps as plots
+from flax_cnns.data.load import load_dataset
+from flax_cnns.errors import UserError
+from flax_cnns.runs import subject as subjects
+from flax_cnns.runs import visualize
+from flax_cnns.runs.load import load_run
+from flax_cnns.runs.workdir import read_config
+from flax_cnns.weights import preprocessing
+from tests.test_scripts import finish
+
+
+@pytest.fixture(scope="module")
+def subject(finished):
+    return subjects.make_subject_from_run(finished[0], count=3)
+
+
+def test_the_images_of_a_run_are_its_test_images_and_the_logits_its_own(finished, subject):
+    test = load_dataset(read_config(finished[0]).data).splits["test"]
+    np.testing.assert_allclose(subject.pixels, test.images[:3] / 255, atol=1e-6)
+    assert list(subject.names) == [str(label) for label in test.labels[:3]]
+    loaded = load_run(finished[0])
+    wanted = loaded.network.apply(
+        loaded.variables, loaded.preprocessing(test.images[:3]), train=False
+    )
+    inputs = subject.normalize(subject.pixels)
+    found = subject.model.apply(subject.variables, inputs, train=False)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_photos_take_the_place_of_test_images(finished, tmp_path):
+    pixels = np.arange(1024, dtype=np.uint8).reshape(32, 32)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    found = subjects.make_subject_from_run(finished[0], photos=[str(tmp_path / "photo.png")])
+    assert list(found.names) == ["photo.png"]
+    np.testing.assert_allclose(found.pixels[0, ..., 0], pixels / 255, atol=2e-2)
+
+
+def test_a_librarys_preprocessing_of_pixels_is_its_own(tmp_path):
+    """`normalize(pixels)` is what `preprocessing(photo)` gives."""
+    Image.effect_noise((260, 300), 80).convert("RGB").save(tmp_path / "noise.png")
+    photo = tmp_path / "noise.png"
+    for name, source in (("resnet50", "torchvision"), ("keras_resnet50", "keras")):
+        row = preprocessing(name, source)
+        plain = row._replace(mean=(0.0,), std=(255.0,), scale=1.0, channels="RGB")
+        scaling = subjects.LibraryScaling(row.mean, row.std, row.scale, row.channels == "BGR")
+        np.testing.assert_allclose(scaling(plain(photo)), row(photo), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments of the functions that draw."""
+    calls = []
+    for name in ("draw_saliency", "draw_tiles"):
+        monkeypatch.setattr(plots, name, lambda *a, n=name, **k: calls.append((n, a, k)))
+    return calls
+
+
+def test_saliency_of_every_method(subject, drawn, tmp_path):
+    others = ("guided_backprop", "deconvnet", "cam")  # LeNet has tanh and two dense layers
+    methods = [name for name in visualize.METHODS if name not in (*others, "rise")]
+    found = visualize.draw_saliency(subject, tmp_path / "x.png", methods=methods)
+    ((_, (pixels, maps, names, _, title), _),) = drawn
+    logits = subject.model.apply(subject.variables, subject.normalize(pixels), train=False)
+    predicted = [str(k) for k in np.argmax(logits, 1)]
+    assert found == predicted
+    assert names == [f"{name}: {label}" for name, label in zip(subject.names, predicted)]
+    assert "lenet5 on digits" in title
+    assert list(maps) == methods
+    for name, each in maps.items():
+        assert each.shape == (3, 32, 32), name
+        assert (each >= 0).all(), name
+        assert each.any(), name
+
+
+def test_features_and_filters(subject, drawn, tmp_path):
+    assert visualize.draw_features(subject, tmp_path / "x.png", "s2") == "s2"
+    assert visualize.draw_filters(subject, tmp_path / "y.png") == "c1/kernel"
+    (_, (maps, _, _, title), _), (_, (filters, *_), how) = drawn
+    assert len(maps) == 6
+    assert maps[0].shape == (14, 14)
+    assert "s2 of" in title
+    kernel = subject.variables["params"]["c1"]["kernel"]
+    np.testing.assert_array_equal(filters[2], kernel[:, :, 0, 2])
+    assert how == {"signed": True}
+
+
+def test_filters_of_three_channels_are_colors(drawn, tmp_path):
+    model = create_model("cifar_resnet20", depths=(1, 1, 1), widths=(4, 4, 4))
+    variables = init_variables(model, jax.random.key(0))
+    subject = subjects.Subject(
+        "random", model, variables, np.zeros((0, 32, 32, 3)), [], lambda x: x, ["a"] * 10
+    )
+    assert visualize.draw_filters(subject, tmp_path / "x.png") == "stem/conv/kernel"
+    ((_, (tiles, *_), _),) = drawn
+    assert tiles[0].shape == (3, 3, 3)
+    assert 0 <= np.min(tiles) < np.max(tiles) <= 1
+    with pytest.raises(UserError, match="expected at least one photo"):
+        visualize.draw_features(subject, tmp_path / "x.png")
+
+
+@pytest.mark.slow
+def test_units_and_dreams_are_drawn(subject, drawn, tmp_path):
+    said = []
+    given = dict(steps=2, say=said.append)
+    scores = visualize.draw_units(subject, tmp_path / "x.png", "s2", [0, 5], **given)
+    assert len(scores) == 2
+    assert [line.partition(":")[0] for line in said] == ["s2 0", "s2 5"]
+    visualize.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
+    (_, (tiles, labels, *_), _), (_, ((dream,), *_), _) = drawn
+    assert labels == ["unit 0", "unit 5"]
+    assert tiles[0].shape == dream.shape == (32, 32, 1)
+
+
+def test_an_unknown_method_is_one_line(subject, tmp_path):
+    with pytest.raises(UserError, match="unknown method 'gradcam'; did you mean 'grad_cam'"):
+        visualize.draw_saliency(subject, tmp_path / "x.png", methods=["gradcam"])
+
+
+def test_pictures_are_written(tmp_path):
+    pixels = np.linspace(0, 1, 2 * 8 * 8).reshape(2, 8, 8, 1)
+    plots.draw_saliency(
+        pixels, {"gradient": pixels[..., 0]}, ["a", "b"], tmp_path / "a.png", "title"
+    )
+    colors = np.random.default_rng(0).random((9, 5, 5, 3))
+    plots.draw_tiles(list(colors), [str(i) for i in range(9)], tmp_path / "b.png")
+    plots.draw_tiles([pixels[0] - 0.5], ["one"], tmp_path / "c.png", signed=True)
+    for name in ("a", "b", "c"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 60
+
+
+@pytest.mark.slow
+def test_the_command(finished, tmp_path):
+    out = tmp_path / "map.png"
+    flags = [f"--workdir={finished[0]}", "--methods=gradient", "--images=2", f"--out={out}"]
+    code, text, err = finish("visualize", "saliency", *flags)
+    assert code == 0, err
+    assert f"written to {out}" in text
+    assert out.is_file()
+    code, _, err = finish("visualize", "saliencies", *flags)
+    assert code == 2
+    assert "got 'saliencies'; did you mean 'saliency'" in err
+    code, _, err = finish("visualize", "dream", f"--workdir={finished[0]}")
+    assert code == 2
+    assert "expected --path" in err
