@@ -114,5 +114,6 @@ def visualize(argv: list[str]) -> None:
     else:
         if path is None:
             raise UserError("dream: expected --path, the module whose output is made larger")
-        pictures.draw_dream(subject, out, path, seed=_SEED.value)
+        photo = photos[0] if photos else None
+        pictures.draw_dream(subject, out, path, photo=photo, seed=_SEED.value)
     print(f"written to {description}")

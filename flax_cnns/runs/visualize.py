@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from flax_cnns import files
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.explain import (
     backward_rules,
@@ -24,10 +27,12 @@ from flax_cnns.analysis.plots import maps as plots
 from flax_cnns.analysis.visualize.deep_dream import deep_dream
 from flax_cnns.analysis.visualize.objectives import Objective
 from flax_cnns.analysis.visualize.optimize import visualize
+from flax_cnns.data.images import Photo, load_upright, open_photo
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs.subject import Subject
 from flax_cnns.types import Array
 
+MAX_DREAM = 512  # pixels of the longer side
 DEFAULT_METHODS = ("gradient", "smooth_grad", "integrated_gradients", "grad_cam", "layer_cam")
 
 
@@ -201,17 +206,29 @@ def draw_dream(
     picture: str | os.PathLike,
     path: str,
     *,
+    photo: Photo | None = None,
     unit: int | None = None,
     octaves: int = 3,
     steps: int = 10,
     seed: int = 0,
 ) -> None:
-    """Writes the first image after DeepDream on a module's output. Raises UserError."""
-    _check_images(subject)
+    """Writes `photo`, or else the first image, after DeepDream on a module's output.
+
+    The photo is taken whole, at most `MAX_DREAM` pixels wide and high. The picture's suffix says
+    its format. Raises UserError.
+    """
+    if photo is None:
+        _check_images(subject)
+        pixels = subject.pixels[0]
+    else:
+        with open_photo(photo) as opened:
+            image = load_upright(opened, subject.pixels.shape[-1]).copy()
+        image.thumbnail((MAX_DREAM, MAX_DREAM))
+        pixels = np.asarray(image, np.float32).reshape(*image.size[::-1], -1) / 255
     found = deep_dream(
         subject.model,
         subject.variables,
-        subject.pixels[0],
+        jnp.asarray(pixels),
         path,
         key=jax.random.key(seed),
         normalize=subject.normalize,
@@ -219,7 +236,20 @@ def draw_dream(
         octaves=octaves,
         steps=steps,
     )
-    plots.draw_tiles([found], [""], picture, f"{subject.title}: {path}")
+    _write_image(found, picture)
+
+
+def _write_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
+    """Writes pixels f32 [H W 1 or 3] in 0..1 atomically. Raises UserError."""
+    image = Image.fromarray(np.squeeze(np.uint8(np.round(255 * pixels))))
+    kind = Image.registered_extensions().get(pathlib.Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"cannot write the picture {path}: use a suffix such as .png or .jpg")
+    try:
+        with files.replace_atomically(path) as temporary:
+            image.save(temporary, format=kind)
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from error
 
 
 def _check_images(subject: Subject) -> None:

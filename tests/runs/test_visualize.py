@@ -115,10 +115,17 @@ def test_units_and_dreams_are_drawn(subject, drawn, tmp_path):
     scores = visualize.draw_units(subject, tmp_path / "x.png", "s2", [0, 5], **given)
     assert len(scores) == 2
     assert [line.partition(":")[0] for line in said] == ["s2 0", "s2 5"]
-    visualize.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
-    (_, (tiles, labels, *_), _), (_, ((dream,), *_), _) = drawn
+    ((_, (tiles, labels, *_), _),) = drawn
     assert labels == ["unit 0", "unit 5"]
-    assert tiles[0].shape == dream.shape == (32, 32, 1)
+    assert tiles[0].shape == (32, 32, 1)
+    visualize.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
+    Image.new("L", (700, 350), 90).save(tmp_path / "photo.png")
+    given = dict(photo=tmp_path / "photo.png", steps=1, octaves=1)
+    visualize.draw_dream(subject, tmp_path / "z.jpg", "s2", **given)
+    sizes = [Image.open(tmp_path / name).size for name in ("y.png", "z.jpg")]
+    assert sizes == [(32, 32), (512, 256)]
+    with pytest.raises(UserError, match="use a suffix such as"):
+        visualize.draw_dream(subject, tmp_path / "z.what", "s2", steps=1, octaves=1)
 
 
 def test_an_unknown_method_is_one_line(subject, tmp_path):
