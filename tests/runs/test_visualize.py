@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from flax_cnns.runs.load import load_run
 from flax_cnns.runs.workdir import read_config
 from flax_cnns.weights import preprocessing
 from tests.test_scripts import finish
+from tests.tiny_runs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,15 @@ def test_units_and_dreams_are_drawn(subject, drawn, tmp_path):
 def test_an_unknown_method_is_one_line(subject, tmp_path):
     with pytest.raises(UserError, match="unknown method 'gradcam'; did you mean 'grad_cam'"):
         visualize.draw_saliency(subject, tmp_path / "x.png", methods=["gradcam"])
+
+
+def test_the_code_of_the_page_runs(finished):
+    page = (ROOT / "docs/visualize.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    exec(block.replace("runs/digits", str(finished[0])), names)
+    shapes = [names[name].shape for name in ("maps", "heat", "gradient")]
+    assert shapes == [(2, 14, 14, 6), (2, 5, 5), (2, 32, 32, 1)]
 
 
 def test_pictures_are_written(tmp_path):
