@@ -7,7 +7,6 @@ for layer in measure_activations(model, variables, images):
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns import tree as pytree
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import features as tap
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.errors import UserError
@@ -46,17 +46,22 @@ def measure_activations(
 
     `paths` are by default all modules that have parameters of their own, in the order in which they
     run. The histogram's edges are four standard deviations of the first batch around its mean; its
-    outer bins hold what lies beyond. Raises `UserError` for an unknown path, and without images.
+    outer bins hold what lies beyond. Raises `UserError` for an unknown path, without images, and
+    for an output that is not finite.
     """
     model, variables = tap.unroll(model, variables)
     totals: dict[str, _Totals] = {}
-    several: Iterable[Array] = [batches] if isinstance(batches, jax.Array) else batches
+    several: Iterable[Array] = batches
+    if isinstance(batches, jax.Array | np.ndarray):
+        several = [jnp.asarray(batches)]
     for images in several:
         if paths is None:
             paths = find_layers(model, variables, images)
         for path, output in tap.features(model, variables, images, paths).items():
-            totals.setdefault(path, _Totals(bins)).add(np.asarray(output, np.float64))
-    if paths is None:
+            if not np.isfinite(values := np.asarray(output, np.float64)).all():
+                raise UserError(f"the output of {path!r} is not finite")
+            totals.setdefault(path, _Totals(bins)).add(values)
+    if paths is None or not totals:
         raise UserError("no images: activations are measured over at least one batch")
     return [totals[path].finish(path) for path in paths]
 
@@ -82,8 +87,8 @@ def measure_gradients(
     for path, leaf in grads.items():
         layer = path.rpartition("/")[0]
         squares[layer] = squares.get(layer, 0.0) + float(jnp.vdot(leaf, leaf))
-    order = [path.partition("[")[0] for path in find_layers(model, variables, images)]
-    return {layer: squares[layer] ** 0.5 for layer in dict.fromkeys(order)}
+    order = tap.list_calls(model, variables, images)
+    return {layer: squares[layer] ** 0.5 for layer in order if layer in squares}
 
 
 def lsuv(
@@ -123,8 +128,7 @@ def lsuv(
     for path in layers:
         call = path if path in outputs else f"{path}[0]"
         for _ in range(most):
-            found = tap.features(model, pytree.unflatten(flat), images, [call])[call]
-            variance = float(jnp.var(found.astype(jnp.float32)))
+            variance = float(_variances(model, pytree.unflatten(flat), images)[call])
             if not variance > 0 or not np.isfinite(variance):
                 raise UserError(
                     f"lsuv: the output of {path!r} has the variance {variance} over"
@@ -164,7 +168,14 @@ class _Totals:
         return LayerActivations(path, self.count, mean, std, dead, self.counts, self.edges)
 
 
-@partial(jax.jit, static_argnames="model")
+@tracing.jit()
+def _variances(model: nn.Module, variables: Variables, images: Array) -> dict[str, Array]:
+    """{path: variance of that module's output}: one program for all layers."""
+    outputs = tap.capture(model, variables, images)
+    return {path: jnp.var(output.astype(jnp.float32)) for path, output in outputs.items()}
+
+
+@tracing.jit()
 def _gradients(model: nn.Module, variables: Variables, images: Array, labels: Array) -> PyTree:
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 

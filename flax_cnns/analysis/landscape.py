@@ -1,7 +1,7 @@
 """The loss around trained parameters: lines, planes, trajectories, curvature, sharpness.
 
-    loss = Loss(model, images, labels)
-    directions = [random_direction(variables["params"], jax.random.key(i)) for i in (0, 1)]
+    loss = Loss(model, [(images, labels)])
+    directions = tuple(random_direction(variables["params"], jax.random.key(i)) for i in (0, 1))
     losses = evaluate_plane(loss, variables, directions, xs, ys, folder="runs/plane")
 
 The network runs in evaluation: BatchNorm takes the running statistics that the variables have, or,
@@ -15,7 +15,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +25,7 @@ import numpy as np
 
 from flax_cnns import files
 from flax_cnns import tree as pytree
+from flax_cnns.analysis import tracing
 from flax_cnns.errors import UserError
 from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.types import Array, PyTree
@@ -80,14 +80,18 @@ def random_direction(params: PyTree, key: Array) -> PyTree:
     (Li et al. 2018, arXiv 1712.09913, section 4: d *= |w| / |d|).
 
     A filter is one output of a kernel: the last axis of Flax's kernels, also of dense layers. The
-    direction is 0 for biases, scales and other parameters with fewer than two axes. Equal keys give
-    equal directions.
+    direction is 0 for biases, scales and other parameters with fewer than two axes. Stacked blocks
+    (`tree.stack_blocks`) get the direction that they have one by one. Equal keys give equal
+    directions.
     """
+    named = pytree.unstack_blocks(params)
     leaves = {}
-    for number, (path, leaf) in enumerate(pytree.flatten(params).items()):
+    for number, (path, leaf) in enumerate(sorted(pytree.flatten(named).items())):
         drawn = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
         leaves[path] = jnp.zeros_like(leaf) if leaf.ndim < 2 else _scale_filters(drawn, leaf)
-    return pytree.unflatten(leaves)
+    direction = pytree.unflatten(leaves)
+    stacked = pytree.flatten(named).keys() != pytree.flatten(params).keys()
+    return pytree.stack_blocks(direction) if stacked else direction
 
 
 def _scale_filters(drawn: Array, weights: Array) -> Array:
@@ -158,25 +162,24 @@ class Trajectory(NamedTuple):
 
 def fit_trajectory(checkpoints: Sequence[PyTree]) -> Trajectory:
     """Returns the first two principal components of params_i - params_last (Li et al. 2018, section
-    7). Raises `UserError` for fewer than three checkpoints."""
+    7). Raises `UserError` for fewer than three checkpoints, and for checkpoints on a line."""
     if len(checkpoints) < 3:
         raise UserError(f"a trajectory needs at least 3 checkpoints, got {len(checkpoints)}")
-    last = checkpoints[-1]
-    steps = [
-        np.concatenate([np.ravel(np.asarray(a) - np.asarray(b)) for a, b in _pairs(params, last)])
-        for params in checkpoints
-    ]
-    matrix = np.stack(steps).astype(np.float64)
-    # The Gram matrix is small: as many rows as there are checkpoints.
-    values, vectors = np.linalg.eigh(matrix @ matrix.T)
+    # Leaf by leaf: only small matrices, of as many rows as there are checkpoints, hold sums.
+    steps = jax.tree.map(_differences, checkpoints[-1], *checkpoints)
+    centered = [leaf - leaf.mean(0) for leaf in jax.tree.leaves(steps)]
+    gram = sum(leaf @ leaf.T for leaf in centered)
+    values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1][:2], vectors[:, ::-1][:, :2]
     if values[1] <= 1e-12 * values[0]:
         raise UserError("the checkpoints lie on a line: there is no plane; take evaluate_line")
-    axes = (vectors / np.sqrt(values)).T @ matrix  # [2 parameters]
+    weights = (vectors / np.sqrt(values)).T  # [2 checkpoints]
+    axes = [weights @ leaf for leaf in centered]
+    points = sum(step @ axis.T for step, axis in zip(jax.tree.leaves(steps), axes))
     return Trajectory(
-        (_restore(axes[0], last), _restore(axes[1], last)),
-        matrix @ axes.T,
-        values / np.square(matrix).sum(),
+        (_restore(axes, 0, checkpoints[-1]), _restore(axes, 1, checkpoints[-1])),
+        points,
+        values / np.trace(gram),
     )
 
 
@@ -207,21 +210,19 @@ def find_top_eigenvalues(
             path: jax.random.normal(jax.random.fold_in(key, number * 10_000 + i), leaf.shape)
             for i, (path, leaf) in enumerate(pytree.flatten(variables["params"]).items())
         }
-        vector, value, steps = _normalize(pytree.unflatten(drawn)), 0.0, 0
-        while steps < most:
-            steps += 1
+        vector, value = _normalize(pytree.unflatten(drawn)), 0.0
+        for steps in range(1, most + 1):
             for pair in found:
                 overlap = _dot(vector, pair.vector)
                 vector = jax.tree.map(lambda v, u, c=overlap: v - c * u, vector, pair.vector)
             vector = _normalize(vector)
             product = loss.hessian_times(variables, vector)
-            new = float(_dot(vector, product))
-            vector = product
-            if abs(new - value) <= tolerance * max(abs(new), 1e-12):
-                value = new
+            value, last = float(_dot(vector, product)), value
+            if abs(value - last) <= tolerance * max(abs(value), 1e-12) or steps == most:
                 break
-            value = new
-        found.append(Eigenpair(value, _normalize(vector), steps))
+            vector = product
+        # The vector whose value this is; it is orthogonal to those before.
+        found.append(Eigenpair(value, vector, steps))
     return found
 
 
@@ -241,22 +242,33 @@ def _sum(
 ) -> Array:
     """The sum of the cross-entropy over a batch."""
     if batchnorm == "batch":
-        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        with nn.intercept_methods(_normalize_by_batch):
+            logits, _ = model.apply(variables, images, train=False, mutable=["batch_stats"])
     else:
         logits = model.apply(variables, images, train=False)
     logits = jnp.asarray(logits, jnp.float32)
     return -jnp.take_along_axis(nn.log_softmax(logits), labels[:, None], 1).sum()
 
 
-_STATIC = ("model", "batchnorm")
+def _normalize_by_batch(function, args, kwargs, context):
+    """Lets each BatchNorm take the statistics of the batch, while all else is in evaluation."""
+    layer = context.module
+    if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
+        return function(*args, **kwargs)
+    if layer.use_running_average is None:
+        return function(*args, **{**kwargs, "use_running_average": False})
+    if layer.use_running_average is False:
+        return function(*args, **kwargs)
+    # The clone shares the layer's scope, and so its variables.
+    return layer.clone(parent=layer.scope, use_running_average=False)(*args, **kwargs)
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@tracing.jit("batchnorm")
 def _loss_sum(model, batchnorm, images, labels, variables):
     return _sum(model, batchnorm, images, labels, variables)
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@tracing.jit("batchnorm")
 def _gradient_sum(model, batchnorm, images, labels, variables):
     def loss(params: PyTree) -> Array:
         return _sum(model, batchnorm, images, labels, {**variables, "params": params})
@@ -264,7 +276,7 @@ def _gradient_sum(model, batchnorm, images, labels, variables):
     return jax.grad(loss)(variables["params"])
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@tracing.jit("batchnorm")
 def _hessian_sum(model, batchnorm, images, labels, variables, direction):
     def gradient(params: PyTree) -> PyTree:
         def loss(params: PyTree) -> Array:
@@ -275,7 +287,7 @@ def _hessian_sum(model, batchnorm, images, labels, variables, direction):
     return jax.jvp(gradient, (variables["params"],), (direction,))[1]
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@tracing.jit("batchnorm")
 def _row_sums(model, batchnorm, images, labels, variables, directions, xs, y):
     first, second = directions
 
@@ -297,7 +309,7 @@ def _pairs(tree: PyTree, other: PyTree) -> Iterable[tuple[Any, Any]]:
 
 
 def _dot(tree: PyTree, other: PyTree) -> Array:
-    return sum((jnp.vdot(a, b) for a, b in _pairs(tree, other)), jnp.float32(0))
+    return sum((jnp.sum(a * b) for a, b in _pairs(tree, other)), jnp.float32(0))
 
 
 def _normalize(tree: PyTree) -> PyTree:
@@ -305,13 +317,16 @@ def _normalize(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf / norm, tree)
 
 
-def _restore(flat: np.ndarray, like: PyTree) -> PyTree:
+def _differences(last: Array, *leaves: Array) -> np.ndarray:
+    """f64 [checkpoints, size of the leaf]: each minus the last."""
+    return np.stack([np.ravel(leaf).astype(np.float64) - np.ravel(last) for leaf in leaves])
+
+
+def _restore(axes: Sequence[np.ndarray], number: int, like: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    parts = np.split(flat, ends[:-1])
+    parts = [axis[number].reshape(leaf.shape) for axis, leaf in zip(axes, leaves)]
     return jax.tree.unflatten(
-        structure,
-        [jnp.asarray(p.reshape(leaf.shape), leaf.dtype) for p, leaf in zip(parts, leaves)],
+        structure, [jnp.asarray(part, leaf.dtype) for part, leaf in zip(parts, leaves)]
     )
 
 

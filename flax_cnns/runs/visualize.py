@@ -81,8 +81,8 @@ METHODS: dict[str, Callable[..., Array]] = {
             s.variables,
             x,
             t,
-            window=max(x.shape[1] // 7, 1),
-            stride=max(x.shape[1] // 14, 1),
+            window=max(min(x.shape[1:3]) // 7, 1),
+            stride=max(min(x.shape[1:3]) // 14, 1),
         ),
         0,
     ),
@@ -141,12 +141,18 @@ def draw_features(subject: Subject, png: str | os.PathLike, path: str | None = N
 def draw_filters(subject: Subject, png: str | os.PathLike) -> str:
     """Draws the filters of the first convolution, in colors if it takes three channels. Returns
     the kernel's path. Raises UserError if the network has no convolution on images."""
-    variables = features.unroll(subject.model, subject.variables).variables
+    model, variables = features.unroll(subject.model, subject.variables)
+    flat = pytree.flatten(variables["params"])
     channels = subject.pixels.shape[-1]
+    images = jax.ShapeDtypeStruct((1, *subject.pixels.shape[1:]), jnp.float32)
+    called = features.list_calls(model, variables, images)
     kernels = [
-        (path, leaf)
-        for path, leaf in pytree.flatten(variables["params"]).items()
-        if leaf.ndim == 4 and leaf.shape[2] == channels and max(leaf.shape[:2]) > 1
+        (path, flat[path])
+        for path in (f"{layer}/kernel" for layer in called)
+        if path in flat
+        and flat[path].ndim == 4
+        and flat[path].shape[2] == channels
+        and max(flat[path].shape[:2]) > 1
     ]
     if not kernels:
         raise UserError(f"{subject.title}: no convolution takes images of {channels} channels")

@@ -48,9 +48,18 @@ def test_a_unit_that_is_never_positive_is_dead(lenet):
     assert found.dead >= 1 / len(params[path])
 
 
-def test_no_images_is_one_line(lenet):
+@pytest.mark.parametrize("paths", [None, ["head"]])
+def test_no_images_is_one_line(lenet, paths):
     with pytest.raises(UserError, match="at least one batch"):
-        activations.measure_activations(*lenet[:2], [])
+        activations.measure_activations(*lenet[:2], [], paths)
+
+
+def test_images_in_numpy_are_one_batch_and_must_give_finite_outputs(lenet):
+    model, variables, images = lenet
+    (found,) = activations.measure_activations(model, variables, np.asarray(images), ["head"])
+    assert found.values == 60
+    with pytest.raises(UserError, match="output of 'head' is not finite"):
+        activations.measure_activations(model, variables, np.nan * images, ["head"])
 
 
 def test_gradient_norms_by_layer(lenet):

@@ -12,7 +12,6 @@ like the image, not like what the network learned. `quality.randomize` measures 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain.features import Variables, unroll
 from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
 from flax_cnns.errors import UserError
@@ -72,17 +72,20 @@ def _backward(
 ) -> Array:
     goal = make_target(target, model, variables, images)
     model, variables = unroll(model, variables)
-    _check_activations(model, variables, images)
     return _gradient(model, variables, images, goal, rule)
 
 
-@partial(jax.jit, static_argnames=("model", "rule"))
+@tracing.jit("rule")
 def _gradient(
     model: nn.Module, variables: Variables, images: Array, target: Target, rule: Rule
 ) -> Array:
+    def forward(images: Array) -> Any:
+        # `layers.Stage` does not scan while outputs could be captured.
+        return model.apply(variables, images, train=False, mutable=["intermediates"])[0]
+
     def score(images: Array) -> Array:
-        forward = lambda images: model.apply(variables, images, train=False)  # noqa: E731
         program = jax.make_jaxpr(forward)(images)
+        _check_activations(program.jaxpr, type(model).__name__)
         (logits,) = _evaluate(program, [images], rule)
         return target.score(logits).sum()
 
@@ -102,10 +105,15 @@ def _evaluate(program: core.ClosedJaxpr, args: Sequence[Array], rule: Rule) -> l
         inner = _inner_program(eqn)
         if eqn.params.get("name") in _HIGHEST and len(given) == 1:
             found = [_activation(rule, _HIGHEST[eqn.params["name"]])(given[0])]
-        elif inner is not None and any(_names(inner.jaxpr, set(_HIGHEST))):
+        elif not any(any(_names(each, set(_HIGHEST))) for each in jaxprs_in(eqn)):
+            found = _evaluate_one(eqn, given)
+        elif inner is not None:
             found = _evaluate(inner, given, rule)
         else:
-            found = _evaluate_one(eqn, given)
+            raise UserError(
+                f"a ReLU is inside a {eqn.primitive.name}, where guided backpropagation and the"
+                " deconvnet cannot replace its gradient; run the blocks one by one"
+            )
         values |= dict(zip(eqn.outvars, found))
     return [read(var) for var in program.jaxpr.outvars]
 
@@ -135,17 +143,15 @@ def _activation(rule: Rule, highest: float) -> Callable[[Array], Array]:
     return activation
 
 
-def _check_activations(model: nn.Module, variables: Variables, images: Array) -> None:
-    forward = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
-    program = jax.make_jaxpr(forward)(variables, images)
-    for name in _names(program.jaxpr, _OTHERS | set(_HIGHEST)):
+def _check_activations(program: core.Jaxpr, network: str) -> None:
+    for name in _names(program, _OTHERS | set(_HIGHEST)):
         if name in _OTHERS:
             raise UserError(
-                f"{type(model).__name__} has the activation {name}: guided backpropagation and the"
+                f"{network} has the activation {name}: guided backpropagation and the"
                 " deconvnet are defined for ReLU; take gradient, smooth_grad or grad_cam"
             )
-    if not any(_names(program.jaxpr, set(_HIGHEST))):
-        raise UserError(f"{type(model).__name__} has no ReLU, at which these methods differ")
+    if not any(_names(program, set(_HIGHEST))):
+        raise UserError(f"{network} has no ReLU, at which these methods differ")
 
 
 def _names(program: core.Jaxpr, wanted: set[str]) -> Iterator[str]:
@@ -164,7 +170,7 @@ def _names(program: core.Jaxpr, wanted: set[str]) -> Iterator[str]:
 def _inner_program(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The program of an equation that calls it once, with its own arguments."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    calls = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat", "checkpoint")
+    calls = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint")
     if inner is None or eqn.primitive.name not in calls:
         return None
     return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())

@@ -7,15 +7,18 @@ gradient is that by zeros which are added to the module's output.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
+from flax_cnns import tree as pytree
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import features as tap
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
@@ -52,7 +55,9 @@ def grad_cam_plus_plus(
     path: str | None = None,
 ) -> Array:
     """Grad-CAM with weights sum_xy alpha ReLU(dS / dA), alpha = g^2 / (2 g^2 + sum_xy(A) g^3)
-    (Chattopadhay et al. 2018, arXiv 1710.11063, equations 10 and 19, for exp(S))."""
+    (Chattopadhay et al. 2018, arXiv 1710.11063, equations 10 and 19, for exp(S)).
+
+    The denominator has 1e-6 more, as in pytorch-grad-cam."""
     maps, g = maps_and_gradients(model, variables, images, target, path)
     below = 2 * g**2 + maps.sum((1, 2), keepdims=True) * g**3
     alpha = jnp.where(g == 0, 0.0, g**2 / (below + 1e-6))
@@ -117,6 +122,13 @@ def choose_path(
         tap.check_path(path, outputs, spatial=True)
         return path
     spatial = [name for name, output in outputs.items() if tap.is_map(output)]
+    after = list(outputs)[list(outputs).index(spatial[-1]) :] if spatial else []
+    if tokens := [name for name in after if len(outputs[name].shape) == 3]:
+        raise UserError(
+            f"{type(model).__name__} has tokens after its last spatial maps ({tokens[-1]!r} gives"
+            f" {list(outputs[tokens[-1]].shape)}): class activation maps need spatial maps; take"
+            f" gradient, or name the path, such as {spatial[-1]!r}"
+        )
     if not spatial:
         raise UserError(
             f"no module of {type(model).__name__} has spatial maps for images {list(images.shape)}"
@@ -130,7 +142,7 @@ def show_map(maps: Array, size: Sequence[int]) -> Array:
     return positive / jnp.maximum(positive.max((1, 2), keepdims=True), 1e-12)
 
 
-@partial(jax.jit, static_argnames=("model", "path"))
+@tracing.jit("path")
 def _maps_and_gradients(
     model: nn.Module, variables: Variables, images: Array, target: Target, path: str
 ) -> MapsAndGradients:
@@ -138,19 +150,16 @@ def _maps_and_gradients(
     wanted = int(call[:-1]) if call else 0
 
     def score(added: Array) -> tuple[Array, Array]:
-        seen: list[Array] = []
+        calls = itertools.count()
 
         def add(function, args, kwargs, context):
             out = function(*args, **kwargs)
-            if context.method_name == "__call__" and "/".join(context.module.path) == place:
-                seen.append(out)
-                if len(seen) == wanted + 1:
-                    out = out + added
-            return out
+            here = context.method_name == "__call__" and "/".join(context.module.path) == place
+            return out + added if here and next(calls) == wanted else out
 
         with nn.intercept_methods(add):
-            logits: Any = model.apply(variables, images, train=False)
-        return target.score(logits).sum(), seen[wanted]
+            logits, captured = tap.run(model, variables, images, {place})
+        return target.score(logits).sum(), captured[path]
 
     shape = jax.eval_shape(lambda: tap.capture(model, variables, images, {place})[path])
     gradients, maps = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
@@ -171,7 +180,7 @@ def _find_pooled(model: nn.Module, variables: Variables, images: Array) -> tuple
         for found in (maps, nn.relu(maps)):
             scale = np.abs(read).max() + 1e-12
             if np.abs(found.mean((1, 2)) - read).max() < 1e-4 * scale:
-                return found, variables["params"][head]["kernel"]
+                return found, pytree.flatten(variables["params"])[f"{head}/kernel"]
     raise UserError(
         f"{type(model).__name__}: no module's output, nor its ReLU, has the means that the dense"
         f" layer {head!r} reads; cam needs global average pooling and one dense layer; take"
@@ -191,19 +200,26 @@ def _find_head(model: nn.Module, variables: Variables, images: Array) -> tuple[s
     )
 
 
-@partial(jax.jit, static_argnames="model")
+@tracing.jit()
 def _dense_layers(
     model: nn.Module, variables: Variables, images: Array
 ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-    """The logits, and input and output of every dense layer, in the order of calls."""
-    found: dict[str, tuple[Array, Array]] = {}
+    """The logits, and input and output of every dense layer."""
 
     def note(function, args, kwargs, context):
         out = function(*args, **kwargs)
         if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-            found["/".join(context.module.path)] = args[0], out
+            # Sown values leave a rematerialized block too.
+            context.module.sow("intermediates", "read", args[0])
+            context.module.sow("intermediates", "given", out)
         return out
 
     with nn.intercept_methods(note):
-        logits: Any = model.apply(variables, images, train=False)
+        logits, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+    sown = flatten_dict(state.get("intermediates", {}), sep="/")
+    found = {
+        path.removesuffix("/read"): (calls[-1], sown[path.removesuffix("read") + "given"][-1])
+        for path, calls in sown.items()
+        if path.endswith("/read")
+    }
     return logits, found

@@ -19,6 +19,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from flax_cnns import tree as pytree
+from flax_cnns.analysis import tracing
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array, PyTree
 
@@ -35,8 +36,16 @@ class Unrolled(NamedTuple):
 
 
 def unroll(model: nn.Module, variables: Variables) -> Unrolled:
-    """The same network without `scan` and `remat`, and its variables with named blocks."""
-    off: dict[str, Any] = {n: False for n in ("scan", "remat") if getattr(model, n, False)}
+    """The same network without `scan` and `remat`, and its variables with named blocks.
+
+    A user's own network stays as it is: its fields of these names may mean something else, and its
+    parameters may have other names without them. (`layers.Stage` does not scan while outputs are
+    captured.)
+    """
+    ours = any(each.__module__.startswith("flax_cnns.models.") for each in type(model).__mro__)
+    off: dict[str, Any] = {
+        name: False for name in ("scan", "remat") if ours and getattr(model, name, None) is True
+    }
     named = {name: pytree.unstack_blocks(nn.unbox(tree)) for name, tree in variables.items()}
     return Unrolled(model.clone(**off) if off else model, named)
 
@@ -61,9 +70,23 @@ def list_outputs(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype of that module's output}, in the order in which the modules end.
 
-    Computes shapes only. Outputs that are no arrays are left out.
+    Computes shapes only, once for each shape. Outputs that are no arrays are left out.
     """
-    model, variables = unroll(model, variables)
+    return dict(_list_outputs(*unroll(model, variables), images)[1])
+
+
+def list_calls(
+    model: nn.Module, variables: Variables, images: Array | jax.ShapeDtypeStruct
+) -> list[str]:
+    """Paths of all modules, each once, in the order in which they first end; also those in a user's
+    own scan, whose outputs `list_outputs` lacks."""
+    return list(dict.fromkeys(_list_outputs(*unroll(model, variables), images)[0]))
+
+
+@tracing.once_per_shape
+def _list_outputs(
+    model: nn.Module, variables: Variables, images: Any
+) -> tuple[list[str], dict[str, jax.ShapeDtypeStruct]]:
     order: list[str] = []
 
     def note(
@@ -76,7 +99,7 @@ def list_outputs(
 
     with nn.intercept_methods(note):
         captured = jax.eval_shape(partial(capture, model), variables, images)
-    return {path: captured[path] for path in _numbered(order) if path in captured}
+    return order, {path: captured[path] for path in _numbered(order) if path in captured}
 
 
 def check_path(
@@ -105,7 +128,7 @@ def is_map(output: jax.ShapeDtypeStruct) -> bool:
     return len(output.shape) == 4 and output.shape[1] * output.shape[2] > 1
 
 
-@partial(jax.jit, static_argnames=("model", "paths"))
+@tracing.jit("paths")
 def _features(
     model: nn.Module, variables: Variables, images: Array, paths: tuple[str, ...]
 ) -> dict[str, Array]:
@@ -117,18 +140,25 @@ def capture(
     model: nn.Module, variables: Variables, images: Array, paths: set[str] | None = None
 ) -> dict[str, Array]:
     """{path: output} of the modules `paths` of an unrolled network, by default of all modules."""
+    return run(model, variables, images, paths)[1]
+
+
+def run(
+    model: nn.Module, variables: Variables, images: Array, paths: set[str] | None = None
+) -> tuple[Any, dict[str, Array]]:
+    """(what the network returns, what `capture` returns)."""
 
     def is_asked(module: nn.Module, method: str) -> bool:
         return method == _CALL and (paths is None or "/".join(module.path) in paths)
 
-    _, state = model.apply(
+    logits, state = model.apply(
         variables, images, train=False, capture_intermediates=is_asked, mutable=["intermediates"]
     )
     captured: dict[str, Any] = {}
     for (*parts, name), calls in flatten_dict(state.get("intermediates", {})).items():
         if name == _CALL:
             captured |= dict(zip(_numbered(["/".join(parts)] * len(calls)), calls))
-    return {path: value for path, value in captured.items() if isinstance(value, jax.Array)}
+    return logits, {path: value for path, value in captured.items() if isinstance(value, jax.Array)}
 
 
 def _numbered(paths: Sequence[str]) -> list[str]:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
 from flax_cnns.errors import UserError
@@ -107,7 +107,7 @@ def summarize_channels(maps: Array, how: Literal["max", "sum", "norm", "signed"]
     return ways[how](maps)
 
 
-@partial(jax.jit, static_argnames="model")
+@tracing.jit()
 def _gradient(model: nn.Module, variables: Variables, images: Array, target: Target) -> Array:
     def score(images: Array) -> Array:
         logits: Any = model.apply(variables, images, train=False)

@@ -31,9 +31,8 @@ def occlusion(
 
     A window of `window` pixels moves by `stride` (by default by itself) and is filled with `fill`;
     the last one of a row or column is cut off at the border. A pixel has the mean over the windows
-    that hide it, each by the number of its pixels in the image equally. 0 is the mean color of
-    normalized images. Raises `UserError` for a window that is larger than the image, for a stride
-    larger than the window, and as `make_target` does.
+    that hide it. 0 is the mean color of normalized images. Raises `UserError` for a window that is
+    larger than the image, for a stride larger than the window, and as `make_target` does.
     """
     height, width = images.shape[1:3]
     size = _pair("window", window)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from flax_cnns import tree as pytree
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import features as tap
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.analysis.explain.targets import TargetLike, compute_scores, make_target
@@ -40,9 +40,10 @@ def randomize(
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
     fresh = pytree.flatten(_initialize(model, key, shape))
     now = pytree.flatten(variables)
-    order = list(tap.list_outputs(model, variables, images))
+    # The network's own parameters, such as a transformer's positions, are those of its input.
+    order = ["", *filter(None, tap.list_calls(model, variables, images))]
     owners = {path: path.split("/", 1)[1].rpartition("/")[0] for path in now}
-    for layer in reversed([name.partition("[")[0] for name in order]):
+    for layer in reversed(order):
         mine = [path for path, owner in owners.items() if owner == layer and path in fresh]
         if mine:
             now |= {path: fresh[path] for path in mine}
@@ -129,6 +130,6 @@ def _area(
     return np.asarray(np.trapezoid(np.array(curve, np.float64), dx=1 / steps, axis=0))
 
 
-@partial(jax.jit, static_argnames=("model", "images"))
+@tracing.jit("images")
 def _initialize(model: nn.Module, key: Array, images: jax.ShapeDtypeStruct) -> Variables:
     return model.init(key, jnp.zeros((1, *images.shape[1:]), images.dtype), train=False)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from flax_cnns.analysis import tracing
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array, PyTree
 
@@ -55,7 +54,7 @@ def make_target(target: TargetLike, model: nn.Module, variables: PyTree, images:
         return target
     if callable(target):
         return Target(function=target)
-    shape = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images).shape
+    shape = tracing.get_logits_shape(model, variables, images)
     if len(shape) != 2:
         raise UserError(f"expected logits [N K] of the network, got {list(shape)}")
     if target is None:
@@ -82,7 +81,7 @@ def _check_classes(given: int | Sequence[int] | np.ndarray | Array, shape: Seque
     return jnp.broadcast_to(jnp.asarray(values, jnp.int32), (count,))
 
 
-@partial(jax.jit, static_argnames="model")
+@tracing.jit()
 def _predict(model: nn.Module, variables: PyTree, images: Array) -> Array:
     logits: Any = model.apply(variables, images, train=False)
     return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -92,7 +91,7 @@ def _take_class(logits: Array, classes: Array) -> Array:
     return jnp.take_along_axis(logits, classes[:, None], 1)[:, 0]
 
 
-@partial(jax.jit, static_argnames="model")
+@tracing.jit()
 def compute_scores(model: nn.Module, variables: PyTree, images: Array, target: Target) -> Array:
     """The target of images [N H W C]: f32 [N]."""
     logits: Any = model.apply(variables, images, train=False)

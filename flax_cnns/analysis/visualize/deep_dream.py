@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import features as tap
 from flax_cnns.analysis.explain.features import Variables
+from flax_cnns.analysis.visualize.objectives import Objective
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
@@ -37,8 +38,8 @@ def deep_dream(
     The image starts `octave_scale` ** (octaves - 1) times smaller; what was added to it is enlarged
     with it. The gradient is divided by its mean absolute value. It is computed by tiles of `tile`
     pixels, which are shifted at random in each step, so that memory does not grow with the image.
-    Equal keys give equal images. Raises `UserError` for an unknown module, and for an image that is
-    smaller than a tile allows.
+    Equal keys give equal images. Raises `UserError` for an unknown module or unit, and for an
+    image that is too small for the module in the first octave.
     """
     if min(octaves, steps) < 1 or octave_scale <= 1:
         raise UserError(
@@ -54,16 +55,24 @@ def deep_dream(
     ]
     side = min(tile, *sizes[0])
     shape = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    tap.check_path(path, tap.list_outputs(model, variables, shape))
-    added = jnp.zeros((*sizes[0], channels))
+    outputs = tap.list_outputs(model, variables, shape) if side else {}
+    if not side or (path in outputs and 0 in outputs[path].shape):
+        raise UserError(
+            f"an image of {height}x{width} pixels is {sizes[0][0]}x{sizes[0][1]} in the first of"
+            f" {octaves} octaves, too small for {path!r}; take fewer octaves or a larger image"
+        )
+    tap.check_path(path, outputs)
+    if unit is not None:
+        Objective(path, unit).check(outputs[path])
+    added = np.zeros((*sizes[0], channels), np.float32)
     for octave, size in enumerate(sizes):
-        base = jax.image.resize(image, (*size, channels), "bilinear")
-        added = jax.image.resize(added, (*size, channels), "bilinear")
+        base = np.asarray(jax.image.resize(image, (*size, channels), "bilinear"))
+        added = np.array(jax.image.resize(added, (*size, channels), "bilinear"))
         for step in range(steps):
             shift = jax.random.fold_in(key, octave * 10_000 + step)
             down, right = (int(n) for n in jax.random.randint(shift, (2,), 0, side))
-            seen = jnp.clip(base + added, 0, 1)
-            rolled = jnp.roll(seen, (down, right), (0, 1))
+            # In NumPy: each shift would be another program.
+            rolled = np.roll(np.clip(base + added, 0, 1), (down, right), (0, 1))
             gradient = np.zeros(rolled.shape, np.float32)
             for top in _starts(size[0], side):
                 for left in _starts(size[1], side):
@@ -80,7 +89,7 @@ def _starts(size: int, side: int) -> list[int]:
     return [*range(0, size - side, side), size - side]
 
 
-@partial(jax.jit, static_argnames=("model", "path", "unit", "normalize"))
+@tracing.jit("path", "normalize")
 def _gradient(
     model: nn.Module,
     variables: Variables,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
@@ -13,18 +14,20 @@ from flax_cnns.types import Array
 Kind = Literal["channel", "neuron", "direction"]
 
 
-class Objective(NamedTuple):
+@struct.dataclass
+class Objective:
     """A number for each image, made of the output of the module `path`.
 
     "channel": the mean of channel `unit` over all positions; of the network's own output (path "")
     it is the logit. "neuron": that channel in the middle of the map. "direction": the mean of the
-    product with `vector`, f32 [C].
+    product with `vector`, f32 [C]. Objectives that differ in `unit` or `vector` alone share a
+    compiled program.
     """
 
-    path: str
-    unit: int = 0
-    kind: Kind = "channel"
-    vector: tuple[float, ...] = ()
+    path: str = struct.field(pytree_node=False)
+    unit: int | Array = 0
+    kind: Kind = struct.field(pytree_node=False, default="channel")
+    vector: Any = ()
 
     def measure(self, output: Array) -> Array:
         """Returns f32 [N] of an output [N h w C] or [N C]."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import features as tap
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.analysis.visualize import parameters as images_of
@@ -63,18 +64,19 @@ def visualize(
     outputs = tap.list_outputs(model, variables, shape)
     tap.check_path(objective.path, outputs)
     objective.check(outputs[objective.path])
+    objective = dataclasses.replace(objective, vector=jnp.asarray(objective.vector, jnp.float32))
 
     params = images_of.draw_parameters(key, count, size, channels, kind)
     tx = _make_optimizer(learning_rate)
-    settings = (objective, size, kind, normalize)
+    settings = (size, kind, normalize)
     state, losses = tx.init(params), []
     for step in range(steps):
         step_key = jax.random.fold_in(key, step)
         params, state, loss = _step(
-            model, variables, params, state, step_key, settings, tx, robust, diverse
+            model, variables, objective, params, state, step_key, settings, tx, robust, diverse
         )
         losses.append(loss)
-    images, scores = _finish(model, variables, params, settings)
+    images, scores = _finish(model, variables, objective, params, settings)
     return Visualization(np.asarray(images), np.asarray(scores), np.asarray(losses))
 
 
@@ -84,19 +86,24 @@ def _make_optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.adam(learning_rate)
 
 
-Settings = tuple[Objective, tuple[int, int], images_of.Kind, Callable[[Array], Array]]
+Settings = tuple[tuple[int, int], images_of.Kind, Callable[[Array], Array]]
 
 
-def _output(model: nn.Module, variables: Variables, images: Array, settings: Settings) -> Array:
-    objective, _, _, normalize = settings
-    place = objective.path.partition("[")[0]
-    return tap.capture(model, variables, normalize(images), {place})[objective.path]
+def _output(
+    model: nn.Module,
+    variables: Variables,
+    images: Array,
+    path: str,
+    normalize: Callable[[Array], Array],
+) -> Array:
+    return tap.capture(model, variables, normalize(images), {path.partition("[")[0]})[path]
 
 
-@partial(jax.jit, static_argnames=("model", "settings", "tx", "robust", "diverse"))
+@tracing.jit("settings", "tx", "robust", "diverse")
 def _step(
     model: nn.Module,
     variables: Variables,
+    objective: Objective,
     params: Array,
     state: PyTree,
     key: Array,
@@ -105,12 +112,12 @@ def _step(
     robust: bool,
     diverse: float,
 ) -> tuple[Array, PyTree, Array]:
-    objective, size, kind, _ = settings
+    size, kind, normalize = settings
 
     def loss(params: Array) -> Array:
         images = images_of.make_images(params, size, kind)
         images = transform(images, key) if robust else images
-        output = _output(model, variables, images, settings)
+        output = _output(model, variables, images, objective.path, normalize)
         alike = diverse * diversity(output) if diverse else 0.0
         return alike - objective.measure(output).sum()
 
@@ -119,10 +126,14 @@ def _step(
     return optax.apply_updates(params, updates), state, value
 
 
-@partial(jax.jit, static_argnames=("model", "settings"))
+@tracing.jit("settings")
 def _finish(
-    model: nn.Module, variables: Variables, params: Array, settings: Settings
+    model: nn.Module,
+    variables: Variables,
+    objective: Objective,
+    params: Array,
+    settings: Settings,
 ) -> tuple[Array, Array]:
-    objective, size, kind, _ = settings
+    size, kind, normalize = settings
     images = images_of.make_images(params, size, kind)
-    return images, objective.measure(_output(model, variables, images, settings))
+    return images, objective.measure(_output(model, variables, images, objective.path, normalize))

@@ -125,6 +125,24 @@ def test_diversity_makes_images_differ(tiny):
     assert diversity(same[:1]) == 0
 
 
+def test_units_share_one_program(tiny):
+    traces = []
+
+    def counted(images):
+        traces.append(images.shape)
+        return normalize(images)
+
+    given = dict(key=jax.random.key(2), normalize=counted, steps=2, robust=False)
+    scores = [visualize(*tiny, Objective("conv", unit), **given).scores[0] for unit in (1, 2)]
+    assert scores[0] != scores[1]
+    assert len(traces) == 2  # a step; the last images
+    image = jnp.ones((16, 12, 3)) / 2
+    given = dict(key=jax.random.key(2), normalize=counted, octaves=1, steps=2)
+    dreams = [deep_dream(*tiny, image, "conv", unit=unit, **given) for unit in (1, 2)]
+    assert not np.allclose(*dreams)
+    assert len(traces) == 3
+
+
 @pytest.mark.parametrize("unit", [None, 4])
 def test_deep_dream_raises_its_layer(tiny, unit):
     variables = tiny[1]
@@ -152,6 +170,14 @@ def test_deep_dream_raises_its_layer(tiny, unit):
         ),
         (lambda *a, **k: visualize(*a, Objective("conv"), **k, steps=0), "at least 1, got 0"),
         (lambda *a, **k: deep_dream(*a, jnp.ones((9, 9, 3)), "cnv", **k), "no module 'cnv'"),
+        (
+            lambda *a, **k: deep_dream(*a, jnp.ones((9, 9, 3)), "conv", unit=6, **k),
+            "unit 6 is out of range",
+        ),
+        (
+            lambda *a, **k: deep_dream(*a, jnp.ones((9, 9, 3)), "conv", octaves=12, **k),
+            "9x9 pixels is 0x0 in the first of 12 octaves",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(tiny, call, message):
