@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_features_and_filters(subject, drawn, tmp_path):
     kernel = subject.variables["params"]["c1"]["kernel"]
     np.testing.assert_array_equal(filters[2], kernel[:, :, 0, 2])
     assert how == {"signed": True}
+
+
+def test_filters_are_those_of_the_convolution_that_is_called_first(drawn, tmp_path):
+    class Depthwise(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train=False):
+            x = nn.Conv(2, (3, 3), name="stem")(images)
+            x = nn.Conv(2, (3, 3), feature_group_count=2, name="depthwise")(x)
+            return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+    variables = Depthwise().init(jax.random.key(0), np.zeros((1, 8, 6, 1)))
+    nothing = np.zeros((0, 8, 6, 1))
+    given = ("own", Depthwise(), variables, nothing, [], lambda x: x, ["a"] * 3)
+    assert visualize.draw_filters(subjects.Subject(*given), tmp_path / "x.png") == "stem/kernel"
 
 
 def test_filters_of_three_channels_are_colors(drawn, tmp_path):

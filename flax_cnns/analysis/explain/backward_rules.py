@@ -21,6 +21,7 @@ from jax.extend import core
 
 from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain.features import Variables, unroll
+from flax_cnns.analysis.explain.gradients import check_floats
 from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
@@ -70,6 +71,7 @@ def deconvnet(
 def _backward(
     model: nn.Module, variables: Variables, images: Array, target: TargetLike, rule: Rule
 ) -> Array:
+    check_floats(images)
     goal = make_target(target, model, variables, images)
     model, variables = unroll(model, variables)
     return _gradient(model, variables, images, goal, rule)

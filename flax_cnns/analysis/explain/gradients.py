@@ -26,6 +26,7 @@ def gradient(
     `images` are what the network takes: f32 [N H W C], normalized. Raises `UserError` as
     `make_target` does.
     """
+    check_floats(images)
     goal = make_target(target, model, variables, images)
     return _gradient(model, variables, images, goal)
 
@@ -56,6 +57,7 @@ def smooth_grad(
     """
     if samples < 1:
         raise UserError(f"samples: expected at least 1, got {samples}")
+    check_floats(images)
     goal = make_target(target, model, variables, images)
     low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
     spread = noise * (high - low)
@@ -85,12 +87,21 @@ def integrated_gradients(
     """
     if steps < 1:
         raise UserError(f"steps: expected at least 1, got {steps}")
+    check_floats(images)
     goal = make_target(target, model, variables, images)
     difference = images - baseline
     total = jnp.zeros_like(images)
     for step in range(steps):
         total += _gradient(model, variables, baseline + (step + 0.5) / steps * difference, goal)
     return difference * total / steps
+
+
+def check_floats(images: Array) -> None:
+    """Raises `UserError` for images of whole numbers, which have no gradient."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"expected images of floats, normalized as the network takes them, got {images.dtype}"
+        )
 
 
 def summarize_channels(maps: Array, how: Literal["max", "sum", "norm", "signed"] = "max") -> Array:

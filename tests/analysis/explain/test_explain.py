@@ -83,6 +83,7 @@ def test_a_module_that_is_called_twice_has_two_outputs(tiny):
         (lambda *a: gradients.gradient(*a, 5), "class 5 is out of range: .* 5 classes, 0 to 4"),
         (lambda *a: gradients.gradient(*a, [0, 1]), "a class for each of 3 images, got 2"),
         (lambda *a: gradients.gradient(*a, "cat"), "expected a class or 3 of them"),
+        (lambda m, v, x: gradients.gradient(m, v, x.astype("uint8")), "of floats, .* got uint8"),
         (lambda *a: cams.cam(*a, lambda logits: logits.sum(1)), "give a class"),
         (lambda *a: perturbations.occlusion(*a, window=9), "at most 8x8 pixels, got 9x9"),
         (lambda *a: perturbations.occlusion(*a, window=2, stride=3), r"window \(2, 2\), got"),
