@@ -71,7 +71,7 @@ def test_gradient_norms_by_layer(lenet):
         logits = model.apply({**variables, "params": params}, images, train=False)
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(6), labels])
 
-    grads = jax.grad(loss)(variables["params"])
+    grads = jax.jit(jax.grad(loss))(variables["params"])
     head = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads["head"])])
     np.testing.assert_allclose(found["head"], np.linalg.norm(head), rtol=1e-4)
     total = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
