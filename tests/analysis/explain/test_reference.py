@@ -27,7 +27,11 @@ WEIGHED = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+# ResNet-18 alone takes as long as all other tests of this folder.
+@pytest.fixture(
+    scope="module",
+    params=["squeezenet1_1", pytest.param("resnet18", marks=pytest.mark.slow)],
+)
 def network(request):
     """(the row of NETWORKS, model, variables, images [2 H W 3], the recorded maps)."""
     row = NETWORKS[request.param]
