@@ -130,6 +130,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, message):
 
 
 @pytest.mark.slow
+def test_a_required_flag_is_asked_for():
+    code, _, err = finish("train")
+    assert code == 2
+    assert err == "error: expected --workdir=VALUE, got none (--help lists the flags)\n"
+
+
+@pytest.mark.slow
 def test_a_search_says_what_it_can_search(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     for args, message in (

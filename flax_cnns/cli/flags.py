@@ -196,6 +196,10 @@ def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
         elif field.partition(".")[0] in _SECTIONS and "." in field:
             near = did_you_mean(f"--config.{field}", (f"--config.{known}" for known in FIELDS))
             raise UserError(f"--{name}: there is no such flag or field{near}")
+        elif near := [
+            path for path in FIELDS if path.rpartition(".")[2] == field.replace("-", "_")
+        ]:
+            right = " or ".join(f"--config.{path}{equals}{value}" for path in near)
         else:
             continue
         raise UserError(f"--{name}: a config field needs config. in front; write {right}")
@@ -381,6 +385,8 @@ def _parse(argv: list[str]) -> list[str]:
             message = (
                 f"config: unknown field {message.strip(chr(34))}; a config file may add fields"
             )
+        if missing := re.match(r"flag --([\w-]+)=None: .* must have a value", message):
+            message = f"expected --{missing[1]}=VALUE, got none"
         raise UserError(f"{message} (--help lists the flags)") from None
     finally:
         sys.argv = before

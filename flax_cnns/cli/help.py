@@ -121,7 +121,10 @@ def make_fields_page(pattern: str = "") -> str:
     selected = dict(_select(known, pattern))
     if not selected:
         hint = did_you_mean(pattern, [p for p, field in known.items() if isinstance(field, Field)])
-        raise UserError(f"--help-fields: no field matches {pattern!r}{hint}")
+        raise UserError(
+            f"--help-fields: no field matches {pattern!r}{hint}; the fields of a network, such as"
+            " drop_path, are set as --config.model.FIELD"
+        )
     lines = []
     for path, part in selected.items():
         if isinstance(part, Section):
@@ -129,7 +132,10 @@ def make_fields_page(pattern: str = "") -> str:
             continue
         expected = part.check(None)
         meaning = f"{part.meaning} Expected: {expected}." if expected else part.meaning
+        if path.startswith("strategy."):
+            meaning = f"Only in finetune. {meaning}"
         lines += _entry(f"--config.{path}={part.default!r}", meaning)
+    lines += ["", "These are the defaults. A recipe or a config file may set other values."]
     return "\n".join(lines)
 
 

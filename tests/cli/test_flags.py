@@ -28,6 +28,7 @@ def with_config(monkeypatch):
     ("given", "said"),
     [
         ("--optimizer.name=adam", "write --config.optimizer.name=adam"),
+        ("--learning-rate=1", "write --config.schedule.learning_rate=1"),
         ("--seed", "write --config.seed"),
         ("-model.depth=3", "write --config.model.depth=3"),
         ("--optimizer.nam=adam", "did you mean '--config.optimizer.name'"),
