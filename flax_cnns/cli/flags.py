@@ -196,10 +196,8 @@ def _check_fields_are_of_the_config(argv: Sequence[str]) -> None:
         elif field.partition(".")[0] in _SECTIONS and "." in field:
             near = did_you_mean(f"--config.{field}", (f"--config.{known}" for known in FIELDS))
             raise UserError(f"--{name}: there is no such flag or field{near}")
-        elif near := [
-            path for path in FIELDS if path.rpartition(".")[2] == field.replace("-", "_")
-        ]:
-            right = " or ".join(f"--config.{path}{equals}{value}" for path in near)
+        elif fields := [p for p in FIELDS if p.rpartition(".")[2] == field.replace("-", "_")]:
+            right = " or ".join(f"--config.{path}{equals}{value}" for path in fields)
         else:
             continue
         raise UserError(f"--{name}: a config field needs config. in front; write {right}")
