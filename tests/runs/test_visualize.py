@@ -181,9 +181,6 @@ def test_the_command(finished, tmp_path):
     assert code == 0, err
     assert f"written to {out}" in text
     assert out.is_file()
-    code, _, err = finish("visualize", "saliencies", *flags)
-    assert code == 2
-    assert "got 'saliencies'; did you mean 'saliency'" in err
     code, _, err = finish("visualize", "dream", f"--workdir={finished[0]}")
     assert code == 2
     assert "expected --path" in err
