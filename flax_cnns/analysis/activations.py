@@ -1,4 +1,4 @@
-"""What a network's layers give: means, spreads, dead units, histograms, gradient norms; LSUV.
+"""Statistics of a network's activations, gradient norms by layer, and LSUV initialization.
 
 for layer in measure_activations(model, variables, images):
     print(layer.path, layer.mean, layer.std, layer.dead)
@@ -26,10 +26,10 @@ class LayerActivations(NamedTuple):
     """The outputs of one module over all images and positions."""
 
     path: str
-    values: int  # how many
+    values: int  # number of values
     mean: float
     std: float
-    dead: float  # share of the channels that are never above 0: behind a ReLU they are zero
+    dead: float  # fraction of channels that are never above 0; after a ReLU, they are always 0
     counts: np.ndarray  # i64 [bins]
     edges: np.ndarray  # f64 [bins + 1]
 
@@ -42,12 +42,12 @@ def measure_activations(
     *,
     bins: int = 50,
 ) -> list[LayerActivations]:
-    """Statistics of the outputs of `paths` in evaluation, over images [N H W C] or batches of them.
+    """Returns statistics of the outputs of `paths` in evaluation.
 
-    `paths` are by default all modules that have parameters of their own, in the order in which they
-    run. The histogram's edges are four standard deviations of the first batch around its mean; its
-    outer bins hold what lies beyond. Raises `UserError` for an unknown path, without images, and
-    for an output that is not finite.
+    `batches` are images [N H W C], or several batches of them. By default, `paths` are all modules
+    with parameters of their own, in the order in which they run. The histogram covers four standard
+    deviations of the first batch on both sides of its mean; values beyond count in the outer bins.
+    Raises `UserError` for an unknown path, if there are no images, and if an output is not finite.
     """
     model, variables = tap.unroll(model, variables)
     totals: dict[str, _Totals] = {}
@@ -67,7 +67,7 @@ def measure_activations(
 
 
 def find_layers(model: nn.Module, variables: Variables, images: Array) -> list[str]:
-    """Modules with parameters of their own, in the order in which they run."""
+    """Returns the paths of modules with parameters of their own, in the order in which they run."""
     owners = {path.rpartition("/")[0] for path in pytree.flatten(variables["params"])}
     outputs = tap.list_outputs(model, variables, images)
     return [path for path in outputs if path.partition("[")[0] in owners]
@@ -76,7 +76,7 @@ def find_layers(model: nn.Module, variables: Variables, images: Array) -> list[s
 def measure_gradients(
     model: nn.Module, variables: Variables, images: Array, labels: Array
 ) -> dict[str, float]:
-    """{layer: Euclidean norm of the cross-entropy's gradient by its parameters}, in evaluation.
+    """Returns {layer: Euclidean norm of the gradient of the cross-entropy} in evaluation.
 
     `labels`: i32 [N]. A layer is a module with parameters of its own, in the order in which they
     run.
@@ -100,13 +100,13 @@ def lsuv(
     tolerance: float = 0.1,
     most: int = 10,
 ) -> dict[str, PyTree]:
-    """Layer-sequential unit variance (Mishkin & Matas 2016, arXiv 1511.06422, algorithm 1).
+    """Returns new variables by layer-sequential unit variance, with named blocks.
 
-    Every kernel of a convolution or dense layer becomes orthonormal, then, layer by layer in the
-    order in which they run, is divided by the standard deviation of the layer's output over
-    `images`, until the variance is within `tolerance` of 1, at most `most` times. Biases become
-    zero. Norms normalize in evaluation, by their running statistics, as `variables` has them.
-    Returns new variables, with named blocks. Raises `UserError` if a layer's output is constant.
+    Mishkin & Matas 2016, arXiv 1511.06422, algorithm 1. First, each kernel of a convolution or
+    dense layer becomes orthonormal, and each bias zero. Then, in the order in which the layers run,
+    each kernel is divided by the standard deviation of its layer's output over `images`, until the
+    variance is within `tolerance` of 1, at most `most` times. Norms use the running statistics of
+    `variables`. Raises `UserError` if a layer's output is constant.
     """
     model, variables = tap.unroll(model, variables)
     flat = dict(pytree.flatten(variables))

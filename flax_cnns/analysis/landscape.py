@@ -4,8 +4,8 @@
     directions = tuple(random_direction(variables["params"], jax.random.key(i)) for i in (0, 1))
     losses = evaluate_plane(loss, variables, directions, xs, ys, folder="runs/plane")
 
-The network runs in evaluation: BatchNorm takes the running statistics that the variables have, or,
-with `Loss(..., batchnorm="batch")`, those of each batch.
+The network runs in evaluation. BatchNorm uses the running statistics of the variables, or, with
+`Loss(..., batchnorm="batch")`, those of each batch.
 """
 
 from __future__ import annotations
@@ -76,13 +76,12 @@ class Loss:
 
 
 def random_direction(params: PyTree, key: Array) -> PyTree:
-    """Returns a direction of normal numbers whose every filter has the norm of the weights' filter
-    (Li et al. 2018, arXiv 1712.09913, section 4: d *= |w| / |d|).
+    """Returns a random normal direction in which each filter has the norm of the weights' filter.
 
-    A filter is one output of a kernel: the last axis of Flax's kernels, also of dense layers. The
-    direction is 0 for biases, scales and other parameters with fewer than two axes. Stacked blocks
-    (`tree.stack_blocks`) get the direction that they have one by one. Equal keys give equal
-    directions.
+    Li et al. 2018, arXiv 1712.09913, section 4: d *= |w| / |d|. A filter is one output of a kernel:
+    the last axis of Flax's kernels, also of dense layers. The direction is 0 for biases, scales and
+    other parameters with fewer than two axes. Stacked blocks (`tree.stack_blocks`) get the
+    direction that they have one by one. Equal keys give equal directions.
     """
     named = pytree.unstack_blocks(params)
     leaves = {}
@@ -112,8 +111,8 @@ def evaluate_plane(
 ) -> np.ndarray:
     """Returns the losses f32 [len(ys) len(xs)] at params + x * directions[0] + y * directions[1].
 
-    `folder` keeps every row as soon as it is there; the same call goes on with the rows that are
-    missing. Raises `UserError` if the folder holds rows of another plane.
+    If `folder` is given, each row is saved there, and a repeated call computes only the missing
+    rows. Raises `UserError` if the folder holds rows of another plane.
     """
     rows = []
     place = None if folder is None else _open_folder(folder, loss, variables, directions, xs, ys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -65,15 +66,14 @@ def make_subject_from_run(
         if split not in data.splits:
             hint = did_you_mean(split, data.splits)
             raise UserError(f"--split: {data.name} has no split {split!r}{hint}")
-        batches = pipeline.eval_batches(data, split, config.data)
-        rows = itertools.chain.from_iterable(
-            zip(batch["image"], batch["label"], batch["mask"]) for batch in batches
-        )
-        chosen = [
-            (image, label)
-            for image, label, mask in itertools.islice(rows, count)
-            if mask  # 0: what fills the last batch
-        ]
+        with contextlib.closing(pipeline.eval_batches(data, split, config.data)) as batches:
+            rows = (
+                (image, label)
+                for batch in batches
+                for image, label, mask in zip(batch["image"], batch["label"], batch["mask"])
+                if mask  # 0: an image that fills the last batch, or replaces a damaged one
+            )
+            chosen = list(itertools.islice(rows, count))
         pixels = np.stack([image for image, _ in chosen])
         names = [_name_label(loaded.class_names, label) for _, label in chosen]
     return Subject(

@@ -48,6 +48,27 @@ def test_a_unit_that_is_never_positive_is_dead(lenet):
     assert found.dead >= 1 / len(params[path])
 
 
+class Halves(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        return nn.relu(jnp.concatenate([images, -jnp.abs(images)], -1))
+
+
+class HalfDead(nn.Module):
+    """A module whose last channels are zero behind their ReLU."""
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        return nn.Dense(2, name="head")(Halves(name="halves")(images).mean((1, 2)))
+
+
+def test_channels_that_are_always_zero_are_dead():
+    images = jax.random.normal(jax.random.key(0), (4, 3, 3, 3))
+    variables = HalfDead().init(jax.random.key(1), images)
+    (found,) = activations.measure_activations(HalfDead(), variables, images, ["halves"])
+    assert found.dead == 0.5
+
+
 @pytest.mark.parametrize("paths", [None, ["head"]])
 def test_no_images_is_one_line(lenet, paths):
     with pytest.raises(UserError, match="at least one batch"):

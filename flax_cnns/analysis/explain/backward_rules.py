@@ -1,12 +1,12 @@
 """Guided backpropagation and the deconvnet: a gradient with another rule at every ReLU.
 
-The traced program is evaluated again; the calls named relu and relu6 take the other rule. Max
-pooling needs none: its gradient goes to the pixel that was the largest, which is the deconvnet's
-unpooling by recorded switches. Both methods are defined for ReLU networks alone; a network with
-another activation is refused by the activation's name.
+The traced program is evaluated again, and the calls named relu and relu6 get another gradient. Max
+pooling keeps its own: it goes to the largest pixel, which is the deconvnet's unpooling by recorded
+switches. Both methods are defined only for ReLU networks. Other activations raise `UserError`.
 
-Both hardly depend on the upper layers (Adebayo et al. 2018, arXiv 1810.03292): their pictures look
-like the image, not like what the network learned. `quality.randomize` measures it.
+Adebayo et al. 2018 (arXiv 1810.03292) find that guided backpropagation hardly depends on the upper
+layers: its pictures look like the image, not like what the network learned. `quality.randomize`
+tests this.
 """
 
 from __future__ import annotations
@@ -32,25 +32,16 @@ _HIGHEST = {"relu": jnp.inf, "relu6": 6.0}  # the value above which the activati
 # Calls and primitives that are activations or gates of another kind.
 _OTHERS = {
     *("silu", "swish", "gelu", "sigmoid", "hard_silu", "hard_swish", "hard_sigmoid", "elu", "selu"),
-    *(
-        "celu",
-        "softplus",
-        "leaky_relu",
-        "mish",
-        "softmax",
-        "log_softmax",
-        "hard_tanh",
-        "squareplus",
-    ),
-    *("tanh", "logistic", "erf", "exp"),
+    *("celu", "softplus", "leaky_relu", "mish", "softmax", "log_softmax", "hard_tanh"),
+    *("squareplus", "tanh", "logistic", "erf", "exp"),
 }
 
 
 def guided_backprop(
     model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
 ) -> Array:
-    """The gradient [N H W C] that passes a ReLU only where it is positive and the ReLU is active
-    (Springenberg et al. 2015, arXiv 1412.6806, section 3.4).
+    """Returns the gradient [N H W C] that passes a ReLU only where it is positive and the ReLU's
+    input was positive (Springenberg et al. 2015, arXiv 1412.6806, section 3.4).
 
     Raises `UserError` for a network without ReLU or with another activation, and as `make_target`.
     """
@@ -60,8 +51,8 @@ def guided_backprop(
 def deconvnet(
     model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
 ) -> Array:
-    """The gradient [N H W C] that passes a ReLU where it is positive, whatever the input was
-    (Zeiler & Fergus 2014, arXiv 1311.2901, section 2.1).
+    """Returns the gradient [N H W C] that passes a ReLU where it is positive, regardless of the
+    ReLU's input (Zeiler & Fergus 2014, arXiv 1311.2901, section 2.1).
 
     Raises `UserError` as `guided_backprop` does.
     """
@@ -153,7 +144,7 @@ def _check_activations(program: core.Jaxpr, network: str) -> None:
                 " deconvnet are defined for ReLU; take gradient, smooth_grad or grad_cam"
             )
     if not any(_names(program, set(_HIGHEST))):
-        raise UserError(f"{network} has no ReLU, at which these methods differ")
+        raise UserError(f"{network} has no ReLU: these methods would equal gradient")
 
 
 def _names(program: core.Jaxpr, wanted: set[str]) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""Class activation maps: [N h w], of the size of the maps that they weigh, as they come.
+"""Class activation maps: weighted sums of a module's feature maps.
 
-No ReLU, no resizing, no scaling: `show_map` does these. `path` names the module whose output
-[N h w C] is weighed, by default the last one with spatial maps. The network stays as it is: the
-gradient is that by zeros which are added to the module's output.
+Each function returns raw maps f32 [N h w], as small as the feature maps [N h w C]. `show_map`
+applies the ReLU, resizes and scales them. `path` names the module; the default is the last module
+with spatial maps. The network is not changed: zeros are added to the module's output, and the
+gradient is taken with respect to these zeros.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def grad_cam(
     target: TargetLike = None,
     path: str | None = None,
 ) -> Array:
-    """sum_k mean_xy(dS / dA_k) A_k (Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2,
-    before the ReLU); S is the logit, not the probability.
+    """Returns Grad-CAM before its ReLU: sum_k mean_xy(dS / dA_k) A_k, where S is the logit.
 
-    Raises `UserError` for an unknown path, one without spatial maps, and as `make_target` does.
+    Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2. Raises `UserError` if the path is
+    unknown or has no spatial maps, and for the targets that `make_target` refuses.
     """
     maps, gradients = maps_and_gradients(model, variables, images, target, path)
     return (maps * gradients.mean((1, 2), keepdims=True)).sum(-1)
@@ -54,10 +55,12 @@ def grad_cam_plus_plus(
     target: TargetLike = None,
     path: str | None = None,
 ) -> Array:
-    """Grad-CAM with weights sum_xy alpha ReLU(dS / dA), alpha = g^2 / (2 g^2 + sum_xy(A) g^3)
-    (Chattopadhay et al. 2018, arXiv 1710.11063, equations 10 and 19, for exp(S)).
+    """Returns Grad-CAM++: Grad-CAM with the weights sum_xy alpha ReLU(g), where g = dS / dA and
+    alpha = g^2 / (2 g^2 + sum_xy(A) g^3).
 
-    The denominator has 1e-6 more, as in pytorch-grad-cam."""
+    Chattopadhay et al. 2018, arXiv 1710.11063, equations 10 and 19, for exp(S). As in
+    pytorch-grad-cam, 1e-6 is added to the denominator. Raises `UserError` as `grad_cam` does.
+    """
     maps, g = maps_and_gradients(model, variables, images, target, path)
     below = 2 * g**2 + maps.sum((1, 2), keepdims=True) * g**3
     alpha = jnp.where(g == 0, 0.0, g**2 / (below + 1e-6))
@@ -72,22 +75,24 @@ def layer_cam(
     target: TargetLike = None,
     path: str | None = None,
 ) -> Array:
-    """sum_k ReLU(dS / dA_k) A_k, pixel by pixel (Jiang et al. 2021, IEEE TIP 30, equation 5)."""
+    """Returns LayerCAM: sum_k ReLU(dS / dA_k) A_k, with a weight for each pixel.
+
+    Jiang et al. 2021, IEEE TIP 30, equation 5. Raises `UserError` as `grad_cam` does.
+    """
     maps, gradients = maps_and_gradients(model, variables, images, target, path)
     return (nn.relu(gradients) * maps).sum(-1)
 
 
 def cam(model: nn.Module, variables: Variables, images: Array, target: TargetLike = None) -> Array:
-    """sum_k w_k A_k, with the head's weights of the class (Zhou et al. 2016, arXiv 1512.04150,
-    equation 2).
+    """Returns CAM: sum_k w_k A_k, where w are the weights of the class in the head.
 
-    For networks whose head is one dense layer on the spatial means of maps A; the maps are the
-    output of the last module, or its ReLU, whose means the head reads. Raises `UserError` for other
-    networks, and for a target that is no class.
+    Zhou et al. 2016, arXiv 1512.04150, equation 2. The head must be one dense layer that reads the
+    spatial means of maps A. A is the output of a module, or the ReLU of that output. Raises
+    `UserError` for other networks, and for a target that is not a class.
     """
     goal = make_target(target, model, variables, images)
     if goal.function is not None:
-        raise UserError("cam weighs maps by the head's weights of a class: give a class")
+        raise UserError("cam uses the head's weights of a class: the target must be a class")
     model, variables = tap.unroll(model, variables)
     maps, kernel = _find_pooled(model, variables, images)
     weights = kernel[:, goal.classes]  # [C N]
@@ -103,7 +108,8 @@ def maps_and_gradients(
     target: TargetLike = None,
     path: str | None = None,
 ) -> MapsAndGradients:
-    """The output [N h w C] of the module `path`, and the gradient of the target by it."""
+    """Returns the output [N h w C] of the module `path`, and the target's gradient with respect to
+    it. Raises `UserError` as `grad_cam` does."""
     goal = make_target(target, model, variables, images)
     model, variables = tap.unroll(model, variables)
     path = choose_path(model, variables, images, path)
@@ -113,9 +119,10 @@ def maps_and_gradients(
 def choose_path(
     model: nn.Module, variables: Variables, images: Array, path: str | None = None
 ) -> str:
-    """`path` if it has spatial maps, the last module that has some if it is None.
+    """Returns `path`, or the last module with spatial maps if `path` is None.
 
-    Raises `UserError`.
+    Raises `UserError` if the module has no spatial maps, or if `path` is None and the network works
+    with tokens after its last maps.
     """
     outputs = tap.list_outputs(model, variables, images)
     if path is not None:
@@ -137,7 +144,8 @@ def choose_path(
 
 
 def show_map(maps: Array, size: Sequence[int]) -> Array:
-    """[N h w] -> [N H W] in 0..1 for a picture: ReLU, resized bilinearly, over its maximum."""
+    """Prepares raw maps [N h w] for a picture: ReLU, bilinear resize to `size`, division by each
+    map's maximum. Returns f32 [N H W] in 0..1."""
     positive = jax.image.resize(nn.relu(maps), (len(maps), *size), "bilinear")
     return positive / jnp.maximum(positive.max((1, 2), keepdims=True), 1e-12)
 
@@ -167,7 +175,8 @@ def _maps_and_gradients(
 
 
 def _find_pooled(model: nn.Module, variables: Variables, images: Array) -> tuple[Array, Array]:
-    """(the maps [N h w C] whose spatial means the head reads, the head's kernel [C K])."""
+    """Returns the maps [N h w C] whose spatial means the head reads, and the head's kernel [C K].
+    Raises `UserError` if there are no such maps."""
     head, read = _find_head(model, variables, images)
     outputs = tap.list_outputs(model, variables, images)
     candidates = [
@@ -189,7 +198,8 @@ def _find_pooled(model: nn.Module, variables: Variables, images: Array) -> tuple
 
 
 def _find_head(model: nn.Module, variables: Variables, images: Array) -> tuple[str, Array]:
-    """(path, input [N C]) of the dense layer whose output is the logits. Raises `UserError`."""
+    """Returns (path, input [N C]) of the dense layer whose output is the logits. Raises `UserError`
+    if the logits come from something else."""
     logits, layers = _dense_layers(model, variables, images)
     for path, (read, out) in reversed(layers.items()):
         if read.ndim == 2 and out.shape == logits.shape and bool((out == logits).all()):
@@ -204,7 +214,7 @@ def _find_head(model: nn.Module, variables: Variables, images: Array) -> tuple[s
 def _dense_layers(
     model: nn.Module, variables: Variables, images: Array
 ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-    """The logits, and input and output of every dense layer."""
+    """Returns the logits, and {path: (input, output)} of every dense layer."""
 
     def note(function, args, kwargs, context):
         out = function(*args, **kwargs)

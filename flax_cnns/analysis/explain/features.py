@@ -1,11 +1,11 @@
-"""The output of any module of a network, by its path; the network stays as it is.
+"""Returns the output of any module of a network, by its path, without changing the network.
 
     features(model, variables, images, ["stem", "stage2/block1"])
 
 A path is that of the parameters without the collection: `params/stage2/block1/conv1/kernel` belongs
 to the module `stage2/block1/conv1`. The empty path is the network itself. Functions such as
-`nn.relu` are no modules: the output of a norm is what comes before the activation, the output of a
-block is what comes after it.
+`nn.relu` are not modules. So the output of a norm is the value before the activation, and the
+output of a block is the value after it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ _CALL = "__call__"
 
 
 class Unrolled(NamedTuple):
-    """A network whose blocks are modules of their own, and its variables by their names."""
+    """A network that runs its blocks one by one, and its variables with named blocks."""
 
     model: nn.Module
     variables: Variables
 
 
 def unroll(model: nn.Module, variables: Variables) -> Unrolled:
-    """The same network without `scan` and `remat`, and its variables with named blocks.
+    """Returns the same network without `scan` and `remat`, and its variables with named blocks.
 
-    A user's own network stays as it is: its fields of these names may mean something else, and its
-    parameters may have other names without them. (`layers.Stage` does not scan while outputs are
-    captured.)
+    A user's own network is not changed, because its fields `scan` and `remat` may mean something
+    else. `layers.Stage` does not scan while outputs are captured.
     """
     ours = any(each.__module__.startswith("flax_cnns.models.") for each in type(model).__mro__)
     off: dict[str, Any] = {
@@ -53,10 +52,10 @@ def unroll(model: nn.Module, variables: Variables) -> Unrolled:
 def features(
     model: nn.Module, variables: Variables, images: Array, paths: Sequence[str]
 ) -> dict[str, Array]:
-    """{path: output of that module} in evaluation, for images [N H W C].
+    """Returns {path: output of that module} in evaluation, for images [N H W C].
 
     A module that is called several times has its outputs under `path[0]`, `path[1]` and so on.
-    Raises `UserError` for a path that the network does not call or whose output is no array.
+    Raises `UserError` for a path that the network does not call, or whose output is not an array.
     """
     model, variables = unroll(model, variables)
     shapes = list_outputs(model, variables, images)
@@ -68,9 +67,11 @@ def features(
 def list_outputs(
     model: nn.Module, variables: Variables, images: Array | jax.ShapeDtypeStruct
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """{path: shape and dtype of that module's output}, in the order in which the modules end.
+    """Returns {path: shape and dtype of that module's output}, in the order in which the modules
+    end.
 
-    Computes shapes only, once for each shape. Outputs that are no arrays are left out.
+    Nothing is computed but shapes, once per shape of the images. Outputs that are not arrays are
+    left out.
     """
     return dict(_list_outputs(*unroll(model, variables), images)[1])
 
@@ -78,8 +79,10 @@ def list_outputs(
 def list_calls(
     model: nn.Module, variables: Variables, images: Array | jax.ShapeDtypeStruct
 ) -> list[str]:
-    """Paths of all modules, each once, in the order in which they first end; also those in a user's
-    own scan, whose outputs `list_outputs` lacks."""
+    """Returns the paths of all modules, each once, in the order in which they first end.
+
+    The list includes modules inside a user's own scan, which `list_outputs` lacks.
+    """
     return list(dict.fromkeys(_list_outputs(*unroll(model, variables), images)[0]))
 
 
@@ -139,14 +142,14 @@ def _features(
 def capture(
     model: nn.Module, variables: Variables, images: Array, paths: set[str] | None = None
 ) -> dict[str, Array]:
-    """{path: output} of the modules `paths` of an unrolled network, by default of all modules."""
+    """Returns {path: output} of the modules `paths` of an unrolled network; None: all modules."""
     return run(model, variables, images, paths)[1]
 
 
 def run(
     model: nn.Module, variables: Variables, images: Array, paths: set[str] | None = None
 ) -> tuple[Any, dict[str, Array]]:
-    """(what the network returns, what `capture` returns)."""
+    """Returns the network's output and the result of `capture`."""
 
     def is_asked(module: nn.Module, method: str) -> bool:
         return method == _CALL and (paths is None or "/".join(module.path) in paths)
@@ -162,7 +165,7 @@ def run(
 
 
 def _numbered(paths: Sequence[str]) -> list[str]:
-    """Names of calls: a path that comes once is itself, else it gets [0], [1] and so on."""
+    """Returns a name for each call. If a path occurs several times, [0], [1] ... are added."""
     seen: dict[str, int] = {}
     names = []
     for path in paths:

@@ -1,6 +1,6 @@
-"""Saliency by gradients of a logit by the image: [N H W C], signed, as they come.
+"""Saliency from gradients with respect to the image: signed, f32 [N H W C].
 
-`summarize_channels` makes a map [N H W] of them, as the papers draw it.
+`summarize_channels` turns them into maps [N H W], as the papers draw them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from flax_cnns.types import Array
 def gradient(
     model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
 ) -> Array:
-    """The gradient of the target by the images (Simonyan et al. 2014, arXiv 1312.6034, section 3).
+    """Returns the target's gradient with respect to the images.
 
-    `images` are what the network takes: f32 [N H W C], normalized. Raises `UserError` as
-    `make_target` does.
+    Simonyan et al. 2014, arXiv 1312.6034, section 3. `images` are the network's input: f32
+    [N H W C], normalized. Raises `UserError` if they are not floats, and for the targets that
+    `make_target` refuses.
     """
     check_floats(images)
     goal = make_target(target, model, variables, images)
@@ -34,7 +35,7 @@ def gradient(
 def gradient_times_input(
     model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
 ) -> Array:
-    """Gradient times image (Shrikumar et al. 2016, arXiv 1605.01713)."""
+    """Returns gradient times image (Shrikumar et al. 2016, arXiv 1605.01713)."""
     return gradient(model, variables, images, target) * images
 
 
@@ -49,11 +50,12 @@ def smooth_grad(
     noise: float = 0.15,
     squared: bool = False,
 ) -> Array:
-    """The mean gradient of noisy copies (Smilkov et al. 2017, arXiv 1706.03825).
+    """Returns the mean gradient over noisy copies of each image (SmoothGrad).
 
-    The standard deviation of the noise is `noise` times (largest - smallest value) of each image.
-    `squared` averages squares of gradients. The target, None too, is that of the images without
-    noise. Equal keys give equal maps. Raises `UserError` if `samples` is below 1.
+    Smilkov et al. 2017, arXiv 1706.03825. The noise's standard deviation is `noise` times the range
+    of the image's values. `squared` averages squared gradients. If `target` is None, the class is
+    the one predicted without noise. Equal keys give equal maps. Raises `UserError` if `samples` is
+    below 1.
     """
     if samples < 1:
         raise UserError(f"samples: expected at least 1, got {samples}")
@@ -78,12 +80,13 @@ def integrated_gradients(
     baseline: Array | float = 0.0,
     steps: int = 50,
 ) -> Array:
-    """(image - baseline) times the mean gradient between them (Sundararajan et al. 2017, arXiv
-    1703.01365, equation 3), by `steps` midpoints.
+    """Returns integrated gradients: (image - baseline) times the mean gradient on the line between
+    them, at `steps` midpoints.
 
-    The sum over an image is the difference of the target between image and baseline, up to the
-    error of the midpoints (completeness). `baseline` is an image, images, or one value; 0 is the
-    mean color of normalized images. Raises `UserError` if `steps` is below 1.
+    Sundararajan et al. 2017, arXiv 1703.01365, equation 3. Their sum over an image is the
+    difference of the target between image and baseline, up to the error of the midpoint rule
+    (completeness). `baseline` is one image, one image per row, or one value; 0 is the mean color of
+    normalized images. Raises `UserError` if `steps` is below 1.
     """
     if steps < 1:
         raise UserError(f"steps: expected at least 1, got {steps}")
@@ -97,7 +100,7 @@ def integrated_gradients(
 
 
 def check_floats(images: Array) -> None:
-    """Raises `UserError` for images of whole numbers, which have no gradient."""
+    """Raises `UserError` if the images are integers, which have no gradient."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
             f"expected images of floats, normalized as the network takes them, got {images.dtype}"
@@ -105,8 +108,11 @@ def check_floats(images: Array) -> None:
 
 
 def summarize_channels(maps: Array, how: Literal["max", "sum", "norm", "signed"] = "max") -> Array:
-    """[N H W C] -> [N H W]: the largest absolute value over the channels (Simonyan et al.), the sum
-    of absolute values, the Euclidean norm, or the signed sum."""
+    """Reduces the channels, [N H W C] -> [N H W], by `how`.
+
+    "max": largest absolute value (Simonyan et al.); "sum": sum of absolute values; "norm":
+    Euclidean norm; "signed": sum. Raises `UserError` for another name.
+    """
     ways = {
         "max": lambda a: jnp.abs(a).max(-1),
         "sum": lambda a: jnp.abs(a).sum(-1),

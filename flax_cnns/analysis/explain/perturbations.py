@@ -1,4 +1,4 @@
-"""Saliency by hiding parts of the image: occlusion and RISE. Any network; evaluation alone."""
+"""Saliency from hiding parts of the image: occlusion and RISE. They need no gradients."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def occlusion(
     stride: int | tuple[int, int] | None = None,
     fill: float = 0.0,
 ) -> Array:
-    """How far the target falls where a window hides the image: f32 [N H W] (Zeiler & Fergus 2014,
-    arXiv 1311.2901, section 4.2).
+    """Returns how much the target decreases when a window hides part of the image: f32 [N H W].
 
-    A window of `window` pixels moves by `stride` (by default by itself) and is filled with `fill`;
-    the last one of a row or column is cut off at the border. A pixel has the mean over the windows
-    that hide it. 0 is the mean color of normalized images. Raises `UserError` for a window that is
+    Zeiler & Fergus 2014, arXiv 1311.2901, section 4.2. A window of `window` pixels moves in steps
+    of `stride` pixels (default: the window's size). Its pixels become `fill`; 0 is the mean color
+    of normalized images. The last window of a row or column may be cut off at the border. Each
+    pixel gets the mean over the windows that hide it. Raises `UserError` for a window that is
     larger than the image, for a stride larger than the window, and as `make_target` does.
     """
     height, width = images.shape[1:3]
@@ -70,13 +70,13 @@ def rise(
     cells: int = 7,
     keep: float = 0.5,
 ) -> Array:
-    """The mean of random masks, weighed by the target that the masked image has, over `keep`: f32
-    [N H W] (Petsiuk et al. 2018, arXiv 1806.07421, equation 6).
+    """Returns the mean of random masks, weighted by the target of the masked image, divided by
+    `keep`: f32 [N H W].
 
-    A mask is a grid of `cells` x `cells` zeros and ones (one with probability `keep`), enlarged
-    bilinearly and moved by up to a cell. All images see the same masks. The target is the class's
-    probability, as in the paper, unless it is a difference or a function. Equal keys give equal
-    maps. Raises `UserError` as `make_target` does.
+    Petsiuk et al. 2018, arXiv 1806.07421, equation 6. A mask is a grid of `cells` x `cells` zeros
+    and ones (one with probability `keep`), enlarged bilinearly and moved by up to a cell. All
+    images get the same masks. If the target is a class, its probability is used, as in the paper.
+    Equal keys give equal maps. Raises `UserError` as `make_target` does.
     """
     if masks < 1 or cells < 1 or not 0 < keep < 1:
         raise UserError(
@@ -98,14 +98,14 @@ def _make_mask(key: Array, size: tuple[int, int], cells: int, keep: float) -> Ar
     cell = [-(-n // cells) for n in size]
     key_grid, key_move = jax.random.split(key)
     grid = jax.random.bernoulli(key_grid, keep, (cells, cells)).astype(jnp.float32)
-    # One cell more on each side than the image needs; edges are those of the grid.
+    # One cell more than the image needs, so that the mask can be moved.
     enlarged = jax.image.resize(grid, [(cells + 1) * n for n in cell], "bilinear")
     move = jax.random.randint(key_move, (2,), 0, jnp.asarray(cell))
     return jax.lax.dynamic_slice(enlarged, move, size)
 
 
 def _starts(size: int, window: int, stride: int) -> range:
-    """First pixels of the windows; the last window reaches the border or is cut off there."""
+    """Returns the first pixel of each window. The last window reaches the border or crosses it."""
     return range(0, max(size - window, 0) + stride, stride)
 
 

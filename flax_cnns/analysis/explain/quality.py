@@ -1,13 +1,13 @@
-"""How good a saliency map is, in numbers: randomization, deletion, insertion.
+"""Measures of the quality of saliency maps: cascading randomization, deletion, insertion.
 
-Each takes a network and maps [N H W], and gives a value for every image, so that intervals over
-images can be made (`flax_cnns.analysis.statistics`).
+The measures have one value per image, so that `flax_cnns.analysis.statistics` can compute intervals
+over images.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import flax.linen as nn
@@ -24,17 +24,15 @@ from flax_cnns.analysis.explain.targets import TargetLike, compute_scores, make_
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
-Explain = Callable[[nn.Module, Variables, Array], Array]  # -> maps [N H W]
-
 
 def randomize(
     model: nn.Module, variables: Variables, images: Array, key: Array
 ) -> Iterator[tuple[str, Variables]]:
-    """(layer, variables) with one more layer drawn anew each time, from the head down: cascading
-    randomization (Adebayo et al. 2018, arXiv 1810.03292, section 3).
+    """Yields (layer, variables), where one more layer is random each time, from the head down.
 
-    A layer is a module with parameters of its own. Its parameters and statistics become those of
-    another initialization, drawn by `key`.
+    This is cascading randomization (Adebayo et al. 2018, arXiv 1810.03292, section 3). A layer is a
+    module with parameters of its own. Its parameters and statistics are replaced by those of a new
+    initialization, drawn from `key`.
     """
     model, variables = tap.unroll(model, variables)
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
@@ -52,8 +50,10 @@ def randomize(
 
 
 def rank_correlation(maps: Array, others: Array, *, absolute: bool = True) -> np.ndarray:
-    """Spearman's rank correlation of two maps [N H W] for each image: f64 [N]; of absolute values
-    unless `absolute` is False. NaN for a constant map."""
+    """Returns Spearman's rank correlation of two maps [N H W] for each image: f64 [N].
+
+    Absolute values are compared unless `absolute` is False. The result is NaN for a constant map.
+    """
     first, second = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (maps, others))
     if absolute:
         first, second = np.abs(first), np.abs(second)
@@ -73,11 +73,11 @@ def deletion(
     steps: int = 20,
     fill: Array | float = 0.0,
 ) -> np.ndarray:
-    """The area below the class's probability while the most salient pixels are taken away: f64 [N],
-    lower is better (Petsiuk et al. 2018, arXiv 1806.07421, section 4.2).
+    """Returns the area under the class's probability while the most salient pixels are removed:
+    f64 [N], lower is better.
 
-    In each of `steps` steps an equal share of the pixels becomes `fill`. Raises `UserError` for
-    maps of another size than the images'.
+    Petsiuk et al. 2018, arXiv 1806.07421, section 4.2. In each of `steps` steps an equal share of
+    the pixels becomes `fill`. Raises `UserError` for maps of another size than the images'.
     """
     return _area(model, variables, images, maps, target, steps, fill, "deletion")
 
@@ -92,8 +92,11 @@ def insertion(
     steps: int = 20,
     fill: Array | float = 0.0,
 ) -> np.ndarray:
-    """The area below the class's probability while the most salient pixels come into `fill` (the
-    paper takes the blurred image): f64 [N], higher is better."""
+    """Returns the area under the class's probability while the most salient pixels are inserted
+    into `fill`: f64 [N], higher is better.
+
+    The paper's `fill` is the blurred image. Raises `UserError` as `deletion` does.
+    """
     return _area(model, variables, images, maps, target, steps, fill, "insertion")
 
 

@@ -1,4 +1,4 @@
-"""What a saliency map explains: one number for each image, made of its logits."""
+"""Targets of saliency maps: one number per image, a function of its logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from flax_cnns.types import Array, PyTree
 class Target:
     """The logit of `classes`, minus that of `against` if there is one, or `function(logits)`.
 
-    `classes`, `against`: i32 [N]. `function`: logits f32 [N K] -> f32 [N]. With `of_probabilities`
-    the softmax takes the place of the logits.
+    `classes`, `against`: i32 [N]. `function`: logits f32 [N K] -> f32 [N]. With `of_probabilities`,
+    probabilities are used instead of logits.
     """
 
     classes: Array | None = None
@@ -29,7 +29,7 @@ class Target:
     of_probabilities: bool = struct.field(pytree_node=False, default=False)
 
     def score(self, logits: Array) -> Array:
-        """Logits f32 [N K] -> f32 [N]."""
+        """Returns the target's value f32 [N] for logits f32 [N K]."""
         if self.function is not None:
             return self.function(logits)
         if self.of_probabilities:
@@ -43,10 +43,10 @@ TargetLike = Target | Callable[[Array], Array] | int | Sequence[int] | np.ndarra
 
 
 def make_target(target: TargetLike, model: nn.Module, variables: PyTree, images: Array) -> Target:
-    """The target for images [N H W C].
+    """Makes the target for images [N H W C].
 
-    None: the class that the network predicts. A number or N numbers: the logits of these classes.
-    A pair of those in a tuple: the difference of the two logits. A function: its value.
+    `target` is None (the logit of the predicted class), one class or N classes (their logits), a
+    tuple of two of these (the difference of the two logits), or a function of the logits.
     Raises `UserError` for a class out of range, another number of classes than images, or a
     network without logits.
     """
@@ -93,6 +93,6 @@ def _take_class(logits: Array, classes: Array) -> Array:
 
 @tracing.jit()
 def compute_scores(model: nn.Module, variables: PyTree, images: Array, target: Target) -> Array:
-    """The target of images [N H W C]: f32 [N]."""
+    """Returns the target's value for images [N H W C]: f32 [N]."""
     logits: Any = model.apply(variables, images, train=False)
     return target.score(logits)

@@ -84,7 +84,7 @@ def test_a_module_that_is_called_twice_has_two_outputs(tiny):
         (lambda *a: gradients.gradient(*a, [0, 1]), "a class for each of 3 images, got 2"),
         (lambda *a: gradients.gradient(*a, "cat"), "expected a class or 3 of them"),
         (lambda m, v, x: gradients.gradient(m, v, x.astype("uint8")), "of floats, .* got uint8"),
-        (lambda *a: cams.cam(*a, lambda logits: logits.sum(1)), "give a class"),
+        (lambda *a: cams.cam(*a, lambda logits: logits.sum(1)), "the target must be a class"),
         (lambda *a: perturbations.occlusion(*a, window=9), "at most 8x8 pixels, got 9x9"),
         (lambda *a: perturbations.occlusion(*a, window=2, stride=3), r"window \(2, 2\), got"),
         (lambda *a: quality.deletion(*a, jnp.zeros((3, 4, 4))), r"expected \[3, 8, 8\].*\[3, 4, 4"),
@@ -230,6 +230,8 @@ def test_rise_finds_the_half_that_counts():
     again = perturbations.rise(Brightness(), {}, images, upper, **given)
     np.testing.assert_array_equal(found, again)
     assert found[0, :4].mean() > 1.02 * found[0, 4:].mean()
+    constant = perturbations.rise(Brightness(), {}, images, lambda x: 0 * x[:, 0] + 3.0, **given)
+    assert constant.mean() == pytest.approx(3.0, rel=0.05)  # a mask's mean is `keep`
 
 
 def test_deletion_and_insertion_of_a_sum():
