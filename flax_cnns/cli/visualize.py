@@ -14,6 +14,9 @@ split. --path is a module's path, as `inspect` lists it without params/.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
 from absl import flags
 
 from flax_cnns.cli.flags import (
@@ -25,7 +28,8 @@ from flax_cnns.cli.flags import (
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
-KINDS = ("saliency", "features", "filters", "units", "dream")
+if TYPE_CHECKING:
+    from flax_cnns.runs.subject import Subject
 
 _MODEL = flags.DEFINE_string("model", "", "The network whose published weights are used.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "The published weights: SOURCE or SOURCE=FILE.")
@@ -55,24 +59,89 @@ _OUT = flags.DEFINE_string(
     "The picture to write. Without this flag it is saliency.png and so on, and no file is"
     " replaced: if saliency.png exists, saliency-2.png is written.",
 )
+
+
+def _draw_saliency(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.saliency import draw_saliency
+
+    classes = None if _CLASS.value < 0 else _CLASS.value
+    explained = draw_saliency(
+        subject,
+        out,
+        methods=_METHODS.value,
+        classes=classes,
+        path=_PATH.value or None,
+        seed=_SEED.value,
+    )
+    for name, label in zip(subject.names, explained):
+        print(f"{name}: explained as {label}")
+
+
+def _draw_features(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.channels import draw_features
+
+    print(f"output of {draw_features(subject, out, _PATH.value or None)}")
+
+
+def _draw_filters(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.channels import draw_filters
+
+    print(f"kernel {draw_filters(subject, out)}")
+
+
+def _draw_units(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.units import draw_units
+
+    draw_units(
+        subject,
+        out,
+        _PATH.value,
+        _read_units(),
+        steps=_STEPS.value,
+        size=_SIZE.value,
+        seed=_SEED.value,
+    )
+
+
+def _draw_dream(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.units import draw_dream
+
+    photo = photos[0] if photos else None
+    draw_dream(subject, out, _PATH.value, photo=photo, seed=_SEED.value)
+
+
+class Kind(NamedTuple):
+    """What `visualize KIND` does."""
+
+    draw: Callable[[Subject, str, list[str]], None]  # (subject, picture's path, photos)
+    flags: tuple[str, ...]  # the flags that this kind takes besides those of every kind
+    required: tuple[str, ...] = ()  # of these, the flags that it needs
+
+
+# Every kind takes these flags.
+_COMMON = ("model", "weights", "workdir", "split", "trust", "out")
+KINDS = {
+    "saliency": Kind(_draw_saliency, ("images", "methods", "class", "path", "seed")),
+    "features": Kind(_draw_features, ("path",)),
+    "filters": Kind(_draw_filters, ()),
+    "units": Kind(_draw_units, ("path", "units", "steps", "size", "seed")),
+    "dream": Kind(_draw_dream, ("path", "seed"), required=("path",)),
+}
 define_commands(*KINDS)
 define_arguments("photos (files)", "[PHOTO...]", least=0)
 
 
 def visualize(argv: list[str]) -> None:
-    kind, photos = argv[1], argv[2:]
+    name, photos = argv[1], argv[2:]
+    kind = KINDS[name]
+    _check_flags(name, kind)
     if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
         raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
     if bool(_MODEL.value) != bool(_WEIGHTS.value):
         raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
     if photos:
         check_photos(photos)
-    try:
-        units = [int(unit) for unit in _UNITS.value]
-    except ValueError:
-        raise UserError(f"--units: expected whole numbers, got {_UNITS.value}") from None
     from flax_cnns.runs import subject as subjects
-    from flax_cnns.runs import visualize as pictures
 
     if _WORKDIR.value:
         subject = subjects.make_subject_from_run(
@@ -88,32 +157,25 @@ def visualize(argv: list[str]) -> None:
             _MODEL.value, source, file or None, photos=photos
         )
     print(subject.title)
-    out, description = choose_picture_path(_OUT, photos, default=f"{kind}.png")
-    path = _PATH.value or None
-    if kind == "saliency":
-        classes = None if _CLASS.value < 0 else _CLASS.value
-        explained = pictures.draw_saliency(
-            subject, out, methods=_METHODS.value, classes=classes, path=path, seed=_SEED.value
-        )
-        for name, label in zip(subject.names, explained):
-            print(f"{name}: explained as {label}")
-    elif kind == "features":
-        print(f"output of {pictures.draw_features(subject, out, path)}")
-    elif kind == "filters":
-        print(f"kernel {pictures.draw_filters(subject, out)}")
-    elif kind == "units":
-        pictures.draw_units(
-            subject,
-            out,
-            _PATH.value,
-            units,
-            steps=_STEPS.value,
-            size=_SIZE.value,
-            seed=_SEED.value,
-        )
-    else:
-        if path is None:
-            raise UserError("dream: expected --path, the module whose output is made larger")
-        photo = photos[0] if photos else None
-        pictures.draw_dream(subject, out, path, photo=photo, seed=_SEED.value)
+    out, description = choose_picture_path(_OUT, photos, default=f"{name}.png")
+    kind.draw(subject, out, photos)
     print(f"written to {description}")
+
+
+def _check_flags(name: str, kind: Kind) -> None:
+    """Raises UserError for a flag that this kind does not take, and for one that it lacks."""
+    known = flags.FLAGS.flags_by_module_dict()[__name__]
+    for flag in known:
+        if flag.present and flag.name not in (*_COMMON, *kind.flags):
+            takers = [other for other, each in KINDS.items() if flag.name in each.flags]
+            raise UserError(f"{name} takes no --{flag.name}; {', '.join(takers)} would")
+    for flag_name in kind.required:
+        if not flags.FLAGS[flag_name].value:
+            raise UserError(f"{name}: expected --{flag_name}")
+
+
+def _read_units() -> list[int]:
+    try:
+        return [int(unit) for unit in _UNITS.value]
+    except ValueError:
+        raise UserError(f"--units: expected whole numbers, got {_UNITS.value}") from None

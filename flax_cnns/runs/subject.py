@@ -36,6 +36,11 @@ class Subject(NamedTuple):
     normalize: Callable[[Array], Array]  # pixels in 0..1 -> what the network takes
     class_names: Sequence[str]  # [K]
 
+    def check_images(self) -> None:
+        """Raises UserError if there are no images."""
+        if not len(self.pixels):
+            raise UserError(f"{self.title}: expected at least one photo, got none")
+
 
 def make_subject_from_run(
     workdir: str | os.PathLike,

@@ -15,8 +15,8 @@ from flax_cnns.analysis.plots import maps as plots
 from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.runs import subject as subjects
-from flax_cnns.runs import visualize
 from flax_cnns.runs.load import load_run
+from flax_cnns.runs.visualize import channels, saliency, units
 from flax_cnns.runs.workdir import read_config
 from flax_cnns.weights import preprocessing
 from tests.test_scripts import finish
@@ -71,8 +71,8 @@ def drawn(monkeypatch):
 
 def test_saliency_of_every_method(subject, drawn, tmp_path):
     others = ("guided_backprop", "deconvnet", "cam")  # LeNet has tanh and two dense layers
-    methods = [name for name in visualize.METHODS if name not in (*others, "rise")]
-    found = visualize.draw_saliency(subject, tmp_path / "x.png", methods=methods)
+    methods = [name for name in saliency.METHODS if name not in (*others, "rise")]
+    found = saliency.draw_saliency(subject, tmp_path / "x.png", methods=methods)
     ((_, (pixels, maps, names, _, title), _),) = drawn
     logits = subject.model.apply(subject.variables, subject.normalize(pixels), train=False)
     predicted = [str(k) for k in np.argmax(logits, 1)]
@@ -87,8 +87,8 @@ def test_saliency_of_every_method(subject, drawn, tmp_path):
 
 
 def test_features_and_filters(subject, drawn, tmp_path):
-    assert visualize.draw_features(subject, tmp_path / "x.png", "s2") == "s2"
-    assert visualize.draw_filters(subject, tmp_path / "y.png") == "c1/kernel"
+    assert channels.draw_features(subject, tmp_path / "x.png", "s2") == "s2"
+    assert channels.draw_filters(subject, tmp_path / "y.png") == "c1/kernel"
     (_, (maps, _, _, title), _), (_, (filters, *_), how) = drawn
     assert len(maps) == 6
     assert maps[0].shape == (14, 14)
@@ -109,7 +109,7 @@ def test_filters_are_those_of_the_convolution_that_is_called_first(drawn, tmp_pa
     variables = Depthwise().init(jax.random.key(0), np.zeros((1, 8, 6, 1)))
     nothing = np.zeros((0, 8, 6, 1))
     given = ("own", Depthwise(), variables, nothing, [], lambda x: x, ["a"] * 3)
-    assert visualize.draw_filters(subjects.Subject(*given), tmp_path / "x.png") == "stem/kernel"
+    assert channels.draw_filters(subjects.Subject(*given), tmp_path / "x.png") == "stem/kernel"
 
 
 def test_filters_of_three_channels_are_colors(drawn, tmp_path):
@@ -118,37 +118,37 @@ def test_filters_of_three_channels_are_colors(drawn, tmp_path):
     subject = subjects.Subject(
         "random", model, variables, np.zeros((0, 32, 32, 3)), [], lambda x: x, ["a"] * 10
     )
-    assert visualize.draw_filters(subject, tmp_path / "x.png") == "stem/conv/kernel"
+    assert channels.draw_filters(subject, tmp_path / "x.png") == "stem/conv/kernel"
     ((_, (tiles, *_), _),) = drawn
     assert tiles[0].shape == (3, 3, 3)
     assert 0 <= np.min(tiles) < np.max(tiles) <= 1
     with pytest.raises(UserError, match="expected at least one photo"):
-        visualize.draw_features(subject, tmp_path / "x.png")
+        channels.draw_features(subject, tmp_path / "x.png")
 
 
 @pytest.mark.slow
 def test_units_and_dreams_are_drawn(subject, drawn, tmp_path):
     said = []
     given = dict(steps=2, say=said.append)
-    scores = visualize.draw_units(subject, tmp_path / "x.png", "s2", [0, 5], **given)
+    scores = units.draw_units(subject, tmp_path / "x.png", "s2", [0, 5], **given)
     assert len(scores) == 2
     assert [line.partition(":")[0] for line in said] == ["s2 0", "s2 5"]
     ((_, (tiles, labels, *_), _),) = drawn
     assert labels == ["unit 0", "unit 5"]
     assert tiles[0].shape == (32, 32, 1)
-    visualize.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
+    units.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
     Image.new("L", (700, 350), 90).save(tmp_path / "photo.png")
     given = dict(photo=tmp_path / "photo.png", steps=1, octaves=1)
-    visualize.draw_dream(subject, tmp_path / "z.jpg", "s2", **given)
+    units.draw_dream(subject, tmp_path / "z.jpg", "s2", **given)
     sizes = [Image.open(tmp_path / name).size for name in ("y.png", "z.jpg")]
     assert sizes == [(32, 32), (512, 256)]
     with pytest.raises(UserError, match="use a suffix such as"):
-        visualize.draw_dream(subject, tmp_path / "z.what", "s2", steps=1, octaves=1)
+        units.draw_dream(subject, tmp_path / "z.what", "s2", steps=1, octaves=1)
 
 
 def test_an_unknown_method_is_one_line(subject, tmp_path):
     with pytest.raises(UserError, match="unknown method 'gradcam'; did you mean 'grad_cam'"):
-        visualize.draw_saliency(subject, tmp_path / "x.png", methods=["gradcam"])
+        saliency.draw_saliency(subject, tmp_path / "x.png", methods=["gradcam"])
 
 
 def test_the_code_of_the_page_runs(finished):
