@@ -1,4 +1,4 @@
-"""Guided backpropagation and the deconvnet: a gradient with another rule at every ReLU.
+"""Guided backpropagation, the deconvnet, redirected gradients: another rule at every ReLU.
 
 The traced program is evaluated again, and the calls named relu and relu6 get another gradient. Max
 pooling keeps its own: it goes to the largest pixel, which is the deconvnet's unpooling by recorded
@@ -26,7 +26,7 @@ from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
-Rule = Literal["guided", "deconvnet"]
+Rule = Literal["guided", "deconvnet", "redirected"]
 
 _HIGHEST = {"relu": jnp.inf, "relu6": 6.0}  # the value above which the activation is flat
 # Calls and primitives that are activations or gates of another kind.
@@ -59,6 +59,26 @@ def deconvnet(
     return _backward(model, variables, images, target, "deconvnet")
 
 
+def redirect_gradients(
+    function: Callable[[Array, Array], Array],
+) -> Callable[[Array, Array, Array], Array]:
+    """Returns f(x, y, redirected) with the values of `function(x, y)` and other gradients.
+
+    While the boolean `redirected` is true, a ReLU or ReLU6 that would pass no gradient at all for
+    an image passes the part that leads its input back to where it is not flat. This is the rule of
+    the library Lucid (redirected_relu_grad.py), by which the visualization of a dead unit starts.
+    The sign is that of a loss: what is differentiated must be made small, not large. A ReLU inside
+    a loop and any other activation keep their own gradient.
+    """
+
+    def replaced(x: Array, y: Array, redirected: Array) -> Array:
+        program = jax.make_jaxpr(function)(x, y)
+        (found,) = _evaluate(program, [x, y], "redirected", redirected)
+        return found
+
+    return replaced
+
+
 def _backward(
     model: nn.Module, variables: Variables, images: Array, target: TargetLike, rule: Rule
 ) -> Array:
@@ -85,7 +105,12 @@ def _gradient(
     return jax.grad(score)(images)
 
 
-def _evaluate(program: core.ClosedJaxpr, args: Sequence[Array], rule: Rule) -> list[Array]:
+def _evaluate(
+    program: core.ClosedJaxpr,
+    args: Sequence[Array],
+    rule: Rule,
+    redirected: Array | bool = False,
+) -> list[Array]:
     """The outputs of a program whose activations have the gradient of `rule`."""
     values: dict[core.Var, Any] = dict(zip(program.jaxpr.constvars, program.consts))
     values |= dict(zip(program.jaxpr.invars, args))
@@ -97,11 +122,15 @@ def _evaluate(program: core.ClosedJaxpr, args: Sequence[Array], rule: Rule) -> l
         given = [read(var) for var in eqn.invars]
         inner = _inner_program(eqn)
         if eqn.params.get("name") in _HIGHEST and len(given) == 1:
-            found = [_activation(rule, _HIGHEST[eqn.params["name"]])(given[0])]
-        elif not any(any(_names(each, set(_HIGHEST))) for each in jaxprs_in(eqn)):
+            found = [_activation(rule, _HIGHEST[eqn.params["name"]])(given[0], redirected)]
+        elif eqn.params.get("name") in _OTHERS or not any(
+            any(_names(each, set(_HIGHEST))) for each in jaxprs_in(eqn)
+        ):
             found = _evaluate_one(eqn, given)
         elif inner is not None:
-            found = _evaluate(inner, given, rule)
+            found = _evaluate(inner, given, rule, redirected)
+        elif rule == "redirected":
+            found = _evaluate_one(eqn, given)
         else:
             raise UserError(
                 f"a ReLU is inside a {eqn.primitive.name}, where guided backpropagation and the"
@@ -119,20 +148,28 @@ def _evaluate_one(eqn: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))(*unique.values())
 
 
-def _activation(rule: Rule, highest: float) -> Callable[[Array], Array]:
-    """min(max(x, 0), highest) with the gradient of `rule`."""
+def _activation(rule: Rule, highest: float) -> Callable[[Array, Array | bool], Array]:
+    """min(max(x, 0), highest) with the gradient of `rule`; the second argument is that of
+    `redirect_gradients`."""
 
     @jax.custom_vjp
-    def activation(x: Array) -> Array:
+    def activation(x: Array, redirected: Array | bool) -> Array:
         return jnp.clip(x, 0, highest)
 
-    def backward(x: Array, g: Array) -> tuple[Array]:
-        passed = g > 0
+    def backward(kept: tuple[Array, Array | bool], g: Array) -> tuple[Array, None]:
+        x, redirected = kept
+        open_, up = (x > 0) & (x < highest), g > 0
+        if rule == "deconvnet":
+            return jnp.where(up, g, 0), None
         if rule == "guided":
-            passed &= (x > 0) & (x < highest)
-        return (jnp.where(passed, g, 0),)
+            return jnp.where(open_ & up, g, 0), None
+        own = jnp.where(open_, g, 0)
+        # The step is against the gradient: a negative one enlarges x.
+        back = jnp.where(open_ | ((x <= 0) & (g < 0)) | ((x >= highest) & up), g, 0)
+        blocked = ~jnp.any(own != 0, axis=tuple(range(1, x.ndim)), keepdims=True)
+        return jnp.where(blocked & redirected, back, own), None
 
-    activation.defvjp(lambda x: (activation(x), x), backward)
+    activation.defvjp(lambda x, active: (activation(x, active), (x, active)), backward)
     return activation
 
 
