@@ -7,6 +7,7 @@ flax-cnns visualize filters --workdir=runs/digits
 flax-cnns visualize units --workdir=runs/digits --units=0,1,2,3
 flax-cnns visualize dream --model=tf_efficientnet_lite0 --weights=efficientnet_lite \
     --path=stage5 cat.jpg
+flax-cnns visualize initialization
 
 Photos are prepared as `predict` does. Without photos, a run shows the first images of its test
 split. --path is a module's path, as `inspect` lists it without params/.
@@ -15,7 +16,7 @@ split. --path is a module's path, as `inspect` lists it without params/.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -52,6 +53,11 @@ _UNITS = flags.DEFINE_list("units", ["0", "1", "2", "3"], "units: channels of th
 _STEPS = flags.DEFINE_integer("steps", 256, "units: steps of gradient ascent.", lower_bound=1)
 _SIZE = flags.DEFINE_integer("size", 0, "units: side of the images in pixels; 0: the network's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of random numbers: equal seeds give equal pictures.")
+_LAYERS = flags.DEFINE_integer("layers", 6, "initialization: dense layers.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 4096, "initialization: units of a layer.", lower_bound=1)
+_AS_PRINTED = flags.DEFINE_bool(
+    "as_printed", False, "initialization: add the weights that the deck's wrong code gives."
+)
 _TRUST = define_trust()
 _OUT = flags.DEFINE_string(
     "out",
@@ -110,22 +116,39 @@ def _draw_dream(subject: Subject, out: str, photos: list[str]) -> None:
     draw_dream(subject, out, _PATH.value, photo=photo, seed=_SEED.value)
 
 
+def _draw_initialization(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.initialization import draw_initialization
+
+    draw_initialization(
+        out,
+        layers=_LAYERS.value,
+        width=_WIDTH.value,
+        as_printed=_AS_PRINTED.value,
+        seed=_SEED.value,
+    )
+
+
 class Kind(NamedTuple):
     """What `visualize KIND` does."""
 
-    draw: Callable[[Subject, str, list[str]], None]  # (subject, picture's path, photos)
+    # (subject, picture's path, photos); the subject is None if the kind takes none
+    draw: Callable[[Any, str, list[str]], None]
     flags: tuple[str, ...]  # the flags that this kind takes besides those of every kind
     required: tuple[str, ...] = ()  # of these, the flags that it needs
+    subject: bool = True  # whether it looks at one network with its images
 
 
-# Every kind takes these flags.
-_COMMON = ("model", "weights", "workdir", "split", "trust", "out")
+# Every kind takes --out, and every kind with a subject these flags.
+_COMMON = ("model", "weights", "workdir", "split", "trust")
 KINDS = {
     "saliency": Kind(_draw_saliency, ("images", "methods", "class", "path", "seed")),
     "features": Kind(_draw_features, ("path",)),
     "filters": Kind(_draw_filters, ()),
     "units": Kind(_draw_units, ("path", "units", "steps", "size", "seed")),
     "dream": Kind(_draw_dream, ("path", "seed"), required=("path",)),
+    "initialization": Kind(
+        _draw_initialization, ("layers", "width", "as_printed", "seed"), subject=False
+    ),
 }
 define_commands(*KINDS)
 define_arguments("photos (files)", "[PHOTO...]", least=0)
@@ -135,6 +158,19 @@ def visualize(argv: list[str]) -> None:
     name, photos = argv[1], argv[2:]
     kind = KINDS[name]
     _check_flags(name, kind)
+    subject = None
+    if kind.subject:
+        subject = _make_subject(photos)
+        print(subject.title)
+    elif photos:
+        raise UserError(f"{name} takes no photos, got {photos[0]!r}")
+    out, description = choose_picture_path(_OUT, photos, default=f"{name}.png")
+    kind.draw(subject, out, photos)
+    print(f"written to {description}")
+
+
+def _make_subject(photos: list[str]) -> Subject:
+    """Returns the network that the flags name, with its images. Raises UserError."""
     if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
         raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
     if bool(_MODEL.value) != bool(_WEIGHTS.value):
@@ -144,34 +180,31 @@ def visualize(argv: list[str]) -> None:
     from flax_cnns.runs import subject as subjects
 
     if _WORKDIR.value:
-        subject = subjects.make_subject_from_run(
+        return subjects.make_subject_from_run(
             _WORKDIR.value,
             photos=photos,
             split=_SPLIT.value,
             count=_IMAGES.value,
             trust=_TRUST.value,
         )
-    else:
-        source, _, file = _WEIGHTS.value.partition("=")
-        subject = subjects.make_subject_from_weights(
-            _MODEL.value, source, file or None, photos=photos
-        )
-    print(subject.title)
-    out, description = choose_picture_path(_OUT, photos, default=f"{name}.png")
-    kind.draw(subject, out, photos)
-    print(f"written to {description}")
+    source, _, file = _WEIGHTS.value.partition("=")
+    return subjects.make_subject_from_weights(_MODEL.value, source, file or None, photos=photos)
 
 
 def _check_flags(name: str, kind: Kind) -> None:
     """Raises UserError for a flag that this kind does not take, and for one that it lacks."""
     known = flags.FLAGS.flags_by_module_dict()[__name__]
     for flag in known:
-        if flag.present and flag.name not in (*_COMMON, *kind.flags):
-            takers = [other for other, each in KINDS.items() if flag.name in each.flags]
+        if flag.present and flag.name not in ("out", *_flags(kind)):
+            takers = [other for other, each in KINDS.items() if flag.name in _flags(each)]
             raise UserError(f"{name} takes no --{flag.name}; {', '.join(takers)} would")
     for flag_name in kind.required:
         if not flags.FLAGS[flag_name].value:
             raise UserError(f"{name}: expected --{flag_name}")
+
+
+def _flags(kind: Kind) -> tuple[str, ...]:
+    return (*_COMMON, *kind.flags) if kind.subject else kind.flags
 
 
 def _read_units() -> list[int]:

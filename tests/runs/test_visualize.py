@@ -17,6 +17,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import subject as subjects
 from flax_cnns.runs.load import load_run
 from flax_cnns.runs.visualize import channels, saliency, units
+from flax_cnns.runs.visualize.initialization import draw_initialization
 from flax_cnns.runs.workdir import read_config
 from flax_cnns.weights import preprocessing
 from tests.test_scripts import finish
@@ -184,3 +185,14 @@ def test_the_command(finished, tmp_path):
     code, _, err = finish("visualize", "dream", f"--workdir={finished[0]}")
     assert code == 2
     assert "expected --path" in err
+
+
+def test_the_experiment_on_initial_weights_names_the_decks_error(tmp_path, capsys):
+    found = draw_initialization(tmp_path / "x.png", layers=2, width=8, as_printed=True)
+    text = capsys.readouterr().out
+    assert "He as printed" in text
+    assert "must be randn(Din, Dout) * np.sqrt(2 / Din)" in text
+    assert "the standard deviation of the weights is 2 instead of 0.5" in text
+    assert len(found) == 10
+    with Image.open(tmp_path / "x.png") as picture:
+        assert min(picture.size) > 60
