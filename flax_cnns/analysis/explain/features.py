@@ -102,7 +102,7 @@ def _list_outputs(
 
     with nn.intercept_methods(note):
         captured = jax.eval_shape(partial(capture, model), variables, images)
-    return order, {path: captured[path] for path in _numbered(order) if path in captured}
+    return order, {path: captured[path] for path in number_calls(order) if path in captured}
 
 
 def check_path(
@@ -160,11 +160,11 @@ def run(
     captured: dict[str, Any] = {}
     for (*parts, name), calls in flatten_dict(state.get("intermediates", {})).items():
         if name == _CALL:
-            captured |= dict(zip(_numbered(["/".join(parts)] * len(calls)), calls))
+            captured |= dict(zip(number_calls(["/".join(parts)] * len(calls)), calls))
     return logits, {path: value for path, value in captured.items() if isinstance(value, jax.Array)}
 
 
-def _numbered(paths: Sequence[str]) -> list[str]:
+def number_calls(paths: Sequence[str]) -> list[str]:
     """Returns a name for each call. If a path occurs several times, [0], [1] ... are added."""
     seen: dict[str, int] = {}
     names = []
