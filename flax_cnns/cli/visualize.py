@@ -2,6 +2,7 @@
 
 flax-cnns visualize saliency --workdir=runs/digits --methods=gradient,grad_cam --images=6
 flax-cnns visualize saliency --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
+flax-cnns visualize quality --workdir=runs/digits --methods=gradient,grad_cam --images=50
 flax-cnns visualize features --workdir=runs/digits --path=conv1
 flax-cnns visualize filters --workdir=runs/digits
 flax-cnns visualize units --workdir=runs/digits --units=0,1,2,3
@@ -15,6 +16,7 @@ split. --path is a module's path, as `inspect` lists it without params/.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,11 +44,11 @@ _IMAGES = flags.DEFINE_integer("images", 6, "Number of images of that split.", l
 _METHODS = flags.DEFINE_list(
     "methods",
     ["gradient", "smooth_grad", "integrated_gradients", "grad_cam", "layer_cam"],
-    "saliency: gradient, gradient_times_input, smooth_grad, integrated_gradients, cam, grad_cam,"
-    " grad_cam_plus_plus, layer_cam, occlusion, rise, guided_backprop, deconvnet.",
+    "saliency, quality: gradient, gradient_times_input, smooth_grad, integrated_gradients, cam,"
+    " grad_cam, grad_cam_plus_plus, layer_cam, occlusion, rise, guided_backprop, deconvnet.",
 )
 _CLASS = flags.DEFINE_integer(
-    "class", -1, "saliency: the class to explain; -1: the one that the network predicts."
+    "class", -1, "saliency, quality: the class to explain; -1: the one that the network predicts."
 )
 _PATH = flags.DEFINE_string("path", "", "The module to look at; dream needs it.")
 _UNITS = flags.DEFINE_list("units", ["0", "1", "2", "3"], "units: channels of the module.")
@@ -81,6 +83,22 @@ def _draw_saliency(subject: Subject, out: str, photos: list[str]) -> None:
     )
     for name, label in zip(subject.names, explained):
         print(f"{name}: explained as {label}")
+
+
+def _draw_quality(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.names import make_console
+    from flax_cnns.runs.visualize import quality
+
+    table = quality.draw_quality(
+        subject,
+        out,
+        methods=_METHODS.value,
+        classes=None if _CLASS.value < 0 else _CLASS.value,
+        path=_PATH.value or None,
+        seed=_SEED.value,
+    )
+    width = None if sys.stdout.isatty() else 200  # lines of a log need no wrapping
+    make_console(width=width).print(quality.make_rich_table(table))
 
 
 def _draw_features(subject: Subject, out: str, photos: list[str]) -> None:
@@ -142,6 +160,7 @@ class Kind(NamedTuple):
 _COMMON = ("model", "weights", "workdir", "split", "trust")
 KINDS = {
     "saliency": Kind(_draw_saliency, ("images", "methods", "class", "path", "seed")),
+    "quality": Kind(_draw_quality, ("images", "methods", "class", "path", "seed")),
     "features": Kind(_draw_features, ("path",)),
     "filters": Kind(_draw_filters, ()),
     "units": Kind(_draw_units, ("path", "units", "steps", "size", "seed")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
 import flax.linen as nn
@@ -11,12 +12,15 @@ import pytest
 from PIL import Image
 
 from flax_cnns import create_model, init_variables
+from flax_cnns.analysis.explain import gradients
+from flax_cnns.analysis.explain import quality as measures
+from flax_cnns.analysis.explain.targets import make_target
 from flax_cnns.analysis.plots import maps as plots
 from flax_cnns.data.load import load_dataset
 from flax_cnns.errors import UserError
 from flax_cnns.runs import subject as subjects
 from flax_cnns.runs.load import load_run
-from flax_cnns.runs.visualize import channels, saliency, units
+from flax_cnns.runs.visualize import channels, quality, saliency, units
 from flax_cnns.runs.visualize.initialization import draw_initialization
 from flax_cnns.runs.workdir import read_config
 from flax_cnns.weights import preprocessing
@@ -85,6 +89,94 @@ def test_saliency_of_every_method(subject, drawn, tmp_path):
         assert each.shape == (3, 32, 32), name
         assert (each >= 0).all(), name
         assert each.any(), name
+
+
+@pytest.fixture
+def measured(subject, tmp_path, monkeypatch):
+    """(table, lines, picture) of two methods, one of which LeNet's tanh forbids."""
+    monkeypatch.setattr(quality, "POINTS", 3)
+    monkeypatch.setattr(quality, "STEPS", 4)
+    monkeypatch.setattr(quality, "_PRINT_EVERY", 0.0)
+    lines: list[str] = []
+    picture = tmp_path / "q.png"
+    methods = ["guided_backprop", "gradient"]
+    return quality.draw_quality(subject, picture, methods=methods, say=lines.append), lines, picture
+
+
+def test_quality_of_methods_and_baselines(measured, subject):
+    table, lines, picture = measured
+    assert list(table.scores) == ["guided_backprop", "gradient", quality.EDGES, quality.RANDOM]
+    assert table.layers[0] == "head"
+    assert table.layers[-1] == "c1"
+    found = table.scores["gradient"]
+    images = subject.normalize(jax.numpy.asarray(subject.pixels))
+    maps = saliency.METHODS["gradient"](
+        subject, images, make_target(None, subject.model, subject.variables, images), None, None
+    )
+    wanted = measures.deletion(subject.model, subject.variables, images, maps, steps=4)
+    np.testing.assert_allclose(found.values["deletion"], wanted, rtol=1e-5)
+    key = jax.random.key(0)
+    *_, (_, random) = measures.randomize(subject.model, subject.variables, images, key)
+    given = (subject.model, random, images, table.targets)
+    other = gradients.summarize_channels(gradients.gradient(*given))
+    np.testing.assert_allclose(
+        found.similarity[-1], measures.rank_correlation(maps, other), atol=1e-5
+    )
+    difference = found.values["road"] - table.scores[quality.EDGES].values["road"]
+    assert table.compare("gradient", quality.EDGES, "road").mean == pytest.approx(difference.mean())
+    # A method that a network forbids is one line and a row with the reason.
+    assert "the activation tanh" in table.scores["guided_backprop"].reason
+    assert any(line.startswith("guided_backprop: not measured") for line in lines)
+    assert any(re.search(r"gradient: road; 7 of 13 parts, about \d+ s left", x) for x in lines)
+    rows = list(csv.DictReader(picture.with_suffix(".csv").open()))
+    kinds = [(row["method"], row["measure"]) for row in rows if row["method"] == "gradient"]
+    assert [kind for _, kind in kinds] == [*["similarity"] * 3, *quality.MEASURES]
+    row = next(row for row in rows if (row["method"], row["measure"]) == kinds[-1])
+    assert float(row["minus_edges"]) == pytest.approx(difference.mean(), rel=1e-4)
+    assert "tanh" in rows[0]["reason"]
+    text = picture.with_suffix(".md").read_text()
+    assert "| gradient | " in text
+    assert "3 images" in text
+    with Image.open(picture) as drawn:
+        assert min(drawn.size) > 400
+    assert sorted(path.name for path in picture.parent.iterdir()) == ["q.csv", "q.md", "q.png"]
+
+
+def test_quality_goes_on_from_saved_methods(measured, subject, tmp_path, monkeypatch):
+    table, *_ = measured
+    folder, lines = tmp_path / "rows", []
+    given = dict(folder=folder, say=lines.append)
+    quality.measure_quality(subject, ["gradient"], **given)
+    monkeypatch.setitem(saliency.METHODS, "gradient", None)  # would fail if it were called
+    again = quality.measure_quality(subject, ["gradient"], **given)
+    assert "already measured: gradient" in lines
+    wanted = table.scores["gradient"]
+    np.testing.assert_allclose(again.scores["gradient"].similarity, wanted.similarity)
+    monkeypatch.setitem(saliency.METHODS, "gradient", lambda *a: np.ones((3, 32, 32)))
+    changed = quality.measure_quality(subject, ["gradient"], seed=1, **given)
+    assert np.isnan(changed.scores["gradient"].similarity).all()
+    (folder / "gradient.json").write_text("{")
+    quality.measure_quality(subject, ["gradient"], seed=1, **given)
+
+
+@pytest.mark.parametrize(
+    ("values", "beaten"),
+    [
+        ([0.3, 0.4, 0.5], ["insertion", "road"]),
+        ([-0.3, -0.4, -0.5], ["deletion"]),
+        ([0, 1, -1], []),
+    ],
+)
+def test_a_method_beats_a_baseline_where_the_paired_interval_excludes_zero(values, beaten):
+    zero = np.array([0.2, 0.9, 0.4])
+    scores = {
+        name: quality.MethodScores(np.zeros((0, 0)), dict.fromkeys(quality.MEASURES, found))
+        for name, found in (("own", zero + values), (quality.EDGES, zero), (quality.RANDOM, zero))
+    }
+    table = quality.QualityTable("t", [], scores, np.zeros(3, int))
+    assert table.find_beaten("own", quality.EDGES) == beaten
+    row = quality.format_markdown(table).splitlines()[4]
+    assert (", ".join(beaten) or "in nothing") in row
 
 
 def test_features_and_filters(subject, drawn, tmp_path):

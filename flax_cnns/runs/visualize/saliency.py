@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns.analysis.explain import backward_rules, cams, gradients, perturbations, targets
+from flax_cnns.analysis.explain.targets import Target
 from flax_cnns.analysis.plots import maps as plots
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs.subject import Subject
@@ -20,60 +20,91 @@ from flax_cnns.types import Array
 DEFAULT_METHODS = ("gradient", "smooth_grad", "integrated_gradients", "grad_cam", "layer_cam")
 
 
-def _pixel_map(method: Callable[..., Array], subject: Subject, images: Array, goal: Any) -> Array:
-    return gradients.summarize_channels(method(subject.model, subject.variables, images, goal))
+# (subject, normalized images, target, module's path, key) -> maps [N H W], not negative
+Method = Callable[[Subject, Array, Target, str | None, Array], Array]
 
 
-def _weighed_map(
-    method: Callable[..., Array], subject: Subject, images: Array, goal: Any, path: str | None
+def _make_pixel_method(function: Callable[..., Array], **options: Any) -> Method:
+    """Returns a method of a function that gives [N H W C]: the largest absolute value over C."""
+
+    def method(
+        subject: Subject, images: Array, target: Target, path: str | None, key: Array
+    ) -> Array:
+        found = function(subject.model, subject.variables, images, target, **options)
+        return gradients.summarize_channels(found)
+
+    return method
+
+
+def _make_cam_method(function: Callable[..., Array]) -> Method:
+    """Returns a method of a function that weighs the maps of the module `path`."""
+
+    def method(
+        subject: Subject, images: Array, target: Target, path: str | None, key: Array
+    ) -> Array:
+        found = function(subject.model, subject.variables, images, target, path)
+        return cams.show_map(found, images.shape[1:3])
+
+    return method
+
+
+def _smooth_grad(
+    subject: Subject, images: Array, target: Target, path: str | None, key: Array
 ) -> Array:
-    found = method(subject.model, subject.variables, images, goal, path)
+    found = gradients.smooth_grad(
+        subject.model, subject.variables, images, target, key=key, samples=25
+    )
+    return gradients.summarize_channels(found)
+
+
+def _cam(subject: Subject, images: Array, target: Target, path: str | None, key: Array) -> Array:
+    found = cams.cam(subject.model, subject.variables, images, target)
     return cams.show_map(found, images.shape[1:3])
 
 
-def _above_lowest(maps: Array) -> Array:
-    return maps - maps.min((1, 2), keepdims=True)
+def _occlusion(
+    subject: Subject, images: Array, target: Target, path: str | None, key: Array
+) -> Array:
+    side = min(images.shape[1:3])
+    found = perturbations.occlusion(
+        subject.model,
+        subject.variables,
+        images,
+        target,
+        window=max(side // 7, 1),
+        stride=max(side // 14, 1),
+    )
+    return jnp.maximum(found, 0)
 
 
-# Every method gives maps [N H W], not negative, of (subject, images, target, path, key).
-METHODS: dict[str, Callable[..., Array]] = {
-    "gradient": lambda s, x, t, path, key: _pixel_map(gradients.gradient, s, x, t),
-    "gradient_times_input": lambda s, x, t, path, key: _pixel_map(
-        gradients.gradient_times_input, s, x, t
-    ),
-    "smooth_grad": lambda s, x, t, path, key: _pixel_map(
-        partial(gradients.smooth_grad, key=key, samples=25), s, x, t
-    ),
-    "integrated_gradients": lambda s, x, t, path, key: _pixel_map(
-        partial(gradients.integrated_gradients, steps=25), s, x, t
-    ),
-    "guided_backprop": lambda s, x, t, path, key: _pixel_map(
-        backward_rules.guided_backprop, s, x, t
-    ),
-    "deconvnet": lambda s, x, t, path, key: _pixel_map(backward_rules.deconvnet, s, x, t),
-    "cam": lambda s, x, t, path, key: cams.show_map(
-        cams.cam(s.model, s.variables, x, t), x.shape[1:3]
-    ),
-    "grad_cam": lambda s, x, t, path, key: _weighed_map(cams.grad_cam, s, x, t, path),
-    "grad_cam_plus_plus": lambda s, x, t, path, key: _weighed_map(
-        cams.grad_cam_plus_plus, s, x, t, path
-    ),
-    "layer_cam": lambda s, x, t, path, key: _weighed_map(cams.layer_cam, s, x, t, path),
-    "occlusion": lambda s, x, t, path, key: jnp.maximum(
-        perturbations.occlusion(
-            s.model,
-            s.variables,
-            x,
-            t,
-            window=max(min(x.shape[1:3]) // 7, 1),
-            stride=max(min(x.shape[1:3]) // 14, 1),
-        ),
-        0,
-    ),
-    "rise": lambda s, x, t, path, key: _above_lowest(
-        perturbations.rise(s.model, s.variables, x, t, key=key, masks=500)
-    ),
+def _rise(subject: Subject, images: Array, target: Target, path: str | None, key: Array) -> Array:
+    found = perturbations.rise(subject.model, subject.variables, images, target, key=key, masks=500)
+    return found - found.min((1, 2), keepdims=True)
+
+
+METHODS: dict[str, Method] = {
+    "gradient": _make_pixel_method(gradients.gradient),
+    "gradient_times_input": _make_pixel_method(gradients.gradient_times_input),
+    "smooth_grad": _smooth_grad,
+    "integrated_gradients": _make_pixel_method(gradients.integrated_gradients, steps=25),
+    "guided_backprop": _make_pixel_method(backward_rules.guided_backprop),
+    "deconvnet": _make_pixel_method(backward_rules.deconvnet),
+    "cam": _cam,
+    "grad_cam": _make_cam_method(cams.grad_cam),
+    "grad_cam_plus_plus": _make_cam_method(cams.grad_cam_plus_plus),
+    "layer_cam": _make_cam_method(cams.layer_cam),
+    "occlusion": _occlusion,
+    "rise": _rise,
 }
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raises UserError for a name that is not in `METHODS`, and if there is none."""
+    if not names:
+        raise UserError(f"expected at least one method of {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
 
 
 def draw_saliency(
@@ -90,9 +121,7 @@ def draw_saliency(
     `classes`: None explains the class that the network predicts. `path`: the module of the class
     activation maps, by default the last one with spatial maps. Raises UserError.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise UserError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+    check_methods(methods)
     subject.check_images()
     images = subject.normalize(jnp.asarray(subject.pixels))
     goal = targets.make_target(classes, subject.model, subject.variables, images)

@@ -242,7 +242,7 @@ def test_deletion_and_insertion_of_a_sum():
     found = quality.deletion(Brightness(), {}, images, maps, 0, steps=4)
     curve = sigmoid([4.0, 1.0, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(found, np.trapezoid(curve, dx=0.25), rtol=1e-5)
-    found = quality.insertion(Brightness(), {}, images, maps, 0, steps=4)
+    found = quality.insertion(Brightness(), {}, images, maps, 0, steps=4, fill=0.0)
     curve = sigmoid([0.0, 3.0, 4.0, 4.0, 4.0])
     np.testing.assert_allclose(found, np.trapezoid(curve, dx=0.25), rtol=1e-5)
     worse = quality.deletion(Brightness(), {}, images, -maps, 0, steps=4)
