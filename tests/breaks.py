@@ -233,7 +233,7 @@ BREAKS = [
         "with several processes an epoch shows images twice",
     ),
     Break(
-        f"{P}data/pipeline.py",
+        f"{P}data/streams.py",
         "np.random.SeedSequence([seed, epoch])",
         "np.random.SeedSequence([seed, 0])",
         "tests/data/test_pipeline.py",

@@ -67,8 +67,10 @@ def pytest_collection_modifyitems(items):
 # Files whose tests share one finished run. One worker makes the run and has all of these files.
 TOGETHER = {
     "tests/config/test_effects.py": "runs",
+    "tests/runs/test_classifier.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
+    "tests/runs/test_visualize.py": "runs",
 }
 # The contract of all networks. Each family goes to the worker that has the tests of that family.
 CONTRACT = "tests/models/test_contract.py"

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "data": {"tree", "config"},
     "train": {"tree"},
     "weights": {"models", "models.registry", "layers", "tree", "data.images"},
-    "evaluation": {"train.metrics", "data", "tree"},
+    "evaluation": {"train.metrics", "train.losses", "train.parallel", "data", "tree"},
     "analysis": {"layers", "tree"},
     "checkpoint": {"tree"},
     "checkpoint.graft": {"checkpoint", "weights", "tree"},

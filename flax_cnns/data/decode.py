@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
 from flax_cnns.data.images import DECODING_ERRORS, center_box, random_box, read_box
 from flax_cnns.data.readers.arrays import ArraySource
@@ -28,14 +30,25 @@ def read_example(
     share of the area) is given, the image is a random crop drawn from `rng`. Raises DamagedImage if
     the image cannot be decoded.
     """
+    box_of = functools.partial(center_box, share=share)
+    if crop:
+        assert rng is not None
+        box_of = functools.partial(random_box, rng, share=crop)
+    reader = functools.partial(read_box, box_of=box_of, size=size, channels=channels)
+    return read_with(source, i, reader)
+
+
+def read_with(
+    source: ImageSource, i: int, reader: Callable[[Image.Image], np.ndarray]
+) -> tuple[np.ndarray, int]:
+    """Returns `reader(image)` of example `i`, and its label.
+
+    Raises DamagedImage if the image cannot be decoded.
+    """
     try:
         image, label = source.open(i)
         with image:
-            box_of = functools.partial(center_box, share=share)
-            if crop:
-                assert rng is not None
-                box_of = functools.partial(random_box, rng, share=crop)
-            return read_box(image, box_of, size, channels), label
+            return reader(image), label
     except WrongLabel:
         raise
     except DECODING_ERRORS as error:

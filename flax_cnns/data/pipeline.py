@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import functools
 import multiprocessing.resource_tracker
 import os
@@ -18,24 +17,22 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from flax_cnns.data import batch_stream, decode
-from flax_cnns.data.splits import decoding_error
+from flax_cnns.data import batch_stream
+from flax_cnns.data.images import center_box, read_box
+from flax_cnns.data.readers.arrays import ArraySource
+from flax_cnns.data.streams import EvalStream, TrainStream, find_row
 from flax_cnns.data.types import (
     ArrayRows,
-    DamagedImage,
     Dataset,
-    ImageSource,
-    find_multi_frame_files,
 )
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.types import Batch
-
-_ENDLESS = 2**60  # the number of examples for Grain, which needs a length
 
 
 def train_batches(
@@ -84,13 +81,16 @@ def eval_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    reader: Callable[[Image.Image], np.ndarray] | None = None,
 ) -> Generator[Batch]:
     """Yields every example of `split` once, in order: {"image", "label", "mask" f32 [n]}, with n =
     eval_batch_size / process_count.
 
-    Black images with mask 0 fill the last batches, so that every process has the same number of
-    batches. They also replace damaged images if `config.skip_damaged`. Raises UserError for an
-    unknown split, or if `process_count` does not divide `eval_batch_size`, and DamagedImage while
+    `reader` turns a stored image into an array of one shape for all images; the default is the
+    central square at the data set's size. Black images with mask 0 fill the last batches, so that
+    every process has the same number of batches. They also replace damaged images if
+    `config.skip_damaged`. Raises UserError for an unknown split, if `process_count` does not divide
+    `eval_batch_size`, and for a `reader` of images that are not stored as bytes; DamagedImage while
     iterating.
     """
     if split not in dataset.splits:
@@ -98,16 +98,26 @@ def eval_batches(
         raise UserError(f"{dataset.name} has no {split!r} split; it has: {known}")
     examples, batch_size = dataset.splits[split], config.eval_batch_size
     n = _local_size("eval_batch_size", batch_size, process_count)
-    if dataset.is_stream:
+    if dataset.is_stream and reader is None:
         return batch_stream.eval_batches(dataset, split, batch_size, (process_index, process_count))
     number, first = -(-len(examples) // batch_size), process_index * n
+    source = examples.source
     if examples.images is not None:
         assert examples.labels is not None
-        return _eval_in_memory(examples.images, examples.labels, number, batch_size, first, n)
-    assert examples.source is not None
-    order = number, batch_size, first, n
-    crop = dataset.image_shape, dataset.eval_share
-    stream = EvalStream(examples.source, *crop, *order, config.skip_damaged)
+        if reader is None:
+            return _eval_in_memory(examples.images, examples.labels, number, batch_size, first, n)
+        if examples.images.dtype == np.uint8 and examples.labels.ndim == 1:
+            source = ArraySource(examples.images, examples.labels, f"{dataset.name}, {split}")
+    if source is None:
+        raise UserError(
+            f"{dataset.name}: its images can be read at the network's size only; crops and sizes"
+            " need images stored as bytes, with one class each"
+        )
+    if reader is None:
+        box_of = functools.partial(center_box, share=dataset.eval_share)
+        size, _, channels = dataset.image_shape
+        reader = functools.partial(read_box, box_of=box_of, size=size, channels=channels)
+    stream = EvalStream(source, reader, number, batch_size, first, n, config.skip_damaged)
     return _record_locations(_through_grain(stream, n, config), stream, dataset)
 
 
@@ -119,22 +129,6 @@ def _local_size(name: str, batch_size: int, process_count: int) -> int:
             f"{process_count}; got {batch_size}"
         )
     return batch_size // process_count
-
-
-# ---- the order
-
-
-@functools.lru_cache(maxsize=3)
-def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Returns the order of `size` examples in an epoch. It is the same on every machine."""
-    stream = np.random.SeedSequence([seed, epoch])
-    return np.random.Generator(np.random.Philox(stream)).permutation(size)
-
-
-def find_row(position: int, seed: int, size: int) -> int:
-    """Returns the example at a position of the endless stream."""
-    epoch, offset = divmod(position, size)
-    return int(permutation(seed, epoch, size)[offset])
 
 
 # ---- in memory
@@ -177,89 +171,6 @@ def _eval_in_memory(
 
 
 # ---- through Grain
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainStream:
-    """One process's training examples, decoded and cropped, as a random-access source of Grain."""
-
-    source: ImageSource
-    image_shape: tuple[int, int, int]
-    crop: tuple[float, float] | tuple[()]
-    seed: int
-    start: int  # position of the first global batch
-    batch_size: int
-    first: int  # this process's first row in each global batch
-    n: int  # this process's rows in each global batch
-    skip_damaged: bool
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, i: int) -> Batch:
-        batch, row = divmod(int(i), self.n)
-        position = self.start + batch * self.batch_size + self.first + row
-        size, _, channels = self.image_shape
-        example, skipped = find_row(position, self.seed, len(self.source)), -1
-        for _ in range(len(self.source)):
-            # Seeded by the position in the global stream, as on the device. The 1 separates these
-            # random numbers from those of the permutations.
-            seeds = np.random.SeedSequence([self.seed, position, 1])
-            rng = np.random.Generator(np.random.Philox(seeds))
-            try:
-                image, label = decode.read_example(
-                    self.source, example, size, channels, crop=self.crop, rng=rng
-                )
-                result = {"image": image, "label": np.int32(label), "skipped": skipped}
-                return result | _find_multi_frame(self.source, example)
-            except DamagedImage:
-                if not self.skip_damaged:
-                    raise
-                skipped = example
-                example = (example + 1) % len(self.source)  # the next one takes its place
-        raise decoding_error("training", self.source)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalStream:
-    """One process's examples of a split, in order, padded to whole batches."""
-
-    source: ImageSource
-    image_shape: tuple[int, int, int]
-    share: float
-    number: int
-    batch_size: int
-    first: int
-    n: int
-    skip_damaged: bool
-
-    def __len__(self) -> int:
-        return self.number * self.n
-
-    def __getitem__(self, i: int) -> Batch:
-        batch, row = divmod(int(i), self.n)
-        example = batch * self.batch_size + self.first + row
-        size, _, channels = self.image_shape
-        skipped = -1
-        if example < len(self.source):
-            try:
-                source, share = self.source, self.share
-                image, label = decode.read_example(source, example, size, channels, share=share)
-                result = {"image": image, "label": np.int32(label), "mask": np.float32(1)}
-                return result | {"skipped": -1} | _find_multi_frame(self.source, example)
-            except DamagedImage:
-                if not self.skip_damaged:
-                    raise
-                skipped = example
-        black = np.zeros(self.image_shape, np.uint8)
-        padding = {"image": black, "label": np.int32(0), "mask": np.float32(0)}
-        return padding | {"skipped": skipped, "multi_frame": -1}
-
-
-def _find_multi_frame(source: ImageSource, example: int) -> dict[str, int]:
-    """Returns {"multi_frame": `example` if its file has several frames, otherwise -1}."""
-    files = find_multi_frame_files(source)
-    return {"multi_frame": example if files and source.location(example) in files else -1}
 
 
 def _record_locations(

@@ -9,46 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns.analysis.plots import confusion as confusion_plot
-from flax_cnns.checkpoint import finding, reading
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation.exact import per_class_metrics, summarize
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import RunComponents, build_components, check_run_data, initialize_jax
-from flax_cnns.runs.references import check_trust
+from flax_cnns.runs.classifier import make_classifier_from_run
+from flax_cnns.runs.variables import list_class_names
 from flax_cnns.runtime import output
-from flax_cnns.types import PyTree
-
-
-def list_class_names(dataset: Dataset, width: int) -> list[str]:
-    """Returns the names of all logits: a head may have more classes than the data set."""
-    return [*dataset.class_names, *map(str, range(len(dataset.class_names), width))]
-
-
-def load_variables(
-    components: RunComponents, workdir: str | os.PathLike, checkpoint: str = ""
-) -> tuple[PyTree, finding.StepChoice]:
-    """Returns (the variables with which the run is evaluated, the chosen checkpoint).
-
-    The variables have named blocks, and are the averaged weights if the run has them. `checkpoint`:
-    best, latest, a step, or "" (see `finding.choose_step`). Reads only the needed arrays. Raises
-    UserError.
-    """
-    source = finding.find_step_arrays(workdir, checkpoint)
-    sharding = jax.sharding.NamedSharding(components.mesh, jax.sharding.PartitionSpec())
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(components.init_variables),
-    )
-    if components.config.train.ema > 0:
-        variables = reading.read_tree(source, {"ema": target})["ema"]
-    else:
-        variables = reading.read_tree(source, target)
-    return variables, finding.choose_step(workdir, checkpoint)
 
 
 @output.safe()
@@ -74,45 +44,36 @@ def evaluate_run(
     Raises UserError if the run, the split or the checkpoint does not exist, if the data changed
     since the run began, or if the run has own parts and is not trusted.
     """
-    workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
-    config = workdirs.read_config(workdir)
-    configs.validate(config)
-    check_trust(config, trust, str(workdir))
-    problems = configs.find_problems(config)
-    initialize_jax(config)
-    try:
-        components = build_components(config, confusion=True, begun=True, callbacks=False)
-    except UserError as error:
-        directory = config.data.dir
-        if not directory or os.path.exists(os.path.expanduser(directory)):
-            raise
-        cure = "if the data moved, first start the run's own command with the new data.dir"
-        raise UserError(f"{error}; {cure}") from None
-    if problems and jax.process_index() == 0:
-        print(configs.format_note(workdir, problems))
-    dataset = components.dataset
-    change = check_run_data(workdir, dataset, accept_changed_data)
+    classifier = make_classifier_from_run(
+        workdir,
+        checkpoint,
+        accept_changed_data=accept_changed_data,
+        trust=trust,
+        confusion=True,
+    )
+    run = classifier.run
+    assert run is not None
+    dataset, workdir, components = run.components.dataset, run.folder, run.components
     if split not in dataset.splits:
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
         )
-    variables, (step, why) = load_variables(components, workdir, checkpoint)
-    sums = components.evaluate(variables, split)
+    sums = components.evaluate(classifier.variables, split)
     confusion = sums.get("confusion")
     results: dict[str, Any] = {
         "split": split,
-        "step": step,
-        "checkpoint": why,
+        "step": run.step,
+        "checkpoint": run.checkpoint,
         "examples": int(sums["count"]),
         **summarize(sums),
         **(_describe_classes(confusion, dataset) if confusion is not None else {}),
-        **({"changed_data": change} if change else {}),
+        **({"changed_data": run.changed_data} if run.changed_data else {}),
     }
     if jax.process_index() > 0:
         return results
-    if not change:
+    if not run.changed_data:
         workdirs.add_fingerprint(workdir, dataset.as_dict())
-    name = f"evaluation_{split}_{step}"
+    name = f"evaluation_{split}_{run.step}"
     files.write_json(workdir / f"{name}.json", results)
     written = f"{name}.json"
     if confusion is not None:

@@ -16,9 +16,9 @@ from flax_cnns.data.types import Dataset
 from flax_cnns.runs import own_parts
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import RunComponents
-from flax_cnns.runs.evaluate import list_class_names, load_variables
 from flax_cnns.runs.network import check_network, make_model
 from flax_cnns.runs.references import check_trust, find_references
+from flax_cnns.runs.variables import list_class_names, load_variables
 from flax_cnns.train import parallel
 from flax_cnns.types import Array, PyTree
 

@@ -34,11 +34,12 @@ def photos(finished, tmp_path_factory):
 
 
 def test_a_run_predicts_what_it_evaluates_and_needs_no_data(finished, photos, monkeypatch):
-    from flax_cnns.runs import build, evaluate
+    from flax_cnns.runs import build
+    from flax_cnns.runs.variables import load_variables
 
     files, test = photos
     components = build.build_components(read_config(finished[0]))
-    variables, _ = evaluate.load_variables(components, finished[0])
+    variables, _ = load_variables(components, finished[0])
     mean, std = np.float32(components.dataset.mean), np.float32(components.dataset.std)
     images = (test.images[:8] / np.float32(255) - mean) / std
     logits = np.asarray(components.model.apply(variables, images))

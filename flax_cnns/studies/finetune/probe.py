@@ -29,7 +29,7 @@ from flax_cnns import files
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft.graft import graft_from_config
-from flax_cnns.data import augment, mix, pipeline
+from flax_cnns.data import augment, mix, pipeline, streams
 from flax_cnns.data import images as img
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
@@ -263,7 +263,7 @@ def _train_classifier(
     )
     size = config.data.batch_size
     positions = range(total * size)
-    rows_in_order = [pipeline.find_row(i, config.seed, len(labels)) for i in positions]
+    rows_in_order = [streams.find_row(i, config.seed, len(labels)) for i in positions]
     order = jnp.asarray(rows_in_order).reshape(total, size)
 
     def train(head: PyTree, x: Array, labels: Array, order: Array) -> PyTree:

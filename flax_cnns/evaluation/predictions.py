@@ -1,0 +1,219 @@
+"""Predictions of every image of a split, in the split's order, on any number of devices.
+
+    predictions = predict_batches(model, variables, batches, normalize=normalize)
+    predictions.probabilities  # f32 [N K]
+
+Accuracy needs sums only (`evaluation.exact`). Ensembles, calibration and the comparison of two
+networks on the same images need the predictions themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from scipy.special import expit, log_softmax, softmax
+
+from flax_cnns.errors import Interrupted, UserError
+from flax_cnns.train import losses, metrics, parallel
+from flax_cnns.types import Array, Batch, PyTree
+
+# (images [N H W C] as the loader gives them, numbers of the images in the split i32 [N]) -> images
+Transform = Callable[[Array, Array], Array]
+
+
+class Predictions(NamedTuple):
+    """A network's predictions for N images, in the order of the split."""
+
+    # f32 [N K]. Where probabilities were averaged, their logarithms: the softmax of these logits is
+    # the average.
+    logits: np.ndarray
+    labels: np.ndarray  # i32 [N], or f32 [N K] if labels are soft or multilabel
+    task: str = "classes"  # or "multilabel"
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """f32 [N K]: the softmax; for the task "multilabel", the sigmoid."""
+        squash = expit if self.task == "multilabel" else softmax
+        return squash(self.logits, **({} if self.task == "multilabel" else {"axis": -1}))
+
+    @property
+    def classes(self) -> np.ndarray:
+        """i64 [N]: the true classes; of soft labels, the largest entry. Raises UserError for
+        multilabel data."""
+        if self.task != "classes":
+            raise UserError(f"{self.task} data have no single true class per image")
+        return np.argmax(self.labels, -1) if self.labels.ndim > 1 else self.labels.astype(np.int64)
+
+    def is_correct(self, k: int = 1) -> np.ndarray:
+        """Returns bool [N]: whether the true class is among the `k` highest logits. Ties go to the
+        lower class, as in `train.metrics`. Raises UserError for multilabel data."""
+        top = np.argsort(-self.logits, axis=-1, kind="stable")[:, :k]
+        return (top == self.classes[:, None]).any(-1)
+
+
+def average(predictions: Iterable[Predictions], *, of: str = "probabilities") -> Predictions:
+    """Averages the predictions of several networks, or of several crops, for the same images.
+
+    `of`: "probabilities", whose average is returned as logarithms, or "logits". Raises UserError if
+    the images' labels or the numbers of classes differ.
+    """
+    members = list(predictions)
+    first = members[0]
+    for other in members[1:]:
+        if other.logits.shape != first.logits.shape or other.task != first.task:
+            raise UserError(
+                f"predictions of {_describe(first)} cannot be averaged with {_describe(other)}"
+            )
+        if not np.array_equal(other.labels, first.labels):
+            raise UserError("predictions can be averaged only for the same images: labels differ")
+    if of == "logits":
+        return first._replace(logits=np.mean([each.logits for each in members], 0))
+    if of != "probabilities":
+        raise UserError(f"average of: expected probabilities or logits, got {of!r}")
+    if first.task == "multilabel":
+        mean = np.mean([expit(each.logits.astype(np.float64)) for each in members], 0)
+        with np.errstate(divide="ignore"):
+            return first._replace(logits=(np.log(mean) - np.log1p(-mean)).astype(np.float32))
+    logs = [log_softmax(each.logits.astype(np.float64), axis=-1) for each in members]
+    mean = np.logaddexp.reduce(logs, axis=0) - np.log(len(members))
+    return first._replace(logits=mean.astype(np.float32))
+
+
+def _describe(predictions: Predictions) -> str:
+    return " images x ".join(map(str, predictions.logits.shape)) + f" {predictions.task}"
+
+
+def predict_batches(
+    model: nn.Module,
+    variables: PyTree,
+    batches: Iterable[Batch],
+    *,
+    normalize: Callable[[Array], Array] = lambda images: images,
+    transform: Transform | None = None,
+    mesh: Mesh | None = None,
+    task: str = "classes",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Predictions:
+    """Returns the predictions for all images with mask 1, in order.
+
+    `batches` are {"image" [n H W C] or [n V H W C], "label" [n] or [n K], "mask" f32 [n]}, this
+    process's rows of each global batch, all of the same shape; without "mask" every row counts. The
+    probabilities of V crops of an image are averaged. The network sees
+    `normalize(transform(images, numbers))`. `mesh`: the devices, by default all; a batch of several
+    devices is divided among them, so n must be a multiple of their number.
+
+    Raises UserError if there is no image, and `Interrupted` if `should_stop()` returns True between
+    two batches.
+    """
+    mesh = parallel.make_mesh() if mesh is None else mesh
+    step = make_predict_step(model.apply, normalize=normalize, transform=transform, mesh=mesh)
+    variables = parallel.replicate(variables, mesh)
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    pending: tuple[Array, np.ndarray, np.ndarray] | None = None
+    first = 0
+    for batch in batches:
+        if should_stop():
+            raise Interrupted
+        local = len(batch["label"])
+        numbers = first + jax.process_index() * local + np.arange(local, dtype=np.int32)
+        first += local * jax.process_count()
+        mask = np.asarray(batch.get("mask", np.ones(local, np.float32)))
+        given = {"image": batch["image"], "number": numbers}
+        scores = _predict_crops(step, variables, given, mesh)
+        if pending is not None:
+            rows.append(_fetch(pending, mesh))
+        pending = scores, np.asarray(batch["label"]), mask
+    if pending is not None:
+        rows.append(_fetch(pending, mesh))
+    if not rows or not sum(len(labels) for _, labels in rows):
+        raise UserError("no images: predictions need at least one")
+    logits, labels = zip(*rows)
+    return Predictions(np.concatenate(logits), np.concatenate(labels), task)
+
+
+def measure(
+    predictions: Predictions,
+    *,
+    loss: losses.Loss | None = None,
+    own_metrics: Mapping[str, metrics.Metric] = {},
+    chunk: int = 1024,
+) -> dict[str, float]:
+    """Returns the metrics of predictions by name, as `evaluation.exact.summarize` does.
+
+    `loss`: the cross-entropy by default. `chunk`: the images at once.
+    """
+    loss = losses.select_loss(loss, predictions.task)
+    logits, labels, task = predictions
+    total: dict[str, Any] = {}
+    for first in range(0, len(logits), chunk):
+        part = slice(first, first + chunk)
+        some, some_labels = jnp.asarray(logits[part]), jnp.asarray(labels[part])
+        soft = losses.soft_labels(some_labels, logits.shape[-1])
+        sums = metrics.sum_metrics(
+            loss(some, soft), some, some_labels, soft, task=task, own_metrics=own_metrics
+        )
+        for name, value in jax.device_get(sums).items():
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+    return metrics.compute(total)
+
+
+def make_predict_step(
+    apply: Callable[..., Any],
+    *,
+    normalize: Callable[[Array], Array],
+    transform: Transform | None,
+    mesh: Mesh,
+) -> Callable[[PyTree, Batch], Array]:
+    """Returns `step(variables, {"image" [N H W C], "number" i32 [N]}) -> logits f32 [N K]`, which
+    divides the images among the devices of the mesh."""
+    axis = mesh.axis_names[0]
+
+    def step(variables: PyTree, batch: Batch) -> Array:
+        images = batch["image"]
+        if transform is not None:
+            images = transform(images, batch["number"])
+        logits = apply(variables, normalize(images), train=False)
+        return jnp.asarray(logits, jnp.float32)
+
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False
+    )
+    return jax.jit(mapped)
+
+
+def _predict_crops(
+    step: Callable[[PyTree, Batch], Array], variables: PyTree, batch: dict[str, Any], mesh: Mesh
+) -> Array:
+    """Logits of a batch; of several crops [n V H W C], the logarithm of their mean probability.
+
+    Each crop is one call of the same compiled step, so memory does not grow with the crops."""
+    images = batch["image"]
+    if images.ndim == 4:
+        return step(variables, parallel.shard_batch(batch, mesh))
+    total = None
+    for crop in range(images.shape[1]):
+        one = {**batch, "image": np.ascontiguousarray(images[:, crop])}
+        logs = jax.nn.log_softmax(step(variables, parallel.shard_batch(one, mesh)))
+        total = logs if total is None else jnp.logaddexp(total, logs)
+    assert total is not None
+    return total - jnp.log(images.shape[1])
+
+
+def _fetch(rows: tuple[Array, np.ndarray, np.ndarray], mesh: Mesh) -> tuple[Any, Any]:
+    """The logits and labels of the global batch on the host, without masked rows."""
+    logits, labels, mask = rows
+    if jax.process_count() == 1:
+        seen = mask > 0
+        return np.asarray(logits)[seen], labels[seen]
+    gathered = parallel.shard_batch({"label": labels, "mask": mask}, mesh)
+    everything = multihost_utils.process_allgather((logits, gathered), tiled=True)
+    seen = everything[1]["mask"] > 0
+    return everything[0][seen], everything[1]["label"][seen]

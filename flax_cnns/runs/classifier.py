@@ -1,0 +1,198 @@
+"""A trained network that classifies data sets: of a run, or with published weights.
+
+classifier = make_classifier_from_run("runs/digits@best")
+predictions = predict_split(classifier, "test")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from flax_cnns import config as configs
+from flax_cnns import weights
+from flax_cnns.data import augment, pipeline
+from flax_cnns.data.types import Dataset
+from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.evaluation.predictions import Predictions, Transform, predict_batches
+from flax_cnns.models import registry
+from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.build import RunComponents, build_components, check_run_data, initialize_jax
+from flax_cnns.runs.references import check_trust
+from flax_cnns.runs.subject import LibraryScaling
+from flax_cnns.runs.variables import list_class_names, load_variables
+from flax_cnns.train import loop
+from flax_cnns.types import Array, PyTree
+
+Reader = Callable[[Image.Image], np.ndarray]
+
+
+class Classifier(NamedTuple):
+    """`model.apply(variables, normalize(images), train=False)` gives the logits."""
+
+    title: str  # for people: the run, its step, its network and its data
+    name: str  # for tables: the run's folder, or the network's name
+    model: nn.Module
+    variables: PyTree  # in the layout that the network takes: stacked if it scans
+    normalize: Callable[[Array], Array]  # images as they are read, u8 [N H W C] -> network's input
+    class_names: Sequence[str]  # [K]
+    image_shape: tuple[int, int, int]  # H, W, C
+    task: str  # "classes" or "multilabel"
+    data_config: ConfigDict  # how images are read: `config.data` of a run
+    # How published weights read a stored image: -> u8 [H W C]. None: as the data set's own
+    # evaluation does.
+    reader: Reader | None = None
+    dataset: Dataset | None = None  # the run's data; None: published weights
+    run: TrainedRun | None = None  # None: published weights
+
+
+class TrainedRun(NamedTuple):
+    """A run and the checkpoint whose weights are used."""
+
+    folder: pathlib.Path
+    step: int
+    checkpoint: str  # why this checkpoint: best, latest, named, tested for summary.json ...
+    components: RunComponents
+    changed_data: dict[str, Any] | None  # the accepted change of the data since the run began
+
+
+def make_classifier_from_run(
+    workdir: str | os.PathLike,
+    checkpoint: str = "",
+    *,
+    accept_changed_data: bool = False,
+    trust: bool = False,
+    confusion: bool = False,
+    from_files: bool = False,
+) -> Classifier:
+    """Returns the network of a run, with its data.
+
+    `workdir`: RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name the checkpoint instead.
+    RUN alone means the checkpoint that was tested for `summary.json`, or the latest checkpoint of
+    an unfinished run. `trust` allows importing the code of the run's own parts. `confusion`:
+    whether the evaluation step counts a confusion matrix. `from_files`: whether images of files are
+    read when they are needed, so that crops and other sizes come from the files' own pixels.
+
+    Raises UserError if the run or the checkpoint does not exist, if the data changed since the run
+    began and the change is not accepted, or if the run has own parts and is not trusted.
+    """
+    folder, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
+    config = workdirs.read_config(folder)
+    configs.validate(config)
+    check_trust(config, trust, str(folder))
+    problems = configs.find_problems(config)
+    initialize_jax(config)
+    if from_files and not config.data.mock:
+        config.data.in_memory = "no"
+    try:
+        components = build_components(config, confusion=confusion, begun=True, callbacks=False)
+    except UserError as error:
+        directory = config.data.dir
+        if not directory or os.path.exists(os.path.expanduser(directory)):
+            raise
+        cure = "if the data moved, first start the run's own command with the new data.dir"
+        raise UserError(f"{error}; {cure}") from None
+    if problems and jax.process_index() == 0:
+        print(configs.format_note(folder, problems))
+    dataset = components.dataset
+    change = check_run_data(folder, dataset, accept_changed_data)
+    variables, (step, why) = load_variables(components, folder, checkpoint)
+    return Classifier(
+        f"{folder.name}, step {step} ({why}): {config.model.name} on {dataset.name}",
+        str(folder),
+        components.model,
+        components.stack_if_scanned(variables),
+        augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
+        list_class_names(dataset, components.num_classes),
+        dataset.image_shape,
+        dataset.task,
+        config.data,
+        None,
+        dataset,
+        TrainedRun(folder, step, why, components, change),
+    )
+
+
+def make_classifier_from_weights(
+    model_name: str, source: str, path: str | os.PathLike | None = None
+) -> Classifier:
+    """Returns a network with the weights of `load_weights(model_name, source, path)`, which reads
+    images as the library does. Raises UserError."""
+    model = registry.create_model(model_name)
+    variables = weights.load_weights(model_name, source, path)
+    row = weights.preprocessing(model_name, source)
+    names = row.class_names() or tuple(map(str, range(row.num_classes)))
+    scaling = LibraryScaling(row.mean, row.std, row.scale, row.channels == "BGR")
+    return Classifier(
+        f"{model_name}, {source}'s weights",
+        model_name,
+        model,
+        variables,
+        lambda images: scaling(images.astype(np.float32) / 255),
+        names,
+        (row.size, row.size, 3),
+        "classes",
+        configs.default_config().data,
+        LibraryReader(row),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryReader:
+    """Reads an image as a library prepares it, before the normalization: u8 [H W 3] in RGB."""
+
+    preprocessing: weights.Preprocessing
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        plain = self.preprocessing._replace(mean=(0.0,), std=(1.0,), scale=1.0, channels="RGB")
+        return plain(image)[0].astype(np.uint8)
+
+
+def predict_split(
+    classifier: Classifier,
+    split: str = "test",
+    dataset: Dataset | None = None,
+    *,
+    reader: Reader | None = None,
+    transform: Transform | None = None,
+) -> Predictions:
+    """Returns the predictions for a split of the classifier's own data, or of `dataset`.
+
+    `reader`: what reads an image, u8 [H W C] or [V H W C] for V crops; by default the classifier's.
+    `transform`: see `predict_batches`. On several processes, each returns all predictions. Raises
+    UserError, also for an unknown split.
+    """
+    dataset = classifier.dataset if dataset is None else dataset
+    if dataset is None:
+        raise UserError(f"{classifier.title}: published weights have no data set of their own")
+    if split not in dataset.splits:
+        raise UserError(
+            f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
+        )
+    batches = pipeline.eval_batches(
+        dataset,
+        split,
+        classifier.data_config,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        reader=classifier.reader if reader is None else reader,
+    )
+    with contextlib.closing(loop.prefetch(batches)) as ahead:
+        return predict_batches(
+            classifier.model,
+            classifier.variables,
+            ahead,
+            normalize=classifier.normalize,
+            transform=transform,
+            task=classifier.task,
+        )
