@@ -60,9 +60,9 @@ def deconvnet(
 
 
 def redirect_gradients(
-    function: Callable[[Array, Array], Array],
-) -> Callable[[Array, Array, Array], Array]:
-    """Returns f(x, y, redirected) with the values of `function(x, y)` and other gradients.
+    function: Callable[[Array], Array],
+) -> Callable[[Array, Array | bool], Array]:
+    """Returns f(x, redirected) with the values of `function(x)` and other gradients.
 
     While the boolean `redirected` is true, a ReLU or ReLU6 that would pass no gradient at all for
     an image passes the part that leads its input back to where it is not flat. This is the rule of
@@ -71,9 +71,9 @@ def redirect_gradients(
     a loop and any other activation keep their own gradient.
     """
 
-    def replaced(x: Array, y: Array, redirected: Array) -> Array:
-        program = jax.make_jaxpr(function)(x, y)
-        (found,) = _evaluate(program, [x, y], "redirected", redirected)
+    def replaced(x: Array, redirected: Array | bool) -> Array:
+        program = jax.make_jaxpr(function)(x)
+        (found,) = _evaluate(program, [x], "redirected", redirected)
         return found
 
     return replaced

@@ -31,26 +31,25 @@ def test_redirected_gradients_are_lucids(activation, highest):
     g = rng.normal(size=x.shape).astype(np.float32)
     g[3] = np.where((x[3] > 0) & (x[3] < highest), 0, g[3])  # only flat pixels get a gradient
 
-    def loss(x, y):
-        return (jax.jit(activation)(x) * y).sum()
+    def loss(x):
+        return (jax.jit(activation)(x) * g).sum()
 
     def gradient(redirected):
-        function = redirect_gradients(loss)
-        return jax.jit(jax.grad(lambda x: function(x, jnp.asarray(g), redirected)))(x)
+        return jax.jit(jax.grad(redirect_gradients(loss)))(x, redirected)
 
     wanted = by_lucid(x, g, highest)
     np.testing.assert_allclose(gradient(True), wanted)
-    own = jax.grad(loss)(x, g)
+    own = jax.grad(loss)(x)
     np.testing.assert_allclose(gradient(False), own)
     for image, blocked in enumerate((False, True, True, True)):
         assert np.allclose(wanted[image], own[image]) != blocked
 
 
 def test_a_relu_in_a_loop_and_another_activation_keep_their_gradient():
-    def loss(x, y):
-        looped = jax.lax.fori_loop(0, 2, lambda _, z: nn.relu(z - 1), x)
-        return (looped + nn.hard_sigmoid(x) + y).sum()
+    def loss(x):
+        looped = jax.lax.fori_loop(0, 2, lambda _, y: nn.relu(y - 1), x)
+        return (looped + nn.hard_sigmoid(x) + x).sum()
 
     x = jnp.full((1, 2), -9.0)
-    found = jax.grad(lambda x: redirect_gradients(loss)(x, x, True))(x)
-    np.testing.assert_allclose(found, jax.grad(loss)(x, x) + 1)
+    found = jax.grad(redirect_gradients(loss))(x, True)
+    np.testing.assert_allclose(found, jax.grad(loss)(x))

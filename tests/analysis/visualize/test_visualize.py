@@ -168,7 +168,7 @@ def test_deep_dream_raises_its_layer(tiny, unit):
             lambda *a, **k: visualize(*a, Objective("conv", kind="direction", vector=(1,)), **k),
             "6 channels, the direction has 1",
         ),
-        (lambda *a, **k: visualize(*a, Objective("conv"), **k, steps=0), "at least 1, got 0"),
+        (lambda *a, **k: visualize(*a, Objective("conv"), **k, steps=0), "at least 1 .*, got 0, 1"),
         (lambda *a, **k: deep_dream(*a, jnp.ones((9, 9, 3)), "cnv", **k), "no module 'cnv'"),
         (
             lambda *a, **k: deep_dream(*a, jnp.ones((9, 9, 3)), "conv", unit=6, **k),
