@@ -219,16 +219,52 @@ def test_filters_of_three_channels_are_colors(drawn, tmp_path):
         channels.draw_features(subject, tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    ("paths", "named", "given", "message"),
+    [
+        ("s2x", [0], {}, "no module 's2x'; did you mean 's2'"),
+        (["c1", "s2"], [0, 6], {}, "unit 6 is out of range: 'c1' has 6"),
+        ("", ["33"], {}, "no class '33'"),
+        ("s2", ["3"], {}, "'s2' has numbered units, got '3'"),
+        ("", [0], {"objective": "neuron"}, "'' has no maps"),
+        ("", range(10), {"count": 7}, "10 units x 7 images do not fit"),
+        ("s2", [0], {"directions": np.ones((2, 5))}, "6 channels, the direction has 5"),
+        ("s2", [0], {"kind": "furier"}, "unknown parameters 'furier'; did you mean 'fourier'"),
+    ],
+)
+def test_units_that_cannot_be_drawn_are_one_line(subject, tmp_path, paths, named, given, message):
+    with pytest.raises(UserError, match=message):
+        units.draw_units(subject, tmp_path / "x.png", paths, named, **given)
+
+
+def test_what_hardly_matters_is_faded():
+    image, importance = np.full((2, 2, 3), 0.2), np.array([[0.0, 1.0], [2.0, 2.0]])
+    faded = units.fade(image, importance)[..., 0]
+    np.testing.assert_allclose(faded, [[1.0, 0.6], [0.2, 0.2]])
+
+
 @pytest.mark.slow
 def test_units_and_dreams_are_drawn(subject, drawn, tmp_path):
     said = []
     given = dict(steps=2, say=said.append)
     scores = units.draw_units(subject, tmp_path / "x.png", "s2", [0, 5], **given)
     assert len(scores) == 2
-    assert [line.partition(":")[0] for line in said] == ["s2 0", "s2 5"]
+    assert [line.partition(":")[0] for line in said] == ["s2", "s2"]
     ((_, (tiles, labels, *_), _),) = drawn
     assert labels == ["unit 0", "unit 5"]
     assert tiles[0].shape == (32, 32, 1)
+    rows = dict(count=2, diverse=1.0, **given)
+    units.draw_units(subject, tmp_path / "x.png", ["c1", "s2"], [0], **rows)
+    maco = dict(kind="maco", crops=2, size=40, **given)
+    units.draw_units(subject, tmp_path / "x.png", "", ["3"], **maco)
+    directions = np.eye(6, dtype=np.float32)[[5]]
+    again = units.draw_units(subject, tmp_path / "x.png", "s2", [], directions=directions, **given)
+    assert again == pytest.approx(scores[1:], rel=1e-4)
+    (_, (_, labels, *_), how), (_, (faded, names, *_), _), (_, (_, _, *_), _) = drawn[1:]
+    assert labels == ["c1 unit 0"] * 2 + ["s2 unit 0"] * 2
+    assert how == {"columns": 2}
+    assert names == ["3"]
+    assert faded[0].shape == (40, 40, 1)
     units.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
     Image.new("L", (700, 350), 90).save(tmp_path / "photo.png")
     given = dict(photo=tmp_path / "photo.png", steps=1, octaves=1)

@@ -52,14 +52,16 @@ def draw_tiles(
     title: str = "",
     *,
     signed: bool = False,
+    columns: int | None = None,
 ) -> None:
     """Draws a grid of small pictures: f32 [H W] or [H W 1] in a color map, [H W 3] in their colors.
 
-    Colors are in 0..1. `signed`: the color map is white at 0. At most `MAX_TILES` are drawn. Raises
-    `UserError` if the picture cannot be written.
+    Colors are in 0..1. `signed`: the color map is white at 0. `columns`: tiles of a row, by
+    default at most 8. At most `MAX_TILES` are drawn. Raises `UserError` if the picture cannot be
+    written.
     """
     tiles = list(tiles)[:MAX_TILES]
-    columns = min(len(tiles), 8)
+    columns = columns or min(len(tiles), 8)
     rows = -(-len(tiles) // columns)
     side = 1.25 if len(tiles) > 8 else 2.2
     figure = Figure(figsize=(side * columns, (side + 0.2) * rows + 0.4), layout="constrained")

@@ -31,6 +31,7 @@ def deep_dream(
     steps: int = 10,
     step_size: float = 0.01,
     tile: int = 224,
+    on_step: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Returns the image [H W C] in 0..1 after gradient ascent on the mean square of the output of
     the module `path`, or on the mean of its channel `unit` (Mordvintsev, Olah & Tyka 2015).
@@ -38,13 +39,14 @@ def deep_dream(
     The image starts `octave_scale` ** (octaves - 1) times smaller; what was added to it is enlarged
     with it. The gradient is divided by its mean absolute value. It is computed by tiles of `tile`
     pixels, which are shifted at random in each step, so that memory does not grow with the image.
-    Equal keys give equal images. Raises `UserError` for an unknown module or unit, and for an
-    image that is too small for the module in the first octave.
+    A tile is at most as large as the first octave. `on_step` is called with the number of finished
+    steps of all octaves. Equal keys give equal images. Raises `UserError` for an unknown module or
+    unit, and for an image that is too small for the module in the first octave.
     """
-    if min(octaves, steps) < 1 or octave_scale <= 1:
+    if min(octaves, steps, tile) < 1 or octave_scale <= 1 or step_size <= 0:
         raise UserError(
-            "expected octaves and steps of at least 1 and octave_scale above 1, got"
-            f" {octaves}, {steps} and {octave_scale}"
+            "expected octaves, steps and tile of at least 1, octave_scale above 1 and step_size"
+            f" above 0, got {octaves}, {steps}, {tile}, {octave_scale} and {step_size}"
         )
     model, variables = tap.unroll(model, variables)
     image = jnp.asarray(image, jnp.float32)
@@ -81,6 +83,8 @@ def deep_dream(
                     gradient[top : top + side, left : left + side] = found
             gradient = np.roll(gradient, (-down, -right), (0, 1))
             added += step_size * gradient / (np.abs(gradient).mean() + 1e-12)
+            if on_step is not None:
+                on_step(octave * steps + step + 1)
     return np.asarray(jnp.clip(image + added, 0, 1))
 
 

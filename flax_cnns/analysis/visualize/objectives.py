@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from flax_cnns.errors import UserError
+from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.types import Array
 
 Kind = Literal["channel", "neuron", "direction"]
@@ -19,9 +19,9 @@ class Objective:
     """A number for each image, made of the output of the module `path`.
 
     "channel": the mean of channel `unit` over all positions; of the network's own output (path "")
-    it is the logit. "neuron": that channel in the middle of the map. "direction": the mean of the
-    product with `vector`, f32 [C]. Objectives that differ in `unit` or `vector` alone share a
-    compiled program.
+    it is the logit. "neuron": that channel in the middle of the map; of an even side, the position
+    after the middle. "direction": the mean of the product with `vector`, f32 [C]. Objectives that
+    differ in `unit` or `vector` alone share a compiled program.
     """
 
     path: str = struct.field(pytree_node=False)
@@ -40,14 +40,19 @@ class Objective:
         return chosen.reshape(len(chosen), -1).mean(1)
 
     def check(self, output: jax.ShapeDtypeStruct) -> None:
-        """Raises `UserError` if the module's output lacks the unit or has other channels."""
+        """Raises `UserError` for an unknown kind, and if the module's output lacks the unit, has
+        other channels, or has no positions to choose a neuron from."""
         channels = output.shape[-1]
+        if self.kind not in get_args(Kind):
+            raise UserError(
+                f"unknown objective {self.kind!r}{did_you_mean(self.kind, get_args(Kind))}"
+            )
+        if self.kind == "neuron" and len(output.shape) != 4:
+            raise UserError(f"{self.path!r} has no maps, so a neuron is a channel: take channel")
         if self.kind == "direction" and len(self.vector) != channels:
             raise UserError(
                 f"{self.path!r} has {channels} channels, the direction has {len(self.vector)}"
             )
-        if self.kind not in ("channel", "neuron", "direction"):
-            raise UserError(f"expected channel, neuron or direction, got {self.kind!r}")
         if self.kind != "direction" and not 0 <= self.unit < channels:
             raise UserError(
                 f"unit {self.unit} is out of range: {self.path!r} has {channels} channels,"
@@ -57,7 +62,7 @@ class Objective:
 
 def diversity(output: Array) -> Array:
     """Returns the mean cosine similarity of the Gram matrices of different images' maps [N h w C]
-    (Olah et al. 2017, "diversity"); 0 for one image."""
+    (Olah et al. 2017, "diversity"); 0 for one image. Lucid's value is N - 1 times as large."""
     maps = output.reshape(len(output), -1, output.shape[-1]).astype(jnp.float32)
     grams = jnp.einsum("npc,npd->ncd", maps, maps).reshape(len(maps), -1)
     grams /= jnp.linalg.norm(grams, axis=1, keepdims=True) + 1e-8

@@ -71,12 +71,13 @@ def test_a_warp_is_scipys():
 
 def test_transformations_keep_the_size_and_are_drawn_by_key():
     images = jax.random.uniform(jax.random.key(0), (2, 16, 12, 3))
-    found = [transform(images, jax.random.key(n)) for n in (0, 0, 1)]
+    moved = jax.jit(transform)
+    found = [moved(images, jax.random.key(n)) for n in (0, 0, 1)]
     assert found[0].shape == images.shape
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.allclose(found[0], found[2])
     gray = jnp.full_like(images, 0.5)
-    np.testing.assert_allclose(transform(gray, jax.random.key(3)), 0.5, atol=1e-6)
+    np.testing.assert_allclose(moved(gray, jax.random.key(3)), 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,9 @@ def test_transformations_keep_the_size_and_are_drawn_by_key():
 )
 def test_objectives_rise(tiny, objective, wanted):
     model, variables = tiny
-    # A neuron is one place, from which shifts as large as this image move everything away.
-    robust = objective.kind != "neuron"
+    # One of them, because the transformations take most of the time to compile. Not the neuron,
+    # which is one place: shifts as large as this image move everything away.
+    robust = objective.path == ""
     given = dict(key=jax.random.key(2), normalize=normalize, robust=robust)
     start = visualize(*tiny, objective, **given, steps=1)
     found = visualize(*tiny, objective, **given, steps=30)
@@ -167,6 +169,18 @@ def test_deep_dream_raises_its_layer(tiny, unit):
         (
             lambda *a, **k: visualize(*a, Objective("conv", kind="direction", vector=(1,)), **k),
             "6 channels, the direction has 1",
+        ),
+        (
+            lambda *a, **k: visualize(*a, Objective("", kind="neuron"), **k),
+            "'' has no maps, so a neuron is a channel",
+        ),
+        (
+            lambda *a, **k: visualize(*a, Objective("conv", kind="chanel"), **k),
+            "unknown objective 'chanel'; did you mean 'channel'",
+        ),
+        (
+            lambda *a, **k: visualize(*a, Objective("conv"), **k, kind="pixel"),
+            "unknown parameters 'pixel'; did you mean 'pixels'",
         ),
         (lambda *a, **k: visualize(*a, Objective("conv"), **k, steps=0), "at least 1 .*, got 0, 1"),
         (lambda *a, **k: deep_dream(*a, jnp.ones((9, 9, 3)), "cnv", **k), "no module 'cnv'"),
