@@ -51,7 +51,8 @@ def draw_units(
     The path "" means the logits, whose units may be class names. With several paths, each has a
     row. `objective`: "channel" or "neuron". `directions`, f32 [K C] or [C], are shown in place of
     units. `size`: the images' side in pixels; 0: the network's own. `count` images are drawn for
-    each unit. `crop_size`: the side of "maco"'s crops; 0: the network's. The other arguments are those of `visualize`.
+    each unit. `crop_size`: the side of "maco"'s crops; 0: the network's. The other arguments are
+    those of `visualize`.
 
     "maco" takes the frequencies' magnitudes from the subject's images if it has some. In its
     picture, pixels that hardly mattered are transparent. Raises UserError.
