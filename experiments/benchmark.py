@@ -8,6 +8,7 @@ python -m experiments.benchmark cond
 python -m experiments.benchmark compile --model=cifar_resnet110
 python -m experiments.benchmark frozen --model=resnet18 --size=64
 python -m experiments.benchmark drop-path --model=cifar_resnet110
+python -m experiments.benchmark explain --model=resnet18
 python -m experiments.benchmark learn --models=lenet5
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
@@ -37,6 +38,7 @@ import jax
 
 from experiments.benchmarks import (
     convolutions,
+    explain,
     flags,
     inputs,
     learning,
@@ -105,6 +107,12 @@ COMMANDS = {
         savings.DROP_COLUMNS,
         savings.add_drop_path_flags,
         savings.measure_drop_path,
+    ),
+    "explain": Command(
+        "Saliency against the gradients that it is made of",
+        explain.COLUMNS,
+        explain.add_explain_flags,
+        explain.measure_explain,
     ),
     "learn": Command(
         "Learning of the digits",

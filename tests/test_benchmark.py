@@ -74,6 +74,22 @@ def test_step(run, tmp_path, mode):
 
 
 @pytest.mark.slow
+def test_explain(run, monkeypatch):
+    small = partial(CifarResNet, depths=(1,), widths=(4,), num_classes=5, input_size=(8, 8, 3))
+    monkeypatch.setattr(training, "create_model", lambda name, **fields: small())
+    flags = ["--model=small", "--batch=6", "--integrated-batch=2", "--steps=3", "--size=0"]
+    code, out, _, found = run("explain", *flags)
+    assert code == 0
+    weighed, integrated = found["rows"]
+    assert (weighed["images"], integrated["images"]) == (6, 2)
+    assert integrated["compared_with"] == "3 gradients"
+    for row in found["rows"]:
+        assert row["ratio"]["median"] > 0
+        assert len(row["rounds"][row["method"]]["rounds"]) == 2
+    assert "integrated_gradients, 3 steps" in out
+
+
+@pytest.mark.slow
 def test_frozen(run, monkeypatch):
     small = partial(CifarResNet, depths=(1,), widths=(4,), num_classes=5, input_size=(8, 8, 3))
     monkeypatch.setattr(training, "create_model", lambda name, **fields: small(**fields))

@@ -70,9 +70,15 @@ def randomize(
     for layer in reversed(order):
         leaves = [path for path, owner in owners.items() if owner == layer and path in drawn]
         if leaves:
-            mixed |= {path: drawn[path] for path in leaves}
+            mixed |= {path: _place_like(mixed[path], drawn[path]) for path in leaves}
             owners = {path: owner for path, owner in owners.items() if path not in leaves}
             yield layer, pytree.unflatten(mixed)
+
+
+def _place_like(leaf: Array | np.ndarray, drawn: Array) -> Array:
+    """Returns `drawn` on the devices of `leaf`: each mixture of placements would be traced anew."""
+    is_placed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
+    return jax.device_put(drawn, leaf.sharding) if is_placed else drawn
 
 
 def rank_correlation(

@@ -107,7 +107,12 @@ def test_a_network_is_traced_once_for_each_shape(plain):
     explain()
     first = len(traces)
     explain()
+    # Their steps are gradients of the same shape.
+    gradients.integrated_gradients(Counted(), variables, IMAGES, steps=3)
+    gradients.smooth_grad(Counted(), variables, IMAGES, key=jax.random.key(0), samples=3)
     assert len(traces) == first
+    gradients.gradient(Counted(), variables, IMAGES[:1], 0)
+    assert len(traces) == first + 2  # the shape of the logits, and the gradient
 
 
 def test_a_transformer_has_no_class_activation_map_by_default():
