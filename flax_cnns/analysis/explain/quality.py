@@ -77,8 +77,9 @@ def randomize(
 
 def _place_like(leaf: Array | np.ndarray, drawn: Array) -> Array:
     """Returns `drawn` on the devices of `leaf`: each mixture of placements would be traced anew."""
-    is_placed = isinstance(leaf, jax.Array) and getattr(leaf, "committed", False)
-    return jax.device_put(drawn, leaf.sharding) if is_placed else drawn
+    if isinstance(leaf, jax.Array) and getattr(leaf, "committed", False):
+        return jax.device_put(drawn, leaf.sharding)
+    return drawn
 
 
 def rank_correlation(

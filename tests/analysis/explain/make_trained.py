@@ -2,6 +2,7 @@
 
     apt-get install dataset-fashion-mnist
     python -m tests.analysis.explain.make_trained /usr/share/datasets/fashion-mnist
+    python -m tests.analysis.explain.make_trained  # prints how similar maps stay, layer by layer
 
 The network is of the kind for which guided backpropagation is known to restore the image (Nie et
 al. 2018, arXiv 1805.07039, section 4): several convolutions with ReLU, and max pooling.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,6 +22,9 @@ import numpy as np
 import optax
 
 from flax_cnns import layers
+from flax_cnns.analysis.explain import backward_rules, gradients, quality
+from flax_cnns.analysis.explain.targets import make_target
+from flax_cnns.analysis.statistics import Interval, mean, paired_difference
 from tests.analysis.explain.make_reference import FOLDER
 
 PATH = FOLDER / "trained.npz"
@@ -62,6 +67,31 @@ def load() -> tuple[PooledCNN, dict, jax.Array]:
     return PooledCNN(), {"params": params}, images
 
 
+def measure_similarity(layers: Collection[str] = ()) -> dict[str, dict[str, Interval]]:
+    """Returns {last random layer: means over the images of Spearman's correlation of absolute maps
+    before and after the randomization, and the paired difference}; bootstrap intervals."""
+    model, variables, images = load()
+    goal = make_target(None, model, variables, images)
+    methods = {"gradient": gradients.gradient, "guided": backward_rules.guided_backprop}
+
+    def explain(name: str, variables: dict) -> jax.Array:
+        return methods[name](model, variables, images, goal)[..., 0]
+
+    trained = {name: explain(name, variables) for name in methods}
+    table = {}
+    for layer, changed in quality.randomize(model, variables, images, jax.random.key(0)):
+        if layers and layer not in layers:
+            continue
+        found = {
+            name: quality.rank_correlation(trained[name], explain(name, changed))
+            for name in methods
+        }
+        table[layer] = {name: mean(list(x), method="bootstrap") for name, x in found.items()}
+        pairs = (dict(enumerate(found[name].tolist())) for name in ("guided", "gradient"))
+        table[layer]["difference"] = paired_difference(*pairs, method="bootstrap").interval
+    return table
+
+
 def main(folder: str) -> None:
     model = PooledCNN()
     images, labels = read(Path(folder), "train")
@@ -98,4 +128,9 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:]:
+        main(sys.argv[1])
+    else:
+        for layer, row in measure_similarity().items():
+            cells = (f"{k} {v.mean:.3f} [{v.low:.3f}, {v.high:.3f}]" for k, v in row.items())
+            print(f"{layer}: {', '.join(cells)}")

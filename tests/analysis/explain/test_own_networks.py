@@ -111,8 +111,15 @@ def test_a_network_is_traced_once_for_each_shape(plain):
     gradients.integrated_gradients(Counted(), variables, IMAGES, steps=3)
     gradients.smooth_grad(Counted(), variables, IMAGES, key=jax.random.key(0), samples=3)
     assert len(traces) == first
-    gradients.gradient(Counted(), variables, IMAGES[:1], 0)
-    assert len(traces) == first + 2  # the shape of the logits, and the gradient
+    # Variables on a mesh, as those of a run; layers that are drawn must be placed like them.
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("batch",)), jax.P())
+    placed = jax.device_put(variables, sharding)
+    counts = []
+    for _, changed in quality.randomize(Counted(), placed, IMAGES, jax.random.key(1)):
+        gradients.gradient(Counted(), changed, IMAGES, 0)
+        counts.append(len(traces))
+    assert len(counts) == 4
+    assert len(set(counts)) == 1
 
 
 def test_a_transformer_has_no_class_activation_map_by_default():
