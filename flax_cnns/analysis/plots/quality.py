@@ -75,9 +75,9 @@ def _draw_curves(
     axes.set_ylabel("Spearman's correlation with the trained network's map", fontsize=8)
     axes.set_title("randomization: lower explains more of the network", fontsize=9)
     axes.set_ylim(top=1.02)
-    if similarity:
-        axes.legend(frameon=False, fontsize=7)
     tidy_axes(axes)
+    if similarity:
+        axes.legend(framealpha=0.85, edgecolor="none", fontsize=7)
 
 
 def _draw_bars(axes: Axes, intervals: Mapping[str, Interval], colors: Sequence[str]) -> None:

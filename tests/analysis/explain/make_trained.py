@@ -3,6 +3,7 @@
     apt-get install dataset-fashion-mnist
     python -m tests.analysis.explain.make_trained /usr/share/datasets/fashion-mnist
     python -m tests.analysis.explain.make_trained  # prints how similar maps stay, layer by layer
+    python -m tests.analysis.explain.make_trained quality.png  # the table of `visualize quality`
 
 The network is of the kind for which guided backpropagation is known to restore the image (Nie et
 al. 2018, arXiv 1805.07039, section 4): several convolutions with ReLU, and max pooling.
@@ -25,6 +26,9 @@ from flax_cnns import layers
 from flax_cnns.analysis.explain import backward_rules, gradients, quality
 from flax_cnns.analysis.explain.targets import make_target
 from flax_cnns.analysis.statistics import Interval, mean, paired_difference
+from flax_cnns.names import make_console
+from flax_cnns.runs.subject import Subject
+from flax_cnns.runs.visualize.quality import draw_quality, make_rich_table
 from tests.analysis.explain.make_reference import FOLDER
 
 PATH = FOLDER / "trained.npz"
@@ -92,6 +96,17 @@ def measure_similarity(layers: Collection[str] = ()) -> dict[str, dict[str, Inte
     return table
 
 
+def draw_table(png: str) -> None:
+    model, variables, images = load()
+    names = [str(i) for i in range(10)]
+    given = (np.asarray(images), [""] * len(images), lambda pixels: pixels, names)
+    title = "a CNN with max pooling on Fashion-MNIST"
+    subject = Subject(title, model, variables, *given)
+    methods = ("gradient", "integrated_gradients", "guided_backprop", "deconvnet", "cam")
+    table = draw_quality(subject, png, methods=(*methods, "grad_cam", "layer_cam"))
+    make_console(width=200).print(make_rich_table(table))
+
+
 def main(folder: str) -> None:
     model = PooledCNN()
     images, labels = read(Path(folder), "train")
@@ -128,8 +143,10 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] and Path(sys.argv[1]).is_dir():
         main(sys.argv[1])
+    elif sys.argv[1:]:
+        draw_table(sys.argv[1])
     else:
         for layer, row in measure_similarity().items():
             cells = (f"{k} {v.mean:.3f} [{v.low:.3f}, {v.high:.3f}]" for k, v in row.items())
