@@ -62,8 +62,8 @@ def take_from_train(
     train = splits["train"]
     strata = find_strata(train.labels, task)
     keep, taken = split_rows(strata, len(train), amount, seed, subject=subject)
-    kept = _rows(train, keep, f"without {role}, seed {seed}")
-    return {**splits, "train": kept, role: _rows(train, taken, f"{role}, seed {seed}")}
+    kept = select_rows(train, keep, f"without {role}, seed {seed}")
+    return {**splits, "train": kept, role: select_rows(train, taken, f"{role}, seed {seed}")}
 
 
 def keep_fraction(
@@ -80,10 +80,11 @@ def keep_fraction(
             f"{subject} keeps {len(kept)} of {len(train)} training images, and none of {len(lost)} "
             "classes; choose a larger fraction"
         )
-    return {**splits, "train": _rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
+    return {**splits, "train": select_rows(train, kept, f"fraction {fraction:g}, seed {seed}")}
 
 
-def _rows(split: Split, which: np.ndarray, name: str) -> Split:
+def select_rows(split: Split, which: np.ndarray, name: str) -> Split:
+    """Returns a split with the examples `which`; `name` describes this choice of examples."""
     if split.images is None:
         assert split.source is not None
         source = Subset(split.source, which, name)

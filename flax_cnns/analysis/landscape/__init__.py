@@ -1,0 +1,1 @@
+"""The loss around trained parameters: planes, lines, trajectories, curvature, sharpness."""
