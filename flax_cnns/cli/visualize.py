@@ -1,4 +1,4 @@
-"""Draws what a network sees: saliency, features, filters, what its units want, DeepDream.
+"""Draws what a network sees, and the loss around its weights.
 
 flax-cnns visualize saliency --workdir=runs/digits --methods=gradient,grad_cam --images=6
 flax-cnns visualize saliency --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
@@ -11,6 +11,10 @@ flax-cnns visualize units --model=tf_efficientnet_lite0 --weights=efficientnet_l
 flax-cnns visualize dream --model=tf_efficientnet_lite0 --weights=efficientnet_lite \
     --path=stage5 cat.jpg
 flax-cnns visualize initialization
+flax-cnns visualize landscape --workdir=runs/digits --beside=runs/other --surface
+flax-cnns visualize line --workdir=runs/digits --to=runs/other@best
+flax-cnns visualize trajectory --workdir=runs/digits
+flax-cnns visualize curvature --workdir=runs/digits --eigenvalues=3
 
 Photos are prepared as `predict` does. Without photos, a run shows the first images of its test
 split. --path is a module's path, as `inspect` lists it without params/.
@@ -44,8 +48,15 @@ _WEIGHTS = flags.DEFINE_string("weights", "", "The published weights: SOURCE or 
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "A run's directory: RUN, RUN@best, RUN@latest or RUN@STEP."
 )
-_SPLIT = flags.DEFINE_string("split", "test", "The split of a run whose images are shown.")
-_IMAGES = flags.DEFINE_integer("images", 6, "Number of images of that split.", lower_bound=1)
+_SPLIT = flags.DEFINE_string(
+    "split",
+    "test",
+    "The split of a run whose images are shown. A loss is by default that of train, and on a line"
+    " those of train and test (--split=A,B).",
+)
+_IMAGES = flags.DEFINE_integer(
+    "images", 6, "Number of images of that split; of a loss, by default 512.", lower_bound=1
+)
 _METHODS = flags.DEFINE_list(
     "methods",
     ["gradient", "smooth_grad", "integrated_gradients", "grad_cam", "layer_cam"],
@@ -101,6 +112,28 @@ _WIDTH = flags.DEFINE_integer("width", 4096, "initialization: units of a layer."
 _AS_PRINTED = flags.DEFINE_bool(
     "as_printed", False, "initialization: add the weights that the deck's wrong code gives."
 )
+_GRID = flags.DEFINE_integer(
+    "grid", 25, "landscape, line, trajectory: points along each axis.", lower_bound=2
+)
+_SPAN = flags.DEFINE_float(
+    "span", 1.0, "landscape: the axes go from minus this to this.", lower_bound=1e-6
+)
+_BESIDE = flags.DEFINE_list(
+    "beside", [], "landscape, curvature: other runs, drawn next to this one, or in one table."
+)
+_SURFACE = flags.DEFINE_bool("surface", False, "landscape: draw surfaces, too.")
+_TO = flags.DEFINE_string("to", "", "line: the other end: RUN, RUN@best, RUN@latest or RUN@STEP.")
+_BATCHNORM = flags.DEFINE_string(
+    "batchnorm",
+    "running",
+    "landscape, line, trajectory, curvature: the statistics of BatchNorm. running: those of the"
+    " checkpoint, and interpolated on a line. batch: those of each batch. reestimate (line): those"
+    " of training batches, computed at each point.",
+)
+_EIGENVALUES = flags.DEFINE_integer(
+    "eigenvalues", 1, "curvature: number of eigenvalues of the Hessian.", lower_bound=1
+)
+_RHO = flags.DEFINE_float("rho", 0.05, "curvature: distance of SAM's sharpness.", lower_bound=1e-9)
 _TRUST = define_trust()
 _OUT = flags.DEFINE_string(
     "out",
@@ -237,6 +270,46 @@ def _draw_initialization(subject: None, out: str, photos: list[str]) -> None:
     )
 
 
+def _make_settings() -> Any:
+    from flax_cnns.runs.visualize.landscape import Settings
+
+    return Settings(
+        split=_SPLIT.value if flags.FLAGS["split"].present else "train",
+        images=_IMAGES.value if flags.FLAGS["images"].present else 512,
+        grid=_GRID.value,
+        batchnorm=_BATCHNORM.value,
+        seed=_SEED.value,
+        trust=_TRUST.value,
+    )
+
+
+def _draw_landscape(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.landscape import draw_landscape
+
+    runs = [_WORKDIR.value, *_BESIDE.value]
+    draw_landscape(runs, out, _make_settings(), span=_SPAN.value, surface=_SURFACE.value)
+
+
+def _draw_line(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.landscape import draw_line
+
+    splits = _SPLIT.value.split(",") if flags.FLAGS["split"].present else ()
+    draw_line(_WORKDIR.value, _TO.value, out, _make_settings(), splits=splits)
+
+
+def _draw_trajectory(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.landscape import draw_trajectory
+
+    draw_trajectory(_WORKDIR.value, out, _make_settings())
+
+
+def _tabulate_curvature(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.landscape import tabulate_curvature
+
+    runs = [_WORKDIR.value, *_BESIDE.value]
+    tabulate_curvature(runs, out, _make_settings(), count=_EIGENVALUES.value, rho=_RHO.value)
+
+
 class Kind(NamedTuple):
     """What `visualize KIND` does."""
 
@@ -245,8 +318,10 @@ class Kind(NamedTuple):
     flags: tuple[str, ...]  # the flags that this kind takes besides those of every kind
     required: tuple[str, ...] = ()  # of these, the flags that it needs
     subject: bool = True  # whether it looks at one network with its images
+    suffix: str = ".png"  # of the file without --out
 
 
+_LOSS = ("workdir", "split", "images", "batchnorm", "seed", "trust")
 # Every kind takes --out, and every kind with a subject these flags.
 _COMMON = ("model", "weights", "workdir", "split", "trust")
 KINDS = {
@@ -269,6 +344,21 @@ KINDS = {
     "initialization": Kind(
         _draw_initialization, ("layers", "width", "as_printed", "seed"), subject=False
     ),
+    "landscape": Kind(
+        _draw_landscape,
+        (*_LOSS, "grid", "span", "beside", "surface"),
+        required=("workdir",),
+        subject=False,
+    ),
+    "line": Kind(_draw_line, (*_LOSS, "grid", "to"), required=("workdir", "to"), subject=False),
+    "trajectory": Kind(_draw_trajectory, (*_LOSS, "grid"), required=("workdir",), subject=False),
+    "curvature": Kind(
+        _tabulate_curvature,
+        (*_LOSS, "beside", "eigenvalues", "rho"),
+        required=("workdir",),
+        subject=False,
+        suffix=".csv",
+    ),
 }
 define_commands(*KINDS)
 define_arguments("photos (files)", "[PHOTO...]", least=0)
@@ -284,7 +374,7 @@ def visualize(argv: list[str]) -> None:
         print(subject.title)
     elif photos:
         raise UserError(f"{name} takes no photos, got {photos[0]!r}")
-    out, description = choose_picture_path(_OUT, photos, default=f"{name}.png")
+    out, description = choose_picture_path(_OUT, photos, default=f"{name}{kind.suffix}")
     kind.draw(subject, out, photos)
     print(f"written to {description}")
 

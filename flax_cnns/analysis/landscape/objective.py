@@ -122,13 +122,14 @@ def _normalize_by_batch(function, args, kwargs, context):
     layer = context.module
     if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
         return function(*args, **kwargs)
-    changes: dict[str, Any] = {"axis_name": None}  # one device
+    if layer.axis_name is not None:  # averages over devices; here is one
+        # The clone shares the layer's scope, and so its variables. It is intercepted, too.
+        return layer.clone(parent=layer.scope, axis_name=None)(*args, **kwargs)
     if layer.use_running_average is None:
-        kwargs = {**kwargs, "use_running_average": False}
-    else:
-        changes["use_running_average"] = False
-    # The clone shares the layer's scope, and so its variables.
-    return layer.clone(parent=layer.scope, **changes)(*args, **kwargs)
+        return function(*args, **{**kwargs, "use_running_average": False})
+    if layer.use_running_average:
+        return layer.clone(parent=layer.scope, use_running_average=False)(*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 @_jit
