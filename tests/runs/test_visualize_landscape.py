@@ -17,19 +17,19 @@ from flax_cnns.analysis.landscape.objective import Levels
 from flax_cnns.analysis.plots import landscapes as plots
 from flax_cnns.errors import UserError
 from flax_cnns.runs.evaluate import evaluate_run
-from flax_cnns.runs.visualize import landscape
+from flax_cnns.runs.visualize import landscape, loss
 from tests.test_scripts import finish, start
 
 HERE = "tests.runs.own_parts"
 
 
 def quiet(**fields):
-    return landscape.Settings(**{"grid": 3, "say": len, **fields})
+    return loss.Settings(**{"grid": 3, "say": len, **fields})
 
 
 @pytest.fixture(scope="module")
 def checkpoint(finished):
-    return landscape.load_checkpoint(finished[0])
+    return loss.load_checkpoint(finished[0])
 
 
 @pytest.fixture
@@ -42,25 +42,25 @@ def drawn(monkeypatch):
 
 
 def test_the_loss_is_that_of_the_runs_own_test(finished, checkpoint):
-    loss = landscape.make_loss(checkpoint, quiet(split="test"))
+    made = loss.make_loss(checkpoint, quiet(split="test"))
     summary = finished[1]
-    assert loss.count == summary["test/examples"]
-    found = loss.measure(checkpoint.variables)
+    assert made.count == summary["test/examples"]
+    found = made.measure(checkpoint.variables)
     assert float(found.losses) == pytest.approx(summary["test/loss"], rel=1e-4)
     assert float(found.accuracies) == pytest.approx(summary["test/accuracy"], abs=1e-6)
-    assert len({len(labels) for _, labels in loss.batches}) == 1  # one compilation
+    assert len({len(labels) for _, labels in made.batches}) == 1  # one compilation
 
 
 def test_fewer_images_are_drawn_at_random_by_seed(checkpoint):
     first, again, other = (
-        landscape.make_loss(checkpoint, quiet(images=20, seed=seed)) for seed in (0, 0, 1)
+        loss.make_loss(checkpoint, quiet(images=20, seed=seed)) for seed in (0, 0, 1)
     )
-    labels = [np.concatenate([y for _, y in loss.batches]) for loss in (first, again, other)]
+    labels = [np.concatenate([y for _, y in made.batches]) for made in (first, again, other)]
     assert labels[0].shape == (20, 10)
     np.testing.assert_array_equal(labels[0], labels[1])
     assert (labels[0] != labels[2]).any()
     with pytest.raises(UserError, match="--split: digits has no split 'tests'; did you mean"):
-        landscape.make_loss(checkpoint, quiet(split="tests"))
+        loss.make_loss(checkpoint, quiet(split="tests"))
 
 
 def test_a_landscape_has_the_runs_loss_in_its_middle(
@@ -69,7 +69,7 @@ def test_a_landscape_has_the_runs_loss_in_its_middle(
     monkeypatch.setattr(landscape, "load_checkpoint", lambda run, trust: checkpoint)
     settings = quiet(split="test")
     (levels,) = landscape.draw_landscape([finished[0]], tmp_path / "a.png", settings, span=0.5)
-    wanted = landscape.make_loss(checkpoint, settings).measure(checkpoint.variables)
+    wanted = loss.make_loss(checkpoint, settings).measure(checkpoint.variables)
     np.testing.assert_allclose(levels.losses[1, 1], wanted.losses, rtol=1e-5)
     ((_, (planes, _), how),) = drawn
     np.testing.assert_allclose(planes[0].xs, [-0.5, 0, 0.5])
@@ -142,8 +142,8 @@ def test_own_networks_own_data_and_own_losses(drawn, no_pictures, tmp_path):
         landscape.draw_landscape([workdir], tmp_path / "a.png", quiet())
     settings = quiet(trust=True, images=30)
     landscape.draw_landscape([workdir], tmp_path / "a.png", settings)
-    checkpoint = landscape.load_checkpoint(workdir, trust=True)
-    test = landscape.make_loss(checkpoint, settings, "test").measure(checkpoint.variables)
+    checkpoint = loss.load_checkpoint(workdir, trust=True)
+    test = loss.make_loss(checkpoint, quiet(), "test").measure(checkpoint.variables)
     wanted = evaluate_run(workdir, trust=True)  # by the focal loss
     np.testing.assert_allclose(test.losses, wanted["loss"], rtol=1e-4)
     assert "focal without L2" in drawn[0][2]["note"]
@@ -160,7 +160,7 @@ def test_own_networks_own_data_and_own_losses(drawn, no_pictures, tmp_path):
     with pytest.raises(UserError, match=r"rows of another plane or line \(reestimated"):
         landscape.draw_line(*given, quiet(trust=True, images=64, batchnorm="reestimate"))
 
-    reestimate = landscape.make_reestimation(checkpoint, 32)
+    reestimate = loss.make_reestimation(checkpoint, 32)
     stats = reestimate(checkpoint.variables)["batch_stats"]["norm"]
     far = reestimate(
         {
