@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
+from flax_cnns.cli import visualize_losses as losses
 from flax_cnns.cli.flags import (
     choose_picture_path,
     define_arguments,
@@ -112,28 +113,26 @@ _WIDTH = flags.DEFINE_integer("width", 4096, "initialization: units of a layer."
 _AS_PRINTED = flags.DEFINE_bool(
     "as_printed", False, "initialization: add the weights that the deck's wrong code gives."
 )
-_GRID = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "grid", 25, "landscape, line, trajectory: points along each axis.", lower_bound=2
 )
-_SPAN = flags.DEFINE_float(
-    "span", 1.0, "landscape: the axes go from minus this to this.", lower_bound=1e-6
-)
-_BESIDE = flags.DEFINE_list(
+flags.DEFINE_float("span", 1.0, "landscape: the axes go from minus this to this.", lower_bound=1e-6)
+flags.DEFINE_list(
     "beside", [], "landscape, curvature: other runs, drawn next to this one, or in one table."
 )
-_SURFACE = flags.DEFINE_bool("surface", False, "landscape: draw surfaces, too.")
-_TO = flags.DEFINE_string("to", "", "line: the other end: RUN, RUN@best, RUN@latest or RUN@STEP.")
-_BATCHNORM = flags.DEFINE_string(
+flags.DEFINE_bool("surface", False, "landscape: draw surfaces, too.")
+flags.DEFINE_string("to", "", "line: the other end: RUN, RUN@best, RUN@latest or RUN@STEP.")
+flags.DEFINE_string(
     "batchnorm",
     "running",
     "landscape, line, trajectory, curvature: the statistics of BatchNorm. running: those of the"
     " checkpoint, and interpolated on a line. batch: those of each batch. reestimate (line): those"
     " of training batches, computed at each point.",
 )
-_EIGENVALUES = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "eigenvalues", 1, "curvature: number of eigenvalues of the Hessian.", lower_bound=1
 )
-_RHO = flags.DEFINE_float("rho", 0.05, "curvature: distance of SAM's sharpness.", lower_bound=1e-9)
+flags.DEFINE_float("rho", 0.05, "curvature: distance of SAM's sharpness.", lower_bound=1e-9)
 _TRUST = define_trust()
 _OUT = flags.DEFINE_string(
     "out",
@@ -270,46 +269,6 @@ def _draw_initialization(subject: None, out: str, photos: list[str]) -> None:
     )
 
 
-def _make_settings() -> Any:
-    from flax_cnns.runs.visualize.landscape import Settings
-
-    return Settings(
-        split=_SPLIT.value if flags.FLAGS["split"].present else "train",
-        images=_IMAGES.value if flags.FLAGS["images"].present else 512,
-        grid=_GRID.value,
-        batchnorm=_BATCHNORM.value,
-        seed=_SEED.value,
-        trust=_TRUST.value,
-    )
-
-
-def _draw_landscape(subject: None, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.landscape import draw_landscape
-
-    runs = [_WORKDIR.value, *_BESIDE.value]
-    draw_landscape(runs, out, _make_settings(), span=_SPAN.value, surface=_SURFACE.value)
-
-
-def _draw_line(subject: None, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.landscape import draw_line
-
-    splits = _SPLIT.value.split(",") if flags.FLAGS["split"].present else ()
-    draw_line(_WORKDIR.value, _TO.value, out, _make_settings(), splits=splits)
-
-
-def _draw_trajectory(subject: None, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.landscape import draw_trajectory
-
-    draw_trajectory(_WORKDIR.value, out, _make_settings())
-
-
-def _tabulate_curvature(subject: None, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.landscape import tabulate_curvature
-
-    runs = [_WORKDIR.value, *_BESIDE.value]
-    tabulate_curvature(runs, out, _make_settings(), count=_EIGENVALUES.value, rho=_RHO.value)
-
-
 class Kind(NamedTuple):
     """What `visualize KIND` does."""
 
@@ -345,15 +304,19 @@ KINDS = {
         _draw_initialization, ("layers", "width", "as_printed", "seed"), subject=False
     ),
     "landscape": Kind(
-        _draw_landscape,
+        losses.draw_landscape,
         (*_LOSS, "grid", "span", "beside", "surface"),
         required=("workdir",),
         subject=False,
     ),
-    "line": Kind(_draw_line, (*_LOSS, "grid", "to"), required=("workdir", "to"), subject=False),
-    "trajectory": Kind(_draw_trajectory, (*_LOSS, "grid"), required=("workdir",), subject=False),
+    "line": Kind(
+        losses.draw_line, (*_LOSS, "grid", "to"), required=("workdir", "to"), subject=False
+    ),
+    "trajectory": Kind(
+        losses.draw_trajectory, (*_LOSS, "grid"), required=("workdir",), subject=False
+    ),
     "curvature": Kind(
-        _tabulate_curvature,
+        losses.tabulate_curvature,
         (*_LOSS, "beside", "eigenvalues", "rho"),
         required=("workdir",),
         subject=False,

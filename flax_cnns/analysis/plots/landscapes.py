@@ -85,11 +85,11 @@ def draw_trajectory(
     drawn = _contours(axes, plane, levels)
     axes.plot(*points.T, "-o", color="white", markeredgecolor="black", markersize=5, linewidth=1.2)
     axes.plot(*points[-1], "*", color="white", markeredgecolor="black", markersize=14)
-    for at in (0, len(steps) - 1):
+    for at, up in ((0, 7), (len(steps) - 1, -16)):
         axes.annotate(
             f"step {steps[at]}",
             points[at],
-            xytext=(7, 7),
+            xytext=(7, up),
             textcoords="offset points",
             fontsize=8,
             bbox=dict(boxstyle="round,pad=0.2", facecolor="white", edgecolor="none", alpha=0.8),
@@ -131,6 +131,7 @@ def draw_line(
         for end in (0, 1):
             axes.axvline(end, color="gray", linewidth=0.8, linestyle=":", zorder=0)
         axes.set(xlabel="position on the line", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         tidy_axes(axes)
     panels[1].set_ylim(0, 1.02)
     panels[0].legend(frameon=False)
@@ -159,7 +160,9 @@ def _contours(axes: Axes, plane: Plane, levels: np.ndarray) -> Any:
     losses, norm = _limit(plane, levels), LogNorm(levels[0], levels[-1])
     filled = axes.contourf(plane.xs, plane.ys, losses, levels, norm=norm, cmap=COLORS)
     lines = axes.contour(plane.xs, plane.ys, losses, levels, colors="black", linewidths=0.5)
-    axes.clabel(lines, fmt=lambda level: f"{level:.2g}", fontsize=7)
+    # The innermost lines are too short for labels.
+    labeled = np.asarray(lines.levels)[LINES // 3 :: 2]
+    axes.clabel(lines, labeled, fmt=lambda level: f"{level:.2g}", fontsize=7)
     return filled
 
 
@@ -176,6 +179,8 @@ def _surface(axes: Any, plane: Plane, levels: np.ndarray) -> None:
         linewidth=0,
     )
     axes.set_zlim(np.log10(levels[0]), np.log10(levels[-1]))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
     axes.zaxis.set_major_locator(MaxNLocator(5))
     axes.zaxis.set_major_formatter(lambda value, _: f"{10.0**value:.2g}")
     axes.set(xlabel="first direction", ylabel="second direction")
