@@ -222,7 +222,7 @@ def tabulate_curvature(
     *,
     count: int = 1,
     rho: float = 0.05,
-    tolerance: float = 1e-2,
+    tolerance: float = 1e-3,
 ) -> list[Curvature]:
     """Writes a CSV file with the top Hessian eigenvalues and SAM's sharpness of each run's weights,
     and prints its lines.
