@@ -5,6 +5,7 @@ flax-cnns visualize saliency --model=tf_efficientnet_lite0 --weights=efficientne
 flax-cnns visualize quality --workdir=runs/digits --methods=gradient,grad_cam --images=50
 flax-cnns visualize features --workdir=runs/digits --path=conv1
 flax-cnns visualize filters --workdir=runs/digits
+flax-cnns visualize patches --workdir=runs/fashion --path=conv3 --units=0,1,2,3
 flax-cnns visualize units --workdir=runs/digits --units=0,1,2,3
 flax-cnns visualize units --model=tf_efficientnet_lite0 --weights=efficientnet_lite \
     --units=goldfish,toucan --parameters=maco --size=384
@@ -31,6 +32,7 @@ from absl import flags
 from flax_cnns.cli import visualize_losses as losses
 from flax_cnns.cli.flags import (
     choose_picture_path,
+    define_accept,
     define_arguments,
     define_commands,
     define_trust,
@@ -71,7 +73,9 @@ _PATH = flags.DEFINE_string(
     "path", "", "The module to look at; dream needs it. units: PATH,PATH,... draws a row for each."
 )
 _UNITS = flags.DEFINE_list(
-    "units", ["0", "1", "2", "3"], "units: channels of the module, or names of classes for logits."
+    "units",
+    ["0", "1", "2", "3"],
+    "units, patches: channels of the module. units: names of classes too, for logits.",
 )
 _OBJECTIVE = flags.DEFINE_string(
     "objective",
@@ -134,6 +138,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_float("rho", 0.05, "curvature: distance of SAM's sharpness.", lower_bound=1e-9)
 _TRUST = define_trust()
+_ACCEPT = define_accept()
 _OUT = flags.DEFINE_string(
     "out",
     "",
@@ -269,6 +274,16 @@ def _draw_initialization(subject: None, out: str, photos: list[str]) -> None:
     )
 
 
+def _draw_patches(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.patches import draw_patches
+
+    try:
+        units = [int(unit) for unit in _UNITS.value]
+    except ValueError:
+        raise UserError(f"--units: expected whole numbers, got {_UNITS.value}") from None
+    draw_patches(subject, out, _PATH.value, units)
+
+
 class Kind(NamedTuple):
     """What `visualize KIND` does."""
 
@@ -282,12 +297,13 @@ class Kind(NamedTuple):
 
 _LOSS = ("workdir", "split", "images", "batchnorm", "seed", "trust")
 # Every kind takes --out, and every kind with a subject these flags.
-_COMMON = ("model", "weights", "workdir", "split", "trust")
+_COMMON = ("model", "weights", "workdir", "split", "trust", "accept-changed-data")
 KINDS = {
     "saliency": Kind(_draw_saliency, ("images", "methods", "class", "path", "seed")),
     "quality": Kind(_draw_quality, ("images", "methods", "class", "path", "seed")),
     "features": Kind(_draw_features, ("path",)),
     "filters": Kind(_draw_filters, ()),
+    "patches": Kind(_draw_patches, ("path", "units"), required=("path",)),
     "units": Kind(
         _draw_units,
         (
@@ -359,6 +375,7 @@ def _make_subject(photos: list[str]) -> Subject:
             split=_SPLIT.value,
             count=_IMAGES.value,
             trust=_TRUST.value,
+            accept_changed_data=_ACCEPT.value,
         )
     source, _, file = _WEIGHTS.value.partition("=")
     return subjects.make_subject_from_weights(_MODEL.value, source, file or None, photos=photos)

@@ -321,6 +321,19 @@ def initialize_jax(config: Any) -> None:
     launch.initialize()
 
 
+@contextlib.contextmanager
+def explain_moved_data(config: Any) -> Iterator[None]:
+    """Adds a cure to the UserError of a run whose `data.dir` does not exist."""
+    try:
+        yield
+    except UserError as error:
+        directory = config.data.dir
+        if not directory or os.path.exists(os.path.expanduser(directory)):
+            raise
+        cure = "if the data moved, first start the run's own command with the new data.dir"
+        raise UserError(f"{error}; {cure}") from None
+
+
 def check_run_data(workdir: pathlib.Path, dataset: Dataset, accept: bool) -> dict[str, Any] | None:
     """Returns the accepted change of a run's data, or None if the data did not change.
 

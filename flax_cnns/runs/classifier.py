@@ -27,7 +27,13 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation.predictions import Predictions, Transform, predict_batches
 from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.build import RunComponents, build_components, check_run_data, initialize_jax
+from flax_cnns.runs.build import (
+    RunComponents,
+    build_components,
+    check_run_data,
+    explain_moved_data,
+    initialize_jax,
+)
 from flax_cnns.runs.references import check_trust
 from flax_cnns.runs.subject import LibraryScaling
 from flax_cnns.runs.variables import list_class_names, load_variables
@@ -94,14 +100,8 @@ def make_classifier_from_run(
     initialize_jax(config)
     if from_files and not config.data.mock:
         config.data.in_memory = "no"
-    try:
+    with explain_moved_data(config):
         components = build_components(config, confusion=confusion, begun=True, callbacks=False)
-    except UserError as error:
-        directory = config.data.dir
-        if not directory or os.path.exists(os.path.expanduser(directory)):
-            raise
-        cure = "if the data moved, first start the run's own command with the new data.dir"
-        raise UserError(f"{error}; {cure}") from None
     if problems and jax.process_index() == 0:
         print(configs.format_note(folder, problems))
     dataset = components.dataset

@@ -1,8 +1,9 @@
 """Guided backpropagation, the deconvnet, redirected gradients: another rule at every ReLU.
 
-The traced program is evaluated again, and the calls named relu and relu6 get another gradient. Max
-pooling keeps its own: it goes to the largest pixel, which is the deconvnet's unpooling by recorded
-switches. Both methods are defined only for ReLU networks. Other activations raise `UserError`.
+The network is traced, and the traced program is evaluated with another gradient at its ReLUs, which
+`relus` finds. Max pooling keeps its own gradient: it goes to the largest pixel, which is the
+deconvnet's unpooling by recorded switches. The first two are defined only for ReLU networks. Other
+activations raise `UndefinedRule`.
 
 Adebayo et al. 2018 (arXiv 1810.03292) find that guided backpropagation hardly depends on the upper
 layers: its pictures look like the image, not like what the network learned. `quality.randomize`
@@ -11,50 +12,60 @@ tests this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from flax_cnns.analysis import tracing
+from flax_cnns.analysis.explain import programs, relus
 from flax_cnns.analysis.explain.features import Variables, unroll
 from flax_cnns.analysis.explain.gradients import check_floats
-from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
+from flax_cnns.analysis.explain.targets import (
+    Feature,
+    FeatureLike,
+    Target,
+    make_feature_or_target,
+    trace_output,
+)
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
 Rule = Literal["guided", "deconvnet", "redirected"]
 
-_HIGHEST = {"relu": jnp.inf, "relu6": 6.0}  # the value above which the activation is flat
-# Calls and primitives that are activations or gates of another kind.
-_OTHERS = {
-    *("silu", "swish", "gelu", "sigmoid", "hard_silu", "hard_swish", "hard_sigmoid", "elu", "selu"),
-    *("celu", "softplus", "leaky_relu", "mish", "softmax", "log_softmax", "hard_tanh"),
-    *("squareplus", "tanh", "logistic", "erf", "exp"),
-}
+
+class UndefinedRule(UserError):
+    """The network is not a ReLU network, so guided backpropagation and the deconvnet are not
+    defined for it."""
 
 
 def guided_backprop(
-    model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
+    model: nn.Module, variables: Variables, images: Array, target: FeatureLike = None
 ) -> Array:
     """Returns the gradient [N H W C] that passes a ReLU only where it is positive and the ReLU's
     input was positive (Springenberg et al. 2015, arXiv 1412.6806, section 3.4).
 
-    Raises `UserError` for a network without ReLU or with another activation, and as `make_target`.
+    `target` is a function of the logits, or a `Feature`: the activation of a module's unit. Raises
+    `UndefinedRule`, a `UserError`, for a network with another activation, and for logits of a
+    network without ReLU. Raises `UserError` as `make_feature_or_target` does.
     """
     return _backward(model, variables, images, target, "guided")
 
 
 def deconvnet(
-    model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
+    model: nn.Module, variables: Variables, images: Array, target: FeatureLike = None
 ) -> Array:
     """Returns the gradient [N H W C] that passes a ReLU where it is positive, regardless of the
     ReLU's input (Zeiler & Fergus 2014, arXiv 1311.2901, section 2.1).
 
-    Raises `UserError` as `guided_backprop` does.
+    For a `Feature` with positions, this is the paper's picture of one activation, where all others
+    are set to 0. The paper starts from the activation's value and this function from 1, so pictures
+    differ by that positive factor. Raises `UserError` as `guided_backprop` does.
     """
     return _backward(model, variables, images, target, "deconvnet")
 
@@ -72,7 +83,7 @@ def redirect_gradients(
     """
 
     def replaced(x: Array, redirected: Array | bool) -> Array:
-        program = jax.make_jaxpr(function)(x)
+        program = relus.Program(jax.make_jaxpr(function)(x))
         (found,) = _evaluate(program, [x], "redirected", redirected)
         return found
 
@@ -80,92 +91,89 @@ def redirect_gradients(
 
 
 def _backward(
-    model: nn.Module, variables: Variables, images: Array, target: TargetLike, rule: Rule
+    model: nn.Module, variables: Variables, images: Array, target: FeatureLike, rule: Rule
 ) -> Array:
     check_floats(images)
-    goal = make_target(target, model, variables, images)
+    goal = make_feature_or_target(target, model, variables, images)
     model, variables = unroll(model, variables)
     return _gradient(model, variables, images, goal, rule)
 
 
 @tracing.jit("rule")
 def _gradient(
-    model: nn.Module, variables: Variables, images: Array, target: Target, rule: Rule
+    model: nn.Module, variables: Variables, images: Array, target: Target | Feature, rule: Rule
 ) -> Array:
-    def forward(images: Array) -> Any:
+    def forward(images: Array) -> Array:
         # `layers.Stage` does not scan while outputs could be captured.
-        return model.apply(variables, images, train=False, mutable=["intermediates"])[0]
+        return trace_output(model, variables, images, target, capture=True)
 
     def score(images: Array) -> Array:
-        program = jax.make_jaxpr(forward)(images)
-        _check_activations(program.jaxpr, type(model).__name__)
-        (logits,) = _evaluate(program, [images], rule)
-        return target.score(logits).sum()
+        program = relus.Program(programs.drop_unused(jax.make_jaxpr(forward)(images)))
+        _check_activations(program, type(model).__name__, isinstance(target, Feature))
+        (output,) = _evaluate(program, [images], rule)
+        return target.score(output).sum()
 
     return jax.grad(score)(images)
 
 
 def _evaluate(
-    program: core.ClosedJaxpr,
+    program: relus.Program,
     args: Sequence[Array],
     rule: Rule,
     redirected: Array | bool = False,
 ) -> list[Array]:
-    """The outputs of a program whose activations have the gradient of `rule`."""
-    values: dict[core.Var, Any] = dict(zip(program.jaxpr.constvars, program.consts))
-    values |= dict(zip(program.jaxpr.invars, args))
+    """Returns the outputs of a program whose ReLUs have the gradient of `rule`."""
+    jaxpr, consts = program.program.jaxpr, program.program.consts
+    values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts))
+    values |= dict(zip(jaxpr.invars, args))
 
     def read(var: core.Var | core.Literal) -> Any:
         return var.val if isinstance(var, core.Literal) else values[var]
 
-    for eqn in program.jaxpr.eqns:
+    for eqn in jaxpr.eqns:
         given = [read(var) for var in eqn.invars]
-        inner = _inner_program(eqn)
-        if eqn.params.get("name") in _HIGHEST and len(given) == 1:
-            found = [_activation(rule, _HIGHEST[eqn.params["name"]])(given[0], redirected)]
-        elif eqn.params.get("name") in _OTHERS or not any(
-            any(_names(each, set(_HIGHEST))) for each in jaxprs_in(eqn)
-        ):
-            found = _evaluate_one(eqn, given)
-        elif inner is not None:
-            found = _evaluate(inner, given, rule, redirected)
+        activation, inner = program.find_activation(eqn), list(program.list_programs(eqn))
+        found: list[Any]
+        if activation is not None and activation.name == "relu":
+            apply = _make_activation(rule, activation.lowest, activation.highest)
+            found = [apply(given[activation.read], redirected)]
+        elif activation is not None or not any("relu" in each.list_activations() for each in inner):
+            found = programs.evaluate_equation(eqn, given)
+        elif programs.is_call(eqn):
+            found = _evaluate(inner[0], given, rule, redirected)
         elif rule == "redirected":
-            found = _evaluate_one(eqn, given)
+            found = programs.evaluate_equation(eqn, given)
         else:
-            raise UserError(
+            raise UndefinedRule(
                 f"a ReLU is inside a {eqn.primitive.name}, where guided backpropagation and the"
                 " deconvnet cannot replace its gradient; run the blocks one by one"
             )
         values |= dict(zip(eqn.outvars, found))
-    return [read(var) for var in program.jaxpr.outvars]
+    return [read(var) for var in jaxpr.outvars]
 
 
-def _evaluate_one(eqn: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
-    """The outputs of one equation, with its own derivative."""
-    variables = [(var, x) for var, x in zip(eqn.invars, given) if isinstance(var, core.Var)]
-    unique = dict(variables)
-    program = core.Jaxpr((), list(unique), eqn.outvars, [eqn], eqn.effects)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))(*unique.values())
-
-
-def _activation(rule: Rule, highest: float) -> Callable[[Array, Array | bool], Array]:
-    """min(max(x, 0), highest) with the gradient of `rule`; the second argument is that of
-    `redirect_gradients`."""
+@functools.cache  # one function for all equal ReLUs, so that JAX traces it once
+def _make_activation(
+    rule: Rule, lowest: float, highest: float
+) -> Callable[[Array, Array | bool], Array]:
+    """Returns min(max(x, lowest), highest) with the gradient of `rule`; the second argument is that
+    of `redirect_gradients`."""
 
     @jax.custom_vjp
     def activation(x: Array, redirected: Array | bool) -> Array:
-        return jnp.clip(x, 0, highest)
+        above = x if lowest == -jnp.inf else lax.max(x, jnp.asarray(lowest, x.dtype))
+        return above if highest == jnp.inf else lax.min(above, jnp.asarray(highest, x.dtype))
 
     def backward(kept: tuple[Array, Array | bool], g: Array) -> tuple[Array, None]:
         x, redirected = kept
-        open_, up = (x > 0) & (x < highest), g > 0
+        is_open, up = (x > lowest) & (x < highest), g > 0
         if rule == "deconvnet":
-            return jnp.where(up, g, 0), None
+            return _keep(up, g), None
         if rule == "guided":
-            return jnp.where(open_ & up, g, 0), None
-        own = jnp.where(open_, g, 0)
+            return _keep(is_open & up, g), None
+        own = _keep(is_open, g)
         # The step is against the gradient: a negative one enlarges x.
-        back = jnp.where(open_ | ((x <= 0) & (g < 0)) | ((x >= highest) & up), g, 0)
+        back = _keep(is_open | ((x <= lowest) & (g < 0)) | ((x >= highest) & up), g)
         blocked = ~jnp.any(own != 0, axis=tuple(range(1, x.ndim)), keepdims=True)
         return jnp.where(blocked & redirected, back, own), None
 
@@ -173,42 +181,19 @@ def _activation(rule: Rule, highest: float) -> Callable[[Array, Array | bool], A
     return activation
 
 
-def _check_activations(program: core.Jaxpr, network: str) -> None:
-    for name in _names(program, _OTHERS | set(_HIGHEST)):
-        if name in _OTHERS:
-            raise UserError(
+def _keep(passed: Array, g: Array) -> Array:
+    return lax.select(passed, g, jnp.zeros_like(g))
+
+
+def _check_activations(program: relus.Program, network: str, needs_none: bool) -> None:
+    """Raises `UndefinedRule` for another activation than ReLU. `needs_none`: whether a program
+    without ReLU is allowed."""
+    names = list(program.list_activations())
+    for name in names:
+        if name != "relu":
+            raise UndefinedRule(
                 f"{network} has the activation {name}: guided backpropagation and the"
                 " deconvnet are defined for ReLU; take gradient, smooth_grad or grad_cam"
             )
-    if not any(_names(program, set(_HIGHEST))):
-        raise UserError(f"{network} has no ReLU: these methods would equal gradient")
-
-
-def _names(program: core.Jaxpr, wanted: set[str]) -> Iterator[str]:
-    """Names of calls and primitives in the program that are in `wanted`; an activation's own
-    program is not searched."""
-    for eqn in program.eqns:
-        for name in (eqn.params.get("name"), eqn.primitive.name):
-            if name in wanted:
-                yield name
-                break
-        else:
-            for inner in jaxprs_in(eqn):
-                yield from _names(inner, wanted)
-
-
-def _inner_program(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """The program of an equation that calls it once, with its own arguments."""
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    calls = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "remat2", "checkpoint")
-    if inner is None or eqn.primitive.name not in calls:
-        return None
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-
-
-def jaxprs_in(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The programs among an equation's parameters: of calls, branches and loops."""
-    for value in eqn.params.values():
-        for inner in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(inner, core.ClosedJaxpr | core.Jaxpr):
-                yield inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+    if not names and not needs_none:
+        raise UndefinedRule(f"{network} has no ReLU: these methods would equal gradient")

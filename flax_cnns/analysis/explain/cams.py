@@ -1,26 +1,32 @@
 """Class activation maps: weighted sums of a module's feature maps.
 
 Each function returns raw maps f32 [N h w], as small as the feature maps [N h w C]. `show_map`
-applies the ReLU, resizes and scales them. `path` names the module; the default is the last module
-with spatial maps. The network is not changed: zeros are added to the module's output, and the
-gradient is taken with respect to these zeros.
+applies the ReLU, resizes and scales them. The network is not changed: zeros are added to the maps,
+and the gradient is taken with respect to these zeros.
+
+`path` names the module whose output is taken. By default, the maps are those whose means over all
+positions the network takes, as in CAM. In a pre-activation network, this is the last norm's output
+after its ReLU, which no module returns. A network without global average pooling has no such maps:
+there the default is the last module with spatial maps.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.extend import core
 
 from flax_cnns import tree as pytree
 from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import features as tap
+from flax_cnns.analysis.explain import programs
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
 from flax_cnns.errors import UserError
@@ -109,9 +115,12 @@ def maps_and_gradients(
     path: str | None = None,
 ) -> MapsAndGradients:
     """Returns the output [N h w C] of the module `path`, and the target's gradient with respect to
-    it. Raises `UserError` as `grad_cam` does."""
+    it. Without `path`, the maps are those that global average pooling reads, or else the output of
+    `choose_path`. Raises `UserError` as `grad_cam` does."""
     goal = make_target(target, model, variables, images)
     model, variables = tap.unroll(model, variables)
+    if path is None and _has_global_pool(model, variables, images):
+        return _pooled_maps_and_gradients(model, variables, images, goal)
     path = choose_path(model, variables, images, path)
     return _maps_and_gradients(model, variables, images, goal, path)
 
@@ -172,6 +181,70 @@ def _maps_and_gradients(
     shape = jax.eval_shape(lambda: tap.capture(model, variables, images, {place})[path])
     gradients, maps = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
     return MapsAndGradients(maps.astype(jnp.float32), gradients.astype(jnp.float32))
+
+
+@tracing.jit()
+def _pooled_maps_and_gradients(
+    model: nn.Module, variables: Variables, images: Array, target: Target
+) -> MapsAndGradients:
+    program = _trace(model, variables, images)
+    place = _find_global_pool(program.jaxpr)
+    assert place is not None  # `_has_global_pool`
+
+    def score(added: Array) -> tuple[Array, Array]:
+        jaxpr, maps = program.jaxpr, added
+        values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, program.consts))
+        values |= dict(zip(jaxpr.invars, jax.tree.leaves((variables, images))))
+        for number, eqn in enumerate(jaxpr.eqns):
+            given = [x.val if isinstance(x, core.Literal) else values[x] for x in eqn.invars]
+            if number == place:
+                (maps,) = given
+                given = [maps + added]
+            values |= dict(zip(eqn.outvars, programs.evaluate_equation(eqn, given)))
+        return target.score(values[jaxpr.outvars[0]]).sum(), maps
+
+    summed: Any = program.jaxpr.eqns[place].invars[0].aval
+    gradients, maps = jax.grad(score, has_aux=True)(jnp.zeros(summed.shape, summed.dtype))
+    return MapsAndGradients(maps.astype(jnp.float32), gradients.astype(jnp.float32))
+
+
+@tracing.once_per_shape
+def _has_global_pool(model: nn.Module, variables: Variables, images: Any) -> bool:
+    return _find_global_pool(_trace(model, variables, images).jaxpr) is not None
+
+
+def _trace(model: nn.Module, variables: Variables, images: Any) -> core.ClosedJaxpr:
+    def forward(variables: Variables, images: Array) -> Any:
+        # `layers.Stage` does not scan while outputs could be captured.
+        return model.apply(variables, images, train=False, mutable=["intermediates"])[0]
+
+    return programs.drop_unused(jax.make_jaxpr(forward)(variables, images))
+
+
+def _find_global_pool(program: core.Jaxpr) -> int | None:
+    """Returns the number of the equation that sums maps [N h w C] over all positions, and through
+    which alone the logits depend on the images. None if there is no such equation."""
+    images = program.invars[-1]
+    for place in range(len(program.eqns) - 1, -1, -1):
+        eqn = program.eqns[place]
+        if eqn.primitive.name != "reduce_sum" or eqn.params["axes"] != (1, 2):
+            continue
+        aval: Any = eqn.invars[0].aval
+        shape = aval.shape
+        if len(shape) != 4 or shape[1] * shape[2] < 2:
+            return None
+        before = {images}  # what depends on the images, without the sum
+        for number, each in enumerate(program.eqns):
+            if number != place and not before.isdisjoint(_list_vars(each)):
+                if number > place:
+                    return None
+                before |= set(each.outvars)
+        return place
+    return None
+
+
+def _list_vars(eqn: core.JaxprEqn) -> list[core.Var]:
+    return [atom for atom in eqn.invars if isinstance(atom, core.Var)]
 
 
 def _find_pooled(model: nn.Module, variables: Variables, images: Array) -> tuple[Array, Array]:

@@ -5,35 +5,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flax_cnns.analysis import tracing
-from flax_cnns.analysis.explain.features import Variables
-from flax_cnns.analysis.explain.targets import Target, TargetLike, make_target
+from flax_cnns.analysis.explain.features import Variables, unroll
+from flax_cnns.analysis.explain.targets import (
+    Feature,
+    FeatureLike,
+    Target,
+    make_feature_or_target,
+    trace_output,
+)
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
 
 def gradient(
-    model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
+    model: nn.Module, variables: Variables, images: Array, target: FeatureLike = None
 ) -> Array:
     """Returns the target's gradient with respect to the images.
 
     Simonyan et al. 2014, arXiv 1312.6034, section 3. `images` are the network's input: f32
-    [N H W C], normalized. Raises `UserError` if they are not floats, and for the targets that
-    `make_target` refuses.
+    [N H W C], normalized. `target` is a function of the logits, or a `Feature`. Raises `UserError`
+    if the images are not floats, and for the targets that `make_feature_or_target` refuses.
     """
     check_floats(images)
-    goal = make_target(target, model, variables, images)
+    model, variables, goal = _prepare(model, variables, images, target)
     return _gradient(model, variables, images, goal)
 
 
 def gradient_times_input(
-    model: nn.Module, variables: Variables, images: Array, target: TargetLike = None
+    model: nn.Module, variables: Variables, images: Array, target: FeatureLike = None
 ) -> Array:
     """Returns gradient times image (Shrikumar et al. 2016, arXiv 1605.01713)."""
     return gradient(model, variables, images, target) * images
@@ -43,7 +49,7 @@ def smooth_grad(
     model: nn.Module,
     variables: Variables,
     images: Array,
-    target: TargetLike = None,
+    target: FeatureLike = None,
     *,
     key: Array,
     samples: int = 50,
@@ -60,7 +66,7 @@ def smooth_grad(
     if samples < 1:
         raise UserError(f"samples: expected at least 1, got {samples}")
     check_floats(images)
-    goal = make_target(target, model, variables, images)
+    model, variables, goal = _prepare(model, variables, images, target)
     low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
     spread = noise * (high - low)
     total = jnp.zeros_like(images)
@@ -75,7 +81,7 @@ def integrated_gradients(
     model: nn.Module,
     variables: Variables,
     images: Array,
-    target: TargetLike = None,
+    target: FeatureLike = None,
     *,
     baseline: Array | float = 0.0,
     steps: int = 50,
@@ -91,7 +97,7 @@ def integrated_gradients(
     if steps < 1:
         raise UserError(f"steps: expected at least 1, got {steps}")
     check_floats(images)
-    goal = make_target(target, model, variables, images)
+    model, variables, goal = _prepare(model, variables, images, target)
     difference = images - baseline
     total = jnp.zeros_like(images)
     for step in range(steps):
@@ -124,10 +130,20 @@ def summarize_channels(maps: Array, how: Literal["max", "sum", "norm", "signed"]
     return ways[how](maps)
 
 
+def _prepare(
+    model: nn.Module, variables: Variables, images: Array, target: FeatureLike
+) -> tuple[nn.Module, Variables, Feature | Target]:
+    goal = make_feature_or_target(target, model, variables, images)
+    if isinstance(goal, Feature):
+        model, variables = unroll(model, variables)  # the module has a name then
+    return model, variables, goal
+
+
 @tracing.jit()
-def _gradient(model: nn.Module, variables: Variables, images: Array, target: Target) -> Array:
+def _gradient(
+    model: nn.Module, variables: Variables, images: Array, target: Feature | Target
+) -> Array:
     def score(images: Array) -> Array:
-        logits: Any = model.apply(variables, images, train=False)
-        return target.score(logits).sum()
+        return target.score(trace_output(model, variables, images, target)).sum()
 
     return jax.grad(score)(images)

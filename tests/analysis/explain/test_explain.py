@@ -117,8 +117,40 @@ def test_cam_is_for_networks_with_global_average_pooling():
 def test_cam_is_grad_cam_times_the_number_of_pixels(resnet, target):
     """dS/dA_k is w_k / (h w) at every pixel where the head reads means."""
     maps = cams.cam(*resnet, target)
-    weighed = cams.grad_cam(*resnet, target, "stage3")
-    np.testing.assert_allclose(maps, 4 * weighed, rtol=1e-4, atol=1e-5 * np.abs(maps).max())
+    weighted = cams.grad_cam(*resnet, target, "stage3")
+    np.testing.assert_allclose(maps, 4 * weighted, rtol=1e-4, atol=1e-5 * np.abs(maps).max())
+
+
+def test_pre_activation_maps_are_those_after_the_last_relu():
+    """There, no module's output is what the head averages."""
+    model = create_model("cifar_preact110", depths=(1, 1, 1), widths=(4, 4, 4))
+    variables = init_variables(model, jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    found = cams.maps_and_gradients(model, variables, images, 1)
+    assert found.maps.shape == (2, 4, 4, 4)
+    norm = cams.choose_path(model, variables, images)
+    before = features.features(model, variables, images, [norm])[norm]
+    np.testing.assert_allclose(found.maps, nn.relu(before), rtol=1e-5, atol=1e-6)
+    assert before.min() < 0
+    maps, weighted = (
+        cams.cam(model, variables, images, 1),
+        cams.grad_cam(model, variables, images, 1),
+    )
+    np.testing.assert_allclose(maps, 16 * weighted, rtol=1e-4, atol=1e-5 * np.abs(maps).max())
+
+
+def test_the_gate_of_an_attention_is_no_global_pooling():
+    class Gated(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train=False):
+            x = nn.Conv(3, (3, 3), name="conv")(images)
+            gated = x * nn.sigmoid(nn.Dense(3, name="gate")(x.mean((1, 2))))[:, None, None]
+            return nn.Dense(2, name="head")(gated.reshape(len(x), -1))
+
+    images = jax.random.normal(jax.random.key(1), (1, 4, 4, 1))
+    variables = Gated().init(jax.random.key(0), images)
+    default = cams.grad_cam(Gated(), variables, images, 1)
+    np.testing.assert_array_equal(default, cams.grad_cam(Gated(), variables, images, 1, "conv"))
 
 
 def test_integrated_gradients_are_complete(resnet):
