@@ -23,7 +23,8 @@ def subject(finished):
 
 
 def test_patches_of_a_whole_split(subject, tmp_path, monkeypatch):
-    """All test images are seen, though the subject shows three; LeNet-5 has no ReLU."""
+    """All test images are seen, though the subject shows three. Behind LeNet-5's tanh, the
+    deconvnet is not defined."""
     drawn, said = [], []
     monkeypatch.setattr(plots, "draw_patches", lambda *a: drawn.append(a))
     tops = patches.draw_patches(subject, tmp_path / "x.png", "c1", [2], say=said.append)
@@ -36,15 +37,17 @@ def test_patches_of_a_whole_split(subject, tmp_path, monkeypatch):
     assert tops[0].numbers.max() >= 3
     (((unit,), method, *_),) = drawn
     assert unit.patches.shape == unit.projections.shape == (9, 5, 5, 1)
-    assert method == "gradient"
+    assert method == "deconvnet"
     kernel = np.asarray(subject.variables["params"]["c1"]["kernel"])[..., 2]
     ratio = unit.projections / kernel
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1], ratio.shape), rtol=1e-3)
-    assert "the gradient is drawn instead" in said[1]
-    assert (unit.label, unit.label in said[2]) == ("unit 2", True)
-    dead = tops[0]._replace(activations=np.zeros(9))
+    assert (unit.label, unit.label in said[-1]) == ("unit 2", True)
+    nowhere = dict(activations=np.zeros(9), positions=np.zeros((9, 2), int))
+    dead = tops[0]._replace(**nowhere)
     monkeypatch.setattr(patches, "find_top_images", lambda *a, **k: [dead])
-    patches.draw_patches(subject, tmp_path / "x.png", "c1", [2], say=said.append)
+    patches.draw_patches(subject, tmp_path / "x.png", "c3", [2], say=said.append)
+    assert drawn[1][1] == "gradient"
+    assert "the gradient is drawn instead of the deconvnet" in said[-2]
     assert said[-1].startswith("unit 2 (never above 0): activations 0 to 0; images")
 
 
