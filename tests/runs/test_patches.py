@@ -42,7 +42,9 @@ def test_patches_of_a_whole_split(subject, tmp_path, monkeypatch):
     ratio = unit.projections / kernel
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1], ratio.shape), rtol=1e-3)
     assert (unit.label, unit.label in said[-1]) == ("unit 2", True)
-    nowhere = dict(activations=np.zeros(9), positions=np.zeros((9, 2), int))
+    nowhere = dict(
+        activations=np.zeros(9), numbers=np.zeros(9, int), positions=np.zeros((9, 2), int)
+    )
     dead = tops[0]._replace(**nowhere)
     monkeypatch.setattr(patches, "find_top_images", lambda *a, **k: [dead])
     patches.draw_patches(subject, tmp_path / "x.png", "c3", [2], say=said.append)
