@@ -93,8 +93,11 @@ def test_transformations_are_lucids_in_order():
     )
     down, right = np.asarray(jax.random.randint(last, (2,), 0, 5)) + 6  # 6 to 10 of 16
     wanted = turned[down : down + 16, right : right + 14]
-    found = jax.jit(transform)(image[None, ..., None], key)[0, ..., 0]
+    move = jax.jit(transform)
+    found = move(image[None, ..., None], key)[0, ..., 0]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+    np.testing.assert_array_equal(found, move(image[None, ..., None], key)[0, ..., 0])
+    assert not np.allclose(found, move(image[None, ..., None], jax.random.key(8))[0, ..., 0])
 
 
 def test_crops_are_scipys(monkeypatch):
