@@ -48,6 +48,7 @@ class TracedOutput(NamedTuple):
     is_module: bool
     output: jax.ShapeDtypeStruct
     field: ReceptiveField | str  # a text says why there is none
+    runs: int = 1  # in a scan; the output and its field are those of the last run
 
 
 def find_receptive_fields(
@@ -112,8 +113,8 @@ def _trace(model: nn.Module, variables: Variables, images: Any) -> tuple[TracedO
         if (number := marks.find(step)) is not None:
             path, module = marks.calls[number]
             output = _describe(path, type(module).__name__, True, step)
-            found.pop(number, None)  # in a scan, the last run counts
-            found[number] = output
+            before = found.pop(number, None)
+            found[number] = output._replace(runs=before.runs + 1) if before else output
         elif kind := _find_pooling(step):
             path, module = marks.find_module(step)
             if not isinstance(module, _NORMS):

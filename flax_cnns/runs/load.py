@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,36 @@ from flax_cnns.runs.references import check_trust, find_references
 from flax_cnns.runs.variables import list_class_names, load_variables
 from flax_cnns.train import parallel
 from flax_cnns.types import Array, PyTree
+
+
+class NetworkOfRun(NamedTuple):
+    """The network of a run without its weights."""
+
+    config: Any  # a ConfigDict
+    dataset: Dataset  # its facts, without examples
+    model: nn.Module
+    num_logits: int
+
+
+def make_network_of_run(workdir: pathlib.Path, *, trust: bool = False) -> NetworkOfRun:
+    """Builds the network of the run in a folder; reads no weights.
+
+    The data set is not needed. `trust` allows importing the code of a network of the user's own.
+    Raises UserError.
+    """
+    config = workdirs.read_config(workdir)
+    references = find_references(config).get("model", [])
+    check_trust({"model": {"name": references[0]}} if references else {}, trust, str(workdir))
+    facts = workdir / "dataset.json"
+    if facts.is_file():
+        with explain_damage(facts, REPAIRS[facts.name]):
+            dataset = Dataset.from_dict(workdirs.read_json(facts))
+    else:  # older versions did not write this file
+        dataset = load_dataset(config.data)
+    network = own_parts.find_network(config)
+    model = make_model(config, dataset, network)
+    width = model.num_classes if network is None else check_network(model, dataset)
+    return NetworkOfRun(config, dataset, model, width)
 
 
 class LoadedRun(NamedTuple):
@@ -49,18 +80,7 @@ def load_run(workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = 
     Raises UserError.
     """
     workdir, checkpoint = workdirs.split_checkpoint(workdir, checkpoint)
-    config = workdirs.read_config(workdir)
-    references = find_references(config).get("model", [])
-    check_trust({"model": {"name": references[0]}} if references else {}, trust, str(workdir))
-    facts = workdir / "dataset.json"
-    if facts.is_file():
-        with explain_damage(facts, REPAIRS[facts.name]):
-            dataset = Dataset.from_dict(workdirs.read_json(facts))
-    else:  # older versions did not write this file
-        dataset = load_dataset(config.data)
-    network = own_parts.find_network(config)
-    model = make_model(config, dataset, network)
-    width = model.num_classes if network is None else check_network(model, dataset)
+    config, dataset, model, width = make_network_of_run(workdir, trust=trust)
     mesh = parallel.make_mesh(jax.devices()[:1])
     components = RunComponents(config, model, dataset, mesh, None, width)
     variables, (step, why) = load_variables(components, workdir, checkpoint)
