@@ -82,6 +82,7 @@ def test_published_sizes_strides_and_padding(name, published):
     }
 
 
+@pytest.mark.slow
 def test_tensorflows_padding_depends_on_the_size_of_the_image():
     # The same table: mobilenet_v1 at 224 and 321, and the row Conv2d_13_pointwise.
     model = create_model("keras_mobilenet")
@@ -90,20 +91,20 @@ def test_tensorflows_padding_depends_on_the_size_of_the_image():
         assert last == _square(315, 32, padding)
 
 
-def test_alexnet_and_resnet_by_hand():
+def test_alexnet_is_in_the_table():
     # alexnet_v2 in the table has 195 too; its conv1 has no padding and ours 2: 64 + 2.
     alexnet = _find(create_model("alexnet"))
     assert alexnet["conv5"] == _square(163, 16, 66)
     assert alexnet["pool5"] == _square(195, 32, 66)
+
+
+@pytest.mark.slow
+def test_resnets_by_hand():
     # Stem 7 at stride 2, pool 3 at 4: 11 pixels. A 3x3 convolution adds 2 of its input's strides.
     # resnet50 has its stride in the 3x3, so that the first of a stage adds half as much.
     v15 = 11 + 2 * (3 * 4 + (4 + 3 * 8) + (8 + 5 * 16) + (16 + 2 * 32))
     assert v15 == 427
     assert _find(create_model("resnet50"))["stage4"] == _square(427, 32, 213)
-
-
-@pytest.mark.slow
-def test_resnet_v1_by_hand():
     # resnet50_v1 has its stride in the 1x1 before: 3 at 4, 4 at 8, 6 at 16, 3 at 32. The table's
     # resnet_v1_50 has its stride at the end of a stage, and the same sum.
     v1 = 11 + 2 * (3 * 4 + 4 * 8 + 6 * 16 + 3 * 32)

