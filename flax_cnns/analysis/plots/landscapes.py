@@ -19,7 +19,7 @@ from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes
 
 COLORS = "viridis"
 LINES = 14  # contour lines
-MAX_RATIO = 1e4  # of the highest to the lowest contour line
+MAX_RATIO = 1e6  # of the highest to the lowest contour line
 
 
 class Plane(NamedTuple):
@@ -161,8 +161,8 @@ def _contours(axes: Axes, plane: Plane, levels: np.ndarray) -> Any:
     filled = axes.contourf(plane.xs, plane.ys, losses, levels, norm=norm, cmap=COLORS)
     lines = axes.contour(plane.xs, plane.ys, losses, levels, colors="black", linewidths=0.5)
     # The innermost lines are too short for labels.
-    labeled = np.asarray(lines.levels)[LINES // 3 :: 2]
-    axes.clabel(lines, labeled, fmt=lambda level: f"{level:.2g}", fontsize=7)
+    labeled = np.asarray(lines.levels)[LINES // 2 :: 2]
+    axes.clabel(lines, labeled, fmt=_name_level, fontsize=7)
     return filled
 
 
@@ -190,8 +190,12 @@ def _surface(axes: Any, plane: Plane, levels: np.ndarray) -> None:
 def _colorbar(figure: Figure, drawn: Any, levels: np.ndarray, beside: list[Axes]) -> None:
     bar = figure.colorbar(drawn, ax=beside, label="loss", shrink=0.8, pad=0.02)
     shown = levels[::3]
-    bar.set_ticks(list(shown), labels=[f"{level:.2g}" for level in shown])
+    bar.set_ticks(list(shown), labels=[_name_level(level) for level in shown])
     bar.minorticks_off()
+
+
+def _name_level(level: float) -> str:
+    return f"{float(f'{level:.2g}'):g}"  # 130, not 1.3e+02
 
 
 def _write_note(figure: Figure, note: str, width: int) -> None:
