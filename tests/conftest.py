@@ -70,6 +70,7 @@ TOGETHER = {
     "tests/runs/test_classifier.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
+    "tests/runs/test_visualize_activations.py": "runs",
     "tests/runs/test_visualize.py": "runs",
 }
 # The contract of all networks. Each family goes to the worker that has the tests of that family.

@@ -12,7 +12,9 @@ FOLDER holds Fashion-MNIST's four .gz files (Debian's package dataset-fashion-mn
 
 A ResNet-14 with widths 8, 16, 32 trains on 1100 images for 400 steps of 64. The learning rate is a
 fifth of the other ablations' rate, so that networks without norms do not diverge. Rows are named
-INITIALIZER_NORM. The head's initializer is LeCun's in all rows except "he_fixup". That row scales
+INITIALIZER_NORM. The head's initializer is LeCun's in all rows except "he_fixup" and those of
+"lsuv" (https://arxiv.org/abs/1511.06422), which scales orthogonal kernels, that of the head too, so
+that each layer's output over the first batch has variance 1. The row "he_fixup" scales
 He's initializer as the Fixup paper does (https://arxiv.org/abs/1901.09321), with zeros in the head
 and at the end of each branch; unlike in the paper, the scalars use the common learning rate. We
 expect that with N(0, 0.01^2) ("gaussian"), the activations of deep networks vanish unless a norm
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict
 
 from .. import ablations, common
 
-INITS = ("he", "xavier", "lecun", "gaussian", "orthogonal")
+INITS = ("he", "xavier", "lecun", "gaussian", "orthogonal", "lsuv")
 
 
 def get_config(mode: str = "") -> ConfigDict:

@@ -132,16 +132,17 @@ def _leave(code: int) -> NoReturn:
 
 
 def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
-    """Defines the flag --config, whose default is `configs/<default>.py`.
+    """Defines the flag --config, whose default is `configs/<default>.py`, or None for "".
 
     If the config contains the configs of whole runs, the regex `runs` matches their paths.
     """
     # With a default, ml_collections would apply overrides while it defines the flag, and fail.
-    _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
+    if default:
+        _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
     _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
     text = (
         "The name of a recipe, or your own config file. MODE is a mode of that file, such as smoke."
-        f" Default: {default}."
+        f" Default: {default or 'none'}."
     )
     holder = config_flags.DEFINE_config_file("config", None, text)
     flags.FLAGS["config"].parser = _ConfigParser()
@@ -362,8 +363,7 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if not any(argument.startswith(("--verbosity", "-v")) for argument in argv):
             logging.set_verbosity(logging.WARNING)  # JAX reports every missing backend
-        if "config" in flags.FLAGS:
-            config: Any = flags.FLAGS["config"].value
+        if "config" in flags.FLAGS and (config := flags.FLAGS["config"].value) is not None:
             config.keys()  # reads the file now, so that its errors are caught here
             for path, value in added.items():
                 set_config_field(config, path, value)

@@ -11,6 +11,9 @@ flax-cnns visualize units --model=tf_efficientnet_lite0 --weights=efficientnet_l
     --units=goldfish,toucan --parameters=maco --size=384
 flax-cnns visualize dream --model=tf_efficientnet_lite0 --weights=efficientnet_lite \
     --path=stage5 cat.jpg
+flax-cnns visualize activations --workdir=runs/digits
+flax-cnns visualize activations --config=digits_resnet20 --config.model.init=lsuv
+flax-cnns visualize activations --model=vgg16 --init=xavier
 flax-cnns visualize initialization
 flax-cnns visualize landscape --workdir=runs/digits --beside=runs/other --surface
 flax-cnns visualize line --workdir=runs/digits --to=runs/other@best
@@ -29,12 +32,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
+from flax_cnns.cli import visualize_layers
 from flax_cnns.cli import visualize_losses as losses
 from flax_cnns.cli.flags import (
     choose_picture_path,
     define_accept,
     define_arguments,
     define_commands,
+    define_config,
     define_trust,
 )
 from flax_cnns.data.images import check_photos
@@ -70,7 +75,9 @@ _CLASS = flags.DEFINE_integer(
     "class", -1, "saliency, quality: the class to explain; -1: the one that the network predicts."
 )
 _PATH = flags.DEFINE_string(
-    "path", "", "The module to look at; dream needs it. units: PATH,PATH,... draws a row for each."
+    "path",
+    "",
+    "The module to look at; dream needs it. units, activations: PATH,PATH,... are several.",
 )
 _UNITS = flags.DEFINE_list(
     "units",
@@ -112,9 +119,9 @@ _UNIT = flags.DEFINE_integer(
 )
 _TILE = flags.DEFINE_integer("tile", 224, "dream: side of a tile in pixels.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of random numbers: equal seeds give equal pictures.")
-_LAYERS = flags.DEFINE_integer("layers", 6, "initialization: dense layers.", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("width", 4096, "initialization: units of a layer.", lower_bound=1)
-_AS_PRINTED = flags.DEFINE_bool(
+flags.DEFINE_integer("layers", 6, "initialization: dense layers.", lower_bound=1)
+flags.DEFINE_integer("width", 4096, "initialization: units of a layer.", lower_bound=1)
+flags.DEFINE_bool(
     "as_printed", False, "initialization: add the weights that the deck's wrong code gives."
 )
 flags.DEFINE_integer(
@@ -129,14 +136,19 @@ flags.DEFINE_string("to", "", "line: the other end: RUN, RUN@best, RUN@latest or
 flags.DEFINE_string(
     "batchnorm",
     "running",
-    "landscape, line, trajectory, curvature: the statistics of BatchNorm. running: those of the"
-    " checkpoint, and interpolated on a line. batch: those of each batch. reestimate (line): those"
-    " of training batches, computed at each point.",
+    "landscape, line, trajectory, curvature, activations: the statistics of BatchNorm. running:"
+    " those of the checkpoint, and interpolated on a line. batch: those of each batch; the default"
+    " of activations if they show an initialization. reestimate (line): those of training batches,"
+    " computed at each point.",
 )
 flags.DEFINE_integer(
     "eigenvalues", 1, "curvature: number of eigenvalues of the Hessian.", lower_bound=1
 )
 flags.DEFINE_float("rho", 0.05, "curvature: distance of SAM's sharpness.", lower_bound=1e-9)
+flags.DEFINE_string(
+    "init", "", "activations: initializer of a --model without weights, such as he or lsuv."
+)
+define_config("")
 _TRUST = define_trust()
 _ACCEPT = define_accept()
 _OUT = flags.DEFINE_string(
@@ -262,18 +274,6 @@ def _draw_dream(subject: Subject, out: str, photos: list[str]) -> None:
     )
 
 
-def _draw_initialization(subject: None, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.initialization import draw_initialization
-
-    draw_initialization(
-        out,
-        layers=_LAYERS.value,
-        width=_WIDTH.value,
-        as_printed=_AS_PRINTED.value,
-        seed=_SEED.value,
-    )
-
-
 def _draw_patches(subject: Subject, out: str, photos: list[str]) -> None:
     from flax_cnns.runs.visualize.patches import draw_patches
 
@@ -291,7 +291,9 @@ class Kind(NamedTuple):
     draw: Callable[[Any, str, list[str]], None]
     flags: tuple[str, ...]  # the flags that this kind takes besides those of every kind
     required: tuple[str, ...] = ()  # of these, the flags that it needs
-    subject: bool = True  # whether it looks at one network with its images
+    # Whether it looks at one network with some images. Other kinds read their flags themselves.
+    subject: bool = True
+    photos: bool = False  # whether a kind without a subject takes photos
     suffix: str = ".png"  # of the file without --out
 
 
@@ -316,8 +318,16 @@ KINDS = {
         ("path", "unit", "octaves", "tile", "steps", "rate", "seed"),
         required=("path",),
     ),
+    "activations": Kind(
+        visualize_layers.draw_activations,
+        (*_COMMON, "config", "init", "images", "path", "batchnorm", "seed"),
+        subject=False,
+        photos=True,
+    ),
     "initialization": Kind(
-        _draw_initialization, ("layers", "width", "as_printed", "seed"), subject=False
+        visualize_layers.draw_initialization,
+        ("layers", "width", "as_printed", "seed"),
+        subject=False,
     ),
     "landscape": Kind(
         losses.draw_landscape,
@@ -351,7 +361,7 @@ def visualize(argv: list[str]) -> None:
     if kind.subject:
         subject = _make_subject(photos)
         print(subject.title)
-    elif photos:
+    elif photos and not kind.photos:
         raise UserError(f"{name} takes no photos, got {photos[0]!r}")
     out, description = choose_picture_path(_OUT, photos, default=f"{name}{kind.suffix}")
     kind.draw(subject, out, photos)
@@ -383,7 +393,7 @@ def _make_subject(photos: list[str]) -> Subject:
 
 def _check_flags(name: str, kind: Kind) -> None:
     """Raises UserError for a flag that this kind does not take, and for one that it lacks."""
-    known = flags.FLAGS.flags_by_module_dict()[__name__]
+    known = [*flags.FLAGS.flags_by_module_dict()[__name__], flags.FLAGS["config"]]
     for flag in known:
         if flag.present and flag.name not in ("out", *_flags(kind)):
             takers = [other for other, each in KINDS.items() if flag.name in _flags(each)]

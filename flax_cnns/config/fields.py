@@ -86,7 +86,9 @@ TABLE = section("A config.",
         init=Field("", string,
             "Initializer of the weights: paper, he, lecun, xavier, gaussian (0.01), orthogonal;"
             " '': the network's default. The head of ResNets, DenseNets, MobileNets and their"
-            " relatives always starts with lecun, even with paper."),
+            " relatives always starts with lecun, even with paper. lsuv: every layer is orthogonal,"
+            " scaled so that its output over the run's first batch has variance 1; grafted layers"
+            " keep their weights."),
         scan=Field(False, boolean,
             "Run repeated blocks as a loop, so that deep networks compile faster."),
         remat=Field(False, boolean, "Recompute each block in the backward pass: less memory."),

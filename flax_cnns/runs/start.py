@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 
 from flax_cnns import files
+from flax_cnns import tree as pytree
+from flax_cnns.analysis import activations
 from flax_cnns.checkpoint.graft.graft import graft_from_config
+from flax_cnns.checkpoint.graft.report import GraftReport
 from flax_cnns.checkpoint.manager import Checkpoints
+from flax_cnns.data import augment, pipeline
+from flax_cnns.errors import UserError
+from flax_cnns.runs.build import RunComponents
+from flax_cnns.runs.network import LSUV
 from flax_cnns.runs.plan import RunPlan
 from flax_cnns.train import loop, parallel
 from flax_cnns.train.state import TrainState
+from flax_cnns.types import PyTree
 
 
 def make_initial_state(
@@ -23,7 +34,8 @@ def make_initial_state(
 
     1. Restore: this run's newest intact checkpoint, all of it.
     2. Graft: the weights that `config.graft` takes from its source.
-    3. Fresh: the network's initial values, from the seed alone.
+    3. Fresh: the network's initial values, from the seed alone; with `model.init = "lsuv"` from the
+       seed and the run's first batch.
 
     A graft may leave some weights fresh. The optimizer's state and the averaged weights are created
     after the graft, so they start from the grafted weights. The digests, one for each process,
@@ -39,14 +51,62 @@ def make_initial_state(
             digests = saved.pop("next_batch", [])
             return state, loop.HostState(**saved), step, digests
     # 2. and 3. Initialize, then graft over the fresh values.
-    variables = components.init_variables()
-    if config.graft.source:
-        variables, grafted = graft_from_config(config.graft, variables, plan.layer_order)
-        if jax.process_index() == 0:
-            print(grafted)
-            files.write_json(workdir / "graft.json", grafted.as_dict())
+    variables, grafted = make_initial_variables(plan)
+    if grafted is not None and jax.process_index() == 0:
+        print(grafted)
+        files.write_json(workdir / "graft.json", grafted.as_dict())
     # The optimizer's state and the averaged weights.
     variables = components.stack_if_scanned(variables)
     opt_state = plan.make_optimizer(variables).init(variables["params"])
     state = TrainState.create(variables, opt_state, ema=config.train.ema > 0)
     return parallel.replicate(state, components.mesh), loop.HostState(), 0, []
+
+
+def make_initial_variables(plan: RunPlan) -> tuple[PyTree, GraftReport | None]:
+    """Returns (the variables, with named blocks, that a new run of this plan starts with, the
+    report of the graft if there is one).
+
+    Every process and any number of devices compute the same values. Raises UserError.
+    """
+    components, config = plan.components, plan.config
+    variables, grafted = components.init_variables(), None
+    if config.graft.source:
+        variables, grafted = graft_from_config(config.graft, variables, plan.layer_order)
+    if config.model.init == LSUV:
+        variables = _scale_by_lsuv(components, variables, grafted.grafted if grafted else ())
+    return variables, grafted
+
+
+MAX_LSUV_IMAGES = 256
+
+
+def _scale_by_lsuv(
+    components: RunComponents, variables: PyTree, grafted: Collection[str]
+) -> PyTree:
+    """Applies `activations.lsuv` to the layers that have no grafted weights.
+
+    The images are the run's first batch, at most its first `MAX_LSUV_IMAGES`, normalized as in
+    training but not augmented on the device. BatchNorm uses the statistics of the batch, as in
+    training.
+    """
+    config, dataset = components.config, components.dataset
+    if dataset.is_stream:
+        raise UserError(
+            f"model.init: lsuv reads the first batch before training, which {dataset.name}, made by"
+            " Dataset.from_batches, does not allow; choose another initializer, such as orthogonal"
+        )
+    # All rows of the global batch, also on each of several processes.
+    batches = pipeline.train_batches(dataset, config.data, seed=config.seed)
+    with contextlib.closing(batches):
+        images = next(batches)["image"][:MAX_LSUV_IMAGES]
+    normalize = augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std)
+    kept = {path.removeprefix("params/").rpartition("/")[0] for path in grafted}
+    params = pytree.flatten(variables["params"])
+    layers = {path.rpartition("/")[0] for path in params} - kept
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    try:
+        return activations.lsuv(
+            components.model, variables, normalize(jnp.asarray(images)), key=key, layers=layers
+        )
+    except UserError as error:
+        raise UserError(f"model.init: {error}, or choose another initializer, such as he") from None

@@ -149,13 +149,20 @@ def capture(
 def run(
     model: nn.Module, variables: Variables, images: Array, paths: set[str] | None = None
 ) -> tuple[Any, dict[str, Array]]:
-    """Returns the network's output and the result of `capture`."""
+    """Returns the network's output and the result of `capture`.
+
+    Within `batchnorm.use_statistics("batch")`, BatchNorm uses the statistics of the batch.
+    """
 
     def is_asked(module: nn.Module, method: str) -> bool:
         return method == _CALL and (paths is None or "/".join(module.path) in paths)
 
     logits, state = model.apply(
-        variables, images, train=False, capture_intermediates=is_asked, mutable=["intermediates"]
+        variables,
+        images,
+        train=False,
+        capture_intermediates=is_asked,
+        mutable=["intermediates", "batch_stats"],
     )
     captured: dict[str, Any] = {}
     for (*parts, name), calls in flatten_dict(state.get("intermediates", {})).items():

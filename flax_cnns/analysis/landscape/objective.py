@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_cnns.analysis import tracing
+from flax_cnns.analysis.batchnorm import use_statistics
 from flax_cnns.errors import UserError
 from flax_cnns.layers.conv import inside_control_flow
 from flax_cnns.types import Array, PyTree
@@ -109,27 +110,12 @@ _jit = tracing.jit("batchnorm", "each", "right")
 def _sums(model, batchnorm, each, right, images, labels, variables) -> Array:
     """The sums over a batch of the loss and of the right answers: f32 [2]."""
     if batchnorm == "batch":
-        with nn.intercept_methods(_normalize_by_batch):
+        with use_statistics(batchnorm):
             logits, _ = model.apply(variables, images, train=False, mutable=["batch_stats"])
     else:
         logits = model.apply(variables, images, train=False)
     logits = jnp.asarray(logits, jnp.float32)
     return jnp.stack([each(logits, labels).sum(), right(logits, labels).sum()])
-
-
-def _normalize_by_batch(function, args, kwargs, context):
-    """Lets each BatchNorm take the statistics of the batch, while all else is in evaluation."""
-    layer = context.module
-    if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
-        return function(*args, **kwargs)
-    if layer.axis_name is not None:  # averages over devices; here is one
-        # The clone shares the layer's scope, and so its variables. It is intercepted, too.
-        return layer.clone(parent=layer.scope, axis_name=None)(*args, **kwargs)
-    if layer.use_running_average is None:
-        return function(*args, **{**kwargs, "use_running_average": False})
-    if layer.use_running_average:
-        return layer.clone(parent=layer.scope, use_running_average=False)(*args, **kwargs)
-    return function(*args, **kwargs)
 
 
 @_jit

@@ -1,0 +1,43 @@
+"""Reads the flags of the kinds `activations` and `initialization` of `visualize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+
+def draw_activations(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize import activations
+
+    given = flags.FLAGS
+    specimen = activations.make_specimen(
+        workdir=given.workdir,
+        config=given.config,
+        model=given.model,
+        weights=given.weights,
+        init=given.init,
+        photos=photos,
+        split=given.split,
+        count=given.images if given["images"].present else None,
+        trust=given.trust,
+        accept=given["accept-changed-data"].value,
+        seed=given.seed,
+    )
+    paths = given.path.split(",") if given.path else None
+    mode: Any = given.batchnorm if given["batchnorm"].present else None
+    table = activations.draw_activations(specimen, out, paths=paths, batchnorm=mode)
+    print(f"all numbers: {table}")
+
+
+def draw_initialization(subject: None, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.initialization import draw_initialization
+
+    given = flags.FLAGS
+    draw_initialization(
+        out,
+        layers=given.layers,
+        width=given.width,
+        as_printed=given.as_printed,
+        seed=given.seed,
+    )
