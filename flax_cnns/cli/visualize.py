@@ -274,16 +274,6 @@ def _draw_dream(subject: Subject, out: str, photos: list[str]) -> None:
     )
 
 
-def _draw_patches(subject: Subject, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.patches import draw_patches
-
-    try:
-        units = [int(unit) for unit in _UNITS.value]
-    except ValueError:
-        raise UserError(f"--units: expected whole numbers, got {_UNITS.value}") from None
-    draw_patches(subject, out, _PATH.value, units)
-
-
 class Kind(NamedTuple):
     """What `visualize KIND` does."""
 
@@ -305,7 +295,7 @@ KINDS = {
     "quality": Kind(_draw_quality, ("images", "methods", "class", "path", "seed")),
     "features": Kind(_draw_features, ("path",)),
     "filters": Kind(_draw_filters, ()),
-    "patches": Kind(_draw_patches, ("path", "units"), required=("path",)),
+    "patches": Kind(visualize_layers.draw_patches, ("path", "units"), required=("path",)),
     "units": Kind(
         _draw_units,
         (

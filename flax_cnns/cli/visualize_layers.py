@@ -1,10 +1,15 @@
-"""Reads the flags of the kinds `activations` and `initialization` of `visualize`."""
+"""Reads the flags of the kinds `activations`, `initialization` and `patches` of `visualize`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
+
+from flax_cnns.errors import UserError
+
+if TYPE_CHECKING:
+    from flax_cnns.runs.subject import Subject
 
 
 def draw_activations(subject: None, out: str, photos: list[str]) -> None:
@@ -21,7 +26,7 @@ def draw_activations(subject: None, out: str, photos: list[str]) -> None:
         split=given.split,
         count=given.images if given["images"].present else None,
         trust=given.trust,
-        accept=given["accept-changed-data"].value,
+        accept=bool(given["accept-changed-data"].value),
         seed=given.seed,
     )
     paths = given.path.split(",") if given.path else None
@@ -41,3 +46,13 @@ def draw_initialization(subject: None, out: str, photos: list[str]) -> None:
         as_printed=given.as_printed,
         seed=given.seed,
     )
+
+
+def draw_patches(subject: Subject, out: str, photos: list[str]) -> None:
+    from flax_cnns.runs.visualize.patches import draw_patches
+
+    try:
+        units = [int(unit) for unit in flags.FLAGS.units]
+    except ValueError:
+        raise UserError(f"--units: expected whole numbers, got {flags.FLAGS.units}") from None
+    draw_patches(subject, out, flags.FLAGS.path, units)
