@@ -84,11 +84,9 @@ TABLE = section("A config.",
         dtype=Field("float32", compute_dtype,
             "Dtype of the computation. Parameters and loss stay float32."),
         init=Field("", string,
-            "Initializer of the weights: paper, he, lecun, xavier, gaussian (0.01), orthogonal;"
-            " '': the network's default. The head of ResNets, DenseNets, MobileNets and their"
-            " relatives always starts with lecun, even with paper. lsuv: every layer is orthogonal,"
-            " scaled so that its output over the run's first batch has variance 1; grafted layers"
-            " keep their weights."),
+            "Initializer of the weights: paper, he, lecun, xavier, gaussian (0.01), orthogonal, or"
+            " lsuv (all layers but grafted ones); '': the network's default. Heads of ResNets,"
+            " DenseNets, MobileNets and relatives start with lecun, even with paper, except by lsuv."),
         scan=Field(False, boolean,
             "Run repeated blocks as a loop, so that deep networks compile faster."),
         remat=Field(False, boolean, "Recompute each block in the backward pass: less memory."),
