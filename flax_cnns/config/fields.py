@@ -86,7 +86,7 @@ TABLE = section("A config.",
         init=Field("", string,
             "Initializer of the weights: paper, he, lecun, xavier, gaussian (0.01), orthogonal, or"
             " lsuv (all layers but grafted ones); '': the network's default. Heads of ResNets,"
-            " DenseNets, MobileNets and relatives start with lecun, even with paper, except by lsuv."),
+            " DenseNets, MobileNets and relatives start with lecun, except by lsuv."),
         scan=Field(False, boolean,
             "Run repeated blocks as a loop, so that deep networks compile faster."),
         remat=Field(False, boolean, "Recompute each block in the backward pass: less memory."),
