@@ -194,14 +194,17 @@ def _predict_crops(
 ) -> Array:
     """Logits of a batch; of several crops [n V H W C], the logarithm of their mean probability.
 
-    Each crop is one call of the same compiled step, so memory does not grow with the crops."""
+    Each crop is one call of the same compiled step. At most two crops are on the devices at once.
+    """
     images = batch["image"]
     if images.ndim == 4:
         return step(variables, parallel.shard_batch(batch, mesh))
     total = None
     for crop in range(images.shape[1]):
         one = {**batch, "image": np.ascontiguousarray(images[:, crop])}
-        logs = jax.nn.log_softmax(step(variables, parallel.shard_batch(one, mesh)))
+        on_devices = parallel.shard_batch(one, mesh)
+        jax.block_until_ready(total)
+        logs = jax.nn.log_softmax(step(variables, on_devices))
         total = logs if total is None else jnp.logaddexp(total, logs)
     assert total is not None
     return total - jnp.log(images.shape[1])
