@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,22 +82,40 @@ def read_box(
 
     `box_of(width, height)` returns the box, in pixels of the upright image.
     """
+    return read_boxes(image, [box_of], size, channels)[0]
+
+
+def read_boxes(
+    image: Image.Image,
+    boxes_of: Sequence[Callable[[int, int], Box]],
+    size: int,
+    channels: int,
+    *,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> list[np.ndarray]:
+    """Reads several boxes as `read_box` does, and decodes the image once.
+
+    The filter `resample` is antialiased.
+    """
     turn = _orientation(image)
     width, height = image.size
-    box = box_of(height, width) if turn > 4 else box_of(width, height)
-    box = _stored_box(box, turn, width, height)
+    upright = (height, width) if turn > 4 else (width, height)
+    boxes = [_stored_box(box_of(*upright), turn, width, height) for box_of in boxes_of]
     if image.format == "JPEG":
         # The decoder may reduce a large JPEG to 1/2, 1/4 or 1/8, but not below the wanted size.
-        wide, high = box[2] - box[0], box[3] - box[1]
+        wide, high = min(b[2] - b[0] for b in boxes), min(b[3] - b[1] for b in boxes)
         image.draft(None, (math.ceil(width * size / wide), math.ceil(height * size / high)))
         sx, sy = image.width / width, image.height / height
-        box = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
+        boxes = [(box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy) for box in boxes]
     image = convert_channels(image, channels)
-    box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if turn in _TURNS:  # cheaper now that the image is small
-        image = image.transpose(_TURNS[turn])
-    return np.asarray(image).reshape(size, size, channels)
+    crops = []
+    for left, top, right, bottom in boxes:
+        box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+        crop = image.resize((size, size), resample, box=box)
+        if turn in _TURNS:  # cheaper now that the image is small
+            crop = crop.transpose(_TURNS[turn])
+        crops.append(np.asarray(crop).reshape(size, size, channels))
+    return crops
 
 
 def load_upright(image: Image.Image, channels: int) -> Image.Image:

@@ -98,6 +98,7 @@ def predict_batches(
     *,
     normalize: Callable[[Array], Array] = lambda images: images,
     transform: Transform | None = None,
+    apply: Callable[..., Any] | None = None,
     mesh: Mesh | None = None,
     task: str = "classes",
     should_stop: Callable[[], bool] = lambda: False,
@@ -107,14 +108,17 @@ def predict_batches(
     `batches` are {"image" [n H W C] or [n V H W C], "label" [n] or [n K], "mask" f32 [n]}, this
     process's rows of each global batch, all of the same shape; without "mask" every row counts. The
     probabilities of V crops of an image are averaged. The network sees
-    `normalize(transform(images, numbers))`. `mesh`: the devices, by default all; a batch of several
+    `normalize(transform(images, numbers))`. `apply`: what is called, by default `model.apply`; see
+    `evaluation.dense`. `mesh`: the devices, by default all; a batch of several
     devices is divided among them, so n must be a multiple of their number.
 
     Raises UserError if there is no image, and `Interrupted` if `should_stop()` returns True between
     two batches.
     """
     mesh = parallel.make_mesh() if mesh is None else mesh
-    step = make_predict_step(model.apply, normalize=normalize, transform=transform, mesh=mesh)
+    step = make_predict_step(
+        model.apply if apply is None else apply, normalize=normalize, transform=transform, mesh=mesh
+    )
     variables = parallel.replicate(variables, mesh)
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     pending: tuple[Array, np.ndarray, np.ndarray] | None = None

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,7 +38,7 @@ from flax_cnns.runs.references import check_trust
 from flax_cnns.runs.subject import LibraryScaling
 from flax_cnns.runs.variables import list_class_names, load_variables
 from flax_cnns.train import loop
-from flax_cnns.types import Array, PyTree
+from flax_cnns.types import Array, Batch, PyTree
 
 Reader = Callable[[Image.Image], np.ndarray]
 
@@ -164,12 +164,15 @@ def predict_split(
     dataset: Dataset | None = None,
     *,
     reader: Reader | None = None,
+    cut: Callable[[np.ndarray], np.ndarray] | None = None,
     transform: Transform | None = None,
+    apply: Callable[..., Any] | None = None,
 ) -> Predictions:
     """Returns the predictions for a split of the classifier's own data, or of `dataset`.
 
     `reader`: what reads an image, u8 [H W C] or [V H W C] for V crops; by default the classifier's.
-    `transform`: see `predict_batches`. On several processes, each returns all predictions. Raises
+    `cut` turns images [n H W C] that are read already into crops [n V h w C]. `transform` and
+    `apply`: see `predict_batches`. On several processes, each returns all predictions. Raises
     UserError, also for an unknown split.
     """
     dataset = classifier.dataset if dataset is None else dataset
@@ -179,7 +182,7 @@ def predict_split(
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
         )
-    batches = pipeline.eval_batches(
+    batches: Iterable[Batch] = pipeline.eval_batches(
         dataset,
         split,
         classifier.data_config,
@@ -187,6 +190,8 @@ def predict_split(
         process_count=jax.process_count(),
         reader=classifier.reader if reader is None else reader,
     )
+    if cut is not None:
+        batches = ({**batch, "image": cut(batch["image"])} for batch in batches)
     with contextlib.closing(loop.prefetch(batches)) as ahead:
         return predict_batches(
             classifier.model,
@@ -194,5 +199,6 @@ def predict_split(
             ahead,
             normalize=classifier.normalize,
             transform=transform,
+            apply=apply,
             task=classifier.task,
         )
