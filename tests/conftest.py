@@ -67,6 +67,7 @@ def pytest_collection_modifyitems(items):
 # Files whose tests share one finished run. One worker makes the run and has all of these files.
 TOGETHER = {
     "tests/config/test_effects.py": "runs",
+    "tests/evaluation/test_crops.py": "runs",
     "tests/runs/test_classifier.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
