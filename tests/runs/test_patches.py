@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flax_cnns.analysis.explain import features
+from flax_cnns.analysis.plots import maps
 from flax_cnns.analysis.plots import patches as plots
 from flax_cnns.errors import UserError
 from flax_cnns.runs import subject as subjects
@@ -62,6 +63,13 @@ def test_a_picture_of_patches(tmp_path):
     plots.draw_patches([unit] * 3, "deconvnet", tmp_path / "x.png", "title")
     with Image.open(tmp_path / "x.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_the_title_says_that_tiles_are_left_out(monkeypatch):
+    figures = []
+    monkeypatch.setattr(maps, "save_picture", lambda figure, png: figures.append(figure))
+    maps.draw_tiles([np.zeros((2, 2))] * 70, ["a"] * 70, "x.png", "filters")
+    assert figures[0].get_suptitle() == "filters, 64 of 70"
 
 
 OWN_DATA = """

@@ -57,9 +57,11 @@ def draw_tiles(
     """Draws a grid of small pictures: f32 [H W] or [H W 1] in a color map, [H W 3] in their colors.
 
     Colors are in 0..1. `signed`: the color map is white at 0. `columns`: tiles of a row, by
-    default at most 8. At most `MAX_TILES` are drawn. Raises `UserError` if the picture cannot be
-    written.
+    default at most 8. At most `MAX_TILES` are drawn; the title says so. Raises `UserError` if the
+    picture cannot be written.
     """
+    if len(tiles) > MAX_TILES:
+        title += f", {MAX_TILES} of {len(tiles)}"
     tiles = list(tiles)[:MAX_TILES]
     columns = columns or min(len(tiles), 8)
     rows = -(-len(tiles) // columns)
