@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from flax_cnns.cli import visualize_layers
+from flax_cnns.cli import visualize_layers, visualize_units
 from flax_cnns.cli import visualize_losses as losses
 from flax_cnns.cli.flags import (
     choose_picture_path,
@@ -44,11 +44,8 @@ from flax_cnns.cli.flags import (
 )
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
-from flax_cnns.files import check_regular_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from flax_cnns.runs.subject import Subject
 
 _MODEL = flags.DEFINE_string("model", "", "The network whose published weights are used.")
@@ -79,50 +76,48 @@ _PATH = flags.DEFINE_string(
     "",
     "The module to look at; dream needs it. units, activations: PATH,PATH,... are several.",
 )
-_UNITS = flags.DEFINE_list(
+flags.DEFINE_list(
     "units",
     ["0", "1", "2", "3"],
     "units, patches: channels of the module. units: names of classes too, for logits.",
 )
-_OBJECTIVE = flags.DEFINE_string(
+flags.DEFINE_string(
     "objective",
     "channel",
     "units: channel (the mean over a map), or neuron (the middle of the map).",
 )
-_DIRECTION = flags.DEFINE_string(
+flags.DEFINE_string(
     "direction", "", "units: a .npy file, [C] or [K C]: directions in place of units."
 )
-_PARAMETERS = flags.DEFINE_string(
-    "parameters", "fourier", "units: what is optimized: fourier, pixels, or maco."
-)
-_COUNT = flags.DEFINE_integer("count", 1, "units: images of each unit.", lower_bound=1)
-_DIVERSE = flags.DEFINE_float(
+flags.DEFINE_string("parameters", "fourier", "units: what is optimized: fourier, pixels, or maco.")
+flags.DEFINE_integer("count", 1, "units: images of each unit.", lower_bound=1)
+flags.DEFINE_float(
     "diverse", 0.0, "units: weight with which the --count images are made to differ."
 )
-_CROPS = flags.DEFINE_integer("crops", 32, "units: maco's crops in each step.", lower_bound=1)
-_CROP_SIZE = flags.DEFINE_integer(
-    "crop_size", 0, "units: side of maco's crops in pixels; 0: the network's.", lower_bound=0
+flags.DEFINE_integer("crops", 32, "units: maco's crops in each step.", lower_bound=1)
+flags.DEFINE_integer(
+    "crop-size", 0, "units: side of maco's crops in pixels; 0: the network's.", lower_bound=0
 )
-_STEPS = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "steps",
     0,
     "Steps of gradient ascent; 0: 512 for units, 256 with maco, 10 in each octave of dream.",
     lower_bound=0,
 )
-_RATE = flags.DEFINE_float(
+flags.DEFINE_float(
     "rate", 0.0, "Size of a step; 0: 0.05 for units, 1 with maco, 0.01 for dream.", lower_bound=0.0
 )
-_SIZE = flags.DEFINE_integer("size", 0, "units: side of the images in pixels; 0: the network's.")
-_OCTAVES = flags.DEFINE_integer("octaves", 3, "dream: sizes of the photo.", lower_bound=1)
-_UNIT = flags.DEFINE_integer(
+flags.DEFINE_integer("size", 0, "units: side of the images in pixels; 0: the network's.")
+flags.DEFINE_integer("octaves", 3, "dream: sizes of the photo.", lower_bound=1)
+flags.DEFINE_integer(
     "unit", -1, "dream: the channel to enlarge; -1: the whole output.", lower_bound=-1
 )
-_TILE = flags.DEFINE_integer("tile", 224, "dream: side of a tile in pixels.", lower_bound=1)
+flags.DEFINE_integer("tile", 224, "dream: side of a tile in pixels.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of random numbers: equal seeds give equal pictures.")
 flags.DEFINE_integer("layers", 6, "initialization: dense layers.", lower_bound=1)
 flags.DEFINE_integer("width", 4096, "initialization: units of a layer.", lower_bound=1)
 flags.DEFINE_bool(
-    "as_printed", False, "initialization: add the weights that the deck's wrong code gives."
+    "as-printed", False, "initialization: add the weights that the deck's wrong code gives."
 )
 flags.DEFINE_integer(
     "grid", 25, "landscape, line, trajectory: points along each axis.", lower_bound=2
@@ -194,6 +189,8 @@ def _draw_quality(subject: Subject, out: str, photos: list[str]) -> None:
 def _draw_features(subject: Subject, out: str, photos: list[str]) -> None:
     from flax_cnns.runs.visualize.channels import draw_features
 
+    if len(photos) > 1:
+        raise UserError(f"features draws the channels of one image, got {len(photos)} photos")
     print(f"output of {draw_features(subject, out, _PATH.value or None)}")
 
 
@@ -201,77 +198,6 @@ def _draw_filters(subject: Subject, out: str, photos: list[str]) -> None:
     from flax_cnns.runs.visualize.channels import draw_filters
 
     print(f"kernel {draw_filters(subject, out)}")
-
-
-def _draw_units(subject: Subject, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.units import draw_units
-
-    if _PARAMETERS.value != "maco":
-        for flag_name in ("crops", "crop_size", "images", "split"):
-            if flags.FLAGS[flag_name].present:
-                raise UserError(f"units takes no --{flag_name} without --parameters=maco")
-        if photos:
-            raise UserError("units takes no photos without --parameters=maco")
-    if _DIRECTION.value and (flags.FLAGS["units"].present or flags.FLAGS["objective"].present):
-        raise UserError("--direction replaces --units and --objective: give one of them")
-    if not _DIRECTION.value and _OBJECTIVE.value not in ("channel", "neuron"):
-        raise UserError(f"--objective: expected channel or neuron, got {_OBJECTIVE.value!r}")
-    if _DIVERSE.value and _COUNT.value == 1:
-        raise UserError("--diverse: expected --count of at least 2")
-    draw_units(
-        subject,
-        out,
-        _PATH.value.split(","),
-        [int(unit) if unit.isdecimal() else unit for unit in _UNITS.value],
-        objective=_OBJECTIVE.value,
-        directions=_read_directions(_DIRECTION.value) if _DIRECTION.value else None,
-        kind=_PARAMETERS.value,  # type: ignore[arg-type]
-        steps=_STEPS.value or None,
-        rate=_RATE.value or None,
-        size=_SIZE.value,
-        count=_COUNT.value,
-        diverse=_DIVERSE.value,
-        crops=_CROPS.value,
-        crop_size=_CROP_SIZE.value,
-        seed=_SEED.value,
-    )
-
-
-def _read_directions(path: str) -> np.ndarray:
-    """Returns the numbers [C] or [K C] of a .npy file. Raises UserError."""
-    import numpy as np
-
-    check_regular_file(path)
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--direction: cannot read {path} as a .npy file") from error
-    if (
-        not isinstance(found, np.ndarray)
-        or found.dtype.kind not in "fiu"
-        or found.ndim not in (1, 2)
-    ):
-        raise UserError(f"--direction: {path}: expected numbers [C] or [K C]")
-    return found.astype(np.float32)
-
-
-def _draw_dream(subject: Subject, out: str, photos: list[str]) -> None:
-    from flax_cnns.runs.visualize.units import draw_dream
-
-    if len(photos) > 1:
-        raise UserError(f"dream takes one photo, got {len(photos)}")
-    draw_dream(
-        subject,
-        out,
-        _PATH.value,
-        photo=photos[0] if photos else None,
-        unit=None if _UNIT.value < 0 else _UNIT.value,
-        octaves=_OCTAVES.value,
-        steps=_STEPS.value or 10,
-        rate=_RATE.value or 0.01,
-        tile=_TILE.value,
-        seed=_SEED.value,
-    )
 
 
 class Kind(NamedTuple):
@@ -297,14 +223,14 @@ KINDS = {
     "filters": Kind(_draw_filters, ()),
     "patches": Kind(visualize_layers.draw_patches, ("path", "units"), required=("path",)),
     "units": Kind(
-        _draw_units,
+        visualize_units.draw_units,
         (
             *("path", "units", "objective", "direction", "parameters", "count", "diverse"),
-            *("crops", "crop_size", "images", "steps", "rate", "size", "seed"),
+            *("crops", "crop-size", "images", "steps", "rate", "size", "seed"),
         ),
     ),
     "dream": Kind(
-        _draw_dream,
+        visualize_units.draw_dream,
         ("path", "unit", "octaves", "tile", "steps", "rate", "seed"),
         required=("path",),
     ),
@@ -316,7 +242,7 @@ KINDS = {
     ),
     "initialization": Kind(
         visualize_layers.draw_initialization,
-        ("layers", "width", "as_printed", "seed"),
+        ("layers", "width", "as-printed", "seed"),
         subject=False,
     ),
     "landscape": Kind(
@@ -366,6 +292,11 @@ def _make_subject(photos: list[str]) -> Subject:
         raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
     if photos:
         check_photos(photos)
+        for flag_name in ("images", "split"):
+            if flags.FLAGS[flag_name].present:
+                raise UserError(
+                    f"--{flag_name} selects images of a run's data, but photos are given"
+                )
     from flax_cnns.runs import subject as subjects
 
     if _WORKDIR.value:

@@ -43,7 +43,7 @@ def draw_initialization(subject: None, out: str, photos: list[str]) -> None:
         out,
         layers=given.layers,
         width=given.width,
-        as_printed=given.as_printed,
+        as_printed=bool(given["as-printed"].value),
         seed=given.seed,
     )
 

@@ -56,7 +56,9 @@ def test_the_page_of_every_command_has_its_examples_and_all_its_flags():
         )
         assert len(re.findall(r"\sRequired\.\n", out)) == required
         assert f"\nflax-cnns {name} " in out
-        assert ("--config.SECTION.FIELD=VALUE" in out) == (name in ("train", "ablate", "search"))
+        assert ("--config.SECTION.FIELD=VALUE" in out) == (
+            name in ("train", "ablate", "search", "visualize")
+        )
         assert ("--config.pretrain.SECTION.FIELD=VALUE" in out) == (name == "finetune")
 
 

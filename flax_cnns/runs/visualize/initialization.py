@@ -59,9 +59,10 @@ def draw_initialization(
     console = make_console()
     console.print(table)
     printed = (width / 2) ** 0.5
+    hint = "" if as_printed else "; --as-printed shows it"
     console.print(
         f"{ERROR_OF_THE_DECK} As printed, the standard deviation of the weights is {printed:.3g}"
-        f" instead of {(2 / width) ** 0.5:.3g}; --as_printed shows it.",
+        f" instead of {(2 / width) ** 0.5:.3g}{hint}.",
         highlight=False,
         soft_wrap=True,
     )
