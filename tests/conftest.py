@@ -69,6 +69,7 @@ TOGETHER = {
     "tests/config/test_effects.py": "runs",
     "tests/evaluation/test_crops.py": "runs",
     "tests/runs/test_classifier.py": "runs",
+    "tests/runs/test_compare_images.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
     "tests/runs/test_visualize_activations.py": "runs",

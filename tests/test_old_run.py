@@ -61,8 +61,10 @@ def add_an_image(images):
 
 def test_it_is_evaluated_to_the_same_counts_and_predicts_the_same(folder):
     found, expected = evaluate.evaluate_run("run"), EXPECTED["evaluation"]
-    for name in ("split", "step", "examples", "accuracy", "classes", "confusion"):
+    for name in ("split", "step", "examples", "accuracy", "confusion"):
         assert found[name] == expected[name]
+    for now, then in zip(found["classes"], expected["classes"], strict=True):
+        assert then.items() <= now.items()  # newer versions add intervals
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     was = read_fingerprint(old_run.make_config().data)
     assert json.loads((folder / "run/dataset.json").read_text())["fingerprint"] == was

@@ -1,4 +1,5 @@
-"""Statistics over a few seeds: intervals of means, paired differences, and Holm's correction.
+"""Statistics over a few seeds: intervals of means, paired differences, equivalence, and Holm's
+correction.
 
 One value, or several equal values, say nothing about the spread. The ends of the interval are then
 NaN, because an interval of width 0 would claim that there is no spread. Equal values are common,
@@ -92,6 +93,61 @@ def paired_difference(
     return Difference(interval, p)
 
 
+class MarginTest(NamedTuple):
+    """Whether a difference is within a margin; p-values are NaN if unknown."""
+
+    margin: float
+    p_not_worse: float  # one-sided: the difference is above -margin
+    p_not_better: float  # one-sided: the difference is below +margin
+
+    @property
+    def p_equivalent(self) -> float:
+        """p-value of the two one-sided tests (Schuirmann 1987): the larger of the two."""
+        return max(self.p_not_worse, self.p_not_better)
+
+
+def compare_with_margin(
+    values: Mapping[int, float], baseline: Mapping[int, float], margin: float
+) -> MarginTest:
+    """Tests with one-sided paired t-tests whether `values` - `baseline`, both {seed: value}, is
+    within `margin`, in the unit of the values.
+
+    A small p-value shows that the difference is *not* as large as the margin. A large p-value of
+    `paired_difference` does not show that: it may only mean that the seeds are too few. Raises
+    UserError unless the margin is a number above 0.
+    """
+    check_margin(margin)
+    seeds = sorted(values.keys() & baseline.keys())
+    ours, theirs = (np.array([of[s] for s in seeds], float) for of in (values, baseline))
+    difference = ours - theirs
+    if len(seeds) < 2 or _flat(difference, np.concatenate([ours, theirs])):
+        return MarginTest(margin, math.nan, math.nan)
+    n = len(seeds)
+    error = np.std(difference, ddof=1) / math.sqrt(n)
+    above = float(stats.t.sf((difference.mean() + margin) / error, n - 1))
+    below = float(stats.t.cdf((difference.mean() - margin) / error, n - 1))
+    return MarginTest(margin, above, below)
+
+
+def check_margin(margin: float) -> None:
+    """Raises `UserError` unless the margin is a number above 0."""
+    if not (math.isfinite(margin) and margin > 0):
+        raise UserError(f"margin: expected a number above 0, got {margin}")
+
+
+def judge_margin(low: float, high: float, margin: float) -> str:
+    """Judges an interval of a difference, in which more is better, by a margin in the same unit.
+
+    With the interval of the level 1 - 2 alpha, each verdict is wrong with probability alpha at most
+    (interval inclusion): "equivalent" if the whole interval is within +-margin; "not worse" if it
+    is above -margin; "worse" if it is below -margin; otherwise "undecided".
+    """
+    check_margin(margin)
+    if low > -margin:
+        return "equivalent" if high < margin else "not worse"
+    return "worse" if high < -margin else "undecided"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns the p-values with Holm's step-down correction (1979), in the same order.
 
@@ -105,6 +161,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(tested) - rank) * p))
         corrected[i] = highest
     return corrected
+
+
+def format_p(p: float) -> str:
+    """Formats a p-value: "0.012", "<0.001", or "-" if it is unknown."""
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _flat(values: np.ndarray, inputs: np.ndarray) -> bool:

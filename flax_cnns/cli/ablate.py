@@ -5,6 +5,7 @@ flax-cnns ablate --config=configs/ablations/regularizers.py:digits --seeds=3 \
 flax-cnns ablate --config=configs/ablations/regularizers.py:digits --seeds=3 \
     --workdir=runs/regular --dry-run
 flax-cnns ablate --workdir=runs/regular --report --interval=bootstrap --metric=loss
+flax-cnns ablate --workdir=runs/regular --report --margin=0.5
 
 Reports the results as a table with confidence intervals. The config file has a function sweep()
 that yields (name, {field: value, ...}) for each row, with the baseline first. A cell is a row with
@@ -37,6 +38,12 @@ _INDEX = flags.DEFINE_integer("index", None, "Run only this cell, counted from 0
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only show the plan and the time that it will take.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the report of the complete cells.")
 _INTERVAL = flags.DEFINE_enum("interval", "t", ["t", "bootstrap"], "Kind of interval.")
+_MARGIN = flags.DEFINE_float(
+    "margin",
+    None,
+    "The largest difference that does not matter, in points for accuracies. The report then says"
+    " which rows are equivalent to the baseline, or not worse.",
+)
 _METRIC = flags.DEFINE_string(
     "metric",
     "accuracy",
@@ -57,7 +64,9 @@ def ablate(argv: list[str]) -> int:
     del argv
     folder = _WORKDIR.value
     if _REPORT.value:
-        ablation.write_report(folder, interval=_INTERVAL.value, metric=_METRIC.value)
+        ablation.write_report(
+            folder, interval=_INTERVAL.value, metric=_METRIC.value, margin=_MARGIN.value
+        )
         return 0
     file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     sweep = plan.load_sweep(file)
@@ -71,7 +80,9 @@ def ablate(argv: list[str]) -> int:
     if _DRY_RUN.value:
         ablation.show_plan(_CONFIG.value, sweep, folder, **options)
         return 0
-    options |= dict(interval=_INTERVAL.value, accept_changed_data=_ACCEPT.value)
+    options |= dict(
+        interval=_INTERVAL.value, margin=_MARGIN.value, accept_changed_data=_ACCEPT.value
+    )
     statuses = ablation.ablate(_CONFIG.value, sweep, folder, **options)
     if "interrupted" in statuses or "missing" in statuses:
         print("interrupted; run the same command again to resume")

@@ -21,6 +21,7 @@ from flax_cnns.analysis.plots.curves import PANELS
 from flax_cnns.analysis.plots.style import save_picture, shorten, tidy_axes, widen_single_point
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import record as records
+from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.metric import FRACTION_METRICS, SIGNIFICANT_DIGITS, Metric, make_metric
 from flax_cnns.runs.record import RunRecord
 
@@ -100,7 +101,7 @@ def make_result_table(runs: Mapping[str, RunRecord], metric: str = "accuracy") -
     for column in (*columns, "train − test", "s per step", "time, s"):
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for name, record in runs.items():
-        test, fit = record.last_value(f"test/{metric}"), record.last_value(f"fit/{metric}")
+        test, fit = record.last_value(f"test/{metric}"), _find_fit(record, metric)
         loss = [_format(record.last_value("test/loss"), ".4g")] if metric != "loss" else []
         table.add_row(
             name,
@@ -115,6 +116,32 @@ def make_result_table(runs: Mapping[str, RunRecord], metric: str = "accuracy") -
             _format(record.seconds, ".0f"),
         )
     return table
+
+
+def _find_fit(record: RunRecord, metric: str) -> float | None:
+    """Returns the metric on the training examples: what the run logged with `train.evaluate_train`,
+    or else what `evaluate --split=train` wrote for the tested step. None if there is neither."""
+    fit, steps = record.last_value(f"fit/{metric}"), record.series(f"test/{metric}")[0]
+    if fit is not None or not steps.size:
+        return fit
+    summary = record.workdir / "summary.json"
+    tested = workdirs.read_json(summary).get("test/step") if summary.is_file() else None
+    file = record.workdir / f"evaluation_train_{int(steps[-1] if tested is None else tested)}.json"
+    value = workdirs.read_json(file).get(metric) if file.is_file() else None
+    return value if isinstance(value, int | float) else None
+
+
+def explain_missing_fit(runs: Mapping[str, RunRecord], metric: str) -> str:
+    """Returns how to fill the column "train − test" of complete runs; "" if nothing is missing."""
+    for record in runs.values():
+        tested = record.last_value(f"test/{metric}") is not None
+        if tested and _find_fit(record, metric) is None:
+            return (
+                "train − test: the run was not evaluated on its training examples; run `flax-cnns"
+                f" evaluate --workdir={record.workdir} --split=train`, or train with"
+                " --config.train.evaluate_train=True"
+            )
+    return ""
 
 
 def _best(record: RunRecord, metric: str) -> float | None:

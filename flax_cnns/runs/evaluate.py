@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,13 +12,12 @@ import numpy as np
 
 from flax_cnns import files
 from flax_cnns.analysis.plots import confusion as confusion_plot
-from flax_cnns.data.types import Dataset
-from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.evaluation.exact import per_class_metrics, summarize
+from flax_cnns.evaluation import uncertainty
+from flax_cnns.evaluation.exact import per_class_metrics
+from flax_cnns.evaluation.predictions import Predictions, measure
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.classifier import make_classifier_from_run
-from flax_cnns.runs.variables import list_class_names
+from flax_cnns.runs.classifier import Classifier, make_classifier_from_run, predict_split
 from flax_cnns.runtime import output
 
 
@@ -30,7 +30,7 @@ def evaluate_run(
     accept_changed_data: bool = False,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates a run on a split and prints tables.
+    """Evaluates a run on a split and prints tables, with 95 % intervals (`evaluation.uncertainty`).
 
     Writes `evaluation_SPLIT_STEP.json` and `.png` into the run's directory and returns the content
     of the JSON file. A run on multilabel data has no classes and no confusion matrix, and gets no
@@ -45,28 +45,19 @@ def evaluate_run(
     since the run began, or if the run has own parts and is not trusted.
     """
     classifier = make_classifier_from_run(
-        workdir,
-        checkpoint,
-        accept_changed_data=accept_changed_data,
-        trust=trust,
-        confusion=True,
+        workdir, checkpoint, accept_changed_data=accept_changed_data, trust=trust
     )
     run = classifier.run
     assert run is not None
-    dataset, workdir, components = run.components.dataset, run.folder, run.components
-    if split not in dataset.splits:
-        raise UserError(
-            f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
-        )
-    sums = components.evaluate(classifier.variables, split)
-    confusion = sums.get("confusion")
+    dataset, workdir = run.components.dataset, run.folder
+    predictions = predict_split(classifier, split)
+    confusion = count_confusion(predictions) if predictions.task == "classes" else None
     results: dict[str, Any] = {
         "split": split,
         "step": run.step,
         "checkpoint": run.checkpoint,
-        "examples": int(sums["count"]),
-        **summarize(sums),
-        **(_describe_classes(confusion, dataset) if confusion is not None else {}),
+        "examples": len(predictions.logits),
+        **measure_predictions(classifier, predictions),
         **({"changed_data": run.changed_data} if run.changed_data else {}),
     }
     if jax.process_index() > 0:
@@ -77,23 +68,65 @@ def evaluate_run(
     files.write_json(workdir / f"{name}.json", results)
     written = f"{name}.json"
     if confusion is not None:
-        names = list_class_names(dataset, len(confusion))
-        confusion_plot.draw_confusion(confusion, names, workdir / f"{name}.png")
+        confusion_plot.draw_confusion(confusion, classifier.class_names, workdir / f"{name}.png")
         written += f", {name}.png"
     tables.print_evaluation(results)
     print(f"written to {workdir}: {written}")
     return results
 
 
-def _describe_classes(confusion: np.ndarray, dataset: Dataset) -> dict[str, Any]:
-    """Returns the entries "classes" and "confusion" of the JSON file, from counts [K K]."""
+def measure_predictions(classifier: Classifier, predictions: Predictions) -> dict[str, Any]:
+    """Returns the metrics of predictions by name, and "intervals": {metric: [low, high]}.
+
+    With one class per image also "classes", a dict for each class, and "confusion" [K K]: rows are
+    true classes. A run's own loss and metrics are used.
+    """
+    own: dict[str, Any] = {}
+    if classifier.run:
+        parts = classifier.run.components.own_parts
+        own = dict(loss=parts.loss, own_metrics=parts.metrics)
+    found: dict[str, Any] = dict(measure(predictions, **own))
+    intervals = uncertainty.measure_intervals(predictions, **own)
+    found["intervals"] = {name: list(ends) for name, ends in intervals.items()}
+    if predictions.task == "classes":
+        found |= describe_classes(count_confusion(predictions), classifier.class_names)
+    return found
+
+
+def count_confusion(predictions: Predictions) -> np.ndarray:
+    """Returns the confusion matrix i64 [K K]: rows are true classes, columns predicted ones."""
+    width = predictions.logits.shape[-1]
+    counts = np.zeros((width, width), np.int64)
+    np.add.at(counts, (predictions.classes, np.argmax(predictions.logits, -1)), 1)
+    return counts
+
+
+def describe_classes(confusion: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns the entries "classes" and "confusion" of an evaluation's file, from counts [K K].
+
+    A class has the keys class, examples, accuracy (recall) and precision, and Wilson's intervals of
+    these: accuracy_interval and precision_interval. Without examples or predictions they are None.
+    """
     classes = per_class_metrics(confusion)
-    numbers = zip(classes["count"], classes["recall"], classes["precision"])
-    rows = [
-        {"class": name, "examples": int(n), "accuracy": _or_none(r), "precision": _or_none(p)}
-        for name, (n, r, p) in zip(list_class_names(dataset, len(confusion)), numbers)
-    ]
+    predicted = confusion.sum(0)
+    rows = []
+    for k, name in enumerate(class_names):
+        hits, n = int(confusion[k, k]), int(classes["count"][k])
+        rows.append(
+            {
+                "class": name,
+                "examples": n,
+                "accuracy": _or_none(classes["recall"][k]),
+                "accuracy_interval": _wilson(hits, n),
+                "precision": _or_none(classes["precision"][k]),
+                "precision_interval": _wilson(hits, int(predicted[k])),
+            }
+        )
     return {"classes": rows, "confusion": confusion.astype(int).tolist()}
+
+
+def _wilson(hits: int, trials: int) -> list[float] | None:
+    return list(uncertainty.wilson_interval(hits, trials)) if trials else None
 
 
 def _or_none(value: float) -> float | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from flax_cnns.names import make_console
+from flax_cnns.runs.metric import FRACTION_METRICS
+
+MIN_WIDTH = 120  # columns of the table of classes; a narrower terminal wraps its lines
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -58,28 +62,47 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def print_evaluation(results: dict[str, Any], max_classes: int = 30) -> None:
-    """Prints the loss and the accuracies.
+    """Prints the loss and the accuracies with their intervals.
 
     With a confusion matrix also prints, for the `max_classes` worst classes, the accuracy and the
     classes they are most often mistaken for.
     """
-    console = make_console()
+    console = make_console(width=max(MIN_WIDTH, make_console().width))
     title = f"{results['split']}, step {results['step']} ({results['checkpoint']})"
     title += f": {results['examples']} examples"
     if "confusion" in results:
         _print_classes(console, results, title, max_classes)
     else:
         console.print(title, highlight=False)
-    numbers = [f"loss {results['loss']:.4f}"]
-    numbers += [f"accuracy {results['accuracy']:.2%}"] if "accuracy" in results else []
-    numbers += [f"top-5 {results['top5']:.2%}"] if "top5" in results else []
-    known = ("loss", "accuracy", "top5", "split", "step", "checkpoint", "examples")
-    numbers += [
-        f"{name} {value:.4g}"
-        for name, value in results.items()
-        if name not in known and isinstance(value, (int, float))
-    ]
-    console.print("   ".join(numbers))
+    intervals = results.get("intervals", {})  # files of older versions have none
+    for name in [name for name in results if name not in _NOT_METRICS]:
+        value = results[name]
+        if isinstance(value, int | float):
+            console.print(f"{_TITLES.get(name, name)} {describe_value(name, value, intervals)}")
+    if intervals:
+        console.print("brackets: 95 % intervals over the images of the split, not over seeds")
+
+
+# Keys of an evaluation's file that are numbers but no metrics.
+_NOT_METRICS = ("split", "step", "checkpoint", "examples")
+_TITLES = {
+    "top5": "top-5",
+    "label_accuracy": "label accuracy",
+    "subset_accuracy": "subset accuracy",
+}
+
+
+def describe_value(name: str, value: float, intervals: Mapping[str, Sequence[float]] = {}) -> str:
+    """Formats a metric with its interval: "97.22% [94.98, 98.48]", "0.0894 [0.0617, 0.1213]"."""
+    if name in FRACTION_METRICS:
+        text, ends = f"{value:.2%}", "{:.2f}"
+        factor = 100
+    else:
+        text, ends, factor = (f"{value:.4f}" if name == "loss" else f"{value:.4g}"), "{:.4g}", 1
+    interval = intervals.get(name)
+    if not interval or not all(end is not None and math.isfinite(end) for end in interval):
+        return text
+    return f"{text} [{', '.join(ends.format(factor * end) for end in interval)}]"
 
 
 def _print_classes(console: Any, results: dict[str, Any], title: str, max_classes: int) -> None:
@@ -88,8 +111,9 @@ def _print_classes(console: Any, results: dict[str, Any], title: str, max_classe
     for column in ("class", "examples", "accuracy", "precision", "most often taken for"):
         table.add_column(column, justify="left" if column.startswith(("c", "m")) else "right")
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2%}"
+    def percent(c: dict[str, Any], key: str) -> str:
+        interval = {"accuracy": c.get(f"{key}_interval") or ()}
+        return "-" if c[key] is None else describe_value("accuracy", c[key], interval)
 
     rows = list(enumerate(results["classes"]))
     if len(rows) > max_classes:
@@ -99,7 +123,7 @@ def _print_classes(console: Any, results: dict[str, Any], title: str, max_classe
         wrong = [(n, j) for j, n in enumerate(counts[i]) if j != i and n]
         taken = ", ".join(f"{names[j]} ({n})" for n, j in sorted(wrong, reverse=True)[:3])
         table.add_row(
-            c["class"], str(c["examples"]), percent(c["accuracy"]), percent(c["precision"]), taken
+            c["class"], str(c["examples"]), percent(c, "accuracy"), percent(c, "precision"), taken
         )
     console.print(table)
     if len(counts) <= 20:

@@ -77,6 +77,48 @@ def test_equal_differences_are_known_in_spite_of_rounding():
     assert statistics.paired_difference({0: 1.0}, {1: 0.5}).interval.n == 0
 
 
+def test_two_one_sided_tests_are_statsmodels():
+    baseline = {0: 0.900, 1: 0.910, 2: 0.920, 3: 0.950}
+    row = {0: 0.901, 1: 0.910, 2: 0.918, 3: 0.951, 7: 0.1}  # the baseline lacks seed 7
+    # Differences 1, 0, -2, 1 thousandths: mean 0, standard error sqrt(6 / 3) / 2 thousandths,
+    # t = 5 / 0.7071 = 7.071 with 3 degrees of freedom: p = 0.0029078.
+    found = statistics.compare_with_margin(row, baseline, 0.005)
+    np.testing.assert_allclose([found.p_not_worse, found.p_not_better], 0.0029078, atol=1e-6)
+    half = statistics.compare_with_margin({0: 0.91, 1: 0.912}, {0: 0.90, 1: 0.90}, 0.02)
+    assert half.p_not_worse < half.p_not_better == half.p_equivalent
+    weights = pytest.importorskip("statsmodels.stats.weightstats")
+    for margin in (0.001, 0.005, 0.02):
+        found = statistics.compare_with_margin(row, baseline, margin)
+        pairs = [np.array([of[s] for s in range(4)]) for of in (row, baseline)]
+        p, above, below = weights.ttost_paired(*pairs, -margin, margin)
+        wanted = (margin, above[1], below[1])
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        np.testing.assert_allclose(found.p_equivalent, p, rtol=1e-6)
+        # Interval inclusion at the level 1 - 2 alpha is the same test.
+        interval = statistics.paired_difference(row, baseline, level=0.9).interval
+        verdict = statistics.judge_margin(interval.low, interval.high, margin)
+        assert (verdict == "equivalent") == (p < 0.05)
+
+
+def test_a_margin_without_spread_is_unknown_and_one_of_zero_is_refused():
+    assert math.isnan(statistics.compare_with_margin({0: 1.0}, {0: 0.5}, 0.1).p_equivalent)
+    same = {0: 0.5, 1: 0.6}
+    assert math.isnan(statistics.compare_with_margin(same, same, 0.1).p_not_worse)
+    for margin in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="margin: expected a number above 0, got"):
+            statistics.compare_with_margin(same, same, margin)
+
+
+def test_an_interval_is_judged_by_a_margin():
+    assert statistics.judge_margin(-0.4, 0.4, 0.5) == "equivalent"
+    assert statistics.judge_margin(-0.4, 0.6, 0.5) == "not worse"
+    assert statistics.judge_margin(0.6, 0.9, 0.5) == "not worse"
+    assert statistics.judge_margin(-0.6, 0.6, 0.5) == "undecided"
+    assert statistics.judge_margin(-0.9, -0.6, 0.5) == "worse"
+    assert statistics.judge_margin(-0.5, 0.1, 0.5) == "undecided"  # the end belongs to it
+    assert statistics.judge_margin(math.nan, math.nan, 0.5) == "undecided"
+
+
 def test_holm_by_hand():
     # Sorted: 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, and none is below the previous one.
     np.testing.assert_allclose(statistics.holm([0.02, 0.01, 0.04, 0.03]), [0.06, 0.04, 0.06, 0.06])

@@ -10,7 +10,7 @@ from rich.console import Console
 from flax_cnns.cli import flags as script
 from flax_cnns.errors import UserError
 from flax_cnns.runs import compare
-from tests.sweeps import rename_accuracy, write_run
+from tests.sweeps import rename_accuracy, write_json, write_run
 
 
 @pytest.fixture
@@ -149,6 +149,21 @@ def test_the_best_value_of_an_own_metric_uses_its_runs_mode(tmp_path):
     runs = [tmp_path / mode / "seed0" for mode in ("min", "max")]
     low, high = (float(row[4]) for row in columns(runs, "f1")[1])
     assert low < 0.6 < 0.85 < high
+
+
+def test_the_training_examples_may_be_evaluated_later(tmp_path):
+    write_run(tmp_path / "run", 0.9)
+    records = compare.read_runs([tmp_path / "run"])
+    assert columns([tmp_path / "run"], "accuracy")[1][0][7] == "-"
+    note = compare.explain_missing_fit(records, "accuracy")
+    assert f"evaluate --workdir={tmp_path / 'run'} --split=train`" in note
+    write_json(tmp_path / "run" / "evaluation_train_60.json", {"accuracy": 0.8})  # another step
+    assert columns([tmp_path / "run"], "accuracy")[1][0][7] == "-"
+    write_json(tmp_path / "run" / "evaluation_train_120.json", {"accuracy": 0.96})
+    assert columns([tmp_path / "run"], "accuracy")[1][0][7] == "6.00"
+    assert compare.explain_missing_fit(records, "accuracy") == ""
+    write_json(tmp_path / "run" / "summary.json", {"test/step": 60})  # the best one was tested
+    assert columns([tmp_path / "run"], "accuracy")[1][0][7] == "-10.00"
 
 
 def test_a_metric_that_no_run_logged_is_a_one_line_error(runs, tmp_path):

@@ -25,6 +25,7 @@ from flax_cnns.checkpoint import finding, lock, reading
 from flax_cnns.data import pipeline
 from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
+from flax_cnns.evaluation.uncertainty import wilson_interval
 from flax_cnns.models.registry import create_model
 from flax_cnns.runs import plan, session
 from flax_cnns.runs.build import RunComponents, build_components, train_batches
@@ -433,9 +434,19 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, capsys):
     assert counts.sum() == results["examples"] == 360
     assert np.trace(counts) == round(results["accuracy"] * 360)
     assert [c["examples"] for c in results["classes"]] == counts.sum(1).tolist()
+    right = int(np.trace(counts))
+    assert results["intervals"]["accuracy"] == list(wilson_interval(right, 360))
+    assert results["intervals"].keys() == {"loss", "accuracy", "top5"}
+    for k, one in enumerate(results["classes"]):
+        assert one["accuracy_interval"] == list(wilson_interval(counts[k, k], counts[k].sum()))
+        if seen := counts[:, k].sum():
+            assert one["precision_interval"] == list(wilson_interval(counts[k, k], seen))
     assert (results["step"], results["checkpoint"]) == (12, "tested for summary.json")
     assert (workdir / "evaluation_test_12.png").stat().st_size > 10_000
-    assert "most often taken for" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "most often taken for" in shown
+    low, high = (100 * end for end in results["intervals"]["accuracy"])
+    assert f"accuracy {results['accuracy']:.2%} [{low:.2f}, {high:.2f}]\n" in shown
     best = evaluate_run(f"{workdir}@best", split="validation")
     assert best["accuracy"] == summary["validation/best_accuracy"]
     with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):

@@ -254,13 +254,14 @@ def ablate(
     index: int | None = None,
     rows: Sequence[str] = (),
     interval: str = "t",
+    margin: float | None = None,
     metric: str = "accuracy",
     accept_changed_data: bool = False,
 ) -> dict[str, int]:
     """Runs the cells of a sweep that are not final, then writes the report.
 
     `rows` selects rows by name, `index` selects one cell by its number. `jobs`: how many cells run
-    at once, see `child.make_device_slots`. `interval`, `metric`: see `report.write`.
+    at once, see `child.make_device_slots`. `interval`, `margin`, `metric`: see `report.write`.
     `accept_changed_data`: see `run_cells`. Returns {status: number of cells}.
 
     Raises UserError, before anything runs, for everything that a run would refuse before its first
@@ -285,7 +286,7 @@ def ablate(
     # Of the tasks of an array, the last one to finish writes the report.
     states = {cell.read_status()["status"] for cell in all_cells}
     if "complete" in states and (index is None or not states & {"missing", "interrupted"}):
-        write_report(folder, interval=interval, metric=metric)
+        write_report(folder, interval=interval, metric=metric, margin=margin)
     if interrupt is not None:
         raise interrupt
     return counts
@@ -328,7 +329,11 @@ def show_plan(
 
 
 def write_report(
-    folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy"
+    folder: str | os.PathLike,
+    *,
+    interval: str = "t",
+    metric: str = "accuracy",
+    margin: float | None = None,
 ) -> None:
     """Writes the report of the complete cells and prints the files' names. Raises UserError."""
     folder = pathlib.Path(folder)
@@ -338,7 +343,7 @@ def write_report(
     from flax_cnns.studies.ablation import report as ablation_report
 
     with plan.lock_folder(folder):
-        paths = ablation_report.write(folder, interval=interval, metric=metric)
+        paths = ablation_report.write(folder, interval=interval, metric=metric, margin=margin)
     print(f"written to {folder}: {', '.join(pathlib.Path(path).name for path in paths)}")
 
 

@@ -19,11 +19,12 @@ import numpy as np
 
 from flax_cnns.analysis import statistics
 from flax_cnns.analysis.plots import forest
-from flax_cnns.analysis.statistics import Difference, Interval
+from flax_cnns.analysis.statistics import Difference, Interval, MarginTest
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_text
 from flax_cnns.names import escape_unprintable
 from flax_cnns.runs.metric import Metric, make_metric
+from flax_cnns.studies.ablation import margins
 from flax_cnns.studies.ablation.reading import (
     RowResults,
     check_metric_logged,
@@ -51,6 +52,7 @@ class RowSummary(NamedTuple):
     seconds_per_step: float | None
     seconds: float | None
     metric: Metric = Metric("accuracy")
+    margin: MarginTest | None = None  # None without --margin, and for the baseline
 
     @property
     def is_significant(self) -> bool:
@@ -63,13 +65,18 @@ class RowSummary(NamedTuple):
 
 
 def write(
-    folder: str | os.PathLike, *, interval: str = "t", metric: str = "accuracy"
+    folder: str | os.PathLike,
+    *,
+    interval: str = "t",
+    metric: str = "accuracy",
+    margin: float | None = None,
 ) -> list[pathlib.Path]:
     """Writes report.md, report.csv, forest.png and curves.png into an ablation's folder.
 
     `interval`: t or bootstrap (see `analysis.statistics`); the p-values are from paired t-tests in
-    both cases. `metric`: NAME of `test/NAME` in the runs' logs. Returns the paths. Raises UserError
-    if there is no ablation, if no cell is complete, or if no complete cell logged the metric.
+    both cases. `metric`: NAME of `test/NAME` in the runs' logs. `margin`: see `margins`. Returns
+    the paths. Raises UserError if there is no ablation, if no cell is complete, or if no complete
+    cell logged the metric.
     """
     statistics.check_method(interval)
     folder, name = pathlib.Path(folder), metric.removeprefix("test/")
@@ -86,7 +93,7 @@ def write(
     rows = [require_metric(row, name) for row in rows]
     values = [value for row in rows for value in row.values(f"test/{name}").values()]
     form = make_metric(name, values)
-    summaries = _summarize(rows, plan["baseline"], interval, form)
+    summaries = _summarize(rows, plan["baseline"], interval, form, margin)
     paths = [folder / name for name in ("report.md", "report.csv", "forest.png", "curves.png")]
     _draw_forest(summaries, plan, form, paths[2])
     _draw_curves(rows, plan["baseline"], form, paths[3])
@@ -100,7 +107,11 @@ def write(
 
 
 def _summarize(
-    rows: Sequence[RowResults], baseline: str, method: str, metric: Metric
+    rows: Sequence[RowResults],
+    baseline: str,
+    method: str,
+    metric: Metric,
+    margin: float | None,
 ) -> list[RowSummary]:
     test = f"test/{metric.name}"
     reference = next((row.values(test) for row in rows if row.name == baseline), {})
@@ -128,6 +139,7 @@ def _summarize(
                 seconds_per_step=_mean(record.seconds_per_step for record in records),
                 seconds=_mean(record.seconds for record in records),
                 metric=metric,
+                margin=margins.make_test(difference, values, reference, metric, margin),
             )
         )
     return summaries
@@ -145,11 +157,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
 # Columns of every report.csv. The values of a metric with such a name are in column `test_NAME`.
 _COLUMNS = {"row", "seeds", "complete", "failed", "diverged", "interrupted", "damaged", "missing"}
 _COLUMNS |= {"difference", "pairs", "p", "p_holm", "gap", "parameters", "macs"}
-_COLUMNS |= {"seconds_per_step", "seconds"}
+_COLUMNS |= {"seconds_per_step", "seconds", *margins.COLUMNS}
 
 
 def _format_csv(summaries: Sequence[RowSummary], seeds: int, metric: Metric) -> str:
     """Formats report.csv: fractions from 0 to 1, unknown values empty, a column per seed."""
+    margin = any(summary.margin for summary in summaries)
     table, column = [], f"test_{metric.name}" if metric.name in _COLUMNS else metric.name
     for summary in summaries:
         row = summary.row
@@ -169,6 +182,7 @@ def _format_csv(summaries: Sequence[RowSummary], seeds: int, metric: Metric) -> 
                 f"{name}_high": interval.high,
             }
         line |= {"pairs": difference.interval.n, "p": difference.p, "p_holm": summary.p_holm}
+        line |= margins.make_columns(summary.margin, metric) if margin else {}
         line |= {"gap": summary.gap}
         line |= dict(zip(("parameters", "macs"), summary.size or (None, None)))
         line |= {"seconds_per_step": summary.seconds_per_step, "seconds": summary.seconds}
@@ -190,10 +204,13 @@ def _format_markdown(
     folder: pathlib.Path,
 ) -> str:
     points = metric.difference_unit
+    margin = next((summary.margin for summary in summaries if summary.margin), None)
     columns = [
         *("row", "seeds", f"test {metric.name}{metric.unit}"),
         *(("test error, %",) if metric.is_fraction else ()),
-        *(f"difference{points}", "p", "p Holm", f"train − test{points}"),
+        *(f"difference{points}", "p", "p Holm"),
+        *((margins.make_title(margin, metric),) if margin else ()),
+        f"train − test{points}",
         *("parameters", "MACs", "s per step", "time, s"),
     ]
     lines = [
@@ -204,7 +221,7 @@ def _format_markdown(
         "| " + " | ".join(columns) + " |",
         "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|",
     ]
-    lines += ["| " + " | ".join(_format_row(summary)) + " |" for summary in summaries]
+    lines += ["| " + " | ".join(_format_row(summary, bool(margin))) + " |" for summary in summaries]
     lines += [
         "",
         *_make_notes(summaries, plan, method, metric),
@@ -250,6 +267,8 @@ def _make_notes(
         " without augmentation (`train.evaluate_train`) minus that on the test split. Seconds per"
         " step exclude compiling, evaluating and saving; the time of a run includes them.",
     ]
+    if margin := next((summary.margin for summary in summaries if summary.margin), None):
+        notes += ["", margins.make_note(margin, metric)]
     if not metric.is_fraction:
         notes += [
             "",
@@ -269,7 +288,7 @@ def _make_notes(
     return notes
 
 
-def _format_row(summary: RowSummary) -> list[str]:
+def _format_row(summary: RowSummary, with_margin: bool) -> list[str]:
     """Returns the cells of a row of the table."""
     row, difference, metric = summary.row, summary.difference, summary.metric
     parameters, macs = summary.size or (None, None)
@@ -285,8 +304,9 @@ def _format_row(summary: RowSummary) -> list[str]:
         _format_interval(summary.value, metric),
         *([_format_interval(summary.error, metric)] if metric.is_fraction else []),
         f"**{text}**" if summary.is_significant else text,
-        _format_p(math.nan if difference is None else difference.p),
-        _format_p(summary.p_holm),
+        statistics.format_p(math.nan if difference is None else difference.p),
+        statistics.format_p(summary.p_holm),
+        *([margins.describe(summary.margin, metric)] if with_margin else []),
         "-" if summary.gap is None else metric.format(summary.gap, "+"),
         "-" if parameters is None else f"{parameters:,}",
         "-" if macs is None else f"{macs:,}",
@@ -300,10 +320,6 @@ def _format_interval(interval: Interval, metric: Metric, sign: str = "") -> str:
         return "-"
     mean, low, high = (metric.format(value, sign) for value in interval[:3])
     return f"{mean} [{low}, {high}]" if interval.is_known else mean
-
-
-def _format_p(p: float) -> str:
-    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # ---------------------------------------------------------------------------- pictures

@@ -296,3 +296,44 @@ def test_curves_of_a_metric_that_falls_show_where_they_end(two_rows, tmp_path, m
     low, high = falls.get_ylim()
     assert low < curve.min() < curve[len(curve) // 5] < high < curve[0]
     assert rises.get_title().splitlines() == ["plain", f"{100 * (1.1 - curve[-1]):.2f}"]
+
+
+def test_a_margin_says_what_is_equivalent_and_what_is_only_not_significant(tmp_path, monkeypatch):
+    for name in ("_draw_forest", "_draw_curves", "count_params_and_macs"):
+        monkeypatch.setattr(ablation_report, name, lambda *_: None)
+    rows = {
+        "plain": ROWS["plain"],
+        "unsure": ROWS["unsure"],  # differences 0.04, 0.00, -0.04
+        # Differences 1, 0, -1 thousandths: t = 0.01 / (0.001 / sqrt 3) = 17.3, p = 0.00166.
+        "alike": ({"mix.mixup": 0.1}, [(0.901, None), (0.91, None), (0.919, None)]),
+        # Differences 0.010, 0.012, 0.014: t = 0.022 / 0.0011547 = 19.05 above -0.01, p = 0.00137.
+        "better": ROWS["better"],
+        "lone": ({"mix.mixup": 0.3}, [(0.93, 0.99), None, None]),
+    }
+    folder = write_sweep(tmp_path, rows)
+    ablation_report.write(folder, margin=1.0)
+    markdown, found = (folder / "report.md").read_text(), read(folder)
+    assert "| p Holm | within ±1 points | train − test, points |" in markdown
+    verdicts = {name: line(markdown, name)[7] for name in rows}
+    assert verdicts == {
+        "plain": "-",
+        "unsure": "undecided",
+        "alike": "equivalent, p 0.002",
+        "better": "not worse, p 0.001",
+        "lone": "-",
+    }
+    assert "rejects that the row is worse by 1 points or more" in markdown
+    values = numbers(found["better"], "margin", "p_not_worse")
+    np.testing.assert_allclose(values, [0.01, 0.001372], atol=1e-6)
+    assert float(found["better"]["p_equivalent"]) > 0.5
+    np.testing.assert_allclose(float(found["alike"]["p_equivalent"]), 0.001660, atol=2e-6)
+    assert found["plain"]["p_not_worse"] == found["lone"]["p_not_worse"] == ""
+    ablation_report.write(folder, metric="loss", margin=0.01)  # the loss is 1 - accuracy
+    markdown = (folder / "report.md").read_text()
+    assert line(markdown, "better")[6] == "not worse, p 0.001"
+    assert "within ±0.01 |" in markdown
+    ablation_report.write(folder)
+    assert "within" not in (folder / "report.md").read_text()
+    assert "margin" not in read(folder)["better"]
+    with pytest.raises(UserError, match="margin: expected a number above 0, got -1"):
+        ablation_report.write(folder, margin=-1.0)
