@@ -123,7 +123,7 @@ def compare_with_margin(
     if len(seeds) < 2 or _flat(difference, np.concatenate([ours, theirs])):
         return MarginTest(margin, math.nan, math.nan)
     n = len(seeds)
-    error = np.std(difference, ddof=1) / math.sqrt(n)
+    error = stats.sem(difference)
     above = float(stats.t.sf((difference.mean() + margin) / error, n - 1))
     below = float(stats.t.cdf((difference.mean() - margin) / error, n - 1))
     return MarginTest(margin, above, below)
