@@ -2,6 +2,7 @@
 
 flax-cnns evaluate --workdir=runs/digits
 flax-cnns evaluate --workdir=runs/digits@best --split=validation
+flax-cnns evaluate --workdir=runs/digits --errors
 
 Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. If the data changed since
 the run began, the command ends with an error; with --accept-changed-data it evaluates on the
@@ -26,6 +27,32 @@ _CHECKPOINT = flags.DEFINE_string(
     "The checkpoint to evaluate: best, latest or a step. Without this flag: the checkpoint that was"
     " tested for summary.json; in an unfinished run, the latest.",
 )
+
+
+class _CountParser(flags.ArgumentParser):
+    """Parses --errors (`DEFAULT_ERRORS`), --errors=N and --no-errors (0)."""
+
+    def parse(self, argument: str | int) -> int:
+        known = {"true": DEFAULT_ERRORS, "false": 0}
+        try:
+            return known[str(argument)] if str(argument) in known else int(argument)
+        except ValueError:
+            raise ValueError(f"expected a whole number, got {argument!r}") from None
+
+
+DEFAULT_ERRORS = 100
+_ERRORS = flags.DEFINE_flag(
+    flags.Flag(
+        _CountParser(),
+        None,
+        "errors",
+        0,
+        "Also write the worst mistakes with saliency maps into errors_SPLIT_STEP.html, a page"
+        f" without external parts. --errors: at most {DEFAULT_ERRORS} of them; --errors=N: at most"
+        " N.",
+        boolean=True,
+    )
+)
 _ACCEPT = define_accept()
 _TRUST = define_trust()
 
@@ -40,4 +67,5 @@ def evaluate(argv: list[str]) -> None:
         checkpoint=_CHECKPOINT.value,
         accept_changed_data=_ACCEPT.value,
         trust=_TRUST.value,
+        errors=_ERRORS.value,
     )

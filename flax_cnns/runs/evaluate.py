@@ -18,6 +18,7 @@ from flax_cnns.evaluation.predictions import Predictions, measure
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.classifier import Classifier, make_classifier_from_run, predict_split
+from flax_cnns.runs.error_page import check_error_page, write_errors
 from flax_cnns.runtime import output
 
 
@@ -29,6 +30,7 @@ def evaluate_run(
     checkpoint: str = "",
     accept_changed_data: bool = False,
     trust: bool = False,
+    errors: int = 0,
 ) -> dict[str, Any]:
     """Evaluates a run on a split and prints tables, with 95 % intervals (`evaluation.uncertainty`).
 
@@ -41,6 +43,9 @@ def evaluate_run(
     an unfinished run. `trust` allows importing the code of the run's own parts. With
     `accept_changed_data` changed data are evaluated, and both fingerprints go into the file.
 
+    `errors`: how many of the worst mistakes go into the page `errors_SPLIT_STEP.html`; 0 writes
+    none.
+
     Raises UserError if the run, the split or the checkpoint does not exist, if the data changed
     since the run began, or if the run has own parts and is not trusted.
     """
@@ -50,6 +55,8 @@ def evaluate_run(
     run = classifier.run
     assert run is not None
     dataset, workdir = run.components.dataset, run.folder
+    if errors:
+        check_error_page(classifier.task, errors)
     predictions = predict_split(classifier, split)
     confusion = count_confusion(predictions) if predictions.task == "classes" else None
     results: dict[str, Any] = {
@@ -70,6 +77,9 @@ def evaluate_run(
     if confusion is not None:
         confusion_plot.draw_confusion(confusion, classifier.class_names, workdir / f"{name}.png")
         written += f", {name}.png"
+    if errors:
+        page = workdir / f"errors_{split}_{run.step}.html"
+        written += f", {write_errors(classifier, predictions, split, page, count=errors)}"
     tables.print_evaluation(results)
     print(f"written to {workdir}: {written}")
     return results
