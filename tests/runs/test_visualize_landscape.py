@@ -152,13 +152,13 @@ def test_own_networks_own_data_and_own_losses(drawn, no_pictures, tmp_path):
 
     path = landscape.draw_trajectory(workdir, tmp_path / "t.png", settings)
     assert path.points.shape == (4, 2)
-    given = (f"{workdir}@3", f"{workdir}@12", tmp_path / "l.png")
-    found = landscape.draw_line(*given, quiet(trust=True, images=64))["test"]
-    wanted = [evaluate_run(f"{workdir}@{step}", trust=True)["loss"] for step in (3, 12)]
+    given = (f"{workdir}@6", f"{workdir}@12", tmp_path / "l.png")
+    found = landscape.draw_line(*given, quiet(trust=True))["test"]
+    wanted = [evaluate_run(f"{workdir}@{step}", trust=True)["loss"] for step in (6, 12)]
     ends = [int(np.flatnonzero(landscape.list_alphas(3) == end)[0]) for end in (0, 1)]
     np.testing.assert_allclose(found.losses[ends], wanted, rtol=1e-4)
     with pytest.raises(UserError, match=r"rows of another plane or line \(reestimated"):
-        landscape.draw_line(*given, quiet(trust=True, images=64, batchnorm="reestimate"))
+        landscape.draw_line(*given, quiet(trust=True, batchnorm="reestimate"))
 
     reestimate = loss.make_reestimation(checkpoint, 32)
     stats = reestimate(checkpoint.variables)["batch_stats"]["norm"]
@@ -186,7 +186,7 @@ def test_own_networks_own_data_and_own_losses(drawn, no_pictures, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_rows_and_the_same_command_goes_on(finished, tmp_path):
     out = tmp_path / "map.png"
-    flags = [f"--workdir={finished[0]}", "--grid=400", "--images=200", f"--out={out}"]
+    flags = [f"--workdir={finished[0]}", "--grid=100", "--images=50", f"--out={out}"]
     process = start("visualize", "landscape", *flags)
     rows, deadline = tmp_path / "map.rows/1-whole", time.time() + 120
     while len(list(rows.glob("row*.npy"))) < 2 and time.time() < deadline:
@@ -195,7 +195,7 @@ def test_ctrl_c_leaves_rows_and_the_same_command_goes_on(finished, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "of 400 rows are saved in" in err
+    assert "of 100 rows are saved in" in err
     assert not out.exists()
     saved = {path.name: path.stat().st_mtime_ns for path in rows.glob("row*.npy")}
     code, _, err = finish("visualize", "landscape", *flags[:1], "--grid=3", *flags[2:])
@@ -207,6 +207,7 @@ def test_ctrl_c_leaves_rows_and_the_same_command_goes_on(finished, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.communicate()
+    assert len(list(rows.glob("row*.npy"))) > len(saved)
     assert all((rows / name).stat().st_mtime_ns == when for name, when in saved.items())
 
 
