@@ -4,6 +4,7 @@ flax-cnns predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.
 flax-cnns predict --model=resnet50 --weights=torchvision=resnet50.pth cat.jpg dog.png
 flax-cnns predict --workdir=runs/flowers@best mine.jpg
 flax-cnns predict --workdir=weights/resnet50 cat.jpg
+flax-cnns predict --workdir=runs/flowers@best --calibrated mine.jpg
 
 Published weights use the preprocessing that they were evaluated with, also after `convert`; a run
 uses its own. --weights is SOURCE (torchvision, timm, keras or efficientnet_lite) or SOURCE=FILE.
@@ -32,6 +33,11 @@ _CHECKPOINT = flags.DEFINE_string(
     "The checkpoint of a run: best, latest or a step. Without this flag: the checkpoint that was"
     " tested for summary.json; in an unfinished run, the latest.",
 )
+_CALIBRATED = flags.DEFINE_bool(
+    "calibrated",
+    False,
+    "Divide the logits by the temperature of the run, which `evaluate --calibrate` fitted.",
+)
 _TOP = flags.DEFINE_integer("top", 5, "Number of classes to show.", lower_bound=1)
 _TRUST = define_trust()
 _OUT = flags.DEFINE_string(
@@ -50,6 +56,11 @@ def predict(argv: list[str]) -> None:
         raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
     if _CHECKPOINT.value and not _WORKDIR.value:
         raise UserError("--checkpoint chooses a checkpoint of a run; also give --workdir=RUN")
+    if _CALIBRATED.value and not _WORKDIR.value:
+        raise UserError(
+            "--calibrated takes the temperature of a run, and published weights have none; remove"
+            " it, or give --workdir=RUN"
+        )
     photos = argv[1:]
     check_photos(photos)
     out, description = choose_picture_path(_OUT, photos) if _OUT.value else ("", "")
@@ -58,7 +69,10 @@ def predict(argv: list[str]) -> None:
 
     if _WORKDIR.value:
         predictor = prediction.make_predictor_from_folder(
-            _WORKDIR.value, _CHECKPOINT.value, trust=_TRUST.value
+            _WORKDIR.value,
+            _CHECKPOINT.value,
+            trust=_TRUST.value,
+            calibrated=_CALIBRATED.value,
         )
     else:
         source, _, file = _WEIGHTS.value.partition("=")

@@ -20,6 +20,7 @@ from flax_cnns.data import images
 from flax_cnns.data.images import Photo, open_photo
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
+from flax_cnns.runs import calibration
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.load import load_run
 from flax_cnns.types import Array, PyTree
@@ -82,16 +83,25 @@ def make_predictor_from_weights(
 
 
 def make_predictor_from_folder(
-    folder: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
+    folder: str | os.PathLike,
+    checkpoint: str = "",
+    *,
+    trust: bool = False,
+    calibrated: bool = False,
 ) -> Predictor:
     """Makes a predictor from a run, or from a folder that `experiments.convert` wrote.
 
     A run is RUN, RUN@best, RUN@latest or RUN@1200; `checkpoint` may name the checkpoint instead.
-    `trust`: see `make_predictor_from_run`. Raises UserError.
+    `trust`, `calibrated`: see `make_predictor_from_run`. Raises UserError.
     """
     folder, checkpoint = workdirs.split_checkpoint(folder, checkpoint)
     if not os.path.isfile(folder / "about.json"):
-        return make_predictor_from_run(folder, checkpoint, trust=trust)
+        return make_predictor_from_run(folder, checkpoint, trust=trust, calibrated=calibrated)
+    if calibrated:
+        raise UserError(
+            f"{folder} holds converted weights, which have no temperature; remove --calibrated, or"
+            " name a run"
+        )
     if checkpoint:
         raise UserError(
             f"{folder} holds converted weights, which have no checkpoints; remove"
@@ -156,18 +166,25 @@ def _make_predictor(
 
 
 def make_predictor_from_run(
-    workdir: str | os.PathLike, checkpoint: str = "", *, trust: bool = False
+    workdir: str | os.PathLike,
+    checkpoint: str = "",
+    *,
+    trust: bool = False,
+    calibrated: bool = False,
 ) -> Predictor:
     """Makes a predictor with a run's network, which prepares photos like the run's own images.
 
     The data set is not needed. `checkpoint`: best, latest, a step, or "" for what RUN alone means
-    (see `finding.choose_step`). `trust` allows importing a network of the user's own. Raises
-    UserError.
+    (see `finding.choose_step`). `trust` allows importing a network of the user's own. `calibrated`:
+    whether logits are divided by the temperature in the run's `calibration.json`. Raises UserError,
+    also if that file is missing or of another step.
     """
     loaded = load_run(workdir, checkpoint, trust=trust)
     config, dataset, model = loaded.config, loaded.dataset, loaded.network
     variables, step, why = loaded.variables, loaded.step, loaded.checkpoint
     workdir, _ = workdirs.split_checkpoint(workdir, checkpoint)
+    temperature = calibration.read_temperature(workdir, step) if calibrated else 1.0
+    scaled = f", temperature {temperature:.4g}" if calibrated else ""
     if problems := configs.find_problems(config):
         print(configs.format_note(workdir, problems))
     if dataset.task != "classes":
@@ -190,10 +207,10 @@ def make_predictor_from_run(
 
     normalize = loaded.preprocessing
     return Predictor(
-        f"{workdir.name}, step {step} ({why}): {config.model.name} on {dataset.name}",
+        f"{workdir.name}, step {step} ({why}): {config.model.name} on {dataset.name}{scaled}",
         read,
         box,
-        _make_probabilities(model, variables, normalize),
+        _make_probabilities(model, variables, normalize, temperature),
         loaded.class_names,
     )
 
@@ -218,11 +235,14 @@ def draw_photos(
 
 
 def _make_probabilities(
-    model: nn.Module, variables: PyTree, normalize: Callable[[Array], Array] = lambda x: x
+    model: nn.Module,
+    variables: PyTree,
+    normalize: Callable[[Array], Array] = lambda x: x,
+    temperature: float = 1.0,
 ) -> Callable[[Any], Array]:
     @jax.jit
     def softmax(variables: PyTree, images: Array) -> Array:
         logits: Any = model.apply(variables, normalize(images), train=False)
-        return jax.nn.softmax(logits)
+        return jax.nn.softmax(logits / temperature)
 
     return partial(softmax, jax.device_put(variables))
