@@ -68,6 +68,7 @@ def pytest_collection_modifyitems(items):
 TOGETHER = {
     "tests/config/test_effects.py": "runs",
     "tests/evaluation/test_crops.py": "runs",
+    "tests/runs/test_calibration.py": "runs",
     "tests/runs/test_classifier.py": "runs",
     "tests/runs/test_compare_images.py": "runs",
     "tests/runs/test_predict.py": "runs",

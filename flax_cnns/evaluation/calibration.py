@@ -6,8 +6,8 @@
 Metrics are computed in float64 on the host, from four numbers per image:
 
 - ECE: images in 15 bins of equal width by confidence, the probability of the predicted class. The
-  mean gap |accuracy - confidence| of the bins, weighted by their images (Guo et al. 2017, section 2,
-  https://arxiv.org/abs/1706.04599). As there, a bin is (low, high]; confidence 0 is in the first
+  mean gap |accuracy - confidence| of the bins, weighted by their images (Guo et al. 2017, section
+  2, https://arxiv.org/abs/1706.04599). As there, a bin is (low, high]; confidence 0 is in the first
   bin. Empty bins count nothing.
 - Adaptive ECE: the same with bins of equally many images, to within one; the bins of the lowest
   confidence get one more (Nguyen & O'Connor 2015, https://arxiv.org/abs/1508.05154; Nixon et al.
@@ -16,9 +16,9 @@ Metrics are computed in float64 on the host, from four numbers per image:
   is between 0 and 2 (Brier 1950). Some libraries halve it, or divide by the number of classes.
 - NLL: the mean of -log(probability of the true class), in nats.
 - AURC: the mean error over all coverages k/N, if the k images of highest confidence are answered
-  and the others are left to a human (Geifman & El-Yaniv, https://arxiv.org/abs/1705.08500, and 2019,
-  https://arxiv.org/abs/1805.08206). Excess AURC: AURC minus that of the best order of the same
-  errors. The second paper takes an approximation of the best; here it is exact.
+  and the others are left to a human (Geifman & El-Yaniv 2017, https://arxiv.org/abs/1705.08500).
+  Excess AURC: AURC minus that of the best order of the same errors (Geifman et al. 2019,
+  https://arxiv.org/abs/1805.08206, who approximate the best order's; here it is exact).
 
 Images of equal confidence share their mean correctness, so their order has no effect. ECE of few
 images is biased: it is above 0 even for a perfectly calibrated network.
@@ -62,16 +62,16 @@ class ReliabilityBins(NamedTuple):
 
     low: np.ndarray
     high: np.ndarray
-    count: np.ndarray
+    images: np.ndarray  # how many
     confidence: np.ndarray  # mean
     accuracy: np.ndarray  # mean
 
     @property
     def calibration_error(self) -> float:
         """The mean |accuracy - confidence|, weighted by the images of the bins."""
-        full = self.count > 0
+        full = self.images > 0
         gaps = np.abs(self.accuracy[full] - self.confidence[full])
-        return float(gaps @ self.count[full] / self.count.sum())
+        return float(gaps @ self.images[full] / self.images.sum())
 
 
 class RiskCoverage(NamedTuple):
@@ -140,7 +140,7 @@ def _check_distributions(rows: np.ndarray, what: str) -> None:
         where = (
             f"row {bad.argmax()} sums to {rows[bad][0].sum():g}" if rows.ndim == 2 else "not 2-D"
         )
-        raise UserError(f"{what}: expected [N K], each row at least 0 and of sum 1; {where}")
+        raise UserError(f"{what}: expected [N K], each row at least 0 and of sum 1; got {where}")
 
 
 def _score(logs: np.ndarray, labels: np.ndarray) -> Scores:

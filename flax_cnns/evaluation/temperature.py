@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -73,7 +74,8 @@ def apply_temperature(predictions: Predictions, temperature: float) -> Predictio
     return predictions._replace(logits=predictions.logits / np.float32(temperature))
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises UserError unless `temperature` is a positive, finite number."""
+def check_temperature(temperature: Any) -> float:
+    """Returns `temperature`. Raises UserError unless it is a positive, finite number."""
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise UserError(f"temperature: expected a positive number, got {temperature!r}")
+    return float(temperature)

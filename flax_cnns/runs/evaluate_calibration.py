@@ -14,12 +14,12 @@ from flax_cnns.analysis.plots import reliability
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import calibration
 from flax_cnns.evaluation.calibration import Comparison, Scores
-from flax_cnns.evaluation.predictions import measure
-from flax_cnns.evaluation.temperature import apply_temperature
+from flax_cnns.evaluation.predictions import Predictions, measure
+from flax_cnns.evaluation.temperature import apply_temperature, fit_temperature
 from flax_cnns.names import make_console
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.calibration import FILE, fit_classifier_temperature
-from flax_cnns.runs.classifier import make_classifier_from_run, predict_split
+from flax_cnns.runs.classifier import Classifier, make_classifier_from_run, predict_split
+from flax_cnns.runs.temperature import FILE
 from flax_cnns.runtime import output
 
 # metric: (its name in the table, whether it is shown in percent)
@@ -59,7 +59,8 @@ def calibrate_run(
         workdir, checkpoint, accept_changed_data=accept_changed_data, trust=trust
     )
     run, dataset = classifier.run, classifier.dataset
-    assert run is not None and dataset is not None
+    assert run is not None
+    assert dataset is not None
     if split not in dataset.splits:
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
@@ -69,7 +70,9 @@ def calibrate_run(
     before = calibration.score_predictions(predictions)
     after = calibration.score_predictions(predictions, temperature)
     try:
-        found = calibration.compare_scores([before, after], bins=bins)
+        found = calibration.compare_scores(
+            [before, after], bins=bins, resamples=calibration.RESAMPLES
+        )
     except UserError as error:
         raise UserError(f"{run.folder}, {split}: {error}") from None
     changed = {"changed_data": run.changed_data} if run.changed_data else {}
@@ -106,23 +109,59 @@ def calibrate_run(
     if not run.changed_data:
         workdirs.add_fingerprint(run.folder, dataset.as_dict())
     panels = [
-        _make_panel("before", before, found.metrics[0], bins),
-        _make_panel(f"after, T = {temperature:.3f}", after, found.metrics[1], bins),
+        _make_panel("before", before, bins),
+        _make_panel(f"after, T = {temperature:.3f}", after, bins),
     ]
-    picture = f"{classifier.title}; {split}, {images:,} images"
-    reliability.draw_reliability(panels, run.folder / "calibration.png", picture)
-    print_calibration(f"{classifier.title}; {split}, {images:,} images", content, found)
+    title = f"{classifier.title}; {split}, {images:,} images"
+    reliability.draw_reliability(panels, run.folder / "calibration.png", title)
+    print_calibration(title, content, found)
     print(f"written to {run.folder}: {FILE}, calibration.png, {name}")
     return content
 
 
-def _make_panel(
-    title: str, scores: Scores, metrics: Mapping[str, float], bins: int
-) -> reliability.ReliabilityPanel:
+def fit_classifier_temperature(
+    classifier: Classifier, split: str = "validation"
+) -> tuple[float, Predictions]:
+    """Returns (the temperature of least NLL, the predictions that it was fitted on).
+
+    The images are those of `validation`. Raises UserError for another split, for published weights,
+    for a run without a validation split, for multilabel data, and as `fit_temperature`.
+    """
+    if classifier.run is None or classifier.dataset is None:
+        raise UserError(
+            f"{classifier.title}: published weights have no validation split of their own, on which"
+            " a temperature is fitted; fine-tune or evaluate them as a run (docs/transfer.md)"
+        )
+    folder = classifier.run.folder
+    if split != "validation":
+        reason = {
+            "test": "a temperature that is chosen on the test images makes their metrics too good",
+            "train": "the network is surer of the images that it was trained on than of others",
+        }.get(split, "the other splits have other uses")
+        raise UserError(
+            f"{folder}: a temperature is fitted on the validation split, not on {split}: {reason}"
+        )
+    if "validation" not in classifier.dataset.splits:
+        raise UserError(
+            f"{folder}: the run has no validation split, on which a temperature is fitted; train it"
+            " with one: --config.data.validation=0.1 takes a tenth of the training images"
+        )
+    if classifier.task != "classes":
+        raise UserError(
+            f"{folder}: a run on {classifier.task} data predicts no single class, so it has no"
+            " temperature; expected a run on data with one class per image"
+        )
+    predictions = predict_split(classifier, split)
+    try:
+        return fit_temperature(predictions), predictions
+    except UserError as error:
+        raise UserError(f"{folder}, step {classifier.run.step}, {split}: {error}") from None
+
+
+def _make_panel(name: str, scores: Scores, bins: int) -> reliability.ReliabilityPanel:
     curve = calibration.find_risk_coverage(scores)
-    title += f": ECE {100 * metrics['ece']:.2f} %"
     return reliability.ReliabilityPanel(
-        title, *calibration.bin_by_width(scores, bins), curve.coverage, curve.risk
+        name, *calibration.bin_by_width(scores, bins), curve.coverage, curve.risk
     )
 
 
@@ -140,7 +179,7 @@ def print_calibration(title: str, content: Mapping[str, Any], found: Comparison)
         ]
         change = found.metrics[1][name] - found.metrics[0][name]
         table.add_row(shown, *cells, _format(change, found.change[name], factor, f"+{form}"))
-    console = make_console()
+    console = make_console(width=max(110, make_console().width))
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)
     fitted = content["fitted"]

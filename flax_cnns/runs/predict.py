@@ -20,9 +20,9 @@ from flax_cnns.data import images
 from flax_cnns.data.images import Photo, open_photo
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
-from flax_cnns.runs import calibration
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.load import load_run
+from flax_cnns.runs.temperature import read_temperature
 from flax_cnns.types import Array, PyTree
 
 Prediction = tuple[str, float]  # a class and its probability
@@ -183,7 +183,7 @@ def make_predictor_from_run(
     config, dataset, model = loaded.config, loaded.dataset, loaded.network
     variables, step, why = loaded.variables, loaded.step, loaded.checkpoint
     workdir, _ = workdirs.split_checkpoint(workdir, checkpoint)
-    temperature = calibration.read_temperature(workdir, step) if calibrated else 1.0
+    temperature = read_temperature(workdir, step) if calibrated else 1.0
     scaled = f", temperature {temperature:.4g}" if calibrated else ""
     if problems := configs.find_problems(config):
         print(configs.format_note(workdir, problems))

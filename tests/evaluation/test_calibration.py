@@ -84,16 +84,17 @@ def test_an_example_by_hand():
 
 def test_a_bin_has_its_upper_edge_and_empty_bins_are_nan():
     found = bin_by_width(make_scores([0.0, 0.25, 0.5, 0.500001, 1.0], [0, 1, 1, 0, 1]), bins=4)
-    assert found.count.tolist() == [2, 1, 1, 1]
+    assert found.images.tolist() == [2, 1, 1, 1]
     np.testing.assert_allclose(found.accuracy, [0.5, 1, 0, 1])
     found = bin_by_width(make_scores([0.9, 0.8], [1, 0]), bins=4)
-    assert found.count.tolist() == [0, 0, 0, 2] and np.isnan(found.accuracy[:3]).all()
+    assert found.images.tolist() == [0, 0, 0, 2]
+    assert np.isnan(found.accuracy[:3]).all()
     assert found.calibration_error == pytest.approx(abs(0.5 - 0.85))
 
 
 def test_bins_of_equal_mass_differ_by_one_image():
     found = bin_by_mass(make_scores([0.9, 0.2, 0.5, 0.4, 0.3], [1, 0, 1, 0, 1]), bins=2)
-    assert found.count.tolist() == [3, 2]
+    assert found.images.tolist() == [3, 2]
     np.testing.assert_allclose(found.low, [0.2, 0.5])
     np.testing.assert_allclose(found.high, [0.4, 0.9])
     np.testing.assert_allclose(found.accuracy, [1 / 3, 1])
@@ -126,7 +127,8 @@ def test_soft_labels_of_a_network_that_predicts_them():
     np.testing.assert_allclose(found.correct, [0.6, 0.9, 1.0])
     np.testing.assert_allclose(found.brier, 0, atol=1e-15)
     entropy = -(0.6 * np.log(0.6) + 0.4 * np.log(0.4))
-    assert found.nll[0] == pytest.approx(entropy) and found.nll[2] == 0
+    assert found.nll[0] == pytest.approx(entropy)
+    assert found.nll[2] == 0
     assert measure_scores(found, bins=3)["ece"] == pytest.approx(0)
 
 
@@ -198,15 +200,15 @@ def test_intervals_of_means_are_nearly_normal_and_changes_are_paired():
 
 def test_errors():
     predictions = make_predictions(images=20)
-    with pytest.raises(UserError, match="14 images are too few for 15 bins.*at most 14 bins"):
+    with pytest.raises(UserError, match=r"14 images are too few for 15 bins.*at most 14 bins"):
         measure_scores(make_scores([0.5] * 14, [1] * 14))
     with pytest.raises(UserError, match="multilabel data: calibration is of the one predicted"):
         score_predictions(predictions._replace(task="multilabel"))
     with pytest.raises(UserError, match="label 7 is no class: expected 0 to 3"):
         score_predictions(predictions._replace(labels=np.full(20, 7)))
-    with pytest.raises(UserError, match="soft labels: .*row 0 sums to 4"):
+    with pytest.raises(UserError, match=r"soft labels: .*row 0 sums to 4"):
         score_predictions(predictions._replace(labels=np.ones((20, 4))))
-    with pytest.raises(UserError, match="probabilities: .*row 1 sums to 1.5"):
+    with pytest.raises(UserError, match=r"probabilities: .*row 1 sums to 1\.5"):
         score_probabilities(np.array([[0.5, 0.5], [1.0, 0.5]]), np.array([0, 1]))
     with pytest.raises(UserError, match="no images"):
         score_predictions(Predictions(np.zeros((0, 4)), np.zeros(0, int)))

@@ -15,6 +15,7 @@ from flax_cnns.analysis.plots.style import (
     BLUE,
     GRAY,
     ORANGE,
+    SKY_BLUE,
     VERMILION,
     save_picture,
     tidy_axes,
@@ -26,10 +27,10 @@ MAX_CURVE_POINTS = 2000
 class ReliabilityPanel(NamedTuple):
     """One network's column of the picture, in M bins of its confidence."""
 
-    title: str
+    name: str
     low: np.ndarray  # [M], and so are the next four
     high: np.ndarray
-    count: np.ndarray
+    images: np.ndarray
     confidence: np.ndarray  # mean; NaN in an empty bin
     accuracy: np.ndarray  # mean; NaN in an empty bin
     coverage: np.ndarray  # [N]
@@ -42,8 +43,9 @@ def draw_reliability(
     """Draws a reliability diagram above a histogram of the confidence for each panel, and the
     risk-coverage curves of all panels.
 
-    A bar is the accuracy of a bin; the dot on it is at the bin's mean confidence. Red is the gap
-    between the two. Raises `UserError` if the file cannot be written.
+    A bar is as high as the accuracy of its bin; the dot is at the bin's mean confidence. The gap
+    between the two is red if the network is too sure, and pale if it is not sure enough. Raises
+    `UserError` if the file cannot be written.
     """
     columns = len(panels) + 1
     figure = Figure(figsize=(3.9 * columns, 5.2), layout="constrained")
@@ -62,24 +64,21 @@ def draw_reliability(
 
 
 def _draw_gaps(axes: Axes, panel: ReliabilityPanel) -> None:
-    full = panel.count > 0
+    full = panel.images > 0
     low, width = panel.low[full], (panel.high - panel.low)[full]
     accuracy, confidence = panel.accuracy[full], panel.confidence[full]
     bars: dict[str, Any] = dict(align="edge", edgecolor="white", linewidth=0.5)
-    axes.bar(low, accuracy, width, color=BLUE, label="accuracy", **bars)
-    axes.bar(
-        low,
-        confidence - accuracy,
-        width,
-        bottom=accuracy,
-        color=VERMILION,
-        alpha=0.45,
-        label="gap to the confidence",
-        **bars,
-    )
+    shared = np.minimum(accuracy, confidence)
+    axes.bar(low, shared, width, color=BLUE, label="accuracy", **bars)
+    for gap, color, label in (
+        (confidence - accuracy, VERMILION, "too sure"),
+        (accuracy - confidence, SKY_BLUE, "not sure enough"),
+    ):
+        axes.bar(low, np.maximum(gap, 0), width, bottom=shared, color=color, label=label, **bars)
     axes.plot(confidence, accuracy, ".", color=BLACK, markersize=6, label="at mean confidence")
     axes.plot([0, 1], [0, 1], "--", color=GRAY, linewidth=1, label="perfect")
-    axes.set(title=panel.title, xlim=(0, 1), ylim=(0, 1))
+    error = np.abs(accuracy - confidence) @ panel.images[full] / panel.images.sum()
+    axes.set(title=f"{panel.name}: ECE {100 * error:.2f} %", xlim=(0, 1), ylim=(0, 1))
     axes.tick_params(labelbottom=False)
     axes.legend(loc="upper left", frameon=False, fontsize="small")
     tidy_axes(axes)
@@ -88,16 +87,16 @@ def _draw_gaps(axes: Axes, panel: ReliabilityPanel) -> None:
 def _draw_histogram(axes: Axes, panel: ReliabilityPanel) -> None:
     axes.bar(
         panel.low,
-        panel.count,
+        panel.images,
         panel.high - panel.low,
         align="edge",
         color=GRAY,
         edgecolor="white",
         linewidth=0.5,
     )
-    total = panel.count.sum()
+    total = panel.images.sum()
     means = [
-        (np.nansum(values * panel.count) / total, color, name)
+        (np.nansum(values * panel.images) / total, color, name)
         for values, color, name in (
             (panel.accuracy, BLUE, "accuracy"),
             (panel.confidence, VERMILION, "mean confidence"),
@@ -119,7 +118,7 @@ def _draw_risk(axes: Axes, panels: Sequence[ReliabilityPanel]) -> None:
             100 * panel.risk[some],
             style,
             color=color,
-            label=panel.title,
+            label=f"{panel.name}: AURC {100 * panel.risk.mean():.2f} %",
         )
     axes.set(
         title="selective prediction", xlabel="most confident images answered, %", xlim=(0, 100)
