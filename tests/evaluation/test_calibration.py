@@ -237,3 +237,23 @@ def test_predictions_that_no_temperature_fits():
 
 def test_the_reference_softmax_is_a_distribution():
     np.testing.assert_allclose(softmax(np.float32([[0, np.log(3)]])), [[0.25, 0.75]], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("excess", [0.0, 0.1])
+def test_intervals_hold_the_mean_metrics_of_as_many_images(excess):
+    """Nearly 95 % of the intervals hold the mean of the metric over many draws of 400 images, also
+    that of the ECE of a calibrated network."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        confidence = 0.2 + 0.8 * rng.beta(6, 1.5, 400)
+        return make_scores(confidence, rng.random(400) < confidence - excess)
+
+    names = ("ece", "adaptive_ece", "aurc")
+    means = np.mean([[measure_scores(draw())[name] for name in names] for _ in range(500)], 0)
+    held = np.zeros(len(names))
+    for _ in range(60):
+        ends = compare_scores([draw()], resamples=80).intervals[0]
+        held += [ends[name][0] <= mean <= ends[name][1] for name, mean in zip(names, means)]
+    assert (held >= 0.85 * 60).all(), held
