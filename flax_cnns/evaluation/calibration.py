@@ -233,7 +233,7 @@ def measure_classwise_ece(predictions: Predictions, bins: int = BINS) -> np.ndar
 # ---- intervals
 
 
-class Comparison(NamedTuple):
+class CalibrationComparison(NamedTuple):
     """Metrics of several predictions for the same images, with bootstrap intervals."""
 
     metrics: list[dict[str, float]]
@@ -249,7 +249,7 @@ def compare_scores(
     resamples: int = RESAMPLES,
     level: float = 0.95,
     seed: int = 0,
-) -> Comparison:
+) -> CalibrationComparison:
     """Returns the metrics of `members`, scores of the same images, with intervals over the images.
 
     An interval has the percentiles of `resamples` resamples of the images, moved by the resamples'
@@ -276,4 +276,4 @@ def compare_scores(
 
     intervals = [find_intervals(draws[i], found[i], 0.0) for i in range(len(members))]
     change = find_intervals(draws[-1] - draws[0], found[-1] - found[0], -np.inf)
-    return Comparison(metrics, intervals, change)
+    return CalibrationComparison(metrics, intervals, change)

@@ -13,12 +13,13 @@ from flax_cnns import files
 from flax_cnns.analysis.plots import reliability
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import calibration
-from flax_cnns.evaluation.calibration import Comparison, Scores
-from flax_cnns.evaluation.predictions import Predictions, measure
+from flax_cnns.evaluation.calibration import CalibrationComparison, Scores
+from flax_cnns.evaluation.predictions import Predictions
 from flax_cnns.evaluation.temperature import apply_temperature, fit_temperature
 from flax_cnns.names import make_console
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.classifier import Classifier, make_classifier_from_run, predict_split
+from flax_cnns.runs.evaluate import measure_predictions
 from flax_cnns.runs.temperature import FILE
 from flax_cnns.runtime import output
 
@@ -92,14 +93,15 @@ def calibrate_run(
     }
     if jax.process_index() > 0:
         return content
+    measured = measure_predictions(classifier, apply_temperature(predictions, temperature))
     evaluation = {
         "split": split,
         "step": run.step,
         "checkpoint": run.checkpoint,
         "examples": images,
-        **measure(apply_temperature(predictions, temperature)),
+        **measured,
         **found.metrics[1],
-        "intervals": found.intervals[1],
+        "intervals": {**measured["intervals"], **found.intervals[1]},
         "protocol": {"temperature": temperature, "bins": bins},
         **changed,
     }
@@ -165,7 +167,7 @@ def _make_panel(name: str, scores: Scores, bins: int) -> reliability.Reliability
     )
 
 
-def print_calibration(title: str, content: Mapping[str, Any], found: Comparison) -> None:
+def print_calibration(title: str, content: Mapping[str, Any], found: CalibrationComparison) -> None:
     """Prints the temperature, and the metrics before and after it with their intervals."""
     table = Table()
     table.add_column("metric")
