@@ -71,6 +71,7 @@ TOGETHER = {
     "tests/runs/test_calibration.py": "runs",
     "tests/runs/test_classifier.py": "runs",
     "tests/runs/test_compare_images.py": "runs",
+    "tests/runs/test_error_page.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
     "tests/runs/test_visualize_activations.py": "runs",

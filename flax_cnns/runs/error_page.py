@@ -22,7 +22,7 @@ from flax_cnns.runs import tables
 from flax_cnns.runs.classifier import Classifier
 
 MAX_MISTAKES = 500  # a page with more would be slow
-SHOWN_CLASSES = 5  # predictions of each image
+SHOWN_CLASSES = 5  # predictions of each image, and the true class
 SHOWN_PAIRS = 10
 BATCH = 32  # images whose maps are computed at once
 
@@ -68,10 +68,11 @@ def write_errors(
     ).probabilities
     mistakes = []
     for i, number in enumerate(numbers):
-        top = np.argsort(-predictions.logits[number], kind="stable")[:SHOWN_CLASSES]
-        guesses = [(int(k), float(probabilities[i, k])) for k in top]
-        pixels = _show_pixels(images[i], dataset.normalize)
         true = int(predictions.classes[number])
+        top = np.argsort(-predictions.logits[number], kind="stable")[:SHOWN_CLASSES].tolist()
+        top += [] if true in top else [true]
+        guesses = [(k, float(probabilities[i, k])) for k in top]
+        pixels = _show_pixels(images[i], dataset.normalize)
         mistakes.append(Mistake(int(number), pixels, maps[i], true, guesses))
     summary = _summarize(classifier.title, predictions, split, len(mistakes), method)
     size = write_error_page(path, summary, mistakes, classifier.class_names)

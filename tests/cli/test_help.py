@@ -51,9 +51,14 @@ def test_the_page_of_every_command_has_its_examples_and_all_its_flags():
         assert process.returncode == 0, err
         assert out.startswith(f"flax-cnns {name} "), out
         assert command.read_purpose(name) in out
-        required = {"convert": 3, "predict": 0, "inspect": 0, "compare": 0, "visualize": 0}.get(
-            name, 1
-        )
+        required = {
+            "convert": 3,
+            "predict": 0,
+            "inspect": 0,
+            "compare": 0,
+            "tabulate": 0,
+            "visualize": 0,
+        }.get(name, 1)
         assert len(re.findall(r"\sRequired\.\n", out)) == required
         assert f"\nflax-cnns {name} " in out
         assert ("--config.SECTION.FIELD=VALUE" in out) == (
