@@ -98,7 +98,8 @@ def describe_value(name: str, value: float, intervals: Mapping[str, Sequence[flo
         text, ends = f"{value:.2%}", "{:.2f}"
         factor = 100
     else:
-        text, ends, factor = (f"{value:.4f}" if name == "loss" else f"{value:.4g}"), "{:.4g}", 1
+        ends, factor = "{:.4f}" if name == "loss" else "{:.4g}", 1
+        text = ends.format(value)
     interval = intervals.get(name)
     if not interval or not all(end is not None and math.isfinite(end) for end in interval):
         return text
