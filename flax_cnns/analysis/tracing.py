@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 
+from flax_cnns.errors import UserError
 from flax_cnns.types import Array, PyTree
 
 _Result = TypeVar("_Result")
@@ -62,12 +64,20 @@ def jit(*static: str) -> Callable[[Callable[..., _Result]], Callable[..., _Resul
 
 def once_per_shape(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Decorates a function of (network, variables, images) that needs shapes only. It is called
-    with `jax.ShapeDtypeStruct`s, and once for each network and shape."""
+    with `jax.ShapeDtypeStruct`s, and once for each network and shape. Images of another size or of
+    other channels than the network takes raise `UserError`."""
 
     @functools.lru_cache(maxsize=128)
     def compute(held: _Held, structure: Any, leaves: tuple) -> _Result:
         shapes = [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]
-        return function(held.model, *jax.tree.unflatten(structure, shapes))
+        variables, images = jax.tree.unflatten(structure, shapes)
+        try:
+            return function(held.model, variables, images)
+        except ScopeParamShapeError as error:
+            reason = str(error).partition(" (https")[0]
+            raise UserError(
+                f"{type(held.model).__name__} cannot take images {list(images.shape)}: {reason}"
+            ) from None
 
     @functools.wraps(function)
     def call(model: nn.Module, variables: PyTree, images: Array | jax.ShapeDtypeStruct) -> _Result:

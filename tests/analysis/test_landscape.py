@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,22 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns import create_model, init_variables
+from flax_cnns import create_model, layers
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.landscape import curvature, directions, grids
 from flax_cnns.analysis.landscape.objective import Loss
 from flax_cnns.errors import UserError
 
 
+class Small(nn.Module):
+    """Two convolutions with BatchNorm, the second one ours; compiles in a third of the time of the
+    smallest registered network with BatchNorm."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        norm = partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm(name="norm1")(nn.Conv(4, (3, 3), name="conv1")(images)))
+        x = nn.relu(norm(name="norm2")(layers.Conv(4, (3, 3), name="conv2")(x)))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
 @pytest.fixture(scope="module")
 def small():
-    """(loss, variables) of a residual network with BatchNorm."""
-    model = create_model("cifar_resnet20", depths=(1, 1, 1), widths=(4, 4, 4))
+    """(loss, variables) of a network with BatchNorm."""
     images = jax.random.normal(jax.random.key(1), (6, 8, 8, 3))
     labels = jnp.arange(6) % 10
-    variables = init_variables(model, jax.random.key(0))
+    variables = jax.jit(partial(Small().init, train=False))(jax.random.key(0), images)
     batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
-    return Loss(model, batches), variables
+    return Loss(Small(), batches), variables
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +180,7 @@ def test_rescaling_a_filter_in_front_of_a_batchnorm_leaves_the_picture(small):
     """The network is the same function, and its filter-normalized plane too."""
     loss, variables = small
     loss = dataclasses.replace(loss, batchnorm="batch")  # statistics follow the filter
-    path = "stage1/block1/conv1/kernel"
+    path = "conv2/kernel"
     flat = pytree.flatten(variables["params"])
     scaled = {**flat, path: flat[path] * jnp.array([16.0, 0.1, 1.0, 4.0])}
     others = {**variables, "params": pytree.unflatten(scaled)}
@@ -189,10 +201,11 @@ def test_rescaling_a_filter_in_front_of_a_batchnorm_leaves_the_picture(small):
 
 
 def test_stacked_blocks_get_the_direction_that_they_have_one_by_one():
-    model = create_model("cifar_resnet20", depths=(3, 1, 1), widths=(4, 4, 4))
-    params = init_variables(model, jax.random.key(0))["params"]
+    draw = jax.random.normal
+    blocks = {f"block{i}": {"kernel": draw(jax.random.key(i), (3, 4))} for i in (1, 2, 3, 4)}
+    params = {"stage1": blocks, "head": {"kernel": draw(jax.random.key(5), (4, 2))}}
     stacked = pytree.stack_blocks(params)
-    assert jax.tree.structure(stacked) != jax.tree.structure(params)
+    assert list(stacked["stage1"]) == ["block1", "block2-4"]
     found = directions.random_direction(stacked, jax.random.key(1))
     wanted = pytree.stack_blocks(directions.random_direction(params, jax.random.key(1)))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -91,16 +91,18 @@ def test_saliency_of_every_method(subject, drawn, tmp_path):
         assert each.any(), name
 
 
-@pytest.fixture
-def measured(subject, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def measured(subject, tmp_path_factory):
     """(table, lines, picture) of two methods, one of which LeNet's tanh forbids."""
-    monkeypatch.setattr(quality, "POINTS", 3)
-    monkeypatch.setattr(quality, "STEPS", 4)
-    monkeypatch.setattr(quality, "_PRINT_EVERY", 0.0)
     lines: list[str] = []
-    picture = tmp_path / "q.png"
+    picture = tmp_path_factory.mktemp("quality") / "q.png"
     methods = ["guided_backprop", "gradient"]
-    return quality.draw_quality(subject, picture, methods=methods, say=lines.append), lines, picture
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(quality, "POINTS", 3)
+        monkeypatch.setattr(quality, "STEPS", 4)
+        monkeypatch.setattr(quality, "_PRINT_EVERY", 0.0)
+        table = quality.draw_quality(subject, picture, methods=methods, say=lines.append)
+        yield table, lines, picture
 
 
 def test_quality_of_methods_and_baselines(measured, subject):

@@ -25,7 +25,7 @@ from jax.extend import core
 from flax_cnns.analysis import tracing
 from flax_cnns.analysis.explain import programs, relus
 from flax_cnns.analysis.explain.features import Variables, unroll
-from flax_cnns.analysis.explain.gradients import check_floats
+from flax_cnns.analysis.explain.gradients import take_floats
 from flax_cnns.analysis.explain.targets import (
     Feature,
     FeatureLike,
@@ -93,7 +93,7 @@ def redirect_gradients(
 def _backward(
     model: nn.Module, variables: Variables, images: Array, target: FeatureLike, rule: Rule
 ) -> Array:
-    check_floats(images)
+    images = take_floats(images)
     goal = make_feature_or_target(target, model, variables, images)
     model, variables = unroll(model, variables)
     return _gradient(model, variables, images, goal, rule)

@@ -33,7 +33,7 @@ def gradient(
     [N H W C], normalized. `target` is a function of the logits, or a `Feature`. Raises `UserError`
     if the images are not floats, and for the targets that `make_feature_or_target` refuses.
     """
-    check_floats(images)
+    images = take_floats(images)
     model, variables, goal = _prepare(model, variables, images, target)
     return _gradient(model, variables, images, goal)
 
@@ -65,7 +65,7 @@ def smooth_grad(
     """
     if samples < 1:
         raise UserError(f"samples: expected at least 1, got {samples}")
-    check_floats(images)
+    images = take_floats(images)
     model, variables, goal = _prepare(model, variables, images, target)
     low, high = images.min((1, 2, 3), keepdims=True), images.max((1, 2, 3), keepdims=True)
     spread = noise * (high - low)
@@ -96,7 +96,7 @@ def integrated_gradients(
     """
     if steps < 1:
         raise UserError(f"steps: expected at least 1, got {steps}")
-    check_floats(images)
+    images = take_floats(images)
     model, variables, goal = _prepare(model, variables, images, target)
     difference = images - baseline
     total = jnp.zeros_like(images)
@@ -105,12 +105,14 @@ def integrated_gradients(
     return difference * total / steps
 
 
-def check_floats(images: Array) -> None:
-    """Raises `UserError` if the images are integers, which have no gradient."""
+def take_floats(images: Array) -> Array:
+    """Returns the images in f32, in which gradients are summed without loss. Raises `UserError` if
+    they are integers, which have no gradient."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
             f"expected images of floats, normalized as the network takes them, got {images.dtype}"
         )
+    return jnp.asarray(images, jnp.float32)
 
 
 def summarize_channels(maps: Array, how: Literal["max", "sum", "norm", "signed"] = "max") -> Array:

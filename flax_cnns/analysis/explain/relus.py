@@ -21,7 +21,8 @@ HIGHEST = {"relu": np.inf, "relu6": 6.0}  # the value above which the activation
 _OTHERS = {
     *("silu", "swish", "gelu", "sigmoid", "hard_silu", "hard_swish", "hard_sigmoid", "elu", "selu"),
     *("celu", "softplus", "leaky_relu", "mish", "softmax", "log_softmax", "hard_tanh"),
-    *("squareplus", "tanh", "logistic", "erf", "exp"),
+    *("squareplus", "soft_sign", "log_sigmoid", "glu", "tanh", "logistic", "erf", "exp"),
+    *("sin", "cos", "atan"),
 }
 # Equations with one input, whose output has the input's values.
 _COPIES = {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "copy"}

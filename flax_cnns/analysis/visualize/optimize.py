@@ -57,7 +57,7 @@ def visualize(
     key: Array,
     normalize: Callable[[Array], Array],
     size: tuple[int, int] | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     count: int = 1,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -83,9 +83,9 @@ def visualize(
     whole images at that size. It takes no `robust` and no `diverse`.
 
     `normalize` turns images in 0..1 into what the network takes. `size` is that of the images, by
-    default the network's `input_size`. `on_step` is called with the number of finished steps. Equal
-    keys give equal images. Raises `UserError` for an unknown module, unit or kind, and for numbers
-    below 1.
+    default the network's `input_size`, and `channels` is theirs, by default that of `input_size` or
+    3. `on_step` is called with the number of finished steps. Equal keys give equal images. Raises
+    `UserError` for an unknown module, unit or kind, and for numbers below 1.
     """
     images_of.check_kind(kind)
     steps = STEPS[kind] if steps is None else steps
@@ -104,6 +104,8 @@ def visualize(
         if own is None:
             raise UserError(f"{type(model).__name__} has no input_size: give the images' size")
         size, channels = (own[0], own[1]), own[2]
+    if channels is None:
+        channels = 3 if own is None else own[2]
     if crop_size is None or not maco:
         crop_size = (own[0], own[1]) if own is not None and maco else size
     shape = jax.ShapeDtypeStruct((count, *crop_size, channels), jnp.float32)
