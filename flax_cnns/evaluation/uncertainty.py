@@ -66,15 +66,16 @@ def bootstrap_interval(
     if not len(sums):
         return math.nan, math.nan
     values = np.asarray(sums, np.float64).reshape(len(sums), -1)
-    weights = None if counts is None else np.asarray(counts, np.float64).reshape(len(sums), -1)
+    weights = np.ones_like(values) if counts is None else np.reshape(counts, values.shape)
     random, n, found = np.random.default_rng(seed), len(values), np.empty(resamples)
     for i in range(resamples):
-        times = np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
-        total = times @ values
-        if weights is None:
-            found[i] = total.mean() / n
-            continue
-        count = times @ weights
+        drawn = random.integers(n, size=n, dtype=np.int32)
+        if values.shape[1] == 1:
+            total = values[drawn, 0].sum(keepdims=True)
+            count = weights[drawn, 0].sum(keepdims=True) if counts is not None else np.array([n])
+        else:
+            times = np.bincount(drawn, minlength=n).astype(np.float64)
+            total, count = times @ values, times @ weights
         seen = count != 0
         found[i] = (total[seen] / count[seen]).mean() if seen.any() else math.nan
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint import finding
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation.uncertainty import wilson_interval
+from flax_cnns.models import registry
 from flax_cnns.names import escape_unprintable
 from flax_cnns.runs import record as records
 from flax_cnns.runs import tables
@@ -72,9 +74,10 @@ def collect_evaluations(
     """Reads an evaluation of each run, sorted by `sort`, one of `SORTS`.
 
     `runs`: RUN takes the evaluation with the highest step; RUN@best, RUN@latest and RUN@STEP that
-    of this checkpoint. `protocol`: the end of the file's name, such as crops10; "" is the plain
-    evaluation. Raises UserError if a folder is no run, if a file is damaged, or if no run has such
-    an evaluation.
+    of this checkpoint; a file *.json is taken itself. `split`: also the name of a set of `evaluate
+    --set`. `protocol`: the end of the file's name, such as crops10; "" is the plain evaluation.
+    Raises UserError if a folder is no run, if a file is damaged, or if no run has such an
+    evaluation.
     """
     if sort not in SORTS:
         raise UserError(
@@ -82,6 +85,9 @@ def collect_evaluations(
         )
     rows, missing = [], []
     for run in dict.fromkeys(str(run) for run in runs):
+        if run.endswith(".json"):
+            rows.append(_read_file(pathlib.Path(run)))
+            continue
         folder, checkpoint = workdirs.split_checkpoint(run, "")
         record = records.read_record(folder)
         step = finding.choose_step(folder, checkpoint).step if checkpoint else None
@@ -126,40 +132,70 @@ def _explain_nothing(runs: Sequence[str | os.PathLike], split: str, protocol: st
     )
 
 
-def _read_row(record: records.RunRecord, file: pathlib.Path, run: str) -> TableRow:
+def _read_file(file: pathlib.Path) -> TableRow:
+    """Reads an evaluation's file that was named: of a run, or of published weights."""
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; expected what `evaluate` wrote, or a run")
+    if (file.parent / "config.json").is_file():
+        return _read_row(records.read_record(file.parent), file, str(file))
     found = workdirs.read_json(file)
+    name = found.get("model")
+    if name not in registry.list_models():
+        raise UserError(f"{file} is not in a run's directory, and names no network of flax_cnns")
+    height, width, channels = registry.create_model(name).input_size
+    counted = cost(registry.create_model(name), (1, height, width, channels))
+    pixels = _format_size(height, width)
+    return _make_row(file, found, str(file), name, "", pixels, (counted.params, counted.macs))
+
+
+def _read_row(record: records.RunRecord, file: pathlib.Path, run: str) -> TableRow:
     facts = record.workdir / "dataset.json"
     data = workdirs.read_json(facts) if facts.is_file() else {}
     summary = record.workdir / "summary.json"
     known = workdirs.read_json(summary) if summary.is_file() else {}
-    params, macs = records.count_params_and_macs(record) or (known.get("params"), None)
-    height, width, *_ = data.get("image_shape", (0, 0, 0))
-    pixels = str(height) if height == width else f"{height}x{width}"
+    size = records.count_params_and_macs(record) or (known.get("params"), None)
+    height, width, *_ = data.get("image_shape", (0, 0))
+    return _make_row(
+        file,
+        workdirs.read_json(file),
+        run,
+        record.config.model.name,
+        data.get("name", record.config.data.name),
+        _format_size(height, width),
+        size,
+    )
+
+
+def _format_size(height: int, width: int) -> str:
+    return "-" if not height else str(height) if height == width else f"{height}x{width}"
+
+
+def _make_row(
+    file: pathlib.Path,
+    found: dict[str, Any],
+    run: str,
+    model: str,
+    data: str,
+    pixels: str,
+    size: tuple[int | None, int | None],
+) -> TableRow:
+    """Returns the row of an evaluation's content. Raises UserError if keys are missing."""
     names = [*FRACTION_METRICS, "loss"]
     values = {name: found[name] for name in names if isinstance(found.get(name), int | float)}
     try:
-        examples, step = int(found["examples"]), int(found["step"])
+        # Published weights have no step.
+        examples, step = int(found["examples"]), int(found.get("step", 0))
         given = found.get("intervals", {})
         intervals = {name: tuple(given[name]) for name in values if given.get(name)}
         changed = found.get("protocol", {})
-        pixels = str(changed.get("size", pixels)) if isinstance(changed, dict) else pixels
+        pixels = str(changed.get("size", pixels))
+        data = str(changed.get("set", data))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{file} is not as `evaluate` writes it; evaluate the run again") from None
     for name in _PROPORTIONS:
         if name in values and name not in intervals:
             intervals[name] = wilson_interval(round(values[name] * examples), examples)
-    return TableRow(
-        run,
-        record.config.model.name,
-        data.get("name", record.config.data.name),
-        step,
-        pixels if height or pixels != "0" else "-",
-        params,
-        macs,
-        examples,
-        values,
-        intervals,
-    )
+    return TableRow(run, model, data, step, pixels, *size, examples, values, intervals)
 
 
 def _main_metric(row: TableRow) -> str:

@@ -98,6 +98,24 @@ def test_labels_of_multilabel_data_and_several_data_sets(runs, tmp_path):
     assert tabulate.format_markdown(table._replace(rows=rows)).startswith("| model | run | data |")
 
 
+def test_a_file_of_an_evaluation_is_taken_itself(runs, tmp_path):
+    weights = dict(split="imagenet_v2", model="lenet5", network="lenet5", examples=100)
+    weights |= dict(accuracy=0.6, loss=1.0, protocol={"set": "imagenet_v2"})
+    write_json(tmp_path / "weights.json", weights)
+    files = ["weights.json", "one/evaluation_test_120_crops10.json"]
+    own, published = tabulate.collect_evaluations([*files, "weights.json"]).rows
+    assert (own.run, own.model, own.metrics["accuracy"]) == (files[1], "lenet5", 0.95)
+    assert published.size == "32"
+    assert (published.params, published.macs) == (own.params, own.macs) == (61706, 416520)
+    assert (published.data, published.step) == ("imagenet_v2", 0)
+    assert published.intervals["accuracy"] == wilson_interval(60, 100)
+    write_json(tmp_path / "weights.json", {"model": "mine"})
+    with pytest.raises(UserError, match=r"weights\.json .* names no network of flax_cnns"):
+        tabulate.collect_evaluations(["weights.json"])
+    with pytest.raises(UserError, match=r"no\.json: there is no such file"):
+        tabulate.collect_evaluations(["no.json"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
