@@ -39,6 +39,7 @@ RESERVED_NAMES = frozenset(
         *(*_PER_EXAMPLE.values(), "learning_rate", "bad_steps", "images_per_second", "norm/grads"),
         # other keys of summary.json and of an evaluation's file
         *("step", "examples", "split", "checkpoint", "classes", "confusion", "changed_data"),
+        *("intervals", "protocol"),
     }
 )
 
