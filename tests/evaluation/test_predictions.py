@@ -105,3 +105,14 @@ def test_no_images_and_an_interruption(variables):
         predict_batches(Linear(), variables, batches(), should_stop=lambda: True)
     with pytest.raises(UserError, match="multilabel data have no single true class"):
         Predictions(np.zeros((2, 3)), np.zeros((2, 3)), "multilabel").is_correct()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_rank_of_the_true_class_is_that_of_a_stable_sort(k):
+    random = np.random.default_rng(0)
+    logits = random.integers(0, 4, size=(500, 7)).astype(np.float32)  # many ties
+    logits[::9, 2] = np.nan
+    labels = random.integers(7, size=500)
+    top = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    wanted = (top == labels[:, None]).any(-1)
+    np.testing.assert_array_equal(Predictions(logits, labels).is_correct(k), wanted)
