@@ -113,6 +113,23 @@ def test_few_disagreements_still_have_a_width():
         uncertainty.count_pairs(np.ones(3), np.ones(2))
 
 
+def test_the_bootstrap_of_few_disagreements_would_claim_too_much(monkeypatch):
+    """Exact coverage with 200 images, of which each network alone gets 0.2 % and 0.6 % right."""
+
+    def cover(few_pairs):
+        monkeypatch.setattr(uncertainty, "FEW_PAIRS", few_pairs)
+        total = 0.0
+        for b, c in np.ndindex(6, 10):
+            chance = stats.multinomial.pmf([b, c, 200 - b - c], 200, [0.002, 0.006, 0.992])
+            pairs = PairedCounts(200 - b - c, b, c, 0)
+            low, high = uncertainty.difference_interval(pairs, resamples=500)
+            total += chance * (low <= 0.004 <= high)
+        return total
+
+    assert cover(25) > 0.95
+    assert cover(0) < 0.75
+
+
 def test_every_metric_has_an_interval_around_its_value():
     random = np.random.default_rng(0)
     logits = random.normal(size=(500, 8)).astype(np.float32)
