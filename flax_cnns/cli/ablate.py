@@ -58,11 +58,14 @@ def ablate(argv: list[str]) -> int:
 
     # This process only plans. If it opened a GPU, the cells could not use that GPU.
     jax.config.update("jax_platforms", "cpu")
+    from flax_cnns.analysis.statistics import check_margin
     from flax_cnns.studies.ablation import ablate as ablation
     from flax_cnns.studies.ablation import plan
 
     del argv
     folder = _WORKDIR.value
+    if _MARGIN.value is not None:
+        check_margin(_MARGIN.value)
     if _REPORT.value:
         ablation.write_report(
             folder, interval=_INTERVAL.value, metric=_METRIC.value, margin=_MARGIN.value
