@@ -95,7 +95,8 @@ class Loss:
         if not self.count:
             raise UserError("no images: the loss is a mean over at least one")
         how = self.model, self.batchnorm, self.each, self.right
-        parts = (function(*how, *batch, *args) for batch in self.batches)
+        # One batch after the other: XLA's CPU backend once waited for ever with several under way.
+        parts = (jax.block_until_ready(function(*how, *batch, *args)) for batch in self.batches)
         total = next(parts)
         for part in parts:
             total = jax.tree.map(jnp.add, total, part)
