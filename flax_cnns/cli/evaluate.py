@@ -4,6 +4,9 @@ flax-cnns evaluate --workdir=runs/digits
 flax-cnns evaluate --workdir=runs/digits@best --split=validation
 flax-cnns evaluate --workdir=runs/digits --errors
 flax-cnns evaluate --workdir=runs/digits --calibrate
+flax-cnns evaluate --workdir=runs/digits --crops=10
+flax-cnns evaluate --workdir=runs/photos --crops=10 --scales=1,1.15,1.3
+flax-cnns evaluate --workdir=runs/photos --size=288 --crop-share=0.95
 
 Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. If the data changed since
 the run began, the command ends with an error; with --accept-changed-data it evaluates on the
@@ -16,10 +19,15 @@ uses.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from flax_cnns.cli.flags import define_accept, define_trust
 from flax_cnns.errors import UserError
+
+if TYPE_CHECKING:
+    from flax_cnns.runs.crops import CropOptions
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory: RUN, RUN@best, RUN@latest or RUN@STEP.", required=True
@@ -67,17 +75,51 @@ _CALIBRATE = flags.DEFINE_bool(
 _BINS = flags.DEFINE_integer(
     "bins", 15, "With --calibrate: the number of bins of ECE and adaptive ECE.", lower_bound=1
 )
+_CROPS = flags.DEFINE_string(
+    "crops",
+    "1",
+    "Crops of each image whose probabilities are averaged: 1; 5: corners and center; 10: and their"
+    " mirror images; 144: GoogLeNet's.",
+)
+_SHARE = flags.DEFINE_float(
+    "crop-share",
+    0.0,
+    "The share of the shorter side that a crop sees. Without this flag: 0.875 for 5 and 10 crops,"
+    " and for one crop that of the run's evaluation.",
+)
+_SCALES = flags.DEFINE_list(
+    "scales", [], "Factors of the run's image size at which the crops are read."
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "size", 0, "Side of the images in pixels; 0: as in training. --scales gives several sizes."
+)
+_FLIP = flags.DEFINE_bool("flip", False, "Also average over the mirror images of --crops=1 or 5.")
+_DENSE = flags.DEFINE_bool(
+    "dense",
+    False,
+    "Let the dense layers of AlexNet, ZFNet and VGG slide over the whole image, as in the VGG"
+    " paper; with a larger --size or --scales.",
+)
 _ACCEPT = define_accept()
 _TRUST = define_trust()
 
 
+_CROP_FLAGS = ("crops", "crop-share", "scales", "size", "flip", "dense")
+# The flag of each kind of evaluation, and the flags that it takes besides those of every kind. The
+# plain evaluation is "".
+_COMMON = ("workdir", "split", "checkpoint", "accept-changed-data", "trust")
+KINDS: dict[str, tuple[str, ...]] = {
+    "": ("errors", *_CROP_FLAGS),
+    "calibrate": ("bins",),
+}
+
+
 def evaluate(argv: list[str]) -> None:
     del argv
-    if _CALIBRATE.value:
+    kind = _choose_kind()
+    if kind == "calibrate":
         _calibrate()
         return
-    if flags.FLAGS["bins"].present:
-        raise UserError("--bins is for --calibrate; also give --calibrate, or remove --bins")
     from flax_cnns.runs.evaluate import evaluate_run
 
     evaluate_run(
@@ -87,12 +129,26 @@ def evaluate(argv: list[str]) -> None:
         accept_changed_data=_ACCEPT.value,
         trust=_TRUST.value,
         errors=_ERRORS.value,
+        crops=_read_crops(),
     )
 
 
+def _choose_kind() -> str:
+    """Returns the kind that the flags ask for. Raises UserError for two kinds, and for a flag that
+    the kind does not take."""
+    chosen = [kind for kind in KINDS if kind and flags.FLAGS[kind].value]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]}: give one of them")
+    kind = chosen[0] if chosen else ""
+    for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
+        if flag.present and flag.name not in (*_COMMON, kind, *KINDS[kind]) and flag.value:
+            takers = [f"--{name}" for name, taken in KINDS.items() if name and flag.name in taken]
+            without = f"without --{kind}" if kind else f"with {' or '.join(takers)}"
+            raise UserError(f"--{flag.name} has an effect only {without}")
+    return kind
+
+
 def _calibrate() -> None:
-    if _ERRORS.value:
-        raise UserError("--calibrate writes no page of mistakes; remove --errors, or --calibrate")
     from flax_cnns.runs.evaluate_calibration import calibrate_run
 
     calibrate_run(
@@ -103,3 +159,17 @@ def _calibrate() -> None:
         accept_changed_data=_ACCEPT.value,
         trust=_TRUST.value,
     )
+
+
+def _read_crops() -> CropOptions | None:
+    """Returns what the flags say about crops; None for the plain evaluation."""
+    from flax_cnns.runs.crops import CropOptions
+
+    if not any(flags.FLAGS[name].present for name in _CROP_FLAGS):
+        return None
+    try:
+        scales = [float(scale) for scale in _SCALES.value]
+    except ValueError:
+        raise UserError(f"--scales: expected numbers, got {','.join(_SCALES.value)}") from None
+    share = _SHARE.value if flags.FLAGS["crop-share"].present else None
+    return CropOptions(_CROPS.value, share, scales, _IMAGE_SIZE.value, _FLIP.value, _DENSE.value)

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -106,6 +106,15 @@ class CropProtocol:
     def count(self) -> int:
         """The number of crops of an image."""
         return sum(len(group.views) for group in self.groups)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what the crops are, for the file of an evaluation."""
+        return {
+            "name": self.name,
+            "crops": self.count,
+            "scales": [group.scale for group in self.groups],
+            "dense": self.dense,
+        }
 
     def enlarges(self, side: int, size: int) -> bool:
         """Whether a crop of an image with the shorter side `side` is enlarged for a network that

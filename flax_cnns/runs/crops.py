@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from PIL import Image
 
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
-from flax_cnns.evaluation.crops import CropProtocol, make_reader
+from flax_cnns.evaluation.crops import CropProtocol, make_protocol, make_reader
 from flax_cnns.evaluation.dense import make_dense_apply
 from flax_cnns.evaluation.predictions import Predictions, average
 from flax_cnns.runs.classifier import Classifier, LibraryReader, predict_split
@@ -56,3 +57,41 @@ def predict_crops(
                 )
         members.append(predict_split(classifier, split, dataset, apply=apply, **given))
     return average(members)
+
+
+class CropOptions(NamedTuple):
+    """What a user asks for; the sizes of the protocol depend on the classifier."""
+
+    crops: str = "1"  # as in `evaluation.crops.list_views`
+    share: float | None = None  # of the shorter side; None: see `make`
+    scales: Sequence[float] = ()  # of the classifier's own image size
+    size: int = 0  # side of the images in pixels, in place of `scales`
+    flip: bool = False
+    dense: bool = False
+
+    def make(self, classifier: Classifier) -> CropProtocol:
+        """Returns the protocol. One crop has the share of the classifier's own evaluation, unless
+        `share` is given. Raises UserError."""
+        if self.size and self.scales:
+            raise UserError("--size is one size, and --scales are several: give one of them")
+        if self.flip and self.crops not in ("1", "5"):
+            raise UserError(f"--flip: --crops={self.crops} has mirror images already")
+        if self.size < 0:
+            raise UserError(f"--size: expected a number of pixels above 0, got {self.size}")
+        scales = list(self.scales) or [1.0]
+        if self.size:
+            scales = [self.size / classifier.image_shape[0]]
+        share = self.share
+        if self.crops == "1" and not self.dense and share is None:
+            own = _find_own_share(classifier)
+            share = None if own == 1.0 else own
+        return make_protocol(
+            self.crops, share=share, scales=scales, flip=self.flip, dense=self.dense
+        )
+
+
+def _find_own_share(classifier: Classifier) -> float:
+    """Returns the share of the shorter side that the classifier's own evaluation sees."""
+    if isinstance(classifier.reader, LibraryReader):
+        return classifier.reader.preprocessing.crop
+    return 1.0 if classifier.dataset is None else classifier.dataset.eval_share

@@ -18,6 +18,7 @@ from flax_cnns.evaluation.predictions import Predictions, measure
 from flax_cnns.runs import tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.classifier import Classifier, make_classifier_from_run, predict_split
+from flax_cnns.runs.crops import CropOptions, predict_crops
 from flax_cnns.runs.error_page import check_error_page, write_errors
 from flax_cnns.runtime import output
 
@@ -31,6 +32,7 @@ def evaluate_run(
     accept_changed_data: bool = False,
     trust: bool = False,
     errors: int = 0,
+    crops: CropOptions | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run on a split and prints tables, with 95 % intervals (`evaluation.uncertainty`).
 
@@ -44,26 +46,37 @@ def evaluate_run(
     `accept_changed_data` changed data are evaluated, and both fingerprints go into the file.
 
     `errors`: how many of the worst mistakes go into the page `errors_SPLIT_STEP.html`; 0 writes
-    none.
+    none. `crops`: the crops of each image whose probabilities are averaged (`runs.crops`).
+    None is the plain evaluation. The name of the crops is part of the files' names, and the file
+    has the entry "protocol".
 
     Raises UserError if the run, the split or the checkpoint does not exist, if the data changed
     since the run began, or if the run has own parts and is not trusted.
     """
     classifier = make_classifier_from_run(
-        workdir, checkpoint, accept_changed_data=accept_changed_data, trust=trust
+        workdir,
+        checkpoint,
+        accept_changed_data=accept_changed_data,
+        trust=trust,
+        from_files=crops is not None,
     )
     run = classifier.run
     assert run is not None
     dataset, workdir = run.components.dataset, run.folder
     if errors:
         check_error_page(classifier.task, errors)
-    predictions = predict_split(classifier, split)
+    protocol = None if crops is None else crops.make(classifier)
+    if protocol is None:
+        predictions = predict_split(classifier, split)
+    else:
+        predictions = predict_crops(classifier, protocol, split)
     confusion = count_confusion(predictions) if predictions.task == "classes" else None
     results: dict[str, Any] = {
         "split": split,
         "step": run.step,
         "checkpoint": run.checkpoint,
         "examples": len(predictions.logits),
+        **({} if protocol is None else {"protocol": protocol.as_dict()}),
         **measure_predictions(classifier, predictions),
         **({"changed_data": run.changed_data} if run.changed_data else {}),
     }
@@ -71,14 +84,15 @@ def evaluate_run(
         return results
     if not run.changed_data:
         workdirs.add_fingerprint(workdir, dataset.as_dict())
-    name = f"evaluation_{split}_{run.step}"
+    suffix = "" if protocol is None else f"_{protocol.name}"
+    name = f"evaluation_{split}_{run.step}{suffix}"
     files.write_json(workdir / f"{name}.json", results)
     written = f"{name}.json"
     if confusion is not None:
         confusion_plot.draw_confusion(confusion, classifier.class_names, workdir / f"{name}.png")
         written += f", {name}.png"
     if errors:
-        page = workdir / f"errors_{split}_{run.step}.html"
+        page = workdir / f"errors_{split}_{run.step}{suffix}.html"
         written += f", {write_errors(classifier, predictions, split, page, count=errors)}"
     tables.print_evaluation(results)
     print(f"written to {workdir}: {written}")

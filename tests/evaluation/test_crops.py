@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 
 import jax
@@ -15,7 +17,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.evaluation.crops import CropGroup, View, list_views, make_protocol
 from flax_cnns.evaluation.dense import make_dense_apply
 from flax_cnns.runs import classifier as classifiers
-from flax_cnns.runs.crops import predict_crops
+from flax_cnns.runs.crops import CropOptions, predict_crops
+from flax_cnns.runs.evaluate import evaluate_run
 
 
 def boxes(crops, width, height, **options):
@@ -156,3 +159,29 @@ def test_a_run_is_evaluated_on_crops(finished, capsys):
     ]
     wanted = np.mean([jax.nn.softmax(each) for each in logits], 0)
     np.testing.assert_allclose(ten.probabilities[:3], wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_flags_of_crops_mean(finished):
+    classifier = classifiers.make_classifier_from_run(finished[0])
+    assert CropOptions().make(classifier) == make_protocol("1")
+    assert CropOptions(size=48).make(classifier).groups[0].scale == 1.5
+    assert CropOptions("5", flip=True).make(classifier).count == 10
+    for options, message in (
+        (CropOptions(size=48, scales=(1.0, 2.0)), "give one of them"),
+        (CropOptions("10", flip=True), "has mirror images already"),
+        (CropOptions(size=-1), "above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            options.make(classifier)
+
+
+def test_the_file_of_an_evaluation_on_crops_has_a_name_of_its_own(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    results = evaluate_run(folder, crops=CropOptions("5"))
+    (file,) = folder.glob("evaluation_test_*_crops5.json")
+    assert json.loads(file.read_text())["protocol"]["crops"] == 5
+    low, high = results["intervals"]["accuracy"]
+    assert low < results["accuracy"] < high
+    with pytest.raises(UserError, match="has no dense layer fc6"):
+        evaluate_run(folder, crops=CropOptions(dense=True))
