@@ -70,6 +70,7 @@ TOGETHER = {
     "tests/evaluation/test_crops.py": "runs",
     "tests/runs/test_calibration.py": "runs",
     "tests/runs/test_classifier.py": "runs",
+    "tests/runs/test_evaluate_set.py": "runs",
     "tests/runs/test_compare_images.py": "runs",
     "tests/runs/test_error_page.py": "runs",
     "tests/runs/test_predict.py": "runs",

@@ -1,4 +1,5 @@
-"""Evaluates a run exactly: loss, accuracy, metrics of each class, confusion matrix.
+"""Evaluates a run or published weights exactly: loss, accuracy, metrics of each class, confusion
+matrix.
 
 flax-cnns evaluate --workdir=runs/digits
 flax-cnns evaluate --workdir=runs/digits@best --split=validation
@@ -7,6 +8,9 @@ flax-cnns evaluate --workdir=runs/digits --calibrate
 flax-cnns evaluate --workdir=runs/digits --crops=10
 flax-cnns evaluate --workdir=runs/photos --crops=10 --scales=1,1.15,1.3
 flax-cnns evaluate --workdir=runs/photos --size=288 --crop-share=0.95
+flax-cnns evaluate --workdir=runs/cifar10 --set=cifar10_c --set-dir=CIFAR-10-C
+flax-cnns evaluate --model=tf_efficientnet_lite0 --weights=efficientnet_lite --set=folder \
+  --set-dir=photos --crops=10
 
 Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. If the data changed since
 the run began, the command ends with an error; with --accept-changed-data it evaluates on the
@@ -15,6 +19,12 @@ changed data.
 --calibrate fits a temperature on the validation split, shows ECE, adaptive ECE, Brier score, NLL
 and AURC of --split before and after it, and writes calibration.json, which `predict --calibrated`
 uses.
+
+--set evaluates a run or published weights on a set in the folder --set-dir: folder (images in one
+folder per class, named by class name, by number or by ImageNet's id), or a set as it is published:
+imagenet_v2, imagenet_real, imagenet_sketch, imagenet_a, imagenet_r, imagenet_c, cifar10_1,
+cifar10_1_v4, cifar10_c, cifar100_c. A run gets evaluation_SET_STEP.json; a set of corruptions also
+gets a .csv file, and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +40,7 @@ if TYPE_CHECKING:
     from flax_cnns.runs.crops import CropOptions
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's directory: RUN, RUN@best, RUN@latest or RUN@STEP.", required=True
+    "workdir", "", "The run's directory: RUN, RUN@best, RUN@latest or RUN@STEP."
 )
 _SPLIT = flags.DEFINE_string(
     "split", "test", "The split to evaluate on: train, validation or test."
@@ -100,6 +110,20 @@ _DENSE = flags.DEFINE_bool(
     "Let the dense layers of AlexNet, ZFNet and VGG slide over the whole image, as in the VGG"
     " paper; with a larger --size or --scales.",
 )
+_SET = flags.DEFINE_string("set", "", "The set to evaluate on, in place of the run's own data.")
+_SET_DIR = flags.DEFINE_string("set-dir", "", "With --set: the folder of the set.")
+_MODEL = flags.DEFINE_string(
+    "model", "", "With --set: the network whose published weights are used, in place of --workdir."
+)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "", "With --model: the published weights, SOURCE or SOURCE=FILE."
+)
+_SKIP_DAMAGED = flags.DEFINE_bool(
+    "skip-damaged", False, "With --set: leave out images that cannot be decoded, and count them."
+)
+_OUT = flags.DEFINE_string(
+    "out", "", "With --set: the .json file to write. Without it, published weights write none."
+)
 _ACCEPT = define_accept()
 _TRUST = define_trust()
 
@@ -111,12 +135,18 @@ _COMMON = ("workdir", "split", "checkpoint", "accept-changed-data", "trust")
 KINDS: dict[str, tuple[str, ...]] = {
     "": ("errors", *_CROP_FLAGS),
     "calibrate": ("bins",),
+    "set": ("set-dir", "model", "weights", "skip-damaged", "out", *_CROP_FLAGS),
 }
 
 
 def evaluate(argv: list[str]) -> None:
     del argv
     kind = _choose_kind()
+    if kind == "set":
+        _evaluate_set()
+        return
+    if not _WORKDIR.value:
+        raise UserError("expected --workdir=RUN")
     if kind == "calibrate":
         _calibrate()
         return
@@ -159,6 +189,47 @@ def _calibrate() -> None:
         accept_changed_data=_ACCEPT.value,
         trust=_TRUST.value,
     )
+
+
+def _evaluate_set() -> None:
+    _check_set_flags()
+    from flax_cnns.evaluation.shifted.opening import check_folder
+    from flax_cnns.runs import classifier as classifiers
+    from flax_cnns.runs.evaluate_set import evaluate_set
+
+    check_folder(_SET.value, _SET_DIR.value)
+    if _WORKDIR.value:
+        classifier = classifiers.make_classifier_from_run(
+            _WORKDIR.value,
+            _CHECKPOINT.value,
+            accept_changed_data=_ACCEPT.value,
+            trust=_TRUST.value,
+        )
+    else:
+        source, _, file = _WEIGHTS.value.partition("=")
+        classifier = classifiers.make_classifier_from_weights(_MODEL.value, source, file or None)
+    evaluate_set(
+        classifier,
+        _SET.value,
+        _SET_DIR.value,
+        crops=_read_crops(),
+        skip_damaged=_SKIP_DAMAGED.value,
+        out=_OUT.value,
+    )
+
+
+def _check_set_flags() -> None:
+    if flags.FLAGS["split"].present:
+        raise UserError("--split is of the run's own data, and --set is other data: give one")
+    if not _SET_DIR.value:
+        raise UserError(f"--set={_SET.value}: also give --set-dir=FOLDER, where the set is")
+    if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
+        raise UserError("--set: expected --model=NAME --weights=SOURCE, or --workdir=RUN")
+    if bool(_MODEL.value) != bool(_WEIGHTS.value):
+        raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
+    for name in ("checkpoint", "accept-changed-data", "trust") if _MODEL.value else ():
+        if flags.FLAGS[name].present:
+            raise UserError(f"--{name} is for a run; published weights have none")
 
 
 def _read_crops() -> CropOptions | None:

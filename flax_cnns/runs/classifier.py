@@ -27,6 +27,7 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation.predictions import Predictions, Transform, predict_batches
 from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
+from flax_cnns.runs.batch_progress import report_batches
 from flax_cnns.runs.build import (
     RunComponents,
     build_components,
@@ -196,7 +197,7 @@ def predict_split(
         return predict_batches(
             classifier.model,
             classifier.variables,
-            ahead,
+            report_batches(ahead, len(dataset.splits[split]), split),
             normalize=classifier.normalize,
             transform=transform,
             apply=apply,

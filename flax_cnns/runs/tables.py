@@ -61,15 +61,17 @@ def print_summary(summary: dict[str, Any]) -> None:
         print_line(f"warning: {warning}")
 
 
-def print_evaluation(results: dict[str, Any], max_classes: int = 30) -> None:
-    """Prints the loss and the accuracies with their intervals.
+def print_evaluation(results: dict[str, Any], max_classes: int = 30, title: str = "") -> None:
+    """Prints the loss and the accuracies with their intervals, below `title` or else the split and
+    the checkpoint.
 
     With a confusion matrix also prints, for the `max_classes` worst classes, the accuracy and the
     classes they are most often mistaken for.
     """
     console = make_console(width=max(MIN_WIDTH, make_console().width))
-    title = f"{results['split']}, step {results['step']} ({results['checkpoint']})"
-    title += f": {results['examples']} examples"
+    if not title:
+        title = f"{results['split']}, step {results['step']} ({results['checkpoint']})"
+        title += f": {results['examples']} examples"
     if "confusion" in results:
         _print_classes(console, results, title, max_classes)
     else:
@@ -81,6 +83,25 @@ def print_evaluation(results: dict[str, Any], max_classes: int = 30) -> None:
             console.print(f"{_TITLES.get(name, name)} {describe_value(name, value, intervals)}")
     if intervals:
         console.print("brackets: 95 % intervals over the images of the split, not over seeds")
+
+
+def print_corruptions(results: dict[str, Any]) -> None:
+    """Prints the accuracy of each corruption at each severity, and the means."""
+    cells = {(cell["corruption"], cell["severity"]): cell["accuracy"] for cell in results["cells"]}
+    severities = sorted({severity for _, severity in cells})
+    table = Table(title="accuracy by severity")
+    for column in ("corruption", *map(str, severities), "mean"):
+        table.add_column(column, justify="left" if column == "corruption" else "right")
+    for name, mean in results["corruptions"].items():
+        found = (cells.get((name, severity)) for severity in severities)
+        row = ["-" if value is None else f"{value:.2%}" for value in found]
+        table.add_row(name, *row, f"{mean:.2%}")
+    console = make_console()
+    console.print(table)
+    text = describe_value("accuracy", results["accuracy"], results.get("intervals", {}))
+    console.print(f"mean accuracy {text}", highlight=False)
+    if "mce" in results:
+        console.print(f"mean corruption error (AlexNet: 100%) {results['mce']:.2%}")
 
 
 # Keys of an evaluation's file that are numbers but no metrics.

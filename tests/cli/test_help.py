@@ -56,6 +56,7 @@ def test_the_page_of_every_command_has_its_examples_and_all_its_flags():
             "predict": 0,
             "inspect": 0,
             "compare": 0,
+            "evaluate": 0,
             "tabulate": 0,
             "visualize": 0,
         }.get(name, 1)

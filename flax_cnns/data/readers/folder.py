@@ -136,6 +136,24 @@ def read(directory: str, name: str) -> RawDataset:
     return RawDataset(sources, len(classes), classes, shape, dict(left_out), multi_frame_files)
 
 
+def find_class_files(folder: str) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Returns ({class folder's name: sorted paths of its images}, files left out by kind).
+
+    Folders and files are found as in `read`, but a folder may have one class. Raises UserError if
+    there is no class folder or a class has no image, and if a file is in two classes.
+    """
+    left_out: collections.Counter[str] = collections.Counter()
+    names = _list_folders(folder)
+    if not names:
+        raise UserError(f"{folder} holds no folders; expected one folder of images per class")
+    paths = {name: os.path.join(folder, name) for name in names}
+    files = {("", name): _find_images(path, folder, left_out) for name, path in paths.items()}
+    left_out += _count_loose(folder)
+    _remove_duplicates(files, folder, left_out)
+    found = {name: [image.path for image in images] for (_, name), images in files.items()}
+    return found, dict(left_out)
+
+
 # ---- splits and classes
 
 _LOOSE = "images outside the class folders"

@@ -1,0 +1,44 @@
+"""Metrics of shifted sets that are not those of every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flax_cnns.errors import UserError
+from flax_cnns.evaluation.predictions import Predictions
+from flax_cnns.evaluation.shifted.rows import ALEXNET_ERRORS, CORRUPTIONS
+
+
+def count_answers(logits: np.ndarray, answers: Sequence[frozenset[int]]) -> dict[str, int]:
+    """Returns {"accuracy", "top5"}: the numbers of images with one of their `answers` among the
+    highest logit or the five highest. Ties go to the lower class."""
+    top = np.argsort(-logits, axis=-1, kind="stable")[:, :5].tolist()
+    return {
+        "accuracy": sum(row[0] in right for row, right in zip(top, answers)),
+        "top5": sum(not right.isdisjoint(row) for row, right in zip(top, answers)),
+    }
+
+
+def choose_among(predictions: Predictions, classes: np.ndarray) -> Predictions:
+    """Returns the predictions of a network that may choose only among `classes`, i64 sorted.
+
+    Labels become positions in `classes`. The softmax is over these classes, as in timm's
+    evaluation of ImageNet-A and -R.
+    """
+    labels = np.searchsorted(classes, predictions.labels).astype(np.int32)
+    return Predictions(predictions.logits[:, classes], labels)
+
+
+def mean_corruption_error(accuracies: Mapping[str, float]) -> float:
+    """Returns ImageNet-C's mean corruption error: the mean over the 15 corruptions of the error
+    divided by AlexNet's (Hendrycks & Dietterich 2019, section 4.2). 1 is AlexNet.
+
+    `accuracies`: {corruption: the mean over the five severities}. Raises UserError if one of the 15
+    is missing.
+    """
+    if missing := [name for name in CORRUPTIONS if name not in accuracies]:
+        raise UserError(f"the mean corruption error needs {', '.join(missing)}")
+    ratios = [(1 - accuracies[name]) / ALEXNET_ERRORS[name] for name in CORRUPTIONS]
+    return sum(ratios) / len(ratios)
