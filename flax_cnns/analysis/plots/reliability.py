@@ -80,7 +80,7 @@ def _draw_gaps(axes: Axes, panel: ReliabilityPanel) -> None:
     error = np.abs(accuracy - confidence) @ panel.images[full] / panel.images.sum()
     axes.set(title=f"{panel.name}: ECE {100 * error:.2f} %", xlim=(0, 1), ylim=(0, 1))
     axes.tick_params(labelbottom=False)
-    axes.legend(loc="upper left", frameon=False, fontsize="small")
+    axes.legend(loc="upper left", framealpha=0.85, edgecolor="none", fontsize="small")
     tidy_axes(axes)
 
 
