@@ -41,6 +41,17 @@ def check_regular_file(path: str | os.PathLike) -> None:
         )
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises `UserError` if no file can be written at `path`, before the work that ends there."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {path.parent} is not writable")
+
+
 # ---- atomic writes
 
 

@@ -31,7 +31,7 @@ from flax_cnns.errors import (
     describe_out_of_memory,
     did_you_mean,
 )
-from flax_cnns.files import check_regular_file
+from flax_cnns.files import check_regular_file, check_writable
 from flax_cnns.names import escape_unencodable
 from flax_cnns.runtime import compilation_cache, launch, output
 
@@ -247,14 +247,16 @@ def choose_picture_path(
 
     The path is the flag's value. Without the flag, the path is `default`, or else the flag's
     default, with a number if that file exists. Raises `UserError` if the file is one of the
-    `inputs`.
+    `inputs` or cannot be written.
     """
     path = pathlib.Path(flag.value or default)
     if not flags.FLAGS[flag.name].present:
         names = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
         path = next(name for name in itertools.chain([path], names) if not os.path.lexists(name))
-    if any(path.exists() and os.path.samefile(path, other) for other in inputs):
+    known = [other for other in inputs if os.path.exists(other)]
+    if any(path.exists() and os.path.samefile(path, other) for other in known):
         raise UserError(f"--{flag.name}: {path} is one of the photos; name another file")
+    check_writable(path)
     return str(path), f"{path}, which replaces the old file" if path.exists() else str(path)
 
 

@@ -7,9 +7,9 @@ flax-cnns visualize features --workdir=runs/digits --path=conv1
 flax-cnns visualize filters --workdir=runs/digits
 flax-cnns visualize patches --workdir=runs/fashion --path=conv3 --units=0,1,2,3
 flax-cnns visualize units --workdir=runs/digits --units=0,1,2,3
-flax-cnns visualize units --model=tf_efficientnet_lite0 --weights=efficientnet_lite \
+flax-cnns visualize units --model=tf_efficientnet_lite0 --weights=efficientnet_lite \\
     --units=goldfish,toucan --parameters=maco --size=384
-flax-cnns visualize dream --model=tf_efficientnet_lite0 --weights=efficientnet_lite \
+flax-cnns visualize dream --model=tf_efficientnet_lite0 --weights=efficientnet_lite \\
     --path=stage5 cat.jpg
 flax-cnns visualize activations --workdir=runs/digits
 flax-cnns visualize activations --config=digits_resnet20 --config.model.init=lsuv
@@ -273,13 +273,17 @@ def visualize(argv: list[str]) -> None:
     name, photos = argv[1], argv[2:]
     kind = KINDS[name]
     _check_flags(name, kind)
+    out, description = choose_picture_path(_OUT, photos, default=f"{name}{kind.suffix}")
+    if kind.suffix == ".png" and name != "dream":  # dream writes a photo, not a figure
+        from flax_cnns.analysis.plots.style import check_suffix
+
+        check_suffix(out)
     subject = None
     if kind.subject:
         subject = _make_subject(photos)
         print(subject.title)
     elif photos and not kind.photos:
         raise UserError(f"{name} takes no photos, got {photos[0]!r}")
-    out, description = choose_picture_path(_OUT, photos, default=f"{name}{kind.suffix}")
     kind.draw(subject, out, photos)
     print(f"written to {description}")
 

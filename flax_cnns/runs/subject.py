@@ -79,7 +79,8 @@ def make_subject_from_run(
     dataset, config = loaded.dataset, loaded.config
     if not dataset.normalize:
         raise UserError(f"{folder}: its images are floats, which have no colors to show")
-    title = f"{folder.name}, step {loaded.step} ({loaded.checkpoint}): {config.model.name} on"
+    note = " (best)" if loaded.checkpoint == "best" else ""
+    title = f"{folder.name}, step {loaded.step}{note}: {config.model.name} on"
     subject = Subject(
         f"{title} {dataset.name}",
         loaded.network,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -40,8 +41,7 @@ def draw_saliency(
             axes.imshow(found[row], cmap="inferno", vmin=0, vmax=top, alpha=0.8)
             if row == 0:
                 axes.set_title(method.replace("_", " "), fontsize=8)
-    if title:
-        figure.suptitle(shorten(title, 24 * (1 + len(maps))), fontsize=9)
+    _write_title(figure, title)
     save_picture(figure, png)
 
 
@@ -54,11 +54,11 @@ def draw_tiles(
     signed: bool = False,
     columns: int | None = None,
 ) -> None:
-    """Draws a grid of small pictures: f32 [H W] or [H W 1] in a color map, [H W 3] in their colors.
+    """Draws a grid of small pictures: images f32 [H W 1 or 3] in 0..1, or maps f32 [H W].
 
-    Colors are in 0..1. `signed`: the color map is white at 0. `columns`: tiles of a row, by
-    default at most 8. At most `MAX_TILES` are drawn; the title says so. Raises `UserError` if the
-    picture cannot be written.
+    A map is gray, from its own lowest to its own highest value. `signed` maps are white at 0,
+    and all have one scale. `columns`: tiles of a row, by default at most 8. At most `MAX_TILES`
+    are drawn; the title says so. Raises `UserError` if the picture cannot be written.
     """
     if len(tiles) > MAX_TILES:
         title += f", {MAX_TILES} of {len(tiles)}"
@@ -70,22 +70,29 @@ def draw_tiles(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
+    reach = max(*(float(np.abs(tile).max()) for tile in tiles), 1e-12) if signed else 0.0
     for axes, tile, label in zip(grid.flat, tiles, labels):
-        if signed and (tile.ndim == 2 or tile.shape[-1] == 1):
-            reach = max(float(np.abs(tile).max()), 1e-12)
-            axes.imshow(np.squeeze(tile), cmap="RdBu_r", vmin=-reach, vmax=reach)
+        if signed:
+            axes.imshow(tile, cmap="RdBu_r", vmin=-reach, vmax=reach)
         else:
             _show(axes, tile)
-        axes.set_title(shorten(label, 18), fontsize=7)
-    if title:
-        figure.suptitle(shorten(title, 16 * columns), fontsize=9)
+        axes.set_title(shorten(label, int(14 * side)), fontsize=7)
+    _write_title(figure, title)
     save_picture(figure, png)
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    """Writes the title, in as many lines as the figure's width asks for."""
+    if title:
+        width = int(12.5 * figure.get_figwidth())  # letters
+        figure.suptitle(textwrap.fill(shorten(title, 4 * width), width), fontsize=9)
 
 
 def _show(axes: Axes, tile: np.ndarray, pale: float = 1.0) -> None:
     axes.set_axis_off()
-    if tile.ndim == 3 and tile.shape[-1] == 3:
+    if tile.ndim == 2:
+        axes.imshow(tile, cmap="gray", alpha=pale)
+    elif tile.shape[-1] == 3:
         axes.imshow(np.clip(tile, 0, 1), alpha=pale)
     else:
-        flat = tile if tile.ndim == 2 else tile.mean(-1)
-        axes.imshow(flat, cmap="gray", alpha=pale)
+        axes.imshow(tile.mean(-1), cmap="gray", vmin=0, vmax=1, alpha=pale)

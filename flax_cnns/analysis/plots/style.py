@@ -68,11 +68,19 @@ def widen_single_point(axes: Axes, right: float = 1.0) -> None:
         axes.set_xlim(x - 1, x + right)
 
 
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raises `UserError` if figures cannot be saved in the format of the path's suffix."""
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in ("", *kinds):
+        raise UserError(f"cannot write the picture {path}: use a suffix such as .png, .jpg or .pdf")
+
+
 def save_picture(figure: Figure, path: str | os.PathLike) -> None:
     """Saves a figure atomically, as a PNG or in the format of its suffix (.jpg, .svg, .pdf).
 
     Raises `UserError` if the file cannot be written or the suffix is unknown.
     """
+    check_suffix(path)
     kind = Path(path).suffix.removeprefix(".") or "png"
     try:
         _show_names(figure)
@@ -84,8 +92,6 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
             )
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
-    except ValueError as error:  # unknown suffix; the message lists the known ones
-        raise UserError(f"cannot write the picture {path}: {error}") from None
 
 
 def _show_names(figure: Figure) -> None:

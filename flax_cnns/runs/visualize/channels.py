@@ -16,8 +16,9 @@ from flax_cnns.runs.subject import Subject
 
 
 def draw_features(subject: Subject, png: str | os.PathLike, path: str | None = None) -> str:
-    """Draws the channels of a module's output for the first image. Returns the module's path, by
-    default that of the first module with spatial maps. Raises UserError."""
+    """Draws the channels of a module's output for the first image, each from its own lowest to its
+    own highest value. Returns the module's path, by default that of the first module with spatial
+    maps. Raises UserError."""
     subject.check_images()
     images = subject.normalize(jnp.asarray(subject.pixels[:1]))
     outputs = features.list_outputs(subject.model, subject.variables, images)
@@ -27,14 +28,18 @@ def draw_features(subject: Subject, png: str | os.PathLike, path: str | None = N
     maps = np.asarray(features.features(subject.model, subject.variables, images, [path])[path])[0]
     tiles = [maps[..., k] for k in range(maps.shape[-1])]
     labels = [f"channel {k}" for k in range(len(tiles))]
-    title = f"{subject.title}: {path} of {subject.names[0]}"
+    title = f"{subject.title}: {path} of {subject.names[0]}; each channel has its own scale"
     plots.draw_tiles(tiles, labels, png, title)
     return path
 
 
 def draw_filters(subject: Subject, png: str | os.PathLike) -> str:
-    """Draws the filters of the first convolution, in colors if it takes three channels. Returns
-    the kernel's path. Raises UserError if the network has no convolution on images."""
+    """Draws the filters of the first convolution, all with one scale. Returns the kernel's path.
+
+    Filters on three channels are drawn in colors, with gray for 0. Others are drawn as the mean
+    over their channels, with white for 0, red above it and blue below. Raises UserError if the
+    network has no convolution on images.
+    """
     model, variables = features.unroll(subject.model, subject.variables)
     flat = pytree.flatten(variables["params"])
     channels = subject.pixels.shape[-1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -120,7 +120,7 @@ def draw_quality(
         f"{table.title}: {table.images} images",
         higher_is_better={name: sign > 0 for name, sign in MEASURES.items()},
     )
-    shutil.rmtree(folder, ignore_errors=True)
+    _SavedScores(folder, "").remove(methods)
     return table
 
 
@@ -258,6 +258,15 @@ class _SavedScores:
         content = {"digest": self.digest, "similarity": scores.similarity.tolist()}
         content |= {name: scores.values[name].tolist() for name in MEASURES}
         files.write_json(self.folder / f"{method}.json", content)
+
+    def remove(self, methods: Sequence[str]) -> None:
+        """Removes the files of these methods, and the folder if nothing else lies in it."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError):
+            for method in methods:
+                (self.folder / f"{method}.json").unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 def _make_digest(subject: Subject, images: Array, goal: Target, path: str | None, seed: int) -> str:
