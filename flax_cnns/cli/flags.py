@@ -343,8 +343,11 @@ def _parse(argv: list[str]) -> list[str]:
     if _COMMANDS:
         command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         if command not in _COMMANDS:
-            hint = did_you_mean(command, _COMMANDS)
-            raise UserError(f"expected {' or '.join(_COMMANDS)} first, got {command!r}{hint}")
+            hint = did_you_mean(command, _COMMANDS) if command else ""
+            known = " or ".join(_COMMANDS)
+            if len(_COMMANDS) > 3:
+                known = f"one of {', '.join(_COMMANDS)}"
+            raise UserError(f"expected {known} first, got {command!r}{hint}")
         argv = [argv[0], *argv[2:]]
     argv = [argv[0], *map(_as_defined, argv[1:])]
     _check_fields_are_of_the_config(argv[1:])

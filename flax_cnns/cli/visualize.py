@@ -108,7 +108,12 @@ flags.DEFINE_float(
     "rate", 0.0, "Size of a step; 0: 0.05 for units, 1 with maco, 0.01 for dream.", lower_bound=0.0
 )
 flags.DEFINE_integer("size", 0, "units: side of the images in pixels; 0: the network's.")
-flags.DEFINE_integer("octaves", 3, "dream: sizes of the photo.", lower_bound=1)
+flags.DEFINE_integer(
+    "octaves",
+    0,
+    "dream: number of sizes of the photo; 0: 3, or fewer if the photo is too small.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "unit", -1, "dream: the channel to enlarge; -1: the whole output.", lower_bound=-1
 )

@@ -80,7 +80,7 @@ def draw_dream(subject: Subject, out: str, photos: list[str]) -> None:
         FLAGS.path,
         photo=photos[0] if photos else None,
         unit=None if FLAGS.unit < 0 else FLAGS.unit,
-        octaves=FLAGS.octaves,
+        octaves=FLAGS.octaves or None,
         steps=FLAGS.steps or 10,
         rate=FLAGS.rate or 0.01,
         tile=FLAGS.tile,

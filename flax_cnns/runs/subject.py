@@ -103,7 +103,8 @@ def make_subject_from_run(
     if not chosen:
         raise UserError(f"--split: no image of the {split} split of {data.name} can be read")
     pixels = np.stack([image for image, _ in chosen])
-    return subject._replace(pixels=pixels, names=[subject.name_label(label) for _, label in chosen])
+    names = [f"image {n} ({subject.name_label(label)})" for n, (_, label) in enumerate(chosen)]
+    return subject._replace(pixels=pixels, names=names)
 
 
 def load_data(

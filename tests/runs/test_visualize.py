@@ -36,7 +36,7 @@ def subject(finished):
 def test_the_images_of_a_run_are_its_test_images_and_the_logits_its_own(finished, subject):
     test = load_dataset(read_config(finished[0]).data).splits["test"]
     np.testing.assert_allclose(subject.pixels, test.images[:3] / 255, atol=1e-6)
-    assert list(subject.names) == [str(label) for label in test.labels[:3]]
+    assert list(subject.names) == [f"image {n} ({k})" for n, k in enumerate(test.labels[:3])]
     loaded = load_run(finished[0])
     wanted = loaded.network.apply(
         loaded.variables, loaded.preprocessing(test.images[:3]), train=False
@@ -82,7 +82,7 @@ def test_saliency_of_every_method(subject, drawn, tmp_path):
     logits = subject.model.apply(subject.variables, subject.normalize(pixels), train=False)
     predicted = [str(k) for k in np.argmax(logits, 1)]
     assert found == predicted
-    assert names == [f"{name}: {label}" for name, label in zip(subject.names, predicted)]
+    assert names == [f"{name}\nexplained: {k}" for name, k in zip(subject.names, predicted)]
     assert "lenet5 on digits" in title
     assert list(maps) == methods
     for name, each in maps.items():

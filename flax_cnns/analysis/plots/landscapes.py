@@ -54,6 +54,8 @@ def draw_planes(
         axes.plot(0, 0, "+", color="white", markersize=10, markeredgewidth=1.8)
         axes.set_aspect("equal")
         axes.set(xlabel="first direction", ylabel="second direction" if column == 0 else "")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5))
         axes.set_title(shorten(plane.title, 48), fontsize=9)
         if column == len(planes) - 1:
             _colorbar(figure, drawn, levels, [axes for axes in figure.axes])

@@ -30,11 +30,12 @@ def draw_saliency(
     cannot be written.
     """
     count = min(len(pixels), MAX_ROWS)
-    figure = Figure(figsize=(1.7 * (1 + len(maps)), 1.85 * count + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.7 * (1 + len(maps)), 2.0 * count + 0.5), layout="constrained")
     grid = figure.subplots(count, 1 + len(maps), squeeze=False)
     for row in range(count):
         _show(grid[row, 0], pixels[row])
-        grid[row, 0].set_title(shorten(names[row], 24), fontsize=8)
+        lines = [shorten(line, 26) for line in names[row].split("\n")]
+        grid[row, 0].set_title("\n".join(lines), fontsize=8)
         for axes, (method, found) in zip(grid[row, 1:], maps.items()):
             _show(axes, pixels[row], pale=0.25)
             top = max(float(np.percentile(found[row], 99)), 1e-12)

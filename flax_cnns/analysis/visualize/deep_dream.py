@@ -51,18 +51,11 @@ def deep_dream(
     model, variables = tap.unroll(model, variables)
     image = jnp.asarray(image, jnp.float32)
     height, width, channels = image.shape
-    sizes = [
-        (round(height / octave_scale**n), round(width / octave_scale**n))
-        for n in reversed(range(octaves))
-    ]
+    sizes = _list_sizes(height, width, octaves, octave_scale)
     side = min(tile, *sizes[0])
-    shape = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    outputs = tap.list_outputs(model, variables, shape) if side else {}
-    if not side or (path in outputs and 0 in outputs[path].shape):
-        raise UserError(
-            f"an image of {height}x{width} pixels is {sizes[0][0]}x{sizes[0][1]} in the first of"
-            f" {octaves} octaves, too small for {path!r}; take fewer octaves or a larger image"
-        )
+    outputs = check_octaves(
+        model, variables, image.shape, path, octaves=octaves, octave_scale=octave_scale, tile=tile
+    )
     tap.check_path(path, outputs)
     if unit is not None:
         Objective(path, unit).check(outputs[path])
@@ -86,6 +79,41 @@ def deep_dream(
             if on_step is not None:
                 on_step(octave * steps + step + 1)
     return np.asarray(jnp.clip(image + added, 0, 1))
+
+
+def check_octaves(
+    model: nn.Module,
+    variables: Variables,
+    shape: tuple[int, int, int],
+    path: str,
+    *,
+    octaves: int,
+    octave_scale: float = 1.4,
+    tile: int = 224,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the modules' outputs for a tile of an image [H W C] in the first octave.
+
+    Raises `UserError` if the image is too small there for the network or for the module `path`.
+    """
+    height, width, channels = shape
+    first = _list_sizes(height, width, octaves, octave_scale)[0]
+    side, reason = min(tile, *first), f"too small for {path!r}"
+    try:
+        images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        outputs = tap.list_outputs(model, variables, images) if side else {}
+        if side and not (path in outputs and 0 in outputs[path].shape):
+            return outputs
+    except UserError as error:
+        reason = str(error)
+    raise UserError(
+        f"an image of {height}x{width} pixels is {first[0]}x{first[1]} in the first of {octaves}"
+        f" octaves: {reason}; take fewer octaves or a larger image"
+    )
+
+
+def _list_sizes(height: int, width: int, octaves: int, scale: float) -> list[tuple[int, int]]:
+    """The image's sizes, smallest first."""
+    return [(round(height / scale**n), round(width / scale**n)) for n in reversed(range(octaves))]
 
 
 def _starts(size: int, side: int) -> list[int]:

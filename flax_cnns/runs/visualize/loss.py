@@ -194,10 +194,11 @@ def describe(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
 def explain(checkpoint: Checkpoint, settings: Settings, split: str = "") -> str:
     """Returns a note for a picture: the loss, the images, the statistics of BatchNorm."""
     images = min(settings.images, _count_images(checkpoint, split or settings.split))
-    return (
-        f"{checkpoint.loss_name} without L2 penalty, {split or settings.split} split,"
-        f" {images} images; BatchNorm: {BATCHNORM[settings.batchnorm]}"
-    )
+    note = f"{checkpoint.loss_name} without L2 penalty, {split or settings.split} split"
+    note += f", {images} images"
+    if checkpoint.variables.get("batch_stats"):
+        note += f"; BatchNorm: {BATCHNORM[settings.batchnorm]}"
+    return note
 
 
 def _count_images(checkpoint: Checkpoint, splits: str) -> int:

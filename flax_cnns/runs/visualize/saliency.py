@@ -129,6 +129,6 @@ def draw_saliency(
     explained = [subject.class_names[int(k)] for k in goal.classes]
     key = jax.random.key(seed)
     found = {name: np.asarray(METHODS[name](subject, images, goal, path, key)) for name in methods}
-    labels = [f"{name}: {label}" for name, label in zip(subject.names, explained)]
+    labels = [f"{name}\nexplained: {label}" for name, label in zip(subject.names, explained)]
     plots.draw_saliency(subject.pixels, found, labels, png, subject.title)
     return explained

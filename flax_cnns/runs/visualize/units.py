@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import time
@@ -16,12 +17,13 @@ from flax_cnns import files
 from flax_cnns.analysis.explain import features
 from flax_cnns.analysis.plots import maps as plots
 from flax_cnns.analysis.visualize import optimize, parameters
-from flax_cnns.analysis.visualize.deep_dream import deep_dream
+from flax_cnns.analysis.visualize.deep_dream import check_octaves, deep_dream
 from flax_cnns.analysis.visualize.objectives import Objective
 from flax_cnns.data.images import Photo, load_upright, open_photo
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs.subject import Subject
 
+OCTAVES = 3  # of a dream
 MAX_DREAM = 512  # pixels of the longer side
 REPORT_EVERY = 10.0  # seconds
 OPAQUE = 80  # percentile of the importance above which MaCo's pixels are opaque
@@ -186,7 +188,7 @@ def draw_dream(
     *,
     photo: Photo | None = None,
     unit: int | None = None,
-    octaves: int = 3,
+    octaves: int | None = None,
     steps: int = 10,
     rate: float = 0.01,
     tile: int = 224,
@@ -196,7 +198,8 @@ def draw_dream(
     """Writes `photo`, or else the first image, after DeepDream on a module's output.
 
     The photo is taken whole, at most `MAX_DREAM` pixels wide and high. The picture's suffix says
-    its format. The other arguments are those of `deep_dream`. Raises UserError.
+    its format. `octaves`: None takes three, or fewer if the network cannot take so small an image.
+    The other arguments are those of `deep_dream`. Raises UserError.
     """
     _choose_format(picture)
     if photo is None:
@@ -207,6 +210,10 @@ def draw_dream(
             image = load_upright(opened, subject.pixels.shape[-1]).copy()
         image.thumbnail((MAX_DREAM, MAX_DREAM))
         pixels = np.asarray(image, np.float32).reshape(*image.size[::-1], -1) / 255
+    if octaves is None:
+        octaves = _choose_octaves(subject, pixels.shape, path, tile)
+        if octaves < OCTAVES:
+            say(f"octaves: {octaves}, because the network takes no smaller images")
     found = deep_dream(
         subject.model,
         subject.variables,
@@ -222,6 +229,19 @@ def draw_dream(
         on_step=_make_reporter(octaves * steps, say),
     )
     _write_image(found, picture)
+
+
+def _choose_octaves(subject: Subject, shape: tuple[int, ...], path: str, tile: int) -> int:
+    height, width, channels = shape
+    for octaves in range(OCTAVES, 1, -1):
+        with contextlib.suppress(UserError):
+            check_octaves(
+                *(subject.model, subject.variables, (height, width, channels), path),
+                octaves=octaves,
+                tile=tile,
+            )
+            return octaves
+    return 1
 
 
 def _write_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
