@@ -91,7 +91,7 @@ def check_octaves(
     octave_scale: float = 1.4,
     tile: int = 224,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the modules' outputs for a tile of an image [H W C] in the first octave.
+    """Returns the shapes of the modules' outputs for a tile of the first octave of images [H W C].
 
     Raises `UserError` if the image is too small there for the network or for the module `path`.
     """
