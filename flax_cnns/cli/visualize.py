@@ -1,5 +1,12 @@
 """Draws what a network sees, and the loss around its weights.
 
+saliency: maps of the pixels that matter for a class. quality: how good such maps are. features:
+channels of a module's output. filters: those of the first convolution. patches: the image patches
+that excite a channel most. units: images that make a channel or a logit large. dream: DeepDream.
+activations: histograms and gradient norms by layer. initialization: the lectures' experiment on
+initial weights. landscape, line, trajectory: the loss on a plane, between two runs, around a run's
+path. curvature: a table of Hessian eigenvalues. docs/visualize.md has pictures and commands.
+
 flax-cnns visualize saliency --workdir=runs/digits --methods=gradient,grad_cam --images=6
 flax-cnns visualize saliency --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
 flax-cnns visualize quality --workdir=runs/digits --methods=gradient,grad_cam --images=50
@@ -56,11 +63,15 @@ _WORKDIR = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
-    "The split of a run whose images are shown. A loss is by default that of train, and on a line"
-    " those of train and test (--split=A,B).",
+    "The split of a run whose images are used. landscape, trajectory and curvature take train by"
+    " default, line takes train,test.",
 )
 _IMAGES = flags.DEFINE_integer(
-    "images", 6, "Number of images of that split; of a loss, by default 512.", lower_bound=1
+    "images",
+    6,
+    "Number of images of that split. landscape, line, trajectory and curvature take 512 by default,"
+    " activations all.",
+    lower_bound=1,
 )
 _METHODS = flags.DEFINE_list(
     "methods",
@@ -74,7 +85,8 @@ _CLASS = flags.DEFINE_integer(
 _PATH = flags.DEFINE_string(
     "path",
     "",
-    "The module to look at; dream needs it. units, activations: PATH,PATH,... are several.",
+    "The module to look at; patches and dream need it. units and activations also take several:"
+    " PATH,PATH,...",
 )
 flags.DEFINE_list(
     "units",
@@ -118,33 +130,43 @@ flags.DEFINE_integer(
     "unit", -1, "dream: the channel to enlarge; -1: the whole output.", lower_bound=-1
 )
 flags.DEFINE_integer("tile", 224, "dream: side of a tile in pixels.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of random numbers: equal seeds give equal pictures.")
-flags.DEFINE_integer("layers", 6, "initialization: dense layers.", lower_bound=1)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "The seed of random numbers: equal seeds give equal pictures."
+)
+flags.DEFINE_integer("layers", 6, "initialization: number of dense layers.", lower_bound=1)
 flags.DEFINE_integer("width", 4096, "initialization: units of a layer.", lower_bound=1)
 flags.DEFINE_bool(
-    "as-printed", False, "initialization: add the weights that the deck's wrong code gives."
+    "as-printed",
+    False,
+    "initialization: add rows with the weights that the decks' wrong code gives.",
 )
 flags.DEFINE_integer(
     "grid", 25, "landscape, line, trajectory: points along each axis.", lower_bound=2
 )
 flags.DEFINE_float("span", 1.0, "landscape: the axes go from minus this to this.", lower_bound=1e-6)
 flags.DEFINE_list(
-    "beside", [], "landscape, curvature: other runs, drawn next to this one, or in one table."
+    "beside",
+    [],
+    "landscape, curvature: other runs, which are drawn next to this one, or added to the table.",
 )
 flags.DEFINE_bool("surface", False, "landscape: draw surfaces, too.")
-flags.DEFINE_string("to", "", "line: the other end: RUN, RUN@best, RUN@latest or RUN@STEP.")
+flags.DEFINE_string(
+    "to", "", "line: the run at the other end: RUN, RUN@best, RUN@latest or RUN@STEP."
+)
 flags.DEFINE_string(
     "batchnorm",
     "running",
-    "landscape, line, trajectory, curvature, activations: the statistics of BatchNorm. running:"
-    " those of the checkpoint, and interpolated on a line. batch: those of each batch; the default"
-    " of activations if they show an initialization. reestimate (line): those of training batches,"
-    " computed at each point.",
+    "landscape, line, trajectory, curvature, activations: the statistics that BatchNorm uses."
+    " running: those of the checkpoint, which are interpolated on a line. batch: those of each"
+    " batch, the default of activations that show an initialization. reestimate (only line): those"
+    " of training batches, computed at each point.",
 )
 flags.DEFINE_integer(
     "eigenvalues", 1, "curvature: number of eigenvalues of the Hessian.", lower_bound=1
 )
-flags.DEFINE_float("rho", 0.05, "curvature: distance of SAM's sharpness.", lower_bound=1e-9)
+flags.DEFINE_float(
+    "rho", 0.05, "curvature: length of the step of SAM's sharpness.", lower_bound=1e-9
+)
 flags.DEFINE_string(
     "init", "", "activations: initializer of a --model without weights, such as he or lsuv."
 )
@@ -154,8 +176,8 @@ _ACCEPT = define_accept()
 _OUT = flags.DEFINE_string(
     "out",
     "",
-    "The picture to write. Without this flag it is saliency.png and so on, and no file is"
-    " replaced: if saliency.png exists, saliency-2.png is written.",
+    "The picture to write; curvature writes a CSV file. The default is KIND.png, or KIND-2.png if"
+    " that file exists, and so on: then no file is replaced.",
 )
 
 

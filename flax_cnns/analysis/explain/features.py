@@ -116,7 +116,8 @@ def check_path(
             raise UserError(
                 f"{path!r} is called {len(calls)} times; choose a call: {', '.join(calls)}"
             )
-        raise UserError(f"the network calls no module {path!r}{did_you_mean(path, outputs)}")
+        known = [name for name in outputs if name]  # "" is the network itself
+        raise UserError(f"the network calls no module {path!r}{did_you_mean(path, known)}")
     if spatial and not is_map(outputs[path]):
         spatial_paths = [name for name, output in outputs.items() if is_map(output)]
         last = spatial_paths[-1] if spatial_paths else None

@@ -238,8 +238,8 @@ def impute(
 
 
 def _solve_neighbor_means(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Returns the values [removed C] of the removed pixels: each times the sum of its neighbors'
-    weights is the weighted sum of its neighbors."""
+    """Returns the values [removed C] of the removed pixels. Each value, times the sum of its
+    neighbors' weights, equals the weighted sum of its neighbors."""
     # A border of one pixel stands for neighbors outside of the image.
     number = np.pad(np.where(keep, -1, np.cumsum(~keep).reshape(keep.shape) - 1), 1)
     kept, inside = np.pad(keep, 1), np.pad(np.ones_like(keep), 1)

@@ -1,7 +1,8 @@
 """Finds the ReLUs of a traced program, also those written without `nn.relu`.
 
 A ReLU is a call named relu or relu6, max(x, 0), min(max(x, 0), c), where(x > 0, x, 0) or
-x * (x > 0). max(x, 0) below a root or a quotient is none: norms guard their variance with it.
+x * (x > 0). max(x, 0) in a root or in a divisor is not an activation: norms guard their variance
+with it.
 """
 
 from __future__ import annotations

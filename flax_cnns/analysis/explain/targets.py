@@ -100,7 +100,8 @@ def make_feature_or_target(
 ) -> Feature | Target:
     """Makes the target for images [N H W C], as `make_target` does, or checks a `Feature`.
 
-    Raises `UserError` as `make_target` does; for an unknown path, unit or position of a `Feature`.
+    Raises `UserError` as `make_target` does, and for a `Feature` with an unknown path, unit or
+    position.
     """
     if not isinstance(target, Feature):
         return make_target(target, model, variables, images)

@@ -78,7 +78,7 @@ def find_top_images(
         ]
         seen += len(real)
     if not seen:
-        raise UserError("no images: the strongest are sought among at least one")
+        raise UserError("expected at least one image, got none")
     return tops
 
 

@@ -16,12 +16,12 @@ Kind = Literal["channel", "neuron", "direction"]
 
 @struct.dataclass
 class Objective:
-    """A number for each image, made of the output of the module `path`.
+    """A number for each image, computed from the output of the module `path`.
 
-    "channel": the mean of channel `unit` over all positions; of the network's own output (path "")
-    it is the logit. "neuron": that channel in the middle of the map; of an even side, the position
-    after the middle. "direction": the mean of the product with `vector`, f32 [C]. Objectives that
-    differ in `unit` or `vector` alone share a compiled program.
+    "channel": the mean of channel `unit` over all positions. For path "", the network's output,
+    this is a logit. "neuron": that channel in the middle of the map; if the side is even, at the
+    position after the middle. "direction": the mean of the product with `vector`, f32 [C].
+    Objectives that differ in `unit` or `vector` alone share a compiled program.
     """
 
     path: str = struct.field(pytree_node=False)

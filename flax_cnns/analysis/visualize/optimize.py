@@ -32,7 +32,7 @@ FIRST_SIDE, LAST_SIDE = 0.5, 0.05  # mean side of MaCo's crops in the first and 
 class Visualization(NamedTuple):
     images: np.ndarray  # f32 [N H W C] in 0..1
     scores: np.ndarray  # f32 [N]: the objective of these images
-    losses: np.ndarray  # f32 [steps]: what was made small, after random transformations
+    losses: np.ndarray  # f32 [steps]: minus the objective, of the randomly transformed images
     # f32 [N H W]: the sum over steps and channels of the gradient's absolute values
     importance: np.ndarray
 
@@ -73,9 +73,9 @@ def visualize(
 
     `kind` "fourier" and "pixels" are the parameters of Olah, Mordvintsev & Schubert 2017
     (https://distill.pub/2017/feature-visualization): 512 steps of Adam at 0.05. In the first 16
-    steps, gradients of ReLU and ReLU6 are redirected (`redirect_gradients`); networks without them
-    go without it. `robust` moves, scales and rotates the images anew in each step. `diverse` is the
-    weight of the similarity of the `count` images, which is made small.
+    steps, gradients of ReLU and ReLU6 are redirected (`redirect_gradients`); other activations keep
+    their gradient. `robust` moves, scales and rotates the images anew in each step. `diverse` is
+    the weight of the similarity of the `count` images, which is made small.
 
     "maco" is MaCo (Fel et al. 2023, arXiv 2306.06805): phases with the fixed `magnitude` of
     `make_images`, 256 steps of Nadam at 1. The network sees `crops` crops of each image, of

@@ -48,7 +48,7 @@ def draw_units(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[float]:
-    """Draws images that each unit of a module wants, and returns the units' activations.
+    """Draws images that make each unit of a module large, and returns the units' activations.
 
     The path "" means the logits, whose units may be class names. With several paths, each has a
     row. `objective`: "channel" or "neuron". `directions`, f32 [K C] or [C], are shown in place of
