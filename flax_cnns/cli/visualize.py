@@ -80,7 +80,10 @@ _METHODS = flags.DEFINE_list(
     " grad_cam, grad_cam_plus_plus, layer_cam, occlusion, rise, guided_backprop, deconvnet.",
 )
 _CLASS = flags.DEFINE_integer(
-    "class", -1, "saliency, quality: the class to explain; -1: the one that the network predicts."
+    "class",
+    -1,
+    "saliency, quality: the class to explain; -1: the one that the network predicts.",
+    lower_bound=-1,
 )
 _PATH = flags.DEFINE_string(
     "path",
