@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from flax_cnns.analysis.landscape.objective import Levels
 from flax_cnns.analysis.plots.curves import STYLES
@@ -114,8 +114,8 @@ def draw_line(
 ) -> None:
     """Draws the loss and the accuracy of each split along a line.
 
-    alphas: [points]; levels: f32 [points] each; `ends` are the names
-    of the points 0 and 1. Raises `UserError` if the picture cannot be written.
+    alphas: [points]; levels: f32 [points] each; `ends` are the names of the points 0 and 1. Raises
+    `UserError` if the picture cannot be written.
     """
     figure = Figure(figsize=(9.2, 4.0), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -133,7 +133,7 @@ def draw_line(
         for end in (0, 1):
             axes.axvline(end, color="gray", linewidth=0.8, linestyle=":", zorder=0)
         axes.set(xlabel="position on the line", ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MultipleLocator(0.5))  # shows 0 and 1, the two ends
         tidy_axes(axes)
     panels[1].set_ylim(0, 1.02)
     panels[0].legend(frameon=False)

@@ -194,8 +194,9 @@ def describe(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
 def explain(checkpoint: Checkpoint, settings: Settings, split: str = "") -> str:
     """Returns a note for a picture: the loss, the images, the statistics of BatchNorm."""
     images = min(settings.images, _count_images(checkpoint, split or settings.split))
-    note = f"{checkpoint.loss_name} without L2 penalty, {split or settings.split} split"
-    note += f", {images} images"
+    name = split or settings.split
+    splits = "splits" if " and " in name else "split"
+    note = f"{checkpoint.loss_name} without L2 penalty, {name} {splits}, {images} images"
     if checkpoint.variables.get("batch_stats"):
         note += f"; BatchNorm: {BATCHNORM[settings.batchnorm]}"
     return note
