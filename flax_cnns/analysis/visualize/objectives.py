@@ -43,19 +43,18 @@ class Objective:
         """Raises `UserError` for an unknown kind, and if the module's output lacks the unit, has
         other channels, or has no positions to choose a neuron from."""
         channels = output.shape[-1]
+        name = repr(self.path) if self.path else "the network's output"
         if self.kind not in get_args(Kind):
             raise UserError(
                 f"unknown objective {self.kind!r}{did_you_mean(self.kind, get_args(Kind))}"
             )
         if self.kind == "neuron" and len(output.shape) != 4:
-            raise UserError(f"{self.path!r} has no maps, so a neuron is a channel: take channel")
+            raise UserError(f"{name} has no maps, so a neuron is a channel: take channel")
         if self.kind == "direction" and len(self.vector) != channels:
-            raise UserError(
-                f"{self.path!r} has {channels} channels, the direction has {len(self.vector)}"
-            )
+            raise UserError(f"{name} has {channels} channels, the direction has {len(self.vector)}")
         if self.kind != "direction" and not 0 <= self.unit < channels:
             raise UserError(
-                f"unit {self.unit} is out of range: {self.path!r} has {channels} channels,"
+                f"unit {self.unit} is out of range: {name} has {channels} channels,"
                 f" 0 to {channels - 1}"
             )
 
