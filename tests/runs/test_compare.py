@@ -113,7 +113,11 @@ def test_a_picture_without_a_name_replaces_no_file(tmp_path, monkeypatch):
     assert choose(0)[0] == "comparison-3.png"
     assert choose(1) == ("comparison.png", "comparison.png, which replaces the old file")
     with pytest.raises(UserError, match=r"comparison\.png is one of the photos"):
-        choose(1, inputs=[str(tmp_path / "comparison.png")])
+        choose(1, inputs=[str(tmp_path / "missing.png"), str(tmp_path / "comparison.png")])
+    for value, message in (("none/a.png", "there is no folder none"), (".", "is a folder")):
+        flag.value = value
+        with pytest.raises(UserError, match=message):
+            choose(1)
 
 
 def columns(runs, metric):

@@ -161,6 +161,13 @@ def test_quality_goes_on_from_saved_methods(measured, subject, tmp_path, monkeyp
     quality.measure_quality(subject, ["gradient"], seed=1, **given)
 
 
+def test_quality_removes_only_its_own_rows(tmp_path):
+    for name in ("gradient.json", "row-0.npz"):  # the second is of a loss landscape
+        (tmp_path / name).touch()
+    quality._SavedScores(tmp_path, "").remove(["gradient", "grad_cam"])
+    assert [path.name for path in tmp_path.iterdir()] == ["row-0.npz"]
+
+
 @pytest.mark.parametrize(
     ("values", "beaten"),
     [
@@ -228,7 +235,7 @@ def test_filters_of_three_channels_are_colors(drawn, tmp_path):
         (["c1", "s2"], [0, 6], {}, "unit 6 is out of range: 'c1' has 6"),
         ("", ["33"], {}, "no class '33'"),
         ("s2", ["3"], {}, "'s2' has numbered units, got '3'"),
-        ("", [0], {"objective": "neuron"}, "'' has no maps"),
+        ("", [0], {"objective": "neuron"}, "the network's output has no maps"),
         ("", range(10), {"count": 7}, "10 units x 7 images do not fit"),
         ("s2", [0], {"directions": np.ones((2, 5))}, "6 channels, the direction has 5"),
         ("s2", [0], {"kind": "furier"}, "unknown parameters 'furier'; did you mean 'fourier'"),
@@ -237,6 +244,11 @@ def test_filters_of_three_channels_are_colors(drawn, tmp_path):
 def test_units_that_cannot_be_drawn_are_one_line(subject, tmp_path, paths, named, given, message):
     with pytest.raises(UserError, match=message):
         units.draw_units(subject, tmp_path / "x.png", paths, named, **given)
+
+
+@pytest.mark.parametrize(("side", "octaves"), [(32, 1), (45, 2), (64, 3)])
+def test_a_small_photo_is_dreamed_in_fewer_octaves(subject, side, octaves):
+    assert units._choose_octaves(subject, (side, side, 1), "s2", tile=224) == octaves
 
 
 def test_what_hardly_matters_is_faded():
