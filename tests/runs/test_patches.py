@@ -114,6 +114,6 @@ def test_own_data_of_a_run(finished, tmp_path, monkeypatch):
         found = subjects.make_subject_from_run(run, count=3, trust=True, accept_changed_data=True)
         images = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 1), np.uint8)
         np.testing.assert_allclose(found.pixels, images[:3] / 255, atol=1e-6)
-        assert list(found.names) == ["0", "1", "2"]
+        assert list(found.names) == [f"image {n} ({n})" for n in range(3)]
         with contextlib.closing(found.open_split()) as batches:
             assert sum(batch["mask"].sum() for batch in batches) == 7

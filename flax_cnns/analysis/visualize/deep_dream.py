@@ -53,8 +53,9 @@ def deep_dream(
     height, width, channels = image.shape
     sizes = _list_sizes(height, width, octaves, octave_scale)
     side = min(tile, *sizes[0])
+    shape = (height, width, channels)
     outputs = check_octaves(
-        model, variables, image.shape, path, octaves=octaves, octave_scale=octave_scale, tile=tile
+        model, variables, shape, path, octaves=octaves, octave_scale=octave_scale, tile=tile
     )
     tap.check_path(path, outputs)
     if unit is not None:

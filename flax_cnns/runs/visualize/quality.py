@@ -100,15 +100,25 @@ def draw_quality(
 
     The results of each method are saved in a folder next to the picture, from which a killed call
     goes on; it is removed at the end. A method that cannot explain the network gets a row with the
-    reason. Arguments are those of `draw_saliency`. Raises UserError.
+    reason. Arguments are those of `draw_saliency`. Raises UserError, and KeyboardInterrupt, with a
+    message, after Ctrl-C.
     """
     picture = pathlib.Path(png)
     check_methods(methods)
     subject.check_images()
     folder = picture.with_name(f"{picture.stem}.rows")
-    table = measure_quality(
-        subject, methods, classes=classes, path=path, seed=seed, folder=folder, say=say
-    )
+    try:
+        table = measure_quality(
+            subject, methods, classes=classes, path=path, seed=seed, folder=folder, say=say
+        )
+    except KeyboardInterrupt:
+        saved = [name for name in methods if (folder / f"{name}.json").is_file()]
+        if not saved:
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; the results of {', '.join(saved)} are saved in {folder}; run the same"
+            " command again to measure the others"
+        ) from None
     files.write_text(picture.with_suffix(".csv"), format_csv(table))
     files.write_text(picture.with_suffix(".md"), format_markdown(table))
     measured = [name for name, found in table.scores.items() if not found.reason]

@@ -145,7 +145,7 @@ def test_deep_dream_raises_its_layer(tiny):
         ),
         (
             lambda *a, **k: visualize(*a, Objective("", kind="neuron"), **k),
-            "'' has no maps, so a neuron is a channel",
+            "the network's output has no maps, so a neuron is a channel",
         ),
         (
             lambda *a, **k: visualize(*a, Objective("conv", kind="chanel"), **k),
