@@ -243,7 +243,7 @@ class Kind(NamedTuple):
     suffix: str = ".png"  # of the file without --out
 
 
-_LOSS = ("workdir", "split", "images", "batchnorm", "seed", "trust")
+_LOSS = ("workdir", "split", "images", "batchnorm", "seed", "trust", "accept-changed-data")
 # Every kind takes --out, and every kind with a subject these flags.
 _COMMON = ("model", "weights", "workdir", "split", "trust", "accept-changed-data")
 KINDS = {

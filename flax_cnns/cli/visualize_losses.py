@@ -19,6 +19,7 @@ def _make_settings() -> Any:
         batchnorm=FLAGS.batchnorm,
         seed=FLAGS.seed,
         trust=FLAGS.trust,
+        accept=bool(FLAGS["accept-changed-data"].value),
     )
 
 

@@ -22,7 +22,7 @@ def lenet():
 
 def test_statistics_over_batches_are_those_of_all_images(lenet):
     model, variables, images = lenet
-    found = activations.measure_activations(model, variables, [images[:4], images[4:]], bins=7)
+    found = activations.measure_activations(model, variables, [images[:3], images[3:]], bins=7)
     paths = [layer.path for layer in found]
     assert paths == activations.find_layers(*lenet)
     assert len(paths) == 5
@@ -69,7 +69,7 @@ def half_dead():
 def test_dead_channels_are_those_whose_relu_is_always_zero(half_dead):
     model, variables, images = half_dead
     paths = ["halves", "rising", "norm", "shared", "smooth", "branch", "head"]
-    found = activations.measure_activations(model, variables, [images[:3], images[3:]], paths)
+    found = activations.measure_activations(model, variables, [images[:4], images[4:]], paths)
     dead = {layer.path: layer.dead for layer in found}
     assert dead.pop("halves") == 0.5  # comes from a ReLU
     assert dead.pop("rising") == 0.5  # goes into a ReLU
@@ -135,22 +135,6 @@ def test_images_in_numpy_are_one_batch_and_must_give_finite_outputs(lenet):
     assert found.values == 60
     with pytest.raises(UserError, match="output of 'head' is not finite"):
         activations.measure_activations(model, variables, np.nan * images, ["head"])
-
-
-def test_gradient_norms_by_layer(lenet):
-    model, variables, images = lenet
-    labels = jnp.arange(6) % 10
-    found = activations.measure_gradients(model, variables, images, labels)
-
-    def loss(params):
-        logits = model.apply({**variables, "params": params}, images, train=False)
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(6), labels])
-
-    grads = jax.jit(jax.grad(loss))(variables["params"])
-    head = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads["head"])])
-    np.testing.assert_allclose(found["head"], np.linalg.norm(head), rtol=1e-4)
-    total = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
-    np.testing.assert_allclose(np.linalg.norm(list(found.values())), total, rtol=1e-4)
 
 
 class Deep(nn.Module):

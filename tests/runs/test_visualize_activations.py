@@ -74,6 +74,12 @@ def test_a_last_batch_of_few_images_is_joined_to_the_one_before():
 
 
 def test_wrong_names_are_one_line(finished):
+    for given, message in (
+        ({"config": object(), "init": "he"}, r"set --config\.model\.init"),
+        ({"model": "lenet5", "photos": ["x.png"]}, "takes photos only with --weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            activations.make_specimen(**given)
     with pytest.raises(UserError, match="has no split 'tets'; did you mean 'test'"):
         activations.make_specimen_from_run(finished[0], split="tets")
     with pytest.raises(UserError, match="unknown kernel_init 'xaver'"):
@@ -90,8 +96,6 @@ def test_the_command_with_a_config_and_with_a_network(tmp_path):
     assert out.with_suffix(".csv").is_file()
     for flags, message in (
         (["--config=digits_lenet5", "--model=lenet5"], "expected one of --workdir=RUN"),
-        (["--config=digits_lenet5", "--init=he"], "set --config.model.init"),
-        (["--model=lenet5", "x.png"], "takes photos only with --weights"),
     ):
         code, _, err = finish("visualize", "activations", *flags)
         assert code == 2

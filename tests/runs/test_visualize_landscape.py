@@ -66,7 +66,7 @@ def test_fewer_images_are_drawn_at_random_by_seed(checkpoint):
 def test_a_landscape_has_the_runs_loss_in_its_middle(
     finished, checkpoint, drawn, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(landscape, "load_checkpoint", lambda run, trust: checkpoint)
+    monkeypatch.setattr(landscape, "load_checkpoint", lambda run, **_: checkpoint)
     settings = quiet(split="test")
     (levels,) = landscape.draw_landscape([finished[0]], tmp_path / "a.png", settings, span=0.5)
     wanted = loss.make_loss(checkpoint, settings).measure(checkpoint.variables)
@@ -198,9 +198,6 @@ def test_ctrl_c_leaves_rows_and_the_same_command_goes_on(finished, tmp_path):
     assert "of 100 rows are saved in" in err
     assert not out.exists()
     saved = {path.name: path.stat().st_mtime_ns for path in rows.glob("row*.npy")}
-    code, _, err = finish("visualize", "landscape", *flags[:1], "--grid=3", *flags[2:])
-    assert code == 2
-    assert "rows of another plane" in err
     process = start("visualize", "landscape", *flags)
     while len(list(rows.glob("row*.npy"))) <= len(saved) and time.time() < deadline:
         assert process.poll() is None, process.communicate()
@@ -219,9 +216,6 @@ def test_the_command(finished, tmp_path):
     assert code == 0, err
     assert f"written to {out}" in text
     assert out.is_file()
-    code, _, err = finish("visualize", "line", f"--workdir={finished[0]}")
-    assert code == 2
-    assert "line: expected --to" in err
     code, _, err = finish("visualize", "curvature", f"--workdir={finished[0]}", "--grid=3")
     assert code == 2
     assert "curvature takes no --grid; landscape, line, trajectory would" in err

@@ -72,8 +72,8 @@ def make_target(target: TargetLike, model: nn.Module, variables: PyTree, images:
 
     `target` is None (the logit of the predicted class), one class or N classes (their logits), a
     tuple of two of these (the difference of the two logits), or a function of the logits.
-    Raises `UserError` for a class out of range, another number of classes than images, or a
-    network without logits.
+    Raises `UserError` for a class out of range, another number of classes than images, no images,
+    or a network without logits.
     """
     if isinstance(target, Target):
         return target
@@ -87,6 +87,8 @@ def make_target(target: TargetLike, model: nn.Module, variables: PyTree, images:
     shape = tracing.get_logits_shape(model, variables, images)
     if len(shape) != 2:
         raise UserError(f"expected logits [N K] of the network, got {list(shape)}")
+    if not shape[0]:
+        raise UserError("no images: expected at least one to explain")
     if target is None:
         return Target(_predict(model, variables, images))
     if isinstance(target, tuple) and len(target) == 2:

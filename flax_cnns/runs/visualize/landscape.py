@@ -53,7 +53,9 @@ def draw_landscape(
     """
     check_batchnorm(settings, "running", "batch")
     folder = find_rows_folder(picture)
-    checkpoints = [load_checkpoint(run, trust=settings.trust) for run in runs]
+    checkpoints = [
+        load_checkpoint(run, trust=settings.trust, accept=settings.accept) for run in runs
+    ]
     offsets = np.linspace(-span, span, settings.grid)
     planes = []
     for number, checkpoint in enumerate(checkpoints, 1):
@@ -100,7 +102,9 @@ def draw_line(
     `find_rows_folder(picture)`. Raises UserError, also if the networks of the two differ.
     """
     check_batchnorm(settings, *BATCHNORM)
-    first, second = (load_checkpoint(run, trust=settings.trust) for run in (start, end))
+    first, second = (
+        load_checkpoint(run, trust=settings.trust, accept=settings.accept) for run in (start, end)
+    )
     _check_same_network(first, second)
     has_train = not first.components.dataset.is_stream  # whose training batches never end
     splits = splits or [
@@ -158,7 +162,9 @@ def draw_trajectory(
     """
     check_batchnorm(settings, "running", "batch")
     place, which = workdirs.split_checkpoint(run, "")
-    last = load_checkpoint(f"{place}@{which or 'latest'}", trust=settings.trust)
+    last = load_checkpoint(
+        f"{place}@{which or 'latest'}", trust=settings.trust, accept=settings.accept
+    )
     steps = [step for step in finding.all_steps(place) if step <= last.step]
     if len(steps) < MIN_CHECKPOINTS:
         raise UserError(
@@ -232,7 +238,7 @@ def tabulate_curvature(
     check_batchnorm(settings, "running", "batch")
     found = []
     for run in runs:
-        checkpoint = load_checkpoint(run, trust=settings.trust)
+        checkpoint = load_checkpoint(run, trust=settings.trust, accept=settings.accept)
         settings.say(checkpoint.title)
         loss = make_loss(checkpoint, settings)
         variables = checkpoint.variables

@@ -59,22 +59,26 @@ class Settings:
     batchnorm: str = "running"
     seed: int = 0
     trust: bool = False
+    accept: bool = False  # data that changed since the run began
     say: Callable[[str], None] = print
 
 
 DEFAULTS = Settings()
 
 
-def load_checkpoint(workdir: str | os.PathLike, *, trust: bool = False) -> Checkpoint:
+def load_checkpoint(
+    workdir: str | os.PathLike, *, trust: bool = False, accept: bool = False
+) -> Checkpoint:
     """Loads a run's network, weights, data and loss: RUN, RUN@best, RUN@latest or RUN@1200.
 
-    `trust` allows importing the code of the run's own parts. Raises UserError.
+    `trust` allows importing the code of the run's own parts. Raises UserError, also if the data
+    changed since the run began, unless `accept` is set; the change is printed then.
     """
     folder, which = workdirs.split_checkpoint(workdir, "")
     config = workdirs.read_config(folder)
     check_trust(config, trust, str(folder))
     components = build.build_components(config, begun=True, callbacks=False)
-    build.check_run_data(folder, components.dataset, True)
+    build.check_run_data(folder, components.dataset, accept)
     components = components._replace(mesh=parallel.make_mesh(jax.devices()[:1]))
     variables, (step, _) = load_variables(components, folder, which)
     title = f"{config.model.name}, {folder.name} at step {step}"

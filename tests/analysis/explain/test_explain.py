@@ -81,9 +81,14 @@ def test_a_module_that_is_called_twice_has_two_outputs(tiny):
         (lambda *a: features.features(*a, ["conv2"]), r"called 2 times; .*conv2\[0\], conv2\[1\]"),
         (lambda *a: cams.grad_cam(*a, 1, "head"), r"'head' has no spatial maps: .*'conv2\[1\]'"),
         (lambda *a: gradients.gradient(*a, 5), "class 5 is out of range: .* 5 classes, 0 to 4"),
+        (lambda m, v, x: cams.cam(m, v, x[:0]), "no images: expected at least one"),
         (lambda *a: gradients.gradient(*a, [0, 1]), "a class for each of 3 images, got 2"),
         (lambda *a: gradients.gradient(*a, "cat"), "expected a class or 3 of them"),
         (lambda m, v, x: gradients.gradient(m, v, x.astype("uint8")), "of floats, .* got uint8"),
+        (
+            lambda m, v, x: cams.grad_cam(m, v, x[..., :1]),
+            r"Tiny cannot take .*\[3, 8, 8, 1\]: For",
+        ),
         (lambda *a: cams.cam(*a, lambda logits: logits.sum(1)), "the target must be a class"),
         (lambda *a: perturbations.occlusion(*a, window=9), "at most 8x8 pixels, got 9x9"),
         (lambda *a: perturbations.occlusion(*a, window=2, stride=3), r"window \(2, 2\), got"),
@@ -121,6 +126,21 @@ def test_cam_is_grad_cam_times_the_number_of_pixels(resnet, target):
     np.testing.assert_allclose(maps, 4 * weighted, rtol=1e-4, atol=1e-5 * np.abs(maps).max())
 
 
+def test_cam_of_a_network_whose_means_are_rounded():
+    class Half(nn.Module):
+        dtype: jnp.dtype = jnp.bfloat16
+
+        @nn.compact
+        def __call__(self, images, *, train=False):
+            x = nn.relu(nn.Conv(8, (3, 3), dtype=self.dtype, name="conv")(images))
+            return nn.Dense(5, dtype=self.dtype, name="head")(x.mean((1, 2)))
+
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    variables = Half().init(jax.random.key(0), images)
+    half, full = (cams.cam(Half(t), variables, images, 1) for t in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_allclose(half, full, atol=0.02 * np.abs(full).max())
+
+
 def test_pre_activation_maps_are_those_after_the_last_relu():
     """There, no module's output is what the head averages."""
     model = create_model("cifar_preact110", depths=(1, 1, 1), widths=(4, 4, 4))
@@ -154,8 +174,11 @@ def test_the_gate_of_an_attention_is_no_global_pooling():
 
 
 def test_integrated_gradients_are_complete(resnet):
+    """Also of images in bfloat16: gradients are summed in float32."""
     model, variables, images = resnet
-    found = gradients.integrated_gradients(*resnet, 3, steps=300)
+    rounded = images.astype(jnp.bfloat16)
+    found = gradients.integrated_gradients(model, variables, rounded, 3, steps=300)
+    images = rounded.astype(jnp.float32)
     logits = lambda x: model.apply(variables, x, train=False)[:, 3]  # noqa: E731
     wanted = logits(images) - logits(0 * images)
     np.testing.assert_allclose(found.sum((1, 2, 3)), wanted, atol=1e-3 * np.abs(wanted).max())
