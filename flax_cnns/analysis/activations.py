@@ -24,6 +24,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.analysis import tracing
 from flax_cnns.analysis.batchnorm import BatchNormMode, use_statistics
 from flax_cnns.analysis.explain import features as tap
+from flax_cnns.analysis.explain import relus
 from flax_cnns.analysis.explain.features import Variables
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array, PyTree
@@ -102,15 +103,17 @@ def find_relus(model: nn.Module, variables: Variables, images: Any) -> frozenset
     """Returns the paths of modules whose output goes into ReLUs alone, or comes from one.
 
     Such a channel is dead if its output is never above 0. A ReLU is a call of `nn.relu` or
-    `nn.relu6`. Only shapes are computed.
+    `nn.relu6`, or max(x, 0). Only shapes are computed.
     """
     model, variables = tap.unroll(model, variables)
     capture = partial(tap.capture, model)
     program, shapes = jax.make_jaxpr(capture, return_shape=True)(variables, images)
+    found = relus.Program(program)
     users: dict[Any, list[bool]] = {}
     made: set[Any] = set()
     for eqn in program.jaxpr.eqns:
-        is_relu = _is_relu(eqn)
+        activation = found.find_activation(eqn)
+        is_relu = _is_relu(eqn) or (activation is not None and activation.name == "relu")
         for var in eqn.invars:
             if isinstance(var, core.Var):
                 users.setdefault(var, []).append(is_relu)

@@ -49,7 +49,7 @@ class HalfDead(nn.Module):
     @nn.compact
     def __call__(self, images, *, train=False):
         x = Halves(name="halves")(images)
-        x = nn.relu(nn.Conv(4, (1, 1), name="rising")(x))
+        x = jnp.maximum(nn.Conv(4, (1, 1), name="rising")(x), 0)
         x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
         y = nn.relu6(nn.Conv(4, (1, 1), name="shared")(x))
         x = nn.silu(nn.Conv(4, (1, 1), name="smooth")(nn.relu(x)))
