@@ -111,8 +111,9 @@ def test_own_data_of_a_run(finished, tmp_path, monkeypatch):
             subjects.make_subject_from_run(run)
         with pytest.raises(UserError, match=r"the data of .* changed since it began"):
             subjects.make_subject_from_run(run, trust=True)
-        with pytest.raises(UserError, match=r"the data of .* changed since it began"):
-            loss.load_checkpoint(run, trust=True)
+        if name == "arrays":
+            with pytest.raises(UserError, match=r"the data of .* changed since it began"):
+                loss.load_checkpoint(run, trust=True)
         found = subjects.make_subject_from_run(run, count=3, trust=True, accept_changed_data=True)
         images = np.random.default_rng(0).integers(0, 255, (30, 32, 32, 1), np.uint8)
         np.testing.assert_allclose(found.pixels, images[:3] / 255, atol=1e-6)
