@@ -141,6 +141,11 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def evaluate(argv: list[str]) -> None:
     del argv
+    if _CALIBRATE.value and (_MODEL.value or _WEIGHTS.value):
+        raise UserError(
+            "--calibrate fits a temperature on a run's validation split, and published weights have"
+            " no such split; give --workdir=RUN"
+        )
     kind = _choose_kind()
     if kind == "set":
         _evaluate_set()

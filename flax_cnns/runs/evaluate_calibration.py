@@ -99,9 +99,10 @@ def calibrate_run(
         "step": run.step,
         "checkpoint": run.checkpoint,
         "examples": images,
-        **measured,
+        # A user's own metric keeps its name, as in the other evaluations.
         **found.metrics[1],
-        "intervals": {**measured["intervals"], **found.intervals[1]},
+        **measured,
+        "intervals": {**found.intervals[1], **measured["intervals"]},
         "protocol": {"temperature": temperature, "bins": bins},
         **changed,
     }
