@@ -19,6 +19,7 @@ flax_cnns, macs and params are counted.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -80,7 +81,8 @@ def compare(argv: list[str]) -> None:
 
     runs = comparison.read_runs(compare_images.split_folders(argv[1:]))
     images = _compare_on_images(argv[1:]) if _SPLIT.value else None
-    console = make_console(width=max(120, make_console().width))
+    width = max(120, make_console().width) if sys.stdout.isatty() else 200
+    console = make_console(width=width)
     if table := comparison.make_config_table(runs):
         console.print(table)
     else:
