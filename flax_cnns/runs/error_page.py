@@ -47,11 +47,13 @@ def write_errors(
     *,
     dataset: Dataset | None = None,
     count: int = 100,
+    protocol: str = "",
 ) -> str:
     """Writes a page of the `count` worst mistakes: the wrong predictions with the highest
     probability. Returns a description of the file for a message.
 
-    `predictions` are those of `split`, of the classifier's own data or of `dataset`. The saliency
+    `predictions` are those of `split`, of the classifier's own data or of `dataset`. `protocol`
+    names how they were made, if that is not the plain evaluation. The saliency
     map beside each image is Grad-CAM of the predicted class, or the gradient if the network has no
     spatial maps. Raises UserError.
     """
@@ -75,9 +77,13 @@ def write_errors(
         pixels = _show_pixels(images[i], dataset.normalize)
         mistakes.append(Mistake(int(number), pixels, maps[i], true, guesses))
     summary = _summarize(classifier.title, predictions, split, len(mistakes), method)
+    if protocol:
+        lines = (*summary.lines, f"Predictions: {protocol}; the images below are the plain ones.")
+        summary = summary._replace(lines=lines)
     size = write_error_page(path, summary, mistakes, classifier.class_names)
     wrong = int((~predictions.is_correct()).sum())
-    return f"{os.path.basename(path)} ({len(mistakes)} of {wrong:,} mistakes, {size / 1e6:.1f} MB)"
+    size_text = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
+    return f"{os.path.basename(path)} ({len(mistakes)} of {wrong:,} mistakes, {size_text})"
 
 
 def find_worst(predictions: Predictions, count: int) -> np.ndarray:

@@ -93,7 +93,9 @@ def evaluate_run(
         written += f", {name}.png"
     if errors:
         page = workdir / f"errors_{split}_{run.step}{suffix}.html"
-        written += f", {write_errors(classifier, predictions, split, page, count=errors)}"
+        how = "" if protocol is None else protocol.name
+        description = write_errors(classifier, predictions, split, page, count=errors, protocol=how)
+        written += f", {description}"
     tables.print_evaluation(results)
     print(f"written to {workdir}: {written}")
     return results

@@ -58,9 +58,7 @@ def test_the_page_of_a_run(finished, capsys):
     folder = finished[0]
     evaluate_run(folder, errors=7)
     text = (folder / "errors_test_12.html").read_text()
-    assert re.search(
-        r"errors_test_12\.html \(7 of \d+ mistakes, 0\.\d MB\)", capsys.readouterr().out
-    )
+    assert re.search(r"errors_test_12\.html \(7 of \d+ mistakes, \d+ kB\)", capsys.readouterr().out)
     predictions = predict_split(make_classifier_from_run(folder))
     worst = error_page.find_worst(predictions, 7)
     shown = re.findall(r'data-true="(\d)" data-predicted="(\d)"><h3>.*?image (\d+)<', text)
@@ -69,6 +67,13 @@ def test_the_page_of_a_run(finished, capsys):
     assert f"{100 * predictions.probabilities[worst[0]].max():.1f} %" in text
     assert f"accuracy {finished[1]['test/accuracy']:.2%} [" in text
     assert "Saliency: Grad-CAM at s4." in text
+    assert "Predictions:" not in text
+    classifier, page = make_classifier_from_run(folder), folder / "other.html"
+    options = dict(count=2, protocol="crops10")
+    assert error_page.write_errors(classifier, predictions, "test", page, **options).startswith(
+        "other.html (2 of"
+    )
+    assert "Predictions: crops10; the images below are the plain ones." in page.read_text()
 
 
 class Dense(nn.Module):
