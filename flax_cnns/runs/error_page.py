@@ -186,6 +186,7 @@ def _summarize(
             value = tables.describe_value("accuracy", hits / n, ends)
             lines.append(f"{split}: {name} {value}, {hits:,} of {n:,} images")
     which = "all" if shown == wrong else f"{shown:,} of the"
-    lines.append(f"Brackets: 95 % intervals over images. Below: {which} {wrong:,} mistakes.")
-    lines.append(f"Saliency: {method}.")
+    below = f"Below: {which} {wrong:,} mistakes." if wrong else "There are no mistakes."
+    lines.append(f"Brackets: 95 % intervals over images. {below}")
+    lines += [f"Saliency: {method}."] if wrong else []
     return ErrorSummary(title, split, lines, find_confused(predictions, SHOWN_PAIRS))

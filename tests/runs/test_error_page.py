@@ -77,6 +77,10 @@ def test_the_page_of_a_run(finished, capsys, monkeypatch):
         "other.html (2 of"
     )
     assert "Predictions: crops10; the images below are the plain ones." in page.read_text()
+    right = predictions._replace(labels=predicted.astype(np.int32))
+    assert "other.html (0 of 0" in error_page.write_errors(classifier, right, "test", page)
+    assert "There are no mistakes." in page.read_text()
+    assert "Saliency:" not in page.read_text()
 
 
 class Dense(nn.Module):
