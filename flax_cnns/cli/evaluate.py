@@ -11,6 +11,7 @@ flax-cnns evaluate --workdir=runs/photos --size=288 --crop-share=0.95
 flax-cnns evaluate --workdir=runs/cifar10 --set=cifar10_c --set-dir=CIFAR-10-C
 flax-cnns evaluate --model=tf_efficientnet_lite0 --weights=efficientnet_lite --set=folder \
   --set-dir=photos --crops=10
+flax-cnns evaluate --workdir=runs/digits --corruptions=all --baseline=runs/plain --sheet=0
 
 Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. If the data changed since
 the run began, the command ends with an error; with --accept-changed-data it evaluates on the
@@ -25,6 +26,10 @@ folder per class, named by class name, by number or by ImageNet's id), or a set 
 imagenet_v2, imagenet_real, imagenet_sketch, imagenet_a, imagenet_r, imagenet_c, cifar10_1,
 cifar10_1_v4, cifar10_c, cifar100_c. A run gets evaluation_SET_STEP.json; a set of corruptions also
 gets a .csv file, and goes on where it was stopped.
+
+--corruptions evaluates on corrupted images: ImageNet-C's fifteen corruptions at five severities,
+with CIFAR-C's constants for sides up to 64 pixels. It writes evaluation_SPLIT_STEP_corruptions with
+.json, .md, .csv and .png, and reads what was evaluated before from the folder of this name.
 """
 
 from __future__ import annotations
@@ -124,6 +129,34 @@ _SKIP_DAMAGED = flags.DEFINE_bool(
 _OUT = flags.DEFINE_string(
     "out", "", "With --set: the .json file to write. Without it, published weights write none."
 )
+_CORRUPTIONS = flags.DEFINE_list(
+    "corruptions",
+    None,
+    "Evaluate on corrupted images: all (the fifteen of ImageNet-C), the groups noise, blur,"
+    " weather, digital and extra, or names such as gaussian_noise,fog.",
+)
+_SEVERITIES = flags.DEFINE_list(
+    "severities", ["1", "2", "3", "4", "5"], "With --corruptions: the severities, 1 to 5."
+)
+_BASELINE = flags.DEFINE_string(
+    "baseline",
+    "",
+    "With --corruptions: the run whose errors divide this run's (mCE); or alexnet, the published"
+    " errors for ImageNet's 1000 classes.",
+)
+_IMAGES = flags.DEFINE_integer(
+    "images",
+    0,
+    "With --corruptions: evaluate so many evenly spaced images of the split; 0: all.",
+    lower_bound=0,
+)
+_SHEET = flags.DEFINE_integer(
+    "sheet",
+    None,
+    "With --corruptions: also draw the corruptions of this image of the split, counted from 0, into"
+    " corruptions_SPLIT_N.png.",
+    lower_bound=0,
+)
 _ACCEPT = define_accept()
 _TRUST = define_trust()
 
@@ -135,6 +168,7 @@ _COMMON = ("workdir", "split", "checkpoint", "accept-changed-data", "trust")
 KINDS: dict[str, tuple[str, ...]] = {
     "": ("errors", *_CROP_FLAGS),
     "calibrate": ("bins",),
+    "corruptions": ("severities", "baseline", "images", "sheet"),
     "set": ("set-dir", "model", "weights", "skip-damaged", "out", *_CROP_FLAGS),
 }
 
@@ -152,6 +186,9 @@ def evaluate(argv: list[str]) -> None:
         return
     if not _WORKDIR.value:
         raise UserError("expected --workdir=RUN")
+    if kind == "corruptions":
+        _evaluate_corruptions(_CORRUPTIONS.value or [])
+        return
     if kind == "calibrate":
         _calibrate()
         return
@@ -249,3 +286,25 @@ def _read_crops() -> CropOptions | None:
         raise UserError(f"--scales: expected numbers, got {','.join(_SCALES.value)}") from None
     share = _SHARE.value if flags.FLAGS["crop-share"].present else None
     return CropOptions(_CROPS.value, share, scales, _IMAGE_SIZE.value, _FLIP.value, _DENSE.value)
+
+
+def _evaluate_corruptions(corruptions: list[str]) -> None:
+    from flax_cnns.runs.evaluate_corruptions import evaluate_corruptions
+
+    try:
+        severities = [int(severity) for severity in _SEVERITIES.value]
+    except ValueError:
+        given = ",".join(_SEVERITIES.value)
+        raise UserError(f"--severities: expected some of 1,2,3,4,5; got {given}") from None
+    evaluate_corruptions(
+        _WORKDIR.value,
+        corruptions=corruptions,
+        severities=severities,
+        baseline=_BASELINE.value,
+        split=_SPLIT.value,
+        checkpoint=_CHECKPOINT.value,
+        images=_IMAGES.value,
+        sheet=_SHEET.value,
+        accept_changed_data=_ACCEPT.value,
+        trust=_TRUST.value,
+    )

@@ -27,6 +27,8 @@ from flax_cnns.types import Array, Batch, PyTree
 
 # (images [N H W C] as the loader gives them, numbers of the images in the split i32 [N]) -> images
 Transform = Callable[[Array, Array], Array]
+# (variables, {"image" [N H W C], "number" i32 [N]}) -> logits f32 [N K]
+PredictStep = Callable[[PyTree, Batch], Array]
 
 
 class Predictions(NamedTuple):
@@ -103,6 +105,7 @@ def predict_batches(
     normalize: Callable[[Array], Array] = lambda images: images,
     transform: Transform | None = None,
     apply: Callable[..., Any] | None = None,
+    step: PredictStep | None = None,
     mesh: Mesh | None = None,
     task: str = "classes",
     should_stop: Callable[[], bool] = lambda: False,
@@ -113,16 +116,18 @@ def predict_batches(
     process's rows of each global batch, all of the same shape; without "mask" every row counts. The
     probabilities of V crops of an image are averaged. The network sees
     `normalize(transform(images, numbers))`. `apply`: what is called, by default `model.apply`; see
-    `evaluation.dense`. `mesh`: the devices, by default all; a batch of several
-    devices is divided among them, so n must be a multiple of their number.
+    `evaluation.dense`. `step`: what `make_predict_step` returned for the same mesh, so that several
+    calls compile it once; `normalize`, `transform` and `apply` are not used then. `mesh`: the
+    devices, by default all; a batch of several devices is divided among them, so n must be a
+    multiple of their number.
 
     Raises UserError if there is no image, and `Interrupted` if `should_stop()` returns True between
     two batches.
     """
     mesh = parallel.make_mesh() if mesh is None else mesh
-    step = make_predict_step(
-        model.apply if apply is None else apply, normalize=normalize, transform=transform, mesh=mesh
-    )
+    if step is None:
+        apply = model.apply if apply is None else apply
+        step = make_predict_step(apply, normalize=normalize, transform=transform, mesh=mesh)
     variables = parallel.replicate(variables, mesh)
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     pending: tuple[Array, np.ndarray, np.ndarray] | None = None
@@ -179,7 +184,7 @@ def make_predict_step(
     normalize: Callable[[Array], Array],
     transform: Transform | None,
     mesh: Mesh,
-) -> Callable[[PyTree, Batch], Array]:
+) -> PredictStep:
     """Returns `step(variables, {"image" [N H W C], "number" i32 [N]}) -> logits f32 [N K]`, which
     divides the images among the devices of the mesh."""
     axis = mesh.axis_names[0]

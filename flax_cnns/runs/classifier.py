@@ -24,7 +24,7 @@ from flax_cnns import weights
 from flax_cnns.data import augment, pipeline
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.evaluation.predictions import Predictions, Transform, predict_batches
+from flax_cnns.evaluation.predictions import Predictions, PredictStep, Transform, predict_batches
 from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.batch_progress import report_batches
@@ -168,13 +168,14 @@ def predict_split(
     cut: Callable[[np.ndarray], np.ndarray] | None = None,
     transform: Transform | None = None,
     apply: Callable[..., Any] | None = None,
+    step: PredictStep | None = None,
 ) -> Predictions:
     """Returns the predictions for a split of the classifier's own data, or of `dataset`.
 
     `reader`: what reads an image, u8 [H W C] or [V H W C] for V crops; by default the classifier's.
-    `cut` turns images [n H W C] that are read already into crops [n V h w C]. `transform` and
-    `apply`: see `predict_batches`. On several processes, each returns all predictions. Raises
-    UserError, also for an unknown split.
+    `cut` turns images [n H W C] that are read already into crops [n V h w C]. `transform`,
+    `apply` and `step`: see `predict_batches`. On several processes, each returns all predictions.
+    Raises UserError, also for an unknown split.
     """
     dataset = classifier.dataset if dataset is None else dataset
     if dataset is None:
@@ -201,5 +202,6 @@ def predict_split(
             normalize=classifier.normalize,
             transform=transform,
             apply=apply,
+            step=step,
             task=classifier.task,
         )

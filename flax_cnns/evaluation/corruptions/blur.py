@@ -78,7 +78,9 @@ def make_disk(radius: float, smoothing: float) -> np.ndarray:
     window = np.exp(-((np.arange(taps) - taps // 2) ** 2) / (2 * smoothing**2))
     window /= window.sum()
     for axis in (0, 1):
-        padded = np.pad(disk, [(taps // 2,) * 2 if a == axis else (0, 0) for a in (0, 1)], "reflect")
+        padded = np.pad(
+            disk, [(taps // 2,) * 2 if a == axis else (0, 0) for a in (0, 1)], "reflect"
+        )
         disk = np.apply_along_axis(np.convolve, axis, padded, window, "valid")
     used = np.flatnonzero(disk.max(0) > 1e-12)
     return disk[used[0] : used[-1] + 1, used[0] : used[-1] + 1].astype(np.float32)
@@ -144,7 +146,7 @@ def prepare_glass(values: Values, shape: Shape) -> dict[str, np.ndarray]:
 
 
 def blur_motion(image: Array, key: Array, constants: Any) -> Array:
-    """Blurs along a random direction within 45 degrees of the horizontal; constants: {"weights"}."""
+    """Blurs along a random line within 45 degrees of the horizontal; constants: {"weights"}."""
     angle = jax.random.uniform(key, (), minval=-math.pi / 4, maxval=math.pi / 4)
     return blur_along(image, angle, constants["weights"])
 
@@ -155,7 +157,7 @@ def blur_along(image: Array, angle: Array, weights: Array) -> Array:
     `weights` f32 [k]: of the pixel at distance 0, 1, ... in the direction `angle` (radians).
     Pixels outside the image have the value of the nearest pixel.
     """
-    height, width, _ = image.shape
+    weights = jnp.asarray(weights)
     reach = weights.shape[0] - 1
     padded = jnp.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
 

@@ -64,7 +64,7 @@ def pixelate(image: Array, key: Array, constants: Any) -> Array:
 
 def prepare_pixelate(values: Values, shape: Shape) -> dict[str, np.ndarray]:
     """`values`: (share of the side that remains,). Empty rows and columns fill the matrices."""
-    constants = {}
+    constants: dict[str, np.ndarray] = {}
     for name, side in (("rows", shape[0]), ("columns", shape[1])):
         down, up = np.zeros((2, len(values), side, side), np.float32)
         for severity, (share,) in enumerate(values):
@@ -90,12 +90,13 @@ def deform_by(image: Array, corners: Array, field: Array, constants: Any) -> Arr
     """Deforms with given random numbers in -1..1: `corners` f32 [3 2], `field` f32 [2 H W].
 
     Constants: "spread" (how many pixels the three corners move), "corners" f32 [3 3] (rows x, y, 1
-    before the move), {"rows", "columns"} that smooth the field, "amplitude" in pixels.
+    before the move) and its "inverse", {"rows", "columns"} that smooth the field, "amplitude" in
+    pixels.
     """
     height, width, _ = image.shape
     before = constants["corners"]
     after = before[:, :2] + constants["spread"] * corners
-    affine = _solve_affine(before, after)
+    affine = jnp.matmul(constants["inverse"], after, precision="highest").T  # before -> after
     y, x = jnp.arange(height)[:, None] * 1.0, jnp.arange(width) * 1.0
     (a, b, shift_x), (c, d, shift_y) = affine
     determinant = a * d - b * c
@@ -107,14 +108,7 @@ def deform_by(image: Array, corners: Array, field: Array, constants: Any) -> Arr
     return read_mirrored(image, y + moves[..., 1], x + moves[..., 0], mirror_at_edges)
 
 
-def _solve_affine(before: Array, after: Array) -> Array:
-    """The map [2 3] from the points `before` [3 3] to `after` [3 2]."""
-    return jnp.matmul(jnp.linalg.inv(before), after, precision="highest").T
-
-
-def read_mirrored(
-    image: Array, y: Array, x: Array, mirror: Callable[[Array, int], Array]
-) -> Array:
+def read_mirrored(image: Array, y: Array, x: Array, mirror: Callable[[Array, int], Array]) -> Array:
     """Reads [H W C] bilinearly at the points y, x f32 [h w]; `mirror` maps the numbers of pixels
     outside the image to pixels inside."""
     height, width, channels = image.shape
@@ -123,9 +117,7 @@ def read_mirrored(
     dy, dx = (y - top)[..., None], (x - left)[..., None]
     rows = [mirror(top.astype(jnp.int32) + i, height) * width for i in (0, 1)]
     columns = [mirror(left.astype(jnp.int32) + i, width) for i in (0, 1)]
-    above, below = (
-        flat[row + columns[0]] * (1 - dx) + flat[row + columns[1]] * dx for row in rows
-    )
+    above, below = (flat[row + columns[0]] * (1 - dx) + flat[row + columns[1]] * dx for row in rows)
     return above * (1 - dy) + below * dy
 
 
@@ -161,4 +153,5 @@ def prepare_deform(values: Values, shape: Shape) -> dict[str, np.ndarray]:
         "columns": columns,
         "spread": numbers[:, 2].astype(np.float32),
         "corners": np.repeat(corners[None], len(values), 0).astype(np.float32),
+        "inverse": np.repeat(np.linalg.inv(corners)[None], len(values), 0).astype(np.float32),
     }
