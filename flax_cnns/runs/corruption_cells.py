@@ -30,7 +30,7 @@ from flax_cnns.train.progress import format_duration
 CLEAN = "clean"
 
 
-class Cell(NamedTuple):
+class CorruptedCell(NamedTuple):
     """The evaluation of one corruption at one severity; or of clean images, with severity 0."""
 
     corruption: str
@@ -59,7 +59,7 @@ def evaluate_cells(
     dataset: Dataset,
     seed: int = 0,
     facts: dict[str, Any] | None = None,
-) -> dict[tuple[str, int], Cell]:
+) -> dict[tuple[str, int], CorruptedCell]:
     """Returns {(corruption, severity): cell}, with ("clean", 0) first.
 
     A cell is written into `folder` as soon as it is known, and read again if the same weights, data
@@ -147,14 +147,14 @@ def _describe(predictions: Predictions, own: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_cell(corruption: str, severity: int, results: dict[str, Any]) -> Cell:
+def _make_cell(corruption: str, severity: int, results: dict[str, Any]) -> CorruptedCell:
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(results["correct"]), np.uint8))
-    return Cell(corruption, severity, results, bits[: results["examples"]].astype(bool))
+    return CorruptedCell(corruption, severity, results, bits[: results["examples"]].astype(bool))
 
 
 def _read_cell(
     folder: pathlib.Path, corruption: str, severity: int, origin: dict[str, Any]
-) -> Cell | None:
+) -> CorruptedCell | None:
     path = _name_file(folder, corruption, severity)
     if not path.is_file():
         return None

@@ -21,7 +21,7 @@ from flax_cnns.evaluation import uncertainty
 from flax_cnns.evaluation.corruptions import scores, table
 from flax_cnns.names import make_console
 from flax_cnns.runs.classifier import Classifier, make_classifier_from_run
-from flax_cnns.runs.corruption_cells import CLEAN, Cell, evaluate_cells, take_images
+from flax_cnns.runs.corruption_cells import CLEAN, CorruptedCell, evaluate_cells, take_images
 from flax_cnns.runtime import output
 
 ALEXNET = "alexnet"
@@ -33,7 +33,7 @@ class _Scored(NamedTuple):
     name: str
     errors: dict[str, list[float]]  # corruption -> error of each severity
     clean: float
-    cells: dict[tuple[str, int], Cell]
+    cells: dict[tuple[str, int], CorruptedCell]
 
 
 @output.safe()
