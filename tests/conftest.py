@@ -73,9 +73,12 @@ TOGETHER = {
     "tests/runs/test_evaluate_set.py": "runs",
     "tests/runs/test_compare_images.py": "runs",
     "tests/runs/test_error_page.py": "runs",
+    "tests/runs/test_layer_table.py": "runs",
+    "tests/runs/test_patches.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
     "tests/runs/test_visualize_activations.py": "runs",
+    "tests/runs/test_visualize_landscape.py": "runs",
     "tests/runs/test_visualize.py": "runs",
 }
 # The contract of all networks. Each family goes to the worker that has the tests of that family.
