@@ -197,14 +197,11 @@ def describe(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
 
 def explain(checkpoint: Checkpoint, settings: Settings, split: str = "") -> str:
     """Returns a note for a picture: the loss, the images, the statistics of BatchNorm."""
-    images = min(settings.images, _count_images(checkpoint, split or settings.split))
-    name = split or settings.split
-    splits = "splits" if " and " in name else "split"
-    note = f"{checkpoint.loss_name} without L2 penalty, {name} {splits}, {images} images"
+    names = (split or settings.split).split(" and ")
+    held = checkpoint.components.dataset.splits
+    counts = dict.fromkeys(str(min(settings.images, len(held[name]))) for name in names)
+    note = f"{checkpoint.loss_name} without L2 penalty, {' and '.join(names)}"
+    note += f" {'splits' if len(names) > 1 else 'split'}, {' and '.join(counts)} images"
     if checkpoint.variables.get("batch_stats"):
         note += f"; BatchNorm: {BATCHNORM[settings.batchnorm]}"
     return note
-
-
-def _count_images(checkpoint: Checkpoint, splits: str) -> int:
-    return max(len(checkpoint.components.dataset.splits[s]) for s in splits.split(" and "))
