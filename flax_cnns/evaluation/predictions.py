@@ -106,6 +106,7 @@ def predict_batches(
     transform: Transform | None = None,
     apply: Callable[..., Any] | None = None,
     step: PredictStep | None = None,
+    crops_per_step: int = 1,
     mesh: Mesh | None = None,
     task: str = "classes",
     should_stop: Callable[[], bool] = lambda: False,
@@ -117,9 +118,9 @@ def predict_batches(
     probabilities of V crops of an image are averaged. The network sees
     `normalize(transform(images, numbers))`. `apply`: what is called, by default `model.apply`; see
     `evaluation.dense`. `step`: what `make_predict_step` returned for the same mesh, so that several
-    calls compile it once; `normalize`, `transform` and `apply` are not used then. `mesh`: the
-    devices, by default all; a batch of several devices is divided among them, so n must be a
-    multiple of their number.
+    calls compile it once; `normalize`, `transform` and `apply` are not used then. `crops_per_step`:
+    at most how many crops of each image are computed at once. `mesh`: the devices, by default all;
+    a batch of several devices is divided among them, so n must be a multiple of their number.
 
     Raises UserError if there is no image, and `Interrupted` if `should_stop()` returns True between
     two batches.
@@ -140,7 +141,7 @@ def predict_batches(
         first += local * jax.process_count()
         mask = np.asarray(batch.get("mask", np.ones(local, np.float32)))
         given = {"image": batch["image"], "number": numbers}
-        scores = _predict_crops(step, variables, given, mesh)
+        scores = _predict_crops(step, variables, given, mesh, task, crops_per_step)
         if pending is not None:
             rows.append(_fetch(pending, mesh))
         pending = scores, np.asarray(batch["label"]), mask
@@ -203,24 +204,37 @@ def make_predict_step(
 
 
 def _predict_crops(
-    step: Callable[[PyTree, Batch], Array], variables: PyTree, batch: dict[str, Any], mesh: Mesh
+    step: Callable[[PyTree, Batch], Array],
+    variables: PyTree,
+    batch: dict[str, Any],
+    mesh: Mesh,
+    task: str,
+    crops_per_step: int,
 ) -> Array:
-    """Logits of a batch; of several crops [n V H W C], the logarithm of their mean probability.
+    """Logits of a batch; of several crops [n V H W C], those of their mean probability.
 
-    Each crop is one call of the same compiled step. At most two crops are on the devices at once.
+    Some crops of all images are one call of the compiled step. At most two calls have their images
+    on the devices at once.
     """
-    images = batch["image"]
+    images, numbers = batch["image"], batch["number"]
     if images.ndim == 4:
         return step(variables, parallel.shard_batch(batch, mesh))
+    count = images.shape[1]
+    several = max(part for part in range(1, crops_per_step + 1) if count % part == 0)
     total = None
-    for crop in range(images.shape[1]):
-        one = {**batch, "image": np.ascontiguousarray(images[:, crop])}
-        on_devices = parallel.shard_batch(one, mesh)
+    for first in range(0, count, several):
+        crops = images[:, first : first + several].reshape(-1, *images.shape[2:])
+        rows = {"image": np.ascontiguousarray(crops), "number": np.repeat(numbers, several)}
+        on_devices = parallel.shard_batch(rows, mesh)
         jax.block_until_ready(total)
-        logs = jax.nn.log_softmax(step(variables, on_devices))
-        total = logs if total is None else jnp.logaddexp(total, logs)
+        logits = step(variables, on_devices)
+        logits = logits.reshape(-1, several, logits.shape[-1])
+        squash = jax.nn.sigmoid if task == "multilabel" else jax.nn.softmax
+        some = squash(logits).sum(1)
+        total = some if total is None else total + some
     assert total is not None
-    return total - jnp.log(images.shape[1])
+    mean = total / count
+    return jnp.log(mean) - jnp.log1p(-mean) if task == "multilabel" else jnp.log(mean)
 
 
 def _fetch(rows: tuple[Array, np.ndarray, np.ndarray], mesh: Mesh) -> tuple[Any, Any]:

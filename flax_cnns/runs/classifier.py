@@ -159,6 +159,14 @@ class LibraryReader:
         return plain(image)[0].astype(np.uint8)
 
 
+def divide_batch(batch_size: int, crops: int) -> tuple[int, int]:
+    """Returns (images of a batch, crops of each that are computed at once) for `crops` crops of an
+    image. Together they are about `batch_size`, and all devices have the same number of images."""
+    devices = jax.device_count()
+    images = max(batch_size // crops // devices, 1) * devices
+    return images, max(batch_size // images, 1)
+
+
 def predict_split(
     classifier: Classifier,
     split: str = "test",
@@ -166,6 +174,7 @@ def predict_split(
     *,
     reader: Reader | None = None,
     cut: Callable[[np.ndarray], np.ndarray] | None = None,
+    crops: int = 1,
     transform: Transform | None = None,
     apply: Callable[..., Any] | None = None,
     step: PredictStep | None = None,
@@ -173,9 +182,10 @@ def predict_split(
     """Returns the predictions for a split of the classifier's own data, or of `dataset`.
 
     `reader`: what reads an image, u8 [H W C] or [V H W C] for V crops; by default the classifier's.
-    `cut` turns images [n H W C] that are read already into crops [n V h w C]. `transform`,
-    `apply` and `step`: see `predict_batches`. On several processes, each returns all predictions.
-    Raises UserError, also for an unknown split.
+    `cut` turns images [n H W C] that are read already into crops [n V h w C]. `crops` is V: batches
+    have fewer images then, so that memory does not grow with V. `transform`, `apply` and `step`:
+    see `predict_batches`. On several processes, each returns all predictions. Raises UserError,
+    also for an unknown split.
     """
     dataset = classifier.dataset if dataset is None else dataset
     if dataset is None:
@@ -184,10 +194,14 @@ def predict_split(
         raise UserError(
             f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
         )
+    config, crops_per_step = classifier.data_config, 1
+    if crops > 1 and not dataset.is_stream:
+        config = ConfigDict(config)
+        config.eval_batch_size, crops_per_step = divide_batch(config.eval_batch_size, crops)
     batches: Iterable[Batch] = pipeline.eval_batches(
         dataset,
         split,
-        classifier.data_config,
+        config,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         reader=classifier.reader if reader is None else reader,
@@ -203,5 +217,6 @@ def predict_split(
             transform=transform,
             apply=apply,
             step=step,
+            crops_per_step=crops_per_step,
             task=classifier.task,
         )

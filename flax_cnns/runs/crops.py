@@ -55,7 +55,8 @@ def predict_crops(
                     f"note: the images are arrays of {height}x{width}, so crops are enlarged to"
                     f" {size}x{size} bilinearly"
                 )
-        members.append(predict_split(classifier, split, dataset, apply=apply, **given))
+        given |= dict(apply=apply, crops=len(group.views))
+        members.append(predict_split(classifier, split, dataset, **given))
     return average(members)
 
 

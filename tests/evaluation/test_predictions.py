@@ -69,6 +69,12 @@ def test_the_probabilities_of_crops_are_averaged(variables):
     each = [Linear().apply(variables, normalize(crops[KEPT, v])) for v in range(3)]
     wanted = np.mean([jax.nn.softmax(logits) for logits in each], 0)
     np.testing.assert_allclose(found.probabilities, wanted, rtol=1e-5)
+    options = dict(normalize=normalize, crops_per_step=7)  # 3 of 3
+    together = predict_batches(Linear(), variables, batches(crops), **options)
+    np.testing.assert_allclose(together.probabilities, wanted, rtol=1e-5)
+    several = predict_batches(Linear(), variables, batches(crops), task="multilabel", **options)
+    wanted = np.mean([jax.nn.sigmoid(logits) for logits in each], 0)
+    np.testing.assert_allclose(several.probabilities, wanted, rtol=1e-5)
 
 
 def test_averages_of_networks():

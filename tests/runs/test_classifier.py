@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,3 +57,10 @@ def test_a_librarys_reader_and_normalization_are_its_preprocessing(tmp_path):
     scaling = classifiers.LibraryScaling(row.mean, row.std, row.scale, row.channels == "BGR")
     wanted = row(tmp_path / "noise.png")[0]
     np.testing.assert_allclose(scaling(pixels.astype(np.float32) / 255), wanted, atol=1e-3)
+
+
+def test_a_batch_of_crops_has_about_as_many_rows_as_a_batch_of_images():
+    assert jax.device_count() == 4
+    assert classifiers.divide_batch(256, 10) == (24, 10)
+    assert classifiers.divide_batch(256, 144) == (4, 64)
+    assert classifiers.divide_batch(8, 144) == (4, 2)
