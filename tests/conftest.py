@@ -75,6 +75,7 @@ TOGETHER = {
     "tests/runs/test_error_page.py": "runs",
     "tests/runs/test_layer_table.py": "runs",
     "tests/runs/test_patches.py": "runs",
+    "tests/runs/test_evaluate_models.py": "runs",
     "tests/runs/test_predict.py": "runs",
     "tests/runs/test_train.py": "runs",
     "tests/runs/test_visualize_activations.py": "runs",

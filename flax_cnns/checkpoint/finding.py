@@ -89,7 +89,7 @@ class StepChoice(NamedTuple):
 
     step: int
     # "best", "latest", "named", "tested for summary.json", "latest, unfinished", or
-    # "best, as train.test_on says"
+    # "best, as train.test_on says", or "soup" (averaged weights that `evaluate --soup` saved)
     reason: str
 
 
@@ -131,6 +131,8 @@ def _tested_step(run: str | os.PathLike) -> tuple[int | None, str]:
     folder = checkpoints_folder(run)
     run = folder.parent if folder.name == "checkpoints" else folder
     if not (run / "summary.json").is_file():
+        if (run / "soup.json").is_file():
+            return latest_step(folder), "soup"
         unfinished = (run / "config.json").is_file()
         return latest_step(folder), "latest, unfinished" if unfinished else "latest"
     summary = read_json(run / "summary.json")

@@ -12,6 +12,9 @@ flax-cnns evaluate --workdir=runs/cifar10 --set=cifar10_c --set-dir=CIFAR-10-C
 flax-cnns evaluate --model=tf_efficientnet_lite0 --weights=efficientnet_lite --set=folder \
   --set-dir=photos --crops=10
 flax-cnns evaluate --workdir=runs/digits --corruptions=all --baseline=runs/plain --sheet=0
+flax-cnns evaluate --ensemble=runs/a,runs/b,runs/c@best
+flax-cnns evaluate --ensemble=runs/a,runs/b,runs/c --grid --crops=1,10
+flax-cnns evaluate --ensemble=runs/a@200,runs/a@400,runs/a@600 --soup=greedy --save=runs/soup
 
 Writes evaluation_SPLIT_STEP.json and .png into the directory of the run. If the data changed since
 the run began, the command ends with an error; with --accept-changed-data it evaluates on the
@@ -30,11 +33,15 @@ gets a .csv file, and goes on where it was stopped.
 --corruptions evaluates on corrupted images: ImageNet-C's fifteen corruptions at five severities,
 with CIFAR-C's constants for sides up to 64 pixels. It writes evaluation_SPLIT_STEP_corruptions with
 .json, .md, .csv and .png, and reads what was evaluated before from the folder of this name.
+
+--ensemble averages the predictions of several runs or checkpoints. --grid also evaluates the first
+1, 2, ... of them with each number of --crops. --soup averages their weights instead. Files go into
+the directory of the first run.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -94,7 +101,7 @@ _CROPS = flags.DEFINE_string(
     "crops",
     "1",
     "Crops of each image whose probabilities are averaged: 1; 5: corners and center; 10: and their"
-    " mirror images; 144: GoogLeNet's.",
+    " mirror images; 144: GoogLeNet's. With --grid several numbers, 1,10 by default.",
 )
 _SHARE = flags.DEFINE_float(
     "crop-share",
@@ -157,6 +164,32 @@ _SHEET = flags.DEFINE_integer(
     " corruptions_SPLIT_N.png.",
     lower_bound=0,
 )
+_ENSEMBLE = flags.DEFINE_list(
+    "ensemble",
+    [],
+    "Several runs of the same data, RUN,RUN@best,RUN@STEP,... in place of --workdir.",
+)
+_AVERAGE = flags.DEFINE_enum(
+    "average",
+    "probabilities",
+    ["probabilities", "logits"],
+    "With --ensemble: what is averaged.",
+)
+_GRID = flags.DEFINE_bool(
+    "grid",
+    False,
+    "With --ensemble: a table of models and crops, as GoogLeNet's. A stopped command goes on.",
+)
+_SOUP = flags.DEFINE_enum(
+    "soup",
+    None,
+    ["uniform", "greedy"],
+    "With --ensemble: average the weights of checkpoints of one network: of all, or greedily of"
+    " those that do not lower the validation accuracy.",
+)
+_SAVE = flags.DEFINE_string(
+    "save", "", "With --soup: the new folder for the soup, which commands take like a run's."
+)
 _ACCEPT = define_accept()
 _TRUST = define_trust()
 
@@ -164,12 +197,16 @@ _TRUST = define_trust()
 _CROP_FLAGS = ("crops", "crop-share", "scales", "size", "flip", "dense")
 # The flag of each kind of evaluation, and the flags that it takes besides those of every kind. The
 # plain evaluation is "".
-_COMMON = ("workdir", "split", "checkpoint", "accept-changed-data", "trust")
+_COMMON = ("split", "accept-changed-data", "trust")
+_OF_ONE = ("workdir", "checkpoint")
 KINDS: dict[str, tuple[str, ...]] = {
-    "": ("errors", *_CROP_FLAGS),
-    "calibrate": ("bins",),
-    "corruptions": ("severities", "baseline", "images", "sheet"),
-    "set": ("set-dir", "model", "weights", "skip-damaged", "out", *_CROP_FLAGS),
+    "": (*_OF_ONE, "errors", *_CROP_FLAGS),
+    "calibrate": (*_OF_ONE, "bins"),
+    "corruptions": (*_OF_ONE, "severities", "baseline", "images", "sheet"),
+    "set": (*_OF_ONE, "set-dir", "model", "weights", "skip-damaged", "out", *_CROP_FLAGS),
+    "ensemble": ("average", *_CROP_FLAGS),
+    "grid": ("ensemble", "crops"),
+    "soup": ("ensemble", "save"),
 }
 
 
@@ -184,8 +221,11 @@ def evaluate(argv: list[str]) -> None:
     if kind == "set":
         _evaluate_set()
         return
+    if kind in ("ensemble", "grid", "soup"):
+        _evaluate_several(kind)
+        return
     if not _WORKDIR.value:
-        raise UserError("expected --workdir=RUN")
+        raise UserError("expected --workdir=RUN, or several runs: --ensemble=RUN,RUN,...")
     if kind == "corruptions":
         _evaluate_corruptions(_CORRUPTIONS.value or [])
         return
@@ -209,6 +249,8 @@ def _choose_kind() -> str:
     """Returns the kind that the flags ask for. Raises UserError for two kinds, and for a flag that
     the kind does not take."""
     chosen = [kind for kind in KINDS if kind and flags.FLAGS[kind].value]
+    # --ensemble is a kind, and also a flag of the other kinds of several runs.
+    chosen = [kind for kind in chosen if not any(kind in KINDS[other] for other in chosen)]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]}: give one of them")
     kind = chosen[0] if chosen else ""
@@ -216,7 +258,10 @@ def _choose_kind() -> str:
         if flag.present and flag.name not in (*_COMMON, kind, *KINDS[kind]) and flag.value:
             takers = [f"--{name}" for name, taken in KINDS.items() if name and flag.name in taken]
             without = f"without --{kind}" if kind else f"with {' or '.join(takers)}"
-            raise UserError(f"--{flag.name} has an effect only {without}")
+            cure = ""
+            if flag.name in _OF_ONE:
+                cure = "; name all runs, and their checkpoints, as --ensemble=RUN,RUN@STEP,..."
+            raise UserError(f"--{flag.name} has an effect only {without}{cure}")
     return kind
 
 
@@ -231,6 +276,26 @@ def _calibrate() -> None:
         accept_changed_data=_ACCEPT.value,
         trust=_TRUST.value,
     )
+
+
+def _evaluate_several(kind: str) -> None:
+    if not _ENSEMBLE.value:
+        raise UserError(f"--{kind} is for several runs: --ensemble=RUN,RUN,...")
+    options: dict[str, Any] = dict(
+        split=_SPLIT.value, accept_changed_data=_ACCEPT.value, trust=_TRUST.value
+    )
+    if kind == "soup":
+        from flax_cnns.runs.evaluate_soup import evaluate_soup
+
+        evaluate_soup(_ENSEMBLE.value, str(_SOUP.value), save=_SAVE.value, **options)
+        return
+    from flax_cnns.runs.evaluate_ensemble import evaluate_ensemble, evaluate_grid
+
+    if kind == "grid":
+        crops = _CROPS.value.split(",") if flags.FLAGS["crops"].present else ["1", "10"]
+        evaluate_grid(_ENSEMBLE.value, crops, **options)
+        return
+    evaluate_ensemble(_ENSEMBLE.value, crops=_read_crops(), average=_AVERAGE.value, **options)
 
 
 def _evaluate_set() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 
 from flax_cnns.errors import Interrupted, UserError
 from flax_cnns.train import losses, metrics, parallel
@@ -71,26 +71,55 @@ def average(predictions: Iterable[Predictions], *, of: str = "probabilities") ->
     `of`: "probabilities", whose average is returned as logarithms, or "logits". Raises UserError if
     the images' labels or the numbers of classes differ.
     """
-    members = list(predictions)
-    first = members[0]
-    for other in members[1:]:
-        if other.logits.shape != first.logits.shape or other.task != first.task:
+    running = RunningAverage(of)
+    for each in predictions:
+        running.add(each)
+    return running.result()
+
+
+class RunningAverage:
+    """`average` of predictions that come one after the other; holds one or two arrays f64 [N K]."""
+
+    def __init__(self, of: str = "probabilities"):
+        if of not in ("probabilities", "logits"):
+            raise UserError(f"average of: expected probabilities or logits, got {of!r}")
+        self.count = 0
+        self._of = of
+        self._first: Predictions | None = None
+        self._totals: list[np.ndarray] = []
+
+    def add(self, predictions: Predictions) -> None:
+        """Adds a member. Raises UserError if its labels or the number of its classes differ."""
+        first = self._first = predictions if self._first is None else self._first
+        if predictions.logits.shape != first.logits.shape or predictions.task != first.task:
             raise UserError(
-                f"predictions of {_describe(first)} cannot be averaged with {_describe(other)}"
+                f"predictions of {_describe(first)} cannot be averaged with"
+                f" {_describe(predictions)}"
             )
-        if not np.array_equal(other.labels, first.labels):
+        if not np.array_equal(predictions.labels, first.labels):
             raise UserError("predictions can be averaged only for the same images: labels differ")
-    if of == "logits":
-        return first._replace(logits=np.mean([each.logits for each in members], 0))
-    if of != "probabilities":
-        raise UserError(f"average of: expected probabilities or logits, got {of!r}")
-    if first.task == "multilabel":
-        mean = np.mean([expit(each.logits.astype(np.float64)) for each in members], 0)
-        with np.errstate(divide="ignore"):
-            return first._replace(logits=(np.log(mean) - np.log1p(-mean)).astype(np.float32))
-    logs = [log_softmax(each.logits.astype(np.float64), axis=-1) for each in members]
-    mean = np.logaddexp.reduce(logs, axis=0) - np.log(len(members))
-    return first._replace(logits=mean.astype(np.float32))
+        logits = predictions.logits.astype(np.float64)
+        if self._of == "logits":
+            terms = [logits]
+        elif first.task == "multilabel":
+            terms = [log_expit(logits), log_expit(-logits)]
+        else:
+            terms = [log_softmax(logits, axis=-1)]
+        add = np.add if self._of == "logits" else np.logaddexp
+        self._totals = [add(*pair) for pair in zip(self._totals, terms)] if self.count else terms
+        self.count += 1
+
+    def result(self) -> Predictions:
+        """Returns the average of the members so far. Raises UserError if there are none."""
+        if self._first is None:
+            raise UserError("an average needs predictions of at least one network")
+        if self._of == "logits":
+            logits = self._totals[0] / self.count
+        elif self._first.task == "multilabel":
+            logits = self._totals[0] - self._totals[1]
+        else:
+            logits = self._totals[0] - np.log(self.count)
+        return self._first._replace(logits=logits.astype(np.float32))
 
 
 def _describe(predictions: Predictions) -> str:

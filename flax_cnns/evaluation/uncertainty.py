@@ -178,6 +178,14 @@ class PairedCounts(NamedTuple):
         return (self.only_second - self.only_first) / self.examples
 
 
+def find_correct(predictions: Predictions) -> np.ndarray:
+    """Returns bool [N]: whether the most likely class is the true one; for multilabel data, whether
+    all labels are right."""
+    if predictions.task == "multilabel":
+        return ((predictions.logits > 0) == (predictions.labels > 0.5)).all(-1)
+    return predictions.is_correct()
+
+
 def count_pairs(first: np.ndarray, second: np.ndarray) -> PairedCounts:
     """Counts the pairs of bool [N] and bool [N]: whether each network is right. Raises UserError if
     the lengths differ or if there are no images."""

@@ -167,6 +167,14 @@ def divide_batch(batch_size: int, crops: int) -> tuple[int, int]:
     return images, max(batch_size // images, 1)
 
 
+def check_split(dataset: Dataset, split: str) -> None:
+    """Raises UserError if the data set has no such split."""
+    if split not in dataset.splits:
+        raise UserError(
+            f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
+        )
+
+
 def predict_split(
     classifier: Classifier,
     split: str = "test",
@@ -190,10 +198,7 @@ def predict_split(
     dataset = classifier.dataset if dataset is None else dataset
     if dataset is None:
         raise UserError(f"{classifier.title}: published weights have no data set of their own")
-    if split not in dataset.splits:
-        raise UserError(
-            f"--split: {dataset.name} has no split {split!r}{did_you_mean(split, dataset.splits)}"
-        )
+    check_split(dataset, split)
     config, crops_per_step = classifier.data_config, 1
     if crops > 1 and not dataset.is_stream:
         config = ConfigDict(config)

@@ -91,7 +91,7 @@ def _compare_with(
     classifier: Classifier,
     margin: float | None,
 ) -> ComparedRun:
-    right = find_correct(predictions)
+    right = uncertainty.find_correct(predictions)
     row = ComparedRun(
         name,
         type(classifier.model).__name__
@@ -103,7 +103,7 @@ def _compare_with(
     )
     if first is None:
         return row
-    pairs = uncertainty.count_pairs(find_correct(first), right)
+    pairs = uncertainty.count_pairs(uncertainty.find_correct(first), right)
     verdict = ""
     if margin is not None:
         low, high = uncertainty.difference_interval(pairs, level=MARGIN_LEVEL)
@@ -114,14 +114,6 @@ def _compare_with(
         p=uncertainty.mcnemar(pairs),
         verdict=verdict,
     )
-
-
-def find_correct(predictions: Predictions) -> np.ndarray:
-    """Returns bool [N]: whether the most likely class is the true one; for multilabel data, whether
-    all labels are right."""
-    if predictions.task == "multilabel":
-        return ((predictions.logits > 0) == (predictions.labels > 0.5)).all(-1)
-    return predictions.is_correct()
 
 
 def _check_same_data(first: Classifier, other: Classifier, split: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,11 @@ from flax_cnns.analysis.landscape.objective import Loss, Variables, is_top_class
 from flax_cnns.data import augment, pipeline
 from flax_cnns.data.splits import select_rows
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.runs import build
+from flax_cnns.runs import build, reestimation
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.references import check_trust
 from flax_cnns.runs.variables import load_variables
-from flax_cnns.train import batchnorm_modes, losses, parallel, precise_bn
+from flax_cnns.train import batchnorm_modes, losses, parallel
 from flax_cnns.types import Array
 
 BATCHNORM = {  # choices of --batchnorm -> how a picture names them
@@ -159,24 +158,13 @@ def make_reestimation(checkpoint: Checkpoint, images: int) -> Callable[[Variable
     modes = batchnorm_modes.decide_modes((), everything, variables.get("batch_stats", {}))
     if not modes:
         raise UserError(f"--batchnorm=reestimate: {checkpoint.title} has no BatchNorm")
-    step = parallel.parallelize(
-        precise_bn.make_moments_step(
-            components.model.apply, modes, **build.make_augment_and_mix(components)
-        ),
-        components.mesh,
-        mode=components.mode,
-        donate=False,
-    )
-    count = -(-images // components.config.data.batch_size)
-    with contextlib.closing(build.train_batches(components)) as stream:
-        batches = list(itertools.islice(stream, count))
-    key = parallel.replicate(build.make_training_key(components.config), components.mesh)
+    reestimate, _ = reestimation.make_reestimation(components, modes, images)
 
-    def reestimate(variables: Variables) -> Variables:
-        stats = precise_bn.estimate_statistics(step, variables, batches, key)
-        return {**variables, "batch_stats": parallel.replicate(stats, components.mesh)}
+    def reestimate_and_place(variables: Variables) -> Variables:
+        found = reestimate(variables)
+        return {**found, "batch_stats": parallel.replicate(found["batch_stats"], components.mesh)}
 
-    return reestimate
+    return reestimate_and_place
 
 
 def check_batchnorm(settings: Settings, *known: str) -> None:
