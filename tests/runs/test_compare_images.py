@@ -156,5 +156,5 @@ def test_other_labels_and_one_run_are_refused_but_not_another_size(monkeypatch):
 def test_of_multilabel_data_all_labels_must_be_right():
     labels = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
     logits = np.array([[3, -1], [3, -1], [-2, -1]], np.float32)
-    found = compare_images.find_correct(Predictions(logits, labels, "multilabel"))
+    found = uncertainty.find_correct(Predictions(logits, labels, "multilabel"))
     assert found.tolist() == [True, False, True]

@@ -157,6 +157,7 @@ def test_a_soup_of_checkpoints_is_the_mean_of_their_averaged_weights(runs, tmp_p
         soups.evaluate_soup(runs, "uniform", save=out)
 
 
+@pytest.mark.slow
 def test_a_greedy_soup_is_chosen_on_validation(runs, capsys):
     found = soups.evaluate_soup(runs, "greedy")
     rows = found["protocol"]["members"]
