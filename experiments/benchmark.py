@@ -9,6 +9,7 @@ python -m experiments.benchmark compile --model=cifar_resnet110
 python -m experiments.benchmark frozen --model=resnet18 --size=64
 python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark explain --model=resnet18
+python -m experiments.benchmark corruptions --model=cifar_resnet20
 python -m experiments.benchmark learn --models=lenet5
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
@@ -38,6 +39,7 @@ import jax
 
 from experiments.benchmarks import (
     convolutions,
+    corruptions,
     explain,
     flags,
     inputs,
@@ -113,6 +115,13 @@ COMMANDS = {
         explain.COLUMNS,
         explain.add_explain_flags,
         explain.measure_explain,
+    ),
+    "corruptions": Command(
+        "Corrupted images against clean ones",
+        corruptions.COLUMNS,
+        corruptions.add_corruption_flags,
+        corruptions.measure_corruptions,
+        0.0,
     ),
     "learn": Command(
         "Learning of the digits",

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import convolutions, learning, savings, torch_side, training
+from experiments.benchmarks import (
+    convolutions,
+    corruptions,
+    learning,
+    savings,
+    torch_side,
+    training,
+)
 from experiments.benchmarks.shapes import SHAPES
 from flax_cnns.analysis import device
 from flax_cnns.models.cifar_resnet import CifarResNet
@@ -336,3 +343,17 @@ def test_against_pytorch(run):
     code, _, err, found = run("conv", "--stage=lenet-c3,groups2-alexnet")
     assert code == 0, err
     assert all("torch" in row["seconds"] for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_corruptions(run, monkeypatch):
+    small = partial(CifarResNet, depths=(1,), widths=(4,), num_classes=5, input_size=(8, 8, 3))
+    monkeypatch.setattr(corruptions, "create_model", lambda name: small())
+    flags = ["--images=8", "--batch=4", "--corruptions=brightness,contrast", "--severities=1,5"]
+    code, out, _, found = run("corruptions", *flags)
+    assert code == 0
+    assert [row["corruption"] for row in found["rows"]] == ["brightness", "contrast", "all"]
+    assert found["rows"][2]["seconds"] == pytest.approx(
+        sum(row["seconds"] for row in found["rows"][:2])
+    )
+    assert "contrast" in out
