@@ -10,6 +10,7 @@ python -m experiments.benchmark frozen --model=resnet18 --size=64
 python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark explain --model=resnet18
 python -m experiments.benchmark corruptions --model=cifar_resnet20
+python -m experiments.benchmark crops --model=cifar_resnet20
 python -m experiments.benchmark learn --models=lenet5
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
@@ -40,6 +41,7 @@ import jax
 from experiments.benchmarks import (
     convolutions,
     corruptions,
+    crops,
     explain,
     flags,
     inputs,
@@ -122,6 +124,9 @@ COMMANDS = {
         corruptions.add_corruption_flags,
         corruptions.measure_corruptions,
         0.0,
+    ),
+    "crops": Command(
+        "Evaluation on crops", crops.COLUMNS, crops.add_crop_flags, crops.measure_crops, 0.0
     ),
     "learn": Command(
         "Learning of the digits",

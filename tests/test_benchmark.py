@@ -17,6 +17,7 @@ from experiments import benchmark
 from experiments.benchmarks import (
     convolutions,
     corruptions,
+    crops,
     learning,
     savings,
     torch_side,
@@ -94,6 +95,17 @@ def test_explain(run, monkeypatch):
         assert row["ratio"]["median"] > 0
         assert len(row["rounds"][row["method"]]["rounds"]) == 2
     assert "integrated_gradients, 3 steps" in out
+
+
+@pytest.mark.slow
+def test_crops(run, monkeypatch):
+    small = partial(CifarResNet, depths=(1,), widths=(4,), num_classes=5, input_size=(8, 8, 3))
+    monkeypatch.setattr(crops, "create_model", lambda name: small())
+    code, out, _, found = run("crops", "--model=small", "--images=8", "--crops=5,10")
+    assert code == 0
+    assert [row["crops"] for row in found["rows"]] == [5, 10]
+    assert all(row["ratio"]["median"] > 0 for row in found["rows"])
+    assert "enlarged" in out
 
 
 @pytest.mark.slow
