@@ -10,7 +10,7 @@ ingredients' statistics: `refresh` estimates them again for the averaged weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +54,7 @@ class WeightSum:
         from those of the first."""
         flat = {path: np.asarray(leaf) for path, leaf in pytree.flatten(variables).items()}
         if self.names:
-            _check_same_shapes(self._sums, flat, self.names[0], name)
+            check_same_shapes(self._sums, flat, self.names[0], name)
         else:
             self._dtypes = {path: leaf.dtype for path, leaf in flat.items()}
         wide = {path: leaf.astype(np.float64) for path, leaf in flat.items()}
@@ -69,7 +69,7 @@ class WeightSum:
         sums, count = self._sums, len(self.names)
         if variables is not None:
             flat = {path: np.asarray(leaf) for path, leaf in pytree.flatten(variables).items()}
-            _check_same_shapes(sums, flat, self.names[0], name)
+            check_same_shapes(sums, flat, self.names[0], name)
             sums = {path: total + flat[path].astype(np.float64) for path, total in sums.items()}
             count += 1
         return pytree.unflatten(
@@ -77,10 +77,11 @@ class WeightSum:
         )
 
 
-def _check_same_shapes(
-    first: dict[str, np.ndarray], other: dict[str, np.ndarray], first_name: str, other_name: str
+def check_same_shapes(
+    first: Mapping[str, Any], other: Mapping[str, Any], first_name: str, other_name: str
 ) -> None:
-    """Raises UserError with the first path that only one has, or whose shapes differ."""
+    """Compares two networks, {path: array or shape}. Raises UserError with the first path that only
+    one has, or whose shapes differ."""
     for path in dict.fromkeys([*first, *other]):
         if path not in first or path not in other:
             has, lacks = (first_name, other_name) if path in first else (other_name, first_name)

@@ -24,7 +24,14 @@ from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.evaluation import uncertainty
 from flax_cnns.evaluation.ensembles import PairedDifference, compare_accuracy
 from flax_cnns.evaluation.exact import summarize
-from flax_cnns.evaluation.soups import SOUPS, Soup, Taste, make_greedy_soup, make_uniform_soup
+from flax_cnns.evaluation.soups import (
+    SOUPS,
+    Soup,
+    Taste,
+    check_same_shapes,
+    make_greedy_soup,
+    make_uniform_soup,
+)
 from flax_cnns.names import make_console
 from flax_cnns.runs import reestimation, tables
 from flax_cnns.runs.classifier import (
@@ -132,8 +139,11 @@ class _Kitchen:
             )
         self.refresh = self._make_refresh(images)
         self.ingredients: list[Ingredient] = []
+        shapes = jax.eval_shape(lambda: pytree.unstack_blocks(self.first.variables))
         for number in range(len(names)):
             loaded, variables = self.load(number)
+            given = (pytree.flatten(shapes), pytree.flatten(variables))
+            check_same_shapes(*given, names[0], names[number])
             score = self.measure(variables)
             self.ingredients.append(
                 Ingredient(names[number], loaded.step, loaded.checkpoint, score)

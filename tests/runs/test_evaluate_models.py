@@ -237,6 +237,19 @@ def test_refusals(runs, tmp_path):
             soups.evaluate_soup([runs[0], str(other)], "uniform")
 
 
+def test_a_soup_of_another_network_is_refused_before_anything_is_evaluated(runs, monkeypatch):
+    def load_another(name, **_):
+        found = load_run(name)
+        narrow = jax.tree.map(lambda leaf: leaf[..., :1], found.variables)
+        return found._replace(variables=narrow) if name == runs[1] else found
+
+    monkeypatch.setattr(soups, "load_run", load_another)
+    monkeypatch.setattr(soups._Kitchen, "measure", lambda self, variables: 0.5)
+    said = r"params/c1/bias is \[6\] in .*@12 and \[1\] in .*@10"
+    with pytest.raises(UserError, match=said):
+        soups.evaluate_soup(runs, "uniform")
+
+
 @pytest.mark.slow
 def test_flags_that_do_nothing_are_refused():
     for given, said in (
