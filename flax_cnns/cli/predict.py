@@ -1,6 +1,7 @@
 """Classifies photos and shows the most likely classes as a table and as a picture.
 
 flax-cnns predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite cat.jpg
+flax-cnns predict --model=tf_efficientnet_lite0 --weights=efficientnet_lite --crops=144 cat.jpg
 flax-cnns predict --model=resnet50 --weights=torchvision=resnet50.pth cat.jpg dog.png
 flax-cnns predict --workdir=runs/flowers@best mine.jpg
 flax-cnns predict --workdir=weights/resnet50 cat.jpg
@@ -37,6 +38,12 @@ _CALIBRATED = flags.DEFINE_bool(
     "calibrated",
     False,
     "Divide the logits by the temperature of the run, which `evaluate --calibrate` fitted.",
+)
+_CROPS = flags.DEFINE_string(
+    "crops",
+    "",
+    "Average the probabilities of crops of each photo: 1: the central square; 5: corners and"
+    " center; 10: and their mirror images; 144: GoogLeNet's.",
 )
 _TOP = flags.DEFINE_integer("top", 5, "Number of classes to show.", lower_bound=1)
 _TRUST = define_trust()
@@ -77,6 +84,8 @@ def predict(argv: list[str]) -> None:
     else:
         source, _, file = _WEIGHTS.value.partition("=")
         predictor = prediction.make_predictor_from_weights(_MODEL.value, source, file or None)
+    if _CROPS.value:
+        predictor = prediction.use_crops(predictor, _CROPS.value)
     guesses = prediction.predict(predictor, photos, _TOP.value)
     tables.print_predictions(predictor.title, prediction.name_photos(photos), guesses)
     if out:

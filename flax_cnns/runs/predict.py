@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
+from PIL import Image
 
 from flax_cnns import config as configs
 from flax_cnns import weights
@@ -19,6 +20,7 @@ from flax_cnns.checkpoint import reading
 from flax_cnns.data import images
 from flax_cnns.data.images import Photo, open_photo
 from flax_cnns.errors import UserError
+from flax_cnns.evaluation.crops import PAPERS_SHARE, CropGroup, list_views
 from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.load import load_run
@@ -26,16 +28,52 @@ from flax_cnns.runs.temperature import read_temperature
 from flax_cnns.types import Array, PyTree
 
 Prediction = tuple[str, float]  # a class and its probability
+MAX_CROPS = 12  # of a photo at once; 144 is a multiple, so that one shape is compiled
 
 
 class Predictor(NamedTuple):
     """A network that classifies photos."""
 
     title: str
-    read: Callable[[Photo], np.ndarray]  # -> [1 H W C], the input of `probabilities`
+    read: Callable[[Photo], np.ndarray]  # -> [V H W C], the input of `probabilities`; V crops
     box: Callable[[int, int], images.Box]  # (width, height) of an image -> the part that is used
-    probabilities: Callable[[np.ndarray], Array]  # -> f32 [1 K]
+    probabilities: Callable[[np.ndarray], Array]  # -> f32 [V K]
     class_names: Sequence[str]  # [K]
+    crops: CropReading | None = None  # None: the predictor takes no crops
+
+
+class CropReading(NamedTuple):
+    """How a predictor reads crops of a photo."""
+
+    size: int  # height and width that the network takes
+    channels: int
+    resample: Image.Resampling
+    prepare: Callable[[np.ndarray], np.ndarray]  # u8 [V H W C] -> the input of `probabilities`
+
+
+def use_crops(predictor: Predictor, crops: str) -> Predictor:
+    """Returns a predictor that averages the probabilities of several crops of each photo.
+
+    `crops`: 5, 10 or 144, as in `evaluation.crops.list_views`; 1 is one central crop of the whole
+    shorter side. Raises UserError.
+    """
+    group = CropGroup(1.0, list_views(crops, 1.0 if crops == "1" else PAPERS_SHARE))
+    how = predictor.crops
+    if how is None:
+        raise UserError(f"{predictor.title} takes no crops")
+
+    def read(photo: Photo) -> np.ndarray:
+        with open_photo(photo) as image:
+            return how.prepare(group.read(image, how.size, how.channels, how.resample))
+
+    def box(width: int, height: int) -> images.Box:
+        boxes = [view.box(width, height) for view in group.views]
+        left, top, right, bottom = zip(*boxes)
+        return min(left), min(top), max(right), max(bottom)
+
+    count = len(group.views)
+    title = f"{predictor.title}, {count} crop{'s' if count > 1 else ''}"
+    return predictor._replace(title=title, read=read, box=box)
 
 
 def predict(
@@ -47,10 +85,16 @@ def predict(
     """
     results = []
     for photo in photos:
-        probabilities = np.asarray(predictor.probabilities(predictor.read(photo)))[0]
+        probabilities = _average_crops(predictor, predictor.read(photo))
         top = np.argsort(-probabilities, kind="stable")[:max_classes]
         results.append([(predictor.class_names[k], float(probabilities[k])) for k in top])
     return results
+
+
+def _average_crops(predictor: Predictor, crops: np.ndarray) -> np.ndarray:
+    """Returns f32 [K], the mean probabilities of crops [V H W C]."""
+    parts = [crops[first : first + MAX_CROPS] for first in range(0, len(crops), MAX_CROPS)]
+    return np.concatenate([np.asarray(predictor.probabilities(part)) for part in parts]).mean(0)
 
 
 def name_photos(photos: Sequence[Photo]) -> list[str]:
@@ -161,7 +205,17 @@ def _make_predictor(
 ) -> Predictor:
     names = transform.class_names() or tuple(map(str, range(transform.num_classes)))
     return Predictor(
-        title, transform.__call__, transform.box, _make_probabilities(model, variables), names
+        title,
+        transform.__call__,
+        transform.box,
+        _make_probabilities(model, variables),
+        names,
+        CropReading(
+            transform.size,
+            3,
+            Image.Resampling[transform.interpolation.upper()],
+            transform.normalize,
+        ),
     )
 
 
@@ -212,6 +266,7 @@ def make_predictor_from_run(
         box,
         _make_probabilities(model, variables, normalize, temperature),
         loaded.class_names,
+        CropReading(size, channels, Image.Resampling.BILINEAR, lambda pixels: pixels),
     )
 
 

@@ -89,11 +89,16 @@ class Preprocessing(NamedTuple):
                 photo = photo.resize(self._resized(*photo.size), how)
                 left, top = self._corner(*photo.size)
                 photo = photo.crop((left, top, left + self.size, top + self.size))
-            pixels = np.asarray(photo, np.float32)
+            pixels = np.asarray(photo)
+        return self.normalize(pixels)[None]
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """The network's input, f32 [... 3], from pixels u8 [... 3] in RGB."""
+        pixels = pixels.astype(np.float32)
         if self.channels == "BGR":
             pixels = pixels[..., ::-1]
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return ((pixels * np.float32(self.scale) - mean) / std)[None]
+        return (pixels * np.float32(self.scale) - mean) / std
 
     def for_images(self, input_size: Sequence[int], usual: Sequence[int]) -> Preprocessing:
         """This preprocessing for a network whose input has `input_size` instead of `usual`.

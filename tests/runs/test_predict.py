@@ -215,3 +215,32 @@ def test_what_the_data_set_is_goes_through_json(config):
     again = Dataset.from_dict(json.loads(json.dumps(dataset.as_dict())))
     assert again.as_dict() == dataset.as_dict()
     assert again.splits == {}
+
+
+def test_the_probabilities_of_crops_are_averaged():
+    """A network that says how red an image is. The left quarter of the photo is red."""
+    photo = np.zeros((32, 64, 3), np.uint8)
+    photo[:, :16, 0] = 255
+
+    def measure_red(pixels):
+        red = pixels[..., 0].mean((1, 2)) / 255
+        return np.stack([red, 1 - red], -1)
+
+    reading = predict.CropReading(32, 3, Image.Resampling.BILINEAR, lambda pixels: pixels)
+    seer = predict.Predictor("a seer", None, None, measure_red, ("red", "black"), reading)
+
+    def find_red(crops):
+        [guesses] = predict.predict(predict.use_crops(seer, crops), [photo])
+        return dict(guesses)["red"]
+
+    # The central square is columns 16 to 48, which are black.
+    for crops in ("1", "5", "10"):
+        assert find_red(crops) == pytest.approx(0, abs=0.001)
+    # GoogLeNet's left square is half red. So is the mean of its 6 crops: those at its left see as
+    # much more as those at its right see less. The central and the right square are black.
+    assert find_red("144") == pytest.approx(1 / 6, abs=0.002)
+    every = predict.use_crops(seer, "144")
+    assert (every.title, every.box(64, 32)) == ("a seer, 144 crops", (0, 0, 64, 32))
+    assert predict.use_crops(seer, "10").box(64, 32) == (16, 0, 48, 32)
+    with pytest.raises(UserError, match="expected 1, 5, 10, 144, got '11'"):
+        predict.use_crops(seer, "11")
