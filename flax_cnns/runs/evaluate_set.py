@@ -136,10 +136,24 @@ def _make_dataset(classifier: Classifier, opened: OpenedSet, split: Split) -> Da
     )
 
 
+def _limit_batch(classifier: Classifier, count: int) -> Classifier:
+    """Returns the classifier with a batch that `count` images fill. It stays a multiple of the
+    number of devices."""
+    devices = jax.device_count()
+    size = -(-count // devices) * devices
+    if size >= classifier.data_config.eval_batch_size:
+        return classifier
+    config = classifier.data_config.copy_and_resolve_references()
+    config.eval_batch_size = size
+    return classifier._replace(data_config=config)
+
+
 def _predict_cell(
     classifier: Classifier, opened: OpenedSet, cell: SetCell, *, crops: CropProtocol | None
 ) -> tuple[Dataset, Predictions]:
-    dataset = _make_dataset(classifier, opened, cell.open(classifier.image_shape))
+    split = cell.open(classifier.image_shape)
+    dataset = _make_dataset(classifier, opened, split)
+    classifier = _limit_batch(classifier, len(split))
     try:
         if crops is None:
             return dataset, predict_split(classifier, "test", dataset)

@@ -243,7 +243,9 @@ def test_wrong_sets_and_folders(tmp_path):
     with pytest.raises(UserError, match="there is no set 'imagenet-a'; did you mean"):
         open_set("imagenet-a", tmp_path, IMAGENET)
     write_images(tmp_path / "imagenet-a" / WNIDS[0])
-    with pytest.raises(UserError, match="is not a folder; did you mean 'imagenet-a'"):
+    with pytest.raises(
+        UserError, match=r"is not a folder \(ImageNet-A: https.*\); did you mean 'imagenet-a'"
+    ):
         open_set("imagenet_a", tmp_path / "imagenet_a", IMAGENET)
     with pytest.raises(UserError, match=r"ImageNet ReaL needs real.json.*download it from https"):
         open_set("imagenet_real", tmp_path, IMAGENET)

@@ -46,6 +46,6 @@ def check_folder(name: str, folder: str | os.PathLike) -> str:
     path = pathlib.Path(folder).expanduser()
     if not path.is_dir():
         near = did_you_mean(path.name, list_folders(path.parent))
-        url = f"; {SETS[name].title} is at {SETS[name].url}" if SETS[name].url else ""
-        raise UserError(f"--set-dir={folder} is not a folder{near}{url}")
+        url = f" ({SETS[name].title}: {SETS[name].url})" if SETS[name].url else ""
+        raise UserError(f"--set-dir={folder} is not a folder{url}{near}")
     return str(path)
