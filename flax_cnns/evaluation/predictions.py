@@ -258,12 +258,17 @@ def _predict_crops(
         jax.block_until_ready(total)
         logits = step(variables, on_devices)
         logits = logits.reshape(-1, several, logits.shape[-1])
-        squash = jax.nn.sigmoid if task == "multilabel" else jax.nn.softmax
-        some = squash(logits).sum(1)
-        total = some if total is None else total + some
+        if task == "multilabel":
+            some = jax.nn.sigmoid(logits).sum(1)
+            total = some if total is None else total + some
+        else:  # logarithms, because small probabilities round to 0 and would make the loss NaN
+            some = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1)
+            total = some if total is None else jnp.logaddexp(total, some)
     assert total is not None
+    if task != "multilabel":
+        return total - jnp.log(count)
     mean = total / count
-    return jnp.log(mean) - jnp.log1p(-mean) if task == "multilabel" else jnp.log(mean)
+    return jnp.log(mean) - jnp.log1p(-mean)
 
 
 def _fetch(rows: tuple[Array, np.ndarray, np.ndarray], mesh: Mesh) -> tuple[Any, Any]:
