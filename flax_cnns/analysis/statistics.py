@@ -132,7 +132,7 @@ def compare_with_margin(
 def check_margin(margin: float) -> None:
     """Raises `UserError` unless the margin is a number above 0."""
     if not (math.isfinite(margin) and margin > 0):
-        raise UserError(f"margin: expected a number above 0, got {margin}")
+        raise UserError(f"--margin: expected a number above 0, got {margin:g}")
 
 
 def judge_margin(low: float, high: float, margin: float) -> str:

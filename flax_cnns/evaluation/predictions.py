@@ -9,6 +9,7 @@ networks on the same images need the predictions themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -250,6 +251,7 @@ def _predict_crops(
         return step(variables, parallel.shard_batch(batch, mesh))
     count = images.shape[1]
     several = max(part for part in range(1, crops_per_step + 1) if count % part == 0)
+    # Logarithms throughout: a probability that is 0 in float32 would make the loss NaN.
     total = None
     for first in range(0, count, several):
         crops = images[:, first : first + several].reshape(-1, *images.shape[2:])
@@ -258,17 +260,14 @@ def _predict_crops(
         jax.block_until_ready(total)
         logits = step(variables, on_devices)
         logits = logits.reshape(-1, several, logits.shape[-1])
-        if task == "multilabel":
-            some = jax.nn.sigmoid(logits).sum(1)
-            total = some if total is None else total + some
-        else:  # logarithms, because small probabilities round to 0 and would make the loss NaN
-            some = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1)
-            total = some if total is None else jnp.logaddexp(total, some)
+        if task == "multilabel":  # [2 n K]: of "yes" and of "no"
+            logs = jnp.stack([jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)])
+        else:
+            logs = jax.nn.log_softmax(logits)
+        some = jax.nn.logsumexp(logs, axis=-2)
+        total = some if total is None else jnp.logaddexp(total, some)
     assert total is not None
-    if task != "multilabel":
-        return total - jnp.log(count)
-    mean = total / count
-    return jnp.log(mean) - jnp.log1p(-mean)
+    return total[0] - total[1] if task == "multilabel" else total - math.log(count)
 
 
 def _fetch(rows: tuple[Array, np.ndarray, np.ndarray], mesh: Mesh) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,9 +87,13 @@ class CropOptions(NamedTuple):
         if self.crops == "1" and not self.dense and share is None:
             own = _find_own_share(classifier)
             share = None if own == 1.0 else own
-        return make_protocol(
+        protocol = make_protocol(
             self.crops, share=share, scales=scales, flip=self.flip, dense=self.dense
         )
+        if self.size:  # pixels are what the user typed: size33, not scales1.03125
+            name = protocol.name.partition("_scales")[0] + f"_size{self.size}"
+            protocol = dataclasses.replace(protocol, name=name)
+        return protocol
 
 
 def _find_own_share(classifier: Classifier) -> float:

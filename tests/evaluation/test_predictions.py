@@ -63,6 +63,23 @@ def test_a_transformation_gets_each_images_number(variables):
     np.testing.assert_allclose(found.logits, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("task", ["classes", "multilabel"])
+def test_probabilities_that_are_zero_in_float32_leave_the_loss_finite(variables, task):
+    def sharpen(images):
+        return normalize(images) * 5000
+
+    crops = np.stack([IMAGES, IMAGES], 1)
+    found = predict_batches(Linear(), variables, batches(crops), normalize=sharpen, task=task)
+    wanted = np.asarray(Linear().apply(variables, sharpen(IMAGES[KEPT])), np.float64)
+    assert np.ptp(wanted, axis=-1).max() > 200  # exp(-200) is 0 in float32
+    if task == "classes":
+        wanted -= np.logaddexp.reduce(wanted, axis=-1, keepdims=True)
+        assert np.isfinite(measure(found)["loss"])
+    np.testing.assert_allclose(found.logits, wanted, rtol=1e-5, atol=1e-2)
+    both = average([found, found])
+    np.testing.assert_allclose(both.logits, wanted, rtol=1e-5, atol=1e-2)
+
+
 def test_the_probabilities_of_crops_are_averaged(variables):
     crops = np.stack([IMAGES, IMAGES[:, ::-1], IMAGES[:, :, ::-1]], 1)
     found = predict_batches(Linear(), variables, batches(crops), normalize=normalize)
