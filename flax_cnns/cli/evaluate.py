@@ -255,7 +255,8 @@ def _choose_kind() -> str:
         raise UserError(f"--{chosen[0]} and --{chosen[1]}: give one of them")
     kind = chosen[0] if chosen else ""
     for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
-        if flag.present and flag.name not in (*_COMMON, kind, *KINDS[kind]) and flag.value:
+        is_off = flag.value is False or (flag.name == "errors" and flag.value == 0)
+        if flag.present and not is_off and flag.name not in (*_COMMON, kind, *KINDS[kind]):
             takers = [f"--{name}" for name, taken in KINDS.items() if name and flag.name in taken]
             without = f"without --{kind}" if kind else f"with {' or '.join(takers)}"
             cure = ""

@@ -230,10 +230,10 @@ def test_imagenet_c_has_corruptions_severities_and_ids(tmp_path):
 
 
 def test_the_mean_corruption_error_is_relative_to_alexnet():
-    alexnet = {name: 1 - error for name, error in rows.ALEXNET_ERRORS.items()}
+    alexnet = {name: 1 - error for name, error in measure.ALEXNET_ERRORS.items()}
     assert measure.mean_corruption_error(alexnet) == pytest.approx(1)
     # An error of half of AlexNet's for each of 14, and of none for fog: 14 / 15 / 2.
-    better = {name: 1 - error / 2 for name, error in rows.ALEXNET_ERRORS.items()} | {"fog": 1.0}
+    better = {name: 1 - error / 2 for name, error in measure.ALEXNET_ERRORS.items()} | {"fog": 1.0}
     assert measure.mean_corruption_error(better | {"spatter": 0.0}) == pytest.approx(14 / 30)
     with pytest.raises(UserError, match="needs fog"):
         measure.mean_corruption_error({k: v for k, v in better.items() if k != "fog"})

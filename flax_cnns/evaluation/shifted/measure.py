@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from flax_cnns.errors import UserError
+from flax_cnns.evaluation.corruptions import scores
 from flax_cnns.evaluation.predictions import Predictions
-from flax_cnns.evaluation.shifted.rows import ALEXNET_ERRORS, CORRUPTIONS
+from flax_cnns.evaluation.shifted.rows import CORRUPTIONS
+
+# AlexNet's errors on ImageNet-C, the mean over the severities.
+ALEXNET_ERRORS = {name: float(np.mean(row)) for name, row in scores.ALEXNET_ERRORS.items()}
+ALEXNET_ERRORS["frost"] = scores.ALEXNET_FROST_ERROR
 
 
 def count_answers(logits: np.ndarray, answers: Sequence[frozenset[int]]) -> dict[str, int]:
@@ -40,5 +45,6 @@ def mean_corruption_error(accuracies: Mapping[str, float]) -> float:
     """
     if missing := [name for name in CORRUPTIONS if name not in accuracies]:
         raise UserError(f"the mean corruption error needs {', '.join(missing)}")
-    ratios = [(1 - accuracies[name]) / ALEXNET_ERRORS[name] for name in CORRUPTIONS]
-    return sum(ratios) / len(ratios)
+    errors = {name: [1 - accuracies[name]] for name in CORRUPTIONS}
+    alexnet = {name: [error] for name, error in ALEXNET_ERRORS.items()}
+    return scores.mean_corruption_error(errors, alexnet)

@@ -14,17 +14,6 @@ CORRUPTIONS = (
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-# AlexNet's errors on ImageNet-C, the mean over the severities: what the mean corruption error
-# divides by (https://github.com/hendrycks/robustness, in the order of CORRUPTIONS).
-ALEXNET_ERRORS = dict(
-    zip(
-        CORRUPTIONS,
-        (
-            *(0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816),
-            *(0.826572, 0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500),
-        ),
-    )
-)
 # ImageNet-C is published as five archives, which some keep as folders.
 GROUPS = ("noise", "blur", "weather", "digital", "extra")
 
