@@ -101,6 +101,7 @@ class CropProtocol:
     name: str
     groups: tuple[CropGroup, ...]
     dense: bool = False  # the network's head slides over the maps; see `evaluation.dense`
+    size: int | None = None  # side in pixels, if the user gave one in place of scales
 
     @property
     def count(self) -> int:
@@ -114,6 +115,7 @@ class CropProtocol:
             "crops": self.count,
             "scales": [group.scale for group in self.groups],
             "dense": self.dense,
+            **({} if self.size is None else {"size": self.size}),
         }
 
     def enlarges(self, side: int, size: int) -> bool:

@@ -92,7 +92,7 @@ class CropOptions(NamedTuple):
         )
         if self.size:  # pixels are what the user typed: size33, not scales1.03125
             name = protocol.name.partition("_scales")[0] + f"_size{self.size}"
-            protocol = dataclasses.replace(protocol, name=name)
+            protocol = dataclasses.replace(protocol, name=name, size=self.size)
         return protocol
 
 
