@@ -248,6 +248,9 @@ def evaluate(argv: list[str]) -> None:
 def _choose_kind() -> str:
     """Returns the kind that the flags ask for. Raises UserError for two kinds, and for a flag that
     the kind does not take."""
+    for name in ("corruptions", "set", "ensemble"):
+        if flags.FLAGS[name].present and flags.FLAGS[name].value in ("", []):
+            raise UserError(f"--{name}: expected a value after --{name}=, got none")
     chosen = [kind for kind in KINDS if kind and flags.FLAGS[kind].value]
     # --ensemble is a kind, and also a flag of the other kinds of several runs.
     chosen = [kind for kind in chosen if not any(kind in KINDS[other] for other in chosen)]

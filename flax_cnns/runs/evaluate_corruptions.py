@@ -69,13 +69,16 @@ def evaluate_corruptions(
     rows = table.select_corruptions(corruptions)
     severities = sorted(set(severities))
     if not severities or not set(severities) <= set(table.SEVERITIES):
-        raise UserError(f"--severities: expected some of 1,2,3,4,5; got {severities}")
+        given_severities = ",".join(map(str, severities)) or "none"
+        raise UserError(f"--severities: expected some of 1,2,3,4,5; got {given_severities}")
     given: dict[str, Any] = dict(accept_changed_data=accept_changed_data, trust=trust)
     classifier = make_classifier_from_run(workdir, checkpoint, **given)
     left_out = _explain_left_out(rows, classifier)
     counted = [row.name for row in rows if row.name not in left_out]
     other = make_classifier_from_run(baseline, **given) if baseline not in ("", ALEXNET) else None
     _check_baseline(classifier, other, baseline, split)
+    if sheet is not None:
+        _check_sheet(classifier, split, sheet)
     options: dict[str, Any] = dict(
         rows=rows, severities=severities, split=split, images=images, seed=seed
     )
@@ -90,7 +93,7 @@ def evaluate_corruptions(
         return results
     run = classifier.run
     assert run is not None
-    stem = run.folder / f"evaluation_{split}_{run.step}_corruptions"
+    stem = _name_files(classifier, split, images)
     files.write_json(f"{stem}.json", results)
     files.write_text(f"{stem}.md", _format_markdown(scored, results, severities))
     files.write_text(f"{stem}.csv", _format_csv(scored, left_out))
@@ -123,11 +126,9 @@ def draw_sheet(
 ) -> None:
     """Draws the corruptions of image `number` of a split, as the network sees them. Raises
     UserError if there is no such image."""
+    _check_sheet(classifier, split, number)
     dataset = classifier.dataset
     assert dataset is not None
-    count = len(dataset.splits[split])
-    if not 0 <= number < count:
-        raise UserError(f"--sheet: expected an image from 0 to {count - 1}, got {number}")
     config = classifier.data_config
     image = None
     for at, batch in enumerate(
@@ -149,6 +150,13 @@ def draw_sheet(
         ]
         shown[row.name] = np.stack([image, *map(np.asarray, some)])
     plots.draw_corruption_sheet(shown, [0, *severities], path)
+
+
+def _check_sheet(classifier: Classifier, split: str, number: int) -> None:
+    assert classifier.dataset is not None
+    count = len(classifier.dataset.splits[split])
+    if not 0 <= number < count:
+        raise UserError(f"--sheet: expected an image from 0 to {count - 1}, got {number}")
 
 
 def _explain_left_out(rows: Sequence[table.Corruption], classifier: Classifier) -> dict[str, str]:
@@ -194,6 +202,15 @@ def _check_baseline(
         )
 
 
+def _name_files(classifier: Classifier, split: str, images: int) -> pathlib.Path:
+    """The files' path without suffix. An evaluation of some of the images has its own, so that it
+    does not replace that of all of them."""
+    run, dataset = classifier.run, classifier.dataset
+    assert run is not None and dataset is not None
+    some = f"_images{images}" if 0 < images < len(dataset.splits[split]) else ""
+    return run.folder / f"evaluation_{split}_{run.step}_corruptions{some}"
+
+
 def _score(
     classifier: Classifier,
     *,
@@ -211,7 +228,7 @@ def _score(
         print(classifier.title)
     cells = evaluate_cells(
         classifier,
-        run.folder / f"evaluation_{split}_{run.step}_corruptions",
+        _name_files(classifier, split, images),
         rows,
         severities,
         split=split,

@@ -65,7 +65,7 @@ def test_cells_are_predictions_of_corrupted_images(run, results):
 
 
 def test_files(run, results):
-    (stem,) = {path.stem for path in run.glob("evaluation_test_*_corruptions.*")}
+    (stem,) = {path.stem for path in run.glob("evaluation_test_*_corruptions_images40.*")}
     assert json.loads((run / f"{stem}.json").read_text())["mce"] == results["mce"]
     with (run / f"{stem}.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -77,7 +77,7 @@ def test_files(run, results):
 
 
 def test_known_cells_are_read_and_others_evaluated(run, results, monkeypatch, capsys):
-    folder = next(run.glob("evaluation_test_*_corruptions"))
+    folder = next(run.glob("evaluation_test_*_corruptions_images40"))
     (folder / "contrast_5.json").unlink()
     calls = []
     predict = corruption_cells.predict_split
@@ -126,6 +126,12 @@ def test_a_sheet_of_an_unknown_image(run):
     classifier = make_classifier_from_run(run)
     with pytest.raises(UserError, match="--sheet: expected an image from 0 to"):
         evaluate_corruptions.draw_sheet(classifier, [], [1], "test", 10**6, "x.png")
+    before = sorted(run.iterdir())
+    with pytest.raises(UserError, match="--sheet: expected an image from 0 to"):
+        evaluate_corruptions.evaluate_corruptions(
+            run, corruptions=["fog"], severities=[1], images=7, sheet=10**6
+        )
+    assert sorted(run.iterdir()) == before  # told before the evaluation
 
 
 def test_float_images_are_refused(run):
@@ -161,6 +167,7 @@ def test_take_images_are_evenly_spaced():
     ("given", "message"),
     [
         (["--images=5"], "--images has an effect only with --corruptions"),
+        (["--corruptions="], "--corruptions: expected a value after --corruptions=, got none"),
         (["--corruptions=all", "--calibrate"], "--calibrate and --corruptions: give one of them"),
         (["--corruptions=all", "--severities=a"], "expected some of 1,2,3,4,5; got a"),
     ],
