@@ -206,7 +206,8 @@ def _name_files(classifier: Classifier, split: str, images: int) -> pathlib.Path
     """The files' path without suffix. An evaluation of some of the images has its own, so that it
     does not replace that of all of them."""
     run, dataset = classifier.run, classifier.dataset
-    assert run is not None and dataset is not None
+    assert run is not None
+    assert dataset is not None
     some = f"_images{images}" if 0 < images < len(dataset.splits[split]) else ""
     return run.folder / f"evaluation_{split}_{run.step}_corruptions{some}"
 

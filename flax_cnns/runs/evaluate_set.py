@@ -240,8 +240,8 @@ def _report(results: dict[str, Any], opened: OpenedSet, path: pathlib.Path | Non
     for kind, count in opened.left_out.items():
         print(f"left out: {kind}: {count:,}")
     if damaged := results.get("damaged_images"):
-        plural = "s" * (len(damaged) > 1)
-        print(f"left out {len(damaged)} image{plural} that cannot be decoded: {', '.join(damaged[:3])}")
+        images = "1 image" if len(damaged) == 1 else f"{len(damaged)} images"
+        print(f"left out {images} that cannot be decoded: {', '.join(damaged[:3])}")
     if path is not None:
         also = f", {path.with_suffix('.csv').name}" if "cells" in results else ""
         print(f"written to {path.parent}: {path.name}{also}")

@@ -53,8 +53,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(f"files with several frames (only the first is used): {several}")
     if damaged := summary["damaged_images"]:
         names = ", ".join(damaged[:3]) + (", …" if len(damaged) > 3 else "")
-        plural = "s" * (len(damaged) > 1)
-        console.print(f"left out {len(damaged)} image{plural} that cannot be decoded: {names}")
+        images = "1 image" if len(damaged) == 1 else f"{len(damaged)} images"
+        console.print(f"left out {images} that cannot be decoded: {names}")
     parts = [part["name"] for parts in summary.get("own", {}).values() for part in parts]
     if opaque := [name for name in parts if ":" not in name]:
         print_line(f"objects that only this process can use: {', '.join(opaque)}")

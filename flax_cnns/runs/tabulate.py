@@ -188,7 +188,8 @@ def _make_row(
         given = found.get("intervals", {})
         intervals = {name: tuple(given[name]) for name in values if given.get(name)}
         changed = found.get("protocol", {})
-        pixels = str(changed.get("size", pixels))
+        if str(changed.get("size", pixels)) != pixels:  # MACs were counted at another size
+            pixels, size = str(changed["size"]), (size[0], None)
         data = str(changed.get("set", data))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{file} is not as `evaluate` writes it; evaluate the run again") from None
