@@ -9,8 +9,7 @@ flax-cnns evaluate --workdir=runs/digits --crops=10
 flax-cnns evaluate --workdir=runs/photos --crops=10 --scales=1,1.15,1.3
 flax-cnns evaluate --workdir=runs/photos --size=288 --crop-share=0.95
 flax-cnns evaluate --workdir=runs/cifar10 --set=cifar10_c --set-dir=CIFAR-10-C
-flax-cnns evaluate --model=tf_efficientnet_lite0 --weights=efficientnet_lite --set=folder \
-  --set-dir=photos --crops=10
+flax-cnns evaluate --model=resnet50 --weights=timm --set=folder --set-dir=photos --crops=10
 flax-cnns evaluate --workdir=runs/digits --corruptions=all --baseline=runs/plain --sheet=0
 flax-cnns evaluate --ensemble=runs/a,runs/b,runs/c@best
 flax-cnns evaluate --ensemble=runs/a,runs/b,runs/c --grid --crops=1,10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import pathlib
 
 import pytest
 from rich.console import Console
@@ -78,6 +79,10 @@ def test_a_protocol_a_split_and_another_order(runs):
     assert [row.metrics["accuracy"] for row in table.rows] == [0.95]
     assert len(table.missing) == 3
     assert "Split test, crops10." in tabulate.format_markdown(table)
+    larger = evaluation(120, 0.85, protocol={"name": "crops1_size40", "size": 40})
+    write_json(pathlib.Path("one/evaluation_test_120_crops1_size40.json"), larger)
+    (row,) = tabulate.collect_evaluations(runs, protocol="crops1_size40").rows
+    assert (row.size, row.params, row.macs) == ("40", 61706, None)
     table = tabulate.collect_evaluations(runs, split="validation")
     assert table.missing[0][1] == "flax-cnns evaluate --workdir=two --split=validation"
     table = tabulate.collect_evaluations(runs, sort="name")
