@@ -181,7 +181,7 @@ def test_the_file_of_an_evaluation_on_crops_has_a_name_of_its_own(finished, tmp_
     results = evaluate_run(folder, crops=CropOptions("5"))
     (file,) = folder.glob("evaluation_test_*_crops5.json")
     assert json.loads(file.read_text())["protocol"]["crops"] == 5
-    classifier = make_classifier_from_run(folder)
+    classifier = classifiers.make_classifier_from_run(folder)
     larger = CropOptions(size=40).make(classifier)
     assert (larger.name, larger.as_dict()["size"]) == ("crops1_size40", 40)
     low, high = results["intervals"]["accuracy"]
