@@ -87,7 +87,7 @@ def test_a_field_larger_than_the_image_shows_the_image():
     ("call", "message"),
     [
         (lambda d: find_top_images(*d, [np.ones((1, 9, 9, 1))], "conv", [2]), "2 is out .* 0 to 1"),
-        (lambda d: find_top_images(*d, [], "conv", [0]), "no images"),
+        (lambda d: find_top_images(*d, [], "conv", [0]), "at least one image"),
         (
             lambda d: find_top_images(*d, [np.full((1, 9, 9, 1), np.nan)], "conv", [0]),
             "'conv' is not finite",
