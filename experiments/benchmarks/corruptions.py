@@ -14,9 +14,6 @@ from experiments.benchmarks.flags import parse_positive_int
 from experiments.benchmarks.report import Bars, BenchmarkReport, format_milliseconds
 from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.errors import UserError
-from flax_cnns.evaluation.corruptions import table
-from flax_cnns.evaluation.corruptions.steps import make_corrupted_step
-from flax_cnns.evaluation.predictions import PredictStep, make_predict_step, predict_batches
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train import parallel
 
@@ -43,6 +40,11 @@ def measure_corruptions(args: argparse.Namespace, report: BenchmarkReport) -> No
     corruption alone, the first time, which is mostly compilation; the other columns are without
     it. Images are noise. The last row is the sum.
     """
+    # Imported late: they need packages that a GPU machine may lack.
+    from flax_cnns.evaluation.corruptions import table
+    from flax_cnns.evaluation.corruptions.steps import make_corrupted_step
+    from flax_cnns.evaluation.predictions import make_predict_step, predict_batches
+
     try:
         severities = [int(severity) for severity in args.severities.split(",")]
     except ValueError:
@@ -59,7 +61,7 @@ def measure_corruptions(args: argparse.Namespace, report: BenchmarkReport) -> No
         model.apply, normalize=lambda x: x.astype(np.float32) / 255, transform=None, mesh=mesh
     )
 
-    def evaluate(steps: list[PredictStep]) -> Callable[[], Any]:
+    def evaluate(steps: list[Any]) -> Callable[[], Any]:
         return lambda: [
             predict_batches(model, variables, batches, step=step, mesh=mesh).logits
             for step in steps

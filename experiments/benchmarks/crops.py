@@ -13,12 +13,7 @@ import numpy as np
 from experiments.benchmarks.flags import parse_positive_int
 from experiments.benchmarks.report import Bars, BenchmarkReport, format_milliseconds
 from flax_cnns.analysis.timing import time_candidates
-from flax_cnns.config import default_config
-from flax_cnns.data.types import Dataset
-from flax_cnns.evaluation.crops import make_protocol
 from flax_cnns.models.registry import create_model, init_variables
-from flax_cnns.runs.classifier import Classifier, predict_split
-from flax_cnns.runs.crops import predict_crops
 
 COLUMNS = ("crops", "one crop", "all crops", "all / one")
 
@@ -34,6 +29,13 @@ def measure_crops(args: argparse.Namespace, report: BenchmarkReport) -> None:
 
     The first calls, which compile, are not counted.
     """
+    # Imported late: they need packages that a GPU machine may lack.
+    from flax_cnns.config import default_config
+    from flax_cnns.data.types import Dataset
+    from flax_cnns.evaluation.crops import make_protocol
+    from flax_cnns.runs.classifier import Classifier, predict_split
+    from flax_cnns.runs.crops import predict_crops
+
     model = create_model(args.model)
     size = model.input_size
     images = np.random.default_rng(0).integers(256, size=(args.images, *size), dtype=np.uint8)

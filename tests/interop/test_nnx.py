@@ -35,8 +35,6 @@ CASES = {
     # Blocks are scanned, and skipped by the stream "shared".
     "cifar_resnet20": Case(dict(depths=(3,), widths=(4,), drop_path=0.5, scan=True)),
     "googlenet_tv_aux": Case(dict(table=TABLE, input_size=(16, 16, 3), dropout=0.5), heads=2),
-    # Squeeze and excitation; dropout and drop-path both use "dropout".
-    "efficientnet_b0": Case(dict(width_mult=0.1, depth_mult=0.1, drop_path=0.5)),
     "densenet_40_12": Case(dict(depth=7, growth_rate=4, dropout=0.3)),
     "shakeshake_26_2x32d": Case(dict(depths=(1,), width=4, level="batch")),
     "vit_tiny_patch16_224": Case(
@@ -49,7 +47,11 @@ QUICK = ("lenet5", "cifar_resnet20")
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+        if name != "googlenet_tv_aux"  # the test below compares its program
+    ],
 )
 def test_the_numbers_are_those_of_linen(name):
     """Logits, loss, gradients and new statistics are bit-identical: the programs are the same."""

@@ -268,23 +268,23 @@ def test_units_and_dreams_are_drawn(subject, drawn, tmp_path):
     assert labels == ["unit 0", "unit 5"]
     assert tiles[0].shape == (32, 32, 1)
     rows = dict(count=2, diverse=1.0, **given)
-    units.draw_units(subject, tmp_path / "x.png", ["c1", "s2"], [0], **rows)
+    units.draw_units(subject, tmp_path / "x.png", ["s2", "s2"], [0], **rows)
     maco = dict(kind="maco", crops=2, size=40, **given)
     units.draw_units(subject, tmp_path / "x.png", "", ["3"], **maco)
     directions = np.eye(6, dtype=np.float32)[[5]]
     again = units.draw_units(subject, tmp_path / "x.png", "s2", [], directions=directions, **given)
     assert again == pytest.approx(scores[1:], rel=1e-4)
     (_, (_, labels, *_), how), (_, (faded, names, *_), _), (_, (_, _, *_), _) = drawn[1:]
-    assert labels == ["c1 unit 0"] * 2 + ["s2 unit 0"] * 2
+    assert labels == ["s2 unit 0"] * 4
     assert how == {"columns": 2}
     assert names == ["3"]
     assert faded[0].shape == (40, 40, 1)
     units.draw_dream(subject, tmp_path / "y.png", "s2", steps=1, octaves=1)
-    Image.new("L", (700, 350), 90).save(tmp_path / "photo.png")
+    Image.new("L", (160, 80), 90).save(tmp_path / "photo.png")
     given = dict(photo=tmp_path / "photo.png", steps=1, octaves=1)
     units.draw_dream(subject, tmp_path / "z.jpg", "s2", **given)
     sizes = [Image.open(tmp_path / name).size for name in ("y.png", "z.jpg")]
-    assert sizes == [(32, 32), (512, 256)]
+    assert sizes == [(32, 32), (160, 80)]
     with pytest.raises(UserError, match="use a suffix such as"):
         units.draw_dream(subject, tmp_path / "z.what", "s2", steps=1, octaves=1)
 

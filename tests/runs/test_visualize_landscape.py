@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
-import time
 
 import jax
 import numpy as np
@@ -18,7 +16,7 @@ from flax_cnns.analysis.plots import landscapes as plots
 from flax_cnns.errors import UserError
 from flax_cnns.runs.evaluate import evaluate_run
 from flax_cnns.runs.visualize import landscape, loss
-from tests.test_scripts import finish, start
+from tests.test_scripts import finish
 
 HERE = "tests.runs.own_parts"
 
@@ -181,31 +179,6 @@ def test_own_networks_own_data_and_own_losses(drawn, no_pictures, tmp_path):
     with open(tmp_path / "c.csv") as file:
         (written,) = csv.DictReader(file)
     assert float(written["eigenvalue 1"]) == pytest.approx(row.eigenvalues[0], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_rows_and_the_same_command_goes_on(finished, tmp_path):
-    out = tmp_path / "map.png"
-    flags = [f"--workdir={finished[0]}", "--grid=100", "--images=50", f"--out={out}"]
-    process = start("visualize", "landscape", *flags)
-    rows, deadline = tmp_path / "map.rows/1-whole", time.time() + 120
-    while len(list(rows.glob("row*.npy"))) < 2 and time.time() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "of 100 rows are saved in" in err
-    assert not out.exists()
-    saved = {path.name: path.stat().st_mtime_ns for path in rows.glob("row*.npy")}
-    process = start("visualize", "landscape", *flags)
-    while len(list(rows.glob("row*.npy"))) <= len(saved) and time.time() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert len(list(rows.glob("row*.npy"))) > len(saved)
-    assert all((rows / name).stat().st_mtime_ns == when for name, when in saved.items())
 
 
 @pytest.mark.slow
