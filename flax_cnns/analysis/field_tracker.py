@@ -93,8 +93,12 @@ class Tracker:
 
     def _scan(self, eqn: core.JaxprEqn, given: Sequence[Value]) -> Sequence[Value]:
         """Follows the body once for each of its runs, with the fields that the last run left."""
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
         body = eqn.params["jaxpr"].jaxpr
+        # Parameters of the equation that count these differ by JAX's version. A carry has equal
+        # shapes inside and outside; what is scanned or stacked has one axis more outside.
+        n_carry = sum(_ndim(a) == _ndim(b) for a, b in zip(eqn.outvars, body.outvars))
+        n_rows = sum(_ndim(a) > _ndim(b) for a, b in zip(eqn.invars, body.invars))
+        n_consts = len(eqn.invars) - n_carry - n_rows
         consts, carry = given[:n_consts], list(given[n_consts : n_consts + n_carry])
         rows = [drop_axes(value, (0,)) for value in given[n_consts + n_carry :]]
         stacked: list[Value] = []
@@ -105,6 +109,10 @@ class Tracker:
             if eqn.params["length"] > 1 and any(stacked):
                 stacked = [fail("a scan stacks maps") if value else None for value in stacked]
         return [*carry, *stacked]
+
+
+def _ndim(var: Any) -> int:
+    return var.aval.ndim
 
 
 def _get_program(eqn: core.JaxprEqn) -> core.Jaxpr | None:
