@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from flax_cnns.cli.flags import define_accept, define_trust
+from flax_cnns.cli.network_flags import check_network_flags
 from flax_cnns.errors import UserError
 
 if TYPE_CHECKING:
@@ -333,10 +334,7 @@ def _check_set_flags() -> None:
         raise UserError("--split is of the run's own data, and --set is other data: give one")
     if not _SET_DIR.value:
         raise UserError(f"--set={_SET.value}: also give --set-dir=FOLDER, where the set is")
-    if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
-        raise UserError("--set: expected --model=NAME --weights=SOURCE, or --workdir=RUN")
-    if bool(_MODEL.value) != bool(_WEIGHTS.value):
-        raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
+    check_network_flags(_WORKDIR.value, _MODEL.value, _WEIGHTS.value, "--set: ")
     for name in ("checkpoint", "accept-changed-data", "trust") if _MODEL.value else ():
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} is for a run; published weights have none")

@@ -16,7 +16,12 @@ from __future__ import annotations
 
 from absl import flags
 
-from flax_cnns.cli.flags import choose_picture_path, define_arguments, define_trust
+from flax_cnns.cli.flags import (
+    choose_picture_path,
+    define_arguments,
+    define_trust,
+)
+from flax_cnns.cli.network_flags import check_network_flags
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
@@ -57,10 +62,7 @@ define_arguments("one or more photos (files)", "PHOTO...")
 
 
 def predict(argv: list[str]) -> None:
-    if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
-        raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
-    if bool(_MODEL.value) != bool(_WEIGHTS.value):
-        raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
+    check_network_flags(_WORKDIR.value, _MODEL.value, _WEIGHTS.value)
     if _CHECKPOINT.value and not _WORKDIR.value:
         raise UserError("--checkpoint chooses a checkpoint of a run; also give --workdir=RUN")
     if _CALIBRATED.value and not _WORKDIR.value:

@@ -49,6 +49,7 @@ from flax_cnns.cli.flags import (
     define_config,
     define_trust,
 )
+from flax_cnns.cli.network_flags import check_network_flags
 from flax_cnns.data.images import check_photos
 from flax_cnns.errors import UserError
 
@@ -320,10 +321,7 @@ def visualize(argv: list[str]) -> None:
 
 def _make_subject(photos: list[str]) -> Subject:
     """Returns the network that the flags name, with its images. Raises UserError."""
-    if bool(_WORKDIR.value) == bool(_MODEL.value or _WEIGHTS.value):
-        raise UserError("expected --model=NAME --weights=SOURCE, or --workdir=RUN")
-    if bool(_MODEL.value) != bool(_WEIGHTS.value):
-        raise UserError("expected both --model=NAME and --weights=SOURCE, got one of them")
+    check_network_flags(_WORKDIR.value, _MODEL.value, _WEIGHTS.value)
     if photos:
         check_photos(photos)
         for flag_name in ("images", "split"):

@@ -20,6 +20,7 @@ from flax_cnns.evaluation.predictions import Predictions
 from flax_cnns.evaluation.uncertainty import Ends, PairedCounts
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.classifier import Classifier, make_classifier_from_run, predict_split
+from flax_cnns.runs.same_images import check_same_images, describe_split
 
 MARGIN_LEVEL = 0.9  # two one-sided tests at alpha = 0.05
 
@@ -117,35 +118,20 @@ def _compare_with(
 
 
 def _check_same_data(first: Classifier, other: Classifier, split: str) -> None:
-    """Raises UserError if two runs do not evaluate the same images with the same classes."""
-    ours, theirs = first.dataset, other.dataset
-    assert ours is not None
-    assert theirs is not None
-
-    def refuse(what: str, one: object, two: object) -> None:
+    """Raises UserError if two runs do not evaluate the same images with the same classes. Heads may
+    differ: a network may have more logits than the data have classes."""
+    facts = []
+    for each in (first, other):
+        assert each.dataset is not None
+        width = len(each.dataset.class_names)
+        facts.append(describe_split(each.name, each.dataset, split, width))
+    one, two = facts
+    if one.dataset != two.dataset:
         raise UserError(
-            f"--split compares runs on the same images, but {what}: {one} for {first.name}, {two}"
-            f" for {other.name}"
+            f"{two.name} has the data set {two.dataset}, {one.name} has {one.dataset}: --split"
+            " compares runs on the same images"
         )
-
-    if ours.name != theirs.name:
-        refuse("their data sets differ", ours.name, theirs.name)
-    if ours.task != theirs.task:
-        refuse("their tasks differ", ours.task, theirs.task)
-    if ours.class_names != theirs.class_names:
-        pairs = zip(ours.class_names, theirs.class_names)
-        differing = [pair for pair in pairs if pair[0] != pair[1]]
-        counts = (f"{len(ours.class_names)} classes", f"{len(theirs.class_names)} classes")
-        refuse("their classes differ", *(differing[0] if differing else counts))
-    sizes = [len(data.splits.get(split, ())) for data in (ours, theirs)]
-    if sizes[0] != sizes[1]:
-        refuse(f"their {split} splits differ", f"{sizes[0]} images", f"{sizes[1]} images")
-    one, two = (data.fingerprint.get("splits", {}) for data in (ours, theirs))
-    # A split of the data set's own name is compared alone: the training images may differ.
-    own = [split] if split in one and split in two else sorted({*one, *two})
-    for name in own:
-        if one.get(name) != two.get(name):
-            refuse(f"the images of {name} differ", "one fingerprint", "another")
+    check_same_images(one, two)
 
 
 def _name_runs(classifiers: Sequence[Classifier]) -> list[str]:
