@@ -59,7 +59,7 @@ def measure_activations(
     with parameters of their own, in the order in which they run. Functions such as `nn.relu` are
     not modules: the output of a convolution or norm is the value before the activation. The
     histogram covers four standard deviations of the first batch on both sides of its mean; values
-    beyond count in the outer bins. Raises `UserError` for an unknown path, if there are no images,
+    outside count in the outer bins. Raises `UserError` for an unknown path, if there are no images,
     and if an output is not finite.
     """
     model, variables = tap.unroll(model, variables)
@@ -126,7 +126,7 @@ def find_relus(model: nn.Module, variables: Variables, images: Any) -> frozenset
 
 
 def _is_relu(eqn: core.JaxprEqn) -> bool:
-    """Whether the equation is a call of a ReLU, also within the call with its own derivative."""
+    """Whether the equation calls a ReLU, directly or inside a `jax.custom_jvp`."""
     if eqn.primitive.name == "custom_jvp_call":
         inner = eqn.params["call_jaxpr"].jaxpr.eqns
         return len(inner) == 1 and _is_relu(inner[0])
@@ -143,8 +143,9 @@ def measure_gradients(
 ) -> dict[str, float]:
     """Returns {layer: Euclidean norm of the gradient of the mean cross-entropy by its parameters}.
 
-    `labels`: classes i32 [N], or f32 [N K] in 0..1, which give the sum of the binary
-    cross-entropies. A layer is a module with parameters of its own, in the order in which they run.
+    `labels`: classes i32 [N], or f32 [N K] in 0..1, for which the loss of an image is the sum of
+    binary cross-entropies. Layers are the modules with parameters of their own, in the order in
+    which they run.
     """
     model, variables = tap.unroll(model, variables)
     grads = pytree.flatten(_gradients(model, variables, images, labels, batchnorm=batchnorm))
@@ -254,7 +255,7 @@ class _Totals:
 
 
 def _mean_and_std(batch: _Batch) -> tuple[float, float]:
-    """Of all values, in float64 from the channels."""
+    """Returns the mean and std of all values, in float64, from those of the channels."""
     means = np.asarray(batch.means, np.float64)
     variance = np.asarray(batch.squares, np.float64).mean() + means.var()
     return float(means.mean()), float(variance**0.5)
@@ -271,7 +272,7 @@ def _measure_batch(
     batchnorm: BatchNormMode,
     bins: int,
 ) -> dict[str, _Batch]:
-    """{path: sums of that module's outputs}; `ranges` f32 [paths 2] of the histograms."""
+    """Returns {path: sums of that module's outputs}. `ranges` f32 [paths 2]: of the histograms."""
     with use_statistics(batchnorm):
         wanted = {path.partition("[")[0] for path in paths}
         captured = tap.capture(model, variables, images, wanted)

@@ -1,15 +1,15 @@
 """Rules by which each operation of a program moves, widens or ends a receptive field.
 
 field_tracker.py follows the height and the width of the images through a program. A value that
-depends on the images has two extents, one for each of the two. An extent is
+depends on the images has two extents, one along the height and one along the width. An extent is
 
 - a `Span`: output i along `axis` sees the pixels from `start + i * stride` on, `size` of them,
 - `WHOLE`: the value has no positions of its own, because it is a sum, a product or a list of
   values at all positions,
 - `Unknown`: no rule covers an operation on the way.
 
-A value that does not depend on the images has none. An operation without a rule makes an `Unknown`,
-never a guess.
+A value that does not depend on the images has no extents. The result of an operation without a rule
+is `Unknown`, never a guess.
 """
 
 from __future__ import annotations
@@ -133,7 +133,10 @@ def _join_extents(extents: list[Extent], factors: list[Extent]) -> Extent:
 
 
 def _slide(span: Span, window: int, step: int, before: int, gap: int = 1) -> Span:
-    """A window of `window` taps, `gap` apart, over `before` positions of padding, every `step`."""
+    """Returns the span after a window of `window` taps, `gap` apart, that moves by `step`.
+
+    The first window starts `before` positions ahead of the axis, where the padding is.
+    """
     size = span.size + (window - 1) * gap * span.stride
     return Span(span.axis, size, span.stride * step, span.start - before * span.stride)
 
@@ -155,7 +158,7 @@ def _is_whole(field: Field) -> bool:
     return WHOLE in field
 
 
-_OTHER_AXIS = "a convolution whose batch or channels are positions"
+_OTHER_AXIS = "a convolution takes positions as its batch or its channels"
 
 
 def _conv2d(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
@@ -215,7 +218,7 @@ def _window(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
 def _pad(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
     def change(span: Span) -> Extent:
         before, _, inside = eqn.params["padding_config"][span.axis]
-        return Unknown("a map is spread by padding") if inside else _slide(span, 1, 1, before)
+        return Unknown("padding inside a map") if inside else _slide(span, 1, 1, before)
 
     return _change(given[0], change) if given[1] is None else fail("padding by an image's value")
 
@@ -248,7 +251,7 @@ def _concatenate(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
     if not any(along):
         return join(given)
     if sum(g is not None for g in given) > 1:
-        return fail("maps are joined in height or width")
+        return fail("maps are concatenated along height or width")
     before = sum(lengths[: along.index(True)])  # rows or columns that do not depend on the images
     return _change(
         given[along.index(True)],
@@ -289,7 +292,7 @@ def _reverse(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
     axes = eqn.params["dimensions"]
     return _change(
         given[0],
-        lambda span: Unknown("a map is turned around") if span.axis in axes else span,
+        lambda span: Unknown("a map is reversed") if span.axis in axes else span,
     )
 
 
@@ -300,7 +303,7 @@ def _broadcast(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
     def change(span: Span) -> Extent:
         if before[span.axis] == after[axes[span.axis]]:
             return span._replace(axis=axes[span.axis])
-        return WHOLE  # one position, for all
+        return WHOLE  # one position is copied to all
 
     return _change(given[0], change)
 
@@ -356,7 +359,7 @@ def _dynamic_slice(eqn: core.JaxprEqn, given: Sequence[Value]) -> Value:
         lambda span: (
             span
             if before[span.axis] == sizes[span.axis]
-            else Unknown("a slice whose place is not known before the run")
+            else Unknown("a slice whose start is known only at run time")
         ),
     )
 

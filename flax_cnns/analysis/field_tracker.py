@@ -23,7 +23,7 @@ _CALLS = collect_names("""
     jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat
     remat2 checkpoint
 """)
-_MAX_LENGTH = 1000  # of a scan, whose body is followed once for each of its runs
+_MAX_LENGTH = 1000  # iterations of a scan, whose body is followed once for each
 
 
 class Step(NamedTuple):
@@ -38,8 +38,8 @@ class Step(NamedTuple):
 class Tracker:
     """Follows the fields of a program's values.
 
-    `see` is called with each step of the program that depends on the images, in their order, also
-    inside calls, branches and scans.
+    `see` is called, in order, with each step of the program that depends on the images, also inside
+    calls, branches and scans.
     """
 
     def __init__(self, see: Callable[[Step], None]):
@@ -84,7 +84,7 @@ class Tracker:
 
     def _branch(self, eqn: core.JaxprEqn, given: Sequence[Value]) -> Sequence[Value]:
         branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
-        if platforms:  # all compute the same, and the default is the plainest
+        if platforms:  # all compute the same, and the default is the simplest
             return self.run(branches[platforms.index(None)].jaxpr, given[1:])
         index, results = given[0], [self.run(each.jaxpr, given[1:]) for each in branches]
         if index is not None:
@@ -92,10 +92,10 @@ class Tracker:
         return [join(each) for each in zip(*results)]
 
     def _scan(self, eqn: core.JaxprEqn, given: Sequence[Value]) -> Sequence[Value]:
-        """Follows the body once for each of its runs, with the fields that the last run left."""
+        """Follows the body once for each iteration, from the fields that the one before left."""
         body = eqn.params["jaxpr"].jaxpr
-        # Parameters of the equation that count these differ by JAX's version. A carry has equal
-        # shapes inside and outside; what is scanned or stacked has one axis more outside.
+        # JAX's versions store these counts under different names, so the axes tell: a carry has as
+        # many outside the body as inside, and a scanned or stacked array has one more outside.
         n_carry = sum(_ndim(a) == _ndim(b) for a, b in zip(eqn.outvars, body.outvars))
         n_rows = sum(_ndim(a) > _ndim(b) for a, b in zip(eqn.invars, body.invars))
         n_consts = len(eqn.invars) - n_carry - n_rows

@@ -1,8 +1,8 @@
 """The table of a network's layers: parameters, MACs, activations, output and receptive field.
 
-It is the table of the lectures, of VGG's and of GoogLeNet's paper. Pooling functions have rows too,
-although they have no parameters. Activations are the outputs of the rows, as the lectures count
-them: the output of a ReLU, a sum or a concatenation has no row, so that it is not counted.
+CS231n's lectures and the papers of VGG and GoogLeNet have such tables. Pooling functions have rows
+too, although they have no parameters. Activations are the outputs of the rows, as the lectures
+count them: the output of a ReLU, a sum or a concatenation has no row, so it is not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerRow(NamedTuple):
     kind: str
     output_shape: Shape | None  # of the first call; None if evaluation does not run the layer
     params: int
-    macs: int  # of the whole batch, of all calls
+    macs: int  # of the whole batch, summed over all calls
     activations: int  # values in the outputs of all calls
     bytes: int  # of these values, at their own dtypes
     field: ReceptiveField | str  # a text says why there is none
@@ -118,7 +118,7 @@ def _expand_stacks(traced: Iterable[TracedOutput]) -> Iterator[TracedOutput]:
 
 
 def _name_rows(traced: Sequence[TracedOutput]) -> Iterator[tuple[str, TracedOutput]]:
-    """Yields (path, output). A pooling inside a module that does nothing else has its path."""
+    """Yields (path of the row, output). A module that only pools gives its path to the pooling."""
     taken = {each.path for each in traced if each.is_module}
     pools: dict[str, int] = {}  # name -> how many
     for each in traced:

@@ -7,8 +7,8 @@ without running it. Then an interval of pixels is followed through the program's
 gives positions that see r + (k - 1) d s pixels. Where branches meet, the result is the smallest
 interval that contains all of them.
 
-Two conventions are the literature's. A factor, such as the gate of squeeze-and-excitation, does not
-widen a field, although it depends on the whole image. Nor do the statistics of a norm.
+By the literature's convention, two things do not widen a field although they depend on the whole
+image: a factor, such as the gate of squeeze-and-excitation, and the statistics of a norm.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TracedOutput(NamedTuple):
     is_module: bool
     output: jax.ShapeDtypeStruct
     field: ReceptiveField | str  # a text says why there is none
-    runs: int = 1  # in a scan; the output and its field are those of the last run
+    runs: int = 1  # iterations of a scan; the output and its field are those of the last one
 
 
 def find_receptive_fields(
@@ -63,7 +63,7 @@ def find_receptive_fields(
       everything sees the whole image,
     - behind an operation whose receptive field is not known, such as a transposed convolution.
 
-    `explain_missing_fields` tells which.
+    `explain_missing_fields` gives the reason.
     """
     outputs = trace_outputs(model, variables, images)
     return {
@@ -92,7 +92,8 @@ def trace_outputs(
 ) -> tuple[TracedOutput, ...]:
     """Returns the outputs of all modules and of pooling, in the order of the program.
 
-    Pooling is a window, or a mean or maximum over all positions, without those of norms.
+    Pooling is a reduction over windows, or a mean or maximum over all positions. Those inside norms
+    are left out.
     """
     return _trace(*unroll(model, variables), images)
 
@@ -102,7 +103,7 @@ def _trace(model: nn.Module, variables: Variables, images: Any) -> tuple[TracedO
     marks = _Marks()
 
     def forward(variables: Variables, images: Array) -> Any:
-        # `layers.Stage` does not scan while outputs could be captured.
+        # Mutable "intermediates" make `layers.Stage` run its blocks one by one, without a scan.
         return model.apply(variables, images, train=False, mutable=["intermediates"])[0]
 
     with nn.intercept_methods(marks):
@@ -164,7 +165,7 @@ class _Marks:
 def _describe(path: str, kind: str, is_module: bool, step: Step) -> TracedOutput:
     aval: Any = step.equation.outvars[0].aval
     field = step.results[0]
-    assert field is not None  # a step that does not depend on the images is not seen
+    assert field is not None  # `Tracker` reports only steps that depend on the images
     output = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     return TracedOutput(path, kind, is_module, output, _finish(field))
 

@@ -118,7 +118,7 @@ def _exit_at_once(*_: Any) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-_INTERRUPTED = "interrupted; run the same command again to restart"
+_INTERRUPTED = "interrupted; the same command goes on from what is saved, or else starts anew"
 
 
 def _say(message: object) -> None:

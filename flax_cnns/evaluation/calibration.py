@@ -5,10 +5,10 @@
 
 Metrics are computed in float64 on the host, from four numbers per image:
 
-- ECE: images in 15 bins of equal width by confidence, the probability of the predicted class. The
-  mean gap |accuracy - confidence| of the bins, weighted by their images (Guo et al. 2017, section
-  2, https://arxiv.org/abs/1706.04599). As there, a bin is (low, high]; confidence 0 is in the first
-  bin. Empty bins count nothing.
+- ECE: the mean gap |accuracy - confidence| over 15 bins of equal width, weighted by their numbers
+  of images (Guo et al. 2017, section 2, https://arxiv.org/abs/1706.04599). Confidence is the
+  probability of the predicted class. As in the paper, a bin is (low, high]; confidence 0 is in the
+  first bin. Empty bins are left out.
 - Adaptive ECE: the same with bins of equally many images, to within one; the bins of the lowest
   confidence get one more (Nguyen & O'Connor 2015, https://arxiv.org/abs/1508.05154; Nixon et al.
   2019, https://arxiv.org/abs/1904.01685).
@@ -23,9 +23,9 @@ Metrics are computed in float64 on the host, from four numbers per image:
 Images of equal confidence share their mean correctness, so their order has no effect. ECE of few
 images is biased: it is above 0 even for a perfectly calibrated network.
 
-Of soft labels, an image is correct to the share that its label gives to the predicted class, and
-Brier score and NLL are taken to the whole label. A multilabel network predicts no single class; it
-is refused.
+With soft labels, the correctness of an image is the share that its label gives to the predicted
+class, and Brier score and NLL compare with the whole label. Multilabel data are refused, because
+their networks predict no single class.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def bin_by_mass(scores: Scores, bins: int = BINS) -> ReliabilityBins:
 
 
 def find_risk_coverage(scores: Scores) -> RiskCoverage:
-    """Returns the risk-coverage curve."""
+    """Returns the risk-coverage curve of N images."""
     confidence, correct = _sort_by_confidence(scores)
     answered = np.arange(1, len(correct) + 1)
     risk = np.cumsum(1 - correct[::-1]) / answered

@@ -177,9 +177,8 @@ def make_protocol(
     """Returns the protocol of these crops at each of the `scales`.
 
     `share` of the shorter side is what a crop sees at scale 1, timm's `crop_pct`. Its default is
-    224/256 for several crops, and the whole square for one crop and for `dense`. At scale s the
-    network takes s times its own size. Crops of that size at scale s see the same boxes. Raises
-    UserError.
+    224/256 for several crops, and the whole square for one crop and for `dense`. At scale s, the
+    same boxes are resized to s times the network's own size. Raises UserError.
     """
     if share is not None and not 0 < share <= 1:
         raise UserError(f"--crop-share: expected a number above 0 and at most 1, got {share:g}")

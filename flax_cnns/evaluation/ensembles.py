@@ -1,4 +1,4 @@
-"""Ensembles: the averaged predictions of several networks, beside those of each network.
+"""Ensembles: the averaged predictions of several networks, and those of each network.
 
 ensemble = Ensemble()
 for name, predictions in members:

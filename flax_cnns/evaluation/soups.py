@@ -2,7 +2,7 @@
 https://arxiv.org/abs/2203.05482).
 
 The ingredients are checkpoints of one network: of one run, or of runs that were fine-tuned from the
-same weights. Networks that were trained from different random weights have no good average.
+same weights. An average of networks that were trained from different random weights is useless.
 
 A soup costs as much as one network. Its BatchNorm statistics are not the average of the
 ingredients' statistics: `refresh` estimates them again for the averaged weights.

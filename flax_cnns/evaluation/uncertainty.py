@@ -22,8 +22,8 @@ from flax_cnns.types import Array
 
 LEVEL = 0.95
 RESAMPLES = 2_000
-# Fewer pairs that disagree: exact test, and a closed form in place of the bootstrap, whose
-# interval of few such pairs is too narrow (of none, its width is 0).
+# With fewer disagreements, the exact test, and a closed form in place of the bootstrap, whose
+# interval is then too narrow (its width is 0 without disagreements).
 FEW_PAIRS = 25
 
 Ends = tuple[float, float]  # low and high end of an interval; NaN: unknown
@@ -43,7 +43,7 @@ def wilson_interval(successes: float, trials: float, *, level: float = LEVEL) ->
     share, n = successes / trials, trials
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # Rounding must not leave 0..1, nor put the interval of 0 or n successes beside them.
+    # Rounding must not move an end out of 0..1, nor off 0 without successes, nor off 1 with n.
     low = 0.0 if successes == 0 else max(center - half, 0.0)
     high = 1.0 if successes == trials else min(center + half, 1.0)
     return float(low), float(high)

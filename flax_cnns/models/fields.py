@@ -3,7 +3,7 @@
 A network declares `dropout: Rate = 0.5` or `depths: Counts`, and `create_model` refuses a value
 that does not fit, in one line. The check knows `int`, `float`, `bool`, `str`, callables, dtypes,
 `Sequence`, tuples, NamedTuples (the rows of a table) and unions of these. Fields with any other
-annotation are not checked.
+annotation, and the elements of a bare `tuple` or `Sequence`, are not checked.
 """
 
 from __future__ import annotations
@@ -199,6 +199,8 @@ def _convert_sequence(value: Any, kind: Any, args: Sequence[Any]) -> tuple:
         raise _InvalidValue
     if _is_row(kind):
         args = tuple(_hints(kind).values())
+    elif not args:  # a bare `tuple` or `Sequence` holds anything
+        return tuple(value)
     elif kind is Sequence or args[-1] is ...:
         args = (args[0],) * len(value)
     if len(value) != len(args):
@@ -218,6 +220,8 @@ def _describe(hint: Any, value: Any) -> str:
         return ", or ".join(_describe(arg, value) for arg in args if arg is not NoneType)
     if _is_row(kind):
         return f"{kind.__name__}({', '.join(kind._fields)})"
+    if kind in (Sequence, tuple) and not args:
+        return " ".join(["a sequence", *filter(None, limits)])
     if kind is tuple and args[-1] is not ...:
         return f"({', '.join(_describe(arg, None) for arg in args)})"
     if kind in (Sequence, tuple):
@@ -228,6 +232,8 @@ def _describe(hint: Any, value: Any) -> str:
         )
         each = f"each {_describe(args[0], odd[0] if odd else None)}"
         return f"{' '.join(['a sequence', *filter(None, limits)])}, {each}"
+    if kind not in _SCALARS:  # not checked, but named as an element
+        return f"a value of {getattr(kind, '__name__', kind)}"
     return " ".join([_SCALARS[kind][0], *limits])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import typing
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +21,7 @@ import flax_cnns
 from experiments.benchmarks import learning
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
+from flax_cnns.models.fields import check_values
 from flax_cnns.models.registry import create_model, init_variables, list_models, model_info
 from tests.models.published import PUBLISHED
 
@@ -191,6 +194,17 @@ def test_any_value_of_any_field_is_taken_or_refused_in_one_line(name):
 def test_values_inside_sequences_are_checked(name, fields, message):
     with pytest.raises(UserError, match=message):
         create_model(name, **fields)
+
+
+@pytest.mark.parametrize("hint", [tuple, Sequence, typing.Tuple, typing.Sequence])  # noqa: UP006
+def test_a_bare_sequence_holds_anything(hint):
+    """Annotations that name no type of elements, in networks of the user's own."""
+    network = type("Own", (), {"__annotations__": {"sizes": hint, "options": tuple[dict, ...]}})
+    assert check_values("Own", network, {"sizes": [1, "a"]}) == {"sizes": (1, "a")}
+    with pytest.raises(UserError, match=r"^Own: sizes must be a sequence, got 3$"):
+        check_values("Own", network, {"sizes": 3})
+    with pytest.raises(UserError, match=r"^Own: options must be a sequence, each a value of dict"):
+        check_values("Own", network, {"options": 3})
 
 
 def test_rows_of_a_table_may_come_from_json():

@@ -104,7 +104,7 @@ def _gradient(
     model: nn.Module, variables: Variables, images: Array, target: Target | Feature, rule: Rule
 ) -> Array:
     def forward(images: Array) -> Array:
-        # `layers.Stage` does not scan while outputs could be captured.
+        # With `capture`, `layers.Stage` runs its blocks one by one, without a scan.
         return trace_output(model, variables, images, target, capture=True)
 
     def score(images: Array) -> Array:

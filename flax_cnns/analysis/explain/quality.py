@@ -40,10 +40,10 @@ ROAD_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the pixels that are removed
 
 
 class Road(NamedTuple):
-    """The target's mean value while pixels are removed: f64 [N] each."""
+    """The target's mean value while pixels are removed in two orders: f64 [N] each."""
 
-    most_relevant_first: np.ndarray  # MoRF, lower is better
-    least_relevant_first: np.ndarray  # LeRF, higher is better
+    most_relevant_first: np.ndarray  # the paper's MoRF, lower is better
+    least_relevant_first: np.ndarray  # the paper's LeRF, higher is better
 
     @property
     def gap(self) -> np.ndarray:
@@ -54,7 +54,7 @@ class Road(NamedTuple):
 def randomize(
     model: nn.Module, variables: Variables, images: Array, key: Array
 ) -> Iterator[tuple[str, Variables]]:
-    """Yields (layer, variables), where one more layer is random each time, from the head down.
+    """Yields (layer, variables) from the head down; each time, `layer` is random as well.
 
     This is cascading randomization (Adebayo et al. 2018, arXiv 1810.03292, section 3). A layer is a
     module with parameters of its own. Its parameters and statistics are replaced by those of a new
@@ -76,7 +76,7 @@ def randomize(
 
 
 def _place_like(leaf: Array | np.ndarray, drawn: Array) -> Array:
-    """Returns `drawn` on the devices of `leaf`: each mixture of placements would be traced anew."""
+    """Returns `drawn` on the devices of `leaf`, so that JAX need not compile for a mixture."""
     if isinstance(leaf, jax.Array) and getattr(leaf, "committed", False):
         return jax.device_put(drawn, leaf.sharding)
     return drawn
@@ -108,8 +108,8 @@ def deletion(
     steps: int = 20,
     fill: Array | float = 0.0,
 ) -> np.ndarray:
-    """Returns the area under the class's probability while the most salient pixels are removed:
-    f64 [N], lower is better.
+    """Returns the area under the curve of the class's probability while the most salient pixels are
+    removed: f64 [N], lower is better.
 
     Petsiuk et al. 2018, arXiv 1806.07421, section 4.2. In each of `steps` steps an equal share of
     the pixels becomes `fill`. Raises `UserError` for maps of another size than the images', and as
@@ -131,8 +131,8 @@ def insertion(
     steps: int = 20,
     fill: Array | float | None = None,
 ) -> np.ndarray:
-    """Returns the area under the class's probability while the most salient pixels are inserted
-    into `fill`: f64 [N], higher is better.
+    """Returns the area under the curve of the class's probability while the most salient pixels are
+    inserted into `fill`: f64 [N], higher is better.
 
     Petsiuk et al. 2018, section 4.2. If `fill` is None, it is the image after `blur`, as in the
     paper. Raises `UserError` as `deletion` does.
@@ -141,7 +141,7 @@ def insertion(
     _check_steps(steps)
     fills = blur(images) if fill is None else jnp.asarray(fill, images.dtype)
     fills = jnp.broadcast_to(fills, images.shape)
-    goal = make_target(target, model, variables, images)  # that of the image, not of the fill
+    goal = make_target(target, model, variables, images)  # predicted for images, not for fills
     return _measure_area(model, variables, fills, images, maps, goal, steps)
 
 
@@ -166,7 +166,7 @@ def _measure_area(
     target: TargetLike,
     steps: int,
 ) -> np.ndarray:
-    """Returns the area under the target's value while the images `first` become `last`."""
+    """Returns the area under the target's curve while the images `first` become `last`."""
     goal = _take_probabilities(make_target(target, model, variables, first))
     pixels = first.shape[1] * first.shape[2]
     rank = jnp.asarray(rank_pixels(maps))

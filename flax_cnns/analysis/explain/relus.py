@@ -1,8 +1,8 @@
 """Finds the ReLUs of a traced program, also those written without `nn.relu`.
 
 A ReLU is a call named relu or relu6, max(x, 0), min(max(x, 0), c), where(x > 0, x, 0) or
-x * (x > 0). max(x, 0) in a root or in a divisor is not an activation: norms guard their variance
-with it.
+x * (x > 0). max(x, 0) under a root or in a divisor is not an activation: norms keep their variance
+above 0 with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COMPARISONS = {"gt": True, "ge": True, "lt": False, "le": False}  # whether x >
 
 
 class Activation(NamedTuple):
-    """An equation that is an activation: `name`, of its input number `read`."""
+    """What an equation computes: the activation `name` of its operand number `read`."""
 
     name: str  # "relu", or another activation's name
     read: int = 0
@@ -42,7 +42,7 @@ class Activation(NamedTuple):
 class Program:
     """A traced program, and what is known about its values.
 
-    `constants` are the values of its inputs that have one known value everywhere, otherwise None.
+    `constants`: for each input, the value that all its elements are known to have, or None.
     """
 
     def __init__(self, program: core.ClosedJaxpr, constants: Sequence[float | None] = ()):
@@ -68,7 +68,7 @@ class Program:
                     self._constants[eqn.outvars[0]] = value
 
     def get_constant(self, atom: core.Var | core.Literal) -> float | None:
-        """Returns the only value of an array, if it is known."""
+        """Returns the value that all elements of an array have, None if it is not known."""
         if isinstance(atom, core.Literal):
             return _get_single_value(atom.val)
         return self._constants.get(atom)

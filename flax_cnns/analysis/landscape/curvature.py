@@ -57,7 +57,7 @@ def find_top_eigenvalues(
             if steps % 10 == 0:
                 say(f"eigenvalue {number + 1}/{count}: {value:.4g} after {steps} steps")
             vector = product
-        # The vector whose value this is; it is orthogonal to those before.
+        # `value` belongs to `vector`, not to `product`; `vector` is orthogonal to those before.
         found.append(Eigenpair(value, vector, steps))
         say(f"eigenvalue {number + 1}/{count}: {value:.4g}, found in {steps} steps")
     return found

@@ -1,4 +1,4 @@
-"""The loss on planes and lines through parameters, in rows that a killed computation keeps.
+"""The loss on planes and lines through parameters, saved row by row, so that it can be resumed.
 
 loss = Loss(model, [(images, labels)])
 directions = tuple(random_direction(variables["params"], jax.random.key(i)) for i in (0, 1))
@@ -46,7 +46,7 @@ def evaluate_plane(
     directions[1].
 
     If `folder` is given, each row is saved there, and a repeated call computes only the missing
-    rows. `about` are facts for JSON that a repeated call must have too. Raises `UserError` if the
+    rows. `about`: facts for JSON, which must be equal in a repeated call. Raises `UserError` if the
     folder holds rows of another plane, network, loss or other images, and KeyboardInterrupt, with a
     message, after Ctrl-C.
     """
@@ -131,7 +131,7 @@ def _compute_rows(
     paths = [None if place is None else place / f"{unit}{i}.npy" for i in range(count)]
     missing = sum(path is None or not path.is_file() for path in paths)
     if missing < count:
-        say(f"{place}: {count - missing} of {count} {unit}s are there")
+        say(f"{place}: {count - missing} of {count} {unit}s are saved already")
     for number, path in enumerate(paths):
         if path is not None and path.is_file():
             rows.append(_read_row(path))
@@ -170,7 +170,7 @@ def _read_row(path: Path) -> np.ndarray:
         raise UserError(f"{path} is damaged ({error}); remove this file") from None
 
 
-# ---- what the rows are of
+# ---- what identifies the rows
 
 
 def describe_network(model: nn.Module) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class Levels(NamedTuple):
 class Loss:
     """The mean loss of a network over batches of images [N H W C] and labels i32 [N] or f32 [N K].
 
-    `each` gives the loss of each image, and `right` how right the network is, from 0 to 1.
-    Penalties of the parameters are not included.
+    `each` gives the loss of each image, and `right` its accuracy from 0 to 1. Penalties of the
+    parameters are not included.
     """
 
     model: nn.Module

@@ -29,7 +29,7 @@ def draw_dense_stacks(
     *,
     most: int = 6,
 ) -> None:
-    """Draws the result of `analysis.initialization.measure_dense_stacks` as the lectures do: a row
+    """Draws the result of `analysis.initialization.measure_dense_stacks` as CS231n does: a row
     for each setting, and in it a histogram for each layer with mean and standard deviation.
 
     Outputs that are exactly 0 have no bar, and their share is printed. Each histogram has its own

@@ -1,1 +1,1 @@
-"""Images that a network's units want: feature visualization and DeepDream."""
+"""Images to which a network's units respond strongly: feature visualization and DeepDream."""

@@ -113,7 +113,7 @@ def draw_glass(offsets: Array, delta: Array) -> Array:
     integers from -delta to delta - 1. The published images come from a loop over the pixels from
     the last to the first. It is meant to swap a pixel with the one at the offset, but in images
     with channels it copies: NumPy's rows are views. We copy as well, also in gray images. A pixel
-    may so get a value that was copied earlier; doubling pointers follow all chains at once.
+    can get a value that was copied earlier; pointer doubling follows all such chains at once.
     """
     _, height, width = offsets.shape
     size = height * width

@@ -2,7 +2,7 @@
 
 ITU-T T.81, with what libjpeg does by default (and so Pillow): the tables of annex K scaled by the
 quality, chroma at half the resolution, and a triangle filter that restores it. Only the lossless
-coding is left out. libjpeg's cosine transform is of integers and ours is of floats, so that a
+coding is left out. libjpeg computes the cosine transform with integers and we with floats, so a
 rounding may differ.
 """
 

@@ -1,0 +1,1 @@
+"""Test sets that are shifted from the data a network was trained on."""

@@ -1,4 +1,4 @@
-"""Metrics of shifted sets that are not those of every evaluation."""
+"""Metrics that only some shifted sets need."""
 
 from __future__ import annotations
 

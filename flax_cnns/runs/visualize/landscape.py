@@ -106,7 +106,7 @@ def draw_line(
         load_checkpoint(run, trust=settings.trust, accept=settings.accept) for run in (start, end)
     )
     _check_same_network(first, second)
-    has_train = not first.components.dataset.is_stream  # whose training batches never end
+    has_train = not first.components.dataset.is_stream  # the training batches of a stream never end
     splits = splits or [
         name
         for name in ("train", "test")

@@ -114,7 +114,7 @@ def _share_right_labels(logits: Array, labels: Array) -> Array:
 
 
 def _count_batches(images: int, largest: int) -> int:
-    """The number of batches: equal ones, if the images can be divided so, compile once."""
+    """Returns the number of batches, of equal size if possible: these are compiled only once."""
     fewest = -(-images // largest)
     equal = (n for n in range(fewest, min(4 * fewest, images) + 1) if images % n == 0)
     return next(equal, fewest)
@@ -177,7 +177,7 @@ def check_batchnorm(settings: Settings, *known: str) -> None:
 
 
 def describe(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
-    """Returns what saved rows must have in common, besides what `grids` compares."""
+    """Returns facts that must be equal for saved rows, besides those that `grids` compares."""
     record = checkpoint.components.own_parts.record
     own = {kind: list(record[kind]) for kind in ("model", "loss") if kind in record}
     return {"run": checkpoint.title, "split": settings.split, **({"own": own} if own else {})}

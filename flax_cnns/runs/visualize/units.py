@@ -48,7 +48,7 @@ def draw_units(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[float]:
-    """Draws images that make each unit of a module large, and returns the units' activations.
+    """Draws images to which each unit of a module responds, and returns the units' activations.
 
     The path "" means the logits, whose units may be class names. With several paths, each has a
     row. `objective`: "channel" or "neuron". `directions`, f32 [K C] or [C], are shown in place of
@@ -164,8 +164,8 @@ def fade(image: np.ndarray, importance: np.ndarray) -> np.ndarray:
 
 
 def _make_reporter(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
-    """Returns a function of the number of finished steps, which says now and then how many steps
-    and seconds are left. The time is measured from the first step on."""
+    """Returns a function of the number of finished steps. It says now and then how many steps are
+    done and about how many seconds are left. The time is measured from the first step on."""
     start, said = None, 0.0
 
     def report(step: int) -> None:
