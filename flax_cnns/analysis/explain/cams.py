@@ -215,7 +215,7 @@ def _has_global_pool(model: nn.Module, variables: Variables, images: Any) -> boo
 
 def _trace(model: nn.Module, variables: Variables, images: Any) -> core.ClosedJaxpr:
     def forward(variables: Variables, images: Array) -> Any:
-        # `layers.Stage` does not scan while outputs could be captured.
+        # With captured outputs, `layers.Stage` runs its blocks one by one, without a scan.
         return model.apply(variables, images, train=False, mutable=["intermediates"])[0]
 
     return programs.drop_unused(jax.make_jaxpr(forward)(variables, images))
