@@ -317,8 +317,8 @@ def format_markdown(table: QualityTable) -> str:
             " network whose head, upper half of the layers, or whole is random. A method that"
             " explains the network is near 0 if all is random.",
             "- deletion (lower is better), insertion and road (higher is better): the class's"
-            " probability while pixels are removed or inserted; road is that while the least salient"
-            " pixels are removed, minus that while the most salient ones are.",
+            " probability while pixels are removed or inserted; road is that while the least"
+            " salient pixels are removed, minus that while the most salient ones are.",
             f"- better than edges: the paired 95 % interval of the difference to {EDGES} excludes"
             " 0; not corrected for the number of comparisons.",
             "",
