@@ -130,7 +130,7 @@ def read_chunks(predictions: Predictions) -> Iterator[tuple[np.ndarray, np.ndarr
                 f"the logits of image {first + int(bad.argmax())} are not finite; the network"
                 " diverged, or divides by zero on this image"
             )
-        soft = truth if truth.ndim > 1 else np.eye(classes)[truth]
+        soft = truth if truth.ndim > 1 else truth[:, None] == np.arange(classes)
         yield some.astype(np.float64), soft.astype(np.float64)
 
 

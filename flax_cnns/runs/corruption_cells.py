@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from flax_cnns.train import parallel
 from flax_cnns.train.progress import format_duration
 
 CLEAN = "clean"
+MAX_NAME = 100  # characters of the list of corruptions in the name of a file
 
 
 class CorruptedCell(NamedTuple):
@@ -72,7 +74,7 @@ def evaluate_cells(
     origin = {
         "constants": table.name_constants(shape),
         "seed": seed,
-        "weights": _digest(classifier.variables),
+        "weights": digest_variables(classifier.variables),
         "data": _digest_text({**dataset.fingerprint, "rows": len(dataset.splits[split])}),
     }
     wanted = [(CLEAN, 0), *((row.name, level) for row in corruptions for level in severities)]
@@ -116,6 +118,29 @@ def evaluate_cells(
             + (f"  ETA {format_duration(left)}" if left else "")
         )
     return {at: cell for at, cell in cells.items() if cell is not None}
+
+
+def name_folder(classifier: Classifier, split: str, images: int, seed: int) -> pathlib.Path:
+    """The folder of the cells. An evaluation of some of the images, or with another seed, has its
+    own, so that it does not replace that of all of them."""
+    run, dataset = classifier.run, classifier.dataset
+    assert run is not None
+    assert dataset is not None
+    some = f"_images{images}" if 0 < images < len(dataset.splits[split]) else ""
+    some += f"_seed{seed}" if seed else ""
+    return run.folder / f"evaluation_{split}_{run.step}_corruptions{some}"
+
+
+def name_selection(rows: Sequence[table.Corruption], severities: Sequence[int]) -> str:
+    """What a report's name says of its corruptions and severities: "" of all, "_fog,snow" and
+    "_severities1,5" of some. A long list is a number and a digest."""
+    words = table.name_selection(rows)
+    if len(words) > MAX_NAME:
+        words = f"{len(rows)}_{zlib.crc32(words.encode()):08x}"
+    some = "" if words == "all" else f"_{words}"
+    if len(severities) < len(table.SEVERITIES):
+        some += "_severities" + ",".join(map(str, severities))
+    return some
 
 
 def take_images(dataset: Dataset, split: str, count: int) -> Dataset:
@@ -168,7 +193,8 @@ def _name_file(folder: pathlib.Path, corruption: str, severity: int) -> pathlib.
     return folder / f"{corruption}_{severity}.json"
 
 
-def _digest(variables: Any) -> str:
+def digest_variables(variables: Any) -> str:
+    """Returns 16 hexadecimal digits that depend on all numbers."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(jax.device_get(variables)):
         digest.update(np.ascontiguousarray(leaf).tobytes())

@@ -21,7 +21,15 @@ from flax_cnns.evaluation import uncertainty
 from flax_cnns.evaluation.corruptions import scores, table
 from flax_cnns.names import make_console
 from flax_cnns.runs.classifier import Classifier, make_classifier_from_run
-from flax_cnns.runs.corruption_cells import CLEAN, CorruptedCell, evaluate_cells, take_images
+from flax_cnns.runs.corruption_cells import (
+    CLEAN,
+    CorruptedCell,
+    evaluate_cells,
+    name_folder,
+    name_selection,
+    take_images,
+)
+from flax_cnns.runs.same_images import check_same_images, describe_split
 from flax_cnns.runtime import output
 
 ALEXNET = "alexnet"
@@ -55,7 +63,9 @@ def evaluate_corruptions(
 
     Writes `evaluation_SPLIT_STEP_corruptions.json`, .md, .csv and .png into the run's directory,
     and one file for each cell into a folder `evaluation_SPLIT_STEP_corruptions`; cells that are
-    there already are not evaluated again. Returns the content of the JSON file.
+    there already are not evaluated again. Returns the content of the JSON file. `images` and
+    `seed` are part of all these names; `corruptions` and `severities`, if they are not all, only of
+    the names of the four files.
 
     `corruptions`: names, groups or "all". `baseline`: a run whose errors divide this run's (mCE),
     or "alexnet", the published errors for ImageNet's 1000 classes. `images`: evaluate so many
@@ -93,7 +103,8 @@ def evaluate_corruptions(
         return results
     run = classifier.run
     assert run is not None
-    stem = _name_files(classifier, split, images)
+    stem = name_folder(classifier, split, images, seed)
+    stem = stem.with_name(stem.name + name_selection(rows, severities))
     files.write_json(f"{stem}.json", results)
     files.write_text(f"{stem}.md", _format_markdown(scored, results, severities))
     files.write_text(f"{stem}.csv", _format_csv(scored, left_out))
@@ -200,16 +211,12 @@ def _check_baseline(
             f"--baseline: {baseline} has other data ({theirs.name}, {theirs.image_shape}) than the"
             f" run ({dataset.name}, {dataset.image_shape}); mCE is about the same images"
         )
-
-
-def _name_files(classifier: Classifier, split: str, images: int) -> pathlib.Path:
-    """The files' path without suffix. An evaluation of some of the images has its own, so that it
-    does not replace that of all of them."""
-    run, dataset = classifier.run, classifier.dataset
-    assert run is not None
-    assert dataset is not None
-    some = f"_images{images}" if 0 < images < len(dataset.splits[split]) else ""
-    return run.folder / f"evaluation_{split}_{run.step}_corruptions{some}"
+    facts = [
+        describe_split(each.name, each.dataset, split, len(each.class_names))
+        for each in (classifier, other)
+        if each.dataset is not None
+    ]
+    check_same_images(*facts)
 
 
 def _score(
@@ -229,7 +236,7 @@ def _score(
         print(classifier.title)
     cells = evaluate_cells(
         classifier,
-        _name_files(classifier, split, images),
+        name_folder(classifier, split, images, seed),
         rows,
         severities,
         split=split,

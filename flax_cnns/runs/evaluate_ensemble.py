@@ -32,6 +32,8 @@ from flax_cnns.runs.members import (
     RunOptions,
     check_members,
     choose_crops,
+    choose_file,
+    choose_members_file,
     predict_run,
 )
 from flax_cnns.runs.prediction_cache import PredictionCache
@@ -65,8 +67,9 @@ def evaluate_ensemble(
     used.
 
     Writes `evaluation_SPLIT_STEP_ensembleN.json` into the first run's directory and returns its
-    content. "protocol" has the members, and "difference" compares with the best member on these
-    images. Raises UserError, also if the runs have other classes or other images.
+    content; a file about other members is kept, and the name gets `_2`. "protocol" has the members,
+    and "difference" compares with the best member on these images. Raises UserError, also if the
+    runs have other classes or other images.
     """
     names = [os.fspath(run) for run in runs]
     check_members(names, 2, "--ensemble")
@@ -87,10 +90,11 @@ def evaluate_ensemble(
     parts = [protocol.name] if protocol else []
     parts += [f"ensemble{len(names)}", *(["logits"] if average == "logits" else [])]
     folder = cache.folder.parent
-    file = f"evaluation_{split}_{members[0].step}_{'_'.join(parts)}.json"
-    files.write_json(folder / file, results)
+    stem = f"evaluation_{split}_{members[0].step}_{'_'.join(parts)}"
+    path = choose_members_file(folder, stem, results["protocol"]["members"])
+    files.write_json(path, results)
     _print_ensemble(ensemble, members, results)
-    print(f"written to {folder}: {file}")
+    print(f"written to {folder}: {path.name}")
     return results
 
 
@@ -228,8 +232,9 @@ def evaluate_grid(
     crops. These predictions are kept in the first run's `predictions/`, so a command that was
     stopped goes on.
 
-    Writes `evaluation_SPLIT_STEP_gridN.csv` and `.md` into the first run's directory. Raises
-    UserError, also if the runs have other classes or other images.
+    Writes `evaluation_SPLIT_STEP_gridN.csv` and `.md` into the first run's directory; a table of
+    other runs or crops is kept, and the names get `_2`. Raises UserError, also if the runs have
+    other classes or other images.
     """
     names = [os.fspath(run) for run in runs]
     check_members(names, 1, "--ensemble")
@@ -252,11 +257,16 @@ def evaluate_grid(
     assert first is not None
     cells.sort(key=lambda cell: (cell.models, list(crops).index(cell.crops)))
     if jax.process_index() == 0:
-        path = cache.folder.parent / f"evaluation_{split}_{first.step}_grid{len(names)}"
+        stem = f"evaluation_{split}_{first.step}_grid{len(names)}"
         markdown = make_grid_markdown(cells, names, split, first.facts.images)
-        files.write_text(path.with_name(path.name + ".csv"), make_grid_csv(cells))
-        files.write_text(path.with_name(path.name + ".md"), markdown)
-        print(f"\n{markdown}\nwritten to {path.parent}: {path.name}.csv, {path.name}.md")
+        ours = _outline(markdown)
+        path = choose_file(
+            cache.folder.parent, stem, ".md", lambda path: _outline(path.read_text("utf-8")) == ours
+        )
+        table = path.with_suffix(".csv")
+        files.write_text(table, make_grid_csv(cells))
+        files.write_text(path, markdown)
+        print(f"\n{markdown}\nwritten to {path.parent}: {table.name}, {path.name}")
         if line := cache.describe():
             print(line)
     return cells
@@ -278,6 +288,12 @@ def _measure_cell(
         None if base is None else compare_accuracy(correct, base),
     )
     return cell, correct
+
+
+def _outline(markdown: str) -> list[list[str]]:
+    """Returns the line that names the runs, and models, crops and cost of each row."""
+    first, *lines = markdown.splitlines() or [""]
+    return [[first], *(line.split("|")[1:4] for line in lines if line.startswith("| "))]
 
 
 def make_grid_csv(cells: Sequence[GridCell]) -> str:

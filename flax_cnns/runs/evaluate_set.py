@@ -23,6 +23,7 @@ from flax_cnns.evaluation.shifted.opening import open_set
 from flax_cnns.evaluation.shifted.rows import SETS
 from flax_cnns.runs import tables
 from flax_cnns.runs.classifier import Classifier, LibraryReader, predict_split
+from flax_cnns.runs.corruption_cells import digest_variables
 from flax_cnns.runs.crops import CropOptions, predict_crops
 from flax_cnns.runs.evaluate import count_confusion, describe_classes, measure_predictions
 from flax_cnns.runs.evaluate_cells import evaluate_cells
@@ -61,7 +62,9 @@ def evaluate_set(
         print(f"{classifier.title}\non {opened.row.title} ({opened.row.source})")
     if len(opened.cells) > 1:
         predict = functools.partial(_predict_cell, classifier, opened, crops=protocol)
-        key = f"{classifier.title}; {opened.folder}; {protocol.name if protocol else ''}"
+        how = protocol.name if protocol else ""
+        weights = digest_variables(classifier.variables)
+        key = f"{classifier.title}; {weights}; {opened.folder}; {how}"
         results |= evaluate_cells(opened, predict, key=key, path=path)
     else:
         dataset, predictions = _predict_cell(classifier, opened, opened.cells[0], crops=protocol)
@@ -217,6 +220,7 @@ def _choose_path(
         path = pathlib.Path(out)
         if path.suffix != ".json":
             raise UserError(f"--out={path}: expected a name that ends in .json")
+        files.check_writable(path)
         return path
     if classifier.run is None:
         return None

@@ -43,7 +43,7 @@ from flax_cnns.runs.classifier import (
 from flax_cnns.runs.evaluate import measure_predictions
 from flax_cnns.runs.evaluate_ensemble import describe_difference, format_points
 from flax_cnns.runs.load import LoadedRun, load_run
-from flax_cnns.runs.members import check_members
+from flax_cnns.runs.members import check_members, choose_members_file
 from flax_cnns.runtime import output
 from flax_cnns.types import PyTree
 
@@ -80,8 +80,8 @@ def evaluate_soup(
     at least `images` images. All networks read the first run's data.
 
     Writes `evaluation_SPLIT_STEP_soupN_RECIPE.json` into the first run's directory and returns its
-    content. `save`: a new folder for the soup, which `evaluate`, `predict`, `graft.source` and
-    `load_run` take like a run's.
+    content; a file about other members is kept, and the name gets `_2`. `save`: a new folder
+    for the soup, which `evaluate`, `predict`, `graft.source` and `load_run` take like a run's.
 
     Raises UserError, also for another network (with path and shapes), for other classes or
     preprocessing, for a greedy soup without a validation split, and on several processes.
@@ -98,10 +98,11 @@ def evaluate_soup(
     results, difference = kitchen.evaluate(soup, split)
     run = kitchen.first.run
     assert run is not None
-    name = f"evaluation_{split}_{run.step}_soup{len(names)}_{recipe}.json"
-    files.write_json(run.folder / name, results)
+    stem = f"evaluation_{split}_{run.step}_soup{len(names)}_{recipe}"
+    path = choose_members_file(run.folder, stem, results["protocol"]["members"])
+    files.write_json(path, results)
     kitchen.print_soup(soup, results, difference)
-    print(f"written to {run.folder}: {name}")
+    print(f"written to {run.folder}: {path.name}")
     if save:
         step = max(each.step for each in kitchen.ingredients)
         print(f"saved: {save_soup(save, run.folder, soup.variables, step, results['protocol'])}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax_cnns.checkpoint import finding
@@ -81,6 +83,37 @@ def check_members(runs: Sequence[str], least: int, flag: str) -> None:
         if key in seen:
             raise UserError(f"{flag}: {seen[key]} and {run} are the same checkpoint")
         seen[key] = run
+
+
+def choose_file(
+    folder: pathlib.Path, stem: str, suffix: str, is_ours: Callable[[pathlib.Path], bool]
+) -> pathlib.Path:
+    """Returns the first of STEM, STEM_2, STEM_3, ... with `suffix` that does not exist or is ours,
+    so that no file about other members is replaced."""
+    for number in itertools.count(1):
+        path = folder / f"{stem}{'' if number == 1 else f'_{number}'}{suffix}"
+        if not path.exists() or is_ours(path):
+            break
+    return path
+
+
+def choose_members_file(
+    folder: pathlib.Path, stem: str, members: Sequence[Mapping[str, Any]]
+) -> pathlib.Path:
+    """Returns the .json file for members with "run" and "step"; see `choose_file`. Their order has
+    no effect. A damaged file is replaced."""
+
+    def identify(members: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+        folders = [workdirs.split_checkpoint(each["run"], "")[0] for each in members]
+        return sorted((os.path.realpath(f), each["step"]) for f, each in zip(folders, members))
+
+    def is_ours(path: pathlib.Path) -> bool:
+        try:
+            return identify(workdirs.read_json(path)["protocol"]["members"]) == identify(members)
+        except (UserError, KeyError, TypeError):
+            return True
+
+    return choose_file(folder, stem, ".json", is_ours)
 
 
 def predict_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -65,7 +66,8 @@ def test_cells_are_predictions_of_corrupted_images(run, results):
 
 
 def test_files(run, results):
-    (stem,) = {path.stem for path in run.glob("evaluation_test_*_corruptions_images40.*")}
+    names = "corruptions_images40_brightness,contrast_severities1,5"
+    (stem,) = {path.stem for path in run.glob(f"evaluation_test_*_{names}.*")}
     assert json.loads((run / f"{stem}.json").read_text())["mce"] == results["mce"]
     with (run / f"{stem}.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -93,11 +95,33 @@ def test_known_cells_are_read_and_others_evaluated(run, results, monkeypatch, ca
     assert len(calls) == 1
     assert "4 of 5 cells" in capsys.readouterr().out
     assert again["cells"] == results["cells"]
-    # Other random numbers are other cells.
+    # Other random numbers are other cells. No report replaces another.
+    reports = {path: path.read_bytes() for path in run.glob("*_corruptions_*.json")}
     evaluate_corruptions.evaluate_corruptions(
         run, corruptions=["contrast"], severities=[1], images=40, seed=1
     )
     assert len(calls) == 3
+    assert all(path.read_bytes() == before for path, before in reports.items())
+    (other,) = set(run.glob("*_corruptions_*.json")) - set(reports)
+    assert other.stem.endswith("_corruptions_images40_seed1_contrast_severities1")
+    assert (folder / "contrast_5.json").is_file()
+
+
+def test_the_selection_in_names():
+    severities = table.SEVERITIES
+    for names, wanted in {
+        "all": "",
+        "noise,blur,weather,digital": "",
+        "extra,all": "_all,extra",
+        "snow,noise,gaussian_blur": "_noise,snow,gaussian_blur",
+    }.items():
+        rows = table.select_corruptions(names.split(","))
+        assert corruption_cells.name_selection(rows, severities) == wanted
+        assert table.select_corruptions(table.name_selection(rows).split(",")) == rows
+    rows = [row for name, row in table.CORRUPTIONS.items() if name not in ("snow", "contrast")]
+    long = corruption_cells.name_selection(rows[1:], [2])
+    assert len(long) < 40
+    assert long != corruption_cells.name_selection(rows[:-1], [2])
 
 
 def test_means_leave_out_frost_extra_corruptions_and_what_does_nothing(run):
@@ -120,6 +144,17 @@ def test_means_leave_out_frost_extra_corruptions_and_what_does_nothing(run):
 def test_what_is_refused(run, options, message):
     with pytest.raises(UserError, match=message):
         evaluate_corruptions.evaluate_corruptions(run, **options)
+
+
+def test_a_baseline_of_other_images_is_refused(run):
+    classifier = make_classifier_from_run(run)
+    dataset = classifier.dataset
+    test = dataset.splits["test"]
+    turned = Split(test.labels[::-1], images=test.images[::-1])
+    other = dataclasses.replace(dataset, splits={**dataset.splits, "test": turned}, fingerprint={})
+    given = (classifier, classifier._replace(dataset=other), "runs/other", "test")
+    with pytest.raises(UserError, match=r"other images than .* their labels differ"):
+        evaluate_corruptions._check_baseline(*given)
 
 
 def test_a_sheet_of_an_unknown_image(run):

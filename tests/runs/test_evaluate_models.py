@@ -79,6 +79,18 @@ def test_an_ensemble_of_checkpoints_is_the_mean_of_their_probabilities(
     assert (folder(runs) / "evaluation_test_12_ensemble2_logits.json").is_file()
 
 
+def test_files_about_other_members_are_kept(runs, tmp_path):
+    def describe(*steps):
+        return [{"run": f"{folder(runs)}@{step}", "step": step} for step in steps]
+
+    for number, steps in enumerate([(12, 10), (12, 11), (12, 9)], 1):
+        path = members.choose_members_file(tmp_path, "evaluation", describe(*steps))
+        assert path.name == f"evaluation{'' if number == 1 else f'_{number}'}.json"
+        path.write_text(json.dumps({"protocol": {"members": describe(*steps)}}))
+    again = members.choose_members_file(tmp_path, "evaluation", describe(11, 12))
+    assert again.name == "evaluation_2.json"
+
+
 def test_a_killed_grid_goes_on(runs, predicted, monkeypatch, capsys):
     """The second run is killed at its second number of crops; the next call predicts only that."""
     asked = []
@@ -113,6 +125,12 @@ def test_a_killed_grid_goes_on(runs, predicted, monkeypatch, capsys):
     text = table.with_suffix(".md").read_text()
     assert f"| 2 | 1 | 2 | {100 - 100 * both.mean():.2f} [" in text
     assert "4 files of predictions" in capsys.readouterr().out
+    # The same table replaces itself; one of other crops does not.
+    ensembles.evaluate_grid(runs, ["1", "5"])
+    ensembles.evaluate_grid(runs, ["1"])
+    assert table.with_suffix(".md").read_text() == text
+    names = sorted(path.name for path in folder(runs).glob("*grid*"))
+    assert names == [f"evaluation_test_12_grid2{end}" for end in (".csv", ".md", "_2.csv", "_2.md")]
 
 
 def test_kept_predictions_are_bounded_and_damage_is_no_error(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -145,6 +146,7 @@ def test_cells_are_saved_and_continued(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         evaluate_set(classifier, "cifar10_c", folder, out=out)
     assert not out.exists()
+    shutil.copyfile(tmp_path / "c.partial.npz", tmp_path / "d.partial.npz")
     done.append(1)
     found = evaluate_set(classifier, "cifar10_c", folder, out=out)
     assert len(done) == 2 + 1 + 8  # two cells are not evaluated again
@@ -160,7 +162,19 @@ def test_cells_are_saved_and_continued(tmp_path, monkeypatch, capsys):
     assert [(r["corruption"], r["severity"], float(r["accuracy"])) for r in written[:2]] == [
         ("fog", "1", 1.0), ("fog", "2", 0.75),
     ]  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CIFAR-10-C", "c.csv", "c.json"]
+    names = ["CIFAR-10-C", "c.csv", "c.json", "d.partial.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    # A network of the same title with other weights begins anew.
+    other = classifier._replace(variables={"params": {"unused": jnp.ones(1)}})
+    evaluate_set(other, "cifar10_c", folder, out=tmp_path / "d.json")
+    assert len(done) == 11 + 10
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path):
+    save(tmp_path / "set" / "0", 0, 0)
+    classifier = make_classifier(tuple(f"class {k}" for k in range(3)))._replace(model=None)
+    with pytest.raises(UserError, match=r"cannot write .*there is no folder"):
+        evaluate_set(classifier, "folder", tmp_path / "set", out=tmp_path / "none" / "x.json")
 
 
 def test_a_damaged_image_is_named_or_counted(tmp_path):

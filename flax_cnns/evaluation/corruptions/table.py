@@ -181,6 +181,18 @@ def select_corruptions(names: Sequence[str]) -> list[Corruption]:
     return [row for row in _ROWS if row.name in chosen]
 
 
+def name_selection(rows: Sequence[Corruption]) -> str:
+    """Returns the shortest list for which `select_corruptions` returns these rows: "all,extra"."""
+    left, words = {row.name for row in rows}, []
+    papers = {row.name for row in _ROWS if row.group != "extra"}
+    if papers <= left:
+        words, left = ["all"], left - papers
+    for group in GROUPS:
+        members = [row.name for row in _ROWS if row.group == group]
+        words += [group] if left.issuperset(members) else [n for n in members if n in left]
+    return ",".join(words)
+
+
 def name_constants(shape: Shape) -> str:
     """Returns whose constants images of this shape get: "cifar" or "imagenet"."""
     return "cifar" if max(shape[:2]) <= MAX_CIFAR_SIDE else "imagenet"
