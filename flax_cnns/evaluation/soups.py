@@ -141,9 +141,9 @@ def make_greedy_soup(
         name, variables = load(number)
         tried = refresh(total.mean_with(variables, name))
         score = measure(tried)
-        tastes.append(Taste(number, score, score >= best))
+        tastes.append(Taste(number, score, kept=score >= best))
         say(tastes[-1])
-        if score >= best:
+        if tastes[-1].kept:
             total.add(variables, name)
             soup, best = tried, score
     return Soup(soup, tuple(taste.ingredient for taste in tastes if taste.kept), tuple(tastes))

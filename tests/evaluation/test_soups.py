@@ -69,6 +69,7 @@ def test_the_greedy_recipe_goes_from_the_best_on_and_keeps_what_is_not_worse():
 def test_an_equal_score_is_kept():
     soup = greedy([linear([1.0]), linear([2.0])], [0.5, 0.5], lambda variables: 0.5)
     assert soup.kept == (0, 1)
+    assert kernel(soup.variables).tolist() == [[1.5]]
 
 
 def test_statistics_are_refreshed_before_each_taste_and_not_of_one_network():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -131,6 +132,40 @@ def test_a_killed_grid_goes_on(runs, predicted, monkeypatch, capsys):
     assert table.with_suffix(".md").read_text() == text
     names = sorted(path.name for path in folder(runs).glob("*grid*"))
     assert names == [f"evaluation_test_12_grid2{end}" for end in (".csv", ".md", "_2.csv", "_2.md")]
+
+
+def test_kept_predictions_are_those_of_the_same_weights_data_and_crops(runs, tmp_path):
+    classifier = classifiers.make_classifier_from_run(runs[0])
+    run, dataset = classifier.run, classifier.dataset
+    cache = PredictionCache(tmp_path)
+
+    def key_of(split="test", protocol="plain", *, run=run, dataset=dataset):
+        return cache.find_entry(classifier._replace(run=run, dataset=dataset), split, protocol).key
+
+    def change(**fields):
+        return key_of(dataset=dataclasses.replace(dataset, **fields))
+
+    other = tmp_path / "run"
+    manifest = other / "checkpoints/12/manifest/metadata"
+    manifest.parent.mkdir(parents=True)
+    text = (run.folder / manifest.relative_to(other)).read_text()
+    manifest.write_text(text)
+    assert key_of(run=run._replace(folder=other)) == key_of()
+    assert "crc32" in text  # so that other weights have another manifest
+    manifest.write_text(f"{text} ")
+    config = run.components.config.copy_and_resolve_references()
+    config.model.width_mult = 0.5
+    keys = [
+        key_of(),
+        key_of("validation"),
+        key_of(protocol="crops10"),
+        key_of(run=run._replace(folder=other)),
+        key_of(run=run._replace(components=run.components._replace(config=config))),
+        change(fingerprint={**dataset.fingerprint, "splits": {}}),
+        change(mean=(0.25,)),
+        change(image_shape=(28, 28, 1)),
+    ]
+    assert len(set(keys)) == len(keys)
 
 
 def test_kept_predictions_are_bounded_and_damage_is_no_error(tmp_path):
