@@ -80,8 +80,8 @@ def evaluate_cells(
     wanted = [(CLEAN, 0), *((row.name, level) for row in corruptions for level in severities)]
     cells = {at: _read_cell(folder, *at, origin) for at in wanted}
     is_known = np.array([cells[at] is not None for at in wanted])
-    if jax.process_count() > 1:  # all must evaluate the same cells
-        is_known = np.asarray(multihost_utils.broadcast_one_to_all(is_known))
+    if jax.process_count() > 1:  # all must evaluate the same cells, and have the others
+        is_known = np.all(multihost_utils.process_allgather(is_known), 0)
     missing = [at for at, known in zip(wanted, is_known) if not known]
     if len(missing) < len(wanted):
         _print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {folder}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from flax_cnns import files
 from flax_cnns.data.types import Dataset
@@ -46,6 +47,10 @@ def evaluate_cells(
     """
     partial = None if path is None else path.with_suffix(".partial.npz")
     done = _read_partial(partial, key)
+    if jax.process_count() > 1:  # all must evaluate the same cells, and have the others
+        names = [f"{cell.corruption} {cell.severity}" for cell in opened.cells]
+        known = multihost_utils.process_allgather(np.array([name in done for name in names]))
+        done = {name: done[name] for name, all_have in zip(names, known.all(0)) if all_have}
     primary, begun, fresh = jax.process_index() == 0, time.monotonic(), 0
     if done and primary:
         print(f"{len(done)} of {len(opened.cells)} cells were finished earlier")

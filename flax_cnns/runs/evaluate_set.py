@@ -22,11 +22,13 @@ from flax_cnns.evaluation.shifted.opened import NetworkClasses, OpenedSet, SetCe
 from flax_cnns.evaluation.shifted.opening import open_set
 from flax_cnns.evaluation.shifted.rows import SETS
 from flax_cnns.runs import tables
+from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.classifier import Classifier, LibraryReader, predict_split
 from flax_cnns.runs.corruption_cells import digest_variables
 from flax_cnns.runs.crops import CropOptions, predict_crops
 from flax_cnns.runs.evaluate import count_confusion, describe_classes, measure_predictions
 from flax_cnns.runs.evaluate_cells import evaluate_cells
+from flax_cnns.runs.members import choose_file
 from flax_cnns.runtime import output
 from flax_cnns.weights.preprocessing import imagenet_classes, imagenet_wnids
 
@@ -44,8 +46,9 @@ def evaluate_set(
     """Evaluates a classifier on a set, prints tables with 95 % intervals, and returns the results.
 
     `name`: a key of `evaluation.shifted.rows.SETS`; `folder` has the set as it is published. A run
-    gets `evaluation_SET_STEP.json`; `out` names the file, which published weights need if there is
-    to be one. A set of corruptions also gets a .csv file, and is continued if it was stopped.
+    gets `evaluation_SET_STEP.json`; of two own folders of one name, the second's file ends in `_2`.
+    `out` names the file, which published weights need if there is to be one. A set of corruptions
+    also gets a .csv file, and is continued if it was stopped.
     `crops`: by default one, as the run or the library evaluates. `skip_damaged`: whether images
     that cannot be decoded are left out and counted; a run may say so too (`data.skip_damaged`).
 
@@ -224,11 +227,19 @@ def _choose_path(
         return path
     if classifier.run is None:
         return None
-    name = opened.name
-    if name == "folder":
-        name += f"_{pathlib.Path(opened.folder).resolve().name}"
-    suffix = f"_{crops.name}" if crops else ""
-    return classifier.run.folder / f"evaluation_{name}_{classifier.run.step}{suffix}.json"
+    run, suffix = classifier.run, f"_{crops.name}" if crops else ""
+    if opened.name != "folder":
+        return run.folder / f"evaluation_{opened.name}_{run.step}{suffix}.json"
+    real = os.path.realpath(opened.folder)
+
+    def is_ours(path: pathlib.Path) -> bool:
+        try:
+            return os.path.realpath(workdirs.read_json(path)["protocol"]["set_dir"]) == real
+        except (UserError, KeyError, TypeError):  # a damaged file is replaced
+            return True
+
+    stem = f"evaluation_folder_{os.path.basename(real)}_{run.step}{suffix}"
+    return choose_file(run.folder, stem, ".json", is_ours)
 
 
 def _report(results: dict[str, Any], opened: OpenedSet, path: pathlib.Path | None) -> None:

@@ -227,4 +227,12 @@ def test_a_run_on_a_folder_of_its_own_images(finished, tmp_path):
     assert (found["examples"], found["accuracy"]) == (40, correct.mean())
     path = run / f"evaluation_folder_photos_{classifier.run.step}.json"
     assert json.loads(path.read_text())["protocol"]["set"] == "folder"
-    path.unlink()
+    # The same folder replaces its file; another one of the same name does not.
+    shutil.copytree(tmp_path / "photos", tmp_path / "other" / "photos")
+    evaluate_set(classifier, "folder", tmp_path / "other" / "photos")
+    evaluate_set(classifier, "folder", tmp_path / "photos")
+    written = sorted(run.glob("evaluation_folder_photos_*"))
+    sets = [json.loads(each.read_text())["protocol"]["set_dir"] for each in written]
+    assert sets == [str(tmp_path / "photos"), str(tmp_path / "other" / "photos")]
+    for each in written:
+        each.unlink()
