@@ -115,7 +115,7 @@ def evaluate_corruptions(
     }
     clean = {each.name: each.clean for each in scored}
     plots.draw_corruption_curves(drawn, clean, severities, f"{stem}.png")
-    written = [f"{stem.name}{suffix}" for suffix in (".json", ".md", ".csv", ".png")]
+    written = [f"{stem.name}.json", ".md", ".csv", ".png"]
     if sheet is not None:
         path = run.folder / f"corruptions_{split}_{sheet}.png"
         draw_sheet(classifier, rows, severities, split, sheet, path, seed=seed)
