@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import zipfile
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,9 @@ class PredictionCache:
             "split": split,
             "protocol": protocol,
         }
+        # Another version may read images or compute logits in another way.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts["version"] = metadata.version("flax_cnns")
         key = json.dumps(facts, sort_keys=True, default=str)
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         name = f"{run.folder.name[:60]}_{run.step}_{split}_{protocol[:60]}_{digest}.npz"
