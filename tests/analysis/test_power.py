@@ -9,9 +9,8 @@ from scipy import stats
 from flax_cnns.analysis import power
 from flax_cnns.errors import UserError
 
-
-# Recorded from statsmodels 0.15.0: TTestPower().power(effect, pairs, 0.05, "two-sided") for 2, 5 and
-# 12 pairs, and the ceiling of solve_power(effect, power=0.8, alpha=0.05).
+# Recorded from statsmodels 0.15.0: TTestPower().power(effect, pairs, 0.05, "two-sided") for 2, 5
+# and 12 pairs, and the ceiling of solve_power(effect, power=0.8, alpha=0.05).
 RECORDED = {
     0.2: ([0.05197845, 0.06426957, 0.09719878], 199),
     0.5: ([0.06194861, 0.14051669, 0.35282415], 34),
