@@ -12,56 +12,26 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
 from flax_cnns.analysis import statistics
-from flax_cnns.analysis.plots import forest
-from flax_cnns.analysis.statistics import Difference, Interval, MarginTest
+from flax_cnns.analysis.statistics import Difference, Interval
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_text
 from flax_cnns.names import escape_unprintable
 from flax_cnns.runs.metric import Metric, make_metric
-from flax_cnns.studies.ablation import margins
+from flax_cnns.studies.ablation import margins, pictures
 from flax_cnns.studies.ablation.reading import (
     RowResults,
     check_metric_logged,
     count_datasets,
-    count_params_and_macs,
     find_changed_sources,
     read_cells,
     read_plan,
     require_metric,
 )
-
-ALPHA = 0.05  # a difference may be printed bold if its corrected p-value is below this
-
-
-class RowSummary(NamedTuple):
-    """One line of the report's tables; NaN or None for unknown values."""
-
-    row: RowResults
-    value: Interval  # of the metric
-    error: Interval  # 1 - metric, for a metric that is a fraction
-    difference: Difference | None  # from the baseline; None for the baseline
-    p_holm: float
-    gap: float | None  # the metric on the training examples minus that on the test split
-    size: tuple[int, int | None] | None  # parameters, MACs
-    seconds_per_step: float | None
-    seconds: float | None
-    metric: Metric = Metric("accuracy")
-    margin: MarginTest | None = None  # None without --margin, and for the baseline
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the corrected p-value is small and the interval, as printed, excludes zero."""
-        if self.difference is None or not self.p_holm < ALPHA:
-            return False
-        interval, rounded = self.difference.interval, self.metric.round
-        low, high = rounded(interval.low), rounded(interval.high)
-        return interval._replace(low=low, high=high).excludes_zero
+from flax_cnns.studies.ablation.summaries import ALPHA, RowSummary, summarize_rows
 
 
 def write(
@@ -93,62 +63,14 @@ def write(
     rows = [require_metric(row, name) for row in rows]
     values = [value for row in rows for value in row.values(f"test/{name}").values()]
     form = make_metric(name, values)
-    summaries = _summarize(rows, plan["baseline"], interval, form, margin)
+    summaries = summarize_rows(rows, plan["baseline"], interval, form, margin)
     paths = [folder / name for name in ("report.md", "report.csv", "forest.png", "curves.png")]
-    _draw_forest(summaries, plan, form, paths[2])
-    _draw_curves(rows, plan["baseline"], form, paths[3])
+    pictures.draw_differences(summaries, plan, form, paths[2])
+    pictures.draw_curves(rows, plan["baseline"], form, paths[3])
     write_text(paths[1], escape_unprintable(_format_csv(summaries, plan["seeds"], form)))
     markdown = _format_markdown(summaries, plan, interval, form, folder)
     write_text(paths[0], escape_unprintable(markdown))
     return paths
-
-
-# ---------------------------------------------------------------------------- numbers
-
-
-def _summarize(
-    rows: Sequence[RowResults],
-    baseline: str,
-    method: str,
-    metric: Metric,
-    margin: float | None,
-) -> list[RowSummary]:
-    test = f"test/{metric.name}"
-    reference = next((row.values(test) for row in rows if row.name == baseline), {})
-    differences = [
-        None
-        if row.name == baseline
-        else statistics.paired_difference(row.values(test), reference, method=method)
-        for row in rows
-    ]
-    corrected = statistics.holm([math.nan if d is None else d.p for d in differences])
-    summaries = []
-    for row, difference, p_holm in zip(rows, differences, corrected):
-        values, fit = row.values(test), row.values(f"fit/{metric.name}")
-        records = row.records.values()
-        sizes = map(count_params_and_macs, records)
-        summaries.append(
-            RowSummary(
-                row=row,
-                value=statistics.mean(list(values.values()), method=method),
-                error=statistics.mean([1 - value for value in values.values()], method=method),
-                difference=difference,
-                p_holm=p_holm,
-                gap=_mean(fit[s] - values[s] for s in fit),
-                size=next((size for size in sizes if size), None),
-                seconds_per_step=_mean(record.seconds_per_step for record in records),
-                seconds=_mean(record.seconds for record in records),
-                metric=metric,
-                margin=margins.make_test(difference, values, reference, metric, margin),
-            )
-        )
-    return summaries
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Returns the mean of the values that are not None; None if all are."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 # ---------------------------------------------------------------------------- tables
@@ -320,81 +242,3 @@ def _format_interval(interval: Interval, metric: Metric, sign: str = "") -> str:
         return "-"
     mean, low, high = (metric.format(value, sign) for value in interval[:3])
     return f"{mean} [{low}, {high}]" if interval.is_known else mean
-
-
-# ---------------------------------------------------------------------------- pictures
-
-
-def _draw_forest(
-    summaries: Sequence[RowSummary], plan: dict[str, Any], metric: Metric, png: pathlib.Path
-) -> None:
-    baseline = next((s for s in summaries if s.row.name == plan["baseline"]), None)
-    forest_rows, test, factor = [], f"test/{metric.name}", metric.factor
-    for summary in summaries:
-        if summary.difference is None:
-            continue
-        row = summary.row
-        mean, low, high, n = summary.difference.interval
-        points = Interval(factor * mean, factor * low, factor * high, n)
-        ours = row.values(test)
-        theirs = baseline.row.values(test) if baseline else {}
-        pairs = [factor * (ours[s] - theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
-        why = f" ({row.why_incomplete})" if row.why_incomplete else ""
-        forest_rows.append(forest.ForestRow(row.name, points, pairs, f"no complete pair{why}"))
-    title = f"against {plan['baseline']}"
-    if baseline and baseline.value.n:
-        unit = " %" if metric.is_fraction else ""
-        title += f": {metric.format(baseline.value.mean)}{unit}, n={baseline.value.n}"
-    forest.draw_forest(
-        forest_rows,
-        png,
-        title=title,
-        x_label=f"difference of test {metric.name}{metric.difference_unit}",
-        decimals=metric.decimals,
-        more_is_better=metric.is_fraction,
-    )
-
-
-def _draw_curves(
-    rows: Sequence[RowResults], baseline: str, metric: Metric, png: pathlib.Path
-) -> None:
-    """Draws learning curves over the images seen, because batch sizes may differ.
-
-    If most runs validate too rarely for a curve, draws the metric of the training batches, with
-    their augmentation.
-    """
-    records = [record for row in rows for record in row.records.values()]
-
-    def count_points(split: str) -> float:
-        counts = [record.series(f"{split}/{metric.name}")[0].size for record in records]
-        return float(np.median(counts))
-
-    is_validation = count_points("validation") > 2 or not count_points("train")
-    split = "validation" if is_validation else "train"
-    what = "validation" if is_validation else "training batches'"
-    max_images = max(record.step * record.config.data.batch_size for record in records)
-    unit, x_label = (1000, "thousand images seen") if max_images >= 10_000 else (1, "images seen")
-    curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for row in rows:
-        curves[row.name] = []
-        for record in row.records.values():
-            steps, values = record.series(f"{split}/{metric.name}")
-            if not is_validation:
-                steps, values = _average_windows(steps), _average_windows(values)
-            images = steps * record.config.data.batch_size / unit
-            curves[row.name].append((images, metric.factor * values))
-    forest.draw_row_curves(
-        curves,
-        baseline,
-        png,
-        y_label=f"{what} {metric.name}{metric.unit}",
-        x_label=x_label,
-        decimals=metric.decimals,
-        more_is_better=metric.is_fraction,
-    )
-
-
-def _average_windows(series: np.ndarray, max_windows: int = 25) -> np.ndarray:
-    """Averages a series over at most `max_windows` windows, as single batches are too noisy."""
-    windows = np.array_split(series, max_windows)
-    return np.array([window.mean() for window in windows if window.size])

@@ -23,6 +23,7 @@ from flax_cnns.data.fingerprint import DataSnapshot
 from flax_cnns.errors import UserError
 from flax_cnns.runs import build, child
 from flax_cnns.studies.ablation import ablate, forecast, plan
+from flax_cnns.studies.ablation.cells import run_cells
 from tests.test_scripts import finish
 
 
@@ -276,7 +277,7 @@ def pretend(monkeypatch, config, tmp_path):
         with (tmp_path / "output.txt").open("w") as file:
             console = Console(file=file)
             shares = [child.DeviceSlot()] * jobs
-            counts = ablate.run_cells(cells, shares, sizes, console=console, **given)
+            counts = run_cells(cells, shares, sizes, console=console, **given)
         return counts, list(started), (tmp_path / "output.txt").read_text()
 
     return work

@@ -9,8 +9,12 @@ import shutil
 import numpy as np
 import pytest
 
+from flax_cnns.analysis.plots import forest
+from flax_cnns.analysis.statistics import Difference, Interval
 from flax_cnns.errors import UserError
+from flax_cnns.studies.ablation import pictures, summaries
 from flax_cnns.studies.ablation import report as ablation_report
+from flax_cnns.studies.ablation.summaries import RowSummary
 from tests.sweeps import rename_accuracy, write_json, write_sweep
 
 BASE = [(0.90, 0.99), (0.91, 0.98), (0.92, 0.97)]
@@ -90,10 +94,10 @@ def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
 
 
 def test_an_interval_that_is_printed_with_a_zero_is_not_bold():
-    summary = ablation_report.RowSummary(*[None] * 4, 0.01, *[None] * 4)
+    summary = RowSummary(*[None] * 4, 0.01, *[None] * 4)
     for low, bold in ((0.0002, True), (0.00004, False), (-0.0002, False), (float("nan"), False)):
-        interval = ablation_report.Interval(0.01, low, 0.02 if low == low else low, 5)
-        difference = ablation_report.Difference(interval, 0.01)
+        interval = Interval(0.01, low, 0.02 if low == low else low, 5)
+        difference = Difference(interval, 0.01)
         assert summary._replace(difference=difference).is_significant == bold
         assert not summary._replace(difference=difference, p_holm=0.06).is_significant
 
@@ -178,7 +182,7 @@ def test_curves_use_the_split_that_was_logged_often_enough(tmp_path, monkeypatch
     """Validation curves, or smoothed training curves if each run validated only once."""
     drawn = {}
     save = lambda rows, baseline, png, **words: drawn.update(rows=rows, **words)  # noqa: E731
-    monkeypatch.setattr(ablation_report.forest, "draw_row_curves", save)
+    monkeypatch.setattr(forest, "draw_row_curves", save)
     folder = write_sweep(tmp_path, {"plain": ROWS["plain"], "better": ROWS["better"]})
     ablation_report.write(folder)
     assert drawn["y_label"] == "validation accuracy, %"
@@ -210,7 +214,7 @@ def two_rows(tmp_path_factory):
 def test_a_report_of_the_loss_has_plain_numbers_and_no_error(two_rows, monkeypatch):
     drawn = []
     keep = lambda effects, png, **words: drawn.append((effects, words))  # noqa: E731
-    monkeypatch.setattr(ablation_report.forest, "draw_forest", keep)
+    monkeypatch.setattr(forest, "draw_forest", keep)
     ablation_report.write(two_rows, metric="test/loss")  # the logged loss is 1 - accuracy
     markdown, rows = (two_rows / "report.md").read_text(), read(two_rows)
     assert line(markdown, "row")[2:7] == ["test loss", "difference", "p", "p Holm", "train − test"]
@@ -288,7 +292,7 @@ def test_an_own_network_has_its_parameters_and_changed_code_is_reported(two_rows
 def test_curves_of_a_metric_that_falls_show_where_they_end(two_rows, tmp_path, monkeypatch):
     drawn = []
     save = lambda figure, png: drawn.append(figure)  # noqa: E731
-    monkeypatch.setattr(ablation_report.forest, "save_picture", save)
+    monkeypatch.setattr(forest, "save_picture", save)
     ablation_report.write(two_rows, metric="loss")
     ablation_report.write(two_rows)
     (falls, rises) = (drawn[i].axes[0] for i in (1, 3))
@@ -299,8 +303,9 @@ def test_curves_of_a_metric_that_falls_show_where_they_end(two_rows, tmp_path, m
 
 
 def test_a_margin_says_what_is_equivalent_and_what_is_only_not_significant(tmp_path, monkeypatch):
-    for name in ("_draw_forest", "_draw_curves", "count_params_and_macs"):
-        monkeypatch.setattr(ablation_report, name, lambda *_: None)
+    for name in ("draw_differences", "draw_curves"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
+    monkeypatch.setattr(summaries, "count_params_and_macs", lambda *_: None)
     rows = {
         "plain": ROWS["plain"],
         "unsure": ROWS["unsure"],  # differences 0.04, 0.00, -0.04
