@@ -131,25 +131,26 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def define_config(default: str, *, runs: str = "") -> flags.FlagHolder:
+def define_config(default: str, *, runs: str = "", only: str = "") -> flags.FlagHolder:
     """Defines the flag --config, whose default is `configs/<default>.py`, or None for "".
 
-    If the config contains the configs of whole runs, the regex `runs` matches their paths.
+    If the config contains the configs of whole runs, the regex `runs` matches their paths. With
+    `only`, the default is that of this one of the command's kinds.
     """
     # With a default, ml_collections would apply overrides while it defines the flag, and fail.
     if default:
-        _DEFAULT.append(str(recipes.FOLDER / f"{default}.py"))
+        _DEFAULT[only] = str(recipes.FOLDER / f"{default}.py")
     _RUNS.append(re.compile(rf"({runs})\." if runs else ""))
     text = (
         "The name of a recipe, or your own config file. MODE is a mode of that file, such as smoke."
-        f" Default: {default or 'none'}."
+        f" Default: {default or 'none'}{only and f' for {only}'}."
     )
     holder = config_flags.DEFINE_config_file("config", None, text)
     flags.FLAGS["config"].parser = _ConfigParser()
     return holder
 
 
-_DEFAULT: list[str] = []
+_DEFAULT: dict[str, str] = {}  # by the command's kind; "" for all
 _RUNS: list[re.Pattern] = []
 
 
@@ -352,8 +353,9 @@ def _parse(argv: list[str]) -> list[str]:
     argv = [argv[0], *map(_as_defined, argv[1:])]
     _check_fields_are_of_the_config(argv[1:])
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
-    if _DEFAULT and not given:
-        argv = [argv[0], f"--config={_DEFAULT[0]}", *argv[1:]]
+    default = _DEFAULT.get(command, _DEFAULT.get(""))
+    if default and not given:
+        argv = [argv[0], f"--config={default}", *argv[1:]]
     argv, file = _find_config(argv)
     check_regular_file(file)
     for argument in argv:

@@ -1,52 +1,71 @@
-r"""Searches for the best way to scale up a network, as in the EfficientNet paper.
+r"""Searches over networks and settings.
+
+scaling: the best way to scale up a network, as in the EfficientNet paper.
 
 flax-cnns search scaling --workdir=runs/scaling
 flax-cnns search scaling --workdir=runs/s \
     --config=configs/scaling_small.py:fashion_mnist
 
-`scaling` searches a grid of factors for depth (alpha), width (beta) and resolution (gamma). If you
-repeat the command, complete runs are not repeated. If the data changed, the command ends with an
-error; with --accept-changed-data it continues.
+`scaling` searches a grid of factors for depth (alpha), width (beta) and resolution (gamma).
+
+If you repeat a command, complete runs are not repeated. If the data changed, the command ends with
+an error; with --accept-changed-data it continues. docs/search.md has a section for each kind.
 """
 
 from __future__ import annotations
 
-import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from absl import flags
 
+from flax_cnns.cli import search_scaling
 from flax_cnns.cli.flags import define_accept, define_commands, define_config
+from flax_cnns.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the search's runs.", required=True)
-_BUDGET = flags.DEFINE_float(
-    "budget", 2.0, "Value of alpha * beta^2 * gamma^2 in the grid, within 10 %."
+flags.DEFINE_string("workdir", "", "The folder of the search's runs.")
+flags.DEFINE_integer("seeds", 0, "Number of seeds of each final network; 0: 3.", lower_bound=0)
+flags.DEFINE_float(
+    "budget", 2.0, "scaling: the value of alpha * beta^2 * gamma^2 in the grid, within 10 %."
 )
-_STEP = flags.DEFINE_float("step", 0.1, "Step of the grid over alpha, beta and gamma.")
-_PHI = flags.DEFINE_float(
-    "phi", 2.0, "The final comparison is between networks with budget^phi times the MACs."
+flags.DEFINE_float("step", 0.1, "scaling: step of the grid over alpha, beta and gamma.")
+flags.DEFINE_float(
+    "phi", 2.0, "scaling: the final comparison is between networks with budget^phi times the MACs."
 )
-_SEEDS = flags.DEFINE_integer(
-    "seeds", 3, "Number of seeds of each network in the final comparison.", lower_bound=1
-)
-_ACCEPT = define_accept()
-_CONFIG = define_config("scaling_small")
-define_commands("scaling")
+define_accept()
+_CONFIG = define_config("scaling_small", only="scaling")
 
 
-def search(argv: list[str]) -> None:
-    from flax_cnns.names import make_console
-    from flax_cnns.studies.search import scaling
+class Kind(NamedTuple):
+    """A kind of search."""
 
-    del argv
-    folder = pathlib.Path(_WORKDIR.value)
-    options: dict[str, Any] = dict(
-        budget=_BUDGET.value, step=_STEP.value, phi=_PHI.value, seeds=_SEEDS.value
-    )
-    result = scaling.search(_CONFIG.value, folder, **options, accept_changed_data=_ACCEPT.value)
-    make_console(width=120).print(scaling.make_table(result))
-    alpha, beta, gamma = result.winner
-    print(f"winner of the grid: alpha {alpha:g}, beta {beta:g}, gamma {gamma:g}")
-    scaling.save(result, folder / "scaling.json", options)
-    scaling.draw(result, folder / "scaling.png")
-    print(f"written to {folder}: scaling.json, scaling.png")
+    search: Callable[[Any], int | None]  # takes the config; returns the exit code
+    flags: tuple[str, ...]  # that it takes
+    required: tuple[str, ...] = ("workdir",)
+
+
+KINDS: dict[str, Kind] = {
+    "scaling": Kind(
+        search_scaling.search_scaling,
+        ("config", "workdir", "seeds", "budget", "step", "phi", "accept-changed-data"),
+    ),
+}
+define_commands(*KINDS)
+
+
+def search(argv: list[str]) -> int | None:
+    kind = KINDS[argv[1]]
+    _check_flags(argv[1], kind)
+    return kind.search(_CONFIG.value)
+
+
+def _check_flags(name: str, kind: Kind) -> None:
+    """Raises UserError for a flag that this kind does not take, and for one that it lacks."""
+    known = [*flags.FLAGS.flags_by_module_dict()[__name__], flags.FLAGS["config"]]
+    for flag in known:
+        if flag.present and flag.name not in kind.flags:
+            takers = [other for other, each in KINDS.items() if flag.name in each.flags]
+            raise UserError(f"{name} takes no --{flag.name}; {', '.join(takers)} would")
+    for flag_name in kind.required:
+        if not flags.FLAGS[flag_name].value:
+            raise UserError(f"{name}: expected --{flag_name}")

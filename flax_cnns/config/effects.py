@@ -187,7 +187,9 @@ EFFECTS: dict[str, Effect] = {
         "it is for a metric that train.best_by names, and train.best_by is {train.best_by}",
         lambda flat: flat["train.best_by"] != "auto",
     ),
-    "train.test_on": Effect(_BEST_BY_VALIDATIONS, _validates),
+    "train.test_on": Effect(
+        _BEST_BY_VALIDATIONS, lambda flat: flat["train.test_on"] == "never" or _validates(flat)
+    ),
     "train.early_stopping": Effect(
         f"it counts validations during the run, {_ONLY_LAST}", _validates, fix=_SET_EVERY
     ),
@@ -269,7 +271,10 @@ RUN_EFFECTS: dict[str, Effect] = {
         for field in ("in_memory", "memory_limit", "workers", "threads", "skip_damaged")
     },
     "train.best_by": Effect(_NO_VALIDATION, lambda flat, facts: facts.has_validation),
-    "train.test_on": Effect(_NO_VALIDATION, lambda flat, facts: facts.has_validation),
+    "train.test_on": Effect(
+        _NO_VALIDATION,
+        lambda flat, facts: flat["train.test_on"] == "never" or facts.has_validation,
+    ),
     "checkpoint.keep_best": Effect(
         _NO_VALIDATION,
         lambda flat, facts: flat["checkpoint.keep_best"] == 0 or facts.has_validation,

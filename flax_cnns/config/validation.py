@@ -78,6 +78,12 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         )
 
 
+def require_test(config: Any, why: str) -> None:
+    """Raises `UserError` if a run of `config` is never tested. `why` says who needs the test."""
+    if flatten(config)["train.test_on"] == "never":
+        raise UserError(f"config.train.test_on: {why}; expected 'latest' or 'best', got 'never'")
+
+
 # ---- problems that only a new run refuses
 
 

@@ -288,9 +288,11 @@ class Session:
     def _test(self, outcome: loop.TrainOutcome) -> dict[str, float]:
         """Evaluates one checkpoint on the test split: metrics `test/...`.
 
-        With `train.evaluate_train` also on the training examples, without augmentation: `fit/...`.
+        Does not read the test split if `train.test_on` is "never". With `train.evaluate_train` also
+        evaluates the training examples, without augmentation: `fit/...`.
         """
-        names = {"test": "test"} if "test" in self.components.dataset.splits else {}
+        is_tested = self.config.train.test_on != "never"
+        names = {"test": "test"} if is_tested and "test" in self.components.dataset.splits else {}
         if self.config.train.evaluate_train:
             names["train"] = "fit"
         if not names:

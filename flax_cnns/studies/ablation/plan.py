@@ -131,6 +131,7 @@ def make_rows(
         try:
             changed = apply_overrides(config, overrides)
             configs.validate(changed)
+            configs.require_test(changed, "an ablation compares test metrics")
             own_parts.refuse_opaque(changed, WHY_NO_OBJECTS)
             begun = recorded.get(name) == configs.to_plain(dict(overrides))
             configs.check_new_run(changed, folder, begun=begun, say=notes.append)

@@ -100,6 +100,7 @@ def validate_config(config: ConfigDict) -> None:
     for name, run_config in _find_run_configs(config).items():
         try:
             configs.validate(run_config)
+            configs.require_test(run_config, "strategies are compared on the test split")
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     for name, field in configs.STRATEGY.fields.items():

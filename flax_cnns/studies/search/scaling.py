@@ -213,17 +213,16 @@ def search(
 ) -> SearchResult:
     """Trains the grid, then compares ways to spend budget^phi times the base network's MACs.
 
-    `config` is the config of a run. Its network must have the fields `width_mult` and `depth_mult`;
-    its `data.image_size` is the base resolution. `accept_changed_data`: as in `run`. Raises
-    UserError as a run does.
+    The network of `config`, the config of a run, must have `width_mult` and `depth_mult`; its
+    `data.image_size` is the base resolution. `accept_changed_data`: as in `run`. Raises UserError
+    as a run does.
     """
-    workdirs.check_location(folder)
-    folder = pathlib.Path(folder)
+    workdirs.check_location(folder := pathlib.Path(folder))
     if not 0 < phi < math.inf:
         raise UserError(f"expected phi above 0, got {phi}: the search scales the base network up")
     configs.validate(config)
     configs.check_new_run(config, folder, begun=any(folder.glob("*/config.json")), say=say)
-    _check_own_parts(config)
+    _check_config(config)
     planner = Planner(config)
     base = planner.make_trial("base", ScalingFactors())
     say("counting the grid's networks")
@@ -258,8 +257,9 @@ def search(
     return SearchResult(results[0], grid, winner, results[1:])
 
 
-def _check_own_parts(config: ConfigDict) -> None:
-    """Raises UserError for own parts with which the search cannot scale or compare networks."""
+def _check_config(config: ConfigDict) -> None:
+    """Raises UserError for a config with which the search cannot scale or compare networks."""
+    configs.require_test(config, "networks are compared on the test split")
     own_parts.refuse_opaque(config, "the search starts its runs from configs")
     if is_reference(config.data.name) or config.data.name.endswith(".npz"):
         raise UserError(
@@ -353,8 +353,8 @@ def save(result: SearchResult, path: pathlib.Path, flags: dict[str, float]) -> N
 
 
 def _get_point(result: TrialResult) -> tuple[float, float, float]:
-    s = result.trial.scale
-    return s.depth_mult, s.width_mult, s.resolution_mult
+    width_mult, depth_mult, resolution_mult = result.trial.scale
+    return depth_mult, width_mult, resolution_mult
 
 
 class _Runner:
