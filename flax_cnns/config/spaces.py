@@ -12,8 +12,8 @@ A config file's function `space()` returns a dict from paths of fields to distri
 
 The paths are those of overrides: `model.FIELD` and `own.NAME.FIELD` included. `when` makes a
 distribution conditional: the field is drawn only if the config, with what was drawn before it, has
-this value, or one of these if the value is a tuple. `to_value` makes the field's value of the drawn one: a rule that gives kernels
-a weight decay, for example.
+this value, or one of these if the value is a tuple. `to_value` makes the field's value of the drawn
+one: a rule that gives kernels a weight decay, for example.
 """
 
 from __future__ import annotations
