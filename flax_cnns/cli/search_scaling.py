@@ -18,7 +18,7 @@ def search_scaling(config: Any) -> int:
     folder = pathlib.Path(FLAGS.workdir)
     seeds = FLAGS.seeds or 3
     options: dict[str, Any] = dict(budget=FLAGS.budget, step=FLAGS.step, phi=FLAGS.phi, seeds=seeds)
-    accept = FLAGS["accept-changed-data"].value
+    accept = bool(FLAGS["accept-changed-data"].value)
     result = scaling.search(config, folder, **options, accept_changed_data=accept)
     make_console(width=120).print(scaling.make_table(result))
     alpha, beta, gamma = result.winner
