@@ -36,7 +36,7 @@ define_accept()
 _CONFIG = define_config("scaling_small", only="scaling")
 
 
-class Kind(NamedTuple):
+class SearchKind(NamedTuple):
     """A kind of search."""
 
     search: Callable[[Any], int | None]  # takes the config; returns the exit code
@@ -44,8 +44,8 @@ class Kind(NamedTuple):
     required: tuple[str, ...] = ("workdir",)
 
 
-KINDS: dict[str, Kind] = {
-    "scaling": Kind(
+KINDS: dict[str, SearchKind] = {
+    "scaling": SearchKind(
         search_scaling.search_scaling,
         ("config", "workdir", "seeds", "budget", "step", "phi", "accept-changed-data"),
     ),
@@ -59,7 +59,7 @@ def search(argv: list[str]) -> int | None:
     return kind.search(_CONFIG.value)
 
 
-def _check_flags(name: str, kind: Kind) -> None:
+def _check_flags(name: str, kind: SearchKind) -> None:
     """Raises UserError for a flag that this kind does not take, and for one that it lacks."""
     known = [*flags.FLAGS.flags_by_module_dict()[__name__], flags.FLAGS["config"]]
     for flag in known:
