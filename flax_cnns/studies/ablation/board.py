@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
@@ -15,18 +15,8 @@ from flax_cnns.runs.metric import describe_test_value
 from flax_cnns.studies.ablation import forecast, plan
 from flax_cnns.studies.ablation.forecast import RowCost
 from flax_cnns.studies.ablation.plan import SweepCell
+from flax_cnns.studies.scheduler import RunningJob
 from flax_cnns.train.progress import format_duration
-
-
-class RunningCell(NamedTuple):
-    """A cell whose process runs."""
-
-    cell: SweepCell
-    slot: child.DeviceSlot
-    process: Any  # a subprocess.Popen
-    log_start: int  # where this attempt's output begins in the log, in bytes
-    start_time: float
-    previous: dict[str, Any]  # the cell's status at the start of this attempt
 
 
 class ProgressBoard:
@@ -68,11 +58,11 @@ class ProgressBoard:
     def _count_final(self) -> int:
         return sum(plan.is_final(cell.read_status()["status"]) for cell in self.cells)
 
-    def _eta(self, running: Iterable[RunningCell], waiting: Iterable[SweepCell]) -> str:
+    def _eta(self, running: Iterable[RunningJob], waiting: Iterable[SweepCell]) -> str:
         if not (seconds := forecast.estimate_seconds(self.costs, self.cells)):
             return ""
         now = time.monotonic()
-        each = [max(0.0, seconds[r.cell.row.name] - (now - r.start_time)) for r in running]
+        each = [max(0.0, seconds[r.job.row.name] - (now - r.start_time)) for r in running]
         waiting = [cell for cell in waiting if not plan.is_final(cell.read_status()["status"])]
         each += [seconds[cell.row.name] for cell in waiting]
         remaining = forecast.compute_makespan(each, self.jobs)
@@ -82,9 +72,9 @@ class ProgressBoard:
         """Prints a line above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def update(self, running: Sequence[RunningCell] = (), waiting: Iterable[SweepCell] = ()) -> str:
+    def update(self, running: Sequence[RunningJob] = (), waiting: Iterable[SweepCell] = ()) -> str:
         """Updates the bar. Returns the ETA."""
-        names, eta = "; ".join(r.cell.name for r in running), self._eta(running, waiting)
+        names, eta = "; ".join(r.job.name for r in running), self._eta(running, waiting)
         self.bar.update(self.task, completed=self._count_final(), eta=eta, running=names)
         return eta
 
