@@ -1,0 +1,1 @@
+"""Architecture search: the LSTM controller of 2016, its space of layers, and cells."""

@@ -1,0 +1,157 @@
+"""The controller against torch's LSTM, enumeration of a tiny space, SciPy, and a known optimum."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from flax_cnns.errors import UserError
+from flax_cnns.studies.search.nas.controller import (
+    Anchor,
+    Choice,
+    Controller,
+    search_with_controller,
+)
+
+# Two choices of different sizes and an anchor for each of three layers; 2 * 3 * ... * 2^(0+1+2).
+LAYERS = (Choice("height", 2), Choice("count", 3), Anchor()) * 3
+SIZES = [2, 3, 2, 3, 2, 2, 3, 2, 2]  # of the flat decisions
+
+
+@functools.cache
+def make_tiny():
+    """A space of 2 * 3 * 2 * 3 * 2 = 72 networks of two layers, with weights far from uniform."""
+    controller = Controller(LAYERS[:6], entropy=0.0)
+    params = jax.tree.map(lambda p: 12 * p, controller.init(1).params)
+    every = np.array(list(itertools.product(*(range(n) for n in SIZES[:5]))))
+    log_probs, entropies = jax.jit(jax.vmap(controller.score, (None, 0)))(params, every)
+    return controller, params, every, np.asarray(log_probs, float), np.asarray(entropies, float)
+
+
+def test_log_probabilities_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    controller = Controller(LAYERS)
+    params = jax.tree.map(lambda p: 10 * p, controller.init(0).params)
+    step = {name: np.asarray(value) for name, value in params["step"].items() if "lstm" not in name}
+    lstm = torch.nn.LSTM(35, 35, 2)
+    for layer in (0, 1):
+        weights = params["step"][f"lstm{layer + 1}"]
+        for ours, theirs in (("i", "weight_ih"), ("h", "weight_hh")):
+            gates = [np.asarray(weights[f"{ours}{gate}"]["kernel"]).T for gate in "ifgo"]
+            getattr(lstm, f"{theirs}_l{layer}").data = torch.tensor(np.concatenate(gates))
+        biases = np.concatenate([np.asarray(weights[f"h{gate}"]["bias"]) for gate in "ifgo"])
+        getattr(lstm, f"bias_ih_l{layer}").data = torch.tensor(biases)
+        getattr(lstm, f"bias_hh_l{layer}").data.zero_()
+
+    decisions = [1, 2, 0, 1, 1, 1, 0, 0, 1]  # layer 3 takes layer 2 alone
+    flat, x, state = iter(decisions), np.asarray(params["start"]), None
+    outputs, total = [], 0.0
+    for decision in LAYERS:
+        h, state = lstm(torch.tensor(x)[None, None], state)
+        h = h.detach().numpy()[0, 0]
+        if isinstance(decision, Choice):
+            kind, chosen = ["height", "count"].index(decision.name), next(flat)
+            logits = torch.tensor(h @ step["softmax"][kind, :, : decision.size])
+            total += float(torch.log_softmax(logits, 0)[chosen])
+            x = step["embedding"][kind, chosen]
+        else:
+            bits = [next(flat) for _ in outputs]
+            for h_j, bit in zip(outputs, bits):
+                p = 1 / (
+                    1 + np.exp(-step["v"] @ np.tanh(step["w_prev"].T @ h_j + step["w_curr"].T @ h))
+                )
+                total += np.log(p if bit else 1 - p)
+            taken = [h_j for h_j, bit in zip(outputs, bits) if bit]
+            x = np.sum([np.zeros(35), *taken], axis=0).astype(np.float32) / (1 + len(taken))
+            outputs.append(h)
+    assert total < -5
+    np.testing.assert_allclose(controller.score(params, jnp.array(decisions))[0], total, rtol=1e-5)
+
+
+def test_probabilities_sum_to_one_and_the_entropy_is_theirs():
+    _, _, every, log_probs, entropies = make_tiny()
+    p = np.exp(log_probs)
+    assert len(every) == 72
+    assert p.sum() == pytest.approx(1, abs=1e-5)
+    assert p.max() > 5 * p.min()
+    assert p @ entropies == pytest.approx(-(p @ log_probs), rel=1e-5)
+
+
+def test_samples_have_their_probabilities():
+    controller, params, every, log_probs, _ = make_tiny()
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn, drawn_log_probs = jax.jit(jax.vmap(controller.sample, (None, 0)))(params, keys)
+    number = {tuple(row): i for i, row in enumerate(every.tolist())}
+    indices = np.array([number[tuple(row)] for row in np.asarray(drawn).tolist()])
+    np.testing.assert_allclose(drawn_log_probs, log_probs[indices], atol=1e-4)
+    expected = np.exp(log_probs) / np.exp(log_probs).sum() * len(indices)
+    assert stats.chisquare(np.bincount(indices, minlength=72), expected).pvalue > 1e-3
+
+
+def test_reinforce_is_the_gradient_of_the_expected_reward():
+    """Summed over all 72 networks, with their probabilities, whatever the baseline is."""
+    controller, params, every, log_probs, _ = make_tiny()
+    rewards = np.random.default_rng(0).uniform(size=72).astype(np.float32)
+    p = jnp.exp(jnp.asarray(log_probs, jnp.float32))
+
+    def expected_reward(params):
+        scores, _ = jax.vmap(controller.score, (None, 0))(params, every)
+        return jnp.sum(jnp.exp(scores) * rewards)
+
+    exact = jax.jit(jax.grad(expected_reward))(params)
+    single = jax.vmap(jax.grad(controller.compute_loss), (None, 0, 0, None))
+
+    @jax.jit
+    def estimate(params, baseline):
+        grads = single(params, every[:, None], rewards[:, None], baseline)
+        return jax.tree.map(lambda g: -jnp.tensordot(p, g, 1), grads)
+
+    for baseline in (0.0, 0.7):
+        for ours, theirs in zip(
+            jax.tree.leaves(estimate(params, baseline)), jax.tree.leaves(exact)
+        ):
+            scale = np.abs(theirs).max()
+            np.testing.assert_allclose(ours, theirs, atol=2e-4 * scale + 1e-7)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(exact)) > 1e-3
+
+
+def test_it_finds_the_best_of_a_toy_and_the_baseline_follows_the_rewards():
+    """The best of 12 has a reward of 1, all others of 0."""
+    controller = Controller([Choice("a", 3), Choice("b", 4)], learning_rate=5e-3)
+    trials = search_with_controller(
+        controller, lambda d: float(d == (2, 1)), trials=240, seed=0, batch_size=4
+    )
+    rewards = [reward for _, reward in trials]
+    assert np.mean(rewards[:60]) < 0.3
+    assert np.mean(rewards[-60:]) > 0.95
+
+    # The state after the log is the state of the search, to the bit.
+    batches = [tuple(zip(*trials[i : i + 4])) for i in range(0, 240, 4)]
+    state, again = controller.replay(0, batches), controller.init(0)
+    for decisions, reward in batches:
+        again = controller.update(again, decisions, reward)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again)):
+        np.testing.assert_array_equal(a, b)
+    numbers = [236, 237, 238, 239]
+    before = controller.replay(0, batches[:59])
+    assert controller.sample_trials(before, 0, numbers) == [d for d, _ in trials[236:]]
+    baseline = np.mean(rewards[:4])
+    for i in range(0, 240, 4):
+        baseline = 0.9 * baseline + 0.1 * np.mean(rewards[i : i + 4])
+    assert state.baseline == pytest.approx(baseline, rel=1e-5)
+
+
+def test_errors():
+    with pytest.raises(UserError, match="choice 'a' has 3 and 4 options"):
+        Controller([Choice("a", 3), Choice("a", 4)])
+    with pytest.raises(UserError, match="expected one or more choices"):
+        Controller([Anchor()])
+    controller = make_tiny()[0]
+    with pytest.raises(UserError, match="expected finite rewards"):
+        controller.update(controller.init(0), [[0, 0, 0, 0, 0]], [np.nan])
