@@ -38,7 +38,7 @@ from flax_cnns.types import Array, PyTree
 INIT_LIMIT = 0.08  # weights start uniform between -0.08 and 0.08
 
 
-class Choice(NamedTuple):
+class Categorical(NamedTuple):
     """A decision for one of `size` options, numbered from 0."""
 
     name: str  # choices of one name share their embeddings and their softmax
@@ -137,7 +137,7 @@ def _uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Arra
 class ControllerLSTM(nn.Module):
     """The controller's network: makes decisions, or scores given ones."""
 
-    decisions: tuple[Choice | Anchor, ...]
+    decisions: tuple[Categorical | Anchor, ...]
     units: int = 35
     layers: int = 2
 
@@ -149,7 +149,7 @@ class ControllerLSTM(nn.Module):
         steps, given the decisions before each.
         """
         steps, count = list_steps(self.decisions), len(self.decisions)
-        kinds = {c.name for c in self.decisions if isinstance(c, Choice)}
+        kinds = {c.name for c in self.decisions if isinstance(c, Categorical)}
         anchors = max(sum(isinstance(c, Anchor) for c in self.decisions), 1)
         zeros = jnp.zeros(self.units)
         start = self.param("start", _uniform, (self.units,))
@@ -163,11 +163,11 @@ class ControllerLSTM(nn.Module):
         return rows, jnp.sum(log_probs), jnp.sum(entropies)
 
 
-def list_steps(decisions: Sequence[Choice | Anchor]) -> _Rows:
+def list_steps(decisions: Sequence[Categorical | Anchor]) -> _Rows:
     """Returns facts about each step. Raises UserError if one name has choices of two sizes."""
     sizes: dict[str, int] = {}
     for decision in decisions:
-        if isinstance(decision, Choice) and sizes.setdefault(decision.name, decision.size) != (
+        if isinstance(decision, Categorical) and sizes.setdefault(decision.name, decision.size) != (
             decision.size
         ):
             raise UserError(
@@ -178,7 +178,7 @@ def list_steps(decisions: Sequence[Choice | Anchor]) -> _Rows:
         raise UserError(f"expected one or more choices with options, got {list(decisions)}")
     names, anchors = list(sizes), itertools.count()
     rows = [
-        (names.index(d.name), d.size, -1) if isinstance(d, Choice) else (0, 1, next(anchors))
+        (names.index(d.name), d.size, -1) if isinstance(d, Categorical) else (0, 1, next(anchors))
         for d in decisions
     ]
     return _Rows(*np.array(rows, np.int32).T)
@@ -198,7 +198,7 @@ class Controller:
 
     def __init__(
         self,
-        decisions: Sequence[Choice | Anchor],
+        decisions: Sequence[Categorical | Anchor],
         *,
         learning_rate: float = 6e-4,
         baseline_decay: float = 0.9,

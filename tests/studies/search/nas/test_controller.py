@@ -14,13 +14,13 @@ from scipy import stats
 from flax_cnns.errors import UserError
 from flax_cnns.studies.search.nas.controller import (
     Anchor,
-    Choice,
+    Categorical,
     Controller,
     search_with_controller,
 )
 
 # Two choices of different sizes and an anchor for each of three layers; 2 * 3 * ... * 2^(0+1+2).
-LAYERS = (Choice("height", 2), Choice("count", 3), Anchor()) * 3
+LAYERS = (Categorical("height", 2), Categorical("count", 3), Anchor()) * 3
 SIZES = [2, 3, 2, 3, 2, 2, 3, 2, 2]  # of the flat decisions
 
 
@@ -55,7 +55,7 @@ def test_log_probabilities_are_those_of_torch():
     for decision in LAYERS:
         h, state = lstm(torch.tensor(x)[None, None], state)
         h = h.detach().numpy()[0, 0]
-        if isinstance(decision, Choice):
+        if isinstance(decision, Categorical):
             kind, chosen = ["height", "count"].index(decision.name), next(flat)
             logits = torch.tensor(h @ step["softmax"][kind, :, : decision.size])
             total += float(torch.log_softmax(logits, 0)[chosen])
@@ -123,7 +123,7 @@ def test_reinforce_is_the_gradient_of_the_expected_reward():
 
 def test_it_finds_the_best_of_a_toy_and_the_baseline_follows_the_rewards():
     """The best of 12 has a reward of 1, all others of 0."""
-    controller = Controller([Choice("a", 3), Choice("b", 4)], learning_rate=5e-3)
+    controller = Controller([Categorical("a", 3), Categorical("b", 4)], learning_rate=5e-3)
     trials = search_with_controller(
         controller, lambda d: float(d == (2, 1)), trials=240, seed=0, batch_size=4
     )
@@ -149,7 +149,7 @@ def test_it_finds_the_best_of_a_toy_and_the_baseline_follows_the_rewards():
 
 def test_errors():
     with pytest.raises(UserError, match="choice 'a' has 3 and 4 options"):
-        Controller([Choice("a", 3), Choice("a", 4)])
+        Controller([Categorical("a", 3), Categorical("a", 4)])
     with pytest.raises(UserError, match="expected one or more choices"):
         Controller([Anchor()])
     controller = make_tiny()[0]
