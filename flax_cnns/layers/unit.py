@@ -18,7 +18,7 @@ class ConvUnit(nn.Module):
     kernel_size: tuple[int, int]
     conv: ModuleDef
     norm: ModuleDef = NoNorm
-    stride: int = 1
+    stride: int | tuple[int, int] = 1
     padding: str | int = "SAME"
     activation: Callable = nn.relu
 

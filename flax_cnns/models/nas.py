@@ -12,6 +12,10 @@ mentions ReLU and BatchNorm but not their order; ours is ResNet's. The section d
 precedes the softmax. Here it is the mean of the maps and a dense layer, since a dense layer on all
 pixels would alone have half a million parameters.
 
+`table` and `strides` describe any network of the paper's space (section 3.3): layers that no other
+layer takes are concatenated for the head, and smaller maps are padded with zeros. The paper does
+not say where; here it is below and to the right. `flax_cnns.studies.search.nas` searches tables.
+
 The paper prints no layers of v2 (with predicted strides, 20 layers, 2.5 M), v3 (with max pooling,
 39 layers, 7.1 M) and the wider v3 (37.4 M), so this file does not have them.
 """
@@ -20,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from flax_cnns import layers
-from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize
+from flax_cnns.errors import UserError
+from flax_cnns.models.fields import Classes, Count, CountOrZero, ImageSize, NotEmpty
 from flax_cnns.types import Array, Dtype, Paper
 
 PAPER = Paper(
@@ -64,15 +69,34 @@ FIGURE_7 = (
 )
 
 
-class NAS(nn.Module):
-    """Searched network v1: images f32 [N H W C] -> logits f32 [N num_classes].
+def find_unread(table: Sequence[Layer]) -> list[int]:
+    """Returns the numbers of the layers that no other layer takes, from 1. The head takes them."""
+    taken = {source for row in table for source in row.sources}
+    return [i for i in range(1, len(table) + 1) if i not in taken]
 
-    Returns pooled features f32 [N 48] if `num_classes` is None. Takes any H and W. Raises
-    `UserError` if the images have other channels than `input_size`.
+
+def concatenate_padded(maps: Sequence[Array]) -> Array:
+    """Concatenates maps [N H W C] in depth, with zeros below and to the right of smaller ones."""
+    height, width = (max(x.shape[axis] for x in maps) for axis in (1, 2))
+    padded = [
+        jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
+        for x in maps
+    ]
+    return jnp.concatenate(padded, axis=-1)
+
+
+class NAS(nn.Module):
+    """Searched network, by default v1: images f32 [N H W C] -> logits f32 [N num_classes].
+
+    Returns pooled features if `num_classes` is None: f32 [N 48], or as many as the unread layers
+    have filters. Takes any H and W. Raises `UserError` if the images have other channels than
+    `input_size`, if a layer takes itself, a later layer or nothing, and if there are not as many
+    `strides` as layers.
     """
 
     # architecture
-    table: Sequence[Layer] = FIGURE_7
+    table: Annotated[Sequence[Layer], NotEmpty()] = FIGURE_7
+    strides: Sequence[tuple[Count, Count]] = ()  # height, width for each layer; (): all are 1
     input_size: ImageSize = (32, 32, 3)
     norm: str = "batch"  # with "none" the convolutions have biases
     # head
@@ -88,11 +112,19 @@ class NAS(nn.Module):
         layers.check_images(images, self.input_size)
         conv, norm = layers.building_blocks(self, train, paper=None, use_bias=self.norm == "none")
         unit = partial(layers.ConvUnit, conv=conv, norm=norm)
+        strides = self.strides or ((1, 1),) * len(self.table)
+        if len(strides) != len(self.table):
+            raise UserError(f"strides: expected {len(self.table)} pairs, got {len(strides)}")
         maps = [images]  # each [N H W C] with its own C
-        for i, (kernel_size, width, sources) in enumerate(self.table, 1):
-            x = jnp.concatenate([maps[j] for j in sources], axis=-1)
-            maps.append(unit(width, kernel_size, name=f"conv{i}")(x))
-        return layers.classify(self, maps[-1])
+        for i, ((kernel_size, width, sources), stride) in enumerate(zip(self.table, strides), 1):
+            if not sources or max(sources) >= i:
+                raise UserError(
+                    f"table: layer {i} must take earlier layers, or 0 for the images; got"
+                    f" {tuple(sources)}"
+                )
+            x = concatenate_padded([maps[j] for j in sources])
+            maps.append(unit(width, kernel_size, stride=stride, name=f"conv{i}")(x))
+        return layers.classify(self, concatenate_padded([maps[i] for i in find_unread(self.table)]))
 
 
 def _rewired(sources: Callable[[int], Sequence[int]]) -> tuple[Layer, ...]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from flax_cnns import tree as pytree
+from flax_cnns.errors import UserError
 from flax_cnns.models import nas
+from flax_cnns.models.registry import create_model
+from tests.models.counting import count_params
 from tests.models.published import PUBLISHED
 from tests.models.shapes import capture_shapes, variable_shapes
 
@@ -63,3 +67,53 @@ def test_norms(norm, leaves):
     assert not shapes["batch_stats"]
     kinds = {path.rpartition("/")[2] for path in pytree.flatten(shapes["params"])}
     assert kinds == (leaves or {"kernel", "bias", "scale"})
+
+
+# Filter height, width, number of filters, sources and strides. Layers 3 and 5 are unread.
+SKIPPING = dict(
+    table=[
+        [[3, 1], 24, [0]],
+        [[5, 7], 36, [1]],
+        [[1, 1], 48, [1, 2]],
+        [[7, 3], 64, [0]],
+        [[3, 3], 24, [2, 4]],
+    ],
+    strides=[[2, 1], [1, 2], [1, 1], [3, 2], [1, 1]],
+)
+PLAIN = dict(table=[[[3, 3], 36, [0]], [[5, 5], 48, [1]], [[1, 3], 24, [2]]])
+
+
+def test_count_by_hand_of_other_tables():
+    convs = 3 * 1 * 3 * 24 + 5 * 7 * 24 * 36 + (24 + 36) * 48 + 7 * 3 * 3 * 64 + 9 * (36 + 64) * 24
+    norms = 2 * (24 + 36 + 48 + 64 + 24)
+    head = (48 + 24) * 10 + 10
+    assert count_params(create_model("nas_v1", **SKIPPING)) == convs + norms + head
+    plain = 9 * 3 * 36 + 25 * 36 * 48 + 3 * 48 * 24 + 2 * (36 + 48 + 24) + 24 * 10 + 10
+    assert count_params(create_model("nas_v1", **PLAIN)) == plain
+
+
+def test_smaller_maps_are_padded():
+    _, shapes = capture_shapes("nas_v1", 13, **SKIPPING)
+    assert [shapes[f"conv{i}"] for i in range(1, 6)] == [
+        *((2, 7, 13, 24), (2, 7, 7, 36), (2, 7, 13, 48), (2, 5, 7, 64), (2, 7, 7, 24))
+    ]
+    features, _ = capture_shapes("nas_v1", 13, num_classes=None, **SKIPPING)
+    assert features.shape == (2, 48 + 24)  # layers 3 and 5
+    padded = nas.concatenate_padded([np.ones((1, 2, 1, 1)), np.ones((1, 1, 2, 2))])
+    np.testing.assert_array_equal(padded[0, ..., 0], [[1, 0], [1, 0]])
+    np.testing.assert_array_equal(padded[0, ..., 1], [[1, 1], [0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(table=[[[3, 3], 8, [1]]]), "layer 1 must take earlier layers, or 0"),
+        (dict(table=[[[3, 3], 8, []]]), "layer 1 must take earlier layers, or 0"),
+        (PLAIN | dict(strides=[[1, 1]]), "strides: expected 3 pairs, got 1"),
+    ],
+)
+def test_errors(fields, message):
+    with pytest.raises(UserError, match=message):
+        capture_shapes("nas_v1", 8, **fields)
+    with pytest.raises(UserError, match="table must be a sequence of one or more"):
+        create_model("nas_v1", table=[])
