@@ -20,6 +20,7 @@ r is a 27th of the run, at least the steps to the first validation.
 from __future__ import annotations
 
 import binascii
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -93,11 +94,8 @@ class Pruner:
             for b in range(self.brackets)
         ]
         place = binascii.crc32(f"{STUDY_NAME}_{number}".encode()) % sum(budgets)
-        for bracket, budget in enumerate(budgets):
-            place -= budget
-            if place < 0:
-                break
-        return bracket
+        ends = itertools.accumulate(budgets)
+        return next(bracket for bracket, end in enumerate(ends) if place < end)
 
     def _is_below_median(self, seen: Curve, others: Sequence[TrialRecord]) -> bool:
         step = seen[-1][0]

@@ -64,9 +64,7 @@ class Drawing:
 class Sampler:
     """Draws the trials of a study from a space. `config` is the config without the values."""
 
-    def __init__(
-        self, name: str, config: ConfigDict, space: Mapping[str, Distribution], seed: int
-    ):
+    def __init__(self, name: str, config: ConfigDict, space: Mapping[str, Distribution], seed: int):
         check_sampler(name)
         self.name, self.config, self.space, self.seed = name, config, dict(space), seed
         self._points: Any = None
@@ -185,7 +183,9 @@ def place(distribution: Distribution, at: float) -> Any:
     Returns a label for a choice.
     """
     if distribution.kind == "choice":
-        return distribution.labels[min(int(at * len(distribution.labels)), len(distribution.labels) - 1)]
+        return distribution.labels[
+            min(int(at * len(distribution.labels)), len(distribution.labels) - 1)
+        ]
     low, high = float(distribution.low), float(distribution.high)
     if distribution.kind == "integer":  # each integer has the interval of half a unit on each side
         low, high = low - 0.5, high + 0.5
@@ -194,7 +194,7 @@ def place(distribution: Distribution, at: float) -> Any:
     else:
         value = low + at * (high - low)
     value = min(max(value, distribution.low), distribution.high)
-    return int(round(value)) if distribution.kind == "integer" else value
+    return round(value) if distribution.kind == "integer" else value
 
 
 def list_grid_values(distribution: Distribution, points: int = GRID_POINTS) -> list[Any]:
@@ -208,5 +208,5 @@ def list_grid_values(distribution: Distribution, points: int = GRID_POINTS) -> l
     spaced = np.geomspace if distribution.log else np.linspace
     values = [low, *spaced(low, high, points)[1:-1].tolist(), high]
     if distribution.kind == "integer":
-        return list(dict.fromkeys(int(round(value)) for value in values))
+        return list(dict.fromkeys(round(value) for value in values))
     return [float(value) for value in values]
