@@ -169,16 +169,6 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     return "TPU" if chips and importlib.util.find_spec("libtpu") else None
 
 
-def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether the environment says that this process is one of several of a run.
-
-    Does not ask JAX, which would open the devices. TPU pods are not recognized.
-    """
-    if environment.get(COORDINATOR):
-        return environment.get(NUM_PROCESSES, "") != "1"
-    return find_cluster(environment) in ("SLURM", "Open MPI", "Kubernetes")
-
-
 def exit_if_distributed(code: int) -> None:
     """Ends this process at once if it is one of several; returns if it is the only one.
 

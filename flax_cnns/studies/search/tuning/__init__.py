@@ -6,11 +6,11 @@ trials/N/       the run of trial N
 trials/N.txt    the run's output
 """
 
+from flax_cnns.studies.search.tuning.reading import read_study
 from flax_cnns.studies.search.tuning.records import (
     StudyRecord,
     TrialRecord,
     TuningResult,
-    read_study,
 )
 from flax_cnns.studies.search.tuning.tuner import tune
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from flax_cnns import config as configs
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 
@@ -67,27 +65,6 @@ def find_best(trials: Sequence[TrialRecord], mode: str) -> TrialRecord | None:
     complete = [trial for trial in trials if trial.state == "complete"]
     sign = -1.0 if mode == "max" else 1.0
     return min(complete, key=lambda t: (sign * (t.value or 0.0), t.number), default=None)
-
-
-def read_study(folder: str | os.PathLike) -> StudyRecord:
-    """Reads a study, also while its trials run.
-
-    Raises UserError if there is none, if its files are damaged, or if Optuna is missing.
-    """
-    from flax_cnns.studies.search.tuning import storage
-
-    folder = pathlib.Path(folder)
-    facts = read_facts(folder)
-    if facts is None:
-        raise UserError(
-            f"{folder}: no study here (study.json is missing); give a --workdir of search tune"
-        )
-    return StudyRecord(
-        folder,
-        ConfigDict(configs.add_missing_fields(facts["config"])[0]),
-        **{name: facts[name] for name in ("space", "sampler", "pruner", "metric", "mode", "seed")},
-        trials=storage.read_trials(folder),
-    )
 
 
 FACTS = ("config", "space", "sampler", "pruner", "metric", "mode", "seed", "steps", "data")

@@ -78,7 +78,7 @@ def tune(
     workdirs.check_location(folder)
     options = dict(sampler=sampler, pruner=pruner, metric=metric, seed=seed)
     folder = pathlib.Path(folder)
-    if launch.is_one_of_several(os.environ):
+    if _is_one_of_several(os.environ):
         raise UserError("a search is one process that starts others; start a single process")
     study = make_study(config, space, folder, **options)  # type: ignore[arg-type]
     allotment = Allotment(study, trials, budget_steps)
@@ -100,6 +100,14 @@ def tune(
         board.print("interrupted; run the same command again to resume")
         raise Preempted(0, EXIT_PREEMPTED)
     return make_result(study, records)
+
+
+def _is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several of a run. JAX is not asked, as it would open the
+    devices; so a TPU pod is not recognized."""
+    if environment.get(launch.COORDINATOR):
+        return environment.get(launch.NUM_PROCESSES, "") != "1"
+    return launch.find_cluster(environment) in ("SLURM", "Open MPI", "Kubernetes")
 
 
 def make_result(study: Study, records: Sequence[TrialRecord]) -> TuningResult:
