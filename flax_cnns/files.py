@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import stat
 import threading
@@ -50,6 +51,31 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {path.parent} is not writable")
+
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib turns gs:// into gs:/
+
+
+def check_local(path: str | os.PathLike, flag: str = "", *, writes: bool = False) -> None:
+    """Raises `UserError` if `path` is the address of a bucket or another URL, such as gs://b/x.
+
+    As a path, it would name a local folder `gs:`. Messages name `flag`. `writes`: whether the
+    caller writes runs there, which need more from a mount than data do (docs/accelerators.md).
+    """
+    text = os.fspath(path)
+    if not (match := _ADDRESS.match(text)):
+        return
+    cure = (
+        "mount it, for example with gcsfuse, mountpoint-s3 or SkyPilot, and give the mount's path"
+    )
+    if writes:
+        cure = (
+            "runs need locks, renames and appends, which buckets lack; mount a shared file system"
+            " such as NFS, and give the mount's path (docs/accelerators.md)"
+        )
+    elif match[1].lower() in ("http", "https", "ftp"):
+        cure = "download it, and give the file's path"
+    raise UserError(f"{flag}{flag and ': '}{text} is an address, not a path: {cure}")
 
 
 # ---- atomic writes

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.files import check_local
 
 UNFINISHED_MARK = ".orbax-checkpoint-tmp"  # in the folder name of a save in progress
 
@@ -94,7 +95,11 @@ class StepChoice(NamedTuple):
 
 
 def split_source(source: str | os.PathLike) -> tuple[str, str]:
-    """Splits "runs/x@best" into ("runs/x", "best"); without "@", returns (source, "")."""
+    """Splits "runs/x@best" into ("runs/x", "best"); without "@", returns (source, "").
+
+    Raises `UserError` for an address such as gs://bucket/x.
+    """
+    check_local(source, writes=True)
     text, at, which = os.fspath(source).rpartition("@")
     if not at or os.path.exists(source) or "/" in which:
         return os.fspath(source), ""

@@ -18,6 +18,7 @@ from etils import epath
 
 from flax_cnns.checkpoint.finding import UNFINISHED_MARK
 from flax_cnns.errors import UserError
+from flax_cnns.files import check_local
 
 _MISREAD = re.compile("[*?\\[\\\\\udc80-\udcff]")
 _LONGEST_NAME = 255  # bytes, the limit of Linux
@@ -51,6 +52,7 @@ def check_location(folder: str | os.PathLike, flag: str = "--workdir") -> None:
 
     `folder` need not exist, and nothing is written. Messages name `flag`.
     """
+    check_local(folder, flag, writes=True)
     path = Path(os.path.abspath(folder))
     for name in path.parts:
         if len(os.fsencode(name)) > _LONGEST_NAME:

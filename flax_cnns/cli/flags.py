@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from flax_cnns import recipes
 from flax_cnns.cli import help
+from flax_cnns.cli.paths import check_paths
 from flax_cnns.config import FIELDS, flatten, set_config_field
 from flax_cnns.errors import (
     EXIT_FAULT,
@@ -64,7 +65,9 @@ def main(function: Callable[[list[str]], int | None]) -> None:
         if text := help.find_help(argv, module.__name__, doc, _usage(), _run_paths()):
             print(text)
             sys.exit(0)
-        return _parse(argv)
+        rest = _parse(argv)
+        check_paths(rest[1:])
+        return rest
 
     def start(argv: list[str]) -> int | None:
         launch.keep_memory()

@@ -35,6 +35,7 @@ from flax_cnns.data.splits import (
 from flax_cnns.data.statistics import find_covariance, find_mean_and_std
 from flax_cnns.data.types import Dataset, RawDataset, Split
 from flax_cnns.errors import UserError
+from flax_cnns.files import check_local
 
 EVAL_SHARE = 0.875  # of the shorter side, in evaluation after training on random crops
 
@@ -150,6 +151,8 @@ def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]
 def _read_user_file(config: Any) -> Dataset | None:
     """Returns the data set of the file of arrays that `config` names; None if it names no file."""
     if config.source == "auto" and config.name.endswith(".npz"):
+        check_local(config.name, "config.data.name")
+        check_local(config.dir, "config.data.dir")
         return npz.read(config.name, config.dir)
     return None
 
@@ -175,6 +178,7 @@ def _find_size(data: Dataset, raw: RawDataset) -> tuple[int, int]:
 
 
 def _read(config: Any, *, prepare: bool = True) -> RawDataset:
+    check_local(config.dir, "config.data.dir")
     source = _find_source(config) if config.source == "auto" else config.source
     raw = READERS[source](config, prepare)
     return raw._replace(provenance={"reader": source, **raw.provenance})

@@ -96,6 +96,7 @@ def run(
     configs.validate(config)
     if not os.fspath(workdir):
         raise UserError("--workdir: expected the name of a directory, got nothing")
+    files.check_local(workdir, "--workdir", writes=True)
     directory, which = finding.split_source(workdir)
     if which and workdirs.has_begun(pathlib.Path(directory)):
         raise UserError(
