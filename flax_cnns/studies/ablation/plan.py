@@ -19,7 +19,9 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.studies import own_parts
 
 # Files in the folder of an ablation, which no row may have as its name.
-FOLDER_FILES = ("ablation.json", "report.md", "report.csv", "forest.png", "curves.png")
+FOLDER_FILES = (
+    *("ablation.json", "report.md", "report.csv", "tuning.csv", "forest.png", "curves.png"),
+)
 
 WHY_NO_OBJECTS = "an ablation runs in child processes"  # the end of an error message
 
@@ -30,6 +32,7 @@ class SweepRow(NamedTuple):
     name: str
     overrides: dict[str, Any]  # {path of a field: value}, with values as in JSON
     config: ConfigDict  # the base config with the overrides
+    space: Mapping[str, Any] = {}  # the row's own, see `tuning`
 
 
 class SweepCell(NamedTuple):
@@ -83,8 +86,9 @@ class SweepCell(NamedTuple):
         (self.folder / f"seed{self.seed}.json").unlink(missing_ok=True)
 
 
-def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the rows that `sweep()` in a config file gives.
+def load_sweep(file: str | os.PathLike) -> list[tuple[Any, ...]]:
+    """Returns the rows that `sweep()` in a config file gives: (name, overrides) or (name,
+    overrides, space).
 
     Raises UserError if the file has no `sweep()`, or if `sweep()` does not return or yield rows.
     """
@@ -99,7 +103,7 @@ def load_sweep(file: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
 
 def make_rows(
     config: ConfigDict,
-    sweep: Iterable[tuple[str, Mapping[str, Any]]],
+    sweep: Iterable[tuple[Any, ...]],
     folder: str | os.PathLike | None = None,
 ) -> list[SweepRow]:
     """Makes the rows of a sweep over a config, for `folder`.
@@ -113,10 +117,13 @@ def make_rows(
     rows: dict[str, SweepRow] = {}
     recorded = read_recorded_rows(folder)
     notes: list[str] = []
-    for pair in sweep:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not _is_row(*pair):
-            raise UserError(f"sweep(): expected (name, {{field: value, ...}}), got {pair!r}")
-        name, overrides = pair
+    for given in sweep:
+        if not isinstance(given, (tuple, list)) or len(given) not in (2, 3) or not _is_row(*given):
+            raise UserError(
+                "sweep(): expected (name, {field: value, ...}), or with a space as the third,"
+                f" got {given!r}"
+            )
+        name, overrides, *spaces = given
         if not re.fullmatch(r"\w[\w.,+=-]*", name):
             raise UserError(
                 f"sweep(): the row name {name!r} must also name a directory: use only letters,"
@@ -137,7 +144,8 @@ def make_rows(
             configs.check_new_run(changed, folder, begun=begun, say=notes.append)
         except UserError as error:
             raise UserError(f"row {name}: {error}") from None
-        rows[name] = SweepRow(name, configs.to_plain(dict(overrides)), changed)
+        space = dict(spaces[0]) if spaces else {}
+        rows[name] = SweepRow(name, configs.to_plain(dict(overrides)), changed, space)
     if not rows:
         raise UserError("sweep(): expected at least one row, got none")
     for note in dict.fromkeys(notes):
@@ -153,8 +161,8 @@ def read_recorded_rows(folder: str | os.PathLike | None) -> dict[str, dict[str, 
     return {}
 
 
-def _is_row(name: Any, overrides: Any) -> bool:
-    named = isinstance(name, str) and isinstance(overrides, Mapping)
+def _is_row(name: Any, overrides: Any, space: Any = {}) -> bool:  # noqa: B006 (never changed)
+    named = isinstance(name, str) and isinstance(overrides, Mapping) and isinstance(space, Mapping)
     return named and all(isinstance(field, str) for field in overrides)
 
 
@@ -233,21 +241,40 @@ def write_plan(
     rows: Sequence[SweepRow],
     seeds: int,
     names: Sequence[str] = (),
+    *,
+    tuning: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes ablation.json, or adds new seeds and rows to it.
 
-    `names`: the rows to add in addition to the baseline; () adds all. Raises UserError if the
-    folder has runs of another config, or of another row with the same name.
+    `names`: the rows to add in addition to the baseline; () adds all. `tuning`: how the rows are
+    tuned, as `tuning.describe_plan` describes it. Raises UserError if the folder has runs of
+    another config, of another row with the same name, or of rows that were tuned otherwise.
     """
     folder = pathlib.Path(folder)
     named = [row for row in rows if not names or row.name in names or row is rows[0]]
     ours, order = _make_plan(config, named, seeds), [row.name for row in rows]
+    ours |= {} if tuning is None else {"tuning": configs.to_plain(dict(tuning))}
     with lock_folder(folder):
         path = folder / "ablation.json"
         merged = _merge(folder, ours, workdirs.read_json(path)) if path.is_file() else ours
         merged["rows"].sort(key=lambda row: [*order, row["name"]].index(row["name"]))
         if not path.is_file() or merged != workdirs.read_json(path):
             files.write_json(path, merged)
+
+
+def write_row_seeds(
+    folder: pathlib.Path, seeds: Mapping[str, int], rule: Mapping[str, Any]
+) -> None:
+    """Adds to ablation.json the rows with more seeds than the others, and the rule that says so."""
+    with lock_folder(folder):
+        path = folder / "ablation.json"
+        plan = workdirs.read_json(path)
+        for row in plan["rows"]:
+            if (number := max(seeds.get(row["name"], 0), row.get("seeds", 0))) > plan["seeds"]:
+                row["seeds"] = number
+        plan["stopping"] = dict(rule)
+        if plan != workdirs.read_json(path):
+            files.write_json(path, plan)
 
 
 def _make_plan(config: ConfigDict, rows: Sequence[SweepRow], seeds: int) -> dict[str, Any]:
@@ -272,6 +299,7 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
+    fields += _list_tuning_differences(ours.get("tuning"), theirs.get("tuning"), set(kept))
     for row in ours["rows"]:
         changed = configs.list_differences(
             row["overrides"], kept.pop(row["name"], row["overrides"])
@@ -284,7 +312,34 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
         )
     only_theirs = [{"name": name, "overrides": overrides} for name, overrides in kept.items()]
     seeds = max(ours["seeds"], theirs["seeds"])
-    return ours | {"seeds": seeds, "rows": [*ours["rows"], *only_theirs]}
+    merged = ours | {"seeds": seeds, "rows": [*ours["rows"], *only_theirs]}
+    more = {row["name"]: row["seeds"] for row in theirs["rows"] if row.get("seeds", 0) > seeds}
+    for row in merged["rows"]:
+        row |= {"seeds": more[row["name"]]} if row["name"] in more else {}
+    if "stopping" in theirs:
+        merged["stopping"] = theirs["stopping"]
+    if "tuning" in ours:  # the rows that are only there keep their spaces
+        spaces = theirs["tuning"]["spaces"] | ours["tuning"]["spaces"]
+        merged["tuning"] = ours["tuning"] | {"spaces": spaces}
+    return merged
+
+
+def _list_tuning_differences(
+    ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, begun: set[str]
+) -> list[str]:
+    """Lists how the tuning of rows with runs differs."""
+    if (ours is None) != (theirs is None):
+        there, here = ("not tuned" if each is None else "tuned" for each in (theirs, ours))
+        return [f"--tune: {there} there, {here} here"]
+    if ours is None or theirs is None:
+        return []
+    fields = []
+    if ours["trials"] != theirs["trials"]:
+        fields.append(f"--tune: {theirs['trials']} trials there, {ours['trials']} here")
+    for name in sorted(begun & ours["spaces"].keys() & theirs["spaces"].keys()):
+        if ours["spaces"][name] != theirs["spaces"][name]:
+            fields.append(f"the space of row {name} differs")
+    return fields
 
 
 def is_final(status: str) -> bool:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from flax_cnns.analysis import statistics
+from flax_cnns.analysis.power import SeedsNeeded
 from flax_cnns.analysis.statistics import Difference, Interval, MarginTest
 from flax_cnns.runs.metric import Metric
-from flax_cnns.studies.ablation import margins
+from flax_cnns.studies.ablation import margins, seeds_needed
 from flax_cnns.studies.ablation.reading import RowResults, count_params_and_macs
 
 ALPHA = 0.05  # a difference may be printed bold if its corrected p-value is below this
@@ -31,6 +32,7 @@ class RowSummary(NamedTuple):
     seconds: float | None
     metric: Metric = Metric("accuracy")
     margin: MarginTest | None = None  # None without --margin, and for the baseline
+    seeds_needed: SeedsNeeded | None = None  # None without --power, and for the baseline
 
     @property
     def is_significant(self) -> bool:
@@ -47,8 +49,10 @@ def summarize_rows(
     baseline: str,
     method: str,
     metric: Metric,
-    margin: float | None,
+    margin: float | None = None,
+    power: float | None = None,
 ) -> list[RowSummary]:
+    """Summarizes rows; `margin` and `power` are those of `report.write`."""
     test = f"test/{metric.name}"
     reference = next((row.values(test) for row in rows if row.name == baseline), {})
     differences = [
@@ -76,6 +80,7 @@ def summarize_rows(
                 seconds=_mean(record.seconds for record in records),
                 metric=metric,
                 margin=margins.make_test(difference, values, reference, metric, margin),
+                seeds_needed=seeds_needed.plan_row(difference, values, reference, metric, power),
             )
         )
     return summaries
