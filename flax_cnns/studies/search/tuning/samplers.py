@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,22 @@ class Drawing:
 
 
 class Sampler:
-    """Draws the trials of a study from a space. `config` is the config without the values."""
+    """Draws the trials of a study from a space. `config` is the config without the values.
 
-    def __init__(self, name: str, config: ConfigDict, space: Mapping[str, Distribution], seed: int):
+    `first`: {path: drawn value} of the first trials, which are not drawn.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ConfigDict,
+        space: Mapping[str, Distribution],
+        seed: int,
+        first: Sequence[Mapping[str, Any]] = (),
+    ):
         check_sampler(name)
         self.name, self.config, self.space, self.seed = name, config, dict(space), seed
+        self.first = [make_params(values, space) for values in first]
         self._points: Any = None
 
     def count_points(self) -> int | None:
@@ -75,6 +86,8 @@ class Sampler:
 
     def draw(self, number: int, journal: Journal | None = None) -> Drawing:
         """Draws the values of a trial. TPE reads the earlier trials from the journal."""
+        if number < len(self.first):
+            return self._follow(lambda path, distribution: self.first[number][path])
         if self.name == "grid":
             point = self._grid[number]
             return self._follow(lambda path, distribution: point[path])
@@ -169,6 +182,29 @@ class Sampler:
                 yield from follow({**point, path: param}, changed, rest[1:])
 
         yield from follow({}, self.config, list(self.space))
+
+
+def make_params(values: Mapping[str, Any], space: Mapping[str, Distribution]) -> dict[str, Any]:
+    """Returns the drawn values of a trial as Optuna knows them: with labels for choices.
+
+    Raises UserError for a value that the space does not have.
+    """
+    params = {}
+    for path, value in values.items():
+        if path not in space:
+            raise UserError(f"a first trial sets {path}, which the space does not have")
+        distribution = space[path]
+        if distribution.kind == "choice":
+            known = [configs.to_plain({"value": each}) for each in distribution.values]
+            wanted = configs.to_plain({"value": value})
+            is_inside = wanted in known
+            params[path] = distribution.labels[known.index(wanted)] if is_inside else value
+        else:
+            is_inside = distribution.low <= value <= distribution.high
+            params[path] = value
+        if not is_inside:
+            raise UserError(f"a first trial has {path}={value!r}, which the space does not have")
+    return params
 
 
 def make_seed(seed: int, number: int, path: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -60,6 +60,7 @@ def make_study(
     pruner: str,
     metric: str,
     seed: int | None,
+    first: Sequence[Mapping[str, Any]] = (),
 ) -> Study:
     """Checks a search: its config, its space, and a run of its first trial, from shapes alone.
 
@@ -80,7 +81,7 @@ def make_study(
             )
     check_pruner(pruner)
     seed = config.seed if seed is None else seed
-    drawer = Sampler(sampler, config, space, seed)
+    drawer = Sampler(sampler, config, space, seed, first)
     drawer.count_points()  # raises UserError if there are too many
     for number in range(PROBES):
         drawing = Sampler("random", config, space, seed).draw(number)
@@ -88,9 +89,9 @@ def make_study(
             changed = apply_overrides(config, drawing.fields)
             configs.validate(changed)
             configs.raise_problems(configs.find_problems(changed))
-    first = Sampler("random", config, space, seed).draw(0).fields
-    with _name_values(first):
-        components, _ = dry_run(apply_overrides(config, first), {})
+    drawn = Sampler("random", config, space, seed).draw(0).fields
+    with _name_values(drawn):
+        components, _ = dry_run(apply_overrides(config, drawn), {})
     plan = RunPlan(components)
     if not plan.has_validation:
         raise UserError(
@@ -118,6 +119,8 @@ def make_study(
         "steps": steps,
         "data": components.dataset.snapshot.fingerprint,
     }
+    if first:
+        facts["first"] = configs.to_plain({"trials": [dict(values) for values in first]})["trials"]
     return Study(
         folder=folder,
         config=config,

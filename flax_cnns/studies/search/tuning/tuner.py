@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -51,6 +52,7 @@ def tune(
     budget_steps: int | None = None,
     jobs: int | None = None,
     seed: int | None = None,
+    first: Sequence[Mapping[str, Any]] = (),
     accept_changed_data: bool = False,
     console: Console | None = None,
 ) -> TuningResult:
@@ -65,6 +67,7 @@ def tune(
     budget_steps: no trial begins once the trials have taken so many training steps.
     jobs: how many trials run at once, see `child.make_device_slots`.
     seed: of the draws; None takes the config's. All runs have the config's seed.
+    first: {path: drawn value} of the first trials, which are not drawn.
 
     If this process is one of several, all of them call `tune` and each runs the trials in process.
 
@@ -76,7 +79,7 @@ def tune(
     storage.import_optuna()
     samplers.check_sampler(sampler)
     workdirs.check_location(folder)
-    options = dict(sampler=sampler, pruner=pruner, metric=metric, seed=seed)
+    options = dict(sampler=sampler, pruner=pruner, metric=metric, seed=seed, first=first)
     folder = pathlib.Path(folder)
     if _is_one_of_several(os.environ):
         raise UserError("a search is one process that starts others; start a single process")
