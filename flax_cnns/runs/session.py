@@ -9,7 +9,7 @@ import itertools
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -50,6 +50,10 @@ class Session:
     """One start of a run: from its newest checkpoint or step 0 to its end or to a signal."""
 
     batches: Any  # `host_batches`; has `digest` if the data are `Dataset.from_batches`
+    # Called after each validation, on every process; True stops the run.
+    stop_when: Callable[[int, dict[str, float]], bool] | None = None
+    is_stopped = False  # by `stop_when`
+    is_asked = False  # to stop, by a signal
 
     def __init__(
         self,
@@ -130,7 +134,8 @@ class Session:
             f"saved at step {outcome.step} of {self.plan.total_steps}; run the same command again"
             " to resume"
         )
-        return Preempted(outcome.step, self.signals.code)
+        by_signal = self.is_asked or not self.is_stopped
+        return Preempted(outcome.step, self.signals.code, by_signal=by_signal)
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         """Logs the metrics of a step and shows them."""
@@ -145,6 +150,8 @@ class Session:
         if any(name.startswith("validation/") for name in record):
             # A copy, because the checkpoint's score is taken from `record` afterwards.
             self._call_back("on_validation", step, dict(record))
+            if self.stop_when is not None:
+                self.is_stopped |= self.stop_when(step, dict(record))
 
     def _call_back(self, hook: str, *arguments: Any) -> None:
         """Calls a hook of the user's callbacks, on the primary process."""
@@ -170,6 +177,10 @@ class Session:
                         " data"
                     )
         return ""
+
+    def _should_stop(self, step: int) -> bool:
+        self.is_asked |= self.signals.should_stop(step)  # several processes ask after every step
+        return self.is_asked or self.is_stopped
 
     def _tick(self, step: int) -> None:
         self.handle.begun = True
@@ -261,7 +272,7 @@ class Session:
                 save=self._save,
                 write=self._write,
                 tick=self._tick,
-                should_stop=self.signals.should_stop,
+                should_stop=self._should_stop,
                 evaluate=validate if self.plan.has_validation else None,
                 on_validation=on_validation,
                 refresh=make_statistics_refresh(

@@ -43,6 +43,7 @@ def run(
     callbacks: Sequence[Any] | None = None,
     accept_changed_data: bool = False,
     fingerprint: dict[str, Any] | None = None,
+    stop_when: Callable[[int, dict[str, float]], bool] | None = None,
 ) -> dict[str, Any]:
     """Trains what `config` describes and returns what it writes to `workdir/summary.json`.
 
@@ -71,6 +72,8 @@ def run(
     `ChangedData`, a UserError. With `accept_changed_data` it continues, and records the change with
     both fingerprints in `dataset.json`. `fingerprint` is the data's fingerprint, if the caller has
     just computed it; otherwise `run` reads the data of a complete run to compare them.
+    `stop_when(step, metrics)` is called after each validation, on every process; if it returns True
+    (on all of them), the run saves and raises `Preempted`.
 
     Raises:
         UserError: for what the user can correct, also for a file that cannot be written. Printed
@@ -159,7 +162,9 @@ def run(
                 files.write_json(workdir / "own.json", record)
             workdirs.write_dataset_facts(workdir, components.dataset.as_dict())
         try:
-            return Session(plan, workdir, handle, signals, began, accept_changed_data).run()
+            session = Session(plan, workdir, handle, signals, began, accept_changed_data)
+            session.stop_when = stop_when
+            return session.run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {workdirs.describe_resume(workdir)}") from None
         except DamagedImage as error:

@@ -23,11 +23,11 @@ EXIT_TIMEOUT = 1.0  # seconds after the second Ctrl-C until the process is ended
 
 class Preempted(SystemExit):
     """The run saved and stopped because of a signal. The process exits with 75, or 130 after
-    Ctrl-C."""
+    Ctrl-C. `by_signal` is False if `stop_when` of `run` stopped it instead."""
 
-    def __init__(self, step: int, code: int = EXIT_PREEMPTED):
+    def __init__(self, step: int, code: int = EXIT_PREEMPTED, by_signal: bool = True):
         super().__init__(code)
-        self.step = step
+        self.step, self.by_signal = step, by_signal
 
 
 class Signals:

@@ -75,14 +75,12 @@ class TuningBoard:
 
     def _estimate(self, records: Sequence[TrialRecord], running: Sequence[RunningJob]) -> float:
         """Returns the seconds that are left; 0 if they are not known yet."""
-        now, planned = time.monotonic(), self.study.facts["steps"]
+        planned = self.study.facts["steps"]
         steps = {job.job.name: job.job.read_step() for job in running}
-        begun = [(now - job.start_time, steps[job.job.name]) for job in running]
-        seen = self.seconds or [(seconds, done) for seconds, done in begun if done > planned / 20]
-        total_steps = sum(done for _, done in seen)
-        if not total_steps:
+        seconds = self.seconds or [each for each in map(_forecast_run, running) if each]
+        if not seconds:
             return 0.0
-        per_step = sum(seconds for seconds, _ in seen) / total_steps
+        per_step = sum(took for took, _ in seconds) / sum(done for _, done in seconds)
         left = sum(max(0, job.job.last_step - steps[job.job.name]) for job in running)
         ended = [record.steps for record in records if record.state != "running"]
         mean = sum(ended) / len(ended) if ended else planned
@@ -119,6 +117,19 @@ class TuningBoard:
         """Formats a validation metric with its name."""
         metric = self.study.metric
         return f"{value:.2%} {metric}" if metric in FRACTION_METRICS else f"{metric} {value:.4g}"
+
+
+def _forecast_run(running: RunningJob) -> tuple[float, int] | None:
+    """Returns (seconds that a running trial will take, its steps), from the pace after its first
+    step; None until it has logged twice."""
+    began = time.time() - (time.monotonic() - running.start_time)
+    lines = [line for line in running.job.read_lines() if line["time"] >= began]
+    if len(lines) < 2 or lines[-1]["step"] <= lines[0]["step"]:
+        return None
+    first, last = lines[0], lines[-1]
+    pace = (last["time"] - first["time"]) / (last["step"] - first["step"])
+    steps = running.job.last_step
+    return first["time"] - began + pace * (steps - first["step"]), steps
 
 
 def describe_values(values: Mapping[str, Any]) -> str:

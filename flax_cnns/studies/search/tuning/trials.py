@@ -49,19 +49,22 @@ class TrialRun:
         size, self.size = self.size, size
         return size != self.size
 
+    def read_lines(self) -> list[dict[str, float]]:
+        """Returns the lines of the run's log, oldest first."""
+        log = self.workdir / "metrics.jsonl"
+        return read_jsonl(log) if log.is_file() else []
+
     def read_curve(self) -> tuple[tuple[int, float], ...]:
         """Returns the run's validations (step, value), by step."""
-        log, name = self.workdir / "metrics.jsonl", f"validation/{self.study.metric}"
-        if not log.is_file():
-            return ()
-        points = {int(r["step"]): float(r[name]) for r in read_jsonl(log) if name in r}
+        name = f"validation/{self.study.metric}"
+        points = {
+            int(line["step"]): float(line[name]) for line in self.read_lines() if name in line
+        }
         return tuple(sorted(points.items()))
 
     def read_step(self) -> int:
         """Returns the newest logged step; 0 if nothing was logged."""
-        log = self.workdir / "metrics.jsonl"
-        steps = [int(record["step"]) for record in read_jsonl(log)] if log.is_file() else []
-        return max(steps, default=0)
+        return max((int(line["step"]) for line in self.read_lines()), default=0)
 
     def decide(self, others: Sequence[TrialRecord]) -> tuple[Decision, tuple]:
         """Returns (the pruner's decision, the validations that count)."""

@@ -27,7 +27,8 @@ from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.studies.scheduler import RunningJob, Scheduler, StopSignals
 from flax_cnns.studies.search.tuning import samplers, storage
 from flax_cnns.studies.search.tuning.board import TuningBoard
-from flax_cnns.studies.search.tuning.records import TrialRecord, TuningResult, find_best
+from flax_cnns.studies.search.tuning.records import TrialRecord, TuningResult
+from flax_cnns.studies.search.tuning.results import make_result
 from flax_cnns.studies.search.tuning.storage import Journal
 from flax_cnns.studies.search.tuning.study import Study, make_study, record_study
 from flax_cnns.studies.search.tuning.trials import (
@@ -82,7 +83,15 @@ def tune(
     options = dict(sampler=sampler, pruner=pruner, metric=metric, seed=seed, first=first)
     folder = pathlib.Path(folder)
     if _is_one_of_several(os.environ):
-        raise UserError("a search is one process that starts others; start a single process")
+        from flax_cnns.studies.search.tuning import together
+
+        return together.tune_together(
+            config,
+            lambda: make_study(config, space, folder, **options),  # type: ignore[arg-type]
+            trials=trials,
+            budget_steps=budget_steps,
+            accept_changed_data=accept_changed_data,
+        )
     study = make_study(config, space, folder, **options)  # type: ignore[arg-type]
     allotment = Allotment(study, trials, budget_steps)
     slots = child.make_device_slots(jobs)
@@ -111,21 +120,6 @@ def _is_one_of_several(environment: Mapping[str, str]) -> bool:
     if environment.get(launch.COORDINATOR):
         return environment.get(launch.NUM_PROCESSES, "") != "1"
     return launch.find_cluster(environment) in ("SLURM", "Open MPI", "Kubernetes")
-
-
-def make_result(study: Study, records: Sequence[TrialRecord]) -> TuningResult:
-    """Returns the result of a study. Raises UserError if no trial is complete."""
-    best = find_best(records, study.mode)
-    if best is None:
-        failed = [record for record in records if record.state == "failed"]
-        diverged = sum(record.error.startswith("diverged") for record in failed)
-        reason = f"; the first, trial {failed[0].number}: {failed[0].error}" if failed else ""
-        raise UserError(
-            f"{study.folder}: no trial of {len(records)} is complete: {len(failed)} failed,"
-            f" {diverged} of them diverged{reason}; lower the ends of the space's ranges, or set"
-            " optimizer.clip_norm, in another --workdir"
-        )
-    return TuningResult(list(records), best)
 
 
 class TrialScheduler(Scheduler[TrialRun]):
