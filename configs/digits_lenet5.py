@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from flax_cnns.config.spaces import Distribution, choice, log_uniform, uniform
+
 from . import common
 
 
@@ -34,3 +36,12 @@ def get_config(mode: str = "") -> ConfigDict:
         config.train.duration = "3 epochs"
         config.train.eval_every = "1 epochs"
     return config
+
+
+def space() -> dict[str, Distribution]:
+    return {
+        "schedule.learning_rate": log_uniform(1e-4, 1e-1),
+        "optimizer.name": choice("adam", "sgd"),
+        "optimizer.momentum": uniform(0.5, 0.99, when={"optimizer.name": "sgd"}),
+        "data.augment.rotate": uniform(0.0, 30.0),
+    }

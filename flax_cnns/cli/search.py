@@ -1,12 +1,20 @@
 r"""Searches over networks and settings.
 
 scaling: the best way to scale up a network, as in the EfficientNet paper.
+tune: the best values of a config's fields, by trials on the validation split.
 
 flax-cnns search scaling --workdir=runs/scaling
 flax-cnns search scaling --workdir=runs/s \
     --config=configs/scaling_small.py:fashion_mnist
+flax-cnns search tune --workdir=runs/tune --config=configs/digits_lenet5.py \
+    --trials=20 --pruner=median
+flax-cnns search tune --workdir=runs/t --config=configs/digits_lenet5.py \
+    --budget=20000 --pruner=hyperband --dry-run
 
 `scaling` searches a grid of factors for depth (alpha), width (beta) and resolution (gamma).
+
+`tune` searches the fields that space() in the config file names. A trial is a run in
+WORKDIR/trials/N. It is never tested, and its value is its best validation.
 
 If you repeat a command, complete runs are not repeated. If the data changed, the command ends with
 an error; with --accept-changed-data it continues. docs/search.md has a section for each kind.
@@ -19,19 +27,42 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_cnns.cli import search_scaling
+from flax_cnns.cli import search_scaling, search_tune
 from flax_cnns.cli.flags import define_accept, define_commands, define_config
 from flax_cnns.errors import UserError
 
 flags.DEFINE_string("workdir", "", "The folder of the search's runs.")
 flags.DEFINE_integer("seeds", 0, "Number of seeds of each final network; 0: 3.", lower_bound=0)
 flags.DEFINE_float(
-    "budget", 2.0, "scaling: the value of alpha * beta^2 * gamma^2 in the grid, within 10 %."
+    "budget",
+    2.0,
+    "scaling: the value of alpha * beta^2 * gamma^2 in the grid, within 10 %. tune: no trial begins"
+    " once the trials have taken so many training steps.",
 )
 flags.DEFINE_float("step", 0.1, "scaling: step of the grid over alpha, beta and gamma.")
 flags.DEFINE_float(
     "phi", 2.0, "scaling: the final comparison is between networks with budget^phi times the MACs."
 )
+flags.DEFINE_integer("trials", None, "tune: number of trials, with those that are there already.")
+flags.DEFINE_string("sampler", "tpe", "tune: how values are drawn: tpe, random, qmc or grid.")
+flags.DEFINE_string(
+    "pruner", "none", "tune: which trials stop early: none, median, halving or hyperband."
+)
+flags.DEFINE_string(
+    "metric",
+    "auto",
+    "tune: the validation metric that is searched for, as in train.best_by; auto: that of the"
+    " config.",
+)
+flags.DEFINE_integer(
+    "jobs",
+    None,
+    "tune: how many trials run at once. On GPUs, each trial has one GPU, and all GPUs are used by"
+    " default. On a CPU, trials share the cores equally; the default is 1.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("seed", None, "tune: seed of the draws; by default that of the config.")
+flags.DEFINE_bool("dry-run", False, "tune: only show the plan and the time that it will take.")
 define_accept()
 _CONFIG = define_config("scaling_small", only="scaling")
 
@@ -48,6 +79,14 @@ KINDS: dict[str, SearchKind] = {
     "scaling": SearchKind(
         search_scaling.search_scaling,
         ("config", "workdir", "seeds", "budget", "step", "phi", "accept-changed-data"),
+    ),
+    "tune": SearchKind(
+        search_tune.search_tune,
+        (
+            *("config", "workdir", "trials", "budget", "sampler", "pruner", "metric", "jobs"),
+            *("seed", "dry-run", "accept-changed-data"),
+        ),
+        required=("workdir", "config"),
     ),
 }
 define_commands(*KINDS)

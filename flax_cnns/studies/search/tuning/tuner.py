@@ -8,6 +8,7 @@ those of a search that was never stopped.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from flax_cnns import recipes
 from flax_cnns.checkpoint.lock import DirectoryLock
 from flax_cnns.config.spaces import Distribution
 from flax_cnns.errors import EXIT_PREEMPTED, UserError
@@ -24,9 +26,11 @@ from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runtime import launch, output
 from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.studies.ablation import forecast
+from flax_cnns.studies.ablation.plan import SweepRow
 from flax_cnns.studies.scheduler import RunningJob, Scheduler, StopSignals
 from flax_cnns.studies.search.tuning import samplers, storage
-from flax_cnns.studies.search.tuning.board import TuningBoard
+from flax_cnns.studies.search.tuning.board import TuningBoard, describe_values
 from flax_cnns.studies.search.tuning.records import TrialRecord, TuningResult
 from flax_cnns.studies.search.tuning.results import make_result
 from flax_cnns.studies.search.tuning.storage import Journal
@@ -38,6 +42,7 @@ from flax_cnns.studies.search.tuning.trials import (
     list_others,
     make_run,
 )
+from flax_cnns.train.progress import format_duration
 
 
 @output.safe()
@@ -82,7 +87,7 @@ def tune(
     workdirs.check_location(folder)
     options = dict(sampler=sampler, pruner=pruner, metric=metric, seed=seed, first=first)
     folder = pathlib.Path(folder)
-    if _is_one_of_several(os.environ):
+    if is_one_of_several(os.environ):
         from flax_cnns.studies.search.tuning import together
 
         return together.tune_together(
@@ -114,12 +119,77 @@ def tune(
     return make_result(study, records)
 
 
-def _is_one_of_several(environment: Mapping[str, str]) -> bool:
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
     """Whether this process is one of several of a run. JAX is not asked, as it would open the
     devices; so a TPU pod is not recognized."""
     if environment.get(launch.COORDINATOR):
         return environment.get(launch.NUM_PROCESSES, "") != "1"
     return launch.find_cluster(environment) in ("SLURM", "Open MPI", "Kubernetes")
+
+
+def load_space(file: str | os.PathLike) -> dict[str, Distribution]:
+    """Returns what `space()` in a config file gives. Raises UserError if the file has none."""
+    space = getattr(recipes.load(file), "space", None)
+    if not callable(space):
+        raise UserError(
+            f"{file} has no space() that gives the fields to search; see configs/digits_lenet5.py"
+        )
+    return space()
+
+
+def show_plan(
+    config: ConfigDict,
+    space: Mapping[str, Distribution],
+    folder: str | os.PathLike,
+    *,
+    trials: int | None,
+    sampler: str,
+    pruner: str,
+    metric: str,
+    budget_steps: int | None,
+    jobs: int | None,
+    seed: int | None,
+) -> None:
+    """Prints what `tune` would run and how long that would take at most. Writes nothing.
+
+    Raises UserError as `tune` does.
+    """
+    storage.import_optuna()
+    workdirs.check_location(folder)
+    study = make_study(
+        config,
+        space,
+        pathlib.Path(folder),
+        sampler=sampler,
+        pruner=pruner,
+        metric=metric,
+        seed=seed,
+    )
+    allotment = Allotment(study, trials, budget_steps)
+    slots = child.make_device_slots(jobs)
+    ended = storage.read_trials(pathlib.Path(folder))
+    board = TuningBoard(study, allotment, len(slots), make_console())
+    board.print_plan(ended)
+    first = study.sampler.draw(0).fields if sampler != "tpe" else {}
+    row = SweepRow("trial 0", first, study.make_trial_config(first))
+    per_image, rest = forecast.time_steps(row, slots[0])
+    per_step = per_image * study.config.data.batch_size
+    steps = study.facts["steps"]
+    left = (allotment.trials or math.inf) - len(ended)
+    if budget_steps is not None:
+        left = min(left, math.ceil(budget_steps / steps))
+    seconds = left * (rest + steps * per_step) / len(slots)
+    board.print(
+        f"a trial: {format_duration(rest + steps * per_step)} (estimated from"
+        f" {forecast.TIMING_STEPS} steps, without validations); all: at most"
+        f" {format_duration(seconds)}"
+    )
+
+
+def print_result(result: TuningResult) -> None:
+    """Prints the best trial."""
+    best = result.best
+    print(f"best: trial {best.number}, {best.value:.6g}: {describe_values(best.fields)}")
 
 
 class TrialScheduler(Scheduler[TrialRun]):
