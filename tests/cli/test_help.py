@@ -59,6 +59,7 @@ def test_the_page_of_every_command_has_its_examples_and_all_its_flags():
             "evaluate": 0,
             "tabulate": 0,
             "visualize": 0,
+            "search": 0,
         }.get(name, 1)
         assert len(re.findall(r"\sRequired\.\n", out)) == required
         assert f"\nflax-cnns {name} " in out
