@@ -77,6 +77,7 @@ TOGETHER = {
     "tests/runs/test_patches.py": "runs",
     "tests/runs/test_evaluate_models.py": "runs",
     "tests/runs/test_predict.py": "runs",
+    "tests/runs/test_profile.py": "runs",
     "tests/runs/test_train.py": "runs",
     "tests/runs/test_visualize_activations.py": "runs",
     "tests/runs/test_visualize_landscape.py": "runs",

@@ -17,10 +17,21 @@ from flax_cnns.cli.flags import define_accept, define_config
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
 _CONFIG = define_config("digits_lenet5")
 _ACCEPT = define_accept()
+_PROFILE = flags.DEFINE_string(
+    "profile",
+    "",
+    "FIRST:LAST, such as 100:110: trace these steps for TensorBoard and Perfetto, and write a"
+    " summary of where their time goes. This changes nothing else.",
+)
 
 
 def train(argv: list[str]) -> None:
     from flax_cnns.runs.train import run  # imported here, so that a mistyped flag imports no JAX
 
     del argv
-    run(_CONFIG.value, _WORKDIR.value, accept_changed_data=_ACCEPT.value)
+    run(
+        _CONFIG.value,
+        _WORKDIR.value,
+        accept_changed_data=_ACCEPT.value,
+        profile=_PROFILE.value,
+    )

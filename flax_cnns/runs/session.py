@@ -23,7 +23,7 @@ from flax_cnns.checkpoint.manager import Checkpoints
 from flax_cnns.data import pipeline
 from flax_cnns.errors import EXIT_FAULT, Interrupted, UserError
 from flax_cnns.evaluation.exact import summarize
-from flax_cnns.runs import tables
+from flax_cnns.runs import profile, tables
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import (
     host_batches,
@@ -38,6 +38,7 @@ from flax_cnns.runs.summary import make_summary
 from flax_cnns.runtime import launch
 from flax_cnns.runtime.preemption import Preempted, Signals
 from flax_cnns.train import loop, optimizers, parallel
+from flax_cnns.train.profiler import StepProfiler, StepWindow
 from flax_cnns.train.progress import Progress
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import Writer, read_jsonl
@@ -63,11 +64,12 @@ class Session:
         signals: Signals,
         began: float,
         accept_changed_data: bool = False,
+        window: StepWindow | None = None,
     ):
         self.plan, self.components, self.config = plan, plan.components, plan.config
         self.workdir, self.handle, self.signals, self.began = workdir, handle, signals, began
         self.primary = jax.process_index() == 0
-        self.accept_changed_data = accept_changed_data
+        self.accept_changed_data, self.window = accept_changed_data, window
         self.warned = False
 
     def run(self) -> dict[str, Any]:
@@ -107,6 +109,7 @@ class Session:
             stack.callback(self.progress.close)
             if start:
                 self.progress.print(f"resumed at step {start} of {self.plan.total_steps}")
+            self.profiler = self._make_profiler(start)
             self.batches = host_batches(self.components, start)
             stack.callback(self.batches.close)
             if digests and start < self.plan.total_steps:
@@ -118,6 +121,14 @@ class Session:
             test_metrics = self._test(outcome)
             self.progress.close()
         return self._finish(outcome, host, test_metrics)
+
+    def _make_profiler(self, start: int) -> StepProfiler | None:
+        if self.window is None:
+            return None
+        total = self.plan.total_steps
+        return profile.make_profiler(
+            self.window, self.workdir, start=start, total_steps=total, say=self.progress.print
+        )
 
     def _exit_if_peer_died(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Ends this process with one line if another process of the run has died.
@@ -294,6 +305,7 @@ class Session:
                 early_stopping=config.train.early_stopping,
                 best_by=self.plan.best_by,
                 best_mode=self.plan.best_mode,
+                profiler=self.profiler,
             ).run(state, start)
 
     def _test(self, outcome: loop.TrainOutcome) -> dict[str, float]:

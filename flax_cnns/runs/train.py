@@ -19,6 +19,7 @@ from flax_cnns.data.load import load_dataset, read_fingerprint
 from flax_cnns.data.types import DamagedImage
 from flax_cnns.errors import ProcessLost, UserError
 from flax_cnns.runs import own_parts, tables
+from flax_cnns.runs import profile as profiles
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import build_components, check_own_parts, check_run_data, initialize_jax
 from flax_cnns.runs.own_parts import OpaqueObjects
@@ -26,6 +27,7 @@ from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runs.session import Session
 from flax_cnns.runtime import launch, output
 from flax_cnns.runtime.preemption import Signals
+from flax_cnns.train.profiler import parse_window
 from flax_cnns.train.writer import import_wandb
 
 
@@ -44,6 +46,7 @@ def run(
     accept_changed_data: bool = False,
     fingerprint: dict[str, Any] | None = None,
     stop_when: Callable[[int, dict[str, float]], bool] | None = None,
+    profile: str = "",
 ) -> dict[str, Any]:
     """Trains what `config` describes and returns what it writes to `workdir/summary.json`.
 
@@ -75,6 +78,9 @@ def run(
     `stop_when(step, metrics)` is called after each validation, on every process; if it returns True
     (on all of them), the run saves and raises `Preempted`.
 
+    `profile`: steps such as "100:110" whose trace is written to `workdir/profile/100-110`, with a
+    summary in plain text (docs/accelerators.md). This changes nothing else.
+
     Raises:
         UserError: for what the user can correct, also for a file that cannot be written. Printed
             output that cannot be written does not end the run.
@@ -83,6 +89,7 @@ def run(
         ProcessLost: if a process that the run needs has died.
     """
     began = time.perf_counter()
+    window = parse_window(profile) if profile else None
     config = configs.complete(config)
     objects = own_parts.write_to_config(
         config,
@@ -131,6 +138,8 @@ def run(
         )
         if complete:
             summary = workdirs.read_json(workdir / "summary.json")
+            if window is not None:
+                profiles.check_complete(window, workdir)
             check_complete_run(config, workdir, fingerprint, accept_changed_data, objects)
             if primary:
                 print(f"{workdir} is complete; remove it to run again")
@@ -146,6 +155,8 @@ def run(
         record = components.describe_own_parts()
         source_notes = check_own_parts(workdir, record, begun=begun)
         plan = RunPlan(components)
+        if window is not None:
+            profiles.check_window(window, plan.total_steps)
         problems += plan.find_problems()
         if not begun:
             configs.raise_problems(problems)
@@ -162,7 +173,7 @@ def run(
                 files.write_json(workdir / "own.json", record)
             workdirs.write_dataset_facts(workdir, components.dataset.as_dict())
         try:
-            session = Session(plan, workdir, handle, signals, began, accept_changed_data)
+            session = Session(plan, workdir, handle, signals, began, accept_changed_data, window)
             session.stop_when = stop_when
             return session.run()
         except KeyboardInterrupt:

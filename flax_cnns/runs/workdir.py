@@ -9,6 +9,7 @@ graft.json         which weights were grafted, if the run started from a source
 metrics.jsonl      every logged number, once; tensorboard/ repeats them
 summary.json       the final numbers; the run is complete if this file exists
 curves.png         learning curves
+profile/           traces of some steps (train --profile)
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RUN_FILES = (
     *("config.json", "dataset.json", "own.json", "metrics.jsonl", "summary.json", "curves.png"),
     "graft.json",
 )
-RUN_FOLDERS = ("checkpoints", "tensorboard")
+RUN_FOLDERS = ("checkpoints", "tensorboard", "profile")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax
 
 from flax_cnns.errors import Diverged, Interrupted
 from flax_cnns.train import metrics
+from flax_cnns.train.profiler import StepProfiler
 from flax_cnns.types import Array, PyTree
 
 
@@ -190,6 +191,7 @@ class TrainLoop:
     - `began` is the `time.perf_counter()` from which the time to the first step is measured.
     - `max_bad_steps` bad steps in a row stop the run; 0: never.
     - `early_stopping` validations without a new best one stop the run; 0: never.
+    - `profiler` profiles some steps, see `StepProfiler`; None for none.
     - `best_by` names the validation metric that decides which validation is best: the one with the
       highest value, or with the lowest if `best_mode` is "min".
 
@@ -210,6 +212,7 @@ class TrainLoop:
     early_stopping: int = 0
     best_by: str = "accuracy"
     best_mode: str = "max"  # or "min"
+    profiler: StepProfiler | None = None
 
     def run(self, state: PyTree, start: int) -> TrainOutcome:
         """Runs from step `start` to the last step, or until `should_stop` returns True.
@@ -223,15 +226,27 @@ class TrainLoop:
         continues = not self.host.stopped
         if self.host.due:  # the last session was interrupted in this step's validation
             continues = self._follow_step(saving=self._is_time(self.periods.save), validating=True)
-        while continues and outcome.step < self.stop:
-            continues = self._take_step()
+        try:
+            while continues and outcome.step < self.stop:
+                continues = self._take_step()
+        finally:
+            if self.profiler is not None:
+                self.profiler.close()
         outcome.images_per_second = self._pace.mean()
         return outcome
 
     def _take_step(self) -> bool:
         """Takes a step, then validates and saves if due. Returns whether the run continues."""
         outcome, call = self._outcome, self.callbacks
-        outcome.state, sums = self.train_step(outcome.state, next(self.batches), self.key)
+        profiler = self._begin_profiling(outcome.step + 1)
+        batch = next(self.batches)
+        if profiler is not None:
+            profiler.mark("input")
+        outcome.state, sums = self.train_step(outcome.state, batch, self.key)
+        if profiler is not None:
+            profiler.mark("dispatch")
+            jax.block_until_ready((outcome.state, sums))
+            profiler.mark("compute")
         outcome.step += 1
         step, last = outcome.step, outcome.step == self.stop
         self._late.append((step, {**sums, "steps": 1.0}, self._is_time(self.periods.log)))
@@ -241,6 +256,9 @@ class TrainLoop:
         if len(self._late) > 1:
             self._absorb()
         stopping = call.should_stop(step)
+        if profiler is not None:
+            profiler.end_step()
+            self._pace.restart(-len(self._late))  # profiled steps do not count
         validating, saving = self._is_time(self.periods.evaluate), self._is_time(self.periods.save)
         if not (validating or saving or stopping):
             return True
@@ -256,6 +274,19 @@ class TrainLoop:
         continues = self._follow_step(saving, validating)
         self._pace.restart()
         return continues
+
+    def _begin_profiling(self, step: int) -> StepProfiler | None:
+        """Begins to profile a step. Returns None if the step is not in the profiler's window."""
+        if self.profiler is None or not self.profiler.covers(step):
+            return None
+        if step == self.profiler.window.first:
+            while self._late:
+                self._absorb()
+            self._pace.lap()
+            speed = self._pace.mean()
+            self.profiler.start(self.batch_size / speed if speed else None)
+        self.profiler.begin_step(step)
+        return self.profiler
 
     def _follow_step(self, saving: bool, validating: bool) -> bool:
         """Validates and saves after a step. Returns whether the run continues."""
