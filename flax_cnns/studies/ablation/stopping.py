@@ -18,7 +18,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax_cnns.analysis import statistics
 from flax_cnns.errors import UserError
 from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.ablation.reading import CellResult, RowResults, read_cells
@@ -87,6 +86,8 @@ def _judge_row(
     test: str,
     start: int,
 ) -> RowState:
+    from flax_cnns.analysis import statistics  # imported late: it needs SciPy
+
     width = math.nan
     for seeds in range(start, rule.most + 1):
         cells = [of.cells.get(seed) for of in (row, baseline) for seed in range(seeds)]
