@@ -19,11 +19,17 @@ Ours: experiments/results/ablations.md, "Regularizers, tuned".
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from flax_cnns.config.spaces import Distribution, choice, integer, log_uniform, uniform
 
+from .. import ablations, common
 from . import regularizers
 
-get_config = regularizers.get_config
+
+def get_config(mode: str = "") -> ConfigDict:
+    common.check_mode(mode, "digits", "smoke")
+    return ablations.small(mode)
 
 
 def decay_kernels(rate: float) -> tuple:
