@@ -85,17 +85,16 @@ class _Step(nn.Module):
         states, x, anchors = carry
         (kind, size, anchor), given, key = inputs
         init, units = _uniform, self.units
-        cell = partial(
-            nn.OptimizedLSTMCell,
-            units,
-            kernel_init=init,
-            recurrent_kernel_init=init,
-            bias_init=init,
-        )
         new_states = []
-        for i, state in enumerate(states, 1):
-            state, x = cell(name=f"lstm{i}")(state, x)
-            new_states.append(state)
+        for i, (c, h) in enumerate(states, 1):
+            # As torch.nn.LSTM: the gates i, f, g, o of [x, h].
+            kernel = self.param(f"lstm{i}_kernel", init, (2 * units, 4 * units))
+            bias = self.param(f"lstm{i}_bias", init, (4 * units,))
+            gates = jnp.split(jnp.concatenate([x, h]) @ kernel + bias, 4)
+            enter, keep, leave = (nn.sigmoid(gates[j]) for j in (0, 1, 3))
+            c = keep * c + enter * jnp.tanh(gates[2])
+            x = leave * jnp.tanh(c)
+            new_states.append((c, x))
 
         softmax = self.param("softmax", init, (self.kinds, units, self.options))
         embedding = self.param("embedding", init, (self.kinds, self.options, units))
@@ -214,25 +213,37 @@ class Controller:
         places = [(t, j) for t, i in enumerate(anchor) for j in range(1 if i < 0 else i)]
         self._places = tuple(np.array(places).T)  # (steps, columns) of the flat decisions
         self.network = ControllerLSTM(self.decisions, units, layers)
-        self.optimizer = optax.adam(learning_rate)
-        self.sample = jax.jit(self._sample)
-        self.score = jax.jit(self._score)
-        self._sample_many = jax.jit(jax.vmap(self._sample, (None, 0)))
-        self._update = jax.jit(self._compute_update)
+        self.optimizer = optax.flatten(optax.adam(learning_rate))  # compiles faster
+        # On a CPU these small programs take longer to compile than to run. The compiled `sample`
+        # and `score` cannot be called inside other compiled functions; what they compile can.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        jit = partial(jax.jit, compiler_options=options)
+        self.sample = jit(self.draw)
+        self.score = jit(self.compute_log_prob)
+        self._sample_many = jit(jax.vmap(self.draw, (None, 0)))
+        self._update = jit(self._compute_update)
 
     def init(self, seed: int) -> ControllerState:
         """Returns the state before the first update."""
         key, _ = jax.random.split(jax.random.key(seed))
-        # Under jit, because tracing the scan runs it once.
-        params = jax.jit(self.network.init)(key, None, key)["params"]
+        shapes = jax.eval_shape(self.network.init, key, None, key)["params"]
+        # All parameters have the same distribution; one draw compiles faster than one for each.
+        leaves, structure = jax.tree.flatten(shapes)
+        ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+        values = np.asarray(_uniform(key, (ends[-1],)))
+        parts = [
+            jnp.asarray(part.reshape(leaf.shape))
+            for part, leaf in zip(np.split(values, ends[:-1]), leaves)
+        ]
+        params = jax.tree.unflatten(structure, parts)
         return ControllerState(params, self.optimizer.init(params), jnp.float32(0), jnp.int32(0))
 
-    def _sample(self, params: PyTree, key: Array) -> tuple[Array, Array]:
+    def draw(self, params: PyTree, key: Array) -> tuple[Array, Array]:
         """Draws decisions i32 [D]. Returns them and their log-probability f32 []."""
         rows, log_prob, _ = self._apply(params, None, key)
         return rows[self._places], log_prob
 
-    def _score(self, params: PyTree, decisions: Array) -> tuple[Array, Array]:
+    def compute_log_prob(self, params: PyTree, decisions: Array) -> tuple[Array, Array]:
         """Returns (log-probability, sum of the steps' entropies), f32 [], of decisions i32 [D]."""
         shape = len(self.decisions), self._width
         rows = jnp.zeros(shape, jnp.int32).at[self._places].set(decisions)
@@ -274,7 +285,7 @@ class Controller:
         self, params: PyTree, decisions: Array, rewards: Array, baseline: Array
     ) -> Array:
         """Returns the loss whose gradient is minus the REINFORCE estimate of the reward's."""
-        log_probs, entropies = jax.vmap(self._score, (None, 0))(params, decisions)
+        log_probs, entropies = jax.vmap(self.compute_log_prob, (None, 0))(params, decisions)
         return -jnp.mean((rewards - baseline) * log_probs + self.entropy * entropies)
 
     def _compute_update(

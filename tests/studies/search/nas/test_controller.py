@@ -30,7 +30,7 @@ def make_tiny():
     controller = Controller(LAYERS[:6], entropy=0.0)
     params = jax.tree.map(lambda p: 12 * p, controller.init(1).params)
     every = np.array(list(itertools.product(*(range(n) for n in SIZES[:5]))))
-    log_probs, entropies = jax.jit(jax.vmap(controller.score, (None, 0)))(params, every)
+    log_probs, entropies = jax.jit(jax.vmap(controller.compute_log_prob, (None, 0)))(params, every)
     return controller, params, every, np.asarray(log_probs, float), np.asarray(entropies, float)
 
 
@@ -38,15 +38,13 @@ def test_log_probabilities_are_those_of_torch():
     torch = pytest.importorskip("torch")
     controller = Controller(LAYERS)
     params = jax.tree.map(lambda p: 10 * p, controller.init(0).params)
-    step = {name: np.asarray(value) for name, value in params["step"].items() if "lstm" not in name}
+    step = {name: np.asarray(value) for name, value in params["step"].items()}
     lstm = torch.nn.LSTM(35, 35, 2)
     for layer in (0, 1):
-        weights = params["step"][f"lstm{layer + 1}"]
-        for ours, theirs in (("i", "weight_ih"), ("h", "weight_hh")):
-            gates = [np.asarray(weights[f"{ours}{gate}"]["kernel"]).T for gate in "ifgo"]
-            getattr(lstm, f"{theirs}_l{layer}").data = torch.tensor(np.concatenate(gates))
-        biases = np.concatenate([np.asarray(weights[f"h{gate}"]["bias"]) for gate in "ifgo"])
-        getattr(lstm, f"bias_ih_l{layer}").data = torch.tensor(biases)
+        x_kernel, h_kernel = np.split(step[f"lstm{layer + 1}_kernel"], 2)
+        getattr(lstm, f"weight_ih_l{layer}").data = torch.tensor(x_kernel.T)
+        getattr(lstm, f"weight_hh_l{layer}").data = torch.tensor(h_kernel.T)
+        getattr(lstm, f"bias_ih_l{layer}").data = torch.tensor(step[f"lstm{layer + 1}_bias"])
         getattr(lstm, f"bias_hh_l{layer}").data.zero_()
 
     decisions = [1, 2, 0, 1, 1, 1, 0, 0, 1]  # layer 3 takes layer 2 alone
@@ -86,7 +84,7 @@ def test_probabilities_sum_to_one_and_the_entropy_is_theirs():
 def test_samples_have_their_probabilities():
     controller, params, every, log_probs, _ = make_tiny()
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn, drawn_log_probs = jax.jit(jax.vmap(controller.sample, (None, 0)))(params, keys)
+    drawn, drawn_log_probs = jax.jit(jax.vmap(controller.draw, (None, 0)))(params, keys)
     number = {tuple(row): i for i, row in enumerate(every.tolist())}
     indices = np.array([number[tuple(row)] for row in np.asarray(drawn).tolist()])
     np.testing.assert_allclose(drawn_log_probs, log_probs[indices], atol=1e-4)
@@ -101,7 +99,7 @@ def test_reinforce_is_the_gradient_of_the_expected_reward():
     p = jnp.exp(jnp.asarray(log_probs, jnp.float32))
 
     def expected_reward(params):
-        scores, _ = jax.vmap(controller.score, (None, 0))(params, every)
+        scores, _ = jax.vmap(controller.compute_log_prob, (None, 0))(params, every)
         return jnp.sum(jnp.exp(scores) * rewards)
 
     exact = jax.jit(jax.grad(expected_reward))(params)

@@ -1,0 +1,216 @@
+"""The search of layers, with a function in place of training: resumption, rewards, errors, report.
+
+One search in the slow tier trains.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import digits_nas
+from flax_cnns import config as configs
+from flax_cnns import files
+from flax_cnns.errors import Diverged, UserError
+from flax_cnns.models.nas import FIGURE_7
+from flax_cnns.studies.search.nas.controller import Controller
+from flax_cnns.studies.search.nas.layers import children, pictures, report
+from flax_cnns.studies.search.nas.layers.search import ControllerSettings, search_layers
+from flax_cnns.studies.search.nas.layers.space import LayersSpace
+from flax_cnns.studies.search.nas.layers.trials import LayersTrial, find_best, read_trials
+
+SPACE = LayersSpace(2)
+SETTINGS = ControllerSettings(learning_rate=0.02, batch_size=2)
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it, as nothing catches kill -9."""
+
+
+class FakeRuns:
+    """Replaces `run`. A network's accuracy is a function of its table."""
+
+    def __init__(self):
+        self.seen, self.kill_after = [], 10**9
+        self.diverged = ()
+
+    def __call__(self, config, workdir, **_):
+        assert config.train.test_on == "never"
+        name = pathlib.Path(workdir).name
+        if name in self.diverged:
+            raise Diverged("too many steps that are not finite")
+        self.seen.append(name)
+        if len(self.seen) > self.kill_after:
+            raise Killed
+        areas = [kernel[0] * kernel[1] for kernel, _, _ in config.model.table]
+        accuracies = [0.99, 0.1, 0.2, 0.5 + sum(areas) / 250, 0.3, 0.2, 0.1]  # the first is too old
+        workdir = pathlib.Path(workdir)
+        (workdir / "checkpoints").mkdir(parents=True)
+        files.write_json(workdir / "config.json", configs.to_plain(config))
+        lines = [
+            json.dumps({"step": i + 1, "validation/accuracy": accuracy, "time": float(i)})
+            for i, accuracy in enumerate(accuracies)
+        ]
+        (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        files.write_json(workdir / "summary.json", {"params": sum(areas)})
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    fake = FakeRuns()
+    monkeypatch.setattr(children, "run", fake)
+    # Tracing the controller takes a second; its functions have no state, so the tests share them.
+    made: dict = {}
+
+    def make(decisions, **fields):
+        key = (decisions, *fields.items())
+        return made.setdefault(key, Controller(decisions, **fields))
+
+    monkeypatch.setattr("flax_cnns.studies.search.nas.layers.search.Controller", make)
+    return fake
+
+
+def search(folder, trials=6, **options):
+    options = dict(space=SPACE, settings=SETTINGS, seeds=0, say=lambda _: None) | options
+    return search_layers(digits_nas.get_config(), folder, trials=trials, **options)
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_happened(runs, tmp_path):
+    whole = search(tmp_path / "whole")
+    expected = (tmp_path / "whole/controller/trials.jsonl").read_bytes()
+    trained = len(set(runs.seen))
+    assert len(whole) == 6
+    runs.seen.clear()
+    for kill_after in (1, 1, 0, 3):  # in the first batch, at its end, before and within the next
+        runs.kill_after = len(runs.seen) + kill_after
+        with pytest.raises(Killed):
+            search(tmp_path / "killed", trials=6)
+    runs.kill_after = 10**9
+    search(tmp_path / "killed", trials=5)  # first fewer than asked for later
+    search(tmp_path / "killed", trials=6)
+    assert (tmp_path / "killed/controller/trials.jsonl").read_bytes() == expected
+    assert len(set(runs.seen)) == trained
+    assert len(runs.seen) <= trained + 4  # only those that were being trained are trained again
+    assert not list(tmp_path.glob("*/children/*/checkpoints"))
+
+    # The controller's proposals are those of the state that the log gives.
+    controller = Controller(SPACE.decisions, learning_rate=0.02)
+    batches = [
+        ([t.decisions for t in whole[i : i + 2]], [t.reward for t in whole[i : i + 2]])
+        for i in (0, 2)
+    ]
+    state = controller.replay(0, batches)
+    assert controller.sample_trials(state, 0, [4, 5]) == [t.decisions for t in whole[4:]]
+
+
+def test_rewards_and_the_best(runs, tmp_path):
+    said: list[str] = []
+    runs.diverged = (SPACE.name(SPACE.draw_uniformly(0, 1)),)
+    trials = search(tmp_path, method="random", trials=8, say=said.append)
+    for trial in trials:
+        table = SPACE.make_fields(trial.decisions)["table"]
+        area = sum(height * width for (height, width), _, _ in table)
+        expected = 0.0 if trial.number == 1 else (0.5 + area / 250) ** 3
+        assert trial.reward == pytest.approx(expected)
+        assert len(trial.accuracies) == (0 if trial.number == 1 else 5)
+    assert trials[1].error == "too many steps that are not finite"
+    assert find_best(trials).reward == max(trial.reward for trial in trials)
+    assert [trial.decisions for trial in trials] == [SPACE.draw_uniformly(0, i) for i in range(8)]
+    assert read_trials(tmp_path, "random") == trials
+    assert said[0] == "random: 0 of 8 networks are known"
+    assert said[1].startswith(f"1/8 {trials[0].name}: ")
+    assert "about 0:00:00 left" in said[8]
+
+    seen = len(runs.seen)
+    search(tmp_path, method="random", trials=8)
+    assert len(runs.seen) == seen
+    text = (tmp_path / "report.md").read_text()
+    assert "run the same command with --method=controller" in text
+    assert len((tmp_path / "trials.csv").read_text().splitlines()) == 9
+    assert all((tmp_path / name).is_file() for name in ("rewards.png", "network-random.png"))
+
+
+def test_equal_rewards_go_to_the_smaller_network():
+    trials = [
+        LayersTrial(i, (), str(i), [], reward, params, 1.0)
+        for i, (reward, params) in enumerate([(0.5, 10), (0.9, 30), (0.9, 20), (0.9, 20)])
+    ]
+    assert find_best(trials).number == 2
+
+
+def test_errors(runs, tmp_path):
+    with pytest.raises(UserError, match="unknown method 'randon'; did you mean 'random'"):
+        search(tmp_path, method="randon")
+    search(tmp_path, method="random", trials=1)
+    with pytest.raises(UserError, match=r"another search \(space.layers: 2 there, 3 here\)"):
+        search(tmp_path, method="random", space=LayersSpace(3))
+    with pytest.raises(UserError, match="child_duration: '8 epochs' there, '1 epochs' here"):
+        search(tmp_path, method="random", child_duration="1 epochs")
+    (tmp_path / "controller").mkdir()
+    files.write_json(tmp_path / "controller/settings.json", {**SETTINGS._asdict(), "entropy": 1.0})
+    with pytest.raises(UserError, match=r"entropy: 1.0 there, 0.0 here"):
+        search(tmp_path)
+    log = tmp_path / "random/trials.jsonl"
+    log.write_text(log.read_text() * 2)
+    with pytest.raises(UserError, match="expected the trials 0 to 1 in order"):
+        search(tmp_path, method="random")
+    log.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        search(tmp_path, method="random")
+    with pytest.raises(UserError, match="no search of layers here"):
+        report.write(tmp_path / "children")
+
+
+def test_the_report_says_who_is_not_shown_to_be_better(tmp_path):
+    """With SciPy's statistics of rewards that are written by hand."""
+    rng = np.random.default_rng(0)
+    theirs = rng.uniform(0.8, 0.9, 20)
+    for shift, words in (
+        (0.0, "does not show that the controller proposes better"),
+        (0.1, "the controller proposed better networks than random"),
+        (-0.1, "the controller proposed worse networks than random"),
+    ):
+        ours = rng.uniform(0.8, 0.9, 20) + shift
+        found = {
+            method: [
+                LayersTrial(i, (0,) * 7, "000-0000", [r ** (1 / 3)], float(r), 1, 1.0)
+                for i, r in enumerate(rewards)
+            ]
+            for method, rewards in (("controller", ours), ("random", theirs))
+        }
+        (text,) = report._describe_comparison(found)
+        assert words in text
+        compared = report.compare_rewards(ours[10:], theirs[10:])
+        welch = stats.ttest_ind(ours[10:], theirs[10:], equal_var=False)
+        assert compared.low < ours[10:].mean() - theirs[10:].mean() < compared.high
+        assert (compared.low > 0 or compared.high < 0) == (welch.pvalue < 0.05)
+    assert report.compare_rewards([0.5], [0.5, 0.6]) is None
+    assert report.compare_rewards([0.5, 0.5], [0.5, 0.5])[:4] == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_pictures(tmp_path):
+    pictures.draw_network(FIGURE_7, tmp_path / "v1.png", title="v1")
+    assert (tmp_path / "v1.png").stat().st_size > 50_000
+    window = pictures.average_over_window([1.0, 2.0, 3.0, 5.0], 2)
+    np.testing.assert_allclose(window, [1, 1.5, 2.5, 4])
+
+
+@pytest.mark.slow
+def test_a_real_search_never_reads_the_test_split(tmp_path):
+    config = digits_nas.get_config("smoke")
+    options = dict(space=LayersSpace(1), method="random", trials=1, seeds=0, say=lambda _: None)
+    trials = search_layers(config, tmp_path, child_duration="2 epochs", **options)
+    workdir = tmp_path / "children" / trials[0].name
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [line["validation/accuracy"] for line in lines if "validation/accuracy" in line]
+    assert len(accuracies) == 2
+    assert trials[0].reward == max(accuracies) ** 3
+    assert trials[0].accuracies == accuracies
+    for path in workdir.rglob("*.json*"):
+        assert '"test/' not in path.read_text(), path
+    assert not (workdir / "checkpoints").exists()
+    assert search_layers(config, tmp_path, child_duration="2 epochs", **options) == trials
