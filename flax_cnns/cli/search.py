@@ -2,6 +2,7 @@ r"""Searches over networks and settings.
 
 scaling: the best way to scale up a network, as in the EfficientNet paper.
 tune: the best values of a config's fields, by trials on the validation split.
+nas: the best architecture of a space.
 
 flax-cnns search scaling --workdir=runs/scaling
 flax-cnns search scaling --workdir=runs/s \
@@ -11,10 +12,18 @@ flax-cnns search tune --workdir=runs/tune --config=configs/digits_lenet5.py \
 flax-cnns search tune --workdir=runs/t --config=configs/digits_lenet5.py \
     --budget=20000 --pruner=hyperband --dry-run
 
+flax-cnns search nas --space=layers --workdir=runs/nas --config=configs/digits_nas.py \
+    --layers=4 --trials=64
+flax-cnns search nas --space=layers --workdir=runs/nas --config=configs/digits_nas.py \
+    --layers=4 --trials=64 --method=random
+
 `scaling` searches a grid of factors for depth (alpha), width (beta) and resolution (gamma).
 
 `tune` searches the fields that space() in the config file names. A trial is a run in
 WORKDIR/trials/N. It is never tested, and its value is its best validation.
+
+`nas` proposes networks, trains each for a short time, and learns from its validation accuracy. The
+space `layers` has the filters and skips of Zoph & Le 2016.
 
 If you repeat a command, complete runs are not repeated. If the data changed, the command ends with
 an error; with --accept-changed-data it continues. docs/search.md has a section for each kind.
@@ -27,7 +36,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from flax_cnns.cli import search_scaling, search_tune
+from flax_cnns.cli import search_nas, search_scaling, search_tune
 from flax_cnns.cli.flags import define_accept, define_commands, define_config
 from flax_cnns.errors import UserError
 
@@ -43,7 +52,9 @@ flags.DEFINE_float("step", 0.1, "scaling: step of the grid over alpha, beta and 
 flags.DEFINE_float(
     "phi", 2.0, "scaling: the final comparison is between networks with budget^phi times the MACs."
 )
-flags.DEFINE_integer("trials", None, "tune: number of trials, with those that are there already.")
+flags.DEFINE_integer(
+    "trials", None, "tune, nas: number of trials, with those that are there already; nas: 64."
+)
 flags.DEFINE_string("sampler", "tpe", "tune: how values are drawn: tpe, random, qmc or grid.")
 flags.DEFINE_string(
     "pruner", "none", "tune: which trials stop early: none, median, halving or hyperband."
@@ -57,12 +68,35 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "jobs",
     None,
-    "tune: how many trials run at once. On GPUs, each trial has one GPU, and all GPUs are used by"
-    " default. On a CPU, trials share the cores equally; the default is 1.",
+    "tune, nas: how many trials run at once. On GPUs, each trial has one GPU, and all GPUs are used"
+    " by default. On a CPU, trials share the cores equally; the default is 1.",
     lower_bound=1,
 )
 flags.DEFINE_integer("seed", None, "tune: seed of the draws; by default that of the config.")
 flags.DEFINE_bool("dry-run", False, "tune: only show the plan and the time that it will take.")
+flags.DEFINE_string("space", "", "nas: the space of networks: layers.")
+flags.DEFINE_string(
+    "method", "controller", "nas: who proposes networks: controller (REINFORCE), or random."
+)
+flags.DEFINE_integer("layers", 4, "nas, layers: number of layers.", lower_bound=1)
+flags.DEFINE_bool("skips", True, "nas, layers: whether skip connections are searched.")
+flags.DEFINE_bool("strides", False, "nas, layers: whether strides are searched.")
+flags.DEFINE_string(
+    "child-duration",
+    "",
+    "nas, layers: how long a proposed network trains, such as '8 epochs'; by default as long as the"
+    " config's network.",
+)
+flags.DEFINE_float("controller-rate", 6e-4, "nas: learning rate of the controller.")
+flags.DEFINE_integer(
+    "update-every",
+    8,
+    "nas: the controller learns after so many trials, which --jobs may train at once.",
+    lower_bound=1,
+)
+flags.DEFINE_float(
+    "entropy", 0.0, "nas: weight of the controller's entropy, which keeps it exploring; 0: none."
+)
 define_accept()
 _CONFIG = define_config("scaling_small", only="scaling")
 
@@ -87,6 +121,15 @@ KINDS: dict[str, SearchKind] = {
             *("seed", "dry-run", "accept-changed-data"),
         ),
         required=("workdir", "config"),
+    ),
+    "nas": SearchKind(
+        search_nas.search_nas,
+        (
+            *("config", "workdir", "space", "method", "trials", "seeds", "jobs", "layers", "skips"),
+            *("strides", "child-duration", "controller-rate", "update-every", "entropy"),
+            "accept-changed-data",
+        ),
+        required=("workdir", "config", "space"),
     ),
 }
 define_commands(*KINDS)

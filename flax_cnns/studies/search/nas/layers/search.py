@@ -77,7 +77,7 @@ def search_layers(
     accept_changed_data: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[LayersTrial]:
-    """Searches, trains the best network with `seeds` other seeds, tests it, and writes the report.
+    """Searches, trains the best networks with `seeds` other seeds, and tests them.
 
     config: of the runs. Its own network is the baseline of the final comparison. A child has its
         `model.name` and `model.table` replaced.
@@ -139,10 +139,6 @@ def search_layers(
     if seeds:
         accept = accept_changed_data
         compare_winners(config, folder, space, seeds=seeds, jobs=jobs, accept_changed_data=accept)
-    # Imported late: the report needs SciPy and matplotlib, training does not.
-    from flax_cnns.studies.search.nas.layers import report
-
-    say(f"written to {folder}: {', '.join(report.write(folder))}")
     return done
 
 

@@ -128,10 +128,12 @@ def test_rewards_and_the_best(runs, tmp_path):
     seen = len(runs.seen)
     search(tmp_path, method="random", trials=8)
     assert len(runs.seen) == seen
+    names = ["report.md", "trials.csv", "rewards.png", "network-random.png"]
+    assert report.write(tmp_path) == names
     text = (tmp_path / "report.md").read_text()
     assert "run the same command with --method=controller" in text
     assert len((tmp_path / "trials.csv").read_text().splitlines()) == 9
-    assert all((tmp_path / name).is_file() for name in ("rewards.png", "network-random.png"))
+    assert all((tmp_path / name).is_file() for name in names)
 
 
 def test_equal_rewards_go_to_the_smaller_network():
