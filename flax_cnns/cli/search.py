@@ -73,7 +73,7 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_integer("seed", None, "tune: seed of the draws; by default that of the config.")
-flags.DEFINE_bool("dry-run", False, "tune: only show the plan and the time that it will take.")
+flags.DEFINE_bool("dry-run", False, "tune, nas: only show the plan and the time that it will take.")
 flags.DEFINE_string("space", "", "nas: the space of networks: layers.")
 flags.DEFINE_string(
     "method", "controller", "nas: who proposes networks: controller (REINFORCE), or random."
@@ -127,7 +127,7 @@ KINDS: dict[str, SearchKind] = {
         (
             *("config", "workdir", "space", "method", "trials", "seeds", "jobs", "layers", "skips"),
             *("strides", "child-duration", "controller-rate", "update-every", "entropy"),
-            "accept-changed-data",
+            *("dry-run", "accept-changed-data"),
         ),
         required=("workdir", "config", "space"),
     ),

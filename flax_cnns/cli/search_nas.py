@@ -23,31 +23,37 @@ def search_nas(config: Any) -> int:
 
 def search_layers(config: Any) -> int:
     """Searches filters and skips of each layer, as in Zoph & Le 2016."""
-    from flax_cnns.studies.search.nas.layers import report
+    from flax_cnns.studies.search.nas.layers import forecast, report
     from flax_cnns.studies.search.nas.layers.search import ControllerSettings, search_layers
     from flax_cnns.studies.search.nas.layers.space import LayersSpace
 
     folder = pathlib.Path(FLAGS.workdir)
     given: dict[str, Any] = {
         name: FLAGS[name].value
-        for name in ("controller-rate", "update-every", "child-duration", "accept-changed-data")
+        for name in (
+            *("controller-rate", "update-every", "child-duration", "dry-run"),
+            "accept-changed-data",
+        )
     }
     settings = ControllerSettings(
         learning_rate=given["controller-rate"],
         batch_size=given["update-every"],
         entropy=FLAGS.entropy,
     )
-    search_layers(
-        config,
-        folder,
+    shared: dict[str, Any] = dict(
         space=LayersSpace(FLAGS.layers, FLAGS.skips, FLAGS.strides),
         method=FLAGS.method,
         trials=64 if FLAGS.trials is None else FLAGS.trials,
-        settings=settings,
         child_duration=given["child-duration"],
-        seeds=FLAGS.seeds or 3,
         jobs=FLAGS.jobs,
-        accept_changed_data=given["accept-changed-data"],
+    )
+    if given["dry-run"]:
+        forecast.show_plan(config, folder, **shared)
+        return 0
+    accept = given["accept-changed-data"]
+    seeds = FLAGS.seeds or 3
+    search_layers(
+        config, folder, **shared, settings=settings, seeds=seeds, accept_changed_data=accept
     )
     print(f"written to {folder}: {', '.join(report.write(folder))}")
     return 0

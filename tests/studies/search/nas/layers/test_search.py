@@ -24,6 +24,7 @@ from flax_cnns.studies.search.nas.layers.space import LayersSpace
 from flax_cnns.studies.search.nas.layers.trials import LayersTrial, find_best, read_trials
 
 SPACE = LayersSpace(2)
+MADE: dict = {}  # controllers; tracing one takes a second, and they have no state
 SETTINGS = ControllerSettings(learning_rate=0.02, batch_size=2)
 
 
@@ -63,12 +64,10 @@ class FakeRuns:
 def runs(monkeypatch):
     fake = FakeRuns()
     monkeypatch.setattr(children, "run", fake)
-    # Tracing the controller takes a second; its functions have no state, so the tests share them.
-    made: dict = {}
 
     def make(decisions, **fields):
         key = (decisions, *fields.items())
-        return made.setdefault(key, Controller(decisions, **fields))
+        return MADE.get(key) or MADE.setdefault(key, Controller(decisions, **fields))
 
     monkeypatch.setattr("flax_cnns.studies.search.nas.layers.search.Controller", make)
     return fake
@@ -98,7 +97,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(runs, tmp_path):
     assert not list(tmp_path.glob("*/children/*/checkpoints"))
 
     # The controller's proposals are those of the state that the log gives.
-    controller = Controller(SPACE.decisions, learning_rate=0.02)
+    (controller,) = MADE.values()
     batches = [
         ([t.decisions for t in whole[i : i + 2]], [t.reward for t in whole[i : i + 2]])
         for i in (0, 2)
