@@ -2,6 +2,7 @@
 
   flax-cnns search nas --space=layers --config=configs/digits_nas.py --workdir=runs/nas
   python -m experiments.train --workdir=runs/plain --config=configs/digits_nas.py
+  python -m experiments.train --workdir=runs/smoke --config=configs/digits_nas.py:smoke
 
 The network is from the space of Zoph & Le 2016 (https://arxiv.org/abs/1611.01578, section 4.1):
 3x3 filters, 36 in each layer, no skips. The images keep their own 8x8 pixels, so that a network
