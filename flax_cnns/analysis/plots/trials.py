@@ -53,7 +53,7 @@ class TrialPoint(NamedTuple):
 
     drawn: Mapping[str, Any]  # {name of an axis: number or category}
     state: str  # complete, pruned, failed
-    value: float | None  # of a pruned trial, its newest
+    value: float  # of a pruned trial, its newest; NaN if there is none
     steps: int  # training steps of this trial alone
     stage: int = 1  # from 1: coarse
 
@@ -105,14 +105,13 @@ def _find_edge(trials: Sequence[TrialPoint], maximize: bool) -> float:
 
 
 def _has_value(trial: TrialPoint) -> bool:
-    return trial.state != "failed" and trial.value is not None and math.isfinite(trial.value)
+    return trial.state != "failed" and math.isfinite(trial.value)
 
 
 def _draw_points(
     axes: Axes, xs: np.ndarray, trials: Sequence[TrialPoint], edge: float, maximize: bool
 ) -> None:
     def is_inside(trial: TrialPoint) -> bool:
-        assert trial.value is not None
         return trial.value >= edge if maximize else trial.value <= edge
 
     outside = "v" if maximize else "^"
@@ -125,7 +124,7 @@ def _draw_points(
             axes.plot(*zip(*inside), "o", color=color, markersize=5, zorder=order, label=label)
             label = "_nolegend_"
         if beyond:
-            line = dict(color=color, markersize=6, clip_on=False, zorder=order)
+            line: dict[str, Any] = dict(color=color, markersize=6, clip_on=False, zorder=order)
             axes.plot(beyond, [edge] * len(beyond), outside, label=label, **line)
     failed = [x for x, t in zip(xs, trials) if t.state == "failed"]
     if failed:
@@ -147,7 +146,7 @@ def find_best_so_far(trials: Sequence[TrialPoint], maximize: bool = True) -> lis
     best: float | None = None
     values = []
     for trial in trials:
-        if trial.state == "complete" and trial.value is not None and math.isfinite(trial.value):
+        if trial.state == "complete" and math.isfinite(trial.value):
             better = max if maximize else min
             best = trial.value if best is None else better(best, trial.value)
         values.append(best)
@@ -186,14 +185,14 @@ def draw_parallel_coordinates(
     panel = figure.subplots()
     ranked = sorted(
         (t for t in trials if t.state == "complete" and _has_value(t)),
-        key=lambda trial: trial.value if maximize else -trial.value,  # type: ignore[arg-type, operator] # it has a value
+        key=lambda trial: trial.value if maximize else -trial.value,
     )
     edge = _find_edge(ranked, maximize)
-    values = [trial.value for trial in ranked if trial.value is not None]
+    values = [trial.value for trial in ranked]
     top = (max(values) if maximize else min(values)) if values else 1.0
     colors = matplotlib.colormaps[COLORS if maximize else f"{COLORS}_r"]
-    limits = sorted((edge, top)) if values and edge != top else [top - 1, top]
-    scale = Normalize(*limits, clip=True)
+    low, high = sorted((edge, top)) if values and edge != top else (top - 1, top)
+    scale = Normalize(low, high, clip=True)
     for trial in trials:
         if trial.state == "pruned":
             heights = _find_heights(axes_to_draw, trial)
@@ -354,7 +353,6 @@ def _draw_slice_point(
         bottom = edge if math.isfinite(edge) else 0.0
         panel.plot([x], [bottom], "x", color=FAILED, markersize=5, clip_on=False, zorder=1)
         return
-    assert trial.value is not None
     is_inside = trial.value >= edge if maximize else trial.value <= edge
     marker = "D" if trial.stage > 1 else "o"
     if not is_inside:

@@ -59,8 +59,7 @@ def compute_importance(
 
     Returns None if fewer than `MIN_TRIALS` trials are complete, or if all have the same value.
     """
-    complete = [t for t in trials if t.state == "complete" and t.value is not None]
-    complete = [t for t in complete if t.value is not None and math.isfinite(t.value)]
+    complete = [t for t in trials if t.state == "complete" and math.isfinite(t.value)]
     values = np.array([trial.value for trial in complete], float)
     if len(complete) < MIN_TRIALS or not np.ptp(values):
         return None

@@ -38,7 +38,7 @@ class ScoredTrial(NamedTuple):
     number: int
     drawn: Mapping[str, Any]  # {path: drawn value}
     state: str  # complete, pruned, failed
-    value: float | None
+    value: float  # NaN if it has none
 
 
 class NarrowedSpace(NamedTuple):
@@ -54,8 +54,7 @@ def select_best(trials: Sequence[ScoredTrial], *, maximize: bool = True) -> list
 
     Raises UserError if fewer than `MIN_BEST` trials are complete.
     """
-    complete = [t for t in trials if t.state == "complete" and t.value is not None]
-    complete = [t for t in complete if t.value is not None and math.isfinite(t.value)]
+    complete = [t for t in trials if t.state == "complete" and math.isfinite(t.value)]
     if len(complete) < MIN_BEST:
         raise UserError(
             f"a finer stage needs at least {MIN_BEST} complete trials of the coarser one, got"
@@ -64,7 +63,7 @@ def select_best(trials: Sequence[ScoredTrial], *, maximize: bool = True) -> list
     tried = sum(trial.state in ("complete", "pruned") for trial in trials)
     number = max(MIN_BEST, math.ceil(tried * BEST_FRACTION))
     sign = -1 if maximize else 1
-    ranked = sorted(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    ranked = sorted(complete, key=lambda trial: (sign * trial.value, trial.number))
     return ranked[:number]
 
 

@@ -77,24 +77,23 @@ def make_points(search: SearchRecord) -> list[TrialPoint]:
                 if path in space
             },
             state=trial.state,
-            value=None if trial.value is None else factor * trial.value,
+            value=factor * trial.value,
             steps=trial.steps,
             stage=trial.stage,
         )
         for trial in search.trials
-        if trial.state != "unfinished"
+        if trial.state != "running"
     ]
 
 
 def _select_given(search: SearchRecord, axes: Sequence[SearchAxis]) -> dict[str, Any]:
     """Returns the given config's values that have a place on an axis."""
-    given = {}
+    given: dict[str, Any] = {}
     for axis in axes:
         value = search.given_values.get(axis.name)
         if axis.categories:
-            if (label := label_category(value)) in axis.categories:
-                given[axis.name] = label
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if axis.low <= value <= axis.high:
-                given[axis.name] = value
+            label = label_category(value)
+            given |= {axis.name: label} if label in axis.categories else {}
+        elif isinstance(value, (int, float)) and axis.low <= value <= axis.high:
+            given[axis.name] = value
     return given

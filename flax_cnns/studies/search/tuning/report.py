@@ -13,13 +13,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from flax_cnns import config as configs
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.uncertainty import wilson_interval
 from flax_cnns.files import write_text
 from flax_cnns.names import escape_unprintable
-from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.metric import Metric
 from flax_cnns.studies.search.tuning import narrowing, pictures
 from flax_cnns.studies.search.tuning.importance import (
     CHANCE_LEVEL,
@@ -31,7 +28,6 @@ from flax_cnns.studies.search.tuning.importance import (
 from flax_cnns.studies.search.tuning.search_record import (
     RankedTrial,
     SearchRecord,
-    Stage,
     read_search,
 )
 from flax_cnns.studies.search.tuning.winner import (
@@ -128,7 +124,7 @@ def _describe_search(search: SearchRecord) -> list[str]:
     for stage in search.stages:
         counts = ", ".join(
             f"{n} {state}"
-            for state in ("complete", "pruned", "failed", "unfinished")
+            for state in ("complete", "pruned", "failed", "running")
             if (n := sum(trial.state == state for trial in stage.trials))
         )
         steps = sum(trial.steps for trial in stage.trials)
@@ -140,7 +136,10 @@ def _describe_search(search: SearchRecord) -> list[str]:
             f" {stage.seed}; {steps:,} training steps, {format_duration(seconds)} of training."
         )
     direction = "more is better" if search.maximize else "less is better"
-    lines += ["", f"A trial's value is its {search.metric_label} ({direction}). No trial is tested."]
+    lines += [
+        "",
+        f"A trial's value is its {search.metric_label} ({direction}). No trial is tested.",
+    ]
     return lines
 
 
@@ -214,8 +213,8 @@ def _compare_with_noise(search: SearchRecord, best: RankedTrial) -> str:
     form = search.metric.format
     return (
         f"On {images:,} validation images, 95 % Wilson interval of its {search.metric.name}:"
-        f" {form(low)} to {form(high)} %. {near} of {len(search.ranked)} complete trials are inside;"
-        " these images alone hardly tell them apart."
+        f" {form(low)} to {form(high)} %. {near} of {len(search.ranked)} complete trials are not"
+        " below it; these images alone hardly tell them apart."
     )
 
 
@@ -263,7 +262,7 @@ def _describe_importance(
             f"Chance: with the values shuffled among the trials, {CHANCE_LEVEL:.0%} of {SHUFFLES}"
             " shuffles stay below this. A share in bold is above it. A share says how much the best"
             " trials differ from all trials in this field, within this space and by itself: it says"
-            " nothing about other ranges, about effects of two fields together, or about which value"
+            " nothing about other ranges, effects of two fields together, or which value"
             " is good. TPE and pruning bias it, because they draw more values near the best.",
         ]
     return lines
@@ -291,11 +290,11 @@ def _make_space_table(search: SearchRecord) -> list[str]:
         numbers = ", ".join(map(str, stage.basis))
         lines += [
             "",
-            f"Stage {stage.number} is made of the best trials of stage {stage.number - 1} ({numbers}"
-            "): a tenth of those that completed or were pruned, but at least"
-            f" {narrowing.MIN_BEST}. Its ranges are theirs, wider by"
-            f" {narrowing.MARGIN:.0%} of the old width on each side, within the old range; choices"
-            " keep the values that these trials drew.",
+            f"Stage {stage.number} is made of stage {stage.number - 1}'s best trials: {numbers}."
+            " These are a tenth of those that completed or were pruned, but at least"
+            f" {narrowing.MIN_BEST}. A range is the range of their values, wider by"
+            f" {narrowing.MARGIN:.0%} of the old width on each side, within the old range. A choice"
+            " keeps the values that they drew.",
         ]
     return lines
 

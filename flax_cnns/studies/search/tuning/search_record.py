@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import math
 import os
 import pathlib
@@ -18,8 +16,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.search.tuning.narrowing import ScoredTrial
-
-NARROWING_FILE = "narrowing.json"  # in the folder of a finer stage
+from flax_cnns.studies.search.tuning.records import StudyRecord, TrialRecord, read_study
+from flax_cnns.studies.search.tuning.winner import make_winner_config
 
 
 class RankedTrial(NamedTuple):
@@ -28,8 +26,8 @@ class RankedTrial(NamedTuple):
     stage: int  # from 1: coarse
     number: int  # within its stage, from 0
     drawn: Mapping[str, Any]  # {path: drawn value}, the fixed fields of a finer stage included
-    state: str  # complete, pruned, failed, unfinished
-    value: float | None  # of a pruned trial, its newest
+    state: str  # complete, pruned, failed, running
+    value: float  # of a pruned trial, its newest; NaN if there is none
     steps: int  # training steps
     seconds: float | None
     error: str
@@ -38,7 +36,8 @@ class RankedTrial(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"stage {self.stage}, trial {self.number}" if self.is_staged else f"trial {self.number}"
+        trial = f"trial {self.number}"
+        return f"stage {self.stage}, {trial}" if self.is_staged else trial
 
 
 class Stage(NamedTuple):
@@ -64,7 +63,7 @@ class SearchRecord(NamedTuple):
 
     folder: pathlib.Path
     given: ConfigDict  # the config that the search was given
-    metric_name: str  # such as validation/best_accuracy
+    metric_name: str  # such as validation/accuracy
     maximize: bool
     stages: tuple[Stage, ...]
 
@@ -80,9 +79,9 @@ class SearchRecord(NamedTuple):
         complete = [
             trial
             for trial in self.trials
-            if trial.state == "complete" and trial.value is not None and math.isfinite(trial.value)
+            if trial.state == "complete" and math.isfinite(trial.value)
         ]
-        return sorted(complete, key=lambda t: (sign * (t.value or 0.0), t.stage, t.number))
+        return sorted(complete, key=lambda t: (sign * t.value, t.stage, t.number))
 
     @property
     def best(self) -> RankedTrial | None:
@@ -92,8 +91,8 @@ class SearchRecord(NamedTuple):
     @property
     def metric(self) -> Metric:
         """The format of the values."""
-        name = self.metric_name.rpartition("/")[2].removeprefix("best_")
-        return make_metric(name, [t.value for t in self.trials if t.value is not None])
+        name = self.metric_name.removeprefix("validation/")
+        return make_metric(name, [trial.value for trial in self.trials])
 
     @property
     def metric_label(self) -> str:
@@ -106,9 +105,7 @@ class SearchRecord(NamedTuple):
         best = self.best
         if best is None:
             raise UserError(f"{self.folder}: no trial is complete, so there is no winner")
-        config = workdirs.read_config(best.workdir)
-        config.train.test_on = self.given.train.test_on
-        return config
+        return make_winner_config(self.given, workdirs.read_config(best.workdir))
 
     @property
     def given_values(self) -> dict[str, Any]:
@@ -126,7 +123,85 @@ class SearchRecord(NamedTuple):
 
     def count_validation_images(self) -> int | None:
         """Returns the number of validation images that the best trial saw; None if unknown."""
-        with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
-            summary = workdirs.read_json(self.best.workdir / "summary.json")
-            return summary["images"]["validation"]
+        if self.best is None:
+            return None
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            return workdirs.read_json(self.best.workdir / "summary.json")["images"]["validation"]
         return None
+
+
+def read_search(folder: str | os.PathLike) -> SearchRecord:
+    """Reads a search and its finer stages, also while it runs.
+
+    Raises UserError if there is no search, if its files are damaged, or if Optuna is missing.
+    """
+    folder = pathlib.Path(folder)
+    studies = [read_study(folder)]
+    narrowings: list[dict[str, Any]] = [{"fixed": {}, "basis": []}]
+    while has_stage(folder, number := len(studies) + 1):
+        finer = get_stage_folder(folder, number)
+        if not (finer / "study.json").is_file():
+            break  # it was stopped before its first trial
+        narrowed = read_narrowing(folder, number)
+        narrowings.append(narrowed | {"fixed": narrowings[-1]["fixed"] | narrowed["fixed"]})
+        studies.append(read_study(finer))
+    stages = [
+        _make_stage(number, study, narrowed, len(studies) > 1)
+        for number, (study, narrowed) in enumerate(zip(studies, narrowings), 1)
+    ]
+    first = studies[0]
+    return SearchRecord(folder, first.config, first.metric, first.mode == "max", tuple(stages))
+
+
+def get_stage_folder(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Returns the folder of a stage: the search's own for stage 1, WORKDIR/stage2 for stage 2."""
+    return folder if number == 1 else folder / f"stage{number}"
+
+
+def has_stage(folder: pathlib.Path, number: int) -> bool:
+    """Whether a finer stage has begun: whether its space was made."""
+    return get_narrowing_path(folder, number).is_file()
+
+
+def get_narrowing_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """Returns the file that says how the space of stage `number` was made."""
+    return folder / f"stage{number}.json"
+
+
+def read_narrowing(folder: pathlib.Path, number: int) -> dict[str, Any]:
+    """Reads how the space of a finer stage was made. Raises UserError if the file is damaged."""
+    path = get_narrowing_path(folder, number)
+    narrowed = workdirs.read_json(path)
+    if missing := {"fixed", "basis"} - set(narrowed):
+        raise UserError(f"{path} is damaged ({', '.join(sorted(missing))} missing)")
+    return narrowed
+
+
+def _make_stage(
+    number: int, study: StudyRecord, narrowed: Mapping[str, Any], is_staged: bool
+) -> Stage:
+    def make_trial(trial: TrialRecord) -> RankedTrial:
+        return RankedTrial(
+            stage=number,
+            number=trial.number,
+            drawn={**narrowed["fixed"], **trial.values},
+            state=trial.state,
+            value=math.nan if trial.value is None else trial.value,
+            steps=trial.steps,
+            seconds=trial.seconds,
+            error=trial.error,
+            workdir=trial.workdir,
+            is_staged=is_staged,
+        )
+
+    return Stage(
+        number=number,
+        folder=study.folder,
+        space=study.space,
+        sampler=study.sampler,
+        pruner=study.pruner,
+        seed=study.seed,
+        trials=tuple(map(make_trial, study.trials)),
+        fixed=dict(narrowed["fixed"]),
+        basis=tuple(narrowed["basis"]),
+    )

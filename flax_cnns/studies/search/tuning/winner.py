@@ -18,9 +18,12 @@ from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
 from flax_cnns import files
+from flax_cnns.analysis import statistics
 from flax_cnns.errors import UserError
+from flax_cnns.names import escape_unprintable
+from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.ablation import ablate as ablation
-from flax_cnns.studies.ablation import plan
+from flax_cnns.studies.ablation import plan, reading
 
 WINNER_FILE = "winner.py"
 RETRAINING_FOLDER = "retraining"
@@ -58,10 +61,11 @@ def format_winner(given: Any, winner: Any, title: str, workdir: str | os.PathLik
     defaults = configs.flatten(configs.to_plain(configs.default_config()))
     flat = configs.flatten(configs.to_plain(winner))
     differing = {p: v for p, v in flat.items() if p not in defaults or defaults[p] != v}
+    path = str(pathlib.Path(workdir) / WINNER_FILE)
     lines = [
-        f'"""{title}',
+        f'"""{_escape(title)}',
         "",
-        f"  flax-cnns train --config={pathlib.Path(workdir) / WINNER_FILE} --workdir=runs/winner",
+        f"  flax-cnns train --config={_escape(path)} --workdir=runs/winner",
         '"""',
         "",
         "from flax_cnns.config import default_config, set_config_field",
@@ -69,7 +73,7 @@ def format_winner(given: Any, winner: Any, title: str, workdir: str | os.PathLik
         "# Fields of the given config that differ from the defaults.",
         *_format_fields("GIVEN", {p: v for p, v in differing.items() if p not in changes}),
         "",
-        "# Fields that the search changed; the comments show the given config's values.",
+        "# Fields that the search changed.",
         *_format_fields("FOUND", {p: flat[p] for p in changes}, changes),
         "",
         "",
@@ -89,9 +93,13 @@ def _format_fields(
     for path, value in values.items():
         line = f"    {_format_value(path)}: {_format_value(value)},"
         if changes is not None:
-            line += f"  # {_format_value(changes[path].given)}"
+            line += f"  # given: {_format_value(changes[path].given)}"
         lines.append(line)
     return [*lines, "}"] if values else [f"{name} = {{}}"]
+
+
+def _escape(text: str) -> str:
+    return escape_unprintable(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _format_value(value: Any) -> str:
@@ -145,3 +153,42 @@ def retrain(
         jobs=jobs,
         accept_changed_data=accept_changed_data,
     )
+
+
+def summarize_retraining(folder: str | os.PathLike) -> list[str] | None:
+    """Returns the lines of the report on the retraining; None if no pair of runs is complete."""
+    place = pathlib.Path(folder) / RETRAINING_FOLDER
+    if not (place / "ablation.json").is_file():
+        return None
+    seeds = reading.read_plan(place)["seeds"]
+    values = {}
+    for name in ROWS:
+        row = reading.RowResults(name, {}, reading.read_cells(place / name, seeds))
+        values[name] = row.values("test/accuracy")
+    difference = statistics.paired_difference(values["winner"], values["given"])
+    if not difference.interval.n:
+        return None
+    metric = make_metric("accuracy")
+    lines = ["| config | seeds | test accuracy, % |", "|---|---:|---:|"]
+    for name in ROWS:
+        mean = statistics.mean(list(values[name].values()))
+        lines.append(f"| {name} | {mean.n} | {_format_interval(mean, metric)} |")
+    n, p = difference.interval.n, difference.p
+    verdict = "the interval includes 0: these seeds show no difference"
+    if difference.interval.excludes_zero:
+        better = "better" if difference.interval.mean > 0 else "worse"
+        verdict = f"the winner is {better} than the given config"
+    elif not difference.interval.is_known:
+        verdict = "the spread is unknown"
+    lines += [
+        "",
+        f"Winner minus given, paired over {n} seed{'s' if n > 1 else ''}:"
+        f" {_format_interval(difference.interval, metric, '+')} points, p"
+        f" {statistics.format_p(p)}; {verdict}.",
+    ]
+    return lines
+
+
+def _format_interval(interval: statistics.Interval, metric: Metric, sign: str = "") -> str:
+    mean, low, high = (metric.format(value, sign) for value in interval[:3])
+    return f"{mean} [{low}, {high}]" if interval.is_known else mean
