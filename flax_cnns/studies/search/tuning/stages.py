@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from flax_cnns.config.spaces import Distribution
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_json
+from flax_cnns.runtime import launch
 from flax_cnns.studies.ablation import plan
 from flax_cnns.studies.search.tuning.narrowing import (
     NarrowedSpace,
@@ -92,10 +93,7 @@ def _make_finer(
 
     A stage that has begun keeps the trials that it was made of.
     """
-    coarse, place = (
-        read_study(get_stage_folder(folder, number - 1)),
-        get_stage_folder(folder, number),
-    )
+    coarse = read_study(get_stage_folder(folder, number - 1))
     scored = [
         ScoredTrial(t.number, t.values, t.state, math.nan if t.value is None else t.value)
         for t in coarse.trials
@@ -107,7 +105,7 @@ def _make_finer(
         )
     else:
         narrowed = narrow_space(space, select_best(scored, maximize=coarse.mode == "max"))
-        if jax.process_index() == 0:
+        if not launch.is_one_of_several(os.environ) or jax.process_index() == 0:
             made = {"basis": narrowed.basis, "fixed": narrowed.fixed}
             write_json(get_narrowing_path(folder, number), made)
     return set_fixed_fields(config, space, narrowed), narrowed.space

@@ -24,13 +24,14 @@ SPACE = {
 
 def suggest(trial):
     """Optuna's own draw from the space; returns (drawn values, objective)."""
-    drawn = {"schedule.learning_rate": trial.suggest_float("schedule.learning_rate", 1e-4, 1.0, log=True)}  # fmt: skip
+    rate = trial.suggest_float("schedule.learning_rate", 1e-4, 1.0, log=True)
+    drawn = {"schedule.learning_rate": rate}
     drawn["optimizer.name"] = trial.suggest_categorical("optimizer.name", ["sgd", "adam"])
     if drawn["optimizer.name"] == "sgd":
         drawn["optimizer.momentum"] = trial.suggest_float("optimizer.momentum", 0.5, 0.99)
     drawn["model.width"] = trial.suggest_int("model.width", 4, 64, log=True)
     drawn["train.dropout"] = trial.suggest_categorical("train.dropout", ["()", "(0.1,)"])
-    return drawn, -((math.log10(drawn["schedule.learning_rate"]) + 2) ** 2)
+    return drawn, -((math.log10(rate) + 2) ** 2)
 
 
 @pytest.mark.parametrize("maximize", [True, False])
@@ -65,14 +66,14 @@ def test_without_an_effect_a_share_is_above_chance_once_in_twenty():
     random = np.random.default_rng(1)
     space = {f"own.x.f{i}": uniform(0.0, 1.0) for i in range(2)}
     above = []
-    for _ in range(25):
+    for _ in range(10):
         trials = [
             ScoredTrial(i, {path: random.uniform() for path in space}, "complete", random.uniform())
             for i in range(15)
         ]
         table = compute_importance(describe_space(space), trials, shuffles=20)
         above += [row.is_above_chance for row in table.rows]
-    assert sum(above) <= 9  # binomial(50, 0.05): more than 9 once in 10,000
+    assert sum(above) <= 5  # binomial(20, 0.05): more than 5 once in 3,000
 
 
 def test_few_trials_and_equal_values_give_no_importance():
@@ -82,4 +83,5 @@ def test_few_trials_and_equal_values_give_no_importance():
     assert compute_importance(space, nine) is None
     pruned = [ScoredTrial(9 + i, drawn, "pruned", float(i)) for i in range(9)]
     assert compute_importance(space, [*nine, *pruned]) is None
-    assert compute_importance(space, [ScoredTrial(i, drawn, "complete", 1.0) for i in range(20)]) is None  # fmt: skip
+    equal = [ScoredTrial(i, drawn, "complete", 1.0) for i in range(20)]
+    assert compute_importance(space, equal) is None
