@@ -24,7 +24,8 @@ from flax_cnns.config.spaces import Distribution
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_text
 from flax_cnns.runs.metric import Metric, make_metric
-from flax_cnns.studies.search.tuning.records import StudyRecord, read_study
+from flax_cnns.studies.search.tuning.reading import read_study
+from flax_cnns.studies.search.tuning.records import StudyRecord
 from flax_cnns.studies.search.tuning.tuner import tune
 
 POINTS = 200  # of a curve

@@ -212,9 +212,9 @@ def _compare_with_noise(search: SearchRecord, best: RankedTrial) -> str:
     near = sum(trial.value >= low for trial in search.ranked)
     form = search.metric.format
     return (
-        f"On {images:,} validation images, 95 % Wilson interval of its {search.metric.name}:"
-        f" {form(low)} to {form(high)} %. {near} of {len(search.ranked)} complete trials are not"
-        " below it; these images alone hardly tell them apart."
+        f"95 % Wilson interval of its {search.metric.name} on {images:,} validation images:"
+        f" {form(low)} to {form(high)} %. This interval contains {near} of the"
+        f" {len(search.ranked)} complete trials, so these images hardly tell them apart."
     )
 
 

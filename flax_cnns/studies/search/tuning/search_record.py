@@ -16,7 +16,8 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.search.tuning.narrowing import ScoredTrial
-from flax_cnns.studies.search.tuning.records import StudyRecord, TrialRecord, read_study
+from flax_cnns.studies.search.tuning.reading import read_study
+from flax_cnns.studies.search.tuning.records import StudyRecord, TrialRecord
 from flax_cnns.studies.search.tuning.winner import make_winner_config
 
 
@@ -109,12 +110,15 @@ class SearchRecord(NamedTuple):
 
     @property
     def given_values(self) -> dict[str, Any]:
-        """{path: value of the given config} of the searched fields; as drawn, where a choice's
-        values are made from what is drawn."""
+        """{path: value of the given config} of the searched fields that have an effect in it.
+
+        If a choice's values are made of what is drawn, the drawn value.
+        """
         flat = configs.flatten(configs.to_plain(self.given))
+        inert = configs.find_inert_fields(self.given)
         values = {}
         for path, each in self.stages[0].space.items():
-            if path not in flat:
+            if path not in flat or path in inert:
                 continue
             values[path] = flat[path]
             if each["kind"] == "choice" and flat[path] in each.get("to_value", ()):

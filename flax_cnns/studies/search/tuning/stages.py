@@ -28,7 +28,7 @@ from flax_cnns.studies.search.tuning.narrowing import (
     narrow_space,
     select_best,
 )
-from flax_cnns.studies.search.tuning.records import read_study
+from flax_cnns.studies.search.tuning.reading import read_study
 from flax_cnns.studies.search.tuning.search_record import (
     get_narrowing_path,
     get_stage_folder,
