@@ -25,7 +25,7 @@ COMPLETE, PRUNED, FAILED, BEST = style.BLUE, "#BBBBBB", style.VERMILION, style.O
 COLORS = "viridis"  # of values: dark is bad, yellow is good
 MAX_NAME_LENGTH = 34  # characters of a field's path
 MAX_LABEL_LENGTH = 18  # characters of a category
-CLIP_AT_MEDIANS = 3.0  # values below the best by more than this many medians lie on the edge
+CLIP_AT_MEDIANS = 3.0  # values this many times the median distance below the best are far below
 ABSENT = -0.12  # height in parallel coordinates of a field that the trial did not draw
 
 
@@ -94,14 +94,17 @@ def draw_history(
 
 
 def _find_edge(trials: Sequence[TrialPoint], maximize: bool) -> float:
-    """Returns the worst value to show where it is; worse values lie on the edge."""
+    """Returns the worst value to show where it is; worse values lie on the edge.
+
+    It is the worst of all, unless half of the axis would be for values that are far below the rest.
+    """
     sign = 1 if maximize else -1
     values = sign * np.array([t.value for t in trials if _has_value(t)], float)
     if not values.size:
         return sign * -math.inf
-    best = values.max()
+    best, worst = float(values.max()), float(values.min())
     reach = CLIP_AT_MEDIANS * float(np.median(best - values))
-    return sign * max(values.min(), best - reach) if reach else sign * values.min()
+    return sign * (best - reach if 0 < 2 * reach < best - worst else worst)
 
 
 def _has_value(trial: TrialPoint) -> bool:
@@ -210,8 +213,8 @@ def draw_parallel_coordinates(
     panel.set(xlim=(-0.25, number - 1 + 0.75), ylim=(ABSENT - 0.04 if is_absent else -0.04, 1.04))
     if is_absent:
         panel.axhline(ABSENT, color=style.GRAY, linewidth=0.6, linestyle=":", zorder=0)
-        text = dict(fontsize=8, color="#555555", va="center", ha="left")
-        panel.text(number - 1 + 0.08, ABSENT, "not drawn", **text)  # type: ignore[arg-type] # stubs
+        text: dict[str, Any] = dict(fontsize=8, color="#555555", va="bottom", ha="left")
+        panel.text(number - 1 + 0.08, ABSENT, "not drawn", **text)
     names = [_wrap(axis.name) for axis in axes_to_draw]
     panel.set_xticks(range(number), names, fontsize=8)
     panel.set_yticks([])
@@ -220,7 +223,8 @@ def draw_parallel_coordinates(
         side.set_visible(False)
     if values:
         mappable = matplotlib.cm.ScalarMappable(scale, colors)
-        extend = "min" if maximize else "max"
+        is_clipped = edge != ranked[0].value
+        extend = "neither" if not is_clipped else "min" if maximize else "max"
         figure.colorbar(mappable, ax=panel, label=value_label, extend=extend, pad=0.02)
     save_picture(figure, png)
 

@@ -110,15 +110,15 @@ class SearchRecord(NamedTuple):
 
     @property
     def given_values(self) -> dict[str, Any]:
-        """{path: value of the given config} of the searched fields that have an effect in it.
+        """{path: value of the given config} of the searched fields whose condition it meets.
 
         If a choice's values are made of what is drawn, the drawn value.
         """
         flat = configs.flatten(configs.to_plain(self.given))
-        inert = configs.find_inert_fields(self.given)
         values = {}
         for path, each in self.stages[0].space.items():
-            if path not in flat or path in inert:
+            conditions = each.get("when", {}).items()
+            if path not in flat or any(flat.get(name) not in known for name, known in conditions):
                 continue
             values[path] = flat[path]
             if each["kind"] == "choice" and flat[path] in each.get("to_value", ()):

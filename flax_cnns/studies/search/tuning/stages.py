@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from flax_cnns.config.spaces import Distribution
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_json
-from flax_cnns.runtime import launch
 from flax_cnns.studies.ablation import plan
 from flax_cnns.studies.search.tuning.narrowing import (
     NarrowedSpace,
@@ -35,7 +34,7 @@ from flax_cnns.studies.search.tuning.search_record import (
     has_stage,
     read_narrowing,
 )
-from flax_cnns.studies.search.tuning.tuner import tune
+from flax_cnns.studies.search.tuning.tuner import is_one_of_several, tune
 
 MIN_STAGE_TRIALS = 5  # fewer trials in a stage are a mistake
 
@@ -105,7 +104,7 @@ def _make_finer(
         )
     else:
         narrowed = narrow_space(space, select_best(scored, maximize=coarse.mode == "max"))
-        if not launch.is_one_of_several(os.environ) or jax.process_index() == 0:
+        if not is_one_of_several(os.environ) or jax.process_index() == 0:
             made = {"basis": narrowed.basis, "fixed": narrowed.fixed}
             write_json(get_narrowing_path(folder, number), made)
     return set_fixed_fields(config, space, narrowed), narrowed.space
