@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_cnns.studies.search.tuning.narrowing import ScoredTrial
+from flax_cnns.studies.search.tuning.storage import import_optuna
 
 MIN_TRIALS = 10  # complete ones; fewer say nothing
 MIN_TARGETS = 5  # trials among the best, as Optuna recommends
@@ -64,14 +65,15 @@ def compute_importance(
     if len(complete) < MIN_TRIALS or not np.ptp(values):
         return None
     quantile = max(TARGET_QUANTILE, min(0.5, MIN_TARGETS / len(complete)))
-    raw = _evaluate(space, complete, values, quantile, maximize)
+    study = _make_study(space, complete, maximize)
+    raw = _evaluate(study, space, quantile)
     total = sum(raw.values())
     if not total:
         return None
     generator = np.random.default_rng(0)
+    losses = -values if maximize else values
     shuffled = [
-        _evaluate(space, complete, generator.permutation(values), quantile, maximize)
-        for _ in range(shuffles)
+        _evaluate(study, space, quantile, generator.permutation(losses)) for _ in range(shuffles)
     ]
     chance = {
         path: float(np.quantile([each[path] for each in shuffled], CHANCE_LEVEL)) if shuffled else 0
@@ -84,45 +86,44 @@ def compute_importance(
     )
 
 
-def _evaluate(
-    space: Mapping[str, Mapping[str, Any]],
-    trials: Sequence[ScoredTrial],
-    values: np.ndarray,
-    quantile: float,
-    maximize: bool,
-) -> dict[str, float]:
-    """Returns {path: Optuna's importance, not normalized}."""
-    import optuna
-
-    previous = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.create_study(direction="maximize" if maximize else "minimize")
-        distributions = {path: _make_distribution(each) for path, each in space.items()}
-        study.add_trials(
-            [
-                optuna.create_trial(
-                    params={
-                        path: _make_parameter(space[path], drawn)
-                        for path, drawn in trial.drawn.items()
-                        if path in space
-                    },
-                    distributions={
-                        path: distributions[path] for path in trial.drawn if path in space
-                    },
-                    value=float(value),
-                )
-                for trial, value in zip(trials, values)
-            ]
+def _make_study(
+    space: Mapping[str, Mapping[str, Any]], trials: Sequence[ScoredTrial], maximize: bool
+) -> Any:
+    """Returns an optuna.Study in memory with these trials, numbered from 0."""
+    optuna = import_optuna()
+    study = optuna.create_study(direction="maximize" if maximize else "minimize")
+    distributions = {path: _make_distribution(each) for path, each in space.items()}
+    for trial in trials:
+        params = {
+            path: _make_parameter(space[path], drawn)
+            for path, drawn in trial.drawn.items()
+            if path in space
+        }
+        known = {path: distributions[path] for path in params}
+        study.add_trial(
+            optuna.create_trial(params=params, distributions=known, value=float(trial.value))
         )
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            known = optuna.importance.get_param_importances(
-                study, evaluator=evaluator, normalize=False
-            )
-    finally:
-        optuna.logging.set_verbosity(previous)
+    return study
+
+
+def _evaluate(
+    study: Any,
+    space: Mapping[str, Any],
+    quantile: float,
+    losses: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Returns {path: Optuna's importance, not normalized}.
+
+    With `losses` [trials], these take the place of the trials' values; less is better.
+    """
+    optuna = import_optuna()
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+    target = None if losses is None else lambda trial: float(losses[trial.number])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the target, which is a loss as it must be
+        known = optuna.importance.get_param_importances(
+            study, evaluator=evaluator, target=target, normalize=False
+        )
     return {path: float(known.get(path, 0.0)) for path in space}
 
 

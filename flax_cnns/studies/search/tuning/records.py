@@ -42,6 +42,7 @@ class StudyRecord(NamedTuple):
     """A study as its folder describes it."""
 
     folder: pathlib.Path
+    given: ConfigDict  # what the search was given; the winner is tested as it says
     config: ConfigDict  # of all trials, before their values are set
     space: dict[str, dict[str, Any]]  # as `config.spaces.describe_space` describes it
     sampler: str
@@ -67,7 +68,7 @@ def find_best(trials: Sequence[TrialRecord], mode: str) -> TrialRecord | None:
     return min(complete, key=lambda t: (sign * (t.value or 0.0), t.number), default=None)
 
 
-FACTS = ("config", "space", "sampler", "pruner", "metric", "mode", "seed", "steps", "data")
+FACTS = ("given", "config", "space", "sampler", "pruner", "metric", "mode", "seed", "steps", "data")
 
 
 def read_facts(folder: pathlib.Path) -> dict[str, Any] | None:

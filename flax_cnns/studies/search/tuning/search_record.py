@@ -154,7 +154,7 @@ def read_search(folder: str | os.PathLike) -> SearchRecord:
         for number, (study, narrowed) in enumerate(zip(studies, narrowings), 1)
     ]
     first = studies[0]
-    return SearchRecord(folder, first.config, first.metric, first.mode == "max", tuple(stages))
+    return SearchRecord(folder, first.given, first.metric, first.mode == "max", tuple(stages))
 
 
 def get_stage_folder(folder: pathlib.Path, number: int) -> pathlib.Path:

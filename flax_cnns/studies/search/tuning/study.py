@@ -66,6 +66,7 @@ def make_study(
 
     Raises UserError for everything that a run would refuse before its first step.
     """
+    given = configs.to_plain(config)
     config = ConfigDict(config.to_dict())
     config.train.test_on = "never"
     if metric != "auto":
@@ -109,6 +110,7 @@ def make_study(
     steps = schedules.parse_duration(config.train.duration, per_epoch, what="train.duration")
     every = schedules.parse_duration(config.train.eval_every, per_epoch, what="train.eval_every")
     facts = {
+        "given": given,
         "config": configs.to_plain(config),
         "space": spaces.describe_space(space),
         "sampler": sampler,
@@ -193,7 +195,7 @@ def record_study(study: Study, *, accept_changed_data: bool = False) -> None:
 def _describe(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what two studies must have in common, as plain data with one entry for each line of
     an error message."""
-    compared = {k: v for k, v in facts.items() if k not in ("data", "steps")}
+    compared = {k: v for k, v in facts.items() if k not in ("given", "data", "steps")}
     space = {path: _describe_range(each) for path, each in facts["space"].items()}
     return compared | {"space": space}
 

@@ -39,9 +39,10 @@ class FieldChange(NamedTuple):
 
 
 def make_winner_config(given: ConfigDict, trial: ConfigDict) -> ConfigDict:
-    """Returns the config of the best trial with the given config's `train.test_on`."""
+    """Returns the config of the best trial, tested as the given config says."""
     config = ConfigDict(trial.to_dict())
     config.train.test_on = given.train.test_on
+    config.train.best_by = given.train.best_by  # --metric changes it in the trials
     return config
 
 
