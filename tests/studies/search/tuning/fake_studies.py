@@ -6,9 +6,11 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 from flax_cnns import config as configs
 from flax_cnns import files
+from flax_cnns.config.flat import set_field
 from flax_cnns.config.spaces import describe_space
 from flax_cnns.studies.ablation.plan import apply_overrides
 from flax_cnns.studies.search.tuning.samplers import Sampler
@@ -22,6 +24,7 @@ def score(values: Mapping[str, Any]) -> float:
     return 0.9 - 0.05 * (math.log10(values["schedule.learning_rate"]) + 2) ** 2
 
 
+@mock.patch("os.fsync", lambda _: None)
 def write_study(
     folder,
     config,
@@ -43,7 +46,9 @@ def write_study(
     tested = config
     config = apply_overrides(config, {"train.test_on": "never"})
     folder.mkdir(parents=True, exist_ok=True)
-    facts = dict(config=configs.to_plain(config), space=describe_space(space), metric=metric)
+    facts: dict[str, Any] = dict(
+        config=configs.to_plain(config), space=describe_space(space), metric=metric
+    )
     facts |= dict(sampler=sampler, pruner=pruner, mode=mode, seed=seed, steps=STEPS, data={})
     files.write_json(folder / "study.json", facts | {"given": configs.to_plain(tested)})
     journal = Journal(folder, mode, space)
@@ -61,9 +66,9 @@ def write_study(
         journal.finish(ended)
         with contextlib.suppress(FileExistsError):
             record.workdir.mkdir(parents=True)
-        files.write_json(
-            record.workdir / "config.json",
-            configs.to_plain(apply_overrides(config, drawing.fields)),
-        )
+        plain = configs.to_plain(config)
+        for path, field in drawing.fields.items():
+            set_field(plain, path, field)
+        files.write_json(record.workdir / "config.json", plain)
         files.write_json(record.workdir / "summary.json", {"images": {"validation": 360}})
     return journal.read()
