@@ -26,7 +26,7 @@ def read_study(folder: str | os.PathLike) -> StudyRecord:
         )
     return StudyRecord(
         folder,
-        ConfigDict(configs.add_missing_fields(facts["given"])[0]),
+        ConfigDict(configs.add_missing_fields(facts.get("given", facts["config"]))[0]),
         ConfigDict(configs.add_missing_fields(facts["config"])[0]),
         **{name: facts[name] for name in ("space", "sampler", "pruner", "metric", "mode", "seed")},
         trials=storage.read_trials(folder),

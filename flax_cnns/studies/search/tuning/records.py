@@ -68,7 +68,7 @@ def find_best(trials: Sequence[TrialRecord], mode: str) -> TrialRecord | None:
     return min(complete, key=lambda t: (sign * (t.value or 0.0), t.number), default=None)
 
 
-FACTS = ("given", "config", "space", "sampler", "pruner", "metric", "mode", "seed", "steps", "data")
+FACTS = ("config", "space", "sampler", "pruner", "metric", "mode", "seed", "steps", "data")
 
 
 def read_facts(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from flax_cnns.config.spaces import Distribution
@@ -33,7 +34,7 @@ from flax_cnns.studies.search.tuning.search_record import (
     has_stage,
     read_narrowing,
 )
-from flax_cnns.studies.search.tuning.tuner import tune
+from flax_cnns.studies.search.tuning.tuner import is_one_of_several, tune
 
 MIN_STAGE_TRIALS = 5  # fewer trials in a stage are a mistake
 
@@ -103,8 +104,9 @@ def _make_finer(
         )
     else:
         narrowed = narrow_space(space, select_best(scored, maximize=coarse.mode == "max"))
-        made = {"basis": narrowed.basis, "fixed": narrowed.fixed}
-        write_json(get_narrowing_path(folder, number), made)
+        if not is_one_of_several(os.environ) or jax.process_index() == 0:
+            made = {"basis": narrowed.basis, "fixed": narrowed.fixed}
+            write_json(get_narrowing_path(folder, number), made)
     return set_fixed_fields(config, space, narrowed), narrowed.space
 
 

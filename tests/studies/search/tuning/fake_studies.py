@@ -24,7 +24,7 @@ def score(values: Mapping[str, Any]) -> float:
     return 0.9 - 0.05 * (math.log10(values["schedule.learning_rate"]) + 2) ** 2
 
 
-@mock.patch("os.fsync", lambda _: None)
+@mock.patch("os.fsync", mock.Mock())
 def write_study(
     folder,
     config,
