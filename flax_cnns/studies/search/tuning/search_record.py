@@ -41,7 +41,7 @@ class RankedTrial(NamedTuple):
         return f"stage {self.stage}, {trial}" if self.is_staged else trial
 
 
-class Stage(NamedTuple):
+class SearchStage(NamedTuple):
     """A stage of a search: a study of its own."""
 
     number: int  # from 1: coarse
@@ -66,7 +66,7 @@ class SearchRecord(NamedTuple):
     given: ConfigDict  # the config that the search was given
     metric_name: str  # such as validation/accuracy
     maximize: bool
-    stages: tuple[Stage, ...]
+    stages: tuple[SearchStage, ...]
 
     @property
     def trials(self) -> list[RankedTrial]:
@@ -183,7 +183,7 @@ def read_narrowing(folder: pathlib.Path, number: int) -> dict[str, Any]:
 
 def _make_stage(
     number: int, study: StudyRecord, narrowed: Mapping[str, Any], is_staged: bool
-) -> Stage:
+) -> SearchStage:
     def make_trial(trial: TrialRecord) -> RankedTrial:
         return RankedTrial(
             stage=number,
@@ -198,7 +198,7 @@ def _make_stage(
             is_staged=is_staged,
         )
 
-    return Stage(
+    return SearchStage(
         number=number,
         folder=study.folder,
         space=study.space,
