@@ -10,7 +10,7 @@ statistics are 0 and 1 there, so that a BatchNorm would do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,15 +140,18 @@ def measure_gradients(
     labels: Array,
     *,
     batchnorm: BatchNormMode = "running",
+    loss: Callable[[Array, Array], Array] | None = None,
 ) -> dict[str, float]:
-    """Returns {layer: Euclidean norm of the gradient of the mean cross-entropy by its parameters}.
+    """Returns {layer: Euclidean norm of the gradient of the mean loss by its parameters}.
 
-    `labels`: classes i32 [N], or f32 [N K] in 0..1, for which the loss of an image is the sum of
-    binary cross-entropies. Layers are the modules with parameters of their own, in the order in
-    which they run.
+    `labels`: classes i32 [N], or f32 [N K] in 0..1. `loss(logits f32 [N K], labels)` returns [N];
+    None: the cross-entropy of classes, or the sum of the binary cross-entropies of f32 labels.
+    Layers are the modules with parameters of their own, in the order in which they run.
     """
     model, variables = tap.unroll(model, variables)
-    grads = pytree.flatten(_gradients(model, variables, images, labels, batchnorm=batchnorm))
+    grads = pytree.flatten(
+        _gradients(model, variables, images, labels, batchnorm=batchnorm, loss=loss)
+    )
     squares: dict[str, float] = {}
     for path, leaf in grads.items():
         layer = path.rpartition("/")[0]
@@ -299,7 +302,7 @@ def _variances(
     return {path: jnp.var(output.astype(jnp.float32)) for path, output in outputs.items()}
 
 
-@tracing.jit("batchnorm")
+@tracing.jit("batchnorm", "loss")
 def _gradients(
     model: nn.Module,
     variables: Variables,
@@ -307,17 +310,20 @@ def _gradients(
     labels: Array,
     *,
     batchnorm: BatchNormMode,
+    loss: Callable[[Array, Array], Array] | None,
 ) -> PyTree:
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
-    def loss(params: PyTree) -> Array:
+    def mean_loss(params: PyTree) -> Array:
         with use_statistics(batchnorm):
             given = {"params": params, **rest}
             logits: Any = model.apply(given, images, train=False, mutable=["batch_stats"])[0]
         logits = jnp.asarray(logits, jnp.float32)
+        if loss is not None:
+            return loss(logits, labels).mean()
         if labels.ndim == 2:
             both = labels * nn.log_sigmoid(logits) + (1 - labels) * nn.log_sigmoid(-logits)
             return -both.sum(1).mean()
         return -jnp.take_along_axis(nn.log_softmax(logits), labels[:, None], 1).mean()
 
-    return jax.grad(loss)(variables["params"])
+    return jax.grad(mean_loss)(variables["params"])

@@ -1,0 +1,157 @@
+"""Says what the numbers of the checks `overfit`, `rate` and `capacity` mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_cnns.studies.search.sanity.findings import (
+    FINE,
+    LEFT_OUT,
+    LOOK,
+    WRONG,
+    Numbers,
+    format_numbers,
+    format_percent,
+)
+from flax_cnns.studies.search.sanity.trainings import smooth
+
+
+def judge_overfit(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
+    """Whether the network learns twenty images by heart."""
+    n = parts["overfit"]
+    first, last = n["attempts"][0], n["attempts"][-1]
+    if first["steps"]:
+        text = f"learns {n['images']} images by heart in {first['steps']} steps at the config's rate"
+        yield FINE, f"{text}, {first['rate']:.3g}"
+    elif last["steps"]:
+        text = (
+            f"at the config's rate, {first['rate']:.3g}, at most {format_percent(first['best'])} of"
+            f" {n['images']} images are learned; {last['steps']} steps at {last['rate']:.3g} learn all"
+        )
+        yield LOOK, text, f"try schedule.learning_rate={last['rate']:.3g}, or a warm-up"
+    else:
+        best = max(n["attempts"], key=lambda attempt: attempt["best"])
+        rates = format_numbers(attempt["rate"] for attempt in n["attempts"])
+        text = (
+            f"cannot learn {n['images']} images by heart at any of the rates {rates}: at most"
+            f" {format_percent(best['best'])}, at {best['rate']:.3g}"
+        )
+        remedy = "first check the initialization, BatchNorm, and the loss; then the network's size"
+        yield WRONG, text, remedy
+
+
+# ---------------------------------------------------------------------------- rates
+
+
+class RateReading(NamedTuple):
+    """What a range test says. A field is None if the test does not show it."""
+
+    start: float  # smoothed loss of the first rates
+    lowest: float  # lowest smoothed loss
+    best: float  # the rate there
+    suggested: float | None  # a tenth of it, unless the loss did not fall
+    steepest: float | None  # where the loss falls fastest
+    limit: float | None  # the first higher rate at which the loss is above `start` again
+
+
+def read_rates(numbers: Numbers) -> RateReading:
+    """Reads the curve of a range test (`trainings.measure_rates`)."""
+    rates, losses = np.asarray(numbers["rates"]), smooth(numbers["losses"])
+    start = float(np.mean(losses[: max(len(losses) // 10, 1)]))
+    at = int(np.argmin(losses))
+    falls = start - losses[at] > 0.03 * abs(start)
+    above = np.flatnonzero((losses > start) & (np.arange(len(losses)) > at))
+    slopes = np.gradient(losses, np.log(rates)) if len(losses) > 1 else np.zeros(1)
+    steepest = float(rates[int(np.argmin(slopes[: at + 1]))])
+    return RateReading(
+        start,
+        float(losses[at]),
+        float(rates[at]),
+        float(rates[at]) / 10 if falls else None,
+        steepest if falls else None,
+        float(rates[above[0]]) if falls and len(above) else None,
+    )
+
+
+def judge_rates(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
+    """Where the config's learning rate lies in the range test."""
+    n, capacity = parts["rate"], parts.get("capacity")
+    reading, own = read_rates(n), n["own"]
+    if reading.suggested is None:
+        text = (
+            f"the loss falls at no rate from {n['rates'][0]:.2g} to {n['rates'][-1]:.2g}: from"
+            f" {reading.start:.4g} to at best {reading.lowest:.4g}"
+        )
+        yield LOOK, text, "first repair what else is wrong; then more --steps"
+        return
+    text = (
+        f"the loss falls from {reading.start:.4g} to {reading.lowest:.4g}, lowest at rate"
+        f" {reading.best:.2g}, steepest at {reading.steepest:.2g}"
+    )
+    if reading.limit is not None:
+        text += f"; from {reading.limit:.2g} on it is above the first again"
+    text += f". The config's rate is {own:.3g}"
+    remedy = f"try schedule.learning_rate={reading.suggested:.1g}, a tenth of the lowest point's"
+    # The same rate in the short training, where it is warmed up to and kept.
+    row = next((r for r in (capacity or {}).get("widths", []) if r["width"] == 1), None)
+    end = row["train"]["loss"] if row else 0.0
+    fails = row is not None and not end < 0.98 * row["train"]["guessing"]
+    if fails:
+        text += f", with which the short training ends at a loss of {end:.4g}"
+    if (reading.limit is not None and own >= reading.limit) or (fails and own > reading.best):
+        yield WRONG, f"{text}: too high", remedy
+    elif own > 2 * reading.best:
+        yield LOOK, f"{text}: near the edge", remedy
+    elif own < reading.suggested / 100:
+        yield LOOK, f"{text}: low", remedy
+    else:
+        yield FINE, f"{text}: in the range where the loss falls"
+
+
+# ---------------------------------------------------------------------------- capacity
+
+
+def judge_capacity(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
+    """The gap between training and validation accuracy by width, as the lectures read it."""
+    n = parts["capacity"]
+    rows = n["widths"]
+    for row in rows:
+        text = (
+            f"width x{row['width']:g} ({row['params']:,} parameters), {n['steps']} steps"
+            f" ({n['epochs']:.1f} epochs): training accuracy {format_percent(row['train']['accuracy'])}"
+        )
+        if "validation" in row:
+            gap = row["train"]["accuracy"] - row["validation"]["accuracy"]
+            text += f", validation {format_percent(row['validation']['accuracy'])}"
+            text += f", gap {100 * gap:+.1f} points"
+        yield FINE, text
+    if len(rows) < 2:
+        why = "the network has no field width_mult, widths or width"
+        if n["field"]:
+            why = "no other width can be built"
+        if n["grafted"]:
+            why = "the grafted weights fit one width"
+        yield LEFT_OUT, f"capacity over widths: {why}"
+    own = next(row for row in rows if row["width"] == 1)
+    if "validation" not in own:
+        yield LEFT_OUT, "the gap: there is no validation split"
+        return
+    train, validation = (own[split]["accuracy"] for split in ("train", "validation"))
+    gap, widest = train - validation, max(row["validation"]["accuracy"] for row in rows)
+    if train < 0.9 and gap < 0.05:
+        text = (
+            f"after {n['epochs']:.1f} epochs the network still fits the training images to"
+            f" {format_percent(train)} only, so the gap of {100 * gap:+.1f} points says little"
+        )
+        yield FINE, f"{text}; longer trainings (--steps) tell more"
+    elif gap < 0.05:
+        text = f"the gap is small ({100 * gap:+.1f} points)"
+        text += f": more capacity may help; the best width reaches {format_percent(widest)} on validation"
+        yield FINE, text
+    else:
+        level = LOOK if gap > 0.15 else FINE
+        text = f"the gap is large ({100 * gap:+.1f} points): regularize, augment, or add data"
+        yield level, text
