@@ -25,14 +25,13 @@ from flax_cnns.runs.build import (
     build_components,
     host_batches,
     initialize_jax,
-    make_augment_and_mix,
     make_train_step,
     make_training_key,
     train_batches,
 )
 from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runs.start import make_initial_variables
-from flax_cnns.train import losses, metrics, parallel, schedules, steps
+from flax_cnns.train import losses, metrics, parallel, steps
 from flax_cnns.train.optimizers import PlateauState
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, PyTree
@@ -77,9 +76,7 @@ class SanityBench:
 
         Training examples come in the order of the run's first batches.
         """
-        name, most = (
-            ("train", MAX_IMAGES) if split == "train" else (split, MAX_VALIDATION_IMAGES)
-        )
+        name, most = ("train", MAX_IMAGES) if split == "train" else (split, MAX_VALIDATION_IMAGES)
         size = len(self.dataset.splits[name])
         height, width, channels = self.dataset.image_shape
         most = min(most, size, max(MAX_BYTES // (4 * height * width * channels), self.devices))
@@ -104,7 +101,7 @@ class SanityBench:
         return np.asarray(make_normalize(self.components)(jnp.asarray(images)))
 
 
-def make_normalize(components: RunComponents) -> steps.Augment | Callable[[Array], Array]:
+def make_normalize(components: RunComponents) -> Callable[[Array], Array]:
     """Returns the function that normalizes images as the run does in evaluation."""
     dataset = components.dataset
     return augment.make_normalize(
@@ -169,10 +166,8 @@ class Trainer:
             step = steps.make_train_step(
                 make_quiet_apply(components.model, self.optimizer.batchnorm_modes),
                 self.optimizer,
-                augment=lambda images, keys: normalize(images),  # type: ignore[call-arg]
-                mix=mix.make_mix(
-                    config.mix, components.num_classes, task=components.dataset.task
-                ),
+                augment=lambda images, keys: normalize(images),
+                mix=mix.make_mix(config.mix, components.num_classes, task=components.dataset.task),
                 loss=own.loss,
                 task=components.dataset.task,
             )
@@ -244,7 +239,7 @@ class Meter:
         smooth = mix.make_mix(smoothing, components.num_classes, task=task)
 
         def measure(variables: PyTree, batch: dict[str, Array], key: Any) -> dict[str, Array]:
-            images = normalize(batch["image"])  # type: ignore[call-arg]
+            images = normalize(batch["image"])
             logits, _ = apply(variables, images, mutable=["batch_stats"])
             logits = logits.astype(jnp.float32)
             labels = losses.soft_labels(batch["label"], components.num_classes)

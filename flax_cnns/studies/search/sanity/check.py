@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.runs import own_parts
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runtime import output
+from flax_cnns.studies import own_parts
 from flax_cnns.studies.search.sanity import initial, inputs, page, pictures, trainings
 from flax_cnns.studies.search.sanity.bench import Meter, SanityBench, Trainer, choose_size
 from flax_cnns.studies.search.sanity.findings import WRONG, SanityFinding

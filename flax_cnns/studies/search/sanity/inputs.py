@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from flax_cnns.studies.search.sanity.bench import HostBatch, SanityBench
 from flax_cnns.data.pipeline import train_batches
+from flax_cnns.studies.search.sanity.bench import HostBatch, SanityBench
 
 SIDE = 16  # images are averaged down to about this side for the nearest neighbor
 PERMUTATIONS = 999
@@ -94,12 +94,11 @@ def count_duplicates(dataset: Any, train: HostBatch, validation: HostBatch | Non
         if split is None or sample is None:
             return [], []
         whole = split.images is not None and split.labels is not None
-        images, labels = (
-            (split.images, np.asarray(split.labels)) if whole else (sample["image"], sample["label"])
-        )
-        rows = range(len(images))
-        hashes = [hashlib.blake2b(np.ascontiguousarray(images[i]), digest_size=16) for i in rows]
-        return [h.digest() for h in hashes], [label.tobytes() for label in labels]
+        images: Any = split.images if whole else sample["image"]
+        labels = np.asarray(split.labels if whole else sample["label"])
+        rows = (np.ascontiguousarray(images[i]).tobytes() for i in range(len(images)))
+        hashes = [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+        return hashes, [label.tobytes() for label in labels]
 
     of_train, labels = read("train", train)
     of_validation, _ = read("validation", validation)

@@ -44,8 +44,8 @@ def _judge_normalization(n: Numbers) -> Iterator[tuple[str, ...]]:
         return
     mean, std = n["mean"], n["std"]
     text = (
-        f"over {n['images']} training images, the network sees mean {format_numbers(mean)} and standard"
-        f" deviation {format_numbers(std)}"
+        f"over {n['images']} training images, the network sees mean {format_numbers(mean)} and"
+        f" standard deviation {format_numbers(std)}"
     )
     offset, low, high = max(map(abs, mean)), min(std), max(std)
     if n["grafted"]:
@@ -81,7 +81,9 @@ def _judge_classes(n: Numbers) -> Iterator[tuple[str, ...]]:
         text = f"all training images have one class, of {len(counts)}"
         yield WRONG, text, "check how the labels are read"
         return
-    text = f"{used} of {len(counts)} {name} occur in train, {counts.min():g} to {counts.max():g} times"
+    text = (
+        f"{used} of {len(counts)} {name} occur in train, {counts.min():g} to {counts.max():g} times"
+    )
     if used < len(counts):
         missing = np.flatnonzero(counts == 0)[:5].tolist()
         yield LOOK, f"{text}; class {missing[0]} has no image", "set data.classes, or add images"
@@ -111,14 +113,14 @@ def _judge_information(n: Numbers, capacity: Numbers | None) -> Iterator[tuple[s
     split = "validation" if validation else "training"
     text = (
         f"the nearest training image tells the label of {format_percent(told['right'])} of"
-        f" {told['images']} {split} images; shuffled labels would give {format_percent(told['chance'])}"
-        f" (p = {told['p']:.3f})"
+        f" {told['images']} {split} images; shuffled labels would give"
+        f" {format_percent(told['chance'])} (p = {told['p']:.3f})"
     )
     renumbered = n.get("renumbered", 0.0)
     if validation and train["p"] <= 0.01 and renumbered > max(0.25 + told["right"], 0.4):
         text += (
-            f"; with the classes of validation renumbered, {format_percent(renumbered)}: its labels are"
-            " in another order than those of train"
+            f"; with the classes of validation renumbered, {format_percent(renumbered)}: its labels"
+            " are in another order than those of train"
         )
         yield WRONG, text, "number the classes of all splits alike"
         return

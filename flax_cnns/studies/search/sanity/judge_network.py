@@ -7,18 +7,16 @@ cannot learn a few images by heart either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from flax_cnns.studies.search.sanity.findings import (
     FINE,
-    LEFT_OUT,
     LOOK,
     WRONG,
     Numbers,
-    format_numbers,
     format_percent,
 )
 from flax_cnns.studies.search.sanity.trainings import FEW
@@ -42,7 +40,9 @@ def judge_loss(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
     elif n["grafted"]:
         yield FINE, f"{text}, but the network starts from grafted weights"
     elif loss > 2 * guessing + 0.5:
-        text += f"{spread_text}: the network is sure of wrong answers before it has learned anything"
+        text += (
+            f"{spread_text}: the network is sure of wrong answers before it has learned anything"
+        )
         yield WRONG, text, "make the initial weights smaller, first those of the head"
     elif loss > 1.35 * guessing:
         yield LOOK, text + spread_text, "a head that starts with smaller weights starts at guessing"
@@ -62,7 +62,7 @@ def judge_loss(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
             yield LOOK, f"{sentence}: a penalty should not be negative", "check its sign"
         else:
             yield FINE, sentence
-    text = f"with the run's own augmentation, mixing and dropout the first batch has {{:.4g}}"
+    text = "with the run's own augmentation, mixing and dropout the first batch has {:.4g}"
     yield FINE, text.format(n["training_loss"])
 
 
@@ -91,7 +91,8 @@ def judge_layers(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
     dead = [x for x in layers if x["dead"] is not None]
     if dead:
         worst = max(dead, key=lambda x: x["dead"])
-        text = f"at most {format_percent(worst['dead'])} of a layer's channels are dead ({worst['path']})"
+        share = format_percent(worst["dead"])
+        text = f"at most {share} of a layer's channels are dead ({worst['path']})"
         remedy = "use smaller biases, larger weights, or a norm before the ReLU"
         if worst["dead"] >= 0.9:
             yield (WRONG if failed else LOOK), text, remedy
@@ -115,12 +116,15 @@ def _judge_batchnorm(n: Numbers) -> Iterator[tuple[str, ...]]:
         yield WRONG, text, remedy
     elif n["norms"] and n["unmoved"] > n["norms"] / 2:
         text = (
-            f"a training step left the statistics of {n['unmoved']} of {n['norms']} BatchNorm layers"
-            " at mean 0 and variance 1, which evaluation would use"
+            f"a training step left the statistics of {n['unmoved']} of {n['norms']} BatchNorm"
+            " layers at mean 0 and variance 1, which evaluation would use"
         )
         yield WRONG, text, "call BatchNorm with use_running_average=not train"
     elif n["norms"]:
-        yield FINE, f"a step moves the statistics of {n['norms'] - n['unmoved']} of {n['norms']} norms"
+        yield (
+            FINE,
+            f"a step moves the statistics of {n['norms'] - n['unmoved']} of {n['norms']} norms",
+        )
 
 
 def _judge_scales(layers: list[dict], failed: bool) -> Iterator[tuple[str, ...]]:
@@ -150,9 +154,11 @@ def _judge_gradients(layers: list[dict]) -> Iterator[tuple[str, ...]]:
             f" {high['gradient']:.3g} ({high['path']})"
         )
         wide = high["gradient"] > 1e5 * low["gradient"]
-        yield (LOOK, f"{text}: very unequal", "use norms, shortcuts, or another initializer") if (
-            wide
-        ) else (FINE, text)
+        yield (
+            (LOOK, f"{text}: very unequal", "use norms, shortcuts, or another initializer")
+            if (wide)
+            else (FINE, text)
+        )
     ratios = [x["update"] for x in layers if x["update"]]
     if not ratios:
         return

@@ -24,12 +24,15 @@ def judge_overfit(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
     n = parts["overfit"]
     first, last = n["attempts"][0], n["attempts"][-1]
     if first["steps"]:
-        text = f"learns {n['images']} images by heart in {first['steps']} steps at the config's rate"
+        text = (
+            f"learns {n['images']} images by heart in {first['steps']} steps at the config's rate"
+        )
         yield FINE, f"{text}, {first['rate']:.3g}"
     elif last["steps"]:
         text = (
             f"at the config's rate, {first['rate']:.3g}, at most {format_percent(first['best'])} of"
-            f" {n['images']} images are learned; {last['steps']} steps at {last['rate']:.3g} learn all"
+            f" {n['images']} images are learned;"
+            f" {last['steps']} steps at {last['rate']:.3g} learn all"
         )
         yield LOOK, text, f"try schedule.learning_rate={last['rate']:.3g}, or a warm-up"
     else:
@@ -121,7 +124,8 @@ def judge_capacity(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         text = (
             f"width x{row['width']:g} ({row['params']:,} parameters), {n['steps']} steps"
-            f" ({n['epochs']:.1f} epochs): training accuracy {format_percent(row['train']['accuracy'])}"
+            f" ({n['epochs']:.1f} epochs): training accuracy"
+            f" {format_percent(row['train']['accuracy'])}"
         )
         if "validation" in row:
             gap = row["train"]["accuracy"] - row["validation"]["accuracy"]
@@ -149,8 +153,9 @@ def judge_capacity(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
         yield FINE, f"{text}; longer trainings (--steps) tell more"
     elif gap < 0.05:
         text = f"the gap is small ({100 * gap:+.1f} points)"
-        text += f": more capacity may help; the best width reaches {format_percent(widest)} on validation"
-        yield FINE, text
+        if validation < 0.97:
+            text += ": more capacity may help"
+        yield FINE, f"{text}; the best width reaches {format_percent(widest)} on validation"
     else:
         level = LOOK if gap > 0.15 else FINE
         text = f"the gap is large ({100 * gap:+.1f} points): regularize, augment, or add data"

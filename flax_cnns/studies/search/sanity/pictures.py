@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from flax_cnns.analysis.activations import LayerActivations
 from flax_cnns.analysis.plots.activations import draw_activations
 from flax_cnns.analysis.plots.maps import draw_tiles
-from flax_cnns.analysis.plots.style import BLACK, BLUE, GRAY, GREEN, VERMILION, save_picture, tidy_axes
+from flax_cnns.analysis.plots.style import (
+    BLACK,
+    BLUE,
+    GRAY,
+    GREEN,
+    VERMILION,
+    save_picture,
+    tidy_axes,
+)
 from flax_cnns.studies.search.sanity.bench import HostBatch, SanityBench
 from flax_cnns.studies.search.sanity.findings import Numbers
 from flax_cnns.studies.search.sanity.judge_trainings import read_rates
@@ -45,7 +53,8 @@ def draw_layers(numbers: Numbers, png: Path, title: str) -> None:
     layers, gradients = [], []
     for row in numbers["layers"]:
         counts = np.asarray(row["counts"])
-        edges = np.linspace(*row["range"], len(counts) + 1)
+        low, high = row["range"]
+        edges = np.linspace(low, high, len(counts) + 1)
         layers.append(
             LayerActivations(
                 row["path"], row["values"], row["mean"], row["std"], row["dead"], counts, edges
@@ -131,5 +140,3 @@ def _draw_widths(curves: Axes, bars: Axes, numbers: Numbers) -> None:
     bars.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
     for axes in (curves, bars):
         tidy_axes(axes, grid="y")
-
-

@@ -54,7 +54,9 @@ def measure_overfit(
             losses.append(found["loss"])
             accuracies.append(found["accuracy"])
             right = right + 1 if found["accuracy"] == 1 else 0
-            exploded = not losses[-1] < EXPLODED * max(losses[0], 0.1) or not math.isfinite(losses[0])
+            exploded = not losses[-1] < EXPLODED * max(losses[0], 0.1) or not math.isfinite(
+                losses[0]
+            )
             if right == SETTLED or exploded:
                 break
         reached = len(losses) - SETTLED + 1 if right == SETTLED else None
@@ -89,7 +91,8 @@ def measure_rates(
     own = bench.config.schedule.learning_rate
     low, high = min(LOWEST, own / 100), max(HIGHEST, 10 * own)
     rates = np.geomspace(low, high, steps)
-    used, losses = [], []
+    used: list[float] = []
+    losses: list[float] = []
     state = trainer.start()
     with trainer.batches() as stream:
         for rate, batch in zip(rates, stream):
@@ -155,11 +158,10 @@ def measure_capacity(
         used = trainer, meter
         if width != 1:
             plan = RunPlan(components)
-            variables = jax.device_get(
-                components.stack_if_scanned(make_initial_variables(plan)[0])
-            )
-            used = Trainer(components, variables), Meter(
-                components, bench.optimizer.batchnorm_modes, meter.size
+            variables = jax.device_get(components.stack_if_scanned(make_initial_variables(plan)[0]))
+            used = (
+                Trainer(components, variables),
+                Meter(components, bench.optimizer.batchnorm_modes, meter.size),
             )
         state, losses = train_shortly(used[0], steps, numbers["rate"], tick)
         row = {"width": width, "macs": each, "losses": losses}
@@ -191,7 +193,8 @@ def train_shortly(
     trainer: Trainer, steps: int, rate: float, tick: Tick = lambda done, total: None
 ) -> tuple[Any, list[float]]:
     """Returns the state after a short training at the rates of `list_rates`, and its losses."""
-    state, losses = trainer.start(), []
+    losses: list[float] = []
+    state = trainer.start()
     with trainer.batches() as stream:
         for now, batch in zip(list_rates(steps, rate), stream):
             tick(len(losses), steps)
