@@ -29,6 +29,7 @@ FACTORS = (1.0, 0.1, 0.01, 10.0)  # of the config's rate, tried in this order
 MAX_STEPS = 150  # with each rate
 SETTLED = 3  # steps in a row with all images right
 EXPLODED = 20  # times the first loss
+PATIENCE = 60  # steps without a loss that is lower by a hundredth
 
 
 def measure_overfit(
@@ -57,7 +58,10 @@ def measure_overfit(
             exploded = not losses[-1] < EXPLODED * max(losses[0], 0.1) or not math.isfinite(
                 losses[0]
             )
-            if right == SETTLED or exploded:
+            stuck = number >= PATIENCE and not min(losses[-PATIENCE:]) < 0.99 * min(
+                losses[:-PATIENCE]
+            )
+            if right == SETTLED or exploded or stuck:
                 break
         reached = len(losses) - SETTLED + 1 if right == SETTLED else None
         numbers["attempts"].append(
@@ -156,6 +160,11 @@ def measure_capacity(
     }
     for (width, components), each in zip(widths, macs):
         used = trainer, meter
+        before = steps * len(numbers["widths"])
+
+        def show(done: int, total: int, before: int = before) -> None:
+            tick(before + done, total * len(widths))
+
         if width != 1:
             plan = RunPlan(components)
             variables = jax.device_get(components.stack_if_scanned(make_initial_variables(plan)[0]))
@@ -163,7 +172,7 @@ def measure_capacity(
                 Trainer(components, variables),
                 Meter(components, bench.optimizer.batchnorm_modes, meter.size),
             )
-        state, losses = train_shortly(used[0], steps, numbers["rate"], tick)
+        state, losses = train_shortly(used[0], steps, numbers["rate"], show)
         row = {"width": width, "macs": each, "losses": losses}
         row["params"] = int(sum(np.size(x) for x in jax.tree.leaves(used[0].variables["params"])))
         variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
