@@ -88,7 +88,8 @@ def share_cells(
     if open_cells and not shared and not any(map(read_source, cells)):
         raise UserError(f"--baseline: {other} has no run of {open_cells[0].name}: {why}")
     if rest := len(open_cells) - shared:
-        say(f"{rest} cells of {open_cells[0].row.name} are not in {other} and run here")
+        cells_are = "1 cell is" if rest == 1 else f"{rest} cells are"
+        say(f"{open_cells[0].row.name}: {cells_are} not in {other}, to be trained here")
     return shared
 
 

@@ -123,7 +123,7 @@ def read_states(
 def describe_progress(states: Mapping[str, RowState], rule: StoppingRule, baseline: str) -> str:
     """Describes the rows that go on: "mixup to seed 6 (1.20 wide)"."""
     going = {n: s for n, s in states.items() if not s.reason and n != baseline}
-    parts = [f"{n} to {s.seeds} ({_format_width(s.width)} wide)" for n, s in going.items()]
+    parts = [f"{n} has {s.seeds} (was {_format_width(s.width)} wide)" for n, s in going.items()]
     return f"{', '.join(parts)}; until {rule.width:g} or {rule.most} seeds"
 
 
@@ -143,22 +143,23 @@ def make_note(folder: pathlib.Path, plan: Mapping[str, Any]) -> list[str]:
     metric = make_metric(known["metric"])
     unit = " points" if metric.is_fraction else ""
     lists = {
-        "narrow enough": [f"{n} ({s.seeds})" for n, s in states.items() if s.reason == "narrow"],
-        f"at {rule.most} seeds": [
-            f"{n} ({_format_width(s.width)}{unit} wide)"
-            for n, s in states.items()
-            if s.reason == "most"
+        "Narrow enough, with their seeds": [
+            f"{name} ({state.seeds})" for name, state in states.items() if state.reason == "narrow"
         ],
-        "not finished": [n for n, s in states.items() if not s.reason],
+        f"At {rule.most} seeds, with their widths": [
+            f"{name} ({_format_width(state.width)}{unit})"
+            for name, state in states.items()
+            if state.reason == "most"
+        ],
+        "Not finished": [name for name, state in states.items() if not state.reason],
     }
-    ends = "; ".join(f"{why}: {', '.join(names)}" for why, names in lists.items() if names)
+    ends = " ".join(f"{why}: {', '.join(found)}." for why, found in lists.items() if found)
     return [
         "",
         f"From {known['seeds']} seeds on, seeds were added to each row until the 95 % interval of"
         f" its difference of test {metric.name} was at most {rule.width:g}{unit} wide, or to"
-        f" {rule.most} seeds. Rows with their seeds, {ends}. The rule looks at the width alone,"
-        " never at the sign or the p-value; such intervals cover the true difference a little less"
-        " often than 95 %.",
+        f" {rule.most} seeds. {ends} The rule looks at the width alone, never at the sign or the"
+        " p-value; such intervals cover the true difference a little less often than 95 %.",
     ]
 
 

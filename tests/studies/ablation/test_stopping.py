@@ -74,7 +74,8 @@ def test_a_row_stops_when_its_interval_is_narrow_or_there_are_most_seeds(world):
     report = (folder / "report.md").read_text()
     assert f"3 rows × {stop} to 6 seeds" in report
     wide = compute_widths(WILD)[6]
-    assert f"narrow enough: calm ({stop}); at 6 seeds: wild ({wide:.2f} points wide)." in report
+    assert f"Narrow enough, with their seeds: calm ({stop})." in report
+    assert f"At 6 seeds, with their widths: wild ({wide:.2f} points)." in report
     assert "looks at the width alone, never at the sign or the p-value" in report
     row = next(line for line in report.splitlines() if line.startswith("| calm |"))
     assert f"| {stop} of {stop} |" in row
@@ -198,7 +199,7 @@ def test_a_baseline_is_taken_from_another_ablation(world, tmp_path, capsys):
         ours, theirs = (f / f"none/seed{seed}" for f in (folder, tmp_path / "first"))
         assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
         assert json.loads((ours / "shared.json").read_text()) == {"from": str(theirs.resolve())}
-    assert "1 cells of none are not in" in capsys.readouterr().out
+    assert "none: 1 cell is not in" in capsys.readouterr().out
     report = (folder / "report.md").read_text()
     assert (
         f"Seeds 0, 1 of the baseline were trained in {(tmp_path / 'first/none').resolve()}"
