@@ -20,6 +20,11 @@ flax-cnns search tune --workdir=runs/tune --config=configs/digits_lenet5.py \
     --trials=20 --pruner=median
 flax-cnns search tune --workdir=runs/t --config=configs/digits_lenet5.py \
     --budget=20000 --pruner=hyperband --dry-run
+flax-cnns search tune --workdir=runs/stages --config=configs/search_digits.py \
+    --trials=40 --stages=2 --seeds=5
+flax-cnns search tune --workdir=runs/tune --report
+flax-cnns search tune --workdir=runs/compare --config=configs/search_digits.py \
+    --compare=none,hyperband --budget=3024 --sampler=random --seeds=3
 
 flax-cnns search nas --space=layers --workdir=runs/nas --config=configs/digits_nas.py \
     --layers=4 --trials=64
@@ -29,7 +34,8 @@ flax-cnns search nas --space=layers --workdir=runs/nas --config=configs/digits_n
 `scaling` searches a grid of factors for depth (alpha), width (beta) and resolution (gamma).
 
 `tune` searches the fields that space() in the config file names. A trial is a run in
-WORKDIR/trials/N. It is never tested, and its value is its best validation.
+WORKDIR/trials/N. It is never tested, and its value is its best validation. At the end, report.md,
+trials.csv, pictures and winner.py, the config of the best trial, are written.
 
 `nas` proposes networks, trains each for a short time, and learns from its validation accuracy. The
 space `layers` has the filters and skips of Zoph & Le 2016.
@@ -50,7 +56,13 @@ from flax_cnns.cli.flags import define_accept, define_commands, define_config
 from flax_cnns.errors import UserError
 
 flags.DEFINE_string("workdir", "", "The folder of the search's runs.")
-flags.DEFINE_integer("seeds", 0, "Number of seeds of each final network; 0: 3.", lower_bound=0)
+flags.DEFINE_integer(
+    "seeds",
+    0,
+    "Number of seeds of each final network; 0: 3. tune: of the given config and of the winner,"
+    " which are trained again and tested; 0: none.",
+    lower_bound=0,
+)
 flags.DEFINE_float(
     "budget",
     2.0,
@@ -82,6 +94,20 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_integer("seed", None, "tune: seed of the draws; by default that of the config.")
+flags.DEFINE_integer(
+    "stages",
+    1,
+    "tune: number of stages, coarse to fine, that share the trials: each has ranges around the best"
+    " trials of the one before.",
+    lower_bound=1,
+)
+flags.DEFINE_bool("report", False, "tune: only write the report of the trials that have ended.")
+flags.DEFINE_list(
+    "compare",
+    [],
+    "tune: compare searches with these pruners, such as none,hyperband, at --budget training steps"
+    " each, with --seeds seeds (3).",
+)
 flags.DEFINE_bool("dry-run", False, "tune, nas: only show the plan and the time that it will take.")
 flags.DEFINE_string("space", "", "nas: the space of networks: layers.")
 flags.DEFINE_string(
@@ -140,9 +166,8 @@ KINDS: dict[str, SearchKind] = {
         search_tune.search_tune,
         (
             *("config", "workdir", "trials", "budget", "sampler", "pruner", "metric", "jobs"),
-            *("seed", "dry-run", "accept-changed-data"),
+            *("seed", "seeds", "stages", "report", "compare", "dry-run", "accept-changed-data"),
         ),
-        required=("workdir", "config"),
     ),
     "nas": SearchKind(
         search_nas.search_nas,
