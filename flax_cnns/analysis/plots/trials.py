@@ -289,13 +289,14 @@ def draw_importance(bars: Sequence[ImportanceBar], png: str | os.PathLike, *, ti
         is_real = bar.share > bar.chance
         color = COMPLETE if is_real else PRUNED
         axes.barh(y, 100 * bar.share, height=0.62, color=color)
-        axes.plot([100 * bar.chance] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1.4)
-        right = 100 * max(bar.share, bar.chance)
-        axes.text(right + 1.2, y, f"{100 * bar.share:.0f} %", va="center", fontsize=8.5)
+        chance = [100 * min(bar.chance, 1.0)] * 2
+        axes.plot(chance, [y - 0.4, y + 0.4], color="black", linewidth=1.4, clip_on=False)
+        right = axes.get_yaxis_transform()  # x as a fraction of the panel
+        text = f"{100 * bar.share:.0f} %"
+        axes.text(1.02, y, text, transform=right, va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), [shorten(bar.name, 44) for bar in bars])
     axes.set(ylim=(len(bars) - 0.4, -0.6))
-    longest = max((max(bar.share, bar.chance) for bar in bars), default=1.0)
-    axes.set_xlim(0, 100 * longest * 1.15 or 1.0)
+    axes.set_xlim(0, 100)
     axes.set_xlabel("share of the importance, %; line: 95 % of shuffled searches stay below")
     axes.set_title(shorten(title, 100), fontsize="medium", loc="left")
     axes.tick_params(axis="y", length=0)
@@ -379,6 +380,8 @@ def _set_x_axis(panel: Axes, axis: SearchAxis) -> None:
         panel.set_xscale("log")
         margin = (axis.high / axis.low) ** 0.04
         panel.set_xlim(axis.low / margin, axis.high * margin)
+        if axis.high < 100 * axis.low:  # powers of ten alone would be one tick or two
+            panel.set_xticks(*zip(*list_ticks(axis)))
     else:
         margin = 0.04 * (axis.high - axis.low)
         panel.set_xlim(axis.low - margin, axis.high + margin)

@@ -129,11 +129,11 @@ def _describe_search(search: SearchRecord) -> list[str]:
         )
         steps = sum(trial.steps for trial in stage.trials)
         seconds = sum(trial.seconds or 0.0 for trial in stage.trials)
-        name = f"Stage {stage.number}: " if len(search.stages) > 1 else ""
+        name = f"- Stage {stage.number}: " if len(search.stages) > 1 else ""
         trials = f"{len(stage.trials)} trial{'s' if len(stage.trials) > 1 else ''}"
         lines.append(
             f"{name}{trials} ({counts}); sampler {stage.sampler}, pruner {stage.pruner}, seed"
-            f" {stage.seed}; {steps:,} training steps, {format_duration(seconds)} of training."
+            f" {stage.seed}; {steps:,} training steps; the trials took {format_duration(seconds)}."
         )
     direction = "more is better" if search.maximize else "less is better"
     lines += [
@@ -250,7 +250,7 @@ def _describe_importance(
             "|---|---:|---:|",
             *(
                 f"| `{row.path}` | {'**' * row.is_above_chance}{100 * row.share:.0f}"
-                f"{'**' * row.is_above_chance} | {100 * row.chance:.0f} |"
+                f"{'**' * row.is_above_chance} | {_format_chance(row.chance)} |"
                 for row in table.rows
             ),
             "",
@@ -259,13 +259,18 @@ def _describe_importance(
     if any(importance):
         lines += [
             "",
-            f"Chance: with the values shuffled among the trials, {CHANCE_LEVEL:.0%} of {SHUFFLES}"
-            " shuffles stay below this. A share in bold is above it. A share says how much the best"
-            " trials differ from all trials in this field, within this space and by itself: it says"
-            " nothing about other ranges, effects of two fields together, or which value"
-            " is good. TPE and pruning bias it, because they draw more values near the best.",
+            "Chance: with the values shuffled among the trials,"
+            f" {100 * CHANCE_LEVEL:.0f} % of {SHUFFLES} shuffles stay below this. A share in bold is"
+            " above it. A share says how much the best trials differ from all trials in this field,"
+            " within this space and by itself: it says nothing about other ranges, effects of two"
+            " fields together, or which value is good. TPE and pruning bias it, because they draw"
+            " more values near the best.",
         ]
     return lines
+
+
+def _format_chance(chance: float) -> str:
+    return f"{100 * chance:.0f}" if chance <= 1 else ">100"
 
 
 def _make_space_table(search: SearchRecord) -> list[str]:
@@ -293,8 +298,8 @@ def _make_space_table(search: SearchRecord) -> list[str]:
             f"Stage {stage.number} is made of stage {stage.number - 1}'s best trials: {numbers}."
             " These are a tenth of those that completed or were pruned, but at least"
             f" {narrowing.MIN_BEST}. A range is the range of their values, wider by"
-            f" {narrowing.MARGIN:.0%} of the old width on each side, within the old range. A choice"
-            " keeps the values that they drew.",
+            f" {100 * narrowing.MARGIN:.0f} % of the old width on each side, within the old range."
+            " A choice keeps the values that they drew.",
         ]
     return lines
 
