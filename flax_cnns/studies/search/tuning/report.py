@@ -260,7 +260,7 @@ def _describe_importance(
         lines += [
             "",
             "Chance: with the values shuffled among the trials,"
-            f" {100 * CHANCE_LEVEL:.0f} % of {SHUFFLES} shuffles stay below this. A share in bold is"
+            f" {100 * CHANCE_LEVEL:.0f} % of {SHUFFLES} shuffles stay below this. A bold share is"
             " above it. A share says how much the best trials differ from all trials in this field,"
             " within this space and by itself: it says nothing about other ranges, effects of two"
             " fields together, or which value is good. TPE and pruning bias it, because they draw"
