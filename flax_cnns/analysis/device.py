@@ -46,6 +46,7 @@ PEAKS: dict[str, tuple[float | None, float, str]] = {
     "TPU v5 lite": (197.0, 197.0, _CLOUD),
     "TPU v5": (459.0, 459.0, _CLOUD),
     "TPU v6 lite": (918.0, 918.0, _CLOUD),
+    "TPU7x": (1153.5, 1153.5, f"{_CLOUD}: 2307 a chip, two devices"),
 }
 
 

@@ -13,6 +13,8 @@ class KnownDataset(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
+    train: int = 0  # training images; 0: the data set is always at hand
+    sizes_vary: bool = False  # False: all images are squares of one size
 
 
 DIGIT_NAMES = tuple("0123456789")
@@ -24,20 +26,24 @@ _CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-IMAGENET = KnownDataset(1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = KnownDataset(
+    1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), train=1281167, sizes_vary=True
+)
 
 KNOWN_DATASETS = {
     # tests/data/readers/test_digits.py computes mean and std.
     "digits": KnownDataset(10, (0.3054,), (0.3758,), DIGIT_NAMES),
-    "mnist": KnownDataset(10, (0.1307,), (0.3081,), DIGIT_NAMES),
-    "fashion_mnist": KnownDataset(10, (0.2860,), (0.3530,), _CLOTHES),
-    "cifar10": KnownDataset(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10),
-    "cifar100": KnownDataset(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": KnownDataset(10, (0.1307,), (0.3081,), DIGIT_NAMES, 60000),
+    "fashion_mnist": KnownDataset(10, (0.2860,), (0.3530,), _CLOTHES, 60000),
+    "cifar10": KnownDataset(
+        10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), _CIFAR10, 50000
+    ),
+    "cifar100": KnownDataset(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), train=50000),
     "svhn_cropped": KnownDataset(
-        10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), DIGIT_NAMES
+        10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), DIGIT_NAMES, 73257
     ),
     "imagenet2012": IMAGENET,
-    "imagenet2012_subset": IMAGENET,
+    "imagenet2012_subset": IMAGENET._replace(train=128116),  # of the config 10pct
 }
 
 

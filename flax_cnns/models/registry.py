@@ -181,5 +181,6 @@ def init_variables(
         )
     # On a CPU, compiling the random numbers of all kernels takes most of the time. At optimization
     # level 0 it takes a tenth, and slower code does not matter for a function that runs once.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    (device, *_) = key.devices()
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return traced.lower().compile(compiler_options=options)(key)

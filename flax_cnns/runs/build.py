@@ -123,21 +123,25 @@ def build_components(
     confusion: bool = False,
     begun: bool = False,
     callbacks: bool = True,
+    devices: list[Any] | None = None,
+    dataset: Dataset | None = None,
 ) -> RunComponents:
     """Loads the data and builds the network, the mesh and the evaluation step.
 
     `objects`: what `own_parts.write_to_config` returned. `begun`: whether the run has begun, see
     `load_dataset`. `callbacks`: whether to create the own callbacks, see `own_parts.resolve`.
-    `confusion`: whether the evaluation step also counts a confusion matrix. Raises UserError.
+    `confusion`: whether the evaluation step also counts a confusion matrix. `devices`: those of the
+    mesh; None takes all. `dataset`: None loads the config's. Raises UserError.
     """
     own = own_parts.resolve(config, objects, callbacks=callbacks)
     if own.network is None:
         registry.create_model(**get_model_fields(config))  # reports a typo before loading the data
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(devices)
     parallel.check_batch(config.data.batch_size, mesh, what="data.batch_size")
     parallel.check_batch(config.data.eval_batch_size, mesh, what="data.eval_batch_size")
-    data = own.make_data() if own.make_data else None
-    dataset = load_dataset(config.data, data=data, begun=begun)
+    if dataset is None:
+        data = own.make_data() if own.make_data else None
+        dataset = load_dataset(config.data, data=data, begun=begun)
     model = make_model(config, dataset, own.network)
     width = model.num_classes if own.network is None else check_network(model, dataset)
     eval_step = steps.make_eval_step(

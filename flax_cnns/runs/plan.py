@@ -252,7 +252,9 @@ class RunPlan:
         memory.check_fits(need, what=f"data.eval_batch_size={size}")
 
     def _check_batches(self) -> None:
-        """Raises UserError if the images of the batches alone do not fit into memory."""
+        """Raises UserError if the images of the batches alone do not fit into this machine."""
+        if not parallel.is_on_this_machine(self.components.mesh):
+            return
         data, dataset = self.config.data, self.components.dataset
         images = dataset.splits["train"].images
         is_uint8 = images is None or images.dtype == np.uint8  # a stream's images may be floats

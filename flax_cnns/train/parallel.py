@@ -23,6 +23,21 @@ def make_mesh(devices: list[Any] | None = None, *, axis_name: str = "batch") -> 
     return Mesh(np.asarray(devices), (axis_name,))
 
 
+def find_platform() -> str:
+    """Returns the platform that the program which JAX is tracing will run on: cpu, gpu or tpu.
+
+    In a step that `parallelize` maps, this is the platform of the mesh's devices, which may be
+    another than this machine's (runtime/topologies.py). Elsewhere, it is JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].platform if device is None else device.platform
+
+
+def is_on_this_machine(mesh: Mesh) -> bool:
+    """Whether this machine has the devices of the mesh; False for compile-only devices."""
+    return set(mesh.devices.flat) <= set(jax.devices())
+
+
 def local_devices(mesh: Mesh) -> list[Any]:
     """Returns the devices of the mesh that belong to this process."""
     return [d for d in mesh.devices.flat if d.process_index == jax.process_index()]

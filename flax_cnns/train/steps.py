@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
-from flax_cnns.train import batchnorm_modes, losses, regularizers
+from flax_cnns.train import batchnorm_modes, losses, parallel, regularizers
 from flax_cnns.train.hooks import Regularizer
 from flax_cnns.train.metrics import Metric, check_own_metrics, sum_metrics
 from flax_cnns.train.optimizers import Optimizer
@@ -275,13 +275,13 @@ def compute_gradients(
         piece_grads, (batch_stats, sums) = gradient(weights, batch_stats, *piece)
         return (batch_stats, jax.tree.map(jnp.add, grads, piece_grads)), sums
 
-    # Unrolled on a CPU, where XLA's convolutions are many times slower inside a loop.
+    # Unrolled for a CPU, where XLA's convolutions are many times slower inside a loop.
     n = config.accumulate
     (batch_stats, grads), sums = lax.scan(
         accumulate_piece,
         (state.batch_stats, jax.tree.map(jnp.zeros_like, weights)),
         (split_batch(images, n), split_batch(labels, n), jnp.arange(n)),
-        unroll=n if jax.default_backend() == "cpu" else 1,
+        unroll=n if parallel.find_platform() == "cpu" else 1,
     )
     grads = jax.tree.map(lambda g: g / n, grads)
     return grads, batch_stats, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)

@@ -305,3 +305,20 @@ def test_bfloat16_computes_and_float32_keeps():
     assert all(dtypes == {"bfloat16"} for dtypes in convolutions)
     assert totals
     assert set(totals) <= {"float32", "int32"}
+
+
+def test_accumulation_is_unrolled_for_a_cpu_alone(monkeypatch):
+    """The platform is that of the mesh's devices, here of a TPU that this machine does not have."""
+    config = tiny.config(**{"train.accumulate": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "parallelize", lambda step, mesh, **_: step)
+        state, step, _, mesh = plain_setup(config)
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    far = jax.sharding.AbstractMesh((1,), ("batch",), abstract_device=tpu)
+    state, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, tiny.examples(8))
+    )
+    for where, platform, loops in ((mesh, "cpu", False), (far, "tpu", True)):
+        traced = parallel.parallelize(step, where).trace(state, batch, jax.random.key(0))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.while" in text) == loops, platform

@@ -1,0 +1,381 @@
+"""Says whether the training step of a config fits on an accelerator, and which batch would.
+
+The step is compiled at two batches. Memory is close to linear in the batch, so two points give what
+a device needs in any case and what it needs for each image.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from flax_cnns.analysis.device import find_peak
+from flax_cnns.errors import UserError
+from flax_cnns.runs.fit_step import (
+    BATCHES_AHEAD,
+    CompiledStep,
+    TargetStep,
+    compile_step,
+    format_bytes,
+)
+from flax_cnns.runtime.topologies import Target, check_compiler, make_devices
+
+MAX_CHECKS = 3  # compilations of the answer
+GOOD_ENOUGH = 0.02  # the answer is checked again if it changes by more than this share
+
+
+class MemoryModel(NamedTuple):
+    """The memory of a device as a line over the number of its images."""
+
+    fixed: float  # bytes
+    per_image: float  # bytes
+
+    @classmethod
+    def through(cls, a: tuple[int, float], b: tuple[int, float]) -> MemoryModel:
+        """Returns the line through two points (images per device, bytes)."""
+        slope = (b[1] - a[1]) / (b[0] - a[0])
+        return cls(a[1] - slope * a[0], slope)
+
+    def find_largest(self, memory: float, unit: int) -> int | None:
+        """Returns the most images per device, a multiple of `unit`, that fit into `memory`.
+
+        0 if `unit` images do not fit; None if memory does not grow with the images.
+        """
+        if self.per_image <= 0:
+            return None
+        return max(0, int((memory - self.fixed) / self.per_image) // unit * unit)
+
+
+class Bound(NamedTuple):
+    """A lower bound of the time of a step, by the roofline model."""
+
+    compute: float | None  # seconds: FLOPs over the peak FLOP/s; None if the peak is not known
+    memory: float  # seconds: bytes moved over the memory's bandwidth
+    peak_source: str
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute or 0.0, self.memory)
+
+    @property
+    def limit(self) -> str:
+        """What limits the step: compute or memory."""
+        return "compute" if (self.compute or 0.0) > self.memory else "memory"
+
+
+class FitReport(NamedTuple):
+    """Whether and how a config's training step fits on a target. Bytes are per device."""
+
+    target: Target
+    step: TargetStep
+    compiled: CompiledStep  # at the config's batch, or the largest compiled batch that fits
+    model: MemoryModel | None  # None if only one batch could be compiled
+    batch_size: int  # the config's
+    fits: bool
+    largest: int | None  # global batch; 0: none fits; None: not known
+    checked: bool  # whether `largest` was compiled
+    bound: Bound | None
+    compiler: str
+    compilations: tuple[CompiledStep, ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes per device by their use; their sum is `total`."""
+        one, compiled = self.step.measure_batch(self.compiled.batch_size), self.compiled
+        parts = {**self.step.per_state, "batch": one, "waiting_batches": BATCHES_AHEAD * one}
+        known = sum(self.step.per_state.values()) + one
+        parts["padding"] = max(0, compiled.arguments - known)
+        parts["temporaries"] = compiled.temporaries
+        parts["results"] = self.total - sum(parts.values())
+        return parts
+
+    @property
+    def total(self) -> int:
+        """Bytes per device with the batches that wait for their step."""
+        return measure_total(self.step, self.compiled)
+
+
+def measure_total(step: TargetStep, compiled: CompiledStep) -> int:
+    """Returns the bytes per device of a compiled step and the batches that wait."""
+    return compiled.total + BATCHES_AHEAD * step.measure_batch(compiled.batch_size)
+
+
+class Prober:
+    """Compiles one step at several batches. `memory` is what a device has."""
+
+    def __init__(
+        self,
+        step: TargetStep,
+        target: Target,
+        *,
+        compiler: str,
+        cache: pathlib.Path,
+        say: Callable[[str], None] = print,
+    ):
+        self.step, self.target, self.compiler = step, target, compiler
+        self.cache, self.say = cache, say
+        self.done: dict[int, CompiledStep] = {}  # by images per device
+
+    def compile(self, images: int) -> bool:
+        """Compiles the step at a number of images per device; returns whether it fits."""
+        if images not in self.done:
+            # Compilations of one step take about equally long.
+            last = max((c.seconds for c in self.done.values() if not c.refusal), default=0.0)
+            hint = f" (the last took {last:.0f} s)" if last else ""
+            self.done[images] = compile_step(
+                self.step,
+                self.target,
+                images * self.step.devices,
+                compiler=self.compiler,
+                cache=self.cache,
+                say=lambda text: self.say(text + hint),
+            )
+        return self.fits(images)
+
+    def fits(self, images: int) -> bool:
+        """Whether a compiled number of images fits."""
+        compiled = self.done[images]
+        return not compiled.refusal and self.measure(images) <= self.target.memory
+
+    @property
+    def accepted(self) -> list[int]:
+        """The compiled numbers of images per device that the compiler did not refuse, sorted."""
+        return [n for n in sorted(self.done) if not self.done[n].refusal]
+
+    def fit_line(self) -> MemoryModel | None:
+        """Returns the line through the two largest batches that the compiler accepted."""
+        points = self.accepted[-2:]
+        if len(points) < 2:
+            return None
+        low, high = ((n, self.measure(n)) for n in points)
+        return MemoryModel.through(low, high)
+
+    def find_largest(self) -> int | None:
+        """Returns the most images per device that fit, by the line; None if it says nothing.
+
+        Never more than the compiler refused, and never less than what was compiled and fits.
+        """
+        line, unit = self.fit_line(), self.step.unit
+        largest = line.find_largest(self.target.memory, unit) if line else None
+        refused = [n for n in self.done if not self.fits(n)]
+        good = [n for n in self.done if self.fits(n)]
+        if largest is not None and refused:
+            largest = min(largest, min(refused) - unit)
+        if largest is not None and good:
+            largest = max(largest, *good)
+        if largest is None and refused and min(refused) == unit:
+            return 0
+        return largest
+
+    def measure(self, images: int) -> int:
+        """Returns the bytes per device at a compiled number of images."""
+        return measure_total(self.step, self.done[images])
+
+
+def find_fit(
+    config: Any,
+    target: Target,
+    *,
+    cache: pathlib.Path,
+    check: bool = False,
+    num_classes: int = 0,
+    devices: Sequence[Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> FitReport:
+    """Compiles the training step of `config` for `target` and reports whether it fits.
+
+    `cache`: the folder of compilations, which a killed command continues with. `check`: whether to
+    compile the largest batch too, and to correct it. `num_classes`: see `TargetStep`. `devices`:
+    None makes compile-only devices. Raises UserError for a config that no run takes, and as
+    `topologies.make_devices`.
+    """
+    compiler = check_compiler(target) if devices is None else f"jaxlib {target.platform}"
+    devices = make_devices(target) if devices is None else devices
+    step = TargetStep(config, devices, num_classes)
+    for note in step.notes:
+        say(f"note: {note}")
+    prober = Prober(step, target, compiler=compiler, cache=cache, say=say)
+    unit, wanted = step.unit, step.batch_size // step.devices
+    if wanted % unit:
+        raise UserError(
+            f"train.accumulate: {wanted} examples per device cannot be split into {unit} equal"
+            " pieces"
+        )
+    prober.compile(wanted)
+    find_second_point(prober, wanted)
+    largest = check_answer(prober) if check else prober.find_largest()
+    accepted = prober.accepted
+    shown = wanted if wanted in accepted else max(accepted, default=wanted)
+    compiled = prober.done[shown]
+    return FitReport(
+        target=target,
+        step=step,
+        compiled=compiled,
+        model=prober.fit_line(),
+        batch_size=step.batch_size,
+        fits=prober.fits(wanted),
+        largest=None if largest is None else largest * step.devices,
+        checked=largest in prober.done,
+        bound=None if compiled.refusal else find_bound(compiled, target, devices[0], config),
+        compiler=compiler,
+        compilations=tuple(prober.done.values()),
+    )
+
+
+def find_second_point(prober: Prober, wanted: int) -> None:
+    """Compiles what is missing for a line, after `wanted` images per device were compiled.
+
+    The second batch is half of what the first one suggests to fit. A line through two small batches
+    says little about a large one: a TPU keeps the activations of few images on the chip.
+    """
+    unit, memory = prober.step.unit, prober.target.memory
+
+    def round_down(images: float) -> int:
+        return max(unit, int(images) // unit * unit)
+
+    images = wanted
+    while prober.done[images].refusal and images > unit:
+        needed = read_needed_memory(prober.done[images].refusal)
+        share = min(0.5, 0.7 * memory / needed) if needed else 0.25
+        images = round_down(images * share)
+        prober.compile(images)
+    if prober.done[images].refusal:
+        return
+    guess = images * memory / prober.measure(images)
+    second = round_down(guess / 2)
+    if second == images:
+        second = max(unit, images // 2 // unit * unit) if images > unit else 2 * unit
+    prober.compile(second)
+    while prober.done[second].refusal and second > images + unit:
+        second = round_down((images + second) / 2)
+        prober.compile(second)
+
+
+def read_needed_memory(refusal: str) -> float | None:
+    """Returns the bytes that a refused program needs, from libtpu's message; None if it does not
+    say so.
+
+    Two forms are known: "required for HLO temporaries (128.00G) exceeds" and "required 242.08G
+    exceeds".
+    """
+    match = re.search(r"required\D*?\(?([\d.]+)([MGT])\)? exceeds", refusal)
+    scale = {"M": 2**20, "G": 2**30, "T": 2**40}
+    return float(match[1]) * scale[match[2]] if match else None
+
+
+def check_answer(prober: Prober) -> int | None:
+    """Compiles the largest batch that should fit, corrects it at most `MAX_CHECKS` times, and
+    returns the largest number of images per device that was compiled and fits.
+
+    Returns 0 if none fits.
+    """
+    unit = prober.step.unit
+    for _ in range(MAX_CHECKS):
+        images = prober.find_largest()
+        if not images or images in prober.done:
+            break
+        if prober.compile(images):
+            better = prober.find_largest()
+            if better is None or better <= images * (1 + GOOD_ENOUGH):
+                break
+        elif prober.done[images].refusal:
+            # The refusal gives no third point of the line: 5 % less.
+            prober.compile(max(unit, int(images * 0.95) // unit * unit))
+    return max((n for n in prober.done if prober.fits(n)), default=0)
+
+
+def find_bound(compiled: CompiledStep, target: Target, device: Any, config: Any) -> Bound:
+    """Returns the roofline bound of a step. The peak is that of `config.model.dtype`."""
+    peak = find_peak(device, config.model.dtype)
+    return Bound(
+        compute=None if peak is None else compiled.flops / peak.flops,
+        memory=compiled.traffic / target.bandwidth,
+        peak_source="" if peak is None else peak.source,
+    )
+
+
+# ---------------------------------------------------------------------------- output
+
+_NAMES = {
+    "parameters": "parameters",
+    "batch_stats": "BatchNorm statistics",
+    "optimizer": "optimizer's state",
+    "ema": "averaged weights (EMA)",
+    "batch": "one batch",
+    "waiting_batches": f"{BATCHES_AHEAD} batches that wait",
+    "padding": "padding of these arrays",
+    "temporaries": "activations and other temporaries",
+    "results": "results that reuse no argument",
+}
+
+
+def format_report(report: FitReport) -> str:
+    """Formats a report for the console."""
+    step, compiled, target = report.step, report.compiled, report.target
+    lines = [
+        f"{step.config.model.name}, {step.config.model.dtype}, on {target.name}"
+        f" ({target.devices} x {format_bytes(target.memory)} usable), compiled by"
+        f" {report.compiler} at batch {compiled.batch_size}"
+    ]
+    if compiled.refusal:
+        return "\n".join([*lines, f"the compiler refused: {compiled.refusal}"])
+    rows = [(_NAMES[name], size) for name, size in report.parts.items() if size]
+    rows.append(("total per device", report.total))
+    lines += [f"  {name:34} {format_bytes(size):>12}" for name, size in rows]
+    lines[-1] += f"  {report.total / target.memory:.1%} of the memory"
+    if target.memory_is_lower_bound:
+        lines.append("  a lower bound: cuDNN's workspaces are not counted")
+    if report.model:
+        per_image = format_bytes(report.model.per_image)
+        lines.append(f"  {format_bytes(report.model.fixed)} in any case + {per_image} per image")
+    kinds = [
+        f"{count} {kind} of {format_bytes(size)} in all"
+        for kind, (count, size) in compiled.collectives.items()
+    ]
+    lines.append(f"collectives: {', '.join(kinds) or 'none'}")
+    intensity = compiled.flops / max(1, compiled.traffic)
+    lines.append(
+        f"per step and device: {compiled.flops / 1e12:.3f} TFLOP, {format_bytes(compiled.traffic)}"
+        f" moved, {intensity:.0f} FLOP per byte"
+    )
+    if report.bound:
+        compute = report.bound.compute
+        peak = f"{1e3 * compute:.2f} ms" if compute is not None else "peak not known"
+        lines.append(
+            f"roofline bound (not a forecast): at least {1e3 * report.bound.seconds:.2f} ms a step,"
+            f" by {report.bound.limit} (compute {peak}, memory {1e3 * report.bound.memory:.2f} ms)"
+        )
+    lines.append(f"largest batch: {describe_largest(report)}")
+    return "\n".join(lines)
+
+
+def describe_largest(report: FitReport) -> str:
+    """Returns the largest batch in words, and whether it was compiled."""
+    if report.largest is None:
+        return "not known, since memory does not grow with the batch"
+    if report.largest == 0:
+        return "none fits"
+    how = "compiled" if report.checked else "by the line through two batches; --check compiles it"
+    return f"{report.largest} ({how})"
+
+
+def raise_if_too_large(report: FitReport) -> None:
+    """Raises UserError, which names the batch that fits, if the config's batch does not fit."""
+    if report.fits:
+        return
+    compiled = {one.batch_size: one for one in report.compilations}[report.batch_size]
+    need = f"the compiler says {compiled.refusal!r}"
+    if not compiled.refusal:
+        need = (
+            f"a device needs {format_bytes(measure_total(report.step, compiled))} of"
+            f" {format_bytes(report.target.memory)}"
+        )
+    fits = f"batch {report.largest} fits" if report.largest else "no batch fits"
+    if report.largest and not report.checked:
+        fits += " by estimate (--check compiles it)"
+    raise UserError(
+        f"data.batch_size={report.batch_size} does not fit on {report.target.name}: {need}; {fits};"
+        " --remedies tries accumulate, bfloat16, scan and remat"
+    )
