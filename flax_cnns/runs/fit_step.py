@@ -31,7 +31,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import own_parts
 from flax_cnns.runs.build import build_components, make_train_step
 from flax_cnns.runs.plan import RunPlan
-from flax_cnns.runtime.topologies import GIB, Target
+from flax_cnns.runtime.topologies import GIB, CompileTarget
 from flax_cnns.train.state import TrainState
 
 # Batches on a device that wait for their step: two in the queue of `loop.prefetch`, and one that
@@ -159,7 +159,7 @@ _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*?(?:memory|HBM)[^\n]*", re.I)
 
 def compile_step(
     step: TargetStep,
-    target: Target,
+    target: CompileTarget,
     batch_size: int,
     *,
     compiler: str,

@@ -13,7 +13,7 @@ import jax
 from flax_cnns import files, recipes
 from flax_cnns.errors import UserError
 from flax_cnns.runs.fits import FitReport, find_fit
-from flax_cnns.runtime.topologies import GIB, Target
+from flax_cnns.runtime.topologies import GIB, CompileTarget
 
 # Recipes of several sizes; `write_table` starts with the fastest to compile.
 RECIPES = (
@@ -29,7 +29,9 @@ COLUMNS = (
 )
 
 
-def write_table(path: str, target: Target, names: Sequence[str], *, cache: pathlib.Path) -> None:
+def write_table(
+    path: str, target: CompileTarget, names: Sequence[str], *, cache: pathlib.Path
+) -> None:
     """Adds a row for each recipe on `target` to a CSV file, after each recipe.
 
     Other rows of the file stay; a row of the same recipe and topology is replaced. Finished

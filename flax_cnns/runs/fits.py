@@ -20,7 +20,7 @@ from flax_cnns.runs.fit_step import (
     compile_step,
     format_bytes,
 )
-from flax_cnns.runtime.topologies import Target, check_compiler, make_devices
+from flax_cnns.runtime.topologies import CompileTarget, check_compiler, make_devices
 
 MAX_CHECKS = 3  # compilations of the answer
 GOOD_ENOUGH = 0.02  # the answer is checked again if it changes by more than this share
@@ -68,7 +68,7 @@ class Bound(NamedTuple):
 class FitReport(NamedTuple):
     """Whether and how a config's training step fits on a target. Bytes are per device."""
 
-    target: Target
+    target: CompileTarget
     step: TargetStep
     compiled: CompiledStep  # at the config's batch, or the largest compiled batch that fits
     model: MemoryModel | None  # None if only one batch could be compiled
@@ -108,7 +108,7 @@ class Prober:
     def __init__(
         self,
         step: TargetStep,
-        target: Target,
+        target: CompileTarget,
         *,
         compiler: str,
         cache: pathlib.Path,
@@ -176,7 +176,7 @@ class Prober:
 
 def find_fit(
     config: Any,
-    target: Target,
+    target: CompileTarget,
     *,
     cache: pathlib.Path,
     check: bool = False,
@@ -286,7 +286,7 @@ def check_answer(prober: Prober) -> int | None:
     return max((n for n in prober.done if prober.fits(n)), default=0)
 
 
-def find_bound(compiled: CompiledStep, target: Target, device: Any, config: Any) -> Bound:
+def find_bound(compiled: CompiledStep, target: CompileTarget, device: Any, config: Any) -> Bound:
     """Returns the roofline bound of a step. The peak is that of `config.model.dtype`."""
     peak = find_peak(device, config.model.dtype)
     return Bound(

@@ -30,7 +30,7 @@ GIB = 2**30
 JAX_GPU_FRACTION = 0.75  # of a GPU's memory, which JAX allocates by default
 
 
-class Target(NamedTuple):
+class CompileTarget(NamedTuple):
     """An accelerator to compile for: some devices of one kind."""
 
     name: str  # as the clouds name it
@@ -130,12 +130,12 @@ def list_targets() -> list[str]:
     return [*_TPUS, *_GPUS]
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str) -> CompileTarget:
     """Returns the target of this name. Raises `UserError` for an unknown one."""
     if name in _TPUS:
         layout, devices = _TPUS[name]
         chip = _CHIPS[layout.partition(":")[0]]
-        return Target(
+        return CompileTarget(
             name=name,
             platform="tpu",
             layout=layout,
@@ -147,7 +147,7 @@ def find_target(name: str) -> Target:
         )
     if name in _GPUS:
         numbers = dict(re.findall(r"(\w+): (\d+)\n", _GPUS[name]))
-        return Target(
+        return CompileTarget(
             name=name,
             platform="gpu",
             layout="1x1x1",
@@ -186,7 +186,7 @@ _COMPILERS = {
 }
 
 
-def check_compiler(target: Target) -> str:
+def check_compiler(target: CompileTarget) -> str:
     """Returns the compiler's package with its version, such as "libtpu 0.0.42.1".
 
     Raises `UserError` with pip's line if a package is missing, or has another version than the
@@ -224,7 +224,7 @@ def _find_wanted_version(package: str, jax_extra: str) -> str:
     return metadata.version("jax")
 
 
-def make_devices(target: Target) -> list[Any]:
+def make_devices(target: CompileTarget) -> list[Any]:
     """Returns the target's compile-only devices.
 
     Call it before JAX's first operation: it keeps JAX on the CPU, so that an accelerator of this

@@ -19,11 +19,11 @@ from flax_cnns.analysis.device import Peak
 from flax_cnns.errors import UserError
 from flax_cnns.runs import fit_remedies, fit_step, fit_table, fits
 from flax_cnns.runtime import topologies
-from flax_cnns.runtime.topologies import GIB, Target
+from flax_cnns.runtime.topologies import GIB, CompileTarget
 from tests.tiny_runs import ROOT
 
 MIB = 2**20
-CPU = Target("cpu-4", "cpu", "4", 4, 64 * MIB, 1e10)
+CPU = CompileTarget("cpu-4", "cpu", "4", 4, 64 * MIB, 1e10)
 
 
 def make_config(**changes):
