@@ -19,8 +19,11 @@ The numbers of a target have their sources beside them:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -224,6 +227,23 @@ def _find_wanted_version(package: str, jax_extra: str) -> str:
     return metadata.version("jax")
 
 
+@contextlib.contextmanager
+def _hide_stderr() -> Iterator[None]:
+    """Hides what libraries write to the standard error, such as that there is no CUDA driver.
+
+    No environment variable stops these messages.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def make_devices(target: CompileTarget) -> list[Any]:
     """Returns the target's compile-only devices.
 
@@ -234,7 +254,6 @@ def make_devices(target: CompileTarget) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # would ask Google Cloud about this machine
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # silences a warning only
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # CUDA's plugin misses the driver
     import jax
     from jax.experimental import topologies
 
@@ -250,7 +269,9 @@ def make_devices(target: CompileTarget) -> list[Any]:
         options = {"topology": target.layout, "target_config": _GPUS[target.name]}
     platform = {"gpu": "cuda"}.get(target.platform, target.platform)
     try:
-        devices = list(topologies.get_topology_desc(platform=platform, **options).devices)
+        with _hide_stderr():
+            jax.devices()  # loads all plugins
+            devices = list(topologies.get_topology_desc(platform=platform, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
             raise UserError(

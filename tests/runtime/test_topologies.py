@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
+import jax
+import jax.experimental.topologies
 import pytest
 
 from flax_cnns.analysis.device import PEAKS
@@ -105,3 +107,19 @@ def test_the_peak_of_every_kind_of_chip_is_known():
     """The names of devices, as the compilers gave them: libtpu 0.0.42, jax-cuda12-plugin 0.10.2."""
     kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H100 80GB HBM3")
     assert set(kinds) <= set(PEAKS)
+
+
+def test_one_process_at_a_time_uses_libtpu(monkeypatch):
+    """The message is that of libtpu 0.0.42 while another process had it."""
+
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError(
+            "ABORTED: Internal error when accessing libtpu multi-process lockfile."
+        )
+
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(topologies, "check_compiler", lambda target: "libtpu 0.0.42.1")
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(name, "1")  # taken back after the test
+    with pytest.raises(UserError, match="another process uses libtpu, which allows one at a time"):
+        topologies.make_devices(topologies.find_target("v5e-8"))
