@@ -19,11 +19,8 @@ The numbers of a target have their sources beside them:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import sys
-from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -227,23 +224,6 @@ def _find_wanted_version(package: str, jax_extra: str) -> str:
     return metadata.version("jax")
 
 
-@contextlib.contextmanager
-def _hide_stderr() -> Iterator[None]:
-    """Hides what libraries write to the standard error, such as that there is no CUDA driver.
-
-    No environment variable stops these messages.
-    """
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as sink:
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
 def make_devices(target: CompileTarget) -> list[Any]:
     """Returns the target's compile-only devices.
 
@@ -269,9 +249,7 @@ def make_devices(target: CompileTarget) -> list[Any]:
         options = {"topology": target.layout, "target_config": _GPUS[target.name]}
     platform = {"gpu": "cuda"}.get(target.platform, target.platform)
     try:
-        with _hide_stderr():
-            jax.devices()  # loads all plugins
-            devices = list(topologies.get_topology_desc(platform=platform, **options).devices)
+        devices = list(topologies.get_topology_desc(platform=platform, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
             raise UserError(
