@@ -74,6 +74,9 @@ class Signals:
             signal.set_wakeup_fd(self._wakeup_before)
             _WAKEUPS.discard(self._wakeup)
             os.close(self._wakeup)  # ends the thread
+        # The run may have been past its last step. A study that trains many runs then has to stop.
+        if self.asked.is_set() and callable(before := self._old.get(signal.SIGTERM)):
+            before(signal.SIGTERM, None)
 
     def _ask(self, *_: Any) -> None:
         self.asked.set()

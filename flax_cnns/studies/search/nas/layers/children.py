@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -135,15 +137,22 @@ class ChildTrainer:
     def _train_here(self, job: ChildNetwork) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         error = ""
-        with open_log(job.log) as log, contextlib.redirect_stdout(log):
-            try:
+        try:
+            with (
+                _count_stops() as stops,
+                open_log(job.log) as log,
+                contextlib.redirect_stdout(log),
+            ):
                 run(job.config, job.workdir, accept_changed_data=self.accept_changed_data)
-            except Diverged as diverged:
-                error = str(diverged)
-            except Preempted as stopped:
-                self.say(f"{job.name}: saved at step {stopped.step}; run the same command again")
-                raise
+        except Diverged as diverged:
+            error = str(diverged)
+        except Preempted as stopped:
+            self.say(f"{job.name}: saved at step {stopped.step}; run the same command to resume")
+            raise
         self._finish(job, error)
+        if stops:
+            self.say("stopped after this network; run the same command to resume")
+            raise Preempted(0, EXIT_PREEMPTED)
         if self.trained % CLEAR_EVERY == 0:
             jax.clear_caches()
 
@@ -157,6 +166,21 @@ class ChildTrainer:
             raise Preempted(0, EXIT_PREEMPTED)
         if scheduler.failures:
             raise UserError(" | ".join(scheduler.failures))
+
+
+@contextlib.contextmanager
+def _count_stops() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGUSR1 that came too late for a run to stop, or before it began."""
+    stops: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            before[number] = signal.signal(number, lambda signum, _: stops.append(signum))
+    try:
+        yield stops
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class _ChildScheduler(Scheduler[ChildNetwork]):

@@ -216,9 +216,12 @@ class _Board:
         self.trials, self.total, self.say = read_trials(folder, method), total, say
         self.new = 0  # trained, but not yet among the trials
         self.seconds = [trial.seconds for trial in self.trials]
+        self.best = max((trial.reward for trial in self.trials), default=0.0)
         line = f"{method}: {len(self.trials)} of {total} networks are known"
         if self.seconds and len(self.trials) < total:
             line += f", about {self._eta()} left"
+        elif not self.seconds:
+            line += "; the first one tells how long all will take"
         say(line)
 
     def _eta(self) -> str:
@@ -229,10 +232,10 @@ class _Board:
         self.new += 1
         self.seconds.append(score.seconds)
         how = score.error or f"{max(score.accuracies, default=0):.2%} validation"
-        best = max([trial.reward for trial in self.trials] + [score.reward])
+        self.best = max(self.best, score.reward)
         self.say(
             f"{len(self.trials) + self.new}/{self.total} {job.name}: {how}, reward"
-            f" {score.reward:.4f} (best {best:.4f}), {score.params:,} parameters,"
+            f" {score.reward:.4f} (best {self.best:.4f}), {score.params:,} parameters,"
             f" {score.seconds:.0f} s, about {self._eta()} left"
         )
 

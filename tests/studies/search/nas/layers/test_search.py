@@ -6,7 +6,9 @@ One search in the slow tier trains.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from flax_cnns import config as configs
 from flax_cnns import files
 from flax_cnns.errors import Diverged, UserError
 from flax_cnns.models.nas import FIGURE_7
+from flax_cnns.runtime import preemption
 from flax_cnns.studies.search.nas.controller import Controller
 from flax_cnns.studies.search.nas.layers import children, pictures, report
 from flax_cnns.studies.search.nas.layers.search import ControllerSettings, search_layers
@@ -120,7 +123,10 @@ def test_rewards_and_the_best(runs, tmp_path):
     assert find_best(trials).reward == max(trial.reward for trial in trials)
     assert [trial.decisions for trial in trials] == [SPACE.draw_uniformly(0, i) for i in range(8)]
     assert read_trials(tmp_path, "random") == trials
-    assert said[0] == "random: 0 of 8 networks are known"
+    assert said[0].startswith("random: 0 of 8 networks are known; the first one tells")
+    bests = np.maximum.accumulate([trial.reward for trial in trials])
+    for line, best in zip(said[1:9], bests):
+        assert f"(best {best:.4f})" in line
     assert said[1].startswith(f"1/8 {trials[0].name}: ")
     assert "about 0:00:00 left" in said[8]
 
@@ -133,6 +139,26 @@ def test_rewards_and_the_best(runs, tmp_path):
     assert "run the same command with --method=controller" in text
     assert len((tmp_path / "trials.csv").read_text().splitlines()) == 9
     assert all((tmp_path / name).is_file() for name in names)
+
+
+def test_a_signal_at_the_end_of_a_run_stops_the_search(runs, tmp_path):
+    """The run is complete, so it does not raise `Preempted` itself."""
+
+    def run(config, workdir, **_):
+        with preemption.Signals():
+            runs(config, workdir)
+            if len(runs.seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    said: list[str] = []
+    children.run = run
+    with pytest.raises(preemption.Preempted):
+        search(tmp_path, method="random", say=said.append)
+    assert said[-1] == "stopped after this network; run the same command to resume"
+    assert len(runs.seen) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert len(search(tmp_path, method="random")) == 6
+    assert len(runs.seen) == 6
 
 
 def test_equal_rewards_go_to_the_smaller_network():
