@@ -2,8 +2,11 @@
 
 https://arxiv.org/abs/1611.01578. Each proposed network is trained for a short time. Its reward is
 the cube of the best of its last five validation accuracies (section 4.1). Networks are proposed in
-batches; after each batch, the controller takes one step of REINFORCE. The paper's controller saw
-12,800 networks of 50 epochs each.
+batches; after each batch, the controller takes one step of REINFORCE.
+
+The paper's controller saw 12,800 networks of 50 epochs each. Its networks began with 6 layers and
+grew by two after every 1,600; here their number is fixed. There 100 copies of the controller sent
+gradients asynchronously; here there is one, so that a search can be repeated.
 
 layers.json                 the config, the space, and how long a network trains
 METHOD/settings.json        the settings of the controller
