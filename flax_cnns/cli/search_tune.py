@@ -121,6 +121,7 @@ def _retrain(folder: pathlib.Path, accept: bool) -> int:
         search.winner,
         folder,
         seeds=FLAGS.seeds,
+        metric=search.metric.name,
         jobs=FLAGS.jobs,
         accept_changed_data=accept,
     )

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from flax_cnns.runs.metric import Metric, make_metric
 from flax_cnns.studies.search.tuning.reading import read_study
 from flax_cnns.studies.search.tuning.records import StudyRecord
 from flax_cnns.studies.search.tuning.tuner import tune
+from flax_cnns.train.progress import format_duration
 
 POINTS = 200  # of a curve
 
@@ -64,8 +66,11 @@ def compare_methods(
     folder = pathlib.Path(folder)
     if len({method.name for method in methods}) < len(methods):
         raise UserError("--compare: two searches have the same name; name each once")
+    total, seconds = len(methods) * seeds, 0.0
+    print(f"{total} searches of {budget_steps:,} training steps: {total * budget_steps:,} in all")
     for seed in range(seeds):
-        for method in methods:
+        for place, method in enumerate(methods, 1):
+            start_time = time.monotonic()
             seeded = ConfigDict(config.to_dict())
             seeded.seed += seed
             tune(
@@ -78,6 +83,10 @@ def compare_methods(
                 seed=seed,
                 **options,
             )
+            seconds += time.monotonic() - start_time
+            number = seed * len(methods) + place
+            eta = format_duration(seconds / number * (total - number))
+            print(f"{number}/{total} {method.name}, seed {seed}: done; about {eta} left")
     results = read_comparison(folder, methods, seeds)
     write_comparison(results, folder, budget_steps)
     return results

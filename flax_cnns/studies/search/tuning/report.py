@@ -219,7 +219,7 @@ def _compare_with_noise(search: SearchRecord, best: RankedTrial) -> str:
 
 
 def _describe_retraining(search: SearchRecord) -> list[str]:
-    summary = summarize_retraining(search.folder)
+    summary = summarize_retraining(search.folder, search.metric.name, maximize=search.maximize)
     heading = ["", "## Winner, retrained and tested", ""]
     if summary is None:
         return [

@@ -126,13 +126,15 @@ def retrain(
     folder: str | os.PathLike,
     *,
     seeds: int,
+    metric: str = "accuracy",
     jobs: int | None = None,
     accept_changed_data: bool = False,
 ) -> dict[str, int]:
     """Trains the given config and the winner with `seeds` seeds each, and tests each run once.
 
-    Resumes as an ablation does. Returns {status: number of runs}. Raises UserError if the winner
-    equals the given config, or if the given config is never tested.
+    `metric`: NAME of `test/NAME`, which the ablation reports. Resumes as an ablation does. Returns
+    {status: number of runs}. Raises UserError if the winner equals the given config, or if the
+    given config is never tested.
     """
     changes = list_changes(given, winner)
     if not changes:
@@ -151,40 +153,45 @@ def retrain(
         sweep,
         pathlib.Path(folder) / RETRAINING_FOLDER,
         seeds=seeds,
+        metric=metric,
         jobs=jobs,
         accept_changed_data=accept_changed_data,
     )
 
 
-def summarize_retraining(folder: str | os.PathLike) -> list[str] | None:
-    """Returns the lines of the report on the retraining; None if no pair of runs is complete."""
+def summarize_retraining(
+    folder: str | os.PathLike, name: str = "accuracy", *, maximize: bool = True
+) -> list[str] | None:
+    """Returns the lines of the report on the retraining, about `test/NAME`; None if no pair of runs
+    is complete."""
     place = pathlib.Path(folder) / RETRAINING_FOLDER
     if not (place / "ablation.json").is_file():
         return None
     seeds = reading.read_plan(place)["seeds"]
     values = {}
-    for name in ROWS:
-        row = reading.RowResults(name, {}, reading.read_cells(place / name, seeds))
-        values[name] = row.values("test/accuracy")
+    for label in ROWS:
+        row = reading.RowResults(label, {}, reading.read_cells(place / label, seeds))
+        values[label] = row.values(f"test/{name}")
     difference = statistics.paired_difference(values["winner"], values["given"])
     if not difference.interval.n:
         return None
-    metric = make_metric("accuracy")
-    lines = ["| config | seeds | test accuracy, % |", "|---|---:|---:|"]
-    for name in ROWS:
-        mean = statistics.mean(list(values[name].values()))
-        lines.append(f"| {name} | {mean.n} | {_format_interval(mean, metric)} |")
+    metric = make_metric(name, [value for row in values.values() for value in row.values()])
+    lines = [f"| config | seeds | test {name}{metric.unit} |", "|---|---:|---:|"]
+    for label in ROWS:
+        mean = statistics.mean(list(values[label].values()))
+        lines.append(f"| {label} | {mean.n} | {_format_interval(mean, metric)} |")
     n, p = difference.interval.n, difference.p
     verdict = "the interval includes 0: these seeds show no difference"
     if difference.interval.excludes_zero:
-        better = "better" if difference.interval.mean > 0 else "worse"
+        better = "better" if (difference.interval.mean > 0) == maximize else "worse"
         verdict = f"the winner is {better} than the given config"
     elif not difference.interval.is_known:
         verdict = "the spread is unknown"
     lines += [
         "",
         f"Winner minus given, paired over {n} seed{'s' if n > 1 else ''}:"
-        f" {_format_interval(difference.interval, metric, '+')} points, p"
+        f" {_format_interval(difference.interval, metric, '+')}"
+        f"{metric.difference_unit.replace(', ', ' ')}, p"
         f" {statistics.format_p(p)}; {verdict}.",
     ]
     return lines

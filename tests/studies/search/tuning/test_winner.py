@@ -72,7 +72,7 @@ def test_retraining_is_an_ablation_with_seeds_that_no_trial_had(tmp_path, ablati
     assert winner.retrain(given, best, tmp_path, seeds=2, jobs=1) == {"complete": 4}
     ((config, sweep, folder, options),) = ablations
     assert folder == tmp_path / "retraining"
-    assert options == {"seeds": 2, "jobs": 1, "accept_changed_data": False}
+    assert options == dict(seeds=2, jobs=1, metric="accuracy", accept_changed_data=False)
     first, second = plan.make_cells(plan.make_rows(config, sweep), folder, 1)
     assert (first.row.name, second.row.name) == ("given", "winner")
     assert first.config.seed == second.config.seed == given.seed + 1
@@ -92,7 +92,7 @@ def test_nothing_is_retrained_that_is_equal_or_never_tested(tmp_path, ablations)
     assert ablations == []
 
 
-def write_cells(folder, accuracies):
+def write_cells(folder, accuracies, metric="accuracy"):
     """Writes the folder of a retraining as an ablation leaves it."""
     config = configs.to_plain(digits_lenet5.get_config())
     rows = [{"name": name, "overrides": {}} for name in accuracies]
@@ -105,9 +105,9 @@ def write_cells(folder, accuracies):
             run = folder / name / f"seed{seed}"
             run.mkdir(parents=True)
             (run / "config.json").write_text(json.dumps(config))
-            line = {"step": 5, "time": 1.0, "test/accuracy": value}
+            line = {"step": 5, "time": 1.0, f"test/{metric}": value}
             (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-            (run / "summary.json").write_text(json.dumps({"test/accuracy": value}))
+            (run / "summary.json").write_text(json.dumps({f"test/{metric}": value}))
 
 
 def test_the_summary_is_the_paired_t_interval_of_scipy(tmp_path):
@@ -130,3 +130,12 @@ def test_the_summary_says_when_there_is_no_difference(tmp_path):
         "the interval includes 0: these seeds show no difference"
         in (winner.summarize_retraining(tmp_path)[-1])
     )
+
+
+def test_less_loss_is_better(tmp_path):
+    losses = {"given": [0.50, 0.52, 0.51], "winner": [0.30, 0.33, 0.31]}
+    write_cells(tmp_path / "retraining", losses, metric="loss")
+    lines = winner.summarize_retraining(tmp_path, "loss", maximize=False)
+    assert lines[0] == "| config | seeds | test loss |"
+    assert "-0.1967 [" in lines[-1]
+    assert "the winner is better than the given config" in lines[-1]
