@@ -23,9 +23,22 @@ _PROFILE = flags.DEFINE_string(
     "FIRST:LAST, such as 100:110: trace these steps for TensorBoard and Perfetto, and write a"
     " summary of where their time goes. This changes nothing else.",
 )
+_CHECK = flags.DEFINE_bool(
+    "check",
+    False,
+    "Only check, on all processes, what the run needs: versions, workdir, devices, data, one step."
+    " Changes nothing. The exit code is 0 or 2.",
+)
 
 
-def train(argv: list[str]) -> None:
+def train(argv: list[str]) -> int | None:
+    if _CHECK.value:
+        from flax_cnns.runs.preflight import check_run
+        from flax_cnns.runtime import launch
+
+        code = check_run(_CONFIG.value, _WORKDIR.value)
+        launch.exit_if_distributed(code)  # an ordinary exit would wait for the slowest process
+        return code
     from flax_cnns.runs.train import run  # imported here, so that a mistyped flag imports no JAX
 
     del argv
@@ -35,3 +48,4 @@ def train(argv: list[str]) -> None:
         accept_changed_data=_ACCEPT.value,
         profile=_PROFILE.value,
     )
+    return None

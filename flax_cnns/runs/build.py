@@ -316,13 +316,14 @@ def check_own_parts(workdir: pathlib.Path, record: dict[str, Any], *, begun: boo
     return own_parts.compare_records(workdirs.read_json(path), record)
 
 
-def initialize_jax(config: Any) -> None:
+def initialize_jax(config: Any, *, connect: bool = True) -> None:
     """Sets XLA flags and connects the processes. Must come before JAX's first operation."""
     if config.train.deterministic:
         flag = "--xla_gpu_deterministic_ops=true"
         if flag not in os.environ.get("XLA_FLAGS", ""):
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    launch.initialize()
+    if connect:
+        launch.initialize()
 
 
 @contextlib.contextmanager

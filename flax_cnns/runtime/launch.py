@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import importlib.util
 import os
 import re
 import signal
@@ -33,12 +32,18 @@ from flax_cnns.errors import (
     UserError,
 )
 from flax_cnns.runtime import output
+from flax_cnns.runtime.cluster import (
+    COORDINATOR,
+    NUM_PROCESSES,
+    PROCESS_ID,
+    find_cluster,
+    find_host_name,
+    read_settings,
+)
+from flax_cnns.runtime.logs import HostLog
 
 # JAX and NumPy are imported where they are used, because the launcher itself needs neither.
 
-COORDINATOR = "FLAX_CNNS_COORDINATOR"  # host:port of process 0
-NUM_PROCESSES = "FLAX_CNNS_NUM_PROCESSES"
-PROCESS_ID = "FLAX_CNNS_PROCESS_ID"
 GRACE_SECONDS = 5.0  # the time that the other processes have to end after one has failed
 
 
@@ -98,7 +103,7 @@ def initialize(
         "heartbeat_timeout_seconds": heartbeat_timeout,
         "shutdown_timeout_seconds": shutdown_timeout,
     }
-    if given := _settings(coordinator, num_processes, process_id, os.environ):
+    if given := read_settings(coordinator, num_processes, process_id, os.environ):
         if given[1] > 1:
             jax.distributed.initialize(*given, cluster_detection_method="deactivate", **timeouts)
     elif find_cluster(os.environ):
@@ -110,63 +115,6 @@ def initialize(
             return  # JAX does not recognize the cluster
     if jax.distributed.is_initialized():
         sys.excepthook = _leave_at_once
-
-
-def _settings(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    environment: Mapping[str, str],
-) -> tuple[str, int, int] | None:
-    """Returns (address, number of processes, index); None if none of them is set explicitly."""
-    values = {COORDINATOR: coordinator, NUM_PROCESSES: num_processes, PROCESS_ID: process_id}
-    given: dict[str, str | int | None] = {
-        name: environment.get(name) or None if value is None else value
-        for name, value in values.items()
-    }
-    if missing := [name for name, value in given.items() if value is None]:
-        if len(missing) == len(given):
-            return None
-        raise UserError(f"several processes: {', '.join(missing)} missing; set all three or none")
-    address, *numbers = map(str, given.values())
-    try:
-        count, index = map(int, numbers)
-    except ValueError:
-        count, index = 0, 0
-    if not 0 <= index < count or not re.fullmatch(r".+:\d+", address):
-        raise UserError(
-            f"several processes: expected {COORDINATOR}=host:port and {PROCESS_ID} from 0 to"
-            f" {NUM_PROCESSES} - 1; got {', '.join(f'{k}={v}' for k, v in given.items())}"
-        )
-    return address, count, index
-
-
-def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """Returns the name of the cluster system whose processes JAX can connect, or None.
-
-    This is stricter than JAX's own detection. JAX's also connects a single task to itself, and
-    fails in a Kubernetes pod that does not belong to a job. Raises `UserError` for Open MPI 5.
-    """
-    several = lambda name: int(environment.get(name) or 1) > 1  # noqa: E731
-    slurm = ("JOB_ID", "STEP_NODELIST", "PROCID", "LOCALID")
-    if all(f"SLURM_{name}" in environment for name in slurm) and several("SLURM_NTASKS"):
-        return "SLURM"
-    if several("OMPI_COMM_WORLD_SIZE"):
-        if "OMPI_MCA_orte_hnp_uri" in environment:
-            return "Open MPI"
-        raise UserError(
-            f"Open MPI started {environment['OMPI_COMM_WORLD_SIZE']} processes but does not say"
-            f" where the first one is (version 5 does not); set {COORDINATOR}, {NUM_PROCESSES} and"
-            f" {PROCESS_ID} for each process, or use version 4"
-        )
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return "Kubernetes"
-    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or several("MEGASCALE_NUM_SLICES"):
-        return "TPU"
-    # A TPU VM has no such variables. JAX asks its metadata server instead.
-    chips = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
-    return "TPU" if chips and importlib.util.find_spec("libtpu") else None
 
 
 def exit_if_distributed(code: int) -> None:
@@ -232,22 +180,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="python -m flax_cnns.launch",
-        usage="%(prog)s --local=N [--devices=M] -- command ...",
+        usage="%(prog)s [--local=N [--devices=M]] [--logs=DIR] [--check] -- command ...",
     )
     parser.add_argument(
-        "--local", type=int, required=True, help="number of processes on this machine"
+        "--local",
+        type=int,
+        help="start this number of processes on this machine; without it, one"
+        " process, which a cluster's launcher connects to others",
     )
     parser.add_argument(
         "--devices", type=int, help="number of simulated CPU devices of each process, for trials"
     )
+    parser.add_argument(
+        "--logs",
+        help="folder for the output of each process (host0.log ...) and, in errors/, how"
+        " the processes that failed ended",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check what the command needs, on all processes;"
+        " without a command, check versions and devices, and --workdir",
+    )
+    parser.add_argument("--workdir", default="", help="with --check: the folder of runs to check")
+    parser.add_argument("--timeout", type=float, default=60.0, help="with --check: seconds to wait")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    if options.check:
+        os.environ["FLAX_CNNS_CHECK_SECONDS"] = str(options.timeout)
+        given = [f"--workdir={options.workdir}"] if options.workdir else []
+        if command and given:
+            parser.error("--workdir belongs to the command")
+        check = [sys.executable, "-m", "flax_cnns.runtime.preflight", *given]
+        command = [*command, "--check"] if command else check
+    elif options.workdir:
+        parser.error("--workdir belongs to the command, or to --check without a command")
     if not command:
         parser.error("the command is missing: --local=2 -- python -m experiments.train ...")
-    if options.local < 1 or (options.devices is not None and options.devices < 1):
+    counts = [n for n in (options.local, options.devices) if n is not None]
+    if any(n < 1 for n in counts):
         parser.error("--local and --devices must be at least 1")
+    if options.local is None and not (options.check or options.logs):
+        parser.error("one of these is required: --local, --check, --logs")
     try:
-        return run_local(command, options.local, devices=options.devices)
+        logs = Path(options.logs) if options.logs else None
+        return run_local(command, options.local, devices=options.devices, logs=logs)
     except UserError as error:
         with output.safe():
             print(f"error: {error}", file=sys.stderr)
@@ -255,16 +232,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_local_environment(
-    environment: Mapping[str, str], port: int, count: int, index: int, devices: int | None
+    environment: Mapping[str, str], port: int, count: int | None, index: int, devices: int | None
 ) -> dict[str, str]:
-    """Returns the environment of process `index` of `count`; they connect at a local `port`."""
-    ours = {
-        COORDINATOR: f"127.0.0.1:{port}",
-        NUM_PROCESSES: str(count),
-        PROCESS_ID: str(index),
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # not reachable from the network
-        "PYTHONUNBUFFERED": "1",
-    }
+    """Returns the environment of process `index` of `count`; they connect at a local `port`.
+
+    If `count` is None, the environment already says how they connect.
+    """
+    ours = {"PYTHONUNBUFFERED": "1"}
+    if count is not None:
+        ours |= {
+            COORDINATOR: f"127.0.0.1:{port}",
+            NUM_PROCESSES: str(count),
+            PROCESS_ID: str(index),
+            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # not reachable from the network
+        }
     if devices is not None:
         flag = "--xla_force_host_platform_device_count"
         others = re.sub(rf"{flag}=\S*", "", environment.get("XLA_FLAGS", ""))
@@ -273,8 +254,17 @@ def make_local_environment(
 
 
 @output.safe()
-def run_local(command: Sequence[str], count: int, *, devices: int | None = None) -> int:
+def run_local(
+    command: Sequence[str],
+    count: int | None,
+    *,
+    devices: int | None = None,
+    logs: Path | None = None,
+) -> int:
     """Runs `count` processes of a command to their end, and prefixes their output with "[1] ".
+
+    If `count` is None, runs one process in the environment as it is, without a prefix: one of the
+    processes that a cluster's launcher starts. `logs`: a folder for the output (runtime/logs.py).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to all processes. If a process fails, the others have
     `GRACE_SECONDS` to end before they are killed. The last line printed is then the "error: ..."
@@ -292,18 +282,18 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
     writing = threading.Lock()
     threads: list[threading.Thread] = []
     errors: dict[int, str] = {}  # the first "error: ..." line of each process
+    names = [find_host_name(os.environ)] if count is None else [f"host{i}" for i in range(count)]
+    hosts = [HostLog(logs, name, command) for name in names] if logs is not None else []
 
     def copy(index: int, pipe: TextIO, out: TextIO) -> None:
         for line in pipe:
             if line.startswith("error: "):
                 errors.setdefault(index, line.rstrip())
+            line = line if line.endswith("\n") else f"{line}\n"
             with writing:
-                print(
-                    f"[{index}] {line}",
-                    end="" if line.endswith("\n") else "\n",
-                    file=out,
-                    flush=True,
-                )
+                if hosts:
+                    hosts[index].write(line)
+                print(line if count is None else f"[{index}] {line}", end="", file=out, flush=True)
 
     def send_to_all(number: int) -> None:
         for child in children:
@@ -321,11 +311,12 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, pass_on) for number in caught}
     try:
-        for index in range(count):
+        for index in range(len(names)):
+            environment = make_local_environment(os.environ, port, count, index, devices)
             try:
                 child = subprocess.Popen(
                     command,
-                    env=make_local_environment(os.environ, port, count, index, devices),
+                    env=environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -348,7 +339,13 @@ def run_local(command: Sequence[str], count: int, *, devices: int | None = None)
             thread.join(timeout=1)  # a grandchild may hold the pipe open
         for number, handler in before.items():
             signal.signal(number, handler)
-    if count > 1 and first is not None:
+    for index, host in enumerate(hosts):
+        status = children[index].returncode
+        good = status in _get_good_codes(interrupts)
+        host.end("" if good else _describe_end(status), errors.get(index, ""))
+    if hosts and first is not None:
+        print(f"[launch] the errors are in {logs}/errors", file=sys.stderr, flush=True)
+    if len(names) > 1 and first is not None:
         reason = f": {errors[first]}" if first in errors else f" failed first, {how}"
         print(f"[launch] process {first}{reason}", file=sys.stderr, flush=True)
     return code
@@ -371,8 +368,7 @@ def _wait(
         # A killed process comes before the processes that failed because of it.
         for index, code in sorted(ended, key=lambda item: item[1] != -signal.SIGKILL):
             del running[index]
-            good = (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) if interrupts else (0, EXIT_PREEMPTED)
-            if code in good:
+            if code in _get_good_codes(interrupts):
                 good_code = max(good_code, code)
             elif not failure_code:
                 failure_code = code if code > 0 else 128 - code
@@ -387,6 +383,10 @@ def _wait(
         if time.monotonic() > deadline:
             send_to_all(signal.SIGKILL)
     return failure_code or good_code, first, how
+
+
+def _get_good_codes(interrupts: Sequence[float]) -> tuple[int, ...]:
+    return (0, EXIT_PREEMPTED, EXIT_INTERRUPTED) if interrupts else (0, EXIT_PREEMPTED)
 
 
 def _describe_end(code: int) -> str:

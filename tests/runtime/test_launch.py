@@ -35,7 +35,7 @@ def finish(process: subprocess.Popen) -> tuple[int, list[str], str]:
 
 
 def test_explicit_settings_go_before_the_environment():
-    settings = launch._settings
+    settings = launch.read_settings
     environment = {
         launch.COORDINATOR: "10.0.0.1:1234",
         launch.NUM_PROCESSES: "8",
@@ -59,7 +59,7 @@ def test_explicit_settings_go_before_the_environment():
 )
 def test_settings_that_make_no_sense(given, words):
     with pytest.raises(UserError) as raised:
-        launch._settings(*given, {})
+        launch.read_settings(*given, {})
     assert words in str(raised.value)
 
 
@@ -92,7 +92,7 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     ],
 )
 def test_clusters(environment, cluster, monkeypatch):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)  # no TPU here
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no TPU here
     assert launch.find_cluster(environment) == cluster
 
 
@@ -287,8 +287,10 @@ def test_a_command_that_is_not_there(capfd):
         (["--local=0", "--", "true"], "must be at least 1"),
         (["--local=2", "--devices=0", "--", "true"], "must be at least 1"),
         (["--local=x", "--", "true"], "invalid int value"),
-        (["--", "true"], "required: --local"),
-        (["--locale=2", "--", "true"], "required: --local"),
+        (["--", "true"], "one of these is required: --local, --check, --logs"),
+        (["--locale=2", "--", "true"], "unrecognized arguments: --locale=2"),
+        (["--workdir=x", "--", "true"], "--workdir belongs to the command"),
+        (["--check", "--workdir=x", "--", "true"], "--workdir belongs to the command"),
     ],
 )
 def test_the_command_line(arguments, words, capsys):
