@@ -86,8 +86,8 @@ class Meeting:
             listener = socket.create_server((bind, int(port)), backlog=self.count)
         except OSError as error:
             raise UserError(
-                f"process 0 cannot open port {port}: {error.strerror or error}; end what uses it,"
-                " or choose another port"
+                f"process 0 cannot open port {port}: {os.strerror(error.errno or 0)}; end what"
+                " uses it, or choose another port"
             ) from None
         with listener:
             while len(self._peers) < self.count - 1 and time.monotonic() < deadline:

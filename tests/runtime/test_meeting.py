@@ -106,7 +106,9 @@ def test_a_process_that_leaves_or_hangs_is_named():
 def test_a_port_in_use_and_a_scanner():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"process 0 cannot open port {port}: address already"):
+        with pytest.raises(
+            UserError, match=f"process 0 cannot open port {port}: Address already in use;"
+        ):
             Meeting(f"127.0.0.1:{port}", 2, 0, seconds=0.3)
 
     port = find_port()
