@@ -323,6 +323,7 @@ def _list_limits(search: SearchRecord) -> list[str]:
             " config with another seed is likely worse. Only the retraining compares fairly."
         )
     lines += [
+        "- The given config is not a trial. Only the retraining says if the winner is better.",
         "- Every trial has one seed and one validation split. A small difference may be either.",
         "- The result holds for this network, this data and this length of training; the best"
         " learning rate of a short training is often not that of a long one.",

@@ -181,7 +181,7 @@ def summarize_retraining(
         mean = statistics.mean(list(values[label].values()))
         lines.append(f"| {label} | {mean.n} | {_format_interval(mean, metric)} |")
     n, p = difference.interval.n, difference.p
-    verdict = "the interval includes 0: these seeds show no difference"
+    verdict = "the interval includes 0, so these seeds do not show a difference"
     if difference.interval.excludes_zero:
         better = "better" if (difference.interval.mean > 0) == maximize else "worse"
         verdict = f"the winner is {better} than the given config"

@@ -127,7 +127,7 @@ def test_the_summary_says_when_there_is_no_difference(tmp_path):
     assert winner.summarize_retraining(tmp_path) is None
     write_cells(tmp_path / "retraining", {"given": [0.9, 0.94, 0.9], "winner": [0.92, 0.9, 0.93]})
     assert (
-        "the interval includes 0: these seeds show no difference"
+        "the interval includes 0, so these seeds do not show a difference"
         in (winner.summarize_retraining(tmp_path)[-1])
     )
 
