@@ -18,6 +18,7 @@ from flax_cnns.studies import own_parts
 from flax_cnns.studies.search.sanity import initial, inputs, page, pictures, trainings
 from flax_cnns.studies.search.sanity.bench import Meter, SanityBench, Trainer, choose_size
 from flax_cnns.studies.search.sanity.findings import WRONG, SanityFinding
+from flax_cnns.studies.search.sanity.judge_trainings import find_highest_rate
 from flax_cnns.studies.search.sanity.verdict import JUDGES, judge
 
 CHECKS = tuple(JUDGES)
@@ -212,6 +213,7 @@ class _Checker:
             self.train,
             self.validation,
             self.steps,
+            find_highest_rate(self.parts["rate"]) if "rate" in self.parts else float("inf"),
             self._tick("capacity"),
         )
 

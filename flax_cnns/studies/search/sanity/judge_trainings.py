@@ -34,7 +34,7 @@ def judge_overfit(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
             f" {n['images']} images are learned;"
             f" {last['steps']} steps at {last['rate']:.3g} learn all"
         )
-        yield LOOK, text, f"try schedule.learning_rate={last['rate']:.3g}, or a warm-up"
+        yield LOOK, text, f"schedule.learning_rate={last['rate']:.3g}, or a warm-up"
     else:
         best = max(n["attempts"], key=lambda attempt: attempt["best"])
         rates = format_numbers(attempt["rate"] for attempt in n["attempts"])
@@ -79,6 +79,22 @@ def read_rates(numbers: Numbers) -> RateReading:
     )
 
 
+FAR = 3.0  # times the limit: no warm-up reaches so far
+MANY = 100  # steps after which a high rate should be no worse than a low one
+
+
+def find_highest_rate(numbers: Numbers) -> float:
+    """Returns the highest rate for trainings that compare widths: a third of the rate at which the
+    loss of the range test is lowest; infinity if the loss does not fall."""
+    reading = read_rates(numbers)
+    return reading.best / 3 if reading.suggested is not None else float("inf")
+
+
+def _learns(row: Numbers) -> bool:
+    """Whether a short training ends at a lower loss than guessing."""
+    return row["train"]["loss"] < 0.98 * row["train"]["guessing"]
+
+
 def judge_rates(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
     """Where the config's learning rate lies in the range test."""
     n, capacity = parts["rate"], parts.get("capacity")
@@ -97,16 +113,24 @@ def judge_rates(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
     if reading.limit is not None:
         text += f"; from {reading.limit:.2g} on it is above the first again"
     text += f". The config's rate is {own:.3g}"
-    remedy = f"try schedule.learning_rate={reading.suggested:.1g}, a tenth of the lowest point's"
-    # The same rate in the short training, where it is warmed up to and kept.
-    row = next((r for r in (capacity or {}).get("widths", []) if r["width"] == 1), None)
-    end = row["train"]["loss"] if row else 0.0
-    fails = row is not None and not end < 0.98 * row["train"]["guessing"]
-    if fails:
-        text += f", with which the short training ends at a loss of {end:.4g}"
-    if (reading.limit is not None and own >= reading.limit) or (fails and own > reading.best):
+    remedy = f"schedule.learning_rate={reading.suggested:.1g}, a tenth of the lowest point's"
+    # The same rate in a short training, which warms up to it and keeps it.
+    capacity = capacity or {}
+    calm = next((r for r in capacity.get("widths", []) if r["width"] == 1), None)
+    row = capacity.get("trial") or calm
+    fails = row is not None and not _learns(row)
+    if row is not None and calm is not None and capacity["steps"] >= MANY:
+        fails |= row["train"]["accuracy"] < calm["train"]["accuracy"] - 0.3
+    if row is not None and own > reading.best:
+        accuracy = format_percent(row["train"]["accuracy"])
+        text += f", with which the short training reaches {accuracy} of training images"
+    if fails and calm is not None and calm is not row:
+        text += f" ({format_percent(calm['train']['accuracy'])} at {capacity['rate']:.2g})"
+    limit = float("inf") if reading.limit is None else reading.limit
+    over = own >= limit
+    if own >= FAR * limit or (fails and own > reading.best):
         yield WRONG, f"{text}: too high", remedy
-    elif own > 2 * reading.best:
+    elif over or own > 2 * reading.best:
         yield LOOK, f"{text}: near the edge", remedy
     elif own < reading.suggested / 100:
         yield LOOK, f"{text}: low", remedy

@@ -38,7 +38,8 @@ NOTES = {
         " https://arxiv.org/abs/1506.01186). The steps are the config's own."
     ),
     "capacity": (
-        "The rate rises to the config's over a tenth of the steps and then falls to 0 as a cosine."
+        "The rate rises over a tenth of the steps to the config's, or to a third of the range"
+        " test's lowest point if that is lower, and then falls to 0 as a cosine."
         " Accuracies are of images without augmentation, with BatchNorm by the statistics of the"
         " batch. The test split is not read."
     ),

@@ -141,29 +141,34 @@ def measure_capacity(
     train: HostBatch,
     validation: HostBatch | None,
     steps: int = 0,
+    highest: float = math.inf,
     tick: Tick = lambda done, total: None,
 ) -> dict[str, Any]:
     """Returns the numbers of the check `capacity`: loss and accuracy on training and validation
     examples after equally long trainings of the network at each width.
 
-    The rate rises linearly to the config's, and then falls to 0 as a cosine. `steps`: of each
-    training; 0 takes what fits into `MACS`. A network without a field for its width trains once.
+    The rate rises linearly to the config's, or to `highest` if that is lower, and then falls to 0
+    as a cosine. If `highest` is lower, the network also trains at the config's own rate (`trial`).
+    `steps`: of each training; 0 takes what fits into `MACS`. A network without a field for its
+    width trains once.
     """
     widths, macs, steps = plan_capacity(bench, steps)
+    own = bench.config.schedule.learning_rate
     numbers: dict[str, Any] = {
         "field": find_width_field(bench.components),
         "grafted": bool(bench.config.graft.source),
         "steps": steps,
         "epochs": steps / bench.plan.steps_per_epoch,
-        "rate": bench.config.schedule.learning_rate,
+        "rate": min(own, highest),
         "widths": [],
+        "trial": None,
     }
     for (width, components), each in zip(widths, macs):
         used = trainer, meter
         before = steps * len(numbers["widths"])
 
         def show(done: int, total: int, before: int = before) -> None:
-            tick(before + done, total * len(widths))
+            tick(before + done, total * (len(widths) + (highest < own)))
 
         if width != 1:
             plan = RunPlan(components)
@@ -180,6 +185,11 @@ def measure_capacity(
         if validation is not None:
             row["validation"] = used[1].measure(variables, validation)
         numbers["widths"].append(row)
+    if highest < own:
+        state, losses = train_shortly(trainer, steps, own)
+        variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        measured = meter.measure(variables, train)
+        numbers["trial"] = {"rate": own, "losses": losses, "train": measured}
     return numbers
 
 

@@ -90,6 +90,7 @@ def make_parts():
             "steps": 100,
             "epochs": 5.0,
             "rate": 0.02,
+            "trial": None,
             "widths": [make_row(0.5), make_row(), make_row(2.0)],
         },
     }
@@ -144,6 +145,7 @@ def test_sound_numbers_are_fine():
         ("overfit.moved", {"conv1": 0.0, "head": 0.1}, "look", "1 of 2 layers"),
         ("rate.own", 5.0, "wrong", "too high"),
         ("rate.own", 0.3, "look", "near the edge"),
+        ("rate.own", 1.5, "look", "near the edge"),
         ("rate.own", 1e-5, "look", "low"),
         ("rate.losses", [2.3] * 100, "look", "falls at no rate"),
         ("capacity.widths", [make_row(train=1.0, validation=0.7)], "look", "+30.0 points"),
@@ -161,9 +163,14 @@ def test_each_number_has_its_limit(path, value, level, text):
 def test_a_rate_that_the_short_training_cannot_take_is_too_high():
     """The range test alone passes it quickly."""
     parts = change("rate.own", 0.3)
-    parts["capacity"]["widths"][1]["train"]["loss"] = 4.0
+    trial = make_row(loss=4.0, train=0.2)
+    parts["capacity"]["trial"] = {"rate": 0.3, "losses": [4.0], "train": trial["train"]}
     (wrong,) = [f for f in judge(parts) if f.level == "wrong"]
-    assert "ends at a loss of 4" in wrong.text
+    assert "reaches 20.0 % of training images (95.0 % at 0.02): too high" in wrong.text
+    parts["capacity"]["trial"]["train"]["loss"] = 1.0  # also far behind a lower rate's
+    assert [f.level for f in judge(parts) if "too high" in f.text] == ["wrong"]
+    parts["capacity"]["trial"]["train"]["accuracy"] = 0.8
+    assert [f.level for f in judge(parts) if "near the edge" in f.text] == ["look"]
 
 
 def test_what_a_design_may_intend_is_wrong_only_if_nothing_is_learned():
