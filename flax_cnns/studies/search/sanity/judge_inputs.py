@@ -59,7 +59,13 @@ def _judge_normalization(n: Numbers) -> Iterator[tuple[str, ...]]:
     if high > 5:
         lowest, highest = n["pixel_range"]
         text += f" (pixels are from {lowest:g} to {highest:g}): the images are not scaled"
-        yield WRONG, text, f"divide the images by their range; {remedy}"
+        yield (
+            WRONG,
+            text,
+            remedy
+            if n["normalized_by"] == "config"
+            else f"divide the images by their range; {remedy}",
+        )
     elif low < 0.2:
         remedy = f"{remedy}; or remove the constant channel"
         yield WRONG, f"{text}: the images are almost constant", remedy
