@@ -62,6 +62,7 @@ def check_sanity(
             raise UserError(f"--checks: unknown check {name!r}{hint}; expected {', '.join(CHECKS)}")
     if steps < 0:
         raise UserError(f"--steps: expected a number of 0 or more, got {steps}")
+    config = configs.complete(config)
     own_parts.refuse_opaque(config, "the checks start from a config")
     bench = SanityBench(config)
     path = None
@@ -110,19 +111,21 @@ def _read_parts(path: pathlib.Path, record: dict[str, Any], say: Callable) -> di
     if not isinstance(found, dict) or {name: found.get(name) for name in record} != record:
         say(f"{path} is of another config, data or steps: all checks are made anew")
         return {}
-    return restore_infinities(found["parts"])
+    return restore_nonfinite(found["parts"])
 
 
-def restore_infinities(parts: Any) -> Any:
-    """Returns the numbers of `sanity.json` with inf in place of null in lists of losses."""
+_FLOATS = {"loss", "training_loss", "smoothed", "spread", "mean", "std"}
+
+
+def restore_nonfinite(parts: Any, name: str = "") -> Any:
+    """Returns numbers of `sanity.json` with NaN in place of null, inf in lists of losses."""
     if isinstance(parts, dict):
-        return {
-            name: [float("inf") if x is None else x for x in value]
-            if name == "losses"
-            else restore_infinities(value)
-            for name, value in parts.items()
-        }
-    return [restore_infinities(x) for x in parts] if isinstance(parts, list) else parts
+        return {key: restore_nonfinite(value, key) for key, value in parts.items()}
+    if isinstance(parts, list):
+        return [restore_nonfinite(value, name) for value in parts]
+    if parts is None and name == "losses":
+        return float("inf")
+    return float("nan") if parts is None and name in _FLOATS else parts
 
 
 class _Checker:

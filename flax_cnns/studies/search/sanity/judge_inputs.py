@@ -135,7 +135,7 @@ def _judge_information(n: Numbers, capacity: Numbers | None) -> Iterator[tuple[s
         return
     if validation and train["p"] <= 0.01:
         text += f", while among training images it tells {format_percent(train['right'])}"
-    learned = find_learned(capacity, told)
+    learned = _find_learned(n, capacity)
     if learned is not None:
         text += f"; the short training reaches {format_percent(learned)} of {split} images"
     if learned is not None and learned > _find_chance_limit(told):
@@ -147,9 +147,11 @@ def _judge_information(n: Numbers, capacity: Numbers | None) -> Iterator[tuple[s
     yield (WRONG if sure else LOOK), text, remedy
 
 
-def find_learned(capacity: Numbers | None, told: Numbers) -> float | None:
-    """Returns the best validation accuracy of the short trainings; None without them."""
-    del told
+def _find_learned(n: Numbers, capacity: Numbers | None) -> float | None:
+    """Returns the best validation accuracy of the short trainings, or None without them. None for
+    multilabel data too, whose accuracy is not that of single labels."""
+    if n["task"] == "multilabel":
+        return None
     rows = [row for row in (capacity or {}).get("widths", []) if "validation" in row]
     return max((row["validation"]["accuracy"] for row in rows), default=None)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 
-from flax_cnns.studies.search.sanity import page
+from flax_cnns import files
+from flax_cnns.studies.search.sanity import check, page
 from flax_cnns.studies.search.sanity.findings import SanityFinding
 from flax_cnns.studies.search.sanity.judge_trainings import read_rates
 from flax_cnns.studies.search.sanity.verdict import judge
@@ -191,6 +193,24 @@ def test_labels_are_shuffled_only_if_neither_finds_anything():
     assert "are they shuffled?" in wrong.text
     parts["inputs"]["mock"] = True
     assert not [f for f in judge(parts) if f.level == "wrong"]
+
+
+def test_an_own_loss_may_be_low_at_other_logits_than_zeros():
+    parts = change("loss.loss", 30.0)
+    parts["loss"]["own_loss"] = True
+    assert {f.level for f in judge(parts)} == {"fine", "look"}
+    parts["loss"]["loss"] = 0.1
+    assert {f.level for f in judge(parts)} == {"fine"}
+
+
+def test_numbers_that_are_not_finite_survive_the_file():
+    parts = change("loss.loss", float("nan"))
+    parts["inputs"] |= {"finite": False, "mean": [float("nan")]}
+    parts["rate"]["losses"][-1] = float("inf")
+    parts["capacity"]["widths"][1]["train"]["loss"] = float("nan")
+    text = json.dumps(files.replace_nonfinite(parts), allow_nan=False)
+    assert judge(check.restore_nonfinite(json.loads(text))) == judge(parts)
+    assert check.restore_nonfinite(json.loads(text))["rate"]["losses"][-1] == float("inf")
 
 
 def test_the_range_test_is_read_as_it_was_made():
