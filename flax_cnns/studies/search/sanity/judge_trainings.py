@@ -56,7 +56,6 @@ class RateReading(NamedTuple):
     lowest: float  # lowest smoothed loss
     best: float  # the rate there
     suggested: float | None  # a tenth of it, unless the loss did not fall
-    steepest: float | None  # where the loss falls fastest
     limit: float | None  # the first higher rate at which the loss is above `start` again
 
 
@@ -67,14 +66,11 @@ def read_rates(numbers: Numbers) -> RateReading:
     at = int(np.argmin(losses))
     falls = start - losses[at] > 0.03 * abs(start)
     above = np.flatnonzero((losses > start) & (np.arange(len(losses)) > at))
-    slopes = np.gradient(losses, np.log(rates)) if len(losses) > 1 else np.zeros(1)
-    steepest = float(rates[int(np.argmin(slopes[: at + 1]))])
     return RateReading(
         start,
         float(losses[at]),
         float(rates[at]),
         float(rates[at]) / 10 if falls else None,
-        steepest if falls else None,
         float(rates[above[0]]) if falls and len(above) else None,
     )
 
@@ -108,7 +104,7 @@ def judge_rates(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
         return
     text = (
         f"the loss falls from {reading.start:.4g} to {reading.lowest:.4g}, lowest at rate"
-        f" {reading.best:.2g}, steepest at {reading.steepest:.2g}"
+        f" {reading.best:.2g}"
     )
     if reading.limit is not None:
         text += f"; from {reading.limit:.2g} on it is above the first again"
