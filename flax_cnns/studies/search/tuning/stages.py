@@ -47,14 +47,18 @@ def tune_in_stages(
     stages: int,
     trials: int,
     budget_steps: int | None = None,
+    seed: int | None = None,
     **options: Any,
 ) -> None:
     """Runs the stages of a search. `trials` and `budget_steps` are of all stages together.
 
-    `options` are those of `tune`. Raises UserError for fewer than 5 trials a stage, and if the
-    folder has more stages than `stages`.
+    The draws of stage 1 have the seed `seed` (None: the config's), those of stage 2 `seed + 1`, and
+    so on: with one seed for all, each stage would draw the same places of its ranges. `options` are
+    those of `tune`. Raises UserError for fewer than 5 trials a stage, and if the folder has more
+    stages than `stages`.
     """
     folder = pathlib.Path(folder)
+    seed = config.seed if seed is None else seed
     if trials < MIN_STAGE_TRIALS * stages:
         raise UserError(
             f"--stages={stages}: expected at least {MIN_STAGE_TRIALS} trials a stage, so"
@@ -71,7 +75,8 @@ def tune_in_stages(
         left = stages - number + 1
         if number == stages or not has_stage(folder, number + 1):
             share = budget_steps if budget_steps is None else max(budget_steps // left, 1)
-            tune(config, space, place, trials=max(trials // left, 1), budget_steps=share, **options)
+            options |= dict(trials=max(trials // left, 1), budget_steps=share)
+            tune(config, space, place, **options, seed=seed + number - 1)
         study = read_study(place)
         trials -= len(study.trials)
         if budget_steps is not None:

@@ -34,11 +34,11 @@ def calls(monkeypatch):
     """The calls of `tune`, which writes scored trials."""
     made = []
 
-    def tune(config, space, folder, *, trials, budget_steps, **options):
+    def tune(config, space, folder, *, trials, budget_steps, seed, **options):
         made.append((folder.name, trials, budget_steps))
         config.lock()
         allowed = trials if budget_steps is None else min(trials, budget_steps // STEPS)
-        write_study(folder, config, space, trials=allowed, get_score=score)
+        write_study(folder, config, space, trials=allowed, get_score=score, seed=seed)
 
     monkeypatch.setattr(stages, "tune", tune)
     return made
@@ -66,6 +66,17 @@ def test_the_second_stage_searches_around_the_best_of_the_first(tmp_path, calls)
     assert list(second.space) == ["schedule.learning_rate", "mix.label_smoothing"]
     made = json.loads((folder / "stage2.json").read_text())
     assert made == {"basis": [trial.number for trial in best], "fixed": {"optimizer.name": "adam"}}
+
+
+def test_stages_draw_different_places_of_their_ranges(tmp_path, calls):
+    search(tmp_path, stages=2, trials=10)
+    places = []
+    for study in (read_study(tmp_path), read_study(tmp_path / "stage2")):
+        low, high = (study.space["mix.label_smoothing"][end] for end in ("low", "high"))
+        values = [trial.values["mix.label_smoothing"] for trial in study.trials]
+        places.append([(value - low) / (high - low) for value in values])
+    assert all(abs(a - b) > 1e-6 for a, b in zip(*places))
+    assert [stage.seed for stage in read_search(tmp_path).stages] == [0, 1]
 
 
 def test_a_stage_that_has_begun_keeps_its_space_and_gets_the_further_trials(tmp_path, calls):
