@@ -149,6 +149,7 @@ def ablate(
     tuning_plan = None
     if tune is not None:
         tuning.check_index(cells, index, folder, todo.tunings, tune)
+        tuning.check_optuna(todo.tunings, folder, tune)
         tuning_plan = tuning.describe_plan(todo.all_tunings, tune)
         print(tuning.describe_budget(todo.tunings, tune))
     plan.write_plan(folder, config, todo.rows, seeds, rows, tuning=tuning_plan)
@@ -199,7 +200,7 @@ def _add_seeds(
     if first not in rows:
         raise UserError(f"--width needs the baseline's cells; add it: --rows={first},...")
     described = stopping.describe_plan(rule, seeds, todo.metric)
-    while "interrupted" not in counts:
+    while not counts.keys() & {"interrupted", "missing"}:  # a signal leaves such cells
         states = stopping.read_states(folder, list(rows), first, rule, todo.metric, seeds)
         wanted = {name: state.seeds for name, state in states.items()}
         plan.write_row_seeds(folder, wanted, described)

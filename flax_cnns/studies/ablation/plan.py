@@ -120,8 +120,8 @@ def make_rows(
     for given in sweep:
         if not isinstance(given, (tuple, list)) or len(given) not in (2, 3) or not _is_row(*given):
             raise UserError(
-                "sweep(): expected (name, {field: value, ...}), or with a space as the third,"
-                f" got {given!r}"
+                f"sweep(): expected (name, {{field: value, ...}}), got {given!r}; a space may be"
+                " the third"
             )
         name, overrides, *spaces = given
         if not re.fullmatch(r"\w[\w.,+=-]*", name):
@@ -288,7 +288,9 @@ def _make_plan(config: ConfigDict, rows: Sequence[SweepRow], seeds: int) -> dict
 
 def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Merges the plan in the folder into ours. Rows without a run are dropped."""
-    begun = {path.parents[1].name for path in folder.glob("*/seed*/config.json")}
+    with_cells = {path.parents[1].name for path in folder.glob("*/seed*/config.json")}
+    with_trials = {path.parents[1].name for path in folder.glob("*/tune/study.json")}
+    begun = with_cells | (with_trials if "tuning" in ours else set())
     kept = {row["name"]: row["overrides"] for row in theirs["rows"] if row["name"] in begun}
     if not kept:
         return ours
@@ -299,7 +301,9 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
     fields = [field for field in fields if not field.startswith("data.dir:")]
     if ours["baseline"] != theirs["baseline"]:
         fields.append(f"baseline: {theirs['baseline']} there, {ours['baseline']} here")
-    fields += _list_tuning_differences(ours.get("tuning"), theirs.get("tuning"), set(kept))
+    fields += _list_tuning_differences(
+        ours.get("tuning"), theirs.get("tuning"), set(kept), has_cells=bool(with_cells)
+    )
     for row in ours["rows"]:
         changed = configs.list_differences(
             row["overrides"], kept.pop(row["name"], row["overrides"])
@@ -325,16 +329,19 @@ def _merge(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -
 
 
 def _list_tuning_differences(
-    ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, begun: set[str]
+    ours: Mapping[str, Any] | None,
+    theirs: Mapping[str, Any] | None,
+    begun: set[str],
+    has_cells: bool,
 ) -> list[str]:
-    """Lists how the tuning of rows with runs differs."""
+    """Lists how the tuning of rows with runs differs. Trials may be added before the first cell."""
     if (ours is None) != (theirs is None):
         there, here = ("not tuned" if each is None else "tuned" for each in (theirs, ours))
         return [f"--tune: {there} there, {here} here"]
     if ours is None or theirs is None:
         return []
     fields = []
-    if ours["trials"] != theirs["trials"]:
+    if has_cells and ours["trials"] != theirs["trials"]:
         fields.append(f"--tune: {theirs['trials']} trials there, {ours['trials']} here")
     for name in sorted(begun & ours["spaces"].keys() & theirs["spaces"].keys()):
         if ours["spaces"][name] != theirs["spaces"][name]:

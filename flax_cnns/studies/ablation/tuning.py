@@ -184,6 +184,14 @@ def count_done(folder: pathlib.Path, row: str) -> int:
     return len(list((folder / row / "tune" / "trials").glob("*/summary.json")))
 
 
+def check_optuna(tunings: Sequence[RowTuning], folder: pathlib.Path, trials: int) -> None:
+    """Raises UserError if a row has yet to be tuned, but Optuna is missing."""
+    if any(_read_if_same(tuning, folder, trials) is None for tuning in tunings):
+        from flax_cnns.studies.search.tuning import storage
+
+        storage.import_optuna()
+
+
 def check_index(
     cells: Sequence[SweepCell],
     index: int | None,

@@ -81,11 +81,11 @@ def format_section(rows: Sequence[TunedRow], plan: Mapping[str, Any]) -> list[st
         lines += ["| " + " | ".join(_format_row(row, metric)) + " |" for row in rows]
         lines += [
             "",
-            "Columns five to nine are validation scores. The best of several trials is too"
-            " optimistic by chance, so gains are not effects: the table above has the effects, on"
-            " the test split. Worst to best shows how sensitive a row is to its values. A value is"
-            f" at an edge if it is within {EDGE:.0%} of its range from the end: a better one may be"
-            " outside. All trials are in tuning.csv.",
+            "Untuned, chosen, and worst to best are validation scores. The best of several trials"
+            " is too optimistic by chance, so gains are not effects: the first table has the"
+            " effects, on the test split. Worst to best shows how sensitive a row is to its values."
+            f" A value is at an edge if it is within {EDGE:.0%} of its range from the end: a better"
+            " one may be outside. All trials are in tuning.csv.",
         ]
     if unequal := [row for row in rows if _count_complete(row) < trials]:
         names = "; ".join(f"{row.name} ({_count_complete(row)})" for row in unequal)

@@ -19,7 +19,7 @@ from flax_cnns import config as configs
 from flax_cnns.config.spaces import choice, integer, log_uniform, uniform
 from flax_cnns.errors import UserError
 from flax_cnns.runs import child
-from flax_cnns.studies.ablation import ablate, plan, tuning, tuning_report
+from flax_cnns.studies.ablation import ablate, forecast, plan, tuning, tuning_report
 from flax_cnns.studies.ablation.tuned_rows import TunedRow, TunedTrial, read_tuned_row
 from flax_cnns.studies.search import tuning as searches
 from tests.sweeps import write_json
@@ -94,6 +94,13 @@ def test_an_ablation_with_tuned_rows(config, runs, tmp_path, capsys, monkeypatch
         assert [line for line in mine if line["chosen"] == "1"] == [best]
         chosen[name] = json.loads(best["values"])
     assert chosen["none"][RATE] != 0.1  # 0.3 is the best rate, and a trial is nearer
+
+    # Rows are tuned in pieces: a command for one row leaves the others in the plan.
+    rows = plan.make_rows(config, SWEEP, tmp_path)
+    described = tuning.describe_plan(tuning.plan_tuning(rows, SPACE), 4)
+    plan.write_plan(tmp_path, config, rows, 0, ["none"], tuning=described)
+    recorded = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["name"] for row in recorded["rows"]] == ["none", "mixup"]
 
     # The cells have the chosen values, other seeds, and the row's own settings.
     runs.clear()
@@ -170,6 +177,25 @@ def test_a_killed_tuning_goes_on(config, runs, tmp_path, monkeypatch):
     tuning.tune_rows([row], tmp_path / "whole", 4)
     first, second = (read_tuned_row(f, "none") for f in (tmp_path, tmp_path / "whole"))
     assert first == second
+
+
+def test_a_dry_run_prints_equal_budgets_and_writes_nothing(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "time_steps", lambda *_: (0.01, 1.0))  # 64 images: 1.64 s
+    folder = tmp_path / "study"
+    ablate.show_plan(config, SWEEP, folder, seeds=2, jobs=1, tune=3, space=SPACE)
+    printed = capsys.readouterr().out
+    assert "equal budgets: 3 trials for each of 2 rows, 6 trials without pruning" in printed
+    assert "over spaces of 1 to 2 fields; scored on the validation split" in printed
+    assert "schedule.learning_rate 0.01 to 1, log" in printed
+    assert "6 trials left and 4 cells, 0 done; 1 at once, about 0:00:16 left" in printed
+    assert not folder.exists()
+
+
+def test_optuna_is_asked_for_before_anything_is_written(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r'pip install "flax_cnns\[tune\]"'):
+        ablate.ablate(config, SWEEP[:1], tmp_path / "study", tune=2, space=SPACE)
+    assert not (tmp_path / "study").exists()
 
 
 # ---- spaces of rows
