@@ -148,7 +148,10 @@ class Scheduler(Generic[AnyJob]):
                         self.add_jobs()
                     self._start_jobs()
                     self.update()
-                if not (self.running or (self.waiting and not self.signals.count)):
+                is_settled = (
+                    not self.next_poll
+                )  # a job ended without a process; there may be others
+                if not (self.running or is_settled or (self.waiting and not self.signals.count)):
                     return
                 time.sleep(0.05)
                 self._forward_signals()

@@ -78,7 +78,7 @@ class Sampler:
         check_sampler(name)
         self.name, self.config, self.space, self.seed = name, config, dict(space), seed
         self.first = [make_params(values, space) for values in first]
-        self._points: Any = None
+        self._flat = configs.flatten(config)
 
     def count_points(self) -> int | None:
         """Returns how many trials there can be; None if there is no limit."""
@@ -101,16 +101,16 @@ class Sampler:
 
     def _follow(self, draw: Callable[[str, Distribution], Any]) -> Drawing:
         """Draws the fields in their order, without those whose condition is false."""
-        drawing, config = Drawing(), ConfigDict(self.config.to_dict())
+        drawing, flat = Drawing(), dict(self._flat)
         for path, distribution in self.space.items():
-            if not is_active(distribution, config):
+            if not is_active(distribution, flat):
                 continue
             param = value = draw(path, distribution)
             if distribution.kind == "choice":
                 value = distribution.values[distribution.labels.index(param)]
             field = distribution.make_value(value)
             drawing.params[path], drawing.values[path], drawing.fields[path] = param, value, field
-            configs.set_config_field(config, path, field)
+            flat[path] = field
         drawing.values = configs.to_plain(drawing.values)
         drawing.fields = configs.to_plain(drawing.fields)
         return drawing
@@ -149,7 +149,8 @@ class Sampler:
 
         # A new sequence for each trial. Point 2^30 would be the last.
         sequence = qmc.Sobol(len(self.space), scramble=True, rng=np.random.default_rng(self.seed))
-        sequence.fast_forward(number)
+        if number:
+            sequence.fast_forward(number)
         return dict(zip(self.space, sequence.random(1)[0].tolist()))
 
     @functools.cached_property
@@ -165,46 +166,24 @@ class Sampler:
         return [points[i] for i in order]
 
     def _combine(self) -> Iterator[dict[str, Any]]:
-        def follow(point: dict[str, Any], config: ConfigDict, rest: list[str]) -> Iterator[Any]:
-            if not rest:
+        paths = list(self.space)
+
+        def follow(point: dict[str, Any], flat: dict[str, Any], depth: int) -> Iterator[Any]:
+            if depth == len(paths):
                 yield point
                 return
-            path, distribution = rest[0], self.space[rest[0]]
-            if not is_active(distribution, config):
-                yield from follow(point, config, rest[1:])
+            path, distribution = paths[depth], self.space[paths[depth]]
+            if not is_active(distribution, flat):
+                yield from follow(point, flat, depth + 1)
                 return
             for param in list_grid_values(distribution):
                 value = param
                 if distribution.kind == "choice":
                     value = distribution.values[distribution.labels.index(param)]
-                changed = ConfigDict(config.to_dict())
-                configs.set_config_field(changed, path, distribution.make_value(value))
-                yield from follow({**point, path: param}, changed, rest[1:])
+                field = distribution.make_value(value)
+                yield from follow({**point, path: param}, {**flat, path: field}, depth + 1)
 
-        yield from follow({}, self.config, list(self.space))
-
-
-def make_params(values: Mapping[str, Any], space: Mapping[str, Distribution]) -> dict[str, Any]:
-    """Returns the drawn values of a trial as Optuna knows them: with labels for choices.
-
-    Raises UserError for a value that the space does not have.
-    """
-    params = {}
-    for path, value in values.items():
-        if path not in space:
-            raise UserError(f"a first trial sets {path}, which the space does not have")
-        distribution = space[path]
-        if distribution.kind == "choice":
-            known = [configs.to_plain({"value": each}) for each in distribution.values]
-            wanted = configs.to_plain({"value": value})
-            is_inside = wanted in known
-            params[path] = distribution.labels[known.index(wanted)] if is_inside else value
-        else:
-            is_inside = distribution.low <= value <= distribution.high
-            params[path] = value
-        if not is_inside:
-            raise UserError(f"a first trial has {path}={value!r}, which the space does not have")
-    return params
+        yield from follow({}, self._flat, 0)
 
 
 def make_seed(seed: int, number: int, path: str) -> int:

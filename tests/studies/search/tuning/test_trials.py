@@ -1,0 +1,190 @@
+"""Real trials: their folders, what is checked before they begin, and several processes."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from configs.common import get_config
+from flax_cnns.config.spaces import choice, integer, log_uniform, uniform
+from flax_cnns.errors import UserError
+from flax_cnns.runs.train import run
+from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.studies.search.tuning import read_study, together, tune, tuner
+from flax_cnns.studies.search.tuning.study import make_study, record_study
+from tests.tiny_runs import ROOT, arrays, records
+
+RATE = {"schedule.learning_rate": log_uniform(1e-3, 1e-1)}
+
+
+@pytest.fixture
+def config():
+    """A few steps of LeNet-5 on noise, with a test split."""
+    config = get_config()
+    config.data.update(dict(mock=64, batch_size=16, eval_batch_size=64))
+    config.train.update(dict(duration="6 steps", eval_every="2 steps", max_bad_steps=2))
+    config.schedule.name = "constant"
+    config.checkpoint.every = "0 steps"
+    config.log.tensorboard = False
+    return config
+
+
+def find_test_numbers(folder):
+    """Returns the text files with "test/" in a study's folder."""
+    files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
+    return [path for path in files if b"test/" in path.read_bytes()]
+
+
+def check(config, space, folder, **options):
+    made = dict(sampler="tpe", pruner="none", metric="auto", seed=None) | options
+    return make_study(config, space, folder, **made)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"schedule.learning_rat": uniform(0, 1)}, "unknown field 'schedule.learning_rat'; did"),
+        ({"schedule.learning_rate": uniform(1.0, 0.1)}, "expected low < high, got low=1.0"),
+        ({"seed": integer(0, 9)}, "seed cannot be searched"),
+        ({"data.validation": uniform(0.1, 0.2)}, "compared on different validation images"),
+        ({"model.widht": integer(1, 9)}, "lenet5 has no field 'widht'"),
+        (
+            {"optimizer.name": choice("adam", "sgd"), "optimizer.momentum": uniform(0.5, 0.9)},
+            "a trial with optimizer.name='adam', optimizer.momentum=0.8",
+        ),
+    ],
+)
+def test_a_space_that_does_not_fit_is_refused_before_anything_runs(
+    config, space, message, tmp_path
+):
+    with pytest.raises(UserError) as error:
+        check(config, space, tmp_path)
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_search_needs_of_its_config(config, tmp_path):
+    config.data.validation = 0
+    with pytest.raises(UserError, match="no validation split, which a search compares"):
+        check(config, RATE, tmp_path)
+    config.data.validation = 0.25
+    config.train.eval_every = "0 steps"
+    with pytest.raises(UserError, match="--pruner: it needs validations during the run"):
+        check(config, RATE, tmp_path, pruner="median")
+    with pytest.raises(UserError, match="accurcy"):
+        check(config, RATE, tmp_path, metric="accurcy")
+    config.train.eval_every = "2 steps"
+    study = check(config, RATE, tmp_path, metric="loss")
+    assert (study.metric, study.mode) == ("loss", "min")
+    assert study.count_steps(study.config) == 6
+    batches = study.make_trial_config({"data.batch_size": 8, "train.duration": "3 epochs"})
+    assert study.count_steps(batches) == 3 * 48 / 8
+
+
+def test_changed_data_are_refused(config, tmp_path, capsys):
+    study = check(config, RATE, tmp_path)
+    record_study(study)
+    facts = json.loads((tmp_path / "study.json").read_text())
+    facts["data"] = facts["data"] | {"classes": ["x"]}
+    (tmp_path / "study.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"the data of .* changed since its study began"):
+        record_study(study)
+    record_study(study, accept_changed_data=True)
+    assert "accepted: the data of" in capsys.readouterr().out
+    record_study(study)
+
+
+def test_stop_when_stops_a_run_that_resumes_to_the_bit(config, tmp_path, no_pictures):
+    asked = []
+
+    def is_enough(step, metrics):
+        asked.append((step, metrics["validation/accuracy"]))
+        return step == 2
+
+    with pytest.raises(Preempted) as stopped:
+        run(config, tmp_path / "cut", stop_when=is_enough)
+    assert (stopped.value.step, stopped.value.by_signal) == (3, False)
+    assert [step for step, _ in asked] == [2]
+    run(config, tmp_path / "cut")
+    run(config, tmp_path / "whole")
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    ours, theirs = arrays(tmp_path / "cut"), arrays(tmp_path / "whole")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_trials_in_this_process_are_those_of_child_processes(config, tmp_path, no_pictures):
+    """The way of several processes, with one: same draws, same values, no number of the test."""
+    folder = tmp_path / "together"
+    result = together.tune_together(
+        config,
+        lambda: check(config, RATE, folder, sampler="random", pruner="halving"),
+        trials=3,
+        budget_steps=None,
+        accept_changed_data=False,
+    )
+    states = [record.state for record in result.trials]
+    assert states.count("complete") >= 1
+    for record in result.trials:
+        steps = json.loads((record.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        assert steps == record.steps == (6 if record.state == "complete" else record.curve[-1][0])
+    assert find_test_numbers(folder) == []
+    again = together.tune_together(
+        config,
+        lambda: check(config, RATE, folder, sampler="random", pruner="halving"),
+        trials=3,
+        budget_steps=None,
+        accept_changed_data=False,
+    )
+    assert again.trials == result.trials
+
+
+@pytest.mark.slow
+def test_real_trials_have_no_test_number(config, tmp_path):
+    options = dict(trials=2, jobs=2, sampler="qmc")
+    result = tune(config, RATE, tmp_path / "study", **options, console=Console(width=200))
+    assert find_test_numbers(tmp_path / "study") == []
+    study = read_study(tmp_path / "study")
+    assert study.trials == result.trials
+    for record in study.trials:
+        assert record.state == "complete"
+        summary = json.loads((record.workdir / "summary.json").read_text())
+        assert record.value == summary["validation/best_accuracy"]
+        saved = json.loads((record.workdir / "config.json").read_text())
+        assert saved["schedule"]["learning_rate"] == record.fields["schedule.learning_rate"]
+        assert saved["train"]["test_on"] == "never"
+
+
+@pytest.mark.slow
+def test_several_processes_run_the_same_trials(config, tmp_path):
+    """Process 0 draws; both see the same trials and stop the same ones."""
+    config.data.update(dict(mock=32, batch_size=8))
+    code = f"""
+import json, sys
+from ml_collections import ConfigDict
+from flax_cnns.config.spaces import log_uniform
+from flax_cnns.studies.search.tuning import tune
+config = ConfigDict(json.loads({json.dumps(config.to_json())!r}))
+space = {{"schedule.learning_rate": log_uniform(1e-3, 1e-1)}}
+result = tune(config, space, sys.argv[1], trials=2, sampler="random")
+print("trials", [(r.number, r.values, r.state, r.value) for r in result.trials])
+"""
+    command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=1", "--"]
+    command += [sys.executable, "-c", code, str(tmp_path / "study")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if "trials [" in line]
+    assert len(lines) == 2
+    assert lines[0].partition("trials")[2] == lines[1].partition("trials")[2]
+    assert [record.state for record in read_study(tmp_path / "study").trials] == ["complete"] * 2
+
+
+def test_a_config_file_gives_the_space():
+    space = tuner.load_space("configs/digits_lenet5.py")
+    assert "schedule.learning_rate" in space
+    with pytest.raises(UserError, match=r"has no space\(\)"):
+        tuner.load_space("configs/common.py")
