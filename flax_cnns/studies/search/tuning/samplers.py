@@ -64,7 +64,7 @@ class Drawing:
 class Sampler:
     """Draws the trials of a study from a space. `config` is the config without the values.
 
-    `first`: {path: drawn value} of the first trials, which are not drawn.
+    `first`: {path: drawn value} of the first trials. Fields that they lack are drawn at random.
     """
 
     def __init__(
@@ -82,14 +82,19 @@ class Sampler:
 
     def count_points(self) -> int | None:
         """Returns how many trials there can be; None if there is no limit."""
-        return len(self._grid) if self.name == "grid" else None
+        return len(self.first) + len(self._grid) if self.name == "grid" else None
 
     def draw(self, number: int, journal: Journal | None = None) -> Drawing:
         """Draws the values of a trial. TPE reads the earlier trials from the journal."""
         if number < len(self.first):
-            return self._follow(lambda path, distribution: self.first[number][path])
+            given = self.first[number]
+            return self._follow(
+                lambda path, distribution: (
+                    given[path] if path in given else self._draw_random(number, path, distribution)
+                )
+            )
         if self.name == "grid":
-            point = self._grid[number]
+            point = self._grid[number - len(self.first)]
             return self._follow(lambda path, distribution: point[path])
         if self.name == "qmc":
             at = self._sobol(number)
@@ -184,6 +189,29 @@ class Sampler:
                 yield from follow({**point, path: param}, {**flat, path: field}, depth + 1)
 
         yield from follow({}, self._flat, 0)
+
+
+def make_params(values: Mapping[str, Any], space: Mapping[str, Distribution]) -> dict[str, Any]:
+    """Returns the drawn values of a trial as Optuna knows them: with labels for choices.
+
+    Raises UserError for a value that the space does not have.
+    """
+    params = {}
+    for path, value in values.items():
+        if path not in space:
+            raise UserError(f"a first trial sets {path}, which the space does not have")
+        distribution = space[path]
+        if distribution.kind == "choice":
+            known = [configs.to_plain({"value": each}) for each in distribution.values]
+            wanted = configs.to_plain({"value": value})
+            is_inside = wanted in known
+            params[path] = distribution.labels[known.index(wanted)] if is_inside else value
+        else:
+            is_inside = distribution.low <= value <= distribution.high
+            params[path] = value
+        if not is_inside:
+            raise UserError(f"a first trial has {path}={value!r}, which the space does not have")
+    return params
 
 
 def make_seed(seed: int, number: int, path: str) -> int:

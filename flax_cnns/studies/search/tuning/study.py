@@ -70,7 +70,7 @@ def make_study(
     config = ConfigDict(config.to_dict())
     config.train.test_on = "never"
     if metric != "auto":
-        config.train.best_by = metric
+        config.train.best_by = f"validation/{metric.removeprefix('validation/')}"
     configs.validate(config)
     own_parts.refuse_opaque(config, "trials run in child processes")
     spaces.check_space(config, space)

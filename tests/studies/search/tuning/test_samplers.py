@@ -146,6 +146,20 @@ def test_tpe_draws_what_optuna_draws_from_the_same_trials(tmp_path):
     assert sampler.draw(15, journal).values != drawing.values
 
 
+def test_the_first_trials_may_be_given():
+    first = [{"optimizer.name": "sgd", "optimizer.momentum": 0.9}]
+    space = {k: SPACE[k] for k in ("optimizer.name", "optimizer.momentum")}
+    sampler = Sampler("grid", get_config(), space, 0, first)
+    assert sampler.draw(0).values == first[0]
+    points = [sampler.draw(n).values for n in range(1, sampler.count_points())]
+    assert len(points) == 6
+    assert points == [Sampler("grid", get_config(), space, 0).draw(n).values for n in range(6)]
+    part = Sampler("random", get_config(), SPACE, 0, [{"optimizer.name": "adam"}]).draw(0)
+    assert set(part.values) == set(SPACE) - {"optimizer.momentum"}
+    with pytest.raises(UserError, match=r"a first trial has optimizer\.momentum=2"):
+        Sampler("tpe", get_config(), SPACE, 0, [{"optimizer.momentum": 2}])
+
+
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(UserError, match=r"unknown 'tpee'; did you mean 'tpe'"):
         Sampler("tpee", get_config(), SPACE, 0)
