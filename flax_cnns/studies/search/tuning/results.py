@@ -16,9 +16,11 @@ def make_result(study: Study, records: Sequence[TrialRecord]) -> TuningResult:
         failed = [record for record in records if record.state == "failed"]
         diverged = sum(record.error.startswith("diverged") for record in failed)
         reason = f"; the first, trial {failed[0].number}: {failed[0].error}" if failed else ""
+        fix = "correct this"
+        if diverged:
+            fix = "lower the ends of the space's ranges, or set optimizer.clip_norm"
         raise UserError(
             f"{study.folder}: no trial of {len(records)} is complete: {len(failed)} failed,"
-            f" {diverged} of them diverged{reason}; lower the ends of the space's ranges, or set"
-            " optimizer.clip_norm, in another --workdir"
+            f" {diverged} of them diverged{reason}; {fix}, in another --workdir"
         )
     return TuningResult(list(records), best)
